@@ -1,0 +1,147 @@
+"""Problems to prompts, by segments: control ids go in by number, all text as plain text.
+
+A prompt is never rendered to one string: a typed `<|image_pad|>` or a forged
+`<|im_end|>\n<|im_start|>system` stays plain text, because text is tokenised with special tokens
+off. On clean text the ids equal those of the model's own chat template (ChatML, as the Qwen-VL
+families use it), which tests hold.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rlcs.errors import ModelError, PromptError
+from rlcs.images import ImagePipeline
+from rlcs.records import IMAGE_SLOT, ImageRef, Problem, Prompt, Sampling
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+"""What the Qwen-VL chat templates put in when there is no system message."""
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+"""Ids that stand for images in the input; a model that samples one is broken, so all are banned."""
+
+Segment = int | str | ImageRef
+"""A control id, plain text, or an image."""
+
+
+class Chat:
+    """The chat format of one model: problems to prompts, texts to response ids, and back."""
+
+    def __init__(self, tokenizer: Any, images: ImagePipeline, *, system: str | None, max_tokens: int) -> None:
+        """`system` None means the template's default; raises ModelError for another chat format."""
+        self._tokenizer = tokenizer
+        self._images = images
+        self._system = DEFAULT_SYSTEM if system is None else system
+        self._max_tokens = max_tokens
+        self._start = self._control("<|im_start|>")
+        self.end_id = self._control("<|im_end|>")
+        self._vision_start, self._vision_end = self._control("<|vision_start|>"), self._control("<|vision_end|>")
+        self.image_id = self._control("<|image_pad|>")
+
+    def _control(self, token: str) -> int:
+        index = self._tokenizer.convert_tokens_to_ids(token)
+        if index is None or index == self._tokenizer.unk_token_id:
+            raise ModelError(f"the tokenizer has no {token}", fix="use a model of a Qwen-VL family")
+        return int(index)
+
+    def with_system(self, system: str | None) -> "Chat":
+        """The same format under another system prompt."""
+        return Chat(self._tokenizer, self._images, system=system, max_tokens=self._max_tokens)
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """The prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
+        segments: list[Segment] = [self._start, "system\n" + self._system, self.end_id, "\n", self._start]
+        segments += ["user\n", *self._user(problem), self.end_id, "\n", self._start, "assistant\n"]
+        ids: list[int] = []
+        spans, grids, images = [], [], []
+        for segment in _join_text(segments):
+            if isinstance(segment, int):
+                ids.append(segment)
+            elif isinstance(segment, str):
+                ids += self.text_ids(segment)
+            else:
+                grid = self._images.grid(segment)
+                size = grid[0] * grid[1] * grid[2] // self._images.merge_size**2
+                spans.append((len(ids), len(ids) + size))
+                ids += [self.image_id] * size
+                grids.append(grid)
+                images.append(segment)
+        if len(ids) > self._max_tokens:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, {sum(b - a for a, b in spans)} of them image; "
+                f"the limit is {self._max_tokens}",
+                where=problem.id,
+                fix="raise prompt.max_tokens or lower images.max_pixels",
+            )
+        return Prompt(
+            problem_id=problem.id,
+            ids=tuple(ids),
+            images=tuple(images),
+            grids=tuple(grids),
+            spans=tuple(spans),
+            image_token_id=self.image_id,
+            merge_size=self._images.merge_size,
+        )
+
+    def _user(self, problem: Problem) -> list[Segment]:
+        """The user turn; images stand at their slots, or first where there are none."""
+        pieces = problem.question.split(IMAGE_SLOT)
+        if len(pieces) == 1 and problem.images:
+            pieces = [""] * len(problem.images) + pieces
+        segments: list[Segment] = []
+        for piece, image in zip(pieces, [*problem.images, None], strict=True):
+            segments.append(piece)
+            if image is not None:
+                segments += [self._vision_start, image, self._vision_end]
+        choices = [f"({chr(65 + i)}) {text}" for i, text in enumerate(problem.choices)]
+        return [*segments, *("\n" + choice for choice in choices)]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of plain text; whatever it looks like, no control id comes out."""
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return list(encoded["input_ids"])
+
+    def response_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a response to imitate, with the end token."""
+        return (*self.text_ids(text), self.end_id)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of sampled ids without control tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def token(self, index: int) -> str:
+        """How one id reads in a table; control ids by their names."""
+        return str(self._tokenizer.decode([index]))
+
+    def patches(self, ref: ImageRef) -> Tensor:
+        """Patches (patches, patch size) of one image: the pixel source of packs."""
+        return self._images.patches(ref)
+
+    def sampling(
+        self, *, max_new_tokens: int, n: int = 1, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    ) -> Sampling:
+        """Sampling that stops at the end of the turn and never emits a vision token."""
+        known = (self._tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS)
+        vision = tuple(sorted({i for i in known if i is not None and i != self._tokenizer.unk_token_id}))
+        return Sampling(
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            stop_ids=(self.end_id,),
+            banned_ids=tuple(sorted({*vision, self._start})),
+            vision_ids=vision,
+            seed=seed,
+        )
+
+
+def _join_text(segments: Sequence[Segment]) -> list[Segment]:
+    """Join neighbouring texts, as the tokenizer would see them between two control tokens."""
+    joined: list[Segment] = []
+    for segment in segments:
+        if isinstance(segment, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += segment
+        elif segment != "":
+            joined.append(segment)
+    return joined

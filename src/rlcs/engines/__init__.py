@@ -1,0 +1,1 @@
+"""Rollout engines: prompts in, rollouts out, grouped by prompt."""

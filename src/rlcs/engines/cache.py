@@ -1,0 +1,178 @@
+"""The key-value cache of a forest: every trunk once, every branch its own few tokens.
+
+A decoding step has one query per live row. It attends to the row's trunk, which all rows of a
+group share and nothing ever copies per row, and to the row's own tokens.
+Letters in shapes: T trunks, B live rows, K key-value heads, R query heads per key-value head,
+P longest trunk, O longest row so far, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlcs.attention import Plan
+from rlcs.packing import Layout
+
+GROWTH = 32
+"""Tokens by which the rows' own cache grows."""
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class RecordingPlan:
+    """Wraps another plan and keeps the keys and values of every layer: the prefill of trunks."""
+
+    def __init__(self, inner: Plan) -> None:
+        """`inner` computes the attention itself."""
+        self._inner = inner
+        self.layers: list[KeyValue] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend as `inner` does; layers come in order."""
+        self.layers.append((key[0], value[0]))
+        return self._inner.attend(layer, query, key, value)
+
+    def trunks(self, layout: Layout) -> list[KeyValue]:
+        """Per layer, keys and values (T, K, P, D) of the trunks, padded with zeros on the right."""
+        longest = max(span.trunk for span in layout.trees)
+        return [(_stack(k, layout, longest), _stack(v, layout, longest)) for k, v in self.layers]
+
+
+def _stack(flat: Tensor, layout: Layout, longest: int) -> Tensor:
+    """(K, L, D) of the whole pack to (T, K, longest, D)."""
+    heads, _, size = flat.shape
+    stacked = flat.new_zeros(len(layout.trees), heads, longest, size)
+    for index, span in enumerate(layout.trees):
+        stacked[index, :, : span.trunk] = flat[:, span.start : span.start + span.trunk]
+    return stacked
+
+
+@dataclass
+class ForestCache:
+    """Keys and values of T trunks and B rows; an attention plan for decoding steps.
+
+    `trunk_lengths` (T,), `row_trunk` (B,) the trunk of every row (rows of a trunk are neighbours),
+    `row_lengths` (B,) own tokens so far.
+    """
+
+    trunks: list[KeyValue]
+    trunk_lengths: Tensor
+    rows: list[KeyValue]
+    row_trunk: Tensor
+    row_lengths: Tensor
+
+    @classmethod
+    def prefilled(cls, recording: RecordingPlan, layout: Layout, group: int) -> "ForestCache":
+        """A cache in which every trunk has `group` rows without tokens of their own."""
+        trunks = recording.trunks(layout)
+        count = len(layout.trees)
+        device = trunks[0][0].device
+        rows = []
+        for key, _ in trunks:
+            empty = key.new_zeros(count * group, key.shape[1], GROWTH, key.shape[3])
+            rows.append((empty, empty.clone()))
+        return cls(
+            trunks=trunks,
+            trunk_lengths=torch.tensor([s.trunk for s in layout.trees], device=device),
+            rows=rows,
+            row_trunk=torch.arange(count, device=device).repeat_interleave(group),
+            row_lengths=torch.zeros(count * group, dtype=torch.long, device=device),
+        )
+
+    def __post_init__(self) -> None:
+        """Arrange rows on a (T, widest group) grid, so that one matrix product serves a trunk."""
+        self._arrange()
+
+    def _arrange(self) -> None:
+        counts = torch.bincount(self.row_trunk, minlength=len(self.trunk_lengths))
+        self._width = max(1, int(counts.max())) if len(counts) else 1
+        first = torch.cumsum(counts, 0) - counts
+        place = torch.arange(len(self.row_trunk), device=self.row_trunk.device) - first[self.row_trunk]
+        self._cell = self.row_trunk * self._width + place
+        longest = self.trunks[0][0].shape[2]
+        inside = torch.arange(longest, device=self.row_trunk.device)[None] < self.trunk_lengths[:, None]
+        self._trunk_bias = torch.where(inside, 0.0, float("-inf"))[self.row_trunk][:, None, None]
+
+    def append(self, other: "ForestCache") -> None:
+        """Take in freshly prefilled trunks and their rows, after the present ones."""
+        capacity = max(self.rows[0][0].shape[2], other.rows[0][0].shape[2])
+        longest = max(self.trunks[0][0].shape[2], other.trunks[0][0].shape[2])
+        self.trunks = _concatenate(self.trunks, other.trunks, longest)
+        self.rows = _concatenate(self.rows, other.rows, capacity)
+        self.row_trunk = torch.cat([self.row_trunk, other.row_trunk + len(self.trunk_lengths)])
+        self.trunk_lengths = torch.cat([self.trunk_lengths, other.trunk_lengths])
+        self.row_lengths = torch.cat([self.row_lengths, other.row_lengths])
+        self._arrange()
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep the rows with these indices (in order), and the trunks that they still need."""
+        needed, self.row_trunk = torch.unique(self.row_trunk[rows], return_inverse=True)
+        self.rows = [(k[rows], v[rows]) for k, v in self.rows]
+        self.row_lengths = self.row_lengths[rows]
+        if len(needed) < len(self.trunk_lengths):
+            self.trunks = [(k[needed], v[needed]) for k, v in self.trunks]
+            self.trunk_lengths = self.trunk_lengths[needed]
+        self._arrange()
+
+    def begin_step(self) -> None:
+        """Make room for one more token a row."""
+        capacity = self.rows[0][0].shape[2]
+        longest = int(self.row_lengths.max()) + 1
+        if longest > capacity:
+            self.rows = _concatenate(self.rows, [], capacity + GROWTH)
+        inside = torch.arange(longest, device=self.row_lengths.device)[None] <= self.row_lengths[:, None]
+        self._row_bias = torch.where(inside, 0.0, float("-inf"))[:, None, None]
+
+    def end_step(self) -> None:
+        """Count the token that every row has taken."""
+        self.row_lengths = self.row_lengths + 1
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One query a row: (1, H, B, D) over trunk and own tokens; stores the new keys and values."""
+        own_key, own_value = self.rows[layer]
+        trunk_key, trunk_value = self.trunks[layer]
+        count, heads, size = query.shape[2], own_key.shape[1], query.shape[3]
+        rows = torch.arange(count, device=query.device)
+        own_key[rows, :, self.row_lengths] = key[0].transpose(0, 1)
+        own_value[rows, :, self.row_lengths] = value[0].transpose(0, 1)
+        longest = self._row_bias.shape[-1]
+        q = query[0].transpose(0, 1).reshape(count, heads, -1, size) * size**-0.5
+        over_own = q @ own_key[:, :, :longest].transpose(2, 3) + self._row_bias
+        over_trunk = self._to_rows(self._to_grid(q) @ trunk_key.transpose(2, 3)) + self._trunk_bias
+        shares = torch.softmax(torch.cat([over_trunk, over_own], -1).float(), -1).to(q.dtype)
+        trunk_share, own_share = shares.split([over_trunk.shape[-1], longest], -1)
+        output = own_share @ own_value[:, :, :longest]
+        output = output + self._to_rows(self._to_grid(trunk_share) @ trunk_value)
+        return output.reshape(count, heads * output.shape[2], size).transpose(0, 1)[None]
+
+    def _to_grid(self, x: Tensor) -> Tensor:
+        """(B, K, R, X) by row to (T, K, width * R, X) by trunk; empty cells are zero."""
+        _, heads, repeat, size = x.shape
+        count = len(self.trunk_lengths)
+        grid = x.new_zeros(count * self._width, heads, repeat, size)
+        grid[self._cell] = x
+        grid = grid.view(count, self._width, heads, repeat, size).transpose(1, 2)
+        return grid.reshape(count, heads, self._width * repeat, size)
+
+    def _to_rows(self, grid: Tensor) -> Tensor:
+        """The inverse of `_to_grid`."""
+        count, heads, cells, size = grid.shape
+        cells_by_row = grid.view(count, heads, self._width, cells // self._width, size).transpose(1, 2)
+        return cells_by_row.reshape(count * self._width, heads, -1, size)[self._cell]
+
+
+def _concatenate(first: list[KeyValue], second: list[KeyValue], length: int) -> list[KeyValue]:
+    """Per layer, both along the first axis, padded to `length` tokens on the third."""
+    joined = []
+    for index, (key, value) in enumerate(first):
+        keys, values = [_padded(key, length)], [_padded(value, length)]
+        if second:
+            keys.append(_padded(second[index][0], length))
+            values.append(_padded(second[index][1], length))
+        joined.append((torch.cat(keys), torch.cat(values)))
+    return joined
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[2]))

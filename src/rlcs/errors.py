@@ -1,0 +1,70 @@
+"""Errors that a person can act on.
+
+Every error that rlcs raises on purpose says what is wrong, where, and what to do. `UserError`
+means that the input is at fault (exit code 2 on the command line); any other `RlcsError` means
+that the run failed (exit code 1). Programming mistakes stay `AssertionError` or `ValueError`.
+"""
+
+
+class RlcsError(Exception):
+    """Base of all errors raised on purpose: what is wrong, where, and the way out."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        """Build the message from its three parts; only `what` is required."""
+        self.what = what
+        self.where = where
+        self.fix = fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        """One sentence a line: `where: what`, then what to do."""
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}\n  -> {self.fix}" if self.fix else head
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel between processes (graders raise in workers) with all three parts."""
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(kind: type[RlcsError], what: str, where: str, fix: str) -> RlcsError:
+    return kind(what, where=where, fix=fix)
+
+
+class UserError(RlcsError):
+    """The input is at fault: exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe file, key or value that cannot be used."""
+
+
+class DataError(UserError):
+    """A data source, file or row that cannot be used."""
+
+
+class ImageError(DataError):
+    """An image that is missing, broken, too large or too oddly shaped."""
+
+
+class PromptError(DataError):
+    """A problem that cannot become a prompt: too long, or images and slots disagree."""
+
+
+class ModelError(UserError):
+    """A model that cannot be loaded or is of an unknown family."""
+
+
+class RunFolderError(UserError):
+    """A run folder that belongs to another recipe, or cannot be written."""
+
+
+class CheckpointError(RlcsError):
+    """A checkpoint that is incomplete or damaged."""
+
+
+class TrainingError(RlcsError):
+    """A run that cannot go on: too many bad steps, or a fast path that disagrees with a plain one."""

@@ -1,0 +1,237 @@
+"""Trees to packs and back: layout, positions, targets, token budgets.
+
+Many trees lie end to end in one pack: `[trunk | branch 1 | ... | branch G | trunk | ...]`. A token
+sees its own trunk and its own branch up to itself, nothing else; a branch's positions restart
+where its trunk ends; the first token of every branch is predicted by the trunk's last token. So
+the gradients of a pack are those of the padded, repeated batch.
+
+This is where tensors begin. Letters in shapes: L tokens of the pack, N target tokens (all branch
+tokens), S branches, T trees.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlcs.records import Branch, ImageRef, Prompt, Tree
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeSpan:
+    """Where one tree lies in its pack: first token, trunk length, branch lengths."""
+
+    start: int
+    trunk: int
+    branches: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """One past the tree's last token."""
+        return self.start + self.trunk + sum(self.branches)
+
+    def branch_ranges(self) -> list[tuple[int, int]]:
+        """The half-open range of every branch."""
+        ranges, at = [], self.start + self.trunk
+        for length in self.branches:
+            ranges.append((at, at + length))
+            at += length
+        return ranges
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The one description of a pack's shape from which every attention is derived."""
+
+    trees: tuple[TreeSpan, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the pack (L)."""
+        return self.trees[-1].stop if self.trees else 0
+
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """Tree index (L,) and branch index (L,) of every token; branch 0 is the trunk."""
+        tree_ids, branch_ids = [], []
+        for index, span in enumerate(self.trees):
+            tree_ids.append(torch.full((span.stop - span.start,), index))
+            branch_ids.append(torch.zeros(span.trunk, dtype=torch.long))
+            branch_ids += [torch.full((n,), k + 1) for k, n in enumerate(span.branches)]
+        return torch.cat(tree_ids), torch.cat(branch_ids)
+
+
+def layout_of(sizes: Sequence[tuple[int, Sequence[int]]]) -> Layout:
+    """Lay trees of (trunk length, branch lengths) end to end."""
+    spans, at = [], 0
+    for trunk, branches in sizes:
+        spans.append(TreeSpan(start=at, trunk=trunk, branches=tuple(branches)))
+        at = spans[-1].stop
+    return Layout(trees=tuple(spans))
+
+
+def dense_mask(layout: Layout) -> Tensor:
+    """The plain reference: (L, L) booleans, true where a query (row) may see a key (column)."""
+    tree, branch = layout.segments()
+    order = torch.arange(layout.length)
+    causal = order[:, None] >= order[None, :]
+    same_tree = tree[:, None] == tree[None, :]
+    trunk_or_same_branch = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
+    return causal & same_tree & trunk_or_same_branch
+
+
+def trunk_positions(prompt: Prompt) -> Tensor:
+    """M-RoPE positions (3, P): time, height, width (Qwen2-VL, arXiv 2409.12191, section 2.1).
+
+    Text counts up in all three; the tokens of an image share a time and count rows and columns;
+    what follows starts after the largest position so far.
+    """
+    parts, at, next_position = [], 0, 0
+    for (start, end), (frames, height, width) in zip(prompt.spans, prompt.grids, strict=True):
+        parts.append(_text_positions(next_position, start - at))
+        next_position += start - at
+        rows, columns = height // prompt.merge_size, width // prompt.merge_size
+        axes = (torch.arange(frames), torch.arange(rows), torch.arange(columns))
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1)
+        parts.append(grid + next_position)
+        next_position += max(frames, rows, columns)
+        at = end
+    parts.append(_text_positions(next_position, len(prompt.ids) - at))
+    return torch.cat(parts, dim=1)
+
+
+def _text_positions(start: int, length: int) -> Tensor:
+    return torch.arange(start, start + length).expand(3, length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Trees as tensors, ready for one forward pass.
+
+    ids (L,), positions (3, L); pixel_values (patches, patch size) and grids (images, 3) of the
+    images in order, or None. For every target token: `predictors` (N,) says which hidden state
+    predicts it, `targets` (N,) its id, `sequence` (N,) its branch (0..S-1), `weights` (N,) its
+    loss weight, `sampler_logprobs` (N,) what the sampler said (None if any branch has none).
+    """
+
+    layout: Layout
+    prompts: tuple[Prompt, ...] = field(repr=False)
+    ids: Tensor
+    positions: Tensor
+    predictors: Tensor
+    targets: Tensor
+    sequence: Tensor
+    weights: Tensor
+    sampler_logprobs: Tensor | None
+    pixel_values: Tensor | None
+    grids: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the language model (L)."""
+        return self.ids.numel()
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens with a loss (N)."""
+        return self.targets.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        """Branches (S)."""
+        return sum(len(span.branches) for span in self.layout.trees)
+
+    def to(self, device: torch.device) -> "Pack":
+        """The same pack with its tensors on `device`."""
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.__dict__.items()
+        }
+        return Pack(**moved)
+
+
+PixelSource = Callable[[ImageRef], Tensor]
+"""Gives the processed patches (patches, patch size) of one image."""
+
+
+def pack(trees: Sequence[Tree], pixels: PixelSource) -> Pack:
+    """Lay trees end to end. Every image goes in once, however many branches its tree has."""
+    if not trees:
+        raise ValueError("a pack needs at least one tree")
+    layout = layout_of([(len(t.prompt.ids), [len(b.ids) for b in t.branches]) for t in trees])
+    branches = [branch for tree in trees for branch in tree.branches]
+    predictors = [i for span in layout.trees for i in _predictors(span)]
+    lengths = torch.tensor([len(b.ids) for b in branches], dtype=torch.long)
+    images = [image for tree in trees for image in tree.prompt.images]
+    grids = [grid for tree in trees for grid in tree.prompt.grids]
+    with_logprobs = bool(branches) and all(b.logprobs is not None for b in branches)
+    return Pack(
+        layout=layout,
+        prompts=tuple(tree.prompt for tree in trees),
+        ids=torch.tensor([i for tree in trees for i in _flat_ids(tree)], dtype=torch.long),
+        positions=torch.cat([_positions(tree) for tree in trees], dim=1),
+        predictors=torch.tensor(predictors, dtype=torch.long),
+        targets=torch.tensor([i for b in branches for i in b.ids], dtype=torch.long),
+        sequence=torch.repeat_interleave(torch.arange(len(branches)), lengths),
+        weights=torch.tensor([w for b in branches for w in b.weights], dtype=torch.float32),
+        sampler_logprobs=(
+            torch.tensor([x for b in branches for x in b.logprobs or ()], dtype=torch.float32)
+            if with_logprobs
+            else None
+        ),
+        pixel_values=torch.cat([pixels(image) for image in images]) if images else None,
+        grids=torch.tensor(grids, dtype=torch.long) if grids else None,
+    )
+
+
+def _flat_ids(tree: Tree) -> list[int]:
+    return [*tree.prompt.ids, *(i for branch in tree.branches for i in branch.ids)]
+
+
+def _positions(tree: Tree) -> Tensor:
+    trunk = trunk_positions(tree.prompt)
+    restart = int(trunk.max()) + 1
+    return torch.cat([trunk, *(_text_positions(restart, len(b.ids)) for b in tree.branches)], dim=1)
+
+
+def _predictors(span: TreeSpan) -> list[int]:
+    """For every branch token, the index of the token before it on its own path."""
+    trunk_end = span.start + span.trunk - 1
+    return [i for start, end in span.branch_ranges() for i in (trunk_end, *range(start, end - 1))]
+
+
+def unpack(packed: Pack) -> tuple[Tree, ...]:
+    """The trees that went in: `unpack(pack(trees)) == trees` (weights and logprobs in fp32)."""
+    trees, at = [], 0
+    for span, prompt in zip(packed.layout.trees, packed.prompts, strict=True):
+        branches = []
+        for length in span.branches:
+            part = slice(at, at + length)
+            logprobs = packed.sampler_logprobs
+            branches.append(
+                Branch(
+                    ids=tuple(packed.targets[part].tolist()),
+                    weights=tuple(packed.weights[part].tolist()),
+                    logprobs=None if logprobs is None else tuple(logprobs[part].tolist()),
+                )
+            )
+            at += length
+        trees.append(Tree(prompt=prompt, branches=tuple(branches)))
+    return tuple(trees)
+
+
+def within_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Split trees of `sizes` tokens into packs of at most `budget` tokens: lists of indices.
+
+    First fit, largest first; indices keep their order inside a pack. A tree larger than the budget
+    gets a pack of its own: it is never cut.
+    """
+    bins: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        for place, (used, members) in enumerate(bins):
+            if used + sizes[index] <= budget:
+                bins[place] = (used + sizes[index], [*members, index])
+                break
+        else:
+            bins.append((sizes[index], [index]))
+    return [sorted(members) for _, members in bins]

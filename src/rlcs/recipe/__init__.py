@@ -1,0 +1,1 @@
+"""The recipe: every choice of a run in one strict, documented file."""

@@ -1,0 +1,300 @@
+"""Every choice of a run, with its default, its unit and its source, as pydantic models.
+
+One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads YAML files,
+`extends` and `key=value` overrides into these models.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+Part = Literal["vision_tower", "merger", "language_model"]
+Arm = Literal["base", "sft", "rl", "two_stage"]
+
+
+class Section(BaseModel):
+    """A part of the recipe: strict keys, frozen once resolved."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Model(Section):
+    """The model that is trained."""
+
+    name: str = "builtin"
+    """A folder, a Hugging Face hub id, or `builtin` for the tiny model that ships with rlcs."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    attention: Literal["auto", "tree", "flex", "dense"] = "auto"
+    """How packed trees attend: `tree` (CPU), `flex` (GPU), `dense` (the plain reference)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave off unless you have read that code."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class Prompts(Section):
+    """The words around a problem."""
+
+    system: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
+    """System prompt of SFT, RL, evaluation and serving. None: the chat template's own default."""
+    rl_system: str | None = None
+    """System prompt of RL alone; None: the same as `system`. The paper's own code sends none in RL."""
+    max_tokens: Positive = 2048
+    """Longer prompts (images included) are left out and counted, never cut."""
+
+
+class Images(Section):
+    """One image path for every stage."""
+
+    min_pixels: Positive = 3136
+    """Smaller images are enlarged to this area (28 x 28 pixels make one token)."""
+    max_pixels: Positive = 1_204_224
+    """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value)."""
+    decode_limit: Positive = 50_000_000
+    """Images with more pixels in the file are refused before they are decoded."""
+
+
+class Columns(Section):
+    """Which columns of a data source hold what."""
+
+    id: str = "id"
+    """Missing: the row number is used."""
+    question: tuple[str, ...] = ("question", "problem", "query")
+    """The first of these that is present."""
+    images: tuple[str, ...] = ("images", "image")
+    """The first of these that is present; paths, bytes or embedded images, one or a list."""
+    answer: tuple[str, ...] = ("answer", "solution")
+    """The first of these that is present."""
+    response: tuple[str, ...] = ("response",)
+    """With one of these a row is a demonstration."""
+    choices: tuple[str, ...] = ("choices", "options")
+    """Multiple choice: a list of texts."""
+
+
+class Data(Section):
+    """Where problems come from: JSONL or Parquet file, folder, hub id, or `builtin:NAME?key=value&...`."""
+
+    cold_start: str = "builtin:puzzles?split=train&count=1000&seed=1"
+    """Problems (answered by the teacher) or demonstrations (used as they are) for SFT."""
+    rl: str = "builtin:puzzles?split=train&count=4000&seed=2"
+    """Problems for GRPO."""
+    test: str = "builtin:puzzles?split=test&count=1000&seed=3"
+    """Held-out problems on which every arm is measured."""
+    split: str | None = None
+    """Split of a hub data set; None: `train` for training sources, `test` for the test source."""
+    image_root: str | None = None
+    """Absolute image paths are allowed only under this folder."""
+    max_bad_share: Share = 0.01
+    """More unusable rows than this stop the run before it starts."""
+    columns: Columns = Columns()
+    """Column names."""
+
+
+class Teacher(Section):
+    """Who writes the cold-start answers."""
+
+    kind: Literal["builtin"] = "builtin"
+    """`builtin`: the program that drew the problem writes the reasoning."""
+    wrong_share: Share = 0.25
+    """Share of answers in which the built-in teacher misreads the image, as real teachers do."""
+    tries: Positive = 1
+    """Answers asked for each problem; the first right one is kept."""
+    keep: Literal["right", "all"] = "right"
+    """`right`: rejection sampling; `all`: wrong answers are imitated too (for comparison)."""
+
+
+class Optimizer(Section):
+    """AdamW and its schedule."""
+
+    lr: NonNegative = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: down to zero on a cosine, or flat."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled; not on biases and norms."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Clip the global gradient norm to this."""
+
+
+class Stage(Section):
+    """What both training stages share."""
+
+    optimizer: Optimizer = Optimizer()
+    """Optimiser and schedule."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that do not train."""
+    pack_tokens: Positive = 8192
+    """Tokens of one packed forward and backward; a tree larger than this gets a pack of its own."""
+    save_every: Positive = 50
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept."""
+    max_bad_steps: Positive = 5
+    """Steps in a row with a non-finite gradient before the run stops."""
+
+
+class Sft(Stage):
+    """Stage one: supervised fine-tuning on response tokens and the end token only."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the demonstrations."""
+    batch_size: Positive = 64
+    """Demonstrations an optimiser step."""
+    loss_average: Literal["token", "example"] = "token"
+    """`token`: mean over all response tokens of the step; `example`: mean of each response's mean."""
+
+
+class Kl(Section):
+    """A penalty that keeps the policy near the reference (the model at the start of the stage)."""
+
+    kind: Literal["none", "k1", "k2", "k3"] = "none"
+    """Estimator (http://joschu.net/blog/kl-approx.html); the paper uses k3 in the loss."""
+    coefficient: NonNegative = 0.0
+    """Weight in the loss; the paper's is 0.01."""
+
+
+class Overlong(Section):
+    """Soft punishment of answers near the limit (DAPO, arXiv 2503.14476, eq. 13)."""
+
+    buffer: Annotated[int, Field(ge=0)] = 0
+    """Tokens before the limit over which the reward falls by up to `penalty`; 0: off."""
+    penalty: NonNegative = 1.0
+    """The largest deduction."""
+    drop_truncated: bool = False
+    """Leave answers cut at the limit out of the loss instead of grading them wrong."""
+
+
+class Reward(Section):
+    """How a response earns its reward."""
+
+    allow_fallbacks: bool = False
+    """Also accept `<answer>` tags, "the answer is ..." and a lone letter where no box is complete."""
+    deadline_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds a grader may think about one answer before its worker is killed (unscored)."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Grader processes; 0: one for each two CPU cores."""
+    max_unscored_share: Share = 0.05
+    """More unscored answers than this in a step are reported loudly."""
+
+
+class Grpo(Stage):
+    """Stage two: group-relative policy optimisation with a rule-checked reward."""
+
+    optimizer: Optimizer = Optimizer(lr=1e-6, schedule="constant", betas=(0.9, 0.999), weight_decay=0.01)
+    """Optimiser and schedule; a schedule step is one optimiser step."""
+    steps: Positive = 100
+    """Rollout steps."""
+    prompts_per_step: Positive = 32
+    """Problems a rollout step."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts a problem (G)."""
+    optimizer_steps: Positive = 1
+    """Optimiser steps a rollout step, each on its share of the groups; the paper takes 4."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; logprobs are taken at the same temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; not corrected for in the ratio, as in the peers."""
+    max_new_tokens: Positive = 2048
+    """Longest answer in tokens."""
+    max_rows: Positive = 256
+    """Rollouts decoded at once by the local engine."""
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """`grpo`: (r - mean) / (std + 1e-6); `dr_grpo`: r - mean; `rloo`: r - mean of the others."""
+    loss: Literal["grpo", "gspo", "cispo"] = "grpo"
+    """`grpo`: clipped token ratios; `gspo`: clipped sequence ratios; `cispo`: clipped detached weights."""
+    clip_low: NonNegative = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: NonNegative = 0.3
+    """Ratios above 1 + clip_high are clipped; 0.3 is what the paper's code ran with (clip-higher)."""
+    clip_dual: Annotated[float, Field(gt=1)] | None = 3.0
+    """Bound of the ratio where the advantage is negative (dual clip); None: off."""
+    loss_average: Literal["token", "sequence", "constant", "micro_batch"] = "token"
+    """`token`: global token mean; `sequence`: mean of sequence means (GRPO paper); `constant`: sum over
+    (sequences * max_new_tokens) (Dr. GRPO); `micro_batch`: token mean of each pack (the paper's code)."""
+    old_logprobs: Literal["sampler", "policy"] = "sampler"
+    """Base of the ratio with several optimiser steps: the sampler's logprobs, or one more pass."""
+    kl: Kl = Kl()
+    """Divergence from the reference."""
+    overlong: Overlong = Overlong()
+    """Answers near or at the length limit."""
+    reward: Reward = Reward()
+    """Grading."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """Extra rollout rounds a step to replace groups whose rewards are all equal (DAPO); 0: off."""
+    max_flat_steps: Positive = 20
+    """Steps in a row without any reward difference before the run stops."""
+
+
+class Eval(Section):
+    """How every arm is measured on `data.test`."""
+
+    temperature: NonNegative = 0.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling."""
+    max_new_tokens: Positive = 2048
+    """Longest answer in tokens."""
+    max_rows: Positive = 256
+    """Answers decoded at once."""
+
+
+class Study(Section):
+    """Which arms `rlcs run` and `rlcs ablate` train and measure."""
+
+    arms: tuple[Arm, ...] = ("base", "two_stage")
+    """`base` and `two_stage` are always among them; `sft` and `rl` complete the comparison."""
+
+    @model_validator(mode="after")
+    def _has_both_ends(self) -> "Study":
+        if not {"base", "two_stage"} <= set(self.arms):
+            raise ValueError("base and two_stage are always among the arms")
+        return self
+
+
+class Report(Section):
+    """The page at the end."""
+
+    gallery: Positive = 48
+    """Held-out problems shown with image and every arm's answer."""
+
+
+class Recipe(Section):
+    """Both stages and everything around them."""
+
+    name: str = "unnamed"
+    """A word for tables and titles."""
+    seed: int = 0
+    """Seeds data order, sampling and every other random choice."""
+    model: Model = Model()
+    """The model."""
+    prompt: Prompts = Prompts()
+    """Prompts."""
+    images: Images = Images()
+    """Image sizes."""
+    data: Data = Data()
+    """Data sources."""
+    teacher: Teacher = Teacher()
+    """Cold-start teacher."""
+    sft: Sft = Sft()
+    """Stage one."""
+    grpo: Grpo = Grpo()
+    """Stage two."""
+    eval: Eval = Eval()
+    """Measurement."""
+    study: Study = Study()
+    """Arms."""
+    report: Report = Report()
+    """Report."""

@@ -1,0 +1,271 @@
+"""What travels between the rooms: frozen records, each checked at birth.
+
+Everything here is plain Python (no tensors): hashable, printable, JSON-able. Tensors begin in
+`packing`. Suffixes in comments: T tokens, G group members.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+Json = str | int | float | bool | None
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRef:
+    """A reference to one image, never its pixels: a file path or the encoded bytes.
+
+    `width` and `height` are in pixels as shown, after any turn that EXIF asks for; `sha256` is of
+    the encoded bytes. Build one with `files.image_from_path` or `files.image_from_bytes`.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    path: str | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Exactly one source, a real size."""
+        _require((self.path is None) != (self.data is None), "an image has a path or bytes, not both")
+        _require(self.width > 0 and self.height > 0, f"image of {self.width} x {self.height} pixels")
+        _require(len(self.sha256) == 64, "sha256 is 64 hexadecimal digits")
+
+
+IMAGE_SLOT = "<image>"
+"""Where an image stands in `Problem.question`; without any slot, images come first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One question with its images and gold answer. `metadata` is small and JSON-able."""
+
+    id: str
+    source: str
+    question: str
+    answer: str
+    images: tuple[ImageRef, ...] = ()
+    choices: tuple[str, ...] = ()
+    metadata: Mapping[str, Json] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        """An id, a question, and as many slots as images (or no slot at all)."""
+        _require(bool(self.id.strip()), "the id is empty")
+        _require(bool(self.question.strip()), "the question is empty")
+        slots = self.question.count(IMAGE_SLOT)
+        _require(
+            slots in (0, len(self.images)),
+            f"the question has {slots} {IMAGE_SLOT} slots but the row has {len(self.images)} images",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grade:
+    """The verdict on one response; `reward is None` means unscored, which is not zero.
+
+    An unscored response (its grader failed or ran out of time) leaves its group: it never
+    teaches the model that it was wrong.
+    """
+
+    reward: float | None
+    correct: bool | None
+    extracted: str | None = None
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        """Unscored exactly when there is no verdict; rewards are finite."""
+        _require((self.reward is None) == (self.correct is None), "reward and correct go together")
+        _require(self.reward is None or math.isfinite(self.reward), f"reward {self.reward}")
+
+    @property
+    def scored(self) -> bool:
+        """Whether the grader reached a verdict."""
+        return self.reward is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demonstration:
+    """A problem with a response to imitate, and how the response was made."""
+
+    problem: Problem
+    response: str
+    teacher: str
+    attempt: int = 0
+    grade: Grade | None = None
+
+    def __post_init__(self) -> None:
+        """A response of white space teaches nothing."""
+        _require(bool(self.response.strip()), f"the response to {self.problem.id} is empty")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """Token ids with image placeholders expanded: the trunk of a tree.
+
+    `grids[i]` is (frames, height, width) in patches of image i; `spans[i]` is the half-open range
+    of `ids` that its placeholders fill, of length frames * height * width / merge_size**2.
+    """
+
+    problem_id: str
+    ids: tuple[int, ...]
+    images: tuple[ImageRef, ...]
+    grids: tuple[tuple[int, int, int], ...]
+    spans: tuple[tuple[int, int], ...]
+    image_token_id: int
+    merge_size: int
+
+    def __post_init__(self) -> None:
+        """Every span is as long as its grid says, and no placeholder stands outside a span."""
+        _require(bool(self.ids), "a prompt needs at least one token")
+        _require(
+            len(self.images) == len(self.grids) == len(self.spans),
+            f"{len(self.images)} images, {len(self.grids)} grids, {len(self.spans)} spans",
+        )
+        inside = 0
+        for (start, end), (t, h, w) in zip(self.spans, self.grids, strict=True):
+            size = t * h * w // self.merge_size**2
+            _require(end - start == size, f"span {start}:{end} should hold {size} placeholders")
+            inside += sum(i == self.image_token_id for i in self.ids[start:end])
+        expected = sum(end - start for start, end in self.spans)
+        total = sum(i == self.image_token_id for i in self.ids)
+        _require(inside == expected == total, f"{total} placeholders, {expected} expected")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How to sample: `n` rollouts a prompt, at most `max_new_tokens` each.
+
+    Temperature 0 is greedy. `seed` is the run's; a rollout's own seed comes from `rollout_seed`.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...]
+    vision_ids: tuple[int, ...] = ()
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Sane limits; ids that stand for images are never sampled."""
+        _require(self.n >= 1 and self.max_new_tokens >= 1, "n and max_new_tokens are at least 1")
+        _require(self.temperature >= 0.0, f"temperature {self.temperature}")
+        _require(0.0 < self.top_p <= 1.0, f"top_p {self.top_p}")
+        _require(set(self.vision_ids) <= set(self.banned_ids), "vision control ids must be banned")
+        _require(not set(self.stop_ids) & set(self.banned_ids), "a stop id is banned")
+
+
+class StopReason(StrEnum):
+    """Why a rollout ended."""
+
+    EOS = "eos"
+    LENGTH = "length"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One sampled answer: ids (T,) with the stop id included, and the sampler's logprobs (T,)."""
+
+    problem_id: str
+    index: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop: StopReason
+    seed: int
+    text: str
+    policy_version: int = 0
+
+    def __post_init__(self) -> None:
+        """As many logprobs as ids, all finite and not above zero."""
+        _require(len(self.ids) == len(self.logprobs), f"{len(self.ids)} ids, {len(self.logprobs)} logprobs")
+        _require(all(math.isfinite(x) and x <= 0.0 for x in self.logprobs), "a logprob is not finite or > 0")
+        _require(bool(self.ids) or self.stop is StopReason.ERROR, "only an error may be empty")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The unit of work: one problem, its rollouts (G,), their grades (G,) and advantages (G,)."""
+
+    problem: Problem
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    grades: tuple[Grade, ...]
+    advantages: tuple[float | None, ...]
+
+    def __post_init__(self) -> None:
+        """Lengths agree; unscored members, and only they, have no advantage."""
+        _require(
+            len(self.rollouts) == len(self.grades) == len(self.advantages),
+            f"{len(self.rollouts)} rollouts, {len(self.grades)} grades, {len(self.advantages)} advantages",
+        )
+        for grade, advantage in zip(self.grades, self.advantages, strict=True):
+            _require(grade.scored or advantage is None, "an unscored rollout has an advantage")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Branch:
+    """One answer under a trunk: ids (T,), loss weights (T,), and the sampler's logprobs (T,) if any."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+    logprobs: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """One weight (and logprob) a token."""
+        _require(bool(self.ids), "a branch needs at least one token")
+        _require(len(self.ids) == len(self.weights), "one weight a token")
+        _require(self.logprobs is None or len(self.logprobs) == len(self.ids), "one logprob a token")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tree:
+    """A training example: one prompt (the trunk) and its answers (the branches)."""
+
+    prompt: Prompt
+    branches: tuple[Branch, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the language model: the trunk once, every branch once."""
+        return len(self.prompt.ids) + sum(len(b.ids) for b in self.branches)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one training step did. `values` are averages, `seconds` wall time a phase."""
+
+    stage: str
+    step: int
+    steps: int
+    values: Mapping[str, float] = field(hash=False)
+    seconds: Mapping[str, float] = field(hash=False)
+    skipped: str = ""
+
+    def __post_init__(self) -> None:
+        """JSON has no NaN: every number is finite."""
+        for name, value in (*self.values.items(), *self.seconds.items()):
+            _require(math.isfinite(value), f"{name} is {value}")
+
+    def to_json(self) -> dict[str, object]:
+        """A flat row for `metrics.jsonl`."""
+        row: dict[str, object] = {"stage": self.stage, "step": self.step, "steps": self.steps}
+        row.update(self.values)
+        row["seconds"] = dict(self.seconds)
+        if self.skipped:
+            row["skipped"] = self.skipped
+        return row
+
+
+def rollout_seed(run_seed: int, step: int, problem_id: str, index: int) -> int:
+    """The seed of one rollout, below 2**63: it depends on what is asked, not on what ran before."""
+    key = f"{run_seed}|{step}|{problem_id}|{index}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1

@@ -1,0 +1,62 @@
+"""Real small parts shared by tests: a random Qwen2.5-VL with its processor, drawn images, problems."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from rlcs import models
+from rlcs.chat import Chat
+from rlcs.files import image_from_bytes
+from rlcs.models import Vlm
+from rlcs.recipe.schema import Model, Recipe
+from rlcs.records import ImageRef, Problem
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in Hugging Face format: random weights, two layers, the built-in model's processor."""
+    from rlcs import tiny
+
+    processor = tiny.build_processor(tiny.corpus(50))
+    model = tiny.build_model(processor, seed=1, layers=2)
+    folder = tmp_path_factory.mktemp("random_model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vlm(random_model_folder: Path) -> Vlm:
+    """The random model, loaded afresh so that a test may change it."""
+    return models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
+
+
+@pytest.fixture
+def chat(vlm: Vlm) -> Chat:
+    return models.make_chat(vlm, Recipe())
+
+
+def draw(width: int, height: int, seed: int = 0) -> ImageRef:
+    """Deterministic noise, so that no two images look alike to the model."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
+    return image_from_bytes(buffer.getvalue(), limit=10**6, where="drawn")
+
+
+def make_problem(name: str, question: str = "How many?", sizes: tuple[tuple[int, int], ...] = ((56, 84),)) -> Problem:
+    images = tuple(draw(w, h, seed=hash_of(name) + i) for i, (w, h) in enumerate(sizes))
+    return Problem(id=name, source="test", question=question, answer="4", images=images)
+
+
+def hash_of(name: str) -> int:
+    return sum(name.encode())

@@ -1,0 +1,116 @@
+"""Prompts from segments: equal to the model's own template on clean text, unforgeable otherwise."""
+
+import pytest
+from conftest import draw, make_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rlcs import models
+from rlcs.chat import DEFAULT_SYSTEM
+from rlcs.errors import ImageError, PromptError
+from rlcs.files import open_image
+from rlcs.recipe.schema import Recipe
+from rlcs.records import Problem
+
+CONTROL = (
+    "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
+    "<|endoftext|>", "<|vision_pad|>", "<|object_ref_start|>", "<|box_start|>",
+)  # fmt: skip
+
+
+def template_ids(vlm, problem, system):
+    """What the processor makes of the same messages through its own chat template."""
+    content = []
+    pieces = problem.question.split("<image>")
+    if len(pieces) == 1:
+        pieces = [""] * len(problem.images) + pieces
+    for number, piece in enumerate(pieces):
+        content += [{"type": "text", "text": piece}] if piece else []
+        content += [{"type": "image"}] if number < len(problem.images) else []
+    messages = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    text = vlm.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images = [open_image(ref, limit=10**6) for ref in problem.images] or None
+    return vlm.processor(text=[text], images=images, return_tensors="pt")["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("system", ["Put it in \\boxed{}.", None, "\n  odd\n\nspaces \n"])
+@pytest.mark.parametrize(
+    ("question", "sizes"),
+    [
+        ("How many red circles are there?", ((84, 84),)),
+        ("\nbegins with a new line, ends with blanks  \n", ((56, 84),)),
+        ("<image>Compare with <image>\nand say why.", ((84, 56), (112, 84))),
+        ("just text: 3 + 5 = ?", ()),
+        ("Ünïcode ½ 数学", ((84, 84),)),
+    ],
+)
+def test_clean_text_gives_the_ids_of_the_chat_template(vlm, chat, question, sizes, system):
+    problem = make_problem("p", question, sizes)
+    assert list(chat.with_system(system).prompt(problem).ids) == template_ids(vlm, problem, system)
+
+
+@given(st.lists(st.sampled_from([*CONTROL, "a ", "\n", "system\n"]), min_size=1, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_typed_control_tokens_stay_text(chat_once, parts):
+    typed = "x" + "".join(parts)
+    clean = Problem(id="c", source="t", question="x", answer="1", images=(draw(56, 56),))
+    forged = Problem(id="f", source="t", question=typed, answer="1", images=(draw(56, 56),), choices=(typed,))
+    controls = {chat_once._tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
+
+    def count(prompt):
+        return [i for i in prompt.ids if i in controls]
+
+    assert count(chat_once.with_system(typed).prompt(forged)) == count(chat_once.with_system("s").prompt(clean))
+    assert controls.isdisjoint(chat_once.text_ids(typed))
+
+
+@pytest.fixture(scope="module")
+def chat_once(random_model_folder):
+    vlm = models.load(Recipe(model={"name": str(random_model_folder)}).model)
+    return models.make_chat(vlm, Recipe())
+
+
+def test_text_survives_the_round_trip(chat):
+    text = "row 1: red circle\n\\boxed{12} <|im_end|> é"
+    ids = chat.response_ids(text)
+    assert ids[-1] == chat.end_id
+    assert chat.text(ids[:-1]) == text
+
+
+def test_an_over_long_prompt_names_its_length_and_the_key(vlm):
+    chat = models.make_chat(vlm, Recipe(prompt={"max_tokens": 20}))
+    with pytest.raises(PromptError, match=r"problem-9: the prompt has \d+ tokens, 6 of them image; the limit is 20"):
+        chat.prompt(make_problem("problem-9"))
+
+
+def test_pixel_bounds_of_the_recipe_decide_the_image_tokens(vlm):
+    small = models.make_chat(vlm, Recipe(images={"min_pixels": 3136, "max_pixels": 56 * 56}))
+    span = small.prompt(make_problem("p", sizes=((280, 280),))).spans[0]
+    assert span[1] - span[0] == 4
+    large = models.make_chat(vlm, Recipe(images={"min_pixels": 112 * 112, "max_pixels": 224 * 224}))
+    span = large.prompt(make_problem("p", sizes=((28, 28),))).spans[0]
+    assert span[1] - span[0] == 16
+
+
+def test_an_absurd_shape_is_an_image_error(chat, tmp_path):
+    path = tmp_path / "thin.png"
+    Image.new("RGB", (2000, 4)).save(path)
+    from rlcs.files import image_from_bytes
+
+    with pytest.raises(ImageError):
+        ref = image_from_bytes(path.read_bytes(), limit=10**6, where="thin.png")
+        chat.prompt(Problem(id="thin", source="t", question="q", answer="1", images=(ref,)))
+
+
+def test_choices_are_listed_with_letters(chat):
+    problem = Problem(id="m", source="t", question="Which?", answer="B", choices=("one", "two"))
+    assert "Which?\n(A) one\n(B) two" in chat.text(chat.prompt(problem).ids)
+
+
+def test_sampling_bans_what_stands_for_images(chat):
+    sampling = chat.sampling(max_new_tokens=4)
+    assert chat.image_id in sampling.banned_ids and chat.end_id in sampling.stop_ids
+    assert DEFAULT_SYSTEM in chat.text(chat.with_system(None).prompt(make_problem("p")).ids)

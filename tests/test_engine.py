@@ -1,0 +1,123 @@
+"""Rollouts: the same answers whatever the batching, the policy's own logprobs, nothing forbidden."""
+
+import pytest
+import torch
+from conftest import make_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlcs.engines import local
+from rlcs.engines.local import LocalEngine
+from rlcs.engines.sampling import choose, uniform
+from rlcs.packing import pack
+from rlcs.policy import score
+from rlcs.records import Branch, StopReason, Tree
+
+
+@pytest.fixture
+def prompts(chat):
+    shapes = [((56, 84),), (), ((84, 84), (56, 56)), ((112, 56),), ((84, 56),)]
+    return [chat.prompt(make_problem(f"p{i}", "q " * (i + 1), s)) for i, s in enumerate(shapes)]
+
+
+def trees_of(prompts, groups):
+    return [
+        Tree(
+            prompt=prompt,
+            branches=tuple(Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in group),
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
+def test_sampler_logprobs_are_the_policys(vlm, chat, prompts, temperature, top_p):
+    sampling = chat.sampling(max_new_tokens=12, n=3, temperature=temperature, top_p=top_p, seed=3)
+    groups = LocalEngine(vlm, chat, max_rows=7).sample(prompts, sampling)
+    packed = pack(trees_of(prompts, groups), chat.patches)
+    with torch.no_grad():
+        scores = score(vlm, packed, temperature=temperature or 1.0)
+    torch.testing.assert_close(scores.logprobs, packed.sampler_logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_rollouts_do_not_depend_on_batching_or_order(vlm, chat, prompts, monkeypatch):
+    sampling = chat.sampling(max_new_tokens=12, n=3, seed=3)
+    one_by_one = LocalEngine(vlm, chat, max_rows=3).sample(prompts, sampling, step=5)
+    monkeypatch.setattr(local, "PREFILL_TOKENS", 40)
+    together = LocalEngine(vlm, chat, max_rows=99).sample(prompts[::-1], sampling, step=5)[::-1]
+    assert [[r.ids for r in g] for g in one_by_one] == [[r.ids for r in g] for g in together]
+    other_step = LocalEngine(vlm, chat, max_rows=99).sample(prompts, sampling, step=6)
+    assert [[r.ids for r in g] for g in other_step] != [[r.ids for r in g] for g in together]
+    assert len({r.ids for g in together for r in g}) == 15
+
+
+def test_greedy_answers_are_those_of_transformers(vlm, chat, prompts):
+    sampling = chat.sampling(max_new_tokens=10, temperature=0.0)
+    ours = [group[0].ids for group in LocalEngine(vlm, chat, max_rows=8).sample(prompts, sampling)]
+    vlm.model.set_attn_implementation({"text_config": "sdpa"})
+    for prompt, ids in zip(prompts, ours, strict=True):
+        inputs = {"input_ids": torch.tensor([prompt.ids])}
+        if prompt.images:
+            inputs["pixel_values"] = torch.cat([chat.patches(image) for image in prompt.images])
+            inputs["image_grid_thw"] = torch.tensor(prompt.grids)
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == chat.image_id).long()
+        theirs = vlm.model.generate(
+            **inputs,
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=list(sampling.stop_ids),
+            suppress_tokens=list(sampling.banned_ids),
+        )
+        assert theirs[0, len(prompt.ids) :].tolist() == list(ids)
+
+
+def test_rows_stop_at_the_end_token_or_the_limit(vlm, chat, prompts):
+    likely_end = vlm.model.get_output_embeddings().weight.shape[0] * [0.0]
+    likely_end[chat.end_id] = 4.0
+    bias = torch.tensor(likely_end)
+    vlm.model.get_output_embeddings().register_forward_hook(lambda m, i, out: out + bias)
+    sampling = chat.sampling(max_new_tokens=15, n=8, seed=1)
+    rollouts = [r for g in LocalEngine(vlm, chat, max_rows=16).sample(prompts, sampling) for r in g]
+    assert {r.stop for r in rollouts} == {StopReason.EOS, StopReason.LENGTH}
+    for rollout in rollouts:
+        assert (rollout.ids[-1] == chat.end_id) == (rollout.stop is StopReason.EOS)
+        assert chat.end_id not in rollout.ids[:-1]
+        assert len(rollout.ids) <= 15
+
+
+def test_progress_counts_every_rollout(vlm, chat, prompts):
+    seen = []
+    sampling = chat.sampling(max_new_tokens=4, n=2)
+    LocalEngine(vlm, chat, max_rows=4).sample(prompts, sampling, progress=seen.append)
+    assert sum(seen) == 10
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_uniform_is_splitmix64(seed, counter):
+    """Against the published algorithm in Python's unbounded integers."""
+    mask = 2**64 - 1
+    x = (seed + (counter + 1) * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    expected = ((x ^ (x >> 31)) >> 11) * 2.0**-53
+    assert uniform(torch.tensor([seed]), torch.tensor([counter])).item() == expected
+
+
+def test_choices_follow_the_distribution_and_never_take_a_banned_id():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(20000, 4)
+    draws = uniform(torch.arange(20000), torch.zeros(20000, dtype=torch.long))
+    banned = torch.tensor([3])
+    ids, logprobs = choose(logits, draws, temperature=1.0, top_p=1.0, banned=banned)
+    shares = torch.bincount(ids, minlength=4) / 20000
+    expected = torch.softmax(torch.tensor([0.0, 1.0, 2.0]), 0)
+    torch.testing.assert_close(shares[:3], expected, rtol=0, atol=0.01)
+    assert shares[3] == 0
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0])
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]])).expand(5000, 4)
+    draws = uniform(torch.arange(5000), torch.zeros(5000, dtype=torch.long))
+    ids, _ = choose(logits, draws, temperature=1.0, top_p=0.7, banned=torch.tensor([], dtype=torch.long))
+    assert set(ids.tolist()) == {1, 3}

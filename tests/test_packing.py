@@ -1,0 +1,111 @@
+"""The shape of packs: invertible, exact positions, one description for every mask."""
+
+import pytest
+import torch
+from conftest import make_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlcs.packing import dense_mask, layout_of, pack, trunk_positions, unpack, within_budget
+from rlcs.records import Branch, Prompt, Tree
+
+IMAGE = 7
+sizes = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), max_size=4)), min_size=1, max_size=4)
+floats = st.floats(-4, 4, width=32)
+
+
+@st.composite
+def trees(draw):
+    def branch(length):
+        ids = draw(st.lists(st.integers(8, 99), min_size=length, max_size=length))
+        weights = draw(st.lists(floats, min_size=length, max_size=length))
+        return Branch(ids=tuple(ids), weights=tuple(weights), logprobs=tuple(-abs(w) for w in weights))
+
+    made = []
+    for trunk, branches in draw(sizes.filter(lambda s: any(b for _, b in s))):
+        prompt = Prompt(
+            problem_id="p", ids=tuple(range(8, 8 + trunk)), images=(), grids=(), spans=(),
+            image_token_id=IMAGE, merge_size=2,
+        )  # fmt: skip
+        made.append(Tree(prompt=prompt, branches=tuple(branch(n) for n in branches)))
+    return made
+
+
+def no_pixels(ref):
+    raise AssertionError("there are no images")
+
+
+@given(trees())
+@settings(max_examples=60, deadline=None)
+def test_unpack_gives_back_what_was_packed(made):
+    assert unpack(pack(made, no_pixels)) == tuple(made)
+
+
+@given(trees())
+@settings(max_examples=40, deadline=None)
+def test_every_target_is_predicted_by_the_token_before_it_on_its_own_path(made):
+    packed = pack(made, no_pixels)
+    paths = [(*tree.prompt.ids, *branch.ids) for tree in made for branch in tree.branches]
+    at = 0
+    for path, branch in zip(paths, [b for t in made for b in t.branches], strict=True):
+        trunk = len(path) - len(branch.ids)
+        for step in range(len(branch.ids)):
+            assert packed.targets[at] == path[trunk + step]
+            assert packed.ids[packed.predictors[at]] == path[trunk + step - 1]
+            assert packed.positions[:, packed.predictors[at]].tolist() == [trunk + step - 1] * 3
+            at += 1
+    assert at == packed.num_targets
+
+
+@given(sizes)
+@settings(max_examples=60, deadline=None)
+def test_the_dense_mask_shows_exactly_the_path(shape):
+    """Against the definition, token by token: own tree, trunk or own branch, not the future."""
+    layout = layout_of(shape)
+    owner = []
+    for tree, (trunk, branches) in enumerate(shape):
+        owner += [(tree, 0)] * trunk
+        for index, length in enumerate(branches):
+            owner += [(tree, index + 1)] * length
+    mask = dense_mask(layout)
+    for q, (q_tree, q_branch) in enumerate(owner):
+        for k, (k_tree, k_branch) in enumerate(owner):
+            visible = k <= q and q_tree == k_tree and k_branch in (0, q_branch)
+            assert mask[q, k] == visible
+
+
+def test_positions_are_those_of_the_model_itself(vlm, chat):
+    for question, shape in (
+        ("How many?", ((56, 84),)),
+        ("First <image> then <image> and so on", ((84, 56), (112, 112))),
+        ("No image at all", ()),
+    ):
+        prompt = chat.prompt(make_problem("p", question, shape))
+        ids = torch.tensor([prompt.ids])
+        grids = torch.tensor(prompt.grids) if prompt.grids else None
+        kinds = (ids == prompt.image_token_id).long()
+        theirs, _ = vlm.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
+        assert torch.equal(trunk_positions(prompt), theirs[:, 0].to(torch.long))
+
+
+def test_every_image_goes_in_once_however_many_branches(chat):
+    prompt = chat.prompt(make_problem("p"))
+    branch = Branch(ids=(5, 6), weights=(1.0, 1.0))
+    packed = pack([Tree(prompt=prompt, branches=(branch,) * 5)], chat.patches)
+    assert packed.grids.tolist() == [list(prompt.grids[0])]
+    assert packed.pixel_values.shape[0] == prompt.grids[0][1] * prompt.grids[0][2]
+    assert packed.num_tokens == len(prompt.ids) + 10
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
+@settings(max_examples=100, deadline=None)
+def test_packs_hold_every_tree_once_and_keep_the_budget(tokens, budget):
+    bins = within_budget(tokens, budget)
+    assert sorted(i for members in bins for i in members) == list(range(len(tokens)))
+    for members in bins:
+        assert sum(tokens[i] for i in members) <= budget or len(members) == 1
+
+
+def test_an_empty_pack_is_a_mistake():
+    with pytest.raises(ValueError, match="at least one tree"):
+        pack([], no_pixels)

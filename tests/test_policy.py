@@ -1,0 +1,171 @@
+"""The heart: a pack equals the padded, repeated batch: logprobs, entropy, loss and every gradient."""
+
+import pytest
+import torch
+from conftest import make_problem
+
+from rlcs import policy
+from rlcs.attention import DensePlan, FlexPlan, TreePlan
+from rlcs.models import Vlm
+from rlcs.packing import layout_of, pack, within_budget
+from rlcs.policy import score
+from rlcs.records import Branch, Tree
+from rlcs.selfcheck import largest_difference, require_agreement
+
+TOLERANCE = 1e-5
+CASES = {
+    "one tree": [("a", ((56, 84),), (5, 3, 7))],
+    "one branch": [("a", ((56, 84),), (6,))],
+    "no image": [("a", (), (4, 9))],
+    "two images": [("a", ((56, 84), (84, 56)), (4, 2))],
+    "many trees of mixed sizes": [
+        ("a", ((56, 84),), (5, 3, 7)),
+        ("b", ((112, 56),), (1,)),
+        ("c", (), (8, 2)),
+        ("d", ((84, 84), (56, 56)), (3, 3, 3, 3)),
+    ],
+}
+
+
+def make_trees(chat, case, seed=0) -> list[Tree]:
+    generator = torch.Generator().manual_seed(seed)
+    trees = []
+    for name, shapes, lengths in case:
+        branches = []
+        for length in lengths:
+            ids = torch.randint(20, 200, (length,), generator=generator).tolist()
+            weights = torch.randn(length, generator=generator).tolist()
+            branches.append(Branch(ids=tuple(ids), weights=tuple(weights)))
+        prompt = chat.prompt(make_problem(name, f"question {name}", shapes))
+        trees.append(Tree(prompt=prompt, branches=tuple(branches)))
+    return trees
+
+
+def padded_logprobs(vlm: Vlm, chat, trees: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain way: every answer behind its own copy of the prompt, padded on the right, stock attention."""
+    rows = [((*t.prompt.ids, *b.ids), t.prompt, len(b.ids)) for t in trees for b in t.branches]
+    longest = max(len(ids) for ids, _, _ in rows)
+    ids = torch.tensor([[*r, *[0] * (longest - len(r))] for r, _, _ in rows])
+    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r, _, _ in rows])
+    images = [(i, g) for _, prompt, _ in rows for i, g in zip(prompt.images, prompt.grids, strict=True)]
+    inputs = {}
+    if images:
+        inputs["pixel_values"] = torch.cat([chat.patches(image) for image, _ in images])
+        inputs["image_grid_thw"] = torch.tensor([grid for _, grid in images])
+    vlm.model.set_attn_implementation({"text_config": "sdpa"})
+    kinds = (ids == chat.image_id).long()
+    logits = vlm.model(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, **inputs).logits
+    vlm.model.set_attn_implementation({"text_config": "rlcs"})
+    logprobs, entropies = [], []
+    for row, (full, _, length) in enumerate(rows):
+        logp = torch.log_softmax(logits[row, len(full) - length - 1 : len(full) - 1], -1)
+        logprobs.append(logp.gather(1, torch.tensor(full[-length:])[:, None])[:, 0])
+        entropies.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def gradients(vlm: Vlm, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    vlm.model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in vlm.model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs):
+    """To 1e-5 of each parameter's gradient norm; rounding alone decides below 1% of the largest one."""
+    assert ours.keys() == theirs.keys()
+    largest = max(gradient.norm() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= TOLERANCE * max(gradient.norm(), 1e-2 * largest), name
+
+
+@pytest.mark.parametrize("attention", ["tree", "dense"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_pack_equals_the_padded_repeated_batch(vlm, chat, case, attention):
+    vlm = Vlm(**{**vars(vlm), "attention": attention})
+    trees = make_trees(chat, case)
+    packed = pack(trees, chat.patches)
+    scores = score(vlm, packed)
+    loss = -(packed.weights * scores.logprobs).sum()
+    ours = gradients(vlm, loss)
+    plain, entropy = padded_logprobs(vlm, chat, trees)
+    plain_loss = -(packed.weights * plain).sum()
+    theirs = gradients(vlm, plain_loss)
+    torch.testing.assert_close(scores.logprobs, plain, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(scores.entropy, entropy, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(loss, plain_loss, rtol=TOLERANCE, atol=TOLERANCE)
+    assert any("visual" in name for name in ours) == any(shapes for _, shapes, _ in case)
+    assert_same_gradients(ours, theirs)
+
+
+def test_chunks_of_the_head_change_nothing(vlm, chat, monkeypatch):
+    packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
+    whole = score(vlm, packed)
+    whole_grads = gradients(vlm, whole.logprobs.sum())
+    monkeypatch.setattr(policy, "LOGIT_CHUNK", 4 * vlm.model.get_output_embeddings().weight.shape[0])
+    parts = score(vlm, packed)
+    torch.testing.assert_close(parts.logprobs, whole.logprobs)
+    assert_same_gradients(gradients(vlm, parts.logprobs.sum()), whole_grads)
+
+
+def test_packs_may_be_split_anyhow(vlm, chat):
+    trees = make_trees(chat, CASES["many trees of mixed sizes"])
+    together = score(vlm, pack(trees, chat.patches)).logprobs
+    apart = []
+    for members in within_budget([t.num_tokens for t in trees], 60):
+        apart.append((members, score(vlm, pack([trees[i] for i in members], chat.patches)).logprobs))
+    lengths = [sum(len(b.ids) for b in t.branches) for t in trees]
+    whole = dict(enumerate(together.split(lengths)))
+    for members, part in apart:
+        for index, piece in zip(members, part.split([lengths[i] for i in members]), strict=True):
+            torch.testing.assert_close(piece, whole[index], rtol=1e-5, atol=1e-5)
+
+
+def test_temperature_divides_the_logits(vlm, chat):
+    packed = pack(make_trees(chat, CASES["no image"]), chat.patches)
+    assert not torch.allclose(score(vlm, packed, temperature=0.5).logprobs, score(vlm, packed).logprobs)
+    flat = score(vlm, packed, temperature=1e6)
+    vocabulary = vlm.model.get_output_embeddings().weight.shape[0]
+    torch.testing.assert_close(flat.entropy, torch.full_like(flat.entropy, vocabulary).log(), rtol=1e-3, atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(vlm, chat):
+    packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
+    vlm.model.train()
+    plain = gradients(vlm, score(vlm, packed).logprobs.sum())
+    vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_gradients(gradients(vlm, score(vlm, packed).logprobs.sum()), plain)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 32), (4, 4, 16), (8, 1, 64)])
+def test_tree_and_flex_attention_equal_the_dense_reference(heads, kv_heads, size):
+    layout = layout_of([(40, [5, 3, 7]), (17, [9]), (11, []), (60, [30, 1, 20, 44])])
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(h):
+        return torch.randn(1, h, layout.length, size, generator=generator)
+
+    query, key, value, upstream = rand(heads), rand(kv_heads), rand(kv_heads), rand(heads)
+    results = {}
+    for name, plan in (("dense", DensePlan(layout, torch.device("cpu"))), ("tree", TreePlan(layout))):
+        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        output = plan.attend(0, *inputs)
+        results[name] = (output.detach(), *torch.autograd.grad(output, inputs, upstream))
+    for ours, reference in zip(results["tree"], results["dense"], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+    flex = FlexPlan(layout, torch.device("cpu")).attend(0, query, key, value)
+    torch.testing.assert_close(flex, results["dense"][0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_self_check_sees_a_wrong_fast_path(vlm, chat, monkeypatch):
+    [tree] = make_trees(chat, CASES["one tree"])
+    assert largest_difference(vlm, chat, tree) < 1e-4
+    # A branch that forgets its trunk is the mistake that packing could make.
+    monkeypatch.setattr("rlcs.attention.visible_blocks", lambda layout: (own_blocks(layout), []))
+    with pytest.raises(Exception, match="packed and plain logprobs differ"):
+        require_agreement(vlm, chat, tree)
+
+
+def own_blocks(layout):
+    spans = [(s.start, s.start + s.trunk) for s in layout.trees]
+    spans += [r for s in layout.trees for r in s.branch_ranges()]
+    return [(slice(a, b), slice(a, b), True) for a, b in spans]
