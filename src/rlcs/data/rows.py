@@ -1,0 +1,259 @@
+"""From a raw row to a problem or demonstration, or to a reason why not.
+
+Nothing in a row may stop a run: every fault becomes a `BadRow` that names the row.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from rlcs.data.sources import RawRow, Role, Table, suggest
+from rlcs.errors import DataError
+from rlcs.files import image_from_bytes, image_from_path, open_image
+from rlcs.grading.answers import extract
+from rlcs.recipe.schema import Data
+from rlcs.records import ImageRef, Json, Problem
+
+_METADATA_TEXT = 200
+"""Characters; longer texts of other columns are not carried along."""
+_WORKED_WORDS = 6
+"""An answer with at least so many words around its box is a worked solution."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A usable row; with a `response` it is a demonstration."""
+
+    problem: Problem
+    response: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadRow:
+    """A row that cannot be used: `where` is `FILE:line`, or `SOURCE#row` counted from 0."""
+
+    where: str
+    reason: str
+    id: str = ""
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        return f"{self.where}{f' (id {self.id})' if self.id else ''}: {self.reason}"
+
+
+class RowReader:
+    """Reads the rows of one table, and remembers ids (for duplicates) and images (to hold each once)."""
+
+    def __init__(self, table: Table, settings: Data, *, role: Role, limit: int, decode: bool) -> None:
+        """`limit` is in pixels an image; `decode` says whether to decode every image in full.
+
+        Raises DataError when the table is known to lack a column that every row needs.
+        """
+        self._table = table
+        self._columns = settings.columns
+        self._role = role
+        self._limit = limit
+        self._decode = decode
+        self._ids: dict[str, str] = {}
+        self._paths: dict[str, ImageRef] = {}
+        self._bytes: dict[str, ImageRef] = {}
+        columns = settings.columns
+        names = (columns.question, columns.images, columns.answer, columns.response, columns.choices)
+        self._mapped = {columns.id, *(name for group in names for name in group)}
+        if table.columns is not None:
+            self._require_columns(table.columns)
+
+    def _require_columns(self, present: tuple[str, ...]) -> None:
+        fields = dict.fromkeys(present)
+        needed = {"question": self._columns.question}
+        if self._role != "cold_start" or _first(fields, self._columns.response) is None:
+            needed["answer"] = self._columns.answer
+        for key, names in needed.items():
+            if _first(fields, names) is None:
+                raise DataError(
+                    f"no {key} column: none of {', '.join(names)}",
+                    where=self._table.source,
+                    fix=f"set data.columns.{key}=[NAME]; {suggest(names[0], present)}",
+                )
+
+    def read(self, raw: RawRow) -> Row | BadRow:
+        """The row, or why it cannot be used."""
+        if raw.reason:
+            return BadRow(where=raw.where, reason=raw.reason)
+        name = ""
+        try:
+            name = self._id(raw)
+            return self._row(raw, name)
+        except DataError as error:
+            parts = [part for part in (error.where, error.what) if part]
+            reason = ": ".join(parts) + (f" ({error.fix})" if error.fix else "")
+            return BadRow(where=raw.where, reason=reason, id=name)
+        except ValueError as error:
+            return BadRow(where=raw.where, reason=str(error), id=name)
+
+    def _id(self, raw: RawRow) -> str:
+        """The row's id, as given or its number. Raises ValueError if it is empty, odd or taken."""
+        value = raw.fields.get(self._columns.id, raw.number)
+        if type(value) is int:
+            value = str(value)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise ValueError("the id is empty")
+        if not isinstance(value, str) or not value.isprintable():
+            raise ValueError(f"the id must be a printable text or a whole number, not {_shown(value)}")
+        if value in self._ids:
+            raise ValueError(f"duplicate id {value!r}, first at {self._ids[value]}")
+        self._ids[value] = raw.where
+        return value
+
+    def _row(self, raw: RawRow, name: str) -> Row:
+        fields, columns = raw.fields, self._columns
+        column = _first(fields, columns.question)
+        if column is None:
+            known = suggest(columns.question[0], fields)
+            raise ValueError(f"no question: none of {', '.join(columns.question)} ({known})")
+        answer, response = self._answer_and_response(fields)
+        problem = Problem(
+            id=name,
+            source=self._table.source,
+            question=_text(fields[column], "question"),
+            answer=answer,
+            images=self._images(raw),
+            choices=_choices(fields.get(_first(fields, columns.choices) or "")),
+            metadata=self._metadata(fields),
+        )
+        return Row(problem=problem, response=response)
+
+    def _answer_and_response(self, fields: Mapping[str, Any]) -> tuple[str, str | None]:
+        answer_column = _first(fields, self._columns.answer)
+        response_column = _first(fields, self._columns.response)
+        response = None if response_column is None else fields[response_column]
+        if response is not None and not _text(response, "response").strip():
+            raise ValueError("the response is empty")
+        if response is not None and self._role == "cold_start":
+            gold = None if answer_column in (None, response_column) else fields.get(answer_column or "")
+            return (extract(response).text or "" if gold is None else _answer(gold)), response
+        if answer_column is None:
+            raise ValueError(f"no answer: none of {', '.join(self._columns.answer)}")
+        answer = _answer(fields[answer_column])
+        if not answer.strip():
+            raise ValueError("the answer is empty")
+        if self._role == "cold_start" and (worked := demonstrated(answer)) is not None:
+            return worked, answer
+        return answer, response
+
+    def _images(self, raw: RawRow) -> tuple[ImageRef, ...]:
+        column = _first(raw.fields, self._columns.images)
+        value = raw.fields[column] if column else None
+        if value is None:
+            return ()
+        items = value if isinstance(value, list) else [value]
+        return tuple(self._image(item, f"image {i}") for i, item in enumerate(items))
+
+    def _image(self, item: object, where: str) -> ImageRef:
+        """One image: a path, encoded bytes, or a mapping with one of them. Raises DataError or ValueError."""
+        if isinstance(item, Mapping):
+            item = item.get("path") if item.get("bytes") is None else item["bytes"]
+        if isinstance(item, bytes):
+            key = hashlib.sha256(item).hexdigest()
+            if key not in self._bytes:
+                self._bytes[key] = self._checked(image_from_bytes(item, limit=self._limit, where=where))
+            return self._bytes[key]
+        if not isinstance(item, str):
+            raise ValueError(f"an image must be a path or embedded bytes, not {_shown(item)}")
+        if item not in self._paths:
+            ref = image_from_path(item, root=self._root(item), limit=self._limit)
+            self._paths[item] = self._checked(ref)
+        return self._paths[item]
+
+    def _checked(self, ref: ImageRef) -> ImageRef:
+        if self._decode:
+            open_image(ref, limit=self._limit)
+        return ref
+
+    def _root(self, path: str) -> Path:
+        """The folder that an image path may not leave."""
+        if not path.startswith("/"):
+            if self._table.folder is None:
+                raise DataError("a relative image path in a hub data set", where=path)
+            return self._table.folder
+        roots = self._table.roots
+        if not roots:
+            fix = "make it relative to the data file, or set data.image_root"
+            raise DataError("absolute image path", where=path, fix=fix)
+        real = Path(path).resolve()
+        inside = (root for root in roots if real.is_relative_to(root.resolve()))
+        return next(inside, roots[-1])
+
+    def _metadata(self, fields: Mapping[str, Any]) -> dict[str, Json]:
+        """Short plain values of the other columns: category, level and the like."""
+        return {
+            str(key): value
+            for key, value in fields.items()
+            if key not in self._mapped
+            and (
+                isinstance(value, bool | int)
+                or (isinstance(value, float) and math.isfinite(value))
+                or (isinstance(value, str) and len(value) <= _METADATA_TEXT)
+            )
+        }
+
+
+def demonstrated(answer: str) -> str | None:
+    r"""The gold answer inside a worked solution, or None if `answer` is just an answer.
+
+    Data sets for cold start (WaltonFuture/Multimodal-Cold-Start among them) keep the response in
+    their `answer` column. A text with a complete `\boxed{}` and six or more words around it is
+    taken for one; set `data.columns.response=[answer]` to take every row for one.
+    """
+    boxed = extract(answer).text
+    if boxed is None:
+        return None
+    around = len(answer.split()) - len(boxed.split())
+    return boxed if around >= _WORKED_WORDS else None
+
+
+def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first of `names` that is among the columns."""
+    return next((name for name in names if name in fields), None)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+def _text(value: object, what: str) -> str:
+    """A text that can be stored as UTF-8. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"the {what} must be a text, not {_shown(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {what} has half a character (a lone surrogate) at {error.start}") from error
+    return value
+
+
+def _answer(value: object) -> str:
+    """An answer as text: numbers are accepted and written plainly (3.0 as 3). Raises ValueError."""
+    if isinstance(value, bool):
+        raise ValueError(f"the answer must be a text or a number, not {_shown(value)}")
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        plain = format(Decimal(str(value)), "f")
+        return plain.rstrip("0").rstrip(".") if "." in plain else plain
+    if isinstance(value, str):
+        return _text(value, "answer")
+    raise ValueError(f"the answer must be a text or a number, not {_shown(value)}")
+
+
+def _choices(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise ValueError(f"the choices must be a list of texts, not {_shown(value)}")
+    return tuple(_answer(choice) for choice in value)

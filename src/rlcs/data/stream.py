@@ -1,0 +1,79 @@
+"""An endless, shuffled deal of items that resumes exactly where it was stopped."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
+
+from rlcs.errors import CheckpointError, DataError
+
+T = TypeVar("T")
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of one epoch: indices sorted by a hash, the same on every machine and Python."""
+    return sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}|{epoch}|{i}".encode()).digest())
+
+
+class ProblemStream(Generic[T]):
+    """Items (problems or demonstrations) in a new order every epoch, without end.
+
+    The order depends on (seed, epoch) and the number of items alone, so `state` is four numbers. A
+    `take` that crosses the end of an epoch goes on with the next one, and may then hold an item twice.
+    """
+
+    def __init__(self, problems: Sequence[T], *, seed: int) -> None:
+        """Start before the first item of epoch 0. Raises DataError if there is nothing to deal."""
+        if not problems:
+            raise DataError("there are no items to deal out", fix="check the data source")
+        self._items = tuple(problems)
+        self._seed = seed
+        self._epoch = 0
+        self._position = 0
+        self._order = _shuffled(len(self._items), seed, 0)
+
+    def __len__(self) -> int:
+        """Items in one epoch."""
+        return len(self._items)
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the items so far, with the fraction of the running one."""
+        return self._epoch + self._position / len(self._items)
+
+    def take(self, n: int) -> list[T]:
+        """The next `n` items."""
+        taken: list[T] = []
+        while len(taken) < n:
+            if self._position == len(self._items):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = _shuffled(len(self._items), self._seed, self._epoch)
+            chunk = self._order[self._position : self._position + n - len(taken)]
+            taken.extend(self._items[i] for i in chunk)
+            self._position += len(chunk)
+        return taken
+
+    def state(self) -> dict[str, int]:
+        """Where the stream stands, JSON-able, for `restore`."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "count": len(self._items),
+        }
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from `state`. Raises CheckpointError if it was taken with other data or another seed."""
+        own = self.state()
+        if set(state) != set(own) or not all(type(value) is int for value in state.values()):
+            raise CheckpointError(f"the data cursor {dict(state)} cannot be read")
+        for key, what in (("count", "number of rows"), ("seed", "seed")):
+            if state[key] != own[key]:
+                raise CheckpointError(
+                    f"the {what} was {state[key]} when the run was stopped and is {own[key]} now",
+                    where="data cursor",
+                    fix="use the same data and seed, or start a new run",
+                )
+        if state["epoch"] < 0 or not 0 <= state["position"] <= len(self._items):
+            raise CheckpointError(f"the data cursor {dict(state)} is out of range")
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = _shuffled(len(self._items), self._seed, self._epoch)

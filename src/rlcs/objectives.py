@@ -1,0 +1,290 @@
+"""Advantages and losses as pure functions, each with its paper and equation.
+
+Group functions take plain floats, as the records hold them. Token losses take flat tensors of one
+pack and return *sums*: the trainer alone divides, by `denominator` of the whole optimiser step, so
+that a loss does not depend on how its sequences were split over packs.
+
+Letters in shapes: N tokens of the pack that carry a loss, S sequences (branches) among them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlcs.recipe.schema import Grpo
+
+Advantage = Literal["grpo", "dr_grpo", "rloo"]
+PolicyLoss = Literal["grpo", "gspo", "cispo"]
+KlKind = Literal["none", "k1", "k2", "k3"]
+Average = Literal["token", "sequence", "example", "constant", "micro_batch"]
+"""`example` is SFT's word for `sequence`."""
+
+STD_EPSILON = 1e-6
+"""Added to a group's standard deviation, as in the code that the paper ran (EasyR1)."""
+FLAT_TOLERANCE = 1e-9
+"""Rewards closer than this are equal: rounding is no reward difference."""
+MAX_LOG_RATIO = 20.0
+"""Log ratios are held within this before `exp`, so that no infinity meets a zero advantage."""
+MAX_K3 = 10.0
+"""The paper's code holds k3 within [-10, 10]; k3 is never negative, so this bound is the one that acts."""
+
+
+def is_flat(rewards: Sequence[float | None]) -> bool:
+    """Whether a group teaches nothing: all scored rewards equal, or fewer than two of them."""
+    scored = [r for r in rewards if r is not None]
+    return len(scored) < 2 or max(scored) - min(scored) <= FLAT_TOLERANCE
+
+
+def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float | None, ...]:
+    """How much better each member did than its group; None (unscored) stays None and counts nowhere.
+
+    With mean and (unbiased) standard deviation over the n scored members:
+
+    - `grpo`: A_i = (r_i - mean) / (std + 1e-6), arXiv 2402.03300, section 4.1.2;
+    - `dr_grpo`: A_i = r_i - mean, arXiv 2503.20783, section 3.2;
+    - `rloo`: A_i = r_i - mean of the others = n / (n - 1) * (r_i - mean), arXiv 2402.14740.
+
+    Fewer than two scored members have nothing to compare with: all None. A flat group gets exact
+    zeros, whatever rounding says.
+    """
+    scored = [r for r in rewards if r is not None]
+    if len(scored) < 2:
+        return tuple(None for _ in rewards)
+    if is_flat(rewards):
+        return tuple(None if r is None else 0.0 for r in rewards)
+    count = len(scored)
+    mean = math.fsum(scored) / count
+    if kind == "grpo":
+        std = math.sqrt(math.fsum((r - mean) ** 2 for r in scored) / (count - 1))
+        scale = 1.0 / (std + STD_EPSILON)
+    elif kind == "dr_grpo":
+        scale = 1.0
+    elif kind == "rloo":
+        scale = count / (count - 1)
+    else:
+        raise ValueError(f"advantage {kind!r} is none of grpo, dr_grpo, rloo")
+    return tuple(None if r is None else (r - mean) * scale for r in rewards)
+
+
+def overlong_penalty(length: int, limit: int, buffer: int, penalty: float) -> float:
+    """What to add to the reward of an answer of `length` tokens: 0 or negative.
+
+    DAPO, arXiv 2503.14476, eq. 13: 0 up to `limit - buffer`, then linearly down to `-penalty` at
+    `limit`, and `-penalty` beyond. A buffer of 0 switches it off.
+    """
+    if buffer == 0:
+        return 0.0
+    excess = min(max(length - (limit - buffer), 0), buffer)
+    return -penalty * excess / buffer if excess else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSettings:
+    """The choices of a policy loss; every field means what it means in `recipe.schema.Grpo`."""
+
+    loss: PolicyLoss = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.3
+    clip_dual: float | None = 3.0
+    kl: KlKind = "none"
+    kl_coefficient: float = 0.0
+    average: Average = "token"
+    max_new_tokens: int = 2048
+
+    @classmethod
+    def from_recipe(cls, grpo: Grpo) -> "LossSettings":
+        """The settings of a recipe's GRPO stage."""
+        return cls(
+            loss=grpo.loss,
+            clip_low=grpo.clip_low,
+            clip_high=grpo.clip_high,
+            clip_dual=grpo.clip_dual,
+            kl=grpo.kl.kind,
+            kl_coefficient=grpo.kl.coefficient,
+            average=grpo.loss_average,
+            max_new_tokens=grpo.max_new_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossInputs:
+    """One pack's tokens, all flat (N,): `logprobs` with gradient, the rest without.
+
+    `sequence` is the index 0..S-1 of the branch that each token belongs to; a branch is never
+    split over packs. With one optimiser step a rollout, `old_logprobs` is `logprobs.detach()`.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    sequence: Tensor
+    ref_logprobs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """One value a token everywhere; broadcasting would hide a mistake."""
+        _require_flat(self.logprobs, self.old_logprobs, self.advantages, self.sequence)
+        if self.ref_logprobs is not None:
+            _require_flat(self.logprobs, self.ref_logprobs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSums:
+    """What one pack adds to the step; scalars on the pack's device, so that nothing waits for a GPU.
+
+    `loss` has the gradient and is divided by `denominator`; `tokens` and `sequences` are the counts
+    that enter it; `sums` (divide by tokens) and `maxima` are for the report.
+    """
+
+    loss: Tensor
+    tokens: Tensor
+    sequences: Tensor
+    sums: Mapping[str, Tensor]
+    maxima: Mapping[str, Tensor]
+
+
+def denominator(
+    kind: Average, *, tokens: int, sequences: int, packs: int = 1, max_new_tokens: int = 1
+) -> float:
+    """What the summed loss of a whole optimiser step, over all packs and ranks, is divided by.
+
+    `token`: the global token mean (DAPO, arXiv 2503.14476, eq. 12); `sequence` / `example`: mean of
+    each sequence's mean (GRPO, arXiv 2402.03300, eq. 3); `constant`: sequences times the longest
+    answer, so that length is neither rewarded nor punished (Dr. GRPO, arXiv 2503.20783, section
+    3.2); `micro_batch`: mean of each pack's token mean (the paper's code). At least 1.
+    """
+    by_kind = {
+        "token": tokens,
+        "sequence": sequences,
+        "example": sequences,
+        "constant": sequences * max_new_tokens,
+        "micro_batch": packs,
+    }
+    if kind not in by_kind:
+        raise ValueError(f"average {kind!r} is none of {', '.join(by_kind)}")
+    return float(max(by_kind[kind], 1))
+
+
+def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossSums:
+    """The policy-gradient loss of one pack, with its KL penalty, as sums.
+
+    Reported sums: `clip_fraction` (tokens that a bound holds: low, high or dual), `old_kl` (how far
+    the policy moved from the sampling policy, k3 of new against old) and, with reference logprobs,
+    `kl`. Reported maximum: `ratio_max`, the largest importance ratio (a whole sequence's for gspo).
+    """
+    if settings.kl != "none" and inputs.ref_logprobs is None:
+        raise ValueError(f"a {settings.kl} penalty needs reference logprobs")
+    log_ratio = (inputs.logprobs - inputs.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    moved = log_ratio.detach()
+    sums = {"old_kl": (moved.exp() - 1.0 - moved).sum()}
+    if settings.loss == "gspo":
+        log_ratio = _sequence_mean(log_ratio, inputs.sequence)
+    ratio = log_ratio.exp()
+    bounded, held = _bounded(ratio, inputs.advantages, settings)
+    if settings.loss == "cispo":
+        per_token = -bounded.detach() * inputs.advantages * inputs.logprobs
+    elif settings.loss in ("grpo", "gspo"):
+        per_token = -bounded * inputs.advantages
+    else:
+        raise ValueError(f"loss {settings.loss!r} is none of grpo, gspo, cispo")
+    sums["clip_fraction"] = held.sum()
+    if inputs.ref_logprobs is not None:
+        kind = "k3" if settings.kl == "none" else settings.kl
+        penalty = kl_estimate(inputs.logprobs, inputs.ref_logprobs, kind)
+        sums["kl"] = penalty.detach().sum()
+        if settings.kl != "none":
+            per_token = per_token + settings.kl_coefficient * penalty
+    counted = torch.ones_like(inputs.sequence)
+    largest = ratio.detach().max() if ratio.numel() else ratio.new_zeros(())
+    return _summed(per_token, counted, inputs.sequence, settings.average, sums, {"ratio_max": largest})
+
+
+def _bounded(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    """The ratio (N,) as its loss uses it, and where (N,) a bound holds it.
+
+    `grpo` and `gspo`: min(r A, clip(r, 1 - low, 1 + high) A) (GRPO, arXiv 2402.03300, eq. 3; low
+    and high apart: DAPO, arXiv 2503.14476, eq. 10) only ever bounds r from above where A > 0 and
+    from below where A < 0. There the dual clip max(that, c A) (arXiv 1912.09729, eq. 5) bounds it
+    from above too. A bounded ratio has no gradient. GSPO (arXiv 2507.18071, eq. 5-7) bounds the
+    sequence's ratio, exp of the mean log ratio; its authors' bounds are far tighter (3e-4, 4e-4).
+
+    `cispo` (MiniMax-M1, arXiv 2506.13585, eq. 4-5): clip(r, 1 - low, 1 + high) whatever the sign,
+    as a constant weight of A log p: a clipped token still teaches. No dual clip.
+    """
+    low, high = 1.0 - settings.clip_low, 1.0 + settings.clip_high
+    # Chosen by comparison: the gradient of `clamp` is zero at the bound itself.
+    below, above = ratio < low, ratio > high
+    if settings.loss == "cispo":
+        return ratio.masked_fill(below, low).masked_fill(above, high), below | above
+    dual = math.inf if settings.clip_dual is None else settings.clip_dual
+    below, above = below & (advantage < 0), above & (advantage > 0)
+    punished = (ratio > dual) & (advantage < 0)
+    bounded = ratio.masked_fill(below, low).masked_fill(above, high).masked_fill(punished, dual)
+    return bounded, below | above | punished
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
+    """KL(policy || reference) from sampled tokens, one estimate (N,) a token.
+
+    http://joschu.net/blog/kl-approx.html with d = ref - policy: k1 = -d; k2 = d^2 / 2; k3 =
+    exp(d) - d - 1 (GRPO, arXiv 2402.03300, eq. 4), held at 10 as in the paper's code, with no
+    gradient beyond. As a loss, k1 has a gradient of zero on average: it measures, k2 and k3 pull.
+    """
+    difference = ref_logprobs - logprobs
+    if kind == "k1":
+        return -difference
+    if kind == "k2":
+        return 0.5 * difference.square()
+    if kind == "k3":
+        difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return (difference.exp() - difference - 1.0).clamp(max=MAX_K3)
+    raise ValueError(f"KL estimator {kind!r} is none of k1, k2, k3")
+
+
+def sft_loss(logprobs: Tensor, weights: Tensor, sequence: Tensor, average: Average) -> LossSums:
+    """Negative log likelihood of one pack, all (N,): the sum of -weight * logprob.
+
+    `token` gives the mean over all tokens of the step, `example` the mean of each response's mean.
+    Tokens of weight 0 are not learnt and not counted.
+    """
+    _require_flat(logprobs, weights, sequence)
+    return _summed(-weights * logprobs, (weights != 0).long(), sequence, average, {}, {})
+
+
+def _summed(
+    per_token: Tensor,
+    counted: Tensor,
+    sequence: Tensor,
+    average: Average,
+    sums: Mapping[str, Tensor],
+    maxima: Mapping[str, Tensor],
+) -> LossSums:
+    """Add up a per-token loss (N,) so that `denominator` of the same kind makes it the average.
+
+    `counted` (N,) is 1 for tokens that count and 0 for others. Indices in `sequence` are below N
+    because every sequence has a token, so N counters serve without asking the device for S.
+    """
+    lengths = torch.zeros_like(sequence).index_add(0, sequence, counted)
+    tokens = counted.sum()
+    if average in ("sequence", "example"):
+        per_token = per_token / lengths.clamp(min=1)[sequence]
+    loss = per_token.sum()
+    if average == "micro_batch":
+        loss = loss / tokens.clamp(min=1)
+    return LossSums(loss=loss, tokens=tokens, sequences=(lengths > 0).sum(), sums=sums, maxima=maxima)
+
+
+def _sequence_mean(values: Tensor, sequence: Tensor) -> Tensor:
+    """Each token's (N,) mean over its own sequence, gradient included."""
+    totals = torch.zeros_like(values).index_add(0, sequence, values)
+    lengths = torch.zeros_like(sequence).index_add(0, sequence, torch.ones_like(sequence))
+    return totals[sequence] / lengths[sequence]
+
+
+def _require_flat(first: Tensor, *others: Tensor) -> None:
+    shapes = [tuple(t.shape) for t in (first, *others)]
+    if first.dim() != 1 or len(set(shapes)) != 1:
+        raise ValueError(f"token tensors must be flat and of one length, not {shapes}")

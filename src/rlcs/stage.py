@@ -1,0 +1,144 @@
+"""The folder of one training stage: metrics, checkpoints, resume, and the marker written last."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlcs import checkpoint
+from rlcs.data import ProblemStream
+from rlcs.files import append_jsonl, write_json
+from rlcs.interrupts import StopFlag
+from rlcs.metrics import MetricsLog, Screen
+from rlcs.models import save
+from rlcs.recipe.schema import Stage
+from rlcs.records import StepReport
+from rlcs.trainer import Outcome, Trainer
+
+DONE = "done.json"
+"""The marker of a finished stage; a stage that has one is not run again."""
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the stage in this folder has finished."""
+    return (folder / DONE).is_file()
+
+
+def mark_done(folder: Path, **facts: object) -> None:
+    """Write the marker of a finished stage, with what is worth knowing of it."""
+    write_json(folder / DONE, facts)
+
+
+class Clock:
+    """Adds up wall seconds by phase: `with clock("update"): ...`."""
+
+    def __init__(self) -> None:
+        """All phases start at zero."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the body."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+class StageFolder:
+    """Where one training stage keeps everything, and how it comes back after a stop.
+
+    `spent_s` is the stage's wall time over all attempts, as far as checkpoints know.
+    """
+
+    def __init__(self, path: Path, *, name: str, seed: int, settings: Stage, recipe_hash: str) -> None:
+        """Create the folder; `recipe_hash` guards against checkpoints of another recipe."""
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.name = name
+        self.seed = seed
+        self.final = path / "final"
+        self._settings = settings
+        self._recipe_hash = recipe_hash
+        self._metrics = MetricsLog(path / "metrics.jsonl")
+        self._started = time.monotonic()
+        self._spent_before = 0.0
+
+    @property
+    def spent_s(self) -> float:
+        """Wall seconds of this stage so far."""
+        return self._spent_before + time.monotonic() - self._started
+
+    def resume(self, trainer: Trainer, stream: ProblemStream[Any]) -> int:
+        """Restore the newest valid checkpoint, if there is one; returns the steps already done."""
+        state = checkpoint.load_latest(self.path / "checkpoints")
+        if state is None:
+            self._metrics.resume_from(0)
+            return 0
+        checkpoint.restore(state, trainer.vlm.model, trainer.optimizer)
+        trainer.done, trainer.bad_steps = state.schedule["done"], state.schedule["bad_steps"]
+        stream.restore(state.cursor)
+        self._spent_before = state.extra["spent_s"]
+        self._metrics.resume_from(state.step)
+        return state.step
+
+    def journal(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Write the rollouts of one step; a step that runs again after a stop replaces its file."""
+        path = self.path / "rollouts" / f"step-{step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        append_jsonl(path, rows)
+
+    def report(
+        self,
+        outcome: Outcome | None,
+        *,
+        step: int,
+        steps: int,
+        values: Mapping[str, float],
+        seconds: Mapping[str, float],
+    ) -> StepReport:
+        """The report of one step; no outcome means that nothing could be learnt from it."""
+        merged = dict(values)
+        skipped = "every group is flat: all rewards equal"
+        if outcome is not None:
+            merged = {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": outcome.lr}
+            merged |= {**outcome.values, **values, "tokens": float(outcome.tokens)}
+            merged["tokens_per_s"] = outcome.tokens / max(1e-9, sum(seconds.values()))
+            skipped = outcome.skipped
+        return StepReport(
+            stage=self.name, step=step, steps=steps, values=merged, seconds=seconds, skipped=skipped
+        )
+
+    def after_step(
+        self,
+        trainer: Trainer,
+        stream: ProblemStream[Any],
+        report: StepReport,
+        *,
+        screen: Screen,
+        stop: StopFlag,
+    ) -> None:
+        """Log the step, checkpoint when due, and stop here if somebody asked. Raises Stopped."""
+        self._metrics.append(report)
+        screen.step(report)
+        due = report.step % self._settings.save_every == 0 and report.step < report.steps
+        if due or stop.is_set:
+            state = checkpoint.capture(
+                trainer.vlm.model,
+                trainer.optimizer,
+                step=report.step,
+                cursor=stream.state(),
+                schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
+                extra={"spent_s": self.spent_s},
+                recipe_hash=self._recipe_hash,
+            )
+            checkpoint.save(self.path / "checkpoints", state, keep=self._settings.keep_checkpoints)
+        stop.check(f"{self.name} after step {report.step} of {report.steps}")
+
+    def finish(self, trainer: Trainer) -> None:
+        """Write the trained model in Hugging Face format, then the marker."""
+        save(trainer.vlm, self.final)
+        mark_done(self.path, seconds=round(self.spent_s, 1), optimizer_steps=trainer.done)

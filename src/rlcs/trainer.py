@@ -1,0 +1,168 @@
+"""One optimiser step: forward, backward, global denominator, clip, finite verdict, AdamW.
+
+The trainer serves both stages. It is given packs and an objective that returns sums; it alone
+divides, by a denominator of the whole step, so that a loss does not depend on how trees were
+split over packs. It knows nothing of images, graders or data.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlcs.errors import TrainingError
+from rlcs.models import Vlm
+from rlcs.objectives import Average, LossSums, denominator
+from rlcs.packing import Pack
+from rlcs.policy import Scores, score
+from rlcs.recipe.schema import Optimizer as OptimizerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A pack with the frozen logprobs (N,) that its objective compares with, where it needs any."""
+
+    pack: Pack
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+
+Objective = Callable[[Batch, Scores], LossSums]
+"""The loss of one batch, as sums."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Tokens and sequences that enter a step's denominator although their gradient is known to be zero."""
+
+    tokens: int = 0
+    sequences: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one optimiser step did; `values` are averages over its tokens. `skipped` says why, if it was."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    targets: int
+    values: dict[str, float] = field(default_factory=dict)
+    skipped: str = ""
+
+
+def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
+    """The rate of optimiser step `step` (from 0) of `steps`: linear warm-up, then cosine or constant."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return settings.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_optimizer(vlm: Vlm, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; biases and norms are not decayed."""
+    parameters = [p for _, p in vlm.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+class Trainer:
+    """Holds a model, its optimiser and the number of optimiser steps done."""
+
+    def __init__(self, vlm: Vlm, settings: OptimizerSettings, *, steps: int, max_bad_steps: int) -> None:
+        """`steps` optimiser steps in all, for the schedule."""
+        self.vlm = vlm
+        self.optimizer = make_optimizer(vlm, settings)
+        self.done = 0
+        self.bad_steps = 0
+        self._settings = settings
+        self._steps = steps
+        self._max_bad_steps = max_bad_steps
+        self._parameters = [p for _, p in vlm.parameters()]
+
+    def step(
+        self,
+        batches: Sequence[Batch],
+        objective: Objective,
+        *,
+        average: Average,
+        temperature: float = 1.0,
+        max_new_tokens: int = 1,
+        also: Counts = Counts(),
+    ) -> Outcome:
+        """One optimiser step over all `batches`. Raises TrainingError after too many bad ones in a row.
+
+        A step whose gradient norm is not finite changes nothing and says so in its outcome; it is
+        judged after the backward pass, because cleaning a loss does not clean its gradient.
+        """
+        self.vlm.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, tokens, sequences = 0.0, also.tokens, also.sequences
+        totals: dict[str, float] = defaultdict(float)
+        for batch in batches:
+            scores = score(self.vlm, batch.pack, temperature=temperature)
+            sums = objective(batch, scores)
+            sums.loss.backward()  # type: ignore[no-untyped-call]
+            loss += sums.loss.item()
+            tokens += int(sums.tokens)
+            sequences += int(sums.sequences)
+            for name, total in sums.sums.items():
+                totals[name] += total.item()
+            for name, largest in sums.maxima.items():
+                totals[name] = max(totals[name], largest.item())
+            totals["entropy"] += scores.entropy.sum().item()
+        divisor = denominator(
+            average, tokens=tokens, sequences=sequences, packs=len(batches), max_new_tokens=max_new_tokens
+        )
+        targets = sum(batch.pack.num_targets for batch in batches)
+        maxima = {name for name in totals if name.endswith("_max")}
+        values = {k: v if k in maxima else v / max(1, targets) for k, v in totals.items()}
+        norm, skipped = self._apply(divisor)
+        lr = learning_rate(self._settings, self.done, self._steps)
+        self.done += 1
+        passed = sum(batch.pack.num_tokens for batch in batches)
+        return Outcome(
+            loss=loss / divisor,
+            grad_norm=norm,
+            lr=lr,
+            tokens=passed,
+            targets=targets,
+            values=values,
+            skipped=skipped,
+        )
+
+    def _apply(self, divisor: float) -> tuple[float, str]:
+        """Divide the gradients, clip, and step if they are finite: the norm, and why not."""
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        torch._foreach_div_(grads, divisor)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm).item()
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.bad_steps += 1
+            if self.bad_steps >= self._max_bad_steps:
+                raise TrainingError(
+                    f"the gradient was not finite in {self.bad_steps} steps in a row",
+                    fix="lower the learning rate; the last checkpoint is intact",
+                )
+            return 0.0, "the gradient is not finite"
+        self.bad_steps = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self._settings, self.done, self._steps)
+        self.optimizer.step()
+        return norm, ""
+
+
+@torch.no_grad()
+def logprobs_of(vlm: Vlm, packs: Sequence[Pack], *, temperature: float) -> list[Tensor]:
+    """Logprobs (N,) of every pack without gradients: the old or the reference pass."""
+    vlm.model.eval()
+    return [score(vlm, pack, temperature=temperature).logprobs for pack in packs]

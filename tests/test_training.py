@@ -1,0 +1,366 @@
+"""Trainer, SFT and GRPO on real small parts: exact denominators, exact resume, the verdict on bad steps."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_problem
+
+from rlcs import grpo, models, sft, tasks
+from rlcs.engines.local import LocalEngine
+from rlcs.errors import DataError, TrainingError
+from rlcs.grading import GradePool
+from rlcs.interrupts import StopFlag, Stopped
+from rlcs.metrics import screen
+from rlcs.objectives import sft_loss
+from rlcs.packing import pack, within_budget
+from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft
+from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason
+from rlcs.stage import StageFolder
+from rlcs.trainer import Batch, Counts, Trainer, learning_rate
+
+
+def fresh(folder, attention="tree"):
+    vlm = models.load(Recipe(model={"name": str(folder), "attention": attention}).model)
+    return vlm, models.make_chat(vlm, Recipe())
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    problems = tasks.load("puzzles", split="train", count=12, seed=5)
+    return [
+        Demonstration(problem=p, response=tasks.teach(p, seed=0, wrong_share=0.0), teacher="builtin") for p in problems
+    ]
+
+
+def weights_of(vlm):
+    return {name: p.detach().clone() for name, p in vlm.model.named_parameters()}
+
+
+def assert_equal_weights(first, second, **tolerance):
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def nll(batch, scores):
+    return sft_loss(scores.logprobs, batch.pack.weights, batch.pack.sequence, "token")
+
+
+# --- the trainer ---------------------------------------------------------------------------------
+
+
+def test_a_step_does_not_depend_on_how_trees_are_packed(random_model_folder, demonstrations):
+    """The loss and the gradient norm of one big pack and of many small ones."""
+    outcomes = []
+    for budget in (10_000, 200, 1):
+        vlm, chat = fresh(random_model_folder)
+        trees, _ = sft.usable_trees(demonstrations, chat)
+        members = within_budget([t.num_tokens for t in trees], budget)
+        batches = [Batch(pack=pack([trees[i] for i in some], chat.patches)) for some in members]
+        trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=1)
+        outcomes.append((len(batches), trainer.step(batches, nll, average="token")))
+    assert len({count for count, _ in outcomes}) == 3
+    for _, outcome in outcomes[1:]:
+        assert outcome.loss == pytest.approx(outcomes[0][1].loss, rel=1e-5)
+        assert outcome.grad_norm == pytest.approx(outcomes[0][1].grad_norm, rel=1e-4)
+
+
+def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, demonstrations):
+    losses = []
+    for extra in (0, 1000):
+        vlm, chat = fresh(random_model_folder)
+        batch = Batch(pack=pack(sft.usable_trees(demonstrations, chat)[0], chat.patches))
+        trainer = Trainer(vlm, Optimizer(lr=0.0), steps=3, max_bad_steps=1)
+        outcome = trainer.step([batch], nll, average="token", also=Counts(tokens=extra))
+        losses.append(outcome.loss * (outcome.targets + extra))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folder, demonstrations):
+    vlm, chat = fresh(random_model_folder)
+    batch = Batch(pack=pack(sft.usable_trees(demonstrations[:2], chat)[0], chat.patches))
+    before = weights_of(vlm)
+    trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=2)
+
+    def poisoned(some, scores):
+        return sft_loss(scores.logprobs * float("nan"), some.pack.weights, some.pack.sequence, "token")
+
+    outcome = trainer.step([batch], poisoned, average="token")
+    assert outcome.skipped == "the gradient is not finite"
+    assert_equal_weights(before, weights_of(vlm))
+    with pytest.raises(TrainingError, match="not finite in 2 steps in a row"):
+        trainer.step([batch], poisoned, average="token")
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "merger", "language_model"])
+def test_frozen_parts_stay_and_the_others_learn(random_model_folder, demonstrations, part):
+    vlm, chat = fresh(random_model_folder)
+    models.freeze(vlm, [part])
+    before = weights_of(vlm)
+    trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=1)
+    trees, _ = sft.usable_trees(demonstrations[:4], chat)
+    trainer.step([Batch(pack=pack(trees, chat.patches))], nll, average="token")
+    is_merger, is_vision = (lambda n: ".visual.merger." in n), (lambda n: ".visual." in n and ".merger." not in n)
+    frozen = {"merger": is_merger, "vision_tower": is_vision, "language_model": lambda n: ".visual." not in n}[part]
+    changed = {name for name, weight in weights_of(vlm).items() if not torch.equal(weight, before[name])}
+    assert changed and not any(frozen(name) for name in changed)
+    assert all(frozen(name) or name in changed for name in before)
+
+
+def test_learning_rates():
+    cosine = Optimizer(lr=1.0, warmup_steps=2, schedule="cosine")
+    assert [round(learning_rate(cosine, s, 6), 4) for s in range(6)] == [0.5, 1.0, 1.0, 0.8536, 0.5, 0.1464]
+    assert learning_rate(Optimizer(lr=1.0, schedule="constant"), 99, 100) == 1.0
+
+
+# --- SFT -----------------------------------------------------------------------------------------
+
+
+def run_sft(source, folder, demonstrations, *, stop_at=None, settings=None):
+    vlm, chat = fresh(source)
+    settings = settings or Sft(batch_size=4, epochs=2, save_every=2, optimizer=Optimizer(lr=1e-3))
+    with StopFlag() as stop, screen("sft", 6, quiet=True) as view:
+        stage = StageFolder(folder, name="sft", seed=3, settings=settings, recipe_hash="h")
+        if stop_at is not None:
+            view = Stopper(view, stop, stop_at)
+        sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=view, stop=stop)
+    return weights_of(vlm)
+
+
+class Stopper:
+    """A screen that asks the run to stop after a step, as Ctrl-C would."""
+
+    def __init__(self, view, stop, step):
+        self._view, self._stop, self._step = view, stop, step
+
+    def step(self, report):
+        self._view.step(report)
+        self._stop.is_set = report.step == self._step
+
+
+def rows_of(path: Path):
+    """Metrics without wall times."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows]
+
+
+def test_sft_stopped_and_continued_equals_the_unbroken_run(random_model_folder, demonstrations, tmp_path):
+    unbroken = run_sft(random_model_folder, tmp_path / "a", demonstrations)
+    with pytest.raises(Stopped, match="sft after step 3 of 6"):
+        run_sft(random_model_folder, tmp_path / "b", demonstrations, stop_at=3)
+    assert not (tmp_path / "b" / "done.json").exists()
+    continued = run_sft(random_model_folder, tmp_path / "b", demonstrations)
+    assert_equal_weights(unbroken, continued)
+    assert rows_of(tmp_path / "a" / "metrics.jsonl") == rows_of(tmp_path / "b" / "metrics.jsonl")
+    reloaded, _ = fresh(tmp_path / "b" / "final")
+    assert_equal_weights(unbroken, weights_of(reloaded))
+
+
+def test_sft_learns_and_its_loss_is_the_token_mean(random_model_folder, demonstrations, tmp_path):
+    settings = Sft(batch_size=12, epochs=8, save_every=50, optimizer=Optimizer(lr=3e-3))
+    run_sft(random_model_folder, tmp_path / "a", demonstrations, settings=settings)
+    losses = [row["loss"] for row in rows_of(tmp_path / "a" / "metrics.jsonl")]
+    assert losses[-1] < 0.7 * losses[0]
+    vlm, chat = fresh(random_model_folder)
+    trees, _ = sft.usable_trees(demonstrations, chat)
+    with torch.no_grad():
+        from rlcs.policy import score
+
+        assert losses[0] == pytest.approx(-score(vlm, pack(trees, chat.patches)).logprobs.mean().item(), rel=1e-4)
+
+
+def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstrations, tmp_path):
+    chat = models.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
+    long = Demonstration(problem=make_problem("long", "word " * 300), response="x", teacher="t")
+    trees, skipped = sft.usable_trees([long, *demonstrations[:2]], chat)
+    assert (len(trees), skipped) == (2, 1)
+    with pytest.raises(DataError, match="the limit is 100"):
+        sft.usable_trees([long], chat)
+
+
+# --- GRPO ----------------------------------------------------------------------------------------
+
+
+class LengthGrader:
+    """Rewards even answer lengths: a random model gets reward differences that way."""
+
+    def grade(self, pairs):
+        return [Grade(reward=float(len(t) % 2), correct=len(t) % 2 == 1, why="length") for _, t in pairs]
+
+
+def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
+    vlm, chat = fresh(source)
+    problems = tasks.load("puzzles", split="train", count=count, seed=5)
+    reference = grpo.frozen_copy(vlm) if settings.kl.kind != "none" else None
+    actors = grpo.Actors(
+        vlm=vlm,
+        reference=reference,
+        chat=chat,
+        engine=LocalEngine(vlm, chat, max_rows=8),
+        pool=grader or LengthGrader(),
+    )
+    with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
+        stage = StageFolder(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
+        if stop_at is not None:
+            view = Stopper(view, stop, stop_at)
+        grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
+    return weights_of(vlm)
+
+
+SMALL = {
+    "steps": 3,
+    "prompts_per_step": 4,
+    "group_size": 3,
+    "max_new_tokens": 8,
+    "save_every": 2,
+    "optimizer": {"lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"optimizer_steps": 2, "kl": {"kind": "k3", "coefficient": 0.01}, "old_logprobs": "policy"},
+        {"dynamic_sampling": 2, "advantage": "rloo", "loss": "cispo", "loss_average": "constant"},
+    ],
+    ids=["plain", "paper", "dapo"],
+)
+def test_grpo_stopped_and_continued_equals_the_unbroken_run(random_model_folder, tmp_path, change):
+    settings = Grpo(**SMALL | change)
+    unbroken = run_grpo(random_model_folder, tmp_path / "a", settings)
+    with pytest.raises(Stopped):
+        run_grpo(random_model_folder, tmp_path / "b", settings, stop_at=1)
+    continued = run_grpo(random_model_folder, tmp_path / "b", settings)
+    assert_equal_weights(unbroken, continued)
+    assert rows_of(tmp_path / "a" / "metrics.jsonl") == rows_of(tmp_path / "b" / "metrics.jsonl")
+    for path in (tmp_path / "a" / "rollouts").iterdir():
+        assert path.read_text() == (tmp_path / "b" / "rollouts" / path.name).read_text()
+
+
+def test_grpo_does_not_depend_on_the_pack_budget(random_model_folder, tmp_path):
+    one = run_grpo(random_model_folder, tmp_path / "a", Grpo(**SMALL | {"steps": 1}))
+    many = run_grpo(random_model_folder, tmp_path / "b", Grpo(**SMALL | {"steps": 1, "pack_tokens": 1}))
+    # Adam divides by the gradient's size, so rounding of near-zero gradients shows: hence 2% of lr.
+    assert_equal_weights(one, many, rtol=0, atol=2e-5)
+
+
+def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder):
+    """Learning without the flat groups equals learning with them, to the bit of the denominator."""
+    settings = Grpo(**SMALL)
+    vlm, chat = fresh(random_model_folder)
+    actors = grpo.Actors(vlm=vlm, reference=None, chat=chat, engine=None, pool=None)
+    groups = [
+        group_of(chat, "a", [1.0, 0.0, 1.0], settings),
+        group_of(chat, "b", [1.0, 1.0, 1.0], settings),
+        group_of(chat, "c", [0.0, 0.0, None], settings),
+    ]
+    outcomes = {}
+    for name in ("skipped", "computed"):
+        vlm, _ = fresh(random_model_folder)
+        trainer = Trainer(vlm, settings.optimizer, steps=1, max_bad_steps=1)
+        if name == "skipped":
+            [outcome] = grpo.learn(trainer, actors, groups, settings, clock=grpo.Clock())
+        else:
+            trees = [grpo.tree_of(group) for group in groups]
+            batches = grpo.make_batches(trees, actors, settings)
+            outcome = trainer.step(batches, grpo.make_objective(settings), average="token")
+        outcomes[name] = outcome
+    assert outcomes["skipped"].tokens < outcomes["computed"].tokens
+    assert outcomes["skipped"].grad_norm == pytest.approx(outcomes["computed"].grad_norm, rel=1e-4)
+    assert outcomes["skipped"].loss == pytest.approx(outcomes["computed"].loss, abs=1e-6)
+
+
+def group_of(chat, name, rewards, settings):
+    problem = make_problem(name)
+    rollouts = [
+        Rollout(problem_id=name, index=i, ids=(30 + i, 40, 50 + i), logprobs=(-1.0,) * 3, stop=StopReason.EOS,
+                seed=i, text="t")
+        for i in range(len(rewards))
+    ]  # fmt: skip
+    grades = [Grade(reward=r, correct=None if r is None else r == 1.0) for r in rewards]
+    return grpo.make_group(problem, chat.prompt(problem), rollouts, grades, settings)
+
+
+def test_unscored_rollouts_leave_the_group(chat):
+    group = group_of(chat, "u", [1.0, None, 0.0], Grpo(**SMALL))
+    assert group.advantages[1] is None
+    assert group.advantages[0] == pytest.approx(1 / math.sqrt(2), rel=1e-4)
+    assert [b.ids[0] for b in grpo.tree_of(group).branches] == [30, 32]
+
+
+def test_overlong_answers_are_punished_or_dropped(chat):
+    soft = Grpo(**SMALL | {"max_new_tokens": 4, "overlong": {"buffer": 2, "penalty": 0.5}})
+    rollout = Rollout(
+        problem_id="x", index=0, ids=(1, 2, 3), logprobs=(-1.0,) * 3, stop=StopReason.LENGTH, seed=0, text="t"
+    )
+    right = Grade(reward=1.0, correct=True)
+    assert grpo.shaped_reward(rollout, right, soft) == 0.75
+    dropped = Grpo(**SMALL | {"overlong": {"drop_truncated": True}})
+    assert grpo.shaped_reward(rollout, right, dropped) is None
+
+
+def test_dynamic_sampling_replaces_flat_groups_and_ends(random_model_folder, tmp_path):
+    class Once(LengthGrader):
+        """Everything is flat in the first round of a step, mixed in the second."""
+
+        calls = 0
+
+        def grade(self, pairs):
+            self.calls += 1
+            if self.calls % 2:
+                return [Grade(reward=0.0, correct=False) for _ in pairs]
+            return super().grade(pairs)
+
+    settings = Grpo(**SMALL | {"steps": 1, "dynamic_sampling": 1})
+    run_grpo(random_model_folder, tmp_path / "a", settings, grader=Once(), count=40)
+    [row] = rows_of(tmp_path / "a" / "metrics.jsonl")
+    assert row["flat_groups"] < 1.0 and "skipped" not in row
+
+
+def test_a_run_without_any_signal_stops_with_advice(random_model_folder, tmp_path):
+    class Never:
+        def grade(self, pairs):
+            return [Grade(reward=0.0, correct=False) for _ in pairs]
+
+    settings = Grpo(**SMALL | {"steps": 9, "max_flat_steps": 2})
+    with pytest.raises(TrainingError, match="no group had two different rewards in 2 steps"):
+        run_grpo(random_model_folder, tmp_path / "a", settings, grader=Never())
+    assert [row["skipped"] for row in rows_of(tmp_path / "a" / "metrics.jsonl")]
+
+
+def test_grpo_raises_the_reward(random_model_folder, tmp_path):
+    """A learnable game: answers should contain the end token early."""
+
+    class Short:
+        def grade(self, pairs):
+            return [Grade(reward=float(len(t) < 12), correct=len(t) < 12) for _, t in pairs]
+
+    settings = Grpo(
+        steps=12, prompts_per_step=8, group_size=8, max_new_tokens=12, optimizer=Optimizer(lr=3e-3, betas=(0.9, 0.95))
+    )
+    run_grpo(random_model_folder, tmp_path / "a", settings, grader=Short())
+    rewards = [row["reward"] for row in rows_of(tmp_path / "a" / "metrics.jsonl")]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+
+
+def test_real_graders_take_part(random_model_folder, tmp_path):
+    settings = Grpo(**SMALL | {"steps": 1})
+    with GradePool(workers=1, deadline_s=5, allow_fallbacks=False) as pool:
+        run_grpo(random_model_folder, tmp_path / "a", settings, grader=pool)
+    [row] = rows_of(tmp_path / "a" / "metrics.jsonl")
+    assert row["unscored"] == 0.0 and row["no_format_share"] > 0.5
+
+
+def test_a_problem_that_cannot_be_a_prompt_gives_its_place_to_the_next(vlm):
+    from rlcs.data import ProblemStream
+
+    chat = models.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
+    long = [make_problem(f"long{i}", "word " * 300) for i in range(3)]
+    short = [Problem(id=f"s{i}", source="t", question="q", answer="1") for i in range(6)]
+    problems, prompts, skipped = grpo.take_prompts(ProblemStream([*long, *short], seed=0), chat, 6)
+    assert len(problems) == len(prompts) == 6 and skipped >= 1
+    with pytest.raises(DataError):
+        grpo.take_prompts(ProblemStream(long, seed=0), chat, 3)
