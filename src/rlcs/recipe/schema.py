@@ -62,6 +62,12 @@ class Images(Section):
     decode_limit: Positive = 50_000_000
     """Images with more pixels in the file are refused before they are decoded."""
 
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "Images":
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels ({self.min_pixels}) is above max_pixels ({self.max_pixels})")
+        return self
+
 
 class Columns(Section):
     """Which columns of a data source hold what."""
@@ -129,6 +135,19 @@ class Optimizer(Section):
     """Clip the global gradient norm to this."""
 
 
+class GrpoOptimizer(Optimizer):
+    """AdamW with stage two's defaults: small constant steps."""
+
+    lr: NonNegative = 1e-6
+    """Learning rate after warm-up."""
+    schedule: Literal["cosine", "constant"] = "constant"
+    """After warm-up: down to zero on a cosine, or flat."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled; not on biases and norms."""
+
+
 class Stage(Section):
     """What both training stages share."""
 
@@ -165,6 +184,11 @@ class Kl(Section):
     coefficient: NonNegative = 0.0
     """Weight in the loss; the paper's is 0.01."""
 
+    @property
+    def active(self) -> bool:
+        """Whether there is a penalty at all, and so a need for a reference."""
+        return self.kind != "none" and self.coefficient > 0
+
 
 class Overlong(Section):
     """Soft punishment of answers near the limit (DAPO, arXiv 2503.14476, eq. 13)."""
@@ -193,7 +217,7 @@ class Reward(Section):
 class Grpo(Stage):
     """Stage two: group-relative policy optimisation with a rule-checked reward."""
 
-    optimizer: Optimizer = Optimizer(lr=1e-6, schedule="constant", betas=(0.9, 0.999), weight_decay=0.01)
+    optimizer: GrpoOptimizer = GrpoOptimizer()
     """Optimiser and schedule; a schedule step is one optimiser step."""
     steps: Positive = 100
     """Rollout steps."""

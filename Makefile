@@ -1,0 +1,55 @@
+# Every target makes its own environment from nothing; nothing has to be activated.
+#   make quickstart            the whole two-stage study on the built-in model -> $(OUT)/report/index.html
+#   make test                  what CI runs: lint, types, tests
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= runs/quickstart
+BIN    := $(VENV)/bin
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint types pytest bench tiny format clean
+
+# The stamps are written last, so an interrupted installation is taken up again.
+$(VENV)/.stamp-dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e '.[dev]'
+	touch $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-dev
+	$(BIN)/pip install -e '.[dev,bench]'
+	touch $@
+
+quickstart: $(VENV)/.stamp-dev  ## the two-stage study on the built-in model, into OUT=runs/quickstart
+	$(BIN)/rlcs quickstart --out $(OUT)
+
+test: lint types pytest  ## lint, types and tests, as CI runs them
+
+lint: $(VENV)/.stamp-dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.stamp-dev  ## mypy, strict
+	$(BIN)/mypy
+
+# One thread a worker: as many workers as cores, and sums in the same order on every machine.
+pytest: $(VENV)/.stamp-dev  ## the tests alone
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+bench: $(VENV)/.stamp-bench  ## one GRPO step against TRL, same weights and data -> bench/results/latest.json
+	$(BIN)/python bench/run.py
+
+tiny: $(VENV)/.stamp-dev  ## pre-train the built-in model again, from its fixed seed
+	$(BIN)/python -m rlcs.tiny --out src/rlcs/builtin_model
+
+format: $(VENV)/.stamp-dev  ## put the code into the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14

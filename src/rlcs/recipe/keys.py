@@ -1,0 +1,90 @@
+"""The recipe's dotted keys (`grpo.kl.kind`): which there are, what each allows in words, which is meant."""
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from rlcs.recipe.schema import Recipe, Section
+
+_NAMES: Mapping[object, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
+_BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, or None where it holds a value."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def recipe_keys(section: type[Section] = Recipe, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key that holds a value, in the order of the schema."""
+    keys: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        inner = section_of(field)
+        keys |= recipe_keys(inner, f"{prefix}{name}.") if inner else {f"{prefix}{name}": field}
+    return keys
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a key takes, in words: `a number at least 0`, `one of token, example`."""
+    return _words(field.annotation, field.metadata)
+
+
+def takes_text(field: FieldInfo) -> bool:
+    """Whether free text is a value of this key."""
+    return field.annotation is str or str in get_args(field.annotation)
+
+
+def nearest(unknown: str) -> list[str]:
+    """Up to three keys that a mistyped one may mean, best first; empty when none is near.
+
+    A right name in the wrong place (`grpo.lr` for `grpo.optimizer.lr`) counts as near.
+    """
+    keys = list(recipe_keys())
+    section, _, leaf = unknown.rpartition(".")
+    sections = {key.rpartition(".")[0] for key in keys} - {""}
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
+    siblings |= {s.rpartition(".")[2]: s for s in sections if s.rpartition(".")[0] == section}
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == leaf]
+    same_stage = [key for key in elsewhere if key.split(".")[0] == unknown.split(".")[0]]
+    same_end = [key for key in elsewhere if "." in unknown and key.split(".")[-2:] == unknown.split(".")[-2:]]
+    found = (
+        [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.8)]
+        or same_stage
+        or same_end
+        or elsewhere
+        or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]
+        or difflib.get_close_matches(unknown, [*keys, *sections], n=1, cutoff=0.75)
+        or [key for key in keys if difflib.SequenceMatcher(None, leaf, key.rpartition(".")[2]).ratio() >= 0.8]
+    )
+    return found[:3]
+
+
+def _words(annotation: object, metadata: Sequence[object]) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [bound for item in parts[1:] for bound in getattr(item, "metadata", [item])]
+        return _words(parts[0], inner)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(part, metadata) for part in parts)
+    if origin is tuple:
+        length = "" if Ellipsis in parts else f" of {len(parts)}"
+        return f"a list{length}, each item {_words(parts[0], ())}"
+    bounds = [
+        f"{words} {getattr(item, name):,}"
+        for item in metadata
+        for name, words in _BOUNDS
+        if hasattr(item, name)
+    ]
+    return _NAMES[annotation] + (f" {' and '.join(bounds)}" if bounds else "")

@@ -1,0 +1,272 @@
+"""From YAML files, `extends` and `key=value` overrides to one checked recipe, and back.
+
+Later sources win: defaults, then the files of an `extends` chain from its root, then the command
+line. Sections merge key by key; a list replaces a list. Relative data paths, in a file as on the
+command line, are relative to the current folder (a recipe can be used from anywhere); only
+`extends` is relative to the file that says it. Every flaw is a `RecipeError` that names file, line
+and key.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rlcs.errors import RecipeError
+from rlcs.recipe.keys import allowed, nearest, recipe_keys, section_of, takes_text
+from rlcs.recipe.reading import Parsed, parse, write
+from rlcs.recipe.schema import Recipe, Section
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+_SHIPPED = Path(__file__).parent.parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """A recipe, and for each dotted key where its value came from: `default`, a file, `command line`."""
+
+    recipe: Recipe
+    provenance: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Setting:
+    """One value as it was given."""
+
+    value: object
+    origin: str
+    where: str
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
+    """Resolve a shipped recipe's name, or a path to a YAML file, with `key=value` overrides."""
+    settings: dict[str, _Setting] = {}
+    for label, parsed in _chain(name_or_path):
+        settings |= _file_settings(label, parsed)
+    for text in overrides:
+        settings |= _override_settings(text)
+    recipe = _validated(settings)
+    provenance = {key: settings[key].origin if key in settings else DEFAULT for key in recipe_keys()}
+    return Resolved(recipe=recipe, provenance=provenance)
+
+
+def list_recipes() -> dict[str, Path]:
+    """The shipped recipes: name -> file."""
+    return {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every default spelled out; loading it gives the same recipe."""
+    return write(recipe.model_dump())
+
+
+def differences(a: Recipe, b: Recipe) -> list[tuple[str, object, object]]:
+    """The keys on which two recipes disagree, each with both values."""
+    return [
+        (key, _value(a, key), _value(b, key)) for key in recipe_keys() if _value(a, key) != _value(b, key)
+    ]
+
+
+def _value(recipe: Recipe, key: str) -> object:
+    value: object = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def _chain(name_or_path: str) -> list[tuple[str, Parsed]]:
+    """The files of an `extends` chain, root first, each with the label that messages show."""
+    path, label = _locate(name_or_path, folder=Path(), where="")
+    chain = [(label, _read(path, label))]
+    seen = [path.resolve()]
+    while (base := _extends(*chain[-1])) is not None:
+        path, label = _locate(base, folder=path.parent, where=label)
+        if path.resolve() in seen:
+            circle = [text for text, _ in chain[seen.index(path.resolve()) :]]
+            raise RecipeError(
+                f"extends goes in a circle: {' -> '.join([*circle, label])}",
+                where=label,
+                fix="take extends out of one of them",
+            )
+        chain.append((label, _read(path, label)))
+        seen.append(path.resolve())
+    return chain[::-1]
+
+
+def _locate(name_or_path: str, *, folder: Path, where: str) -> tuple[Path, str]:
+    """The file meant by a shipped name or a path, and its label; `where` says who asked."""
+    shipped = list_recipes()
+    if name_or_path in shipped:
+        return shipped[name_or_path], f"recipes/{name_or_path}.yaml"
+    path = folder / name_or_path
+    if path.is_file():
+        return path, str(path)
+    near = difflib.get_close_matches(name_or_path, shipped, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    meant_a_path = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
+    raise RecipeError(
+        f"there is no recipe file {path}" if meant_a_path else f"there is no recipe called {name_or_path!r}",
+        where=where,
+        fix=f"{guess}give a path to a .yaml file or a shipped name: {', '.join(shipped)}",
+    )
+
+
+def _read(path: Path, label: str) -> Parsed:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise RecipeError("the file is not UTF-8 text", where=label, fix="save it as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"the file cannot be read ({error.strerror})", where=label) from None
+    parsed = parse(text, where=label)
+    if parsed.value is not None and not isinstance(parsed.value, dict):
+        raise RecipeError("a recipe is `key: value` lines", where=label, fix="rlcs recipes show quickstart")
+    return parsed
+
+
+def _extends(label: str, parsed: Parsed) -> str | None:
+    if not isinstance(parsed.value, dict) or "extends" not in parsed.value:
+        return None
+    base = parsed.value["extends"]
+    if not isinstance(base, str):
+        raise RecipeError(
+            f"extends should be one name or path (got {_shown(base)})",
+            where=f"{label}:{parsed.lines[('extends',)]}",
+            fix="extends: quickstart",
+        )
+    return base
+
+
+def _file_settings(label: str, parsed: Parsed) -> dict[str, _Setting]:
+    if not isinstance(parsed.value, dict):  # an empty file
+        return {}
+    values = {key: value for key, value in parsed.value.items() if key != "extends"}
+    return _Source(label, parsed.lines).flatten(values, Recipe)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def _override_settings(text: str) -> dict[str, _Setting]:
+    """One `key=value`; free text needs no quotes, sections may be given as `{kind: k3, ...}`."""
+    key, equals, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not (key and equals):
+        raise RecipeError(
+            f"{text!r} is not key=value", where=COMMAND_LINE, fix="write for example grpo.steps=60"
+        )
+    if not raw:
+        raise RecipeError(f"{key} has no value", where=COMMAND_LINE, fix=f"{key}=null means none")
+    field = recipe_keys().get(key)
+    free_text = field is not None and takes_text(field) and raw not in ("null", "~") and raw[0] not in "\"'"
+    value = raw if free_text else parse(raw, where=COMMAND_LINE).value
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return _Source(COMMAND_LINE, {}).flatten(value, Recipe)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Flattens one source to dotted keys and refuses keys that the schema does not know."""
+
+    origin: str
+    lines: Mapping[tuple[str, ...], int]
+
+    def flatten(
+        self, values: Mapping[str, object], section: type[Section], path: tuple[str, ...] = ()
+    ) -> dict[str, _Setting]:
+        settings: dict[str, _Setting] = {}
+        for name, value in values.items():
+            here = (*path, name)
+            key, where = ".".join(here), self._where(here)
+            field = section.model_fields.get(name)
+            if field is None:
+                raise _unknown(key, where)
+            inner = section_of(field)
+            if inner is None:
+                settings[key] = _Setting(value=_frozen(value), origin=self.origin, where=where)
+            elif isinstance(value, dict):
+                settings |= self.flatten(value, inner, here)
+            else:
+                raise RecipeError(
+                    f"{key} is a section with keys of its own (got {_shown(value)})",
+                    where=where,
+                    fix=f"set {', '.join(f'{key}.{name}' for name in list(inner.model_fields)[:3])} ...",
+                )
+        return settings
+
+    def _where(self, path: tuple[str, ...]) -> str:
+        return f"{self.origin}:{self.lines[path]}" if path in self.lines else self.origin
+
+
+def _unknown(key: str, where: str) -> RecipeError:
+    found = nearest(key)
+    guess = f"did you mean {' or '.join(found)}?" if found else "rlcs recipes show quickstart lists every key"
+    return RecipeError(f"unknown key {key}", where=where, fix=guess)
+
+
+def _frozen(value: object) -> object:
+    """Lists as tuples: the schema is strict, and a resolved recipe can be hashed."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _validated(settings: Mapping[str, _Setting]) -> Recipe:
+    """Settings laid over the defaults: a section given in part keeps the rest of *its* defaults.
+
+    (`grpo.optimizer` and `sft.optimizer` are of one class with different defaults; building the
+    section from the given keys alone would quietly fall back to the class's.)
+    """
+    nested: dict[str, object] = Recipe().model_dump()
+    for key, setting in settings.items():
+        *sections, leaf = key.split(".")
+        target = nested
+        for name in sections:
+            inner = target[name]
+            assert isinstance(inner, dict)
+            target = inner
+        target[leaf] = setting.value
+    try:
+        return Recipe.model_validate(nested, strict=True)
+    except ValidationError as error:
+        problems = {_place(item["loc"], settings): item["msg"] for item in error.errors(include_url=False)}
+    lines = [_complaint(key, message, settings) for key, message in problems.items()]
+    if len(lines) == 1:
+        where, what = lines[0]
+        place = "" if where == COMMAND_LINE else "there, or override it with key=value"
+        raise RecipeError(what, where=where, fix=f"change it {place}".strip())
+    listing = "".join(f"\n  {where}: {what}" for where, what in lines)
+    raise RecipeError(f"{len(lines)} values cannot be used{listing}", fix="change each where it stands")
+
+
+def _place(location: Sequence[int | str], settings: Mapping[str, _Setting]) -> str:
+    """The dotted key of an error: positions inside a value do not count."""
+    names: list[str] = []
+    for part in location:
+        if ".".join(names) in settings:
+            break
+        names.append(str(part))
+    return ".".join(names)
+
+
+def _complaint(key: str, message: str, settings: Mapping[str, _Setting]) -> tuple[str, str]:
+    """Where, and what is wrong there; `key` is a value's, or a section's that checks several values."""
+    if key in settings:
+        field = recipe_keys()[key]
+        return settings[key].where, f"{key} should be {allowed(field)} (got {_shown(settings[key].value)})"
+    inside = [setting.where for name, setting in settings.items() if name.startswith(f"{key}.")]
+    return inside[-1], f"{key}: {message.removeprefix('Value error, ')}"
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,168 @@
+"""The short table shown before a run starts: above all the choices that other tools keep to themselves.
+
+Defaults such as the upper clip, the KL estimator or what a loss is averaged over change results, and
+are read here rather than in source code.
+"""
+
+from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft
+
+_TOKEN_PIXELS = 28 * 28
+_ARMS = {"base": "base", "sft": "SFT only", "rl": "RL only", "two_stage": "SFT then RL"}
+_ADVANTAGES = {
+    "grpo": "(r - mean) / (std + 1e-6) of the group",
+    "dr_grpo": "r - mean of the group (Dr. GRPO: no division by std)",
+    "rloo": "r - mean of the others in the group (RLOO)",
+}
+_AVERAGES = {
+    "token": "all tokens of the step count the same",
+    "sequence": "mean of each answer's token mean",
+    "constant": "sum / (answers x longest allowed answer)",
+    "micro_batch": "token mean of each pack: depends on the packing, as the paper's code does",
+    "example": "mean of each response's token mean",
+}
+_LOSSES = {
+    "grpo": "clipped token ratios (GRPO)",
+    "gspo": "clipped sequence ratios (GSPO)",
+    "cispo": "clipped detached weights (CISPO)",
+}
+
+
+def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    """The table as (choice, value) rows, in the order of a run."""
+    return [*_inputs(recipe), *_sft_rows(recipe.sft), *_grpo_rows(recipe.grpo), *_measurement(recipe)]
+
+
+def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
+    model, prompt, images = recipe.model, recipe.prompt, recipe.images
+    revision = f" at {model.revision}" if model.revision else ""
+    checkpointing = ", gradient checkpointing" if model.gradient_checkpointing else ""
+    rl_system = "the same" if prompt.rl_system is None else _quoted(prompt.rl_system)
+    low, high = images.min_pixels, images.max_pixels
+    return [
+        ("recipe", f"{recipe.name}, seed {recipe.seed}"),
+        (
+            "model",
+            f"{model.name}{revision}, {model.dtype} precision, {model.attention} attention{checkpointing}",
+        ),
+        ("arms", ", ".join(_ARMS[arm] for arm in recipe.study.arms)),
+        ("system prompt", "the chat template's own" if prompt.system is None else _quoted(prompt.system)),
+        ("system prompt in RL", rl_system),
+        ("longest prompt", f"{prompt.max_tokens:,} tokens, images included; longer ones are left out"),
+        (
+            "image size",
+            f"{low:,} to {high:,} pixels ({_tokens(low)} to {_tokens(high)} tokens of 28 x 28)",
+        ),
+    ]
+
+
+def _sft_rows(sft: Sft) -> list[tuple[str, str]]:
+    return [
+        ("SFT", f"{sft.epochs:g} epochs, {sft.batch_size:,} demonstrations a step"),
+        ("SFT frozen", _frozen(sft.freeze)),
+        ("SFT optimiser", _optimizer(sft.optimizer)),
+        ("SFT loss", f"response and end tokens only; {_AVERAGES[sft.loss_average]}"),
+    ]
+
+
+def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
+    rollouts = grpo.prompts_per_step * grpo.group_size
+    dual = "off" if grpo.clip_dual is None else f"{grpo.clip_dual:g}"
+    return [
+        (
+            "RL",
+            f"{grpo.steps:,} steps, each {grpo.prompts_per_step:,} prompts x {grpo.group_size} "
+            f"= {rollouts:,} rollouts and {_count(grpo.optimizer_steps, 'optimiser step')}",
+        ),
+        ("RL frozen", _frozen(grpo.freeze)),
+        ("RL optimiser", _optimizer(grpo.optimizer)),
+        ("RL sampling", _sampling(grpo.temperature, grpo.top_p, grpo.max_new_tokens)),
+        ("RL loss", _LOSSES[grpo.loss]),
+        ("RL clip", f"low {grpo.clip_low:g}, high {grpo.clip_high:g}, dual {dual}"),
+        ("RL old logprobs", _old_logprobs(grpo)),
+        ("RL loss averaging", _AVERAGES[grpo.loss_average]),
+        ("RL advantage", _ADVANTAGES[grpo.advantage]),
+        ("RL KL", _kl(grpo)),
+        ("RL answers at the limit", _overlong(grpo)),
+        ("RL groups all alike", _flat_groups(grpo)),
+        ("reward", _reward(grpo)),
+    ]
+
+
+def _measurement(recipe: Recipe) -> list[tuple[str, str]]:
+    teacher, data = recipe.teacher, recipe.data
+    tries = _count(teacher.tries, "try", "tries")
+    kept = "right ones kept" if teacher.keep == "right" else "wrong ones kept too"
+    return [
+        ("cold-start data", data.cold_start),
+        ("cold-start teacher", f"{teacher.kind}, {teacher.wrong_share:.0%} wrong, {tries}, {kept}"),
+        ("RL data", data.rl),
+        ("test set", data.test),
+        ("test sampling", _sampling(recipe.eval.temperature, recipe.eval.top_p, recipe.eval.max_new_tokens)),
+    ]
+
+
+def _optimizer(optimizer: Optimizer) -> str:
+    first, second = optimizer.betas
+    warmup = (
+        f"{_count(optimizer.warmup_steps, 'step')} of warm-up" if optimizer.warmup_steps else "no warm-up"
+    )
+    return (
+        f"AdamW, lr {optimizer.lr:g}, {optimizer.schedule}, {warmup}, "
+        f"betas {first:g} and {second:g}, weight decay {optimizer.weight_decay:g}, "
+        f"gradient norm at most {optimizer.max_grad_norm:g}"
+    )
+
+
+def _sampling(temperature: float, top_p: float, longest: int) -> str:
+    drawn = "greedy" if temperature == 0 else f"temperature {temperature:g}, top-p {top_p:g}"
+    return f"{drawn}, up to {longest:,} tokens"
+
+
+def _old_logprobs(grpo: Grpo) -> str:
+    if grpo.optimizer_steps == 1:
+        return "the policy's own: with one optimiser step the ratio is 1"
+    if grpo.old_logprobs == "sampler":
+        return "the sampler's"
+    return "recomputed by one more pass before the first optimiser step"
+
+
+def _kl(grpo: Grpo) -> str:
+    if grpo.kl.kind == "none" or grpo.kl.coefficient == 0:
+        return "none"
+    return f"{grpo.kl.coefficient:g} x {grpo.kl.kind}, in the loss, against the stage's starting point"
+
+
+def _overlong(grpo: Grpo) -> str:
+    parts = ["left out of the loss" if grpo.overlong.drop_truncated else "graded like any other"]
+    if grpo.overlong.buffer and grpo.overlong.penalty:
+        parts.append(f"up to {grpo.overlong.penalty:g} off over the last {grpo.overlong.buffer:,} tokens")
+    return "; ".join(parts)
+
+
+def _flat_groups(grpo: Grpo) -> str:
+    if not grpo.dynamic_sampling:
+        return "kept: they add no gradient"
+    return f"sampled anew, up to {_count(grpo.dynamic_sampling, 'more round')} a step (DAPO)"
+
+
+def _reward(grpo: Grpo) -> str:
+    where = "last complete \\boxed{}"
+    if grpo.reward.allow_fallbacks:
+        where += ", or else <answer> tags, 'the answer is ...', a lone letter"
+    return f"1 if the answer in the {where} is right; {grpo.reward.deadline_s:g} s to grade, else unscored"
+
+
+def _frozen(parts: tuple[str, ...]) -> str:
+    return ", ".join(part.replace("_", " ") for part in parts) or "nothing"
+
+
+def _count(number: int, word: str, plural: str = "") -> str:
+    return f"{number:,} {word if number == 1 else plural or word + 's'}"
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if text else "none"
+
+
+def _tokens(pixels: int) -> str:
+    return f"{max(1, pixels // _TOKEN_PIXELS):,}"

@@ -1,0 +1,274 @@
+"""The rules of the house, read from the source with `ast` (CONTRIBUTING.md explains them).
+
+Each rule is a small function from one module to its breaches, shown to catch one below.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "rlcs"
+
+# A room may import lower floors, and its own floor as long as no circle forms.
+FLOORS = {
+    0: ("__init__", "errors", "records", "interrupts"),
+    1: ("recipe", "files", "metrics", "tasks", "grading"),
+    2: ("data", "images", "chat", "packing", "objectives"),
+    3: ("attention", "models", "tiny"),
+    4: ("policy", "checkpoint", "engines"),
+    5: ("trainer", "selfcheck", "stage"),
+    6: ("distill", "sft", "grpo", "evaluation"),
+    7: ("look", "report", "pipeline", "cli", "__main__"),
+}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+
+HEAVY = {"torch", "torchvision", "transformers", "datasets"}
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 500
+MAX_CODE_LINES = 10_000
+MAX_PARAMETERS = 7
+MAX_IMPORT_SECONDS = 0.2
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file: its dotted name under rlcs, its text, its tree."""
+
+    name: str
+    text: str
+
+    @property
+    def room(self) -> str:
+        return self.name.split(".")[0]
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def num_code_lines(self) -> int:
+        """Lines of code: words that explain (docstrings, comments) and blank lines cost nothing."""
+        texts = [
+            range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ]
+        explained = {line for text in texts for line in text}
+        lines = enumerate(self.text.splitlines(), start=1)
+        return sum(
+            bool(x.strip()) and not x.lstrip().startswith("#") and n not in explained for n, x in lines
+        )
+
+    @property
+    def num_lines(self) -> int:
+        return len(self.text.splitlines())
+
+
+def _modules() -> list[Module]:
+    files = sorted(SOURCE.rglob("*.py"))
+    assert files, f"no source under {SOURCE}"
+    names = [".".join(file.relative_to(SOURCE).with_suffix("").parts) for file in files]
+    return [
+        Module(name=name, text=file.read_text(encoding="utf-8"))
+        for name, file in zip(names, files, strict=True)
+    ]
+
+
+MODULES = _modules()
+
+
+# --- the rules --------------------------------------------------------------------------------
+
+
+def not_in_the_table(module: Module) -> Iterator[str]:
+    if module.room not in FLOOR_OF:
+        yield f"{module.name} has no floor: put it into the table of tests/test_house.py"
+
+
+def _imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Dotted names of all imports, in functions too; `from rlcs import x` counts as rlcs.x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names = [f"rlcs.{alias.name}" for alias in node.names] if base == "rlcs" else [base]
+            yield from ((name, node.lineno) for name in names)
+
+
+def _rooms_imported(module: Module) -> Iterator[tuple[str, int]]:
+    for name, line in _imported(module.tree):
+        if name.startswith("rlcs.") and name.split(".")[1] != module.room:
+            yield name.split(".")[1], line
+
+
+def imports_upwards(module: Module) -> Iterator[str]:
+    for name, line in _imported(module.tree):
+        if name.startswith("."):
+            yield f"{module.name}:{line} imports by dots; write the whole name"
+    own = FLOOR_OF.get(module.room, max(FLOORS))
+    for room, line in _rooms_imported(module):
+        if FLOOR_OF.get(room, 0) > own:
+            yield f"{module.name}:{line} (floor {own}) imports {room} (floor {FLOOR_OF[room]})"
+
+
+def heavy_at_import(module: Module) -> Iterator[str]:
+    light = FLOOR_OF.get(module.room, 0) <= 1 or module.room in ("cli", "__main__")
+    stack: list[ast.AST] = list(module.tree.body) if light else []
+    while stack:
+        node = stack.pop()
+        if isinstance(node, FUNCTIONS) or _is_type_checking(node):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for name, line in _imported(node):
+                if name.split(".")[0] in HEAVY:
+                    yield f"{module.name}:{line} imports {name} at module level"
+        stack.extend(ast.iter_child_nodes(node))
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def _functions(module: Module) -> Iterator[Function]:
+    return (node for node in ast.walk(module.tree) if isinstance(node, FUNCTIONS))
+
+
+def _arguments(function: Function) -> list[ast.arg]:
+    """All parameters but self and cls."""
+    spec = function.args
+    variable = [argument for argument in (spec.vararg, spec.kwarg) if argument]
+    everything = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *variable]
+    return [argument for argument in everything if argument.arg not in ("self", "cls")]
+
+
+def long_functions(module: Module) -> Iterator[str]:
+    for function in _functions(module):
+        lines = (function.end_lineno or 0) - function.lineno + 1
+        if lines > MAX_FUNCTION_LINES:
+            yield f"{module.name}:{function.lineno} {function.name} has {lines} lines"
+
+
+def long_files(module: Module) -> Iterator[str]:
+    if module.num_lines > MAX_FILE_LINES:
+        yield f"{module.name} has {module.num_lines} lines"
+
+
+def many_parameters(module: Module) -> Iterator[str]:
+    for function in _functions(module):
+        number = len(_arguments(function))
+        if number > MAX_PARAMETERS:
+            yield f"{module.name}:{function.lineno} {function.name} has {number} parameters"
+
+
+def untyped(module: Module) -> Iterator[str]:
+    for function in _functions(module):
+        missing = [argument.arg for argument in _arguments(function) if argument.annotation is None]
+        missing += [] if function.returns is not None else ["the return value"]
+        if missing:
+            yield f"{module.name}:{function.lineno} {function.name}: no type for {', '.join(missing)}"
+
+
+def undocumented(module: Module) -> Iterator[str]:
+    if not ast.get_docstring(module.tree):
+        yield f"{module.name} has no docstring"
+    stack: list[ast.AST] = list(module.tree.body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                yield f"{module.name}:{node.lineno} {node.name} has no docstring"
+            if isinstance(node, ast.ClassDef):
+                stack.extend(node.body)
+
+
+def vague_names(module: Module) -> Iterator[str]:
+    for part in module.name.split("."):
+        if VAGUE_NAMES & set(part.split("_")):
+            yield f"{module.name}: {part} says nothing about what it holds"
+
+
+RULES: dict[Callable[[Module], Iterator[str]], Module] = {
+    not_in_the_table: Module("cellar", ""),
+    imports_upwards: Module("files", "def f():\n    from rlcs import trainer"),
+    heavy_at_import: Module("cli", "try:\n    import torch.nn\nexcept ImportError:\n    pass"),
+    long_functions: Module("sft", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    long_files: Module("sft", "x = 1\n" * (MAX_FILE_LINES + 1)),
+    many_parameters: Module("sft", "class A:\n    def f(self, a, b, c, d, e, *f, g, **h): ..."),
+    untyped: Module("sft", "def f(a: int):\n    return a"),
+    undocumented: Module("sft", '"""Doc."""\nclass A:\n    """Doc."""\n    def f(self): ...'),
+    vague_names: Module("report.plot_utils", ""),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_holds_and_can_be_broken(rule: Callable[[Module], Iterator[str]]) -> None:
+    assert list(rule(RULES[rule])), "the rule does not see a breach made for it"
+    breaches = [breach for module in MODULES for breach in rule(module)]
+    assert not breaches, "\n" + "\n".join(breaches)
+
+
+def test_what_the_rules_allow() -> None:
+    lazy = Module("files", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n"
+                           "def f() -> None:\n    import torch")  # fmt: skip
+    assert not list(heavy_at_import(lazy))
+    assert not list(heavy_at_import(Module("policy", "import torch")))
+    assert not list(
+        imports_upwards(Module("models", "from rlcs.attention import attend\nimport rlcs.errors"))
+    )
+    assert not list(undocumented(Module("sft", '"""Doc."""\ndef _f(): ...\nclass _A:\n    def g(self): ...')))
+    assert not list(many_parameters(Module("sft", "def f(self, a, b, c, d, e, f, g): ...")))
+
+
+def _circle(graph: dict[str, set[str]]) -> list[str]:
+    """Rooms that import each other in a circle; empty when there are none."""
+    left = {room: set(needs) for room, needs in graph.items()}
+    while free := [room for room, needs in left.items() if not needs & left.keys()]:
+        for room in free:
+            del left[room]
+    return sorted(left)
+
+
+def test_rooms_form_no_circle() -> None:
+    assert _circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+    graph: dict[str, set[str]] = {}
+    for module in MODULES:
+        graph.setdefault(module.room, set()).update(room for room, _ in _rooms_imported(module))
+    assert not _circle(graph)
+
+
+def test_the_house_is_small() -> None:
+    total = sum(module.num_code_lines for module in MODULES)
+    assert total < MAX_CODE_LINES, f"{total:,} lines of code"
+
+
+def test_command_line_starts_fast_and_without_torch() -> None:
+    # Seconds of processor time, so that a busy machine does not count; the first try warms the disk.
+    program = (
+        "import sys, time\n"
+        "start = time.process_time()\n"
+        "import rlcs.cli\n"
+        "seconds = time.process_time() - start\n"
+        f"print(seconds, *sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(5)
+    ]
+    assert outputs[0][1:] == [], "import rlcs.cli loads heavy libraries"
+    best = min(float(output[0]) for output in outputs)
+    assert best < MAX_IMPORT_SECONDS, f"import rlcs.cli takes {best * 1000:.0f} ms"

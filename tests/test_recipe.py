@@ -1,0 +1,369 @@
+"""The recipe: what is read, what is refused and in which words, and the table before a run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlcs.errors import RecipeError
+from rlcs.recipe.keys import allowed, nearest, recipe_keys
+from rlcs.recipe.loading import differences, dump, list_recipes, load_recipe
+from rlcs.recipe.reading import parse, write
+from rlcs.recipe.schema import Recipe
+from rlcs.recipe.table import summary_rows
+
+
+def _file(folder: Path, text: str, name: str = "mine.yaml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def _refusal(name_or_path: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name_or_path, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+# --- reading YAML -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5), ("1E3", 1000.0), (".5", 0.5), ("3.", 3.0), ("-2", -2), ("1_204_224", 1_204_224),
+        ("010", 10), ("12:30", "12:30"), ("2024-01-01", "2024-01-01"), ("no", "no"), ("on", "on"),
+        ("true", True), ("~", None), ("null", None), ("none", "none"), ("'1e-5'", "1e-5"), ('"null"', "null"),
+        ("", None), ("[1, a, [2.5]]", [1, "a", [2.5]]), ("{kind: k3, coefficient: 1e-2}",
+                                                         {"kind": "k3", "coefficient": 0.01}),
+    ],
+)  # fmt: skip
+def test_plain_values_mean_what_they_look_like(text: str, value: object) -> None:
+    read = parse(text, where="here").value
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_lines_are_remembered() -> None:
+    parsed = parse("sft:\n  # a remark\n  epochs: 2\ngrpo: {steps: 3}\n", where="here")
+    assert parsed.lines == {("sft",): 1, ("sft", "epochs"): 3, ("grpo",): 4, ("grpo", "steps"): 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("a: 1\nb: 2\na: 3", 3, "a is given twice, first on line 1"),
+        ("g:\n  x: 1\n  x: 2", 3, "g.x is given twice"),
+        ("a: &me [*me]", 1, "alias"),
+        ("a: &x 1\nb: *x", 1, "alias"),
+        ("a: !!python/object/apply:os.system [ls]", 1, "tag"),
+        ("? [a]\n: 1", 1, "a key must be a word"),
+        ("a: 1\nb: [1,", 2, "not valid YAML"),
+        ("a:\n\tb: 1", 2, "not valid YAML"),
+        ("a: 1\n---\nb: 2", 2, "not valid YAML"),
+    ],
+)
+def test_flawed_yaml_is_refused_with_its_line(text: str, line: int, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(text, where="mine.yaml")
+    assert str(caught.value).startswith(f"mine.yaml:{line}: ")
+    assert said in str(caught.value)
+
+
+def test_forbidden_characters_are_named() -> None:
+    with pytest.raises(RecipeError, match=r"character number 4 \(U\+0007\)"):
+        parse("a: \x07", where="here")
+
+
+_leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.text(max_size=8), _leaves | st.lists(_leaves, max_size=3), max_size=3))
+def test_what_is_written_reads_back(value: dict[str, object]) -> None:
+    assert parse(write(value), where="here").value == value
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "12e4567", "yes", "null", "~", "", "0x1", "1:30", "a\nb\n", " x", "#x", "\x85"]
+)
+def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
+    assert parse(write({"a": text}), where="here").value == {"a": text}
+
+
+# --- sources and their order --------------------------------------------------------------------
+
+
+def test_later_sources_win_and_are_named(tmp_path: Path) -> None:
+    _file(tmp_path, "name: base\nsft: {epochs: 2, batch_size: 8}\ngrpo: {steps: 10}\n", "base.yaml")
+    path = _file(tmp_path, "extends: base.yaml\nname: mine\nsft: {epochs: 4}\n")
+    resolved = load_recipe(path, ["grpo.steps=20", "grpo.steps=30"])
+    recipe, where = resolved.recipe, resolved.provenance
+    assert (recipe.name, recipe.sft.epochs, recipe.sft.batch_size, recipe.grpo.steps) == ("mine", 4.0, 8, 30)
+    assert where["sft.epochs"] == path
+    assert where["sft.batch_size"] == str(tmp_path / "base.yaml")
+    assert where["grpo.steps"] == "command line"
+    assert where["grpo.clip_high"] == "default"
+    assert list(where) == list(recipe_keys())
+
+
+def test_a_section_given_in_part_keeps_its_own_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(_file(tmp_path, "grpo:\n  optimizer:\n    lr: 5e-5\n")).recipe
+    assert recipe.grpo.optimizer == Recipe().grpo.optimizer.model_copy(update={"lr": 5e-5})
+    assert recipe.grpo.optimizer.schedule != Recipe().sft.optimizer.schedule
+
+
+def test_lists_replace(tmp_path: Path) -> None:
+    _file(tmp_path, "sft: {freeze: [vision_tower, merger]}", "base.yaml")
+    recipe = load_recipe(_file(tmp_path, "extends: ./base.yaml\nsft: {freeze: [merger]}")).recipe
+    assert recipe.sft.freeze == ("merger",)
+
+
+def test_extends_looks_beside_the_file_and_among_the_shipped(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    _file(tmp_path, "extends: quickstart\nseed: 7", "base.yaml")
+    resolved = load_recipe(_file(tmp_path / "deep", "extends: ../base.yaml"))
+    assert resolved.recipe.seed == 7
+    assert resolved.recipe.name == "quickstart"
+    assert resolved.provenance["name"] == "recipes/quickstart.yaml"
+
+
+def test_circles_are_shown(tmp_path: Path) -> None:
+    _file(tmp_path, "extends: b.yaml", "a.yaml")
+    _file(tmp_path, "extends: ./a.yaml", "b.yaml")
+    said = _refusal(str(tmp_path / "a.yaml"))
+    assert "in a circle" in said
+    assert said.count("a.yaml ->") == 1
+    assert said.count("b.yaml ->") == 1
+
+
+def test_empty_and_comment_only_files_are_the_defaults(tmp_path: Path) -> None:
+    assert load_recipe(_file(tmp_path, "")).recipe == Recipe()
+    assert load_recipe(_file(tmp_path, "# nothing yet\n")).recipe == Recipe()
+
+
+def test_no_such_recipe() -> None:
+    assert "did you mean quickstart?" in _refusal("quikstart")
+    assert "there is no recipe file nowhere/x.yaml" in _refusal("nowhere/x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"- a\n", "`key: value` lines"),
+        (b"extends: [a]", "extends should be"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    assert said in _refusal(str(path))
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(
+        "quickstart",
+        [
+            "grpo.clip_high=0.28",
+            "data.rl=my file: a [draft].jsonl",
+            "grpo.kl={kind: k3, coefficient: 1e-2}",
+            "model.revision=12e4567",
+            "prompt.system=null",
+            'name="null"',
+            "grpo.clip_dual=null",
+            "sft.freeze=[vision_tower]",
+            "sft.optimizer.lr=1e-5",
+        ],
+    ).recipe
+    assert recipe.grpo.clip_high == 0.28
+    assert recipe.data.rl == "my file: a [draft].jsonl"
+    assert (recipe.grpo.kl.kind, recipe.grpo.kl.coefficient) == ("k3", 0.01)
+    assert recipe.model.revision == "12e4567"
+    assert recipe.prompt.system is None
+    assert recipe.name == "null"
+    assert recipe.grpo.clip_dual is None
+    assert recipe.sft.freeze == ("vision_tower",)
+    assert recipe.sft.optimizer.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("grpo.steps", "is not key=value"),
+        ("=3", "is not key=value"),
+        ("grpo.steps=", "grpo.steps has no value"),
+        ("grpo.kl=k3", "grpo.kl is a section"),
+        ("grpo.steps.x=1", "grpo.steps should be a whole number"),
+        ("extends=quickstart", "unknown key extends"),
+        ("grpo.kl={kind: k3", "not valid YAML"),
+    ],
+)
+def test_overrides_that_cannot_be_used(override: str, said: str) -> None:
+    message = _refusal("quickstart", override)
+    assert message.startswith("command line")
+    assert said in message
+
+
+# --- what is refused, in which words --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unknown", "meant"),
+    [
+        ("grpo.clip_hi", ["grpo.clip_high"]),
+        ("gropo", ["grpo"]),
+        ("grpo.lr", ["grpo.optimizer.lr"]),
+        ("lr", ["sft.optimizer.lr", "grpo.optimizer.lr"]),
+        ("clip_hgih", ["grpo.clip_high"]),
+        ("sft.kl.kind", ["grpo.kl.kind"]),
+        ("grpo.optimiser", ["grpo.optimizer"]),
+        ("zzz", []),
+    ],
+)
+def test_nearest_key(unknown: str, meant: list[str]) -> None:
+    assert nearest(unknown) == meant
+
+
+def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
+    path = _file(tmp_path, "# mine\ngrpo:\n  clip_hi: 3\n")
+    assert _refusal(path) == f"{path}:3: unknown key grpo.clip_hi\n  -> did you mean grpo.clip_high?"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("grpo: {steps: 2.5}", "grpo.steps should be a whole number at least 1 (got 2.5)"),
+        ("grpo: {steps: true}", "grpo.steps should be a whole number at least 1 (got true)"),
+        ("grpo: {steps: '3'}", 'grpo.steps should be a whole number at least 1 (got "3")'),
+        ("grpo: {loss: ppo}", 'grpo.loss should be one of grpo, gspo, cispo (got "ppo")'),
+        ("grpo: {clip_dual: 0.5}", "grpo.clip_dual should be a number above 1 or null (got 0.5)"),
+        ("sft: {freeze: merger}", "each item one of vision_tower, merger, language_model"),
+        ("sft: {freeze: [vision]}", 'got ["vision"]'),
+        ("grpo: {top_p: 1.5}", "grpo.top_p should be a number above 0 and at most 1 (got 1.5)"),
+        ("sft: {optimizer: {betas: [0.9]}}", "a list of 2, each item a number at least 0 and at most 1"),
+        ("name: 3", "name should be text (got 3)"),
+        ("model: {trust_remote_code: yes}", 'should be true or false (got "yes")'),
+        ("eval: {temperature: .inf}", "eval.temperature should be a number at least 0 (got Infinity)"),
+        ("sft:", "sft is a section with keys of its own (got null)"),
+        ("study: {arms: [base]}", "base and two_stage are always among the arms"),
+    ],
+)
+def test_wrong_values_in_plain_words(tmp_path: Path, text: str, said: str) -> None:
+    path = _file(tmp_path, f"seed: 1\n{text}")
+    message = _refusal(path)
+    assert message.startswith(f"{path}:2: ")
+    assert said in message
+    assert "pydantic" not in message
+
+
+def test_all_wrong_values_at_once(tmp_path: Path) -> None:
+    path = _file(tmp_path, "grpo:\n  steps: none\nsft:\n  epochs: -1\n")
+    message = _refusal(path, "eval.top_p=2")
+    assert "3 values" in message
+    assert f"{path}:2: grpo.steps" in message
+    assert f"{path}:4: sft.epochs" in message
+    assert "command line: eval.top_p" in message
+
+
+def test_every_key_says_what_it_allows() -> None:
+    assert all(allowed(field) for field in recipe_keys().values())
+    assert allowed(recipe_keys()["prompt.system"]) == "text or null"
+
+
+# --- the whole recipe -------------------------------------------------------------------------------
+
+
+def test_a_dumped_recipe_loads_as_itself(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", ["grpo.optimizer.lr=1e-7", "data.image_root=~", "name=1e5"]).recipe
+    path = _file(tmp_path, dump(recipe))
+    resolved = load_recipe(path)
+    assert resolved.recipe == recipe
+    assert set(resolved.provenance.values()) == {path}, "every default is spelled out"
+
+
+def test_differences() -> None:
+    one = load_recipe("quickstart").recipe
+    other = load_recipe("quickstart", ["grpo.kl.kind=k3", "seed=5"]).recipe
+    assert differences(one, one) == []
+    assert differences(one, other) == [("seed", one.seed, 5), ("grpo.kl.kind", one.grpo.kl.kind, "k3")]
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_shipped_recipes_load(name: str) -> None:
+    assert load_recipe(name).recipe.name == name
+
+
+def test_quickstart_needs_nothing_from_outside() -> None:
+    recipe = load_recipe("quickstart").recipe
+    assert set(recipe.study.arms) == {"base", "sft", "rl", "two_stage"}
+    assert recipe.model.name == "builtin"
+    assert all(
+        source.startswith("builtin:") for source in (recipe.data.cold_start, recipe.data.rl, recipe.data.test)
+    )
+
+
+def _row(label: str, *overrides: str) -> str:
+    return dict(summary_rows(load_recipe("quickstart", overrides).recipe))[label]
+
+
+@pytest.mark.parametrize(
+    ("label", "override", "said"),
+    [
+        ("RL clip", "grpo.clip_high=0.28", "high 0.28"),
+        ("RL clip", "grpo.clip_low=0.11", "low 0.11"),
+        ("RL clip", "grpo.clip_dual=null", "dual off"),
+        ("RL KL", "grpo.kl={kind: k3, coefficient: 0.01}", "0.01 x k3"),
+        ("RL KL", "grpo.kl={kind: k3, coefficient: 0}", "none"),
+        ("RL advantage", "grpo.advantage=rloo", "mean of the others"),
+        ("RL loss averaging", "grpo.loss_average=micro_batch", "each pack"),
+        ("SFT loss", "sft.loss_average=example", "each response's"),
+        ("RL old logprobs", "grpo.optimizer_steps=4", "the sampler's"),
+        ("SFT frozen", "sft.freeze=[vision_tower, merger]", "vision tower, merger"),
+        ("RL frozen", "grpo.freeze=[language_model]", "language model"),
+        ("image size", "images.max_pixels=784000", "784,000 pixels (4 to 1,000 tokens"),
+        ("system prompt", "prompt.system=Think.", '"Think."'),
+        ("system prompt", "prompt.system=null", "template's own"),
+        ("system prompt in RL", "prompt.rl_system=Look.", '"Look."'),
+        ("RL sampling", "grpo.temperature=0.7", "temperature 0.7"),
+        ("test sampling", "eval.temperature=0", "greedy"),
+        ("RL optimiser", "grpo.optimizer.lr=1e-6", "lr 1e-06"),
+        ("SFT optimiser", "sft.optimizer.warmup_steps=1", "1 step of warm-up"),
+        ("SFT", "sft.batch_size=17", "17 demonstrations"),
+        ("RL", "grpo={prompts_per_step: 5, group_size: 4}", "5 prompts x 4 = 20 rollouts"),
+        (
+            "RL answers at the limit",
+            "grpo.overlong={buffer: 20, penalty: 0.5}",
+            "0.5 off over the last 20 tokens",
+        ),
+        ("RL groups all alike", "grpo.dynamic_sampling=1", "1 more round"),
+        ("reward", "grpo.reward.allow_fallbacks=true", "a lone letter"),
+        ("cold-start teacher", "teacher.keep=all", "wrong ones kept too"),
+        ("test set", "data.test=mine.jsonl", "mine.jsonl"),
+    ],
+)
+def test_the_table_shows_every_choice(label: str, override: str, said: str) -> None:
+    assert said in _row(label, override)
+
+
+def test_recipes_load_without_heavy_libraries() -> None:
+    program = (
+        "import sys\nfrom rlcs.recipe import loading, table\n"
+        "table.summary_rows(loading.load_recipe('quickstart').recipe)\n"
+        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
