@@ -1,0 +1,346 @@
+r"""From a response to a verdict: extract the final answer, and compare it with the gold answer.
+
+Pure functions on text, bounded in time: what they cannot decide (is `2\sqrt{3}` the same as
+`\sqrt{12}`?) they hand on as `Verdict(correct=None)` for math-verify, which may run for ever and
+therefore runs in a worker that can be killed. The rules are strict, because a reward that can be
+gamed will be: one answer, the last one, in a complete `\boxed{}`, after the reasoning.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rlcs.grading.normal import compact, normalise, peel, repair_gold
+from rlcs.grading.rational import NotExactError, TooLargeError, exact
+from rlcs.grading.units import split_unit
+
+MAX_ANSWER = 10_000
+"""Characters; a longer extracted answer is wrong unless it is the gold answer letter by letter."""
+MAX_FORMULA = 1_000
+"""Characters; a longer answer is compared as text and as a number, never as a formula."""
+_MAX_NESTING = 40
+_MAX_ITEMS = 50
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extraction:
+    """The final answer of a response as it was written, or None and the reason."""
+
+    text: str | None
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Right, wrong, or undecided (None): then `formulas` holds (prediction, gold) for math-verify."""
+
+    correct: bool | None
+    why: str
+    formulas: tuple[str, str] = ("", "")
+
+
+def _yes(why: str) -> Verdict:
+    return Verdict(correct=True, why=why)
+
+
+def _no(why: str) -> Verdict:
+    return Verdict(correct=False, why=why)
+
+
+# --- extraction ---------------------------------------------------------------------------------
+
+_BOX_TOKEN = re.compile(r"\\boxed\s*\{|\\[\\{}]|[{}]")
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_SENTENCE = re.compile(
+    r"(?:the|my)(?: \w+)? answer (?:is|should be)\b[: ]*(?=\S)((?:[^\n.]|\.(?=\S))*)", re.IGNORECASE
+)
+_LONE_LETTER = re.compile(r"\**\(?([A-Z])\)?[.:]?\**")
+
+
+def extract(response: str, *, allow_fallbacks: bool = False) -> Extraction:
+    r"""Find the final answer of a response.
+
+    Text up to the last `</think>` is reasoning and does not count; a `<think>` that is never closed
+    means that no answer was given. The last complete `\boxed{}` is the answer, unless a box is
+    begun after it and never closed (an answer cut at the length limit, or hedging). Only where
+    there is no box at all, `allow_fallbacks` also accepts, in this order, the last
+    `<answer>` tag, the last "the answer is ...", and a last line that is one capital letter.
+    """
+    _, closed, final = response.rpartition("</think>")
+    if not closed and "<think>" in response:
+        return Extraction(text=None, why="the reasoning is not finished: no </think>")
+    boxed, unfinished = _last_box(final)
+    if unfinished:
+        return Extraction(text=None, why="the last box is not closed")
+    if boxed is not None:
+        return Extraction(text=boxed, why="the last box")
+    return _fallback(final) if allow_fallbacks else Extraction(text=None, why="no box")
+
+
+def _last_box(text: str) -> tuple[str | None, bool]:
+    """The content of the box that closes last, and whether one was begun later and never closed."""
+    last: tuple[int, int] | None = None
+    open_braces: list[int] = []  # where each box's content starts; -1 for a plain brace
+    for token in _BOX_TOKEN.finditer(text):
+        if token[0].startswith("\\boxed"):
+            open_braces.append(token.end())
+        elif token[0] == "{":
+            open_braces.append(-1)
+        elif token[0] == "}" and open_braces:
+            start = open_braces.pop()
+            last = (start, token.start()) if start >= 0 else last
+    end = last[1] if last else -1
+    unfinished = any(start > end for start in open_braces)
+    return (text[last[0] : last[1]] if last else None), unfinished
+
+
+def _fallback(text: str) -> Extraction:
+    if (tagged := _last_tagged(text)) is not None:
+        return Extraction(text=tagged, why="the last <answer> tag")
+    if sentences := _SENTENCE.findall(text):
+        return Extraction(text=sentences[-1], why='the words "the answer is"')
+    lines = text.split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    if letter := _LONE_LETTER.fullmatch(last):
+        return Extraction(text=letter[1], why="a last line of one letter")
+    return Extraction(text=None, why="no box, no <answer> tag, no sentence with the answer, no lone letter")
+
+
+def _last_tagged(text: str) -> str | None:
+    last, start = None, -1
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            start = tag.end()
+        elif start >= 0:
+            last, start = text[start : tag.start()], -1
+    return last
+
+
+# --- comparison ---------------------------------------------------------------------------------
+
+_LABEL = re.compile(r"\(?([A-Za-z])(?:\)\.?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
+_NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?|')?(?: ?\([A-Za-z](?:, ?[A-Za-z])*\))?) ?= ?(?=[^=])")
+_WORDS = re.compile(r"[^\W\d_][^\W\d_' -]*(?:[ '-]+[^\W\d_]+)*")
+_LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
+_FUNCTIONS = frozenset("sinh cosh tanh sqrt arcsin arccos arctan".split())
+_OR = re.compile(r" ?,? (?:or|and) ")
+_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_COMMA = re.compile(",")
+_BRACKET = re.compile(r"\\?[({\[\])}]")
+_HEAVY = re.compile(r"(?:\^|\*\*) ?[({]* ?-? ?(?:\d{4,}|\d+ ?(?:\^|\*\*))|!")
+_UNDER = re.compile(r"_ ?\{[^{}]*\}")
+
+
+def compare(prediction: str, gold: str, choices: Sequence[str] = ()) -> Verdict:
+    """Whether an extracted answer is the gold answer (which must not be blank).
+
+    With `choices` both may be a letter or an option's value; a letter is tried first.
+    """
+    wanted = normalise(repair_gold(gold))
+    if len(prediction) > MAX_ANSWER:
+        return _yes("the same text") if prediction.strip() == gold.strip() else _no("the answer is too long")
+    given = peel(normalise(prediction))
+    if not given:
+        return _no("the box is empty")
+    if choices:
+        return _compare_choice(given, wanted, [normalise(choice) for choice in choices])
+    return _same(given, peel(wanted))
+
+
+def _compare_choice(given: str, wanted: str, choices: list[str]) -> Verdict:
+    options = [_without_label(choice, index) for index, choice in enumerate(choices)]
+    right = _letter_index(wanted, options)
+    value = wanted if right is None else options[right]
+    accepted = (
+        {right} if right is not None else {i for i, o in enumerate(options) if _same(o, wanted).correct}
+    )
+    named, rest = _letter_index(given, options), ""
+    if named is None and (labelled := _LABEL.fullmatch(given)) and labelled[2]:
+        named, rest = _letter_index(labelled[1], options), labelled[2]
+    if named is not None:
+        agrees = _same(rest, options[named]) if rest else _yes("")
+        if agrees.correct is False:
+            return _no(f"option {_letter(named)} and another option's value")
+        if named in accepted:
+            return agrees if agrees.correct is None else _yes(f"option {_letter(named)}")
+        if accepted:
+            return _no(f"option {_letter(named)}, not {_letter(min(accepted))}")
+        given = options[named]  # the gold value is no option's text: compare the values
+    verdict = _same(given, value)
+    if verdict.correct is None and any(_same(given, o).correct for o in options):
+        return _no("the value of another option")
+    if verdict.correct is None and len(given) == 1:
+        return _no("a letter that names no option")
+    return verdict
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index)
+
+
+def _letter_index(text: str, options: Sequence[str]) -> int | None:
+    """The option that a bare `B`, `(B)` or `B.` names; lower case only if no option has that text."""
+    match = _LABEL.fullmatch(text)
+    letter = (match[3] or (match[1] if not match[2] else "")) if match else ""
+    if not letter or (letter.islower() and letter in options):
+        return None
+    index = ord(letter.upper()) - ord("A")
+    return index if index < len(options) else None
+
+
+def _without_label(choice: str, index: int) -> str:
+    """`B. 12` or `(B) 12` as the second of the choices is `12`."""
+    match = _LABEL.fullmatch(choice)
+    own = match and match[1] and match[2] and match[1].upper() == _letter(index)
+    return match[2] if match and own else choice
+
+
+def _same(given: str, wanted: str) -> Verdict:
+    """Compare two normalised answers: text, words, letters, names, lists, units, numbers, in this order."""
+    if given == wanted or compact(given) == compact(wanted):
+        return _yes("the same text")
+    if _WORDS.fullmatch(wanted) and (_WORDS.fullmatch(given) or len(wanted) > 1):
+        given = re.sub(r"^the (?:\w+ )?answer is:? ", "", given, flags=re.IGNORECASE)
+        same = _plain_words(given) == _plain_words(wanted)
+        return _yes("the same words") if same else _no("other words")
+    if len(wanted) == 1 and wanted.isalpha() and (match := _LABEL.fullmatch(given)):
+        same = (match[1] or match[3]).upper() == wanted.upper()
+        return _yes("the same letter") if same else _no("another letter")
+    given = re.sub(r"^the (?:\w+ )?answer is:? ", "", given, flags=re.IGNORECASE)
+    mine, other = _NAME.match(given), _NAME.match(wanted)
+    if mine and other and compact(mine[1]) != compact(other[1]):
+        return _no(f"a value of {mine[1]}, not of {other[1]}")
+    given = given[mine.end() :] if mine else given
+    wanted = wanted[other.end() :] if other else wanted
+    if max(_nesting(given), _nesting(wanted)) > _MAX_NESTING:
+        return _no("too deeply nested")
+    if (":" in given or ":" in wanted) and "\\" not in given + wanted:
+        return _same_ratio(given, wanted)
+    return _same_lists(given, wanted)
+
+
+def _plain_words(text: str) -> str:
+    return " ".join(re.sub(r"[-\s]+", " ", text).casefold().split())
+
+
+def _same_ratio(given: str, wanted: str) -> Verdict:
+    """Ratios and clock times agree part by part: 1:2 is neither 2:4 nor 1/2."""
+    parts, other = given.split(":"), wanted.split(":")
+    same = len(parts) == len(other) and all(
+        _same(a.strip(), b.strip()).correct for a, b in zip(parts, other, strict=True)
+    )
+    return _yes("the same ratio") if same else _no("another ratio")
+
+
+def _nesting(text: str) -> int:
+    deepest = depth = 0
+    for match in _BRACKET.finditer(text):
+        depth += 1 if match[0][-1] in "({[" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _same_lists(given: str, wanted: str) -> Verdict:
+    mine, theirs = _items(given), _items(wanted)
+    if "\\pm" in given + wanted:
+        if ("\\pm" in given) != ("\\pm" in wanted) and mine is None and theirs is None:
+            return _no("one of the two has a plus-minus sign")
+        return _formulas(given, wanted)
+    if mine is None and theirs is None:
+        return _same_values(given, wanted)
+    if mine is None or theirs is None:
+        return _no("several answers where one is asked" if mine else "one answer where several are asked")
+    (brackets, items), (other, golds) = mine, theirs
+    if len(items) != len(golds):
+        return _no(f"{len(items)} answers, not {len(golds)}")
+    if brackets != other and {brackets, other} not in ({"", "{}"}, {"", "()"}):
+        return _no(f"other brackets: {brackets or 'none'} against {other or 'none'}")
+    if len(items) > _MAX_ITEMS:
+        return _no("a long list that is not the same text")
+    ordered = not {brackets, other} <= {"", "{}"}
+    found = _match_in_order(items, golds) if ordered else _match_any_order(items, golds)
+    if found is None:
+        return _formulas(given, wanted)
+    return _yes("the same list") if found else _no("another list")
+
+
+def _items(text: str) -> tuple[str, list[str]] | None:
+    r"""Brackets and members of a tuple, interval, `\{set\}` or bare list; None for a single answer."""
+    text = _OR.sub(",", text)
+    if _THOUSANDS.fullmatch(text):
+        return None
+    brackets = list(_BRACKET.finditer(text))
+    outer = bool(brackets) and brackets[0].start() == 0 and brackets[-1].end() == len(text) and text[0] != "{"
+    commas: dict[int, list[int]] = {0: [], 1: []}  # by depth
+    depth = position = 0
+    for bracket in brackets:
+        for comma in _COMMA.finditer(text, position, bracket.start()):
+            commas.setdefault(depth, []).append(comma.start())
+        depth += 1 if bracket[0][-1] in "({[" else -1
+        position = bracket.end()
+        outer = outer and (depth > 0 or bracket is brackets[-1])
+    commas[0] += [comma.start() for comma in _COMMA.finditer(text, position)] if depth == 0 else []
+    cuts = commas[1 if outer else 0]
+    if not cuts:
+        return None
+    start, end = (brackets[0].end(), brackets[-1].start()) if outer else (0, len(text))
+    edges = [start - 1, *cuts, end]
+    members = [text[a + 1 : b].strip() for a, b in pairwise(edges)]
+    return (brackets[0][0][-1] + brackets[-1][0][-1] if outer else ""), members
+
+
+def _match_in_order(items: list[str], golds: list[str]) -> bool | None:
+    verdicts = [_same(a, b).correct for a, b in zip(items, golds, strict=True)]
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def _match_any_order(items: list[str], golds: list[str]) -> bool | None:
+    left, undecided = list(golds), False
+    for item in items:
+        verdicts = [_same(item, gold).correct for gold in left]
+        if True in verdicts:
+            left.pop(verdicts.index(True))
+        elif None in verdicts:
+            undecided = True
+        else:
+            return False
+    return None if undecided else True
+
+
+def _same_values(given: str, wanted: str) -> Verdict:
+    mine, unit = split_unit(given)
+    theirs, other = split_unit(wanted)
+    if unit and other and unit != other:
+        return _no(f"another unit: {unit} against {other}")
+    if (mine, theirs) != (given, wanted) and compact(mine) == compact(theirs):
+        return _yes("the same value; a unit may be left off")
+    try:
+        gold = exact(theirs.rstrip("% "))
+        answer = exact(mine.rstrip("% "))
+    except NotExactError:
+        return _formulas(mine, theirs)
+    except TooLargeError as error:
+        return _no(f"not the same text, and {error}")
+    percents = (mine.endswith("%"), theirs.endswith("%"))
+    if answer == gold:
+        return _yes("the same number")
+    if percents == (True, False):
+        return _yes("the same share") if answer / 100 == gold else _no("another number")
+    if percents == (False, True):
+        return _yes("the same share") if answer == gold / 100 else _no("another number")
+    return _no(f"another number: {mine[:40]} against {theirs[:40]}")
+
+
+def _formulas(given: str, wanted: str) -> Verdict:
+    """Hand two formulas to math-verify, unless they are words or would cost too much."""
+    for text in (given, wanted):
+        if any(word not in _FUNCTIONS for word in _LONG_WORD.findall(text)):
+            return _no("not the same text, and words are not formulas")
+    if ("=" in _UNDER.sub("", given)) != ("=" in _UNDER.sub("", wanted)):  # not the n=1 under a sum
+        return _no("an equation against a value")
+    if max(len(given), len(wanted)) > MAX_FORMULA:
+        return _no("not the same text, and too long for a formula")
+    if _HEAVY.search(given) and not _HEAVY.search(wanted):
+        return _no("powers or factorials too large to work out")
+    return Verdict(correct=None, why="", formulas=(given, wanted))

@@ -1,0 +1,215 @@
+"""Grading that cannot hang: math-verify runs in worker processes that are killed at a deadline.
+
+Easy answers are decided here, without a process. Formulas go to the workers, in small batches and
+each different pair once. An answer on which a worker runs out of time or dies is unscored; the
+others of its batch are asked again. Workers start when first needed and are new interpreters, never
+forks: the parent may hold torch, threads and a GPU.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import IO, Self
+
+from rlcs.errors import RlcsError
+from rlcs.grading.answers import Verdict
+from rlcs.grading.rewards import Undecided, quick_grade
+from rlcs.records import Grade, Problem
+
+Formulas = tuple[str, str]
+
+_BATCH = 16
+_BATCH_BYTES = 60_000  # below a pipe's buffer: writing to an idle worker never waits
+_START_S = 120.0
+_MAX_FAILED_STARTS = 3
+
+
+class GradePool:
+    """Grades responses in order; a context manager. Safe to call from any thread."""
+
+    def __init__(self, *, workers: int = 1, deadline_s: float = 5.0, allow_fallbacks: bool = False) -> None:
+        """`workers` processes (0: one for each two CPU cores), `deadline_s` seconds for each formula."""
+        if workers < 0 or deadline_s <= 0:
+            raise ValueError(f"{workers} workers with a deadline of {deadline_s} s")
+        self.deadline_s = deadline_s
+        self.allow_fallbacks = allow_fallbacks
+        self._size = workers or max(1, (os.cpu_count() or 1) // 2)
+        self._workers: list[_Worker] = []
+        self._failed_starts = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        """Nothing starts yet."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the workers."""
+        self.close()
+
+    def close(self) -> None:
+        """Kill the workers and wait for them; the pool can be used again and starts new ones."""
+        with self._lock:
+            while self._workers:
+                self._workers.pop().kill()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the workers that run now."""
+        return tuple(worker.process.pid for worker in self._workers)
+
+    def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """One grade for each (problem, response), in order."""
+        results = [quick_grade(p, text, allow_fallbacks=self.allow_fallbacks) for p, text in answers]
+        formulas = dict.fromkeys(r.formulas for r in results if isinstance(r, Undecided))
+        with self._lock:
+            try:
+                verdicts = self._ask(list(formulas)) if formulas else {}
+            except BaseException:  # also Ctrl-C: a worker in the middle of a batch is of no use
+                for worker in self._workers:
+                    worker.kill()
+                self._workers.clear()
+                raise
+        return [r.grade(verdicts[r.formulas]) if isinstance(r, Undecided) else r for r in results]
+
+    def _ask(self, formulas: list[Formulas]) -> dict[Formulas, Verdict]:
+        """Hand out batches until every pair has a verdict."""
+        for worker in [w for w in self._workers if w.process.poll() is not None]:
+            worker.kill()  # it died while nothing was asked: no answer's fault
+            self._workers.remove(worker)
+        waiting, verdicts = deque(formulas), dict[Formulas, Verdict]()
+        batch = max(1, min(_BATCH, len(formulas) // (2 * self._size)))
+        wanted = min(self._size, len(formulas))
+        while len(verdicts) < len(formulas):
+            while waiting and len(self._workers) < wanted:
+                self._workers.append(_Worker(self.deadline_s))
+            for worker in self._workers:
+                if waiting and worker.ready and not worker.asked:
+                    worker.ask(_next_batch(waiting, batch))
+            self._wait()
+            for worker in list(self._workers):
+                verdicts.update(worker.answers())
+                if why := worker.failure():
+                    self._bury(worker, why, waiting, verdicts)
+        return verdicts
+
+    def _wait(self) -> None:
+        """Sleep until a worker has written something or the next deadline."""
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers:
+                selector.register(worker.output, selectors.EVENT_READ)
+            nearest = min(worker.deadline for worker in self._workers)
+            selector.select(min(1.0, max(0.0, nearest - time.monotonic())))
+
+    def _bury(
+        self, worker: "_Worker", why: str, waiting: deque[Formulas], verdicts: dict[Formulas, Verdict]
+    ) -> None:
+        """Kill a worker that failed: its current pair is undecided, the rest of its batch waits again."""
+        worker.kill()
+        self._workers.remove(worker)
+        self._failed_starts = 0 if worker.ready else self._failed_starts + 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise RlcsError(
+                f"the grader does not start: {why}",
+                where="grading",
+                fix=f"see what `{sys.executable} -m rlcs.grading.worker 5` prints; is math-verify installed?",
+            )
+        if worker.asked:
+            verdicts[worker.asked.popleft()] = Verdict(correct=None, why=why)
+            waiting.extendleft(reversed(worker.asked))
+
+
+def _next_batch(waiting: deque[Formulas], most: int) -> list[Formulas]:
+    batch: list[Formulas] = []
+    size = 0
+    while waiting and len(batch) < most:
+        size += len(json.dumps(waiting[0])) + 2
+        if batch and size > _BATCH_BYTES:
+            break
+        batch.append(waiting.popleft())
+    return batch
+
+
+class _Worker:
+    """One process: `asked` are the pairs that it still owes, `deadline` is on the monotonic clock."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "rlcs.grading.worker", str(deadline_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the parent; and a kill takes the children along
+        )
+        self.output: IO[bytes] = _pipe(self.process.stdout)
+        os.set_blocking(self.output.fileno(), False)
+        self.deadline = time.monotonic() + _START_S
+        self.ready = False
+        self.ended = False
+        self.asked: deque[Formulas] = deque()
+        self._text = b""
+
+    def ask(self, batch: list[Formulas]) -> None:
+        """Send a batch; the clock of its first pair starts."""
+        self.asked = deque(batch)
+        self.deadline = time.monotonic() + self.deadline_s
+        with contextlib.suppress(BrokenPipeError):  # it died: `failure` sees the end of its output
+            stdin = _pipe(self.process.stdin)
+            stdin.write(json.dumps(batch).encode() + b"\n")
+            stdin.flush()
+
+    def answers(self) -> list[tuple[Formulas, Verdict]]:
+        """The verdicts that have arrived; every one restarts the clock."""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self.output.fileno(), 1 << 16):
+                self._text += chunk
+            self.ended = True
+        *lines, self._text = self._text.split(b"\n")
+        arrived: list[tuple[Formulas, Verdict]] = []
+        for line in lines:
+            if not self.ready:
+                self.ready = True
+            else:
+                correct, why = json.loads(line)
+                arrived.append((self.asked.popleft(), Verdict(correct=correct, why=why)))
+            self.deadline = time.monotonic() + self.deadline_s if self.asked else float("inf")
+        return arrived
+
+    def failure(self) -> str:
+        """Why this worker is of no more use, or ""."""
+        if self.ended:
+            code = self.process.wait()
+            cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return f"the grader process died ({cause})"
+        if time.monotonic() < self.deadline:
+            return ""
+        return (
+            f"timed out after {self.deadline_s:g} s" if self.ready else f"no sign of life in {_START_S:g} s"
+        )
+
+    def kill(self) -> None:
+        """End the process and its children now, and reap it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                _pipe(pipe).close()
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None, "Popen was asked for pipes"
+    return pipe

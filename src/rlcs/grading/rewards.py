@@ -1,0 +1,76 @@
+r"""Rewards: one grade a response, and what to watch so that a reward that is gamed is seen."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlcs.grading.answers import Verdict, compare, extract
+from rlcs.grading.symbolic import compare_formulas
+from rlcs.records import Grade, Problem
+
+_PIECE = re.compile(r"\w{1,8}|[^\w\s]")
+_BOX = re.compile(r"\\boxed\s*\{")
+_NGRAM = 8
+_MIN_NGRAMS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Undecided:
+    """A response whose verdict needs math-verify on `formulas` = (prediction, gold)."""
+
+    extracted: str
+    formulas: tuple[str, str]
+
+    def grade(self, verdict: Verdict) -> Grade:
+        """The grade, now that math-verify has spoken (or failed: unscored)."""
+        return _grade(verdict, self.extracted)
+
+
+def quick_grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade | Undecided:
+    """Grade by text, letter and exact number alone; never slow, never raises on any text."""
+    if not problem.answer.strip():
+        return Grade(reward=None, correct=None, why="the problem has no gold answer")
+    found = extract(response, allow_fallbacks=allow_fallbacks)
+    if found.text is None:
+        return Grade(reward=0.0, correct=False, why=found.why)
+    verdict = compare(found.text, problem.answer, problem.choices)
+    if verdict.correct is None:
+        return Undecided(extracted=found.text, formulas=verdict.formulas)
+    return _grade(verdict, found.text)
+
+
+def grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade:
+    """Grade one response in this process, with no time limit: for tests and trusted text.
+
+    The reward is 1.0 or 0.0. Use `GradePool` for what a model wrote: a formula can keep math-verify
+    busy for ever.
+    """
+    result = quick_grade(problem, response, allow_fallbacks=allow_fallbacks)
+    return result if isinstance(result, Grade) else result.grade(compare_formulas(*result.formulas))
+
+
+def _grade(verdict: Verdict, extracted: str) -> Grade:
+    reward = None if verdict.correct is None else float(verdict.correct)
+    return Grade(reward=reward, correct=verdict.correct, extracted=extracted, why=verdict.why)
+
+
+def health(texts: Sequence[str]) -> dict[str, float]:
+    r"""Signs of a gamed reward or a collapsing policy; all 0.0 for no texts.
+
+    `boxes_per_answer`: mean number of `\boxed{` a text, wherever it stands, closed or not.
+    `repeated_share`: share of texts in which more than half of all runs of 8 pieces (words, or
+    parts of long ones) occurred before. `no_format_share`: share of texts without an answer that a
+    strict reward would read.
+    """
+    total = max(1, len(texts))
+    return {
+        "boxes_per_answer": sum(len(_BOX.findall(text)) for text in texts) / total,
+        "repeated_share": sum(_is_repetitive(text) for text in texts) / total,
+        "no_format_share": sum(extract(text).text is None for text in texts) / total,
+    }
+
+
+def _is_repetitive(text: str) -> bool:
+    pieces = _PIECE.findall(text)
+    ngrams = list(zip(*(pieces[shift:] for shift in range(_NGRAM)), strict=False))
+    return len(ngrams) >= _MIN_NGRAMS and len(set(ngrams)) < len(ngrams) / 2

@@ -1,0 +1,29 @@
+"""math-verify, for what exact arithmetic cannot decide. It may run for ever: see `pool`."""
+
+import logging
+
+from rlcs.grading.answers import Verdict
+
+
+def compare_formulas(prediction: str, gold: str) -> Verdict:
+    r"""Ask math-verify 0.9 whether `\boxed{prediction}` equals `$gold$`.
+
+    Its own time limits are off: they use SIGALRM, which works in the main thread only. Call this in
+    a process that can be killed. Undecided (`correct=None`) exactly when math-verify itself failed.
+    """
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it warns that its time limits are off
+    kinds = (LatexExtractionConfig(boxed_match_priority=0),)  # never a mere number inside other text
+    wanted = parse(f"${gold}$", kinds, fallback_mode="no_fallback", parsing_timeout=None)
+    if not wanted:
+        return Verdict(correct=False, why="not the same text, and the gold answer is not a formula")
+    given = parse(f"\\boxed{{{prediction}}}", kinds, fallback_mode="no_fallback", parsing_timeout=None)
+    if not given:
+        return Verdict(correct=False, why="the answer is not a formula")
+    try:
+        same = verify(wanted, given, timeout_seconds=None, raise_on_error=True)
+    except Exception as error:
+        return Verdict(correct=None, why=f"math-verify failed: {type(error).__name__}: {error}"[:300])
+    return Verdict(correct=same, why=f"math-verify: {'equal' if same else 'not equal'}")

@@ -1,0 +1,91 @@
+"""Demonstrations: given ones are used as they are, the teacher's are graded and sorted."""
+
+from pathlib import Path
+
+import pytest
+
+from rlcs import tasks
+from rlcs.data import Row
+from rlcs.distill import load_kept, run
+from rlcs.errors import UserError
+from rlcs.files import read_json, read_jsonl
+from rlcs.recipe.schema import Teacher
+from rlcs.records import Problem
+
+
+def builtin_rows(count: int = 40) -> list[Row]:
+    return [Row(problem=p, response=None) for p in tasks.load("puzzles", split="train", count=count, seed=5)]
+
+
+def given(name: str, response: str) -> Row:
+    return Row(problem=Problem(id=name, source="mine", question="?", answer="5"), response=response)
+
+
+def test_wrong_answers_of_the_teacher_are_rejected(tmp_path: Path) -> None:
+    rows = builtin_rows()
+    kept = run(rows, Teacher(wrong_share=0.5), folder=tmp_path, seed=1)
+    rejected = read_jsonl(tmp_path / "rejected.jsonl")
+    stats = read_json(tmp_path / "stats.json")
+    assert 5 < len(kept) < 35 and len(kept) + len(rejected) == 40
+    assert all(d.grade is not None and d.grade.correct and d.teacher == "builtin" for d in kept)
+    assert all(row["response"] and "other" in row["why"] for row in rejected)
+    assert [d.problem.id for d in kept] == [
+        r.problem.id for r in rows if r.problem.id in {d.problem.id for d in kept}
+    ]
+    assert (stats["asked"], stats["kept"], stats["rejected"]) == (40, len(kept), len(rejected))
+    assert stats["without_demonstration"] == 40 - len(kept)
+
+
+def test_more_tries_answer_more_problems(tmp_path: Path) -> None:
+    rows = builtin_rows()
+    kept = run(rows, Teacher(wrong_share=0.5, tries=12), folder=tmp_path, seed=1)
+    assert len(kept) == 40 and max(d.attempt for d in kept) > 0
+    once = run(rows, Teacher(wrong_share=0.5, tries=1), folder=tmp_path, seed=1)
+    assert {d.problem.id for d in once} == {d.problem.id for d in kept if d.attempt == 0}
+
+
+def test_keep_all_imitates_wrong_answers_too(tmp_path: Path) -> None:
+    kept = run(builtin_rows(), Teacher(wrong_share=0.5, keep="all", tries=3), folder=tmp_path, seed=1)
+    assert len(kept) == 40 and all(d.attempt == 0 for d in kept)
+    assert (
+        read_json(tmp_path / "stats.json")["kept_wrong"]
+        == sum(not d.grade.correct for d in kept if d.grade)
+        > 5
+    )
+
+
+def test_given_responses_are_kept_whatever_their_grade(tmp_path: Path) -> None:
+    rows = [given("a", r"\boxed{5}"), given("b", r"\boxed{6}"), *builtin_rows(3)]
+    kept = run(rows, Teacher(wrong_share=0.0), folder=tmp_path, seed=1)
+    assert [d.teacher for d in kept] == ["given", "given", "builtin", "builtin", "builtin"]
+    assert [d.grade.correct for d in kept if d.grade] == [True, False, True, True, True]
+    stats = read_json(tmp_path / "stats.json")
+    assert (stats["given"], stats["given_wrong"], stats["asked"]) == (2, 1, 3)
+
+
+def test_the_same_seed_gives_the_same_files_and_another_other_mistakes(tmp_path: Path) -> None:
+    rows, teacher = builtin_rows(), Teacher(wrong_share=0.5)
+    first = run(rows, teacher, folder=tmp_path / "a", seed=1)
+    assert run(rows, teacher, folder=tmp_path / "b", seed=1) == first
+    assert (tmp_path / "a/kept.jsonl").read_bytes() == (tmp_path / "b/kept.jsonl").read_bytes()
+    assert run(rows, teacher, folder=tmp_path / "c", seed=2) != first
+
+
+def test_kept_demonstrations_can_be_read_again(tmp_path: Path) -> None:
+    rows = [given("a", r"\boxed{5}"), *builtin_rows(5)]
+    kept = run(rows, Teacher(), folder=tmp_path, seed=1)
+    assert load_kept(rows, tmp_path) == kept
+    with pytest.raises(UserError, match="no longer in the data"):
+        load_kept(rows[1:], tmp_path)
+
+
+def test_a_problem_that_the_teacher_does_not_know_is_named(tmp_path: Path) -> None:
+    foreign = Row(problem=Problem(id="mine-7", source="mine", question="?", answer="5"), response=None)
+    with pytest.raises(UserError, match=r"(?s)mine-7.*response"):
+        run([foreign], Teacher(), folder=tmp_path, seed=1)
+
+
+def test_nothing_left_to_learn_from_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)none of 3 problems.*rejected\.jsonl"):
+        run(builtin_rows(3), Teacher(wrong_share=1.0), folder=tmp_path, seed=1)
+    assert len(read_jsonl(tmp_path / "rejected.jsonl")) == 3
