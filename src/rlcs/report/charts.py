@@ -1,0 +1,162 @@
+"""Charts as inline SVG whose colours are CSS variables, so that one picture suits light and dark.
+
+matplotlib draws with stand-in colours; each is then replaced by the variable that the page's
+style sheet defines, and text by the page's own font.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup, escape
+
+from rlcs.report.findings import ArmResult, smooth, thin
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = Sequence[tuple[float, float]]
+
+_NAMES = ("ink", "muted", "grid", "base", "sft", "rl", "two_stage", "p0", "p1", "p2", "p3", "p4", "p5", "p6")
+_PAINT = {name: f"#0a0b{index + 16:02x}" for index, name in enumerate(_NAMES)}
+
+LINE_COLOURS = {"sft": "sft", "grpo": "two_stage", "rl_only": "rl"}
+"""Training stage -> the arm whose colour its curves have."""
+
+
+def arms_chart(results: Sequence[ArmResult]) -> Markup:
+    """Accuracy of each arm as a bar with its interval; a dot for every seed where there are several."""
+
+    def draw(axes: "Axes") -> None:
+        for row, result in enumerate(reversed(results)):
+            axes.barh(row, result.accuracy, height=0.42, color=_PAINT[result.arm])
+            axes.plot(
+                [result.low, result.high], [row, row], color=_PAINT["ink"], lw=1.3, solid_capstyle="butt"
+            )
+            for end in (result.low, result.high):
+                axes.plot([end, end], [row - 0.09, row + 0.09], color=_PAINT["ink"], lw=1.3)
+            if len(result.seeds) > 1:
+                axes.plot(result.seeds, [row] * len(result.seeds), "o", ms=3, color=_PAINT["ink"], mew=0)
+            axes.text(0, row + 0.29, result.name, va="bottom", color=_PAINT["ink"], fontsize=9.5)
+            at = max(result.high, result.accuracy) + 0.012
+            weight = "bold" if result.arm == "two_stage" else "normal"
+            share = f"{result.accuracy:.1%}"
+            axes.text(at, row, share, va="center", color=_PAINT["ink"], fontsize=10, fontweight=weight)
+        top = max(max(r.high, r.accuracy) for r in results)
+        axes.set_xlim(0, max(0.1, min(1.0, top) * 1.16))
+        axes.set_ylim(-0.45, len(results) - 0.2)
+        axes.set_yticks([])
+        axes.grid(axis="x", color=_PAINT["grid"], lw=0.7)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+    told = "; ".join(f"{r.name} {r.accuracy:.1%} ({r.low:.1%} to {r.high:.1%})" for r in results)
+    return _svg(
+        draw,
+        name="arms",
+        told=f"Bar chart of held-out accuracy: {told}",
+        size=(4.2, 0.56 * len(results) + 0.3),
+    )
+
+
+def curve_chart(
+    name: str, told: str, lines: Sequence[tuple[str, Sequence[Points]]], *, percent: bool
+) -> Markup:
+    """Curves over steps: for each colour a list of runs; faint as measured, strong smoothed.
+
+    With several seeds each seed's smoothed curve is faint and their mean is strong.
+    """
+
+    def draw(axes: "Axes") -> None:
+        for colour, runs in lines:
+            runs = [run for run in runs if run]
+            paint = _PAINT[colour]
+            for run in runs:
+                xs, ys = _columns(run)
+                axes.plot(xs, smooth(ys) if len(runs) > 1 else ys, color=paint, lw=0.8, alpha=0.35)
+            if runs:
+                xs, ys = _columns(_mean_run(runs))
+                axes.plot(xs, smooth(ys), color=paint, lw=1.7, solid_capstyle="round")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%" if percent else f"{value:.3g}")
+        axes.grid(axis="y", color=_PAINT["grid"], lw=0.7)
+        axes.margins(x=0.01, y=0.08)
+
+    return _svg(draw, name=name, told=told)
+
+
+def phases_chart(name: str, told: str, layers: Sequence[tuple[str, Points]]) -> Markup:
+    """Seconds a step as stacked areas: for each phase its colour and its points."""
+
+    def draw(axes: "Axes") -> None:
+        shown = [_columns(points) for _, points in layers]
+        steps = shown[0][0]
+        heights = [ys for _, ys in shown]
+        if len(steps) == 1:  # an area needs two ends
+            steps, heights = [steps[0], steps[0] + 1], [ys * 2 for ys in heights]
+        axes.stackplot(steps, *heights, colors=[_PAINT[colour] for colour, _ in layers], lw=0)
+        axes.grid(axis="y", color=_PAINT["grid"], lw=0.7)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0)
+
+    return _svg(draw, name=name, told=told)
+
+
+def phase_colour(index: int) -> str:
+    """The colour variable of the index-th phase."""
+    return f"p{index % 7}"
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    points = thin(points)
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def _mean_run(runs: Sequence[Points]) -> list[tuple[float, float]]:
+    """Mean over runs at every step, over the runs that have that step."""
+    at: dict[float, list[float]] = {}
+    for run in runs:
+        for step, value in run:
+            at.setdefault(step, []).append(value)
+    return [(step, sum(values) / len(values)) for step, values in sorted(at.items())]
+
+
+def _svg(
+    draw: "Callable[[Axes], None]", *, name: str, told: str, size: tuple[float, float] = (3.6, 1.9)
+) -> Markup:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    # The salt makes the file the same every time; the context keeps the settings out of other figures.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5}):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr, call-arg]
+        axes = figure.add_subplot()
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        for side in ("top", "right", "bottom"):
+            axes.spines[side].set_visible(False)
+        axes.spines["left"].set_color(_PAINT["grid"])
+        axes.tick_params(length=0, colors=_PAINT["muted"], labelcolor=_PAINT["muted"])
+        axes.set_axisbelow(True)
+        axes.locator_params(nbins=5)
+        draw(axes)
+        page = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(page, metadata={"Date": None})
+    return _inline(page.getvalue(), name, told)
+
+
+def _inline(svg: str, name: str, told: str) -> Markup:
+    """A whole SVG file as an element of a page: own ids, variables for colours, no metadata."""
+    body = svg[svg.index("<svg") :]
+    # matplotlib's own style element would apply to the whole page: the style sheet says it for `svg *`.
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.S)
+    body = re.sub(r"font-family: [^;\"]*;", "", body)
+    body = re.sub(r'\b(id="|url\(#|href="#)', rf"\1{name}-", body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    for variable, paint in _PAINT.items():
+        body = body.replace(paint, f"var(--{variable.replace('_', '-')})")
+    box = re.search(r'viewBox="[^"]*"', body)
+    head = f'<svg role="img" {box.group(0) if box else ""} aria-label="{escape(told)}">'
+    return Markup(head + body[body.index(">") + 1 :])  # noqa: S704 - drawn by us; `told` is escaped

@@ -1,0 +1,345 @@
+"""From what was read to what is told: pure functions, no files, no HTML.
+
+Everything takes a list of runs, one for each seed. With several seeds a figure is the mean over
+seeds and its interval the lowest and highest seed; with one it is a Wilson 95% interval.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rlcs.metrics import wilson
+from rlcs.report.gather import ARMS, Answer, Attempt, HeldOut, Row, Run, number, part
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmResult:
+    """How one arm did on the held-out problems. Shares are in [0, 1]."""
+
+    arm: str
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    seeds: tuple[float, ...]
+    tokens: float | None
+    truncated: float | None
+    unscored: int | None
+    by_family: Mapping[str, float]
+    by_level: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """The arm's name for people."""
+        return ARMS[self.arm]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """Two-stage minus another arm on the same problems; `gained` are right only with both stages."""
+
+    arm: str
+    points: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealthRow:
+    """One warning sign: for each stage its first value, its last, and whether that deserves a look."""
+
+    name: str
+    share: bool
+    stages: Mapping[str, tuple[float, float, bool]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gallery:
+    """Chosen problems of one kind, and how many of that kind there are."""
+
+    kind: str
+    problems: tuple[HeldOut, ...]
+    total: int
+
+
+def arm_results(runs: Sequence[Run]) -> list[ArmResult]:
+    """Every measured arm, in the order of the story."""
+    found = []
+    for arm in ARMS:
+        scores = [s for s in (_score(run, arm) for run in runs) if s is not None]
+        if scores:
+            found.append(scores[0] if len(scores) == 1 else _over_seeds(scores))
+    return found
+
+
+def headline(results: Sequence[ArmResult]) -> tuple[str, str]:
+    """The main sentence and its second half, from at least one result."""
+    main = next((r for r in results if r.arm == "two_stage"), results[-1])
+    mean = f", mean of {len(main.seeds)} seeds" if len(main.seeds) > 1 else ""
+    first = f"{main.name}: {main.accuracy:.1%} on {main.n:,} held-out problems{mean}"
+    # The closest rival is SFT only, the farthest the base model.
+    rest = sorted(
+        (r for r in results if r is not main), key=lambda r: ("sft", "rl", "base", "two_stage").index(r.arm)
+    )
+    gains = [f"{100 * (main.accuracy - r.accuracy):+.1f} points over {r.name}" for r in rest]
+    gains = [g.replace("over Base", "over the base model").replace("-", "\u2212") for g in gains]
+    return first, ", ".join(gains[:1] + [g.replace(" points", "") for g in gains[1:]])
+
+
+def training_headline(runs: Sequence[Run]) -> tuple[str, str]:
+    """What the first run's training did, the last stage first, for a page without an evaluation."""
+    told = []
+    for stage, name, key in (
+        ("grpo", "RL", "reward"),
+        ("rl_only", "RL only", "reward"),
+        ("sft", "SFT", "loss"),
+    ):
+        rows = runs[0].curves.get(stage, ())
+        ends = _ends([value for _, value in series(rows, key)])
+        if ends:
+            told.append(f"{name}: {key} from {ends[0]:.3g} to {ends[1]:.3g} in {len(rows):,} steps")
+    return (told[0], "; ".join(told[1:])) if told else ("Nothing measured yet", "")
+
+
+def differences(runs: Sequence[Run]) -> list[Difference]:
+    """Two-stage against each other arm, problem by problem.
+
+    One seed: 95% interval of a difference of paired shares, each cell of the table raised by
+    one half (Agresti & Min 2005). Several: mean, lowest and highest; gained and lost are summed.
+    """
+    found = []
+    for arm in ARMS:
+        pairs = [_pair(run.answers.get("two_stage", {}), run.answers.get(arm, {})) for run in runs]
+        pairs = [p for p in pairs if p[2]]
+        if arm == "two_stage" or not pairs:
+            continue
+        gaps = [(gained - lost) / n for gained, lost, n in pairs]
+        low, high = (min(gaps), max(gaps)) if len(gaps) > 1 else _paired_interval(*pairs[0])
+        gained, lost = sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+        found.append(Difference(arm=arm, points=fmean(gaps), low=low, high=high, gained=gained, lost=lost))
+    return found
+
+
+def series(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:
+    """(step, value) of every row that has both."""
+    found = ((number(row, "step"), number(row, key)) for row in rows)
+    return [(step, value) for step, value in found if step is not None and value is not None]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Centred moving average over about a tenth of the series, so that noise does not hide the trend."""
+    half = len(values) // 20
+    return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def thin(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
+    """At most `most` points: means of equal chunks."""
+    size = math.ceil(len(points) / most) or 1
+    chunks = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(fmean(p[0] for p in c), fmean(p[1] for p in c)) for c in chunks]
+
+
+_SIGNS = (
+    ("boxes_per_answer", "Boxes per answer", False, 1.5),
+    ("repeated_share", "Answers that repeat themselves", True, 0.1),
+    ("no_format_share", "Answers outside the format", True, 0.2),
+    ("truncated", "Answers cut at the limit", True, 0.1),
+    ("unscored", "Answers the grader could not score", True, 0.05),
+    ("flat_groups", "Groups without any reward difference", True, 0.8),
+)
+
+
+def health(runs: Sequence[Run]) -> list[HealthRow]:
+    """Signs of a gamed reward or a broken run, first against last steps, mean over seeds."""
+    found = []
+    for key, name, share, limit in _SIGNS:
+        stages = {}
+        for stage in ("grpo", "rl_only"):
+            values = [[v for _, v in series(run.curves.get(stage, ()), key)] for run in runs]
+            ends = [e for e in map(_ends, values) if e is not None]
+            if ends:
+                first, last = fmean(e[0] for e in ends), fmean(e[1] for e in ends)
+                stages[stage] = (first, last, last > limit)
+        if stages:
+            found.append(HealthRow(name=name, share=share, stages=stages))
+    return found
+
+
+def skipped_steps(runs: Sequence[Run]) -> list[str]:
+    """`stage step N: reason` of every skipped step."""
+    return [
+        f"{stage} step {row.get('step')}: {row['skipped']}"
+        for run in runs
+        for stage, rows in run.curves.items()
+        for row in rows
+        if row.get("skipped")
+    ]
+
+
+def gallery(run: Run, count: int) -> list[Gallery]:
+    """`count` problems: half where the arms disagree, the rest all wrong and all right.
+
+    The order within a kind is by a hash of the id: the same every time, and nobody's choice. A run
+    keeps the images of its first problems only: where those are enough, no other is shown.
+    """
+    kinds: dict[str, list[HeldOut]] = {
+        "The arms disagree": [],
+        "Every arm is wrong": [],
+        "Every arm is right": [],
+    }
+    totals = dict.fromkeys(kinds, 0)
+    only_pictured = sum(bool(problem.images) for problem in run.problems) >= count
+    for problem in sorted(run.problems, key=_shuffled):
+        said = [answers[problem.id].correct for answers in run.answers.values() if problem.id in answers]
+        if said:
+            kind = list(kinds)[1 if not any(said) else 2 if all(said) else 0]
+            totals[kind] += 1
+            if problem.images or not only_pictured:
+                kinds[kind].append(problem)
+    wanted = dict(zip(kinds, (count - 2 * (count // 4), count // 4, count // 4), strict=True))
+    take = {kind: min(len(problems), wanted[kind]) for kind, problems in kinds.items()}
+    for kind, problems in kinds.items():  # one kind's shortage is filled from the others
+        take[kind] += min(len(problems) - take[kind], count - sum(take.values()))
+    return [
+        Gallery(kind=kind, problems=tuple(problems[: take[kind]]), total=totals[kind])
+        for kind, problems in kinds.items()
+        if take[kind]
+    ]
+
+
+def _shuffled(problem: HeldOut) -> bytes:
+    return hashlib.sha256(problem.id.encode("utf-8", "replace")).digest()
+
+
+def late_rollouts(attempts: Sequence[Attempt], *, groups: int = 3, each: int = 3) -> list[list[Attempt]]:
+    """Groups of the last step, those with unequal rewards first; of each its best, worst and middle."""
+    by_id: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        by_id.setdefault(attempt.id, []).append(attempt)
+    ranked = [sorted(group, key=lambda a: -(a.reward or 0.0)) for group in by_id.values()]
+    ranked.sort(key=lambda g: (g[0].reward == g[-1].reward, g[0].id))
+    chosen = []
+    for group in ranked[:groups]:
+        last = len(group) - 1
+        spread = sorted({round(i * last / max(1, each - 1)) for i in range(each)})
+        chosen.append([group[i] for i in spread])
+    return chosen
+
+
+def phases(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Phase -> (step, seconds); a phase that a step did not have took no time in it."""
+    names = dict.fromkeys(name for row in rows for name in part(row, "seconds"))
+    steps = [(number(row, "step"), part(row, "seconds")) for row in rows]
+    return {
+        name: [(step, number(took, name) or 0.0) for step, took in steps if step is not None]
+        for name in names
+    }
+
+
+def stage_seconds(runs: Sequence[Run]) -> dict[str, float]:
+    """Stage -> seconds, mean over seeds: the summary's, or else what the steps add up to."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        told = part(run.summary, "seconds")
+        took = {stage: number(told, stage) for stage in told}
+        for stage, rows in run.curves.items():
+            if took.get(stage) is None:
+                took[stage] = sum(v for points in phases(rows).values() for _, v in points)
+        for stage, seconds in took.items():
+            if seconds:
+                found.setdefault(stage, []).append(seconds)
+    return {stage: fmean(values) for stage, values in found.items()}
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float] | None:
+    """Means of the first and the last tenth, at most ten values each."""
+    if not values:
+        return None
+    size = min(10, max(1, len(values) // 10))
+    return fmean(values[:size]), fmean(values[-size:])
+
+
+def _pair(ours: Mapping[str, Answer], theirs: Mapping[str, Answer]) -> tuple[int, int, int]:
+    both = [(bool(ours[i].correct), bool(theirs[i].correct)) for i in ours if i in theirs]
+    return sum(a > b for a, b in both), sum(a < b for a, b in both), len(both)
+
+
+def _paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+    more, less, total = gained + 0.5, lost + 0.5, n + 2
+    middle = (more - less) / total
+    half = 1.96 * math.sqrt(more + less - (more - less) ** 2 / total) / total
+    return middle - half, middle + half
+
+
+def _score(run: Run, arm: str) -> ArmResult | None:
+    """One run's result: scores.json first, the predictions for what it lacks, then summary.json."""
+    answers = list(run.answers.get(arm, {}).values())
+    told = run.scores.get(arm) or part(part(run.summary, "arms"), arm)
+    right = sum(a.correct is True for a in answers)
+    counted = number(told, "n")
+    n = len(answers) if counted is None else int(counted)
+    accuracy = number(told, "accuracy")
+    if accuracy is None:
+        if not answers:
+            return None
+        accuracy, n = right / len(answers), len(answers)
+    low, high = wilson(min(n, max(0, round(accuracy * n))), max(0, n))
+    told_low, told_high = number(told, "low"), number(told, "high")
+    return ArmResult(
+        arm=arm,
+        accuracy=accuracy,
+        low=low if told_low is None else told_low,
+        high=high if told_high is None else told_high,
+        n=n,
+        seeds=(accuracy,),
+        tokens=fmean(a.tokens for a in answers) if answers else number(told, "mean_tokens"),
+        truncated=(fmean(a.stop == "length" for a in answers) if answers else number(told, "truncated")),
+        unscored=sum(a.correct is None for a in answers) if answers else None,
+        by_family=_groups(run, arm, told, "family"),
+        by_level=_groups(run, arm, told, "level"),
+    )
+
+
+def _groups(run: Run, arm: str, told: Row, kind: str) -> dict[str, float]:
+    """Accuracy by family or level: as scored, or counted from the predictions."""
+    scored = part(told, f"by_{kind}")
+    found = {name: number(part(scored, name), "accuracy") for name in scored}
+    if not scored:
+        said: dict[str, list[bool]] = {}
+        answers = run.answers.get(arm, {})
+        for problem in run.problems:
+            name = problem.family if kind == "family" else problem.level
+            if name and problem.id in answers:
+                said.setdefault(name, []).append(answers[problem.id].correct is True)
+        found = {name: fmean(values) for name, values in said.items()}
+    return {name: value for name, value in sorted(found.items()) if value is not None}
+
+
+def _over_seeds(scores: Sequence[ArmResult]) -> ArmResult:
+    """The mean of several seeds, with the lowest and highest as its interval."""
+    seeds = tuple(s.accuracy for s in scores)
+    tokens = [s.tokens for s in scores if s.tokens is not None]
+    truncated = [s.truncated for s in scores if s.truncated is not None]
+    unscored = [s.unscored for s in scores if s.unscored is not None]
+    return ArmResult(
+        arm=scores[0].arm,
+        accuracy=fmean(seeds),
+        low=min(seeds),
+        high=max(seeds),
+        n=scores[0].n,
+        seeds=seeds,
+        tokens=fmean(tokens) if tokens else None,
+        truncated=fmean(truncated) if truncated else None,
+        unscored=sum(unscored) if unscored else None,
+        by_family=_mean_of([s.by_family for s in scores]),
+        by_level=_mean_of([s.by_level for s in scores]),
+    )
+
+
+def _mean_of(groups: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for group in groups for name in group)
+    return {name: fmean(g[name] for g in groups if name in g) for name in names}

@@ -1,0 +1,218 @@
+"""Reads a run folder, whole or not, into plain records.
+
+A report is most wanted when something went wrong, so nothing here raises over a missing, torn or
+odd file: what cannot be read is left out.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from json import loads
+from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
+
+ARMS = {"base": "Base", "sft": "SFT only", "rl": "RL only", "two_stage": "Cold start + RL"}
+"""Arms in the order of the story, with their names for people."""
+
+STAGES = {"sft": "SFT", "grpo": "RL after SFT", "rl_only": "RL only"}
+"""Training stages in the order in which they run."""
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """A held-out problem; `images` are files inside the run's eval folder."""
+
+    id: str
+    question: str
+    answer: str
+    family: str
+    level: str
+    choices: tuple[str, ...]
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What one arm said to one problem; `correct` is None where it was not scored."""
+
+    response: str
+    extracted: str
+    correct: bool | None
+    why: str
+    tokens: float
+    stop: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One rollout of a late training step."""
+
+    id: str
+    text: str
+    reward: float | None
+    correct: bool | None
+    why: str
+    tokens: float
+    advantage: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One run folder (one seed): whatever of it could be read."""
+
+    folder: Path
+    summary: Row
+    recipe: str
+    cold_start: Row
+    curves: Mapping[str, tuple[Row, ...]]
+    """Stage -> rows of metrics.jsonl in step order."""
+    problems: tuple[HeldOut, ...]
+    answers: Mapping[str, Mapping[str, Answer]]
+    """Arm -> problem id -> answer."""
+    scores: Mapping[str, Row]
+    """Arm -> scores.json."""
+    rollouts: Mapping[str, tuple[int, tuple[Attempt, ...]]]
+    """RL stage -> (last step, its rollouts)."""
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The runs of `folder`: its `seed-*` folders, or the folder itself."""
+    seeds = [p for p in folder.glob("seed-*") if p.is_dir()]
+    seeds.sort(key=lambda p: (len(p.name), p.name))
+    return [read_run(p) for p in seeds or [folder]]
+
+
+def read_run(folder: Path) -> Run:
+    """Everything readable of one run folder."""
+    arms = [a for a in ARMS if (folder / "eval" / a).is_dir()]
+    predictions = {a: list(_rows(folder / "eval" / a / "predictions.jsonl")) for a in arms}
+    stages = {s: tuple(_rows(folder / s / "metrics.jsonl")) for s in STAGES}
+    rollouts = {s: _last_rollouts(folder / s / "rollouts") for s in STAGES}
+    scores = {a: read_object(folder / "eval" / a / "scores.json") for a in arms}
+    return Run(
+        folder=folder,
+        summary=read_object(folder / "summary.json"),
+        recipe=read_text(folder / "recipe.yaml"),
+        cold_start=read_object(folder / "cold_start" / "stats.json"),
+        curves={s: rows for s, rows in stages.items() if rows},
+        problems=tuple(_problem(r) for r in _rows(folder / "eval" / "problems.jsonl")),
+        answers={a: {text(r, "id"): _answer(r) for r in rows} for a, rows in predictions.items() if rows},
+        scores={a: row for a, row in scores.items() if row},
+        rollouts={s: found for s, found in rollouts.items() if found},
+    )
+
+
+def read_text(path: Path) -> str:
+    """A text file, or nothing."""
+    if not path.is_file():  # missing, or a pipe that would never end
+        return ""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        _LOG.warning("the report leaves out %s: %s", path, error)
+        return ""
+
+
+def read_object(path: Path) -> Row:
+    """A JSON object, or an empty one."""
+    content = read_text(path)
+    value = _json(content)
+    if content and not isinstance(value, dict):
+        _LOG.warning("the report leaves out %s: not a JSON object", path)
+    return value if isinstance(value, dict) else {}
+
+
+def number(row: Row, name: str) -> float | None:
+    """A finite number of a row, or None."""
+    value = row.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # JSON's integers have no end
+        return None
+    return found if math.isfinite(found) else None
+
+
+def part(row: Row, name: str) -> Row:
+    """An object inside a row, or an empty one."""
+    value = row.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def text(row: Row, name: str) -> str:
+    """A value of a row as text; nothing for null and missing."""
+    value = row.get(name)
+    return "" if value is None else str(value)
+
+
+def _json(content: str) -> object:
+    try:
+        value: object = loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    for line in read_text(path).split("\n"):
+        value = _json(line)
+        if isinstance(value, dict):
+            yield value
+
+
+def _verdict(row: Row) -> bool | None:
+    value = row.get("correct")
+    return value if isinstance(value, bool) else None
+
+
+def _problem(row: Row) -> HeldOut:
+    return HeldOut(
+        id=text(row, "id"),
+        question=text(row, "question"),
+        answer=text(row, "answer"),
+        family=text(row, "family"),
+        level=text(row, "level"),
+        choices=_texts(row, "choices"),
+        images=_texts(row, "images"),
+    )
+
+
+def _texts(row: Row, name: str) -> tuple[str, ...]:
+    value = row.get(name)
+    return tuple(str(each) for each in value) if isinstance(value, list) else ()
+
+
+def _answer(row: Row) -> Answer:
+    return Answer(
+        response=text(row, "response"),
+        extracted=text(row, "extracted"),
+        correct=_verdict(row),
+        why=text(row, "why"),
+        tokens=number(row, "tokens") or 0.0,
+        stop=text(row, "stop"),
+    )
+
+
+def _last_rollouts(folder: Path) -> tuple[int, tuple[Attempt, ...]] | None:
+    files = [p for p in folder.glob("step-*.jsonl") if p.stem[5:].isdigit()]
+    for path in sorted(files, key=lambda p: int(p.stem[5:]), reverse=True):
+        attempts = tuple(
+            Attempt(
+                id=text(row, "id"),
+                text=text(row, "text"),
+                reward=number(row, "reward"),
+                correct=_verdict(row),
+                why=text(row, "why"),
+                tokens=number(row, "tokens") or 0.0,
+                advantage=number(row, "advantage"),
+            )
+            for row in _rows(path)
+        )
+        if attempts:
+            return int(path.stem[5:]), attempts
+    return None
