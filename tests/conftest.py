@@ -53,7 +53,9 @@ def draw(width: int, height: int, seed: int = 0) -> ImageRef:
     return image_from_bytes(buffer.getvalue(), limit=10**6, where="drawn")
 
 
-def make_problem(name: str, question: str = "How many?", sizes: tuple[tuple[int, int], ...] = ((56, 84),)) -> Problem:
+def make_problem(
+    name: str, question: str = "How many?", sizes: tuple[tuple[int, int], ...] = ((56, 84),)
+) -> Problem:
     images = tuple(draw(w, h, seed=hash_of(name) + i) for i, (w, h) in enumerate(sizes))
     return Problem(id=name, source="test", question=question, answer="4", images=images)
 

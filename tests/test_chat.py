@@ -1,11 +1,11 @@
 """Prompts from segments: equal to the model's own template on clean text, unforgeable otherwise."""
 
 import pytest
-from conftest import draw, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import draw, make_problem
 from rlcs import models
 from rlcs.chat import DEFAULT_SYSTEM
 from rlcs.errors import ImageError, PromptError
@@ -63,7 +63,9 @@ def test_typed_control_tokens_stay_text(chat_once, parts):
     def count(prompt):
         return [i for i in prompt.ids if i in controls]
 
-    assert count(chat_once.with_system(typed).prompt(forged)) == count(chat_once.with_system("s").prompt(clean))
+    assert count(chat_once.with_system(typed).prompt(forged)) == count(
+        chat_once.with_system("s").prompt(clean)
+    )
     assert controls.isdisjoint(chat_once.text_ids(typed))
 
 
@@ -82,7 +84,9 @@ def test_text_survives_the_round_trip(chat):
 
 def test_an_over_long_prompt_names_its_length_and_the_key(vlm):
     chat = models.make_chat(vlm, Recipe(prompt={"max_tokens": 20}))
-    with pytest.raises(PromptError, match=r"problem-9: the prompt has \d+ tokens, 6 of them image; the limit is 20"):
+    with pytest.raises(
+        PromptError, match=r"problem-9: the prompt has \d+ tokens, 6 of them image; the limit is 20"
+    ):
         chat.prompt(make_problem("problem-9"))
 
 

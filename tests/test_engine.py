@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import make_problem
 from rlcs.engines import local
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.sampling import choose, uniform
@@ -24,7 +24,9 @@ def trees_of(prompts, groups):
     return [
         Tree(
             prompt=prompt,
-            branches=tuple(Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in group),
+            branches=tuple(
+                Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in group
+            ),
         )
         for prompt, group in zip(prompts, groups, strict=True)
     ]

@@ -384,7 +384,7 @@ def test_absurd_shapes_are_refused_and_the_smallest_image_is_not():
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_a_truncated_image_is_found_without_decoding_whole_ones(kind, share):
     data = encoded(noise(), kind)
-    with pytest.raises(ImageError, match="truncated|damaged"):
+    with pytest.raises(ImageError, match=r"truncated|damaged"):
         files.image_from_bytes(data[: int(len(data) * share)], limit=LIMIT, where="x")
 
 

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from conftest import make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import make_problem
 from rlcs.packing import dense_mask, layout_of, pack, trunk_positions, unpack, within_budget
 from rlcs.records import Branch, Prompt, Tree
 
 IMAGE = 7
-sizes = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), max_size=4)), min_size=1, max_size=4)
+sizes = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), max_size=4)), min_size=1, max_size=4
+)
 floats = st.floats(-4, 4, width=32)
 
 

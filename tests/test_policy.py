@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import make_problem
 
+from conftest import make_problem
 from rlcs import policy
 from rlcs.attention import DensePlan, FlexPlan, TreePlan
 from rlcs.models import Vlm
@@ -125,7 +125,9 @@ def test_temperature_divides_the_logits(vlm, chat):
     assert not torch.allclose(score(vlm, packed, temperature=0.5).logprobs, score(vlm, packed).logprobs)
     flat = score(vlm, packed, temperature=1e6)
     vocabulary = vlm.model.get_output_embeddings().weight.shape[0]
-    torch.testing.assert_close(flat.entropy, torch.full_like(flat.entropy, vocabulary).log(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        flat.entropy, torch.full_like(flat.entropy, vocabulary).log(), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_gradient_checkpointing_changes_memory_not_gradients(vlm, chat):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_problem
 
+from conftest import make_problem
 from rlcs import grpo, models, sft, tasks
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import DataError, TrainingError
+from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
 from rlcs.interrupts import StopFlag, Stopped
 from rlcs.metrics import screen
@@ -31,7 +31,8 @@ def fresh(folder, attention="tree"):
 def demonstrations():
     problems = tasks.load("puzzles", split="train", count=12, seed=5)
     return [
-        Demonstration(problem=p, response=tasks.teach(p, seed=0, wrong_share=0.0), teacher="builtin") for p in problems
+        Demonstration(problem=p, response=tasks.teach(p, seed=0, wrong_share=0.0), teacher="builtin")
+        for p in problems
     ]
 
 
@@ -78,7 +79,7 @@ def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, de
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folder, demonstrations):
+def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folder, demonstrations, tmp_path):
     vlm, chat = fresh(random_model_folder)
     batch = Batch(pack=pack(sft.usable_trees(demonstrations[:2], chat)[0], chat.patches))
     before = weights_of(vlm)
@@ -88,6 +89,9 @@ def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folde
         return sft_loss(scores.logprobs * float("nan"), some.pack.weights, some.pack.sequence, "token")
 
     outcome = trainer.step([batch], poisoned, average="token")
+    stage = StageFolder(tmp_path, name="sft", seed=0, settings=Sft(), recipe_hash="h")
+    report = stage.report(outcome, step=1, steps=3, values={}, seconds={})
+    assert report.skipped and "loss" not in report.values  # NaN is not JSON
     assert outcome.skipped == "the gradient is not finite"
     assert_equal_weights(before, weights_of(vlm))
     with pytest.raises(TrainingError, match="not finite in 2 steps in a row"):
@@ -102,8 +106,15 @@ def test_frozen_parts_stay_and_the_others_learn(random_model_folder, demonstrati
     trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=1)
     trees, _ = sft.usable_trees(demonstrations[:4], chat)
     trainer.step([Batch(pack=pack(trees, chat.patches))], nll, average="token")
-    is_merger, is_vision = (lambda n: ".visual.merger." in n), (lambda n: ".visual." in n and ".merger." not in n)
-    frozen = {"merger": is_merger, "vision_tower": is_vision, "language_model": lambda n: ".visual." not in n}[part]
+    is_merger, is_vision = (
+        (lambda n: ".visual.merger." in n),
+        (lambda n: ".visual." in n and ".merger." not in n),
+    )
+    frozen = {
+        "merger": is_merger,
+        "vision_tower": is_vision,
+        "language_model": lambda n: ".visual." not in n,
+    }[part]
     changed = {name for name, weight in weights_of(vlm).items() if not torch.equal(weight, before[name])}
     assert changed and not any(frozen(name) for name in changed)
     assert all(frozen(name) or name in changed for name in before)
@@ -168,7 +179,9 @@ def test_sft_learns_and_its_loss_is_the_token_mean(random_model_folder, demonstr
     with torch.no_grad():
         from rlcs.policy import score
 
-        assert losses[0] == pytest.approx(-score(vlm, pack(trees, chat.patches)).logprobs.mean().item(), rel=1e-4)
+        assert losses[0] == pytest.approx(
+            -score(vlm, pack(trees, chat.patches)).logprobs.mean().item(), rel=1e-4
+        )
 
 
 def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstrations, tmp_path):
@@ -178,6 +191,20 @@ def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstration
     assert (len(trees), skipped) == (2, 1)
     with pytest.raises(DataError, match="the limit is 100"):
         sft.usable_trees([long], chat)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(random_model_folder, demonstrations, tmp_path):
+    with pytest.raises(Stopped):
+        run_sft(random_model_folder, tmp_path, demonstrations, stop_at=1)
+    vlm, chat = fresh(random_model_folder)
+    settings = Sft(batch_size=4, epochs=2)
+    stage = StageFolder(tmp_path, name="sft", seed=3, settings=settings, recipe_hash="other")
+    with (
+        StopFlag() as stop,
+        screen("sft", 6, quiet=True) as view,
+        pytest.raises(CheckpointError, match="another recipe"),
+    ):
+        sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=view, stop=stop)
 
 
 # --- GRPO ----------------------------------------------------------------------------------------
@@ -193,7 +220,7 @@ class LengthGrader:
 def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
     vlm, chat = fresh(source)
     problems = tasks.load("puzzles", split="train", count=count, seed=5)
-    reference = grpo.frozen_copy(vlm) if settings.kl.kind != "none" else None
+    reference = grpo.frozen_copy(vlm) if settings.kl.active else None
     actors = grpo.Actors(
         vlm=vlm,
         reference=reference,
@@ -339,7 +366,11 @@ def test_grpo_raises_the_reward(random_model_folder, tmp_path):
             return [Grade(reward=float(len(t) < 12), correct=len(t) < 12) for _, t in pairs]
 
     settings = Grpo(
-        steps=12, prompts_per_step=8, group_size=8, max_new_tokens=12, optimizer=Optimizer(lr=3e-3, betas=(0.9, 0.95))
+        steps=12,
+        prompts_per_step=8,
+        group_size=8,
+        max_new_tokens=12,
+        optimizer={"lr": 3e-3, "betas": (0.9, 0.95)},
     )
     run_grpo(random_model_folder, tmp_path / "a", settings, grader=Short())
     rewards = [row["reward"] for row in rows_of(tmp_path / "a" / "metrics.jsonl")]

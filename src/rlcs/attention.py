@@ -159,7 +159,7 @@ class _TreeAttention(torch.autograd.Function):
         query, key, value, output, lse = ctx.saved_tensors
         grad_output = grads[0]
         own, over_trunk = visible_blocks(ctx.layout)
-        totals = tuple(torch.zeros_like(x) for x in (query, key, value))
+        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
         for q, k, causal in (*own, *over_trunk):
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_output[:, :, q],
@@ -171,16 +171,15 @@ class _TreeAttention(torch.autograd.Function):
                 0.0,
                 causal,
             )
-            for total, part, where in zip(totals, parts, (q, k, k), strict=True):
-                total[:, :, where] += part
-        return (*totals, None)
+            grad_query[:, :, q] += parts[0]
+            grad_key[:, :, k] += parts[1]
+            grad_value[:, :, k] += parts[2]
+        return grad_query, grad_key, grad_value, None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """Output (1, H, q, D) and log-sum-exp (1, H, q) of one block."""
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal
-    )
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
     return output, lse
 
 

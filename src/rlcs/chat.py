@@ -36,7 +36,10 @@ class Chat:
         self._max_tokens = max_tokens
         self._start = self._control("<|im_start|>")
         self.end_id = self._control("<|im_end|>")
-        self._vision_start, self._vision_end = self._control("<|vision_start|>"), self._control("<|vision_end|>")
+        self._vision_start, self._vision_end = (
+            self._control("<|vision_start|>"),
+            self._control("<|vision_end|>"),
+        )
         self.image_id = self._control("<|image_pad|>")
 
     def _control(self, token: str) -> int:

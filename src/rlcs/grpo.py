@@ -17,7 +17,15 @@ from rlcs.grading import GradePool, health
 from rlcs.interrupts import StopFlag
 from rlcs.metrics import Screen
 from rlcs.models import Vlm
-from rlcs.objectives import LossInputs, LossSettings, LossSums, advantages, is_flat, overlong_penalty, policy_loss
+from rlcs.objectives import (
+    LossInputs,
+    LossSettings,
+    LossSums,
+    advantages,
+    is_flat,
+    overlong_penalty,
+    policy_loss,
+)
 from rlcs.packing import Pack, pack, within_budget
 from rlcs.policy import Scores
 from rlcs.recipe.schema import Grpo
@@ -186,7 +194,7 @@ def shaped_reward(rollout: Rollout, grade: Grade, settings: Grpo) -> float | Non
 
 
 def flat(group: Group) -> bool:
-    """Whether the group's gradient is exactly zero."""
+    """Whether no member did better than another: without a KL penalty the gradient is exactly zero."""
     return is_flat(group.advantages)
 
 
@@ -206,11 +214,11 @@ def learn(
     """The optimiser steps of one rollout step, each on its share of the groups.
 
     Without a KL penalty a flat group has a gradient of exactly zero: it is not computed, but its
-    tokens still count in the mean.
+    tokens still count in the mean (not in `micro_batch`, whose mean is of each computed pack).
     """
     size = -(-len(groups) // settings.optimizer_steps)
     shares = [groups[i : i + size] for i in range(0, len(groups), size)]
-    keep_flat = settings.kl.kind != "none"
+    keep_flat = settings.kl.active
     planned: list[tuple[list[Batch], Counts]] = []
     with clock("reference"):
         for share in shares:

@@ -91,7 +91,11 @@ def load(settings: ModelSettings, *, device: torch.device | None = None) -> Vlm:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Vlm(
-        model=model.to(device), processor=processor, family=family, attention=settings.attention, device=device
+        model=model.to(device),
+        processor=processor,
+        family=family,
+        attention=settings.attention,
+        device=device,
     )
 
 

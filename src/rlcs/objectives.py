@@ -103,7 +103,7 @@ class LossSettings:
             clip_low=grpo.clip_low,
             clip_high=grpo.clip_high,
             clip_dual=grpo.clip_dual,
-            kl=grpo.kl.kind,
+            kl=grpo.kl.kind if grpo.kl.active else "none",
             kl_coefficient=grpo.kl.coefficient,
             average=grpo.loss_average,
             max_new_tokens=grpo.max_new_tokens,

@@ -10,7 +10,8 @@ tokens), S branches, T trees.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,11 +144,8 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The same pack with its tensors on `device`."""
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in self.__dict__.items()
-        }
-        return Pack(**moved)
+        moved: dict[str, Any] = {k: x.to(device) for k, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 PixelSource = Callable[[ImageRef], Tensor]

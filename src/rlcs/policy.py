@@ -61,7 +61,9 @@ def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Tensor]:
     return {"pixel_values": pack.pixel_values.to(vlm.model.dtype), "image_grid_thw": pack.grids}
 
 
-def _score_chunk(states: Tensor, targets: Tensor, head: nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
+def _score_chunk(
+    states: Tensor, targets: Tensor, head: nn.Module, temperature: float
+) -> tuple[Tensor, Tensor]:
     log_probs = torch.log_softmax(head(states).float() / temperature, dim=-1)
     chosen = log_probs.gather(1, targets[:, None])[:, 0]
     with torch.no_grad():

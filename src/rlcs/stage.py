@@ -1,5 +1,6 @@
 """The folder of one training stage: metrics, checkpoints, resume, and the marker written last."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 from rlcs import checkpoint
 from rlcs.data import ProblemStream
+from rlcs.errors import CheckpointError
 from rlcs.files import append_jsonl, write_json
 from rlcs.interrupts import StopFlag
 from rlcs.metrics import MetricsLog, Screen
@@ -77,6 +79,12 @@ class StageFolder:
         if state is None:
             self._metrics.resume_from(0)
             return 0
+        if state.recipe_hash != self._recipe_hash:
+            raise CheckpointError(
+                "the checkpoint was written under another recipe",
+                where=str(self.path / "checkpoints"),
+                fix="remove the folder to train this stage anew",
+            )
         checkpoint.restore(state, trainer.vlm.model, trainer.optimizer)
         trainer.done, trainer.bad_steps = state.schedule["done"], state.schedule["bad_steps"]
         stream.restore(state.cursor)
@@ -108,8 +116,9 @@ class StageFolder:
             merged |= {**outcome.values, **values, "tokens": float(outcome.tokens)}
             merged["tokens_per_s"] = outcome.tokens / max(1e-9, sum(seconds.values()))
             skipped = outcome.skipped
+        finite = {name: value for name, value in merged.items() if math.isfinite(value)}
         return StepReport(
-            stage=self.name, step=step, steps=steps, values=merged, seconds=seconds, skipped=skipped
+            stage=self.name, step=step, steps=steps, values=finite, seconds=seconds, skipped=skipped
         )
 
     def after_step(

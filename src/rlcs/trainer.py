@@ -111,7 +111,7 @@ class Trainer:
         for batch in batches:
             scores = score(self.vlm, batch.pack, temperature=temperature)
             sums = objective(batch, scores)
-            sums.loss.backward()  # type: ignore[no-untyped-call]
+            sums.loss.backward()
             loss += sums.loss.item()
             tokens += int(sums.tokens)
             sequences += int(sums.sequences)

@@ -13,7 +13,12 @@ class Engine(Protocol):
     """Samples from the current policy."""
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        step: int = 0,
+        progress: Progress | None = None,
     ) -> list[tuple[Rollout, ...]]:
         """`sampling.n` rollouts of every prompt, in the order of the prompts.
 

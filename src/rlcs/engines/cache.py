@@ -144,7 +144,8 @@ class ForestCache:
         trunk_share, own_share = shares.split([over_trunk.shape[-1], longest], -1)
         output = own_share @ own_value[:, :, :longest]
         output = output + self._to_rows(self._to_grid(trunk_share) @ trunk_value)
-        return output.reshape(count, heads * output.shape[2], size).transpose(0, 1)[None]
+        flat: Tensor = output.reshape(count, heads * output.shape[2], size).transpose(0, 1)
+        return flat[None]
 
     def _to_grid(self, x: Tensor) -> Tensor:
         """(B, K, R, X) by row to (T, K, width * R, X) by trunk; empty cells are zero."""

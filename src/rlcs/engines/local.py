@@ -49,7 +49,12 @@ class LocalEngine:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        step: int = 0,
+        progress: Progress | None = None,
     ) -> list[tuple[Rollout, ...]]:
         """See `Engine.sample`. The model is left in the mode (train or eval) in which it was."""
         was_training = self._vlm.model.training

@@ -1,0 +1,226 @@
+"""The whole study through the command line, on a random model: stages, resume, refusals, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlcs import pipeline
+from rlcs.recipe.loading import load_recipe
+
+SMALL = [
+    "data.cold_start=builtin:puzzles?count=12&seed=1",
+    "data.rl=builtin:puzzles?count=12&seed=2",
+    "data.test=builtin:puzzles?split=test&count=20&seed=3",
+    "sft.epochs=2",
+    "sft.batch_size=6",
+    "sft.save_every=1",
+    "grpo.steps=2",
+    "grpo.prompts_per_step=3",
+    "grpo.group_size=2",
+    "grpo.optimizer_steps=1",
+    "grpo.max_new_tokens=8",
+    "grpo.save_every=1",
+    "eval.max_new_tokens=8",
+]
+
+
+def rlcs(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(random_model_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    done = rlcs("run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    assert "RL clip" in done.stdout and "SFT then RL" in done.stdout  # the choices are told before the start
+    assert str(folder / "report" / "index.html") in done.stdout
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    for name in (
+        "recipe.yaml",
+        "cold_start/kept.jsonl",
+        "cold_start/rejected.jsonl",
+        "cold_start/stats.json",
+        "sft/metrics.jsonl",
+        "sft/final/model.safetensors",
+        "grpo/rollouts/step-000002.jsonl",
+        "grpo/checkpoints/step-000001/manifest.json",
+        "rl_only/final/config.json",
+        "eval/two_stage/predictions.jsonl",
+        "report/index.html",
+        "logs/attempt-1.log",
+    ):
+        assert (finished / name).is_file(), name
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["arms"]) == {"base", "sft", "rl", "two_stage"}
+    for scores in summary["arms"].values():
+        assert scores["n"] == 20 and 0 <= scores["low"] <= scores["accuracy"] <= scores["high"] <= 1
+    assert summary["seconds"]["sft"] > 0 and summary["recipe"]["grpo"]["clip_high"] == 0.3
+
+
+def test_the_same_command_again_does_nothing_twice(finished, random_model_folder):
+    before = (finished / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
+    again = rlcs("run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", finished)
+    assert again.returncode == 0
+    assert (finished / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
+    assert "sft 1/" not in again.stdout
+
+
+def test_another_recipe_in_the_same_folder_is_refused(finished, random_model_folder):
+    words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "grpo.clip_high=0.4"]
+    refused = rlcs(*words, "--out", finished)
+    assert refused.returncode == 2
+    assert "grpo.clip_high was 0.3, is 0.4" in refused.stderr and "choose another --out" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_trained_model_is_a_hugging_face_folder(finished):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(finished / "grpo" / "final")
+    processor = AutoProcessor.from_pretrained(finished / "grpo" / "final")
+    assert model.config.model_type == "qwen2_5_vl"
+    assert processor.image_processor.size["longest_edge"] == 1_204_224
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "quickstart", "grpo.clip_hihg=0.4"], "clip_high"),
+        (["run", "nosuch"], "nosuch"),
+        (["run", "quickstart", "data.rl=missing.jsonl"], "missing.jsonl"),
+        (["run", "quickstart", "model.name=./nowhere"], "model.name=./nowhere"),
+        (["data", "check", "missing.parquet"], "missing.parquet"),
+        (["look", "quickstart", "--row", "99999"], "there is no row 99999"),
+        (["recipes", "copy", "nosuch", "x.yaml"], "quickstart"),
+    ],
+)
+def test_wrong_input_gets_a_sentence_and_exit_code_2(words, message, tmp_path):
+    failed = rlcs(*words, cwd=tmp_path)
+    assert failed.returncode == 2, failed.stderr
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "->" in failed.stderr, "the message says what to do"
+
+
+def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(finished, random_model_folder, tmp_path):
+    folder = tmp_path / "killed"
+    words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for landmark in (
+        "sft/checkpoints/step-000001",
+        "grpo/checkpoints/step-000001",
+        "eval/base/predictions.jsonl",
+    ):
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while not (folder / landmark).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert rlcs(*words).returncode == 0
+    for name in ("sft/final", "grpo/final", "rl_only/final"):
+        ours = (folder / name / "model.safetensors").read_bytes()
+        assert ours == (finished / name / "model.safetensors").read_bytes(), name
+    for arm in ("base", "sft", "rl", "two_stage"):
+        ours = (folder / "eval" / arm / "predictions.jsonl").read_text()
+        assert ours == (finished / "eval" / arm / "predictions.jsonl").read_text()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(random_model_folder, tmp_path):
+    folder = tmp_path / "stopped"
+    words = [
+        "run",
+        "quickstart",
+        f"model.name={random_model_folder}",
+        *SMALL,
+        "--out",
+        str(folder),
+        "sft.epochs=99",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (folder / "sft" / "checkpoints" / "step-000002").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped as asked" in errors and "the same command continues" in errors
+
+
+def test_seeds_are_averaged_and_kept_apart():
+    def arm(accuracy):
+        return {"accuracy": accuracy, "low": 0.0, "high": 1.0, "n": 100}
+
+    recipe = load_recipe("quickstart").recipe
+    one = {"arms": {"base": arm(0.2), "two_stage": arm(0.6)}, "seconds": {"sft": 2.0}, "versions": {}}
+    two = {"arms": {"base": arm(0.4), "two_stage": arm(0.8)}, "seconds": {"sft": 3.0}, "versions": {}}
+    summary = pipeline.averaged(recipe, {0: one, 1: two})
+    assert summary["arms"]["two_stage"]["accuracy"] == pytest.approx(0.7)
+    assert summary["arms"]["two_stage"]["low"] == pytest.approx(0.604, abs=0.001)
+    assert summary["per_seed"]["1"]["base"]["accuracy"] == 0.4
+    assert summary["seconds"]["sft"] == 5.0
+
+
+def test_one_s_own_data_in_a_run(random_model_folder, tmp_path):
+    """A stranger's files: images beside a JSONL, demonstrations with a response."""
+    from PIL import Image
+
+    rows = []
+    for i in range(8):
+        Image.new("RGB", (60 + i, 60), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"id": f"r{i}", "question": "How red?", "images": [f"{i}.png"], "answer": str(i)})
+    demonstrations = [
+        {**row, "response": f"It is {row['answer']}. \\boxed{{{row['answer']}}}"} for row in rows
+    ]
+    (tmp_path / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demonstrations))
+    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["data.cold_start=demos.jsonl", "data.rl=rl.jsonl", "data.test=rl.jsonl"]
+    words = [
+        "run",
+        "quickstart",
+        f"model.name={random_model_folder}",
+        *SMALL,
+        *own,
+        "study.arms=[base,two_stage]",
+    ]
+    done = rlcs(*words, "--out", "mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
+    assert summary["arms"]["two_stage"]["n"] == 8
+    assert not (tmp_path / "mine" / "rl_only").exists()
+
+
+def test_json_output_is_json_alone(random_model_folder, tmp_path):
+    words = [
+        "run",
+        "quickstart",
+        f"model.name={random_model_folder}",
+        *SMALL,
+        "study.arms=[base,two_stage]",
+        "--json",
+    ]
+    done = rlcs(*words, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["stage"] for row in rows if "stage" in row} >= {"sft", "grpo"}
+    assert set(rows[-1]["arms"]) == {"base", "two_stage"}
