@@ -39,7 +39,7 @@ pytest: $(VENV)/.stamp-dev  ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 bench: $(VENV)/.stamp-bench  ## one GRPO step against TRL, same weights and data -> bench/results/latest.json
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench --write-docs
 
 tiny: $(VENV)/.stamp-dev  ## pre-train the built-in model again, from its fixed seed
 	$(BIN)/python -m rlcs.tiny --out src/rlcs/builtin_model

@@ -148,7 +148,7 @@ def test_tree_and_flex_attention_equal_the_dense_reference(heads, kv_heads, size
 
     query, key, value, upstream = rand(heads), rand(kv_heads), rand(kv_heads), rand(heads)
     results = {}
-    for name, plan in (("dense", DensePlan(layout, torch.device("cpu"))), ("tree", TreePlan(layout))):
+    for name, plan in (("dense", DensePlan(layout, torch.device("cpu"))), ("tree", TreePlan(layout, torch.device("cpu")))):
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]
         output = plan.attend(0, *inputs)
         results[name] = (output.detach(), *torch.autograd.grad(output, inputs, upstream))
@@ -162,12 +162,6 @@ def test_the_self_check_sees_a_wrong_fast_path(vlm, chat, monkeypatch):
     [tree] = make_trees(chat, CASES["one tree"])
     assert largest_difference(vlm, chat, tree) < 1e-4
     # A branch that forgets its trunk is the mistake that packing could make.
-    monkeypatch.setattr("rlcs.attention.visible_blocks", lambda layout: (own_blocks(layout), []))
+    monkeypatch.setattr("rlcs.attention.branches_over_trunk", lambda layout: ())
     with pytest.raises(Exception, match="packed and plain logprobs differ"):
         require_agreement(vlm, chat, tree)
-
-
-def own_blocks(layout):
-    spans = [(s.start, s.start + s.trunk) for s in layout.trees]
-    spans += [r for s in layout.trees for r in s.branch_ranges()]
-    return [(slice(a, b), slice(a, b), True) for a, b in spans]

@@ -9,6 +9,7 @@ registers the one function that hands the layer's queries, keys and values to it
 Letters in shapes: L tokens, H query heads, K key-value heads, D head size.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -105,82 +106,138 @@ class TreePlan:
     two partial results are merged by their log-sum-exp, as FlashAttention-2 merges key blocks
     (arXiv 2307.08691, section 3.1); in the backward pass each block needs only the merged output
     and log-sum-exp, so the gradients of the blocks simply add up.
+
+    Segments (trunks and branches) of about the same length share one call, padded at their ends,
+    where causality hides the padding: hundreds of tiny calls would cost more than they compute.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        """Nothing is computed ahead: the layout is enough."""
-        self._layout = layout
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        """Sort the segments into buckets once for all layers."""
+        self._buckets = tuple(bucket.to(device) for bucket in own_segments(layout))
+        self._over_trunk = branches_over_trunk(layout)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Exact attention whose cost and memory follow the visible blocks."""
-        output = _TreeAttention.apply(query, key, value, self._layout)
+        output = _TreeAttention.apply(query, key, value, self._buckets, self._over_trunk)
         assert isinstance(output, Tensor)
         return output
 
 
-Block = tuple[slice, slice, bool]
-"""Queries, keys, and whether the block is causal."""
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Segments of about the same length: tokens `source` (n,) of the pack, padded into `cells` (n,).
+
+    Cells count through (`count` segments, `longest` tokens).
+    """
+
+    count: int
+    longest: int
+    source: Tensor
+    cells: Tensor
+
+    def to(self, device: torch.device) -> "Bucket":
+        """The same bucket with its indices on `device`."""
+        return Bucket(self.count, self.longest, self.source.to(device), self.cells.to(device))
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(1, H, L, ...) of the pack to (count, H, longest, ...), zero where there is no token."""
+        rows = x[0].transpose(0, 1)
+        padded = rows.new_zeros(self.count * self.longest, *rows.shape[1:])
+        padded.index_copy_(0, self.cells, rows.index_select(0, self.source))
+        return padded.view(self.count, self.longest, *rows.shape[1:]).transpose(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(count, H, longest, ...) to the tokens alone: (n, H, ...)."""
+        rows = x.transpose(1, 2)
+        return rows.reshape(-1, *rows.shape[2:]).index_select(0, self.cells)
 
 
-def visible_blocks(layout: Layout) -> tuple[list[Block], list[Block]]:
-    """All blocks with a visible pair: own-segment blocks (causal), and branches over their trunk."""
-    own: list[Block] = []
-    over_trunk: list[Block] = []
-    for span in layout.trees:
-        trunk = slice(span.start, span.start + span.trunk)
-        own.append((trunk, trunk, True))
-        own += [(slice(a, b), slice(a, b), True) for a, b in span.branch_ranges()]
-        if span.branches:
-            over_trunk.append((slice(trunk.stop, span.stop), trunk, False))
-    return own, over_trunk
+Ranges = tuple[tuple[slice, slice], ...]
+"""Queries and keys of blocks without a mask."""
+
+PADDING_SHARE = 0.25
+"""A segment joins a bucket if it is at most this much shorter than the bucket's longest."""
+
+TINY = 16
+"""Segments up to this long all share a bucket."""
+
+
+def own_segments(layout: Layout) -> list[Bucket]:
+    """Every trunk and every branch, each to attend to itself causally, in as few buckets as is thrifty."""
+    spans = [(s.start, s.start + s.trunk) for s in layout.trees]
+    spans += [r for s in layout.trees for r in s.branch_ranges()]
+    groups: list[list[tuple[int, int]]] = []
+    for span in sorted(spans, key=lambda span: span[0] - span[1]):
+        longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
+        if not groups or span[1] - span[0] < (1 - PADDING_SHARE) * longest > (1 - PADDING_SHARE) * TINY:
+            groups.append([])
+        groups[-1].append(span)
+    buckets = []
+    for group in groups:
+        longest = group[0][1] - group[0][0]
+        source = torch.cat([torch.arange(*span) for span in group])
+        cells = torch.cat([row * longest + torch.arange(b - a) for row, (a, b) in enumerate(group)])
+        buckets.append(Bucket(len(group), longest, source, cells))
+    return buckets
+
+
+def branches_over_trunk(layout: Layout) -> Ranges:
+    """All branches of a tree over its trunk."""
+    return tuple(
+        (slice(s.start + s.trunk, s.stop), slice(s.start, s.start + s.trunk)) for s in layout.trees if s.branches
+    )
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-        own, over_trunk = visible_blocks(layout)
-        output = torch.empty_like(query)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, buckets: tuple[Bucket, ...], over_trunk: Ranges
+    ) -> Tensor:
+        # Tokens first, (1, L, H, D) in memory, as the projections leave them and the output one takes them.
+        output = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
         # The kernel's log-sum-exp is fp32 whatever the inputs are.
-        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        for q, k, causal in own:
-            output[:, :, q], lse[:, :, q] = _flash(query[:, :, q], key[:, :, k], value[:, :, k], causal)
-        for q, k, causal in over_trunk:
-            part, part_lse = _flash(query[:, :, q], key[:, :, k], value[:, :, k], causal)
+        lse = torch.empty(1, query.shape[2], query.shape[1], device=query.device).transpose(1, 2)
+        for bucket in buckets:
+            part, part_lse = _flash(bucket.pad(query), bucket.pad(key), bucket.pad(value), True)
+            output[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part))
+            lse[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part_lse))
+        for q, k in over_trunk:
+            part, part_lse = _flash(query[:, :, q], key[:, :, k], value[:, :, k], False)
             merged = torch.logaddexp(lse[:, :, q], part_lse)
             share = torch.exp(part_lse - merged)[..., None].to(output.dtype)
             output[:, :, q] = torch.lerp(output[:, :, q], part, share)
             lse[:, :, q] = merged
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.layout = layout
+        ctx.blocks = (buckets, over_trunk)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, output, lse = ctx.saved_tensors
-        grad_output = grads[0]
-        own, over_trunk = visible_blocks(ctx.layout)
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-        for q, k, causal in (*own, *over_trunk):
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_output[:, :, q],
-                query[:, :, q],
-                key[:, :, k],
-                value[:, :, k],
-                output[:, :, q],
-                lse[:, :, q],
-                0.0,
-                causal,
-            )
-            grad_query[:, :, q] += parts[0]
-            grad_key[:, :, k] += parts[1]
-            grad_value[:, :, k] += parts[2]
-        return grad_query, grad_key, grad_value, None
+        inputs = (grads[0], query, key, value, output, lse)
+        buckets, over_trunk = ctx.blocks
+        totals = [torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
+        for bucket in buckets:
+            # A padded query has a zero gradient, so it adds nothing to any key's or value's.
+            for total, part in zip(totals, _flash_backward([bucket.pad(x) for x in inputs], True), strict=True):
+                total[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part))
+        for q, k in over_trunk:
+            where = (q, q, k, k, q, q)
+            parts = _flash_backward([x[:, :, w] for x, w in zip(inputs, where, strict=True)], False)
+            for total, part, w in zip(totals, parts, (q, k, k), strict=True):
+                total[:, :, w] += part
+        return totals[0], totals[1], totals[2], None, None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Output (1, H, q, D) and log-sum-exp (1, H, q) of one block."""
+    """Outputs (B, H, q, D) and log-sum-exps (B, H, q) of blocks."""
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
     return output, lse
+
+
+def _flash_backward(inputs: list[Tensor], causal: bool) -> tuple[Tensor, ...]:
+    """Gradients of queries, keys and values from (grad of output, query, key, value, output, lse)."""
+    return tuple(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, causal))
 
 
 def make_plan(kind: str, layout: Layout, device: torch.device) -> Plan:
@@ -188,5 +245,5 @@ def make_plan(kind: str, layout: Layout, device: torch.device) -> Plan:
     if kind == "auto":
         kind = "flex" if device.type == "cuda" else "tree"
     if kind == "tree":
-        return TreePlan(layout)
+        return TreePlan(layout, device)
     return FlexPlan(layout, device) if kind == "flex" else DensePlan(layout, device)

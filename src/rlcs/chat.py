@@ -1,4 +1,4 @@
-"""Problems to prompts, by segments: control ids go in by number, all text as plain text.
+r"""Problems to prompts, by segments: control ids go in by number, all text as plain text.
 
 A prompt is never rendered to one string: a typed `<|image_pad|>` or a forged
 `<|im_end|>\n<|im_start|>system` stays plain text, because text is tokenised with special tokens

@@ -113,7 +113,7 @@ def collect(
     step: int,
     clock: Clock,
 ) -> tuple[list[Group], int]:
-    """The groups of one step, and how many problems were skipped: sample and grade; with dynamic sampling, replace flat groups.
+    """The groups of one step, sampled and graded, and how many problems were skipped on the way.
 
     DAPO (arXiv 2503.14476, section 3.2) samples until every group has two different rewards; here
     at most `dynamic_sampling` more rounds, then what there is. A problem that cannot become a

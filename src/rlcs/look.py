@@ -156,7 +156,8 @@ def write_html(view: View, path: Path) -> None:
 body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }}
 img {{ max-height: 16rem; margin: 0 1rem 1rem 0; image-rendering: pixelated; }}
 span {{ border: 1px solid #8885; border-radius: 3px; padding: 0 2px; margin: 1px; white-space: pre-wrap; }}
-.loss {{ background: #2e9e5b40; font-weight: 600; }} .control {{ color: #b14fc5; }} .image {{ color: #2a8fb5; }}
+.loss {{ background: #2e9e5b40; font-weight: 600; }} .control {{ color: #b14fc5; }}
+.image {{ color: #2a8fb5; }}
 </style><h1>{escape(view.title)}</h1>
 <p>{len(view.tokens)} tokens; the {learnt} filled ones carry loss. Gold answer: {escape(view.answer)}.
 One cell of the grid is one image token.</p>{pictures}<p>{tokens}</p></html>"""
