@@ -148,7 +148,10 @@ def test_tree_and_flex_attention_equal_the_dense_reference(heads, kv_heads, size
 
     query, key, value, upstream = rand(heads), rand(kv_heads), rand(kv_heads), rand(heads)
     results = {}
-    for name, plan in (("dense", DensePlan(layout, torch.device("cpu"))), ("tree", TreePlan(layout, torch.device("cpu")))):
+    for name, plan in (
+        ("dense", DensePlan(layout, torch.device("cpu"))),
+        ("tree", TreePlan(layout, torch.device("cpu"))),
+    ):
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]
         output = plan.attend(0, *inputs)
         results[name] = (output.detach(), *torch.autograd.grad(output, inputs, upstream))

@@ -184,7 +184,9 @@ def own_segments(layout: Layout) -> list[Bucket]:
 def branches_over_trunk(layout: Layout) -> Ranges:
     """All branches of a tree over its trunk."""
     return tuple(
-        (slice(s.start + s.trunk, s.stop), slice(s.start, s.start + s.trunk)) for s in layout.trees if s.branches
+        (slice(s.start + s.trunk, s.stop), slice(s.start, s.start + s.trunk))
+        for s in layout.trees
+        if s.branches
     )
 
 
@@ -195,8 +197,9 @@ class _TreeAttention(torch.autograd.Function):
     ) -> Tensor:
         # Tokens first, (1, L, H, D) in memory, as the projections leave them and the output one takes them.
         output = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
-        # The kernel's log-sum-exp is fp32 whatever the inputs are.
-        lse = torch.empty(1, query.shape[2], query.shape[1], device=query.device).transpose(1, 2)
+        # The kernel's log-sum-exp is at least fp32 whatever the inputs are.
+        exact = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_empty(1, query.shape[2], query.shape[1], dtype=exact).transpose(1, 2)
         for bucket in buckets:
             part, part_lse = _flash(bucket.pad(query), bucket.pad(key), bucket.pad(value), True)
             output[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part))
@@ -219,7 +222,9 @@ class _TreeAttention(torch.autograd.Function):
         totals = [torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
         for bucket in buckets:
             # A padded query has a zero gradient, so it adds nothing to any key's or value's.
-            for total, part in zip(totals, _flash_backward([bucket.pad(x) for x in inputs], True), strict=True):
+            for total, part in zip(
+                totals, _flash_backward([bucket.pad(x) for x in inputs], True), strict=True
+            ):
                 total[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part))
         for q, k in over_trunk:
             where = (q, q, k, k, q, q)

@@ -145,7 +145,9 @@ class Figures:
             return "How many parts are there?", str(len(parts))
         part = rng.choice(parts)
         if kind < 0.25:
-            return f"How many units do the {part.ink} part's sides add up to?", str(2 * (part.width + part.height))
+            return f"How many units do the {part.ink} part's sides add up to?", str(
+                2 * (part.width + part.height)
+            )
         if kind < 0.45:
             return f"How many unit squares does the {part.ink} part cover?", str(part.width * part.height)
         if rng.random() < 0.5:

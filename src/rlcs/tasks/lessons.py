@@ -1,7 +1,7 @@
 r"""What the built-in model learns before any study: captions, simple questions, simple arithmetic.
 
-Lessons use scenes of the train split only, never a question in several steps, and never a word
-of reasoning: an answer is a caption, an equation, or `\boxed{...}` at once.
+Lessons use scenes of the train split only, never a question of the study in its own words, and never
+a word of reasoning: an answer is a caption, an equation, or `\boxed{...}` at once.
 """
 
 import random

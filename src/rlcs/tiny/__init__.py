@@ -49,9 +49,9 @@ A real Qwen2.5-VL ({parameters:,} parameters, random start) that sees the built-
 answers simple questions about them at once. It is a base for studies of cold start and RL on a
 laptop, and good for nothing else.
 
-It was trained only on captions, simple questions with direct answers, and single operations of
-arithmetic (`rlcs.tasks.lessons`), on scenes of the train split: no question in several steps, no
-word of reasoning. Made in {minutes:.0f} minutes on two CPU cores, no other data, by
+It was trained only on captions, simple questions with direct answers (one look, or two looks put
+together), and single operations of arithmetic (`rlcs.tasks.lessons`), on scenes of the train split:
+no question of the study in its own words, no word of reasoning. Made in {minutes:.0f} minutes on two CPU cores, no other data, by
 
     {command}
 

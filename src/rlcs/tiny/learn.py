@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from rlcs import tasks
+from rlcs.chat import DEFAULT_SYSTEM
 from rlcs.packing import dense_mask, layout_of
 from rlcs.tasks.figures import Figures
 from rlcs.tasks.lessons import Lesson, lessons
-from rlcs.chat import DEFAULT_SYSTEM
 from rlcs.tiny.build import SYSTEM
 
 

@@ -1,0 +1,1 @@
+"""One GRPO step, measured against a peer: `python -m bench`."""

@@ -1,0 +1,138 @@
+"""rlcs's side of the measurement: `grpo.collect` and `grpo.learn` as training calls them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from bench.meter import Meter
+from bench.shapes import SEED, Case, grpo_settings, rewards
+from rlcs import grpo, models
+from rlcs.data import ProblemStream
+from rlcs.engines import local
+from rlcs.engines.sampling import choose, uniform
+from rlcs.grading import GradePool
+from rlcs.models import Vlm
+from rlcs.recipe.schema import Model, Recipe
+from rlcs.records import Grade, Problem, rollout_seed
+from rlcs.stage import Clock
+from rlcs.trainer import Trainer
+
+PHASE_NAMES = {"rollout": "rollout", "reference": "logprobs", "update": "update", "grade": "step"}
+"""Our phases by the names of the table."""
+
+
+class MeterClock(Clock):
+    """A stage's clock that tells the meter."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self._meter = meter
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the body under the table's name of the phase."""
+        with self._meter.phase(PHASE_NAMES[phase]):
+            yield
+
+
+class FixedRewards:
+    """Stands in for the graders: the same rewards on both sides, at no cost."""
+
+    def grade(self, pairs: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """One grade an answer, in order."""
+        return [Grade(reward=r, correct=r > 0.5) for r in rewards(len(pairs))]
+
+
+class ForcedLengths:
+    """Makes the engine end every rollout at its length: random models do not stop by themselves.
+
+    Rows are known by their seeds, which `uniform` sees just before `choose` is asked.
+    """
+
+    def __init__(self, case: Case, end_id: int) -> None:
+        self._end = end_id
+        self._lengths: dict[int, int] = {}
+        for step in range(case.steps):
+            for problem in case.step_problems(step):
+                for index, length in enumerate(case.lengths[problem.id]):
+                    self._lengths[rollout_seed(SEED, step, problem.id, index)] = length
+        self._ending = torch.empty(0, dtype=torch.long)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Force lengths inside the body."""
+        with (
+            mock.patch.object(local, "uniform", self._uniform),
+            mock.patch.object(local, "choose", self._choose),
+        ):
+            yield
+
+    def _uniform(self, seeds: Tensor, counters: Tensor) -> Tensor:
+        done = zip(seeds.tolist(), counters.tolist(), strict=True)
+        ending = [row for row, (seed, count) in enumerate(done) if count + 1 >= self._lengths[seed]]
+        self._ending = torch.tensor(ending, dtype=torch.long)
+        return uniform(seeds, counters)
+
+    def _choose(
+        self, logits: Tensor, draws: Tensor, *, banned: Tensor, **settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        banned = torch.cat([banned, torch.tensor([self._end])])
+        ids, logprobs = choose(logits, draws, banned=banned, **settings)
+        if len(self._ending):
+            ids[self._ending] = self._end
+            logprobs[self._ending] = torch.log_softmax(logits[self._ending], -1)[:, self._end]
+        return ids, logprobs
+
+
+def load(case: Case) -> tuple[Vlm, grpo.Actors]:
+    """The policy and everybody who takes part in a step."""
+    vlm = models.load(Model(name=case.folder), device=torch.device("cpu"))
+    chat = models.make_chat(vlm, Recipe())
+    engine = local.LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
+    reference = grpo.frozen_copy(vlm)
+    pool = cast(GradePool, FixedRewards())
+    return vlm, grpo.Actors(vlm=vlm, reference=reference, chat=chat, engine=engine, pool=pool)
+
+
+def main(pipe: Connection, case: Case) -> None:
+    """Run a step for every word that comes through the pipe, and answer with what was measured."""
+    torch.set_num_threads(case.threads)
+    disable_progress_bar()
+    settings = grpo_settings(case)
+    vlm, actors = load(case)
+    trainer = Trainer(vlm, settings.optimizer, steps=case.steps, max_bad_steps=1)
+    stream = InOrder(case.problems)
+    sampling = actors.chat.sampling(
+        n=settings.group_size, temperature=1.0, max_new_tokens=settings.max_new_tokens, seed=SEED
+    )
+    pipe.send("ready")
+    with ForcedLengths(case, actors.chat.end_id).installed():
+        for step in range(case.steps):
+            memory = bool(pipe.recv())
+            with Meter(memory=memory, cpu_time=case.cpu_time) as meter:
+                clock = MeterClock(meter)
+                groups, _ = grpo.collect(
+                    actors, cast(ProblemStream[Problem], stream), settings, sampling, step=step, clock=clock
+                )
+                grpo.learn(trainer, actors, groups, settings, clock=clock)
+            got = {g.problem.id: tuple(len(r.ids) for r in g.rollouts) for g in groups}
+            assert got == {p.id: case.lengths[p.id] for p in case.step_problems(step)}, "lengths are forced"
+            pipe.send(meter.measured)
+
+
+class InOrder:
+    """Deals problems in the order of the case, the same on both sides."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self._left = list(problems)
+
+    def take(self, count: int) -> list[Problem]:
+        """The next problems."""
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken

@@ -1,0 +1,265 @@
+"""What is measured: shapes of work, and the model, problems and answer lengths of each.
+
+Random models do not stop by themselves, so every answer's length is drawn here and forced on both
+sides. Both load the same folder and see the same problems in the same order.
+"""
+
+import io
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from rlcs import tasks, tiny
+from rlcs.chat import Chat
+from rlcs.files import image_from_bytes
+from rlcs.images import ImagePipeline
+from rlcs.packing import within_budget
+from rlcs.recipe.schema import Grpo, Prompts
+from rlcs.records import ImageRef, Problem
+
+SEED = 0
+THREADS = 2
+WARM_UP_TRUNK, WARM_UP_SIDE = 80, 112
+"""The warm-up step has short prompts: it is there for lazy set-up and the optimiser's state."""
+DECODE_LIMIT = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One shape of work. `trunk` tokens (0: the built-in tasks' own) with a square image of `side` pixels."""
+
+    name: str
+    says: str
+    model: str
+    prompts: int
+    group: int
+    trunk: int = 0
+    side: int = 0
+    answers: tuple[int, int] = (0, 0)
+
+
+SHAPES = (
+    Shape(
+        name="wide image",
+        says="38M model; trunk 320 tokens, 256 of them image; answers 40-110; G = 8; 1 prompt a step",
+        model="38M",
+        prompts=1,
+        group=8,
+        trunk=320,
+        side=448,
+        answers=(40, 110),
+    ),
+    Shape(
+        name="long",
+        says="38M model; trunk 600 tokens, 64 of them image; answers 150-250; G = 10; 1 prompt a step",
+        model="38M",
+        prompts=1,
+        group=10,
+        trunk=600,
+        side=224,
+        answers=(150, 250),
+    ),
+    Shape(
+        name="built-in",
+        says="the built-in model and tasks as in quickstart: trunks of about 55 tokens, answers of about 43; "
+        "G = 8; 32 prompts a step",
+        model="built-in",
+        prompts=32,
+        group=8,
+    ),
+    Shape(
+        name="unfavourable",
+        says="38M model; trunk 60 tokens, 16 of them image; answers 250-350; G = 8; 1 prompt a step",
+        model="38M",
+        prompts=1,
+        group=8,
+        trunk=60,
+        side=112,
+        answers=(250, 350),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A shape made concrete: `problems` in the order of training, answer `lengths` by problem id.
+
+    `trunks` and `patches` are prompt tokens and image patches by problem id. `packs` is how many
+    forward passes a step takes under the default token budget; the peer's batch is split as often.
+    `cpu_time` (one thread) takes the place of wall time where other work disturbs the machine.
+    """
+
+    shape: Shape
+    folder: str
+    steps: int
+    problems: tuple[Problem, ...]
+    lengths: dict[str, tuple[int, ...]]
+    trunks: dict[str, int]
+    patches: dict[str, int]
+    packs: int
+    cpu_time: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads of each side."""
+        return 1 if self.cpu_time else THREADS
+
+    def step_problems(self, step: int) -> tuple[Problem, ...]:
+        """The problems of one step (step 0 warms up)."""
+        first = step * self.shape.prompts
+        return self.problems[first : first + self.shape.prompts]
+
+    def answer_tokens(self, step: int) -> int:
+        """Tokens that one step samples and learns from."""
+        return sum(sum(self.lengths[p.id]) for p in self.step_problems(step))
+
+    @property
+    def longest(self) -> int:
+        """The longest answer of any step."""
+        return max(max(each) for each in self.lengths.values())
+
+
+def grpo_settings(case: Case) -> Grpo:
+    """The GRPO choices of both sides: TRL's defaults, with a KL penalty so that there is a reference pass."""
+    return Grpo.model_validate(
+        {
+            "optimizer": {
+                "lr": 1e-6,
+                "schedule": "constant",
+                "warmup_steps": 0,
+                "betas": (0.9, 0.999),
+                "weight_decay": 0.0,
+            },
+            "prompts_per_step": case.shape.prompts,
+            "group_size": case.shape.group,
+            "max_new_tokens": case.longest,
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "clip_dual": None,
+            "loss_average": "token",
+            "kl": {"kind": "k3", "coefficient": 0.01},
+        }
+    )
+
+
+def rewards(count: int) -> list[float]:
+    """Fixed rewards of `count` answers: no group is flat, and no grader is measured."""
+    return [float(i % 3 == 0) for i in range(count)]
+
+
+def make_case(shape: Shape, folder: Path, steps: int, *, cpu_time: bool = False) -> Case:
+    """Write a shape's model to `folder`; draw problems and lengths of one warm-up step and `steps` more."""
+    processor = tiny.build_processor(tiny.corpus(1200 if shape.model == "built-in" else 100))
+    model = wide_model(processor) if shape.model == "38M" else tiny.build_model(processor)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    images = ImagePipeline(processor.image_processor, decode_limit=DECODE_LIMIT)
+    chat = Chat(processor.tokenizer, images, system=Prompts().system, max_tokens=4096)
+    count = shape.prompts * (1 + steps)
+    problems = drawn_problems(shape, chat, count) if shape.trunk else _own_problems(count)
+    lengths = {p.id: _lengths(shape, chat, p) for p in problems}
+    for problem in problems[: shape.prompts]:
+        lengths[problem.id] = tuple(max(2, n // 4) for n in lengths[problem.id])
+    prompts = {p.id: chat.prompt(p) for p in problems}
+    trunks = {name: len(prompt.ids) for name, prompt in prompts.items()}
+    patches = {name: sum(t * h * w for t, h, w in prompt.grids) for name, prompt in prompts.items()}
+    sizes = [trunks[p.id] + sum(lengths[p.id]) for p in problems[-shape.prompts :]]
+    return Case(
+        shape=shape,
+        folder=str(folder),
+        steps=1 + steps,
+        problems=tuple(problems),
+        lengths=lengths,
+        trunks=trunks,
+        patches=patches,
+        cpu_time=cpu_time,
+        packs=len(within_budget(sizes, Grpo().pack_tokens)),
+    )
+
+
+def wide_model(processor: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of 38M parameters with random weights, for the tokenizer of the built-in model."""
+    ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in tiny.SPECIAL}
+    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 2048,
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": end,
+            "pad_token_id": pad,
+        },
+        vision_config={
+            "depth": 8,
+            "hidden_size": 320,
+            "intermediate_size": 960,
+            "num_heads": 4,
+            "out_hidden_size": 512,
+            "fullatt_block_indexes": [3, 7],
+            "window_size": 112,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(SEED)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.update(eos_token_id=[end, pad], pad_token_id=pad)
+    return model
+
+
+def drawn_problems(shape: Shape, chat: Chat, count: int) -> list[Problem]:
+    """Problems whose prompts have exactly `shape.trunk` tokens: every digit is one token."""
+    problems = []
+    for index in range(count):
+        rng = random.Random(f"{SEED}|{shape.name}|{index}")
+        warm_up = index < shape.prompts
+        trunk = min(shape.trunk, WARM_UP_TRUNK) if warm_up else shape.trunk
+        image = _drawn_image(min(shape.side, WARM_UP_SIDE) if warm_up else shape.side, rng)
+        bare = len(chat.prompt(_problem(index, "0", image)).ids) - 1
+        digits = "".join(rng.choice("0123456789") for _ in range(trunk - bare))
+        problem = _problem(index, digits, image)
+        assert len(chat.prompt(problem).ids) == trunk, "one token a digit"
+        problems.append(problem)
+    return problems
+
+
+def _problem(index: int, question: str, image: ImageRef) -> Problem:
+    return Problem(id=f"bench-{index}", source="bench", question=question, answer="1", images=(image,))
+
+
+def _drawn_image(side: int, rng: random.Random) -> ImageRef:
+    image = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y, size = rng.randrange(side), rng.randrange(side), rng.randrange(side // 8, side // 2)
+        pen.rectangle((x, y, x + size, y + size), fill=tuple(rng.randrange(256) for _ in range(3)))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return image_from_bytes(buffer.getvalue(), limit=DECODE_LIMIT, where="bench")
+
+
+def _own_problems(count: int) -> list[Problem]:
+    return list(tasks.load("puzzles", split="train", count=count, seed=2))
+
+
+def _lengths(shape: Shape, chat: Chat, problem: Problem) -> tuple[int, ...]:
+    """Lengths of a group's answers, end token included; the built-in tasks': as long as the teacher's."""
+    if not shape.trunk:
+        texts = [tasks.teach(problem, seed=i, wrong_share=0.25) for i in range(shape.group)]
+        return tuple(len(chat.response_ids(text)) for text in texts)
+    rng = random.Random(f"{SEED}|lengths|{problem.id}")
+    return tuple(rng.randint(*shape.answers) for _ in range(shape.group))
