@@ -51,7 +51,8 @@ laptop, and good for nothing else.
 
 It was trained only on captions, simple questions with direct answers (one look, or two looks put
 together), and single operations of arithmetic (`rlcs.tasks.lessons`), on scenes of the train split:
-no question of the study in its own words, no word of reasoning. Made in {minutes:.0f} minutes on two CPU cores, no other data, by
+no question of the study in its own words, no word of reasoning. Made in {minutes:.0f} minutes on
+two CPU cores, no other data, by
 
     {command}
 
