@@ -54,7 +54,6 @@ class Sources:
     cold_start: tuple[Row, ...]
     rl: tuple[Problem, ...]
     test: tuple[Problem, ...]
-    left_out: int
 
 
 class Study:
@@ -258,12 +257,10 @@ def read_sources(recipe: Recipe) -> Sources:
     cold_start = read_source("cold_start", recipe.data.cold_start, recipe)
     rl = read_source("rl", recipe.data.rl, recipe)
     test = read_source("test", recipe.data.test, recipe)
-    left_out = sum(len(loaded.bad) for loaded in (cold_start, rl, test))
     return Sources(
         cold_start=cold_start.rows,
         rl=tuple(row.problem for row in rl.rows),
         test=tuple(row.problem for row in test.rows),
-        left_out=left_out,
     )
 
 

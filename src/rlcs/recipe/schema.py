@@ -210,8 +210,6 @@ class Reward(Section):
     """Seconds a grader may think about one answer before its worker is killed (unscored)."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Grader processes; 0: one for each two CPU cores."""
-    max_unscored_share: Share = 0.05
-    """More unscored answers than this in a step are reported loudly."""
 
 
 class Grpo(Stage):
