@@ -5,6 +5,7 @@ import collections
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 from itertools import islice
@@ -15,7 +16,7 @@ from rlcs import tasks
 from rlcs.errors import DataError
 from rlcs.records import Problem
 from rlcs.tasks.family import COLOURS, Family, split_of
-from rlcs.tasks.lessons import DESCRIBE, arithmetic, draw_scene, lessons
+from rlcs.tasks.lessons import arithmetic, draw_scene, equations, lessons
 
 FAMILIES = tasks.families()
 NAMES = [family.name for family in FAMILIES]
@@ -162,9 +163,16 @@ def test_lessons_stay_in_the_train_split_and_never_reason() -> None:
     for lesson in islice(lessons(FAMILIES, seed=0), 400):
         for question, response in lesson.pairs:
             assert question not in composite
-            assert "\n" not in response or question == DESCRIBE
-            assert response.count("=") <= 1 or question == DESCRIBE
+            assert _kinds_of_line(response) in ({"box"}, {"sum"}, {"text"}), "one kind of answer, never two"
+            for left, sign, right in re.findall(r"^(\d+)([-+*])(\d+)=", response, flags=re.M):
+                assert question.startswith("Given ") or f"{left}{sign}{right}" in question, "no chains"
         assert lesson.image is None or lesson.image.tobytes() not in held_out
+
+
+def _kinds_of_line(response: str) -> set[str]:
+    kinds = {r"\\boxed\{[^{}]+\}": "box", r"\d+[-+*]\d+=\d+": "sum"}
+    lines = response.split("\n")
+    return {next((k for form, k in kinds.items() if re.fullmatch(form, line)), "text") for line in lines}
 
 
 def test_held_out_scenes_are_held_out() -> None:
@@ -172,13 +180,23 @@ def test_held_out_scenes_are_held_out() -> None:
         assert split_of(family.name, draw_scene(family, random.Random(0), 2, "test")) == "test"
 
 
-def test_arithmetic_is_right() -> None:
+def test_the_equations_of_lessons_are_right() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        question, response = equations(rng)
+        asked = question.removeprefix("Write out ").removesuffix(".").split(", ")
+        for expression, line in zip(asked, response.split("\n"), strict=True):
+            assert line == f"{expression}={_value(expression)}" and _value(expression) >= 0
+
+
+def test_boxed_sums_of_lessons_are_right() -> None:
     rng = random.Random(0)
     for _ in range(300):
         question, response = arithmetic(rng)
-        if question.startswith("Write out"):
-            expression, _, result = response.partition("=")
-            assert _value(expression) == int(result) >= 0
+        words = question.removeprefix("What is ").removesuffix("?").replace("double ", "2*")
+        for word, sign in ((" plus ", "+"), (" minus ", "-"), (" times ", "*")):
+            words = words.replace(word, sign)
+        assert response == f"\\boxed{{{_value(words)}}}"
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,9 @@ def test_tree_rows_have_the_loss_of_plain_prompts(processor: Processor, small: M
 
 def test_training_learns_and_repeats(processor: Processor) -> None:
     def run() -> list[float]:
+        course = tiny.Course(families=tasks.families())
         model = tiny.build_model(processor, hidden=64, layers=1, vision_hidden=32, vision_layers=1)
-        return tiny.train(model, processor, seed=0, steps=8, batch_size=4)
+        return tiny.train(model, processor, seed=0, steps=8, course=course, batch_size=4)
 
     losses = run()
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
@@ -123,5 +124,5 @@ def test_the_shipped_model_answers_in_a_box_and_is_weak_at_several_steps(
     shipped: tuple[Model, Processor],
 ) -> None:
     scores = tiny.measure(*shipped, count=40)
-    assert scores["direct answers in a box"] == 1.0
-    assert scores["direct answers, all"] < 0.45  # the study's questions are new to it
+    assert scores["direct answers in a box"] > 0.95
+    assert 0.1 < scores["direct answers, all"] < 0.45  # the study's questions are new to it

@@ -1,10 +1,11 @@
 """A bar chart of three or four bars on a unit scale: read and compare. 112 x 84 pixels, 12 tokens."""
 
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlcs.tasks import sums
-from rlcs.tasks.family import COLOURS, PAPERS, Solution
+from rlcs.tasks.family import COLOURS, PAPERS, Solution, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,10 +34,6 @@ def _text(paper: str, slots: list[tuple[str, int]]) -> str:
 def _bars(scene: str) -> dict[str, int]:
     """Heights by colour, from left to right."""
     return {ink: height for ink, height in _parse(scene)[1] if height}
-
-
-def _measures(bars: dict[str, int]) -> dict[str, int]:
-    return {**bars, "tallest": max(bars.values()), "shortest": min(bars.values())}
 
 
 class Bars:
@@ -74,7 +71,7 @@ class Bars:
         bars = _bars(scene)
         if level > 1 and rng.random() < 0.25 and len(bars) == level + 1:
             return "total"
-        plan = sums.draw(rng, level, _measures(bars))
+        plan = sums.draw(rng, level, self.quantities(scene))
         if plan and plan.startswith("subtract") and rng.random() < 0.5:
             return "subtract|tallest|shortest"
         return plan
@@ -86,7 +83,7 @@ class Bars:
         return sums.words(plan, lambda quantity: f"the height of the {quantity} bar")
 
     def solve(self, scene: str, plan: str) -> Solution:
-        """Read the bars from left to right, name the tallest and shortest if asked for, calculate."""
+        """Read the bars from left to right, note those that are asked for, calculate."""
         bars = _bars(scene)
         sheet = sums.Worksheet()
         kind, *quantities = plan.split("|")
@@ -96,10 +93,9 @@ class Bars:
             for height in heights[1:]:
                 answer = sheet.work(answer, "+", height)
             return Solution(reading=self.caption(scene), steps=tuple(sheet.lines), answer=answer)
-        measures = _measures(bars)
-        extremes = ", ".join(f"{name}={measures[name]}" for name in quantities if name not in bars)
+        measures = self.quantities(scene)
         answer = sums.calculate(kind, [measures[name] for name in quantities], sheet)
-        steps = (extremes, *sheet.lines) if extremes else tuple(sheet.lines)
+        steps = (listed(measures, quantities), *sheet.lines)
         return Solution(reading=self.caption(scene), steps=steps, answer=answer)
 
     def misread(self, rng: random.Random, scene: str) -> str:
@@ -115,9 +111,14 @@ class Bars:
         """Colour and height of each bar, from left to right."""
         return ", ".join(f"{ink}={height}" for ink, height in _bars(scene).items())
 
+    def quantities(self, scene: str) -> Mapping[str, int]:
+        """The height of each bar, of the tallest and of the shortest."""
+        bars = _bars(scene)
+        return {**bars, "tallest": max(bars.values()), "shortest": min(bars.values())}
+
     def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:
         """The height of one bar, of two together or apart, the colour of one, or how many there are."""
-        measures = _measures(_bars(scene))
+        measures = self.quantities(scene)
         kind = rng.random()
         if kind < 0.1:
             return "How many bars are there?", str(len(measures) - 2)
@@ -127,11 +128,10 @@ class Bars:
             return f"What colour is bar {order}?", ink
         if kind < 0.6:
             lower, higher = sorted(rng.sample(list(measures), 2), key=measures.__getitem__)
+            first, second = f"the height of the {lower} bar", f"the height of the {higher} bar"
             if rng.random() < 0.6:
-                together = measures[higher] + measures[lower]
-                return f"How tall are the {lower} bar and the {higher} bar together?", str(together)
-            apart = measures[higher] - measures[lower]
-            return f"How much taller is the {higher} bar than the {lower} bar?", str(apart)
+                return f"What do {first} and {second} add up to?", str(measures[higher] + measures[lower])
+            return f"How far is {first} below {second}?", str(measures[higher] - measures[lower])
         quantity = rng.choice(list(measures))
         question = rng.choice(("How tall is the {} bar?", "What is the height of the {} bar?"))
         return question.format(quantity), str(measures[quantity])

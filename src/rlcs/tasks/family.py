@@ -8,7 +8,7 @@ writing one file with such a class and naming it in `families()`.
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -32,7 +32,13 @@ COLOURS: Mapping[str, Rgb] = MappingProxyType(
 """Names and values of the colours that carry meaning."""
 
 PAPERS: Mapping[str, Rgb] = MappingProxyType(
-    {"white": (255, 255, 255), "grey": (232, 232, 232), "cream": (252, 244, 222)}
+    {
+        "white": (255, 255, 255),
+        "grey": (232, 232, 232),
+        "cream": (252, 244, 222),
+        "mint": (226, 246, 232),
+        "sky": (226, 238, 252),
+    }
 )
 """Backgrounds: they carry no meaning and make more scenes."""
 
@@ -48,6 +54,11 @@ class Solution:
     def text(self) -> str:
         """The reasoning as a teacher writes it, a line a step, ending in the boxed answer."""
         return "\n".join((self.reading, *self.steps, boxed(self.answer)))
+
+
+def listed(quantities: Mapping[str, int], names: Iterable[str]) -> str:
+    """Some of the quantities as a reader notes them down, such as "red=3, squares=2"."""
+    return ", ".join(f"{name}={quantities[name]}" for name in names)
 
 
 class Family(Protocol):
@@ -84,6 +95,10 @@ class Family(Protocol):
 
     def caption(self, scene: str) -> str:
         """Everything in the image, in a fixed order."""
+        ...
+
+    def quantities(self, scene: str) -> Mapping[str, int]:
+        """What can be counted or measured in the image, by name."""
         ...
 
     def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:

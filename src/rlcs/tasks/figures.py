@@ -1,6 +1,7 @@
-"""A rectangle, or two stacked into an L, on a unit grid: area and perimeter. 112 x 84 pixels, 12 tokens."""
+"""A rectangle, or two stacked into an L, on a unit grid: area and perimeter. 84 x 84 pixels, 9 tokens."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from rlcs.tasks.family import COLOURS, PAPERS, Solution
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_COLUMNS, _ROWS = 8, 6
+_COLUMNS, _ROWS = 6, 6
 _UNIT = 14
 _LINE = (190, 190, 190)
 _ASKS = {
@@ -137,19 +138,24 @@ class Figures:
         """Colour, width and height of each part, from top to bottom."""
         return ", ".join(part.text() for part in _parse(scene).parts)
 
+    def quantities(self, scene: str) -> Mapping[str, int]:
+        """Width and height of each part."""
+        sides: dict[str, int] = {}
+        for part in _parse(scene).parts:
+            sides |= {f"{part.ink} width": part.width, f"{part.ink} height": part.height}
+        return sides
+
     def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:
-        """One side of a part, both sides together or multiplied, or how many parts there are."""
+        """One side of a part, its perimeter or area, or how many parts there are."""
         parts = _parse(scene).parts
         kind = rng.random()
         if kind < 0.05:
             return "How many parts are there?", str(len(parts))
         part = rng.choice(parts)
         if kind < 0.25:
-            return f"How many units do the {part.ink} part's sides add up to?", str(
-                2 * (part.width + part.height)
-            )
+            return f"What is the perimeter of the {part.ink} part?", str(2 * (part.width + part.height))
         if kind < 0.45:
-            return f"How many unit squares does the {part.ink} part cover?", str(part.width * part.height)
+            return f"What is the area of the {part.ink} part?", str(part.width * part.height)
         if rng.random() < 0.5:
             return f"What is the width of the {part.ink} part?", str(part.width)
         return f"What is the height of the {part.ink} part?", str(part.height)

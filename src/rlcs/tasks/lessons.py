@@ -5,11 +5,11 @@ a word of reasoning: an answer is a caption, an equation, or `\boxed{...}` at on
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlcs.tasks.family import Family, Split, boxed, split_of
+from rlcs.tasks.family import Family, Split, boxed, listed, split_of
 from rlcs.tasks.sums import Worksheet
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 DESCRIBE = "Describe the image."
 """The question that asks for a caption."""
-
-_SUMS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,33 +35,8 @@ def draw_scene(family: Family, rng: random.Random, level: int, split: Split) -> 
             return scene
 
 
-def arithmetic(rng: random.Random) -> tuple[str, str]:
-    """One operation on two numbers, asked in symbols or in words; no result below zero."""
-    sign = rng.choice("+-*")
-    if sign == "*":
-        left, right = rng.randint(0, 9), rng.randint(0, 9)
-    else:
-        most = rng.choice((9, 20, 70))
-        left, right = rng.randint(0, most), rng.randint(0, rng.choice((9, 9, 36)))
-        left = max(left, right) if sign == "-" else left
-    sheet = Worksheet()
-    answer = sheet.work(left, sign, right)
-    if rng.random() < 0.5:
-        return f"Write out {left}{sign}{right}.", sheet.lines[0]
-    word = {"+": " plus ", "-": " minus ", "*": " times "}[sign]
-    spoken = f"double {right}" if sign == "*" and left == 2 else f"{left}{word}{right}"
-    return f"What is {rng.choice((f'{left}{sign}{right}', spoken))}?", boxed(answer)
-
-
-def geometry(rng: random.Random) -> tuple[str, str]:
-    """What the words area and perimeter mean, without an image."""
-    width, height = rng.randint(1, 8), rng.randint(1, 8)
-    word, value = rng.choice((("area", width * height), ("perimeter", 2 * (width + height))))
-    return f"What is the {word} of a {width}*{height} rectangle?", boxed(value)
-
-
 def lessons(families: tuple[Family, ...], *, seed: int) -> Iterator[Lesson]:
-    """An endless stream: an image of each family in turn, and after each round some arithmetic.
+    """An endless stream: an image of each family in turn, and after each round two pages of text.
 
     Sums are asked beside an image too, so that an image alone does not call for a description.
     """
@@ -71,11 +44,77 @@ def lessons(families: tuple[Family, ...], *, seed: int) -> Iterator[Lesson]:
     while True:
         for family in families:
             scene = draw_scene(family, rng, rng.randint(1, 3), "train")
-            pairs = [(DESCRIBE, family.caption(scene)), _look(family, rng, scene)]
-            pairs.append(_look_and_sum(family, rng, scene) if rng.random() < 0.7 else arithmetic(rng))
+            pairs = [
+                (DESCRIBE, family.caption(scene)),
+                _inventory(family, rng, scene),
+                _look(family, rng, scene),
+                _look_and_sum(family, rng, scene) if rng.random() < 0.7 else arithmetic(rng),
+            ]
             yield Lesson(image=family.paint(scene), pairs=tuple(pairs))
-        sums = [arithmetic(rng) for _ in range(_SUMS)]
-        yield Lesson(image=None, pairs=(*sums, geometry(rng), geometry(rng)))
+        yield Lesson(image=None, pairs=(equations(rng), equations(rng), arithmetic(rng), geometry(rng)))
+        yield Lesson(image=None, pairs=tuple(_reading(rng.choice(families), rng) for _ in range(3)))
+
+
+def arithmetic(rng: random.Random) -> tuple[str, str]:
+    """One operation on two numbers, asked in symbols or in words, answered in a box."""
+    left, sign, right = _operation(rng)
+    answer = Worksheet().work(left, sign, right)
+    word = {"+": " plus ", "-": " minus ", "*": " times "}[sign]
+    spoken = f"double {right}" if sign == "*" and left == 2 else f"{left}{word}{right}"
+    return f"What is {rng.choice((f'{left}{sign}{right}', spoken))}?", boxed(answer)
+
+
+def equations(rng: random.Random, count: int = 4) -> tuple[str, str]:
+    """Some operations, written out as equations one below the other."""
+    sheet = Worksheet()
+    asked = []
+    for _ in range(count):
+        left, sign, right = _operation(rng)
+        asked.append(f"{left}{sign}{right}")
+        sheet.work(left, sign, right)
+    return f"Write out {', '.join(asked)}.", "\n".join(sheet.lines)
+
+
+def geometry(rng: random.Random) -> tuple[str, str]:
+    """What the words area and perimeter mean, without an image."""
+    width, height = rng.randint(1, 6), rng.randint(1, 6)
+    word, value = rng.choice((("area", width * height), ("perimeter", 2 * (width + height))))
+    return f"What is the {word} of a {width}*{height} rectangle?", boxed(value)
+
+
+def _operation(rng: random.Random) -> tuple[int, str, int]:
+    """Two numbers of the size that the puzzles need, and a sign; no result below zero."""
+    sign = rng.choice("++--*")
+    if sign == "*":
+        return rng.choice((2, rng.randint(0, 9))), sign, rng.randint(0, 9)
+    left, right = rng.randint(0, rng.choice((9, 20, 36))), rng.randint(0, rng.choice((9, 9, 22)))
+    return (max(left, right), sign, min(left, right)) if sign == "-" else (left, sign, right)
+
+
+def _some(rng: random.Random, quantities: Mapping[str, int]) -> list[str]:
+    names = sorted(quantities)
+    return rng.sample(names, rng.randint(min(2, len(names)), min(5, len(names))))
+
+
+def _inventory(family: Family, rng: random.Random, scene: str) -> tuple[str, str]:
+    """Several counts or measures of the image at once."""
+    quantities = family.quantities(scene)
+    names = _some(rng, quantities)
+    return f"List {', '.join(names)}.", listed(quantities, names)
+
+
+def _reading(family: Family, rng: random.Random) -> tuple[str, str]:
+    """The same from a text in place of an image; or two of the given numbers in one equation."""
+    scene = draw_scene(family, rng, rng.randint(1, 3), "train")
+    quantities = family.quantities(scene)
+    if rng.random() < 0.5:
+        names = _some(rng, quantities)
+        return f"Read:\n{family.caption(scene)}\nList {', '.join(names)}.", listed(quantities, names)
+    names = rng.sample(sorted(quantities), min(4, len(quantities)))
+    low, high = sorted(rng.sample(names, 2), key=quantities.__getitem__)
+    sign, sheet = rng.choice("+-*"), Worksheet()
+    sheet.work(quantities[high], sign, quantities[low])
+    return f"Given {listed(quantities, names)}: write out {high} {sign} {low}.", sheet.lines[0]
 
 
 def _look(family: Family, rng: random.Random, scene: str) -> tuple[str, str]:

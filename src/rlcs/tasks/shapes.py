@@ -1,10 +1,11 @@
 """Coloured shapes on a 3 x 3 grid, some cells empty: count and combine. 84 x 84 pixels, 9 tokens."""
 
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlcs.tasks import sums
-from rlcs.tasks.family import COLOURS, PAPERS, Solution
+from rlcs.tasks.family import COLOURS, PAPERS, Solution, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,8 +78,7 @@ class Shapes:
 
     def plan(self, rng: random.Random, scene: str, level: int) -> str | None:
         """Combine counts of colours and forms, at most one of them zero."""
-        cells = _parse(scene)[1]
-        counts = {name: _count(cells, name) for name in (*_INKS, *_PLURALS)}
+        counts = self.quantities(scene)
         plan = sums.draw(rng, level, counts)
         if plan and sum(counts[name] == 0 for name in plan.split("|")[1:]) > 1:
             return None
@@ -91,11 +91,10 @@ class Shapes:
     def solve(self, scene: str, plan: str) -> Solution:
         """Read the grid row by row, count, calculate."""
         kind, *quantities = plan.split("|")
-        cells = _parse(scene)[1]
-        counts = [_count(cells, quantity) for quantity in quantities]
+        counts = self.quantities(scene)
         sheet = sums.Worksheet()
-        answer = sums.calculate(kind, counts, sheet)
-        facts = ", ".join(f"{name}={count}" for name, count in zip(quantities, counts, strict=True))
+        answer = sums.calculate(kind, [counts[name] for name in quantities], sheet)
+        facts = listed(counts, quantities)
         return Solution(reading=self.caption(scene), steps=(facts, *sheet.lines), answer=answer)
 
     def misread(self, rng: random.Random, scene: str) -> str:
@@ -112,6 +111,11 @@ class Shapes:
         rows = (cells[start : start + _SIDE] for start in range(0, len(cells), _SIDE))
         return "\n".join(", ".join(row) for row in rows)
 
+    def quantities(self, scene: str) -> Mapping[str, int]:
+        """How many shapes there are of each colour and of each form."""
+        cells = _parse(scene)[1]
+        return {name: _count(cells, name) for name in (*_INKS, *_PLURALS)}
+
     def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:
         """What one cell holds, one count, or two counts together or apart."""
         cells = _parse(scene)[1]
@@ -123,11 +127,12 @@ class Shapes:
         if kind < 0.6:
             pair = rng.sample((*_INKS, *_PLURALS), 2)
             less, more = sorted(pair, key=lambda quantity: _count(cells, quantity))
+            first, second = f"the number of {_phrase(less)}", f"the number of {_phrase(more)}"
             if rng.random() < 0.6:
                 together = _count(cells, more) + _count(cells, less)
-                return f"How many {_phrase(less)} and {_phrase(more)} together?", str(together)
+                return f"What do {first} and {second} add up to?", str(together)
             apart = _count(cells, more) - _count(cells, less)
-            return f"How many more {_phrase(more)} than {_phrase(less)}?", str(apart)
+            return f"How far is {first} below {second}?", str(apart)
         both = f"{rng.choice(_INKS)} {rng.choice(_PLURALS)}"
         quantity = rng.choice((rng.choice(_INKS), rng.choice(_PLURALS), both))
         question = rng.choice(("How many {} are there?", "What is the number of {}?"))

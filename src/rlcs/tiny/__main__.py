@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build and pre-train the built-in model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, processor and card")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=750, help="optimiser steps of 32 images")
+    parser.add_argument("--steps", type=int, default=1600, help="steps of 32 lessons of the first course")
     choices = parser.parse_args()
 
     def tell(line: str) -> None:

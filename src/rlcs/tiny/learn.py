@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from rlcs import tasks
 from rlcs.chat import DEFAULT_SYSTEM
 from rlcs.packing import dense_mask, layout_of
-from rlcs.tasks.figures import Figures
+from rlcs.tasks.family import Family
 from rlcs.tasks.lessons import Lesson, lessons
 from rlcs.tiny.build import SYSTEM
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """What is learned together: families in turn (one named twice comes twice as often).
+
+    `rate` is the peak learning rate, as a share of the usual one.
+    """
+
+    families: tuple[Family, ...]
+    rate: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +142,11 @@ class Muon(torch.optim.Optimizer):
     which is many times slower than float32 on most CPUs.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], *, lr: float, momentum: float = 0.95) -> None:
-        """`lr` is the spectral norm of a step."""
-        super().__init__(list(matrices), {"lr": lr, "momentum": momentum})
+    def __init__(
+        self, matrices: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
+        """`lr` is the spectral norm of a step; the decay is decoupled, as in AdamW."""
+        super().__init__(list(matrices), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -145,6 +157,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(matrix.grad, 1 - group["momentum"])
                 update = _orthogonal(matrix.grad.lerp(average, group["momentum"]))
                 scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * scale)
 
 
@@ -158,14 +171,14 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def _optimizers(model: Qwen2_5_VLForConditionalGeneration) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Qwen2_5_VLForConditionalGeneration, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside both towers; AdamW for embeddings, the patch filter and vectors."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
     return [
-        Muon(matrices, lr=0.02),
-        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01),
+        Muon(matrices, lr=0.02 * rate),
+        torch.optim.AdamW(others, lr=2e-3 * rate, betas=(0.9, 0.95), weight_decay=0.01),
     ]
 
 
@@ -175,17 +188,15 @@ def train(
     *,
     seed: int,
     steps: int,
+    course: Course,
     batch_size: int = 32,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[float]:
-    """Learn the lessons on a cosine; returns the loss of every step.
-
-    Figures take longest to learn, so they come twice as often.
-    """
+    """Learn the lessons of one course on a cosine; returns the loss of every step."""
     rng = random.Random(f"systems|{seed}")
-    stream = lessons((*tasks.families(), Figures()), seed=seed)
+    stream = lessons(course.families, seed=seed)
     collate = Collator(model, processor)
-    optimizers = _optimizers(model)
+    optimizers = _optimizers(model, course.rate)
     warmup = max(1, steps // 20)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, partial(_share, warmup, steps)) for o in optimizers]
     losses = []
