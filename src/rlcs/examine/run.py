@@ -207,8 +207,8 @@ def missing_text(loaded: Loaded) -> str:
     first = "".join(f"\n  {bad}" for bad in loaded.missing[:_SHOWN])
     more = len(loaded.missing) - _SHOWN
     return (
-        f"{loaded.benchmark.title}: {len(loaded.missing):,} of {total:,} questions in {loaded.source} have no "
-        f"usable image and are left out; the score is of {len(loaded.questions):,}{first}"
+        f"{loaded.benchmark.title}: {len(loaded.missing):,} of {total:,} questions in {loaded.source} have "
+        f"no usable image and are left out; the score is of {len(loaded.questions):,}{first}"
         + (f"\n  ... and {more:,} more" if more > 0 else "")
     )
 
