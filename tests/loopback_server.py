@@ -20,12 +20,17 @@ from typing import Any, Self
 PHRASES = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
 
 
-def last_text(body: Mapping[str, Any]) -> str:
-    """The text of the last message of a request."""
-    content = body["messages"][-1]["content"]
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of one message, images left out."""
+    content = message["content"]
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def last_text(body: Mapping[str, Any]) -> str:
+    """The text of the last message of a request."""
+    return text_of(body["messages"][-1])
 
 
 def _fixed_answer(body: Mapping[str, Any]) -> str:
@@ -100,7 +105,7 @@ class LoopbackServer:
             writer.close()
 
     def _fault(self, body: Mapping[str, Any]) -> str:
-        text = json.dumps(body["messages"])
+        text = "\n".join(map(text_of, body["messages"]))
         for needle, faults in self._faults.items():
             if needle in text and faults:
                 return faults[0].removeprefix("always:") if "always" in faults[0] else faults.pop(0)

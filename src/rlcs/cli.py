@@ -83,13 +83,7 @@ def ablate(
 
 
 def _study(
-    name: str,
-    overrides: list[str] | None,
-    *,
-    out: Path | None,
-    json: bool,
-    quiet: bool,
-    seeds: int = 1,
+    name: str, overrides: list[str] | None, *, out: Path | None, json: bool, quiet: bool, seeds: int = 1
 ) -> None:
     from rlcs.recipe.loading import load_recipe
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -71,8 +71,8 @@ class Answer:
 
     id: str
     index: int
-    text: str
-    finish: Literal["stop", "length", "error"]
+    text: str = ""
+    finish: Literal["stop", "length", "error"] = "error"
     reasoning: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -209,7 +209,7 @@ class EndpointClient:
             body = self._body(request)
         except DataError as error:  # its image is gone: this request fails, the others go on
             future: Future[Answer] = Future()
-            future.set_result(_failed(request, str(error), attempts=0, seconds=0.0))
+            future.set_result(Answer(id=request.id, index=request.index, error=str(error)))
         else:
             future = asyncio.run_coroutine_threadsafe(self._answer(request, body), self._loop)
         future.add_done_callback(arrived.put)
@@ -251,8 +251,8 @@ class EndpointClient:
                 attempt += 1
                 await self._pace()
                 try:
-                    reply = await self._post(body)
-                    return _read(request, reply, attempts=attempt, seconds=time.monotonic() - started)
+                    answer = _read(request, await self._post(body))
+                    return replace(answer, attempts=attempt, seconds=time.monotonic() - started)
                 except _RefusedError as error:
                     why = str(error)
                 except _AgainError as error:
@@ -262,7 +262,10 @@ class EndpointClient:
                         continue
                     if error.unreachable and not self._usage.answers:
                         raise self._unreachable(why) from error
-                return _failed(request, why, attempts=attempt, seconds=time.monotonic() - started)
+                seconds = time.monotonic() - started
+                return Answer(
+                    id=request.id, index=request.index, error=why, attempts=attempt, seconds=seconds
+                )
 
     async def _pace(self) -> None:
         """Wait for this try's turn under `requests_per_minute`."""
@@ -341,7 +344,7 @@ def data_url(ref: ImageRef) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _read(request: Request, reply: object, *, attempts: int, seconds: float) -> Answer:
+def _read(request: Request, reply: object) -> Answer:
     """The answer in a reply. Raises _AgainError when it is garbled or empty, _RefusedError when withheld."""
     try:
         reply = reply if isinstance(reply, dict) else {}
@@ -368,20 +371,6 @@ def _read(request: Request, reply: object, *, attempts: int, seconds: float) -> 
         finish="length" if finish == "length" else "stop",
         prompt_tokens=tokens[0],
         completion_tokens=tokens[1],
-        seconds=seconds,
-        attempts=attempts,
-    )
-
-
-def _failed(request: Request, why: str, *, attempts: int, seconds: float) -> Answer:
-    return Answer(
-        id=request.id,
-        index=request.index,
-        text="",
-        finish="error",
-        seconds=seconds,
-        attempts=attempts,
-        error=why,
     )
 
 

@@ -94,6 +94,8 @@ def _notes(scores: Mapping[str, Any]) -> list[str]:
             f"(rule rlcs+judge); it failed on {judge['failed']:,}"
         )
     for rule, each in scores["rules"].items():
+        if each["without_answer"]:
+            notes.append(f"{where}: {each['without_answer']:,} responses give no answer that {rule} reads")
         for k, share in each.get("pass_at", {}).items():
             notes.append(f"{where}: pass@{k} {100 * share:.1f} ({rule})")
         shown = {n: v for n, v in each.get("metrics", {}).items() if v is not None and n.endswith("_score")}

@@ -72,11 +72,7 @@ def run_exam(exam: Exam, models: Sequence[str], *, stop: StopFlag, json: bool = 
     named = label_models(models)
     loaded = [
         load_benchmark(
-            find(name),
-            split=exam.split,
-            data=exam.data,
-            limit=exam.limit,
-            decode_limit=exam.decode_limit,
+            find(name), split=exam.split, data=exam.data, limit=exam.limit, decode_limit=exam.decode_limit
         )
         for name in dict.fromkeys(exam.benchmarks)
     ]
@@ -283,6 +279,7 @@ def _scores(
             for row, grade in zip(rows, grades, strict=True)
         ]
         by_rule[rule] = rule_scores(benchmark, verdicts, samples)
+        by_rule[rule]["without_answer"] = sum(grade.extracted is None for grade in grades)
     return {
         "benchmark": benchmark.name,
         "title": benchmark.title,
