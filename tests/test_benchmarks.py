@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,22 @@ def test_a_damaged_image_is_set_aside(tmp_path):
     (folder / "images" / "1.png").write_bytes(b"not a picture")
     loaded = load("mathvision", folder, split="testmini")
     assert len(loaded.questions) == 2 and loaded.missing[0].id == "1"
+
+
+def test_the_example_of_the_how_to_is_a_benchmark():
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "add-a-benchmark.md"
+    space: dict[str, object] = {}
+    exec(re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[1], space)  # noqa: S102
+    row = {
+        "id": 1,
+        "question": "How many?",
+        "options": [3, 4],
+        "answer": "A",
+        "room": "hall",
+        "colours": ["red"],
+    }
+    question = space["BENCHMARK"].read(row)
+    assert question.plain == "How many?\n(A) 3\n(B) 4" and question.facets["colours"] == ("red",)
 
 
 # ------------------------------------------------------------------------------------ scores

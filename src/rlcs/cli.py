@@ -232,18 +232,11 @@ def _exam(options: EvalOptions) -> Any:
         raise UserError("several greedy samples would all be the same", where="--samples", fix=fix)
     if (options.judge_url is None) != (options.judge_model is None):
         raise UserError("a judge has a URL and a model", where="--judge-url", fix="give --judge-model too")
-    endpoint = judge = None
-    if options.base_url is not None:
-        endpoint = Endpoint(
-            base_url=options.base_url, model="", key_env=options.key_env, concurrency=options.concurrency
-        )
-    if options.judge_url is not None and options.judge_model is not None:
-        judge = Endpoint(
-            base_url=options.judge_url,
-            model=options.judge_model,
-            key_env=options.judge_key_env,
-            concurrency=options.concurrency,
-        )
+
+    def server(url: str | None, model: str, key_env: str) -> Endpoint | None:
+        settings = {"model": model, "key_env": key_env, "concurrency": options.concurrency}
+        return None if url is None else Endpoint.model_validate({"base_url": url, **settings})
+
     sampling = Eval(
         temperature=options.temperature,
         top_p=options.top_p,
@@ -257,8 +250,8 @@ def _exam(options: EvalOptions) -> Any:
         data=options.data,
         split=options.split,
         limit=options.limit,
-        endpoint=endpoint,
-        judge=judge,
+        endpoint=server(options.base_url, "", options.key_env),
+        judge=server(options.judge_url, options.judge_model or "", options.judge_key_env),
     )
 
 

@@ -5,32 +5,32 @@ rule's verdict), `scores.json`, and `settings.json`, which keeps answers of anot
 """
 
 import hashlib
-import json
+import json as jsonlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlcs.benchmarks import find
-from rlcs.benchmarks.base import Question
 from rlcs.benchmarks.loading import Loaded, load_benchmark
 from rlcs.engines.endpoint import EndpointClient
 from rlcs.errors import RunFolderError, UserError
 from rlcs.examine.asking import AnswerRow, Asking, EndpointRespondent, LocalRespondent, Respondent
 from rlcs.examine.comparison import write_comparison
-from rlcs.examine.judge import NOTHING, read_out, wants_judge
+from rlcs.examine.judge import NOTHING, Key, read_out, wants_judge
 from rlcs.examine.scores import Verdict, chance_level, rule_scores
 from rlcs.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
 from rlcs.grading import GradePool
 from rlcs.interrupts import StopFlag
 from rlcs.metrics import Screen, screen
 from rlcs.recipe.schema import Endpoint
-from rlcs.records import Grade
+from rlcs.records import Grade, Problem
 
 OWN_RULE = "rlcs"
 JUDGED_RULE = "rlcs+judge"
+PREDICTIONS = "predictions.jsonl"
 _SHOWN = 3
 
 
@@ -52,17 +52,6 @@ class Exam:
     decode_limit: int = 50_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Desk:
-    """What grading one model's answers needs."""
-
-    pool: GradePool
-    stop: StopFlag
-    judge: EndpointClient | None
-    judge_model: str
-    json: bool
-
-
 def run_exam(exam: Exam, models: Sequence[str], *, stop: StopFlag, json: bool = False) -> dict[str, Any]:
     """Every model on every benchmark; returns the comparison, which also lies in OUT/comparison.json.
 
@@ -80,13 +69,12 @@ def run_exam(exam: Exam, models: Sequence[str], *, stop: StopFlag, json: bool = 
         for each in loaded:
             claim(exam.out / label / each.benchmark.name, _settings(exam, each, model))
     with GradePool() as pool, _client(exam.judge) as judge:
-        judge_model = exam.judge.model if exam.judge else ""
-        desk = Desk(pool=pool, stop=stop, judge=judge, judge_model=judge_model, json=json)
         for label, model in named.items():
             stop.check(str(exam.out))
             with _respondent(exam, model) as respondent:
                 for each in loaded:
-                    _examine(exam, label, each, respondent, desk)
+                    sitting = _Sitting(exam, label, each, respondent, pool=pool, judge=judge)
+                    sitting.hold(stop, json=json)
     return write_comparison(exam.out, first=list(named))
 
 
@@ -148,7 +136,7 @@ def _weights_stamp(model: str) -> str | None:
     """A mark of the weight files of a local folder: names, sizes, times. None for a hub id."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16] if facts else None
+    return hashlib.sha256(jsonlib.dumps(facts).encode()).hexdigest()[:16] if facts else None
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -172,29 +160,126 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _examine(exam: Exam, label: str, loaded: Loaded, respondent: Respondent, desk: Desk) -> None:
-    folder = exam.out / label / loaded.benchmark.name
-    path = folder / "predictions.jsonl"
-    kept = read_jsonl(path) if path.exists() else []
-    questions = {question.id: question for question, _ in loaded.questions}
-    title = f"{label}: {loaded.benchmark.title}"
-    with screen(title, len(questions) * exam.asking.samples, json=desk.json) as view:
-        if loaded.missing:
-            view.say(missing_text(loaded))
-        rows, failed = _ask(exam, loaded, respondent, desk, kept=kept, path=path, view=view)
-        desk.stop.check(str(folder))
-        current = [r for r in rows if r["id"] in questions and r["index"] < exam.asking.samples]
-        rules, judged = _grade(questions, current, desk, folder)
-        desk.stop.check(str(folder))
+class _Sitting:
+    """One model before one benchmark."""
+
+    def __init__(
+        self,
+        exam: Exam,
+        label: str,
+        loaded: Loaded,
+        respondent: Respondent,
+        *,
+        pool: GradePool,
+        judge: EndpointClient | None,
+    ) -> None:
+        self._exam, self._label, self._loaded = exam, label, loaded
+        self._respondent, self._pool, self._judge = respondent, pool, judge
+        self._samples = exam.asking.samples
+        self._questions = {question.id: question for question, _ in loaded.questions}
+        self._folder = exam.out / label / loaded.benchmark.name
+
+    def hold(self, stop: StopFlag, *, json: bool) -> None:
+        """Ask, grade, write. Raises Stopped with everything answered on disk."""
+        title = f"{self._label}: {self._loaded.benchmark.title}"
+        with screen(title, len(self._questions) * self._samples, json=json) as view:
+            if self._loaded.missing:
+                view.say(missing_text(self._loaded))
+            rows, failed = self._ask(view, stop)
+            stop.check(str(self._folder))
+            current = [r for r in rows if r["id"] in self._questions and r["index"] < self._samples]
+            rules, judged = self._grade(current, stop)
+            stop.check(str(self._folder))
+            lines = "".join(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            atomic_write(self._folder / PREDICTIONS, lines)
+            write_json(
+                self._folder / "scores.json", {**self._scores(current, rules, failed), "judge": judged}
+            )
+            for why in list(dict.fromkeys(failed.values()))[:_SHOWN]:
+                view.say(f"  not answered: {why}")
+
+    def _ask(self, view: Screen, stop: StopFlag) -> tuple[list[AnswerRow], dict[str, str]]:
+        """All rows, old and new, and for each (question, sample) that could not be answered why."""
+        path = self._folder / PREDICTIONS
+        rows: list[AnswerRow] = read_jsonl(path) if path.exists() else []
+        answered = {(row["id"], row["index"]) for row in rows}
+        wanted: list[tuple[Problem, tuple[int, ...]]] = []
+        for question, images in self._loaded.questions:
+            left = tuple(i for i in range(self._samples) if (question.id, i) not in answered)
+            if left:
+                wanted.append((question.asked(self._exam.asking.style, images), left))
+        done = len(self._questions) * self._samples - sum(len(left) for _, left in wanted)
+        failed: dict[str, str] = {}
+        right = seen = 0
+        for new in self._respondent.answers(wanted, stop=stop):
+            good = [row for row in new if row["stop"] != "failed"]
+            failed |= {f"{r['id']} #{r['index']}": r["error"] for r in new if r["stop"] == "failed"}
+            append_jsonl(path, good)
+            rows += good
+            right += sum(grade.correct is True for grade in self._graded(good))
+            seen += len(good)
+            view.advance(done + seen + len(failed), accuracy=right / max(1, seen))
+        return rows, failed
+
+    def _graded(self, rows: Sequence[AnswerRow], said: Mapping[Key, str] | None = None) -> list[Grade]:
+        """By our own rule; what a judge `said` of a response stands in its place."""
+        answers = []
+        for row in rows:
+            text = (said or {}).get((row["id"], row["index"]), NOTHING)
+            response = row["response"] if text == NOTHING else f"\\boxed{{{text}}}"
+            answers.append((self._questions[row["id"]].graded(), response))
+        return self._pool.grade(answers)
+
+    def _grade(
+        self, rows: Sequence[AnswerRow], stop: StopFlag
+    ) -> tuple[dict[str, list[Grade]], dict[str, Any] | None]:
+        """Grades by every rule, which the rows are told too, and what the judge did."""
+        rules, judged = {OWN_RULE: self._graded(rows)}, None
+        if self._judge is not None and self._exam.judge is not None:
+            model = self._exam.judge.model
+            asked = [(self._questions[row["id"]], row) for row in rows if wants_judge(row["response"])]
+            said, failed = read_out(self._judge, model, asked, path=self._folder / "judged.jsonl", stop=stop)
+            rules[JUDGED_RULE] = self._graded(rows, said)
+            judged = {"model": model, "asked": len(asked), "read": len(said), "failed": len(failed)}
+            judged["why_failed"] = list(dict.fromkeys(failed.values()))[:_SHOWN]
         for rule, grades in rules.items():
-            for row, grade in zip(current, grades, strict=True):
+            for row, grade in zip(rows, grades, strict=True):
                 verdict = {"correct": grade.correct, "extracted": grade.extracted, "why": grade.why}
                 row.setdefault("rules", {})[rule] = verdict
-        atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        scores = _scores(exam, loaded, current, rules, failed)
-        write_json(folder / "scores.json", {"label": label, **scores, "judge": judged})
-        for why in list(dict.fromkeys(failed.values()))[:_SHOWN]:
-            view.say(f"  not answered: {why}")
+        return rules, judged
+
+    def _scores(
+        self, rows: Sequence[AnswerRow], rules: Mapping[str, Sequence[Grade]], failed: Mapping[str, str]
+    ) -> dict[str, Any]:
+        benchmark, missing, asking = self._loaded.benchmark, self._loaded.missing, self._exam.asking
+        refused = [row["error"] for row in rows if row["stop"] == "error"]
+        answered = [self._questions[name] for name in dict.fromkeys(row["id"] for row in rows)]
+        by_rule = {}
+        for rule, grades in rules.items():
+            verdicts = [
+                Verdict(question=self._questions[row["id"]], index=row["index"], correct=grade.correct)
+                for row, grade in zip(rows, grades, strict=True)
+            ]
+            by_rule[rule] = rule_scores(benchmark, verdicts, self._samples)
+            by_rule[rule]["without_answer"] = sum(grade.extracted is None for grade in grades)
+        return {
+            "label": self._label,
+            "benchmark": benchmark.name,
+            "title": benchmark.title,
+            "split": self._loaded.split,
+            "source": self._loaded.source,
+            "prompt": asking.style,
+            "sampling": {**asking.sampling.model_dump(), "samples": self._samples},
+            "n": len(answered),
+            "of": self._loaded.of,
+            "missing_images": {"count": len(missing), "first": [str(bad) for bad in missing[:_SHOWN]]},
+            "failed": {"count": len(failed), "first": dict(list(failed.items())[:_SHOWN])},
+            "refused": {"count": len(refused), "first": refused[:_SHOWN]},
+            "chance": chance_level(answered),
+            "mean_tokens": sum(row["tokens"] for row in rows) / max(1, len(rows)),
+            "truncated": sum(row["stop"] == "length" for row in rows) / max(1, len(rows)),
+            "rules": by_rule,
+        }
 
 
 def missing_text(loaded: Loaded) -> str:
@@ -207,96 +292,3 @@ def missing_text(loaded: Loaded) -> str:
         f"no usable image and are left out; the score is of {len(loaded.questions):,}{first}"
         + (f"\n  ... and {more:,} more" if more > 0 else "")
     )
-
-
-def _ask(
-    exam: Exam,
-    loaded: Loaded,
-    respondent: Respondent,
-    desk: Desk,
-    *,
-    kept: list[AnswerRow],
-    path: Path,
-    view: Screen,
-) -> tuple[list[AnswerRow], dict[str, str]]:
-    """All rows, old and new, and for (question, sample) that could not be answered why."""
-    answered = {(row["id"], row["index"]) for row in kept}
-    wanted: list[tuple[Any, tuple[int, ...]]] = []
-    for question, images in loaded.questions:
-        left = tuple(i for i in range(exam.asking.samples) if (question.id, i) not in answered)
-        if left:
-            wanted.append((question.asked(exam.asking.style, images), left))
-    graded = {question.id: question.graded() for question, _ in loaded.questions}
-    total = len(graded) * exam.asking.samples
-    done = total - sum(len(left) for _, left in wanted)
-    rows, failed, right, seen = list(kept), dict[str, str](), 0, 0
-    for new in respondent.answers(wanted, stop=desk.stop):
-        good = [row for row in new if row["stop"] != "failed"]
-        failed |= {f"{r['id']} #{r['index']}": r["error"] for r in new if r["stop"] == "failed"}
-        append_jsonl(path, good)
-        rows += good
-        grades = desk.pool.grade([(graded[row["id"]], row["response"]) for row in good])
-        right, seen = right + sum(g.correct is True for g in grades), seen + len(good)
-        view.advance(done + seen + len(failed), accuracy=right / max(1, seen))
-    return rows, failed
-
-
-def _grade(
-    questions: Mapping[str, Question], rows: Sequence[AnswerRow], desk: Desk, folder: Path
-) -> tuple[dict[str, list[Grade]], dict[str, Any] | None]:
-    """Grades of every row by every rule, and what the judge did."""
-    problems = [questions[row["id"]].graded() for row in rows]
-    responses = [str(row["response"]) for row in rows]
-    rules = {OWN_RULE: desk.pool.grade(list(zip(problems, responses, strict=True)))}
-    if desk.judge is None:
-        return rules, None
-    asked = [(questions[row["id"]], row) for row in rows if wants_judge(row["response"])]
-    path = folder / "judged.jsonl"
-    said, failed = read_out(desk.judge, desk.judge_model, asked, path=path, stop=desk.stop)
-    read = []
-    for row, response in zip(rows, responses, strict=True):
-        text = said.get((row["id"], row["index"]), NOTHING)
-        read.append(response if text == NOTHING else f"\\boxed{{{text}}}")
-    rules[JUDGED_RULE] = desk.pool.grade(list(zip(problems, read, strict=True)))
-    facts = {"model": desk.judge_model, "asked": len(asked), "read": len(said), "failed": len(failed)}
-    return rules, {**facts, "why_failed": list(dict.fromkeys(failed.values()))[:_SHOWN]}
-
-
-def _scores(
-    exam: Exam,
-    loaded: Loaded,
-    rows: Sequence[AnswerRow],
-    rules: Mapping[str, Sequence[Grade]],
-    failed: Mapping[str, str],
-) -> dict[str, Any]:
-    questions = {question.id: question for question, _ in loaded.questions}
-    benchmark, samples = loaded.benchmark, exam.asking.samples
-    refused = [row for row in rows if row["stop"] == "error"]
-    by_rule = {}
-    for rule, grades in rules.items():
-        verdicts = [
-            Verdict(question=questions[row["id"]], index=row["index"], correct=grade.correct)
-            for row, grade in zip(rows, grades, strict=True)
-        ]
-        by_rule[rule] = rule_scores(benchmark, verdicts, samples)
-        by_rule[rule]["without_answer"] = sum(grade.extracted is None for grade in grades)
-    return {
-        "benchmark": benchmark.name,
-        "title": benchmark.title,
-        "split": loaded.split,
-        "source": loaded.source,
-        "prompt": exam.asking.style,
-        "sampling": {**asdict(exam.asking)["sampling"].model_dump(), "samples": samples},
-        "n": len({row["id"] for row in rows}),
-        "of": loaded.of,
-        "missing_images": {
-            "count": len(loaded.missing),
-            "first": [str(bad) for bad in loaded.missing[:_SHOWN]],
-        },
-        "failed": {"count": len(failed), "first": dict(list(failed.items())[:_SHOWN])},
-        "refused": {"count": len(refused), "first": [row["error"] for row in refused[:_SHOWN]]},
-        "chance": chance_level([questions[name] for name in dict.fromkeys(row["id"] for row in rows)]),
-        "mean_tokens": sum(row["tokens"] for row in rows) / max(1, len(rows)),
-        "truncated": sum(row["stop"] == "length" for row in rows) / max(1, len(rows)),
-        "rules": by_rule,
-    }
