@@ -224,6 +224,8 @@ def test_wemath_in_its_own_layout(tmp_path):
     [
         (lambda f: (f / "testmini.jsonl").unlink(), "there is no testmini.jsonl"),
         (lambda f: (f / "testmini.jsonl").write_text('{"id": 1}\n'), "column 'question' is missing"),
+        (lambda f: write_jsonl(f / "testmini.jsonl", [vision(1, question=" ")]), "is empty"),
+        (lambda f: write_jsonl(f / "testmini.jsonl", [vision(1, image=None)]), "the row has no image"),
         (lambda f: (f / "testmini.jsonl").write_text("{torn\n"), "JSON"),
         (lambda f: (f / "testmini.jsonl").write_text(""), "no questions"),
         (lambda f: write_jsonl(f / "testmini.jsonl", [vision(1), vision(1)]), "comes twice"),

@@ -41,6 +41,14 @@ class Question:
     group: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Words in both styles, an answer, and no slot that stays empty."""
+        texts = (self.official, self.plain)
+        if not all(text.replace(IMAGE_SLOT, "").strip() for text in (*texts, self.answer)):
+            raise ValueError("the question or its answer is empty")
+        if max(text.count(IMAGE_SLOT) for text in texts) > (self.picture is not None):
+            raise ValueError(f"the question has an {IMAGE_SLOT} but the row has no image")
+
     def asked(self, style: Style, images: tuple[ImageRef, ...]) -> Problem:
         """The problem as the model sees it: the options stand in its text already."""
         text = self.plain if style == "paper" else self.official

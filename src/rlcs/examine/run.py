@@ -71,10 +71,8 @@ def run_exam(exam: Exam, models: Sequence[str], *, stop: StopFlag, json: bool = 
     with GradePool() as pool, _client(exam.judge) as judge:
         for label, model in named.items():
             stop.check(str(exam.out))
-            with _respondent(exam, model) as respondent:
-                for each in loaded:
-                    sitting = _Sitting(exam, label, each, respondent, pool=pool, judge=judge)
-                    sitting.hold(stop, json=json)
+            sittings = [_Sitting(exam, label, each, pool=pool, judge=judge) for each in loaded]
+            _examine(exam, model, sittings, stop=stop, json=json)
     return write_comparison(exam.out, first=list(named))
 
 
@@ -160,32 +158,32 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
+def _examine(exam: Exam, model: str, sittings: "list[_Sitting]", *, stop: StopFlag, json: bool) -> None:
+    """One model before every benchmark; it is gone from memory before the next one is loaded."""
+    with _respondent(exam, model) as respondent:
+        for sitting in sittings:
+            sitting.hold(respondent, stop, json=json)
+
+
 class _Sitting:
     """One model before one benchmark."""
 
     def __init__(
-        self,
-        exam: Exam,
-        label: str,
-        loaded: Loaded,
-        respondent: Respondent,
-        *,
-        pool: GradePool,
-        judge: EndpointClient | None,
+        self, exam: Exam, label: str, loaded: Loaded, *, pool: GradePool, judge: EndpointClient | None
     ) -> None:
         self._exam, self._label, self._loaded = exam, label, loaded
-        self._respondent, self._pool, self._judge = respondent, pool, judge
+        self._pool, self._judge = pool, judge
         self._samples = exam.asking.samples
         self._questions = {question.id: question for question, _ in loaded.questions}
         self._folder = exam.out / label / loaded.benchmark.name
 
-    def hold(self, stop: StopFlag, *, json: bool) -> None:
+    def hold(self, respondent: Respondent, stop: StopFlag, *, json: bool) -> None:
         """Ask, grade, write. Raises Stopped with everything answered on disk."""
         title = f"{self._label}: {self._loaded.benchmark.title}"
         with screen(title, len(self._questions) * self._samples, json=json) as view:
             if self._loaded.missing:
                 view.say(missing_text(self._loaded))
-            rows, failed = self._ask(view, stop)
+            rows, failed = self._ask(respondent, view, stop)
             stop.check(str(self._folder))
             current = [r for r in rows if r["id"] in self._questions and r["index"] < self._samples]
             rules, judged = self._grade(current, stop)
@@ -198,7 +196,9 @@ class _Sitting:
             for why in list(dict.fromkeys(failed.values()))[:_SHOWN]:
                 view.say(f"  not answered: {why}")
 
-    def _ask(self, view: Screen, stop: StopFlag) -> tuple[list[AnswerRow], dict[str, str]]:
+    def _ask(
+        self, respondent: Respondent, view: Screen, stop: StopFlag
+    ) -> tuple[list[AnswerRow], dict[str, str]]:
         """All rows, old and new, and for each (question, sample) that could not be answered why."""
         path = self._folder / PREDICTIONS
         rows: list[AnswerRow] = read_jsonl(path) if path.exists() else []
@@ -211,7 +211,7 @@ class _Sitting:
         done = len(self._questions) * self._samples - sum(len(left) for _, left in wanted)
         failed: dict[str, str] = {}
         right = seen = 0
-        for new in self._respondent.answers(wanted, stop=stop):
+        for new in respondent.answers(wanted, stop=stop):
             good = [row for row in new if row["stop"] != "failed"]
             failed |= {f"{r['id']} #{r['index']}": r["error"] for r in new if r["stop"] == "failed"}
             append_jsonl(path, good)
