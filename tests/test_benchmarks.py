@@ -143,6 +143,8 @@ def test_mathvision_lists_no_options_that_stand_in_the_picture():
     assert "(A)" not in read(vision(1, options=list("ABCDE"))).official
     several = read(vision(1, question="<image1> or <image2>?"))
     assert several.plain.startswith("<image1> or <image2>?")  # one merged picture: it comes first
+    only = read(vision(1, question="<image1>", options=[]))
+    assert only.plain == "<image>" and only.graded().question == "[image]"
 
 
 def test_mathvista_in_its_own_layout(tmp_path):
@@ -224,7 +226,7 @@ def test_wemath_in_its_own_layout(tmp_path):
     [
         (lambda f: (f / "testmini.jsonl").unlink(), "there is no testmini.jsonl"),
         (lambda f: (f / "testmini.jsonl").write_text('{"id": 1}\n'), "column 'question' is missing"),
-        (lambda f: write_jsonl(f / "testmini.jsonl", [vision(1, question=" ")]), "is empty"),
+        (lambda f: write_jsonl(f / "testmini.jsonl", [vision(1, answer="")]), "is empty"),
         (lambda f: write_jsonl(f / "testmini.jsonl", [vision(1, image=None)]), "the row has no image"),
         (lambda f: (f / "testmini.jsonl").write_text("{torn\n"), "JSON"),
         (lambda f: (f / "testmini.jsonl").write_text(""), "no questions"),
@@ -347,6 +349,7 @@ def test_official_mathvision_files_and_totals():
     assert chance_level([question for question, _ in loaded.questions]) == pytest.approx(190 / 5 / 304)
     read = find("mathvision").read
     questions = [read(json.loads(line)) for line in (OFFICIAL / "mathvision" / "test.jsonl").open()]
+    assert all(question.graded().question for question in questions)
     assert len(questions) == 3040 and sum(bool(question.num_options) for question in questions) == 1532
     flags = {}
     for path in (OFFICIAL / "mathvision" / "published").glob("*CoT.jsonl"):

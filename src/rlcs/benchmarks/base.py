@@ -44,7 +44,7 @@ class Question:
     def __post_init__(self) -> None:
         """Words in both styles, an answer, and no slot that stays empty."""
         texts = (self.official, self.plain)
-        if not all(text.replace(IMAGE_SLOT, "").strip() for text in (*texts, self.answer)):
+        if not all(text.strip() for text in (*texts, self.answer)):
             raise ValueError("the question or its answer is empty")
         if max(text.count(IMAGE_SLOT) for text in texts) > (self.picture is not None):
             raise ValueError(f"the question has an {IMAGE_SLOT} but the row has no image")
@@ -56,7 +56,7 @@ class Question:
 
     def graded(self) -> Problem:
         """The problem as our own rule grades it: a letter or the value of an option is right."""
-        text = self.plain.replace(IMAGE_SLOT, "")
+        text = self.plain.replace(IMAGE_SLOT, "[image]")
         return Problem(
             id=self.id, source="benchmark", question=text, answer=self.answer, choices=self.choices
         )
