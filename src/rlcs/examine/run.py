@@ -8,7 +8,7 @@ import hashlib
 import json as jsonlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def run_exam(exam: Exam, models: Sequence[str], *, stop: StopFlag, json: bool = 
     for label, model in named.items():
         for each in loaded:
             claim(exam.out / label / each.benchmark.name, _settings(exam, each, model))
-    with GradePool() as pool, _client(exam.judge) as judge:
+    with GradePool() as pool, EndpointClient(exam.judge) if exam.judge else nullcontext() as judge:
         for label, model in named.items():
             stop.check(str(exam.out))
             sittings = [_Sitting(exam, label, each, pool=pool, judge=judge) for each in loaded]
@@ -82,10 +82,8 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
     for text in models:
         label, equals, model = text.partition("=")
         if not equals:
-            label, model = (
-                "-".join([p for p in re.split(r"[/\\]", text) if p not in ("", ".", "..")][-3:]),
-                text,
-            )
+            parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..")]
+            label, model = "-".join(parts[-3:]), text
         if not re.fullmatch(r"[\w.+:@-]+", label) or label.startswith(".") or not model:
             raise UserError(f"{text!r} names no model", where="MODEL", fix="write NAME=MODEL, or a model")
         if label in named:
@@ -94,15 +92,6 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
             )
         named[label] = model
     return named
-
-
-@contextmanager
-def _client(settings: Endpoint | None) -> Iterator[EndpointClient | None]:
-    if settings is None:
-        yield None
-    else:
-        with EndpointClient(settings) as client:
-            yield client
 
 
 @contextmanager
