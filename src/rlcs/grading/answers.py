@@ -9,7 +9,8 @@ gamed will be: one answer, the last one, in a complete `\boxed{}`, after the rea
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from fractions import Fraction
+from itertools import accumulate, pairwise
 
 from rlcs.grading.normal import compact, normalise, peel, repair_gold
 from rlcs.grading.rational import NotExactError, TooLargeError, exact
@@ -129,13 +130,15 @@ _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _COMMA = re.compile(",")
 _BRACKET = re.compile(r"\\?[({\[\])}]")
 _HEAVY = re.compile(r"(?:\^|\*\*) ?[({]* ?-? ?(?:\d{4,}|\d+ ?(?:\^|\*\*))|!")
+_PLAIN_BRACE = re.compile(r"(?<!\\)[{}]")
 _UNDER = re.compile(r"_ ?\{[^{}]*\}")
 
 
-def compare(prediction: str, gold: str, choices: Sequence[str] = ()) -> Verdict:
+def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: int | None = None) -> Verdict:
     """Whether an extracted answer is the gold answer (which must not be blank).
 
-    With `choices` both may be a letter or an option's value; a letter is tried first.
+    With `choices` both may be a letter or an option's value; a letter is tried first. Numbers are
+    exact, unless a benchmark asks for a number of decimal `places` only.
     """
     wanted = normalise(repair_gold(gold))
     if len(prediction) > MAX_ANSWER:
@@ -145,7 +148,18 @@ def compare(prediction: str, gold: str, choices: Sequence[str] = ()) -> Verdict:
         return _no("the box is empty")
     if choices:
         return _compare_choice(given, wanted, [normalise(choice) for choice in choices])
-    return _same(given, peel(wanted))
+    verdict = _same(given, peel(wanted))
+    if places is not None and not verdict.correct and _same_when_rounded(given, wanted, places):
+        return _yes(f"the same number to {places} decimal places")
+    return verdict
+
+
+def _same_when_rounded(given: str, wanted: str, places: int) -> bool:
+    try:
+        answer, gold = (exact(split_unit(text)[0]) for text in (given, wanted))
+    except (NotExactError, TooLargeError):
+        return False
+    return bool(abs(answer - gold) <= Fraction(1, 2 * 10**places))
 
 
 def _compare_choice(given: str, wanted: str, choices: list[str]) -> Verdict:
@@ -335,7 +349,7 @@ def _same_values(given: str, wanted: str) -> Verdict:
 def _formulas(given: str, wanted: str) -> Verdict:
     """Hand two formulas to math-verify, unless they are words or would cost too much."""
     for text in (given, wanted):
-        if any(word not in _FUNCTIONS for word in _LONG_WORD.findall(text)):
+        if _has_words(text):
             return _no("not the same text, and words are not formulas")
     if ("=" in _UNDER.sub("", given)) != ("=" in _UNDER.sub("", wanted)):  # not the n=1 under a sum
         return _no("an equation against a value")
@@ -344,3 +358,34 @@ def _formulas(given: str, wanted: str) -> Verdict:
     if _HEAVY.search(given) and not _HEAVY.search(wanted):
         return _no("powers or factorials too large to work out")
     return Verdict(correct=None, why="", formulas=(given, wanted))
+
+
+def look_at_gold(gold: str, choices: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """Why no grader can read a gold answer, or ""; and those parts of it that only math-verify can judge."""
+    wanted = normalise(repair_gold(gold))
+    if choices:
+        options = [_without_label(normalise(choice), index) for index, choice in enumerate(choices)]
+        letter = _LABEL.fullmatch(wanted)
+        if letter and letter[3] and _letter_index(wanted, options) is None and wanted not in options:
+            return f"the gold answer {gold[:60]!r} names none of {len(choices)} choices", []
+    braces = _PLAIN_BRACE.findall(wanted)
+    depths = list(accumulate(1 if brace == "{" else -1 for brace in braces))
+    if braces and (min(depths) < 0 or depths[-1] != 0):
+        return f"the gold answer {gold[:60]!r} cannot be read: its braces do not match", []
+    items = _items(peel(wanted))
+    parts = [split_unit(part)[0].rstrip("% ") for part in (items[1] if items else [peel(wanted)])]
+    return "", [part for part in parts if "\\" in part and not _is_exact(part) and not _has_words(part)]
+
+
+def _is_exact(text: str) -> bool:
+    try:
+        exact(text)
+    except NotExactError:
+        return False
+    except TooLargeError:
+        return True
+    return True
+
+
+def _has_words(text: str) -> bool:
+    return any(word not in _FUNCTIONS for word in _LONG_WORD.findall(text))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.grading.answers import Verdict, compare, extract
+from rlcs.grading.answers import Extraction, Verdict, compare, extract
 from rlcs.grading.symbolic import compare_formulas
 from rlcs.records import Grade, Problem
 
@@ -26,17 +26,30 @@ class Undecided:
         return _grade(verdict, self.extracted)
 
 
-def quick_grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade | Undecided:
-    """Grade by text, letter and exact number alone; never slow, never raises on any text."""
+def quick_grade(problem: Problem, response: object, *, allow_fallbacks: bool) -> Grade | Undecided:
+    """Grade by text, letter and exact number alone; never slow, never raises, whatever the response is."""
+    if not isinstance(response, str):
+        return Grade(reward=0.0, correct=False, why="the response is not a text")
+    found = extract(response, allow_fallbacks=allow_fallbacks)
+    if found.text is None and problem.answer.strip():
+        return Grade(reward=0.0, correct=False, why=found.why)
+    return grade_extracted(problem, found)
+
+
+def grade_extracted(problem: Problem, found: Extraction) -> Grade | Undecided:
+    """Grade an answer that is extracted already.
+
+    `problem.metadata["precision"]`, a number of decimal places, is the tolerance where there is one.
+    """
     if not problem.answer.strip():
         return Grade(reward=None, correct=None, why="the problem has no gold answer")
-    found = extract(response, allow_fallbacks=allow_fallbacks)
-    if found.text is None:
-        return Grade(reward=0.0, correct=False, why=found.why)
-    verdict = compare(found.text, problem.answer, problem.choices)
+    precision = problem.metadata.get("precision")
+    places = precision if isinstance(precision, int) else None
+    text = found.text or ""
+    verdict = compare(text, problem.answer, problem.choices, places=places)
     if verdict.correct is None:
-        return Undecided(extracted=found.text, formulas=verdict.formulas)
-    return _grade(verdict, found.text)
+        return Undecided(extracted=text, formulas=verdict.formulas)
+    return _grade(verdict, text)
 
 
 def grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade:

@@ -241,7 +241,7 @@ def _literal(token: str) -> Number:
     if len(digits) > 4_000:
         raise NoValueError("too many digits")
     whole, _, part = digits.partition(".")
-    over, under = int(whole + part), 10 ** len(part) * (100 if token.endswith("%") else 1)
+    over, under = int(whole + part), int("1" + "0" * len(part)) * (100 if token.endswith("%") else 1)
     return over // under if over % under == 0 else over / under
 
 
@@ -257,7 +257,7 @@ def _power(base: Number, power: Number) -> Number:
     value = base**power
     if isinstance(value, complex):
         raise NoValueError("a complex number")
-    return value
+    return int(value) if isinstance(value, int) else float(value)
 
 
 def _factorial(value: Number) -> Number:
