@@ -5,7 +5,8 @@ import time
 import pytest
 
 from rlcs.grading import grade, health
-from rlcs.grading.answers import compare, extract
+from rlcs.grading.answers import compare
+from rlcs.grading.extraction import extract
 from rlcs.grading.normal import normalise
 from rlcs.grading.rational import NotExactError, TooLargeError, exact
 from rlcs.grading.rewards import Undecided, quick_grade

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlcs.errors import DataError
 from rlcs.files import atomic_write, jsonl_lines, parse_object
-from rlcs.grading.answers import Extraction, extract
+from rlcs.grading.extraction import Extraction, extract
 from rlcs.grading.official import mathvision, mathvista, wemath
 from rlcs.grading.pool import GradePool
 from rlcs.grading.rewards import Undecided, grade_extracted, quick_grade

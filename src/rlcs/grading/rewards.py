@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.grading.answers import Extraction, Verdict, compare, extract
+from rlcs.grading.answers import Verdict, compare
+from rlcs.grading.extraction import BOXED, Extraction, extract
 from rlcs.grading.symbolic import compare_formulas
 from rlcs.records import Grade, Problem
 
@@ -20,10 +21,12 @@ class Undecided:
 
     extracted: str
     formulas: tuple[str, str]
+    by: str = ""
+    """How it was extracted, if not from a box."""
 
     def grade(self, verdict: Verdict) -> Grade:
         """The grade, now that math-verify has spoken (or failed: unscored)."""
-        return _grade(verdict, self.extracted)
+        return _grade(verdict, self.extracted, self.by)
 
 
 def quick_grade(problem: Problem, response: object, *, allow_fallbacks: bool) -> Grade | Undecided:
@@ -45,11 +48,11 @@ def grade_extracted(problem: Problem, found: Extraction) -> Grade | Undecided:
         return Grade(reward=None, correct=None, why="the problem has no gold answer")
     precision = problem.metadata.get("precision")
     places = precision if isinstance(precision, int) else None
-    text = found.text or ""
+    text, by = found.text or "", "" if found.why == BOXED else f"{found.why}: "
     verdict = compare(text, problem.answer, problem.choices, places=places)
     if verdict.correct is None:
-        return Undecided(extracted=text, formulas=verdict.formulas)
-    return _grade(verdict, text)
+        return Undecided(extracted=text, formulas=verdict.formulas, by=by)
+    return _grade(verdict, text, by)
 
 
 def grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade:
@@ -62,9 +65,9 @@ def grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade:
     return result if isinstance(result, Grade) else result.grade(compare_formulas(*result.formulas))
 
 
-def _grade(verdict: Verdict, extracted: str) -> Grade:
+def _grade(verdict: Verdict, extracted: str, by: str) -> Grade:
     reward = None if verdict.correct is None else float(verdict.correct)
-    return Grade(reward=reward, correct=verdict.correct, extracted=extracted, why=verdict.why)
+    return Grade(reward=reward, correct=verdict.correct, extracted=extracted, why=by + verdict.why)
 
 
 def health(texts: Sequence[str]) -> dict[str, float]:
