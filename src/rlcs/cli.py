@@ -178,12 +178,14 @@ def grade(
     numbers = tally.to_json()
     if json:
         typer.echo(jsonlib.dumps({**numbers, "out": str(out)}))
-        return
-    typer.echo(
-        f"accuracy {numbers['accuracy']:.2%} by {rule}   [{numbers['low']:.1%}, {numbers['high']:.1%}]"
-    )
-    typer.echo(f"right    {tally.right:,}\nwrong    {tally.wrong:,}\nunscored {len(tally.unscored):,}")
-    typer.echo(f"rows     {out}")
+    else:
+        interval = f"[{numbers['low']:.1%}, {numbers['high']:.1%}]"
+        accuracy = "none: no row could be scored" if tally.accuracy is None else f"{tally.accuracy:.2%}"
+        typer.echo(f"accuracy {accuracy} by {rule}   {interval if tally.accuracy is not None else ''}")
+        typer.echo(f"right    {tally.right:,}\nwrong    {tally.wrong:,}\nunscored {len(tally.unscored):,}")
+        typer.echo(f"rows     {out}")
+    if tally.accuracy is None:
+        raise typer.Exit(2)
 
 
 @data_app.command("check")

@@ -243,7 +243,7 @@ def _quick(row: AnswerRow, *, allow_fallbacks: bool) -> Grade | Undecided:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tally:
-    """What a graded file comes to. `accuracy` is right / (right + wrong), 0 when nothing is scored."""
+    """What a graded file comes to."""
 
     rule: str
     right: int
@@ -252,9 +252,10 @@ class Tally:
     """`line 7 (id x): why` of every unscored row."""
 
     @property
-    def accuracy(self) -> float:
-        """The share of right answers among those that were scored."""
-        return self.right / max(1, self.right + self.wrong)
+    def accuracy(self) -> float | None:
+        """The share of right answers among those that were scored; None when none was."""
+        scored = self.right + self.wrong
+        return self.right / scored if scored else None
 
     def to_json(self) -> dict[str, object]:
         """One object for scripts."""

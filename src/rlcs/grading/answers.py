@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 
 from rlcs.grading.intervals import as_interval, is_inequality
 from rlcs.grading.normal import compact, normalise, peel, repair_gold
+from rlcs.grading.official.latex_value import NoValueError, number
 from rlcs.grading.rational import NotExactError, TooLargeError, exact
 from rlcs.grading.units import split_unit
 
@@ -62,8 +63,12 @@ _OR = re.compile(r" ?,? (?:or|and) |;")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _COMMA = re.compile(",")
 _BRACKET = re.compile(r"\\?[({\[\])}]")
-_HEAVY = re.compile(r"(?:\^|\*\*) ?[({]* ?-? ?(?:\d{4,}|\d+ ?(?:\^|\*\*))|!")
+_HEAVY = re.compile(
+    r"(?:\^|\*\*) ?[({]* ?-? ?(?:\d{3,}|\d+ ?(?:\^|\*\*))|!"
+    r"|\\(?:[dt]?binom|sum|prod|int|gcd|lcm) ?\{? ?\d{4,}"
+)
 _PLAIN_BRACE = re.compile(r"(?<!\\)[{}]")
+_DOUBTFUL = re.compile(r"[/:!%,_'|]|\\(?:log|div|exp|l?floor)|\d ?\\frac|\d \d|e")  # readings differ
 _UNDER = re.compile(r"_ ?\{[^{}]*\}")
 
 
@@ -347,7 +352,20 @@ def _formulas(given: str, wanted: str) -> Verdict:
         return _no("not the same text, and too long for a formula")
     if _HEAVY.search(given) and not _HEAVY.search(wanted):
         return _no("powers or factorials too large to work out")
+    if _differ_clearly(given, wanted):
+        return _no("another number")
     return Verdict(correct=None, why="", formulas=(given, wanted))
+
+
+def _differ_clearly(given: str, wanted: str) -> bool:
+    """Whether both are numbers, read without doubt, and far apart: no need to ask math-verify."""
+    if _DOUBTFUL.search(given) or _DOUBTFUL.search(wanted):
+        return False
+    try:
+        answer, gold = number(given), number(wanted)
+    except NoValueError:
+        return False
+    return abs(answer - gold) > 1e-6 * max(1.0, abs(answer), abs(gold))
 
 
 def look_at_gold(gold: str, choices: Sequence[str] = ()) -> tuple[str, list[str]]:

@@ -66,12 +66,21 @@ class NoValueError(ValueError):
 
 def rounded(text: str) -> Number:
     """The value of lower-case LaTeX, rounded to two places as Python rounds. Raises NoValueError."""
+    return _value(text, ends=_ENDS, finish=lambda value: round(value, 2))
+
+
+def number(text: str) -> float:
+    """The value of the whole text, in which nothing is ignored. Raises NoValueError."""
+    return float(_value(text, ends=frozenset(), finish=float))
+
+
+def _value(text: str, *, ends: frozenset[str], finish: Callable[[Number], Number]) -> Number:
     reader = _Reader(_tokens(_SPACES.sub(" ", text)))
     try:
         value = reader.sum()
-        if reader.peek() and reader.peek() not in _ENDS:
+        if reader.peek() and reader.peek() not in ends:
             raise NoValueError("something else follows")
-        return round(value, 2)
+        return finish(value)
     except (ArithmeticError, ValueError, TypeError) as error:
         raise NoValueError(str(error)) from error
 
