@@ -111,7 +111,8 @@ def test_the_answers_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_hostile_answers_end_soon_and_wrong_or_unscored(tmp_path: Path) -> None:
     hostile = [
-        "x" * 1_000_000, r"\boxed{", r"\boxed{" * 20_000, r"\boxed{9**9**9**9}", r"\boxed{" + "(" * 4000 + "}",
+        "x" * 1_000_000, r"\boxed{", r"\boxed{" * 20_000, r"\boxed{9**9**9**9}",
+        r"\boxed{" + "(" * 4000 + "}",
         r"\boxed{" + r"\frac{1}{2}+" * 8000 + "1}", r"\boxed{\binom{8 \cdot 12499999}{5000000}}",
     ]  # fmt: skip
     good = [
