@@ -42,7 +42,7 @@ _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 _ROOT = re.compile(r"([√∛])\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})")
 
 _DROPPED = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|limits|bigl|bigr|Bigl|Bigr|big|Big|!)(?![A-Za-z])|\\\$|\$"
+    r"\\(?:left|right|displaystyle|textstyle|limits|bigl|bigr|Bigl|Bigr|big|Big|bf|it|rm|sf|tt|!)(?![A-Za-z])|\\\$|\$"
     r"|\\[()\[\]]|\\checkmark|\0"
 )
 _SPACES = re.compile(r"\\[,;:> ]|\\q?quad(?![A-Za-z])|~")
@@ -55,6 +55,7 @@ _DEGREE = re.compile(r"(?:\{\})?\^ ?\{? ?\\circ(?![A-Za-z]) ?\}?|\\degree(?![A-Z
 _LONG_NAMES = re.compile(r"\\([gln]e)q(?:slant)?(?![A-Za-z])")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?")
 _GROUPED = re.compile(r"(?<![\w.] )\b\d{1,3}(?: \d{3})+\b(?! ?[/\d\\.])")
+_GROUP = re.compile(r"^\{ ?([^{},]*?) ?\}$")
 _PLAIN = re.compile(r"[^\\${}~\0]*")
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")  # three levels deep
 
@@ -137,6 +138,7 @@ def _plain_latex(text: str) -> str:
         text, changed = _WRAPPER.subn(r" \1 ", text)
         if not changed:
             break
+    text = _GROUP.sub(r"\1", text.strip())
     text = _LONG_NAMES.sub(r"\\\1", _FRACTION.sub(r"\\frac", text))
     text = _REPEATING.sub(_spell_repeating, text.replace("\\varnothing", "\\emptyset"))
     return _DEGREE.sub("°", text).replace("\\%", "%").replace("{,}", ",")
