@@ -184,11 +184,6 @@ RULES = ("rlcs", *OFFICIAL_RULES)
 """The names of the rules: ours first."""
 
 
-def mark_officially(rows: Sequence[AnswerRow], rule: str) -> list[Mark]:
-    """Marks by an official rule, in order."""
-    return [_mark_one(row, OFFICIAL_RULES[rule]) for row in rows]
-
-
 def _mark_one(row: AnswerRow, rule: Callable[[AnswerRow], Mark]) -> Mark:
     if row.fault:
         return _unscored(row.fault)
@@ -288,7 +283,7 @@ def grade_file(path: Path, out: Path, *, rule: str, allow_fallbacks: bool = True
         ) as p:
             marks = mark_by_rlcs(rows, p)
     else:
-        marks = mark_officially(rows, rule)
+        marks = [_mark_one(row, OFFICIAL_RULES[rule]) for row in rows]
     lines = [
         {**(row.fields or {"line": row.line}), **asdict(mark)} for row, mark in zip(rows, marks, strict=True)
     ]

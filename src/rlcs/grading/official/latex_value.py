@@ -25,38 +25,17 @@ _TOKEN = re.compile(
 _SUMS = MappingProxyType({"+": 1, "-": -1})
 _PRODUCTS = frozenset(("*", "\\times", "\\cdot"))
 _QUOTIENTS = frozenset(("/", ":", "\\div"))
-_CLOSING = MappingProxyType(
-    {
-        "(": ")",
-        "{": "}",
-        "[": "]",
-        "\\{": "\\}",
-        "\\lbrace": "\\rbrace",
-        "\\lbrack": "\\rbrack",
-        "\\lgroup": "\\rgroup",
-    }
-)
+_OPENING = "( { [ \\{ \\lbrace \\lbrack \\lgroup".split()
+_CLOSING = MappingProxyType(dict(zip(_OPENING, ") } ] \\} \\rbrace \\rbrack \\rgroup".split(), strict=True)))
 _ENDS = frozenset(_CLOSING.values()) | frozenset(
     "_ . & \\\\ \\right \\rfloor \\rceil \\to \\rightarrow \\end \\choose".split()
 )
 _FRACTIONS = frozenset(("\\frac", "\\dfrac", "\\tfrac"))
 _BEGIN = _FRACTIONS | {"\\left", "\\lfloor", "\\pi", "\\binom"}
+_ANGLES = "sin cos tan sinh cosh tanh".split()
 _FUNCTIONS: Mapping[str, Callable[[Number], Number]] = MappingProxyType(
-    {
-        "\\sin": math.sin,
-        "\\cos": math.cos,
-        "\\tan": math.tan,
-        "\\sinh": math.sinh,
-        "\\cosh": math.cosh,
-        "\\tanh": math.tanh,
-        "\\arcsin": math.asin,
-        "\\arccos": math.acos,
-        "\\arctan": math.atan,
-        "\\arcsinh": math.asinh,
-        "\\arccosh": math.acosh,
-        "\\arctanh": math.atanh,
-        "\\exp": math.exp,
-    }
+    {f"\\{name}": getattr(math, name) for name in (*_ANGLES, "exp")}
+    | {f"\\arc{name}": getattr(math, f"a{name}") for name in _ANGLES}
 )
 
 

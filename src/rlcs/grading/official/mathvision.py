@@ -53,14 +53,8 @@ def totals(items: Iterable[tuple[bool, str, int]]) -> dict[str, str]:
     """
     counts: dict[str, list[int]] = {}
     for correct, subject, level in items:
-        level_name = f"level{level}"
-        for key in (
-            "-all",
-            f"-{level_name}",
-            subject,
-            f"{subject}_{level_name}",
-            f"-{level_name}_{subject}",
-        ):
+        at = f"level{level}"
+        for key in ("-all", f"-{at}", subject, f"{subject}_{at}", f"-{at}_{subject}"):
             count = counts.setdefault(key, [0, 0])
             count[0] += correct
             count[1] += 1

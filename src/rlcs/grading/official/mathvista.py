@@ -14,17 +14,7 @@ from rlcs.records import Json
 _LETTER = re.compile(r"\(([a-zA-Z])\)")
 _QUOTED = re.compile(r'The answer is "(.*)"\.')
 
-TOTALS_BY = (
-    "question_type",
-    "answer_type",
-    "language",
-    "source",
-    "category",
-    "task",
-    "context",
-    "grade",
-    "skills",
-)
+TOTALS_BY = tuple("question_type answer_type language source category task context grade skills".split())
 """What the official score file groups by, in its order; a problem has many skills and one of the rest."""
 
 
