@@ -280,6 +280,35 @@ def look(
         typer.echo(f"page     {html}")
 
 
+@app.command()
+def grade(
+    file: Annotated[Path, typer.Argument(help="JSONL with id, response, answer; choices, extraction, ...")],
+    out: Annotated[Path, typer.Option("--out", help="The same rows with prediction, correct, why")],
+    rule: Annotated[str, typer.Option("--rule", help="rlcs, mathvision, mathvista or wemath")] = "rlcs",
+    strict: Annotated[bool, typer.Option("--strict", help="rlcs: only a closed box counts")] = False,
+    json: Json = False,
+) -> None:
+    """Grade a file of answers by our rule or by a benchmark's official one."""
+    from rlcs.grading.answer_file import grade_file
+
+    tally = grade_file(file, out, rule=rule, allow_fallbacks=not strict)
+    for row in tally.unscored[:20]:
+        typer.echo(f"unscored: {file}, {row}", err=True)
+    if len(tally.unscored) > 20:
+        typer.echo(f"unscored: {len(tally.unscored) - 20:,} more, see {out}", err=True)
+    numbers = tally.to_json()
+    if json:
+        typer.echo(jsonlib.dumps({**numbers, "out": str(out)}))
+    else:
+        interval = f"[{numbers['low']:.1%}, {numbers['high']:.1%}]"
+        accuracy = "none: no row could be scored" if tally.accuracy is None else f"{tally.accuracy:.2%}"
+        typer.echo(f"accuracy {accuracy} by {rule}   {interval if tally.accuracy is not None else ''}")
+        typer.echo(f"right    {tally.right:,}\nwrong    {tally.wrong:,}\nunscored {len(tally.unscored):,}")
+        typer.echo(f"rows     {out}")
+    if tally.accuracy is None:
+        raise typer.Exit(2)
+
+
 @data_app.command("check")
 def data_check(
     source: Annotated[str, typer.Argument(help="JSONL, Parquet, folder, hub id, or builtin:NAME")],
