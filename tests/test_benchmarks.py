@@ -292,7 +292,7 @@ def we_verdicts(problems):
 
 
 def test_four_dimensions_by_hand():
-    scores = wemath.four_dimensions(
+    scores = wemath.metrics(
         we_verdicts(
             [
                 ((True, True), True),  # CM in both
@@ -311,9 +311,9 @@ def test_four_dimensions_by_hand():
 
 def test_four_dimensions_leave_incomplete_problems_out_and_divide_by_nothing():
     verdicts = we_verdicts([((True, True), False)])
-    assert wemath.four_dimensions(verdicts)["strict_RM"] is None
-    assert wemath.four_dimensions(verdicts[:2]) == {
-        **dict.fromkeys(wemath.four_dimensions(verdicts), None), "problems": 0.0,
+    assert wemath.metrics(verdicts)["strict_RM"] is None
+    assert wemath.metrics(verdicts[:2]) == {
+        **dict.fromkeys(wemath.metrics(verdicts), None), "problems": 0.0,
     }  # fmt: skip
     assert averaged([{"a": None, "b": 1.0}, {"a": 2.0, "b": 2.0}]) == {"a": 2.0, "b": 1.5}
 
@@ -393,6 +393,6 @@ def test_official_wemath_file():
     questions = [wemath.read(row) for row in rows]
     assert len({question.id for question in questions}) == 1740
     assert all(ord(q.answer) - ord("A") < q.num_options for q in questions)
-    assert wemath.four_dimensions([(question, True) for question in questions])["problems"] == 525
+    assert wemath.metrics([(question, True) for question in questions])["problems"] == 525
     loaded = load("wemath", OFFICIAL)
     assert (len(loaded.questions), len(loaded.missing), loaded.of) == (87, 1653, 1740)

@@ -233,6 +233,7 @@ def test_missing_images_are_counted_and_named_not_scored_as_zero(tmp_path, capsy
     assert (
         got["rules"]["rlcs"]["metrics"]["problems"] == 1 and got["rules"]["rlcs"]["metrics"]["strict_CM"] == 1
     )
+    assert got["rules"]["official"]["accuracy"] == 0.0  # the official rule reads a letter after "Answer"
     said = capsys.readouterr().out
     assert "3 of 6 questions" in said and "2-2steps_1.png" in said
     assert "3 of 1,740" in as_markdown(comparison) and "strict score 100.0" in as_markdown(comparison)
@@ -255,7 +256,7 @@ def test_a_judge_reads_out_what_has_no_box_and_is_visible(tmp_path):
     told = {"benchmarks": ("mathvista",)}
     with LoopbackServer(answer=lambda body: next(replies)) as server, LoopbackServer(answer=read) as judge:
         plain = run(exam(tmp_path, server, **told))
-        assert not judge.seen and [row["rule"] for row in plain["rows"]] == ["rlcs"]
+        assert not judge.seen and [row["rule"] for row in plain["rows"]] == ["rlcs", "official"]
         assert scores(tmp_path, benchmark="mathvista")["judge"] is None
         judged = run(exam(tmp_path, server, judge, **told))
         assert len(judge.seen) == 3 and judge.seen[0]["model"] == "reader"
@@ -265,9 +266,10 @@ def test_a_judge_reads_out_what_has_no_box_and_is_visible(tmp_path):
     assert {rule: each["accuracy"] for rule, each in got["rules"].items()} == {
         "rlcs": 0.25,
         "rlcs+judge": 0.5,
+        "official": 0.5,  # on what the judge read, as the official script does it
     }
     assert got["judge"] == {"model": "reader", "asked": 3, "read": 3, "failed": 0, "why_failed": []}
-    assert [row["rule"] for row in judged["rows"]] == ["rlcs", "rlcs+judge"]
+    assert [row["rule"] for row in judged["rows"]] == ["rlcs", "rlcs+judge", "official"]
     assert any("reader read 3 answers" in note for note in judged["notes"])
 
 

@@ -1,14 +1,15 @@
 """We-Math (arXiv 2407.01284): 525 problems of two or three steps, and each step as a question alone.
 
 Official words as used with github.com/We-Math/We-Math, without the knowledge concept. The paper that
-this library follows reports plain accuracy over the 1,740 questions; `four_dimensions` are the
+this library follows reports plain accuracy over the 1,740 questions; `metrics` are the
 benchmark's own scores, and the two must never be mixed up.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 from rlcs.benchmarks.base import Benchmark, Question, Row, Verdicts, facets, picture_of, text_of
+from rlcs.grading.official import wemath as official
 
 _ASK = (
     "Now, we require you to solve a multiple-choice math question. Please briefly describe your thought "
@@ -56,40 +57,37 @@ def read(row: Row) -> Question:
     )
 
 
-def four_dimensions(verdicts: Verdicts) -> dict[str, float | None]:
-    """Strict and loose score, and the rates of the four kinds, over the problems that are complete.
+def metrics(verdicts: Verdicts) -> dict[str, float | None]:
+    """The benchmark's own numbers over the problems that are complete: four dimensions and steps.
 
-    With `steps` the verdicts of the one-step questions and `whole` that of the composed one: wrong
-    whole: IG (inadequate generalisation) if all steps are right, else IK (insufficient knowledge);
-    right whole: CM (complete mastery) if all steps are right (strict) or any is (loose), else RM (rote
-    memorisation). Score = (CM + IG / 2) / problems; the RM rate is RM / (CM + RM), as published.
+    `strict_` and `loose_` score and rates of IK, IG, CM and RM (see `grading.official.wemath`), and S1, S2,
+    S3: the accuracy of one-step questions, and of composed ones of two and of three steps.
     """
-    problems: dict[str, dict[str, bool]] = defaultdict(dict)
-    for question, correct in verdicts:
-        problems[question.group][str(question.facts["key"])] = correct
-    complete = [keys for keys in problems.values() if _is_complete(keys)]
-    kinds: dict[str, Counter[str]] = {"strict": Counter(), "loose": Counter()}
-    for keys in complete:
-        whole = next(right for key, right in keys.items() if key.endswith("multi"))
-        steps = [right for key, right in keys.items() if not key.endswith("multi")]
-        for name, mastered in (("strict", all(steps)), ("loose", any(steps))):
-            wrong = "IG" if all(steps) else "IK"
-            kinds[name][("CM" if mastered else "RM") if whole else wrong] += 1
-    total = len(complete)
-    scores: dict[str, float | None] = {"problems": float(total)}
-    for name, count in kinds.items():
-        known = count["CM"] + count["RM"]
-        scores[f"{name}_score"] = (count["CM"] + 0.5 * count["IG"]) / total if total else None
-        for kind in ("IK", "IG", "CM"):
-            scores[f"{name}_{kind}"] = count[kind] / total if total else None
-        scores[f"{name}_RM"] = count["RM"] / known if known else None
-    return scores
+    items = [(question.group, str(question.facts["key"]), correct) for question, correct in verdicts]
+    keys: dict[str, set[str]] = defaultdict(set)
+    for group, key, _ in items:
+        keys[group].add(key)
+    complete = {group for group, each in keys.items() if _is_complete(each)}
+    problems = list(official.group(item for item in items if item[0] in complete).values())
+    scores: dict[str, float | None] = {"problems": float(len(problems))}
+    for name in ("strict", "loose"):
+        counts = official.four_dimensions(problems, loose=name == "loose")
+        rates = {
+            "score": counts.score,
+            "IK": counts.ik_rate,
+            "IG": counts.ig_rate,
+            "CM": counts.cm_rate,
+            "RM": counts.rm_rate if counts.cm + counts.rm else None,
+        }
+        scores |= {f"{name}_{kind}": rate if problems else None for kind, rate in rates.items()}
+    steps = official.step_accuracies(problems)
+    return scores | {name: share if problems else None for name, share in steps.items()}
 
 
-def _is_complete(keys: dict[str, bool]) -> bool:
+def _is_complete(keys: set[str]) -> bool:
     """Whether all steps and the composed question of a problem are there."""
     steps = int(next(iter(keys))[0])
-    return set(keys) == {f"{steps}steps_{part}" for part in (*range(1, steps + 1), "multi")}
+    return keys == {f"{steps}steps_{part}" for part in (*range(1, steps + 1), "multi")}
 
 
 BENCHMARK = Benchmark(
@@ -99,5 +97,5 @@ BENCHMARK = Benchmark(
     splits={"testmini": 1740},
     read=read,
     official_rule="wemath",
-    metrics=four_dimensions,
+    metrics=metrics,
 )

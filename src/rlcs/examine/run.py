@@ -23,6 +23,8 @@ from rlcs.examine.judge import NOTHING, Key, read_out, wants_judge
 from rlcs.examine.scores import Verdict, chance_level, rule_scores
 from rlcs.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
 from rlcs.grading import GradePool
+from rlcs.grading.answer_file import AnswerRow as Answered
+from rlcs.grading.answer_file import mark_officially
 from rlcs.interrupts import StopFlag
 from rlcs.metrics import Screen, screen
 from rlcs.recipe.schema import Endpoint
@@ -30,6 +32,7 @@ from rlcs.records import Grade, Problem
 
 OWN_RULE = "rlcs"
 JUDGED_RULE = "rlcs+judge"
+OFFICIAL_RULE = "official"
 PREDICTIONS = "predictions.jsonl"
 _SHOWN = 3
 
@@ -219,11 +222,29 @@ class _Sitting:
             answers.append((self._questions[row["id"]].graded(), response))
         return self._pool.grade(answers)
 
+    def _officially(self, row: AnswerRow, rule: str, said: Mapping[Key, str]) -> Grade:
+        """By the official script's rule; what a judge `said` is its extraction, as in that script."""
+        question, read = self._questions[row["id"]], said.get((row["id"], row["index"]))
+        mark = mark_officially(
+            Answered(
+                line=0,
+                fields=question.facts,
+                response=row["response"],
+                answer=question.answer,
+                choices=question.choices,
+                extraction=None if read in (None, NOTHING) else read,
+            ),
+            rule,
+        )
+        reward = None if mark.correct is None else float(mark.correct)
+        return Grade(reward=reward, correct=mark.correct, extracted=mark.prediction, why=mark.why)
+
     def _grade(
         self, rows: Sequence[AnswerRow], stop: StopFlag
     ) -> tuple[dict[str, list[Grade]], dict[str, Any] | None]:
         """Grades by every rule, which the rows are told too, and what the judge did."""
         rules, judged = {OWN_RULE: self._graded(rows)}, None
+        said: Mapping[Key, str] = {}
         if self._judge is not None and self._exam.judge is not None:
             model = self._exam.judge.model
             asked = [(self._questions[row["id"]], row) for row in rows if wants_judge(row["response"])]
@@ -231,6 +252,8 @@ class _Sitting:
             rules[JUDGED_RULE] = self._graded(rows, said)
             judged = {"model": model, "asked": len(asked), "read": len(said), "failed": len(failed)}
             judged["why_failed"] = list(dict.fromkeys(failed.values()))[:_SHOWN]
+        if (rule := self._loaded.benchmark.official_rule) is not None:
+            rules[OFFICIAL_RULE] = [self._officially(row, rule, said) for row in rows]
         for rule, grades in rules.items():
             for row, grade in zip(rows, grades, strict=True):
                 verdict = {"correct": grade.correct, "extracted": grade.extracted, "why": grade.why}

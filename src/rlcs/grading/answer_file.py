@@ -184,11 +184,12 @@ RULES = ("rlcs", *OFFICIAL_RULES)
 """The names of the rules: ours first."""
 
 
-def _mark_one(row: AnswerRow, rule: Callable[[AnswerRow], Mark]) -> Mark:
+def mark_officially(row: AnswerRow, rule: str) -> Mark:
+    """The mark of a benchmark's official rule; what it cannot judge is unscored and says why."""
     if row.fault:
         return _unscored(row.fault)
     try:
-        return rule(row)
+        return OFFICIAL_RULES[rule](row)
     except ValueError as error:
         return _unscored(str(error))
 
@@ -283,7 +284,7 @@ def grade_file(path: Path, out: Path, *, rule: str, allow_fallbacks: bool = True
         ) as p:
             marks = mark_by_rlcs(rows, p)
     else:
-        marks = [_mark_one(row, OFFICIAL_RULES[rule]) for row in rows]
+        marks = [mark_officially(row, rule) for row in rows]
     lines = [
         {**(row.fields or {"line": row.line}), **asdict(mark)} for row, mark in zip(rows, marks, strict=True)
     ]
