@@ -1,15 +1,18 @@
 """The command line: parse, call, print. Heavy rooms are imported inside the verbs."""
 
+import inspect
 import json as jsonlib
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rlcs.errors import RlcsError
+from rlcs.errors import RlcsError, UserError
 
 app = typer.Typer(
     name="rlcs",
@@ -80,13 +83,7 @@ def ablate(
 
 
 def _study(
-    name: str,
-    overrides: list[str] | None,
-    *,
-    out: Path | None,
-    json: bool,
-    quiet: bool,
-    seeds: int = 1,
+    name: str, overrides: list[str] | None, *, out: Path | None, json: bool, quiet: bool, seeds: int = 1
 ) -> None:
     from rlcs.recipe.loading import load_recipe
 
@@ -134,6 +131,130 @@ def _model_folder(folder: Path) -> Path:
     return (seeds[0] if seeds else folder) / "grpo" / "final"
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """The options of `rlcs eval`: one field, one option."""
+
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="One more model; the same as an argument")
+    ] = None
+    benchmarks: Annotated[str, typer.Option(help="Names, with commas between them")] = (
+        "mathvision,mathverse,mathvista,wemath"
+    )
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the official files; default: the Hugging Face hub")
+    ] = None
+    out: Annotated[Path, typer.Option(help="Where answers and scores go")] = Path("runs/eval")
+    prompt: Annotated[str, typer.Option(help="paper (boxed system prompt) or official")] = "paper"
+    split: Annotated[str | None, typer.Option(help="Default: the one that the paper uses")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions")] = None
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each question: mean and pass@k")] = 1
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling")] = 1.0
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
+    seed: Annotated[int, typer.Option(help="Of the samples")] = 0
+    batch: Annotated[int, typer.Option(min=1, help="Answers decoded at once by a local model")] = 64
+    base_url: Annotated[
+        str | None, typer.Option(help="Ask an OpenAI-compatible server, like http://localhost:8000/v1")
+    ] = None
+    key_env: Annotated[str, typer.Option(help="Variable that holds the server's key")] = "OPENAI_API_KEY"
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once")] = 32
+    judge_url: Annotated[
+        str | None, typer.Option(help="Server of a judge that reads out answers without a box")
+    ] = None
+    judge_model: Annotated[str | None, typer.Option(help="The judge's model")] = None
+    judge_key_env: Annotated[str, typer.Option(help="The same for the judge")] = "OPENAI_API_KEY"
+    json: Json = False
+
+
+def _with_options(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb that takes `**chosen` one option for each field of a dataclass."""
+
+    def widen(verb: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(verb)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        new = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(options)
+        ]
+        verb.__signature__ = signature.replace(parameters=[*own, *new])  # type: ignore[attr-defined]
+        return verb
+
+    return widen
+
+
+@app.command("eval")
+@_with_options(EvalOptions)
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...", help="Folder, hub id, builtin, or a server's model; or NAME=MODEL"
+        ),
+    ] = None,
+    **chosen: Any,
+) -> None:
+    """Models on benchmarks: answers, scores with intervals, and a comparison with the paper's numbers."""
+    options = EvalOptions(**chosen)
+    exam = _exam(options)
+    named = [*(models or []), *(options.model or [])]
+    if not named:
+        raise UserError("no model is named", where="rlcs eval", fix="write rlcs eval MODEL, say `builtin`")
+
+    from rlcs.examine.comparison import as_markdown
+    from rlcs.examine.run import run_exam
+    from rlcs.interrupts import StopFlag
+
+    with StopFlag() as stop:
+        comparison = run_exam(exam, named, stop=stop, json=options.json)
+    if options.json:
+        typer.echo(jsonlib.dumps(comparison))
+    else:
+        typer.echo(f"\n{as_markdown(comparison)}\ntable    {options.out / 'comparison.md'}")
+    if comparison["failed"]:
+        raise typer.Exit(1)
+
+
+def _exam(options: EvalOptions) -> Any:
+    """The options as an exam. Raises UserError for a combination that cannot be meant."""
+    from rlcs.benchmarks.base import STYLES
+    from rlcs.data.sources import suggest
+    from rlcs.examine.asking import Asking
+    from rlcs.examine.run import Exam
+    from rlcs.recipe.schema import Endpoint, Eval
+
+    style = next((style for style in STYLES if style == options.prompt), None)
+    if style is None:
+        fix = suggest(options.prompt, STYLES)
+        raise UserError(f"no prompt is called {options.prompt!r}", where="--prompt", fix=fix)
+    if options.samples > 1 and options.temperature == 0:
+        fix = "add --temperature 0.7, say"
+        raise UserError("several greedy samples would all be the same", where="--samples", fix=fix)
+    if (options.judge_url is None) != (options.judge_model is None):
+        raise UserError("a judge has a URL and a model", where="--judge-url", fix="give --judge-model too")
+
+    def server(url: str | None, model: str, key_env: str) -> Endpoint | None:
+        settings = {"model": model, "key_env": key_env, "concurrency": options.concurrency}
+        return None if url is None else Endpoint.model_validate({"base_url": url, **settings})
+
+    sampling = Eval(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_tokens,
+        max_rows=options.batch,
+    )
+    return Exam(
+        benchmarks=tuple(name.strip() for name in options.benchmarks.split(",") if name.strip()),
+        out=options.out,
+        asking=Asking(style=style, samples=options.samples, seed=options.seed, sampling=sampling),
+        data=options.data,
+        split=options.split,
+        limit=options.limit,
+        endpoint=server(options.base_url, "", options.key_env),
+        judge=server(options.judge_url, options.judge_model or "", options.judge_key_env),
+    )
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder")]) -> None:
     """Write the report of a run again: RUN/report/index.html."""
@@ -157,6 +278,35 @@ def look(
     if html is not None:
         write_html(view, html)
         typer.echo(f"page     {html}")
+
+
+@app.command()
+def grade(
+    file: Annotated[Path, typer.Argument(help="JSONL with id, response, answer; choices, extraction, ...")],
+    out: Annotated[Path, typer.Option("--out", help="The same rows with prediction, correct, why")],
+    rule: Annotated[str, typer.Option("--rule", help="rlcs, mathvision, mathvista or wemath")] = "rlcs",
+    strict: Annotated[bool, typer.Option("--strict", help="rlcs: only a closed box counts")] = False,
+    json: Json = False,
+) -> None:
+    """Grade a file of answers by our rule or by a benchmark's official one."""
+    from rlcs.grading.answer_file import grade_file
+
+    tally = grade_file(file, out, rule=rule, allow_fallbacks=not strict)
+    for row in tally.unscored[:20]:
+        typer.echo(f"unscored: {file}, {row}", err=True)
+    if len(tally.unscored) > 20:
+        typer.echo(f"unscored: {len(tally.unscored) - 20:,} more, see {out}", err=True)
+    numbers = tally.to_json()
+    if json:
+        typer.echo(jsonlib.dumps({**numbers, "out": str(out)}))
+    else:
+        interval = f"[{numbers['low']:.1%}, {numbers['high']:.1%}]"
+        accuracy = "none: no row could be scored" if tally.accuracy is None else f"{tally.accuracy:.2%}"
+        typer.echo(f"accuracy {accuracy} by {rule}   {interval if tally.accuracy is not None else ''}")
+        typer.echo(f"right    {tally.right:,}\nwrong    {tally.wrong:,}\nunscored {len(tally.unscored):,}")
+        typer.echo(f"rows     {out}")
+    if tally.accuracy is None:
+        raise typer.Exit(2)
 
 
 @data_app.command("check")

@@ -58,6 +58,10 @@ class ModelError(UserError):
     """A model that cannot be loaded or is of an unknown family."""
 
 
+class EndpointError(UserError):
+    """A model server that cannot be used: wrong address, key or model name."""
+
+
 class RunFolderError(UserError):
     """A run folder that belongs to another recipe, or cannot be written."""
 

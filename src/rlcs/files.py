@@ -319,15 +319,21 @@ def open_image(ref: ImageRef, *, limit: int) -> "Image":
     of an animation the first frame. Raises ImageError if it is damaged, or not what `ref` describes.
     """
     where = ref.path or f"image {ref.sha256[:12]}"
+    result = _decoded(encoded_image(ref, limit=limit), limit=limit, where=where)
+    if result.size != (ref.width, ref.height):
+        raise ImageError(f"decoded to {result.size}, not as its header says", where=where, fix="replace it")
+    return result
+
+
+def encoded_image(ref: ImageRef, *, limit: int) -> bytes:
+    """The file's own bytes, the very ones that `ref` describes. `limit` is in pixels. Raises ImageError."""
+    where = ref.path or f"image {ref.sha256[:12]}"
     data = ref.data
     if data is None:
         data = _read_image(Path(ref.path or ""), where=where, limit=limit)
     if hashlib.sha256(data).hexdigest() != ref.sha256:
         raise ImageError("the image changed after it was first read", where=where, fix="load the data again")
-    result = _decoded(data, limit=limit, where=where)
-    if result.size != (ref.width, ref.height):
-        raise ImageError(f"decoded to {result.size}, not as its header says", where=where, fix="replace it")
-    return result
+    return data
 
 
 def _decoded(data: bytes, *, limit: int, where: str) -> "Image":

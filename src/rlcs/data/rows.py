@@ -14,7 +14,7 @@ from typing import Any
 from rlcs.data.sources import RawRow, Role, Table, suggest
 from rlcs.errors import DataError
 from rlcs.files import image_from_bytes, image_from_path, open_image
-from rlcs.grading.answers import extract
+from rlcs.grading.extraction import extract
 from rlcs.recipe.schema import Data
 from rlcs.records import ImageRef, Json, Problem
 

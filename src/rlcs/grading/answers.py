@@ -1,4 +1,4 @@
-r"""From a response to a verdict: extract the final answer, and compare it with the gold answer.
+r"""From an extracted answer to a verdict: compare it with the gold answer.
 
 Pure functions on text, bounded in time: what they cannot decide (is `2\sqrt{3}` the same as
 `\sqrt{12}`?) they hand on as `Verdict(correct=None)` for math-verify, which may run for ever and
@@ -9,9 +9,12 @@ gamed will be: one answer, the last one, in a complete `\boxed{}`, after the rea
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from fractions import Fraction
+from itertools import accumulate, pairwise
 
+from rlcs.grading.intervals import as_interval, is_inequality
 from rlcs.grading.normal import compact, normalise, peel, repair_gold
+from rlcs.grading.official.latex_value import NoValueError, number
 from rlcs.grading.rational import NotExactError, TooLargeError, exact
 from rlcs.grading.units import split_unit
 
@@ -21,14 +24,6 @@ MAX_FORMULA = 1_000
 """Characters; a longer answer is compared as text and as a number, never as a formula."""
 _MAX_NESTING = 40
 _MAX_ITEMS = 50
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Extraction:
-    """The final answer of a response as it was written, or None and the reason."""
-
-    text: str | None
-    why: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,94 +43,40 @@ def _no(why: str) -> Verdict:
     return Verdict(correct=False, why=why)
 
 
-# --- extraction ---------------------------------------------------------------------------------
-
-_BOX_TOKEN = re.compile(r"\\boxed\s*\{|\\[\\{}]|[{}]")
-_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-_SENTENCE = re.compile(
-    r"(?:the|my)(?: \w+)? answer (?:is|should be)\b[: ]*(?=\S)((?:[^\n.]|\.(?=\S))*)", re.IGNORECASE
-)
-_LONE_LETTER = re.compile(r"\**\(?([A-Z])\)?[.:]?\**")
-
-
-def extract(response: str, *, allow_fallbacks: bool = False) -> Extraction:
-    r"""Find the final answer of a response.
-
-    Text up to the last `</think>` is reasoning and does not count; a `<think>` that is never closed
-    means that no answer was given. The last complete `\boxed{}` is the answer, unless a box is
-    begun after it and never closed (an answer cut at the length limit, or hedging). Only where
-    there is no box at all, `allow_fallbacks` also accepts, in this order, the last
-    `<answer>` tag, the last "the answer is ...", and a last line that is one capital letter.
-    """
-    _, closed, final = response.rpartition("</think>")
-    if not closed and "<think>" in response:
-        return Extraction(text=None, why="the reasoning is not finished: no </think>")
-    boxed, unfinished = _last_box(final)
-    if unfinished:
-        return Extraction(text=None, why="the last box is not closed")
-    if boxed is not None:
-        return Extraction(text=boxed, why="the last box")
-    return _fallback(final) if allow_fallbacks else Extraction(text=None, why="no box")
-
-
-def _last_box(text: str) -> tuple[str | None, bool]:
-    """The content of the box that closes last, and whether one was begun later and never closed."""
-    last: tuple[int, int] | None = None
-    open_braces: list[int] = []  # where each box's content starts; -1 for a plain brace
-    for token in _BOX_TOKEN.finditer(text):
-        if token[0].startswith("\\boxed"):
-            open_braces.append(token.end())
-        elif token[0] == "{":
-            open_braces.append(-1)
-        elif token[0] == "}" and open_braces:
-            start = open_braces.pop()
-            last = (start, token.start()) if start >= 0 else last
-    end = last[1] if last else -1
-    unfinished = any(start > end for start in open_braces)
-    return (text[last[0] : last[1]] if last else None), unfinished
-
-
-def _fallback(text: str) -> Extraction:
-    if (tagged := _last_tagged(text)) is not None:
-        return Extraction(text=tagged, why="the last <answer> tag")
-    if sentences := _SENTENCE.findall(text):
-        return Extraction(text=sentences[-1], why='the words "the answer is"')
-    lines = text.split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    if letter := _LONE_LETTER.fullmatch(last):
-        return Extraction(text=letter[1], why="a last line of one letter")
-    return Extraction(text=None, why="no box, no <answer> tag, no sentence with the answer, no lone letter")
-
-
-def _last_tagged(text: str) -> str | None:
-    last, start = None, -1
-    for tag in _TAG.finditer(text):
-        if not tag[1]:
-            start = tag.end()
-        elif start >= 0:
-            last, start = text[start : tag.start()], -1
-    return last
-
-
-# --- comparison ---------------------------------------------------------------------------------
-
 _LABEL = re.compile(r"\(?([A-Za-z])(?:\)\.?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
-_NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?|')?(?: ?\([A-Za-z](?:, ?[A-Za-z])*\))?) ?= ?(?=[^=])")
+_CHOICE = re.compile(
+    r"[(\[{]?([A-Za-z])(?:[)\]}][.:]?|[.:,]| [-=]) *(\S.*)|[(\[{]?([A-Za-z])[)\]}]?[.:,]?", re.DOTALL
+)
+_VALUE_THEN_LETTER = re.compile(r"(.*\S) ?\(([A-Z])\)")
+_LEAD = re.compile(
+    r"(?:(?:the |my )?(?:\w+ )?(?:answer|option|choice)(?: is)?:? +|\\approx ?|=+ ?)(?=\S)", re.IGNORECASE
+)
+_NAME = re.compile(r"(?>\\?[A-Za-z]+|_ ?\{[^{}]{1,20}\}|_\w|\{[A-Za-z ]{0,20}\}|\([\w, ]{1,20}\)|[ '|])++")
+_MAX_NAME = 40
+_INDEX = re.compile(r"(?:_|\\angle) ?\{?\w+\}?|\([\w, ]{1,20}\)")
+_MEMBER = re.compile(r"^([A-Za-z]) ?\\in(?![A-Za-z]) ?")
+_ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
 _WORDS = re.compile(r"[^\W\d_][^\W\d_' -]*(?:[ '-]+[^\W\d_]+)*")
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
 _FUNCTIONS = frozenset("sinh cosh tanh sqrt arcsin arccos arctan".split())
-_OR = re.compile(r" ?,? (?:or|and) ")
+_OR = re.compile(r" ?,? (?:or|and) |;")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _COMMA = re.compile(",")
 _BRACKET = re.compile(r"\\?[({\[\])}]")
-_HEAVY = re.compile(r"(?:\^|\*\*) ?[({]* ?-? ?(?:\d{4,}|\d+ ?(?:\^|\*\*))|!")
+_HEAVY = re.compile(
+    r"(?:\^|\*\*) ?[({]* ?-? ?(?:\d{3,}|\d+ ?(?:\^|\*\*))|!"
+    r"|\\(?:[dt]?binom|sum|prod|int|gcd|lcm) ?\{? ?\d{4,}"
+)
+_PLAIN_BRACE = re.compile(r"(?<!\\)[{}]")
+_DOUBTFUL = re.compile(r"[/:!%,_'|]|\\(?:log|div|exp|l?floor)|\d ?\\frac|\d \d|e")  # readings differ
 _UNDER = re.compile(r"_ ?\{[^{}]*\}")
 
 
-def compare(prediction: str, gold: str, choices: Sequence[str] = ()) -> Verdict:
+def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: int | None = None) -> Verdict:
     """Whether an extracted answer is the gold answer (which must not be blank).
 
-    With `choices` both may be a letter or an option's value; a letter is tried first.
+    With `choices` both may be a letter or an option's value; a letter is tried first. Numbers are
+    exact, unless a benchmark asks for a number of decimal `places` only.
     """
     wanted = normalise(repair_gold(gold))
     if len(prediction) > MAX_ANSWER:
@@ -143,9 +84,20 @@ def compare(prediction: str, gold: str, choices: Sequence[str] = ()) -> Verdict:
     given = peel(normalise(prediction))
     if not given:
         return _no("the box is empty")
+    options = [normalise(choice) for choice in choices]
+    if given not in (wanted, *options) and (lead := _LEAD.match(given)):
+        given = given[lead.end() :]
     if choices:
-        return _compare_choice(given, wanted, [normalise(choice) for choice in choices])
-    return _same(given, peel(wanted))
+        return _compare_choice(given, wanted, options)
+    verdict = _same(given, peel(wanted))
+    if places is not None and not verdict.correct and _same_when_rounded(given, wanted, places):
+        return _yes(f"the same number to {places} decimal places")
+    return verdict
+
+
+def _same_when_rounded(given: str, wanted: str, places: int) -> bool:
+    answer, gold = (_number(split_unit(_split_name(text)[1])[0]) for text in (given, wanted))
+    return answer is not None and gold is not None and abs(answer - gold) <= Fraction(1, 2 * 10**places)
 
 
 def _compare_choice(given: str, wanted: str, choices: list[str]) -> Verdict:
@@ -155,9 +107,7 @@ def _compare_choice(given: str, wanted: str, choices: list[str]) -> Verdict:
     accepted = (
         {right} if right is not None else {i for i, o in enumerate(options) if _same(o, wanted).correct}
     )
-    named, rest = _letter_index(given, options), ""
-    if named is None and (labelled := _LABEL.fullmatch(given)) and labelled[2]:
-        named, rest = _letter_index(labelled[1], options), labelled[2]
+    named, rest = _named_option(given, options)
     if named is not None:
         agrees = _same(rest, options[named]) if rest else _yes("")
         if agrees.correct is False:
@@ -175,13 +125,26 @@ def _compare_choice(given: str, wanted: str, choices: list[str]) -> Verdict:
     return verdict
 
 
+def _named_option(given: str, options: Sequence[str]) -> tuple[int | None, str]:
+    """The option that an answer names by its letter, and the value that it states as well."""
+    if (named := _letter_index(given, options)) is not None:
+        return named, ""
+    if compact(given) in map(compact, options):
+        return None, ""
+    if (labelled := _CHOICE.fullmatch(given)) and labelled[2]:
+        return _letter_index(labelled[1], options), labelled[2]
+    if labelled := _VALUE_THEN_LETTER.fullmatch(given):
+        return _letter_index(labelled[2], options), labelled[1]
+    return None, ""
+
+
 def _letter(index: int) -> str:
     return chr(ord("A") + index)
 
 
 def _letter_index(text: str, options: Sequence[str]) -> int | None:
     """The option that a bare `B`, `(B)` or `B.` names; lower case only if no option has that text."""
-    match = _LABEL.fullmatch(text)
+    match = _CHOICE.fullmatch(text)
     letter = (match[3] or (match[1] if not match[2] else "")) if match else ""
     if not letter or (letter.islower() and letter in options):
         return None
@@ -201,18 +164,16 @@ def _same(given: str, wanted: str) -> Verdict:
     if given == wanted or compact(given) == compact(wanted):
         return _yes("the same text")
     if _WORDS.fullmatch(wanted) and (_WORDS.fullmatch(given) or len(wanted) > 1):
-        given = re.sub(r"^the (?:\w+ )?answer is:? ", "", given, flags=re.IGNORECASE)
         same = _plain_words(given) == _plain_words(wanted)
         return _yes("the same words") if same else _no("other words")
     if len(wanted) == 1 and wanted.isalpha() and (match := _LABEL.fullmatch(given)):
         same = (match[1] or match[3]).upper() == wanted.upper()
         return _yes("the same letter") if same else _no("another letter")
-    given = re.sub(r"^the (?:\w+ )?answer is:? ", "", given, flags=re.IGNORECASE)
-    mine, other = _NAME.match(given), _NAME.match(wanted)
-    if mine and other and compact(mine[1]) != compact(other[1]):
-        return _no(f"a value of {mine[1]}, not of {other[1]}")
-    given = given[mine.end() :] if mine else given
-    wanted = wanted[other.end() :] if other else wanted
+    given, wanted, conflict = _without_names(given, wanted)
+    if conflict:
+        return _no(conflict)
+    if is_inequality(given) != is_inequality(wanted):
+        given, wanted = as_interval(given), as_interval(wanted)
     if max(_nesting(given), _nesting(wanted)) > _MAX_NESTING:
         return _no("too deeply nested")
     if (":" in given or ":" in wanted) and "\\" not in given + wanted:
@@ -221,7 +182,51 @@ def _same(given: str, wanted: str) -> Verdict:
 
 
 def _plain_words(text: str) -> str:
-    return " ".join(re.sub(r"[-\s]+", " ", text).casefold().split())
+    words = " ".join(re.sub(r"[-\s]+", " ", text).casefold().split())
+    return words[article.end() :] if (article := _ARTICLE.match(words)) else words
+
+
+def _without_names(given: str, wanted: str) -> tuple[str, str, str]:
+    r"""Both answers without `x =`, `S_{ABC} =` or `x \in`; and why not, if they name different things."""
+    (mine, my_value), (other, other_value) = _split_name(given), _split_name(wanted)
+    if mine and other:
+        conflict = "" if _same_name(mine, other) else f"a value of {mine}, not of {other}"
+        return my_value, other_value, conflict
+    if "=" not in wanted:
+        return my_value if mine else _end_of_chain(given), wanted, ""
+    return given, wanted if "=" in given else other_value, ""
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    name, equals, value = _MEMBER.sub(r"\1 =", text).partition("=")
+    name, value = name.strip(), value.strip()
+    named = equals and value and "=" not in value and len(name) <= _MAX_NAME and _NAME.fullmatch(name)
+    return (name, value) if named else ("", text)
+
+
+def _same_name(one: str, other: str) -> bool:
+    """The same letters, or a word and its initial: `C` and `Circumference`."""
+    short, long = sorted((re.sub(r"\\angle|\W|_", "", name).casefold() for name in (one, other)), key=len)
+    return short == long or (len(short) == 1 and len(long) > 3 and long.startswith(short))
+
+
+def _end_of_chain(text: str) -> str:
+    """The last value of `a+b=5` or `x=2+3=5`: every side before it is letters only, or the same number."""
+    *sides, last = (side.strip() for side in text.split("="))
+    if not last or not sides or is_inequality(text):
+        return text
+    value = _number(last)
+    for side in sides:
+        if re.search(r"\d", _INDEX.sub("", side)) and (value is None or _number(side) != value):
+            return text
+    return last
+
+
+def _number(text: str) -> Fraction | None:
+    try:
+        return exact(text)
+    except (NotExactError, TooLargeError):
+        return None
 
 
 def _same_ratio(given: str, wanted: str) -> Verdict:
@@ -271,7 +276,7 @@ def _items(text: str) -> tuple[str, list[str]] | None:
     if _THOUSANDS.fullmatch(text):
         return None
     brackets = list(_BRACKET.finditer(text))
-    outer = bool(brackets) and brackets[0].start() == 0 and brackets[-1].end() == len(text) and text[0] != "{"
+    outer = bool(brackets) and brackets[0].start() == 0 and brackets[-1].end() == len(text)
     commas: dict[int, list[int]] = {0: [], 1: []}  # by depth
     depth = position = 0
     for bracket in brackets:
@@ -322,20 +327,24 @@ def _same_values(given: str, wanted: str) -> Verdict:
         return _formulas(mine, theirs)
     except TooLargeError as error:
         return _no(f"not the same text, and {error}")
-    percents = (mine.endswith("%"), theirs.endswith("%"))
-    if answer == gold:
+    if _same_share(answer, gold, mine.endswith("%"), theirs.endswith("%")):
         return _yes("the same number")
-    if percents == (True, False):
-        return _yes("the same share") if answer / 100 == gold else _no("another number")
-    if percents == (False, True):
-        return _yes("the same share") if answer == gold / 100 else _no("another number")
     return _no(f"another number: {mine[:40]} against {theirs[:40]}")
+
+
+def _same_share(answer: Fraction, gold: Fraction, percent: bool, percent_gold: bool) -> bool:
+    """50% is 50 and 0.5; but a gold answer below 1 is a share, so that 0.5% is not 0.5."""
+    if percent and not percent_gold:
+        return answer / 100 == gold or (answer == gold and abs(gold) >= 1)
+    if percent_gold and not percent:
+        return answer in (gold, gold / 100)
+    return answer == gold
 
 
 def _formulas(given: str, wanted: str) -> Verdict:
     """Hand two formulas to math-verify, unless they are words or would cost too much."""
     for text in (given, wanted):
-        if any(word not in _FUNCTIONS for word in _LONG_WORD.findall(text)):
+        if _has_words(text):
             return _no("not the same text, and words are not formulas")
     if ("=" in _UNDER.sub("", given)) != ("=" in _UNDER.sub("", wanted)):  # not the n=1 under a sum
         return _no("an equation against a value")
@@ -343,4 +352,38 @@ def _formulas(given: str, wanted: str) -> Verdict:
         return _no("not the same text, and too long for a formula")
     if _HEAVY.search(given) and not _HEAVY.search(wanted):
         return _no("powers or factorials too large to work out")
+    if _differ_clearly(given, wanted):
+        return _no("another number")
     return Verdict(correct=None, why="", formulas=(given, wanted))
+
+
+def _differ_clearly(given: str, wanted: str) -> bool:
+    """Whether both are numbers, read without doubt, and far apart: no need to ask math-verify."""
+    if _DOUBTFUL.search(given) or _DOUBTFUL.search(wanted):
+        return False
+    try:
+        answer, gold = number(given), number(wanted)
+    except NoValueError:
+        return False
+    return abs(answer - gold) > 1e-6 * max(1.0, abs(answer), abs(gold))
+
+
+def look_at_gold(gold: str, choices: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """Why no grader can read a gold answer, or ""; and those parts of it that only math-verify can judge."""
+    wanted = normalise(repair_gold(gold))
+    if choices:
+        options = [_without_label(normalise(choice), index) for index, choice in enumerate(choices)]
+        letter = _LABEL.fullmatch(wanted)
+        if letter and letter[3] and _letter_index(wanted, options) is None and wanted not in options:
+            return f"the gold answer {gold[:60]!r} names none of {len(choices)} choices", []
+    braces = _PLAIN_BRACE.findall(wanted)
+    depths = list(accumulate(1 if brace == "{" else -1 for brace in braces))
+    if braces and (min(depths) < 0 or depths[-1] != 0):
+        return f"the gold answer {gold[:60]!r} cannot be read: its braces do not match", []
+    items = _items(peel(wanted))
+    parts = [split_unit(part)[0].rstrip("% ") for part in (items[1] if items else [peel(wanted)])]
+    return "", [part for part in parts if "\\" in part and _number(part) is None and not _has_words(part)]
+
+
+def _has_words(text: str) -> bool:
+    return any(word not in _FUNCTIONS for word in _LONG_WORD.findall(text))

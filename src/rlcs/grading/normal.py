@@ -20,6 +20,10 @@ _SYMBOLS = str.maketrans(
         **dict.fromkeys("‘’′", "'"),
         **dict.fromkeys("€£¥", ""),
         "÷": "/",
+        "\u2044": "/",
+        "≈": "\\approx ",
+        "∠": "\\angle ",
+        "△": "\\triangle ",
         "∞": "\\infty ",
         "∪": "\\cup ",
         "∩": "\\cap ",
@@ -38,8 +42,8 @@ _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 _ROOT = re.compile(r"([√∛])\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})")
 
 _DROPPED = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|limits|bigl|bigr|Bigl|Bigr|big|Big|!)(?![A-Za-z])|\\\$|\$"
-    r"|\\[()\[\]]"
+    r"\\(?:left|right|displaystyle|textstyle|limits|bigl|bigr|Bigl|Bigr|big|Big|bf|it|rm|sf|tt|!)(?![A-Za-z])|\\\$|\$"
+    r"|\\[()\[\]]|\\checkmark|\0"
 )
 _SPACES = re.compile(r"\\[,;:> ]|\\q?quad(?![A-Za-z])|~")
 _FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
@@ -48,8 +52,11 @@ _WRAPPER = re.compile(
     r"\s*\{([^{}]*)\}"
 )
 _DEGREE = re.compile(r"(?:\{\})?\^ ?\{? ?\\circ(?![A-Za-z]) ?\}?|\\degree(?![A-Za-z])|\{°\}")
-_LONG_NAMES = re.compile(r"\\([gln]e)q(?![A-Za-z])")
-_PLAIN = re.compile(r"[^\\${}~]*")
+_LONG_NAMES = re.compile(r"\\([gln]e)q(?:slant)?(?![A-Za-z])")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?")
+_GROUPED = re.compile(r"(?<![\w.] )\b\d{1,3}(?: \d{3})+\b(?! ?[/\d\\.])")
+_GROUP = re.compile(r"^\{ ?([^{},]*?) ?\}$")
+_PLAIN = re.compile(r"[^\\${}~\0]*")
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")  # three levels deep
 
 
@@ -61,7 +68,7 @@ def normalise(text: str) -> str:
     text = _bare(" ".join(text.split()))
     if not _PLAIN.fullmatch(text):
         text = " ".join(_plain_latex(text).split())
-    return _bare(text)
+    return _bare(_GROUPED.sub(lambda m: m[0].replace(" ", ""), text))
 
 
 def repair_gold(text: str) -> str:
@@ -131,5 +138,16 @@ def _plain_latex(text: str) -> str:
         text, changed = _WRAPPER.subn(r" \1 ", text)
         if not changed:
             break
+    text = _GROUP.sub(r"\1", text.strip())
     text = _LONG_NAMES.sub(r"\\\1", _FRACTION.sub(r"\\frac", text))
+    text = _REPEATING.sub(_spell_repeating, text.replace("\\varnothing", "\\emptyset"))
     return _DEGREE.sub("°", text).replace("\\%", "%").replace("{,}", ",")
+
+
+def _spell_repeating(match: re.Match[str]) -> str:
+    r"""0.1\overline{6} is (16 - 1)/90."""
+    whole, once, period = match[1] or "0", match[2], match[3]
+    if len(match[0]) > 40:
+        return match[0]
+    over = int(whole + once + period) - int(whole + once)
+    return f"\\frac{{{over}}}{{{'9' * len(period)}{'0' * len(once)}}}"

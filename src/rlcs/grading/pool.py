@@ -16,12 +16,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import IO, Self
 
 from rlcs.errors import RlcsError
-from rlcs.grading.answers import Verdict
+from rlcs.grading.answers import Verdict, look_at_gold
 from rlcs.grading.rewards import Undecided, quick_grade
 from rlcs.records import Grade, Problem
 
@@ -70,17 +70,41 @@ class GradePool:
 
     def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
         """One grade for each (problem, response), in order."""
-        results = [quick_grade(p, text, allow_fallbacks=self.allow_fallbacks) for p, text in answers]
-        formulas = dict.fromkeys(r.formulas for r in results if isinstance(r, Undecided))
+        return self.settle(
+            [quick_grade(p, text, allow_fallbacks=self.allow_fallbacks) for p, text in answers]
+        )
+
+    def settle(self, results: Sequence[Grade | Undecided]) -> list[Grade]:
+        """Have math-verify decide what is undecided; the grades in order."""
+        verdicts = self._verdicts([r.formulas for r in results if isinstance(r, Undecided)])
+        return [r.grade(verdicts[r.formulas]) if isinstance(r, Undecided) else r for r in results]
+
+    def unreadable(self, problems: Iterable[Problem]) -> dict[str, str]:
+        """Gold answers that only the same text can match, and why: broken, or no formula to math-verify."""
+        faults: dict[str, str] = {}
+        formulas: dict[str, list[str]] = {}
+        for gold, choices in dict.fromkeys((p.answer, p.choices) for p in problems):
+            fault, formulas[gold] = look_at_gold(gold, choices)
+            if fault:
+                faults[gold] = fault
+        verdicts = self._verdicts([(part, part) for parts in formulas.values() for part in parts])
+        for gold, parts in formulas.items():
+            whys = [verdicts[part, part].why for part in parts if not verdicts[part, part].correct]
+            if whys:
+                faults.setdefault(gold, f"the gold answer {gold[:60]!r} cannot be read: {whys[0]}")
+        return faults
+
+    def _verdicts(self, formulas: Iterable[Formulas]) -> dict[Formulas, Verdict]:
+        """What the workers say of each different pair."""
+        different = list(dict.fromkeys(formulas))
         with self._lock:
             try:
-                verdicts = self._ask(list(formulas)) if formulas else {}
+                return self._ask(different) if different else {}
             except BaseException:  # also Ctrl-C: a worker in the middle of a batch is of no use
                 for worker in self._workers:
                     worker.kill()
                 self._workers.clear()
                 raise
-        return [r.grade(verdicts[r.formulas]) if isinstance(r, Undecided) else r for r in results]
 
     def _ask(self, formulas: list[Formulas]) -> dict[Formulas, Verdict]:
         """Hand out batches until every pair has a verdict."""

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.grading.answers import Verdict, compare, extract
+from rlcs.grading.answers import Verdict, compare
+from rlcs.grading.extraction import BOXED, Extraction, extract
 from rlcs.grading.symbolic import compare_formulas
 from rlcs.records import Grade, Problem
 
@@ -20,23 +21,38 @@ class Undecided:
 
     extracted: str
     formulas: tuple[str, str]
+    by: str = ""
+    """How it was extracted, if not from a box."""
 
     def grade(self, verdict: Verdict) -> Grade:
         """The grade, now that math-verify has spoken (or failed: unscored)."""
-        return _grade(verdict, self.extracted)
+        return _grade(verdict, self.extracted, self.by)
 
 
-def quick_grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade | Undecided:
-    """Grade by text, letter and exact number alone; never slow, never raises on any text."""
+def quick_grade(problem: Problem, response: object, *, allow_fallbacks: bool) -> Grade | Undecided:
+    """Grade by text, letter and exact number alone; never slow, never raises, whatever the response is."""
+    if not isinstance(response, str):
+        return Grade(reward=0.0, correct=False, why="the response is not a text")
+    found = extract(response, allow_fallbacks=allow_fallbacks)
+    if found.text is None and problem.answer.strip():
+        return Grade(reward=0.0, correct=False, why=found.why)
+    return grade_extracted(problem, found)
+
+
+def grade_extracted(problem: Problem, found: Extraction) -> Grade | Undecided:
+    """Grade an answer that is extracted already.
+
+    `problem.metadata["precision"]`, a number of decimal places, is the tolerance where there is one.
+    """
     if not problem.answer.strip():
         return Grade(reward=None, correct=None, why="the problem has no gold answer")
-    found = extract(response, allow_fallbacks=allow_fallbacks)
-    if found.text is None:
-        return Grade(reward=0.0, correct=False, why=found.why)
-    verdict = compare(found.text, problem.answer, problem.choices)
+    precision = problem.metadata.get("precision")
+    places = precision if isinstance(precision, int) else None
+    text, by = found.text or "", "" if found.why == BOXED else f"{found.why}: "
+    verdict = compare(text, problem.answer, problem.choices, places=places)
     if verdict.correct is None:
-        return Undecided(extracted=found.text, formulas=verdict.formulas)
-    return _grade(verdict, found.text)
+        return Undecided(extracted=text, formulas=verdict.formulas, by=by)
+    return _grade(verdict, text, by)
 
 
 def grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade:
@@ -49,9 +65,9 @@ def grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade:
     return result if isinstance(result, Grade) else result.grade(compare_formulas(*result.formulas))
 
 
-def _grade(verdict: Verdict, extracted: str) -> Grade:
+def _grade(verdict: Verdict, extracted: str, by: str) -> Grade:
     reward = None if verdict.correct is None else float(verdict.correct)
-    return Grade(reward=reward, correct=verdict.correct, extracted=extracted, why=verdict.why)
+    return Grade(reward=reward, correct=verdict.correct, extracted=extracted, why=by + verdict.why)
 
 
 def health(texts: Sequence[str]) -> dict[str, float]:

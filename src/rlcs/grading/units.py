@@ -32,7 +32,7 @@ day
 week
 month
 year yr
-degree deg °
+degree deg ° °t
 radian rad
 °c c celsius
 °f fahrenheit
@@ -66,6 +66,7 @@ _NOT_UNITS = frozenset(
     "sin cos tan cot sec log max gcd lcm mod".split()
 )
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_IN_BRACKETS = re.compile(r"(?<=\d) ?\(([A-Za-z]+)\)$")
 _POWER = re.compile(r"\^ ?\{?([23])\}?$")
 _COMMAND = re.compile(r"[A-Za-z]+")
 
@@ -75,6 +76,8 @@ def split_unit(text: str) -> tuple[str, str]:
 
     `\%` and "percent" are not units: "percent" becomes a trailing `%`.
     """
+    if (apart := _IN_BRACKETS.search(text)) and apart[1].lower() in _UNITS:
+        text = text[: apart.start()] + " " + apart[1]
     body, power = text, ""
     if (match := _POWER.search(body)) and body[: match.start()].rstrip(" }")[-1:].isalpha():
         body, power = body[: match.start()], match[1]

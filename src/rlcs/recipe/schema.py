@@ -105,6 +105,29 @@ class Data(Section):
     """Column names."""
 
 
+class Endpoint(Section):
+    """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
+
+    base_url: str
+    """Up to and with the version: `http://localhost:8000/v1`."""
+    model: str
+    """The model's name on that server."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. Local servers need none."""
+    concurrency: Positive = 32
+    """Requests under way at once."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds one try of one request may take in all."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Further tries after a failure that may pass (busy, down, cut off, garbled, empty)."""
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Tries started a minute, evenly spaced. None: as fast as the server answers."""
+    prompt_price: NonNegative | None = None
+    """Price of a million prompt tokens, in any currency."""
+    completion_price: NonNegative | None = None
+    """Price of a million completion tokens."""
+
+
 class Teacher(Section):
     """Who writes the cold-start answers."""
 

@@ -1,0 +1,158 @@
+"""Who answers: a model in this process, or one behind an OpenAI-compatible server.
+
+Both take problems with the sample numbers that are still wanted, and yield rows as they come. A row
+that says `stop: failed` was not answered (the server could not) and is asked again another time; one
+that says `stop: error` never can be (its prompt is too long for the model) and counts as wrong.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlcs import models
+from rlcs.benchmarks.base import Style
+from rlcs.chat import Chat
+from rlcs.engines.endpoint import EndpointClient, Message, Request
+from rlcs.engines.local import LocalEngine
+from rlcs.errors import DataError
+from rlcs.interrupts import StopFlag
+from rlcs.recipe.schema import Eval, Images, Model, Prompts, Recipe
+from rlcs.records import IMAGE_SLOT, ImageRef, Problem, rollout_seed
+
+BOXED_SYSTEM = Prompts().system
+"""The paper's system prompt."""
+
+Wanted = Sequence[tuple[Problem, tuple[int, ...]]]
+"""Problems as asked, each with the sample numbers that have no answer yet."""
+AnswerRow = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How every question is asked: `samples` answers each, in the words of `style`."""
+
+    sampling: Eval
+    style: Style = "paper"
+    samples: int = 1
+    seed: int = 0
+
+    @property
+    def system(self) -> str | None:
+        """The official scripts send no system prompt (a chat template may add its own)."""
+        return BOXED_SYSTEM if self.style == "paper" else None
+
+
+class Respondent(Protocol):
+    """Answers problems."""
+
+    def answers(self, wanted: Wanted, *, stop: StopFlag) -> Iterator[list[AnswerRow]]:
+        """Rows of `predictions.jsonl` as they come; ends early when `stop` is set."""
+        ...
+
+
+def answer_row(problem: str, index: int, text: str, *, tokens: int, stop: str, error: str = "") -> AnswerRow:
+    """One answer: `stop` is eos, length, error or failed (see above)."""
+    return {"id": problem, "index": index, "response": text, "tokens": tokens, "stop": stop, "error": error}
+
+
+class LocalRespondent:
+    """A model in this process, with its own pixel bounds and its own context length."""
+
+    def __init__(self, name: str, asking: Asking) -> None:
+        """Load the model. Raises ModelError."""
+        self._asking = asking
+        vlm = models.load(Model(name=name))
+        size = vlm.processor.image_processor.size
+        context = int(vlm.model.config.get_text_config().max_position_embeddings)
+        recipe = Recipe(
+            prompt=Prompts(system=asking.system, max_tokens=max(1, context - asking.sampling.max_new_tokens)),
+            images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
+        )
+        self._chat: Chat = models.make_chat(vlm, recipe)
+        self._engine = LocalEngine(vlm, self._chat, max_rows=asking.sampling.max_rows)
+
+    def answers(self, wanted: Wanted, *, stop: StopFlag) -> Iterator[list[AnswerRow]]:
+        """`max_rows` answers at a time."""
+        asking = self._asking
+        sampling = self._chat.sampling(
+            n=asking.samples,
+            temperature=asking.sampling.temperature,
+            top_p=asking.sampling.top_p,
+            max_new_tokens=asking.sampling.max_new_tokens,
+            seed=asking.seed,
+        )
+        chunk = max(1, asking.sampling.max_rows // asking.samples)
+        for start in range(0, len(wanted), chunk):
+            if stop.is_set:
+                return
+            rows, prompts = [], []
+            left: dict[str, tuple[int, ...]] = {}
+            for problem, indices in wanted[start : start + chunk]:
+                try:
+                    prompts.append(self._chat.prompt(problem))
+                    left[problem.id] = indices
+                except DataError as error:
+                    why = str(error)
+                    rows += [
+                        answer_row(problem.id, i, "", tokens=0, stop="error", error=why) for i in indices
+                    ]
+            for rollout in (r for group in self._engine.sample(prompts, sampling) for r in group):
+                if rollout.index in left[rollout.problem_id]:
+                    row = answer_row(
+                        rollout.problem_id,
+                        rollout.index,
+                        rollout.text,
+                        tokens=len(rollout.ids),
+                        stop=rollout.stop.value,
+                    )
+                    rows.append(row)
+            yield rows
+
+
+class EndpointRespondent:
+    """A model behind a server."""
+
+    def __init__(self, client: EndpointClient, asking: Asking) -> None:
+        """`client` is open while this is used."""
+        self._client = client
+        self._asking = asking
+
+    def answers(self, wanted: Wanted, *, stop: StopFlag) -> Iterator[list[AnswerRow]]:
+        """One row at a time."""
+        requests = (self._request(problem, index) for problem, indices in wanted for index in indices)
+        for got in self._client.ask(requests, stop=stop):
+            stops = {"stop": "eos", "length": "length", "error": "failed"}
+            yield [
+                answer_row(
+                    got.id,
+                    got.index,
+                    got.text,
+                    tokens=got.completion_tokens,
+                    stop=stops[got.finish],
+                    error=got.error,
+                )
+            ]
+
+    def _request(self, problem: Problem, index: int) -> Request:
+        asking = self._asking
+        head = (Message(role="system", parts=(asking.system,)),) if asking.system else ()
+        return Request(
+            id=problem.id,
+            index=index,
+            messages=(*head, Message(role="user", parts=user_parts(problem))),
+            temperature=asking.sampling.temperature,
+            top_p=asking.sampling.top_p,
+            max_tokens=asking.sampling.max_new_tokens,
+            seed=rollout_seed(asking.seed, 0, problem.id, index) >> 32,  # some servers take 31 bits
+        )
+
+
+def user_parts(problem: Problem) -> tuple[str | ImageRef, ...]:
+    """Texts and images in their order: at their slots, or first where there are none."""
+    pieces = problem.question.split(IMAGE_SLOT)
+    if len(pieces) == 1:
+        return (*problem.images, problem.question)
+    parts: list[str | ImageRef] = [pieces[0]]
+    for image, piece in zip(problem.images, pieces[1:], strict=True):
+        parts += [image, piece]
+    return tuple(part for part in parts if part != "")

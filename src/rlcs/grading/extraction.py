@@ -1,0 +1,100 @@
+r"""From a response to its final answer: the last complete `\boxed{}` after the reasoning.
+
+Where boxes are not demanded (measuring, not training), what people and models write instead counts
+too: tags, "the answer is ...", a letter of its own, or a response that is nothing but an answer.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extraction:
+    """The final answer of a response as it was written, or None and the reason."""
+
+    text: str | None
+    why: str
+
+
+BOXED = "the last box"
+
+_BOX_TOKEN = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\[\\{}]|[{}]")
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_SENTENCE = re.compile(
+    r"(?:\b(?:the|my)(?: \w+)? (?:answer|option|choice) (?:is|should be|must be|would be)\b|\banswer ?:)"
+    r"[: *]*(?=\S)((?:[^\n.]|\.(?=\S))*)",
+    re.IGNORECASE,
+)
+_REASON = re.compile(r",? (?:because|since|as|so|which|where|for)\b.*", re.DOTALL)
+_LETTER = re.compile(r"\**\(?([A-Z])\)?[.:]?\**")
+_LAST_WORD = re.compile(r"\b(?:is|be|option|choice|answer):? \**\(?([A-H])\)?\W*")
+_BARE_WORDS, _BARE_LENGTH = 4, 60
+
+
+def extract(response: str, *, allow_fallbacks: bool = False) -> Extraction:
+    r"""Find the final answer of a response.
+
+    Text up to the last `</think>` is reasoning and does not count; a `<think>` that is never closed
+    means that no answer was given. The last complete `\boxed{}` is the answer, unless a box is
+    begun after it and never closed (an answer cut at the length limit, or hedging). Only where
+    there is no box at all, `allow_fallbacks` also accepts, in this order, the last `<answer>` tag, the
+    last "the answer is ...", a last or first line that is one capital letter, "... must be C." as the
+    last words, and a response that is nothing but a short answer.
+    """
+    _, closed, final = response.rpartition("</think>")
+    if not closed and "<think>" in response:
+        return Extraction(text=None, why="the reasoning is not finished: no </think>")
+    boxed, unfinished = _last_box(final)
+    if unfinished:
+        return Extraction(text=None, why="the last box is not closed")
+    if boxed is not None:
+        return Extraction(text=boxed, why=BOXED)
+    if not final.strip():
+        return Extraction(text=None, why="the response is empty")
+    return _fallback(final) if allow_fallbacks else Extraction(text=None, why="no box")
+
+
+def _last_box(text: str) -> tuple[str | None, bool]:
+    """The content of the box that closes last, and whether one was begun later and never closed."""
+    last: tuple[int, int] | None = None
+    open_braces: list[int] = []  # where each box's content starts; -1 for a plain brace
+    for token in _BOX_TOKEN.finditer(text):
+        if len(token[0]) > 2:
+            open_braces.append(token.end())
+        elif token[0] == "{":
+            open_braces.append(-1)
+        elif token[0] == "}" and open_braces:
+            start = open_braces.pop()
+            last = (start, token.start()) if start >= 0 else last
+    end = last[1] if last else -1
+    unfinished = any(start > end for start in open_braces)
+    return (text[last[0] : last[1]] if last else None), unfinished
+
+
+def _fallback(text: str) -> Extraction:
+    if (tagged := _last_tagged(text)) is not None:
+        return Extraction(text=tagged, why="the last <answer> tag")
+    if sentences := _SENTENCE.findall(text):
+        return Extraction(text=_REASON.sub("", sentences[-1]), why='the words "the answer is"')
+    lines = text.strip().split("\n")
+    for line in (lines[-1].strip(), lines[0].strip()):
+        if letter := _LETTER.fullmatch(line):
+            return Extraction(text=letter[1], why="a line of one letter")
+    if letter := _LAST_WORD.search(lines[-1][-40:]):
+        rest = lines[-1][-40:][letter.end() :]
+        if not rest:
+            return Extraction(text=letter[1], why="a letter as the last word")
+    bare = lines[0].strip()
+    if len(lines) == 1 and len(bare) <= _BARE_LENGTH and len(bare.split()) <= _BARE_WORDS:
+        return Extraction(text=bare, why="the whole response")
+    return Extraction(text=None, why="no box, no <answer> tag, no sentence with the answer, no lone letter")
+
+
+def _last_tagged(text: str) -> str | None:
+    last, start = None, -1
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            start = tag.end()
+        elif start >= 0:
+            last, start = text[start : tag.start()], -1
+    return last

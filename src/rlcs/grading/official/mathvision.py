@@ -1,0 +1,156 @@
+r"""MATH-Vision's own rule (`evaluation/evaluate.py` of mathllm/MATH-V), and its totals.
+
+It lower-cases everything, strips some units, and calls decimals equal that agree when both are
+rounded to two places. Right answers with a unit in the option, or a letter with its value, are
+refused; that is the rule.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from rlcs.grading.official.latex_value import NoValueError, rounded
+
+_PHRASES = ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
+_DROPPED = (
+    "\\text|\\mbox|\\left|\\right|^{\\circ}|^\\circ|{m}^3|m^3|{units}|units|{km}|km|\n|\\!|\\$|$".split("|")
+)
+_LETTERS = "abcde"
+_SLASHED = re.compile(r"(0|-?[1-9]\d*)/(0|-?[1-9]\d*)", re.ASCII)
+
+
+def extract(response: str) -> str:
+    """What the official script takes as the final answer; never fails, often the whole text."""
+    text = response.strip()
+    for letter in _LETTERS.upper():
+        ends = (f" {letter}.", f" ({letter}).")
+        starts = (f"{letter}\n", f"({letter})\n", f"({letter}) {letter}\n")
+        if text.endswith(ends) or text.startswith(starts):
+            text = letter
+    number = text.split("is ")[-1].rstrip(".")
+    if _is_number(number):
+        text = number
+    if "oxed{" not in text:
+        text = _after_phrases(text)
+    elif text.count("oxed{") > 1:
+        text = "oxed{" + text.split("oxed{")[-1]
+    answer = _plain(text.lower())
+    for form in ("({})", "{{{}}}"):
+        for letter in _LETTERS:
+            answer = answer.replace(form.format(letter), letter)
+    return answer.rstrip(".").lstrip(":").strip()
+
+
+def is_correct(answer: str, gold: str, options: Sequence[str] = ()) -> bool:
+    """Whether an extracted answer equals the gold letter or its option's text, or the gold value."""
+    value = options[ord(gold) - ord("A")] if options else ""
+    return _equal(gold, answer) or _equal(value, answer)
+
+
+def totals(items: Iterable[tuple[bool, str, int]]) -> dict[str, str]:
+    """Totals of (correct, subject, level) as the official `*_result.json` writes them: `436/3040=14.34%`.
+
+    All, each level, each subject, and each subject with each level (under two names, as there).
+    """
+    counts: dict[str, list[int]] = {}
+    for correct, subject, level in items:
+        at = f"level{level}"
+        for key in ("-all", f"-{at}", subject, f"{subject}_{at}", f"-{at}_{subject}"):
+            count = counts.setdefault(key, [0, 0])
+            count[0] += correct
+            count[1] += 1
+    return {key: f"{n}/{of}={round(n / of * 100, 2)}%" for key, (n, of) in sorted(counts.items())}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _after_phrases(text: str) -> str:
+    """What follows the last "the answer is" and the like, to the end of its line or sentence."""
+    for phrase in _PHRASES:
+        for spelling in (phrase, phrase.replace("the", "The")):
+            found = spelling in text
+            text = text.split(spelling)[-1].strip()
+            if found:
+                text = text.split("\n")[0].split(". ")[0]
+    return text
+
+
+def _plain(text: str) -> str:
+    """The content of the box, or all of the text, without what the official script strips."""
+    text = text.replace("{}", "")
+    start, end = text.find("oxed{"), text.rfind("}")
+    if 0 <= start < end - 4:
+        text = text[start + 5 : end]
+    close, opening = text.find("}"), text.find("{")
+    if close >= 0 and (opening < 0 or close < opening):
+        text = text[:close]
+    text = text.split("=")[-1].split("\\approx")[-1]
+    text = text.replace(" ", "").replace("\\,", "").replace("∞", "\\infty").replace("+\\infty", "\\infty")
+    text = text.replace("\\\\", "\\").replace("bmatrix", "pmatrix")
+    for piece in _DROPPED:
+        text = text.replace(piece, "")
+    text = text.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac").replace("\\%", "")
+    text = text.replace("{.", "{0.")
+    text = "0" + text if text.startswith(".") else text
+    if "sqrt" in text:
+        text = _braced_fractions(_braced_roots(text))
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    return _slash_as_fraction(text)
+
+
+def _braced_roots(text: str) -> str:
+    """`sqrt2` as `sqrt{2}`, after every backslash."""
+    head, *parts = text.split("\\sqrt")
+    return head + "".join(
+        "\\sqrt" + (f"{{{part[0]}}}{part[1:]}" if part[:1] not in ("", "{") else part) for part in parts
+    )
+
+
+def _braced_fractions(text: str) -> str:
+    r"""`\frac12` as `\frac{1}{2}`; all of it unchanged where a fraction is cut short."""
+    head, *parts = text.split("\\frac")
+    for part in parts:
+        if part[:1] == "{":
+            head += "\\frac" + part
+        elif len(part) < 2:
+            return text
+        else:
+            under = part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}"
+            head += f"\\frac{{{part[0]}}}{under}"
+    return head
+
+
+def _slash_as_fraction(text: str) -> str:
+    return f"\\frac{{{parts[1]}}}{{{parts[2]}}}" if (parts := _SLASHED.fullmatch(text)) else text
+
+
+def _equal(gold: str, answer: str) -> bool:
+    gold, answer = gold.lower(), answer.lower()
+    if not gold.strip(" ") or not answer.strip(" "):
+        return False
+    if gold.strip() == answer.strip():
+        return True
+    gold, answer = _rounded_tuple(gold), _rounded_tuple(answer)
+    if gold == answer:
+        return True
+    try:
+        return rounded(answer) == rounded(gold)
+    except NoValueError:
+        return False
+
+
+def _rounded_tuple(text: str) -> str:
+    """A tuple or list with its members rounded to two places; any other text as it is."""
+    members = text[1:-1].split(",")
+    if len(members) < 2 or (text[0], text[-1]) not in (("(", ")"), ("[", "]")):
+        return text
+    try:
+        values = [x if "infty" in x or x in ("a", "-a") else str(rounded(x)) for x in members]
+    except NoValueError:
+        return text
+    return text[0] + ",".join(values) + text[-1]
