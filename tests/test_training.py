@@ -270,8 +270,11 @@ def test_grpo_stopped_and_continued_equals_the_unbroken_run(random_model_folder,
 def test_grpo_does_not_depend_on_the_pack_budget(random_model_folder, tmp_path):
     one = run_grpo(random_model_folder, tmp_path / "a", Grpo(**SMALL | {"steps": 1}))
     many = run_grpo(random_model_folder, tmp_path / "b", Grpo(**SMALL | {"steps": 1, "pack_tokens": 1}))
-    # Adam divides by the gradient's size, so rounding of near-zero gradients shows: hence 2% of lr.
-    assert_equal_weights(one, many, rtol=0, atol=2e-5)
+    # Adam divides by the gradient's size, so the rounding of the few gradients near zero shows: those
+    # weights may move by up to lr the other way, all others must agree within 2% of lr.
+    for name, weight in one.items():
+        gap = (many[name] - weight).abs()
+        assert gap.max() <= 2e-3 and (gap > 2e-5).float().mean() <= 1e-3, name
 
 
 def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder):

@@ -12,7 +12,7 @@ from typing import Any
 from rlcs.benchmarks.base import Question
 from rlcs.engines.endpoint import EndpointClient, Message, Request
 from rlcs.files import append_jsonl, read_jsonl
-from rlcs.grading.answers import extract
+from rlcs.grading.extraction import extract
 from rlcs.interrupts import StopFlag
 
 NOTHING = "NONE"

@@ -60,7 +60,8 @@ laptop, and good for nothing else.
 
 It was trained only on captions, lists of counts and measures, simple questions with direct answers (one
 look, or two looks put together), and equations with one operation (`rlcs.tasks.lessons`), on scenes of
-the train split: no question of the study in its own words, no word of reasoning. Made in {minutes:.0f} minutes on
+the train split: no question of the study in its own words, no word of reasoning. Made in
+{minutes:.0f} minutes on
 two CPU cores, no other data, by
 
     {command}
