@@ -24,7 +24,7 @@ FLOORS = {
     4: ("policy", "checkpoint", "engines"),
     5: ("trainer", "selfcheck", "stage"),
     6: ("distill", "sft", "grpo", "evaluation", "benchmarks", "examine"),
-    7: ("look", "report", "pipeline", "cli", "__main__"),
+    7: ("look", "report", "pipeline", "cli", "cli_data", "__main__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
