@@ -17,6 +17,7 @@ from rlcs.records import IMAGE_SLOT, Problem
 
 Format = Literal["plain", "think"]
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_BARE_WORDS = 6
 _TAGS = re.compile(r"\s*</?think>\s*")
 
 
@@ -120,8 +121,8 @@ def formatted(text: str, reasoning: str, form: Format) -> str:
         reasoning = _TAGS.sub("", before)
         text = text.strip()
     if form == "plain":
-        whole = f"{reasoning}\n\n{text}" if reasoning and len(text) < len(reasoning) / 10 else text
-        return whole.strip()
+        bare = reasoning and len(text.split()) <= _BARE_WORDS  # the work stands in the reasoning alone
+        return f"{reasoning}\n\n{text}".strip() if bare else text.strip()
     if reasoning:
         return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}"
     answer = extract(text).text
