@@ -173,6 +173,20 @@ def test_a_torn_line_is_mended_and_asked_again(tmp_path: Path):
     assert results(tmp_path) == whole and len(read_jsonl(tmp_path / "tries.jsonl")) == data.count(b"\n")
 
 
+def test_an_edited_problem_is_asked_again_and_only_that(tmp_path: Path):
+    with LoopbackServer(answer=said) as server:
+        run(rows(10), teacher(server, enough=0), folder=tmp_path, seed=1)
+        edited = rows(10)
+        edited[3] = Row(
+            problem=Problem(id="p3", source="mine", question="What is 7 + 2 ?", answer="9"), response=None
+        )
+        del edited[5]
+        del server.seen[:]
+        run(edited, teacher(server, enough=0), folder=tmp_path, seed=1)
+        assert {last_text(body) for body in server.seen} == {"What is 7 + 2 ?"} and len(server.seen) == 4
+    assert "p5" not in (tmp_path / "problems.jsonl").read_text()
+
+
 def test_other_settings_never_share_a_folder_but_the_choice_may_change(tmp_path: Path):
     with LoopbackServer(answer=said) as server:
         first = run(rows(10), teacher(server, enough=0), folder=tmp_path, seed=1)

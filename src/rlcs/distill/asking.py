@@ -161,14 +161,13 @@ class Asking:
             self._open(made.id)
 
     def _count(self, made: Try) -> None:
-        problem = self._problems.get(made.id)
-        if problem is None or made.attempt >= self._teacher.tries:
-            return  # of data that are no longer asked for
+        if made.attempt >= self._teacher.tries:
+            return  # more were asked for once
         self._tries += 1
         self._right += made.correct is True
         self._new_tokens += made.completion_tokens
         self._spent += cost(self._teacher, made.prompt_tokens, made.completion_tokens) or 0.0
-        self._usable[made.id] += not why_not(problem, made, self._teacher)
+        self._usable[made.id] += not why_not(self._problems[made.id], made, self._teacher)
 
 
 def _spoken(turns: Sequence[Said]) -> list[Turn]:

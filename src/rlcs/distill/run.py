@@ -58,7 +58,7 @@ def run(
         chain = Chain(teacher.chain, folder=teacher.templates, form=teacher.format)
     claim(folder, _decisive(teacher, chain, seed))
     failed: dict[tuple[str, int], str] = {}
-    with GradePool() as pool, TryLog(folder) as log:
+    with GradePool() as pool, TryLog(folder, missing) as log:
         given = _graded(rows, pool)
         if missing:
             asking = Asking(missing, teacher, chain=chain, log=log, pool=pool)

@@ -4,18 +4,19 @@
 a try that takes several. Whatever moment a kill picks, at most the last line is torn, and that is cut off.
 """
 
+import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rlcs.errors import RunFolderError
 from rlcs.files import append_jsonl, read_json, read_jsonl, write_json
-from rlcs.records import Grade
+from rlcs.records import Grade, Problem
 
 TRIES, TURNS, SETTINGS = "tries.jsonl", "turns.jsonl", "settings.json"
 _SYNC_S = 1.0  # a power cut may cost this much; a kill costs nothing
@@ -61,8 +62,9 @@ class Try:
 class TryLog:
     """The folder's log; a context manager. `tries` and `turns` are all that is known, by their keys."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read what is there, and mend a torn tail."""
+    def __init__(self, folder: Path, problems: Iterable[Problem]) -> None:
+        """Answers to other problems than these, or to what they were before an edit, do not count."""
+        self._digests = {problem.id: _digest(problem) for problem in problems}
         self.tries: dict[tuple[str, int], Try] = {}
         self.turns: dict[tuple[str, int, int], Said] = {}
         self._folder = folder
@@ -74,11 +76,16 @@ class TryLog:
         for name in (TRIES, TURNS):
             append_jsonl(self._folder / name, [])  # cuts off what a kill has torn
             self._handles[name] = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND)
-        for row in read_jsonl(self._folder / TRIES):
+        for row in self._rows(TRIES):
             self.tries[row["id"], row["attempt"]] = Try(**row)
-        for row in read_jsonl(self._folder / TURNS):
+        for row in self._rows(TURNS):
             self.turns[row["id"], row["attempt"], row["turn"]] = Said(**row)
         return self
+
+    def _rows(self, name: str) -> Iterator[dict[str, Any]]:
+        for row in read_jsonl(self._folder / name):
+            if row.pop("problem") == self._digests.get(row["id"]):
+                yield row
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -99,7 +106,8 @@ class TryLog:
         self._append(TURNS, said)
 
     def _append(self, name: str, row: Try | Said) -> None:
-        line = (dumps(asdict(row), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        facts = asdict(row) | {"problem": self._digests[row.id]}
+        line = (dumps(facts, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         try:
             if os.write(self._handles[name], line) < len(line):
                 raise OSError("the disk is full")
@@ -112,6 +120,13 @@ class TryLog:
                 where=str(self._folder / name),
                 fix="make room; the same command goes on from here",
             ) from error
+
+
+def _digest(problem: Problem) -> str:
+    """What an answer and its grade depend on: ids may be mere line numbers of a file that was edited."""
+    images = [ref.sha256 for ref in problem.images]
+    facts = dumps([problem.question, problem.choices, problem.answer, images])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def claim(folder: Path, settings: Mapping[str, object]) -> None:
