@@ -89,3 +89,17 @@ def test_nothing_left_to_learn_from_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)none of 3 problems.*rejected\.jsonl"):
         run(builtin_rows(3), Teacher(wrong_share=1.0), folder=tmp_path, seed=1)
     assert len(read_jsonl(tmp_path / "rejected.jsonl")) == 3
+
+
+def test_a_model_in_this_process_teaches(random_model_folder, tmp_path: Path) -> None:
+    rows, model = builtin_rows(3), str(random_model_folder)
+    teacher = Teacher(
+        model=model, keep="all", tries=2, enough=0, max_tokens=8, chain="caption", concurrency=4
+    )
+    kept = run(rows, teacher, folder=tmp_path / "a", seed=1)
+    assert [d.problem for d in kept] == [row.problem for row in rows] and kept[0].teacher == model
+    tries = read_jsonl(tmp_path / "a/tries.jsonl")
+    assert len(tries) == 6 == len(read_jsonl(tmp_path / "a/turns.jsonl"))
+    assert all(line["completion_tokens"] <= 16 < line["prompt_tokens"] for line in tries)
+    assert len({line["response"] for line in tries}) > 3
+    assert run(rows, teacher, folder=tmp_path / "b", seed=1) == kept

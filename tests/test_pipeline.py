@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlcs import pipeline
+from rlcs.errors import DataError
 from rlcs.recipe.loading import load_recipe
 
 SMALL = [
@@ -224,3 +225,29 @@ def test_json_output_is_json_alone(random_model_folder, tmp_path):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["stage"] for row in rows if "stage" in row} >= {"sft", "grpo"}
     assert set(rows[-1]["arms"]) == {"base", "two_stage"}
+
+
+def test_a_run_takes_up_the_answers_that_distill_left(random_model_folder, tmp_path):
+    folder = tmp_path / "both"
+    words = [f"model.name={random_model_folder}", *SMALL, "teacher.wrong_share=0.5", "teacher.enough=0"]
+    alone = rlcs("distill", "quickstart", *words, "teacher.tries=3", "--out", folder)
+    assert alone.returncode == 0 and "36 tries right" in alone.stdout, alone.stderr
+    before = (folder / "cold_start" / "tries.jsonl").read_bytes()
+    rated = folder / "cold_start" / "problems.jsonl"
+    chosen = [f"data.rl={rated}", "data.rl_pass_rate=[0.1, 0.9]", "study.arms=[base, two_stage]"]
+    done = rlcs("run", "quickstart", *words, "teacher.tries=3", *chosen, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "cold_start" / "tries.jsonl").read_bytes() == before
+    asked = [
+        json.loads(line) for line in (folder / "grpo/rollouts/step-000001.jsonl").read_text().splitlines()
+    ]
+    rates = {row["id"]: row["pass_rate"] for row in map(json.loads, rated.read_text().splitlines())}
+    assert {0.0, 1.0} & set(rates.values()) and all(0.1 <= rates[row["id"]] <= 0.9 for row in asked)
+    page = (folder / "report" / "index.html").read_text()
+    assert "Problems by pass rate" in page and ">rejected<" in page and ">kept<" in page
+
+
+def test_no_problem_of_the_wanted_difficulty_is_an_error():
+    recipe = load_recipe("quickstart", ["data.rl_pass_rate=[0.2, 0.8]"]).recipe
+    with pytest.raises(DataError, match=r"(?s)0 of 0 have one.*problems\.jsonl"):
+        pipeline.by_pass_rate([], recipe.data)

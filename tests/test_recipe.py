@@ -352,6 +352,11 @@ def _row(label: str, *overrides: str) -> str:
         ("RL groups all alike", "grpo.dynamic_sampling=1", "1 more round"),
         ("reward", "grpo.reward.allow_fallbacks=true", "a lone letter"),
         ("cold-start teacher", "teacher.keep=all", "wrong ones kept too"),
+        ("cold-start teacher", "teacher={model: m, base_url: 'http://x/v1', tries: 4}", "m at http://x/v1"),
+        ("cold-start teacher", "teacher={tries: 4, enough: 2}", "4 tries until 2 to keep"),
+        ("chain of thought", "teacher={chain: self_critic, format: think}", "self critic, think"),
+        ("chain of thought", "teacher={pick: diverse, keep_most: 3, enough: 3}", "diverse, at most 3"),
+        ("RL data", "data.rl_pass_rate=[0.01, 0.99]", "pass rate from 0.01 to 0.99"),
         ("test set", "data.test=mine.jsonl", "mine.jsonl"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlcs.cli_data import data_app
 from rlcs.errors import RlcsError, UserError
 
 app = typer.Typer(
@@ -23,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
-data_app = typer.Typer(help="Check data sets before they cost GPU hours.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 
@@ -80,6 +80,46 @@ def ablate(
     """The paper's comparison: base, SFT only, RL only, both, with intervals."""
     four = "study.arms=[base, sft, rl, two_stage]"
     _study(recipe, [*(overrides or []), four], out=out, json=json, quiet=quiet, seeds=seeds)
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
+    overrides: Overrides = None,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Cold-start data alone: ask a teacher, keep what is right, with pass rates; in OUT/cold_start."""
+    from rlcs.recipe.loading import load_recipe
+    from rlcs.recipe.table import teacher_rows
+
+    named = [text for text in overrides or [] if text.startswith("data.problems=")]
+    words = [text.replace("data.problems=", "data.cold_start=", 1) for text in overrides or []]
+    resolved = load_recipe(recipe, words).recipe
+    folder = (out or Path("runs") / resolved.name) / "cold_start"
+    if not json:
+        rows = [("problems", resolved.data.cold_start), *teacher_rows(resolved.teacher)]
+        for name, value in rows:
+            typer.echo(f"  {name:<18}  {value}")
+
+    from rlcs.distill.command import distil
+    from rlcs.interrupts import StopFlag
+
+    with StopFlag() as stop:
+        stats = distil(resolved, folder, afresh=bool(named), quiet=quiet, json=json, stop=stop)
+    if json:
+        typer.echo(jsonlib.dumps({"folder": str(folder), **stats}))
+    else:
+        typer.echo(
+            f"\n{stats['kept']:,} demonstrations of {stats['problems']:,} problems, "
+            f"{stats['pass_rate']:.1%} of {stats['asked']:,} tries right"
+            + ("" if stats["cost"] is None else f", cost {stats['cost']:,.2f}")
+        )
+        for name in ("kept", "rejected", "problems", "tries"):
+            typer.echo(f"{name:<9} {folder / f'{name}.jsonl'}")
+    if stats["failed"]:
+        raise typer.Exit(1)
 
 
 def _study(
@@ -306,34 +346,6 @@ def grade(
         typer.echo(f"right    {tally.right:,}\nwrong    {tally.wrong:,}\nunscored {len(tally.unscored):,}")
         typer.echo(f"rows     {out}")
     if tally.accuracy is None:
-        raise typer.Exit(2)
-
-
-@data_app.command("check")
-def data_check(
-    source: Annotated[str, typer.Argument(help="JSONL, Parquet, folder, hub id, or builtin:NAME")],
-    overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="Recipe with columns and limits")] = "quickstart",
-    role: Annotated[str, typer.Option("--role", help="rl, test or cold_start")] = "rl",
-    json: Json = False,
-) -> None:
-    """Name every row that cannot be used, and why; decodes every image in full."""
-    from rlcs.data import check
-    from rlcs.errors import RecipeError
-    from rlcs.recipe.loading import load_recipe
-
-    if role not in ("rl", "test", "cold_start"):
-        raise RecipeError(f"unknown role {role!r}", where="--role", fix="use rl, test or cold_start")
-    resolved = load_recipe(recipe, overrides or []).recipe
-    loaded = check(source, resolved.data, decode_limit=resolved.images.decode_limit, role=role)  # type: ignore[arg-type]
-    if json:
-        named = [{"where": bad.where, "reason": bad.reason} for bad in loaded.bad]
-        typer.echo(jsonlib.dumps({"usable": len(loaded.rows), "bad": named}))
-    else:
-        for bad in loaded.bad:
-            typer.echo(str(bad))
-        typer.echo(f"{len(loaded.rows):,} rows can be used, {len(loaded.bad):,} cannot")
-    if loaded.bad or not loaded.rows:
         raise typer.Exit(2)
 
 

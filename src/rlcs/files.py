@@ -30,6 +30,7 @@ MAX_ASPECT = 200
 _BYTES_PER_PIXEL = 8
 """No sane file is larger than its pixels as 16-bit RGBA, so this bounds what is read into memory."""
 _BOM = b"\xef\xbb\xbf"
+_KINDS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp"))
 
 # ---------------------------------------------------------------------------------- writing
 
@@ -334,6 +335,11 @@ def encoded_image(ref: ImageRef, *, limit: int) -> bytes:
     if hashlib.sha256(data).hexdigest() != ref.sha256:
         raise ImageError("the image changed after it was first read", where=where, fix="load the data again")
     return data
+
+
+def image_kind(data: bytes) -> str:
+    """The format of an encoded image by its first bytes, as in `image/png` and in file names."""
+    return next((name for start, name in _KINDS if data.startswith(start)), "tiff")
 
 
 def _decoded(data: bytes, *, limit: int, where: str) -> "Image":

@@ -333,6 +333,11 @@ def _figures(values: Mapping[str, float]) -> str:
     parts = [f"{name} {values[name]:.3f}" for name in ("loss", "reward") if name in values]
     if "accuracy" in values:
         parts.append(f"accuracy {values['accuracy']:.1%}")
+    if "pass_rate" in values:
+        parts.append(f"right {values['pass_rate']:.1%}  kept {values['kept']:,.0f}")
+        parts += [f"{values['tokens_per_s']:,.0f} tokens/s"] if values.get("tokens_per_s") else []
+    if "cost" in values:
+        parts.append(f"cost {values['cost']:,.2f}")
     return "  ".join(parts)
 
 

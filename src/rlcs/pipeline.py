@@ -18,7 +18,7 @@ from typing import Any
 from rlcs import distill, grpo, models, report, sft
 from rlcs.data import Loaded, Row, load, require_usable
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import RunFolderError
+from rlcs.errors import DataError, RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
 from rlcs.files import atomic_write, read_json, write_json
 from rlcs.grading import GradePool
@@ -92,7 +92,7 @@ class Study:
         started = time.monotonic()
         if is_done(folder):
             return distill.load_kept(sources.cold_start, folder)
-        kept = distill.run(sources.cold_start, self.recipe.teacher, folder=folder, seed=self.recipe.seed)
+        kept = cold_start(self.recipe, sources.cold_start, folder, output=self._output, stop=self._stop)
         mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
         return kept
 
@@ -204,6 +204,15 @@ class Study:
         }
 
 
+def cold_start(
+    recipe: Recipe, rows: Sequence[Row], folder: Path, *, output: Output, stop: StopFlag
+) -> list[Demonstration]:
+    """Stage one's data: ask the recipe's teacher, and keep what is right."""
+    asked = sum(row.response is None for row in rows)
+    with output.screen("cold start", asked) as view:
+        return distill.run(rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=stop)
+
+
 @contextmanager
 def attempt_log(folder: Path) -> Iterator[None]:
     """Every start of a run has a log of its own, `attempt-N.log`, with warnings and what stopped it."""
@@ -241,7 +250,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
                 fix="choose another --out, or remove the folder, or run with its own recipe.yaml",
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != "cold_start" for path in folder.iterdir()):
         raise RunFolderError(
             "the folder is not empty and holds no run", where=str(folder), fix="choose another --out"
         )
@@ -259,9 +268,27 @@ def read_sources(recipe: Recipe) -> Sources:
     test = read_source("test", recipe.data.test, recipe)
     return Sources(
         cold_start=cold_start.rows,
-        rl=tuple(row.problem for row in rl.rows),
+        rl=by_pass_rate([row.problem for row in rl.rows], recipe.data),
         test=tuple(row.problem for row in test.rows),
     )
+
+
+def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, ...]:
+    """The problems whose pass rate lies within `data.rl_pass_rate`. Raises DataError if none has or does."""
+    if settings.rl_pass_rate is None:
+        return tuple(problems)
+    low, high = settings.rl_pass_rate
+    rates = [(problem, problem.metadata.get("pass_rate")) for problem in problems]
+    chosen = tuple(p for p, rate in rates if isinstance(rate, int | float) and low <= rate <= high)
+    if not chosen:
+        known = sum(isinstance(rate, int | float) for _, rate in rates)
+        raise DataError(
+            f"no problem has a pass_rate from {low:g} to {high:g} ({known:,} of {len(rates):,} have one)",
+            where=settings.rl,
+            fix="name the problems.jsonl of `rlcs distill`, or widen data.rl_pass_rate",
+        )
+    log.info("rl: %d of %d problems by pass rate", len(chosen), len(problems))
+    return chosen
 
 
 def read_source(role: Any, source: str, recipe: Recipe) -> Loaded:

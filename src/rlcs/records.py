@@ -65,6 +65,12 @@ class Problem:
             f"the question has {slots} {IMAGE_SLOT} slots but the row has {len(self.images)} images",
         )
 
+    @property
+    def asked(self) -> str:
+        """The question, and its choices by letter, a line each."""
+        lines = (f"({chr(65 + index)}) {choice}" for index, choice in enumerate(self.choices))
+        return "\n".join((self.question, *lines))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grade:

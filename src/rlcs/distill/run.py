@@ -1,60 +1,84 @@
 """From rows to demonstrations: given responses are used as they are, the others are asked for.
 
-Writes `kept.jsonl`, `rejected.jsonl` (id, response, why) and `stats.json` into the stage's folder,
-each in one piece and the statistics last, so that a run that was stopped is simply run again.
+In the stage's folder: `tries.jsonl` (every answer, as it came), and when all is asked `kept.jsonl`,
+`rejected.jsonl` (with reasons), `problems.jsonl` (with pass rates), `images/` and `stats.json`, in the
+order of the rows and their tries, whatever the order of arrival.
 """
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from rlcs import tasks
 from rlcs.data import Row
-from rlcs.errors import UserError
-from rlcs.files import atomic_write, read_jsonl, write_json
+from rlcs.distill.asking import Asking, cost, why_not
+from rlcs.distill.chains import Chain
+from rlcs.distill.keep import choose
+from rlcs.distill.teachers import open_voice
+from rlcs.distill.tries import Try, TryLog, claim
+from rlcs.errors import DataError, RunFolderError, UserError
+from rlcs.files import atomic_write, encoded_image, image_kind, read_jsonl, write_json
 from rlcs.grading import GradePool
+from rlcs.interrupts import StopFlag
+from rlcs.metrics import Screen
 from rlcs.recipe.schema import Teacher
-from rlcs.records import Demonstration, Grade, Problem, rollout_seed
+from rlcs.records import Demonstration, Grade, ImageRef, Problem
 
 GIVEN = "given"
 """The teacher's name of a response that came with the data."""
+SPARE = "right, but others are kept"
+_IMAGE_LIMIT = 50_000_000
+_SHOWN = 3
+_BINS = 10
 
 
-def run(rows: Sequence[Row], teacher: Teacher, *, folder: Path, seed: int) -> list[Demonstration]:
-    """Demonstrations in the order of `rows`, at most one for each.
+def run(
+    rows: Sequence[Row],
+    teacher: Teacher,
+    *,
+    folder: Path,
+    seed: int,
+    view: Screen | None = None,
+    stop: StopFlag | None = None,
+) -> list[Demonstration]:
+    """Demonstrations in the order of `rows`, at most `teacher.keep_most` for each.
 
     A row with a response is kept as it is, whatever its grade (which is recorded and counted). For
-    a row without one the teacher is asked up to `teacher.tries` times until its answer is right;
-    wrong and unscored answers are rejected. With `teacher.keep == "all"` the first answer is kept,
-    right or wrong. Raises UserError for a problem that the teacher does not know, or if nothing is
-    left to learn from.
+    a row without one the teacher is asked up to `teacher.tries` times until `teacher.enough` answers
+    are to keep. What an earlier run into the same folder was answered is not asked again. Raises
+    UserError for a problem that the teacher does not know, or if nothing is left to learn from;
+    Stopped when `stop` is set.
     """
-    kept: dict[str, Demonstration] = {}
-    rejected: list[Demonstration] = []
-    asked = 0
-    with GradePool() as pool:
-        given = [(r.problem, r.response) for r in rows if r.response is not None]
-        for (problem, response), grade in zip(given, pool.grade(given), strict=True):
-            kept[problem.id] = Demonstration(problem=problem, response=response, teacher=GIVEN, grade=grade)
-        for attempt in range(teacher.tries):
-            missing = [row.problem for row in rows if row.problem.id not in kept]
-            asked += len(missing)
-            for answer in _ask(missing, teacher, pool, attempt=attempt, seed=seed):
-                if teacher.keep == "all" or (answer.grade and answer.grade.correct):
-                    kept[answer.problem.id] = answer
-                else:
-                    rejected.append(answer)
-    demonstrations = [kept[row.problem.id] for row in rows if row.problem.id in kept]
-    _write(folder / "kept.jsonl", (_kept_row(d) for d in demonstrations))
-    _write(folder / "rejected.jsonl", (_rejected_row(d) for d in rejected))
-    write_json(folder / "stats.json", _stats(len(rows), asked, demonstrations, rejected))
-    if not demonstrations:
+    missing = [row.problem for row in rows if row.response is None]
+    chain = None
+    if teacher.who != "builtin":
+        chain = Chain(teacher.chain, folder=teacher.templates, form=teacher.format)
+    claim(folder, _decisive(teacher, chain, seed))
+    failed: dict[tuple[str, int], str] = {}
+    with GradePool() as pool, TryLog(folder, missing) as log:
+        given = _graded(rows, pool)
+        if missing:
+            asking = Asking(missing, teacher, chain=chain, log=log, pool=pool)
+            with open_voice(teacher, system=chain.system if chain else "", seed=seed) as voice:
+                asking.run(voice, view=view, stop=stop)
+            failed = asking.failed
+    if stop is not None:
+        stop.check(str(folder))
+    if failed and view is not None:
+        view.say(f"{len(failed):,} tries were not answered; the same command asks them again")
+        for why in list(dict.fromkeys(failed.values()))[:_SHOWN]:
+            view.say(f"  {why}")
+    kept = _sort(rows, given, log, teacher, folder=folder, failed=len(failed))
+    if not kept:
         raise UserError(
             f"none of {len(rows)} problems has a demonstration",
             where=str(folder),
             fix="see rejected.jsonl there; raise teacher.tries, or give rows with a `response`",
         )
-    return demonstrations
+    return kept
 
 
 def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
@@ -62,15 +86,16 @@ def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
     problems = {row.problem.id: row.problem for row in rows}
     loaded = []
     for row in read_jsonl(folder / "kept.jsonl"):
-        if row["id"] not in problems:
+        name = row.get("problem_id", row["id"])
+        if name not in problems:
             raise UserError(
-                f"problem {row['id']!r} is no longer in the data",
+                f"problem {name!r} is no longer in the data",
                 where=str(folder / "kept.jsonl"),
                 fix="restore data.cold_start as it was, or start in a new run folder",
             )
         loaded.append(
             Demonstration(
-                problem=problems[row["id"]],
+                problem=problems[name],
                 response=row["response"],
                 teacher=row["teacher"],
                 attempt=row["attempt"],
@@ -80,58 +105,163 @@ def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
     return loaded
 
 
-def _ask(
-    problems: Sequence[Problem], teacher: Teacher, pool: GradePool, *, attempt: int, seed: int
+def _decisive(teacher: Teacher, chain: Chain | None, seed: int) -> dict[str, object]:
+    """What decides an answer. Which answers are kept can be chosen anew in the same folder."""
+    facts: dict[str, object] = {"teacher": teacher.who, "chain": teacher.chain, "format": teacher.format}
+    if chain is None:
+        return {**facts, "wrong_share": teacher.wrong_share, "seed": seed}
+    sampling = {name: getattr(teacher, name) for name in ("model", "temperature", "top_p", "max_tokens")}
+    templates = hashlib.sha256(chain.sources.encode()).hexdigest()[:16]
+    return {**facts, **sampling, "templates": templates, "seed": seed}
+
+
+def _graded(rows: Sequence[Row], pool: GradePool) -> dict[str, Demonstration]:
+    given = [(row.problem, row.response) for row in rows if row.response is not None]
+    return {
+        problem.id: Demonstration(problem=problem, response=response, teacher=GIVEN, grade=grade)
+        for (problem, response), grade in zip(given, pool.grade(given), strict=True)
+    }
+
+
+def _sort(
+    rows: Sequence[Row],
+    given: Mapping[str, Demonstration],
+    log: TryLog,
+    teacher: Teacher,
+    *,
+    folder: Path,
+    failed: int,
 ) -> list[Demonstration]:
-    """One graded answer of the built-in teacher to each problem; its seed depends on no other answer."""
-    answers = [
-        (p, tasks.teach(p, seed=rollout_seed(seed, attempt, p.id, 0), wrong_share=teacher.wrong_share))
-        for p in problems
-    ]
-    return [
-        Demonstration(problem=problem, response=text, teacher=teacher.kind, attempt=attempt, grade=grade)
-        for (problem, text), grade in zip(answers, pool.grade(answers), strict=True)
-    ]
+    """Choose, and write everything that a run leaves; the statistics last."""
+    kept: list[Demonstration] = []
+    kept_rows, rejected, problems, seen = [], list[dict[str, Any]](), [], list[Try]()
+    names = _save_images((ref for row in rows for ref in row.problem.images), folder)
+    for problem in (row.problem for row in rows):
+        images = [names[ref.sha256[:24]] for ref in problem.images]
+        tries = [log.tries[problem.id, n] for n in range(teacher.tries) if (problem.id, n) in log.tries]
+        reasons = {made.attempt: why_not(problem, made, teacher) for made in tries}
+        chosen = choose([made for made in tries if not reasons[made.attempt]], teacher)
+        mine = [given[problem.id]] if problem.id in given else [_kept(problem, m, teacher) for m in chosen]
+        seen += tries
+        kept += mine
+        kept_rows += [_kept_row(made, images, alone=len(mine) == 1) for made in mine]
+        rejected += [
+            _rejected_row(made, reasons[made.attempt] or SPARE) for made in tries if made not in chosen
+        ]
+        problems.append(_problem_row(problem, images, tries))
+    _write(folder / "kept.jsonl", kept_rows)
+    _write(folder / "rejected.jsonl", rejected)
+    _write(folder / "problems.jsonl", problems)
+    write_json(folder / "stats.json", _stats(problems, kept, rejected, seen, teacher) | {"failed": failed})
+    return kept
+
+
+def _kept(problem: Problem, made: Try, teacher: Teacher) -> Demonstration:
+    return Demonstration(
+        problem=problem,
+        response=made.response,
+        teacher=teacher.model or teacher.who,
+        attempt=made.attempt,
+        grade=made.grade,
+    )
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _kept_row(made: Demonstration) -> dict[str, object]:
-    grade = made.grade or Grade(reward=None, correct=None)
-    verdict = {name: getattr(grade, name) for name in ("reward", "correct", "extracted", "why")}
+def _save_images(refs: Iterable[ImageRef], folder: Path) -> dict[str, str]:
+    """Put images beside the rows, so that the folder is a data source of its own: names by checksum."""
+    place = folder / "images"
+    names = {path.stem: f"images/{path.name}" for path in place.glob("[!.]*")}
+    for ref in refs:
+        stem = ref.sha256[:24]
+        if stem in names:
+            continue
+        try:
+            data = encoded_image(ref, limit=_IMAGE_LIMIT)
+        except DataError:  # it has gone since: where the row is read it is named as a bad one
+            names[stem] = f"images/{stem}.missing"
+            continue
+        names[stem] = f"images/{stem}.{image_kind(data)}"
+        aside = place / f".{stem}"
+        try:
+            place.mkdir(exist_ok=True)
+            aside.write_bytes(data)
+            aside.replace(folder / names[stem])
+        except OSError as error:
+            what = f"cannot write an image: {error.strerror}"
+            raise RunFolderError(what, where=str(place), fix="make room and run it again") from error
+    return names
+
+
+def _problem_row(problem: Problem, images: list[str], tries: Sequence[Try]) -> dict[str, Any]:
+    """A row of `problems.jsonl`; unscored tries say nothing about how hard a problem is."""
+    row: dict[str, Any] = {"id": problem.id, "question": problem.question, "images": images}
+    row |= {"choices": list(problem.choices)} if problem.choices else {}
+    row |= {"answer": problem.answer}
+    scored = [made.correct for made in tries if made.correct is not None]
+    if scored:
+        row |= {"tries": len(scored), "right": sum(scored), "pass_rate": round(sum(scored) / len(scored), 4)}
+    return row
+
+
+def _kept_row(made: Demonstration, images: list[str], *, alone: bool) -> dict[str, object]:
+    problem = made.problem
     return {
-        "id": made.problem.id,
-        "question": made.problem.question,
-        "answer": made.problem.answer,
+        "id": problem.id if alone else f"{problem.id}#{made.attempt}",
+        "problem_id": problem.id,
+        "question": problem.question,
+        "images": images,
+        **({"choices": list(problem.choices)} if problem.choices else {}),
+        "answer": problem.answer,
         "response": made.response,
         "teacher": made.teacher,
         "attempt": made.attempt,
-        "grade": verdict,
+        "grade": asdict(made.grade or Grade(reward=None, correct=None)),
     }
 
 
-def _rejected_row(made: Demonstration) -> dict[str, object]:
-    why = made.grade.why if made.grade else ""
-    return {"id": made.problem.id, "response": made.response, "why": why, "attempt": made.attempt}
+def _rejected_row(made: Try, why: str) -> dict[str, Any]:
+    return {
+        "id": made.id,
+        "response": made.response,
+        "why": why,
+        "attempt": made.attempt,
+        "correct": made.correct,
+    }
 
 
 def _stats(
-    problems: int, asked: int, kept: Sequence[Demonstration], rejected: Sequence[Demonstration]
+    problems: Sequence[Mapping[str, Any]],
+    kept: Sequence[Demonstration],
+    rejected: Sequence[Mapping[str, Any]],
+    tries: Sequence[Try],
+    teacher: Teacher,
 ) -> dict[str, object]:
     """Counts; `asked` answers were written by the teacher, `given` came with the data."""
-    grades = [d.grade for d in (*kept, *rejected) if d.grade]
+    rates = [problem["pass_rate"] for problem in problems if "pass_rate" in problem]
+    wrong = [d for d in kept if d.grade is not None and d.grade.correct is False]
+    prompt, completion = sum(t.prompt_tokens for t in tries), sum(t.completion_tokens for t in tries)
+    unscored = sum(t.correct is None for t in tries)
+    unscored += sum(d.teacher == GIVEN and d.grade is not None and not d.grade.scored for d in kept)
+    reasons = Counter("wrong" if row["correct"] is False else row["why"] for row in rejected)
+    bins = Counter(min(_BINS - 1, int(rate * _BINS)) for rate in rates)
     return {
-        "problems": problems,
+        "problems": len(problems),
         "given": sum(d.teacher == GIVEN for d in kept),
-        "given_wrong": sum(
-            d.teacher == GIVEN and d.grade is not None and d.grade.correct is False for d in kept
-        ),
-        "asked": asked,
+        "given_wrong": sum(d.teacher == GIVEN for d in wrong),
+        "asked": len(tries),
+        "right": sum(t.correct is True for t in tries),
+        "pass_rate": sum(t.correct is True for t in tries) / max(1, len(tries)),
         "kept": len(kept),
-        "kept_wrong": sum(d.grade is not None and d.grade.correct is False for d in kept),
+        "kept_wrong": len(wrong),
         "rejected": len(rejected),
-        "unscored": sum(not grade.scored for grade in grades),
-        "without_demonstration": problems - len(kept),
+        "unscored": unscored,
+        "without_demonstration": len(problems) - len({d.problem.id for d in kept}),
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "cost": cost(teacher, prompt, completion),
+        "reasons": dict(sorted(reasons.items())),
+        "pass_rates": [bins[index] for index in range(_BINS)],
     }

@@ -23,10 +23,10 @@ from typing import Any, Literal, Self
 import openai
 
 from rlcs.errors import DataError, EndpointError
-from rlcs.files import encoded_image
+from rlcs.files import encoded_image, image_kind
 from rlcs.interrupts import StopFlag
 from rlcs.recipe.schema import Endpoint
-from rlcs.records import ImageRef
+from rlcs.records import IMAGE_SLOT, ImageRef, Problem
 
 IMAGE_LIMIT = 50_000_000
 """Pixels; the bound of the bytes read for one image."""
@@ -37,7 +37,6 @@ LONGEST_RETRY_AFTER_S = 600.0
 """A server that asks for a longer pause than this is not waited for any longer than this."""
 _LOOK_S = 0.1  # between two looks at the stop flag
 _PASSING = frozenset({408, 409, 425, 429})  # and all of 5xx
-_TYPES = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,6 +323,17 @@ class EndpointClient:
         )
 
 
+def user_parts(problem: Problem) -> tuple[str | ImageRef, ...]:
+    """Texts and images in their order: at their slots, or first where there are none."""
+    pieces = problem.question.split(IMAGE_SLOT)
+    if len(pieces) == 1:
+        return (*problem.images, problem.question)
+    parts: list[str | ImageRef] = [pieces[0]]
+    for image, piece in zip(problem.images, pieces[1:], strict=True):
+        parts += [image, piece]
+    return tuple(part for part in parts if part != "")
+
+
 def _content(message: Message) -> str | list[dict[str, object]]:
     """A text alone stays a text: some servers take no lists where no image is."""
     if all(isinstance(part, str) for part in message.parts):
@@ -340,8 +350,7 @@ def _content(message: Message) -> str | list[dict[str, object]]:
 def data_url(ref: ImageRef) -> str:
     """The image in its own bytes as a `data:` URL. Raises ImageError."""
     data = encoded_image(ref, limit=IMAGE_LIMIT)
-    kind = next((name for start, name in _TYPES if data.startswith(start)), "tiff")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f"data:image/{image_kind(data)};base64,{base64.b64encode(data).decode()}"
 
 
 def _read(request: Request, reply: object) -> Answer:

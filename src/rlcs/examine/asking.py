@@ -12,12 +12,12 @@ from typing import Any, Protocol
 from rlcs import models
 from rlcs.benchmarks.base import Style
 from rlcs.chat import Chat
-from rlcs.engines.endpoint import EndpointClient, Message, Request
+from rlcs.engines.endpoint import EndpointClient, Message, Request, user_parts
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import DataError
 from rlcs.interrupts import StopFlag
 from rlcs.recipe.schema import Eval, Images, Model, Prompts, Recipe
-from rlcs.records import IMAGE_SLOT, ImageRef, Problem, rollout_seed
+from rlcs.records import Problem, rollout_seed
 
 BOXED_SYSTEM = Prompts().system
 """The paper's system prompt."""
@@ -145,14 +145,3 @@ class EndpointRespondent:
             max_tokens=asking.sampling.max_new_tokens,
             seed=rollout_seed(asking.seed, 0, problem.id, index) >> 32,  # some servers take 31 bits
         )
-
-
-def user_parts(problem: Problem) -> tuple[str | ImageRef, ...]:
-    """Texts and images in their order: at their slots, or first where there are none."""
-    pieces = problem.question.split(IMAGE_SLOT)
-    if len(pieces) == 1:
-        return (*problem.images, problem.question)
-    parts: list[str | ImageRef] = [pieces[0]]
-    for image, piece in zip(problem.images, pieces[1:], strict=True):
-        parts += [image, piece]
-    return tuple(part for part in parts if part != "")

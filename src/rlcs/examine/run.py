@@ -15,13 +15,14 @@ from typing import Any
 
 from rlcs.benchmarks import find
 from rlcs.benchmarks.loading import Loaded, load_benchmark
+from rlcs.distill.tries import claim
 from rlcs.engines.endpoint import EndpointClient
-from rlcs.errors import RunFolderError, UserError
+from rlcs.errors import UserError
 from rlcs.examine.asking import AnswerRow, Asking, EndpointRespondent, LocalRespondent, Respondent
 from rlcs.examine.comparison import write_comparison
 from rlcs.examine.judge import NOTHING, Key, read_out, wants_judge
 from rlcs.examine.scores import Verdict, chance_level, rule_scores
-from rlcs.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
+from rlcs.files import append_jsonl, atomic_write, read_jsonl, write_json
 from rlcs.grading import GradePool
 from rlcs.grading.answer_file import AnswerRow as Answered
 from rlcs.grading.answer_file import mark_officially
@@ -127,27 +128,6 @@ def _weights_stamp(model: str) -> str | None:
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(jsonlib.dumps(facts).encode()).hexdigest()[:16] if facts else None
-
-
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings into a new folder, or check that an old one has the same.
-
-    Raises RunFolderError for answers given under other settings.
-    """
-    path = folder / "settings.json"
-    if not path.exists():
-        write_json(path, settings)
-        return
-    old = read_json(path)
-    changed = [
-        f"{key} was {old.get(key)!r}, is {new!r}" for key, new in settings.items() if old.get(key) != new
-    ]
-    if changed:
-        raise RunFolderError(
-            f"the folder holds answers given under other settings: {'; '.join(changed)}",
-            where=str(folder),
-            fix="choose another --out, or another name (NAME=MODEL), or remove the folder",
-        )
 
 
 def _examine(exam: Exam, model: str, sittings: "list[_Sitting]", *, stop: StopFlag, json: bool) -> None:

@@ -93,6 +93,9 @@ class Data(Section):
     """Problems (answered by the teacher) or demonstrations (used as they are) for SFT."""
     rl: str = "builtin:puzzles?split=train&count=4000&seed=2"
     """Problems for GRPO."""
+    rl_pass_rate: tuple[Share, Share] | None = None
+    """Only RL problems with a `pass_rate` (of `problems.jsonl`, which distillation writes) in these bounds,
+    both included: [0.01, 0.99] drops what the teacher never or always gets right. None: all."""
     test: str = "builtin:puzzles?split=test&count=1000&seed=3"
     """Held-out problems on which every arm is measured."""
     split: str | None = None
@@ -105,13 +108,9 @@ class Data(Section):
     """Column names."""
 
 
-class Endpoint(Section):
-    """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
+class Server(Section):
+    """How to talk to a model server, whichever it is."""
 
-    base_url: str
-    """Up to and with the version: `http://localhost:8000/v1`."""
-    model: str
-    """The model's name on that server."""
     key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key. Local servers need none."""
     concurrency: Positive = 32
@@ -128,17 +127,87 @@ class Endpoint(Section):
     """Price of a million completion tokens."""
 
 
-class Teacher(Section):
-    """Who writes the cold-start answers."""
+class Endpoint(Server):
+    """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
 
-    kind: Literal["builtin"] = "builtin"
-    """`builtin`: the program that drew the problem writes the reasoning."""
+    base_url: str
+    """Up to and with the version: `http://localhost:8000/v1`."""
+    model: str
+    """The model's name on that server."""
+
+
+class Filters(Section):
+    """What a right answer must not have to be imitated; the built-in teacher's pass unfiltered."""
+
+    mixed_languages: bool = True
+    """Reject an answer in which more than 1% of the letters are of a script foreign to the question."""
+    repetition: bool = True
+    """Reject an answer more than half of whose runs of 8 words occurred before."""
+    leaks: bool = True
+    """Reject an answer that speaks of a gold or reference answer, which nobody showed to the model."""
+    min_chars: Annotated[int, Field(ge=0)] = 0
+    """Reject shorter answers."""
+    max_chars: Positive | None = None
+    """Reject longer answers. Answers cut at `max_tokens` are rejected always."""
+
+
+class Teacher(Server):
+    """Who writes the cold-start answers, and which of them are kept."""
+
+    kind: Literal["builtin", "endpoint", "local"] | None = None
+    """`builtin`: the program that drew the problem; `endpoint`: a server at `base_url`; `local`: a model
+    in this process. None: what follows from `base_url` and `model` being there."""
+    base_url: str | None = None
+    """Server of an `endpoint`, up to and with the version: `http://localhost:8000/v1`."""
+    model: str | None = None
+    """The model's name on the server; for `local` a folder, a hub id, or `builtin`."""
+    temperature: NonNegative = 0.7
+    """Sampling temperature of an endpoint or local teacher."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling."""
+    max_tokens: Positive = 4096
+    """Longest answer to one request."""
     wrong_share: Share = 0.25
     """Share of answers in which the built-in teacher misreads the image, as real teachers do."""
     tries: Positive = 1
-    """Answers asked for each problem; the first right one is kept."""
+    """Most answers asked for each problem."""
+    enough: Annotated[int, Field(ge=0)] = 1
+    """A problem with so many answers to keep is not asked again. 0: all tries, for an unbiased pass rate."""
     keep: Literal["right", "all"] = "right"
     """`right`: rejection sampling; `all`: wrong answers are imitated too (for comparison)."""
+    pick: Literal["first", "shortest", "diverse"] = "first"
+    """Which of several: the first, the shortest, or those least alike."""
+    keep_most: Positive = 1
+    """Demonstrations kept for each problem at most."""
+    chain: Literal["distilled", "reflection", "caption", "self_critic"] = "distilled"
+    """Kind of chain of thought (arXiv 2505.22334): think step by step; err, reflect and mend; describe
+    the image, then think; answer, criticise, improve."""
+    format: Literal["plain", "think"] = "plain"
+    """`plain`: reasoning that ends in a box; `think`: reasoning in `<think>` tags, then the box."""
+    templates: str | None = None
+    """Folder with Jinja2 templates (`caption/1.j2`, ...) that stand before the shipped ones."""
+    filters: Filters = Filters()
+    """Reasons to reject a right answer."""
+
+    @model_validator(mode="after")
+    def _somebody_to_ask(self) -> "Teacher":
+        if self.who != "builtin" and not self.model:
+            raise ValueError(f"a teacher of kind {self.who} needs model")
+        if self.who == "endpoint" and not self.base_url:
+            raise ValueError("a teacher of kind endpoint needs base_url")
+        if 0 < self.enough < self.keep_most:
+            raise ValueError(f"keep_most ({self.keep_most}) is above enough ({self.enough}): raise enough")
+        return self
+
+    @property
+    def who(self) -> Literal["builtin", "endpoint", "local"]:
+        """The kind of teacher, given or not."""
+        return self.kind or ("endpoint" if self.base_url else "local" if self.model else "builtin")
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The server of a teacher of that kind."""
+        return Endpoint.model_validate({name: getattr(self, name) for name in Endpoint.model_fields})
 
 
 class Optimizer(Section):

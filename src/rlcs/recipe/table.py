@@ -4,7 +4,7 @@ Defaults such as the upper clip, the KL estimator or what a loss is averaged ove
 are read here rather than in source code.
 """
 
-from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft
+from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft, Teacher
 
 _TOKEN_PIXELS = 28 * 28
 _ARMS = {"base": "base", "sft": "SFT only", "rl": "RL only", "two_stage": "SFT then RL"}
@@ -89,15 +89,33 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
 
 
 def _measurement(recipe: Recipe) -> list[tuple[str, str]]:
-    teacher, data = recipe.teacher, recipe.data
-    tries = _count(teacher.tries, "try", "tries")
-    kept = "right ones kept" if teacher.keep == "right" else "wrong ones kept too"
+    data = recipe.data
+    rates = data.rl_pass_rate
+    chosen = "" if rates is None else f", pass rate from {rates[0]:g} to {rates[1]:g}"
     return [
         ("cold-start data", data.cold_start),
-        ("cold-start teacher", f"{teacher.kind}, {teacher.wrong_share:.0%} wrong, {tries}, {kept}"),
-        ("RL data", data.rl),
+        *teacher_rows(recipe.teacher),
+        ("RL data", data.rl + chosen),
         ("test set", data.test),
         ("test sampling", _sampling(recipe.eval.temperature, recipe.eval.top_p, recipe.eval.max_new_tokens)),
+    ]
+
+
+def teacher_rows(teacher: Teacher) -> list[tuple[str, str]]:
+    """Who writes the demonstrations, how, and which are kept."""
+    if teacher.who == "builtin":
+        who = f"builtin, {teacher.wrong_share:.0%} wrong"
+    else:
+        where = f" at {teacher.base_url}" if teacher.who == "endpoint" else ""
+        who = f"{teacher.model}{where}, {_sampling(teacher.temperature, teacher.top_p, teacher.max_tokens)}"
+    tries = _count(teacher.tries, "try", "tries")
+    until = f" until {teacher.enough} to keep" if 0 < teacher.enough < teacher.tries else ""
+    kept = "right ones kept" if teacher.keep == "right" else "wrong ones kept too"
+    most = _count(teacher.keep_most, "demonstration")
+    chain = teacher.chain.replace("_", " ")
+    return [
+        ("cold-start teacher", f"{who}, {tries}{until}, {kept}"),
+        ("chain of thought", f"{chain}, {teacher.format}; {teacher.pick}, at most {most} a problem"),
     ]
 
 

@@ -89,8 +89,8 @@ def read_runs(folder: Path) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """Everything readable of one run folder."""
     arms = [a for a in ARMS if (folder / "eval" / a).is_dir()]
-    predictions = {a: list(_rows(folder / "eval" / a / "predictions.jsonl")) for a in arms}
-    stages = {s: tuple(_rows(folder / s / "metrics.jsonl")) for s in STAGES}
+    predictions = {a: list(read_rows(folder / "eval" / a / "predictions.jsonl")) for a in arms}
+    stages = {s: tuple(read_rows(folder / s / "metrics.jsonl")) for s in STAGES}
     rollouts = {s: _last_rollouts(folder / s / "rollouts") for s in STAGES}
     scores = {a: read_object(folder / "eval" / a / "scores.json") for a in arms}
     return Run(
@@ -99,7 +99,7 @@ def read_run(folder: Path) -> Run:
         recipe=read_text(folder / "recipe.yaml"),
         cold_start=read_object(folder / "cold_start" / "stats.json"),
         curves={s: rows for s, rows in stages.items() if rows},
-        problems=tuple(_problem(r) for r in _rows(folder / "eval" / "problems.jsonl")),
+        problems=tuple(_problem(r) for r in read_rows(folder / "eval" / "problems.jsonl")),
         answers={a: {text(r, "id"): _answer(r) for r in rows} for a, rows in predictions.items() if rows},
         scores={a: row for a, row in scores.items() if row},
         rollouts={s: found for s, found in rollouts.items() if found},
@@ -158,7 +158,8 @@ def _json(content: str) -> object:
     return value
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
+    """The JSON objects of a JSONL file, other lines left out."""
     for line in read_text(path).split("\n"):
         value = _json(line)
         if isinstance(value, dict):
@@ -211,7 +212,7 @@ def _last_rollouts(folder: Path) -> tuple[int, tuple[Attempt, ...]] | None:
                 tokens=number(row, "tokens") or 0.0,
                 advantage=number(row, "advantage"),
             )
-            for row in _rows(path)
+            for row in read_rows(path)
         )
         if attempts:
             return int(path.stem[5:]), attempts

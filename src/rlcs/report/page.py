@@ -14,11 +14,12 @@ from markupsafe import Markup
 
 from rlcs.errors import RunFolderError
 from rlcs.files import atomic_write
-from rlcs.report import charts, findings, pictures
+from rlcs.report import charts, demonstrations, findings, pictures
 from rlcs.report.gather import ARMS, STAGES, Row, Run, number, part, read_object, read_runs, read_text, text
 
 _LONGEST_TEXT = 3000  # characters of one answer that the page shows
 _LONGEST_RECIPE = 100_000
+_SAMPLES = 16  # answers of the teacher
 
 _CURVES = (
     ("reward", "Reward", False),
@@ -42,7 +43,7 @@ def build(run: Path) -> Path:
     """
     runs = read_runs(run)
     summary = read_object(run / "summary.json") or runs[0].summary
-    if not summary and not any(r.curves or r.answers or r.scores or r.recipe for r in runs):
+    if not summary and not any(r.curves or r.answers or r.scores or r.recipe or r.cold_start for r in runs):
         raise RunFolderError(
             "no run to report", where=str(run), fix="give the folder of a run: the one with recipe.yaml in it"
         )
@@ -91,6 +92,8 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, gallery: int) -> 
         health_stages=list(dict.fromkeys(stage for row in health for stage in row.stages)),
         skipped=findings.skipped_steps(runs),
         cold_start=_plain(runs[0].cold_start),
+        samples=demonstrations.samples(runs[0].folder / "cold_start", min(gallery, _SAMPLES)),
+        histograms=demonstrations.histograms(runs[0].folder / "cold_start", runs[0].cold_start),
         gallery=_gallery(runs[0], gallery),
         rollouts=[
             (stage, step, findings.late_rollouts(attempts))

@@ -1,0 +1,141 @@
+"""Demonstrations and problems in the layouts of others, so that people can come and go.
+
+`published`: Parquet with the columns of Multimodal-Cold-Start (`images` embedded, `problem`, `answer`, where
+the answer of a demonstration is its whole response); `ms-swift`: JSONL with query, response, images;
+`llama-factory`: ShareGPT with `dataset_info.json`. Each export is a folder with a data set card.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rlcs.data.rows import Row
+from rlcs.errors import DataError, RunFolderError
+from rlcs.files import atomic_write, encoded_image, image_kind
+from rlcs.records import IMAGE_SLOT, ImageRef, Problem
+
+Layout = Literal["published", "ms-swift", "llama-factory"]
+LAYOUTS: tuple[Layout, ...] = ("published", "ms-swift", "llama-factory")
+_BATCH = 256
+_LIMIT = 50_000_000
+
+
+def export(rows: Sequence[Row], folder: Path, *, layout: Layout, source: str) -> list[Path]:
+    """Write rows into a new folder; returns its files. Raises RunFolderError if it is not empty."""
+    if folder.exists() and any(folder.iterdir()):
+        raise RunFolderError("the folder is not empty", where=str(folder), fix="name a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "published":
+        _write_parquet(rows, folder / "data" / "train-00000-of-00001.parquet")
+    elif layout == "ms-swift":
+        _write_lines(folder / "train.jsonl", (_swift(row, folder) for row in rows))
+    else:
+        _write_lines(folder / "train.jsonl", (_sharegpt(row, folder) for row in rows))
+        atomic_write(folder / "dataset_info.json", json.dumps(_LLAMA_FACTORY, indent=2) + "\n")
+    atomic_write(folder / "README.md", card(rows, folder.name, layout=layout, source=source))
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+_LLAMA_FACTORY = {
+    "rlcs": {
+        "file_name": "train.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "images": "images"},
+    }
+}
+
+
+def spoken(problem: Problem) -> str:
+    """The question with its choices, and a slot for every image: in front where it has none."""
+    asked = problem.asked
+    return asked if IMAGE_SLOT in asked else IMAGE_SLOT * len(problem.images) + asked
+
+
+def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _swift(row: Row, folder: Path) -> dict[str, Any]:
+    images = [_image_file(ref, folder) for ref in row.problem.images]
+    said = row.problem.answer if row.response is None else row.response
+    return {"query": spoken(row.problem), "response": said, "images": images, "solution": row.problem.answer}
+
+
+def _sharegpt(row: Row, folder: Path) -> dict[str, Any]:
+    said = row.problem.answer if row.response is None else row.response
+    turns = [{"from": "human", "value": spoken(row.problem)}, {"from": "gpt", "value": said}]
+    return {"conversations": turns, "images": [_image_file(ref, folder) for ref in row.problem.images]}
+
+
+def _image_file(ref: ImageRef, folder: Path) -> str:
+    """Write an image once; its name from the folder."""
+    data = encoded_image(ref, limit=_LIMIT)
+    path = folder / "images" / f"{ref.sha256[:24]}.{image_kind(data)}"
+    if not path.exists():
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+        except OSError as error:
+            what = f"cannot write an image: {error.strerror}"
+            raise RunFolderError(what, where=str(path), fix="make room") from error
+    return path.relative_to(folder).as_posix()
+
+
+def _write_parquet(rows: Sequence[Row], path: Path) -> None:
+    import pyarrow as pa
+    from datasets import Features, Image, Value
+    from datasets import List as ListOf
+    from pyarrow.parquet import ParquetWriter
+
+    features = Features({"images": ListOf(Image()), "problem": Value("string"), "answer": Value("string")})
+    schema = features.arrow_schema  # with the metadata by which `datasets` knows the images
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ParquetWriter(path, schema) as writer:
+        for start in range(0, len(rows), _BATCH):
+            table = [
+                {
+                    "images": [_embedded(ref) for ref in row.problem.images],
+                    "problem": spoken(row.problem),
+                    "answer": row.problem.answer if row.response is None else row.response,
+                }
+                for row in rows[start : start + _BATCH]
+            ]
+            writer.write_table(pa.Table.from_pylist(table, schema=schema))
+
+
+def _embedded(ref: ImageRef) -> dict[str, Any]:
+    data = encoded_image(ref, limit=_LIMIT)
+    return {"bytes": data, "path": f"{ref.sha256[:24]}.{image_kind(data)}"}
+
+
+def card(rows: Sequence[Row], name: str, *, layout: Layout, source: str) -> str:
+    """The data set card: what it is, how many rows, where it comes from, and what nobody said."""
+    demonstrations = sum(row.response is not None for row in rows)
+    counts = Counter(len(row.problem.images) for row in rows)
+    files = "data/*.parquet" if layout == "published" else "train.jsonl"
+    images = ", ".join(f"{n:,} rows with {k}" for k, n in sorted(counts.items()))
+    teachers = Counter(
+        str(row.problem.metadata["teacher"]) for row in rows if "teacher" in row.problem.metadata
+    )
+    written = ", ".join(f"{who} ({n:,})" for who, n in teachers.most_common(10)) or "not recorded"
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    facts = {"files": files, "name": name, "layout": layout, "source": source, "written": written}
+    return template.format(**facts, rows=len(rows), demonstrations=demonstrations, images=images or "none")
+
+
+def push(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload an exported folder to the hub as a data set; returns its address. Raises DataError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, repo_type="dataset"))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"the hub refuses it: {what}", where=repo, fix="check the name, and log in with `hf auth login`"
+        ) from error

@@ -1,0 +1,129 @@
+r"""Kinds of chain of thought: what is asked, turn by turn, and how the turns become one response.
+
+A kind is a folder of Jinja2 templates: `1.j2`, `2.j2`, ... are the requests, each a single user message
+that may quote the answers to earlier ones as `turns`; `response.j2` puts the turns together. `system.j2`
+beside the folders is the system prompt. A folder named in the recipe may replace any of these files.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rlcs.errors import RecipeError
+from rlcs.grading.extraction import extract
+from rlcs.records import IMAGE_SLOT, Problem
+
+Format = Literal["plain", "think"]
+_BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_BARE_WORDS = 6
+_TAGS = re.compile(r"\s*</?think>\s*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What came back to one request; `reasoning` is what some servers keep apart from the text."""
+
+    text: str
+    reasoning: str = ""
+
+
+class Chain:
+    """One kind of chain of thought, ready to ask."""
+
+    def __init__(self, kind: str, *, folder: str | None, form: Format) -> None:
+        """Read the templates. Raises RecipeError for one that is missing or not Jinja2."""
+        from jinja2 import ChoiceLoader, FileSystemLoader, PackageLoader, TemplateError
+        from jinja2.sandbox import SandboxedEnvironment
+
+        if folder is not None and not Path(folder).is_dir():
+            raise RecipeError("no such folder", where=f"teacher.templates={folder}", fix="correct the path")
+        shipped = PackageLoader("rlcs.distill", "templates")
+        loader = shipped if folder is None else ChoiceLoader([FileSystemLoader(folder), shipped])
+        environment = SandboxedEnvironment(
+            loader=loader, autoescape=False, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters.update(unboxed=unboxed, spoken=spoken)
+        self._where = f"teacher.templates={folder}" if folder else f"templates of {kind}"
+        self._form = form
+        try:
+            names = environment.list_templates()
+            numbers = [n for n in range(1, 10) if f"{kind}/{n}.j2" in names]
+            self._requests = [environment.get_template(f"{kind}/{n}.j2") for n in numbers]
+            self._response = environment.get_template(f"{kind}/response.j2")
+            self._system = environment.get_template("system.j2")
+        except TemplateError as error:
+            raise RecipeError(
+                f"the template cannot be used: {error}", where=self._where, fix="correct it"
+            ) from error
+
+    @property
+    def length(self) -> int:
+        """Requests for one try."""
+        return len(self._requests)
+
+    @property
+    def sources(self) -> str:
+        """All that decides what is asked: templates of another text are another chain."""
+        environment = self._response.environment
+        names = [str(t.name) for t in (*self._requests, self._response, self._system)]
+        assert environment.loader is not None
+        return "\n".join(environment.loader.get_source(environment, name)[0] for name in names)
+
+    @property
+    def system(self) -> str:
+        """The system prompt; empty for none."""
+        return self._render(self._system, {"format": self._form}).strip()
+
+    def request(self, problem: Problem, turns: Sequence[Turn]) -> Problem:
+        """The problem with the words of the next request for its question; images stand first or at slots."""
+        texts = [turn.text for turn in turns]
+        words = {"question": problem.asked, "turns": texts, "format": self._form}
+        asked = self._render(self._requests[len(turns)], words).strip()
+        if asked.count(IMAGE_SLOT) not in (0, len(problem.images)):  # a turn quotes one, or the template does
+            asked = asked.replace(IMAGE_SLOT, "")
+        return replace(problem, question=asked, choices=())
+
+    def response(self, turns: Sequence[Turn]) -> str:
+        """The turns as one response, in the format of the recipe."""
+        said = self._render(self._response, {"turns": [turn.text for turn in turns]}).strip()
+        return formatted(said, turns[-1].reasoning if len(turns) == 1 else "", self._form)
+
+    def _render(self, template: Any, words: Mapping[str, object]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(template.render(words))
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise RecipeError(
+                f"the template cannot be filled in: {error}", where=f"{self._where}: {template.name}"
+            ) from error
+
+
+def unboxed(text: str) -> str:
+    r"""`\boxed{5}` as plain `5`: an answer that is not the last word has no box."""
+    return _BOX.sub(r"\1", text)
+
+
+def spoken(text: str) -> str:
+    """A quoted answer without its thinking tags."""
+    return _TAGS.sub("\n\n", text).strip()
+
+
+def formatted(text: str, reasoning: str, form: Format) -> str:
+    r"""`plain`: no tags; `think`: reasoning between tags, then the box.
+
+    A text without a final answer is left as it is: it is rejected for that.
+    """
+    if "<think>" in text and "</think>" in text:
+        before, _, text = text.rpartition("</think>")
+        reasoning = _TAGS.sub("", before)
+        text = text.strip()
+    if form == "plain":
+        bare = reasoning and len(text.split()) <= _BARE_WORDS  # the work stands in the reasoning alone
+        return f"{reasoning}\n\n{text}".strip() if bare else text.strip()
+    if reasoning:
+        return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}"
+    answer = extract(text).text
+    return text if answer is None else f"<think>\n{unboxed(text)}\n</think>\n\n\\boxed{{{answer}}}"

@@ -1,0 +1,77 @@
+"""The cold start on the page: lengths of answers, pass rates of problems, and samples with reasons."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from rlcs.report import pictures
+from rlcs.report.gather import Row, read_rows, text
+
+_IMAGE_BYTES = 12_000
+_LENGTHS = (100, 200, 400, 800, 1600, 3200, 6400)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One answer of the teacher: kept where `why` is empty."""
+
+    id: str
+    question: str
+    answer: str
+    response: str
+    why: str
+    images: tuple[str, ...]
+
+
+def samples(folder: Path, count: int) -> list[Sample]:
+    """Up to `count` answers, kept and rejected in turn, chosen by a hash and not by hand."""
+    problems = {text(row, "id"): row for row in read_rows(folder / "problems.jsonl")}
+    kept = _few(read_rows(folder / "kept.jsonl"), count)
+    rejected = _few(read_rows(folder / "rejected.jsonl"), count)
+    found = []
+    for row in [row for row in chain(*zip_longest(kept, rejected)) if row is not None][:count]:
+        problem = problems.get(text(row, "problem_id") or text(row, "id"), row)
+        images = problem.get("images")
+        names = [str(name) for name in images[:2]] if isinstance(images, list) else []
+        found.append(
+            Sample(
+                id=text(row, "id"),
+                question=text(problem, "question"),
+                answer=text(problem, "answer"),
+                response=text(row, "response"),
+                why=text(row, "why"),
+                images=tuple(pictures.embed(folder, names, most_bytes=_IMAGE_BYTES)),
+            )
+        )
+    return found
+
+
+def _few(rows: Iterator[Row], count: int) -> list[Row]:
+    def place(row: Row) -> bytes:
+        return hashlib.sha256(f"{text(row, 'id')}|{text(row, 'attempt')}".encode()).digest()
+
+    return sorted(rows, key=place)[:count]
+
+
+def histograms(folder: Path, stats: Row) -> Mapping[str, list[tuple[str, int, float]]]:
+    """By title: (bin, count, share of the largest bin) of lengths in characters and of pass rates."""
+    counts = Counter(_length(text(row, "response")) for row in read_rows(folder / "kept.jsonl"))
+    names = [f"up to {most:,}" for most in _LENGTHS] + ["longer"]
+    found = {"Characters of kept answers": _bars(names, [counts[i] for i in range(len(names))])}
+    rates = stats.get("pass_rates")
+    if isinstance(rates, list) and len(rates) == 10:
+        tenths = [f"{i * 10}–{i * 10 + 10}%" for i in range(10)]
+        found["Problems by pass rate"] = _bars(tenths, [n if isinstance(n, int) else 0 for n in rates])
+    return {title: bars for title, bars in found.items() if bars}
+
+
+def _length(response: str) -> int:
+    return next((i for i, most in enumerate(_LENGTHS) if len(response) <= most), len(_LENGTHS))
+
+
+def _bars(names: Sequence[str], counts: Sequence[int]) -> list[tuple[str, int, float]]:
+    most = max(counts, default=0)
+    return [(name, n, n / most) for name, n in zip(names, counts, strict=True)] if most > 0 else []
