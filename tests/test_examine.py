@@ -81,8 +81,11 @@ def test_a_local_model_answers_everything_and_says_what_chance_is(mini, random_m
     assert table == (mini / "out" / "comparison.md").read_text()
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1, "the table is aligned"
-    assert lines[2].startswith("| mine") and lines[3].startswith("| tiny") and "6 of 304" in lines[2]
-    assert lines[4].split("|")[3].strip() == "20.0" and lines[4].startswith("| chance")
+    named = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines[2:7]]
+    assert [cells[:2] for cells in named] == [
+        ["mine", "rlcs"], ["mine", "official"], ["tiny", "rlcs"], ["tiny", "official"], ["chance", ""]
+    ]  # fmt: skip
+    assert "6 of 304" in named[0][2] and named[4][2] == "20.0"
     assert "27.0 (test)" in table and "prompt `paper`, 1 answer, temperature 0" in table
     assert "MATH-Vision 6/6" in capsys.readouterr().out
 
@@ -285,7 +288,10 @@ def test_the_comparison_holds_every_model_of_the_folder_in_the_order_given(mini)
     with LoopbackServer() as server:
         run(exam(mini, server), "old")
         comparison = run(exam(mini, server), "zeta", "both=alpha")
-    assert [row["model"] for row in comparison["rows"]] == ["zeta", "both", "old"]
+    rules = ("rlcs", "official")
+    assert [(row["model"], row["rule"]) for row in comparison["rows"]] == [
+        (model, rule) for model in ("zeta", "both", "old") for rule in rules
+    ]
     assert comparison["reported"]["the paper, 7B (SFT, then RL)"]["mathvista"] == 73.4
     means = [round(sum(each) / 4, 1) for each in REPORTED.values()]
     assert means == [40.0, 50.8, 49.5, 55.7]
