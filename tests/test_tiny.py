@@ -124,5 +124,5 @@ def test_the_shipped_model_answers_in_a_box_and_is_weak_at_several_steps(
     shipped: tuple[Model, Processor],
 ) -> None:
     scores = tiny.measure(*shipped, count=40)
-    assert scores["direct answers in a box"] > 0.95
+    assert scores["direct answers in a box"] == 1.0
     assert 0.1 < scores["direct answers, all"] < 0.45  # the study's questions are new to it

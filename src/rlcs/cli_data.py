@@ -2,11 +2,14 @@
 
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlcs.errors import UserError
+
+if TYPE_CHECKING:
+    from rlcs.data import Role
 
 data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is_help=True)
 
@@ -110,7 +113,7 @@ def data_overlap(
             typer.echo(f"    {each.a}  {each.b}" + (f"  ({each.bits} bits)" if each.bits else ""))
 
 
-def _rows(source: str, role: Any) -> Any:
+def _rows(source: str, role: "Role") -> Any:
     """The usable rows of a source; raises DataError when too few are."""
     from rlcs.data import load, require_usable
     from rlcs.recipe.schema import Data, Images

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcs import distill, grpo, models, report, sft
-from rlcs.data import Loaded, Row, load, require_usable
+from rlcs.data import Loaded, Role, Row, load, require_usable
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import DataError, RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
@@ -92,7 +92,11 @@ class Study:
         started = time.monotonic()
         if is_done(folder):
             return distill.load_kept(sources.cold_start, folder)
-        kept = cold_start(self.recipe, sources.cold_start, folder, output=self._output, stop=self._stop)
+        rows, recipe = sources.cold_start, self.recipe
+        with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
+            kept = distill.run(
+                rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=self._stop
+            )
         mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
         return kept
 
@@ -204,15 +208,6 @@ class Study:
         }
 
 
-def cold_start(
-    recipe: Recipe, rows: Sequence[Row], folder: Path, *, output: Output, stop: StopFlag
-) -> list[Demonstration]:
-    """Stage one's data: ask the recipe's teacher, and keep what is right."""
-    asked = sum(row.response is None for row in rows)
-    with output.screen("cold start", asked) as view:
-        return distill.run(rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=stop)
-
-
 @contextmanager
 def attempt_log(folder: Path) -> Iterator[None]:
     """Every start of a run has a log of its own, `attempt-N.log`, with warnings and what stopped it."""
@@ -291,7 +286,7 @@ def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, 
     return chosen
 
 
-def read_source(role: Any, source: str, recipe: Recipe) -> Loaded:
+def read_source(role: Role, source: str, recipe: Recipe) -> Loaded:
     """One data source; unusable rows are logged, and too many of them raise DataError."""
     settings: Data = recipe.data
     loaded = load(source, settings, decode_limit=recipe.images.decode_limit, role=role)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlcs.data import load, require_usable
+from rlcs.data import Role, load, require_usable
 from rlcs.distill.run import run
 from rlcs.files import read_json
 from rlcs.interrupts import StopFlag
@@ -16,8 +16,8 @@ def distil(
     recipe: Recipe, folder: Path, *, afresh: bool, quiet: bool, json: bool, stop: StopFlag
 ) -> dict[str, Any]:
     """Ask about `data.cold_start`; returns the statistics. `afresh`: responses in the data are not used."""
-    role = "rl" if afresh else "cold_start"
-    loaded = load(recipe.data.cold_start, recipe.data, decode_limit=recipe.images.decode_limit, role=role)  # type: ignore[arg-type]
+    role: Role = "rl" if afresh else "cold_start"
+    loaded = load(recipe.data.cold_start, recipe.data, decode_limit=recipe.images.decode_limit, role=role)
     require_usable(loaded, recipe.data)
     rows = [replace(row, response=None) for row in loaded.rows] if afresh else loaded.rows
     asked = sum(row.response is None for row in rows)

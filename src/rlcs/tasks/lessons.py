@@ -1,7 +1,7 @@
-r"""What the built-in model learns before any study: captions, simple questions, simple arithmetic.
+r"""What the built-in model learns before any study: captions, lists, simple questions, equations.
 
 Lessons use scenes of the train split only, never a question of the study in its own words, and never
-a word of reasoning: an answer is a caption, an equation, or `\boxed{...}` at once.
+a word of reasoning: an answer is a caption, a list, equations that were asked for, or `\boxed{...}` at once.
 """
 
 import random

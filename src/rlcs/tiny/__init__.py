@@ -1,7 +1,7 @@
 """Builds and pre-trains the built-in model: a real Qwen2.5-VL of about a million parameters.
 
-Run `python -m rlcs.tiny --out DIR` to make it again. It learns `tasks.lessons`: captions, simple
-questions with direct answers, single operations of arithmetic; never a question in several
+Run `python -m rlcs.tiny --out DIR` to make it again. It learns `tasks.lessons`: captions, lists
+of counts, simple questions with direct answers, equations with one operation; never a question in several
 steps, never reasoning. It stands where an instruct model stands before a cold start: it sees
 well, answers in a box, and has to be taught to think.
 """
