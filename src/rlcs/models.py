@@ -5,21 +5,26 @@ The built-in model and a hub model take the same path. What a family needs is in
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from rlcs import attention
+from rlcs import adapters, attention
 from rlcs.chat import Chat
 from rlcs.errors import ModelError
 from rlcs.images import ImagePipeline
+from rlcs.recipe.lora import Lora
 from rlcs.recipe.schema import Model as ModelSettings
 from rlcs.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +48,25 @@ FAMILIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Vlm:
-    """A model with its processor, ready for packs."""
+    """A model with its processor, ready for packs.
+
+    `adapter` is peft's handle on the low-rank layers inside `model`, where those train; `bare` scores
+    as if there were none: the reference of GRPO.
+    """
 
     model: PreTrainedModel
     processor: Any
     family: Family
     attention: str
     device: torch.device
+    adapter: "PeftModel | None" = None
+    bare: bool = False
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """The state to score in: adapters off if `bare`."""
+        if self.adapter is None or not self.bare:
+            return nullcontext()
+        return self.adapter.disable_adapter()
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters by name; tied weights once."""
@@ -68,18 +85,21 @@ def resolve(name: str) -> str:
     return name
 
 
-def load(settings: ModelSettings, *, device: torch.device | None = None) -> Vlm:
-    """Load a model from a folder, the hub or the package. Raises ModelError."""
+def load(settings: ModelSettings, *, device: torch.device | None = None, four_bit: bool = False) -> Vlm:
+    """Load a model from a folder, the hub or the package; `four_bit` for QLoRA. Raises ModelError."""
     device = device or default_device()
     source = resolve(settings.name)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
+    how: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if four_bit:
+        how |= adapters.four_bit(getattr(torch, dtype), device)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         family = _family(config.model_type, settings.name)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+        model = AutoModelForImageTextToText.from_pretrained(source, **how, **options)
         processor = AutoProcessor.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -116,6 +136,15 @@ def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
         parameter.requires_grad_(not any(pattern.search(name) for pattern in patterns))
 
 
+def prepare(vlm: Vlm, lora: Lora, frozen: Sequence[str], *, seed: int) -> Vlm:
+    """The model of a training stage: parts frozen, or everything frozen under new adapters."""
+    if not lora.rank:
+        freeze(vlm, frozen)
+        return vlm
+    parts = [getattr(vlm.family, part) for part in lora.parts if part not in frozen]
+    return replace(vlm, adapter=adapters.attach(vlm.model, lora, parts, seed=seed))
+
+
 def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
     """The chat format and image path of a model under a recipe.
 
@@ -130,6 +159,12 @@ def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
 
 
 def save(vlm: Vlm, folder: Path) -> None:
-    """Write a Hugging Face folder: weights (safetensors), configuration, processor."""
-    vlm.model.save_pretrained(folder)
+    """Write a Hugging Face folder: weights (safetensors), configuration, processor.
+
+    Adapters are merged into the weights, and lie in peft's format in `folder/adapter` too.
+    """
+    model = vlm.model if vlm.adapter is None else adapters.merged(vlm.adapter)
+    model.save_pretrained(folder)
     vlm.processor.save_pretrained(folder)
+    if vlm.adapter is not None:
+        vlm.adapter.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
