@@ -114,7 +114,8 @@ def test_merged_says_what_the_adapter_says_and_plain_transformers_loads_it(
     assert torch.equal(logprobs(vlm, packed), ours), "saving changes nothing"
     merged = models.load(Model(name=str(tmp_path)), device=torch.device("cpu"))
     torch.testing.assert_close(logprobs(merged, packed), ours, rtol=1e-5, atol=1e-5)
-    assert merged.model.lm_head.weight is merged.model.get_input_embeddings().weight
+    tied = merged.model.lm_head.weight is merged.model.get_input_embeddings().weight
+    assert tied == vlm.model.config.tie_word_embeddings
     stock, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     plain = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
@@ -214,6 +215,31 @@ def test_mistakes_in_the_recipe_get_a_sentence(random_model_folder, monkeypatch)
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="pip install bitsandbytes"):
         models.load(Model(name=str(random_model_folder)), four_bit=True)
+
+
+def test_four_bit_weights_train_and_are_saved_as_plain_ones(random_model_folder, tmp_path):
+    """QLoRA for real; bitsandbytes also computes on CPUs."""
+    pytest.importorskip("bitsandbytes")
+    settings = Lora(rank=4, alpha=16, four_bit=True, targets=("q_proj", "v_proj"))
+    plain = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
+    small = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"), four_bit=True)
+    vlm = models.prepare(small, settings, (), seed=0)
+    chat = models.make_chat(vlm, Recipe())
+    packed = one_pack(chat)
+    reference, start = grpo.reference_of(vlm), logprobs(vlm, packed)
+    lost = (start - logprobs(plain, packed)).abs()
+    assert lost.max() > 1e-3 and lost.mean() < 0.5, "the weights are rounded, and still the model's"
+    trainer = learn(vlm, packed)
+    ours = logprobs(vlm, packed)
+    assert (ours - start).abs().max() > 0.1 and torch.equal(logprobs(reference, packed), start)
+    state = checkpoint.capture(vlm.model, trainer.optimizer, step=3, cursor={})
+    learn(vlm, packed, steps=1)
+    checkpoint.restore(state, vlm.model, trainer.optimizer)
+    models.save(vlm, tmp_path)
+    merged = models.load(Model(name=str(tmp_path)), device=torch.device("cpu"))
+    assert merged.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    torch.testing.assert_close(logprobs(merged, packed), logprobs(vlm, packed), rtol=1e-4, atol=1e-4)
 
 
 # --- stages --------------------------------------------------------------------------------------

@@ -99,7 +99,8 @@ def _folded(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" not in name:
             own = name.removesuffix(".base_layer")
-            weight, layer = dequantize_module_weight(module).detach(), model.get_submodule(own)
+            weight = dequantize_module_weight(module).detach()
+            layer: Any = model.get_submodule(own)
             if isinstance(layer, LoraLayer):
                 delta = layer.get_delta_weight(layer.active_adapters[0]).detach()
                 weight = (weight.float() + delta.float()).to(weight.dtype)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from rlcs import adapters, attention
-from rlcs.chat import Chat
+from rlcs.chat import DEFAULT_SYSTEM, Chat
 from rlcs.errors import ModelError
 from rlcs.images import ImagePipeline
 from rlcs.recipe.lora import Lora
@@ -29,20 +29,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """Where the parts of a model live: a pattern on parameter names for each part."""
+    """What differs between families of models.
+
+    Where the parts live: a pattern on parameter names for each part. `default_system` is what the chat
+    template puts in when there is no system message; None: no system turn.
+    """
 
     vision_tower: str
     merger: str
-    language_model: str
+    language_model: str = r"^(model\.language_model\.|lm_head\.)"
+    default_system: str | None
 
 
-FAMILIES = {
-    "qwen2_5_vl": Family(
-        vision_tower=r"^model\.visual\.(?!merger\.)",
-        merger=r"^model\.visual\.merger\.",
-        language_model=r"^(model\.language_model\.|lm_head\.)",
-    )
-}
+_QWEN_2 = Family(
+    vision_tower=r"^model\.visual\.(?!merger\.)",
+    merger=r"^model\.visual\.merger\.",
+    default_system=DEFAULT_SYSTEM,
+)
+_QWEN_3 = Family(
+    vision_tower=r"^model\.visual\.(?!merger\.|deepstack_merger_list\.)",
+    merger=r"^model\.visual\.(merger|deepstack_merger_list)\.",
+    default_system=None,
+)
+FAMILIES = {"qwen2_vl": _QWEN_2, "qwen2_5_vl": _QWEN_2, "qwen3_vl": _QWEN_3}
 """Model types that rlcs trains, by the `model_type` of their configuration."""
 
 
@@ -154,7 +163,11 @@ def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
     vlm.processor.image_processor.size = bounds
     images = ImagePipeline(vlm.processor.image_processor, decode_limit=recipe.images.decode_limit)
     return Chat(
-        vlm.processor.tokenizer, images, system=recipe.prompt.system, max_tokens=recipe.prompt.max_tokens
+        vlm.processor.tokenizer,
+        images,
+        system=recipe.prompt.system,
+        max_tokens=recipe.prompt.max_tokens,
+        default_system=vlm.family.default_system,
     )
 
 

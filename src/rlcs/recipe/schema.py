@@ -46,7 +46,7 @@ class Images(Section):
     """One image path for every stage."""
 
     min_pixels: Positive = 3136
-    """Smaller images are enlarged to this area (28 x 28 pixels make one token)."""
+    """Smaller images are enlarged to this area (28 x 28 pixels make one token; 32 x 32 in Qwen3-VL)."""
     max_pixels: Positive = 1_204_224
     """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value)."""
     decode_limit: Positive = 50_000_000
