@@ -10,6 +10,7 @@ import pytest
 import family_models
 from rlcs import models
 from rlcs.models import FAMILIES
+from rlcs.recipe.schema import Recipe
 from test_chat import test_clean_text_gives_the_ids_of_the_chat_template  # noqa: F401
 from test_engine import (  # noqa: F401
     prompts,
@@ -47,3 +48,12 @@ def test_every_parameter_belongs_to_exactly_one_part(vlm):
         assert frozen and not any(re.search(o, name) for o in others for name in frozen)
         seen[part] = len(frozen)
     assert sum(seen.values()) == len(list(vlm.model.named_parameters()))
+
+
+def test_a_template_that_words_prompts_otherwise_is_told(vlm, caplog):
+    models.make_chat(vlm, Recipe(prompt={"system": "Think."}))
+    assert not caplog.records
+    vlm.processor.chat_template += "{%- if add_generation_prompt -%}{{- '<think>' -}}{%- endif -%}"
+    models.make_chat(vlm, Recipe())
+    [record] = caplog.records
+    assert "assistant\\n<think>'; rlcs trains" in record.getMessage()

@@ -104,5 +104,5 @@ def _folded(model: nn.Module) -> dict[str, Tensor]:
             if isinstance(layer, LoraLayer):
                 delta = layer.get_delta_weight(layer.active_adapters[0]).detach()
                 weight = (weight.float() + delta.float()).to(weight.dtype)
-            weights[f"{own}.weight"] = weight
+            weights[f"{own}.weight"] = weight.cpu()  # one layer at a time: a GPU may have no room for all
     return weights

@@ -3,6 +3,7 @@
 The built-in model and a hub model take the same path. What a family needs is in `FAMILIES`.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,9 +23,13 @@ from rlcs.images import ImagePipeline
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.schema import Model as ModelSettings
 from rlcs.recipe.schema import Recipe
+from rlcs.records import Problem
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+log = logging.getLogger("rlcs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,13 +167,28 @@ def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
     bounds = {"shortest_edge": recipe.images.min_pixels, "longest_edge": recipe.images.max_pixels}
     vlm.processor.image_processor.size = bounds
     images = ImagePipeline(vlm.processor.image_processor, decode_limit=recipe.images.decode_limit)
-    return Chat(
+    chat = Chat(
         vlm.processor.tokenizer,
         images,
         system=recipe.prompt.system,
         max_tokens=recipe.prompt.max_tokens,
         default_system=vlm.family.default_system,
     )
+    _compare_with_template(vlm, chat)
+    return chat
+
+
+def _compare_with_template(vlm: Vlm, chat: Chat) -> None:
+    """Warn if the model's own chat template, which servers use, words a prompt otherwise than `chat`."""
+    if not vlm.processor.chat_template:
+        return
+    asked = [{"role": "user", "content": [{"type": "text", "text": "1"}]}]
+    own = vlm.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    problem = Problem(id="template", source="template", question="1", answer="1")
+    ids = chat.with_system(None).prompt(problem).ids
+    ours = "".join(map(chat.token, ids))
+    if ours != own:
+        log.warning("the model's chat template renders %r; rlcs trains and measures with %r", own, ours)
 
 
 def save(vlm: Vlm, folder: Path) -> None:
