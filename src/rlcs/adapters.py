@@ -92,7 +92,6 @@ def merged(adapter: "PeftModel") -> PreTrainedModel:
 
 def _folded(model: nn.Module) -> dict[str, Tensor]:
     """The weights of all linear layers, with what their adapters add."""
-    from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 
     weights = {}
@@ -100,8 +99,8 @@ def _folded(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, nn.Linear) and ".lora_" not in name:
             own = name.removesuffix(".base_layer")
             weight = dequantize_module_weight(module).detach()
-            layer: Any = model.get_submodule(own)
-            if isinstance(layer, LoraLayer):
+            if own != name:
+                layer: Any = model.get_submodule(own)
                 delta = layer.get_delta_weight(layer.active_adapters[0]).detach()
                 weight = (weight.float() + delta.float()).to(weight.dtype)
             weights[f"{own}.weight"] = weight.cpu()  # one layer at a time: a GPU may have no room for all
