@@ -16,7 +16,7 @@ from rlcs.images import ImagePipeline
 from rlcs.records import IMAGE_SLOT, ImageRef, Problem, Prompt, Sampling
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
-"""What the Qwen-VL chat templates put in when there is no system message."""
+"""What the templates of Qwen2-VL and Qwen2.5-VL put in when there is no system message."""
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Ids that stand for images in the input; a model that samples one is broken, so all are banned."""
@@ -28,11 +28,23 @@ Segment = int | str | ImageRef
 class Chat:
     """The chat format of one model: problems to prompts, texts to response ids, and back."""
 
-    def __init__(self, tokenizer: Any, images: ImagePipeline, *, system: str | None, max_tokens: int) -> None:
-        """`system` None means the template's default; raises ModelError for another chat format."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        images: ImagePipeline,
+        *,
+        system: str | None,
+        max_tokens: int,
+        default_system: str | None = DEFAULT_SYSTEM,
+    ) -> None:
+        """`system` None means the template's default, which may be no system turn at all (also None).
+
+        Raises ModelError for another chat format.
+        """
         self._tokenizer = tokenizer
         self._images = images
-        self._system = DEFAULT_SYSTEM if system is None else system
+        self._default_system = default_system
+        self._system = default_system if system is None else system
         self._max_tokens = max_tokens
         self._start = self._control("<|im_start|>")
         self.end_id = self._control("<|im_end|>")
@@ -50,12 +62,28 @@ class Chat:
 
     def with_system(self, system: str | None) -> "Chat":
         """The same format under another system prompt."""
-        return Chat(self._tokenizer, self._images, system=system, max_tokens=self._max_tokens)
+        return Chat(
+            self._tokenizer,
+            self._images,
+            system=system,
+            max_tokens=self._max_tokens,
+            default_system=self._default_system,
+        )
 
     def prompt(self, problem: Problem) -> Prompt:
         """The prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
-        segments: list[Segment] = [self._start, "system\n" + self._system, self.end_id, "\n", self._start]
-        segments += ["user\n", *self._user(problem), self.end_id, "\n", self._start, "assistant\n"]
+        segments: list[Segment] = []
+        if self._system is not None:
+            segments = [self._start, "system\n" + self._system, self.end_id, "\n"]
+        segments += [
+            self._start,
+            "user\n",
+            *self._user(problem),
+            self.end_id,
+            "\n",
+            self._start,
+            "assistant\n",
+        ]
         ids: list[int] = []
         spans, grids, images = [], [], []
         for segment in _join_text(segments):

@@ -1,7 +1,8 @@
 """The state of training to and from disk, so that a stopped run continues bit for bit.
 
 A checkpoint is a folder `step-000080/` of `model.safetensors`, `optimizer.safetensors`,
-`state.json` and a manifest with checksums; nothing in it is ever unpickled. It is written aside as
+`state.json` and a manifest with checksums; nothing in it is ever unpickled. Of a model with adapters
+it holds the adapters alone, which is all that trains. It is written aside as
 `step-000080.tmp-PID`, made durable, and renamed in one step: a folder without a suffix is complete.
 Suffixes: `.tmp-PID` an unfinished save or removal, `.old` the checkpoint that a second save of the
 same step replaces, `.bad` one that failed its checks. One process at a time writes to a folder.
@@ -32,6 +33,8 @@ FORMAT = 1
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _COMPLETE = re.compile(r"step-(\d{6,})(\.old)?")
 _BAD = re.compile(r"step-(\d{6,})\.bad.*")
+_ADAPTER = ".lora_"
+"""What the names of adapter weights have in common, and no other name has."""
 _OF_THIS_MACHINE = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
 """Entries of an optimiser's parameter group that say how it computes here, not what."""
 
@@ -79,7 +82,7 @@ def capture(
     """The state of training now, random generators included. Copies nothing."""
     return TrainState(
         step=step,
-        model={name: tensor.detach() for name, tensor in model.state_dict().items()},
+        model={name: tensor.detach() for name, tensor in _trained(model).items()},
         optimizer=optimizer_to_tensors(optimizer, dict(model.named_parameters())),
         rng=capture_rng(),
         schedule=schedule or {},
@@ -89,13 +92,21 @@ def capture(
     )
 
 
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a checkpoint holds: all of a model, or its adapters alone where it has any."""
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if _ADAPTER in name} or state
+
+
 def restore(state: TrainState, model: nn.Module, optimizer: Optimizer) -> None:
     """Put weights, optimiser and random generators back in place; the rest belongs to its owners.
 
     Raises CheckpointError if the state is of another model or another choice of trained parts.
     """
     try:
-        model.load_state_dict(dict(state.model))
+        _, unexpected = model.load_state_dict(dict(state.model), strict=False)
+        if unexpected or state.model.keys() != _trained(model).keys():
+            raise RuntimeError("other names of weights")
     except RuntimeError as error:
         raise CheckpointError(
             f"the checkpoint is of another model: {error}", fix="resume with the recipe that wrote it"

@@ -5,7 +5,7 @@ The group is the unit of work end to end: sampled, graded, packed and learnt fro
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,6 +52,11 @@ def frozen_copy(vlm: Vlm) -> Vlm:
     return Vlm(
         model=model, processor=vlm.processor, family=vlm.family, attention=vlm.attention, device=vlm.device
     )
+
+
+def reference_of(vlm: Vlm) -> Vlm:
+    """The policy as it starts: the same weights with adapters off, or else a frozen copy."""
+    return frozen_copy(vlm) if vlm.adapter is None else replace(vlm, bare=True)
 
 
 def train(

@@ -23,19 +23,20 @@ from rlcs.recipe.schema import Recipe
 from rlcs.records import Demonstration, Prompt
 from rlcs.sft import tree_of
 
-PATCH_PIXELS = 28
-"""One image token covers 28 x 28 pixels of the resized image (14-pixel patches, merged 2 x 2)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One example: tokens (T,) as text, their loss weights (T,), and the images as they are resized."""
+    """One example: tokens (T,) as text, their loss weights (T,), and the images as they are resized.
+
+    `cell` pixels along each side of a resized image make one token.
+    """
 
     title: str
     prompt: Prompt
     tokens: tuple[str, ...]
     weights: tuple[float, ...]
     images: tuple[Image.Image, ...]
+    cell: int
     answer: str
 
 
@@ -71,16 +72,17 @@ def make_view(row: Row, recipe: Recipe) -> View:
         tree = tree_of(Demonstration(problem=row.problem, response=response, teacher=""), chat)
         prompt, ids, weights = tree.prompt, tree.branches[0].ids, tree.branches[0].weights
     images = []
+    patch = vlm.processor.image_processor.patch_size
     for ref, (_, height, width) in zip(prompt.images, prompt.grids, strict=True):
         picture = open_image(ref, limit=recipe.images.decode_limit)
-        half = PATCH_PIXELS // 2
-        images.append(picture.resize((width * half, height * half), Image.Resampling.BICUBIC))
+        images.append(picture.resize((width * patch, height * patch), Image.Resampling.BICUBIC))
     return View(
         title=row.problem.id,
         prompt=prompt,
         tokens=tuple(chat.token(i) for i in (*prompt.ids, *ids)),
         weights=(0.0,) * len(prompt.ids) + weights,
         images=tuple(images),
+        cell=patch * prompt.merge_size,
         answer=row.problem.answer,
     )
 
@@ -142,7 +144,7 @@ def _rgb(pixel: object) -> str:
 def write_html(view: View, path: Path) -> None:
     """One self-contained page: the resized images under their token grid, and every token."""
     pictures = "".join(
-        f'<img alt="image {i + 1} as the model sees it" src="{_grid_uri(image)}">'
+        f'<img alt="image {i + 1} as the model sees it" src="{_grid_uri(image, view.cell)}">'
         for i, image in enumerate(view.images)
     )
     tokens = "".join(
@@ -164,14 +166,14 @@ One cell of the grid is one image token.</p>{pictures}<p>{tokens}</p></html>"""
     atomic_write(path, page)
 
 
-def _grid_uri(image: Image.Image) -> str:
+def _grid_uri(image: Image.Image, cell: int) -> str:
     """The image, four times as large, with a line between tokens, as a data URI."""
     zoom = 4
     large = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(large)
-    for x in range(0, large.width, PATCH_PIXELS * zoom):
+    for x in range(0, large.width, cell * zoom):
         pen.line([(x, 0), (x, large.height)], fill=(128, 128, 128))
-    for y in range(0, large.height, PATCH_PIXELS * zoom):
+    for y in range(0, large.height, cell * zoom):
         pen.line([(0, y), (large.width, y)], fill=(128, 128, 128))
     buffer = io.BytesIO()
     large.save(buffer, "PNG")

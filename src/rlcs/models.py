@@ -3,53 +3,84 @@
 The built-in model and a hub model take the same path. What a family needs is in `FAMILIES`.
 """
 
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from rlcs import attention
-from rlcs.chat import Chat
+from rlcs import adapters, attention
+from rlcs.chat import DEFAULT_SYSTEM, Chat
 from rlcs.errors import ModelError
 from rlcs.images import ImagePipeline
+from rlcs.recipe.lora import Lora
 from rlcs.recipe.schema import Model as ModelSettings
 from rlcs.recipe.schema import Recipe
+from rlcs.records import Problem
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+log = logging.getLogger("rlcs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """Where the parts of a model live: a pattern on parameter names for each part."""
+    """What differs between families of models.
+
+    Where the parts live: a pattern on parameter names for each part. `default_system` is what the chat
+    template puts in when there is no system message; None: no system turn.
+    """
 
     vision_tower: str
     merger: str
-    language_model: str
+    language_model: str = r"^(model\.language_model\.|lm_head\.)"
+    default_system: str | None
 
 
-FAMILIES = {
-    "qwen2_5_vl": Family(
-        vision_tower=r"^model\.visual\.(?!merger\.)",
-        merger=r"^model\.visual\.merger\.",
-        language_model=r"^(model\.language_model\.|lm_head\.)",
-    )
-}
+_QWEN_2 = Family(
+    vision_tower=r"^model\.visual\.(?!merger\.)",
+    merger=r"^model\.visual\.merger\.",
+    default_system=DEFAULT_SYSTEM,
+)
+_QWEN_3 = Family(
+    vision_tower=r"^model\.visual\.(?!merger\.|deepstack_merger_list\.)",
+    merger=r"^model\.visual\.(merger|deepstack_merger_list)\.",
+    default_system=None,
+)
+FAMILIES = {"qwen2_vl": _QWEN_2, "qwen2_5_vl": _QWEN_2, "qwen3_vl": _QWEN_3}
 """Model types that rlcs trains, by the `model_type` of their configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vlm:
-    """A model with its processor, ready for packs."""
+    """A model with its processor, ready for packs.
+
+    `adapter` is peft's handle on the low-rank layers inside `model`, where those train; `bare` scores
+    as if there were none: the reference of GRPO.
+    """
 
     model: PreTrainedModel
     processor: Any
     family: Family
     attention: str
     device: torch.device
+    adapter: "PeftModel | None" = None
+    bare: bool = False
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """The state to score in: adapters off if `bare`."""
+        if self.adapter is None or not self.bare:
+            return nullcontext()
+        return self.adapter.disable_adapter()
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters by name; tied weights once."""
@@ -68,18 +99,21 @@ def resolve(name: str) -> str:
     return name
 
 
-def load(settings: ModelSettings, *, device: torch.device | None = None) -> Vlm:
-    """Load a model from a folder, the hub or the package. Raises ModelError."""
+def load(settings: ModelSettings, *, device: torch.device | None = None, four_bit: bool = False) -> Vlm:
+    """Load a model from a folder, the hub or the package; `four_bit` for QLoRA. Raises ModelError."""
     device = device or default_device()
     source = resolve(settings.name)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
+    how: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if four_bit:
+        how |= adapters.four_bit(getattr(torch, dtype), device)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         family = _family(config.model_type, settings.name)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+        model = AutoModelForImageTextToText.from_pretrained(source, **how, **options)
         processor = AutoProcessor.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -116,6 +150,15 @@ def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
         parameter.requires_grad_(not any(pattern.search(name) for pattern in patterns))
 
 
+def prepare(vlm: Vlm, lora: Lora, frozen: Sequence[str], *, seed: int) -> Vlm:
+    """The model of a training stage: parts frozen, or everything frozen under new adapters."""
+    if not lora.rank:
+        freeze(vlm, frozen)
+        return vlm
+    parts = [getattr(vlm.family, part) for part in lora.parts if part not in frozen]
+    return replace(vlm, adapter=adapters.attach(vlm.model, lora, parts, seed=seed))
+
+
 def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
     """The chat format and image path of a model under a recipe.
 
@@ -124,12 +167,37 @@ def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
     bounds = {"shortest_edge": recipe.images.min_pixels, "longest_edge": recipe.images.max_pixels}
     vlm.processor.image_processor.size = bounds
     images = ImagePipeline(vlm.processor.image_processor, decode_limit=recipe.images.decode_limit)
-    return Chat(
-        vlm.processor.tokenizer, images, system=recipe.prompt.system, max_tokens=recipe.prompt.max_tokens
+    chat = Chat(
+        vlm.processor.tokenizer,
+        images,
+        system=recipe.prompt.system,
+        max_tokens=recipe.prompt.max_tokens,
+        default_system=vlm.family.default_system,
     )
+    _compare_with_template(vlm, chat)
+    return chat
+
+
+def _compare_with_template(vlm: Vlm, chat: Chat) -> None:
+    """Warn if the model's own chat template, which servers use, words a prompt otherwise than `chat`."""
+    if not vlm.processor.chat_template:
+        return
+    asked = [{"role": "user", "content": [{"type": "text", "text": "1"}]}]
+    own = vlm.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    problem = Problem(id="template", source="template", question="1", answer="1")
+    ids = chat.with_system(None).prompt(problem).ids
+    ours = "".join(map(chat.token, ids))
+    if ours != own:
+        log.warning("the model's chat template renders %r; rlcs trains and measures with %r", own, ours)
 
 
 def save(vlm: Vlm, folder: Path) -> None:
-    """Write a Hugging Face folder: weights (safetensors), configuration, processor."""
-    vlm.model.save_pretrained(folder)
+    """Write a Hugging Face folder: weights (safetensors), configuration, processor.
+
+    Adapters are merged into the weights, and lie in peft's format in `folder/adapter` too.
+    """
+    model = vlm.model if vlm.adapter is None else adapters.merged(vlm.adapter)
+    model.save_pretrained(folder)
     vlm.processor.save_pretrained(folder)
+    if vlm.adapter is not None:
+        vlm.adapter.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)

@@ -103,11 +103,16 @@ class Study:
         mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
         return kept
 
-    def _vlm(self, start: Path | None) -> models.Vlm:
+    def _policy(self, start: Path | None, frozen: Sequence[str]) -> models.Vlm:
+        """The model of a training stage, with what trains in it set."""
+        lora = self.recipe.lora
+        return models.prepare(self._vlm(start, lora.four_bit), lora, frozen, seed=self.recipe.seed)
+
+    def _vlm(self, start: Path | None, four_bit: bool = False) -> models.Vlm:
         settings = self.recipe.model
         if start is not None:
             settings = settings.model_copy(update={"name": str(start), "revision": None})
-        return models.load(settings)
+        return models.load(settings, four_bit=four_bit)
 
     def _stage_folder(self, name: str) -> StageFolder:
         settings = self.recipe.sft if name == "sft" else self.recipe.grpo
@@ -124,8 +129,7 @@ class Study:
             return
         self._stop.check("before SFT")
         log.info("sft: %d demonstrations", len(demonstrations))
-        vlm = self._vlm(None)
-        models.freeze(vlm, self.recipe.sft.freeze)
+        vlm = self._policy(None, self.recipe.sft.freeze)
         chat = models.make_chat(vlm, self.recipe)
         steps = sft.steps_of(self.recipe.sft, len(demonstrations))
         with self._output.screen("sft", steps) as view:
@@ -145,9 +149,8 @@ class Study:
         self._stop.check(f"before {name}")
         log.info("%s: %d problems, from %s", name, len(sources.rl), start or self.recipe.model.name)
         settings = self.recipe.grpo
-        vlm = self._vlm(start)
-        reference = grpo.frozen_copy(vlm) if settings.kl.active else None
-        models.freeze(vlm, settings.freeze)
+        vlm = self._policy(start, settings.freeze)
+        reference = grpo.reference_of(vlm) if settings.kl.active else None
         chat = models.make_chat(vlm, self.recipe)
         if self.recipe.prompt.rl_system is not None:
             chat = chat.with_system(self.recipe.prompt.rl_system)

@@ -165,4 +165,5 @@ class Trainer:
 def logprobs_of(vlm: Vlm, packs: Sequence[Pack], *, temperature: float) -> list[Tensor]:
     """Logprobs (N,) of every pack without gradients: the old or the reference pass."""
     vlm.model.eval()
-    return [score(vlm, pack, temperature=temperature).logprobs for pack in packs]
+    with vlm.scoring():
+        return [score(vlm, pack, temperature=temperature).logprobs for pack in packs]

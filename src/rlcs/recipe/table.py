@@ -4,6 +4,7 @@ Defaults such as the upper clip, the KL estimator or what a loss is averaged ove
 are read here rather than in source code.
 """
 
+from rlcs.recipe.lora import Lora
 from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft, Teacher
 
 _TOKEN_PIXELS = 28 * 28
@@ -44,6 +45,7 @@ def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
             "model",
             f"{model.name}{revision}, {model.dtype} precision, {model.attention} attention{checkpointing}",
         ),
+        ("LoRA", _lora(recipe.lora)),
         ("arms", ", ".join(_ARMS[arm] for arm in recipe.study.arms)),
         ("system prompt", "the chat template's own" if prompt.system is None else _quoted(prompt.system)),
         ("system prompt in RL", rl_system),
@@ -117,6 +119,15 @@ def teacher_rows(teacher: Teacher) -> list[tuple[str, str]]:
         ("cold-start teacher", f"{who}, {tries}{until}, {kept}"),
         ("chain of thought", f"{chain}, {teacher.format}; {teacher.pick}, at most {most} a problem"),
     ]
+
+
+def _lora(lora: Lora) -> str:
+    if not lora.rank:
+        return "off: the weights themselves train"
+    scale = lora.alpha / (lora.rank**0.5 if lora.rank_stabilised else lora.rank)
+    layers = ", ".join(lora.targets) or "all linear layers"
+    base = "4-bit" if lora.four_bit else "frozen"
+    return f"rank {lora.rank}, scale {scale:g}, on {layers} of the {_frozen(lora.parts)}, {base} weights"
 
 
 def _optimizer(optimizer: Optimizer) -> str:

@@ -1,0 +1,125 @@
+"""Tiny random models of the families that do not ship with rlcs, with their real processors."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from rlcs import tiny
+from rlcs.tiny.build import CHAT_TEMPLATE, build_tokenizer
+
+QWEN_3_TEMPLATE = """\
+{%- set seen = namespace(images=0, videos=0) -%}
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\\n' -}}
+  {%- if message.content is string -%}
+    {{- message.content -}}
+  {%- else -%}
+    {%- for part in message.content -%}
+      {%- if message.role == 'user' and (part.type == 'image' or 'image' in part or 'image_url' in part) -%}
+        {%- set seen.images = seen.images + 1 -%}
+        {%- if add_vision_id -%}{{- 'Picture ' ~ seen.images ~ ': ' -}}{%- endif -%}
+        {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+      {%- elif message.role == 'user' and (part.type == 'video' or 'video' in part) -%}
+        {%- set seen.videos = seen.videos + 1 -%}
+        {%- if add_vision_id -%}{{- 'Video ' ~ seen.videos ~ ': ' -}}{%- endif -%}
+        {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+      {%- elif 'text' in part -%}
+        {{- part.text -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+"""Renders what Qwen3-VL-Instruct's own template renders of system, user and assistant turns without tools:
+no system turn unless there is a system message."""
+
+SIZES = {"shortest_edge": 64 * 64, "longest_edge": 448 * 448}
+
+
+def _ids(tokenizer) -> dict[str, int]:
+    return {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    }
+
+
+def _text(tokenizer, **more: object) -> dict[str, object]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.08,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        **more,
+    }
+
+
+def qwen2_vl(tokenizer) -> tuple[PreTrainedModel, Qwen2VLProcessor]:
+    """Untied head, patches of 14, positions in sections."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    vision = {"depth": 2, "embed_dim": 96, "hidden_size": 128, "num_heads": 4, "initializer_range": 0.08}
+    text = _text(tokenizer, rope_parameters=rope)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
+    processor = Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=SIZES),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+    return Qwen2VLForConditionalGeneration(config), processor
+
+
+def qwen3_vl(tokenizer) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+    """Tied head, patches of 16, interleaved positions, two deepstack layers, heads wider than hidden / 4."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8],
+            "mrope_interleaved": True}  # fmt: skip
+    text = _text(tokenizer, head_dim=48, rope_parameters=rope, tie_word_embeddings=True)
+    vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
+              "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 2],
+              "initializer_range": 0.08}  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **_ids(tokenizer)
+    )
+    tokenizer.chat_template = QWEN_3_TEMPLATE
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=SIZES, patch_size=16, **half),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=QWEN_3_TEMPLATE,
+    )
+    return Qwen3VLForConditionalGeneration(config), processor
+
+
+BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}
+
+
+def build(family: str, folder: Path) -> Path:
+    """Write a random model of the family in Hugging Face format."""
+    torch.manual_seed(1)
+    model, processor = BUILDERS[family](build_tokenizer(tiny.corpus(50)))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -1,0 +1,59 @@
+"""Every proof of the packing, the engine and the chat format, on the families beside Qwen2.5-VL.
+
+The proofs are the same functions; here `random_model_folder` holds a tiny random model of each family.
+"""
+
+import re
+
+import pytest
+
+import family_models
+from rlcs import models
+from rlcs.models import FAMILIES
+from rlcs.recipe.schema import Recipe
+from test_chat import test_clean_text_gives_the_ids_of_the_chat_template  # noqa: F401
+from test_engine import (  # noqa: F401
+    prompts,
+    test_greedy_answers_are_those_of_transformers,
+    test_rollouts_do_not_depend_on_batching_or_order,
+    test_sampler_logprobs_are_the_policys,
+)
+from test_lora import (  # noqa: F401
+    test_a_new_adapter_changes_no_logprob_at_all,
+    test_merged_says_what_the_adapter_says_and_plain_transformers_loads_it,
+    test_only_adapters_learn_and_the_reference_does_not_move,
+)
+from test_packing import test_positions_are_those_of_the_model_itself  # noqa: F401
+from test_policy import (  # noqa: F401
+    test_a_pack_equals_the_padded_repeated_batch,
+    test_gradient_checkpointing_changes_memory_not_gradients,
+    test_packs_may_be_split_anyhow,
+    test_the_self_check_sees_a_wrong_fast_path,
+)
+
+
+@pytest.fixture(scope="module", params=sorted(family_models.BUILDERS))
+def random_model_folder(request, tmp_path_factory):
+    return family_models.build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_every_parameter_belongs_to_exactly_one_part(vlm):
+    family = FAMILIES[vlm.model.config.model_type]
+    assert family is vlm.family
+    seen = dict.fromkeys(("vision_tower", "merger", "language_model"), 0)
+    for part in seen:
+        models.freeze(vlm, [part])
+        frozen = {name for name, p in vlm.model.named_parameters() if not p.requires_grad}
+        others = [getattr(family, other) for other in seen if other != part]
+        assert frozen and not any(re.search(o, name) for o in others for name in frozen)
+        seen[part] = len(frozen)
+    assert sum(seen.values()) == len(list(vlm.model.named_parameters()))
+
+
+def test_a_template_that_words_prompts_otherwise_is_told(vlm, caplog):
+    models.make_chat(vlm, Recipe(prompt={"system": "Think."}))
+    assert not caplog.records
+    vlm.processor.chat_template += "{%- if add_generation_prompt -%}{{- '<think>' -}}{%- endif -%}"
+    models.make_chat(vlm, Recipe())
+    [record] = caplog.records
+    assert "assistant\\n<think>'; rlcs trains" in record.getMessage()
