@@ -4,11 +4,12 @@ The built-in model and a hub model take the same path. What a family needs is in
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,10 +17,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from rlcs import attention
 from rlcs.chat import Chat
-from rlcs.errors import ModelError
+from rlcs.errors import ModelError, UserError
 from rlcs.images import ImagePipeline
+from rlcs.mesh import ALONE, Mesh
+from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Model as ModelSettings
 from rlcs.recipe.schema import Recipe
+from rlcs.sharding import Shell, shard, whole_weights
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +49,30 @@ FAMILIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Vlm:
-    """A model with its processor, ready for packs."""
+    """A model with its processor, ready for packs; under `torchrun` in shards (`shell`) over `mesh`."""
 
     model: PreTrainedModel
     processor: Any
     family: Family
     attention: str
     device: torch.device
+    mesh: Mesh = ALONE
+    shell: Shell | None = None
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters by name; tied weights once."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Work that calls the model, with its weights there; it returns a tensor or a tuple of them.
+
+        All ranks must run as often, in the same order, with images or without.
+        """
+        return work() if self.shell is None else self.shell.run(work)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """All weights on every rank, to call the model without keeping step; no gradients."""
+        return nullcontext() if self.shell is None else self.shell.gathered()
 
 
 def default_device() -> torch.device:
@@ -68,9 +87,12 @@ def resolve(name: str) -> str:
     return name
 
 
-def load(settings: ModelSettings, *, device: torch.device | None = None) -> Vlm:
-    """Load a model from a folder, the hub or the package. Raises ModelError."""
-    device = device or default_device()
+def load(settings: ModelSettings, *, device: torch.device | None = None, mesh: Mesh = ALONE) -> Vlm:
+    """Load a model from a folder, the hub or the package. Raises ModelError.
+
+    Under `torchrun` rank 0 alone has the weights, on the CPU, until `spread` gives every rank its share.
+    """
+    device = device or mesh.device or default_device()
     source = resolve(settings.name)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     dtype = settings.dtype
@@ -79,7 +101,12 @@ def load(settings: ModelSettings, *, device: torch.device | None = None) -> Vlm:
     try:
         config = AutoConfig.from_pretrained(source, **options)
         family = _family(config.model_type, settings.name)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+        if mesh.rank == 0:
+            model = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=getattr(torch, dtype), **options
+            )
+        else:
+            model = _weightless(config, getattr(torch, dtype), settings)
         processor = AutoProcessor.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -91,12 +118,38 @@ def load(settings: ModelSettings, *, device: torch.device | None = None) -> Vlm:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Vlm(
-        model=model.to(device),
+        model=model if mesh.grouped else model.to(device),
         processor=processor,
         family=family,
         attention=settings.attention,
         device=device,
+        mesh=mesh,
     )
+
+
+def _weightless(config: Any, dtype: torch.dtype, settings: ModelSettings) -> PreTrainedModel:
+    """The model's form without any memory, for ranks that get their weights from rank 0."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+        )
+    return model.eval()
+
+
+def spread(vlm: Vlm, settings: Parallel) -> Vlm:
+    """The model in shards over the ranks of its mesh; without `torchrun` the model as it is.
+
+    Raises UserError for a choice of number formats that only a sharded model can have.
+    """
+    if vlm.mesh.grouped:
+        return replace(vlm, shell=shard(vlm.model, vlm.mesh, settings))
+    if (settings.compute_dtype, settings.reduce_dtype) != ("same", "same"):
+        raise UserError(
+            "mixed precision belongs to sharded models",
+            where="parallel.compute_dtype",
+            fix="start with `torchrun --nproc-per-node N -m rlcs ...` (N may be 1), or set model.dtype",
+        )
+    return vlm
 
 
 def _family(model_type: str, name: str) -> Family:
@@ -130,6 +183,11 @@ def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
 
 
 def save(vlm: Vlm, folder: Path) -> None:
-    """Write a Hugging Face folder: weights (safetensors), configuration, processor."""
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
+    """Write a Hugging Face folder: weights (safetensors), configuration, processor; rank 0 does."""
+    weights = whole_weights(vlm.model, vlm.mesh) if vlm.shell is not None else None
+
+    def write() -> None:
+        vlm.model.save_pretrained(folder, state_dict=weights)
+        vlm.processor.save_pretrained(folder)
+
+    vlm.mesh.first(write)
