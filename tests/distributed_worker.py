@@ -11,10 +11,8 @@ from pathlib import Path
 
 import torch
 
-from conftest import make_problem
 from rlcs import grpo, models, sft, tasks
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import RlcsError
 from rlcs.interrupts import StopFlag, Stopped
 from rlcs.mesh import Mesh, open_mesh
 from rlcs.metrics import screen
@@ -27,11 +25,11 @@ from rlcs.stage import StageFolder
 
 def mixed_problems(count: int) -> list[Problem]:
     """Every third without an image, so that ranks get packs with and without."""
-    drawn = tasks.load("puzzles", split="train", count=count, seed=5)
-    return [
-        Problem(id=f"text{i}", source="t", question="How much is 2 + 2? " * (1 + i % 4), answer="4") if i % 3 == 0 else p
-        for i, p in enumerate(drawn)
-    ]  # fmt: skip
+    problems = list(tasks.load("puzzles", split="train", count=count, seed=5))
+    for i in range(0, count, 3):
+        question = "How much is 2 + 2? " * (1 + i % 4)
+        problems[i] = Problem(id=f"text{i}", source="t", question=question, answer="4")
+    return problems
 
 
 def demonstrations(count: int) -> list[Demonstration]:

@@ -5,7 +5,7 @@ The group is the unit of work end to end: sampled, graded, packed and learnt fro
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,11 +48,9 @@ class Actors:
 
 
 def frozen_copy(vlm: Vlm) -> Vlm:
-    """The reference: the policy as it is now, without gradients."""
+    """The reference: the policy as it is now, without gradients; make it before the policy is spread."""
     model = copy.deepcopy(vlm.model).requires_grad_(False)
-    return Vlm(
-        model=model, processor=vlm.processor, family=vlm.family, attention=vlm.attention, device=vlm.device
-    )
+    return replace(vlm, model=model)
 
 
 def train(
