@@ -98,7 +98,7 @@ def train(job: dict, mesh: Mesh) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    with open_mesh(timeout_s=120) as mesh:
+    with open_mesh(timeout_s=jobs[0].get("timeout_s", 240)) as mesh:
         for job in jobs:
             Path(job["folder"]).mkdir(parents=True, exist_ok=True)
             try:

@@ -8,15 +8,24 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import distributed_worker
-from rlcs import checkpoint
-from rlcs.mesh import ALONE
-from rlcs.packing import balanced
+from rlcs import checkpoint, models, sft
+from rlcs.chat import Chat
+from rlcs.errors import UserError
+from rlcs.mesh import ALONE, Mesh, open_mesh
+from rlcs.models import Vlm
+from rlcs.packing import balanced, pack
+from rlcs.policy import score
+from rlcs.recipe.parallel import Parallel
+from rlcs.recipe.schema import Model
 from rlcs.records import Tree
 from rlcs.shares import guessed_tokens, idle_tree, packs_in_step
 
@@ -43,6 +52,22 @@ JOBS = {
     "dapo": {"grpo": GRPO | DAPO},
 }
 
+STUDY = [
+    "data.cold_start=builtin:puzzles?count=12&seed=1",
+    "data.rl=builtin:puzzles?count=12&seed=2",
+    "data.test=builtin:puzzles?split=test&count=20&seed=3",
+    "sft.epochs=1",
+    "sft.batch_size=6",
+    "grpo.steps=60",
+    "grpo.prompts_per_step=3",
+    "grpo.group_size=2",
+    "grpo.max_new_tokens=8",
+    "grpo.save_every=500",
+    "grpo.max_flat_steps=99",
+    "eval.max_new_tokens=8",
+    "study.arms=[base, two_stage]",
+]
+
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun sets."""
@@ -51,10 +76,15 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     return os.environ | {key: str(value) for key, value in own.items()}
 
 
-def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(WORKER), str(path)],
@@ -131,13 +161,10 @@ def test_two_ranks_compute_what_one_computes(alone, pair, name):
 
 
 def test_the_trained_model_is_a_hugging_face_folder(pair):
-    from safetensors.torch import load_file
-
     weights = torch.load(pair / "sft" / "weights.pt")
-    saved = load_file(pair / "sft" / "final" / "model.safetensors")
-    assert set(weights) - set(saved) == {"lm_head.weight"}  # tied
-    for name, weight in saved.items():
-        assert torch.equal(weight, weights[name]), name
+    saved = models.load(Model(name=str(pair / "sft" / "final"))).model.state_dict()
+    assert saved.keys() == weights.keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in saved.items())
 
 
 @pytest.mark.parametrize(("name", "step"), [("sft", 3), ("paper", 1)])
@@ -168,24 +195,118 @@ def test_saved_by_two_ranks_and_continued_by_another_number(alone, pair, random_
         assert_same(alone / name, tmp_path / name)
 
 
-def test_a_killed_rank_takes_the_others_along(random_model_folder, tmp_path):
-    job = {"model": str(random_model_folder), "folder": str(tmp_path / "run")}
-    (tmp_path / "jobs.json").write_text(json.dumps([job | {"sft": SFT | {"epochs": 500}}]))
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+def test_a_rank_that_dies_or_hangs_takes_the_others_along(random_model_folder, tmp_path, how):
+    job = {"model": str(random_model_folder), "folder": str(tmp_path / "run"), "timeout_s": 20}
+    (tmp_path / "jobs.json").write_text(json.dumps([job | {"sft": SFT | {"epochs": 5000}}]))
     ranks = launch(2, tmp_path / "jobs.json")
     try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        started = time.monotonic()
-        while not metrics.exists() and time.monotonic() - started < LIMIT_S:
-            time.sleep(0.2)
-        ranks[1].send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        _, error = ranks[0].communicate(timeout=120)
-        assert time.monotonic() - killed < 60 and ranks[0].returncode not in (0, None)
+        wait_for(tmp_path / "run" / "metrics.jsonl")
+        ranks[1].send_signal(how)
+        sent = time.monotonic()
+        _, error = ranks[0].communicate(timeout=LIMIT_S)
+        assert time.monotonic() - sent < 100 and ranks[0].returncode not in (0, None)
         assert "rank 0 lost the others" in error and "continues from the last checkpoint" in error
     finally:
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+def wait_for(path: Path) -> None:
+    started = time.monotonic()
+    while not path.exists():
+        assert time.monotonic() - started < LIMIT_S, f"{path} does not come"
+        time.sleep(0.2)
+
+
+def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_model_folder, tmp_path):
+    words = ["-m", "rlcs", "run", "quickstart", f"model.name={random_model_folder}", *STUDY]
+    words += ["--out", str(tmp_path)]
+    start = [sys.executable, "-W", "ignore"]
+    run = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--shutdown-timeout",
+        "200",
+    ]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    study = subprocess.Popen(
+        [*start, *run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+    try:
+        wait_for(tmp_path / "grpo" / "metrics.jsonl")
+        study.send_signal(signal.SIGTERM)
+        said, error = study.communicate(timeout=LIMIT_S)
+    finally:
+        study.kill()
+    assert error.count("stopped as asked") == 1 and "grpo after step" in error, error
+    assert said.count("SFT loss") == 1  # rank 0 alone speaks
+    step = checkpoint.saved_steps(tmp_path / "grpo" / "checkpoints")[-1]
+    assert (tmp_path / "grpo" / "checkpoints" / f"step-{step:06d}" / "model-1.safetensors").is_file()
+    subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: arm["n"] for name, arm in summary["arms"].items()} == {"base": 20, "two_stage": 20}
+    assert [row["step"] for row in rows(tmp_path / "grpo")] == list(range(1, 61))
+
+
+# --- a group of one --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group_of_one(monkeypatch) -> Iterator[Mesh]:
+    for name, value in environment(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with open_mesh(timeout_s=60) as mesh:
+        yield mesh
+
+
+def scored(folder: Path, chat: Chat, parallel: Parallel, mesh: Mesh) -> tuple[Vlm, Tensor]:
+    """A model in shards, and its logprobs, with gradients."""
+    vlm = models.spread(models.load(Model(name=str(folder)), mesh=mesh), parallel)
+    trees = [sft.tree_of(demonstration, chat) for demonstration in distributed_worker.demonstrations(3)]
+    logprobs = score(vlm, pack(trees, chat.patches)).logprobs
+    logprobs.sum().backward()
+    return vlm, logprobs.detach()
+
+
+def test_number_formats_under_torchrun(random_model_folder, chat, group_of_one):
+    exact, logprobs = scored(random_model_folder, chat, Parallel(), group_of_one)
+    mixed, rounded = scored(random_model_folder, chat, Parallel(compute_dtype="bfloat16"), group_of_one)
+    assert 1e-4 < (logprobs - rounded).abs().max() < 0.2
+    _, same = scored(random_model_folder, chat, Parallel(reduce_dtype="bfloat16"), group_of_one)
+    assert torch.equal(same, logprobs)
+    for vlm in (exact, mixed):
+        assert (
+            {p.dtype for _, p in vlm.parameters()}
+            == {p.grad.dtype for _, p in vlm.parameters()}
+            == {torch.float32}
+        )
+
+
+def test_gradients_are_summed_in_the_chosen_format(random_model_folder, chat, group_of_one):
+    for name, coarse in (("same", False), ("bfloat16", True)):
+        vlm, _ = scored(random_model_folder, chat, Parallel(reduce_dtype=name), group_of_one)
+        grads = [p.grad.to_local() for _, p in vlm.parameters()]
+        assert all(torch.equal(g, g.bfloat16().float()) for g in grads) == coarse
+
+
+def test_layers_stay_gathered_only_where_the_recipe_says_so(random_model_folder, chat, group_of_one):
+    for freed in (True, False):
+        parallel = Parallel(reshard_after_forward=freed)
+        vlm = models.spread(models.load(Model(name=str(random_model_folder)), mesh=group_of_one), parallel)
+        tree = sft.tree_of(distributed_worker.demonstrations(2)[1], chat)
+        score(vlm, pack([tree], chat.patches))
+        layer = vlm.model.model.language_model.layers[0].mlp.up_proj.weight
+        assert isinstance(layer, DTensor) == freed
+
+
+def test_mixed_precision_without_torchrun_is_refused(vlm):
+    with pytest.raises(UserError, match="mixed precision belongs to sharded models"):
+        models.spread(vlm, Parallel(compute_dtype="bfloat16"))
 
 
 # --- shares --------------------------------------------------------------------------------------

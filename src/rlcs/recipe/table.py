@@ -4,6 +4,7 @@ Defaults such as the upper clip, the KL estimator or what a loss is averaged ove
 are read here rather than in source code.
 """
 
+from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft, Teacher
 
 _TOKEN_PIXELS = 28 * 28
@@ -44,6 +45,7 @@ def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
             "model",
             f"{model.name}{revision}, {model.dtype} precision, {model.attention} attention{checkpointing}",
         ),
+        ("many processes", _parallel(recipe.parallel)),
         ("arms", ", ".join(_ARMS[arm] for arm in recipe.study.arms)),
         ("system prompt", "the chat template's own" if prompt.system is None else _quoted(prompt.system)),
         ("system prompt in RL", rl_system),
@@ -117,6 +119,12 @@ def teacher_rows(teacher: Teacher) -> list[tuple[str, str]]:
         ("cold-start teacher", f"{who}, {tries}{until}, {kept}"),
         ("chain of thought", f"{chain}, {teacher.format}; {teacher.pick}, at most {most} a problem"),
     ]
+
+
+def _parallel(parallel: Parallel) -> str:
+    freed = "freed" if parallel.reshard_after_forward else "kept"
+    formats = f"{parallel.compute_dtype} compute and {parallel.reduce_dtype} reduce precision"
+    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass"
 
 
 def _optimizer(optimizer: Optimizer) -> str:
