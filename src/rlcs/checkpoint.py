@@ -2,10 +2,11 @@
 
 A checkpoint is a folder `step-000080/` of `model.safetensors`, `optimizer.safetensors`,
 `state.json` and a manifest with checksums; nothing in it is ever unpickled. Of a model with adapters
-it holds the adapters alone, which is all that trains. It is written aside as
+it holds the adapters alone, which is all that trains; of a sharded model every rank writes its rows
+(rank 1 into `model-1.safetensors`), and any number of ranks can read them. It is written aside as
 `step-000080.tmp-PID`, made durable, and renamed in one step: a folder without a suffix is complete.
 Suffixes: `.tmp-PID` an unfinished save or removal, `.old` the checkpoint that a second save of the
-same step replaces, `.bad` one that failed its checks. One process at a time writes to a folder.
+same step replaces, `.bad` one that failed its checks. One run at a time writes to a folder.
 """
 
 import os
@@ -13,7 +14,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rlcs import files
-from rlcs.errors import CheckpointError, DataError
+from rlcs.errors import CheckpointError, DataError, RlcsError
+from rlcs.mesh import ALONE, Mesh, own_part
 
 FORMAT = 1
 """Raised when `state.json` changes its meaning."""
@@ -79,7 +82,7 @@ def capture(
     extra: Mapping[str, Any] | None = None,
     recipe_hash: str = "",
 ) -> TrainState:
-    """The state of training now, random generators included. Copies nothing."""
+    """The state of training now, random generators included, of this rank's shard. Copies nothing."""
     return TrainState(
         step=step,
         model={name: tensor.detach() for name, tensor in _trained(model).items()},
@@ -104,8 +107,10 @@ def restore(state: TrainState, model: nn.Module, optimizer: Optimizer) -> None:
     Raises CheckpointError if the state is of another model or another choice of trained parts.
     """
     try:
-        _, unexpected = model.load_state_dict(dict(state.model), strict=False)
-        if unexpected or state.model.keys() != _trained(model).keys():
+        own = _trained(model)
+        weights = {n: own_part(t, own[n]) if n in own else t for n, t in state.model.items()}
+        _, unexpected = model.load_state_dict(weights, strict=False)
+        if unexpected or weights.keys() != own.keys():
             raise RuntimeError("other names of weights")
     except RuntimeError as error:
         raise CheckpointError(
@@ -167,8 +172,11 @@ def restore_optimizer(
     for label, tensor in saved.tensors.items():
         key, name = label.split("/", 1)
         parameter = parameters[name]
-        device = step_device[parameter] if key == "step" else parameter.device
-        optimizer.state[parameter][key] = tensor.to(device, copy=True)
+        optimizer.state[parameter][key] = (
+            tensor.to(step_device[parameter], copy=True)
+            if key == "step"
+            else own_part(tensor.clone(), parameter.detach())
+        )
 
 
 def capture_rng() -> dict[str, Any]:
@@ -205,20 +213,39 @@ def _unhex(text: str) -> Tensor:
 # --- state to disk ------------------------------------------------------------------------------
 
 
-def save(folder: Path, state: TrainState, *, keep: int) -> Path:
+def save(folder: Path, state: TrainState, *, keep: int, mesh: Mesh = ALONE) -> Path:
     """Write `step-NNNNNN` below `folder` and return its path; then prune to the `keep` newest.
 
     Whatever moment the process dies at, `load_latest` finds this state or the one before. Leftovers
     of earlier deaths are removed. Raises RunFolderError, leaving nothing behind, if the disk is full.
+    All ranks of a mesh save together, into a folder that they all see.
     """
-    _tidy(folder)
     target = folder / f"step-{state.step:06d}"
-    aside = folder / f"{target.name}.tmp-{os.getpid()}"
+    aside = mesh.first(lambda: _place_aside(folder, target))
     try:
-        _write(aside, state)
+        failed: RlcsError | None = None
+        try:
+            _write_tensors(aside, state, mesh)
+        except RlcsError as error:
+            failed = error
+        for error in filter(None, mesh.gather(failed)):
+            raise error
+        mesh.first(lambda: _write_facts(aside, state, mesh.size))
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        if mesh.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
+    mesh.first(lambda: _put_in_place(aside, target, keep=keep, step=state.step))
+    return target
+
+
+def _place_aside(folder: Path, target: Path) -> Path:
+    _tidy(folder)
+    return folder / f"{target.name}.tmp-{os.getpid()}"
+
+
+def _put_in_place(aside: Path, target: Path, *, keep: int, step: int) -> None:
+    folder = target.parent
     replaced = folder / f"{target.name}.old"
     if target.exists():
         target.replace(replaced)  # a rename cannot replace a folder that has files
@@ -226,16 +253,33 @@ def save(folder: Path, state: TrainState, *, keep: int) -> Path:
     _fsync(folder)
     if replaced.exists():
         _remove(replaced)
-    _prune(folder, state.step, keep)
-    return target
+    _prune(folder, step, keep)
 
 
-def _write(aside: Path, state: TrainState) -> None:
-    """All files of one checkpoint, the manifest last."""
-    tensors, tied = _untied(state.model)
-    files.atomic_write(aside / _MODEL, safetensors.torch.save(tensors))
-    optimizer = {name: _plain(tensor) for name, tensor in state.optimizer.tensors.items()}
-    files.atomic_write(aside / _OPTIMIZER, safetensors.torch.save(optimizer))
+def _of_rank(name: str, rank: int) -> str:
+    """The file of one rank: rank 0's is `name` itself."""
+    return name if rank == 0 else name.replace(".", f"-{rank}.")
+
+
+def _write_tensors(aside: Path, state: TrainState, mesh: Mesh) -> None:
+    """This rank's rows of what is sharded; rank 0 writes what every rank has whole too."""
+    tensors, _ = _untied(_own(state.model, mesh))
+    files.atomic_write(aside / _of_rank(_MODEL, mesh.rank), safetensors.torch.save(tensors))
+    optimizer = {name: _plain(tensor) for name, tensor in _own(state.optimizer.tensors, mesh).items()}
+    files.atomic_write(aside / _of_rank(_OPTIMIZER, mesh.rank), safetensors.torch.save(optimizer))
+
+
+def _own(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    return {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in tensors.items()
+        if mesh.rank == 0 or isinstance(tensor, DTensor)
+    }
+
+
+def _write_facts(aside: Path, state: TrainState, ranks: int) -> None:
+    """Everything that is no tensor, the manifest last."""
+    _, tied = _untied(_own(state.model, ALONE))
     facts = {
         "format": FORMAT,
         "step": state.step,
@@ -244,6 +288,7 @@ def _write(aside: Path, state: TrainState) -> None:
         "cursor": dict(state.cursor),
         "extra": dict(state.extra),
         "tied": tied,
+        "ranks": ranks,
         "optimizer": dict(state.optimizer.settings),
         "rng": dict(state.rng),
     }
@@ -346,17 +391,24 @@ def load(folder: Path, step: int) -> TrainState:
             where=str(folder),
             fix=f"saved steps: {', '.join(map(str, sorted(found))) or 'none'}",
         )
-    return _read(found[step], step)
+    return _verified(found[step], step)
 
 
-def load_latest(folder: Path) -> TrainState | None:
+def load_latest(folder: Path, mesh: Mesh = ALONE) -> TrainState | None:
     """The newest checkpoint that passes its checks, or None if there is none.
 
-    A damaged one is renamed to `.bad` with a RuntimeWarning, and the next older one is tried.
+    A damaged one is renamed to `.bad` with a RuntimeWarning, and the next older one is tried. Rank 0
+    checks; the other ranks open what it found.
     """
+    found = mesh.first(lambda: _newest(folder))
+    return None if found is None else _read(*found)
+
+
+def _newest(folder: Path) -> tuple[Path, int] | None:
     for step, path in sorted(_complete(folder).items(), reverse=True):
         try:
-            return _read(path, step)
+            _verified(path, step)
+            return path, step
         except CheckpointError as error:
             bad = _free_name(folder / f"step-{step:06d}.bad")
             path.replace(bad)
@@ -379,19 +431,24 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _read(path: Path, step: int) -> TrainState:
-    """One checkpoint, verified. Raises CheckpointError for anything that `save` did not write."""
+def _verified(path: Path, step: int) -> TrainState:
     files.verify_manifest(path)
+    return _read(path, step)
+
+
+def _read(path: Path, step: int) -> TrainState:
+    """One checkpoint. Raises CheckpointError for anything that `save` did not write."""
     try:
         facts = files.read_json(path / _STATE)
         if (facts["format"], facts["step"]) != (FORMAT, step):
             raise ValueError(f"it says format {facts['format']}, step {facts['step']}")
-        model = safetensors.torch.load_file(path / _MODEL)
+        ranks = range(facts.get("ranks", 1))
         return TrainState(
             step=step,
-            model=model | {name: model[source] for name, source in facts["tied"].items()},
+            model=_Stored([path / _of_rank(_MODEL, rank) for rank in ranks], facts["tied"]),
             optimizer=OptimizerState(
-                tensors=safetensors.torch.load_file(path / _OPTIMIZER), settings=facts["optimizer"]
+                tensors=_Stored([path / _of_rank(_OPTIMIZER, rank) for rank in ranks], {}),
+                settings=facts["optimizer"],
             ),
             **{name: facts[name] for name in ("rng", "schedule", "cursor", "extra", "recipe_hash")},
         )
@@ -401,3 +458,29 @@ def _read(path: Path, step: int) -> TrainState:
             where=str(path),
             fix="go on from another checkpoint",
         ) from error
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors in the files of all ranks, whole, each read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path], tied: Mapping[str, str]) -> None:
+        self._files = [safetensors.safe_open(path, framework="pt") for path in paths]
+        self._tied = tied
+        self._names = [set(file.keys()) for file in self._files]
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._tied.get(name, name)
+        parts = [
+            file.get_tensor(stored)
+            for file, names in zip(self._files, self._names, strict=True)
+            if stored in names
+        ]
+        if not parts:
+            raise KeyError(name)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*sorted(self._names[0]), *self._tied])
+
+    def __len__(self) -> int:
+        return len(self._names[0]) + len(self._tied)

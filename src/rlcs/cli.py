@@ -41,7 +41,9 @@ def main() -> None:
     try:
         app()
     except RlcsError as error:
-        sys.stderr.write(f"rlcs: {error}\n")
+        if not error.told:
+            rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+            sys.stderr.write(f"rlcs{rank}: {error}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("rlcs: stopped; the same command continues from the last checkpoint\n")
@@ -127,16 +129,20 @@ def _study(
 ) -> None:
     from rlcs.recipe.loading import load_recipe
 
+    if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone speaks
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - for good
     recipe = load_recipe(name, overrides or []).recipe
     folder = out or Path("runs") / recipe.name
     if not json:
         _print_choices(recipe, folder)
 
     from rlcs.interrupts import StopFlag
+    from rlcs.mesh import open_mesh
     from rlcs.pipeline import Output, run_seeds
 
-    with StopFlag() as stop:
-        summary = run_seeds(recipe, folder, seeds, output=Output(quiet=quiet, json=json), stop=stop)
+    output = Output(quiet=quiet, json=json)
+    with StopFlag() as stop, open_mesh(timeout_s=recipe.parallel.timeout_s) as mesh:
+        summary = run_seeds(recipe, folder, seeds, output=output, stop=stop, mesh=mesh)
     if json:
         typer.echo(jsonlib.dumps({"summary": str(folder / "summary.json"), "arms": summary["arms"]}))
     else:

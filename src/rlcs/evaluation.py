@@ -15,9 +15,11 @@ from rlcs.errors import DataError
 from rlcs.files import append_jsonl, atomic_write, open_image, read_jsonl, write_json
 from rlcs.grading import GradePool
 from rlcs.interrupts import StopFlag
+from rlcs.mesh import ALONE, Mesh
 from rlcs.metrics import Screen, wilson
 from rlcs.recipe.schema import Eval
 from rlcs.records import Grade, ImageRef, Problem, Prompt, Rollout
+from rlcs.shares import guessed_tokens, own_share
 
 CHUNK = 256
 """Problems between two writes."""
@@ -34,6 +36,7 @@ class Examiner:
     chat: Chat
     pool: GradePool
     settings: Eval
+    mesh: Mesh = ALONE
 
 
 def evaluate(
@@ -50,21 +53,30 @@ def evaluate(
     models look better than they are.
     """
     path = folder / "predictions.jsonl"
-    rows = read_jsonl(path) if path.exists() else []
+    mesh = examiner.mesh
+    rows = mesh.first(lambda: read_jsonl(path) if path.exists() else [])
     answered = {row["id"] for row in rows}
     left = [problem for problem in problems if problem.id not in answered]
     for start in range(0, len(left), CHUNK):
-        stop.check(str(folder))
+        mesh.check(stop, str(folder))
         some = left[start : start + CHUNK]
-        new = list(_answer(examiner, some))
-        append_jsonl(path, new)
+        new = _answer_together(examiner, some)
+        if mesh.rank == 0:
+            append_jsonl(path, new)
         rows += new
         done = len(problems) - len(left) + start + len(some)
         screen.advance(done, accuracy=sum(row["correct"] is True for row in rows) / len(rows))
     known = {problem.id: problem for problem in problems}
     scores = score_rows([row for row in rows if row["id"] in known], known)
-    write_json(folder / "scores.json", scores)
+    mesh.first(lambda: write_json(folder / "scores.json", scores))
     return scores
+
+
+def _answer_together(examiner: Examiner, problems: Sequence[Problem]) -> list[dict[str, object]]:
+    """Every rank answers its share; all get the rows of all."""
+    own = own_share([guessed_tokens(problem) for problem in problems], examiner.mesh)
+    parts = examiner.mesh.gather(list(_answer(examiner, [problems[i] for i in own])))
+    return [row for part in parts for row in part]
 
 
 def _answer(examiner: Examiner, problems: Sequence[Problem]) -> Iterable[dict[str, object]]:

@@ -15,6 +15,7 @@ from rlcs.engines.base import Engine
 from rlcs.errors import DataError, TrainingError
 from rlcs.grading import GradePool, health
 from rlcs.interrupts import StopFlag
+from rlcs.mesh import ALONE, Mesh
 from rlcs.metrics import Screen
 from rlcs.models import Vlm
 from rlcs.objectives import (
@@ -26,11 +27,11 @@ from rlcs.objectives import (
     overlong_penalty,
     policy_loss,
 )
-from rlcs.packing import Pack, pack, within_budget
 from rlcs.policy import Scores
 from rlcs.recipe.schema import Grpo
 from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree
 from rlcs.selfcheck import require_agreement
+from rlcs.shares import guessed_tokens, own_share, packs_in_step
 from rlcs.stage import Clock, StageFolder
 from rlcs.trainer import Batch, Counts, Objective, Outcome, Trainer, logprobs_of
 
@@ -47,11 +48,9 @@ class Actors:
 
 
 def frozen_copy(vlm: Vlm) -> Vlm:
-    """The reference: the policy as it is now, without gradients."""
+    """The reference: the policy as it is now, without gradients; make it before the policy is spread."""
     model = copy.deepcopy(vlm.model).requires_grad_(False)
-    return Vlm(
-        model=model, processor=vlm.processor, family=vlm.family, attention=vlm.attention, device=vlm.device
-    )
+    return replace(vlm, model=model)
 
 
 def reference_of(vlm: Vlm) -> Vlm:
@@ -85,7 +84,8 @@ def train(
         clock = Clock()
         groups, skipped = collect(actors, stream, settings, sampling, step=step, clock=clock)
         if step == first:
-            require_agreement(actors.vlm, actors.chat, tree_of(groups[0], keep_unscored=True))
+            tree = tree_of(groups[actors.vlm.mesh.rank % len(groups)], keep_unscored=True)
+            require_agreement(actors.vlm, actors.chat, tree)
         outcomes = learn(trainer, actors, groups, settings, clock=clock)
         flat_steps = 0 if outcomes else flat_steps + 1
         _require_signal(flat_steps, settings)
@@ -120,27 +120,34 @@ def collect(
 ) -> tuple[list[Group], int]:
     """The groups of one step, sampled and graded, and how many problems were skipped on the way.
 
+    Every rank asks, samples and grades its share, and gets the groups of all.
+
     DAPO (arXiv 2503.14476, section 3.2) samples until every group has two different rewards; here
     at most `dynamic_sampling` more rounds, then what there is. A problem that cannot become a
     prompt is skipped, and the next one takes its place.
     """
+    mesh = actors.vlm.mesh
     groups: list[Group] = []
     skipped = 0
     for _ in range(1 + settings.dynamic_sampling):
         wanted = settings.prompts_per_step - sum(not flat(group) for group in groups)
         if wanted <= 0:
             break
-        problems, prompts, bad = take_prompts(stream, actors.chat, wanted)
+        problems, prompts, bad = take_prompts(stream, actors.chat, wanted, mesh)
         skipped += bad
         with clock("rollout"):
             # Rounds of one step ask for different problems, so the same (step, problem, index) seeds serve.
-            rollouts = actors.engine.sample(prompts, sampling, step=step)
+            rollouts = actors.engine.sample(list(prompts.values()), sampling, step=step)
         with clock("grade"):
-            flat_pairs = [(p, r.text) for p, rs in zip(problems, rollouts, strict=True) for r in rs]
+            asked = [problems[place] for place in prompts]
+            flat_pairs = [(p, r.text) for p, rs in zip(asked, rollouts, strict=True) for r in rs]
             grades = iter(actors.pool.grade(flat_pairs))
-            for problem, prompt, members in zip(problems, prompts, rollouts, strict=True):
+            own = {}
+            for (place, prompt), members in zip(prompts.items(), rollouts, strict=True):
                 scored = tuple(next(grades) for _ in members)
-                groups.append(make_group(problem, prompt, members, scored, settings))
+                own[place] = make_group(problems[place], prompt, members, scored, settings)
+            made = {place: group for some in mesh.gather(own) for place, group in some.items()}
+            groups += [made[place] for place in sorted(made)]
     if settings.dynamic_sampling:
         groups.sort(key=flat)
         groups = groups[: settings.prompts_per_step]
@@ -148,24 +155,33 @@ def collect(
 
 
 def take_prompts(
-    stream: ProblemStream[Problem], chat: Chat, count: int
-) -> tuple[list[Problem], list[Prompt], int]:
-    """The next `count` problems that can be prompts, those prompts, and how many problems could not.
+    stream: ProblemStream[Problem], chat: Chat, count: int, mesh: Mesh = ALONE
+) -> tuple[list[Problem], dict[int, Prompt], int]:
+    """The next `count` problems that can be prompts, this rank's prompts by place, and how many cannot.
 
     Raises DataError when none of the next `count` can: then it is not the rows that are at fault.
     """
     problems: list[Problem] = []
-    prompts: list[Prompt] = []
+    prompts: dict[int, Prompt] = {}
     skipped = 0
     while len(problems) < count:
-        for problem in stream.take(count - len(problems)):
+        taken = stream.take(count - len(problems))
+        own: dict[int, Prompt] = {}
+        errors: dict[int, DataError] = {}
+        for index in own_share([guessed_tokens(problem) for problem in taken], mesh):
             try:
-                prompts.append(chat.prompt(problem))
+                own[index] = chat.prompt(taken[index])
+            except DataError as error:
+                errors[index] = error
+        bad = {index: error for some in mesh.gather(errors) for index, error in some.items()}
+        for index, problem in enumerate(taken):
+            if index in own:
+                prompts[len(problems)] = own[index]
+            if index not in bad:
                 problems.append(problem)
-            except DataError:
-                skipped += 1
-                if skipped >= count and not problems:
-                    raise
+        skipped += len(bad)
+        if skipped >= count and not problems:
+            raise bad[max(bad)]
     return problems, prompts, skipped
 
 
@@ -216,7 +232,7 @@ def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:
 def learn(
     trainer: Trainer, actors: Actors, groups: Sequence[Group], settings: Grpo, *, clock: Clock
 ) -> list[Outcome]:
-    """The optimiser steps of one rollout step, each on its share of the groups.
+    """The optimiser steps of one rollout step, each on its share of the groups, which ranks share anew.
 
     Without a KL penalty a flat group has a gradient of exactly zero: it is not computed, but its
     tokens still count in the mean (not in `micro_batch`, whose mean is of each computed pack).
@@ -229,12 +245,14 @@ def learn(
         for share in shares:
             active = [group for group in share if keep_flat or not flat(group)]
             trees = [tree for tree in map(tree_of, active) if tree.branches]
+            own = own_share([tree.num_tokens for tree in trees], actors.vlm.mesh)
             idle = [tree_of(group) for group in share if not keep_flat and flat(group)]
             also = Counts(
                 tokens=sum(len(b.ids) for tree in idle for b in tree.branches),
                 sequences=sum(len(tree.branches) for tree in idle),
             )
-            planned.append((make_batches(trees, actors, settings), also))
+            batches = make_batches([trees[i] for i in own], actors, settings) if trees else []
+            planned.append((batches, also))
     outcomes = []
     objective = make_objective(settings)
     with clock("update"):
@@ -259,8 +277,7 @@ def make_batches(trees: Sequence[Tree], actors: Actors, settings: Grpo) -> list[
     With one optimiser step a rollout step the policy is the one that sampled, so the ratio's base
     is the policy itself and needs no pass.
     """
-    members = within_budget([tree.num_tokens for tree in trees], settings.pack_tokens)
-    packs: list[Pack] = [pack([trees[i] for i in some], actors.chat.patches) for some in members]
+    packs = packs_in_step(trees, actors.chat, budget=settings.pack_tokens, mesh=actors.vlm.mesh)
     old: Sequence[torch.Tensor | None] = [None] * len(packs)
     reference: Sequence[torch.Tensor | None] = [None] * len(packs)
     if settings.optimizer_steps > 1:

@@ -5,12 +5,12 @@ The built-in model and a hub model take the same path. What a family needs is in
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,18 +18,23 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from rlcs import adapters, attention
 from rlcs.chat import DEFAULT_SYSTEM, Chat
-from rlcs.errors import ModelError
+from rlcs.errors import ModelError, UserError
 from rlcs.images import ImagePipeline
+from rlcs.mesh import ALONE, Mesh
 from rlcs.recipe.lora import Lora
+from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Model as ModelSettings
 from rlcs.recipe.schema import Recipe
 from rlcs.records import Problem
+from rlcs.sharding import Shell, shard, whole_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 log = logging.getLogger("rlcs")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +67,7 @@ FAMILIES = {"qwen2_vl": _QWEN_2, "qwen2_5_vl": _QWEN_2, "qwen3_vl": _QWEN_3}
 
 @dataclass(frozen=True, kw_only=True)
 class Vlm:
-    """A model with its processor, ready for packs.
+    """A model with its processor, ready for packs; under `torchrun` in shards (`shell`) over `mesh`.
 
     `adapter` is peft's handle on the low-rank layers inside `model`, where those train; `bare` scores
     as if there were none: the reference of GRPO.
@@ -75,6 +80,8 @@ class Vlm:
     device: torch.device
     adapter: "PeftModel | None" = None
     bare: bool = False
+    mesh: Mesh = ALONE
+    shell: Shell | None = None
 
     def scoring(self) -> AbstractContextManager[None]:
         """The state to score in: adapters off if `bare`."""
@@ -85,6 +92,17 @@ class Vlm:
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters by name; tied weights once."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Work that calls the model, with its weights there; it returns a tensor or a tuple of them.
+
+        All ranks must run as often, in the same order, with images or without.
+        """
+        return work() if self.shell is None else self.shell.run(work)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """All weights on every rank, to call the model without keeping step; no gradients."""
+        return nullcontext() if self.shell is None else self.shell.gathered()
 
 
 def default_device() -> torch.device:
@@ -99,9 +117,18 @@ def resolve(name: str) -> str:
     return name
 
 
-def load(settings: ModelSettings, *, device: torch.device | None = None, four_bit: bool = False) -> Vlm:
-    """Load a model from a folder, the hub or the package; `four_bit` for QLoRA. Raises ModelError."""
-    device = device or default_device()
+def load(
+    settings: ModelSettings,
+    *,
+    device: torch.device | None = None,
+    mesh: Mesh = ALONE,
+    four_bit: bool = False,
+) -> Vlm:
+    """Load a model from a folder, the hub or the package; `four_bit` for QLoRA. Raises ModelError.
+
+    Under `torchrun` rank 0 alone has the weights, on the CPU, until `spread` gives every rank its share.
+    """
+    device = device or mesh.device or default_device()
     source = resolve(settings.name)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     dtype = settings.dtype
@@ -113,7 +140,10 @@ def load(settings: ModelSettings, *, device: torch.device | None = None, four_bi
     try:
         config = AutoConfig.from_pretrained(source, **options)
         family = _family(config.model_type, settings.name)
-        model = AutoModelForImageTextToText.from_pretrained(source, **how, **options)
+        if mesh.rank == 0:
+            model = AutoModelForImageTextToText.from_pretrained(source, **how, **options)
+        else:
+            model = _weightless(config, getattr(torch, dtype), settings)
         processor = AutoProcessor.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -125,12 +155,45 @@ def load(settings: ModelSettings, *, device: torch.device | None = None, four_bi
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Vlm(
-        model=model.to(device),
+        model=model if mesh.grouped else model.to(device),
         processor=processor,
         family=family,
         attention=settings.attention,
         device=device,
+        mesh=mesh,
     )
+
+
+def _weightless(config: Any, dtype: torch.dtype, settings: ModelSettings) -> PreTrainedModel:
+    """The model's form without any memory, for ranks that get their weights from rank 0."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+        )
+    return model.eval()
+
+
+def spread(vlm: Vlm, settings: Parallel) -> Vlm:
+    """The model in shards over the ranks of its mesh; without `torchrun` the model as it is.
+
+    Raises UserError for a choice of number formats that only a sharded model can have, and for adapters
+    in shards.
+    """
+    if vlm.mesh.grouped:
+        if vlm.adapter is not None:
+            raise UserError(
+                "adapters train in one process only",
+                where="lora.rank",
+                fix="start without `torchrun`, or set lora.rank=0 to train the weights themselves",
+            )
+        return replace(vlm, shell=shard(vlm.model, vlm.mesh, settings))
+    if (settings.compute_dtype, settings.reduce_dtype) != ("same", "same"):
+        raise UserError(
+            "mixed precision belongs to sharded models",
+            where="parallel.compute_dtype",
+            fix="start with `torchrun --nproc-per-node N -m rlcs ...` (N may be 1), or set model.dtype",
+        )
+    return vlm
 
 
 def _family(model_type: str, name: str) -> Family:
@@ -192,12 +255,17 @@ def _compare_with_template(vlm: Vlm, chat: Chat) -> None:
 
 
 def save(vlm: Vlm, folder: Path) -> None:
-    """Write a Hugging Face folder: weights (safetensors), configuration, processor.
+    """Write a Hugging Face folder: weights (safetensors), configuration, processor; rank 0 does.
 
     Adapters are merged into the weights, and lie in peft's format in `folder/adapter` too.
     """
-    model = vlm.model if vlm.adapter is None else adapters.merged(vlm.adapter)
-    model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
-    if vlm.adapter is not None:
-        vlm.adapter.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    weights = whole_weights(vlm.model, vlm.mesh) if vlm.shell is not None else None
+
+    def write() -> None:
+        model = vlm.model if vlm.adapter is None else adapters.merged(vlm.adapter)
+        model.save_pretrained(folder, state_dict=weights)
+        vlm.processor.save_pretrained(folder)
+        if vlm.adapter is not None:
+            vlm.adapter.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+
+    vlm.mesh.first(write)

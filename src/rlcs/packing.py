@@ -233,3 +233,16 @@ def within_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
         else:
             bins.append((sizes[index], [index]))
     return [sorted(members) for _, members in bins]
+
+
+def balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Split things of `sizes` into `parts` shares of about the same sum: lists of indices, in order.
+
+    Largest first, each to the smallest share so far (Graham 1969: at most 4/3 of the best split).
+    """
+    shares: list[tuple[int, list[int]]] = [(0, []) for _ in range(parts)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        place = min(range(parts), key=lambda p: shares[p][0])
+        used, members = shares[place]
+        shares[place] = (used + sizes[index], [*members, index])
+    return [sorted(members) for _, members in shares]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rlcs.files import atomic_write, read_json, write_json
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
 from rlcs.interrupts import StopFlag
+from rlcs.mesh import ALONE, Mesh
 from rlcs.metrics import Screen, screen, wilson
 from rlcs.recipe.loading import differences, dump, load_recipe
 from rlcs.recipe.schema import Data, Grpo, Recipe
@@ -60,48 +62,65 @@ class Sources:
 class Study:
     """One recipe, one seed, one run folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, *, output: Output, stop: StopFlag) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, *, output: Output, stop: StopFlag, mesh: Mesh = ALONE
+    ) -> None:
         """Claim the folder. Raises RunFolderError if it belongs to another recipe."""
         self.recipe = recipe
         self.folder = folder
         self._output = output
         self._stop = stop
-        claim(folder, recipe)
+        self._mesh = mesh
+        mesh.first(lambda: claim(folder, recipe))
         self._recipe_hash = hashlib.sha256(dump(recipe).encode()).hexdigest()
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not done yet; returns the summary, which also lies in summary.json."""
+        if self._mesh.rank:
+            return self._run()
         with attempt_log(self.folder / "logs"):
             return self._run()
 
     def _run(self) -> dict[str, Any]:
         if self.recipe.grpo.reward.function is not None:
             check_function(self.recipe.grpo.reward.function)
-        sources = read_sources(self.recipe)
+        sources = self._sources()
         arms = self.recipe.study.arms
-        demonstrations = self._cold_start(sources)
+        self._mesh.first(lambda: self._cold_start(sources))
+        demonstrations = distill.load_kept(sources.cold_start, self.folder / "cold_start")
         self._sft(demonstrations)
         self._grpo("grpo", sources, start=self.folder / "sft" / "final")
         if "rl" in arms:
             self._grpo("rl_only", sources, start=None)
         self._measure(sources.test)
+        return self._mesh.first(self._conclude)
+
+    def _sources(self) -> Sources:
+        """Rank 0 reads first: it downloads once, and says what is wrong once."""
+        read: list[Sources] = []
+        self._mesh.first(lambda: read.append(read_sources(self.recipe)))
+        return read[0] if read else read_sources(self.recipe)
+
+    def _conclude(self) -> dict[str, Any]:
         summary = self._summary()
         write_json(self.folder / "summary.json", summary)
         log.info("report: %s", report.build(self.folder))
         return summary
 
-    def _cold_start(self, sources: Sources) -> list[Demonstration]:
+    def _cold_start(self, sources: Sources) -> None:
         folder = self.folder / "cold_start"
         started = time.monotonic()
         if is_done(folder):
-            return distill.load_kept(sources.cold_start, folder)
+            return
         rows, recipe = sources.cold_start, self.recipe
         with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
             kept = distill.run(
                 rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=self._stop
             )
         mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
-        return kept
+
+    def _is_done(self, name: str) -> bool:
+        return self._mesh.first(lambda: is_done(self.folder / name))
 
     def _policy(self, start: Path | None, frozen: Sequence[str]) -> models.Vlm:
         """The model of a training stage, with what trains in it set."""
@@ -112,7 +131,10 @@ class Study:
         settings = self.recipe.model
         if start is not None:
             settings = settings.model_copy(update={"name": str(start), "revision": None})
-        return models.load(settings, four_bit=four_bit)
+        return models.load(settings, mesh=self._mesh, four_bit=four_bit)
+
+    def _spread(self, vlm: models.Vlm) -> models.Vlm:
+        return models.spread(vlm, self.recipe.parallel)
 
     def _stage_folder(self, name: str) -> StageFolder:
         settings = self.recipe.sft if name == "sft" else self.recipe.grpo
@@ -122,14 +144,15 @@ class Study:
             seed=self.recipe.seed,
             settings=settings,
             recipe_hash=self._recipe_hash,
+            mesh=self._mesh,
         )
 
     def _sft(self, demonstrations: Sequence[Demonstration]) -> None:
-        if is_done(self.folder / "sft"):
+        if self._is_done("sft"):
             return
-        self._stop.check("before SFT")
+        self._mesh.check(self._stop, "before SFT")
         log.info("sft: %d demonstrations", len(demonstrations))
-        vlm = self._policy(None, self.recipe.sft.freeze)
+        vlm = self._spread(self._policy(None, self.recipe.sft.freeze))
         chat = models.make_chat(vlm, self.recipe)
         steps = sft.steps_of(self.recipe.sft, len(demonstrations))
         with self._output.screen("sft", steps) as view:
@@ -144,13 +167,14 @@ class Study:
             )
 
     def _grpo(self, name: str, sources: Sources, *, start: Path | None) -> None:
-        if is_done(self.folder / name):
+        if self._is_done(name):
             return
-        self._stop.check(f"before {name}")
+        self._mesh.check(self._stop, f"before {name}")
         log.info("%s: %d problems, from %s", name, len(sources.rl), start or self.recipe.model.name)
         settings = self.recipe.grpo
         vlm = self._policy(start, settings.freeze)
-        reference = grpo.reference_of(vlm) if settings.kl.active else None
+        reference = self._spread(grpo.reference_of(vlm)) if settings.kl.active else None
+        vlm = self._spread(vlm)
         chat = models.make_chat(vlm, self.recipe)
         if self.recipe.prompt.rl_system is not None:
             chat = chat.with_system(self.recipe.prompt.rl_system)
@@ -177,25 +201,30 @@ class Study:
     def _measure(self, problems: Sequence[Problem]) -> None:
         folder = self.folder / "eval"
         settings = self.recipe.eval
-        if not (folder / "problems.jsonl").exists():
-            limit = self.recipe.images.decode_limit
-            write_problems(problems, folder, decode_limit=limit, gallery=self.recipe.report.gallery)
+        self._mesh.first(lambda: self._show(problems))
         for arm in self.recipe.study.arms:
-            if is_done(folder / arm):
+            if self._is_done(f"eval/{arm}"):
                 continue
             started = time.monotonic()
             stage = MODEL_OF_ARM[arm]
-            vlm = self._vlm(None if stage is None else self.folder / stage / "final")
+            vlm = self._spread(self._vlm(None if stage is None else self.folder / stage / "final"))
             chat = models.make_chat(vlm, self.recipe)
             engine = LocalEngine(vlm, chat, max_rows=settings.max_rows)
             with (
                 self._pool(self.recipe.grpo) as pool,
                 self._output.screen(f"eval {arm}", len(problems)) as view,
             ):
-                examiner = Examiner(engine=engine, chat=chat, pool=pool, settings=settings)
+                examiner = Examiner(engine=engine, chat=chat, pool=pool, settings=settings, mesh=self._mesh)
                 evaluate(examiner, problems, folder=folder / arm, screen=view, stop=self._stop)
-            mark_done(folder / arm, seconds=round(time.monotonic() - started, 1))
+            seconds = round(time.monotonic() - started, 1)
+            self._mesh.first(partial(mark_done, folder / arm, seconds=seconds))
             log.info("eval %s: done", arm)
+
+    def _show(self, problems: Sequence[Problem]) -> None:
+        folder = self.folder / "eval"
+        if not (folder / "problems.jsonl").exists():
+            limit = self.recipe.images.decode_limit
+            write_problems(problems, folder, decode_limit=limit, gallery=self.recipe.report.gallery)
 
     def _summary(self) -> dict[str, Any]:
         seconds = {}
@@ -214,6 +243,7 @@ class Study:
             "recipe": self.recipe.model_dump(mode="json"),
             "versions": versions(),
             "command": command(),
+            **({"ranks": self._mesh.size} if self._mesh.grouped else {}),
         }
 
 
@@ -315,23 +345,30 @@ def command() -> list[str]:
     return ["rlcs", *sys.argv[1:]]
 
 
-def run_seeds(recipe: Recipe, folder: Path, count: int, *, output: Output, stop: StopFlag) -> dict[str, Any]:
+def run_seeds(
+    recipe: Recipe, folder: Path, count: int, *, output: Output, stop: StopFlag, mesh: Mesh = ALONE
+) -> dict[str, Any]:
     """The study with `count` seeds, each in its own folder; the summary averages over them.
 
     Seeds share the held-out problems, so the interval of a mean is the Wilson interval of that
     mean over the problems once, not over problems times seeds.
     """
     if count == 1:
-        return Study(recipe, folder, output=output, stop=stop).run()
-    claim(folder, recipe)
+        return Study(recipe, folder, output=output, stop=stop, mesh=mesh).run()
+    mesh.first(lambda: claim(folder, recipe))
     summaries = {}
     for seed in range(recipe.seed, recipe.seed + count):
         own = recipe.model_copy(update={"seed": seed})
-        summaries[seed] = Study(own, folder / f"seed-{seed}", output=output, stop=stop).run()
+        study = Study(own, folder / f"seed-{seed}", output=output, stop=stop, mesh=mesh)
+        summaries[seed] = study.run()
     summary = averaged(recipe, summaries)
-    write_json(folder / "summary.json", summary)
-    report.build(folder)
-    return summary
+
+    def conclude() -> dict[str, Any]:
+        write_json(folder / "summary.json", summary)
+        report.build(folder)
+        return summary
+
+    return mesh.first(conclude)
 
 
 def averaged(recipe: Recipe, summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -44,14 +44,19 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0) -> Scores:
     """Logprobs and entropies of all branch tokens of a pack, at a sampling temperature."""
     pack = pack.to(vlm.device)
     plan = attention.make_plan(vlm.attention, pack.layout, vlm.device)
-    states = hidden_states(vlm, pack.ids, pack.positions, plan=plan, **image_inputs(vlm, pack))
-    head = vlm.model.get_output_embeddings()
-    chunk = max(1, LOGIT_CHUNK // head.weight.shape[0])
-    parts = [
-        checkpoint(_score_chunk, states[predictors], targets, head, temperature, use_reentrant=False)
-        for predictors, targets in zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True)
-    ]
-    return Scores(logprobs=torch.cat([p[0] for p in parts]), entropy=torch.cat([p[1] for p in parts]))
+
+    def work() -> tuple[Tensor, Tensor]:
+        states = hidden_states(vlm, pack.ids, pack.positions, plan=plan, **image_inputs(vlm, pack))
+        head = vlm.model.get_output_embeddings()
+        chunk = max(1, LOGIT_CHUNK // head.weight.shape[0])
+        parts = [
+            checkpoint(_score_chunk, states[rows], targets, head, temperature, use_reentrant=False)
+            for rows, targets in zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True)
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    logprobs, entropy = vlm.run(work)
+    return Scores(logprobs=logprobs, entropy=entropy)
 
 
 def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ The first step of every training stage calls this; a mismatch stops the run befo
 anything wrong.
 """
 
+import math
+
 import torch
 
 from rlcs.chat import Chat
@@ -49,13 +51,19 @@ def _plain_logprobs(vlm: Vlm, chat: Chat, tree: Tree, index: int) -> torch.Tenso
     return torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
 
 
-def require_agreement(vlm: Vlm, chat: Chat, tree: Tree) -> float:
-    """Raise TrainingError if packed and plain logprobs disagree; returns their difference."""
-    difference = largest_difference(vlm, chat, tree)
-    if not difference <= TOLERANCE.get(vlm.model.dtype, 0.25):
+def require_agreement(vlm: Vlm, chat: Chat, tree: Tree | None) -> float:
+    """Raise TrainingError if packed and plain logprobs disagree; returns the largest difference.
+
+    Every rank tries a tree of its own, if it has one (`tree` is None where it has not).
+    """
+    with vlm.gathered():
+        own = 0.0 if tree is None else largest_difference(vlm, chat, tree)
+        dtype = vlm.model.get_output_embeddings().weight.dtype
+    difference = vlm.mesh.sum({"difference_max": own if math.isfinite(own) else math.inf})["difference_max"]
+    if not difference <= TOLERANCE.get(dtype, 0.25):
         raise TrainingError(
             f"packed and plain logprobs differ by {difference:.2g} nats with attention {vlm.attention!r}",
-            where=tree.prompt.problem_id,
+            where="self-check" if tree is None else tree.prompt.problem_id,
             fix="set model.attention=dense, and please report this with your torch and transformers versions",
         )
     return difference

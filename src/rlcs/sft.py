@@ -12,14 +12,15 @@ from rlcs.chat import Chat
 from rlcs.data import ProblemStream
 from rlcs.errors import DataError
 from rlcs.interrupts import StopFlag
+from rlcs.mesh import ALONE, Mesh
 from rlcs.metrics import Screen
 from rlcs.models import Vlm
 from rlcs.objectives import Average, LossSums, sft_loss
-from rlcs.packing import pack, within_budget
 from rlcs.policy import Scores
 from rlcs.recipe.schema import Sft
 from rlcs.records import Branch, Demonstration, Tree
 from rlcs.selfcheck import require_agreement
+from rlcs.shares import guessed_tokens, own_share, packs_in_step
 from rlcs.stage import StageFolder
 from rlcs.trainer import Batch, Objective, Trainer
 
@@ -54,13 +55,10 @@ def train(
     for step in range(first, steps):
         started = time.perf_counter()
         batch = stream.take(settings.batch_size)
-        trees, bad = usable_trees(batch, chat)
-        packs = [
-            pack([trees[i] for i in members], chat.patches)
-            for members in within_budget([t.num_tokens for t in trees], settings.pack_tokens)
-        ]
+        trees, bad = usable_trees(batch, chat, vlm.mesh)
+        packs = packs_in_step(trees, chat, budget=settings.pack_tokens, mesh=vlm.mesh)
         if step == first:
-            require_agreement(vlm, chat, trees[0])
+            require_agreement(vlm, chat, trees[0] if trees else None)
         loaded = time.perf_counter()
         objective = _objective(settings.loss_average)
         outcome = trainer.step([Batch(pack=p) for p in packs], objective, average=settings.loss_average)
@@ -76,20 +74,24 @@ def train(
     folder.finish(trainer)
 
 
-def usable_trees(demonstrations: Sequence[Demonstration], chat: Chat) -> tuple[list[Tree], int]:
-    """Trees of the demonstrations that can be prompts, and how many could not.
+def usable_trees(
+    demonstrations: Sequence[Demonstration], chat: Chat, mesh: Mesh = ALONE
+) -> tuple[list[Tree], int]:
+    """Trees of this rank's share of the demonstrations, and how many of all cannot be prompts.
 
-    Raises DataError when none can: then it is not the rows that are at fault.
+    Raises DataError when none of all can: then it is not the rows that are at fault.
     """
-    trees, last = [], None
-    for demonstration in demonstrations:
+    trees: list[Tree] = []
+    errors: list[DataError] = []
+    for index in own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], mesh):
         try:
-            trees.append(tree_of(demonstration, chat))
+            trees.append(tree_of(demonstrations[index], chat))
         except DataError as error:
-            last = error
-    if not trees and last is not None:
-        raise last
-    return trees, len(demonstrations) - len(trees)
+            errors.append(error)
+    bad = [error for some in mesh.gather(errors) for error in some]
+    if bad and len(bad) == len(demonstrations):
+        raise bad[-1]
+    return trees, len(bad)
 
 
 def _objective(average: Average) -> Objective:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rlcs.data import ProblemStream
 from rlcs.errors import CheckpointError
 from rlcs.files import append_jsonl, write_json
 from rlcs.interrupts import StopFlag
+from rlcs.mesh import ALONE, Mesh
 from rlcs.metrics import MetricsLog, Screen
 from rlcs.models import save
 from rlcs.recipe.schema import Stage
@@ -55,13 +56,23 @@ class StageFolder:
     `spent_s` is the stage's wall time over all attempts, as far as checkpoints know.
     """
 
-    def __init__(self, path: Path, *, name: str, seed: int, settings: Stage, recipe_hash: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        seed: int,
+        settings: Stage,
+        recipe_hash: str,
+        mesh: Mesh = ALONE,
+    ) -> None:
         """Create the folder; `recipe_hash` guards against checkpoints of another recipe."""
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.name = name
         self.seed = seed
         self.final = path / "final"
+        self._mesh = mesh
         self._settings = settings
         self._recipe_hash = recipe_hash
         self._metrics = MetricsLog(path / "metrics.jsonl")
@@ -75,9 +86,9 @@ class StageFolder:
 
     def resume(self, trainer: Trainer, stream: ProblemStream[Any]) -> int:
         """Restore the newest valid checkpoint, if there is one; returns the steps already done."""
-        state = checkpoint.load_latest(self.path / "checkpoints")
+        state = checkpoint.load_latest(self.path / "checkpoints", self._mesh)
         if state is None:
-            self._metrics.resume_from(0)
+            self._first(lambda: self._metrics.resume_from(0))
             return 0
         if state.recipe_hash != self._recipe_hash:
             raise CheckpointError(
@@ -89,15 +100,24 @@ class StageFolder:
         trainer.done, trainer.bad_steps = state.schedule["done"], state.schedule["bad_steps"]
         stream.restore(state.cursor)
         self._spent_before = state.extra["spent_s"]
-        self._metrics.resume_from(state.step)
+        self._first(lambda: self._metrics.resume_from(state.step))
         return state.step
+
+    def _first(self, work: Callable[[], None]) -> None:
+        """What rank 0 alone does, and nobody waits for."""
+        if self._mesh.rank == 0:
+            work()
 
     def journal(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Write the rollouts of one step; a step that runs again after a stop replaces its file."""
         path = self.path / "rollouts" / f"step-{step:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
-        append_jsonl(path, rows)
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            append_jsonl(path, rows)
+
+        self._first(write)
 
     def report(
         self,
@@ -130,11 +150,12 @@ class StageFolder:
         screen: Screen,
         stop: StopFlag,
     ) -> None:
-        """Log the step, checkpoint when due, and stop here if somebody asked. Raises Stopped."""
-        self._metrics.append(report)
+        """Log the step, checkpoint when due, and stop here if any rank was asked to. Raises Stopped."""
+        self._first(lambda: self._metrics.append(report))
         screen.step(report)
         due = report.step % self._settings.save_every == 0 and report.step < report.steps
-        if due or stop.is_set:
+        stopping = self._mesh.agree(stop)
+        if due or stopping:
             state = checkpoint.capture(
                 trainer.vlm.model,
                 trainer.optimizer,
@@ -144,10 +165,13 @@ class StageFolder:
                 extra={"spent_s": self.spent_s},
                 recipe_hash=self._recipe_hash,
             )
-            checkpoint.save(self.path / "checkpoints", state, keep=self._settings.keep_checkpoints)
-        stop.check(f"{self.name} after step {report.step} of {report.steps}")
+            keep = self._settings.keep_checkpoints
+            checkpoint.save(self.path / "checkpoints", state, keep=keep, mesh=self._mesh)
+        if stopping:
+            self._mesh.check(stop, f"{self.name} after step {report.step} of {report.steps}")
 
     def finish(self, trainer: Trainer) -> None:
         """Write the trained model in Hugging Face format, then the marker."""
         save(trainer.vlm, self.final)
-        mark_done(self.path, seconds=round(self.spent_s, 1), optimizer_steps=trainer.done)
+        seconds = round(self.spent_s, 1)
+        self._mesh.first(lambda: mark_done(self.path, seconds=seconds, optimizer_steps=trainer.done))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlcs.errors import TrainingError
 from rlcs.models import Vlm
@@ -101,40 +102,49 @@ class Trainer:
     ) -> Outcome:
         """One optimiser step over all `batches`. Raises TrainingError after too many bad ones in a row.
 
+        Every rank gives as many batches (`shares.packs_in_step`) and gets the same outcome, which is of
+        the whole step over all ranks; so is `also`.
+
         A step whose gradient norm is not finite changes nothing and says so in its outcome; it is
         judged after the backward pass, because cleaning a loss does not clean its gradient.
         """
         self.vlm.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, tokens, sequences = 0.0, also.tokens, also.sequences
+        counts: dict[str, float] = defaultdict(float, {"loss": 0.0})
         totals: dict[str, float] = defaultdict(float)
         for batch in batches:
             scores = score(self.vlm, batch.pack, temperature=temperature)
             sums = objective(batch, scores)
             sums.loss.backward()
-            loss += sums.loss.item()
-            tokens += int(sums.tokens)
-            sequences += int(sums.sequences)
+            counts["loss"] += sums.loss.item()
+            counts["tokens"] += int(sums.tokens)
+            counts["sequences"] += int(sums.sequences)
+            counts["packs"] += batch.pack.num_targets > 0
+            counts["targets"] += batch.pack.num_targets
+            counts["passed"] += batch.pack.num_tokens
             for name, total in sums.sums.items():
                 totals[name] += total.item()
             for name, largest in sums.maxima.items():
                 totals[name] = max(totals[name], largest.item())
             totals["entropy"] += scores.entropy.sum().item()
+        counts, totals = self.vlm.mesh.sum(counts), self.vlm.mesh.sum(totals)
         divisor = denominator(
-            average, tokens=tokens, sequences=sequences, packs=len(batches), max_new_tokens=max_new_tokens
+            average,
+            tokens=int(counts["tokens"]) + also.tokens,
+            sequences=int(counts["sequences"]) + also.sequences,
+            packs=int(counts["packs"]),
+            max_new_tokens=max_new_tokens,
         )
-        targets = sum(batch.pack.num_targets for batch in batches)
-        maxima = {name for name in totals if name.endswith("_max")}
-        values = {k: v if k in maxima else v / max(1, targets) for k, v in totals.items()}
+        targets = int(counts["targets"])
+        values = {k: v if k.endswith("_max") else v / max(1, targets) for k, v in totals.items()}
         norm, skipped = self._apply(divisor)
         lr = learning_rate(self._settings, self.done, self._steps)
         self.done += 1
-        passed = sum(batch.pack.num_tokens for batch in batches)
         return Outcome(
-            loss=loss / divisor,
+            loss=counts["loss"] / divisor,
             grad_norm=norm,
             lr=lr,
-            tokens=passed,
+            tokens=int(counts["passed"]),
             targets=targets,
             values=values,
             skipped=skipped,
@@ -143,8 +153,11 @@ class Trainer:
     def _apply(self, divisor: float) -> tuple[float, str]:
         """Divide the gradients, clip, and step if they are finite: the norm, and why not."""
         grads = [p.grad for p in self._parameters if p.grad is not None]
-        torch._foreach_div_(grads, divisor)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm).item()
+        torch._foreach_div_(grads, divisor / self.vlm.mesh.size)  # FSDP leaves the mean over ranks
+        total = torch.nn.utils.get_total_norm(grads)
+        total = total.full_tensor() if isinstance(total, DTensor) else total
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, self._settings.max_grad_norm, total)
+        norm = total.item()
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             self.bad_steps += 1

@@ -56,21 +56,25 @@ class LocalEngine:
         step: int = 0,
         progress: Progress | None = None,
     ) -> list[tuple[Rollout, ...]]:
-        """See `Engine.sample`. The model is left in the mode (train or eval) in which it was."""
+        """See `Engine.sample`. The model is left in the mode (train or eval) in which it was.
+
+        With a sharded model all ranks must call this, each with its own prompts (or none).
+        """
         was_training = self._vlm.model.training
         self._vlm.model.eval()
         groups: list[list[Rollout | None]] = [[None] * sampling.n for _ in prompts]
         waiting = list(enumerate(prompts))[::-1]
         batch = _Batch(self._vlm, self._chat, sampling, step)
-        while waiting or batch.rows:
-            free = self._max_rows - batch.live
-            if waiting and (not batch.live or free >= max(sampling.n, self._max_rows // 4)):
-                batch.add([waiting.pop() for _ in range(min(len(waiting), max(1, free // sampling.n)))])
-            done = batch.step()
-            for row in done:
-                groups[row.place][row.index] = self._rollout(row)
-            if done and progress is not None:
-                progress(len(done))
+        with self._vlm.gathered():
+            while waiting or batch.rows:
+                free = self._max_rows - batch.live
+                if waiting and (not batch.live or free >= max(sampling.n, self._max_rows // 4)):
+                    batch.add([waiting.pop() for _ in range(min(len(waiting), max(1, free // sampling.n)))])
+                done = batch.step()
+                for row in done:
+                    groups[row.place][row.index] = self._rollout(row)
+                if done and progress is not None:
+                    progress(len(done))
         self._vlm.model.train(was_training)
         return [tuple(r for r in group if r is not None) for group in groups]
 

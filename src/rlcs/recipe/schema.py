@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlcs.recipe.lora import Lora
+from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 
 Arm = Literal["base", "sft", "rl", "two_stage"]
@@ -407,6 +408,8 @@ class Recipe(Section):
     """Arms."""
     report: Report = Report()
     """Report."""
+    parallel: Parallel = Parallel()
+    """Many processes."""
 
     @model_validator(mode="after")
     def _adapters_have_a_place(self) -> "Recipe":

@@ -5,6 +5,7 @@ are read here rather than in source code.
 """
 
 from rlcs.recipe.lora import Lora
+from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft, Teacher
 
 _TOKEN_PIXELS = 28 * 28
@@ -46,6 +47,7 @@ def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
             f"{model.name}{revision}, {model.dtype} precision, {model.attention} attention{checkpointing}",
         ),
         ("LoRA", _lora(recipe.lora)),
+        ("many processes", _parallel(recipe.parallel)),
         ("arms", ", ".join(_ARMS[arm] for arm in recipe.study.arms)),
         ("system prompt", "the chat template's own" if prompt.system is None else _quoted(prompt.system)),
         ("system prompt in RL", rl_system),
@@ -128,6 +130,12 @@ def _lora(lora: Lora) -> str:
     layers = ", ".join(lora.targets) or "all linear layers"
     base = "4-bit" if lora.four_bit else "frozen"
     return f"rank {lora.rank}, scale {scale:g}, on {layers} of the {_frozen(lora.parts)}, {base} weights"
+
+
+def _parallel(parallel: Parallel) -> str:
+    freed = "freed" if parallel.reshard_after_forward else "kept"
+    formats = f"{parallel.compute_dtype} compute and {parallel.reduce_dtype} reduce precision"
+    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass"
 
 
 def _optimizer(optimizer: Optimizer) -> str:

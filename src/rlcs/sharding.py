@@ -1,0 +1,154 @@
+"""One model in shards over all ranks of a run: PyTorch's FSDP2 (`fully_shard`).
+
+Every decoder layer and vision block is one unit, and all the rest (embedding, head, norms, merger) is
+the root's: tied weights lie in one unit that way. FSDP gathers a unit when its forward is called, but
+we call the inner model and the head by themselves; so the root is a shell around the model, and all
+work with the weights runs inside of the shell's forward.
+
+Sampling does not run in step: it would take as many forwards on every rank, each of which gathers the
+whole model for one token a row. The weights are gathered once instead (`gathered`), and every rank
+samples by itself.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from rlcs.mesh import Mesh
+from rlcs.recipe.parallel import Parallel
+
+T = TypeVar("T")
+
+
+class Shell(nn.Module):
+    """The root of a sharded model; whatever runs in its forward finds the root's weights gathered."""
+
+    def __init__(self, model: PreTrainedModel, *, reshards: bool) -> None:
+        """A plain wrapper until `shard` makes it FSDP's root; `reshards`: layers free their weights."""
+        super().__init__()
+        self.model = model
+        self._reshards = reshards
+        self._is_gathered = False
+
+    def forward(self, work: Callable[[], T]) -> T:
+        """Do the work. For gradients to be reduced, it returns a tensor or a tuple of tensors."""
+        return work()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """`forward`, after which the root is not left gathered where no backward pass will free it."""
+        result: T = self(work)
+        if not torch.is_grad_enabled() and not self._is_gathered:
+            _units(self)[0].reshard()
+        return result
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All weights whole on every rank: inside, each runs forwards as it likes, without gradients.
+
+        Every rank must enter and leave, even one that has nothing to do.
+        """
+        units = _units(self)
+        for unit in units:
+            unit.unshard()
+        self._keep(self._reshards)
+        self._is_gathered = True
+        try:
+            yield
+        finally:
+            # FSDP prefetches in the order of past forwards, which must end alike on all ranks: at the root.
+            self(_nothing)
+            self._is_gathered = False
+            self._keep(False)
+            for unit in units:
+                unit.reshard()
+
+    def _keep(self, kept: bool) -> None:
+        """Whether layers stay gathered after a forward although they free their weights otherwise."""
+        if self._reshards:
+            for unit in _units(self)[1:]:
+                unit.set_reshard_after_forward(not kept, recurse=False)
+
+
+def _nothing() -> None:
+    """No work."""
+
+
+def _units(shell: nn.Module) -> list[FSDPModule]:
+    """FSDP's units, the root first."""
+    return [module for module in shell.modules() if isinstance(module, FSDPModule)]
+
+
+def shard(model: PreTrainedModel, mesh: Mesh, settings: Parallel) -> Shell:
+    """Spread rank 0's weights over all ranks, unit by unit; elsewhere the model may lie on `meta`.
+
+    Nothing is held whole but on rank 0, whose own copy shrinks as the shards grow.
+    """
+    assert mesh.device is not None, "a mesh with process groups has a device"
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(mesh.device.type, (mesh.size,)),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=_dtype(settings.compute_dtype),
+            reduce_dtype=_dtype(settings.reduce_dtype),
+            cast_forward_inputs=False,  # rotary angles must stay exact; what enters is of the right type
+        ),
+    }
+    shell = Shell(model, reshards=settings.reshard_after_forward)
+    units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    done: set[nn.Module] = set()
+    for unit in units:
+        _fill(unit.modules(), mesh)
+        done.update(unit.modules())
+        fully_shard(unit, reshard_after_forward=settings.reshard_after_forward, **options)
+    _fill((module for module in shell.modules() if module not in done), mesh)
+    fully_shard(shell, **options)
+    with torch.no_grad():
+        shell.run(_nothing)  # the first forward tells FSDP which unit is the root
+    return shell
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    return None if name == "same" else getattr(torch, name)
+
+
+def _fill(modules: Iterable[nn.Module], mesh: Mesh) -> None:
+    """Give the modules' own tensors rank 0's values on this rank's device; tied ones stay tied."""
+    filled: dict[Tensor, Tensor] = {}
+    for module in modules:
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if tensor not in filled:
+                    filled[tensor] = _from_first(tensor, mesh)
+                table[name] = filled[tensor]  # type: ignore[assignment]
+
+
+def _from_first(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """A copy of rank 0's tensor, or on rank 0 the tensor itself where it lies on the right device."""
+    if mesh.rank == 0:
+        values = tensor.detach().to(mesh.device).contiguous()
+    else:
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=mesh.device)
+    dist.broadcast(values, src=0)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values
+
+
+def whole_weights(model: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
+    """All weights by name on rank 0's CPU, tied ones as one tensor; on other ranks nothing."""
+    found: dict[Tensor, Tensor] = {}
+    state = model.state_dict(keep_vars=True)
+    for tensor in state.values():
+        if tensor not in found:
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            found[tensor] = whole.detach().cpu() if mesh.rank == 0 else torch.empty(0)
+    return {name: found[tensor] for name, tensor in state.items()} if mesh.rank == 0 else {}

@@ -1,0 +1,111 @@
+"""One rank of the tests of many processes: `python distributed_worker.py JOB.json`.
+
+A job names a model, a folder and what to do there; the ranks come from the environment, as torchrun
+sets it, and without it this is the run of one process that the others are compared with.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from rlcs import grpo, models, sft, tasks
+from rlcs.engines.local import LocalEngine
+from rlcs.interrupts import StopFlag, Stopped
+from rlcs.mesh import Mesh, open_mesh
+from rlcs.metrics import screen
+from rlcs.recipe.parallel import Parallel
+from rlcs.recipe.schema import Grpo, Recipe, Sft
+from rlcs.records import Demonstration, Grade, Problem
+from rlcs.sharding import whole_weights
+from rlcs.stage import StageFolder
+
+
+def mixed_problems(count: int) -> list[Problem]:
+    """Every third without an image, so that ranks get packs with and without."""
+    problems = list(tasks.load("puzzles", split="train", count=count, seed=5))
+    for i in range(0, count, 3):
+        question = "How much is 2 + 2? " * (1 + i % 4)
+        problems[i] = Problem(id=f"text{i}", source="t", question=question, answer="4")
+    return problems
+
+
+def demonstrations(count: int) -> list[Demonstration]:
+    return [
+        Demonstration(problem=p, response=f"two and two: \\boxed{{{p.answer}}} " * (1 + i % 3), teacher="t")
+        for i, p in enumerate(mixed_problems(count))
+    ]
+
+
+class LengthGrader:
+    """Rewards even answer lengths: a random model gets reward differences that way."""
+
+    def grade(self, pairs):
+        return [Grade(reward=float(len(t) % 2), correct=len(t) % 2 == 1, why="length") for _, t in pairs]
+
+
+class Stopper:
+    """A screen in which one rank is asked to stop after a step."""
+
+    def __init__(self, view, stop, step):
+        self._view, self._stop, self._step = view, stop, step
+
+    def step(self, report):
+        self._view.step(report)
+        if report.step == self._step:
+            self._stop.is_set = True
+
+
+def load(job: dict, mesh: Mesh) -> models.Vlm:
+    checkpointing = job.get("gradient_checkpointing", False)
+    settings = Recipe(model={"name": job["model"], "gradient_checkpointing": checkpointing}).model
+    return models.load(settings, mesh=mesh)
+
+
+def train(job: dict, mesh: Mesh) -> None:
+    folder = Path(job["folder"])
+    parallel = Parallel(**job.get("parallel", {}))
+    settings = Sft(**job["sft"]) if "sft" in job else Grpo(**job["grpo"])
+    vlm = load(job, mesh)
+    models.freeze(vlm, settings.freeze)
+    vlm = models.spread(vlm, parallel)
+    chat = models.make_chat(vlm, Recipe())
+    stage = StageFolder(folder, name="stage", seed=3, settings=settings, recipe_hash="h", mesh=mesh)
+    with StopFlag() as stop, screen("stage", 6, quiet=True, stream=Path(os.devnull).open("w")) as view:
+        if job.get("stop_at") and mesh.rank == mesh.size - 1:
+            view = Stopper(view, stop, job["stop_at"])
+        if "sft" in job:
+            sft.train(vlm, chat, demonstrations(12), settings, folder=stage, screen=view, stop=stop)
+        else:
+            reference = None
+            if settings.kl.active:
+                reference = models.spread(grpo.frozen_copy(load(job, mesh)), parallel)
+            actors = grpo.Actors(
+                vlm=vlm,
+                reference=reference,
+                chat=chat,
+                engine=LocalEngine(vlm, chat, max_rows=8),
+                pool=LengthGrader(),
+            )
+            grpo.train(actors, mixed_problems(9), settings, folder=stage, screen=view, stop=stop)
+    weights = whole_weights(vlm.model, mesh)
+    if mesh.rank == 0:
+        torch.save(weights, folder / "weights.pt")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    with open_mesh(timeout_s=jobs[0].get("timeout_s", 240)) as mesh:
+        for job in jobs:
+            Path(job["folder"]).mkdir(parents=True, exist_ok=True)
+            try:
+                train(job, mesh)
+            except Stopped as error:
+                (Path(job["folder"]) / f"stopped-{mesh.rank}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Many real processes over gloo: what 2 and 4 ranks compute is what one computes, and no rank hangs."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import distributed_worker
+from rlcs import checkpoint, models, sft
+from rlcs.chat import Chat
+from rlcs.errors import UserError
+from rlcs.mesh import ALONE, Mesh, open_mesh
+from rlcs.models import Vlm
+from rlcs.packing import balanced, pack
+from rlcs.policy import score
+from rlcs.recipe.parallel import Parallel
+from rlcs.recipe.schema import Model
+from rlcs.records import Tree
+from rlcs.shares import guessed_tokens, idle_tree, packs_in_step
+
+WORKER = Path(distributed_worker.__file__)
+LIMIT_S = 300
+RATE = 1e-3
+SFT = {"batch_size": 4, "epochs": 2, "save_every": 2, "pack_tokens": 300, "optimizer": {"lr": RATE}}
+GRPO = {
+    "steps": 3,
+    "prompts_per_step": 5,
+    "group_size": 3,
+    "max_new_tokens": 8,
+    "save_every": 2,
+    "pack_tokens": 300,
+    "optimizer": {"lr": RATE},
+}
+PAPER = {"optimizer_steps": 2, "kl": {"kind": "k3", "coefficient": 0.01}, "old_logprobs": "policy"}
+DAPO = {"dynamic_sampling": 1, "advantage": "rloo", "loss_average": "micro_batch", "pack_tokens": 1}
+JOBS = {
+    "sft": {"sft": SFT},
+    "frozen": {"sft": SFT | {"epochs": 1, "freeze": ["vision_tower"], "loss_average": "example"}},
+    "plain": {"grpo": GRPO},
+    "paper": {"grpo": GRPO | PAPER},
+    "dapo": {"grpo": GRPO | DAPO},
+}
+
+STUDY = [
+    "data.cold_start=builtin:puzzles?count=12&seed=1",
+    "data.rl=builtin:puzzles?count=12&seed=2",
+    "data.test=builtin:puzzles?split=test&count=20&seed=3",
+    "sft.epochs=1",
+    "sft.batch_size=6",
+    "grpo.steps=60",
+    "grpo.prompts_per_step=3",
+    "grpo.group_size=2",
+    "grpo.max_new_tokens=8",
+    "grpo.save_every=500",
+    "grpo.max_flat_steps=99",
+    "eval.max_new_tokens=8",
+    "study.arms=[base, two_stage]",
+]
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+    own |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
+    return os.environ | {key: str(value) for key, value in own.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(WORKER), str(path)],
+            env=environment(rank, size, port),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def run_on(size: int, jobs: list[dict], path: Path) -> None:
+    path.write_text(json.dumps(jobs))
+    ranks = launch(size, path)
+    errors = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(errors)
+
+
+@pytest.fixture(scope="module")
+def alone(random_model_folder, tmp_path_factory) -> Path:
+    """Every job by one process."""
+    root = tmp_path_factory.mktemp("alone")
+    for name, job in JOBS.items():
+        (root / name).mkdir()
+        distributed_worker.train(
+            {"model": str(random_model_folder), "folder": str(root / name), **job}, ALONE
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair(random_model_folder, tmp_path_factory) -> Path:
+    """Every job by two ranks; and once more, stopped by a signal to rank 1 alone."""
+    root = tmp_path_factory.mktemp("pair")
+    base = {"model": str(random_model_folder)}
+    jobs = [base | {"folder": str(root / name)} | job for name, job in JOBS.items()]
+    jobs[0] |= {"gradient_checkpointing": True, "parallel": {"reshard_after_forward": False}}
+    for name, step in (("sft", 3), ("paper", 1)):
+        jobs.append(base | {"folder": str(root / f"{name}-stopped"), "stop_at": step} | JOBS[name])
+    run_on(2, jobs, root / "jobs.json")
+    return root
+
+
+def assert_same(first: Path, second: Path) -> None:
+    """Weights and metrics agree but for rounding, which Adam makes visible where a gradient is near zero."""
+    one, other = torch.load(first / "weights.pt"), torch.load(second / "weights.pt")
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        gap = (other[name] - weight).abs()
+        assert gap.max() <= 2 * RATE and (gap > 0.02 * RATE).float().mean() <= 2e-3, (name, gap.max())
+    for row, twin in zip(rows(first), rows(second), strict=True):
+        assert row.keys() == twin.keys()
+        for key, value in row.items():
+            near = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
+            assert twin[key] == near, (row["step"], key)
+
+
+def rows(folder: Path) -> list[dict]:
+    """Metrics without times, and without the tokens, to which idle prompts add."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    times = ("seconds", "tokens_per_s", "tokens")
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_ranks_compute_what_one_computes(alone, pair, name):
+    assert_same(alone / name, pair / name)
+    if (alone / name / "rollouts").exists():
+        for path in (alone / name / "rollouts").iterdir():
+            mine, theirs = path.read_text(), (pair / name / "rollouts" / path.name).read_text()
+            assert [json.loads(x)["text"] for x in mine.splitlines()] == [
+                json.loads(x)["text"] for x in theirs.splitlines()
+            ]
+
+
+def test_the_trained_model_is_a_hugging_face_folder(pair):
+    weights = torch.load(pair / "sft" / "weights.pt")
+    saved = models.load(Model(name=str(pair / "sft" / "final"))).model.state_dict()
+    assert saved.keys() == weights.keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in saved.items())
+
+
+@pytest.mark.parametrize(("name", "step"), [("sft", 3), ("paper", 1)])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(pair, name, step):
+    folder = pair / f"{name}-stopped"
+    for rank in range(2):
+        assert f"after step {step} of" in (folder / f"stopped-{rank}").read_text()
+    assert checkpoint.saved_steps(folder / "checkpoints")[-1] == step
+    saved = folder / "checkpoints" / f"step-{step:06d}"
+    assert (saved / "model.safetensors").stat().st_size < 0.6 * (
+        pair / "sft/final/model.safetensors"
+    ).stat().st_size
+    assert (saved / "model-1.safetensors").is_file() and (saved / "optimizer-1.safetensors").is_file()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_saved_by_two_ranks_and_continued_by_another_number(alone, pair, random_model_folder, tmp_path, size):
+    jobs = []
+    for name in ("sft", "paper"):
+        shutil.copytree(pair / f"{name}-stopped", tmp_path / name)
+        jobs.append({"model": str(random_model_folder), "folder": str(tmp_path / name)} | JOBS[name])
+    if size == 1:
+        for job in jobs:
+            distributed_worker.train(job, ALONE)
+    else:
+        run_on(size, jobs, tmp_path / "jobs.json")
+    for name in ("sft", "paper"):
+        assert_same(alone / name, tmp_path / name)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+def test_a_rank_that_dies_or_hangs_takes_the_others_along(random_model_folder, tmp_path, how):
+    job = {"model": str(random_model_folder), "folder": str(tmp_path / "run"), "timeout_s": 20}
+    (tmp_path / "jobs.json").write_text(json.dumps([job | {"sft": SFT | {"epochs": 5000}}]))
+    ranks = launch(2, tmp_path / "jobs.json")
+    try:
+        wait_for(tmp_path / "run" / "metrics.jsonl")
+        ranks[1].send_signal(how)
+        sent = time.monotonic()
+        _, error = ranks[0].communicate(timeout=LIMIT_S)
+        assert time.monotonic() - sent < 100 and ranks[0].returncode not in (0, None)
+        assert "rank 0 lost the others" in error and "continues from the last checkpoint" in error
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def wait_for(path: Path) -> None:
+    started = time.monotonic()
+    while not path.exists():
+        assert time.monotonic() - started < LIMIT_S, f"{path} does not come"
+        time.sleep(0.2)
+
+
+def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_model_folder, tmp_path):
+    words = ["-m", "rlcs", "run", "quickstart", f"model.name={random_model_folder}", *STUDY]
+    words += ["--out", str(tmp_path)]
+    start = [sys.executable, "-W", "ignore"]
+    run = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--shutdown-timeout",
+        "200",
+    ]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    study = subprocess.Popen(
+        [*start, *run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+    try:
+        wait_for(tmp_path / "grpo" / "metrics.jsonl")
+        study.send_signal(signal.SIGTERM)
+        said, error = study.communicate(timeout=LIMIT_S)
+    finally:
+        study.kill()
+    assert error.count("stopped as asked") == 1 and "grpo after step" in error, error
+    assert said.count("SFT loss") == 1  # rank 0 alone speaks
+    step = checkpoint.saved_steps(tmp_path / "grpo" / "checkpoints")[-1]
+    assert (tmp_path / "grpo" / "checkpoints" / f"step-{step:06d}" / "model-1.safetensors").is_file()
+    subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: arm["n"] for name, arm in summary["arms"].items()} == {"base": 20, "two_stage": 20}
+    assert [row["step"] for row in rows(tmp_path / "grpo")] == list(range(1, 61))
+
+
+# --- a group of one --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group_of_one(monkeypatch) -> Iterator[Mesh]:
+    for name, value in environment(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with open_mesh(timeout_s=60) as mesh:
+        yield mesh
+
+
+def scored(folder: Path, chat: Chat, parallel: Parallel, mesh: Mesh) -> tuple[Vlm, Tensor]:
+    """A model in shards, and its logprobs, with gradients."""
+    vlm = models.spread(models.load(Model(name=str(folder)), mesh=mesh), parallel)
+    trees = [sft.tree_of(demonstration, chat) for demonstration in distributed_worker.demonstrations(3)]
+    logprobs = score(vlm, pack(trees, chat.patches)).logprobs
+    logprobs.sum().backward()
+    return vlm, logprobs.detach()
+
+
+def test_number_formats_under_torchrun(random_model_folder, chat, group_of_one):
+    exact, logprobs = scored(random_model_folder, chat, Parallel(), group_of_one)
+    mixed, rounded = scored(random_model_folder, chat, Parallel(compute_dtype="bfloat16"), group_of_one)
+    assert 1e-4 < (logprobs - rounded).abs().max() < 0.2
+    _, same = scored(random_model_folder, chat, Parallel(reduce_dtype="bfloat16"), group_of_one)
+    assert torch.equal(same, logprobs)
+    for vlm in (exact, mixed):
+        assert (
+            {p.dtype for _, p in vlm.parameters()}
+            == {p.grad.dtype for _, p in vlm.parameters()}
+            == {torch.float32}
+        )
+
+
+def test_gradients_are_summed_in_the_chosen_format(random_model_folder, chat, group_of_one):
+    for name, coarse in (("same", False), ("bfloat16", True)):
+        vlm, _ = scored(random_model_folder, chat, Parallel(reduce_dtype=name), group_of_one)
+        grads = [p.grad.to_local() for _, p in vlm.parameters()]
+        assert all(torch.equal(g, g.bfloat16().float()) for g in grads) == coarse
+
+
+def test_layers_stay_gathered_only_where_the_recipe_says_so(random_model_folder, chat, group_of_one):
+    for freed in (True, False):
+        parallel = Parallel(reshard_after_forward=freed)
+        vlm = models.spread(models.load(Model(name=str(random_model_folder)), mesh=group_of_one), parallel)
+        tree = sft.tree_of(distributed_worker.demonstrations(2)[1], chat)
+        score(vlm, pack([tree], chat.patches))
+        layer = vlm.model.model.language_model.layers[0].mlp.up_proj.weight
+        assert isinstance(layer, DTensor) == freed
+
+
+def test_mixed_precision_without_torchrun_is_refused(vlm):
+    with pytest.raises(UserError, match="mixed precision belongs to sharded models"):
+        models.spread(vlm, Parallel(compute_dtype="bfloat16"))
+
+
+# --- shares --------------------------------------------------------------------------------------
+
+
+def test_shares_are_balanced_and_complete():
+    sizes = [7, 1, 5, 5, 3, 9, 2]
+    shares = balanced(sizes, 3)
+    assert sorted(i for share in shares for i in share) == list(range(7))
+    sums = [sum(sizes[i] for i in share) for share in shares]
+    assert max(sums) - min(sums) <= 2 and all(share == sorted(share) for share in shares)
+    assert balanced(sizes, 1) == [list(range(7))] and balanced([4], 3) == [[0], [], []]
+
+
+def test_a_guess_of_tokens_is_near_the_truth(chat):
+    guessed = real = 0
+    for demonstration in distributed_worker.demonstrations(12):
+        guessed += guessed_tokens(demonstration.problem, demonstration.response)
+        real += len(chat.prompt(demonstration.problem).ids) + len(chat.response_ids(demonstration.response))
+    assert 0.3 < guessed / real < 3
+
+
+class OtherRank:
+    """A mesh in which another rank has `flags`: packs with images or without."""
+
+    def __init__(self, flags):
+        self._flags = flags
+
+    def gather(self, own):
+        return [own, self._flags]
+
+
+def test_packs_of_a_rank_fall_in_step_with_the_others(chat):
+    text = Tree(prompt=idle_tree(chat, image=False).prompt, branches=())
+    packs = packs_in_step([text], chat, budget=10_000, mesh=OtherRank([True, False, False]))
+    assert [pack.grids is not None for pack in packs] == [True, False, False]
+    assert [len(pack.layout.trees) for pack in packs] == [2, 1, 1]
+    assert [len(packs_in_step([text], chat, budget=9, mesh=OtherRank([])))] == [1]
