@@ -17,7 +17,7 @@ from typing import Any
 
 from rlcs import distill, grpo, models, report, sft
 from rlcs.data import Loaded, Role, Row, load, require_usable
-from rlcs.engines.local import LocalEngine
+from rlcs.engines.opening import MakeEngine, open_engines
 from rlcs.errors import DataError, RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
 from rlcs.files import atomic_write, read_json, write_json
@@ -70,10 +70,14 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not done yet; returns the summary, which also lies in summary.json."""
-        with attempt_log(self.folder / "logs"):
-            return self._run()
+        with (
+            attempt_log(self.folder / "logs"),
+            open_engines(self.recipe, self.folder / "rollout") as make_engine,
+        ):
+            return self._run(make_engine)
 
-    def _run(self) -> dict[str, Any]:
+    def _run(self, make_engine: MakeEngine) -> dict[str, Any]:
+        self._make_engine = make_engine
         sources = read_sources(self.recipe)
         arms = self.recipe.study.arms
         demonstrations = self._cold_start(sources)
@@ -148,10 +152,17 @@ class Study:
         chat = models.make_chat(vlm, self.recipe)
         if self.recipe.prompt.rl_system is not None:
             chat = chat.with_system(self.recipe.prompt.rl_system)
-        engine = LocalEngine(vlm, chat, max_rows=settings.max_rows)
+        engine = self._make_engine(vlm, chat, settings.max_rows)
         with self._pool(settings) as pool, self._output.screen(name, settings.steps) as view:
             grpo.train(
-                grpo.Actors(vlm=vlm, reference=reference, chat=chat, engine=engine, pool=pool),
+                grpo.Actors(
+                    vlm=vlm,
+                    reference=reference,
+                    chat=chat,
+                    engine=engine,
+                    pool=pool,
+                    rollout=self.recipe.rollout,
+                ),
                 sources.rl,
                 settings,
                 folder=self._stage_folder(name),
@@ -178,7 +189,7 @@ class Study:
             stage = MODEL_OF_ARM[arm]
             vlm = self._vlm(None if stage is None else self.folder / stage / "final")
             chat = models.make_chat(vlm, self.recipe)
-            engine = LocalEngine(vlm, chat, max_rows=settings.max_rows)
+            engine = self._make_engine(vlm, chat, settings.max_rows)
             with (
                 self._pool(self.recipe.grpo) as pool,
                 self._output.screen(f"eval {arm}", len(problems)) as view,

@@ -6,22 +6,12 @@ One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads YA
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 
-Part = Literal["vision_tower", "merger", "language_model"]
 Arm = Literal["base", "sft", "rl", "two_stage"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: strict keys, frozen once resolved."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Model(Section):
@@ -406,6 +396,8 @@ class Recipe(Section):
     """Stage one."""
     grpo: Grpo = Grpo()
     """Stage two."""
+    rollout: Rollouts = Rollouts()
+    """Who samples."""
     eval: Eval = Eval()
     """Measurement."""
     study: Study = Study()
