@@ -1,18 +1,22 @@
 """Rollouts by vLLM, without vLLM: the wire, the weights' way, and real processes that misbehave on time."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conftest import make_problem
+from rlcs import grpo
 from rlcs.chat import Chat
+from rlcs.engines.local import LocalEngine
 from rlcs.engines.opening import launch_of, open_engines
 from rlcs.engines.vllm import VllmEngine
 from rlcs.engines.vllm_fleet import Fleet
@@ -20,10 +24,16 @@ from rlcs.engines.vllm_server import Launch
 from rlcs.engines.weights import WeightsFolder
 from rlcs.engines.wire import collapsed, request_body, rollouts_of
 from rlcs.errors import EndpointError, ModelError, RecipeError, TrainingError
+from rlcs.files import read_jsonl
+from rlcs.interrupts import StopFlag
+from rlcs.metrics import screen
 from rlcs.models import Vlm
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.schema import Grpo
 from rlcs.records import StopReason
+from rlcs.stage import StageFolder
+from test_training import LengthGrader
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 
@@ -198,6 +208,7 @@ def test_the_command_line_of_a_server(vlm: Vlm) -> None:
                 "--tensor-parallel-size": "2", "--gpu-memory-utilization": "0.5",
                 "--logprobs-mode": "processed_logprobs"}  # fmt: skip
     assert expected.items() <= pairs.items() and command[-1] == "--enforce-eager"
+    assert "--no-enable-chunked-prefill" in command, "this model lies on a CPU"
     assert launch.environment(1)["CUDA_VISIBLE_DEVICES"] == "2,3"
     with pytest.raises(RecipeError, match="1 devices for 2 servers"):
         load_recipe("quickstart", ["rollout.servers=2", 'rollout.devices=["0"]'])
@@ -273,3 +284,51 @@ def test_colocated_without_vllm_says_what_to_do(tmp_path: Path, vlm: Vlm, chat: 
         pytest.raises(ModelError, match="not installed beside rlcs"),
     ):
         make(vlm, chat, 8).sample([chat.prompt(make_problem("a"))], chat.sampling(max_new_tokens=4))
+
+
+class Distant:
+    """A local engine whose logprobs are off by a constant, like those of other kernels."""
+
+    def __init__(self, vlm: Vlm, chat: Chat, distance: float) -> None:
+        self.local, self.distance = LocalEngine(vlm, chat, max_rows=16), distance
+
+    def sync(self) -> None:
+        pass
+
+    def sample(self, prompts, sampling, *, step=0, progress=None):
+        groups = self.local.sample(prompts, sampling, step=step)
+        return [
+            tuple(replace(r, logprobs=tuple(x - self.distance for x in r.logprobs)) for r in group)
+            for group in groups
+        ]
+
+
+@pytest.mark.parametrize(("distance", "warned"), [(0.05, False), (0.3, True)])
+def test_the_gap_is_logged_and_corrected_and_alarms(
+    tmp_path: Path, vlm: Vlm, chat: Chat, caplog: pytest.LogCaptureFixture, distance: float, warned: bool
+) -> None:
+    settings = Grpo.model_validate(
+        {"steps": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6, "optimizer_steps": 1}
+    )
+    actors = grpo.Actors(
+        vlm=vlm,
+        reference=None,
+        chat=chat,
+        engine=Distant(vlm, chat, distance),
+        pool=LengthGrader(),
+        rollout=Rollouts(engine="vllm_server", alarm=0.1, importance_cap=1.2),
+    )
+    problems = [make_problem(f"p{k}", sizes=()) for k in range(2)]
+    with StopFlag() as stop, screen("grpo", 1, quiet=True) as view:
+        stage = StageFolder(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
+        grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert row["sampler_gap"] == pytest.approx(distance, abs=1e-3)
+    assert row["sampler_gap_max"] == pytest.approx(distance, abs=2e-3)
+    assert row["importance"] == pytest.approx(min(math.exp(distance), 1.2), abs=1e-3)
+    assert ("nats" in caplog.text or "sampler" in caplog.text) == warned
+
+
+def test_local_rollouts_are_never_weighted() -> None:
+    assert Rollouts().cap is None and Rollouts(engine="vllm_colocated").cap == 2.0
+    assert Rollouts(engine="vllm_server", importance_cap=None).cap is None

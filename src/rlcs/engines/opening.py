@@ -57,4 +57,5 @@ def launch_of(recipe: Recipe, vlm: Vlm) -> Launch:
         dtype=str(vlm.model.dtype).removeprefix("torch."),
         max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
         max_rows=max(grpo.max_rows, grpo.group_size),
+        on_cpu=vlm.device.type == "cpu",
     )

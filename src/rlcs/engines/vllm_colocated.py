@@ -64,7 +64,7 @@ class Colocated:
         return self._llm
 
     def _sleep(self) -> None:
-        if _can_sleep():
+        if not self._launch.on_cpu:  # where vLLM has no such mode
             self._llm.sleep(level=1)
             self._asleep = True
 
@@ -73,13 +73,6 @@ class Colocated:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
-
-
-def _can_sleep() -> bool:
-    """Sleeping gives GPU memory back; on a CPU vLLM has no such mode."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _start(launch: Launch, weights: Weights) -> Any:
@@ -103,9 +96,9 @@ def _start(launch: Launch, weights: Weights) -> Any:
         limit_mm_per_prompt={"video": 0},
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
-        enable_sleep_mode=_can_sleep(),
-        enforce_eager=not _can_sleep(),
+        enable_sleep_mode=not launch.on_cpu,
         **({} if share is None else {"gpu_memory_utilization": share}),
+        **({"enforce_eager": True, "enable_chunked_prefill": False} if launch.on_cpu else {}),
     )
 
 

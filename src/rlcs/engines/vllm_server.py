@@ -33,6 +33,9 @@ GENERATE = "/inference/v1/generate"
 FLAGS = ("--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm")
 """What every server needs: the endpoint; logprobs of the distribution that was sampled from (temperature and
 banned ids included); no sampling defaults of the model's own."""
+CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
+"""On a CPU compiling costs more than it saves, and vLLM 0.32 dies there of a seeded prompt that is prefilled
+in parts (`CPU Generator does not use offset`)."""
 _POLL_S = 0.5
 _GRACE_S = 10.0
 _LAST_LINES, _LONGEST_LINE = 5, 500
@@ -60,6 +63,7 @@ class Launch:
     dtype: str
     max_tokens: int
     max_rows: int
+    on_cpu: bool = False
 
     def command(self, folder: Path, port: int) -> list[str]:
         """The command line of one server."""
@@ -70,7 +74,8 @@ class Launch:
             "--dtype", self.dtype, "--max-model-len", str(self.max_tokens),
             "--max-num-seqs", str(self.max_rows),
             "--tensor-parallel-size", str(settings.tensor_parallel),
-            "--limit-mm-per-prompt", '{"video": 0}', *memory, *settings.arguments,
+            "--limit-mm-per-prompt", '{"video": 0}',
+            *memory, *(CPU_FLAGS if self.on_cpu else ()), *settings.arguments,
         ]  # fmt: skip
 
     def environment(self, index: int) -> dict[str, str]:
