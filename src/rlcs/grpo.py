@@ -4,8 +4,9 @@ The group is the unit of work end to end: sampled, graded, packed and learnt fro
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,8 +27,10 @@ from rlcs.objectives import (
     is_flat,
     overlong_penalty,
     policy_loss,
+    truncated_importance,
 )
 from rlcs.policy import Scores
+from rlcs.recipe.rollout import Rollouts
 from rlcs.recipe.schema import Grpo
 from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree
 from rlcs.selfcheck import require_agreement
@@ -35,16 +38,22 @@ from rlcs.shares import guessed_tokens, own_share, packs_in_step
 from rlcs.stage import Clock, StageFolder
 from rlcs.trainer import Batch, Counts, Objective, Outcome, Trainer, logprobs_of
 
+log = logging.getLogger("rlcs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Actors:
-    """Who takes part in a step: policy, reference (None without KL), chat format, engine, graders."""
+    """Who takes part in a step: policy, reference (None without KL), chat format, engine, graders.
+
+    `rollout` says how far the engine's logprobs may be from the policy's, and how that is corrected.
+    """
 
     vlm: Vlm
     reference: Vlm | None
     chat: Chat
     engine: Engine
     pool: GradePool
+    rollout: Rollouts = field(default_factory=Rollouts)
 
 
 def frozen_copy(vlm: Vlm) -> Vlm:
@@ -82,6 +91,8 @@ def train(
     flat_steps = 0
     for step in range(first, settings.steps):
         clock = Clock()
+        with clock("sync"):
+            actors.engine.sync()
         groups, skipped = collect(actors, stream, settings, sampling, step=step, clock=clock)
         if step == first:
             tree = tree_of(groups[actors.vlm.mesh.rank % len(groups)], keep_unscored=True)
@@ -97,8 +108,18 @@ def train(
             values=measure(groups) | averaged(outcomes) | {"bad_rows": float(skipped)},
             seconds=clock.seconds,
         )
+        warn_of_gap(report.values, actors.rollout, screen)
         folder.after_step(trainer, stream, report, screen=screen, stop=stop)
     folder.finish(trainer)
+
+
+def warn_of_gap(values: Mapping[str, float], rollout: Rollouts, screen: Screen) -> None:
+    """Say so when the engine's logprobs are far from the policy's: it samples from another model."""
+    gap = values.get("sampler_gap", 0.0)
+    if gap > rollout.alarm:
+        text = f"the sampler's logprobs are {gap:.3g} from the policy's on average, over {rollout.alarm:g}"
+        log.warning(text)
+        screen.say(f"warning: {text}")
 
 
 def _require_signal(flat_steps: int, settings: Grpo) -> None:
@@ -254,7 +275,7 @@ def learn(
             batches = make_batches([trees[i] for i in own], actors, settings) if trees else []
             planned.append((batches, also))
     outcomes = []
-    objective = make_objective(settings)
+    objective = make_objective(settings, actors.rollout.cap)
     with clock("update"):
         for batches, also in planned:
             if batches:
@@ -292,31 +313,35 @@ def make_batches(trees: Sequence[Tree], actors: Actors, settings: Grpo) -> list[
     ]
 
 
-def make_objective(settings: Grpo) -> Objective:
-    """The policy loss of a batch; also sums how far the sampler's logprobs are from the policy's."""
+def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
+    """The policy loss of a batch; also sums how far the sampler's logprobs are from the policy's.
+
+    `cap` bounds the importance weights that correct for that; None: no correction.
+    """
     loss_settings = LossSettings.from_recipe(settings)
 
     def objective(batch: Batch, scores: Scores) -> LossSums:
         device = scores.logprobs.device
         now = scores.logprobs.detach()
         old = now if batch.old_logprobs is None else batch.old_logprobs.to(device)
+        sampler = batch.pack.sampler_logprobs
+        sampler = None if sampler is None else sampler.to(device)
         inputs = LossInputs(
             logprobs=scores.logprobs,
             old_logprobs=old,
             advantages=batch.pack.weights.to(device),
             sequence=batch.pack.sequence.to(device),
             ref_logprobs=batch.ref_logprobs,
+            importance=None if sampler is None or cap is None else truncated_importance(old, sampler, cap),
         )
         sums = policy_loss(inputs, loss_settings)
-        if batch.pack.sampler_logprobs is None:
+        if sampler is None:
             return sums
-        gap = (now - batch.pack.sampler_logprobs.to(device)).abs().sum()
-        return LossSums(
-            loss=sums.loss,
-            tokens=sums.tokens,
-            sequences=sums.sequences,
-            sums={**sums.sums, "sampler_gap": gap},
-            maxima=sums.maxima,
+        gaps = (now - sampler).abs()
+        return replace(
+            sums,
+            sums={**sums.sums, "sampler_gap": gaps.sum()},
+            maxima={**sums.maxima, "sampler_gap_max": gaps.max()},
         )
 
     return objective
@@ -343,14 +368,15 @@ def measure(groups: Sequence[Group]) -> dict[str, float]:
 def averaged(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Means over the optimiser steps of a rollout step (largest of what ends in `_max`).
 
-    `sampler_gap` is the first step's: later ones differ because the policy has moved on purpose.
+    `sampler_gap` and its maximum are the first step's: later ones differ because the policy has moved on
+    purpose.
     """
     values: dict[str, float] = {}
     for name in outcomes[0].values if outcomes else ():
         each = [outcome.values[name] for outcome in outcomes]
         values[name] = max(each) if name.endswith("_max") else sum(each) / len(each)
-    if "sampler_gap" in values:
-        values["sampler_gap"] = outcomes[0].values["sampler_gap"]
+    for name in values.keys() & {"sampler_gap", "sampler_gap_max"}:
+        values[name] = outcomes[0].values[name]
     return values
 
 

@@ -116,6 +116,7 @@ class LossInputs:
 
     `sequence` is the index 0..S-1 of the branch that each token belongs to; a branch is never
     split over packs. With one optimiser step a rollout, `old_logprobs` is `logprobs.detach()`.
+    `importance` weighs the policy term of each token (see `truncated_importance`); None: all alike.
     """
 
     logprobs: Tensor
@@ -123,9 +124,12 @@ class LossInputs:
     advantages: Tensor
     sequence: Tensor
     ref_logprobs: Tensor | None = None
+    importance: Tensor | None = None
 
     def __post_init__(self) -> None:
         """One value a token everywhere; broadcasting would hide a mistake."""
+        if self.importance is not None:
+            _require_flat(self.logprobs, self.importance)
         _require_flat(self.logprobs, self.old_logprobs, self.advantages, self.sequence)
         if self.ref_logprobs is not None:
             _require_flat(self.logprobs, self.ref_logprobs)
@@ -172,8 +176,9 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossSums:
     """The policy-gradient loss of one pack, with its KL penalty, as sums.
 
     Reported sums: `clip_fraction` (tokens that a bound holds: low, high or dual), `old_kl` (how far
-    the policy moved from the sampling policy, k3 of new against old) and, with reference logprobs,
-    `kl`. Reported maximum: `ratio_max`, the largest importance ratio (a whole sequence's for gspo).
+    the policy moved from the sampling policy, k3 of new against old), `importance` where there are
+    such weights and, with reference logprobs, `kl`. Reported maximum: `ratio_max`, the largest
+    importance ratio (a whole sequence's for gspo).
     """
     if settings.kl != "none" and inputs.ref_logprobs is None:
         raise ValueError(f"a {settings.kl} penalty needs reference logprobs")
@@ -191,6 +196,9 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossSums:
     else:
         raise ValueError(f"loss {settings.loss!r} is none of grpo, gspo, cispo")
     sums["clip_fraction"] = held.sum()
+    if inputs.importance is not None:
+        per_token = per_token * inputs.importance
+        sums["importance"] = inputs.importance.sum()
     if inputs.ref_logprobs is not None:
         kind = "k3" if settings.kl == "none" else settings.kl
         penalty = kl_estimate(inputs.logprobs, inputs.ref_logprobs, kind)
@@ -200,6 +208,18 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossSums:
     counted = torch.ones_like(inputs.sequence)
     largest = ratio.detach().max() if ratio.numel() else ratio.new_zeros(())
     return _summed(per_token, counted, inputs.sequence, settings.average, sums, {"ratio_max": largest})
+
+
+def truncated_importance(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """Weights (N,) that turn what one engine sampled into what the policy of that moment would have: TIS.
+
+    min(pi_old(token) / pi_sampler(token), cap), a constant factor of the token's term (Yao and others,
+    "Your efficient RL framework secretly brings you off-policy RL training", 2025,
+    https://fengyao.notion.site/off-policy-rl): rollout engines compute the same weights with other kernels
+    and precision. The cap bounds the variance. All of `old_logprobs` and `sampler_logprobs` are (N,).
+    """
+    log_ratio = (old_logprobs - sampler_logprobs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.exp().clamp(max=cap)
 
 
 def _bounded(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:

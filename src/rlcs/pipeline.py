@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -18,7 +18,7 @@ from typing import Any
 
 from rlcs import distill, grpo, models, report, sft
 from rlcs.data import Loaded, Role, Row, load, require_usable
-from rlcs.engines.local import LocalEngine
+from rlcs.engines.opening import MakeEngine, open_engines
 from rlcs.errors import DataError, RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
 from rlcs.files import atomic_write, read_json, write_json
@@ -76,12 +76,12 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not done yet; returns the summary, which also lies in summary.json."""
-        if self._mesh.rank:
-            return self._run()
-        with attempt_log(self.folder / "logs"):
-            return self._run()
+        log_here = attempt_log(self.folder / "logs") if self._mesh.rank == 0 else nullcontext()
+        with log_here, open_engines(self.recipe, self.folder / "rollout") as make_engine:
+            return self._run(make_engine)
 
-    def _run(self) -> dict[str, Any]:
+    def _run(self, make_engine: MakeEngine) -> dict[str, Any]:
+        self._make_engine = make_engine
         if self.recipe.grpo.reward.function is not None:
             check_function(self.recipe.grpo.reward.function)
         sources = self._sources()
@@ -178,10 +178,17 @@ class Study:
         chat = models.make_chat(vlm, self.recipe)
         if self.recipe.prompt.rl_system is not None:
             chat = chat.with_system(self.recipe.prompt.rl_system)
-        engine = LocalEngine(vlm, chat, max_rows=settings.max_rows)
+        engine = self._make_engine(vlm, chat, settings.max_rows)
         with self._pool(settings) as pool, self._output.screen(name, settings.steps) as view:
             grpo.train(
-                grpo.Actors(vlm=vlm, reference=reference, chat=chat, engine=engine, pool=pool),
+                grpo.Actors(
+                    vlm=vlm,
+                    reference=reference,
+                    chat=chat,
+                    engine=engine,
+                    pool=pool,
+                    rollout=self.recipe.rollout,
+                ),
                 sources.rl,
                 settings,
                 folder=self._stage_folder(name),
@@ -209,7 +216,7 @@ class Study:
             stage = MODEL_OF_ARM[arm]
             vlm = self._spread(self._vlm(None if stage is None else self.folder / stage / "final"))
             chat = models.make_chat(vlm, self.recipe)
-            engine = LocalEngine(vlm, chat, max_rows=settings.max_rows)
+            engine = self._make_engine(vlm, chat, settings.max_rows)
             with (
                 self._pool(self.recipe.grpo) as pool,
                 self._output.screen(f"eval {arm}", len(problems)) as view,

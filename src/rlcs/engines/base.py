@@ -12,6 +12,10 @@ Progress = Callable[[int], None]
 class Engine(Protocol):
     """Samples from the current policy."""
 
+    def sync(self) -> None:
+        """Take over the policy's weights as they are now."""
+        ...
+
     def sample(
         self,
         prompts: Sequence[Prompt],

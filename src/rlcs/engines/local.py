@@ -47,6 +47,9 @@ class LocalEngine:
         self._chat = chat
         self._max_rows = max_rows
 
+    def sync(self) -> None:
+        """Nothing to do: see above."""
+
     @torch.no_grad()
     def sample(
         self,

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
+from rlcs.recipe.rollout import Rollouts
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 
 Arm = Literal["base", "sft", "rl", "two_stage"]
@@ -402,6 +403,8 @@ class Recipe(Section):
     """Stage one."""
     grpo: Grpo = Grpo()
     """Stage two."""
+    rollout: Rollouts = Rollouts()
+    """Who samples."""
     eval: Eval = Eval()
     """Measurement."""
     study: Study = Study()

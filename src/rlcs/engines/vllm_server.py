@@ -1,0 +1,279 @@
+"""One vLLM server: how it is started, asked, given weights, and found dead.
+
+Used are vLLM's token-in-token-out endpoint (`/inference/v1/generate`) and, from its development mode,
+pausing, reloading weights from a folder, and naming their version, which every answer then carries.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from rlcs.engines.weights import Weights
+from rlcs.engines.wire import weights_seen
+from rlcs.errors import EndpointError, ModelError
+from rlcs.recipe.rollout import Rollouts
+
+OLDEST = (0, 32)
+"""The first vLLM whose interfaces are those used here: ids with images in, expanded ids and weight versions
+out. Older ones also crashed from placeholders typed into a question (see docs/how-to/vllm-rollouts.md)."""
+GENERATE = "/inference/v1/generate"
+FLAGS = ("--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm")
+"""What every server needs: the endpoint; logprobs of the distribution that was sampled from (temperature and
+banned ids included); no sampling defaults of the model's own."""
+CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
+"""On a CPU compiling costs more than it saves, and vLLM 0.32 dies there of a seeded prompt that is prefilled
+in parts (`CPU Generator does not use offset`)."""
+_POLL_S = 0.5
+_GRACE_S = 10.0
+_LAST_LINES, _LONGEST_LINE = 5, 500
+_DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+
+
+class DownError(Exception):
+    """The server does not do what it should; that may pass. `hopeless`: a restart is what it needs."""
+
+    def __init__(self, why: str, *, hopeless: bool = True) -> None:
+        """`why` goes to the log."""
+        super().__init__(why)
+        self.hopeless = hopeless
+
+
+class AgainError(Exception):
+    """This one request failed; that may pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How our own servers are started; the limits are those of the run."""
+
+    settings: Rollouts
+    dtype: str
+    max_tokens: int
+    max_rows: int
+    on_cpu: bool = False
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        """The command line of one server."""
+        settings, share = self.settings, self.settings.memory_share
+        memory = [] if share is None else ["--gpu-memory-utilization", str(share)]
+        return [
+            settings.executable, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *FLAGS,
+            "--dtype", self.dtype, "--max-model-len", str(self.max_tokens),
+            "--max-num-seqs", str(self.max_rows),
+            "--tensor-parallel-size", str(settings.tensor_parallel),
+            "--limit-mm-per-prompt", '{"video": 0}',
+            *memory, *(CPU_FLAGS if self.on_cpu else ()), *settings.arguments,
+        ]  # fmt: skip
+
+    def environment(self, index: int) -> dict[str, str]:
+        """The environment of the server with this number."""
+        extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        if self.settings.devices:
+            extra["CUDA_VISIBLE_DEVICES"] = self.settings.devices[index]
+        return {**os.environ, **extra}
+
+
+class Process:
+    """A `vllm serve` of ours, in a session of its own; it dies with us, even if we are killed."""
+
+    def __init__(self, launch: Launch, index: int, folder: Path, log: Path) -> None:
+        """Start it. Raises ModelError if there is no such program."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = log
+        try:
+            with log.open("ab") as out:
+                self._popen = subprocess.Popen(
+                    launch.command(folder, port),
+                    env=launch.environment(index),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=_dying_with_parent(),
+                )
+        except OSError as error:
+            raise ModelError(
+                f"vLLM cannot be started: {error.strerror}",
+                where=f"rollout.executable={launch.settings.executable}",
+                fix="install vLLM (>= 0.32) in an environment and name its bin/vllm there",
+            ) from error
+
+    @property
+    def runs(self) -> bool:
+        """Whether the process is there; it may hang all the same."""
+        return self._popen.poll() is None
+
+    @property
+    def last_words(self) -> str:
+        """What its log calls errors, first to last, or else how it ends."""
+        lines = self._log.read_text("utf-8", "replace").splitlines()
+        errors = [line[:_LONGEST_LINE] for line in lines if re.search(r"\b[A-Z]\w*Error: ", line)]
+        return "\n".join(errors[-_LAST_LINES:] or lines[-_LAST_LINES:])
+
+    def end(self, *, at_once: bool) -> None:
+        """Make an end of it and of its children."""
+        if not at_once and self.runs:
+            self._popen.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(_GRACE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+
+
+def _dying_with_parent() -> Callable[[], None] | None:
+    """What the child does before it becomes vLLM: ask Linux for a SIGTERM when we are gone."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+
+
+class Server:
+    """A server, ours (`launch`) or somebody's (`url`)."""
+
+    def __init__(
+        self, settings: Rollouts, index: int, *, logs: Path, url: str = "", launch: Launch | None = None
+    ) -> None:
+        """Nothing is started or asked yet."""
+        self._settings, self._index = settings, index
+        self._url, self._launch = url.rstrip("/"), launch
+        self._log = logs / f"vllm-{index}.log"
+        self._process: Process | None = None
+        self._known = False
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"vLLM server {self._index} ({self._url or 'not started'})"
+
+    async def ready(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """Start it if it is ours and does not run; wait until it is well; give it these weights.
+
+        Raises DownError; ModelError or EndpointError if waiting cannot help.
+        """
+        if self._launch is not None and (self._process is None or not self._process.runs):
+            await self._start(client, self._launch, weights)
+        await self.require_well(client)
+        if not self._known:
+            await self._require_fit(client)
+            self._known = True
+        if (await self._call(client, "GET", "/weight_info"))["weight_version"] != weights.version:
+            await self._load(client, weights)
+
+    async def _start(self, client: httpx.AsyncClient, launch: Launch, weights: Weights) -> None:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        process = self._process = Process(launch, self._index, weights.folder, self._log)
+        self._url = process.url
+        end = time.monotonic() + self._settings.start_limit_s
+        while time.monotonic() < end:
+            if not process.runs:
+                if self._known:
+                    raise DownError("it ended while starting")
+                raise ModelError(
+                    f"vLLM ended while starting:\n{process.last_words}",
+                    where=str(self._log),
+                    fix="see its log; rollout.arguments holds further arguments of vllm serve",
+                )
+            try:
+                return await self.require_well(client)
+            except DownError:
+                await asyncio.sleep(_POLL_S)
+        raise DownError(f"it did not start in {self._settings.start_limit_s:g} s")
+
+    async def require_well(self, client: httpx.AsyncClient) -> None:
+        """Raises DownError if it does not say within the limit that it is well."""
+        try:
+            response = await client.get(f"{self._url}/health", timeout=self._settings.health_limit_s)
+        except httpx.TransportError as error:
+            raise DownError(f"no word of its health ({type(error).__name__})") from error
+        if response.status_code != 200:
+            raise DownError(f"it is not well: {response.status_code}")
+
+    async def _require_fit(self, client: httpx.AsyncClient) -> None:
+        """Raises EndpointError for a server that is too old or was started with other flags."""
+        version = str((await self._call(client, "GET", "/version"))["version"])
+        found = re.match(r"(\d+)\.(\d+)", version)
+        if found is None or tuple(map(int, found.groups())) < OLDEST:
+            fix = f"use vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
+            raise EndpointError(f"vLLM {version} is too old", where=self.name, fix=fix)
+        info = await self._call(client, "GET", "/server_info", params={"config_format": "json"})
+        mode = info["vllm_config"]["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            raise EndpointError(
+                f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(FLAGS)}"
+            )
+
+    async def _load(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """Pausing also drops every cache that holds something of older weights."""
+        folder = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.folder)}}
+        await self._call(client, "POST", "/pause", params={"mode": "abort"})
+        await self._call(client, "POST", "/collective_rpc", json=folder)
+        await self._call(client, "POST", "/update_weight_version", json={"new_version": weights.version})
+        await self._call(client, "POST", "/resume")
+
+    async def _call(self, client: httpx.AsyncClient, method: str, path: str, **content: Any) -> Any:
+        limit = self._settings.start_limit_s
+        try:
+            response = await client.request(method, self._url + path, timeout=limit, **content)
+        except httpx.TransportError as error:
+            raise DownError(f"{path}: {type(error).__name__}") from error
+        if response.status_code == 404:
+            fix = f"start it with VLLM_SERVER_DEV_MODE=1 in its environment and with {' '.join(FLAGS)}"
+            raise EndpointError(f"it has no {path}", where=self.name, fix=fix)
+        if response.status_code != 200:
+            raise DownError(f"{path}: {response.status_code} {response.text[:200]}")
+        return response.json()
+
+    async def generate(
+        self, client: httpx.AsyncClient, body: Mapping[str, Any], weights: Weights
+    ) -> dict[str, Any]:
+        """The answers to one prompt, all by these weights.
+
+        Raises AgainError, DownError, or EndpointError if no further try can help.
+        """
+        limit = self._settings.request_limit_s
+        try:
+            response = await client.post(self._url + GENERATE, json=body, timeout=limit)
+        except httpx.TransportError as error:
+            raise DownError(f"{GENERATE}: {type(error).__name__}") from error
+        if response.status_code == 429 or response.status_code >= 500:
+            raise AgainError(f"{self.name}: {response.status_code} {response.text[:200]}")
+        if response.status_code != 200:
+            raise EndpointError(
+                f"it refuses a prompt: {response.status_code} {response.text[:500]}",
+                where=self.name,
+                fix=f"vllm serve needs {' '.join(FLAGS)}",
+            )
+        reply: dict[str, Any] = response.json()
+        if weights_seen(reply) != {weights.version}:
+            raise DownError("it answered with other weights: it was restarted", hopeless=False)
+        return reply
+
+    def restart(self) -> None:
+        """End a process of ours that does not do what it should; the next `ready` starts it anew."""
+        if self._process is not None:
+            self._process.end(at_once=True)
+            self._process = None
+
+    def close(self) -> None:
+        """End a process of ours."""
+        if self._process is not None:
+            self._process.end(at_once=False)
+            self._process = None

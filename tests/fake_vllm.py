@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""A program that is called like `vllm serve`, speaks its protocol, and misbehaves when told to.
+
+`serve FOLDER --port N ...`: the answer to a prompt is the name of the weights folder that it loaded, letter
+by letter, as ids. Beside that folder's parent lies `behaviour.json`: `{"die_after": 3, ...}`.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+FOLDER = Path(sys.argv[2])
+PORT = int(sys.argv[sys.argv.index("--port") + 1])
+BEHAVIOUR = FOLDER.parent.parent / "behaviour.json"
+STATE = {"folder": str(FOLDER), "version": "default", "paused": False, "asked": 0}
+
+
+def behaviour() -> dict:
+    return json.loads(BEHAVIOUR.read_text()) if BEHAVIOUR.exists() else {}
+
+
+def once(name: str) -> bool:
+    """Whether this misdeed is due: after `name` requests, once in the run."""
+    due = behaviour().get(name)
+    mark = BEHAVIOUR.with_name(f"{name}.done")
+    if due is None or STATE["asked"] < due or mark.exists():
+        return False
+    mark.touch()
+    return True
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, obj, status=200):
+        data = json.dumps(obj).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        known = {
+            "/health": {},
+            "/version": {"version": behaviour().get("version", "0.32.1")},
+            "/weight_info": {"weight_version": STATE["version"]},
+            "/server_info": {
+                "vllm_config": {
+                    "model_config": {"logprobs_mode": behaviour().get("mode", "processed_logprobs")}
+                }
+            },
+        }
+        self.reply(known.get(path, {}), 200 if path in known else 404)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        path = self.path.partition("?")[0]
+        if path == "/inference/v1/generate":
+            return self.generate(body)
+        if path == "/collective_rpc":
+            assert STATE["paused"] and body["method"] == "reload_weights"
+            STATE["folder"] = body["kwargs"]["weights_path"]
+            assert (Path(STATE["folder"]) / "model.safetensors").exists()
+        elif path == "/update_weight_version":
+            STATE["version"] = body["new_version"]
+        elif path in ("/pause", "/resume"):
+            STATE["paused"] = path == "/pause"
+        self.reply({})
+
+    def generate(self, body):
+        STATE["asked"] += 1
+        if once("die_after"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if once("hang_after"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if once("forget_after"):  # what a restart from outside looks like
+            STATE["version"] = "default"
+        if once("fail_after"):
+            return self.reply({"error": "busy"}, 503)
+        if "refuse" in behaviour():
+            return self.reply({"error": "too long"}, 400)
+        time.sleep(0.01)
+        placeholder = behaviour().get("placeholder")
+        prompt = []
+        for index in body["token_ids"]:
+            prompt += [index] * (behaviour().get("expand", 1) if index == placeholder else 1)
+        ids = [ord(letter) for letter in Path(STATE["folder"]).name]
+        params = body["sampling_params"]
+        choice = {
+            "finish_reason": "abort" if once("abort_after") else "stop",
+            "token_ids": ids,
+            "logprobs": {"content": [{"token_id": i, "logprob": -0.5} for i in ids]},
+            "weight_versions": [{"version": STATE["version"], "start": 0, "end": len(ids)}],
+        }
+        choices = [{**choice, "index": index} for index in reversed(range(params["n"]))]
+        self.reply({"prompt_token_ids": prompt, "choices": choices, "pid": os.getpid()})
+
+
+if __name__ == "__main__":
+    (BEHAVIOUR.parent / f"started-{os.getpid()}.json").write_text(
+        json.dumps({"argv": sys.argv, "devices": os.environ.get("CUDA_VISIBLE_DEVICES"), "pid": os.getpid()})
+    )
+    if "broken" in behaviour():
+        sys.exit("ValueError: no such model architecture\nRuntimeError: something failed")
+    ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()

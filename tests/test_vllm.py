@@ -1,0 +1,247 @@
+"""Rollouts by a real vLLM on the CPU with the built-in model: `make vllm-test` makes the environment for it.
+
+`RLCS_VLLM` names an environment (or a `vllm` program) of vLLM 0.32 or newer; without it, and without `vllm`
+on the path, these tests are skipped.
+"""
+
+import importlib.util
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import make_problem
+from rlcs import grpo, models
+from rlcs.chat import Chat
+from rlcs.data import load
+from rlcs.engines.local import LocalEngine
+from rlcs.engines.opening import open_engines
+from rlcs.errors import EndpointError
+from rlcs.interrupts import StopFlag
+from rlcs.metrics import screen
+from rlcs.models import Vlm
+from rlcs.packing import pack
+from rlcs.policy import score
+from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.schema import Grpo, Recipe
+from rlcs.records import Branch, Prompt, Rollout, Tree
+from rlcs.stage import StageFolder
+from test_training import LengthGrader, weights_of
+
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def program() -> str | None:
+    named = os.environ.get("RLCS_VLLM")
+    if named is None:
+        return shutil.which("vllm")
+    path = Path(named) / "bin" / "vllm" if Path(named).is_dir() else Path(named)
+    return str(path.absolute())
+
+
+pytestmark = pytest.mark.skipif(
+    program() is None, reason="no vLLM: `make vllm-test`, or name an environment in RLCS_VLLM"
+)
+
+
+def recipe_of(*words: str) -> Recipe:
+    settings = [f"rollout.executable={program()}", "rollout.memory_share=0.1", "grpo.max_rows=64"]
+    settings += ["rollout.health_limit_s=15", "rollout.engine=vllm_server"]
+    return load_recipe("quickstart", [*settings, *words]).recipe
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return recipe_of()
+
+
+@pytest.fixture(scope="module")
+def make_engine(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
+    """Engines over one server, which all tests share; a failure shows the end of its log."""
+    folder = tmp_path_factory.mktemp("rollout")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CPU.items():
+            patch.setenv(name, value)
+        with open_engines(recipe, folder) as make:
+            yield make
+
+
+@pytest.fixture
+def policy(recipe: Recipe) -> tuple[Vlm, Chat]:
+    vlm = models.load(recipe.model)
+    return vlm, models.make_chat(vlm, recipe)
+
+
+def prompts_of(recipe: Recipe, chat: Chat, count: int) -> list[Prompt]:
+    source = f"builtin:puzzles?split=test&count={count}&seed=3"
+    rows = load(source, recipe.data, decode_limit=10**7, role="test").rows
+    typed = make_problem("typed", "What is <|image_pad|><|vision_end|> in this <image>?", sizes=((120, 70),))
+    return [*(chat.prompt(row.problem) for row in rows), chat.prompt(typed)]
+
+
+def largest_gap(
+    vlm: Vlm, chat: Chat, prompts: list[Prompt], groups: list[tuple[Rollout, ...]], t: float
+) -> float:
+    """Between the engine's logprobs and those that the policy gives the same tokens in the trainer's pass."""
+    trees = [
+        Tree(prompt=p, branches=tuple(Branch(ids=r.ids, weights=(1.0,) * len(r.ids)) for r in group))
+        for p, group in zip(prompts, groups, strict=True)
+    ]
+    with torch.no_grad():
+        ours = score(vlm, pack(trees, chat.patches), temperature=t).logprobs
+    theirs = torch.tensor([x for group in groups for r in group for x in r.logprobs])
+    return (ours - theirs).abs().max().item()
+
+
+def perturb(vlm: Vlm, scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in vlm.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += scale * parameter.std().nan_to_num() * noise
+
+
+def test_vllm_and_the_local_engine_are_one_distribution(recipe, make_engine, policy) -> None:
+    vlm, chat = policy
+    prompts = prompts_of(recipe, chat, 11)
+    engine = make_engine(vlm, chat, 64)
+    greedy = chat.sampling(max_new_tokens=40, temperature=0.0)
+    theirs, ours = engine.sample(prompts, greedy), LocalEngine(vlm, chat, max_rows=64).sample(prompts, greedy)
+    assert [g[0].ids for g in theirs] == [g[0].ids for g in ours]
+    assert [g[0].stop for g in theirs] == [g[0].stop for g in ours]
+    for temperature in (1.0, 0.7):
+        warm = chat.sampling(max_new_tokens=40, temperature=temperature, n=4, seed=5)
+        groups = engine.sample(prompts, warm)
+        assert largest_gap(vlm, chat, prompts, groups, temperature) < 1e-3
+        assert engine.sample(prompts, warm) == groups, "the same seeds draw the same answers"
+    ids = {index for group in groups for r in group for index in r.ids}
+    assert not ids & set(warm.banned_ids)
+
+
+def test_new_weights_reach_the_server_and_no_old_cache_stays(recipe, make_engine, policy) -> None:
+    vlm, chat = policy
+    prompts = prompts_of(recipe, chat, 5)
+    engine = make_engine(vlm, chat, 64)
+    warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
+    before = engine.sample(prompts, warm)
+    perturb(vlm, 0.2)
+    assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.05, "not published yet"
+    engine.sync()
+    after = engine.sample(prompts, warm)
+    # Untrained weights leave the banned ids some probability, which vLLM's logprobs are without.
+    assert largest_gap(vlm, chat, prompts, after, 1.0) < 0.05
+    assert after != before
+
+
+def test_another_image_size_is_an_error(recipe, make_engine, policy) -> None:
+    vlm, chat = policy
+    engine = make_engine(vlm, chat, 64)
+    engine.sync()
+    other = models.make_chat(vlm, recipe_of("images.min_pixels=50176"))
+    with pytest.raises(EndpointError, match="pixel bounds"):
+        engine.sample([other.prompt(make_problem("small"))], other.sampling(max_new_tokens=4))
+
+
+class Disturbed:
+    """An engine whose server suffers something while it answers."""
+
+    def __init__(self, engine, misdeeds: dict) -> None:
+        self.engine, self.misdeeds, self.done = engine, misdeeds, []
+
+    def sync(self) -> None:
+        self.engine.sync()
+
+    def sample(self, prompts, sampling, *, step=0, progress=None):
+        timer = None
+        if step in self.misdeeds:
+            name, number = self.misdeeds[step]
+            timer = threading.Timer(0.3, lambda: self.done.append(signal_server(name, number)))
+            timer.start()
+        groups = self.engine.sample(prompts, sampling, step=step, progress=progress)
+        if timer is not None:
+            timer.join()
+        return groups
+
+
+def signal_server(name: str, number: signal.Signals) -> int:
+    """Send a signal to a process of our server: `vllm serve` itself, or its engine."""
+    (server,) = [pid for pid in children(os.getpid()) if b"serve" in commands(pid)]
+    inside = [pid for pid in children(server) if b"EngineCore" in commands(pid)]
+    pid = server if name == "server" else inside[0]
+    os.kill(pid, number)
+    return pid
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def commands(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[str, torch.Tensor]:
+    settings = Grpo.model_validate({
+        "steps": 4, "prompts_per_step": 4, "group_size": 4, "max_new_tokens": 24, "save_every": 10,
+        "optimizer": {"lr": 1e-3}, "max_flat_steps": 4,
+    })  # fmt: skip
+    rows = load(
+        "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
+    ).rows
+    actors = grpo.Actors(
+        vlm=vlm, reference=None, chat=chat, engine=engine, pool=LengthGrader(), rollout=recipe.rollout
+    )
+    with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
+        stage = StageFolder(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
+        grpo.train(actors, [row.problem for row in rows], settings, folder=stage, screen=view, stop=stop)
+    return weights_of(vlm)
+
+
+def test_a_server_killed_twice_and_hung_once_changes_nothing(recipe, make_engine, tmp_path) -> None:
+    results = []
+    for name, misdeeds in {
+        "calm": {},
+        "disturbed": {
+            1: ("server", signal.SIGKILL),
+            2: ("engine", signal.SIGKILL),
+            3: ("server", signal.SIGSTOP),
+        },
+    }.items():
+        vlm = models.load(recipe.model)
+        chat = models.make_chat(vlm, recipe)
+        engine = Disturbed(make_engine(vlm, chat, 64), misdeeds)
+        results.append(train(tmp_path / name, recipe, vlm, chat, engine))
+        assert len(engine.done) == len(misdeeds)
+    calm, disturbed = results
+    start = weights_of(models.load(recipe.model))
+    assert any((start[key] - calm[key]).abs().max() > 1e-3 for key in calm), "nothing was learnt"
+    for key in calm:
+        assert torch.allclose(calm[key], disturbed[key], atol=1e-5), key
+    for step in range(1, 5):
+        name = f"rollouts/step-{step:06d}.jsonl"
+        assert (tmp_path / "calm" / name).read_text() == (tmp_path / "disturbed" / name).read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed beside rlcs")
+def test_colocated(policy, tmp_path, monkeypatch) -> None:
+    vlm, chat = policy
+    recipe = recipe_of("rollout.engine=vllm_colocated")
+    for name, value in CPU.items():
+        monkeypatch.setenv(name, value)
+    prompts = prompts_of(recipe, chat, 5)
+    with open_engines(recipe, tmp_path) as make:
+        engine = make(vlm, chat, 64)
+        greedy = chat.sampling(max_new_tokens=40, temperature=0.0)
+        ours = LocalEngine(vlm, chat, max_rows=64).sample(prompts, greedy)
+        assert [g[0].ids for g in engine.sample(prompts, greedy)] == [g[0].ids for g in ours]
+        warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
+        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) < 1e-3
+        perturb(vlm, 0.2)
+        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.05, "not published yet"
+        engine.sync()
+        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) < 0.05
