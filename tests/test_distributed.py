@@ -138,7 +138,7 @@ def assert_same(first: Path, second: Path) -> None:
     for row, twin in zip(rows(first), rows(second), strict=True):
         assert row.keys() == twin.keys()
         for key, value in row.items():
-            near = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
+            near = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-5)
             assert twin[key] == near, (row["step"], key)
 
 

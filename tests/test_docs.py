@@ -1,0 +1,132 @@
+"""The documentation builds without a warning, and every command in it is one that rlcs understands."""
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from PIL import Image, ImageDraw
+from test_pipeline import SMALL, rlcs
+
+from rlcs.cli import app
+from rlcs.recipe.loading import list_recipes, load_recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+WITH_A_RECIPE = ("run", "distill", "ablate", "plan", "quickstart")
+
+
+def commands(page: Path) -> list[str]:
+    """Every line of a code block that starts rlcs, with continued lines joined."""
+    found = []
+    for language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language not in ("", "bash", "console", "sh"):
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            words = line.removeprefix("$ ").strip()
+            if words.startswith("rlcs ") or " -m rlcs " in words:
+                found.append(words)
+    return found
+
+
+ALL = [pytest.param(line, id=f"{p.stem}: {line[:60]}") for p in PAGES for line in commands(p)]
+
+
+def parse(command: click.Command, name: str, words: list[str]) -> tuple[str, dict[str, object]]:
+    """The verb and its arguments as click understands them. Raises click.UsageError."""
+    if isinstance(command, click.Group):
+        group = click.Context(command, info_name=name)
+        verb, inner, rest = command.resolve_command(group, words)
+        assert verb is not None and inner is not None
+        return parse(inner, verb, rest)
+    return name, command.make_context(name, words).params
+
+
+@pytest.mark.parametrize("line", ALL)
+def test_command_is_understood(line):
+    words = shlex.split(line.split(" | ")[0].partition(" > ")[0], comments=True)
+    words = words[words.index("rlcs") + 1 :]
+    verb, given = parse(typer.main.get_command(app), "rlcs", words)
+    overrides = [str(each) for each in (given.get("overrides") or ())]  # type: ignore[attr-defined]
+    if verb in WITH_A_RECIPE and overrides:
+        recipe = str(given.get("recipe", "quickstart"))
+        load_recipe(recipe if recipe in list_recipes() else "quickstart", overrides)
+
+
+def test_there_are_commands_to_understand():
+    assert len(ALL) > 60
+
+
+def test_pages_build_without_a_warning(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"},
+    )
+    assert built.returncode == 0, built.stderr
+    home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "reasons about what it sees" in home and "fonts.googleapis" not in home
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory) -> Path:
+    """What a stranger brings: pictures of coloured dots that rlcs never drew, and questions about them."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "img").mkdir()
+    rng = random.Random(7)
+    number = 0
+    for name, count in (("cold_start", 8), ("train", 8), ("test", 6)):
+        rows = []
+        for _ in range(count):
+            number += 1
+            colours = [rng.choice(["red", "blue"]) for _ in range(3)]
+            image = Image.new("RGB", (56, 56), "white")
+            for place, colour in enumerate(colours):
+                ImageDraw.Draw(image).ellipse((2 + 18 * place, number, 16 + 18 * place, number + 14), colour)
+            image.save(folder / "img" / f"{number}.png")
+            reds = colours.count("red")
+            row = {"id": str(number), "question": "How many dots are red?", "answer": str(reds)}
+            row["images"] = [f"img/{number}.png"]  # type: ignore[assignment]
+            if name == "cold_start":
+                row["response"] = f"{', '.join(colours)}. That makes \\boxed{{{reds}}}"
+            rows.append(json.dumps(row))
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def _tutorial() -> Iterator[list[str]]:
+    for line in commands(ROOT / "docs" / "tutorial.md"):
+        words = shlex.split(line)[1:]
+        stays = {"chat", "serve"} & set(words[:1]) or "--live" in words
+        if not stays and words[0] != "doctor" and "recommended-3b" not in words:
+            yield words
+
+
+def test_the_tutorial_works_as_it_is_written(own_data, random_model_folder):
+    """All commands that end, in order, with a recipe cut short: from three files to an answer."""
+    done = []
+    for words in _tutorial():
+        if words[0] == "run":
+            own = [each for each in words if each.startswith("data.")]
+            small = [each for each in SMALL if not each.startswith("data.")]
+            words = [*words, *small, f"model.name={random_model_folder}", *own, "data.max_bad_share=0"]
+        result = rlcs(*words, cwd=own_data)
+        assert result.returncode == 0, f"{' '.join(words)}: {result.stderr}"
+        done.append(words[0])
+    assert done == ["data"] * 4 + ["look", "recipes", "recipes", "run", "export", "generate"]
+    summary = json.loads((own_data / "runs" / "mine" / "summary.json").read_text())
+    assert summary["arms"]["two_stage"]["n"] == 6
+    assert (own_data / "my-model" / "model.safetensors").is_file()
+    shutil.rmtree(own_data / "runs")
