@@ -82,7 +82,7 @@ class Study:
         if "rl" in arms:
             self._grpo("rl_only", sources, start=None)
         self._measure(sources.test)
-        summary = self._summary()
+        summary = {**self._summary(), "counts": _counts(demonstrations, sources)}
         write_json(self.folder / "summary.json", summary)
         log.info("report: %s", report.build(self.folder))
         return summary
@@ -206,6 +206,11 @@ class Study:
             "versions": versions(),
             "command": command(),
         }
+
+
+def _counts(demonstrations: Sequence[Demonstration], sources: Sources) -> dict[str, int]:
+    """How much data each part of the study had, for the model's card."""
+    return {"cold_start": len(demonstrations), "rl": len(sources.rl), "test": len(sources.test)}
 
 
 @contextmanager
