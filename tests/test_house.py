@@ -17,14 +17,14 @@ SOURCE = Path(__file__).parent.parent / "src" / "rlcs"
 
 # A room may import lower floors, and its own floor as long as no circle forms.
 FLOORS = {
-    0: ("__init__", "errors", "records", "interrupts"),
+    0: ("errors", "records", "interrupts"),
     1: ("recipe", "files", "metrics", "tasks", "grading"),
     2: ("data", "images", "chat", "packing", "objectives"),
     3: ("attention", "models", "tiny"),
     4: ("policy", "checkpoint", "engines"),
     5: ("trainer", "selfcheck", "stage"),
-    6: ("distill", "sft", "grpo", "evaluation", "benchmarks", "examine"),
-    7: ("look", "report", "pipeline", "cli", "cli_data", "__main__"),
+    6: ("distill", "sft", "grpo", "evaluation", "benchmarks", "examine", "serving"),
+    7: ("look", "report", "pipeline", "cli", "cli_data", "cli_serving", "__main__", "__init__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
@@ -32,7 +32,7 @@ HEAVY = {"torch", "torchvision", "transformers", "datasets"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
-MAX_CODE_LINES = 12_000
+MAX_CODE_LINES = 15_000
 MAX_PARAMETERS = 7
 MAX_IMPORT_SECONDS = 0.2
 
