@@ -40,17 +40,21 @@ class Asked:
     text: str
     images: tuple[Path, ...]
     settings: Settings
-    system: str
+    system: str = ""
+
+    @property
+    def turn(self) -> Turn:
+        """It as a turn of a conversation: images first, then text."""
+        return {"role": "user", "content": [*self.images, *([self.text] if self.text.strip() else [])]}
 
 
 def replies(talkers: Sequence[Talker], histories: Sequence[Sequence[Turn]], asked: Asked) -> Iterator[list[str]]:
     """Every talker's answer so far, each time that one of them has grown. Closing it stops them all."""
     first = [{"role": "system", "content": [asked.system]}] if asked.system.strip() else []
-    turn = {"role": "user", "content": [*asked.images, *([asked.text] if asked.text.strip() else [])]}
     streams: list[Any] = []
     try:
         for talker, history in zip(talkers, histories, strict=True):
-            streams.append(talker.stream([*first, *history, turn], asked.settings))
+            streams.append(talker.stream([*first, *history, asked.turn], asked.settings))
         texts = [""] * len(talkers)
         told = 0.0
         for pieces in zip_longest(*streams, fillvalue=""):
@@ -106,13 +110,12 @@ def conversation(talkers: Sequence[Talker]) -> Any:
         asked = Asked(text=sent["text"], images=images, settings=settings, system=system)
         if not images and not asked.text.strip():
             raise gr.Error("Write a question, or drop an image.", duration=5)
-        turn = {"role": "user", "content": [*images, *([asked.text] if asked.text.strip() else [])]}
         started, texts = time.monotonic(), [""] * len(talkers)
 
         def state(seconds: float | None) -> list[Any]:
             open_turns = zip(displays, texts, strict=True)
             pages = [[*old, *question(asked), *shown(text, seconds=seconds)] for old, text in open_turns]
-            said = [[turn, {"role": "assistant", "content": [text]}] if text else [] for text in texts]
+            said = [[asked.turn, {"role": "assistant", "content": [text]}] if text else [] for text in texts]
             return [*pages, *([*old, *new] for old, new in zip(histories, said, strict=True))]
 
         try:

@@ -1,4 +1,4 @@
-"""The verbs from a run to people: export, publish."""
+"""The verbs from a run to people: export, publish, chat."""
 
 import json as jsonlib
 from pathlib import Path
@@ -72,3 +72,26 @@ def publish(
         )
     if not dry_run:
         typer.echo(hub.push(folder, repo, entries, kind="model", private=private))
+
+
+@publish_app.command("chat")
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="Folder, hub id, or builtin")
+    ] = "builtin",
+    other: Annotated[
+        str | None, typer.Argument(metavar="[MODEL2]", help="One more, to stand beside the first")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the page is")] = 7860,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
+) -> None:
+    """Talk to a model on a web page: images, several turns, reasoning in a fold-out; two side by side."""
+    import importlib.util
+
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs gradio", where="rlcs chat", fix="pip install 'rlcs[chat]'")
+    from rlcs.chat_page import open_page
+    from rlcs.serving.session import load
+
+    names = [model] if other is None else [model, other]
+    open_page([load(name) for name in names], host=host, port=port)

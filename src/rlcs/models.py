@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from rlcs import attention
-from rlcs.chat import Chat
+from rlcs.chat import Chat, set_default_system
 from rlcs.errors import ModelError
 from rlcs.images import ImagePipeline
 from rlcs.recipe.schema import Model as ModelSettings
@@ -119,10 +119,13 @@ def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
 def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
     """The chat format and image path of a model under a recipe.
 
-    The pixel bounds are written onto the processor too, so that a saved model carries them.
+    The pixel bounds and the system prompt are written onto the processor too, so that a saved model
+    carries them.
     """
     bounds = {"shortest_edge": recipe.images.min_pixels, "longest_edge": recipe.images.max_pixels}
     vlm.processor.image_processor.size = bounds
+    if recipe.prompt.system is not None:
+        set_default_system(vlm.processor, recipe.prompt.system)
     images = ImagePipeline(vlm.processor.image_processor, decode_limit=recipe.images.decode_limit)
     return Chat(
         vlm.processor.tokenizer, images, system=recipe.prompt.system, max_tokens=recipe.prompt.max_tokens
