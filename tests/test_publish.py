@@ -14,9 +14,11 @@ from huggingface_hub import ModelCard
 
 from hub_server import HubServer
 from rlcs import models, tasks
+from rlcs.chat import default_system
 from rlcs.engines.local import LocalEngine
+from rlcs.errors import UserError
 from rlcs.files import read_json, write_json
-from rlcs.publish.export import with_default_system
+from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model
 
@@ -115,13 +117,16 @@ def test_stock_transformers_gives_the_same_greedy_answers(run, exported, tmp_pat
     assert len(set(theirs)) > 3
 
 
-def test_the_card_s_own_snippet_runs(exported, tmp_path):
+def test_the_card_s_own_snippets_run(exported, tmp_path, monkeypatch, capsys):
     shutil.copytree(exported, tmp_path / "puzzler")
     (drawn,) = problems(tmp_path, 1)
     shutil.copy(tmp_path / "0.png", tmp_path / "image.png")
     program = snippet(exported, "AutoProcessor").replace("What is the answer?", drawn.question)
     assert python(program, tmp_path).strip()
     compile(snippet(exported, "OpenAI"), "card", "exec")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet(exported, "import rlcs"), {})  # noqa: S102
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_card_tells_the_run(run, exported):
@@ -146,57 +151,59 @@ def test_the_card_tells_the_run(run, exported):
 
 
 def test_other_arms_precisions_and_plain_models(run, tmp_path):
-    base = tmp_path / "base"
-    assert rlcs("export", run, "--arm", "base", "--dtype", "bf16", "--out", base).returncode == 0
+    base, final, plain = tmp_path / "base", tmp_path / "sft", tmp_path / "plain"
+    export(Export(model=str(run), arm="base", dtype="bf16", out=base))
     assert read_json(base / "config.json")["dtype"] == "bfloat16"
     assert "converted to bfloat16" in card(base) and "| RL clip" not in card(base)
     assert "**Base (this model)**" in card(base)
-    final = tmp_path / "sft"
-    assert rlcs("export", run / "sft" / "final", "--out", final, "--name", "me/mine").returncode == 0
+    export(Export(model=str(run / "sft" / "final"), out=final, name="me/mine"))
     assert "The cold start alone" in card(final) and 'name = "me/mine"' in card(final)
     assert "| RL clip" not in card(final) and "| SFT loss" in card(final)
-    plain = tmp_path / "plain"
-    assert rlcs("export", "builtin", "--out", plain).returncode == 0
+    export(Export(model="builtin", out=plain))
     assert "No measurement came with this export" in card(plain) and "## Training" not in card(plain)
 
 
 def test_what_cannot_be_exported_says_why(run, tmp_path):
-    def refused(*words):
-        done = rlcs("export", *words)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        return done.stderr
+    out = tmp_path / "a"
 
-    assert "choose --arm among: base, sft, two_stage" in refused(run, "--arm", "rl", "--out", tmp_path / "a")
-    assert "did you mean two_stage" in refused(run, "--arm", "two_stag", "--out", tmp_path / "a")
-    assert "not empty" in refused(run, "--out", run)
-    assert "neither a run nor a model" in refused(tmp_path, "--out", tmp_path / "a")
-    assert "use bf16, fp16, fp32" in refused(run, "--dtype", "int3", "--out", tmp_path / "a")
-    assert "only a run has arms" in refused("builtin", "--arm", "rl", "--out", tmp_path / "a")
-    assert "cannot load the model" in refused("nobody/nothing", "--out", tmp_path / "a")
+    def refused(model, *, out=out, arm=None):
+        with pytest.raises(UserError) as caught:
+            export(Export(model=str(model), out=out, arm=arm))
+        return str(caught.value)
+
+    assert "choose --arm among: base, sft, two_stage" in refused(run, arm="rl")
+    assert "did you mean two_stage" in refused(run, arm="two_stag")
+    assert "not empty" in refused(run, out=run)
+    assert "neither a run nor a model" in refused(tmp_path)
+    assert "only a run has arms" in refused("builtin", arm="rl")
     seeds = tmp_path / "seeds"
     shutil.copytree(run, seeds / "seed-0")
     shutil.copy(run / "recipe.yaml", seeds)
-    assert "seed-0" in refused(seeds, "--out", tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+    assert "seed-0" in refused(seeds)
+    done = rlcs("export", "builtin", "--dtype", "int3", "--out", out)
+    assert done.returncode == 2 and "use bf16, fp16, fp32" in done.stderr and not out.exists()
 
 
-HOSTILE = "Say \"x\" and 'y'\n\\boxed{} {{ 7*7 }} {% raw %} %} {# note #} \\u0041 \u00e4\U0001f600"
-
-
-@pytest.mark.parametrize("system", [HOSTILE, "", "plain"])
-def test_the_trained_system_prompt_is_the_default_and_gives_way_to_another(system, exported):
+def test_what_was_decided_travels_with_the_model(run, exported, tmp_path):
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained("src/rlcs/builtin_model")
-    template = with_default_system(processor.chat_template, system)
-
-    def rendered(*messages):
-        return processor.apply_chat_template(list(messages), chat_template=template, tokenize=False)
-
-    user = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
-    assert rendered(user).startswith(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi")
-    own = {"role": "system", "content": "Mine."}
-    assert rendered(own, user).startswith("<|im_start|>system\nMine.<|im_end|>\n<|im_start|>user")
+    processor = AutoProcessor.from_pretrained(exported)
+    system = load_recipe(str(run / "recipe.yaml")).recipe.prompt.system
+    assert default_system(processor) == system and system in card(exported)
+    assert processor.image_processor.size["longest_edge"] == 1_204_224
+    config = read_json(exported / "generation_config.json")
+    assert (
+        config["do_sample"] is False
+        and config["max_new_tokens"] == 24
+        and len(config["suppress_tokens"]) == 6
+    )
+    sampled = tmp_path / "sampled"
+    shutil.copytree(run, sampled, ignore=shutil.ignore_patterns("checkpoints"))
+    text = (sampled / "recipe.yaml").read_text()
+    (sampled / "recipe.yaml").write_text(re.sub(r"(\neval:\n  temperature:) 0\S*", r"\1 0.6", text))
+    export(Export(model=str(sampled), out=tmp_path / "out"))
+    config = read_json(tmp_path / "out" / "generation_config.json")
+    assert config["do_sample"] is True and config["temperature"] == 0.6 and config["top_k"] == 0
 
 
 # --- the hub --------------------------------------------------------------------------------------

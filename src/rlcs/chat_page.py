@@ -4,10 +4,11 @@ One conversation is held with every model on the page, so that two stand side by
 """
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,41 +25,44 @@ _EXAMPLES = 6
 
 
 class Talker(Protocol):
-    """Whoever answers on the page: a loaded model, or one on a server."""
+    """Whoever answers on the page."""
 
     name: str
 
-    def stream(self, messages: Sequence[Turn], settings: Settings) -> Iterator[str]:
-        """The answer to a conversation, piece by piece."""
+    def stream(self, messages: Sequence[Turn], settings: Settings) -> Any:
+        """The answer to a conversation: an iterator of its pieces that can be closed."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What a person sent: a question, its images, and how to answer."""
+class Exchange:
+    """A question with its images, and every talker's answer; `seconds` is None while they speak."""
 
     text: str
     images: tuple[Path, ...]
-    settings: Settings
-    system: str = ""
+    answers: tuple[str, ...]
+    seconds: float | None = None
 
-    @property
-    def turn(self) -> Turn:
-        """It as a turn of a conversation: images first, then text."""
-        return {"role": "user", "content": [*self.images, *([self.text] if self.text.strip() else [])]}
+    def turns(self, place: int) -> list[Turn]:
+        """It as turns of the conversation with one talker; who said nothing was never asked."""
+        asked = {"role": "user", "content": [*self.images, *([self.text] if self.text.strip() else [])]}
+        said = {"role": "assistant", "content": [self.answers[place]]}
+        return [asked, said] if self.answers[place] else [asked]
 
 
-def replies(talkers: Sequence[Talker], histories: Sequence[Sequence[Turn]], asked: Asked) -> Iterator[list[str]]:
-    """Every talker's answer so far, each time that one of them has grown. Closing it stops them all."""
-    first = [{"role": "system", "content": [asked.system]}] if asked.system.strip() else []
+def replies(
+    talkers: Sequence[Talker], past: Sequence[Exchange], now: Exchange, settings: Settings, system: str
+) -> Iterator[tuple[str, ...]]:
+    """Every talker's answer so far, each time that it has grown. Closing the iterator stops them all."""
+    first = [{"role": "system", "content": [system]}] if system.strip() else []
     streams: list[Any] = []
     try:
-        for talker, history in zip(talkers, histories, strict=True):
-            streams.append(talker.stream([*first, *history, asked.turn], asked.settings))
-        texts = [""] * len(talkers)
-        told = 0.0
+        for place, talker in enumerate(talkers):
+            before = [turn for each in past if each.answers[place] for turn in each.turns(place)]
+            streams.append(talker.stream([*first, *before, *now.turns(place)], settings))
+        texts, told = ("",) * len(talkers), 0.0
         for pieces in zip_longest(*streams, fillvalue=""):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            texts = tuple(text + piece for text, piece in zip(texts, pieces, strict=True))
             if time.monotonic() - told > _SECONDS_BETWEEN_UPDATES:
                 told = time.monotonic()
                 yield texts
@@ -68,62 +72,66 @@ def replies(talkers: Sequence[Talker], histories: Sequence[Sequence[Turn]], aske
             stream.close()
 
 
-def shown(text: str, *, seconds: float | None) -> list[dict[str, Any]]:
-    """An answer as messages of the page: a fold-out of reasoning, then the answer; `seconds` once it is whole.
+def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
+    """An exchange with one talker as messages of the page: the question, the reasoning folded, the answer.
 
-    A text without a box is shown as it is: there is nothing to set apart.
+    Images carry alternative texts. An answer without a box is shown as it is: nothing is set apart.
     """
-    reasoning, answer = split_answer(text)
-    if seconds is None:
-        thought = {"title": "Reasoning", "status": "pending"}
-        return [{"role": "assistant", "content": text, "metadata": thought}]
-    if answer is None:
-        return [{"role": "assistant", "content": text or "(nothing)"}]
-    bold = f"${answer}$" if "\\" in answer else answer
-    messages = [{"role": "assistant", "content": f"**Answer:** {bold}"}]
-    if reasoning:
-        thought = {"title": "Reasoning", "status": "done", "duration": round(seconds, 1)}
-        messages.insert(0, {"role": "assistant", "content": reasoning, "metadata": thought})
-    return messages
+    import gradio as gr
 
-
-def question(asked: Asked) -> list[dict[str, Any]]:
-    """What was asked as messages of the page, the images with alternative texts."""
-    count = len(asked.images)
-    pictures = [
-        {"path": str(path), "alt_text": f"Image {number} of {count} of the question: {path.name}"}
-        for number, path in enumerate(asked.images, start=1)
+    count = len(exchange.images)
+    contents: list[Any] = [
+        gr.Image(
+            str(path),
+            alt_text=f"Image {number} of {count} of the question",
+            show_label=False,
+            buttons=["fullscreen"],  # and no way to send it elsewhere
+        )
+        for number, path in enumerate(exchange.images, start=1)
     ]
-    contents = [*pictures, *([asked.text] if asked.text.strip() else [])]
-    return [{"role": "user", "content": content} for content in contents]
+    contents += [exchange.text] if exchange.text.strip() else []
+    asked = [{"role": "user", "content": content} for content in contents]
+    text = exchange.answers[place]
+    if exchange.seconds is None:
+        thought = {"title": "Reasoning", "status": "pending"}
+        return [*asked, {"role": "assistant", "content": text, "metadata": thought}]
+    reasoning, answer = split_answer(text)
+    if answer is None:
+        return [*asked, {"role": "assistant", "content": text or "(nothing)"}]
+    bold = f"${answer}$" if "\\" in answer else answer
+    said = {"role": "assistant", "content": f"**Answer:** {bold}"}
+    if not reasoning:
+        return [*asked, said]
+    thought = {"title": "Reasoning", "status": "done", "duration": round(exchange.seconds, 1)}
+    return [*asked, {"role": "assistant", "content": reasoning, "metadata": thought}, said]
 
 
 def conversation(talkers: Sequence[Talker]) -> Any:
-    """The function behind the page: (input, displays and histories, settings) to their next states."""
+    """The function behind the page: what was sent and the past exchanges, to those and every display."""
 
-    def converse(sent: Any, system: str, temperature: float, top_p: float, longest: float, *kept: Any) -> Any:
+    def converse(
+        sent: Any, past: list[Exchange], system: str | None, temperature: float, top_p: float, longest: float
+    ) -> Iterator[list[Any]]:
         import gradio as gr
 
-        displays, histories = kept[: len(talkers)], kept[len(talkers) :]
-        settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
-        images = tuple(Path(file) for file in sent["files"])
-        asked = Asked(text=sent["text"], images=images, settings=settings, system=system)
-        if not images and not asked.text.strip():
+        now = Exchange(
+            text=sent["text"], images=tuple(map(Path, sent["files"])), answers=("",) * len(talkers)
+        )
+        if not now.images and not now.text.strip():
             raise gr.Error("Write a question, or drop an image.", duration=5)
-        started, texts = time.monotonic(), [""] * len(talkers)
-
-        def state(seconds: float | None) -> list[Any]:
-            open_turns = zip(displays, texts, strict=True)
-            pages = [[*old, *question(asked), *shown(text, seconds=seconds)] for old, text in open_turns]
-            said = [[asked.turn, {"role": "assistant", "content": [text]}] if text else [] for text in texts]
-            return [*pages, *([*old, *new] for old, new in zip(histories, said, strict=True))]
-
+        settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
+        started = time.monotonic()
         try:
-            for texts in replies(talkers, histories, asked):
-                yield state(None)
+            for texts in replies(talkers, past, now, settings, system or ""):
+                now = replace(now, answers=texts)
+                yield state([*past, now])
         except RlcsError as error:
             raise gr.Error(str(error), duration=None) from error
-        yield state(time.monotonic() - started)
+        yield state([*past, replace(now, seconds=time.monotonic() - started)])
+
+    def state(exchanges: list[Exchange]) -> list[Any]:
+        places = range(len(talkers))
+        return [exchanges, *([m for each in exchanges for m in shown(each, place)] for place in places)]
 
     return converse
 
@@ -138,13 +146,30 @@ def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
     return found
 
 
+def label(name: str) -> str:
+    """A model's name for a heading: of a path its last three parts."""
+    return "/".join(Path(name).parts[-3:])
+
+
 _CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
-footer { opacity: 0.7; }
+.gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
+#examples .gallery:not(.container) {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 8px;
+}
+#examples .gallery-item, #examples .gallery-item span { width: 100%; height: 100%; }
+#examples .gallery-item .container { flex-wrap: nowrap; justify-content: space-between; font-size: 0.9rem; }
+#examples .gallery-item p { text-align: left; }
+.conversation button[title="Share"], .conversation button[title="Download"] { display: none; }
+@media (max-width: 640px) { .conversation { height: 42vh !important; } }
 """
 _LATEX = [
     {"left": left, "right": right, "display": display}
-    for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False))
+    for left, right, display in (
+        ("$$", "$$", True),
+        ("\\[", "\\]", True),
+        ("\\(", "\\)", False),
+        ("$", "$", False),
+    )
 ]
 
 
@@ -155,11 +180,16 @@ def build(talkers: Sequence[Talker], folder: Path) -> Any:
 
     with gr.Blocks(title="rlcs chat", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown("# rlcs chat\nDrop or paste images, ask, and watch the model reason.")
-        histories = [gr.State([]) for _ in talkers]
+        past = gr.State([])
         with gr.Row():
             displays = [
                 gr.Chatbot(
-                    label=talker.name, height="55vh", latex_delimiters=_LATEX, buttons=["copy"], min_width=300
+                    label=label(talker.name),
+                    height="55vh",
+                    elem_classes="conversation",
+                    latex_delimiters=_LATEX,
+                    buttons=["copy"],
+                    min_width=300,
                 )
                 for talker in talkers
             ]
@@ -174,42 +204,52 @@ def build(talkers: Sequence[Talker], folder: Path) -> Any:
             autofocus=True,
         )
         afresh = gr.Button("New conversation", size="sm", variant="secondary")
-        gr.Examples(example_problems(folder), inputs=[box], label="Example problems")
+        gr.Examples(example_problems(folder), inputs=[box], label="Example problems", elem_id="examples")
         with gr.Accordion("Sampling", open=False):
             temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)")
             top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
             longest = gr.Slider(16, 8192, value=1024, step=16, label="Longest answer, tokens")
-            system = gr.Textbox(label="System prompt", placeholder="The one the model was trained with", lines=2)
-        outputs = [*displays, *histories]
+            system = gr.Textbox(
+                value="", label="System prompt", placeholder="The one the model was trained with", lines=2
+            )
+        outputs = [past, *displays]
         under_way = box.submit(
-            conversation(talkers), [box, system, temperature, top_p, longest, *outputs], outputs
+            conversation(talkers), [box, past, system, temperature, top_p, longest], outputs
         )
         box.submit(lambda: None, None, box, queue=False)
         box.stop(None, cancels=[under_way])
-        afresh.click(lambda: [[] for _ in outputs], None, outputs, cancels=[under_way])
+        ends = [afresh.click, *(display.clear for display in displays)]
+        gr.on(ends, lambda: [[] for _ in outputs], None, outputs, cancels=[under_way])
     page.queue(default_concurrency_limit=8)
     return page
 
 
+def launch(page: Any, *, host: str, port: int, wait: bool) -> Any:
+    """Serve a page; with `wait` until Ctrl-C. Nothing leaves the machine: no font, no count, no tunnel."""
+    import gradio as gr
+
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    try:
+        return page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            theme=theme,
+            css=_CSS,
+            max_file_size="20mb",
+            footer_links=["settings"],
+            prevent_thread_lock=not wait,
+            quiet=True,
+        )
+    except OSError as error:
+        what = f"cannot listen there: {error}"
+        raise UserError(what, where=f"{host}:{port}", fix="give another --port") from error
+
+
 def open_page(talkers: Sequence[Talker], *, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C. Raises UserError when the port is taken."""
+    """Serve the page of some talkers until Ctrl-C. Raises UserError when the port is taken."""
     with tempfile.TemporaryDirectory() as folder:
         page = build(talkers, Path(folder))
-        import gradio as gr
-
-        fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # none from elsewhere
-        theme = gr.themes.Soft(font=fonts[0], font_mono=fonts[1])
-        try:
-            page.launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                ssr_mode=False,
-                theme=theme,
-                css=_CSS,
-                max_file_size="20mb",
-                footer_links=["settings"],
-                show_error=True,
-            )
-        except OSError as error:
-            raise UserError(f"cannot listen there: {error}", where=f"{host}:{port}", fix="give another --port") from error
+        sys.stdout.write(f"the page is at http://{host}:{port} (Ctrl-C ends it)\n")
+        launch(page, host=host, port=port, wait=True)

@@ -29,7 +29,7 @@ def export_model(
     known = ("bf16", "fp16", "fp32")
     if dtype is not None and dtype not in known:
         raise UserError(f"no precision {dtype!r}", where="--dtype", fix=f"use {', '.join(known)}")
-    from rlcs.publish import Export, export
+    from rlcs.publish.export import Export, export
 
     for path in export(Export(model=model, out=out, arm=arm, dtype=dtype, name=name)):
         typer.echo(path)
@@ -76,9 +76,7 @@ def publish(
 
 @publish_app.command("chat")
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="Folder, hub id, or builtin")
-    ] = "builtin",
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or builtin")] = "builtin",
     other: Annotated[
         str | None, typer.Argument(metavar="[MODEL2]", help="One more, to stand beside the first")
     ] = None,

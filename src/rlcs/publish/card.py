@@ -4,6 +4,7 @@ The card is for strangers: paths and addresses of the machine that trained stay 
 """
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool) -> str:
         converted=converted,
         choices=_choices(recipe, source.arm) if recipe else [],
         stages=_times(run, source.arm) if run else [],
+        made_by=version("rlcs"),
         versions=part(run.summary, "versions") if run else {},
         results=results,
         own=own,

@@ -4,7 +4,6 @@ What the model was trained with travels with it: pixel bounds in the processor, 
 template's default, the held-out measurement's sampling in the generation config.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from rlcs.chat import VISION_TOKENS
+from rlcs.chat import VISION_TOKENS, set_default_system
 from rlcs.errors import ModelError, RunFolderError
 from rlcs.files import atomic_write
 from rlcs.publish import card
@@ -69,20 +68,8 @@ def _carry(recipe: Recipe, model: Any, processor: Any) -> None:
     bounds = {"shortest_edge": recipe.images.min_pixels, "longest_edge": recipe.images.max_pixels}
     processor.image_processor.size = bounds
     if recipe.prompt.system is not None:
-        template = with_default_system(processor.chat_template, recipe.prompt.system)
-        processor.chat_template = processor.tokenizer.chat_template = template
+        set_default_system(processor, recipe.prompt.system)
     model.generation_config = generation(recipe, model.generation_config, processor.tokenizer)
-
-
-def with_default_system(template: str, system: str) -> str:
-    """A chat template that puts `system` first wherever the messages begin with no system message."""
-    # Jinja reads a JSON string as JSON does, but for surrogate pairs: hence no escapes of letters.
-    message = f"{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}"
-    return (
-        "{%- if not messages or messages[0].role != 'system' -%}"
-        f"{{%- set messages = [{message}] + messages -%}}"
-        "{%- endif -%}\n" + template
-    )
 
 
 def generation(recipe: Recipe, old: GenerationConfig, tokenizer: Any) -> GenerationConfig:
