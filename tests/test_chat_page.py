@@ -147,7 +147,7 @@ def image(tmp_path) -> Path:
 def opened(browser, url, **options):
     """A page with a record of every request that left this machine."""
     page = browser.new_context(**options).new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
     page.outside = []
     local = ("http://127.0.0.1", "data:", "blob:")
     page.on("request", lambda r: None if r.url.startswith(local) else page.outside.append(r.url))
@@ -226,6 +226,29 @@ def test_turns_settings_examples_and_errors(browser, served, image):
     ask(page, "Fresh start")
     page.locator(".conversation").first.get_by_text("Answer: 2").wait_for()
     assert [m["content"] for m in base.asked[-1]] == [["Be brief."], ["Fresh start"]]
+    page.context.close()
+
+
+@needs_chromium
+def test_stop_keeps_what_was_said(browser, served):
+    url, _, trained = served
+    page = opened(browser, url)
+    ask(page, "How many?")
+    right = page.locator(".conversation").last
+    right.get_by_text("many shapes").first.wait_for()
+    page.get_by_label("Stop").click()
+    right.locator("[data-testid=bot]").get_by_text("There are many shapes").wait_for()
+    page.wait_for_function("!document.querySelector('.loading-spinner')")
+    assert right.get_by_text("Answer:").count() == 0
+    for _ in range(50):
+        if trained.streams[-1].closed:
+            break
+        time.sleep(0.1)
+    assert trained.streams[-1].closed
+    ask(page, "And now?")
+    right.get_by_text("Answer: 5").wait_for()
+    said = trained.asked[-1][1]
+    assert said["role"] == "assistant" and said["content"][0].startswith("There are")
     page.context.close()
 
 

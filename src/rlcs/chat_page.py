@@ -85,7 +85,7 @@ def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
             str(path),
             alt_text=f"Image {number} of {count} of the question",
             show_label=False,
-            buttons=["fullscreen"],  # and no way to send it elsewhere
+            buttons=["fullscreen"],
         )
         for number, path in enumerate(exchange.images, start=1)
     ]
@@ -124,16 +124,22 @@ def conversation(talkers: Sequence[Talker]) -> Any:
         try:
             for texts in replies(talkers, past, now, settings, system or ""):
                 now = replace(now, answers=texts)
-                yield state([*past, now])
+                yield views([*past, now], len(talkers))
         except RlcsError as error:
             raise gr.Error(str(error), duration=None) from error
-        yield state([*past, replace(now, seconds=time.monotonic() - started)])
-
-    def state(exchanges: list[Exchange]) -> list[Any]:
-        places = range(len(talkers))
-        return [exchanges, *([m for each in exchanges for m in shown(each, place)] for place in places)]
+        yield views([*past, replace(now, seconds=time.monotonic() - started)], len(talkers))
 
     return converse
+
+
+def views(exchanges: Sequence[Exchange], count: int) -> list[Any]:
+    """What the page keeps and shows: the exchanges, then for each of `count` talkers its messages."""
+    return [exchanges, *([m for each in exchanges for m in shown(each, place)] for place in range(count))]
+
+
+def stopped(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """The exchanges with none under way: one that was cut off keeps what was said so far."""
+    return [each if each.seconds is not None else replace(each, seconds=0.0) for each in exchanges]
 
 
 def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
@@ -151,17 +157,6 @@ def label(name: str) -> str:
     return "/".join(Path(name).parts[-3:])
 
 
-_CSS = """
-.gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
-#examples .gallery:not(.container) {
-  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 8px;
-}
-#examples .gallery-item, #examples .gallery-item span { width: 100%; height: 100%; }
-#examples .gallery-item .container { flex-wrap: nowrap; justify-content: space-between; font-size: 0.9rem; }
-#examples .gallery-item p { text-align: left; }
-.conversation button[title="Share"], .conversation button[title="Download"] { display: none; }
-@media (max-width: 640px) { .conversation { height: 42vh !important; } }
-"""
 _LATEX = [
     {"left": left, "right": right, "display": display}
     for left, right, display in (
@@ -217,7 +212,7 @@ def build(talkers: Sequence[Talker], folder: Path) -> Any:
             conversation(talkers), [box, past, system, temperature, top_p, longest], outputs
         )
         box.submit(lambda: None, None, box, queue=False)
-        box.stop(None, cancels=[under_way])
+        box.stop(lambda kept: views(stopped(kept), len(displays)), past, outputs, cancels=[under_way])
         ends = [afresh.click, *(display.clear for display in displays)]
         gr.on(ends, lambda: [[] for _ in outputs], None, outputs, cancels=[under_way])
     page.queue(default_concurrency_limit=8)
@@ -236,7 +231,7 @@ def launch(page: Any, *, host: str, port: int, wait: bool) -> Any:
             share=False,
             ssr_mode=False,
             theme=theme,
-            css=_CSS,
+            css_paths=Path(__file__).with_suffix(".css"),
             max_file_size="20mb",
             footer_links=["settings"],
             prevent_thread_lock=not wait,

@@ -3,12 +3,12 @@
 The card is for strangers: paths and addresses of the machine that trained stay out of it.
 """
 
-from dataclasses import dataclass
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
 from typing import Any
 
+from rlcs.models import resolve
 from rlcs.publish.source import Source
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.table import summary_rows
@@ -39,15 +39,6 @@ _STAGES_OF_ARM = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Licence:
-    """What the base model's own card says: an identifier, and a name and link where that is `other`."""
-
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-
-
 def render(source: Source, name: str, model: Any, *, converted: bool) -> str:
     """The card's text: YAML metadata that the hub reads, then Markdown.
 
@@ -66,14 +57,13 @@ def render(source: Source, name: str, model: Any, *, converted: bool) -> str:
     recipe, run = source.recipe, source.run and read_run(source.run)
     base = recipe.model.name if recipe else None
     licence = base_licence(base or source.weights, source.revision)
-    results = _results(run)
+    results = findings.arm_results([run]) if run else []
     own = next((result for result in results if result.arm == source.arm), None)
+    gaps = findings.differences([run]) if run and source.arm == "two_stage" else []
     sources = [recipe.data.cold_start, recipe.data.rl] if recipe and source.arm != "base" else []
     data = ModelCardData(
         model_name=name,
-        license=licence.license,
-        license_name=licence.license_name,
-        license_link=licence.license_link,
+        **licence,
         base_model=base if base and _on_hub(base) else None,
         datasets=sorted({each.partition("?")[0] for each in sources if _on_hub(each.partition("?")[0])})
         or None,
@@ -88,7 +78,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool) -> str:
         story=STORIES.get(source.arm or ""),
         parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),
-        licence=licence.license_name or licence.license,
+        licence=licence.get("license_name") or licence.get("license"),
         recipe=recipe,
         arm=source.arm,
         arms=ARMS,
@@ -100,7 +90,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool) -> str:
         versions=part(run.summary, "versions") if run else {},
         results=results,
         own=own,
-        gap=_gap_to_base(run) if run and source.arm == "two_stage" else None,
+        gap=next((each for each in gaps if each.arm == "base"), None),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
@@ -123,29 +113,19 @@ def _on_hub(name: str) -> bool:
     return name.count("/") == 1 and not Path(name).exists() and not name.startswith(".")
 
 
-def base_licence(base: str, revision: str | None) -> Licence:
+def base_licence(base: str, revision: str | None) -> dict[str, str]:
     """What the base model's card says of its licence; nothing where there is no card to be had."""
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
-
-    from rlcs.models import resolve
 
     path = Path(resolve(base)) / "README.md"
     try:
         if not path.is_file():
             path = Path(hf_hub_download(base, "README.md", revision=revision))
-        data = ModelCard.load(path).data
+        data = ModelCard.load(path).data.to_dict()
     except (OSError, ValueError, HfHubHTTPError):  # offline, no card, or one that is not YAML
-        return Licence()
-    return Licence(
-        license=data.get("license"),
-        license_name=data.get("license_name"),
-        license_link=data.get("license_link"),
-    )
-
-
-def _results(run: Run | None) -> list[findings.ArmResult]:
-    return findings.arm_results([run]) if run else []
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
 
 
 def _index(own: findings.ArmResult, recipe: Recipe) -> list[Any]:
@@ -196,7 +176,3 @@ def _times(run: Run, arm: str | None) -> list[tuple[str, str]]:
     seconds = part(run.summary, "seconds")
     took = [(stage, number(seconds, stage)) for stage in _STAGES_OF_ARM[arm or "two_stage"]]
     return [(stage.replace("_", " "), f"{value / 60:.1f}") for stage, value in took if value is not None]
-
-
-def _gap_to_base(run: Run) -> findings.Difference | None:
-    return next((each for each in findings.differences([run]) if each.arm == "base"), None)

@@ -1,52 +1,32 @@
 """What a published model may hold: known files alone, none of them a secret."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from rlcs.hub import Entry
 
 BELONGS = (
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-    ".gitattributes",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*config.json",
-    "chat_template.jinja*",
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
+    "README.md LICENSE* NOTICE* .gitattributes *.safetensors *.safetensors.index.json *config.json "
+    "chat_template.jinja* tokenizer.json tokenizer.model vocab.json merges.txt added_tokens.json "
+    "special_tokens_map.json"
+).split()
 """Names of the files of a model folder; everything else is refused unless it is allowed by name."""
 
-REASONS = {
-    "*optim*": "optimiser state",
-    "*checkpoint*": "a training checkpoint",
-    "*rng*": "state of a training",
-    "manifest.json": "a training checkpoint",
-    "*.bin": "weights as a pickle, which runs code when loaded",
-    "*.pt": "weights as a pickle, which runs code when loaded",
-    "*.pth": "weights as a pickle, which runs code when loaded",
-    "*.pkl": "a pickle, which runs code when loaded",
-    "*.jsonl": "training or evaluation data",
-    "*.parquet": "training or evaluation data",
-    "*.png": "an image, perhaps of the training data",
-    "*.jp*g": "an image, perhaps of the training data",
-    "*.webp": "an image, perhaps of the training data",
-    "*.env*": "perhaps a key",
-    "*.pem": "perhaps a key",
-    "*.key": "perhaps a key",
-    "*id_rsa*": "perhaps a key",
-    "*.py": "code, which would run on other machines",
-    "*.log": "a log",
+_TRAINING = {
+    "optimiser state": "*optim*",
+    "a training checkpoint": "*checkpoint* manifest.json *rng*",
 }
-"""Patterns on paths that say what a file is that does not belong."""
+REASONS = _TRAINING | {
+    "weights as a pickle, which runs code when loaded": "*.bin *.pt *.pth *.pkl",
+    "training or evaluation data": "*.jsonl *.parquet",
+    "an image, perhaps of the training data": "*.png *.jp*g *.webp",
+    "perhaps a key": "*.env* *.pem *.key *id_rsa*",
+    "code, which would run on other machines": "*.py",
+    "a log": "*.log",
+}
+"""What a file is that does not belong, and the patterns that give it away."""
 
 _SECRET = re.compile(
     rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}"
@@ -67,15 +47,20 @@ def refusals(folder: Path, entries: Sequence[Entry], allowed: Sequence[str]) -> 
             found.append((entry.path, "a link to a file outside the folder"))
         elif _holds_secret(path):
             found.append((entry.path, "it holds what looks like a key"))
-        elif not any(fnmatch(entry.path, pattern) for pattern in allowed) and not _belongs(entry.path):
-            why = (reason for pattern, reason in REASONS.items() if fnmatch(entry.path.lower(), pattern))
-            found.append((entry.path, next(why, "not a file of a model folder")))
+        elif not any(fnmatch(entry.path, pattern) for pattern in allowed):
+            known = "/" not in entry.path and any(fnmatch(entry.path, pattern) for pattern in BELONGS)
+            why = _reason(entry.path, _TRAINING if known else REASONS)
+            if why or not known:
+                found.append((entry.path, why or "not a file of a model folder"))
     return found
 
 
-def _belongs(path: str) -> bool:
-    known = "/" not in path and any(fnmatch(path, pattern) for pattern in BELONGS)
-    return known and not any(fnmatch(path.lower(), pattern) for pattern in ("*optim*", "*checkpoint*"))
+def _reason(path: str, reasons: Mapping[str, str]) -> str:
+    """The first reason of whose patterns one is met, or nothing."""
+    met = (
+        why for why, patterns in reasons.items() if any(fnmatch(path.lower(), p) for p in patterns.split())
+    )
+    return next(met, "")
 
 
 def _holds_secret(path: Path) -> bool:
