@@ -7,11 +7,11 @@ from PIL import Image
 
 from conftest import draw, make_problem
 from rlcs import models
-from rlcs.chat import DEFAULT_SYSTEM
+from rlcs.chat import DEFAULT_SYSTEM, default_system, set_default_system
 from rlcs.errors import ImageError, PromptError
 from rlcs.files import open_image
-from rlcs.recipe.schema import Recipe
-from rlcs.records import Problem
+from rlcs.recipe.schema import Model, Recipe
+from rlcs.records import ImageRef, Message, Problem
 
 CONTROL = (
     "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
@@ -47,7 +47,8 @@ def template_ids(vlm, problem, system):
         ("Ünïcode ½ 数学", ((84, 84),)),
     ],
 )
-def test_clean_text_gives_the_ids_of_the_chat_template(vlm, chat, question, sizes, system):
+def test_clean_text_gives_the_ids_of_the_chat_template(vlm, question, sizes, system):
+    chat = models.make_chat(vlm, Recipe(prompt={"system": None}))
     problem = make_problem("p", question, sizes)
     assert list(chat.with_system(system).prompt(problem).ids) == template_ids(vlm, problem, system)
 
@@ -118,3 +119,47 @@ def test_sampling_bans_what_stands_for_images(chat):
     sampling = chat.sampling(max_new_tokens=4)
     assert chat.image_id in sampling.banned_ids and chat.end_id in sampling.stop_ids
     assert DEFAULT_SYSTEM in chat.text(chat.with_system(None).prompt(make_problem("p")).ids)
+
+
+def test_several_turns_give_the_ids_of_the_chat_template(vlm):
+    chat = models.make_chat(vlm, Recipe(prompt={"system": None}))
+    first, second = draw(56, 84), draw(84, 84)
+    turns = [
+        Message(role="user", parts=("Compare ", first, " and ", second, ".")),
+        Message(role="assistant", parts=("They differ.",)),
+        Message(role="user", parts=(second, "Why?")),
+    ]
+    for system in ((), (Message(role="system", parts=("Be brief.",)),)):
+        messages = [*system, *turns]
+        ids = chat.conversation(messages, name="c").ids
+        assert list(ids) == rendered_ids(vlm.processor, messages)
+
+
+def rendered_ids(processor, messages):
+    """The ids of messages by the processor's own template."""
+    parts = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for message in messages
+        for part in message.parts
+    ]
+    shared = iter(parts)
+    dicts = [{"role": m.role, "content": [next(shared) for _ in m.parts]} for m in messages]
+    text = processor.apply_chat_template(dicts, tokenize=False, add_generation_prompt=True)
+    refs = [part for message in messages for part in message.parts if isinstance(part, ImageRef)]
+    images = [open_image(ref, limit=10**6) for ref in refs] or None
+    return processor(text=[text], images=images, return_tensors="pt")["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("system", ["Put it in \\boxed{}.", "a 'b' \"c\" {{ d }} {% e %}\n\nü 数 \U0001f600"])
+def test_the_system_prompt_is_saved_with_the_model(vlm, tmp_path, system):
+    assert default_system(vlm.processor) == DEFAULT_SYSTEM
+    chat = models.make_chat(vlm, Recipe(prompt={"system": system}))
+    models.save(vlm, tmp_path)
+    loaded = models.load(Model(name=str(tmp_path)))
+    assert default_system(loaded.processor) == system
+    turn = Message(role="user", parts=(draw(56, 56), "How many?"))
+    assert list(chat.conversation([turn], name="c").ids) == rendered_ids(loaded.processor, [turn])
+    own = [Message(role="system", parts=("Other.",)), turn]
+    assert list(chat.conversation(own, name="c").ids) == rendered_ids(loaded.processor, own)
+    set_default_system(loaded.processor, "changed")
+    assert default_system(loaded.processor) == "changed"

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from conftest import draw
 from loopback_server import LoopbackServer, last_text
 from rlcs.engines import endpoint
-from rlcs.engines.endpoint import EndpointClient, Message, Request
+from rlcs.engines.endpoint import EndpointClient, Request
 from rlcs.errors import EndpointError
 from rlcs.interrupts import StopFlag
 from rlcs.recipe.schema import Endpoint
+from rlcs.records import Message
 
 
 @pytest.fixture(autouse=True)

@@ -17,14 +17,26 @@ SOURCE = Path(__file__).parent.parent / "src" / "rlcs"
 
 # A room may import lower floors, and its own floor as long as no circle forms.
 FLOORS = {
-    0: ("__init__", "errors", "records", "interrupts"),
-    1: ("recipe", "files", "metrics", "tasks", "grading"),
+    0: ("errors", "records", "interrupts"),
+    1: ("recipe", "files", "hub", "metrics", "tasks", "grading"),
     2: ("data", "images", "chat", "packing", "objectives"),
     3: ("adapters", "attention", "mesh", "sharding", "models", "tiny"),
     4: ("policy", "checkpoint", "shares", "engines"),
     5: ("trainer", "selfcheck", "stage"),
-    6: ("distill", "sft", "grpo", "evaluation", "benchmarks", "examine"),
-    7: ("look", "report", "pipeline", "cli", "cli_data", "__main__"),
+    6: ("distill", "sft", "grpo", "evaluation", "benchmarks", "examine", "serving"),
+    7: (
+        "look",
+        "report",
+        "pipeline",
+        "cli",
+        "publish",
+        "chat_page",
+        "cli_data",
+        "cli_publish",
+        "cli_serving",
+        "__main__",
+        "__init__",
+    ),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -6,6 +6,7 @@ off. On clean text the ids equal those of the model's own chat template (ChatML,
 families use it), which tests hold.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rlcs.errors import ModelError, PromptError
 from rlcs.images import ImagePipeline
-from rlcs.records import IMAGE_SLOT, ImageRef, Problem, Prompt, Sampling
+from rlcs.records import IMAGE_SLOT, ImageRef, Message, Problem, Prompt, Sampling
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 """What the templates of Qwen2-VL and Qwen2.5-VL put in when there is no system message."""
@@ -72,18 +73,24 @@ class Chat:
 
     def prompt(self, problem: Problem) -> Prompt:
         """The prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
+        message = Message(role="user", parts=tuple(self._user(problem)))
+        return self.conversation([message], name=problem.id)
+
+    def conversation(self, messages: Sequence[Message], *, name: str) -> Prompt:
+        """The prompt of several turns, called `name`; the system prompt comes first unless a turn has one.
+
+        Raises PromptError when too long, ImageError for a bad image.
+        """
+        if self._system is not None and (not messages or messages[0].role != "system"):
+            messages = [Message(role="system", parts=(self._system,)), *messages]
         segments: list[Segment] = []
-        if self._system is not None:
-            segments = [self._start, "system\n" + self._system, self.end_id, "\n"]
-        segments += [
-            self._start,
-            "user\n",
-            *self._user(problem),
-            self.end_id,
-            "\n",
-            self._start,
-            "assistant\n",
-        ]
+        for message in messages:
+            segments += [self._start, message.role + "\n"]
+            for part in message.parts:
+                pictured = isinstance(part, ImageRef)
+                segments += [self._vision_start, part, self._vision_end] if pictured else [part]
+            segments += [self.end_id, "\n"]
+        segments += [self._start, "assistant\n"]
         ids: list[int] = []
         spans, grids, images = [], [], []
         for segment in _join_text(segments):
@@ -102,11 +109,11 @@ class Chat:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens, {sum(b - a for a, b in spans)} of them image; "
                 f"the limit is {self._max_tokens}",
-                where=problem.id,
-                fix="raise prompt.max_tokens or lower images.max_pixels",
+                where=name,
+                fix="shorten it; in a recipe raise prompt.max_tokens or lower images.max_pixels",
             )
         return Prompt(
-            problem_id=problem.id,
+            problem_id=name,
             ids=tuple(ids),
             images=tuple(images),
             grids=tuple(grids),
@@ -115,18 +122,16 @@ class Chat:
             merge_size=self._images.merge_size,
         )
 
-    def _user(self, problem: Problem) -> list[Segment]:
+    def _user(self, problem: Problem) -> list[str | ImageRef]:
         """The user turn; images stand at their slots, or first where there are none."""
         pieces = problem.question.split(IMAGE_SLOT)
         if len(pieces) == 1 and problem.images:
             pieces = [""] * len(problem.images) + pieces
-        segments: list[Segment] = []
+        parts: list[str | ImageRef] = []
         for piece, image in zip(pieces, [*problem.images, None], strict=True):
-            segments.append(piece)
-            if image is not None:
-                segments += [self._vision_start, image, self._vision_end]
+            parts += [piece] if image is None else [piece, image]
         choices = [f"({chr(65 + i)}) {text}" for i, text in enumerate(problem.choices)]
-        return [*segments, *("\n" + choice for choice in choices)]
+        return [*parts, *("\n" + choice for choice in choices)]
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text; whatever it looks like, no control id comes out."""
@@ -165,6 +170,31 @@ class Chat:
             vision_ids=vision,
             seed=seed,
         )
+
+
+def default_system(processor: Any) -> str:
+    """The system prompt that a processor's chat template puts in by itself; empty if none."""
+    head = "<|im_start|>system\n"
+    turn = [{"role": "user", "content": "x"}]
+    text = str(processor.apply_chat_template(turn, tokenize=False))
+    return text.removeprefix(head).partition("<|im_end|>")[0] if text.startswith(head) else ""
+
+
+def set_default_system(processor: Any, system: str) -> None:
+    """Make `system` what the processor's chat template puts in where no system message is.
+
+    It is saved with the processor, so that whoever loads the model (rlcs, transformers, vLLM) asks it
+    in the words that it was trained with.
+    """
+    if default_system(processor) == system:
+        return
+    # Before the template itself, whose own default then never shows; a JSON string is a Jinja string.
+    literal = json.dumps(system, ensure_ascii=False)
+    first = f"[{{'role': 'system', 'content': {literal}}}]"
+    head = (
+        f"{{%- if messages[0].role != 'system' -%}}{{%- set messages = {first} + messages -%}}{{%- endif -%}}"
+    )
+    processor.chat_template = processor.tokenizer.chat_template = f"{head}\n{processor.chat_template}"
 
 
 def _join_text(segments: Sequence[Segment]) -> list[Segment]:

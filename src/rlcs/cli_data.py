@@ -75,19 +75,14 @@ def data_push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent")] = False,
 ) -> None:
     """Send an exported folder to the hub as a (private) data set."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if folder / "README.md" not in files:
-        fix = "name a folder that `rlcs data export` wrote"
-        raise UserError("no exported data set is here", where=str(folder), fix=fix)
-    if dry_run:
-        for path in files:
-            typer.echo(f"{path.stat().st_size:>14,}  {path.relative_to(folder)}")
-        total = sum(path.stat().st_size for path in files)
-        typer.echo(f"{total:>14,}  bytes in {len(files):,} files would go to {repo}")
-        return
-    from rlcs.data.exchange import push
+    from rlcs import hub
 
-    typer.echo(push(folder, repo, private=not public))
+    entries = hub.listing(folder)
+    if dry_run:
+        for line in hub.lines(entries, repo):
+            typer.echo(line)
+        return
+    typer.echo(hub.push(folder, repo, entries, kind="dataset", private=not public))
 
 
 @data_app.command("overlap")

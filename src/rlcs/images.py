@@ -4,6 +4,7 @@ SFT, rollouts, RL, evaluation and serving all get their patches here, so that th
 an image at another size than it was trained on.
 """
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -16,7 +17,7 @@ from rlcs.records import ImageRef
 
 
 class ImagePipeline:
-    """Processed patches of images, with the most recently used ones kept in memory."""
+    """Processed patches of images, with the most recently used ones kept in memory; for any thread."""
 
     def __init__(self, image_processor: Any, *, decode_limit: int, cache_bytes: int = 1 << 29) -> None:
         """`image_processor` is transformers' own, with the pixel bounds of the recipe set on it."""
@@ -25,6 +26,7 @@ class ImagePipeline:
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[str, tuple[Tensor, tuple[int, int, int]]] = OrderedDict()
         self._used = 0
+        self._lock = threading.Lock()
 
     @property
     def merge_size(self) -> int:
@@ -40,9 +42,10 @@ class ImagePipeline:
         return self._load(ref)[1]
 
     def _load(self, ref: ImageRef) -> tuple[Tensor, tuple[int, int, int]]:
-        if ref.sha256 in self._cache:
-            self._cache.move_to_end(ref.sha256)
-            return self._cache[ref.sha256]
+        with self._lock:
+            if ref.sha256 in self._cache:
+                self._cache.move_to_end(ref.sha256)
+                return self._cache[ref.sha256]
         image = open_image(ref, limit=self._decode_limit)
         try:
             features = self._processor(images=[image], return_tensors="pt")
@@ -55,12 +58,14 @@ class ImagePipeline:
         patches = features["pixel_values"].to(torch.float32)
         frames, height, width = features["image_grid_thw"][0].tolist()
         entry = (patches, (int(frames), int(height), int(width)))
-        self._remember(ref.sha256, entry)
+        with self._lock:
+            self._remember(ref.sha256, entry)
         return entry
 
     def _remember(self, key: str, entry: tuple[Tensor, tuple[int, int, int]]) -> None:
+        if key not in self._cache:  # another thread may have been faster
+            self._used += entry[0].nbytes
         self._cache[key] = entry
-        self._used += entry[0].nbytes
         while self._used > self._cache_bytes and len(self._cache) > 1:
             _, (dropped, _) = self._cache.popitem(last=False)
             self._used -= dropped.nbytes

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from rlcs import adapters, attention
-from rlcs.chat import DEFAULT_SYSTEM, Chat
+from rlcs.chat import DEFAULT_SYSTEM, Chat, set_default_system
 from rlcs.errors import ModelError, UserError
 from rlcs.images import ImagePipeline
 from rlcs.mesh import ALONE, Mesh
@@ -225,10 +225,13 @@ def prepare(vlm: Vlm, lora: Lora, frozen: Sequence[str], *, seed: int) -> Vlm:
 def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
     """The chat format and image path of a model under a recipe.
 
-    The pixel bounds are written onto the processor too, so that a saved model carries them.
+    The pixel bounds and the system prompt are written onto the processor too, so that a saved model
+    carries them.
     """
     bounds = {"shortest_edge": recipe.images.min_pixels, "longest_edge": recipe.images.max_pixels}
     vlm.processor.image_processor.size = bounds
+    if recipe.prompt.system is not None:
+        set_default_system(vlm.processor, recipe.prompt.system)
     images = ImagePipeline(vlm.processor.image_processor, decode_limit=recipe.images.decode_limit)
     chat = Chat(
         vlm.processor.tokenizer,
@@ -248,8 +251,7 @@ def _compare_with_template(vlm: Vlm, chat: Chat) -> None:
     asked = [{"role": "user", "content": [{"type": "text", "text": "1"}]}]
     own = vlm.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     problem = Problem(id="template", source="template", question="1", answer="1")
-    ids = chat.with_system(None).prompt(problem).ids
-    ours = "".join(map(chat.token, ids))
+    ours = "".join(map(chat.token, chat.prompt(problem).ids))
     if ours != own:
         log.warning("the model's chat template renders %r; rlcs trains and measures with %r", own, ours)
 

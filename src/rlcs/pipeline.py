@@ -93,7 +93,7 @@ class Study:
         if "rl" in arms:
             self._grpo("rl_only", sources, start=None)
         self._measure(sources.test)
-        return self._mesh.first(self._conclude)
+        return self._mesh.first(lambda: self._conclude(_counts(demonstrations, sources)))
 
     def _sources(self) -> Sources:
         """Rank 0 reads first: it downloads once, and says what is wrong once."""
@@ -101,8 +101,8 @@ class Study:
         self._mesh.first(lambda: read.append(read_sources(self.recipe)))
         return read[0] if read else read_sources(self.recipe)
 
-    def _conclude(self) -> dict[str, Any]:
-        summary = self._summary()
+    def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
+        summary = {**self._summary(), "counts": counts}
         write_json(self.folder / "summary.json", summary)
         log.info("report: %s", report.build(self.folder))
         return summary
@@ -252,6 +252,11 @@ class Study:
             "command": command(),
             **({"ranks": self._mesh.size} if self._mesh.grouped else {}),
         }
+
+
+def _counts(demonstrations: Sequence[Demonstration], sources: Sources) -> dict[str, int]:
+    """How much data each part of the study had, for the model's card."""
+    return {"cold_start": len(demonstrations), "rl": len(sources.rl), "test": len(sources.test)}
 
 
 @contextmanager

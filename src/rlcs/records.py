@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 Json = str | int | float | bool | None
 
@@ -70,6 +71,14 @@ class Problem:
         """The question, and its choices by letter, a line each."""
         lines = (f"({chr(65 + index)}) {choice}" for index, choice in enumerate(self.choices))
         return "\n".join((self.question, *lines))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn; `parts` are texts and images in their order."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | ImageRef, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

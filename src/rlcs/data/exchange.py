@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlcs.data.rows import Row
-from rlcs.errors import DataError, RunFolderError
+from rlcs.errors import RunFolderError
 from rlcs.files import atomic_write, encoded_image, image_kind
 from rlcs.records import IMAGE_SLOT, ImageRef, Problem
 
@@ -123,19 +123,3 @@ def card(rows: Sequence[Row], name: str, *, layout: Layout, source: str) -> str:
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     facts = {"files": files, "name": name, "layout": layout, "source": source, "written": written}
     return template.format(**facts, rows=len(rows), demonstrations=demonstrations, images=images or "none")
-
-
-def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload an exported folder to the hub as a data set; returns its address. Raises DataError."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api = HfApi()
-    try:
-        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, repo_type="dataset"))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"the hub refuses it: {what}", where=repo, fix="check the name, and log in with `hf auth login`"
-        ) from error

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rlcs.distill.tries import Said
-from rlcs.engines.endpoint import EndpointClient, Message, Request, user_parts
+from rlcs.engines.endpoint import EndpointClient, Request, user_parts
 from rlcs.errors import DataError
 from rlcs.interrupts import StopFlag
 from rlcs.recipe.schema import Teacher
-from rlcs.records import Problem, rollout_seed
+from rlcs.records import Message, Problem, rollout_seed
 from rlcs.tasks import chains
 
 _MOST_TURNS = 10

@@ -26,7 +26,7 @@ from rlcs.errors import DataError, EndpointError
 from rlcs.files import encoded_image, image_kind
 from rlcs.interrupts import StopFlag
 from rlcs.recipe.schema import Endpoint
-from rlcs.records import IMAGE_SLOT, ImageRef, Problem
+from rlcs.records import IMAGE_SLOT, ImageRef, Message, Problem
 
 IMAGE_LIMIT = 50_000_000
 """Pixels; the bound of the bytes read for one image."""
@@ -37,14 +37,6 @@ LONGEST_RETRY_AFTER_S = 600.0
 """A server that asks for a longer pause than this is not waited for any longer than this."""
 _LOOK_S = 0.1  # between two looks at the stop flag
 _PASSING = frozenset({408, 409, 425, 429})  # and all of 5xx
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
-    """One turn; `parts` are texts and images in their order."""
-
-    role: Literal["system", "user", "assistant"]
-    parts: tuple[str | ImageRef, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -140,28 +140,35 @@ class _Batch:
 
     def step(self) -> list[_Row]:
         """Choose a token for every row, then compute the next logits; returns the rows that ended."""
+        ids, logprobs = self._choose()
+        ended = []
+        for row, token, logprob in zip(self.rows, ids.tolist(), logprobs.tolist(), strict=True):
+            if row.stop is None:
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.stop = self._verdict(row)
+                if row.stop is not None:
+                    ended.append(row)
+        self._advance(ids)
+        return ended
+
+    def _choose(self) -> tuple[Tensor, Tensor]:
+        """The next token of every row, and its logprob."""
         seeds = torch.tensor([row.seed for row in self.rows], device=self._vlm.device)
         counters = torch.tensor([len(row.ids) for row in self.rows], device=self._vlm.device)
-        ids, logprobs = choose(
+        return choose(
             self._logits,
             uniform(seeds, counters),
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
             banned=self._banned,
         )
-        ended = []
-        for row, token, logprob in zip(self.rows, ids.tolist(), logprobs.tolist(), strict=True):
-            if row.stop is None:
-                row.ids.append(token)
-                row.logprobs.append(logprob)
-                if token in self._sampling.stop_ids:
-                    row.stop = StopReason.EOS
-                elif len(row.ids) >= self._sampling.max_new_tokens:
-                    row.stop = StopReason.LENGTH
-                if row.stop is not None:
-                    ended.append(row)
-        self._advance(ids)
-        return ended
+
+    def _verdict(self, row: _Row) -> StopReason | None:
+        """Whether a row ends with its newest token, and why."""
+        if row.ids[-1] in self._sampling.stop_ids:
+            return StopReason.EOS
+        return StopReason.LENGTH if len(row.ids) >= self._sampling.max_new_tokens else None
 
     def _advance(self, ids: Tensor) -> None:
         """Feed the chosen tokens; ended rows ride along until an eighth of the rows has ended."""

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 from rlcs import models
 from rlcs.benchmarks.base import Style
 from rlcs.chat import Chat
-from rlcs.engines.endpoint import EndpointClient, Message, Request, user_parts
+from rlcs.engines.endpoint import EndpointClient, Request, user_parts
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import DataError
 from rlcs.interrupts import StopFlag
 from rlcs.recipe.schema import Eval, Images, Model, Prompts, Recipe
-from rlcs.records import Problem, rollout_seed
+from rlcs.records import Message, Problem, rollout_seed
 
 BOXED_SYSTEM = Prompts().system
 """The paper's system prompt."""

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.benchmarks.base import Question
-from rlcs.engines.endpoint import EndpointClient, Message, Request
+from rlcs.engines.endpoint import EndpointClient, Request
 from rlcs.files import append_jsonl, read_jsonl
 from rlcs.grading.extraction import extract
 from rlcs.interrupts import StopFlag
+from rlcs.records import Message
 
 NOTHING = "NONE"
 """What the judge writes for a response without an answer."""

@@ -1,0 +1,250 @@
+"""The page where people talk to a model: images, questions, reasoning in a fold-out, the answer set apart.
+
+One conversation is held with every model on the page, so that two stand side by side on the same questions.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlcs import tasks
+from rlcs.errors import RlcsError, UserError
+from rlcs.serving.session import Settings, split_answer
+
+Turn = Mapping[str, Any]
+"""`role`, and `content`: a list of texts and image paths."""
+
+_SECONDS_BETWEEN_UPDATES = 0.08
+_EXAMPLES = 6
+
+
+class Talker(Protocol):
+    """Whoever answers on the page."""
+
+    name: str
+
+    def stream(self, messages: Sequence[Turn], settings: Settings) -> Any:
+        """The answer to a conversation: an iterator of its pieces that can be closed."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchange:
+    """A question with its images, and every talker's answer; `seconds` is None while they speak."""
+
+    text: str
+    images: tuple[Path, ...]
+    answers: tuple[str, ...]
+    seconds: float | None = None
+
+    def turns(self, place: int) -> list[Turn]:
+        """It as turns of the conversation with one talker; who said nothing was never asked."""
+        asked = {"role": "user", "content": [*self.images, *([self.text] if self.text.strip() else [])]}
+        said = {"role": "assistant", "content": [self.answers[place]]}
+        return [asked, said] if self.answers[place] else [asked]
+
+
+def replies(
+    talkers: Sequence[Talker], past: Sequence[Exchange], now: Exchange, settings: Settings, system: str
+) -> Iterator[tuple[str, ...]]:
+    """Every talker's answer so far, each time that it has grown. Closing the iterator stops them all."""
+    first = [{"role": "system", "content": [system]}] if system.strip() else []
+    streams: list[Any] = []
+    try:
+        for place, talker in enumerate(talkers):
+            before = [turn for each in past if each.answers[place] for turn in each.turns(place)]
+            streams.append(talker.stream([*first, *before, *now.turns(place)], settings))
+        texts, told = ("",) * len(talkers), 0.0
+        for pieces in zip_longest(*streams, fillvalue=""):
+            texts = tuple(text + piece for text, piece in zip(texts, pieces, strict=True))
+            if time.monotonic() - told > _SECONDS_BETWEEN_UPDATES:
+                told = time.monotonic()
+                yield texts
+        yield texts
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
+    """An exchange with one talker as messages of the page: the question, the reasoning folded, the answer.
+
+    Images carry alternative texts. An answer without a box is shown as it is: nothing is set apart.
+    """
+    import gradio as gr
+
+    count = len(exchange.images)
+    contents: list[Any] = [
+        gr.Image(
+            str(path),
+            alt_text=f"Image {number} of {count} of the question",
+            show_label=False,
+            buttons=["fullscreen"],
+        )
+        for number, path in enumerate(exchange.images, start=1)
+    ]
+    contents += [exchange.text] if exchange.text.strip() else []
+    asked = [{"role": "user", "content": content} for content in contents]
+    text = exchange.answers[place]
+    if exchange.seconds is None:
+        thought = {"title": "Reasoning", "status": "pending"}
+        return [*asked, {"role": "assistant", "content": text, "metadata": thought}]
+    reasoning, answer = split_answer(text)
+    if answer is None:
+        return [*asked, {"role": "assistant", "content": text or "(nothing)"}]
+    bold = f"${answer}$" if "\\" in answer else answer
+    said = {"role": "assistant", "content": f"**Answer:** {bold}"}
+    if not reasoning:
+        return [*asked, said]
+    thought = {"title": "Reasoning", "status": "done", "duration": round(exchange.seconds, 1)}
+    return [*asked, {"role": "assistant", "content": reasoning, "metadata": thought}, said]
+
+
+def conversation(talkers: Sequence[Talker]) -> Any:
+    """The function behind the page: what was sent and the past exchanges, to those and every display."""
+
+    def converse(
+        sent: Any, past: list[Exchange], system: str | None, temperature: float, top_p: float, longest: float
+    ) -> Iterator[list[Any]]:
+        import gradio as gr
+
+        now = Exchange(
+            text=sent["text"], images=tuple(map(Path, sent["files"])), answers=("",) * len(talkers)
+        )
+        if not now.images and not now.text.strip():
+            raise gr.Error("Write a question, or drop an image.", duration=5)
+        settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
+        started = time.monotonic()
+        try:
+            for texts in replies(talkers, past, now, settings, system or ""):
+                now = replace(now, answers=texts)
+                yield views([*past, now], len(talkers))
+        except RlcsError as error:
+            raise gr.Error(str(error), duration=None) from error
+        yield views([*past, replace(now, seconds=time.monotonic() - started)], len(talkers))
+
+    return converse
+
+
+def views(exchanges: Sequence[Exchange], count: int) -> list[Any]:
+    """What the page keeps and shows: the exchanges, then for each of `count` talkers its messages."""
+    return [exchanges, *([m for each in exchanges for m in shown(each, place)] for place in range(count))]
+
+
+def stopped(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """The exchanges with none under way: one that was cut off keeps what was said so far."""
+    return [each if each.seconds is not None else replace(each, seconds=0.0) for each in exchanges]
+
+
+def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
+    """Built-in puzzles as examples of the page; their images are written to `folder`."""
+    found = []
+    for number, problem in enumerate(tasks.load("puzzles", split="test", count=_EXAMPLES, seed=11), start=1):
+        path = folder / f"puzzle-{number}.png"
+        path.write_bytes(problem.images[0].data or b"")
+        found.append([{"text": problem.asked, "files": [str(path)]}])
+    return found
+
+
+def label(name: str) -> str:
+    """A model's name for a heading: of a path its last three parts."""
+    return "/".join(Path(name).parts[-3:])
+
+
+_LATEX = [
+    {"left": left, "right": right, "display": display}
+    for left, right, display in (
+        ("$$", "$$", True),
+        ("\\[", "\\]", True),
+        ("\\(", "\\)", False),
+        ("$", "$", False),
+    )
+]
+
+
+def build(talkers: Sequence[Talker], folder: Path) -> Any:
+    """The page as a Gradio app; `folder` takes the examples' images."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    import gradio as gr
+
+    with gr.Blocks(title="rlcs chat", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown("# rlcs chat\nDrop or paste images, ask, and watch the model reason.")
+        past = gr.State([])
+        with gr.Row():
+            displays = [
+                gr.Chatbot(
+                    label=label(talker.name),
+                    height="55vh",
+                    elem_classes="conversation",
+                    latex_delimiters=_LATEX,
+                    buttons=["copy"],
+                    min_width=300,
+                )
+                for talker in talkers
+            ]
+        box = gr.MultimodalTextbox(
+            label="Question",
+            show_label=False,
+            placeholder="Ask about your images…",
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            stop_btn=True,
+            autofocus=True,
+        )
+        afresh = gr.Button("New conversation", size="sm", variant="secondary")
+        gr.Examples(example_problems(folder), inputs=[box], label="Example problems", elem_id="examples")
+        with gr.Accordion("Sampling", open=False):
+            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)")
+            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
+            longest = gr.Slider(16, 8192, value=1024, step=16, label="Longest answer, tokens")
+            system = gr.Textbox(
+                value="", label="System prompt", placeholder="The one the model was trained with", lines=2
+            )
+        outputs = [past, *displays]
+        under_way = box.submit(
+            conversation(talkers), [box, past, system, temperature, top_p, longest], outputs
+        )
+        box.submit(lambda: None, None, box, queue=False)
+        box.stop(lambda kept: views(stopped(kept), len(displays)), past, outputs, cancels=[under_way])
+        ends = [afresh.click, *(display.clear for display in displays)]
+        gr.on(ends, lambda: [[] for _ in outputs], None, outputs, cancels=[under_way])
+    page.queue(default_concurrency_limit=8)
+    return page
+
+
+def launch(page: Any, *, host: str, port: int, wait: bool) -> Any:
+    """Serve a page; with `wait` until Ctrl-C. Nothing leaves the machine: no font, no count, no tunnel."""
+    import gradio as gr
+
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    try:
+        return page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            theme=theme,
+            css_paths=Path(__file__).with_suffix(".css"),
+            max_file_size="20mb",
+            footer_links=["settings"],
+            prevent_thread_lock=not wait,
+            quiet=True,
+        )
+    except OSError as error:
+        what = f"cannot listen there: {error}"
+        raise UserError(what, where=f"{host}:{port}", fix="give another --port") from error
+
+
+def open_page(talkers: Sequence[Talker], *, host: str, port: int) -> None:
+    """Serve the page of some talkers until Ctrl-C. Raises UserError when the port is taken."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = build(talkers, Path(folder))
+        sys.stdout.write(f"the page is at http://{host}:{port} (Ctrl-C ends it)\n")
+        launch(page, host=host, port=port, wait=True)

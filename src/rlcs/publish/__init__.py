@@ -1,0 +1,1 @@
+"""From a run to people: a Hugging Face folder (`export`), an honest card, and what may be sent (`checks`)."""

@@ -1,0 +1,178 @@
+"""The model card, made from the run: what it was trained on, how, how well it does, and what it cannot.
+
+The card is for strangers: paths and addresses of the machine that trained stay out of it.
+"""
+
+from importlib.metadata import version
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from rlcs.models import resolve
+from rlcs.publish.source import Source
+from rlcs.recipe.schema import Recipe
+from rlcs.recipe.table import summary_rows
+from rlcs.report import findings
+from rlcs.report.gather import ARMS, Run, number, part, read_run
+
+STORIES = {
+    "base": "The base model as it was, before any training.",
+    "sft": "The cold start alone: supervised fine-tuning on checked reasoning.",
+    "rl": "Reinforcement learning (GRPO) straight from the base model, without a cold start.",
+    "two_stage": "Two stages: a cold start (supervised fine-tuning on checked reasoning), then reinforcement "
+    "learning (GRPO) with a rule-checked reward.",
+}
+"""What each arm is, in a sentence."""
+
+_PRIVATE = ("model", "arms", "cold-start data", "cold-start teacher", "RL data", "test set")
+_FOREIGN = {
+    "base": ("SFT", "RL", "reward", "chain of thought"),
+    "sft": ("RL", "reward"),
+    "rl": ("SFT", "chain of thought"),
+    "two_stage": (),
+}
+_STAGES_OF_ARM = {
+    "base": (),
+    "sft": ("cold_start", "sft"),
+    "rl": ("rl_only",),
+    "two_stage": ("cold_start", "sft", "grpo"),
+}
+
+
+def render(source: Source, name: str, model: Any, *, converted: bool) -> str:
+    """The card's text: YAML metadata that the hub reads, then Markdown.
+
+    `model` is what was exported; `converted` says that its precision is not that of the measurement.
+    """
+    from huggingface_hub import ModelCardData
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(  # noqa: S701  Markdown, not HTML
+        loader=PackageLoader("rlcs", "publish"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["python"] = dumps
+    recipe, run = source.recipe, source.run and read_run(source.run)
+    base = recipe.model.name if recipe else None
+    licence = base_licence(base or source.weights, source.revision)
+    results = findings.arm_results([run]) if run else []
+    own = next((result for result in results if result.arm == source.arm), None)
+    gaps = findings.differences([run]) if run and source.arm == "two_stage" else []
+    sources = [recipe.data.cold_start, recipe.data.rl] if recipe and source.arm != "base" else []
+    data = ModelCardData(
+        model_name=name,
+        **licence,
+        base_model=base if base and _on_hub(base) else None,
+        datasets=sorted({each.partition("?")[0] for each in sources if _on_hub(each.partition("?")[0])})
+        or None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["rlcs", "reasoning", *(["grpo"] if source.arm in ("rl", "two_stage") else [])],
+        eval_results=_index(own, recipe) if own and recipe else None,
+    )
+    body = environment.get_template("card.md.j2").render(
+        name=name,
+        base=shown(base) if base else None,
+        story=STORIES.get(source.arm or ""),
+        parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        licence=licence.get("license_name") or licence.get("license"),
+        recipe=recipe,
+        arm=source.arm,
+        arms=ARMS,
+        data=_data_rows(recipe, run, source.arm) if recipe and run else [],
+        converted=converted,
+        choices=_choices(recipe, source.arm) if recipe else [],
+        stages=_times(run, source.arm) if run else [],
+        made_by=version("rlcs"),
+        versions=part(run.summary, "versions") if run else {},
+        results=results,
+        own=own,
+        gap=next((each for each in gaps if each.arm == "base"), None),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def shown(name: str) -> str:
+    """A model or data source as strangers may see it: hub ids and built-in names whole, of a path the end."""
+    if name.startswith("builtin") or _on_hub(name.partition("?")[0]):
+        return name
+    return Path(name).name
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name looks like owner/name on the hub and is nothing on this disk."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).exists() and not name.startswith(".")
+
+
+def base_licence(base: str, revision: str | None) -> dict[str, str]:
+    """What the base model's card says of its licence; nothing where there is no card to be had."""
+    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    path = Path(resolve(base)) / "README.md"
+    try:
+        if not path.is_file():
+            path = Path(hf_hub_download(base, "README.md", revision=revision))
+        data = ModelCard.load(path).data.to_dict()
+    except (OSError, ValueError, HfHubHTTPError):  # offline, no card, or one that is not YAML
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
+
+
+def _index(own: findings.ArmResult, recipe: Recipe) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    test = shown(recipe.data.test)
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=test.partition("?")[0],
+            dataset_name=f"{recipe.name}: held-out problems",
+            dataset_args={"source": test, "problems": own.n},
+            metric_type="accuracy",
+            metric_name=f"accuracy, 95% Wilson interval [{own.low:.3f}, {own.high:.3f}]",
+            metric_value=round(own.accuracy, 4),
+        )
+    ]
+
+
+def _data_rows(recipe: Recipe, run: Run, arm: str | None) -> list[tuple[str, str, str]]:
+    """(use, source, how many) of what this arm was trained and measured on."""
+    counts, told = part(run.summary, "counts"), recipe.data
+    kept, asked = number(run.cold_start, "kept"), number(run.cold_start, "asked")
+    demonstrations = _many(kept) + (f" kept of {_many(asked)} asked" if asked else "")
+    teacher = recipe.teacher.who if recipe.teacher.who == "builtin" else shown(recipe.teacher.model or "")
+    rows = [
+        ("cold start", f"`{shown(told.cold_start)}`, answered by `{teacher}`", demonstrations),
+        ("reinforcement learning", f"`{shown(told.rl)}`", _many(number(counts, "rl"))),
+        ("held-out measurement", f"`{shown(told.test)}`", _many(number(counts, "test"))),
+    ]
+    used = {"base": rows[2:], "sft": [rows[0], rows[2]], "rl": rows[1:], "two_stage": rows}
+    return used[arm or "two_stage"]
+
+
+def _choices(recipe: Recipe, arm: str | None) -> list[tuple[str, str]]:
+    """The run's main choices, but for those of stages that this arm has not seen, and for private ones."""
+    left_out = _FOREIGN[arm or "two_stage"]
+    rows = summary_rows(recipe)
+    return [(n, value) for n, value in rows if n not in _PRIVATE and not n.startswith(left_out)]
+
+
+def _many(value: float | None) -> str:
+    return "not recorded" if value is None else f"{value:,.0f}"
+
+
+def _times(run: Run, arm: str | None) -> list[tuple[str, str]]:
+    """(stage, minutes) of the stages behind this arm."""
+    seconds = part(run.summary, "seconds")
+    took = [(stage, number(seconds, stage)) for stage in _STAGES_OF_ARM[arm or "two_stage"]]
+    return [(stage.replace("_", " "), f"{value / 60:.1f}") for stage, value in took if value is not None]

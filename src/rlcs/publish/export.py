@@ -1,0 +1,88 @@
+"""A Hugging Face folder that stands on its own: stock transformers and vLLM load it without rlcs.
+
+What the model was trained with travels with it: pixel bounds in the processor, the system prompt as the chat
+template's default, the held-out measurement's sampling in the generation config.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from rlcs.chat import VISION_TOKENS, set_default_system
+from rlcs.errors import ModelError, RunFolderError
+from rlcs.files import atomic_write
+from rlcs.publish import card
+from rlcs.publish.source import find_source
+from rlcs.recipe.schema import Recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Precisions of the weights by their short names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """What to write where. `dtype` None keeps the precision of the weights; `name` None is the folder's."""
+
+    model: str
+    out: Path
+    arm: str | None = None
+    dtype: str | None = None
+    name: str | None = None
+
+
+def export(wanted: Export) -> list[Path]:
+    """Write the folder and its card; returns its files. Raises UserError, ModelError or RunFolderError."""
+    out = wanted.out
+    source = find_source(wanted.model, wanted.arm)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError("the folder is not empty", where=str(out), fix="name a new one with --out")
+    options = {"revision": source.revision}
+    if source.recipe is not None:
+        options["trust_remote_code"] = source.recipe.model.trust_remote_code
+    try:
+        dtype = DTYPES[wanted.dtype] if wanted.dtype else "auto"
+        model = AutoModelForImageTextToText.from_pretrained(source.weights, dtype=dtype, **options)
+        processor = AutoProcessor.from_pretrained(source.weights, **options)
+    except (OSError, ValueError) as error:
+        what = f"cannot load the model: {str(error).splitlines()[0]}"
+        fix = "give a run folder, a folder in Hugging Face format, a hub id, or `builtin`"
+        raise ModelError(what, where=wanted.model, fix=fix) from error
+    if source.recipe is not None:
+        _carry(source.recipe, model, processor)
+    try:
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+    except OSError as error:
+        raise RunFolderError(f"cannot write: {error}", where=str(out), fix="make room") from error
+    name = wanted.name or out.resolve().name
+    text = card.render(source, name, model, converted=wanted.dtype is not None)
+    atomic_write(out / "README.md", text)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _carry(recipe: Recipe, model: Any, processor: Any) -> None:
+    """Write what the run decided onto the model's own configuration."""
+    bounds = {"shortest_edge": recipe.images.min_pixels, "longest_edge": recipe.images.max_pixels}
+    processor.image_processor.size = bounds
+    if recipe.prompt.system is not None:
+        set_default_system(processor, recipe.prompt.system)
+    model.generation_config = generation(recipe, model.generation_config, processor.tokenizer)
+
+
+def generation(recipe: Recipe, old: GenerationConfig, tokenizer: Any) -> GenerationConfig:
+    """The sampling of the run's measurement; ids that only stand for images are never generated, as there."""
+    known = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, "<|im_start|>"])
+    banned = sorted({i for i in known if i is not None and i != tokenizer.unk_token_id})
+    settings = recipe.eval
+    sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    return GenerationConfig(
+        eos_token_id=old.eos_token_id,
+        pad_token_id=old.pad_token_id,
+        suppress_tokens=banned,
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.temperature > 0,
+        **(sampled if settings.temperature > 0 else {}),
+    )

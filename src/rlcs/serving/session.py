@@ -1,0 +1,221 @@
+"""Talk to a model from Python: `rlcs.load(model).ask(image, question)`.
+
+The prompt is built by segments (what people type stays text), images take the one image path with
+the pixel bounds of the training, and the system prompt is the one that was saved with the model.
+"""
+
+import io
+import queue
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlcs import models
+from rlcs.chat import Chat, default_system
+from rlcs.engines.continuous import ContinuousEngine, Ticket, Token
+from rlcs.errors import ImageError, PromptError, UserError
+from rlcs.files import image_from_bytes, image_from_path
+from rlcs.grading.extraction import extract
+from rlcs.models import Vlm
+from rlcs.recipe.schema import Images, Model, Prompts, Recipe
+from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What the model said: `text` whole, `answer` what stands in the box, `reasoning` what led there.
+
+    `stop` is `stop` (the model, or a stop string, ended it) or `length` (cut at the limit).
+    """
+
+    text: str
+    answer: str | None
+    reasoning: str
+    tokens: int
+    prompt_tokens: int
+    stop: Literal["stop", "length"]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How to answer. Temperature 0 is greedy; without a seed every sample is another."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Sane numbers. Raises UserError."""
+        good = self.temperature >= 0 and 0 < self.top_p <= 1 and self.max_new_tokens >= 1
+        if not good:
+            fix = "temperature is 0 or more, top_p above 0 and at most 1, max_new_tokens 1 or more"
+            raise UserError("these sampling settings cannot be used", where=str(self), fix=fix)
+
+
+def split_answer(text: str) -> tuple[str, str | None]:
+    r"""The reasoning of a response, and what stands in its box (None without one).
+
+    Reasoning ends at `</think>`, or else where the last `\boxed` begins.
+    """
+    answer = extract(text).text
+    reasoning, closed, _ = text.rpartition("</think>")
+    if not closed:
+        reasoning = text if answer is None else text[: text.rindex("\\boxed")]
+    return reasoning.replace("<think>", "").strip(), answer
+
+
+def picture(image: Any, *, limit: int) -> ImageRef:
+    """A checked reference to an image given as path, bytes, PIL image or reference. Raises ImageError."""
+    if isinstance(image, ImageRef):
+        return image
+    if isinstance(image, str | Path):
+        path = Path(image).absolute()
+        return image_from_path(path.name, root=path.parent, limit=limit)
+    if isinstance(image, bytes):
+        return image_from_bytes(image, limit=limit, where="the image")
+    if hasattr(image, "save"):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return image_from_bytes(buffer.getvalue(), limit=limit, where="the image")
+    raise ImageError(f"a {type(image).__name__} is no image", fix="give a path, bytes or a PIL image")
+
+
+class Stream(Iterator[str]):
+    """Pieces of one answer as they come; afterwards `answer` holds the whole. Close it to cancel."""
+
+    def __init__(self, engine: ContinuousEngine, prompt: Prompt, sampling: Sampling) -> None:
+        """The request is under way at once."""
+        self._started = time.perf_counter()
+        self._events: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
+        self._prompt_tokens, self._tokens, self._text = len(prompt.ids), 0, ""
+        self._ticket: Ticket = engine.submit(prompt, sampling, tell=self._events.put)
+        self._answer: Answer | None = None
+
+    def __next__(self) -> str:
+        """The next piece that is not empty; what goes wrong in the engine is raised here."""
+        while self._answer is None and not self._ticket.cancelled:
+            event = self._events.get()
+            if isinstance(event, Exception):
+                self.close()
+                raise event
+            self._tokens += 1
+            self._text += event.text
+            if event.stop is not None:
+                self._answer = self._finished(event.stop)
+            if event.text:
+                return event.text
+        raise StopIteration
+
+    def _finished(self, stop: StopReason) -> Answer:
+        reasoning, answer = split_answer(self._text)
+        return Answer(
+            text=self._text,
+            answer=answer,
+            reasoning=reasoning,
+            tokens=self._tokens,
+            prompt_tokens=self._prompt_tokens,
+            stop="length" if stop is StopReason.LENGTH else "stop",
+            seconds=time.perf_counter() - self._started,
+        )
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; waits for what is left of it."""
+        for _ in self:
+            pass
+        if self._answer is None:
+            raise ValueError("the stream was closed before its end")
+        return self._answer
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._ticket.cancel()
+
+    def __del__(self) -> None:
+        """Nobody will read on."""
+        self.close()
+
+
+class Session:
+    """A loaded model that answers, also to several threads at once."""
+
+    def __init__(self, vlm: Vlm, *, name: str, max_rows: int = 64) -> None:
+        """At most `max_rows` answers are generated at once; others wait."""
+        self.name = name
+        self.context = int(vlm.model.config.get_text_config().max_position_embeddings)
+        size = vlm.processor.image_processor.size
+        recipe = Recipe(
+            prompt=Prompts(system=default_system(vlm.processor), max_tokens=max(1, self.context - 1)),
+            images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
+        )
+        self.chat: Chat = models.make_chat(vlm, recipe)
+        self.engine = ContinuousEngine(vlm, self.chat, max_rows=max_rows)
+        self._decode_limit = recipe.images.decode_limit
+
+    def ask(
+        self,
+        image: Any,
+        question: str,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 1024,
+        seed: int | None = None,
+    ) -> Answer:
+        """The answer to a question about an image (or a list of them, or None); waits for it.
+
+        An image is a path, encoded bytes, a PIL image or an ImageRef. Raises ImageError, PromptError.
+        """
+        settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+        return self.stream([self.message(image, question)], settings).answer
+
+    def message(self, image: Any, text: str) -> Message:
+        """A user's turn: images first, then text."""
+        images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+        refs = [picture(each, limit=self._decode_limit) for each in images]
+        return Message(role="user", parts=(*refs, text))
+
+    def stream(
+        self, messages: Sequence[Message | Mapping[str, Any]], settings: Settings | None = None
+    ) -> Stream:
+        """Answer a conversation of several turns, piece by piece.
+
+        A message is a `Message`, or a mapping with `role` and `content`: a text, or a list of texts and
+        images (paths as `Path`) in their order. A first message of role `system` replaces the model's own
+        system prompt.
+        """
+        prompt = self.chat.conversation([self._turn(message) for message in messages], name="conversation")
+        return Stream(self.engine, prompt, self.sampling(prompt, settings or Settings()))
+
+    def _turn(self, message: Message | Mapping[str, Any]) -> Message:
+        if isinstance(message, Message):
+            return message
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant") or not content:
+            fix = "write {'role': 'user', 'content': 'text'} or a list of texts and images as content"
+            raise PromptError("this is no message", where=str(dict(message))[:80], fix=fix)
+        parts = [content] if isinstance(content, str) else content
+        limit = self._decode_limit
+        return Message(
+            role=role, parts=tuple(p if isinstance(p, str) else picture(p, limit=limit) for p in parts)
+        )
+
+    def sampling(self, prompt: Prompt, settings: Settings, *, n: int = 1) -> Sampling:
+        """Settings as the engine takes them; an answer ends at the latest where the context does."""
+        return self.chat.sampling(
+            n=n,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=min(settings.max_new_tokens, self.context - len(prompt.ids)),
+            seed=secrets.randbits(32) if settings.seed is None else settings.seed,
+        )
+
+
+def load(model: str = "builtin", *, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Session:
+    """Load a model (a folder, a hub id, `builtin`) to talk to. Raises ModelError."""
+    return Session(models.load(Model(name=model, dtype=dtype)), name=model)

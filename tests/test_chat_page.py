@@ -1,0 +1,297 @@
+"""The chat page in a real headless Chromium: upload, ask, read; two models, turns, phone, dark, keyboard."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlcs import chat_page, tasks
+from rlcs.errors import PromptError, UserError
+from rlcs.serving.session import Settings
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Pieces:
+    """A canned stream that remembers whether it was closed."""
+
+    def __init__(self, pieces, *, delay=0.0):
+        self._pieces, self._delay, self.closed = iter(pieces), delay, False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.closed:
+            raise StopIteration
+        time.sleep(self._delay)
+        return next(self._pieces)
+
+    def close(self):
+        self.closed = True
+
+
+class Canned:
+    """Talks like a reasoner; `asked` keeps every conversation it was given."""
+
+    def __init__(self, name, text, *, delay=0.0):
+        self.name, self._text, self._delay = name, text, delay
+        self.asked, self.settings, self.streams = [], [], []
+
+    def stream(self, messages, settings):
+        if "too long" in str(messages):
+            raise PromptError("the prompt is too long", fix="ask less")
+        self.asked.append(list(messages))
+        self.settings.append(settings)
+        words = [word + " " for word in self._text.split(" ")]
+        self.streams.append(Pieces(words, delay=self._delay))
+        return self.streams[-1]
+
+
+# --- without a browser ----------------------------------------------------------------------------
+
+
+def exchange(text, *answers, images=(), seconds=1.0):
+    return chat_page.Exchange(text=text, images=tuple(images), answers=answers, seconds=seconds)
+
+
+def test_reasoning_is_folded_and_the_answer_set_apart():
+    first, thought, answer = chat_page.shown(exchange("Q?", "I count 3. \\boxed{3}"), 0)
+    assert first == {"role": "user", "content": "Q?"} and answer["content"] == "**Answer:** 3"
+    assert thought["content"] == "I count 3." and thought["metadata"]["status"] == "done"
+    open_thought = chat_page.shown(exchange("Q?", "I cou", seconds=None), 0)[-1]
+    assert open_thought["metadata"] == {"title": "Reasoning", "status": "pending"}
+    assert [m["content"] for m in chat_page.shown(exchange("Q?", "\\boxed{3}"), 0)] == ["Q?", "**Answer:** 3"]
+    assert chat_page.shown(exchange("Q?", "No box."), 0)[-1]["content"] == "No box."
+    assert chat_page.shown(exchange("Q?", "\\boxed{\\frac{1}{2}}"), 0)[-1]["content"].endswith(
+        "$\\frac{1}{2}$"
+    )
+    pictured = chat_page.shown(exchange("", "x", images=[Path("a.png"), Path("b.png")]), 0)
+    assert pictured[1]["content"].alt_text == "Image 2 of 2 of the question" and len(pictured) == 3
+
+
+def test_every_talker_hears_its_own_past_and_closing_stops_all():
+    one, two = Canned("one", "a b c"), Canned("two", "d")
+    past = [exchange("first", "said by one", "said by two"), exchange("second", "only one answered", "")]
+    now = chat_page.Exchange(text="third", images=(Path("x.png"),), answers=("", ""))
+    *_, last = chat_page.replies([one, two], past, now, Settings(), "Be brief.")
+    assert last == ("a b c ", "d ")
+    assert [m["content"] for m in two.asked[0]] == [
+        ["Be brief."], ["first"], ["said by two"], [Path("x.png"), "third"],
+    ]  # fmt: skip
+    assert len(one.asked[0]) == 6
+    running = chat_page.replies([one, two], [], now, Settings(), "")
+    next(running)
+    running.close()
+    assert one.streams[-1].closed and two.streams[-1].closed
+
+
+def test_a_taken_port_is_told(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="another --port"):
+            chat_page.open_page([Canned("x", "y")], host="127.0.0.1", port=taken.getsockname()[1])
+
+
+# --- in the browser -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, Canned, Canned]]:
+    """The page in this process with two canned talkers."""
+    import tempfile
+
+    base = Canned("base", "\\boxed{2}")
+    trained = Canned(
+        "runs/mine/grpo/final", "There are " + "many shapes and " * 30 + "\\boxed{5}", delay=0.02
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        page = chat_page.build([base, trained], Path(folder))
+        _, url, _ = chat_page.launch(page, host="127.0.0.1", port=free_port(), wait=False)
+        yield url, base, trained
+        page.close()
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "shapes.png"
+    path.write_bytes(tasks.load("shapes", split="test", count=1, seed=5)[0].images[0].data)
+    return path
+
+
+def opened(browser, url, **options):
+    """A page with a record of every request that left this machine."""
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(180_000)
+    page.outside = []
+    local = ("http://127.0.0.1", "data:", "blob:")
+    page.on("request", lambda r: None if r.url.startswith(local) else page.outside.append(r.url))
+    page.goto(url)
+    page.wait_for_selector("textarea")
+    return page
+
+
+def ask(page, text, *images):
+    if images:
+        page.set_input_files("input[type=file]", [str(each) for each in images])
+        page.wait_for_function(f"document.querySelectorAll('.thumbnail-item img').length >= {len(images)}")
+    page.locator("textarea").first.fill(text)
+    page.locator("textarea").first.press("Enter")
+
+
+def shot(page, name):
+    """A picture for people's eyes, where they ask for them."""
+    if folder := os.environ.get("RLCS_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+@needs_chromium
+@pytest.mark.parametrize("look", ["desktop", "phone", "dark"])
+def test_two_models_side_by_side(look, browser, served, image):
+    url = served[0]
+    size = {"width": 390, "height": 844} if look == "phone" else {"width": 1280, "height": 900}
+    page = opened(browser, url, viewport=size, color_scheme="dark" if look == "dark" else "light")
+    shot(page, f"{look}-empty")
+    ask(page, "How many shapes?", image)
+    left, right = page.locator(".conversation").all()
+    right.get_by_text("many shapes").first.wait_for()  # it streams while it thinks
+    assert right.get_by_text("Answer: 5").count() == 0
+    right.get_by_text("Answer: 5").wait_for()
+    left.get_by_text("Answer: 2").wait_for()
+    assert right.get_by_text("Reasoning").count() == 1 and left.get_by_text("Reasoning").count() == 0
+    right.get_by_text("many shapes and many").first.wait_for(state="hidden")  # folded
+    alt = page.locator(".conversation img[alt^='Image 1 of 1 of the question']")
+    assert alt.count() == 2
+    shot(page, f"{look}-answer")
+    right.get_by_text("Reasoning").click()
+    right.get_by_text("many shapes and many").first.wait_for()
+    shot(page, f"{look}-reasoning")
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= size["width"], "the page scrolls sideways"
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    dark = sum(map(int, background.removeprefix("rgb(").rstrip(")").split(",")[:3])) < 200
+    assert dark == (look == "dark")
+    assert not page.outside and not any(each.is_visible() for each in page.get_by_title("Share").all())
+    page.context.close()
+
+
+@needs_chromium
+def test_turns_settings_examples_and_errors(browser, served, image):
+    url, base, _ = served
+    page = opened(browser, url)
+    page.locator("#examples button").first.click()  # an example fills the question
+    page.wait_for_function("document.querySelector('textarea').value.length > 10")
+    page.wait_for_selector(".thumbnail-item img")
+    page.locator("textarea").first.press("Enter")
+    page.locator(".conversation").last.get_by_text("Answer: 5").wait_for()
+    page.get_by_text("Sampling").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("number input for Temperature (0: greedy)").fill("0.7")
+    page.keyboard.press("Tab")
+    ask(page, "And now?", image, image)
+    page.locator(".conversation").last.get_by_text("Answer: 5").nth(1).wait_for()
+    system, asked, said, again = base.asked[-1]
+    assert system["content"] == ["Be brief."] and base.settings[-1].temperature == 0.7
+    assert isinstance(asked["content"][0], Path) and said["content"] == ["\\boxed{2} "]
+    assert len(again["content"]) == 3 and again["content"][-1] == "And now?"
+    ask(page, "too long")
+    page.get_by_text("ask less").wait_for()
+    page.get_by_text("New conversation").click()
+    page.wait_for_function("document.querySelectorAll('.conversation .message').length == 0")
+    ask(page, "Fresh start")
+    page.locator(".conversation").first.get_by_text("Answer: 2").wait_for()
+    assert [m["content"] for m in base.asked[-1]] == [["Be brief."], ["Fresh start"]]
+    page.context.close()
+
+
+@needs_chromium
+def test_stop_keeps_what_was_said(browser, served):
+    url, _, trained = served
+    page = opened(browser, url)
+    ask(page, "How many?")
+    right = page.locator(".conversation").last
+    right.get_by_text("many shapes").first.wait_for()
+    page.get_by_label("Stop").click()
+    right.locator("[data-testid=bot]").get_by_text("There are many shapes").wait_for()
+    page.wait_for_function("!document.querySelector('.loading-spinner')")
+    assert right.get_by_text("Answer:").count() == 0
+    for _ in range(50):
+        if trained.streams[-1].closed:
+            break
+        time.sleep(0.1)
+    assert trained.streams[-1].closed
+    ask(page, "And now?")
+    right.get_by_text("Answer: 5").wait_for()
+    said = trained.asked[-1][1]
+    assert said["role"] == "assistant" and said["content"][0].startswith("There are")
+    page.context.close()
+
+
+@needs_chromium
+def test_the_keyboard_suffices(browser, served):
+    page = opened(browser, served[0])
+    page.locator("textarea").first.focus()
+    page.keyboard.type("By keyboard")
+    page.keyboard.press("Enter")
+    page.locator(".conversation").last.get_by_text("Answer: 5").wait_for()
+    seen = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        seen.add(
+            page.evaluate(
+                "(document.activeElement.innerText || document.activeElement.ariaLabel || '').trim()"
+            )
+        )
+    assert "New conversation" in seen and any("Sampling" in each for each in seen)
+    assert any("What" in each for each in seen)  # the examples
+    page.context.close()
+
+
+@needs_chromium
+def test_the_command_with_the_builtin_model(browser, image, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", "chat", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(url)
+                    break
+                except OSError:
+                    assert server.poll() is None, server.stdout.read()
+                    time.sleep(0.2)
+            page = opened(browser, url)
+            ask(page, "How many squares are there?", image)
+            page.locator(".conversation [data-testid=bot]").last.wait_for()
+            page.wait_for_function("document.querySelector('.conversation').innerText.includes('Answer:')")
+            shot(page, "builtin")
+            assert not page.outside
+            page.context.close()
+        finally:
+            server.terminate()

@@ -1,0 +1,274 @@
+"""From a run to a folder that strangers load, an honest card, and the hub."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from hub_server import HubServer
+from rlcs import models, tasks
+from rlcs.chat import default_system
+from rlcs.engines.local import LocalEngine
+from rlcs.errors import UserError
+from rlcs.files import read_json, write_json
+from rlcs.publish.export import Export, export
+from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.schema import Model
+
+SMALL = [
+    "data.cold_start=builtin:puzzles?count=12&seed=1",
+    "data.rl=builtin:puzzles?count=12&seed=2",
+    "data.test=builtin:puzzles?split=test&count=20&seed=3",
+    "sft.epochs=2",
+    "sft.batch_size=6",
+    "grpo.steps=1",
+    "grpo.prompts_per_step=3",
+    "grpo.group_size=2",
+    "grpo.max_new_tokens=24",
+    "eval.max_new_tokens=24",
+    "study.arms=[base, two_stage]",
+]
+
+# Nothing of rlcs can be imported here.
+STOCK = "import sys\nsys.modules['rlcs'] = None\n"
+
+
+def python(program: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STOCK + program],
+        capture_output=True, text=True, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rlcs(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *map(str, words)],
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    done = rlcs("run", "quickstart", *SMALL, "--quiet", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "puzzler"
+    done = rlcs("export", run, "--out", folder)
+    assert done.returncode == 0 and "README.md" in done.stdout, done.stderr
+    return folder
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def snippet(folder: Path, word: str) -> str:
+    return next(code for code in re.findall(r"```python\n(.*?)```", card(folder), re.S) if word in code)
+
+
+def problems(folder: Path, count: int):
+    drawn = tasks.load("puzzles", split="test", count=count, seed=7)
+    for number, problem in enumerate(drawn):
+        (folder / f"{number}.png").write_bytes(problem.images[0].data)
+    write_json(folder / "questions.json", [problem.question for problem in drawn])
+    return drawn
+
+
+ANSWER_ALL = """
+import json
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1] if sys.argv[1:] else NAME, dtype="auto")
+processor = AutoProcessor.from_pretrained(NAME)
+found = []
+for number, question in enumerate(json.load(open("questions.json"))):
+    content = [{"type": "image", "path": f"{number}.png"}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                           tokenize=True, return_dict=True, return_tensors="pt")
+    answer = model.generate(**inputs)
+    found.append(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+print(json.dumps(found))
+"""
+
+
+def test_stock_transformers_gives_the_same_greedy_answers(run, exported, tmp_path):
+    asked = problems(tmp_path, 12)
+    theirs = json.loads(python(f"NAME = {str(exported)!r}\n" + ANSWER_ALL, tmp_path))
+    recipe = load_recipe(str(run / "recipe.yaml")).recipe
+    vlm = models.load(Model(name=str(run / "grpo" / "final")), device=torch.device("cpu"))
+    chat = models.make_chat(vlm, recipe)
+    sampling = chat.sampling(temperature=0, max_new_tokens=recipe.eval.max_new_tokens)
+    groups = LocalEngine(vlm, chat, max_rows=12).sample([chat.prompt(p) for p in asked], sampling)
+    assert [group[0].text for group in groups] == theirs
+    assert len(set(theirs)) > 3
+
+
+def test_the_card_s_own_snippets_run(exported, tmp_path, monkeypatch, capsys):
+    shutil.copytree(exported, tmp_path / "puzzler")
+    (drawn,) = problems(tmp_path, 1)
+    shutil.copy(tmp_path / "0.png", tmp_path / "image.png")
+    program = snippet(exported, "AutoProcessor").replace("What is the answer?", drawn.question)
+    assert python(program, tmp_path).strip()
+    compile(snippet(exported, "OpenAI"), "card", "exec")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet(exported, "import rlcs"), {})  # noqa: S102
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_card_tells_the_run(run, exported):
+    text, summary = card(exported), read_json(run / "summary.json")
+    data = ModelCard.load(exported / "README.md").data
+    assert (
+        data.license == "apache-2.0" and data.base_model is None and data.pipeline_tag == "image-text-to-text"
+    )
+    (result,) = data.eval_results
+    own = summary["arms"]["two_stage"]
+    assert result.metric_value == round(own["accuracy"], 4) and result.dataset_args["problems"] == 20
+    assert f"[{own['low']:.3f}, {own['high']:.3f}]" in result.metric_name
+    base = summary["arms"]["base"]
+    assert f"| Base | {base['accuracy']:.1%} | {base['low']:.1%} to {base['high']:.1%} | 20 |" in text
+    kept = read_json(run / "cold_start" / "stats.json")["kept"]
+    assert f"| {kept} kept of 12 asked |" in text
+    assert "| reinforcement learning | `builtin:puzzles?count=12&seed=2` | 12 |" in text
+    assert "| RL clip | low 0.2, high 0.3, dual 3 |" in text and "seed 0" in text and "A toy." in text
+    assert "2505.22334" in text and "@software{rlcs" in text
+    gained = re.search(r"95% interval ([+-][\d.]+) to", text)
+    assert ("does not show that training helped" in text) == (float(gained[1]) <= 0)
+
+
+def test_other_arms_precisions_and_plain_models(run, tmp_path):
+    base, final, plain = tmp_path / "base", tmp_path / "sft", tmp_path / "plain"
+    export(Export(model=str(run), arm="base", dtype="bf16", out=base))
+    assert read_json(base / "config.json")["dtype"] == "bfloat16"
+    assert "converted to bfloat16" in card(base) and "| RL clip" not in card(base)
+    assert "**Base (this model)**" in card(base)
+    export(Export(model=str(run / "sft" / "final"), out=final, name="me/mine"))
+    assert "The cold start alone" in card(final) and 'name = "me/mine"' in card(final)
+    assert "| RL clip" not in card(final) and "| SFT loss" in card(final)
+    export(Export(model="builtin", out=plain))
+    assert "No measurement came with this export" in card(plain) and "## Training" not in card(plain)
+
+
+def test_what_cannot_be_exported_says_why(run, tmp_path):
+    out = tmp_path / "a"
+
+    def refused(model, *, out=out, arm=None):
+        with pytest.raises(UserError) as caught:
+            export(Export(model=str(model), out=out, arm=arm))
+        return str(caught.value)
+
+    assert "choose --arm among: base, sft, two_stage" in refused(run, arm="rl")
+    assert "did you mean two_stage" in refused(run, arm="two_stag")
+    assert "not empty" in refused(run, out=run)
+    assert "neither a run nor a model" in refused(tmp_path)
+    assert "only a run has arms" in refused("builtin", arm="rl")
+    seeds = tmp_path / "seeds"
+    shutil.copytree(run, seeds / "seed-0")
+    shutil.copy(run / "recipe.yaml", seeds)
+    assert "seed-0" in refused(seeds)
+    done = rlcs("export", "builtin", "--dtype", "int3", "--out", out)
+    assert done.returncode == 2 and "use bf16, fp16, fp32" in done.stderr and not out.exists()
+
+
+def test_what_was_decided_travels_with_the_model(run, exported, tmp_path):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(exported)
+    system = load_recipe(str(run / "recipe.yaml")).recipe.prompt.system
+    assert default_system(processor) == system and system in card(exported)
+    assert processor.image_processor.size["longest_edge"] == 1_204_224
+    config = read_json(exported / "generation_config.json")
+    assert (
+        config["do_sample"] is False
+        and config["max_new_tokens"] == 24
+        and len(config["suppress_tokens"]) == 6
+    )
+    sampled = tmp_path / "sampled"
+    shutil.copytree(run, sampled, ignore=shutil.ignore_patterns("checkpoints"))
+    text = (sampled / "recipe.yaml").read_text()
+    (sampled / "recipe.yaml").write_text(re.sub(r"(\neval:\n  temperature:) 0\S*", r"\1 0.6", text))
+    export(Export(model=str(sampled), out=tmp_path / "out"))
+    config = read_json(tmp_path / "out" / "generation_config.json")
+    assert config["do_sample"] is True and config["temperature"] == 0.6 and config["top_k"] == 0
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def test_the_dry_run_lists_every_file_and_sends_nothing(exported):
+    with HubServer() as hub:
+        done = rlcs("publish", exported, "me/mine", "--dry-run", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
+        assert done.returncode == 0 and not hub.seen, done.stderr
+    files = list(exported.iterdir())
+    assert f"in {len(files)} files would go to me/mine" in done.stdout
+    listed = json.loads(rlcs("publish", exported, "me/mine", "--dry-run", "--json").stdout.splitlines()[0])
+    assert {each["path"]: each["size"] for each in listed["files"]} == {
+        path.name: path.stat().st_size for path in files
+    }
+    assert "do not name me/mine" in done.stdout
+
+
+def test_a_model_goes_to_the_hub_byte_by_byte(exported):
+    with HubServer() as hub:
+        options = {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        done = rlcs("publish", exported, "me/mine", **options)
+        assert done.returncode == 0 and "me/mine" in done.stdout, done.stderr
+        assert hub.repos == {"me/mine": {"private": True, "type": "model"}}
+        assert hub.files == {path.name: path.read_bytes() for path in exported.iterdir()}
+        hub.refuse = 403
+        refused = rlcs("publish", exported, "me/mine", "--public", **options)
+    assert (
+        refused.returncode == 2
+        and "the hub refuses it" in refused.stderr
+        and "hf auth login" in refused.stderr
+    )
+
+
+def test_surprising_files_are_refused(exported, tmp_path):
+    folder = tmp_path / "puzzler"
+    shutil.copytree(exported, folder)
+    surprises = {
+        "optimizer.safetensors": "optimiser state",
+        "checkpoints/step-1/model.safetensors": "a training checkpoint",
+        "image.png": "perhaps of the training data",
+        "pytorch_model.bin": "a pickle, which runs code",
+        "kept.jsonl": "training or evaluation data",
+        ".env": "perhaps a key",
+        "notes.txt": "not a file of a model folder",
+        "extra_config.json": "it holds what looks like a key",
+    }
+    for name in surprises:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("hf_" + "a" * 34 if name == "extra_config.json" else "x")
+    (folder / "LICENSE").symlink_to("/etc/hostname")
+    done = rlcs("publish", folder, "me/mine", "--dry-run")
+    assert done.returncode == 2
+    for name, why in {**surprises, "LICENSE": "a link to a file outside"}.items():
+        assert re.search(rf"{re.escape(name)}: [^;]*{why}", done.stderr), (name, done.stderr)
+    for name in ("optimizer.safetensors", ".env", "notes.txt", "pytorch_model.bin", "kept.jsonl", "LICENSE"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "checkpoints")
+    only_secret = rlcs("publish", folder, "me/mine", "--dry-run", "--allow", "*")
+    assert only_secret.returncode == 2 and "1 files" in only_secret.stderr
+    (folder / "extra_config.json").unlink()
+    assert rlcs("publish", folder, "me/mine", "--dry-run", "--allow", "*.png").returncode == 0
+    assert rlcs("publish", tmp_path, "me/mine", "--dry-run").returncode == 2
