@@ -24,7 +24,17 @@ FLOORS = {
     4: ("policy", "checkpoint", "engines"),
     5: ("trainer", "selfcheck", "stage"),
     6: ("distill", "sft", "grpo", "evaluation", "benchmarks", "examine", "serving"),
-    7: ("look", "report", "pipeline", "cli", "cli_data", "cli_serving", "__main__", "__init__"),
+    7: (
+        "look",
+        "report",
+        "pipeline",
+        "cli",
+        "cli_data",
+        "cli_options",
+        "cli_serving",
+        "__main__",
+        "__init__",
+    ),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
