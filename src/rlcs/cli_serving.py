@@ -2,7 +2,8 @@
 
 import json as jsonlib
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -107,3 +108,87 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
             server.run(service, sock)
         except KeyboardInterrupt:  # uvicorn has shut down gracefully, and passes the signal on
             typer.echo("stopped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options of `rlcs generate`: one field, one option."""
+
+    image: Annotated[list[Path] | None, typer.Option(help="An image; repeat it for several")] = None
+    input: Annotated[
+        str | None, typer.Option(help="Many questions: JSONL with question, images, id, or a data source")
+    ] = None
+    output: Annotated[Path | None, typer.Option(help="JSONL for their answers; goes on where it ends")] = None
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling")] = 1.0
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
+    seed: Annotated[int, typer.Option(help="Of the samples")] = 0
+    batch: Annotated[int, typer.Option(min=1, help="Answers generated at once")] = 64
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of text")] = False
+
+
+@serving_app.command()
+@with_options(GenerateOptions)
+def generate(
+    model: ModelName,
+    question: Annotated[str | None, typer.Argument(help="What to ask")] = None,
+    **chosen: Any,
+) -> None:
+    """The answer to one question about images, as it comes; or to a file of questions."""
+    options = GenerateOptions(**chosen)
+    if (options.input is None) == (question is None) or (options.input is None) != (options.output is None):
+        fix = 'rlcs generate MODEL "question" --image a.png, or --input rows.jsonl --output answers.jsonl'
+        raise UserError("ask one question, or name an input and an output", where="rlcs generate", fix=fix)
+    if options.input is not None and options.image:
+        raise UserError("the rows of --input name their images", where="--image", fix="leave it out")
+
+    from rlcs import models
+    from rlcs.recipe.schema import Model
+    from rlcs.serving.session import Session, Settings
+
+    settings = Settings(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    session = Session(models.load(Model(name=model)), name=model, max_rows=options.batch)
+    if question is not None:
+        _answer_one(session, question, options, settings)
+    else:
+        _answer_many(session, options, settings)
+
+
+def _answer_one(session: Any, question: str, options: GenerateOptions, settings: Any) -> None:
+    stream = session.stream([session.message(options.image, question)], settings)
+    try:
+        for piece in stream:
+            if not options.json:
+                typer.echo(piece, nl=False)
+    finally:
+        stream.close()
+    typer.echo(jsonlib.dumps(asdict(stream.answer), ensure_ascii=False) if options.json else "")
+
+
+def _answer_many(session: Any, options: GenerateOptions, settings: Any) -> None:
+    from rlcs.interrupts import StopFlag
+    from rlcs.serving.bulk import answer_file
+
+    source, out = str(options.input), options.output
+    assert out is not None, "input and output go together"
+    with StopFlag() as stop:
+        tally = answer_file(
+            session, source, out, settings, ahead=2 * options.batch, stop=stop, json=options.json
+        )
+    for bad in tally.bad[:20]:
+        typer.echo(f"left out: {bad}", err=True)
+    if len(tally.bad) > 20:
+        typer.echo(f"left out: {len(tally.bad) - 20:,} more", err=True)
+    numbers = {"answered": tally.answered, "before": tally.before, "left_out": len(tally.bad)}
+    if options.json:
+        typer.echo(jsonlib.dumps({**numbers, "out": str(out)}))
+    else:
+        typer.echo(f"answered {tally.answered:,} ({tally.before:,} before), left out {len(tally.bad):,}")
+        typer.echo(f"answers  {out}")
+    if not tally.answered + tally.before:
+        raise typer.Exit(2)
