@@ -96,7 +96,8 @@ def test_ctrl_c_keeps_what_was_answered(random_model_folder, pictures):
     source, out = rows_file(pictures, 400), pictures / "out.jsonl"
     words = ["generate", random_model_folder, "--input", source, "--output", out, "--max-tokens", 40]
     command = [sys.executable, "-m", "rlcs.cli", *map(str, words), "--batch", "4"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     end = time.monotonic() + 100
     while not out.exists() or out.stat().st_size < 3000:
         assert time.monotonic() < end and process.poll() is None, process.communicate()[1]
