@@ -154,6 +154,7 @@ class ChatCompletions:
         service, loop = self._service, asyncio.get_running_loop()
         ask = parse_request(await self._body(request), service.limits, model=service.name)
         prompt, sampling = await loop.run_in_executor(self._builder, service.prepare, ask)
+        ask = ask.model_copy(update={"messages": []})  # megabytes of images, which the prompt holds already
         events: asyncio.Queue[Token | Exception] = asyncio.Queue()
 
         def tell(event: Token | Exception) -> None:
