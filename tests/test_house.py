@@ -32,6 +32,7 @@ FLOORS = {
         "publish",
         "chat_page",
         "cli_data",
+        "cli_options",
         "cli_publish",
         "cli_serving",
         "__main__",

@@ -172,12 +172,12 @@ class Chat:
         )
 
 
-def default_system(processor: Any) -> str:
-    """The system prompt that a processor's chat template puts in by itself; empty if none."""
+def default_system(processor: Any) -> str | None:
+    """The system prompt that a processor's chat template puts in by itself; None: no system turn."""
     head = "<|im_start|>system\n"
     turn = [{"role": "user", "content": "x"}]
     text = str(processor.apply_chat_template(turn, tokenize=False))
-    return text.removeprefix(head).partition("<|im_end|>")[0] if text.startswith(head) else ""
+    return text.removeprefix(head).partition("<|im_end|>")[0] if text.startswith(head) else None
 
 
 def set_default_system(processor: Any, system: str) -> None:

@@ -1,12 +1,10 @@
 """The command line: parse, call, print. Heavy rooms are imported inside the verbs."""
 
-import inspect
 import json as jsonlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +12,8 @@ import typer
 
 from rlcs.cli_data import data_app
 from rlcs.cli_publish import publish_app
+from rlcs.cli_options import with_options
+from rlcs.cli_serving import serving_app
 from rlcs.errors import RlcsError, UserError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(publish_app)
+app.add_typer(serving_app)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. grpo.steps=20")
@@ -215,24 +216,8 @@ class EvalOptions:
     json: Json = False
 
 
-def _with_options(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb that takes `**chosen` one option for each field of a dataclass."""
-
-    def widen(verb: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(verb)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        new = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-            for f in fields(options)
-        ]
-        verb.__signature__ = signature.replace(parameters=[*own, *new])  # type: ignore[attr-defined]
-        return verb
-
-    return widen
-
-
 @app.command("eval")
-@_with_options(EvalOptions)
+@with_options(EvalOptions)
 def evaluate(
     models: Annotated[
         list[str] | None,

@@ -32,7 +32,7 @@ def load(source: str, settings: Data, *, decode_limit: int, role: Role) -> Loade
 
     `source` is a `.jsonl`, `.json` or `.parquet` file, a folder or hub id of a Hugging Face data set
     (with `?split=...&config=...` if need be), or `builtin:NAME?count=...&seed=...`. `decode_limit` is
-    in pixels an image. `role` says what a row must hold: `rl` and `test` need an answer; in
+    in pixels an image. `role` says what a row must hold: `ask` a question, `rl` and `test` an answer too; in
     `cold_start` a row with a response is a demonstration, and so is one whose *answer* is a worked
     solution that ends in a box (see `rows.demonstrated`).
 

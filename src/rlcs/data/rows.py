@@ -70,7 +70,8 @@ class RowReader:
     def _require_columns(self, present: tuple[str, ...]) -> None:
         fields = dict.fromkeys(present)
         needed = {"question": self._columns.question}
-        if self._role != "cold_start" or _first(fields, self._columns.response) is None:
+        responded = self._role == "cold_start" and _first(fields, self._columns.response) is not None
+        if self._role != "ask" and not responded:
             needed["answer"] = self._columns.answer
         for key, names in needed.items():
             if _first(fields, names) is None:
@@ -129,6 +130,9 @@ class RowReader:
 
     def _answer_and_response(self, fields: Mapping[str, Any]) -> tuple[str, str | None]:
         answer_column = _first(fields, self._columns.answer)
+        if self._role == "ask":
+            gold = fields.get(answer_column or "")
+            return ("" if gold is None else _answer(gold)), None
         response_column = _first(fields, self._columns.response)
         response = None if response_column is None else fields[response_column]
         if response is not None and not _text(response, "response").strip():

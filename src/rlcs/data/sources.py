@@ -15,7 +15,7 @@ from rlcs.files import jsonl_lines, parse_object, read_json, require_regular
 from rlcs.recipe.schema import Data
 from rlcs.records import Problem
 
-Role = Literal["cold_start", "rl", "test"]
+Role = Literal["cold_start", "rl", "test", "ask"]
 """What a source is for."""
 _BATCH = 64
 """Rows read at once: embedded images may be megabytes each."""

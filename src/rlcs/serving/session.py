@@ -16,7 +16,7 @@ from typing import Any, Literal
 from rlcs import models
 from rlcs.chat import Chat, default_system
 from rlcs.engines.continuous import ContinuousEngine, Ticket, Token
-from rlcs.errors import ImageError, PromptError, UserError
+from rlcs.errors import ImageError, PromptError, RlcsError, UserError
 from rlcs.files import image_from_bytes, image_from_path
 from rlcs.grading.extraction import extract
 from rlcs.models import Vlm
@@ -97,12 +97,13 @@ class Stream(Iterator[str]):
         self._answer: Answer | None = None
 
     def __next__(self) -> str:
-        """The next piece that is not empty; what goes wrong in the engine is raised here."""
+        """The next piece that is not empty. Raises RlcsError when the engine failed."""
         while self._answer is None and not self._ticket.cancelled:
             event = self._events.get()
             if isinstance(event, Exception):
                 self.close()
-                raise event
+                fix = "ask fewer at once, or with a smaller limit, if memory ran out"
+                raise RlcsError(f"the model failed: {type(event).__name__}: {event}", fix=fix) from event
             self._tokens += 1
             self._text += event.text
             if event.stop is not None:
@@ -190,7 +191,11 @@ class Session:
         system prompt.
         """
         prompt = self.chat.conversation([self._turn(message) for message in messages], name="conversation")
-        return Stream(self.engine, prompt, self.sampling(prompt, settings or Settings()))
+        return self.start(prompt, settings or Settings())
+
+    def start(self, prompt: Prompt, settings: Settings) -> Stream:
+        """Answer a prompt, piece by piece."""
+        return Stream(self.engine, prompt, self.sampling(prompt, settings))
 
     def _turn(self, message: Message | Mapping[str, Any]) -> Message:
         if isinstance(message, Message):

@@ -1,0 +1,22 @@
+"""Verbs with more options than a function should have parameters."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+
+def with_options(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb that takes `**chosen` one option for each field of a dataclass."""
+
+    def widen(verb: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(verb)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        new = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(options)
+        ]
+        verb.__signature__ = signature.replace(parameters=[*own, *new])  # type: ignore[attr-defined]
+        return verb
+
+    return widen

@@ -1,0 +1,194 @@
+"""The verbs that put a model to use: serve, generate."""
+
+import json as jsonlib
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlcs.cli_options import with_options
+from rlcs.errors import UserError
+
+serving_app = typer.Typer()
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or builtin")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """The options of `rlcs serve`: one field, one option."""
+
+    host: Annotated[str, typer.Option(help="Address to listen at; loopback unless told otherwise")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000
+    api_key: Annotated[
+        str | None, typer.Option(envvar="RLCS_API_KEY", help="Clients must bring this key")
+    ] = None
+    engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto"
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: MODEL")] = None
+    concurrency: Annotated[int, typer.Option(min=1, help="Answers generated at once")] = 32
+    queue: Annotated[int, typer.Option(min=0, help="Further requests that may wait")] = 64
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 4096
+    max_images: Annotated[int, typer.Option(min=0, help="Images a request")] = 8
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels an image, in its file")] = 1 << 24
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes a request")] = 32 << 20
+    request_s: Annotated[float, typer.Option(min=0.001, help="Seconds a request may take")] = 600.0
+
+
+@serving_app.command()
+@with_options(ServeOptions)
+def serve(model: ModelName, **chosen: Any) -> None:
+    """An OpenAI-compatible server with images: /v1/chat/completions, /v1/models, /health, /metrics."""
+    import shutil
+
+    options = ServeOptions(**chosen)
+    if options.engine not in ("auto", "local", "vllm"):
+        raise UserError(f"no engine {options.engine!r}", where="--engine", fix="known: auto, local, vllm")
+    if options.api_key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+        typer.echo(f"anybody who reaches {options.host} may use the model: no --api-key", err=True)
+    vllm = shutil.which("vllm") if options.engine != "local" else None
+    if vllm is not None:
+        _exec_vllm(vllm, model, options)
+    if options.engine == "vllm":
+        raise UserError("vllm is not installed", where="--engine", fix="pip install vllm, or --engine local")
+    _serve_locally(model, options)
+
+
+def _exec_vllm(program: str, model: str, options: ServeOptions) -> None:
+    """Become `vllm serve`, with our limits as far as it knows such."""
+    import os
+
+    from rlcs.models import resolve
+
+    if options.api_key is not None:
+        os.environ["VLLM_API_KEY"] = options.api_key
+    flags = {
+        "--host": options.host,
+        "--port": str(options.port),
+        "--served-model-name": options.name or model,
+        "--max-num-seqs": str(options.concurrency),
+        "--limit-mm-per-prompt": jsonlib.dumps({"image": options.max_images, "video": 0}),
+        "--allowed-media-domains": "nowhere.invalid",  # data: URLs alone: it fetches nothing for others
+    }
+    words = [program, "serve", resolve(model), *(word for pair in flags.items() for word in pair)]
+    typer.echo(f"engine   vllm\nrunning  {' '.join(words)}")
+    sys.stdout.flush()
+    os.execv(program, words)  # noqa: S606 (a list of arguments, no shell)
+
+
+def _serve_locally(model: str, options: ServeOptions) -> None:
+    from rlcs import models
+    from rlcs.recipe.schema import Model
+    from rlcs.serving import server
+    from rlcs.serving.protocol import Limits
+    from rlcs.serving.session import Session
+
+    limits = Limits(
+        max_images=options.max_images,
+        max_pixels=options.max_pixels,
+        max_tokens=options.max_tokens,
+        max_body_bytes=options.max_body_bytes,
+        concurrency=options.concurrency,
+        queue=options.queue,
+        request_s=options.request_s,
+    )
+    with server.listen(options.host, options.port) as sock:
+        session = Session(models.load(Model(name=model)), name=model, max_rows=limits.concurrency)
+        service = server.Service(
+            session=session, name=options.name or model, limits=limits, key=options.api_key
+        )
+        host, port = sock.getsockname()[:2]
+        where = f"[{host}]" if ":" in host else host
+        typer.echo(f"engine   local\nmodel    {service.name}\nserving  http://{where}:{port}/v1")
+        sys.stdout.flush()
+        try:
+            server.run(service, sock)
+        except KeyboardInterrupt:  # uvicorn has shut down gracefully, and passes the signal on
+            typer.echo("stopped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options of `rlcs generate`: one field, one option."""
+
+    image: Annotated[list[Path] | None, typer.Option(help="An image; repeat it for several")] = None
+    input: Annotated[
+        str | None, typer.Option(help="Many questions: JSONL with question, images, id, or a data source")
+    ] = None
+    output: Annotated[Path | None, typer.Option(help="JSONL for their answers; goes on where it ends")] = None
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling")] = 1.0
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
+    seed: Annotated[int, typer.Option(help="Of the samples")] = 0
+    batch: Annotated[int, typer.Option(min=1, help="Answers generated at once")] = 64
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of text")] = False
+
+
+@serving_app.command()
+@with_options(GenerateOptions)
+def generate(
+    model: ModelName,
+    question: Annotated[str | None, typer.Argument(help="What to ask")] = None,
+    **chosen: Any,
+) -> None:
+    """The answer to one question about images, as it comes; or to a file of questions."""
+    options = GenerateOptions(**chosen)
+    if (options.input is None) == (question is None) or (options.input is None) != (options.output is None):
+        fix = 'rlcs generate MODEL "question" --image a.png, or --input rows.jsonl --output answers.jsonl'
+        raise UserError("ask one question, or name an input and an output", where="rlcs generate", fix=fix)
+    if options.input is not None and options.image:
+        raise UserError("the rows of --input name their images", where="--image", fix="leave it out")
+
+    from rlcs import models
+    from rlcs.recipe.schema import Model
+    from rlcs.serving.session import Session, Settings
+
+    settings = Settings(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    session = Session(models.load(Model(name=model)), name=model, max_rows=options.batch)
+    if question is not None:
+        _answer_one(session, question, options, settings)
+    else:
+        _answer_many(session, options, settings)
+
+
+def _answer_one(session: Any, question: str, options: GenerateOptions, settings: Any) -> None:
+    stream = session.stream([session.message(options.image, question)], settings)
+    try:
+        for piece in stream:
+            if not options.json:
+                typer.echo(piece, nl=False)
+    finally:
+        stream.close()
+    typer.echo(jsonlib.dumps(asdict(stream.answer), ensure_ascii=False) if options.json else "")
+
+
+def _answer_many(session: Any, options: GenerateOptions, settings: Any) -> None:
+    from rlcs.interrupts import StopFlag
+    from rlcs.serving.bulk import answer_file
+
+    source, out = str(options.input), options.output
+    assert out is not None, "input and output go together"
+    with StopFlag() as stop:
+        tally = answer_file(
+            session, source, out, settings, ahead=2 * options.batch, stop=stop, json=options.json
+        )
+    for bad in tally.bad[:20]:
+        typer.echo(f"left out: {bad}", err=True)
+    if len(tally.bad) > 20:
+        typer.echo(f"left out: {len(tally.bad) - 20:,} more", err=True)
+    numbers = {"answered": tally.answered, "before": tally.before, "left_out": len(tally.bad)}
+    if options.json:
+        typer.echo(jsonlib.dumps({**numbers, "out": str(out)}))
+    else:
+        typer.echo(f"answered {tally.answered:,} ({tally.before:,} before), left out {len(tally.bad):,}")
+        typer.echo(f"answers  {out}")
+    if not tally.answered + tally.before:
+        raise typer.Exit(2)

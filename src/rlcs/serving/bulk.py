@@ -1,0 +1,93 @@
+"""Answers to a file of questions: in the file's order, written as they come, resumable."""
+
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlcs.data import BadRow, load
+from rlcs.errors import DataError, UserError
+from rlcs.files import append_jsonl, read_jsonl
+from rlcs.interrupts import StopFlag
+from rlcs.metrics import screen
+from rlcs.recipe.schema import Data, Images
+from rlcs.records import Problem
+from rlcs.serving.session import Answer, Session, Settings, Stream
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tally:
+    """What became of the rows: answered now, answered before, and not to be asked."""
+
+    answered: int
+    before: int
+    bad: tuple[BadRow, ...]
+
+
+def answer_file(
+    session: Session, source: str, out: Path, settings: Settings, *, ahead: int, stop: StopFlag, json: bool
+) -> Tally:
+    """Answer every question of a data source that has no answer in `out` yet, `ahead` of them at once.
+
+    Rows without a usable question or image are left out and counted. Raises DataError when the source
+    cannot be used as a whole, UserError when `out` holds answers of another model or other settings, and
+    Stopped with everything that was answered on disk.
+    """
+    loaded = load(source, Data(), decode_limit=Images().decode_limit, role="ask")
+    said_by = {"model": session.name, **asdict(settings)}
+    before = _answered(out, said_by)
+    left = [row.problem for row in loaded.rows if row.problem.id not in before]
+    known = len(loaded.rows) - len(left)
+    bad, done = list(loaded.bad), 0
+    under_way: deque[tuple[Problem, Stream]] = deque()
+    with screen("generate", len(loaded.rows), json=json) as view:
+        try:
+            while left or under_way:
+                stop.check(str(out))
+                while left and len(under_way) < ahead:
+                    problem = left.pop(0)
+                    try:
+                        stream = session.start(session.chat.prompt(problem), settings)
+                        under_way.append((problem, stream))
+                    except DataError as error:
+                        bad.append(BadRow(where=source, reason=str(error), id=problem.id))
+                if under_way:
+                    problem, stream = under_way.popleft()
+                    append_jsonl(out, [_row(problem, stream.answer, said_by)])
+                    done += 1
+                    view.advance(known + done)
+        finally:
+            for _, stream in under_way:
+                stream.close()
+    return Tally(answered=done, before=known, bad=tuple(bad))
+
+
+def _row(problem: Problem, answer: Answer, said_by: dict[str, Any]) -> dict[str, Any]:
+    """One line of the output; with the gold answer, where there is one, so that `rlcs grade` can read it."""
+    gold = {"answer": problem.answer} if problem.answer else {}
+    choices = {"choices": list(problem.choices)} if problem.choices else {}
+    return {
+        "id": problem.id,
+        "question": problem.question,
+        **choices,
+        **gold,
+        "response": answer.text,
+        "extracted": answer.answer,
+        "stop": answer.stop,
+        "tokens": answer.tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "seconds": round(answer.seconds, 3),
+        "said_by": said_by,
+    }
+
+
+def _answered(out: Path, said_by: dict[str, Any]) -> set[str]:
+    """The ids that `out` has answers to. Raises UserError if they are not the same model's and settings'."""
+    if not out.exists():
+        return set()
+    rows = read_jsonl(out)
+    other = next((row for row in rows if row.get("said_by") != said_by), None)
+    if other is not None:
+        what = f"the file holds answers of {other.get('said_by') or 'something else'}, not of {said_by}"
+        raise UserError(what, where=str(out), fix="write to another file, or remove this one")
+    return {row["id"] for row in rows}

@@ -1,0 +1,220 @@
+"""The OpenAI chat protocol: requests checked strictly, replies and errors in its shapes."""
+
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlcs.errors import RlcsError, UserError
+from rlcs.files import image_from_bytes
+from rlcs.records import ImageRef, Message
+
+UNSUPPORTED = (
+    "tools", "tool_choice", "functions", "function_call", "logit_bias", "frequency_penalty",
+    "presence_penalty", "top_logprobs", "audio", "prediction", "best_of", "top_k", "min_p",
+)  # fmt: skip
+"""Settings that would change the answer and that this server does not know."""
+STOP_CHARS = 256
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a request may ask of the server."""
+
+    max_images: int = 8
+    max_pixels: int = 1 << 24
+    max_tokens: int = 4096
+    max_n: int = 8
+    max_body_bytes: int = 32 << 20
+    concurrency: int = 32
+    queue: int = 64
+    request_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Every limit lets something through. Raises UserError."""
+        for each in fields(self):
+            if getattr(self, each.name) < (each.name != "queue"):
+                option = f"--{each.name.replace('_', '-')}"
+                raise UserError("this limit refuses every request", where=option, fix="make it larger")
+
+
+class ApiError(RlcsError):
+    """A request that is answered with an error: `status` is HTTP's, `param` names the culprit."""
+
+    def __init__(self, status: int, what: str, *, param: str | None = None, code: str | None = None) -> None:
+        """`code` is OpenAI's short name of the error."""
+        super().__init__(what)
+        self.status, self.param, self.code = status, param, code
+
+    def to_json(self) -> Json:
+        """OpenAI's error object."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.what, "type": kind, "param": self.param, "code": self.code}}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class TextPart(_Strict):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Strict):
+    """Where an image is."""
+
+    url: str
+
+
+class ImagePart(_Strict):
+    """An image."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class ChatMessage(_Strict):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+
+class StreamOptions(_Strict):
+    """What a stream holds beside the text."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Strict):
+    """The body of `/v1/chat/completions`; keys that change nothing here are ignored."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=512)]
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n: Annotated[int, Field(ge=1)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] = Field(default_factory=list)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    logprobs: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in UNSUPPORTED:
+                if data.get(key):
+                    raise ValueError(f"{key} is not supported")
+            if (data.get("response_format") or {"type": "text"}) != {"type": "text"}:
+                raise ValueError("response_format: only text is supported")
+        return data
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def parse_request(body: bytes, limits: Limits, *, model: str) -> ChatRequest:
+    """Read a request. Raises ApiError for what is malformed, unknown or too much."""
+    try:
+        ask = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = ".".join(str(key)[:40] for key in first["loc"]) or None
+        message = first["msg"].removeprefix("Value error, ")[:300]
+        raise ApiError(400, f"{param}: {message}" if param else message, param=param) from error
+    if ask.model is not None and ask.model != model:
+        what = f"there is no model {ask.model[:100]!r} here, only {model!r}"
+        raise ApiError(404, what, param="model", code="model_not_found")
+    if ask.n > limits.max_n:
+        raise ApiError(400, f"n is at most {limits.max_n}", param="n")
+    if max(ask.max_completion_tokens or 0, ask.max_tokens or 0) > limits.max_tokens:
+        what = f"max_tokens is at most {limits.max_tokens} on this server"
+        raise ApiError(400, what, param="max_tokens")
+    if len(ask.stops) > 4 or not all(0 < len(stop) <= STOP_CHARS for stop in ask.stops):
+        raise ApiError(400, f"stop is up to 4 texts of 1 to {STOP_CHARS} characters", param="stop")
+    return ask
+
+
+def conversation(ask: ChatRequest, limits: Limits) -> list[Message]:
+    """The turns of a request, images read. Raises ApiError or ImageError."""
+    parts = [
+        part for message in ask.messages if isinstance(message.content, list) for part in message.content
+    ]
+    images = sum(isinstance(part, ImagePart) for part in parts)
+    if images > limits.max_images:
+        what = f"{images} images are more than the {limits.max_images} that this server takes"
+        raise ApiError(400, what, param="messages")
+    turns = []
+    for number, message in enumerate(ask.messages):
+        content = message.content
+        texts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+        where = f"messages.{number}.content"
+        read = (p.text if isinstance(p, TextPart) else _image(p.image_url.url, limits, where) for p in texts)
+        role: Any = "system" if message.role == "developer" else message.role
+        turns.append(Message(role=role, parts=tuple(read)))
+        if role != "user" and any(isinstance(part, ImageRef) for part in turns[-1].parts):
+            raise ApiError(400, "images belong to turns of the user", param=where)
+    return turns
+
+
+def _image(url: str, limits: Limits, where: str) -> ImageRef:
+    head, comma, data = url.partition(",")
+    if not head.startswith("data:"):
+        what = "images come as data: URLs (data:image/png;base64,...); this server opens no other address"
+        raise ApiError(400, what, param=where, code="invalid_image_url")
+    if not comma or not head.endswith(";base64"):
+        raise ApiError(400, "this data: URL is not base64", param=where, code="invalid_image_url")
+    try:
+        decoded = base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise ApiError(400, f"broken base64: {error}", param=where, code="invalid_image_url") from error
+    return image_from_bytes(decoded, limit=limits.max_pixels, where=where)
+
+
+def reply(kind: str, key: str, model: str, choices: Sequence[Json], **more: Any) -> Json:
+    """A reply or one chunk of a stream; `kind` is the object's name, `key` its id."""
+    head = {"id": key, "object": kind, "created": int(time.time()), "model": model}
+    return {**head, "choices": list(choices), **more}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Tokens as OpenAI counts them."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def token_logprob(text: str, logprob: float) -> Json:
+    """One entry of `logprobs.content`."""
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+
+
+def metrics_text(values: Mapping[str, tuple[str, str, Mapping[str, float]]]) -> str:
+    """Prometheus' text format: name to kind, help, and values by label text (empty: no label)."""
+    lines = []
+    for name, (kind, about, series) in values.items():
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+        lines += [
+            f"{name}{{{label}}} {value}" if label else f"{name} {value}" for label, value in series.items()
+        ]
+    return "\n".join(lines) + "\n"

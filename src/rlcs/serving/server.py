@@ -1,0 +1,364 @@
+"""An OpenAI-compatible server over the continuous engine.
+
+Every request has a place (or is told to come back), a deadline and bounded sizes; who goes away
+takes the request along. Prompts are built in one thread, the model runs in another.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import secrets
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rlcs.engines.continuous import Token
+from rlcs.errors import UserError
+from rlcs.records import Prompt, Sampling, StopReason
+from rlcs.serving.protocol import (
+    ApiError,
+    ChatRequest,
+    Json,
+    Limits,
+    conversation,
+    metrics_text,
+    parse_request,
+    reply,
+    token_logprob,
+    usage,
+)
+from rlcs.serving.session import Session, Settings
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 15.0
+"""A connection may be without a whole request head for so long."""
+MOST_CONNECTIONS = 1000
+SHUTDOWN_S = 30
+_GONE = 499  # what nginx calls a client that closed the connection
+
+
+@dataclass(kw_only=True)
+class Service:
+    """A session, what may be asked of it, and what has been asked so far."""
+
+    session: Session
+    name: str
+    limits: Limits
+    key: str | None
+    started: float = field(default_factory=time.time)
+    active: int = 0
+    codes: Counter[int] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def authorise(self, request: Request) -> None:
+        """Raises ApiError unless the request brings the key (compared in constant time)."""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
+            what = "wrong or missing API key (Authorization: Bearer KEY)"
+            raise ApiError(401, what, code="invalid_api_key")
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """A place for one request. Raises ApiError when there is none."""
+        if self.active >= self.limits.concurrency + self.limits.queue:
+            raise ApiError(429, "too many requests at once; try again later", code="rate_limit_exceeded")
+        self.active += 1
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.active -= 1
+            self.seconds += time.perf_counter() - began
+
+    def prepare(self, ask: ChatRequest) -> tuple[Prompt, Sampling]:
+        """The prompt of a request and how to answer it. Raises ApiError, ImageError, PromptError."""
+        prompt = self.session.chat.conversation(conversation(ask, self.limits), name="conversation")
+        wanted = ask.max_completion_tokens or ask.max_tokens or self.limits.max_tokens
+        settings = Settings(
+            temperature=ask.temperature, top_p=ask.top_p, max_new_tokens=wanted, seed=ask.seed
+        )
+        return prompt, self.session.sampling(prompt, settings, n=ask.n)
+
+    def metrics(self) -> str:
+        """What Prometheus reads."""
+        engine = self.session.engine
+        counts = {f'code="{code}"': float(count) for code, count in sorted(self.codes.items())}
+        tokens = {f'kind="{kind}"': float(self.tokens[kind]) for kind in ("prompt", "completion")}
+        return metrics_text(
+            {
+                "rlcs_requests_total": ("counter", "Chat requests by HTTP status (499: cut off).", counts),
+                "rlcs_request_seconds_total": ("counter", "Seconds spent on them.", {"": self.seconds}),
+                "rlcs_tokens_total": ("counter", "Tokens read and written.", tokens),
+                "rlcs_requests_active": ("gauge", "Requests that hold a place.", {"": self.active}),
+                "rlcs_engine_running": ("gauge", "Requests being answered.", {"": engine.running}),
+                "rlcs_engine_waiting": ("gauge", "Requests waiting to begin.", {"": engine.waiting}),
+                "rlcs_start_time_seconds": ("gauge", "When the server started.", {"": self.started}),
+            }
+        )
+
+
+class ChatCompletions:
+    """`POST /v1/chat/completions` as an ASGI application."""
+
+    def __init__(self, service: Service) -> None:
+        """Prompts are built one after another, off the event loop."""
+        self._service = service
+        self._builder = ThreadPoolExecutor(1, thread_name_prefix="rlcs-prompts")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; what goes wrong before the first byte becomes an error reply."""
+        service, request = self._service, Request(scope, receive)
+        begun = False
+
+        async def tracked(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        code = 500
+        try:
+            service.authorise(request)
+            with service.place():
+                async with asyncio.timeout(service.limits.request_s):
+                    await self._serve(request, tracked)
+            code = 200
+        except ClientDisconnect:
+            code = _GONE
+        except (ApiError, UserError, TimeoutError) as error:
+            refusal = _refusal(error)
+            code = refusal.status
+            if begun:  # too late for an error reply: the connection is cut
+                log.warning("an answer was cut off: %s", refusal.what)
+            else:
+                await _error_reply(refusal)(scope, receive, send)
+        finally:
+            service.codes[code] += 1
+
+    async def _serve(self, request: Request, send: Send) -> None:
+        service, loop = self._service, asyncio.get_running_loop()
+        ask = parse_request(await self._body(request), service.limits, model=service.name)
+        prompt, sampling = await loop.run_in_executor(self._builder, service.prepare, ask)
+        ask = ask.model_copy(update={"messages": []})  # megabytes of images, which the prompt holds already
+        events: asyncio.Queue[Token | Exception] = asyncio.Queue()
+
+        def tell(event: Token | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = service.session.engine.submit(prompt, sampling, tell=tell, stops=ask.stops)
+        answer = _Reply(service, ask, len(prompt.ids), _tokens(events, sampling.n))
+        writing = asyncio.create_task(answer.write(request, send))
+        leaving = asyncio.create_task(_gone(request))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not writing.done():
+                raise ClientDisconnect
+            writing.result()
+        finally:
+            ticket.cancel()
+            writing.cancel()
+            leaving.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+
+    async def _body(self, request: Request) -> bytes:
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise ApiError(415, "send the request as application/json")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self._service.limits.max_body_bytes:
+                most = self._service.limits.max_body_bytes
+                raise ApiError(413, f"the request is larger than {most:,} bytes")
+        return bytes(body)
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _tokens(events: "asyncio.Queue[Token | Exception]", n: int) -> AsyncIterator[Token]:
+    """The tokens of `n` answers until each has ended. Raises ApiError when the engine failed."""
+    while n:
+        event = await events.get()
+        if isinstance(event, Exception):
+            raise ApiError(500, f"the model failed: {type(event).__name__}") from event
+        n -= event.stop is not None
+        yield event
+
+
+class _Reply:
+    """Writes one reply, whole or as server-sent events."""
+
+    def __init__(self, service: Service, ask: ChatRequest, prompt: int, tokens: AsyncIterator[Token]) -> None:
+        self._service, self._ask, self._tokens = service, ask, tokens
+        self._key = f"chatcmpl-{secrets.token_hex(12)}"
+        self._prompt, self._completion = prompt, 0
+
+    async def write(self, request: Request, send: Send) -> None:
+        self._service.tokens["prompt"] += self._prompt
+        if self._ask.stream:
+            await self._stream(send)
+        else:
+            await (await self._whole())(request.scope, request.receive, send)
+
+    async def _counted(self) -> AsyncIterator[tuple[Token, Json | None]]:
+        """Tokens with their `logprobs`, if those are asked for."""
+        chat = self._service.session.chat
+        async for token in self._tokens:
+            self._completion += 1
+            self._service.tokens["completion"] += 1
+            entry = token_logprob(chat.token(token.id), token.logprob) if self._ask.logprobs else None
+            yield token, entry
+
+    async def _whole(self) -> Response:
+        texts, ends = [""] * self._ask.n, [""] * self._ask.n
+        entries: list[list[Json]] = [[] for _ in texts]
+        async for token, entry in self._counted():
+            texts[token.index] += token.text
+            entries[token.index] += [entry] if entry else []
+            ends[token.index] = _finish(token)
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": ends[index],
+                "logprobs": {"content": entries[index]} if self._ask.logprobs else None,
+            }
+            for index, text in enumerate(texts)
+        ]
+        counts = usage(self._prompt, self._completion)
+        return JSONResponse(reply("chat.completion", self._key, self._service.name, choices, usage=counts))
+
+    async def _stream(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for index in range(self._ask.n):
+            await self._chunk(send, index, {"role": "assistant", "content": ""})
+        async for token, entry in self._counted():
+            if token.text or entry:
+                logprobs = {"content": [entry]} if entry else None
+                await self._chunk(send, token.index, {"content": token.text}, logprobs=logprobs)
+            if token.stop is not None:
+                await self._chunk(send, token.index, {}, finish_reason=_finish(token))
+        if self._ask.stream_options.include_usage:
+            await self._event(send, [], usage=usage(self._prompt, self._completion))
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _chunk(self, send: Send, index: int, delta: Json, **more: Any) -> None:
+        await self._event(send, [{"index": index, "delta": delta, "finish_reason": None, **more}])
+
+    async def _event(self, send: Send, choices: list[Json], **more: Any) -> None:
+        chunk = reply("chat.completion.chunk", self._key, self._service.name, choices, **more)
+        body = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _finish(token: Token) -> str:
+    return "length" if token.stop is StopReason.LENGTH else "stop"
+
+
+def _refusal(error: ApiError | UserError | TimeoutError) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        return ApiError(400, f"{error.where}: {error.what}" if error.where else error.what)
+    return ApiError(503, "the answer took too long", code="timeout")
+
+
+def _error_reply(error: ApiError) -> JSONResponse:
+    headers = {"retry-after": "1"} if error.status == 429 else {}
+    headers |= {"www-authenticate": "Bearer"} if error.status == 401 else {}
+    return JSONResponse(error.to_json(), error.status, headers)
+
+
+def make_app(service: Service) -> FastAPI:
+    """The server as an ASGI application."""
+    app = FastAPI(title="rlcs", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_route("/v1/chat/completions", ChatCompletions(service), methods=["POST"])  # type: ignore[arg-type]
+
+    @app.get("/health")
+    async def health() -> Json:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> Json:
+        service.authorise(request)
+        model = {"id": service.name, "object": "model", "created": int(service.started), "owned_by": "rlcs"}
+        return {"object": "list", "data": [model]}
+
+    @app.exception_handler(ApiError)
+    async def refuse(request: Request, error: ApiError) -> JSONResponse:
+        return _error_reply(error)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        return _error_reply(
+            ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        )
+
+    return app
+
+
+class _ImpatientProtocol(H11Protocol):
+    """Closes connections on which no whole request head comes, however slowly it drips."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(IDLE_S, self._close_if_idle, None)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.loop.call_later(IDLE_S, self._close_if_idle, self.cycle)
+
+    def _close_if_idle(self, last: Any) -> None:
+        if self.cycle is last and not self.transport.is_closing():
+            self.transport.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        fix = "choose another --port (0: any free one)"
+        raise UserError(f"cannot listen: {error.strerror}", where=f"{host}:{port}", fix=fix) from error
+
+
+def run(service: Service, sock: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM; requests under way get half a minute to end."""
+    config = uvicorn.Config(
+        make_app(service),
+        http=_ImpatientProtocol,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=int(IDLE_S),
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    uvicorn.Server(config).run(sockets=[sock])
