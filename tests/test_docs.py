@@ -15,10 +15,10 @@ import click
 import pytest
 import typer
 from PIL import Image, ImageDraw
-from test_pipeline import SMALL, rlcs
 
 from rlcs.cli import app
 from rlcs.recipe.loading import list_recipes, load_recipe
+from test_pipeline import SMALL, rlcs
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from rlcs.cli_data import data_app
-from rlcs.cli_publish import publish_app
 from rlcs.cli_options import with_options
+from rlcs.cli_publish import publish_app
 from rlcs.cli_serving import serving_app
 from rlcs.errors import RlcsError, UserError
 
