@@ -196,8 +196,8 @@ def save(vlm: Vlm, folder: Path) -> None:
 
     Adapters are merged into the weights, and lie in peft's format in `folder/adapter` too.
     """
-    model = vlm.model if vlm.adapter is None else adapters.merged(vlm.adapter)
-    model.save_pretrained(folder)
+    if vlm.adapter is None:
+        vlm.model.save_pretrained(folder)
+    else:
+        adapters.save(vlm.adapter, folder)
     vlm.processor.save_pretrained(folder)
-    if vlm.adapter is not None:
-        vlm.adapter.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
