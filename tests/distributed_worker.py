@@ -16,6 +16,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.interrupts import StopFlag, Stopped
 from rlcs.mesh import Mesh, open_mesh
 from rlcs.metrics import screen
+from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Grpo, Recipe, Sft
 from rlcs.records import Demonstration, Grade, Problem
@@ -69,8 +70,16 @@ def train(job: dict, mesh: Mesh) -> None:
     parallel = Parallel(**job.get("parallel", {}))
     settings = Sft(**job["sft"]) if "sft" in job else Grpo(**job["grpo"])
     vlm = load(job, mesh)
-    models.freeze(vlm, settings.freeze)
-    vlm = models.spread(vlm, parallel)
+    vlm = models.prepare(vlm, Lora(**job.get("lora", {})), settings.freeze, seed=3)
+
+    def spread(vlm: models.Vlm) -> models.Vlm:
+        return models.spread(vlm, parallel)
+
+    reference = None
+    if "grpo" in job and settings.kl.active:
+        vlm, reference = grpo.with_reference(vlm, spread)
+    else:
+        vlm = spread(vlm)
     chat = models.make_chat(vlm, Recipe())
     stage = StageFolder(folder, name="stage", seed=3, settings=settings, recipe_hash="h", mesh=mesh)
     with StopFlag() as stop, screen("stage", 6, quiet=True, stream=Path(os.devnull).open("w")) as view:
@@ -79,9 +88,6 @@ def train(job: dict, mesh: Mesh) -> None:
         if "sft" in job:
             sft.train(vlm, chat, demonstrations(12), settings, folder=stage, screen=view, stop=stop)
         else:
-            reference = None
-            if settings.kl.active:
-                reference = models.spread(grpo.frozen_copy(load(job, mesh)), parallel)
             actors = grpo.Actors(
                 vlm=vlm,
                 reference=reference,

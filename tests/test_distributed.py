@@ -50,6 +50,7 @@ JOBS = {
     "plain": {"grpo": GRPO},
     "paper": {"grpo": GRPO | PAPER},
     "dapo": {"grpo": GRPO | DAPO},
+    "adapters": {"grpo": GRPO | PAPER, "lora": {"rank": 4, "alpha": 8}},
 }
 
 STUDY = [
@@ -165,6 +166,16 @@ def test_the_trained_model_is_a_hugging_face_folder(pair):
     saved = models.load(Model(name=str(pair / "sft" / "final"))).model.state_dict()
     assert saved.keys() == weights.keys()
     assert all(torch.equal(weight, weights[name]) for name, weight in saved.items())
+
+
+def test_adapters_are_merged_from_shards(alone, pair):
+    """Merging adds rounding of its own to what Adam makes of rounding."""
+    one, two = (models.load(Model(name=str(root / "adapters" / "final"))).model for root in (alone, pair))
+    gaps = [(a - b).abs().max() for a, b in zip(one.parameters(), two.parameters(), strict=True)]
+    assert max(gaps) < 4 * RATE
+    assert (pair / "adapters" / "final" / "adapter" / "adapter_model.safetensors").is_file()
+    moved = torch.load(pair / "adapters" / "weights.pt")
+    assert any(weight.abs().max() > 0 for name, weight in moved.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(("name", "step"), [("sft", 3), ("paper", 1)])

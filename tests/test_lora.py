@@ -82,7 +82,7 @@ def test_a_new_adapter_changes_no_logprob_at_all(random_model_folder, vlm, chat,
 def test_only_adapters_learn_and_the_reference_does_not_move(random_model_folder, lora):
     vlm, chat = adapted(random_model_folder, lora)
     packed = one_pack(chat)
-    reference = grpo.reference_of(vlm)
+    vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
     assert reference.model is vlm.model, "the reference costs no copy"
     start = logprobs(vlm, packed)
     frozen = {n: p.detach().clone() for n, p in vlm.model.named_parameters() if not p.requires_grad}
@@ -226,7 +226,8 @@ def test_four_bit_weights_train_and_are_saved_as_plain_ones(random_model_folder,
     vlm = models.prepare(small, settings, (), seed=0)
     chat = models.make_chat(vlm, Recipe())
     packed = one_pack(chat)
-    reference, start = grpo.reference_of(vlm), logprobs(vlm, packed)
+    vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
+    start = logprobs(vlm, packed)
     lost = (start - logprobs(plain, packed)).abs()
     assert lost.max() > 1e-3 and lost.mean() < 0.5, "the weights are rounded, and still the model's"
     trainer = learn(vlm, packed)
@@ -285,7 +286,7 @@ def run_stage(kind, source, folder, *, stop_at=None):
             sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=watched, stop=stop)
         else:
             engine = LocalEngine(vlm, chat, max_rows=8)
-            reference = grpo.reference_of(vlm)
+            vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
             actors = grpo.Actors(vlm=vlm, reference=reference, chat=chat, engine=engine, pool=LengthGrader())
             grpo.train(actors, problems, settings, folder=stage, screen=watched, stop=stop)
     return trained(vlm)
@@ -368,3 +369,24 @@ def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_p
         torch.testing.assert_close(stage_2[name], stage_1[name] + 8.0 * b @ a, rtol=1e-6, atol=1e-7)
     kl = [row["kl"] for row in rows_of(folder / "grpo" / "metrics.jsonl") if "kl" in row]
     assert kl and kl[0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_adapters_alone_learn_a_game(random_model_folder, tmp_path):
+    """GRPO with adapters raises the reward: answers should end early."""
+    vlm, chat = adapted(random_model_folder, Lora(rank=16))
+
+    class Short:
+        def grade(self, pairs):
+            return [Grade(reward=float(len(t) < 12), correct=len(t) < 12) for _, t in pairs]
+
+    optimizer = {"lr": 1e-2, "betas": (0.9, 0.95)}
+    settings = Grpo(steps=7, prompts_per_step=8, group_size=8, max_new_tokens=12, optimizer=optimizer)
+    actors = grpo.Actors(
+        vlm=vlm, reference=None, chat=chat, engine=LocalEngine(vlm, chat, max_rows=64), pool=Short()
+    )
+    stage = StageFolder(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
+    problems = tasks.load("puzzles", split="train", count=12, seed=5)
+    with StopFlag() as stop, screen("grpo", 7, quiet=True) as view:
+        grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
+    rewards = [row["reward"] for row in rows_of(tmp_path / "metrics.jsonl")]
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.2

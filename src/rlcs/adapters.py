@@ -7,8 +7,9 @@ attention do not know of adapters; peft's own handle serves to switch them off a
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,39 +70,51 @@ def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def merged(adapter: "PeftModel") -> PreTrainedModel:
+def save(adapter: "PeftModel", folder: Path, *, whole: Mapping[str, Tensor] | None = None) -> None:
+    """Write the merged model into `folder`, and the adapters in peft's format into `folder/adapter`.
+
+    `whole` are all weights of the adapted model by name, where its own are in shards.
+    """
+    whole = whole or adapter.get_base_model().state_dict()
+    merged(adapter, whole).save_pretrained(folder)
+    named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}
+    adapter.save_pretrained(str(folder / "adapter"), state_dict=named, save_embedding_layers=False)
+
+
+def merged(adapter: "PeftModel", whole: Mapping[str, Tensor]) -> PreTrainedModel:
     """A plain model on the CPU, without adapters, that says what the adapted one says.
 
     The adapted model is not touched. 4-bit weights become plain ones, as they were computed with.
     """
-    from peft.utils import get_base_model_state_dict
-
     model: Any = adapter.get_base_model()
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
         plain = type(model)(config)
-    weights = get_base_model_state_dict(adapter) | _folded(model)
-    wanted = plain.state_dict().keys()
-    plain.load_state_dict({name: weights[name].detach().cpu() for name in wanted}, assign=True)
+    # One weight at a time: a GPU may have no room for all.
+    weights = {name: _folded(model, whole, name).detach().cpu() for name in plain.state_dict()}
+    plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
 
 
-def _folded(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of all linear layers, with what their adapters add."""
+def _folded(model: nn.Module, whole: Mapping[str, Tensor], name: str) -> Tensor:
+    """The plain model's weight of this name: 4 bits spelled out, and what an adapter adds added."""
+    from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 
-    weights = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".lora_" not in name:
-            own = name.removesuffix(".base_layer")
-            weight = dequantize_module_weight(module).detach()
-            if own != name:
-                layer: Any = model.get_submodule(own)
-                delta = layer.get_delta_weight(layer.active_adapters[0]).detach()
-                weight = (weight.float() + delta.float()).to(weight.dtype)
-            weights[f"{own}.weight"] = weight.cpu()  # one layer at a time: a GPU may have no room for all
-    return weights
+    own, _, kind = name.rpartition(".")
+    layer: Any = model.get_submodule(own)
+    adapted = isinstance(layer, LoraLayer)
+    inner = layer.get_base_layer() if adapted else layer
+    weight: Tensor = whole[f"{own}.base_layer.{kind}" if adapted else name]
+    if kind == "weight" and hasattr(inner.weight, "quant_state"):
+        weight = dequantize_module_weight(inner)
+    if kind != "weight" or not adapted:
+        return weight
+    [adapter] = layer.active_adapters
+    down, up = (whole[f"{own}.lora_{x}.{adapter}.weight"].float() for x in "AB")
+    scale: float = layer.scaling[adapter]
+    return (weight.float() + up @ down * scale).to(weight.dtype)

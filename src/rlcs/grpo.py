@@ -5,7 +5,7 @@ The group is the unit of work end to end: sampled, graded, packed and learnt fro
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -62,9 +62,16 @@ def frozen_copy(vlm: Vlm) -> Vlm:
     return replace(vlm, model=model)
 
 
-def reference_of(vlm: Vlm) -> Vlm:
-    """The policy as it starts: the same weights with adapters off, or else a frozen copy."""
-    return frozen_copy(vlm) if vlm.adapter is None else replace(vlm, bare=True)
+def with_reference(vlm: Vlm, spread: Callable[[Vlm], Vlm]) -> tuple[Vlm, Vlm]:
+    """The policy and the reference, both spread over the ranks.
+
+    With adapters the reference is the policy's own weights with the adapters off, else a frozen copy.
+    """
+    if vlm.adapter is None:
+        reference = spread(frozen_copy(vlm))
+        return spread(vlm), reference
+    policy = spread(vlm)
+    return policy, replace(policy, bare=True)
 
 
 def train(

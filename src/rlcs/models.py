@@ -176,16 +176,9 @@ def _weightless(config: Any, dtype: torch.dtype, settings: ModelSettings) -> Pre
 def spread(vlm: Vlm, settings: Parallel) -> Vlm:
     """The model in shards over the ranks of its mesh; without `torchrun` the model as it is.
 
-    Raises UserError for a choice of number formats that only a sharded model can have, and for adapters
-    in shards.
+    Raises UserError for a choice of number formats that only a sharded model can have.
     """
     if vlm.mesh.grouped:
-        if vlm.adapter is not None:
-            raise UserError(
-                "adapters train in one process only",
-                where="lora.rank",
-                fix="start without `torchrun`, or set lora.rank=0 to train the weights themselves",
-            )
         return replace(vlm, shell=shard(vlm.model, vlm.mesh, settings))
     if (settings.compute_dtype, settings.reduce_dtype) != ("same", "same"):
         raise UserError(
@@ -264,10 +257,10 @@ def save(vlm: Vlm, folder: Path) -> None:
     weights = whole_weights(vlm.model, vlm.mesh) if vlm.shell is not None else None
 
     def write() -> None:
-        model = vlm.model if vlm.adapter is None else adapters.merged(vlm.adapter)
-        model.save_pretrained(folder, state_dict=weights)
+        if vlm.adapter is None:
+            vlm.model.save_pretrained(folder, state_dict=weights)
+        else:
+            adapters.save(vlm.adapter, folder, whole=weights)
         vlm.processor.save_pretrained(folder)
-        if vlm.adapter is not None:
-            vlm.adapter.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
 
     vlm.mesh.first(write)

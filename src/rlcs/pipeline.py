@@ -173,8 +173,11 @@ class Study:
         log.info("%s: %d problems, from %s", name, len(sources.rl), start or self.recipe.model.name)
         settings = self.recipe.grpo
         vlm = self._policy(start, settings.freeze)
-        reference = self._spread(grpo.reference_of(vlm)) if settings.kl.active else None
-        vlm = self._spread(vlm)
+        reference = None
+        if settings.kl.active:
+            vlm, reference = grpo.with_reference(vlm, self._spread)
+        else:
+            vlm = self._spread(vlm)
         chat = models.make_chat(vlm, self.recipe)
         if self.recipe.prompt.rl_system is not None:
             chat = chat.with_system(self.recipe.prompt.rl_system)
