@@ -24,7 +24,7 @@ FLOORS = {
     4: ("policy", "checkpoint", "engines"),
     5: ("trainer", "selfcheck", "stage"),
     6: ("distill", "sft", "grpo", "evaluation", "benchmarks", "examine"),
-    7: ("look", "report", "pipeline", "cli", "cli_data", "__main__"),
+    7: ("look", "plan", "report", "pipeline", "cli", "cli_data", "cli_plan", "__main__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
@@ -32,7 +32,7 @@ HEAVY = {"torch", "torchvision", "transformers", "datasets"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
-MAX_CODE_LINES = 12_000
+MAX_CODE_LINES = 15_000
 MAX_PARAMETERS = 7
 MAX_IMPORT_SECONDS = 0.2
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from rlcs.cli_data import data_app
+from rlcs.cli_plan import plan
 from rlcs.errors import RlcsError, UserError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+app.command()(plan)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. grpo.steps=20")

@@ -116,12 +116,13 @@ def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
         parameter.requires_grad_(not any(pattern.search(name) for pattern in patterns))
 
 
-def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
-    """The chat format and image path of a model under a recipe.
+def make_chat(vlm: Vlm, recipe: Recipe, *, rl: bool = False) -> Chat:
+    """The chat format and image path of a model under a recipe; `rl`: with the image bounds of RL.
 
     The pixel bounds are written onto the processor too, so that a saved model carries them.
     """
-    bounds = {"shortest_edge": recipe.images.min_pixels, "longest_edge": recipe.images.max_pixels}
+    smallest = (recipe.images.rl_min_pixels if rl else None) or recipe.images.min_pixels
+    bounds = {"shortest_edge": smallest, "longest_edge": recipe.images.max_pixels}
     vlm.processor.image_processor.size = bounds
     images = ImagePipeline(vlm.processor.image_processor, decode_limit=recipe.images.decode_limit)
     return Chat(

@@ -145,7 +145,7 @@ class Study:
         vlm = self._vlm(start)
         reference = grpo.frozen_copy(vlm) if settings.kl.active else None
         models.freeze(vlm, settings.freeze)
-        chat = models.make_chat(vlm, self.recipe)
+        chat = models.make_chat(vlm, self.recipe, rl=True)
         if self.recipe.prompt.rl_system is not None:
             chat = chat.with_system(self.recipe.prompt.rl_system)
         engine = LocalEngine(vlm, chat, max_rows=settings.max_rows)
