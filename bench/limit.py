@@ -4,11 +4,11 @@ Counted are the matrix products of the language model, its causal attention, the
 tokens, and the vision tower. Letters: P prompt tokens, R answer tokens, G answers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bench.shapes import Case
+from rlcs.plan.work import language, vision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,33 +38,3 @@ def limit_of(case: Case, config: Any) -> Limit:
                 unshared += image + language(config.text_config, trunk, [length])
                 padded += image + language(config.text_config, longest_trunk, [longest_answer])
     return Limit(exact=unshared / shared, padded=padded / shared)
-
-
-def language(text: Any, trunk: int, lengths: Sequence[int]) -> float:
-    """Operations of one forward pass over a tree: P + sum(R) tokens, logits for answers alone."""
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    size = hidden // heads
-    projections = 2 * hidden * heads * size + 2 * hidden * text.num_key_value_heads * size
-    layer = projections + 3 * hidden * text.intermediate_size
-    tokens = trunk + sum(lengths)
-    pairs = _causal(trunk) + sum(n * trunk + _causal(n) for n in lengths)
-    per_layer = 2.0 * layer * tokens + 4.0 * heads * size * pairs
-    logits = 2.0 * hidden * text.vocab_size * sum(lengths)
-    return float(text.num_hidden_layers * per_layer + logits)
-
-
-def vision(tower: Any, patches: int) -> float:
-    """Operations of the vision tower on one image: blocks (windows or the whole image), then the merger."""
-    hidden, depth = tower.hidden_size, tower.depth
-    block = 4 * hidden * hidden + 3 * hidden * tower.intermediate_size
-    embed = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * hidden
-    window = min(patches, (tower.window_size // tower.patch_size) ** 2)
-    full = len(tower.fullatt_block_indexes)
-    pairs = patches * (full * patches + (depth - full) * window)
-    merged = hidden * tower.spatial_merge_size**2
-    merger = (merged * merged + merged * tower.out_hidden_size) * patches / tower.spatial_merge_size**2
-    return float(2 * (patches * (embed + depth * block) + merger) + 4 * hidden * pairs)
-
-
-def _causal(tokens: int) -> float:
-    return tokens * (tokens + 1) / 2

@@ -26,6 +26,7 @@ FLOORS = {
     6: ("distill", "sft", "grpo", "evaluation", "benchmarks", "examine", "serving"),
     7: (
         "look",
+        "plan",
         "report",
         "pipeline",
         "cli",
@@ -33,6 +34,7 @@ FLOORS = {
         "chat_page",
         "cli_data",
         "cli_options",
+        "cli_plan",
         "cli_publish",
         "cli_serving",
         "__main__",

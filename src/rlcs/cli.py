@@ -12,6 +12,7 @@ import typer
 
 from rlcs.cli_data import data_app
 from rlcs.cli_options import with_options
+from rlcs.cli_plan import plan
 from rlcs.cli_publish import publish_app
 from rlcs.cli_serving import serving_app
 from rlcs.errors import RlcsError, UserError
@@ -29,6 +30,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(publish_app)
 app.add_typer(serving_app)
+app.command()(plan)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. grpo.steps=20")

@@ -215,13 +215,14 @@ def prepare(vlm: Vlm, lora: Lora, frozen: Sequence[str], *, seed: int) -> Vlm:
     return replace(vlm, adapter=adapters.attach(vlm.model, lora, parts, seed=seed))
 
 
-def make_chat(vlm: Vlm, recipe: Recipe) -> Chat:
-    """The chat format and image path of a model under a recipe.
+def make_chat(vlm: Vlm, recipe: Recipe, *, rl: bool = False) -> Chat:
+    """The chat format and image path of a model under a recipe; `rl`: with the image bounds of RL.
 
     The pixel bounds and the system prompt are written onto the processor too, so that a saved model
     carries them.
     """
-    bounds = {"shortest_edge": recipe.images.min_pixels, "longest_edge": recipe.images.max_pixels}
+    smallest = (recipe.images.rl_min_pixels if rl else None) or recipe.images.min_pixels
+    bounds = {"shortest_edge": smallest, "longest_edge": recipe.images.max_pixels}
     vlm.processor.image_processor.size = bounds
     if recipe.prompt.system is not None:
         set_default_system(vlm.processor, recipe.prompt.system)

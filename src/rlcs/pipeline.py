@@ -178,7 +178,7 @@ class Study:
             vlm, reference = grpo.with_reference(vlm, self._spread)
         else:
             vlm = self._spread(vlm)
-        chat = models.make_chat(vlm, self.recipe)
+        chat = models.make_chat(vlm, self.recipe, rl=True)
         if self.recipe.prompt.rl_system is not None:
             chat = chat.with_system(self.recipe.prompt.rl_system)
         engine = self._make_engine(vlm, chat, settings.max_rows)

@@ -51,6 +51,8 @@ class Images(Section):
     """Smaller images are enlarged to this area (28 x 28 pixels make one token; 32 x 32 in Qwen3-VL)."""
     max_pixels: Positive = 1_204_224
     """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value)."""
+    rl_min_pixels: Positive | None = None
+    """`min_pixels` of RL alone; None: the same. The paper's own code enlarges to 262,144 in RL only."""
     decode_limit: Positive = 50_000_000
     """Images with more pixels in the file are refused before they are decoded."""
 
@@ -58,6 +60,8 @@ class Images(Section):
     def _bounds_in_order(self) -> "Images":
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels ({self.min_pixels}) is above max_pixels ({self.max_pixels})")
+        if (self.rl_min_pixels or 0) > self.max_pixels:
+            raise ValueError(f"rl_min_pixels ({self.rl_min_pixels}) is above max_pixels ({self.max_pixels})")
         return self
 
 

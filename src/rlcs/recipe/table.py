@@ -56,6 +56,10 @@ def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
             "image size",
             f"{low:,} to {high:,} pixels ({_tokens(low)} to {_tokens(high)} tokens of 28 x 28)",
         ),
+        (
+            "image size in RL",
+            "the same" if images.rl_min_pixels is None else f"{images.rl_min_pixels:,} to {high:,} pixels",
+        ),
     ]
 
 

@@ -1,0 +1,134 @@
+"""The machine that is planned for (known GPUs by name, or this computer's CPU), and what is assumed of it."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from rlcs.data.sources import suggest
+from rlcs.errors import UserError
+
+GIB = 2**30
+"""A GB of this room: what makers of GPUs call one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One GPU: memory in GiB, dense peaks in FLOP/s with bfloat16 and with float32, memory bytes a second."""
+
+    name: str
+    memory: float
+    bfloat16: float
+    float32: float
+    bandwidth: float
+
+
+def _gpu(name: str, memory: float, bfloat16: float, float32: float, bandwidth: float) -> Device:
+    return Device(
+        name=name, memory=memory, bfloat16=bfloat16 * 1e12, float32=float32 * 1e12, bandwidth=bandwidth * 1e9
+    )
+
+
+GPUS: Mapping[str, Device] = {
+    device.name: device
+    for device in (
+        _gpu("A10", 24, 125, 31.2, 600),
+        _gpu("A100-40", 40, 312, 19.5, 1555),
+        _gpu("A100-80", 80, 312, 19.5, 2039),
+        _gpu("A6000", 48, 155, 38.7, 768),
+        _gpu("B200", 180, 2250, 75, 7700),
+        _gpu("H100", 80, 989, 67, 3350),
+        _gpu("H100-PCIe", 80, 756, 51, 2000),
+        _gpu("H200", 141, 989, 67, 4800),
+        _gpu("L4", 24, 121, 30.3, 300),
+        _gpu("L40S", 48, 362, 91.6, 864),
+        _gpu("MI300X", 192, 1307, 163, 5300),
+        _gpu("RTX3090", 24, 71, 35.6, 936),
+        _gpu("RTX4090", 24, 165, 82.6, 1008),
+        _gpu("RTX5090", 32, 210, 105, 1792),
+    )
+}
+"""Makers' data sheets: memory, dense tensor-core bfloat16, plain float32 (PyTorch's default), bandwidth."""
+
+CPU_CORE = 5e10
+"""FLOP/s of one CPU core with float32: a guess, about half of what AVX-512 promises."""
+CPU_BANDWIDTH = 2e10
+"""Memory bytes a second of a computer without GPU: a guess."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assumed:
+    """What a plan cannot know.
+
+    Tokens of a prompt's text, of its image, of an answer; the share of the peak speed that is reached;
+    demonstrations of SFT (0: unknown); the peak in TFLOP/s (0: the table's).
+    """
+
+    text: int = 128
+    image: int = 400
+    answer: int = 512
+    utilization: float = 0.4
+    demonstrations: int = 0
+    peak: float = 0.0
+
+
+def assume(words: Sequence[str]) -> Assumed:
+    """Read `key=value` words. Raises UserError for an unknown key or a value that cannot be."""
+    values = asdict(Assumed())
+    for word in words:
+        key, _, text = word.partition("=")
+        if key not in values:
+            fix = suggest(key, values)
+            raise UserError(f"nothing called {key!r} is assumed", where=f"--assume {word}", fix=fix)
+        try:
+            values[key] = type(values[key])(text)
+        except ValueError:
+            fix = f"write for example {key}={values[key]}"
+            raise UserError(f"{text!r} is not a number", where=f"--assume {word}", fix=fix) from None
+    for key, value in values.items():
+        most = 1 if key == "utilization" else math.inf
+        least = 0 if key in ("image", "demonstrations", "peak") else math.ulp(0.0)
+        if not least <= value <= most:
+            fix = f"such as {getattr(Assumed(), key)}"
+            raise UserError(f"{key} cannot be {value:g}", where="--assume", fix=fix)
+    return Assumed(**values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """`gpus` devices alike, or a CPU where there are none."""
+
+    gpus: int
+    device: Device
+
+    @property
+    def devices(self) -> int:
+        """How many share the work."""
+        return max(1, self.gpus)
+
+
+def machine(gpus: int, gpu: str, *, memory: float | None, peak: float) -> Machine:
+    """The machine that the options describe; `memory` in GiB and `peak` in TFLOP/s override the table.
+
+    Raises UserError for an unknown GPU or a number that cannot be.
+    """
+    if gpus < 0:
+        raise UserError(f"{gpus} GPUs", where="--gpus", fix="give a number of GPUs; 0 plans for this CPU")
+    if memory is not None and not memory > 0:
+        raise UserError(f"{memory:g} GB of memory", where="--memory", fix="such as 80")
+    known = {name.lower(): device for name, device in GPUS.items()}
+    if gpu.lower() not in known:
+        fix = f"{suggest(gpu, list(GPUS))}, or the nearest one with --memory and --assume peak=TFLOPS"
+        raise UserError(f"no GPU {gpu!r} is known", where="--gpu", fix=fix)
+    device = known[gpu.lower()] if gpus else _this_cpu()
+    if memory is not None:
+        device = replace(device, memory=memory)
+    if peak:
+        device = replace(device, bfloat16=peak * 1e12, float32=peak * 1e12)
+    return Machine(gpus=gpus, device=device)
+
+
+def _this_cpu() -> Device:
+    peak = CPU_CORE * (os.cpu_count() or 1)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return Device(name="CPU", memory=memory, bfloat16=peak, float32=peak, bandwidth=CPU_BANDWIDTH)

@@ -1,0 +1,124 @@
+"""A whole plan, as JSON and as the text that a person reads."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rlcs.plan.advice import Advice, advise
+from rlcs.plan.machine import GIB, Assumed, Machine
+from rlcs.plan.planner import StagePlan, plan_stages
+from rlcs.plan.shapes import Sizes, sizes_of
+from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that is said about a recipe on a machine; `advice` where it does not fit."""
+
+    recipe: Recipe
+    sizes: Sizes
+    machine: Machine
+    assumed: Assumed
+    stages: dict[str, StagePlan]
+    advice: Advice | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage does."""
+        return self.advice is None
+
+    def to_json(self) -> dict[str, Any]:
+        """What a script reads."""
+        return {
+            "recipe": self.recipe.name,
+            "model": self.sizes.name,
+            "parameters": self.sizes.total,
+            "parts": dict(self.sizes.parameters),
+            "gpus": self.machine.gpus,
+            "device": self.machine.device.name,
+            "device_memory_gb": round(self.machine.device.memory, 3),
+            "assumed": asdict(self.assumed),
+            "fits": self.fits,
+            "stages": {name: stage.to_json() for name, stage in self.stages.items()},
+            "advice": None if self.advice is None else asdict(self.advice),
+        }
+
+    def to_text(self) -> str:
+        """What a person reads."""
+        return "\n".join([*_head(self), *_table(self), *_advice(self)])
+
+
+def make_plan(recipe: str, overrides: Sequence[str], machine: Machine, assumed: Assumed) -> Plan:
+    """Plan a recipe. Raises RecipeError, and ModelError for a model whose configuration cannot be found."""
+    chosen = load_recipe(recipe, overrides).recipe
+    sizes = sizes_of(chosen.model)
+
+    def attempt(more: Sequence[str], gpus: int) -> dict[str, StagePlan]:
+        changed = load_recipe(recipe, [*overrides, *more]).recipe
+        return plan_stages(changed, sizes, replace(machine, gpus=gpus), assumed)
+
+    stages = attempt((), machine.gpus)
+    fits = all(stage.fits for stage in stages.values())
+    advice = None if fits else advise(chosen, attempt, machine.gpus)
+    return Plan(recipe=chosen, sizes=sizes, machine=machine, assumed=assumed, stages=stages, advice=advice)
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    machine, assumed = plan.machine, plan.assumed
+    count = f"{machine.gpus} x " if machine.gpus else ""
+    yield f"{plan.recipe.name}: {plan.sizes.name}, {plan.sizes.total:,} parameters"
+    yield f"on {count}{machine.device.name} with {machine.device.memory:,.0f} GB"
+    yield (
+        f"assumed: {assumed.text} text tokens and {assumed.image} image tokens a prompt, {assumed.answer} an "
+        f"answer; {assumed.utilization:.0%} of the peak speed"
+    )
+    yield ""
+
+
+def _table(plan: Plan) -> Iterator[str]:
+    names = list(plan.stages)
+    yield f"{'':<34}" + "".join(f"{name:>14}" for name in names)
+
+    def line(label: str, cells: Sequence[str]) -> str:
+        return f"{label:<34}" + "".join(f"{cell:>14}" for cell in cells)
+
+    stages = list(plan.stages.values())
+    for part in dict.fromkeys(part for stage in stages for part in stage.parts):
+        sizes = [stage.parts.get(part) for stage in stages]
+        if any(sizes):
+            yield line(f"  {part}", ["" if size is None else f"{size / GIB:.2f} GB" for size in sizes])
+    yield line("memory of a device, at worst", [f"{stage.peak / GIB:.1f} GB" for stage in stages])
+    yield line("fits", ["yes" if stage.fits else "NO" for stage in stages])
+    yield line("tokens a step", [_short(stage.tokens) for stage in stages])
+    yield line("  if prompts were repeated", [_short(stage.repeated_tokens) for stage in stages])
+    yield line("operations a step", [_short(stage.flops) for stage in stages])
+    yield line("  if prompts were repeated", [_short(stage.repeated_flops) for stage in stages])
+    for phase in dict.fromkeys(phase for stage in stages for phase in stage.seconds):
+        yield line(f"  seconds of {phase}", [f"{stage.seconds.get(phase, 0):,.1f}" for stage in stages])
+    yield line("seconds a step", [f"{sum(stage.seconds.values()):,.1f}" for stage in stages])
+    yield line("steps", ["by the data" if s.steps is None else f"{s.steps:,}" for s in stages])
+    hours = [stage.to_json()["hours"] for stage in stages]
+    yield line("hours", ["" if each is None else f"{each:,.1f}" for each in hours])
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    if plan.advice is None:
+        return
+    yield ""
+    yield "It does not fit. Tried:"
+    if plan.advice.changes:
+        yield "  here, with: " + " ".join(plan.advice.changes)
+    else:
+        yield "  here, no change of the recipe is enough"
+    if plan.advice.alters:
+        yield "  of these, " + ", ".join(plan.advice.alters) + " change what is learnt"
+    if plan.advice.gpus:
+        yield f"  as it is, with --gpus {plan.advice.gpus}"
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,131 @@
+"""How large a model is, without loading it: its configuration, and its parameters on the meta device."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Qwen2_5_VLConfig
+
+from rlcs.errors import ModelError
+from rlcs.models import FAMILIES, resolve
+from rlcs.recipe.schema import Model, Part
+
+_HUB = "Qwen/Qwen2.5-VL-{}-Instruct"
+_PUBLISHED: Mapping[str, Mapping[str, int]] = {
+    _HUB.format("3B"): {"hidden": 2048, "intermediate": 11008, "layers": 36, "heads": 16, "key_values": 2},
+    _HUB.format("7B"): {"hidden": 3584, "intermediate": 18944, "layers": 28, "heads": 28, "key_values": 4},
+    _HUB.format("32B"): {"hidden": 5120, "intermediate": 27648, "layers": 64, "heads": 40, "key_values": 8},
+    _HUB.format("72B"): {"hidden": 8192, "intermediate": 29568, "layers": 80, "heads": 64, "key_values": 8},
+}
+"""The language models of the published sizes; what else differs follows in `published`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A model's configuration (`text`, `vision`), and its parameters by part; tied weights count once."""
+
+    name: str
+    text: Any
+    vision: Any
+    parameters: Mapping[Part, int]
+    largest_layer: int
+    """Parameters of the largest layer or vision block: what a sharded model gathers at once."""
+    outside_layers: int
+    """Parameters that are in no layer: embedding, head, last norm, merger."""
+
+    @property
+    def total(self) -> int:
+        """Parameters of the whole model."""
+        return sum(self.parameters.values())
+
+
+def published(name: str) -> Qwen2_5_VLConfig | None:
+    """The configuration of a published model as on the hub, known without network; None for others."""
+    if name not in _PUBLISHED:
+        return None
+    own = _PUBLISHED[name]
+    small = name == _HUB.format("3B")
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 151_936 if small else 152_064,
+            "hidden_size": own["hidden"],
+            "intermediate_size": own["intermediate"],
+            "num_hidden_layers": own["layers"],
+            "num_attention_heads": own["heads"],
+            "num_key_value_heads": own["key_values"],
+            "max_position_embeddings": 128_000,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "tie_word_embeddings": small,
+        },
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420 if own["hidden"] < 5120 else 3456,
+            "num_heads": 16,
+            "out_hidden_size": own["hidden"],
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "window_size": 112,
+        },
+        tie_word_embeddings=small,
+    )
+
+
+def sizes_of(settings: Model) -> Sizes:
+    """The sizes of a recipe's model: published name, folder, hub id or `builtin`. Raises ModelError."""
+    config = published(settings.name) or _configuration(settings)
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"models of type {config.model_type!r} are not supported",
+            where=f"model.name={settings.name}",
+            fix=f"supported: {', '.join(sorted(FAMILIES))}",
+        )
+    return measure(settings.name, config)
+
+
+def _configuration(settings: Model) -> Any:
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(resolve(settings.name), **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the model's configuration cannot be found: {str(error).splitlines()[0]}",
+            where=f"model.name={settings.name}",
+            fix="give a folder with its config.json, or go online; "
+            f"known without network: builtin, {', '.join(_PUBLISHED)}",
+        ) from error
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model on the meta device, where tensors have shapes and no memory."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def measure(name: str, config: Any) -> Sizes:
+    """Count the parameters of a configuration's model, by part and by layer."""
+    model = skeleton(config)
+    family = FAMILIES[config.model_type]
+    patterns = {part: re.compile(getattr(family, part)) for part in get_args(Part)}
+    counts: Counter[Part] = Counter(dict.fromkeys(patterns, 0))
+    for key, parameter in model.named_parameters():
+        part = next(part for part, pattern in patterns.items() if pattern.search(key))
+        counts[part] += parameter.numel()
+    kinds = set(model._no_split_modules or ())
+    layers = [_count(module) for module in model.modules() if type(module).__name__ in kinds]
+    return Sizes(
+        name=name,
+        text=config.get_text_config(),
+        vision=config.vision_config,
+        parameters=dict(counts),
+        largest_layer=max(layers),
+        outside_layers=counts.total() - sum(layers),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

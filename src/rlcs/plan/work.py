@@ -1,0 +1,38 @@
+"""Floating point operations of passes over trees: matrix products, visible attention, logits of answers.
+
+Letters: P trunk tokens, R answer tokens, G answers. With the trunk once the language model sees
+P + G R tokens; a trainer that repeats the prompt gives it G (P + R), and the vision tower G images.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def language(text: Any, trunk: int, lengths: Sequence[int]) -> float:
+    """Operations of one forward pass over a tree: P + sum(R) tokens, logits for answers alone."""
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    size = hidden // heads
+    projections = 2 * hidden * heads * size + 2 * hidden * text.num_key_value_heads * size
+    layer = projections + 3 * hidden * text.intermediate_size
+    tokens = trunk + sum(lengths)
+    pairs = _causal(trunk) + sum(n * trunk + _causal(n) for n in lengths)
+    per_layer = 2.0 * layer * tokens + 4.0 * heads * size * pairs
+    logits = 2.0 * hidden * text.vocab_size * sum(lengths)
+    return float(text.num_hidden_layers * per_layer + logits)
+
+
+def vision(tower: Any, patches: int) -> float:
+    """Operations of the vision tower on one image: blocks (windows or the whole image), then the merger."""
+    hidden, depth = tower.hidden_size, tower.depth
+    block = 4 * hidden * hidden + 3 * hidden * tower.intermediate_size
+    embed = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * hidden
+    window = min(patches, (tower.window_size // tower.patch_size) ** 2)
+    full = len(tower.fullatt_block_indexes)
+    pairs = patches * (full * patches + (depth - full) * window)
+    merged = hidden * tower.spatial_merge_size**2
+    merger = (merged * merged + merged * tower.out_hidden_size) * patches / tower.spatial_merge_size**2
+    return float(2 * (patches * (embed + depth * block) + merger) + 4 * hidden * pairs)
+
+
+def _causal(tokens: int) -> float:
+    return tokens * (tokens + 1) / 2

@@ -1,0 +1,237 @@
+"""`rlcs plan`: published sizes to the last parameter, work by hand, and advice that has been tried."""
+
+import json
+
+import pytest
+from transformers.core_model_loading import revert_weight_conversion
+from typer.testing import CliRunner
+
+from rlcs.cli import app
+from rlcs.errors import UserError
+from rlcs.plan.machine import GPUS, assume, machine
+from rlcs.plan.page import make_plan
+from rlcs.plan.planner import largest_tree
+from rlcs.plan.shapes import published, sizes_of, skeleton
+from rlcs.recipe.loading import list_recipes, load_recipe
+from rlcs.recipe.schema import Model
+
+HUB = "Qwen/Qwen2.5-VL-{}-Instruct"
+PARAMETERS = {
+    "3B": 3_754_622_976,
+    "7B": 8_292_166_656,
+    "32B": 33_452_718_336,
+    "72B": 73_410_777_344,
+}
+
+
+def planned(recipe, *overrides, gpus=8, gpu="H100", memory=None, words=()):
+    assumed = assume(words)
+    return make_plan(recipe, overrides, machine(gpus, gpu, memory=memory, peak=assumed.peak), assumed)
+
+
+# --- published sizes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_published_sizes_to_the_last_parameter(size):
+    sizes = sizes_of(Model(name=HUB.format(size)))
+    assert sizes.total == PARAMETERS[size]
+    text = sizes.text
+    rows = text.vocab_size * text.hidden_size
+    embeddings = rows * (1 if size == "3B" else 2)  # only the smallest ties its head to its embedding
+    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    attention = text.hidden_size * (2 * text.hidden_size + 2 * width) + text.hidden_size + 2 * width
+    layer = attention + 3 * text.hidden_size * text.intermediate_size + 2 * text.hidden_size
+    assert (
+        sizes.parameters["language_model"] == embeddings + text.num_hidden_layers * layer + text.hidden_size
+    )
+    assert sizes.largest_layer == layer
+
+
+@pytest.mark.parametrize(("size", "tensors"), [("3B", 824), ("7B", 729)])
+def test_weights_are_named_as_in_the_published_checkpoints(size, tensors):
+    config = published(HUB.format(size))
+    model = skeleton(config)
+    names = set(revert_weight_conversion(model, model.state_dict()))
+    linear = ("weight", "bias")
+    attention = {f"self_attn.{p}_proj.{k}" for p in "qkv" for k in linear} | {"self_attn.o_proj.weight"}
+    norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    layer = attention | norms | {f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
+    block = {f"attn.{p}.{k}" for p in ("qkv", "proj") for k in linear} | {"norm1.weight", "norm2.weight"}
+    block |= {f"mlp.{p}_proj.{k}" for p in ("gate", "up", "down") for k in linear}
+    merger = {f"visual.merger.mlp.{i}.{k}" for i in (0, 2) for k in linear} | {"visual.merger.ln_q.weight"}
+    expected = {f"model.layers.{i}.{n}" for i in range(config.text_config.num_hidden_layers) for n in layer}
+    expected |= {f"visual.blocks.{i}.{n}" for i in range(32) for n in block} | merger
+    expected |= {"visual.patch_embed.proj.weight", "model.embed_tokens.weight", "model.norm.weight"}
+    if size == "7B":
+        expected.add("lm_head.weight")
+    else:
+        names.discard("lm_head.weight")  # tied: a name for the embedding, which is saved once
+    assert names == expected
+    assert len(expected) == tensors
+
+
+def test_sizes_of_a_folder_are_those_of_the_loaded_model(random_model_folder, vlm):
+    sizes = sizes_of(Model(name=str(random_model_folder)))
+    assert sizes.total == sum(p.numel() for p in vlm.model.parameters())
+
+
+# --- memory and work by hand ------------------------------------------------------------------------
+
+
+def test_weights_gradients_and_optimiser_of_the_published_7b():
+    stages = planned("recommended-7b").stages
+    share = 2 * PARAMETERS["7B"] / 8  # bfloat16 over 8 GPUs
+    assert stages["grpo"].parts["weights"] == share
+    assert stages["grpo"].parts["reference"] == share
+    tower = sizes_of(Model(name=HUB.format("7B"))).parameters["vision_tower"]
+    assert stages["sft"].parts["gradients"] == 2 * (PARAMETERS["7B"] - tower) / 8
+    assert stages["sft"].parts["optimizer"] == 2 * stages["sft"].parts["gradients"]
+    exact = planned("recommended-7b", "model.dtype=float32").stages["sft"]
+    assert exact.parts["weights"] == 2 * share
+
+
+def test_a_prompt_is_counted_once_for_all_of_its_answers():
+    words = ("text=100", "image=400", "answer=300")
+    plan = planned("recommended-3b", "grpo.group_size=10", "grpo.prompts_per_step=64", words=words).stages[
+        "grpo"
+    ]
+    assert plan.tokens == 64 * (500 + 10 * 300)
+    assert plan.repeated_tokens == 64 * 10 * (500 + 300)
+    assert plan.repeated_flops > 1.5 * plan.flops
+
+
+def test_operations_are_about_two_a_parameter_a_token_and_pass():
+    """The usual estimate, 6 parameters tokens, without attention's share, the tower's and recomputation."""
+    words = ("text=200", "image=0", "answer=100")
+    images = "images.min_pixels=1"
+    plan = planned("recommended-7b", images, "model.gradient_checkpointing=false", words=words).stages["sft"]
+    sizes = sizes_of(Model(name=HUB.format("7B")))
+    rows = sizes.text.vocab_size * sizes.text.hidden_size
+    body = sizes.parameters["language_model"] - 2 * rows
+    assert plan.tokens == 64 * 300
+    assert plan.flops == pytest.approx(6 * 64 * (300 * body + 100 * rows), rel=0.01)
+    again = planned("recommended-7b", images, words=words).stages["sft"]
+    assert again.flops == pytest.approx(plan.flops * 4 / 3)
+
+
+def test_memory_is_for_answers_at_their_limit_and_time_for_the_assumed_ones():
+    recipe = load_recipe("recommended-3b").recipe
+    tree = largest_tree(recipe, recipe.grpo)
+    assert tree.tokens == 2048 + 10 * 2048 > recipe.grpo.pack_tokens
+    plan = planned("recommended-3b")
+    longer = planned("recommended-3b", words=("answer=1000",))
+    assert longer.stages["grpo"].peak == plan.stages["grpo"].peak
+    assert sum(longer.stages["grpo"].seconds.values()) > sum(plan.stages["grpo"].seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("override", "stage"),
+    [
+        ("model.gradient_checkpointing=true", "sft"),
+        ("sft.pack_tokens=2048", "sft"),
+        ("sft.freeze=[vision_tower]", "sft"),
+        ("grpo.max_rows=64", "grpo"),
+        ("grpo.kl.kind=none", "grpo"),
+        ("grpo.group_size=5", "grpo"),
+    ],
+)
+def test_what_should_save_memory_does(override, stage):
+    base = ["recommended-3b", "sft.freeze=[]"]
+    if override != "grpo.max_rows=64":  # with all activations kept, GRPO's worst moment is not the rollout
+        base.append("model.gradient_checkpointing=false")
+    assert planned(*base, override).stages[stage].peak < planned(*base).stages[stage].peak
+
+
+def test_more_gpus_share_memory_and_work():
+    few, many = planned("paper-7b", gpus=8).stages["grpo"], planned("paper-7b", gpus=16).stages["grpo"]
+    assert many.parts["optimizer"] == few.parts["optimizer"] / 2
+    assert many.seconds["update"] == pytest.approx(few.seconds["update"] / 2)
+    assert many.tokens == few.tokens
+
+
+# --- advice ---------------------------------------------------------------------------------------
+
+
+def test_advice_has_been_tried_and_nothing_in_it_is_superfluous():
+    asked = ("recommended-3b", "model.gradient_checkpointing=false")
+    plan = planned(*asked, gpus=1, memory=60)
+    assert not plan.fits and plan.advice is not None
+    changes = plan.advice.changes
+    assert changes and not plan.advice.alters
+    assert planned(*asked, *changes, gpus=1, memory=60).fits
+    for left in range(len(changes)):
+        fewer = [change for index, change in enumerate(changes) if index != left]
+        assert not planned(*asked, *fewer, gpus=1, memory=60).fits
+    assert plan.advice.gpus is None  # a pack is not shared between devices, so more of them do not help
+
+
+def test_more_gpus_are_advised_where_they_help():
+    plan = planned("recommended-3b", gpus=1, memory=60)
+    assert plan.advice is not None and plan.advice.gpus is not None
+    assert planned("recommended-3b", gpus=plan.advice.gpus, memory=60).fits
+    assert not planned("recommended-3b", gpus=plan.advice.gpus // 2, memory=60).fits
+
+
+def test_where_nothing_helps_it_says_so():
+    plan = planned("paper-7b", gpus=1, memory=24)
+    assert plan.advice is not None and plan.advice.changes is None
+    assert "no change of the recipe is enough" in plan.to_text()
+
+
+# --- the verb and its errors ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_can_be_planned_without_network(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = CliRunner().invoke(app, ["plan", name, "--gpus", "8", "--memory", "80", "--json"])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.output)
+    size = next((n for key, n in PARAMETERS.items() if key in plan["model"]), None)
+    assert size is None or plan["parameters"] == size
+    for stage in ("sft", "grpo"):
+        assert plan["stages"][stage]["memory_gb"] > 0
+        assert plan["stages"][stage]["fits"] in (True, False)
+    assert plan["fits"] == all(stage["fits"] for stage in plan["stages"].values())
+
+
+def test_the_text_names_what_a_person_looks_for():
+    done = CliRunner().invoke(app, ["plan", "paper-7b", "--gpus", "8", "--assume", "demonstrations=51534"])
+    assert done.exit_code == 0, done.output
+    for words in ("8,292,166,656 parameters", "8 x H100 with 80 GB", "optimizer", "seconds a step", "2,416"):
+        assert words in done.output
+    assert "It does not fit" in done.output and "grpo.max_rows=" in done.output
+
+
+def test_a_cpu_can_be_planned_for():
+    plan = planned("quickstart", gpus=0)
+    assert plan.fits and plan.stages["sft"].parts["weights"] == 4 * plan.sizes.total
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "-1"], "-1 GPUs"),
+        (["--gpu", "H10"], "did you mean H100?"),
+        (["--memory", "0"], "0 GB of memory"),
+        (["--assume", "answr=3"], "did you mean answer?"),
+        (["--assume", "answer=many"], "'many' is not a number"),
+        (["--assume", "answer=0"], "answer cannot be 0"),
+        (["--assume", "utilization=1.5"], "utilization cannot be 1.5"),
+        (["grpo.steps=-1"], "grpo.steps should be"),
+        (["model.name=./nowhere"], "known without network: builtin, Qwen/Qwen2.5-VL-3B-Instruct"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(words, said, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = CliRunner().invoke(app, ["plan", "quickstart", *words])
+    assert isinstance(done.exception, UserError)
+    assert said in str(done.exception)
+
+
+def test_the_table_of_gpus_is_plausible():
+    for device in GPUS.values():
+        assert 16 <= device.memory <= 300
+        assert device.float32 < device.bfloat16
+        assert machine(1, device.name.lower(), memory=None, peak=0).device == device

@@ -1,0 +1,102 @@
+"""The planner's bytes against measured ones: every allocation of real training steps on a CPU.
+
+Peaks are the allocator's own (torch's profiler), so they do not depend on the machine or on what else
+runs there; they are taken above what stands before the step (weights and optimiser state).
+"""
+
+import gc
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from conftest import make_problem
+from rlcs import grpo, models, tiny
+from rlcs.objectives import sft_loss
+from rlcs.packing import pack
+from rlcs.plan.memory import Load, Passing, activations, update_peak
+from rlcs.plan.shapes import measure
+from rlcs.recipe.schema import Grpo, Model, Optimizer, Recipe
+from rlcs.records import Branch, Tree
+from rlcs.trainer import Batch, Trainer
+
+WITHIN = 0.10
+SHAPES = {
+    "14M, wide": {"hidden": 384, "layers": 6, "vision_hidden": 192, "vision_layers": 4},
+    "48M, mostly tower": {"hidden": 256, "layers": 3, "vision_hidden": 640, "vision_layers": 7},
+    "30M, deep": {"hidden": 448, "layers": 12, "vision_hidden": 128, "vision_layers": 2},
+}
+CASES = [
+    # shape, objective, gradient checkpointing, frozen parts, packs
+    ("14M, wide", "sft", False, (), 1),
+    ("14M, wide", "grpo", True, ("vision_tower",), 2),
+    ("48M, mostly tower", "grpo", False, (), 2),
+    ("48M, mostly tower", "sft", True, (), 1),
+    ("30M, deep", "sft", False, ("vision_tower",), 2),
+    ("30M, deep", "grpo", True, (), 1),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    processor = tiny.build_processor(tiny.corpus(50))
+    made = {}
+    for index, (name, shape) in enumerate(SHAPES.items()):
+        made[name] = tmp_path_factory.mktemp(f"shape-{index}")
+        tiny.build_model(processor, **shape).save_pretrained(made[name])
+        processor.save_pretrained(made[name])
+    return made
+
+
+def batch_of(chat, *, branches):
+    generator = torch.Generator().manual_seed(0)
+    trees = []
+    for name, side in (("a", 168), ("b", 112)):
+        ids = [tuple(torch.randint(20, 200, (50,), generator=generator).tolist()) for _ in range(branches)]
+        weights = [(1.0 if index % 2 else -1.0,) * 50 for index in range(branches)]
+        members = tuple(
+            Branch(ids=i, weights=w, logprobs=(-1.0,) * 50) for i, w in zip(ids, weights, strict=True)
+        )
+        trees.append(Tree(prompt=chat.prompt(make_problem(name, sizes=((side, side),))), branches=members))
+    return Batch(pack=pack(trees, chat.patches))
+
+
+def likelihood(batch, scores):
+    return sft_loss(scores.logprobs, batch.pack.weights, batch.pack.sequence, "token")
+
+
+def measured_peak(step):
+    """Bytes at the worst moment of `step()` above those before it."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize(("shape", "kind", "checkpointing", "frozen", "packs"), CASES)
+def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, frozen, packs):
+    vlm = models.load(Model(name=str(folders[shape]), gradient_checkpointing=checkpointing))
+    models.freeze(vlm, frozen)
+    batch = batch_of(models.make_chat(vlm, Recipe()), branches=1 if kind == "sft" else 4)
+    objective = likelihood if kind == "sft" else grpo.make_objective(Grpo())
+    trainer = Trainer(vlm, Optimizer(), steps=9, max_bad_steps=1)
+    trainer.step([batch], objective, average="token")  # from here on the optimiser has its state
+    trainer.optimizer.zero_grad(set_to_none=True)
+    measured = measured_peak(lambda: trainer.step([batch] * packs, objective, average="token"))
+
+    assert batch.pack.pixel_values is not None
+    sizes = measure(shape, vlm.model.config)
+    patches = len(batch.pack.pixel_values)
+    load = Load(tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=patches)
+    held = activations(sizes, load, Passing(element=4, checkpointing=checkpointing, frozen=frozen))
+    gradients = 4 * (sizes.total - sum(sizes.parameters[part] for part in frozen))
+    planned = update_peak(gradients, held, packs=packs)
+    print(f"{shape} {sizes.total:,} {kind}: measured {measured:,}, planned {planned:,}")  # noqa: T201
+    assert 10e6 < sizes.total < 60e6
+    assert planned == pytest.approx(measured, rel=WITHIN)
