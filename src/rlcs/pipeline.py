@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from rlcs import distill, grpo, models, report, sft
-from rlcs.data import Loaded, Role, Row, load, require_usable
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import DataError, RunFolderError
+from rlcs.errors import RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
 from rlcs.files import atomic_write, read_json, write_json
 from rlcs.grading import GradePool
+from rlcs.intake import Sources
 from rlcs.interrupts import StopFlag
 from rlcs.metrics import Screen, screen, wilson
 from rlcs.recipe.loading import differences, dump, load_recipe
-from rlcs.recipe.schema import Data, Grpo, Recipe
+from rlcs.recipe.schema import Grpo, Recipe
 from rlcs.records import Demonstration, Problem
 from rlcs.stage import StageFolder, is_done, mark_done
 
@@ -47,22 +47,16 @@ class Output:
         return screen(stage, total, quiet=self.quiet, json=self.json)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """The three data sources of a study, read and checked."""
-
-    cold_start: tuple[Row, ...]
-    rl: tuple[Problem, ...]
-    test: tuple[Problem, ...]
-
-
 class Study:
     """One recipe, one seed, one run folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, *, output: Output, stop: StopFlag) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, *, sources: Sources, output: Output, stop: StopFlag
+    ) -> None:
         """Claim the folder. Raises RunFolderError if it belongs to another recipe."""
         self.recipe = recipe
         self.folder = folder
+        self._sources = sources
         self._output = output
         self._stop = stop
         claim(folder, recipe)
@@ -74,7 +68,9 @@ class Study:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        sources = read_sources(self.recipe)
+        sources = self._sources
+        for line in sources.notes:
+            log.warning(line)
         arms = self.recipe.study.arms
         demonstrations = self._cold_start(sources)
         self._sft(demonstrations)
@@ -114,6 +110,7 @@ class Study:
             seed=self.recipe.seed,
             settings=settings,
             recipe_hash=self._recipe_hash,
+            trackers=self.recipe.trackers,
         )
 
     def _sft(self, demonstrations: Sequence[Demonstration]) -> None:
@@ -256,46 +253,6 @@ def claim(folder: Path, recipe: Recipe) -> None:
     atomic_write(path, dump(recipe))
 
 
-def read_sources(recipe: Recipe) -> Sources:
-    """Read and check all three data sources. Raises DataError before anything is trained."""
-    cold_start = read_source("cold_start", recipe.data.cold_start, recipe)
-    rl = read_source("rl", recipe.data.rl, recipe)
-    test = read_source("test", recipe.data.test, recipe)
-    return Sources(
-        cold_start=cold_start.rows,
-        rl=by_pass_rate([row.problem for row in rl.rows], recipe.data),
-        test=tuple(row.problem for row in test.rows),
-    )
-
-
-def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, ...]:
-    """The problems whose pass rate lies within `data.rl_pass_rate`. Raises DataError if none has or does."""
-    if settings.rl_pass_rate is None:
-        return tuple(problems)
-    low, high = settings.rl_pass_rate
-    rates = [(problem, problem.metadata.get("pass_rate")) for problem in problems]
-    chosen = tuple(p for p, rate in rates if isinstance(rate, int | float) and low <= rate <= high)
-    if not chosen:
-        known = sum(isinstance(rate, int | float) for _, rate in rates)
-        raise DataError(
-            f"no problem has a pass_rate from {low:g} to {high:g} ({known:,} of {len(rates):,} have one)",
-            where=settings.rl,
-            fix="name the problems.jsonl of `rlcs distill`, or widen data.rl_pass_rate",
-        )
-    log.info("rl: %d of %d problems by pass rate", len(chosen), len(problems))
-    return chosen
-
-
-def read_source(role: Role, source: str, recipe: Recipe) -> Loaded:
-    """One data source; unusable rows are logged, and too many of them raise DataError."""
-    settings: Data = recipe.data
-    loaded = load(source, settings, decode_limit=recipe.images.decode_limit, role=role)
-    require_usable(loaded, settings)
-    for row in loaded.bad:
-        log.warning("left out of %s: %s", role, row)
-    return loaded
-
-
 def versions() -> dict[str, str]:
     """Versions of what decides numbers."""
     return {name: metadata.version(name) for name in ("rlcs", "torch", "transformers")}
@@ -306,19 +263,22 @@ def command() -> list[str]:
     return ["rlcs", *sys.argv[1:]]
 
 
-def run_seeds(recipe: Recipe, folder: Path, count: int, *, output: Output, stop: StopFlag) -> dict[str, Any]:
+def run_seeds(
+    recipe: Recipe, folder: Path, count: int, *, sources: Sources, output: Output, stop: StopFlag
+) -> dict[str, Any]:
     """The study with `count` seeds, each in its own folder; the summary averages over them.
 
     Seeds share the held-out problems, so the interval of a mean is the Wilson interval of that
     mean over the problems once, not over problems times seeds.
     """
     if count == 1:
-        return Study(recipe, folder, output=output, stop=stop).run()
+        return Study(recipe, folder, sources=sources, output=output, stop=stop).run()
     claim(folder, recipe)
     summaries = {}
     for seed in range(recipe.seed, recipe.seed + count):
         own = recipe.model_copy(update={"seed": seed})
-        summaries[seed] = Study(own, folder / f"seed-{seed}", output=output, stop=stop).run()
+        study = Study(own, folder / f"seed-{seed}", sources=sources, output=output, stop=stop)
+        summaries[seed] = study.run()
     summary = averaged(recipe, summaries)
     write_json(folder / "summary.json", summary)
     report.build(folder)

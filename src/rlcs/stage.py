@@ -15,7 +15,9 @@ from rlcs.interrupts import StopFlag
 from rlcs.metrics import MetricsLog, Screen
 from rlcs.models import save
 from rlcs.recipe.schema import Stage
+from rlcs.recipe.trackers import Trackers as TrackerSettings
 from rlcs.records import StepReport
+from rlcs.trackers import Trackers
 from rlcs.trainer import Outcome, Trainer
 
 DONE = "done.json"
@@ -55,7 +57,16 @@ class StageFolder:
     `spent_s` is the stage's wall time over all attempts, as far as checkpoints know.
     """
 
-    def __init__(self, path: Path, *, name: str, seed: int, settings: Stage, recipe_hash: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        seed: int,
+        settings: Stage,
+        recipe_hash: str,
+        trackers: TrackerSettings = TrackerSettings(),  # noqa: B008 - frozen
+    ) -> None:
         """Create the folder; `recipe_hash` guards against checkpoints of another recipe."""
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
@@ -65,6 +76,7 @@ class StageFolder:
         self._settings = settings
         self._recipe_hash = recipe_hash
         self._metrics = MetricsLog(path / "metrics.jsonl")
+        self._trackers = Trackers(trackers, path, stage=name)
         self._started = time.monotonic()
         self._spent_before = 0.0
 
@@ -75,6 +87,7 @@ class StageFolder:
 
     def resume(self, trainer: Trainer, stream: ProblemStream[Any]) -> int:
         """Restore the newest valid checkpoint, if there is one; returns the steps already done."""
+        self._trackers.skip_what_was_sent()
         state = checkpoint.load_latest(self.path / "checkpoints")
         if state is None:
             self._metrics.resume_from(0)
@@ -132,6 +145,7 @@ class StageFolder:
     ) -> None:
         """Log the step, checkpoint when due, and stop here if somebody asked. Raises Stopped."""
         self._metrics.append(report)
+        self._trackers.append(report)
         screen.step(report)
         due = report.step % self._settings.save_every == 0 and report.step < report.steps
         if due or stop.is_set:
@@ -149,5 +163,6 @@ class StageFolder:
 
     def finish(self, trainer: Trainer) -> None:
         """Write the trained model in Hugging Face format, then the marker."""
+        self._trackers.close()
         save(trainer.vlm, self.final)
         mark_done(self.path, seconds=round(self.spent_s, 1), optimizer_steps=trainer.done)

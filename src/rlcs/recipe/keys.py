@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlcs.recipe.schema import Recipe, Section
+from rlcs.recipe.schema import Recipe
+from rlcs.recipe.section import Section
 
 _NAMES: Mapping[object, str] = {
     bool: "true or false",

@@ -6,7 +6,10 @@ One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads YA
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from rlcs.recipe.section import Section
+from rlcs.recipe.trackers import Trackers
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -14,14 +17,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 Part = Literal["vision_tower", "merger", "language_model"]
 Arm = Literal["base", "sft", "rl", "two_stage"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: strict keys, frozen once resolved."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Model(Section):
@@ -412,3 +407,5 @@ class Recipe(Section):
     """Arms."""
     report: Report = Report()
     """Report."""
+    trackers: Trackers = Trackers()
+    """Where metrics also go."""
