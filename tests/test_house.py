@@ -19,10 +19,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "rlcs"
 FLOORS = {
     0: ("__init__", "errors", "records", "interrupts"),
     1: ("recipe", "files", "metrics", "tasks", "grading", "trackers"),
-    2: ("data", "images", "chat", "packing", "objectives", "intake"),
+    2: ("data", "images", "chat", "packing", "objectives", "intake", "journal"),
     3: ("attention", "models", "tiny"),
     4: ("policy", "checkpoint", "engines"),
-    5: ("trainer", "selfcheck", "journal", "stage"),
+    5: ("trainer", "selfcheck", "stage"),
     6: ("distill", "sft", "grpo", "evaluation", "benchmarks", "examine"),
     7: ("look", "report", "pipeline", "doctor", "compare", "cli", "cli_data", "cli_watch", "__main__"),
 }

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from rlcs.data import ProblemStream
 from rlcs.errors import CheckpointError
 from rlcs.files import append_jsonl, write_json
 from rlcs.interrupts import StopFlag
+from rlcs.journal import ProblemBook
 from rlcs.metrics import MetricsLog, Screen
 from rlcs.models import save
 from rlcs.recipe.schema import Stage
 from rlcs.recipe.trackers import Trackers as TrackerSettings
-from rlcs.records import StepReport
+from rlcs.records import Problem, StepReport
 from rlcs.trackers import Trackers
 from rlcs.trainer import Outcome, Trainer
 
@@ -77,6 +78,7 @@ class StageFolder:
         self._recipe_hash = recipe_hash
         self._metrics = MetricsLog(path / "metrics.jsonl")
         self._trackers = Trackers(trackers, path, stage=name)
+        self._problems = ProblemBook(path / "rollouts")
         self._started = time.monotonic()
         self._spent_before = 0.0
 
@@ -111,6 +113,10 @@ class StageFolder:
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
         append_jsonl(path, rows)
+
+    def note_problems(self, problems: Iterable[Problem]) -> None:
+        """Keep what was asked beside the rollouts: each problem once, with small copies of its images."""
+        self._problems.add(problems)
 
     def report(
         self,
