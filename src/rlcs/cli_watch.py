@@ -1,4 +1,4 @@
-"""The verbs that look at runs: report, compare."""
+"""The verbs that look at runs and at the machine: report, compare, doctor."""
 
 import json as jsonlib
 from dataclasses import asdict
@@ -99,3 +99,31 @@ def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]])
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
+
+
+@watch_app.command()
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="A run folder: what ails it?")] = None,
+    json: Json = False,
+) -> None:
+    """Check this machine and the fast paths on the built-in model; with RUN, what ails that run."""
+    about: dict[str, str] = {}
+    if run is None:
+        from rlcs.doctor.machine import checks, facts
+
+        about, found = facts(), checks()
+    else:
+        from rlcs.doctor.ailments import examine
+
+        found = examine(run)
+    if json:
+        typer.echo(jsonlib.dumps({"facts": about, "findings": [asdict(one) for one in found]}))
+    else:
+        for name, value in about.items():
+            typer.echo(f"{name:<13} {value}")
+        for one in found:
+            typer.echo(f"{'!!' if one.ill else 'ok'} {one.name}: {one.told}")
+            if one.ill:
+                typer.echo(f"   -> {one.fix}")
+    if any(one.ill for one in found):
+        raise typer.Exit(1)
