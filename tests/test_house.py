@@ -18,8 +18,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "rlcs"
 # A room may import lower floors, and its own floor as long as no circle forms.
 FLOORS = {
     0: ("errors", "records", "interrupts"),
-    1: ("recipe", "files", "hub", "metrics", "tasks", "grading"),
-    2: ("data", "images", "chat", "packing", "objectives"),
+    1: ("recipe", "files", "hub", "metrics", "tasks", "grading", "trackers"),
+    2: ("data", "images", "chat", "packing", "objectives", "intake", "journal"),
     3: ("adapters", "attention", "mesh", "sharding", "models", "tiny"),
     4: ("policy", "checkpoint", "shares", "engines"),
     5: ("trainer", "selfcheck", "stage"),
@@ -29,6 +29,8 @@ FLOORS = {
         "plan",
         "report",
         "pipeline",
+        "doctor",
+        "compare",
         "cli",
         "publish",
         "chat_page",
@@ -37,6 +39,7 @@ FLOORS = {
         "cli_plan",
         "cli_publish",
         "cli_serving",
+        "cli_watch",
         "__main__",
         "__init__",
     ),

@@ -28,6 +28,7 @@ SMALL = [
     "grpo.max_new_tokens=8",
     "grpo.save_every=1",
     "eval.max_new_tokens=8",
+    "trackers.tensorboard=true",
 ]
 
 
@@ -56,6 +57,8 @@ def test_a_run_leaves_everything_it_promises(finished):
         "sft/metrics.jsonl",
         "sft/final/model.safetensors",
         "grpo/rollouts/step-000002.jsonl",
+        "grpo/rollouts/problems.jsonl",
+        "report/rollouts.html",
         "grpo/checkpoints/step-000001/manifest.json",
         "rl_only/final/config.json",
         "eval/two_stage/predictions.jsonl",
@@ -63,6 +66,10 @@ def test_a_run_leaves_everything_it_promises(finished):
         "logs/attempt-1.log",
     ):
         assert (finished / name).is_file(), name
+    asked = [json.loads(line) for line in (finished / "grpo/rollouts/problems.jsonl").open()]
+    assert len({row["id"] for row in asked}) == len(asked) == 6
+    assert all((finished / "grpo/rollouts" / name).stat().st_size for row in asked for name in row["images"])
+    assert len(list((finished / "rl_only" / "tensorboard").glob("events.*"))) == 1
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary["arms"]) == {"base", "sft", "rl", "two_stage"}
     for scores in summary["arms"].values():

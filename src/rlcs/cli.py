@@ -15,6 +15,7 @@ from rlcs.cli_options import with_options
 from rlcs.cli_plan import plan
 from rlcs.cli_publish import publish_app
 from rlcs.cli_serving import serving_app
+from rlcs.cli_watch import watch_app
 from rlcs.errors import RlcsError, UserError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(publish_app)
 app.add_typer(serving_app)
 app.command()(plan)
+app.add_typer(watch_app)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. grpo.steps=20")
@@ -44,7 +46,7 @@ def main() -> None:
     """Run the command line; errors for people go to stderr with their exit code, never as a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        app(prog_name="rlcs")
     except RlcsError as error:
         if not error.told:
             rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
@@ -141,13 +143,19 @@ def _study(
     if not json:
         _print_choices(recipe, folder)
 
+    from rlcs.intake import read_sources
+    from rlcs.trackers import require_installed
+
+    require_installed(recipe.trackers)
+    sources = read_sources(recipe)  # before torch is loaded: a bad file is told at once
+
     from rlcs.interrupts import StopFlag
     from rlcs.mesh import open_mesh
     from rlcs.pipeline import Output, run_seeds
 
     output = Output(quiet=quiet, json=json)
     with StopFlag() as stop, open_mesh(timeout_s=recipe.parallel.timeout_s) as mesh:
-        summary = run_seeds(recipe, folder, seeds, output=output, stop=stop, mesh=mesh)
+        summary = run_seeds(recipe, folder, seeds, sources=sources, output=output, stop=stop, mesh=mesh)
     if json:
         typer.echo(jsonlib.dumps({"summary": str(folder / "summary.json"), "arms": summary["arms"]}))
     else:
@@ -192,9 +200,7 @@ class EvalOptions:
     benchmarks: Annotated[str, typer.Option(help="Names, with commas between them")] = (
         "mathvision,mathverse,mathvista,wemath"
     )
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with the official files; default: the Hugging Face hub")
-    ] = None
+    data: Annotated[Path | None, typer.Option(help="Folder with the official files, not the hub")] = None
     out: Annotated[Path, typer.Option(help="Where answers and scores go")] = Path("runs/eval")
     prompt: Annotated[str, typer.Option(help="paper (boxed system prompt) or official")] = "paper"
     split: Annotated[str | None, typer.Option(help="Default: the one that the paper uses")] = None
@@ -208,11 +214,9 @@ class EvalOptions:
     base_url: Annotated[
         str | None, typer.Option(help="Ask an OpenAI-compatible server, like http://localhost:8000/v1")
     ] = None
-    key_env: Annotated[str, typer.Option(help="Variable that holds the server's key")] = "OPENAI_API_KEY"
+    key_env: Annotated[str, typer.Option(help="Variable with its key")] = "OPENAI_API_KEY"
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once")] = 32
-    judge_url: Annotated[
-        str | None, typer.Option(help="Server of a judge that reads out answers without a box")
-    ] = None
+    judge_url: Annotated[str | None, typer.Option(help="A judge reads out answers without a box")] = None
     judge_model: Annotated[str | None, typer.Option(help="The judge's model")] = None
     judge_key_env: Annotated[str, typer.Option(help="The same for the judge")] = "OPENAI_API_KEY"
     json: Json = False
@@ -288,14 +292,6 @@ def _exam(options: EvalOptions) -> Any:
         endpoint=server(options.base_url, "", options.key_env),
         judge=server(options.judge_url, options.judge_model or "", options.judge_key_env),
     )
-
-
-@app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder")]) -> None:
-    """Write the report of a run again: RUN/report/index.html."""
-    from rlcs.report import build
-
-    typer.echo(build(run))
 
 
 @app.command()

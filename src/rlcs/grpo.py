@@ -108,6 +108,7 @@ def train(
         flat_steps = 0 if outcomes else flat_steps + 1
         _require_signal(flat_steps, settings)
         folder.journal(step + 1, [row for group in groups for row in journal_rows(group)])
+        folder.note_problems(group.problem for group in groups)
         report = folder.report(
             outcomes[0] if outcomes else None,
             step=step + 1,

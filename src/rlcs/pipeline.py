@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from rlcs import distill, grpo, models, report, sft
-from rlcs.data import Loaded, Role, Row, load, require_usable
 from rlcs.engines.opening import MakeEngine, open_engines
-from rlcs.errors import DataError, RunFolderError
+from rlcs.errors import RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
 from rlcs.files import atomic_write, read_json, write_json
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
+from rlcs.intake import Sources
 from rlcs.interrupts import StopFlag
 from rlcs.mesh import ALONE, Mesh
 from rlcs.metrics import Screen, screen, wilson
 from rlcs.recipe.loading import differences, dump, load_recipe
-from rlcs.recipe.schema import Data, Grpo, Recipe
+from rlcs.recipe.schema import Grpo, Recipe
 from rlcs.records import Demonstration, Problem
 from rlcs.stage import StageFolder, is_done, mark_done
 
@@ -50,24 +50,23 @@ class Output:
         return screen(stage, total, quiet=self.quiet, json=self.json)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """The three data sources of a study, read and checked."""
-
-    cold_start: tuple[Row, ...]
-    rl: tuple[Problem, ...]
-    test: tuple[Problem, ...]
-
-
 class Study:
     """One recipe, one seed, one run folder."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, *, output: Output, stop: StopFlag, mesh: Mesh = ALONE
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        sources: Sources,
+        output: Output,
+        stop: StopFlag,
+        mesh: Mesh = ALONE,
     ) -> None:
         """Claim the folder. Raises RunFolderError if it belongs to another recipe."""
         self.recipe = recipe
         self.folder = folder
+        self._sources = sources
         self._output = output
         self._stop = stop
         self._mesh = mesh
@@ -84,7 +83,9 @@ class Study:
         self._make_engine = make_engine
         if self.recipe.grpo.reward.function is not None:
             check_function(self.recipe.grpo.reward.function)
-        sources = self._sources()
+        sources = self._sources
+        for line in sources.notes:
+            log.warning(line)
         arms = self.recipe.study.arms
         self._mesh.first(lambda: self._cold_start(sources))
         demonstrations = distill.load_kept(sources.cold_start, self.folder / "cold_start")
@@ -94,12 +95,6 @@ class Study:
             self._grpo("rl_only", sources, start=None)
         self._measure(sources.test)
         return self._mesh.first(lambda: self._conclude(_counts(demonstrations, sources)))
-
-    def _sources(self) -> Sources:
-        """Rank 0 reads first: it downloads once, and says what is wrong once."""
-        read: list[Sources] = []
-        self._mesh.first(lambda: read.append(read_sources(self.recipe)))
-        return read[0] if read else read_sources(self.recipe)
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
         summary = {**self._summary(), "counts": counts}
@@ -145,6 +140,7 @@ class Study:
             settings=settings,
             recipe_hash=self._recipe_hash,
             mesh=self._mesh,
+            trackers=self.recipe.trackers,
         )
 
     def _sft(self, demonstrations: Sequence[Demonstration]) -> None:
@@ -310,46 +306,6 @@ def claim(folder: Path, recipe: Recipe) -> None:
     atomic_write(path, dump(recipe))
 
 
-def read_sources(recipe: Recipe) -> Sources:
-    """Read and check all three data sources. Raises DataError before anything is trained."""
-    cold_start = read_source("cold_start", recipe.data.cold_start, recipe)
-    rl = read_source("rl", recipe.data.rl, recipe)
-    test = read_source("test", recipe.data.test, recipe)
-    return Sources(
-        cold_start=cold_start.rows,
-        rl=by_pass_rate([row.problem for row in rl.rows], recipe.data),
-        test=tuple(row.problem for row in test.rows),
-    )
-
-
-def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, ...]:
-    """The problems whose pass rate lies within `data.rl_pass_rate`. Raises DataError if none has or does."""
-    if settings.rl_pass_rate is None:
-        return tuple(problems)
-    low, high = settings.rl_pass_rate
-    rates = [(problem, problem.metadata.get("pass_rate")) for problem in problems]
-    chosen = tuple(p for p, rate in rates if isinstance(rate, int | float) and low <= rate <= high)
-    if not chosen:
-        known = sum(isinstance(rate, int | float) for _, rate in rates)
-        raise DataError(
-            f"no problem has a pass_rate from {low:g} to {high:g} ({known:,} of {len(rates):,} have one)",
-            where=settings.rl,
-            fix="name the problems.jsonl of `rlcs distill`, or widen data.rl_pass_rate",
-        )
-    log.info("rl: %d of %d problems by pass rate", len(chosen), len(problems))
-    return chosen
-
-
-def read_source(role: Role, source: str, recipe: Recipe) -> Loaded:
-    """One data source; unusable rows are logged, and too many of them raise DataError."""
-    settings: Data = recipe.data
-    loaded = load(source, settings, decode_limit=recipe.images.decode_limit, role=role)
-    require_usable(loaded, settings)
-    for row in loaded.bad:
-        log.warning("left out of %s: %s", role, row)
-    return loaded
-
-
 def versions() -> dict[str, str]:
     """Versions of what decides numbers."""
     return {name: metadata.version(name) for name in ("rlcs", "torch", "transformers")}
@@ -361,7 +317,14 @@ def command() -> list[str]:
 
 
 def run_seeds(
-    recipe: Recipe, folder: Path, count: int, *, output: Output, stop: StopFlag, mesh: Mesh = ALONE
+    recipe: Recipe,
+    folder: Path,
+    count: int,
+    *,
+    sources: Sources,
+    output: Output,
+    stop: StopFlag,
+    mesh: Mesh = ALONE,
 ) -> dict[str, Any]:
     """The study with `count` seeds, each in its own folder; the summary averages over them.
 
@@ -369,12 +332,12 @@ def run_seeds(
     mean over the problems once, not over problems times seeds.
     """
     if count == 1:
-        return Study(recipe, folder, output=output, stop=stop, mesh=mesh).run()
+        return Study(recipe, folder, sources=sources, output=output, stop=stop, mesh=mesh).run()
     mesh.first(lambda: claim(folder, recipe))
     summaries = {}
     for seed in range(recipe.seed, recipe.seed + count):
         own = recipe.model_copy(update={"seed": seed})
-        study = Study(own, folder / f"seed-{seed}", output=output, stop=stop, mesh=mesh)
+        study = Study(own, folder / f"seed-{seed}", sources=sources, output=output, stop=stop, mesh=mesh)
         summaries[seed] = study.run()
     summary = averaged(recipe, summaries)
 

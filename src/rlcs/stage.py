@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from rlcs.data import ProblemStream
 from rlcs.errors import CheckpointError
 from rlcs.files import append_jsonl, write_json
 from rlcs.interrupts import StopFlag
+from rlcs.journal import ProblemBook
 from rlcs.mesh import ALONE, Mesh
 from rlcs.metrics import MetricsLog, Screen
 from rlcs.models import save
 from rlcs.recipe.schema import Stage
-from rlcs.records import StepReport
+from rlcs.recipe.trackers import Trackers as TrackerSettings
+from rlcs.records import Problem, StepReport
+from rlcs.trackers import Trackers
 from rlcs.trainer import Outcome, Trainer
 
 DONE = "done.json"
@@ -65,6 +68,7 @@ class StageFolder:
         settings: Stage,
         recipe_hash: str,
         mesh: Mesh = ALONE,
+        trackers: TrackerSettings = TrackerSettings(),  # noqa: B008 - frozen
     ) -> None:
         """Create the folder; `recipe_hash` guards against checkpoints of another recipe."""
         path.mkdir(parents=True, exist_ok=True)
@@ -76,6 +80,8 @@ class StageFolder:
         self._settings = settings
         self._recipe_hash = recipe_hash
         self._metrics = MetricsLog(path / "metrics.jsonl")
+        self._trackers = Trackers(trackers, path, stage=name)
+        self._problems = ProblemBook(path / "rollouts")
         self._started = time.monotonic()
         self._spent_before = 0.0
 
@@ -86,6 +92,7 @@ class StageFolder:
 
     def resume(self, trainer: Trainer, stream: ProblemStream[Any]) -> int:
         """Restore the newest valid checkpoint, if there is one; returns the steps already done."""
+        self._first(self._trackers.skip_what_was_sent)
         state = checkpoint.load_latest(self.path / "checkpoints", self._mesh)
         if state is None:
             self._first(lambda: self._metrics.resume_from(0))
@@ -119,6 +126,10 @@ class StageFolder:
 
         self._first(write)
 
+    def note_problems(self, problems: Iterable[Problem]) -> None:
+        """Keep what was asked beside the rollouts: each problem once, with small copies of its images."""
+        self._first(lambda: self._problems.add(problems))
+
     def report(
         self,
         outcome: Outcome | None,
@@ -151,7 +162,7 @@ class StageFolder:
         stop: StopFlag,
     ) -> None:
         """Log the step, checkpoint when due, and stop here if any rank was asked to. Raises Stopped."""
-        self._first(lambda: self._metrics.append(report))
+        self._first(lambda: self._log(report))
         screen.step(report)
         due = report.step % self._settings.save_every == 0 and report.step < report.steps
         stopping = self._mesh.agree(stop)
@@ -170,8 +181,13 @@ class StageFolder:
         if stopping:
             self._mesh.check(stop, f"{self.name} after step {report.step} of {report.steps}")
 
+    def _log(self, report: StepReport) -> None:
+        self._metrics.append(report)
+        self._trackers.append(report)
+
     def finish(self, trainer: Trainer) -> None:
         """Write the trained model in Hugging Face format, then the marker."""
+        self._trackers.close()
         save(trainer.vlm, self.final)
         seconds = round(self.spent_s, 1)
         self._mesh.first(lambda: mark_done(self.path, seconds=seconds, optimizer_steps=trainer.done))

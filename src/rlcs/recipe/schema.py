@@ -12,6 +12,7 @@ from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.rollout import Rollouts
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
+from rlcs.recipe.trackers import Trackers
 
 Arm = Literal["base", "sft", "rl", "two_stage"]
 
@@ -415,6 +416,8 @@ class Recipe(Section):
     """Arms."""
     report: Report = Report()
     """Report."""
+    trackers: Trackers = Trackers()
+    """Where metrics also go."""
     parallel: Parallel = Parallel()
     """Many processes."""
 

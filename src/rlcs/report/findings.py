@@ -118,7 +118,7 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
         if arm == "two_stage" or not pairs:
             continue
         gaps = [(gained - lost) / n for gained, lost, n in pairs]
-        low, high = (min(gaps), max(gaps)) if len(gaps) > 1 else _paired_interval(*pairs[0])
+        low, high = (min(gaps), max(gaps)) if len(gaps) > 1 else paired_interval(*pairs[0])
         gained, lost = sum(p[0] for p in pairs), sum(p[1] for p in pairs)
         found.append(Difference(arm=arm, points=fmean(gaps), low=low, high=high, gained=gained, lost=lost))
     return found
@@ -268,7 +268,8 @@ def _pair(ours: Mapping[str, Answer], theirs: Mapping[str, Answer]) -> tuple[int
     return sum(a > b for a, b in both), sum(a < b for a, b in both), len(both)
 
 
-def _paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+    """95% interval of (gained - lost) / n, each cell raised by one half (Agresti & Min 2005)."""
     more, less, total = gained + 0.5, lost + 0.5, n + 2
     middle = (more - less) / total
     half = 1.96 * math.sqrt(more + less - (more - less) ** 2 / total) / total

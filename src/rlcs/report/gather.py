@@ -49,7 +49,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One rollout of a late training step."""
+    """One rollout of a training step."""
 
     id: str
     text: str
@@ -58,6 +58,7 @@ class Attempt:
     why: str
     tokens: float
     advantage: float | None
+    stop: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +100,7 @@ def read_run(folder: Path) -> Run:
         recipe=read_text(folder / "recipe.yaml"),
         cold_start=read_object(folder / "cold_start" / "stats.json"),
         curves={s: rows for s, rows in stages.items() if rows},
-        problems=tuple(_problem(r) for r in read_rows(folder / "eval" / "problems.jsonl")),
+        problems=tuple(held_out(r) for r in read_rows(folder / "eval" / "problems.jsonl")),
         answers={a: {text(r, "id"): _answer(r) for r in rows} for a, rows in predictions.items() if rows},
         scores={a: row for a, row in scores.items() if row},
         rollouts={s: found for s, found in rollouts.items() if found},
@@ -171,7 +172,8 @@ def _verdict(row: Row) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _problem(row: Row) -> HeldOut:
+def held_out(row: Row) -> HeldOut:
+    """One row of a problems.jsonl."""
     return HeldOut(
         id=text(row, "id"),
         question=text(row, "question"),
@@ -199,21 +201,29 @@ def _answer(row: Row) -> Answer:
     )
 
 
+def attempt(row: Row) -> Attempt:
+    """One row of a rollout journal."""
+    return Attempt(
+        id=text(row, "id"),
+        text=text(row, "text"),
+        reward=number(row, "reward"),
+        correct=_verdict(row),
+        why=text(row, "why"),
+        tokens=number(row, "tokens") or 0.0,
+        advantage=number(row, "advantage"),
+        stop=text(row, "stop"),
+    )
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """Step -> journal file, in step order."""
+    files = {int(p.stem[5:]): p for p in folder.glob("step-*.jsonl") if p.stem[5:].isdigit()}
+    return dict(sorted(files.items()))
+
+
 def _last_rollouts(folder: Path) -> tuple[int, tuple[Attempt, ...]] | None:
-    files = [p for p in folder.glob("step-*.jsonl") if p.stem[5:].isdigit()]
-    for path in sorted(files, key=lambda p: int(p.stem[5:]), reverse=True):
-        attempts = tuple(
-            Attempt(
-                id=text(row, "id"),
-                text=text(row, "text"),
-                reward=number(row, "reward"),
-                correct=_verdict(row),
-                why=text(row, "why"),
-                tokens=number(row, "tokens") or 0.0,
-                advantage=number(row, "advantage"),
-            )
-            for row in read_rows(path)
-        )
+    for step, path in reversed(saved_steps(folder).items()):
+        attempts = tuple(attempt(row) for row in read_rows(path))
         if attempts:
-            return int(path.stem[5:]), attempts
+            return step, attempts
     return None

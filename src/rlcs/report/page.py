@@ -1,10 +1,5 @@
-"""Puts findings, charts and texts into the template and writes the page.
+"""Puts findings, charts and texts into the template and writes the page."""
 
-Rollouts are hostile text: the template escapes everything, control and direction-changing
-characters are made visible, and the page's own policy forbids scripts and requests altogether.
-"""
-
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from json import dumps
@@ -13,11 +8,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from rlcs.errors import RunFolderError
-from rlcs.files import atomic_write
-from rlcs.report import charts, demonstrations, findings, pictures
-from rlcs.report.gather import ARMS, STAGES, Row, Run, number, part, read_object, read_runs, read_text, text
+from rlcs.report import charts, demonstrations, findings, pictures, rollouts
+from rlcs.report.gather import STAGES, Row, Run, number, part, read_object, read_runs, read_text, text
+from rlcs.report.pages import digits, templates, write_page
+from rlcs.report.progress import ending, progress
 
-_LONGEST_TEXT = 3000  # characters of one answer that the page shows
 _LONGEST_RECIPE = 100_000
 _SAMPLES = 16  # answers of the teacher
 
@@ -36,7 +31,7 @@ _SFT_CURVES = (("loss", "SFT loss, nats a token", False), ("grad_norm", "SFT gra
 
 
 def build(run: Path) -> Path:
-    """Write `run`/report/index.html from whatever the run folder holds; return its path.
+    """Write `run`/report/index.html, and rollouts.html where there are any; return the first one's path.
 
     A folder with `seed-*` run folders gives the page over all seeds. Raises RunFolderError when
     there is nothing at all to report.
@@ -47,34 +42,23 @@ def build(run: Path) -> Path:
         raise RunFolderError(
             "no run to report", where=str(run), fix="give the folder of a run: the one with recipe.yaml in it"
         )
-    gallery = number(part(part(summary, "recipe"), "report"), "gallery")
-    page = render(run, runs, summary, gallery=48 if gallery is None else max(0, int(gallery)))
     path = run / "report" / "index.html"
-    # A lone half of a surrogate pair is valid in JSON and nowhere else.
-    atomic_write(path, page.encode("utf-8", "replace"))
+    write_page(path, render(run, runs, summary))
+    rollouts.write_sample(run, runs, text(summary, "name") or run.resolve().name)
     return path
 
 
-def render(folder: Path, runs: Sequence[Run], summary: Row, *, gallery: int) -> str:
-    """The whole page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("rlcs", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        percent=_percent, points=_points, duration=_duration, fold=_fold, digits=_digits, stage=_stage
-    )
-    environment.globals.update(arms=ARMS, stages=STAGES, paint=charts.LINE_COLOURS)
+def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") -> str:
+    """The whole page as text; a `stamp` makes it live: how far the run is, a script that refreshes."""
+    told = number(part(part(summary, "recipe"), "report"), "gallery")
+    gallery = 48 if told is None else max(0, int(told))
     results = findings.arm_results(runs)
     first, rest = findings.headline(results) if results else findings.training_headline(runs)
     health = findings.health(runs)
-    return environment.get_template("page.html.j2").render(
+    template = templates().get_template("page.html.j2")
+    return template.render(
+        live=stamp,
+        now=[(r.folder.name, progress(r), ending(r)) for r in runs] if stamp else [],
         name=text(summary, "name") or folder.resolve().name,
         first=first,
         rest=rest,
@@ -106,18 +90,6 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, gallery: int) -> 
         command=_command(summary),
         versions=_plain(part(summary, "versions")),
     )
-
-
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
-)
-
-
-def visible(value: object) -> object:
-    """A text with its control, direction-changing and broken characters spelled out: seen, and harmless."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return _INVISIBLE.sub(lambda found: f"\\u{ord(found.group(0)):04x}", value)
 
 
 def _curves(
@@ -182,45 +154,10 @@ def _gallery(run: Run, count: int) -> list[dict[str, object]]:
     return found
 
 
-def _stage(name: str) -> str:
-    """A key of the summary's seconds for people."""
-    if name.startswith("eval_"):
-        return f"Measuring: {ARMS.get(name.removeprefix('eval_'), name)}"
-    return STAGES.get(name) or name.replace("_", " ").capitalize()
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def _digits(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def _fold(value: str, most: int = _LONGEST_TEXT) -> str:
-    """A text with its middle left out when it is too long: the answer stands at the end."""
-    left_out = len(value) - most
-    if left_out <= 0:
-        return value
-    return f"{value[: most * 2 // 3]}\n[… {left_out:,} characters left out …]\n{value[-(most // 3) :]}"
-
-
 def _plain(row: Row) -> list[tuple[str, str]]:
     """The single values of an object, for a list of names and values."""
     return [
-        (name.replace("_", " "), str(value) if isinstance(value, str) else _digits(value))
+        (name.replace("_", " "), str(value) if isinstance(value, str) else digits(value))
         for name, value in row.items()
         if isinstance(value, str | int | float) and not isinstance(value, bool)
     ]

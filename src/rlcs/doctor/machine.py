@@ -1,0 +1,125 @@
+"""The machine: versions, devices, memory; and the fast paths checked on the built-in model."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+
+from rlcs import models
+from rlcs.data.sources import open_builtin
+from rlcs.doctor import Finding
+from rlcs.engines.local import LocalEngine
+from rlcs.grading import GradePool
+from rlcs.packing import pack
+from rlcs.policy import score
+from rlcs.recipe.loading import load_recipe
+from rlcs.records import Branch, Tree
+from rlcs.selfcheck import TOLERANCE, largest_difference
+
+_NEEDED = ("rlcs", "torch", "transformers", "datasets", "math-verify", "safetensors")
+_OPTIONAL = {
+    "vllm": "faster rollouts and serving on a GPU",
+    "tensorboard": "trackers.tensorboard",
+    "trackio": "trackers.trackio",
+    "wandb": "trackers.wandb",
+}
+_TIGHT_BYTES = 2 << 30
+
+
+def facts() -> dict[str, str]:
+    """What this machine is, by name."""
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    found = {"python": f"{platform.python_version()} on {platform.platform(terse=True)}"}
+    found |= {name: _version(name) or "not installed" for name in _NEEDED}
+    found["processor"] = (
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch"
+        f" (OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')})"
+    )
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found[f"gpu {index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+    found["device"] = str(models.default_device())
+    found["memory"] = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+    found["disk"] = f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free here"
+    for name, use in _OPTIONAL.items():
+        found[name] = _version(name) or f"not installed: pip install {name}, for {use}"
+    return found
+
+
+def checks() -> list[Finding]:
+    """Room, the packed and the sampled path on the built-in model, and the grader."""
+    found = [
+        _room("memory", psutil.virtual_memory().available),
+        _room("disk", shutil.disk_usage(Path.cwd()).free),
+    ]
+    parts: Mapping[str, Callable[[], list[Finding]]] = {"model": _model, "grader": _grader}
+    for name, part in parts.items():
+        try:
+            found += part()
+        except Exception as error:  # whatever is broken here is what a doctor has to tell
+            told = f"{type(error).__name__}: {error}"
+            found.append(Finding(name=name, told=told, fix="install rlcs again in a fresh environment"))
+    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _room(name: str, free: int) -> Finding:
+    fix = f"less than {_TIGHT_BYTES >> 30} GiB: make room before a run" if free < _TIGHT_BYTES else ""
+    return Finding(name=name, told=f"{free / 2**30:.1f} GiB free", fix=fix)
+
+
+def _model() -> list[Finding]:
+    """Packed against plain logprobs, and the sampler's against the policy's."""
+    recipe = load_recipe("quickstart").recipe
+    vlm = models.load(recipe.model)
+    chat = models.make_chat(vlm, recipe)
+    prompts = [chat.prompt(problem) for problem in open_builtin("builtin:puzzles?count=3&seed=1", "rl")]
+    sampling = chat.sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=24, seed=0)
+    groups = LocalEngine(vlm, chat, max_rows=16).sample(prompts, sampling)
+    trees = [
+        Tree(
+            prompt=prompt,
+            branches=tuple(
+                Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in group
+            ),
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+    packed = pack(trees, chat.patches)
+    assert packed.sampler_logprobs is not None
+    with torch.no_grad():
+        scored = score(vlm, packed).logprobs.cpu()
+    gaps = {
+        "packing": (max(largest_difference(vlm, chat, tree) for tree in trees), "plain logprobs"),
+        "sampler": (float((scored - packed.sampler_logprobs.cpu()).abs().max()), "the policy's logprobs"),
+    }
+    limit = TOLERANCE.get(vlm.model.dtype, 0.25)
+    return [
+        Finding(
+            name=name,
+            told=f"within {gap:.1g} nats of {what} (allowed {limit:g}), attention {vlm.attention}",
+            fix="" if gap <= limit else "set model.attention=dense, and report this with the versions above",
+        )
+        for name, (gap, what) in gaps.items()
+    ]
+
+
+def _grader() -> list[Finding]:
+    problem = open_builtin("builtin:puzzles?count=1&seed=1", "rl")[0]
+    said = (f"\\boxed{{{problem.answer}}}", "\\boxed{-12345}", "no box at all")
+    with GradePool(workers=1, deadline_s=5.0, allow_fallbacks=False) as pool:
+        verdicts = [grade.correct for grade in pool.grade([(problem, text) for text in said])]
+    wrong = "the grader's workers do not answer as they should: start rlcs where processes may be started"
+    right = verdicts == [True, False, False]
+    return [Finding(name="grader", told=f"right, wrong, no box: {verdicts}", fix="" if right else wrong)]

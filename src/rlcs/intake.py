@@ -1,0 +1,62 @@
+"""A study's data, read and checked before anything heavy is loaded: a bad file is told in a second."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlcs.data import Loaded, Role, Row, load, require_usable
+from rlcs.errors import DataError
+from rlcs.recipe.schema import Data, Recipe
+from rlcs.records import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The three data sources of a study, read and checked; `notes` say what was left out of them."""
+
+    cold_start: tuple[Row, ...]
+    rl: tuple[Problem, ...]
+    test: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read_sources(recipe: Recipe) -> Sources:
+    """Read and check all three data sources. Raises DataError before anything is trained."""
+    cold_start = read_source("cold_start", recipe.data.cold_start, recipe)
+    rl = read_source("rl", recipe.data.rl, recipe)
+    chosen = by_pass_rate([row.problem for row in rl.rows], recipe.data)
+    test = read_source("test", recipe.data.test, recipe)
+    return Sources(
+        cold_start=cold_start.rows,
+        rl=chosen,
+        test=tuple(row.problem for row in test.rows),
+        notes=tuple(
+            f"left out of {role}: {bad}"
+            for role, loaded in (("cold_start", cold_start), ("rl", rl), ("test", test))
+            for bad in loaded.bad
+        ),
+    )
+
+
+def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, ...]:
+    """The problems whose pass rate lies within `data.rl_pass_rate`. Raises DataError if none has or does."""
+    if settings.rl_pass_rate is None:
+        return tuple(problems)
+    low, high = settings.rl_pass_rate
+    rates = [(problem, problem.metadata.get("pass_rate")) for problem in problems]
+    chosen = tuple(p for p, rate in rates if isinstance(rate, int | float) and low <= rate <= high)
+    if not chosen:
+        known = sum(isinstance(rate, int | float) for _, rate in rates)
+        raise DataError(
+            f"no problem has a pass_rate from {low:g} to {high:g} ({known:,} of {len(rates):,} have one)",
+            where=settings.rl,
+            fix="name the problems.jsonl of `rlcs distill`, or widen data.rl_pass_rate",
+        )
+    return chosen
+
+
+def read_source(role: Role, source: str, recipe: Recipe) -> Loaded:
+    """One data source; too many unusable rows raise DataError."""
+    settings: Data = recipe.data
+    loaded = load(source, settings, decode_limit=recipe.images.decode_limit, role=role)
+    require_usable(loaded, settings)
+    return loaded

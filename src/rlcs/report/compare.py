@@ -1,0 +1,183 @@
+"""Two runs side by side: arms with the interval of their difference, recipes, seconds and curves.
+
+Every difference is second minus first. Where both runs answered the same held-out problems it is paired
+problem by problem, which sees differences that two separate intervals would hide.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from rlcs.errors import RlcsError, RunFolderError
+from rlcs.metrics import wilson
+from rlcs.recipe.reading import parse
+from rlcs.report import charts, findings
+from rlcs.report.findings import ArmResult
+from rlcs.report.gather import ARMS, STAGES, Run, read_runs, read_text
+from rlcs.report.pages import templates, write_page
+
+_CURVES = (
+    ("reward", False),
+    ("accuracy", True),
+    ("response_tokens", False),
+    ("kl", False),
+    ("entropy", False),
+)
+_COLOURS = ("rl", "two_stage")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gap:
+    """One arm in both runs: second minus first, as shares, with a 95% interval.
+
+    `shared` problems were answered by both (0: the interval is of two independent shares); `gained` are
+    right in the second run alone, `lost` in the first alone, `p` is McNemar's exact test (one seed each).
+    """
+
+    arm: str
+    first: float
+    second: float
+    points: float
+    low: float
+    high: float
+    shared: int
+    gained: int
+    lost: int
+    p: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What differs between two runs, ready to print or to dump as JSON."""
+
+    names: tuple[str, str]
+    gaps: tuple[Gap, ...]
+    recipe: Mapping[str, tuple[object, object]]
+    seconds: Mapping[str, tuple[float | None, float | None]]
+    ends: Mapping[str, tuple[float | None, float | None]]
+    """`stage value` -> the mean of the last steps, in both runs."""
+
+
+def compare(first: Path, second: Path) -> tuple[Comparison, list[list[Run]]]:
+    """The comparison, and the runs that it is of. Raises RunFolderError for a folder without a run."""
+    sides = [_runs(first), _runs(second)]
+    results = [{r.arm: r for r in findings.arm_results(runs)} for runs in sides]
+    took = [findings.stage_seconds(runs) for runs in sides]
+    values = [
+        _flat(read_text(path / "recipe.yaml") or runs[0].recipe)
+        for path, runs in zip((first, second), sides, strict=True)
+    ]
+    ends = [_ends(runs) for runs in sides]
+    keys = [key for key in values[0] | values[1] if values[0].get(key) != values[1].get(key)]
+    return Comparison(
+        names=(str(first), str(second)),
+        gaps=tuple(
+            _gap(results[0][arm], results[1][arm], *sides)
+            for arm in ARMS
+            if arm in results[0] and arm in results[1]
+        ),
+        recipe={key: (values[0].get(key), values[1].get(key)) for key in keys},
+        seconds={key: (took[0].get(key), took[1].get(key)) for key in took[0] | took[1]},
+        ends={key: (ends[0].get(key), ends[1].get(key)) for key in ends[0] | ends[1]},
+    ), sides
+
+
+def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) -> None:
+    """The comparison as one page that needs no server."""
+    panels = []
+    for stage in ("grpo", "rl_only"):
+        for key, percent in _CURVES:
+            lines = [
+                (colour, [findings.series(run.curves.get(stage, ()), key) for run in runs])
+                for colour, runs in zip(_COLOURS, sides, strict=True)
+            ]
+            if all(any(points for points in curves) for _, curves in lines):
+                title = f"{STAGES[stage]}: {key.replace('_', ' ')}"
+                panels.append((title, charts.curve_chart(f"{stage}-{key}", title, lines, percent=percent)))
+    template = templates().get_template("compare.html.j2")
+    write_page(path, template.render(found=found, panels=panels, colours=_COLOURS))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided exact p-value that as many problems would turn one way by chance (McNemar 1947)."""
+    n, least = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
+
+
+def _runs(folder: Path) -> list[Run]:
+    runs = read_runs(folder)
+    if not any(run.curves or run.scores or run.recipe for run in runs):
+        raise RunFolderError(
+            "no run is here", where=str(folder), fix="give the folder with recipe.yaml in it"
+        )
+    return runs
+
+
+def _gap(a: ArmResult, b: ArmResult, first: Sequence[Run], second: Sequence[Run]) -> Gap:
+    before, after = _shares(first, a.arm), _shares(second, b.arm)
+    moves = [after[key] - before[key] for key in before if key in after]
+    gained, lost = sum(move > 0 for move in moves), sum(move < 0 for move in moves)
+    points = fmean(moves) if moves else b.accuracy - a.accuracy
+    single = len(first) == len(second) == 1
+    if not moves:
+        low, high = _independent(a, b)
+    elif single:
+        low, high = findings.paired_interval(gained, lost, len(moves))
+    else:  # each problem's mean over seeds, so that seeds do not count as more problems
+        half = 1.96 * stdev(moves) / math.sqrt(len(moves)) if len(moves) > 1 else 1.0
+        low, high = points - half, points + half
+    return Gap(
+        arm=a.arm, first=a.accuracy, second=b.accuracy, points=points, low=low, high=high,
+        shared=len(moves), gained=gained, lost=lost, p=mcnemar(gained, lost) if moves and single else None,
+    )  # fmt: skip
+
+
+def _shares(runs: Sequence[Run], arm: str) -> dict[tuple[str, str, str], float]:
+    """Problem -> share of seeds that were right; the same id with another question is another problem."""
+    said: dict[tuple[str, str, str], list[bool]] = {}
+    for run in runs:
+        known = {p.id: (p.id, p.question, p.answer) for p in run.problems}
+        for name, answer in run.answers.get(arm, {}).items():
+            said.setdefault(known.get(name, (name, "", "")), []).append(answer.correct is True)
+    return {key: fmean(verdicts) for key, verdicts in said.items()}
+
+
+def _independent(a: ArmResult, b: ArmResult) -> tuple[float, float]:
+    """95% interval of the difference of two independent shares (Newcombe 1998, method 10)."""
+    (al, ah), (bl, bh) = (wilson(round(r.accuracy * r.n), r.n) for r in (a, b))
+    points = b.accuracy - a.accuracy
+    return (
+        points - math.hypot(b.accuracy - bl, ah - a.accuracy),
+        points + math.hypot(bh - b.accuracy, a.accuracy - al),
+    )
+
+
+def _flat(text: str) -> dict[str, object]:
+    """A recipe's dotted keys, read as plain YAML: a recipe of another version may not load."""
+
+    def walk(value: object, key: str) -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {key: value}
+        return {
+            k: v
+            for name, inner in value.items()
+            for k, v in walk(inner, f"{key}.{name}" if key else name).items()
+        }
+
+    try:
+        return walk(parse(text, where="recipe.yaml").value, "") if text else {}
+    except RlcsError:
+        return {}
+
+
+def _ends(runs: Sequence[Run]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for stage, rows in run.curves.items():
+            for key in ("loss",) if stage == "sft" else tuple(key for key, _ in _CURVES):
+                last = [value for _, value in findings.series(rows[-10:], key)]
+                if last:
+                    found.setdefault(f"{STAGES[stage]} {key}", []).append(fmean(last))
+    return {key: fmean(values) for key, values in found.items()}

@@ -1,0 +1,86 @@
+"""How far a run is: what the live page shows above everything else, and what the doctor asks first."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlcs.metrics import median_rate
+from rlcs.report.findings import phases
+from rlcs.report.gather import ARMS, STAGES, Run, number, read_object, read_text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """One stage: `done` of `total` steps or problems (0: not known), and seconds left (None: not known)."""
+
+    key: str
+    name: str
+    state: Literal["done", "begun", "waiting"]
+    done: int = 0
+    total: int = 0
+    left_s: float | None = None
+
+    @property
+    def share(self) -> float:
+        """How much of it is done, from 0 to 1."""
+        return 1.0 if self.state == "done" else min(1.0, self.done / self.total) if self.total else 0.0
+
+
+def progress(run: Run) -> list[Progress]:
+    """Every stage that this run has, in order: those that began, and of the others those its recipe names."""
+    wanted = ["cold_start", "sft", "grpo", *(["rl_only"] if "rl" in _arms(run) else [])]
+    found = [_stage(run, key) for key in wanted]
+    for arm in ARMS:
+        if arm in _arms(run) or arm in run.answers:
+            answered = len(run.answers.get(arm, ()))
+            done = (run.folder / "eval" / arm / "done.json").is_file()
+            found.append(
+                Progress(
+                    key=f"eval_{arm}",
+                    name=f"Measuring: {ARMS[arm]}",
+                    state="done" if done else "begun" if answered else "waiting",
+                    done=answered,
+                    total=len(run.problems),
+                )
+            )
+    return found
+
+
+def ending(run: Run) -> str:
+    """What ended the newest attempt; nothing while it runs or when it is done."""
+    lines = read_text(newest_log(run.folder) or Path()).splitlines()
+    last = [line.partition("ended by ")[2] for line in lines if " ended by " in line]
+    return last[-1] if last else ""
+
+
+def newest_log(folder: Path) -> Path | None:
+    """The log of the last attempt."""
+    logs = {int(p.stem[8:]): p for p in folder.glob("logs/attempt-*.log") if p.stem[8:].isdigit()}
+    return logs[max(logs)] if logs else None
+
+
+def _arms(run: Run) -> Iterator[str]:
+    """The arms that the recipe names, read as text: a recipe of another version may not load."""
+    _, _, rest = run.recipe.partition("\nstudy:")
+    for line in rest.partition("\nreport:")[0].splitlines():
+        if line.strip().startswith("- "):
+            yield line.strip()[2:]
+
+
+def _stage(run: Run, key: str) -> Progress:
+    rows = run.curves.get(key, ())
+    finished = (run.folder / key / "done.json").is_file()
+    last = int((number(rows[-1], "step") if rows else 0) or 0)
+    total = int((number(rows[-1], "steps") if rows else 0) or 0)
+    seconds = [sum(each) for each in zip(*([v for _, v in p] for p in phases(rows).values()), strict=False)]
+    rate = median_rate(seconds)
+    begun = bool(rows) or (key == "cold_start" and (run.folder / key).is_dir())
+    return Progress(
+        key=key,
+        name=STAGES.get(key, "Cold start"),
+        state="done" if finished else "begun" if begun else "waiting",
+        done=last or int(number(read_object(run.folder / key / "done.json"), "kept") or 0),
+        total=total,
+        left_s=(total - last) / rate if rate and total and not finished else None,
+    )

@@ -1,0 +1,151 @@
+"""Every rollout of a run, found by stage, step, problem and reward, with its image, reward and reason."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from rlcs.report import pictures
+from rlcs.report.gather import STAGES, Attempt, HeldOut, Run, attempt, held_out, read_rows, saved_steps
+from rlcs.report.pages import templates, write_page
+
+_MOST_FILES = 400
+"""Steps read for one answer: a filter that matches little must not read a whole week's journals."""
+VERDICTS = {
+    "": "any",
+    "right": "right",
+    "wrong": "wrong",
+    "unscored": "not scored",
+    "cut": "cut at the limit",
+}
+"""What a filter may ask of the grade, with its name for people."""
+_STATIC_STEPS = 6
+_STATIC_GROUPS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What to look for; empty means everything. `verdict` is one of VERDICTS."""
+
+    seed: str = ""
+    stage: str = ""
+    step: int | None = None
+    problem: str = ""
+    verdict: str = ""
+    least: float | None = None
+    most: float | None = None
+    skip: int = 0
+
+    def takes(self, one: Attempt) -> bool:
+        """Whether a rollout is looked for."""
+        if self.problem.lower() not in one.id.lower():
+            return False
+        verdicts = {"right": one.correct is True, "wrong": one.correct is False}
+        verdicts |= {"unscored": one.correct is None, "cut": one.stop == "length"}
+        if not verdicts.get(self.verdict, True):
+            return False
+        if self.least is None and self.most is None:
+            return True
+        low, high = (
+            (-math.inf if self.least is None else self.least),
+            (math.inf if self.most is None else self.most),
+        )
+        return one.reward is not None and low <= one.reward <= high
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """The rollouts of one problem in one step; `problem` is None where the run did not keep it."""
+
+    step: int
+    id: str
+    problem: HeldOut | None
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """One page of groups: `more` there are others, `steps` that exist, `read` how many steps were read."""
+
+    groups: tuple[Family, ...]
+    more: bool
+    steps: tuple[int, ...]
+    read: int
+
+
+def stages_of(run: Path) -> list[str]:
+    """The stages of one run folder that have rollouts."""
+    return [stage for stage in STAGES if saved_steps(run / stage / "rollouts")]
+
+
+def find(run: Path, wanted: Wanted, *, count: int = 12) -> Found:
+    """Groups of one stage, newest step first."""
+    folder = run / wanted.stage / "rollouts"
+    files = saved_steps(folder)
+    chosen = [s for s in sorted(files, reverse=True) if wanted.step in (None, s)][:_MOST_FILES]
+    known = {row.id: row for row in map(held_out, read_rows(folder / "problems.jsonl"))}
+    groups: list[Family] = []
+    read = 0
+    for step in chosen:
+        read += 1
+        groups += _groups(files[step], step, known, wanted)
+        if len(groups) > wanted.skip + count:
+            break
+    page = groups[wanted.skip : wanted.skip + count]
+    more = len(groups) > wanted.skip + count
+    return Found(groups=tuple(page), more=more, steps=tuple(files), read=read)
+
+
+def sample(run: Path, stage: str) -> Found:
+    """A few whole steps, first and last among them, for a page that must stay small."""
+    steps = list(saved_steps(run / stage / "rollouts"))
+    last = len(steps) - 1
+    chosen = sorted({steps[round(i * last / (_STATIC_STEPS - 1))] for i in range(_STATIC_STEPS)})
+    pages = [find(run, Wanted(stage=stage, step=step), count=_STATIC_GROUPS) for step in chosen]
+    groups = tuple(group for page in pages for group in page.groups)
+    return Found(groups=groups, more=True, steps=tuple(steps), read=len(chosen))
+
+
+def render(
+    name: str, pages: Sequence[tuple[Path, str, Found]], *, wanted: Wanted | None = None, **live: object
+) -> str:
+    """A page of (run folder, stage, groups); with `wanted` the live one, with its form and links."""
+    shown = sum(len(group.problem.images) for _, _, found in pages for group in found.groups if group.problem)
+    share = pictures.TOTAL_BYTES // max(1, shown)
+    prepared = []
+    for run, stage, found in pages:
+        folder = run / stage / "rollouts"
+        cards = [
+            (
+                group,
+                pictures.embed(folder, group.problem.images[:4] if group.problem else (), most_bytes=share),
+            )
+            for group in found.groups
+        ]
+        steps = [(step, list(some)) for step, some in groupby(cards, key=lambda card: card[0].step)]
+        prepared.append((stage, found, steps))
+    facts = {"links": [], "seeds": [], "choices": [], **live}
+    return (
+        templates()
+        .get_template("rollouts.html.j2")
+        .render(name=name, pages=prepared, wanted=wanted, live=wanted is not None, verdicts=VERDICTS, **facts)
+    )
+
+
+def write_sample(folder: Path, runs: Sequence[Run], name: str) -> None:
+    """Write report/rollouts.html, if there are rollouts: a few steps of each stage of the first run."""
+    run = runs[0].folder
+    pages = [(run, stage, sample(run, stage)) for stage in stages_of(run)]
+    if pages:
+        write_page(folder / "report" / "rollouts.html", render(name, pages))
+
+
+def _groups(path: Path, step: int, known: Mapping[str, HeldOut], wanted: Wanted) -> Iterator[Family]:
+    members: dict[str, list[Attempt]] = {}
+    for one in map(attempt, read_rows(path)):
+        if wanted.takes(one):
+            members.setdefault(one.id, []).append(one)
+    for name, attempts in members.items():
+        ranked: Sequence[Attempt] = sorted(attempts, key=lambda a: -(a.reward or 0.0))
+        yield Family(step=step, id=name, problem=known.get(name), attempts=tuple(ranked))

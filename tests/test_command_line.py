@@ -1,0 +1,94 @@
+"""The command line as people meet it: help that fits, near words, completion, quick answers to mistakes."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rlcs.cli import app
+
+BASH = shutil.which("bash")
+COMMANDS = typer.main.get_command(app)
+
+
+def verbs(command=COMMANDS, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from verbs(inner, (*path, name))
+
+
+def rlcs(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "80"}
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("path", list(verbs()), ids=lambda path: " ".join(path) or "rlcs")
+def test_help_fits_a_screen(path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, [*path, "--help"], prog_name="rlcs", terminal_width=80)
+    assert shown.exit_code == 0
+    lines = shown.output.rstrip().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 40, shown.output
+
+
+def test_every_option_and_argument_says_what_it_is():
+    for path in verbs():
+        command = COMMANDS
+        for name in path:
+            command = command.commands[name]
+        assert command.get_short_help_str() or not path, path
+        for parameter in command.params:
+            assert getattr(parameter, "help", ""), f"{' '.join(path)} {parameter.name}"
+
+
+def test_an_unknown_verb_suggests_the_near_one():
+    wrong = rlcs("rnu")
+    assert wrong.returncode == 2 and "Did you mean 'run'?" in wrong.stderr
+
+
+@pytest.mark.skipif(not BASH, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "offered"), [("rlcs re", {"report", "recipes"}), ("rlcs data ch", {"check"})]
+)
+def test_bash_completes_verbs_with_the_script_that_is_shown(words, offered, tmp_path):
+    program = tmp_path / "rlcs"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore -m rlcs.cli "$@"\n')
+    program.chmod(0o755)
+    count = len(words.split()) - 1
+    typed = (
+        'eval "$(rlcs --show-completion bash)"; '
+        f'COMP_WORDS=({words}); COMP_CWORD={count}; _rlcs_completion rlcs; echo "${{COMPREPLY[*]}}"'
+    )
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([BASH, "-c", typed], capture_output=True, text=True, env=environment, timeout=120)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_a_bad_data_file_is_told_before_anything_heavy_is_loaded(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"id": "1", "question": "What?", "answer": "4"}\n{"id": "2", "question"')
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "rlcs.cli",
+        "run",
+        "quickstart",
+        f"data.cold_start={file}",
+    ]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert told.returncode == 2 and "train.jsonl:2" in told.stderr
+    assert " torch\n" not in told.stderr and " transformers\n" not in told.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert not (tmp_path / "runs").exists(), "a run that cannot start leaves no folder behind"

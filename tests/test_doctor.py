@@ -1,0 +1,192 @@
+"""The doctor: this machine for real, and runs made ill in one way each."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+from typer.testing import CliRunner
+
+from rlcs import files
+from rlcs.cli import app
+from rlcs.doctor import ailments, machine
+from rlcs.doctor.ailments import examine
+from rlcs.errors import RunFolderError
+from test_report import make_run, rows_of, write_rows
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    folder = make_run(tmp_path_factory.mktemp("healthy") / "run", problems=40)
+    (folder / "recipe.yaml").write_text(
+        "name: x\nstudy:\n  arms:\n  - base\n  - sft\n  - rl\n  - two_stage\nreport: {}\n"
+    )
+    for stage in (
+        "cold_start",
+        "sft",
+        "grpo",
+        "rl_only",
+        *(f"eval/{arm}" for arm in ("base", "sft", "rl", "two_stage")),
+    ):
+        (folder / stage / "done.json").write_text("{}")
+    metrics = folder / "rl_only" / "metrics.jsonl"
+    write_rows(metrics, [row | {"boxes_per_answer": 1.0} for row in rows_of(metrics)])
+    checkpoint = folder / "grpo" / "checkpoints" / "step-000050"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"weights" * 100)
+    files.write_manifest(checkpoint)
+    return folder
+
+
+@pytest.fixture
+def run(healthy, tmp_path):
+    return shutil.copytree(healthy, tmp_path / "run")
+
+
+def change(run, stage="grpo", last=None, **values):
+    """Overwrite values of a stage's metrics, in its last `last` rows or in all."""
+    path = run / stage / "metrics.jsonl"
+    rows = rows_of(path)
+    start = 0 if last is None else len(rows) - last
+    write_rows(path, [*rows[:start], *(row | values for row in rows[start:])])
+
+
+def ill(run) -> dict[str, str]:
+    found = [one for one in examine(run) if one.ill]
+    assert all(one.fix for one in found)
+    return {one.name: one.told for one in found}
+
+
+def test_a_healthy_run_has_no_findings(healthy):
+    assert ill(healthy) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "told"),
+    [
+        ({"reward": 0.0}, "flat reward", "0 in each of the last 10 steps"),
+        ({"reward": 1.0}, "flat reward", "1 in each"),
+        ({"flat_groups": 0.95}, "flat groups", "95%"),
+        ({"kl": 4.2}, "KL explosion", "4.2 nats"),
+        ({"truncated": 0.5}, "length limit", "50% of the answers"),
+        ({"response_tokens": 5.0}, "length collapse", "to 5 tokens"),
+        ({"boxes_per_answer": 3.0}, "boxes", "3.0 boxes"),
+        ({"no_format_share": 0.6}, "format", "60%"),
+        ({"repeated_share": 0.4}, "repetition", "40%"),
+        ({"unscored": 0.2}, "unscored", "20%"),
+        ({"sampler_gap": 0.7}, "sampler gap", "0.7 nats"),
+        ({"entropy": 0.001}, "entropy collapse", "0.001 nats"),
+        ({"grad_norm": 900.0}, "gradients", "900"),
+        ({"skipped": "the gradient norm is nan"}, "bad steps", "10 of 80 steps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_each_illness_of_training_is_named_alone(run, values, name, told):
+    change(run, last=10, **values)
+    found = ill(run)
+    assert list(found) == [f"RL after SFT: {name}"]
+    assert told in found[f"RL after SFT: {name}"]
+
+
+def test_flat_steps_are_not_bad_steps_and_sft_has_its_own(run):
+    change(run, last=3, skipped="every group is flat: all rewards equal")
+    assert ill(run) == {}
+    change(run, stage="sft", last=3, skipped="the gradient norm is inf")
+    assert list(ill(run)) == ["SFT: bad steps"]
+
+
+def test_a_stopped_run_says_where_and_how_it_goes_on(run):
+    (run / "grpo" / "done.json").unlink()
+    change(run, step=40)
+    assert [one.told for one in examine(run) if one.name == "course"] == ["running: RL after SFT, 40 of 80"]
+    (run / "logs").mkdir()
+    (run / "logs" / "attempt-1.log").write_text(
+        "2026 ERROR rlcs: ended by RunFolderError: cannot write 9 bytes: No space left\n"
+    )
+    course = next(one for one in examine(run) if one.name == "course")
+    assert (
+        course.told.startswith("stopped: RL after SFT, 40 of 80; ended by RunFolderError")
+        and "No space" in course.told
+    )
+    assert course.fix == f"it goes on with: rlcs run {run / 'recipe.yaml'} --out {run}"
+    (run / "logs" / "attempt-1.log").write_text("2026 INFO rlcs: sft\n")
+    for path in (*run.glob("*/metrics.jsonl"), *run.glob("logs/*")):
+        os.utime(path, (1, 1))
+    assert ill(run) == {"course": "stopped: RL after SFT, 40 of 80"}, "killed: no last word"
+
+
+def test_torn_checkpoints_and_leftovers(run):
+    folder = run / "grpo" / "checkpoints"
+    shutil.copytree(folder / "step-000050", folder / "step-000060")
+    (folder / "step-000060" / "model.safetensors").write_bytes(b"weights" * 50)
+    (folder / "step-000070.tmp-123").mkdir()
+    (folder / "step-000040.bad").mkdir()
+    told = [one.told for one in examine(run) if one.name == "checkpoint" and one.ill]
+    assert "step-000060 is torn: the file has 350 bytes instead of 700" in told[1]
+    assert "set aside" in told[0] and "save that died" in told[2]
+    assert any("step-000050 verified" in one.told for one in examine(run))
+
+
+def test_a_full_disk(run, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(ailments.shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, 1 << 20))
+    assert list(ill(run)) == ["disk"]
+
+
+def test_two_stages_worse_than_one(run):
+    path = run / "eval" / "two_stage" / "predictions.jsonl"
+    write_rows(path, [row | {"correct": False} for row in rows_of(path)])
+    assert "points worse than" in ill(run)["result"]
+
+
+def test_a_study_of_seeds_names_the_seed(healthy, tmp_path):
+    for seed in (0, 1):
+        shutil.copytree(healthy, tmp_path / f"seed-{seed}")
+    change(tmp_path / "seed-1", last=10, unscored=0.5)
+    assert list(ill(tmp_path)) == ["seed-1: RL after SFT: unscored"]
+
+
+def test_torn_and_odd_files_do_not_stop_the_doctor(run):
+    with (run / "grpo" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 81, "rew')
+    (run / "grpo" / "checkpoints" / "step-000050" / "manifest.json").write_text("[]")
+    (run / "summary.json").write_text("{")
+    assert "torn" in ill(run)["checkpoint"]
+
+
+def test_the_command_line(run, tmp_path):
+    told = CliRunner().invoke(app, ["doctor", str(run)])
+    assert told.exit_code == 0 and "ok course: every stage is done" in told.output
+    change(run, last=10, unscored=0.5)
+    told = CliRunner().invoke(app, ["doctor", str(run)])
+    assert told.exit_code == 1 and "   -> raise grpo.reward.deadline_s" in told.output
+    rows = json.loads(CliRunner().invoke(app, ["doctor", str(run), "--json"]).output)["findings"]
+    assert [row["name"] for row in rows if row["fix"]] == ["RL after SFT: unscored"]
+    with pytest.raises(RunFolderError, match="no run is here"):
+        examine(tmp_path / "nowhere")
+
+
+def test_this_machine_for_real():
+    found = {one.name: one for one in machine.checks()}
+    assert {name: one.told for name, one in found.items() if one.ill and name not in ("memory", "disk")} == {}
+    assert {"packing", "sampler", "grader"} <= set(found)
+    facts = machine.facts()
+    assert facts["torch"][0].isdigit() and "cores" in facts["processor"] and "GiB" in facts["memory"]
+
+
+def test_a_fast_path_that_disagrees_is_found(monkeypatch):
+    real = machine.score
+
+    def off(*words):
+        scores = real(*words)
+        return dataclasses.replace(scores, logprobs=scores.logprobs - 0.5)
+
+    monkeypatch.setattr(machine, "largest_difference", lambda *words: 0.5)
+    monkeypatch.setattr(machine, "_grader", lambda: (_ for _ in ()).throw(OSError("no processes here")))
+    monkeypatch.setattr(machine, "score", off)
+    found = {one.name: one for one in machine.checks()}
+    assert found["packing"].ill and "0.5 nats" in found["packing"].told
+    assert found["sampler"].ill and "model.attention=dense" in found["sampler"].fix
+    assert found["grader"].ill and "no processes here" in found["grader"].told

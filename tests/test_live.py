@@ -1,0 +1,240 @@
+"""The live page: real HTTP on loopback, real rollouts, and a real Chromium that keeps its place."""
+
+import json
+import random
+import shutil
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import make_problem
+from rlcs.errors import RunFolderError, UserError
+from rlcs.journal import ProblemBook
+from rlcs.report import rollouts
+from rlcs.report.gather import read_run
+from rlcs.report.live import LiveReport
+from rlcs.report.progress import ending, progress
+from rlcs.report.rollouts import Wanted, find, write_sample
+from test_report import Page, grpo_row, make_run, rollout, rows_of, write_rows
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run in the middle of RL: 40 of 80 steps, three steps of rollouts with their problems."""
+    folder = make_run(tmp_path / "run", problems=12)
+    shutil.rmtree(folder / "eval")
+    shutil.rmtree(folder / "rl_only")
+    (folder / "summary.json").unlink()
+    (folder / "recipe.yaml").write_text("name: demo\nstudy:\n  arms:\n  - base\n  - two_stage\nreport: {}\n")
+    for stage in ("cold_start", "sft"):
+        (folder / stage / "done.json").write_text("{}")
+    metrics = folder / "grpo" / "metrics.jsonl"
+    write_rows(metrics, rows_of(metrics)[:40])
+    (folder / "grpo" / "rollouts" / "step-000080.jsonl").unlink()
+    rng = random.Random(0)
+    for step in (1, 20, 40):
+        rows = [rollout(f"train-{step}-{g}", i, rng) for g in range(3) for i in range(4)]
+        rows[0] |= {"correct": None, "reward": None, "why": "the grader ran out of time", "stop": "length"}
+        write_rows(folder / "grpo" / "rollouts" / f"step-{step:06d}.jsonl", rows)
+        ProblemBook(folder / "grpo" / "rollouts").add(make_problem(f"train-{step}-{g}") for g in range(3))
+    return folder
+
+
+@pytest.fixture
+def server(run: Path) -> Iterator[LiveReport]:
+    with LiveReport(run, 0) as live:
+        thread = threading.Thread(target=live.serve_forever, args=(0.05,))
+        thread.start()
+        yield live
+        live.shutdown()
+        thread.join()
+
+
+def get(server: LiveReport, path: str = "") -> str:
+    with urllib.request.urlopen(server.url + path, timeout=30) as answer:
+        return answer.read().decode()
+
+
+def test_an_unfinished_run_shows_how_far_it_is(server):
+    page = Page(get(server))
+    for words in ("Cold start", "✓ done", "40 of 80", "waiting", "RL: reward from", "Measuring: Base"):
+        assert words in page.text, words
+    assert "Measuring: SFT only" not in page.text, "the recipe names no such arm"
+
+
+def test_the_stamp_changes_with_the_run_and_the_page_follows(server, run):
+    before = get(server, "stamp")
+    assert get(server, "stamp") == before
+    write_rows(run / "grpo" / "metrics.jsonl", [*rows_of(run / "grpo" / "metrics.jsonl"),
+               {**rows_of(run / "grpo" / "metrics.jsonl")[-1], "step": 41}])  # fmt: skip
+    assert get(server, "stamp") != before
+    assert "41 of 80" in get(server)
+
+
+def test_drawing_rests_so_that_watching_stays_cheap(server, run):
+    get(server)
+    (run / "grpo" / "done.json").write_text("{}")
+    stale = get(server)
+    assert "40 of 80" in stale, "right after a page was drawn the same one is given"
+    assert get(server, "stamp") in stale, "and its stamp, so that the browser asks again later"
+    server._rest_until = 0.0
+    assert "40 of 80" not in get(server)
+
+
+def test_a_stopped_run_says_by_what(server, run):
+    (run / "logs").mkdir()
+    (run / "logs" / "attempt-1.log").write_text("x ERROR rlcs: ended by Stopped: as asked\n")
+    assert "Stopped: Stopped: as asked" in get(server)
+    (run / "logs" / "attempt-10.log").write_text("x INFO rlcs: sft\n")
+    assert ending(read_run(run)) == "", "a newer attempt has not ended"
+
+
+def test_rollouts_have_image_question_reward_and_reason(server):
+    page = Page(get(server, "rollouts"))
+    assert "Step 40" in page.text and "How many?" in page.text and "Gold answer: 4" in page.text
+    assert [v for t, n, v in page.attributes if (t, n) == ("img", "src") and v.startswith("data:image/")]
+    assert "the grader ran out of time" in page.text and "cut at the limit" in page.text
+    assert "script" not in page.tags
+
+
+@pytest.mark.parametrize(
+    ("query", "inside", "outside"),
+    [
+        ("step=20", "train-20-1", "train-40-1"),
+        ("problem=TRAIN-1-2", "train-1-2", "train-1-1"),
+        ("verdict=unscored", "not scored", "✗ wrong"),
+        ("verdict=wrong", "✗ wrong", "✓ right"),
+        ("verdict=cut", "cut at the limit", "✗ wrong"),
+        ("least=0.5", "✓ right", "✗ wrong"),
+        ("most=0", "✗ wrong", "✓ right"),
+        ("least=2", "Nothing matches", "train-40"),
+        ("stage=../../etc&step=x&least=nan&skip=-1&seed=..", "train-40-1", "Nothing matches"),
+    ],
+)
+def test_rollouts_are_filtered(server, query, inside, outside):
+    text = Page(get(server, f"rollouts?{query}")).text.partition("Show")[2]
+    assert inside in text and outside not in text
+
+
+def test_pages_and_steps_are_linked(run):
+    first = find(run, Wanted(stage="grpo"), count=4)
+    assert len(first.groups) == 4 and first.more and first.read == 2
+    second = find(run, Wanted(stage="grpo", skip=4), count=5)
+    assert not second.more
+    assert len({(g.step, g.id) for g in (*first.groups, *second.groups)}) == 9
+
+
+def test_other_hosts_methods_and_paths_get_nothing(server):
+    for headers, path, status in (
+        ({"Host": "evil.example:80"}, "", 403),
+        ({}, "recipe.yaml", 404),
+        ({}, "../recipe.yaml", 404),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers), timeout=10)
+        assert refused.value.code == status
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(server.url, data=b"x", timeout=10)
+    assert refused.value.code == 501
+    assert server.server_address[0] == "127.0.0.1"
+
+
+def test_a_taken_port_and_a_missing_folder_are_told(server, run, tmp_path):
+    with pytest.raises(UserError, match="cannot listen on port"):
+        LiveReport(run, server.server_port)
+    with pytest.raises(RunFolderError, match="no such folder"):
+        LiveReport(tmp_path / "nowhere", 0)
+
+
+def test_a_reader_that_goes_away_is_no_news(server, capfd):
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", server.server_port)) as reader:
+            reader.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    assert "Now" in get(server)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_empty_folder_is_a_page_too(tmp_path):
+    with LiveReport(tmp_path, 0) as live:
+        assert "Nothing measured yet" in live.report()
+        assert "No rollouts yet" in live.rollouts("")
+
+
+def test_the_static_page_of_rollouts_is_small_and_whole(run):
+    write_sample(run, [read_run(run)], "demo")
+    page = Page((run / "report" / "rollouts.html").read_text())
+    for step in (1, 20, 40):
+        assert f"Step {step}" in page.text
+    assert {"script", "form", "link"} & set(page.tags) == set()
+    rng = random.Random(1)
+    for step in range(41, 140):
+        rows = [rollout(f"p{g}", i, rng) | {"text": "x" * 20_000} for g in range(30) for i in range(8)]
+        write_rows(run / "grpo" / "rollouts" / f"step-{step:06d}.jsonl", rows)
+    write_sample(run, [read_run(run)], "demo")
+    assert (run / "report" / "rollouts.html").stat().st_size < 4_000_000
+    assert rollouts.sample(run, "grpo").groups[-1].step == 139
+
+
+def test_problems_are_kept_once_also_after_a_restart(tmp_path):
+    problems = [make_problem("a"), make_problem("b", sizes=((900, 700),)), make_problem("c", sizes=())]
+    book = ProblemBook(tmp_path)
+    book.add(problems[:2])
+    book.add(problems[:2])
+    ProblemBook(tmp_path).add(problems)
+    rows = rows_of(tmp_path / "problems.jsonl")
+    assert [row["id"] for row in rows] == ["a", "b", "c"] and rows[2]["images"] == []
+    small, large = (tmp_path / row["images"][0] for row in rows[:2])
+    assert small.read_bytes() == problems[0].images[0].data, "a small file is kept as it is"
+    assert large.suffix == ".webp" and large.stat().st_size < len(problems[1].images[0].data) / 2
+
+
+def test_progress_counts_answers_and_seconds(run):
+    found = {row.key: row for row in progress(read_run(run))}
+    assert [row.state for row in found.values()] == ["done", "done", "begun", "waiting", "waiting"]
+    assert found["grpo"].share == 0.5 and 100 < found["grpo"].left_s < 200  # 40 steps of 3.5 seconds
+    rows = [{"id": "1", "correct": True}, {"id": "2", "correct": False}]
+    write_rows(run / "eval" / "base" / "predictions.jsonl", rows)
+    write_rows(run / "eval" / "problems.jsonl", [{"id": str(i), "question": "?"} for i in range(8)])
+    base = next(row for row in progress(read_run(run)) if row.key == "eval_base")
+    assert (base.state, base.done, base.total, base.share) == ("begun", 2, 8, 0.25)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_keeps_its_place_while_numbers_change(server, run):
+    sync = pytest.importorskip("playwright.sync_api")
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 700})
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        page.goto(server.url)
+        page.locator("#pulse", has_text="live").wait_for()
+        page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
+        page.evaluate("document.querySelector('#rollouts details:not([open])').open = true")
+        opened = page.evaluate("document.querySelectorAll('#rollouts details[open]').length")
+        page.evaluate("document.getElementById('rollouts').scrollIntoView()")
+        before = page.evaluate("document.getElementById('rollouts').getBoundingClientRect().top")
+        server._rest_until = 0.0
+        metrics = run / "grpo" / "metrics.jsonl"
+        more = [grpo_row("grpo", step, 80, random.Random(step), 0.4) for step in range(41, 61)]
+        write_rows(metrics, [*rows_of(metrics), *more])
+        (run / "eval" / "base").mkdir(parents=True)
+        scores = {"accuracy": 0.5, "n": 12}
+        (run / "eval" / "base" / "scores.json").write_text(json.dumps(scores))
+        page.locator("#now", has_text="60 of 80").wait_for(timeout=60_000)
+        assert "50.0%" in page.inner_text("#results"), "a part that is new appears in its place"
+        order = page.evaluate("[...document.querySelectorAll('main > section')].map(part => part.id)")
+        assert order.index("now") < order.index("results") < order.index("training") < order.index("rollouts")
+        after = page.evaluate("document.getElementById('rollouts').getBoundingClientRect().top")
+        assert abs(after - before) < 2
+        assert page.evaluate("document.querySelectorAll('#rollouts details[open]').length") == opened
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert errors == []
+        browser.close()
