@@ -76,6 +76,7 @@ class Study:
     def run(self) -> dict[str, Any]:
         """Every stage that is not done yet; returns the summary, which also lies in summary.json."""
         if self._mesh.rank:
+            log.setLevel(logging.ERROR)  # rank 0 warns, and keeps the log
             return self._run()
         with attempt_log(self.folder / "logs"):
             return self._run()
