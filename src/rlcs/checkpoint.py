@@ -228,8 +228,8 @@ def save(folder: Path, state: TrainState, *, keep: int, mesh: Mesh = ALONE) -> P
             _write_tensors(aside, state, mesh)
         except RlcsError as error:
             failed = error
-        for error in filter(None, mesh.gather(failed)):
-            raise error
+        for failure in filter(None, mesh.gather(failed)):
+            raise failure
         mesh.first(lambda: _write_facts(aside, state, mesh.size))
     except BaseException:
         if mesh.rank == 0:
@@ -464,7 +464,7 @@ class _Stored(Mapping[str, Tensor]):
     """Tensors in the files of all ranks, whole, each read when it is asked for."""
 
     def __init__(self, paths: Sequence[Path], tied: Mapping[str, str]) -> None:
-        self._files = [safetensors.safe_open(path, framework="pt") for path in paths]
+        self._files: list[Any] = [safetensors.safe_open(path, framework="pt") for path in paths]
         self._tied = tied
         self._names = [set(file.keys()) for file in self._files]
 

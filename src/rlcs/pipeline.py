@@ -75,6 +75,8 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not done yet; returns the summary, which also lies in summary.json."""
+        if self._mesh.rank:
+            log.setLevel(logging.ERROR)  # rank 0 warns, and keeps the log
         log_here = attempt_log(self.folder / "logs") if self._mesh.rank == 0 else nullcontext()
         with log_here, open_engines(self.recipe, self.folder / "rollout") as make_engine:
             return self._run(make_engine)

@@ -15,7 +15,7 @@ from rlcs.chat import Chat
 from rlcs.files import image_from_bytes
 from rlcs.mesh import Mesh
 from rlcs.packing import Pack, balanced, pack, within_budget
-from rlcs.records import Problem, Tree
+from rlcs.records import ImageRef, Problem, Tree
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def _has_images(trees: Sequence[Tree]) -> bool:
 
 def idle_tree(chat: Chat, *, image: bool) -> Tree:
     """A prompt without answers: it goes through the model and changes nothing."""
-    images = ()
+    images: tuple[ImageRef, ...] = ()
     if image:
         buffer = io.BytesIO()
         Image.new("RGB", (IDLE_SIDE, IDLE_SIDE)).save(buffer, "PNG")
