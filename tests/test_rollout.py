@@ -31,6 +31,7 @@ from rlcs.models import Vlm
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.rollout import Rollouts
 from rlcs.recipe.schema import Grpo
+from rlcs.recipe.table import summary_rows
 from rlcs.records import StopReason
 from rlcs.stage import StageFolder
 from test_training import LengthGrader
@@ -327,6 +328,13 @@ def test_the_gap_is_logged_and_corrected_and_alarms(
     assert row["sampler_gap_max"] == pytest.approx(distance, abs=2e-3)
     assert row["importance"] == pytest.approx(min(math.exp(distance), 1.2), abs=1e-3)
     assert ("nats" in caplog.text or "sampler" in caplog.text) == warned
+
+
+def test_the_table_says_who_samples() -> None:
+    words = ["rollout.engine=vllm_server", "rollout.importance_cap=1.5", "rollout.urls=[http://a:1]"]
+    row = dict(summary_rows(load_recipe("quickstart", words).recipe))["rollouts"]
+    assert row == "vLLM, http://a:1; its logprobs against the policy's: token weights up to 1.5"
+    assert "rollouts" not in dict(summary_rows(load_recipe("quickstart", []).recipe))
 
 
 def test_local_rollouts_are_never_weighted() -> None:

@@ -98,7 +98,7 @@ def train(
     flat_steps = 0
     for step in range(first, settings.steps):
         clock = Clock()
-        with clock("sync"):
+        with clock("rollout"):
             actors.engine.sync()
         groups, skipped = collect(actors, stream, settings, sampling, step=step, clock=clock)
         if step == first:
