@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlcs.recipe.schema import Recipe, Section
+from rlcs.recipe.schema import Recipe
+from rlcs.recipe.section import Section
 
 _NAMES: Mapping[object, str] = {
     bool: "true or false",
@@ -40,8 +41,9 @@ def allowed(field: FieldInfo) -> str:
 
 
 def takes_text(field: FieldInfo) -> bool:
-    """Whether free text is a value of this key."""
-    return field.annotation is str or str in get_args(field.annotation)
+    """Whether free text is a value of this key; of a list it is an item, not the value."""
+    kind = field.annotation
+    return kind is str or (get_origin(kind) is not tuple and str in get_args(kind))
 
 
 def nearest(unknown: str) -> list[str]:

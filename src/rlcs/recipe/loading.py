@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from rlcs.errors import RecipeError
 from rlcs.recipe.keys import allowed, nearest, recipe_keys, section_of, takes_text
 from rlcs.recipe.reading import Parsed, parse, write
-from rlcs.recipe.schema import Recipe, Section
+from rlcs.recipe.schema import Recipe
+from rlcs.recipe.section import Section
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"

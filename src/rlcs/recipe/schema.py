@@ -6,22 +6,14 @@ One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads YA
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from rlcs.recipe.lora import Lora
+from rlcs.recipe.parallel import Parallel
+from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 
-Part = Literal["vision_tower", "merger", "language_model"]
 Arm = Literal["base", "sft", "rl", "two_stage"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: strict keys, frozen once resolved."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Model(Section):
@@ -56,7 +48,7 @@ class Images(Section):
     """One image path for every stage."""
 
     min_pixels: Positive = 3136
-    """Smaller images are enlarged to this area (28 x 28 pixels make one token)."""
+    """Smaller images are enlarged to this area (28 x 28 pixels make one token; 32 x 32 in Qwen3-VL)."""
     max_pixels: Positive = 1_204_224
     """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value)."""
     rl_min_pixels: Positive | None = None
@@ -406,13 +398,26 @@ class Recipe(Section):
     """Data sources."""
     teacher: Teacher = Teacher()
     """Cold-start teacher."""
+    lora: Lora = Lora()
+    """Low-rank adapters."""
     sft: Sft = Sft()
     """Stage one."""
     grpo: Grpo = Grpo()
     """Stage two."""
+    rollout: Rollouts = Rollouts()
+    """Who samples."""
     eval: Eval = Eval()
     """Measurement."""
     study: Study = Study()
     """Arms."""
     report: Report = Report()
     """Report."""
+    parallel: Parallel = Parallel()
+    """Many processes."""
+
+    @model_validator(mode="after")
+    def _adapters_have_a_place(self) -> "Recipe":
+        for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
+            if self.lora.rank and set(self.lora.parts) <= set(stage.freeze):
+                raise ValueError(f"{name}.freeze leaves none of lora.parts to train")
+        return self

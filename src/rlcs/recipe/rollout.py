@@ -1,0 +1,64 @@
+"""Where rollouts come from: this process, vLLM servers, or a vLLM inside this process."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlcs.recipe.section import NonNegative, Positive, Section, Share
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Rollouts(Section):
+    """Who samples answers, in GRPO and in measurements."""
+
+    engine: Literal["local", "vllm_server", "vllm_colocated"] = "local"
+    """`local`: the model that trains; `vllm_server`: `vllm serve` processes; `vllm_colocated`: vLLM in this
+    process's environment, asleep while the model trains."""
+    urls: tuple[str, ...] = ()
+    """Servers that run already, with the flags of docs/how-to/vllm-rollouts.md. Empty: start `servers`."""
+    servers: Positive = 1
+    """`vllm serve` processes to start on this machine."""
+    executable: str = "vllm"
+    """The program to start; its environment may be another than ours."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of `vllm serve`; they win over ours."""
+    devices: tuple[str, ...] = ()
+    """CUDA_VISIBLE_DEVICES of each server, as in [`0,1`, `2,3`]. Empty: all see what this process sees."""
+    tensor_parallel: Positive = 1
+    """GPUs that share one copy of the model."""
+    memory_share: Share | None = None
+    """Share of a GPU's memory (without one, of main memory) for weights and cache. None: vLLM's own, which is
+    nearly all; a colocated engine must leave room for training, 0.4 say."""
+    weights_folder: str | None = None
+    """Where new weights are put for the engine to read. None: in the run's folder. Servers on other machines
+    need a folder that they see under the same path."""
+    concurrency: Positive = 64
+    """Prompts under way at once, a server."""
+    start_limit_s: Seconds = 900.0
+    """Seconds in which a server must start, or load new weights."""
+    request_limit_s: Seconds = 1200.0
+    """Seconds for all answers to one prompt; a server that takes longer counts as hung."""
+    health_limit_s: Seconds = 30.0
+    """Seconds in which a server must say that it is well, else it counts as hung."""
+    dead_limit_s: Seconds = 1800.0
+    """With no server well for so many seconds the run stops; the last checkpoint is intact."""
+    max_tries: Positive = 8
+    """Tries of one prompt before the run stops."""
+    importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
+    """Each token's loss is weighted by policy / vLLM probability, at most this (truncated importance
+    sampling, https://fengyao.notion.site/off-policy-rl). None: not corrected. With
+    grpo.old_logprobs=sampler and several optimiser steps the loss's own ratio is that correction."""
+    alarm: NonNegative = 0.1
+    """Warn when the mean difference of vLLM's and the policy's logprobs is above this (nats)."""
+
+    @model_validator(mode="after")
+    def _one_device_list_a_server(self) -> "Rollouts":
+        if self.devices and len(self.devices) != self.servers:
+            raise ValueError(f"{len(self.devices)} devices for {self.servers} servers: give one entry each")
+        return self
+
+    @property
+    def cap(self) -> float | None:
+        """The bound of importance weights; None without vLLM, whose logprobs alone differ."""
+        return None if self.engine == "local" else self.importance_cap
