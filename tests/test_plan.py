@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from rlcs.cli import app
 from rlcs.errors import UserError
-from rlcs.plan.machine import GPUS, assume, machine
+from rlcs.plan.machine import GIB, GPUS, assume, machine
 from rlcs.plan.page import make_plan
 from rlcs.plan.planner import largest_tree
 from rlcs.plan.shapes import published, sizes_of, skeleton
@@ -81,14 +81,45 @@ def test_sizes_of_a_folder_are_those_of_the_loaded_model(random_model_folder, vl
 
 def test_weights_gradients_and_optimiser_of_the_published_7b():
     stages = planned("recommended-7b").stages
-    share = 2 * PARAMETERS["7B"] / 8  # bfloat16 over 8 GPUs
+    share = 4 * PARAMETERS["7B"] / 8  # float32 over 8 GPUs
     assert stages["grpo"].parts["weights"] == share
     assert stages["grpo"].parts["reference"] == share
     tower = sizes_of(Model(name=HUB.format("7B"))).parameters["vision_tower"]
-    assert stages["sft"].parts["gradients"] == 2 * (PARAMETERS["7B"] - tower) / 8
+    assert stages["sft"].parts["gradients"] == 4 * (PARAMETERS["7B"] - tower) / 8
     assert stages["sft"].parts["optimizer"] == 2 * stages["sft"].parts["gradients"]
-    exact = planned("recommended-7b", "model.dtype=float32").stages["sft"]
-    assert exact.parts["weights"] == 2 * share
+    less = planned("recommended-7b", "model.dtype=bfloat16").stages["sft"]
+    assert less.parts["weights"] == share / 2
+
+
+def test_adapters_are_counted_layer_by_layer():
+    stages = planned("single-gpu-lora-3b", "lora.rank=16", gpus=1).stages
+    widths = 2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11008)  # q, o; k, v; gate, up, down
+    adapters = 36 * 16 * widths
+    assert stages["sft"].parts["gradients"] == 4 * adapters
+    assert stages["grpo"].parts["optimizer"] == 8 * adapters
+    assert stages["grpo"].parts["weights"] == 2 * PARAMETERS["3B"] + 4 * adapters
+    assert stages["grpo"].parts["reference"] == 0  # the policy with its adapters off
+    one = planned("single-gpu-lora-3b", "lora.rank=16", "lora.targets=[q_proj]", gpus=1).stages["sft"]
+    assert one.parts["gradients"] == 4 * 36 * 16 * (2048 + 2048)
+    packed = planned("single-gpu-lora-3b", "lora.rank=16", "lora.four_bit=true", gpus=1).stages["sft"]
+    assert packed.parts["weights"] < 0.5 * stages["sft"].parts["weights"]  # tower, embedding: 16 bits
+
+
+def test_gpus_that_sample_do_not_train():
+    apart = planned("8xgpu-7b", gpus=8).stages["grpo"]
+    assert apart.parts["weights"] == 4 * PARAMETERS["7B"] / 4
+    assert apart.parts["rollout"] == 0
+    beside = planned("8xgpu-7b", "rollout.engine=vllm_colocated", "rollout.memory_share=0.4").stages["grpo"]
+    assert beside.parts["weights"] == 4 * PARAMETERS["7B"] / 8
+    assert beside.parts["rollout"] == 0.4 * 80 * GIB
+    with pytest.raises(UserError, match=r"rollout\.devices takes 4 GPUs, which leaves none of 4 to train"):
+        planned("8xgpu-7b", gpus=4)
+
+
+def test_single_gpu_recipe_fits_where_it_says():
+    assert planned("single-gpu-lora-3b", gpus=1, memory=48).fits
+    assert planned("single-gpu-lora-3b", "grpo.max_rows=40", gpus=1, memory=24).fits
+    assert planned("8xgpu-7b", gpus=8).fits and planned("paper-7b", gpus=8).fits
 
 
 def test_a_prompt_is_counted_once_for_all_of_its_answers():
@@ -154,15 +185,15 @@ def test_more_gpus_share_memory_and_work():
 
 
 def test_advice_has_been_tried_and_nothing_in_it_is_superfluous():
-    asked = ("recommended-3b", "model.gradient_checkpointing=false")
-    plan = planned(*asked, gpus=1, memory=60)
+    asked = ("recommended-3b", "model.gradient_checkpointing=false", "grpo.max_rows=256")
+    plan = planned(*asked, gpus=1, memory=79)
     assert not plan.fits and plan.advice is not None
     changes = plan.advice.changes
     assert changes and not plan.advice.alters
-    assert planned(*asked, *changes, gpus=1, memory=60).fits
+    assert planned(*asked, *changes, gpus=1, memory=79).fits
     for left in range(len(changes)):
         fewer = [change for index, change in enumerate(changes) if index != left]
-        assert not planned(*asked, *fewer, gpus=1, memory=60).fits
+        assert not planned(*asked, *fewer, gpus=1, memory=79).fits
     assert plan.advice.gpus is None  # a pack is not shared between devices, so more of them do not help
 
 
@@ -201,7 +232,9 @@ def test_the_text_names_what_a_person_looks_for():
     assert done.exit_code == 0, done.output
     for words in ("8,292,166,656 parameters", "8 x H100 with 80 GB", "optimizer", "seconds a step", "2,416"):
         assert words in done.output
-    assert "It does not fit" in done.output and "grpo.max_rows=" in done.output
+    assert "It does not fit" not in done.output
+    done = CliRunner().invoke(app, ["plan", "paper-7b", "--gpus", "8", "grpo.max_rows=512"])
+    assert "It does not fit" in done.output and "here, with: grpo.max_rows=" in done.output
 
 
 def test_a_cpu_can_be_planned_for():

@@ -94,7 +94,8 @@ def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, fr
     sizes = measure(shape, vlm.model.config)
     patches = len(batch.pack.pixel_values)
     load = Load(tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=patches)
-    held = activations(sizes, load, Passing(element=4, checkpointing=checkpointing, frozen=frozen))
+    trains = [part for part in sizes.parameters if part not in frozen]
+    held = activations(sizes, load, Passing(element=4, checkpointing=checkpointing, trains=trains))
     gradients = 4 * (sizes.total - sum(sizes.parameters[part] for part in frozen))
     planned = update_peak(gradients, held, packs=packs)
     print(f"{shape} {sizes.total:,} {kind}: measured {measured:,}, planned {planned:,}")  # noqa: T201

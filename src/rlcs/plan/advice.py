@@ -9,6 +9,7 @@ from rlcs.recipe.schema import Recipe
 MOST_GPUS = 1024
 SMALLEST_PACK = 1024
 FEWEST_ROWS = 16
+VLLM_SHARES = (0.6, 0.5, 0.4, 0.3)
 
 Try = Callable[[Sequence[str], int], dict[str, StagePlan]]
 """Plans with more overrides (`key=value`) on a number of GPUs."""
@@ -66,14 +67,21 @@ def _enough_gpus(attempt: Try, gpus: int) -> int | None:
 def _harmless(recipe: Recipe) -> list[str]:
     """Changes that cost time and nothing else."""
     changes = [] if recipe.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
+    if not recipe.parallel.reshard_after_forward:
+        changes.append("parallel.reshard_after_forward=true")
     changes += _halved("sft.pack_tokens", recipe.sft.pack_tokens, SMALLEST_PACK)
     changes += _halved("grpo.pack_tokens", recipe.grpo.pack_tokens, SMALLEST_PACK)
+    if recipe.rollout.engine == "vllm_colocated":
+        share = recipe.rollout.memory_share or 1.0
+        return changes + [f"rollout.memory_share={less}" for less in VLLM_SHARES if less < share]
     return changes + _halved("grpo.max_rows", recipe.grpo.max_rows, FEWEST_ROWS)
 
 
 def _altering(recipe: Recipe) -> list[str]:
     """Changes after which something else is learnt."""
-    changes = ["grpo.kl.kind=none"] if recipe.grpo.kl.active else []
+    changes = [] if recipe.lora.rank else ["lora.rank=32"]
+    changes += [] if recipe.lora.four_bit else ["lora.four_bit=true"]
+    changes += ["grpo.kl.kind=none"] if recipe.grpo.kl.active else []
     changes += _halved("grpo.max_new_tokens", recipe.grpo.max_new_tokens, 512)
     changes += _halved("grpo.group_size", recipe.grpo.group_size, 4)
     return changes + _halved("prompt.max_tokens", recipe.prompt.max_tokens, 512)

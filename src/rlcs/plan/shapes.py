@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from rlcs.errors import ModelError
 from rlcs.models import FAMILIES, resolve
-from rlcs.recipe.schema import Model, Part
+from rlcs.recipe.schema import Model
+from rlcs.recipe.section import Part
 
 _HUB = "Qwen/Qwen2.5-VL-{}-Instruct"
 _PUBLISHED: Mapping[str, Mapping[str, int]] = {
@@ -22,6 +23,20 @@ _PUBLISHED: Mapping[str, Mapping[str, int]] = {
     _HUB.format("72B"): {"hidden": 8192, "intermediate": 29568, "layers": 80, "heads": 64, "key_values": 8},
 }
 """The language models of the published sizes; what else differs follows in `published`."""
+
+
+PLANNED = ("qwen2_5_vl",)
+"""Model types whose layers `plan.memory` and `plan.work` describe."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """A linear layer that can have an adapter: all but the head."""
+
+    name: str
+    part: Part
+    inputs: int
+    outputs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +51,7 @@ class Sizes:
     """Parameters of the largest layer or vision block: what a sharded model gathers at once."""
     outside_layers: int
     """Parameters that are in no layer: embedding, head, last norm, merger."""
+    linears: tuple[Linear, ...]
 
     @property
     def total(self) -> int:
@@ -78,11 +94,11 @@ def published(name: str) -> Qwen2_5_VLConfig | None:
 def sizes_of(settings: Model) -> Sizes:
     """The sizes of a recipe's model: published name, folder, hub id or `builtin`. Raises ModelError."""
     config = published(settings.name) or _configuration(settings)
-    if config.model_type not in FAMILIES:
+    if config.model_type not in PLANNED:
         raise ModelError(
-            f"models of type {config.model_type!r} are not supported",
+            f"models of type {config.model_type!r} cannot be planned",
             where=f"model.name={settings.name}",
-            fix=f"supported: {', '.join(sorted(FAMILIES))}",
+            fix=f"the planner knows the layers of {', '.join(PLANNED)}",
         )
     return measure(settings.name, config)
 
@@ -112,11 +128,19 @@ def measure(name: str, config: Any) -> Sizes:
     family = FAMILIES[config.model_type]
     patterns = {part: re.compile(getattr(family, part)) for part in get_args(Part)}
     counts: Counter[Part] = Counter(dict.fromkeys(patterns, 0))
+
+    def part_of(key: str) -> Part:
+        return next(part for part, pattern in patterns.items() if pattern.search(key))
+
     for key, parameter in model.named_parameters():
-        part = next(part for part, pattern in patterns.items() if pattern.search(key))
-        counts[part] += parameter.numel()
+        counts[part_of(key)] += parameter.numel()
     kinds = set(model._no_split_modules or ())
     layers = [_count(module) for module in model.modules() if type(module).__name__ in kinds]
+    linears = tuple(
+        Linear(name=key, part=part_of(f"{key}."), inputs=module.in_features, outputs=module.out_features)
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    )
     return Sizes(
         name=name,
         text=config.get_text_config(),
@@ -124,6 +148,7 @@ def measure(name: str, config: Any) -> Sizes:
         parameters=dict(counts),
         largest_layer=max(layers),
         outside_layers=counts.total() - sum(layers),
+        linears=linears,
     )
 
 

@@ -1,0 +1,90 @@
+"""What sampling takes: the cache of the local engine or vLLM's share, and the seconds of decoding."""
+
+import math
+from dataclasses import dataclass
+
+from rlcs.engines.local import PREFILL_TOKENS
+from rlcs.plan.machine import GIB, Machine
+from rlcs.plan.shapes import Sizes
+from rlcs.plan.storage import formats, trainers
+from rlcs.recipe.schema import Recipe
+
+READING = 0.6
+"""Share of the memory bandwidth that decoding reaches."""
+LAYER_S = 5e-4
+"""Seconds that one layer's launches take at least in a decoding step of the local engine: a guess."""
+SAMPLING = 32
+SAMPLING_TOP_P = 52
+"""Bytes that choosing a token takes for each row and word of the vocabulary (`engines.sampling`)."""
+VLLM_SHARE = 0.9
+"""Share of a GPU that vLLM takes when nothing is said."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trees:
+    """`count` trees a step of `trunk` tokens with `patches` image patches and `group` answers of `answer`."""
+
+    count: int
+    trunk: int
+    patches: int
+    group: int
+    answer: int
+
+    @property
+    def tokens(self) -> int:
+        """Of one tree."""
+        return self.trunk + self.group * self.answer
+
+
+def rollout_bytes(recipe: Recipe, sizes: Sizes, machine: Machine, largest: Trees) -> float:
+    """Bytes beside weights and optimiser on a training device while answers as long as `largest` are drawn.
+
+    The local engine's cache grows by copying, so it counts twice; a sharded model is whole meanwhile.
+    """
+    grpo, engine = recipe.grpo, recipe.rollout.engine
+    if engine == "vllm_server":
+        return 0.0
+    if engine == "vllm_colocated":
+        return (recipe.rollout.memory_share or VLLM_SHARE) * machine.device.memory * GIB
+    form, text = formats(recipe, machine), sizes.text
+    prompts = _live_prompts(recipe, machine)
+    rows = prompts * grpo.group_size
+    cache = 2 * _cache_token(sizes, form.compute) * (prompts * largest.trunk + rows * largest.answer)
+    choosing = rows * text.vocab_size * (SAMPLING if grpo.top_p == 1 else SAMPLING_TOP_P)
+    prefill = min(max(PREFILL_TOKENS, largest.trunk), prompts * largest.trunk)
+    patches = prefill * largest.patches // largest.trunk
+    tower = patches * (sizes.vision.intermediate_size + sizes.vision.hidden_size)
+    passing = 3 * form.compute * max(prefill * (text.intermediate_size + text.hidden_size), tower)
+    sharded = trainers(recipe, machine) > 1 or form.weight != form.compute
+    whole = sizes.total * form.compute if sharded else 0
+    return float(cache + max(choosing, passing) + whole)
+
+
+def decoding_seconds(recipe: Recipe, sizes: Sizes, machine: Machine, trees: Trees) -> float:
+    """A decoding step reads the weights and the cache once; the local engine launches layer by layer."""
+    rollout, form = recipe.rollout, formats(recipe, machine)
+    local = rollout.engine == "local"
+    copies = max(1, trainers(recipe, machine) // (1 if local else rollout.tensor_parallel))
+    if rollout.engine == "vllm_server":
+        copies = len(rollout.urls) or rollout.servers
+    own = math.ceil(trees.count / copies)
+    prompts = min(own, max(1, recipe.grpo.max_rows // trees.group))
+    read = float(sizes.parameters["language_model"] * form.compute)
+    read += prompts * _cache_token(sizes, form.compute) * (trees.trunk + trees.group * trees.answer / 2)
+    speed = machine.device.bandwidth * READING * (1 if local else rollout.tensor_parallel)
+    launching = sizes.text.num_hidden_layers * LAYER_S if local and machine.gpus else 0.0
+    return math.ceil(own / prompts) * trees.answer * max(read / speed, launching)
+
+
+def _live_prompts(recipe: Recipe, machine: Machine) -> int:
+    """Prompts whose answers one device decodes at once: whole groups within max_rows."""
+    grpo = recipe.grpo
+    own = math.ceil(grpo.prompts_per_step / trainers(recipe, machine))
+    return min(own, max(1, grpo.max_rows // grpo.group_size))
+
+
+def _cache_token(sizes: Sizes, element: int) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    text = sizes.text
+    width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    return int(2 * width * text.num_hidden_layers * element)
