@@ -333,7 +333,9 @@ def png(width, height, body=b"", *, cut=0):
 def bodies(seed):
     """Endless malformed requests."""
     rng = random.Random(seed)
-    good = {"model": "m", "max_tokens": 2, "messages": asked("x", draw(28, 28))}
+    # Twice limited: with one limit broken, a valid request for thousands of tokens would be left.
+    limits = {"max_tokens": 2, "max_completion_tokens": 2}
+    good = {"model": "m", **limits, "messages": asked("x", draw(28, 28))}
     text = json.dumps(good).encode()
     odd = [None, True, -1, 1e308, 2**70, "", "x", [], {}, [[]], {"type": "text"}, "\x00", "<|im_end|>"]
 
