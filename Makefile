@@ -5,12 +5,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/quickstart
+VLLM_VENV ?= .venv-vllm
+MODEL  ?= builtin
 BIN    := $(VENV)/bin
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types pytest vllm-test bench tiny format clean
+.PHONY: help quickstart test lint types pytest vllm-test bench chat docs tiny format clean
 
 # The stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.stamp-dev: pyproject.toml
@@ -30,8 +32,6 @@ test: lint types pytest  ## lint, types and tests, as CI runs them
 lint: $(VENV)/.stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-VLLM_VENV ?= .venv-vllm
 
 # An environment of its own: vLLM pins other versions of torch and transformers than the newest.
 $(VLLM_VENV)/.stamp: pyproject.toml tests/vllm_environment.py
@@ -54,6 +54,12 @@ pytest: $(VENV)/.stamp-dev  ## the tests alone
 
 bench: $(VENV)/.stamp-bench  ## one GRPO step against TRL, same weights and data -> bench/results/latest.json
 	$(BIN)/python -m bench --write-docs
+
+docs: $(VENV)/.stamp-dev  ## the documentation as a site -> site/index.html
+	$(BIN)/mkdocs build --strict
+
+chat: $(VENV)/.stamp-dev  ## a page to talk to the built-in model, or MODEL=folder
+	$(BIN)/rlcs chat $(MODEL)
 
 tiny: $(VENV)/.stamp-dev  ## pre-train the built-in model again, from its fixed seed
 	$(BIN)/python -m rlcs.tiny --out src/rlcs/builtin_model
