@@ -59,7 +59,7 @@ STUDY = [
     "data.test=builtin:puzzles?split=test&count=20&seed=3",
     "sft.epochs=1",
     "sft.batch_size=6",
-    "grpo.steps=60",
+    "grpo.steps=30",
     "grpo.prompts_per_step=3",
     "grpo.group_size=2",
     "grpo.max_new_tokens=8",
@@ -261,7 +261,7 @@ def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_mo
     subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {name: arm["n"] for name, arm in summary["arms"].items()} == {"base": 20, "two_stage": 20}
-    assert [row["step"] for row in rows(tmp_path / "grpo")] == list(range(1, 61))
+    assert [row["step"] for row in rows(tmp_path / "grpo")] == list(range(1, 31))
 
 
 # --- a group of one --------------------------------------------------------------------------------
