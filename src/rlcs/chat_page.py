@@ -106,14 +106,17 @@ def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
     return [*asked, {"role": "assistant", "content": reasoning, "metadata": thought}, said]
 
 
-def conversation(talkers: Sequence[Talker]) -> Any:
-    """The function behind the page: what was sent and the past exchanges, to those and every display."""
+def conversation(talkers: Sequence[Talker], stopping: set[str | None]) -> Any:
+    """The function behind the page: what was sent and the past exchanges, to those and every display.
+
+    A visitor whose session stands in `stopping` has pressed Stop: the answers end, and keep what was said.
+    """
+    import gradio as gr
 
     def converse(
-        sent: Any, past: list[Exchange], system: str | None, temperature: float, top_p: float, longest: float
+        request: gr.Request, sent: Any, past: list[Exchange], system: str | None, *sampling: float
     ) -> Iterator[list[Any]]:
-        import gradio as gr
-
+        temperature, top_p, longest = sampling
         now = Exchange(
             text=sent["text"], images=tuple(map(Path, sent["files"])), answers=("",) * len(talkers)
         )
@@ -121,10 +124,13 @@ def conversation(talkers: Sequence[Talker]) -> Any:
             raise gr.Error("Write a question, or drop an image.", duration=5)
         settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
         started = time.monotonic()
+        stopping.discard(request.session_hash)
         try:
             for texts in replies(talkers, past, now, settings, system or ""):
                 now = replace(now, answers=texts)
                 yield views([*past, now], len(talkers))
+                if request.session_hash in stopping:
+                    break
         except RlcsError as error:
             raise gr.Error(str(error), duration=None) from error
         yield views([*past, replace(now, seconds=time.monotonic() - started)], len(talkers))
@@ -135,11 +141,6 @@ def conversation(talkers: Sequence[Talker]) -> Any:
 def views(exchanges: Sequence[Exchange], count: int) -> list[Any]:
     """What the page keeps and shows: the exchanges, then for each of `count` talkers its messages."""
     return [exchanges, *([m for each in exchanges for m in shown(each, place)] for place in range(count))]
-
-
-def stopped(exchanges: Sequence[Exchange]) -> list[Exchange]:
-    """The exchanges with none under way: one that was cut off keeps what was said so far."""
-    return [each if each.seconds is not None else replace(each, seconds=0.0) for each in exchanges]
 
 
 def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
@@ -172,6 +173,11 @@ def build(talkers: Sequence[Talker], folder: Path) -> Any:
     """The page as a Gradio app; `folder` takes the examples' images."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio as gr
+
+    stopping: set[str | None] = set()
+
+    def stop(request: gr.Request) -> None:
+        stopping.add(request.session_hash)
 
     with gr.Blocks(title="rlcs chat", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown("# rlcs chat\nDrop or paste images, ask, and watch the model reason.")
@@ -209,10 +215,10 @@ def build(talkers: Sequence[Talker], folder: Path) -> Any:
             )
         outputs = [past, *displays]
         under_way = box.submit(
-            conversation(talkers), [box, past, system, temperature, top_p, longest], outputs
+            conversation(talkers, stopping), [box, past, system, temperature, top_p, longest], outputs
         )
         box.submit(lambda: None, None, box, queue=False)
-        box.stop(lambda kept: views(stopped(kept), len(displays)), past, outputs, cancels=[under_way])
+        box.stop(stop, None, None, queue=False)
         ends = [afresh.click, *(display.clear for display in displays)]
         gr.on(ends, lambda: [[] for _ in outputs], None, outputs, cancels=[under_way])
     page.queue(default_concurrency_limit=8)
