@@ -1,6 +1,7 @@
 """The verbs that look at runs and at the machine: report, compare, doctor."""
 
 import json as jsonlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,7 +69,7 @@ def _tables(found: Any) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]
         )
         for gap in found.gaps
     ]  # fmt: skip
-    pairs = [
+    pairs: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("recipe", found.recipe, str),
         ("seconds", found.seconds, "{:,.0f}".format),
         ("last steps", found.ends, "{:.3g}".format),

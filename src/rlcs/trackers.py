@@ -10,6 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ class Trackers:
     def _take_up(self) -> None:
         """An identity that later attempts keep, and the last step that any attempt has sent."""
         mark, metrics = self._folder / "trackers.json", self._folder / "metrics.jsonl"
-        known = read_json(mark) if mark.exists() else {"id": secrets.token_hex(8), "sent": 0}
+        known: dict[str, Any] = read_json(mark) if mark.exists() else {"id": secrets.token_hex(8), "sent": 0}
         rows = read_jsonl(metrics) if metrics.exists() else []
         self._identity, self._sent = known["id"], max(known["sent"], *(row["step"] for row in rows), 0)
         write_json(mark, {"id": self._identity, "sent": self._sent})
@@ -138,9 +139,9 @@ class Trackers:
         if report.step <= self._sent:
             return
         seconds = {f"seconds/{name}": value for name, value in report.seconds.items()}
-        values = {f"{self._stage}/{name}": value for name, value in (report.values | seconds).items()}
+        values = {f"{self._stage}/{name}": value for name, value in {**report.values, **seconds}.items()}
         for name in list(self._wanted):
-            self._try(name, lambda name=name: self._tracker(name).log(values, report.step))  # type: ignore[misc]
+            self._try(name, partial(self._send, name, values, report.step))
 
     def close(self) -> None:
         """The stage is done."""
@@ -148,11 +149,11 @@ class Trackers:
             self._try(name, tracker.close)
         self._open.clear()
 
-    def _tracker(self, name: str) -> _Tracker:
+    def _send(self, name: str, values: Mapping[str, float], step: int) -> None:
         if name not in self._open:
             kind = _KINDS[name]
             self._open[name] = kind(self._wanted[name], self._folder, self._stage, self._identity)
-        return self._open[name]
+        self._open[name].log(values, step)
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
         try:

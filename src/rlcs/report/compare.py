@@ -103,7 +103,7 @@ def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) ->
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p-value that as many problems would turn one way by chance (McNemar 1947)."""
     n, least = gained + lost, min(gained, lost)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
+    return min(1.0, sum(math.comb(n, i) for i in range(least + 1)) / (1 << n) * 2)
 
 
 def _runs(folder: Path) -> list[Run]:

@@ -3,6 +3,7 @@
 The browser asks every few seconds whether anything changed, and swaps the parts that did.
 """
 
+import math
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from rlcs.errors import RunFolderError, UserError
 from rlcs.report import page, rollouts
-from rlcs.report.gather import number, read_object, read_runs, text
+from rlcs.report.gather import read_object, read_runs, text
 from rlcs.report.rollouts import Wanted
 
 _WATCHED = (
@@ -107,8 +108,8 @@ class LiveReport(ThreadingHTTPServer):
             step=step,
             problem=asked.get("problem", ""),
             verdict=asked.get("verdict", "") if asked.get("verdict") in rollouts.VERDICTS else "",
-            least=number({"": _real(asked.get("least"))}, ""),
-            most=number({"": _real(asked.get("most"))}, ""),
+            least=_real(asked.get("least")),
+            most=_real(asked.get("most")),
             skip=skip,
         )
         found = rollouts.find(run, wanted, count=_COUNT)
@@ -134,9 +135,10 @@ def _whole(value: str | None) -> int | None:
 
 def _real(value: str | None) -> float | None:
     try:
-        return float(value) if value else None
+        found = float(value or "nan")
     except ValueError:
         return None
+    return found if math.isfinite(found) else None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -144,30 +146,31 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10  # seconds: a reader that stops reading does not keep a thread for ever
 
     def do_GET(self) -> None:
-        host = self.headers.get("Host", "").rpartition(":")[0]
-        if host not in ("127.0.0.1", "localhost"):  # another site's name that points here reads nothing
-            return self._answer(403, "text/plain", "this page is for 127.0.0.1 and localhost")
-        address = urlsplit(self.path)
-        if address.path == "/":
-            return self._answer(200, "text/html", self.server.report())
-        if address.path == "/rollouts":
-            return self._answer(200, "text/html", self.server.rollouts(address.query))
-        if address.path == "/stamp":
-            return self._answer(200, "text/plain", self.server.stamp())
-        if address.path == "/live.js":
-            script = (files("rlcs.report") / "live.js").read_text(encoding="utf-8")
-            return self._answer(200, "text/javascript", script)
-        return self._answer(404, "text/plain", "there is no such page")
-
-    def _answer(self, status: int, kind: str, body: str) -> None:
+        """Answer one request; other methods are refused by the library."""
+        status, kind, body = self._page()
         data = body.encode("utf-8", "replace")
         self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         self.wfile.write(data)
+
+    def _page(self) -> tuple[int, str, str]:
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        if host not in ("127.0.0.1", "localhost"):  # another site's name that points here reads nothing
+            return 403, "plain", "this page is for 127.0.0.1 and localhost"
+        address = urlsplit(self.path)
+        if address.path == "/":
+            return 200, "html", self.server.report()
+        if address.path == "/rollouts":
+            return 200, "html", self.server.rollouts(address.query)
+        if address.path == "/stamp":
+            return 200, "plain", self.server.stamp()
+        if address.path == "/live.js":
+            return 200, "javascript", (files("rlcs.report") / "live.js").read_text(encoding="utf-8")
+        return 404, "plain", "there is no such page"
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: a page that asks every few seconds would fill the terminal."""

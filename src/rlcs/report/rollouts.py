@@ -125,7 +125,7 @@ def render(
         ]
         steps = [(step, list(some)) for step, some in groupby(cards, key=lambda card: card[0].step)]
         prepared.append((stage, found, steps))
-    facts = {"links": [], "seeds": [], "choices": [], **live}
+    facts: dict[str, object] = {"links": [], "seeds": [], "choices": [], **live}
     return (
         templates()
         .get_template("rollouts.html.j2")
