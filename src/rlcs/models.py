@@ -238,7 +238,7 @@ def make_chat(vlm: Vlm, recipe: Recipe, *, rl: bool = False) -> Chat:
     vlm.processor.image_processor.size = bounds
     default = vlm.family.default_system
     if vlm.processor.chat_template:
-        default = default_system(vlm.processor) or None
+        default = default_system(vlm.processor)
         if recipe.prompt.system is not None:
             set_default_system(vlm.processor, recipe.prompt.system)
     images = ImagePipeline(vlm.processor.image_processor, decode_limit=recipe.images.decode_limit)
