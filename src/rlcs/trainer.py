@@ -121,7 +121,8 @@ class Trainer:
             counts["sequences"] += int(sums.sequences)
             counts["packs"] += batch.pack.num_targets > 0
             counts["targets"] += batch.pack.num_targets
-            counts["passed"] += batch.pack.num_tokens
+            trees = batch.pack.layout.trees
+            counts["passed"] += sum(t.stop - t.start for t in trees if t.branches)  # not what idles
             for name, total in sums.sums.items():
                 totals[name] += total.item()
             for name, largest in sums.maxima.items():
