@@ -93,7 +93,7 @@ def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
     asked = [{"role": "user", "content": content} for content in contents]
     text = exchange.answers[place]
     if exchange.seconds is None:
-        thought = {"title": "Reasoning", "status": "pending"}
+        thought: dict[str, Any] = {"title": "Reasoning", "status": "pending"}
         return [*asked, {"role": "assistant", "content": text, "metadata": thought}]
     reasoning, answer = split_answer(text)
     if answer is None:

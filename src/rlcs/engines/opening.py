@@ -28,14 +28,19 @@ def open_engines(recipe: Recipe, folder: Path) -> Iterator[MakeEngine]:
     """
     settings = recipe.rollout
     backend: Fleet | Colocated | None = None
+    bounds: dict[str, int] = {}
     elsewhere = settings.weights_folder
     published = WeightsFolder(folder / "weights" if elsewhere is None else Path(elsewhere))
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
-        nonlocal backend
+        nonlocal backend, bounds
         if settings.engine == "local":
             return LocalEngine(vlm, chat, max_rows=max_rows)
+        if backend is not None and bounds != dict(vlm.processor.image_processor.size):
+            backend.close()  # vLLM resizes images as it was told when it started
+            backend = None
         if backend is None:
+            bounds = dict(vlm.processor.image_processor.size)
             launch = launch_of(recipe, vlm)
             if settings.engine == "vllm_colocated":
                 if vlm.mesh.grouped:
@@ -57,11 +62,12 @@ def open_engines(recipe: Recipe, folder: Path) -> Iterator[MakeEngine]:
 
 
 def launch_of(recipe: Recipe, vlm: Vlm) -> Launch:
-    """How vLLM is started for a recipe: room for its longest prompt and answer, in the model's own dtype."""
-    grpo = recipe.grpo
+    """How vLLM is started for a recipe: room for its longest prompt and answer, in the dtype that computes."""
+    grpo, computes = recipe.grpo, recipe.parallel.compute_dtype
+    own = str(vlm.model.dtype).removeprefix("torch.")
     return Launch(
         settings=recipe.rollout,
-        dtype=str(vlm.model.dtype).removeprefix("torch."),
+        dtype=own if computes == "same" or not vlm.mesh.grouped else computes,
         max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
         max_rows=max(grpo.max_rows, grpo.group_size),
         on_cpu=vlm.device.type == "cpu",

@@ -56,7 +56,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool) -> str:
     environment.filters["python"] = dumps
     recipe, run = source.recipe, source.run and read_run(source.run)
     base = recipe.model.name if recipe else None
-    licence = base_licence(base or source.weights, source.revision)
+    licence: dict[str, Any] = {**base_licence(base or source.weights, source.revision)}
     results = findings.arm_results([run]) if run else []
     own = next((result for result in results if result.arm == source.arm), None)
     gaps = findings.differences([run]) if run and source.arm == "two_stage" else []
@@ -104,7 +104,8 @@ def shown(name: str) -> str:
 
 def _on_hub(name: str) -> bool:
     """Whether a name looks like owner/name on the hub and is nothing on this disk."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)

@@ -39,7 +39,7 @@ def export(wanted: Export) -> list[Path]:
     source = find_source(wanted.model, wanted.arm)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError("the folder is not empty", where=str(out), fix="name a new one with --out")
-    options = {"revision": source.revision}
+    options: dict[str, Any] = {"revision": source.revision}
     if source.recipe is not None:
         options["trust_remote_code"] = source.recipe.model.trust_remote_code
     try:
