@@ -22,6 +22,7 @@ from rlcs.errors import DataError, RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
 from rlcs.files import atomic_write, read_json, write_json
 from rlcs.grading import GradePool
+from rlcs.grading.own import check_function
 from rlcs.interrupts import StopFlag
 from rlcs.metrics import Screen, screen, wilson
 from rlcs.recipe.loading import differences, dump, load_recipe
@@ -78,6 +79,8 @@ class Study:
 
     def _run(self, make_engine: MakeEngine) -> dict[str, Any]:
         self._make_engine = make_engine
+        if self.recipe.grpo.reward.function is not None:
+            check_function(self.recipe.grpo.reward.function)
         sources = read_sources(self.recipe)
         arms = self.recipe.study.arms
         demonstrations = self._cold_start(sources)
@@ -173,7 +176,10 @@ class Study:
     def _pool(self, settings: Grpo) -> GradePool:
         reward = settings.reward
         return GradePool(
-            workers=reward.workers, deadline_s=reward.deadline_s, allow_fallbacks=reward.allow_fallbacks
+            workers=reward.workers,
+            deadline_s=reward.deadline_s,
+            allow_fallbacks=reward.allow_fallbacks,
+            function=None if reward.function is None else check_function(reward.function),
         )
 
     def _measure(self, problems: Sequence[Problem]) -> None:

@@ -90,6 +90,8 @@ class ForestCache:
         first = torch.cumsum(counts, 0) - counts
         place = torch.arange(len(self.row_trunk), device=self.row_trunk.device) - first[self.row_trunk]
         self._cell = self.row_trunk * self._width + place
+        # Rows are in the order of their trunks, so a full grid needs no gather and no scatter.
+        self._is_full = len(self._cell) == len(self.trunk_lengths) * self._width
         longest = self.trunks[0][0].shape[2]
         inside = torch.arange(longest, device=self.row_trunk.device)[None] < self.trunk_lengths[:, None]
         self._trunk_bias = torch.where(inside, 0.0, float("-inf"))[self.row_trunk][:, None, None]
@@ -151,16 +153,20 @@ class ForestCache:
         """(B, K, R, X) by row to (T, K, width * R, X) by trunk; empty cells are zero."""
         _, heads, repeat, size = x.shape
         count = len(self.trunk_lengths)
-        grid = x.new_zeros(count * self._width, heads, repeat, size)
-        grid[self._cell] = x
-        grid = grid.view(count, self._width, heads, repeat, size).transpose(1, 2)
+        if self._is_full:
+            grid = x
+        else:
+            grid = x.new_zeros(count * self._width, heads, repeat, size)
+            grid[self._cell] = x
+        grid = grid.reshape(count, self._width, heads, repeat, size).transpose(1, 2)
         return grid.reshape(count, heads, self._width * repeat, size)
 
     def _to_rows(self, grid: Tensor) -> Tensor:
         """The inverse of `_to_grid`."""
         count, heads, cells, size = grid.shape
         cells_by_row = grid.view(count, heads, self._width, cells // self._width, size).transpose(1, 2)
-        return cells_by_row.reshape(count * self._width, heads, -1, size)[self._cell]
+        rows = cells_by_row.reshape(count * self._width, heads, -1, size)
+        return rows if self._is_full else rows[self._cell]
 
 
 def _concatenate(first: list[KeyValue], second: list[KeyValue], length: int) -> list[KeyValue]:

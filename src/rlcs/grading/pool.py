@@ -1,9 +1,9 @@
 """Grading that cannot hang: math-verify runs in worker processes that are killed at a deadline.
 
 Easy answers are decided here, without a process. Formulas go to the workers, in small batches and
-each different pair once. An answer on which a worker runs out of time or dies is unscored; the
-others of its batch are asked again. Workers start when first needed and are new interpreters, never
-forks: the parent may hold torch, threads and a GPU.
+each different pair once; with a reward function of one's own, every answer does. An answer on which a
+worker runs out of time or dies is unscored; the others of its batch are asked again. Workers start when
+first needed and are new interpreters, never forks: the parent may hold torch, threads and a GPU.
 """
 
 import contextlib
@@ -22,10 +22,12 @@ from typing import IO, Self
 
 from rlcs.errors import RlcsError
 from rlcs.grading.answers import Verdict, look_at_gold
+from rlcs.grading.own import Reply, described, own_grade
 from rlcs.grading.rewards import Undecided, quick_grade
 from rlcs.records import Grade, Problem
 
-Formulas = tuple[str, str]
+Pair = tuple[str, str]
+"""Two formulas, or a problem and a response."""
 
 _BATCH = 16
 _BATCH_BYTES = 60_000  # below a pipe's buffer: writing to an idle worker never waits
@@ -36,12 +38,23 @@ _MAX_FAILED_STARTS = 3
 class GradePool:
     """Grades responses in order; a context manager. Safe to call from any thread."""
 
-    def __init__(self, *, workers: int = 1, deadline_s: float = 5.0, allow_fallbacks: bool = False) -> None:
-        """`workers` processes (0: one for each two CPU cores), `deadline_s` seconds for each formula."""
+    def __init__(
+        self,
+        *,
+        workers: int = 1,
+        deadline_s: float = 5.0,
+        allow_fallbacks: bool = False,
+        function: str | None = None,
+    ) -> None:
+        """`workers` processes (0: one for each two CPU cores), `deadline_s` seconds for each decision.
+
+        `function` (`FILE.py:NAME`, see `own.check_function`) takes the place of the rule in `grade`.
+        """
         if workers < 0 or deadline_s <= 0:
             raise ValueError(f"{workers} workers with a deadline of {deadline_s} s")
         self.deadline_s = deadline_s
         self.allow_fallbacks = allow_fallbacks
+        self._function = function
         self._size = workers or max(1, (os.cpu_count() or 1) // 2)
         self._workers: list[_Worker] = []
         self._failed_starts = 0
@@ -70,6 +83,10 @@ class GradePool:
 
     def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
         """One grade for each (problem, response), in order."""
+        if self._function is not None:
+            pairs = [(described(problem), text) for problem, text in answers]
+            replies = self._replies(pairs)
+            return [own_grade(replies[pair]) for pair in pairs]
         return self.settle(
             [quick_grade(p, text, allow_fallbacks=self.allow_fallbacks) for p, text in answers]
         )
@@ -94,9 +111,17 @@ class GradePool:
                 faults.setdefault(gold, f"the gold answer {gold[:60]!r} cannot be read: {whys[0]}")
         return faults
 
-    def _verdicts(self, formulas: Iterable[Formulas]) -> dict[Formulas, Verdict]:
+    def _verdicts(self, formulas: Iterable[Pair]) -> dict[Pair, Verdict]:
+        """What math-verify says of each different pair of formulas."""
+        replies = self._replies(formulas)
+        return {
+            pair: Verdict(correct=None if value is None else bool(value), why=why)
+            for pair, (value, why) in replies.items()
+        }
+
+    def _replies(self, pairs: Iterable[Pair]) -> dict[Pair, Reply]:
         """What the workers say of each different pair."""
-        different = list(dict.fromkeys(formulas))
+        different = list(dict.fromkeys(pairs))
         with self._lock:
             try:
                 return self._ask(different) if different else {}
@@ -106,26 +131,26 @@ class GradePool:
                 self._workers.clear()
                 raise
 
-    def _ask(self, formulas: list[Formulas]) -> dict[Formulas, Verdict]:
-        """Hand out batches until every pair has a verdict."""
+    def _ask(self, pairs: list[Pair]) -> dict[Pair, Reply]:
+        """Hand out batches until every pair has a reply."""
         for worker in [w for w in self._workers if w.process.poll() is not None]:
             worker.kill()  # it died while nothing was asked: no answer's fault
             self._workers.remove(worker)
-        waiting, verdicts = deque(formulas), dict[Formulas, Verdict]()
-        batch = max(1, min(_BATCH, len(formulas) // (2 * self._size)))
-        wanted = min(self._size, len(formulas))
-        while len(verdicts) < len(formulas):
+        waiting, replies = deque(pairs), dict[Pair, Reply]()
+        batch = max(1, min(_BATCH, len(pairs) // (2 * self._size)))
+        wanted = min(self._size, len(pairs))
+        while len(replies) < len(pairs):
             while waiting and len(self._workers) < wanted:
-                self._workers.append(_Worker(self.deadline_s))
+                self._workers.append(_Worker(self.deadline_s, self._function))
             for worker in self._workers:
                 if waiting and worker.ready and not worker.asked:
                     worker.ask(_next_batch(waiting, batch))
             self._wait()
             for worker in list(self._workers):
-                verdicts.update(worker.answers())
+                replies.update(worker.answers())
                 if why := worker.failure():
-                    self._bury(worker, why, waiting, verdicts)
-        return verdicts
+                    self._bury(worker, why, waiting, replies)
+        return replies
 
     def _wait(self) -> None:
         """Sleep until a worker has written something or the next deadline."""
@@ -135,9 +160,7 @@ class GradePool:
             nearest = min(worker.deadline for worker in self._workers)
             selector.select(min(1.0, max(0.0, nearest - time.monotonic())))
 
-    def _bury(
-        self, worker: "_Worker", why: str, waiting: deque[Formulas], verdicts: dict[Formulas, Verdict]
-    ) -> None:
+    def _bury(self, worker: "_Worker", why: str, waiting: deque[Pair], replies: dict[Pair, Reply]) -> None:
         """Kill a worker that failed: its current pair is undecided, the rest of its batch waits again."""
         worker.kill()
         self._workers.remove(worker)
@@ -146,15 +169,15 @@ class GradePool:
             raise RlcsError(
                 f"the grader does not start: {why}",
                 where="grading",
-                fix=f"see what `{sys.executable} -m rlcs.grading.worker 5` prints; is math-verify installed?",
+                fix=f"see what `{' '.join(worker.command)}` prints; is math-verify installed?",
             )
         if worker.asked:
-            verdicts[worker.asked.popleft()] = Verdict(correct=None, why=why)
+            replies[worker.asked.popleft()] = None, why
             waiting.extendleft(reversed(worker.asked))
 
 
-def _next_batch(waiting: deque[Formulas], most: int) -> list[Formulas]:
-    batch: list[Formulas] = []
+def _next_batch(waiting: deque[Pair], most: int) -> list[Pair]:
+    batch: list[Pair] = []
     size = 0
     while waiting and len(batch) < most:
         size += len(json.dumps(waiting[0])) + 2
@@ -167,11 +190,13 @@ def _next_batch(waiting: deque[Formulas], most: int) -> list[Formulas]:
 class _Worker:
     """One process: `asked` are the pairs that it still owes, `deadline` is on the monotonic clock."""
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, function: str | None) -> None:
         self.deadline_s = deadline_s
         path = os.pathsep.join(entry for entry in sys.path if entry)
+        self.command = [sys.executable, "-P", "-m", "rlcs.grading.worker", f"{deadline_s:g}"]
+        self.command += [] if function is None else [function]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rlcs.grading.worker", str(deadline_s)],
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -183,10 +208,10 @@ class _Worker:
         self.deadline = time.monotonic() + _START_S
         self.ready = False
         self.ended = False
-        self.asked: deque[Formulas] = deque()
+        self.asked: deque[Pair] = deque()
         self._text = b""
 
-    def ask(self, batch: list[Formulas]) -> None:
+    def ask(self, batch: list[Pair]) -> None:
         """Send a batch; the clock of its first pair starts."""
         self.asked = deque(batch)
         self.deadline = time.monotonic() + self.deadline_s
@@ -195,20 +220,20 @@ class _Worker:
             stdin.write(json.dumps(batch).encode() + b"\n")
             stdin.flush()
 
-    def answers(self) -> list[tuple[Formulas, Verdict]]:
-        """The verdicts that have arrived; every one restarts the clock."""
+    def answers(self) -> list[tuple[Pair, Reply]]:
+        """The replies that have arrived; every one restarts the clock."""
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self.output.fileno(), 1 << 16):
                 self._text += chunk
             self.ended = True
         *lines, self._text = self._text.split(b"\n")
-        arrived: list[tuple[Formulas, Verdict]] = []
+        arrived: list[tuple[Pair, Reply]] = []
         for line in lines:
             if not self.ready:
                 self.ready = True
             else:
-                correct, why = json.loads(line)
-                arrived.append((self.asked.popleft(), Verdict(correct=correct, why=why)))
+                value, why = json.loads(line)
+                arrived.append((self.asked.popleft(), (value, why)))
             self.deadline = time.monotonic() + self.deadline_s if self.asked else float("inf")
         return arrived
 

@@ -286,6 +286,9 @@ class Overlong(Section):
 class Reward(Section):
     """How a response earns its reward."""
 
+    function: str | None = None
+    """A reward of your own instead of the rule: `FILE.py:NAME`, called as NAME(problem, response) in the
+    grader processes; it returns a number, or a pair (number, is it correct)."""
     allow_fallbacks: bool = False
     """Also accept `<answer>` tags, "the answer is ..." and a lone letter where no box is complete."""
     deadline_s: Annotated[float, Field(gt=0)] = 5.0

@@ -1,0 +1,80 @@
+"""A reward function of one's own, `FILE.py:NAME`: checked before a run, called in killable workers only.
+
+It is called as `NAME(problem, response)`: `problem` is a dict of `question`, `answer`, `choices` and
+`metadata`, `response` the text of the answer. It returns the reward, a finite number, or a pair of
+the reward and whether the answer is correct; without the latter an answer is correct from 1 up. Whatever
+it raises leaves the answer unscored.
+"""
+
+import ast
+import json
+import math
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+from rlcs.errors import RecipeError
+from rlcs.records import Grade, Problem
+
+Reply = tuple[bool | float | list[float | bool] | None, str]
+"""What a worker says of a pair: a value (None: undecided), and why."""
+
+KEY = "grpo.reward.function"
+
+
+def check_function(given: str) -> str:
+    """`given` with its file's whole path. Raises RecipeError if there is no such function; runs nothing."""
+    file, _, name = given.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    fix = "write it as FILE.py:NAME"
+    if not file or not name.isidentifier():
+        raise RecipeError(f"{given!r} names no function", where=KEY, fix=fix)
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}", where=KEY, fix=fix) from error
+    except (SyntaxError, ValueError) as error:
+        raise RecipeError(f"{path} is no Python: {error}", where=KEY, fix="correct the file") from error
+    known = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if name not in known:
+        listed = ", ".join(known) or "none"
+        raise RecipeError(f"{path} has no function {name!r}", where=KEY, fix=f"its functions: {listed}")
+    return f"{path}:{name}"
+
+
+def decider(given: str) -> Callable[[str, str], Reply]:
+    """Run the file, and give its function the form of the worker's protocol."""
+    file, _, name = given.rpartition(":")
+    function = runpy.run_path(file)[name]
+
+    def decide(problem: str, response: str) -> Reply:
+        try:
+            result = function(json.loads(problem), response)
+            reward, correct = result if isinstance(result, tuple) else (result, result >= 1)
+            if not math.isfinite(reward):
+                raise ValueError(f"the reward is {reward}")
+            return [float(reward), bool(correct)], ""
+        except Exception as error:
+            return None, f"{name} failed: {type(error).__name__}: {error}"
+
+    return decide
+
+
+def described(problem: Problem) -> str:
+    """What the function is told of a problem, as JSON."""
+    told = {
+        "question": problem.question,
+        "answer": problem.answer,
+        "choices": list(problem.choices),
+        "metadata": dict(problem.metadata),
+    }
+    return json.dumps(told, default=str)
+
+
+def own_grade(reply: Reply) -> Grade:
+    """The grade behind a reply; unscored where there is none."""
+    value, why = reply
+    if not isinstance(value, list):
+        return Grade(reward=None, correct=None, why=why)
+    reward, correct = value
+    return Grade(reward=float(reward), correct=bool(correct), why="by the reward function")

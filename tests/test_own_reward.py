@@ -1,0 +1,89 @@
+"""A reward function of one's own: checked before the run, called in killable workers, used by GRPO."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlcs.errors import RecipeError
+from rlcs.grading import GradePool
+from rlcs.grading.own import check_function
+from rlcs.records import Problem
+from test_pipeline import SMALL, rlcs
+
+CODE = """
+import time
+
+def length(problem, response):
+    if response == "hang":
+        time.sleep(600)
+    if response == "raise":
+        raise KeyError(problem["question"])
+    if response == "nan":
+        return float("nan")
+    return len(response) / 10
+
+def judged(problem, response):
+    return 0.25, response == problem["answer"] and problem["metadata"]["level"] == 2
+"""
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "rewards.py"
+    path.write_text(CODE, encoding="utf-8")
+    return path
+
+
+def ask(response: str) -> tuple[Problem, str]:
+    problem = Problem(id="1", source="test", question="why?", answer="yes", metadata={"level": 2})
+    return problem, response
+
+
+def test_a_number_is_the_reward_and_from_one_up_the_answer_is_correct(file):
+    with GradePool(function=check_function(f"{file}:length")) as pool:
+        short, long = pool.grade([ask("four"), ask("ten" * 4)])
+    assert (short.reward, short.correct) == (0.4, False)
+    assert (long.reward, long.correct) == (1.2, True)
+
+
+def test_a_pair_says_by_itself_whether_the_answer_is_correct(file):
+    with GradePool(function=check_function(f"{file}:judged")) as pool:
+        grades = pool.grade([ask("yes"), ask("no"), ask("yes")])
+    assert [(g.reward, g.correct) for g in grades] == [(0.25, True), (0.25, False), (0.25, True)]
+
+
+def test_what_fails_or_hangs_is_unscored_and_harms_no_other_answer(file):
+    with GradePool(function=check_function(f"{file}:length"), deadline_s=1.0) as pool:
+        grades = pool.grade([ask("raise"), ask("hang"), ask("nan"), ask("four")])
+    assert [g.reward for g in grades] == [None, None, None, 0.4]
+    assert "KeyError: 'why?'" in grades[0].why
+    assert "timed out after 1 s" in grades[1].why
+    assert "the reward is nan" in grades[2].why
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("rewards.py", "names no function"),
+        ("missing.py:score", "cannot read .*missing.py: No such file"),
+        ("rewards.py:lenght", "no function 'lenght'"),
+        ("broken.py:score", "is no Python"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused_before_the_run(file, tmp_path, given, says):
+    (tmp_path / "broken.py").write_text("def score(:", encoding="utf-8")
+    with pytest.raises(RecipeError, match=says) as caught:
+        check_function(str(tmp_path / given))
+    assert "grpo.reward.function" in str(caught.value)
+
+
+def test_grpo_learns_from_it_and_the_command_line_refuses_a_wrong_one(file, tmp_path, random_model_folder):
+    words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", tmp_path / "run"]
+    done = rlcs(*words, "study.arms=[base,two_stage]", f"grpo.reward.function={file}:length")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "grpo" / "rollouts" / "step-000001.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["reward"] for row in rows] == [pytest.approx(len(row["text"]) / 10) for row in rows]
+    refused = rlcs(*words[:-1], tmp_path / "other", f"grpo.reward.function={file}:other")
+    assert refused.returncode == 2 and "its functions: length, judged" in refused.stderr
