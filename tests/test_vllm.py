@@ -55,7 +55,7 @@ pytestmark = pytest.mark.skipif(
 
 def recipe_of(*words: str) -> Recipe:
     settings = [f"rollout.executable={program()}", "rollout.memory_share=0.1", "grpo.max_rows=64"]
-    settings += ["rollout.health_limit_s=15", "rollout.engine=vllm_server"]
+    settings += ["rollout.health_limit_s=30", "rollout.engine=vllm_server"]
     return load_recipe("quickstart", [*settings, *words]).recipe
 
 
