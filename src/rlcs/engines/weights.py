@@ -5,8 +5,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from rlcs.errors import RunFolderError
+from rlcs.files import read_json, write_json
 from rlcs.models import Vlm, save
+
+_HEAD = "lm_head.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,8 @@ class WeightsFolder:
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             save(vlm, aside)
+            if vlm.device.type == "cpu":
+                _untie(vlm, aside)
             aside.rename(folder)
             for old in self._path.iterdir():
                 if old != folder and _is_version(old):
@@ -49,6 +56,30 @@ class WeightsFolder:
             ) from error
         self.newest = Weights(version=version, folder=folder.absolute())
         return self.newest
+
+
+def _untie(vlm: Vlm, folder: Path) -> None:
+    """Give the head weights of its own in the folder, where it shares those of the input embedding.
+
+    On a CPU vLLM 0.32 packs the head's weights into a copy, which reloading does not renew while they are
+    tied: its answers would come from the old head.
+    """
+    head, words = vlm.model.get_output_embeddings(), vlm.model.get_input_embeddings()
+    if head.weight is not words.weight:
+        return
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config", {})):
+        part["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config)
+    own = {"lm_head.weight": head.weight.detach().clone()}
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        content = read_json(index)
+        content["weight_map"]["lm_head.weight"] = _HEAD
+        write_json(index, content)
+        save_file(own, folder / _HEAD)
+    else:
+        save_file({**load_file(whole), **own}, whole, metadata={"format": "pt"})
 
 
 def _is_version(path: Path) -> bool:
