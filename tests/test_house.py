@@ -30,7 +30,6 @@ FLOORS = {
         "report",
         "pipeline",
         "doctor",
-        "compare",
         "cli",
         "publish",
         "chat_page",

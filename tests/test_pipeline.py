@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlcs import pipeline
+from rlcs import intake
 from rlcs.errors import DataError
 from rlcs.recipe.loading import load_recipe
 
@@ -257,4 +257,4 @@ def test_a_run_takes_up_the_answers_that_distill_left(random_model_folder, tmp_p
 def test_no_problem_of_the_wanted_difficulty_is_an_error():
     recipe = load_recipe("quickstart", ["data.rl_pass_rate=[0.2, 0.8]"]).recipe
     with pytest.raises(DataError, match=r"(?s)0 of 0 have one.*problems\.jsonl"):
-        pipeline.by_pass_rate([], recipe.data)
+        intake.by_pass_rate([], recipe.data)

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import make_problem
-from rlcs import grpo
+from rlcs import grpo, models
 from rlcs.chat import Chat
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.opening import launch_of, open_engines
@@ -30,7 +31,7 @@ from rlcs.metrics import screen
 from rlcs.models import Vlm
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.rollout import Rollouts
-from rlcs.recipe.schema import Grpo
+from rlcs.recipe.schema import Grpo, Model
 from rlcs.recipe.table import summary_rows
 from rlcs.records import StopReason
 from rlcs.stage import StageFolder
@@ -246,6 +247,14 @@ def test_a_half_written_version_has_no_name(
     monkeypatch.undo()
     WeightsFolder(tmp_path).publish(vlm)
     assert len(list(tmp_path.iterdir())) == 1, "what an earlier attempt left is cleared"
+
+
+def test_a_tied_head_goes_with_weights_of_its_own_to_a_cpu(tmp_path: Path, vlm: Vlm) -> None:
+    published = WeightsFolder(tmp_path).publish(vlm).folder
+    again = models.load(Model(name=str(published)), device=torch.device("cpu")).model
+    head, words = again.get_output_embeddings().weight, again.get_input_embeddings().weight
+    assert head is not words and torch.equal(head, words)
+    assert torch.equal(head, vlm.model.get_output_embeddings().weight)
 
 
 def test_prompts_go_as_ids_with_one_placeholder_an_image(chat: Chat) -> None:

@@ -55,7 +55,7 @@ pytestmark = pytest.mark.skipif(
 
 def recipe_of(*words: str) -> Recipe:
     settings = [f"rollout.executable={program()}", "rollout.memory_share=0.1", "grpo.max_rows=64"]
-    settings += ["rollout.health_limit_s=15", "rollout.engine=vllm_server"]
+    settings += ["rollout.health_limit_s=30", "rollout.engine=vllm_server"]
     return load_recipe("quickstart", [*settings, *words]).recipe
 
 
@@ -135,12 +135,11 @@ def test_new_weights_reach_the_server_and_no_old_cache_stays(recipe, make_engine
     engine = make_engine(vlm, chat, 64)
     warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
     before = engine.sample(prompts, warm)
-    perturb(vlm, 0.2)
-    assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.05, "not published yet"
+    perturb(vlm, 0.03)
+    assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.02, "not published yet"
     engine.sync()
     after = engine.sample(prompts, warm)
-    # Broken weights give banned ids some probability: see above.
-    assert largest_gap(vlm, chat, prompts, after, 1.0) < 0.05
+    assert largest_gap(vlm, chat, prompts[:-1], after[:-1], 1.0) < 1e-3
     assert after != before
 
 
@@ -247,8 +246,9 @@ def test_colocated(policy, tmp_path, monkeypatch) -> None:
         ours = LocalEngine(vlm, chat, max_rows=64).sample(prompts, greedy)
         assert [g[0].ids for g in engine.sample(prompts, greedy)] == [g[0].ids for g in ours]
         warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
-        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) < 1e-3
-        perturb(vlm, 0.2)
-        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.05, "not published yet"
+        assert largest_gap(vlm, chat, prompts[:-1], engine.sample(prompts, warm)[:-1], 1.0) < 1e-3
+        perturb(vlm, 0.03)
+        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.02, "not published yet"
         engine.sync()
-        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) < 0.05
+        after = engine.sample(prompts, warm)
+        assert largest_gap(vlm, chat, prompts[:-1], after[:-1], 1.0) < 1e-3

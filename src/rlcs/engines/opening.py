@@ -62,7 +62,7 @@ def open_engines(recipe: Recipe, folder: Path) -> Iterator[MakeEngine]:
 
 
 def launch_of(recipe: Recipe, vlm: Vlm) -> Launch:
-    """How vLLM is started for a recipe: room for its longest prompt and answer, in the dtype that computes."""
+    """How vLLM is started for a recipe: room for its longest prompt and answer, in its computing dtype."""
     grpo, computes = recipe.grpo, recipe.parallel.compute_dtype
     own = str(vlm.model.dtype).removeprefix("torch.")
     return Launch(

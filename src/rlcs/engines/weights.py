@@ -5,8 +5,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from rlcs.errors import RunFolderError
+from rlcs.files import read_json, write_json
 from rlcs.models import Vlm, save
+
+_WORDS = "embed_tokens.weight"
+_HEAD = "lm_head.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,20 +46,50 @@ class WeightsFolder:
             if vlm.mesh.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
             save(vlm, aside)
-            self.newest = vlm.mesh.first(lambda: self._put_in_place(aside, version))
+            self.newest = vlm.mesh.first(lambda: self._put_in_place(vlm, aside, version))
         except OSError as error:
             raise RunFolderError(
                 f"cannot write weights for the rollout engine: {error.strerror}", where=str(self._path)
             ) from error
         return self.newest
 
-    def _put_in_place(self, aside: Path, version: str) -> Weights:
+    def _put_in_place(self, vlm: Vlm, aside: Path, version: str) -> Weights:
         folder = self._path / version
+        if vlm.device.type == "cpu":
+            _untie(vlm, aside)
         aside.rename(folder)
         for old in self._path.iterdir():
             if old != folder and _is_version(old):
                 shutil.rmtree(old)
         return Weights(version=version, folder=folder.absolute())
+
+
+def _untie(vlm: Vlm, folder: Path) -> None:
+    """Give the head weights of its own in the folder, where it shares those of the input embedding.
+
+    On a CPU vLLM 0.32 packs the head's weights into a copy, which reloading does not renew while they are
+    tied: its answers would come from the old head.
+    """
+    head, words = vlm.model.get_output_embeddings(), vlm.model.get_input_embeddings()
+    if head.weight is not words.weight:
+        return
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config", {})):
+        part["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config)
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        content = read_json(index)
+        places: dict[str, str] = content["weight_map"]
+        name = next(name for name in places if name.endswith(_WORDS))
+        own = {"lm_head.weight": load_file(folder / places[name])[name].clone()}
+        places["lm_head.weight"] = _HEAD
+        write_json(index, content)
+        save_file(own, folder / _HEAD)
+    else:
+        tensors = load_file(whole)
+        tensors["lm_head.weight"] = next(t for name, t in tensors.items() if name.endswith(_WORDS)).clone()
+        save_file(tensors, whole, metadata={"format": "pt"})
 
 
 def _is_version(path: Path) -> bool:
