@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlcs import intake
+from rlcs import intake, pipeline
 from rlcs.errors import DataError
 from rlcs.recipe.loading import load_recipe
 
