@@ -13,6 +13,7 @@ from conftest import make_problem
 from rlcs import adapters, checkpoint, grpo, models, sft, tasks
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import CheckpointError, RecipeError
+from rlcs.intake import read_sources
 from rlcs.interrupts import StopFlag, Stopped
 from rlcs.metrics import screen
 from rlcs.packing import pack
@@ -354,7 +355,7 @@ def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_p
     )
     folder = tmp_path / "study"
     with StopFlag() as stop:
-        Study(recipe, folder, output=Output(quiet=True), stop=stop).run()
+        Study(recipe, folder, sources=read_sources(recipe), output=Output(quiet=True), stop=stop).run()
     base, stage_1, stage_2 = (
         load_file(f / "model.safetensors")
         for f in (random_model_folder, folder / "sft" / "final", folder / "grpo" / "final")

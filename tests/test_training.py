@@ -263,7 +263,7 @@ def test_grpo_stopped_and_continued_equals_the_unbroken_run(random_model_folder,
     continued = run_grpo(random_model_folder, tmp_path / "b", settings)
     assert_equal_weights(unbroken, continued)
     assert rows_of(tmp_path / "a" / "metrics.jsonl") == rows_of(tmp_path / "b" / "metrics.jsonl")
-    for path in (tmp_path / "a" / "rollouts").iterdir():
+    for path in (tmp_path / "a" / "rollouts").glob("step-*.jsonl"):
         assert path.read_text() == (tmp_path / "b" / "rollouts" / path.name).read_text()
 
 
