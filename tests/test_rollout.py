@@ -35,9 +35,11 @@ from rlcs.recipe.schema import Grpo, Model
 from rlcs.recipe.table import summary_rows
 from rlcs.records import StopReason
 from rlcs.stage import StageFolder
+from test_distributed import environment, free_port
 from test_training import LengthGrader
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
+WORKER = Path(__file__).parent / "rollout_worker.py"
 
 
 @pytest.fixture
@@ -255,6 +257,29 @@ def test_a_tied_head_goes_with_weights_of_its_own_to_a_cpu(tmp_path: Path, vlm: 
     head, words = again.get_output_embeddings().weight, again.get_input_embeddings().weight
     assert head is not words and torch.equal(head, words)
     assert torch.equal(head, vlm.model.get_output_embeddings().weight)
+
+
+def test_under_torchrun_rank_0_asks_for_all_ranks(tmp_path: Path, program: Path, random_model_folder) -> None:
+    """The weights come together from both ranks' shards, and every rank gets the answers to its prompts."""
+    port = free_port()
+    command = [sys.executable, "-W", "ignore", WORKER, program, random_model_folder, tmp_path]
+    ranks = [
+        subprocess.Popen(
+            list(map(str, command)), env=environment(rank, 2, port), stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [len(each["asked"]) for each in found] == [3, 1]
+    assert all(each["got"] == each["asked"] for each in found)
+    (version,) = (path for path in (tmp_path / "weights").iterdir() if path.is_dir())
+    assert all(each["said"] == [version.name] for each in found), "one server, one version"
+    saved, base = (models.load(Model(name=str(each))).model for each in (version, random_model_folder))
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), base.parameters(), strict=False))
+    assert torch.equal(saved.get_output_embeddings().weight, base.get_output_embeddings().weight)
+    assert len(list(tmp_path.glob("started-*.json"))) == 1
 
 
 def test_prompts_go_as_ids_with_one_placeholder_an_image(chat: Chat) -> None:

@@ -1,0 +1,38 @@
+"""One rank of a run whose rollouts come from vLLM: `rollout_worker.py PROGRAM MODEL FOLDER`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from conftest import make_problem
+from rlcs import models
+from rlcs.engines.opening import open_engines
+from rlcs.mesh import open_mesh
+from rlcs.recipe.loading import load_recipe
+
+
+def main(program: str, model: str, folder: Path) -> None:
+    """Rank 0 has three prompts and rank 1 one."""
+    torch.set_num_threads(1)
+    words = ["rollout.engine=vllm_server", "rollout.health_limit_s=5", f"rollout.executable={program}"]
+    recipe = load_recipe("quickstart", [*words, f"model.name={model}"]).recipe
+    with open_mesh(timeout_s=120) as mesh, open_engines(recipe, folder) as make:
+        vlm = models.spread(models.load(recipe.model, mesh=mesh), recipe.parallel)
+        chat = models.make_chat(vlm, recipe)
+        engine = make(vlm, chat, 8)
+        engine.sync()
+        names = [f"rank{mesh.rank}-{i}" for i in range(3 - 2 * mesh.rank)]
+        prompts = [chat.prompt(make_problem(name, sizes=())) for name in names]
+        groups = engine.sample(prompts, chat.sampling(max_new_tokens=64, n=2))
+        found = {
+            "asked": names,
+            "got": [group[0].problem_id for group in groups],
+            "said": sorted({"".join(map(chr, rollout.ids)) for group in groups for rollout in group}),
+        }
+        (folder / f"rank-{mesh.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
