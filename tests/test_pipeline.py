@@ -122,6 +122,15 @@ def test_wrong_input_gets_a_sentence_and_exit_code_2(words, message, tmp_path):
     assert "->" in failed.stderr, "the message says what to do"
 
 
+def test_prompts_that_are_too_long_are_named_before_the_run(tmp_path):
+    rows = [{"question": "short?", "answer": "1"}, {"question": "long " * 300, "answer": "2", "id": "wordy"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert rlcs("data", "check", "rows.jsonl", cwd=tmp_path).returncode == 0
+    named = rlcs("data", "check", "rows.jsonl", "--prompts", cwd=tmp_path)
+    assert named.returncode == 2 and "1 rows can be used, 1 cannot" in named.stdout
+    assert "(id wordy): the prompt has" in named.stdout and "the limit is 256" in named.stdout
+
+
 def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(finished, random_model_folder, tmp_path):
     folder = tmp_path / "killed"
     words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", str(folder)]

@@ -25,6 +25,9 @@ def data_check(
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe with columns and limits")] = "quickstart",
     role: Annotated[str, typer.Option("--role", help="rl, test or cold_start")] = "rl",
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Also make every prompt, with the recipe's model and limit")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Name every row that cannot be used, and why; decodes every image in full."""
@@ -36,14 +39,20 @@ def data_check(
         raise RecipeError(f"unknown role {role!r}", where="--role", fix="use rl, test or cold_start")
     resolved = load_recipe(recipe, overrides or []).recipe
     loaded = check(source, resolved.data, decode_limit=resolved.images.decode_limit, role=role)  # type: ignore[arg-type]
+    unusable = list(loaded.bad)
+    if prompts:
+        from rlcs.look import no_prompts
+
+        unusable += no_prompts(loaded.rows, resolved)
+    usable = len(loaded.rows) + len(loaded.bad) - len(unusable)
     if json:
-        named = [{"where": bad.where, "reason": bad.reason} for bad in loaded.bad]
-        typer.echo(jsonlib.dumps({"usable": len(loaded.rows), "bad": named}))
+        named = [{"where": bad.where, "reason": bad.reason} for bad in unusable]
+        typer.echo(jsonlib.dumps({"usable": usable, "bad": named}))
     else:
-        for bad in loaded.bad:
+        for bad in unusable:
             typer.echo(str(bad))
-        typer.echo(f"{len(loaded.rows):,} rows can be used, {len(loaded.bad):,} cannot")
-    if loaded.bad or not loaded.rows:
+        typer.echo(f"{usable:,} rows can be used, {len(unusable):,} cannot")
+    if unusable or not usable:
         raise typer.Exit(2)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlcs import models, tasks
-from rlcs.data import Row, load, require_usable
+from rlcs.data import BadRow, Row, load, require_usable
 from rlcs.errors import DataError
 from rlcs.files import atomic_write, open_image
 from rlcs.recipe.loading import list_recipes, load_recipe
@@ -55,6 +55,18 @@ def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
             f"there is no row {row}", where=source, fix=f"choose --row from 0 to {len(loaded.rows) - 1}"
         )
     return make_view(loaded.rows[row], recipe)
+
+
+def no_prompts(rows: Sequence[Row], recipe: Recipe) -> list[BadRow]:
+    """The rows that cannot become a prompt of the recipe's model, most often because they are too long."""
+    chat = models.load_chat(recipe)
+    bad = []
+    for row in rows:
+        try:
+            chat.prompt(row.problem)
+        except DataError as error:
+            bad.append(BadRow(where=row.problem.source, id=row.problem.id, reason=error.what))
+    return bad
 
 
 def make_view(row: Row, recipe: Recipe) -> View:

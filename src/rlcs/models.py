@@ -5,8 +5,8 @@ The built-in model and a hub model take the same path. What a family needs is in
 
 import logging
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -143,20 +143,13 @@ def load(
                 fix="start without `torchrun`, or set lora.four_bit=false",
             )
         how |= adapters.four_bit(getattr(torch, dtype), device)
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        family = _family(config.model_type, settings.name)
+    config, processor = _described(settings)
+    family = _family(config.model_type, settings.name)
+    with _told(settings):
         if mesh.rank == 0:
             model = AutoModelForImageTextToText.from_pretrained(source, **how, **options)
         else:
             model = _weightless(config, getattr(torch, dtype), settings)
-        processor = AutoProcessor.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot load the model: {str(error).splitlines()[0]}",
-            where=f"model.name={settings.name}",
-            fix="give a folder in Hugging Face format, a hub id, or `builtin`",
-        ) from error
     attention.install(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -233,32 +226,66 @@ def make_chat(vlm: Vlm, recipe: Recipe, *, rl: bool = False) -> Chat:
     The pixel bounds and the system prompt are written onto the processor too, so that a saved model
     carries them.
     """
+    return _chat(vlm.processor, vlm.family, recipe, rl=rl)
+
+
+def load_chat(recipe: Recipe) -> Chat:
+    """The same of the recipe's model, without its weights. Raises ModelError."""
+    config, processor = _described(recipe.model)
+    return _chat(processor, _family(config.model_type, recipe.model.name), recipe, rl=False)
+
+
+def _described(settings: ModelSettings) -> tuple[Any, Any]:
+    """Configuration and processor of a model. Raises ModelError."""
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    source = resolve(settings.name)
+    with _told(settings):
+        return (
+            AutoConfig.from_pretrained(source, **options),
+            AutoProcessor.from_pretrained(source, **options),
+        )
+
+
+@contextmanager
+def _told(settings: ModelSettings) -> Iterator[None]:
+    """Errors of transformers while it loads a model, as ModelError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load the model: {str(error).splitlines()[0]}",
+            where=f"model.name={settings.name}",
+            fix="give a folder in Hugging Face format, a hub id, or `builtin`",
+        ) from error
+
+
+def _chat(processor: Any, family: Family, recipe: Recipe, *, rl: bool) -> Chat:
     smallest = (recipe.images.rl_min_pixels if rl else None) or recipe.images.min_pixels
     bounds = {"shortest_edge": smallest, "longest_edge": recipe.images.max_pixels}
-    vlm.processor.image_processor.size = bounds
-    default = vlm.family.default_system
-    if vlm.processor.chat_template:
-        default = default_system(vlm.processor)
+    processor.image_processor.size = bounds
+    default = family.default_system
+    if processor.chat_template:
+        default = default_system(processor)
         if recipe.prompt.system is not None:
-            set_default_system(vlm.processor, recipe.prompt.system)
-    images = ImagePipeline(vlm.processor.image_processor, decode_limit=recipe.images.decode_limit)
+            set_default_system(processor, recipe.prompt.system)
+    images = ImagePipeline(processor.image_processor, decode_limit=recipe.images.decode_limit)
     chat = Chat(
-        vlm.processor.tokenizer,
+        processor.tokenizer,
         images,
         system=recipe.prompt.system,
         max_tokens=recipe.prompt.max_tokens,
         default_system=default,
     )
-    _compare_with_template(vlm, chat)
+    _compare_with_template(processor, chat)
     return chat
 
 
-def _compare_with_template(vlm: Vlm, chat: Chat) -> None:
+def _compare_with_template(processor: Any, chat: Chat) -> None:
     """Warn if the model's own chat template, which servers use, words a prompt otherwise than `chat`."""
-    if not vlm.processor.chat_template:
+    if not processor.chat_template:
         return
     asked = [{"role": "user", "content": [{"type": "text", "text": "1"}]}]
-    own = vlm.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    own = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     problem = Problem(id="template", source="template", question="1", answer="1")
     try:
         ours = "".join(map(chat.token, chat.prompt(problem).ids))
