@@ -230,6 +230,26 @@ def test_the_weights_folder_may_be_elsewhere(tmp_path: Path, program: Path, vlm:
     assert stranger.exists() and len(list((tmp_path / "shared").glob("*-1/model.safetensors"))) == 1
 
 
+def test_vllm_starts_anew_when_images_are_resized_otherwise(
+    tmp_path: Path, program: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["rollout.engine=vllm_server", f"rollout.executable={program}", "rollout.health_limit_s=1"]
+    ask = [chat.prompt(make_problem("a", sizes=()))], chat.sampling(max_new_tokens=4)
+    bounds = dict(vlm.processor.image_processor.size)
+    with open_engines(load_recipe("quickstart", words).recipe, tmp_path) as make:
+        for size, starts in ((bounds, 1), (bounds, 1), (bounds | {"shortest_edge": 6272}, 2)):
+            monkeypatch.setattr(vlm.processor.image_processor, "size", size)
+            make(vlm, chat, 8).sample(*ask)
+            assert len(list(tmp_path.glob("started-*.json"))) == starts
+
+
+def test_vllm_computes_in_the_dtype_of_a_sharded_policy(vlm: Vlm) -> None:
+    recipe = load_recipe("quickstart", ["parallel.compute_dtype=bfloat16"]).recipe
+    assert launch_of(recipe, vlm).dtype == "float32"
+    grouped = replace(vlm, mesh=replace(vlm.mesh, objects=object()))
+    assert launch_of(recipe, grouped).dtype == "bfloat16"
+
+
 def test_a_half_written_version_has_no_name(
     tmp_path: Path, vlm: Vlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
