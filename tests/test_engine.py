@@ -1,5 +1,7 @@
 """Rollouts: the same answers whatever the batching, the policy's own logprobs, nothing forbidden."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 
 from conftest import make_problem
 from rlcs.engines import local
+from rlcs.engines.continuous import ContinuousEngine
 from rlcs.engines.local import LocalEngine
+from rlcs.engines.packed import packed
 from rlcs.engines.sampling import choose, uniform
 from rlcs.packing import pack
 from rlcs.policy import score
@@ -123,3 +127,47 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     draws = uniform(torch.arange(5000), torch.zeros(5000, dtype=torch.long))
     ids, _ = choose(logits, draws, temperature=1.0, top_p=0.7, banned=torch.tensor([], dtype=torch.long))
     assert set(ids.tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (1, 5, 48), (0, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_compute_what_plain_ones_do(shape, bias):
+    layer, rows = torch.nn.Linear(48, 33, bias=bias), torch.randn(*shape)
+    with torch.no_grad():
+        plain = layer(rows)
+        with packed(layer):
+            assert isinstance(layer.forward, partial)
+            torch.testing.assert_close(layer(rows), plain, rtol=1e-5, atol=1e-6)
+    assert "forward" not in vars(layer)
+
+
+def test_layers_that_cannot_be_packed_stay_plain(monkeypatch):
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8, dtype=torch.bfloat16)])
+    with packed(layers):
+        assert [isinstance(layer.forward, partial) for layer in layers] == [True, False]
+    monkeypatch.setattr("rlcs.engines.packed.MEMORY_SHARE", 0)
+    with packed(layers):
+        assert not any(isinstance(layer.forward, partial) for layer in layers)
+
+
+def test_every_sample_packs_the_weights_of_now(vlm, chat, prompts):
+    sampling, engine = chat.sampling(max_new_tokens=8, n=2), LocalEngine(vlm, chat, max_rows=8)
+    before = engine.sample(prompts, sampling)
+    with torch.no_grad():
+        for parameter in vlm.model.parameters():
+            parameter.mul_(1.5)
+    after = engine.sample(prompts, sampling)
+    pack_of_now = pack(trees_of(prompts, after), chat.patches)
+    with torch.no_grad():
+        scores = score(vlm, pack_of_now)
+    torch.testing.assert_close(scores.logprobs, pack_of_now.sampler_logprobs, rtol=1e-4, atol=1e-4)
+    assert [[r.ids for r in g] for g in before] != [[r.ids for r in g] for g in after]
+    assert not any("forward" in vars(module) for module in vlm.model.modules())
+
+
+def test_a_continuous_engine_keeps_weights_packed_as_long_as_it_lives(vlm, chat):
+    engine = ContinuousEngine(vlm, chat)
+    head = vlm.model.get_output_embeddings()
+    assert isinstance(head.forward, partial)
+    del engine
+    assert "forward" not in vars(head)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlcs.chat import Chat
 from rlcs.engines.local import _Batch, _Row
+from rlcs.engines.packed import packed
 from rlcs.engines.sampling import choose, uniform
 from rlcs.engines.text_stream import TextStream
 from rlcs.models import Vlm
@@ -72,9 +73,11 @@ class ContinuousEngine:
     def __init__(self, vlm: Vlm, chat: Chat, *, max_rows: int = 64, cache_tokens: int = 1 << 18) -> None:
         """At most `max_rows` answers are decoded at once, and at most `cache_tokens` reserved for them.
 
-        A request that alone is larger is answered alone.
+        A request that alone is larger is answered alone. The weights may not change while the engine lives.
         """
         self._vlm, self._chat = vlm, chat
+        self._packed = packed(vlm.model)  # undone when the engine is collected, and the generator with it
+        self._packed.__enter__()
         self._max_rows, self._cache_tokens = max_rows, cache_tokens
         self._lock = threading.Lock()
         self._waiting: list[Ticket] = []

@@ -14,6 +14,7 @@ from rlcs import attention
 from rlcs.chat import Chat
 from rlcs.engines.base import Progress
 from rlcs.engines.cache import ForestCache, RecordingPlan
+from rlcs.engines.packed import packed
 from rlcs.engines.sampling import choose, uniform
 from rlcs.models import Vlm
 from rlcs.packing import pack
@@ -68,7 +69,7 @@ class LocalEngine:
         groups: list[list[Rollout | None]] = [[None] * sampling.n for _ in prompts]
         waiting = list(enumerate(prompts))[::-1]
         batch = _Batch(self._vlm, self._chat, sampling, step)
-        with self._vlm.gathered():
+        with self._vlm.gathered(), packed(self._vlm.model):
             while waiting or batch.rows:
                 free = self._max_rows - batch.live
                 if waiting and (not batch.live or free >= max(sampling.n, self._max_rows // 4)):
