@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlcs import intake, pipeline
-from rlcs.errors import DataError
+from rlcs.errors import DataError, RunFolderError
 from rlcs.recipe.loading import load_recipe
 
 SMALL = [
@@ -91,6 +91,49 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, random_model_fol
     assert refused.returncode == 2
     assert "grpo.clip_high was 0.3, is 0.4" in refused.stderr and "choose another --out" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_one_stage_alone_and_the_rest_later(random_model_folder, tmp_path):
+    words, out = [f"model.name={random_model_folder}", *SMALL], tmp_path / "run"
+    alone = rlcs("sft", "quickstart", *words, "--out", out)
+    assert alone.returncode == 0, alone.stderr
+    assert f"model    {out / 'sft' / 'final'}" in alone.stdout
+    assert {path.name for path in (out / "eval").iterdir() if path.is_dir()} >= {"base", "sft"}
+    assert not (out / "grpo").exists() and (out / "report" / "index.html").is_file()
+    trained = (out / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
+    more = rlcs("run", "quickstart", *words, "--out", out)
+    assert more.returncode == 0, more.stderr
+    assert (out / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == trained
+    assert set(json.loads((out / "summary.json").read_text())["arms"]) == {"base", "sft", "rl", "two_stage"}
+
+
+def test_arms_may_join_a_run_and_none_may_leave(tmp_path):
+    few, all_four = (
+        load_recipe("quickstart", [f"study.arms=[{arms}]"]).recipe
+        for arms in ("base, sft", "base, sft, rl, two_stage")
+    )
+    pipeline.claim(tmp_path / "run", few)
+    pipeline.claim(tmp_path / "run", all_four)
+    with pytest.raises(RunFolderError, match=r"study\.arms was"):
+        pipeline.claim(tmp_path / "run", few)
+
+
+def test_only_what_the_arms_need_is_read():
+    missing = ["data.rl=missing.jsonl", "study.arms=[base, sft]", "data.cold_start=builtin:puzzles?count=5"]
+    sources = intake.read_sources(load_recipe("quickstart", missing).recipe)
+    assert len(sources.cold_start) == 5 and not sources.rl
+
+
+def test_rl_alone_starts_from_the_model_as_it_is(random_model_folder, tmp_path):
+    words = [f"model.name={random_model_folder}", *SMALL, "data.cold_start=missing.jsonl"]
+    done = rlcs("grpo", "quickstart", *words, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert f"model    {tmp_path / 'run' / 'rl_only' / 'final'}" in done.stdout
+    assert not (tmp_path / "run" / "sft").exists() and not (tmp_path / "run" / "cold_start").exists()
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+    exported = rlcs("export", tmp_path / "run", "--out", tmp_path / "model")
+    assert exported.returncode == 0, exported.stderr
+    assert "without a cold start" in (tmp_path / "model" / "README.md").read_text().lower()
 
 
 def test_a_trained_model_is_a_hugging_face_folder(finished):

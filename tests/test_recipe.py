@@ -259,7 +259,7 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
         ("model: {trust_remote_code: yes}", 'should be true or false (got "yes")'),
         ("eval: {temperature: .inf}", "eval.temperature should be a number at least 0 (got Infinity)"),
         ("sft:", "sft is a section with keys of its own (got null)"),
-        ("study: {arms: [base]}", "base and two_stage are always among the arms"),
+        ("study: {arms: [base]}", "the arms are base and at least one of sft, rl, two_stage"),
     ],
 )
 def test_wrong_values_in_plain_words(tmp_path: Path, text: str, said: str) -> None:

@@ -78,6 +78,30 @@ def run(
 
 
 @app.command()
+def sft(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
+    overrides: Overrides = None,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Cold start and SFT alone, measured; `rlcs run` on the same folder goes on with RL."""
+    _study(recipe, [*(overrides or []), "study.arms=[base, sft]"], out=out, json=json, quiet=quiet)
+
+
+@app.command()
+def grpo(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
+    overrides: Overrides = None,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """RL alone, from the model as it is (model.name), measured; no cold start."""
+    _study(recipe, [*(overrides or []), "study.arms=[base, rl]"], out=out, json=json, quiet=quiet)
+
+
+@app.command()
 def ablate(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
     overrides: Overrides = None,
@@ -182,12 +206,9 @@ def _print_arms(summary: dict[str, Any], folder: Path) -> None:
         typer.echo(f"  {label:<18} {scores['accuracy']:6.1%}   [{low:.1%}, {high:.1%}]  n={scores['n']:,}")
     typer.echo(f"\nreport   {folder / 'report' / 'index.html'}")
     typer.echo(f"summary  {folder / 'summary.json'}")
-    typer.echo(f"model    {_model_folder(folder)}")
-
-
-def _model_folder(folder: Path) -> Path:
     seeds = sorted(folder.glob("seed-*"))
-    return (seeds[0] if seeds else folder) / "grpo" / "final"
+    models = [(seeds[0] if seeds else folder) / name / "final" for name in ("grpo", "rl_only", "sft")]
+    typer.echo(f"model    {next((model for model in models if model.exists()), models[0])}")
 
 
 @dataclass(frozen=True, kw_only=True)

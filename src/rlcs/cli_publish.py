@@ -18,7 +18,8 @@ def export_model(
     ],
     out: Annotated[Path, typer.Option("--out", help="The new folder")],
     arm: Annotated[
-        str | None, typer.Option(help="Which model of a run: two_stage (default), sft, rl or base")
+        str | None,
+        typer.Option(help="Which model of a run: two_stage, rl, sft or base; default: the first there is"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as trained")] = None,
     name: Annotated[

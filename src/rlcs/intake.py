@@ -11,7 +11,10 @@ from rlcs.records import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """The three data sources of a study, read and checked; `notes` say what was left out of them."""
+    """The data sources of a study, read and checked; `notes` say what was left out of them.
+
+    What no arm of the study needs is not read, and empty.
+    """
 
     cold_start: tuple[Row, ...]
     rl: tuple[Problem, ...]
@@ -20,20 +23,21 @@ class Sources:
 
 
 def read_sources(recipe: Recipe) -> Sources:
-    """Read and check all three data sources. Raises DataError before anything is trained."""
-    cold_start = read_source("cold_start", recipe.data.cold_start, recipe)
-    rl = read_source("rl", recipe.data.rl, recipe)
-    chosen = by_pass_rate([row.problem for row in rl.rows], recipe.data)
-    test = read_source("test", recipe.data.test, recipe)
+    """Read and check the data sources that the arms need. Raises DataError before anything is trained."""
+    study, data = recipe.study, recipe.data
+    loaded: dict[Role, Loaded] = {}
+    if study.cold_starts:
+        loaded["cold_start"] = read_source("cold_start", data.cold_start, recipe)
+    chosen: tuple[Problem, ...] = ()
+    if study.main != "sft":
+        loaded["rl"] = read_source("rl", data.rl, recipe)
+        chosen = by_pass_rate([row.problem for row in loaded["rl"].rows], data)
+    loaded["test"] = read_source("test", data.test, recipe)
     return Sources(
-        cold_start=cold_start.rows,
+        cold_start=loaded["cold_start"].rows if study.cold_starts else (),
         rl=chosen,
-        test=tuple(row.problem for row in test.rows),
-        notes=tuple(
-            f"left out of {role}: {bad}"
-            for role, loaded in (("cold_start", cold_start), ("rl", rl), ("test", test))
-            for bad in loaded.bad
-        ),
+        test=tuple(row.problem for row in loaded["test"].rows),
+        notes=tuple(f"left out of {role}: {bad}" for role, each in loaded.items() for bad in each.bad),
     )
 
 

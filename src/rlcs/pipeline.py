@@ -71,7 +71,9 @@ class Study:
         self._stop = stop
         self._mesh = mesh
         mesh.first(lambda: claim(folder, recipe))
-        self._recipe_hash = hashlib.sha256(dump(recipe).encode()).hexdigest()
+        # Arms may join a run later; what each trains does not change.
+        alike = recipe.model_copy(update={"study": type(recipe.study)()})
+        self._recipe_hash = hashlib.sha256(dump(alike).encode()).hexdigest()
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not done yet; returns the summary, which also lies in summary.json."""
@@ -88,12 +90,15 @@ class Study:
         sources = self._sources
         for line in sources.notes:
             log.warning(line)
-        arms = self.recipe.study.arms
-        self._mesh.first(lambda: self._cold_start(sources))
-        demonstrations = distill.load_kept(sources.cold_start, self.folder / "cold_start")
-        self._sft(demonstrations)
-        self._grpo("grpo", sources, start=self.folder / "sft" / "final")
-        if "rl" in arms:
+        study = self.recipe.study
+        demonstrations: Sequence[Demonstration] = ()
+        if study.cold_starts:
+            self._mesh.first(lambda: self._cold_start(sources))
+            demonstrations = distill.load_kept(sources.cold_start, self.folder / "cold_start")
+            self._sft(demonstrations)
+        if "two_stage" in study.arms:
+            self._grpo("grpo", sources, start=self.folder / "sft" / "final")
+        if "rl" in study.arms:
             self._grpo("rl_only", sources, start=None)
         self._measure(sources.test)
         return self._mesh.first(lambda: self._conclude(_counts(demonstrations, sources)))
@@ -284,12 +289,17 @@ def attempt_log(folder: Path) -> Iterator[None]:
 def claim(folder: Path, recipe: Recipe) -> None:
     """Write the resolved recipe into a new run folder, or check that an old one has the same.
 
-    Raises RunFolderError for a folder of another recipe or with foreign content.
+    Arms alone may be added to it. Raises RunFolderError for a folder of another recipe or with foreign
+    content.
     """
     path = folder / "recipe.yaml"
     if path.exists():
-        changed = differences(load_recipe(str(path)).recipe, recipe)
-        if changed:
+        before = load_recipe(str(path)).recipe
+        changed = differences(before, recipe)
+        grows = set(before.study.arms) < set(recipe.study.arms)
+        if grows and [key for key, _, _ in changed] == ["study.arms"]:
+            atomic_write(path, dump(recipe))
+        elif changed:
             listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed[:5])
             raise RunFolderError(
                 f"the folder holds a run of another recipe: {listed}",

@@ -24,7 +24,7 @@ class Source:
 
 
 def find_source(name: str, arm: str | None) -> Source:
-    """A run folder (its two-stage model unless `arm` says another), a stage's `final`, or any model.
+    """A run folder (its main model unless `arm` says another), a stage's `final`, or any model.
 
     Raises UserError, RunFolderError or ModelError where there is nothing to export.
     """
@@ -32,7 +32,7 @@ def find_source(name: str, arm: str | None) -> Source:
         raise UserError(f"no arm is called {arm!r}", where="--arm", fix=suggest(arm, MODEL_OF_ARM))
     path = Path(name).expanduser()
     if (path / "recipe.yaml").is_file():
-        return _of_run(path, arm or "two_stage")
+        return _of_run(path, arm)
     arms = {stage: arm for arm, stage in MODEL_OF_ARM.items()}
     if path.name == "final" and (path.parent.parent / "recipe.yaml").is_file() and path.parent.name in arms:
         return _of_run(path.parent.parent, arm or arms[path.parent.name])
@@ -44,8 +44,9 @@ def find_source(name: str, arm: str | None) -> Source:
     return Source(weights=models.resolve(str(path) if path.is_dir() else name))
 
 
-def _of_run(run: Path, arm: str) -> Source:
+def _of_run(run: Path, arm: str | None) -> Source:
     recipe = load_recipe(str(run / "recipe.yaml")).recipe
+    arm = arm or recipe.study.main
     if seeds := sorted(path.name for path in run.glob("seed-*")):
         fix = f"name one of them, say {run / seeds[0]}"
         raise RunFolderError(f"the run has a model for each of {len(seeds)} seeds", where=str(run), fix=fix)

@@ -15,6 +15,8 @@ from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 from rlcs.recipe.trackers import Trackers
 
 Arm = Literal["base", "sft", "rl", "two_stage"]
+MAIN_FIRST: tuple[Arm, ...] = ("two_stage", "rl", "sft", "base")
+"""Arms by how much of the recipe they are."""
 
 
 class Model(Section):
@@ -369,13 +371,23 @@ class Study(Section):
     """Which arms `rlcs run` and `rlcs ablate` train and measure."""
 
     arms: tuple[Arm, ...] = ("base", "two_stage")
-    """`base` and `two_stage` are always among them; `sft` and `rl` complete the comparison."""
+    """`base` and one that is trained, or more: `sft` and `rl` beside `two_stage` complete the comparison."""
 
     @model_validator(mode="after")
-    def _has_both_ends(self) -> "Study":
-        if not {"base", "two_stage"} <= set(self.arms):
-            raise ValueError("base and two_stage are always among the arms")
+    def _compares_with_the_base(self) -> "Study":
+        if "base" not in self.arms or len(set(self.arms)) < 2:
+            raise ValueError("the arms are base and at least one of sft, rl, two_stage")
         return self
+
+    @property
+    def main(self) -> Arm:
+        """The arm whose model the run is for."""
+        return next(arm for arm in MAIN_FIRST if arm in self.arms)
+
+    @property
+    def cold_starts(self) -> bool:
+        """Whether any arm begins with SFT."""
+        return not {"sft", "two_stage"}.isdisjoint(self.arms)
 
 
 class Report(Section):
