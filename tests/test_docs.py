@@ -23,7 +23,7 @@ from test_pipeline import SMALL, rlcs
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-WITH_A_RECIPE = ("run", "distill", "ablate", "plan", "quickstart")
+WITH_A_RECIPE = ("run", "sft", "grpo", "distill", "ablate", "plan", "quickstart")
 
 
 def commands(page: Path) -> list[str]:
