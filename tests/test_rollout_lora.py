@@ -24,11 +24,13 @@ from rlcs.engines.vllm_fleet import Fleet
 from rlcs.engines.vllm_server import Launch
 from rlcs.engines.weights import WeightsFolder
 from rlcs.errors import EndpointError, RecipeError
+from rlcs.mesh import ALONE
 from rlcs.models import Vlm
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.table import summary_rows
+from rlcs.sharding import whole_weights
 from test_distributed import environment, free_port
 from test_lora import logprobs, one_pack
 from test_rollout import WORKER, Run
@@ -188,7 +190,9 @@ def test_the_published_model_with_the_adapter_is_the_policy(
     packed = one_pack(chat)
     ours, bare = logprobs(vlm, packed), logprobs(reference, packed)
     weights = WeightsFolder(tmp_path, as_adapters=True).publish(vlm)
-    assert all(".lora_" in name for name in load_file(weights.folder / "adapter_model.safetensors"))
+    alone = load_file(weights.folder / "adapter_model.safetensors")
+    assert all(".lora_" in name for name in alone)
+    assert len(whole_weights(vlm.model, ALONE, having=".lora_")) == len(alone), "what shards send to rank 0"
     assert not (weights.model.folder / "adapter").exists()
     served = models.load(Model(name=str(weights.model.folder)), device=torch.device("cpu"))
     torch.testing.assert_close(logprobs(served, packed), bare, rtol=1e-4, atol=1e-4)

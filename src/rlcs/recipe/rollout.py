@@ -39,7 +39,7 @@ class Rollouts(Section):
     lora: Literal["auto", "adapter", "merged"] = "auto"
     """What vLLM gets of a policy that trains adapters. `adapter`: its model once, then the adapters alone;
     vLLM can do that for adapters in the language model. `merged`: the whole model with them folded in,
-    every step, which samples faster and writes far more. `auto`: `adapter` where vLLM can."""
+    every step: far more to write, no extra work in sampling. `auto`: `adapter` where vLLM can."""
     concurrency: Positive = 64
     """Prompts under way at once, a server."""
     start_limit_s: Seconds = 900.0
