@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -178,10 +179,19 @@ class Disturbed:
 
 
 def signal_server(name: str, number: signal.Signals) -> int:
-    """Send a signal to a process of our server: `vllm serve` itself, or its engine."""
-    (server,) = [pid for pid in children(os.getpid()) if b"serve" in commands(pid)]
-    inside = [pid for pid in children(server) if b"EngineCore" in commands(pid)]
-    pid = server if name == "server" else inside[0]
+    """Send a signal to a process of our newest server: `vllm serve` itself, or its engine.
+
+    On a busy machine it may still be starting after the last one: that has a limit.
+    """
+    end = time.monotonic() + 120
+    while True:
+        servers = [pid for pid in children(os.getpid()) if b"serve" in commands(pid)]
+        inside = [pid for pid in children(max(servers)) if b"EngineCore" in commands(pid)] if servers else []
+        if inside:
+            break
+        assert time.monotonic() < end, "there is no server with an engine"
+        time.sleep(0.1)
+    pid = max(servers) if name == "server" else inside[0]
     os.kill(pid, number)
     return pid
 
