@@ -2,7 +2,8 @@
 """A program that is called like `vllm serve`, speaks its protocol, and misbehaves when told to.
 
 `serve FOLDER --port N ...`: the answer to a prompt is the name of the weights folder that it loaded, letter
-by letter, as ids. Beside that folder's parent lies `behaviour.json`: `{"die_after": 3, ...}`.
+by letter, as ids, or of the adapter's folder where one was asked for by its name. Beside that folder's parent
+lies `behaviour.json`: `{"die_after": 3, ...}`.
 """
 
 import json
@@ -16,7 +17,9 @@ from pathlib import Path
 FOLDER = Path(sys.argv[2])
 PORT = int(sys.argv[sys.argv.index("--port") + 1])
 BEHAVIOUR = FOLDER.parent.parent / "behaviour.json"
-STATE = {"folder": str(FOLDER), "version": "default", "paused": False, "asked": 0}
+STATE = {"folder": str(FOLDER), "version": "default", "paused": False, "asked": 0, "adapters": {}}
+RANK = int(sys.argv[sys.argv.index("--max-lora-rank") + 1]) if "--enable-lora" in sys.argv else 0
+SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
 def behaviour() -> dict:
@@ -39,8 +42,12 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def reply(self, obj, status=200):
-        data = json.dumps(obj).encode()
+    def note(self, kind, folder):
+        with BEHAVIOUR.with_name("loaded.txt").open("a") as file:
+            file.write(f"{kind} {Path(folder).name}\n")
+
+    def reply(self, obj, status=200, raw=False):
+        data = obj.encode() if raw else json.dumps(obj).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -54,8 +61,16 @@ class Handler(BaseHTTPRequestHandler):
             "/weight_info": {"weight_version": STATE["version"]},
             "/server_info": {
                 "vllm_config": {
-                    "model_config": {"logprobs_mode": behaviour().get("mode", "processed_logprobs")}
-                }
+                    "model_config": {"logprobs_mode": behaviour().get("mode", "processed_logprobs")},
+                    "lora_config": {"max_lora_rank": RANK} if RANK else None,
+                },
+                "vllm_env": {SWITCH: os.environ.get(SWITCH) == "1"},
+            },
+            "/v1/models": {
+                "data": [
+                    {"id": STATE["folder"], "parent": None},
+                    *({"id": name, "parent": STATE["folder"]} for name in STATE["adapters"]),
+                ]
             },
         }
         self.reply(known.get(path, {}), 200 if path in known else 404)
@@ -69,6 +84,17 @@ class Handler(BaseHTTPRequestHandler):
             assert STATE["paused"] and body["method"] == "reload_weights"
             STATE["folder"] = body["kwargs"]["weights_path"]
             assert (Path(STATE["folder"]) / "model.safetensors").exists()
+            self.note("model", STATE["folder"])
+        elif path == "/v1/load_lora_adapter":
+            folder = Path(body["lora_path"])
+            rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+            assert STATE["paused"] and rank <= RANK and (folder / "adapter_model.safetensors").exists()
+            assert not STATE["adapters"], "vLLM would make room for one by dropping another"
+            STATE["adapters"][body["lora_name"]] = body["lora_path"]
+            self.note("adapter", body["lora_path"])
+            return self.reply("Success: the answer is no JSON", raw=True)
+        elif path == "/v1/unload_lora_adapter":
+            del STATE["adapters"][body["lora_name"]]
         elif path == "/update_weight_version":
             STATE["version"] = body["new_version"]
         elif path in ("/pause", "/resume"):
@@ -82,17 +108,20 @@ class Handler(BaseHTTPRequestHandler):
         if once("hang_after"):
             os.kill(os.getpid(), signal.SIGSTOP)
         if once("forget_after"):  # what a restart from outside looks like
-            STATE["version"] = "default"
+            STATE.update(version="default", adapters={})
         if once("fail_after"):
             return self.reply({"error": "busy"}, 503)
         if "refuse" in behaviour():
             return self.reply({"error": "too long"}, 400)
+        if body.get("model", STATE["folder"]) not in [STATE["folder"], *STATE["adapters"]]:
+            return self.reply({"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
         time.sleep(0.01)
         placeholder = behaviour().get("placeholder")
         prompt = []
         for index in body["token_ids"]:
             prompt += [index] * (behaviour().get("expand", 1) if index == placeholder else 1)
-        ids = [ord(letter) for letter in Path(STATE["folder"]).name]
+        by = STATE["adapters"].get(body.get("model"), STATE["folder"])
+        ids = [ord(letter) for letter in Path(by).name]
         params = body["sampling_params"]
         choice = {
             "finish_reason": "abort" if once("abort_after") else "stop",
@@ -101,7 +130,8 @@ class Handler(BaseHTTPRequestHandler):
             "weight_versions": [{"version": STATE["version"], "start": 0, "end": len(ids)}],
         }
         choices = [{**choice, "index": index} for index in reversed(range(params["n"]))]
-        self.reply({"prompt_token_ids": prompt, "choices": choices, "pid": os.getpid()})
+        model = body.get("model", STATE["folder"])
+        self.reply({"prompt_token_ids": prompt, "choices": choices, "pid": os.getpid(), "model": model})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One rank of a run whose rollouts come from vLLM: `rollout_worker.py PROGRAM MODEL FOLDER`."""
+"""One rank of a run whose rollouts come from vLLM: `rollout_worker.py PROGRAM MODEL FOLDER [RANK]`."""
 
 import json
 import sys
@@ -13,13 +13,18 @@ from rlcs.mesh import open_mesh
 from rlcs.recipe.loading import load_recipe
 
 
-def main(program: str, model: str, folder: Path) -> None:
-    """Rank 0 has three prompts and rank 1 one."""
+def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
+    """Rank 0 has three prompts and rank 1 one. With a `lora_rank` adapters train, each B one above zero."""
     torch.set_num_threads(1)
     words = ["rollout.engine=vllm_server", "rollout.health_limit_s=5", f"rollout.executable={program}"]
-    recipe = load_recipe("quickstart", [*words, f"model.name={model}"]).recipe
+    words += [f"model.name={model}", f"lora.rank={lora_rank}"]
+    recipe = load_recipe("quickstart", words).recipe
     with open_mesh(timeout_s=120) as mesh, open_engines(recipe, folder) as make:
-        vlm = models.spread(models.load(recipe.model, mesh=mesh), recipe.parallel)
+        vlm = models.prepare(models.load(recipe.model, mesh=mesh), recipe.lora, (), seed=3)
+        for name, parameter in vlm.parameters():
+            if "lora_B" in name and mesh.rank == 0:
+                parameter.data += 1
+        vlm = models.spread(vlm, recipe.parallel)
         chat = models.make_chat(vlm, recipe)
         engine = make(vlm, chat, 8)
         engine.sync()
@@ -35,4 +40,4 @@ def main(program: str, model: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int((sys.argv[4:] or ["0"])[0]))

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from rlcs.models import Vlm
 from rlcs.packing import pack
 from rlcs.policy import score
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.schema import Grpo, Recipe
+from rlcs.recipe.schema import Grpo, Model, Recipe
 from rlcs.records import Branch, Prompt, Rollout, Tree
 from rlcs.stage import StageFolder
 from test_training import LengthGrader, weights_of
@@ -50,6 +51,10 @@ def program() -> str | None:
 
 pytestmark = pytest.mark.skipif(
     program() is None, reason="no vLLM: `make vllm-test`, or name an environment in RLCS_VLLM"
+)
+
+HERE = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed beside rlcs"
 )
 
 
@@ -174,10 +179,19 @@ class Disturbed:
 
 
 def signal_server(name: str, number: signal.Signals) -> int:
-    """Send a signal to a process of our server: `vllm serve` itself, or its engine."""
-    (server,) = [pid for pid in children(os.getpid()) if b"serve" in commands(pid)]
-    inside = [pid for pid in children(server) if b"EngineCore" in commands(pid)]
-    pid = server if name == "server" else inside[0]
+    """Send a signal to a process of our newest server: `vllm serve` itself, or its engine.
+
+    On a busy machine it may still be starting after the last one: that has a limit.
+    """
+    end = time.monotonic() + 120
+    while True:
+        servers = [pid for pid in children(os.getpid()) if b"serve" in commands(pid)]
+        inside = [pid for pid in children(max(servers)) if b"EngineCore" in commands(pid)] if servers else []
+        if inside:
+            break
+        assert time.monotonic() < end, "there is no server with an engine"
+        time.sleep(0.1)
+    pid = max(servers) if name == "server" else inside[0]
     os.kill(pid, number)
     return pid
 
@@ -233,7 +247,7 @@ def test_a_server_killed_twice_and_hung_once_changes_nothing(recipe, make_engine
         assert (tmp_path / "calm" / name).read_text() == (tmp_path / "disturbed" / name).read_text()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed beside rlcs")
+@HERE
 def test_colocated(policy, tmp_path, monkeypatch) -> None:
     vlm, chat = policy
     recipe = recipe_of("rollout.engine=vllm_colocated")
@@ -252,3 +266,48 @@ def test_colocated(policy, tmp_path, monkeypatch) -> None:
         engine.sync()
         after = engine.sample(prompts, warm)
         assert largest_gap(vlm, chat, prompts[:-1], after[:-1], 1.0) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["vllm_server", pytest.param("vllm_colocated", marks=HERE)])
+def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
+    """A rank between those that vLLM makes room for, a scale by its root, and a merged model afterwards."""
+    words = ["lora.rank=12", "lora.alpha=24", "lora.rank_stabilised=true", "rollout.lora=adapter"]
+    recipe = recipe_of(f"rollout.engine={kind}", *words)
+    for name, value in CPU.items():
+        monkeypatch.setenv(name, value)
+    vlm = models.prepare(models.load(recipe.model), recipe.lora, (), seed=0)
+    chat = models.make_chat(vlm, recipe)
+    prompts = prompts_of(recipe, chat, 5)
+    warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
+
+    def gap(policy: Vlm, groups: list[tuple[Rollout, ...]]) -> float:
+        return largest_gap(policy, chat, prompts[:-1], groups[:-1], 1.0)
+
+    def versions() -> list[str]:
+        return sorted(path.name.partition("-")[2] for path in (tmp_path / "weights").iterdir())
+
+    with open_engines(recipe, tmp_path) as make:
+        engine = make(vlm, chat, 64)
+        start = engine.sample(prompts, warm)
+        assert gap(vlm, start) < 1e-3 and versions() == ["1", "1+2"]
+        answers = [start]
+        for update in (3, 4):  # the second one in place of another that was active
+            generator = torch.Generator().manual_seed(update)
+            with torch.no_grad():
+                for _, parameter in vlm.parameters():
+                    parameter += 0.007 * torch.randn(parameter.shape, generator=generator)
+            assert gap(vlm, engine.sample(prompts, warm)) > 0.02, "not published yet"
+            engine.sync()
+            answers.append(engine.sample(prompts, warm))
+            assert gap(vlm, answers[-1]) < 1e-3 and versions() == ["1", f"1+{update}"]
+            assert answers[-1] not in answers[:-1]
+        if kind == "vllm_server":
+            signal_server("server", signal.SIGKILL)
+            assert engine.sample(prompts, warm) == answers[-1], "the new server has model and adapter"
+        merged = tmp_path / "final"
+        models.save(vlm, merged)
+        plain = models.load(Model(name=str(merged)))
+        chat = models.make_chat(plain, recipe)
+        perturb(plain, 0.03)
+        assert gap(plain, make(plain, chat, 64).sample(prompts, warm)) < 1e-3 and versions() == ["5"]
+        assert gap(vlm, engine.sample(prompts, warm)) < 1e-3 and versions() == ["6", "6+7"]

@@ -77,14 +77,21 @@ def save(adapter: "PeftModel", folder: Path, *, whole: Mapping[str, Tensor] | No
     """
     whole = whole or adapter.get_base_model().state_dict()
     merged(adapter, whole).save_pretrained(folder)
+    save_alone(adapter, folder / "adapter", whole=whole)
+
+
+def save_alone(adapter: "PeftModel", folder: Path, *, whole: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapters in peft's format, without the model; of `whole` (see `save`) theirs are enough."""
+    whole = whole or adapter.get_base_model().state_dict()
     named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}
-    adapter.save_pretrained(str(folder / "adapter"), state_dict=named, save_embedding_layers=False)
+    adapter.save_pretrained(str(folder), state_dict=named, save_embedding_layers=False)
 
 
-def merged(adapter: "PeftModel", whole: Mapping[str, Tensor]) -> PreTrainedModel:
+def merged(adapter: "PeftModel", whole: Mapping[str, Tensor], *, bare: bool = False) -> PreTrainedModel:
     """A plain model on the CPU, without adapters, that says what the adapted one says.
 
-    The adapted model is not touched. 4-bit weights become plain ones, as they were computed with.
+    `bare`: what it says with its adapters off. The adapted model is not touched. 4-bit weights become plain
+    ones, as they were computed with.
     """
     model: Any = adapter.get_base_model()
     config = copy.deepcopy(model.config)
@@ -93,15 +100,15 @@ def merged(adapter: "PeftModel", whole: Mapping[str, Tensor]) -> PreTrainedModel
     with torch.device("meta"):
         plain = type(model)(config)
     # One weight at a time: a GPU may have no room for all.
-    weights = {name: _folded(model, whole, name).detach().cpu() for name in plain.state_dict()}
+    weights = {name: _folded(model, whole, name, bare=bare).detach().cpu() for name in plain.state_dict()}
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
 
 
-def _folded(model: nn.Module, whole: Mapping[str, Tensor], name: str) -> Tensor:
-    """The plain model's weight of this name: 4 bits spelled out, and what an adapter adds added."""
+def _folded(model: nn.Module, whole: Mapping[str, Tensor], name: str, *, bare: bool) -> Tensor:
+    """The plain model's weight of this name: 4 bits spelled out, and unless `bare` what an adapter adds."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 
@@ -112,7 +119,7 @@ def _folded(model: nn.Module, whole: Mapping[str, Tensor], name: str) -> Tensor:
     weight: Tensor = whole[f"{own}.base_layer.{kind}" if adapted else name]
     if kind == "weight" and hasattr(inner.weight, "quant_state"):
         weight = dequantize_module_weight(inner)
-    if kind != "weight" or not adapted:
+    if kind != "weight" or not adapted or bare:
         return weight
     [adapter] = layer.active_adapters
     down, up = (whole[f"{own}.lora_{x}.{adapter}.weight"].float() for x in "AB")

@@ -298,15 +298,27 @@ def _compare_with_template(processor: Any, chat: Chat) -> None:
 def save(vlm: Vlm, folder: Path) -> None:
     """Write a Hugging Face folder: weights (safetensors), configuration, processor; rank 0 does.
 
-    Adapters are merged into the weights, and lie in peft's format in `folder/adapter` too.
+    Adapters are merged into the weights, and lie in peft's format in `folder/adapter` too; of a `bare` model
+    they are left out.
     """
     weights = whole_weights(vlm.model, vlm.mesh) if vlm.shell is not None else None
 
     def write() -> None:
         if vlm.adapter is None:
             vlm.model.save_pretrained(folder, state_dict=weights)
+        elif vlm.bare:
+            whole = weights or vlm.model.state_dict()
+            adapters.merged(vlm.adapter, whole, bare=True).save_pretrained(folder)
         else:
             adapters.save(vlm.adapter, folder, whole=weights)
         vlm.processor.save_pretrained(folder)
 
     vlm.mesh.first(write)
+
+
+def save_adapters(vlm: Vlm, folder: Path) -> None:
+    """Write the adapters of a model that has them, alone, in peft's format; rank 0 does."""
+    adapter = vlm.adapter
+    assert adapter is not None
+    weights = whole_weights(vlm.model, vlm.mesh, having=".lora_") if vlm.shell is not None else None
+    vlm.mesh.first(lambda: adapters.save_alone(adapter, folder, whole=weights))

@@ -143,10 +143,13 @@ def _from_first(tensor: Tensor, mesh: Mesh) -> Tensor:
     return values
 
 
-def whole_weights(model: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
-    """All weights by name on rank 0's CPU, tied ones as one tensor; on other ranks nothing."""
+def whole_weights(model: nn.Module, mesh: Mesh, *, having: str = "") -> dict[str, Tensor]:
+    """All weights by name on rank 0's CPU, tied ones as one tensor; on other ranks nothing.
+
+    `having`: only those with this in their names.
+    """
     found: dict[Tensor, Tensor] = {}
-    state = model.state_dict(keep_vars=True)
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if having in name}
     for tensor in state.values():
         if tensor not in found:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

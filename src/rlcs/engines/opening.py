@@ -30,7 +30,8 @@ def open_engines(recipe: Recipe, folder: Path) -> Iterator[MakeEngine]:
     backend: Fleet | Colocated | None = None
     bounds: dict[str, int] = {}
     elsewhere = settings.weights_folder
-    published = WeightsFolder(folder / "weights" if elsewhere is None else Path(elsewhere))
+    where = folder / "weights" if elsewhere is None else Path(elsewhere)
+    published = WeightsFolder(where, as_adapters=recipe.samples_by_adapters)
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
         nonlocal backend, bounds
@@ -71,4 +72,5 @@ def launch_of(recipe: Recipe, vlm: Vlm) -> Launch:
         max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
         max_rows=max(grpo.max_rows, grpo.group_size),
         on_cpu=vlm.device.type == "cpu",
+        adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
     )

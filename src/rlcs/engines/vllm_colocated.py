@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlcs.engines.vllm_fleet import Body, Take
-from rlcs.engines.vllm_server import OLDEST, Launch
+from rlcs.engines.vllm_server import OLDEST, Launch, adapter_room
 from rlcs.engines.weights import Weights
 from rlcs.errors import ModelError, TrainingError
 
@@ -35,7 +35,10 @@ class Colocated:
                 places = left[start : start + AT_ONCE]
                 asked = [bodies[place]() for place in places]
                 outputs = llm.generate(
-                    [_prompt(body) for body in asked], [_params(body) for body in asked], use_tqdm=False
+                    [_prompt(body) for body in asked],
+                    [_params(body) for body in asked],
+                    use_tqdm=False,
+                    lora_request=_adapter(weights),
                 )
                 replies = [_reply(output) for output in outputs]
                 failed += [p for p, reply in zip(places, replies, strict=True) if not take(p, reply)]
@@ -50,17 +53,17 @@ class Colocated:
 
     def _ready(self, weights: Weights) -> Any:
         if self._llm is None:
-            self._llm = _start(self._launch, weights)
-            self._has = weights.version
+            self._llm = _start(self._launch, weights.model)
+            self._has = weights.model.version
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
-        if self._has != weights.version:
-            folder = {"weights_path": str(weights.folder)}
+        if self._has != weights.model.version:
+            folder = {"weights_path": str(weights.model.folder)}
             self._llm.collective_rpc("reload_weights", kwargs=folder)
             self._llm.reset_prefix_cache()
             self._llm.llm_engine.engine_core.reset_encoder_cache()
-            self._has = weights.version
+            self._has = weights.model.version
         return self._llm
 
     def _sleep(self) -> None:
@@ -86,7 +89,7 @@ def _start(launch: Launch, weights: Weights) -> Any:
             fix=f"pip install 'vllm>={OLDEST[0]}.{OLDEST[1]}' here, or use rollout.engine=vllm_server with "
             "rollout.executable=/another/environment/bin/vllm",
         ) from error
-    share = launch.settings.memory_share
+    share, rank = launch.settings.memory_share, launch.adapter_rank
     return vllm.LLM(
         model=str(weights.folder),
         dtype=launch.dtype,
@@ -98,8 +101,18 @@ def _start(launch: Launch, weights: Weights) -> Any:
         generation_config="vllm",
         enable_sleep_mode=not launch.on_cpu,
         **({} if share is None else {"gpu_memory_utilization": share}),
+        **({"enable_lora": True, "max_lora_rank": adapter_room(rank)} if rank else {}),
         **({"enforce_eager": True, "enable_chunked_prefill": False} if launch.on_cpu else {}),
     )
+
+
+def _adapter(weights: Weights) -> Any:
+    """How vLLM is told of adapters; it reads them when it first meets their name and number."""
+    if weights.base is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(weights.version, int(weights.version.rpartition("+")[2]), str(weights.folder))
 
 
 def _prompt(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One vLLM server: how it is started, asked, given weights, and found dead.
 
 Used are vLLM's token-in-token-out endpoint (`/inference/v1/generate`) and, from its development mode,
-pausing, reloading weights from a folder, and naming their version, which every answer then carries.
+pausing, reloading weights from a folder, and naming their version, which every answer then carries. Adapters
+are loaded under their version's name, and asked for by it.
 """
 
 import asyncio
@@ -21,10 +22,11 @@ from typing import Any
 
 import httpx
 
-from rlcs.engines.weights import Weights
+from rlcs.engines.weights import Weights, model_of
 from rlcs.engines.wire import weights_seen
 from rlcs.errors import EndpointError, ModelError
-from rlcs.recipe.rollout import Rollouts
+from rlcs.files import read_json
+from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts
 
 OLDEST = (0, 32)
 """The first vLLM whose interfaces are those used here: ids with images in, expanded ids and weight versions
@@ -36,10 +38,22 @@ banned ids included); no sampling defaults of the model's own."""
 CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
 """On a CPU compiling costs more than it saves, and vLLM 0.32 dies there of a seeded prompt that is prefilled
 in parts (`CPU Generator does not use offset`)."""
+ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+"""Set in a server's environment, it opens the endpoints that load and unload adapters."""
 _POLL_S = 0.5
 _GRACE_S = 10.0
 _LAST_LINES, _LONGEST_LINE = 5, 500
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+
+
+def adapter_room(rank: int) -> int:
+    """The smallest room for an adapter of this rank that vLLM can make."""
+    return next(room for room in ADAPTER_RANKS if room >= rank)
+
+
+def adapter_flags(rank: int) -> tuple[str, ...]:
+    """What a server needs for adapters of this rank."""
+    return ("--enable-lora", "--max-lora-rank", str(adapter_room(rank)))
 
 
 class DownError(Exception):
@@ -64,23 +78,27 @@ class Launch:
     max_tokens: int
     max_rows: int
     on_cpu: bool = False
+    adapter_rank: int = 0
 
     def command(self, folder: Path, port: int) -> list[str]:
         """The command line of one server."""
         settings, share = self.settings, self.settings.memory_share
         memory = [] if share is None else ["--gpu-memory-utilization", str(share)]
+        adapters = adapter_flags(self.adapter_rank) if self.adapter_rank else ()
         return [
             settings.executable, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *FLAGS,
             "--dtype", self.dtype, "--max-model-len", str(self.max_tokens),
             "--max-num-seqs", str(self.max_rows),
             "--tensor-parallel-size", str(settings.tensor_parallel),
             "--limit-mm-per-prompt", '{"video": 0}',
-            *memory, *(CPU_FLAGS if self.on_cpu else ()), *settings.arguments,
+            *memory, *adapters, *(CPU_FLAGS if self.on_cpu else ()), *settings.arguments,
         ]  # fmt: skip
 
     def environment(self, index: int) -> dict[str, str]:
         """The environment of the server with this number."""
         extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        if self.adapter_rank:
+            extra[ADAPTER_SWITCH] = "1"
         if self.settings.devices:
             extra["CUDA_VISIBLE_DEVICES"] = self.settings.devices[index]
         return {**os.environ, **extra}
@@ -172,14 +190,15 @@ class Server:
             await self._start(client, self._launch, weights)
         await self.require_well(client)
         if not self._known:
-            await self._require_fit(client)
+            await self._require_fit(client, weights)
             self._known = True
-        if (await self._call(client, "GET", "/weight_info"))["weight_version"] != weights.version:
-            await self._load(client, weights)
+        has = (await self._call(client, "GET", "/weight_info")).json()["weight_version"]
+        if has != weights.version:
+            await self._load(client, weights, has)
 
     async def _start(self, client: httpx.AsyncClient, launch: Launch, weights: Weights) -> None:
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        process = self._process = Process(launch, self._index, weights.folder, self._log)
+        process = self._process = Process(launch, self._index, weights.model.folder, self._log)
         self._url = process.url
         end = time.monotonic() + self._settings.start_limit_s
         while time.monotonic() < end:
@@ -206,29 +225,61 @@ class Server:
         if response.status_code != 200:
             raise DownError(f"it is not well: {response.status_code}")
 
-    async def _require_fit(self, client: httpx.AsyncClient) -> None:
+    async def _require_fit(self, client: httpx.AsyncClient, weights: Weights) -> None:
         """Raises EndpointError for a server that is too old or was started with other flags."""
-        version = str((await self._call(client, "GET", "/version"))["version"])
+        version = str((await self._call(client, "GET", "/version")).json()["version"])
         found = re.match(r"(\d+)\.(\d+)", version)
         if found is None or tuple(map(int, found.groups())) < OLDEST:
             fix = f"use vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
             raise EndpointError(f"vLLM {version} is too old", where=self.name, fix=fix)
-        info = await self._call(client, "GET", "/server_info", params={"config_format": "json"})
+        info = (await self._call(client, "GET", "/server_info", params={"config_format": "json"})).json()
         mode = info["vllm_config"]["model_config"]["logprobs_mode"]
         if mode != "processed_logprobs":
             raise EndpointError(
                 f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(FLAGS)}"
             )
+        if weights.base is not None:
+            self._require_room(info, read_json(weights.folder / "adapter_config.json")["r"])
 
-    async def _load(self, client: httpx.AsyncClient, weights: Weights) -> None:
+    def _require_room(self, info: Mapping[str, Any], rank: int) -> None:
+        """Raises EndpointError unless the server takes adapters of this rank while it runs."""
+        room = (info["vllm_config"]["lora_config"] or {"max_lora_rank": 0})["max_lora_rank"]
+        if room < rank or not info["vllm_env"][ADAPTER_SWITCH]:
+            flags = f"{ADAPTER_SWITCH}=1 in its environment and with {' '.join(adapter_flags(rank))}"
+            raise EndpointError(
+                f"it takes no adapters of rank {rank}",
+                where=self.name,
+                fix=f"start it with {flags}, or set rollout.lora=merged",
+            )
+
+    async def _load(self, client: httpx.AsyncClient, weights: Weights, has: str) -> None:
         """Pausing also drops every cache that holds something of older weights."""
-        folder = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.folder)}}
+        model = weights.model
         await self._call(client, "POST", "/pause", params={"mode": "abort"})
-        await self._call(client, "POST", "/collective_rpc", json=folder)
-        await self._call(client, "POST", "/update_weight_version", json={"new_version": weights.version})
+        if model_of(has) != model.version:
+            folder = {"method": "reload_weights", "kwargs": {"weights_path": str(model.folder)}}
+            await self._call(client, "POST", "/collective_rpc", json=folder)
+            await self._name(client, model)
+        if weights is not model:
+            await self._load_adapter(client, weights)
+            await self._name(client, weights)
         await self._call(client, "POST", "/resume")
 
-    async def _call(self, client: httpx.AsyncClient, method: str, path: str, **content: Any) -> Any:
+    async def _name(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """Say what every answer from now on is by."""
+        await self._call(client, "POST", "/update_weight_version", json={"new_version": weights.version})
+
+    async def _load_adapter(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """In place of all others: their folders are gone. vLLM keeps apart what it caches by their names."""
+        for card in (await self._call(client, "GET", "/v1/models")).json()["data"]:
+            if card["parent"] is not None:
+                await self._call(client, "POST", "/v1/unload_lora_adapter", json={"lora_name": card["id"]})
+        named = {"lora_name": weights.version, "lora_path": str(weights.folder)}
+        await self._call(client, "POST", "/v1/load_lora_adapter", json=named)
+
+    async def _call(
+        self, client: httpx.AsyncClient, method: str, path: str, **content: Any
+    ) -> httpx.Response:
         limit = self._settings.start_limit_s
         try:
             response = await client.request(method, self._url + path, timeout=limit, **content)
@@ -236,10 +287,10 @@ class Server:
             raise DownError(f"{path}: {type(error).__name__}") from error
         if response.status_code == 404:
             fix = f"start it with VLLM_SERVER_DEV_MODE=1 in its environment and with {' '.join(FLAGS)}"
-            raise EndpointError(f"it has no {path}", where=self.name, fix=fix)
+            raise EndpointError(f"it has no {path}: {response.text[:200]}", where=self.name, fix=fix)
         if response.status_code != 200:
             raise DownError(f"{path}: {response.status_code} {response.text[:200]}")
-        return response.json()
+        return response
 
     async def generate(
         self, client: httpx.AsyncClient, body: Mapping[str, Any], weights: Weights
@@ -249,12 +300,16 @@ class Server:
         Raises AgainError, DownError, or EndpointError if no further try can help.
         """
         limit = self._settings.request_limit_s
+        if weights.base is not None:
+            body = {**body, "model": weights.version}
         try:
             response = await client.post(self._url + GENERATE, json=body, timeout=limit)
         except httpx.TransportError as error:
             raise DownError(f"{GENERATE}: {type(error).__name__}") from error
         if response.status_code == 429 or response.status_code >= 500:
             raise AgainError(f"{self.name}: {response.status_code} {response.text[:200]}")
+        if response.status_code == 404 and weights.version in response.text:
+            raise DownError("it does not know the adapter: it was restarted", hopeless=False)
         if response.status_code != 200:
             raise EndpointError(
                 f"it refuses a prompt: {response.status_code} {response.text[:500]}",
@@ -262,7 +317,8 @@ class Server:
                 fix=f"vllm serve needs {' '.join(FLAGS)}",
             )
         reply: dict[str, Any] = response.json()
-        if weights_seen(reply) != {weights.version}:
+        by = weights.version if weights.base is None else reply["model"]
+        if weights_seen(reply) | {by} != {weights.version}:
             raise DownError("it answered with other weights: it was restarted", hopeless=False)
         return reply
 

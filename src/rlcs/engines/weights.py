@@ -1,15 +1,24 @@
-"""New weights on their way to an engine: one folder a version, which appears whole or not at all."""
+"""New weights on their way to an engine: one folder a version, which appears whole or not at all.
 
+A version is a model, or adapters on top of a model that was published once: 100 MB a step instead of 15 GB.
+"""
+
+import re
 import secrets
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
 
 from rlcs.errors import RunFolderError
 from rlcs.files import read_json, write_json
-from rlcs.models import Vlm, save
+from rlcs.models import Vlm, save, save_adapters
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _WORDS = "embed_tokens.weight"
 _HEAD = "lm_head.safetensors"
@@ -17,51 +26,77 @@ _HEAD = "lm_head.safetensors"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """A folder in Hugging Face format and the name of what is in it, unlike any other run's."""
+    """A folder in Hugging Face format and the name of what is in it, unlike any other run's.
+
+    With a `base` the folder holds adapters in peft's format, which add to that model.
+    """
 
     version: str
     folder: Path
+    base: "Weights | None" = None
+
+    @property
+    def model(self) -> "Weights":
+        """The whole model among them: these, or what they add to."""
+        return self.base or self
+
+
+def model_of(version: str) -> str:
+    """The version of the model that a version is, or adds to."""
+    return version.partition("+")[0]
 
 
 class WeightsFolder:
-    """Versions of one run, the newest alone kept.
+    """Versions of one run, the newest alone kept, and the model that it adds to.
 
     A version is written aside and renamed, so a folder with a version's name is complete. Only then is it
     named to an engine.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Clear what an earlier attempt of the same run left."""
-        self._path = path
+    def __init__(self, path: Path, *, as_adapters: bool = False) -> None:
+        """What an earlier attempt of the same run left goes with the first version.
+
+        `as_adapters`: of a model with adapters they alone are written, after the model below them, once.
+        """
+        self._path, self._as_adapters = path, as_adapters
         self._run = secrets.token_hex(4)
         self._count = 0
+        self._below: PeftModel | None = None  # whose model is the newest version's base
         self.newest: Weights | None = None
 
     def publish(self, vlm: Vlm) -> Weights:
         """Write the model as the next version; of a sharded one all ranks must. Raises RunFolderError."""
+        if vlm.adapter is None or not self._as_adapters:
+            self._below, self.newest = None, self._write(vlm, save)
+            return self.newest
+        if self.newest is None or self._below is not vlm.adapter:
+            self.newest, self._below = self._write(replace(vlm, bare=True), save), vlm.adapter
+        self.newest = self._write(vlm, save_adapters, base=self.newest.model)
+        return self.newest
+
+    def _write(self, vlm: Vlm, how: Callable[[Vlm, Path], None], base: Weights | None = None) -> Weights:
         self._count += 1
-        version = f"{self._run}-{self._count}"
+        version = f"{self._run}-{self._count}" if base is None else f"{base.version}+{self._count}"
         aside = self._path / f"{version}.part"
         try:
             if vlm.mesh.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
-            save(vlm, aside)
-            self.newest = vlm.mesh.first(lambda: self._put_in_place(vlm, aside, version))
+            how(vlm, aside)
+            return vlm.mesh.first(lambda: self._put_in_place(vlm, aside, version, base))
         except OSError as error:
             raise RunFolderError(
                 f"cannot write weights for the rollout engine: {error.strerror}", where=str(self._path)
             ) from error
-        return self.newest
 
-    def _put_in_place(self, vlm: Vlm, aside: Path, version: str) -> Weights:
+    def _put_in_place(self, vlm: Vlm, aside: Path, version: str, base: Weights | None) -> Weights:
         folder = self._path / version
-        if vlm.device.type == "cpu":
+        if vlm.device.type == "cpu" and base is None:
             _untie(vlm, aside)
         aside.rename(folder)
         for old in self._path.iterdir():
-            if old != folder and _is_version(old):
+            if old.name not in (version, model_of(version)) and _is_version(old):
                 shutil.rmtree(old)
-        return Weights(version=version, folder=folder.absolute())
+        return Weights(version=version, folder=folder.absolute(), base=base)
 
 
 def _untie(vlm: Vlm, folder: Path) -> None:
@@ -94,5 +129,4 @@ def _untie(vlm: Vlm, folder: Path) -> None:
 
 def _is_version(path: Path) -> bool:
     """Whether this is a folder that `publish` made, of this or an earlier attempt; others are left alone."""
-    name, _, number = path.name.removesuffix(".part").partition("-")
-    return path.is_dir() and len(name) == 8 and number.isdigit()
+    return path.is_dir() and re.fullmatch(r"\w{8}-\d+(\+\d+)?(\.part)?", path.name) is not None

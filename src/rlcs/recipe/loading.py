@@ -261,12 +261,16 @@ def _place(location: Sequence[int | str], settings: Mapping[str, _Setting]) -> s
 
 
 def _complaint(key: str, message: str, settings: Mapping[str, _Setting]) -> tuple[str, str]:
-    """Where, and what is wrong there; `key` is a value's, or a section's that checks several values."""
+    """Where, and what is wrong there; `key` is a value's, or a section's that checks several values.
+
+    The whole recipe, which checks values of several sections, has an empty one.
+    """
     if key in settings:
         field = recipe_keys()[key]
         return settings[key].where, f"{key} should be {allowed(field)} (got {_shown(settings[key].value)})"
-    inside = [setting.where for name, setting in settings.items() if name.startswith(f"{key}.")]
-    return inside[-1], f"{key}: {message.removeprefix('Value error, ')}"
+    prefix, text = f"{key}." if key else "", message.removeprefix("Value error, ")
+    inside = [setting.where for name, setting in settings.items() if name.startswith(prefix)]
+    return inside[-1], f"{key}: {text}" if key else text
 
 
 def _shown(value: object) -> str:

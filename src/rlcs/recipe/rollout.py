@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
 
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks of LoRA adapters that vLLM 0.32 can make room for."""
+
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -33,6 +36,10 @@ class Rollouts(Section):
     weights_folder: str | None = None
     """Where new weights are put for the engine to read. None: in the run's folder. Servers on other machines
     need a folder that they see under the same path."""
+    lora: Literal["auto", "adapter", "merged"] = "auto"
+    """What vLLM gets of a policy that trains adapters. `adapter`: its model once, then the adapters alone;
+    vLLM can do that for adapters in the language model. `merged`: the whole model with them folded in,
+    every step: far more to write, no extra work in sampling. `auto`: `adapter` where vLLM can."""
     concurrency: Positive = 64
     """Prompts under way at once, a server."""
     start_limit_s: Seconds = 900.0

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
-from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 from rlcs.recipe.trackers import Trackers
 
@@ -438,4 +438,20 @@ class Recipe(Section):
         for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
             if self.lora.rank and set(self.lora.parts) <= set(stage.freeze):
                 raise ValueError(f"{name}.freeze leaves none of lora.parts to train")
+        if self.lora.rank and self.rollout.lora == "adapter" and not self._vllm_takes_adapters:
+            raise ValueError(
+                "rollout.lora=adapter: vLLM takes adapters in the language model alone, of rank "
+                f"{ADAPTER_RANKS[-1]} at most: set lora.parts=[language_model], or rollout.lora=merged"
+            )
         return self
+
+    @property
+    def _vllm_takes_adapters(self) -> bool:
+        parts = set(self.lora.parts) - set(self.grpo.freeze)
+        return parts == {"language_model"} and self.lora.rank <= ADAPTER_RANKS[-1]
+
+    @property
+    def samples_by_adapters(self) -> bool:
+        """Whether vLLM gets LoRA's adapters by themselves."""
+        engaged = self.rollout.engine != "local" and self.lora.rank > 0 and self.rollout.lora != "merged"
+        return engaged and self._vllm_takes_adapters

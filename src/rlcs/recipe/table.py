@@ -6,7 +6,6 @@ are read here rather than in source code.
 
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
-from rlcs.recipe.rollout import Rollouts
 from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft, Teacher
 
 _TOKEN_PIXELS = 28 * 28
@@ -32,7 +31,7 @@ _LOSSES = {
 
 def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """The table as (choice, value) rows, in the order of a run."""
-    training = [*_sft_rows(recipe.sft), *_grpo_rows(recipe.grpo), *_rollout_rows(recipe.rollout)]
+    training = [*_sft_rows(recipe.sft), *_grpo_rows(recipe.grpo), *_rollout_rows(recipe)]
     return [*_inputs(recipe), *training, *_measurement(recipe)]
 
 
@@ -98,14 +97,16 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
     ]
 
 
-def _rollout_rows(rollout: Rollouts) -> list[tuple[str, str]]:
+def _rollout_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """Nothing for local rollouts, which come from the very model that trains."""
+    rollout = recipe.rollout
     if rollout.engine == "local":
         return []
     where = ", ".join(rollout.urls) or _count(rollout.servers, "server")
     who = f"vLLM, {where}" if rollout.engine == "vllm_server" else "vLLM in this process"
+    gets = f", LoRA {'as adapters' if recipe.samples_by_adapters else 'merged'}" if recipe.lora.rank else ""
     weighted = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
-    return [("rollouts", f"{who}; its logprobs against the policy's: {weighted}")]
+    return [("rollouts", f"{who}{gets}; its logprobs against the policy's: {weighted}")]
 
 
 def _measurement(recipe: Recipe) -> list[tuple[str, str]]:
