@@ -1,4 +1,4 @@
-"""Who is asked: the program that drew the problem, a server, or a model in this process.
+"""Who is asked: the program that drew the problem, a server, or a model that we load.
 
 All take requests lazily and yield what was said as it comes, in no order. A request that could not be
 answered comes back with its `error`; `again` says whether asking once more may help.
@@ -6,9 +6,10 @@ answered comes back with its `error`; `again` says whether asking once more may 
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from rlcs.distill.tries import Said
 from rlcs.engines.endpoint import EndpointClient, Request, user_parts
@@ -17,6 +18,9 @@ from rlcs.interrupts import StopFlag
 from rlcs.recipe.schema import Teacher
 from rlcs.records import Message, Problem, rollout_seed
 from rlcs.tasks import chains
+
+if TYPE_CHECKING:
+    from rlcs.engines.reading import Reader
 
 _MOST_TURNS = 10
 _SEPARATOR = "\x1f"  # between a problem's id and the number of a turn in a request's id
@@ -51,13 +55,26 @@ class Voice(Protocol):
         ...
 
 
-def open_voice(teacher: Teacher, *, system: str, seed: int) -> AbstractContextManager[Voice]:
-    """The teacher of a recipe, as a context. Raises EndpointError or ModelError."""
+@contextmanager
+def open_voice(teacher: Teacher, *, system: str, seed: int, logs: Path) -> Iterator[Voice]:
+    """The teacher of a recipe; `logs` is for those of a vLLM. Raises EndpointError, ModelError, UserError."""
     if teacher.who == "endpoint":
-        return _EndpointVoice(teacher, system=system, seed=seed)
-    if teacher.who == "local":
-        return nullcontext(_LocalVoice(teacher, system=system, seed=seed))
-    return nullcontext(_BuiltinVoice(teacher, seed=seed))
+        with _EndpointVoice(teacher, system=system, seed=seed) as voice:
+            yield voice
+    elif teacher.who == "local":
+        from rlcs.engines.reading import open_reader
+
+        with open_reader(
+            str(teacher.model),
+            teacher.rollout,
+            system=system or None,
+            max_new_tokens=teacher.max_tokens,
+            max_rows=teacher.concurrency,
+            logs=logs,
+        ) as reader:
+            yield _LocalVoice(teacher, reader, seed=seed)
+    else:
+        yield _BuiltinVoice(teacher, seed=seed)
 
 
 def _step(asked: Asked) -> int:
@@ -143,50 +160,35 @@ class _EndpointVoice(AbstractContextManager["_EndpointVoice"]):
 
 
 class _LocalVoice:
-    """A model in this process, with its own pixel bounds and its own context length."""
+    """A model that we load, or that a vLLM of ours does."""
 
-    def __init__(self, teacher: Teacher, *, system: str, seed: int) -> None:
-        from rlcs import models
-        from rlcs.engines.local import LocalEngine
-        from rlcs.recipe.schema import Images, Model, Prompts, Recipe
-
-        vlm = models.load(Model(name=str(teacher.model)))
-        size = vlm.processor.image_processor.size
-        context = int(vlm.model.config.get_text_config().max_position_embeddings)
-        recipe = Recipe(
-            prompt=Prompts(system=system or None, max_tokens=max(1, context - teacher.max_tokens)),
-            images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
-        )
-        self._teacher, self._seed = teacher, seed
-        self._chat = models.make_chat(vlm, recipe)
-        self._engine = LocalEngine(vlm, self._chat, max_rows=teacher.concurrency)
+    def __init__(self, teacher: Teacher, reader: "Reader", *, seed: int) -> None:
+        self._teacher, self._reader, self._seed = teacher, reader, seed
 
     def answers(self, requests: Iterator[Asked], stop: StopFlag | None) -> Iterator[list[Reply]]:
-        while (some := list(itertools.islice(requests, self._teacher.concurrency))) and not (
-            stop and stop.is_set
-        ):
+        at_once = self._reader.at_once
+        while (some := list(itertools.islice(requests, at_once))) and not (stop and stop.is_set):
             for step, alike in itertools.groupby(sorted(some, key=_step), key=_step):
                 yield self._sample(list(alike), step)
 
     def _sample(self, some: list[Asked], step: int) -> list[Reply]:
         """Requests of one try and turn; an answer depends on these, the seed and the problem alone."""
-        teacher, replies, prompts = self._teacher, list[Reply](), []
+        teacher, chat, replies, prompts = self._teacher, self._reader.chat, list[Reply](), []
         open_requests: dict[str, Asked] = {}
         for asked in some:
             try:
-                prompts.append(self._chat.prompt(asked.problem))
+                prompts.append(chat.prompt(asked.problem))
                 open_requests[asked.problem.id] = asked
             except DataError as error:
                 replies.append(Failed(asked=asked, error=str(error), again=False))
-        sampling = self._chat.sampling(
+        sampling = chat.sampling(
             temperature=teacher.temperature,
             top_p=teacher.top_p,
             max_new_tokens=teacher.max_tokens,
             seed=self._seed,
         )
-        for prompt, (rollout,) in zip(
-            prompts, self._engine.sample(prompts, sampling, step=step), strict=True
-        ):
+        groups = self._reader.engine.sample(prompts, sampling, step=step)
+        for prompt, (rollout,) in zip(prompts, groups, strict=True):
             asked = open_requests[rollout.problem_id]
             stop = "length" if rollout.stop == "length" else "stop"
             tokens = (len(prompt.ids), len(rollout.ids))

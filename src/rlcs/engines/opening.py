@@ -11,7 +11,7 @@ from rlcs.engines.vllm import VllmEngine
 from rlcs.engines.vllm_colocated import Colocated
 from rlcs.engines.vllm_fleet import Fleet
 from rlcs.engines.vllm_server import Launch
-from rlcs.engines.weights import WeightsFolder
+from rlcs.engines.weights import Unchanged, WeightsFolder
 from rlcs.errors import UserError
 from rlcs.models import Vlm
 from rlcs.recipe.schema import Recipe
@@ -21,16 +21,21 @@ MakeEngine = Callable[[Vlm, Chat, int], Engine]
 
 
 @contextmanager
-def open_engines(recipe: Recipe, folder: Path) -> Iterator[MakeEngine]:
+def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) -> Iterator[MakeEngine]:
     """Engines of one run, which share its vLLM servers; `folder` is for their logs and weights.
 
-    vLLM starts with the first question and ends with the context.
+    vLLM starts with the first question and ends with the context. `unchanged` is a folder or hub id of a
+    model that nobody trains, which vLLM then reads for itself.
     """
     settings = recipe.rollout
     backend: Fleet | Colocated | None = None
     bounds: dict[str, int] = {}
     elsewhere = settings.weights_folder
-    published = WeightsFolder(folder / "weights" if elsewhere is None else Path(elsewhere))
+    published: WeightsFolder | Unchanged
+    if unchanged is None:
+        published = WeightsFolder(folder / "weights" if elsewhere is None else Path(elsewhere))
+    else:
+        published = Unchanged(unchanged)
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
         nonlocal backend, bounds
@@ -49,7 +54,7 @@ def open_engines(recipe: Recipe, folder: Path) -> Iterator[MakeEngine]:
                         where="rollout.engine=vllm_colocated",
                         fix="use rollout.engine=vllm_server with torchrun",
                     )
-                backend = Colocated(launch)
+                backend = Colocated(launch, sleeps=unchanged is None)
             else:
                 backend = Fleet(settings, logs=folder, launch=None if settings.urls else launch)
         return VllmEngine(backend, published, vlm, chat, decode_limit=recipe.images.decode_limit)

@@ -64,6 +64,18 @@ class WeightsFolder:
         return Weights(version=version, folder=folder.absolute())
 
 
+class Unchanged:
+    """A model that nobody trains, in the place of a `WeightsFolder`: vLLM is started with it and keeps it."""
+
+    def __init__(self, name: str) -> None:
+        """A folder or hub id. Versions of vLLM's own weights are called `default`."""
+        self.newest = Weights(version="default", folder=Path(name))
+
+    def publish(self, vlm: Vlm) -> Weights:
+        """Nothing is written."""
+        return self.newest
+
+
 def _untie(vlm: Vlm, folder: Path) -> None:
     """Give the head weights of its own in the folder, where it shares those of the input embedding.
 

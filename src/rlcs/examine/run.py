@@ -9,7 +9,7 @@ import json as jsonlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rlcs.benchmarks import find
 from rlcs.benchmarks.loading import Loaded, load_benchmark
 from rlcs.distill.tries import claim
 from rlcs.engines.endpoint import EndpointClient
+from rlcs.engines.reading import open_reader
 from rlcs.errors import UserError
 from rlcs.examine.asking import AnswerRow, Asking, EndpointRespondent, LocalRespondent, Respondent
 from rlcs.examine.comparison import write_comparison
@@ -28,6 +29,7 @@ from rlcs.grading.answer_file import AnswerRow as Answered
 from rlcs.grading.answer_file import mark_officially
 from rlcs.interrupts import StopFlag
 from rlcs.metrics import Screen, screen
+from rlcs.recipe.rollout import Sampler
 from rlcs.recipe.schema import Endpoint
 from rlcs.records import Grade, Problem
 
@@ -42,7 +44,8 @@ _SHOWN = 3
 class Exam:
     """What is asked of every model, and where it goes.
 
-    `endpoint` and `judge` are servers; the model name in `endpoint` is replaced by each model's own.
+    `endpoint` and `judge` are servers; the model name in `endpoint` is replaced by each model's own. Without
+    `endpoint` we load the models, and `sampler` says by which engine.
     """
 
     benchmarks: tuple[str, ...]
@@ -53,6 +56,7 @@ class Exam:
     limit: int | None = None
     endpoint: Endpoint | None = None
     judge: Endpoint | None = None
+    sampler: Sampler = field(default_factory=Sampler)
     decode_limit: int = 50_000_000
 
 
@@ -76,7 +80,7 @@ def run_exam(exam: Exam, models: Sequence[str], *, stop: StopFlag, json: bool = 
         for label, model in named.items():
             stop.check(str(exam.out))
             sittings = [_Sitting(exam, label, each, pool=pool, judge=judge) for each in loaded]
-            _examine(exam, model, sittings, stop=stop, json=json)
+            _examine(exam, label, model, sittings, stop=stop, json=json)
     return write_comparison(exam.out, first=list(named))
 
 
@@ -99,12 +103,21 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _respondent(exam: Exam, model: str) -> Iterator[Respondent]:
-    if exam.endpoint is None:
-        yield LocalRespondent(model, exam.asking)
-    else:
+def _respondent(exam: Exam, label: str, model: str) -> Iterator[Respondent]:
+    asking = exam.asking
+    if exam.endpoint is not None:
         with EndpointClient(exam.endpoint.model_copy(update={"model": model})) as client:
-            yield EndpointRespondent(client, exam.asking)
+            yield EndpointRespondent(client, asking)
+        return
+    with open_reader(
+        model,
+        exam.sampler,
+        system=asking.system,
+        max_new_tokens=asking.sampling.max_new_tokens,
+        max_rows=asking.sampling.max_rows,
+        logs=exam.out / label / "rollout",
+    ) as reader:
+        yield LocalRespondent(reader, asking)
 
 
 def _settings(exam: Exam, loaded: Loaded, model: str) -> dict[str, Any]:
@@ -114,6 +127,7 @@ def _settings(exam: Exam, loaded: Loaded, model: str) -> dict[str, Any]:
         "model": model,
         "weights": _weights_stamp(model) if exam.endpoint is None else None,
         "base_url": exam.endpoint.base_url if exam.endpoint else None,
+        "engine": None if exam.endpoint or exam.sampler.engine == "local" else "vllm",
         "split": loaded.split,
         "prompt": exam.asking.style,
         "temperature": sampling.temperature,
@@ -130,9 +144,11 @@ def _weights_stamp(model: str) -> str | None:
     return hashlib.sha256(jsonlib.dumps(facts).encode()).hexdigest()[:16] if facts else None
 
 
-def _examine(exam: Exam, model: str, sittings: "list[_Sitting]", *, stop: StopFlag, json: bool) -> None:
+def _examine(
+    exam: Exam, label: str, model: str, sittings: "list[_Sitting]", *, stop: StopFlag, json: bool
+) -> None:
     """One model before every benchmark; it is gone from memory before the next one is loaded."""
-    with _respondent(exam, model) as respondent:
+    with _respondent(exam, label, model) as respondent:
         for sitting in sittings:
             sitting.hold(respondent, stop, json=json)
 
