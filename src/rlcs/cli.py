@@ -232,12 +232,8 @@ class EvalOptions:
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
     seed: Annotated[int, typer.Option(help="Of the samples")] = 0
     batch: Annotated[int, typer.Option(min=1, help="Answers decoded at once by a local model")] = 64
-    engine: Annotated[str, typer.Option(help="Of a local model: local, vllm_server or vllm_colocated")] = (
-        "local"
-    )
-    rollout: Annotated[
-        list[str] | None, typer.Option(help="How vLLM starts, as in teacher.rollout: tensor_parallel=2")
-    ] = None
+    engine: Annotated[str, typer.Option(help="local, vllm_server or vllm_colocated")] = "local"
+    rollout: Annotated[list[str] | None, typer.Option(help="Of vLLM, say tensor_parallel=2")] = None
     base_url: Annotated[
         str | None, typer.Option(help="Ask an OpenAI-compatible server, like http://localhost:8000/v1")
     ] = None

@@ -15,12 +15,13 @@ from rlcs.distill.tries import Said
 from rlcs.engines.endpoint import EndpointClient, Request, user_parts
 from rlcs.errors import DataError
 from rlcs.interrupts import StopFlag
-from rlcs.recipe.schema import Teacher
+from rlcs.recipe.schema import Eval, Teacher
 from rlcs.records import Message, Problem, rollout_seed
 from rlcs.tasks import chains
 
 if TYPE_CHECKING:
-    from rlcs.engines.reading import Reader
+    from rlcs.engines.base import Answered
+    from rlcs.engines.opening import Reader
 
 _MOST_TURNS = 10
 _SEPARATOR = "\x1f"  # between a problem's id and the number of a turn in a request's id
@@ -62,17 +63,17 @@ def open_voice(teacher: Teacher, *, system: str, seed: int, logs: Path) -> Itera
         with _EndpointVoice(teacher, system=system, seed=seed) as voice:
             yield voice
     elif teacher.who == "local":
-        from rlcs.engines.reading import open_reader
+        from rlcs.engines.opening import open_reader
 
-        with open_reader(
-            str(teacher.model),
-            teacher.rollout,
-            system=system or None,
+        how = Eval(
+            temperature=teacher.temperature,
+            top_p=teacher.top_p,
             max_new_tokens=teacher.max_tokens,
             max_rows=teacher.concurrency,
-            logs=logs,
-        ) as reader:
-            yield _LocalVoice(teacher, reader, seed=seed)
+        )
+        words, name = system or None, str(teacher.model)
+        with open_reader(name, teacher.rollout, how, system=words, seed=seed, logs=logs) as reader:
+            yield _LocalVoice(reader)
     else:
         yield _BuiltinVoice(teacher, seed=seed)
 
@@ -162,35 +163,22 @@ class _EndpointVoice(AbstractContextManager["_EndpointVoice"]):
 class _LocalVoice:
     """A model that we load, or that a vLLM of ours does."""
 
-    def __init__(self, teacher: Teacher, reader: "Reader", *, seed: int) -> None:
-        self._teacher, self._reader, self._seed = teacher, reader, seed
+    def __init__(self, reader: "Reader") -> None:
+        self._reader = reader
 
     def answers(self, requests: Iterator[Asked], stop: StopFlag | None) -> Iterator[list[Reply]]:
         at_once = self._reader.at_once
         while (some := list(itertools.islice(requests, at_once))) and not (stop and stop.is_set):
-            for step, alike in itertools.groupby(sorted(some, key=_step), key=_step):
-                yield self._sample(list(alike), step)
+            # An answer depends on its try and turn, the seed and the problem alone.
+            for step, group in itertools.groupby(sorted(some, key=_step), key=_step):
+                alike = list(group)
+                answers = self._reader.ask([asked.problem for asked in alike], step=step)
+                yield [_reply(asked, answer) for asked, answer in zip(alike, answers, strict=True)]
 
-    def _sample(self, some: list[Asked], step: int) -> list[Reply]:
-        """Requests of one try and turn; an answer depends on these, the seed and the problem alone."""
-        teacher, chat, replies, prompts = self._teacher, self._reader.chat, list[Reply](), []
-        open_requests: dict[str, Asked] = {}
-        for asked in some:
-            try:
-                prompts.append(chat.prompt(asked.problem))
-                open_requests[asked.problem.id] = asked
-            except DataError as error:
-                replies.append(Failed(asked=asked, error=str(error), again=False))
-        sampling = chat.sampling(
-            temperature=teacher.temperature,
-            top_p=teacher.top_p,
-            max_new_tokens=teacher.max_tokens,
-            seed=self._seed,
-        )
-        groups = self._reader.engine.sample(prompts, sampling, step=step)
-        for prompt, (rollout,) in zip(prompts, groups, strict=True):
-            asked = open_requests[rollout.problem_id]
-            stop = "length" if rollout.stop == "length" else "stop"
-            tokens = (len(prompt.ids), len(rollout.ids))
-            replies.append((asked, _said(asked, rollout.text, stop=stop, tokens=tokens)))
-        return replies
+
+def _reply(asked: Asked, answer: "Answered") -> Reply:
+    if isinstance(answer, DataError):
+        return Failed(asked=asked, error=str(answer), again=False)
+    prompt, (rollout,) = answer
+    stop = "length" if rollout.stop == "length" else "stop"
+    return asked, _said(asked, rollout.text, stop=stop, tokens=(len(prompt.ids), len(rollout.ids)))

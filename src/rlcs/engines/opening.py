@@ -1,11 +1,15 @@
-"""The engine that a recipe asks for, opened once a run and closed with it."""
+"""The engine that is asked for, opened once and closed in the end: of a run, or of a model that is read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from rlcs import models
 from rlcs.chat import Chat
-from rlcs.engines.base import Engine
+from rlcs.engines.base import Answered, Engine, ask
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm import VllmEngine
 from rlcs.engines.vllm_colocated import Colocated
@@ -14,7 +18,9 @@ from rlcs.engines.vllm_server import Launch
 from rlcs.engines.weights import Unchanged, WeightsFolder
 from rlcs.errors import UserError
 from rlcs.models import Vlm
-from rlcs.recipe.schema import Recipe
+from rlcs.recipe.rollout import Rollouts, Sampler
+from rlcs.recipe.schema import Eval, Grpo, Images, Model, Prompts, Recipe
+from rlcs.records import Problem, Sampling
 
 MakeEngine = Callable[[Vlm, Chat, int], Engine]
 """An engine that samples from a model in a chat format, so many rollouts at once."""
@@ -31,11 +37,8 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
     backend: Fleet | Colocated | None = None
     bounds: dict[str, int] = {}
     elsewhere = settings.weights_folder
-    published: WeightsFolder | Unchanged
-    if unchanged is None:
-        published = WeightsFolder(folder / "weights" if elsewhere is None else Path(elsewhere))
-    else:
-        published = Unchanged(unchanged)
+    place = folder / "weights" if elsewhere is None else Path(elsewhere)
+    published = WeightsFolder(place) if unchanged is None else Unchanged(unchanged)
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
         nonlocal backend, bounds
@@ -48,7 +51,7 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
             bounds = dict(vlm.processor.image_processor.size)
             launch = launch_of(recipe, vlm)
             if settings.engine == "vllm_colocated":
-                if vlm.mesh.grouped:
+                if torch.distributed.is_initialized():
                     raise UserError(
                         "vLLM inside a training process works with one process only",
                         where="rollout.engine=vllm_colocated",
@@ -77,3 +80,46 @@ def launch_of(recipe: Recipe, vlm: Vlm) -> Launch:
         max_rows=max(grpo.max_rows, grpo.group_size),
         on_cpu=vlm.device.type == "cpu",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A model that answers and never learns; ask some `at_once` answers a time of it."""
+
+    chat: Chat
+    engine: Engine
+    sampling: Sampling
+    at_once: int
+
+    def ask(self, problems: Sequence[Problem], *, step: int = 0) -> list[Answered]:
+        """What it says to each problem, in their order."""
+        return ask(self.engine, self.chat, problems, self.sampling, step=step)
+
+
+@contextmanager
+def open_reader(
+    name: str, sampler: Sampler, how: Eval, *, system: str | None, seed: int, logs: Path, n: int = 1
+) -> Iterator[Reader]:
+    """A model (folder, hub id, `builtin`) with its own pixel bounds and its own context length.
+
+    By vLLM it is served as it lies there: nothing of its weights is loaded here or written anew. `n`
+    answers to each problem, drawn by `seed`; `logs` is for the servers' logs. Raises ModelError, UserError.
+    """
+    rows, longest, local = how.max_rows, how.max_new_tokens, sampler.engine == "local"
+    vlm = models.load(Model(name=name), weights=local)
+    size = vlm.processor.image_processor.size
+    context = int(vlm.model.config.get_text_config().max_position_embeddings)
+    recipe = Recipe(
+        prompt=Prompts(system=system, max_tokens=max(1, context - longest)),
+        images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
+        grpo=Grpo(max_new_tokens=longest, max_rows=rows),
+        eval=how,
+        rollout=Rollouts.model_validate(sampler.model_dump()),
+    )
+    chat = models.make_chat(vlm, recipe)
+    drawn = how.model_dump(include={"temperature", "top_p", "max_new_tokens"})
+    sampling = chat.sampling(n=n, seed=seed, **drawn)
+    # Two prompts for each place in vLLM, so that a long answer does not leave the others empty.
+    at_once = rows if local else max(rows, 2 * sampler.servers * sampler.concurrency)
+    with open_engines(recipe, logs, unchanged=models.resolve(name)) as make:
+        yield Reader(chat=chat, engine=make(vlm, chat, rows), sampling=sampling, at_once=at_once)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from rlcs.chat import Chat
 from rlcs.engines.base import Progress
 from rlcs.engines.vllm_fleet import Body, Take
-from rlcs.engines.weights import Unchanged, Weights, WeightsFolder
+from rlcs.engines.weights import Weights, WeightsFolder
 from rlcs.engines.wire import request_body, rollouts_of
 from rlcs.models import Vlm
 from rlcs.records import Prompt, Rollout, Sampling
@@ -25,13 +25,7 @@ class VllmEngine:
     """Samples from the weights that `vlm` had at the last `sync`."""
 
     def __init__(
-        self,
-        backend: Backend,
-        published: WeightsFolder | Unchanged,
-        vlm: Vlm,
-        chat: Chat,
-        *,
-        decode_limit: int,
+        self, backend: Backend, published: WeightsFolder, vlm: Vlm, chat: Chat, *, decode_limit: int
     ) -> None:
         """`published` is shared by all engines of a backend; `decode_limit` is in pixels."""
         self._backend, self._published = backend, published

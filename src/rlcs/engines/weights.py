@@ -64,16 +64,16 @@ class WeightsFolder:
         return Weights(version=version, folder=folder.absolute())
 
 
-class Unchanged:
-    """A model that nobody trains, in the place of a `WeightsFolder`: vLLM is started with it and keeps it."""
+class Unchanged(WeightsFolder):
+    """A model that nobody trains: vLLM is started with it and keeps it, so nothing is written."""
 
     def __init__(self, name: str) -> None:
-        """A folder or hub id. Versions of vLLM's own weights are called `default`."""
-        self.newest = Weights(version="default", folder=Path(name))
+        """A folder or hub id. vLLM calls the weights that it was started with `default`."""
+        self._weights = self.newest = Weights(version="default", folder=Path(name))
 
     def publish(self, vlm: Vlm) -> Weights:
-        """Nothing is written."""
-        return self.newest
+        """What vLLM has."""
+        return self._weights
 
 
 def _untie(vlm: Vlm, folder: Path) -> None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlcs.benchmarks.base import Style
+from rlcs.engines.base import Answered
 from rlcs.engines.endpoint import EndpointClient, Request, user_parts
-from rlcs.engines.reading import Reader
+from rlcs.engines.opening import Reader
 from rlcs.errors import DataError
 from rlcs.interrupts import StopFlag
 from rlcs.recipe.schema import Eval, Prompts
@@ -56,48 +57,26 @@ def answer_row(problem: str, index: int, text: str, *, tokens: int, stop: str, e
 class LocalRespondent:
     """A model that we load, or that a vLLM of ours does."""
 
-    def __init__(self, reader: Reader, asking: Asking) -> None:
+    def __init__(self, reader: Reader) -> None:
         """`reader` is open while this is used."""
         self._reader = reader
-        self._asking = asking
 
     def answers(self, wanted: Wanted, *, stop: StopFlag) -> Iterator[list[AnswerRow]]:
         """`reader.at_once` answers at a time."""
-        asking, chat = self._asking, self._reader.chat
-        sampling = chat.sampling(
-            n=asking.samples,
-            temperature=asking.sampling.temperature,
-            top_p=asking.sampling.top_p,
-            max_new_tokens=asking.sampling.max_new_tokens,
-            seed=asking.seed,
-        )
-        chunk = max(1, self._reader.at_once // asking.samples)
+        chunk = max(1, self._reader.at_once // self._reader.sampling.n)
         for start in range(0, len(wanted), chunk):
             if stop.is_set:
                 return
-            rows, prompts = [], []
-            left: dict[str, tuple[int, ...]] = {}
-            for problem, indices in wanted[start : start + chunk]:
-                try:
-                    prompts.append(chat.prompt(problem))
-                    left[problem.id] = indices
-                except DataError as error:
-                    why = str(error)
-                    rows += [
-                        answer_row(problem.id, i, "", tokens=0, stop="error", error=why) for i in indices
-                    ]
-            groups = self._reader.engine.sample(prompts, sampling)
-            for rollout in (rollout for group in groups for rollout in group):
-                if rollout.index in left[rollout.problem_id]:
-                    row = answer_row(
-                        rollout.problem_id,
-                        rollout.index,
-                        rollout.text,
-                        tokens=len(rollout.ids),
-                        stop=rollout.stop.value,
-                    )
-                    rows.append(row)
-            yield rows
+            some = wanted[start : start + chunk]
+            answers = zip(some, self._reader.ask([problem for problem, _ in some]), strict=True)
+            yield [_row(problem, index, said) for (problem, left), said in answers for index in left]
+
+
+def _row(problem: Problem, index: int, answer: Answered) -> AnswerRow:
+    if isinstance(answer, DataError):
+        return answer_row(problem.id, index, "", tokens=0, stop="error", error=str(answer))
+    said = answer[1][index]
+    return answer_row(problem.id, index, said.text, tokens=len(said.ids), stop=said.stop.value)
 
 
 class EndpointRespondent:

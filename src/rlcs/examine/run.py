@@ -17,7 +17,7 @@ from rlcs.benchmarks import find
 from rlcs.benchmarks.loading import Loaded, load_benchmark
 from rlcs.distill.tries import claim
 from rlcs.engines.endpoint import EndpointClient
-from rlcs.engines.reading import open_reader
+from rlcs.engines.opening import open_reader
 from rlcs.errors import UserError
 from rlcs.examine.asking import AnswerRow, Asking, EndpointRespondent, LocalRespondent, Respondent
 from rlcs.examine.comparison import write_comparison
@@ -80,7 +80,7 @@ def run_exam(exam: Exam, models: Sequence[str], *, stop: StopFlag, json: bool = 
         for label, model in named.items():
             stop.check(str(exam.out))
             sittings = [_Sitting(exam, label, each, pool=pool, judge=judge) for each in loaded]
-            _examine(exam, label, model, sittings, stop=stop, json=json)
+            _examine(exam, model, sittings, stop=stop, json=json)
     return write_comparison(exam.out, first=list(named))
 
 
@@ -103,21 +103,16 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _respondent(exam: Exam, label: str, model: str) -> Iterator[Respondent]:
-    asking = exam.asking
+def _respondent(exam: Exam, model: str) -> Iterator[Respondent]:
+    how, logs = exam.asking, exam.out / "rollout"
     if exam.endpoint is not None:
         with EndpointClient(exam.endpoint.model_copy(update={"model": model})) as client:
-            yield EndpointRespondent(client, asking)
+            yield EndpointRespondent(client, how)
         return
     with open_reader(
-        model,
-        exam.sampler,
-        system=asking.system,
-        max_new_tokens=asking.sampling.max_new_tokens,
-        max_rows=asking.sampling.max_rows,
-        logs=exam.out / label / "rollout",
+        model, exam.sampler, how.sampling, system=how.system, seed=how.seed, n=how.samples, logs=logs
     ) as reader:
-        yield LocalRespondent(reader, asking)
+        yield LocalRespondent(reader)
 
 
 def _settings(exam: Exam, loaded: Loaded, model: str) -> dict[str, Any]:
@@ -144,11 +139,9 @@ def _weights_stamp(model: str) -> str | None:
     return hashlib.sha256(jsonlib.dumps(facts).encode()).hexdigest()[:16] if facts else None
 
 
-def _examine(
-    exam: Exam, label: str, model: str, sittings: "list[_Sitting]", *, stop: StopFlag, json: bool
-) -> None:
+def _examine(exam: Exam, model: str, sittings: "list[_Sitting]", *, stop: StopFlag, json: bool) -> None:
     """One model before every benchmark; it is gone from memory before the next one is loaded."""
-    with _respondent(exam, label, model) as respondent:
+    with _respondent(exam, model) as respondent:
         for sitting in sittings:
             sitting.hold(respondent, stop, json=json)
 
