@@ -357,7 +357,7 @@ def test_a_model_that_is_only_read_is_served_as_it_lies(
         assert isinstance(refused, DataError) and not isinstance(said, DataError)
         prompt, rollouts = said
         assert ["".join(map(chr, r.ids)) for r in rollouts] == ["mine", "mine"], "no other weights"
-        assert prompt.problem_id == "short" and reader.at_once == 2 * sampler.concurrency
+        assert prompt.problem_id == "short" and reader.at_once == 2 * 5
         (started,) = [json.loads(path.read_text()) for path in tmp_path.glob("started-*.json")]
         assert alive(started["pid"])
     assert not alive(started["pid"])

@@ -102,8 +102,9 @@ def open_reader(
 ) -> Iterator[Reader]:
     """A model (folder, hub id, `builtin`) with its own pixel bounds and its own context length.
 
-    By vLLM it is served as it lies there: nothing of its weights is loaded here or written anew. `n`
-    answers to each problem, drawn by `seed`; `logs` is for the servers' logs. Raises ModelError, UserError.
+    By vLLM it is served as it lies there: nothing of its weights is loaded here or written anew. A problem
+    gets `n` answers, drawn by `seed`; `how.max_rows` are under way at once, in each server. `logs` is for
+    the servers' logs. Raises ModelError, UserError.
     """
     rows, longest, local = how.max_rows, how.max_new_tokens, sampler.engine == "local"
     vlm = models.load(Model(name=name), weights=local)
@@ -114,12 +115,12 @@ def open_reader(
         images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
         grpo=Grpo(max_new_tokens=longest, max_rows=rows),
         eval=how,
-        rollout=Rollouts.model_validate(sampler.model_dump()),
+        rollout=Rollouts.model_validate(sampler.model_dump() | {"concurrency": max(1, rows // n)}),
     )
     chat = models.make_chat(vlm, recipe)
     drawn = how.model_dump(include={"temperature", "top_p", "max_new_tokens"})
     sampling = chat.sampling(n=n, seed=seed, **drawn)
     # Two prompts for each place in vLLM, so that a long answer does not leave the others empty.
-    at_once = rows if local else max(rows, 2 * sampler.servers * sampler.concurrency)
+    at_once = rows if local else 2 * rows * sampler.servers
     with open_engines(recipe, logs, unchanged=models.resolve(name)) as make:
         yield Reader(chat=chat, engine=make(vlm, chat, rows), sampling=sampling, at_once=at_once)

@@ -28,8 +28,6 @@ class Sampler(Section):
     memory_share: Share | None = None
     """Share of a GPU's memory (without one, of main memory) for weights and cache. None: vLLM's own, which is
     nearly all; a colocated engine must leave room for training, 0.4 say."""
-    concurrency: Positive = 64
-    """Prompts under way at once, a server."""
     start_limit_s: Seconds = 900.0
     """Seconds in which a server must start, or load new weights."""
     request_limit_s: Seconds = 1200.0
@@ -56,6 +54,8 @@ class Rollouts(Sampler):
     weights_folder: str | None = None
     """Where new weights are put for the engine to read. None: in the run's folder. Servers on other machines
     need a folder that they see under the same path."""
+    concurrency: Positive = 64
+    """Prompts under way at once, a server."""
     importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
     """Each token's loss is weighted by policy / vLLM probability, at most this (truncated importance
     sampling, https://fengyao.notion.site/off-policy-rl). None: not corrected. With
