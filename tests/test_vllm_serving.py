@@ -34,7 +34,7 @@ from rlcs.recipe.schema import Endpoint, Teacher
 from rlcs.records import Problem
 from rlcs.serving.remote import RemoteSession
 from rlcs.serving.session import Settings
-from test_benchmarks import vision_folder
+from test_benchmarks import vision, write_jsonl
 from test_distributed import free_port
 from test_vllm import CPU, program
 
@@ -198,8 +198,13 @@ def test_sigterm_ends_it(server) -> None:
     assert not is_well(url)
 
 
-def test_a_measurement_by_vllm_is_the_local_one(tmp_path: Path) -> None:
-    vision_folder(tmp_path / "mini" / "mathvision", 6)
+def test_a_measurement_by_vllm_is_the_local_one(tmp_path: Path, problems: list[Problem]) -> None:
+    folder, rows = tmp_path / "mini" / "mathvision", []
+    (folder / "images").mkdir(parents=True)
+    for number, problem in enumerate(problems):
+        (folder / "images" / f"{number}.png").write_bytes(problem.images[0].data or b"")
+        rows.append(vision(number, question=f"{problem.asked}<image1>", options=[], answer=problem.answer))
+    write_jsonl(folder / "testmini.jsonl", rows)
     shared = ["--benchmarks", "mathvision", "--split", "testmini", "--data", tmp_path / "mini"]
     shared += ["--max-tokens", LIMIT, "--json"]
     vllm = [
@@ -221,8 +226,8 @@ def test_a_measurement_by_vllm_is_the_local_one(tmp_path: Path) -> None:
         }
         for name in ("local", "vllm")
     }
-    assert said["local"] == said["vllm"] and len(said["vllm"]) == 6
-    assert len(set(said["vllm"].values())) > 1
+    assert said["local"] == said["vllm"] and len(said["vllm"]) == len(problems)
+    assert len(set(said["vllm"].values())) > 3
     left = {path.name for path in (tmp_path / "vllm" / "rollout").iterdir()}
     assert left == {"vllm-0.log"}, "weights were written"
 
