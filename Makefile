@@ -42,8 +42,8 @@ $(VLLM_VENV)/.stamp: pyproject.toml tests/vllm_environment.py
 	$(VLLM_VENV)/bin/python tests/vllm_environment.py
 	touch $@
 
-vllm-test: $(VLLM_VENV)/.stamp  ## rollouts by a real vLLM on the CPU, in an environment of its own
-	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+vllm-test: $(VLLM_VENV)/.stamp  ## rollouts and serving by a real vLLM on the CPU, in an environment of its own
+	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_serving.py
 
 types: $(VENV)/.stamp-dev  ## mypy, strict
 	$(BIN)/mypy

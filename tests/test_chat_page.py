@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from rlcs import chat_page, tasks
 from rlcs.errors import PromptError, UserError
 from rlcs.serving.session import Settings
+from test_server import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -272,10 +274,11 @@ def test_the_keyboard_suffices(browser, served):
     page.context.close()
 
 
-@needs_chromium
-def test_the_command_with_the_builtin_model(browser, image, tmp_path):
+@contextmanager
+def commanded(*words) -> Iterator[str]:
+    """`rlcs chat` as a process of its own: the page's address."""
     port = free_port()
-    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", "chat", "--port", str(port)]
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", "chat", "--port", str(port), *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             url = f"http://127.0.0.1:{port}"
@@ -286,12 +289,24 @@ def test_the_command_with_the_builtin_model(browser, image, tmp_path):
                 except OSError:
                     assert server.poll() is None, server.stdout.read()
                     time.sleep(0.2)
-            page = opened(browser, url)
-            ask(page, "How many squares are there?", image)
-            page.locator(".conversation [data-testid=bot]").last.wait_for()
-            page.wait_for_function("document.querySelector('.conversation').innerText.includes('Answer:')")
-            shot(page, "builtin")
-            assert not page.outside
-            page.context.close()
+            yield url
         finally:
             server.terminate()
+
+
+@needs_chromium
+@pytest.mark.parametrize("where", ["here", "on a server"])
+def test_the_command_with_the_builtin_model(where, browser, image):
+    with ExitStack() as stack:
+        words = ["--engine", "local"]
+        if where == "on a server":
+            port, _ = stack.enter_context(serving("builtin"))
+            words = ["--url", f"http://127.0.0.1:{port}/v1"]
+        page = opened(browser, stack.enter_context(commanded(*words)))
+        ask(page, "How many squares are there?", image)
+        page.locator(".conversation [data-testid=bot]").last.wait_for()
+        page.wait_for_function("document.querySelector('.conversation').innerText.includes('Answer:')")
+        assert page.get_by_text("builtin" if where == "here" else "m", exact=True).count()
+        shot(page, f"builtin-{where.replace(' ', '-')}")
+        assert not page.outside
+        page.context.close()

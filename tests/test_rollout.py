@@ -1,8 +1,10 @@
 """Rollouts by vLLM, without vLLM: the wire, the weights' way, and real processes that misbehave on time."""
 
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,20 +20,20 @@ from conftest import make_problem
 from rlcs import grpo, models
 from rlcs.chat import Chat
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.opening import launch_of, open_engines
+from rlcs.engines.opening import launch_of, open_engines, open_reader
 from rlcs.engines.vllm import VllmEngine
 from rlcs.engines.vllm_fleet import Fleet
 from rlcs.engines.vllm_server import Launch
 from rlcs.engines.weights import WeightsFolder
 from rlcs.engines.wire import collapsed, request_body, rollouts_of
-from rlcs.errors import EndpointError, ModelError, RecipeError, TrainingError
+from rlcs.errors import DataError, EndpointError, ModelError, RecipeError, TrainingError
 from rlcs.files import read_jsonl
 from rlcs.interrupts import StopFlag
 from rlcs.metrics import screen
 from rlcs.models import Vlm
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.rollout import Rollouts
-from rlcs.recipe.schema import Grpo, Model
+from rlcs.recipe.rollout import Rollouts, Sampler
+from rlcs.recipe.schema import Eval, Grpo, Model
 from rlcs.recipe.table import summary_rows
 from rlcs.records import StopReason
 from rlcs.stage import StageFolder
@@ -177,7 +179,7 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
         import time
         from pathlib import Path
         from rlcs.engines.vllm_server import Launch, Process
-        from rlcs.recipe.rollout import Rollouts
+        from rlcs.recipe.rollout import Rollouts, Sampler
         settings = Rollouts(executable={str(program)!r})
         launch = Launch(settings=settings, dtype="float32", max_tokens=9, max_rows=9)
         folder = Path({str(tmp_path)!r})
@@ -341,6 +343,32 @@ def test_colocated_without_vllm_says_what_to_do(tmp_path: Path, vlm: Vlm, chat: 
         make(vlm, chat, 8).sample([chat.prompt(make_problem("a"))], chat.sampling(max_new_tokens=4))
 
 
+def test_a_model_that_is_only_read_is_served_as_it_lies(
+    tmp_path: Path, program: Path, random_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, logs = tmp_path / "models" / "mine", tmp_path / "logs"
+    shutil.copytree(random_model_folder, folder)
+    monkeypatch.setattr(models.AutoModelForImageTextToText, "from_pretrained", None)  # no weights here
+    sampler = Sampler(engine="vllm_server", executable=str(program), tensor_parallel=4, health_limit_s=1)
+    how = Eval(max_new_tokens=9, max_rows=5)
+    with open_reader(str(folder), sampler, how, system=None, seed=0, logs=logs, n=2) as reader:
+        problems = [make_problem("short", sizes=()), make_problem("long", "why " * 9000, sizes=())]
+        said, refused = reader.ask(problems)
+        assert isinstance(refused, DataError) and not isinstance(said, DataError)
+        prompt, rollouts = said
+        assert ["".join(map(chr, r.ids)) for r in rollouts] == ["mine", "mine"], "no other weights"
+        assert prompt.problem_id == "short" and reader.at_once == 2 * 5
+        (started,) = [json.loads(path.read_text()) for path in tmp_path.glob("started-*.json")]
+        assert alive(started["pid"])
+    assert not alive(started["pid"])
+    words = started["argv"][1:]
+    pairs = dict(itertools.pairwise(words))
+    assert words[:2] == ["serve", str(folder)] and pairs["--tensor-parallel-size"] == "4"
+    context = json.loads((folder / "config.json").read_text())["text_config"]["max_position_embeddings"]
+    assert int(pairs["--max-model-len"]) == context and pairs["--dtype"] == "float32"
+    assert [path.name for path in logs.iterdir()] == ["vllm-0.log"]
+
+
 class Distant:
     """A local engine whose logprobs are off by a constant, like those of other kernels."""
 
@@ -389,6 +417,11 @@ def test_the_table_says_who_samples() -> None:
     row = dict(summary_rows(load_recipe("quickstart", words).recipe))["rollouts"]
     assert row == "vLLM, http://a:1; its logprobs against the policy's: token weights up to 1.5"
     assert "rollouts" not in dict(summary_rows(load_recipe("quickstart", []).recipe))
+    words = ["teacher.model=m", "teacher.rollout.engine=vllm_server"]
+    row = dict(summary_rows(load_recipe("quickstart", words).recipe))["cold-start teacher"]
+    assert row.startswith("m by vLLM, temperature")
+    with pytest.raises(RecipeError, match="of kind local, and this one is builtin"):
+        load_recipe("quickstart", words[1:])
 
 
 def test_local_rollouts_are_never_weighted() -> None:

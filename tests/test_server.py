@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -308,11 +309,13 @@ def test_vllm_is_started_where_it_is_installed(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env=env, check=True)
     told = [line[1:-1] for line in done.stdout.splitlines() if line.startswith("[")]
     assert told[0] == "serve" and told[1].endswith("builtin_model")
-    flags = dict(zip(told[2::2], told[3::2], strict=True))
+    flags = dict(itertools.pairwise(told))
     assert flags["--port"] == "81" and flags["--host"] == "127.0.0.1"
     assert (
         flags["--served-model-name"] == "builtin" and json.loads(flags["--limit-mm-per-prompt"])["image"] == 8
     )
+    assert flags["--max-num-seqs"] == "32" and flags["--allowed-media-domains"] == "nowhere.invalid"
+    assert "vLLM has no --queue, --max-tokens" in done.stdout
     assert "key k" in done.stdout and "k" not in told
 
 

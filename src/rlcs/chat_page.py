@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,13 +16,16 @@ from typing import Any, Protocol
 
 from rlcs import tasks
 from rlcs.errors import RlcsError, UserError
-from rlcs.serving.session import Settings, split_answer
+from rlcs.recipe.schema import Endpoint
+from rlcs.serving.remote import RemoteSession, own_server
+from rlcs.serving.session import Settings, load, split_answer
 
 Turn = Mapping[str, Any]
 """`role`, and `content`: a list of texts and image paths."""
 
 _SECONDS_BETWEEN_UPDATES = 0.08
 _EXAMPLES = 6
+_VLLM_SHARE = 0.9  # of a GPU's memory, for all models on the page
 
 
 class Talker(Protocol):
@@ -246,6 +250,30 @@ def launch(page: Any, *, host: str, port: int, wait: bool) -> Any:
     except OSError as error:
         what = f"cannot listen there: {error}"
         raise UserError(what, where=f"{host}:{port}", fix="give another --port") from error
+
+
+@contextmanager
+def talkers(
+    names: Sequence[str], *, program: str | None, url: str | None, key_env: str
+) -> Iterator[list[Talker]]:
+    """Models to talk to: names on the server at `url`, or servers, or models that vLLM or we load.
+
+    Without names: the first that the server has, or the built-in one. Raises EndpointError, ModelError.
+    """
+    names = names or ["" if url else "builtin"]
+    share = _VLLM_SHARE / len(names) if len(names) > 1 else None
+    found: list[Talker] = []
+    with ExitStack() as stack:
+        for name in names:
+            if url or name.startswith(("http://", "https://")):
+                place, model = (url, name) if url else (name, "")
+                found.append(RemoteSession(Endpoint(base_url=place, model=model, key_env=key_env)))
+            elif program is None:
+                found.append(load(name))
+            else:
+                sys.stdout.write(f"vLLM is starting with {name}; a minute or so\n")
+                found.append(stack.enter_context(own_server(program, name, share=share)))
+        yield found
 
 
 def open_page(talkers: Sequence[Talker], *, host: str, port: int) -> None:

@@ -232,6 +232,8 @@ class EvalOptions:
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
     seed: Annotated[int, typer.Option(help="Of the samples")] = 0
     batch: Annotated[int, typer.Option(min=1, help="Answers decoded at once by a local model")] = 64
+    engine: Annotated[str, typer.Option(help="local, vllm_server or vllm_colocated")] = "local"
+    rollout: Annotated[list[str] | None, typer.Option(help="Of vLLM, say tensor_parallel=2")] = None
     base_url: Annotated[
         str | None, typer.Option(help="Ask an OpenAI-compatible server, like http://localhost:8000/v1")
     ] = None
@@ -281,6 +283,7 @@ def _exam(options: EvalOptions) -> Any:
     from rlcs.data.sources import suggest
     from rlcs.examine.asking import Asking
     from rlcs.examine.run import Exam
+    from rlcs.recipe.loading import load_recipe
     from rlcs.recipe.schema import Endpoint, Eval
 
     style = next((style for style in STYLES if style == options.prompt), None)
@@ -297,6 +300,10 @@ def _exam(options: EvalOptions) -> Any:
         settings = {"model": model, "key_env": key_env, "concurrency": options.concurrency}
         return None if url is None else Endpoint.model_validate({"base_url": url, **settings})
 
+    if options.base_url and options.engine != "local":
+        raise UserError("a server has an engine of its own", where="--engine", fix="leave it out")
+    words = [f"engine={options.engine}", *(options.rollout or [])]
+    local = ["teacher.kind=local", "teacher.model=builtin", *(f"teacher.rollout.{word}" for word in words)]
     sampling = Eval(
         temperature=options.temperature,
         top_p=options.top_p,
@@ -312,6 +319,7 @@ def _exam(options: EvalOptions) -> Any:
         limit=options.limit,
         endpoint=server(options.base_url, "", options.key_env),
         judge=server(options.judge_url, options.judge_model or "", options.judge_key_env),
+        sampler=load_recipe("quickstart", local).recipe.teacher.rollout,
     )
 
 

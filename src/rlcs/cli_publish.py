@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from rlcs.cli_serving import chosen_vllm
 from rlcs.errors import UserError
 
 publish_app = typer.Typer()
@@ -77,20 +78,26 @@ def publish(
 
 @publish_app.command("chat")
 def chat(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, or builtin")] = "builtin",
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id, builtin (default), or a URL")] = None,
     other: Annotated[
         str | None, typer.Argument(metavar="[MODEL2]", help="One more, to stand beside the first")
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the page is")] = 7860,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
+    engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto",
+    url: Annotated[str | None, typer.Option(help="Server that has MODEL: http://localhost:8000/v1")] = None,
+    key_env: Annotated[str, typer.Option(help="Variable with its key")] = "OPENAI_API_KEY",
 ) -> None:
     """Talk to a model on a web page: images, several turns, reasoning in a fold-out; two side by side."""
     import importlib.util
 
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs gradio", where="rlcs chat", fix="pip install 'rlcs[chat]'")
-    from rlcs.chat_page import open_page
-    from rlcs.serving.session import load
+    if url and engine != "auto":
+        raise UserError("a server has an engine of its own", where="--engine", fix="leave it out")
+    program = None if url else chosen_vllm(engine)
+    from rlcs.chat_page import open_page, talkers
 
-    names = [model] if other is None else [model, other]
-    open_page([load(name) for name in names], host=host, port=port)
+    names = [name for name in (model, other) if name is not None]
+    with talkers(names, program=program, url=url, key_env=key_env) as found:
+        open_page(found, host=host, port=port)

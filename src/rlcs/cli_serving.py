@@ -1,8 +1,10 @@
 """The verbs that put a model to use: serve, generate."""
 
 import json as jsonlib
+import os
+import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,41 +44,37 @@ class ServeOptions:
 @with_options(ServeOptions)
 def serve(model: ModelName, **chosen: Any) -> None:
     """An OpenAI-compatible server with images: /v1/chat/completions, /v1/models, /health, /metrics."""
-    import shutil
-
     options = ServeOptions(**chosen)
-    if options.engine not in ("auto", "local", "vllm"):
-        raise UserError(f"no engine {options.engine!r}", where="--engine", fix="known: auto, local, vllm")
     if options.api_key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"anybody who reaches {options.host} may use the model: no --api-key", err=True)
-    vllm = shutil.which("vllm") if options.engine != "local" else None
-    if vllm is not None:
-        _exec_vllm(vllm, model, options)
-    if options.engine == "vllm":
-        raise UserError("vllm is not installed", where="--engine", fix="pip install vllm, or --engine local")
+    if program := chosen_vllm(options.engine):
+        _exec_vllm(program, model, options)
     _serve_locally(model, options)
+
+
+def chosen_vllm(engine: str) -> str | None:
+    """The `vllm` program that `--engine` asks for; None for our own engine. Raises UserError."""
+    if engine not in ("auto", "local", "vllm"):
+        raise UserError(f"no engine {engine!r}", where="--engine", fix="known: auto, local, vllm")
+    # Beside our own Python, or else on the path.
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    program = shutil.which("vllm", path=os.pathsep.join(places)) if engine != "local" else None
+    if engine == "vllm" and program is None:
+        raise UserError("vllm is not installed", where="--engine", fix="pip install vllm, or --engine local")
+    return program
 
 
 def _exec_vllm(program: str, model: str, options: ServeOptions) -> None:
     """Become `vllm serve`, with our limits as far as it knows such."""
-    import os
-
     from rlcs.models import resolve
+    from rlcs.serving.remote import NOT_KNOWN, serving
 
-    if options.api_key is not None:
-        os.environ["VLLM_API_KEY"] = options.api_key
-    flags = {
-        "--host": options.host,
-        "--port": str(options.port),
-        "--served-model-name": options.name or model,
-        "--max-num-seqs": str(options.concurrency),
-        "--limit-mm-per-prompt": jsonlib.dumps({"image": options.max_images, "video": 0}),
-        "--allowed-media-domains": "nowhere.invalid",  # data: URLs alone: it fetches nothing for others
-    }
-    words = [program, "serve", resolve(model), *(word for pair in flags.items() for word in pair)]
-    typer.echo(f"engine   vllm\nrunning  {' '.join(words)}")
+    launch = serving(program, options.name or model, key=options.api_key)
+    launch = replace(launch, host=options.host, max_rows=options.concurrency, max_images=options.max_images)
+    words = launch.command(Path(resolve(model)), options.port)
+    typer.echo(f"engine   vllm\nrunning  {' '.join(words)}\nlimits   vLLM has no {', '.join(NOT_KNOWN)}")
     sys.stdout.flush()
-    os.execv(program, words)  # noqa: S606 (a list of arguments, no shell)
+    os.execve(program, words, launch.environment(0))  # noqa: S606 (a list of arguments, no shell)
 
 
 def _serve_locally(model: str, options: ServeOptions) -> None:

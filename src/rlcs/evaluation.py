@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlcs.chat import Chat
-from rlcs.engines.base import Engine
+from rlcs.engines.base import Engine, ask
 from rlcs.errors import DataError
 from rlcs.files import append_jsonl, atomic_write, open_image, read_jsonl, write_json
 from rlcs.grading import GradePool
@@ -18,7 +18,7 @@ from rlcs.interrupts import StopFlag
 from rlcs.mesh import ALONE, Mesh
 from rlcs.metrics import Screen, wilson
 from rlcs.recipe.schema import Eval
-from rlcs.records import Grade, ImageRef, Problem, Prompt, Rollout
+from rlcs.records import Grade, ImageRef, Problem, Rollout
 from rlcs.shares import guessed_tokens, own_share
 
 CHUNK = 256
@@ -81,20 +81,18 @@ def _answer_together(examiner: Examiner, problems: Sequence[Problem]) -> list[di
 
 def _answer(examiner: Examiner, problems: Sequence[Problem]) -> Iterable[dict[str, object]]:
     chat, settings = examiner.chat, examiner.settings
-    prompts: list[Prompt] = []
-    asked: list[Problem] = []
-    for problem in problems:
-        try:
-            prompts.append(chat.prompt(problem))
-            asked.append(problem)
-        except DataError as error:
-            yield prediction(problem, None, Grade(reward=0.0, correct=False, why=str(error)))
     sampling = chat.sampling(
         temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=settings.max_new_tokens
     )
-    rollouts = [group[0] for group in examiner.engine.sample(prompts, sampling)]
-    grades = examiner.pool.grade([(problem, r.text) for problem, r in zip(asked, rollouts, strict=True)])
-    for problem, rollout, grade in zip(asked, rollouts, grades, strict=True):
+    answers = ask(examiner.engine, chat, problems, sampling)
+    asked: list[tuple[Problem, Rollout]] = []
+    for problem, answer in zip(problems, answers, strict=True):
+        if isinstance(answer, DataError):
+            yield prediction(problem, None, Grade(reward=0.0, correct=False, why=str(answer)))
+        else:
+            asked.append((problem, answer[1][0]))
+    grades = examiner.pool.grade([(problem, rollout.text) for problem, rollout in asked])
+    for (problem, rollout), grade in zip(asked, grades, strict=True):
         yield prediction(problem, rollout, grade)
 
 

@@ -123,9 +123,11 @@ def load(
     device: torch.device | None = None,
     mesh: Mesh = ALONE,
     four_bit: bool = False,
+    weights: bool = True,
 ) -> Vlm:
     """Load a model from a folder, the hub or the package; `four_bit` for QLoRA. Raises ModelError.
 
+    Without `weights` it has its form alone and takes no memory: for a model that another program runs.
     Under `torchrun` rank 0 alone has the weights, on the CPU, until `spread` gives every rank its share.
     """
     device = device or mesh.device or default_device()
@@ -146,7 +148,7 @@ def load(
     config, processor = _described(settings)
     family = _family(config.model_type, settings.name)
     with _told(settings):
-        if mesh.rank == 0:
+        if weights and mesh.rank == 0:
             model = AutoModelForImageTextToText.from_pretrained(source, **how, **options)
         else:
             model = _weightless(config, getattr(torch, dtype), settings)
@@ -154,7 +156,7 @@ def load(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Vlm(
-        model=model if mesh.grouped else model.to(device),
+        model=model.to(device) if weights and not mesh.grouped else model,
         processor=processor,
         family=family,
         attention=settings.attention,

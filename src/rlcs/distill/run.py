@@ -62,7 +62,8 @@ def run(
         given = _graded(rows, pool)
         if missing:
             asking = Asking(missing, teacher, chain=chain, log=log, pool=pool)
-            with open_voice(teacher, system=chain.system if chain else "", seed=seed) as voice:
+            system = chain.system if chain else ""
+            with open_voice(teacher, system=system, seed=seed, logs=folder / "rollout") as voice:
                 asking.run(voice, view=view, stop=stop)
             failed = asking.failed
     if stop is not None:

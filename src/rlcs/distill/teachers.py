@@ -1,4 +1,4 @@
-"""Who is asked: the program that drew the problem, a server, or a model in this process.
+"""Who is asked: the program that drew the problem, a server, or a model that we load.
 
 All take requests lazily and yield what was said as it comes, in no order. A request that could not be
 answered comes back with its `error`; `again` says whether asking once more may help.
@@ -6,17 +6,22 @@ answered comes back with its `error`; `again` says whether asking once more may 
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from rlcs.distill.tries import Said
 from rlcs.engines.endpoint import EndpointClient, Request, user_parts
 from rlcs.errors import DataError
 from rlcs.interrupts import StopFlag
-from rlcs.recipe.schema import Teacher
+from rlcs.recipe.schema import Eval, Teacher
 from rlcs.records import Message, Problem, rollout_seed
 from rlcs.tasks import chains
+
+if TYPE_CHECKING:
+    from rlcs.engines.base import Answered
+    from rlcs.engines.opening import Reader
 
 _MOST_TURNS = 10
 _SEPARATOR = "\x1f"  # between a problem's id and the number of a turn in a request's id
@@ -51,13 +56,26 @@ class Voice(Protocol):
         ...
 
 
-def open_voice(teacher: Teacher, *, system: str, seed: int) -> AbstractContextManager[Voice]:
-    """The teacher of a recipe, as a context. Raises EndpointError or ModelError."""
+@contextmanager
+def open_voice(teacher: Teacher, *, system: str, seed: int, logs: Path) -> Iterator[Voice]:
+    """The teacher of a recipe; `logs` is for those of a vLLM. Raises EndpointError, ModelError, UserError."""
     if teacher.who == "endpoint":
-        return _EndpointVoice(teacher, system=system, seed=seed)
-    if teacher.who == "local":
-        return nullcontext(_LocalVoice(teacher, system=system, seed=seed))
-    return nullcontext(_BuiltinVoice(teacher, seed=seed))
+        with _EndpointVoice(teacher, system=system, seed=seed) as voice:
+            yield voice
+    elif teacher.who == "local":
+        from rlcs.engines.opening import open_reader
+
+        how = Eval(
+            temperature=teacher.temperature,
+            top_p=teacher.top_p,
+            max_new_tokens=teacher.max_tokens,
+            max_rows=teacher.concurrency,
+        )
+        words, name = system or None, str(teacher.model)
+        with open_reader(name, teacher.rollout, how, system=words, seed=seed, logs=logs) as reader:
+            yield _LocalVoice(reader)
+    else:
+        yield _BuiltinVoice(teacher, seed=seed)
 
 
 def _step(asked: Asked) -> int:
@@ -143,52 +161,24 @@ class _EndpointVoice(AbstractContextManager["_EndpointVoice"]):
 
 
 class _LocalVoice:
-    """A model in this process, with its own pixel bounds and its own context length."""
+    """A model that we load, or that a vLLM of ours does."""
 
-    def __init__(self, teacher: Teacher, *, system: str, seed: int) -> None:
-        from rlcs import models
-        from rlcs.engines.local import LocalEngine
-        from rlcs.recipe.schema import Images, Model, Prompts, Recipe
-
-        vlm = models.load(Model(name=str(teacher.model)))
-        size = vlm.processor.image_processor.size
-        context = int(vlm.model.config.get_text_config().max_position_embeddings)
-        recipe = Recipe(
-            prompt=Prompts(system=system or None, max_tokens=max(1, context - teacher.max_tokens)),
-            images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
-        )
-        self._teacher, self._seed = teacher, seed
-        self._chat = models.make_chat(vlm, recipe)
-        self._engine = LocalEngine(vlm, self._chat, max_rows=teacher.concurrency)
+    def __init__(self, reader: "Reader") -> None:
+        self._reader = reader
 
     def answers(self, requests: Iterator[Asked], stop: StopFlag | None) -> Iterator[list[Reply]]:
-        while (some := list(itertools.islice(requests, self._teacher.concurrency))) and not (
-            stop and stop.is_set
-        ):
-            for step, alike in itertools.groupby(sorted(some, key=_step), key=_step):
-                yield self._sample(list(alike), step)
+        at_once = self._reader.at_once
+        while (some := list(itertools.islice(requests, at_once))) and not (stop and stop.is_set):
+            # An answer depends on its try and turn, the seed and the problem alone.
+            for step, group in itertools.groupby(sorted(some, key=_step), key=_step):
+                alike = list(group)
+                answers = self._reader.ask([asked.problem for asked in alike], step=step)
+                yield [_reply(asked, answer) for asked, answer in zip(alike, answers, strict=True)]
 
-    def _sample(self, some: list[Asked], step: int) -> list[Reply]:
-        """Requests of one try and turn; an answer depends on these, the seed and the problem alone."""
-        teacher, replies, prompts = self._teacher, list[Reply](), []
-        open_requests: dict[str, Asked] = {}
-        for asked in some:
-            try:
-                prompts.append(self._chat.prompt(asked.problem))
-                open_requests[asked.problem.id] = asked
-            except DataError as error:
-                replies.append(Failed(asked=asked, error=str(error), again=False))
-        sampling = self._chat.sampling(
-            temperature=teacher.temperature,
-            top_p=teacher.top_p,
-            max_new_tokens=teacher.max_tokens,
-            seed=self._seed,
-        )
-        for prompt, (rollout,) in zip(
-            prompts, self._engine.sample(prompts, sampling, step=step), strict=True
-        ):
-            asked = open_requests[rollout.problem_id]
-            stop = "length" if rollout.stop == "length" else "stop"
-            tokens = (len(prompt.ids), len(rollout.ids))
-            replies.append((asked, _said(asked, rollout.text, stop=stop, tokens=tokens)))
-        return replies
+
+def _reply(asked: Asked, answer: "Answered") -> Reply:
+    if isinstance(answer, DataError):
+        return Failed(asked=asked, error=str(answer), again=False)
+    prompt, (rollout,) = answer
+    stop = "length" if rollout.stop == "length" else "stop"
+    return asked, _said(asked, rollout.text, stop=stop, tokens=(len(prompt.ids), len(rollout.ids)))

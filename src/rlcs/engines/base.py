@@ -3,10 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from rlcs.records import Prompt, Rollout, Sampling
+from rlcs.chat import Chat
+from rlcs.errors import DataError
+from rlcs.records import Problem, Prompt, Rollout, Sampling
 
 Progress = Callable[[int], None]
 """Told how many rollouts have finished since it was last told."""
+
+Answered = tuple[Prompt, tuple[Rollout, ...]] | DataError
+"""A problem's prompt and answers, or why it cannot be asked."""
 
 
 class Engine(Protocol):
@@ -29,3 +34,18 @@ class Engine(Protocol):
         Rollout i of a prompt depends on (sampling.seed, step, problem id, i) and the policy alone.
         """
         ...
+
+
+def ask(
+    engine: Engine, chat: Chat, problems: Sequence[Problem], sampling: Sampling, *, step: int = 0
+) -> list[Answered]:
+    """What an engine says to each problem, in their order."""
+    found: list[Prompt | DataError] = []
+    for problem in problems:
+        try:
+            found.append(chat.prompt(problem))
+        except DataError as error:
+            found.append(error)
+    prompts = [each for each in found if isinstance(each, Prompt)]
+    groups = iter(engine.sample(prompts, sampling, step=step))
+    return [(each, next(groups)) if isinstance(each, Prompt) else each for each in found]

@@ -226,7 +226,7 @@ class EndpointClient:
         """The request as JSON. Raises DataError for an image that cannot be read."""
         body: dict[str, object] = {
             "model": self._settings.model,
-            "messages": [{"role": m.role, "content": _content(m)} for m in request.messages],
+            "messages": [{"role": m.role, "content": content(m)} for m in request.messages],
             "temperature": request.temperature,
             "top_p": request.top_p,
             "max_tokens": request.max_tokens,
@@ -279,7 +279,7 @@ class EndpointClient:
         except (TimeoutError, openai.APITimeoutError) as error:
             raise _AgainError(f"no answer within {limit:g} s") from error
         except openai.APIStatusError as error:
-            raise self._status(error) from error
+            raise status_error(error, self._settings) from error
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             unreachable = type(cause).__name__ == "ConnectError"
@@ -288,31 +288,32 @@ class EndpointClient:
         except (openai.OpenAIError, ValueError) as error:
             raise _AgainError(f"the reply cannot be read: {error}") from error
 
-    def _status(self, error: openai.APIStatusError) -> Exception:
-        """What an HTTP status means: try again, give this request up, or give all up."""
-        status, url = error.status_code, self._settings.base_url
-        said = f"HTTP {status}: {_short(error.message)}"
-        if status == 402 or error.code == "insufficient_quota":
-            return EndpointError(f"the account has no credit left ({said})", where=url, fix="top it up")
-        if status in _PASSING or status >= 500:
-            return _AgainError(said, after_s=_retry_after(error.response.headers))
-        if status in (401, 403):
-            name = self._settings.key_env
-            state = "holds a key that is refused" if os.environ.get(name) else "is not set"
-            fix = f"put the server's key into the environment variable {name}, which {state}"
-            return EndpointError(f"the server refuses the key ({said})", where=url, fix=fix)
-        if status == 404:
-            fix = f"see {url.rstrip('/')}/models for the names; the URL mostly ends in /v1"
-            what = f"there is no model {self._settings.model!r}, or no chat server ({said})"
-            return EndpointError(what, where=url, fix=fix)
-        return _RefusedError(said)
-
     def _unreachable(self, why: str) -> EndpointError:
         return EndpointError(
             f"nothing answers there ({why})",
             where=self._settings.base_url,
             fix="start the server, or correct the URL and its port",
         )
+
+
+def status_error(error: openai.APIStatusError, settings: Endpoint) -> Exception:
+    """What an HTTP status means: try again, give this request up, or give all up."""
+    status, url = error.status_code, settings.base_url
+    said = f"HTTP {status}: {_short(error.message)}"
+    if status == 402 or error.code == "insufficient_quota":
+        return EndpointError(f"the account has no credit left ({said})", where=url, fix="top it up")
+    if status in _PASSING or status >= 500:
+        return _AgainError(said, after_s=_retry_after(error.response.headers))
+    if status in (401, 403):
+        name = settings.key_env
+        state = "holds a key that is refused" if os.environ.get(name) else "is not set"
+        fix = f"put the server's key into the environment variable {name}, which {state}"
+        return EndpointError(f"the server refuses the key ({said})", where=url, fix=fix)
+    if status == 404:
+        fix = f"see {url.rstrip('/')}/models for the names; the URL mostly ends in /v1"
+        what = f"there is no model {settings.model!r}, or no chat server ({said})"
+        return EndpointError(what, where=url, fix=fix)
+    return _RefusedError(said)
 
 
 def user_parts(problem: Problem) -> tuple[str | ImageRef, ...]:
@@ -326,8 +327,11 @@ def user_parts(problem: Problem) -> tuple[str | ImageRef, ...]:
     return tuple(part for part in parts if part != "")
 
 
-def _content(message: Message) -> str | list[dict[str, object]]:
-    """A text alone stays a text: some servers take no lists where no image is."""
+def content(message: Message) -> str | list[dict[str, object]]:
+    """What a message says, in the words of the protocol. Raises ImageError.
+
+    A text alone stays a text: some servers take no lists where no image is.
+    """
     if all(isinstance(part, str) for part in message.parts):
         return "".join(str(part) for part in message.parts)
     return [

@@ -18,9 +18,10 @@ AT_ONCE = 512
 class Colocated:
     """One `vllm.LLM`; it takes and gives what a server would."""
 
-    def __init__(self, launch: Launch) -> None:
-        """VLLM is imported and started with the first weights."""
+    def __init__(self, launch: Launch, *, sleeps: bool) -> None:
+        """VLLM is imported and started with the first weights; `sleeps`: it gives its memory to a trainer."""
         self._launch = launch
+        self._sleeps = sleeps and not launch.on_cpu  # where vLLM has no such mode
         self._llm: Any = None
         self._has = ""
         self._asleep = False
@@ -53,7 +54,7 @@ class Colocated:
 
     def _ready(self, weights: Weights) -> Any:
         if self._llm is None:
-            self._llm = _start(self._launch, weights.model)
+            self._llm = _start(self._launch, weights.model, sleeps=self._sleeps)
             self._has = weights.model.version
         if self._asleep:
             self._llm.wake_up()
@@ -67,7 +68,7 @@ class Colocated:
         return self._llm
 
     def _sleep(self) -> None:
-        if not self._launch.on_cpu:  # where vLLM has no such mode
+        if self._sleeps:
             self._llm.sleep(level=1)
             self._asleep = True
 
@@ -78,7 +79,7 @@ class Colocated:
             self._llm = None
 
 
-def _start(launch: Launch, weights: Weights) -> Any:
+def _start(launch: Launch, weights: Weights, *, sleeps: bool) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         import vllm
@@ -99,7 +100,7 @@ def _start(launch: Launch, weights: Weights) -> Any:
         limit_mm_per_prompt={"video": 0},
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
-        enable_sleep_mode=not launch.on_cpu,
+        enable_sleep_mode=sleeps,
         **({} if share is None else {"gpu_memory_utilization": share}),
         **({"enable_lora": True, "max_lora_rank": adapter_room(rank)} if rank else {}),
         **({"enforce_eager": True, "enable_chunked_prefill": False} if launch.on_cpu else {}),

@@ -99,6 +99,18 @@ class WeightsFolder:
         return Weights(version=version, folder=folder.absolute(), base=base)
 
 
+class Unchanged(WeightsFolder):
+    """A model that nobody trains: vLLM is started with it and keeps it, so nothing is written."""
+
+    def __init__(self, name: str) -> None:
+        """A folder or hub id. vLLM calls the weights that it was started with `default`."""
+        self._weights = self.newest = Weights(version="default", folder=Path(name))
+
+    def publish(self, vlm: Vlm) -> Weights:
+        """What vLLM has."""
+        return self._weights
+
+
 def _untie(vlm: Vlm, folder: Path) -> None:
     """Give the head weights of its own in the folder, where it shares those of the input embedding.
 

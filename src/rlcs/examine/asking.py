@@ -1,4 +1,4 @@
-"""Who answers: a model in this process, or one behind an OpenAI-compatible server.
+"""Who answers: a model that we load, or one behind an OpenAI-compatible server.
 
 Both take problems with the sample numbers that are still wanted, and yield rows as they come. A row
 that says `stop: failed` was not answered (the server could not) and is asked again another time; one
@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlcs import models
 from rlcs.benchmarks.base import Style
-from rlcs.chat import Chat
+from rlcs.engines.base import Answered
 from rlcs.engines.endpoint import EndpointClient, Request, user_parts
-from rlcs.engines.local import LocalEngine
+from rlcs.engines.opening import Reader
 from rlcs.errors import DataError
 from rlcs.interrupts import StopFlag
-from rlcs.recipe.schema import Eval, Images, Model, Prompts, Recipe
+from rlcs.recipe.schema import Eval, Prompts
 from rlcs.records import Message, Problem, rollout_seed
 
 BOXED_SYSTEM = Prompts().system
@@ -56,57 +55,28 @@ def answer_row(problem: str, index: int, text: str, *, tokens: int, stop: str, e
 
 
 class LocalRespondent:
-    """A model in this process, with its own pixel bounds and its own context length."""
+    """A model that we load, or that a vLLM of ours does."""
 
-    def __init__(self, name: str, asking: Asking) -> None:
-        """Load the model. Raises ModelError."""
-        self._asking = asking
-        vlm = models.load(Model(name=name))
-        size = vlm.processor.image_processor.size
-        context = int(vlm.model.config.get_text_config().max_position_embeddings)
-        recipe = Recipe(
-            prompt=Prompts(system=asking.system, max_tokens=max(1, context - asking.sampling.max_new_tokens)),
-            images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
-        )
-        self._chat: Chat = models.make_chat(vlm, recipe)
-        self._engine = LocalEngine(vlm, self._chat, max_rows=asking.sampling.max_rows)
+    def __init__(self, reader: Reader) -> None:
+        """`reader` is open while this is used."""
+        self._reader = reader
 
     def answers(self, wanted: Wanted, *, stop: StopFlag) -> Iterator[list[AnswerRow]]:
-        """`max_rows` answers at a time."""
-        asking = self._asking
-        sampling = self._chat.sampling(
-            n=asking.samples,
-            temperature=asking.sampling.temperature,
-            top_p=asking.sampling.top_p,
-            max_new_tokens=asking.sampling.max_new_tokens,
-            seed=asking.seed,
-        )
-        chunk = max(1, asking.sampling.max_rows // asking.samples)
+        """`reader.at_once` answers at a time."""
+        chunk = max(1, self._reader.at_once // self._reader.sampling.n)
         for start in range(0, len(wanted), chunk):
             if stop.is_set:
                 return
-            rows, prompts = [], []
-            left: dict[str, tuple[int, ...]] = {}
-            for problem, indices in wanted[start : start + chunk]:
-                try:
-                    prompts.append(self._chat.prompt(problem))
-                    left[problem.id] = indices
-                except DataError as error:
-                    why = str(error)
-                    rows += [
-                        answer_row(problem.id, i, "", tokens=0, stop="error", error=why) for i in indices
-                    ]
-            for rollout in (r for group in self._engine.sample(prompts, sampling) for r in group):
-                if rollout.index in left[rollout.problem_id]:
-                    row = answer_row(
-                        rollout.problem_id,
-                        rollout.index,
-                        rollout.text,
-                        tokens=len(rollout.ids),
-                        stop=rollout.stop.value,
-                    )
-                    rows.append(row)
-            yield rows
+            some = wanted[start : start + chunk]
+            answers = zip(some, self._reader.ask([problem for problem, _ in some]), strict=True)
+            yield [_row(problem, index, said) for (problem, left), said in answers for index in left]
+
+
+def _row(problem: Problem, index: int, answer: Answered) -> AnswerRow:
+    if isinstance(answer, DataError):
+        return answer_row(problem.id, index, "", tokens=0, stop="error", error=str(answer))
+    said = answer[1][index]
+    return answer_row(problem.id, index, said.text, tokens=len(said.ids), stop=said.stop.value)
 
 
 class EndpointRespondent:

@@ -9,7 +9,7 @@ import json as jsonlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rlcs.benchmarks import find
 from rlcs.benchmarks.loading import Loaded, load_benchmark
 from rlcs.distill.tries import claim
 from rlcs.engines.endpoint import EndpointClient
+from rlcs.engines.opening import open_reader
 from rlcs.errors import UserError
 from rlcs.examine.asking import AnswerRow, Asking, EndpointRespondent, LocalRespondent, Respondent
 from rlcs.examine.comparison import write_comparison
@@ -28,6 +29,7 @@ from rlcs.grading.answer_file import AnswerRow as Answered
 from rlcs.grading.answer_file import mark_officially
 from rlcs.interrupts import StopFlag
 from rlcs.metrics import Screen, screen
+from rlcs.recipe.rollout import Sampler
 from rlcs.recipe.schema import Endpoint
 from rlcs.records import Grade, Problem
 
@@ -42,7 +44,8 @@ _SHOWN = 3
 class Exam:
     """What is asked of every model, and where it goes.
 
-    `endpoint` and `judge` are servers; the model name in `endpoint` is replaced by each model's own.
+    `endpoint` and `judge` are servers; the model name in `endpoint` is replaced by each model's own. Without
+    `endpoint` we load the models, and `sampler` says by which engine.
     """
 
     benchmarks: tuple[str, ...]
@@ -53,6 +56,7 @@ class Exam:
     limit: int | None = None
     endpoint: Endpoint | None = None
     judge: Endpoint | None = None
+    sampler: Sampler = field(default_factory=Sampler)
     decode_limit: int = 50_000_000
 
 
@@ -100,11 +104,15 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _respondent(exam: Exam, model: str) -> Iterator[Respondent]:
-    if exam.endpoint is None:
-        yield LocalRespondent(model, exam.asking)
-    else:
+    how, logs = exam.asking, exam.out / "rollout"
+    if exam.endpoint is not None:
         with EndpointClient(exam.endpoint.model_copy(update={"model": model})) as client:
-            yield EndpointRespondent(client, exam.asking)
+            yield EndpointRespondent(client, how)
+        return
+    with open_reader(
+        model, exam.sampler, how.sampling, system=how.system, seed=how.seed, n=how.samples, logs=logs
+    ) as reader:
+        yield LocalRespondent(reader)
 
 
 def _settings(exam: Exam, loaded: Loaded, model: str) -> dict[str, Any]:
@@ -114,6 +122,7 @@ def _settings(exam: Exam, loaded: Loaded, model: str) -> dict[str, Any]:
         "model": model,
         "weights": _weights_stamp(model) if exam.endpoint is None else None,
         "base_url": exam.endpoint.base_url if exam.endpoint else None,
+        "engine": None if exam.endpoint or exam.sampler.engine == "local" else "vllm",
         "split": loaded.split,
         "prompt": exam.asking.style,
         "temperature": sampling.temperature,

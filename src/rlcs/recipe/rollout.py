@@ -1,4 +1,4 @@
-"""Where rollouts come from: this process, vLLM servers, or a vLLM inside this process."""
+"""Where answers come from: this process, vLLM servers, or a vLLM inside this process."""
 
 from typing import Annotated, Literal
 
@@ -12,14 +12,12 @@ ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class Rollouts(Section):
-    """Who samples answers, in GRPO and in measurements."""
+class Sampler(Section):
+    """Which engine samples, and how vLLM is started."""
 
     engine: Literal["local", "vllm_server", "vllm_colocated"] = "local"
-    """`local`: the model that trains; `vllm_server`: `vllm serve` processes; `vllm_colocated`: vLLM in this
-    process's environment, asleep while the model trains."""
-    urls: tuple[str, ...] = ()
-    """Servers that run already, with the flags of docs/how-to/vllm-rollouts.md. Empty: start `servers`."""
+    """`local`: the model in this process; `vllm_server`: `vllm serve` processes; `vllm_colocated`: vLLM in
+    this process's environment, asleep while the model trains."""
     servers: Positive = 1
     """`vllm serve` processes to start on this machine."""
     executable: str = "vllm"
@@ -33,15 +31,6 @@ class Rollouts(Section):
     memory_share: Share | None = None
     """Share of a GPU's memory (without one, of main memory) for weights and cache. None: vLLM's own, which is
     nearly all; a colocated engine must leave room for training, 0.4 say."""
-    weights_folder: str | None = None
-    """Where new weights are put for the engine to read. None: in the run's folder. Servers on other machines
-    need a folder that they see under the same path."""
-    lora: Literal["auto", "adapter", "merged"] = "auto"
-    """What vLLM gets of a policy that trains adapters. `adapter`: its model once, then the adapters alone;
-    vLLM can do that for adapters in the language model. `merged`: the whole model with them folded in,
-    every step: far more to write, no extra work in sampling. `auto`: `adapter` where vLLM can."""
-    concurrency: Positive = 64
-    """Prompts under way at once, a server."""
     start_limit_s: Seconds = 900.0
     """Seconds in which a server must start, or load new weights."""
     request_limit_s: Seconds = 1200.0
@@ -52,18 +41,34 @@ class Rollouts(Section):
     """With no server well for so many seconds the run stops; the last checkpoint is intact."""
     max_tries: Positive = 8
     """Tries of one prompt before the run stops."""
+
+    @model_validator(mode="after")
+    def _one_device_list_a_server(self) -> "Sampler":
+        if self.devices and len(self.devices) != self.servers:
+            raise ValueError(f"{len(self.devices)} devices for {self.servers} servers: give one entry each")
+        return self
+
+
+class Rollouts(Sampler):
+    """Who samples answers, in GRPO and in measurements."""
+
+    urls: tuple[str, ...] = ()
+    """Servers that run already, with the flags of docs/how-to/vllm-rollouts.md. Empty: start `servers`."""
+    weights_folder: str | None = None
+    """Where new weights are put for the engine to read. None: in the run's folder. Servers on other machines
+    need a folder that they see under the same path."""
+    lora: Literal["auto", "adapter", "merged"] = "auto"
+    """What vLLM gets of a policy that trains adapters. `adapter`: its model once, then the adapters alone;
+    vLLM can do that for adapters in the language model. `merged`: the whole model with them folded in,
+    every step: far more to write, no extra work in sampling. `auto`: `adapter` where vLLM can."""
+    concurrency: Positive = 64
+    """Prompts under way at once, a server."""
     importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
     """Each token's loss is weighted by policy / vLLM probability, at most this (truncated importance
     sampling, https://fengyao.notion.site/off-policy-rl). None: not corrected. With
     grpo.old_logprobs=sampler and several optimiser steps the loss's own ratio is that correction."""
     alarm: NonNegative = 0.1
     """Warn when the mean difference of vLLM's and the policy's logprobs is above this (nats)."""
-
-    @model_validator(mode="after")
-    def _one_device_list_a_server(self) -> "Rollouts":
-        if self.devices and len(self.devices) != self.servers:
-            raise ValueError(f"{len(self.devices)} devices for {self.servers} servers: give one entry each")
-        return self
 
     @property
     def cap(self) -> float | None:

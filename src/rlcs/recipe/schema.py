@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
-from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts
+from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts, Sampler
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 from rlcs.recipe.trackers import Trackers
 
@@ -155,11 +155,13 @@ class Teacher(Server):
 
     kind: Literal["builtin", "endpoint", "local"] | None = None
     """`builtin`: the program that drew the problem; `endpoint`: a server at `base_url`; `local`: a model
-    in this process. None: what follows from `base_url` and `model` being there."""
+    that we load. None: what follows from `base_url` and `model` being there."""
     base_url: str | None = None
     """Server of an `endpoint`, up to and with the version: `http://localhost:8000/v1`."""
     model: str | None = None
     """The model's name on the server; for `local` a folder, a hub id, or `builtin`."""
+    rollout: Sampler = Sampler()
+    """Who samples a `local` teacher: this process, or a vLLM that is started for it and ends with it."""
     temperature: NonNegative = 0.7
     """Sampling temperature of an endpoint or local teacher."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -194,6 +196,8 @@ class Teacher(Server):
             raise ValueError(f"a teacher of kind {self.who} needs model")
         if self.who == "endpoint" and not self.base_url:
             raise ValueError("a teacher of kind endpoint needs base_url")
+        if self.who != "local" and self.rollout.engine != "local":
+            raise ValueError(f"rollout.engine is for a teacher of kind local, and this one is {self.who}")
         if 0 < self.enough < self.keep_most:
             raise ValueError(f"keep_most ({self.keep_most}) is above enough ({self.enough}): raise enough")
         return self

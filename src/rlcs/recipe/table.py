@@ -127,7 +127,8 @@ def teacher_rows(teacher: Teacher) -> list[tuple[str, str]]:
     if teacher.who == "builtin":
         who = f"builtin, {teacher.wrong_share:.0%} wrong"
     else:
-        where = f" at {teacher.base_url}" if teacher.who == "endpoint" else ""
+        by_vllm = "" if teacher.rollout.engine == "local" else " by vLLM"
+        where = f" at {teacher.base_url}" if teacher.who == "endpoint" else by_vllm
         who = f"{teacher.model}{where}, {_sampling(teacher.temperature, teacher.top_p, teacher.max_tokens)}"
     tries = _count(teacher.tries, "try", "tries")
     until = f" until {teacher.enough} to keep" if 0 < teacher.enough < teacher.tries else ""

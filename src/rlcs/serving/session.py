@@ -85,6 +85,20 @@ def picture(image: Any, *, limit: int) -> ImageRef:
     raise ImageError(f"a {type(image).__name__} is no image", fix="give a path, bytes or a PIL image")
 
 
+def as_message(message: Message | Mapping[str, Any], *, limit: int) -> Message:
+    """A turn in either of its forms (see `Session.stream`), images read. Raises PromptError, ImageError."""
+    if isinstance(message, Message):
+        return message
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant") or not content:
+        fix = "write {'role': 'user', 'content': 'text'} or a list of texts and images as content"
+        raise PromptError("this is no message", where=str(dict(message))[:80], fix=fix)
+    parts = [content] if isinstance(content, str) else content
+    return Message(
+        role=role, parts=tuple(p if isinstance(p, str) else picture(p, limit=limit) for p in parts)
+    )
+
+
 class Stream(Iterator[str]):
     """Pieces of one answer as they come; afterwards `answer` holds the whole. Close it to cancel."""
 
@@ -190,25 +204,13 @@ class Session:
         images (paths as `Path`) in their order. A first message of role `system` replaces the model's own
         system prompt.
         """
-        prompt = self.chat.conversation([self._turn(message) for message in messages], name="conversation")
+        turns = [as_message(message, limit=self._decode_limit) for message in messages]
+        prompt = self.chat.conversation(turns, name="conversation")
         return self.start(prompt, settings or Settings())
 
     def start(self, prompt: Prompt, settings: Settings) -> Stream:
         """Answer a prompt, piece by piece."""
         return Stream(self.engine, prompt, self.sampling(prompt, settings))
-
-    def _turn(self, message: Message | Mapping[str, Any]) -> Message:
-        if isinstance(message, Message):
-            return message
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant") or not content:
-            fix = "write {'role': 'user', 'content': 'text'} or a list of texts and images as content"
-            raise PromptError("this is no message", where=str(dict(message))[:80], fix=fix)
-        parts = [content] if isinstance(content, str) else content
-        limit = self._decode_limit
-        return Message(
-            role=role, parts=tuple(p if isinstance(p, str) else picture(p, limit=limit) for p in parts)
-        )
 
     def sampling(self, prompt: Prompt, settings: Settings, *, n: int = 1) -> Sampling:
         """Settings as the engine takes them; an answer ends at the latest where the context does."""

@@ -1,0 +1,171 @@
+"""A model that runs in another program: any OpenAI-compatible server, or a vLLM that we start.
+
+`rlcs serve` becomes such a vLLM; `rlcs chat` talks to either kind as `session` does to a model of our own.
+"""
+
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+from rlcs.engines.endpoint import IMAGE_LIMIT, content, status_error
+from rlcs.engines.vllm_server import CPU_FLAGS, Launch, Process
+from rlcs.errors import EndpointError, ModelError
+from rlcs.models import default_device, resolve
+from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.schema import Endpoint
+from rlcs.records import Message
+from rlcs.serving.session import Settings, as_message
+
+CONNECT_S = 10.0
+"""Seconds in which a server must take the connection."""
+NOT_KNOWN = ("--queue", "--max-tokens", "--max-pixels", "--max-body-bytes", "--request-s")
+"""Limits of our own server that vLLM does not have."""
+_TRUE_OF_ALL = ("--generation-config", "vllm", "--allowed-media-domains", "nowhere.invalid")
+"""No sampling defaults of the model's own; images as `data:` URLs alone: it fetches nothing for others."""
+_POLL_S = 0.5
+
+
+class RemoteStream(Iterator[str]):
+    """Pieces of one answer as they come; reasoning that a server keeps apart stands in <think> tags."""
+
+    def __init__(self, chunks: "openai.Stream[Any]", server: Endpoint) -> None:
+        """Close it to cancel: the server then stops."""
+        self._chunks, self._server, self._thinks = chunks, server, False
+
+    def __next__(self) -> str:
+        """The next piece that is not empty. Raises EndpointError."""
+        while True:
+            with _told(self._server):
+                chunk = next(self._chunks)
+            delta = chunk.choices[0].delta if chunk.choices else None
+            thought = getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None) or ""
+            text = getattr(delta, "content", None) or ""
+            if thought and not self._thinks:
+                self._thinks, thought = True, f"<think>{thought}"
+            elif text and self._thinks:
+                self._thinks, text = False, f"</think>\n{text}"
+            if thought or text:
+                return f"{thought}{text}"
+
+    def close(self) -> None:
+        """Hang up."""
+        self._chunks.close()
+
+
+class RemoteSession:
+    """A model on a server; several threads may ask at once."""
+
+    def __init__(self, server: Endpoint, *, key: str | None = None) -> None:
+        """Where no model is named it is the server's first one. Raises EndpointError.
+
+        The key is that of `server.key_env` unless one is given.
+        """
+        key = key or os.environ.get(server.key_env) or "none"
+        limits = openai.Timeout(server.request_timeout_s, connect=CONNECT_S)
+        self._client = openai.OpenAI(base_url=server.base_url, api_key=key, timeout=limits, max_retries=0)
+        with _told(server):
+            known = [each.id for each in self._client.models.list()]
+        self.name = server.model or next(iter(known), "")
+        self._server = server.model_copy(update={"model": self.name})
+        if self.name not in known:
+            fix = f"it has {', '.join(known) or 'none'}"
+            raise EndpointError(f"no model is called {server.model!r}", where=server.base_url, fix=fix)
+
+    def stream(self, messages: Sequence[Message | Mapping[str, Any]], settings: Settings) -> RemoteStream:
+        """Answer a conversation, piece by piece: see `Session.stream`. Raises EndpointError, DataError."""
+        turns = [as_message(message, limit=IMAGE_LIMIT) for message in messages]
+        asked: list[Any] = [{"role": turn.role, "content": content(turn)} for turn in turns]
+        with _told(self._server):
+            chunks = self._client.chat.completions.create(
+                model=self.name, messages=asked, temperature=settings.temperature, top_p=settings.top_p,
+                max_tokens=settings.max_new_tokens, stream=True,
+                seed=openai.omit if settings.seed is None else settings.seed,
+            )  # fmt: skip
+        return RemoteStream(chunks, self._server)
+
+
+@contextmanager
+def _told(server: Endpoint) -> Iterator[None]:
+    """What goes wrong with a server, as EndpointError."""
+    try:
+        yield
+    except openai.APIStatusError as error:
+        found = status_error(error, server)
+        if not isinstance(found, EndpointError):
+            found = EndpointError(str(found), where=server.base_url, fix="change what it names")
+        raise found from error
+    except (openai.OpenAIError, httpx.HTTPError, ValueError) as error:
+        what = f"the server does not answer, or not to the end ({error.__cause__ or error})"[:500]
+        fix = "start it, correct the URL and its port, or see its log"
+        raise EndpointError(what, where=server.base_url, fix=fix) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(Launch):
+    """How vLLM is started for people; `name` is the model's for clients, `key` what they must bring."""
+
+    name: str
+    host: str = "127.0.0.1"
+    max_images: int = 8
+    key: str | None = None
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        """The command line; the key does not show in it."""
+        share = self.settings.memory_share
+        return [
+            self.settings.executable, "serve", str(folder), "--host", self.host, "--port", str(port),
+            "--served-model-name", self.name, "--dtype", self.dtype, "--max-model-len", str(self.max_tokens),
+            "--max-num-seqs", str(self.max_rows),
+            "--limit-mm-per-prompt", json.dumps({"image": self.max_images, "video": 0}), *_TRUE_OF_ALL,
+            *([] if share is None else ["--gpu-memory-utilization", str(share)]),
+            *(CPU_FLAGS if self.on_cpu else ()),
+        ]  # fmt: skip
+
+    def environment(self, index: int) -> dict[str, str]:
+        """The environment, with the key in it and without vLLM's count of users."""
+        return os.environ | {"VLLM_NO_USAGE_STATS": "1"} | ({"VLLM_API_KEY": self.key} if self.key else {})
+
+
+def serving(program: str, name: str, *, key: str | None, share: float | None = None) -> Serving:
+    """How vLLM serves a model: in the number format in which we load it, with the context that fits (-1)."""
+    on_cpu = default_device().type == "cpu"
+    return Serving(
+        settings=Rollouts(executable=program, memory_share=share),
+        dtype="float32" if on_cpu else "bfloat16",
+        max_tokens=-1, max_rows=32, on_cpu=on_cpu, name=name, key=key,
+    )  # fmt: skip
+
+
+@contextmanager
+def own_server(program: str, model: str, *, share: float | None) -> Iterator[RemoteSession]:
+    """A vLLM for ourselves alone, which ends with the context; `share` of a GPU. Raises ModelError."""
+    launch = serving(program, model, key=secrets.token_hex(16), share=share)
+    with tempfile.TemporaryDirectory() as logs:
+        process = Process(launch, 0, Path(resolve(model)), Path(logs) / "vllm.log")
+        try:
+            end = time.monotonic() + launch.settings.start_limit_s
+            while not _is_well(process.url):
+                if not process.runs or time.monotonic() > end:
+                    fix = "--engine local takes the engine that comes with rlcs"
+                    raise ModelError(f"vLLM does not start:\n{process.last_words}", where=model, fix=fix)
+                time.sleep(_POLL_S)
+            yield RemoteSession(Endpoint(base_url=f"{process.url}/v1", model=model), key=launch.key)
+        finally:
+            process.end(at_once=False)
+
+
+def _is_well(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
