@@ -73,6 +73,7 @@ class Shell(nn.Module):
         Every rank must enter and leave, even one that has nothing to do.
         """
         units = self.units
+        self(_nothing)  # the first forward tells FSDP which unit is the root
         for unit in units:
             unit.unshard()
         self._keep(self._reshards)
@@ -105,10 +106,7 @@ def shard(model: PreTrainedModel, mesh: Mesh, settings: Parallel) -> Shell:
     """
     assert mesh.device is not None, "a mesh with process groups has a device"
     devices = init_device_mesh(mesh.device.type, (mesh.size,))
-    shell = wrap(model, devices, settings, before=lambda modules: _fill(modules, mesh))
-    with torch.no_grad():
-        shell.run(_nothing)  # the first forward tells FSDP which unit is the root
-    return shell
+    return wrap(model, devices, settings, before=lambda modules: _fill(modules, mesh))
 
 
 def wrap(
