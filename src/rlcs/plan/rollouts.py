@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rlcs.engines.local import PREFILL_TOKENS
 from rlcs.plan.machine import GIB, Machine
-from rlcs.plan.shapes import Sizes
+from rlcs.plan.shapes import Sizes, head_size
 from rlcs.plan.storage import formats, trainers
 from rlcs.recipe.schema import Recipe
 
@@ -53,7 +53,7 @@ def rollout_bytes(recipe: Recipe, sizes: Sizes, machine: Machine, largest: Trees
     choosing = rows * text.vocab_size * (SAMPLING if grpo.top_p == 1 else SAMPLING_TOP_P)
     prefill = min(max(PREFILL_TOKENS, largest.trunk), prompts * largest.trunk)
     patches = prefill * largest.patches // largest.trunk
-    tower = patches * (sizes.vision.intermediate_size + sizes.vision.hidden_size)
+    tower = patches * (sizes.vision.intermediate + sizes.vision.hidden)
     passing = 3 * form.compute * max(prefill * (text.intermediate_size + text.hidden_size), tower)
     sharded = trainers(recipe, machine) > 1 or form.weight != form.compute
     whole = sizes.total * form.compute if sharded else 0
@@ -86,5 +86,5 @@ def _live_prompts(recipe: Recipe, machine: Machine) -> int:
 def _cache_token(sizes: Sizes, element: int) -> int:
     """Bytes of a token's keys and values in all layers."""
     text = sizes.text
-    width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    width = text.num_key_value_heads * head_size(text)
     return int(2 * width * text.num_hidden_layers * element)
