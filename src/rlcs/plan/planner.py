@@ -161,7 +161,8 @@ def _memory(
     if isinstance(stage, Grpo):
         # The gradients of a step lie there until the next one begins.
         parts["rollout"] = rollout_bytes(recipe, sizes, machine, largest)
-        worst = max(worst, lies.gradients + parts["rollout"])
+        rest = worst if recipe.rollout.engine == "vllm_server" else lies.gradients  # servers never sleep
+        worst = max(worst, rest + parts["rollout"])
     return parts, lies.weights + lies.optimizer + lies.reference + worst
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rlcs.engines.local import PREFILL_TOKENS
 from rlcs.plan.machine import GIB, Machine
 from rlcs.plan.shapes import Sizes, head_size
-from rlcs.plan.storage import formats, trainers
+from rlcs.plan.storage import formats, is_sharded, servers_beside, trainers
 from rlcs.recipe.schema import Recipe
 
 READING = 0.6
@@ -42,10 +42,9 @@ def rollout_bytes(recipe: Recipe, sizes: Sizes, machine: Machine, largest: Trees
     The local engine's cache grows by copying, so it counts twice; a sharded model is whole meanwhile.
     """
     grpo, engine = recipe.grpo, recipe.rollout.engine
-    if engine == "vllm_server":
-        return 0.0
-    if engine == "vllm_colocated":
-        return (recipe.rollout.memory_share or VLLM_SHARE) * machine.device.memory * GIB
+    if engine != "local":
+        engines = 1 if engine == "vllm_colocated" else servers_beside(recipe, machine)
+        return engines * (recipe.rollout.memory_share or VLLM_SHARE) * machine.device.memory * GIB
     form, text = formats(recipe, machine), sizes.text
     prompts = _live_prompts(recipe, machine)
     rows = prompts * grpo.group_size
@@ -55,8 +54,7 @@ def rollout_bytes(recipe: Recipe, sizes: Sizes, machine: Machine, largest: Trees
     patches = prefill * largest.patches // largest.trunk
     tower = patches * (sizes.vision.intermediate + sizes.vision.hidden)
     passing = 3 * form.compute * max(prefill * (text.intermediate_size + text.hidden_size), tower)
-    sharded = trainers(recipe, machine) > 1 or form.weight != form.compute
-    whole = sizes.total * form.compute if sharded else 0
+    whole = sizes.total * form.compute if is_sharded(recipe, machine) else 0
     return float(cache + max(choosing, passing) + whole)
 
 
