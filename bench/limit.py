@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.shapes import Case
+from rlcs.plan.shapes import tower_of
 from rlcs.plan.work import language, vision
 
 
@@ -32,9 +33,9 @@ def limit_of(case: Case, config: Any) -> Limit:
         for problem in problems:
             trunk, patches = case.trunks[problem.id], case.patches[problem.id]
             lengths = case.lengths[problem.id]
-            shared += vision(config.vision_config, patches) + language(config.text_config, trunk, lengths)
+            image = vision(tower_of(config.vision_config), patches)
+            shared += image + language(config.text_config, trunk, lengths)
             for length in lengths:
-                image = vision(config.vision_config, patches)
                 unshared += image + language(config.text_config, trunk, [length])
                 padded += image + language(config.text_config, longest_trunk, [longest_answer])
     return Limit(exact=unshared / shared, padded=padded / shared)

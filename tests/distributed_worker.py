@@ -61,7 +61,8 @@ class Stopper:
 
 def load(job: dict, mesh: Mesh) -> models.Vlm:
     checkpointing = job.get("gradient_checkpointing", False)
-    settings = Recipe(model={"name": job["model"], "gradient_checkpointing": checkpointing}).model
+    more = {"gradient_checkpointing": checkpointing, "dtype": job.get("dtype", "auto")}
+    settings = Recipe(model={"name": job["model"], **more}).model
     return models.load(settings, mesh=mesh)
 
 

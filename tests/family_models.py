@@ -76,11 +76,12 @@ def _text(tokenizer, **more: object) -> dict[str, object]:
     }
 
 
-def qwen2_vl(tokenizer) -> tuple[PreTrainedModel, Qwen2VLProcessor]:
+def qwen2_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen2VLProcessor]:
     """Untied head, patches of 14, positions in sections."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    vision = {"depth": 2, "embed_dim": 96, "hidden_size": 128, "num_heads": 4, "initializer_range": 0.08}
-    text = _text(tokenizer, rope_parameters=rope)
+    vision = {"depth": 2, "embed_dim": 96, "hidden_size": 128, "num_heads": 4, "initializer_range": 0.08,
+              **dict(vision)}  # fmt: skip
+    text = _text(tokenizer, rope_parameters=rope, **dict(text))
     config = Qwen2VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
     processor = Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=SIZES),
@@ -91,14 +92,14 @@ def qwen2_vl(tokenizer) -> tuple[PreTrainedModel, Qwen2VLProcessor]:
     return Qwen2VLForConditionalGeneration(config), processor
 
 
-def qwen3_vl(tokenizer) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+def qwen3_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
     """Tied head, patches of 16, interleaved positions, two deepstack layers, heads wider than hidden / 4."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8],
             "mrope_interleaved": True}  # fmt: skip
-    text = _text(tokenizer, head_dim=48, rope_parameters=rope, tie_word_embeddings=True)
+    text = _text(tokenizer, head_dim=48, rope_parameters=rope, tie_word_embeddings=True, **dict(text))
     vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
               "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 2],
-              "initializer_range": 0.08}  # fmt: skip
+              "initializer_range": 0.08, **dict(vision)}  # fmt: skip
     config = Qwen3VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, **_ids(tokenizer)
     )
@@ -116,10 +117,10 @@ def qwen3_vl(tokenizer) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
 BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}
 
 
-def build(family: str, folder: Path) -> Path:
-    """Write a random model of the family in Hugging Face format."""
+def build(family: str, folder: Path, **parts: object) -> Path:
+    """Write a random model of the family in Hugging Face format; `text` and `vision` change its shape."""
     torch.manual_seed(1)
-    model, processor = BUILDERS[family](build_tokenizer(tiny.corpus(50)))
+    model, processor = BUILDERS[family](build_tokenizer(tiny.corpus(50)), **parts)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

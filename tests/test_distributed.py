@@ -52,6 +52,10 @@ JOBS = {
     "dapo": {"grpo": GRPO | DAPO},
     "adapters": {"grpo": GRPO | PAPER, "lora": {"rank": 4, "alpha": 8}},
 }
+OFFLOADED = {"frozen": 2, "paper": 1}
+"""Jobs that ranks do with everything in main memory too; two ranks are stopped after a step and resumed."""
+COARSE = {"sft": SFT | {"epochs": 1}, "lora": {"rank": 4, "alpha": 8}, "dtype": "bfloat16"}
+"""Frozen weights in bfloat16 under adapters in float32."""
 
 STUDY = [
     "data.cold_start=builtin:puzzles?count=12&seed=1",
@@ -125,6 +129,12 @@ def pair(random_model_folder, tmp_path_factory) -> Path:
     jobs[0] |= {"gradient_checkpointing": True, "parallel": {"reshard_after_forward": False}}
     for name, step in (("sft", 3), ("paper", 1)):
         jobs.append(base | {"folder": str(root / f"{name}-stopped"), "stop_at": step} | JOBS[name])
+    for name, step in OFFLOADED.items():
+        job = (
+            base | {"folder": str(root / f"{name}-offloaded"), "parallel": {"cpu_offload": True}} | JOBS[name]
+        )
+        jobs += [job | {"stop_at": step}, job]
+    jobs.append(base | {"folder": str(root / "coarse")} | COARSE)
     run_on(2, jobs, root / "jobs.json")
     return root
 
@@ -159,6 +169,17 @@ def test_two_ranks_compute_what_one_computes(alone, pair, name):
             assert [json.loads(x)["text"] for x in mine.splitlines()] == [
                 json.loads(x)["text"] for x in theirs.splitlines()
             ]
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_offloading_changes_no_bit_of_what_two_ranks_compute(pair, name):
+    """Across a stop and a resume; where shards lie is looked at in `test_sharding.py`."""
+    here, there = pair / name, pair / f"{name}-offloaded"
+    assert f"after step {OFFLOADED[name]} of" in (there / "stopped-1").read_text()
+    weights, offloaded = torch.load(here / "weights.pt"), torch.load(there / "weights.pt")
+    assert weights.keys() == offloaded.keys()
+    assert all(torch.equal(weight, offloaded[key]) for key, weight in weights.items())
+    assert rows(here) == rows(there)
 
 
 def test_the_trained_model_is_a_hugging_face_folder(pair):
@@ -284,6 +305,38 @@ def scored(folder: Path, chat: Chat, parallel: Parallel, mesh: Mesh) -> tuple[Vl
     return vlm, logprobs.detach()
 
 
+def done_by(mesh: Mesh, job: dict, folder: Path) -> dict[str, Tensor]:
+    """The weights after a job."""
+    folder.mkdir()
+    distributed_worker.train(job | {"folder": str(folder)}, mesh)
+    return torch.load(folder / "weights.pt")
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_offloading_changes_no_bit_of_what_one_rank_computes(
+    random_model_folder, group_of_one, tmp_path, name
+):
+    job = {"model": str(random_model_folder)} | JOBS[name]
+    here = done_by(group_of_one, job, tmp_path / "here")
+    there = done_by(group_of_one, job | {"parallel": {"cpu_offload": True}}, tmp_path / "there")
+    assert all(torch.equal(weight, there[key]) for key, weight in here.items())
+    assert rows(tmp_path / "here") == rows(tmp_path / "there")
+
+
+def test_exact_adapters_on_coarse_weights_train_in_shards(random_model_folder, pair, group_of_one, tmp_path):
+    job = {"model": str(random_model_folder)} | COARSE
+    alone = done_by(ALONE, job, tmp_path / "alone")
+    one = done_by(group_of_one, job, tmp_path / "one")
+    two = torch.load(pair / "coarse" / "weights.pt")
+    for name, weight in alone.items():
+        adapter = "lora_" in name
+        assert weight.dtype == one[name].dtype == two[name].dtype
+        assert weight.dtype == (torch.float32 if adapter else torch.bfloat16), name
+        assert torch.equal(weight, one[name]) and (adapter or torch.equal(weight, two[name])), name
+    losses = [rows(path)[-1]["loss"] for path in (tmp_path / "one", pair / "coarse")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
 def test_number_formats_under_torchrun(random_model_folder, chat, group_of_one):
     exact, logprobs = scored(random_model_folder, chat, Parallel(), group_of_one)
     mixed, rounded = scored(random_model_folder, chat, Parallel(compute_dtype="bfloat16"), group_of_one)
@@ -315,9 +368,11 @@ def test_layers_stay_gathered_only_where_the_recipe_says_so(random_model_folder,
         assert isinstance(layer, DTensor) == freed
 
 
-def test_mixed_precision_without_torchrun_is_refused(vlm):
-    with pytest.raises(UserError, match="mixed precision belongs to sharded models"):
+def test_what_only_shards_can_have_is_refused_without_torchrun(vlm):
+    with pytest.raises(UserError, match="mixed precision and offloading belong to sharded models"):
         models.spread(vlm, Parallel(compute_dtype="bfloat16"))
+    with pytest.raises(UserError, match=r"parallel\.cpu_offload"):
+        models.spread(vlm, Parallel(cpu_offload=True))
 
 
 # --- shares --------------------------------------------------------------------------------------

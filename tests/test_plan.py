@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import Qwen2VLConfig, Qwen3VLConfig
 from transformers.core_model_loading import revert_weight_conversion
 from typer.testing import CliRunner
 
@@ -11,11 +12,13 @@ from rlcs.errors import UserError
 from rlcs.plan.machine import GIB, GPUS, assume, machine
 from rlcs.plan.page import make_plan
 from rlcs.plan.planner import largest_tree
-from rlcs.plan.shapes import published, sizes_of, skeleton
+from rlcs.plan.shapes import head_size, measure, published, sizes_of, skeleton
+from rlcs.plan.work import language, vision
 from rlcs.recipe.loading import list_recipes, load_recipe
 from rlcs.recipe.schema import Model
 
 HUB = "Qwen/Qwen2.5-VL-{}-Instruct"
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 PARAMETERS = {
     "3B": 3_754_622_976,
     "7B": 8_292_166_656,
@@ -76,6 +79,79 @@ def test_sizes_of_a_folder_are_those_of_the_loaded_model(random_model_folder, vl
     assert sizes.total == sum(p.numel() for p in vlm.model.parameters())
 
 
+QWEN_2 = {"num_hidden_layers": 28, "rope_parameters": ROPE}
+QWEN_3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128}
+SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
+OTHERS = {
+    "Qwen2-VL-2B": (
+        2_208_985_600,
+        Qwen2VLConfig(
+            text_config=QWEN_2
+            | {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960}
+            | {"num_attention_heads": 12, "num_key_value_heads": 2},
+            vision_config={"hidden_size": 1536},
+            tie_word_embeddings=True,
+        ),
+    ),
+    "Qwen2-VL-7B": (
+        8_291_375_616,
+        Qwen2VLConfig(
+            text_config=QWEN_2
+            | {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944}
+            | {"num_attention_heads": 28, "num_key_value_heads": 4},
+            vision_config={"hidden_size": 3584},
+        ),
+    ),
+    "Qwen3-VL-4B": (
+        4_437_815_808,
+        Qwen3VLConfig(
+            text_config=QWEN_3
+            | {"hidden_size": 2560, "intermediate_size": 9728}
+            | {"num_hidden_layers": 36, "num_attention_heads": 32},
+            vision_config=SMALL_TOWER | {"out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]},
+            tie_word_embeddings=True,
+        ),
+    ),
+    "Qwen3-VL-8B": (
+        8_767_123_696,
+        Qwen3VLConfig(
+            text_config=QWEN_3
+            | {"hidden_size": 4096, "intermediate_size": 12_288}
+            | {"num_hidden_layers": 36, "num_attention_heads": 32},
+            vision_config={"out_hidden_size": 4096},
+        ),
+    ),
+}
+"""Published parameters and configurations of other families, as far as they decide sizes."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_are_planned_from_their_configuration(name, tmp_path):
+    total, config = OTHERS[name]
+    config.save_pretrained(tmp_path)
+    plan = planned("recommended-7b", f"model.name={tmp_path}")
+    assert plan.sizes.total == total == sum(plan.sizes.parameters.values())
+    assert plan.stages["grpo"].parts["weights"] == 4 * total / 8
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", *OTHERS])
+def test_operations_are_those_of_the_layers_that_there_are(name):
+    """Two a weight of a linear layer and a token, without attention's pairs: from the model itself."""
+    config = published(f"Qwen/{name}-Instruct") or OTHERS[name][1]
+    sizes = measure(name, config)
+    text, tower, tokens, patches = sizes.text, sizes.vision, 7, 256
+    weights = {
+        part: sum(x.inputs * x.outputs for x in sizes.linears if x.part == part) for part in sizes.parameters
+    }
+    pairs = 4 * text.num_attention_heads * head_size(text) * tokens * (tokens + 1) / 2
+    assert (
+        language(text, tokens, []) == 2 * tokens * weights["language_model"] + text.num_hidden_layers * pairs
+    )
+    sees = tower.windowed * tower.window + (tower.depth - tower.windowed) * patches
+    work = weights["vision_tower"] + tower.pixels * tower.hidden + weights["merger"] / tower.merge**2
+    assert vision(tower, patches) == 2 * patches * work + 4 * tower.hidden * patches * sees
+
+
 # --- memory and work by hand ------------------------------------------------------------------------
 
 
@@ -116,6 +192,54 @@ def test_gpus_that_sample_do_not_train():
         planned("8xgpu-7b", gpus=4)
 
 
+def test_servers_on_gpus_that_train_take_their_memory_all_the_time():
+    shared = ("recommended-3b", "rollout.engine=vllm_server", "rollout.memory_share=0.3")
+    alone = planned(*shared, "rollout.urls=[http://elsewhere]").stages["grpo"]
+    assert alone.parts["rollout"] == 0
+    for count, more in (
+        (1, ()),  # no devices: the first GPU that it sees
+        (2, ("rollout.servers=2",)),
+        (1, ("rollout.servers=2", 'rollout.devices=["0,1,2,3", "4,5,6,7"]')),
+        (2, ("rollout.servers=2", 'rollout.devices=["0,1,2,3,4,5,6,7", "7"]')),
+    ):
+        beside = planned(*shared, *more).stages["grpo"]
+        assert beside.parts["weights"] == alone.parts["weights"] == 4 * PARAMETERS["3B"] / 8
+        assert beside.parts["rollout"] == count * 0.3 * 80 * GIB
+        assert beside.peak == pytest.approx(alone.peak + 1.05 * beside.parts["rollout"])
+        assert planned(*shared, *more).stages["sft"].parts.get("rollout") is None
+    twice = planned(*shared, "rollout.servers=2", 'rollout.devices=["6,7", "7"]').stages["grpo"]
+    assert twice.parts["weights"] == 4 * PARAMETERS["3B"] / 6 and twice.parts["rollout"] == 0
+    full = planned(*shared[:2], "rollout.servers=1")  # vLLM's own share is nearly all
+    assert not full.fits and full.advice.changes == ("rollout.memory_share=0.6",)
+
+
+def test_what_is_offloaded_leaves_the_gpus_for_main_memory():
+    here = planned("recommended-3b").stages
+    there = planned("recommended-3b", "parallel.cpu_offload=true").stages
+    for stage in ("sft", "grpo"):
+        moved = [here[stage].parts.get(name) for name in ("weights", "gradients", "optimizer", "reference")]
+        assert there[stage].parts["offloaded"] == sum(moved) and here[stage].parts["offloaded"] == 0
+        assert not any(
+            there[stage].parts[name] for name in ("weights", "gradients", "optimizer", "reference")
+        )
+        assert there[stage].parts["gathered"] > here[stage].parts["gathered"]
+    assert there["grpo"].parts["offloaded"] == 4 * PARAMETERS["3B"] * 2 / 8 + 12 * trained("3B") / 8
+    assert there["grpo"].parts["rollout"] == here["grpo"].parts["rollout"]
+    one = planned("recommended-3b", "model.dtype=bfloat16", "parallel.compute_dtype=same", gpus=1).stages[
+        "grpo"
+    ]
+    moved = planned(
+        "recommended-3b", "model.dtype=bfloat16", "parallel.compute_dtype=same", "parallel.cpu_offload=true",
+        gpus=1,
+    ).stages["grpo"]  # fmt: skip
+    assert moved.parts["rollout"] == one.parts["rollout"] + 2 * PARAMETERS["3B"]  # gathered to sample
+
+
+def trained(size: str) -> int:
+    """Parameters that learn with the tower frozen."""
+    return PARAMETERS[size] - sizes_of(Model(name=HUB.format(size))).parameters["vision_tower"]
+
+
 def test_single_gpu_recipe_fits_where_it_says():
     assert planned("single-gpu-lora-3b", gpus=1, memory=48).fits
     assert planned("single-gpu-lora-3b", "grpo.max_rows=40", gpus=1, memory=24).fits
@@ -148,7 +272,7 @@ def test_operations_are_about_two_a_parameter_a_token_and_pass():
 
 def test_memory_is_for_answers_at_their_limit_and_time_for_the_assumed_ones():
     recipe = load_recipe("recommended-3b").recipe
-    tree = largest_tree(recipe, recipe.grpo)
+    tree = largest_tree(recipe, recipe.grpo, sizes_of(recipe.model).vision)
     assert tree.tokens == 2048 + 10 * 2048 > recipe.grpo.pack_tokens
     plan = planned("recommended-3b")
     longer = planned("recommended-3b", words=("answer=1000",))
@@ -204,8 +328,26 @@ def test_more_gpus_are_advised_where_they_help():
     assert not planned("recommended-3b", gpus=plan.advice.gpus // 2, memory=60).fits
 
 
+def test_main_memory_is_advised_before_what_changes_the_result():
+    asked = ("recommended-3b", "grpo.max_rows=40")
+    plan = planned(*asked, gpus=1, gpu="RTX4090")
+    assert plan.advice is not None and not plan.advice.alters
+    assert plan.advice.changes == ("parallel.cpu_offload=true",)
+    assert planned("quickstart", gpus=0, memory=1).advice.changes is None  # a CPU has no other memory
+
+
+def test_4_bits_are_advised_only_where_they_train():
+    """Without torchrun: one GPU, one number format, nothing offloaded."""
+    one = planned("single-gpu-lora-3b", gpus=1, memory=10).advice
+    assert "lora.four_bit=true" in one.changes and "parallel.cpu_offload=true" not in one.changes
+    assert "lora.four_bit=true" in one.alters
+    for recipe, gpus in (("single-gpu-lora-3b", 2), ("paper-7b", 1)):
+        advice = planned(recipe, gpus=gpus, memory=9).advice
+        assert advice is not None and "lora.four_bit=true" not in (advice.changes or ())
+
+
 def test_where_nothing_helps_it_says_so():
-    plan = planned("paper-7b", gpus=1, memory=24)
+    plan = planned("paper-7b", gpus=1, memory=12)
     assert plan.advice is not None and plan.advice.changes is None
     assert "no change of the recipe is enough" in plan.to_text()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import family_models
 from conftest import make_problem
 from rlcs import grpo, models, tiny
 from rlcs.objectives import sft_loss
@@ -26,6 +27,26 @@ SHAPES = {
     "48M, mostly tower": {"hidden": 256, "layers": 3, "vision_hidden": 640, "vision_layers": 7},
     "30M, deep": {"hidden": 448, "layers": 12, "vision_hidden": 128, "vision_layers": 2},
 }
+FAMILIES = {
+    "qwen2_vl": {
+        "text": {
+            "hidden_size": 384,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+        },
+        "vision": {"depth": 6, "embed_dim": 256, "hidden_size": 384},
+    },
+    "qwen3_vl": {
+        "text": {
+            "hidden_size": 384,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+        },
+        "vision": {"depth": 6, "hidden_size": 256, "intermediate_size": 1024, "out_hidden_size": 384},
+    },
+}
 CASES = [
     # shape, objective, gradient checkpointing, frozen parts, packs
     ("14M, wide", "sft", False, (), 1),
@@ -34,6 +55,10 @@ CASES = [
     ("48M, mostly tower", "sft", True, (), 1),
     ("30M, deep", "sft", False, ("vision_tower",), 2),
     ("30M, deep", "grpo", True, (), 1),
+    ("qwen2_vl", "sft", False, (), 1),
+    ("qwen2_vl", "grpo", True, (), 2),
+    ("qwen3_vl", "sft", False, (), 1),
+    ("qwen3_vl", "grpo", True, (), 2),
 ]
 
 
@@ -45,6 +70,8 @@ def folders(tmp_path_factory):
         made[name] = tmp_path_factory.mktemp(f"shape-{index}")
         tiny.build_model(processor, **shape).save_pretrained(made[name])
         processor.save_pretrained(made[name])
+    for family, parts in FAMILIES.items():
+        made[family] = family_models.build(family, tmp_path_factory.mktemp(family), **parts)
     return made
 
 

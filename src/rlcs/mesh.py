@@ -1,8 +1,8 @@
 """The processes of one run: their ranks and devices, what they tell each other, and when they stop.
 
 `torchrun` starts the same command once for every rank. Without it a run is `Mesh()`: a world of one,
-the same code with nobody to wait for. Numbers and records go over gloo, tensors over nccl where there
-are GPUs. Every wait has a limit; a rank that dies takes the others along, with a message.
+the same code with nobody to wait for. Numbers, records and tensors in main memory go over gloo, tensors
+on GPUs over nccl. Every wait has a limit; a rank that dies takes the others along, with a message.
 """
 
 import os
@@ -106,10 +106,10 @@ ALONE = Mesh()
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:
     """`whole` as `like` is kept: on its device, and if that is sharded this rank's rows alone."""
-    whole = whole.to(like.device)
     if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+        return whole.to(like.device)
+    rows = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return rows.to(like.device)  # the mesh's device, unless shards are offloaded
 
 
 @contextmanager
@@ -126,7 +126,8 @@ def open_mesh(*, timeout_s: float) -> Iterator[Mesh]:
     device = _device(int(os.environ["LOCAL_RANK"]))
     rank = int(os.environ["RANK"])
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=limit)
         objects = dist.new_group(backend="gloo", timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         size = dist.get_world_size()

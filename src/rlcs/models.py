@@ -177,22 +177,17 @@ def _weightless(config: Any, dtype: torch.dtype, settings: ModelSettings) -> Pre
 def spread(vlm: Vlm, settings: Parallel) -> Vlm:
     """The model in shards over the ranks of its mesh; without `torchrun` the model as it is.
 
-    Raises UserError for number formats that only a sharded model can have, or that none can.
+    Raises UserError for choices that only a sharded model can have.
     """
     if vlm.mesh.grouped:
-        if len({p.dtype for p in vlm.model.parameters()}) > 1:
-            raise UserError(
-                "the adapters have another number format than the model, which shards cannot mix",
-                where="model.dtype",
-                fix="set model.dtype=float32 with parallel.compute_dtype=bfloat16",
-            )
         return replace(vlm, shell=shard(vlm.model, vlm.mesh, settings))
-    if (settings.compute_dtype, settings.reduce_dtype) != ("same", "same"):
-        raise UserError(
-            "mixed precision belongs to sharded models",
-            where="parallel.compute_dtype",
-            fix="start with `torchrun --nproc-per-node N -m rlcs ...` (N may be 1), or set model.dtype",
-        )
+    for key in ("compute_dtype", "reduce_dtype", "cpu_offload"):
+        if getattr(settings, key) not in ("same", False):
+            raise UserError(
+                "mixed precision and offloading belong to sharded models",
+                where=f"parallel.{key}",
+                fix="start with `torchrun --nproc-per-node N -m rlcs ...` (N may be 1), or leave it out",
+            )
     return vlm
 
 

@@ -8,6 +8,12 @@ work with the weights runs inside of the shell's forward.
 Sampling does not run in step: it would take as many forwards on every rank, each of which gathers the
 whole model for one token a row. The weights are gathered once instead (`gathered`), and every rank
 samples by itself.
+
+Offloading (`cpu_offload`) is FSDP's own: shards, their gradients and AdamW live in main memory, and a
+unit's shard is copied to the GPU when the unit is gathered. Moving AdamW's state alone in for each step
+would save half of it and only between steps: a step would still need all 16 bytes a float32 weight on
+the GPUs (60 GB for 3B). This way they hold the units at work, so that every weight of a 3B model trains
+on one GPU of 24 GB; and what is copied when is FSDP's care, not ours.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +23,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -42,11 +54,16 @@ class Shell(nn.Module):
         """Do the work. For gradients to be reduced, it returns a tensor or a tuple of tensors."""
         return work()
 
+    @property
+    def units(self) -> list[FSDPModule]:
+        """FSDP's units, the root first."""
+        return [module for module in self.modules() if isinstance(module, FSDPModule)]
+
     def run(self, work: Callable[[], T]) -> T:
         """`forward`, after which the root is not left gathered where no backward pass will free it."""
         result: T = self(work)
         if not torch.is_grad_enabled() and not self._is_gathered:
-            _units(self)[0].reshard()
+            self.units[0].reshard()
         return result
 
     @contextmanager
@@ -55,7 +72,8 @@ class Shell(nn.Module):
 
         Every rank must enter and leave, even one that has nothing to do.
         """
-        units = _units(self)
+        units = self.units
+        self(_nothing)  # the first forward tells FSDP which unit is the root
         for unit in units:
             unit.unshard()
         self._keep(self._reshards)
@@ -73,17 +91,12 @@ class Shell(nn.Module):
     def _keep(self, kept: bool) -> None:
         """Whether layers stay gathered after a forward although they free their weights otherwise."""
         if self._reshards:
-            for unit in _units(self)[1:]:
+            for unit in self.units[1:]:
                 unit.set_reshard_after_forward(not kept, recurse=False)
 
 
 def _nothing() -> None:
     """No work."""
-
-
-def _units(shell: nn.Module) -> list[FSDPModule]:
-    """FSDP's units, the root first."""
-    return [module for module in shell.modules() if isinstance(module, FSDPModule)]
 
 
 def shard(model: PreTrainedModel, mesh: Mesh, settings: Parallel) -> Shell:
@@ -92,25 +105,37 @@ def shard(model: PreTrainedModel, mesh: Mesh, settings: Parallel) -> Shell:
     Nothing is held whole but on rank 0, whose own copy shrinks as the shards grow.
     """
     assert mesh.device is not None, "a mesh with process groups has a device"
+    devices = init_device_mesh(mesh.device.type, (mesh.size,))
+    return wrap(model, devices, settings, before=lambda modules: _fill(modules, mesh))
+
+
+def wrap(
+    model: PreTrainedModel,
+    devices: DeviceMesh,
+    settings: Parallel,
+    *,
+    before: Callable[[Iterable[nn.Module]], None] = lambda modules: None,
+) -> Shell:
+    """Make FSDP's units: each layer and block, then the shell; `before` sees the modules of one."""
+    offload = CPUOffloadPolicy(pin_memory=devices.device_type == "cuda")
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(mesh.device.type, (mesh.size,)),
+        "mesh": devices,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=_dtype(settings.compute_dtype),
             reduce_dtype=_dtype(settings.reduce_dtype),
             cast_forward_inputs=False,  # rotary angles must stay exact; what enters is of the right type
         ),
+        "offload_policy": offload if settings.cpu_offload else OffloadPolicy(),
     }
     shell = Shell(model, reshards=settings.reshard_after_forward)
     units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     done: set[nn.Module] = set()
     for unit in units:
-        _fill(unit.modules(), mesh)
+        before(unit.modules())
         done.update(unit.modules())
         fully_shard(unit, reshard_after_forward=settings.reshard_after_forward, **options)
-    _fill((module for module in shell.modules() if module not in done), mesh)
+    before(module for module in shell.modules() if module not in done)
     fully_shard(shell, **options)
-    with torch.no_grad():
-        shell.run(_nothing)  # the first forward tells FSDP which unit is the root
     return shell
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rlcs.errors import RecipeError
 from rlcs.plan.planner import StagePlan
 from rlcs.recipe.schema import Recipe
 
 MOST_GPUS = 1024
 SMALLEST_PACK = 1024
-FEWEST_ROWS = 16
+FEWEST_ROWS = 8
+OFFLOAD = "parallel.cpu_offload=true"
 VLLM_SHARES = (0.6, 0.5, 0.4, 0.3)
 
 Try = Callable[[Sequence[str], int], dict[str, StagePlan]]
@@ -29,23 +31,30 @@ class Advice:
 
 def advise(recipe: Recipe, attempt: Try, gpus: int) -> Advice:
     """Take changes in order, harmless ones first, until it fits; then drop those that were not needed."""
-    harmless, altering = _harmless(recipe), _altering(recipe)
+    harmless, altering = _harmless(recipe, gpus), _altering(recipe, gpus)
     taken: list[str] = []
     changes: tuple[str, ...] | None = None
+
+    def enough(changes: Sequence[str]) -> bool:
+        try:
+            return _fits(attempt(changes, gpus))
+        except RecipeError:  # changes that need each other
+            return False
+
     for change in (*harmless, *altering):
         taken.append(change)
-        if _fits(attempt(taken, gpus)):
-            changes = tuple(_needed(taken, attempt, gpus))
+        if enough(taken):
+            changes = tuple(_needed(taken, enough))
             break
     alters = tuple(change for change in changes or () if change in altering)
     return Advice(changes=changes, alters=alters, gpus=_enough_gpus(attempt, gpus))
 
 
-def _needed(taken: Sequence[str], attempt: Try, gpus: int) -> list[str]:
+def _needed(taken: Sequence[str], enough: Callable[[Sequence[str]], bool]) -> list[str]:
     needed = list(taken)
     for change in taken:
         rest = [other for other in needed if other != change]
-        if _fits(attempt(rest, gpus)):
+        if enough(rest):
             needed = rest
     # Of several values of one key the last one counts.
     return list({change.partition("=")[0]: change for change in needed}.values())
@@ -64,23 +73,28 @@ def _enough_gpus(attempt: Try, gpus: int) -> int | None:
     return None
 
 
-def _harmless(recipe: Recipe) -> list[str]:
-    """Changes that cost time and nothing else."""
+def _harmless(recipe: Recipe, gpus: int) -> list[str]:
+    """Changes that cost time (or main memory) and nothing else."""
     changes = [] if recipe.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
     if not recipe.parallel.reshard_after_forward:
         changes.append("parallel.reshard_after_forward=true")
     changes += _halved("sft.pack_tokens", recipe.sft.pack_tokens, SMALLEST_PACK)
     changes += _halved("grpo.pack_tokens", recipe.grpo.pack_tokens, SMALLEST_PACK)
-    if recipe.rollout.engine == "vllm_colocated":
+    if recipe.rollout.engine == "local":
+        changes += _halved("grpo.max_rows", recipe.grpo.max_rows, FEWEST_ROWS)
+    else:
         share = recipe.rollout.memory_share or 1.0
-        return changes + [f"rollout.memory_share={less}" for less in VLLM_SHARES if less < share]
-    return changes + _halved("grpo.max_rows", recipe.grpo.max_rows, FEWEST_ROWS)
+        changes += [f"rollout.memory_share={less}" for less in VLLM_SHARES if less < share]
+    movable = gpus and not recipe.parallel.cpu_offload and not recipe.lora.four_bit
+    return [*changes, OFFLOAD] if movable else changes
 
 
-def _altering(recipe: Recipe) -> list[str]:
+def _altering(recipe: Recipe, gpus: int) -> list[str]:
     """Changes after which something else is learnt."""
     changes = [] if recipe.lora.rank else ["lora.rank=32"]
-    changes += [] if recipe.lora.four_bit else ["lora.four_bit=true"]
+    packable = gpus <= 1 and recipe.parallel.compute_dtype == "same" and not recipe.lora.four_bit
+    # 4-bit weights do not train under torchrun.
+    changes += ["parallel.cpu_offload=false", "lora.four_bit=true"] if packable else []
     changes += ["grpo.kl.kind=none"] if recipe.grpo.kl.active else []
     changes += _halved("grpo.max_new_tokens", recipe.grpo.max_new_tokens, 512)
     changes += _halved("grpo.group_size", recipe.grpo.group_size, 4)

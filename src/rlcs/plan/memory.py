@@ -8,7 +8,7 @@ size, k key-value width, e bytes of an activation.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from rlcs.plan.shapes import Sizes
+from rlcs.plan.shapes import Sizes, head_size
 from rlcs.policy import LOGIT_CHUNK
 from rlcs.recipe.section import Part
 
@@ -46,14 +46,16 @@ def language_layer(sizes: Sizes, how: Passing) -> int:
     """Bytes that one layer of the language model keeps for each token.
 
     Two norms keep their input in fp32, the normalised input and their output: h (8 + 4e); attention
-    keeps queries, keys, values, output and log-sum-exp: e (2h + 2k) + 4 heads; the MLP keeps gate,
-    its SiLU, up and their product: 4ie. With adapters frozen weights keep neither normalised inputs
+    keeps queries (a wide), keys, values, output and log-sum-exp: e (2a + 2k) + 4 heads, and where queries
+    and keys are normalised those norms (a + k) (4 + 2e); the MLP keeps gate, its SiLU, up and their
+    product: 4ie. With adapters frozen weights keep neither normalised inputs
     nor their own, but each adapter (fp32) its input: as it is, or a copy in fp32.
     """
     text, element = sizes.text, how.element
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    width = text.num_key_value_heads * (hidden // heads)
-    attention = element * (2 * hidden + 2 * width) + FP32 * heads
+    hidden, heads, size = text.hidden_size, text.num_attention_heads, head_size(text)
+    width = (heads + text.num_key_value_heads) * size
+    attention = 2 * element * width + FP32 * heads
+    attention += width * (FP32 + 2 * element) if sizes.normed_heads else 0
     if not how.adapters:
         return int(hidden * (2 * FP32 + 4 * element) + attention + 4 * text.intermediate_size * element)
     copies = 2 if element == FP32 else 6  # of the inputs of q, k, v, o, gate and up
@@ -65,12 +67,13 @@ def vision_block(sizes: Sizes, how: Passing) -> int:
     """Bytes that one block of the vision tower keeps for each patch.
 
     As `language_layer`, but values stay inside the joint (3h) projection, and the outputs of the
-    windows are kept apart and joined: e 7h in place of e (2h + 2k). With adapters no less.
+    windows (or images) are kept apart and joined: e 7h in place of e (2a + 2k). Layer norms (in families
+    without windows) keep no fp32. With adapters no less.
     """
-    vision, element = sizes.vision, how.element
-    norms = vision.hidden_size * (2 * FP32 + 4 * element)
-    attention = 7 * vision.hidden_size * element + FP32 * vision.num_heads
-    return int(norms + attention + 4 * vision.intermediate_size * element)
+    tower, element = sizes.vision, how.element
+    norms = tower.hidden * ((2 * FP32 if tower.window else 0) + 4 * element)
+    attention = 7 * tower.hidden * element + FP32 * tower.heads
+    return int(norms + attention + tower.mlp_keeps * tower.intermediate * element)
 
 
 def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
@@ -79,18 +82,17 @@ def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
     tower = "vision_tower" in how.trains
     merger = tower or "merger" in how.trains
     layer, block = language_layer(sizes, how), vision_block(sizes, how)
-    stays = (text.hidden_size * e, vision.hidden_size * e) if how.checkpointing else (layer, block)
+    stays = (text.hidden_size * e, vision.hidden * e) if how.checkpointing else (layer, block)
     kept = load.tokens * (text.num_hidden_layers * stays[0] + text.hidden_size * (FP32 + e))
     kept += load.targets * text.hidden_size * e
     if merger:
-        kept += load.patches * vision.hidden_size * (FP32 + 4 * e)
+        kept += load.patches * vision.mergers * vision.hidden * ((FP32 if vision.window else 0) + 4 * e)
     if tower:
-        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        kept += load.patches * (vision.depth * stays[1] + pixels * e)
+        kept += load.patches * (vision.depth * stays[1] + vision.pixels * e)
     working = [_head(sizes, load, how)]
     working.append(load.tokens * _in_passing(text.hidden_size, text.intermediate_size, layer, how))
     if tower:
-        working.append(load.patches * _in_passing(vision.hidden_size, vision.intermediate_size, block, how))
+        working.append(load.patches * _in_passing(vision.hidden, vision.intermediate, block, how))
     return Activations(kept=kept, working=max(working))
 
 

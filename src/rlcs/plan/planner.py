@@ -12,14 +12,12 @@ from typing import Any
 from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.memory import FP32, Load, Passing, activations, update_peak
 from rlcs.plan.rollouts import Trees, decoding_seconds, rollout_bytes
-from rlcs.plan.shapes import Sizes
+from rlcs.plan.shapes import Sizes, Tower
 from rlcs.plan.storage import formats, stored, trained_parts, trainers
 from rlcs.plan.work import language, vision
 from rlcs.recipe.schema import Grpo, Recipe, Sft
 from rlcs.sft import steps_of
 
-PATCHES_A_TOKEN = 4
-PIXELS_A_TOKEN = 28 * 28
 LIBRARIES = 3 * GIB // 2
 """What a process holds before any model: the GPU's context and kernels, or Python with its libraries."""
 FRAGMENTS = 0.05
@@ -74,7 +72,7 @@ def plan_stages(recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed
 def _stage(
     recipe: Recipe, stage: Sft | Grpo, sizes: Sizes, machine: Machine, assumed: Assumed, steps: int | None
 ) -> StagePlan:
-    trees = expected_trees(recipe, stage, assumed)
+    trees = expected_trees(recipe, stage, sizes.vision, assumed)
     parts, peak = _memory(recipe, stage, sizes, machine, trees)
     peak = peak * (1 + FRAGMENTS) + LIBRARIES
     per_tree, repeated = _passes(recipe, stage, sizes, trees)
@@ -98,29 +96,29 @@ def _stage(
 # --- what a step is made of ---------------------------------------------------------------------------
 
 
-def expected_trees(recipe: Recipe, stage: Sft | Grpo, assumed: Assumed) -> Trees:
+def expected_trees(recipe: Recipe, stage: Sft | Grpo, tower: Tower, assumed: Assumed) -> Trees:
     """The trees of one step with the assumed lengths, within the recipe's bounds."""
     images, longest = recipe.images, recipe.prompt.max_tokens
     rl = isinstance(stage, Grpo)
     lowest = (images.rl_min_pixels if rl else None) or images.min_pixels
-    image = min(max(assumed.image, lowest // PIXELS_A_TOKEN), images.max_pixels // PIXELS_A_TOKEN)
+    image = min(max(assumed.image, lowest // tower.side**2), images.max_pixels // tower.side**2)
     image = min(image, max(0, longest - assumed.text))
     return Trees(
         count=stage.prompts_per_step if isinstance(stage, Grpo) else stage.batch_size,
         trunk=min(longest, assumed.text + image),
-        patches=PATCHES_A_TOKEN * image,
+        patches=tower.merge**2 * image,
         group=stage.group_size if isinstance(stage, Grpo) else 1,
         answer=min(assumed.answer, _longest_answer(recipe, stage)),
     )
 
 
-def largest_tree(recipe: Recipe, stage: Sft | Grpo) -> Trees:
+def largest_tree(recipe: Recipe, stage: Sft | Grpo, tower: Tower) -> Trees:
     """The longest prompt that is let in, its image as large as can be, every answer at its limit."""
-    image = min(recipe.images.max_pixels // PIXELS_A_TOKEN, recipe.prompt.max_tokens)
+    image = min(recipe.images.max_pixels // tower.side**2, recipe.prompt.max_tokens)
     return Trees(
         count=1,
         trunk=recipe.prompt.max_tokens,
-        patches=PATCHES_A_TOKEN * image,
+        patches=tower.merge**2 * image,
         group=stage.group_size if isinstance(stage, Grpo) else 1,
         answer=_longest_answer(recipe, stage),
     )
@@ -131,9 +129,8 @@ def _longest_answer(recipe: Recipe, stage: Sft | Grpo) -> int:
     return stage.max_new_tokens if isinstance(stage, Grpo) else recipe.teacher.max_tokens
 
 
-def possible_packs(recipe: Recipe, stage: Sft | Grpo, trees: Trees) -> list[Load]:
+def possible_packs(stage: Sft | Grpo, trees: Trees, largest: Trees) -> list[Load]:
     """A full pack of expected trees, and the pack of the largest tree alone."""
-    largest = largest_tree(recipe, stage)
     fit = max(1, min(trees.count, stage.pack_tokens // trees.tokens))
     return [
         Load(tokens=n * t.tokens, targets=n * t.group * t.answer, patches=n * t.patches)
@@ -155,15 +152,17 @@ def _memory(
         trains=trained_parts(recipe, stage),
         adapters=recipe.lora.rank > 0,
     )
-    held = [activations(sizes, load, how) for load in possible_packs(recipe, stage, trees)]
+    largest = largest_tree(recipe, stage, sizes.vision)
+    held = [activations(sizes, load, how) for load in possible_packs(stage, trees, largest)]
     several = trees.count * trees.tokens > stage.pack_tokens * trainers(recipe, machine)
     worst = max(update_peak(lies.gradients, each, packs=2 if several else 1) for each in held)
     parts = asdict(lies) | {"activations": max(each.kept + each.working for each in held)}
     worst += lies.gathered
     if isinstance(stage, Grpo):
         # The gradients of a step lie there until the next one begins.
-        parts["rollout"] = rollout_bytes(recipe, sizes, machine, largest_tree(recipe, stage))
-        worst = max(worst, lies.gradients + parts["rollout"])
+        parts["rollout"] = rollout_bytes(recipe, sizes, machine, largest)
+        rest = worst if recipe.rollout.engine == "vllm_server" else lies.gradients  # servers never sleep
+        worst = max(worst, rest + parts["rollout"])
     return parts, lies.weights + lies.optimizer + lies.reference + worst
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from rlcs.engines.local import PREFILL_TOKENS
 from rlcs.plan.machine import GIB, Machine
-from rlcs.plan.shapes import Sizes
-from rlcs.plan.storage import formats, trainers
+from rlcs.plan.shapes import Sizes, head_size
+from rlcs.plan.storage import formats, is_sharded, servers_beside, trainers
 from rlcs.recipe.schema import Recipe
 
 READING = 0.6
@@ -42,10 +42,9 @@ def rollout_bytes(recipe: Recipe, sizes: Sizes, machine: Machine, largest: Trees
     The local engine's cache grows by copying, so it counts twice; a sharded model is whole meanwhile.
     """
     grpo, engine = recipe.grpo, recipe.rollout.engine
-    if engine == "vllm_server":
-        return 0.0
-    if engine == "vllm_colocated":
-        return (recipe.rollout.memory_share or VLLM_SHARE) * machine.device.memory * GIB
+    if engine != "local":
+        engines = 1 if engine == "vllm_colocated" else servers_beside(recipe, machine)
+        return engines * (recipe.rollout.memory_share or VLLM_SHARE) * machine.device.memory * GIB
     form, text = formats(recipe, machine), sizes.text
     prompts = _live_prompts(recipe, machine)
     rows = prompts * grpo.group_size
@@ -53,10 +52,9 @@ def rollout_bytes(recipe: Recipe, sizes: Sizes, machine: Machine, largest: Trees
     choosing = rows * text.vocab_size * (SAMPLING if grpo.top_p == 1 else SAMPLING_TOP_P)
     prefill = min(max(PREFILL_TOKENS, largest.trunk), prompts * largest.trunk)
     patches = prefill * largest.patches // largest.trunk
-    tower = patches * (sizes.vision.intermediate_size + sizes.vision.hidden_size)
+    tower = patches * (sizes.vision.intermediate + sizes.vision.hidden)
     passing = 3 * form.compute * max(prefill * (text.intermediate_size + text.hidden_size), tower)
-    sharded = trainers(recipe, machine) > 1 or form.weight != form.compute
-    whole = sizes.total * form.compute if sharded else 0
+    whole = sizes.total * form.compute if is_sharded(recipe, machine) else 0
     return float(cache + max(choosing, passing) + whole)
 
 
@@ -86,5 +84,5 @@ def _live_prompts(recipe: Recipe, machine: Machine) -> int:
 def _cache_token(sizes: Sizes, element: int) -> int:
     """Bytes of a token's keys and values in all layers."""
     text = sizes.text
-    width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    width = text.num_key_value_heads * head_size(text)
     return int(2 * width * text.num_hidden_layers * element)

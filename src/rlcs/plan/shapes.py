@@ -25,8 +25,54 @@ _PUBLISHED: Mapping[str, Mapping[str, int]] = {
 """The language models of the published sizes; what else differs follows in `published`."""
 
 
-PLANNED = ("qwen2_5_vl",)
-"""Model types whose layers `plan.memory` and `plan.work` describe."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tower:
+    """A vision tower, whatever its family calls things.
+
+    `pixels` are numbers in a patch, `merge`^2 patches become a token, `side` pixels wide. Families with
+    `windowed` blocks (of `window` patches) have gated MLPs and norms that compute in fp32; the others see
+    the whole image in every block. `mlp_keeps` intermediate tensors for the backward pass, and there are
+    several `mergers` where outputs of early blocks enter the language model.
+    """
+
+    depth: int
+    hidden: int
+    intermediate: int
+    heads: int
+    output: int
+    pixels: int
+    merge: int
+    side: int
+    windowed: int
+    window: int
+    mlp_keeps: int
+    mergers: int
+
+
+def tower_of(vision: Any) -> Tower:
+    """The tower of a `vision_config` of Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
+    full = getattr(vision, "fullatt_block_indexes", None)  # Qwen2.5-VL alone has windows
+    hidden = getattr(vision, "embed_dim", vision.hidden_size)  # in Qwen2-VL hidden_size is the output's
+    ungated = 3 if vision.hidden_act == "quick_gelu" else 2
+    return Tower(
+        depth=vision.depth,
+        hidden=hidden,
+        intermediate=getattr(vision, "intermediate_size", None) or int(hidden * vision.mlp_ratio),
+        heads=vision.num_heads,
+        output=getattr(vision, "out_hidden_size", vision.hidden_size),
+        pixels=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        merge=vision.spatial_merge_size,
+        side=vision.patch_size * vision.spatial_merge_size,
+        windowed=0 if full is None else vision.depth - len(full),
+        window=0 if full is None else (vision.window_size // vision.patch_size) ** 2,
+        mlp_keeps=ungated if full is None else 4,
+        mergers=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+    )
+
+
+def head_size(text: Any) -> int:
+    """The width of an attention head of the language model, which Qwen3-VL sets by itself."""
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,17 +87,19 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A model's configuration (`text`, `vision`), and its parameters by part; tied weights count once."""
+    """The language model's configuration, the tower, and parameters by part; tied weights count once."""
 
     name: str
     text: Any
-    vision: Any
+    vision: Tower
     parameters: Mapping[Part, int]
     largest_layer: int
     """Parameters of the largest layer or vision block: what a sharded model gathers at once."""
     outside_layers: int
     """Parameters that are in no layer: embedding, head, last norm, merger."""
     linears: tuple[Linear, ...]
+    normed_heads: bool
+    """Whether queries and keys are normalised."""
 
     @property
     def total(self) -> int:
@@ -94,11 +142,11 @@ def published(name: str) -> Qwen2_5_VLConfig | None:
 def sizes_of(settings: Model) -> Sizes:
     """The sizes of a recipe's model: published name, folder, hub id or `builtin`. Raises ModelError."""
     config = published(settings.name) or _configuration(settings)
-    if config.model_type not in PLANNED:
+    if config.model_type not in FAMILIES:
         raise ModelError(
             f"models of type {config.model_type!r} cannot be planned",
             where=f"model.name={settings.name}",
-            fix=f"the planner knows the layers of {', '.join(PLANNED)}",
+            fix=f"the planner knows the layers of {', '.join(sorted(FAMILIES))}",
         )
     return measure(settings.name, config)
 
@@ -144,11 +192,12 @@ def measure(name: str, config: Any) -> Sizes:
     return Sizes(
         name=name,
         text=config.get_text_config(),
-        vision=config.vision_config,
+        vision=tower_of(config.vision_config),
         parameters=dict(counts),
         largest_layer=max(layers),
         outside_layers=counts.total() - sum(layers),
         linears=linears,
+        normed_heads=any(key.endswith(".q_norm.weight") for key, _ in model.named_parameters()),
     )
 
 

@@ -1,5 +1,6 @@
 """What lies on one device: weights, gradients, optimiser, reference, and what a sharded model gathers."""
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -25,13 +26,17 @@ class Formats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """Bytes on one device. `gathered` stands beside them while a sharded model computes."""
+    """Bytes on one device. `gathered` stands beside them while a sharded model computes.
+
+    `offloaded` is in main memory, in place of the first four: each device's share.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     reference: float
     gathered: float
+    offloaded: float
 
 
 def formats(recipe: Recipe, machine: Machine) -> Formats:
@@ -43,17 +48,47 @@ def formats(recipe: Recipe, machine: Machine) -> Formats:
 
 
 def trainers(recipe: Recipe, machine: Machine) -> int:
-    """Devices that train: all but those that our own vLLM servers have to themselves. Raises UserError."""
+    """Devices that train: all but those that our own vLLM servers have to themselves. Raises UserError.
+
+    Servers that sit on every GPU share them with training.
+    """
+    taken = _servers_by_gpu(recipe)
+    if not machine.gpus or taken.keys() >= _names(machine):
+        return machine.devices
+    if machine.gpus <= len(taken):
+        raise UserError(
+            f"rollout.devices takes {len(taken)} GPUs, which leaves none of {machine.gpus} to train",
+            where="--gpus",
+            fix=f"plan for more, {2 * len(taken)} say, or change rollout.devices",
+        )
+    return machine.gpus - len(taken)
+
+
+def servers_beside(recipe: Recipe, machine: Machine) -> int:
+    """Our own vLLM servers on the fullest of the GPUs that train; they keep their memory meanwhile."""
+    rollout = recipe.rollout
+    if rollout.engine != "vllm_server" or rollout.urls or not machine.gpus:
+        return 0
+    if not rollout.devices:
+        return rollout.servers  # each takes the first GPUs that it sees
+    taken = _servers_by_gpu(recipe)
+    return max(taken.values()) if taken.keys() >= _names(machine) else 0
+
+
+def _servers_by_gpu(recipe: Recipe) -> Counter[str]:
     rollout = recipe.rollout
     own = rollout.engine == "vllm_server" and not rollout.urls
-    taken = sum(len(devices.split(",")) for devices in rollout.devices) if own else 0
-    if machine.gpus and machine.gpus <= taken:
-        raise UserError(
-            f"rollout.devices takes {taken} GPUs, which leaves none of {machine.gpus} to train",
-            where="--gpus",
-            fix=f"plan for more, {2 * taken} say, or change rollout.devices",
-        )
-    return machine.devices - (taken if machine.gpus else 0)
+    return Counter(gpu.strip() for each in rollout.devices if own for gpu in each.split(","))
+
+
+def _names(machine: Machine) -> set[str]:
+    return {str(number) for number in range(machine.gpus)}
+
+
+def is_sharded(recipe: Recipe, machine: Machine) -> bool:
+    """Whether weights are gathered before they are used: several devices, or two formats, or two memories."""
+    form = formats(recipe, machine)
+    return trainers(recipe, machine) > 1 or form.weight != form.compute or recipe.parallel.cpu_offload
 
 
 def trained_parts(recipe: Recipe, stage: Sft | Grpo) -> Collection[Part]:
@@ -63,7 +98,7 @@ def trained_parts(recipe: Recipe, stage: Sft | Grpo) -> Collection[Part]:
 
 
 def stored(recipe: Recipe, stage: Sft | Grpo, sizes: Sizes, machine: Machine) -> Stored:
-    """What one device holds. Sharded over several devices, or over one where formats are mixed."""
+    """What one device holds, and its share of main memory."""
     form, shards = formats(recipe, machine), trainers(recipe, machine)
     adapters = _adapter_parameters(recipe, stage, sizes)
     weights = float(sizes.total * form.weight)
@@ -74,13 +109,18 @@ def stored(recipe: Recipe, stage: Sft | Grpo, sizes: Sizes, machine: Machine) ->
     if not recipe.lora.rank:
         learns = form.weight * sum(sizes.parameters[part] for part in trained_parts(recipe, stage))
     reference = isinstance(stage, Grpo) and stage.kl.active and not recipe.lora.rank
-    return Stored(
-        weights=(weights + FP32 * adapters) / shards,
-        gradients=learns / shards,
-        optimizer=2 * learns / shards,
-        reference=weights / shards if reference else 0.0,
-        gathered=_gathered(recipe, sizes, form) if shards > 1 or form.weight != form.compute else 0.0,
-    )
+    whole = {
+        "weights": weights + FP32 * adapters,
+        "gradients": learns,
+        "optimizer": 2 * learns,
+        "reference": weights if reference else 0.0,
+    }
+    own = {name: size / shards for name, size in whole.items()}
+    gathered, offloaded = _gathered(recipe, sizes, form) if is_sharded(recipe, machine) else 0.0, 0.0
+    if recipe.parallel.cpu_offload and machine.gpus:
+        gathered += 2 * sizes.largest_layer * form.weight / shards  # shards on their way to the GPU
+        own, offloaded = dict.fromkeys(own, 0.0), sum(own.values())
+    return Stored(**own, gathered=gathered, offloaded=offloaded)
 
 
 def _adapter_parameters(recipe: Recipe, stage: Sft | Grpo, sizes: Sizes) -> int:

@@ -7,11 +7,13 @@ P + G R tokens; a trainer that repeats the prompt gives it G (P + R), and the vi
 from collections.abc import Sequence
 from typing import Any
 
+from rlcs.plan.shapes import Tower, head_size
+
 
 def language(text: Any, trunk: int, lengths: Sequence[int]) -> float:
     """Operations of one forward pass over a tree: P + sum(R) tokens, logits for answers alone."""
     hidden, heads = text.hidden_size, text.num_attention_heads
-    size = hidden // heads
+    size = head_size(text)
     projections = 2 * hidden * heads * size + 2 * hidden * text.num_key_value_heads * size
     layer = projections + 3 * hidden * text.intermediate_size
     tokens = trunk + sum(lengths)
@@ -21,17 +23,15 @@ def language(text: Any, trunk: int, lengths: Sequence[int]) -> float:
     return float(text.num_hidden_layers * per_layer + logits)
 
 
-def vision(tower: Any, patches: int) -> float:
-    """Operations of the vision tower on one image: blocks (windows or the whole image), then the merger."""
-    hidden, depth = tower.hidden_size, tower.depth
-    block = 4 * hidden * hidden + 3 * hidden * tower.intermediate_size
-    embed = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * hidden
-    window = min(patches, (tower.window_size // tower.patch_size) ** 2)
-    full = len(tower.fullatt_block_indexes)
-    pairs = patches * (full * patches + (depth - full) * window)
-    merged = hidden * tower.spatial_merge_size**2
-    merger = (merged * merged + merged * tower.out_hidden_size) * patches / tower.spatial_merge_size**2
-    return float(2 * (patches * (embed + depth * block) + merger) + 4 * hidden * pairs)
+def vision(tower: Tower, patches: int) -> float:
+    """Operations of the vision tower on one image: blocks (windows or the whole image), then the mergers."""
+    hidden, depth = tower.hidden, tower.depth
+    block = 4 * hidden * hidden + (3 if tower.window else 2) * hidden * tower.intermediate
+    full = depth - tower.windowed
+    pairs = patches * (full * patches + tower.windowed * min(patches, tower.window))
+    merged = hidden * tower.merge**2
+    mergers = tower.mergers * (merged * merged + merged * tower.output) * patches / tower.merge**2
+    return float(2 * (patches * (tower.pixels * hidden + depth * block) + mergers) + 4 * hidden * pairs)
 
 
 def _causal(tokens: int) -> float:

@@ -18,5 +18,8 @@ class Parallel(Section):
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after the forward pass and gather them again for the backward
     pass: less memory, half as much traffic again."""
+    cpu_offload: bool = False
+    """Keep each rank's weights, gradients and optimiser state in main memory, where AdamW runs too; a GPU
+    holds the layers at work alone. For models that do not fit otherwise: every pass copies the weights."""
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds that a rank waits for the others before the run ends with an error."""

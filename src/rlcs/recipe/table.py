@@ -153,7 +153,8 @@ def _lora(lora: Lora) -> str:
 def _parallel(parallel: Parallel) -> str:
     freed = "freed" if parallel.reshard_after_forward else "kept"
     formats = f"{parallel.compute_dtype} compute and {parallel.reduce_dtype} reduce precision"
-    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass"
+    lies = ", shards and AdamW in main memory" if parallel.cpu_offload else ""
+    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass{lies}"
 
 
 def _optimizer(optimizer: Optimizer) -> str:
