@@ -38,11 +38,9 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
     bounds: dict[str, int] = {}
     elsewhere = settings.weights_folder
     place = folder / "weights" if elsewhere is None else Path(elsewhere)
-    published: WeightsFolder | Unchanged = (
-        WeightsFolder(place, as_adapters=recipe.samples_by_adapters)
-        if unchanged is None
-        else Unchanged(unchanged)
-    )
+    published = WeightsFolder(place, as_adapters=recipe.samples_by_adapters)
+    if unchanged is not None:
+        published = Unchanged(unchanged)
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
         nonlocal backend, bounds
