@@ -9,6 +9,7 @@ lies `behaviour.json`: `{"die_after": 3, ...}`.
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -138,6 +139,9 @@ if __name__ == "__main__":
     (BEHAVIOUR.parent / f"started-{os.getpid()}.json").write_text(
         json.dumps({"argv": sys.argv, "devices": os.environ.get("CUDA_VISIBLE_DEVICES"), "pid": os.getpid()})
     )
+    if "engine" in behaviour():  # a child that outlives us
+        engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+        (BEHAVIOUR.parent / f"engine-{engine.pid}").touch()
     if "broken" in behaviour():
         sys.exit("ValueError: no such model architecture\nRuntimeError: something failed")
     ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()

@@ -137,6 +137,17 @@ def test_weights_of_now_are_loaded_into_a_restarted_server(run) -> None:
     assert len(one.started) == 2
 
 
+def test_what_a_killed_server_leaves_behind_is_ended(run) -> None:
+    one = run()
+    one.behave(engine=True)
+    one.ask(1)
+    (engine,) = [int(path.name.partition("-")[2]) for path in one.folder.glob("engine-*")]
+    os.kill(one.started[0]["pid"], signal.SIGKILL)
+    assert alive(engine)
+    one.ask(1)
+    assert len(one.started) == 2 and not alive(engine)
+
+
 def test_no_server_for_long_ends_the_run_with_a_sentence(run) -> None:
     none = run(urls=["http://127.0.0.1:9"], dead_limit_s=1.0)
     none.fleet = Fleet(none.settings, logs=none.folder, launch=None)

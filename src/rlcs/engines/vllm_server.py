@@ -197,6 +197,7 @@ class Server:
             await self._load(client, weights, has)
 
     async def _start(self, client: httpx.AsyncClient, launch: Launch, weights: Weights) -> None:
+        self.restart()  # of one that died, what is left of it: engines outlive a killed server, and hold GPUs
         self._log.parent.mkdir(parents=True, exist_ok=True)
         process = self._process = Process(launch, self._index, weights.model.folder, self._log)
         self._url = process.url
