@@ -136,12 +136,13 @@ def _watch(process: "subprocess.Popen[bytes]", meeting: Path, ranks: int) -> dic
     before = memory(pids)
     peak, whole = dict(before), sum(before.values())
     (meeting / "go").touch()
-    while len(list(meeting.glob("loaded-*"))) < ranks:
-        now = memory(pids)
-        peak = {kind: max(now[kind], most) for kind, most in peak.items()}
-        whole = max(whole, sum(now.values()))
+    loaded = False
+    while not loaded:
         go_on()
-    after = memory(pids)
+        loaded = len(list(meeting.glob("loaded-*"))) == ranks
+        after = memory(pids)
+        peak = {kind: max(after[kind], most) for kind, most in peak.items()}
+        whole = max(whole, sum(after.values()))
     (meeting / "end").touch()
     process.wait(timeout=60)
     return {

@@ -244,6 +244,9 @@ def test_single_gpu_recipe_fits_where_it_says():
     assert planned("single-gpu-lora-3b", gpus=1, memory=48).fits
     assert planned("single-gpu-lora-3b", "grpo.max_rows=40", gpus=1, memory=24).fits
     assert planned("8xgpu-7b", gpus=8).fits and planned("paper-7b", gpus=8).fits
+    assert planned("8xgpu-7b", "parallel.cpu_offload=true", gpus=8, memory=48).fits
+    assert not planned("8xgpu-7b", gpus=8, memory=48).fits
+    assert planned("recommended-3b", "parallel.cpu_offload=true", "grpo.max_rows=40", gpus=1, memory=24).fits
 
 
 def test_a_prompt_is_counted_once_for_all_of_its_answers():

@@ -12,8 +12,8 @@ samples by itself.
 Offloading (`cpu_offload`) is FSDP's own: shards, their gradients and AdamW live in main memory, and a
 unit's shard is copied to the GPU when the unit is gathered. Moving AdamW's state alone in for each step
 would save half of it and only between steps: a step would still need all 16 bytes a float32 weight on
-the GPUs (60 GB for 3B). This way they hold the units at work, so that every weight of a 3B model trains
-on one GPU of 24 GB; and what is copied when is FSDP's care, not ours.
+the GPUs (60 GB for 3B). This way they hold the units at work, so that by `rlcs plan` every weight of a
+3B model trains on one GPU of 24 GB; and what is copied when is FSDP's care, not ours.
 """
 
 from collections.abc import Callable, Iterable, Iterator
