@@ -18,6 +18,7 @@ from rlcs.chat import default_system
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import UserError
 from rlcs.files import read_json, write_json
+from rlcs.publish import quantise
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model
@@ -204,6 +205,50 @@ def test_what_was_decided_travels_with_the_model(run, exported, tmp_path):
     export(Export(model=str(sampled), out=tmp_path / "out"))
     config = read_json(tmp_path / "out" / "generation_config.json")
     assert config["do_sample"] is True and config["temperature"] == 0.6 and config["top_k"] == 0
+
+
+@pytest.mark.parametrize(("form", "share", "alike"), [("int8", 0.65, 11), ("int4", 0.56, 6)])
+def test_a_quantised_folder_is_smaller_and_says_so_and_answers(run, exported, tmp_path, form, share, alike):
+    folder = tmp_path / form
+    done = rlcs("export", run, "--quantise", form, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    sizes = [(each / "model.safetensors").stat().st_size for each in (folder, exported)]
+    assert sizes[0] < share * sizes[1]
+    problems(tmp_path, 12)
+    stock, whole = (
+        json.loads(python(f"NAME = {str(name)!r}\n" + ANSWER_ALL, tmp_path)) for name in (folder, exported)
+    )
+    assert sum(a == b for a, b in zip(stock, whole, strict=True)) >= alike
+    assert f"layers are {form}," in card(folder) and "Measured before the weights were quantised" in card(
+        folder
+    )
+    parameters = re.compile(r"of [\d,]+ parameters")
+    assert parameters.findall(card(folder)) == parameters.findall(card(exported))
+    ours = models.load(Model(name=str(folder)), device=torch.device("cpu"))
+    chat = models.make_chat(ours, load_recipe(str(run / "recipe.yaml")).recipe)
+    prompts = [chat.prompt(p) for p in tasks.load("puzzles", split="test", count=12, seed=7)]
+    groups = LocalEngine(ours, chat, max_rows=12).sample(
+        prompts, chat.sampling(temperature=0, max_new_tokens=24)
+    )
+    assert [group[0].text for group in groups] == stock
+    plain = models.load(Model(name=str(exported)), device=torch.device("cpu")).model.state_dict()
+    changed = {name for name, weight in ours.model.state_dict().items() if not weight.equal(plain[name])}
+    assert changed == {name for name in plain if re.search(r"language_model.*_proj\.weight", name)}
+    with pytest.raises(UserError, match="quantised already"):
+        export(Export(model=str(folder), out=tmp_path / "twice", quantise=form))
+
+
+def test_what_cannot_be_quantised_says_why(exported, tmp_path, monkeypatch):
+    done = rlcs("export", exported, "--quantise", "int3", "--out", tmp_path / "a")
+    assert done.returncode == 2 and "use int8, int4" in done.stderr
+    export(Export(model=str(exported), out=tmp_path / "b", quantise="int4"))
+    for room in (quantise, models):
+        monkeypatch.setattr(room, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'rlcs\[quantise\]'"):
+        export(Export(model=str(exported), out=tmp_path / "a", quantise="int4"))
+    with pytest.raises(UserError, match=r"pip install 'rlcs\[quantise\]'"):
+        models.load(Model(name=str(tmp_path / "b")))
+    assert not (tmp_path / "a").exists()
 
 
 # --- the hub --------------------------------------------------------------------------------------

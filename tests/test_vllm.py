@@ -5,9 +5,12 @@ on the path, these tests are skipped.
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,9 +19,10 @@ import pytest
 import torch
 
 from conftest import make_problem
-from rlcs import grpo, models
+from rlcs import grpo, models, tasks
 from rlcs.chat import Chat
 from rlcs.data import load
+from rlcs.engines.endpoint import data_url
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.opening import open_engines
 from rlcs.errors import EndpointError
@@ -27,9 +31,11 @@ from rlcs.metrics import screen
 from rlcs.models import Vlm
 from rlcs.packing import pack
 from rlcs.policy import score
+from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Grpo, Model, Recipe
 from rlcs.records import Branch, Prompt, Rollout, Tree
+from rlcs.serving import session
 from rlcs.stage import StageFolder
 from test_training import LengthGrader, weights_of
 
@@ -311,3 +317,36 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
         perturb(plain, 0.03)
         assert gap(plain, make(plain, chat, 64).sample(prompts, warm)) < 1e-3 and versions() == ["5"]
         assert gap(vlm, engine.sample(prompts, warm)) < 1e-3 and versions() == ["6", "6+7"]
+
+
+ASK_ALL = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="bfloat16", max_model_len=1024, max_num_seqs=12, enforce_eager=True)
+    asked = json.load(open(sys.argv[2]))
+    outputs = llm.chat(asked, SamplingParams(temperature=0, max_tokens=24))
+    json.dump([output.outputs[0].text for output in outputs], open(sys.argv[2], "w"))
+"""
+
+
+@HERE
+def test_a_quantised_export_answers_as_it_does_here(tmp_path) -> None:
+    folder, asked = tmp_path / "int4", tmp_path / "asked.json"
+    export(Export(model="builtin", out=folder, dtype="bf16", quantise="int4"))
+    answers, questions, ours = session.load(str(folder), dtype="bfloat16"), [], []
+    for problem in tasks.load("puzzles", split="test", count=12, seed=7):
+        picture = {"type": "image_url", "image_url": {"url": data_url(problem.images[0])}}
+        questions.append([{"role": "user", "content": [picture, {"type": "text", "text": problem.question}]}])
+        ours.append(answers.ask(problem.images[0], problem.question, max_new_tokens=24).text)
+    asked.write_text(json.dumps(questions), encoding="utf-8")
+    script = tmp_path / "ask.py"
+    script.write_text(ASK_ALL, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, str(script), str(folder), str(asked)], check=True, env=os.environ | CPU, timeout=300
+    )
+    theirs = json.loads(asked.read_text(encoding="utf-8"))
+    # A tie in bfloat16 may fall to either side.
+    assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 11
+    assert len(set(ours)) > 3

@@ -23,6 +23,9 @@ def export_model(
         typer.Option(help="Which model of a run: two_stage, rl, sft or base; default: the first there is"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as trained")] = None,
+    quantise: Annotated[
+        str | None, typer.Option(help="int8 or int4: the language model's weights in fewer bits")
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="OWNER/NAME that the card shows; default: the folder's name")
     ] = None,
@@ -33,7 +36,8 @@ def export_model(
         raise UserError(f"no precision {dtype!r}", where="--dtype", fix=f"use {', '.join(known)}")
     from rlcs.publish.export import Export, export
 
-    for path in export(Export(model=model, out=out, arm=arm, dtype=dtype, name=name)):
+    wanted = Export(model=model, out=out, arm=arm, dtype=dtype, name=name, quantise=quantise)
+    for path in export(wanted):
         typer.echo(path)
     typer.echo(f"next: read {out / 'README.md'}, then rlcs publish {out} OWNER/NAME --dry-run")
 

@@ -9,12 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+)
 
 from rlcs import adapters, attention
 from rlcs.chat import DEFAULT_SYSTEM, Chat, default_system, set_default_system
@@ -147,6 +154,12 @@ def load(
         how |= adapters.four_bit(getattr(torch, dtype), device)
     config, processor = _described(settings)
     family = _family(config.model_type, settings.name)
+    if getattr(config, "quantization_config", {}).get("quant_method") == "compressed-tensors":
+        if find_spec("compressed_tensors") is None:
+            what, fix = "the model is quantised", "pip install 'rlcs[quantise]'"
+            raise ModelError(what, where=f"model.name={settings.name}", fix=fix)
+        # Spelled out while loading: engines call the model's parts, and its own hook waits for the whole.
+        how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with _told(settings):
         if weights and mesh.rank == 0:
             model = AutoModelForImageTextToText.from_pretrained(source, **how, **options)

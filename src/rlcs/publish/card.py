@@ -39,10 +39,11 @@ _STAGES_OF_ARM = {
 }
 
 
-def render(source: Source, name: str, model: Any, *, converted: bool) -> str:
+def render(source: Source, name: str, model: Any, *, converted: bool, quantised: str | None = None) -> str:
     """The card's text: YAML metadata that the hub reads, then Markdown.
 
-    `model` is what was exported; `converted` says that its precision is not that of the measurement.
+    `model` is what was exported, before it was `quantised` (`int8`, `int4`); `converted` says that its
+    precision is not that of the measurement.
     """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -84,6 +85,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool) -> str:
         arms=ARMS,
         data=_data_rows(recipe, run, source.arm) if recipe and run else [],
         converted=converted,
+        quantised=quantised,
         choices=_choices(recipe, source.arm) if recipe else [],
         stages=_times(run, source.arm) if run else [],
         made_by=version("rlcs"),

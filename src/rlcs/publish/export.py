@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from rlcs.chat import VISION_TOKENS, set_default_system
 from rlcs.errors import ModelError, RunFolderError
 from rlcs.files import atomic_write
-from rlcs.publish import card
+from rlcs.publish import card, quantise
 from rlcs.publish.source import find_source
 from rlcs.recipe.schema import Recipe
 
@@ -24,18 +24,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """What to write where. `dtype` None keeps the precision of the weights; `name` None is the folder's."""
+    """What to write where. `dtype` None keeps the precision of the weights; `name` None is the folder's.
+
+    `quantise` is a form of `quantise.BITS`, or None for whole weights.
+    """
 
     model: str
     out: Path
     arm: str | None = None
     dtype: str | None = None
     name: str | None = None
+    quantise: str | None = None
 
 
 def export(wanted: Export) -> list[Path]:
     """Write the folder and its card; returns its files. Raises UserError, ModelError or RunFolderError."""
     out = wanted.out
+    if wanted.quantise is not None:
+        quantise.check(wanted.quantise)
     source = find_source(wanted.model, wanted.arm)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError("the folder is not empty", where=str(out), fix="name a new one with --out")
@@ -52,13 +58,18 @@ def export(wanted: Export) -> list[Path]:
         raise ModelError(what, where=wanted.model, fix=fix) from error
     if source.recipe is not None:
         _carry(source.recipe, model, processor)
+    name = wanted.name or out.resolve().name
+    converted = wanted.dtype is not None
+    # Before quantising: of packed weights nobody can count the parameters.
+    text = card.render(source, name, model, converted=converted, quantised=wanted.quantise)
     try:
-        model.save_pretrained(out)
+        if wanted.quantise is None:
+            model.save_pretrained(out)
+        else:
+            quantise.save(model, wanted.quantise, out)
         processor.save_pretrained(out)
     except OSError as error:
         raise RunFolderError(f"cannot write: {error}", where=str(out), fix="make room") from error
-    name = wanted.name or out.resolve().name
-    text = card.render(source, name, model, converted=wanted.dtype is not None)
     atomic_write(out / "README.md", text)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
