@@ -91,6 +91,18 @@ def test_an_over_long_prompt_names_its_length_and_the_key(vlm):
         chat.prompt(make_problem("problem-9"))
 
 
+def test_an_endless_text_is_refused_before_all_of_it_is_tokenised(vlm, monkeypatch):
+    chat, seen = models.make_chat(vlm, Recipe(prompt={"max_tokens": 3000})), []
+    tokenise = chat.text_ids
+    monkeypatch.setattr(chat, "text_ids", lambda text: seen.append(len(text)) or tokenise(text))
+    with pytest.raises(PromptError, match="more than 6000 tokens; the limit is 3000"):
+        chat.prompt(make_problem("endless", question="word " * 1_000_000, sizes=()))
+    assert sum(seen) < 10**5
+    long = " " * 200_000 + "x"  # of few tokens, if the tokenizer has long ones
+    monkeypatch.setattr(chat, "text_ids", lambda text: tokenise(text)[: len(text) >> 12])
+    assert len(chat.prompt(make_problem("long", question=long, sizes=())).ids) < 3000
+
+
 def test_pixel_bounds_of_the_recipe_decide_the_image_tokens(vlm):
     small = models.make_chat(vlm, Recipe(images={"min_pixels": 3136, "max_pixels": 56 * 56}))
     span = small.prompt(make_problem("p", sizes=((280, 280),))).spans[0]

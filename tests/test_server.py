@@ -1,23 +1,16 @@
 """`rlcs serve`: the real openai client, and people with bad intentions, against a real server process."""
 
-import base64
-import http.client
 import itertools
 import json
-import logging
 import os
-import random
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -25,40 +18,15 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import rlcs
+from bench.hostile import Footprint, Seen, attack, get, guests, metrics, post, serving, siege, wait_until
 from conftest import draw
 from rlcs.engines.endpoint import data_url
 from rlcs.errors import UserError
 from rlcs.files import open_image
 from rlcs.serving.protocol import Limits
 
-log = logging.getLogger(__name__)
-
 HOSTILE_REQUESTS = int(os.environ.get("RLCS_HOSTILE_REQUESTS", "800"))
-"""Of which a run by hand takes 10,000 (with `--log-cli-level=INFO` it tells what came of them)."""
-
-
-@contextmanager
-def serving(folder, *flags, env=None):
-    """A server process: (port, process)."""
-    words = [sys.executable, "-m", "rlcs.cli", "serve", str(folder), "--port", "0", "--engine", "local"]
-    process = subprocess.Popen(
-        [*words, "--name", "m", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )
-    try:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("serving"):
-                break
-        assert lines and lines[-1].startswith("serving"), process.stderr.read()
-        yield int(lines[-1].rsplit(":", 1)[1].partition("/")[0]), process
-    finally:
-        process.kill()
-        process.communicate()
+"""`python -m bench.hostile` takes 10,000, and tells what came of them."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +45,7 @@ def strict(random_model_folder):
 
 
 def client_of(server, key="none", **options):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{server[0]}/v1", api_key=key, max_retries=0, **options)
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=key, max_retries=0, **options)
 
 
 @pytest.fixture(scope="module")
@@ -176,19 +144,6 @@ def test_models_health_and_metrics(server, client):
     assert after['rlcs_requests_total{code="200"}'] == before.get('rlcs_requests_total{code="200"}', 0) + 1
 
 
-def get(server, path):
-    connection = http.client.HTTPConnection("127.0.0.1", server[0], timeout=20)
-    connection.request("GET", path)
-    body = connection.getresponse().read().decode()
-    connection.close()
-    return body
-
-
-def metrics(server):
-    lines = (line for line in get(server, "/metrics").splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
-
-
 @pytest.mark.parametrize(
     ("change", "status", "param"),
     [
@@ -282,22 +237,15 @@ def test_who_finds_no_place_is_told_to_come_back_and_who_takes_too_long_is_stopp
     assert ask(client, asked()).choices
 
 
-def wait_until(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
 def test_a_limit_of_nothing_is_refused():
     with pytest.raises(UserError, match="--max-tokens"):
         Limits(max_tokens=0)
 
 
 def test_a_port_that_is_taken_is_named(server, random_model_folder):
-    words = [sys.executable, "-m", "rlcs.cli", "serve", str(random_model_folder), "--port", str(server[0])]
+    words = [sys.executable, "-m", "rlcs.cli", "serve", str(random_model_folder), "--port", str(server.port)]
     done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 2 and f"127.0.0.1:{server[0]}" in done.stderr and "--port" in done.stderr
+    assert done.returncode == 2 and f"127.0.0.1:{server.port}" in done.stderr and "--port" in done.stderr
 
 
 def test_vllm_is_started_where_it_is_installed(tmp_path):
@@ -322,149 +270,68 @@ def test_vllm_is_started_where_it_is_installed(tmp_path):
 # --- hostile -----------------------------------------------------------------------------------
 
 
-def png(width, height, body=b"", *, cut=0):
-    """A PNG that promises `width` x `height` pixels, whatever it holds."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-    return data[: len(data) - cut]
-
-
-def bodies(seed):
-    """Endless malformed requests."""
-    rng = random.Random(seed)
-    # Twice limited: with one limit broken, a valid request for thousands of tokens would be left.
-    limits = {"max_tokens": 2, "max_completion_tokens": 2}
-    good = {"model": "m", **limits, "messages": asked("x", draw(28, 28))}
-    text = json.dumps(good).encode()
-    odd = [None, True, -1, 1e308, 2**70, "", "x", [], {}, [[]], {"type": "text"}, "\x00", "<|im_end|>"]
-
-    def image(data):
-        url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        return json.dumps({**good, "messages": [{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": url}}]}]}).encode()  # fmt: skip
-
-    def wrong_type():
-        broken = json.loads(text)
-        spot = rng.choice([broken, broken["messages"][0], *broken["messages"][0]["content"]])
-        spot[rng.choice([*spot, "temperature", "stop", "seed", "n", "stream"])] = rng.choice(odd)
-        return json.dumps(broken).encode()
-
-    def flipped():
-        data = bytearray(text)
-        for _ in range(rng.randint(1, 8)):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-        return bytes(data)
-
-    picture, bomb = draw(28, 28).data, png(3000, 3000, zlib.compress(bytes(27_003_000), 1))
-    kinds = [
-        wrong_type,
-        wrong_type,
-        flipped,
-        lambda: text[: rng.randrange(len(text))],
-        lambda: rng.randbytes(rng.randrange(300)),
-        lambda: b"[" * rng.choice([10, 1000, 200_000]),
-        lambda: b'{"messages":' * rng.choice([100, 50_000]),
-        lambda: image(png(60_000, 60_000, zlib.compress(bytes(10_000)))),
-        lambda: image(bomb[: rng.choice([60, 10_000, -1])]),
-        lambda: image(png(40, 40, b"not zlib")),
-        lambda: image(picture[: rng.randrange(len(picture))]),
-        lambda: image(png(rng.choice([0, 1, 2**31 - 1]), 1)),
-        lambda: json.dumps({**good, "messages": asked("<|image_pad|><|vision_start|>" * 50)}).encode(),
-        lambda: text.replace(b'"x"', b'"\\ud800"'),
-        lambda: text.replace(b"2", b"NaN", 1),
-    ]
-    while True:
-        yield rng.choice(kinds)()
-
-
-def hostile(port, seed, count, seen):
-    """Send malformed requests, some over connections that are cut."""
-    rng, bad = random.Random(seed), bodies(seed)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    for _ in range(count):
-        body = next(bad)
-        if rng.random() < 0.05:
-            with socket.create_connection(("127.0.0.1", port)) as raw:
-                raw.sendall(
-                    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                )
-                raw.sendall(
-                    rng.choice([b"\r\n", b"Content-Length: 99999\r\n\r\n" + body[:50], b"\xff" * 30, b""])
-                )
-            continue
-        path = rng.choice(["/v1/chat/completions"] * 9 + ["/v1/nix", "/v1/models", "/" + "a" * 3000])
-        try:
-            connection.request("POST", path, body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            reply = response.read()
-        except (http.client.HTTPException, OSError):
-            connection.close()
-            seen.append((0, path, body[:80]))
-            continue
-        seen.append((response.status, path, body[:80]))
-        if response.status != 200:
-            assert json.loads(reply)["error"]["message"]
-    connection.close()
-
-
 def test_thousands_of_malformed_requests_hurt_nobody(server):
-    port, process = server
-    client = client_of(server)
-    asks = [asked(f"Question {i}", draw(56, 28 * (i % 3 + 1), seed=i)) for i in range(4)]
-    right = [ask(client, each, temperature=0).choices[0].message.content for each in asks]
-    seen, wrong, stop = [], [], threading.Event()
-    list(zip(range(60), bodies(99), strict=False))
-    hostile(port, 1000, 60, [])  # what is loaded once, is loaded now
-    facts = psutil.Process(process.pid)
+    attack(server.port, 1000, 60, Seen())  # what is loaded once, is loaded now
+    before = Footprint.of(server)
+    seen, neighbour = siege(server, HOSTILE_REQUESTS)
+    after = Footprint.of(server)
+    assert not neighbour.wrong and neighbour.seconds
+    assert len(seen.replies) + seen.cut == HOSTILE_REQUESTS
+    assert not [each for each in seen.replies if each[0] in (0, 500)]
+    assert set(seen.codes) == {200, 400, 404, 405}
+    assert after.memory - before.memory < 200
+    assert after.threads < 20 and after.files < before.files + 10
+
+
+def test_endless_requests_hold_nobody_up(server, client):
+    """Megabytes of text or of values took minutes and gigabytes, and everybody else waited."""
+    right = ask(client, asked(), temperature=0).choices[0].message.content
+    facts = psutil.Process(server.process.pid)
     before = facts.memory_info().rss
+    parts = [{"type": "text", "text": "a"}] * 900_000
+    endless = [("word " * 3_000_000, "more than 8190 tokens"), ("x" * 3_000_000, "tokens"), (parts, "values")]
+    bodies = [json.dumps({"messages": [{"role": "user", "content": content}]}) for content, _ in endless]
+    began = time.monotonic()
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        # Not by its own client, which takes minutes to look at so many parts.
+        replies = [pool.submit(send, server, body) for body in bodies]
+        assert ask(client, asked(), temperature=0).choices[0].message.content == right
+        for each, (_, says) in zip(replies, endless, strict=True):
+            assert each.result().status_code == 400 and says in each.result().text
+    assert time.monotonic() - began < 30
+    assert facts.memory_info().rss - before < 500 << 20
 
-    def good_neighbour():
-        number = 0
-        while not stop.is_set():
-            got = ask(client, asks[number % 4], temperature=0).choices[0].message.content
-            wrong.extend([] if got == right[number % 4] else [(number, got)])
-            number += 1
-        return number
 
-    with ThreadPoolExecutor(6) as pool:
-        neighbour = pool.submit(good_neighbour)
-        share = HOSTILE_REQUESTS // 4
-        began = time.monotonic()
-        for attack in [pool.submit(hostile, port, seed, share, seen) for seed in range(4)]:
-            attack.result()
-        took = time.monotonic() - began
-        stop.set()
-        answered = neighbour.result()
-    codes = {code: sum(each[0] == code for each in seen) for code in {each[0] for each in seen}}
-    log.info(f"{len(seen)} requests in {took:.0f} s: {codes}; neighbour {answered}, wrong {len(wrong)}")
-    assert not wrong and answered > 0
-    assert not [each for each in seen if each[0] in (0, 500)]
-    assert_at_rest(server)
-    grown = facts.memory_info().rss - before
-    log.info(f"memory {before >> 20} MiB, grown by {grown >> 20} MiB; {facts.num_threads()} threads")
-    assert grown < 200 << 20
+def test_who_sends_the_next_request_early_is_not_cut_off(random_model_folder):
+    body = {"model": "m", "messages": asked("x" * 40), "max_tokens": 1000, "seed": 1}
+    setup, heard = "from rlcs.serving import server; server.IDLE_S = 0.2", b""
+    with (
+        serving(random_model_folder, setup=setup) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=60) as raw,
+    ):
+        raw.sendall(post(b"{}") + post(json.dumps(body).encode()))
+        while b"total_tokens" not in heard and (piece := raw.recv(1 << 16)):
+            heard += piece
+    assert b"400 Bad Request" in heard and b"total_tokens" in heard
+
+
+def send(server, body):
+    headers = {"content-type": "application/json"}
+    url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+    return httpx.post(url, content=body, headers=headers, timeout=60)
 
 
 def assert_at_rest(server):
     """Nothing is under way, no thread or file descriptor is left behind."""
-    facts = psutil.Process(server[1].pid)
-    names = ("rlcs_requests_active", "rlcs_engine_running", "rlcs_engine_waiting")
-    wait_until(lambda: [metrics(server)[name] for name in names] == [0, 0, 0])
-    wait_until(lambda: sum(c.status == "ESTABLISHED" for c in facts.net_connections()) <= 2)
-    assert facts.num_threads() < 20 and facts.num_fds() < 40
+    left = Footprint.of(server)
+    assert left.threads < 20 and left.files < 40
 
 
 def test_a_cut_connection_takes_its_request_along(server):
     message = {"model": "m", "messages": asked("x" * 40), "max_tokens": 3900, "n": 4, "seed": 1}
     for stream in (True, False):
-        body = json.dumps({**message, "stream": stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-        with socket.create_connection(("127.0.0.1", server[0])) as raw:
-            raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:
+            raw.sendall(post(json.dumps({**message, "stream": stream}).encode()))
             wait_until(lambda: metrics(server)["rlcs_engine_running"] == 1)
         wait_until(lambda: metrics(server)["rlcs_engine_running"] == 0, seconds=5)
     assert metrics(server)['rlcs_requests_total{code="499"}'] >= 2
@@ -473,27 +340,10 @@ def test_a_cut_connection_takes_its_request_along(server):
 
 def test_slow_readers_and_silent_guests_hold_nobody_up(server, client):
     right = ask(client, asked(), temperature=0).choices[0].message.content
-    body = json.dumps(
-        {"model": "m", "messages": asked("x"), "max_tokens": 60, "stream": True, "logprobs": True}
-    ).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-    guests = []
-    for number in range(40):
-        guest = socket.socket()
-        guest.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        guest.connect(("127.0.0.1", server[0]))
-        if number < 20:  # asks, and never reads
-            guest.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        elif number < 30:  # never ends its request head
-            guest.sendall(b"POST /v1/cha")
-        guests.append(guest)
-    for _ in range(3):
-        assert ask(client, asked(), temperature=0).choices[0].message.content == right
-    silent = guests[-1]
-    silent.settimeout(25)
-    assert silent.recv(10) == b""  # shown out
-    for guest in guests:
-        guest.close()
+    with guests(server.port) as here:
+        for _ in range(3):
+            assert ask(client, asked(), temperature=0).choices[0].message.content == right
+        assert here[-1].recv(10) == b""  # shown out
     assert_at_rest(server)
 
 
@@ -502,7 +352,8 @@ def test_asked_to_stop_it_ends_what_it_began(random_model_folder):
         with ThreadPoolExecutor(1) as pool:
             reply = pool.submit(ask, client_of(server), asked(), max_tokens=300, seed=1)
             wait_until(lambda: metrics(server)["rlcs_engine_running"] == 1)
-            server[1].send_signal(signal.SIGINT)
+            server.process.send_signal(signal.SIGINT)
             assert reply.result().usage.completion_tokens > 1
-        assert server[1].wait(20) == 0
-        assert "Traceback" not in server[1].stderr.read()
+        assert server.process.wait(20) == 0
+        server.errors.seek(0)
+        assert "Traceback" not in server.errors.read()

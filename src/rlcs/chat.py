@@ -8,6 +8,7 @@ families use it), which tests hold.
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,8 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 
 Segment = int | str | ImageRef
 """A control id, plain text, or an image."""
+SLICE = 1 << 16
+"""Characters of a text that are tokenised at once to see whether it can fit at all."""
 
 
 class Chat:
@@ -97,6 +100,7 @@ class Chat:
             if isinstance(segment, int):
                 ids.append(segment)
             elif isinstance(segment, str):
+                self._refuse_endless(segment, name)
                 ids += self.text_ids(segment)
             else:
                 grid = self._images.grid(segment)
@@ -106,12 +110,8 @@ class Chat:
                 grids.append(grid)
                 images.append(segment)
         if len(ids) > self._max_tokens:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, {sum(b - a for a, b in spans)} of them image; "
-                f"the limit is {self._max_tokens}",
-                where=name,
-                fix="shorten it; in a recipe raise prompt.max_tokens or lower images.max_pixels",
-            )
+            of_images = sum(b - a for a, b in spans)
+            raise self._too_long(f"{len(ids)} tokens, {of_images} of them image", name)
         return Prompt(
             problem_id=name,
             ids=tuple(ids),
@@ -121,6 +121,21 @@ class Chat:
             image_token_id=self.image_id,
             merge_size=self._images.merge_size,
         )
+
+    def _refuse_endless(self, text: str, name: str) -> None:
+        """Raises PromptError when a text is far too long, before all of it is tokenised.
+
+        That would take minutes and gigabytes for megabytes of text. What the cuts add is below one half.
+        """
+        counted, most = 0, 2 * self._max_tokens
+        for start in range(0, len(text), SLICE) if len(text) > SLICE else ():
+            counted += len(self.text_ids(text[start : start + SLICE]))
+            if counted > most:
+                raise self._too_long(f"more than {most} tokens", name)
+
+    def _too_long(self, what: str, name: str) -> PromptError:
+        fix = "shorten it; in a recipe raise prompt.max_tokens or lower images.max_pixels"
+        return PromptError(f"the prompt has {what}; the limit is {self._max_tokens}", where=name, fix=fix)
 
     def _user(self, problem: Problem) -> list[str | ImageRef]:
         """The user turn; images stand at their slots, or first where there are none."""
@@ -200,9 +215,7 @@ def set_default_system(processor: Any, system: str) -> None:
 def _join_text(segments: Sequence[Segment]) -> list[Segment]:
     """Join neighbouring texts, as the tokenizer would see them between two control tokens."""
     joined: list[Segment] = []
-    for segment in segments:
-        if isinstance(segment, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += segment
-        elif segment != "":
-            joined.append(segment)
-    return joined
+    for is_text, run in groupby(segments, key=lambda segment: isinstance(segment, str)):
+        pieces = list(run)
+        joined += ["".join(map(str, pieces))] if is_text else pieces
+    return [segment for segment in joined if segment != ""]

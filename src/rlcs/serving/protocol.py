@@ -18,6 +18,9 @@ UNSUPPORTED = (
 )  # fmt: skip
 """Settings that would change the answer and that this server does not know."""
 STOP_CHARS = 256
+MOST_VALUES = 100_000
+"""Values in a request. Each but the first of a list or an object stands behind a comma, so that they are
+bounded before they are parsed, which takes seconds for millions."""
 Json = dict[str, Any]
 
 
@@ -133,6 +136,8 @@ class ChatRequest(_Strict):
 
 def parse_request(body: bytes, limits: Limits, *, model: str) -> ChatRequest:
     """Read a request. Raises ApiError for what is malformed, unknown or too much."""
+    if body.count(b",") > MOST_VALUES:
+        raise ApiError(400, f"the request has more than {MOST_VALUES:,} values (or commas in its text)")
     try:
         ask = ChatRequest.model_validate_json(body)
     except ValidationError as error:

@@ -86,14 +86,17 @@ class Service:
             self.active -= 1
             self.seconds += time.perf_counter() - began
 
-    def prepare(self, ask: ChatRequest) -> tuple[Prompt, Sampling]:
-        """The prompt of a request and how to answer it. Raises ApiError, ImageError, PromptError."""
+    def prepare(self, body: bytes) -> tuple[ChatRequest, Prompt, Sampling]:
+        """A request, its prompt, and how to answer it. Raises ApiError, ImageError, PromptError."""
+        ask = parse_request(body, self.limits, model=self.name)
         prompt = self.session.chat.conversation(conversation(ask, self.limits), name="conversation")
         wanted = ask.max_completion_tokens or ask.max_tokens or self.limits.max_tokens
         settings = Settings(
             temperature=ask.temperature, top_p=ask.top_p, max_new_tokens=wanted, seed=ask.seed
         )
-        return prompt, self.session.sampling(prompt, settings, n=ask.n)
+        sampling = self.session.sampling(prompt, settings, n=ask.n)
+        # Without its messages: megabytes of images, which the prompt holds already.
+        return ask.model_copy(update={"messages": []}), prompt, sampling
 
     def metrics(self) -> str:
         """What Prometheus reads."""
@@ -117,7 +120,7 @@ class ChatCompletions:
     """`POST /v1/chat/completions` as an ASGI application."""
 
     def __init__(self, service: Service) -> None:
-        """Prompts are built one after another, off the event loop."""
+        """Requests are parsed and prompts built one after another, off the event loop."""
         self._service = service
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="rlcs-prompts")
 
@@ -152,9 +155,9 @@ class ChatCompletions:
 
     async def _serve(self, request: Request, send: Send) -> None:
         service, loop = self._service, asyncio.get_running_loop()
-        ask = parse_request(await self._body(request), service.limits, model=service.name)
-        prompt, sampling = await loop.run_in_executor(self._builder, service.prepare, ask)
-        ask = ask.model_copy(update={"messages": []})  # megabytes of images, which the prompt holds already
+        body = await self._body(request)
+        ask, prompt, sampling = await loop.run_in_executor(self._builder, service.prepare, body)
+        del body
         events: asyncio.Queue[Token | Exception] = asyncio.Queue()
 
         def tell(event: Token | Exception) -> None:
@@ -324,13 +327,17 @@ def make_app(service: Service) -> FastAPI:
 class _ImpatientProtocol(H11Protocol):
     """Closes connections on which no whole request head comes, however slowly it drips."""
 
+    _clock: asyncio.TimerHandle
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(IDLE_S, self._close_if_idle, None)
+        self._clock = self.loop.call_later(IDLE_S, self._close_if_idle, None)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self.loop.call_later(IDLE_S, self._close_if_idle, self.cycle)
+        answered = self.cycle
+        super().on_response_complete()  # which begins the next request if that has come already
+        self._clock.cancel()  # it holds a request
+        self._clock = self.loop.call_later(IDLE_S, self._close_if_idle, answered)
 
     def _close_if_idle(self, last: Any) -> None:
         if self.cycle is last and not self.transport.is_closing():
