@@ -21,6 +21,7 @@ from rlcs.errors import RlcsError, UserError
 app = typer.Typer(
     name="rlcs",
     help="RL with Cold Start: turn a vision-language model into one that reasons.",
+    epilog="Begin with `rlcs doctor` and `rlcs quickstart`; then `rlcs recipes ls`, `rlcs run RECIPE`.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
@@ -31,7 +32,6 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(publish_app)
 app.add_typer(serving_app)
-app.command()(plan)
 app.add_typer(watch_app)
 
 Overrides = Annotated[
@@ -61,7 +61,7 @@ def main() -> None:
 def quickstart(
     overrides: Overrides = None, out: Out = None, json: Json = False, quiet: Quiet = False
 ) -> None:
-    """The whole two-stage study on the built-in model and tasks: minutes on a laptop CPU."""
+    """The whole study on the built-in model. Minutes on a laptop CPU."""
     _study("quickstart", overrides, out=out, json=json, quiet=quiet)
 
 
@@ -73,7 +73,7 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Cold start, SFT, GRPO, measurement and report from one recipe; resumes by itself."""
+    """Cold start, SFT, GRPO, measurement, report. From one recipe; resumes by itself."""
     _study(recipe, overrides, out=out, json=json, quiet=quiet)
 
 
@@ -85,7 +85,7 @@ def sft(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Cold start and SFT alone, measured; `rlcs run` on the same folder goes on with RL."""
+    """Cold start and SFT alone, measured. `rlcs run` on the same folder goes on with RL."""
     _study(recipe, [*(overrides or []), "study.arms=[base, sft]"], out=out, json=json, quiet=quiet)
 
 
@@ -97,7 +97,7 @@ def grpo(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """RL alone, from the model as it is (model.name), measured; no cold start."""
+    """RL alone, from the model as it is, measured. That is model.name; no cold start."""
     _study(recipe, [*(overrides or []), "study.arms=[base, rl]"], out=out, json=json, quiet=quiet)
 
 
@@ -110,7 +110,7 @@ def ablate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The paper's comparison: base, SFT only, RL only, both, with intervals."""
+    """Base, SFT only, RL only, both, with intervals. The paper's comparison."""
     four = "study.arms=[base, sft, rl, two_stage]"
     _study(recipe, [*(overrides or []), four], out=out, json=json, quiet=quiet, seeds=seeds)
 
@@ -123,7 +123,7 @@ def distill(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Cold-start data alone: ask a teacher, keep what is right, with pass rates; in OUT/cold_start."""
+    """Cold-start data alone, from any teacher. Keeps what is right, with pass rates; in OUT/cold_start."""
     from rlcs.recipe.loading import load_recipe
     from rlcs.recipe.table import teacher_rows
 
@@ -256,7 +256,7 @@ def evaluate(
     ] = None,
     **chosen: Any,
 ) -> None:
-    """Models on benchmarks: answers, scores with intervals, and a comparison with the paper's numbers."""
+    """Models on benchmarks, beside the paper's numbers. Answers, scores with intervals."""
     options = EvalOptions(**chosen)
     exam = _exam(options)
     named = [*(models or []), *(options.model or [])]
@@ -330,7 +330,7 @@ def look(
     row: Annotated[int, typer.Option("--row", min=0, help="Which row")] = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page")] = None,
 ) -> None:
-    """What the model sees of one training example: tokens, loss weights, image patches."""
+    """What the model sees of one training example. Tokens, loss weights, image patches."""
     from rlcs.look import look_at, print_view, write_html
 
     view = look_at(what, overrides or [], row=row)
@@ -348,7 +348,7 @@ def grade(
     strict: Annotated[bool, typer.Option("--strict", help="rlcs: only a closed box counts")] = False,
     json: Json = False,
 ) -> None:
-    """Grade a file of answers by our rule or by a benchmark's official one."""
+    """Grade a file of answers. By our rule or by a benchmark's official one."""
     from rlcs.grading.answer_file import grade_file
 
     tally = grade_file(file, out, rule=rule, allow_fallbacks=not strict)
@@ -369,14 +369,18 @@ def grade(
         raise typer.Exit(2)
 
 
+app.command()(plan)
+
+
 @recipes_app.command("ls")
 def recipes_ls() -> None:
     """The recipes that come with rlcs."""
     from rlcs.recipe.loading import list_recipes
 
-    for name, path in list_recipes().items():
+    known = list_recipes()
+    for name, path in known.items():
         about = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        typer.echo(f"{name:<14} {about}")
+        typer.echo(f"{name:<{max(map(len, known))}}  {about}")
 
 
 @recipes_app.command("show")

@@ -26,7 +26,7 @@ def plan(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object")] = False,
 ) -> None:
-    """Memory, work and time of each stage on a machine, and what to change when it does not fit."""
+    """Memory, work and time of each stage. What to change when it does not fit."""
     from rlcs.plan import machine as machines
     from rlcs.plan.page import make_plan
 

@@ -30,7 +30,7 @@ def export_model(
         str | None, typer.Option(help="OWNER/NAME that the card shows; default: the folder's name")
     ] = None,
 ) -> None:
-    """Write a Hugging Face folder with a model card: stock transformers and vLLM load it."""
+    """Write a Hugging Face folder with a model card. Stock transformers and vLLM load it."""
     known = ("bf16", "fp16", "fp32")
     if dtype is not None and dtype not in known:
         raise UserError(f"no precision {dtype!r}", where="--dtype", fix=f"use {', '.join(known)}")
@@ -53,7 +53,7 @@ def publish(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The list as JSON, with whole hashes")] = False,
 ) -> None:
-    """Send an exported model to the hub; refuses files that do not belong to a model."""
+    """Send an exported model to the hub. Refuses files that do not belong to a model."""
     from rlcs import hub
     from rlcs.publish.checks import refusals
 
@@ -92,7 +92,7 @@ def chat(
     url: Annotated[str | None, typer.Option(help="Server that has MODEL: http://localhost:8000/v1")] = None,
     key_env: Annotated[str, typer.Option(help="Variable with its key")] = "OPENAI_API_KEY",
 ) -> None:
-    """Talk to a model on a web page: images, several turns, reasoning in a fold-out; two side by side."""
+    """Talk to a model, or to two, on a web page. Images, several turns, reasoning in a fold-out."""
     import importlib.util
 
     if importlib.util.find_spec("gradio") is None:

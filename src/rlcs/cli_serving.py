@@ -43,7 +43,7 @@ class ServeOptions:
 @serving_app.command()
 @with_options(ServeOptions)
 def serve(model: ModelName, **chosen: Any) -> None:
-    """An OpenAI-compatible server with images: /v1/chat/completions, /v1/models, /health, /metrics."""
+    """An OpenAI-compatible server with images. /v1/chat/completions, /v1/models, /health, /metrics."""
     options = ServeOptions(**chosen)
     if options.api_key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"anybody who reaches {options.host} may use the model: no --api-key", err=True)
@@ -132,7 +132,7 @@ def generate(
     question: Annotated[str | None, typer.Argument(help="What to ask")] = None,
     **chosen: Any,
 ) -> None:
-    """The answer to one question about images, as it comes; or to a file of questions."""
+    """Answer one question about images, or a file of them. Shown as it comes."""
     options = GenerateOptions(**chosen)
     if (options.input is None) == (question is None) or (options.input is None) != (options.output is None):
         fix = 'rlcs generate MODEL "question" --image a.png, or --input rows.jsonl --output answers.jsonl'

@@ -19,7 +19,7 @@ def report(
     live: Annotated[bool, typer.Option("--live", help="Serve a page that follows the run")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --live; 0: any")] = 8642,
 ) -> None:
-    """Write the report of a run again (RUN/report/index.html), or watch the run live in a browser."""
+    """Write a run's report again, or watch the run live. In RUN/report/index.html, or in a browser."""
     if not live:
         from rlcs.report import build
 
@@ -42,7 +42,7 @@ def compare(
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with curves")] = None,
     json: Json = False,
 ) -> None:
-    """Two runs side by side: accuracy with paired intervals, recipes, seconds, curves."""
+    """Two runs side by side. Accuracy with paired intervals, recipes, seconds, curves."""
     from rlcs.report import compare as comparing
 
     found, sides = comparing.compare(first, second)
@@ -107,7 +107,7 @@ def doctor(
     run: Annotated[Path | None, typer.Argument(help="A run folder: what ails it?")] = None,
     json: Json = False,
 ) -> None:
-    """Check this machine and the fast paths on the built-in model; with RUN, what ails that run."""
+    """Check this machine; with RUN, what ails that run. Without one, the fast paths on the built-in model."""
     about: dict[str, str] = {}
     if run is None:
         from rlcs.doctor.machine import checks, facts
