@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from rlcs.cli import app
+from rlcs.recipe.loading import load_recipe
 
 BASH = shutil.which("bash")
 COMMANDS = typer.main.get_command(app)
@@ -92,3 +93,13 @@ def test_a_bad_data_file_is_told_before_anything_heavy_is_loaded(tmp_path):
     assert " torch\n" not in told.stderr and " transformers\n" not in told.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     assert not (tmp_path / "runs").exists(), "a run that cannot start leaves no folder behind"
+
+
+def test_a_copied_recipe_has_a_name_of_its_own(tmp_path):
+    """So its runs do not land in the folder of the recipe that it was copied from."""
+    mine = tmp_path / "mine: 2.yaml"
+    copied = CliRunner().invoke(app, ["recipes", "copy", "quickstart", str(mine)])
+    assert copied.exit_code == 0, copied.output
+    recipe, shipped = load_recipe(str(mine)).recipe, load_recipe("quickstart").recipe
+    assert recipe == shipped.model_copy(update={"name": "mine: 2"})
+    assert "# a quarter of the teacher's answers misread the image" in mine.read_text()

@@ -2,7 +2,6 @@
 
 import json as jsonlib
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -402,8 +401,11 @@ def recipes_copy(
     recipe: Annotated[str, typer.Argument(help="A recipe that comes with rlcs")],
     to: Annotated[Path, typer.Argument(help="The new file")],
 ) -> None:
-    """Copy a recipe to a file of your own."""
+    """Copy a recipe to a file of your own, which also gives it its name."""
+    import re
+
     from rlcs.errors import RecipeError
+    from rlcs.files import atomic_write
     from rlcs.recipe.loading import list_recipes
 
     known = list_recipes()
@@ -411,7 +413,8 @@ def recipes_copy(
         raise RecipeError(f"no recipe is called {recipe!r}", fix=f"there are: {', '.join(known)}")
     if to.exists():
         raise RecipeError("the file exists already", where=str(to), fix="choose another name")
-    shutil.copyfile(known[recipe], to)
+    text = known[recipe].read_text(encoding="utf-8")
+    atomic_write(to, re.sub(r"(?m)^name: .*$", lambda _: f"name: {jsonlib.dumps(to.stem)}", text, count=1))
     typer.echo(f"run it with: rlcs run {to}")
 
 
