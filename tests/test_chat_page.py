@@ -300,7 +300,7 @@ def test_the_command_with_the_builtin_model(where, browser, image):
     with ExitStack() as stack:
         words = ["--engine", "local"]
         if where == "on a server":
-            port, _ = stack.enter_context(serving("builtin"))
+            port = stack.enter_context(serving("builtin")).port
             words = ["--url", f"http://127.0.0.1:{port}/v1"]
         page = opened(browser, stack.enter_context(commanded(*words)))
         ask(page, "How many squares are there?", image)

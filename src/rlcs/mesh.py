@@ -69,6 +69,9 @@ class Mesh:
         """Rank 0 alone does the work, however long it takes; all get its result, or raise its error."""
         if not self.grouped:
             return work()
+        # All are here before anybody waits without a limit: rank 0 could not tell its result to one that
+        # hangs.
+        dist.barrier(group=self.objects)
         box: list[Any] = [None, None]
         if self.rank == 0:
             try:
