@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import struct
@@ -44,11 +45,12 @@ class Server(NamedTuple):
 
 
 _START = """
-import gc, signal
+import faulthandler, gc, signal
 from rlcs import cli
 signal.signal(signal.SIGUSR1, lambda *_: gc.collect())
+faulthandler.register(signal.SIGUSR2)
 """
-"""A server that tidies up when asked, so that memory can be compared."""
+"""A server that tidies up when asked, so that memory can be compared, and says where its threads are."""
 
 
 @contextmanager
@@ -277,16 +279,16 @@ def guests(port: int) -> Iterator[list[socket.socket]]:
 class Neighbour:
     """Asks four good questions in turn and knows their answers: those from before the attack."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, server: Server) -> None:
         """Learns the answers."""
-        self._port, self.seconds, self.wrong = port, list[float](), list[str]()
+        self._server, self.seconds, self.wrong = server, list[float](), list[str]()
         self._right = [self._ask(number) for number in range(4)]
         self._stop = threading.Event()
 
     def _ask(self, number: int) -> str:
         messages = asked(f"Question {number}", picture(56, 28 * (number % 3 + 1), seed=number))
         body = {"model": "m", "messages": messages, "max_tokens": 12, "temperature": 0}
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=WAIT_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=WAIT_S)
         connection.request(
             "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
         )
@@ -298,7 +300,11 @@ class Neighbour:
         """Ask until told to stop."""
         while not self._stop.is_set():
             number, began = len(self.seconds) % 4, time.monotonic()
-            answer = self._ask(number)
+            try:
+                answer = self._ask(number)
+            except OSError as error:
+                self._server.process.send_signal(signal.SIGUSR2)
+                answer = f"{type(error).__name__}: {error}"
             self.seconds.append(time.monotonic() - began)
             self.wrong += [answer] if answer != self._right[number] else []
 
@@ -320,14 +326,34 @@ class Footprint:
         """Raises TimeoutError if it does not come to rest."""
         wait_until(lambda: at_rest(server), WAIT_S)
         facts = psutil.Process(server.process.pid)
-        facts.send_signal(10)  # SIGUSR1
+        facts.send_signal(signal.SIGUSR1)
         time.sleep(1)
         return cls(facts.memory_info().rss / 2**20, facts.num_threads(), facts.num_fds())
 
 
+@contextmanager
+def pauses() -> Iterator[list[float]]:
+    """The longest time for which this process, which only wanted to sleep 0.1 s, was held up."""
+    longest, over = [0.0], threading.Event()
+
+    def beat() -> None:
+        last = time.monotonic()
+        while not over.wait(0.1):
+            now = time.monotonic()
+            longest[0], last = max(longest[0], now - last - 0.1), now
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield longest
+    finally:
+        over.set()
+        thread.join()
+
+
 def siege(server: Server, requests: int) -> tuple[Seen, Neighbour]:
     """The whole attack. Raises what a client could not bear."""
-    seen, neighbour = Seen(), Neighbour(server.port)
+    seen, neighbour = Seen(), Neighbour(server)
     with guests(server.port), ThreadPoolExecutor(CLIENTS + 1) as pool:
         living = pool.submit(neighbour.live)
         try:
@@ -345,11 +371,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     options = parser.parse_args()
-    with serving(Path("builtin")) as server:
+    with serving(Path("builtin")) as server, pauses() as held:
         attack(server.port, 1000, 60, Seen())  # what is loaded once, is loaded now
         before, began = Footprint.of(server), time.monotonic()
         seen, neighbour = siege(server, options.requests)
         took, after = time.monotonic() - began, Footprint.of(server)
+        server.errors.seek(0)
+        told = server.errors.read()
     times = sorted(neighbour.seconds)
     print(f"{options.requests:,} requests in {took:.0f} s, {seen.cut} of them cut off; replies by status:")
     print("  ".join(f"{code}: {count:,}" for code, count in sorted(seen.codes.items())), end="; ")
@@ -358,6 +386,8 @@ def main() -> int:
     print(f"seconds: median {statistics.median(times):.2f}, longest {times[-1]:.1f}")
     for name, facts in (("before", before), ("after", after)):
         print(f"{name:6}: {facts.memory:,.0f} MiB, {facts.threads} threads, {facts.files} open files")
+    print(f"longest pause of this machine: {held[0]:.1f} s")
+    print(*neighbour.wrong[:5], told[-5000:], sep="\n", file=sys.stderr)
     return int(bool(neighbour.wrong) or any(code in (0, 500) for code in seen.codes))
 
 
