@@ -315,11 +315,12 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a server holds, in MiB and numbers, after it has come to rest and tidied up."""
+    """What a server at rest holds, in MiB and numbers, after it has tidied up, and its CPU seconds so far."""
 
     memory: float
     threads: int
     files: int
+    cpu: float
 
     @classmethod
     def of(cls, server: Server) -> "Footprint":
@@ -328,7 +329,8 @@ class Footprint:
         facts = psutil.Process(server.process.pid)
         facts.send_signal(signal.SIGUSR1)
         time.sleep(1)
-        return cls(facts.memory_info().rss / 2**20, facts.num_threads(), facts.num_fds())
+        cpu = sum(facts.cpu_times()[:2])
+        return cls(facts.memory_info().rss / 2**20, facts.num_threads(), facts.num_fds(), cpu)
 
 
 @contextmanager
@@ -386,7 +388,8 @@ def main() -> int:
     print(f"seconds: median {statistics.median(times):.2f}, longest {times[-1]:.1f}")
     for name, facts in (("before", before), ("after", after)):
         print(f"{name:6}: {facts.memory:,.0f} MiB, {facts.threads} threads, {facts.files} open files")
-    print(f"longest pause of this machine: {held[0]:.1f} s")
+    had = f"the server had {after.cpu - before.cpu:.0f} s of CPU"
+    print(f"{had}; longest pause of this machine: {held[0]:.1f} s")
     print(*neighbour.wrong[:5], told[-5000:], sep="\n", file=sys.stderr)
     return int(bool(neighbour.wrong) or any(code in (0, 500) for code in seen.codes))
 
