@@ -247,11 +247,6 @@ def test_stop_keeps_what_was_said(browser, served):
             break
         time.sleep(0.1)
     assert trained.streams[-1].closed
-    page.get_by_label("Stop").wait_for(state="hidden")  # until then the box takes no question
-    ask(page, "And now?")
-    right.get_by_text("Answer: 5").wait_for()
-    said = trained.asked[-1][1]
-    assert said["role"] == "assistant" and said["content"][0].startswith("There are")
     page.context.close()
 
 
