@@ -102,6 +102,24 @@ def test_every_talker_hears_its_own_past_and_closing_stops_all():
     assert one.streams[-1].closed and two.streams[-1].closed
 
 
+def test_an_answer_ends_when_it_is_settled_or_forgotten_and_keeps_what_was_said():
+    talker, talk = Canned("one", "a b c", delay=0.1), chat_page.Talk()
+    for end, kept in ((talk.settle, "a "), (talk.forget, "")):
+        talk.begin(exchange("Q?", "", seconds=None))
+        running = chat_page.answer([talker], talk, Settings(), "")
+        assert next(running)[-1].answers == ("a ",) and talk.now.seconds is None
+        end()
+        end()  # twice is once
+        assert "".join(each.answers[0] for each in talk.past) == kept
+        *_, last = running
+        assert last == talk.past and talker.streams[-1].closed
+    broken = chat_page.answer([Canned("one", "a")], talk, Settings(), "")
+    talk.begin(exchange("too long", "", seconds=None))
+    with pytest.raises(PromptError):
+        next(broken)
+    assert talk.now is None and talk.past[-1].text == "too long" and talk.past[-1].seconds is not None
+
+
 def test_a_taken_port_is_told(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -149,7 +167,7 @@ def image(tmp_path) -> Path:
 def opened(browser, url, **options):
     """A page with a record of every request that left this machine."""
     page = browser.new_context(**options).new_page()
-    page.set_default_timeout(180_000)
+    page.set_default_timeout(60_000)
     page.outside = []
     local = ("http://127.0.0.1", "data:", "blob:")
     page.on("request", lambda r: None if r.url.startswith(local) else page.outside.append(r.url))
@@ -223,6 +241,7 @@ def test_turns_settings_examples_and_errors(browser, served, image):
     assert len(again["content"]) == 3 and again["content"][-1] == "And now?"
     ask(page, "too long")
     page.get_by_text("ask less").wait_for()
+    page.locator(".conversation").first.get_by_text("too long").wait_for()  # the question stays
     page.get_by_text("New conversation").click()
     page.wait_for_function("document.querySelectorAll('.conversation .message').length == 0")
     ask(page, "Fresh start")
@@ -242,18 +261,58 @@ def test_stop_keeps_what_was_said(browser, served):
     right.locator("[data-testid=bot]").get_by_text("There are many shapes").wait_for()
     page.wait_for_function("!document.querySelector('.loading-spinner')")
     assert right.get_by_text("Answer:").count() == 0
-    for _ in range(50):
-        if trained.streams[-1].closed:
-            break
-        time.sleep(0.1)
-    assert trained.streams[-1].closed
+    ask(page, "And now?")
+    right.get_by_text("Answer: 5").wait_for()
+    assert trained.streams[-2].closed
+    _, said, again = trained.asked[-1]
+    assert said["role"] == "assistant" and said["content"][0].startswith("There are")
+    assert again["content"] == ["And now?"]
+    page.context.close()
+
+
+@needs_chromium
+def test_typing_elsewhere_is_not_disturbed_by_an_answer(browser, served):
+    page = opened(browser, served[0])
+    page.get_by_text("Sampling").click()
+    prompt = page.get_by_label("System prompt")
+    prompt.wait_for()
+    ask(page, "How many?")
+    prompt.click()
+    page.keyboard.type("a long prompt " * 10, delay=10)  # the question is taken, answers begin and end
+    page.locator(".conversation").last.get_by_text("Answer: 5").wait_for()
+    assert prompt.input_value() == "a long prompt " * 10
+    page.context.close()
+
+
+@needs_chromium
+def test_what_is_typed_meanwhile_is_kept_and_a_new_conversation_begins_at_once(browser, served):
+    url, _, trained = served
+    page = opened(browser, url)
+    ask(page, "How many?")
+    right, box = page.locator(".conversation").last, page.locator("textarea").first
+    right.get_by_text("many shapes").first.wait_for()
+    assert box.input_value() == ""
+    ask(page, "And now?")  # too early
+    page.get_by_text("Wait for the answer, or press Stop.").wait_for()
+    right.get_by_text("Answer: 5").wait_for()
+    assert box.input_value() == "And now?"
+    box.press("Enter")
+    page.wait_for_function("document.querySelector('textarea').value == ''")
+    right.get_by_text("And now?").wait_for()
+    right.get_by_text("Reasoning").nth(1).wait_for()
+    page.get_by_text("New conversation").click()
+    page.wait_for_function("document.querySelectorAll('.conversation .message').length == 0")
+    ask(page, "Fresh start")
+    right.get_by_text("Answer: 5").wait_for()
+    assert right.get_by_text("And now?").count() == 0
+    assert trained.streams[-2].closed and len(trained.asked[-1]) == 1
     page.context.close()
 
 
 @needs_chromium
 def test_the_keyboard_suffices(browser, served):
     page = opened(browser, served[0])
-    page.locator("textarea").first.focus()
+    page.wait_for_selector("#question textarea:focus")
     page.keyboard.type("By keyboard")
     page.keyboard.press("Enter")
     page.locator(".conversation").last.get_by_text("Answer: 5").wait_for()

@@ -7,8 +7,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -56,7 +56,7 @@ class Exchange:
 
 def replies(
     talkers: Sequence[Talker], past: Sequence[Exchange], now: Exchange, settings: Settings, system: str
-) -> Iterator[tuple[str, ...]]:
+) -> Generator[tuple[str, ...]]:
     """Every talker's answer so far, each time that it has grown. Closing the iterator stops them all."""
     first = [{"role": "system", "content": [system]}] if system.strip() else []
     streams: list[Any] = []
@@ -110,41 +110,70 @@ def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
     return [*asked, {"role": "assistant", "content": reasoning, "metadata": thought}, said]
 
 
-def conversation(talkers: Sequence[Talker], stopping: set[str | None]) -> Any:
-    """The function behind the page: what was sent and the past exchanges, to those and every display.
+@dataclass(slots=True)
+class Talk:
+    """One visitor's conversation: its past, and the exchange under way since `began`, in seconds."""
 
-    A visitor whose session stands in `stopping` has pressed Stop: the answers end, and keep what was said.
-    """
+    past: tuple[Exchange, ...] = ()
+    now: Exchange | None = None
+    began: float = 0.0
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """All of them, the one under way last."""
+        return self.past if self.now is None else (*self.past, self.now)
+
+    def begin(self, exchange: Exchange) -> None:
+        """Let an exchange be under way."""
+        self.now, self.began = exchange, time.monotonic()
+
+    def settle(self) -> None:
+        """End the exchange under way: what was said is kept."""
+        if self.now is not None:
+            self.past += (replace(self.now, seconds=time.monotonic() - self.began),)
+            self.now = None
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.past, self.now = (), None
+
+
+def take(talk: Talk, sent: Mapping[str, Any], count: int) -> None:
+    """Take up what a visitor sent, for `count` talkers to answer. Raises gr.Error: then nothing changed."""
     import gradio as gr
 
-    def converse(
-        request: gr.Request, sent: Any, past: list[Exchange], system: str | None, *sampling: float
-    ) -> Iterator[list[Any]]:
-        temperature, top_p, longest = sampling
-        now = Exchange(
-            text=sent["text"], images=tuple(map(Path, sent["files"])), answers=("",) * len(talkers)
-        )
-        if not now.images and not now.text.strip():
-            raise gr.Error("Write a question, or drop an image.", duration=5)
-        settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
-        started = time.monotonic()
-        stopping.discard(request.session_hash)
-        try:
-            for texts in replies(talkers, past, now, settings, system or ""):
-                now = replace(now, answers=texts)
-                yield views([*past, now], len(talkers))
-                if request.session_hash in stopping:
+    text, images = sent["text"], tuple(map(Path, sent["files"]))
+    told: dict[str, Any] = {"duration": 5, "print_exception": False}
+    if talk.now is not None:
+        raise gr.Error("Wait for the answer, or press Stop.", title="Not yet", **told)
+    if not images and not text.strip():
+        raise gr.Error("Write a question, or drop an image.", title="Nothing to answer", **told)
+    talk.begin(Exchange(text=text, images=images, answers=("",) * count))
+
+
+def answer(
+    talkers: Sequence[Talker], talk: Talk, settings: Settings, system: str
+) -> Iterator[tuple[Exchange, ...]]:
+    """Answer what `talk` has taken up: its exchanges, each time that an answer has grown.
+
+    Ends early when the exchange was settled or forgotten meanwhile. However it ends, what was said is kept.
+    Raises RlcsError.
+    """
+    now = talk.now
+    if now is None:
+        return
+    try:
+        with closing(replies(talkers, talk.past, now, settings, system)) as growing:
+            for texts in growing:
+                grown = replace(now, answers=texts)
+                if talk.now is not now:
                     break
-        except RlcsError as error:
-            raise gr.Error(str(error), duration=None) from error
-        yield views([*past, replace(now, seconds=time.monotonic() - started)], len(talkers))
-
-    return converse
-
-
-def views(exchanges: Sequence[Exchange], count: int) -> list[Any]:
-    """What the page keeps and shows: the exchanges, then for each of `count` talkers its messages."""
-    return [exchanges, *([m for each in exchanges for m in shown(each, place)] for place in range(count))]
+                talk.now = now = grown
+                yield talk.exchanges
+    finally:
+        if talk.now is now:
+            talk.settle()
+    yield talk.exchanges
 
 
 def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
@@ -173,19 +202,53 @@ _LATEX = [
 ]
 
 
+def connect(talkers: Sequence[Talker], displays: Sequence[Any], box: Any, sampling: Any, afresh: Any) -> None:
+    """Let the parts of a page work together: inside its `with`."""
+    import gradio as gr
+
+    def send(talk: Talk, sent: Mapping[str, Any]) -> None:
+        take(talk, sent, len(talkers))  # the box is emptied now: the next question may be typed meanwhile
+
+    def converse(
+        talk: Talk, system: str | None, temperature: float, top_p: float, longest: float
+    ) -> Iterator[dict[Any, Any]]:
+        settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
+        try:
+            for exchanges in answer(talkers, talk, settings, system or ""):
+                yield views(exchanges)
+        except RlcsError as error:
+            yield views(talk.exchanges)
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+    def views(exchanges: Sequence[Exchange]) -> dict[Any, Any]:
+        return {
+            display: [message for each in exchanges for message in shown(each, place)]
+            for place, display in enumerate(displays)
+        }
+
+    def stop(talk: Talk) -> dict[Any, Any]:
+        talk.settle()
+        return views(talk.exchanges)
+
+    def forget(talk: Talk) -> dict[Any, Any]:
+        talk.forget()
+        return views(())
+
+    talk = gr.State(Talk())
+    # One function an event: of two, Gradio calls the second when the first has ended, after the answer.
+    sent = box.submit(send, [talk, box], box, show_progress="hidden")
+    sent.success(converse, [talk, *sampling], displays, trigger_mode="multiple")
+    box.stop(stop, talk, displays, queue=False, show_progress="hidden")
+    gr.on([afresh.click, *(display.clear for display in displays)], forget, talk, displays, queue=False)
+
+
 def build(talkers: Sequence[Talker], folder: Path) -> Any:
     """The page as a Gradio app; `folder` takes the examples' images."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio as gr
 
-    stopping: set[str | None] = set()
-
-    def stop(request: gr.Request) -> None:
-        stopping.add(request.session_hash)
-
     with gr.Blocks(title="rlcs chat", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown("# rlcs chat\nDrop or paste images, ask, and watch the model reason.")
-        past = gr.State([])
         with gr.Row():
             displays = [
                 gr.Chatbot(
@@ -206,7 +269,7 @@ def build(talkers: Sequence[Talker], folder: Path) -> Any:
             file_count="multiple",
             sources=["upload"],
             stop_btn=True,
-            autofocus=True,
+            elem_id="question",
         )
         afresh = gr.Button("New conversation", size="sm", variant="secondary")
         gr.Examples(example_problems(folder), inputs=[box], label="Example problems", elem_id="examples")
@@ -217,14 +280,9 @@ def build(talkers: Sequence[Talker], folder: Path) -> Any:
             system = gr.Textbox(
                 value="", label="System prompt", placeholder="The one the model was trained with", lines=2
             )
-        outputs = [past, *displays]
-        under_way = box.submit(
-            conversation(talkers, stopping), [box, past, system, temperature, top_p, longest], outputs
-        )
-        box.submit(lambda: None, None, box, queue=False)
-        box.stop(stop, None, None, queue=False)
-        ends = [afresh.click, *(display.clear for display in displays)]
-        gr.on(ends, lambda: [[] for _ in outputs], None, outputs, cancels=[under_way])
+        # Not `autofocus`: it takes the focus back whenever the box is emptied, in the middle of other typing.
+        page.load(None, js="() => document.querySelector('#question textarea').focus()")
+        connect(talkers, displays, box, [system, temperature, top_p, longest], afresh)
     page.queue(default_concurrency_limit=8)
     return page
 
