@@ -62,7 +62,10 @@ class Handler(BaseHTTPRequestHandler):
             "/weight_info": {"weight_version": STATE["version"]},
             "/server_info": {
                 "vllm_config": {
-                    "model_config": {"logprobs_mode": behaviour().get("mode", "processed_logprobs")},
+                    "model_config": {
+                        "logprobs_mode": behaviour().get("mode", "processed_logprobs"),
+                        "max_model_len": behaviour().get("room", 1 << 20),
+                    },
                     "lora_config": {"max_lora_rank": RANK} if RANK else None,
                 },
                 "vllm_env": {SWITCH: os.environ.get(SWITCH) == "1"},

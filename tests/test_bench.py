@@ -8,11 +8,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
 
-from bench import limit, ours, table
+from bench import adapters, limit, ours, table
 from bench.meter import Measured, Meter
 from bench.shapes import Case, Shape, make_case, wide_model
-from rlcs import tiny
+from rlcs import models, tiny
+from rlcs.engines.weights import WeightsFolder
 from rlcs.packing import dense_mask, layout_of
+from rlcs.recipe.lora import Lora
+from rlcs.recipe.schema import Model
 
 SHAPE = Shape(name="check", says="built-in model", model="built-in", prompts=2, group=3)
 
@@ -54,6 +57,20 @@ def test_sharing_is_worth_more_the_longer_the_prompt(case: Case):
 
 def _with(case: Case, **changes: object) -> Case:
     return Case(**{name: getattr(case, name) for name in Case.__slots__} | changes)  # type: ignore[arg-type]
+
+
+def test_an_update_as_adapters_is_measured_beside_a_merged_one(tmp_path, random_model_folder, capsys):
+    written = {}
+    for way in ("merged", "adapter"):
+        plain = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
+        vlm = models.prepare(plain, Lora(rank=4), (), seed=0)
+        published = WeightsFolder(tmp_path / way, as_adapters=way == "adapter")
+        found = adapters.measure(vlm, published, 2, None)
+        assert len(found.written) == len(found.publish_s) == 2 and min(found.publish_s) > 0
+        written[way] = found.written[-1]
+        adapters.report(way, 1, found)
+    assert written["adapter"] < written["merged"] / 4
+    assert f"{written['merged'] / 1e6:.1f} MB written" in capsys.readouterr().out
 
 
 def test_our_side_answers_every_step_with_its_phases(case: Case):

@@ -56,15 +56,30 @@ def program(tmp_path: Path) -> Path:
 class Run:
     """An engine over fake servers, and what they were told."""
 
-    def __init__(self, folder: Path, program: Path, vlm: Vlm, chat: Chat, **settings: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        program: Path,
+        vlm: Vlm,
+        chat: Chat,
+        *,
+        adapter_rank: int | None = None,
+        **settings: object,
+    ) -> None:
         self.folder = folder
         quick = {"health_limit_s": 0.6, "request_limit_s": 20.0, "executable": str(program)}
         self.settings = Rollouts.model_validate({"engine": "vllm_server", **quick, **settings})
-        launch = Launch(settings=self.settings, dtype="float32", max_tokens=512, max_rows=64)
+        launch = Launch(
+            settings=self.settings,
+            dtype="float32",
+            max_tokens=512,
+            max_rows=64,
+            adapter_rank=adapter_rank or 0,
+        )
         self.fleet = Fleet(self.settings, logs=folder, launch=launch)
-        self.published = WeightsFolder(folder / "weights")
+        self.published = WeightsFolder(folder / "weights", as_adapters=adapter_rank is not None)
         self.engine = VllmEngine(self.fleet, self.published, vlm, chat, decode_limit=10**6)
-        self.chat = chat
+        self.vlm, self.chat = vlm, chat
 
     def behave(self, **how: object) -> None:
         (self.folder / "behaviour.json").write_text(json.dumps(how))
@@ -150,8 +165,6 @@ def test_what_a_killed_server_leaves_behind_is_ended(run) -> None:
 
 def test_no_server_for_long_ends_the_run_with_a_sentence(run) -> None:
     none = run(urls=["http://127.0.0.1:9"], dead_limit_s=1.0)
-    none.fleet = Fleet(none.settings, logs=none.folder, launch=None)
-    none.engine._backend = none.fleet
     with pytest.raises(TrainingError, match=r"no vLLM server was well for 1 s(.|\n)*last checkpoint"):
         none.ask(2)
 
@@ -176,7 +189,11 @@ def test_a_program_that_cannot_start_says_why(run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [({"version": "0.31.2"}, "0.31.2 is too old"), ({"mode": "raw_logprobs"}, "logprobs are raw_logprobs")],
+    [
+        ({"version": "0.31.2"}, "0.31.2 is too old"),
+        ({"mode": "raw_logprobs"}, "logprobs are raw_logprobs"),
+        ({"room": 511}, r"may have 512 tokens, and it takes 511(.|\n)*--max-model-len 512"),
+    ],
 )
 def test_a_server_that_does_not_fit_is_refused(run, how: dict, words: str) -> None:
     unfit = run()
@@ -378,6 +395,22 @@ def test_a_model_that_is_only_read_is_served_as_it_lies(
     context = json.loads((folder / "config.json").read_text())["text_config"]["max_position_embeddings"]
     assert int(pairs["--max-model-len"]) == context and pairs["--dtype"] == "float32"
     assert [path.name for path in logs.iterdir()] == ["vllm-0.log"]
+
+
+@pytest.mark.parametrize("words", [("--max-model-len", "70"), ("--seed", "1", "--max-model-len=70")])
+def test_what_a_server_has_no_room_for_is_left_out_and_stops_nothing(
+    words: tuple[str, ...], tmp_path: Path, program: Path, random_model_folder: Path
+) -> None:
+    folder = tmp_path / "models" / "mine"
+    shutil.copytree(random_model_folder, folder)
+    (tmp_path / "behaviour.json").write_text('{"room": 70}')
+    sampler = Sampler(engine="vllm_server", executable=str(program), arguments=words)
+    how = Eval(max_new_tokens=9)
+    with open_reader(str(folder), sampler, how, system="", seed=0, logs=tmp_path / "logs") as reader:
+        problems = [make_problem("short", "Why?", sizes=()), make_problem("long", "why " * 30, sizes=())]
+        said, refused = reader.ask(problems)
+        assert isinstance(refused, DataError) and "the limit is 61" in str(refused)
+        assert not isinstance(said, DataError) and len(said[1]) == 1
 
 
 class Distant:

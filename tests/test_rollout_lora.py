@@ -20,8 +20,6 @@ from rlcs import grpo, models
 from rlcs.chat import Chat
 from rlcs.engines.opening import launch_of, open_engines
 from rlcs.engines.vllm import VllmEngine
-from rlcs.engines.vllm_fleet import Fleet
-from rlcs.engines.vllm_server import Launch
 from rlcs.engines.weights import WeightsFolder
 from rlcs.errors import EndpointError, RecipeError
 from rlcs.mesh import ALONE
@@ -59,17 +57,10 @@ def run(tmp_path: Path, program: Path, random_model_folder: Path):
     runs = []
 
     def make(adapter_rank: int = RANK, **settings: object) -> Run:
-        one = Run(tmp_path / "rollout", program, *adapted(random_model_folder), **settings)
-        one.folder.mkdir(exist_ok=True)
-        launch = Launch(
-            settings=one.settings, dtype="float32", max_tokens=512, max_rows=64, adapter_rank=adapter_rank
-        )
-        one.fleet = Fleet(one.settings, logs=one.folder, launch=launch)
-        one.published = WeightsFolder(one.folder / "weights", as_adapters=True)
-        one.vlm = one.engine._vlm
-        one.engine = VllmEngine(one.fleet, one.published, one.vlm, one.chat, decode_limit=10**6)
-        runs.append(one)
-        return one
+        policy = adapted(random_model_folder)
+        runs.append(Run(tmp_path / "rollout", program, *policy, adapter_rank=adapter_rank, **settings))
+        runs[-1].folder.mkdir(exist_ok=True)
+        return runs[-1]
 
     yield make
     for one in runs:

@@ -36,9 +36,24 @@ app.add_typer(watch_app)
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. grpo.steps=20")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME")]
+RecipeName = Annotated[str, typer.Argument(help="A recipe's name or file")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line instead of progress bars")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Plain progress lines")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """The options of the verbs that train: one field, one option."""
+
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME")] = None
+    json: Json = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Plain progress lines")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions(StudyOptions):
+    """Those of `rlcs ablate`."""
+
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds")] = 1
 
 
 def main() -> None:
@@ -57,80 +72,55 @@ def main() -> None:
 
 
 @app.command()
-def quickstart(
-    overrides: Overrides = None, out: Out = None, json: Json = False, quiet: Quiet = False
-) -> None:
+@with_options(StudyOptions)
+def quickstart(overrides: Overrides = None, **chosen: Any) -> None:
     """The whole study on the built-in model. Minutes on a laptop CPU."""
-    _study("quickstart", overrides, out=out, json=json, quiet=quiet)
+    _study("quickstart", overrides or [], StudyOptions(**chosen))
 
 
 @app.command()
-def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
-    overrides: Overrides = None,
-    out: Out = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@with_options(StudyOptions)
+def run(recipe: RecipeName, overrides: Overrides = None, **chosen: Any) -> None:
     """Cold start, SFT, GRPO, measurement, report. From one recipe; resumes by itself."""
-    _study(recipe, overrides, out=out, json=json, quiet=quiet)
+    _study(recipe, overrides or [], StudyOptions(**chosen))
 
 
 @app.command()
-def sft(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
-    overrides: Overrides = None,
-    out: Out = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@with_options(StudyOptions)
+def sft(recipe: RecipeName, overrides: Overrides = None, **chosen: Any) -> None:
     """Cold start and SFT alone, measured. `rlcs run` on the same folder goes on with RL."""
-    _study(recipe, [*(overrides or []), "study.arms=[base, sft]"], out=out, json=json, quiet=quiet)
+    _study(recipe, [*(overrides or []), "study.arms=[base, sft]"], StudyOptions(**chosen))
 
 
 @app.command()
-def grpo(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
-    overrides: Overrides = None,
-    out: Out = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@with_options(StudyOptions)
+def grpo(recipe: RecipeName, overrides: Overrides = None, **chosen: Any) -> None:
     """RL alone, from the model as it is, measured. That is model.name; no cold start."""
-    _study(recipe, [*(overrides or []), "study.arms=[base, rl]"], out=out, json=json, quiet=quiet)
+    _study(recipe, [*(overrides or []), "study.arms=[base, rl]"], StudyOptions(**chosen))
 
 
 @app.command()
-def ablate(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
-    overrides: Overrides = None,
-    out: Out = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repeat with this many seeds")] = 1,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@with_options(AblateOptions)
+def ablate(recipe: RecipeName, overrides: Overrides = None, **chosen: Any) -> None:
     """Base, SFT only, RL only, both, with intervals. The paper's comparison."""
+    options = AblateOptions(**chosen)
     four = "study.arms=[base, sft, rl, two_stage]"
-    _study(recipe, [*(overrides or []), four], out=out, json=json, quiet=quiet, seeds=seeds)
+    _study(recipe, [*(overrides or []), four], options, seeds=options.seeds)
 
 
 @app.command()
-def distill(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
-    overrides: Overrides = None,
-    out: Out = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@with_options(StudyOptions)
+def distill(recipe: RecipeName, overrides: Overrides = None, **chosen: Any) -> None:
     """Cold-start data alone, from any teacher. Keeps what is right, with pass rates; in OUT/cold_start."""
+    options = StudyOptions(**chosen)
     from rlcs.recipe.loading import load_recipe
     from rlcs.recipe.table import teacher_rows
 
     named = [text for text in overrides or [] if text.startswith("data.problems=")]
     words = [text.replace("data.problems=", "data.cold_start=", 1) for text in overrides or []]
     resolved = load_recipe(recipe, words).recipe
-    folder = (out or Path("runs") / resolved.name) / "cold_start"
-    if not json:
+    folder = (options.out or Path("runs") / resolved.name) / "cold_start"
+    if not options.json:
         rows = [("problems", resolved.data.cold_start), *teacher_rows(resolved.teacher)]
         for name, value in rows:
             typer.echo(f"  {name:<18}  {value}")
@@ -139,8 +129,10 @@ def distill(
     from rlcs.interrupts import StopFlag
 
     with StopFlag() as stop:
-        stats = distil(resolved, folder, afresh=bool(named), quiet=quiet, json=json, stop=stop)
-    if json:
+        stats = distil(
+            resolved, folder, afresh=bool(named), quiet=options.quiet, json=options.json, stop=stop
+        )
+    if options.json:
         typer.echo(jsonlib.dumps({"folder": str(folder), **stats}))
     else:
         typer.echo(
@@ -154,16 +146,14 @@ def distill(
         raise typer.Exit(1)
 
 
-def _study(
-    name: str, overrides: list[str] | None, *, out: Path | None, json: bool, quiet: bool, seeds: int = 1
-) -> None:
+def _study(name: str, overrides: list[str], options: StudyOptions, *, seeds: int = 1) -> None:
     from rlcs.recipe.loading import load_recipe
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone speaks
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - for good
-    recipe = load_recipe(name, overrides or []).recipe
-    folder = out or Path("runs") / recipe.name
-    if not json:
+    recipe = load_recipe(name, overrides).recipe
+    folder = options.out or Path("runs") / recipe.name
+    if not options.json:
         _print_choices(recipe, folder)
 
     from rlcs.intake import read_sources
@@ -176,10 +166,10 @@ def _study(
     from rlcs.mesh import open_mesh
     from rlcs.pipeline import Output, run_seeds
 
-    output = Output(quiet=quiet, json=json)
+    output = Output(quiet=options.quiet, json=options.json)
     with StopFlag() as stop, open_mesh(timeout_s=recipe.parallel.timeout_s) as mesh:
         summary = run_seeds(recipe, folder, seeds, sources=sources, output=output, stop=stop, mesh=mesh)
-    if json:
+    if options.json:
         typer.echo(jsonlib.dumps({"summary": str(folder / "summary.json"), "arms": summary["arms"]}))
     else:
         _print_arms(summary, folder)
@@ -383,9 +373,7 @@ def recipes_ls() -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")], overrides: Overrides = None
-) -> None:
+def recipes_show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Every value of a recipe, defaults spelled out, and where each came from."""
     from rlcs.recipe.loading import dump, load_recipe
 
@@ -419,9 +407,7 @@ def recipes_copy(
 
 
 @recipes_app.command("check")
-def recipes_check(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")], overrides: Overrides = None
-) -> None:
+def recipes_check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Read a recipe strictly and print its choices."""
     from rlcs.recipe.loading import load_recipe
 

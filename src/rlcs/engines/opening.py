@@ -1,5 +1,6 @@
 """The engine that is asked for, opened once and closed in the end: of a run, or of a model that is read."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
                     )
                 backend = Colocated(launch, sleeps=unchanged is None)
             else:
-                backend = Fleet(settings, logs=folder, launch=None if settings.urls else launch)
+                backend = Fleet(settings, logs=folder, launch=launch)
         return VllmEngine(backend, published, vlm, chat, decode_limit=recipe.images.decode_limit)
 
     try:
@@ -99,6 +100,13 @@ class Reader:
         return ask(self.engine, self.chat, problems, self.sampling, step=step)
 
 
+def context_length(sampler: Sampler, own: int) -> int:
+    """Tokens of the longest prompt and answer: the model's own number, or what vLLM was given instead."""
+    words = " ".join(sampler.arguments) if sampler.engine == "vllm_server" else ""
+    *_, last = [own, *re.findall(r"--max-model-len[= ](\d+)(?!\S)", words)]
+    return int(last)
+
+
 @contextmanager
 def open_reader(
     name: str, sampler: Sampler, how: Eval, *, system: str | None, seed: int, logs: Path, n: int = 1
@@ -112,7 +120,7 @@ def open_reader(
     rows, longest, local = how.max_rows, how.max_new_tokens, sampler.engine == "local"
     vlm = models.load(Model(name=name), weights=local)
     size = vlm.processor.image_processor.size
-    context = int(vlm.model.config.get_text_config().max_position_embeddings)
+    context = context_length(sampler, vlm.model.config.get_text_config().max_position_embeddings)
     recipe = Recipe(
         prompt=Prompts(system=system, max_tokens=max(1, context - longest)),
         images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),

@@ -59,17 +59,13 @@ class _Work:
 class Fleet:
     """All vLLM servers of a run."""
 
-    def __init__(self, settings: Rollouts, *, logs: Path, launch: Launch | None) -> None:
-        """Nothing is started yet. `launch` is None where `settings.urls` names the servers."""
+    def __init__(self, settings: Rollouts, *, logs: Path, launch: Launch) -> None:
+        """Nothing is started yet; where `settings.urls` names the servers, nothing ever is."""
         self._settings = settings
-        if launch is None:
-            self._servers = [
-                Server(settings, index, logs=logs, url=url) for index, url in enumerate(settings.urls)
-            ]
-        else:
-            self._servers = [
-                Server(settings, index, logs=logs, launch=launch) for index in range(settings.servers)
-            ]
+        urls = settings.urls or ("",) * settings.servers
+        self._servers = [
+            Server(settings, index, logs=logs, url=url, launch=launch) for index, url in enumerate(urls)
+        ]
 
     def ask(self, bodies: Sequence[Body], weights: Weights, take: Take) -> None:
         """Ask everything, by these weights; `take` is given each reply as it comes.

@@ -164,14 +164,12 @@ def _dying_with_parent() -> Callable[[], None] | None:
 
 
 class Server:
-    """A server, ours (`launch`) or somebody's (`url`)."""
+    """A server, somebody's (`url`) or else ours."""
 
-    def __init__(
-        self, settings: Rollouts, index: int, *, logs: Path, url: str = "", launch: Launch | None = None
-    ) -> None:
-        """Nothing is started or asked yet."""
+    def __init__(self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch) -> None:
+        """Nothing is started or asked yet. Somebody's must have the room that `launch` gives to ours."""
         self._settings, self._index = settings, index
-        self._url, self._launch = url.rstrip("/"), launch
+        self._url, self._ours, self._launch = url.rstrip("/"), not url, launch
         self._log = logs / f"vllm-{index}.log"
         self._process: Process | None = None
         self._known = False
@@ -186,8 +184,8 @@ class Server:
 
         Raises DownError; ModelError or EndpointError if waiting cannot help.
         """
-        if self._launch is not None and (self._process is None or not self._process.runs):
-            await self._start(client, self._launch, weights)
+        if self._ours and (self._process is None or not self._process.runs):
+            await self._start(client, weights)
         await self.require_well(client)
         if not self._known:
             await self._require_fit(client, weights)
@@ -196,10 +194,10 @@ class Server:
         if has != weights.version:
             await self._load(client, weights, has)
 
-    async def _start(self, client: httpx.AsyncClient, launch: Launch, weights: Weights) -> None:
+    async def _start(self, client: httpx.AsyncClient, weights: Weights) -> None:
         self.restart()  # of one that died, what is left of it: engines outlive a killed server, and hold GPUs
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        process = self._process = Process(launch, self._index, weights.model.folder, self._log)
+        process = self._process = Process(self._launch, self._index, weights.model.folder, self._log)
         self._url = process.url
         end = time.monotonic() + self._settings.start_limit_s
         while time.monotonic() < end:
@@ -234,10 +232,16 @@ class Server:
             fix = f"use vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
             raise EndpointError(f"vLLM {version} is too old", where=self.name, fix=fix)
         info = (await self._call(client, "GET", "/server_info", params={"config_format": "json"})).json()
-        mode = info["vllm_config"]["model_config"]["logprobs_mode"]
-        if mode != "processed_logprobs":
+        served = info["vllm_config"]["model_config"]
+        if (mode := served["logprobs_mode"]) != "processed_logprobs":
             raise EndpointError(
                 f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(FLAGS)}"
+            )
+        if 0 < (room := served["max_model_len"]) < (needed := self._launch.max_tokens):  # -1: what fits
+            raise EndpointError(
+                f"a prompt and its answer may have {needed:,} tokens, and it takes {room:,}",
+                where=self.name,
+                fix=f"start it with --max-model-len {needed}, or lower prompt.max_tokens",
             )
         if weights.base is not None:
             self._require_room(info, read_json(weights.folder / "adapter_config.json")["r"])
