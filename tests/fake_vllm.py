@@ -103,6 +103,8 @@ class Handler(BaseHTTPRequestHandler):
             STATE["version"] = body["new_version"]
         elif path in ("/pause", "/resume"):
             STATE["paused"] = path == "/pause"
+            with BEHAVIOUR.with_name("paused.txt").open("a") as file:
+                file.write(f"{path[1:]}\n")
         self.reply({})
 
     def generate(self, body):
@@ -119,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({"error": "too long"}, 400)
         if body.get("model", STATE["folder"]) not in [STATE["folder"], *STATE["adapters"]]:
             return self.reply({"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
-        time.sleep(0.01)
+        time.sleep(behaviour().get("slow", 0.01))
         placeholder = behaviour().get("placeholder")
         prompt = []
         for index in body["token_ids"]:
@@ -145,6 +147,10 @@ if __name__ == "__main__":
     if "engine" in behaviour():  # a child that outlives us
         engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
         (BEHAVIOUR.parent / f"engine-{engine.pid}").touch()
+    if "mute" in behaviour():  # what a mistyped flag does
+        sys.exit("vllm: error: unrecognized arguments: --mistyped")
+    if "first_alone" in behaviour() and "vllm-1" in str(Path("/proc/self/fd/1").readlink()):
+        time.sleep(600)  # never up
     if "broken" in behaviour():
         sys.exit("ValueError: no such model architecture\nRuntimeError: something failed")
     ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()

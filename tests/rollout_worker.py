@@ -1,6 +1,7 @@
 """One rank of a run whose rollouts come from vLLM: `rollout_worker.py PROGRAM MODEL FOLDER [RANK]`."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
             "got": [group[0].problem_id for group in groups],
             "said": sorted({"".join(map(chr, rollout.ids)) for group in groups for rollout in group}),
         }
+        if mesh.rank == 0:
+            shutil.copytree(folder / "weights", folder / "published")
         (folder / f"rank-{mesh.rank}.json").write_text(json.dumps(found))
 
 

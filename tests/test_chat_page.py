@@ -77,7 +77,16 @@ def test_reasoning_is_folded_and_the_answer_set_apart():
     assert thought["content"] == "I count 3." and thought["metadata"]["status"] == "done"
     open_thought = chat_page.shown(exchange("Q?", "I cou", seconds=None), 0)[-1]
     assert open_thought["metadata"] == {"title": "Reasoning", "status": "pending"}
-    assert [m["content"] for m in chat_page.shown(exchange("Q?", "\\boxed{3}"), 0)] == ["Q?", "**Answer:** 3"]
+    for text, contents in {
+        "\\boxed{3}": ["**Answer:** 3"],
+        "So \\fbox{3}.": ["So", "**Answer:** 3"],
+        "<think>Hm.</think>\nParis.": ["Hm.", "Paris."],
+        "<think>Hm.</think>It is \\boxed{3}.": ["Hm.\nIt is", "**Answer:** 3"],
+        "<think>Hm": ["<think>Hm"],
+        "<think>Hm.</think>": ["Hm.", "(nothing)"],
+        " ": ["(nothing)"],
+    }.items():
+        assert [m["content"] for m in chat_page.shown(exchange("Q?", text), 0)] == ["Q?", *contents]
     assert chat_page.shown(exchange("Q?", "No box."), 0)[-1]["content"] == "No box."
     assert chat_page.shown(exchange("Q?", "\\boxed{\\frac{1}{2}}"), 0)[-1]["content"].endswith(
         "$\\frac{1}{2}$"

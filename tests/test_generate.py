@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 import rlcs
 from conftest import draw
 from rlcs.cli import app
-from rlcs.errors import RlcsError
+from rlcs.errors import RlcsError, UserError
 from rlcs.files import read_jsonl
+from rlcs.serving.session import Settings
 
 
 def run(*words):
@@ -88,8 +89,26 @@ def test_a_file_of_questions(random_model_folder, pictures):
 
     code, text = run(*words, "--temperature", 0.5)
     assert code == 2 and "another file" in text
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(rows).replace("Question 7?", "Another?"))
+    code, text = run(*words)
+    assert code == 2 and "another question 'r7'" in text
+    source.write_text("".join(rows))
+    pictures.joinpath("1.png").write_bytes(pictures.joinpath("2.png").read_bytes())
+    code, text = run(*words)
+    assert code == 2 and "another question 'r1'" in text
     graded = CliRunner().invoke(app, ["grade", str(out), "--out", str(pictures / "graded.jsonl")])
     assert "unscored" in graded.stdout
+
+
+@pytest.mark.parametrize("number", ["inf", "nan"])
+def test_a_temperature_is_a_number(number):
+    code, _ = run("builtin", "Why?", "--temperature", number)
+    assert code == 2
+    evaluated = CliRunner().invoke(app, ["eval", "builtin", "--temperature", number])
+    assert evaluated.exit_code == 2 and "'--temperature'" in evaluated.stderr
+    with pytest.raises(UserError, match="sampling settings"):
+        Settings(temperature=float(number))
 
 
 def test_ctrl_c_keeps_what_was_answered(random_model_folder, pictures):

@@ -260,11 +260,14 @@ def test_the_dry_run_lists_every_file_and_sends_nothing(exported):
         assert done.returncode == 0 and not hub.seen, done.stderr
     files = list(exported.iterdir())
     assert f"in {len(files)} files would go to me/mine" in done.stdout
-    listed = json.loads(rlcs("publish", exported, "me/mine", "--dry-run", "--json").stdout.splitlines()[0])
+    listed = json.loads(rlcs("publish", exported, "me/mine", "--dry-run", "--json").stdout)
+    assert rlcs("publish", exported, "me/mine", "--json").returncode == 2, (
+        "there is no list without --dry-run"
+    )
     assert {each["path"]: each["size"] for each in listed["files"]} == {
         path.name: path.stat().st_size for path in files
     }
-    assert "do not name me/mine" in done.stdout
+    assert "do not name me/mine" in done.stderr
 
 
 def test_a_model_goes_to_the_hub_byte_by_byte(exported):

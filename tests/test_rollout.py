@@ -23,7 +23,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.engines.opening import launch_of, open_engines, open_reader
 from rlcs.engines.vllm import VllmEngine
 from rlcs.engines.vllm_fleet import Fleet
-from rlcs.engines.vllm_server import Launch
+from rlcs.engines.vllm_server import Launch, context_length
 from rlcs.engines.weights import WeightsFolder
 from rlcs.engines.wire import collapsed, request_body, rollouts_of
 from rlcs.errors import DataError, EndpointError, ModelError, RecipeError, TrainingError
@@ -192,7 +192,7 @@ def test_a_program_that_cannot_start_says_why(run, tmp_path: Path) -> None:
     [
         ({"version": "0.31.2"}, "0.31.2 is too old"),
         ({"mode": "raw_logprobs"}, "logprobs are raw_logprobs"),
-        ({"room": 511}, r"may have 512 tokens, and it takes 511(.|\n)*--max-model-len 512"),
+        ({"room": 511}, r"may have 512 tokens, and its --max-model-len is 511(.|\n)*take it out"),
     ],
 )
 def test_a_server_that_does_not_fit_is_refused(run, how: dict, words: str) -> None:
@@ -200,6 +200,45 @@ def test_a_server_that_does_not_fit_is_refused(run, how: dict, words: str) -> No
     unfit.behave(**how)
     with pytest.raises(EndpointError, match=words):
         unfit.ask(1)
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        ((), 512), (("--max-model-len", "8k"), 8000), (("--max-model-len=2K",), 2048),
+        (("--max_model_len", "25.6k", "--seed", "1"), 25600), (("--max-model-len", "auto"), None),
+        (("--max-model-len=-1",), None),
+    ],
+)  # fmt: skip
+def test_the_context_is_read_as_vllm_reads_it(words: tuple[str, ...], tokens: int | None) -> None:
+    settings = Rollouts(engine="vllm_server", arguments=words)
+    assert context_length(settings, 512) == tokens
+    launch = Launch(settings=settings, dtype="float32", max_tokens=512, max_rows=1)
+    assert launch.fits_itself == (tokens is None)
+
+
+def test_a_pause_that_was_cut_off_ends(run) -> None:
+    one = run()
+    one.ask(1)
+    one.fleet._servers[0]._paused = True
+    one.ask(1)
+    assert (one.folder / "paused.txt").read_text().split() == ["pause", "resume"] * 2
+
+
+def test_the_words_of_an_earlier_start_are_not_the_reason(run) -> None:
+    one = run()
+    (one.folder / "vllm-0.log").write_text("ValueError: yesterday\n")
+    one.behave(mute=True)
+    with pytest.raises(ModelError, match="unrecognized arguments") as caught:
+        one.ask(1)
+    assert "yesterday" not in str(caught.value)
+
+
+def test_one_server_that_is_well_is_enough(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long its answers take, and whatever the other does."""
+    both = run(servers=2, concurrency=1, start_limit_s=2.0, dead_limit_s=1.5)
+    both.behave(slow=5.0, first_alone=True)
+    both.ask(1)
 
 
 def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
@@ -246,6 +285,13 @@ def test_the_command_line_of_a_server(vlm: Vlm) -> None:
     assert launch.environment(1)["CUDA_VISIBLE_DEVICES"] == "2,3"
     with pytest.raises(RecipeError, match="1 devices for 2 servers"):
         load_recipe("quickstart", ["rollout.servers=2", 'rollout.devices=["0"]'])
+    for words in (
+        ["rollout.engine=vllm_colocated", "rollout.arguments=[--seed]"],
+        ["rollout.engine=vllm_colocated", 'rollout.devices=["0"]'],
+        ["rollout.engine=vllm_server", "rollout.urls=[http://a]", "rollout.arguments=[--seed]"],
+    ):
+        with pytest.raises(RecipeError, match=r"leave them out|where they are started"):
+            load_recipe("quickstart", words)
 
 
 def test_the_weights_folder_may_be_elsewhere(tmp_path: Path, program: Path, vlm: Vlm, chat: Chat) -> None:
@@ -255,9 +301,14 @@ def test_the_weights_folder_may_be_elsewhere(tmp_path: Path, program: Path, vlm:
     stranger.parent.mkdir()
     stranger.write_text("not ours")
     with open_engines(load_recipe("quickstart", words).recipe, tmp_path / "run") as make:
-        engine = make(vlm, chat, 8)
-        engine.sample([chat.prompt(make_problem("a", sizes=()))], chat.sampling(max_new_tokens=4))
-    assert stranger.exists() and len(list((tmp_path / "shared").glob("*-1/model.safetensors"))) == 1
+        sampling = chat.sampling(max_new_tokens=4)
+        make(vlm, chat, 8).sample([chat.prompt(make_problem("a", sizes=()))], sampling)
+        (first,) = (tmp_path / "shared").glob("quickstart-*/*-1/model.safetensors")
+        with open_engines(load_recipe("quickstart", words).recipe, tmp_path / "other") as make_other:
+            make_other(vlm, chat, 8).sample([chat.prompt(make_problem("a", sizes=()))], sampling)
+        assert first.exists(), "another run's weights"
+    assert stranger.exists()
+    assert not any(path.is_dir() for path in (tmp_path / "shared").iterdir()), "nobody reads them any more"
 
 
 def test_vllm_starts_anew_when_images_are_resized_otherwise(
@@ -324,7 +375,7 @@ def test_under_torchrun_rank_0_asks_for_all_ranks(tmp_path: Path, program: Path,
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert [len(each["asked"]) for each in found] == [3, 1]
     assert all(each["got"] == each["asked"] for each in found)
-    (version,) = (path for path in (tmp_path / "weights").iterdir() if path.is_dir())
+    (version,) = (path for path in (tmp_path / "published").iterdir() if path.is_dir())
     assert all(each["said"] == [version.name] for each in found), "one server, one version"
     saved, base = (models.load(Model(name=str(each))).model for each in (version, random_model_folder))
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), base.parameters(), strict=False))

@@ -205,7 +205,7 @@ def test_under_torchrun_adapters_come_from_the_shards(
     ]
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-    base, adapter = sorted(path for path in (tmp_path / "weights").iterdir() if path.is_dir())
+    base, adapter = sorted(path for path in (tmp_path / "published").iterdir() if path.is_dir())
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert all(each["said"] == [adapter.name] and each["got"] == each["asked"] for each in found)
     plain = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
@@ -276,4 +276,4 @@ def test_merged_stays_what_it_was(tmp_path: Path, program: Path, random_model_fo
         folder = tmp_path / lora
         with open_engines(recipe(f"rollout.lora={lora}", *words), folder) as make:
             make(vlm, chat, 8).sample(*ask)
-        assert {path.name for path in folder.glob("weights/*/*model.safetensors")} == kinds
+            assert {path.name for path in folder.glob("weights/*/*model.safetensors")} == kinds

@@ -16,10 +16,12 @@ import psutil
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
 import rlcs
 from bench.hostile import Footprint, Seen, attack, get, guests, metrics, post, serving, siege, wait_until
 from conftest import draw
+from rlcs.cli import app
 from rlcs.engines.endpoint import data_url
 from rlcs.errors import UserError
 from rlcs.files import open_image
@@ -158,6 +160,9 @@ def test_models_health_and_metrics(server, client):
         ({"messages": []}, 400, "messages"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, None),
         ({"response_format": {"type": "json_object"}}, 400, None),
+        ({"extra_body": {"repetition_penalty": 1.5}}, 400, None),
+        ({"extra_body": {"reasoning_effort": "high"}}, 400, None),
+        ({"extra_body": {"never_heard_of": [0]}}, 400, None),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, None),
         ({"messages": asked("x", *[draw(56, 56)] * 9)}, 400, "messages"),
     ],
@@ -185,6 +190,17 @@ def test_only_images_in_data_urls_are_read(client, url, says):
     message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
     with pytest.raises(openai.BadRequestError, match=says):
         ask(client, [message])
+
+
+def test_what_changes_no_answer_is_accepted(client):
+    idle = {"repetition_penalty": 1.0, "top_k": -1, "min_p": 0, "tools": [], "never_heard_of": None}
+    for extra in ({"user": "me", "store": False, "metadata": {"a": "b"}}, idle):
+        reply = client.chat.completions.create(
+            model="m", messages=asked(), max_tokens=4, temperature=0, extra_body=extra
+        )
+        assert (
+            reply.choices[0].message.content == ask(client, asked(), max_tokens=4).choices[0].message.content
+        )
 
 
 def test_typed_control_tokens_are_text(client):
@@ -240,6 +256,14 @@ def test_who_finds_no_place_is_told_to_come_back_and_who_takes_too_long_is_stopp
 def test_a_limit_of_nothing_is_refused():
     with pytest.raises(UserError, match="--max-tokens"):
         Limits(max_tokens=0)
+    with pytest.raises(UserError, match="--request-s"):
+        Limits(request_s=0)
+    assert Limits(max_images=0, queue=0, request_s=0.5).request_s == 0.5
+
+
+def test_an_empty_key_is_refused_as_no_key_at_all():
+    done = CliRunner().invoke(app, ["serve", "builtin", "--host", "0.0.0.0", "--api-key", ""])  # noqa: S104
+    assert isinstance(done.exception, UserError) and "--api-key" in str(done.exception)
 
 
 def test_a_port_that_is_taken_is_named(server, random_model_folder):

@@ -143,6 +143,8 @@ def test_reasoning_and_answer_are_told_apart():
     assert split_answer("3 and 4 make 7, so \\boxed{7}.") == ("3 and 4 make 7, so", "7")
     assert split_answer("<think>hm \\boxed{1}</think>It is \\boxed{2}") == ("hm \\boxed{1}", "2")
     assert split_answer("<think>hm") == ("hm", None)
+    assert split_answer("so \\fbox{5}") == ("so", "5")
+    assert split_answer("so \\boxed {\\framebox{5}} units") == ("so", "\\framebox{5}")
     assert split_answer("no box") == ("no box", None)
 
 

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from rlcs import tasks
 from rlcs.errors import RlcsError, UserError
+from rlcs.grading.extraction import extract
 from rlcs.recipe.schema import Endpoint
 from rlcs.serving.remote import RemoteSession, own_server
-from rlcs.serving.session import Settings, load, split_answer
+from rlcs.serving.session import Settings, load
 
 Turn = Mapping[str, Any]
 """`role`, and `content`: a list of texts and image paths."""
@@ -79,7 +80,7 @@ def replies(
 def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
     """An exchange with one talker as messages of the page: the question, the reasoning folded, the answer.
 
-    Images carry alternative texts. An answer without a box is shown as it is: nothing is set apart.
+    Images carry alternative texts.
     """
     import gradio as gr
 
@@ -99,15 +100,27 @@ def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
     if exchange.seconds is None:
         thought: dict[str, Any] = {"title": "Reasoning", "status": "pending"}
         return [*asked, {"role": "assistant", "content": text, "metadata": thought}]
-    reasoning, answer = split_answer(text)
-    if answer is None:
-        return [*asked, {"role": "assistant", "content": text or "(nothing)"}]
-    bold = f"${answer}$" if "\\" in answer else answer
-    said = {"role": "assistant", "content": f"**Answer:** {bold}"}
+    reasoning, final = parts_of(text)
+    said = {"role": "assistant", "content": final}
     if not reasoning:
         return [*asked, said]
     thought = {"title": "Reasoning", "status": "done", "duration": round(exchange.seconds, 1)}
     return [*asked, {"role": "assistant", "content": reasoning, "metadata": thought}, said]
+
+
+def parts_of(text: str) -> tuple[str, str]:
+    """An answer's reasoning, and what stands beside it as Markdown: the box, or what follows `</think>`.
+
+    All that leads to a box is reasoning. Without either everything is the answer.
+    """
+    found = extract(text)
+    if found.text is not None:
+        reasoning, answer = text[: found.begins], found.text
+        final = f"**Answer:** ${answer}$" if "\\" in answer else f"**Answer:** {answer}"
+    else:
+        reasoning, _, final = text.rpartition("</think>")
+    reasoning = reasoning.replace("<think>", "").replace("</think>", "\n")
+    return reasoning.strip(), final.strip() or "(nothing)"
 
 
 @dataclass(slots=True)

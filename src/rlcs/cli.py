@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rlcs.cli_data import data_app
-from rlcs.cli_options import with_options
+from rlcs.cli_options import Temperature, with_options
 from rlcs.cli_plan import plan
 from rlcs.cli_publish import publish_app
 from rlcs.cli_serving import serving_app
@@ -216,7 +216,7 @@ class EvalOptions:
     split: Annotated[str | None, typer.Option(help="Default: the one that the paper uses")] = None
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions")] = None
     samples: Annotated[int, typer.Option(min=1, help="Answers to each question: mean and pass@k")] = 1
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0
+    temperature: Temperature = 0.0
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling")] = 1.0
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
     seed: Annotated[int, typer.Option(help="Of the samples")] = 0

@@ -1,9 +1,21 @@
 """Verbs with more options than a function should have parameters."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to compute with")
+    return value
+
+
+Temperature = Annotated[float, typer.Option(min=0, callback=_finite, help="0 is greedy")]
 
 
 def with_options(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

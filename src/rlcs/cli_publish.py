@@ -54,6 +54,8 @@ def publish(
     json: Annotated[bool, typer.Option("--json", help="The list as JSON, with whole hashes")] = False,
 ) -> None:
     """Send an exported model to the hub. Refuses files that do not belong to a model."""
+    if json and not dry_run:
+        raise UserError("it lists what would be sent", where="--json", fix="add --dry-run")
     from rlcs import hub
     from rlcs.publish.checks import refusals
 
@@ -73,9 +75,8 @@ def publish(
             f"{len(refused):,} files do not belong in a published model: {what}", where=str(folder), fix=fix
         )
     if repo not in (folder / "README.md").read_text(encoding="utf-8"):
-        typer.echo(
-            f"note: the card's snippets do not name {repo}; `rlcs export --name {repo}` writes them so"
-        )
+        note = f"note: the card's snippets do not name {repo}; `rlcs export --name {repo}` writes them so"
+        typer.echo(note, err=True)
     if not dry_run:
         typer.echo(hub.push(folder, repo, entries, kind="model", private=private))
 

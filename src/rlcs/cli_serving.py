@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rlcs.cli_options import with_options
+from rlcs.cli_options import Temperature, with_options
 from rlcs.errors import UserError
 
 serving_app = typer.Typer()
@@ -45,6 +45,9 @@ class ServeOptions:
 def serve(model: ModelName, **chosen: Any) -> None:
     """An OpenAI-compatible server with images. /v1/chat/completions, /v1/models, /health, /metrics."""
     options = ServeOptions(**chosen)
+    if options.api_key == "":
+        fix = "give one, or leave it out to let everybody in; is the variable set?"
+        raise UserError("the key is empty", where="--api-key", fix=fix)
     if options.api_key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"anybody who reaches {options.host} may use the model: no --api-key", err=True)
     if program := chosen_vllm(options.engine):
@@ -117,7 +120,7 @@ class GenerateOptions:
         str | None, typer.Option(help="Many questions: JSONL with question, images, id, or a data source")
     ] = None
     output: Annotated[Path | None, typer.Option(help="JSONL for their answers; goes on where it ends")] = None
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0
+    temperature: Temperature = 0.0
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling")] = 1.0
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
     seed: Annotated[int, typer.Option(help="Of the samples")] = 0

@@ -1,6 +1,6 @@
 """The engine that is asked for, opened once and closed in the end: of a run, or of a model that is read."""
 
-import re
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm import VllmEngine
 from rlcs.engines.vllm_colocated import Colocated
 from rlcs.engines.vllm_fleet import Fleet
-from rlcs.engines.vllm_server import Launch
+from rlcs.engines.vllm_server import Launch, context_length
 from rlcs.engines.weights import Unchanged, WeightsFolder
 from rlcs.errors import UserError
 from rlcs.models import Vlm
@@ -37,9 +37,7 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
     settings = recipe.rollout
     backend: Fleet | Colocated | None = None
     bounds: dict[str, int] = {}
-    elsewhere = settings.weights_folder
-    place = folder / "weights" if elsewhere is None else Path(elsewhere)
-    published = WeightsFolder(place, as_adapters=recipe.samples_by_adapters)
+    published = WeightsFolder(weights_place(recipe, folder), as_adapters=recipe.samples_by_adapters)
     if unchanged is not None:
         published = Unchanged(unchanged)
 
@@ -70,6 +68,16 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
     finally:
         if backend is not None:
             backend.close()
+        published.remove()
+
+
+def weights_place(recipe: Recipe, folder: Path) -> Path:
+    """Where the weights of a run go whose `folder` this is; `rollout.weights_folder` may be many runs'."""
+    elsewhere = recipe.rollout.weights_folder
+    if elsewhere is None:
+        return folder / "weights"
+    mark = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
+    return Path(elsewhere) / f"{recipe.name}-{mark}"
 
 
 def launch_of(recipe: Recipe, vlm: Vlm) -> Launch:
@@ -100,13 +108,6 @@ class Reader:
         return ask(self.engine, self.chat, problems, self.sampling, step=step)
 
 
-def context_length(sampler: Sampler, own: int) -> int:
-    """Tokens of the longest prompt and answer: the model's own number, or what vLLM was given instead."""
-    words = " ".join(sampler.arguments) if sampler.engine == "vllm_server" else ""
-    *_, last = [own, *re.findall(r"--max-model-len[= ](\d+)(?!\S)", words)]
-    return int(last)
-
-
 @contextmanager
 def open_reader(
     name: str, sampler: Sampler, how: Eval, *, system: str | None, seed: int, logs: Path, n: int = 1
@@ -120,7 +121,8 @@ def open_reader(
     rows, longest, local = how.max_rows, how.max_new_tokens, sampler.engine == "local"
     vlm = models.load(Model(name=name), weights=local)
     size = vlm.processor.image_processor.size
-    context = context_length(sampler, vlm.model.config.get_text_config().max_position_embeddings)
+    own = int(vlm.model.config.get_text_config().max_position_embeddings)
+    context = context_length(sampler, own) or own
     recipe = Recipe(
         prompt=Prompts(system=system, max_tokens=max(1, context - longest)),
         images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),

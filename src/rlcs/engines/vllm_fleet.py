@@ -95,7 +95,7 @@ class Fleet:
                 await _unless_ended(work, [server.ready(client, work.weights)])
                 work.last_sign, wait = time.monotonic(), _FIRST_WAIT_S
                 turns = [self._turn(server, client, work) for _ in range(self._settings.concurrency)]
-                await _unless_ended(work, [self._watch(server, client), *turns])
+                await _unless_ended(work, [self._watch(server, client, work), *turns])
             except RlcsError as error:
                 work.fail(error)
             except DownError as down:
@@ -116,11 +116,12 @@ class Fleet:
             )
             work.fail(error)
 
-    async def _watch(self, server: Server, client: httpx.AsyncClient) -> None:
+    async def _watch(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
         """Find out that a server hangs long before its requests time out."""
         while True:
             await asyncio.sleep(self._settings.health_limit_s / 3)
             await server.require_well(client)
+            work.last_sign = time.monotonic()
 
     async def _turn(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
         """One request after the other, for ever."""

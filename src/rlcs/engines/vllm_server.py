@@ -26,7 +26,7 @@ from rlcs.engines.weights import Weights, model_of
 from rlcs.engines.wire import weights_seen
 from rlcs.errors import EndpointError, ModelError
 from rlcs.files import read_json
-from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts
+from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts, Sampler
 
 OLDEST = (0, 32)
 """The first vLLM whose interfaces are those used here: ids with images in, expanded ids and weight versions
@@ -54,6 +54,19 @@ def adapter_room(rank: int) -> int:
 def adapter_flags(rank: int) -> tuple[str, ...]:
     """What a server needs for adapters of this rank."""
     return ("--enable-lora", "--max-lora-rank", str(adapter_room(rank)))
+
+
+def context_length(sampler: Sampler, own: int) -> int | None:
+    """Tokens of the longest prompt and answer: `own`, or what a server's arguments say instead.
+
+    They may say it in thousands (`8k`) or 1024s (`8K`). None: what fits into memory, which vLLM finds out.
+    """
+    words = " ".join(sampler.arguments) if sampler.engine == "vllm_server" else ""
+    if not (said := re.findall(r"--max[-_]model[-_]len[= ](\S+)", words)):
+        return own
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", said[-1])
+    units = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
+    return int(float(number[1]) * units[number[2]]) if number else None
 
 
 class DownError(Exception):
@@ -94,6 +107,11 @@ class Launch:
             *memory, *adapters, *(CPU_FLAGS if self.on_cpu else ()), *settings.arguments,
         ]  # fmt: skip
 
+    @property
+    def fits_itself(self) -> bool:
+        """Whether vLLM was told to take what it has memory for."""
+        return context_length(self.settings, self.max_tokens) is None
+
     def environment(self, index: int) -> dict[str, str]:
         """The environment of the server with this number."""
         extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -113,7 +131,7 @@ class Process:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self._log = log
+        self._log, self._log_start = log, log.stat().st_size if log.exists() else 0
         try:
             with log.open("ab") as out:
                 self._popen = subprocess.Popen(
@@ -139,8 +157,8 @@ class Process:
 
     @property
     def last_words(self) -> str:
-        """What its log calls errors, first to last, or else how it ends."""
-        lines = self._log.read_text("utf-8", "replace").splitlines()
+        """What its part of the log calls errors, first to last, or else how it ends."""
+        lines = self._log.read_bytes()[self._log_start :].decode("utf-8", "replace").splitlines()
         errors = [line[:_LONGEST_LINE] for line in lines if re.search(r"\b[A-Z]\w*Error: ", line)]
         return "\n".join(errors[-_LAST_LINES:] or lines[-_LAST_LINES:])
 
@@ -172,7 +190,7 @@ class Server:
         self._url, self._ours, self._launch = url.rstrip("/"), not url, launch
         self._log = logs / f"vllm-{index}.log"
         self._process: Process | None = None
-        self._known = False
+        self._known = self._paused = False
 
     @property
     def name(self) -> str:
@@ -191,7 +209,7 @@ class Server:
             await self._require_fit(client, weights)
             self._known = True
         has = (await self._call(client, "GET", "/weight_info")).json()["weight_version"]
-        if has != weights.version:
+        if has != weights.version or self._paused:
             await self._load(client, weights, has)
 
     async def _start(self, client: httpx.AsyncClient, weights: Weights) -> None:
@@ -237,11 +255,13 @@ class Server:
             raise EndpointError(
                 f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(FLAGS)}"
             )
-        if 0 < (room := served["max_model_len"]) < (needed := self._launch.max_tokens):  # -1: what fits
+        room, needed = served["max_model_len"], self._launch.max_tokens
+        if room < needed and not self._launch.fits_itself:
+            longer = "take it out of rollout.arguments" if self._ours else f"start it with {needed}"
             raise EndpointError(
-                f"a prompt and its answer may have {needed:,} tokens, and it takes {room:,}",
+                f"a prompt and its answer may have {needed:,} tokens, and its --max-model-len is {room:,}",
                 where=self.name,
-                fix=f"start it with --max-model-len {needed}, or lower prompt.max_tokens",
+                fix=f"{longer}, or lower prompt.max_tokens",
             )
         if weights.base is not None:
             self._require_room(info, read_json(weights.folder / "adapter_config.json")["r"])
@@ -259,7 +279,7 @@ class Server:
 
     async def _load(self, client: httpx.AsyncClient, weights: Weights, has: str) -> None:
         """Pausing also drops every cache that holds something of older weights."""
-        model = weights.model
+        model, self._paused = weights.model, True
         await self._call(client, "POST", "/pause", params={"mode": "abort"})
         if model_of(has) != model.version:
             folder = {"method": "reload_weights", "kwargs": {"weights_path": str(model.folder)}}
@@ -269,6 +289,7 @@ class Server:
             await self._load_adapter(client, weights)
             await self._name(client, weights)
         await self._call(client, "POST", "/resume")
+        self._paused = False
 
     async def _name(self, client: httpx.AsyncClient, weights: Weights) -> None:
         """Say what every answer from now on is by."""

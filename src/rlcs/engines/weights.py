@@ -62,6 +62,7 @@ class WeightsFolder:
         self._run = secrets.token_hex(4)
         self._count = 0
         self._below: PeftModel | None = None  # whose model is the newest version's base
+        self._writes = False
         self.newest: Weights | None = None
 
     def publish(self, vlm: Vlm) -> Weights:
@@ -74,12 +75,18 @@ class WeightsFolder:
         self.newest = self._write(vlm, save_adapters, base=self.newest.model)
         return self.newest
 
+    def remove(self) -> None:
+        """Take the versions away again; nobody reads them any more."""
+        if self._writes:
+            shutil.rmtree(self._path, ignore_errors=True)
+
     def _write(self, vlm: Vlm, how: Callable[[Vlm, Path], None], base: Weights | None = None) -> Weights:
         self._count += 1
         version = f"{self._run}-{self._count}" if base is None else f"{base.version}+{self._count}"
         aside = self._path / f"{version}.part"
         try:
-            if vlm.mesh.rank == 0:
+            self._writes = vlm.mesh.rank == 0
+            if self._writes:
                 self._path.mkdir(parents=True, exist_ok=True)
             how(vlm, aside)
             return vlm.mesh.first(lambda: self._put_in_place(vlm, aside, version, base))
@@ -105,6 +112,9 @@ class Unchanged(WeightsFolder):
     def __init__(self, name: str) -> None:
         """A folder or hub id. vLLM calls the weights that it was started with `default`."""
         self._weights = self.newest = Weights(version="default", folder=Path(name))
+
+    def remove(self) -> None:
+        """It is not ours."""
 
     def publish(self, vlm: Vlm) -> Weights:
         """What vLLM has."""

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extraction:
-    """The final answer of a response as it was written, or None and the reason."""
+    """The final answer of a response as it was written, or None and the reason.
+
+    `begins` is where its box begins in the response; None where the answer stands in no box.
+    """
 
     text: str | None
     why: str
+    begins: int | None = None
 
 
 BOXED = "the last box"
@@ -44,31 +48,34 @@ def extract(response: str, *, allow_fallbacks: bool = False) -> Extraction:
     _, closed, final = response.rpartition("</think>")
     if not closed and "<think>" in response:
         return Extraction(text=None, why="the reasoning is not finished: no </think>")
-    boxed, unfinished = _last_box(final)
+    box, unfinished = _last_box(final)
     if unfinished:
         return Extraction(text=None, why="the last box is not closed")
-    if boxed is not None:
-        return Extraction(text=boxed, why=BOXED)
+    if box is not None:
+        begins, start, end = box
+        return Extraction(text=final[start:end], why=BOXED, begins=len(response) - len(final) + begins)
     if not final.strip():
         return Extraction(text=None, why="the response is empty")
     return _fallback(final) if allow_fallbacks else Extraction(text=None, why="no box")
 
 
-def _last_box(text: str) -> tuple[str | None, bool]:
-    """The content of the box that closes last, and whether one was begun later and never closed."""
-    last: tuple[int, int] | None = None
-    open_braces: list[int] = []  # where each box's content starts; -1 for a plain brace
+def _last_box(text: str) -> tuple[tuple[int, int, int] | None, bool]:
+    """The box that closes last: where it, its content and its content's end are.
+
+    And whether one was begun later and never closed.
+    """
+    last: tuple[int, int, int] | None = None
+    open_braces: list[tuple[int, int]] = []  # where each box and its content start; -1 for a plain brace
     for token in _BOX_TOKEN.finditer(text):
         if len(token[0]) > 2:
-            open_braces.append(token.end())
+            open_braces.append(token.span())
         elif token[0] == "{":
-            open_braces.append(-1)
+            open_braces.append((-1, -1))
         elif token[0] == "}" and open_braces:
-            start = open_braces.pop()
-            last = (start, token.start()) if start >= 0 else last
-    end = last[1] if last else -1
-    unfinished = any(start > end for start in open_braces)
-    return (text[last[0] : last[1]] if last else None), unfinished
+            begins, start = open_braces.pop()
+            last = (begins, start, token.start()) if start >= 0 else last
+    end = last[2] if last else -1
+    return last, any(start > end for _, start in open_braces)
 
 
 def _fallback(text: str) -> Extraction:

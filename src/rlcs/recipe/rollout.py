@@ -48,6 +48,13 @@ class Sampler(Section):
             raise ValueError(f"{len(self.devices)} devices for {self.servers} servers: give one entry each")
         return self
 
+    @model_validator(mode="after")
+    def _of_servers_alone(self) -> "Sampler":
+        for key in ("arguments", "devices"):
+            if getattr(self, key) and self.engine == "vllm_colocated":
+                raise ValueError(f"{key} are of vllm_server: vllm_colocated has none, leave them out")
+        return self
+
 
 class Rollouts(Sampler):
     """Who samples answers, in GRPO and in measurements."""
@@ -55,8 +62,8 @@ class Rollouts(Sampler):
     urls: tuple[str, ...] = ()
     """Servers that run already, with the flags of docs/how-to/vllm-rollouts.md. Empty: start `servers`."""
     weights_folder: str | None = None
-    """Where new weights are put for the engine to read. None: in the run's folder. Servers on other machines
-    need a folder that they see under the same path."""
+    """Where new weights are put for the engine to read, in a folder of this run's own that goes when it ends.
+    None: in the run's folder. Servers on other machines need a folder that they see under the same path."""
     lora: Literal["auto", "adapter", "merged"] = "auto"
     """What vLLM gets of a policy that trains adapters. `adapter`: its model once, then the adapters alone;
     vLLM can do that for adapters in the language model. `merged`: the whole model with them folded in,
@@ -69,6 +76,12 @@ class Rollouts(Sampler):
     grpo.old_logprobs=sampler and several optimiser steps the loss's own ratio is that correction."""
     alarm: NonNegative = 0.1
     """Warn when the mean difference of vLLM's and the policy's logprobs is above this (nats)."""
+
+    @model_validator(mode="after")
+    def _started_by_others(self) -> "Rollouts":
+        if self.urls and self.arguments:
+            raise ValueError("the servers of `urls` run already: give `arguments` where they are started")
+        return self
 
     @property
     def cap(self) -> float | None:

@@ -30,13 +30,19 @@ def answer_file(
     """Answer every question of a data source that has no answer in `out` yet, `ahead` of them at once.
 
     Rows without a usable question or image are left out and counted. Raises DataError when the source
-    cannot be used as a whole, UserError when `out` holds answers of another model or other settings, and
-    Stopped with everything that was answered on disk.
+    cannot be used as a whole, UserError when `out` holds answers of another model, with other settings or to
+    other questions, and Stopped with everything that was answered on disk.
     """
     loaded = load(source, Data(), decode_limit=Images().decode_limit, role="ask")
     said_by = {"model": session.name, **asdict(settings)}
     before = _answered(out, said_by)
-    left = [row.problem for row in loaded.rows if row.problem.id not in before]
+    problems = [row.problem for row in loaded.rows]
+    left = [problem for problem in problems if problem.id not in before]
+    for problem in problems:
+        if problem.id in before and before[problem.id] != _asked(problem):
+            what = f"the file holds an answer to another question {problem.id!r}"
+            fix = "write to another file, or give rows an `id` that stays when others come or go"
+            raise UserError(what, where=str(out), fix=fix)
     known = len(loaded.rows) - len(left)
     bad, done = list(loaded.bad), 0
     under_way: deque[tuple[Problem, Stream]] = deque()
@@ -62,13 +68,18 @@ def answer_file(
     return Tally(answered=done, before=known, bad=tuple(bad))
 
 
+def _asked(problem: Problem) -> dict[str, Any]:
+    """What tells a question from another with the same id."""
+    return {"question": problem.question, "images_sha256": [image.sha256 for image in problem.images]}
+
+
 def _row(problem: Problem, answer: Answer, said_by: dict[str, Any]) -> dict[str, Any]:
     """One line of the output; with the gold answer, where there is one, so that `rlcs grade` can read it."""
     gold = {"answer": problem.answer} if problem.answer else {}
     choices = {"choices": list(problem.choices)} if problem.choices else {}
     return {
         "id": problem.id,
-        "question": problem.question,
+        **_asked(problem),
         **choices,
         **gold,
         "response": answer.text,
@@ -81,13 +92,13 @@ def _row(problem: Problem, answer: Answer, said_by: dict[str, Any]) -> dict[str,
     }
 
 
-def _answered(out: Path, said_by: dict[str, Any]) -> set[str]:
-    """The ids that `out` has answers to. Raises UserError if they are not the same model's and settings'."""
+def _answered(out: Path, said_by: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The questions that `out` has answers to, by id. Raises UserError if others gave them."""
     if not out.exists():
-        return set()
+        return {}
     rows = read_jsonl(out)
     other = next((row for row in rows if row.get("said_by") != said_by), None)
     if other is not None:
         what = f"the file holds answers of {other.get('said_by') or 'something else'}, not of {said_by}"
         raise UserError(what, where=str(out), fix="write to another file, or remove this one")
-    return {row["id"] for row in rows}
+    return {row["id"]: {key: row.get(key) for key in ("question", "images_sha256")} for row in rows}

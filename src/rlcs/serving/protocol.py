@@ -12,11 +12,13 @@ from rlcs.errors import RlcsError, UserError
 from rlcs.files import image_from_bytes
 from rlcs.records import ImageRef, Message
 
-UNSUPPORTED = (
-    "tools", "tool_choice", "functions", "function_call", "logit_bias", "frequency_penalty",
-    "presence_penalty", "top_logprobs", "audio", "prediction", "best_of", "top_k", "min_p",
-)  # fmt: skip
-"""Settings that would change the answer and that this server does not know."""
+HARMLESS = frozenset({
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "parallel_tool_calls", "response_format",
+})  # fmt: skip
+"""Keys that change no answer here. Any other that is not known is refused."""
+NEUTRAL = {"repetition_penalty": 1, "length_penalty": 1, "top_k": -1, "best_of": 1, "tool_choice": "none"}
+"""What says in a request that a setting shall do nothing, where zero and emptiness do not say it."""
 STOP_CHARS = 256
 MOST_VALUES = 100_000
 """Values in a request. Each but the first of a list or an object stands behind a comma, so that they are
@@ -40,7 +42,8 @@ class Limits:
     def __post_init__(self) -> None:
         """Every limit lets something through. Raises UserError."""
         for each in fields(self):
-            if getattr(self, each.name) < (each.name != "queue"):
+            least = {"queue": 0, "max_images": 0, "request_s": 0.001}.get(each.name, 1)
+            if getattr(self, each.name) < least:
                 option = f"--{each.name.replace('_', '-')}"
                 raise UserError("this limit refuses every request", where=option, fix="make it larger")
 
@@ -121,9 +124,9 @@ class ChatRequest(_Strict):
     @classmethod
     def _supported(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for key in UNSUPPORTED:
-                if data.get(key):
-                    raise ValueError(f"{key} is not supported")
+            for key in data.keys() - cls.model_fields.keys() - HARMLESS:
+                if data[key] and data[key] != NEUTRAL.get(key):
+                    raise ValueError(f"{key[:40]} is not supported")
             if (data.get("response_format") or {"type": "text"}) != {"type": "text"}:
                 raise ValueError("response_format: only text is supported")
         return data

@@ -5,6 +5,7 @@ the pixel bounds of the training, and the system prompt is the one that was save
 """
 
 import io
+import math
 import queue
 import secrets
 import time
@@ -51,7 +52,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Sane numbers. Raises UserError."""
-        good = self.temperature >= 0 and 0 < self.top_p <= 1 and self.max_new_tokens >= 1
+        good = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.max_new_tokens >= 1
         if not good:
             fix = "temperature is 0 or more, top_p above 0 and at most 1, max_new_tokens 1 or more"
             raise UserError("these sampling settings cannot be used", where=str(self), fix=fix)
@@ -60,13 +61,13 @@ class Settings:
 def split_answer(text: str) -> tuple[str, str | None]:
     r"""The reasoning of a response, and what stands in its box (None without one).
 
-    Reasoning ends at `</think>`, or else where the last `\boxed` begins.
+    Reasoning ends at `</think>`, or else where the box begins.
     """
-    answer = extract(text).text
+    found = extract(text)
     reasoning, closed, _ = text.rpartition("</think>")
     if not closed:
-        reasoning = text if answer is None else text[: text.rindex("\\boxed")]
-    return reasoning.replace("<think>", "").strip(), answer
+        reasoning = text[: found.begins]
+    return reasoning.replace("<think>", "").strip(), found.text
 
 
 def picture(image: Any, *, limit: int) -> ImageRef:
