@@ -350,15 +350,33 @@ def test_dynamic_sampling_replaces_flat_groups_and_ends(random_model_folder, tmp
     assert row["flat_groups"] < 1.0 and "skipped" not in row
 
 
-def test_a_run_without_any_signal_stops_with_advice(random_model_folder, tmp_path):
-    class Never:
-        def grade(self, pairs):
-            return [Grade(reward=0.0, correct=False) for _ in pairs]
+class Never:
+    """Nothing is ever right."""
 
-    settings = Grpo(**SMALL | {"steps": 9, "max_flat_steps": 2})
+    def grade(self, pairs):
+        return [Grade(reward=0.0, correct=False) for _ in pairs]
+
+
+FLAT = {"steps": 9, "max_flat_steps": 2}
+KL = {"kl": {"kind": "k3", "coefficient": 0.01}}
+
+
+@pytest.mark.parametrize("kl", [{}, KL], ids=["plain", "kl"])
+def test_a_run_without_any_signal_stops_with_advice(random_model_folder, tmp_path, kl):
+    settings = Grpo(**SMALL | FLAT | kl)
     with pytest.raises(TrainingError, match="no group had two different rewards in 2 steps"):
         run_grpo(random_model_folder, tmp_path / "a", settings, grader=Never())
-    assert [row["skipped"] for row in rows_of(tmp_path / "a" / "metrics.jsonl")]
+    [row] = rows_of(tmp_path / "a" / "metrics.jsonl")
+    assert row["flat_groups"] == 1.0 and ("skipped" in row) != bool(kl)
+
+
+def test_flat_steps_before_a_stop_count(random_model_folder, tmp_path):
+    settings = Grpo(**SMALL | FLAT | KL)
+    with pytest.raises(Stopped):
+        run_grpo(random_model_folder, tmp_path / "a", settings, grader=Never(), stop_at=1)
+    with pytest.raises(TrainingError, match="in 2 steps"):
+        run_grpo(random_model_folder, tmp_path / "a", settings, grader=Never())
+    assert len(rows_of(tmp_path / "a" / "metrics.jsonl")) == 1
 
 
 def test_grpo_raises_the_reward(random_model_folder, tmp_path):

@@ -95,7 +95,6 @@ def train(
         seed=folder.seed,
     )
     first = folder.resume(trainer, stream)
-    flat_steps = 0
     for step in range(first, settings.steps):
         clock = Clock()
         with clock("rollout"):
@@ -105,8 +104,8 @@ def train(
             tree = tree_of(groups[actors.vlm.mesh.rank % len(groups)], keep_unscored=True)
             require_agreement(actors.vlm, actors.chat, tree)
         outcomes = learn(trainer, actors, groups, settings, clock=clock)
-        flat_steps = 0 if outcomes else flat_steps + 1
-        _require_signal(flat_steps, settings)
+        folder.flat_steps = folder.flat_steps + 1 if all(map(flat, groups)) else 0
+        _require_signal(folder.flat_steps, settings)
         folder.journal(step + 1, [row for group in groups for row in journal_rows(group)])
         folder.note_problems(group.problem for group in groups)
         report = folder.report(
