@@ -5,6 +5,7 @@ The group is the unit of work end to end: sampled, graded, packed and learnt fro
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -156,6 +157,7 @@ def collect(
     """
     mesh = actors.vlm.mesh
     groups: list[Group] = []
+    asked_before: Counter[str] = Counter()
     skipped = 0
     for _ in range(1 + settings.dynamic_sampling):
         wanted = settings.prompts_per_step - sum(not flat(group) for group in groups)
@@ -163,8 +165,8 @@ def collect(
             break
         problems, prompts, bad = take_prompts(stream, actors.chat, wanted, mesh)
         skipped += bad
+        prompts = tell_repeats(problems, prompts, asked_before)
         with clock("rollout"):
-            # Rounds of one step ask for different problems, so the same (step, problem, index) seeds serve.
             rollouts = actors.engine.sample(list(prompts.values()), sampling, step=step)
         with clock("grade"):
             asked = [problems[place] for place in prompts]
@@ -211,6 +213,21 @@ def take_prompts(
         if skipped >= count and not problems:
             raise bad[max(bad)]
     return problems, prompts, skipped
+
+
+def tell_repeats(
+    problems: Sequence[Problem], prompts: Mapping[int, Prompt], asked_before: Counter[str]
+) -> dict[int, Prompt]:
+    """The prompts, each knowing how often this step asked its problem before; counts these in too.
+
+    Where there are few problems a step may deal one twice, and equal seeds would give equal answers. Every
+    rank counts the problems of all.
+    """
+    repeats = []
+    for problem in problems:
+        repeats.append(asked_before[problem.id])
+        asked_before[problem.id] += 1
+    return {place: replace(prompt, repeat=repeats[place]) for place, prompt in prompts.items()}
 
 
 def make_group(
