@@ -267,6 +267,51 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(tmp_path: P
     assert same(ck.load(tmp_path, 1), small(1))
 
 
+def test_a_disk_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    ck.save(tmp_path, small(1), keep=1)
+    monkeypatch.setattr("safetensors.torch.save_file", refuse)
+    with pytest.raises(RunFolderError, match=r"cannot write 68 bytes: No space left.*\n.*previous version"):
+        ck.save(tmp_path, small(2), keep=1)
+    assert names(tmp_path) == ["step-000001"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_saving_takes_no_second_copy_of_the_tensors(tmp_path: Path) -> None:
+    """In a process of its own, for its own high-water mark (that of `getrusage` is handed down)."""
+    run = subprocess.run(
+        [sys.executable, __file__, str(tmp_path), "memory"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) < 64, "MiB, for a tensor of 256"
+
+
+def memory_of_a_save(work: Path) -> float:
+    """MiB beyond what the process had before."""
+
+    def peak() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+    ck.save(work, small(1), keep=1)  # what libraries take on first use
+    state = replace(small(2), model={"w": torch.ones(64, 2**20)})
+    before = peak()
+    ck.save(work, state, keep=1)
+    return peak() - before
+
+
+def test_a_file_may_be_read_by_whom_its_folder_may(tmp_path: Path) -> None:
+    path = ck.save(tmp_path, small(1), keep=1)
+    assert {(path / name).stat().st_mode for name in FILES} == {(path / "state.json").stat().st_mode}
+
+
 # --- damage -------------------------------------------------------------------------------------
 
 
@@ -462,4 +507,5 @@ def test_killed_at_every_event_of_a_save(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(kill_matrix(Path(sys.argv[1]))))  # noqa: T201
+    work = memory_of_a_save if "memory" in sys.argv else kill_matrix
+    print(json.dumps(work(Path(sys.argv[1]))))  # noqa: T201

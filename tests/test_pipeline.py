@@ -165,6 +165,14 @@ def test_wrong_input_gets_a_sentence_and_exit_code_2(words, message, tmp_path):
     assert "->" in failed.stderr, "the message says what to do"
 
 
+def test_attention_that_cannot_train_here_is_refused_before_a_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    failed = rlcs("run", "quickstart", *SMALL, "model.attention=flex", "--out", tmp_path / "run")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
+    assert "model.attention=flex: FlexAttention has no backward pass on a CPU" in failed.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_prompts_that_are_too_long_are_named_before_the_run(tmp_path):
     rows = [{"question": "short?", "answer": "1"}, {"question": "long " * 300, "answer": "2", "id": "wordy"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

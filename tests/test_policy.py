@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from conftest import make_problem
-from rlcs import policy
+from rlcs import models, policy
 from rlcs.attention import DensePlan, FlexPlan, TreePlan
+from rlcs.errors import UserError
 from rlcs.models import Vlm
 from rlcs.packing import layout_of, pack, within_budget
 from rlcs.policy import score
+from rlcs.recipe.schema import Model
 from rlcs.records import Branch, Tree
 from rlcs.selfcheck import largest_difference, require_agreement
 
@@ -159,6 +161,13 @@ def test_tree_and_flex_attention_equal_the_dense_reference(heads, kv_heads, size
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
     flex = FlexPlan(layout, torch.device("cpu")).attend(0, query, key, value)
     torch.testing.assert_close(flex, results["dense"][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "device", "way_out"), [("flex", "cpu", "tree"), ("tree", "cuda", "flex")])
+def test_attention_of_another_device_is_refused_at_once(kind, device, way_out):
+    settings = Model(name="builtin", attention=kind)
+    with pytest.raises(UserError, match=rf"model.attention={kind}: .*\n.*auto \({way_out} on this device"):
+        models.load(settings, device=torch.device(device))
 
 
 def test_the_self_check_sees_a_wrong_fast_path(vlm, chat, monkeypatch):

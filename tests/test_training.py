@@ -9,7 +9,9 @@ import torch
 
 from conftest import make_problem
 from rlcs import grpo, models, sft, tasks
+from rlcs.data import ProblemStream
 from rlcs.engines.local import LocalEngine
+from rlcs.engines.wire import request_body
 from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
 from rlcs.interrupts import StopFlag, Stopped
@@ -17,7 +19,7 @@ from rlcs.metrics import screen
 from rlcs.objectives import sft_loss
 from rlcs.packing import pack, within_budget
 from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft
-from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason
+from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
 from rlcs.stage import StageFolder
 from rlcs.trainer import Batch, Counts, Trainer, learning_rate
 
@@ -350,15 +352,69 @@ def test_dynamic_sampling_replaces_flat_groups_and_ends(random_model_folder, tmp
     assert row["flat_groups"] < 1.0 and "skipped" not in row
 
 
-def test_a_run_without_any_signal_stops_with_advice(random_model_folder, tmp_path):
-    class Never:
-        def grade(self, pairs):
-            return [Grade(reward=0.0, correct=False) for _ in pairs]
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
+    """Four problems fill eight places, or are all asked again because the first round was flat."""
+    settings = Grpo(**SMALL | {"prompts_per_step": 8 // rounds, "dynamic_sampling": rounds - 1})
+    problems = tasks.load("puzzles", split="train", count=4, seed=5)
+    sampling = chat.sampling(n=3, max_new_tokens=8, seed=3)
+    engine = LocalEngine(vlm, chat, max_rows=8)
+    asked = []
 
-    settings = Grpo(**SMALL | {"steps": 9, "max_flat_steps": 2})
+    class Kept:
+        def sample(self, prompts, sampling, *, step):
+            asked.extend(prompts)
+            answers.extend(engine.sample(prompts, sampling, step=step))
+            return answers[-len(prompts) :]
+
+    runs = []
+    for _ in range(2):
+        asked, answers = [], []
+        actors = grpo.Actors(vlm=vlm, reference=None, chat=chat, engine=Kept(), pool=Never())
+        stream = ProblemStream(problems, seed=3)
+        grpo.collect(actors, stream, settings, sampling, step=5, clock=grpo.Clock())
+        runs.append(answers)
+        assert sorted(p.problem_id for p in asked) == sorted([p.id for p in problems] * 2)
+    assert runs[0] == runs[1]
+    for problem in problems:
+        first, second = (group for group in runs[0] if group[0].problem_id == problem.id)
+        assert [r.seed for r in first] == [rollout_seed(3, 5, problem.id, i) for i in range(3)]
+        assert [r.index for r in first] == [r.index for r in second] == [0, 1, 2]
+        assert not {r.ids for r in first} & {r.ids for r in second}
+        once, again = (
+            request_body(p, sampling, step=5, limit=10**6) for p in asked if p.problem_id == problem.id
+        )
+        assert once["sampling_params"]["seed"] == rollout_seed(3, 5, problem.id, 0) >> 1
+        assert once["sampling_params"].pop("seed") != again["sampling_params"].pop("seed") and once == again
+
+
+class Never:
+    """Nothing is ever right."""
+
+    def grade(self, pairs):
+        return [Grade(reward=0.0, correct=False) for _ in pairs]
+
+
+FLAT = {"steps": 9, "max_flat_steps": 2}
+KL = {"kl": {"kind": "k3", "coefficient": 0.01}}
+
+
+@pytest.mark.parametrize("kl", [{}, KL], ids=["plain", "kl"])
+def test_a_run_without_any_signal_stops_with_advice(random_model_folder, tmp_path, kl):
+    settings = Grpo(**SMALL | FLAT | kl)
     with pytest.raises(TrainingError, match="no group had two different rewards in 2 steps"):
         run_grpo(random_model_folder, tmp_path / "a", settings, grader=Never())
-    assert [row["skipped"] for row in rows_of(tmp_path / "a" / "metrics.jsonl")]
+    [row] = rows_of(tmp_path / "a" / "metrics.jsonl")
+    assert row["flat_groups"] == 1.0 and ("skipped" in row) != bool(kl)
+
+
+def test_flat_steps_before_a_stop_count(random_model_folder, tmp_path):
+    settings = Grpo(**SMALL | FLAT | KL)
+    with pytest.raises(Stopped):
+        run_grpo(random_model_folder, tmp_path / "a", settings, grader=Never(), stop_at=1)
+    with pytest.raises(TrainingError, match="in 2 steps"):
+        run_grpo(random_model_folder, tmp_path / "a", settings, grader=Never())
+    assert len(rows_of(tmp_path / "a" / "metrics.jsonl")) == 1
 
 
 def test_grpo_raises_the_reward(random_model_folder, tmp_path):
@@ -389,8 +445,6 @@ def test_real_graders_take_part(random_model_folder, tmp_path):
 
 
 def test_a_problem_that_cannot_be_a_prompt_gives_its_place_to_the_next(vlm):
-    from rlcs.data import ProblemStream
-
     chat = models.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
     long = [make_problem(f"long{i}", "word " * 300) for i in range(3)]
     short = [Problem(id=f"s{i}", source="t", question="q", answer="1") for i in range(6)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from rlcs.errors import UserError
 from rlcs.packing import Layout, dense_mask
 
 NAME = "rlcs"
@@ -243,6 +244,17 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Ten
 def _flash_backward(inputs: list[Tensor], causal: bool) -> tuple[Tensor, ...]:
     """Gradients of queries, keys and values from (grad of output, query, key, value, output, lse)."""
     return tuple(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, causal))
+
+
+def require_usable(kind: str, device: torch.device) -> None:
+    """Raise UserError if this way to attend cannot train on this device."""
+    cuda = device.type == "cuda"
+    if (kind == "flex" and not cuda) or (kind == "tree" and cuda):
+        raise UserError(
+            "its kernel is for CPUs alone" if cuda else "FlexAttention has no backward pass on a CPU",
+            where=f"model.attention={kind}",
+            fix=f"set model.attention=auto ({'flex' if cuda else 'tree'} on this device), or dense",
+        )
 
 
 def make_plan(kind: str, layout: Layout, device: torch.device) -> Plan:

@@ -264,9 +264,20 @@ def _of_rank(name: str, rank: int) -> str:
 def _write_tensors(aside: Path, state: TrainState, mesh: Mesh) -> None:
     """This rank's rows of what is sharded; rank 0 writes what every rank has whole too."""
     tensors, _ = _untied(_own(state.model, mesh))
-    files.atomic_write(aside / _of_rank(_MODEL, mesh.rank), safetensors.torch.save(tensors))
+    _write(aside / _of_rank(_MODEL, mesh.rank), tensors)
     optimizer = {name: _plain(tensor) for name, tensor in _own(state.optimizer.tensors, mesh).items()}
-    files.atomic_write(aside / _of_rank(_OPTIMIZER, mesh.rank), safetensors.torch.save(optimizer))
+    _write(aside / _of_rank(_OPTIMIZER, mesh.rank), optimizer)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """From memory to disk without a copy between; the rename of the folder makes it whole in one step."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(tensors, path)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+        _fsync(path)  # by the rank that wrote it: rank 0 may be on another machine
+    except (OSError, SafetensorError) as error:
+        raise files.cannot_write(path, sum(t.nbytes for t in tensors.values()), error) from error
 
 
 def _own(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
@@ -365,9 +376,9 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _fsync(folder: Path) -> None:
-    """Make the renames in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _fsync(path: Path) -> None:
+    """Make a file, or the renames in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -44,13 +44,14 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _cannot_write(path: Path, size: int, error: OSError) -> RunFolderError:
+def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
+    """Why `size` bytes did not get to `path`, and how much room there is."""
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
     except OSError:
         free = "the folder cannot be read either"
     return RunFolderError(
-        f"cannot write {size:,} bytes: {error.strerror or error}",
+        f"cannot write {size:,} bytes: {getattr(error, 'strerror', None) or error}",
         where=str(path),
         fix=f"make room or write elsewhere ({free}); the previous version is untouched",
     )
@@ -74,7 +75,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         aside.replace(path)
         _fsync(path.parent)
     except OSError as error:
-        raise _cannot_write(path, len(data), error) from error
+        raise cannot_write(path, len(data), error) from error
     finally:
         if aside.exists():
             aside.unlink()
@@ -100,7 +101,7 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _cannot_write(path, len(data), error) from error
+        raise cannot_write(path, len(data), error) from error
 
 
 def _mend_tail(file: Any) -> None:

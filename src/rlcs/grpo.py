@@ -5,6 +5,7 @@ The group is the unit of work end to end: sampled, graded, packed and learnt fro
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -95,7 +96,6 @@ def train(
         seed=folder.seed,
     )
     first = folder.resume(trainer, stream)
-    flat_steps = 0
     for step in range(first, settings.steps):
         clock = Clock()
         with clock("rollout"):
@@ -105,8 +105,8 @@ def train(
             tree = tree_of(groups[actors.vlm.mesh.rank % len(groups)], keep_unscored=True)
             require_agreement(actors.vlm, actors.chat, tree)
         outcomes = learn(trainer, actors, groups, settings, clock=clock)
-        flat_steps = 0 if outcomes else flat_steps + 1
-        _require_signal(flat_steps, settings)
+        folder.flat_steps = folder.flat_steps + 1 if all(map(flat, groups)) else 0
+        _require_signal(folder.flat_steps, settings)
         folder.journal(step + 1, [row for group in groups for row in journal_rows(group)])
         folder.note_problems(group.problem for group in groups)
         report = folder.report(
@@ -157,6 +157,7 @@ def collect(
     """
     mesh = actors.vlm.mesh
     groups: list[Group] = []
+    asked_before: Counter[str] = Counter()
     skipped = 0
     for _ in range(1 + settings.dynamic_sampling):
         wanted = settings.prompts_per_step - sum(not flat(group) for group in groups)
@@ -164,8 +165,8 @@ def collect(
             break
         problems, prompts, bad = take_prompts(stream, actors.chat, wanted, mesh)
         skipped += bad
+        prompts = tell_repeats(problems, prompts, asked_before)
         with clock("rollout"):
-            # Rounds of one step ask for different problems, so the same (step, problem, index) seeds serve.
             rollouts = actors.engine.sample(list(prompts.values()), sampling, step=step)
         with clock("grade"):
             asked = [problems[place] for place in prompts]
@@ -212,6 +213,21 @@ def take_prompts(
         if skipped >= count and not problems:
             raise bad[max(bad)]
     return problems, prompts, skipped
+
+
+def tell_repeats(
+    problems: Sequence[Problem], prompts: Mapping[int, Prompt], asked_before: Counter[str]
+) -> dict[int, Prompt]:
+    """The prompts, each knowing how often this step asked its problem before; counts these in too.
+
+    Where there are few problems a step may deal one twice, and equal seeds would give equal answers. Every
+    rank counts the problems of all.
+    """
+    repeats = []
+    for problem in problems:
+        repeats.append(asked_before[problem.id])
+        asked_before[problem.id] += 1
+    return {place: replace(prompt, repeat=repeats[place]) for place, prompt in prompts.items()}
 
 
 def make_group(

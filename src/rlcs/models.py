@@ -132,12 +132,13 @@ def load(
     four_bit: bool = False,
     weights: bool = True,
 ) -> Vlm:
-    """Load a model from a folder, the hub or the package; `four_bit` for QLoRA. Raises ModelError.
+    """Load a model from a folder, the hub or the package; `four_bit` for QLoRA. Raises ModelError, UserError.
 
     Without `weights` it has its form alone and takes no memory: for a model that another program runs.
     Under `torchrun` rank 0 alone has the weights, on the CPU, until `spread` gives every rank its share.
     """
     device = device or mesh.device or default_device()
+    attention.require_usable(settings.attention, device)
     source = resolve(settings.name)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     dtype = settings.dtype

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcs import distill, grpo, models, report, sft
+from rlcs.attention import require_usable
 from rlcs.engines.opening import MakeEngine, open_engines
 from rlcs.errors import RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
@@ -63,7 +64,8 @@ class Study:
         stop: StopFlag,
         mesh: Mesh = ALONE,
     ) -> None:
-        """Claim the folder. Raises RunFolderError if it belongs to another recipe."""
+        """Claim the folder. Raises RunFolderError if it belongs to another recipe, UserError."""
+        require_usable(recipe.model.attention, mesh.device or models.default_device())
         self.recipe = recipe
         self.folder = folder
         self._sources = sources

@@ -126,6 +126,7 @@ class Prompt:
 
     `grids[i]` is (frames, height, width) in patches of image i; `spans[i]` is the half-open range
     of `ids` that its placeholders fill, of length frames * height * width / merge_size**2.
+    `repeat` counts how often its problem was asked before in the same step.
     """
 
     problem_id: str
@@ -135,6 +136,7 @@ class Prompt:
     spans: tuple[tuple[int, int], ...]
     image_token_id: int
     merge_size: int
+    repeat: int = 0
 
     def __post_init__(self) -> None:
         """Every span is as long as its grid says, and no placeholder stands outside a span."""
@@ -281,6 +283,9 @@ class StepReport:
 
 
 def rollout_seed(run_seed: int, step: int, problem_id: str, index: int) -> int:
-    """The seed of one rollout, below 2**63: it depends on what is asked, not on what ran before."""
+    """The seed of one rollout, below 2**63: it depends on what is asked, not on what ran before.
+
+    A problem that is asked again in the same step goes on with the next indices (`Prompt.repeat`).
+    """
     key = f"{run_seed}|{step}|{problem_id}|{index}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1

@@ -56,7 +56,8 @@ class Clock:
 class StageFolder:
     """Where one training stage keeps everything, and how it comes back after a stop.
 
-    `spent_s` is the stage's wall time over all attempts, as far as checkpoints know.
+    `spent_s` is the stage's wall time over all attempts, as far as checkpoints know; `flat_steps` counts how
+    many of the last steps had nothing to tell good from bad by.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class StageFolder:
         self.name = name
         self.seed = seed
         self.final = path / "final"
+        self.flat_steps = 0
         self._mesh = mesh
         self._settings = settings
         self._recipe_hash = recipe_hash
@@ -107,6 +109,7 @@ class StageFolder:
         trainer.done, trainer.bad_steps = state.schedule["done"], state.schedule["bad_steps"]
         stream.restore(state.cursor)
         self._spent_before = state.extra["spent_s"]
+        self.flat_steps = state.extra.get("flat_steps", 0)  # checkpoints written before there was a count
         self._first(lambda: self._metrics.resume_from(state.step))
         return state.step
 
@@ -173,7 +176,7 @@ class StageFolder:
                 step=report.step,
                 cursor=stream.state(),
                 schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
-                extra={"spent_s": self.spent_s},
+                extra={"spent_s": self.spent_s, "flat_steps": self.flat_steps},
                 recipe_hash=self._recipe_hash,
             )
             keep = self._settings.keep_checkpoints

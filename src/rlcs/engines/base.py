@@ -31,7 +31,7 @@ class Engine(Protocol):
     ) -> list[tuple[Rollout, ...]]:
         """`sampling.n` rollouts of every prompt, in the order of the prompts.
 
-        Rollout i of a prompt depends on (sampling.seed, step, problem id, i) and the policy alone.
+        Rollout i of a prompt depends on (sampling.seed, step, problem id, repeat, i) and the policy alone.
         """
         ...
 

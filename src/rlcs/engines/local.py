@@ -131,8 +131,9 @@ class _Batch:
 
     def _open(self, prompts: Sequence[tuple[int, Prompt]], starts: Sequence[int]) -> None:
         for (place, prompt), start in zip(prompts, starts, strict=True):
+            first = prompt.repeat * self._sampling.n
             for index in range(self._sampling.n):
-                seed = rollout_seed(self._sampling.seed, self._step, prompt.problem_id, index)
+                seed = rollout_seed(self._sampling.seed, self._step, prompt.problem_id, first + index)
                 self.rows.append(_Row(place=place, prompt=prompt, index=index, seed=seed, start=start))
 
     def _head(self, states: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def collapsed(prompt: Prompt) -> list[int]:
 
 def first_seed(sampling: Sampling, step: int, prompt: Prompt) -> int:
     """The seed of a prompt's first answer; vLLM gives the i-th this plus i."""
-    return rollout_seed(sampling.seed, step, prompt.problem_id, 0) >> 1
+    return rollout_seed(sampling.seed, step, prompt.problem_id, prompt.repeat * sampling.n) >> 1
 
 
 def sampling_fields(sampling: Sampling, seed: int) -> dict[str, Any]:
