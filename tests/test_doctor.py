@@ -183,7 +183,7 @@ def test_a_fast_path_that_disagrees_is_found(monkeypatch):
         scores = real(*words)
         return dataclasses.replace(scores, logprobs=scores.logprobs - 0.5)
 
-    monkeypatch.setattr(machine, "largest_difference", lambda *words: 0.5)
+    monkeypatch.setattr(machine, "disagreement", lambda *words: 0.5)
     monkeypatch.setattr(machine, "_grader", lambda: (_ for _ in ()).throw(OSError("no processes here")))
     monkeypatch.setattr(machine, "score", off)
     found = {one.name: one for one in machine.checks()}

@@ -113,6 +113,10 @@ def test_merged_says_what_the_adapter_says_and_plain_transformers_loads_it(
     models.save(vlm, tmp_path)
     assert_same(kept, trained(vlm))
     assert torch.equal(logprobs(vlm, packed), ours), "saving changes nothing"
+    shown = (tmp_path / "config.json").stat().st_mode
+    tmp_path.chmod(0o755)
+    models.save(vlm, tmp_path)
+    assert {path.stat().st_mode for path in tmp_path.rglob("*.safetensors")} == {shown}, "others may read it"
     merged = models.load(Model(name=str(tmp_path)), device=torch.device("cpu"))
     torch.testing.assert_close(logprobs(merged, packed), ours, rtol=1e-5, atol=1e-5)
     tied = merged.model.lm_head.weight is merged.model.get_input_embeddings().weight

@@ -1,18 +1,20 @@
 """The heart: a pack equals the padded, repeated batch: logprobs, entropy, loss and every gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from conftest import make_problem
-from rlcs import models, policy
+from rlcs import models, policy, selfcheck
 from rlcs.attention import DensePlan, FlexPlan, TreePlan
-from rlcs.errors import UserError
+from rlcs.errors import TrainingError, UserError
 from rlcs.models import Vlm
 from rlcs.packing import layout_of, pack, within_budget
 from rlcs.policy import score
-from rlcs.recipe.schema import Model
+from rlcs.recipe.schema import Model, Recipe
 from rlcs.records import Branch, Tree
-from rlcs.selfcheck import largest_difference, require_agreement
+from rlcs.selfcheck import disagreement, require_agreement
 
 TOLERANCE = 1e-5
 CASES = {
@@ -170,9 +172,29 @@ def test_attention_of_another_device_is_refused_at_once(kind, device, way_out):
         models.load(settings, device=torch.device(device))
 
 
+def test_rounding_of_single_tokens_is_no_fault_and_a_fault_of_a_whole_answer_is():
+    noise = torch.zeros(400)
+    noise[::50] = 0.6  # what bfloat16 does to the logprob of a token here and there
+    limit = selfcheck.TOLERANCE[torch.bfloat16]
+    assert selfcheck.gap(noise, torch.bfloat16) < limit < selfcheck.gap(-noise[::50], torch.bfloat16)
+    assert selfcheck.gap(noise, torch.float32) == pytest.approx(0.6)
+
+
+def test_the_self_check_in_bfloat16(random_model_folder, monkeypatch):
+    settings = Model(name=str(random_model_folder), dtype="bfloat16")
+    vlm = models.load(settings, device=torch.device("cpu"))
+    chat = models.make_chat(vlm, Recipe())
+    [tree] = make_trees(chat, CASES["one tree"])
+    assert require_agreement(vlm, chat, tree) < 0.1
+    broken = SimpleNamespace(logprobs=torch.full((15,), torch.nan))
+    monkeypatch.setattr(selfcheck, "score", lambda *_: broken)
+    with pytest.raises(TrainingError, match="differ by inf nats"):
+        require_agreement(vlm, chat, tree)
+
+
 def test_the_self_check_sees_a_wrong_fast_path(vlm, chat, monkeypatch):
     [tree] = make_trees(chat, CASES["one tree"])
-    assert largest_difference(vlm, chat, tree) < 1e-4
+    assert disagreement(vlm, chat, tree) < 1e-4
     # A branch that forgets its trunk is the mistake that packing could make.
     monkeypatch.setattr("rlcs.attention.branches_over_trunk", lambda layout: ())
     with pytest.raises(Exception, match="packed and plain logprobs differ"):

@@ -70,6 +70,8 @@ def exported(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "puzzler"
     done = rlcs("export", run, "--out", folder)
     assert done.returncode == 0 and "README.md" in done.stdout, done.stderr
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"], "who may read one may read the other"
     return folder
 
 

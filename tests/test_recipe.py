@@ -29,6 +29,18 @@ def _refusal(name_or_path: str, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_weights_that_learn_are_exact_unless_told_otherwise():
+    def learner(*words: str) -> tuple[str, str]:
+        recipe = load_recipe("quickstart", words).recipe
+        return recipe.learner.dtype, dict(summary_rows(recipe))["model"]
+
+    assert learner()[0] == "float32", "a GPU would take bfloat16, which loses the steps of RL"
+    assert learner("lora.rank=8")[0] == "auto", "the weights are frozen"
+    dtype, told = learner("model.dtype=bfloat16")
+    assert dtype == "bfloat16" and "loses small steps" in told
+    assert "loses" not in learner("model.dtype=bfloat16", "lora.rank=8")[1] + learner()[1]
+
+
 # --- reading YAML -----------------------------------------------------------------------------
 
 

@@ -287,7 +287,6 @@ def test_the_command_line_of_a_server(vlm: Vlm) -> None:
         load_recipe("quickstart", ["rollout.servers=2", 'rollout.devices=["0"]'])
     for words in (
         ["rollout.engine=vllm_colocated", "rollout.arguments=[--seed]"],
-        ["rollout.engine=vllm_colocated", 'rollout.devices=["0"]'],
         ["rollout.engine=vllm_server", "rollout.urls=[http://a]", "rollout.arguments=[--seed]"],
     ):
         with pytest.raises(RecipeError, match=r"leave them out|where they are started"):

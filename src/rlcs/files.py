@@ -81,6 +81,15 @@ def atomic_write(path: Path, content: bytes | str) -> None:
             aside.unlink()
 
 
+def open_to_readers(folder: Path) -> None:
+    """Let others read the weights in a folder who may read the folder: a server, say.
+
+    safetensors leaves what it writes to its owner alone.
+    """
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def write_json(path: Path, obj: object) -> None:
     """Write `obj` as indented JSON, atomically. Raises ValueError on NaN: JSON has none."""
     atomic_write(path, json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=2) + "\n")

@@ -26,6 +26,7 @@ from transformers import (
 from rlcs import adapters, attention
 from rlcs.chat import DEFAULT_SYSTEM, Chat, default_system, set_default_system
 from rlcs.errors import ModelError, PromptError, UserError
+from rlcs.files import open_to_readers
 from rlcs.images import ImagePipeline
 from rlcs.mesh import ALONE, Mesh
 from rlcs.recipe.lora import Lora
@@ -323,6 +324,7 @@ def save(vlm: Vlm, folder: Path) -> None:
         else:
             adapters.save(vlm.adapter, folder, whole=weights)
         vlm.processor.save_pretrained(folder)
+        open_to_readers(folder)
 
     vlm.mesh.first(write)
 
@@ -332,4 +334,9 @@ def save_adapters(vlm: Vlm, folder: Path) -> None:
     adapter = vlm.adapter
     assert adapter is not None
     weights = whole_weights(vlm.model, vlm.mesh, having=".lora_") if vlm.shell is not None else None
-    vlm.mesh.first(lambda: adapters.save_alone(adapter, folder, whole=weights))
+
+    def write() -> None:
+        adapters.save_alone(adapter, folder, whole=weights)
+        open_to_readers(folder)
+
+    vlm.mesh.first(write)

@@ -29,7 +29,7 @@ from rlcs.interrupts import StopFlag
 from rlcs.mesh import ALONE, Mesh
 from rlcs.metrics import Screen, screen, wilson
 from rlcs.recipe.loading import differences, dump, load_recipe
-from rlcs.recipe.schema import Grpo, Recipe
+from rlcs.recipe.schema import Grpo, Model, Recipe
 from rlcs.records import Demonstration, Problem
 from rlcs.stage import StageFolder, is_done, mark_done
 
@@ -129,10 +129,14 @@ class Study:
     def _policy(self, start: Path | None, frozen: Sequence[str]) -> models.Vlm:
         """The model of a training stage, with what trains in it set."""
         lora = self.recipe.lora
-        return models.prepare(self._vlm(start, lora.four_bit), lora, frozen, seed=self.recipe.seed)
+        vlm = self._load(self.recipe.learner, start, lora.four_bit)
+        return models.prepare(vlm, lora, frozen, seed=self.recipe.seed)
 
-    def _vlm(self, start: Path | None, four_bit: bool = False) -> models.Vlm:
-        settings = self.recipe.model
+    def _vlm(self, start: Path | None) -> models.Vlm:
+        """A model that answers and never learns."""
+        return self._load(self.recipe.model, start)
+
+    def _load(self, settings: Model, start: Path | None, four_bit: bool = False) -> models.Vlm:
         if start is not None:
             settings = settings.model_copy(update={"name": str(start), "revision": None})
         return models.load(settings, mesh=self._mesh, four_bit=four_bit)

@@ -19,7 +19,7 @@ from rlcs.packing import pack
 from rlcs.policy import score
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import Branch, Tree
-from rlcs.selfcheck import TOLERANCE, largest_difference
+from rlcs.selfcheck import TOLERANCE, disagreement, gap
 
 _NEEDED = ("rlcs", "torch", "transformers", "datasets", "math-verify", "safetensors")
 _OPTIONAL = {
@@ -101,17 +101,19 @@ def _model() -> list[Finding]:
     with torch.no_grad():
         scored = score(vlm, packed).logprobs.cpu()
     gaps = {
-        "packing": (max(largest_difference(vlm, chat, tree) for tree in trees), "plain logprobs"),
-        "sampler": (float((scored - packed.sampler_logprobs.cpu()).abs().max()), "the policy's logprobs"),
+        "packing": (max(disagreement(vlm, chat, tree) for tree in trees), "plain logprobs"),
+        "sampler": (gap(scored - packed.sampler_logprobs.cpu(), vlm.model.dtype), "the policy's logprobs"),
     }
     limit = TOLERANCE.get(vlm.model.dtype, 0.25)
     return [
         Finding(
             name=name,
-            told=f"within {gap:.1g} nats of {what} (allowed {limit:g}), attention {vlm.attention}",
-            fix="" if gap <= limit else "set model.attention=dense, and report this with the versions above",
+            told=f"within {apart:.1g} nats of {what} (allowed {limit:g}), attention {vlm.attention}",
+            fix=""
+            if apart <= limit
+            else "set model.attention=dense, and report this with the versions above",
         )
-        for name, (gap, what) in gaps.items()
+        for name, (apart, what) in gaps.items()
     ]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save_file
 
 from rlcs.errors import RunFolderError
-from rlcs.files import read_json, write_json
+from rlcs.files import open_to_readers, read_json, write_json
 from rlcs.models import Vlm, save, save_adapters
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class WeightsFolder:
         folder = self._path / version
         if vlm.device.type == "cpu" and base is None:
             _untie(vlm, aside)
+            open_to_readers(aside)
         aside.rename(folder)
         for old in self._path.iterdir():
             if old.name not in (version, model_of(version)) and _is_version(old):

@@ -42,7 +42,7 @@ class Stored:
 def formats(recipe: Recipe, machine: Machine) -> Formats:
     """The number formats that the recipe gets on this machine."""
     sizes = {"float32": FP32, "bfloat16": 2, "auto": 2 if machine.gpus else FP32}
-    weight = sizes[recipe.model.dtype]
+    weight = sizes[recipe.learner.dtype]
     compute = sizes.get(recipe.parallel.compute_dtype, weight)
     return Formats(weight=weight, compute=compute, reduce=sizes.get(recipe.parallel.reduce_dtype, compute))
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from rlcs.chat import VISION_TOKENS, set_default_system
 from rlcs.errors import ModelError, RunFolderError
-from rlcs.files import atomic_write
+from rlcs.files import atomic_write, open_to_readers
 from rlcs.publish import card, quantise
 from rlcs.publish.source import find_source
 from rlcs.recipe.schema import Recipe
@@ -68,6 +68,7 @@ def export(wanted: Export) -> list[Path]:
         else:
             quantise.save(model, wanted.quantise, out)
         processor.save_pretrained(out)
+        open_to_readers(out)
     except OSError as error:
         raise RunFolderError(f"cannot write: {error}", where=str(out), fix="make room") from error
     atomic_write(out / "README.md", text)

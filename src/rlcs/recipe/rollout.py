@@ -50,9 +50,8 @@ class Sampler(Section):
 
     @model_validator(mode="after")
     def _of_servers_alone(self) -> "Sampler":
-        for key in ("arguments", "devices"):
-            if getattr(self, key) and self.engine == "vllm_colocated":
-                raise ValueError(f"{key} are of vllm_server: vllm_colocated has none, leave them out")
+        if self.arguments and self.engine == "vllm_colocated":
+            raise ValueError("arguments are of vllm_server: vllm_colocated takes none, leave them out")
         return self
 
 

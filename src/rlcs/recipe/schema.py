@@ -27,7 +27,9 @@ class Model(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """`auto`: bfloat16 on a GPU, float32 on a CPU and wherever the weights themselves learn: in bfloat16 a
+    weight of 0.02 moves by 6e-5 or not at all, and a step of RL is 1e-6. For fast work on exact weights see
+    `parallel.compute_dtype`."""
     attention: Literal["auto", "tree", "flex", "dense"] = "auto"
     """How packed trees attend: `tree` (CPU), `flex` (GPU), `dense` (the plain reference)."""
     trust_remote_code: bool = False
@@ -448,6 +450,12 @@ class Recipe(Section):
                 f"{ADAPTER_RANKS[-1]} at most: set lora.parts=[language_model], or rollout.lora=merged"
             )
         return self
+
+    @property
+    def learner(self) -> Model:
+        """The model as a training stage loads it."""
+        exact = self.model.dtype == "auto" and not self.lora.rank
+        return self.model.model_copy(update={"dtype": "float32"}) if exact else self.model
 
     @property
     def _vllm_takes_adapters(self) -> bool:

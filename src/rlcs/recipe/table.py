@@ -35,6 +35,13 @@ def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
     return [*_inputs(recipe), *training, *_measurement(recipe)]
 
 
+def _precision(recipe: Recipe) -> str:
+    learner = recipe.learner.dtype
+    if learner == "bfloat16" and not recipe.lora.rank:
+        return "bfloat16 precision, which loses small steps (model.dtype=float32 keeps them)"
+    return f"{learner} precision"
+
+
 def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
     model, prompt, images = recipe.model, recipe.prompt, recipe.images
     revision = f" at {model.revision}" if model.revision else ""
@@ -45,7 +52,7 @@ def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
         ("recipe", f"{recipe.name}, seed {recipe.seed}"),
         (
             "model",
-            f"{model.name}{revision}, {model.dtype} precision, {model.attention} attention{checkpointing}",
+            f"{model.name}{revision}, {_precision(recipe)}, {model.attention} attention{checkpointing}",
         ),
         ("LoRA", _lora(recipe.lora)),
         ("many processes", _parallel(recipe.parallel)),
