@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from conftest import make_problem
 from rlcs.engines import local
+from rlcs.engines.cache import ForestCache, RecordingPlan
 from rlcs.engines.continuous import ContinuousEngine
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.packed import packed
 from rlcs.engines.sampling import choose, uniform
-from rlcs.packing import pack
+from rlcs.packing import layout_of, pack
 from rlcs.policy import score
 from rlcs.records import Branch, StopReason, Tree
 
@@ -96,6 +97,59 @@ def test_progress_counts_every_rollout(vlm, chat, prompts):
     sampling = chat.sampling(max_new_tokens=4, n=2)
     LocalEngine(vlm, chat, max_rows=4).sample(prompts, sampling, progress=seen.append)
     assert sum(seen) == 10
+
+
+class Nowhere:
+    """A plan whose attention nobody looks at."""
+
+    def attend(self, layer, query, key, value):
+        return query
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("offset", [0, 30, 300])
+def test_decoding_attends_as_exactly_as_its_numbers_allow(dtype, offset):
+    """Against fp64, and with scores that have much in common: what softmax subtracts must not round them."""
+    heads, repeat, size, group, std = 2, 3, 32, 3, 4.0
+    layout = layout_of([(37, []), (20, [])])
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(heads, length):
+        return torch.randn(1, heads, length, size, generator=generator)
+
+    def asked(rows):
+        query = rand(heads * repeat, rows) * std
+        query[..., 0] = 8.0
+        return query.to(dtype)
+
+    def keys(length):
+        key = rand(heads, length)
+        key[..., 0] = offset * size**0.5 / 8.0
+        return key.to(dtype)
+
+    recording = RecordingPlan(Nowhere())
+    key, value = keys(57), rand(heads, 57).to(dtype)
+    recording.attend(0, key, key, value)
+    cache = ForestCache.prefilled(recording, layout, group)
+    spans = [(0, 37)] * group + [(37, 57)] * group
+    seen = [(key[0, :, a:b].double(), value[0, :, a:b].double()) for a, b in spans]
+    for step in range(4):
+        if step == 2:  # from here on the trunks have unlike numbers of rows
+            kept = [0, 2, 3, 4, 5]
+            cache.keep(torch.tensor(kept))
+            seen = [seen[index] for index in kept]
+        query, key, value = asked(len(seen)), keys(len(seen)), rand(heads, len(seen)).to(dtype)
+        cache.begin_step()
+        output = cache.attend(0, query, key, value)
+        cache.end_step()
+        for row, (ks, vs) in enumerate(seen):
+            ks = torch.cat([ks, key[0, :, row : row + 1].double()], 1)
+            vs = torch.cat([vs, value[0, :, row : row + 1].double()], 1)
+            seen[row] = ks, vs
+            scores = query[0, :, row].double().view(heads, repeat, size) @ ks.transpose(1, 2) * size**-0.5
+            exact = (scores.softmax(-1) @ vs).view(heads * repeat, size)
+            error = (output[0, :, row].double() - exact).norm() / exact.norm()
+            assert output.dtype == dtype and error < (1e-4 if dtype == torch.float32 else 0.01)
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 10**6))

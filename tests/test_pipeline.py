@@ -1,18 +1,23 @@
 """The whole study through the command line, on a random model: stages, resume, refusals, exit codes."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 
-from rlcs import intake, pipeline
+from rlcs import intake, models, pipeline
 from rlcs.errors import DataError, RunFolderError
+from rlcs.interrupts import StopFlag
+from rlcs.mesh import open_mesh
 from rlcs.recipe.loading import load_recipe
+from test_distributed import environment, free_port
 
 SMALL = [
     "data.cold_start=builtin:puzzles?count=12&seed=1",
@@ -91,6 +96,35 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, random_model_fol
     assert refused.returncode == 2
     assert "grpo.clip_high was 0.3, is 0.4" in refused.stderr and "choose another --out" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["lora.rank=2", "model.gradient_checkpointing=true"]])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeypatch, sharded, more):
+    """Two stages train and three arms are measured: each model is gone when the next one is loaded."""
+    born, alive, load = [], [], models.load
+
+    def counting(*args, **options):
+        alive.append(sum(model() is not None for model in born))
+        vlm = load(*args, **options)
+        born.append(weakref.ref(vlm.model))
+        return vlm
+
+    monkeypatch.setattr(models, "load", counting)
+    words = [f"model.name={random_model_folder}", *SMALL, "study.arms=[base, sft, two_stage]", *more]
+    recipe = load_recipe("quickstart", words).recipe
+    sources, output = intake.read_sources(recipe), pipeline.Output(quiet=True)
+    for name, value in environment(0, 1, free_port()).items() if sharded else ():
+        monkeypatch.setenv(name, value)
+    gc.disable()  # a collection by chance would free FSDP's circles too
+    try:
+        with open_mesh(timeout_s=60) as mesh:
+            pipeline.Study(
+                recipe, tmp_path / "run", sources=sources, output=output, stop=StopFlag(), mesh=mesh
+            ).run()
+    finally:
+        gc.enable()
+    assert alive == [0] * 5
 
 
 def test_one_stage_alone_and_the_rest_later(random_model_folder, tmp_path):

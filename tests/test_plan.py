@@ -1,6 +1,7 @@
 """`rlcs plan`: published sizes to the last parameter, work by hand, and advice that has been tried."""
 
 import json
+import re
 
 import pytest
 from transformers import Qwen2VLConfig, Qwen3VLConfig
@@ -246,7 +247,30 @@ def test_single_gpu_recipe_fits_where_it_says():
     assert planned("8xgpu-7b", gpus=8).fits and planned("paper-7b", gpus=8).fits
     assert planned("8xgpu-7b", "parallel.cpu_offload=true", gpus=8, memory=48).fits
     assert not planned("8xgpu-7b", gpus=8, memory=48).fits
-    assert planned("recommended-3b", "parallel.cpu_offload=true", "grpo.max_rows=40", gpus=1, memory=24).fits
+    few = ("grpo.max_rows=40", "eval.max_rows=40")
+    assert planned("recommended-3b", "parallel.cpu_offload=true", *few, gpus=1, memory=24).fits
+
+
+def test_a_measurement_is_one_whole_model_and_its_answers():
+    one = planned("single-gpu-lora-3b", "lora.four_bit=true", gpus=1, memory=24).stages["eval"]
+    assert one.parts["weights"] == 2 * PARAMETERS["3B"]  # adapters merged, and nothing in 4 bits
+    token = 2 * 2 * 36 * 2 * 128  # keys and values in bfloat16: layers, heads, width
+    cache = 2 * 40 * token * (2048 + 2048)  # twice while it grows
+    assert cache < one.parts["rollout"] < cache + 2 * GIB and one.fits
+    more = planned("single-gpu-lora-3b", "eval.max_rows=256", gpus=1, memory=24)
+    assert not more.stages["eval"].fits and "eval.max_rows=32" in more.advice.changes
+    spread = planned("recommended-3b", "eval.max_rows=256", gpus=8).stages["eval"]
+    assert spread.parts["weights"] == 4 * PARAMETERS["3B"] / 8
+    whole, cache = 2 * PARAMETERS["3B"], 2 * 32 * token * (2048 + 2048)  # of 256 problems each has 32
+    assert whole + cache < spread.parts["rollout"] < whole + cache + 2 * GIB
+    plain = planned("quickstart", "model.name=Qwen/Qwen2.5-VL-3B-Instruct", gpus=1).stages
+    learns, answers = (plain[name].parts["weights"] for name in ("sft", "eval"))
+    assert learns == 2 * answers, "float32 where weights learn, bfloat16 where they answer"
+    away = planned("recommended-3b", "parallel.cpu_offload=true", gpus=8).stages["eval"]
+    assert away.parts["weights"] == 0 and away.parts["offloaded"] == 4 * PARAMETERS["3B"] / 8
+    assert planned("8xgpu-7b").stages["eval"].parts["rollout"] == 0
+    beside = planned("recommended-3b", "rollout.engine=vllm_colocated", "rollout.memory_share=0.4", gpus=1)
+    assert beside.stages["eval"].parts["rollout"] == 0.4 * 80 * GIB
 
 
 def test_a_prompt_is_counted_once_for_all_of_its_answers():
@@ -332,7 +356,7 @@ def test_more_gpus_are_advised_where_they_help():
 
 
 def test_main_memory_is_advised_before_what_changes_the_result():
-    asked = ("recommended-3b", "grpo.max_rows=40")
+    asked = ("recommended-3b", "grpo.max_rows=40", "eval.max_rows=40")
     plan = planned(*asked, gpus=1, gpu="RTX4090")
     assert plan.advice is not None and not plan.advice.alters
     assert plan.advice.changes == ("parallel.cpu_offload=true",)
@@ -341,11 +365,11 @@ def test_main_memory_is_advised_before_what_changes_the_result():
 
 def test_4_bits_are_advised_only_where_they_train():
     """Without torchrun: one GPU, one number format, nothing offloaded."""
-    one = planned("single-gpu-lora-3b", gpus=1, memory=10).advice
+    one = planned("single-gpu-lora-3b", gpus=1, memory=13).advice
     assert "lora.four_bit=true" in one.changes and "parallel.cpu_offload=true" not in one.changes
     assert "lora.four_bit=true" in one.alters
     for recipe, gpus in (("single-gpu-lora-3b", 2), ("paper-7b", 1)):
-        advice = planned(recipe, gpus=gpus, memory=9).advice
+        advice = planned(recipe, gpus=gpus, memory=13).advice
         assert advice is not None and "lora.four_bit=true" not in (advice.changes or ())
 
 
@@ -366,7 +390,8 @@ def test_every_shipped_recipe_can_be_planned_without_network(name, monkeypatch):
     plan = json.loads(done.output)
     size = next((n for key, n in PARAMETERS.items() if key in plan["model"]), None)
     assert size is None or plan["parameters"] == size
-    for stage in ("sft", "grpo"):
+    assert list(plan["stages"]) == ["sft", "grpo", "eval"]
+    for stage in plan["stages"]:
         assert plan["stages"][stage]["memory_gb"] > 0
         assert plan["stages"][stage]["fits"] in (True, False)
     assert plan["fits"] == all(stage["fits"] for stage in plan["stages"].values())
@@ -378,6 +403,8 @@ def test_the_text_names_what_a_person_looks_for():
     for words in ("8,292,166,656 parameters", "8 x H100 with 80 GB", "optimizer", "seconds a step", "2,416"):
         assert words in done.output
     assert "It does not fit" not in done.output
+    assert re.search(r"^ +sft +grpo +eval$", done.output, re.M)
+    assert re.search(r"^fits +yes +yes +yes$", done.output, re.M)
     done = CliRunner().invoke(app, ["plan", "paper-7b", "--gpus", "8", "grpo.max_rows=512"])
     assert "It does not fit" in done.output and "here, with: grpo.max_rows=" in done.output
 

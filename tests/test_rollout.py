@@ -12,6 +12,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from rlcs.chat import Chat
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.opening import launch_of, open_engines, open_reader
 from rlcs.engines.vllm import VllmEngine
+from rlcs.engines.vllm_colocated import Colocated
 from rlcs.engines.vllm_fleet import Fleet
 from rlcs.engines.vllm_server import Launch, context_length
 from rlcs.engines.weights import WeightsFolder
@@ -419,6 +421,57 @@ def test_colocated_without_vllm_says_what_to_do(tmp_path: Path, vlm: Vlm, chat: 
         pytest.raises(ModelError, match="not installed beside rlcs"),
     ):
         make(vlm, chat, 8).sample([chat.prompt(make_problem("a"))], chat.sampling(max_new_tokens=4))
+
+
+class Recorder:
+    """Stands for vLLM, its model and a mesh, and notes in which order they are used."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        for name in ("gc.collect", "torch.cuda.empty_cache"):
+            monkeypatch.setattr(name, lambda name=name: self.events.append(name))
+
+    def note(self, name: str, result: object = None):
+        return lambda *args, **options: self.events.append(name) or result
+
+
+FREED = ["gc.collect", "torch.cuda.empty_cache"]
+
+
+def test_memory_is_given_back_before_vllm_starts_and_wakes_up(
+    tmp_path: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Recorder(monkeypatch)
+    prompt, sampling = chat.prompt(make_problem("a", sizes=())), chat.sampling(max_new_tokens=4)
+    token = SimpleNamespace(logprob=-1.0)
+    choice = SimpleNamespace(index=0, finish_reason="length", token_ids=[5] * 4, logprobs=[{5: token}] * 4)
+    output = SimpleNamespace(prompt_token_ids=prompt.ids, outputs=[choice])
+    llm = SimpleNamespace(
+        generate=seen.note("asked", [output]), sleep=seen.note("asleep"), wake_up=seen.note("awake")
+    )
+    fake = SimpleNamespace(LLM=seen.note("started", llm), SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    launch = launch_of(load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe, vlm)
+    engine = VllmEngine(
+        Colocated(replace(launch, on_cpu=False), sleeps=True), WeightsFolder(tmp_path), vlm, chat,
+        decode_limit=10**6,
+    )  # fmt: skip
+    for _ in "12":
+        engine.sample([prompt], sampling)
+    assert seen.events == [*FREED, "started", "asked", "asleep", *FREED, "awake", "asked", "asleep"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_gives_memory_back_before_rank_0_asks(
+    tmp_path: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Servers may start, or start again, on GPUs that train: their ranks all have a cache."""
+    seen = Recorder(monkeypatch)
+    mesh = SimpleNamespace(rank=rank, gather=seen.note("gathered", [[], []]), first=seen.note("first", []))
+    published = SimpleNamespace(newest=None, publish=seen.note("published"))
+    engine = VllmEngine(None, published, replace(vlm, mesh=mesh), chat, decode_limit=1)
+    engine.sample([], chat.sampling(max_new_tokens=4))
+    assert seen.events == ["published", *FREED, "gathered", "first"]
 
 
 def test_a_model_that_is_only_read_is_served_as_it_lies(

@@ -3,11 +3,13 @@
 vLLM is played by `fake_vllm.py` here; `test_vllm.py` has the real one.
 """
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +167,16 @@ def test_a_half_written_adapter_has_no_name(
     monkeypatch.undo()
     again = WeightsFolder(tmp_path, as_adapters=True).publish(vlm)
     assert {path.name for path in tmp_path.iterdir()} == {again.version, again.model.version}
+
+
+def test_a_published_policy_may_go(tmp_path: Path, random_model_folder: Path) -> None:
+    """Before the next model of the run is loaded: both would not fit."""
+    published, (vlm, _) = WeightsFolder(tmp_path, as_adapters=True), adapted(random_model_folder)
+    published.publish(vlm)
+    model = weakref.ref(vlm.model)
+    del vlm
+    gc.collect()
+    assert published.newest is not None and model() is None
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "four bits"])

@@ -104,6 +104,31 @@ def test_recommended_differs_from_the_paper_in_its_quirks_alone():
     assert {key for key, _, _ in differences(ours, small)} == {"name", "model.name"}
 
 
+@pytest.mark.parametrize(
+    ("name", "gpus", "memory"),
+    [
+        ("single-gpu-lora-3b", 1, 24),
+        ("paper-3b", 1, 80),
+        ("recommended-3b", 1, 80),
+        ("paper-7b", 4, 80),
+        ("recommended-7b", 4, 80),
+        ("8xgpu-7b", 4, 80),
+        ("multi-node", 4, 80),
+    ],
+)
+def test_a_measurement_finds_room_beside_the_model(name, gpus, memory):
+    """By the local engine: the model whole in bfloat16, its float32 shard, and every row at its limit."""
+    recipe = load_recipe(name).recipe
+    text, parameters = published(recipe.model.name).text_config, {"3": 3.755e9, "7": 8.293e9}
+    model = parameters[recipe.model.name.split("VL-")[1][0]]
+    weights = model * (2 + (4 / gpus if recipe.model.dtype == "float32" else 0))
+    token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * 128
+    row = 2 * token * (recipe.prompt.max_tokens + recipe.eval.max_new_tokens)  # twice while it is copied
+    beside = 2e9 + 1.5e9  # prefilling, and what a process holds before any model
+    room = 0.95 * memory * 2**30 - weights - beside
+    assert recipe.eval.max_rows * row < room < 256 * row
+
+
 def test_the_paper_s_data_is_read_as_the_paper_reads_it(tmp_path):
     """One set has worked responses under `answer`, the other gold answers: the same columns in both."""
     recipe = load_recipe("paper-7b").recipe

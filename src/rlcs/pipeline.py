@@ -139,6 +139,7 @@ class Study:
     def _load(self, settings: Model, start: Path | None, four_bit: bool = False) -> models.Vlm:
         if start is not None:
             settings = settings.model_copy(update={"name": str(start), "revision": None})
+        models.give_back_memory()  # the model before this one, if it was sharded, lies in FSDP's circles
         return models.load(settings, mesh=self._mesh, four_bit=four_bit)
 
     def _spread(self, vlm: models.Vlm) -> models.Vlm:
@@ -218,26 +219,24 @@ class Study:
         )
 
     def _measure(self, problems: Sequence[Problem]) -> None:
-        folder = self.folder / "eval"
-        settings = self.recipe.eval
         self._mesh.first(lambda: self._show(problems))
         for arm in self.recipe.study.arms:
-            if self._is_done(f"eval/{arm}"):
-                continue
-            started = time.monotonic()
-            stage = MODEL_OF_ARM[arm]
-            vlm = self._spread(self._vlm(None if stage is None else self.folder / stage / "final"))
-            chat = models.make_chat(vlm, self.recipe)
-            engine = self._make_engine(vlm, chat, settings.max_rows)
-            with (
-                self._pool(self.recipe.grpo) as pool,
-                self._output.screen(f"eval {arm}", len(problems)) as view,
-            ):
-                examiner = Examiner(engine=engine, chat=chat, pool=pool, settings=settings, mesh=self._mesh)
-                evaluate(examiner, problems, folder=folder / arm, screen=view, stop=self._stop)
-            seconds = round(time.monotonic() - started, 1)
-            self._mesh.first(partial(mark_done, folder / arm, seconds=seconds))
-            log.info("eval %s: done", arm)
+            if not self._is_done(f"eval/{arm}"):
+                self._measure_arm(arm, problems)  # whose model goes with it, before the next one is loaded
+
+    def _measure_arm(self, arm: str, problems: Sequence[Problem]) -> None:
+        folder, settings = self.folder / "eval" / arm, self.recipe.eval
+        started = time.monotonic()
+        stage = MODEL_OF_ARM[arm]
+        vlm = self._spread(self._vlm(None if stage is None else self.folder / stage / "final"))
+        chat = models.make_chat(vlm, self.recipe)
+        engine = self._make_engine(vlm, chat, settings.max_rows)
+        with self._pool(self.recipe.grpo) as pool, self._output.screen(f"eval {arm}", len(problems)) as view:
+            examiner = Examiner(engine=engine, chat=chat, pool=pool, settings=settings, mesh=self._mesh)
+            evaluate(examiner, problems, folder=folder, screen=view, stop=self._stop)
+        seconds = round(time.monotonic() - started, 1)
+        self._mesh.first(partial(mark_done, folder, seconds=seconds))
+        log.info("eval %s: done", arm)
 
     def _show(self, problems: Sequence[Problem]) -> None:
         folder = self.folder / "eval"

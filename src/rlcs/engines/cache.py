@@ -139,10 +139,13 @@ class ForestCache:
         own_key[rows, :, self.row_lengths] = key[0].transpose(0, 1)
         own_value[rows, :, self.row_lengths] = value[0].transpose(0, 1)
         longest = self._row_bias.shape[-1]
-        q = query[0].transpose(0, 1).reshape(count, heads, -1, size) * size**-0.5
-        over_own = q @ own_key[:, :, :longest].transpose(2, 3) + self._row_bias
-        over_trunk = self._to_rows(self._to_grid(q) @ trunk_key.transpose(2, 3)) + self._trunk_bias
-        shares = torch.softmax(torch.cat([over_trunk, over_own], -1).float(), -1).to(q.dtype)
+        # Scores are fp32, as in other attention kernels: a product of bf16 tensors is itself rounded to bf16,
+        # which costs most where a row's scores have much in common. It takes a passing copy of one layer's
+        # keys and more reading; `bmm(out_dtype=)` would take neither, but there is none on a CPU.
+        q = query[0].transpose(0, 1).reshape(count, heads, -1, size).float() * size**-0.5
+        over_own = q @ own_key[:, :, :longest].float().transpose(2, 3) + self._row_bias
+        over_trunk = self._to_rows(self._to_grid(q) @ trunk_key.float().transpose(2, 3)) + self._trunk_bias
+        shares = torch.softmax(torch.cat([over_trunk, over_own], -1), -1).to(value.dtype)
         trunk_share, own_share = shares.split([over_trunk.shape[-1], longest], -1)
         output = own_share @ own_value[:, :, :longest]
         output = output + self._to_rows(self._to_grid(trunk_share) @ trunk_value)

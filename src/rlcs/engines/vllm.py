@@ -9,7 +9,7 @@ from rlcs.engines.base import Progress
 from rlcs.engines.vllm_fleet import Body, Take
 from rlcs.engines.weights import Weights, WeightsFolder
 from rlcs.engines.wire import request_body, rollouts_of
-from rlcs.models import Vlm
+from rlcs.models import Vlm, give_back_memory
 from rlcs.records import Prompt, Rollout, Sampling
 
 
@@ -50,6 +50,9 @@ class VllmEngine:
         """
         if self._weights is None or self._weights != self._published.newest:
             self.sync()
+        # vLLM starts, starts again or wakes up on rank 0 below, maybe on GPUs that train, each of which
+        # has a rank with a cache of its own: nobody passes the gathering before all have done this.
+        give_back_memory()
         mesh = self._vlm.mesh
         by_rank = mesh.gather(list(prompts))
         everything = [prompt for some in by_rank for prompt in some]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import ref
 
 from safetensors.torch import load_file, save_file
 
@@ -61,7 +62,8 @@ class WeightsFolder:
         self._path, self._as_adapters = path, as_adapters
         self._run = secrets.token_hex(4)
         self._count = 0
-        self._below: PeftModel | None = None  # whose model is the newest version's base
+        # Whose model is the newest version's base; a run's next model is loaded when this one has gone.
+        self._below: ref[PeftModel] | None = None
         self._writes = False
         self.newest: Weights | None = None
 
@@ -70,8 +72,8 @@ class WeightsFolder:
         if vlm.adapter is None or not self._as_adapters:
             self._below, self.newest = None, self._write(vlm, save)
             return self.newest
-        if self.newest is None or self._below is not vlm.adapter:
-            self.newest, self._below = self._write(replace(vlm, bare=True), save), vlm.adapter
+        if self.newest is None or self._below is None or self._below() is not vlm.adapter:
+            self.newest, self._below = self._write(replace(vlm, bare=True), save), ref(vlm.adapter)
         self.newest = self._write(vlm, save_adapters, base=self.newest.model)
         return self.newest
 

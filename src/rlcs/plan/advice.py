@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlcs.errors import RecipeError
-from rlcs.plan.planner import StagePlan
+from rlcs.plan.planner import MemoryPlan
 from rlcs.recipe.schema import Recipe
 
 MOST_GPUS = 1024
@@ -13,7 +13,7 @@ FEWEST_ROWS = 8
 OFFLOAD = "parallel.cpu_offload=true"
 VLLM_SHARES = (0.6, 0.5, 0.4, 0.3)
 
-Try = Callable[[Sequence[str], int], dict[str, StagePlan]]
+Try = Callable[[Sequence[str], int], dict[str, MemoryPlan]]
 """Plans with more overrides (`key=value`) on a number of GPUs."""
 
 
@@ -60,7 +60,7 @@ def _needed(taken: Sequence[str], enough: Callable[[Sequence[str]], bool]) -> li
     return list({change.partition("=")[0]: change for change in needed}.values())
 
 
-def _fits(plans: dict[str, StagePlan]) -> bool:
+def _fits(plans: dict[str, MemoryPlan]) -> bool:
     return all(plan.fits for plan in plans.values())
 
 
@@ -82,6 +82,7 @@ def _harmless(recipe: Recipe, gpus: int) -> list[str]:
     changes += _halved("grpo.pack_tokens", recipe.grpo.pack_tokens, SMALLEST_PACK)
     if recipe.rollout.engine == "local":
         changes += _halved("grpo.max_rows", recipe.grpo.max_rows, FEWEST_ROWS)
+        changes += _halved("eval.max_rows", recipe.eval.max_rows, FEWEST_ROWS)
     else:
         share = recipe.rollout.memory_share or 1.0
         changes += [f"rollout.memory_share={less}" for less in VLLM_SHARES if less < share]

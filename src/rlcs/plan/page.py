@@ -6,7 +6,7 @@ from typing import Any
 
 from rlcs.plan.advice import Advice, advise
 from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.planner import StagePlan, plan_stages
+from rlcs.plan.planner import MemoryPlan, StagePlan, plan_stages
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Recipe
@@ -20,7 +20,7 @@ class Plan:
     sizes: Sizes
     machine: Machine
     assumed: Assumed
-    stages: dict[str, StagePlan]
+    stages: dict[str, MemoryPlan]
     advice: Advice | None
 
     @property
@@ -54,7 +54,7 @@ def make_plan(recipe: str, overrides: Sequence[str], machine: Machine, assumed: 
     chosen = load_recipe(recipe, overrides).recipe
     sizes = sizes_of(chosen.model)
 
-    def attempt(more: Sequence[str], gpus: int) -> dict[str, StagePlan]:
+    def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
         changed = load_recipe(recipe, [*overrides, *more]).recipe
         return plan_stages(changed, sizes, replace(machine, gpus=gpus), assumed)
 
@@ -90,15 +90,16 @@ def _table(plan: Plan) -> Iterator[str]:
             yield line(f"  {part}", ["" if size is None else f"{size / GIB:.2f} GB" for size in sizes])
     yield line("memory of a device, at worst", [f"{stage.peak / GIB:.1f} GB" for stage in stages])
     yield line("fits", ["yes" if stage.fits else "NO" for stage in stages])
-    yield line("tokens a step", [_short(stage.tokens) for stage in stages])
-    yield line("  if prompts were repeated", [_short(stage.repeated_tokens) for stage in stages])
-    yield line("operations a step", [_short(stage.flops) for stage in stages])
-    yield line("  if prompts were repeated", [_short(stage.repeated_flops) for stage in stages])
-    for phase in dict.fromkeys(phase for stage in stages for phase in stage.seconds):
-        yield line(f"  seconds of {phase}", [f"{stage.seconds.get(phase, 0):,.1f}" for stage in stages])
-    yield line("seconds a step", [f"{sum(stage.seconds.values()):,.1f}" for stage in stages])
-    yield line("steps", ["by the data" if s.steps is None else f"{s.steps:,}" for s in stages])
-    hours = [stage.to_json()["hours"] for stage in stages]
+    trains = [stage for stage in stages if isinstance(stage, StagePlan)]
+    yield line("tokens a step", [_short(stage.tokens) for stage in trains])
+    yield line("  if prompts were repeated", [_short(stage.repeated_tokens) for stage in trains])
+    yield line("operations a step", [_short(stage.flops) for stage in trains])
+    yield line("  if prompts were repeated", [_short(stage.repeated_flops) for stage in trains])
+    for phase in dict.fromkeys(phase for stage in trains for phase in stage.seconds):
+        yield line(f"  seconds of {phase}", [f"{stage.seconds.get(phase, 0):,.1f}" for stage in trains])
+    yield line("seconds a step", [f"{sum(stage.seconds.values()):,.1f}" for stage in trains])
+    yield line("steps", ["by the data" if s.steps is None else f"{s.steps:,}" for s in trains])
+    hours = [stage.to_json()["hours"] for stage in trains]
     yield line("hours", ["" if each is None else f"{each:,.1f}" for each in hours])
 
 

@@ -1,17 +1,19 @@
-"""A recipe on a machine: memory, work and time of each training stage.
+"""A recipe on a machine: memory, work and time of each training stage, and the memory of a measurement.
 
 Memory is that of the fullest device at its worst moment: the largest pack that the recipe allows,
 answers at their limit. Work and time are for the lengths that are assumed. Bytes follow from what
 the code keeps; seconds follow from the machine's peaks and a stated utilisation, and are a guess.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from rlcs.evaluation import CHUNK
 from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.memory import FP32, Load, Passing, activations, update_peak
-from rlcs.plan.rollouts import Trees, decoding_seconds, rollout_bytes
+from rlcs.plan.rollouts import Trees, decoding_seconds, live_prompts, rollout_bytes
 from rlcs.plan.shapes import Sizes, Tower
 from rlcs.plan.storage import formats, stored, trained_parts, trainers
 from rlcs.plan.work import language, vision
@@ -25,16 +27,30 @@ FRAGMENTS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StagePlan:
-    """One stage. `parts` of the memory are bytes on one device; `peak` is their worst sum.
+class MemoryPlan:
+    """The memory of a stage. `parts` are bytes on one device; `peak` is their worst sum."""
+
+    parts: Mapping[str, float]
+    peak: float
+    fits: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes in GB of 2**30 bytes."""
+        return {
+            "memory_gb": round(self.peak / GIB, 3),
+            "fits": self.fits,
+            "parts_gb": {name: round(size / GIB, 3) for name, size in self.parts.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan(MemoryPlan):
+    """One stage that trains.
 
     `tokens` and `flops` are of one step over all devices; `repeated_*` is what a trainer pays that
     repeats prompt and image for every answer. `steps` is None where the data decide.
     """
 
-    parts: Mapping[str, float]
-    peak: float
-    fits: bool
     tokens: int
     repeated_tokens: int
     flops: float
@@ -43,12 +59,9 @@ class StagePlan:
     steps: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Sizes in GB of 2**30 bytes."""
+        """The memory, and what a step is and takes."""
         step = sum(self.seconds.values())
-        return {
-            "memory_gb": round(self.peak / GIB, 3),
-            "fits": self.fits,
-            "parts_gb": {name: round(size / GIB, 3) for name, size in self.parts.items()},
+        return MemoryPlan.to_json(self) | {
             "tokens_per_step": self.tokens,
             "tokens_per_step_repeated": self.repeated_tokens,
             "flops_per_step": self.flops,
@@ -60,12 +73,13 @@ class StagePlan:
         }
 
 
-def plan_stages(recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed) -> dict[str, StagePlan]:
-    """The plan of each stage that trains."""
+def plan_stages(recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed) -> dict[str, MemoryPlan]:
+    """The plan of each stage that trains, then of the measurement of an arm."""
     steps = steps_of(recipe.sft, assumed.demonstrations) if assumed.demonstrations else None
     return {
         "sft": _stage(recipe, recipe.sft, sizes, machine, assumed, steps),
         "grpo": _stage(recipe, recipe.grpo, sizes, machine, assumed, recipe.grpo.steps),
+        "eval": _measurement(recipe, sizes, machine),
     }
 
 
@@ -74,16 +88,13 @@ def _stage(
 ) -> StagePlan:
     trees = expected_trees(recipe, stage, sizes.vision, assumed)
     parts, peak = _memory(recipe, stage, sizes, machine, trees)
-    peak = peak * (1 + FRAGMENTS) + LIBRARIES
     per_tree, repeated = _passes(recipe, stage, sizes, trees)
     speed = trainers(recipe, machine) * assumed.utilization * _peak_flops(recipe, machine)
     seconds = {name: trees.count * flops / speed for name, flops in per_tree.items()}
     if "rollout" in seconds:
         seconds["rollout"] += decoding_seconds(recipe, sizes, machine, trees)
     return StagePlan(
-        parts=parts,
-        peak=peak,
-        fits=peak <= machine.device.memory * GIB,
+        **_in_all(parts, peak, machine),
         tokens=trees.count * trees.tokens,
         repeated_tokens=trees.count * trees.group * (trees.trunk + trees.answer),
         flops=trees.count * sum(per_tree.values()),
@@ -160,10 +171,34 @@ def _memory(
     worst += lies.gathered
     if isinstance(stage, Grpo):
         # The gradients of a step lie there until the next one begins.
-        parts["rollout"] = rollout_bytes(recipe, sizes, machine, largest)
+        prompts = live_prompts(recipe, machine)
+        parts["rollout"] = rollout_bytes(recipe, sizes, machine, largest, prompts=prompts, top_p=stage.top_p)
         rest = worst if recipe.rollout.engine == "vllm_server" else lies.gradients  # servers never sleep
         worst = max(worst, rest + parts["rollout"])
     return parts, lies.weights + lies.optimizer + lies.reference + worst
+
+
+def _measurement(recipe: Recipe, sizes: Sizes, machine: Machine) -> MemoryPlan:
+    """One arm: its whole model (adapters are merged, nothing has 4 bits), and every answer at its limit."""
+    how = recipe.eval
+    if recipe.model.dtype == "auto" and machine.gpus:  # which is so of a model that only answers
+        model = recipe.model.model_copy(update={"dtype": "bfloat16"})
+        recipe = recipe.model_copy(update={"model": model})
+    largest = replace(largest_tree(recipe, recipe.grpo, sizes.vision), group=1, answer=how.max_new_tokens)
+    own = sizes.total * formats(recipe, machine).weight / trainers(recipe, machine)
+    moved = own if recipe.parallel.cpu_offload and machine.gpus else 0.0
+    rows = min(how.max_rows, math.ceil(CHUNK / trainers(recipe, machine)))
+    parts = {
+        "weights": own - moved,
+        "offloaded": moved,
+        "rollout": rollout_bytes(recipe, sizes, machine, largest, prompts=rows, top_p=how.top_p),
+    }
+    return MemoryPlan(**_in_all(parts, parts["weights"] + parts["rollout"], machine))
+
+
+def _in_all(parts: Mapping[str, float], worst: float, machine: Machine) -> dict[str, Any]:
+    peak = worst * (1 + FRAGMENTS) + LIBRARIES
+    return {"parts": parts, "peak": peak, "fits": peak <= machine.device.memory * GIB}
 
 
 # --- work and time ------------------------------------------------------------------------------------

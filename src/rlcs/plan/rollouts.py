@@ -36,20 +36,21 @@ class Trees:
         return self.trunk + self.group * self.answer
 
 
-def rollout_bytes(recipe: Recipe, sizes: Sizes, machine: Machine, largest: Trees) -> float:
-    """Bytes beside weights and optimiser on a training device while answers as long as `largest` are drawn.
+def rollout_bytes(
+    recipe: Recipe, sizes: Sizes, machine: Machine, largest: Trees, *, prompts: int, top_p: float
+) -> float:
+    """Bytes beside weights and optimiser on a device while `prompts` as large as `largest` are answered.
 
     The local engine's cache grows by copying, so it counts twice; a sharded model is whole meanwhile.
     """
-    grpo, engine = recipe.grpo, recipe.rollout.engine
+    engine = recipe.rollout.engine
     if engine != "local":
         engines = 1 if engine == "vllm_colocated" else servers_beside(recipe, machine)
         return engines * (recipe.rollout.memory_share or VLLM_SHARE) * machine.device.memory * GIB
     form, text = formats(recipe, machine), sizes.text
-    prompts = _live_prompts(recipe, machine)
-    rows = prompts * grpo.group_size
+    rows = prompts * largest.group
     cache = 2 * _cache_token(sizes, form.compute) * (prompts * largest.trunk + rows * largest.answer)
-    choosing = rows * text.vocab_size * (SAMPLING if grpo.top_p == 1 else SAMPLING_TOP_P)
+    choosing = rows * text.vocab_size * (SAMPLING if top_p == 1 else SAMPLING_TOP_P)
     prefill = min(max(PREFILL_TOKENS, largest.trunk), prompts * largest.trunk)
     patches = prefill * largest.patches // largest.trunk
     tower = patches * (sizes.vision.intermediate + sizes.vision.hidden)
@@ -74,8 +75,8 @@ def decoding_seconds(recipe: Recipe, sizes: Sizes, machine: Machine, trees: Tree
     return math.ceil(own / prompts) * trees.answer * max(read / speed, launching)
 
 
-def _live_prompts(recipe: Recipe, machine: Machine) -> int:
-    """Prompts whose answers one device decodes at once: whole groups within max_rows."""
+def live_prompts(recipe: Recipe, machine: Machine) -> int:
+    """Prompts of GRPO whose answers one device decodes at once: whole groups within max_rows."""
     grpo = recipe.grpo
     own = math.ceil(grpo.prompts_per_step / trainers(recipe, machine))
     return min(own, max(1, grpo.max_rows // grpo.group_size))
