@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from rlcs.grading.answer_file import grade_file
+from rlcs.grading.rewards import grade
+from rlcs.records import Problem
 from test_official_rules import needs_files, read
 
 
@@ -83,6 +85,28 @@ def test_a_bad_row_is_unscored_named_and_counted(tmp_path: Path) -> None:
     for number, (why, line) in enumerate(zip(BAD.values(), named, strict=True), start=2):
         assert f"line {number}" in line and why in line
     assert rows[-1]["why"] == "the response is empty"
+
+
+def test_one_broken_row_hides_no_wrong_answer(tmp_path: Path) -> None:
+    five = {"answer": "E", "choices": ["1", "2", "3", "4", "5"]}
+    file = write(
+        tmp_path / "a.jsonl",
+        {"id": "1", "response": r"\boxed{2}", "answer": "E", "choices": ["1", "2"]},
+        {"id": "2", "response": r"\boxed{A}", **five},
+        {"id": "3", "response": r"\boxed{E}", **five},
+    )
+    tally = grade_file(file, tmp_path / "out.jsonl", rule="rlcs")
+    assert (tally.right, tally.wrong, len(tally.unscored)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "right"),
+    [(2, True), (2.0, True), (0, True), (None, False), (-1, False), (10**6, False), ("2", False),
+     (float("nan"), False), (True, False), (0.5, False)],
+)  # fmt: skip
+def test_decimal_places_are_read_alike_in_training(precision: object, right: bool) -> None:
+    asked = Problem(id="1", source="s", question="?", answer="1.25", metadata={"precision": precision})
+    assert grade(asked, r"\boxed{1.254}", allow_fallbacks=False).correct is right
 
 
 @pytest.mark.parametrize(

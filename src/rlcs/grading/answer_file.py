@@ -17,7 +17,7 @@ from rlcs.files import atomic_write, jsonl_lines, parse_object
 from rlcs.grading.extraction import Extraction, extract
 from rlcs.grading.official import mathvision, mathvista, wemath
 from rlcs.grading.pool import GradePool
-from rlcs.grading.rewards import Undecided, grade_extracted, quick_grade
+from rlcs.grading.rewards import Undecided, decimal_places, grade_extracted, quick_grade
 from rlcs.metrics import wilson
 from rlcs.records import Grade, Problem
 
@@ -85,7 +85,8 @@ def _read_line(number: int, line: bytes) -> AnswerRow:
             extraction=None if extraction is None else _text(fields, "extraction", numbers=True),
             fault="" if answer.strip() else NO_GOLD,
         )
-        if not _is_count(fields.get("precision", 0)):
+        places = fields.get("precision")
+        if places is not None and decimal_places(places) is None:
             raise ValueError(
                 f"'precision' must be a small whole number, not {json.dumps(fields['precision'])[:60]}"
             )
@@ -111,10 +112,6 @@ def _choices(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(type(choice) in (str, int, float) for choice in value):
         raise ValueError(f"'choices' must be a list of texts, not {json.dumps(value)[:60]}")
     return tuple(str(choice) for choice in value)
-
-
-def _is_count(value: object) -> bool:
-    return value is None or (type(value) in (int, float) and value in range(100))
 
 
 # --- the rules --------------------------------------------------------------------------------
@@ -154,14 +151,8 @@ def _kind(row: AnswerRow) -> mathvista.Kind:
         question_type=question,
         answer_type=answer,
         choices=row.choices,
-        precision=_places(row),
+        precision=decimal_places(row.fields.get("precision")),
     )
-
-
-def _places(row: AnswerRow) -> int | None:
-    """Decimal places, which some copies of the data hold as 1.0."""
-    value = row.fields.get("precision")
-    return None if value is None else int(value)
 
 
 def mark_by_wemath(row: AnswerRow) -> Mark:
@@ -210,21 +201,21 @@ def mark_by_rlcs(rows: Sequence[AnswerRow], pool: GradePool) -> list[Mark]:
             continue
         grade = next(grades)
         mark = Mark(prediction=grade.extracted, correct=grade.correct, why=grade.why)
-        if row.answer in unreadable and not grade.correct:
-            mark = Mark(prediction=grade.extracted, correct=None, why=unreadable[row.answer])
+        fault = unreadable.get((row.answer, row.choices))
+        if fault and not grade.correct:
+            mark = Mark(prediction=grade.extracted, correct=None, why=fault)
         marks.append(mark)
     return marks
 
 
 def _problem(row: AnswerRow) -> Problem:
-    places = _places(row)
     return Problem(
         id=f"line {row.line}",
         source="answers",
         question="?",
         answer=row.answer,
         choices=row.choices,
-        metadata={} if places is None else {"precision": places},
+        metadata={"precision": row.fields.get("precision")},
     )
 
 

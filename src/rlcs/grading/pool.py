@@ -26,6 +26,9 @@ from rlcs.grading.own import Reply, described, own_grade
 from rlcs.grading.rewards import Undecided, quick_grade
 from rlcs.records import Grade, Problem
 
+Gold = tuple[str, tuple[str, ...]]
+"""A gold answer, and the choices of its problem."""
+
 Pair = tuple[str, str]
 """Two formulas, or a problem and a response."""
 
@@ -96,19 +99,22 @@ class GradePool:
         verdicts = self._verdicts([r.formulas for r in results if isinstance(r, Undecided)])
         return [r.grade(verdicts[r.formulas]) if isinstance(r, Undecided) else r for r in results]
 
-    def unreadable(self, problems: Iterable[Problem]) -> dict[str, str]:
-        """Gold answers that only the same text can match, and why: broken, or no formula to math-verify."""
-        faults: dict[str, str] = {}
-        formulas: dict[str, list[str]] = {}
-        for gold, choices in dict.fromkeys((p.answer, p.choices) for p in problems):
-            fault, formulas[gold] = look_at_gold(gold, choices)
+    def unreadable(self, problems: Iterable[Problem]) -> dict[Gold, str]:
+        """Gold answers (with their choices) that only the same text can match, and why.
+
+        They are broken, or no formula to math-verify.
+        """
+        faults: dict[Gold, str] = {}
+        formulas: dict[Gold, list[str]] = {}
+        for gold in dict.fromkeys((p.answer, p.choices) for p in problems):
+            fault, formulas[gold] = look_at_gold(*gold)
             if fault:
                 faults[gold] = fault
         verdicts = self._verdicts([(part, part) for parts in formulas.values() for part in parts])
         for gold, parts in formulas.items():
             whys = [verdicts[part, part].why for part in parts if not verdicts[part, part].correct]
             if whys:
-                faults.setdefault(gold, f"the gold answer {gold[:60]!r} cannot be read: {whys[0]}")
+                faults.setdefault(gold, f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}")
         return faults
 
     def _verdicts(self, formulas: Iterable[Pair]) -> dict[Pair, Verdict]:

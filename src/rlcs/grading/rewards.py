@@ -42,17 +42,23 @@ def quick_grade(problem: Problem, response: object, *, allow_fallbacks: bool) ->
 def grade_extracted(problem: Problem, found: Extraction) -> Grade | Undecided:
     """Grade an answer that is extracted already.
 
-    `problem.metadata["precision"]`, a number of decimal places, is the tolerance where there is one.
+    `problem.metadata["precision"]`, a number of decimal places, is the tolerance where it is one.
     """
     if not problem.answer.strip():
         return Grade(reward=None, correct=None, why="the problem has no gold answer")
-    precision = problem.metadata.get("precision")
-    places = precision if isinstance(precision, int) else None
+    places = decimal_places(problem.metadata.get("precision"))
     text, by = found.text or "", "" if found.why == BOXED else f"{found.why}: "
     verdict = compare(text, problem.answer, problem.choices, places=places)
     if verdict.correct is None:
         return Undecided(extracted=text, formulas=verdict.formulas, by=by)
     return _grade(verdict, text, by)
+
+
+def decimal_places(value: object) -> int | None:
+    """A number of decimal places, which some tables hold as 2.0; None for anything else (-1, "two", NaN)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(100):
+        return None
+    return int(value)
 
 
 def grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade:
