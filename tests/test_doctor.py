@@ -9,11 +9,13 @@ from collections import namedtuple
 import pytest
 from typer.testing import CliRunner
 
-from rlcs import files
+from rlcs import files, pipeline
 from rlcs.cli import app
 from rlcs.doctor import ailments, machine
 from rlcs.doctor.ailments import examine
 from rlcs.errors import RunFolderError
+from rlcs.interrupts import Stopped
+from rlcs.recipe.loading import load_recipe
 from test_report import make_run, rows_of, write_rows
 
 
@@ -146,6 +148,23 @@ def test_a_study_of_seeds_names_the_seed(healthy, tmp_path):
         shutil.copytree(healthy, tmp_path / f"seed-{seed}")
     change(tmp_path / "seed-1", last=10, unscored=0.5)
     assert list(ill(tmp_path)) == ["seed-1: RL after SFT: unscored"]
+
+
+def test_a_study_of_seeds_that_stopped_in_the_first_goes_on_with_all(run, tmp_path, monkeypatch):
+    def stopped(recipe, folder, **_):
+        shutil.copytree(run, folder)
+        raise Stopped("as asked")
+
+    parent = tmp_path / "study"
+    (run / "grpo" / "done.json").unlink()
+    (run / "logs").mkdir()
+    (run / "logs" / "attempt-1.log").write_text("2026 ERROR rlcs: ended by Stopped: as asked\n")
+    monkeypatch.setattr(pipeline, "Study", stopped)
+    with pytest.raises(Stopped):
+        pipeline.run_seeds(load_recipe("quickstart").recipe, parent, 3, sources=None, output=None, stop=None)
+    assert [path.name for path in parent.glob("seed-*")] == ["seed-0"]
+    course = next(one for one in examine(parent) if one.name == "course")
+    assert f"rlcs ablate --seeds 3 {parent / 'recipe.yaml'} --out {parent}" in course.fix
 
 
 def test_torn_and_odd_files_do_not_stop_the_doctor(run):
