@@ -16,6 +16,8 @@ from rlcs.doctor.ailments import examine
 from rlcs.errors import RunFolderError
 from rlcs.interrupts import Stopped
 from rlcs.recipe.loading import load_recipe
+from rlcs.report.gather import read_run
+from rlcs.report.progress import progress
 from test_report import make_run, rows_of, write_rows
 
 
@@ -117,6 +119,26 @@ def test_a_stopped_run_says_where_and_how_it_goes_on(run):
     for path in (*run.glob("*/metrics.jsonl"), *run.glob("logs/*")):
         os.utime(path, (1, 1))
     assert ill(run) == {"course": "stopped: RL after SFT, 40 of 80"}, "killed: no last word"
+
+
+@pytest.mark.parametrize(
+    ("arms", "stages"),
+    [("base sft", "cold_start sft"), ("base rl", "rl_only"), ("base two_stage", "cold_start sft grpo")],
+)
+def test_a_run_of_fewer_arms_is_done_when_its_own_stages_are(run, arms, stages):
+    listed = "".join(f"  - {arm}\n" for arm in arms.split())
+    (run / "recipe.yaml").write_text(f"name: x\nstudy:\n  arms:\n{listed}report: {{}}\n")
+    for stage in ("cold_start", "sft", "grpo", "rl_only"):
+        if stage not in stages.split():
+            shutil.rmtree(run / stage)
+    for arm in ("sft", "rl", "two_stage"):
+        if arm not in arms.split():
+            shutil.rmtree(run / "eval" / arm)
+    assert ill(run) == {}
+    for stage in stages.split():
+        shutil.rmtree(run / stage)
+    waiting = [one.key for one in progress(read_run(run)) if one.state == "waiting"]
+    assert waiting == stages.split(), "and the live page shows no stage that never comes"
 
 
 def test_torn_checkpoints_and_leftovers(run):
