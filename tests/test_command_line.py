@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rlcs import cli
 from rlcs.cli import app
 from rlcs.recipe.loading import load_recipe
 
@@ -24,9 +25,9 @@ def verbs(command=COMMANDS, path: tuple[str, ...] = ()) -> Iterator[tuple[str, .
         yield from verbs(inner, (*path, name))
 
 
-def rlcs(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "80"}
-    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *words]
+def rlcs(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "80", **variables}
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
@@ -103,3 +104,53 @@ def test_a_copied_recipe_has_a_name_of_its_own(tmp_path):
     recipe, shipped = load_recipe(str(mine)).recipe, load_recipe("quickstart").recipe
     assert recipe == shipped.model_copy(update={"name": "mine: 2"})
     assert "# a quarter of the teacher's answers misread the image" in mine.read_text()
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "quickstart", "--out", "file"], "file: Not a directory"),
+        (["run", "quickstart", "--out", LONG], "File name too long"),
+        (["data", "export", "builtin:shapes?count=2", "file"], "file: Not a directory"),
+        (["data", "export", "builtin:shapes?count=2", LONG], "File name too long"),
+        (["recipes", "show", f"{LONG}.yaml"], "File name too long"),
+        (["report", LONG], "File name too long"),
+    ],
+    ids=lambda value: " ".join(value).replace(LONG, "LONG") if isinstance(value, list) else "",
+)
+def test_a_path_that_cannot_be_used_gets_a_sentence(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(sys, "argv", ["rlcs", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and said in errors and "->" in errors
+
+
+def test_an_error_of_the_system_keeps_its_traceback_unless_it_names_a_file(monkeypatch, capsys):
+    def fail(error: OSError):
+        def app(**_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "app", app)
+
+    fail(PermissionError(13, "Permission denied", "runs/x/logs"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2 and "runs/x/logs: Permission denied" in capsys.readouterr().err
+    fail(OSError("no file"))
+    with pytest.raises(OSError, match="no file"):
+        cli.main()
+
+
+def test_a_terminal_that_is_not_utf_8_gets_escapes(random_model_folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "\u9898", "question": "\u591a\u5c11?"}\n', encoding="utf-8")
+    checked = rlcs("data", "check", rows, PYTHONIOENCODING="latin-1")
+    assert "\\u9898" in checked.stdout and not checked.stderr, checked.stderr
+    looked = rlcs("look", "builtin:shapes", f"model.name={random_model_folder}", PYTHONIOENCODING="ascii")
+    assert looked.returncode == 0 and "\\u2580" in looked.stdout, looked.stderr

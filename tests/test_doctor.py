@@ -9,11 +9,15 @@ from collections import namedtuple
 import pytest
 from typer.testing import CliRunner
 
-from rlcs import files
+from rlcs import files, pipeline
 from rlcs.cli import app
 from rlcs.doctor import ailments, machine
 from rlcs.doctor.ailments import examine
 from rlcs.errors import RunFolderError
+from rlcs.interrupts import Stopped
+from rlcs.recipe.loading import load_recipe
+from rlcs.report.gather import read_run
+from rlcs.report.progress import progress
 from test_report import make_run, rows_of, write_rows
 
 
@@ -117,6 +121,26 @@ def test_a_stopped_run_says_where_and_how_it_goes_on(run):
     assert ill(run) == {"course": "stopped: RL after SFT, 40 of 80"}, "killed: no last word"
 
 
+@pytest.mark.parametrize(
+    ("arms", "stages"),
+    [("base sft", "cold_start sft"), ("base rl", "rl_only"), ("base two_stage", "cold_start sft grpo")],
+)
+def test_a_run_of_fewer_arms_is_done_when_its_own_stages_are(run, arms, stages):
+    listed = "".join(f"  - {arm}\n" for arm in arms.split())
+    (run / "recipe.yaml").write_text(f"name: x\nstudy:\n  arms:\n{listed}report: {{}}\n")
+    for stage in ("cold_start", "sft", "grpo", "rl_only"):
+        if stage not in stages.split():
+            shutil.rmtree(run / stage)
+    for arm in ("sft", "rl", "two_stage"):
+        if arm not in arms.split():
+            shutil.rmtree(run / "eval" / arm)
+    assert ill(run) == {}
+    for stage in stages.split():
+        shutil.rmtree(run / stage)
+    waiting = [one.key for one in progress(read_run(run)) if one.state == "waiting"]
+    assert waiting == stages.split(), "and the live page shows no stage that never comes"
+
+
 def test_torn_checkpoints_and_leftovers(run):
     folder = run / "grpo" / "checkpoints"
     shutil.copytree(folder / "step-000050", folder / "step-000060")
@@ -146,6 +170,23 @@ def test_a_study_of_seeds_names_the_seed(healthy, tmp_path):
         shutil.copytree(healthy, tmp_path / f"seed-{seed}")
     change(tmp_path / "seed-1", last=10, unscored=0.5)
     assert list(ill(tmp_path)) == ["seed-1: RL after SFT: unscored"]
+
+
+def test_a_study_of_seeds_that_stopped_in_the_first_goes_on_with_all(run, tmp_path, monkeypatch):
+    def stopped(recipe, folder, **_):
+        shutil.copytree(run, folder)
+        raise Stopped("as asked")
+
+    parent = tmp_path / "study"
+    (run / "grpo" / "done.json").unlink()
+    (run / "logs").mkdir()
+    (run / "logs" / "attempt-1.log").write_text("2026 ERROR rlcs: ended by Stopped: as asked\n")
+    monkeypatch.setattr(pipeline, "Study", stopped)
+    with pytest.raises(Stopped):
+        pipeline.run_seeds(load_recipe("quickstart").recipe, parent, 3, sources=None, output=None, stop=None)
+    assert [path.name for path in parent.glob("seed-*")] == ["seed-0"]
+    course = next(one for one in examine(parent) if one.name == "course")
+    assert f"rlcs ablate --seeds 3 {parent / 'recipe.yaml'} --out {parent}" in course.fix
 
 
 def test_torn_and_odd_files_do_not_stop_the_doctor(run):

@@ -1,5 +1,6 @@
 """`rlcs look` shows exactly what training gets."""
 
+import dataclasses
 import io
 
 import pytest
@@ -34,6 +35,12 @@ def test_the_terminal_shows_tokens_and_picture(view):
     shown = console.file.getvalue()
     assert "\u2580" in shown and "[image 1: 3 x 2 = 6 tokens]" in shown
     assert "with loss; gold answer 4" in shown
+
+
+def test_data_is_not_read_as_markup(view):
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    print_view(dataclasses.replace(view, title="[/b] :bug:", answer="[a,b]"), console)
+    assert console.file.getvalue().startswith("[/b] :bug:: ") and "answer [a,b]" in console.file.getvalue()
 
 
 def test_the_page_is_self_contained_and_escaped(view, tmp_path):

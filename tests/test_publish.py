@@ -293,6 +293,12 @@ def test_a_model_goes_to_the_hub_byte_by_byte(exported):
     )
 
 
+def test_a_hub_that_cannot_be_reached_gets_a_sentence(exported):
+    done = rlcs("publish", exported, "me/mine", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "me/mine: the hub cannot be used: " in done.stderr and "check the connection" in done.stderr
+
+
 def test_surprising_files_are_refused(exported, tmp_path):
     folder = tmp_path / "puzzler"
     shutil.copytree(exported, folder)

@@ -77,6 +77,7 @@ def test_lines_are_remembered() -> None:
         ("a: 1\nb: [1,", 2, "not valid YAML"),
         ("a:\n\tb: 1", 2, "not valid YAML"),
         ("a: 1\n---\nb: 2", 2, "not valid YAML"),
+        ("a: 1\nb: " + "9" * 5000, 2, "a number of 5,000 digits"),
     ],
 )
 def test_flawed_yaml_is_refused_with_its_line(text: str, line: int, said: str) -> None:
@@ -84,6 +85,16 @@ def test_flawed_yaml_is_refused_with_its_line(text: str, line: int, said: str) -
         parse(text, where="mine.yaml")
     assert str(caught.value).startswith(f"mine.yaml:{line}: ")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "[" * 3000 + "]" * 3000, "{a: " * 3000 + "}" * 3000])
+def test_yaml_without_end_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        parse(text, where="here")
+
+
+def test_text_of_many_digits_comes_back() -> None:
+    assert parse(write({"a": "9" * 5000}), where="here").value == {"a": "9" * 5000}
 
 
 def test_forbidden_characters_are_named() -> None:

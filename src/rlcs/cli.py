@@ -1,11 +1,12 @@
 """The command line: parse, call, print. Heavy rooms are imported inside the verbs."""
 
+import io
 import json as jsonlib
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -59,16 +60,28 @@ class AblateOptions(StudyOptions):
 def main() -> None:
     """Run the command line; errors for people go to stderr with their exit code, never as a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not UTF-8: it shows \uXXXX instead of a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="rlcs")
     except RlcsError as error:
-        if not error.told:
-            rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-            sys.stderr.write(f"rlcs{rank}: {error}\n")
-        sys.exit(error.exit_code)
+        _tell(error)
+    except OSError as error:
+        if error.filename is None:  # no file is at fault: only a traceback says what is
+            raise
+        fix = "check the path and its permissions, or name another"
+        _tell(UserError(error.strerror or str(error), where=str(error.filename), fix=fix))
     except KeyboardInterrupt:
         sys.stderr.write("rlcs: stopped; the same command continues from the last checkpoint\n")
         sys.exit(130)
+
+
+def _tell(error: RlcsError) -> NoReturn:
+    if not error.told:
+        rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+        sys.stderr.write(f"rlcs{rank}: {error}\n")
+    sys.exit(error.exit_code)
 
 
 @app.command()
@@ -150,7 +163,7 @@ def _study(name: str, overrides: list[str], options: StudyOptions, *, seeds: int
     from rlcs.recipe.loading import load_recipe
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone speaks
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - for good
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for good
     recipe = load_recipe(name, overrides).recipe
     folder = options.out or Path("runs") / recipe.name
     if not options.json:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlcs.errors import DataError, UserError
 
@@ -44,18 +44,21 @@ def push(
 ) -> str:
     """Upload the listed files in one commit and make the repository if need be; returns its address.
 
-    Raises DataError when the hub refuses.
+    Raises DataError when the hub refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
+    client_errors: Any = HfHubHTTPError.__bases__  # of whichever HTTP client it uses: no connection, say
     files = [CommitOperationAdd(entry.path, folder / entry.path) for entry in entries]
     try:
         made = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
         api.create_commit(repo, files, commit_message="Upload with rlcs", repo_type=kind)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (*client_errors, OSError, ValueError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = "check the name, and log in with `hf auth login`"
-        raise DataError(f"the hub refuses it: {what}", where=repo, fix=fix) from error
+        verb, fix = "refuses it", "check the name, and log in with `hf auth login`"
+        if not isinstance(error, HfHubHTTPError | ValueError):
+            verb, fix = "cannot be used", f"check the connection to {api.endpoint}"
+        raise DataError(f"the hub {verb}: {what}", where=repo, fix=fix) from error
     return str(made)

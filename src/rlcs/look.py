@@ -123,7 +123,8 @@ def print_view(view: View, console: Console | None = None) -> None:
     """To the terminal: tokens with their bounds, those with loss underlined, images as half blocks."""
     console = console or Console(highlight=False)
     learnt = sum(weight != 0 for weight in view.weights)
-    console.print(f"{view.title}: {len(view.tokens)} tokens, {learnt} with loss; gold answer {view.answer}")
+    head = f"{view.title}: {len(view.tokens)} tokens, {learnt} with loss; gold answer {view.answer}"
+    console.print(head, markup=False, emoji=False)  # an answer like [a,b] is no markup
     for image in view.images:
         console.print(_half_blocks(image))
     styles = {"text": "dim", "control": "magenta", "loss": "bold green underline", "image": "cyan"}

@@ -325,7 +325,7 @@ class _BarScreen(_Stage):
             self._bar.refresh()
 
     def _print(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(text, markup=False, emoji=False, highlight=False)
 
 
 def _figures(values: Mapping[str, float]) -> str:

@@ -350,7 +350,14 @@ def run_seeds(
     """
     if count == 1:
         return Study(recipe, folder, sources=sources, output=output, stop=stop, mesh=mesh).run()
-    mesh.first(lambda: claim(folder, recipe))
+
+    def begin() -> None:
+        claim(folder, recipe)
+        write_json(
+            folder / "seeds.json", {"count": count}
+        )  # for whoever must say how a stopped study goes on
+
+    mesh.first(begin)
     summaries = {}
     for seed in range(recipe.seed, recipe.seed + count):
         own = recipe.model_copy(update={"seed": seed})

@@ -11,7 +11,7 @@ from rlcs import files
 from rlcs.doctor import Finding
 from rlcs.errors import CheckpointError, RunFolderError
 from rlcs.report import findings
-from rlcs.report.gather import ARMS, STAGES, Run, read_runs
+from rlcs.report.gather import ARMS, STAGES, Run, number, read_object, read_runs
 from rlcs.report.progress import ending, progress
 
 _TAIL = 10  # steps
@@ -80,7 +80,8 @@ def _course(run: Run, folder: Path) -> Iterator[Finding]:
     if not why and time.time() - max(touched, default=0.0) < _ALIVE_S:
         yield Finding(name="course", told=f"running: {where}")
         return
-    verb = "run" if run.folder == folder else f"ablate --seeds {len(list(folder.glob('seed-*')))}"
+    seeds = number(read_object(folder / "seeds.json"), "count") or len(list(folder.glob("seed-*")))
+    verb = "run" if run.folder == folder else f"ablate --seeds {seeds:.0f}"
     resume = f"it goes on with: rlcs {verb} {folder / 'recipe.yaml'} --out {folder}"
     yield Finding(name="course", told=f"stopped: {where}" + (f"; ended by {why}" if why else ""), fix=resume)
 

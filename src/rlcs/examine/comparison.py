@@ -23,16 +23,19 @@ Column = tuple[str, str]
 
 
 def write_comparison(out: Path, *, first: Sequence[str]) -> dict[str, Any]:
-    """Write comparison.json and comparison.md from every scores.json below; returns the former.
+    """Write comparison.json and comparison.md from every scores.json of an exam below; returns the former.
 
-    The models in `first` come first, in this order. Raises UserError when there is no score.
+    The models in `first`, those of this call, come first, in this order, and only their failed answers are
+    counted. Raises UserError when there is no score.
     """
     place = {label: number for number, label in enumerate(first)}
     paths = sorted(out.glob("*/*/scores.json"), key=lambda p: (place.get(p.parts[-3], len(place)), p))
-    found = [read_json(path) for path in paths]
+    # A run folder holds scores of its own, eval/ARM/scores.json, which are of no benchmark.
+    found = [scores for path in paths if "benchmark" in (scores := read_json(path))]
     if not found:
         raise UserError("there are no scores", where=str(out), fix="run `rlcs eval` first")
     comparison = compare(found)
+    comparison["failed"] = sum(scores["failed"]["count"] for scores in found if scores["label"] in place)
     write_json(out / "comparison.json", comparison)
     atomic_write(out / "comparison.md", as_markdown(comparison))
     return comparison
@@ -58,7 +61,6 @@ def compare(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "columns": [{"benchmark": b, "split": s, "title": f"{titles[b]} {s}"} for b, s in columns],
         "rows": [{"model": model, "rule": rule, **row} for (model, rule), row in rows.items()],
         "reported": {name: dict(zip(FOUR, each, strict=True)) for name, each in REPORTED.items()},
-        "failed": sum(scores["failed"]["count"] for scores in found),
         "notes": [*_settings(found), *(note for scores in found for note in _notes(scores))],
     }
 

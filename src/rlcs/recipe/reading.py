@@ -16,6 +16,8 @@ from rlcs.errors import RecipeError
 
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_LONGEST = 300
+"""Digits of an integer: more would be no float, and Python itself reads and prints 4,300 at most."""
 _TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 _WORDS: Mapping[str, object] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
@@ -36,7 +38,7 @@ def scalar(text: str) -> object:
     """What an unquoted word means."""
     if text in _WORDS:
         return _WORDS[text]
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) <= _LONGEST:
         return int(text.replace("_", ""))
     if _FLOAT.fullmatch(text):
         return float(text.replace("_", ""))
@@ -45,8 +47,10 @@ def scalar(text: str) -> object:
 
 def parse(text: str, *, where: str) -> Parsed:
     """Read one YAML document; any flaw is a `RecipeError` that names its line."""
+    lines: dict[tuple[str, ...], int] = {}
     try:
         node = yaml.compose(text, yaml.BaseLoader)
+        value = _build(node, _Walk(where=where, lines=lines), ()) if node else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -61,8 +65,9 @@ def parse(text: str, *, where: str) -> Parsed:
             where=where,
             fix="delete it, or write it as an escape in double quotes",
         ) from None
-    lines: dict[tuple[str, ...], int] = {}
-    value = _build(node, _Walk(where=where, lines=lines), ()) if node else None
+    except RecursionError:
+        what, fix = "its brackets or sections are nested too deeply", "a recipe has a few levels at most"
+        raise RecipeError(what, where=where, fix=fix) from None
     return Parsed(value=value, lines=lines)
 
 
@@ -92,6 +97,9 @@ def _build(node: yaml.Node, walk: _Walk, path: tuple[str, ...]) -> object:
     if isinstance(node, yaml.SequenceNode):
         return [_build(item, walk, path) for item in node.value]
     quoted = isinstance(node, yaml.ScalarNode) and node.style is not None
+    if not quoted and len(node.value) > _LONGEST and _INT.fullmatch(node.value):
+        what = f"a number of {len(node.value):,} digits cannot be used in a recipe"
+        raise walk.refuse(node, what, "write fewer digits, or put it in quotes if it is text")
     return node.value if quoted else scalar(node.value)
 
 

@@ -9,6 +9,14 @@ from rlcs.metrics import median_rate
 from rlcs.report.findings import phases
 from rlcs.report.gather import ARMS, STAGES, Run, number, read_object, read_text
 
+_ARMS_OF = {
+    "cold_start": {"sft", "two_stage"},
+    "sft": {"sft", "two_stage"},
+    "grpo": {"two_stage"},
+    "rl_only": {"rl"},
+}
+"""The arms that need each stage, in the order in which stages run."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
@@ -29,10 +37,10 @@ class Progress:
 
 def progress(run: Run) -> list[Progress]:
     """Every stage that this run has, in order: those that began, and of the others those its recipe names."""
-    wanted = ["cold_start", "sft", "grpo", *(["rl_only"] if "rl" in _arms(run) else [])]
-    found = [_stage(run, key) for key in wanted]
+    arms = set(_arms(run))
+    found = [_stage(run, key) for key, needing in _ARMS_OF.items() if needing & arms or key in run.curves]
     for arm in ARMS:
-        if arm in _arms(run) or arm in run.answers:
+        if arm in arms or arm in run.answers:
             answered = len(run.answers.get(arm, ()))
             done = (run.folder / "eval" / arm / "done.json").is_file()
             found.append(
