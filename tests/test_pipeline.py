@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from loopback_server import LoopbackServer
 from rlcs import intake, models, pipeline
 from rlcs.errors import DataError, RunFolderError
 from rlcs.interrupts import StopFlag
@@ -346,6 +347,28 @@ def test_a_run_takes_up_the_answers_that_distill_left(random_model_folder, tmp_p
     assert {0.0, 1.0} & set(rates.values()) and all(0.1 <= rates[row["id"]] <= 0.9 for row in asked)
     page = (folder / "report" / "index.html").read_text()
     assert "Problems by pass rate" in page and ">rejected<" in page and ">kept<" in page
+
+
+def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(random_model_folder, tmp_path):
+    rows = [{"question": f"What is {n} + 1 ?", "answer": str(n + 1)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = tmp_path / "run"
+    with LoopbackServer(faults={"is 2 ": ["400"]}, answer=lambda body: "\\boxed{1}") as server:
+        words = [f"model.name={random_model_folder}", *SMALL, f"data.cold_start={tmp_path / 'rows.jsonl'}"]
+        words += [
+            "teacher.model=m",
+            f"teacher.base_url={server.url}",
+            "teacher.keep=all",
+            "study.arms=[base, sft]",
+        ]
+        short = rlcs("run", "quickstart", *words, "--out", out)
+        assert short.returncode == 1 and "Traceback" not in short.stderr, short.stderr
+        assert "left 1 tries unanswered" in short.stderr and "the same command asks them" in short.stderr
+        assert f"data.cold_start={out / 'cold_start/kept.jsonl'}" in short.stderr
+        assert not (out / "sft").exists() and len(server.seen) == 4
+        done = rlcs("run", "quickstart", *words, "--out", out)
+        assert done.returncode == 0 and len(server.seen) == 5, done.stderr
+    assert json.loads((out / "summary.json").read_text())["counts"]["cold_start"] == 4
 
 
 def test_no_problem_of_the_wanted_difficulty_is_an_error():

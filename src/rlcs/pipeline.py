@@ -19,7 +19,7 @@ from typing import Any
 from rlcs import distill, grpo, models, report, sft
 from rlcs.attention import require_usable
 from rlcs.engines.opening import MakeEngine, open_engines
-from rlcs.errors import RunFolderError
+from rlcs.errors import RlcsError, RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
 from rlcs.files import atomic_write, read_json, write_json
 from rlcs.grading import GradePool
@@ -120,6 +120,13 @@ class Study:
         with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
             kept = distill.run(
                 rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=self._stop
+            )
+        if failed := read_json(folder / "stats.json")["failed"]:  # no marker: they would never be asked again
+            raise RlcsError(
+                f"the teacher left {failed:,} tries unanswered",
+                where=str(folder),
+                fix="the same command asks them again; to do without them, start in a new run folder with "
+                f"data.cold_start={folder / 'kept.jsonl'}",
             )
         mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
 
