@@ -1,5 +1,7 @@
 """Demonstrations: given ones are used as they are, the teacher's are graded and sorted."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,18 @@ def test_kept_demonstrations_can_be_read_again(tmp_path: Path) -> None:
     assert load_kept(rows, tmp_path) == kept
     with pytest.raises(UserError, match="no longer in the data"):
         load_kept(rows[1:], tmp_path)
+
+
+def test_kept_demonstrations_of_an_edited_problem_are_refused(tmp_path: Path) -> None:
+    rows = [given("1", r"\boxed{5}"), given("2", r"\boxed{5}")]
+    kept = run(rows, Teacher(), folder=tmp_path, seed=1)
+    edited = [replace(rows[0], problem=replace(rows[0].problem, question="Which one?")), rows[1]]
+    with pytest.raises(UserError, match=r"(?s)'1' is no longer in the data as it was.*restore"):
+        load_kept(edited, tmp_path)
+    lines = [{**row} for row in read_jsonl(tmp_path / "kept.jsonl")]
+    assert all(row.pop("digest") for row in lines)  # a folder of before there was one
+    (tmp_path / "kept.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    assert load_kept(rows, tmp_path) == kept
 
 
 def test_a_problem_that_the_teacher_does_not_know_is_named(tmp_path: Path) -> None:

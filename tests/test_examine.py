@@ -202,6 +202,20 @@ def test_resuming_asks_a_server_only_for_what_is_missing(mini):
     assert scores(mini)["n"] == 6
 
 
+def test_a_question_that_was_edited_since_is_named(mini):
+    file = mini / "mini" / "mathvision" / "testmini.jsonl"
+    write_jsonl(file, [vision(i, question=f"Q{i}?") for i in range(6)])
+    with LoopbackServer(faults={"Q1": ["400"]}) as server:
+        run(exam(mini, server))
+        write_jsonl(file, [vision(i, question="Q1?" if i == 4 else f"Q{i}?") for i in range(6)])
+        with pytest.raises(UserError, match=r"(?s)predictions\.jsonl: the data changed.*'4'.*restore"):
+            run(exam(mini, server))
+        assert len(server.seen) == 6
+        path = mini / "out" / "m" / "mathvision" / "predictions.jsonl"
+        write_jsonl(path, [{k: v for k, v in row.items() if k != "digest"} for row in predictions(mini)])
+        assert run(exam(mini, server))["failed"] == 0  # rows of before there were digests
+
+
 def test_a_stop_keeps_what_has_come(mini):
     stop = StopFlag()
 

@@ -8,16 +8,20 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from loopback_server import LoopbackServer
-from rlcs import intake, models, pipeline
-from rlcs.errors import DataError, RunFolderError
+from rlcs import evaluation, intake, models, pipeline
+from rlcs.errors import DataError, RunFolderError, UserError
+from rlcs.files import append_jsonl
 from rlcs.interrupts import StopFlag
 from rlcs.mesh import open_mesh
 from rlcs.recipe.loading import load_recipe
+from rlcs.records import Grade, Problem
 from test_distributed import environment, free_port
 
 SMALL = [
@@ -369,6 +373,23 @@ def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(rand
         done = rlcs("run", "quickstart", *words, "--out", out)
         assert done.returncode == 0 and len(server.seen) == 5, done.stderr
     assert json.loads((out / "summary.json").read_text())["counts"]["cold_start"] == 4
+
+
+def test_measured_answers_to_edited_problems_are_refused(tmp_path):
+    problems = [Problem(id=str(n), source="mine", question=f"{n}?", answer="5") for n in range(3)]
+    rows = [evaluation.prediction(each, None, Grade(reward=1.0, correct=True)) for each in problems]
+    append_jsonl(tmp_path / "predictions.jsonl", rows)
+    nobody = evaluation.Examiner(engine=None, chat=None, pool=None, settings=None)  # there is nothing to ask
+    measure = partial(evaluation.evaluate, nobody, folder=tmp_path, screen=None, stop=None)
+    assert measure(problems[:2])["n"] == 2
+    edited = [problems[0], replace(problems[1], answer="6")]
+    with pytest.raises(UserError, match=r"(?s)the answer to '1' is to another question.*restore"):
+        measure(edited)
+    (tmp_path / "predictions.jsonl").unlink()
+    append_jsonl(tmp_path / "predictions.jsonl", [{**row, "digest": edited[1].digest} for row in rows[1:2]])
+    old = [{key: value for key, value in row.items() if key != "digest"} for row in rows[:1]]
+    append_jsonl(tmp_path / "predictions.jsonl", old)  # rows of before there were digests
+    assert measure(edited)["n"] == 2
 
 
 def test_no_problem_of_the_wanted_difficulty_is_an_error():

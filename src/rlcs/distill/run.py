@@ -88,9 +88,10 @@ def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
     loaded = []
     for row in read_jsonl(folder / "kept.jsonl"):
         name = row.get("problem_id", row["id"])
-        if name not in problems:
+        digest = problems[name].digest if name in problems else None
+        if row.get("digest", digest) != digest or digest is None:
             raise UserError(
-                f"problem {name!r} is no longer in the data",
+                f"problem {name!r} is no longer in the data{' as it was' if digest else ''}",
                 where=str(folder / "kept.jsonl"),
                 fix="restore data.cold_start as it was, or start in a new run folder",
             )
@@ -212,6 +213,7 @@ def _kept_row(made: Demonstration, images: list[str], *, alone: bool) -> dict[st
     return {
         "id": problem.id if alone else f"{problem.id}#{made.attempt}",
         "problem_id": problem.id,
+        "digest": problem.digest,
         "question": problem.question,
         "images": images,
         **({"choices": list(problem.choices)} if problem.choices else {}),

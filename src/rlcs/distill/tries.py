@@ -4,7 +4,6 @@
 a try that takes several. Whatever moment a kill picks, at most the last line is torn, and that is cut off.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -64,7 +63,7 @@ class TryLog:
 
     def __init__(self, folder: Path, problems: Iterable[Problem]) -> None:
         """Answers to other problems than these, or to what they were before an edit, do not count."""
-        self._digests = {problem.id: _digest(problem) for problem in problems}
+        self._digests = {problem.id: problem.digest for problem in problems}
         self.tries: dict[tuple[str, int], Try] = {}
         self.turns: dict[tuple[str, int, int], Said] = {}
         self._folder = folder
@@ -120,13 +119,6 @@ class TryLog:
                 where=str(self._folder / name),
                 fix="make room; the same command goes on from here",
             ) from error
-
-
-def _digest(problem: Problem) -> str:
-    """What an answer and its grade depend on: ids may be mere line numbers of a file that was edited."""
-    images = [ref.sha256 for ref in problem.images]
-    facts = dumps([problem.question, problem.choices, problem.answer, images])
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def claim(folder: Path, settings: Mapping[str, object]) -> None:
