@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from rlcs import tasks
-from rlcs.data import Row
+from rlcs.data import Row, load
 from rlcs.distill import load_kept, run
 from rlcs.errors import UserError
 from rlcs.files import read_json, read_jsonl
-from rlcs.recipe.schema import Teacher
+from rlcs.recipe.schema import Data, Teacher
 from rlcs.records import Problem
 
 
@@ -79,6 +79,20 @@ def test_kept_demonstrations_can_be_read_again(tmp_path: Path) -> None:
     assert load_kept(rows, tmp_path) == kept
     with pytest.raises(UserError, match="no longer in the data"):
         load_kept(rows[1:], tmp_path)
+
+
+def test_further_columns_of_a_problem_go_with_it(tmp_path: Path) -> None:
+    columns = {"precision": 0.1, "level": 3, "chapter": "angles", "pass_rate": "unknown"}
+    problem = Problem(id="a", source="mine", question="?", answer="5", metadata=columns)
+    rows = [Row(problem=problem, response=r"\boxed{5}"), *builtin_rows(1)]
+    run(rows, Teacher(wrong_share=0.0), folder=tmp_path, seed=1)
+    for name in ("kept.jsonl", "problems.jsonl"):
+        mine, drawn = read_jsonl(tmp_path / name)
+        assert (mine["precision"], mine["level"], mine["chapter"]) == (0.1, 3, "angles")
+        assert mine["id"] == "a" and drawn["family"] == builtin_rows(1)[0].problem.metadata["family"]
+    assert "pass_rate" not in read_jsonl(tmp_path / "problems.jsonl")[0]  # nobody was asked here
+    loaded = load(str(tmp_path / "problems.jsonl"), Data(), decode_limit=10**6, role="rl").rows[0]
+    assert loaded.problem.metadata["precision"] == 0.1 and loaded.problem.metadata["chapter"] == "angles"
 
 
 def test_kept_demonstrations_of_an_edited_problem_are_refused(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ GIVEN = "given"
 SPARE = "right, but others are kept"
 _IMAGE_LIMIT = 50_000_000
 _SHOWN = 3
+_RATING = ("tries", "right", "pass_rate")  # as some teacher before did: never taken for this one's
 _BINS = 10
 
 
@@ -199,7 +200,8 @@ def _save_images(refs: Iterable[ImageRef], folder: Path) -> dict[str, str]:
 
 def _problem_row(problem: Problem, images: list[str], tries: Sequence[Try]) -> dict[str, Any]:
     """A row of `problems.jsonl`; unscored tries say nothing about how hard a problem is."""
-    row: dict[str, Any] = {"id": problem.id, "question": problem.question, "images": images}
+    row: dict[str, Any] = {name: value for name, value in problem.metadata.items() if name not in _RATING}
+    row |= {"id": problem.id, "question": problem.question, "images": images}
     row |= {"choices": list(problem.choices)} if problem.choices else {}
     row |= {"answer": problem.answer}
     scored = [made.correct for made in tries if made.correct is not None]
@@ -211,6 +213,7 @@ def _problem_row(problem: Problem, images: list[str], tries: Sequence[Try]) -> d
 def _kept_row(made: Demonstration, images: list[str], *, alone: bool) -> dict[str, object]:
     problem = made.problem
     return {
+        **problem.metadata,
         "id": problem.id if alone else f"{problem.id}#{made.attempt}",
         "problem_id": problem.id,
         "digest": problem.digest,
