@@ -57,7 +57,7 @@ def said(body):
 
 
 def teacher(server, **changes):
-    return Teacher(base_url=server.url, model="m", **{"tries": 4, "concurrency": 8, **changes})
+    return Teacher(base_url=server.url, **{"model": "m", "tries": 4, "concurrency": 8, **changes})
 
 
 def results(folder):
@@ -199,6 +199,15 @@ def test_other_settings_never_share_a_folder_but_the_choice_may_change(tmp_path:
     ids = [row["id"] for row in read_jsonl(tmp_path / "kept.jsonl")]
     assert len(set(ids)) == len(ids) == len(more)
     assert any("others are kept" in row["why"] for row in read_jsonl(tmp_path / "rejected.jsonl"))
+
+
+def test_a_start_without_any_answer_may_be_corrected(tmp_path: Path):
+    with LoopbackServer(faults={"What": ["always:404"]}) as wrong, pytest.raises(EndpointError):
+        run(rows(10), teacher(wrong, model="typo"), folder=tmp_path, seed=1)
+    with LoopbackServer(answer=said) as server:
+        run(rows(10), teacher(server), folder=tmp_path, seed=1)
+        with pytest.raises(RunFolderError, match="model was 'm', is 'typo'"):
+            run(rows(10), teacher(server, model="typo"), folder=tmp_path, seed=1)
 
 
 @pytest.mark.parametrize("kills", [2])

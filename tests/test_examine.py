@@ -12,7 +12,7 @@ import pytest
 
 from loopback_server import LoopbackServer, last_text
 from rlcs.engines import endpoint
-from rlcs.errors import RunFolderError, UserError
+from rlcs.errors import EndpointError, RunFolderError, UserError
 from rlcs.examine.asking import BOXED_SYSTEM, Asking
 from rlcs.examine.comparison import REPORTED, as_markdown
 from rlcs.examine.judge import wants_judge
@@ -316,6 +316,16 @@ def test_answers_of_other_settings_never_mix(mini):
         run(exam(mini, server))
         with pytest.raises(RunFolderError, match="prompt was 'paper', is 'official'"):
             run(exam(mini, server, asking=Asking(style="official", sampling=Eval(max_new_tokens=8))))
+
+
+def test_a_start_without_any_answer_may_be_corrected(mini):
+    with LoopbackServer(faults={"Which": ["always:404"]}) as wrong, pytest.raises(EndpointError):
+        run(exam(mini, wrong))
+    with LoopbackServer() as server:
+        run(exam(mini, server))
+        assert scores(mini)["n"] == 6
+    with LoopbackServer() as other, pytest.raises(RunFolderError, match="base_url was"):
+        run(exam(mini, other))
 
 
 def test_a_model_that_changed_in_its_folder_is_another_model(mini, random_model_folder, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 from loopback_server import LoopbackServer
 from rlcs import evaluation, intake, models, pipeline
-from rlcs.errors import DataError, RunFolderError, UserError
+from rlcs.errors import DataError, ModelError, RecipeError, RunFolderError, UserError
 from rlcs.files import append_jsonl
 from rlcs.interrupts import StopFlag
 from rlcs.mesh import open_mesh
@@ -153,8 +153,37 @@ def test_arms_may_join_a_run_and_none_may_leave(tmp_path):
     )
     pipeline.claim(tmp_path / "run", few)
     pipeline.claim(tmp_path / "run", all_four)
+    append_jsonl(tmp_path / "run" / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
     with pytest.raises(RunFolderError, match=r"study\.arms was"):
         pipeline.claim(tmp_path / "run", few)
+
+
+def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_folder):
+    def recipe(*words):
+        return load_recipe("quickstart", [*SMALL, "study.arms=[base, sft]", *words]).recipe
+
+    out, typed = tmp_path / "run", recipe(f"model.name={tmp_path / 'nowhere'}")
+    given = {"sources": intake.read_sources(typed), "output": pipeline.Output(quiet=True), "stop": StopFlag()}
+    with pytest.raises(ModelError, match="nowhere"):
+        pipeline.Study(typed, out, **given).run()
+    assert (out / "cold_start" / "done.json").is_file()  # good for any model, but of this teacher alone
+    meant = f"model.name={random_model_folder}"
+    with pytest.raises(RunFolderError, match=r"teacher\.wrong_share was"):
+        pipeline.claim(out, recipe(meant, "teacher.wrong_share=0.5"))
+    (out / "eval").mkdir()
+    (out / "eval" / "problems.jsonl").write_text("{}\n")
+    pipeline.claim(out, recipe(meant))
+    assert load_recipe(str(out / "recipe.yaml")).recipe.model.name == str(random_model_folder)
+    assert not (out / "eval" / "problems.jsonl").exists()
+    append_jsonl(out / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
+    with pytest.raises(RunFolderError, match=r"model\.name was"):
+        pipeline.claim(out, typed)
+
+
+def test_a_reward_function_that_is_not_there_claims_no_folder(tmp_path):
+    with pytest.raises(RecipeError, match="cannot read"):
+        pipeline.claim(tmp_path / "run", load_recipe("quickstart", ["grpo.reward.function=no.py:f"]).recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_what_the_arms_need_is_read():
