@@ -328,6 +328,11 @@ def test_formats():
         formatted("<think>a long way to it</think>\\boxed{4}", "", "plain")
         == "a long way to it\n\n\\boxed{4}"
     )
+    opened_by_the_prompt = "hm\n</think>\n\nSo the answer to it is \\boxed{4}."
+    assert formatted(opened_by_the_prompt, "", "plain") == "So the answer to it is \\boxed{4}."
+    assert formatted("hm</think>\\boxed{4}", "", "think") == thought
+    assert formatted("hm</think>\\boxed{4}", "", "plain") == "hm\n\n\\boxed{4}"
+    assert formatted("</think>\\boxed{4}", "hm", "think") == thought
 
 
 @pytest.mark.parametrize("kind", ["caption", "reflection", "self_critic"])
