@@ -87,7 +87,8 @@ class Load:
 
         async def ready() -> None:
             async with httpx.AsyncClient(trust_env=False) as client:
-                await self._server.ready(client, weights)
+                await self._server.up(client, weights)
+                await self._server.take(client, weights)
 
         began = time.perf_counter()
         self._loop.run_until_complete(ready())

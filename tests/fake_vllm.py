@@ -56,6 +56,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
+        if path == "/weight_info" and once("deaf_after"):  # its engine died, and the rest waits for it
+            STATE["deaf"] = True
+            time.sleep(120)
+        if path == "/health" and "deaf" in STATE:
+            return self.reply({}, 503)
         known = {
             "/health": {},
             "/version": {"version": behaviour().get("version", "0.32.1")},

@@ -1,15 +1,17 @@
 """Demonstrations: given ones are used as they are, the teacher's are graded and sorted."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlcs import tasks
-from rlcs.data import Row
+from rlcs.data import Row, load
 from rlcs.distill import load_kept, run
 from rlcs.errors import UserError
 from rlcs.files import read_json, read_jsonl
-from rlcs.recipe.schema import Teacher
+from rlcs.recipe.schema import Data, Teacher
 from rlcs.records import Problem
 
 
@@ -77,6 +79,32 @@ def test_kept_demonstrations_can_be_read_again(tmp_path: Path) -> None:
     assert load_kept(rows, tmp_path) == kept
     with pytest.raises(UserError, match="no longer in the data"):
         load_kept(rows[1:], tmp_path)
+
+
+def test_further_columns_of_a_problem_go_with_it(tmp_path: Path) -> None:
+    columns = {"precision": 0.1, "level": 3, "chapter": "angles", "pass_rate": "unknown"}
+    problem = Problem(id="a", source="mine", question="?", answer="5", metadata=columns)
+    rows = [Row(problem=problem, response=r"\boxed{5}"), *builtin_rows(1)]
+    run(rows, Teacher(wrong_share=0.0), folder=tmp_path, seed=1)
+    for name in ("kept.jsonl", "problems.jsonl"):
+        mine, drawn = read_jsonl(tmp_path / name)
+        assert (mine["precision"], mine["level"], mine["chapter"]) == (0.1, 3, "angles")
+        assert mine["id"] == "a" and drawn["family"] == builtin_rows(1)[0].problem.metadata["family"]
+    assert "pass_rate" not in read_jsonl(tmp_path / "problems.jsonl")[0]  # nobody was asked here
+    loaded = load(str(tmp_path / "problems.jsonl"), Data(), decode_limit=10**6, role="rl").rows[0]
+    assert loaded.problem.metadata["precision"] == 0.1 and loaded.problem.metadata["chapter"] == "angles"
+
+
+def test_kept_demonstrations_of_an_edited_problem_are_refused(tmp_path: Path) -> None:
+    rows = [given("1", r"\boxed{5}"), given("2", r"\boxed{5}")]
+    kept = run(rows, Teacher(), folder=tmp_path, seed=1)
+    edited = [replace(rows[0], problem=replace(rows[0].problem, question="Which one?")), rows[1]]
+    with pytest.raises(UserError, match=r"(?s)'1' is no longer in the data as it was.*restore"):
+        load_kept(edited, tmp_path)
+    lines = [{**row} for row in read_jsonl(tmp_path / "kept.jsonl")]
+    assert all(row.pop("digest") for row in lines)  # a folder of before there was one
+    (tmp_path / "kept.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    assert load_kept(rows, tmp_path) == kept
 
 
 def test_a_problem_that_the_teacher_does_not_know_is_named(tmp_path: Path) -> None:

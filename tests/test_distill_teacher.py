@@ -57,7 +57,7 @@ def said(body):
 
 
 def teacher(server, **changes):
-    return Teacher(base_url=server.url, model="m", **{"tries": 4, "concurrency": 8, **changes})
+    return Teacher(base_url=server.url, **{"model": "m", "tries": 4, "concurrency": 8, **changes})
 
 
 def results(folder):
@@ -201,6 +201,15 @@ def test_other_settings_never_share_a_folder_but_the_choice_may_change(tmp_path:
     assert any("others are kept" in row["why"] for row in read_jsonl(tmp_path / "rejected.jsonl"))
 
 
+def test_a_start_without_any_answer_may_be_corrected(tmp_path: Path):
+    with LoopbackServer(faults={"What": ["always:404"]}) as wrong, pytest.raises(EndpointError):
+        run(rows(10), teacher(wrong, model="typo"), folder=tmp_path, seed=1)
+    with LoopbackServer(answer=said) as server:
+        run(rows(10), teacher(server), folder=tmp_path, seed=1)
+        with pytest.raises(RunFolderError, match="model was 'm', is 'typo'"):
+            run(rows(10), teacher(server, model="typo"), folder=tmp_path, seed=1)
+
+
 @pytest.mark.parametrize("kills", [2])
 def test_killed_and_resumed_it_ends_like_an_undisturbed_run(kills, tmp_path: Path):
     """The command itself, in a process of its own, killed without warning."""
@@ -319,6 +328,11 @@ def test_formats():
         formatted("<think>a long way to it</think>\\boxed{4}", "", "plain")
         == "a long way to it\n\n\\boxed{4}"
     )
+    opened_by_the_prompt = "hm\n</think>\n\nSo the answer to it is \\boxed{4}."
+    assert formatted(opened_by_the_prompt, "", "plain") == "So the answer to it is \\boxed{4}."
+    assert formatted("hm</think>\\boxed{4}", "", "think") == thought
+    assert formatted("hm</think>\\boxed{4}", "", "plain") == "hm\n\n\\boxed{4}"
+    assert formatted("</think>\\boxed{4}", "hm", "think") == thought
 
 
 @pytest.mark.parametrize("kind", ["caption", "reflection", "self_critic"])

@@ -12,7 +12,7 @@ import pytest
 
 from loopback_server import LoopbackServer, last_text
 from rlcs.engines import endpoint
-from rlcs.errors import RunFolderError, UserError
+from rlcs.errors import EndpointError, RunFolderError, UserError
 from rlcs.examine.asking import BOXED_SYSTEM, Asking
 from rlcs.examine.comparison import REPORTED, as_markdown
 from rlcs.examine.judge import wants_judge
@@ -204,6 +204,20 @@ def test_resuming_asks_a_server_only_for_what_is_missing(mini):
     assert scores(mini)["n"] == 6
 
 
+def test_a_question_that_was_edited_since_is_named(mini):
+    file = mini / "mini" / "mathvision" / "testmini.jsonl"
+    write_jsonl(file, [vision(i, question=f"Q{i}?") for i in range(6)])
+    with LoopbackServer(faults={"Q1": ["400"]}) as server:
+        run(exam(mini, server))
+        write_jsonl(file, [vision(i, question="Q1?" if i == 4 else f"Q{i}?") for i in range(6)])
+        with pytest.raises(UserError, match=r"(?s)predictions\.jsonl: the data changed.*'4'.*restore"):
+            run(exam(mini, server))
+        assert len(server.seen) == 6
+        path = mini / "out" / "m" / "mathvision" / "predictions.jsonl"
+        write_jsonl(path, [{k: v for k, v in row.items() if k != "digest"} for row in predictions(mini)])
+        assert run(exam(mini, server))["failed"] == 0  # rows of before there were digests
+
+
 def test_a_stop_keeps_what_has_come(mini):
     stop = StopFlag()
 
@@ -310,6 +324,16 @@ def test_answers_of_other_settings_never_mix(mini):
         run(exam(mini, server))
         with pytest.raises(RunFolderError, match="prompt was 'paper', is 'official'"):
             run(exam(mini, server, asking=Asking(style="official", sampling=Eval(max_new_tokens=8))))
+
+
+def test_a_start_without_any_answer_may_be_corrected(mini):
+    with LoopbackServer(faults={"Which": ["always:404"]}) as wrong, pytest.raises(EndpointError):
+        run(exam(mini, wrong))
+    with LoopbackServer() as server:
+        run(exam(mini, server))
+        assert scores(mini)["n"] == 6
+    with LoopbackServer() as other, pytest.raises(RunFolderError, match="base_url was"):
+        run(exam(mini, other))
 
 
 def test_a_model_that_changed_in_its_folder_is_another_model(mini, random_model_folder, tmp_path):

@@ -8,15 +8,20 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from rlcs import intake, models, pipeline
-from rlcs.errors import DataError, RunFolderError
+from loopback_server import LoopbackServer
+from rlcs import evaluation, intake, models, pipeline
+from rlcs.errors import DataError, ModelError, RecipeError, RunFolderError, UserError
+from rlcs.files import append_jsonl
 from rlcs.interrupts import StopFlag
 from rlcs.mesh import open_mesh
 from rlcs.recipe.loading import load_recipe
+from rlcs.records import Grade, Problem
 from test_distributed import environment, free_port
 
 SMALL = [
@@ -148,8 +153,37 @@ def test_arms_may_join_a_run_and_none_may_leave(tmp_path):
     )
     pipeline.claim(tmp_path / "run", few)
     pipeline.claim(tmp_path / "run", all_four)
+    append_jsonl(tmp_path / "run" / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
     with pytest.raises(RunFolderError, match=r"study\.arms was"):
         pipeline.claim(tmp_path / "run", few)
+
+
+def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_folder):
+    def recipe(*words):
+        return load_recipe("quickstart", [*SMALL, "study.arms=[base, sft]", *words]).recipe
+
+    out, typed = tmp_path / "run", recipe(f"model.name={tmp_path / 'nowhere'}")
+    given = {"sources": intake.read_sources(typed), "output": pipeline.Output(quiet=True), "stop": StopFlag()}
+    with pytest.raises(ModelError, match="nowhere"):
+        pipeline.Study(typed, out, **given).run()
+    assert (out / "cold_start" / "done.json").is_file()  # good for any model, but of this teacher alone
+    meant = f"model.name={random_model_folder}"
+    with pytest.raises(RunFolderError, match=r"teacher\.wrong_share was"):
+        pipeline.claim(out, recipe(meant, "teacher.wrong_share=0.5"))
+    (out / "eval").mkdir()
+    (out / "eval" / "problems.jsonl").write_text("{}\n")
+    pipeline.claim(out, recipe(meant))
+    assert load_recipe(str(out / "recipe.yaml")).recipe.model.name == str(random_model_folder)
+    assert not (out / "eval" / "problems.jsonl").exists()
+    append_jsonl(out / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
+    with pytest.raises(RunFolderError, match=r"model\.name was"):
+        pipeline.claim(out, typed)
+
+
+def test_a_reward_function_that_is_not_there_claims_no_folder(tmp_path):
+    with pytest.raises(RecipeError, match="cannot read"):
+        pipeline.claim(tmp_path / "run", load_recipe("quickstart", ["grpo.reward.function=no.py:f"]).recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_what_the_arms_need_is_read():
@@ -346,6 +380,45 @@ def test_a_run_takes_up_the_answers_that_distill_left(random_model_folder, tmp_p
     assert {0.0, 1.0} & set(rates.values()) and all(0.1 <= rates[row["id"]] <= 0.9 for row in asked)
     page = (folder / "report" / "index.html").read_text()
     assert "Problems by pass rate" in page and ">rejected<" in page and ">kept<" in page
+
+
+def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(random_model_folder, tmp_path):
+    rows = [{"question": f"What is {n} + 1 ?", "answer": str(n + 1)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = tmp_path / "run"
+    with LoopbackServer(faults={"is 2 ": ["400"]}, answer=lambda body: "\\boxed{1}") as server:
+        words = [f"model.name={random_model_folder}", *SMALL, f"data.cold_start={tmp_path / 'rows.jsonl'}"]
+        words += [
+            "teacher.model=m",
+            f"teacher.base_url={server.url}",
+            "teacher.keep=all",
+            "study.arms=[base, sft]",
+        ]
+        short = rlcs("run", "quickstart", *words, "--out", out)
+        assert short.returncode == 1 and "Traceback" not in short.stderr, short.stderr
+        assert "left 1 tries unanswered" in short.stderr and "the same command asks them" in short.stderr
+        assert f"data.cold_start={out / 'cold_start/kept.jsonl'}" in short.stderr
+        assert not (out / "sft").exists() and len(server.seen) == 4
+        done = rlcs("run", "quickstart", *words, "--out", out)
+        assert done.returncode == 0 and len(server.seen) == 5, done.stderr
+    assert json.loads((out / "summary.json").read_text())["counts"]["cold_start"] == 4
+
+
+def test_measured_answers_to_edited_problems_are_refused(tmp_path):
+    problems = [Problem(id=str(n), source="mine", question=f"{n}?", answer="5") for n in range(3)]
+    rows = [evaluation.prediction(each, None, Grade(reward=1.0, correct=True)) for each in problems]
+    append_jsonl(tmp_path / "predictions.jsonl", rows)
+    nobody = evaluation.Examiner(engine=None, chat=None, pool=None, settings=None)  # there is nothing to ask
+    measure = partial(evaluation.evaluate, nobody, folder=tmp_path, screen=None, stop=None)
+    assert measure(problems[:2])["n"] == 2
+    edited = [problems[0], replace(problems[1], answer="6")]
+    with pytest.raises(UserError, match=r"(?s)the answer to '1' is to another question.*restore"):
+        measure(edited)
+    (tmp_path / "predictions.jsonl").unlink()
+    append_jsonl(tmp_path / "predictions.jsonl", [{**row, "digest": edited[1].digest} for row in rows[1:2]])
+    old = [{key: value for key, value in row.items() if key != "digest"} for row in rows[:1]]
+    append_jsonl(tmp_path / "predictions.jsonl", old)  # rows of before there were digests
+    assert measure(edited)["n"] == 2
 
 
 def test_no_problem_of_the_wanted_difficulty_is_an_error():

@@ -227,6 +227,17 @@ def test_a_pause_that_was_cut_off_ends(run) -> None:
     assert (one.folder / "paused.txt").read_text().split() == ["pause", "resume"] * 2
 
 
+def test_a_server_that_dies_while_it_is_given_weights_is_not_waited_for(run) -> None:
+    one = run()
+    one.ask(4)
+    one.behave(deaf_after=1)
+    one.engine.sync()
+    began = time.monotonic()
+    assert set(one.ask(4)) == {one.published.newest.folder.name}
+    assert (one.folder / "deaf_after.done").exists() and len(one.started) == 2
+    assert time.monotonic() - began < 60
+
+
 def test_the_words_of_an_earlier_start_are_not_the_reason(run) -> None:
     one = run()
     (one.folder / "vllm-0.log").write_text("ValueError: yesterday\n")

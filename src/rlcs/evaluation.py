@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlcs.chat import Chat
 from rlcs.engines.base import Engine, ask
-from rlcs.errors import DataError
+from rlcs.errors import DataError, UserError
 from rlcs.files import append_jsonl, atomic_write, open_image, read_jsonl, write_json
 from rlcs.grading import GradePool
 from rlcs.interrupts import StopFlag
@@ -54,7 +55,9 @@ def evaluate(
     """
     path = folder / "predictions.jsonl"
     mesh = examiner.mesh
-    rows = mesh.first(lambda: read_jsonl(path) if path.exists() else [])
+    known = {problem.id: problem for problem in problems}
+    digests = {name: problem.digest for name, problem in known.items()}
+    rows = mesh.first(lambda: answers_so_far(path, digests))
     answered = {row["id"] for row in rows}
     left = [problem for problem in problems if problem.id not in answered]
     for start in range(0, len(left), CHUNK):
@@ -66,10 +69,23 @@ def evaluate(
         rows += new
         done = len(problems) - len(left) + start + len(some)
         screen.advance(done, accuracy=sum(row["correct"] is True for row in rows) / len(rows))
-    known = {problem.id: problem for problem in problems}
     scores = score_rows([row for row in rows if row["id"] in known], known)
     mesh.first(lambda: write_json(folder / "scores.json", scores))
     return scores
+
+
+def answers_so_far(path: Path, digests: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of predictions.jsonl. Raises UserError if one answers what its problem was before an edit."""
+    rows = read_jsonl(path) if path.exists() else []
+    for row in rows:
+        digest = digests.get(row["id"])
+        if digest and row.get("digest", digest) != digest:  # older rows have none
+            raise UserError(
+                f"the data changed: the answer to {row['id']!r} is to another question",
+                where=str(path),
+                fix="restore the data as it was, or choose another --out, or remove this file to ask anew",
+            )
+    return rows
 
 
 def _answer_together(examiner: Examiner, problems: Sequence[Problem]) -> list[dict[str, object]]:
@@ -100,6 +116,7 @@ def prediction(problem: Problem, rollout: Rollout | None, grade: Grade) -> dict[
     """One row of predictions.jsonl."""
     return {
         "id": problem.id,
+        "digest": problem.digest,
         "response": rollout.text if rollout else "",
         "extracted": grade.extracted,
         "correct": grade.correct,

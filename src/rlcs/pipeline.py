@@ -8,7 +8,7 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any
 from rlcs import distill, grpo, models, report, sft
 from rlcs.attention import require_usable
 from rlcs.engines.opening import MakeEngine, open_engines
-from rlcs.errors import RunFolderError
+from rlcs.errors import RlcsError, RunFolderError
 from rlcs.evaluation import Examiner, evaluate, write_problems
 from rlcs.files import atomic_write, read_json, write_json
 from rlcs.grading import GradePool
@@ -35,6 +35,9 @@ from rlcs.stage import StageFolder, is_done, mark_done
 
 MODEL_OF_ARM = {"base": None, "sft": "sft", "rl": "rl_only", "two_stage": "grpo"}
 """The stage folder whose `final` each arm measures; the base model has none."""
+
+_WORK = ("done.json", "manifest.json", "step-*.jsonl", "tries.jsonl", "turns.jsonl", "predictions.jsonl")
+"""Files of a run that hold something which took time."""
 
 log = logging.getLogger("rlcs")
 
@@ -87,8 +90,6 @@ class Study:
 
     def _run(self, make_engine: MakeEngine) -> dict[str, Any]:
         self._make_engine = make_engine
-        if self.recipe.grpo.reward.function is not None:
-            check_function(self.recipe.grpo.reward.function)
         sources = self._sources
         for line in sources.notes:
             log.warning(line)
@@ -120,6 +121,13 @@ class Study:
         with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
             kept = distill.run(
                 rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=self._stop
+            )
+        if failed := read_json(folder / "stats.json")["failed"]:  # no marker: they would never be asked again
+            raise RlcsError(
+                f"the teacher left {failed:,} tries unanswered",
+                where=str(folder),
+                fix="the same command asks them again; to do without them, start in a new run folder with "
+                f"data.cold_start={folder / 'kept.jsonl'}",
             )
         mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
 
@@ -291,18 +299,36 @@ def attempt_log(folder: Path) -> Iterator[None]:
         handler.close()
 
 
+def _worth_keeping(folder: Path, changed: Iterable[str]) -> bool:
+    """Whether earlier starts left a finished stage, a checkpoint or answers that these keys decide.
+
+    A cold start stays good while its data and its teacher are the same.
+    """
+    again = not any(key.split(".")[0] in ("data", "images", "seed", "teacher") for key in changed)
+    return any(
+        path.stat().st_size and not (again and "cold_start" in path.relative_to(folder).parts)
+        for pattern in _WORK
+        for path in folder.rglob(pattern)
+    )
+
+
 def claim(folder: Path, recipe: Recipe) -> None:
     """Write the resolved recipe into a new run folder, or check that an old one has the same.
 
-    Arms alone may be added to it. Raises RunFolderError for a folder of another recipe or with foreign
-    content.
+    Arms alone may be added to it; a start that came to nothing (a mistyped model) may be corrected. Raises
+    RunFolderError for a folder of another recipe or with foreign content, RecipeError.
     """
+    if recipe.grpo.reward.function is not None:
+        check_function(recipe.grpo.reward.function)
     path = folder / "recipe.yaml"
     if path.exists():
         before = load_recipe(str(path)).recipe
         changed = differences(before, recipe)
         grows = set(before.study.arms) < set(recipe.study.arms)
         if grows and [key for key, _, _ in changed] == ["study.arms"]:
+            atomic_write(path, dump(recipe))
+        elif changed and not _worth_keeping(folder, (key for key, _, _ in changed)):
+            (folder / "eval" / "problems.jsonl").unlink(missing_ok=True)  # written once, of the data before
             atomic_write(path, dump(recipe))
         elif changed:
             listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed[:5])

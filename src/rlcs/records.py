@@ -5,6 +5,7 @@ Everything here is plain Python (no tensors): hashable, printable, JSON-able. Te
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,13 @@ class Problem:
             slots in (0, len(self.images)),
             f"the question has {slots} {IMAGE_SLOT} slots but the row has {len(self.images)} images",
         )
+
+    @property
+    def digest(self) -> str:
+        """What an answer and its grade depend on: ids may be mere line numbers of a file that was edited."""
+        images = [ref.sha256 for ref in self.images]
+        facts = json.dumps([self.question, self.choices, self.answer, images])
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     @property
     def asked(self) -> str:

@@ -116,9 +116,9 @@ def formatted(text: str, reasoning: str, form: Format) -> str:
 
     A text without a final answer is left as it is: it is rejected for that.
     """
-    if "<think>" in text and "</think>" in text:
+    if "</think>" in text:  # the opening tag may stand in the prompt: some chat templates end with it
         before, _, text = text.rpartition("</think>")
-        reasoning = _TAGS.sub("", before)
+        reasoning = _TAGS.sub("", before) or reasoning
         text = text.strip()
     if form == "plain":
         bare = reasoning and len(text.split()) <= _BARE_WORDS  # the work stands in the reasoning alone

@@ -32,6 +32,7 @@ GIVEN = "given"
 SPARE = "right, but others are kept"
 _IMAGE_LIMIT = 50_000_000
 _SHOWN = 3
+_RATING = ("tries", "right", "pass_rate")  # as some teacher before did: never taken for this one's
 _BINS = 10
 
 
@@ -88,9 +89,10 @@ def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
     loaded = []
     for row in read_jsonl(folder / "kept.jsonl"):
         name = row.get("problem_id", row["id"])
-        if name not in problems:
+        digest = problems[name].digest if name in problems else None
+        if row.get("digest", digest) != digest or digest is None:
             raise UserError(
-                f"problem {name!r} is no longer in the data",
+                f"problem {name!r} is no longer in the data{' as it was' if digest else ''}",
                 where=str(folder / "kept.jsonl"),
                 fix="restore data.cold_start as it was, or start in a new run folder",
             )
@@ -198,7 +200,8 @@ def _save_images(refs: Iterable[ImageRef], folder: Path) -> dict[str, str]:
 
 def _problem_row(problem: Problem, images: list[str], tries: Sequence[Try]) -> dict[str, Any]:
     """A row of `problems.jsonl`; unscored tries say nothing about how hard a problem is."""
-    row: dict[str, Any] = {"id": problem.id, "question": problem.question, "images": images}
+    row: dict[str, Any] = {name: value for name, value in problem.metadata.items() if name not in _RATING}
+    row |= {"id": problem.id, "question": problem.question, "images": images}
     row |= {"choices": list(problem.choices)} if problem.choices else {}
     row |= {"answer": problem.answer}
     scored = [made.correct for made in tries if made.correct is not None]
@@ -210,8 +213,10 @@ def _problem_row(problem: Problem, images: list[str], tries: Sequence[Try]) -> d
 def _kept_row(made: Demonstration, images: list[str], *, alone: bool) -> dict[str, object]:
     problem = made.problem
     return {
+        **problem.metadata,
         "id": problem.id if alone else f"{problem.id}#{made.attempt}",
         "problem_id": problem.id,
+        "digest": problem.digest,
         "question": problem.question,
         "images": images,
         **({"choices": list(problem.choices)} if problem.choices else {}),

@@ -4,7 +4,6 @@
 a try that takes several. Whatever moment a kill picks, at most the last line is torn, and that is cut off.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,8 @@ from rlcs.files import append_jsonl, read_json, read_jsonl, write_json
 from rlcs.records import Grade, Problem
 
 TRIES, TURNS, SETTINGS = "tries.jsonl", "turns.jsonl", "settings.json"
+ANSWERS = (TRIES, TURNS, "predictions.jsonl")
+"""What may hold answers in a folder that is claimed."""
 _SYNC_S = 1.0  # a power cut may cost this much; a kill costs nothing
 
 
@@ -64,7 +65,7 @@ class TryLog:
 
     def __init__(self, folder: Path, problems: Iterable[Problem]) -> None:
         """Answers to other problems than these, or to what they were before an edit, do not count."""
-        self._digests = {problem.id: _digest(problem) for problem in problems}
+        self._digests = {problem.id: problem.digest for problem in problems}
         self.tries: dict[tuple[str, int], Try] = {}
         self.turns: dict[tuple[str, int, int], Said] = {}
         self._folder = folder
@@ -122,25 +123,23 @@ class TryLog:
             ) from error
 
 
-def _digest(problem: Problem) -> str:
-    """What an answer and its grade depend on: ids may be mere line numbers of a file that was edited."""
-    images = [ref.sha256 for ref in problem.images]
-    facts = dumps([problem.question, problem.choices, problem.answer, images])
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+def has_rows(paths: Iterable[Path]) -> bool:
+    """Whether any of these JSONL files, which need not exist, holds a whole row."""
+    return any(path.is_file() and bool(read_jsonl(path)) for path in paths)
 
 
 def claim(folder: Path, settings: Mapping[str, object]) -> None:
     """Write what decides an answer into a new folder, or check that an old one has the same.
 
-    Raises RunFolderError for answers given under other settings: they never share a folder.
+    Raises RunFolderError for answers given under other settings: they never share a folder. A start that
+    got no answer (a mistyped model, a wrong port) leaves nothing to protect.
     """
     path = folder / SETTINGS
-    if not path.exists():
-        write_json(path, settings)
-        return
-    old = read_json(path)
+    old = read_json(path) if path.exists() else {}
     changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in settings.items() if old.get(k) != v]
-    if changed:
+    if not path.exists() or (changed and not has_rows(folder / name for name in ANSWERS)):
+        write_json(path, settings)
+    elif changed:
         raise RunFolderError(
             f"the folder holds answers given under other settings: {'; '.join(changed)}",
             where=str(folder),

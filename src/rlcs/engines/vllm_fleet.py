@@ -92,7 +92,10 @@ class Fleet:
         wait = _FIRST_WAIT_S
         while not work.ended.is_set():
             try:
-                await _unless_ended(work, [server.ready(client, work.weights)])
+                await _unless_ended(work, [server.up(client, work.weights)])
+                # Watched: one whose engine dies now never answers, and loading may take long otherwise too.
+                loading = server.take(client, work.weights)
+                await _unless_ended(work, [self._watch(server, client, work), loading])
                 work.last_sign, wait = time.monotonic(), _FIRST_WAIT_S
                 turns = [self._turn(server, client, work) for _ in range(self._settings.concurrency)]
                 await _unless_ended(work, [self._watch(server, client, work), *turns])

@@ -197,14 +197,17 @@ class Server:
         """For messages."""
         return f"vLLM server {self._index} ({self._url or 'not started'})"
 
-    async def ready(self, client: httpx.AsyncClient, weights: Weights) -> None:
-        """Start it if it is ours and does not run; wait until it is well; give it these weights.
+    async def up(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """Start it if it is ours and does not run; wait until it is well.
 
-        Raises DownError; ModelError or EndpointError if waiting cannot help.
+        Raises DownError; ModelError if waiting cannot help.
         """
         if self._ours and (self._process is None or not self._process.runs):
             await self._start(client, weights)
         await self.require_well(client)
+
+    async def take(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """Give it these weights, unless it has them. Raises DownError; EndpointError if it does not fit."""
         if not self._known:
             await self._require_fit(client, weights)
             self._known = True

@@ -19,11 +19,12 @@ from rlcs.distill.tries import claim
 from rlcs.engines.endpoint import EndpointClient
 from rlcs.engines.opening import open_reader
 from rlcs.errors import UserError
+from rlcs.evaluation import answers_so_far
 from rlcs.examine.asking import AnswerRow, Asking, EndpointRespondent, LocalRespondent, Respondent
 from rlcs.examine.comparison import write_comparison
 from rlcs.examine.judge import NOTHING, Key, read_out, wants_judge
 from rlcs.examine.scores import Verdict, chance_level, rule_scores
-from rlcs.files import append_jsonl, atomic_write, read_jsonl, write_json
+from rlcs.files import append_jsonl, atomic_write, write_json
 from rlcs.grading import GradePool
 from rlcs.grading.answer_file import AnswerRow as Answered
 from rlcs.grading.answer_file import mark_officially
@@ -182,18 +183,21 @@ class _Sitting:
     ) -> tuple[list[AnswerRow], dict[str, str]]:
         """All rows, old and new, and for each (question, sample) that could not be answered why."""
         path = self._folder / PREDICTIONS
-        rows: list[AnswerRow] = read_jsonl(path) if path.exists() else []
+        style = self._exam.asking.style
+        problems = [question.asked(style, images) for question, images in self._loaded.questions]
+        digests = {problem.id: problem.digest for problem in problems}
+        rows: list[AnswerRow] = answers_so_far(path, digests)
         answered = {(row["id"], row["index"]) for row in rows}
         wanted: list[tuple[Problem, tuple[int, ...]]] = []
-        for question, images in self._loaded.questions:
-            left = tuple(i for i in range(self._samples) if (question.id, i) not in answered)
+        for problem in problems:
+            left = tuple(i for i in range(self._samples) if (problem.id, i) not in answered)
             if left:
-                wanted.append((question.asked(self._exam.asking.style, images), left))
+                wanted.append((problem, left))
         done = len(self._questions) * self._samples - sum(len(left) for _, left in wanted)
         failed: dict[str, str] = {}
         right = seen = 0
         for new in respondent.answers(wanted, stop=stop):
-            good = [row for row in new if row["stop"] != "failed"]
+            good = [{**row, "digest": digests[row["id"]]} for row in new if row["stop"] != "failed"]
             failed |= {f"{r['id']} #{r['index']}": r["error"] for r in new if r["stop"] == "failed"}
             append_jsonl(path, good)
             rows += good
