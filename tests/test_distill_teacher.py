@@ -129,8 +129,9 @@ def test_what_is_refused_is_named_and_asked_again_the_next_time(tmp_path: Path, 
             sum(n for (text, _), n in asked(server).items() if " 3 " in text) == 2
         )  # no use in asking again
         assert sum(n for (text, _), n in asked(server).items() if " 4 " in text) == 2 * 2 * 3
-    assert read_json(tmp_path / "stats.json")["failed"] == 4
-    assert "4 tries were not answered" in capsys.readouterr().out
+    stats, shown = read_json(tmp_path / "stats.json"), capsys.readouterr().out
+    assert stats["failed"] == stats["refused"] == 2, "a 500 may pass, a 400 never"
+    assert "2 tries were not answered" in shown and "2 tries are left out" in shown
     with LoopbackServer(answer=said) as server:
         run(rows(6), settings.model_copy(update={"base_url": server.url}), folder=tmp_path, seed=1)
         assert {text.split()[2] for text, _ in asked(server)} == {"3", "4"} and len(server.seen) == 4

@@ -386,22 +386,24 @@ def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(rand
     rows = [{"question": f"What is {n} + 1 ?", "answer": str(n + 1)} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     out = tmp_path / "run"
-    with LoopbackServer(faults={"is 2 ": ["400"]}, answer=lambda body: "\\boxed{1}") as server:
+    faults = {"is 2 ": ["500"] * 3, "is 3 ": ["always:400"]}  # one may pass, the other never will
+    with LoopbackServer(faults=faults, answer=lambda body: "\\boxed{1}") as server:
         words = [f"model.name={random_model_folder}", *SMALL, f"data.cold_start={tmp_path / 'rows.jsonl'}"]
         words += [
             "teacher.model=m",
             f"teacher.base_url={server.url}",
             "teacher.keep=all",
+            "teacher.max_retries=0",
             "study.arms=[base, sft]",
         ]
         short = rlcs("run", "quickstart", *words, "--out", out)
         assert short.returncode == 1 and "Traceback" not in short.stderr, short.stderr
         assert "left 1 tries unanswered" in short.stderr and "the same command asks them" in short.stderr
         assert f"data.cold_start={out / 'cold_start/kept.jsonl'}" in short.stderr
-        assert not (out / "sft").exists() and len(server.seen) == 4
+        assert not (out / "sft").exists() and len(server.seen) == 2 + 3 + 1
         done = rlcs("run", "quickstart", *words, "--out", out)
-        assert done.returncode == 0 and len(server.seen) == 5, done.stderr
-    assert json.loads((out / "summary.json").read_text())["counts"]["cold_start"] == 4
+        assert done.returncode == 0 and len(server.seen) == 6 + 2, done.stderr
+    assert json.loads((out / "summary.json").read_text())["counts"]["cold_start"] == 3
 
 
 def test_measured_answers_to_edited_problems_are_refused(tmp_path):

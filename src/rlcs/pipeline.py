@@ -122,7 +122,7 @@ class Study:
             kept = distill.run(
                 rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=self._stop
             )
-        if failed := read_json(folder / "stats.json")["failed"]:  # no marker: they would never be asked again
+        if failed := read_json(folder / "stats.json")["failed"]:  # no marker: else nobody asks them again
             raise RlcsError(
                 f"the teacher left {failed:,} tries unanswered",
                 where=str(folder),

@@ -43,7 +43,10 @@ def cost(teacher: Teacher, prompt_tokens: int, completion_tokens: int) -> float 
 
 
 class Asking:
-    """Some problems before one teacher. `failed` says what could not be answered, and why."""
+    """Some problems before one teacher.
+
+    `failed` says what was not answered for a reason that may pass, `refused` what never will be; and why.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Asking:
         self._tries = self._right = self._done = self._new_tokens = 0
         self._spent = 0.0
         self.failed: dict[tuple[str, int], str] = {}
+        self.refused: dict[tuple[str, int], str] = {}
 
     def run(self, voice: Voice, *, view: Screen | None, stop: StopFlag | None) -> None:
         """Ask what is not answered yet; returns early, with all answers on disk, when `stop` is set."""
@@ -125,7 +129,7 @@ class Asking:
         for reply in replies:
             if isinstance(reply, Failed):
                 key = (reply.asked.problem.id, reply.asked.attempt)
-                self.failed[key] = reply.error
+                (self.failed if reply.again else self.refused)[key] = reply.error
                 if reply.again:
                     self._again.append((*key, reply.asked.turn))
                 continue

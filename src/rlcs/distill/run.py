@@ -58,7 +58,7 @@ def run(
     if teacher.who != "builtin":
         chain = Chain(teacher.chain, folder=teacher.templates, form=teacher.format)
     claim(folder, _decisive(teacher, chain, seed))
-    failed: dict[tuple[str, int], str] = {}
+    failed, refused = dict[tuple[str, int], str](), dict[tuple[str, int], str]()
     with GradePool() as pool, TryLog(folder, missing) as log:
         given = _graded(rows, pool)
         if missing:
@@ -66,14 +66,19 @@ def run(
             system = chain.system if chain else ""
             with open_voice(teacher, system=system, seed=seed, logs=folder / "rollout") as voice:
                 asking.run(voice, view=view, stop=stop)
-            failed = asking.failed
+            failed, refused = asking.failed, asking.refused
     if stop is not None:
         stop.check(str(folder))
-    if failed and view is not None:
-        view.say(f"{len(failed):,} tries were not answered; the same command asks them again")
-        for why in list(dict.fromkeys(failed.values()))[:_SHOWN]:
-            view.say(f"  {why}")
-    kept = _sort(rows, given, log, teacher, folder=folder, failed=len(failed))
+    for tries, what in (
+        (failed, "were not answered; the same command asks them again"),
+        (refused, "are left out: they cannot be answered"),
+    ):
+        if tries and view is not None:
+            view.say(f"{len(tries):,} tries {what}")
+            for why in list(dict.fromkeys(tries.values()))[:_SHOWN]:
+                view.say(f"  {why}")
+    unanswered = {"failed": len(failed), "refused": len(refused)}
+    kept = _sort(rows, given, log, teacher, folder=folder, unanswered=unanswered)
     if not kept:
         raise UserError(
             f"none of {len(rows)} problems has a demonstration",
@@ -133,7 +138,7 @@ def _sort(
     teacher: Teacher,
     *,
     folder: Path,
-    failed: int,
+    unanswered: Mapping[str, int],
 ) -> list[Demonstration]:
     """Choose, and write everything that a run leaves; the statistics last."""
     kept: list[Demonstration] = []
@@ -155,7 +160,7 @@ def _sort(
     _write(folder / "kept.jsonl", kept_rows)
     _write(folder / "rejected.jsonl", rejected)
     _write(folder / "problems.jsonl", problems)
-    write_json(folder / "stats.json", _stats(problems, kept, rejected, seen, teacher) | {"failed": failed})
+    write_json(folder / "stats.json", {**_stats(problems, kept, rejected, seen, teacher), **unanswered})
     return kept
 
 

@@ -138,8 +138,7 @@ class _EndpointVoice(AbstractContextManager["_EndpointVoice"]):
         for got in self._client.ask(sent(), stop=stop):
             asked = open_requests.pop((got.id, got.index))
             if got.finish == "error":
-                again = got.attempts > self._teacher.max_retries
-                yield [Failed(asked=asked, error=got.error, again=again)]
+                yield [Failed(asked=asked, error=got.error, again=not got.refused)]
                 continue
             tokens = (got.prompt_tokens, got.completion_tokens)
             said = _said(asked, got.text, stop=got.finish, tokens=tokens)

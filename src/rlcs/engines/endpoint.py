@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What came back, or why nothing did (`finish` is `error` and `error` says it).
+    """What came back, or why nothing did (`finish` is `error` and `error` says it; `refused`: for good).
 
     `reasoning` is what some servers keep apart from the text. `seconds` run from the first try,
     pauses included; `attempts` counts tries, 0 if nothing could be sent.
@@ -70,6 +70,7 @@ class Answer:
     seconds: float = 0.0
     attempts: int = 0
     error: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +201,7 @@ class EndpointClient:
             body = self._body(request)
         except DataError as error:  # its image is gone: this request fails, the others go on
             future: Future[Answer] = Future()
-            future.set_result(Answer(id=request.id, index=request.index, error=str(error)))
+            future.set_result(Answer(id=request.id, index=request.index, error=str(error), refused=True))
         else:
             future = asyncio.run_coroutine_threadsafe(self._answer(request, body), self._loop)
         future.add_done_callback(arrived.put)
@@ -239,13 +240,13 @@ class EndpointClient:
             started = time.monotonic()
             attempt = 0
             while True:
-                attempt += 1
+                attempt, refused = attempt + 1, False
                 await self._pace()
                 try:
                     answer = _read(request, await self._post(body))
                     return replace(answer, attempts=attempt, seconds=time.monotonic() - started)
                 except _RefusedError as error:
-                    why = str(error)
+                    why, refused = str(error), True
                 except _AgainError as error:
                     why = str(error)
                     if attempt <= self._settings.max_retries:
@@ -255,7 +256,12 @@ class EndpointClient:
                         raise self._unreachable(why) from error
                 seconds = time.monotonic() - started
                 return Answer(
-                    id=request.id, index=request.index, error=why, attempts=attempt, seconds=seconds
+                    id=request.id,
+                    index=request.index,
+                    error=why,
+                    refused=refused,
+                    attempts=attempt,
+                    seconds=seconds,
                 )
 
     async def _pace(self) -> None:
