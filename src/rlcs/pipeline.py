@@ -379,9 +379,8 @@ def run_seeds(
 
     def begin() -> None:
         claim(folder, recipe)
-        write_json(
-            folder / "seeds.json", {"count": count}
-        )  # for whoever must say how a stopped study goes on
+        # For whoever must say how a stopped study goes on.
+        write_json(folder / "seeds.json", {"count": count})
 
     mesh.first(begin)
     summaries = {}
