@@ -158,9 +158,9 @@ def take(talk: Talk, sent: Mapping[str, Any], count: int) -> None:
     text, images = sent["text"], tuple(map(Path, sent["files"]))
     told: dict[str, Any] = {"duration": 5, "print_exception": False}
     if talk.now is not None:
-        raise gr.Error("Wait for the answer, or press Stop.", title="Not yet", **told)
+        raise gr.Error("Wait for the answer, or press Stop.", **told)
     if not images and not text.strip():
-        raise gr.Error("Write a question, or drop an image.", title="Nothing to answer", **told)
+        raise gr.Error("Write a question, or drop an image.", **told)
     talk.begin(Exchange(text=text, images=images, answers=("",) * count))
 
 
