@@ -57,6 +57,8 @@ class Canned:
     def stream(self, messages, settings):
         if "too long" in str(messages):
             raise PromptError("the prompt is too long", fix="ask less")
+        if "explode" in str(messages):
+            raise RuntimeError("what nobody foresaw")
         self.asked.append(list(messages))
         self.settings.append(settings)
         words = [word + " " for word in self._text.split(" ")]
@@ -251,6 +253,8 @@ def test_turns_settings_examples_and_errors(browser, served, image):
     ask(page, "too long")
     page.get_by_text("ask less").wait_for()
     page.locator(".conversation").first.get_by_text("too long").wait_for()  # the question stays
+    ask(page, "explode")
+    page.locator(".conversation").first.get_by_text("explode").wait_for()
     page.get_by_text("New conversation").click()
     page.wait_for_function("document.querySelectorAll('.conversation .message').length == 0")
     ask(page, "Fresh start")

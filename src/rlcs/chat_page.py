@@ -225,12 +225,11 @@ def connect(talkers: Sequence[Talker], displays: Sequence[Any], box: Any, sampli
     def converse(
         talk: Talk, system: str | None, temperature: float, top_p: float, longest: float
     ) -> Iterator[dict[Any, Any]]:
-        settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
         try:
+            settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
             for exchanges in answer(talkers, talk, settings, system or ""):
                 yield views(exchanges)
         except RlcsError as error:
-            yield views(talk.exchanges)
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
     def views(exchanges: Sequence[Exchange]) -> dict[Any, Any]:
@@ -250,7 +249,9 @@ def connect(talkers: Sequence[Talker], displays: Sequence[Any], box: Any, sampli
     talk = gr.State(Talk())
     # One function an event: of two, Gradio calls the second when the first has ended, after the answer.
     sent = box.submit(send, [talk, box], box, show_progress="hidden")
-    sent.success(converse, [talk, *sampling], displays, trigger_mode="multiple")
+    answered = sent.success(converse, [talk, *sampling], displays, trigger_mode="multiple")
+    # What fails, wherever it does, has been asked: else every further question would wait for its answer.
+    answered.failure(stop, talk, displays, queue=False, show_progress="hidden")
     box.stop(stop, talk, displays, queue=False, show_progress="hidden")
     gr.on([afresh.click, *(display.clear for display in displays)], forget, talk, displays, queue=False)
 

@@ -274,7 +274,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, path)
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+        files.open_as_its_folder(path)  # safetensors leaves it to its owner alone
         _fsync(path)  # by the rank that wrote it: rank 0 may be on another machine
     except (OSError, SafetensorError) as error:
         raise files.cannot_write(path, sum(t.nbytes for t in tensors.values()), error) from error

@@ -87,7 +87,12 @@ def open_to_readers(folder: Path) -> None:
     safetensors leaves what it writes to its owner alone.
     """
     for path in folder.rglob("*.safetensors"):
-        path.chmod(path.parent.stat().st_mode & 0o666)
+        open_as_its_folder(path)
+
+
+def open_as_its_folder(path: Path) -> None:
+    """Let those read and write a file who may read and write its folder."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_json(path: Path, obj: object) -> None:
