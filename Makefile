@@ -62,7 +62,7 @@ chat: $(VENV)/.stamp-dev  ## a page to talk to the built-in model, or MODEL=fold
 	$(BIN)/rlcs chat $(MODEL)
 
 tiny: $(VENV)/.stamp-dev  ## pre-train the built-in model again, from its fixed seed
-	$(BIN)/python -m rlcs.tiny --out src/rlcs/builtin_model
+	$(BIN)/python -m tools.tiny_model --out src/rlcs/builtin_model
 
 format: $(VENV)/.stamp-dev  ## put the code into the house's format
 	$(BIN)/ruff check --fix .

@@ -18,10 +18,10 @@ import httpx
 import torch
 
 from bench.loading import write
-from rlcs import models
-from rlcs.engines.vllm_server import Launch, Server
-from rlcs.engines.weights import Weights, WeightsFolder
-from rlcs.models import Vlm
+from rlcs.engines.vllm.server import Launch, Server
+from rlcs.engines.vllm.weights import Weights, WeightsFolder
+from rlcs.model import loading
+from rlcs.model.loading import Vlm
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.rollout import Rollouts
 from rlcs.recipe.schema import Model
@@ -49,8 +49,8 @@ def main() -> None:
         folder.mkdir()
         write(folder, options.width)
         for way in ("merged", "adapter"):
-            plain = models.load(Model(name=str(folder), dtype="float32"), device=torch.device("cpu"))
-            vlm = models.prepare(plain, Lora(rank=options.rank), (), seed=0)
+            plain = loading.load(Model(name=str(folder), dtype="float32"), device=torch.device("cpu"))
+            vlm = loading.prepare(plain, Lora(rank=options.rank), (), seed=0)
             published = WeightsFolder(Path(scratch) / way, as_adapters=way == "adapter")
             with server(options.vllm, options.rank, Path(scratch) / way) as load:
                 found = measure(vlm, published, options.updates, load)

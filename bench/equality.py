@@ -12,13 +12,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench import ours, peer
 from bench.shapes import SEED, Case, grpo_settings
-from rlcs import grpo
-from rlcs.models import Vlm
-from rlcs.objectives import denominator
-from rlcs.packing import Pack, pack
-from rlcs.policy import score
+from rlcs.model.loading import Vlm
+from rlcs.model.packing import Pack, pack
+from rlcs.model.policy import score
 from rlcs.records import Branch, Prompt, Tree
-from rlcs.trainer import Batch, logprobs_of
+from rlcs.train import grpo
+from rlcs.train.losses import denominator
+from rlcs.train.trainer import Batch, logprobs_of
 
 TOLERANCE = 1e-4
 """Largest relative difference in fp32."""

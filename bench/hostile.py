@@ -46,7 +46,7 @@ class Server(NamedTuple):
 
 _START = """
 import faulthandler, gc, signal
-from rlcs import cli
+from rlcs.cli import main as cli
 signal.signal(signal.SIGUSR1, lambda *_: gc.collect())
 faulthandler.register(signal.SIGUSR2)
 """

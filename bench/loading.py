@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from rlcs import tiny
 from rlcs.plan.shapes import published, skeleton
+from tools import tiny_model
 
 FILE_BYTES = 4_000_000_000
 """Of one file, as published."""
@@ -85,7 +85,7 @@ def write(folder: Path, width: float) -> int:
     config.dtype = torch.bfloat16
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    tiny.build_processor(tiny.corpus(50)).save_pretrained(folder)
+    tiny_model.build_processor(tiny_model.corpus(50)).save_pretrained(folder)
     pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
     files: list[dict[str, Tensor]] = [{}]
     for name, tensor in names.items():
@@ -171,17 +171,17 @@ def memory(pids: Sequence[int]) -> dict[str, int]:
 
 def load(meeting: Path, folder: Path, dtype: str) -> None:
     """One rank: load, and wait until it has been looked at."""
-    from rlcs import models
-    from rlcs.mesh import open_mesh
+    from rlcs.distributed import open_mesh
+    from rlcs.model import loading
     from rlcs.recipe.parallel import Parallel
     from rlcs.recipe.schema import Model
 
     with open_mesh(timeout_s=LIMIT_S) as mesh:
-        models.load(Model(name="builtin"), mesh=mesh)  # so that libraries are there
+        loading.load(Model(name="builtin"), mesh=mesh)  # so that libraries are there
         (meeting / f"ready-{os.getpid()}").touch()
         _wait(meeting / "go")
         settings = Model.model_validate({"name": str(folder), "dtype": dtype})
-        vlm = models.spread(models.load(settings, mesh=mesh), Parallel())
+        vlm = loading.spread(loading.load(settings, mesh=mesh), Parallel())
         assert vlm.shell is not None
         (meeting / f"loaded-{os.getpid()}").touch()
         _wait(meeting / "end")

@@ -12,16 +12,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.meter import Meter
 from bench.shapes import SEED, Case, grpo_settings, rewards
-from rlcs import grpo, models
 from rlcs.data import ProblemStream
 from rlcs.engines import local
 from rlcs.engines.sampling import choose, uniform
 from rlcs.grading import GradePool
-from rlcs.models import Vlm
+from rlcs.model import loading
+from rlcs.model.loading import Vlm
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.records import Grade, Problem, rollout_seed
-from rlcs.stage import Clock
-from rlcs.trainer import Trainer
+from rlcs.train import grpo
+from rlcs.train.run_dir import Clock
+from rlcs.train.trainer import Trainer
 
 PHASE_NAMES = {"rollout": "rollout", "reference": "logprobs", "update": "update", "grade": "step"}
 """Our phases by the names of the table."""
@@ -92,8 +93,8 @@ class ForcedLengths:
 
 def load(case: Case) -> tuple[Vlm, grpo.Actors]:
     """The policy and everybody who takes part in a step."""
-    vlm = models.load(Model(name=case.folder), device=torch.device("cpu"))
-    chat = models.make_chat(vlm, Recipe())
+    vlm = loading.load(Model(name=case.folder), device=torch.device("cpu"))
+    chat = loading.make_chat(vlm, Recipe())
     engine = local.LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
     reference = grpo.frozen_copy(vlm)
     pool = cast(GradePool, FixedRewards())

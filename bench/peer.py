@@ -30,7 +30,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from bench.meter import Meter
 from bench.shapes import SEED, Case, grpo_settings, rewards
-from rlcs.chat import VISION_TOKENS
+from rlcs.model.chat import VISION_TOKENS
 from rlcs.recipe.schema import Prompts
 from rlcs.records import Problem
 

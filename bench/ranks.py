@@ -55,26 +55,28 @@ def measure(ranks: int, steps: int) -> tuple[float, list[float]]:
 
 def train(folder: Path, steps: int) -> None:
     """One rank of a measurement."""
-    from rlcs import models, sft, tasks
-    from rlcs.interrupts import StopFlag
-    from rlcs.mesh import open_mesh
-    from rlcs.metrics import screen
+    from rlcs.data import puzzles
+    from rlcs.distributed import open_mesh
+    from rlcs.model import loading
+    from rlcs.progress import screen
     from rlcs.recipe.loading import load_recipe
     from rlcs.records import Demonstration
-    from rlcs.stage import StageFolder
+    from rlcs.signals import StopFlag
+    from rlcs.train import sft
+    from rlcs.train.run_dir import StageFolder
 
     recipe = load_recipe("quickstart", ["sft.epochs=1", "sft.save_every=100000"]).recipe
     count = (WARM_UP + steps) * recipe.sft.batch_size
-    problems = tasks.load("puzzles", split="train", count=count, seed=1)
+    problems = puzzles.load("puzzles", split="train", count=count, seed=1)
     taught = [
-        Demonstration(problem=p, response=tasks.teach(p, seed=0, wrong_share=0.0), teacher="builtin")
+        Demonstration(problem=p, response=puzzles.teach(p, seed=0, wrong_share=0.0), teacher="builtin")
         for p in problems
     ]
     with open_mesh(timeout_s=600) as mesh, StopFlag() as stop, screen("sft", steps, quiet=True) as view:
-        vlm = models.load(recipe.model, mesh=mesh)
-        models.freeze(vlm, recipe.sft.freeze)
-        vlm = models.spread(vlm, recipe.parallel)
-        chat = models.make_chat(vlm, recipe)
+        vlm = loading.load(recipe.model, mesh=mesh)
+        loading.freeze(vlm, recipe.sft.freeze)
+        vlm = loading.spread(vlm, recipe.parallel)
+        chat = loading.make_chat(vlm, recipe)
         stage = StageFolder(folder, name="sft", seed=0, settings=recipe.sft, recipe_hash="", mesh=mesh)
         sft.train(vlm, chat, taught, recipe.sft, folder=stage, screen=view, stop=stop)
 

@@ -14,13 +14,14 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from rlcs import tasks, tiny
-from rlcs.chat import Chat
-from rlcs.files import image_from_bytes
-from rlcs.images import ImagePipeline
-from rlcs.packing import within_budget
+from rlcs.data import puzzles
+from rlcs.model.chat import Chat
+from rlcs.model.images import ImagePipeline
+from rlcs.model.packing import within_budget
 from rlcs.recipe.schema import Grpo, Prompts
 from rlcs.records import ImageRef, Problem
+from rlcs.storage import image_from_bytes
+from tools import tiny_model
 
 SEED = 0
 THREADS = 2
@@ -154,8 +155,8 @@ def rewards(count: int) -> list[float]:
 
 def make_case(shape: Shape, folder: Path, steps: int, *, cpu_time: bool = False) -> Case:
     """Write a shape's model to `folder`; draw problems and lengths of one warm-up step and `steps` more."""
-    processor = tiny.build_processor(tiny.corpus(1200 if shape.model == "built-in" else 100))
-    model = wide_model(processor) if shape.model == "38M" else tiny.build_model(processor)
+    processor = tiny_model.build_processor(tiny_model.corpus(1200 if shape.model == "built-in" else 100))
+    model = wide_model(processor) if shape.model == "38M" else tiny_model.build_model(processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     images = ImagePipeline(processor.image_processor, decode_limit=DECODE_LIMIT)
@@ -190,7 +191,7 @@ def _even_share(shape: Shape, packs: int) -> int:
 
 def wide_model(processor: Any) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL of 38M parameters with random weights, for the tokenizer of the built-in model."""
-    ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in tiny.SPECIAL}
+    ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in tiny_model.SPECIAL}
     end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
     config = Qwen2_5_VLConfig(
         text_config={
@@ -259,13 +260,13 @@ def _drawn_image(side: int, rng: random.Random) -> ImageRef:
 
 
 def _own_problems(count: int) -> list[Problem]:
-    return list(tasks.load("puzzles", split="train", count=count, seed=2, levels=(1, 2)))
+    return list(puzzles.load("puzzles", split="train", count=count, seed=2, levels=(1, 2)))
 
 
 def _lengths(shape: Shape, chat: Chat, problem: Problem) -> tuple[int, ...]:
     """Lengths of a group's answers, end token included; the built-in tasks': as long as the teacher's."""
     if not shape.trunk:
-        texts = [tasks.teach(problem, seed=i, wrong_share=0.25) for i in range(shape.group)]
+        texts = [puzzles.teach(problem, seed=i, wrong_share=0.25) for i in range(shape.group)]
         return tuple(len(chat.response_ids(text)) for text in texts)
     rng = random.Random(f"{SEED}|lengths|{problem.id}")
     return tuple(rng.randint(*shape.answers) for _ in range(shape.group))

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rlcs import models
-from rlcs.chat import Chat
-from rlcs.files import image_from_bytes
-from rlcs.models import Vlm
+from rlcs.model import loading
+from rlcs.model.chat import Chat
+from rlcs.model.loading import Vlm
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.records import ImageRef, Problem
+from rlcs.storage import image_from_bytes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,10 +23,10 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in Hugging Face format: random weights, two layers, the built-in model's processor."""
-    from rlcs import tiny
+    from tools import tiny_model
 
-    processor = tiny.build_processor(tiny.corpus(50))
-    model = tiny.build_model(processor, seed=1, layers=2)
+    processor = tiny_model.build_processor(tiny_model.corpus(50))
+    model = tiny_model.build_model(processor, seed=1, layers=2)
     folder = tmp_path_factory.mktemp("random_model")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -36,12 +36,12 @@ def random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def vlm(random_model_folder: Path) -> Vlm:
     """The random model, loaded afresh so that a test may change it."""
-    return models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
+    return loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
 
 
 @pytest.fixture
 def chat(vlm: Vlm) -> Chat:
-    return models.make_chat(vlm, Recipe())
+    return loading.make_chat(vlm, Recipe())
 
 
 def draw(width: int, height: int, seed: int = 0) -> ImageRef:

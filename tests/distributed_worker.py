@@ -11,22 +11,24 @@ from pathlib import Path
 
 import torch
 
-from rlcs import grpo, models, sft, tasks
+from rlcs.data import puzzles
+from rlcs.distributed import Mesh, open_mesh
 from rlcs.engines.local import LocalEngine
-from rlcs.interrupts import StopFlag, Stopped
-from rlcs.mesh import Mesh, open_mesh
-from rlcs.metrics import screen
+from rlcs.model import loading
+from rlcs.model.fsdp import whole_weights
+from rlcs.progress import screen
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Grpo, Recipe, Sft
 from rlcs.records import Demonstration, Grade, Problem
-from rlcs.sharding import whole_weights
-from rlcs.stage import StageFolder
+from rlcs.signals import StopFlag, Stopped
+from rlcs.train import grpo, sft
+from rlcs.train.run_dir import StageFolder
 
 
 def mixed_problems(count: int) -> list[Problem]:
     """Every third without an image, so that ranks get packs with and without."""
-    problems = list(tasks.load("puzzles", split="train", count=count, seed=5))
+    problems = list(puzzles.load("puzzles", split="train", count=count, seed=5))
     for i in range(0, count, 3):
         question = "How much is 2 + 2? " * (1 + i % 4)
         problems[i] = Problem(id=f"text{i}", source="t", question=question, answer="4")
@@ -59,11 +61,11 @@ class Stopper:
             self._stop.is_set = True
 
 
-def load(job: dict, mesh: Mesh) -> models.Vlm:
+def load(job: dict, mesh: Mesh) -> loading.Vlm:
     checkpointing = job.get("gradient_checkpointing", False)
     more = {"gradient_checkpointing": checkpointing, "dtype": job.get("dtype", "auto")}
     settings = Recipe(model={"name": job["model"], **more}).model
-    return models.load(settings, mesh=mesh)
+    return loading.load(settings, mesh=mesh)
 
 
 def train(job: dict, mesh: Mesh) -> None:
@@ -71,17 +73,17 @@ def train(job: dict, mesh: Mesh) -> None:
     parallel = Parallel(**job.get("parallel", {}))
     settings = Sft(**job["sft"]) if "sft" in job else Grpo(**job["grpo"])
     vlm = load(job, mesh)
-    vlm = models.prepare(vlm, Lora(**job.get("lora", {})), settings.freeze, seed=3)
+    vlm = loading.prepare(vlm, Lora(**job.get("lora", {})), settings.freeze, seed=3)
 
-    def spread(vlm: models.Vlm) -> models.Vlm:
-        return models.spread(vlm, parallel)
+    def spread(vlm: loading.Vlm) -> loading.Vlm:
+        return loading.spread(vlm, parallel)
 
     reference = None
     if "grpo" in job and settings.kl.active:
         vlm, reference = grpo.with_reference(vlm, spread)
     else:
         vlm = spread(vlm)
-    chat = models.make_chat(vlm, Recipe())
+    chat = loading.make_chat(vlm, Recipe())
     stage = StageFolder(folder, name="stage", seed=3, settings=settings, recipe_hash="h", mesh=mesh)
     with StopFlag() as stop, screen("stage", 6, quiet=True, stream=Path(os.devnull).open("w")) as view:
         if job.get("stop_at") and mesh.rank == mesh.size - 1:

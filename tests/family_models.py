@@ -16,8 +16,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from rlcs import tiny
-from rlcs.tiny.build import CHAT_TEMPLATE, build_tokenizer
+from tools import tiny_model
+from tools.tiny_model.build import CHAT_TEMPLATE, build_tokenizer
 
 QWEN_3_TEMPLATE = """\
 {%- set seen = namespace(images=0, videos=0) -%}
@@ -120,7 +120,7 @@ BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}
 def build(family: str, folder: Path, **parts: object) -> Path:
     """Write a random model of the family in Hugging Face format; `text` and `vision` change its shape."""
     torch.manual_seed(1)
-    model, processor = BUILDERS[family](build_tokenizer(tiny.corpus(50)), **parts)
+    model, processor = BUILDERS[family](build_tokenizer(tiny_model.corpus(50)), **parts)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -17,12 +17,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from rlcs import checkpoint, models, sharding
-from rlcs.mesh import Mesh, own_part
-from rlcs.models import FAMILIES, Vlm
+from rlcs.distributed import Mesh, own_part
+from rlcs.model import fsdp, loading
+from rlcs.model.loading import FAMILIES, Vlm
 from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Optimizer
-from rlcs.trainer import make_optimizer
+from rlcs.train import checkpoint
+from rlcs.train.trainer import make_optimizer
 
 GPU = torch.device("cuda", 0)
 
@@ -64,13 +65,13 @@ def devices_of(tensors) -> list[str]:
 
 def sharded(parallel: Parallel, grid: DeviceMesh) -> Vlm:
     """The built-in model, spread over GPUs."""
-    config = AutoConfig.from_pretrained(models.resolve("builtin"))
-    sharding.init_device_mesh = lambda kind, shape: grid
+    config = AutoConfig.from_pretrained(loading.resolve("builtin"))
+    fsdp.init_device_mesh = lambda kind, shape: grid
     mesh = Mesh(rank=0, size=8, device=GPU, objects=object(), patient=object())
     model = AutoModelForImageTextToText.from_config(config)
     family = FAMILIES[config.model_type]
     vlm = Vlm(model=model, processor=None, family=family, attention="auto", device=GPU, mesh=mesh)
-    return models.spread(vlm, parallel)
+    return loading.spread(vlm, parallel)
 
 
 def look(vlm: Vlm) -> dict[str, list[str]]:

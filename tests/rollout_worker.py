@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from conftest import make_problem
-from rlcs import models
-from rlcs.engines.opening import open_engines
-from rlcs.mesh import open_mesh
+from rlcs.distributed import open_mesh
+from rlcs.engines.factory import open_engines
+from rlcs.model import loading
 from rlcs.recipe.loading import load_recipe
 
 
@@ -21,12 +21,12 @@ def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
     words += [f"model.name={model}", f"lora.rank={lora_rank}"]
     recipe = load_recipe("quickstart", words).recipe
     with open_mesh(timeout_s=120) as mesh, open_engines(recipe, folder) as make:
-        vlm = models.prepare(models.load(recipe.model, mesh=mesh), recipe.lora, (), seed=3)
+        vlm = loading.prepare(loading.load(recipe.model, mesh=mesh), recipe.lora, (), seed=3)
         for name, parameter in vlm.parameters():
             if "lora_B" in name and mesh.rank == 0:
                 parameter.data += 1
-        vlm = models.spread(vlm, recipe.parallel)
-        chat = models.make_chat(vlm, recipe)
+        vlm = loading.spread(vlm, recipe.parallel)
+        chat = loading.make_chat(vlm, recipe)
         engine = make(vlm, chat, 8)
         engine.sync()
         names = [f"rank{mesh.rank}-{i}" for i in range(3 - 2 * mesh.rank)]

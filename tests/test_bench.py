@@ -11,11 +11,12 @@ from transformers import Qwen2_5_VLConfig
 from bench import adapters, limit, ours, table
 from bench.meter import Measured, Meter
 from bench.shapes import Case, Shape, make_case, wide_model
-from rlcs import models, tiny
-from rlcs.engines.weights import WeightsFolder
-from rlcs.packing import dense_mask, layout_of
+from rlcs.engines.vllm.weights import WeightsFolder
+from rlcs.model import loading
+from rlcs.model.packing import dense_mask, layout_of
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.schema import Model
+from tools import tiny_model
 
 SHAPE = Shape(name="check", says="built-in model", model="built-in", prompts=2, group=3)
 
@@ -26,7 +27,7 @@ def case(tmp_path_factory) -> Case:
 
 
 def test_limit_counts_the_matrix_products_that_torch_counts():
-    model = wide_model(tiny.build_processor(tiny.corpus(100)))
+    model = wide_model(tiny_model.build_processor(tiny_model.corpus(100)))
     text, tokens = model.config.text_config, 7
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         states = model.model.language_model(input_ids=torch.arange(tokens)[None]).last_hidden_state
@@ -62,8 +63,8 @@ def _with(case: Case, **changes: object) -> Case:
 def test_an_update_as_adapters_is_measured_beside_a_merged_one(tmp_path, random_model_folder, capsys):
     written = {}
     for way in ("merged", "adapter"):
-        plain = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
-        vlm = models.prepare(plain, Lora(rank=4), (), seed=0)
+        plain = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
+        vlm = loading.prepare(plain, Lora(rank=4), (), seed=0)
         published = WeightsFolder(tmp_path / way, as_adapters=way == "adapter")
         found = adapters.measure(vlm, published, 2, None)
         assert len(found.written) == len(found.publish_s) == 2 and min(found.publish_s) > 0

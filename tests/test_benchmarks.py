@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from conftest import draw
-from rlcs.benchmarks import find, list_benchmarks, mathverse, mathvista, wemath
-from rlcs.benchmarks.base import Question
-from rlcs.benchmarks.loading import load_benchmark
 from rlcs.errors import DataError, UserError
-from rlcs.examine.scores import Verdict, averaged, chance_level, pass_at, rule_scores
+from rlcs.evals.benchmarks import find, list_benchmarks, mathverse, mathvista, wemath
+from rlcs.evals.benchmarks.base import Question
+from rlcs.evals.benchmarks.loading import load_benchmark
+from rlcs.evals.scores import Verdict, averaged, chance_level, pass_at, rule_scores
 
 LIMIT = 50_000_000
 OFFICIAL = Path(os.environ.get("RLCS_BENCHMARKS", Path(__file__).parents[2] / "shared" / "benchmarks"))

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rlcs import chat_page, tasks
+from rlcs.data import puzzles
 from rlcs.errors import PromptError, UserError
+from rlcs.serving import chat_page
 from rlcs.serving.session import Settings
 from test_server import serving
 
@@ -171,7 +172,7 @@ def served() -> Iterator[tuple[str, Canned, Canned]]:
 @pytest.fixture
 def image(tmp_path) -> Path:
     path = tmp_path / "shapes.png"
-    path.write_bytes(tasks.load("shapes", split="test", count=1, seed=5)[0].images[0].data)
+    path.write_bytes(puzzles.load("shapes", split="test", count=1, seed=5)[0].images[0].data)
     return path
 
 
@@ -346,7 +347,7 @@ def test_the_keyboard_suffices(browser, served):
 def commanded(*words) -> Iterator[str]:
     """`rlcs chat` as a process of its own: the page's address."""
     port = free_port()
-    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", "chat", "--port", str(port), *words]
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs", "chat", "--port", str(port), *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             url = f"http://127.0.0.1:{port}"

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlcs import checkpoint as ck
 from rlcs.errors import CheckpointError, RunFolderError
+from rlcs.train import checkpoint as ck
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rlcs import cli
-from rlcs.cli import app
+from rlcs.cli import main as cli
+from rlcs.cli.main import app
 from rlcs.recipe.loading import load_recipe
 
 BASH = shutil.which("bash")
@@ -27,7 +27,7 @@ def verbs(command=COMMANDS, path: tuple[str, ...] = ()) -> Iterator[tuple[str, .
 
 def rlcs(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "80", **variables}
-    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *map(str, words)]
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
@@ -62,7 +62,7 @@ def test_an_unknown_verb_suggests_the_near_one():
 )
 def test_bash_completes_verbs_with_the_script_that_is_shown(words, offered, tmp_path):
     program = tmp_path / "rlcs"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore -m rlcs.cli "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore -m rlcs "$@"\n')
     program.chmod(0o755)
     count = len(words.split()) - 1
     typed = (
@@ -83,7 +83,7 @@ def test_a_bad_data_file_is_told_before_anything_heavy_is_loaded(tmp_path):
         "-X",
         "importtime",
         "-m",
-        "rlcs.cli",
+        "rlcs",
         "run",
         "quickstart",
         f"data.cold_start={file}",

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from rlcs.cli import app
+from rlcs.cli.main import app
 from rlcs.errors import RunFolderError
 from rlcs.report.compare import compare, mcnemar, write_html
 from test_report import Page, make_arm, make_run, rows_of, write_rows

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from rlcs import tasks
-from rlcs.data import Row, load
+from rlcs.data import Row, load, puzzles
 from rlcs.distill import load_kept, run
 from rlcs.errors import UserError
-from rlcs.files import read_json, read_jsonl
 from rlcs.recipe.schema import Data, Teacher
 from rlcs.records import Problem
+from rlcs.storage import read_json, read_jsonl
 
 
 def builtin_rows(count: int = 40) -> list[Row]:
-    return [Row(problem=p, response=None) for p in tasks.load("puzzles", split="train", count=count, seed=5)]
+    return [
+        Row(problem=p, response=None) for p in puzzles.load("puzzles", split="train", count=count, seed=5)
+    ]
 
 
 def given(name: str, response: str) -> Row:

@@ -12,21 +12,20 @@ from pathlib import Path
 import pytest
 
 from loopback_server import LoopbackServer, last_text, text_of
-from rlcs import tasks
-from rlcs.data import Row
+from rlcs.data import Row, puzzles
+from rlcs.data.puzzles import chains
 from rlcs.distill import load_kept, run
 from rlcs.distill.chains import Chain, Turn, formatted
-from rlcs.distill.keep import choose, reason_to_reject
+from rlcs.distill.filters import choose, reason_to_reject
 from rlcs.engines import endpoint
 from rlcs.errors import DataError, EndpointError, RecipeError, RunFolderError
-from rlcs.files import read_json, read_jsonl
 from rlcs.grading import grade
-from rlcs.interrupts import StopFlag, Stopped
-from rlcs.metrics import screen
+from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Filters, Teacher
 from rlcs.records import Problem
-from rlcs.tasks import chains
+from rlcs.signals import StopFlag, Stopped
+from rlcs.storage import read_json, read_jsonl
 
 RESULTS = ("kept.jsonl", "rejected.jsonl", "problems.jsonl", "stats.json")
 FAULTS = ("429", "500", "cut", "hangup", "not-json", "no-choices", "empty")
@@ -69,7 +68,7 @@ def asked(server):
 
 
 def test_a_server_teaches_and_every_try_lies_on_disk(tmp_path: Path):
-    picture = tasks.load("shapes", split="train", count=1, seed=5)[0]
+    picture = puzzles.load("shapes", split="train", count=1, seed=5)[0]
     with LoopbackServer(answer=lambda body: f"Look. \\boxed{{{picture.answer}}}") as server:
         kept = run(
             [Row(problem=picture, response=None)],
@@ -224,7 +223,7 @@ def test_killed_and_resumed_it_ends_like_an_undisturbed_run(kills, tmp_path: Pat
 
     def command(server, out):
         return [
-            *(sys.executable, "-W", "ignore", "-m", "rlcs.cli", "distill", "quickstart", "--out", str(out)),
+            *(sys.executable, "-W", "ignore", "-m", "rlcs", "distill", "quickstart", "--out", str(out)),
             *(
                 f"data.problems={source}",
                 f"teacher.base_url={server.url}",
@@ -269,7 +268,7 @@ def test_turns_of_a_chain_are_put_together_and_survive_a_stop(tmp_path: Path):
         assert "Two <image> apples 9." not in text and "Two  apples 9." in text
         return "So \\boxed{2}."
 
-    problem = tasks.load("shapes", split="train", count=1, seed=5)[0]
+    problem = puzzles.load("shapes", split="train", count=1, seed=5)[0]
     row = Row(problem=problem, response=None)
     settings = {"chain": "caption", "keep": "all"}
     with (
@@ -338,7 +337,7 @@ def test_formats():
 
 @pytest.mark.parametrize("kind", ["caption", "reflection", "self_critic"])
 def test_the_builtin_teacher_knows_every_kind(kind):
-    drawn = tasks.load("puzzles", split="train", count=60, seed=5)
+    drawn = puzzles.load("puzzles", split="train", count=60, seed=5)
     for problem in drawn:
         text = chains.teach(problem, chain=kind, seed=1, wrong_share=0.0)
         assert grade(problem, text, allow_fallbacks=False).correct and text.count("\\boxed") == 1

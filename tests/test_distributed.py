@@ -17,17 +17,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import distributed_worker
-from rlcs import checkpoint, models, sft
-from rlcs.chat import Chat
+from rlcs.distributed import ALONE, Mesh, open_mesh
 from rlcs.errors import UserError
-from rlcs.mesh import ALONE, Mesh, open_mesh
-from rlcs.models import Vlm
-from rlcs.packing import balanced, pack
-from rlcs.policy import score
+from rlcs.model import loading
+from rlcs.model.chat import Chat
+from rlcs.model.loading import Vlm
+from rlcs.model.packing import balanced, pack
+from rlcs.model.policy import score
 from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Model
 from rlcs.records import Tree
-from rlcs.shares import guessed_tokens, idle_tree, packs_in_step
+from rlcs.train import checkpoint, sft
+from rlcs.train.batching import guessed_tokens, idle_tree, packs_in_step
 
 WORKER = Path(distributed_worker.__file__)
 LIMIT_S = 300
@@ -184,14 +185,14 @@ def test_offloading_changes_no_bit_of_what_two_ranks_compute(pair, name):
 
 def test_the_trained_model_is_a_hugging_face_folder(pair):
     weights = torch.load(pair / "sft" / "weights.pt")
-    saved = models.load(Model(name=str(pair / "sft" / "final"))).model.state_dict()
+    saved = loading.load(Model(name=str(pair / "sft" / "final"))).model.state_dict()
     assert saved.keys() == weights.keys()
     assert all(torch.equal(weight, weights[name]) for name, weight in saved.items())
 
 
 def test_adapters_are_merged_from_shards(alone, pair):
     """Merging adds rounding of its own to what Adam makes of rounding."""
-    one, two = (models.load(Model(name=str(root / "adapters" / "final"))).model for root in (alone, pair))
+    one, two = (loading.load(Model(name=str(root / "adapters" / "final"))).model for root in (alone, pair))
     gaps = [(a - b).abs().max() for a, b in zip(one.parameters(), two.parameters(), strict=True)]
     assert max(gaps) < 4 * RATE
     assert (pair / "adapters" / "final" / "adapter" / "adapter_model.safetensors").is_file()
@@ -298,7 +299,7 @@ def group_of_one(monkeypatch) -> Iterator[Mesh]:
 
 def scored(folder: Path, chat: Chat, parallel: Parallel, mesh: Mesh) -> tuple[Vlm, Tensor]:
     """A model in shards, and its logprobs, with gradients."""
-    vlm = models.spread(models.load(Model(name=str(folder)), mesh=mesh), parallel)
+    vlm = loading.spread(loading.load(Model(name=str(folder)), mesh=mesh), parallel)
     trees = [sft.tree_of(demonstration, chat) for demonstration in distributed_worker.demonstrations(3)]
     logprobs = score(vlm, pack(trees, chat.patches)).logprobs
     logprobs.sum().backward()
@@ -361,7 +362,7 @@ def test_gradients_are_summed_in_the_chosen_format(random_model_folder, chat, gr
 def test_layers_stay_gathered_only_where_the_recipe_says_so(random_model_folder, chat, group_of_one):
     for freed in (True, False):
         parallel = Parallel(reshard_after_forward=freed)
-        vlm = models.spread(models.load(Model(name=str(random_model_folder)), mesh=group_of_one), parallel)
+        vlm = loading.spread(loading.load(Model(name=str(random_model_folder)), mesh=group_of_one), parallel)
         tree = sft.tree_of(distributed_worker.demonstrations(2)[1], chat)
         score(vlm, pack([tree], chat.patches))
         layer = vlm.model.model.language_model.layers[0].mlp.up_proj.weight
@@ -370,9 +371,9 @@ def test_layers_stay_gathered_only_where_the_recipe_says_so(random_model_folder,
 
 def test_what_only_shards_can_have_is_refused_without_torchrun(vlm):
     with pytest.raises(UserError, match="mixed precision and offloading belong to sharded models"):
-        models.spread(vlm, Parallel(compute_dtype="bfloat16"))
+        loading.spread(vlm, Parallel(compute_dtype="bfloat16"))
     with pytest.raises(UserError, match=r"parallel\.cpu_offload"):
-        models.spread(vlm, Parallel(cpu_offload=True))
+        loading.spread(vlm, Parallel(cpu_offload=True))
 
 
 # --- shares --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import typer
 from PIL import Image, ImageDraw
 
-from rlcs.cli import app
+from rlcs.cli.main import app
 from rlcs.recipe.loading import list_recipes, load_recipe
 from test_pipeline import SMALL, rlcs
 

@@ -9,15 +9,16 @@ from collections import namedtuple
 import pytest
 from typer.testing import CliRunner
 
-from rlcs import files, pipeline
-from rlcs.cli import app
+from rlcs import storage
+from rlcs.cli.main import app
 from rlcs.doctor import ailments, machine
-from rlcs.doctor.ailments import examine
+from rlcs.doctor.health import examine
 from rlcs.errors import RunFolderError
-from rlcs.interrupts import Stopped
+from rlcs.pipeline import study
 from rlcs.recipe.loading import load_recipe
-from rlcs.report.gather import read_run
+from rlcs.report.load_run import read_run
 from rlcs.report.progress import progress
+from rlcs.signals import Stopped
 from test_report import make_run, rows_of, write_rows
 
 
@@ -40,7 +41,7 @@ def healthy(tmp_path_factory):
     checkpoint = folder / "grpo" / "checkpoints" / "step-000050"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights" * 100)
-    files.write_manifest(checkpoint)
+    storage.write_manifest(checkpoint)
     return folder
 
 
@@ -181,9 +182,9 @@ def test_a_study_of_seeds_that_stopped_in_the_first_goes_on_with_all(run, tmp_pa
     (run / "grpo" / "done.json").unlink()
     (run / "logs").mkdir()
     (run / "logs" / "attempt-1.log").write_text("2026 ERROR rlcs: ended by Stopped: as asked\n")
-    monkeypatch.setattr(pipeline, "Study", stopped)
+    monkeypatch.setattr(study, "Study", stopped)
     with pytest.raises(Stopped):
-        pipeline.run_seeds(load_recipe("quickstart").recipe, parent, 3, sources=None, output=None, stop=None)
+        study.run_seeds(load_recipe("quickstart").recipe, parent, 3, sources=None, output=None, stop=None)
     assert [path.name for path in parent.glob("seed-*")] == ["seed-0"]
     course = next(one for one in examine(parent) if one.name == "course")
     assert f"rlcs ablate --seeds 3 {parent / 'recipe.yaml'} --out {parent}" in course.fix

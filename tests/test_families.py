@@ -6,18 +6,18 @@ The proofs are the same functions; here `random_model_folder` holds a tiny rando
 import re
 
 import pytest
-
-import family_models
-from rlcs import models
-from rlcs.models import FAMILIES
-from rlcs.recipe.schema import Recipe
-from test_chat import test_clean_text_gives_the_ids_of_the_chat_template  # noqa: F401
 from test_engine import (  # noqa: F401
     prompts,
     test_greedy_answers_are_those_of_transformers,
     test_rollouts_do_not_depend_on_batching_or_order,
     test_sampler_logprobs_are_the_policys,
 )
+
+import family_models
+from rlcs.model import loading
+from rlcs.model.loading import FAMILIES
+from rlcs.recipe.schema import Recipe
+from test_chat import test_clean_text_gives_the_ids_of_the_chat_template  # noqa: F401
 from test_lora import (  # noqa: F401
     test_a_new_adapter_changes_no_logprob_at_all,
     test_merged_says_what_the_adapter_says_and_plain_transformers_loads_it,
@@ -42,7 +42,7 @@ def test_every_parameter_belongs_to_exactly_one_part(vlm):
     assert family is vlm.family
     seen = dict.fromkeys(("vision_tower", "merger", "language_model"), 0)
     for part in seen:
-        models.freeze(vlm, [part])
+        loading.freeze(vlm, [part])
         frozen = {name for name, p in vlm.model.named_parameters() if not p.requires_grad}
         others = [getattr(family, other) for other in seen if other != part]
         assert frozen and not any(re.search(o, name) for o in others for name in frozen)
@@ -51,9 +51,9 @@ def test_every_parameter_belongs_to_exactly_one_part(vlm):
 
 
 def test_a_template_that_words_prompts_otherwise_is_told(vlm, caplog):
-    models.make_chat(vlm, Recipe(prompt={"system": "Think."}))
+    loading.make_chat(vlm, Recipe(prompt={"system": "Think."}))
     assert not caplog.records
     vlm.processor.chat_template += "{%- if add_generation_prompt -%}{{- '<think>' -}}{%- endif -%}"
-    models.make_chat(vlm, Recipe())
+    loading.make_chat(vlm, Recipe())
     [record] = caplog.records
     assert "assistant\\n<think>'; rlcs trains" in record.getMessage()

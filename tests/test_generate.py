@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import rlcs
 from conftest import draw
-from rlcs.cli import app
+from rlcs.cli.main import app
 from rlcs.errors import RlcsError, UserError
-from rlcs.files import read_jsonl
 from rlcs.serving.session import Settings
+from rlcs.storage import read_jsonl
 
 
 def run(*words):
@@ -114,7 +114,7 @@ def test_a_temperature_is_a_number(number):
 def test_ctrl_c_keeps_what_was_answered(random_model_folder, pictures):
     source, out = rows_file(pictures, 400), pictures / "out.jsonl"
     words = ["generate", random_model_folder, "--input", source, "--output", out, "--max-tokens", 40]
-    command = [sys.executable, "-m", "rlcs.cli", *map(str, words), "--batch", "4"]
+    command = [sys.executable, "-m", "rlcs", *map(str, words), "--batch", "4"]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     process = subprocess.Popen(command, **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     end = time.monotonic() + 100

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from rlcs.grading.answer_file import grade_file
+from rlcs.evals.answer_file import grade_file
 from rlcs.grading.rewards import grade
 from rlcs.records import Problem
 from test_official_rules import needs_files, read
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rlcs.cli", "grade", *map(str, words)]
+    command = [sys.executable, "-m", "rlcs", "grade", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 

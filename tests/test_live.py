@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from conftest import make_problem
+from rlcs.data.problem_store import ProblemBook
 from rlcs.errors import RunFolderError, UserError
-from rlcs.journal import ProblemBook
 from rlcs.report import rollouts
-from rlcs.report.gather import read_run
 from rlcs.report.live import LiveReport
+from rlcs.report.load_run import read_run
 from rlcs.report.progress import ending, progress
 from rlcs.report.rollouts import Wanted, find, write_sample
 from test_report import Page, grpo_row, make_run, rollout, rows_of, write_rows

@@ -10,32 +10,35 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from conftest import make_problem
-from rlcs import adapters, checkpoint, grpo, models, sft, tasks
+from rlcs.data import puzzles
+from rlcs.data.run_data import read_sources
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import CheckpointError, RecipeError
-from rlcs.intake import read_sources
-from rlcs.interrupts import StopFlag, Stopped
-from rlcs.metrics import screen
-from rlcs.packing import pack
-from rlcs.pipeline import Output, Study
-from rlcs.policy import score
+from rlcs.model import loading
+from rlcs.model import lora as adapters
+from rlcs.model.packing import pack
+from rlcs.model.parity_check import require_agreement
+from rlcs.model.policy import score
+from rlcs.pipeline.study import Output, Study
+from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.schema import Grpo, Model, Optimizer, Recipe, Sft
 from rlcs.recipe.table import summary_rows
 from rlcs.records import Branch, Demonstration, Grade, Tree
-from rlcs.selfcheck import require_agreement
-from rlcs.stage import StageFolder
-from rlcs.trainer import Batch, Trainer, logprobs_of
+from rlcs.signals import StopFlag, Stopped
+from rlcs.train import checkpoint, grpo, sft
+from rlcs.train.run_dir import StageFolder
+from rlcs.train.trainer import Batch, Trainer, logprobs_of
 
 LORA = Lora(rank=4, alpha=16)
 EVERYWHERE = Lora(rank=4, alpha=16, parts=("vision_tower", "merger", "language_model"))
 
 
 def adapted(folder, lora=LORA, frozen=(), **model):
-    plain = models.load(Model(name=str(folder), **model), device=torch.device("cpu"))
-    vlm = models.prepare(plain, lora, frozen, seed=0)
-    return vlm, models.make_chat(vlm, Recipe())
+    plain = loading.load(Model(name=str(folder), **model), device=torch.device("cpu"))
+    vlm = loading.prepare(plain, lora, frozen, seed=0)
+    return vlm, loading.make_chat(vlm, Recipe())
 
 
 def one_pack(chat):
@@ -110,20 +113,20 @@ def test_merged_says_what_the_adapter_says_and_plain_transformers_loads_it(
     packed = one_pack(chat)
     learn(vlm, packed)
     ours, kept = logprobs(vlm, packed), trained(vlm)
-    models.save(vlm, tmp_path)
+    loading.save(vlm, tmp_path)
     assert_same(kept, trained(vlm))
     assert torch.equal(logprobs(vlm, packed), ours), "saving changes nothing"
     shown = (tmp_path / "config.json").stat().st_mode
     tmp_path.chmod(0o755)
-    models.save(vlm, tmp_path)
+    loading.save(vlm, tmp_path)
     assert {path.stat().st_mode for path in tmp_path.rglob("*.safetensors")} == {shown}, "others may read it"
-    merged = models.load(Model(name=str(tmp_path)), device=torch.device("cpu"))
+    merged = loading.load(Model(name=str(tmp_path)), device=torch.device("cpu"))
     torch.testing.assert_close(logprobs(merged, packed), ours, rtol=1e-5, atol=1e-5)
     tied = merged.model.lm_head.weight is merged.model.get_input_embeddings().weight
     assert tied == vlm.model.config.tie_word_embeddings
     stock, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    plain = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
+    plain = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
     assert stock.state_dict().keys() == plain.model.state_dict().keys()
     PeftModel.from_pretrained(plain.model, tmp_path / "adapter")
     torch.testing.assert_close(logprobs(plain, packed), ours, rtol=1e-6, atol=1e-6)
@@ -203,9 +206,9 @@ def test_rank_alpha_and_stabilised_scaling(random_model_folder):
 def test_the_seed_decides_how_adapters_start(random_model_folder):
     starts = []
     for seed in (1, 1, 2):
-        vlm = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
+        vlm = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
         torch.rand(3)
-        starts.append(trained(models.prepare(vlm, LORA, (), seed=seed)))
+        starts.append(trained(loading.prepare(vlm, LORA, (), seed=seed)))
     assert_same(starts[0], starts[1])
     assert any(not torch.equal(p, starts[2][n]) for n, p in starts[0].items())
 
@@ -219,17 +222,17 @@ def test_mistakes_in_the_recipe_get_a_sentence(random_model_folder, monkeypatch)
         Recipe(lora={"rank": 4}, sft={"freeze": ["language_model"]})
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="pip install bitsandbytes"):
-        models.load(Model(name=str(random_model_folder)), four_bit=True)
+        loading.load(Model(name=str(random_model_folder)), four_bit=True)
 
 
 def test_four_bit_weights_train_and_are_saved_as_plain_ones(random_model_folder, tmp_path):
     """QLoRA for real; bitsandbytes also computes on CPUs."""
     pytest.importorskip("bitsandbytes")
     settings = Lora(rank=4, alpha=16, four_bit=True, targets=("q_proj", "v_proj"))
-    plain = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
-    small = models.load(Model(name=str(random_model_folder)), device=torch.device("cpu"), four_bit=True)
-    vlm = models.prepare(small, settings, (), seed=0)
-    chat = models.make_chat(vlm, Recipe())
+    plain = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
+    small = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"), four_bit=True)
+    vlm = loading.prepare(small, settings, (), seed=0)
+    chat = loading.make_chat(vlm, Recipe())
     packed = one_pack(chat)
     vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
     start = logprobs(vlm, packed)
@@ -241,8 +244,8 @@ def test_four_bit_weights_train_and_are_saved_as_plain_ones(random_model_folder,
     state = checkpoint.capture(vlm.model, trainer.optimizer, step=3, cursor={})
     learn(vlm, packed, steps=1)
     checkpoint.restore(state, vlm.model, trainer.optimizer)
-    models.save(vlm, tmp_path)
-    merged = models.load(Model(name=str(tmp_path)), device=torch.device("cpu"))
+    loading.save(vlm, tmp_path)
+    merged = loading.load(Model(name=str(tmp_path)), device=torch.device("cpu"))
     assert merged.model.state_dict().keys() == plain.model.state_dict().keys()
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     torch.testing.assert_close(logprobs(merged, packed), logprobs(vlm, packed), rtol=1e-4, atol=1e-4)
@@ -272,7 +275,7 @@ class LengthGrader:
 def run_stage(kind, source, folder, *, stop_at=None):
     """SFT or GRPO with KL, on twelve puzzles."""
     vlm, chat = adapted(source)
-    problems = tasks.load("puzzles", split="train", count=12, seed=5)
+    problems = puzzles.load("puzzles", split="train", count=12, seed=5)
     optimizer = {"lr": 1e-3}
     if kind == "sft":
         settings = Sft(batch_size=4, epochs=1, save_every=2, optimizer=optimizer)
@@ -285,7 +288,9 @@ def run_stage(kind, source, folder, *, stop_at=None):
         watched = view if stop_at is None else Stopper(view, stop, stop_at)
         if kind == "sft":
             demonstrations = [
-                Demonstration(problem=p, response=tasks.teach(p, seed=0, wrong_share=0.0), teacher="builtin")
+                Demonstration(
+                    problem=p, response=puzzles.teach(p, seed=0, wrong_share=0.0), teacher="builtin"
+                )
                 for p in problems
             ]
             sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=watched, stop=stop)
@@ -333,7 +338,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused(random_model_folder, vlm, tmp
 
 def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_path, monkeypatch):
     """Stage two starts from stage one's merged weights, and they are its reference."""
-    monkeypatch.setattr("rlcs.pipeline.GradePool", lambda **settings: nullcontext(LengthGrader()))
+    monkeypatch.setattr("rlcs.pipeline.study.GradePool", lambda **settings: nullcontext(LengthGrader()))
     recipe = load_recipe(
         "quickstart",
         [
@@ -390,7 +395,7 @@ def test_adapters_alone_learn_a_game(random_model_folder, tmp_path):
         vlm=vlm, reference=None, chat=chat, engine=LocalEngine(vlm, chat, max_rows=64), pool=Short()
     )
     stage = StageFolder(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
-    problems = tasks.load("puzzles", split="train", count=12, seed=5)
+    problems = puzzles.load("puzzles", split="train", count=12, seed=5)
     with StopFlag() as stop, screen("grpo", 7, quiet=True) as view:
         grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
     rewards = [row["reward"] for row in rows_of(tmp_path / "metrics.jsonl")]

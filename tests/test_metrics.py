@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from rlcs.metrics import MetricsLog, median_rate, screen, wilson
+from rlcs.evals.intervals import wilson
+from rlcs.progress import median_rate, screen
 from rlcs.records import StepReport
+from rlcs.train.metrics import MetricsLog
 
 
 def report(step: int, *, steps: int = 100, skipped: str = "", **values: float) -> StepReport:
@@ -205,7 +207,7 @@ def test_errors_pass_through_the_screen() -> None:
 
 def test_a_closed_pipe_leaves_exit_code_zero() -> None:
     code = (
-        "from rlcs.metrics import screen\n"
+        "from rlcs.progress import screen\n"
         "with screen('x', 20000) as s:\n"
         "    for i in range(20000): s.say('y' * 50)\n"
         "    s.advance(20000)\n"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_problem
-from rlcs.packing import dense_mask, layout_of, pack, trunk_positions, unpack, within_budget
+from rlcs.model.packing import dense_mask, layout_of, pack, trunk_positions, unpack, within_budget
 from rlcs.records import Branch, Prompt, Tree
 
 IMAGE = 7

@@ -15,13 +15,16 @@ from pathlib import Path
 import pytest
 
 from loopback_server import LoopbackServer
-from rlcs import evaluation, intake, models, pipeline
+from rlcs.data import run_data
+from rlcs.distributed import open_mesh
 from rlcs.errors import DataError, ModelError, RecipeError, RunFolderError, UserError
-from rlcs.files import append_jsonl
-from rlcs.interrupts import StopFlag
-from rlcs.mesh import open_mesh
+from rlcs.evals import arms as evaluation
+from rlcs.model import loading
+from rlcs.pipeline import study
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import Grade, Problem
+from rlcs.signals import StopFlag
+from rlcs.storage import append_jsonl
 from test_distributed import environment, free_port
 
 SMALL = [
@@ -43,7 +46,7 @@ SMALL = [
 
 
 def rlcs(*words: str, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *map(str, words)]
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
 
@@ -107,7 +110,7 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, random_model_fol
 @pytest.mark.parametrize("sharded", [False, True])
 def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeypatch, sharded, more):
     """Two stages train and three arms are measured: each model is gone when the next one is loaded."""
-    born, alive, load = [], [], models.load
+    born, alive, load = [], [], loading.load
 
     def counting(*args, **options):
         alive.append(sum(model() is not None for model in born))
@@ -115,16 +118,16 @@ def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeyp
         born.append(weakref.ref(vlm.model))
         return vlm
 
-    monkeypatch.setattr(models, "load", counting)
+    monkeypatch.setattr(loading, "load", counting)
     words = [f"model.name={random_model_folder}", *SMALL, "study.arms=[base, sft, two_stage]", *more]
     recipe = load_recipe("quickstart", words).recipe
-    sources, output = intake.read_sources(recipe), pipeline.Output(quiet=True)
+    sources, output = run_data.read_sources(recipe), study.Output(quiet=True)
     for name, value in environment(0, 1, free_port()).items() if sharded else ():
         monkeypatch.setenv(name, value)
     gc.disable()  # a collection by chance would free FSDP's circles too
     try:
         with open_mesh(timeout_s=60) as mesh:
-            pipeline.Study(
+            study.Study(
                 recipe, tmp_path / "run", sources=sources, output=output, stop=StopFlag(), mesh=mesh
             ).run()
     finally:
@@ -151,11 +154,11 @@ def test_arms_may_join_a_run_and_none_may_leave(tmp_path):
         load_recipe("quickstart", [f"study.arms=[{arms}]"]).recipe
         for arms in ("base, sft", "base, sft, rl, two_stage")
     )
-    pipeline.claim(tmp_path / "run", few)
-    pipeline.claim(tmp_path / "run", all_four)
+    study.claim(tmp_path / "run", few)
+    study.claim(tmp_path / "run", all_four)
     append_jsonl(tmp_path / "run" / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
     with pytest.raises(RunFolderError, match=r"study\.arms was"):
-        pipeline.claim(tmp_path / "run", few)
+        study.claim(tmp_path / "run", few)
 
 
 def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_folder):
@@ -163,32 +166,32 @@ def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_fo
         return load_recipe("quickstart", [*SMALL, "study.arms=[base, sft]", *words]).recipe
 
     out, typed = tmp_path / "run", recipe(f"model.name={tmp_path / 'nowhere'}")
-    given = {"sources": intake.read_sources(typed), "output": pipeline.Output(quiet=True), "stop": StopFlag()}
+    given = {"sources": run_data.read_sources(typed), "output": study.Output(quiet=True), "stop": StopFlag()}
     with pytest.raises(ModelError, match="nowhere"):
-        pipeline.Study(typed, out, **given).run()
+        study.Study(typed, out, **given).run()
     assert (out / "cold_start" / "done.json").is_file()  # good for any model, but of this teacher alone
     meant = f"model.name={random_model_folder}"
     with pytest.raises(RunFolderError, match=r"teacher\.wrong_share was"):
-        pipeline.claim(out, recipe(meant, "teacher.wrong_share=0.5"))
+        study.claim(out, recipe(meant, "teacher.wrong_share=0.5"))
     (out / "eval").mkdir()
     (out / "eval" / "problems.jsonl").write_text("{}\n")
-    pipeline.claim(out, recipe(meant))
+    study.claim(out, recipe(meant))
     assert load_recipe(str(out / "recipe.yaml")).recipe.model.name == str(random_model_folder)
     assert not (out / "eval" / "problems.jsonl").exists()
     append_jsonl(out / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
     with pytest.raises(RunFolderError, match=r"model\.name was"):
-        pipeline.claim(out, typed)
+        study.claim(out, typed)
 
 
 def test_a_reward_function_that_is_not_there_claims_no_folder(tmp_path):
     with pytest.raises(RecipeError, match="cannot read"):
-        pipeline.claim(tmp_path / "run", load_recipe("quickstart", ["grpo.reward.function=no.py:f"]).recipe)
+        study.claim(tmp_path / "run", load_recipe("quickstart", ["grpo.reward.function=no.py:f"]).recipe)
     assert not (tmp_path / "run").exists()
 
 
 def test_only_what_the_arms_need_is_read():
     missing = ["data.rl=missing.jsonl", "study.arms=[base, sft]", "data.cold_start=builtin:puzzles?count=5"]
-    sources = intake.read_sources(load_recipe("quickstart", missing).recipe)
+    sources = run_data.read_sources(load_recipe("quickstart", missing).recipe)
     assert len(sources.cold_start) == 5 and not sources.rl
 
 
@@ -253,7 +256,7 @@ def test_prompts_that_are_too_long_are_named_before_the_run(tmp_path):
 def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(finished, random_model_folder, tmp_path):
     folder = tmp_path / "killed"
     words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", str(folder)]
-    command = [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *words]
+    command = [sys.executable, "-W", "ignore", "-m", "rlcs", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for landmark in (
         "sft/checkpoints/step-000001",
@@ -289,7 +292,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(random_model_folder, tmp_path):
         "sft.epochs=99",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *words],
+        [sys.executable, "-W", "ignore", "-m", "rlcs", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -310,7 +313,7 @@ def test_seeds_are_averaged_and_kept_apart():
     recipe = load_recipe("quickstart").recipe
     one = {"arms": {"base": arm(0.2), "two_stage": arm(0.6)}, "seconds": {"sft": 2.0}, "versions": {}}
     two = {"arms": {"base": arm(0.4), "two_stage": arm(0.8)}, "seconds": {"sft": 3.0}, "versions": {}}
-    summary = pipeline.averaged(recipe, {0: one, 1: two})
+    summary = study.averaged(recipe, {0: one, 1: two})
     assert summary["arms"]["two_stage"]["accuracy"] == pytest.approx(0.7)
     assert summary["arms"]["two_stage"]["low"] == pytest.approx(0.604, abs=0.001)
     assert summary["per_seed"]["1"]["base"]["accuracy"] == 0.4
@@ -426,4 +429,4 @@ def test_measured_answers_to_edited_problems_are_refused(tmp_path):
 def test_no_problem_of_the_wanted_difficulty_is_an_error():
     recipe = load_recipe("quickstart", ["data.rl_pass_rate=[0.2, 0.8]"]).recipe
     with pytest.raises(DataError, match=r"(?s)0 of 0 have one.*problems\.jsonl"):
-        intake.by_pass_rate([], recipe.data)
+        run_data.by_pass_rate([], recipe.data)

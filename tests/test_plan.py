@@ -8,7 +8,7 @@ from transformers import Qwen2VLConfig, Qwen3VLConfig
 from transformers.core_model_loading import revert_weight_conversion
 from typer.testing import CliRunner
 
-from rlcs.cli import app
+from rlcs.cli.main import app
 from rlcs.errors import UserError
 from rlcs.plan.machine import GIB, GPUS, assume, machine
 from rlcs.plan.page import make_plan

@@ -12,14 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import family_models
 from conftest import make_problem
-from rlcs import grpo, models, tiny
-from rlcs.objectives import sft_loss
-from rlcs.packing import pack
+from rlcs.model import loading
+from rlcs.model.packing import pack
 from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.shapes import measure
 from rlcs.recipe.schema import Grpo, Model, Optimizer, Recipe
 from rlcs.records import Branch, Tree
-from rlcs.trainer import Batch, Trainer
+from rlcs.train import grpo
+from rlcs.train.losses import sft_loss
+from rlcs.train.trainer import Batch, Trainer
+from tools import tiny_model
 
 WITHIN = 0.10
 SHAPES = {
@@ -64,11 +66,11 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    processor = tiny.build_processor(tiny.corpus(50))
+    processor = tiny_model.build_processor(tiny_model.corpus(50))
     made = {}
     for index, (name, shape) in enumerate(SHAPES.items()):
         made[name] = tmp_path_factory.mktemp(f"shape-{index}")
-        tiny.build_model(processor, **shape).save_pretrained(made[name])
+        tiny_model.build_model(processor, **shape).save_pretrained(made[name])
         processor.save_pretrained(made[name])
     for family, parts in FAMILIES.items():
         made[family] = family_models.build(family, tmp_path_factory.mktemp(family), **parts)
@@ -108,9 +110,9 @@ def measured_peak(step):
 
 @pytest.mark.parametrize(("shape", "kind", "checkpointing", "frozen", "packs"), CASES)
 def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, frozen, packs):
-    vlm = models.load(Model(name=str(folders[shape]), gradient_checkpointing=checkpointing))
-    models.freeze(vlm, frozen)
-    batch = batch_of(models.make_chat(vlm, Recipe()), branches=1 if kind == "sft" else 4)
+    vlm = loading.load(Model(name=str(folders[shape]), gradient_checkpointing=checkpointing))
+    loading.freeze(vlm, frozen)
+    batch = batch_of(loading.make_chat(vlm, Recipe()), branches=1 if kind == "sft" else 4)
     objective = likelihood if kind == "sft" else grpo.make_objective(Grpo())
     trainer = Trainer(vlm, Optimizer(), steps=9, max_bad_steps=1)
     trainer.step([batch], objective, average="token")  # from here on the optimiser has its state

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from conftest import make_problem
-from rlcs import models, policy, selfcheck
-from rlcs.attention import DensePlan, FlexPlan, TreePlan
 from rlcs.errors import TrainingError, UserError
-from rlcs.models import Vlm
-from rlcs.packing import layout_of, pack, within_budget
-from rlcs.policy import score
+from rlcs.model import loading, parity_check, policy
+from rlcs.model.attention import DensePlan, FlexPlan, TreePlan
+from rlcs.model.loading import Vlm
+from rlcs.model.packing import layout_of, pack, within_budget
+from rlcs.model.parity_check import disagreement, require_agreement
+from rlcs.model.policy import score
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.records import Branch, Tree
-from rlcs.selfcheck import disagreement, require_agreement
 
 TOLERANCE = 1e-5
 CASES = {
@@ -169,25 +169,25 @@ def test_tree_and_flex_attention_equal_the_dense_reference(heads, kv_heads, size
 def test_attention_of_another_device_is_refused_at_once(kind, device, way_out):
     settings = Model(name="builtin", attention=kind)
     with pytest.raises(UserError, match=rf"model.attention={kind}: .*\n.*auto \({way_out} on this device"):
-        models.load(settings, device=torch.device(device))
+        loading.load(settings, device=torch.device(device))
 
 
 def test_rounding_of_single_tokens_is_no_fault_and_a_fault_of_a_whole_answer_is():
     noise = torch.zeros(400)
     noise[::50] = 0.6  # what bfloat16 does to the logprob of a token here and there
-    limit = selfcheck.TOLERANCE[torch.bfloat16]
-    assert selfcheck.gap(noise, torch.bfloat16) < limit < selfcheck.gap(-noise[::50], torch.bfloat16)
-    assert selfcheck.gap(noise, torch.float32) == pytest.approx(0.6)
+    limit = parity_check.TOLERANCE[torch.bfloat16]
+    assert parity_check.gap(noise, torch.bfloat16) < limit < parity_check.gap(-noise[::50], torch.bfloat16)
+    assert parity_check.gap(noise, torch.float32) == pytest.approx(0.6)
 
 
 def test_the_self_check_in_bfloat16(random_model_folder, monkeypatch):
     settings = Model(name=str(random_model_folder), dtype="bfloat16")
-    vlm = models.load(settings, device=torch.device("cpu"))
-    chat = models.make_chat(vlm, Recipe())
+    vlm = loading.load(settings, device=torch.device("cpu"))
+    chat = loading.make_chat(vlm, Recipe())
     [tree] = make_trees(chat, CASES["one tree"])
     assert require_agreement(vlm, chat, tree) < 0.1
     broken = SimpleNamespace(logprobs=torch.full((15,), torch.nan))
-    monkeypatch.setattr(selfcheck, "score", lambda *_: broken)
+    monkeypatch.setattr(parity_check, "score", lambda *_: broken)
     with pytest.raises(TrainingError, match="differ by inf nats"):
         require_agreement(vlm, chat, tree)
 
@@ -196,6 +196,6 @@ def test_the_self_check_sees_a_wrong_fast_path(vlm, chat, monkeypatch):
     [tree] = make_trees(chat, CASES["one tree"])
     assert disagreement(vlm, chat, tree) < 1e-4
     # A branch that forgets its trunk is the mistake that packing could make.
-    monkeypatch.setattr("rlcs.attention.branches_over_trunk", lambda layout: ())
+    monkeypatch.setattr("rlcs.model.attention.branches_over_trunk", lambda layout: ())
     with pytest.raises(Exception, match="packed and plain logprobs differ"):
         require_agreement(vlm, chat, tree)

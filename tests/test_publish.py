@@ -13,15 +13,16 @@ import torch
 from huggingface_hub import ModelCard
 
 from hub_server import HubServer
-from rlcs import models, tasks
-from rlcs.chat import default_system
+from rlcs.data import puzzles
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import UserError
-from rlcs.files import read_json, write_json
+from rlcs.model import loading
+from rlcs.model.chat import default_system
 from rlcs.publish import quantise
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model
+from rlcs.storage import read_json, write_json
 
 SMALL = [
     "data.cold_start=builtin:puzzles?count=12&seed=1",
@@ -52,7 +53,7 @@ def python(program: str, folder: Path) -> str:
 
 def rlcs(*words, **environment):
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "rlcs.cli", *map(str, words)],
+        [sys.executable, "-W", "ignore", "-m", "rlcs", *map(str, words)],
         capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )  # fmt: skip
 
@@ -84,7 +85,7 @@ def snippet(folder: Path, word: str) -> str:
 
 
 def problems(folder: Path, count: int):
-    drawn = tasks.load("puzzles", split="test", count=count, seed=7)
+    drawn = puzzles.load("puzzles", split="test", count=count, seed=7)
     for number, problem in enumerate(drawn):
         (folder / f"{number}.png").write_bytes(problem.images[0].data)
     write_json(folder / "questions.json", [problem.question for problem in drawn])
@@ -112,8 +113,8 @@ def test_stock_transformers_gives_the_same_greedy_answers(run, exported, tmp_pat
     asked = problems(tmp_path, 12)
     theirs = json.loads(python(f"NAME = {str(exported)!r}\n" + ANSWER_ALL, tmp_path))
     recipe = load_recipe(str(run / "recipe.yaml")).recipe
-    vlm = models.load(Model(name=str(run / "grpo" / "final")), device=torch.device("cpu"))
-    chat = models.make_chat(vlm, recipe)
+    vlm = loading.load(Model(name=str(run / "grpo" / "final")), device=torch.device("cpu"))
+    chat = loading.make_chat(vlm, recipe)
     sampling = chat.sampling(temperature=0, max_new_tokens=recipe.eval.max_new_tokens)
     groups = LocalEngine(vlm, chat, max_rows=12).sample([chat.prompt(p) for p in asked], sampling)
     assert [group[0].text for group in groups] == theirs
@@ -226,14 +227,14 @@ def test_a_quantised_folder_is_smaller_and_says_so_and_answers(run, exported, tm
     )
     parameters = re.compile(r"of [\d,]+ parameters")
     assert parameters.findall(card(folder)) == parameters.findall(card(exported))
-    ours = models.load(Model(name=str(folder)), device=torch.device("cpu"))
-    chat = models.make_chat(ours, load_recipe(str(run / "recipe.yaml")).recipe)
-    prompts = [chat.prompt(p) for p in tasks.load("puzzles", split="test", count=12, seed=7)]
+    ours = loading.load(Model(name=str(folder)), device=torch.device("cpu"))
+    chat = loading.make_chat(ours, load_recipe(str(run / "recipe.yaml")).recipe)
+    prompts = [chat.prompt(p) for p in puzzles.load("puzzles", split="test", count=12, seed=7)]
     groups = LocalEngine(ours, chat, max_rows=12).sample(
         prompts, chat.sampling(temperature=0, max_new_tokens=24)
     )
     assert [group[0].text for group in groups] == stock
-    plain = models.load(Model(name=str(exported)), device=torch.device("cpu")).model.state_dict()
+    plain = loading.load(Model(name=str(exported)), device=torch.device("cpu")).model.state_dict()
     changed = {name for name, weight in ours.model.state_dict().items() if not weight.equal(plain[name])}
     assert changed == {name for name in plain if re.search(r"language_model.*_proj\.weight", name)}
     with pytest.raises(UserError, match="quantised already"):
@@ -244,12 +245,12 @@ def test_what_cannot_be_quantised_says_why(exported, tmp_path, monkeypatch):
     done = rlcs("export", exported, "--quantise", "int3", "--out", tmp_path / "a")
     assert done.returncode == 2 and "use int8, int4" in done.stderr
     export(Export(model=str(exported), out=tmp_path / "b", quantise="int4"))
-    for room in (quantise, models):
+    for room in (quantise, loading):
         monkeypatch.setattr(room, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'rlcs\[quantise\]'"):
         export(Export(model=str(exported), out=tmp_path / "a", quantise="int4"))
     with pytest.raises(UserError, match=r"pip install 'rlcs\[quantise\]'"):
-        models.load(Model(name=str(tmp_path / "b")))
+        loading.load(Model(name=str(tmp_path / "b")))
     assert not (tmp_path / "a").exists()
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from rlcs.errors import RunFolderError
 from rlcs.report import build, charts, findings, pictures
-from rlcs.report.gather import Answer, Attempt, read_run
+from rlcs.report.load_run import Answer, Attempt, read_run
 from rlcs.report.pages import visible
 
 ALL_ARMS = ("base", "sft", "rl", "two_stage")

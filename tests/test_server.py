@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 import rlcs
 from bench.hostile import Footprint, Seen, attack, get, guests, metrics, post, serving, siege, wait_until
 from conftest import draw
-from rlcs.cli import app
-from rlcs.engines.endpoint import data_url
+from rlcs.cli.main import app
+from rlcs.engines.openai_client import data_url
 from rlcs.errors import UserError
-from rlcs.files import open_image
 from rlcs.serving.protocol import Limits
+from rlcs.storage import open_image
 
 HOSTILE_REQUESTS = int(os.environ.get("RLCS_HOSTILE_REQUESTS", "800"))
 """`python -m bench.hostile` takes 10,000, and tells what came of them."""
@@ -266,7 +266,7 @@ def test_an_empty_key_is_refused_as_no_key_at_all():
 
 
 def test_a_port_that_is_taken_is_named(server, random_model_folder):
-    words = [sys.executable, "-m", "rlcs.cli", "serve", str(random_model_folder), "--port", str(server.port)]
+    words = [sys.executable, "-m", "rlcs", "serve", str(random_model_folder), "--port", str(server.port)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and f"127.0.0.1:{server.port}" in done.stderr and "--port" in done.stderr
 
@@ -275,7 +275,7 @@ def test_vllm_is_started_where_it_is_installed(tmp_path):
     program = tmp_path / "vllm"
     program.write_text('#!/bin/sh\necho "key $VLLM_API_KEY"\nfor word in "$@"; do echo "[$word]"; done\n')
     program.chmod(0o755)
-    words = [sys.executable, "-m", "rlcs.cli", "serve", "builtin", "--port", "81", "--api-key", "k"]
+    words = [sys.executable, "-m", "rlcs", "serve", "builtin", "--port", "81", "--api-key", "k"]
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(words, capture_output=True, text=True, env=env, check=True)
     told = [line[1:-1] for line in done.stdout.splitlines() if line.startswith("[")]

@@ -10,14 +10,14 @@ import torch
 
 import rlcs
 from conftest import draw, make_problem
-from rlcs import models
 from rlcs.engines.continuous import ContinuousEngine
+from rlcs.engines.detokenizer import TextStream
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.text_stream import TextStream
 from rlcs.errors import DataError, ImageError, ModelError, PromptError, UserError
-from rlcs.files import open_image
+from rlcs.model import loading
 from rlcs.records import StopReason
 from rlcs.serving.session import Session, Settings, split_answer
+from rlcs.storage import open_image
 
 
 @pytest.fixture
@@ -104,9 +104,9 @@ def test_several_turns_stream_and_the_pieces_are_the_answer(session):
 def test_the_session_asks_in_the_words_of_the_training(vlm, tmp_path):
     from rlcs.recipe.schema import Model, Recipe
 
-    models.make_chat(vlm, Recipe(prompt={"system": "Trained words."}, images={"max_pixels": 56 * 56}))
-    models.save(vlm, tmp_path)
-    session = Session(models.load(Model(name=str(tmp_path))), name="trained")
+    loading.make_chat(vlm, Recipe(prompt={"system": "Trained words."}, images={"max_pixels": 56 * 56}))
+    loading.save(vlm, tmp_path)
+    session = Session(loading.load(Model(name=str(tmp_path))), name="trained")
     prompt = session.chat.conversation([session.message(draw(280, 280), "x")], name="c")
     assert "Trained words." in session.chat.text(prompt.ids)
     assert prompt.spans[0][1] - prompt.spans[0][0] == 4

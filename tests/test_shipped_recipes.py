@@ -7,18 +7,20 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from conftest import draw, make_problem
-from rlcs import attention, grpo, models, sft, tiny
-from rlcs.chat import DEFAULT_SYSTEM
 from rlcs.data import load
-from rlcs.models import FAMILIES, Vlm
-from rlcs.objectives import sft_loss
-from rlcs.packing import pack
+from rlcs.model import attention, loading
+from rlcs.model.chat import DEFAULT_SYSTEM
+from rlcs.model.loading import FAMILIES, Vlm
+from rlcs.model.packing import pack
 from rlcs.plan.shapes import published
 from rlcs.recipe.loading import differences, load_recipe
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.table import summary_rows
 from rlcs.records import Branch, Demonstration, Tree
-from rlcs.trainer import Batch, Trainer
+from rlcs.train import grpo, sft
+from rlcs.train.losses import sft_loss
+from rlcs.train.trainer import Batch, Trainer
+from tools import tiny_model
 
 PAPER = {
     "prompt.system": "Please reason step by step, and put your final answer within \\boxed{}.",
@@ -149,7 +151,7 @@ def test_rl_can_have_a_smallest_image_of_its_own(vlm):
     recipe = Recipe(images={"min_pixels": 3136, "rl_min_pixels": 112 * 112})
     problem = make_problem("small", sizes=((56, 56),))
     tokens = [
-        sum(end - start for start, end in models.make_chat(vlm, recipe, rl=rl).prompt(problem).spans)
+        sum(end - start for start, end in loading.make_chat(vlm, recipe, rl=rl).prompt(problem).spans)
         for rl in (False, True)
     ]
     assert tokens == [4, 16]
@@ -165,8 +167,8 @@ def real_layers():
     The vocabulary is cut from 151,936 to 8,192 words: whole, the embedding's weights, gradients and
     AdamW's state alone would take 5 GB. So it is 172M parameters; the test takes 3.5 GB at most.
     """
-    processor = tiny.build_processor(tiny.corpus(50))
-    words = {word: processor.tokenizer.convert_tokens_to_ids(word) for word in tiny.SPECIAL}
+    processor = tiny_model.build_processor(tiny_model.corpus(50))
+    words = {word: processor.tokenizer.convert_tokens_to_ids(word) for word in tiny_model.SPECIAL}
     config = published("Qwen/Qwen2.5-VL-3B-Instruct")
     text, vision = config.text_config, config.vision_config
     text.num_hidden_layers, text.layer_types, text.vocab_size = 1, ["full_attention"], 8192
@@ -191,12 +193,12 @@ def test_one_packed_step_of_each_stage_on_layers_of_the_real_shape():
     recipe = load_recipe("paper-3b").recipe
     vlm = real_layers()
     assert 150e6 < sum(p.numel() for p in vlm.model.parameters()) < 200e6
-    chat = models.make_chat(vlm, recipe)
+    chat = loading.make_chat(vlm, recipe)
     problems = [make_problem(name, sizes=((112, 84),)) for name in "ab"]
     demonstrations = [
         Demonstration(problem=p, response="So \\boxed{4}.", teacher="builtin") for p in problems
     ]
-    models.freeze(vlm, recipe.sft.freeze)
+    loading.freeze(vlm, recipe.sft.freeze)
     trees, _ = sft.usable_trees(demonstrations, chat)
     trainer = Trainer(vlm, recipe.sft.optimizer, steps=2, max_bad_steps=1)
     taught = [
@@ -209,7 +211,7 @@ def test_one_packed_step_of_each_stage_on_layers_of_the_real_shape():
         for text, advantage in (("\\boxed{4}", 1.0), ("\\boxed{5}", -1.0))
     ]
     group = Tree(prompt=chat.prompt(problems[0]), branches=tuple(branches))
-    models.freeze(vlm, recipe.grpo.freeze)
+    loading.freeze(vlm, recipe.grpo.freeze)
     settings = recipe.grpo.model_copy(update={"kl": recipe.grpo.kl.model_copy(update={"kind": "none"})})
     trainer = Trainer(vlm, settings.optimizer, steps=1, max_bad_steps=1)
     batch = Batch(pack=pack([group], chat.patches))

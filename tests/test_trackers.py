@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rlcs import trackers
 from rlcs.errors import RecipeError
-from rlcs.metrics import MetricsLog
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.trackers import Trackers as Settings
 from rlcs.records import StepReport
+from rlcs.train import trackers
+from rlcs.train.metrics import MetricsLog
 
 
 def step(number: int, reward: float = 0.5) -> StepReport:

@@ -8,32 +8,33 @@ import pytest
 import torch
 
 from conftest import make_problem
-from rlcs import grpo, models, sft, tasks
-from rlcs.data import ProblemStream
+from rlcs.data import ProblemStream, puzzles
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.wire import request_body
+from rlcs.engines.vllm.protocol import request_body
 from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
-from rlcs.interrupts import StopFlag, Stopped
-from rlcs.metrics import screen
-from rlcs.objectives import sft_loss
-from rlcs.packing import pack, within_budget
+from rlcs.model import loading
+from rlcs.model.packing import pack, within_budget
+from rlcs.progress import screen
 from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft
 from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
-from rlcs.stage import StageFolder
-from rlcs.trainer import Batch, Counts, Trainer, learning_rate
+from rlcs.signals import StopFlag, Stopped
+from rlcs.train import grpo, sft
+from rlcs.train.losses import sft_loss
+from rlcs.train.run_dir import StageFolder
+from rlcs.train.trainer import Batch, Counts, Trainer, learning_rate
 
 
 def fresh(folder, attention="tree"):
-    vlm = models.load(Recipe(model={"name": str(folder), "attention": attention}).model)
-    return vlm, models.make_chat(vlm, Recipe())
+    vlm = loading.load(Recipe(model={"name": str(folder), "attention": attention}).model)
+    return vlm, loading.make_chat(vlm, Recipe())
 
 
 @pytest.fixture(scope="module")
 def demonstrations():
-    problems = tasks.load("puzzles", split="train", count=12, seed=5)
+    problems = puzzles.load("puzzles", split="train", count=12, seed=5)
     return [
-        Demonstration(problem=p, response=tasks.teach(p, seed=0, wrong_share=0.0), teacher="builtin")
+        Demonstration(problem=p, response=puzzles.teach(p, seed=0, wrong_share=0.0), teacher="builtin")
         for p in problems
     ]
 
@@ -103,7 +104,7 @@ def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folde
 @pytest.mark.parametrize("part", ["vision_tower", "merger", "language_model"])
 def test_frozen_parts_stay_and_the_others_learn(random_model_folder, demonstrations, part):
     vlm, chat = fresh(random_model_folder)
-    models.freeze(vlm, [part])
+    loading.freeze(vlm, [part])
     before = weights_of(vlm)
     trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=1)
     trees, _ = sft.usable_trees(demonstrations[:4], chat)
@@ -179,7 +180,7 @@ def test_sft_learns_and_its_loss_is_the_token_mean(random_model_folder, demonstr
     vlm, chat = fresh(random_model_folder)
     trees, _ = sft.usable_trees(demonstrations, chat)
     with torch.no_grad():
-        from rlcs.policy import score
+        from rlcs.model.policy import score
 
         assert losses[0] == pytest.approx(
             -score(vlm, pack(trees, chat.patches)).logprobs.mean().item(), rel=1e-4
@@ -187,7 +188,7 @@ def test_sft_learns_and_its_loss_is_the_token_mean(random_model_folder, demonstr
 
 
 def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstrations, tmp_path):
-    chat = models.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
+    chat = loading.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
     long = Demonstration(problem=make_problem("long", "word " * 300), response="x", teacher="t")
     trees, skipped = sft.usable_trees([long, *demonstrations[:2]], chat)
     assert (len(trees), skipped) == (2, 1)
@@ -221,7 +222,7 @@ class LengthGrader:
 
 def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
     vlm, chat = fresh(source)
-    problems = tasks.load("puzzles", split="train", count=count, seed=5)
+    problems = puzzles.load("puzzles", split="train", count=count, seed=5)
     reference = grpo.frozen_copy(vlm) if settings.kl.active else None
     actors = grpo.Actors(
         vlm=vlm,
@@ -356,7 +357,7 @@ def test_dynamic_sampling_replaces_flat_groups_and_ends(random_model_folder, tmp
 def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
     """Four problems fill eight places, or are all asked again because the first round was flat."""
     settings = Grpo(**SMALL | {"prompts_per_step": 8 // rounds, "dynamic_sampling": rounds - 1})
-    problems = tasks.load("puzzles", split="train", count=4, seed=5)
+    problems = puzzles.load("puzzles", split="train", count=4, seed=5)
     sampling = chat.sampling(n=3, max_new_tokens=8, seed=3)
     engine = LocalEngine(vlm, chat, max_rows=8)
     asked = []
@@ -445,7 +446,7 @@ def test_real_graders_take_part(random_model_folder, tmp_path):
 
 
 def test_a_problem_that_cannot_be_a_prompt_gives_its_place_to_the_next(vlm):
-    chat = models.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
+    chat = loading.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
     long = [make_problem(f"long{i}", "word " * 300) for i in range(3)]
     short = [Problem(id=f"s{i}", source="t", question="q", answer="1") for i in range(6)]
     problems, prompts, skipped = grpo.take_prompts(ProblemStream([*long, *short], seed=0), chat, 6)

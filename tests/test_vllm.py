@@ -19,24 +19,26 @@ import pytest
 import torch
 
 from conftest import make_problem
-from rlcs import grpo, models, tasks
-from rlcs.chat import Chat
 from rlcs.data import load
-from rlcs.engines.endpoint import data_url
+from rlcs.data import puzzles as tasks
+from rlcs.engines.factory import open_engines
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.opening import open_engines
+from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
-from rlcs.interrupts import StopFlag
-from rlcs.metrics import screen
-from rlcs.models import Vlm
-from rlcs.packing import pack
-from rlcs.policy import score
+from rlcs.model import loading
+from rlcs.model.chat import Chat
+from rlcs.model.loading import Vlm
+from rlcs.model.packing import pack
+from rlcs.model.policy import score
+from rlcs.progress import screen
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Grpo, Model, Recipe
 from rlcs.records import Branch, Prompt, Rollout, Tree
 from rlcs.serving import session
-from rlcs.stage import StageFolder
+from rlcs.signals import StopFlag
+from rlcs.train import grpo
+from rlcs.train.run_dir import StageFolder
 from test_training import LengthGrader, weights_of
 
 CPU = {
@@ -88,8 +90,8 @@ def make_engine(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def policy(recipe: Recipe) -> tuple[Vlm, Chat]:
-    vlm = models.load(recipe.model)
-    return vlm, models.make_chat(vlm, recipe)
+    vlm = loading.load(recipe.model)
+    return vlm, loading.make_chat(vlm, recipe)
 
 
 def prompts_of(recipe: Recipe, chat: Chat, count: int) -> list[Prompt]:
@@ -158,7 +160,7 @@ def test_another_image_size_is_an_error(recipe, make_engine, policy) -> None:
     vlm, chat = policy
     engine = make_engine(vlm, chat, 64)
     engine.sync()
-    other = models.make_chat(vlm, recipe_of("images.min_pixels=50176"))
+    other = loading.make_chat(vlm, recipe_of("images.min_pixels=50176"))
     with pytest.raises(EndpointError, match="pixel bounds"):
         engine.sample([other.prompt(make_problem("small"))], other.sampling(max_new_tokens=4))
 
@@ -238,13 +240,13 @@ def test_a_server_killed_twice_and_hung_once_changes_nothing(recipe, make_engine
             3: ("server", signal.SIGSTOP),
         },
     }.items():
-        vlm = models.load(recipe.model)
-        chat = models.make_chat(vlm, recipe)
+        vlm = loading.load(recipe.model)
+        chat = loading.make_chat(vlm, recipe)
         engine = Disturbed(make_engine(vlm, chat, 64), misdeeds)
         results.append(train(tmp_path / name, recipe, vlm, chat, engine))
         assert len(engine.done) == len(misdeeds)
     calm, disturbed = results
-    start = weights_of(models.load(recipe.model))
+    start = weights_of(loading.load(recipe.model))
     assert any((start[key] - calm[key]).abs().max() > 1e-3 for key in calm), "nothing was learnt"
     for key in calm:
         assert torch.allclose(calm[key], disturbed[key], atol=1e-5), key
@@ -281,8 +283,8 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
     recipe = recipe_of(f"rollout.engine={kind}", *words)
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
-    vlm = models.prepare(models.load(recipe.model), recipe.lora, (), seed=0)
-    chat = models.make_chat(vlm, recipe)
+    vlm = loading.prepare(loading.load(recipe.model), recipe.lora, (), seed=0)
+    chat = loading.make_chat(vlm, recipe)
     prompts = prompts_of(recipe, chat, 5)
     warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
 
@@ -311,9 +313,9 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
             signal_server("server", signal.SIGKILL)
             assert engine.sample(prompts, warm) == answers[-1], "the new server has model and adapter"
         merged = tmp_path / "final"
-        models.save(vlm, merged)
-        plain = models.load(Model(name=str(merged)))
-        chat = models.make_chat(plain, recipe)
+        loading.save(vlm, merged)
+        plain = loading.load(Model(name=str(merged)))
+        chat = loading.make_chat(plain, recipe)
         perturb(plain, 0.03)
         assert gap(plain, make(plain, chat, 64).sample(prompts, warm)) < 1e-3 and versions() == ["5"]
         assert gap(vlm, engine.sample(prompts, warm)) < 1e-3 and versions() == ["6", "6+7"]

@@ -21,19 +21,18 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
-from rlcs import tasks
-from rlcs.cli import app
-from rlcs.data import Row
+from rlcs.cli.main import app
+from rlcs.data import Row, puzzles
 from rlcs.distill import run as distil
-from rlcs.engines.endpoint import data_url
+from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
-from rlcs.files import open_image, read_jsonl
 from rlcs.publish.export import Export, export
 from rlcs.recipe.rollout import Sampler
 from rlcs.recipe.schema import Endpoint, Teacher
 from rlcs.records import Problem
 from rlcs.serving.remote import RemoteSession
 from rlcs.serving.session import Settings
+from rlcs.storage import open_image, read_jsonl
 from test_benchmarks import vision, write_jsonl
 from test_distributed import free_port
 from test_vllm import CPU, program
@@ -55,7 +54,7 @@ def _on_a_cpu() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def problems() -> list[Problem]:
-    return list(tasks.load("puzzles", split="test", count=12, seed=3))
+    return list(puzzles.load("puzzles", split="test", count=12, seed=3))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def server(exported: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     log = exported.parent / "serve.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rlcs.cli", *map(str, words)],
+            [sys.executable, "-m", "rlcs", *map(str, words)],
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

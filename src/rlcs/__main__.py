@@ -1,6 +1,6 @@
 """`python -m rlcs` is the command `rlcs`, as `torchrun -m rlcs` needs it."""
 
-from rlcs.cli import main
+from rlcs.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from rlcs.data.rows import Row
 from rlcs.errors import RunFolderError
-from rlcs.files import atomic_write, encoded_image, image_kind
 from rlcs.records import IMAGE_SLOT, ImageRef, Problem
+from rlcs.storage import atomic_write, encoded_image, image_kind
 
 Layout = Literal["published", "ms-swift", "llama-factory"]
 LAYOUTS: tuple[Layout, ...] = ("published", "ms-swift", "llama-factory")

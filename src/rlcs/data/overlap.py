@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlcs.errors import DataError
-from rlcs.files import open_image
 from rlcs.records import IMAGE_SLOT, ImageRef, Problem
+from rlcs.storage import open_image
 
 if TYPE_CHECKING:
     import numpy as np

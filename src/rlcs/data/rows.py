@@ -13,10 +13,10 @@ from typing import Any
 
 from rlcs.data.sources import RawRow, Role, Table, suggest
 from rlcs.errors import DataError
-from rlcs.files import image_from_bytes, image_from_path, open_image
 from rlcs.grading.extraction import extract
 from rlcs.recipe.schema import Data
 from rlcs.records import ImageRef, Json, Problem
+from rlcs.storage import image_from_bytes, image_from_path, open_image
 
 _METADATA_TEXT = 200
 """Characters; longer texts of other columns are not carried along."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlcs.errors import DataError
-from rlcs.files import jsonl_lines, parse_object, read_json, require_regular
 from rlcs.recipe.schema import Data
 from rlcs.records import Problem
+from rlcs.storage import jsonl_lines, parse_object, read_json, require_regular
 
 Role = Literal["cold_start", "rl", "test", "ask"]
 """What a source is for."""
@@ -238,19 +238,19 @@ def open_builtin(source: str, role: Role) -> tuple[Problem, ...]:
     Defaults: 1,000 problems, seed 0, the test split for the role `test` and train otherwise, every
     level and every family.
     """
-    from rlcs import tasks
+    from rlcs.data import puzzles
 
     name, options = _split_query(source, ("count", "seed", "split", "levels", "families"))
     split = options.get("split", "test" if role == "test" else "train")
     if split not in ("train", "test"):
         raise DataError(f"no split {split}", where=source, fix=suggest(split, ("train", "test")))
     families = options.get("families")
-    return tasks.load(
+    return puzzles.load(
         name.removeprefix(_BUILTIN),
         split="test" if split == "test" else "train",
         count=_whole(options.get("count", "1000"), "count", source, least=1),
         seed=_whole(options.get("seed", "0"), "seed", source, least=0),
-        levels=_levels(options["levels"], source) if "levels" in options else tasks.LEVELS,
+        levels=_levels(options["levels"], source) if "levels" in options else puzzles.LEVELS,
         families=tuple(families.split(",")) if families else None,
     )
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from rlcs.data import Role, load, require_usable
 from rlcs.distill.run import run
-from rlcs.files import read_json
-from rlcs.interrupts import StopFlag
-from rlcs.metrics import screen
+from rlcs.progress import screen
 from rlcs.recipe.schema import Recipe
+from rlcs.signals import StopFlag
+from rlcs.storage import read_json
 
 
 def distil(

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.data import Row
-from rlcs.distill.asking import Asking, cost, why_not
 from rlcs.distill.chains import Chain
-from rlcs.distill.keep import choose
+from rlcs.distill.filters import choose
+from rlcs.distill.schedule import Asking, cost, why_not
 from rlcs.distill.teachers import open_voice
 from rlcs.distill.tries import Try, TryLog, claim
 from rlcs.errors import DataError, RunFolderError, UserError
-from rlcs.files import atomic_write, encoded_image, image_kind, read_jsonl, write_json
 from rlcs.grading import GradePool
-from rlcs.interrupts import StopFlag
-from rlcs.metrics import Screen
+from rlcs.progress import Screen
 from rlcs.recipe.schema import Teacher
 from rlcs.records import Demonstration, Grade, ImageRef, Problem
+from rlcs.signals import StopFlag
+from rlcs.storage import atomic_write, encoded_image, image_kind, read_jsonl, write_json
 
 GIVEN = "given"
 """The teacher's name of a response that came with the data."""

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from rlcs.data.puzzles import chains
 from rlcs.distill.tries import Said
-from rlcs.engines.endpoint import EndpointClient, Request, user_parts
+from rlcs.engines.openai_client import EndpointClient, Request, user_parts
 from rlcs.errors import DataError
-from rlcs.interrupts import StopFlag
 from rlcs.recipe.schema import Eval, Teacher
 from rlcs.records import Message, Problem, rollout_seed
-from rlcs.tasks import chains
+from rlcs.signals import StopFlag
 
 if TYPE_CHECKING:
     from rlcs.engines.base import Answered
-    from rlcs.engines.opening import Reader
+    from rlcs.engines.factory import Reader
 
 _MOST_TURNS = 10
 _SEPARATOR = "\x1f"  # between a problem's id and the number of a turn in a request's id
@@ -63,7 +63,7 @@ def open_voice(teacher: Teacher, *, system: str, seed: int, logs: Path) -> Itera
         with _EndpointVoice(teacher, system=system, seed=seed) as voice:
             yield voice
     elif teacher.who == "local":
-        from rlcs.engines.opening import open_reader
+        from rlcs.engines.factory import open_reader
 
         how = Eval(
             temperature=teacher.temperature,

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlcs.errors import RunFolderError
-from rlcs.files import append_jsonl, read_json, read_jsonl, write_json
 from rlcs.records import Grade, Problem
+from rlcs.storage import append_jsonl, read_json, read_jsonl, write_json
 
 TRIES, TURNS, SETTINGS = "tries.jsonl", "turns.jsonl", "settings.json"
 ANSWERS = (TRIES, TURNS, "predictions.jsonl")

@@ -10,16 +10,16 @@ from pathlib import Path
 import psutil
 import torch
 
-from rlcs import models
 from rlcs.data.sources import open_builtin
 from rlcs.doctor import Finding
 from rlcs.engines.local import LocalEngine
 from rlcs.grading import GradePool
-from rlcs.packing import pack
-from rlcs.policy import score
+from rlcs.model import loading
+from rlcs.model.packing import pack
+from rlcs.model.parity_check import TOLERANCE, disagreement, gap
+from rlcs.model.policy import score
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import Branch, Tree
-from rlcs.selfcheck import TOLERANCE, disagreement, gap
 
 _NEEDED = ("rlcs", "torch", "transformers", "datasets", "math-verify", "safetensors")
 _OPTIONAL = {
@@ -43,7 +43,7 @@ def facts() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         found[f"gpu {index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
-    found["device"] = str(models.default_device())
+    found["device"] = str(loading.default_device())
     found["memory"] = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
     found["disk"] = f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free here"
     for name, use in _OPTIONAL.items():
@@ -82,8 +82,8 @@ def _room(name: str, free: int) -> Finding:
 def _model() -> list[Finding]:
     """Packed against plain logprobs, and the sampler's against the policy's."""
     recipe = load_recipe("quickstart").recipe
-    vlm = models.load(recipe.model)
-    chat = models.make_chat(vlm, recipe)
+    vlm = loading.load(recipe.model)
+    chat = loading.make_chat(vlm, recipe)
     prompts = [chat.prompt(problem) for problem in open_builtin("builtin:puzzles?count=3&seed=1", "rl")]
     sampling = chat.sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=24, seed=0)
     groups = LocalEngine(vlm, chat, max_rows=16).sample(prompts, sampling)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from rlcs.chat import Chat
 from rlcs.errors import DataError
+from rlcs.model.chat import Chat
 from rlcs.records import Problem, Prompt, Rollout, Sampling
 
 Progress = Callable[[int], None]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlcs.attention import Plan
-from rlcs.packing import Layout
+from rlcs.model.attention import Plan
+from rlcs.model.packing import Layout
 
 GROWTH = 32
 """Tokens by which the rows' own cache grows."""

@@ -13,12 +13,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from rlcs.chat import Chat
+from rlcs.engines.detokenizer import TextStream
 from rlcs.engines.local import _Batch, _Row
-from rlcs.engines.packed import packed
+from rlcs.engines.onednn_linear import packed
 from rlcs.engines.sampling import choose, uniform
-from rlcs.engines.text_stream import TextStream
-from rlcs.models import Vlm
+from rlcs.model.chat import Chat
+from rlcs.model.loading import Vlm
 from rlcs.records import Prompt, Sampling, StopReason, rollout_seed
 
 log = logging.getLogger(__name__)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlcs import attention
-from rlcs.chat import Chat
 from rlcs.engines.base import Progress
 from rlcs.engines.cache import ForestCache, RecordingPlan
-from rlcs.engines.packed import packed
+from rlcs.engines.onednn_linear import packed
 from rlcs.engines.sampling import choose, uniform
-from rlcs.models import Vlm
-from rlcs.packing import pack
-from rlcs.policy import hidden_states, image_inputs
+from rlcs.model import attention
+from rlcs.model.chat import Chat
+from rlcs.model.loading import Vlm
+from rlcs.model.packing import pack
+from rlcs.model.policy import hidden_states, image_inputs
 from rlcs.records import Prompt, Rollout, Sampling, StopReason, Tree, rollout_seed
 
 PREFILL_TOKENS = 16384

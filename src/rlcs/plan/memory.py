@@ -8,8 +8,8 @@ size, k key-value width, e bytes of an activation.
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from rlcs.model.policy import LOGIT_CHUNK
 from rlcs.plan.shapes import Sizes, head_size
-from rlcs.policy import LOGIT_CHUNK
 from rlcs.recipe.section import Part
 
 FP32 = 4

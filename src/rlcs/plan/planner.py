@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rlcs.evaluation import CHUNK
+from rlcs.evals.arms import CHUNK
 from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.memory import FP32, Load, Passing, activations, update_peak
 from rlcs.plan.rollouts import Trees, decoding_seconds, live_prompts, rollout_bytes
@@ -18,7 +18,7 @@ from rlcs.plan.shapes import Sizes, Tower
 from rlcs.plan.storage import formats, stored, trained_parts, trainers
 from rlcs.plan.work import language, vision
 from rlcs.recipe.schema import Grpo, Recipe, Sft
-from rlcs.sft import steps_of
+from rlcs.train.sft import steps_of
 
 LIBRARIES = 3 * GIB // 2
 """What a process holds before any model: the GPU's context and kernels, or Python with its libraries."""

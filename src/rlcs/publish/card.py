@@ -8,12 +8,12 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from rlcs.models import resolve
+from rlcs.model.loading import resolve
 from rlcs.publish.source import Source
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.table import summary_rows
 from rlcs.report import findings
-from rlcs.report.gather import ARMS, Run, number, part, read_run
+from rlcs.report.load_run import ARMS, Run, number, part, read_run
 
 STORIES = {
     "base": "The base model as it was, before any training.",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from rlcs.hub import Entry
+from rlcs.publish.hub import Entry
 
 BELONGS = (
     "README.md LICENSE* NOTICE* .gitattributes *.safetensors *.safetensors.index.json *config.json "

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from rlcs.chat import VISION_TOKENS, set_default_system
 from rlcs.errors import ModelError, RunFolderError
-from rlcs.files import atomic_write, open_to_readers
+from rlcs.model.chat import VISION_TOKENS, set_default_system
 from rlcs.publish import card, quantise
 from rlcs.publish.source import find_source
 from rlcs.recipe.schema import Recipe
+from rlcs.storage import atomic_write, open_to_readers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Precisions of the weights by their short names."""

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlcs.adapters import KEPT_WHOLE
 from rlcs.errors import ModelError, UserError
+from rlcs.model.lora import KEPT_WHOLE
 
 BITS = {"int8": 8, "int4": 4}
 """Bits of a weight by the names of the forms."""

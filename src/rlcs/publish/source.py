@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlcs import models
 from rlcs.data.sources import suggest
 from rlcs.errors import ModelError, RunFolderError, UserError
-from rlcs.pipeline import MODEL_OF_ARM
+from rlcs.model import loading
+from rlcs.pipeline.study import MODEL_OF_ARM
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Recipe
-from rlcs.stage import is_done
+from rlcs.train.run_dir import is_done
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ def find_source(name: str, arm: str | None) -> Source:
     if path.is_dir() and not (path / "config.json").is_file():
         fix = "name a run folder (with recipe.yaml) or a model folder (with config.json)"
         raise ModelError("neither a run nor a model is here", where=name, fix=fix)
-    return Source(weights=models.resolve(str(path) if path.is_dir() else name))
+    return Source(weights=loading.resolve(str(path) if path.is_dir() else name))
 
 
 def _of_run(run: Path, arm: str | None) -> Source:
@@ -54,7 +54,7 @@ def _of_run(run: Path, arm: str | None) -> Source:
     if stage is None:
         model = recipe.model
         return Source(
-            weights=models.resolve(model.name), revision=model.revision, run=run, recipe=recipe, arm=arm
+            weights=loading.resolve(model.name), revision=model.revision, run=run, recipe=recipe, arm=arm
         )
     final = run / stage / "final"
     if not is_done(run / stage) or not (final / "config.json").is_file():

@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from rlcs.errors import RlcsError, RunFolderError
-from rlcs.metrics import wilson
+from rlcs.evals.intervals import wilson
 from rlcs.recipe.reading import parse
 from rlcs.report import charts, findings
 from rlcs.report.findings import ArmResult
-from rlcs.report.gather import ARMS, STAGES, Run, read_runs, read_text
+from rlcs.report.load_run import ARMS, STAGES, Run, read_runs, read_text
 from rlcs.report.pages import templates, write_page
 
 _CURVES = (

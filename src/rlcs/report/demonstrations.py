@@ -8,7 +8,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from rlcs.report import pictures
-from rlcs.report.gather import Row, read_rows, text
+from rlcs.report.load_run import Row, read_rows, text
 
 _IMAGE_BYTES = 12_000
 _LENGTHS = (100, 200, 400, 800, 1600, 3200, 6400)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rlcs.metrics import wilson
-from rlcs.report.gather import ARMS, Answer, Attempt, HeldOut, Row, Run, number, part
+from rlcs.evals.intervals import wilson
+from rlcs.report.load_run import ARMS, Answer, Attempt, HeldOut, Row, Run, number, part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from rlcs.errors import RunFolderError, UserError
 from rlcs.report import page, rollouts
-from rlcs.report.gather import read_object, read_runs, text
+from rlcs.report.load_run import read_object, read_runs, text
 from rlcs.report.rollouts import Wanted
 
 _WATCHED = (

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from rlcs.errors import RunFolderError
 from rlcs.report import charts, demonstrations, findings, pictures, rollouts
-from rlcs.report.gather import STAGES, Row, Run, number, part, read_object, read_runs, read_text, text
+from rlcs.report.load_run import STAGES, Row, Run, number, part, read_object, read_runs, read_text, text
 from rlcs.report.pages import digits, templates, write_page
 from rlcs.report.progress import ending, progress
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from rlcs.files import atomic_write
 from rlcs.report.charts import LINE_COLOURS
-from rlcs.report.gather import ARMS, STAGES
+from rlcs.report.load_run import ARMS, STAGES
+from rlcs.storage import atomic_write
 
 if TYPE_CHECKING:
     from jinja2 import Environment

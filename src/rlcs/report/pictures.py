@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlcs.errors import RlcsError
-from rlcs.files import image_from_path, open_image
+from rlcs.storage import image_from_path, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

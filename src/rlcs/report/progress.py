@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlcs.metrics import median_rate
+from rlcs.progress import median_rate
 from rlcs.report.findings import phases
-from rlcs.report.gather import ARMS, STAGES, Run, number, read_object, read_text
+from rlcs.report.load_run import ARMS, STAGES, Run, number, read_object, read_text
 
 _ARMS_OF = {
     "cold_start": {"sft", "two_stage"},

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from rlcs.report import pictures
-from rlcs.report.gather import STAGES, Attempt, HeldOut, Run, attempt, held_out, read_rows, saved_steps
+from rlcs.report.load_run import STAGES, Attempt, HeldOut, Run, attempt, held_out, read_rows, saved_steps
 from rlcs.report.pages import templates, write_page
 
 _MOST_FILES = 400

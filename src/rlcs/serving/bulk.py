@@ -7,12 +7,12 @@ from typing import Any
 
 from rlcs.data import BadRow, load
 from rlcs.errors import DataError, UserError
-from rlcs.files import append_jsonl, read_jsonl
-from rlcs.interrupts import StopFlag
-from rlcs.metrics import screen
+from rlcs.progress import screen
 from rlcs.recipe.schema import Data, Images
 from rlcs.records import Problem
 from rlcs.serving.session import Answer, Session, Settings, Stream
+from rlcs.signals import StopFlag
+from rlcs.storage import append_jsonl, read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 import openai
 
-from rlcs.engines.endpoint import IMAGE_LIMIT, content, status_error
-from rlcs.engines.vllm_server import CPU_FLAGS, Launch, Process
+from rlcs.engines.openai_client import IMAGE_LIMIT, content, status_error
+from rlcs.engines.vllm.server import CPU_FLAGS, Launch, Process
 from rlcs.errors import EndpointError, ModelError
-from rlcs.models import default_device, resolve
+from rlcs.model.loading import default_device, resolve
 from rlcs.recipe.rollout import Rollouts
 from rlcs.recipe.schema import Endpoint
 from rlcs.records import Message

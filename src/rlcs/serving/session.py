@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlcs import models
-from rlcs.chat import Chat, default_system
 from rlcs.engines.continuous import ContinuousEngine, Ticket, Token
 from rlcs.errors import ImageError, PromptError, RlcsError, UserError
-from rlcs.files import image_from_bytes, image_from_path
 from rlcs.grading.extraction import extract
-from rlcs.models import Vlm
+from rlcs.model import loading
+from rlcs.model.chat import Chat, default_system
+from rlcs.model.loading import Vlm
 from rlcs.recipe.schema import Images, Model, Prompts, Recipe
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
+from rlcs.storage import image_from_bytes, image_from_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +169,7 @@ class Session:
             prompt=Prompts(system=default_system(vlm.processor), max_tokens=max(1, self.context - 1)),
             images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
         )
-        self.chat: Chat = models.make_chat(vlm, recipe)
+        self.chat: Chat = loading.make_chat(vlm, recipe)
         self.engine = ContinuousEngine(vlm, self.chat, max_rows=max_rows)
         self._decode_limit = recipe.images.decode_limit
 
@@ -226,4 +226,4 @@ class Session:
 
 def load(model: str = "builtin", *, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Session:
     """Load a model (a folder, a hub id, `builtin`) to talk to. Raises ModelError."""
-    return Session(models.load(Model(name=model, dtype=dtype)), name=model)
+    return Session(loading.load(Model(name=model, dtype=dtype)), name=model)

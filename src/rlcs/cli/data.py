@@ -1,0 +1,141 @@
+"""The verbs of `rlcs data`: check, export, push, overlap."""
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlcs.errors import UserError
+
+if TYPE_CHECKING:
+    from rlcs.data import Role
+
+data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is_help=True)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. data.max_bad_share=0.1")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line")]
+
+
+@data_app.command("check")
+def data_check(
+    source: Annotated[str, typer.Argument(help="JSONL, Parquet, folder, hub id, or builtin:NAME")],
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="Recipe with columns and limits")] = "quickstart",
+    role: Annotated[str, typer.Option("--role", help="rl, test or cold_start")] = "rl",
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Also make every prompt, with the recipe's model and limit")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Name every row that cannot be used, and why; decodes every image in full."""
+    from rlcs.data import check
+    from rlcs.errors import RecipeError
+    from rlcs.recipe.loading import load_recipe
+
+    if role not in ("rl", "test", "cold_start"):
+        raise RecipeError(f"unknown role {role!r}", where="--role", fix="use rl, test or cold_start")
+    resolved = load_recipe(recipe, overrides or []).recipe
+    loaded = check(source, resolved.data, decode_limit=resolved.images.decode_limit, role=role)  # type: ignore[arg-type]
+    unusable = list(loaded.bad)
+    if prompts:
+        from rlcs.report.preview import no_prompts
+
+        unusable += no_prompts(loaded.rows, resolved)
+    usable = len(loaded.rows) + len(loaded.bad) - len(unusable)
+    if json:
+        named = [{"where": bad.where, "reason": bad.reason} for bad in unusable]
+        typer.echo(jsonlib.dumps({"usable": usable, "bad": named}))
+    else:
+        for bad in unusable:
+            typer.echo(str(bad))
+        typer.echo(f"{usable:,} rows can be used, {len(unusable):,} cannot")
+    if unusable or not usable:
+        raise typer.Exit(2)
+
+
+@data_app.command("export")
+def data_export(
+    source: Annotated[str, typer.Argument(help="kept.jsonl, or any other data source")],
+    to: Annotated[Path, typer.Argument(help="The new folder")],
+    layout: Annotated[str, typer.Option(help="published, ms-swift or llama-factory")] = "published",
+) -> None:
+    """Write data in a layout that others read: Parquet with images, ms-swift, LLaMA-Factory; with a card."""
+    from rlcs.data.exchange import LAYOUTS, export
+    from rlcs.data.sources import suggest
+
+    chosen = next((each for each in LAYOUTS if each == layout), None)
+    if chosen is None:
+        raise UserError(f"no layout {layout!r}", where="--layout", fix=suggest(layout, LAYOUTS))
+    rows = _rows(source, "cold_start")
+    for path in export(rows, to, layout=chosen, source=source):
+        if path.parent.name != "images":
+            typer.echo(path)
+    typer.echo(f"{len(rows):,} rows")
+
+
+@data_app.command("push")
+def data_push(
+    folder: Annotated[Path, typer.Argument(help="A folder that `rlcs data export` wrote")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent")] = False,
+) -> None:
+    """Send an exported folder to the hub as a (private) data set."""
+    from rlcs.publish import hub
+
+    entries = hub.listing(folder)
+    if dry_run:
+        for line in hub.lines(entries, repo):
+            typer.echo(line)
+        return
+    typer.echo(hub.push(folder, repo, entries, kind="dataset", private=not public))
+
+
+@data_app.command("overlap")
+def data_overlap(
+    first: Annotated[str, typer.Argument(help="A data source")],
+    second: Annotated[str, typer.Argument(help="Another, or benchmark:NAME")],
+    data: Annotated[Path | None, typer.Option(help="Folder with the benchmark's official files")] = None,
+    json: Json = False,
+) -> None:
+    """Problems and images of one set that are in another: exact ones, and images that look alike."""
+    from rlcs.data.overlap import KINDS, find_overlaps
+
+    found = find_overlaps(_problems(first, data), _problems(second, data))
+    if json:
+        for each in found:
+            typer.echo(jsonlib.dumps({"kind": each.kind, "a": each.a, "b": each.b, "bits": each.bits}))
+        return
+    for kind in KINDS:
+        pairs = [each for each in found if each.kind == kind]
+        rows = len({each.a for each in pairs})
+        typer.echo(f"{kind:<14} {len(pairs):>8,} pairs, {rows:,} rows of {first}")
+        for each in pairs[:5]:
+            typer.echo(f"    {each.a}  {each.b}" + (f"  ({each.bits} bits)" if each.bits else ""))
+
+
+def _rows(source: str, role: "Role") -> Any:
+    """The usable rows of a source; raises DataError when too few are."""
+    from rlcs.data import load, require_usable
+    from rlcs.recipe.schema import Data, Images
+
+    loaded = load(source, Data(), decode_limit=Images().decode_limit, role=role)
+    require_usable(loaded, Data())
+    return loaded.rows
+
+
+def _problems(source: str, data: Path | None) -> list[Any]:
+    if not source.startswith("benchmark:"):
+        return [row.problem for row in _rows(source, "cold_start")]
+    from rlcs.evals.benchmarks import find
+    from rlcs.evals.benchmarks.loading import load_benchmark
+    from rlcs.recipe.schema import Images
+
+    limit = Images().decode_limit
+    loaded = load_benchmark(
+        find(source.removeprefix("benchmark:")), split=None, data=data, limit=None, decode_limit=limit
+    )
+    return [question.asked("paper", images) for question, images in loaded.questions]

@@ -1,0 +1,108 @@
+"""The verbs from a run to people: export, publish, chat."""
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlcs.cli.serving import chosen_vllm
+from rlcs.errors import UserError
+
+publish_app = typer.Typer()
+
+
+@publish_app.command("export")
+def export_model(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, model folder, hub id or builtin")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The new folder")],
+    arm: Annotated[
+        str | None,
+        typer.Option(help="Which model of a run: two_stage, rl, sft or base; default: the first there is"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as trained")] = None,
+    quantise: Annotated[
+        str | None, typer.Option(help="int8 or int4: the language model's weights in fewer bits")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="OWNER/NAME that the card shows; default: the folder's name")
+    ] = None,
+) -> None:
+    """Write a Hugging Face folder with a model card. Stock transformers and vLLM load it."""
+    known = ("bf16", "fp16", "fp32")
+    if dtype is not None and dtype not in known:
+        raise UserError(f"no precision {dtype!r}", where="--dtype", fix=f"use {', '.join(known)}")
+    from rlcs.publish.export import Export, export
+
+    wanted = Export(model=model, out=out, arm=arm, dtype=dtype, name=name, quantise=quantise)
+    for path in export(wanted):
+        typer.echo(path)
+    typer.echo(f"next: read {out / 'README.md'}, then rlcs publish {out} OWNER/NAME --dry-run")
+
+
+@publish_app.command("publish")
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A folder that `rlcs export` wrote")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")],
+    private: Annotated[bool, typer.Option("--private/--public", help="For whom to see")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent")] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Send files of this pattern too, say 'examples/*'")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="The list as JSON, with whole hashes")] = False,
+) -> None:
+    """Send an exported model to the hub. Refuses files that do not belong to a model."""
+    if json and not dry_run:
+        raise UserError("it lists what would be sent", where="--json", fix="add --dry-run")
+    from rlcs.publish import hub
+    from rlcs.publish.checks import refusals
+
+    entries = hub.listing(folder)
+    refused = refusals(folder, entries, allow or [])
+    if dry_run:
+        if json:
+            files = [{"path": each.path, "size": each.size, "sha256": each.sha256} for each in entries]
+            typer.echo(jsonlib.dumps({"repo": repo, "files": files, "refused": dict(refused)}))
+        else:
+            for line in hub.lines(entries, repo):
+                typer.echo(line)
+    if refused:
+        what = "; ".join(f"{path}: {why}" for path, why in refused[:10])
+        fix = "take them out of the folder, or name them with --allow"
+        raise UserError(
+            f"{len(refused):,} files do not belong in a published model: {what}", where=str(folder), fix=fix
+        )
+    if repo not in (folder / "README.md").read_text(encoding="utf-8"):
+        note = f"note: the card's snippets do not name {repo}; `rlcs export --name {repo}` writes them so"
+        typer.echo(note, err=True)
+    if not dry_run:
+        typer.echo(hub.push(folder, repo, entries, kind="model", private=private))
+
+
+@publish_app.command("chat")
+def chat(
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id, builtin (default), or a URL")] = None,
+    other: Annotated[
+        str | None, typer.Argument(metavar="[MODEL2]", help="One more, to stand beside the first")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the page is")] = 7860,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
+    engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto",
+    url: Annotated[str | None, typer.Option(help="Server that has MODEL: http://localhost:8000/v1")] = None,
+    key_env: Annotated[str, typer.Option(help="Variable with its key")] = "OPENAI_API_KEY",
+) -> None:
+    """Talk to a model, or to two, on a web page. Images, several turns, reasoning in a fold-out."""
+    import importlib.util
+
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs gradio", where="rlcs chat", fix="pip install 'rlcs[chat]'")
+    if url and engine != "auto":
+        raise UserError("a server has an engine of its own", where="--engine", fix="leave it out")
+    program = None if url else chosen_vllm(engine)
+    from rlcs.serving.chat_page import open_page, talkers
+
+    names = [name for name in (model, other) if name is not None]
+    with talkers(names, program=program, url=url, key_env=key_env) as found:
+        open_page(found, host=host, port=port)

@@ -1,0 +1,195 @@
+"""The verbs that put a model to use: serve, generate."""
+
+import json as jsonlib
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlcs.cli.options import Temperature, with_options
+from rlcs.errors import UserError
+
+serving_app = typer.Typer()
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or builtin")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """The options of `rlcs serve`: one field, one option."""
+
+    host: Annotated[str, typer.Option(help="Address to listen at; loopback unless told otherwise")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000
+    api_key: Annotated[
+        str | None, typer.Option(envvar="RLCS_API_KEY", help="Clients must bring this key")
+    ] = None
+    engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto"
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: MODEL")] = None
+    concurrency: Annotated[int, typer.Option(min=1, help="Answers generated at once")] = 32
+    queue: Annotated[int, typer.Option(min=0, help="Further requests that may wait")] = 64
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 4096
+    max_images: Annotated[int, typer.Option(min=0, help="Images a request")] = 8
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels an image, in its file")] = 1 << 24
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes a request")] = 32 << 20
+    request_s: Annotated[float, typer.Option(min=0.001, help="Seconds a request may take")] = 600.0
+
+
+@serving_app.command()
+@with_options(ServeOptions)
+def serve(model: ModelName, **chosen: Any) -> None:
+    """An OpenAI-compatible server with images. /v1/chat/completions, /v1/models, /health, /metrics."""
+    options = ServeOptions(**chosen)
+    if options.api_key == "":
+        fix = "give one, or leave it out to let everybody in; is the variable set?"
+        raise UserError("the key is empty", where="--api-key", fix=fix)
+    if options.api_key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+        typer.echo(f"anybody who reaches {options.host} may use the model: no --api-key", err=True)
+    if program := chosen_vllm(options.engine):
+        _exec_vllm(program, model, options)
+    _serve_locally(model, options)
+
+
+def chosen_vllm(engine: str) -> str | None:
+    """The `vllm` program that `--engine` asks for; None for our own engine. Raises UserError."""
+    if engine not in ("auto", "local", "vllm"):
+        raise UserError(f"no engine {engine!r}", where="--engine", fix="known: auto, local, vllm")
+    # Beside our own Python, or else on the path.
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    program = shutil.which("vllm", path=os.pathsep.join(places)) if engine != "local" else None
+    if engine == "vllm" and program is None:
+        raise UserError("vllm is not installed", where="--engine", fix="pip install vllm, or --engine local")
+    return program
+
+
+def _exec_vllm(program: str, model: str, options: ServeOptions) -> None:
+    """Become `vllm serve`, with our limits as far as it knows such."""
+    from rlcs.model.loading import resolve
+    from rlcs.serving.remote import NOT_KNOWN, serving
+
+    launch = serving(program, options.name or model, key=options.api_key)
+    launch = replace(launch, host=options.host, max_rows=options.concurrency, max_images=options.max_images)
+    words = launch.command(Path(resolve(model)), options.port)
+    typer.echo(f"engine   vllm\nrunning  {' '.join(words)}\nlimits   vLLM has no {', '.join(NOT_KNOWN)}")
+    sys.stdout.flush()
+    os.execve(program, words, launch.environment(0))  # noqa: S606 (a list of arguments, no shell)
+
+
+def _serve_locally(model: str, options: ServeOptions) -> None:
+    from rlcs.model import loading
+    from rlcs.recipe.schema import Model
+    from rlcs.serving import server
+    from rlcs.serving.protocol import Limits
+    from rlcs.serving.session import Session
+
+    limits = Limits(
+        max_images=options.max_images,
+        max_pixels=options.max_pixels,
+        max_tokens=options.max_tokens,
+        max_body_bytes=options.max_body_bytes,
+        concurrency=options.concurrency,
+        queue=options.queue,
+        request_s=options.request_s,
+    )
+    with server.listen(options.host, options.port) as sock:
+        session = Session(loading.load(Model(name=model)), name=model, max_rows=limits.concurrency)
+        service = server.Service(
+            session=session, name=options.name or model, limits=limits, key=options.api_key
+        )
+        host, port = sock.getsockname()[:2]
+        where = f"[{host}]" if ":" in host else host
+        typer.echo(f"engine   local\nmodel    {service.name}\nserving  http://{where}:{port}/v1")
+        sys.stdout.flush()
+        try:
+            server.run(service, sock)
+        except KeyboardInterrupt:  # uvicorn has shut down gracefully, and passes the signal on
+            typer.echo("stopped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options of `rlcs generate`: one field, one option."""
+
+    image: Annotated[list[Path] | None, typer.Option(help="An image; repeat it for several")] = None
+    input: Annotated[
+        str | None, typer.Option(help="Many questions: JSONL with question, images, id, or a data source")
+    ] = None
+    output: Annotated[Path | None, typer.Option(help="JSONL for their answers; goes on where it ends")] = None
+    temperature: Temperature = 0.0
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling")] = 1.0
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
+    seed: Annotated[int, typer.Option(help="Of the samples")] = 0
+    batch: Annotated[int, typer.Option(min=1, help="Answers generated at once")] = 64
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of text")] = False
+
+
+@serving_app.command()
+@with_options(GenerateOptions)
+def generate(
+    model: ModelName,
+    question: Annotated[str | None, typer.Argument(help="What to ask")] = None,
+    **chosen: Any,
+) -> None:
+    """Answer one question about images, or a file of them. Shown as it comes."""
+    options = GenerateOptions(**chosen)
+    if (options.input is None) == (question is None) or (options.input is None) != (options.output is None):
+        fix = 'rlcs generate MODEL "question" --image a.png, or --input rows.jsonl --output answers.jsonl'
+        raise UserError("ask one question, or name an input and an output", where="rlcs generate", fix=fix)
+    if options.input is not None and options.image:
+        raise UserError("the rows of --input name their images", where="--image", fix="leave it out")
+
+    from rlcs.model import loading
+    from rlcs.recipe.schema import Model
+    from rlcs.serving.session import Session, Settings
+
+    settings = Settings(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    session = Session(loading.load(Model(name=model)), name=model, max_rows=options.batch)
+    if question is not None:
+        _answer_one(session, question, options, settings)
+    else:
+        _answer_many(session, options, settings)
+
+
+def _answer_one(session: Any, question: str, options: GenerateOptions, settings: Any) -> None:
+    stream = session.stream([session.message(options.image, question)], settings)
+    try:
+        for piece in stream:
+            if not options.json:
+                typer.echo(piece, nl=False)
+    finally:
+        stream.close()
+    typer.echo(jsonlib.dumps(asdict(stream.answer), ensure_ascii=False) if options.json else "")
+
+
+def _answer_many(session: Any, options: GenerateOptions, settings: Any) -> None:
+    from rlcs.serving.bulk import answer_file
+    from rlcs.signals import StopFlag
+
+    source, out = str(options.input), options.output
+    assert out is not None, "input and output go together"
+    with StopFlag() as stop:
+        tally = answer_file(
+            session, source, out, settings, ahead=2 * options.batch, stop=stop, json=options.json
+        )
+    for bad in tally.bad[:20]:
+        typer.echo(f"left out: {bad}", err=True)
+    if len(tally.bad) > 20:
+        typer.echo(f"left out: {len(tally.bad) - 20:,} more", err=True)
+    numbers = {"answered": tally.answered, "before": tally.before, "left_out": len(tally.bad)}
+    if options.json:
+        typer.echo(jsonlib.dumps({**numbers, "out": str(out)}))
+    else:
+        typer.echo(f"answered {tally.answered:,} ({tally.before:,} before), left out {len(tally.bad):,}")
+        typer.echo(f"answers  {out}")
+    if not tally.answered + tally.before:
+        raise typer.Exit(2)

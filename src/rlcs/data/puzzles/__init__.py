@@ -1,0 +1,154 @@
+r"""Built-in visual puzzles, drawn by programs: images, questions, answers, a teacher, lessons.
+
+`load` makes problems; `teach` answers one with a reasoning text. Train and test cannot share an
+image: the split is a function of what is drawn (`family.split_of`).
+"""
+
+import hashlib
+import io
+import random
+from collections.abc import Iterator, Sequence
+
+from rlcs.data.puzzles.bars import Bars
+from rlcs.data.puzzles.family import Family, Solution, Split, draw_scene
+from rlcs.data.puzzles.figures import Figures
+from rlcs.data.puzzles.shapes import Shapes
+from rlcs.errors import DataError
+from rlcs.records import ImageRef, Problem
+
+LEVELS = (1, 2, 3)
+"""Levels of difficulty: more steps, larger numbers."""
+
+_MIXTURE = "puzzles"
+_MAX_REPEATS = 2000
+
+
+def families() -> tuple[Family, ...]:
+    """All families; a new one is named here."""
+    return (Shapes(), Bars(), Figures())
+
+
+def _family(name: str) -> Family:
+    for family in families():
+        if family.name == name:
+            return family
+    known = ", ".join(family.name for family in families())
+    raise DataError(f"no built-in task {name!r}", fix=f"use {_MIXTURE} (all), or one of {known}")
+
+
+def load(
+    name: str,
+    *,
+    split: Split,
+    count: int,
+    seed: int,
+    levels: Sequence[int] = LEVELS,
+    families: Sequence[str] | None = None,
+) -> tuple[Problem, ...]:
+    """Draw `count` problems, no two with the same image and question.
+
+    `name` is `puzzles` (every family in turn, or those in `families`) or one family. The same
+    arguments always give the same problems. Raises `DataError` for an unknown name, split or
+    level, or when the family has no `count` different problems.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"no split {split!r}", where=f"builtin:{name}", fix="use train or test")
+    if not levels or not set(levels) <= set(LEVELS):
+        raise DataError(f"levels {list(levels)}", where=f"builtin:{name}", fix="use levels from 1 to 3")
+    chosen = _choose(name, families)
+    source = f"builtin:{name}"
+    rng = random.Random(f"{split}|{seed}|{'|'.join(family.name for family in chosen)}")
+    turns = _turns(chosen, tuple(levels))
+    seen: set[tuple[str, str]] = set()
+    problems: list[Problem] = []
+    repeats = 0
+    while len(problems) < count:
+        family, level = next(turns)
+        scene, plan = _draw(family, rng, level, split)
+        while (scene, plan) in seen:
+            repeats += 1
+            if repeats > _MAX_REPEATS:
+                raise DataError(f"no {count} different problems", where=source, fix="ask for fewer")
+            scene, plan = _draw(family, rng, level, split)
+        seen.add((scene, plan))
+        problems.append(_problem(family, scene, plan, level=level, split=split, index=len(problems)))
+    return tuple(problems)
+
+
+def solution(problem: Problem) -> Solution:
+    """The worked answer of a problem that `load` made. Raises `DataError` for any other."""
+    family, scene, plan = _origin(problem)
+    return family.solve(scene, plan)
+
+
+def teach(problem: Problem, *, seed: int, wrong_share: float) -> str:
+    """The built-in teacher's response: reasoning and a boxed answer.
+
+    With probability `wrong_share` the teacher misreads the image in a way that changes the
+    answer, and reasons consistently from what it thought it saw. Raises `DataError` for a
+    problem that is not built in.
+    """
+    family, scene, plan = _origin(problem)
+    truth = family.solve(scene, plan)
+    rng = random.Random(f"teach|{seed}|{problem.id}")
+    if rng.random() >= wrong_share:
+        return truth.text()
+    seen, answer = scene, truth
+    while answer.answer == truth.answer:
+        seen = family.misread(rng, seen)
+        answer = family.solve(seen, plan)
+    return answer.text()
+
+
+def _choose(name: str, only: Sequence[str] | None) -> tuple[Family, ...]:
+    if name != _MIXTURE:
+        return (_family(name),)
+    return tuple(map(_family, only)) if only else families()
+
+
+def _turns(chosen: tuple[Family, ...], levels: tuple[int, ...]) -> Iterator[tuple[Family, int]]:
+    """Every family at the first level, then at the next, and so on again."""
+    while True:
+        for level in levels:
+            for family in chosen:
+                yield family, level
+
+
+def _draw(family: Family, rng: random.Random, level: int, split: Split) -> tuple[str, str]:
+    while True:
+        scene = draw_scene(family, rng, level, split)
+        plan = family.plan(rng, scene, level)
+        if plan is not None:
+            return scene, plan
+
+
+def _problem(family: Family, scene: str, plan: str, *, level: int, split: Split, index: int) -> Problem:
+    buffer = io.BytesIO()
+    image = family.paint(scene)
+    image.save(buffer, format="PNG")
+    data = buffer.getvalue()
+    mark = hashlib.sha256(f"{scene}|{plan}".encode()).hexdigest()[:6]
+    reference = ImageRef(
+        sha256=hashlib.sha256(data).hexdigest(), width=image.width, height=image.height, data=data
+    )
+    return Problem(
+        id=f"{family.name}-{split}-{index:06d}-{mark}",
+        source=f"builtin:{family.name}",
+        question=family.question(plan),
+        answer=str(family.solve(scene, plan).answer),
+        images=(reference,),
+        metadata={"family": family.name, "level": level, "split": split, "scene": scene, "plan": plan},
+    )
+
+
+def _origin(problem: Problem) -> tuple[Family, str, str]:
+    """Where a problem came from: its family, scene and plan."""
+    try:
+        name, scene, plan = (str(problem.metadata[key]) for key in ("family", "scene", "plan"))
+    except KeyError:
+        raise DataError(
+            "the built-in teacher only knows built-in problems",
+            where=problem.id,
+            fix="give demonstrations (rows with a `response`), or use builtin: problems",
+        ) from None
+    return _family(name), scene, plan

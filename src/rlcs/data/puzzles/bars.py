@@ -1,0 +1,137 @@
+"""A bar chart of three or four bars on a unit scale: read and compare. 112 x 84 pixels, 12 tokens."""
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rlcs.data.puzzles import sums
+from rlcs.data.puzzles.family import COLOURS, PAPERS, Solution, listed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SLOTS = 4
+_SLOT = 28
+_HEIGHT = 84
+_UNIT = 7
+_FLOOR = _HEIGHT - _UNIT
+_TALLEST = 9
+_LINE = (205, 205, 205)
+_AXIS = (90, 90, 90)
+
+
+def _parse(scene: str) -> tuple[str, list[tuple[str, int]]]:
+    """The paper and the slots; an empty slot is `("none", 0)`."""
+    paper, _, slots = scene.partition(":")
+    pairs = (slot.split("=") for slot in slots.split(","))
+    return paper, [(ink, int(height)) for ink, height in pairs]
+
+
+def _text(paper: str, slots: list[tuple[str, int]]) -> str:
+    return f"{paper}:{','.join(f'{ink}={height}' for ink, height in slots)}"
+
+
+def _bars(scene: str) -> dict[str, int]:
+    """Heights by colour, from left to right."""
+    return {ink: height for ink, height in _parse(scene)[1] if height}
+
+
+class Bars:
+    """The family of bar charts. A scene reads `paper:colour=height,...` with four slots."""
+
+    name = "bars"
+
+    def scene(self, rng: random.Random, level: int) -> str:
+        """Three or four bars of different colours, heights 1 to 9."""
+        inks = rng.sample(tuple(COLOURS), _SLOTS)
+        slots = [(ink, rng.randint(1, _TALLEST)) for ink in inks]
+        if rng.random() < 0.5:
+            slots[rng.randrange(_SLOTS)] = ("none", 0)
+        return _text(rng.choice(tuple(PAPERS)), slots)
+
+    def paint(self, scene: str) -> "Image":
+        """Bars on an axis, with a line at every unit of height."""
+        from PIL import Image, ImageDraw
+
+        paper, slots = _parse(scene)
+        image = Image.new("RGB", (_SLOTS * _SLOT, _HEIGHT), PAPERS[paper])
+        pen = ImageDraw.Draw(image)
+        for unit in range(1, _TALLEST + 1):
+            y = _FLOOR - unit * _UNIT
+            pen.line((0, y, image.width, y), fill=_LINE)
+        for index, (ink, height) in enumerate(slots):
+            if height:
+                x = index * _SLOT
+                pen.rectangle((x + 5, _FLOOR - height * _UNIT, x + _SLOT - 6, _FLOOR), fill=COLOURS[ink])
+        pen.rectangle((0, _FLOOR, image.width, _FLOOR + 1), fill=_AXIS)
+        return image
+
+    def plan(self, rng: random.Random, scene: str, level: int) -> str | None:
+        """Combine heights, or ask for all of them together."""
+        bars = _bars(scene)
+        if level > 1 and rng.random() < 0.25 and len(bars) == level + 1:
+            return "total"
+        plan = sums.draw(rng, level, self.quantities(scene))
+        if plan and plan.startswith("subtract") and rng.random() < 0.5:
+            return "subtract|tallest|shortest"
+        return plan
+
+    def question(self, plan: str) -> str:
+        """Such as "What is double the height of the red bar plus the height of the tallest bar?"."""
+        if plan == "total":
+            return "What is the height of all bars together?"
+        return sums.words(plan, lambda quantity: f"the height of the {quantity} bar")
+
+    def solve(self, scene: str, plan: str) -> Solution:
+        """Read the bars from left to right, note those that are asked for, calculate."""
+        bars = _bars(scene)
+        sheet = sums.Worksheet()
+        kind, *quantities = plan.split("|")
+        if kind == "total":
+            heights = list(bars.values())
+            answer = heights[0]
+            for height in heights[1:]:
+                answer = sheet.work(answer, "+", height)
+            return Solution(reading=self.caption(scene), steps=tuple(sheet.lines), answer=answer)
+        measures = self.quantities(scene)
+        answer = sums.calculate(kind, [measures[name] for name in quantities], sheet)
+        steps = (listed(measures, quantities), *sheet.lines)
+        return Solution(reading=self.caption(scene), steps=steps, answer=answer)
+
+    def misread(self, rng: random.Random, scene: str) -> str:
+        """One bar is read one or two units too high or too low."""
+        paper, slots = _parse(scene)
+        index = rng.choice([i for i, (_, height) in enumerate(slots) if height])
+        ink, height = slots[index]
+        near = [height + error for error in (-2, -1, 1, 2) if 1 <= height + error <= _TALLEST]
+        slots[index] = (ink, rng.choice(near))
+        return _text(paper, slots)
+
+    def caption(self, scene: str) -> str:
+        """Colour and height of each bar, from left to right."""
+        return ", ".join(f"{ink}={height}" for ink, height in _bars(scene).items())
+
+    def quantities(self, scene: str) -> Mapping[str, int]:
+        """The height of each bar, of the tallest and of the shortest."""
+        bars = _bars(scene)
+        return {**bars, "tallest": max(bars.values()), "shortest": min(bars.values())}
+
+    def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:
+        """The height of one bar, of two together or apart, the colour of one, or how many there are."""
+        measures = self.quantities(scene)
+        kind = rng.random()
+        if kind < 0.1:
+            return "How many bars are there?", str(len(measures) - 2)
+        if kind < 0.25:
+            ink, _ = rng.choice(list(_bars(scene).items()))
+            order = list(_bars(scene)).index(ink) + 1
+            return f"What colour is bar {order}?", ink
+        if kind < 0.6:
+            lower, higher = sorted(rng.sample(list(measures), 2), key=measures.__getitem__)
+            first, second = f"the height of the {lower} bar", f"the height of the {higher} bar"
+            if rng.random() < 0.6:
+                return f"What do {first} and {second} add up to?", str(measures[higher] + measures[lower])
+            return f"How far is {first} below {second}?", str(measures[higher] - measures[lower])
+        quantity = rng.choice(list(measures))
+        question = rng.choice(("How tall is the {} bar?", "What is the height of the {} bar?"))
+        return question.format(quantity), str(measures[quantity])

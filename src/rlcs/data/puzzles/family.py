@@ -1,0 +1,125 @@
+"""What a family of visual puzzles is: a protocol that one file fulfils, and the words all share.
+
+A *scene* is a short canonical text of everything that is drawn, so that two images are equal
+exactly when their scenes are. A *plan* is a short text of what is asked. Both are strings: they
+go into `Problem.metadata` and are all that the built-in teacher needs. Adding a family means
+writing one file with such a class and naming it in `families()`.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Split = Literal["train", "test"]
+Rgb = tuple[int, int, int]
+
+COLOURS: Mapping[str, Rgb] = MappingProxyType(
+    {
+        "red": (220, 40, 40),
+        "green": (40, 170, 60),
+        "blue": (50, 80, 220),
+        "yellow": (235, 205, 40),
+        "purple": (150, 60, 190),
+        "black": (40, 40, 40),
+    }
+)
+"""Names and values of the colours that carry meaning."""
+
+PAPERS: Mapping[str, Rgb] = MappingProxyType(
+    {
+        "white": (255, 255, 255),
+        "grey": (232, 232, 232),
+        "cream": (252, 244, 222),
+        "mint": (226, 246, 232),
+        "sky": (226, 238, 252),
+    }
+)
+"""Backgrounds: they carry no meaning and make more scenes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solution:
+    """A worked answer: what is read off the image, the calculation, and the number."""
+
+    reading: str
+    steps: tuple[str, ...]
+    answer: int
+
+    def text(self) -> str:
+        """The reasoning as a teacher writes it, a line a step, ending in the boxed answer."""
+        return "\n".join((self.reading, *self.steps, boxed(self.answer)))
+
+
+def listed(quantities: Mapping[str, int], names: Iterable[str]) -> str:
+    """Some of the quantities as a reader notes them down, such as "red=3, squares=2"."""
+    return ", ".join(f"{name}={quantities[name]}" for name in names)
+
+
+class Family(Protocol):
+    """One kind of image with its questions. All methods are pure; randomness comes from `rng`."""
+
+    @property
+    def name(self) -> str:
+        """A word for ids, tables and recipes."""
+        ...
+
+    def scene(self, rng: random.Random, level: int) -> str:
+        """Draw the content of an image that suits a question of this level."""
+        ...
+
+    def paint(self, scene: str) -> "Image":
+        """The image of a scene, RGB."""
+        ...
+
+    def plan(self, rng: random.Random, scene: str, level: int) -> str | None:
+        """Draw what to ask of a scene; None where this draw does not suit it."""
+        ...
+
+    def question(self, plan: str) -> str:
+        """The question in words."""
+        ...
+
+    def solve(self, scene: str, plan: str) -> Solution:
+        """The worked answer, for any scene of the family."""
+        ...
+
+    def misread(self, rng: random.Random, scene: str) -> str:
+        """The scene as seen by someone who gets one thing wrong."""
+        ...
+
+    def caption(self, scene: str) -> str:
+        """Everything in the image, in a fixed order."""
+        ...
+
+    def quantities(self, scene: str) -> Mapping[str, int]:
+        """What can be counted or measured in the image, by name."""
+        ...
+
+    def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:
+        """A question that needs one look and no calculation, and its short answer."""
+        ...
+
+
+def boxed(answer: int | str) -> str:
+    r"""The form of every final answer: `\boxed{...}`."""
+    return f"\\boxed{{{answer}}}"
+
+
+def split_of(family: str, scene: str) -> Split:
+    """Train or test, decided by the content alone: a fifth of all possible scenes is held out."""
+    digest = hashlib.sha256(f"{family}|{scene}".encode()).digest()
+    return "test" if digest[0] % 5 == 0 else "train"
+
+
+def draw_scene(family: Family, rng: random.Random, level: int, split: Split) -> str:
+    """Draw scenes until one belongs to the split."""
+    while True:
+        scene = family.scene(rng, level)
+        if split_of(family.name, scene) == split:
+            return scene

@@ -1,0 +1,164 @@
+"""The processes of one run: their ranks and devices, what they tell each other, and when they stop.
+
+`torchrun` starts the same command once for every rank. Without it a run is `Mesh()`: a world of one,
+the same code with nobody to wait for. Numbers, records and tensors in main memory go over gloo, tensors
+on GPUs over nccl. Every wait has a limit; a rank that dies takes the others along, with a message.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rlcs.errors import RlcsError, TrainingError, UserError
+from rlcs.signals import StopFlag
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=30)
+"""How long ranks wait while rank 0 works alone (a cold start may take days); if it dies they know at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """One rank's view of the world. `objects` and `patient` are process groups, None in a world of one."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | None = None
+    objects: Any = None
+    patient: Any = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether `torchrun` started this run, if only with one process."""
+        return self.objects is not None
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank."""
+        if not self.grouped:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.objects)
+        return values
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each name's sum over the ranks that have it; a name that ends in `_max`, its largest value."""
+        totals: dict[str, float] = {}
+        for each in self.gather(dict(values)):
+            for name, value in each.items():
+                before = totals.get(name)
+                if before is None:
+                    totals[name] = value
+                else:
+                    totals[name] = max(before, value) if name.endswith("_max") else before + value
+        return totals
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return any(self.gather(flag))
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Rank 0 alone does the work, however long it takes; all get its result, or raise its error."""
+        if not self.grouped:
+            return work()
+        # All are here before anybody waits without a limit: rank 0 could not tell its result to one that
+        # hangs.
+        dist.barrier(group=self.objects)
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = work()
+            except RlcsError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self.patient)
+        if box[1] is not None:
+            box[1].told = self.rank != 0
+            raise box[1]
+        result: T = box[0]
+        return result
+
+    def agree(self, stop: StopFlag) -> bool:
+        """Whether any rank was asked to stop; then the flag is set on all."""
+        asked = self.any(stop.is_set)
+        if asked:  # a signal that came just now waits for the next time
+            stop.is_set = True
+        return asked
+
+    def check(self, stop: StopFlag, where: str) -> None:
+        """Raise Stopped on every rank if any was asked to stop; all must call this at the same place."""
+        if not self.agree(stop):
+            return
+        try:
+            stop.check(where)
+        except RlcsError as error:
+            error.told = self.rank != 0
+            raise
+
+
+ALONE = Mesh()
+"""A world of one."""
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole` as `like` is kept: on its device, and if that is sharded this rank's rows alone."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    rows = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return rows.to(like.device)  # the mesh's device, unless shards are offloaded
+
+
+@contextmanager
+def open_mesh(*, timeout_s: float) -> Iterator[Mesh]:
+    """The world that `torchrun` describes in the environment, or a world of one.
+
+    Raises UserError when there are more processes than GPUs, and TrainingError when another rank ended
+    or kept this one waiting for longer than `timeout_s`.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield ALONE
+        return
+    limit = timedelta(seconds=timeout_s)
+    device = _device(int(os.environ["LOCAL_RANK"]))
+    rank = int(os.environ["RANK"])
+    try:
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=limit)
+        objects = dist.new_group(backend="gloo", timeout=limit)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        size = dist.get_world_size()
+        yield Mesh(rank=rank, size=size, device=device, objects=objects, patient=patient)
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _is_about_others(error):
+            raise
+        raise TrainingError(
+            f"rank {rank} lost the others: one of them ended, or did not answer within {timeout_s:g} s",
+            fix="its own message says why; the same command continues from the last checkpoint",
+        ) from error
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs",
+            where="torchrun --nproc-per-node",
+            fix="start one process for each GPU",
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _is_about_others(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo raises plain RuntimeErrors that name it or the connection."""
+    words = ("gloo", "Connection closed by peer", "Timed out waiting", "Connection reset")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

@@ -1,0 +1,176 @@
+"""Prompts spread over vLLM servers: each keeps as many under way as it may, and what one fails another does.
+
+A server that dies, hangs or comes back with older weights loses its turn until it is well again and has the
+weights of now; what it had under way goes back into the queue. Only when no server is well for a long
+while, or a prompt fails again and again, does the run stop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from rlcs.engines.vllm.server import AgainError, DownError, Launch, Server
+from rlcs.engines.vllm.weights import Weights
+from rlcs.errors import RlcsError, TrainingError
+from rlcs.recipe.rollout import Rollouts
+
+log = logging.getLogger("rlcs")
+
+Body = Callable[[], dict[str, Any]]
+"""Makes the body of one request when its turn has come."""
+Take = Callable[[int, dict[str, Any]], bool]
+"""Given the place of a request and its reply; False if it must be asked again."""
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+
+
+class _Work:
+    """The requests of one round: which wait, how often each was tried, and why the round ends early."""
+
+    def __init__(self, bodies: Sequence[Body], weights: Weights, take: Take) -> None:
+        self.bodies, self.weights, self.take = bodies, weights, take
+        self.queue: asyncio.Queue[int] = asyncio.Queue()
+        for place in range(len(bodies)):
+            self.queue.put_nowait(place)
+        self.tries: Counter[int] = Counter()
+        self.left = len(bodies)
+        self.ended = asyncio.Event()
+        self.failure: RlcsError | None = None
+        self.last_sign = time.monotonic()
+
+    def fail(self, error: RlcsError) -> None:
+        self.failure = self.failure or error
+        self.ended.set()
+
+    def done(self) -> None:
+        self.last_sign = time.monotonic()
+        self.left -= 1
+        if not self.left:
+            self.ended.set()
+
+
+class Fleet:
+    """All vLLM servers of a run."""
+
+    def __init__(self, settings: Rollouts, *, logs: Path, launch: Launch) -> None:
+        """Nothing is started yet; where `settings.urls` names the servers, nothing ever is."""
+        self._settings = settings
+        urls = settings.urls or ("",) * settings.servers
+        self._servers = [
+            Server(settings, index, logs=logs, url=url, launch=launch) for index, url in enumerate(urls)
+        ]
+
+    def ask(self, bodies: Sequence[Body], weights: Weights, take: Take) -> None:
+        """Ask everything, by these weights; `take` is given each reply as it comes.
+
+        Raises TrainingError when no server is well for too long or a prompt fails too often.
+        """
+        asyncio.run(self._ask(bodies, weights, take))
+
+    def close(self) -> None:
+        """End our own servers."""
+        for server in self._servers:
+            server.close()
+
+    async def _ask(self, bodies: Sequence[Body], weights: Weights, take: Take) -> None:
+        work = _Work(bodies, weights, take)
+        # No proxy stands between a trainer and its servers.
+        async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
+            await asyncio.gather(*(self._serve(server, client, work) for server in self._servers))
+        if work.failure is not None:
+            raise work.failure
+
+    async def _serve(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
+        """Keep one server busy until the round ends, bringing it back whenever it fails."""
+        wait = _FIRST_WAIT_S
+        while not work.ended.is_set():
+            try:
+                await _unless_ended(work, [server.up(client, work.weights)])
+                # Watched: one whose engine dies now never answers, and loading may take long otherwise too.
+                loading = server.take(client, work.weights)
+                await _unless_ended(work, [self._watch(server, client, work), loading])
+                work.last_sign, wait = time.monotonic(), _FIRST_WAIT_S
+                turns = [self._turn(server, client, work) for _ in range(self._settings.concurrency)]
+                await _unless_ended(work, [self._watch(server, client, work), *turns])
+            except RlcsError as error:
+                work.fail(error)
+            except DownError as down:
+                log.warning("%s: %s; trying again", server.name, down)
+                if down.hopeless:
+                    server.restart()
+                self._require_sign(server, down, work)
+                await _pause(work, wait)
+                wait = min(2 * wait, _LONGEST_WAIT_S)
+
+    def _require_sign(self, server: Server, down: DownError, work: _Work) -> None:
+        limit = self._settings.dead_limit_s
+        if time.monotonic() - work.last_sign > limit:
+            error = TrainingError(
+                f"no vLLM server was well for {limit:g} s; last: {down}",
+                where=server.name,
+                fix="see its log; the same command continues from the last checkpoint",
+            )
+            work.fail(error)
+
+    async def _watch(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
+        """Find out that a server hangs long before its requests time out."""
+        while True:
+            await asyncio.sleep(self._settings.health_limit_s / 3)
+            await server.require_well(client)
+            work.last_sign = time.monotonic()
+
+    async def _turn(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
+        """One request after the other, for ever."""
+        while True:
+            place = await work.queue.get()
+            try:
+                answered = await self._answer(place, server, client, work)
+            except BaseException:  # cancelled with its server, or the server failed: another's turn
+                work.queue.put_nowait(place)
+                raise
+            if not answered:
+                work.queue.put_nowait(place)
+
+    async def _answer(self, place: int, server: Server, client: httpx.AsyncClient, work: _Work) -> bool:
+        work.tries[place] += 1
+        if work.tries[place] > self._settings.max_tries:
+            raise TrainingError(
+                f"a prompt got no answer in {self._settings.max_tries} tries",
+                where=server.name,
+                fix="see its log; the same command continues from the last checkpoint",
+            )
+        body = await asyncio.to_thread(work.bodies[place])
+        try:
+            answered = work.take(place, await server.generate(client, body, work.weights))
+        except AgainError as error:
+            log.warning("%s", error)
+            answered = False
+        if answered:
+            work.done()
+        else:
+            await asyncio.sleep(_FIRST_WAIT_S * work.tries[place])
+        return answered
+
+
+async def _unless_ended(work: _Work, jobs: Sequence[Any]) -> None:
+    """Run all jobs until one ends, fails, or the round ends; then cancel the others. Raises what failed."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    ended = asyncio.ensure_future(work.ended.wait())
+    done, _ = await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
+    for task in (*tasks, ended):
+        task.cancel()
+    await asyncio.gather(*tasks, ended, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+async def _pause(work: _Work, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(work.ended.wait(), seconds)

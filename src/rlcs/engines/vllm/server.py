@@ -1,0 +1,364 @@
+"""One vLLM server: how it is started, asked, given weights, and found dead.
+
+Used are vLLM's token-in-token-out endpoint (`/inference/v1/generate`) and, from its development mode,
+pausing, reloading weights from a folder, and naming their version, which every answer then carries. Adapters
+are loaded under their version's name, and asked for by it.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from rlcs.engines.vllm.protocol import weights_seen
+from rlcs.engines.vllm.weights import Weights, model_of
+from rlcs.errors import EndpointError, ModelError
+from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts, Sampler
+from rlcs.storage import read_json
+
+OLDEST = (0, 32)
+"""The first vLLM whose interfaces are those used here: ids with images in, expanded ids and weight versions
+out. Older ones also crashed from placeholders typed into a question (see docs/how-to/vllm-rollouts.md)."""
+GENERATE = "/inference/v1/generate"
+FLAGS = ("--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm")
+"""What every server needs: the endpoint; logprobs of the distribution that was sampled from (temperature and
+banned ids included); no sampling defaults of the model's own."""
+CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
+"""On a CPU compiling costs more than it saves, and vLLM 0.32 dies there of a seeded prompt that is prefilled
+in parts (`CPU Generator does not use offset`)."""
+ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+"""Set in a server's environment, it opens the endpoints that load and unload adapters."""
+_POLL_S = 0.5
+_GRACE_S = 10.0
+_LAST_LINES, _LONGEST_LINE = 5, 500
+_DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+
+
+def adapter_room(rank: int) -> int:
+    """The smallest room for an adapter of this rank that vLLM can make."""
+    return next(room for room in ADAPTER_RANKS if room >= rank)
+
+
+def adapter_flags(rank: int) -> tuple[str, ...]:
+    """What a server needs for adapters of this rank."""
+    return ("--enable-lora", "--max-lora-rank", str(adapter_room(rank)))
+
+
+def context_length(sampler: Sampler, own: int) -> int | None:
+    """Tokens of the longest prompt and answer: `own`, or what a server's arguments say instead.
+
+    They may say it in thousands (`8k`) or 1024s (`8K`). None: what fits into memory, which vLLM finds out.
+    """
+    words = " ".join(sampler.arguments) if sampler.engine == "vllm_server" else ""
+    if not (said := re.findall(r"--max[-_]model[-_]len[= ](\S+)", words)):
+        return own
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", said[-1])
+    units = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
+    return int(float(number[1]) * units[number[2]]) if number else None
+
+
+class DownError(Exception):
+    """The server does not do what it should; that may pass. `hopeless`: a restart is what it needs."""
+
+    def __init__(self, why: str, *, hopeless: bool = True) -> None:
+        """`why` goes to the log."""
+        super().__init__(why)
+        self.hopeless = hopeless
+
+
+class AgainError(Exception):
+    """This one request failed; that may pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How our own servers are started; the limits are those of the run."""
+
+    settings: Rollouts
+    dtype: str
+    max_tokens: int
+    max_rows: int
+    on_cpu: bool = False
+    adapter_rank: int = 0
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        """The command line of one server."""
+        settings, share = self.settings, self.settings.memory_share
+        memory = [] if share is None else ["--gpu-memory-utilization", str(share)]
+        adapters = adapter_flags(self.adapter_rank) if self.adapter_rank else ()
+        return [
+            settings.executable, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *FLAGS,
+            "--dtype", self.dtype, "--max-model-len", str(self.max_tokens),
+            "--max-num-seqs", str(self.max_rows),
+            "--tensor-parallel-size", str(settings.tensor_parallel),
+            "--limit-mm-per-prompt", '{"video": 0}',
+            *memory, *adapters, *(CPU_FLAGS if self.on_cpu else ()), *settings.arguments,
+        ]  # fmt: skip
+
+    @property
+    def fits_itself(self) -> bool:
+        """Whether vLLM was told to take what it has memory for."""
+        return context_length(self.settings, self.max_tokens) is None
+
+    def environment(self, index: int) -> dict[str, str]:
+        """The environment of the server with this number."""
+        extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        if self.adapter_rank:
+            extra[ADAPTER_SWITCH] = "1"
+        if self.settings.devices:
+            extra["CUDA_VISIBLE_DEVICES"] = self.settings.devices[index]
+        return {**os.environ, **extra}
+
+
+class Process:
+    """A `vllm serve` of ours, in a session of its own; it dies with us, even if we are killed."""
+
+    def __init__(self, launch: Launch, index: int, folder: Path, log: Path) -> None:
+        """Start it. Raises ModelError if there is no such program."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._log, self._log_start = log, log.stat().st_size if log.exists() else 0
+        try:
+            with log.open("ab") as out:
+                self._popen = subprocess.Popen(
+                    launch.command(folder, port),
+                    env=launch.environment(index),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=_dying_with_parent(),
+                )
+        except OSError as error:
+            raise ModelError(
+                f"vLLM cannot be started: {error.strerror}",
+                where=f"rollout.executable={launch.settings.executable}",
+                fix="install vLLM (>= 0.32) in an environment and name its bin/vllm there",
+            ) from error
+
+    @property
+    def runs(self) -> bool:
+        """Whether the process is there; it may hang all the same."""
+        return self._popen.poll() is None
+
+    @property
+    def last_words(self) -> str:
+        """What its part of the log calls errors, first to last, or else how it ends."""
+        lines = self._log.read_bytes()[self._log_start :].decode("utf-8", "replace").splitlines()
+        errors = [line[:_LONGEST_LINE] for line in lines if re.search(r"\b[A-Z]\w*Error: ", line)]
+        return "\n".join(errors[-_LAST_LINES:] or lines[-_LAST_LINES:])
+
+    def end(self, *, at_once: bool) -> None:
+        """Make an end of it and of its children."""
+        if not at_once and self.runs:
+            self._popen.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(_GRACE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+
+
+def _dying_with_parent() -> Callable[[], None] | None:
+    """What the child does before it becomes vLLM: ask Linux for a SIGTERM when we are gone."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+
+
+class Server:
+    """A server, somebody's (`url`) or else ours."""
+
+    def __init__(self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch) -> None:
+        """Nothing is started or asked yet. Somebody's must have the room that `launch` gives to ours."""
+        self._settings, self._index = settings, index
+        self._url, self._ours, self._launch = url.rstrip("/"), not url, launch
+        self._log = logs / f"vllm-{index}.log"
+        self._process: Process | None = None
+        self._known = self._paused = False
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"vLLM server {self._index} ({self._url or 'not started'})"
+
+    async def up(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """Start it if it is ours and does not run; wait until it is well.
+
+        Raises DownError; ModelError if waiting cannot help.
+        """
+        if self._ours and (self._process is None or not self._process.runs):
+            await self._start(client, weights)
+        await self.require_well(client)
+
+    async def take(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """Give it these weights, unless it has them. Raises DownError; EndpointError if it does not fit."""
+        if not self._known:
+            await self._require_fit(client, weights)
+            self._known = True
+        has = (await self._call(client, "GET", "/weight_info")).json()["weight_version"]
+        if has != weights.version or self._paused:
+            await self._load(client, weights, has)
+
+    async def _start(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        self.restart()  # of one that died, what is left of it: engines outlive a killed server, and hold GPUs
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        process = self._process = Process(self._launch, self._index, weights.model.folder, self._log)
+        self._url = process.url
+        end = time.monotonic() + self._settings.start_limit_s
+        while time.monotonic() < end:
+            if not process.runs:
+                if self._known:
+                    raise DownError("it ended while starting")
+                raise ModelError(
+                    f"vLLM ended while starting:\n{process.last_words}",
+                    where=str(self._log),
+                    fix="see its log; rollout.arguments holds further arguments of vllm serve",
+                )
+            try:
+                return await self.require_well(client)
+            except DownError:
+                await asyncio.sleep(_POLL_S)
+        raise DownError(f"it did not start in {self._settings.start_limit_s:g} s")
+
+    async def require_well(self, client: httpx.AsyncClient) -> None:
+        """Raises DownError if it does not say within the limit that it is well."""
+        try:
+            response = await client.get(f"{self._url}/health", timeout=self._settings.health_limit_s)
+        except httpx.TransportError as error:
+            raise DownError(f"no word of its health ({type(error).__name__})") from error
+        if response.status_code != 200:
+            raise DownError(f"it is not well: {response.status_code}")
+
+    async def _require_fit(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """Raises EndpointError for a server that is too old or was started with other flags."""
+        version = str((await self._call(client, "GET", "/version")).json()["version"])
+        found = re.match(r"(\d+)\.(\d+)", version)
+        if found is None or tuple(map(int, found.groups())) < OLDEST:
+            fix = f"use vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
+            raise EndpointError(f"vLLM {version} is too old", where=self.name, fix=fix)
+        info = (await self._call(client, "GET", "/server_info", params={"config_format": "json"})).json()
+        served = info["vllm_config"]["model_config"]
+        if (mode := served["logprobs_mode"]) != "processed_logprobs":
+            raise EndpointError(
+                f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(FLAGS)}"
+            )
+        room, needed = served["max_model_len"], self._launch.max_tokens
+        if room < needed and not self._launch.fits_itself:
+            longer = "take it out of rollout.arguments" if self._ours else f"start it with {needed}"
+            raise EndpointError(
+                f"a prompt and its answer may have {needed:,} tokens, and its --max-model-len is {room:,}",
+                where=self.name,
+                fix=f"{longer}, or lower prompt.max_tokens",
+            )
+        if weights.base is not None:
+            self._require_room(info, read_json(weights.folder / "adapter_config.json")["r"])
+
+    def _require_room(self, info: Mapping[str, Any], rank: int) -> None:
+        """Raises EndpointError unless the server takes adapters of this rank while it runs."""
+        room = (info["vllm_config"]["lora_config"] or {"max_lora_rank": 0})["max_lora_rank"]
+        if room < rank or not info["vllm_env"][ADAPTER_SWITCH]:
+            flags = f"{ADAPTER_SWITCH}=1 in its environment and with {' '.join(adapter_flags(rank))}"
+            raise EndpointError(
+                f"it takes no adapters of rank {rank}",
+                where=self.name,
+                fix=f"start it with {flags}, or set rollout.lora=merged",
+            )
+
+    async def _load(self, client: httpx.AsyncClient, weights: Weights, has: str) -> None:
+        """Pausing also drops every cache that holds something of older weights."""
+        model, self._paused = weights.model, True
+        await self._call(client, "POST", "/pause", params={"mode": "abort"})
+        if model_of(has) != model.version:
+            folder = {"method": "reload_weights", "kwargs": {"weights_path": str(model.folder)}}
+            await self._call(client, "POST", "/collective_rpc", json=folder)
+            await self._name(client, model)
+        if weights is not model:
+            await self._load_adapter(client, weights)
+            await self._name(client, weights)
+        await self._call(client, "POST", "/resume")
+        self._paused = False
+
+    async def _name(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """Say what every answer from now on is by."""
+        await self._call(client, "POST", "/update_weight_version", json={"new_version": weights.version})
+
+    async def _load_adapter(self, client: httpx.AsyncClient, weights: Weights) -> None:
+        """In place of all others: their folders are gone. vLLM keeps apart what it caches by their names."""
+        for card in (await self._call(client, "GET", "/v1/models")).json()["data"]:
+            if card["parent"] is not None:
+                await self._call(client, "POST", "/v1/unload_lora_adapter", json={"lora_name": card["id"]})
+        named = {"lora_name": weights.version, "lora_path": str(weights.folder)}
+        await self._call(client, "POST", "/v1/load_lora_adapter", json=named)
+
+    async def _call(
+        self, client: httpx.AsyncClient, method: str, path: str, **content: Any
+    ) -> httpx.Response:
+        limit = self._settings.start_limit_s
+        try:
+            response = await client.request(method, self._url + path, timeout=limit, **content)
+        except httpx.TransportError as error:
+            raise DownError(f"{path}: {type(error).__name__}") from error
+        if response.status_code == 404:
+            fix = f"start it with VLLM_SERVER_DEV_MODE=1 in its environment and with {' '.join(FLAGS)}"
+            raise EndpointError(f"it has no {path}: {response.text[:200]}", where=self.name, fix=fix)
+        if response.status_code != 200:
+            raise DownError(f"{path}: {response.status_code} {response.text[:200]}")
+        return response
+
+    async def generate(
+        self, client: httpx.AsyncClient, body: Mapping[str, Any], weights: Weights
+    ) -> dict[str, Any]:
+        """The answers to one prompt, all by these weights.
+
+        Raises AgainError, DownError, or EndpointError if no further try can help.
+        """
+        limit = self._settings.request_limit_s
+        if weights.base is not None:
+            body = {**body, "model": weights.version}
+        try:
+            response = await client.post(self._url + GENERATE, json=body, timeout=limit)
+        except httpx.TransportError as error:
+            raise DownError(f"{GENERATE}: {type(error).__name__}") from error
+        if response.status_code == 429 or response.status_code >= 500:
+            raise AgainError(f"{self.name}: {response.status_code} {response.text[:200]}")
+        if response.status_code == 404 and weights.version in response.text:
+            raise DownError("it does not know the adapter: it was restarted", hopeless=False)
+        if response.status_code != 200:
+            raise EndpointError(
+                f"it refuses a prompt: {response.status_code} {response.text[:500]}",
+                where=self.name,
+                fix=f"vllm serve needs {' '.join(FLAGS)}",
+            )
+        reply: dict[str, Any] = response.json()
+        by = weights.version if weights.base is None else reply["model"]
+        if weights_seen(reply) | {by} != {weights.version}:
+            raise DownError("it answered with other weights: it was restarted", hopeless=False)
+        return reply
+
+    def restart(self) -> None:
+        """End a process of ours that does not do what it should; the next `ready` starts it anew."""
+        if self._process is not None:
+            self._process.end(at_once=True)
+            self._process = None
+
+    def close(self) -> None:
+        """End a process of ours."""
+        if self._process is not None:
+            self._process.end(at_once=False)
+            self._process = None

@@ -1,0 +1,30 @@
+"""The benchmarks: one file each, found by themselves.
+
+A file of this room that holds a `BENCHMARK` is one; docs/how-to/add-a-benchmark.md shows how to add
+another.
+"""
+
+import importlib
+import pkgutil
+
+from rlcs.data.sources import suggest
+from rlcs.errors import UserError
+from rlcs.evals.benchmarks.base import Benchmark
+
+
+def list_benchmarks() -> dict[str, Benchmark]:
+    """Every benchmark by its name."""
+    found: dict[str, Benchmark] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        if isinstance(benchmark := getattr(module, "BENCHMARK", None), Benchmark):
+            found[benchmark.name] = benchmark
+    return found
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark of this name. Raises UserError."""
+    known = list_benchmarks()
+    if name not in known:
+        raise UserError(f"no benchmark is called {name!r}", where="--benchmarks", fix=suggest(name, known))
+    return known[name]

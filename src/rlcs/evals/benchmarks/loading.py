@@ -1,0 +1,149 @@
+"""Rows of a benchmark, from the hub or from a folder with its official files, and their images.
+
+A question whose image is missing or damaged is set aside and named, never asked without it: a score
+says of how many questions it is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlcs.data.rows import BadRow
+from rlcs.data.sources import open_table, suggest
+from rlcs.errors import DataError, UserError
+from rlcs.evals.benchmarks.base import Benchmark, Question
+from rlcs.recipe.schema import Data
+from rlcs.records import ImageRef
+from rlcs.storage import image_from_bytes, image_from_path, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """The questions that can be asked with their images, and those that cannot, with reasons.
+
+    `of` is the number of questions in the split as published; `source` is what was read.
+    """
+
+    benchmark: Benchmark
+    split: str
+    source: str
+    questions: tuple[tuple[Question, tuple[ImageRef, ...]], ...]
+    missing: tuple[BadRow, ...] = ()
+
+    @property
+    def of(self) -> int:
+        """Questions in the published split."""
+        return self.benchmark.splits[self.split]
+
+
+def load_benchmark(
+    benchmark: Benchmark, *, split: str | None, data: Path | None, limit: int | None, decode_limit: int
+) -> Loaded:
+    """Read a split (None: the benchmark's own default), at most the first `limit` rows.
+
+    `data` is a folder with the official files, or one with a folder of the benchmark's name in it;
+    None is the hub. Raises UserError or DataError when nothing can be asked.
+    """
+    split = split or next(iter(benchmark.splits))
+    if split not in benchmark.splits:
+        fix = suggest(split, benchmark.splits)
+        raise UserError(f"{benchmark.title} has no split {split!r}", where="--split", fix=fix)
+    folder = None if data is None else _folder(benchmark, data)
+    source, rows = _hub_rows(benchmark, split) if folder is None else _local_rows(benchmark, split, folder)
+    asked: list[tuple[Question, tuple[ImageRef, ...]]] = []
+    missing: list[BadRow] = []
+    seen: set[str] = set()
+    for number, (where, fields) in enumerate(rows):
+        if limit is not None and number >= limit:
+            break
+        question = _question(benchmark, fields, where)
+        if question.id in seen:
+            raise DataError(f"the id {question.id!r} comes twice", where=where, fix="take the official file")
+        seen.add(question.id)
+        try:
+            asked.append((question, _images(question, folder, decode_limit)))
+        except DataError as error:
+            missing.append(BadRow(where=error.where or where, reason=error.what, id=question.id))
+    if not asked:
+        what = f"none of {len(missing):,} questions has its image" if missing else "there are no questions"
+        named = f", first {missing[0]}" if missing else ""
+        fix = "put the benchmark's images beside its file, as its authors publish them"
+        raise DataError(what + named, where=source, fix=fix)
+    return Loaded(
+        benchmark=benchmark, split=split, source=source, questions=tuple(asked), missing=tuple(missing)
+    )
+
+
+def _question(benchmark: Benchmark, fields: dict[str, Any], where: str) -> Question:
+    try:
+        return benchmark.read(fields)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
+        fix = f"is this a file of {benchmark.title}? its columns must be as published on {benchmark.hub_id}"
+        raise DataError(f"not a row of {benchmark.title}: {what}", where=where, fix=fix) from error
+
+
+def _folder(benchmark: Benchmark, data: Path) -> Path:
+    if not data.is_dir():
+        raise UserError("no such folder", where=f"--data {data}", fix="name a folder with benchmark files")
+    own = data / benchmark.name
+    return own if own.is_dir() else data
+
+
+def _hub_rows(benchmark: Benchmark, split: str) -> tuple[str, Iterator[tuple[str, dict[str, Any]]]]:
+    config = f"&config={benchmark.config}" if benchmark.config else ""
+    source = f"{benchmark.hub_id}?split={split}{config}"
+    return source, _table_rows([source])
+
+
+def _local_rows(
+    benchmark: Benchmark, split: str, folder: Path
+) -> tuple[str, Iterator[tuple[str, dict[str, Any]]]]:
+    """The first of SPLIT.jsonl, SPLIT.json, SPLIT.parquet, SPLIT-*.parquet, here or in `data/`."""
+    for place in (folder, folder / "data"):
+        for pattern in (f"{split}.jsonl", f"{split}.json", f"{split}.parquet", f"{split}-*.parquet"):
+            if files := sorted(place.glob(pattern)):
+                rows = _json_rows(files[0]) if pattern.endswith(".json") else _table_rows(files)
+                return str(files[0]), rows
+    raise UserError(
+        f"there is no {split}.jsonl, {split}.json, {split}.parquet or {split}-*.parquet",
+        where=str(folder),
+        fix=f"put the official files of {benchmark.title} there, or into {folder / benchmark.name}; "
+        "without --data they come from the hub",
+    )
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A list of rows, or a mapping from id to row."""
+    content = read_json(path)
+    rows = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError("not a list or mapping of rows", where=str(path), fix="take the official file")
+    for number, row in enumerate(rows):
+        yield f"{path}#{number}", {"id": number, **row}
+
+
+def _table_rows(sources: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    for source in sources:
+        for raw in open_table(str(source), Data(), "test").rows:
+            if raw.reason:
+                raise DataError(raw.reason, where=raw.where, fix="copy or download the file again")
+            yield raw.where, {"id": number, **raw.fields}
+            number += 1
+
+
+def _images(question: Question, folder: Path | None, limit: int) -> tuple[ImageRef, ...]:
+    """The question's image, if it has one. Raises DataError when it cannot be had."""
+    picture = question.picture
+    if isinstance(picture, dict):
+        picture = picture["path"] if picture.get("bytes") is None else picture["bytes"]
+    if picture is None:
+        return ()
+    if isinstance(picture, bytes):
+        return (image_from_bytes(picture, limit=limit, where=f"image of {question.id}"),)
+    if folder is None:
+        raise DataError("the row has a path instead of an image", where=str(picture))
+    places = [root for root in (folder, folder / "images", folder / "data") if (root / str(picture)).exists()]
+    return (image_from_path(str(picture), root=(places or [folder])[0], limit=limit),)

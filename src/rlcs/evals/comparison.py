@@ -1,0 +1,163 @@
+"""The table over every model in a folder, with chance below and what the paper reports beside."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlcs.errors import UserError
+from rlcs.evals.benchmarks import list_benchmarks
+from rlcs.storage import atomic_write, read_json, write_json
+
+FOUR = ("mathvision", "mathverse", "mathvista", "wemath")
+"""The benchmarks of the paper, in its order."""
+REPORTED: dict[str, tuple[float, float, float, float]] = {
+    "Qwen2.5-VL-3B": (19.47, 33.58, 56.30, 50.63),
+    "the paper, 3B (SFT, then RL)": (27.0, 44.0, 68.2, 64.1),
+    "Qwen2.5-VL-7B": (24.87, 43.83, 66.30, 62.87),
+    "the paper, 7B (SFT, then RL)": (30.3, 48.6, 73.4, 70.4),
+}
+"""Percent, in the order of `FOUR`: arXiv 2505.22334, figure 1; the base models as the same authors print
+them in arXiv 2505.22453, table 1. A language model judged the answers there; We-Math is plain accuracy."""
+
+Column = tuple[str, str]
+
+
+def write_comparison(out: Path, *, first: Sequence[str]) -> dict[str, Any]:
+    """Write comparison.json and comparison.md from every scores.json of an exam below; returns the former.
+
+    The models in `first`, those of this call, come first, in this order, and only their failed answers are
+    counted. Raises UserError when there is no score.
+    """
+    place = {label: number for number, label in enumerate(first)}
+    paths = sorted(out.glob("*/*/scores.json"), key=lambda p: (place.get(p.parts[-3], len(place)), p))
+    # A run folder holds scores of its own, eval/ARM/scores.json, which are of no benchmark.
+    found = [scores for path in paths if "benchmark" in (scores := read_json(path))]
+    if not found:
+        raise UserError("there are no scores", where=str(out), fix="run `rlcs eval` first")
+    comparison = compare(found)
+    comparison["failed"] = sum(scores["failed"]["count"] for scores in found if scores["label"] in place)
+    write_json(out / "comparison.json", comparison)
+    atomic_write(out / "comparison.md", as_markdown(comparison))
+    return comparison
+
+
+def compare(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows by model and rule, columns by benchmark and split, the paper's numbers, notes."""
+    known = list_benchmarks()
+    order = {name: number for number, name in enumerate((*FOUR, *known))}
+    columns = sorted({(s["benchmark"], s["split"]) for s in found}, key=lambda c: (order.get(c[0], 99), c))
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for scores in found:
+        for rule, each in scores["rules"].items():
+            cell = {key: each[key] for key in ("accuracy", "low", "high")}
+            cell |= {key: scores[key] for key in ("n", "of", "chance", "prompt")}
+            cell |= {"samples": scores["sampling"]["samples"], "pass_at": each.get("pass_at", {})}
+            if "metrics" in each:
+                cell["metrics"] = each["metrics"]
+            row = rows.setdefault((scores["label"], rule), {"cells": {}})
+            row["cells"]["/".join((scores["benchmark"], scores["split"]))] = cell
+    titles = {s["benchmark"]: s["title"] for s in found}
+    return {
+        "columns": [{"benchmark": b, "split": s, "title": f"{titles[b]} {s}"} for b, s in columns],
+        "rows": [{"model": model, "rule": rule, **row} for (model, rule), row in rows.items()],
+        "reported": {name: dict(zip(FOUR, each, strict=True)) for name, each in REPORTED.items()},
+        "notes": [*_settings(found), *(note for scores in found for note in _notes(scores))],
+    }
+
+
+def _settings(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the answers were asked for: one line if all were asked alike."""
+    lines: dict[str, list[str]] = {}
+    for scores in found:
+        how = scores["sampling"]
+        many = f"{how['samples']} samples" if how["samples"] > 1 else "1 answer"
+        text = f"prompt `{scores['prompt']}`, {many}, temperature {how['temperature']:g}, "
+        text += f"at most {how['max_new_tokens']:,} tokens"
+        lines.setdefault(text, []).append(f"{scores['label']}, {scores['title']}")
+    return [text if len(lines) == 1 else f"{'; '.join(where)}: {text}" for text, where in lines.items()]
+
+
+def _notes(scores: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table must know: what is left out, failed, refused or judged."""
+    where = f"{scores['label']}, {scores['title']}"
+    missing, failed, refused = (scores[key]["count"] for key in ("missing_images", "failed", "refused"))
+    notes = []
+    if scores["n"] < scores["of"]:
+        notes.append(f"{where}: {scores['n']:,} of {scores['of']:,} questions")
+    if missing:
+        notes.append(f"{where}: {missing:,} questions have no usable image and are left out")
+    if failed:
+        notes.append(f"{where}: {failed:,} answers failed; the same command asks for them again")
+    if refused:
+        notes.append(f"{where}: {refused:,} prompts were too long or unreadable and count as wrong")
+    if judge := scores.get("judge"):
+        notes.append(
+            f"{where}: {judge['model']} read {judge['read']:,} answers without a box of {judge['asked']:,} "
+            f"(rule rlcs+judge); it failed on {judge['failed']:,}"
+        )
+    for rule, each in scores["rules"].items():
+        if each["without_answer"]:
+            notes.append(f"{where}: {each['without_answer']:,} responses give no answer that {rule} reads")
+        for k, share in each.get("pass_at", {}).items():
+            notes.append(f"{where}: pass@{k} {100 * share:.1f} ({rule})")
+        shown = {n: v for n, v in each.get("metrics", {}).items() if v is not None and n.endswith("_score")}
+        if shown:
+            said = ", ".join(f"{name.replace('_', ' ')} {100 * v:.1f}" for name, v in shown.items())
+            notes.append(f"{where}: {said} ({rule}); more in scores.json")
+    return notes
+
+
+def as_markdown(comparison: Mapping[str, Any]) -> str:
+    """An aligned table: percent with 95% Wilson interval; chance and the paper below; then notes."""
+    columns = comparison["columns"]
+    four = {c["benchmark"] for c in columns if c["split"] == _paper_split(c["benchmark"])}.issuperset(FOUR)
+    head = ["model", "rule", *(c["title"] for c in columns), *(["mean of the four"] if four else [])]
+    lines = [_measured(row, columns, four) for row in comparison["rows"]]
+    chance = {key: cell["chance"] for row in comparison["rows"] for key, cell in row["cells"].items()}
+    cells = [f"{100 * chance[_key(c)]:.1f}" for c in columns]
+    lines.append(["chance", "", *cells, *([""] if four else [])])
+    for name, reported in comparison["reported"].items():
+        cells = [_reported(reported, c) for c in columns]
+        mean = sum(reported.values()) / len(reported)
+        lines.append([name, "as reported", *cells, *([f"{mean:.1f}"] if four else [])])
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    table = [_line(head, widths), _line(["-" * width for width in widths], widths)]
+    table += [_line(line, widths) for line in lines]
+    text = "\n".join(table) + "\n\nPercent right, with 95% Wilson intervals.\n"
+    return text + "".join(f"- {note}\n" for note in comparison["notes"])
+
+
+def _key(column: Mapping[str, Any]) -> str:
+    return f"{column['benchmark']}/{column['split']}"
+
+
+def _paper_split(benchmark: str) -> str:
+    return "test" if benchmark == "mathvision" else "testmini"
+
+
+def _measured(row: Mapping[str, Any], columns: Sequence[Mapping[str, Any]], four: bool) -> list[str]:
+    cells = row["cells"]
+    texts = []
+    for column in columns:
+        cell = cells.get(_key(column))
+        texts.append("" if cell is None else _percent(cell))
+    own = [cells.get(f"{name}/{_paper_split(name)}") for name in FOUR]
+    mean = f"{25 * sum(cell['accuracy'] for cell in own if cell):.1f}" if all(own) else ""
+    return [row["model"], row["rule"], *texts, *([mean] if four else [])]
+
+
+def _percent(cell: Mapping[str, Any]) -> str:
+    part = "" if cell["n"] == cell["of"] else f" ({cell['n']:,} of {cell['of']:,})"
+    return f"{100 * cell['accuracy']:.1f} [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]{part}"
+
+
+def _reported(reported: Mapping[str, float], column: Mapping[str, Any]) -> str:
+    value = reported.get(column["benchmark"])
+    if value is None:
+        return ""
+    split = _paper_split(column["benchmark"])
+    return f"{value:.1f}" + ("" if split == column["split"] else f" ({split})")
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"

@@ -1,0 +1,98 @@
+"""From verdicts to numbers: pure functions.
+
+Several samples of a question are one question: accuracy is the mean over questions of the mean over
+samples, and its Wilson interval counts questions, not samples.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Any
+
+from rlcs.evals.benchmarks.base import Benchmark, Question
+from rlcs.evals.intervals import wilson
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """One answer, graded; `correct` None means that the grader could not tell, which counts as not right."""
+
+    question: Question
+    index: int
+    correct: bool | None
+
+
+def chance_level(questions: Sequence[Question]) -> float:
+    """What guessing scores: the mean of 1 / options, 0 for a question with a free answer."""
+    return sum(1 / q.num_options if q.num_options else 0.0 for q in questions) / max(1, len(questions))
+
+
+def pass_at(n: int, right: int, k: int) -> float:
+    """The chance that `k` of `n` samples, `right` of them right, hold a right one.
+
+    The unbiased estimate of Chen et al. 2021 (arXiv 2107.03374), eq. 1.
+    """
+    return 1.0 - comb(n - right, k) / comb(n, k)
+
+
+def rule_scores(benchmark: Benchmark, verdicts: Sequence[Verdict], samples: int) -> dict[str, Any]:
+    """Everything that one rule says: accuracy with its interval, pass@k, by facet, own metrics."""
+    by_question: dict[str, list[bool]] = defaultdict(list)
+    for verdict in verdicts:
+        by_question[verdict.question.id].append(verdict.correct is True)
+    shares = {name: sum(each) / len(each) for name, each in by_question.items()}
+    n = len(shares)
+    accuracy = sum(shares.values()) / max(1, n)
+    low, high = wilson(round(accuracy * n), n)
+    scores: dict[str, Any] = {
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "unscored": sum(verdict.correct is None for verdict in verdicts),
+    }
+    if samples > 1:
+        scores["pass_at"] = _all_pass_at(list(by_question.values()), samples)
+    scores["by"] = _by_facet({v.question.id: v.question for v in verdicts}, shares)
+    if benchmark.metrics is not None:
+        rounds: dict[int, list[tuple[Question, bool]]] = defaultdict(list)
+        for verdict in verdicts:
+            rounds[verdict.index].append((verdict.question, verdict.correct is True))
+        scores["metrics"] = averaged([benchmark.metrics(each) for each in rounds.values()])
+    return scores
+
+
+def _all_pass_at(samples: Sequence[Sequence[bool]], most: int) -> dict[str, float]:
+    """pass@1, 2, 4, ... and `most`, over the questions that have so many samples."""
+    scores = {}
+    for k in sorted({*(2**power for power in range(most.bit_length())), most}):
+        full = [pass_at(len(each), sum(each), k) for each in samples if len(each) >= k]
+        if k <= most and full:
+            scores[str(k)] = sum(full) / len(full)
+    return scores
+
+
+def _by_facet(
+    questions: Mapping[str, Question], shares: Mapping[str, float]
+) -> dict[str, dict[str, dict[str, float]]]:
+    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, question in questions.items():
+        for facet, values in question.facets.items():
+            for value in values:
+                groups[facet][value].append(shares[name])
+    return {
+        facet: {
+            value: {"accuracy": sum(each) / len(each), "n": len(each)}
+            for value, each in sorted(group.items())
+        }
+        for facet, group in groups.items()
+    }
+
+
+def averaged(rounds: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The mean of each number over the rounds that have it."""
+    means: dict[str, float | None] = {}
+    for name in rounds[0] if rounds else ():
+        known = [value for each in rounds if (value := each[name]) is not None]
+        means[name] = sum(known) / len(known) if known else None
+    return means

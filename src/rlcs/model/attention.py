@@ -1,0 +1,266 @@
+"""Attention over packed trees, in three ways from one `Layout`.
+
+* `DensePlan`: scaled dot-product attention under the plain (L, L) mask. The reference.
+* `TreePlan`: flash attention on the blocks that are not masked, and only those. For CPUs.
+* `FlexPlan`: a FlexAttention block mask. For GPUs.
+
+A plan reaches every layer through transformers' public forward as the keyword `plan`; `install`
+registers the one function that hands the layer's queries, keys and values to it.
+Letters in shapes: L tokens, H query heads, K key-value heads, D head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from rlcs.errors import UserError
+from rlcs.model.packing import Layout, dense_mask
+
+NAME = "rlcs"
+"""The name under which transformers knows our attention."""
+
+
+class Plan(Protocol):
+    """How the tokens of one forward pass attend to each other."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Queries (1, H, L, D), keys and values (1, K, L, D) of one layer to outputs (1, H, L, D)."""
+        ...
+
+
+def install(model: PreTrainedModel) -> None:
+    """Make the language model attend by plans; the vision tower keeps its own attention.
+
+    The registry of transformers is process-wide; registering the same function again is harmless.
+    """
+    AttentionInterface.register(NAME, _attend_by_plan)
+    model.set_attn_implementation({"text_config": NAME})
+
+
+def _attend_by_plan(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    plan: Plan | None = kwargs.get("plan")
+    if plan is None:
+        raise ValueError(f"attention {NAME!r} needs the keyword `plan`; use 'sdpa' for plain batches")
+    if kwargs.get("scaling") not in (None, query.shape[-1] ** -0.5):
+        raise ValueError(f"attention {NAME!r} scales by 1/sqrt(head size), not by {kwargs['scaling']}")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return plan.attend(layer, query, key, value).transpose(1, 2), None
+
+
+class DensePlan:
+    """The plain reference: every block is computed, masked ones too."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        """Build the mask once for all layers."""
+        self._mask = dense_mask(layout).to(device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Stock attention under the dense mask."""
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=self._mask, enable_gqa=True
+        )
+
+
+class FlexPlan:
+    """FlexAttention skips the blocks in which nothing is visible (128 x 128 tokens by default)."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        """Compile the block mask once for all layers, and the kernel where there is a GPU."""
+        self._mask = block_mask(layout, device)
+        self._kernel = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Block-sparse attention; FlexAttention has no backward on a CPU."""
+        output = self._kernel(query, key, value, block_mask=self._mask, enable_gqa=True)
+        assert isinstance(output, Tensor)
+        return output
+
+
+def block_mask(layout: Layout, device: torch.device) -> BlockMask:
+    """The FlexAttention form of `dense_mask`."""
+    tree, branch = (x.to(device) for x in layout.segments())
+
+    def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        on_path = (branch[k] == 0) | (branch[q] == branch[k])
+        return (q >= k) & (tree[q] == tree[k]) & on_path
+
+    size = layout.length
+    return create_block_mask(visible, B=None, H=None, Q_LEN=size, KV_LEN=size, device=str(device))
+
+
+class TreePlan:
+    """Flash attention on exactly the visible blocks.
+
+    A trunk attends to itself causally. A branch token's softmax runs over two blocks: the whole
+    trunk (no mask at all, all branches of a tree in one call) and its own branch (causal). The
+    two partial results are merged by their log-sum-exp, as FlashAttention-2 merges key blocks
+    (arXiv 2307.08691, section 3.1); in the backward pass each block needs only the merged output
+    and log-sum-exp, so the gradients of the blocks simply add up.
+
+    Segments (trunks and branches) of about the same length share one call, padded at their ends,
+    where causality hides the padding: hundreds of tiny calls would cost more than they compute.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        """Sort the segments into buckets once for all layers."""
+        self._buckets = tuple(bucket.to(device) for bucket in own_segments(layout))
+        self._over_trunk = branches_over_trunk(layout)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Exact attention whose cost and memory follow the visible blocks."""
+        output = _TreeAttention.apply(query, key, value, self._buckets, self._over_trunk)
+        assert isinstance(output, Tensor)
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Segments of about the same length: tokens `source` (n,) of the pack, padded into `cells` (n,).
+
+    Cells count through (`count` segments, `longest` tokens).
+    """
+
+    count: int
+    longest: int
+    source: Tensor
+    cells: Tensor
+
+    def to(self, device: torch.device) -> "Bucket":
+        """The same bucket with its indices on `device`."""
+        return Bucket(self.count, self.longest, self.source.to(device), self.cells.to(device))
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(1, H, L, ...) of the pack to (count, H, longest, ...), zero where there is no token."""
+        rows = x[0].transpose(0, 1)
+        padded = rows.new_zeros(self.count * self.longest, *rows.shape[1:])
+        padded.index_copy_(0, self.cells, rows.index_select(0, self.source))
+        return padded.view(self.count, self.longest, *rows.shape[1:]).transpose(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(count, H, longest, ...) to the tokens alone: (n, H, ...)."""
+        rows = x.transpose(1, 2)
+        return rows.reshape(-1, *rows.shape[2:]).index_select(0, self.cells)
+
+
+Ranges = tuple[tuple[slice, slice], ...]
+"""Queries and keys of blocks without a mask."""
+
+PADDING_SHARE = 0.25
+"""A segment joins a bucket if it is at most this much shorter than the bucket's longest."""
+
+TINY = 16
+"""Segments up to this long all share a bucket."""
+
+
+def own_segments(layout: Layout) -> list[Bucket]:
+    """Every trunk and every branch, each to attend to itself causally, in as few buckets as is thrifty."""
+    spans = [(s.start, s.start + s.trunk) for s in layout.trees]
+    spans += [r for s in layout.trees for r in s.branch_ranges()]
+    groups: list[list[tuple[int, int]]] = []
+    for span in sorted(spans, key=lambda span: span[0] - span[1]):
+        longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
+        if not groups or span[1] - span[0] < (1 - PADDING_SHARE) * longest > (1 - PADDING_SHARE) * TINY:
+            groups.append([])
+        groups[-1].append(span)
+    buckets = []
+    for group in groups:
+        longest = group[0][1] - group[0][0]
+        source = torch.cat([torch.arange(*span) for span in group])
+        cells = torch.cat([row * longest + torch.arange(b - a) for row, (a, b) in enumerate(group)])
+        buckets.append(Bucket(len(group), longest, source, cells))
+    return buckets
+
+
+def branches_over_trunk(layout: Layout) -> Ranges:
+    """All branches of a tree over its trunk."""
+    return tuple(
+        (slice(s.start + s.trunk, s.stop), slice(s.start, s.start + s.trunk))
+        for s in layout.trees
+        if s.branches
+    )
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, buckets: tuple[Bucket, ...], over_trunk: Ranges
+    ) -> Tensor:
+        # Tokens first, (1, L, H, D) in memory, as the projections leave them and the output one takes them.
+        output = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+        # The kernel's log-sum-exp is at least fp32 whatever the inputs are.
+        exact = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_empty(1, query.shape[2], query.shape[1], dtype=exact).transpose(1, 2)
+        for bucket in buckets:
+            part, part_lse = _flash(bucket.pad(query), bucket.pad(key), bucket.pad(value), True)
+            output[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part))
+            lse[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part_lse))
+        for q, k in over_trunk:
+            part, part_lse = _flash(query[:, :, q], key[:, :, k], value[:, :, k], False)
+            merged = torch.logaddexp(lse[:, :, q], part_lse)
+            share = torch.exp(part_lse - merged)[..., None].to(output.dtype)
+            output[:, :, q] = torch.lerp(output[:, :, q], part, share)
+            lse[:, :, q] = merged
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.blocks = (buckets, over_trunk)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, output, lse = ctx.saved_tensors
+        inputs = (grads[0], query, key, value, output, lse)
+        buckets, over_trunk = ctx.blocks
+        totals = [torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
+        for bucket in buckets:
+            # A padded query has a zero gradient, so it adds nothing to any key's or value's.
+            for total, part in zip(
+                totals, _flash_backward([bucket.pad(x) for x in inputs], True), strict=True
+            ):
+                total[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part))
+        for q, k in over_trunk:
+            where = (q, q, k, k, q, q)
+            parts = _flash_backward([x[:, :, w] for x, w in zip(inputs, where, strict=True)], False)
+            for total, part, w in zip(totals, parts, (q, k, k), strict=True):
+                total[:, :, w] += part
+        return totals[0], totals[1], totals[2], None, None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, q, D) and log-sum-exps (B, H, q) of blocks."""
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
+    return output, lse
+
+
+def _flash_backward(inputs: list[Tensor], causal: bool) -> tuple[Tensor, ...]:
+    """Gradients of queries, keys and values from (grad of output, query, key, value, output, lse)."""
+    return tuple(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, causal))
+
+
+def require_usable(kind: str, device: torch.device) -> None:
+    """Raise UserError if this way to attend cannot train on this device."""
+    cuda = device.type == "cuda"
+    if (kind == "flex" and not cuda) or (kind == "tree" and cuda):
+        raise UserError(
+            "its kernel is for CPUs alone" if cuda else "FlexAttention has no backward pass on a CPU",
+            where=f"model.attention={kind}",
+            fix=f"set model.attention=auto ({'flex' if cuda else 'tree'} on this device), or dense",
+        )
+
+
+def make_plan(kind: str, layout: Layout, device: torch.device) -> Plan:
+    """The plan that the recipe asks for; `auto` is `flex` on a GPU and `tree` on a CPU."""
+    if kind == "auto":
+        kind = "flex" if device.type == "cuda" else "tree"
+    if kind == "tree":
+        return TreePlan(layout, device)
+    return FlexPlan(layout, device) if kind == "flex" else DensePlan(layout, device)

@@ -1,0 +1,221 @@
+r"""Problems to prompts, by segments: control ids go in by number, all text as plain text.
+
+A prompt is never rendered to one string: a typed `<|image_pad|>` or a forged
+`<|im_end|>\n<|im_start|>system` stays plain text, because text is tokenised with special tokens
+off. On clean text the ids equal those of the model's own chat template (ChatML, as the Qwen-VL
+families use it), which tests hold.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor
+
+from rlcs.errors import ModelError, PromptError
+from rlcs.model.images import ImagePipeline
+from rlcs.records import IMAGE_SLOT, ImageRef, Message, Problem, Prompt, Sampling
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+"""What the templates of Qwen2-VL and Qwen2.5-VL put in when there is no system message."""
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+"""Ids that stand for images in the input; a model that samples one is broken, so all are banned."""
+
+Segment = int | str | ImageRef
+"""A control id, plain text, or an image."""
+SLICE = 1 << 16
+"""Characters of a text that are tokenised at once to see whether it can fit at all."""
+
+
+class Chat:
+    """The chat format of one model: problems to prompts, texts to response ids, and back."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        images: ImagePipeline,
+        *,
+        system: str | None,
+        max_tokens: int,
+        default_system: str | None = DEFAULT_SYSTEM,
+    ) -> None:
+        """`system` None means the template's default, which may be no system turn at all (also None).
+
+        Raises ModelError for another chat format.
+        """
+        self._tokenizer = tokenizer
+        self._images = images
+        self._default_system = default_system
+        self._system = default_system if system is None else system
+        self._max_tokens = max_tokens
+        self._start = self._control("<|im_start|>")
+        self.end_id = self._control("<|im_end|>")
+        self._vision_start, self._vision_end = (
+            self._control("<|vision_start|>"),
+            self._control("<|vision_end|>"),
+        )
+        self.image_id = self._control("<|image_pad|>")
+
+    def _control(self, token: str) -> int:
+        index = self._tokenizer.convert_tokens_to_ids(token)
+        if index is None or index == self._tokenizer.unk_token_id:
+            raise ModelError(f"the tokenizer has no {token}", fix="use a model of a Qwen-VL family")
+        return int(index)
+
+    def with_system(self, system: str | None) -> "Chat":
+        """The same format under another system prompt."""
+        return Chat(
+            self._tokenizer,
+            self._images,
+            system=system,
+            max_tokens=self._max_tokens,
+            default_system=self._default_system,
+        )
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """The prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
+        message = Message(role="user", parts=tuple(self._user(problem)))
+        return self.conversation([message], name=problem.id)
+
+    def conversation(self, messages: Sequence[Message], *, name: str) -> Prompt:
+        """The prompt of several turns, called `name`; the system prompt comes first unless a turn has one.
+
+        Raises PromptError when too long, ImageError for a bad image.
+        """
+        if self._system is not None and (not messages or messages[0].role != "system"):
+            messages = [Message(role="system", parts=(self._system,)), *messages]
+        segments: list[Segment] = []
+        for message in messages:
+            segments += [self._start, message.role + "\n"]
+            for part in message.parts:
+                pictured = isinstance(part, ImageRef)
+                segments += [self._vision_start, part, self._vision_end] if pictured else [part]
+            segments += [self.end_id, "\n"]
+        segments += [self._start, "assistant\n"]
+        ids: list[int] = []
+        spans, grids, images = [], [], []
+        for segment in _join_text(segments):
+            if isinstance(segment, int):
+                ids.append(segment)
+            elif isinstance(segment, str):
+                self._refuse_endless(segment, name)
+                ids += self.text_ids(segment)
+            else:
+                grid = self._images.grid(segment)
+                size = grid[0] * grid[1] * grid[2] // self._images.merge_size**2
+                spans.append((len(ids), len(ids) + size))
+                ids += [self.image_id] * size
+                grids.append(grid)
+                images.append(segment)
+        if len(ids) > self._max_tokens:
+            of_images = sum(b - a for a, b in spans)
+            raise self._too_long(f"{len(ids)} tokens, {of_images} of them image", name)
+        return Prompt(
+            problem_id=name,
+            ids=tuple(ids),
+            images=tuple(images),
+            grids=tuple(grids),
+            spans=tuple(spans),
+            image_token_id=self.image_id,
+            merge_size=self._images.merge_size,
+        )
+
+    def _refuse_endless(self, text: str, name: str) -> None:
+        """Raises PromptError when a text is far too long, before all of it is tokenised.
+
+        That would take minutes and gigabytes for megabytes of text. What the cuts add is below one half.
+        """
+        counted, most = 0, 2 * self._max_tokens
+        for start in range(0, len(text), SLICE) if len(text) > SLICE else ():
+            counted += len(self.text_ids(text[start : start + SLICE]))
+            if counted > most:
+                raise self._too_long(f"more than {most} tokens", name)
+
+    def _too_long(self, what: str, name: str) -> PromptError:
+        fix = "shorten it; in a recipe raise prompt.max_tokens or lower images.max_pixels"
+        return PromptError(f"the prompt has {what}; the limit is {self._max_tokens}", where=name, fix=fix)
+
+    def _user(self, problem: Problem) -> list[str | ImageRef]:
+        """The user turn; images stand at their slots, or first where there are none."""
+        pieces = problem.question.split(IMAGE_SLOT)
+        if len(pieces) == 1 and problem.images:
+            pieces = [""] * len(problem.images) + pieces
+        parts: list[str | ImageRef] = []
+        for piece, image in zip(pieces, [*problem.images, None], strict=True):
+            parts += [piece] if image is None else [piece, image]
+        choices = [f"({chr(65 + i)}) {text}" for i, text in enumerate(problem.choices)]
+        return [*parts, *("\n" + choice for choice in choices)]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of plain text; whatever it looks like, no control id comes out."""
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return list(encoded["input_ids"])
+
+    def response_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a response to imitate, with the end token."""
+        return (*self.text_ids(text), self.end_id)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of sampled ids without control tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def token(self, index: int) -> str:
+        """How one id reads in a table; control ids by their names."""
+        return str(self._tokenizer.decode([index]))
+
+    def patches(self, ref: ImageRef) -> Tensor:
+        """Patches (patches, patch size) of one image: the pixel source of packs."""
+        return self._images.patches(ref)
+
+    def sampling(
+        self, *, max_new_tokens: int, n: int = 1, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    ) -> Sampling:
+        """Sampling that stops at the end of the turn and never emits a vision token."""
+        known = (self._tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS)
+        vision = tuple(sorted({i for i in known if i is not None and i != self._tokenizer.unk_token_id}))
+        return Sampling(
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            stop_ids=(self.end_id,),
+            banned_ids=tuple(sorted({*vision, self._start})),
+            vision_ids=vision,
+            seed=seed,
+        )
+
+
+def default_system(processor: Any) -> str | None:
+    """The system prompt that a processor's chat template puts in by itself; None: no system turn."""
+    head = "<|im_start|>system\n"
+    turn = [{"role": "user", "content": "x"}]
+    text = str(processor.apply_chat_template(turn, tokenize=False))
+    return text.removeprefix(head).partition("<|im_end|>")[0] if text.startswith(head) else None
+
+
+def set_default_system(processor: Any, system: str) -> None:
+    """Make `system` what the processor's chat template puts in where no system message is.
+
+    It is saved with the processor, so that whoever loads the model (rlcs, transformers, vLLM) asks it
+    in the words that it was trained with.
+    """
+    if default_system(processor) == system:
+        return
+    # Before the template itself, whose own default then never shows; a JSON string is a Jinja string.
+    literal = json.dumps(system, ensure_ascii=False)
+    first = f"[{{'role': 'system', 'content': {literal}}}]"
+    head = (
+        f"{{%- if messages[0].role != 'system' -%}}{{%- set messages = {first} + messages -%}}{{%- endif -%}}"
+    )
+    processor.chat_template = processor.tokenizer.chat_template = f"{head}\n{processor.chat_template}"
+
+
+def _join_text(segments: Sequence[Segment]) -> list[Segment]:
+    """Join neighbouring texts, as the tokenizer would see them between two control tokens."""
+    joined: list[Segment] = []
+    for is_text, run in groupby(segments, key=lambda segment: isinstance(segment, str)):
+        pieces = list(run)
+        joined += ["".join(map(str, pieces))] if is_text else pieces
+    return [segment for segment in joined if segment != ""]

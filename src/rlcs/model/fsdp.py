@@ -1,0 +1,182 @@
+"""One model in shards over all ranks of a run: PyTorch's FSDP2 (`fully_shard`).
+
+Every decoder layer and vision block is one unit, and all the rest (embedding, head, norms, merger) is
+the root's: tied weights lie in one unit that way. FSDP gathers a unit when its forward is called, but
+we call the inner model and the head by themselves; so the root is a shell around the model, and all
+work with the weights runs inside of the shell's forward.
+
+Sampling does not run in step: it would take as many forwards on every rank, each of which gathers the
+whole model for one token a row. The weights are gathered once instead (`gathered`), and every rank
+samples by itself.
+
+Offloading (`cpu_offload`) is FSDP's own: shards, their gradients and AdamW live in main memory, and a
+unit's shard is copied to the GPU when the unit is gathered. Moving AdamW's state alone in for each step
+would save half of it and only between steps: a step would still need all 16 bytes a float32 weight on
+the GPUs (60 GB for 3B). This way they hold the units at work, so that by `rlcs plan` every weight of a
+3B model trains on one GPU of 24 GB; and what is copied when is FSDP's care, not ours.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from rlcs.distributed import Mesh
+from rlcs.recipe.parallel import Parallel
+
+T = TypeVar("T")
+
+
+class Shell(nn.Module):
+    """The root of a sharded model; whatever runs in its forward finds the root's weights gathered."""
+
+    def __init__(self, model: PreTrainedModel, *, reshards: bool) -> None:
+        """A plain wrapper until `shard` makes it FSDP's root; `reshards`: layers free their weights."""
+        super().__init__()
+        self.model = model
+        self._reshards = reshards
+        self._is_gathered = False
+
+    def forward(self, work: Callable[[], T]) -> T:
+        """Do the work. For gradients to be reduced, it returns a tensor or a tuple of tensors."""
+        return work()
+
+    @property
+    def units(self) -> list[FSDPModule]:
+        """FSDP's units, the root first."""
+        return [module for module in self.modules() if isinstance(module, FSDPModule)]
+
+    def run(self, work: Callable[[], T]) -> T:
+        """`forward`, after which the root is not left gathered where no backward pass will free it."""
+        result: T = self(work)
+        if not torch.is_grad_enabled() and not self._is_gathered:
+            self.units[0].reshard()
+        return result
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All weights whole on every rank: inside, each runs forwards as it likes, without gradients.
+
+        Every rank must enter and leave, even one that has nothing to do.
+        """
+        units = self.units
+        self(_nothing)  # the first forward tells FSDP which unit is the root
+        for unit in units:
+            unit.unshard()
+        self._keep(self._reshards)
+        self._is_gathered = True
+        try:
+            yield
+        finally:
+            # FSDP prefetches in the order of past forwards, which must end alike on all ranks: at the root.
+            self(_nothing)
+            self._is_gathered = False
+            self._keep(False)
+            for unit in units:
+                unit.reshard()
+
+    def _keep(self, kept: bool) -> None:
+        """Whether layers stay gathered after a forward although they free their weights otherwise."""
+        if self._reshards:
+            for unit in self.units[1:]:
+                unit.set_reshard_after_forward(not kept, recurse=False)
+
+
+def _nothing() -> None:
+    """No work."""
+
+
+def shard(model: PreTrainedModel, mesh: Mesh, settings: Parallel) -> Shell:
+    """Spread rank 0's weights over all ranks, unit by unit; elsewhere the model may lie on `meta`.
+
+    Nothing is held whole but on rank 0, whose own copy shrinks as the shards grow.
+    """
+    assert mesh.device is not None, "a mesh with process groups has a device"
+    devices = init_device_mesh(mesh.device.type, (mesh.size,))
+    return wrap(model, devices, settings, before=lambda modules: _fill(modules, mesh))
+
+
+def wrap(
+    model: PreTrainedModel,
+    devices: DeviceMesh,
+    settings: Parallel,
+    *,
+    before: Callable[[Iterable[nn.Module]], None] = lambda modules: None,
+) -> Shell:
+    """Make FSDP's units: each layer and block, then the shell; `before` sees the modules of one."""
+    offload = CPUOffloadPolicy(pin_memory=devices.device_type == "cuda")
+    options: dict[str, Any] = {
+        "mesh": devices,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=_dtype(settings.compute_dtype),
+            reduce_dtype=_dtype(settings.reduce_dtype),
+            cast_forward_inputs=False,  # rotary angles must stay exact; what enters is of the right type
+        ),
+        "offload_policy": offload if settings.cpu_offload else OffloadPolicy(),
+    }
+    shell = Shell(model, reshards=settings.reshard_after_forward)
+    units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    done: set[nn.Module] = set()
+    for unit in units:
+        before(unit.modules())
+        done.update(unit.modules())
+        fully_shard(unit, reshard_after_forward=settings.reshard_after_forward, **options)
+    before(module for module in shell.modules() if module not in done)
+    fully_shard(shell, **options)
+    return shell
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    return None if name == "same" else getattr(torch, name)
+
+
+def _fill(modules: Iterable[nn.Module], mesh: Mesh) -> None:
+    """Give the modules' own tensors rank 0's values on this rank's device; tied ones stay tied."""
+    filled: dict[Tensor, Tensor] = {}
+    for module in modules:
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if tensor not in filled:
+                    filled[tensor] = _from_first(tensor, mesh)
+                table[name] = filled[tensor]  # type: ignore[assignment]
+
+
+def _from_first(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """A copy of rank 0's tensor, or on rank 0 the tensor itself where it lies on the right device."""
+    if mesh.rank == 0:
+        values = tensor.detach().to(mesh.device).contiguous()
+    else:
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=mesh.device)
+    dist.broadcast(values, src=0)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values
+
+
+def whole_weights(model: nn.Module, mesh: Mesh, *, having: str = "") -> dict[str, Tensor]:
+    """All weights by name on rank 0's CPU, tied ones as one tensor; on other ranks nothing.
+
+    `having`: only those with this in their names.
+    """
+    found: dict[Tensor, Tensor] = {}
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if having in name}
+    for tensor in state.values():
+        if tensor not in found:
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            found[tensor] = whole.detach().cpu() if mesh.rank == 0 else torch.empty(0)
+    return {name: found[tensor] for name, tensor in state.items()} if mesh.rank == 0 else {}

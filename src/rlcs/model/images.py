@@ -1,0 +1,71 @@
+"""The one image path: reference -> bounded decode -> resize and patches, for every stage.
+
+SFT, rollouts, RL, evaluation and serving all get their patches here, so that the model never sees
+an image at another size than it was trained on.
+"""
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlcs.errors import ImageError
+from rlcs.records import ImageRef
+from rlcs.storage import open_image
+
+
+class ImagePipeline:
+    """Processed patches of images, with the most recently used ones kept in memory; for any thread."""
+
+    def __init__(self, image_processor: Any, *, decode_limit: int, cache_bytes: int = 1 << 29) -> None:
+        """`image_processor` is transformers' own, with the pixel bounds of the recipe set on it."""
+        self._processor = image_processor
+        self._decode_limit = decode_limit
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[str, tuple[Tensor, tuple[int, int, int]]] = OrderedDict()
+        self._used = 0
+        self._lock = threading.Lock()
+
+    @property
+    def merge_size(self) -> int:
+        """Patches along each side of one image token."""
+        return int(self._processor.merge_size)
+
+    def patches(self, ref: ImageRef) -> Tensor:
+        """Patches (patches, patch size) of one image. Raises ImageError."""
+        return self._load(ref)[0]
+
+    def grid(self, ref: ImageRef) -> tuple[int, int, int]:
+        """Frames, height and width of one image in patches. Raises ImageError."""
+        return self._load(ref)[1]
+
+    def _load(self, ref: ImageRef) -> tuple[Tensor, tuple[int, int, int]]:
+        with self._lock:
+            if ref.sha256 in self._cache:
+                self._cache.move_to_end(ref.sha256)
+                return self._cache[ref.sha256]
+        image = open_image(ref, limit=self._decode_limit)
+        try:
+            features = self._processor(images=[image], return_tensors="pt")
+        except ValueError as error:
+            raise ImageError(
+                f"the image processor refuses it: {error}",
+                where=ref.path or f"image {ref.sha256[:12]}",
+                fix="crop it: its longer side may be at most 200 times the shorter one",
+            ) from error
+        patches = features["pixel_values"].to(torch.float32)
+        frames, height, width = features["image_grid_thw"][0].tolist()
+        entry = (patches, (int(frames), int(height), int(width)))
+        with self._lock:
+            self._remember(ref.sha256, entry)
+        return entry
+
+    def _remember(self, key: str, entry: tuple[Tensor, tuple[int, int, int]]) -> None:
+        if key not in self._cache:  # another thread may have been faster
+            self._used += entry[0].nbytes
+        self._cache[key] = entry
+        while self._used > self._cache_bytes and len(self._cache) > 1:
+            _, (dropped, _) = self._cache.popitem(last=False)
+            self._used -= dropped.nbytes

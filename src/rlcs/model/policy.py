@@ -1,0 +1,76 @@
+"""Packs to logprobs and entropy of branch tokens.
+
+The vocabulary of a real model is about 152,000 wide: logits are computed for the tokens that have
+a target alone, in chunks that are recomputed in the backward pass, never for the prompt and never
+whole. Letters in shapes: L tokens, N target tokens, C hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlcs.model import attention
+from rlcs.model.loading import Vlm
+from rlcs.model.packing import Pack
+
+LOGIT_CHUNK = 1 << 26
+"""Logits (elements) held at once: 64 Mi, 256 MiB in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What the policy says of every target token: logprobs (N,), and entropy (N,) without gradient."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def hidden_states(vlm: Vlm, ids: Tensor, positions: Tensor, *, plan: attention.Plan, **images: Any) -> Tensor:
+    """Last hidden states (L, C) of one flat sequence through the model's public forward.
+
+    ids (L,), positions (3, L); `images` are `pixel_values` and `image_grid_thw` where there are any.
+    """
+    output = vlm.model.base_model(
+        input_ids=ids[None], position_ids=positions[:, None], use_cache=False, plan=plan, **images
+    )
+    states: Tensor = output.last_hidden_state[0]
+    return states
+
+
+def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0) -> Scores:
+    """Logprobs and entropies of all branch tokens of a pack, at a sampling temperature."""
+    pack = pack.to(vlm.device)
+    plan = attention.make_plan(vlm.attention, pack.layout, vlm.device)
+
+    def work() -> tuple[Tensor, Tensor]:
+        states = hidden_states(vlm, pack.ids, pack.positions, plan=plan, **image_inputs(vlm, pack))
+        head = vlm.model.get_output_embeddings()
+        chunk = max(1, LOGIT_CHUNK // head.weight.shape[0])
+        parts = [
+            checkpoint(_score_chunk, states[rows], targets, head, temperature, use_reentrant=False)
+            for rows, targets in zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True)
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    logprobs, entropy = vlm.run(work)
+    return Scores(logprobs=logprobs, entropy=entropy)
+
+
+def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Tensor]:
+    """The vision inputs of a pack: every image once."""
+    if pack.pixel_values is None or pack.grids is None:
+        return {}
+    return {"pixel_values": pack.pixel_values.to(vlm.model.dtype), "image_grid_thw": pack.grids}
+
+
+def _score_chunk(
+    states: Tensor, targets: Tensor, head: nn.Module, temperature: float
+) -> tuple[Tensor, Tensor]:
+    log_probs = torch.log_softmax(head(states).float() / temperature, dim=-1)
+    chosen = log_probs.gather(1, targets[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return chosen, entropy

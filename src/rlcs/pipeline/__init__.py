@@ -1,0 +1,1 @@
+"""The whole study: cold start, SFT, GRPO, measurement, report."""

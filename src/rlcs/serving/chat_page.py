@@ -1,0 +1,358 @@
+"""The page where people talk to a model: images, questions, reasoning in a fold-out, the answer set apart.
+
+One conversation is held with every model on the page, so that two stand side by side on the same questions.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlcs.data import puzzles
+from rlcs.errors import RlcsError, UserError
+from rlcs.grading.extraction import extract
+from rlcs.recipe.schema import Endpoint
+from rlcs.serving.remote import RemoteSession, own_server
+from rlcs.serving.session import Settings, load
+
+Turn = Mapping[str, Any]
+"""`role`, and `content`: a list of texts and image paths."""
+
+_SECONDS_BETWEEN_UPDATES = 0.08
+_EXAMPLES = 6
+_VLLM_SHARE = 0.9  # of a GPU's memory, for all models on the page
+
+
+class Talker(Protocol):
+    """Whoever answers on the page."""
+
+    name: str
+
+    def stream(self, messages: Sequence[Turn], settings: Settings) -> Any:
+        """The answer to a conversation: an iterator of its pieces that can be closed."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchange:
+    """A question with its images, and every talker's answer; `seconds` is None while they speak."""
+
+    text: str
+    images: tuple[Path, ...]
+    answers: tuple[str, ...]
+    seconds: float | None = None
+
+    def turns(self, place: int) -> list[Turn]:
+        """It as turns of the conversation with one talker; who said nothing was never asked."""
+        asked = {"role": "user", "content": [*self.images, *([self.text] if self.text.strip() else [])]}
+        said = {"role": "assistant", "content": [self.answers[place]]}
+        return [asked, said] if self.answers[place] else [asked]
+
+
+def replies(
+    talkers: Sequence[Talker], past: Sequence[Exchange], now: Exchange, settings: Settings, system: str
+) -> Generator[tuple[str, ...]]:
+    """Every talker's answer so far, each time that it has grown. Closing the iterator stops them all."""
+    first = [{"role": "system", "content": [system]}] if system.strip() else []
+    streams: list[Any] = []
+    try:
+        for place, talker in enumerate(talkers):
+            before = [turn for each in past if each.answers[place] for turn in each.turns(place)]
+            streams.append(talker.stream([*first, *before, *now.turns(place)], settings))
+        texts, told = ("",) * len(talkers), 0.0
+        for pieces in zip_longest(*streams, fillvalue=""):
+            texts = tuple(text + piece for text, piece in zip(texts, pieces, strict=True))
+            if time.monotonic() - told > _SECONDS_BETWEEN_UPDATES:
+                told = time.monotonic()
+                yield texts
+        yield texts
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
+    """An exchange with one talker as messages of the page: the question, the reasoning folded, the answer.
+
+    Images carry alternative texts.
+    """
+    import gradio as gr
+
+    count = len(exchange.images)
+    contents: list[Any] = [
+        gr.Image(
+            str(path),
+            alt_text=f"Image {number} of {count} of the question",
+            show_label=False,
+            buttons=["fullscreen"],
+        )
+        for number, path in enumerate(exchange.images, start=1)
+    ]
+    contents += [exchange.text] if exchange.text.strip() else []
+    asked = [{"role": "user", "content": content} for content in contents]
+    text = exchange.answers[place]
+    if exchange.seconds is None:
+        thought: dict[str, Any] = {"title": "Reasoning", "status": "pending"}
+        return [*asked, {"role": "assistant", "content": text, "metadata": thought}]
+    reasoning, final = parts_of(text)
+    said = {"role": "assistant", "content": final}
+    if not reasoning:
+        return [*asked, said]
+    thought = {"title": "Reasoning", "status": "done", "duration": round(exchange.seconds, 1)}
+    return [*asked, {"role": "assistant", "content": reasoning, "metadata": thought}, said]
+
+
+def parts_of(text: str) -> tuple[str, str]:
+    """An answer's reasoning, and what stands beside it as Markdown: the box, or what follows `</think>`.
+
+    All that leads to a box is reasoning. Without either everything is the answer.
+    """
+    found = extract(text)
+    if found.text is not None:
+        reasoning, answer = text[: found.begins], found.text
+        final = f"**Answer:** ${answer}$" if "\\" in answer else f"**Answer:** {answer}"
+    else:
+        reasoning, _, final = text.rpartition("</think>")
+    reasoning = reasoning.replace("<think>", "").replace("</think>", "\n")
+    return reasoning.strip(), final.strip() or "(nothing)"
+
+
+@dataclass(slots=True)
+class Talk:
+    """One visitor's conversation: its past, and the exchange under way since `began`, in seconds."""
+
+    past: tuple[Exchange, ...] = ()
+    now: Exchange | None = None
+    began: float = 0.0
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """All of them, the one under way last."""
+        return self.past if self.now is None else (*self.past, self.now)
+
+    def begin(self, exchange: Exchange) -> None:
+        """Let an exchange be under way."""
+        self.now, self.began = exchange, time.monotonic()
+
+    def settle(self) -> None:
+        """End the exchange under way: what was said is kept."""
+        if self.now is not None:
+            self.past += (replace(self.now, seconds=time.monotonic() - self.began),)
+            self.now = None
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.past, self.now = (), None
+
+
+def take(talk: Talk, sent: Mapping[str, Any], count: int) -> None:
+    """Take up what a visitor sent, for `count` talkers to answer. Raises gr.Error: then nothing changed."""
+    import gradio as gr
+
+    text, images = sent["text"], tuple(map(Path, sent["files"]))
+    told: dict[str, Any] = {"duration": 5, "print_exception": False}
+    if talk.now is not None:
+        raise gr.Error("Wait for the answer, or press Stop.", **told)
+    if not images and not text.strip():
+        raise gr.Error("Write a question, or drop an image.", **told)
+    talk.begin(Exchange(text=text, images=images, answers=("",) * count))
+
+
+def answer(
+    talkers: Sequence[Talker], talk: Talk, settings: Settings, system: str
+) -> Iterator[tuple[Exchange, ...]]:
+    """Answer what `talk` has taken up: its exchanges, each time that an answer has grown.
+
+    Ends early when the exchange was settled or forgotten meanwhile. However it ends, what was said is kept.
+    Raises RlcsError.
+    """
+    now = talk.now
+    if now is None:
+        return
+    try:
+        with closing(replies(talkers, talk.past, now, settings, system)) as growing:
+            for texts in growing:
+                grown = replace(now, answers=texts)
+                if talk.now is not now:
+                    break
+                talk.now = now = grown
+                yield talk.exchanges
+    finally:
+        if talk.now is now:
+            talk.settle()
+    yield talk.exchanges
+
+
+def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
+    """Built-in puzzles as examples of the page; their images are written to `folder`."""
+    found = []
+    for number, problem in enumerate(
+        puzzles.load("puzzles", split="test", count=_EXAMPLES, seed=11), start=1
+    ):
+        path = folder / f"puzzle-{number}.png"
+        path.write_bytes(problem.images[0].data or b"")
+        found.append([{"text": problem.asked, "files": [str(path)]}])
+    return found
+
+
+def label(name: str) -> str:
+    """A model's name for a heading: of a path its last three parts."""
+    return "/".join(Path(name).parts[-3:])
+
+
+_LATEX = [
+    {"left": left, "right": right, "display": display}
+    for left, right, display in (
+        ("$$", "$$", True),
+        ("\\[", "\\]", True),
+        ("\\(", "\\)", False),
+        ("$", "$", False),
+    )
+]
+
+
+def connect(talkers: Sequence[Talker], displays: Sequence[Any], box: Any, sampling: Any, afresh: Any) -> None:
+    """Let the parts of a page work together: inside its `with`."""
+    import gradio as gr
+
+    def send(talk: Talk, sent: Mapping[str, Any]) -> None:
+        take(talk, sent, len(talkers))  # the box is emptied now: the next question may be typed meanwhile
+
+    def converse(
+        talk: Talk, system: str | None, temperature: float, top_p: float, longest: float
+    ) -> Iterator[dict[Any, Any]]:
+        try:
+            settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
+            for exchanges in answer(talkers, talk, settings, system or ""):
+                yield views(exchanges)
+        except RlcsError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+    def views(exchanges: Sequence[Exchange]) -> dict[Any, Any]:
+        return {
+            display: [message for each in exchanges for message in shown(each, place)]
+            for place, display in enumerate(displays)
+        }
+
+    def stop(talk: Talk) -> dict[Any, Any]:
+        talk.settle()
+        return views(talk.exchanges)
+
+    def forget(talk: Talk) -> dict[Any, Any]:
+        talk.forget()
+        return views(())
+
+    talk = gr.State(Talk())
+    # One function an event: of two, Gradio calls the second when the first has ended, after the answer.
+    sent = box.submit(send, [talk, box], box, show_progress="hidden")
+    answered = sent.success(converse, [talk, *sampling], displays, trigger_mode="multiple")
+    # What fails, wherever it does, has been asked: else every further question would wait for its answer.
+    answered.failure(stop, talk, displays, queue=False, show_progress="hidden")
+    box.stop(stop, talk, displays, queue=False, show_progress="hidden")
+    gr.on([afresh.click, *(display.clear for display in displays)], forget, talk, displays, queue=False)
+
+
+def build(talkers: Sequence[Talker], folder: Path) -> Any:
+    """The page as a Gradio app; `folder` takes the examples' images."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    import gradio as gr
+
+    with gr.Blocks(title="rlcs chat", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown("# rlcs chat\nDrop or paste images, ask, and watch the model reason.")
+        with gr.Row():
+            displays = [
+                gr.Chatbot(
+                    label=label(talker.name),
+                    height="55vh",
+                    elem_classes="conversation",
+                    latex_delimiters=_LATEX,
+                    buttons=["copy"],
+                    min_width=300,
+                )
+                for talker in talkers
+            ]
+        box = gr.MultimodalTextbox(
+            label="Question",
+            show_label=False,
+            placeholder="Ask about your images…",
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            stop_btn=True,
+            elem_id="question",
+        )
+        afresh = gr.Button("New conversation", size="sm", variant="secondary")
+        gr.Examples(example_problems(folder), inputs=[box], label="Example problems", elem_id="examples")
+        with gr.Accordion("Sampling", open=False):
+            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)")
+            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
+            longest = gr.Slider(16, 8192, value=1024, step=16, label="Longest answer, tokens")
+            system = gr.Textbox(
+                value="", label="System prompt", placeholder="The one the model was trained with", lines=2
+            )
+        # Not `autofocus`: it takes the focus back whenever the box is emptied, in the middle of other typing.
+        page.load(None, js="() => document.querySelector('#question textarea').focus()")
+        connect(talkers, displays, box, [system, temperature, top_p, longest], afresh)
+    page.queue(default_concurrency_limit=8)
+    return page
+
+
+def launch(page: Any, *, host: str, port: int, wait: bool) -> Any:
+    """Serve a page; with `wait` until Ctrl-C. Nothing leaves the machine: no font, no count, no tunnel."""
+    import gradio as gr
+
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    try:
+        return page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            theme=theme,
+            css_paths=Path(__file__).with_suffix(".css"),
+            max_file_size="20mb",
+            footer_links=["settings"],
+            prevent_thread_lock=not wait,
+            quiet=True,
+        )
+    except OSError as error:
+        what = f"cannot listen there: {error}"
+        raise UserError(what, where=f"{host}:{port}", fix="give another --port") from error
+
+
+@contextmanager
+def talkers(
+    names: Sequence[str], *, program: str | None, url: str | None, key_env: str
+) -> Iterator[list[Talker]]:
+    """Models to talk to: names on the server at `url`, or servers, or models that vLLM or we load.
+
+    Without names: the first that the server has, or the built-in one. Raises EndpointError, ModelError.
+    """
+    names = names or ["" if url else "builtin"]
+    share = _VLLM_SHARE / len(names) if len(names) > 1 else None
+    found: list[Talker] = []
+    with ExitStack() as stack:
+        for name in names:
+            if url or name.startswith(("http://", "https://")):
+                place, model = (url, name) if url else (name, "")
+                found.append(RemoteSession(Endpoint(base_url=place, model=model, key_env=key_env)))
+            elif program is None:
+                found.append(load(name))
+            else:
+                sys.stdout.write(f"vLLM is starting with {name}; a minute or so\n")
+                found.append(stack.enter_context(own_server(program, name, share=share)))
+        yield found
+
+
+def open_page(talkers: Sequence[Talker], *, host: str, port: int) -> None:
+    """Serve the page of some talkers until Ctrl-C. Raises UserError when the port is taken."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = build(talkers, Path(folder))
+        sys.stdout.write(f"the page is at http://{host}:{port} (Ctrl-C ends it)\n")
+        launch(page, host=host, port=port, wait=True)

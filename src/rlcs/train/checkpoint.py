@@ -1,0 +1,497 @@
+"""The state of training to and from disk, so that a stopped run continues bit for bit.
+
+A checkpoint is a folder `step-000080/` of `model.safetensors`, `optimizer.safetensors`,
+`state.json` and a manifest with checksums; nothing in it is ever unpickled. Of a model with adapters
+it holds the adapters alone, which is all that trains; of a sharded model every rank writes its rows
+(rank 1 into `model-1.safetensors`), and any number of ranks can read them. It is written aside as
+`step-000080.tmp-PID`, made durable, and renamed in one step: a folder without a suffix is complete.
+Suffixes: `.tmp-PID` an unfinished save or removal, `.old` the checkpoint that a second save of the
+same step replaces, `.bad` one that failed its checks. One run at a time writes to a folder.
+"""
+
+import os
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from rlcs import storage
+from rlcs.distributed import ALONE, Mesh, own_part
+from rlcs.errors import CheckpointError, DataError, RlcsError
+
+FORMAT = 1
+"""Raised when `state.json` changes its meaning."""
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_COMPLETE = re.compile(r"step-(\d{6,})(\.old)?")
+_BAD = re.compile(r"step-(\d{6,})\.bad.*")
+_ADAPTER = ".lora_"
+"""What the names of adapter weights have in common, and no other name has."""
+_OF_THIS_MACHINE = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
+"""Entries of an optimiser's parameter group that say how it computes here, not what."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerState:
+    """An optimiser by parameter name: tensors under `key/name`, and JSON-able groups and scalars."""
+
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """Everything that the next step depends on, after `step` steps.
+
+    `schedule`, `cursor` (place in the data) and `extra` are JSON-able dictionaries that belong to
+    their owners; `recipe_hash` lets the caller refuse a checkpoint of another recipe. A captured
+    state shares memory with the model: save it before the next step. A loaded one is on the CPU.
+    """
+
+    step: int
+    model: Mapping[str, Tensor]
+    optimizer: OptimizerState
+    rng: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+    cursor: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    recipe_hash: str
+
+
+# --- memory to state and back -------------------------------------------------------------------
+
+
+def capture(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    cursor: Mapping[str, Any],
+    schedule: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    recipe_hash: str = "",
+) -> TrainState:
+    """The state of training now, random generators included, of this rank's shard. Copies nothing."""
+    return TrainState(
+        step=step,
+        model={name: tensor.detach() for name, tensor in _trained(model).items()},
+        optimizer=optimizer_to_tensors(optimizer, dict(model.named_parameters())),
+        rng=capture_rng(),
+        schedule=schedule or {},
+        cursor=cursor,
+        extra=extra or {},
+        recipe_hash=recipe_hash,
+    )
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a checkpoint holds: all of a model, or its adapters alone where it has any."""
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if _ADAPTER in name} or state
+
+
+def restore(state: TrainState, model: nn.Module, optimizer: Optimizer) -> None:
+    """Put weights, optimiser and random generators back in place; the rest belongs to its owners.
+
+    Raises CheckpointError if the state is of another model or another choice of trained parts.
+    """
+    try:
+        own = _trained(model)
+        weights = {n: own_part(t, own[n]) if n in own else t for n, t in state.model.items()}
+        _, unexpected = model.load_state_dict(weights, strict=False)
+        if unexpected or weights.keys() != own.keys():
+            raise RuntimeError("other names of weights")
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint is of another model: {error}", fix="resume with the recipe that wrote it"
+        ) from error
+    restore_optimizer(optimizer, dict(model.named_parameters()), state.optimizer)
+    restore_rng(state.rng)
+
+
+def optimizer_to_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
+    """The optimiser's state by parameter name; `parameters` is `dict(model.named_parameters())`."""
+    name_of: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+    groups = [
+        {
+            "names": [name_of[p] for p in group["params"]],
+            "settings": {k: v for k, v in group.items() if k not in _OF_THIS_MACHINE},
+        }
+        for group in optimizer.param_groups
+    ]
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for parameter, values in optimizer.state.items():
+        name = name_of[parameter]
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}/{name}"] = value
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return OptimizerState(tensors=tensors, settings={"groups": groups, "scalars": scalars})
+
+
+def restore_optimizer(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], saved: OptimizerState
+) -> None:
+    """Give `optimizer` the saved state and hyperparameters, on each parameter's own device.
+
+    `Optimizer.load_state_dict` is not used: it goes by position and casts states to the type of
+    their parameter. Raises CheckpointError unless both have the same parameters in the same groups.
+    """
+    name_of = {parameter: name for name, parameter in parameters.items()}
+    saved_groups = saved.settings["groups"]
+    here = [[name_of[p] for p in group["params"]] for group in optimizer.param_groups]
+    there = [group["names"] for group in saved_groups]
+    if here != there:
+        differing = sorted({n for g in here for n in g} ^ {n for g in there for n in g})
+        raise CheckpointError(
+            f"the optimizer of the checkpoint trains other parameters: {', '.join(differing[:3]) or 'order'}",
+            fix="resume with the same frozen parts and the same parameter groups",
+        )
+    optimizer.state.clear()
+    step_device = {}
+    for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
+        for key, value in saved_group["settings"].items():
+            group[key] = tuple(value) if isinstance(value, list) else value
+        on_device = group.get("capturable") or group.get("fused")
+        step_device.update({p: p.device if on_device else torch.device("cpu") for p in group["params"]})
+    for name, scalars in saved.settings["scalars"].items():
+        optimizer.state[parameters[name]].update(scalars)
+    for label, tensor in saved.tensors.items():
+        key, name = label.split("/", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = (
+            tensor.to(step_device[parameter], copy=True)
+            if key == "step"
+            else own_part(tensor.clone(), parameter.detach())
+        )
+
+
+def capture_rng() -> dict[str, Any]:
+    """The states of torch's (CPU and CUDA), Python's and numpy's random generators, JSON-able."""
+    version, internal, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": [_hex(state) for state in cuda],
+        "python": [version, list(internal), gauss],
+        "numpy": numpy | {"state": numpy["state"] | {"key": numpy["state"]["key"].tolist()}},
+    }
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Set every generator that exists here to its captured state."""
+    torch.set_rng_state(_unhex(state["torch"]))
+    for device in range(min(len(state["cuda"]), torch.cuda.device_count())):
+        torch.cuda.set_rng_state(_unhex(state["cuda"][device]), device)
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["numpy"])
+
+
+def _hex(state: Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _unhex(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+# --- state to disk ------------------------------------------------------------------------------
+
+
+def save(folder: Path, state: TrainState, *, keep: int, mesh: Mesh = ALONE) -> Path:
+    """Write `step-NNNNNN` below `folder` and return its path; then prune to the `keep` newest.
+
+    Whatever moment the process dies at, `load_latest` finds this state or the one before. Leftovers
+    of earlier deaths are removed. Raises RunFolderError, leaving nothing behind, if the disk is full.
+    All ranks of a mesh save together, into a folder that they all see.
+    """
+    target = folder / f"step-{state.step:06d}"
+    aside = mesh.first(lambda: _place_aside(folder, target))
+    try:
+        failed: RlcsError | None = None
+        try:
+            _write_tensors(aside, state, mesh)
+        except RlcsError as error:
+            failed = error
+        for failure in filter(None, mesh.gather(failed)):
+            raise failure
+        mesh.first(lambda: _write_facts(aside, state, mesh.size))
+    except BaseException:
+        if mesh.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    mesh.first(lambda: _put_in_place(aside, target, keep=keep, step=state.step))
+    return target
+
+
+def _place_aside(folder: Path, target: Path) -> Path:
+    _tidy(folder)
+    return folder / f"{target.name}.tmp-{os.getpid()}"
+
+
+def _put_in_place(aside: Path, target: Path, *, keep: int, step: int) -> None:
+    folder = target.parent
+    replaced = folder / f"{target.name}.old"
+    if target.exists():
+        target.replace(replaced)  # a rename cannot replace a folder that has files
+    aside.replace(target)
+    _fsync(folder)
+    if replaced.exists():
+        _remove(replaced)
+    _prune(folder, step, keep)
+
+
+def _of_rank(name: str, rank: int) -> str:
+    """The file of one rank: rank 0's is `name` itself."""
+    return name if rank == 0 else name.replace(".", f"-{rank}.")
+
+
+def _write_tensors(aside: Path, state: TrainState, mesh: Mesh) -> None:
+    """This rank's rows of what is sharded; rank 0 writes what every rank has whole too."""
+    tensors, _ = _untied(_own(state.model, mesh))
+    _write(aside / _of_rank(_MODEL, mesh.rank), tensors)
+    optimizer = {name: _plain(tensor) for name, tensor in _own(state.optimizer.tensors, mesh).items()}
+    _write(aside / _of_rank(_OPTIMIZER, mesh.rank), optimizer)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """From memory to disk without a copy between; the rename of the folder makes it whole in one step."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(tensors, path)
+        storage.open_as_its_folder(path)  # safetensors leaves it to its owner alone
+        _fsync(path)  # by the rank that wrote it: rank 0 may be on another machine
+    except (OSError, SafetensorError) as error:
+        raise storage.cannot_write(path, sum(t.nbytes for t in tensors.values()), error) from error
+
+
+def _own(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    return {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in tensors.items()
+        if mesh.rank == 0 or isinstance(tensor, DTensor)
+    }
+
+
+def _write_facts(aside: Path, state: TrainState, ranks: int) -> None:
+    """Everything that is no tensor, the manifest last."""
+    _, tied = _untied(_own(state.model, ALONE))
+    facts = {
+        "format": FORMAT,
+        "step": state.step,
+        "recipe_hash": state.recipe_hash,
+        "schedule": dict(state.schedule),
+        "cursor": dict(state.cursor),
+        "extra": dict(state.extra),
+        "tied": tied,
+        "ranks": ranks,
+        "optimizer": dict(state.optimizer.settings),
+        "rng": dict(state.rng),
+    }
+    storage.write_json(aside / _STATE, facts)
+    storage.write_manifest(aside)
+
+
+def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors with each shared one once, and which other name stands for which."""
+    unique: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key in first and tensor.numel():
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            unique[name] = _plain(tensor)
+    return unique, tied
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and with a storage of its own, as safetensors wants it."""
+    tensor = tensor.detach().cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a killed save or removal left, and put back a checkpoint that was being replaced."""
+    for path in sorted(folder.glob("step-*.tmp-*")):
+        shutil.rmtree(path)
+    for path in sorted(folder.glob("step-*.old")):
+        target = path.with_suffix("")
+        if target.exists():
+            _remove(path)
+        else:
+            path.replace(target)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Of steps up to `step`, keep the newest `keep` that verify; the one just written counts first.
+
+    Later steps (of a run that was resumed from an explicit, older step) are not touched. A removed
+    folder is renamed first, so that half of one is never taken for a checkpoint.
+    """
+    found = _complete(folder)
+    older = sorted((n for n in found if n < step), reverse=True)
+    kept = 1
+    oldest = step
+    for number in older:
+        if kept >= keep:
+            _remove(found[number])
+        elif _is_valid(found[number]):
+            kept, oldest = kept + 1, number
+    for path in folder.iterdir():
+        match = _BAD.fullmatch(path.name)
+        if match and kept >= keep and int(match[1]) < oldest:
+            _remove(path)
+
+
+def _is_valid(path: Path) -> bool:
+    try:
+        storage.verify_manifest(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    doomed = path.with_name(f"{path.name.partition('.')[0]}.tmp-{os.getpid()}")
+    path.replace(doomed)
+    shutil.rmtree(doomed)
+
+
+def _fsync(path: Path) -> None:
+    """Make a file, or the renames in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- disk to state ------------------------------------------------------------------------------
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a complete checkpoint below `folder`, oldest first; not yet verified."""
+    return sorted(_complete(folder))
+
+
+def load(folder: Path, step: int) -> TrainState:
+    """The checkpoint of exactly this step. Raises CheckpointError if it is missing or damaged."""
+    found = _complete(folder)
+    if step not in found:
+        raise CheckpointError(
+            f"there is no checkpoint of step {step}",
+            where=str(folder),
+            fix=f"saved steps: {', '.join(map(str, sorted(found))) or 'none'}",
+        )
+    return _verified(found[step], step)
+
+
+def load_latest(folder: Path, mesh: Mesh = ALONE) -> TrainState | None:
+    """The newest checkpoint that passes its checks, or None if there is none.
+
+    A damaged one is renamed to `.bad` with a RuntimeWarning, and the next older one is tried. Rank 0
+    checks; the other ranks open what it found.
+    """
+    found = mesh.first(lambda: _newest(folder))
+    return None if found is None else _read(*found)
+
+
+def _newest(folder: Path) -> tuple[Path, int] | None:
+    for step, path in sorted(_complete(folder).items(), reverse=True):
+        try:
+            _verified(path, step)
+            return path, step
+        except CheckpointError as error:
+            bad = _free_name(folder / f"step-{step:06d}.bad")
+            path.replace(bad)
+            warnings.warn(f"{error}\nset aside as {bad.name}; trying an older one", RuntimeWarning, 2)
+    return None
+
+
+def _complete(folder: Path) -> dict[int, Path]:
+    """Step to folder; `.old` stands in only where a save died between its two renames."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = _COMPLETE.fullmatch(path.name)
+        if match and path.is_dir():
+            found.setdefault(int(match[1]), path)  # sorted: the plain name comes before `.old`
+    return found
+
+
+def _free_name(path: Path) -> Path:
+    names = (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000)))
+    return next(name for name in names if not name.exists())
+
+
+def _verified(path: Path, step: int) -> TrainState:
+    storage.verify_manifest(path)
+    return _read(path, step)
+
+
+def _read(path: Path, step: int) -> TrainState:
+    """One checkpoint. Raises CheckpointError for anything that `save` did not write."""
+    try:
+        facts = storage.read_json(path / _STATE)
+        if (facts["format"], facts["step"]) != (FORMAT, step):
+            raise ValueError(f"it says format {facts['format']}, step {facts['step']}")
+        ranks = range(facts.get("ranks", 1))
+        return TrainState(
+            step=step,
+            model=_Stored([path / _of_rank(_MODEL, rank) for rank in ranks], facts["tied"]),
+            optimizer=OptimizerState(
+                tensors=_Stored([path / _of_rank(_OPTIMIZER, rank) for rank in ranks], {}),
+                settings=facts["optimizer"],
+            ),
+            **{name: facts[name] for name in ("rng", "schedule", "cursor", "extra", "recipe_hash")},
+        )
+    except (DataError, FileNotFoundError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"this is no checkpoint of step {step} that this version can read: {error}",
+            where=str(path),
+            fix="go on from another checkpoint",
+        ) from error
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors in the files of all ranks, whole, each read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path], tied: Mapping[str, str]) -> None:
+        self._files: list[Any] = [safetensors.safe_open(path, framework="pt") for path in paths]
+        self._tied = tied
+        self._names = [set(file.keys()) for file in self._files]
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._tied.get(name, name)
+        parts = [
+            file.get_tensor(stored)
+            for file, names in zip(self._files, self._names, strict=True)
+            if stored in names
+        ]
+        if not parts:
+            raise KeyError(name)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*sorted(self._names[0]), *self._tied])
+
+    def __len__(self) -> int:
+        return len(self._names[0]) + len(self._tied)

@@ -1,0 +1,197 @@
+"""The folder of one training stage: metrics, checkpoints, resume, and the marker written last."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlcs.data import ProblemStream
+from rlcs.data.problem_store import ProblemBook
+from rlcs.distributed import ALONE, Mesh
+from rlcs.errors import CheckpointError
+from rlcs.model.loading import save
+from rlcs.progress import Screen
+from rlcs.recipe.schema import Stage
+from rlcs.recipe.trackers import Trackers as TrackerSettings
+from rlcs.records import Problem, StepReport
+from rlcs.signals import StopFlag
+from rlcs.storage import append_jsonl, write_json
+from rlcs.train import checkpoint
+from rlcs.train.metrics import MetricsLog
+from rlcs.train.trackers import Trackers
+from rlcs.train.trainer import Outcome, Trainer
+
+DONE = "done.json"
+"""The marker of a finished stage; a stage that has one is not run again."""
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the stage in this folder has finished."""
+    return (folder / DONE).is_file()
+
+
+def mark_done(folder: Path, **facts: object) -> None:
+    """Write the marker of a finished stage, with what is worth knowing of it."""
+    write_json(folder / DONE, facts)
+
+
+class Clock:
+    """Adds up wall seconds by phase: `with clock("update"): ...`."""
+
+    def __init__(self) -> None:
+        """All phases start at zero."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the body."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+class StageFolder:
+    """Where one training stage keeps everything, and how it comes back after a stop.
+
+    `spent_s` is the stage's wall time over all attempts, as far as checkpoints know; `flat_steps` counts how
+    many of the last steps had nothing to tell good from bad by.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        seed: int,
+        settings: Stage,
+        recipe_hash: str,
+        mesh: Mesh = ALONE,
+        trackers: TrackerSettings = TrackerSettings(),  # noqa: B008 - frozen
+    ) -> None:
+        """Create the folder; `recipe_hash` guards against checkpoints of another recipe."""
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.name = name
+        self.seed = seed
+        self.final = path / "final"
+        self.flat_steps = 0
+        self._mesh = mesh
+        self._settings = settings
+        self._recipe_hash = recipe_hash
+        self._metrics = MetricsLog(path / "metrics.jsonl")
+        self._trackers = Trackers(trackers, path, stage=name)
+        self._problems = ProblemBook(path / "rollouts")
+        self._started = time.monotonic()
+        self._spent_before = 0.0
+
+    @property
+    def spent_s(self) -> float:
+        """Wall seconds of this stage so far."""
+        return self._spent_before + time.monotonic() - self._started
+
+    def resume(self, trainer: Trainer, stream: ProblemStream[Any]) -> int:
+        """Restore the newest valid checkpoint, if there is one; returns the steps already done."""
+        self._first(self._trackers.skip_what_was_sent)
+        state = checkpoint.load_latest(self.path / "checkpoints", self._mesh)
+        if state is None:
+            self._first(lambda: self._metrics.resume_from(0))
+            return 0
+        if state.recipe_hash != self._recipe_hash:
+            raise CheckpointError(
+                "the checkpoint was written under another recipe",
+                where=str(self.path / "checkpoints"),
+                fix="remove the folder to train this stage anew",
+            )
+        checkpoint.restore(state, trainer.vlm.model, trainer.optimizer)
+        trainer.done, trainer.bad_steps = state.schedule["done"], state.schedule["bad_steps"]
+        stream.restore(state.cursor)
+        self._spent_before = state.extra["spent_s"]
+        self.flat_steps = state.extra.get("flat_steps", 0)  # checkpoints written before there was a count
+        self._first(lambda: self._metrics.resume_from(state.step))
+        return state.step
+
+    def _first(self, work: Callable[[], None]) -> None:
+        """What rank 0 alone does, and nobody waits for."""
+        if self._mesh.rank == 0:
+            work()
+
+    def journal(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Write the rollouts of one step; a step that runs again after a stop replaces its file."""
+        path = self.path / "rollouts" / f"step-{step:06d}.jsonl"
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            append_jsonl(path, rows)
+
+        self._first(write)
+
+    def note_problems(self, problems: Iterable[Problem]) -> None:
+        """Keep what was asked beside the rollouts: each problem once, with small copies of its images."""
+        self._first(lambda: self._problems.add(problems))
+
+    def report(
+        self,
+        outcome: Outcome | None,
+        *,
+        step: int,
+        steps: int,
+        values: Mapping[str, float],
+        seconds: Mapping[str, float],
+    ) -> StepReport:
+        """The report of one step; no outcome means that nothing could be learnt from it."""
+        merged = dict(values)
+        skipped = "every group is flat: all rewards equal"
+        if outcome is not None:
+            merged = {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": outcome.lr}
+            merged |= {**outcome.values, **values, "tokens": float(outcome.tokens)}
+            merged["tokens_per_s"] = outcome.tokens / max(1e-9, sum(seconds.values()))
+            skipped = outcome.skipped
+        finite = {name: value for name, value in merged.items() if math.isfinite(value)}
+        return StepReport(
+            stage=self.name, step=step, steps=steps, values=finite, seconds=seconds, skipped=skipped
+        )
+
+    def after_step(
+        self,
+        trainer: Trainer,
+        stream: ProblemStream[Any],
+        report: StepReport,
+        *,
+        screen: Screen,
+        stop: StopFlag,
+    ) -> None:
+        """Log the step, checkpoint when due, and stop here if any rank was asked to. Raises Stopped."""
+        self._first(lambda: self._log(report))
+        screen.step(report)
+        due = report.step % self._settings.save_every == 0 and report.step < report.steps
+        stopping = self._mesh.agree(stop)
+        if due or stopping:
+            state = checkpoint.capture(
+                trainer.vlm.model,
+                trainer.optimizer,
+                step=report.step,
+                cursor=stream.state(),
+                schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
+                extra={"spent_s": self.spent_s, "flat_steps": self.flat_steps},
+                recipe_hash=self._recipe_hash,
+            )
+            keep = self._settings.keep_checkpoints
+            checkpoint.save(self.path / "checkpoints", state, keep=keep, mesh=self._mesh)
+        if stopping:
+            self._mesh.check(stop, f"{self.name} after step {report.step} of {report.steps}")
+
+    def _log(self, report: StepReport) -> None:
+        self._metrics.append(report)
+        self._trackers.append(report)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Write the trained model in Hugging Face format, then the marker."""
+        self._trackers.close()
+        save(trainer.vlm, self.final)
+        seconds = round(self.spent_s, 1)
+        self._mesh.first(lambda: mark_done(self.path, seconds=seconds, optimizer_steps=trainer.done))

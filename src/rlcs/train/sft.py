@@ -1,0 +1,103 @@
+"""Stage one: supervised fine-tuning on demonstrations.
+
+A demonstration is a tree with one branch, weight 1 on every response token and the end token;
+nothing else carries loss.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+
+from rlcs.data import ProblemStream
+from rlcs.distributed import ALONE, Mesh
+from rlcs.errors import DataError
+from rlcs.model.chat import Chat
+from rlcs.model.loading import Vlm
+from rlcs.model.parity_check import require_agreement
+from rlcs.model.policy import Scores
+from rlcs.progress import Screen
+from rlcs.recipe.schema import Sft
+from rlcs.records import Branch, Demonstration, Tree
+from rlcs.signals import StopFlag
+from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
+from rlcs.train.losses import Average, LossSums, sft_loss
+from rlcs.train.run_dir import StageFolder
+from rlcs.train.trainer import Batch, Objective, Trainer
+
+
+def tree_of(demonstration: Demonstration, chat: Chat) -> Tree:
+    """One trunk, one branch. Raises PromptError or ImageError for a problem that cannot be a prompt."""
+    ids = chat.response_ids(demonstration.response)
+    branch = Branch(ids=ids, weights=(1.0,) * len(ids))
+    return Tree(prompt=chat.prompt(demonstration.problem), branches=(branch,))
+
+
+def steps_of(settings: Sft, count: int) -> int:
+    """Optimiser steps of a whole stage over `count` demonstrations."""
+    return max(1, math.ceil(settings.epochs * count / settings.batch_size))
+
+
+def train(
+    vlm: Vlm,
+    chat: Chat,
+    demonstrations: Sequence[Demonstration],
+    settings: Sft,
+    *,
+    folder: StageFolder,
+    screen: Screen,
+    stop: StopFlag,
+) -> None:
+    """Train, resuming from the folder's newest checkpoint; the result is `folder/final`."""
+    steps = steps_of(settings, len(demonstrations))
+    trainer = Trainer(vlm, settings.optimizer, steps=steps, max_bad_steps=settings.max_bad_steps)
+    stream = ProblemStream(demonstrations, seed=folder.seed)
+    first = folder.resume(trainer, stream)
+    for step in range(first, steps):
+        started = time.perf_counter()
+        batch = stream.take(settings.batch_size)
+        trees, bad = usable_trees(batch, chat, vlm.mesh)
+        packs = packs_in_step(trees, chat, budget=settings.pack_tokens, mesh=vlm.mesh)
+        if step == first:
+            require_agreement(vlm, chat, trees[0] if trees else None)
+        loaded = time.perf_counter()
+        objective = _objective(settings.loss_average)
+        outcome = trainer.step([Batch(pack=p) for p in packs], objective, average=settings.loss_average)
+        updated = time.perf_counter()
+        report = folder.report(
+            outcome,
+            step=step + 1,
+            steps=steps,
+            values={"bad_rows": float(bad)} if bad else {},
+            seconds={"data": loaded - started, "update": updated - loaded},
+        )
+        folder.after_step(trainer, stream, report, screen=screen, stop=stop)
+    folder.finish(trainer)
+
+
+def usable_trees(
+    demonstrations: Sequence[Demonstration], chat: Chat, mesh: Mesh = ALONE
+) -> tuple[list[Tree], int]:
+    """Trees of this rank's share of the demonstrations, and how many of all cannot be prompts.
+
+    Raises DataError when none of all can: then it is not the rows that are at fault.
+    """
+    trees: list[Tree] = []
+    errors: list[DataError] = []
+    for index in own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], mesh):
+        try:
+            trees.append(tree_of(demonstrations[index], chat))
+        except DataError as error:
+            errors.append(error)
+    bad = [error for some in mesh.gather(errors) for error in some]
+    if bad and len(bad) == len(demonstrations):
+        raise bad[-1]
+    return trees, len(bad)
+
+
+def _objective(average: Average) -> Objective:
+    def loss(batch: Batch, scores: Scores) -> LossSums:
+        weights = batch.pack.weights.to(scores.logprobs.device)
+        sequence = batch.pack.sequence.to(scores.logprobs.device)
+        return sft_loss(scores.logprobs, weights, sequence, average)
+
+    return loss

@@ -1,0 +1,169 @@
+"""Step reports to TensorBoard, trackio and Weights & Biases.
+
+A tracker is a guest: whatever goes wrong in one is told once, and the run goes on without it. A step
+is sent once, also when a stopped run repeats it from its last checkpoint.
+"""
+
+import logging
+import secrets
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rlcs.errors import RecipeError
+from rlcs.recipe.trackers import Trackers as Settings
+from rlcs.records import StepReport
+from rlcs.storage import read_json, read_jsonl, write_json
+
+_LOG = logging.getLogger(__name__)
+_MOST_FAILURES = 3  # in a row: a tracker that is gone for good must not cost its time-out every step
+
+
+def require_installed(settings: Settings) -> None:
+    """Raise RecipeError, with the name to install, for a tracker whose package is missing."""
+    for name, value in settings.model_dump().items():
+        if value and find_spec(name) is None:
+            raise RecipeError(
+                f"{name} is not installed",
+                where=f"trackers.{name}",
+                fix=f"pip install {name}, or leave the key out",
+            )
+
+
+class _Tracker(ABC):
+    """One service; every method may raise."""
+
+    @abstractmethod
+    def __init__(self, project: str, folder: Path, stage: str, identity: str) -> None:
+        """Open it for one stage; `identity` is the same in every attempt of that stage."""
+
+    @abstractmethod
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class _TensorBoard(_Tracker):
+    """Event files beside the stage's metrics; each attempt adds one."""
+
+    def __init__(self, project: str, folder: Path, stage: str, identity: str) -> None:
+        from tensorboard.summary import Writer
+
+        self._writer = Writer(str(folder / "tensorboard"))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Service(_Tracker):
+    """Weights & Biases, and trackio with the same three functions."""
+
+    def __init__(self, project: str, folder: Path, stage: str, identity: str) -> None:
+        run = folder.resolve().parent.name
+        self._run = self._open(project, run, f"{run}-{stage}-{identity[:6]}", identity, folder)
+
+    @abstractmethod
+    def _open(self, project: str, group: str, name: str, identity: str, folder: Path) -> Any: ...
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio(_Service):
+    def _open(self, project: str, group: str, name: str, identity: str, folder: Path) -> Any:
+        import trackio
+
+        return trackio.init(project, name=name, group=group, resume="allow", embed=False)
+
+    def close(self) -> None:
+        import trackio
+
+        trackio.finish()  # the module's own: its run would be finished again when Python ends
+
+
+class _Wandb(_Service):
+    def _open(self, project: str, group: str, name: str, identity: str, folder: Path) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=project, group=group, name=name, id=identity, resume="allow", dir=str(folder)
+        )
+
+
+_KINDS: dict[str, type[_Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
+
+
+class Trackers:
+    """The trackers of one stage; opened with the first step, and nothing here ever raises."""
+
+    def __init__(self, settings: Settings, folder: Path, *, stage: str) -> None:
+        """`folder` is the stage's."""
+        self._wanted = {name: str(value) for name, value in settings.model_dump().items() if value}
+        self._folder = folder
+        self._stage = stage
+        self._open: dict[str, _Tracker] = {}
+        self._failures: dict[str, int] = {}
+        self._told: set[str] = set()
+        self._sent = 0
+        self._identity = secrets.token_hex(8)
+
+    def skip_what_was_sent(self) -> None:
+        """Before a resumed stage cuts its metrics file: the steps in it went to the trackers already."""
+        if self._wanted:
+            self._try("all", self._take_up)
+
+    def _take_up(self) -> None:
+        """An identity that later attempts keep, and the last step that any attempt has sent."""
+        mark, metrics = self._folder / "trackers.json", self._folder / "metrics.jsonl"
+        known: dict[str, Any] = read_json(mark) if mark.exists() else {"id": secrets.token_hex(8), "sent": 0}
+        rows = read_jsonl(metrics) if metrics.exists() else []
+        self._identity, self._sent = known["id"], max(known["sent"], *(row["step"] for row in rows), 0)
+        write_json(mark, {"id": self._identity, "sent": self._sent})
+
+    def append(self, report: StepReport) -> None:
+        """Send one step, unless an earlier attempt did."""
+        if report.step <= self._sent:
+            return
+        seconds = {f"seconds/{name}": value for name, value in report.seconds.items()}
+        values = {f"{self._stage}/{name}": value for name, value in {**report.values, **seconds}.items()}
+        for name in list(self._wanted):
+            self._try(name, partial(self._send, name, values, report.step))
+
+    def close(self) -> None:
+        """The stage is done."""
+        for name, tracker in self._open.items():
+            self._try(name, tracker.close)
+        self._open.clear()
+
+    def _send(self, name: str, values: Mapping[str, float], step: int) -> None:
+        if name not in self._open:
+            kind = _KINDS[name]
+            self._open[name] = kind(self._wanted[name], self._folder, self._stage, self._identity)
+        self._open[name].log(values, step)
+
+    def _try(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            with redirect_stdout(sys.stderr):  # standard output is the run's own, maybe JSON
+                work()
+            self._failures.pop(name, None)
+        except Exception as error:  # other people's code, other people's network
+            self._failures[name] = self._failures.get(name, 0) + 1
+            if name not in self._told:
+                self._told.add(name)
+                _LOG.warning("tracker %s failed (%s); the run goes on without it", name, error)
+            if self._failures[name] >= _MOST_FAILURES:
+                self._wanted.pop(name, None)

@@ -1,0 +1,183 @@
+"""One optimiser step: forward, backward, global denominator, clip, finite verdict, AdamW.
+
+The trainer serves both stages. It is given packs and an objective that returns sums; it alone
+divides, by a denominator of the whole step, so that a loss does not depend on how trees were
+split over packs. It knows nothing of images, graders or data.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rlcs.errors import TrainingError
+from rlcs.model.loading import Vlm
+from rlcs.model.packing import Pack
+from rlcs.model.policy import Scores, score
+from rlcs.recipe.schema import Optimizer as OptimizerSettings
+from rlcs.train.losses import Average, LossSums, denominator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A pack with the frozen logprobs (N,) that its objective compares with, where it needs any."""
+
+    pack: Pack
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+
+Objective = Callable[[Batch, Scores], LossSums]
+"""The loss of one batch, as sums."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Tokens and sequences that enter a step's denominator although their gradient is known to be zero."""
+
+    tokens: int = 0
+    sequences: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one optimiser step did; `values` are averages over its tokens. `skipped` says why, if it was."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    targets: int
+    values: dict[str, float] = field(default_factory=dict)
+    skipped: str = ""
+
+
+def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
+    """The rate of optimiser step `step` (from 0) of `steps`: linear warm-up, then cosine or constant."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return settings.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_optimizer(vlm: Vlm, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; biases and norms are not decayed."""
+    parameters = [p for _, p in vlm.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+class Trainer:
+    """Holds a model, its optimiser and the number of optimiser steps done."""
+
+    def __init__(self, vlm: Vlm, settings: OptimizerSettings, *, steps: int, max_bad_steps: int) -> None:
+        """`steps` optimiser steps in all, for the schedule."""
+        self.vlm = vlm
+        self.optimizer = make_optimizer(vlm, settings)
+        self.done = 0
+        self.bad_steps = 0
+        self._settings = settings
+        self._steps = steps
+        self._max_bad_steps = max_bad_steps
+        self._parameters = [p for _, p in vlm.parameters()]
+
+    def step(
+        self,
+        batches: Sequence[Batch],
+        objective: Objective,
+        *,
+        average: Average,
+        temperature: float = 1.0,
+        max_new_tokens: int = 1,
+        also: Counts = Counts(),
+    ) -> Outcome:
+        """One optimiser step over all `batches`. Raises TrainingError after too many bad ones in a row.
+
+        Every rank gives as many batches (`shares.packs_in_step`) and gets the same outcome, which is of
+        the whole step over all ranks; so is `also`.
+
+        A step whose gradient norm is not finite changes nothing and says so in its outcome; it is
+        judged after the backward pass, because cleaning a loss does not clean its gradient.
+        """
+        self.vlm.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        counts: dict[str, float] = defaultdict(float, {"loss": 0.0})
+        totals: dict[str, float] = defaultdict(float)
+        for batch in batches:
+            scores = score(self.vlm, batch.pack, temperature=temperature)
+            sums = objective(batch, scores)
+            sums.loss.backward()
+            counts["loss"] += sums.loss.item()
+            counts["tokens"] += int(sums.tokens)
+            counts["sequences"] += int(sums.sequences)
+            counts["packs"] += batch.pack.num_targets > 0
+            counts["targets"] += batch.pack.num_targets
+            trees = batch.pack.layout.trees
+            counts["passed"] += sum(t.stop - t.start for t in trees if t.branches)  # not what idles
+            for name, total in sums.sums.items():
+                totals[name] += total.item()
+            for name, largest in sums.maxima.items():
+                totals[name] = max(totals[name], largest.item())
+            totals["entropy"] += scores.entropy.sum().item()
+        counts, totals = self.vlm.mesh.sum(counts), self.vlm.mesh.sum(totals)
+        divisor = denominator(
+            average,
+            tokens=int(counts["tokens"]) + also.tokens,
+            sequences=int(counts["sequences"]) + also.sequences,
+            packs=int(counts["packs"]),
+            max_new_tokens=max_new_tokens,
+        )
+        targets = int(counts["targets"])
+        values = {k: v if k.endswith("_max") else v / max(1, targets) for k, v in totals.items()}
+        norm, skipped = self._apply(divisor)
+        lr = learning_rate(self._settings, self.done, self._steps)
+        self.done += 1
+        return Outcome(
+            loss=counts["loss"] / divisor,
+            grad_norm=norm,
+            lr=lr,
+            tokens=int(counts["passed"]),
+            targets=targets,
+            values=values,
+            skipped=skipped,
+        )
+
+    def _apply(self, divisor: float) -> tuple[float, str]:
+        """Divide the gradients, clip, and step if they are finite: the norm, and why not."""
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        torch._foreach_div_(grads, divisor / self.vlm.mesh.size)  # FSDP leaves the mean over ranks
+        total = torch.nn.utils.get_total_norm(grads)
+        total = total.full_tensor() if isinstance(total, DTensor) else total
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, self._settings.max_grad_norm, total)
+        norm = total.item()
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.bad_steps += 1
+            if self.bad_steps >= self._max_bad_steps:
+                raise TrainingError(
+                    f"the gradient was not finite in {self.bad_steps} steps in a row",
+                    fix="lower the learning rate; the last checkpoint is intact",
+                )
+            return 0.0, "the gradient is not finite"
+        self.bad_steps = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self._settings, self.done, self._steps)
+        self.optimizer.step()
+        return norm, ""
+
+
+@torch.no_grad()
+def logprobs_of(vlm: Vlm, packs: Sequence[Pack], *, temperature: float) -> list[Tensor]:
+    """Logprobs (N,) of every pack without gradients: the old or the reference pass."""
+    vlm.model.eval()
+    with vlm.scoring():
+        return [score(vlm, pack, temperature=temperature).logprobs for pack in packs]

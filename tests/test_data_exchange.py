@@ -1,0 +1,170 @@
+"""Data in other people's layouts, there and back; and what two sets have in common."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from rlcs.data import Row, load, puzzles
+from rlcs.data.exchange import export
+from rlcs.data.overlap import find_overlaps
+from rlcs.errors import RunFolderError
+from rlcs.recipe.schema import Data
+from rlcs.records import Problem
+from rlcs.storage import image_from_bytes, read_jsonl
+
+
+def demonstrations():
+    drawn = puzzles.load("puzzles", split="train", count=6, seed=5)
+    rows = [Row(problem=p, response=puzzles.teach(p, seed=0, wrong_share=0.0)) for p in drawn]
+    asked = Problem(
+        id="c",
+        source="mine",
+        question="Look at <image>: which?",
+        answer="B",
+        images=drawn[0].images,
+        choices=("x", "y"),
+    )
+    text = "I look at the picture, and I see that it is the second one: \\boxed{B}"
+    return [*rows, Row(problem=asked, response=text)]
+
+
+def read(path, **columns):
+    return load(str(path), Data(columns=columns), decode_limit=10**6, role="cold_start").rows
+
+
+def test_the_published_layout_comes_back_as_it_went(tmp_path: Path):
+    rows = demonstrations()
+    (readme, parquet) = export(rows, tmp_path / "out", layout="published", source="here")
+    again = read(parquet, response=("answer",))  # some responses are short: no rule would guess them
+    assert [row.response for row in again] == [row.response for row in rows]
+    assert [row.problem.answer for row in again] == [row.problem.answer for row in rows]
+    assert [[i.data for i in row.problem.images] for row in again] == [
+        [i.data for i in r.problem.images] for r in rows
+    ]
+    assert again[-1].problem.question == "Look at <image>: which?\n(A) x\n(B) y"
+    assert again[0].problem.question == "<image>" + rows[0].problem.question
+    import datasets
+
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(parquet), split="train", cache_dir=str(tmp_path / "c")
+    )
+    assert loaded.column_names == ["images", "problem", "answer"] and loaded[0]["images"][0].size == (84, 84)
+    assert (
+        "7 rows, 7 of them demonstrations" in readme.read_text()
+        and "path: data/*.parquet" in readme.read_text()
+    )
+    with pytest.raises(RunFolderError, match="not empty"):
+        export(rows, tmp_path / "out", layout="published", source="here")
+
+
+@pytest.mark.parametrize("layout", ["ms-swift", "llama-factory"])
+def test_layouts_of_other_trainers(layout, tmp_path: Path):
+    rows = demonstrations()
+    export(rows, tmp_path / "out", layout=layout, source="here")
+    lines = read_jsonl(tmp_path / "out/train.jsonl")
+    for line, row in zip(lines, rows, strict=True):
+        asked, said = (
+            (line["query"], line["response"])
+            if layout == "ms-swift"
+            else [turn["value"] for turn in line["conversations"]]
+        )
+        assert said == row.response and asked.count("<image>") == len(line["images"]) == 1
+        assert (tmp_path / "out" / line["images"][0]).read_bytes() == row.problem.images[0].data
+    assert len(list((tmp_path / "out/images").iterdir())) == 6  # one image is shared
+    if layout == "ms-swift":  # `query`, `response` and `images` are columns that rlcs itself knows
+        assert [row.response for row in read(tmp_path / "out/train.jsonl")] == [row.response for row in rows]
+    else:
+        info = json.loads((tmp_path / "out/dataset_info.json").read_text())
+        assert info["rlcs"]["columns"]["messages"] == "conversations"
+
+
+def rlcs(*words):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "rlcs", *map(str, words)], capture_output=True, text=True
+    )
+
+
+def test_commands_export_and_list_what_would_be_sent(tmp_path: Path):
+    done = rlcs("data", "export", "builtin:puzzles?count=3", tmp_path / "out", "--layout", "ms-swift")
+    assert done.returncode == 0 and "3 rows" in done.stdout, done.stderr
+    listed = rlcs("data", "push", tmp_path / "out", "me/mine", "--dry-run")
+    assert (
+        listed.returncode == 0
+        and "README.md" in listed.stdout
+        and "in 5 files would go to me/mine" in listed.stdout
+    )
+    assert rlcs("data", "push", tmp_path, "me/mine").returncode == 2
+    wrong = rlcs("data", "export", "builtin:puzzles?count=3", tmp_path / "b", "--layout", "ms-swfit")
+    assert wrong.returncode == 2 and "did you mean ms-swift" in wrong.stderr
+
+
+# --- overlap --------------------------------------------------------------------------------------
+
+
+def picture(seed, *, size=(200, 160), form="PNG", **options):
+    rng = random.Random(seed)
+    image = Image.new("RGB", (200, 160), "white")
+    pen = ImageDraw.Draw(image)
+    for _ in range(8):
+        x, y = rng.randrange(160), rng.randrange(120)
+        pen.rectangle(
+            (x, y, x + rng.randrange(20, 60), y + rng.randrange(20, 60)),
+            fill=tuple(rng.choices(range(256), k=3)),
+        )
+    buffer = io.BytesIO()
+    image.resize(size).save(buffer, form, **options)
+    return image_from_bytes(buffer.getvalue(), limit=10**6, where="drawn")
+
+
+def problem(name, question, *images):
+    return Problem(id=name, source="mine", question=question, answer="1", images=images)
+
+
+def test_what_two_sets_share_is_found_and_nothing_else():
+    small = picture(1, size=(120, 96), form="JPEG", quality=70)
+    train = [
+        problem("a", "How many <image> boxes?", picture(1)),
+        problem("b", "What is 1+1?"),
+        problem("c", "Which is red?", picture(2)),
+        problem("d", "How many boxes?", small),
+        problem("e", "How many boxes?", picture(3)),
+    ]
+    test = [
+        problem("A", "how many  BOXES", picture(1)),
+        problem("B", "What is 1 + 1 ?"),
+        problem("C", "Which is blue?", picture(2)),
+        problem("E", "How many boxes?", picture(4)),
+    ]
+    found = [(each.kind, each.a, each.b) for each in find_overlaps(train, test)]
+    assert found == [
+        ("same problem", "a", "A"),
+        ("same question", "b", "B"),
+        ("same image", "c", "C"),
+        ("near image", "d", "A"),
+    ]
+
+
+def test_unlike_pictures_are_far_apart():
+    many = [problem(str(seed), f"q{seed}", picture(seed)) for seed in range(100)]
+    assert not [each for each in find_overlaps(many, many) if each.a != each.b]
+
+
+def test_the_builtin_splits_do_not_meet():
+    train = puzzles.load("puzzles", split="train", count=150, seed=1)
+    test = puzzles.load("puzzles", split="test", count=150, seed=3)
+    kinds = {each.kind for each in find_overlaps(train, test)}
+    assert "same problem" not in kinds and "same image" not in kinds
+
+
+def test_the_command_reports_overlaps(tmp_path: Path):
+    done = rlcs("data", "overlap", "builtin:shapes?count=4", "builtin:shapes?count=4")
+    assert done.returncode == 0 and "same problem          4 pairs, 4 rows" in done.stdout, done.stderr
+    lines = rlcs("data", "overlap", "builtin:shapes?count=4", "builtin:shapes?count=4", "--json").stdout
+    assert sum(json.loads(line)["kind"] == "same problem" for line in lines.splitlines()) == 4
+    assert rlcs("data", "overlap", "builtin:shapes?count=4", "benchmark:nosuch").returncode == 2

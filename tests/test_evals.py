@@ -1,0 +1,398 @@
+"""`rlcs eval`: local and served models on small benchmarks, resume, judge, comparison, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loopback_server import LoopbackServer, last_text
+from rlcs.engines import endpoint
+from rlcs.errors import EndpointError, RunFolderError, UserError
+from rlcs.evals.answer_extractor import wants_judge
+from rlcs.evals.asking import BOXED_SYSTEM, Asking
+from rlcs.evals.comparison import REPORTED, as_markdown
+from rlcs.evals.run import Exam, label_models, run_exam
+from rlcs.recipe.schema import Endpoint, Eval
+from rlcs.signals import StopFlag, Stopped
+from rlcs.storage import read_json, read_jsonl, write_json
+from test_benchmarks import VISTA, vision, vision_folder, we, write_image, write_jsonl
+from test_pipeline import rlcs
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+
+
+def exam(folder: Path, server=None, judge=None, **changes) -> Exam:
+    given = {
+        "benchmarks": ("mathvision",),
+        "out": folder / "out",
+        "data": folder / "mini",
+        "split": "testmini",
+        "asking": Asking(sampling=Eval(max_new_tokens=8, max_rows=4)),
+        "endpoint": server and Endpoint(base_url=server.url, model="", max_retries=1),
+        "judge": judge and Endpoint(base_url=judge.url, model="reader", max_retries=1),
+    }
+    return Exam(**{**given, **changes})
+
+
+def sampled(samples: int) -> Asking:
+    return Asking(samples=samples, sampling=Eval(max_new_tokens=8, max_rows=4, temperature=1.0))
+
+
+def run(told: Exam, *models, stop=None):
+    return run_exam(told, models or ("m",), stop=stop or StopFlag())
+
+
+def scores(folder: Path, model="m", benchmark="mathvision"):
+    return read_json(folder / "out" / model / benchmark / "scores.json")
+
+
+def predictions(folder: Path, model="m", benchmark="mathvision"):
+    return read_jsonl(folder / "out" / model / benchmark / "predictions.jsonl")
+
+
+@pytest.fixture
+def mini(tmp_path: Path) -> Path:
+    vision_folder(tmp_path / "mini" / "mathvision", 6)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------ local models
+
+
+def test_a_local_model_answers_everything_and_says_what_chance_is(mini, random_model_folder, capsys):
+    comparison = run(exam(mini), f"mine={random_model_folder}", "tiny=builtin")
+    for model in ("mine", "tiny"):
+        got = scores(mini, model)
+        assert (got["n"], got["of"]) == (6, 304) and got["chance"] == pytest.approx(0.2)
+        assert got["refused"]["count"] == 0
+        assert got["rules"]["rlcs"]["low"] <= got["rules"]["rlcs"]["accuracy"] <= got["rules"]["rlcs"]["high"]
+        rows = predictions(mini, model)
+        assert [row["id"] for row in rows] == list("012345") and all(row["tokens"] >= 1 for row in rows)
+        assert all("correct" in row["rules"]["rlcs"] for row in rows)
+    table = as_markdown(comparison)
+    assert table == (mini / "out" / "comparison.md").read_text()
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1, "the table is aligned"
+    named = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines[2:7]]
+    assert [cells[:2] for cells in named] == [
+        ["mine", "rlcs"], ["mine", "official"], ["tiny", "rlcs"], ["tiny", "official"], ["chance", ""]
+    ]  # fmt: skip
+    assert "6 of 304" in named[0][2] and named[4][2] == "20.0"
+    assert "27.0 (test)" in table and "prompt `paper`, 1 answer, temperature 0" in table
+    assert "MATH-Vision 6/6" in capsys.readouterr().out
+
+
+def test_samples_give_pass_at_k_and_more_samples_ask_only_for_what_is_new(mini, random_model_folder):
+    model = f"m={random_model_folder}"
+    run(exam(mini, asking=sampled(2)), model)
+    two = {(row["id"], row["index"]): row["response"] for row in predictions(mini)}
+    run(exam(mini, asking=sampled(3)), model)
+    three = {(row["id"], row["index"]): row["response"] for row in predictions(mini)}
+    assert len(two) == 12 and len(three) == 18 and two.items() <= three.items()
+    assert len(set(three.values())) > 3
+    assert set(scores(mini)["rules"]["rlcs"]["pass_at"]) == {"1", "2", "3"}
+    run(exam(mini, asking=sampled(1), limit=2), model)
+    assert scores(mini)["n"] == 2 and len(predictions(mini)) == 18
+
+
+def test_a_prompt_that_does_not_fit_counts_as_wrong_and_says_so(tmp_path, random_model_folder):
+    folder = vision_folder(tmp_path / "mini", 2)
+    write_jsonl(folder / "testmini.jsonl", [vision(0), vision(1, question="why " * 5000)])
+    run(exam(tmp_path), f"m={random_model_folder}")
+    got = scores(tmp_path)
+    assert got["n"] == 2 and got["refused"]["count"] == 1 and "tokens" in got["refused"]["first"][0]
+
+
+def test_a_huge_image_is_shrunk_to_the_models_own_bounds(tmp_path, random_model_folder):
+    from PIL import Image
+
+    folder = vision_folder(tmp_path / "mini", 1)
+    Image.new("RGB", (4000, 3000), "white").save(folder / "images" / "0.png")
+    run(exam(tmp_path), f"m={random_model_folder}")
+    assert scores(tmp_path)["refused"]["count"] == 0 and predictions(tmp_path)[0]["tokens"] >= 1
+
+
+def test_a_killed_evaluation_goes_on_without_asking_twice(tmp_path):
+    vision_folder(tmp_path / "mini", 40)
+    words = ["eval", "builtin", "--benchmarks", "mathvision", "--split", "testmini", "--data", "mini"]
+    words += ["--out", "out", "--batch", "2", "--max-tokens", "24", "--prompt", "official"]
+    path = tmp_path / "out" / "builtin" / "mathvision" / "predictions.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "rlcs", *words],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.stat().st_size > 500) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with path.open("a") as file:
+        file.write('{"id": "3')  # what a crash in the middle of a write leaves
+    before = read_jsonl(path)
+    assert 0 < len(before) < 40
+    before[0]["response"] = "kept as it was"
+    path.write_text("".join(json.dumps(row) + "\n" for row in before))
+    done = rlcs(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    after = read_jsonl(path)
+    assert len(after) == len({row["id"] for row in after}) == 40
+    assert after[0]["response"] == "kept as it was"
+    assert "builtin" in done.stdout and "chance" in done.stdout and "out/comparison.md" in done.stdout
+    assert read_json(path.with_name("scores.json"))["prompt"] == "official"
+
+
+# ------------------------------------------------------------------------------------ served models
+
+
+def test_a_served_model_is_asked_as_a_local_one_would_be(mini):
+    with LoopbackServer(answer=lambda body: "So \\boxed{D}.") as server:
+        run(exam(mini, server), "org/model-7b")
+        bodies = server.seen
+    assert scores(mini, "org-model-7b")["rules"]["rlcs"]["accuracy"] == 1.0
+    assert len(bodies) == 6 and bodies[0]["model"] == "org/model-7b" and bodies[0]["temperature"] == 0
+    system, user = bodies[0]["messages"]
+    assert system["content"] == BOXED_SYSTEM
+    assert [part["type"] for part in user["content"]] == ["text", "image_url", "text"]
+    assert user["content"][0]["text"] == "Which one?\n" and "(E) 5" in user["content"][2]["text"]
+    assert all(0 <= body["seed"] < 2**31 for body in bodies)
+
+
+def test_the_official_words_go_without_a_system_prompt(mini):
+    with LoopbackServer() as server:
+        run(exam(mini, server, asking=Asking(style="official", sampling=Eval())))
+        messages = server.seen[0]["messages"]
+    assert len(messages) == 1 and messages[0]["content"][0]["type"] == "image_url"
+    assert messages[0]["content"][1]["text"].startswith("Please solve the problem step by step")
+
+
+def test_failed_answers_are_told_and_asked_again(mini):
+    write_jsonl(
+        mini / "mini" / "mathvision" / "testmini.jsonl",
+        [vision(i, question=f"Q{i}?") for i in range(6)],
+    )
+    with LoopbackServer(faults={"Q1": ["always:500"], "Q2": ["always:400"]}) as server:
+        comparison = run(exam(mini, server))
+        assert comparison["failed"] == 2 and any("2 answers failed" in n for n in comparison["notes"])
+        got = scores(mini)
+        assert got["n"] == 4 and "told to say" in next(iter(got["failed"]["first"].values()))
+        assert {row["id"] for row in predictions(mini)} == set("0345")
+        asked = len(server.seen)
+    with LoopbackServer() as server:
+        other = run(exam(mini, server, endpoint=Endpoint(base_url=server.url, model="")), "n")
+    assert other["failed"] == 0, "what failed with m is no fault of this call"
+    assert any("m, MATH-Vision: 2 answers failed" in note for note in other["notes"])
+    assert asked == 4 + 2 + 1
+
+
+def test_resuming_asks_a_server_only_for_what_is_missing(mini):
+    with LoopbackServer(faults={"(E) 5": ["400"]}) as server:
+        assert run(exam(mini, server))["failed"] == 1
+        assert run(exam(mini, server))["failed"] == 0
+        assert len(server.seen) == 6 + 1
+        run(exam(mini, server))
+        assert len(server.seen) == 6 + 1
+    assert scores(mini)["n"] == 6
+
+
+def test_a_question_that_was_edited_since_is_named(mini):
+    file = mini / "mini" / "mathvision" / "testmini.jsonl"
+    write_jsonl(file, [vision(i, question=f"Q{i}?") for i in range(6)])
+    with LoopbackServer(faults={"Q1": ["400"]}) as server:
+        run(exam(mini, server))
+        write_jsonl(file, [vision(i, question="Q1?" if i == 4 else f"Q{i}?") for i in range(6)])
+        with pytest.raises(UserError, match=r"(?s)predictions\.jsonl: the data changed.*'4'.*restore"):
+            run(exam(mini, server))
+        assert len(server.seen) == 6
+        path = mini / "out" / "m" / "mathvision" / "predictions.jsonl"
+        write_jsonl(path, [{k: v for k, v in row.items() if k != "digest"} for row in predictions(mini)])
+        assert run(exam(mini, server))["failed"] == 0  # rows of before there were digests
+
+
+def test_a_stop_keeps_what_has_come(mini):
+    stop = StopFlag()
+
+    def answer(body):
+        stop.is_set = len(seen) >= 3
+        seen.append(body)
+        return "\\boxed{D}"
+
+    seen: list[object] = []
+    with LoopbackServer(answer=answer) as server:
+        told = exam(mini, endpoint=Endpoint(base_url=server.url, model="", concurrency=1))
+        with pytest.raises(Stopped):
+            run(told, stop=stop)
+        some = len(predictions(mini))
+        assert 1 <= some < 6
+        run(exam(mini, endpoint=told.endpoint))
+    assert len(predictions(mini)) == 6
+
+
+def test_missing_images_are_counted_and_named_not_scored_as_zero(tmp_path, capsys):
+    keys = ("2steps_1", "2steps_2", "2steps_multi")
+    rows = [we(f"2steps_{i}", key, image_path=f"2steps/image/{i}-{key}.png") for i in (1, 2) for key in keys]
+    folder = tmp_path / "mini" / "wemath"
+    write_jsonl(folder / "testmini.jsonl", rows)
+    for key in keys:
+        write_image(folder / "images" / "2steps" / "image" / f"1-{key}.png")
+    with LoopbackServer(answer=lambda body: "\\boxed{400}") as server:
+        comparison = run(exam(tmp_path, server, benchmarks=("wemath",)))
+    got = scores(tmp_path, benchmark="wemath")
+    assert (got["n"], got["of"], got["missing_images"]["count"]) == (3, 1740, 3)
+    assert got["rules"]["rlcs"]["accuracy"] == 1.0  # the value of the right option
+    assert (
+        got["rules"]["rlcs"]["metrics"]["problems"] == 1 and got["rules"]["rlcs"]["metrics"]["strict_CM"] == 1
+    )
+    assert got["rules"]["official"]["accuracy"] == 0.0  # the official rule reads a letter after "Answer"
+    said = capsys.readouterr().out
+    assert "3 of 6 questions" in said and "2-2steps_1.png" in said
+    assert "3 of 1,740" in as_markdown(comparison) and "strict score 100.0" in as_markdown(comparison)
+
+
+# ------------------------------------------------------------------------------------ judge
+
+
+def test_a_judge_reads_out_what_has_no_box_and_is_visible(tmp_path):
+    folder = tmp_path / "mini" / "mathvista"
+    write_jsonl(folder / "testmini.jsonl", [{**VISTA, "pid": str(i)} for i in range(4)])
+    write_image(folder / "images" / "1.png")
+    replies = iter(["It is \\boxed{1.2}.", "It is 1.2 long.", "It is 7 long.", "I do not know."])
+
+    def read(body):
+        assert "1.2" not in last_text(body).partition("Response:")[0], "the judge never sees the gold answer"
+        response = last_text(body)
+        return "1.2" if "is 1.2" in response else "7" if "is 7" in response else "NONE"
+
+    told = {"benchmarks": ("mathvista",)}
+    with LoopbackServer(answer=lambda body: next(replies)) as server, LoopbackServer(answer=read) as judge:
+        plain = run(exam(tmp_path, server, **told))
+        assert not judge.seen and [row["rule"] for row in plain["rows"]] == ["rlcs", "official"]
+        assert scores(tmp_path, benchmark="mathvista")["judge"] is None
+        judged = run(exam(tmp_path, server, judge, **told))
+        assert len(judge.seen) == 3 and judge.seen[0]["model"] == "reader"
+        run(exam(tmp_path, server, judge, **told))
+        assert len(judge.seen) == 3, "nothing is judged twice"
+    got = scores(tmp_path, benchmark="mathvista")
+    assert {rule: each["accuracy"] for rule, each in got["rules"].items()} == {
+        "rlcs": 0.25,
+        "rlcs+judge": 0.5,
+        "official": 0.5,  # on what the judge read, as the official script does it
+    }
+    assert got["judge"] == {"model": "reader", "asked": 3, "read": 3, "failed": 0, "why_failed": []}
+    assert [row["rule"] for row in judged["rows"]] == ["rlcs", "rlcs+judge", "official"]
+    assert any("reader read 3 answers" in note for note in judged["notes"])
+
+
+def test_what_the_judge_is_asked():
+    assert wants_judge("It is 4.") and wants_judge("\\boxed{4")
+    assert not wants_judge("\\boxed{4}") and not wants_judge(" \n")
+
+
+# ------------------------------------------------------------------------------------ comparison, refusals
+
+
+def test_the_comparison_holds_every_model_of_the_folder_in_the_order_given(mini):
+    with LoopbackServer() as server:
+        run(exam(mini, server), "old")
+        comparison = run(exam(mini, server), "zeta", "both=alpha")
+    rules = ("rlcs", "official")
+    assert [(row["model"], row["rule"]) for row in comparison["rows"]] == [
+        (model, rule) for model in ("zeta", "both", "old") for rule in rules
+    ]
+    assert comparison["reported"]["the paper, 7B (SFT, then RL)"]["mathvista"] == 73.4
+    means = [round(sum(each) / 4, 1) for each in REPORTED.values()]
+    assert means == [40.0, 50.8, 49.5, 55.7]
+
+
+def test_scores_of_a_run_in_the_same_folder_are_left_out(mini):
+    write_json(mini / "out" / "eval" / "base" / "scores.json", {"accuracy": 0.5, "n": 4})
+    with LoopbackServer() as server:
+        assert {row["model"] for row in run(exam(mini, server))["rows"]} == {"m"}
+
+
+def test_answers_of_other_settings_never_mix(mini):
+    with LoopbackServer() as server:
+        run(exam(mini, server))
+        with pytest.raises(RunFolderError, match="prompt was 'paper', is 'official'"):
+            run(exam(mini, server, asking=Asking(style="official", sampling=Eval(max_new_tokens=8))))
+
+
+def test_a_start_without_any_answer_may_be_corrected(mini):
+    with LoopbackServer(faults={"Which": ["always:404"]}) as wrong, pytest.raises(EndpointError):
+        run(exam(mini, wrong))
+    with LoopbackServer() as server:
+        run(exam(mini, server))
+        assert scores(mini)["n"] == 6
+    with LoopbackServer() as other, pytest.raises(RunFolderError, match="base_url was"):
+        run(exam(mini, other))
+
+
+def test_a_model_that_changed_in_its_folder_is_another_model(mini, random_model_folder, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(random_model_folder, model)
+    run(exam(mini, limit=1), f"m={model}")
+    os.utime(model / "model.safetensors", (1, 1))
+    with pytest.raises(RunFolderError, match="weights was"):
+        run(exam(mini, limit=1), f"m={model}")
+
+
+def test_models_get_names_of_their_own():
+    assert label_models(["runs/a/sft/final", "base=builtin", "Qwen/Qwen2.5-VL-3B"]) == {
+        "a-sft-final": "runs/a/sft/final",
+        "base": "builtin",
+        "Qwen-Qwen2.5-VL-3B": "Qwen/Qwen2.5-VL-3B",
+    }
+    for bad in (["a", "a"], ["=x"], ["a="], ["../.."], ["a/b=c"]):
+        with pytest.raises(UserError):
+            label_models(bad)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no model is named"),
+        (["builtin", "--benchmarks", "mathvison"], "did you mean mathvision"),
+        (["builtin", "--prompt", "papr"], "did you mean paper"),
+        (["builtin", "--samples", "4"], "several greedy samples"),
+        (["builtin", "--judge-url", "http://127.0.0.1:1/v1"], "a judge has a URL and a model"),
+        (["builtin", "--split", "tst", "--data", "mini"], "no split"),
+        (["builtin", "--data", "nowhere"], "no such folder"),
+        (["builtin", "--data", "mini", "--split", "test"], "there is no test.jsonl"),
+        (["./nomodel", "--data", "mini"], "cannot load the model"),
+        (["m", "--data", "mini", "--base-url", "localhost:1"], "not the URL of a server"),
+        (["m", "--data", "mini", "--base-url", "http://127.0.0.1:1/v1"], "nothing answers there"),
+    ],
+)
+def test_wrong_flags_get_a_sentence_and_exit_code_2(mini, words, message, monkeypatch, capsys):
+    from rlcs.cli import main as cli
+
+    monkeypatch.chdir(mini)
+    own = ["--split", "testmini"] if "--data" in words and "--split" not in words else []
+    own += ["--benchmarks", "mathvision"] if "--benchmarks" not in words else []
+    monkeypatch.setattr(sys, "argv", ["rlcs", "eval", *words, *own])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and message in errors and "->" in errors
+
+
+def test_the_command_line_asks_a_server_and_speaks_json(mini):
+    with LoopbackServer(faults={"(E) 5": ["400"]}) as server:
+        words = ["eval", "--model", "m", "--base-url", server.url, "--benchmarks", "mathvision"]
+        words += ["--split", "testmini", "--data", "mini", "--out", "out", "--json"]
+        first = rlcs(*words, cwd=mini)
+        assert first.returncode == 1 and json.loads(first.stdout.splitlines()[-1])["failed"] == 1
+        second = rlcs(*words, cwd=mini)
+        assert second.returncode == 0, second.stderr
+        assert json.loads(second.stdout.splitlines()[-1])["rows"][0]["model"] == "m"

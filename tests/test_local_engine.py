@@ -1,0 +1,227 @@
+"""Rollouts: the same answers whatever the batching, the policy's own logprobs, nothing forbidden."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import make_problem
+from rlcs.engines import local
+from rlcs.engines.cache import ForestCache, RecordingPlan
+from rlcs.engines.continuous import ContinuousEngine
+from rlcs.engines.local import LocalEngine
+from rlcs.engines.onednn_linear import packed
+from rlcs.engines.sampling import choose, uniform
+from rlcs.model.packing import layout_of, pack
+from rlcs.model.policy import score
+from rlcs.records import Branch, StopReason, Tree
+
+
+@pytest.fixture
+def prompts(chat):
+    shapes = [((56, 84),), (), ((84, 84), (56, 56)), ((112, 56),), ((84, 56),)]
+    return [chat.prompt(make_problem(f"p{i}", "q " * (i + 1), s)) for i, s in enumerate(shapes)]
+
+
+def trees_of(prompts, groups):
+    return [
+        Tree(
+            prompt=prompt,
+            branches=tuple(
+                Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in group
+            ),
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
+def test_sampler_logprobs_are_the_policys(vlm, chat, prompts, temperature, top_p):
+    sampling = chat.sampling(max_new_tokens=12, n=3, temperature=temperature, top_p=top_p, seed=3)
+    groups = LocalEngine(vlm, chat, max_rows=7).sample(prompts, sampling)
+    packed = pack(trees_of(prompts, groups), chat.patches)
+    with torch.no_grad():
+        scores = score(vlm, packed, temperature=temperature or 1.0)
+    torch.testing.assert_close(scores.logprobs, packed.sampler_logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_rollouts_do_not_depend_on_batching_or_order(vlm, chat, prompts, monkeypatch):
+    sampling = chat.sampling(max_new_tokens=12, n=3, seed=3)
+    one_by_one = LocalEngine(vlm, chat, max_rows=3).sample(prompts, sampling, step=5)
+    monkeypatch.setattr(local, "PREFILL_TOKENS", 40)
+    together = LocalEngine(vlm, chat, max_rows=99).sample(prompts[::-1], sampling, step=5)[::-1]
+    assert [[r.ids for r in g] for g in one_by_one] == [[r.ids for r in g] for g in together]
+    other_step = LocalEngine(vlm, chat, max_rows=99).sample(prompts, sampling, step=6)
+    assert [[r.ids for r in g] for g in other_step] != [[r.ids for r in g] for g in together]
+    assert len({r.ids for g in together for r in g}) == 15
+
+
+def test_greedy_answers_are_those_of_transformers(vlm, chat, prompts):
+    sampling = chat.sampling(max_new_tokens=10, temperature=0.0)
+    ours = [group[0].ids for group in LocalEngine(vlm, chat, max_rows=8).sample(prompts, sampling)]
+    vlm.model.set_attn_implementation({"text_config": "sdpa"})
+    for prompt, ids in zip(prompts, ours, strict=True):
+        inputs = {"input_ids": torch.tensor([prompt.ids])}
+        if prompt.images:
+            inputs["pixel_values"] = torch.cat([chat.patches(image) for image in prompt.images])
+            inputs["image_grid_thw"] = torch.tensor(prompt.grids)
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == chat.image_id).long()
+        theirs = vlm.model.generate(
+            **inputs,
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=list(sampling.stop_ids),
+            suppress_tokens=list(sampling.banned_ids),
+        )
+        assert theirs[0, len(prompt.ids) :].tolist() == list(ids)
+
+
+def test_rows_stop_at_the_end_token_or_the_limit(vlm, chat, prompts):
+    likely_end = vlm.model.get_output_embeddings().weight.shape[0] * [0.0]
+    likely_end[chat.end_id] = 4.0
+    bias = torch.tensor(likely_end)
+    vlm.model.get_output_embeddings().register_forward_hook(lambda m, i, out: out + bias)
+    sampling = chat.sampling(max_new_tokens=15, n=8, seed=1)
+    rollouts = [r for g in LocalEngine(vlm, chat, max_rows=16).sample(prompts, sampling) for r in g]
+    assert {r.stop for r in rollouts} == {StopReason.EOS, StopReason.LENGTH}
+    for rollout in rollouts:
+        assert (rollout.ids[-1] == chat.end_id) == (rollout.stop is StopReason.EOS)
+        assert chat.end_id not in rollout.ids[:-1]
+        assert len(rollout.ids) <= 15
+
+
+def test_progress_counts_every_rollout(vlm, chat, prompts):
+    seen = []
+    sampling = chat.sampling(max_new_tokens=4, n=2)
+    LocalEngine(vlm, chat, max_rows=4).sample(prompts, sampling, progress=seen.append)
+    assert sum(seen) == 10
+
+
+class Nowhere:
+    """A plan whose attention nobody looks at."""
+
+    def attend(self, layer, query, key, value):
+        return query
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("offset", [0, 30, 300])
+def test_decoding_attends_as_exactly_as_its_numbers_allow(dtype, offset):
+    """Against fp64, and with scores that have much in common: what softmax subtracts must not round them."""
+    heads, repeat, size, group, std = 2, 3, 32, 3, 4.0
+    layout = layout_of([(37, []), (20, [])])
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(heads, length):
+        return torch.randn(1, heads, length, size, generator=generator)
+
+    def asked(rows):
+        query = rand(heads * repeat, rows) * std
+        query[..., 0] = 8.0
+        return query.to(dtype)
+
+    def keys(length):
+        key = rand(heads, length)
+        key[..., 0] = offset * size**0.5 / 8.0
+        return key.to(dtype)
+
+    recording = RecordingPlan(Nowhere())
+    key, value = keys(57), rand(heads, 57).to(dtype)
+    recording.attend(0, key, key, value)
+    cache = ForestCache.prefilled(recording, layout, group)
+    spans = [(0, 37)] * group + [(37, 57)] * group
+    seen = [(key[0, :, a:b].double(), value[0, :, a:b].double()) for a, b in spans]
+    for step in range(4):
+        if step == 2:  # from here on the trunks have unlike numbers of rows
+            kept = [0, 2, 3, 4, 5]
+            cache.keep(torch.tensor(kept))
+            seen = [seen[index] for index in kept]
+        query, key, value = asked(len(seen)), keys(len(seen)), rand(heads, len(seen)).to(dtype)
+        cache.begin_step()
+        output = cache.attend(0, query, key, value)
+        cache.end_step()
+        for row, (ks, vs) in enumerate(seen):
+            ks = torch.cat([ks, key[0, :, row : row + 1].double()], 1)
+            vs = torch.cat([vs, value[0, :, row : row + 1].double()], 1)
+            seen[row] = ks, vs
+            scores = query[0, :, row].double().view(heads, repeat, size) @ ks.transpose(1, 2) * size**-0.5
+            exact = (scores.softmax(-1) @ vs).view(heads * repeat, size)
+            error = (output[0, :, row].double() - exact).norm() / exact.norm()
+            assert output.dtype == dtype and error < (1e-4 if dtype == torch.float32 else 0.01)
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_uniform_is_splitmix64(seed, counter):
+    """Against the published algorithm in Python's unbounded integers."""
+    mask = 2**64 - 1
+    x = (seed + (counter + 1) * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    expected = ((x ^ (x >> 31)) >> 11) * 2.0**-53
+    assert uniform(torch.tensor([seed]), torch.tensor([counter])).item() == expected
+
+
+def test_choices_follow_the_distribution_and_never_take_a_banned_id():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(20000, 4)
+    draws = uniform(torch.arange(20000), torch.zeros(20000, dtype=torch.long))
+    banned = torch.tensor([3])
+    ids, logprobs = choose(logits, draws, temperature=1.0, top_p=1.0, banned=banned)
+    shares = torch.bincount(ids, minlength=4) / 20000
+    expected = torch.softmax(torch.tensor([0.0, 1.0, 2.0]), 0)
+    torch.testing.assert_close(shares[:3], expected, rtol=0, atol=0.01)
+    assert shares[3] == 0
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0])
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]])).expand(5000, 4)
+    draws = uniform(torch.arange(5000), torch.zeros(5000, dtype=torch.long))
+    ids, _ = choose(logits, draws, temperature=1.0, top_p=0.7, banned=torch.tensor([], dtype=torch.long))
+    assert set(ids.tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (1, 5, 48), (0, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_compute_what_plain_ones_do(shape, bias):
+    layer, rows = torch.nn.Linear(48, 33, bias=bias), torch.randn(*shape)
+    with torch.no_grad():
+        plain = layer(rows)
+        with packed(layer):
+            assert isinstance(layer.forward, partial)
+            torch.testing.assert_close(layer(rows), plain, rtol=1e-5, atol=1e-6)
+    assert "forward" not in vars(layer)
+
+
+def test_layers_that_cannot_be_packed_stay_plain(monkeypatch):
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8, dtype=torch.bfloat16)])
+    with packed(layers):
+        assert [isinstance(layer.forward, partial) for layer in layers] == [True, False]
+    monkeypatch.setattr("rlcs.engines.onednn_linear.MEMORY_SHARE", 0)
+    with packed(layers):
+        assert not any(isinstance(layer.forward, partial) for layer in layers)
+
+
+def test_every_sample_packs_the_weights_of_now(vlm, chat, prompts):
+    sampling, engine = chat.sampling(max_new_tokens=8, n=2), LocalEngine(vlm, chat, max_rows=8)
+    before = engine.sample(prompts, sampling)
+    with torch.no_grad():
+        for parameter in vlm.model.parameters():
+            parameter.mul_(1.5)
+    after = engine.sample(prompts, sampling)
+    pack_of_now = pack(trees_of(prompts, after), chat.patches)
+    with torch.no_grad():
+        scores = score(vlm, pack_of_now)
+    torch.testing.assert_close(scores.logprobs, pack_of_now.sampler_logprobs, rtol=1e-4, atol=1e-4)
+    assert [[r.ids for r in g] for g in before] != [[r.ids for r in g] for g in after]
+    assert not any("forward" in vars(module) for module in vlm.model.modules())
+
+
+def test_a_continuous_engine_keeps_weights_packed_as_long_as_it_lives(vlm, chat):
+    engine = ContinuousEngine(vlm, chat)
+    head = vlm.model.get_output_embeddings()
+    assert isinstance(head.forward, partial)
+    del engine
+    assert "forward" not in vars(head)

@@ -1,0 +1,253 @@
+"""The endpoint client against a real server on loopback: answers, faults, limits, stops, speed."""
+
+import base64
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from conftest import draw
+from loopback_server import LoopbackServer, last_text
+from rlcs.engines import endpoint
+from rlcs.engines.openai_client import EndpointClient, Request
+from rlcs.errors import EndpointError
+from rlcs.recipe.schema import Endpoint
+from rlcs.records import Message
+from rlcs.signals import StopFlag
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+
+
+def ask(*texts, system=None, images=()):
+    head = () if system is None else (Message(role="system", parts=(system,)),)
+    return [
+        Request(
+            id=text,
+            messages=(*head, Message(role="user", parts=(*images, text))),
+            max_tokens=64,
+            temperature=0.7,
+            top_p=0.9,
+            seed=5,
+        )
+        for text in texts
+    ]
+
+
+def settings(server, **changes):
+    return Endpoint(base_url=server.url, model="m", **{"max_retries": 2, **changes})
+
+
+def answers(server, requests, **changes):
+    with EndpointClient(settings(server, **changes)) as client:
+        return {answer.id: answer for answer in client.ask(requests)}
+
+
+def test_every_part_of_a_request_is_sent(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sesame")
+    picture = draw(30, 20)
+    with LoopbackServer() as server:
+        got = answers(server, ask("How many?", system="Think.", images=(picture,)), key_env="MY_KEY")
+        body = server.seen[0]
+        assert "Bearer sesame" in server.headers[0]
+    answer = got["How many?"]
+    assert answer.text == "The answer is \\boxed{4}." and answer.finish == "stop" and answer.attempts == 1
+    assert (answer.prompt_tokens, answer.completion_tokens) == (10, 4) and answer.seconds > 0
+    assert {k: body[k] for k in ("model", "temperature", "top_p", "max_tokens", "n", "seed")} == {
+        "model": "m", "temperature": 0.7, "top_p": 0.9, "max_tokens": 64, "n": 1, "seed": 5,
+    }  # fmt: skip
+    system, user = body["messages"]
+    assert system == {"role": "system", "content": "Think."}
+    image, text = user["content"]
+    assert text == {"type": "text", "text": "How many?"}
+    head, _, data = image["image_url"]["url"].partition(",")
+    assert head == "data:image/png;base64" and base64.b64decode(data) == picture.data
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("429", "told to say 429"),
+        ("500", "told to say 500"),
+        ("503", "told to say 503"),
+        ("cut", "connection failed"),
+        ("hangup", "connection failed"),
+        ("not-json", "cannot be read"),
+        ("no-choices", "no chat completion"),
+        ("empty", "empty"),
+    ],
+)
+def test_what_may_pass_is_tried_again_and_given_up_at_last(fault, error):
+    with LoopbackServer(faults={"twice": [fault, fault], "never": [f"always:{fault}"]}) as server:
+        got = answers(server, ask("twice", "never", "plain"))
+    assert got["twice"].finish == "stop" and got["twice"].attempts == 3 and not got["twice"].error
+    assert got["never"].finish == "error" and got["never"].attempts == 3 and error in got["never"].error
+    assert got["plain"].attempts == 1
+
+
+def test_the_pause_that_the_server_asks_for_is_kept():
+    with LoopbackServer(faults={"busy": ["retry-after"]}) as server:
+        got = answers(server, ask("busy", "plain"))
+    assert got["busy"].attempts == 2 and 1.0 <= got["busy"].seconds < 3.0
+    assert got["plain"].seconds < 1.0
+
+
+def test_retry_after_is_read_as_seconds_and_as_a_date():
+    assert endpoint._retry_after({"retry-after": "7"}) == 7.0
+    assert endpoint._retry_after({"retry-after": "nan"}) == 0.0
+    assert endpoint._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+    assert endpoint._retry_after({"retry-after": "soon"}) is None and endpoint._retry_after({}) is None
+    assert endpoint._pause(1, 1e9) <= endpoint.LONGEST_RETRY_AFTER_S + 1
+    assert 22 <= endpoint._pause(30, None) <= 38 and endpoint._pause(3, None) < 0.06
+
+
+def test_a_try_has_a_deadline():
+    with LoopbackServer(faults={"stuck": ["slow"]}) as server:
+        got = answers(server, ask("stuck", "plain"), request_timeout_s=0.3)
+    assert got["stuck"].attempts == 2 and got["stuck"].finish == "stop"
+
+
+@pytest.mark.parametrize(("fault", "said"), [("400", "told to say 400"), ("filtered", "withheld")])
+def test_one_bad_request_fails_alone_and_at_once(fault, said):
+    with LoopbackServer(faults={"bad": [fault]}) as server:
+        got = answers(server, ask("bad", "plain"))
+    assert got["bad"].finish == "error" and got["bad"].attempts == 1 and said in got["bad"].error
+    assert got["plain"].finish == "stop"
+
+
+def test_an_answer_cut_at_the_limit_says_so():
+    with LoopbackServer(faults={"long": ["length"]}) as server:
+        assert answers(server, ask("long"))["long"].finish == "length"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("401", "NO_SUCH_KEY, which is not set"),
+        ("403", "refuses the key"),
+        ("404", "no model 'm'"),
+        ("402", "no credit"),
+        ("quota", "no credit"),
+    ],
+)
+def test_a_server_that_cannot_be_used_stops_the_run_after_what_has_come(fault, said):
+    with (
+        LoopbackServer(faults={"fatal": [f"always:{fault}"]}) as server,
+        EndpointClient(settings(server, key_env="NO_SUCH_KEY", concurrency=1)) as client,
+    ):
+        came = []
+        with pytest.raises(EndpointError) as caught:
+            for answer in client.ask(ask("a", "b", "fatal", *map(str, range(50)))):
+                came.append(answer.id)
+        # One request more may have been answered while the error was on its way.
+        assert came[:2] == ["a", "b"] and "fatal" not in came and len(came) <= 3 and len(server.seen) <= 4
+    assert said in str(caught.value) and server.url in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_nothing_listens_there():
+    with LoopbackServer() as server:
+        pass
+    with pytest.raises(EndpointError, match="nothing answers there"):
+        answers(server, ask("a"))
+    with pytest.raises(EndpointError, match="not the URL"):
+        EndpointClient(Endpoint(base_url="localhost:8000", model="m"))
+
+
+def test_an_image_that_is_gone_fails_its_request_alone(tmp_path: Path):
+    from rlcs.storage import image_from_path
+
+    path = tmp_path / "a.png"
+    path.write_bytes(draw(8, 8).data)
+    gone = image_from_path("a.png", root=tmp_path, limit=100)
+    path.unlink()
+    with LoopbackServer() as server:
+        got = answers(server, ask("gone", images=(gone,)) + ask("plain"))
+    assert "missing" in got["gone"].error and got["gone"].attempts == 0 and got["plain"].finish == "stop"
+
+
+def test_requests_are_drawn_lazily_and_the_limit_of_concurrency_is_kept():
+    drawn = []
+
+    def endless():
+        for number in range(10**9):
+            drawn.append(number)
+            yield from ask(f"q{number}")
+
+    with (
+        LoopbackServer(delay_s=0.02) as server,
+        EndpointClient(settings(server, concurrency=3)) as client,
+    ):
+        stream = client.ask(endless())
+        came = [next(stream).id for _ in range(20)]
+        stream.close()
+        assert server.most_at_once == 3
+        assert len(set(came)) == 20 and len(drawn) <= 20 + 6
+
+
+def test_a_stop_flag_ends_it_at_once_with_what_has_come():
+    stop = StopFlag()
+    with (
+        LoopbackServer(faults={"stuck": ["slow"]}) as server,
+        EndpointClient(settings(server)) as client,
+    ):
+        began, came = time.monotonic(), []
+        for answer in client.ask(ask("a", "b", "stuck"), stop=stop):
+            came.append(answer.id)
+            stop.is_set = len(came) == 2
+        assert sorted(came) == ["a", "b"] and time.monotonic() - began < 3
+
+
+def test_requests_a_minute_are_spaced():
+    with LoopbackServer() as server:
+        began = time.monotonic()
+        answers(server, ask("a", "b", "c"), requests_per_minute=600)
+        assert time.monotonic() - began >= 0.2
+
+
+def test_usage_adds_up():
+    with (
+        LoopbackServer(faults={"again": ["500"], "bad": ["400"]}) as server,
+        EndpointClient(settings(server, prompt_price=1.0, completion_price=10.0)) as client,
+    ):
+        for _ in range(2):
+            list(client.ask(ask("a", "again")))
+        list(client.ask(ask("bad")))
+        usage = client.usage
+    assert (usage.answers, usage.failed, usage.attempts) == (4, 1, 6)
+    assert (usage.prompt_tokens, usage.completion_tokens) == (40, 16)
+    assert usage.cost == pytest.approx((40 * 1.0 + 16 * 10.0) / 1e6) and usage.answers_per_s > 0
+    with LoopbackServer() as server, EndpointClient(settings(server)) as client:
+        list(client.ask(ask("a")))
+        assert client.usage.cost is None
+
+
+def test_settings_have_bounds():
+    for bad in ({"concurrency": 0}, {"max_retries": -1}, {"request_timeout_s": 0}, {"nonsense": 1}):
+        with pytest.raises(ValidationError):
+            Endpoint(base_url="http://x/v1", model="m", **bad)
+
+
+def test_the_answers_belong_to_their_requests():
+    with LoopbackServer(answer=lambda body: last_text(body)[::-1]) as server:
+        got = answers(server, ask(*(f"q{i}" for i in range(200))))
+    assert {answer.id: answer.text for answer in got.values()} == {f"q{i}": f"q{i}"[::-1] for i in range(200)}
+
+
+def test_an_answer_costs_milliseconds_of_processor_time():
+    """Alone it is more than 300 answers a second; the bound is for a core that others use too."""
+    program = [sys.executable, str(Path(__file__).parent / "loopback_server.py")]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().strip()
+        picture = draw(80, 60)
+        with EndpointClient(Endpoint(base_url=url, model="m")) as client:
+            list(client.ask(ask("warm")))
+            spent = time.process_time()
+            assert sum(1 for _ in client.ask(ask(*map(str, range(600)), images=(picture,)))) == 600
+            rate = 600 / (time.process_time() - spent)
+        process.stdin.close()
+    assert rate > 60, f"{rate:.0f} answers a second"

@@ -1,0 +1,57 @@
+"""`rlcs look` shows exactly what training gets."""
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from conftest import make_problem
+from rlcs.data import Row
+from rlcs.errors import DataError
+from rlcs.recipe.schema import Recipe
+from rlcs.report.preview import look_at, make_view, pieces, print_view, write_html
+
+
+@pytest.fixture
+def view(random_model_folder):
+    problem = make_problem("row-1", "How many <b>apples</b>?", ((56, 84),))
+    return make_view(
+        Row(problem=problem, response="three \\boxed{3}"), Recipe(model={"name": str(random_model_folder)})
+    )
+
+
+def test_only_the_response_and_its_end_carry_loss(view):
+    learnt = "".join(token for token, weight in zip(view.tokens, view.weights, strict=True) if weight)
+    assert learnt == "three \\boxed{3}<|im_end|>"
+    assert [kind for kind, _ in pieces(view)].count("image") == 1
+    assert ("image", "[image 1: 3 x 2 = 6 tokens]") in pieces(view)
+    assert (view.images[0].width, view.images[0].height) == (56, 84)
+
+
+def test_the_terminal_shows_tokens_and_picture(view):
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    print_view(view, console)
+    shown = console.file.getvalue()
+    assert "\u2580" in shown and "[image 1: 3 x 2 = 6 tokens]" in shown
+    assert "with loss; gold answer 4" in shown
+
+
+def test_data_is_not_read_as_markup(view):
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    print_view(dataclasses.replace(view, title="[/b] :bug:", answer="[a,b]"), console)
+    assert console.file.getvalue().startswith("[/b] :bug:: ") and "answer [a,b]" in console.file.getvalue()
+
+
+def test_the_page_is_self_contained_and_escaped(view, tmp_path):
+    write_html(view, tmp_path / "look.html")
+    page = (tmp_path / "look.html").read_text()
+    assert "data:image/png;base64," in page and "<b>apples" not in page and "http" not in page
+
+
+def test_a_recipe_shows_its_cold_start_data_and_a_source_its_rows(random_model_folder):
+    overrides = [f"model.name={random_model_folder}", "data.cold_start=builtin:puzzles?count=4"]
+    assert "\\boxed{" in "".join(look_at("quickstart", overrides, row=1).tokens)
+    assert look_at("builtin:shapes?count=3", overrides, row=2).title.startswith("shapes-")
+    with pytest.raises(DataError, match="there is no row 3"):
+        look_at("builtin:shapes?count=3", overrides, row=3)

@@ -1,0 +1,588 @@
+"""Rollouts by vLLM, without vLLM: the wire, the weights' way, and real processes that misbehave on time."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import make_problem
+from rlcs.engines.factory import launch_of, open_engines, open_reader
+from rlcs.engines.local import LocalEngine
+from rlcs.engines.vllm.colocated import Colocated
+from rlcs.engines.vllm.engine import VllmEngine
+from rlcs.engines.vllm.fleet import Fleet
+from rlcs.engines.vllm.protocol import collapsed, request_body, rollouts_of
+from rlcs.engines.vllm.server import Launch, context_length
+from rlcs.engines.vllm.weights import WeightsFolder
+from rlcs.errors import DataError, EndpointError, ModelError, RecipeError, TrainingError
+from rlcs.model import loading
+from rlcs.model.chat import Chat
+from rlcs.model.loading import Vlm
+from rlcs.progress import screen
+from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.rollout import Rollouts, Sampler
+from rlcs.recipe.schema import Eval, Grpo, Model
+from rlcs.recipe.table import summary_rows
+from rlcs.records import StopReason
+from rlcs.signals import StopFlag
+from rlcs.storage import read_jsonl
+from rlcs.train import grpo
+from rlcs.train.run_dir import StageFolder
+from test_distributed import environment, free_port
+from test_training import LengthGrader
+
+FAKE = Path(__file__).parent / "fake_vllm.py"
+WORKER = Path(__file__).parent / "rollout_worker.py"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """An executable that is called like vllm."""
+    path = tmp_path / "vllm"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+class Run:
+    """An engine over fake servers, and what they were told."""
+
+    def __init__(
+        self,
+        folder: Path,
+        program: Path,
+        vlm: Vlm,
+        chat: Chat,
+        *,
+        adapter_rank: int | None = None,
+        **settings: object,
+    ) -> None:
+        self.folder = folder
+        quick = {"health_limit_s": 0.6, "request_limit_s": 20.0, "executable": str(program)}
+        self.settings = Rollouts.model_validate({"engine": "vllm_server", **quick, **settings})
+        launch = Launch(
+            settings=self.settings,
+            dtype="float32",
+            max_tokens=512,
+            max_rows=64,
+            adapter_rank=adapter_rank or 0,
+        )
+        self.fleet = Fleet(self.settings, logs=folder, launch=launch)
+        self.published = WeightsFolder(folder / "weights", as_adapters=adapter_rank is not None)
+        self.engine = VllmEngine(self.fleet, self.published, vlm, chat, decode_limit=10**6)
+        self.vlm, self.chat = vlm, chat
+
+    def behave(self, **how: object) -> None:
+        (self.folder / "behaviour.json").write_text(json.dumps(how))
+
+    def ask(self, count: int = 12, n: int = 2) -> list[str]:
+        """Ask `count` prompts and return what the servers said of their weights."""
+        prompts = [self.chat.prompt(make_problem(f"p{k}", sizes=())) for k in range(count)]
+        groups = self.engine.sample(prompts, self.chat.sampling(max_new_tokens=64, n=n))
+        assert [g[0].problem_id for g in groups] == [p.problem_id for p in prompts]
+        assert all([r.index for r in group] == list(range(n)) for group in groups)
+        return ["".join(map(chr, r.ids)) for group in groups for r in group]
+
+    @property
+    def started(self) -> list[dict]:
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("started-*.json"))]
+
+
+@pytest.fixture
+def run(tmp_path: Path, program: Path, vlm: Vlm, chat: Chat):
+    runs = []
+
+    def make(**settings: object) -> Run:
+        runs.append(Run(tmp_path / "rollout", program, vlm, chat, **settings))
+        runs[-1].folder.mkdir(exist_ok=True)
+        return runs[-1]
+
+    yield make
+    for one in runs:
+        one.fleet.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_every_server_answers_by_the_newest_weights(run) -> None:
+    both = run(servers=2, concurrency=2)
+    first = set(both.ask(30))
+    both.engine.sync()
+    second = set(both.ask(30))
+    assert len(first) == len(second) == 1 and first != second
+    assert second == {both.published.newest.folder.name}
+    assert [p.name for p in (both.folder / "weights").iterdir()] == list(second), "old versions are removed"
+    assert len(both.started) == 2, "servers go on from round to round"
+    both.fleet.close()
+    assert not any(alive(one["pid"]) for one in both.started)
+
+
+@pytest.mark.parametrize("misdeed", ["die_after", "hang_after", "forget_after", "fail_after", "abort_after"])
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_server_that_fails_costs_a_retry(run, misdeed: str, servers: int) -> None:
+    failing = run(servers=servers, concurrency=3)
+    failing.behave(**{misdeed: 4})
+    failing.engine.sync()
+    assert set(failing.ask(20)) == {failing.published.newest.folder.name}
+    assert (failing.folder / f"{misdeed}.done").exists(), "it never failed"
+    restarted = misdeed in ("die_after", "hang_after")
+    assert len(failing.started) >= servers + (servers == 1 and restarted)
+
+
+def test_weights_of_now_are_loaded_into_a_restarted_server(run) -> None:
+    one = run(concurrency=2)
+    old = set(one.ask(4))
+    one.engine.sync()
+    os.kill(one.started[0]["pid"], signal.SIGKILL)
+    assert set(one.ask(4)) == {one.published.newest.folder.name} != old
+    assert len(one.started) == 2
+
+
+def test_what_a_killed_server_leaves_behind_is_ended(run) -> None:
+    one = run()
+    one.behave(engine=True)
+    one.ask(1)
+    (engine,) = [int(path.name.partition("-")[2]) for path in one.folder.glob("engine-*")]
+    os.kill(one.started[0]["pid"], signal.SIGKILL)
+    assert alive(engine)
+    one.ask(1)
+    assert len(one.started) == 2 and not alive(engine)
+
+
+def test_no_server_for_long_ends_the_run_with_a_sentence(run) -> None:
+    none = run(urls=["http://127.0.0.1:9"], dead_limit_s=1.0)
+    with pytest.raises(TrainingError, match=r"no vLLM server was well for 1 s(.|\n)*last checkpoint"):
+        none.ask(2)
+
+
+def test_a_prompt_that_kills_every_server_ends_the_run(run) -> None:
+    one = run(max_tries=2, concurrency=1)
+    one.behave(expand=1)
+    one.ask(1)
+    (one.folder / "behaviour.json").write_text('{"refuse": true}')
+    with pytest.raises(EndpointError, match="refuses a prompt: 400"):
+        one.ask(1)
+
+
+def test_a_program_that_cannot_start_says_why(run, tmp_path: Path) -> None:
+    broken = run()
+    broken.behave(broken=True)
+    with pytest.raises(ModelError, match="no such model architecture"):
+        broken.ask(1)
+    with pytest.raises(ModelError, match="cannot be started"):
+        run(executable=str(tmp_path / "nowhere")).ask(1)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"version": "0.31.2"}, "0.31.2 is too old"),
+        ({"mode": "raw_logprobs"}, "logprobs are raw_logprobs"),
+        ({"room": 511}, r"may have 512 tokens, and its --max-model-len is 511(.|\n)*take it out"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused(run, how: dict, words: str) -> None:
+    unfit = run()
+    unfit.behave(**how)
+    with pytest.raises(EndpointError, match=words):
+        unfit.ask(1)
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        ((), 512), (("--max-model-len", "8k"), 8000), (("--max-model-len=2K",), 2048),
+        (("--max_model_len", "25.6k", "--seed", "1"), 25600), (("--max-model-len", "auto"), None),
+        (("--max-model-len=-1",), None),
+    ],
+)  # fmt: skip
+def test_the_context_is_read_as_vllm_reads_it(words: tuple[str, ...], tokens: int | None) -> None:
+    settings = Rollouts(engine="vllm_server", arguments=words)
+    assert context_length(settings, 512) == tokens
+    launch = Launch(settings=settings, dtype="float32", max_tokens=512, max_rows=1)
+    assert launch.fits_itself == (tokens is None)
+
+
+def test_a_pause_that_was_cut_off_ends(run) -> None:
+    one = run()
+    one.ask(1)
+    one.fleet._servers[0]._paused = True
+    one.ask(1)
+    assert (one.folder / "paused.txt").read_text().split() == ["pause", "resume"] * 2
+
+
+def test_a_server_that_dies_while_it_is_given_weights_is_not_waited_for(run) -> None:
+    one = run()
+    one.ask(4)
+    one.behave(deaf_after=1)
+    one.engine.sync()
+    began = time.monotonic()
+    assert set(one.ask(4)) == {one.published.newest.folder.name}
+    assert (one.folder / "deaf_after.done").exists() and len(one.started) == 2
+    assert time.monotonic() - began < 60
+
+
+def test_the_words_of_an_earlier_start_are_not_the_reason(run) -> None:
+    one = run()
+    (one.folder / "vllm-0.log").write_text("ValueError: yesterday\n")
+    one.behave(mute=True)
+    with pytest.raises(ModelError, match="unrecognized arguments") as caught:
+        one.ask(1)
+    assert "yesterday" not in str(caught.value)
+
+
+def test_one_server_that_is_well_is_enough(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long its answers take, and whatever the other does."""
+    both = run(servers=2, concurrency=1, start_limit_s=2.0, dead_limit_s=1.5)
+    both.behave(slow=5.0, first_alone=True)
+    both.ask(1)
+
+
+def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
+    script = textwrap.dedent(f"""
+        import time
+        from pathlib import Path
+        from rlcs.engines.vllm.server import Launch, Process
+        from rlcs.recipe.rollout import Rollouts, Sampler
+        settings = Rollouts(executable={str(program)!r})
+        launch = Launch(settings=settings, dtype="float32", max_tokens=9, max_rows=9)
+        folder = Path({str(tmp_path)!r})
+        process = Process(launch, 0, folder / "weights" / "1", folder / "log")
+        while not list(folder.glob("started-*.json")):
+            time.sleep(0.05)
+        print("up", flush=True)
+        time.sleep(60)
+    """)
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout.readline() == "up\n"
+    (server,) = [int(path.stem.partition("-")[2]) for path in tmp_path.glob("started-*.json")]
+    assert alive(server)
+    trainer.kill()
+    trainer.wait()
+    end = time.monotonic() + 10
+    while alive(server) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive(server)
+
+
+def test_the_command_line_of_a_server(vlm: Vlm) -> None:
+    words = ["rollout.servers=2", "rollout.devices=[\"0,1\", \"2,3\"]", "rollout.tensor_parallel=2",
+             "rollout.memory_share=0.5", "rollout.arguments=[--enforce-eager]", "grpo.max_rows=24",
+             "rollout.executable=/env/bin/vllm", "grpo.max_new_tokens=100",
+             "prompt.max_tokens=200"]  # fmt: skip
+    launch = launch_of(load_recipe("quickstart", words).recipe, vlm)
+    command = launch.command(Path("/weights/7"), 8123)
+    assert command[:3] == ["/env/bin/vllm", "serve", "/weights/7"]
+    pairs = {command[k]: command[k + 1] for k in range(len(command) - 1)}
+    expected = {"--port": "8123", "--max-model-len": "300", "--max-num-seqs": "24", "--dtype": "float32",
+                "--tensor-parallel-size": "2", "--gpu-memory-utilization": "0.5",
+                "--logprobs-mode": "processed_logprobs"}  # fmt: skip
+    assert expected.items() <= pairs.items() and command[-1] == "--enforce-eager"
+    assert "--no-enable-chunked-prefill" in command, "this model lies on a CPU"
+    assert launch.environment(1)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    with pytest.raises(RecipeError, match="1 devices for 2 servers"):
+        load_recipe("quickstart", ["rollout.servers=2", 'rollout.devices=["0"]'])
+    for words in (
+        ["rollout.engine=vllm_colocated", "rollout.arguments=[--seed]"],
+        ["rollout.engine=vllm_server", "rollout.urls=[http://a]", "rollout.arguments=[--seed]"],
+    ):
+        with pytest.raises(RecipeError, match=r"leave them out|where they are started"):
+            load_recipe("quickstart", words)
+
+
+def test_the_weights_folder_may_be_elsewhere(tmp_path: Path, program: Path, vlm: Vlm, chat: Chat) -> None:
+    words = ["rollout.engine=vllm_server", f"rollout.executable={program}", "rollout.health_limit_s=1",
+             f"rollout.weights_folder={tmp_path / 'shared'}"]  # fmt: skip
+    stranger = tmp_path / "shared" / "keep.txt"
+    stranger.parent.mkdir()
+    stranger.write_text("not ours")
+    with open_engines(load_recipe("quickstart", words).recipe, tmp_path / "run") as make:
+        sampling = chat.sampling(max_new_tokens=4)
+        make(vlm, chat, 8).sample([chat.prompt(make_problem("a", sizes=()))], sampling)
+        (first,) = (tmp_path / "shared").glob("quickstart-*/*-1/model.safetensors")
+        with open_engines(load_recipe("quickstart", words).recipe, tmp_path / "other") as make_other:
+            make_other(vlm, chat, 8).sample([chat.prompt(make_problem("a", sizes=()))], sampling)
+        assert first.exists(), "another run's weights"
+    assert stranger.exists()
+    assert not any(path.is_dir() for path in (tmp_path / "shared").iterdir()), "nobody reads them any more"
+
+
+def test_vllm_starts_anew_when_images_are_resized_otherwise(
+    tmp_path: Path, program: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["rollout.engine=vllm_server", f"rollout.executable={program}", "rollout.health_limit_s=1"]
+    ask = [chat.prompt(make_problem("a", sizes=()))], chat.sampling(max_new_tokens=4)
+    bounds = dict(vlm.processor.image_processor.size)
+    with open_engines(load_recipe("quickstart", words).recipe, tmp_path) as make:
+        for size, starts in ((bounds, 1), (bounds, 1), (bounds | {"shortest_edge": 6272}, 2)):
+            monkeypatch.setattr(vlm.processor.image_processor, "size", size)
+            make(vlm, chat, 8).sample(*ask)
+            assert len(list(tmp_path.glob("started-*.json"))) == starts
+
+
+def test_vllm_computes_in_the_dtype_of_a_sharded_policy(vlm: Vlm) -> None:
+    recipe = load_recipe("quickstart", ["parallel.compute_dtype=bfloat16"]).recipe
+    assert launch_of(recipe, vlm).dtype == "float32"
+    grouped = replace(vlm, mesh=replace(vlm.mesh, objects=object()))
+    assert launch_of(recipe, grouped).dtype == "bfloat16"
+
+
+def test_a_half_written_version_has_no_name(
+    tmp_path: Path, vlm: Vlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = WeightsFolder(tmp_path)
+    first = folder.publish(vlm)
+
+    def breaks(vlm: Vlm, path: Path) -> None:
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlcs.engines.vllm.weights.save", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        folder.publish(vlm)
+    assert folder.newest == first and first.folder.is_dir()
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".part")] == [first.version]
+    monkeypatch.undo()
+    WeightsFolder(tmp_path).publish(vlm)
+    assert len(list(tmp_path.iterdir())) == 1, "what an earlier attempt left is cleared"
+
+
+def test_a_tied_head_goes_with_weights_of_its_own_to_a_cpu(tmp_path: Path, vlm: Vlm) -> None:
+    published = WeightsFolder(tmp_path).publish(vlm).folder
+    again = loading.load(Model(name=str(published)), device=torch.device("cpu")).model
+    head, words = again.get_output_embeddings().weight, again.get_input_embeddings().weight
+    assert head is not words and torch.equal(head, words)
+    assert torch.equal(head, vlm.model.get_output_embeddings().weight)
+
+
+def test_under_torchrun_rank_0_asks_for_all_ranks(tmp_path: Path, program: Path, random_model_folder) -> None:
+    """The weights come together from both ranks' shards, and every rank gets the answers to its prompts."""
+    port = free_port()
+    command = [sys.executable, "-W", "ignore", WORKER, program, random_model_folder, tmp_path]
+    ranks = [
+        subprocess.Popen(
+            list(map(str, command)), env=environment(rank, 2, port), stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [len(each["asked"]) for each in found] == [3, 1]
+    assert all(each["got"] == each["asked"] for each in found)
+    (version,) = (path for path in (tmp_path / "published").iterdir() if path.is_dir())
+    assert all(each["said"] == [version.name] for each in found), "one server, one version"
+    saved, base = (loading.load(Model(name=str(each))).model for each in (version, random_model_folder))
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), base.parameters(), strict=False))
+    assert torch.equal(saved.get_output_embeddings().weight, base.get_output_embeddings().weight)
+    assert len(list(tmp_path.glob("started-*.json"))) == 1
+
+
+def test_prompts_go_as_ids_with_one_placeholder_an_image(chat: Chat) -> None:
+    prompt = chat.prompt(make_problem("two", "<image> or <image><|image_pad|>?", sizes=((56, 84), (84, 56))))
+    ids = collapsed(prompt)
+    assert ids.count(chat.image_id) == 2 < list(prompt.ids).count(chat.image_id)
+    assert len(ids) == len(prompt.ids) - sum(b - a - 1 for a, b in prompt.spans)
+    body = request_body(prompt, chat.sampling(max_new_tokens=5, n=3), step=2, limit=10**6)
+    params = body["sampling_params"]
+    assert len(body["content_parts"]) == 2 and params["n"] == 3 and params["stop_token_ids"] == [chat.end_id]
+    assert set(params["logit_bias"]) == {str(i) for i in chat.sampling(max_new_tokens=5).banned_ids}
+    other = request_body(prompt, chat.sampling(max_new_tokens=5, n=3), step=3, limit=10**6)
+    assert other["sampling_params"]["seed"] != params["seed"]
+    json.dumps(body)
+
+
+def test_another_prompt_than_ours_is_an_error(chat: Chat) -> None:
+    prompt = chat.prompt(make_problem("one"))
+    sampling = chat.sampling(max_new_tokens=5)
+    token = {"logprob": 1e-7}
+    choice = {"index": 0, "finish_reason": "length", "token_ids": [5], "logprobs": {"content": [token]}}
+    reply = {"prompt_token_ids": list(prompt.ids), "choices": [choice]}
+    (rollout,) = rollouts_of(reply, prompt, sampling, step=0, text=chat.text)
+    assert rollout.stop is StopReason.LENGTH and rollout.logprobs == (0.0,) and rollout.ids == (5,)
+    with pytest.raises(EndpointError, match="read the prompt of one as"):
+        rollouts_of({**reply, "prompt_token_ids": prompt.ids[:-1]}, prompt, sampling, step=0, text=chat.text)
+    broken = {**reply, "choices": [{**choice, "finish_reason": "abort"}]}
+    assert rollouts_of(broken, prompt, sampling, step=0, text=chat.text) is None
+
+
+def test_colocated_without_vllm_says_what_to_do(tmp_path: Path, vlm: Vlm, chat: Chat) -> None:
+    if "vllm" in sys.modules:
+        pytest.skip("vLLM is installed here")
+    recipe = load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe
+    with (
+        open_engines(recipe, tmp_path) as make,
+        pytest.raises(ModelError, match="not installed beside rlcs"),
+    ):
+        make(vlm, chat, 8).sample([chat.prompt(make_problem("a"))], chat.sampling(max_new_tokens=4))
+
+
+class Recorder:
+    """Stands for vLLM, its model and a mesh, and notes in which order they are used."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        for name in ("gc.collect", "torch.cuda.empty_cache"):
+            monkeypatch.setattr(name, lambda name=name: self.events.append(name))
+
+    def note(self, name: str, result: object = None):
+        return lambda *args, **options: self.events.append(name) or result
+
+
+FREED = ["gc.collect", "torch.cuda.empty_cache"]
+
+
+def test_memory_is_given_back_before_vllm_starts_and_wakes_up(
+    tmp_path: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Recorder(monkeypatch)
+    prompt, sampling = chat.prompt(make_problem("a", sizes=())), chat.sampling(max_new_tokens=4)
+    token = SimpleNamespace(logprob=-1.0)
+    choice = SimpleNamespace(index=0, finish_reason="length", token_ids=[5] * 4, logprobs=[{5: token}] * 4)
+    output = SimpleNamespace(prompt_token_ids=prompt.ids, outputs=[choice])
+    llm = SimpleNamespace(
+        generate=seen.note("asked", [output]), sleep=seen.note("asleep"), wake_up=seen.note("awake")
+    )
+    fake = SimpleNamespace(LLM=seen.note("started", llm), SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    launch = launch_of(load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe, vlm)
+    engine = VllmEngine(
+        Colocated(replace(launch, on_cpu=False), sleeps=True), WeightsFolder(tmp_path), vlm, chat,
+        decode_limit=10**6,
+    )  # fmt: skip
+    for _ in "12":
+        engine.sample([prompt], sampling)
+    assert seen.events == [*FREED, "started", "asked", "asleep", *FREED, "awake", "asked", "asleep"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_gives_memory_back_before_rank_0_asks(
+    tmp_path: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Servers may start, or start again, on GPUs that train: their ranks all have a cache."""
+    seen = Recorder(monkeypatch)
+    mesh = SimpleNamespace(rank=rank, gather=seen.note("gathered", [[], []]), first=seen.note("first", []))
+    published = SimpleNamespace(newest=None, publish=seen.note("published"))
+    engine = VllmEngine(None, published, replace(vlm, mesh=mesh), chat, decode_limit=1)
+    engine.sample([], chat.sampling(max_new_tokens=4))
+    assert seen.events == ["published", *FREED, "gathered", "first"]
+
+
+def test_a_model_that_is_only_read_is_served_as_it_lies(
+    tmp_path: Path, program: Path, random_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, logs = tmp_path / "models" / "mine", tmp_path / "logs"
+    shutil.copytree(random_model_folder, folder)
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)  # no weights here
+    sampler = Sampler(engine="vllm_server", executable=str(program), tensor_parallel=4, health_limit_s=1)
+    how = Eval(max_new_tokens=9, max_rows=5)
+    with open_reader(str(folder), sampler, how, system=None, seed=0, logs=logs, n=2) as reader:
+        problems = [make_problem("short", sizes=()), make_problem("long", "why " * 9000, sizes=())]
+        said, refused = reader.ask(problems)
+        assert isinstance(refused, DataError) and not isinstance(said, DataError)
+        prompt, rollouts = said
+        assert ["".join(map(chr, r.ids)) for r in rollouts] == ["mine", "mine"], "no other weights"
+        assert prompt.problem_id == "short" and reader.at_once == 2 * 5
+        (started,) = [json.loads(path.read_text()) for path in tmp_path.glob("started-*.json")]
+        assert alive(started["pid"])
+    assert not alive(started["pid"])
+    words = started["argv"][1:]
+    pairs = dict(itertools.pairwise(words))
+    assert words[:2] == ["serve", str(folder)] and pairs["--tensor-parallel-size"] == "4"
+    context = json.loads((folder / "config.json").read_text())["text_config"]["max_position_embeddings"]
+    assert int(pairs["--max-model-len"]) == context and pairs["--dtype"] == "float32"
+    assert [path.name for path in logs.iterdir()] == ["vllm-0.log"]
+
+
+@pytest.mark.parametrize("words", [("--max-model-len", "70"), ("--seed", "1", "--max-model-len=70")])
+def test_what_a_server_has_no_room_for_is_left_out_and_stops_nothing(
+    words: tuple[str, ...], tmp_path: Path, program: Path, random_model_folder: Path
+) -> None:
+    folder = tmp_path / "models" / "mine"
+    shutil.copytree(random_model_folder, folder)
+    (tmp_path / "behaviour.json").write_text('{"room": 70}')
+    sampler = Sampler(engine="vllm_server", executable=str(program), arguments=words)
+    how = Eval(max_new_tokens=9)
+    with open_reader(str(folder), sampler, how, system="", seed=0, logs=tmp_path / "logs") as reader:
+        problems = [make_problem("short", "Why?", sizes=()), make_problem("long", "why " * 30, sizes=())]
+        said, refused = reader.ask(problems)
+        assert isinstance(refused, DataError) and "the limit is 61" in str(refused)
+        assert not isinstance(said, DataError) and len(said[1]) == 1
+
+
+class Distant:
+    """A local engine whose logprobs are off by a constant, like those of other kernels."""
+
+    def __init__(self, vlm: Vlm, chat: Chat, distance: float) -> None:
+        self.local, self.distance = LocalEngine(vlm, chat, max_rows=16), distance
+
+    def sync(self) -> None:
+        pass
+
+    def sample(self, prompts, sampling, *, step=0, progress=None):
+        groups = self.local.sample(prompts, sampling, step=step)
+        return [
+            tuple(replace(r, logprobs=tuple(x - self.distance for x in r.logprobs)) for r in group)
+            for group in groups
+        ]
+
+
+@pytest.mark.parametrize(("distance", "warned"), [(0.05, False), (0.3, True)])
+def test_the_gap_is_logged_and_corrected_and_alarms(
+    tmp_path: Path, vlm: Vlm, chat: Chat, caplog: pytest.LogCaptureFixture, distance: float, warned: bool
+) -> None:
+    settings = Grpo.model_validate(
+        {"steps": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6, "optimizer_steps": 1}
+    )
+    actors = grpo.Actors(
+        vlm=vlm,
+        reference=None,
+        chat=chat,
+        engine=Distant(vlm, chat, distance),
+        pool=LengthGrader(),
+        rollout=Rollouts(engine="vllm_server", alarm=0.1, importance_cap=1.2),
+    )
+    problems = [make_problem(f"p{k}", sizes=()) for k in range(2)]
+    with StopFlag() as stop, screen("grpo", 1, quiet=True) as view:
+        stage = StageFolder(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
+        grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert row["sampler_gap"] == pytest.approx(distance, abs=1e-3)
+    assert row["sampler_gap_max"] == pytest.approx(distance, abs=2e-3)
+    assert row["importance"] == pytest.approx(min(math.exp(distance), 1.2), abs=1e-3)
+    assert ("nats" in caplog.text or "sampler" in caplog.text) == warned
+
+
+def test_the_table_says_who_samples() -> None:
+    words = ["rollout.engine=vllm_server", "rollout.importance_cap=1.5", "rollout.urls=[http://a:1]"]
+    row = dict(summary_rows(load_recipe("quickstart", words).recipe))["rollouts"]
+    assert row == "vLLM, http://a:1; its logprobs against the policy's: token weights up to 1.5"
+    assert "rollouts" not in dict(summary_rows(load_recipe("quickstart", []).recipe))
+    words = ["teacher.model=m", "teacher.rollout.engine=vllm_server"]
+    row = dict(summary_rows(load_recipe("quickstart", words).recipe))["cold-start teacher"]
+    assert row.startswith("m by vLLM, temperature")
+    with pytest.raises(RecipeError, match="of kind local, and this one is builtin"):
+        load_recipe("quickstart", words[1:])
+
+
+def test_local_rollouts_are_never_weighted() -> None:
+    assert Rollouts().cap is None and Rollouts(engine="vllm_colocated").cap == 2.0
+    assert Rollouts(engine="vllm_server", importance_cap=None).cap is None
