@@ -73,7 +73,7 @@ def dataset_row(case: Case, index: int) -> dict[str, Any]:
 
 
 def packed_like(
-    case: Case, actors: grpo.Actors, inputs: dict[str, Any], answers: list[tuple[int, ...]]
+    case: Case, actors: grpo.GrpoContext, inputs: dict[str, Any], answers: list[tuple[int, ...]]
 ) -> Pack:
     """The same answers and TRL's own advantages as trees; the prompts must have the same ids."""
     trees = []
@@ -95,7 +95,7 @@ def require_same_prompt(prompt: Prompt, ids: Tensor, mask: Tensor) -> None:
     assert prompt.ids == tuple(ids[mask.bool()].tolist()), f"prompt {prompt.problem_id} differs"
 
 
-def backward(vlm: Vlm, actors: grpo.Actors, packed: Pack, case: Case) -> float:
+def backward(vlm: Vlm, actors: grpo.GrpoContext, packed: Pack, case: Case) -> float:
     """Our loss, with its gradients left on the parameters."""
     settings = grpo_settings(case)
     assert actors.reference is not None, "the penalty needs a reference"

@@ -171,18 +171,18 @@ def memory(pids: Sequence[int]) -> dict[str, int]:
 
 def load(meeting: Path, folder: Path, dtype: str) -> None:
     """One rank: load, and wait until it has been looked at."""
-    from rlcs.distributed import open_mesh
+    from rlcs.distributed import join_world
     from rlcs.model import loading
     from rlcs.recipe.parallel import Parallel
     from rlcs.recipe.schema import Model
 
-    with open_mesh(timeout_s=LIMIT_S) as mesh:
-        loading.load(Model(name="builtin"), mesh=mesh)  # so that libraries are there
+    with join_world(timeout_s=LIMIT_S) as world:
+        loading.load(Model(name="builtin"), world=world)  # so that libraries are there
         (meeting / f"ready-{os.getpid()}").touch()
         _wait(meeting / "go")
         settings = Model.model_validate({"name": str(folder), "dtype": dtype})
-        vlm = loading.spread(loading.load(settings, mesh=mesh), Parallel())
-        assert vlm.shell is not None
+        vlm = loading.spread(loading.load(settings, world=world), Parallel())
+        assert vlm.fsdp_root is not None
         (meeting / f"loaded-{os.getpid()}").touch()
         _wait(meeting / "end")
 

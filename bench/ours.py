@@ -91,14 +91,14 @@ class ForcedLengths:
         return ids, logprobs
 
 
-def load(case: Case) -> tuple[Vlm, grpo.Actors]:
+def load(case: Case) -> tuple[Vlm, grpo.GrpoContext]:
     """The policy and everybody who takes part in a step."""
     vlm = loading.load(Model(name=case.folder), device=torch.device("cpu"))
     chat = loading.make_chat(vlm, Recipe())
     engine = local.LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
     reference = grpo.frozen_copy(vlm)
     pool = cast(GradePool, FixedRewards())
-    return vlm, grpo.Actors(vlm=vlm, reference=reference, chat=chat, engine=engine, pool=pool)
+    return vlm, grpo.GrpoContext(vlm=vlm, reference=reference, chat=chat, engine=engine, pool=pool)
 
 
 def main(pipe: Connection, case: Case) -> None:

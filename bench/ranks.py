@@ -56,14 +56,14 @@ def measure(ranks: int, steps: int) -> tuple[float, list[float]]:
 def train(folder: Path, steps: int) -> None:
     """One rank of a measurement."""
     from rlcs.data import puzzles
-    from rlcs.distributed import open_mesh
+    from rlcs.distributed import join_world
     from rlcs.model import loading
     from rlcs.progress import screen
     from rlcs.recipe.loading import load_recipe
     from rlcs.records import Demonstration
     from rlcs.signals import StopFlag
     from rlcs.train import sft
-    from rlcs.train.run_dir import StageFolder
+    from rlcs.train.run_dir import RunDir
 
     recipe = load_recipe("quickstart", ["sft.epochs=1", "sft.save_every=100000"]).recipe
     count = (WARM_UP + steps) * recipe.sft.batch_size
@@ -72,12 +72,12 @@ def train(folder: Path, steps: int) -> None:
         Demonstration(problem=p, response=puzzles.teach(p, seed=0, wrong_share=0.0), teacher="builtin")
         for p in problems
     ]
-    with open_mesh(timeout_s=600) as mesh, StopFlag() as stop, screen("sft", steps, quiet=True) as view:
-        vlm = loading.load(recipe.model, mesh=mesh)
+    with join_world(timeout_s=600) as world, StopFlag() as stop, screen("sft", steps, quiet=True) as view:
+        vlm = loading.load(recipe.model, world=world)
         loading.freeze(vlm, recipe.sft.freeze)
         vlm = loading.spread(vlm, recipe.parallel)
         chat = loading.make_chat(vlm, recipe)
-        stage = StageFolder(folder, name="sft", seed=0, settings=recipe.sft, recipe_hash="", mesh=mesh)
+        stage = RunDir(folder, name="sft", seed=0, settings=recipe.sft, recipe_hash="", world=world)
         sft.train(vlm, chat, taught, recipe.sft, folder=stage, screen=view, stop=stop)
 
 

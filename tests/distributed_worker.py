@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rlcs.data import puzzles
-from rlcs.distributed import Mesh, open_mesh
+from rlcs.distributed import World, join_world
 from rlcs.engines.local import LocalEngine
 from rlcs.model import loading
 from rlcs.model.fsdp import whole_weights
@@ -23,7 +23,7 @@ from rlcs.recipe.schema import Grpo, Recipe, Sft
 from rlcs.records import Demonstration, Grade, Problem
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
-from rlcs.train.run_dir import StageFolder
+from rlcs.train.run_dir import RunDir
 
 
 def mixed_problems(count: int) -> list[Problem]:
@@ -61,18 +61,18 @@ class Stopper:
             self._stop.is_set = True
 
 
-def load(job: dict, mesh: Mesh) -> loading.Vlm:
+def load(job: dict, world: World) -> loading.Vlm:
     checkpointing = job.get("gradient_checkpointing", False)
     more = {"gradient_checkpointing": checkpointing, "dtype": job.get("dtype", "auto")}
     settings = Recipe(model={"name": job["model"], **more}).model
-    return loading.load(settings, mesh=mesh)
+    return loading.load(settings, world=world)
 
 
-def train(job: dict, mesh: Mesh) -> None:
+def train(job: dict, world: World) -> None:
     folder = Path(job["folder"])
     parallel = Parallel(**job.get("parallel", {}))
     settings = Sft(**job["sft"]) if "sft" in job else Grpo(**job["grpo"])
-    vlm = load(job, mesh)
+    vlm = load(job, world)
     vlm = loading.prepare(vlm, Lora(**job.get("lora", {})), settings.freeze, seed=3)
 
     def spread(vlm: loading.Vlm) -> loading.Vlm:
@@ -84,14 +84,14 @@ def train(job: dict, mesh: Mesh) -> None:
     else:
         vlm = spread(vlm)
     chat = loading.make_chat(vlm, Recipe())
-    stage = StageFolder(folder, name="stage", seed=3, settings=settings, recipe_hash="h", mesh=mesh)
+    stage = RunDir(folder, name="stage", seed=3, settings=settings, recipe_hash="h", world=world)
     with StopFlag() as stop, screen("stage", 6, quiet=True, stream=Path(os.devnull).open("w")) as view:
-        if job.get("stop_at") and mesh.rank == mesh.size - 1:
+        if job.get("stop_at") and world.rank == world.size - 1:
             view = Stopper(view, stop, job["stop_at"])
         if "sft" in job:
             sft.train(vlm, chat, demonstrations(12), settings, folder=stage, screen=view, stop=stop)
         else:
-            actors = grpo.Actors(
+            actors = grpo.GrpoContext(
                 vlm=vlm,
                 reference=reference,
                 chat=chat,
@@ -99,21 +99,21 @@ def train(job: dict, mesh: Mesh) -> None:
                 pool=LengthGrader(),
             )
             grpo.train(actors, mixed_problems(9), settings, folder=stage, screen=view, stop=stop)
-    weights = whole_weights(vlm.model, mesh)
-    if mesh.rank == 0:
+    weights = whole_weights(vlm.model, world)
+    if world.rank == 0:
         torch.save(weights, folder / "weights.pt")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    with open_mesh(timeout_s=jobs[0].get("timeout_s", 240)) as mesh:
+    with join_world(timeout_s=jobs[0].get("timeout_s", 240)) as world:
         for job in jobs:
             Path(job["folder"]).mkdir(parents=True, exist_ok=True)
             try:
-                train(job, mesh)
+                train(job, world)
             except Stopped as error:
-                (Path(job["folder"]) / f"stopped-{mesh.rank}").write_text(str(error))
+                (Path(job["folder"]) / f"stopped-{world.rank}").write_text(str(error))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from rlcs.distributed import Mesh, own_part
+from rlcs.distributed import World, own_part
 from rlcs.model import fsdp, loading
 from rlcs.model.loading import FAMILIES, Vlm
 from rlcs.recipe.parallel import Parallel
@@ -67,10 +67,10 @@ def sharded(parallel: Parallel, grid: DeviceMesh) -> Vlm:
     """The built-in model, spread over GPUs."""
     config = AutoConfig.from_pretrained(loading.resolve("builtin"))
     fsdp.init_device_mesh = lambda kind, shape: grid
-    mesh = Mesh(rank=0, size=8, device=GPU, objects=object(), patient=object())
+    world = World(rank=0, size=8, device=GPU, objects=object(), patient=object())
     model = AutoModelForImageTextToText.from_config(config)
     family = FAMILIES[config.model_type]
-    vlm = Vlm(model=model, processor=None, family=family, attention="auto", device=GPU, mesh=mesh)
+    vlm = Vlm(model=model, processor=None, family=family, attention="auto", device=GPU, world=world)
     return loading.spread(vlm, parallel)
 
 

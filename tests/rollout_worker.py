@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from conftest import make_problem
-from rlcs.distributed import open_mesh
+from rlcs.distributed import join_world
 from rlcs.engines.factory import open_engines
 from rlcs.model import loading
 from rlcs.recipe.loading import load_recipe
@@ -20,16 +20,16 @@ def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
     words = ["rollout.engine=vllm_server", "rollout.health_limit_s=5", f"rollout.executable={program}"]
     words += [f"model.name={model}", f"lora.rank={lora_rank}"]
     recipe = load_recipe("quickstart", words).recipe
-    with open_mesh(timeout_s=120) as mesh, open_engines(recipe, folder) as make:
-        vlm = loading.prepare(loading.load(recipe.model, mesh=mesh), recipe.lora, (), seed=3)
+    with join_world(timeout_s=120) as world, open_engines(recipe, folder) as make:
+        vlm = loading.prepare(loading.load(recipe.model, world=world), recipe.lora, (), seed=3)
         for name, parameter in vlm.parameters():
-            if "lora_B" in name and mesh.rank == 0:
+            if "lora_B" in name and world.rank == 0:
                 parameter.data += 1
         vlm = loading.spread(vlm, recipe.parallel)
         chat = loading.make_chat(vlm, recipe)
         engine = make(vlm, chat, 8)
         engine.sync()
-        names = [f"rank{mesh.rank}-{i}" for i in range(3 - 2 * mesh.rank)]
+        names = [f"rank{world.rank}-{i}" for i in range(3 - 2 * world.rank)]
         prompts = [chat.prompt(make_problem(name, sizes=())) for name in names]
         groups = engine.sample(prompts, chat.sampling(max_new_tokens=64, n=2))
         found = {
@@ -37,9 +37,9 @@ def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
             "got": [group[0].problem_id for group in groups],
             "said": sorted({"".join(map(chr, rollout.ids)) for group in groups for rollout in group}),
         }
-        if mesh.rank == 0:
+        if world.rank == 0:
             shutil.copytree(folder / "weights", folder / "published")
-        (folder / f"rank-{mesh.rank}.json").write_text(json.dumps(found))
+        (folder / f"rank-{world.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -369,7 +369,7 @@ def other_format(folder: Path) -> None:
     path = folder / "step-000002" / "state.json"
     facts = json.loads(path.read_text())
     path.write_text(json.dumps(facts | {"format": 999}))
-    ck.files.write_manifest(path.parent)
+    ck.storage.write_manifest(path.parent)
 
 
 @pytest.mark.parametrize("mix_up", [swap_manifest, wrong_name, empty_manifest, other_format])

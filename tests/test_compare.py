@@ -18,13 +18,13 @@ from test_report import Page, make_arm, make_run, rows_of, write_rows
 def pair(tmp_path_factory):
     """Two runs on the same 60 problems; the second with another recipe and eight more right answers."""
     folder = tmp_path_factory.mktemp("pair")
-    first, second = make_run(folder / "a", arms=("base", "two_stage")), folder / "b"
+    first, second = make_run(folder / "a", arms=("base", "sft_grpo")), folder / "b"
     shutil.copytree(first, second)
     recipe = (second / "recipe.yaml").read_text()
     (second / "recipe.yaml").write_text(
         recipe.replace("clip_high: 0.3", "clip_high: 0.4\n  kl:\n    kind: k3")
     )
-    path = second / "eval" / "two_stage" / "predictions.jsonl"
+    path = second / "eval" / "sft_grpo" / "predictions.jsonl"
     rows = rows_of(path)
     right = [row for row in rows if row["correct"]]
     wrong = [row for row in rows if not row["correct"]]
@@ -34,7 +34,7 @@ def pair(tmp_path_factory):
         row["correct"] = False
     write_rows(path, rows)
     scores = {"accuracy": (len(right) + 8) / 60, "n": 60}
-    (second / "eval" / "two_stage" / "scores.json").write_text(json.dumps(scores))
+    (second / "eval" / "sft_grpo" / "scores.json").write_text(json.dumps(scores))
     return first, second
 
 
@@ -91,7 +91,7 @@ def test_seeds_are_averaged_before_they_are_compared(tmp_path):
         for seed in (0, 1):
             make_run(tmp_path / side / f"seed-{seed}", arms=("base",), seed=seed)
     held_out = rows_of(tmp_path / "b" / "seed-1" / "eval" / "problems.jsonl")
-    make_arm(tmp_path / "b" / "seed-1" / "eval" / "base", "two_stage", held_out, random.Random(3))
+    make_arm(tmp_path / "b" / "seed-1" / "eval" / "base", "sft_grpo", held_out, random.Random(3))
     gap = compare(tmp_path / "a", tmp_path / "b")[0].gaps[0]
     assert gap.shared == 60 and gap.p is None and gap.points > 0
     changes = gap.gained + gap.lost

@@ -17,7 +17,7 @@ from rlcs.data.puzzles import chains
 from rlcs.distill import load_kept, run
 from rlcs.distill.chains import Chain, Turn, formatted
 from rlcs.distill.filters import choose, reason_to_reject
-from rlcs.engines import endpoint
+from rlcs.engines import openai_client
 from rlcs.errors import DataError, EndpointError, RecipeError, RunFolderError
 from rlcs.grading import grade
 from rlcs.progress import screen
@@ -33,7 +33,7 @@ FAULTS = ("429", "500", "cut", "hangup", "not-json", "no-choices", "empty")
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT_S", 0.01)
 
 
 def problems(count):

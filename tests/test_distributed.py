@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import distributed_worker
-from rlcs.distributed import ALONE, Mesh, open_mesh
+from rlcs.distributed import ALONE, World, join_world
 from rlcs.errors import UserError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
@@ -28,7 +28,7 @@ from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Model
 from rlcs.records import Tree
 from rlcs.train import checkpoint, sft
-from rlcs.train.batching import guessed_tokens, idle_tree, packs_in_step
+from rlcs.train.batching import guessed_tokens, packs_in_step, padding_tree
 
 WORKER = Path(distributed_worker.__file__)
 LIMIT_S = 300
@@ -69,9 +69,9 @@ STUDY = [
     "grpo.group_size=2",
     "grpo.max_new_tokens=8",
     "grpo.save_every=500",
-    "grpo.max_flat_steps=99",
+    "grpo.max_zero_variance_steps=99",
     "eval.max_new_tokens=8",
-    "study.arms=[base, two_stage]",
+    "study.arms=[base, sft_grpo]",
 ]
 
 
@@ -271,45 +271,45 @@ def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_mo
         [*start, *run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
     try:
-        wait_for(tmp_path / "grpo" / "metrics.jsonl")
+        wait_for(tmp_path / "sft_grpo" / "metrics.jsonl")
         study.send_signal(signal.SIGTERM)
         said, error = study.communicate(timeout=LIMIT_S)
     finally:
         study.kill()
     assert error.count("stopped as asked") == 1 and "grpo after step" in error, error
     assert said.count("SFT loss") == 1  # rank 0 alone speaks
-    step = checkpoint.saved_steps(tmp_path / "grpo" / "checkpoints")[-1]
-    assert (tmp_path / "grpo" / "checkpoints" / f"step-{step:06d}" / "model-1.safetensors").is_file()
+    step = checkpoint.saved_steps(tmp_path / "sft_grpo" / "checkpoints")[-1]
+    assert (tmp_path / "sft_grpo" / "checkpoints" / f"step-{step:06d}" / "model-1.safetensors").is_file()
     subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert {name: arm["n"] for name, arm in summary["arms"].items()} == {"base": 20, "two_stage": 20}
-    assert [row["step"] for row in rows(tmp_path / "grpo")] == list(range(1, 31))
+    assert {name: arm["n"] for name, arm in summary["arms"].items()} == {"base": 20, "sft_grpo": 20}
+    assert [row["step"] for row in rows(tmp_path / "sft_grpo")] == list(range(1, 31))
 
 
 # --- a group of one --------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def group_of_one(monkeypatch) -> Iterator[Mesh]:
+def group_of_one(monkeypatch) -> Iterator[World]:
     for name, value in environment(0, 1, free_port()).items():
         monkeypatch.setenv(name, value)
-    with open_mesh(timeout_s=60) as mesh:
-        yield mesh
+    with join_world(timeout_s=60) as world:
+        yield world
 
 
-def scored(folder: Path, chat: Chat, parallel: Parallel, mesh: Mesh) -> tuple[Vlm, Tensor]:
+def scored(folder: Path, chat: Chat, parallel: Parallel, world: World) -> tuple[Vlm, Tensor]:
     """A model in shards, and its logprobs, with gradients."""
-    vlm = loading.spread(loading.load(Model(name=str(folder)), mesh=mesh), parallel)
+    vlm = loading.spread(loading.load(Model(name=str(folder)), world=world), parallel)
     trees = [sft.tree_of(demonstration, chat) for demonstration in distributed_worker.demonstrations(3)]
     logprobs = score(vlm, pack(trees, chat.patches)).logprobs
     logprobs.sum().backward()
     return vlm, logprobs.detach()
 
 
-def done_by(mesh: Mesh, job: dict, folder: Path) -> dict[str, Tensor]:
+def done_by(world: World, job: dict, folder: Path) -> dict[str, Tensor]:
     """The weights after a job."""
     folder.mkdir()
-    distributed_worker.train(job | {"folder": str(folder)}, mesh)
+    distributed_worker.train(job | {"folder": str(folder)}, world)
     return torch.load(folder / "weights.pt")
 
 
@@ -362,7 +362,7 @@ def test_gradients_are_summed_in_the_chosen_format(random_model_folder, chat, gr
 def test_layers_stay_gathered_only_where_the_recipe_says_so(random_model_folder, chat, group_of_one):
     for freed in (True, False):
         parallel = Parallel(reshard_after_forward=freed)
-        vlm = loading.spread(loading.load(Model(name=str(random_model_folder)), mesh=group_of_one), parallel)
+        vlm = loading.spread(loading.load(Model(name=str(random_model_folder)), world=group_of_one), parallel)
         tree = sft.tree_of(distributed_worker.demonstrations(2)[1], chat)
         score(vlm, pack([tree], chat.patches))
         layer = vlm.model.model.language_model.layers[0].mlp.up_proj.weight
@@ -397,7 +397,7 @@ def test_a_guess_of_tokens_is_near_the_truth(chat):
 
 
 class OtherRank:
-    """A mesh in which another rank has `flags`: packs with images or without."""
+    """A world in which another rank has `flags`: packs with images or without."""
 
     def __init__(self, flags):
         self._flags = flags
@@ -407,8 +407,8 @@ class OtherRank:
 
 
 def test_packs_of_a_rank_fall_in_step_with_the_others(chat):
-    text = Tree(prompt=idle_tree(chat, image=False).prompt, branches=())
-    packs = packs_in_step([text], chat, budget=10_000, mesh=OtherRank([True, False, False]))
+    text = Tree(prompt=padding_tree(chat, image=False).prompt, branches=())
+    packs = packs_in_step([text], chat, budget=10_000, world=OtherRank([True, False, False]))
     assert [pack.grids is not None for pack in packs] == [True, False, False]
     assert [len(pack.layout.trees) for pack in packs] == [2, 1, 1]
-    assert [len(packs_in_step([text], chat, budget=9, mesh=OtherRank([])))] == [1]
+    assert [len(packs_in_step([text], chat, budget=9, world=OtherRank([])))] == [1]

@@ -127,6 +127,6 @@ def test_the_tutorial_works_as_it_is_written(own_data, random_model_folder):
         done.append(words[0])
     assert done == ["data"] * 4 + ["look", "recipes", "recipes", "run", "export", "generate"]
     summary = json.loads((own_data / "runs" / "mine" / "summary.json").read_text())
-    assert summary["arms"]["two_stage"]["n"] == 6
+    assert summary["arms"]["sft_grpo"]["n"] == 6
     assert (own_data / "my-model" / "model.safetensors").is_file()
     shutil.rmtree(own_data / "runs")

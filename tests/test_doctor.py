@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from rlcs import storage
 from rlcs.cli.main import app
-from rlcs.doctor import ailments, machine
+from rlcs.doctor import health, machine
 from rlcs.doctor.health import examine
 from rlcs.errors import RunFolderError
 from rlcs.pipeline import study
@@ -26,19 +26,19 @@ from test_report import make_run, rows_of, write_rows
 def healthy(tmp_path_factory):
     folder = make_run(tmp_path_factory.mktemp("healthy") / "run", problems=40)
     (folder / "recipe.yaml").write_text(
-        "name: x\nstudy:\n  arms:\n  - base\n  - sft\n  - rl\n  - two_stage\nreport: {}\n"
+        "name: x\nstudy:\n  arms:\n  - base\n  - sft\n  - grpo\n  - sft_grpo\nreport: {}\n"
     )
     for stage in (
         "cold_start",
         "sft",
+        "sft_grpo",
         "grpo",
-        "rl_only",
-        *(f"eval/{arm}" for arm in ("base", "sft", "rl", "two_stage")),
+        *(f"eval/{arm}" for arm in ("base", "sft", "grpo", "sft_grpo")),
     ):
         (folder / stage / "done.json").write_text("{}")
-    metrics = folder / "rl_only" / "metrics.jsonl"
+    metrics = folder / "grpo" / "metrics.jsonl"
     write_rows(metrics, [row | {"boxes_per_answer": 1.0} for row in rows_of(metrics)])
-    checkpoint = folder / "grpo" / "checkpoints" / "step-000050"
+    checkpoint = folder / "sft_grpo" / "checkpoints" / "step-000050"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights" * 100)
     storage.write_manifest(checkpoint)
@@ -50,7 +50,7 @@ def run(healthy, tmp_path):
     return shutil.copytree(healthy, tmp_path / "run")
 
 
-def change(run, stage="grpo", last=None, **values):
+def change(run, stage="sft_grpo", last=None, **values):
     """Overwrite values of a stage's metrics, in its last `last` rows or in all."""
     path = run / stage / "metrics.jsonl"
     rows = rows_of(path)
@@ -73,7 +73,7 @@ def test_a_healthy_run_has_no_findings(healthy):
     [
         ({"reward": 0.0}, "flat reward", "0 in each of the last 10 steps"),
         ({"reward": 1.0}, "flat reward", "1 in each"),
-        ({"flat_groups": 0.95}, "flat groups", "95%"),
+        ({"zero_variance_groups": 0.95}, "flat groups", "95%"),
         ({"kl": 4.2}, "KL explosion", "4.2 nats"),
         ({"truncated": 0.5}, "length limit", "50% of the answers"),
         ({"response_tokens": 5.0}, "length collapse", "to 5 tokens"),
@@ -103,7 +103,7 @@ def test_flat_steps_are_not_bad_steps_and_sft_has_its_own(run):
 
 
 def test_a_stopped_run_says_where_and_how_it_goes_on(run):
-    (run / "grpo" / "done.json").unlink()
+    (run / "sft_grpo" / "done.json").unlink()
     change(run, step=40)
     assert [one.told for one in examine(run) if one.name == "course"] == ["running: RL after SFT, 40 of 80"]
     (run / "logs").mkdir()
@@ -124,15 +124,15 @@ def test_a_stopped_run_says_where_and_how_it_goes_on(run):
 
 @pytest.mark.parametrize(
     ("arms", "stages"),
-    [("base sft", "cold_start sft"), ("base rl", "rl_only"), ("base two_stage", "cold_start sft grpo")],
+    [("base sft", "cold_start sft"), ("base grpo", "grpo"), ("base sft_grpo", "cold_start sft sft_grpo")],
 )
 def test_a_run_of_fewer_arms_is_done_when_its_own_stages_are(run, arms, stages):
     listed = "".join(f"  - {arm}\n" for arm in arms.split())
     (run / "recipe.yaml").write_text(f"name: x\nstudy:\n  arms:\n{listed}report: {{}}\n")
-    for stage in ("cold_start", "sft", "grpo", "rl_only"):
+    for stage in ("cold_start", "sft", "sft_grpo", "grpo"):
         if stage not in stages.split():
             shutil.rmtree(run / stage)
-    for arm in ("sft", "rl", "two_stage"):
+    for arm in ("sft", "grpo", "sft_grpo"):
         if arm not in arms.split():
             shutil.rmtree(run / "eval" / arm)
     assert ill(run) == {}
@@ -143,7 +143,7 @@ def test_a_run_of_fewer_arms_is_done_when_its_own_stages_are(run, arms, stages):
 
 
 def test_torn_checkpoints_and_leftovers(run):
-    folder = run / "grpo" / "checkpoints"
+    folder = run / "sft_grpo" / "checkpoints"
     shutil.copytree(folder / "step-000050", folder / "step-000060")
     (folder / "step-000060" / "model.safetensors").write_bytes(b"weights" * 50)
     (folder / "step-000070.tmp-123").mkdir()
@@ -156,12 +156,12 @@ def test_torn_checkpoints_and_leftovers(run):
 
 def test_a_full_disk(run, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(ailments.shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, 1 << 20))
+    monkeypatch.setattr(health.shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, 1 << 20))
     assert list(ill(run)) == ["disk"]
 
 
 def test_two_stages_worse_than_one(run):
-    path = run / "eval" / "two_stage" / "predictions.jsonl"
+    path = run / "eval" / "sft_grpo" / "predictions.jsonl"
     write_rows(path, [row | {"correct": False} for row in rows_of(path)])
     assert "points worse than" in ill(run)["result"]
 
@@ -179,7 +179,7 @@ def test_a_study_of_seeds_that_stopped_in_the_first_goes_on_with_all(run, tmp_pa
         raise Stopped("as asked")
 
     parent = tmp_path / "study"
-    (run / "grpo" / "done.json").unlink()
+    (run / "sft_grpo" / "done.json").unlink()
     (run / "logs").mkdir()
     (run / "logs" / "attempt-1.log").write_text("2026 ERROR rlcs: ended by Stopped: as asked\n")
     monkeypatch.setattr(study, "Study", stopped)
@@ -191,9 +191,9 @@ def test_a_study_of_seeds_that_stopped_in_the_first_goes_on_with_all(run, tmp_pa
 
 
 def test_torn_and_odd_files_do_not_stop_the_doctor(run):
-    with (run / "grpo" / "metrics.jsonl").open("a") as file:
+    with (run / "sft_grpo" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 81, "rew')
-    (run / "grpo" / "checkpoints" / "step-000050" / "manifest.json").write_text("[]")
+    (run / "sft_grpo" / "checkpoints" / "step-000050" / "manifest.json").write_text("[]")
     (run / "summary.json").write_text("{")
     assert "torn" in ill(run)["checkpoint"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loopback_server import LoopbackServer, last_text
-from rlcs.engines import endpoint
+from rlcs.engines import openai_client
 from rlcs.errors import EndpointError, RunFolderError, UserError
 from rlcs.evals.answer_extractor import wants_judge
 from rlcs.evals.asking import BOXED_SYSTEM, Asking
@@ -26,7 +26,7 @@ from test_pipeline import rlcs
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT_S", 0.01)
 
 
 def exam(folder: Path, server=None, judge=None, **changes) -> Exam:

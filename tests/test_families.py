@@ -6,18 +6,18 @@ The proofs are the same functions; here `random_model_folder` holds a tiny rando
 import re
 
 import pytest
-from test_engine import (  # noqa: F401
-    prompts,
-    test_greedy_answers_are_those_of_transformers,
-    test_rollouts_do_not_depend_on_batching_or_order,
-    test_sampler_logprobs_are_the_policys,
-)
 
 import family_models
 from rlcs.model import loading
 from rlcs.model.loading import FAMILIES
 from rlcs.recipe.schema import Recipe
 from test_chat import test_clean_text_gives_the_ids_of_the_chat_template  # noqa: F401
+from test_local_engine import (  # noqa: F401
+    prompts,
+    test_greedy_answers_are_those_of_transformers,
+    test_rollouts_do_not_depend_on_batching_or_order,
+    test_sampler_logprobs_are_the_policys,
+)
 from test_lora import (  # noqa: F401
     test_a_new_adapter_changes_no_logprob_at_all,
     test_merged_says_what_the_adapter_says_and_plain_transformers_loads_it,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import make_problem
-from rlcs.data.problem_store import ProblemBook
+from rlcs.data.problem_store import ProblemStore
 from rlcs.errors import RunFolderError, UserError
 from rlcs.report import rollouts
 from rlcs.report.live import LiveReport
@@ -28,20 +28,22 @@ def run(tmp_path: Path) -> Path:
     """A run in the middle of RL: 40 of 80 steps, three steps of rollouts with their problems."""
     folder = make_run(tmp_path / "run", problems=12)
     shutil.rmtree(folder / "eval")
-    shutil.rmtree(folder / "rl_only")
+    shutil.rmtree(folder / "grpo")
     (folder / "summary.json").unlink()
-    (folder / "recipe.yaml").write_text("name: demo\nstudy:\n  arms:\n  - base\n  - two_stage\nreport: {}\n")
+    (folder / "recipe.yaml").write_text("name: demo\nstudy:\n  arms:\n  - base\n  - sft_grpo\nreport: {}\n")
     for stage in ("cold_start", "sft"):
         (folder / stage / "done.json").write_text("{}")
-    metrics = folder / "grpo" / "metrics.jsonl"
+    metrics = folder / "sft_grpo" / "metrics.jsonl"
     write_rows(metrics, rows_of(metrics)[:40])
-    (folder / "grpo" / "rollouts" / "step-000080.jsonl").unlink()
+    (folder / "sft_grpo" / "rollouts" / "step-000080.jsonl").unlink()
     rng = random.Random(0)
     for step in (1, 20, 40):
         rows = [rollout(f"train-{step}-{g}", i, rng) for g in range(3) for i in range(4)]
         rows[0] |= {"correct": None, "reward": None, "why": "the grader ran out of time", "stop": "length"}
-        write_rows(folder / "grpo" / "rollouts" / f"step-{step:06d}.jsonl", rows)
-        ProblemBook(folder / "grpo" / "rollouts").add(make_problem(f"train-{step}-{g}") for g in range(3))
+        write_rows(folder / "sft_grpo" / "rollouts" / f"step-{step:06d}.jsonl", rows)
+        ProblemStore(folder / "sft_grpo" / "rollouts").add(
+            make_problem(f"train-{step}-{g}") for g in range(3)
+        )
     return folder
 
 
@@ -70,15 +72,15 @@ def test_an_unfinished_run_shows_how_far_it_is(server):
 def test_the_stamp_changes_with_the_run_and_the_page_follows(server, run):
     before = get(server, "stamp")
     assert get(server, "stamp") == before
-    write_rows(run / "grpo" / "metrics.jsonl", [*rows_of(run / "grpo" / "metrics.jsonl"),
-               {**rows_of(run / "grpo" / "metrics.jsonl")[-1], "step": 41}])  # fmt: skip
+    write_rows(run / "sft_grpo" / "metrics.jsonl", [*rows_of(run / "sft_grpo" / "metrics.jsonl"),
+               {**rows_of(run / "sft_grpo" / "metrics.jsonl")[-1], "step": 41}])  # fmt: skip
     assert get(server, "stamp") != before
     assert "41 of 80" in get(server)
 
 
 def test_drawing_rests_so_that_watching_stays_cheap(server, run):
     get(server)
-    (run / "grpo" / "done.json").write_text("{}")
+    (run / "sft_grpo" / "done.json").write_text("{}")
     stale = get(server)
     assert "40 of 80" in stale, "right after a page was drawn the same one is given"
     assert get(server, "stamp") in stale, "and its stamp, so that the browser asks again later"
@@ -122,9 +124,9 @@ def test_rollouts_are_filtered(server, query, inside, outside):
 
 
 def test_pages_and_steps_are_linked(run):
-    first = find(run, Wanted(stage="grpo"), count=4)
+    first = find(run, Wanted(stage="sft_grpo"), count=4)
     assert len(first.groups) == 4 and first.more and first.read == 2
-    second = find(run, Wanted(stage="grpo", skip=4), count=5)
+    second = find(run, Wanted(stage="sft_grpo", skip=4), count=5)
     assert not second.more
     assert len({(g.step, g.id) for g in (*first.groups, *second.groups)}) == 9
 
@@ -175,18 +177,18 @@ def test_the_static_page_of_rollouts_is_small_and_whole(run):
     rng = random.Random(1)
     for step in range(41, 140):
         rows = [rollout(f"p{g}", i, rng) | {"text": "x" * 20_000} for g in range(30) for i in range(8)]
-        write_rows(run / "grpo" / "rollouts" / f"step-{step:06d}.jsonl", rows)
+        write_rows(run / "sft_grpo" / "rollouts" / f"step-{step:06d}.jsonl", rows)
     write_sample(run, [read_run(run)], "demo")
     assert (run / "report" / "rollouts.html").stat().st_size < 4_000_000
-    assert rollouts.sample(run, "grpo").groups[-1].step == 139
+    assert rollouts.sample(run, "sft_grpo").groups[-1].step == 139
 
 
 def test_problems_are_kept_once_also_after_a_restart(tmp_path):
     problems = [make_problem("a"), make_problem("b", sizes=((900, 700),)), make_problem("c", sizes=())]
-    book = ProblemBook(tmp_path)
+    book = ProblemStore(tmp_path)
     book.add(problems[:2])
     book.add(problems[:2])
-    ProblemBook(tmp_path).add(problems)
+    ProblemStore(tmp_path).add(problems)
     rows = rows_of(tmp_path / "problems.jsonl")
     assert [row["id"] for row in rows] == ["a", "b", "c"] and rows[2]["images"] == []
     small, large = (tmp_path / row["images"][0] for row in rows[:2])
@@ -197,7 +199,7 @@ def test_problems_are_kept_once_also_after_a_restart(tmp_path):
 def test_progress_counts_answers_and_seconds(run):
     found = {row.key: row for row in progress(read_run(run))}
     assert [row.state for row in found.values()] == ["done", "done", "begun", "waiting", "waiting"]
-    assert found["grpo"].share == 0.5 and 100 < found["grpo"].left_s < 200  # 40 steps of 3.5 seconds
+    assert found["sft_grpo"].share == 0.5 and 100 < found["sft_grpo"].left_s < 200  # 40 steps of 3.5 seconds
     rows = [{"id": "1", "correct": True}, {"id": "2", "correct": False}]
     write_rows(run / "eval" / "base" / "predictions.jsonl", rows)
     write_rows(run / "eval" / "problems.jsonl", [{"id": str(i), "question": "?"} for i in range(8)])
@@ -222,8 +224,8 @@ def test_a_browser_keeps_its_place_while_numbers_change(server, run):
         page.evaluate("document.getElementById('rollouts').scrollIntoView()")
         before = page.evaluate("document.getElementById('rollouts').getBoundingClientRect().top")
         server._rest_until = 0.0
-        metrics = run / "grpo" / "metrics.jsonl"
-        more = [grpo_row("grpo", step, 80, random.Random(step), 0.4) for step in range(41, 61)]
+        metrics = run / "sft_grpo" / "metrics.jsonl"
+        more = [grpo_row("sft_grpo", step, 80, random.Random(step), 0.4) for step in range(41, 61)]
         write_rows(metrics, [*rows_of(metrics), *more])
         (run / "eval" / "base").mkdir(parents=True)
         scores = {"accuracy": 0.5, "n": 12}

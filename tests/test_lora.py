@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from conftest import make_problem
 from rlcs.data import puzzles
-from rlcs.data.run_data import read_sources
+from rlcs.data.run_data import load_run_data
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import CheckpointError, RecipeError
 from rlcs.model import loading
@@ -28,7 +28,7 @@ from rlcs.recipe.table import summary_rows
 from rlcs.records import Branch, Demonstration, Grade, Tree
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import checkpoint, grpo, sft
-from rlcs.train.run_dir import StageFolder
+from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Batch, Trainer, logprobs_of
 
 LORA = Lora(rank=4, alpha=16)
@@ -283,7 +283,7 @@ def run_stage(kind, source, folder, *, stop_at=None):
         kl = {"kind": "k3", "coefficient": 0.01}
         settings = Grpo(steps=3, prompts_per_step=4, group_size=3, max_new_tokens=8, save_every=2,
                         optimizer=optimizer, kl=kl)  # fmt: skip
-    stage = StageFolder(folder, name=kind, seed=3, settings=settings, recipe_hash="h")
+    stage = RunDir(folder, name=kind, seed=3, settings=settings, recipe_hash="h")
     with StopFlag() as stop, screen(kind, 3, quiet=True) as view:
         watched = view if stop_at is None else Stopper(view, stop, stop_at)
         if kind == "sft":
@@ -297,7 +297,9 @@ def run_stage(kind, source, folder, *, stop_at=None):
         else:
             engine = LocalEngine(vlm, chat, max_rows=8)
             vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
-            actors = grpo.Actors(vlm=vlm, reference=reference, chat=chat, engine=engine, pool=LengthGrader())
+            actors = grpo.GrpoContext(
+                vlm=vlm, reference=reference, chat=chat, engine=engine, pool=LengthGrader()
+            )
             grpo.train(actors, problems, settings, folder=stage, screen=watched, stop=stop)
     return trained(vlm)
 
@@ -343,7 +345,7 @@ def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_p
         "quickstart",
         [
             f"model.name={random_model_folder}",
-            "study.arms=[base, two_stage]",
+            "study.arms=[base, sft_grpo]",
             "data.cold_start=builtin:puzzles?count=8&seed=1",
             "data.rl=builtin:puzzles?count=8&seed=2",
             "data.test=builtin:puzzles?split=test&count=6&seed=3",
@@ -364,20 +366,20 @@ def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_p
     )
     folder = tmp_path / "study"
     with StopFlag() as stop:
-        Study(recipe, folder, sources=read_sources(recipe), output=Output(quiet=True), stop=stop).run()
+        Study(recipe, folder, sources=load_run_data(recipe), output=Output(quiet=True), stop=stop).run()
     base, stage_1, stage_2 = (
         load_file(f / "model.safetensors")
-        for f in (random_model_folder, folder / "sft" / "final", folder / "grpo" / "final")
+        for f in (random_model_folder, folder / "sft" / "final", folder / "sft_grpo" / "final")
     )
     changed = {name for name in base if not torch.equal(base[name], stage_1[name])}
     assert changed and all(name.startswith("model.layers.") for name in changed)  # the published names
-    adapter = load_file(folder / "grpo" / "final" / "adapter" / "adapter_model.safetensors")
+    adapter = load_file(folder / "sft_grpo" / "final" / "adapter" / "adapter_model.safetensors")
     for name in changed:
         layer = name.replace("model.layers.", "model.language_model.layers.").removesuffix(".weight")
         a, b = (adapter[f"base_model.model.{layer}.lora_{x}.weight"] for x in "AB")
         assert b.abs().max() > 0
         torch.testing.assert_close(stage_2[name], stage_1[name] + 8.0 * b @ a, rtol=1e-6, atol=1e-7)
-    kl = [row["kl"] for row in rows_of(folder / "grpo" / "metrics.jsonl") if "kl" in row]
+    kl = [row["kl"] for row in rows_of(folder / "sft_grpo" / "metrics.jsonl") if "kl" in row]
     assert kl and kl[0] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -391,10 +393,10 @@ def test_adapters_alone_learn_a_game(random_model_folder, tmp_path):
 
     optimizer = {"lr": 1e-2, "betas": (0.9, 0.95)}
     settings = Grpo(steps=7, prompts_per_step=8, group_size=8, max_new_tokens=12, optimizer=optimizer)
-    actors = grpo.Actors(
+    actors = grpo.GrpoContext(
         vlm=vlm, reference=None, chat=chat, engine=LocalEngine(vlm, chat, max_rows=64), pool=Short()
     )
-    stage = StageFolder(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
+    stage = RunDir(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
     problems = puzzles.load("puzzles", split="train", count=12, seed=5)
     with StopFlag() as stop, screen("grpo", 7, quiet=True) as view:
         grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)

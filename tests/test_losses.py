@@ -95,14 +95,14 @@ def test_unscored_members_count_nowhere(kind: Any) -> None:
 @pytest.mark.parametrize("rewards", [[], [None], [1.0], [None, 1.0, None], [None, None]])
 def test_fewer_than_two_scored_have_no_advantage(rewards: list[float | None]) -> None:
     assert ob.advantages(rewards, "grpo") == (None,) * len(rewards)
-    assert ob.is_flat(rewards)
+    assert ob.has_zero_variance(rewards)
 
 
 def test_flat_group_is_exactly_zero_even_where_rounding_is_not() -> None:
     assert ob.advantages([0.1, 0.1, 0.1], "grpo") == (0.0, 0.0, 0.0)
     assert ob.advantages([0.1 + 0.2, 0.3, None], "rloo") == (0.0, 0.0, None)
-    assert ob.is_flat([0.1 + 0.2, 0.3]) and ob.is_flat([1.0, None, 1.0])
-    assert not ob.is_flat([0.0, None, 1e-6])
+    assert ob.has_zero_variance([0.1 + 0.2, 0.3]) and ob.has_zero_variance([1.0, None, 1.0])
+    assert not ob.has_zero_variance([0.0, None, 1e-6])
 
 
 def test_unknown_names_are_refused() -> None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from conftest import draw
 from loopback_server import LoopbackServer, last_text
-from rlcs.engines import endpoint
+from rlcs.engines import openai_client as client
 from rlcs.engines.openai_client import EndpointClient, Request
 from rlcs.errors import EndpointError
 from rlcs.recipe.schema import Endpoint
@@ -21,7 +21,7 @@ from rlcs.signals import StopFlag
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.01)
 
 
 def ask(*texts, system=None, images=()):
@@ -98,12 +98,12 @@ def test_the_pause_that_the_server_asks_for_is_kept():
 
 
 def test_retry_after_is_read_as_seconds_and_as_a_date():
-    assert endpoint._retry_after({"retry-after": "7"}) == 7.0
-    assert endpoint._retry_after({"retry-after": "nan"}) == 0.0
-    assert endpoint._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
-    assert endpoint._retry_after({"retry-after": "soon"}) is None and endpoint._retry_after({}) is None
-    assert endpoint._pause(1, 1e9) <= endpoint.LONGEST_RETRY_AFTER_S + 1
-    assert 22 <= endpoint._pause(30, None) <= 38 and endpoint._pause(3, None) < 0.06
+    assert client._retry_after({"retry-after": "7"}) == 7.0
+    assert client._retry_after({"retry-after": "nan"}) == 0.0
+    assert client._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+    assert client._retry_after({"retry-after": "soon"}) is None and client._retry_after({}) is None
+    assert client._pause(1, 1e9) <= client.LONGEST_RETRY_AFTER_S + 1
+    assert 22 <= client._pause(30, None) <= 38 and client._pause(3, None) < 0.06
 
 
 def test_a_try_has_a_deadline():

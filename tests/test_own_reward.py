@@ -80,9 +80,9 @@ def test_a_function_that_is_not_there_is_refused_before_the_run(file, tmp_path, 
 
 def test_grpo_learns_from_it_and_the_command_line_refuses_a_wrong_one(file, tmp_path, random_model_folder):
     words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", tmp_path / "run"]
-    done = rlcs(*words, "study.arms=[base,two_stage]", f"grpo.reward.function={file}:length")
+    done = rlcs(*words, "study.arms=[base,sft_grpo]", f"grpo.reward.function={file}:length")
     assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "run" / "grpo" / "rollouts" / "step-000001.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "sft_grpo" / "rollouts" / "step-000001.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["reward"] for row in rows] == [pytest.approx(len(row["text"]) / 10) for row in rows]
     refused = rlcs(*words[:-1], tmp_path / "other", f"grpo.reward.function={file}:other")

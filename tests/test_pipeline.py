@@ -16,7 +16,7 @@ import pytest
 
 from loopback_server import LoopbackServer
 from rlcs.data import run_data
-from rlcs.distributed import open_mesh
+from rlcs.distributed import join_world
 from rlcs.errors import DataError, ModelError, RecipeError, RunFolderError, UserError
 from rlcs.evals import arms as evaluation
 from rlcs.model import loading
@@ -69,22 +69,24 @@ def test_a_run_leaves_everything_it_promises(finished):
         "cold_start/stats.json",
         "sft/metrics.jsonl",
         "sft/final/model.safetensors",
-        "grpo/rollouts/step-000002.jsonl",
-        "grpo/rollouts/problems.jsonl",
+        "sft_grpo/rollouts/step-000002.jsonl",
+        "sft_grpo/rollouts/problems.jsonl",
         "report/rollouts.html",
-        "grpo/checkpoints/step-000001/manifest.json",
-        "rl_only/final/config.json",
-        "eval/two_stage/predictions.jsonl",
+        "sft_grpo/checkpoints/step-000001/manifest.json",
+        "grpo/final/config.json",
+        "eval/sft_grpo/predictions.jsonl",
         "report/index.html",
         "logs/attempt-1.log",
     ):
         assert (finished / name).is_file(), name
-    asked = [json.loads(line) for line in (finished / "grpo/rollouts/problems.jsonl").open()]
+    asked = [json.loads(line) for line in (finished / "sft_grpo/rollouts/problems.jsonl").open()]
     assert len({row["id"] for row in asked}) == len(asked) == 6
-    assert all((finished / "grpo/rollouts" / name).stat().st_size for row in asked for name in row["images"])
-    assert len(list((finished / "rl_only" / "tensorboard").glob("events.*"))) == 1
+    assert all(
+        (finished / "sft_grpo/rollouts" / name).stat().st_size for row in asked for name in row["images"]
+    )
+    assert len(list((finished / "grpo" / "tensorboard").glob("events.*"))) == 1
     summary = json.loads((finished / "summary.json").read_text())
-    assert set(summary["arms"]) == {"base", "sft", "rl", "two_stage"}
+    assert set(summary["arms"]) == {"base", "sft", "grpo", "sft_grpo"}
     for scores in summary["arms"].values():
         assert scores["n"] == 20 and 0 <= scores["low"] <= scores["accuracy"] <= scores["high"] <= 1
     assert summary["seconds"]["sft"] > 0 and summary["recipe"]["grpo"]["clip_high"] == 0.3
@@ -119,16 +121,16 @@ def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeyp
         return vlm
 
     monkeypatch.setattr(loading, "load", counting)
-    words = [f"model.name={random_model_folder}", *SMALL, "study.arms=[base, sft, two_stage]", *more]
+    words = [f"model.name={random_model_folder}", *SMALL, "study.arms=[base, sft, sft_grpo]", *more]
     recipe = load_recipe("quickstart", words).recipe
-    sources, output = run_data.read_sources(recipe), study.Output(quiet=True)
+    sources, output = run_data.load_run_data(recipe), study.Output(quiet=True)
     for name, value in environment(0, 1, free_port()).items() if sharded else ():
         monkeypatch.setenv(name, value)
     gc.disable()  # a collection by chance would free FSDP's circles too
     try:
-        with open_mesh(timeout_s=60) as mesh:
+        with join_world(timeout_s=60) as world:
             study.Study(
-                recipe, tmp_path / "run", sources=sources, output=output, stop=StopFlag(), mesh=mesh
+                recipe, tmp_path / "run", sources=sources, output=output, stop=StopFlag(), world=world
             ).run()
     finally:
         gc.enable()
@@ -141,18 +143,18 @@ def test_one_stage_alone_and_the_rest_later(random_model_folder, tmp_path):
     assert alone.returncode == 0, alone.stderr
     assert f"model    {out / 'sft' / 'final'}" in alone.stdout
     assert {path.name for path in (out / "eval").iterdir() if path.is_dir()} >= {"base", "sft"}
-    assert not (out / "grpo").exists() and (out / "report" / "index.html").is_file()
+    assert not (out / "sft_grpo").exists() and (out / "report" / "index.html").is_file()
     trained = (out / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
     more = rlcs("run", "quickstart", *words, "--out", out)
     assert more.returncode == 0, more.stderr
     assert (out / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == trained
-    assert set(json.loads((out / "summary.json").read_text())["arms"]) == {"base", "sft", "rl", "two_stage"}
+    assert set(json.loads((out / "summary.json").read_text())["arms"]) == {"base", "sft", "grpo", "sft_grpo"}
 
 
 def test_arms_may_join_a_run_and_none_may_leave(tmp_path):
     few, all_four = (
         load_recipe("quickstart", [f"study.arms=[{arms}]"]).recipe
-        for arms in ("base, sft", "base, sft, rl, two_stage")
+        for arms in ("base, sft", "base, sft, grpo, sft_grpo")
     )
     study.claim(tmp_path / "run", few)
     study.claim(tmp_path / "run", all_four)
@@ -166,7 +168,7 @@ def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_fo
         return load_recipe("quickstart", [*SMALL, "study.arms=[base, sft]", *words]).recipe
 
     out, typed = tmp_path / "run", recipe(f"model.name={tmp_path / 'nowhere'}")
-    given = {"sources": run_data.read_sources(typed), "output": study.Output(quiet=True), "stop": StopFlag()}
+    given = {"sources": run_data.load_run_data(typed), "output": study.Output(quiet=True), "stop": StopFlag()}
     with pytest.raises(ModelError, match="nowhere"):
         study.Study(typed, out, **given).run()
     assert (out / "cold_start" / "done.json").is_file()  # good for any model, but of this teacher alone
@@ -191,7 +193,7 @@ def test_a_reward_function_that_is_not_there_claims_no_folder(tmp_path):
 
 def test_only_what_the_arms_need_is_read():
     missing = ["data.rl=missing.jsonl", "study.arms=[base, sft]", "data.cold_start=builtin:puzzles?count=5"]
-    sources = run_data.read_sources(load_recipe("quickstart", missing).recipe)
+    sources = run_data.load_run_data(load_recipe("quickstart", missing).recipe)
     assert len(sources.cold_start) == 5 and not sources.rl
 
 
@@ -199,7 +201,7 @@ def test_rl_alone_starts_from_the_model_as_it_is(random_model_folder, tmp_path):
     words = [f"model.name={random_model_folder}", *SMALL, "data.cold_start=missing.jsonl"]
     done = rlcs("grpo", "quickstart", *words, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert f"model    {tmp_path / 'run' / 'rl_only' / 'final'}" in done.stdout
+    assert f"model    {tmp_path / 'run' / 'grpo' / 'final'}" in done.stdout
     assert not (tmp_path / "run" / "sft").exists() and not (tmp_path / "run" / "cold_start").exists()
     assert (tmp_path / "run" / "report" / "index.html").is_file()
     exported = rlcs("export", tmp_path / "run", "--out", tmp_path / "model")
@@ -210,8 +212,8 @@ def test_rl_alone_starts_from_the_model_as_it_is(random_model_folder, tmp_path):
 def test_a_trained_model_is_a_hugging_face_folder(finished):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(finished / "grpo" / "final")
-    processor = AutoProcessor.from_pretrained(finished / "grpo" / "final")
+    model = AutoModelForImageTextToText.from_pretrained(finished / "sft_grpo" / "final")
+    processor = AutoProcessor.from_pretrained(finished / "sft_grpo" / "final")
     assert model.config.model_type == "qwen2_5_vl"
     assert processor.image_processor.size["longest_edge"] == 1_204_224
 
@@ -260,7 +262,7 @@ def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(finished, random_mod
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for landmark in (
         "sft/checkpoints/step-000001",
-        "grpo/checkpoints/step-000001",
+        "sft_grpo/checkpoints/step-000001",
         "eval/base/predictions.jsonl",
     ):
         process = subprocess.Popen(
@@ -272,10 +274,10 @@ def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(finished, random_mod
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert rlcs(*words).returncode == 0
-    for name in ("sft/final", "grpo/final", "rl_only/final"):
+    for name in ("sft/final", "sft_grpo/final", "grpo/final"):
         ours = (folder / name / "model.safetensors").read_bytes()
         assert ours == (finished / name / "model.safetensors").read_bytes(), name
-    for arm in ("base", "sft", "rl", "two_stage"):
+    for arm in ("base", "sft", "grpo", "sft_grpo"):
         ours = (folder / "eval" / arm / "predictions.jsonl").read_text()
         assert ours == (finished / "eval" / arm / "predictions.jsonl").read_text()
 
@@ -311,11 +313,11 @@ def test_seeds_are_averaged_and_kept_apart():
         return {"accuracy": accuracy, "low": 0.0, "high": 1.0, "n": 100}
 
     recipe = load_recipe("quickstart").recipe
-    one = {"arms": {"base": arm(0.2), "two_stage": arm(0.6)}, "seconds": {"sft": 2.0}, "versions": {}}
-    two = {"arms": {"base": arm(0.4), "two_stage": arm(0.8)}, "seconds": {"sft": 3.0}, "versions": {}}
+    one = {"arms": {"base": arm(0.2), "sft_grpo": arm(0.6)}, "seconds": {"sft": 2.0}, "versions": {}}
+    two = {"arms": {"base": arm(0.4), "sft_grpo": arm(0.8)}, "seconds": {"sft": 3.0}, "versions": {}}
     summary = study.averaged(recipe, {0: one, 1: two})
-    assert summary["arms"]["two_stage"]["accuracy"] == pytest.approx(0.7)
-    assert summary["arms"]["two_stage"]["low"] == pytest.approx(0.604, abs=0.001)
+    assert summary["arms"]["sft_grpo"]["accuracy"] == pytest.approx(0.7)
+    assert summary["arms"]["sft_grpo"]["low"] == pytest.approx(0.604, abs=0.001)
     assert summary["per_seed"]["1"]["base"]["accuracy"] == 0.4
     assert summary["seconds"]["sft"] == 5.0
 
@@ -340,13 +342,13 @@ def test_one_s_own_data_in_a_run(random_model_folder, tmp_path):
         f"model.name={random_model_folder}",
         *SMALL,
         *own,
-        "study.arms=[base,two_stage]",
+        "study.arms=[base,sft_grpo]",
     ]
     done = rlcs(*words, "--out", "mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
-    assert summary["arms"]["two_stage"]["n"] == 8
-    assert not (tmp_path / "mine" / "rl_only").exists()
+    assert summary["arms"]["sft_grpo"]["n"] == 8
+    assert not (tmp_path / "mine" / "grpo").exists()
 
 
 def test_json_output_is_json_alone(random_model_folder, tmp_path):
@@ -355,14 +357,14 @@ def test_json_output_is_json_alone(random_model_folder, tmp_path):
         "quickstart",
         f"model.name={random_model_folder}",
         *SMALL,
-        "study.arms=[base,two_stage]",
+        "study.arms=[base,sft_grpo]",
         "--json",
     ]
     done = rlcs(*words, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["stage"] for row in rows if "stage" in row} >= {"sft", "grpo"}
-    assert set(rows[-1]["arms"]) == {"base", "two_stage"}
+    assert {row["stage"] for row in rows if "stage" in row} >= {"sft", "sft_grpo"}
+    assert set(rows[-1]["arms"]) == {"base", "sft_grpo"}
 
 
 def test_a_run_takes_up_the_answers_that_distill_left(random_model_folder, tmp_path):
@@ -372,12 +374,12 @@ def test_a_run_takes_up_the_answers_that_distill_left(random_model_folder, tmp_p
     assert alone.returncode == 0 and "36 tries right" in alone.stdout, alone.stderr
     before = (folder / "cold_start" / "tries.jsonl").read_bytes()
     rated = folder / "cold_start" / "problems.jsonl"
-    chosen = [f"data.rl={rated}", "data.rl_pass_rate=[0.1, 0.9]", "study.arms=[base, two_stage]"]
+    chosen = [f"data.rl={rated}", "data.rl_pass_rate=[0.1, 0.9]", "study.arms=[base, sft_grpo]"]
     done = rlcs("run", "quickstart", *words, "teacher.tries=3", *chosen, "--out", folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "cold_start" / "tries.jsonl").read_bytes() == before
     asked = [
-        json.loads(line) for line in (folder / "grpo/rollouts/step-000001.jsonl").read_text().splitlines()
+        json.loads(line) for line in (folder / "sft_grpo/rollouts/step-000001.jsonl").read_text().splitlines()
     ]
     rates = {row["id"]: row["pass_rate"] for row in map(json.loads, rated.read_text().splitlines())}
     assert {0.0, 1.0} & set(rates.values()) and all(0.1 <= rates[row["id"]] <= 0.9 for row in asked)

@@ -35,7 +35,7 @@ SMALL = [
     "grpo.group_size=2",
     "grpo.max_new_tokens=24",
     "eval.max_new_tokens=24",
-    "study.arms=[base, two_stage]",
+    "study.arms=[base, sft_grpo]",
 ]
 
 # Nothing of rlcs can be imported here.
@@ -113,7 +113,7 @@ def test_stock_transformers_gives_the_same_greedy_answers(run, exported, tmp_pat
     asked = problems(tmp_path, 12)
     theirs = json.loads(python(f"NAME = {str(exported)!r}\n" + ANSWER_ALL, tmp_path))
     recipe = load_recipe(str(run / "recipe.yaml")).recipe
-    vlm = loading.load(Model(name=str(run / "grpo" / "final")), device=torch.device("cpu"))
+    vlm = loading.load(Model(name=str(run / "sft_grpo" / "final")), device=torch.device("cpu"))
     chat = loading.make_chat(vlm, recipe)
     sampling = chat.sampling(temperature=0, max_new_tokens=recipe.eval.max_new_tokens)
     groups = LocalEngine(vlm, chat, max_rows=12).sample([chat.prompt(p) for p in asked], sampling)
@@ -140,7 +140,7 @@ def test_the_card_tells_the_run(run, exported):
         data.license == "apache-2.0" and data.base_model is None and data.pipeline_tag == "image-text-to-text"
     )
     (result,) = data.eval_results
-    own = summary["arms"]["two_stage"]
+    own = summary["arms"]["sft_grpo"]
     assert result.metric_value == round(own["accuracy"], 4) and result.dataset_args["problems"] == 20
     assert f"[{own['low']:.3f}, {own['high']:.3f}]" in result.metric_name
     base = summary["arms"]["base"]
@@ -175,11 +175,11 @@ def test_what_cannot_be_exported_says_why(run, tmp_path):
             export(Export(model=str(model), out=out, arm=arm))
         return str(caught.value)
 
-    assert "choose --arm among: base, sft, two_stage" in refused(run, arm="rl")
-    assert "did you mean two_stage" in refused(run, arm="two_stag")
+    assert "choose --arm among: base, sft, sft_grpo" in refused(run, arm="grpo")
+    assert "did you mean sft_grpo" in refused(run, arm="sft_grp")
     assert "not empty" in refused(run, out=run)
     assert "neither a run nor a model" in refused(tmp_path)
-    assert "only a run has arms" in refused("builtin", arm="rl")
+    assert "only a run has arms" in refused("builtin", arm="grpo")
     seeds = tmp_path / "seeds"
     shutil.copytree(run, seeds / "seed-0")
     shutil.copy(run / "recipe.yaml", seeds)

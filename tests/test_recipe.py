@@ -282,7 +282,7 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
         ("model: {trust_remote_code: yes}", 'should be true or false (got "yes")'),
         ("eval: {temperature: .inf}", "eval.temperature should be a number at least 0 (got Infinity)"),
         ("sft:", "sft is a section with keys of its own (got null)"),
-        ("study: {arms: [base]}", "the arms are base and at least one of sft, rl, two_stage"),
+        ("study: {arms: [base]}", "the arms are base and at least one of sft, grpo, sft_grpo"),
     ],
 )
 def test_wrong_values_in_plain_words(tmp_path: Path, text: str, said: str) -> None:
@@ -332,7 +332,7 @@ def test_shipped_recipes_load(name: str) -> None:
 
 def test_quickstart_needs_nothing_from_outside() -> None:
     recipe = load_recipe("quickstart").recipe
-    assert set(recipe.study.arms) == {"base", "sft", "rl", "two_stage"}
+    assert set(recipe.study.arms) == {"base", "sft", "grpo", "sft_grpo"}
     assert recipe.model.name == "builtin"
     assert all(
         source.startswith("builtin:") for source in (recipe.data.cold_start, recipe.data.rl, recipe.data.test)

@@ -15,8 +15,8 @@ from rlcs.report import build, charts, findings, pictures
 from rlcs.report.load_run import Answer, Attempt, read_run
 from rlcs.report.pages import visible
 
-ALL_ARMS = ("base", "sft", "rl", "two_stage")
-SKILL = {"base": 0.32, "sft": 0.55, "rl": 0.47, "two_stage": 0.76}
+ALL_ARMS = ("base", "sft", "grpo", "sft_grpo")
+SKILL = {"base": 0.32, "sft": 0.55, "grpo": 0.47, "sft_grpo": 0.76}
 FAMILIES = ("grid", "bars", "area")
 
 
@@ -58,8 +58,8 @@ def grpo_row(stage: str, step: int, steps: int, rng: random.Random, lift: float)
         "reward": near(0.4 + lift * done), "accuracy": near(0.4 + lift * done), "kl": near(0.02 + 0.1 * done),
         "entropy": near(0.9 - 0.5 * done), "clip_fraction": near(0.01), "ratio_max": 1.4,
         "response_tokens": near(70 + 15 * done), "truncated": near(0.02), "unscored": 0.0,
-        "flat_groups": near(0.2 + 0.2 * done), "repeated_share": near(0.01),
-        "boxes_per_answer": near(1 + 2 * done if stage == "rl_only" else 1),
+        "zero_variance_groups": near(0.2 + 0.2 * done), "repeated_share": near(0.01),
+        "boxes_per_answer": near(1 + 2 * done if stage == "grpo" else 1),
         "no_format_share": near(0.3 * (1 - done) + 0.01), "sampler_gap": near(1e-5),
     }  # fmt: skip
 
@@ -90,7 +90,7 @@ def make_run(folder: Path, *, arms: tuple[str, ...] = ALL_ARMS, seed: int = 0, p
              "seconds": {"data": 0.02, "update": 0.9 + 0.1 * rng.random()}}
             for s in range(1, 81)]  # fmt: skip
     write_rows(folder / "sft" / "metrics.jsonl", rows)
-    for stage, lift in (("grpo", 0.4), ("rl_only", 0.15))[: 2 if "rl" in arms else 1]:
+    for stage, lift in (("sft_grpo", 0.4), ("grpo", 0.15))[: 2 if "grpo" in arms else 1]:
         write_rows(
             folder / stage / "metrics.jsonl", [grpo_row(stage, s, 80, rng, lift) for s in range(1, 81)]
         )
@@ -105,9 +105,9 @@ def make_run(folder: Path, *, arms: tuple[str, ...] = ALL_ARMS, seed: int = 0, p
 
 
 def write_summary(folder: Path, arms: dict[str, object]) -> None:
-    seconds = {"cold_start": 4.0, "sft": 76.0, "grpo": 291.0, "eval_base": 9.0, "eval_sft": 16.0}
-    if "rl" in arms:
-        seconds["rl_only"] = 280.0
+    seconds = {"cold_start": 4.0, "sft": 76.0, "sft_grpo": 291.0, "eval_base": 9.0, "eval_sft": 16.0}
+    if "grpo" in arms:
+        seconds["grpo"] = 280.0
     summary = {"name": "quickstart", "arms": arms, "seconds": seconds, "recipe": {"report": {"gallery": 48}},
                "command": ["rlcs", "quickstart", "--out", "runs/a b"],
                "versions": {"rlcs": "0.1.0", "torch": "2.14.1"}}  # fmt: skip
@@ -194,7 +194,7 @@ def built(run: Path) -> Page:
 
 def test_full_page_tells_the_whole_story(full: Path) -> None:
     page = built(full)
-    (result,) = [r for r in findings.arm_results([read_run(full)]) if r.arm == "two_stage"]
+    (result,) = [r for r in findings.arm_results([read_run(full)]) if r.arm == "sft_grpo"]
     assert f"Cold start + RL: {result.accuracy:.1%} on 90 held-out problems" in page.text
     story = ("points over SFT only", "over RL only", "over the base model", "Boxes per answer",
              "The arms disagree", "RL after SFT, step 80", "clip_high: 0.3", "torch 2.14.1",
@@ -255,14 +255,14 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
                 id=f"{row['id']}{HOSTILE}", response=HOSTILE + "\ud800", extracted=HOSTILE, why=HOSTILE
             )
         write_rows(run / "eval" / arm / "predictions.jsonl", rows)
-    rows = rows_of(run / "grpo" / "rollouts" / "step-000080.jsonl")
+    rows = rows_of(run / "sft_grpo" / "rollouts" / "step-000080.jsonl")
     write_rows(
-        run / "grpo" / "rollouts" / "step-000080.jsonl",
+        run / "sft_grpo" / "rollouts" / "step-000080.jsonl",
         [{**row, "id": HOSTILE, "text": HOSTILE} for row in rows],
     )
-    row = grpo_row("grpo", 1, 80, random.Random(0), 0.4)
+    row = grpo_row("sft_grpo", 1, 80, random.Random(0), 0.4)
     row["seconds"] = {HOSTILE: 1.0}
-    write_rows(run / "grpo" / "metrics.jsonl", [{**row, "skipped": HOSTILE}])
+    write_rows(run / "sft_grpo" / "metrics.jsonl", [{**row, "skipped": HOSTILE}])
     (run / "recipe.yaml").write_text(f"name: '</pre>{HOSTILE}'\n")
     (run / "summary.json").write_text(
         json.dumps({"name": HOSTILE, "command": HOSTILE, "versions": {HOSTILE: HOSTILE}})
@@ -285,10 +285,10 @@ KINDS = ["two_arms", "no_eval", "only_sft", "only_recipe", "only_summary", "empt
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_missing_is_left_out(tmp_path: Path, kind: str) -> None:
     run = make_run(
-        tmp_path / "run", arms=("base", "two_stage") if kind == "two_arms" else ALL_ARMS, problems=12
+        tmp_path / "run", arms=("base", "sft_grpo") if kind == "two_arms" else ALL_ARMS, problems=12
     )
     kept = {
-        "no_eval": ("sft", "grpo", "recipe.yaml"),
+        "no_eval": ("sft", "sft_grpo", "recipe.yaml"),
         "only_sft": ("sft",),
         "only_recipe": ("recipe.yaml",),
         "only_summary": ("summary.json",),
@@ -322,7 +322,7 @@ def test_seeds_are_averaged_and_each_is_shown(tmp_path: Path) -> None:
         make_run(tmp_path / f"seed-{seed}", seed=seed, problems=20)
     page = page_of(tmp_path)
     each = [
-        json.loads((tmp_path / f"seed-{s}" / "eval/two_stage/scores.json").read_text())["accuracy"]
+        json.loads((tmp_path / f"seed-{s}" / "eval/sft_grpo/scores.json").read_text())["accuracy"]
         for s in (2, 10)
     ]
     assert f"Cold start + RL: {sum(each) / 2:.1%} on 20 held-out problems, mean of 2 seeds" in page.text
@@ -352,10 +352,10 @@ def said(correct: bool | None) -> Answer:
 
 
 def test_differences_count_pairs(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", arms=("base", "two_stage"), problems=40)
+    run = make_run(tmp_path / "run", arms=("base", "sft_grpo"), problems=40)
     (found,) = findings.differences([read_run(run)])
-    rows = {arm: rows_of(run / "eval" / arm / "predictions.jsonl") for arm in ("base", "two_stage")}
-    pairs = [(b["correct"], t["correct"]) for b, t in zip(rows["base"], rows["two_stage"], strict=True)]
+    rows = {arm: rows_of(run / "eval" / arm / "predictions.jsonl") for arm in ("base", "sft_grpo")}
+    pairs = [(b["correct"], t["correct"]) for b, t in zip(rows["base"], rows["sft_grpo"], strict=True)]
     assert (found.gained, found.lost) == (pairs.count((False, True)), pairs.count((True, False)))
     assert found.points == pytest.approx((found.gained - found.lost) / 40)
     assert found.low < found.points < found.high
@@ -363,10 +363,10 @@ def test_differences_count_pairs(tmp_path: Path) -> None:
 
 def test_scores_are_counted_when_the_file_is_missing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", problems=30)
-    (run / "eval" / "rl" / "scores.json").unlink()
+    (run / "eval" / "grpo" / "scores.json").unlink()
     (run / "summary.json").unlink()
-    (result,) = [r for r in findings.arm_results([read_run(run)]) if r.arm == "rl"]
-    rows = rows_of(run / "eval" / "rl" / "predictions.jsonl")
+    (result,) = [r for r in findings.arm_results([read_run(run)]) if r.arm == "grpo"]
+    rows = rows_of(run / "eval" / "grpo" / "predictions.jsonl")
     assert result.accuracy == sum(bool(r["correct"]) for r in rows) / 30
     assert result.low < result.accuracy < result.high and set(result.by_family) == set(FAMILIES)
 
@@ -402,11 +402,11 @@ def test_late_rollouts_show_best_and_worst_of_mixed_groups() -> None:
 def test_health_compares_first_and_last_steps(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", problems=3)
     rows = [{"step": s, "boxes_per_answer": 1.0 if s <= 40 else 9.0, "seconds": {}} for s in range(1, 81)]
-    write_rows(run / "grpo" / "metrics.jsonl", rows)
+    write_rows(run / "sft_grpo" / "metrics.jsonl", rows)
     (boxes,) = [h for h in findings.health([read_run(run)]) if h.name == "Boxes per answer"]
-    assert boxes.stages["grpo"] == (1.0, 9.0, True)
+    assert boxes.stages["sft_grpo"] == (1.0, 9.0, True)
     (cut,) = [h for h in findings.health([read_run(run)]) if h.name == "Answers cut at the limit"]
-    assert set(cut.stages) == {"rl_only"} and cut.stages["rl_only"][2] is False
+    assert set(cut.stages) == {"grpo"} and cut.stages["grpo"][2] is False
 
 
 def test_thinning_and_smoothing_keep_means_and_ends() -> None:
@@ -418,9 +418,9 @@ def test_thinning_and_smoothing_keep_means_and_ends() -> None:
 
 
 def test_charts_follow_the_page(full: Path) -> None:
-    chart = charts.curve_chart("c", 'told "so" <b>', [("rl", [[(1.0, 0.1), (2.0, 0.4)]])], percent=True)
+    chart = charts.curve_chart("c", 'told "so" <b>', [("grpo", [[(1.0, 0.1), (2.0, 0.4)]])], percent=True)
     assert (
-        "var(--rl)" in chart and "#0a0b" not in chart and "<metadata" not in chart and "DejaVu" not in chart
+        "var(--grpo)" in chart and "#0a0b" not in chart and "<metadata" not in chart and "DejaVu" not in chart
     )
     assert 'aria-label="told &#34;so&#34; &lt;b&gt;"' in chart
     assert charts.phases_chart("p", "one step", [("p0", [(1.0, 2.0)])]).count("<svg") == 1

@@ -11,7 +11,7 @@ import torch
 import rlcs
 from conftest import draw, make_problem
 from rlcs.engines.continuous import ContinuousEngine
-from rlcs.engines.detokenizer import TextStream
+from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import DataError, ImageError, ModelError, PromptError, UserError
 from rlcs.model import loading
@@ -245,7 +245,7 @@ def test_pieces_join_to_the_text_up_to_the_first_stop_string():
             return b"".join(tokens[i] for i in ids).decode(errors="replace")
 
         for stops in ((), ("END",), ("abd", "abc"), ("学 is",), ("nothing", "more and"), ("U", "Ü")):
-            stream, pieces = TextStream(decode, stops), []
+            stream, pieces = Detokenizer(decode, stops), []
             for token in range(len(tokens)):
                 pieces.append(stream.feed(token))
                 if stream.stopped:

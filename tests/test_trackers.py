@@ -24,7 +24,7 @@ def step(number: int, reward: float = 0.5) -> StepReport:
 
 
 def attempt(settings: Settings, folder: Path, steps: range, *, cut: int | None = None) -> None:
-    """One attempt of a stage, as `StageFolder` does it: resume (the file cut at `cut`), then steps."""
+    """One attempt of a stage, as `RunDir` does it: resume (the file cut at `cut`), then steps."""
     folder.mkdir(parents=True, exist_ok=True)
     log, sent = MetricsLog(folder / "metrics.jsonl"), trackers.Trackers(settings, folder, stage="grpo")
     sent.skip_what_was_sent()

@@ -21,7 +21,7 @@ from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rol
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
 from rlcs.train.losses import sft_loss
-from rlcs.train.run_dir import StageFolder
+from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Batch, Counts, Trainer, learning_rate
 
 
@@ -92,7 +92,7 @@ def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folde
         return sft_loss(scores.logprobs * float("nan"), some.pack.weights, some.pack.sequence, "token")
 
     outcome = trainer.step([batch], poisoned, average="token")
-    stage = StageFolder(tmp_path, name="sft", seed=0, settings=Sft(), recipe_hash="h")
+    stage = RunDir(tmp_path, name="sft", seed=0, settings=Sft(), recipe_hash="h")
     report = stage.report(outcome, step=1, steps=3, values={}, seconds={})
     assert report.skipped and "loss" not in report.values  # NaN is not JSON
     assert outcome.skipped == "the gradient is not finite"
@@ -136,7 +136,7 @@ def run_sft(source, folder, demonstrations, *, stop_at=None, settings=None):
     vlm, chat = fresh(source)
     settings = settings or Sft(batch_size=4, epochs=2, save_every=2, optimizer=Optimizer(lr=1e-3))
     with StopFlag() as stop, screen("sft", 6, quiet=True) as view:
-        stage = StageFolder(folder, name="sft", seed=3, settings=settings, recipe_hash="h")
+        stage = RunDir(folder, name="sft", seed=3, settings=settings, recipe_hash="h")
         if stop_at is not None:
             view = Stopper(view, stop, stop_at)
         sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=view, stop=stop)
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(random_model_folder, demonstr
         run_sft(random_model_folder, tmp_path, demonstrations, stop_at=1)
     vlm, chat = fresh(random_model_folder)
     settings = Sft(batch_size=4, epochs=2)
-    stage = StageFolder(tmp_path, name="sft", seed=3, settings=settings, recipe_hash="other")
+    stage = RunDir(tmp_path, name="sft", seed=3, settings=settings, recipe_hash="other")
     with (
         StopFlag() as stop,
         screen("sft", 6, quiet=True) as view,
@@ -224,7 +224,7 @@ def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
     vlm, chat = fresh(source)
     problems = puzzles.load("puzzles", split="train", count=count, seed=5)
     reference = grpo.frozen_copy(vlm) if settings.kl.active else None
-    actors = grpo.Actors(
+    actors = grpo.GrpoContext(
         vlm=vlm,
         reference=reference,
         chat=chat,
@@ -232,7 +232,7 @@ def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
         pool=grader or LengthGrader(),
     )
     with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
-        stage = StageFolder(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
+        stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
         if stop_at is not None:
             view = Stopper(view, stop, stop_at)
         grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
@@ -284,7 +284,7 @@ def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder
     """Learning without the flat groups equals learning with them, to the bit of the denominator."""
     settings = Grpo(**SMALL)
     vlm, chat = fresh(random_model_folder)
-    actors = grpo.Actors(vlm=vlm, reference=None, chat=chat, engine=None, pool=None)
+    actors = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, pool=None)
     groups = [
         group_of(chat, "a", [1.0, 0.0, 1.0], settings),
         group_of(chat, "b", [1.0, 1.0, 1.0], settings),
@@ -350,7 +350,7 @@ def test_dynamic_sampling_replaces_flat_groups_and_ends(random_model_folder, tmp
     settings = Grpo(**SMALL | {"steps": 1, "dynamic_sampling": 1})
     run_grpo(random_model_folder, tmp_path / "a", settings, grader=Once(), count=40)
     [row] = rows_of(tmp_path / "a" / "metrics.jsonl")
-    assert row["flat_groups"] < 1.0 and "skipped" not in row
+    assert row["zero_variance_groups"] < 1.0 and "skipped" not in row
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -371,7 +371,7 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
     runs = []
     for _ in range(2):
         asked, answers = [], []
-        actors = grpo.Actors(vlm=vlm, reference=None, chat=chat, engine=Kept(), pool=Never())
+        actors = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=Kept(), pool=Never())
         stream = ProblemStream(problems, seed=3)
         grpo.collect(actors, stream, settings, sampling, step=5, clock=grpo.Clock())
         runs.append(answers)
@@ -396,7 +396,7 @@ class Never:
         return [Grade(reward=0.0, correct=False) for _ in pairs]
 
 
-FLAT = {"steps": 9, "max_flat_steps": 2}
+FLAT = {"steps": 9, "max_zero_variance_steps": 2}
 KL = {"kl": {"kind": "k3", "coefficient": 0.01}}
 
 
@@ -406,7 +406,7 @@ def test_a_run_without_any_signal_stops_with_advice(random_model_folder, tmp_pat
     with pytest.raises(TrainingError, match="no group had two different rewards in 2 steps"):
         run_grpo(random_model_folder, tmp_path / "a", settings, grader=Never())
     [row] = rows_of(tmp_path / "a" / "metrics.jsonl")
-    assert row["flat_groups"] == 1.0 and ("skipped" in row) != bool(kl)
+    assert row["zero_variance_groups"] == 1.0 and ("skipped" in row) != bool(kl)
 
 
 def test_flat_steps_before_a_stop_count(random_model_folder, tmp_path):

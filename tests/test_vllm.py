@@ -38,7 +38,7 @@ from rlcs.records import Branch, Prompt, Rollout, Tree
 from rlcs.serving import session
 from rlcs.signals import StopFlag
 from rlcs.train import grpo
-from rlcs.train.run_dir import StageFolder
+from rlcs.train.run_dir import RunDir
 from test_training import LengthGrader, weights_of
 
 CPU = {
@@ -216,16 +216,16 @@ def commands(pid: int) -> bytes:
 def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[str, torch.Tensor]:
     settings = Grpo.model_validate({
         "steps": 4, "prompts_per_step": 4, "group_size": 4, "max_new_tokens": 24, "save_every": 10,
-        "optimizer": {"lr": 1e-3}, "max_flat_steps": 4,
+        "optimizer": {"lr": 1e-3}, "max_zero_variance_steps": 4,
     })  # fmt: skip
     rows = load(
         "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
     ).rows
-    actors = grpo.Actors(
+    actors = grpo.GrpoContext(
         vlm=vlm, reference=None, chat=chat, engine=engine, pool=LengthGrader(), rollout=recipe.rollout
     )
     with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
-        stage = StageFolder(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
+        stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
         grpo.train(actors, [row.problem for row in rows], settings, folder=stage, screen=view, stop=stop)
     return weights_of(vlm)
 

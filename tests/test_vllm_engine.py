@@ -39,7 +39,7 @@ from rlcs.records import StopReason
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl
 from rlcs.train import grpo
-from rlcs.train.run_dir import StageFolder
+from rlcs.train.run_dir import RunDir
 from test_distributed import environment, free_port
 from test_training import LengthGrader
 
@@ -340,7 +340,7 @@ def test_vllm_starts_anew_when_images_are_resized_otherwise(
 def test_vllm_computes_in_the_dtype_of_a_sharded_policy(vlm: Vlm) -> None:
     recipe = load_recipe("quickstart", ["parallel.compute_dtype=bfloat16"]).recipe
     assert launch_of(recipe, vlm).dtype == "float32"
-    grouped = replace(vlm, mesh=replace(vlm.mesh, objects=object()))
+    grouped = replace(vlm, world=replace(vlm.world, objects=object()))
     assert launch_of(recipe, grouped).dtype == "bfloat16"
 
 
@@ -436,7 +436,7 @@ def test_colocated_without_vllm_says_what_to_do(tmp_path: Path, vlm: Vlm, chat: 
 
 
 class Recorder:
-    """Stands for vLLM, its model and a mesh, and notes in which order they are used."""
+    """Stands for vLLM, its model and a world, and notes in which order they are used."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
@@ -479,9 +479,9 @@ def test_every_rank_gives_memory_back_before_rank_0_asks(
 ) -> None:
     """Servers may start, or start again, on GPUs that train: their ranks all have a cache."""
     seen = Recorder(monkeypatch)
-    mesh = SimpleNamespace(rank=rank, gather=seen.note("gathered", [[], []]), first=seen.note("first", []))
+    world = SimpleNamespace(rank=rank, gather=seen.note("gathered", [[], []]), first=seen.note("first", []))
     published = SimpleNamespace(newest=None, publish=seen.note("published"))
-    engine = VllmEngine(None, published, replace(vlm, mesh=mesh), chat, decode_limit=1)
+    engine = VllmEngine(None, published, replace(vlm, world=world), chat, decode_limit=1)
     engine.sample([], chat.sampling(max_new_tokens=4))
     assert seen.events == ["published", *FREED, "gathered", "first"]
 
@@ -552,7 +552,7 @@ def test_the_gap_is_logged_and_corrected_and_alarms(
     settings = Grpo.model_validate(
         {"steps": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6, "optimizer_steps": 1}
     )
-    actors = grpo.Actors(
+    actors = grpo.GrpoContext(
         vlm=vlm,
         reference=None,
         chat=chat,
@@ -562,7 +562,7 @@ def test_the_gap_is_logged_and_corrected_and_alarms(
     )
     problems = [make_problem(f"p{k}", sizes=()) for k in range(2)]
     with StopFlag() as stop, screen("grpo", 1, quiet=True) as view:
-        stage = StageFolder(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
+        stage = RunDir(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
         grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert row["sampler_gap"] == pytest.approx(distance, abs=1e-3)

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_rollout import WORKER, Run
-from test_rollout import program as program
 
 from conftest import make_problem
 from rlcs.distributed import ALONE
@@ -36,6 +34,8 @@ from rlcs.recipe.table import summary_rows
 from rlcs.train import grpo
 from test_distributed import environment, free_port
 from test_lora import logprobs, one_pack
+from test_vllm_engine import WORKER, Run
+from test_vllm_engine import program as program
 
 RANK = 12
 

@@ -1,6 +1,6 @@
 """The processes of one run: their ranks and devices, what they tell each other, and when they stop.
 
-`torchrun` starts the same command once for every rank. Without it a run is `Mesh()`: a world of one,
+`torchrun` starts the same command once for every rank. Without it a run is `World()`: a world of one,
 the same code with nobody to wait for. Numbers, records and tensors in main memory go over gloo, tensors
 on GPUs over nccl. Every wait has a limit; a rank that dies takes the others along, with a message.
 """
@@ -27,7 +27,7 @@ PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mesh:
+class World:
     """One rank's view of the world. `objects` and `patient` are process groups, None in a world of one."""
 
     rank: int = 0
@@ -103,7 +103,7 @@ class Mesh:
             raise
 
 
-ALONE = Mesh()
+ALONE = World()
 """A world of one."""
 
 
@@ -112,11 +112,11 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole.to(like.device)
     rows = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    return rows.to(like.device)  # the mesh's device, unless shards are offloaded
+    return rows.to(like.device)  # the world's device, unless shards are offloaded
 
 
 @contextmanager
-def open_mesh(*, timeout_s: float) -> Iterator[Mesh]:
+def join_world(*, timeout_s: float) -> Iterator[World]:
     """The world that `torchrun` describes in the environment, or a world of one.
 
     Raises UserError when there are more processes than GPUs, and TrainingError when another rank ended
@@ -134,7 +134,7 @@ def open_mesh(*, timeout_s: float) -> Iterator[Mesh]:
         objects = dist.new_group(backend="gloo", timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         size = dist.get_world_size()
-        yield Mesh(rank=rank, size=size, device=device, objects=objects, patient=patient)
+        yield World(rank=rank, size=size, device=device, objects=objects, patient=patient)
         dist.destroy_process_group()
     except RuntimeError as error:
         if not _is_about_others(error):

@@ -109,7 +109,7 @@ def sft(recipe: RecipeName, overrides: Overrides = None, **chosen: Any) -> None:
 @with_options(StudyOptions)
 def grpo(recipe: RecipeName, overrides: Overrides = None, **chosen: Any) -> None:
     """RL alone, from the model as it is, measured. That is model.name; no cold start."""
-    _study(recipe, [*(overrides or []), "study.arms=[base, rl]"], StudyOptions(**chosen))
+    _study(recipe, [*(overrides or []), "study.arms=[base, grpo]"], StudyOptions(**chosen))
 
 
 @app.command()
@@ -117,7 +117,7 @@ def grpo(recipe: RecipeName, overrides: Overrides = None, **chosen: Any) -> None
 def ablate(recipe: RecipeName, overrides: Overrides = None, **chosen: Any) -> None:
     """Base, SFT only, RL only, both, with intervals. The paper's comparison."""
     options = AblateOptions(**chosen)
-    four = "study.arms=[base, sft, rl, two_stage]"
+    four = "study.arms=[base, sft, grpo, sft_grpo]"
     _study(recipe, [*(overrides or []), four], options, seeds=options.seeds)
 
 
@@ -169,19 +169,19 @@ def _study(name: str, overrides: list[str], options: StudyOptions, *, seeds: int
     if not options.json:
         _print_choices(recipe, folder)
 
-    from rlcs.data.run_data import read_sources
+    from rlcs.data.run_data import load_run_data
     from rlcs.train.trackers import require_installed
 
     require_installed(recipe.trackers)
-    sources = read_sources(recipe)  # before torch is loaded: a bad file is told at once
+    sources = load_run_data(recipe)  # before torch is loaded: a bad file is told at once
 
-    from rlcs.distributed import open_mesh
+    from rlcs.distributed import join_world
     from rlcs.pipeline.study import Output, run_seeds
     from rlcs.signals import StopFlag
 
     output = Output(quiet=options.quiet, json=options.json)
-    with StopFlag() as stop, open_mesh(timeout_s=recipe.parallel.timeout_s) as mesh:
-        summary = run_seeds(recipe, folder, seeds, sources=sources, output=output, stop=stop, mesh=mesh)
+    with StopFlag() as stop, join_world(timeout_s=recipe.parallel.timeout_s) as world:
+        summary = run_seeds(recipe, folder, seeds, sources=sources, output=output, stop=stop, world=world)
     if options.json:
         typer.echo(jsonlib.dumps({"summary": str(folder / "summary.json"), "arms": summary["arms"]}))
     else:
@@ -199,17 +199,17 @@ def _print_choices(recipe: Any, folder: Path) -> None:
 
 
 def _print_arms(summary: dict[str, Any], folder: Path) -> None:
-    from rlcs.report.load_run import ARMS
+    from rlcs.recipe.arms import ARMS, MAIN_FIRST
 
     typer.echo("")
     for arm, scores in summary["arms"].items():
         low, high = scores["low"], scores["high"]
-        label = ARMS[arm]
+        label = ARMS[arm].label
         typer.echo(f"  {label:<18} {scores['accuracy']:6.1%}   [{low:.1%}, {high:.1%}]  n={scores['n']:,}")
     typer.echo(f"\nreport   {folder / 'report' / 'index.html'}")
     typer.echo(f"summary  {folder / 'summary.json'}")
     seeds = sorted(folder.glob("seed-*"))
-    models = [(seeds[0] if seeds else folder) / name / "final" for name in ("grpo", "rl_only", "sft")]
+    models = [(seeds[0] if seeds else folder) / name / "final" for name in MAIN_FIRST]
     typer.echo(f"model    {next((model for model in models if model.exists()), models[0])}")
 
 

@@ -20,7 +20,7 @@ def export_model(
     out: Annotated[Path, typer.Option("--out", help="The new folder")],
     arm: Annotated[
         str | None,
-        typer.Option(help="Which model of a run: two_stage, rl, sft or base; default: the first there is"),
+        typer.Option(help="Which model of a run: sft_grpo, grpo, sft or base; default: the first there is"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as trained")] = None,
     quantise: Annotated[

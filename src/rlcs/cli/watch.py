@@ -58,11 +58,11 @@ def compare(
 
 
 def _tables(found: Any) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    from rlcs.report.load_run import ARMS
+    from rlcs.recipe.arms import ARMS
 
     gaps = [
         (
-            ARMS[gap.arm], f"{gap.first:.1%}", f"{gap.second:.1%}",
+            ARMS[gap.arm].label, f"{gap.first:.1%}", f"{gap.second:.1%}",
             f"{100 * gap.points:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]",
             f"+{gap.gained:,} -{gap.lost:,} of {gap.shared:,}" if gap.shared else "not paired",
             "" if gap.p is None else f"{gap.p:.2g}",

@@ -17,7 +17,7 @@ _MOST_IMAGES = 20_000
 """About half a gigabyte of photographs; later problems are kept without theirs."""
 
 
-class ProblemBook:
+class ProblemStore:
     """The problems that one stage has asked so far."""
 
     def __init__(self, folder: Path) -> None:

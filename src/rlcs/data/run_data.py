@@ -10,7 +10,7 @@ from rlcs.records import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
+class RunData:
     """The data sources of a study, read and checked; `notes` say what was left out of them.
 
     What no arm of the study needs is not read, and empty.
@@ -22,18 +22,18 @@ class Sources:
     notes: tuple[str, ...] = ()
 
 
-def read_sources(recipe: Recipe) -> Sources:
+def load_run_data(recipe: Recipe) -> RunData:
     """Read and check the data sources that the arms need. Raises DataError before anything is trained."""
     study, data = recipe.study, recipe.data
     loaded: dict[Role, Loaded] = {}
     if study.cold_starts:
-        loaded["cold_start"] = read_source("cold_start", data.cold_start, recipe)
+        loaded["cold_start"] = load_source("cold_start", data.cold_start, recipe)
     chosen: tuple[Problem, ...] = ()
     if study.main != "sft":
-        loaded["rl"] = read_source("rl", data.rl, recipe)
+        loaded["rl"] = load_source("rl", data.rl, recipe)
         chosen = by_pass_rate([row.problem for row in loaded["rl"].rows], data)
-    loaded["test"] = read_source("test", data.test, recipe)
-    return Sources(
+    loaded["test"] = load_source("test", data.test, recipe)
+    return RunData(
         cold_start=loaded["cold_start"].rows if study.cold_starts else (),
         rl=chosen,
         test=tuple(row.problem for row in loaded["test"].rows),
@@ -58,7 +58,7 @@ def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, 
     return chosen
 
 
-def read_source(role: Role, source: str, recipe: Recipe) -> Loaded:
+def load_source(role: Role, source: str, recipe: Recipe) -> Loaded:
     """One data source; too many unusable rows raise DataError."""
     settings: Data = recipe.data
     loaded = load(source, settings, decode_limit=recipe.images.decode_limit, role=role)

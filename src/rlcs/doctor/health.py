@@ -10,8 +10,9 @@ from statistics import fmean, median
 from rlcs import storage
 from rlcs.doctor import Finding
 from rlcs.errors import CheckpointError, RunFolderError
+from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.report import findings
-from rlcs.report.load_run import ARMS, STAGES, Run, number, read_object, read_runs
+from rlcs.report.load_run import Run, number, read_object, read_runs
 from rlcs.report.progress import ending, progress
 
 _TAIL = 10  # steps
@@ -32,7 +33,8 @@ class Limit:
 
 
 LIMITS = (
-    Limit(key="flat_groups", most=0.8, name="flat groups", told="{:.0%} of the groups have equal rewards",
+    Limit(key="zero_variance_groups", most=0.8, name="flat groups",
+          told="{:.0%} of the groups have equal rewards",
           fix="grpo.dynamic_sampling=2, or choose problems by difficulty (data.rl_pass_rate)"),
     Limit(key="kl", most=1.0, name="KL explosion", told="KL from the reference is {:.2g} nats a token",
           fix="halve grpo.optimizer.lr, or raise grpo.kl.coefficient"),
@@ -87,7 +89,7 @@ def _course(run: Run, folder: Path) -> Iterator[Finding]:
 
 
 def _checkpoints(run: Run) -> Iterator[Finding]:
-    for stage in STAGES:
+    for stage in TRAINING_ORDER:
         folder = run.folder / stage / "checkpoints"
         whole = []
         for path in sorted(folder.glob("step-*")):
@@ -96,32 +98,34 @@ def _checkpoints(run: Run) -> Iterator[Finding]:
                     storage.verify_manifest(path)
                     whole.append(path.name)
                 except CheckpointError as error:
-                    told = f"{STAGES[stage]} {path.name} is torn: {error.what}"
+                    told = f"{ARMS[stage].stage} {path.name} is torn: {error.what}"
                     yield Finding(name="checkpoint", told=told, fix="nothing: resume takes the one before it")
             elif ".bad" in path.name:
-                told = f"{STAGES[stage]} {path.name} was damaged and set aside"
+                told = f"{ARMS[stage].stage} {path.name} was damaged and set aside"
                 yield Finding(name="checkpoint", told=told, fix="nothing: an older one was taken; remove it")
             else:
-                told = f"{STAGES[stage]} has {path.name}, left by a save that died"
+                told = f"{ARMS[stage].stage} has {path.name}, left by a save that died"
                 yield Finding(name="checkpoint", told=told, fix="nothing: the next start tidies up")
         if whole:
-            yield Finding(name="checkpoint", told=f"{STAGES[stage]}: {', '.join(whole)} verified")
+            yield Finding(name="checkpoint", told=f"{ARMS[stage].stage}: {', '.join(whole)} verified")
 
 
 def _training(run: Run) -> Iterator[Finding]:
     for stage, rows in run.curves.items():
         curves = {key: [v for _, v in findings.series(rows, key)] for key in {k for row in rows for k in row}}
         for one in (*_signs(curves), *_limits(curves)) if stage != "sft" else ():
-            yield Finding(name=f"{STAGES[stage]}: {one.name}", told=one.told, fix=one.fix)
+            yield Finding(name=f"{ARMS[stage].stage}: {one.name}", told=one.told, fix=one.fix)
         bad = [row for row in rows if row.get("skipped") and "flat" not in str(row["skipped"])]
         if bad:
             told = f"{len(bad):,} of {len(rows):,} steps were skipped, the last: {bad[-1]['skipped']}"
             fix = f"halve {'sft' if stage == 'sft' else 'grpo'}.optimizer.lr, or model.dtype=float32"
-            yield Finding(name=f"{STAGES[stage]}: bad steps", told=told, fix=fix)
+            yield Finding(name=f"{ARMS[stage].stage}: bad steps", told=told, fix=fix)
         norms = curves.get("grad_norm", [])
         if len(norms) > _TAIL and max(norms[-_TAIL:]) > 100 * median(norms):
             told = f"the gradient norm reached {max(norms[-_TAIL:]):.3g}, its median is {median(norms):.3g}"
-            yield Finding(name=f"{STAGES[stage]}: gradients", told=told, fix="halve the stage's optimizer.lr")
+            yield Finding(
+                name=f"{ARMS[stage].stage}: gradients", told=told, fix="halve the stage's optimizer.lr"
+            )
 
 
 def _signs(curves: dict[str, list[float]]) -> Iterator[Finding]:
@@ -156,7 +160,7 @@ def _limits(curves: dict[str, list[float]]) -> Iterator[Finding]:
 def _result(run: Run) -> Iterator[Finding]:
     for gap in findings.differences([run]):
         if gap.high < 0:
-            told = f"two stages are {-100 * gap.points:.1f} points worse than {ARMS[gap.arm]}"
+            told = f"two stages are {-100 * gap.points:.1f} points worse than {ARMS[gap.arm].label}"
             yield Finding(name="result", told=told, fix="keep that arm's model, and see the signs above")
 
 

@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from rlcs.engines.detokenizer import TextStream
+from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.local import _Batch, _Row
 from rlcs.engines.onednn_linear import packed
 from rlcs.engines.sampling import choose, uniform
@@ -64,7 +64,7 @@ class _Live(_Row):
     """One answer in the making."""
 
     ticket: Ticket
-    text: TextStream = field(repr=False)
+    text: Detokenizer = field(repr=False)
 
 
 class ContinuousEngine:
@@ -180,7 +180,7 @@ class _MixedBatch(_Batch):
                         seed=rollout_seed(ticket.sampling.seed, 0, prompt.problem_id, index),
                         start=start,
                         ticket=ticket,
-                        text=TextStream(self._chat.text, ticket.stops),
+                        text=Detokenizer(self._chat.text, ticket.stops),
                     )
                 )
 

@@ -6,7 +6,7 @@ UNFINISHED = "\ufffd"
 """What a decoder writes for a character whose bytes have not all come."""
 
 
-class TextStream:
+class Detokenizer:
     """The text of one answer, piece by piece.
 
     The pieces joined are the text of all tokens up to the first stop string, which is left out.

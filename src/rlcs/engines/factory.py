@@ -86,7 +86,7 @@ def launch_of(recipe: Recipe, vlm: Vlm) -> Launch:
     own = str(vlm.model.dtype).removeprefix("torch.")
     return Launch(
         settings=recipe.rollout,
-        dtype=own if computes == "same" or not vlm.mesh.grouped else computes,
+        dtype=own if computes == "same" or not vlm.world.grouped else computes,
         max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
         max_rows=max(grpo.max_rows, grpo.group_size),
         on_cpu=vlm.device.type == "cpu",

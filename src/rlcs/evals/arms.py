@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlcs.distributed import ALONE, Mesh
+from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine, ask
 from rlcs.errors import DataError, UserError
 from rlcs.evals.intervals import wilson
@@ -38,7 +38,7 @@ class Examiner:
     chat: Chat
     pool: GradePool
     settings: Eval
-    mesh: Mesh = ALONE
+    world: World = ALONE
 
 
 def evaluate(
@@ -55,23 +55,23 @@ def evaluate(
     models look better than they are.
     """
     path = folder / "predictions.jsonl"
-    mesh = examiner.mesh
+    world = examiner.world
     known = {problem.id: problem for problem in problems}
     digests = {name: problem.digest for name, problem in known.items()}
-    rows = mesh.first(lambda: answers_so_far(path, digests))
+    rows = world.first(lambda: answers_so_far(path, digests))
     answered = {row["id"] for row in rows}
     left = [problem for problem in problems if problem.id not in answered]
     for start in range(0, len(left), CHUNK):
-        mesh.check(stop, str(folder))
+        world.check(stop, str(folder))
         some = left[start : start + CHUNK]
         new = _answer_together(examiner, some)
-        if mesh.rank == 0:
+        if world.rank == 0:
             append_jsonl(path, new)
         rows += new
         done = len(problems) - len(left) + start + len(some)
         screen.advance(done, accuracy=sum(row["correct"] is True for row in rows) / len(rows))
     scores = score_rows([row for row in rows if row["id"] in known], known)
-    mesh.first(lambda: write_json(folder / "scores.json", scores))
+    world.first(lambda: write_json(folder / "scores.json", scores))
     return scores
 
 
@@ -91,8 +91,8 @@ def answers_so_far(path: Path, digests: Mapping[str, str]) -> list[dict[str, Any
 
 def _answer_together(examiner: Examiner, problems: Sequence[Problem]) -> list[dict[str, object]]:
     """Every rank answers its share; all get the rows of all."""
-    own = own_share([guessed_tokens(problem) for problem in problems], examiner.mesh)
-    parts = examiner.mesh.gather(list(_answer(examiner, [problems[i] for i in own])))
+    own = own_share([guessed_tokens(problem) for problem in problems], examiner.world)
+    parts = examiner.world.gather(list(_answer(examiner, [problems[i] for i in own])))
     return [row for part in parts for row in part]
 
 

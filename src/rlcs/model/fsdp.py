@@ -2,8 +2,8 @@
 
 Every decoder layer and vision block is one unit, and all the rest (embedding, head, norms, merger) is
 the root's: tied weights lie in one unit that way. FSDP gathers a unit when its forward is called, but
-we call the inner model and the head by themselves; so the root is a shell around the model, and all
-work with the weights runs inside of the shell's forward.
+we call the inner model and the head by themselves; so the root is a fsdp_root around the model, and all
+work with the weights runs inside of the fsdp_root's forward.
 
 Sampling does not run in step: it would take as many forwards on every rank, each of which gathers the
 whole model for one token a row. The weights are gathered once instead (`gathered`), and every rank
@@ -34,13 +34,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from rlcs.distributed import Mesh
+from rlcs.distributed import World
 from rlcs.recipe.parallel import Parallel
 
 T = TypeVar("T")
 
 
-class Shell(nn.Module):
+class FsdpRoot(nn.Module):
     """The root of a sharded model; whatever runs in its forward finds the root's weights gathered."""
 
     def __init__(self, model: PreTrainedModel, *, reshards: bool) -> None:
@@ -99,14 +99,14 @@ def _nothing() -> None:
     """No work."""
 
 
-def shard(model: PreTrainedModel, mesh: Mesh, settings: Parallel) -> Shell:
+def shard(model: PreTrainedModel, world: World, settings: Parallel) -> FsdpRoot:
     """Spread rank 0's weights over all ranks, unit by unit; elsewhere the model may lie on `meta`.
 
     Nothing is held whole but on rank 0, whose own copy shrinks as the shards grow.
     """
-    assert mesh.device is not None, "a mesh with process groups has a device"
-    devices = init_device_mesh(mesh.device.type, (mesh.size,))
-    return wrap(model, devices, settings, before=lambda modules: _fill(modules, mesh))
+    assert world.device is not None, "a world with process groups has a device"
+    devices = init_device_mesh(world.device.type, (world.size,))
+    return wrap(model, devices, settings, before=lambda modules: _fill(modules, world))
 
 
 def wrap(
@@ -115,8 +115,8 @@ def wrap(
     settings: Parallel,
     *,
     before: Callable[[Iterable[nn.Module]], None] = lambda modules: None,
-) -> Shell:
-    """Make FSDP's units: each layer and block, then the shell; `before` sees the modules of one."""
+) -> FsdpRoot:
+    """Make FSDP's units: each layer and block, then the fsdp_root; `before` sees the modules of one."""
     offload = CPUOffloadPolicy(pin_memory=devices.device_type == "cuda")
     options: dict[str, Any] = {
         "mesh": devices,
@@ -127,23 +127,23 @@ def wrap(
         ),
         "offload_policy": offload if settings.cpu_offload else OffloadPolicy(),
     }
-    shell = Shell(model, reshards=settings.reshard_after_forward)
+    fsdp_root = FsdpRoot(model, reshards=settings.reshard_after_forward)
     units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     done: set[nn.Module] = set()
     for unit in units:
         before(unit.modules())
         done.update(unit.modules())
         fully_shard(unit, reshard_after_forward=settings.reshard_after_forward, **options)
-    before(module for module in shell.modules() if module not in done)
-    fully_shard(shell, **options)
-    return shell
+    before(module for module in fsdp_root.modules() if module not in done)
+    fully_shard(fsdp_root, **options)
+    return fsdp_root
 
 
 def _dtype(name: str) -> torch.dtype | None:
     return None if name == "same" else getattr(torch, name)
 
 
-def _fill(modules: Iterable[nn.Module], mesh: Mesh) -> None:
+def _fill(modules: Iterable[nn.Module], world: World) -> None:
     """Give the modules' own tensors rank 0's values on this rank's device; tied ones stay tied."""
     filled: dict[Tensor, Tensor] = {}
     for module in modules:
@@ -152,23 +152,23 @@ def _fill(modules: Iterable[nn.Module], mesh: Mesh) -> None:
                 if tensor is None:
                     continue
                 if tensor not in filled:
-                    filled[tensor] = _from_first(tensor, mesh)
+                    filled[tensor] = _from_first(tensor, world)
                 table[name] = filled[tensor]  # type: ignore[assignment]
 
 
-def _from_first(tensor: Tensor, mesh: Mesh) -> Tensor:
+def _from_first(tensor: Tensor, world: World) -> Tensor:
     """A copy of rank 0's tensor, or on rank 0 the tensor itself where it lies on the right device."""
-    if mesh.rank == 0:
-        values = tensor.detach().to(mesh.device).contiguous()
+    if world.rank == 0:
+        values = tensor.detach().to(world.device).contiguous()
     else:
-        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=mesh.device)
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device)
     dist.broadcast(values, src=0)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(values, requires_grad=tensor.requires_grad)
     return values
 
 
-def whole_weights(model: nn.Module, mesh: Mesh, *, having: str = "") -> dict[str, Tensor]:
+def whole_weights(model: nn.Module, world: World, *, having: str = "") -> dict[str, Tensor]:
     """All weights by name on rank 0's CPU, tied ones as one tensor; on other ranks nothing.
 
     `having`: only those with this in their names.
@@ -178,5 +178,5 @@ def whole_weights(model: nn.Module, mesh: Mesh, *, having: str = "") -> dict[str
     for tensor in state.values():
         if tensor not in found:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            found[tensor] = whole.detach().cpu() if mesh.rank == 0 else torch.empty(0)
-    return {name: found[tensor] for name, tensor in state.items()} if mesh.rank == 0 else {}
+            found[tensor] = whole.detach().cpu() if world.rank == 0 else torch.empty(0)
+    return {name: found[tensor] for name, tensor in state.items()} if world.rank == 0 else {}

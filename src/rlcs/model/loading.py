@@ -24,12 +24,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlcs.distributed import ALONE, Mesh
+from rlcs.distributed import ALONE, World
 from rlcs.errors import ModelError, PromptError, UserError
 from rlcs.model import attention
 from rlcs.model import lora as adapters
 from rlcs.model.chat import DEFAULT_SYSTEM, Chat, default_system, set_default_system
-from rlcs.model.fsdp import Shell, shard, whole_weights
+from rlcs.model.fsdp import FsdpRoot, shard, whole_weights
 from rlcs.model.images import ImagePipeline
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
@@ -77,10 +77,10 @@ FAMILIES = {"qwen2_vl": _QWEN_2, "qwen2_5_vl": _QWEN_2, "qwen3_vl": _QWEN_3}
 
 @dataclass(frozen=True, kw_only=True)
 class Vlm:
-    """A model with its processor, ready for packs; under `torchrun` in shards (`shell`) over `mesh`.
+    """A model with its processor, ready for packs; under `torchrun` in shards (`fsdp_root`) over `world`.
 
-    `adapter` is peft's handle on the low-rank layers inside `model`, where those train; `bare` scores
-    as if there were none: the reference of GRPO.
+    `adapter` is peft's handle on the low-rank layers inside `model`, where those train; `reference_mode`
+    scores as if there were none: the reference of GRPO.
     """
 
     model: PreTrainedModel
@@ -89,13 +89,13 @@ class Vlm:
     attention: str
     device: torch.device
     adapter: "PeftModel | None" = None
-    bare: bool = False
-    mesh: Mesh = ALONE
-    shell: Shell | None = None
+    reference_mode: bool = False
+    world: World = ALONE
+    fsdp_root: FsdpRoot | None = None
 
     def scoring(self) -> AbstractContextManager[None]:
-        """The state to score in: adapters off if `bare`."""
-        if self.adapter is None or not self.bare:
+        """The state to score in: adapters off if `reference_mode`."""
+        if self.adapter is None or not self.reference_mode:
             return nullcontext()
         return self.adapter.disable_adapter()
 
@@ -108,11 +108,11 @@ class Vlm:
 
         All ranks must run as often, in the same order, with images or without.
         """
-        return work() if self.shell is None else self.shell.run(work)
+        return work() if self.fsdp_root is None else self.fsdp_root.run(work)
 
     def gathered(self) -> AbstractContextManager[None]:
         """All weights on every rank, to call the model without keeping step; no gradients."""
-        return nullcontext() if self.shell is None else self.shell.gathered()
+        return nullcontext() if self.fsdp_root is None else self.fsdp_root.gathered()
 
 
 def default_device() -> torch.device:
@@ -140,7 +140,7 @@ def load(
     settings: ModelSettings,
     *,
     device: torch.device | None = None,
-    mesh: Mesh = ALONE,
+    world: World = ALONE,
     four_bit: bool = False,
     weights: bool = True,
 ) -> Vlm:
@@ -149,7 +149,7 @@ def load(
     Without `weights` it has its form alone and takes no memory: for a model that another program runs.
     Under `torchrun` rank 0 alone has the weights, on the CPU, until `spread` gives every rank its share.
     """
-    device = device or mesh.device or default_device()
+    device = device or world.device or default_device()
     attention.require_usable(settings.attention, device)
     source = resolve(settings.name)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
@@ -158,7 +158,7 @@ def load(
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     how: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if four_bit:
-        if mesh.grouped:
+        if world.grouped:
             raise UserError(
                 "4-bit weights cannot be spread over processes",
                 where="lora.four_bit",
@@ -174,7 +174,7 @@ def load(
         # Spelled out while loading: engines call the model's parts, and its own hook waits for the whole.
         how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with _told(settings):
-        if weights and mesh.rank == 0:
+        if weights and world.rank == 0:
             model = AutoModelForImageTextToText.from_pretrained(source, **how, **options)
         else:
             model = _weightless(config, getattr(torch, dtype), settings)
@@ -182,12 +182,12 @@ def load(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Vlm(
-        model=model.to(device) if weights and not mesh.grouped else model,
+        model=model.to(device) if weights and not world.grouped else model,
         processor=processor,
         family=family,
         attention=settings.attention,
         device=device,
-        mesh=mesh,
+        world=world,
     )
 
 
@@ -201,12 +201,12 @@ def _weightless(config: Any, dtype: torch.dtype, settings: ModelSettings) -> Pre
 
 
 def spread(vlm: Vlm, settings: Parallel) -> Vlm:
-    """The model in shards over the ranks of its mesh; without `torchrun` the model as it is.
+    """The model in shards over the ranks of its world; without `torchrun` the model as it is.
 
     Raises UserError for choices that only a sharded model can have.
     """
-    if vlm.mesh.grouped:
-        return replace(vlm, shell=shard(vlm.model, vlm.mesh, settings))
+    if vlm.world.grouped:
+        return replace(vlm, fsdp_root=shard(vlm.model, vlm.world, settings))
     for key in ("compute_dtype", "reduce_dtype", "cpu_offload"):
         if getattr(settings, key) not in ("same", False):
             raise UserError(
@@ -321,33 +321,33 @@ def _compare_with_template(processor: Any, chat: Chat) -> None:
 def save(vlm: Vlm, folder: Path) -> None:
     """Write a Hugging Face folder: weights (safetensors), configuration, processor; rank 0 does.
 
-    Adapters are merged into the weights, and lie in peft's format in `folder/adapter` too; of a `bare` model
-    they are left out.
+    Adapters are merged into the weights, and lie in peft's format in `folder/adapter` too; of a model in
+    `reference_mode` they are left out.
     """
-    weights = whole_weights(vlm.model, vlm.mesh) if vlm.shell is not None else None
+    weights = whole_weights(vlm.model, vlm.world) if vlm.fsdp_root is not None else None
 
     def write() -> None:
         if vlm.adapter is None:
             vlm.model.save_pretrained(folder, state_dict=weights)
-        elif vlm.bare:
+        elif vlm.reference_mode:
             whole = weights or vlm.model.state_dict()
-            adapters.merged(vlm.adapter, whole, bare=True).save_pretrained(folder)
+            adapters.merged(vlm.adapter, whole, reference_mode=True).save_pretrained(folder)
         else:
             adapters.save(vlm.adapter, folder, whole=weights)
         vlm.processor.save_pretrained(folder)
         open_to_readers(folder)
 
-    vlm.mesh.first(write)
+    vlm.world.first(write)
 
 
 def save_adapters(vlm: Vlm, folder: Path) -> None:
     """Write the adapters of a model that has them, alone, in peft's format; rank 0 does."""
     adapter = vlm.adapter
     assert adapter is not None
-    weights = whole_weights(vlm.model, vlm.mesh, having=".lora_") if vlm.shell is not None else None
+    weights = whole_weights(vlm.model, vlm.world, having=".lora_") if vlm.fsdp_root is not None else None
 
     def write() -> None:
         adapters.save_alone(adapter, folder, whole=weights)
         open_to_readers(folder)
 
-    vlm.mesh.first(write)
+    vlm.world.first(write)

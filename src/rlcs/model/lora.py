@@ -87,11 +87,13 @@ def save_alone(adapter: "PeftModel", folder: Path, *, whole: Mapping[str, Tensor
     adapter.save_pretrained(str(folder), state_dict=named, save_embedding_layers=False)
 
 
-def merged(adapter: "PeftModel", whole: Mapping[str, Tensor], *, bare: bool = False) -> PreTrainedModel:
+def merged(
+    adapter: "PeftModel", whole: Mapping[str, Tensor], *, reference_mode: bool = False
+) -> PreTrainedModel:
     """A plain model on the CPU, without adapters, that says what the adapted one says.
 
-    `bare`: what it says with its adapters off. The adapted model is not touched. 4-bit weights become plain
-    ones, as they were computed with.
+    `reference_mode`: what it says with its adapters off. The adapted model is not touched. 4-bit weights
+    become plain ones, as they were computed with.
     """
     model: Any = adapter.get_base_model()
     config = copy.deepcopy(model.config)
@@ -100,15 +102,18 @@ def merged(adapter: "PeftModel", whole: Mapping[str, Tensor], *, bare: bool = Fa
     with torch.device("meta"):
         plain = type(model)(config)
     # One weight at a time: a GPU may have no room for all.
-    weights = {name: _folded(model, whole, name, bare=bare).detach().cpu() for name in plain.state_dict()}
+    weights = {
+        name: _folded(model, whole, name, reference_mode=reference_mode).detach().cpu()
+        for name in plain.state_dict()
+    }
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
 
 
-def _folded(model: nn.Module, whole: Mapping[str, Tensor], name: str, *, bare: bool) -> Tensor:
-    """The plain model's weight of this name: 4 bits spelled out, and unless `bare` what an adapter adds."""
+def _folded(model: nn.Module, whole: Mapping[str, Tensor], name: str, *, reference_mode: bool) -> Tensor:
+    """The plain model's weight of this name, 4 bits spelled out; adapted unless in `reference_mode`."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 
@@ -119,7 +124,7 @@ def _folded(model: nn.Module, whole: Mapping[str, Tensor], name: str, *, bare: b
     weight: Tensor = whole[f"{own}.base_layer.{kind}" if adapted else name]
     if kind == "weight" and hasattr(inner.weight, "quant_state"):
         weight = dequantize_module_weight(inner)
-    if kind != "weight" or not adapted or bare:
+    if kind != "weight" or not adapted or reference_mode:
         return weight
     [adapter] = layer.active_adapters
     down, up = (whole[f"{own}.lora_{x}.{adapter}.weight"].float() for x in "AB")

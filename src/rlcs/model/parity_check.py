@@ -71,7 +71,7 @@ def require_agreement(vlm: Vlm, chat: Chat, tree: Tree | None) -> float:
     with vlm.gathered():
         own = 0.0 if tree is None else disagreement(vlm, chat, tree)
         dtype = vlm.model.get_output_embeddings().weight.dtype
-    largest = vlm.mesh.sum({"gap_max": own})["gap_max"]
+    largest = vlm.world.sum({"gap_max": own})["gap_max"]
     if largest > TOLERANCE.get(dtype, 0.25):
         raise TrainingError(
             f"packed and plain logprobs differ by {largest:.2g} nats with attention {vlm.attention!r}",

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rlcs import distill, report
-from rlcs.data.run_data import Sources
-from rlcs.distributed import ALONE, Mesh
+from rlcs.data.run_data import RunData
+from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import MakeEngine, open_engines
 from rlcs.errors import RlcsError, RunFolderError
 from rlcs.evals.arms import Examiner, evaluate, write_problems
@@ -28,15 +28,15 @@ from rlcs.grading.own import check_function
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.progress import Screen, screen
+from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
 from rlcs.recipe.loading import differences, dump, load_recipe
 from rlcs.recipe.schema import Grpo, Model, Recipe
 from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag
 from rlcs.storage import atomic_write, read_json, write_json
 from rlcs.train import grpo, sft
-from rlcs.train.run_dir import StageFolder, is_done, mark_done
+from rlcs.train.run_dir import RunDir, is_done, mark_done
 
-MODEL_OF_ARM = {"base": None, "sft": "sft", "rl": "rl_only", "two_stage": "grpo"}
 """The stage folder whose `final` each arm measures; the base model has none."""
 
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "tries.jsonl", "turns.jsonl", "predictions.jsonl")
@@ -65,29 +65,29 @@ class Study:
         recipe: Recipe,
         folder: Path,
         *,
-        sources: Sources,
+        sources: RunData,
         output: Output,
         stop: StopFlag,
-        mesh: Mesh = ALONE,
+        world: World = ALONE,
     ) -> None:
         """Claim the folder. Raises RunFolderError if it belongs to another recipe, UserError."""
-        require_usable(recipe.model.attention, mesh.device or loading.default_device())
+        require_usable(recipe.model.attention, world.device or loading.default_device())
         self.recipe = recipe
         self.folder = folder
         self._sources = sources
         self._output = output
         self._stop = stop
-        self._mesh = mesh
-        mesh.first(lambda: claim(folder, recipe))
+        self._world = world
+        world.first(lambda: claim(folder, recipe))
         # Arms may join a run later; what each trains does not change.
         alike = recipe.model_copy(update={"study": type(recipe.study)()})
         self._recipe_hash = hashlib.sha256(dump(alike).encode()).hexdigest()
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not done yet; returns the summary, which also lies in summary.json."""
-        if self._mesh.rank:
+        if self._world.rank:
             log.setLevel(logging.ERROR)  # rank 0 warns, and keeps the log
-        log_here = attempt_log(self.folder / "logs") if self._mesh.rank == 0 else nullcontext()
+        log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
         with log_here, open_engines(self.recipe, self.folder / "rollout") as make_engine:
             return self._run(make_engine)
 
@@ -99,15 +99,14 @@ class Study:
         study = self.recipe.study
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:
-            self._mesh.first(lambda: self._cold_start(sources))
+            self._world.first(lambda: self._cold_start(sources))
             demonstrations = distill.load_kept(sources.cold_start, self.folder / "cold_start")
             self._sft(demonstrations)
-        if "two_stage" in study.arms:
-            self._grpo("grpo", sources, start=self.folder / "sft" / "final")
-        if "rl" in study.arms:
-            self._grpo("rl_only", sources, start=None)
+        for arm in RL_ARMS:
+            if arm in study.arms:
+                self._grpo(arm, sources)
         self._measure(sources.test)
-        return self._mesh.first(lambda: self._conclude(_counts(demonstrations, sources)))
+        return self._world.first(lambda: self._conclude(_counts(demonstrations, sources)))
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
         summary = {**self._summary(), "counts": counts}
@@ -115,7 +114,7 @@ class Study:
         log.info("report: %s", report.build(self.folder))
         return summary
 
-    def _cold_start(self, sources: Sources) -> None:
+    def _cold_start(self, sources: RunData) -> None:
         folder = self.folder / "cold_start"
         started = time.monotonic()
         if is_done(folder):
@@ -135,13 +134,17 @@ class Study:
         mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
 
     def _is_done(self, name: str) -> bool:
-        return self._mesh.first(lambda: is_done(self.folder / name))
+        return self._world.first(lambda: is_done(self.folder / name))
 
     def _policy(self, start: Path | None, frozen: Sequence[str]) -> loading.Vlm:
         """The model of a training stage, with what trains in it set."""
         lora = self.recipe.lora
         vlm = self._load(self.recipe.learner, start, lora.four_bit)
         return loading.prepare(vlm, lora, frozen, seed=self.recipe.seed)
+
+    def _weights_of(self, arm: str | None) -> Path | None:
+        """The folder with an arm's trained model; None: the model that the recipe names."""
+        return None if arm is None or ARMS[arm].parent is None else self.folder / arm / "final"
 
     def _vlm(self, start: Path | None) -> loading.Vlm:
         """A model that answers and never learns."""
@@ -151,27 +154,27 @@ class Study:
         if start is not None:
             settings = settings.model_copy(update={"name": str(start), "revision": None})
         loading.give_back_memory()  # the model before this one, if it was sharded, lies in FSDP's circles
-        return loading.load(settings, mesh=self._mesh, four_bit=four_bit)
+        return loading.load(settings, world=self._world, four_bit=four_bit)
 
     def _spread(self, vlm: loading.Vlm) -> loading.Vlm:
         return loading.spread(vlm, self.recipe.parallel)
 
-    def _stage_folder(self, name: str) -> StageFolder:
+    def _run_dir(self, name: str) -> RunDir:
         settings = self.recipe.sft if name == "sft" else self.recipe.grpo
-        return StageFolder(
+        return RunDir(
             self.folder / name,
             name=name,
             seed=self.recipe.seed,
             settings=settings,
             recipe_hash=self._recipe_hash,
-            mesh=self._mesh,
+            world=self._world,
             trackers=self.recipe.trackers,
         )
 
     def _sft(self, demonstrations: Sequence[Demonstration]) -> None:
         if self._is_done("sft"):
             return
-        self._mesh.check(self._stop, "before SFT")
+        self._world.check(self._stop, "before SFT")
         log.info("sft: %d demonstrations", len(demonstrations))
         vlm = self._spread(self._policy(None, self.recipe.sft.freeze))
         chat = loading.make_chat(vlm, self.recipe)
@@ -182,17 +185,17 @@ class Study:
                 chat,
                 demonstrations,
                 self.recipe.sft,
-                folder=self._stage_folder("sft"),
+                folder=self._run_dir("sft"),
                 screen=view,
                 stop=self._stop,
             )
 
-    def _grpo(self, name: str, sources: Sources, *, start: Path | None) -> None:
+    def _grpo(self, name: str, sources: RunData) -> None:
         if self._is_done(name):
             return
-        self._mesh.check(self._stop, f"before {name}")
+        self._world.check(self._stop, f"before {name}")
+        settings, start = self.recipe.grpo, self._weights_of(ARMS[name].parent)
         log.info("%s: %d problems, from %s", name, len(sources.rl), start or self.recipe.model.name)
-        settings = self.recipe.grpo
         vlm = self._policy(start, settings.freeze)
         reference = None
         if settings.kl.active:
@@ -205,7 +208,7 @@ class Study:
         engine = self._make_engine(vlm, chat, settings.max_rows)
         with self._pool(settings) as pool, self._output.screen(name, settings.steps) as view:
             grpo.train(
-                grpo.Actors(
+                grpo.GrpoContext(
                     vlm=vlm,
                     reference=reference,
                     chat=chat,
@@ -215,7 +218,7 @@ class Study:
                 ),
                 sources.rl,
                 settings,
-                folder=self._stage_folder(name),
+                folder=self._run_dir(name),
                 screen=view,
                 stop=self._stop,
             )
@@ -230,7 +233,7 @@ class Study:
         )
 
     def _measure(self, problems: Sequence[Problem]) -> None:
-        self._mesh.first(lambda: self._show(problems))
+        self._world.first(lambda: self._show(problems))
         for arm in self.recipe.study.arms:
             if not self._is_done(f"eval/{arm}"):
                 self._measure_arm(arm, problems)  # whose model goes with it, before the next one is loaded
@@ -238,15 +241,14 @@ class Study:
     def _measure_arm(self, arm: str, problems: Sequence[Problem]) -> None:
         folder, settings = self.folder / "eval" / arm, self.recipe.eval
         started = time.monotonic()
-        stage = MODEL_OF_ARM[arm]
-        vlm = self._spread(self._vlm(None if stage is None else self.folder / stage / "final"))
+        vlm = self._spread(self._vlm(self._weights_of(arm)))
         chat = loading.make_chat(vlm, self.recipe)
         engine = self._make_engine(vlm, chat, settings.max_rows)
         with self._pool(self.recipe.grpo) as pool, self._output.screen(f"eval {arm}", len(problems)) as view:
-            examiner = Examiner(engine=engine, chat=chat, pool=pool, settings=settings, mesh=self._mesh)
+            examiner = Examiner(engine=engine, chat=chat, pool=pool, settings=settings, world=self._world)
             evaluate(examiner, problems, folder=folder, screen=view, stop=self._stop)
         seconds = round(time.monotonic() - started, 1)
-        self._mesh.first(partial(mark_done, folder, seconds=seconds))
+        self._world.first(partial(mark_done, folder, seconds=seconds))
         log.info("eval %s: done", arm)
 
     def _show(self, problems: Sequence[Problem]) -> None:
@@ -257,7 +259,7 @@ class Study:
 
     def _summary(self) -> dict[str, Any]:
         seconds = {}
-        for stage in ("cold_start", "sft", "grpo", "rl_only"):
+        for stage in ("cold_start", *TRAINING_ORDER):
             if is_done(self.folder / stage):
                 seconds[stage] = read_json(self.folder / stage / "done.json")["seconds"]
         arms = {}
@@ -272,11 +274,11 @@ class Study:
             "recipe": self.recipe.model_dump(mode="json"),
             "versions": versions(),
             "command": command(),
-            **({"ranks": self._mesh.size} if self._mesh.grouped else {}),
+            **({"ranks": self._world.size} if self._world.grouped else {}),
         }
 
 
-def _counts(demonstrations: Sequence[Demonstration], sources: Sources) -> dict[str, int]:
+def _counts(demonstrations: Sequence[Demonstration], sources: RunData) -> dict[str, int]:
     """How much data each part of the study had, for the model's card."""
     return {"cold_start": len(demonstrations), "rl": len(sources.rl), "test": len(sources.test)}
 
@@ -367,10 +369,10 @@ def run_seeds(
     folder: Path,
     count: int,
     *,
-    sources: Sources,
+    sources: RunData,
     output: Output,
     stop: StopFlag,
-    mesh: Mesh = ALONE,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """The study with `count` seeds, each in its own folder; the summary averages over them.
 
@@ -378,18 +380,18 @@ def run_seeds(
     mean over the problems once, not over problems times seeds.
     """
     if count == 1:
-        return Study(recipe, folder, sources=sources, output=output, stop=stop, mesh=mesh).run()
+        return Study(recipe, folder, sources=sources, output=output, stop=stop, world=world).run()
 
     def begin() -> None:
         claim(folder, recipe)
         # For whoever must say how a stopped study goes on.
         write_json(folder / "seeds.json", {"count": count})
 
-    mesh.first(begin)
+    world.first(begin)
     summaries = {}
     for seed in range(recipe.seed, recipe.seed + count):
         own = recipe.model_copy(update={"seed": seed})
-        study = Study(own, folder / f"seed-{seed}", sources=sources, output=output, stop=stop, mesh=mesh)
+        study = Study(own, folder / f"seed-{seed}", sources=sources, output=output, stop=stop, world=world)
         summaries[seed] = study.run()
     summary = averaged(recipe, summaries)
 
@@ -398,7 +400,7 @@ def run_seeds(
         report.build(folder)
         return summary
 
-    return mesh.first(conclude)
+    return world.first(conclude)
 
 
 def averaged(recipe: Recipe, summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -10,32 +10,18 @@ from typing import Any
 
 from rlcs.model.loading import resolve
 from rlcs.publish.source import Source
+from rlcs.recipe.arms import ARMS, RL_ARMS, stages_behind
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.table import summary_rows
 from rlcs.report import findings
-from rlcs.report.load_run import ARMS, Run, number, part, read_run
-
-STORIES = {
-    "base": "The base model as it was, before any training.",
-    "sft": "The cold start alone: supervised fine-tuning on checked reasoning.",
-    "rl": "Reinforcement learning (GRPO) straight from the base model, without a cold start.",
-    "two_stage": "Two stages: a cold start (supervised fine-tuning on checked reasoning), then reinforcement "
-    "learning (GRPO) with a rule-checked reward.",
-}
-"""What each arm is, in a sentence."""
+from rlcs.report.load_run import Run, number, part, read_run
 
 _PRIVATE = ("model", "arms", "cold-start data", "cold-start teacher", "RL data", "test set")
 _FOREIGN = {
     "base": ("SFT", "RL", "reward", "chain of thought"),
     "sft": ("RL", "reward"),
-    "rl": ("SFT", "chain of thought"),
-    "two_stage": (),
-}
-_STAGES_OF_ARM = {
-    "base": (),
-    "sft": ("cold_start", "sft"),
-    "rl": ("rl_only",),
-    "two_stage": ("cold_start", "sft", "grpo"),
+    "grpo": ("SFT", "chain of thought"),
+    "sft_grpo": (),
 }
 
 
@@ -60,7 +46,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
     licence: dict[str, Any] = {**base_licence(base or source.weights, source.revision)}
     results = findings.arm_results([run]) if run else []
     own = next((result for result in results if result.arm == source.arm), None)
-    gaps = findings.differences([run]) if run and source.arm == "two_stage" else []
+    gaps = findings.differences([run]) if run and source.arm == "sft_grpo" else []
     sources = [recipe.data.cold_start, recipe.data.rl] if recipe and source.arm != "base" else []
     data = ModelCardData(
         model_name=name,
@@ -70,13 +56,13 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
         or None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["rlcs", "reasoning", *(["grpo"] if source.arm in ("rl", "two_stage") else [])],
+        tags=["rlcs", "reasoning", *(["grpo"] if source.arm in RL_ARMS else [])],
         eval_results=_index(own, recipe) if own and recipe else None,
     )
     body = environment.get_template("card.md.j2").render(
         name=name,
         base=shown(base) if base else None,
-        story=STORIES.get(source.arm or ""),
+        story=ARMS[source.arm].story if source.arm else None,
         parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),
         licence=licence.get("license_name") or licence.get("license"),
@@ -159,13 +145,13 @@ def _data_rows(recipe: Recipe, run: Run, arm: str | None) -> list[tuple[str, str
         ("reinforcement learning", f"`{shown(told.rl)}`", _many(number(counts, "rl"))),
         ("held-out measurement", f"`{shown(told.test)}`", _many(number(counts, "test"))),
     ]
-    used = {"base": rows[2:], "sft": [rows[0], rows[2]], "rl": rows[1:], "two_stage": rows}
-    return used[arm or "two_stage"]
+    used = {"base": rows[2:], "sft": [rows[0], rows[2]], "grpo": rows[1:], "sft_grpo": rows}
+    return used[arm or "sft_grpo"]
 
 
 def _choices(recipe: Recipe, arm: str | None) -> list[tuple[str, str]]:
     """The run's main choices, but for those of stages that this arm has not seen, and for private ones."""
-    left_out = _FOREIGN[arm or "two_stage"]
+    left_out = _FOREIGN[arm or "sft_grpo"]
     rows = summary_rows(recipe)
     return [(n, value) for n, value in rows if n not in _PRIVATE and not n.startswith(left_out)]
 
@@ -177,5 +163,5 @@ def _many(value: float | None) -> str:
 def _times(run: Run, arm: str | None) -> list[tuple[str, str]]:
     """(stage, minutes) of the stages behind this arm."""
     seconds = part(run.summary, "seconds")
-    took = [(stage, number(seconds, stage)) for stage in _STAGES_OF_ARM[arm or "two_stage"]]
+    took = [(stage, number(seconds, stage)) for stage in stages_behind(arm or "sft_grpo")]
     return [(stage.replace("_", " "), f"{value / 60:.1f}") for stage, value in took if value is not None]

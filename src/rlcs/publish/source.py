@@ -6,7 +6,7 @@ from pathlib import Path
 from rlcs.data.sources import suggest
 from rlcs.errors import ModelError, RunFolderError, UserError
 from rlcs.model import loading
-from rlcs.pipeline.study import MODEL_OF_ARM
+from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Recipe
 from rlcs.train.run_dir import is_done
@@ -28,14 +28,17 @@ def find_source(name: str, arm: str | None) -> Source:
 
     Raises UserError, RunFolderError or ModelError where there is nothing to export.
     """
-    if arm is not None and arm not in MODEL_OF_ARM:
-        raise UserError(f"no arm is called {arm!r}", where="--arm", fix=suggest(arm, MODEL_OF_ARM))
+    if arm is not None and arm not in ARMS:
+        raise UserError(f"no arm is called {arm!r}", where="--arm", fix=suggest(arm, ARMS))
     path = Path(name).expanduser()
     if (path / "recipe.yaml").is_file():
         return _of_run(path, arm)
-    arms = {stage: arm for arm, stage in MODEL_OF_ARM.items()}
-    if path.name == "final" and (path.parent.parent / "recipe.yaml").is_file() and path.parent.name in arms:
-        return _of_run(path.parent.parent, arm or arms[path.parent.name])
+    if (
+        path.name == "final"
+        and (path.parent.parent / "recipe.yaml").is_file()
+        and path.parent.name in TRAINING_ORDER
+    ):
+        return _of_run(path.parent.parent, arm or path.parent.name)
     if arm is not None:
         raise UserError("only a run has arms, and this is a model", where=name, fix="leave --arm out")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -50,15 +53,14 @@ def _of_run(run: Path, arm: str | None) -> Source:
     if seeds := sorted(path.name for path in run.glob("seed-*")):
         fix = f"name one of them, say {run / seeds[0]}"
         raise RunFolderError(f"the run has a model for each of {len(seeds)} seeds", where=str(run), fix=fix)
-    stage = MODEL_OF_ARM[arm]
-    if stage is None:
+    if ARMS[arm].parent is None:
         model = recipe.model
         return Source(
             weights=loading.resolve(model.name), revision=model.revision, run=run, recipe=recipe, arm=arm
         )
-    final = run / stage / "final"
-    if not is_done(run / stage) or not (final / "config.json").is_file():
-        there = [a for a, s in MODEL_OF_ARM.items() if s and (run / s / "final" / "config.json").is_file()]
+    final = run / arm / "final"
+    if not is_done(run / arm) or not (final / "config.json").is_file():
+        there = [a for a in TRAINING_ORDER if (run / a / "final" / "config.json").is_file()]
         fix = f"finish the run, or choose --arm among: {', '.join(['base', *there])}"
         raise RunFolderError(f"no finished model of the arm {arm}", where=str(final), fix=fix)
     return Source(weights=str(final), run=run, recipe=recipe, arm=arm)

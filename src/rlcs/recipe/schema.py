@@ -8,15 +8,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts, Sampler
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 from rlcs.recipe.trackers import Trackers
-
-Arm = Literal["base", "sft", "rl", "two_stage"]
-MAIN_FIRST: tuple[Arm, ...] = ("two_stage", "rl", "sft", "base")
-"""Arms by how much of the recipe they are."""
 
 
 class Model(Section):
@@ -356,7 +353,7 @@ class Grpo(Stage):
     """Grading."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
     """Extra rollout rounds a step to replace groups whose rewards are all equal (DAPO); 0: off."""
-    max_flat_steps: Positive = 20
+    max_zero_variance_steps: Positive = 20
     """Steps in a row without any reward difference before the run stops."""
 
 
@@ -376,24 +373,24 @@ class Eval(Section):
 class Study(Section):
     """Which arms `rlcs run` and `rlcs ablate` train and measure."""
 
-    arms: tuple[Arm, ...] = ("base", "two_stage")
-    """`base` and one that is trained, or more: `sft` and `rl` beside `two_stage` complete the comparison."""
+    arms: tuple[ArmName, ...] = ("base", "sft_grpo")
+    """`base` and one that is trained, or more: `sft` and `grpo` beside `sft_grpo` complete the comparison."""
 
     @model_validator(mode="after")
     def _compares_with_the_base(self) -> "Study":
         if "base" not in self.arms or len(set(self.arms)) < 2:
-            raise ValueError("the arms are base and at least one of sft, rl, two_stage")
+            raise ValueError("the arms are base and at least one of sft, grpo, sft_grpo")
         return self
 
     @property
-    def main(self) -> Arm:
+    def main(self) -> ArmName:
         """The arm whose model the run is for."""
         return next(arm for arm in MAIN_FIRST if arm in self.arms)
 
     @property
     def cold_starts(self) -> bool:
         """Whether any arm begins with SFT."""
-        return not {"sft", "two_stage"}.isdisjoint(self.arms)
+        return any("sft" in stages_behind(arm) for arm in self.arms)
 
 
 class Report(Section):

@@ -4,12 +4,12 @@ Defaults such as the upper clip, the KL estimator or what a loss is averaged ove
 are read here rather than in source code.
 """
 
+from rlcs.recipe.arms import ARMS
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft, Teacher
 
 _TOKEN_PIXELS = 28 * 28
-_ARMS = {"base": "base", "sft": "SFT only", "rl": "RL only", "two_stage": "SFT then RL"}
 _ADVANTAGES = {
     "grpo": "(r - mean) / (std + 1e-6) of the group",
     "dr_grpo": "r - mean of the group (Dr. GRPO: no division by std)",
@@ -56,7 +56,7 @@ def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
         ),
         ("LoRA", _lora(recipe.lora)),
         ("many processes", _parallel(recipe.parallel)),
-        ("arms", ", ".join(_ARMS[arm] for arm in recipe.study.arms)),
+        ("arms", ", ".join(ARMS[arm].label for arm in recipe.study.arms)),
         ("system prompt", "the chat template's own" if prompt.system is None else _quoted(prompt.system)),
         ("system prompt in RL", rl_system),
         ("longest prompt", f"{prompt.max_tokens:,} tokens, images included; longer ones are left out"),
@@ -99,7 +99,7 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         ("RL advantage", _ADVANTAGES[grpo.advantage]),
         ("RL KL", _kl(grpo)),
         ("RL answers at the limit", _overlong(grpo)),
-        ("RL groups all alike", _flat_groups(grpo)),
+        ("RL groups all alike", _zero_variance_groups(grpo)),
         ("reward", _reward(grpo)),
     ]
 
@@ -202,7 +202,7 @@ def _overlong(grpo: Grpo) -> str:
     return "; ".join(parts)
 
 
-def _flat_groups(grpo: Grpo) -> str:
+def _zero_variance_groups(grpo: Grpo) -> str:
     if not grpo.dynamic_sampling:
         return "kept: they add no gradient"
     return f"sampled anew, up to {_count(grpo.dynamic_sampling, 'more round')} a step (DAPO)"

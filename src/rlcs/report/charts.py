@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 
 Points = Sequence[tuple[float, float]]
 
-_NAMES = ("ink", "muted", "grid", "base", "sft", "rl", "two_stage", "p0", "p1", "p2", "p3", "p4", "p5", "p6")
+_NAMES = ("ink", "muted", "grid", "base", "sft", "grpo", "sft_grpo", "p0", "p1", "p2", "p3", "p4", "p5", "p6")
 _PAINT = {name: f"#0a0b{index + 16:02x}" for index, name in enumerate(_NAMES)}
-
-LINE_COLOURS = {"sft": "sft", "grpo": "two_stage", "rl_only": "rl"}
-"""Training stage -> the arm whose colour its curves have."""
 
 
 def arms_chart(results: Sequence[ArmResult]) -> Markup:
@@ -40,7 +37,7 @@ def arms_chart(results: Sequence[ArmResult]) -> Markup:
                 axes.plot(result.seeds, [row] * len(result.seeds), "o", ms=3, color=_PAINT["ink"], mew=0)
             axes.text(0, row + 0.29, result.name, va="bottom", color=_PAINT["ink"], fontsize=9.5)
             at = max(result.high, result.accuracy) + 0.012
-            weight = "bold" if result.arm == "two_stage" else "normal"
+            weight = "bold" if result.arm == "sft_grpo" else "normal"
             share = f"{result.accuracy:.1%}"
             axes.text(at, row, share, va="center", color=_PAINT["ink"], fontsize=10, fontweight=weight)
         top = max(max(r.high, r.accuracy) for r in results)

@@ -12,10 +12,11 @@ from statistics import fmean, stdev
 
 from rlcs.errors import RlcsError, RunFolderError
 from rlcs.evals.intervals import wilson
+from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.reading import parse
 from rlcs.report import charts, findings
 from rlcs.report.findings import ArmResult
-from rlcs.report.load_run import ARMS, STAGES, Run, read_runs, read_text
+from rlcs.report.load_run import Run, read_runs, read_text
 from rlcs.report.pages import templates, write_page
 
 _CURVES = (
@@ -25,7 +26,7 @@ _CURVES = (
     ("kl", False),
     ("entropy", False),
 )
-_COLOURS = ("rl", "two_stage")
+_COLOURS = ("grpo", "sft_grpo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,14 +88,14 @@ def compare(first: Path, second: Path) -> tuple[Comparison, list[list[Run]]]:
 def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) -> None:
     """The comparison as one page that needs no server."""
     panels = []
-    for stage in ("grpo", "rl_only"):
+    for stage in RL_ARMS:
         for key, percent in _CURVES:
             lines = [
                 (colour, [findings.series(run.curves.get(stage, ()), key) for run in runs])
                 for colour, runs in zip(_COLOURS, sides, strict=True)
             ]
             if all(any(points for points in curves) for _, curves in lines):
-                title = f"{STAGES[stage]}: {key.replace('_', ' ')}"
+                title = f"{ARMS[stage].stage}: {key.replace('_', ' ')}"
                 panels.append((title, charts.curve_chart(f"{stage}-{key}", title, lines, percent=percent)))
     template = templates().get_template("compare.html.j2")
     write_page(path, template.render(found=found, panels=panels, colours=_COLOURS))
@@ -179,5 +180,5 @@ def _ends(runs: Sequence[Run]) -> dict[str, float]:
             for key in ("loss",) if stage == "sft" else tuple(key for key, _ in _CURVES):
                 last = [value for _, value in findings.series(rows[-10:], key)]
                 if last:
-                    found.setdefault(f"{STAGES[stage]} {key}", []).append(fmean(last))
+                    found.setdefault(f"{ARMS[stage].stage} {key}", []).append(fmean(last))
     return {key: fmean(values) for key, values in found.items()}

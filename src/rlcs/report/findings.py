@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rlcs.evals.intervals import wilson
-from rlcs.report.load_run import ARMS, Answer, Attempt, HeldOut, Row, Run, number, part
+from rlcs.recipe.arms import ARMS, RL_ARMS
+from rlcs.report.load_run import Answer, Attempt, HeldOut, Row, Run, number, part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +34,7 @@ class ArmResult:
     @property
     def name(self) -> str:
         """The arm's name for people."""
-        return ARMS[self.arm]
+        return ARMS[self.arm].label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +79,12 @@ def arm_results(runs: Sequence[Run]) -> list[ArmResult]:
 
 def headline(results: Sequence[ArmResult]) -> tuple[str, str]:
     """The main sentence and its second half, from at least one result."""
-    main = next((r for r in results if r.arm == "two_stage"), results[-1])
+    main = next((r for r in results if r.arm == "sft_grpo"), results[-1])
     mean = f", mean of {len(main.seeds)} seeds" if len(main.seeds) > 1 else ""
     first = f"{main.name}: {main.accuracy:.1%} on {main.n:,} held-out problems{mean}"
     # The closest rival is SFT only, the farthest the base model.
     rest = sorted(
-        (r for r in results if r is not main), key=lambda r: ("sft", "rl", "base", "two_stage").index(r.arm)
+        (r for r in results if r is not main), key=lambda r: ("sft", "grpo", "base", "sft_grpo").index(r.arm)
     )
     gains = [f"{100 * (main.accuracy - r.accuracy):+.1f} points over {r.name}" for r in rest]
     gains = [g.replace("over Base", "over the base model").replace("-", "\u2212") for g in gains]
@@ -94,8 +95,8 @@ def training_headline(runs: Sequence[Run]) -> tuple[str, str]:
     """What the first run's training did, the last stage first, for a page without an evaluation."""
     told = []
     for stage, name, key in (
-        ("grpo", "RL", "reward"),
-        ("rl_only", "RL only", "reward"),
+        ("sft_grpo", "RL", "reward"),
+        ("grpo", "RL only", "reward"),
         ("sft", "SFT", "loss"),
     ):
         rows = runs[0].curves.get(stage, ())
@@ -113,9 +114,9 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
     """
     found = []
     for arm in ARMS:
-        pairs = [_pair(run.answers.get("two_stage", {}), run.answers.get(arm, {})) for run in runs]
+        pairs = [_pair(run.answers.get("sft_grpo", {}), run.answers.get(arm, {})) for run in runs]
         pairs = [p for p in pairs if p[2]]
-        if arm == "two_stage" or not pairs:
+        if arm == "sft_grpo" or not pairs:
             continue
         gaps = [(gained - lost) / n for gained, lost, n in pairs]
         low, high = (min(gaps), max(gaps)) if len(gaps) > 1 else paired_interval(*pairs[0])
@@ -149,7 +150,7 @@ _SIGNS = (
     ("no_format_share", "Answers outside the format", True, 0.2),
     ("truncated", "Answers cut at the limit", True, 0.1),
     ("unscored", "Answers the grader could not score", True, 0.05),
-    ("flat_groups", "Groups without any reward difference", True, 0.8),
+    ("zero_variance_groups", "Groups without any reward difference", True, 0.8),
 )
 
 
@@ -157,8 +158,8 @@ def health(runs: Sequence[Run]) -> list[HealthRow]:
     """Signs of a gamed reward or a broken run, first against last steps, mean over seeds."""
     found = []
     for key, name, share, limit in _SIGNS:
-        stages = {}
-        for stage in ("grpo", "rl_only"):
+        stages: dict[str, tuple[float, float, bool]] = {}
+        for stage in RL_ARMS:
             values = [[v for _, v in series(run.curves.get(stage, ()), key)] for run in runs]
             ends = [e for e in map(_ends, values) if e is not None]
             if ends:

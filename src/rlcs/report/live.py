@@ -100,7 +100,7 @@ class LiveReport(ThreadingHTTPServer):
         seed = asked.get("seed", "") if asked.get("seed") in seeds else next(iter(seeds), "")
         run = self.run / seed
         choices = rollouts.stages_of(run)
-        stage = asked.get("stage", "") if asked.get("stage") in choices else next(iter(choices), "grpo")
+        stage = asked.get("stage", "") if asked.get("stage") in choices else next(iter(choices), "sft_grpo")
         step, skip = _whole(asked.get("step")), _whole(asked.get("skip")) or 0
         wanted = Wanted(
             seed=seed,

@@ -11,13 +11,9 @@ from dataclasses import dataclass
 from json import loads
 from pathlib import Path
 
+from rlcs.recipe.arms import ARMS, TRAINING_ORDER
+
 _LOG = logging.getLogger(__name__)
-
-ARMS = {"base": "Base", "sft": "SFT only", "rl": "RL only", "two_stage": "Cold start + RL"}
-"""Arms in the order of the story, with their names for people."""
-
-STAGES = {"sft": "SFT", "grpo": "RL after SFT", "rl_only": "RL only"}
-"""Training stages in the order in which they run."""
 
 Row = Mapping[str, object]
 
@@ -91,8 +87,8 @@ def read_run(folder: Path) -> Run:
     """Everything readable of one run folder."""
     arms = [a for a in ARMS if (folder / "eval" / a).is_dir()]
     predictions = {a: list(read_rows(folder / "eval" / a / "predictions.jsonl")) for a in arms}
-    stages = {s: tuple(read_rows(folder / s / "metrics.jsonl")) for s in STAGES}
-    rollouts = {s: _last_rollouts(folder / s / "rollouts") for s in STAGES}
+    stages = {s: tuple(read_rows(folder / s / "metrics.jsonl")) for s in TRAINING_ORDER}
+    rollouts = {s: _last_rollouts(folder / s / "rollouts") for s in TRAINING_ORDER}
     scores = {a: read_object(folder / "eval" / a / "scores.json") for a in arms}
     return Run(
         folder=folder,

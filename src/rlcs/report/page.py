@@ -8,8 +8,9 @@ from pathlib import Path
 from markupsafe import Markup
 
 from rlcs.errors import RunFolderError
+from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.report import charts, demonstrations, findings, pictures, rollouts
-from rlcs.report.load_run import STAGES, Row, Run, number, part, read_object, read_runs, read_text, text
+from rlcs.report.load_run import Row, Run, number, part, read_object, read_runs, read_text, text
 from rlcs.report.pages import digits, templates, write_page
 from rlcs.report.progress import ending, progress
 
@@ -68,8 +69,8 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         seeds=[r.folder.name.removeprefix("seed-") for r in runs] if len(runs) > 1 else [],
         families=list(dict.fromkeys(name for r in results for name in r.by_family)),
         levels=list(dict.fromkeys(name for r in results for name in r.by_level)),
-        curves=_curves(runs, _CURVES, ("grpo", "rl_only")),
-        rl_stages=[stage for stage in ("grpo", "rl_only") if any(stage in run.curves for run in runs)],
+        curves=_curves(runs, _CURVES, RL_ARMS),
+        rl_stages=[stage for stage in RL_ARMS if any(stage in run.curves for run in runs)],
         sft_curves=_curves(runs, _SFT_CURVES, ("sft",)),
         phases=_phases(runs[0]),
         health=health,
@@ -99,14 +100,13 @@ def _curves(
     found = []
     for key, title, percent in wanted:
         lines = [
-            (charts.LINE_COLOURS[stage], [findings.series(run.curves.get(stage, ()), key) for run in runs])
-            for stage in stages
+            (stage, [findings.series(run.curves.get(stage, ()), key) for run in runs]) for stage in stages
         ]
         values = [value for _, curves in lines for points in curves for _, value in points]
         if not any(values):
             continue
         ends = [
-            f"{STAGES[stage]} from {curves[0][0][1]:.3g} to {curves[0][-1][1]:.3g}"
+            f"{ARMS[stage].stage} from {curves[0][0][1]:.3g} to {curves[0][-1][1]:.3g}"
             for stage, (_, curves) in zip(stages, lines, strict=True)
             if curves[0]
         ]
@@ -126,7 +126,7 @@ def _phases(run: Run) -> list[tuple[str, Markup, list[tuple[str, str, float]]]]:
         # One colour a phase on the whole page: known phases come first, in the order they are met.
         names = sorted(layers, key=lambda name: colours.setdefault(name, len(colours)))
         totals = [(n, charts.phase_colour(colours[n]), sum(v for _, v in layers[n])) for n in names]
-        told = f"Seconds a step of {STAGES[stage]}: " + ", ".join(
+        told = f"Seconds a step of {ARMS[stage].stage}: " + ", ".join(
             f"{n} {s:.0f} s in all" for n, _, s in totals
         )
         paints = [(colour, layers[name]) for name, colour, _ in totals]

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from rlcs.report.charts import LINE_COLOURS
-from rlcs.report.load_run import ARMS, STAGES
+from rlcs.recipe.arms import ARMS
 from rlcs.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def templates() -> "Environment":
     environment.filters.update(
         percent=_percent, points=_points, duration=_duration, fold=_fold, digits=digits, stage=_stage
     )
-    environment.globals.update(arms=ARMS, stages=STAGES, paint=LINE_COLOURS)
+    environment.globals.update(arms=ARMS)
     return environment
 
 
@@ -59,8 +58,9 @@ def visible(value: object) -> object:
 def _stage(name: str) -> str:
     """A key of the summary's seconds for people."""
     if name.startswith("eval_"):
-        return f"Measuring: {ARMS.get(name.removeprefix('eval_'), name)}"
-    return STAGES.get(name) or name.replace("_", " ").capitalize()
+        arm = name.removeprefix("eval_")
+        return f"Measuring: {ARMS[arm].label if arm in ARMS else arm}"
+    return ARMS[name].stage if name in ARMS else name.replace("_", " ").capitalize()
 
 
 def _percent(value: float | None) -> str:

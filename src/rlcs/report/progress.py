@@ -6,16 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from rlcs.progress import median_rate
+from rlcs.recipe.arms import ARMS, TRAINING_ORDER, stages_behind
 from rlcs.report.findings import phases
-from rlcs.report.load_run import ARMS, STAGES, Run, number, read_object, read_text
-
-_ARMS_OF = {
-    "cold_start": {"sft", "two_stage"},
-    "sft": {"sft", "two_stage"},
-    "grpo": {"two_stage"},
-    "rl_only": {"rl"},
-}
-"""The arms that need each stage, in the order in which stages run."""
+from rlcs.report.load_run import Run, number, read_object, read_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +31,9 @@ class Progress:
 def progress(run: Run) -> list[Progress]:
     """Every stage that this run has, in order: those that began, and of the others those its recipe names."""
     arms = set(_arms(run))
-    found = [_stage(run, key) for key, needing in _ARMS_OF.items() if needing & arms or key in run.curves]
+    needed = {stage for arm in arms if arm in ARMS for stage in stages_behind(arm)}
+    stages = ("cold_start", *TRAINING_ORDER)
+    found = [_stage(run, key) for key in stages if key in needed or key in run.curves]
     for arm in ARMS:
         if arm in arms or arm in run.answers:
             answered = len(run.answers.get(arm, ()))
@@ -46,7 +41,7 @@ def progress(run: Run) -> list[Progress]:
             found.append(
                 Progress(
                     key=f"eval_{arm}",
-                    name=f"Measuring: {ARMS[arm]}",
+                    name=f"Measuring: {ARMS[arm].label}",
                     state="done" if done else "begun" if answered else "waiting",
                     done=answered,
                     total=len(run.problems),
@@ -86,7 +81,7 @@ def _stage(run: Run, key: str) -> Progress:
     begun = bool(rows) or (key == "cold_start" and (run.folder / key).is_dir())
     return Progress(
         key=key,
-        name=STAGES.get(key, "Cold start"),
+        name=ARMS[key].stage if key in ARMS else "Cold start",
         state="done" if finished else "begun" if begun else "waiting",
         done=last or int(number(read_object(run.folder / key / "done.json"), "kept") or 0),
         total=total,

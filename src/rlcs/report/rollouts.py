@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from rlcs.recipe.arms import TRAINING_ORDER
 from rlcs.report import pictures
-from rlcs.report.load_run import STAGES, Attempt, HeldOut, Run, attempt, held_out, read_rows, saved_steps
+from rlcs.report.load_run import Attempt, HeldOut, Run, attempt, held_out, read_rows, saved_steps
 from rlcs.report.pages import templates, write_page
 
 _MOST_FILES = 400
@@ -76,7 +77,7 @@ class Found:
 
 def stages_of(run: Path) -> list[str]:
     """The stages of one run folder that have rollouts."""
-    return [stage for stage in STAGES if saved_steps(run / stage / "rollouts")]
+    return [stage for stage in TRAINING_ORDER if saved_steps(run / stage / "rollouts")]
 
 
 def find(run: Path, wanted: Wanted, *, count: int = 12) -> Found:

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rlcs import storage
-from rlcs.distributed import ALONE, Mesh, own_part
+from rlcs.distributed import ALONE, World, own_part
 from rlcs.errors import CheckpointError, DataError, RlcsError
 
 FORMAT = 1
@@ -213,29 +213,29 @@ def _unhex(text: str) -> Tensor:
 # --- state to disk ------------------------------------------------------------------------------
 
 
-def save(folder: Path, state: TrainState, *, keep: int, mesh: Mesh = ALONE) -> Path:
+def save(folder: Path, state: TrainState, *, keep: int, world: World = ALONE) -> Path:
     """Write `step-NNNNNN` below `folder` and return its path; then prune to the `keep` newest.
 
     Whatever moment the process dies at, `load_latest` finds this state or the one before. Leftovers
     of earlier deaths are removed. Raises RunFolderError, leaving nothing behind, if the disk is full.
-    All ranks of a mesh save together, into a folder that they all see.
+    All ranks of a world save together, into a folder that they all see.
     """
     target = folder / f"step-{state.step:06d}"
-    aside = mesh.first(lambda: _place_aside(folder, target))
+    aside = world.first(lambda: _place_aside(folder, target))
     try:
         failed: RlcsError | None = None
         try:
-            _write_tensors(aside, state, mesh)
+            _write_tensors(aside, state, world)
         except RlcsError as error:
             failed = error
-        for failure in filter(None, mesh.gather(failed)):
+        for failure in filter(None, world.gather(failed)):
             raise failure
-        mesh.first(lambda: _write_facts(aside, state, mesh.size))
+        world.first(lambda: _write_facts(aside, state, world.size))
     except BaseException:
-        if mesh.rank == 0:
+        if world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    mesh.first(lambda: _put_in_place(aside, target, keep=keep, step=state.step))
+    world.first(lambda: _put_in_place(aside, target, keep=keep, step=state.step))
     return target
 
 
@@ -261,12 +261,12 @@ def _of_rank(name: str, rank: int) -> str:
     return name if rank == 0 else name.replace(".", f"-{rank}.")
 
 
-def _write_tensors(aside: Path, state: TrainState, mesh: Mesh) -> None:
+def _write_tensors(aside: Path, state: TrainState, world: World) -> None:
     """This rank's rows of what is sharded; rank 0 writes what every rank has whole too."""
-    tensors, _ = _untied(_own(state.model, mesh))
-    _write(aside / _of_rank(_MODEL, mesh.rank), tensors)
-    optimizer = {name: _plain(tensor) for name, tensor in _own(state.optimizer.tensors, mesh).items()}
-    _write(aside / _of_rank(_OPTIMIZER, mesh.rank), optimizer)
+    tensors, _ = _untied(_own(state.model, world))
+    _write(aside / _of_rank(_MODEL, world.rank), tensors)
+    optimizer = {name: _plain(tensor) for name, tensor in _own(state.optimizer.tensors, world).items()}
+    _write(aside / _of_rank(_OPTIMIZER, world.rank), optimizer)
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -280,11 +280,11 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         raise storage.cannot_write(path, sum(t.nbytes for t in tensors.values()), error) from error
 
 
-def _own(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+def _own(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     return {
         name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for name, tensor in tensors.items()
-        if mesh.rank == 0 or isinstance(tensor, DTensor)
+        if world.rank == 0 or isinstance(tensor, DTensor)
     }
 
 
@@ -405,13 +405,13 @@ def load(folder: Path, step: int) -> TrainState:
     return _verified(found[step], step)
 
 
-def load_latest(folder: Path, mesh: Mesh = ALONE) -> TrainState | None:
+def load_latest(folder: Path, world: World = ALONE) -> TrainState | None:
     """The newest checkpoint that passes its checks, or None if there is none.
 
     A damaged one is renamed to `.bad` with a RuntimeWarning, and the next older one is tried. Rank 0
     checks; the other ranks open what it found.
     """
-    found = mesh.first(lambda: _newest(folder))
+    found = world.first(lambda: _newest(folder))
     return None if found is None else _read(*found)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rlcs.data import ProblemStream
-from rlcs.distributed import ALONE, Mesh
+from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
 from rlcs.errors import DataError, TrainingError
 from rlcs.grading import GradePool, health
@@ -31,19 +31,19 @@ from rlcs.train.losses import (
     LossSettings,
     LossSums,
     advantages,
-    is_flat,
+    has_zero_variance,
     overlong_penalty,
     policy_loss,
     truncated_importance,
 )
-from rlcs.train.run_dir import Clock, StageFolder
-from rlcs.train.trainer import Batch, Counts, Objective, Outcome, Trainer, logprobs_of
+from rlcs.train.run_dir import Clock, RunDir
+from rlcs.train.trainer import Batch, Counts, Objective, StepResult, Trainer, logprobs_of
 
 log = logging.getLogger("rlcs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Actors:
+class GrpoContext:
     """Who takes part in a step: policy, reference (None without KL), chat format, engine, graders.
 
     `rollout` says how far the engine's logprobs may be from the policy's, and how that is corrected.
@@ -72,15 +72,15 @@ def with_reference(vlm: Vlm, spread: Callable[[Vlm], Vlm]) -> tuple[Vlm, Vlm]:
         reference = spread(frozen_copy(vlm))
         return spread(vlm), reference
     policy = spread(vlm)
-    return policy, replace(policy, bare=True)
+    return policy, replace(policy, reference_mode=True)
 
 
 def train(
-    actors: Actors,
+    actors: GrpoContext,
     problems: Sequence[Problem],
     settings: Grpo,
     *,
-    folder: StageFolder,
+    folder: RunDir,
     screen: Screen,
     stop: StopFlag,
 ) -> None:
@@ -102,11 +102,11 @@ def train(
             actors.engine.sync()
         groups, skipped = collect(actors, stream, settings, sampling, step=step, clock=clock)
         if step == first:
-            tree = tree_of(groups[actors.vlm.mesh.rank % len(groups)], keep_unscored=True)
+            tree = tree_of(groups[actors.vlm.world.rank % len(groups)], keep_unscored=True)
             require_agreement(actors.vlm, actors.chat, tree)
         outcomes = learn(trainer, actors, groups, settings, clock=clock)
-        folder.flat_steps = folder.flat_steps + 1 if all(map(flat, groups)) else 0
-        _require_signal(folder.flat_steps, settings)
+        folder.zero_variance_steps = folder.zero_variance_steps + 1 if all(map(flat, groups)) else 0
+        _require_signal(folder.zero_variance_steps, settings)
         folder.journal(step + 1, [row for group in groups for row in journal_rows(group)])
         folder.note_problems(group.problem for group in groups)
         report = folder.report(
@@ -130,16 +130,17 @@ def warn_of_gap(values: Mapping[str, float], rollout: Rollouts, screen: Screen) 
         screen.say(f"warning: {text}")
 
 
-def _require_signal(flat_steps: int, settings: Grpo) -> None:
-    if flat_steps >= settings.max_flat_steps:
+def _require_signal(zero_variance_steps: int, settings: Grpo) -> None:
+    if zero_variance_steps >= settings.max_zero_variance_steps:
         raise TrainingError(
-            f"no group had two different rewards in {flat_steps} steps in a row: nothing can be learnt",
+            f"no group had two different rewards in {zero_variance_steps} steps in a row: "
+            "nothing can be learnt",
             fix="look at rollouts/: are answers boxed, and is the task neither too hard nor too easy?",
         )
 
 
 def collect(
-    actors: Actors,
+    actors: GrpoContext,
     stream: ProblemStream[Problem],
     settings: Grpo,
     sampling: Sampling,
@@ -155,7 +156,7 @@ def collect(
     at most `dynamic_sampling` more rounds, then what there is. A problem that cannot become a
     prompt is skipped, and the next one takes its place.
     """
-    mesh = actors.vlm.mesh
+    world = actors.vlm.world
     groups: list[Group] = []
     asked_before: Counter[str] = Counter()
     skipped = 0
@@ -163,7 +164,7 @@ def collect(
         wanted = settings.prompts_per_step - sum(not flat(group) for group in groups)
         if wanted <= 0:
             break
-        problems, prompts, bad = take_prompts(stream, actors.chat, wanted, mesh)
+        problems, prompts, bad = take_prompts(stream, actors.chat, wanted, world)
         skipped += bad
         prompts = tell_repeats(problems, prompts, asked_before)
         with clock("rollout"):
@@ -176,7 +177,7 @@ def collect(
             for (place, prompt), members in zip(prompts.items(), rollouts, strict=True):
                 scored = tuple(next(grades) for _ in members)
                 own[place] = make_group(problems[place], prompt, members, scored, settings)
-            made = {place: group for some in mesh.gather(own) for place, group in some.items()}
+            made = {place: group for some in world.gather(own) for place, group in some.items()}
             groups += [made[place] for place in sorted(made)]
     if settings.dynamic_sampling:
         groups.sort(key=flat)
@@ -185,7 +186,7 @@ def collect(
 
 
 def take_prompts(
-    stream: ProblemStream[Problem], chat: Chat, count: int, mesh: Mesh = ALONE
+    stream: ProblemStream[Problem], chat: Chat, count: int, world: World = ALONE
 ) -> tuple[list[Problem], dict[int, Prompt], int]:
     """The next `count` problems that can be prompts, this rank's prompts by place, and how many cannot.
 
@@ -198,12 +199,12 @@ def take_prompts(
         taken = stream.take(count - len(problems))
         own: dict[int, Prompt] = {}
         errors: dict[int, DataError] = {}
-        for index in own_share([guessed_tokens(problem) for problem in taken], mesh):
+        for index in own_share([guessed_tokens(problem) for problem in taken], world):
             try:
                 own[index] = chat.prompt(taken[index])
             except DataError as error:
                 errors[index] = error
-        bad = {index: error for some in mesh.gather(errors) for index, error in some.items()}
+        bad = {index: error for some in world.gather(errors) for index, error in some.items()}
         for index, problem in enumerate(taken):
             if index in own:
                 prompts[len(problems)] = own[index]
@@ -261,7 +262,7 @@ def shaped_reward(rollout: Rollout, grade: Grade, settings: Grpo) -> float | Non
 
 def flat(group: Group) -> bool:
     """Whether no member did better than another: without a KL penalty the gradient is exactly zero."""
-    return is_flat(group.advantages)
+    return has_zero_variance(group.advantages)
 
 
 def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:
@@ -275,8 +276,8 @@ def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:
 
 
 def learn(
-    trainer: Trainer, actors: Actors, groups: Sequence[Group], settings: Grpo, *, clock: Clock
-) -> list[Outcome]:
+    trainer: Trainer, actors: GrpoContext, groups: Sequence[Group], settings: Grpo, *, clock: Clock
+) -> list[StepResult]:
     """The optimiser steps of one rollout step, each on its share of the groups, which ranks share anew.
 
     Without a KL penalty a flat group has a gradient of exactly zero: it is not computed, but its
@@ -290,7 +291,7 @@ def learn(
         for share in shares:
             active = [group for group in share if keep_flat or not flat(group)]
             trees = [tree for tree in map(tree_of, active) if tree.branches]
-            own = own_share([tree.num_tokens for tree in trees], actors.vlm.mesh)
+            own = own_share([tree.num_tokens for tree in trees], actors.vlm.world)
             idle = [tree_of(group) for group in share if not keep_flat and flat(group)]
             also = Counts(
                 tokens=sum(len(b.ids) for tree in idle for b in tree.branches),
@@ -316,13 +317,13 @@ def learn(
     return outcomes
 
 
-def make_batches(trees: Sequence[Tree], actors: Actors, settings: Grpo) -> list[Batch]:
+def make_batches(trees: Sequence[Tree], actors: GrpoContext, settings: Grpo) -> list[Batch]:
     """Packs within the token budget, with old and reference logprobs where the loss needs them.
 
     With one optimiser step a rollout step the policy is the one that sampled, so the ratio's base
     is the policy itself and needs no pass.
     """
-    packs = packs_in_step(trees, actors.chat, budget=settings.pack_tokens, mesh=actors.vlm.mesh)
+    packs = packs_in_step(trees, actors.chat, budget=settings.pack_tokens, world=actors.vlm.world)
     old: Sequence[torch.Tensor | None] = [None] * len(packs)
     reference: Sequence[torch.Tensor | None] = [None] * len(packs)
     if settings.optimizer_steps > 1:
@@ -383,13 +384,13 @@ def measure(groups: Sequence[Group]) -> dict[str, float]:
         "response_tokens": sum(len(r.ids) for r in rollouts) / count,
         "truncated": sum(r.stop is StopReason.LENGTH for r in rollouts) / count,
         "unscored": 1.0 - len(scored) / count,
-        "flat_groups": sum(flat(group) for group in groups) / max(1, len(groups)),
+        "zero_variance_groups": sum(flat(group) for group in groups) / max(1, len(groups)),
         "rollout_tokens": float(sum(len(r.ids) for r in rollouts)),
     }
     return values | health([r.text for r in rollouts])
 
 
-def averaged(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def averaged(outcomes: Sequence[StepResult]) -> dict[str, float]:
     """Means over the optimiser steps of a rollout step (largest of what ends in `_max`).
 
     `sampler_gap` and its maximum are the first step's: later ones differ because the policy has moved on

@@ -25,7 +25,7 @@ Average = Literal["token", "sequence", "example", "constant", "micro_batch"]
 
 STD_EPSILON = 1e-6
 """Added to a group's standard deviation, as in the code that the paper ran (EasyR1)."""
-FLAT_TOLERANCE = 1e-9
+ZERO_VARIANCE_TOLERANCE = 1e-9
 """Rewards closer than this are equal: rounding is no reward difference."""
 MAX_LOG_RATIO = 20.0
 """Log ratios are held within this before `exp`, so that no infinity meets a zero advantage."""
@@ -33,10 +33,10 @@ MAX_K3 = 10.0
 """The paper's code holds k3 within [-10, 10]; k3 is never negative, so this bound is the one that acts."""
 
 
-def is_flat(rewards: Sequence[float | None]) -> bool:
+def has_zero_variance(rewards: Sequence[float | None]) -> bool:
     """Whether a group teaches nothing: all scored rewards equal, or fewer than two of them."""
     scored = [r for r in rewards if r is not None]
-    return len(scored) < 2 or max(scored) - min(scored) <= FLAT_TOLERANCE
+    return len(scored) < 2 or max(scored) - min(scored) <= ZERO_VARIANCE_TOLERANCE
 
 
 def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float | None, ...]:
@@ -54,7 +54,7 @@ def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float 
     scored = [r for r in rewards if r is not None]
     if len(scored) < 2:
         return tuple(None for _ in rewards)
-    if is_flat(rewards):
+    if has_zero_variance(rewards):
         return tuple(None if r is None else 0.0 for r in rewards)
     count = len(scored)
     mean = math.fsum(scored) / count

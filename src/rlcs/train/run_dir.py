@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.data import ProblemStream
-from rlcs.data.problem_store import ProblemBook
-from rlcs.distributed import ALONE, Mesh
+from rlcs.data.problem_store import ProblemStore
+from rlcs.distributed import ALONE, World
 from rlcs.errors import CheckpointError
 from rlcs.model.loading import save
 from rlcs.progress import Screen
@@ -21,7 +21,7 @@ from rlcs.storage import append_jsonl, write_json
 from rlcs.train import checkpoint
 from rlcs.train.metrics import MetricsLog
 from rlcs.train.trackers import Trackers
-from rlcs.train.trainer import Outcome, Trainer
+from rlcs.train.trainer import StepResult, Trainer
 
 DONE = "done.json"
 """The marker of a finished stage; a stage that has one is not run again."""
@@ -54,11 +54,11 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
 
-class StageFolder:
+class RunDir:
     """Where one training stage keeps everything, and how it comes back after a stop.
 
-    `spent_s` is the stage's wall time over all attempts, as far as checkpoints know; `flat_steps` counts how
-    many of the last steps had nothing to tell good from bad by.
+    `spent_s` is the stage's wall time over all attempts, as far as checkpoints know;
+    `zero_variance_steps` counts how many of the last steps had nothing to tell good from bad by.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StageFolder:
         seed: int,
         settings: Stage,
         recipe_hash: str,
-        mesh: Mesh = ALONE,
+        world: World = ALONE,
         trackers: TrackerSettings = TrackerSettings(),  # noqa: B008 - frozen
     ) -> None:
         """Create the folder; `recipe_hash` guards against checkpoints of another recipe."""
@@ -78,13 +78,13 @@ class StageFolder:
         self.name = name
         self.seed = seed
         self.final = path / "final"
-        self.flat_steps = 0
-        self._mesh = mesh
+        self.zero_variance_steps = 0
+        self._world = world
         self._settings = settings
         self._recipe_hash = recipe_hash
         self._metrics = MetricsLog(path / "metrics.jsonl")
         self._trackers = Trackers(trackers, path, stage=name)
-        self._problems = ProblemBook(path / "rollouts")
+        self._problems = ProblemStore(path / "rollouts")
         self._started = time.monotonic()
         self._spent_before = 0.0
 
@@ -96,7 +96,7 @@ class StageFolder:
     def resume(self, trainer: Trainer, stream: ProblemStream[Any]) -> int:
         """Restore the newest valid checkpoint, if there is one; returns the steps already done."""
         self._first(self._trackers.skip_what_was_sent)
-        state = checkpoint.load_latest(self.path / "checkpoints", self._mesh)
+        state = checkpoint.load_latest(self.path / "checkpoints", self._world)
         if state is None:
             self._first(lambda: self._metrics.resume_from(0))
             return 0
@@ -110,13 +110,15 @@ class StageFolder:
         trainer.done, trainer.bad_steps = state.schedule["done"], state.schedule["bad_steps"]
         stream.restore(state.cursor)
         self._spent_before = state.extra["spent_s"]
-        self.flat_steps = state.extra.get("flat_steps", 0)  # checkpoints written before there was a count
+        self.zero_variance_steps = state.extra.get(
+            "zero_variance_steps", 0
+        )  # checkpoints written before there was a count
         self._first(lambda: self._metrics.resume_from(state.step))
         return state.step
 
     def _first(self, work: Callable[[], None]) -> None:
         """What rank 0 alone does, and nobody waits for."""
-        if self._mesh.rank == 0:
+        if self._world.rank == 0:
             work()
 
     def journal(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
@@ -136,7 +138,7 @@ class StageFolder:
 
     def report(
         self,
-        outcome: Outcome | None,
+        outcome: StepResult | None,
         *,
         step: int,
         steps: int,
@@ -169,7 +171,7 @@ class StageFolder:
         self._first(lambda: self._log(report))
         screen.step(report)
         due = report.step % self._settings.save_every == 0 and report.step < report.steps
-        stopping = self._mesh.agree(stop)
+        stopping = self._world.agree(stop)
         if due or stopping:
             state = checkpoint.capture(
                 trainer.vlm.model,
@@ -177,13 +179,13 @@ class StageFolder:
                 step=report.step,
                 cursor=stream.state(),
                 schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
-                extra={"spent_s": self.spent_s, "flat_steps": self.flat_steps},
+                extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
                 recipe_hash=self._recipe_hash,
             )
             keep = self._settings.keep_checkpoints
-            checkpoint.save(self.path / "checkpoints", state, keep=keep, mesh=self._mesh)
+            checkpoint.save(self.path / "checkpoints", state, keep=keep, world=self._world)
         if stopping:
-            self._mesh.check(stop, f"{self.name} after step {report.step} of {report.steps}")
+            self._world.check(stop, f"{self.name} after step {report.step} of {report.steps}")
 
     def _log(self, report: StepReport) -> None:
         self._metrics.append(report)
@@ -194,4 +196,4 @@ class StageFolder:
         self._trackers.close()
         save(trainer.vlm, self.final)
         seconds = round(self.spent_s, 1)
-        self._mesh.first(lambda: mark_done(self.path, seconds=seconds, optimizer_steps=trainer.done))
+        self._world.first(lambda: mark_done(self.path, seconds=seconds, optimizer_steps=trainer.done))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from rlcs.data import ProblemStream
-from rlcs.distributed import ALONE, Mesh
+from rlcs.distributed import ALONE, World
 from rlcs.errors import DataError
 from rlcs.model.chat import Chat
 from rlcs.model.loading import Vlm
@@ -21,7 +21,7 @@ from rlcs.records import Branch, Demonstration, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
 from rlcs.train.losses import Average, LossSums, sft_loss
-from rlcs.train.run_dir import StageFolder
+from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Batch, Objective, Trainer
 
 
@@ -43,7 +43,7 @@ def train(
     demonstrations: Sequence[Demonstration],
     settings: Sft,
     *,
-    folder: StageFolder,
+    folder: RunDir,
     screen: Screen,
     stop: StopFlag,
 ) -> None:
@@ -55,8 +55,8 @@ def train(
     for step in range(first, steps):
         started = time.perf_counter()
         batch = stream.take(settings.batch_size)
-        trees, bad = usable_trees(batch, chat, vlm.mesh)
-        packs = packs_in_step(trees, chat, budget=settings.pack_tokens, mesh=vlm.mesh)
+        trees, bad = usable_trees(batch, chat, vlm.world)
+        packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
         if step == first:
             require_agreement(vlm, chat, trees[0] if trees else None)
         loaded = time.perf_counter()
@@ -75,7 +75,7 @@ def train(
 
 
 def usable_trees(
-    demonstrations: Sequence[Demonstration], chat: Chat, mesh: Mesh = ALONE
+    demonstrations: Sequence[Demonstration], chat: Chat, world: World = ALONE
 ) -> tuple[list[Tree], int]:
     """Trees of this rank's share of the demonstrations, and how many of all cannot be prompts.
 
@@ -83,12 +83,12 @@ def usable_trees(
     """
     trees: list[Tree] = []
     errors: list[DataError] = []
-    for index in own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], mesh):
+    for index in own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], world):
         try:
             trees.append(tree_of(demonstrations[index], chat))
         except DataError as error:
             errors.append(error)
-    bad = [error for some in mesh.gather(errors) for error in some]
+    bad = [error for some in world.gather(errors) for error in some]
     if bad and len(bad) == len(demonstrations):
         raise bad[-1]
     return trees, len(bad)

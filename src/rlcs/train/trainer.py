@@ -44,7 +44,7 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class StepResult:
     """What one optimiser step did; `values` are averages over its tokens. `skipped` says why, if it was."""
 
     loss: float
@@ -99,7 +99,7 @@ class Trainer:
         temperature: float = 1.0,
         max_new_tokens: int = 1,
         also: Counts = Counts(),
-    ) -> Outcome:
+    ) -> StepResult:
         """One optimiser step over all `batches`. Raises TrainingError after too many bad ones in a row.
 
         Every rank gives as many batches (`shares.packs_in_step`) and gets the same outcome, which is of
@@ -128,7 +128,7 @@ class Trainer:
             for name, largest in sums.maxima.items():
                 totals[name] = max(totals[name], largest.item())
             totals["entropy"] += scores.entropy.sum().item()
-        counts, totals = self.vlm.mesh.sum(counts), self.vlm.mesh.sum(totals)
+        counts, totals = self.vlm.world.sum(counts), self.vlm.world.sum(totals)
         divisor = denominator(
             average,
             tokens=int(counts["tokens"]) + also.tokens,
@@ -141,7 +141,7 @@ class Trainer:
         norm, skipped = self._apply(divisor)
         lr = learning_rate(self._settings, self.done, self._steps)
         self.done += 1
-        return Outcome(
+        return StepResult(
             loss=counts["loss"] / divisor,
             grad_norm=norm,
             lr=lr,
@@ -154,7 +154,7 @@ class Trainer:
     def _apply(self, divisor: float) -> tuple[float, str]:
         """Divide the gradients, clip, and step if they are finite: the norm, and why not."""
         grads = [p.grad for p in self._parameters if p.grad is not None]
-        torch._foreach_div_(grads, divisor / self.vlm.mesh.size)  # FSDP leaves the mean over ranks
+        torch._foreach_div_(grads, divisor / self.vlm.world.size)  # FSDP leaves the mean over ranks
         total = torch.nn.utils.get_total_norm(grads)
         total = total.full_tensor() if isinstance(total, DTensor) else total
         torch.nn.utils.clip_grads_with_norm_(self._parameters, self._settings.max_grad_norm, total)

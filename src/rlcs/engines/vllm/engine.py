@@ -53,11 +53,11 @@ class VllmEngine:
         # vLLM starts, starts again or wakes up on rank 0 below, maybe on GPUs that train, each of which
         # has a rank with a cache of its own: nobody passes the gathering before all have done this.
         give_back_memory()
-        mesh = self._vlm.mesh
-        by_rank = mesh.gather(list(prompts))
+        world = self._vlm.world
+        by_rank = world.gather(list(prompts))
         everything = [prompt for some in by_rank for prompt in some]
-        groups = mesh.first(lambda: self._ask(everything, sampling, step=step, progress=progress))
-        start = sum(len(some) for some in by_rank[: mesh.rank])
+        groups = world.first(lambda: self._ask(everything, sampling, step=step, progress=progress))
+        start = sum(len(some) for some in by_rank[: world.rank])
         return groups[start : start + len(prompts)]
 
     def _ask(

@@ -73,7 +73,7 @@ class WeightsFolder:
             self._below, self.newest = None, self._write(vlm, save)
             return self.newest
         if self.newest is None or self._below is None or self._below() is not vlm.adapter:
-            self.newest, self._below = self._write(replace(vlm, bare=True), save), ref(vlm.adapter)
+            self.newest, self._below = self._write(replace(vlm, reference_mode=True), save), ref(vlm.adapter)
         self.newest = self._write(vlm, save_adapters, base=self.newest.model)
         return self.newest
 
@@ -87,11 +87,11 @@ class WeightsFolder:
         version = f"{self._run}-{self._count}" if base is None else f"{base.version}+{self._count}"
         aside = self._path / f"{version}.part"
         try:
-            self._writes = vlm.mesh.rank == 0
+            self._writes = vlm.world.rank == 0
             if self._writes:
                 self._path.mkdir(parents=True, exist_ok=True)
             how(vlm, aside)
-            return vlm.mesh.first(lambda: self._put_in_place(vlm, aside, version, base))
+            return vlm.world.first(lambda: self._put_in_place(vlm, aside, version, base))
         except OSError as error:
             raise RunFolderError(
                 f"cannot write weights for the rollout engine: {error.strerror}", where=str(self._path)

@@ -1,0 +1,78 @@
+"""The arms of a study: what each is called, what its training starts from, and in which order they run.
+
+An arm's name is also its run directory, its colour in charts (a CSS variable) and its folder below `eval/`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+ArmName = Literal["base", "sft", "grpo", "sft_grpo"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One arm. `parent` is the arm whose model is trained further (None: nothing is trained).
+
+    `label` names the arm for people, `stage` its training, `story` says in a sentence what its model is.
+    """
+
+    name: ArmName
+    parent: ArmName | None
+    label: str
+    stage: str
+    story: str
+
+
+def _table(*arms: Arm) -> Mapping[str, Arm]:
+    return MappingProxyType({arm.name: arm for arm in arms})
+
+
+ARMS = _table(
+    Arm(
+        name="base",
+        parent=None,
+        label="Base",
+        stage="",
+        story="The base model as it was, before any training.",
+    ),
+    Arm(
+        name="sft",
+        parent="base",
+        label="SFT only",
+        stage="SFT",
+        story="The cold start alone: supervised fine-tuning on checked reasoning.",
+    ),
+    Arm(
+        name="grpo",
+        parent="base",
+        label="RL only",
+        stage="RL only",
+        story="Reinforcement learning (GRPO) straight from the base model, without a cold start.",
+    ),
+    Arm(
+        name="sft_grpo",
+        parent="sft",
+        label="Cold start + RL",
+        stage="RL after SFT",
+        story="Two stages: a cold start (supervised fine-tuning on checked reasoning), then reinforcement "
+        "learning (GRPO) with a rule-checked reward.",
+    ),
+)
+"""Every arm, in the order in which results are told."""
+TRAINING_ORDER: tuple[ArmName, ...] = ("sft", "sft_grpo", "grpo")
+"""Arms that are trained, a parent before its child."""
+RL_ARMS: tuple[ArmName, ...] = ("sft_grpo", "grpo")
+"""Arms whose training is GRPO."""
+MAIN_FIRST: tuple[ArmName, ...] = ("sft_grpo", "grpo", "sft", "base")
+"""Arms by how much of a recipe they are: the first that a run has is the one that it is for."""
+
+
+def stages_behind(arm: str) -> tuple[str, ...]:
+    """The run directories that lead to an arm's model, in the order in which they run."""
+    found: list[str] = []
+    while (parent := ARMS[arm].parent) is not None:
+        found = [arm, *found]
+        arm = parent
+    return ("cold_start", *found) if "sft" in found else tuple(found)
