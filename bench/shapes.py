@@ -20,7 +20,7 @@ from rlcs.model.images import ImagePipeline
 from rlcs.model.packing import within_budget
 from rlcs.recipe.schema import Grpo, Prompts
 from rlcs.records import ImageRef, Problem
-from rlcs.storage import image_from_bytes
+from rlcs.data.images import image_from_bytes
 from tools import tiny_model
 
 SEED = 0

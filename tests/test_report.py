@@ -78,9 +78,11 @@ def make_run(folder: Path, *, arms: tuple[str, ...] = ALL_ARMS, seed: int = 0, p
         question = (
             f"Count the red shapes and the blue circles in the {family}. How many more red shapes are there?"
         )
-        held_out.append({"id": f"{family}-{index:04d}", "question": question, "answer": str(index % 7),
-                         "family": family, "level": 1 + index % 3, "choices": ["4", "5"] if index % 2 else [],
-                         "images": [name] if index < 60 else []})  # fmt: skip
+        image = {"sha256": f"{index:064}", "width": 84, "height": 84, "path": name}
+        held_out.append({"id": f"{family}-{index:04d}", "source": "puzzles", "question": question,
+                         "answer": str(index % 7), "choices": ["4", "5"] if index % 2 else [],
+                         "metadata": {"family": family, "level": 1 + index % 3},
+                         "images": [image] if index < 60 else []})  # fmt: skip
     write_rows(folder / "eval" / "problems.jsonl", held_out)
     summary: dict[str, object] = {}
     for arm in arms:
@@ -245,7 +247,10 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     problems = rows_of(run / "eval" / "problems.jsonl")
     for row in problems:
         row.update(
-            id=f"{row['id']}{HOSTILE}", question=HOSTILE, answer=HOSTILE, family=HOSTILE, level=HOSTILE
+            id=f"{row['id']}{HOSTILE}",
+            question=HOSTILE,
+            answer=HOSTILE,
+            metadata={"family": HOSTILE, "level": HOSTILE},
         )
     write_rows(run / "eval" / "problems.jsonl", problems)
     for arm in ALL_ARMS:
@@ -330,6 +335,19 @@ def test_seeds_are_averaged_and_each_is_shown(tmp_path: Path) -> None:
     row = page.text[page.text.index("All arms") :]
     row = row[row.index("Cold start + RL") :]
     assert row.index(f"{each[0]:.1%}") >= 0 and f"{each[1]:.1%}" in row[:120]
+
+
+def test_problems_of_no_family_and_level_and_without_kept_images_are_shown_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", problems=12)
+    rows = rows_of(run / "eval" / "problems.jsonl")
+    for row in rows:
+        row["metadata"] = {}
+        for image in row["images"]:  # type: ignore[attr-defined]
+            del image["path"]
+    write_rows(run / "eval" / "problems.jsonl", rows)
+    page = page_of(run)
+    assert "Count the red shapes" in page.text and "could not be read" not in page.text
+    assert "img" not in page.tags
 
 
 def test_images_outside_the_run_or_broken_are_not_embedded(tmp_path: Path) -> None:

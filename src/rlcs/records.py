@@ -33,6 +33,7 @@ def _require(condition: bool, message: str) -> None:
 class ImageRef:
     """A reference to one image, never its pixels: a file path or the encoded bytes.
 
+    With neither, the image was not kept where the reference was written: only its identity is known.
     `width` and `height` are in pixels as shown, after any turn that EXIF asks for; `sha256` is of
     the encoded bytes. Build one with `data.images.image_from_path` or `image_from_bytes`.
     """
@@ -44,8 +45,8 @@ class ImageRef:
     data: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Exactly one source, a real size."""
-        _require((self.path is None) != (self.data is None), "an image has a path or bytes, not both")
+        """One source at most, a real size."""
+        _require(self.path is None or self.data is None, "an image has a path or bytes, not both")
         _require(self.width > 0 and self.height > 0, f"image of {self.width} x {self.height} pixels")
         _require(len(self.sha256) == 64, "sha256 is 64 hexadecimal digits")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.data import Row
+from rlcs.data.images import encoded_image, image_kind
 from rlcs.distill.chains import Chain
 from rlcs.distill.filters import choose
 from rlcs.distill.schedule import Asking, cost, why_not
@@ -25,7 +26,7 @@ from rlcs.progress import Screen
 from rlcs.recipe.schema import Teacher
 from rlcs.records import Demonstration, Grade, ImageRef, Problem
 from rlcs.signals import StopFlag
-from rlcs.storage import atomic_write, encoded_image, image_kind, read_jsonl, write_json
+from rlcs.storage import atomic_write, read_jsonl, write_json
 
 GIVEN = "given"
 """The teacher's name of a response that came with the data."""

@@ -22,11 +22,11 @@ from typing import Any, Literal, Self
 
 import openai
 
+from rlcs.data.images import encoded_image, image_kind
 from rlcs.errors import DataError, EndpointError
 from rlcs.recipe.schema import Endpoint
 from rlcs.records import IMAGE_SLOT, ImageRef, Message, Problem
 from rlcs.signals import StopFlag
-from rlcs.storage import encoded_image, image_kind
 
 IMAGE_LIMIT = 50_000_000
 """Pixels; the bound of the bytes read for one image."""

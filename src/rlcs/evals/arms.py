@@ -3,7 +3,6 @@
 Answers are written as they come, so that a stopped evaluation never asks twice.
 """
 
-import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +17,13 @@ from rlcs.grading import GradePool
 from rlcs.model.chat import Chat
 from rlcs.progress import Screen
 from rlcs.recipe.schema import Eval
-from rlcs.records import Grade, ImageRef, Problem, Rollout
+from rlcs.records import Grade, Problem, Rollout
 from rlcs.signals import StopFlag
-from rlcs.storage import append_jsonl, atomic_write, open_image, read_jsonl, write_json
+from rlcs.storage import append_jsonl, read_jsonl, write_json
 from rlcs.train.batching import guessed_tokens, own_share
 
 CHUNK = 256
 """Problems between two writes."""
-
-GALLERY_PIXELS = 640
-"""Longer side of the images kept for the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,40 +155,3 @@ def _by(
     return {
         name: {"accuracy": sum(each) / len(each), "n": len(each)} for name, each in sorted(verdicts.items())
     }
-
-
-def write_problems(problems: Sequence[Problem], folder: Path, *, decode_limit: int, gallery: int) -> None:
-    """Write what the report shows: problems.jsonl, and small PNGs of the first `gallery` * 8 problems."""
-    rows = []
-    for number, problem in enumerate(problems):
-        images = []
-        if number < gallery * 8:
-            images = [_thumbnail(ref, folder, decode_limit) for ref in problem.images]
-        rows.append(
-            {
-                "id": problem.id,
-                "question": problem.question,
-                "answer": problem.answer,
-                "choices": list(problem.choices),
-                "family": problem.metadata.get("family"),
-                "level": problem.metadata.get("level"),
-                "images": [name for name in images if name],
-            }
-        )
-    (folder / "problems.jsonl").unlink(missing_ok=True)
-    append_jsonl(folder / "problems.jsonl", rows)
-
-
-def _thumbnail(ref: ImageRef, folder: Path, decode_limit: int) -> str:
-    """Write one image as PNG and return its path from `folder`; empty if it cannot be read."""
-    name = f"images/{ref.sha256[:16]}.png"
-    if not (folder / name).exists():
-        try:
-            image = open_image(ref, limit=decode_limit)
-        except DataError:
-            return ""
-        image.thumbnail((GALLERY_PIXELS, GALLERY_PIXELS))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        atomic_write(folder / name, buffer.getvalue())
-    return name

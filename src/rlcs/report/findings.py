@@ -12,7 +12,8 @@ from statistics import fmean
 
 from rlcs.evals.intervals import wilson
 from rlcs.recipe.arms import ARMS, RL_ARMS
-from rlcs.report.load_run import Answer, Attempt, HeldOut, Row, Run, number, part
+from rlcs.records import Problem
+from rlcs.report.load_run import Answer, Attempt, Row, Run, kept_images, number, part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,7 @@ class Gallery:
     """Chosen problems of one kind, and how many of that kind there are."""
 
     kind: str
-    problems: tuple[HeldOut, ...]
+    problems: tuple[Problem, ...]
     total: int
 
 
@@ -187,19 +188,19 @@ def gallery(run: Run, count: int) -> list[Gallery]:
     The order within a kind is by a hash of the id: the same every time, and nobody's choice. A run
     keeps the images of its first problems only: where those are enough, no other is shown.
     """
-    kinds: dict[str, list[HeldOut]] = {
+    kinds: dict[str, list[Problem]] = {
         "The arms disagree": [],
         "Every arm is wrong": [],
         "Every arm is right": [],
     }
     totals = dict.fromkeys(kinds, 0)
-    only_pictured = sum(bool(problem.images) for problem in run.problems) >= count
+    only_pictured = sum(bool(kept_images(problem)) for problem in run.problems) >= count
     for problem in sorted(run.problems, key=_shuffled):
         said = [answers[problem.id].correct for answers in run.answers.values() if problem.id in answers]
         if said:
             kind = list(kinds)[1 if not any(said) else 2 if all(said) else 0]
             totals[kind] += 1
-            if problem.images or not only_pictured:
+            if kept_images(problem) or not only_pictured:
                 kinds[kind].append(problem)
     wanted = dict(zip(kinds, (count - 2 * (count // 4), count // 4, count // 4), strict=True))
     take = {kind: min(len(problems), wanted[kind]) for kind, problems in kinds.items()}
@@ -212,7 +213,7 @@ def gallery(run: Run, count: int) -> list[Gallery]:
     ]
 
 
-def _shuffled(problem: HeldOut) -> bytes:
+def _shuffled(problem: Problem) -> bytes:
     return hashlib.sha256(problem.id.encode("utf-8", "replace")).digest()
 
 
@@ -314,7 +315,7 @@ def _groups(run: Run, arm: str, told: Row, kind: str) -> dict[str, float]:
         said: dict[str, list[bool]] = {}
         answers = run.answers.get(arm, {})
         for problem in run.problems:
-            name = problem.family if kind == "family" else problem.level
+            name = str(problem.metadata.get(kind) or "")
             if name and problem.id in answers:
                 said.setdefault(name, []).append(answers[problem.id].correct is True)
         found = {name: fmean(values) for name, values in said.items()}

@@ -10,25 +10,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from json import loads
 from pathlib import Path
+from typing import TypeVar
 
+from rlcs.data.problem_store import PROBLEMS
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
+from rlcs.records import Problem, from_row_or_none
 
 _LOG = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Row = Mapping[str, object]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
-    """A held-out problem; `images` are files inside the run's eval folder."""
-
-    id: str
-    question: str
-    answer: str
-    family: str
-    level: str
-    choices: tuple[str, ...]
-    images: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +58,8 @@ class Run:
     cold_start: Row
     curves: Mapping[str, tuple[Row, ...]]
     """Stage -> rows of metrics.jsonl in step order."""
-    problems: tuple[HeldOut, ...]
+    problems: tuple[Problem, ...]
+    """The held-out ones; kept images have paths from the folder `eval`."""
     answers: Mapping[str, Mapping[str, Answer]]
     """Arm -> problem id -> answer."""
     scores: Mapping[str, Row]
@@ -96,7 +88,7 @@ def read_run(folder: Path) -> Run:
         recipe=read_text(folder / "recipe.yaml"),
         cold_start=read_object(folder / "cold_start" / "stats.json"),
         curves={s: rows for s, rows in stages.items() if rows},
-        problems=tuple(held_out(r) for r in read_rows(folder / "eval" / "problems.jsonl")),
+        problems=tuple(read_records(Problem, folder / "eval" / PROBLEMS)),
         answers={a: {text(r, "id"): _answer(r) for r in rows} for a, rows in predictions.items() if rows},
         scores={a: row for a, row in scores.items() if row},
         rollouts={s: found for s, found in rollouts.items() if found},
@@ -168,22 +160,15 @@ def _verdict(row: Row) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def held_out(row: Row) -> HeldOut:
-    """One row of a problems.jsonl."""
-    return HeldOut(
-        id=text(row, "id"),
-        question=text(row, "question"),
-        answer=text(row, "answer"),
-        family=text(row, "family"),
-        level=text(row, "level"),
-        choices=_texts(row, "choices"),
-        images=_texts(row, "images"),
-    )
+def read_records(kind: type[T], path: Path) -> Iterator[T]:
+    """The records of a JSONL file, rows that cannot be read left out."""
+    records = (from_row_or_none(kind, row) for row in read_rows(path))
+    return (record for record in records if record is not None)
 
 
-def _texts(row: Row, name: str) -> tuple[str, ...]:
-    value = row.get(name)
-    return tuple(str(each) for each in value) if isinstance(value, list) else ()
+def kept_images(problem: Problem) -> list[str]:
+    """The paths of those images of a problem that the run kept."""
+    return [ref.path for ref in problem.images if ref.path]
 
 
 def _answer(row: Row) -> Answer:

@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.text import Text
 
 from rlcs.data import BadRow, Row, load, puzzles, require_usable
+from rlcs.data.images import open_image
 from rlcs.errors import DataError
 from rlcs.model import loading
 from rlcs.recipe.loading import list_recipes, load_recipe
 from rlcs.recipe.schema import Recipe
 from rlcs.records import Demonstration, Prompt
-from rlcs.storage import atomic_write, open_image
+from rlcs.storage import atomic_write
 from rlcs.train.sft import tree_of
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from rlcs.data.problem_store import PROBLEMS
 from rlcs.recipe.arms import TRAINING_ORDER
+from rlcs.records import Problem
 from rlcs.report import pictures
-from rlcs.report.load_run import Attempt, HeldOut, Run, attempt, held_out, read_rows, saved_steps
+from rlcs.report.load_run import Attempt, Run, attempt, kept_images, read_records, read_rows, saved_steps
 from rlcs.report.pages import templates, write_page
 
 _MOST_FILES = 400
@@ -61,7 +63,7 @@ class Family:
 
     step: int
     id: str
-    problem: HeldOut | None
+    problem: Problem | None
     attempts: tuple[Attempt, ...]
 
 
@@ -85,7 +87,7 @@ def find(run: Path, wanted: Wanted, *, count: int = 12) -> Found:
     folder = run / wanted.stage / "rollouts"
     files = saved_steps(folder)
     chosen = [s for s in sorted(files, reverse=True) if wanted.step in (None, s)][:_MOST_FILES]
-    known = {row.id: row for row in map(held_out, read_rows(folder / "problems.jsonl"))}
+    known = {problem.id: problem for problem in read_records(Problem, folder / PROBLEMS)}
     groups: list[Family] = []
     read = 0
     for step in chosen:
@@ -112,18 +114,12 @@ def render(
     name: str, pages: Sequence[tuple[Path, str, Found]], *, wanted: Wanted | None = None, **live: object
 ) -> str:
     """A page of (run folder, stage, groups); with `wanted` the live one, with its form and links."""
-    shown = sum(len(group.problem.images) for _, _, found in pages for group in found.groups if group.problem)
+    shown = sum(len(_images(group)) for _, _, found in pages for group in found.groups)
     share = pictures.TOTAL_BYTES // max(1, shown)
     prepared = []
     for run, stage, found in pages:
         folder = run / stage / "rollouts"
-        cards = [
-            (
-                group,
-                pictures.embed(folder, group.problem.images[:4] if group.problem else (), most_bytes=share),
-            )
-            for group in found.groups
-        ]
+        cards = [(g, pictures.embed(folder, _images(g)[:4], most_bytes=share)) for g in found.groups]
         steps = [(step, list(some)) for step, some in groupby(cards, key=lambda card: card[0].step)]
         prepared.append((stage, found, steps))
     facts: dict[str, object] = {"links": [], "seeds": [], "choices": [], **live}
@@ -142,7 +138,11 @@ def write_sample(folder: Path, runs: Sequence[Run], name: str) -> None:
         write_page(folder / "report" / "rollouts.html", render(name, pages))
 
 
-def _groups(path: Path, step: int, known: Mapping[str, HeldOut], wanted: Wanted) -> Iterator[Family]:
+def _images(group: Family) -> list[str]:
+    return kept_images(group.problem) if group.problem else []
+
+
+def _groups(path: Path, step: int, known: Mapping[str, Problem], wanted: Wanted) -> Iterator[Family]:
     members: dict[str, list[Attempt]] = {}
     for one in map(attempt, read_rows(path)):
         if wanted.takes(one):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlcs.data.images import image_from_bytes, image_from_path
 from rlcs.engines.continuous import ContinuousEngine, Ticket, Token
 from rlcs.errors import ImageError, PromptError, RlcsError, UserError
 from rlcs.grading.extraction import extract
@@ -22,7 +23,6 @@ from rlcs.model.chat import Chat, default_system
 from rlcs.model.loading import Vlm
 from rlcs.recipe.schema import Images, Model, Prompts, Recipe
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
-from rlcs.storage import image_from_bytes, image_from_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

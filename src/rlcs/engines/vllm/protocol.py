@@ -11,9 +11,9 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlcs.data.images import open_image
 from rlcs.errors import EndpointError
 from rlcs.records import ImageRef, Prompt, Rollout, Sampling, StopReason, rollout_seed
-from rlcs.storage import open_image
 
 BAN = -100.0
 """The lowest bias that vLLM takes: no id with it is ever drawn."""
