@@ -7,8 +7,8 @@ import pytest
 from rlcs.grading import grade, health
 from rlcs.grading.answers import compare
 from rlcs.grading.extraction import extract
-from rlcs.grading.normal import normalise
 from rlcs.grading.latex import NoValueError, TooLargeError, exact
+from rlcs.grading.normal import normalise
 from rlcs.grading.rewards import Undecided, quick_grade
 from rlcs.records import Grade, Problem
 

@@ -13,8 +13,8 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 
 from rlcs.grading.intervals import as_interval, is_inequality
-from rlcs.grading.normal import compact, normalise, peel, repair_gold
 from rlcs.grading.latex import NoValueError, TooLargeError, exact, number
+from rlcs.grading.normal import compact, normalise, peel, repair_gold
 from rlcs.grading.units import split_unit
 
 MAX_ANSWER = 10_000

@@ -1,12 +1,13 @@
-r"""The number that a LaTeX text means: exactly (`exact`), or as MATH-Vision's official script has it (`rounded`).
+r"""The number that a LaTeX text means: exactly, or as MATH-Vision's official script computes it.
 
 `exact` reads integers with thousands commas, decimals, scientific notation, `a/b`, `\frac`, mixed numbers
 (`2\frac{1}{2}` and `2 1/2` are 5/2), the four operations, integer powers, factorials and roots of perfect
 squares, and computes with fractions.
 
-The official script (latex2sympy2 1.9.1, then Python) reads more, with quirks that decide published scores and
-are kept: `2\frac{1}{2}` is a product, `1 2` is 2, `12:30` is 0.4, angles are radians, `\frac12` cannot be read,
-letters have no value, and what follows a complete expression is often ignored (`5)3` is 5).
+`rounded` and `number` read as the official script does (latex2sympy2 1.9.1, then Python), with the quirks
+that decide published scores: `2\frac{1}{2}` is a product, `1 2` is 2, `12:30` is 0.4, angles are radians,
+`\frac12` cannot be read, letters have no value, and what follows a complete expression is often ignored
+(`5)3` is 5).
 
 Nothing is evaluated as a program, and digits, nesting and length are bounded: a larger number is never made.
 """
@@ -354,7 +355,8 @@ class _OfficialReader(_Reader[Number]):
         return value
 
     def power(self, base: Number, power: Number) -> Number:
-        if isinstance(base, int) and isinstance(power, int) and abs(power) * base.bit_length() > self.max_bits:
+        whole = isinstance(base, int) and isinstance(power, int)
+        if whole and abs(power) * int(base).bit_length() > self.max_bits:
             raise TooLargeError("a power is too large")
         value = base**power
         if isinstance(value, complex):
