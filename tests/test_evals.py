@@ -17,7 +17,8 @@ from rlcs.evals.answer_extractor import wants_judge
 from rlcs.evals.asking import BOXED_SYSTEM, Asking
 from rlcs.evals.comparison import REPORTED, as_markdown
 from rlcs.evals.run import Exam, label_models, run_exam
-from rlcs.recipe.schema import Endpoint, Eval
+from rlcs.recipe.sampling import Endpoint
+from rlcs.recipe.schema import Eval
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl, write_json
 from test_benchmarks import VISTA, vision, vision_folder, we, write_image, write_jsonl

@@ -32,7 +32,7 @@ from rlcs.model.chat import Chat
 from rlcs.model.loading import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.rollout import Rollouts, Sampler
+from rlcs.recipe.sampling import Rollouts, Sampler
 from rlcs.recipe.schema import Eval, Grpo, Model
 from rlcs.recipe.table import summary_rows
 from rlcs.records import StopReason
@@ -260,7 +260,7 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
         import time
         from pathlib import Path
         from rlcs.engines.vllm.server import Launch, Process
-        from rlcs.recipe.rollout import Rollouts, Sampler
+        from rlcs.recipe.sampling import Rollouts, Sampler
         settings = Rollouts(executable={str(program)!r})
         launch = Launch(settings=settings, dtype="float32", max_tokens=9, max_rows=9)
         folder = Path({str(tmp_path)!r})

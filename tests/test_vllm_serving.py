@@ -27,8 +27,8 @@ from rlcs.distill import run as distil
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
 from rlcs.publish.export import Export, export
-from rlcs.recipe.rollout import Sampler
-from rlcs.recipe.schema import Endpoint, Teacher
+from rlcs.recipe.sampling import Endpoint, Sampler
+from rlcs.recipe.schema import Teacher
 from rlcs.records import Problem
 from rlcs.serving.remote import RemoteSession
 from rlcs.serving.session import Settings

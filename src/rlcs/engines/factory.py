@@ -19,7 +19,7 @@ from rlcs.errors import UserError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.loading import Vlm
-from rlcs.recipe.rollout import Rollouts, Sampler
+from rlcs.recipe.sampling import Rollouts, Sampler
 from rlcs.recipe.schema import Eval, Grpo, Images, Model, Prompts, Recipe
 from rlcs.records import Problem, Sampling
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 import openai
 
 from rlcs.errors import DataError, EndpointError
-from rlcs.recipe.schema import Endpoint
+from rlcs.recipe.sampling import Endpoint
 from rlcs.records import IMAGE_SLOT, ImageRef, Message, Problem
 from rlcs.signals import StopFlag
 from rlcs.storage import encoded_image, image_kind

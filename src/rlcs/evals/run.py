@@ -28,8 +28,7 @@ from rlcs.evals.comparison import write_comparison
 from rlcs.evals.scores import Verdict, chance_level, rule_scores
 from rlcs.grading import GradePool
 from rlcs.progress import Screen, screen
-from rlcs.recipe.rollout import Sampler
-from rlcs.recipe.schema import Endpoint
+from rlcs.recipe.sampling import Endpoint, Sampler
 from rlcs.records import Grade, Problem
 from rlcs.signals import StopFlag
 from rlcs.storage import append_jsonl, atomic_write, write_json
