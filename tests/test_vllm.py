@@ -44,8 +44,8 @@ from rlcs.train.run_dir import RunDir
 from test_training import LengthGrader, weights_of
 
 START_LIMIT_S = 1800
-"""Seconds in which a vLLM must have started. On an idle machine it takes less than a minute, several times that
-where other work has the cores: a limit is there to end what hangs, not to measure the machine."""
+"""Seconds in which a vLLM must have started. An idle machine needs less than a minute, one with other work
+several times that: a limit is there to end what hangs, not to measure the machine."""
 CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_CI_ENV": "1",
