@@ -19,7 +19,7 @@ from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import UserError
 from rlcs.evals.answer_extractor import NOTHING, Key, read_out, wants_judge
 from rlcs.evals.answer_file import AnswerRow as Answered
-from rlcs.evals.answer_file import mark_officially
+from rlcs.evals.answer_file import grade_officially
 from rlcs.evals.arms import answers_so_far
 from rlcs.evals.asking import AnswerRow, Asking, EndpointRespondent, LocalRespondent, Respondent
 from rlcs.evals.benchmarks import find
@@ -218,19 +218,15 @@ class _Sitting:
     def _officially(self, row: AnswerRow, rule: str, said: Mapping[Key, str]) -> Grade:
         """By the official script's rule; what a judge `said` is its extraction, as in that script."""
         question, read = self._questions[row["id"]], said.get((row["id"], row["index"]))
-        mark = mark_officially(
-            Answered(
-                line=0,
-                fields=question.facts,
-                response=row["response"],
-                answer=question.answer,
-                choices=question.choices,
-                extraction=None if read in (None, NOTHING) else read,
-            ),
-            rule,
+        answer = Answered(
+            line=0,
+            fields=question.facts,
+            response=row["response"],
+            answer=question.answer,
+            choices=question.choices,
+            extraction=None if read in (None, NOTHING) else read,
         )
-        reward = None if mark.correct is None else float(mark.correct)
-        return Grade(reward=reward, correct=mark.correct, extracted=mark.prediction, why=mark.why)
+        return grade_officially(answer, rule)
 
     def _grade(
         self, rows: Sequence[AnswerRow], stop: StopFlag
