@@ -4,7 +4,6 @@ Answers are written as they come, so that a stopped evaluation never asks twice.
 """
 
 import io
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine, ask
 from rlcs.errors import DataError, UserError
-from rlcs.evals.intervals import wilson
+from rlcs.evals.scores import arm_scores
 from rlcs.grading import GradePool
 from rlcs.model.chat import Chat
 from rlcs.progress import Screen
@@ -70,7 +69,7 @@ def evaluate(
         rows += new
         done = len(problems) - len(left) + start + len(some)
         screen.advance(done, accuracy=sum(row["correct"] is True for row in rows) / len(rows))
-    scores = score_rows([row for row in rows if row["id"] in known], known)
+    scores = arm_scores([row for row in rows if row["id"] in known], known)
     world.first(lambda: write_json(folder / "scores.json", scores))
     return scores
 
@@ -124,40 +123,6 @@ def prediction(problem: Problem, rollout: Rollout | None, grade: Grade) -> dict[
         "why": grade.why,
         "tokens": len(rollout.ids) if rollout else 0,
         "stop": rollout.stop.value if rollout else "error",
-    }
-
-
-def score_rows(rows: Sequence[Mapping[str, object]], problems: Mapping[str, Problem]) -> dict[str, object]:
-    """Accuracy with its Wilson interval, by family and level where the problems have them.
-
-    Unscored answers count as not right here: a benchmark has no group to leave.
-    """
-    right = sum(row["correct"] is True for row in rows)
-    low, high = wilson(right, len(rows))
-    tokens = [int(str(row["tokens"])) for row in rows]
-    return {
-        "accuracy": right / max(1, len(rows)),
-        "low": low,
-        "high": high,
-        "n": len(rows),
-        "unscored": sum(row["correct"] is None for row in rows),
-        "by_family": _by(rows, problems, "family"),
-        "by_level": _by(rows, problems, "level"),
-        "mean_tokens": sum(tokens) / max(1, len(tokens)),
-        "truncated": sum(row["stop"] == "length" for row in rows) / max(1, len(rows)),
-    }
-
-
-def _by(
-    rows: Sequence[Mapping[str, object]], problems: Mapping[str, Problem], key: str
-) -> dict[str, dict[str, float]]:
-    verdicts: dict[str, list[bool]] = defaultdict(list)
-    for row in rows:
-        value = problems[str(row["id"])].metadata.get(key)
-        if value is not None:
-            verdicts[str(value)].append(row["correct"] is True)
-    return {
-        name: {"accuracy": sum(each) / len(each), "n": len(each)} for name, each in sorted(verdicts.items())
     }
 
 

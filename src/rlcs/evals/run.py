@@ -25,7 +25,7 @@ from rlcs.evals.asking import AnswerRow, Asking, EndpointRespondent, LocalRespon
 from rlcs.evals.benchmarks import find
 from rlcs.evals.benchmarks.loading import Loaded, load_benchmark
 from rlcs.evals.comparison import write_comparison
-from rlcs.evals.scores import Verdict, chance_level, rule_scores
+from rlcs.evals.scores import Verdict, answer_lengths, chance_level, rule_scores
 from rlcs.grading import GradePool
 from rlcs.progress import Screen, screen
 from rlcs.recipe.rollout import Sampler
@@ -277,8 +277,7 @@ class _Sitting:
             "failed": {"count": len(failed), "first": dict(list(failed.items())[:_SHOWN])},
             "refused": {"count": len(refused), "first": refused[:_SHOWN]},
             "chance": chance_level(answered),
-            "mean_tokens": sum(row["tokens"] for row in rows) / max(1, len(rows)),
-            "truncated": sum(row["stop"] == "length" for row in rows) / max(1, len(rows)),
+            **answer_lengths(rows),
             "rules": by_rule,
         }
 
