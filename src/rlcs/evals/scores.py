@@ -12,7 +12,8 @@ from typing import Any
 
 from rlcs.evals.benchmarks.base import Benchmark, Question
 from rlcs.evals.intervals import wilson
-from rlcs.records import Problem
+from rlcs.generation import Entry
+from rlcs.records import Problem, Sample, StopReason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,33 +44,34 @@ def with_interval(right: float, n: int) -> dict[str, float]:
     return {"accuracy": right / max(1, n), "low": low, "high": high}
 
 
-def answer_lengths(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def answer_lengths(samples: Sequence[Sample]) -> dict[str, float]:
     """Mean tokens of the answers, and the share that was cut off at the limit."""
-    total = max(1, len(rows))
+    total = max(1, len(samples))
     return {
-        "mean_tokens": sum(row["tokens"] for row in rows) / total,
-        "truncated": sum(row["stop"] == "length" for row in rows) / total,
+        "mean_tokens": sum(sample.tokens for sample in samples) / total,
+        "truncated": sum(sample.stop is StopReason.LENGTH for sample in samples) / total,
     }
 
 
-def arm_scores(rows: Sequence[Mapping[str, Any]], problems: Mapping[str, Problem]) -> dict[str, Any]:
+def arm_scores(entries: Sequence[Entry], problems: Mapping[str, Problem]) -> dict[str, Any]:
     """Accuracy of one arm with its interval, by family and level where the problems have them.
 
     Unscored answers count as not right here: held-out problems have no group to leave.
     """
+    verdicts = [(entry.sample.id, entry.added["correct"]) for entry in entries]
     by = _breakdown(
-        (key, str(value), float(row["correct"] is True))
-        for row in rows
+        (key, str(value), float(correct is True))
+        for name, correct in verdicts
         for key in ("family", "level")
-        if (value := problems[row["id"]].metadata.get(key)) is not None
+        if (value := problems[name].metadata.get(key)) is not None
     )
     return {
-        **with_interval(sum(row["correct"] is True for row in rows), len(rows)),
-        "n": len(rows),
-        "unscored": sum(row["correct"] is None for row in rows),
+        **with_interval(sum(correct is True for _, correct in verdicts), len(verdicts)),
+        "n": len(verdicts),
+        "unscored": sum(correct is None for _, correct in verdicts),
         "by_family": by.get("family", {}),
         "by_level": by.get("level", {}),
-        **answer_lengths(rows),
+        **answer_lengths([entry.sample for entry in entries]),
     }
 
 

@@ -14,6 +14,7 @@ from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts, Sampler
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 from rlcs.recipe.trackers import Trackers
+from rlcs.records import Sampling
 
 
 class Model(Section):
@@ -368,6 +369,11 @@ class Eval(Section):
     """Longest answer in tokens."""
     max_rows: Positive = 256
     """Answers decoded at once."""
+
+    def sampling(self, *, n: int = 1, seed: int = 0) -> Sampling:
+        """How `n` answers to each problem are sampled."""
+        chosen = self.model_dump(include={"temperature", "top_p", "max_new_tokens"})
+        return Sampling(n=n, seed=seed, **chosen)
 
 
 class Study(Section):
