@@ -59,7 +59,7 @@ class EngineSampler:
 
     def batch(self, requests: Sequence[Request]) -> list[Sample]:
         """Answer requests in one go; the engine is called without any too: ranks call it together."""
-        samples = []
+        samples: list[Sample] = []
         for turn in sorted({request.turn for request in requests}) or [0]:
             samples += self._turn([request for request in requests if request.turn == turn], turn)
         return samples

@@ -12,6 +12,7 @@ from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 from rlcs.recipe.training import Lora, Parallel, Trackers
+from rlcs.records import Sampling
 
 
 class Model(Section):
@@ -338,6 +339,11 @@ class Eval(Section):
     """Longest answer in tokens."""
     max_rows: Positive = 256
     """Answers decoded at once."""
+
+    def sampling(self, *, n: int = 1, seed: int = 0) -> Sampling:
+        """How `n` answers to each problem are sampled."""
+        chosen = self.model_dump(include={"temperature", "top_p", "max_new_tokens"})
+        return Sampling(n=n, seed=seed, **chosen)
 
 
 class Study(Section):
