@@ -19,8 +19,8 @@ from rlcs.records import to_row
 from rlcs.report import rollouts
 from rlcs.report.live import LiveReport
 from rlcs.report.load_run import read_run
-from rlcs.report.progress import ending, progress
 from rlcs.report.rollouts import Wanted, find, write_sample
+from rlcs.report.stages import ending, progress
 from test_report import Page, grpo_row, make_run, rollout, rows_of, write_rows
 
 
@@ -65,7 +65,8 @@ def get(server: LiveReport, path: str = "") -> str:
 
 def test_an_unfinished_run_shows_how_far_it_is(server):
     page = Page(get(server))
-    for words in ("Cold start", "✓ done", "40 of 80", "waiting", "RL: reward from", "Measuring: Base"):
+    stages = ("Cold start", "✓ done", "40 of 80", "waiting", "Measuring: Base")
+    for words in (*stages, "RL after SFT: reward from"):
         assert words in page.text, words
     assert "Measuring: SFT only" not in page.text, "the recipe names no such arm"
 
@@ -177,7 +178,7 @@ def test_the_static_page_of_rollouts_is_small_and_whole(run):
     assert {"script", "form", "link"} & set(page.tags) == set()
     rng = random.Random(1)
     for step in range(41, 140):
-        rows = [rollout(f"p{g}", i, rng) | {"text": "x" * 20_000} for g in range(30) for i in range(8)]
+        rows = [rollout(f"p{g}", i, rng) | {"response": "x" * 20_000} for g in range(30) for i in range(8)]
         write_rows(run / "sft_grpo" / "rollouts" / f"step-{step:06d}.jsonl", rows)
     write_sample(run, [read_run(run)], "demo")
     assert (run / "report" / "rollouts.html").stat().st_size < 4_000_000
@@ -201,7 +202,7 @@ def test_progress_counts_answers_and_seconds(run):
     found = {row.key: row for row in progress(read_run(run))}
     assert [row.state for row in found.values()] == ["done", "done", "begun", "waiting", "waiting"]
     assert found["sft_grpo"].share == 0.5 and 100 < found["sft_grpo"].left_s < 200  # 40 steps of 3.5 seconds
-    rows = [{"id": "1", "correct": True}, {"id": "2", "correct": False}]
+    rows = [rollout(str(i), 0, random.Random(i)) for i in range(2)]
     write_rows(run / "eval" / "base" / "predictions.jsonl", rows)
     write_rows(run / "eval" / "problems.jsonl", [to_row(make_problem(str(i), sizes=())) for i in range(8)])
     base = next(row for row in progress(read_run(run)) if row.key == "eval_base")

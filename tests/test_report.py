@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from rlcs.errors import RunFolderError
+from rlcs.records import Grade, GradedSample, Sample, StopReason
 from rlcs.report import build, charts, findings, pictures
-from rlcs.report.load_run import Answer, Attempt, read_run
+from rlcs.report.load_run import read_run
 from rlcs.report.pages import visible
 
 ALL_ARMS = ("base", "sft", "grpo", "sft_grpo")
@@ -126,8 +127,8 @@ def make_arm(
         steps = "Row 1: red circle, blue square, empty. Row 2: red square, green circle, blue circle. " * 2
         response = f"\\boxed{{{said}}}" if arm == "base" else f"{steps}So the answer is \\boxed{{{said}}}"
         predictions.append({"id": problem["id"], "response": response, "extracted": said, "correct": correct,
-                            "why": "equal" if correct else "not equal", "tokens": len(response) // 3,
-                            "stop": "eos"})  # fmt: skip
+                            "reward": float(correct), "why": "equal" if correct else "not equal",
+                            "tokens": len(response) // 3, "stop": "eos"})  # fmt: skip
     write_rows(folder / "predictions.jsonl", predictions)
     right = sum(bool(p["correct"]) for p in predictions) / len(predictions)
     scores = {
@@ -143,7 +144,7 @@ def make_arm(
 
 def rollout(problem: str, index: int, rng: random.Random) -> dict[str, object]:
     right = rng.random() < 0.6
-    return {"id": problem, "index": index, "text": f"Row 1 has two red shapes.\nThus \\boxed{{{index}}}",
+    return {"id": problem, "index": index, "response": f"Row 1 has two red shapes.\nThus \\boxed{{{index}}}",
             "reward": float(right), "correct": right, "extracted": str(index), "why": "", "stop": "eos",
             "tokens": 60, "advantage": 0.8 if right else -1.2}  # fmt: skip
 
@@ -200,7 +201,7 @@ def test_full_page_tells_the_whole_story(full: Path) -> None:
     assert f"Cold start + RL: {result.accuracy:.1%} on 90 held-out problems" in page.text
     story = ("points over SFT only", "over RL only", "over the base model", "Boxes per answer",
              "The arms disagree", "RL after SFT, step 80", "clip_high: 0.3", "torch 2.14.1",
-             "rlcs quickstart --out 'runs/a b'", "! look", "Measuring: SFT only")  # fmt: skip
+             "rlcs quickstart --out 'runs/a b'", "! over 1.50", "Measuring: SFT only")  # fmt: skip
     for words in story:
         assert words in page.text
     assert page.text.count("✓ right") + page.text.count("✗ wrong") == 4 * 48 + 2 * 3 * 3
@@ -263,7 +264,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     rows = rows_of(run / "sft_grpo" / "rollouts" / "step-000080.jsonl")
     write_rows(
         run / "sft_grpo" / "rollouts" / "step-000080.jsonl",
-        [{**row, "id": HOSTILE, "text": HOSTILE} for row in rows],
+        [{**row, "id": HOSTILE, "response": HOSTILE} for row in rows],
     )
     row = grpo_row("sft_grpo", 1, 80, random.Random(0), 0.4)
     row["seconds"] = {HOSTILE: 1.0}
@@ -306,7 +307,7 @@ def test_what_is_missing_is_left_out(tmp_path: Path, kind: str) -> None:
     page = page_of(run)
     expected = {
         "two_arms": "points over the base model.",
-        "no_eval": "RL: reward from",
+        "no_eval": "RL after SFT: reward from",
         "only_sft": "SFT: loss from",
         "only_summary": "Held-out accuracy",
         "garbage": "rlcs report",
@@ -365,10 +366,6 @@ def test_large_images_shrink_to_their_share(tmp_path: Path) -> None:
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 20_000 * 4 / 3 + 50
 
 
-def said(correct: bool | None) -> Answer:
-    return Answer(response="r", extracted="1", correct=correct, why="", tokens=1.0, stop="eos")
-
-
 def test_differences_count_pairs(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", arms=("base", "sft_grpo"), problems=40)
     (found,) = findings.differences([read_run(run)])
@@ -400,31 +397,30 @@ def test_gallery_prefers_disagreement_and_fills_shortages(full: Path) -> None:
         first.kind == "The arms disagree" and len(first.problems) >= 24 and first.total > len(first.problems)
     )
     for problem in first.problems:
-        assert len({answers[problem.id].correct for answers in run.answers.values()}) == 2
+        assert len({answers[problem.id].grade.correct for answers in run.answers.values()}) == 2
     assert findings.gallery(run, 48) == findings.gallery(read_run(full), 48)
 
 
 def test_late_rollouts_show_best_and_worst_of_mixed_groups() -> None:
-    def attempt(group: str, reward: float) -> Attempt:
-        return Attempt(
-            id=group, text="", reward=reward, correct=reward > 0, why="", tokens=1.0, advantage=None
-        )
+    def member(group: str, reward: float) -> GradedSample:
+        sample = Sample(id=group, stop=StopReason.EOS, tokens=1)
+        return GradedSample(sample=sample, grade=Grade(reward=reward, correct=reward > 0))
 
-    attempts = [attempt("flat", 1.0)] * 4 + [attempt("mixed", r) for r in (0.0, 1.0, 0.5, 0.25)]
-    groups = findings.late_rollouts(attempts, groups=1)
-    assert [a.id for a in groups[0]] == ["mixed"] * 3
-    assert groups[0][0].reward == 1.0 and groups[0][-1].reward == 0.0
-    assert len(findings.late_rollouts(attempts[:1])[0]) == 1
+    rollouts = [member("equal", 1.0)] * 4 + [member("mixed", r) for r in (0.0, 1.0, 0.5, 0.25)]
+    groups = findings.late_rollouts(rollouts, groups=1)
+    assert [a.sample.id for a in groups[0]] == ["mixed"] * 3
+    assert groups[0][0].grade.reward == 1.0 and groups[0][-1].grade.reward == 0.0
+    assert len(findings.late_rollouts(rollouts[:1])[0]) == 1
 
 
 def test_health_compares_first_and_last_steps(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", problems=3)
     rows = [{"step": s, "boxes_per_answer": 1.0 if s <= 40 else 9.0, "seconds": {}} for s in range(1, 81)]
     write_rows(run / "sft_grpo" / "metrics.jsonl", rows)
-    (boxes,) = [h for h in findings.health([read_run(run)]) if h.name == "Boxes per answer"]
-    assert boxes.stages["sft_grpo"] == (1.0, 9.0, True)
-    (cut,) = [h for h in findings.health([read_run(run)]) if h.name == "Answers cut at the limit"]
-    assert set(cut.stages) == {"grpo"} and cut.stages["grpo"][2] is False
+    (boxes,) = [h for h in findings.health([read_run(run)]) if h.sign.name == "Boxes per answer"]
+    assert boxes.stages["sft_grpo"] == (1.0, 9.0) and boxes.sign.most == 1.5
+    (cut,) = [h for h in findings.health([read_run(run)]) if h.sign.name == "Answers cut at the limit"]
+    assert set(cut.stages) == {"grpo"} and cut.stages["grpo"][1] < cut.sign.most
 
 
 def test_thinning_and_smoothing_keep_means_and_ends() -> None:

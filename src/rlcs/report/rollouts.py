@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rlcs.data.problem_store import PROBLEMS
 from rlcs.recipe.arms import TRAINING_ORDER
-from rlcs.records import Problem
+from rlcs.records import GradedSample, Problem, StopReason
 from rlcs.report import pictures
-from rlcs.report.load_run import Attempt, Run, attempt, kept_images, read_records, read_rows, saved_steps
+from rlcs.report.load_run import Run, by_reward, kept_images, read_records, saved_steps
 from rlcs.report.pages import templates, write_page
 
 _MOST_FILES = 400
@@ -40,21 +40,18 @@ class Wanted:
     most: float | None = None
     skip: int = 0
 
-    def takes(self, one: Attempt) -> bool:
+    def takes(self, one: GradedSample) -> bool:
         """Whether a rollout is looked for."""
-        if self.problem.lower() not in one.id.lower():
-            return False
-        verdicts = {"right": one.correct is True, "wrong": one.correct is False}
-        verdicts |= {"unscored": one.correct is None, "cut": one.stop == "length"}
-        if not verdicts.get(self.verdict, True):
+        grade = one.grade
+        verdicts = {"right": grade.correct is True, "wrong": grade.correct is False}
+        verdicts |= {"unscored": not grade.scored, "cut": one.sample.stop is StopReason.LENGTH}
+        if self.problem.lower() not in one.sample.id.lower() or not verdicts.get(self.verdict, True):
             return False
         if self.least is None and self.most is None:
             return True
-        low, high = (
-            (-math.inf if self.least is None else self.least),
-            (math.inf if self.most is None else self.most),
-        )
-        return one.reward is not None and low <= one.reward <= high
+        low = -math.inf if self.least is None else self.least
+        high = math.inf if self.most is None else self.most
+        return grade.reward is not None and low <= grade.reward <= high
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +61,7 @@ class Family:
     step: int
     id: str
     problem: Problem | None
-    attempts: tuple[Attempt, ...]
+    rollouts: tuple[GradedSample, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,10 +140,8 @@ def _images(group: Family) -> list[str]:
 
 
 def _groups(path: Path, step: int, known: Mapping[str, Problem], wanted: Wanted) -> Iterator[Family]:
-    members: dict[str, list[Attempt]] = {}
-    for one in map(attempt, read_rows(path)):
-        if wanted.takes(one):
-            members.setdefault(one.id, []).append(one)
-    for name, attempts in members.items():
-        ranked: Sequence[Attempt] = sorted(attempts, key=lambda a: -(a.reward or 0.0))
-        yield Family(step=step, id=name, problem=known.get(name), attempts=tuple(ranked))
+    members: dict[str, list[GradedSample]] = {}
+    for one in filter(wanted.takes, read_records(GradedSample, path)):
+        members.setdefault(one.sample.id, []).append(one)
+    for name, rollouts in members.items():
+        yield Family(step=step, id=name, problem=known.get(name), rollouts=by_reward(rollouts))

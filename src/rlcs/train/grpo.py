@@ -21,11 +21,12 @@ from rlcs.model.loading import Vlm
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
 from rlcs.progress import Screen
-from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Grpo
-from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree
+from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree, to_row
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
+from rlcs.train.health import SIGNS
 from rlcs.train.losses import (
     LossInputs,
     LossSettings,
@@ -107,7 +108,7 @@ def train(
         outcomes = learn(trainer, actors, groups, settings, clock=clock)
         folder.zero_variance_steps = folder.zero_variance_steps + 1 if all(map(flat, groups)) else 0
         _require_signal(folder.zero_variance_steps, settings)
-        folder.journal(step + 1, [row for group in groups for row in journal_rows(group)])
+        folder.journal(step + 1, [to_row(each) for group in groups for each in group.samples])
         folder.note_problems(group.problem for group in groups)
         report = folder.report(
             outcomes[0] if outcomes else None,
@@ -116,16 +117,16 @@ def train(
             values=measure(groups) | averaged(outcomes) | {"bad_rows": float(skipped)},
             seconds=clock.seconds,
         )
-        warn_of_gap(report.values, actors.rollout, screen)
+        warn_of_gap(report.values, actors.rollout.alarm, screen)
         folder.after_step(trainer, stream, report, screen=screen, stop=stop)
     folder.finish(trainer)
 
 
-def warn_of_gap(values: Mapping[str, float], rollout: Rollouts, screen: Screen) -> None:
-    """Say so when the engine's logprobs are far from the policy's: it samples from another model."""
-    gap = values.get("sampler_gap", 0.0)
-    if gap > rollout.alarm:
-        text = f"the sampler's logprobs are {gap:.3g} from the policy's on average, over {rollout.alarm:g}"
+def warn_of_gap(values: Mapping[str, float], most: float, screen: Screen) -> None:
+    """Warn when the engine's logprobs are far from the policy's: it samples from another model."""
+    sign = next(sign for sign in SIGNS if sign.key == "sampler_gap")
+    if (gap := values.get(sign.key, 0.0)) > most:
+        text = f"{sign.name}: {sign.message(gap, most)}"
         log.warning(text)
         screen.say(f"warning: {text}")
 
@@ -403,22 +404,3 @@ def averaged(outcomes: Sequence[StepResult]) -> dict[str, float]:
     for name in values.keys() & {"sampler_gap", "sampler_gap_max"}:
         values[name] = outcomes[0].values[name]
     return values
-
-
-def journal_rows(group: Group) -> list[dict[str, object]]:
-    """One JSON-able row a rollout."""
-    return [
-        {
-            "id": group.problem.id,
-            "index": rollout.index,
-            "text": rollout.text,
-            "reward": grade.reward,
-            "correct": grade.correct,
-            "extracted": grade.extracted,
-            "why": grade.why,
-            "stop": rollout.stop.value,
-            "tokens": len(rollout.ids),
-            "advantage": advantage,
-        }
-        for rollout, grade, advantage in zip(group.rollouts, group.grades, group.advantages, strict=True)
-    ]
