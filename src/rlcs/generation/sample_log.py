@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlcs.errors import RunFolderError, UserError
-from rlcs.records import Request, Sample, SampleKey, StopReason
+from rlcs.records import Grade, Request, Sample, SampleKey, StopReason
 from rlcs.storage import append_jsonl, atomic_write, read_json, read_jsonl, write_json
 
 SETTINGS = "settings.json"
@@ -29,6 +29,16 @@ class Entry:
 
     sample: Sample
     added: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def response(self) -> str:
+        """The text that is graded: what the policy made of several samples, or the sample's own."""
+        return str(self.added.get("response", self.sample.text))
+
+    @property
+    def grade(self) -> Grade:
+        """The grade that the policy added; unscored where it added none."""
+        return Grade(**self.added.get("grade", {"reward": None, "correct": None}))
 
     def to_row(self) -> dict[str, Any]:
         """The entry as one flat JSON row."""
@@ -97,14 +107,14 @@ class SampleLog:
         """The requests without a sample here, drawn lazily."""
         return (request for request in requests if request.key not in self.entries)
 
-    def add(self, sample: Sample, added: Mapping[str, Any] | None = None) -> None:
-        """Append a sample with what the policy adds. A failure that may pass is no answer: it is left out.
+    def add(self, sample: Sample, added: Mapping[str, Any] | None = None) -> Entry:
+        """Append a sample with what the policy adds. A failure that may pass is no answer: it is not kept.
 
         Raises RunFolderError when the disk is full; what is complete stays readable.
         """
-        if sample.retryable:
-            return
         entry = Entry(sample=sample, added=added or {})
+        if sample.retryable:
+            return entry
         row = entry.to_row() | {"digest": self._digests[sample.id]}
         line = (dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
         try:
@@ -120,11 +130,12 @@ class SampleLog:
                 fix="make room; the same command goes on from here",
             ) from error
         self.entries[sample.key] = entry
+        return entry
 
 
 def annotate(path: Path, added: Mapping[SampleKey, Mapping[str, Any]]) -> None:
     """Add columns to lines of a finished log, which is closed; its other lines stay as they are."""
-    rows = [row | added.get((row["id"], row["index"], row["turn"]), {}) for row in read_jsonl(path)]
+    rows = [{**row, **added.get((row["id"], row["index"], row["turn"]), {})} for row in read_jsonl(path)]
     atomic_write(path, "".join(dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
