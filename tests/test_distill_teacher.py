@@ -87,7 +87,7 @@ def test_a_server_teaches_and_every_try_lies_on_disk(tmp_path: Path):
     )
     assert kept[0].teacher == "m" and kept[0].grade is not None and kept[0].grade.correct
     (line,) = read_jsonl(tmp_path / "samples.jsonl")
-    assert line["response"] == kept[0].response and line["tokens"] == 2 and line["grade"]["correct"] is True
+    assert line["response"] == kept[0].response and line["tokens"] == 2 and line["correct"] is True
     stats = read_json(tmp_path / "stats.json")
     assert stats["cost"] == pytest.approx(2 * 2.0 / 1e6) and stats["asked"] == 1 and stats["failed"] == 0
     (image,) = read_jsonl(tmp_path / "kept.jsonl")[0]["images"]
@@ -100,7 +100,7 @@ def test_a_problem_is_asked_until_enough_is_right_and_no_more(tmp_path: Path):
         assert max(asked(server).values()) == 1
     by_problem = {}
     for line in read_jsonl(tmp_path / "samples.jsonl"):
-        by_problem.setdefault(line["id"], {})[line["index"]] = line["grade"]["correct"]
+        by_problem.setdefault(line["id"], {})[line["index"]] = line["correct"]
     assert {len(samples) for samples in by_problem.values()} == {2, 3, 4}
     for samples in by_problem.values():
         assert sorted(samples) == list(range(len(samples)))

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rlcs.generation import Entry, SampleLog
 from rlcs.grading import GradePool
 from rlcs.progress import Screen
 from rlcs.recipe.schema import Data, Teacher
-from rlcs.records import Demonstration, Grade, ImageRef, Problem
+from rlcs.records import Demonstration, Grade, ImageRef, Problem, from_row, to_row
 from rlcs.signals import StopFlag
 from rlcs.storage import atomic_write, encoded_image, image_kind, read_jsonl, write_json
 
@@ -116,7 +116,7 @@ def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
                 response=row["response"],
                 teacher=row["teacher"],
                 attempt=row["attempt"],
-                grade=Grade(**row["grade"]),
+                grade=from_row(Grade, row["grade"]),
             )
         )
     return loaded
@@ -241,7 +241,7 @@ def _kept_row(made: Demonstration, images: list[str], *, alone: bool) -> dict[st
         "response": made.response,
         "teacher": made.teacher,
         "attempt": made.attempt,
-        "grade": asdict(made.grade or Grade(reward=None, correct=None)),
+        "grade": to_row(made.grade or Grade(reward=None, correct=None)),
     }
 
 

@@ -7,7 +7,6 @@ does not depend on which answer arrives first: a run that was killed ends like a
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 
 from rlcs.distill.chains import Chain, formatted
 from rlcs.distill.filters import CUT, reason_to_reject
@@ -15,7 +14,7 @@ from rlcs.generation import Entry, SampleLog, Sampler
 from rlcs.grading import GradePool
 from rlcs.progress import Screen
 from rlcs.recipe.schema import Teacher
-from rlcs.records import Problem, Request, Sample, SampleKey, StopReason
+from rlcs.records import Problem, Request, Sample, SampleKey, StopReason, to_row
 from rlcs.signals import StopFlag
 
 _ROUNDS = 3  # what failed for a reason that may pass is requested again at the end
@@ -157,7 +156,7 @@ class Schedule:
         else:
             response = self._chain.response(turns)
         (grade,) = self._pool.grade([(self._problems[name], response)])
-        self._count(self._log.add(sample, {"response": response, "grade": asdict(grade)}))
+        self._count(self._log.add(sample, {"response": response, **to_row(grade)}))
         self._under_way[name].discard(index)
         self._open(name)
 

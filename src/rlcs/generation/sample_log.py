@@ -7,28 +7,28 @@ again. Answers to other questions, or given under other settings, are never take
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from json import dumps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rlcs.errors import RunFolderError, UserError
-from rlcs.records import Grade, Request, Sample, SampleKey, StopReason
+from rlcs.records import MERGED, Grade, Request, Sample, SampleKey, from_row, to_row
 from rlcs.storage import append_jsonl, atomic_write, read_json, read_jsonl, write_json
 
 SETTINGS = "settings.json"
 """Beside the log: what decides an answer."""
 _SYNC_S = 1.0  # a power cut may cost this much; a kill costs nothing
-_FIELDS = frozenset(each.name for each in fields(Sample))
+_GRADE = frozenset(each.name for each in fields(Grade))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One line of the log: a sample, and what the policy `added` to it (its grade, say)."""
 
-    sample: Sample
-    added: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    sample: Sample = field(metadata=MERGED)
+    added: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata=MERGED)
 
     @property
     def response(self) -> str:
@@ -38,18 +38,8 @@ class Entry:
     @property
     def grade(self) -> Grade:
         """The grade that the policy added; unscored where it added none."""
-        return Grade(**self.added.get("grade", {"reward": None, "correct": None}))
-
-    def to_row(self) -> dict[str, Any]:
-        """The entry as one flat JSON row."""
-        return {**asdict(self.sample), **self.added}
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> "Entry":
-        """The entry that `to_row` wrote."""
-        known = {name: value for name, value in row.items() if name in _FIELDS}
-        sample = Sample(**known | {"stop": StopReason(row["stop"])})
-        return cls(sample=sample, added={k: v for k, v in row.items() if k not in _FIELDS})
+        known = {name: value for name, value in self.added.items() if name in _GRADE}
+        return Grade(**{"reward": None, "correct": None} | known)
 
 
 class SampleLog:
@@ -91,7 +81,7 @@ class SampleLog:
                     fix="restore the data, or choose another --out, or remove this file to ask anew",
                 )
             if row.pop("digest") == digest:
-                entry = Entry.from_row(row)
+                entry = from_row(Entry, row)
                 self.entries[entry.sample.key] = entry
         self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         return self
@@ -115,7 +105,7 @@ class SampleLog:
         entry = Entry(sample=sample, added=added or {})
         if sample.retryable:
             return entry
-        row = entry.to_row() | {"digest": self._digests[sample.id]}
+        row = to_row(entry) | {"digest": self._digests[sample.id]}
         line = (dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
         try:
             if os.write(self._handle, line) < len(line):

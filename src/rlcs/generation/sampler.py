@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import DataError
-from rlcs.recipe.rollout import EngineSettings, Rollouts
-from rlcs.recipe.schema import Endpoint, Eval, Grpo, Images, Model, Prompts, Recipe
+from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
+from rlcs.recipe.schema import Eval, Grpo, Images, Model, Prompts, Recipe
 from rlcs.records import Message, Prompt, Request, Sample, Sampling, StopReason
 from rlcs.signals import StopFlag
 
