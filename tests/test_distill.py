@@ -131,5 +131,5 @@ def test_a_model_in_this_process_teaches(random_model_folder, tmp_path: Path) ->
     first, last = ([line for line in lines if line["turn"] == turn] for turn in (0, 1))
     assert len(first) == 6 == len(last) and len(lines) == 12
     assert all(line["tokens"] <= 8 and line["prompt_tokens"] > 16 for line in lines)
-    assert len({line["response"] for line in last}) > 3 and not any("response" in line for line in first)
+    assert len({line["composed"] for line in last}) > 3 and not any("composed" in line for line in first)
     assert run(rows, teacher, folder=tmp_path / "b", seed=1) == kept

@@ -37,7 +37,7 @@ def why_not(problem: Problem, answer: Entry, teacher: Teacher) -> str:
 class Schedule:
     """What is still to be requested of one teacher about some problems.
 
-    An answer is the log's entry of a sample's last turn: its `response` is made of all turns, and graded.
+    An answer is the log's entry of a sample's last turn: its `response` is composed of all turns, and graded.
     `failed` says why a sample is missing for a reason that may pass, `refused` why one will never come.
     """
 
@@ -156,7 +156,8 @@ class Schedule:
         else:
             response = self._chain.response(turns)
         (grade,) = self._pool.grade([(self._problems[name], response)])
-        self._count(self._log.add(sample, {"response": response, **to_row(grade)}))
+        composed = {} if response == sample.text else {"composed": response}
+        self._count(self._log.add(sample, {**composed, **to_row(grade)}))
         self._under_way[name].discard(index)
         self._open(name)
 

@@ -32,8 +32,8 @@ class Entry:
 
     @property
     def response(self) -> str:
-        """The text that is graded: what the policy made of several samples, or the sample's own."""
-        return str(self.added.get("response", self.sample.text))
+        """The text that is graded: what the policy composed of several turns, or the sample's own."""
+        return str(self.added.get("composed", self.sample.text))
 
     @property
     def grade(self) -> Grade:
