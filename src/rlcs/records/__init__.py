@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from rlcs.records.rows import MERGED
+from rlcs.records.rows import MERGED as MERGED
 from rlcs.records.rows import from_row as from_row
 from rlcs.records.rows import from_row_or_none as from_row_or_none
 from rlcs.records.rows import to_row as to_row
