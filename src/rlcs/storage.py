@@ -13,6 +13,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -228,7 +229,7 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
     Lines end at line feeds alone, so that a U+2028 inside a text does not cut it. Raises DataError.
     """
-    for number, line in enumerate(read_regular(path).removeprefix(_BOM).split(b"\n"), start=1):
+    for number, line in enumerate(BytesIO(read_regular(path).removeprefix(_BOM)), start=1):
         if line.strip():
             yield number, line
 
@@ -239,18 +240,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     A last line without a line end that does not parse is what a crash leaves, and is dropped; any
     other bad line raises DataError with its number.
     """
-    content = read_regular(path).removeprefix(_BOM).split(b"\n")
     rows = []
-    for number, line in enumerate(content, start=1):
-        if not line.strip():
-            continue
+    for number, line in jsonl_lines(path):
         try:
             rows.append(parse_object(line))
         except ValueError as error:
-            if number < len(content):
-                raise DataError(
-                    str(error), where=f"{path}:{number}", fix="correct or delete this line"
-                ) from error
+            if line.endswith(b"\n"):
+                fix = "correct or delete this line"
+                raise DataError(str(error), where=f"{path}:{number}", fix=fix) from error
     return rows
 
 

@@ -9,7 +9,7 @@ import hashlib
 import stat
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlcs.errors import ImageError
 from rlcs.records import ImageRef
@@ -49,11 +49,12 @@ def image_from_bytes(data: bytes, *, limit: int, where: str) -> ImageRef:
 
 
 def _measured(data: bytes, *, limit: int, where: str) -> tuple[int, int]:
-    """Width and height from the header; pixels are decoded only if the file looks cut short."""
-    size = _shown_size(_opened(data, limit=limit, where=where))
+    """Width and height as shown, from the header; pixels are decoded only if the file looks cut short."""
+    image = _opened(data, limit=limit, where=where)
     if _looks_cut(data):
         _decoded(data, limit=limit, where=where)
-    return size
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def open_image(ref: ImageRef, *, limit: int | None = None) -> "Image":
@@ -110,11 +111,10 @@ def data_uri(data: bytes) -> str:
 
 def _decoded(data: bytes, *, limit: int, where: str) -> "Image":
     image = _opened(data, limit=limit, where=where)
-    turn = _turn(image)
+    orientation = _orientation(image)
     try:
         image.load()
-        result = _rgb(image)
-        return result if turn is None else result.transpose(turn)
+        return _upright(_rgb(image), orientation)
     except Exception as error:  # a decoder fed with hostile bytes may raise anything at all
         raise ImageError(f"damaged or truncated: {error}", where=where, fix="replace the image") from error
 
@@ -122,49 +122,15 @@ def _decoded(data: bytes, *, limit: int, where: str) -> "Image":
 def _read_image(path: Path, *, where: str, limit: int) -> bytes:
     try:
         info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise ImageError("not a regular file", where=where, fix="name an image file")
+        if info.st_size > limit * _BYTES_PER_PIXEL:
+            raise ImageError(f"a file of {info.st_size:,} bytes is no image within the limit", where=where)
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise ImageError("the image is missing", where=where, fix=f"expected at {path}") from error
     except OSError as error:
         raise ImageError(f"the image cannot be read: {error.strerror}", where=where) from error
-    if not stat.S_ISREG(info.st_mode):
-        raise ImageError("not a regular file", where=where, fix="name an image file")
-    if info.st_size > limit * _BYTES_PER_PIXEL:
-        raise ImageError(f"a file of {info.st_size:,} bytes is no image within the limit", where=where)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"the image cannot be read: {error.strerror}", where=where) from error
-
-
-def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
-    """Parse an image's header and check what it promises, before any pixel is decoded."""
-    if not data:
-        raise ImageError("the image is empty (0 bytes)", where=where, fix="replace it")
-    try:
-        image = _parsed(data)
-    except Exception as error:  # see open_image
-        raise ImageError(f"the image header is damaged: {error}", where=where, fix="replace it") from error
-    if image is None:
-        known = "a PNG, JPEG, WebP, GIF, BMP or TIFF"
-        raise ImageError(f"not {known} file", where=where, fix="convert the image, or correct the path")
-    width, height = image.size
-    if width <= 0 or height <= 0:
-        raise ImageError(f"{width} x {height} pixels", where=where, fix="replace it")
-    if width * height > limit:
-        raise ImageError(
-            f"{width:,} x {height:,} pixels are more than the limit of {limit:,}",
-            where=where,
-            fix="shrink the image, or raise images.decode_limit",
-        )
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(
-            f"{width:,} x {height:,} pixels: one side is more than {MAX_ASPECT} times the other",
-            where=where,
-            fix="crop the image",
-        )
-    if image.mode in ("I", "F"):
-        raise ImageError("32-bit gray has no agreed white", where=where, fix="save it with 8 or 16 bits")
-    return image
 
 
 def _format_of(data: bytes) -> str | None:
@@ -172,22 +138,40 @@ def _format_of(data: bytes) -> str | None:
     from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 - these two register themselves
 
     Image.preinit()
-    for name in _FORMATS:
-        _, accepts = Image.OPEN[name]
-        if accepts and accepts(data[:16]):
-            return name
-    return None
+    accepting = (name for name in _FORMATS if (accepts := Image.OPEN[name][1]) and accepts(data[:16]))
+    return next(accepting, None)
 
 
-def _parsed(data: bytes) -> "ImageFile | None":
-    """Pillow's reader of the file, or None for a format that is not read.
+def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
+    """Parse an image's header and check what it promises, before any pixel is decoded.
 
-    Not by `Image.open`, which has a size limit of its own, far from ours and global to the process.
+    Not by `Image.open`: it has a size limit of its own, far from ours and global to the process.
     """
     from PIL import Image
 
+    if not data:
+        raise ImageError("the image is empty (0 bytes)", where=where, fix="replace it")
     name = _format_of(data)
-    return None if name is None else Image.OPEN[name][0](BytesIO(data), "")
+    if name is None:
+        what = "not a PNG, JPEG, WebP, GIF, BMP or TIFF file"
+        raise ImageError(what, where=where, fix="convert the image, or correct the path")
+    try:
+        image = Image.OPEN[name][0](BytesIO(data), "")
+    except Exception as error:  # a parser fed with hostile bytes may raise anything at all
+        raise ImageError(f"the image header is damaged: {error}", where=where, fix="replace it") from error
+    width, height = image.size
+    size = f"{width:,} x {height:,} pixels"
+    if width <= 0 or height <= 0:
+        raise ImageError(size, where=where, fix="replace it")
+    if width * height > limit:
+        fix = "shrink the image, or raise images.decode_limit"
+        raise ImageError(f"{size} are more than the limit of {limit:,}", where=where, fix=fix)
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        what = f"{size}: one side is more than {MAX_ASPECT} times the other"
+        raise ImageError(what, where=where, fix="crop the image")
+    if image.mode in ("I", "F"):
+        raise ImageError("32-bit gray has no agreed white", where=where, fix="save it with 8 or 16 bits")
+    return image
 
 
 def _looks_cut(data: bytes) -> bool:
@@ -201,29 +185,24 @@ def _looks_cut(data: bytes) -> bool:
     return True
 
 
-def _turn(image: "ImageFile") -> Any:
-    """The transposition that brings an image upright (EXIF tag 274), or None if it is."""
-    from PIL.Image import Transpose as T
-
+def _orientation(image: "ImageFile") -> int:
+    """How an image is turned, from 1 (upright) to 8, as in EXIF tag 274; from 5 on it lies on its side."""
     # Pillow turns a TIFF by itself, and would decode a PNG to look for EXIF behind the pixels.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return None
+        return 1
     try:
-        orientation = image.getexif().get(274, 1)
+        found = image.getexif().get(274)
     except Exception:  # a broken EXIF block is no reason to refuse the picture
-        return None
-    turns = [None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM]
-    turns += [T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90]
-    return turns[orientation - 1] if orientation in range(1, 9) else None
+        return 1
+    return found if found in range(1, 9) else 1
 
 
-def _shown_size(image: "ImageFile") -> tuple[int, int]:
-    """Width and height in pixels after the turn that EXIF asks for."""
+def _upright(image: "Image", orientation: int) -> "Image":
     from PIL.Image import Transpose as T
 
-    width, height = image.size
-    upright = _turn(image) in (None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM)
-    return (width, height) if upright else (height, width)
+    turns = [None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM]
+    turn = [*turns, T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90][orientation - 1]
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: "Image") -> "Image":
