@@ -16,7 +16,8 @@ from rlcs.errors import EndpointError, RunFolderError, UserError
 from rlcs.evals.answer_extractor import needs_extractor
 from rlcs.evals.comparison import REPORTED, as_markdown
 from rlcs.evals.run import EvalRun, evaluate_models, label_models
-from rlcs.recipe.schema import Endpoint, Eval, Prompts
+from rlcs.recipe.sampling import Endpoint
+from rlcs.recipe.schema import Eval, Prompts
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl, write_json
 from test_benchmarks import VISTA, vision, vision_folder, we, write_image, write_jsonl

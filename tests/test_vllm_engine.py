@@ -33,7 +33,7 @@ from rlcs.model.chat import Chat
 from rlcs.model.loading import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.rollout import EngineSettings, Rollouts
+from rlcs.recipe.sampling import EngineSettings, Rollouts
 from rlcs.recipe.schema import Grpo, Model
 from rlcs.recipe.table import summary_rows
 from rlcs.records import Request, Sampling, StopReason
@@ -261,7 +261,8 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
         import time
         from pathlib import Path
         from rlcs.engines.vllm.server import Launch, Process
-        from rlcs.recipe.rollout import EngineSettings, Rollouts
+        from rlcs.recipe.sampling import EngineSettings, Rollouts
+        from rlcs.recipe.sampling import EngineSettings, Rollouts
         settings = Rollouts(executable={str(program)!r})
         launch = Launch(settings=settings, dtype="float32", max_tokens=9, max_rows=9)
         folder = Path({str(tmp_path)!r})

@@ -285,7 +285,8 @@ def _eval_run(options: EvalOptions) -> Any:
     from rlcs.evals.benchmarks.base import STYLES
     from rlcs.evals.run import EvalRun
     from rlcs.recipe.loading import load_recipe
-    from rlcs.recipe.schema import Endpoint, Eval
+    from rlcs.recipe.sampling import Endpoint
+    from rlcs.recipe.schema import Eval
 
     style = next((style for style in STYLES if style == options.prompt), None)
     if style is None:

@@ -24,8 +24,8 @@ from rlcs.evals.scores import Verdict, answer_lengths, chance_level, rule_scores
 from rlcs.generation import SampleLog, Sampler, annotate, check_settings, open_sampler
 from rlcs.grading import GradePool
 from rlcs.progress import Screen, screen
-from rlcs.recipe.rollout import EngineSettings
-from rlcs.recipe.schema import Endpoint, Eval, Prompts
+from rlcs.recipe.sampling import Endpoint, EngineSettings
+from rlcs.recipe.schema import Eval, Prompts
 from rlcs.records import Grade, Request, Sample, SampleKey
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json

@@ -132,7 +132,7 @@ class SampleLog:
 
 def annotate(path: Path, added: Mapping[SampleKey, Mapping[str, Any]]) -> None:
     """Add columns to lines of a finished log, which is closed; its other lines stay as they are."""
-    rows = [row | added.get((row["id"], row["index"], row["turn"]), {}) for row in read_jsonl(path)]
+    rows = [{**row, **added.get((row["id"], row["index"], row["turn"]), {})} for row in read_jsonl(path)]
     atomic_write(path, "".join(dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

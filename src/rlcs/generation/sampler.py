@@ -14,8 +14,8 @@ from rlcs.engines.vllm.server import context_length
 from rlcs.errors import DataError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.recipe.rollout import EngineSettings, Rollouts
-from rlcs.recipe.schema import Endpoint, Eval, Grpo, Images, Model, Prompts, Recipe
+from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
+from rlcs.recipe.schema import Eval, Grpo, Images, Model, Prompts, Recipe
 from rlcs.records import Message, Prompt, Request, Sample, Sampling, StopReason
 from rlcs.signals import StopFlag
 
@@ -59,7 +59,7 @@ class EngineSampler:
 
     def batch(self, requests: Sequence[Request]) -> list[Sample]:
         """Answer requests in one go; the engine is called without any too: ranks call it together."""
-        samples = []
+        samples: list[Sample] = []
         for turn in sorted({request.turn for request in requests}) or [0]:
             samples += self._turn([request for request in requests if request.turn == turn], turn)
         return samples

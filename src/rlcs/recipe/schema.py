@@ -9,11 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
-from rlcs.recipe.lora import Lora
-from rlcs.recipe.parallel import Parallel
-from rlcs.recipe.rollout import ADAPTER_RANKS, EngineSettings, Rollouts
+from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
-from rlcs.recipe.trackers import Trackers
+from rlcs.recipe.training import Lora, Parallel, Trackers
 from rlcs.records import Sampling
 
 
@@ -105,41 +103,6 @@ class Data(Section):
     """More unusable rows than this stop the run before it starts."""
     columns: Columns = Columns()
     """Column names."""
-
-
-class Server(Section):
-    """How to talk to a model server, whichever it is."""
-
-    key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key. Local servers need none."""
-    concurrency: Positive = 32
-    """Requests under way at once."""
-    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds one try of one request may take in all."""
-    max_retries: Annotated[int, Field(ge=0)] = 6
-    """Further tries after a failure that may pass (busy, down, cut off, garbled, empty)."""
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    """Tries started a minute, evenly spaced. None: as fast as the server answers."""
-    prompt_price: NonNegative | None = None
-    """Price of a million prompt tokens, in any currency."""
-    completion_price: NonNegative | None = None
-    """Price of a million completion tokens."""
-
-    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """What so many tokens cost, in the currency of the prices; None without any price."""
-        prices = (self.prompt_price, self.completion_price)
-        if prices == (None, None):
-            return None
-        return (prompt_tokens * (prices[0] or 0.0) + completion_tokens * (prices[1] or 0.0)) / 1e6
-
-
-class Endpoint(Server):
-    """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
-
-    base_url: str
-    """Up to and with the version: `http://localhost:8000/v1`."""
-    model: str
-    """The model's name on that server."""
 
 
 class Filters(Section):

@@ -25,7 +25,7 @@ import httpx
 from rlcs.engines.vllm.protocol import weights_seen
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError
-from rlcs.recipe.rollout import ADAPTER_RANKS, EngineSettings, Rollouts
+from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
 from rlcs.storage import read_json
 
 OLDEST = (0, 32)
