@@ -86,6 +86,7 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
     from rlcs.serving import server
     from rlcs.serving.protocol import Limits
     from rlcs.serving.session import Session
+    from rlcs.serving.web import listen, make_server
 
     limits = Limits(
         max_images=options.max_images,
@@ -96,7 +97,7 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
         queue=options.queue,
         request_s=options.request_s,
     )
-    with server.listen(options.host, options.port) as sock:
+    with listen(options.host, options.port) as sock:
         session = Session(loading.load(Model(name=model)), name=model, max_rows=limits.concurrency)
         service = server.Service(
             session=session, name=options.name or model, limits=limits, key=options.api_key
@@ -106,7 +107,7 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
         typer.echo(f"engine   local\nmodel    {service.name}\nserving  http://{where}:{port}/v1")
         sys.stdout.flush()
         try:
-            server.run(service, sock)
+            make_server(server.make_app(service)).run(sockets=[sock])
         except KeyboardInterrupt:  # uvicorn has shut down gracefully, and passes the signal on
             typer.echo("stopped")
 

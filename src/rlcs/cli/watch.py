@@ -25,13 +25,15 @@ def report(
 
         typer.echo(build(run))
         return
-    from rlcs.report.live import LiveReport
+    from rlcs.report.live import LiveReport, make_app
+    from rlcs.serving.web import listen, make_server
 
-    with LiveReport(run, port) as server:
-        typer.echo(f"{server.url}   Ctrl-C ends this page, never the run")
+    app = make_app(LiveReport(run))
+    with listen("127.0.0.1", port) as sock:
+        typer.echo(f"http://127.0.0.1:{sock.getsockname()[1]}/   Ctrl-C ends this page, never the run")
         try:
-            server.serve_forever()
-        except KeyboardInterrupt:
+            make_server(app).run(sockets=[sock])
+        except KeyboardInterrupt:  # the server has shut down, and passes the signal on
             typer.echo("")
 
 
