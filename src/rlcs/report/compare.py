@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from rlcs.errors import RunFolderError
-from rlcs.evals.intervals import wilson
+from rlcs.evals.intervals import mcnemar, newcombe, paired_interval
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.report import charts, findings
 from rlcs.report.findings import ArmResult
@@ -100,12 +100,6 @@ def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) ->
     write_page(path, template.render(found=found, panels=panels, colours=_COLOURS))
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value that as many problems would turn one way by chance (McNemar 1947)."""
-    n, least = gained + lost, min(gained, lost)
-    return min(1.0, sum(math.comb(n, i) for i in range(least + 1)) / (1 << n) * 2)
-
-
 def _runs(folder: Path) -> list[Run]:
     runs = read_runs(folder)
     if not any(run.curves or run.scores or run.recipe for run in runs):
@@ -122,9 +116,9 @@ def _gap(a: ArmResult, b: ArmResult, first: Sequence[Run], second: Sequence[Run]
     points = fmean(moves) if moves else b.accuracy - a.accuracy
     single = len(first) == len(second) == 1
     if not moves:
-        low, high = _independent(a, b)
+        low, high = newcombe((a.accuracy, a.n), (b.accuracy, b.n))
     elif single:
-        low, high = findings.paired_interval(gained, lost, len(moves))
+        low, high = paired_interval(gained, lost, len(moves))
     else:  # each problem's mean over seeds, so that seeds do not count as more problems
         half = 1.96 * stdev(moves) / math.sqrt(len(moves)) if len(moves) > 1 else 1.0
         low, high = points - half, points + half
@@ -142,16 +136,6 @@ def _shares(runs: Sequence[Run], arm: str) -> dict[tuple[str, str, str], float]:
         for name, answer in run.answers.get(arm, {}).items():
             verdicts.setdefault(known.get(name, (name, "", "")), []).append(answer.correct is True)
     return {key: fmean(each) for key, each in verdicts.items()}
-
-
-def _independent(a: ArmResult, b: ArmResult) -> tuple[float, float]:
-    """95% interval of the difference of two independent shares (Newcombe 1998, method 10)."""
-    (al, ah), (bl, bh) = (wilson(round(r.accuracy * r.n), r.n) for r in (a, b))
-    points = b.accuracy - a.accuracy
-    return (
-        points - math.hypot(b.accuracy - bl, ah - a.accuracy),
-        points + math.hypot(bh - b.accuracy, a.accuracy - al),
-    )
 
 
 def _ends(runs: Sequence[Run]) -> dict[str, float]:

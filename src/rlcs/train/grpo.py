@@ -21,7 +21,7 @@ from rlcs.model.loading import Vlm
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
 from rlcs.progress import Screen
-from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Grpo
 from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree
 from rlcs.signals import StopFlag

@@ -5,7 +5,7 @@ The training screen, the report and `rlcs doctor` read it.
 
 from dataclasses import dataclass
 
-from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.sampling import Rollouts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
