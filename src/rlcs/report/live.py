@@ -118,7 +118,7 @@ class LiveReport:
 
 
 def make_app(live: LiveReport) -> Starlette:
-    """The pages as an ASGI application; requests that name another host (a site pointing here) are refused."""
+    """The pages as an ASGI application; requests by another host name are refused."""
     script = (files("rlcs.report") / "live.js").read_text(encoding="utf-8")
     return Starlette(
         routes=[
