@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rlcs.errors import RecipeError
 from rlcs.recipe.keys import allowed, nearest, recipe_keys, section_of, takes_text
 from rlcs.recipe.reading import Parsed, parse, write
+from rlcs.recipe.sampling import EngineSettings
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.section import Section
 
@@ -53,6 +54,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
     recipe = _validated(settings)
     provenance = {key: settings[key].origin if key in settings else DEFAULT for key in recipe_keys()}
     return Resolved(recipe=recipe, provenance=provenance)
+
+
+def load_engine(engine: str, words: Sequence[str]) -> EngineSettings:
+    """An engine's settings from `key=value` words, which a recipe has in its section `rollout`."""
+    settings: dict[str, _Setting] = {}
+    for text in (f"engine={engine}", *words):
+        if text.partition("=")[0].strip() not in EngineSettings.model_fields:
+            raise _unknown(f"rollout.{text.partition('=')[0]}", COMMAND_LINE)
+        settings |= _override_settings(f"rollout.{text}")
+    return _validated(settings).rollout
 
 
 def list_recipes() -> dict[str, Path]:
