@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import make_problem
+from conftest import LengthGrader, make_problem
 from rlcs.engines.factory import launch_of, open_engines, open_reader
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.colocated import Colocated
@@ -41,7 +41,6 @@ from rlcs.storage import read_jsonl
 from rlcs.train import grpo
 from rlcs.train.run_dir import RunDir
 from test_distributed import environment, free_port
-from test_training import LengthGrader
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 WORKER = Path(__file__).parent / "rollout_worker.py"
@@ -344,23 +343,26 @@ def test_vllm_computes_in_the_dtype_of_a_sharded_policy(vlm: Vlm) -> None:
     assert launch_of(recipe, grouped).dtype == "bfloat16"
 
 
-def test_a_half_written_version_has_no_name(
-    tmp_path: Path, vlm: Vlm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = WeightsFolder(tmp_path)
-    first = folder.publish(vlm)
+def break_while_publishing(folder: WeightsFolder, vlm: Vlm, *, save: str, file: str) -> None:
+    """Publish, and be stopped when this file of the new version is half written by this function."""
 
     def breaks(vlm: Vlm, path: Path) -> None:
         path.mkdir()
-        (path / "model.safetensors").write_bytes(b"half")
+        (path / file).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlcs.engines.vllm.weights.save", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        folder.publish(vlm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"rlcs.engines.vllm.weights.{save}", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            folder.publish(vlm)
+
+
+def test_a_half_written_version_has_no_name(tmp_path: Path, vlm: Vlm) -> None:
+    folder = WeightsFolder(tmp_path)
+    first = folder.publish(vlm)
+    break_while_publishing(folder, vlm, save="save", file="model.safetensors")
     assert folder.newest == first and first.folder.is_dir()
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".part")] == [first.version]
-    monkeypatch.undo()
     WeightsFolder(tmp_path).publish(vlm)
     assert len(list(tmp_path.iterdir())) == 1, "what an earlier attempt left is cleared"
 

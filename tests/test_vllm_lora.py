@@ -34,7 +34,7 @@ from rlcs.recipe.table import summary_rows
 from rlcs.train import grpo
 from test_distributed import environment, free_port
 from test_lora import logprobs, one_pack
-from test_vllm_engine import WORKER, Run
+from test_vllm_engine import WORKER, Run, break_while_publishing
 from test_vllm_engine import program as program
 
 RANK = 12
@@ -147,25 +147,14 @@ def test_a_server_that_may_not_change_adapters_is_refused(run, monkeypatch: pyte
         closed.ask(1)
 
 
-def test_a_half_written_adapter_has_no_name(
-    tmp_path: Path, random_model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_written_adapter_has_no_name(tmp_path: Path, random_model_folder: Path) -> None:
     vlm, _ = adapted(random_model_folder)
     folder = WeightsFolder(tmp_path, as_adapters=True)
     first = folder.publish(vlm)
-
-    def breaks(vlm: Vlm, path: Path) -> None:
-        path.mkdir()
-        (path / "adapter_model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("rlcs.engines.vllm.weights.save_adapters", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        folder.publish(vlm)
+    break_while_publishing(folder, vlm, save="save_adapters", file="adapter_model.safetensors")
     assert folder.newest == first and first.folder.is_dir() and first.model.folder.is_dir()
     whole = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".part")}
     assert whole == {first.version, first.model.version}
-    monkeypatch.undo()
     again = WeightsFolder(tmp_path, as_adapters=True).publish(vlm)
     assert {path.name for path in tmp_path.iterdir()} == {again.version, again.model.version}
 
