@@ -104,12 +104,12 @@ def test_the_tree_of_the_readme_is_that_of_the_package():
     tree = next(code for _, code in FENCE.findall(text) if code.startswith("src/rlcs/"))
     source = ROOT / "src" / "rlcs"
     named = [line.split()[0] for line in tree.splitlines() if re.match(r"  \S", line)]
-    assert not [name for name in named if not (source / name).exists()]
-    packages = {path.name + "/" for path in source.iterdir() if path.is_dir() and path.name[0] != "_"}
-    assert packages == {name for name in named if name.endswith("/")}
+    there = {path.name + "/" * path.is_dir() for path in source.iterdir() if path.name[0] != "_"}
+    assert there - {"py.typed"} == set(named), "every package and module of the root, and no other"
     inside = ""
     for line in tree.splitlines():
-        inside = line.split()[0] if re.match(r"  \S", line) else inside
+        if not line.startswith("   "):
+            inside = line.split()[0] if line.startswith("  ") else ""
         for name in re.findall(r"\b\w+\.(?:py|html\.j2)|\b\w+/", line if inside.endswith("/") else ""):
             assert name == inside or any(source.glob(f"{inside}**/{name}")), f"{inside} has no {name}"
 

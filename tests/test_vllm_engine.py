@@ -377,19 +377,22 @@ def test_a_tied_head_goes_with_weights_of_its_own_to_a_cpu(tmp_path: Path, vlm: 
     assert torch.equal(head, vlm.model.get_output_embeddings().weight)
 
 
-def test_under_torchrun_rank_0_asks_for_all_ranks(tmp_path: Path, program: Path, random_model_folder) -> None:
-    """The weights come together from both ranks' shards, and every rank gets the answers to its prompts."""
+def sampled_by_two_ranks(program: Path, model: Path, folder: Path, *more: object) -> list[dict]:
+    """What `rollout_worker.py` wrote on each of two ranks."""
     port = free_port()
-    command = [sys.executable, "-W", "ignore", WORKER, program, random_model_folder, tmp_path]
+    command = [str(word) for word in (sys.executable, "-W", "ignore", WORKER, program, model, folder, *more)]
     ranks = [
-        subprocess.Popen(
-            list(map(str, command)), env=environment(rank, 2, port), stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen(command, env=environment(rank, 2, port), stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_under_torchrun_rank_0_asks_for_all_ranks(tmp_path: Path, program: Path, random_model_folder) -> None:
+    """The weights come together from both ranks' shards, and every rank gets the answers to its prompts."""
+    found = sampled_by_two_ranks(program, random_model_folder, tmp_path)
     assert [len(each["asked"]) for each in found] == [3, 1]
     assert all(each["got"] == each["asked"] for each in found)
     (version,) = (path for path in (tmp_path / "published").iterdir() if path.is_dir())
