@@ -23,6 +23,8 @@ from test_pipeline import SMALL, rlcs
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+ELSEWHERE = {"mine.yaml", "evaluation/evaluate.py", "evaluation/calculate_score.py"}
+"""Files that pages name and that are not ours: the reader's own, and the official scripts."""
 WITH_A_RECIPE = ("run", "sft", "grpo", "distill", "ablate", "plan", "quickstart")
 
 
@@ -91,6 +93,20 @@ def test_links_of_pages_outside_the_site_lead_somewhere():
     for page, path, anchor in found:
         assert (ROOT / path).exists(), f"{page}: {path}"
         assert not anchor or anchor in anchors_of(ROOT / path), f"{page}: {path}#{anchor}"
+
+
+def test_files_that_pages_name_exist():
+    pattern = re.compile(r"`([\w/.]+\.(?:py|yaml|j2))`|\b((?:src|tests|bench|tools|examples)/[\w/.]+\w)")
+    folders = [ROOT / name for name in ("src", "tests", "bench", "tools", "examples")]
+    there = [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*")]
+    found = {
+        (page.name, name or path)
+        for page in [*PAGES, ROOT / "CHANGELOG.md"]
+        for name, path in pattern.findall(page.read_text(encoding="utf-8"))
+    }
+    named = {(page, name) for page, name in found if name not in ELSEWHERE}
+    assert len(named) > 25
+    assert not [each for each in named if not any(f"/{path}".endswith(f"/{each[1]}") for path in there)]
 
 
 def anchors_of(page: Path) -> set[str]:
