@@ -30,6 +30,13 @@ class Server(Section):
     completion_price: NonNegative | None = None
     """Price of a million completion tokens."""
 
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """What so many tokens cost, in the currency of the prices; None without any price."""
+        prices = (self.prompt_price, self.completion_price)
+        if prices == (None, None):
+            return None
+        return (prompt_tokens * (prices[0] or 0.0) + completion_tokens * (prices[1] or 0.0)) / 1e6
+
 
 class Endpoint(Server):
     """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
@@ -40,7 +47,7 @@ class Endpoint(Server):
     """The model's name on that server."""
 
 
-class Sampler(Section):
+class EngineSettings(Section):
     """Which engine samples, and how vLLM is started."""
 
     engine: Literal["local", "vllm_server", "vllm_colocated"] = "local"
@@ -71,19 +78,19 @@ class Sampler(Section):
     """Tries of one prompt before the run stops."""
 
     @model_validator(mode="after")
-    def _one_device_list_a_server(self) -> "Sampler":
+    def _one_device_list_a_server(self) -> "EngineSettings":
         if self.devices and len(self.devices) != self.servers:
             raise ValueError(f"{len(self.devices)} devices for {self.servers} servers: give one entry each")
         return self
 
     @model_validator(mode="after")
-    def _of_servers_alone(self) -> "Sampler":
+    def _of_servers_alone(self) -> "EngineSettings":
         if self.arguments and self.engine == "vllm_colocated":
             raise ValueError("arguments are of vllm_server: vllm_colocated takes none, leave them out")
         return self
 
 
-class Rollouts(Sampler):
+class Rollouts(EngineSettings):
     """Who samples answers, in GRPO and in measurements."""
 
     urls: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
-from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, Rollouts, Sampler, Server
+from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 from rlcs.recipe.training import Lora, Parallel, Trackers
 
@@ -129,7 +129,7 @@ class Teacher(Server):
     """Server of an `endpoint`, up to and with the version: `http://localhost:8000/v1`."""
     model: str | None = None
     """The model's name on the server; for `local` a folder, a hub id, or `builtin`."""
-    rollout: Sampler = Sampler()
+    rollout: EngineSettings = EngineSettings()
     """Who samples a `local` teacher: this process, or a vLLM that is started for it and ends with it."""
     temperature: NonNegative = 0.7
     """Sampling temperature of an endpoint or local teacher."""

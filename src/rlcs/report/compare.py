@@ -1,4 +1,4 @@
-"""Two runs side by side: arms with the interval of their difference, recipes, seconds and curves.
+"""Compares two runs: arms with the interval of their difference, recipes, seconds and curves.
 
 Every difference is second minus first. Where both runs answered the same held-out problems it is paired
 problem by problem, which sees differences that two separate intervals would hide.
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from rlcs.errors import RlcsError, RunFolderError
+from rlcs.errors import RunFolderError
 from rlcs.evals.intervals import wilson
 from rlcs.recipe.arms import ARMS, RL_ARMS
-from rlcs.recipe.reading import parse
 from rlcs.report import charts, findings
 from rlcs.report.findings import ArmResult
 from rlcs.report.load_run import Run, read_runs, read_text
@@ -67,7 +66,7 @@ def compare(first: Path, second: Path) -> tuple[Comparison, list[list[Run]]]:
     results = [{r.arm: r for r in findings.arm_results(runs)} for runs in sides]
     took = [findings.stage_seconds(runs) for runs in sides]
     values = [
-        _flat(read_text(path / "recipe.yaml") or runs[0].recipe)
+        findings.recipe_values(read_text(path / "recipe.yaml") or runs[0].recipe)
         for path, runs in zip((first, second), sides, strict=True)
     ]
     ends = [_ends(runs) for runs in sides]
@@ -137,12 +136,12 @@ def _gap(a: ArmResult, b: ArmResult, first: Sequence[Run], second: Sequence[Run]
 
 def _shares(runs: Sequence[Run], arm: str) -> dict[tuple[str, str, str], float]:
     """Problem -> share of seeds that were right; the same id with another question is another problem."""
-    said: dict[tuple[str, str, str], list[bool]] = {}
+    verdicts: dict[tuple[str, str, str], list[bool]] = {}
     for run in runs:
         known = {p.id: (p.id, p.question, p.answer) for p in run.problems}
         for name, answer in run.answers.get(arm, {}).items():
-            said.setdefault(known.get(name, (name, "", "")), []).append(answer.correct is True)
-    return {key: fmean(verdicts) for key, verdicts in said.items()}
+            verdicts.setdefault(known.get(name, (name, "", "")), []).append(answer.correct is True)
+    return {key: fmean(each) for key, each in verdicts.items()}
 
 
 def _independent(a: ArmResult, b: ArmResult) -> tuple[float, float]:
@@ -155,30 +154,12 @@ def _independent(a: ArmResult, b: ArmResult) -> tuple[float, float]:
     )
 
 
-def _flat(text: str) -> dict[str, object]:
-    """A recipe's dotted keys, read as plain YAML: a recipe of another version may not load."""
-
-    def walk(value: object, key: str) -> dict[str, object]:
-        if not isinstance(value, dict):
-            return {key: value}
-        return {
-            k: v
-            for name, inner in value.items()
-            for k, v in walk(inner, f"{key}.{name}" if key else name).items()
-        }
-
-    try:
-        return walk(parse(text, where="recipe.yaml").value, "") if text else {}
-    except RlcsError:
-        return {}
-
-
 def _ends(runs: Sequence[Run]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for run in runs:
         for stage, rows in run.curves.items():
             for key in ("loss",) if stage == "sft" else tuple(key for key, _ in _CURVES):
-                last = [value for _, value in findings.series(rows[-10:], key)]
+                last = [value for _, value in findings.series(rows[-findings.LAST_STEPS :], key)]
                 if last:
                     found.setdefault(f"{ARMS[stage].stage} {key}", []).append(fmean(last))
     return {key: fmean(values) for key, values in found.items()}
