@@ -5,8 +5,8 @@ in source code.
 """
 
 from rlcs.recipe.arms import ARMS
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft, Teacher
-from rlcs.recipe.training import Lora, Parallel
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {
