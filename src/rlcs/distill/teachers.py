@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rlcs.data.puzzles import chains
+from rlcs.data import puzzles
 from rlcs.distill.tries import Said
 from rlcs.recipe.schema import Teacher
 from rlcs.records import Problem, Request, Sampling, rollout_seed
@@ -104,7 +104,7 @@ class _BuiltinVoice:
     def _say(self, asked: Asked) -> Said:
         problem, teacher = asked.problem, self._teacher
         seed = rollout_seed(self._seed, asked.attempt, problem.id, 0)
-        text = chains.teach(problem, chain=teacher.chain, seed=seed, wrong_share=teacher.wrong_share)
+        text = puzzles.teach(problem, chain=teacher.chain, seed=seed, wrong_share=teacher.wrong_share)
         return _said(asked, text)
 
 
