@@ -191,7 +191,7 @@ def _orientation(image: "ImageFile") -> int:
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     try:
-        found = image.getexif().get(274)
+        found = int(image.getexif().get(274, 1))
     except Exception:  # a broken EXIF block is no reason to refuse the picture
         return 1
     return found if found in range(1, 9) else 1
