@@ -27,7 +27,7 @@ from rlcs.distill import run as distil
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
 from rlcs.publish.export import Export, export
-from rlcs.recipe.rollout import Sampler
+from rlcs.recipe.rollout import EngineSettings
 from rlcs.recipe.schema import Endpoint, Teacher
 from rlcs.records import Problem
 from rlcs.serving.remote import RemoteSession
@@ -238,7 +238,7 @@ def test_a_teacher_by_vllm_is_the_local_one(tmp_path: Path, problems: list[Probl
         teacher = Teacher(
             kind="local",
             model="builtin",
-            rollout=Sampler(engine=engine, memory_share=0.1),
+            rollout=EngineSettings(engine=engine, memory_share=0.1),
             max_tokens=LIMIT,
             temperature=0,
             keep="all",

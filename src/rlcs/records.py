@@ -167,12 +167,13 @@ class Prompt:
 class Sampling:
     """How to sample: `n` rollouts a prompt, at most `max_new_tokens` each.
 
-    Temperature 0 is greedy. `seed` is the run's; a rollout's own seed comes from `rollout_seed`.
+    Temperature 0 is greedy. `seed` is the run's; a rollout's own seed comes from `rollout_seed`. The ids are
+    filled in by the chat format of a model of ours (`Chat.sampling`); a server has its own.
     """
 
     max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    banned_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...] = ()
+    banned_ids: tuple[int, ...] = ()
     vision_ids: tuple[int, ...] = ()
     n: int = 1
     temperature: float = 1.0
@@ -194,6 +195,72 @@ class StopReason(StrEnum):
     EOS = "eos"
     LENGTH = "length"
     ERROR = "error"
+
+
+SampleKey = tuple[str, int, int]
+"""(problem id, index, turn) of a request and of its sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A conversation to answer: sample number `index` of problem `id`, in turn `turn` of several."""
+
+    id: str
+    messages: tuple[Message, ...]
+    index: int = 0
+    turn: int = 0
+
+    @classmethod
+    def of(cls, problem: Problem, *, system: str | None = None, index: int = 0, turn: int = 0) -> "Request":
+        """A problem with its choices; images stand at their slots, or first where there are none."""
+        pieces = problem.question.split(IMAGE_SLOT)
+        if len(pieces) == 1:
+            pieces = [""] * len(problem.images) + pieces
+        parts: list[str | ImageRef] = []
+        for piece, image in zip(pieces, problem.images, strict=False):
+            parts += [piece, image]
+        parts.append(pieces[-1] + problem.asked.removeprefix(problem.question))
+        user = Message(role="user", parts=tuple(part for part in parts if part != ""))
+        head = (Message(role="system", parts=(system,)),) if system else ()
+        return cls(id=problem.id, messages=(*head, user), index=index, turn=turn)
+
+    @property
+    def key(self) -> SampleKey:
+        """What tells this request from all others of a run."""
+        return self.id, self.index, self.turn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What a model answered to one request, or why it did not: then `stop` is `error`.
+
+    `reasoning` is what some servers keep apart from the text. A `retryable` error may pass (a server that is
+    down or busy); another one is final (the prompt is too long, the provider refuses). `tokens` are of the
+    answer; `seconds` run from the first attempt, pauses included.
+    """
+
+    id: str
+    index: int = 0
+    turn: int = 0
+    text: str = ""
+    stop: StopReason = StopReason.ERROR
+    reasoning: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    retryable: bool = False
+
+    def __post_init__(self) -> None:
+        """A failure says why; what was answered has no error."""
+        failed = self.stop is StopReason.ERROR
+        _require(failed == bool(self.error), f"stop {self.stop}, error {self.error!r}")
+        _require(bool(self.error) or not self.retryable, "only a failure is retryable")
+
+    @property
+    def key(self) -> SampleKey:
+        """The key of its request."""
+        return self.id, self.index, self.turn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

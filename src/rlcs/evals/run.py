@@ -28,7 +28,7 @@ from rlcs.evals.comparison import write_comparison
 from rlcs.evals.scores import Verdict, chance_level, rule_scores
 from rlcs.grading import GradePool
 from rlcs.progress import Screen, screen
-from rlcs.recipe.rollout import Sampler
+from rlcs.recipe.rollout import EngineSettings
 from rlcs.recipe.schema import Endpoint
 from rlcs.records import Grade, Problem
 from rlcs.signals import StopFlag
@@ -57,7 +57,7 @@ class Exam:
     limit: int | None = None
     endpoint: Endpoint | None = None
     judge: Endpoint | None = None
-    sampler: Sampler = field(default_factory=Sampler)
+    sampler: EngineSettings = field(default_factory=EngineSettings)
     decode_limit: int = 50_000_000
 
 

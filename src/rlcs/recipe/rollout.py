@@ -12,7 +12,7 @@ ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class Sampler(Section):
+class EngineSettings(Section):
     """Which engine samples, and how vLLM is started."""
 
     engine: Literal["local", "vllm_server", "vllm_colocated"] = "local"
@@ -43,19 +43,19 @@ class Sampler(Section):
     """Tries of one prompt before the run stops."""
 
     @model_validator(mode="after")
-    def _one_device_list_a_server(self) -> "Sampler":
+    def _one_device_list_a_server(self) -> "EngineSettings":
         if self.devices and len(self.devices) != self.servers:
             raise ValueError(f"{len(self.devices)} devices for {self.servers} servers: give one entry each")
         return self
 
     @model_validator(mode="after")
-    def _of_servers_alone(self) -> "Sampler":
+    def _of_servers_alone(self) -> "EngineSettings":
         if self.arguments and self.engine == "vllm_colocated":
             raise ValueError("arguments are of vllm_server: vllm_colocated takes none, leave them out")
         return self
 
 
-class Rollouts(Sampler):
+class Rollouts(EngineSettings):
     """Who samples answers, in GRPO and in measurements."""
 
     urls: tuple[str, ...] = ()

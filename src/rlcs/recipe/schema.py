@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
-from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts, Sampler
+from rlcs.recipe.rollout import ADAPTER_RANKS, EngineSettings, Rollouts
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 from rlcs.recipe.trackers import Trackers
 
@@ -124,6 +124,13 @@ class Server(Section):
     completion_price: NonNegative | None = None
     """Price of a million completion tokens."""
 
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """What so many tokens cost, in the currency of the prices; None without any price."""
+        prices = (self.prompt_price, self.completion_price)
+        if prices == (None, None):
+            return None
+        return (prompt_tokens * (prices[0] or 0.0) + completion_tokens * (prices[1] or 0.0)) / 1e6
+
 
 class Endpoint(Server):
     """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
@@ -159,7 +166,7 @@ class Teacher(Server):
     """Server of an `endpoint`, up to and with the version: `http://localhost:8000/v1`."""
     model: str | None = None
     """The model's name on the server; for `local` a folder, a hub id, or `builtin`."""
-    rollout: Sampler = Sampler()
+    rollout: EngineSettings = EngineSettings()
     """Who samples a `local` teacher: this process, or a vLLM that is started for it and ends with it."""
     temperature: NonNegative = 0.7
     """Sampling temperature of an endpoint or local teacher."""
