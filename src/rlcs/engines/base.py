@@ -7,8 +7,8 @@ from rlcs.errors import DataError
 from rlcs.model.chat import Chat
 from rlcs.records import Problem, Prompt, Rollout, Sampling
 
-Progress = Callable[[int], None]
-"""Told how many rollouts have finished since it was last told."""
+Progress = Callable[[int], None] | None
+"""Called with the number of rollouts that have finished since the last call."""
 
 Answered = tuple[Prompt, tuple[Rollout, ...]] | DataError
 """A problem's prompt and answers, or why it cannot be asked."""
@@ -22,16 +22,12 @@ class Engine(Protocol):
         ...
 
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        step: int = 0,
-        progress: Progress | None = None,
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress = None
     ) -> list[tuple[Rollout, ...]]:
         """`sampling.n` rollouts of every prompt, in the order of the prompts.
 
         Rollout i of a prompt depends on (sampling.seed, step, problem id, repeat, i) and the policy alone.
+        Under `torchrun` all ranks must call this together, each with its own prompts (or none).
         """
         ...
 

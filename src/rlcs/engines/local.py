@@ -65,17 +65,9 @@ class LocalEngine:
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        step: int = 0,
-        progress: Progress | None = None,
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress = None
     ) -> list[tuple[Rollout, ...]]:
-        """See `Engine.sample`. The model is left in the mode (train or eval) in which it was.
-
-        With a sharded model all ranks must call this, each with its own prompts (or none).
-        """
+        """See `Engine.sample`. The model is left in the mode (train or eval) in which it was."""
         requests = [DecodeRequest(prompt=prompt, sampling=sampling, step=step) for prompt in prompts]
         with self._ready():
             self._unpack()
@@ -108,8 +100,9 @@ class LocalEngine:
             while self._has_work():
                 try:
                     if self._packed is None:
-                        self._packed = packed(self._vlm.model)
-                        self._packed.__enter__()
+                        weights = packed(self._vlm.model)
+                        weights.__enter__()
+                        self._packed = weights
                     for _ in self._decode(self._waiting, refill=0):
                         pass
                 except Exception as error:  # one request too many for the memory must not end the service
