@@ -24,7 +24,7 @@ from rlcs.model.chat import Chat
 from rlcs.model.loading import Vlm
 from rlcs.model.packing import balanced, pack
 from rlcs.model.policy import score
-from rlcs.recipe.parallel import Parallel
+from rlcs.recipe.execution import Parallel
 from rlcs.recipe.schema import Model
 from rlcs.records import Tree
 from rlcs.train import checkpoint, sft

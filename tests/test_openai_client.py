@@ -15,7 +15,7 @@ from loopback_server import LoopbackServer, last_text
 from rlcs.engines import openai_client as client
 from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import EndpointError
-from rlcs.recipe.schema import Endpoint
+from rlcs.recipe.sampling import Endpoint
 from rlcs.records import Message, Request, Sampling, StopReason, rollout_seed
 from rlcs.signals import StopFlag
 

@@ -1,6 +1,6 @@
 """What people get from a real vLLM on the CPU: a server, an exported folder, a measurement, a teacher.
 
-In the lane of `test_vllm.py`, which says what it needs.
+Run by `make vllm-test` with `test_vllm.py`, which says what they need.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from rlcs.distill import run as distil
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
 from rlcs.publish.export import Export, export
-from rlcs.recipe.rollout import EngineSettings
-from rlcs.recipe.schema import Endpoint, Teacher
+from rlcs.recipe.sampling import Endpoint, EngineSettings
+from rlcs.recipe.schema import Teacher
 from rlcs.records import Problem
 from rlcs.serving.remote import RemoteSession
 from rlcs.serving.session import Settings
 from rlcs.storage import open_image, read_jsonl
 from test_benchmarks import vision, write_jsonl
 from test_distributed import free_port
-from test_vllm import CPU, program
+from test_vllm import CPU, START_LIMIT_S, program
 
 pytestmark = pytest.mark.skipif(program() is None, reason="no vLLM: `make vllm-test`")
 
@@ -98,7 +98,7 @@ def server(exported: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 600
+        end = time.monotonic() + START_LIMIT_S
         while not is_well(url):
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.5)
@@ -122,7 +122,7 @@ def asked(problem: Problem, url: str | None = None) -> list[dict]:
 
 
 def client_of(url: str, key: str = KEY) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=600)
 
 
 def test_an_exported_folder_answers_alike_in_vllm_transformers_and_rlcs(
@@ -193,7 +193,7 @@ def test_the_chat_page_talks_to_it(server, problems: list[Problem], ours: list[s
 def test_sigterm_ends_it(server) -> None:
     url, process = server
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    process.wait(600)
     assert not is_well(url)
 
 
@@ -213,6 +213,8 @@ def test_a_measurement_by_vllm_is_the_local_one(tmp_path: Path, problems: list[P
         f"executable={program()}",
         "--rollout",
         "memory_share=0.1",
+        "--rollout",
+        f"start_limit_s={START_LIMIT_S}",
     ]
     for name, words in {"local": [], "vllm": vllm}.items():
         command = ["eval", "m=builtin", *shared, "--out", tmp_path / name, *words]
@@ -245,7 +247,7 @@ def test_a_teacher_by_vllm_is_the_local_one(tmp_path: Path, problems: list[Probl
         )
         rows = [Row(problem=problem, response=None) for problem in problems]
         distil(rows, teacher, folder=tmp_path / engine, seed=1)
-        tries = read_jsonl(tmp_path / engine / "tries.jsonl")
-        said[engine] = {row["id"]: (row["response"], row["completion_tokens"]) for row in tries}
+        samples = read_jsonl(tmp_path / engine / "samples.jsonl")
+        said[engine] = {row["id"]: (row["response"], row["tokens"]) for row in samples}
     assert said["local"] == said["vllm_colocated"] and len(said["local"]) == len(problems)
     assert len(set(said["local"].values())) > 3

@@ -25,8 +25,16 @@ import openai
 
 from rlcs.engines.stop_reasons import RETRYABLE, STOP_REASONS, stop_reason
 from rlcs.errors import DataError, EndpointError
-from rlcs.recipe.schema import Endpoint
-from rlcs.records import ImageRef, Message, Request, Sample, Sampling, StopReason, rollout_seed
+from rlcs.recipe.sampling import Endpoint
+from rlcs.records import (
+    ImageRef,
+    Message,
+    Request,
+    Sample,
+    Sampling,
+    StopReason,
+    rollout_seed,
+)
 from rlcs.signals import StopFlag
 from rlcs.storage import encoded_image, image_kind
 

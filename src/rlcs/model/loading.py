@@ -31,8 +31,7 @@ from rlcs.model import lora as adapters
 from rlcs.model.chat import DEFAULT_SYSTEM, Chat, default_system, set_default_system
 from rlcs.model.fsdp import FsdpRoot, shard, whole_weights
 from rlcs.model.images import ImagePipeline
-from rlcs.recipe.lora import Lora
-from rlcs.recipe.parallel import Parallel
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Model as ModelSettings
 from rlcs.recipe.schema import Recipe
 from rlcs.records import Problem

@@ -21,11 +21,12 @@ from rlcs.model.loading import Vlm
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
 from rlcs.progress import Screen
-from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Grpo
 from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
+from rlcs.train.health import SIGNS
 from rlcs.train.losses import (
     LossInputs,
     LossSettings,
@@ -116,16 +117,16 @@ def train(
             values=measure(groups) | averaged(outcomes) | {"bad_rows": float(skipped)},
             seconds=clock.seconds,
         )
-        warn_of_gap(report.values, actors.rollout, screen)
+        warn_of_gap(report.values, actors.rollout.alarm, screen)
         folder.after_step(trainer, stream, report, screen=screen, stop=stop)
     folder.finish(trainer)
 
 
-def warn_of_gap(values: Mapping[str, float], rollout: Rollouts, screen: Screen) -> None:
-    """Say so when the engine's logprobs are far from the policy's: it samples from another model."""
-    gap = values.get("sampler_gap", 0.0)
-    if gap > rollout.alarm:
-        text = f"the sampler's logprobs are {gap:.3g} from the policy's on average, over {rollout.alarm:g}"
+def warn_of_gap(values: Mapping[str, float], most: float, screen: Screen) -> None:
+    """Warn when the engine's logprobs are far from the policy's: it samples from another model."""
+    sign = next(sign for sign in SIGNS if sign.key == "sampler_gap")
+    if (gap := values.get(sign.key, 0.0)) > most:
+        text = f"{sign.name}: {sign.message(gap, most)}"
         log.warning(text)
         screen.say(f"warning: {text}")
 

@@ -20,7 +20,7 @@ from rlcs.engines.vllm.protocol import PromptRequest, Take
 from rlcs.engines.vllm.server import DownError, Launch, RetryableError, Server
 from rlcs.engines.vllm.weights import Weights
 from rlcs.errors import RlcsError, TrainingError
-from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.sampling import Rollouts
 
 log = logging.getLogger("rlcs")
 

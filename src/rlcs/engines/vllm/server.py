@@ -26,7 +26,7 @@ import httpx
 from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError
-from rlcs.recipe.rollout import ADAPTER_RANKS, EngineSettings, Rollouts
+from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
 from rlcs.records import Rollout
 from rlcs.storage import read_json
 

@@ -1,4 +1,4 @@
-"""Where answers come from: this process, vLLM servers, or a vLLM inside this process."""
+"""The recipe's sections on what answers: a server by its protocol, our engine, or vLLM."""
 
 from typing import Annotated, Literal
 
@@ -10,6 +10,41 @@ ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks of LoRA adapters that vLLM 0.32 can make room for."""
 
 Seconds = Annotated[float, Field(gt=0)]
+
+
+class Server(Section):
+    """How to talk to a model server, whichever it is."""
+
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. Local servers need none."""
+    concurrency: Positive = 32
+    """Requests under way at once."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds one attempt at one request may take in all."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Further attempts after a failure that may pass (busy, down, cut off, garbled, empty)."""
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Attempts started a minute, evenly spaced. None: as fast as the server answers."""
+    prompt_price: NonNegative | None = None
+    """Price of a million prompt tokens, in any currency."""
+    completion_price: NonNegative | None = None
+    """Price of a million completion tokens."""
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """What so many tokens cost, in the currency of the prices; None without any price."""
+        prices = (self.prompt_price, self.completion_price)
+        if prices == (None, None):
+            return None
+        return (prompt_tokens * (prices[0] or 0.0) + completion_tokens * (prices[1] or 0.0)) / 1e6
+
+
+class Endpoint(Server):
+    """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
+
+    base_url: str
+    """Up to and with the version: `http://localhost:8000/v1`."""
+    model: str
+    """The model's name on that server."""
 
 
 class EngineSettings(Section):
