@@ -160,15 +160,16 @@ def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
         assert [request.index for request in again.unanswered(requests)] == [0, 3, 4]
 
 
-def test_a_row_s_response_is_what_the_policy_composed_or_else_the_text(tmp_path: Path) -> None:
+def test_a_row_has_the_sample_s_text_as_response_and_beside_it_what_was_composed(tmp_path: Path) -> None:
     path, some = tmp_path / "samples.jsonl", problems(2)
     with SampleLog(path, digests(some)) as log:
-        log.add(answered("p0", text="raw"), {"response": "composed"})
+        log.add(answered("p0", text="raw"), {"composed": "made of two", "reward": 1.0, "correct": True})
         log.add(answered("p1", text="raw"))
-    rows = [(row["response"], row.get("text")) for row in read_jsonl(path)]
-    assert rows == [("composed", "raw"), ("raw", None)]
+    assert [row["response"] for row in read_jsonl(path)] == ["raw", "raw"]
     with SampleLog(path, digests(some)) as again:
-        assert again.entries == log.entries
+        first, second = again.entries.values()
+    assert (first.response, first.sample.text, first.grade.correct) == ("made of two", "raw", True)
+    assert (second.response, second.grade.scored) == ("raw", False)
 
 
 def test_a_torn_line_is_cut_off_and_asked_again(tmp_path: Path) -> None:
