@@ -23,7 +23,7 @@ from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import MakeEngine, open_engines
 from rlcs.errors import RlcsError, RunFolderError
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
-from rlcs.evals.intervals import wilson
+from rlcs.evals.scores import with_interval
 from rlcs.generation import EngineSampler
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
@@ -410,10 +410,8 @@ def averaged(recipe: Recipe, summaries: dict[int, dict[str, Any]]) -> dict[str, 
     first = next(iter(summaries.values()))
     for arm in first["arms"]:
         each = [summary["arms"][arm] for summary in summaries.values()]
-        accuracy = sum(one["accuracy"] for one in each) / len(each)
-        n = each[0]["n"]
-        low, high = wilson(round(accuracy * n), n)
-        arms[arm] = {"accuracy": accuracy, "low": low, "high": high, "n": n}
+        accuracy, n = sum(one["accuracy"] for one in each) / len(each), each[0]["n"]
+        arms[arm] = {**with_interval(accuracy, n), "n": n}
     stages = first["seconds"]
     return {
         "name": recipe.name,
