@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from enum import Enum, StrEnum
 from types import NoneType, UnionType
@@ -86,8 +86,17 @@ class Problem:
     @property
     def asked(self) -> str:
         """The question, and its choices by letter, a line each."""
-        lines = (f"({chr(65 + index)}) {choice}" for index, choice in enumerate(self.choices))
-        return "\n".join((self.question, *lines))
+        return "\n".join((self.question, lettered(self.choices))) if self.choices else self.question
+
+
+def option_letter(index: int) -> str:
+    """The letter of the index-th choice of a problem."""
+    return chr(ord("A") + index)
+
+
+def lettered(choices: Sequence[str]) -> str:
+    """Choices as `(A) ...` lines."""
+    return "\n".join(f"({option_letter(index)}) {choice}" for index, choice in enumerate(choices))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

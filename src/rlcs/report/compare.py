@@ -14,7 +14,7 @@ from rlcs.errors import RunFolderError
 from rlcs.evals.intervals import mcnemar, newcombe, paired_interval
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.report import charts, findings
-from rlcs.report.findings import ArmResult
+from rlcs.report.findings import ArmResult, Difference
 from rlcs.report.load_run import Run, read_runs, read_text
 from rlcs.report.pages import templates, write_page
 
@@ -23,22 +23,16 @@ _COLOURS = ("grpo", "sft_grpo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gap:
+class Gap(Difference):
     """One arm in both runs: second minus first, as shares, with a 95% interval.
 
-    `shared` problems were answered by both (0: the interval is of two independent shares); `gained` are
-    right in the second run alone, `lost` in the first alone, `p` is McNemar's exact test (one seed each).
+    `shared` problems were answered by both (0: the interval is of two independent shares); `p` is McNemar's
+    exact test (one seed each).
     """
 
-    arm: str
     first: float
     second: float
-    points: float
-    low: float
-    high: float
     shared: int
-    gained: int
-    lost: int
     p: float | None
 
 

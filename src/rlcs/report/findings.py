@@ -45,7 +45,11 @@ class ArmResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """Two-stage minus another arm on the same problems; `gained` are right only with both stages."""
+    """An arm against another one, or against itself in another run, on the same problems.
+
+    `points` is the difference of the shares of right answers, with its interval; `gained` problems are right
+    here alone, `lost` ones there alone.
+    """
 
     arm: str
     points: float
