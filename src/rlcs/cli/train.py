@@ -81,19 +81,24 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
         for name, value in [("problems", resolved.data.cold_start), *teacher_rows(resolved.teacher)]:
             typer.echo(f"  {name:<18}  {value}")
 
-    from rlcs.distill.command import distil
+    from rlcs.distill import load_rows, run
+    from rlcs.progress import screen
     from rlcs.signals import StopFlag
+    from rlcs.storage import read_json
 
-    with StopFlag() as stop:
-        stats = distil(
-            resolved, folder, afresh=bool(named), quiet=options.quiet, json=options.json, stop=stop
-        )
+    loaded = load_rows(resolved.data, decode_limit=resolved.images.decode_limit, all_anew=bool(named))
+    total = sum(row.response is None for row in loaded.rows)
+    with StopFlag() as stop, screen("cold start", total, quiet=options.quiet, json=options.json) as view:
+        for bad in loaded.bad:
+            view.say(f"left out: {bad}")
+        run(loaded.rows, resolved.teacher, folder=folder, seed=resolved.seed, view=view, stop=stop)
+    stats = read_json(folder / "stats.json")
     cost = "" if stats["cost"] is None else f", cost {stats['cost']:,.2f}"
     summary = (
         f"\n{stats['kept']:,} demonstrations of {stats['problems']:,} problems, "
-        f"{stats['pass_rate']:.1%} of {stats['asked']:,} tries right{cost}"
+        f"{stats['pass_rate']:.1%} of {stats['asked']:,} samples right{cost}"
     )
-    files = [f"{name:<9} {folder / f'{name}.jsonl'}" for name in ("kept", "rejected", "problems", "tries")]
+    files = [f"{name:<9} {folder / f'{name}.jsonl'}" for name in ("kept", "rejected", "problems", "samples")]
     print_result({"folder": str(folder), **stats}, [summary, *files], json=options.json)
     if stats["failed"]:
         raise typer.Exit(1)

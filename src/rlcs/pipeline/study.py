@@ -40,7 +40,7 @@ from rlcs.train.run_dir import RunDir, is_done, mark_done
 
 """The stage folder whose `final` each arm measures; the base model has none."""
 
-_WORK = ("done.json", "manifest.json", "step-*.jsonl", "tries.jsonl", "turns.jsonl", "predictions.jsonl")
+_WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold something which took time."""
 
 log = logging.getLogger("rlcs")
@@ -127,7 +127,7 @@ class Study:
             )
         if failed := read_json(folder / "stats.json")["failed"]:  # no marker: else nobody asks them again
             raise RlcsError(
-                f"the teacher left {failed:,} tries unanswered",
+                f"the teacher left {failed:,} samples unanswered",
                 where=str(folder),
                 fix="the same command asks them again; to do without them, start in a new run folder with "
                 f"data.cold_start={folder / 'kept.jsonl'}",

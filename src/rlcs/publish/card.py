@@ -144,7 +144,7 @@ def _data_rows(data: Data, teacher: Teacher, run: Run, stages: Collection[str]) 
 def _choices(rows: Sequence[tuple[str, str]], stages: Collection[str]) -> list[tuple[str, str]]:
     """The run's main choices, but for those of stages that the model has not seen, and for private ones."""
     private = ("model", "arms", "cold-start data", "cold-start teacher", "RL data", "test set")
-    unseen = () if "sft" in stages else ("SFT", "chain of thought")
+    unseen: tuple[str, ...] = () if "sft" in stages else ("SFT", "chain of thought")
     unseen += () if set(stages) & set(RL_ARMS) else ("RL", "reward")
     return [(name, value) for name, value in rows if name not in private and not name.startswith(unseen)]
 

@@ -5,9 +5,9 @@ are read here rather than in source code.
 """
 
 from rlcs.recipe.arms import ARMS
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Grpo, Images, Model, Optimizer, Prompts, Recipe, Sft, Teacher
-from rlcs.recipe.training import Lora, Parallel
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {
@@ -136,13 +136,14 @@ def teacher_rows(teacher: Teacher) -> list[tuple[str, str]]:
         by_vllm = "" if teacher.rollout.engine == "local" else " by vLLM"
         where = f" at {teacher.base_url}" if teacher.who == "endpoint" else by_vllm
         who = f"{teacher.model}{where}, {_sampling(teacher.temperature, teacher.top_p, teacher.max_tokens)}"
-    tries = _count(teacher.tries, "try", "tries")
-    until = f" until {teacher.enough} to keep" if 0 < teacher.enough < teacher.tries else ""
+    samples = _count(teacher.max_samples, "sample")
+    enough = 0 < teacher.enough_kept < teacher.max_samples
+    until = f" until {teacher.enough_kept} to keep" if enough else ""
     kept = "right ones kept" if teacher.keep == "right" else "wrong ones kept too"
-    most = _count(teacher.keep_most, "demonstration")
+    most = _count(teacher.max_kept, "demonstration")
     chain = teacher.chain.replace("_", " ")
     return [
-        ("cold-start teacher", f"{who}, {tries}{until}, {kept}"),
+        ("cold-start teacher", f"{who}, {samples}{until}, {kept}"),
         ("chain of thought", f"{chain}, {teacher.format}; {teacher.pick}, at most {most} a problem"),
     ]
 
