@@ -6,15 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rlcs.cli.options import (
-    Json,
-    KeyVariable,
-    SamplingOptions,
-    print_left_out,
-    print_result,
-    same_fields,
-    with_options,
-)
+from rlcs.cli.options import Json, KeyVariable, SamplingOptions, same_fields, with_options
+from rlcs.cli.output import print_left_out, print_result
 from rlcs.errors import UserError
 
 evaluate_app = typer.Typer()

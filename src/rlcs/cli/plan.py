@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from rlcs.cli.options import Json, Overrides, RecipeName, print_result
+from rlcs.cli.options import Json, Overrides, RecipeName
+from rlcs.cli.output import print_result
 
 
 def plan(

@@ -11,15 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rlcs.cli.options import (
-    KeyVariable,
-    ModelName,
-    SamplingOptions,
-    print_left_out,
-    print_result,
-    same_fields,
-    with_options,
-)
+from rlcs.cli.options import KeyVariable, ModelName, SamplingOptions, same_fields, with_options
+from rlcs.cli.output import print_left_out, print_result
 from rlcs.errors import UserError
 
 serve_app = typer.Typer()

@@ -12,10 +12,9 @@ from rlcs.doctor import Finding
 from rlcs.errors import CheckpointError, RunFolderError
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.report import findings
-from rlcs.report.findings import LAST_STEPS
 from rlcs.report.load_run import Run, number, read_object, read_runs
 from rlcs.report.stages import ending, progress
-from rlcs.train.health import HOLD_POLICY, READ_ROLLOUTS
+from rlcs.train.health import HOLD_POLICY, LAST_STEPS, READ_ROLLOUTS
 
 _ALIVE_S = 300  # seconds without a sign of life, after which a run counts as stopped
 

@@ -11,6 +11,8 @@ from rlcs.data.sources import suggest
 from rlcs.errors import UserError
 from rlcs.recipe.section import NonNegative, Positive, Section
 
+FP32 = 4
+"""Bytes of a float32 number."""
 GIB = 2**30
 """A GB as makers of GPUs count it."""
 

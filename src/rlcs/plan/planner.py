@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlcs.evals.arms import CHUNK
-from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.memory import FP32, Load, Passing, activations, update_peak
+from rlcs.plan.machine import FP32, GIB, Assumed, Machine
+from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.placement import Placement, place, stored
 from rlcs.plan.rollouts import Trees, decoding_seconds, rollout_bytes
 from rlcs.plan.shapes import Sizes, Tower

@@ -17,6 +17,7 @@ from rlcs.report import charts, findings
 from rlcs.report.findings import ArmResult, Difference
 from rlcs.report.load_run import Run, read_runs, read_text
 from rlcs.report.pages import templates, write_page
+from rlcs.train.health import LAST_STEPS
 
 _METRICS = ("reward", "accuracy", "response_tokens", "kl", "entropy")
 _COLOURS = ("grpo", "sft_grpo")
@@ -131,7 +132,7 @@ def _ends(runs: Sequence[Run]) -> dict[str, float]:
     for run in runs:
         for stage, rows in run.curves.items():
             for key in ("loss",) if stage == "sft" else _METRICS:
-                last = [value for _, value in findings.series(rows[-findings.LAST_STEPS :], key)]
+                last = [value for _, value in findings.series(rows[-LAST_STEPS:], key)]
                 if last:
                     found.setdefault(f"{ARMS[stage].stage} {key}", []).append(fmean(last))
     return {key: fmean(values) for key, values in found.items()}

@@ -15,10 +15,7 @@ from rlcs.evals.intervals import paired_interval, wilson
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.reading import parse
 from rlcs.report.load_run import Answer, Attempt, HeldOut, Row, Run, number, part
-from rlcs.train.health import SIGNS, Sign
-
-LAST_STEPS = 10
-"""Steps at the end of a stage whose mean says how it is doing."""
+from rlcs.train.health import LAST_STEPS, SIGNS, Sign
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
