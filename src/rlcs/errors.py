@@ -10,7 +10,7 @@ class RlcsError(Exception):
     """Base of all errors raised on purpose: what is wrong, where, and the way out."""
 
     exit_code = 1
-    told = False
+    reported = False
     """Another process of the run tells it already."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
