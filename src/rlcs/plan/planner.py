@@ -85,7 +85,7 @@ def plan_stages(recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed
     spread = recipe.lora, recipe.parallel, recipe.rollout
     placed = place(recipe.learner, *spread, sizes=sizes, machine=machine)
     steps = steps_of(sft, assumed.demonstrations) if assumed.demonstrations else None
-    # Of demonstrations that are given instead of asked for, responses may be longer than a teacher's.
+    # Responses of given demonstrations may be longer than a teacher's.
     largest = {
         "sft": largest_tree(images, tower, prompt=prompt, group=1, answer=recipe.teacher.max_tokens),
         "grpo": largest_tree(images, tower, prompt=prompt, group=grpo.group_size, answer=grpo.max_new_tokens),

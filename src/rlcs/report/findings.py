@@ -178,7 +178,7 @@ def skipped_steps(runs: Sequence[Run]) -> list[str]:
 def gallery(run: Run, count: int) -> list[Gallery]:
     """`count` problems: half where the arms disagree, the rest all wrong and all right.
 
-    The order within a kind is by a hash of the id: the same every time, and nobody's choice. A run
+    The order within a kind is by a hash of the id, so that no problem is chosen by hand. A run
     keeps the images of its first problems only: where those are enough, no other is shown.
     """
     kinds: dict[str, list[HeldOut]] = {
