@@ -16,6 +16,7 @@ from rlcs.grading.intervals import as_interval, is_inequality
 from rlcs.grading.latex import NoValueError, TooLargeError, exact, number
 from rlcs.grading.normal import compact, normalise, peel, repair_gold
 from rlcs.grading.units import split_unit
+from rlcs.records import option_letter
 
 MAX_ANSWER = 10_000
 """Characters; a longer extracted answer is wrong unless it is the gold answer letter by letter."""
@@ -110,11 +111,11 @@ def _compare_choice(given: str, wanted: str, choices: list[str]) -> Verdict:
     if named is not None:
         agrees = _same(rest, options[named]) if rest else _yes("")
         if agrees.correct is False:
-            return _no(f"option {_letter(named)} and another option's value")
+            return _no(f"option {option_letter(named)} and another option's value")
         if named in accepted:
-            return agrees if agrees.correct is None else _yes(f"option {_letter(named)}")
+            return agrees if agrees.correct is None else _yes(f"option {option_letter(named)}")
         if accepted:
-            return _no(f"option {_letter(named)}, not {_letter(min(accepted))}")
+            return _no(f"option {option_letter(named)}, not {option_letter(min(accepted))}")
         given = options[named]  # the gold value is no option's text: compare the values
     verdict = _same(given, value)
     if verdict.correct is None and any(_same(given, o).correct for o in options):
@@ -137,10 +138,6 @@ def _named_option(given: str, options: Sequence[str]) -> tuple[int | None, str]:
     return None, ""
 
 
-def _letter(index: int) -> str:
-    return chr(ord("A") + index)
-
-
 def _letter_index(text: str, options: Sequence[str]) -> int | None:
     """The option that a bare `B`, `(B)` or `B.` names; lower case only if no option has that text."""
     match = _CHOICE.fullmatch(text)
@@ -154,7 +151,7 @@ def _letter_index(text: str, options: Sequence[str]) -> int | None:
 def _without_label(choice: str, index: int) -> str:
     """`B. 12` or `(B) 12` as the second of the choices is `12`."""
     match = _LABEL.fullmatch(choice)
-    own = match and match[1] and match[2] and match[1].upper() == _letter(index)
+    own = match and match[1] and match[2] and match[1].upper() == option_letter(index)
     return match[2] if match and own else choice
 
 

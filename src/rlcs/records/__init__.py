@@ -8,7 +8,7 @@ G group members.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -84,8 +84,17 @@ class Problem:
     @property
     def asked(self) -> str:
         """The question, and its choices by letter, a line each."""
-        lines = (f"({chr(65 + index)}) {choice}" for index, choice in enumerate(self.choices))
-        return "\n".join((self.question, *lines))
+        return "\n".join((self.question, lettered(self.choices))) if self.choices else self.question
+
+
+def option_letter(index: int) -> str:
+    """The letter of the index-th choice of a problem."""
+    return chr(ord("A") + index)
+
+
+def lettered(choices: Sequence[str]) -> str:
+    """Choices as `(A) ...` lines."""
+    return "\n".join(f"({option_letter(index)}) {choice}" for index, choice in enumerate(choices))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlcs.records import Json
+from rlcs.records import Json, option_letter
 
 _LETTER = re.compile(r"\(([a-zA-Z])\)")
 _QUOTED = re.compile(r'The answer is "(.*)"\.')
@@ -61,7 +61,7 @@ def predict(extraction: Json, kind: Kind) -> str | None:
 def _choice(text: str, choices: Sequence[str]) -> str:
     if letter := _LETTER.search(text):
         text = letter[1].upper()
-    letters = [chr(ord("A") + index) for index in range(len(choices))]
+    letters = [option_letter(index) for index in range(len(choices))]
     if text in letters:
         return choices[letters.index(text)]
     return min(choices, key=lambda choice: edit_distance(choice, text))
