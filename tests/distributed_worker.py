@@ -18,8 +18,8 @@ from rlcs.engines.local import LocalEngine
 from rlcs.model import loading
 from rlcs.model.fsdp import whole_weights
 from rlcs.progress import screen
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Grpo, Recipe, Sft
-from rlcs.recipe.training import Lora, Parallel
 from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft

@@ -21,10 +21,10 @@ from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import score
 from rlcs.pipeline.study import Output, Study
 from rlcs.progress import screen
+from rlcs.recipe.execution import Lora
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Grpo, Model, Optimizer, Recipe, Sft
 from rlcs.recipe.table import summary_rows
-from rlcs.recipe.training import Lora
 from rlcs.records import Branch, Demonstration, Grade, Tree
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import checkpoint, grpo, sft

@@ -24,10 +24,10 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.fsdp import whole_weights
 from rlcs.model.loading import Vlm
+from rlcs.recipe.execution import Lora
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.table import summary_rows
-from rlcs.recipe.training import Lora
 from rlcs.train import grpo
 from test_lora import logprobs, one_pack
 from test_vllm_engine import Run, break_while_publishing, sampled_by_two_ranks

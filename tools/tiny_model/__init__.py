@@ -24,7 +24,7 @@ __all__ = [
 
 
 def pretrain(
-    out: Path, *, seed: int, steps: int, tell: Callable[[str], None] = lambda line: None
+    out: Path, *, seed: int, steps: int, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, float]:
     """Build, train, measure, and write a folder that `from_pretrained` loads; returns the scores.
 
@@ -36,8 +36,8 @@ def pretrain(
     shapes, bars, figures = puzzles.families()
     first = Course(families=(shapes, bars, figures))
     second = Course(families=(shapes, bars, figures, shapes), rate=0.7)
-    train(model, processor, seed=seed, steps=steps, course=first, tell=tell)
-    train(model, processor, seed=seed + 1, steps=steps * 3 // 8, course=second, tell=tell)
+    train(model, processor, seed=seed, steps=steps, course=first, report=report)
+    train(model, processor, seed=seed + 1, steps=steps * 3 // 8, course=second, report=report)
     minutes = (time.monotonic() - started) / 60
     scores = measure(model, processor)
     model.save_pretrained(out)

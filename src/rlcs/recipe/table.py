@@ -5,9 +5,9 @@ are read here rather than in source code.
 """
 
 from rlcs.recipe.arms import ARMS
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Grpo, Images, Model, Optimizer, Prompts, Recipe, Sft, Teacher
-from rlcs.recipe.training import Lora, Parallel
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {
