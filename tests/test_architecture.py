@@ -83,7 +83,7 @@ OLD_WORDS = {
     r"Voice|Respondent|Talker|Actors|Shell": "Sampler, GrpoContext, FsdpRoot",
     r"rl_only|two_stage": "grpo, sft_grpo",
     r"ails|ailments?": "is wrong, health",
-    r"besieges?|siege": "load test, hostile clients",
+    r"besieges?|attack_from_clients": "load test, hostile clients",
 }
 """Words that are not used any more, as patterns of whole words, and what is written instead."""
 OLD_NAMES = {"told": "message, reported", "said": "text, answer", "asked": "requested, question"}
