@@ -66,6 +66,8 @@ TESTS_OF_SOMETHING_ELSE = {
     "grading_reference": "the table in docs/reference/grading.md",
     "shipped_recipes": "the YAML files in recipes/",
     "families": "every model family, through all packages",
+    "generate": "the command `rlcs generate`, through generation, engines and serving",
+    "grade_command": "the command `rlcs grade`, through evals and grading",
     "vllm_lora": "adapters with vLLM, through all packages",
     "vllm_serving": "a real vLLM, through serving, evals and distill",
 }
@@ -83,7 +85,7 @@ OLD_WORDS = {
     r"Voice|Respondent|Talker|Actors|Shell": "Sampler, GrpoContext, FsdpRoot",
     r"rl_only|two_stage": "grpo, sft_grpo",
     r"ails|ailments?": "is wrong, health",
-    r"besieges?|attack_from_clients": "load test, hostile clients",
+    r"besieges?|siege": "load test, hostile clients",
 }
 """Words that are not used any more, as patterns of whole words, and what is written instead."""
 OLD_NAMES = {"told": "message, reported", "said": "text, answer", "asked": "requested, question"}
