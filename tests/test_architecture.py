@@ -67,7 +67,6 @@ TESTS_OF_SOMETHING_ELSE = {
     "shipped_recipes": "the YAML files in recipes/",
     "families": "every model family, through all packages",
     "generate": "the command `rlcs generate`, through generation, engines and serving",
-    "grade_command": "the command `rlcs grade`, through evals and grading",
     "vllm_lora": "adapters with vLLM, through all packages",
     "vllm_serving": "a real vLLM, through serving, evals and distill",
 }
