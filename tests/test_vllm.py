@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import LengthGrader, make_problem
+from conftest import LengthGrader, make_problem, tree_of
 from rlcs.data import load
 from rlcs.data import puzzles as tasks
 from rlcs.engines.factory import open_engines
@@ -36,7 +36,7 @@ from rlcs.progress import screen
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Grpo, Model, Recipe
-from rlcs.records import Branch, Prompt, Rollout, Tree
+from rlcs.records import Prompt, Rollout
 from rlcs.serving import session
 from rlcs.signals import StopFlag
 from rlcs.train import grpo
@@ -116,10 +116,7 @@ def largest_gap(
     vlm: Vlm, chat: Chat, prompts: list[Prompt], groups: list[tuple[Rollout, ...]], t: float
 ) -> float:
     """Between the engine's logprobs and those that the policy gives the same tokens in the trainer's pass."""
-    trees = [
-        Tree(prompt=p, branches=tuple(Branch(ids=r.ids, weights=(1.0,) * len(r.ids)) for r in group))
-        for p, group in zip(prompts, groups, strict=True)
-    ]
+    trees = [tree_of(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
     with torch.no_grad():
         ours = score(vlm, pack(trees, chat.patches), temperature=t).logprobs
     theirs = torch.tensor([x for group in groups for r in group for x in r.logprobs])
