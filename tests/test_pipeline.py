@@ -8,35 +8,31 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from conftest import SMALL_STUDY
 from loopback_server import LoopbackServer
 from rlcs.data import run_data
 from rlcs.distributed import join_world
 from rlcs.errors import DataError, ModelError, RecipeError, RunFolderError, UserError
 from rlcs.evals import arms as evaluation
+from rlcs.generation import SampleLog
 from rlcs.model import loading
 from rlcs.pipeline import study
 from rlcs.recipe.loading import load_recipe
-from rlcs.records import Grade, Problem
+from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.signals import StopFlag
 from rlcs.storage import append_jsonl
 from test_distributed import environment, free_port
 
 SMALL = [
-    "data.cold_start=builtin:puzzles?count=12&seed=1",
-    "data.rl=builtin:puzzles?count=12&seed=2",
-    "data.test=builtin:puzzles?split=test&count=20&seed=3",
-    "sft.epochs=2",
-    "sft.batch_size=6",
+    *SMALL_STUDY,
     "sft.save_every=1",
     "grpo.steps=2",
-    "grpo.prompts_per_step=3",
-    "grpo.group_size=2",
     "grpo.optimizer_steps=1",
     "grpo.max_new_tokens=8",
     "grpo.save_every=1",
@@ -369,15 +365,15 @@ def test_json_output_is_json_alone(random_model_folder, tmp_path):
 
 def test_a_run_takes_up_the_answers_that_distill_left(random_model_folder, tmp_path):
     folder = tmp_path / "both"
-    words = [f"model.name={random_model_folder}", *SMALL, "teacher.wrong_share=0.5", "teacher.enough=0"]
-    alone = rlcs("distill", "quickstart", *words, "teacher.tries=3", "--out", folder)
-    assert alone.returncode == 0 and "36 tries right" in alone.stdout, alone.stderr
-    before = (folder / "cold_start" / "tries.jsonl").read_bytes()
+    words = [f"model.name={random_model_folder}", *SMALL, "teacher.wrong_share=0.5", "teacher.enough_kept=0"]
+    alone = rlcs("distill", "quickstart", *words, "teacher.max_samples=3", "--out", folder)
+    assert alone.returncode == 0 and "36 samples right" in alone.stdout, alone.stderr
+    before = (folder / "cold_start" / "samples.jsonl").read_bytes()
     rated = folder / "cold_start" / "problems.jsonl"
     chosen = [f"data.rl={rated}", "data.rl_pass_rate=[0.1, 0.9]", "study.arms=[base, sft_grpo]"]
-    done = rlcs("run", "quickstart", *words, "teacher.tries=3", *chosen, "--out", folder)
+    done = rlcs("run", "quickstart", *words, "teacher.max_samples=3", *chosen, "--out", folder)
     assert done.returncode == 0, done.stderr
-    assert (folder / "cold_start" / "tries.jsonl").read_bytes() == before
+    assert (folder / "cold_start" / "samples.jsonl").read_bytes() == before
     asked = [
         json.loads(line) for line in (folder / "sft_grpo/rollouts/step-000001.jsonl").read_text().splitlines()
     ]
@@ -403,7 +399,7 @@ def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(rand
         ]
         short = rlcs("run", "quickstart", *words, "--out", out)
         assert short.returncode == 1 and "Traceback" not in short.stderr, short.stderr
-        assert "left 1 tries unanswered" in short.stderr and "the same command asks them" in short.stderr
+        assert "left 1 samples unanswered" in short.stderr and "the same command asks them" in short.stderr
         assert f"data.cold_start={out / 'cold_start/kept.jsonl'}" in short.stderr
         assert not (out / "sft").exists() and len(server.seen) == 2 + 3 + 1
         done = rlcs("run", "quickstart", *words, "--out", out)
@@ -413,19 +409,16 @@ def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(rand
 
 def test_measured_answers_to_edited_problems_are_refused(tmp_path):
     problems = [Problem(id=str(n), source="mine", question=f"{n}?", answer="5") for n in range(3)]
-    rows = [evaluation.prediction(each, None, Grade(reward=1.0, correct=True)) for each in problems]
-    append_jsonl(tmp_path / "predictions.jsonl", rows)
-    nobody = evaluation.Examiner(engine=None, chat=None, pool=None, settings=None)  # there is nothing to ask
+    right = asdict(Grade(reward=1.0, correct=True))
+    with SampleLog(tmp_path / "predictions.jsonl", {each.id: each.digest for each in problems}) as log:
+        for each in problems:
+            log.add(Sample(id=each.id, text="5", stop=StopReason.EOS), right)
+    nobody = evaluation.Evaluator(sampler=None, pool=None)  # there is nothing to ask
     measure = partial(evaluation.evaluate, nobody, folder=tmp_path, screen=None, stop=None)
     assert measure(problems[:2])["n"] == 2
     edited = [problems[0], replace(problems[1], answer="6")]
     with pytest.raises(UserError, match=r"(?s)the answer to '1' is to another question.*restore"):
         measure(edited)
-    (tmp_path / "predictions.jsonl").unlink()
-    append_jsonl(tmp_path / "predictions.jsonl", [{**row, "digest": edited[1].digest} for row in rows[1:2]])
-    old = [{key: value for key, value in row.items() if key != "digest"} for row in rows[:1]]
-    append_jsonl(tmp_path / "predictions.jsonl", old)  # rows of before there were digests
-    assert measure(edited)["n"] == 2
 
 
 def test_no_problem_of_the_wanted_difficulty_is_an_error():

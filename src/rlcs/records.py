@@ -257,7 +257,7 @@ class Sample:
     id: str
     index: int = 0
     turn: int = 0
-    text: str = ""
+    text: str = field(default="", metadata={"row": "response"})
     stop: StopReason = StopReason.ERROR
     reasoning: str = ""
     prompt_tokens: int = 0

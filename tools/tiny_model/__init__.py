@@ -1,6 +1,6 @@
 """Builds and pre-trains the built-in model: a real Qwen2.5-VL of about a million parameters.
 
-Run `python -m tools.tiny_model --out DIR` to make it again. It learns `tasks.lessons`: captions, lists
+Run `python -m tools.tiny_model --out DIR` to make it again. It learns `lessons`: captions, lists
 of counts, simple questions with direct answers, equations with one operation; never a question in several
 steps, never reasoning. It stands where an instruct model stands before a cold start: it sees
 well, answers in a box, and has to be taught to think.
@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from rlcs.data import puzzles
-from tools.tiny_model.build import SPECIAL, build_model, build_processor, corpus
+from tools.tiny_model.build import SPECIAL, build_model, build_processor, corpus, random_model
 from tools.tiny_model.learn import Course, train
 from tools.tiny_model.sight import caption_accuracy, measure
 
 __all__ = [
     "SPECIAL", "Course", "build_model", "build_processor", "caption_accuracy", "corpus", "measure",
-    "pretrain", "train",
+    "pretrain", "random_model", "train",
 ]  # fmt: skip
 
 

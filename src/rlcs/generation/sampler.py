@@ -5,19 +5,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rlcs.engines.base import Engine
-from rlcs.engines.factory import open_engines
 from rlcs.engines.openai_client import EndpointClient
-from rlcs.engines.vllm.server import context_length
 from rlcs.errors import DataError
-from rlcs.model import loading
-from rlcs.model.chat import Chat
 from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
 from rlcs.recipe.schema import Eval, Grpo, Images, Model, Prompts, Recipe
 from rlcs.records import Message, Prompt, Request, Sample, Sampling, StopReason
 from rlcs.signals import StopFlag
+
+if TYPE_CHECKING:
+    from rlcs.engines.base import Engine
+    from rlcs.model.chat import Chat
 
 
 class Sampler(Protocol):
@@ -34,7 +33,7 @@ class Sampler(Protocol):
 class EngineSampler:
     """An engine of ours with the chat format of its model."""
 
-    def __init__(self, engine: Engine, chat: Chat, sampling: Sampling, *, batch_size: int) -> None:
+    def __init__(self, engine: "Engine", chat: "Chat", sampling: Sampling, *, batch_size: int) -> None:
         """Ask about `batch_size` requests at a time.
 
         A sample depends on its key, the seed and the policy alone. Requests that differ in their index alone
@@ -59,7 +58,7 @@ class EngineSampler:
 
     def batch(self, requests: Sequence[Request]) -> list[Sample]:
         """Answer requests in one go; the engine is called without any too: ranks call it together."""
-        samples = []
+        samples: list[Sample] = []
         for turn in sorted({request.turn for request in requests}) or [0]:
             samples += self._turn([request for request in requests if request.turn == turn], turn)
         return samples
@@ -115,6 +114,10 @@ def open_sampler(
         with EndpointClient(model, sampling) as client:
             yield client
         return
+    from rlcs.engines.factory import open_engines  # torch is for models of ours alone
+    from rlcs.engines.vllm.server import context_length
+    from rlcs.model import loading
+
     settings = settings or EngineSettings()
     longest, local = sampling.max_new_tokens, settings.engine == "local"
     vlm = loading.load(Model(name=model), weights=local)

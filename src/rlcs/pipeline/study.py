@@ -21,8 +21,9 @@ from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import MakeEngine, open_engines
 from rlcs.errors import RlcsError, RunFolderError
-from rlcs.evals.arms import Examiner, evaluate, write_problems
+from rlcs.evals.arms import CHUNK, Evaluator, evaluate, write_problems
 from rlcs.evals.intervals import wilson
+from rlcs.generation import EngineSampler
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
 from rlcs.model import loading
@@ -39,7 +40,7 @@ from rlcs.train.run_dir import RunDir, is_done, mark_done
 
 """The stage folder whose `final` each arm measures; the base model has none."""
 
-_WORK = ("done.json", "manifest.json", "step-*.jsonl", "tries.jsonl", "turns.jsonl", "predictions.jsonl")
+_WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold something which took time."""
 
 log = logging.getLogger("rlcs")
@@ -126,7 +127,7 @@ class Study:
             )
         if failed := read_json(folder / "stats.json")["failed"]:  # no marker: else nobody asks them again
             raise RlcsError(
-                f"the teacher left {failed:,} tries unanswered",
+                f"the teacher left {failed:,} samples unanswered",
                 where=str(folder),
                 fix="the same command asks them again; to do without them, start in a new run folder with "
                 f"data.cold_start={folder / 'kept.jsonl'}",
@@ -244,9 +245,10 @@ class Study:
         vlm = self._spread(self._vlm(self._weights_of(arm)))
         chat = loading.make_chat(vlm, self.recipe)
         engine = self._make_engine(vlm, chat, settings.max_rows)
+        sampler = EngineSampler(engine, chat, settings.sampling(), batch_size=CHUNK)
         with self._pool(self.recipe.grpo) as pool, self._output.screen(f"eval {arm}", len(problems)) as view:
-            examiner = Examiner(engine=engine, chat=chat, pool=pool, settings=settings, world=self._world)
-            evaluate(examiner, problems, folder=folder, screen=view, stop=self._stop)
+            evaluator = Evaluator(sampler=sampler, pool=pool, world=self._world)
+            evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
         seconds = round(time.monotonic() - started, 1)
         self._world.first(partial(mark_done, folder, seconds=seconds))
         log.info("eval %s: done", arm)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from rlcs.errors import RecipeError
 from rlcs.recipe.keys import allowed, nearest, recipe_keys, section_of, takes_text
 from rlcs.recipe.reading import Parsed, parse, write
+from rlcs.recipe.sampling import EngineSettings
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.section import Section
 
@@ -52,6 +53,17 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
         settings |= _settings(source, source.value, Recipe)
     provenance = {key: settings[key].source if key in settings else DEFAULT for key in recipe_keys()}
     return Resolved(recipe=_validated(settings), provenance=provenance)
+
+
+def load_engine(engine: str, words: Sequence[str]) -> EngineSettings:
+    """An engine's settings from `key=value` words, which a recipe has in its section `rollout`."""
+    settings: dict[str, _Setting] = {}
+    for text in (f"engine={engine}", *words):
+        if text.partition("=")[0].strip() not in EngineSettings.model_fields:
+            raise _unknown(f"rollout.{text.partition('=')[0]}", COMMAND_LINE)
+        source = _override(f"rollout.{text}")
+        settings |= _settings(source, source.value, Recipe)
+    return _validated(settings).rollout
 
 
 def list_recipes() -> dict[str, Path]:
@@ -147,6 +159,12 @@ def _override(text: str) -> Parsed:
     return Parsed(value=value, where=COMMAND_LINE)
 
 
+def _unknown(key: str, where: str) -> RecipeError:
+    listed = "rlcs recipes show quickstart lists every key"
+    fix = f"did you mean {' or '.join(found)}?" if (found := nearest(key)) else listed
+    return RecipeError(f"unknown key {key}", where=where, fix=fix)
+
+
 def _settings(
     source: Parsed, values: Mapping[str, object], section: type[Section], path: tuple[str, ...] = ()
 ) -> dict[str, _Setting]:
@@ -156,9 +174,7 @@ def _settings(
         here = (*path, name)
         key, where, field = ".".join(here), source.place(here), section.model_fields.get(name)
         if field is None:
-            listed = "rlcs recipes show quickstart lists every key"
-            fix = f"did you mean {' or '.join(found)}?" if (found := nearest(key)) else listed
-            raise RecipeError(f"unknown key {key}", where=where, fix=fix)
+            raise _unknown(key, where)
         inner = section_of(field)
         if inner is None:
             settings[key] = _Setting(value=_frozen(value), source=source.where, where=where)

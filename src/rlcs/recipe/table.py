@@ -1,12 +1,13 @@
-"""The short table shown before a run starts: the choices that change results.
+"""The short table shown before a run starts: above all the choices that other tools keep to themselves.
 
-Defaults such as the upper clip, the KL estimator or what a loss is averaged over are read here rather than
-in source code.
+Defaults such as the upper clip, the KL estimator or what a loss is averaged over change results, and
+are read here rather than in source code.
 """
 
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
-from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft, Teacher
+from rlcs.recipe.sampling import Rollouts
+from rlcs.recipe.schema import Data, Eval, Grpo, Images, Model, Optimizer, Prompts, Recipe, Sft, Teacher
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {
@@ -30,36 +31,45 @@ _LOSSES = {
 
 def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """The table as (choice, value) rows, in the order of a run."""
-    training = [*_sft_rows(recipe.sft), *_grpo_rows(recipe.grpo), *_rollout_rows(recipe)]
-    return [*_inputs(recipe), *training, *_measurement(recipe)]
-
-
-def _precision(recipe: Recipe) -> str:
-    learner = recipe.learner.dtype
-    if learner == "bfloat16" and not recipe.lora.rank:
-        return "bfloat16 precision, which loses small steps (model.dtype=float32 keeps them)"
-    return f"{learner} precision"
-
-
-def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
-    model, prompt, images = recipe.model, recipe.prompt, recipe.images
-    revision = f" at {model.revision}" if model.revision else ""
-    checkpointing = ", gradient checkpointing" if model.gradient_checkpointing else ""
-    precision = f"{_precision(recipe)}, {model.attention} attention{checkpointing}"
-    rl_system = "the same" if prompt.rl_system is None else _quoted(prompt.rl_system)
-    low, high, rl_low = images.min_pixels, images.max_pixels, images.rl_min_pixels
-    tokens = f"{_tokens(low)} to {_tokens(high)} tokens of 28 x 28"
+    adapters = "as adapters" if recipe.samples_by_adapters else "merged"
     return [
         ("recipe", f"{recipe.name}, seed {recipe.seed}"),
-        ("model", f"{model.name}{revision}, {precision}"),
-        ("LoRA", _lora(recipe.lora)),
+        *_model_rows(recipe.learner, recipe.model, recipe.lora),
         ("many processes", _parallel(recipe.parallel)),
         ("arms", ", ".join(ARMS[arm].label for arm in recipe.study.arms)),
+        *_prompt_rows(recipe.prompt, recipe.images),
+        *_sft_rows(recipe.sft),
+        *_grpo_rows(recipe.grpo),
+        *_rollout_rows(recipe.rollout, f", LoRA {adapters}" if recipe.lora.rank else ""),
+        *_data_rows(recipe.data, recipe.teacher, recipe.eval),
+    ]
+
+
+def _model_rows(learner: Model, model: Model, lora: Lora) -> list[tuple[str, str]]:
+    revision = f" at {model.revision}" if model.revision else ""
+    checkpointing = ", gradient checkpointing" if model.gradient_checkpointing else ""
+    precision = f"{learner.dtype} precision"
+    if learner.dtype == "bfloat16" and not lora.rank:
+        precision += ", which loses small steps (model.dtype=float32 keeps them)"
+    value = f"{model.name}{revision}, {precision}, {model.attention} attention{checkpointing}"
+    return [("model", value), ("LoRA", _lora(lora))]
+
+
+def _prompt_rows(prompt: Prompts, images: Images) -> list[tuple[str, str]]:
+    rl_system = "the same" if prompt.rl_system is None else _quoted(prompt.rl_system)
+    low, high = images.min_pixels, images.max_pixels
+    return [
         ("system prompt", "the chat template's own" if prompt.system is None else _quoted(prompt.system)),
         ("system prompt in RL", rl_system),
         ("longest prompt", f"{prompt.max_tokens:,} tokens, images included; longer ones are left out"),
-        ("image size", f"{low:,} to {high:,} pixels ({tokens})"),
-        ("image size in RL", "the same" if rl_low is None else f"{rl_low:,} to {high:,} pixels"),
+        (
+            "image size",
+            f"{low:,} to {high:,} pixels ({_tokens(low)} to {_tokens(high)} tokens of 28 x 28)",
+        ),
+        (
+            "image size in RL",
+            "the same" if images.rl_min_pixels is None else f"{images.rl_min_pixels:,} to {high:,} pixels",
+        ),
     ]
 
 
@@ -73,12 +83,14 @@ def _sft_rows(sft: Sft) -> list[tuple[str, str]]:
 
 
 def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
-    rollouts = f"{grpo.prompts_per_step:,} prompts x {grpo.group_size}"
-    rollouts += f" = {grpo.prompts_per_step * grpo.group_size:,} rollouts"
-    updates = _count(grpo.optimizer_steps, "optimiser step")
+    rollouts = grpo.prompts_per_step * grpo.group_size
     dual = "off" if grpo.clip_dual is None else f"{grpo.clip_dual:g}"
     return [
-        ("RL", f"{grpo.steps:,} steps, each {rollouts} and {updates}"),
+        (
+            "RL",
+            f"{grpo.steps:,} steps, each {grpo.prompts_per_step:,} prompts x {grpo.group_size} "
+            f"= {rollouts:,} rollouts and {_count(grpo.optimizer_steps, 'optimiser step')}",
+        ),
         ("RL frozen", _frozen(grpo.freeze)),
         ("RL optimiser", _optimizer(grpo.optimizer)),
         ("RL sampling", _sampling(grpo.temperature, grpo.top_p, grpo.max_new_tokens)),
@@ -94,25 +106,23 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
     ]
 
 
-def _rollout_rows(recipe: Recipe) -> list[tuple[str, str]]:
-    """No rows for local rollouts, which come from the very model that trains."""
-    rollout = recipe.rollout
+def _rollout_rows(rollout: Rollouts, adapters: str) -> list[tuple[str, str]]:
+    """Nothing for local rollouts, which come from the very model that trains."""
     if rollout.engine == "local":
         return []
-    servers = ", ".join(rollout.urls) or _count(rollout.servers, "server")
-    engine = f"vLLM, {servers}" if rollout.engine == "vllm_server" else "vLLM in this process"
-    lora = f", LoRA {'as adapters' if recipe.samples_by_adapters else 'merged'}" if recipe.lora.rank else ""
-    correction = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
-    return [("rollouts", f"{engine}{lora}; its logprobs against the policy's: {correction}")]
+    where = ", ".join(rollout.urls) or _count(rollout.servers, "server")
+    who = f"vLLM, {where}" if rollout.engine == "vllm_server" else "vLLM in this process"
+    weighted = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
+    return [("rollouts", f"{who}{adapters}; its logprobs against the policy's: {weighted}")]
 
 
-def _measurement(recipe: Recipe) -> list[tuple[str, str]]:
-    data, test = recipe.data, recipe.eval
-    rates = "" if data.rl_pass_rate is None else ", pass rate from {:g} to {:g}".format(*data.rl_pass_rate)
+def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]]:
+    rates = data.rl_pass_rate
+    chosen = "" if rates is None else f", pass rate from {rates[0]:g} to {rates[1]:g}"
     return [
         ("cold-start data", data.cold_start),
-        *teacher_rows(recipe.teacher),
-        ("RL data", data.rl + rates),
+        *teacher_rows(teacher),
+        ("RL data", data.rl + chosen),
         ("test set", data.test),
         ("test sampling", _sampling(test.temperature, test.top_p, test.max_new_tokens)),
     ]
@@ -126,13 +136,14 @@ def teacher_rows(teacher: Teacher) -> list[tuple[str, str]]:
         by_vllm = "" if teacher.rollout.engine == "local" else " by vLLM"
         where = f" at {teacher.base_url}" if teacher.who == "endpoint" else by_vllm
         who = f"{teacher.model}{where}, {_sampling(teacher.temperature, teacher.top_p, teacher.max_tokens)}"
-    tries = _count(teacher.tries, "try", "tries")
-    until = f" until {teacher.enough} to keep" if 0 < teacher.enough < teacher.tries else ""
+    samples = _count(teacher.max_samples, "sample")
+    enough = 0 < teacher.enough_kept < teacher.max_samples
+    until = f" until {teacher.enough_kept} to keep" if enough else ""
     kept = "right ones kept" if teacher.keep == "right" else "wrong ones kept too"
-    most = _count(teacher.keep_most, "demonstration")
+    most = _count(teacher.max_kept, "demonstration")
     chain = teacher.chain.replace("_", " ")
     return [
-        ("cold-start teacher", f"{who}, {tries}{until}, {kept}"),
+        ("cold-start teacher", f"{who}, {samples}{until}, {kept}"),
         ("chain of thought", f"{chain}, {teacher.format}; {teacher.pick}, at most {most} a problem"),
     ]
 
@@ -149,14 +160,15 @@ def _lora(lora: Lora) -> str:
 def _parallel(parallel: Parallel) -> str:
     freed = "freed" if parallel.reshard_after_forward else "kept"
     formats = f"{parallel.compute_dtype} compute and {parallel.reduce_dtype} reduce precision"
-    offload = ", shards and AdamW in main memory" if parallel.cpu_offload else ""
-    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass{offload}"
+    lies = ", shards and AdamW in main memory" if parallel.cpu_offload else ""
+    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass{lies}"
 
 
 def _optimizer(optimizer: Optimizer) -> str:
     first, second = optimizer.betas
-    steps = optimizer.warmup_steps
-    warmup = f"{_count(steps, 'step')} of warm-up" if steps else "no warm-up"
+    warmup = (
+        f"{_count(optimizer.warmup_steps, 'step')} of warm-up" if optimizer.warmup_steps else "no warm-up"
+    )
     return (
         f"AdamW, lr {optimizer.lr:g}, {optimizer.schedule}, {warmup}, "
         f"betas {first:g} and {second:g}, weight decay {optimizer.weight_decay:g}, "
@@ -165,8 +177,8 @@ def _optimizer(optimizer: Optimizer) -> str:
 
 
 def _sampling(temperature: float, top_p: float, longest: int) -> str:
-    method = "greedy" if temperature == 0 else f"temperature {temperature:g}, top-p {top_p:g}"
-    return f"{method}, up to {longest:,} tokens"
+    drawn = "greedy" if temperature == 0 else f"temperature {temperature:g}, top-p {top_p:g}"
+    return f"{drawn}, up to {longest:,} tokens"
 
 
 def _old_logprobs(grpo: Grpo) -> str:

@@ -11,20 +11,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from rlcs.errors import RunFolderError
-from rlcs.evals.intervals import wilson
+from rlcs.evals.intervals import mcnemar, newcombe, paired_interval
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.report import charts, findings
 from rlcs.report.findings import ArmResult
 from rlcs.report.load_run import Run, read_runs, read_text
 from rlcs.report.pages import templates, write_page
 
-_CURVES = (
-    ("reward", False),
-    ("accuracy", True),
-    ("response_tokens", False),
-    ("kl", False),
-    ("entropy", False),
-)
+_METRICS = ("reward", "accuracy", "response_tokens", "kl", "entropy")
 _COLOURS = ("grpo", "sft_grpo")
 
 
@@ -88,22 +82,16 @@ def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) ->
     """The comparison as one page that needs no server."""
     panels = []
     for stage in RL_ARMS:
-        for key, percent in _CURVES:
+        for key in _METRICS:
             lines = [
                 (colour, [findings.series(run.curves.get(stage, ()), key) for run in runs])
                 for colour, runs in zip(_COLOURS, sides, strict=True)
             ]
             if all(any(points for points in curves) for _, curves in lines):
-                title = f"{ARMS[stage].stage}: {key.replace('_', ' ')}"
-                panels.append((title, charts.curve_chart(f"{stage}-{key}", title, lines, percent=percent)))
+                title = f"{ARMS[stage].stage}: {charts.METRICS[key]}"
+                panels.append((title, charts.curve_chart(key, title, lines, name=f"{stage}-{key}")))
     template = templates().get_template("compare.html.j2")
     write_page(path, template.render(found=found, panels=panels, colours=_COLOURS))
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value that as many problems would turn one way by chance (McNemar 1947)."""
-    n, least = gained + lost, min(gained, lost)
-    return min(1.0, sum(math.comb(n, i) for i in range(least + 1)) / (1 << n) * 2)
 
 
 def _runs(folder: Path) -> list[Run]:
@@ -122,9 +110,9 @@ def _gap(a: ArmResult, b: ArmResult, first: Sequence[Run], second: Sequence[Run]
     points = fmean(moves) if moves else b.accuracy - a.accuracy
     single = len(first) == len(second) == 1
     if not moves:
-        low, high = _independent(a, b)
+        low, high = newcombe((a.accuracy, a.n), (b.accuracy, b.n))
     elif single:
-        low, high = findings.paired_interval(gained, lost, len(moves))
+        low, high = paired_interval(gained, lost, len(moves))
     else:  # each problem's mean over seeds, so that seeds do not count as more problems
         half = 1.96 * stdev(moves) / math.sqrt(len(moves)) if len(moves) > 1 else 1.0
         low, high = points - half, points + half
@@ -144,21 +132,11 @@ def _shares(runs: Sequence[Run], arm: str) -> dict[tuple[str, str, str], float]:
     return {key: fmean(each) for key, each in verdicts.items()}
 
 
-def _independent(a: ArmResult, b: ArmResult) -> tuple[float, float]:
-    """95% interval of the difference of two independent shares (Newcombe 1998, method 10)."""
-    (al, ah), (bl, bh) = (wilson(round(r.accuracy * r.n), r.n) for r in (a, b))
-    points = b.accuracy - a.accuracy
-    return (
-        points - math.hypot(b.accuracy - bl, ah - a.accuracy),
-        points + math.hypot(bh - b.accuracy, a.accuracy - al),
-    )
-
-
 def _ends(runs: Sequence[Run]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for run in runs:
         for stage, rows in run.curves.items():
-            for key in ("loss",) if stage == "sft" else tuple(key for key, _ in _CURVES):
+            for key in ("loss",) if stage == "sft" else _METRICS:
                 last = [value for _, value in findings.series(rows[-findings.LAST_STEPS :], key)]
                 if last:
                     found.setdefault(f"{ARMS[stage].stage} {key}", []).append(fmean(last))

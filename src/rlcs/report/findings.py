@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from rlcs.errors import RlcsError
-from rlcs.evals.intervals import wilson
+from rlcs.evals.intervals import paired_interval, wilson
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.reading import parse
 from rlcs.report.load_run import Answer, Attempt, HeldOut, Row, Run, number, part
@@ -258,14 +258,6 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
 def _pair(ours: Mapping[str, Answer], theirs: Mapping[str, Answer]) -> tuple[int, int, int]:
     both = [(bool(ours[i].correct), bool(theirs[i].correct)) for i in ours if i in theirs]
     return sum(a > b for a, b in both), sum(a < b for a, b in both), len(both)
-
-
-def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """95% interval of (gained - lost) / n, each cell raised by one half (Agresti & Min 2005)."""
-    more, less, total = gained + 0.5, lost + 0.5, n + 2
-    middle = (more - less) / total
-    half = 1.96 * math.sqrt(more + less - (more - less) ** 2 / total) / total
-    return middle - half, middle + half
 
 
 def _score(run: Run, arm: str) -> ArmResult | None:
