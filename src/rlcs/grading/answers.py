@@ -16,6 +16,7 @@ from rlcs.grading.intervals import as_interval, is_inequality
 from rlcs.grading.latex import NoValueError, TooLargeError, exact, number
 from rlcs.grading.normal import compact, normalise, peel, repair_gold
 from rlcs.grading.units import split_unit
+from rlcs.records import Grade
 
 MAX_ANSWER = 10_000
 """Characters; a longer extracted answer is wrong unless it is the gold answer letter by letter."""
@@ -32,6 +33,11 @@ class Verdict:
     correct: bool | None
     why: str
     formulas: tuple[str, str] = ("", "")
+
+    def grade(self, extracted: str | None = None, *, by: str = "") -> Grade:
+        """The grade with reward 1 or 0, or unscored; `by` says before the reason how it was extracted."""
+        reward = None if self.correct is None else float(self.correct)
+        return Grade(reward=reward, correct=self.correct, extracted=extracted, why=by + self.why)
 
 
 def _yes(why: str) -> Verdict:
