@@ -238,6 +238,10 @@ class Request:
         """What tells this request from all others of a run."""
         return self.id, self.index, self.turn
 
+    def sample(self, **values: Any) -> "Sample":
+        """Make this request's sample; `values` are its further fields."""
+        return Sample(id=self.id, index=self.index, turn=self.turn, **values)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:

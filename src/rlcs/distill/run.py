@@ -214,12 +214,16 @@ def _save_images(refs: Iterable[ImageRef], folder: Path) -> dict[str, str]:
     return names
 
 
+def _columns(problem: Problem, images: list[str]) -> dict[str, object]:
+    """A problem as a row that `data.load` reads, without its further columns."""
+    choices = {"choices": list(problem.choices)} if problem.choices else {}
+    return {"question": problem.question, "images": images, **choices, "answer": problem.answer}
+
+
 def _problem_row(problem: Problem, images: list[str], answers: Sequence[Entry]) -> dict[str, Any]:
     """A row of `problems.jsonl`; unscored answers say nothing about how hard a problem is."""
-    row: dict[str, Any] = {name: value for name, value in problem.metadata.items() if name not in _RATING}
-    row |= {"id": problem.id, "question": problem.question, "images": images}
-    row |= {"choices": list(problem.choices)} if problem.choices else {}
-    row |= {"answer": problem.answer}
+    further = {name: value for name, value in problem.metadata.items() if name not in _RATING}
+    row: dict[str, Any] = {**further, "id": problem.id, **_columns(problem, images)}
     scored = [answer.grade.correct for answer in answers if answer.grade.correct is not None]
     if scored:
         rate = round(sum(scored) / len(scored), 4)
@@ -227,32 +231,25 @@ def _problem_row(problem: Problem, images: list[str], answers: Sequence[Entry]) 
     return row
 
 
-def _kept_row(made: Demonstration, images: list[str], *, alone: bool) -> dict[str, object]:
-    problem = made.problem
+def _kept_row(kept: Demonstration, images: list[str], *, alone: bool) -> dict[str, object]:
+    problem = kept.problem
     return {
         **problem.metadata,
-        "id": problem.id if alone else f"{problem.id}#{made.attempt}",
+        "id": problem.id if alone else f"{problem.id}#{kept.attempt}",
         "problem_id": problem.id,
         "digest": problem.digest,
-        "question": problem.question,
-        "images": images,
-        **({"choices": list(problem.choices)} if problem.choices else {}),
-        "answer": problem.answer,
-        "response": made.response,
-        "teacher": made.teacher,
-        "attempt": made.attempt,
-        "grade": to_row(made.grade or Grade(reward=None, correct=None)),
+        **_columns(problem, images),
+        "response": kept.response,
+        "teacher": kept.teacher,
+        "attempt": kept.attempt,
+        "grade": to_row(kept.grade or Grade(reward=None, correct=None)),
     }
 
 
 def _rejected_row(answer: Entry, why: str) -> dict[str, Any]:
-    return {
-        "id": answer.sample.id,
-        "response": answer.response,
-        "why": why,
-        "attempt": answer.sample.index,
-        "correct": answer.grade.correct,
-    }
+    sample = answer.sample
+    facts = {"response": answer.response, "why": why, "attempt": sample.index}
+    return {"id": sample.id, **facts, "correct": answer.grade.correct}
 
 
 def _stats(

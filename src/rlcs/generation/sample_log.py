@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from json import dumps
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rlcs.errors import RunFolderError, UserError
@@ -86,9 +85,7 @@ class SampleLog:
         self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Make everything survive a power cut too."""
         os.fsync(self._handle)
         os.close(self._handle)
