@@ -13,7 +13,6 @@ import pytest
 
 from loopback_server import LoopbackServer, last_text, text_of
 from rlcs.data import Row, puzzles
-from rlcs.data.puzzles import chains
 from rlcs.distill import load_kept, run
 from rlcs.distill.chains import Chain, formatted
 from rlcs.distill.filters import choose, reason_to_reject
@@ -355,22 +354,22 @@ def test_formats():
 def test_the_builtin_teacher_knows_every_kind(kind):
     drawn = puzzles.load("puzzles", split="train", count=60, seed=5)
     for problem in drawn:
-        text = chains.teach(problem, chain=kind, seed=1, wrong_share=0.0)
+        text = puzzles.teach(problem, chain=kind, seed=1, wrong_share=0.0)
         assert grade(problem, text, allow_fallbacks=False).correct and text.count("\\boxed") == 1
-        assert text == chains.teach(problem, chain=kind, seed=1, wrong_share=0.0)
+        assert text == puzzles.teach(problem, chain=kind, seed=1, wrong_share=0.0)
         assert not grade(
-            problem, chains.teach(problem, chain=kind, seed=1, wrong_share=1.0), allow_fallbacks=False
+            problem, puzzles.teach(problem, chain=kind, seed=1, wrong_share=1.0), allow_fallbacks=False
         ).correct
     mistakes = [
         [
-            grade(p, chains.teach(p, chain=c, seed=2, wrong_share=0.4), allow_fallbacks=False).correct
+            grade(p, puzzles.teach(p, chain=c, seed=2, wrong_share=0.4), allow_fallbacks=False).correct
             for p in drawn
         ]
         for c in (kind, "distilled")
     ]
     assert mistakes[0] == mistakes[1] and 10 < sum(map(bool, mistakes[0])) < 50
     with pytest.raises(DataError):
-        chains.teach(problems(1)[0], chain=kind, seed=1, wrong_share=0.0)
+        puzzles.teach(problems(1)[0], chain=kind, seed=1, wrong_share=0.0)
 
 
 # --- what is kept ---------------------------------------------------------------------------------

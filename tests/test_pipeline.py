@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import SMALL_STUDY
 from loopback_server import LoopbackServer
 from rlcs.data import run_data
 from rlcs.distributed import join_world
@@ -29,15 +30,9 @@ from rlcs.storage import append_jsonl
 from test_distributed import environment, free_port
 
 SMALL = [
-    "data.cold_start=builtin:puzzles?count=12&seed=1",
-    "data.rl=builtin:puzzles?count=12&seed=2",
-    "data.test=builtin:puzzles?split=test&count=20&seed=3",
-    "sft.epochs=2",
-    "sft.batch_size=6",
+    *SMALL_STUDY,
     "sft.save_every=1",
     "grpo.steps=2",
-    "grpo.prompts_per_step=3",
-    "grpo.group_size=2",
     "grpo.optimizer_steps=1",
     "grpo.max_new_tokens=8",
     "grpo.save_every=1",

@@ -188,6 +188,7 @@ def test_no_such_recipe() -> None:
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"- a\n", "`key: value` lines"),
         (b"extends: [a]", "extends should be"),
+        (b"extends:", "extends should be"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, said: str) -> None:
@@ -256,6 +257,9 @@ def test_overrides_that_cannot_be_used(override: str, said: str) -> None:
         ("clip_hgih", ["grpo.clip_high"]),
         ("sft.kl.kind", ["grpo.kl.kind"]),
         ("grpo.optimiser", ["grpo.optimizer"]),
+        ("gpro.optimizer.lr", ["grpo.optimizer.lr"]),
+        ("grpo.max_token", ["grpo.max_new_tokens"]),
+        ("grpo.kl.coef", ["grpo.kl.coefficient"]),
         ("zzz", []),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import make_problem
+from conftest import LengthGrader, Stopper, make_problem
 from rlcs.data import ProblemStream, puzzles
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.protocol import request_body
@@ -143,17 +143,6 @@ def run_sft(source, folder, demonstrations, *, stop_at=None, settings=None):
     return weights_of(vlm)
 
 
-class Stopper:
-    """A screen that asks the run to stop after a step, as Ctrl-C would."""
-
-    def __init__(self, view, stop, step):
-        self._view, self._stop, self._step = view, stop, step
-
-    def step(self, report):
-        self._view.step(report)
-        self._stop.is_set = report.step == self._step
-
-
 def rows_of(path: Path):
     """Metrics without wall times."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -211,13 +200,6 @@ def test_a_checkpoint_of_another_recipe_is_refused(random_model_folder, demonstr
 
 
 # --- GRPO ----------------------------------------------------------------------------------------
-
-
-class LengthGrader:
-    """Rewards even answer lengths: a random model gets reward differences that way."""
-
-    def grade(self, pairs):
-        return [Grade(reward=float(len(t) % 2), correct=len(t) % 2 == 1, why="length") for _, t in pairs]
 
 
 def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import make_problem
+from conftest import LengthGrader, make_problem
 from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.colocated import Colocated
@@ -42,7 +42,6 @@ from rlcs.storage import read_jsonl
 from rlcs.train import grpo
 from rlcs.train.run_dir import RunDir
 from test_distributed import environment, free_port
-from test_training import LengthGrader
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 WORKER = Path(__file__).parent / "rollout_worker.py"
@@ -348,23 +347,26 @@ def test_vllm_computes_in_the_dtype_of_a_sharded_policy(vlm: Vlm) -> None:
     assert EngineNeeds.of(recipe).launch(grouped).dtype == "bfloat16"
 
 
-def test_a_half_written_version_has_no_name(
-    tmp_path: Path, vlm: Vlm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = WeightsFolder(tmp_path)
-    first = folder.publish(vlm)
+def break_while_publishing(folder: WeightsFolder, vlm: Vlm, *, save: str, file: str) -> None:
+    """Publish, and be stopped when this file of the new version is half written by this function."""
 
     def breaks(vlm: Vlm, path: Path) -> None:
         path.mkdir()
-        (path / "model.safetensors").write_bytes(b"half")
+        (path / file).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlcs.engines.vllm.weights.save", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        folder.publish(vlm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"rlcs.engines.vllm.weights.{save}", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            folder.publish(vlm)
+
+
+def test_a_half_written_version_has_no_name(tmp_path: Path, vlm: Vlm) -> None:
+    folder = WeightsFolder(tmp_path)
+    first = folder.publish(vlm)
+    break_while_publishing(folder, vlm, save="save", file="model.safetensors")
     assert folder.newest == first and first.folder.is_dir()
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".part")] == [first.version]
-    monkeypatch.undo()
     WeightsFolder(tmp_path).publish(vlm)
     assert len(list(tmp_path.iterdir())) == 1, "what an earlier attempt left is cleared"
 
@@ -377,19 +379,22 @@ def test_a_tied_head_goes_with_weights_of_its_own_to_a_cpu(tmp_path: Path, vlm: 
     assert torch.equal(head, vlm.model.get_output_embeddings().weight)
 
 
-def test_under_torchrun_rank_0_asks_for_all_ranks(tmp_path: Path, program: Path, random_model_folder) -> None:
-    """The weights come together from both ranks' shards, and every rank gets the answers to its prompts."""
+def sampled_by_two_ranks(program: Path, model: Path, folder: Path, *more: object) -> list[dict]:
+    """What `rollout_worker.py` wrote on each of two ranks."""
     port = free_port()
-    command = [sys.executable, "-W", "ignore", WORKER, program, random_model_folder, tmp_path]
+    command = [str(word) for word in (sys.executable, "-W", "ignore", WORKER, program, model, folder, *more)]
     ranks = [
-        subprocess.Popen(
-            list(map(str, command)), env=environment(rank, 2, port), stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen(command, env=environment(rank, 2, port), stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_under_torchrun_rank_0_asks_for_all_ranks(tmp_path: Path, program: Path, random_model_folder) -> None:
+    """The weights come together from both ranks' shards, and every rank gets the answers to its prompts."""
+    found = sampled_by_two_ranks(program, random_model_folder, tmp_path)
     assert [len(each["asked"]) for each in found] == [3, 1]
     assert all(each["got"] == each["asked"] for each in found)
     (version,) = (path for path in (tmp_path / "published").iterdir() if path.is_dir())

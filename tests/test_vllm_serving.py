@@ -1,6 +1,6 @@
 """What people get from a real vLLM on the CPU: a server, an exported folder, a measurement, a teacher.
 
-In the lane of `test_vllm.py`, which says what it needs.
+Run by `make vllm-test` with `test_vllm.py`, which says what they need.
 """
 
 import contextlib

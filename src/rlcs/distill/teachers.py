@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlcs.data.puzzles import chains
+from rlcs.data import puzzles
 from rlcs.generation import Sampler, open_sampler
 from rlcs.recipe.schema import Teacher
 from rlcs.records import Problem, Request, Sample, Sampling, StopReason, rollout_seed
@@ -43,7 +43,7 @@ class BuiltinTeacher:
         """See `Sampler.samples`. Raises DataError for a problem that is not built in."""
         for request in requests:
             seed = rollout_seed(self._seed, request.index, request.id, 0)
-            text = chains.teach(
+            text = puzzles.teach(
                 self._problems[request.id],
                 chain=self._teacher.chain,
                 seed=seed,

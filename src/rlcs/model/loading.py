@@ -31,9 +31,9 @@ from rlcs.model import lora as adapters
 from rlcs.model.chat import DEFAULT_SYSTEM, Chat, default_system, set_default_system
 from rlcs.model.fsdp import FsdpRoot, shard, whole_weights
 from rlcs.model.images import ImagePipeline
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Model as ModelSettings
 from rlcs.recipe.schema import Recipe
-from rlcs.recipe.training import Lora, Parallel
 from rlcs.records import Problem
 from rlcs.storage import open_to_readers
 

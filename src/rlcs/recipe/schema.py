@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
+from rlcs.recipe.execution import Lora, Parallel, Trackers
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
-from rlcs.recipe.training import Lora, Parallel, Trackers
 from rlcs.records import Sampling
 
 
