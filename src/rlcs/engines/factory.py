@@ -43,7 +43,7 @@ class EngineNeeds:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "EngineNeeds":
-        """What a recipe asks for: room for its longest prompt and answer."""
+        """What a recipe asks for: its longest prompt with its longest answer must fit."""
         grpo = recipe.grpo
         return cls(
             settings=recipe.rollout,
