@@ -10,6 +10,7 @@ import torch
 
 import rlcs
 from conftest import draw, make_problem
+from rlcs.data.images import open_image
 from rlcs.engines.continuous import ContinuousEngine
 from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.local import LocalEngine
@@ -17,7 +18,6 @@ from rlcs.errors import DataError, ImageError, ModelError, PromptError, UserErro
 from rlcs.model import loading
 from rlcs.records import StopReason
 from rlcs.serving.session import Session, Settings, split_answer
-from rlcs.storage import open_image
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Measures a model on held-out problems: one answer each, graded and written as it comes."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -9,21 +8,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlcs.distributed import ALONE, World
-from rlcs.errors import DataError
 from rlcs.evals.scores import arm_scores
 from rlcs.generation import EngineSampler, SampleLog
 from rlcs.grading import GradePool
 from rlcs.progress import Screen
-from rlcs.records import Grade, ImageRef, Problem, Request, Sample
+from rlcs.records import Grade, Problem, Request, Sample
 from rlcs.signals import StopFlag
-from rlcs.storage import append_jsonl, atomic_write, open_image, write_json
+from rlcs.storage import write_json
 from rlcs.train.batching import guessed_tokens, own_share
 
 CHUNK = 256
 """Problems between two writes."""
-
-GALLERY_PIXELS = 640
-"""Longer side of the images kept for the report."""
 
 T = TypeVar("T")
 
@@ -98,40 +93,3 @@ def _answers(evaluator: Evaluator, problems: Sequence[Problem]) -> list[tuple[Sa
         wrong = Grade(reward=0.0, correct=False, why=sample.error)
         graded.append((replace(sample, retryable=False), by_id.get(problem.id, wrong)))
     return graded
-
-
-def write_problems(problems: Sequence[Problem], folder: Path, *, decode_limit: int, gallery: int) -> None:
-    """Write what the report shows: problems.jsonl, and small PNGs of the first `gallery` * 8 problems."""
-    rows = []
-    for number, problem in enumerate(problems):
-        images = []
-        if number < gallery * 8:
-            images = [_thumbnail(ref, folder, decode_limit) for ref in problem.images]
-        rows.append(
-            {
-                "id": problem.id,
-                "question": problem.question,
-                "answer": problem.answer,
-                "choices": list(problem.choices),
-                "family": problem.metadata.get("family"),
-                "level": problem.metadata.get("level"),
-                "images": [name for name in images if name],
-            }
-        )
-    (folder / "problems.jsonl").unlink(missing_ok=True)
-    append_jsonl(folder / "problems.jsonl", rows)
-
-
-def _thumbnail(ref: ImageRef, folder: Path, decode_limit: int) -> str:
-    """Write one image as PNG and return its path from `folder`; empty if it cannot be read."""
-    name = f"images/{ref.sha256[:16]}.png"
-    if not (folder / name).exists():
-        try:
-            image = open_image(ref, limit=decode_limit)
-        except DataError:
-            return ""
-        image.thumbnail((GALLERY_PIXELS, GALLERY_PIXELS))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        atomic_write(folder / name, buffer.getvalue())
-    return name

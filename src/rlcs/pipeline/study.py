@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from rlcs import distill, report
+from rlcs.data.problem_store import ProblemStore
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.errors import RlcsError, RunFolderError
-from rlcs.evals.arms import CHUNK, Evaluator, evaluate, write_problems
+from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.intervals import wilson
 from rlcs.generation import EngineSampler
 from rlcs.grading import GradePool
@@ -254,10 +255,8 @@ class Study:
         log.info("eval %s: done", arm)
 
     def _show(self, problems: Sequence[Problem]) -> None:
-        folder = self.folder / "eval"
-        if not (folder / "problems.jsonl").exists():
-            limit = self.recipe.images.decode_limit
-            write_problems(problems, folder, decode_limit=limit, gallery=self.recipe.report.gallery)
+        pictured = 8 * self.recipe.report.gallery
+        ProblemStore(self.folder / "eval", max_pictured=pictured).add(problems)
 
     def _summary(self) -> dict[str, Any]:
         seconds = {}

@@ -6,15 +6,13 @@ other pixel bounds is an error and not a slightly different model. Text never go
 placeholder in a question is plain text here and there.
 """
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlcs.data.images import data_uri, encode, open_image
 from rlcs.engines.stop_reasons import stop_reason
 from rlcs.errors import EndpointError
 from rlcs.records import ImageRef, Prompt, Rollout, Sampling, StopReason, rollout_seed
-from rlcs.storage import open_image
 
 BAN = -100.0
 """The lowest bias that vLLM takes: no id with it is ever drawn."""
@@ -57,9 +55,7 @@ def sampling_fields(sampling: Sampling, seed: int) -> dict[str, Any]:
 
 def image_url(ref: ImageRef, *, limit: int) -> str:
     """An image as we decode it, without loss, so that orientation and transparency are settled here."""
-    buffer = io.BytesIO()
-    open_image(ref, limit=limit).save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_uri(encode(open_image(ref, limit=limit), compress_level=1))
 
 
 def request_body(prompt: Prompt, sampling: Sampling, *, step: int, limit: int) -> dict[str, Any]:

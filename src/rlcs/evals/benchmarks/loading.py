@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.images import image_from_bytes, image_from_path
 from rlcs.data.rows import BadRow
 from rlcs.data.sources import open_table, suggest
 from rlcs.errors import DataError, UserError
 from rlcs.evals.benchmarks.base import Benchmark, Question
 from rlcs.recipe.schema import Data
 from rlcs.records import ImageRef
-from rlcs.storage import image_from_bytes, image_from_path, read_json
+from rlcs.storage import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
