@@ -20,10 +20,10 @@ from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
-from rlcs.engines.factory import MakeEngine, open_engines
+from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.errors import RlcsError, RunFolderError
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
-from rlcs.evals.intervals import wilson
+from rlcs.evals.scores import with_interval
 from rlcs.generation import EngineSampler
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
@@ -90,7 +90,7 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # rank 0 warns, and keeps the log
         log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        with log_here, open_engines(self.recipe, self.folder / "rollout") as make_engine:
+        with log_here, open_engines(EngineNeeds.of(self.recipe), self.folder / "rollout") as make_engine:
             return self._run(make_engine)
 
     def _run(self, make_engine: MakeEngine) -> dict[str, Any]:
@@ -410,10 +410,8 @@ def averaged(recipe: Recipe, summaries: dict[int, dict[str, Any]]) -> dict[str, 
     first = next(iter(summaries.values()))
     for arm in first["arms"]:
         each = [summary["arms"][arm] for summary in summaries.values()]
-        accuracy = sum(one["accuracy"] for one in each) / len(each)
-        n = each[0]["n"]
-        low, high = wilson(round(accuracy * n), n)
-        arms[arm] = {"accuracy": accuracy, "low": low, "high": high, "n": n}
+        accuracy, n = sum(one["accuracy"] for one in each) / len(each), each[0]["n"]
+        arms[arm] = {**with_interval(accuracy, n), "n": n}
     stages = first["seconds"]
     return {
         "name": recipe.name,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlcs.data.images import encode, image_from_bytes, image_from_path
-from rlcs.engines.continuous import ContinuousEngine, Ticket, Token
+from rlcs.engines.decoding import Token
+from rlcs.engines.local import LocalEngine
 from rlcs.errors import ImageError, PromptError, RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.model import loading
@@ -22,6 +23,9 @@ from rlcs.model.chat import Chat, default_system
 from rlcs.model.loading import Vlm
 from rlcs.recipe.schema import Images, Model, Prompts, Recipe
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
+
+CACHE_TOKENS = 1 << 18
+"""Prompt and answer tokens for which a session keeps keys and values at most, over all requests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,17 +104,17 @@ def as_message(message: Message | Mapping[str, Any], *, limit: int) -> Message:
 class Stream(Iterator[str]):
     """Pieces of one answer as they come; afterwards `answer` holds the whole. Close it to cancel."""
 
-    def __init__(self, engine: ContinuousEngine, prompt: Prompt, sampling: Sampling) -> None:
+    def __init__(self, engine: LocalEngine, prompt: Prompt, sampling: Sampling) -> None:
         """The request is under way at once."""
         self._started = time.perf_counter()
         self._events: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
         self._prompt_tokens, self._tokens, self._text = len(prompt.ids), 0, ""
-        self._ticket: Ticket = engine.submit(prompt, sampling, tell=self._events.put)
+        self._request = engine.submit(prompt, sampling, listener=self._events.put)
         self._answer: Answer | None = None
 
     def __next__(self) -> str:
         """The next piece that is not empty. Raises RlcsError when the engine failed."""
-        while self._answer is None and not self._ticket.cancelled:
+        while self._answer is None and not self._request.cancelled:
             event = self._events.get()
             if isinstance(event, Exception):
                 self.close()
@@ -147,10 +151,10 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """Stop generating."""
-        self._ticket.cancel()
+        self._request.cancel()
 
     def __del__(self) -> None:
-        """Nobody will read on."""
+        """Stop generating when the stream is thrown away."""
         self.close()
 
 
@@ -167,7 +171,7 @@ class Session:
             images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
         )
         self.chat: Chat = loading.make_chat(vlm, recipe)
-        self.engine = ContinuousEngine(vlm, self.chat, max_rows=max_rows)
+        self.engine = LocalEngine(vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS)
         self._decode_limit = recipe.images.decode_limit
 
     def ask(
