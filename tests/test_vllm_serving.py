@@ -189,7 +189,7 @@ def test_the_chat_page_talks_to_it(server, problems: list[Problem], ours: list[s
     assert model.name == "puzzler"
     path = tmp_path / "a.png"
     path.write_bytes(problems[0].images[0].data or b"")
-    turns = [{"role": "user", "content": [path, problems[0].asked]}]
+    turns = [{"role": "user", "content": [path, problems[0].question_with_choices]}]
     pieces = list(model.stream(turns, Settings(max_new_tokens=LIMIT)))
     assert "".join(pieces) == ours[0] and len(pieces) > 1
     with pytest.raises(EndpointError, match=r"max_tokens|context"):
