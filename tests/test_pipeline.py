@@ -78,7 +78,9 @@ def test_a_run_leaves_everything_it_promises(finished):
     asked = [json.loads(line) for line in (finished / "sft_grpo/rollouts/problems.jsonl").open()]
     assert len({row["id"] for row in asked}) == len(asked) == 6
     assert all(
-        (finished / "sft_grpo/rollouts" / name).stat().st_size for row in asked for name in row["images"]
+        (finished / "sft_grpo/rollouts" / image["path"]).stat().st_size
+        for row in asked
+        for image in row["images"]
     )
     assert len(list((finished / "grpo" / "tensorboard").glob("events.*"))) == 1
     summary = json.loads((finished / "summary.json").read_text())

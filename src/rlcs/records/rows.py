@@ -84,6 +84,8 @@ def _read_record(kind: type[T], row: Mapping[str, object], *, lenient: bool) -> 
 
 def _read_value(kind: Any, value: Any, name: str, *, lenient: bool) -> Any:
     """The value as a field annotated with `kind` holds it. Raises ValueError naming the field."""
+    if kind is Any or (type(value) is kind and kind is not float):
+        return value
     origin, options = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return _read_option(options, value, name, lenient=lenient)
@@ -106,7 +108,7 @@ def _read_value(kind: Any, value: Any, name: str, *, lenient: bool) -> Any:
         return b64decode(value, validate=True)
     elif isinstance(kind, type) and issubclass(kind, Enum) and value in [each.value for each in kind]:
         return kind(value)
-    elif kind is Any or type(value) is kind or (origin is Literal and value in options):
+    elif origin is Literal and value in options:
         return value
     shown = repr(value)
     raise ValueError(f"{name} must be {_wanted(kind)}, not {shown[:40]}{'...' if len(shown) > 40 else ''}")
