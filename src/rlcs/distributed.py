@@ -80,17 +80,17 @@ class World:
                 box[1] = error
         dist.broadcast_object_list(box, src=0, group=self.patient)
         if box[1] is not None:
-            box[1].told = self.rank != 0
+            box[1].reported = self.rank != 0
             raise box[1]
         result: T = box[0]
         return result
 
     def agree(self, stop: StopFlag) -> bool:
         """Whether any rank was asked to stop; then the flag is set on all."""
-        asked = self.any(stop.is_set)
-        if asked:  # a signal that came just now waits for the next time
+        stopping = self.any(stop.is_set)
+        if stopping:  # a signal that came just now waits for the next time
             stop.is_set = True
-        return asked
+        return stopping
 
     def check(self, stop: StopFlag, where: str) -> None:
         """Raise Stopped on every rank if any was asked to stop; all must call this at the same place."""
@@ -99,7 +99,7 @@ class World:
         try:
             stop.check(where)
         except RlcsError as error:
-            error.told = self.rank != 0
+            error.reported = self.rank != 0
             raise
 
 

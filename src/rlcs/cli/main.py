@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _exit_with(error: RlcsError) -> NoReturn:
-    if not error.told:
+    if not error.reported:
         rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
         sys.stderr.write(f"rlcs{rank}: {error}\n")
     sys.exit(error.exit_code)

@@ -101,7 +101,7 @@ def merged(
         del config.quantization_config
     with torch.device("meta"):
         plain = type(model)(config)
-    # One weight at a time: a GPU may have no room for all.
+    # One weight at a time: a GPU may have no memory for all.
     weights = {
         name: _folded(model, whole, name, reference_mode=reference_mode).detach().cpu()
         for name in plain.state_dict()

@@ -39,7 +39,7 @@ from rlcs.storage import atomic_write, read_json, write_json
 from rlcs.train import grpo, sft
 from rlcs.train.run_dir import RunDir, is_done, mark_done
 
-"""The stage folder whose `final` each arm measures; the base model has none."""
+"""The run directory whose `final` each arm measures; the base model has none."""
 
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold something which took time."""

@@ -82,7 +82,7 @@ class Problem:
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     @property
-    def asked(self) -> str:
+    def text(self) -> str:
         """The question, and its choices by letter, a line each."""
         lines = (f"({chr(65 + index)}) {choice}" for index, choice in enumerate(self.choices))
         return "\n".join((self.question, *lines))
@@ -232,7 +232,7 @@ class Request:
         parts: list[str | ImageRef] = []
         for piece, image in zip(pieces, problem.images, strict=False):
             parts += [piece, image]
-        parts.append(pieces[-1] + problem.asked.removeprefix(problem.question))
+        parts.append(pieces[-1] + problem.text.removeprefix(problem.question))
         user = Message(role="user", parts=tuple(part for part in parts if part != ""))
         head = (Message(role="system", parts=(system,)),) if system else ()
         return cls(id=problem.id, messages=(*head, user), index=index, turn=turn)

@@ -34,7 +34,7 @@ def own_share(sizes: Sequence[int], world: World) -> list[int]:
 def guessed_tokens(problem: Problem, response: str = "") -> int:
     """About how many tokens a problem with a response has, without opening its images."""
     pixels = sum(image.width * image.height for image in problem.images)
-    return pixels // PIXELS_A_TOKEN + len((problem.asked + response).encode()) // BYTES_A_TOKEN
+    return pixels // PIXELS_A_TOKEN + len((problem.text + response).encode()) // BYTES_A_TOKEN
 
 
 def packs_in_step(trees: Sequence[Tree], chat: Chat, *, budget: int, world: World) -> list[Pack]:
