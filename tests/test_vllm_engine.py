@@ -522,7 +522,8 @@ def test_colocated_vllm_gets_token_ids_and_decoded_images(
         LLM=lambda **options: started.update(options) or llm, SamplingParams=SimpleNamespace
     )
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    launch = launch_of(load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe, vlm)
+    recipe = load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe
+    launch = EngineNeeds.of(recipe).launch(vlm)
     engine = VllmEngine(
         Colocated(launch, sleeps=False), WeightsFolder(tmp_path), vlm, chat, decode_limit=10**6
     )  # fmt: skip
