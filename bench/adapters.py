@@ -21,7 +21,7 @@ from bench.loading import write
 from rlcs.engines.vllm.server import Launch, Server
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
 from rlcs.model import loading
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.rollout import Rollouts
 from rlcs.recipe.schema import Model

@@ -12,9 +12,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench import ours, peer
 from bench.shapes import SEED, Case, grpo_settings
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import Pack, pack
 from rlcs.model.policy import score
+from rlcs.model.vlm import Vlm
 from rlcs.records import Branch, Prompt, Tree
 from rlcs.train import grpo
 from rlcs.train.losses import denominator

@@ -12,13 +12,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.meter import Meter
 from bench.shapes import SEED, Case, grpo_settings, rewards
-from rlcs.data import ProblemStream
+from rlcs.data.stream import ProblemStream
 from rlcs.engines import local
 from rlcs.engines.sampling import choose, uniform
 from rlcs.grading import GradePool
 from rlcs.model import loading
-from rlcs.model.loading import Vlm
-from rlcs.recipe.schema import Model, Recipe
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.schema import Model
 from rlcs.records import Grade, Problem, rollout_seed
 from rlcs.train import grpo
 from rlcs.train.run_dir import Clock
@@ -94,7 +94,7 @@ class ForcedLengths:
 def load(case: Case) -> tuple[Vlm, grpo.GrpoContext]:
     """The policy and everybody who takes part in a step."""
     vlm = loading.load(Model(name=case.folder), device=torch.device("cpu"))
-    chat = loading.make_chat(vlm, Recipe())
+    chat = loading.make_chat(vlm)
     engine = local.LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
     reference = grpo.frozen_copy(vlm)
     pool = cast(GradePool, FixedRewards())

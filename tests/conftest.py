@@ -9,8 +9,8 @@ from PIL import Image
 
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
-from rlcs.recipe.schema import Model, Recipe
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.schema import Model
 from rlcs.records import ImageRef, Problem
 from rlcs.storage import image_from_bytes
 
@@ -41,7 +41,7 @@ def vlm(random_model_folder: Path) -> Vlm:
 
 @pytest.fixture
 def chat(vlm: Vlm) -> Chat:
-    return loading.make_chat(vlm, Recipe())
+    return loading.make_chat(vlm)
 
 
 def draw(width: int, height: int, seed: int = 0) -> ImageRef:

@@ -16,10 +16,12 @@ from rlcs.distributed import World, join_world
 from rlcs.engines.local import LocalEngine
 from rlcs.model import loading
 from rlcs.model.fsdp import whole_weights
+from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
-from rlcs.recipe.schema import Grpo, Recipe, Sft
+from rlcs.recipe.schema import Recipe
+from rlcs.recipe.stages import Grpo, Sft
 from rlcs.records import Demonstration, Grade, Problem
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
@@ -61,7 +63,7 @@ class Stopper:
             self._stop.is_set = True
 
 
-def load(job: dict, world: World) -> loading.Vlm:
+def load(job: dict, world: World) -> Vlm:
     checkpointing = job.get("gradient_checkpointing", False)
     more = {"gradient_checkpointing": checkpointing, "dtype": job.get("dtype", "auto")}
     settings = Recipe(model={"name": job["model"], **more}).model
@@ -75,7 +77,7 @@ def train(job: dict, world: World) -> None:
     vlm = load(job, world)
     vlm = loading.prepare(vlm, Lora(**job.get("lora", {})), settings.freeze, seed=3)
 
-    def spread(vlm: loading.Vlm) -> loading.Vlm:
+    def spread(vlm: Vlm) -> loading.Vlm:
         return loading.spread(vlm, parallel)
 
     reference = None
@@ -83,7 +85,7 @@ def train(job: dict, world: World) -> None:
         vlm, reference = grpo.with_reference(vlm, spread)
     else:
         vlm = spread(vlm)
-    chat = loading.make_chat(vlm, Recipe())
+    chat = loading.make_chat(vlm)
     stage = RunDir(folder, name="stage", seed=3, settings=settings, recipe_hash="h", world=world)
     with StopFlag() as stop, screen("stage", 6, quiet=True, stream=Path(os.devnull).open("w")) as view:
         if job.get("stop_at") and world.rank == world.size - 1:

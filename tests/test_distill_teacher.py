@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from loopback_server import LoopbackServer, last_text, text_of
-from rlcs.data import Row, puzzles
+from rlcs.data import puzzles
 from rlcs.data.puzzles import chains
+from rlcs.data.rows import Row
 from rlcs.distill import load_kept, run
 from rlcs.distill.chains import Chain, Turn, formatted
 from rlcs.distill.filters import choose, reason_to_reject

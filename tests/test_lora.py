@@ -23,7 +23,8 @@ from rlcs.pipeline.study import Output, Study
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.lora import Lora
-from rlcs.recipe.schema import Grpo, Model, Optimizer, Recipe, Sft
+from rlcs.recipe.schema import Model, Recipe
+from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.recipe.table import summary_rows
 from rlcs.records import Branch, Demonstration, Grade, Tree
 from rlcs.signals import StopFlag, Stopped
@@ -38,7 +39,7 @@ EVERYWHERE = Lora(rank=4, alpha=16, parts=("vision_tower", "merger", "language_m
 def adapted(folder, lora=LORA, frozen=(), **model):
     plain = loading.load(Model(name=str(folder), **model), device=torch.device("cpu"))
     vlm = loading.prepare(plain, lora, frozen, seed=0)
-    return vlm, loading.make_chat(vlm, Recipe())
+    return vlm, loading.make_chat(vlm)
 
 
 def one_pack(chat):
@@ -232,7 +233,7 @@ def test_four_bit_weights_train_and_are_saved_as_plain_ones(random_model_folder,
     plain = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
     small = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"), four_bit=True)
     vlm = loading.prepare(small, settings, (), seed=0)
-    chat = loading.make_chat(vlm, Recipe())
+    chat = loading.make_chat(vlm)
     packed = one_pack(chat)
     vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
     start = logprobs(vlm, packed)

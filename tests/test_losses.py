@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlcs.recipe.schema import Grpo, Kl
+from rlcs.recipe.stages import Grpo, Kl
 from rlcs.train import losses as ob
 
 torch.set_num_threads(1)

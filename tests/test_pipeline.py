@@ -56,7 +56,7 @@ def finished(random_model_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
     done = rlcs("run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", folder)
     assert done.returncode == 0, done.stderr
-    assert "RL clip" in done.stdout and "Cold start + RL" in done.stdout  # the choices are told before the start
+    assert "RL clip" in done.stdout and "Cold start + RL" in done.stdout  # the choices, before the start
     assert str(folder / "report" / "index.html") in done.stdout
     return folder
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from conftest import make_problem
-from rlcs.data import Row
+from rlcs.data.rows import Row
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Recipe
 from rlcs.report.preview import look_at, make_view, pieces, print_view, write_html

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from conftest import make_problem
-from rlcs.data import ProblemStream, puzzles
+from rlcs.data import puzzles
+from rlcs.data.stream import ProblemStream
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.protocol import request_body
 from rlcs.errors import CheckpointError, DataError, TrainingError
@@ -16,7 +17,8 @@ from rlcs.grading import GradePool
 from rlcs.model import loading
 from rlcs.model.packing import pack, within_budget
 from rlcs.progress import screen
-from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft
+from rlcs.recipe.schema import Prompts, Recipe
+from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
@@ -27,7 +29,7 @@ from rlcs.train.trainer import Batch, Counts, Trainer, learning_rate
 
 def fresh(folder, attention="tree"):
     vlm = loading.load(Recipe(model={"name": str(folder), "attention": attention}).model)
-    return vlm, loading.make_chat(vlm, Recipe())
+    return vlm, loading.make_chat(vlm)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +190,7 @@ def test_sft_learns_and_its_loss_is_the_token_mean(random_model_folder, demonstr
 
 
 def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstrations, tmp_path):
-    chat = loading.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
+    chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=100))
     long = Demonstration(problem=make_problem("long", "word " * 300), response="x", teacher="t")
     trees, skipped = sft.usable_trees([long, *demonstrations[:2]], chat)
     assert (len(trees), skipped) == (2, 1)
@@ -446,7 +448,7 @@ def test_real_graders_take_part(random_model_folder, tmp_path):
 
 
 def test_a_problem_that_cannot_be_a_prompt_gives_its_place_to_the_next(vlm):
-    chat = loading.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
+    chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=100))
     long = [make_problem(f"long{i}", "word " * 300) for i in range(3)]
     short = [Problem(id=f"s{i}", source="t", question="q", answer="1") for i in range(6)]
     problems, prompts, skipped = grpo.take_prompts(ProblemStream([*long, *short], seed=0), chat, 6)

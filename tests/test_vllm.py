@@ -19,21 +19,22 @@ import pytest
 import torch
 
 from conftest import make_problem
-from rlcs.data import load
 from rlcs.data import puzzles as tasks
+from rlcs.data.loading import load
 from rlcs.engines.factory import open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
+from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.schema import Grpo, Model, Recipe
+from rlcs.recipe.schema import Model, Recipe
+from rlcs.recipe.stages import Grpo
 from rlcs.records import Branch, Prompt, Rollout, Tree
 from rlcs.serving import session
 from rlcs.signals import StopFlag
@@ -91,7 +92,7 @@ def make_engine(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def policy(recipe: Recipe) -> tuple[Vlm, Chat]:
     vlm = loading.load(recipe.model)
-    return vlm, loading.make_chat(vlm, recipe)
+    return vlm, loading.make_chat(vlm, recipe.prompt, recipe.images)
 
 
 def prompts_of(recipe: Recipe, chat: Chat, count: int) -> list[Prompt]:
@@ -160,7 +161,7 @@ def test_another_image_size_is_an_error(recipe, make_engine, policy) -> None:
     vlm, chat = policy
     engine = make_engine(vlm, chat, 64)
     engine.sync()
-    other = loading.make_chat(vlm, recipe_of("images.min_pixels=50176"))
+    other = loading.make_chat(vlm, images=recipe_of("images.min_pixels=50176").images)
     with pytest.raises(EndpointError, match="pixel bounds"):
         engine.sample([other.prompt(make_problem("small"))], other.sampling(max_new_tokens=4))
 
@@ -241,7 +242,7 @@ def test_a_server_killed_twice_and_hung_once_changes_nothing(recipe, make_engine
         },
     }.items():
         vlm = loading.load(recipe.model)
-        chat = loading.make_chat(vlm, recipe)
+        chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = Disturbed(make_engine(vlm, chat, 64), misdeeds)
         results.append(train(tmp_path / name, recipe, vlm, chat, engine))
         assert len(engine.done) == len(misdeeds)
@@ -284,7 +285,7 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     vlm = loading.prepare(loading.load(recipe.model), recipe.lora, (), seed=0)
-    chat = loading.make_chat(vlm, recipe)
+    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     prompts = prompts_of(recipe, chat, 5)
     warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
 
@@ -315,7 +316,7 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
         merged = tmp_path / "final"
         loading.save(vlm, merged)
         plain = loading.load(Model(name=str(merged)))
-        chat = loading.make_chat(plain, recipe)
+        chat = loading.make_chat(plain, recipe.prompt, recipe.images)
         perturb(plain, 0.03)
         assert gap(plain, make(plain, chat, 64).sample(prompts, warm)) < 1e-3 and versions() == ["5"]
         assert gap(vlm, engine.sample(prompts, warm)) < 1e-3 and versions() == ["6", "6+7"]

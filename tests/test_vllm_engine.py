@@ -29,11 +29,12 @@ from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.errors import DataError, EndpointError, ModelError, RecipeError, TrainingError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.rollout import Rollouts, Sampler
-from rlcs.recipe.schema import Eval, Grpo, Model
+from rlcs.recipe.schema import Eval, Model
+from rlcs.recipe.stages import Grpo
 from rlcs.recipe.table import summary_rows
 from rlcs.records import StopReason
 from rlcs.signals import StopFlag

@@ -22,7 +22,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from rlcs.cli.main import app
-from rlcs.data import Row, puzzles
+from rlcs.data import puzzles
+from rlcs.data.rows import Row
 from rlcs.distill import run as distil
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError

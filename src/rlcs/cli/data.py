@@ -9,7 +9,7 @@ import typer
 from rlcs.errors import UserError
 
 if TYPE_CHECKING:
-    from rlcs.data import Role
+    from rlcs.data.sources import Role
 
 data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is_help=True)
 
@@ -31,7 +31,7 @@ def data_check(
     json: Json = False,
 ) -> None:
     """Name every row that cannot be used, and why; decodes every image in full."""
-    from rlcs.data import check
+    from rlcs.data.loading import check
     from rlcs.errors import RecipeError
     from rlcs.recipe.loading import load_recipe
 
@@ -119,7 +119,7 @@ def data_overlap(
 
 def _rows(source: str, role: "Role") -> Any:
     """The usable rows of a source; raises DataError when too few are."""
-    from rlcs.data import load, require_usable
+    from rlcs.data.loading import load, require_usable
     from rlcs.recipe.schema import Data, Images
 
     loaded = load(source, Data(), decode_limit=Images().decode_limit, role=role)

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.data import Loaded, Role, Row, load, require_usable
+from rlcs.data.loading import Loaded, load, require_usable
+from rlcs.data.rows import Row
+from rlcs.data.sources import Role
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data, Recipe
 from rlcs.records import Problem

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlcs.data import Role, load, require_usable
+from rlcs.data.loading import load, require_usable
+from rlcs.data.sources import Role
 from rlcs.distill.run import run
 from rlcs.progress import screen
 from rlcs.recipe.schema import Recipe

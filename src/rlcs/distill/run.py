@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlcs.data import Row
+from rlcs.data.rows import Row
 from rlcs.distill.chains import Chain
 from rlcs.distill.filters import choose
 from rlcs.distill.schedule import Asking, cost, why_not

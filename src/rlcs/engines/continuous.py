@@ -18,7 +18,7 @@ from rlcs.engines.local import _Batch, _Row
 from rlcs.engines.onednn_linear import packed
 from rlcs.engines.sampling import choose, uniform
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.records import Prompt, Sampling, StopReason, rollout_seed
 
 log = logging.getLogger(__name__)

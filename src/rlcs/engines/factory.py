@@ -18,9 +18,10 @@ from rlcs.engines.vllm.weights import Unchanged, WeightsFolder
 from rlcs.errors import UserError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.rollout import Rollouts, Sampler
-from rlcs.recipe.schema import Eval, Grpo, Images, Model, Prompts, Recipe
+from rlcs.recipe.schema import Eval, Images, Model, Prompts, Recipe
+from rlcs.recipe.stages import Grpo
 from rlcs.records import Problem, Sampling
 
 MakeEngine = Callable[[Vlm, Chat, int], Engine]
@@ -130,7 +131,7 @@ def open_reader(
         eval=how,
         rollout=Rollouts.model_validate(sampler.model_dump() | {"concurrency": max(1, rows // n)}),
     )
-    chat = loading.make_chat(vlm, recipe)
+    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     drawn = how.model_dump(include={"temperature", "top_p", "max_new_tokens"})
     sampling = chat.sampling(n=n, seed=seed, **drawn)
     # Two prompts for each place in vLLM, so that a long answer does not leave the others empty.

@@ -27,10 +27,12 @@ from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
+from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
 from rlcs.recipe.loading import differences, dump, load_recipe
-from rlcs.recipe.schema import Grpo, Model, Recipe
+from rlcs.recipe.schema import Model, Recipe
+from rlcs.recipe.stages import Grpo
 from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag
 from rlcs.storage import atomic_write, read_json, write_json
@@ -136,7 +138,7 @@ class Study:
     def _is_done(self, name: str) -> bool:
         return self._world.first(lambda: is_done(self.folder / name))
 
-    def _policy(self, start: Path | None, frozen: Sequence[str]) -> loading.Vlm:
+    def _policy(self, start: Path | None, frozen: Sequence[str]) -> Vlm:
         """The model of a training stage, with what trains in it set."""
         lora = self.recipe.lora
         vlm = self._load(self.recipe.learner, start, lora.four_bit)
@@ -146,17 +148,17 @@ class Study:
         """The folder with an arm's trained model; None: the model that the recipe names."""
         return None if arm is None or ARMS[arm].parent is None else self.folder / arm / "final"
 
-    def _vlm(self, start: Path | None) -> loading.Vlm:
+    def _vlm(self, start: Path | None) -> Vlm:
         """A model that answers and never learns."""
         return self._load(self.recipe.model, start)
 
-    def _load(self, settings: Model, start: Path | None, four_bit: bool = False) -> loading.Vlm:
+    def _load(self, settings: Model, start: Path | None, four_bit: bool = False) -> Vlm:
         if start is not None:
             settings = settings.model_copy(update={"name": str(start), "revision": None})
         loading.give_back_memory()  # the model before this one, if it was sharded, lies in FSDP's circles
         return loading.load(settings, world=self._world, four_bit=four_bit)
 
-    def _spread(self, vlm: loading.Vlm) -> loading.Vlm:
+    def _spread(self, vlm: Vlm) -> Vlm:
         return loading.spread(vlm, self.recipe.parallel)
 
     def _run_dir(self, name: str) -> RunDir:
@@ -177,7 +179,7 @@ class Study:
         self._world.check(self._stop, "before SFT")
         log.info("sft: %d demonstrations", len(demonstrations))
         vlm = self._spread(self._policy(None, self.recipe.sft.freeze))
-        chat = loading.make_chat(vlm, self.recipe)
+        chat = loading.make_chat(vlm, self.recipe.prompt, self.recipe.images)
         steps = sft.steps_of(self.recipe.sft, len(demonstrations))
         with self._output.screen("sft", steps) as view:
             sft.train(
@@ -202,9 +204,7 @@ class Study:
             vlm, reference = grpo.with_reference(vlm, self._spread)
         else:
             vlm = self._spread(vlm)
-        chat = loading.make_chat(vlm, self.recipe, rl=True)
-        if self.recipe.prompt.rl_system is not None:
-            chat = chat.with_system(self.recipe.prompt.rl_system)
+        chat = loading.make_chat(vlm, self.recipe.prompt, self.recipe.images, rl=True)
         engine = self._make_engine(vlm, chat, settings.max_rows)
         with self._pool(settings) as pool, self._output.screen(name, settings.steps) as view:
             grpo.train(
@@ -242,7 +242,7 @@ class Study:
         folder, settings = self.folder / "eval" / arm, self.recipe.eval
         started = time.monotonic()
         vlm = self._spread(self._vlm(self._weights_of(arm)))
-        chat = loading.make_chat(vlm, self.recipe)
+        chat = loading.make_chat(vlm, self.recipe.prompt, self.recipe.images)
         engine = self._make_engine(vlm, chat, settings.max_rows)
         with self._pool(self.recipe.grpo) as pool, self._output.screen(f"eval {arm}", len(problems)) as view:
             examiner = Examiner(engine=engine, chat=chat, pool=pool, settings=settings, world=self._world)

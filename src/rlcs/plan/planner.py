@@ -17,7 +17,8 @@ from rlcs.plan.rollouts import Trees, decoding_seconds, live_prompts, rollout_by
 from rlcs.plan.shapes import Sizes, Tower
 from rlcs.plan.storage import formats, stored, trained_parts, trainers
 from rlcs.plan.work import language, vision
-from rlcs.recipe.schema import Grpo, Recipe, Sft
+from rlcs.recipe.schema import Recipe
+from rlcs.recipe.stages import Grpo, Sft
 from rlcs.train.sft import steps_of
 
 LIBRARIES = 3 * GIB // 2

@@ -8,8 +8,9 @@ from rlcs.errors import UserError
 from rlcs.plan.machine import Machine
 from rlcs.plan.memory import FP32
 from rlcs.plan.shapes import Sizes
-from rlcs.recipe.schema import Grpo, Recipe, Sft
+from rlcs.recipe.schema import Recipe
 from rlcs.recipe.section import Part
+from rlcs.recipe.stages import Grpo, Sft
 
 FOUR_BITS = 4.127 / 8
 """Bytes of a weight in NF4 with its constants quantised again (QLoRA, arXiv 2305.14314, section 3)."""

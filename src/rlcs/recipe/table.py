@@ -7,7 +7,8 @@ are read here rather than in source code.
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.lora import Lora
 from rlcs.recipe.parallel import Parallel
-from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft, Teacher
+from rlcs.recipe.schema import Recipe, Teacher
+from rlcs.recipe.stages import Grpo, Optimizer, Sft
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {

@@ -14,7 +14,9 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.text import Text
 
-from rlcs.data import BadRow, Row, load, puzzles, require_usable
+from rlcs.data import puzzles
+from rlcs.data.loading import load, require_usable
+from rlcs.data.rows import BadRow, Row
 from rlcs.errors import DataError
 from rlcs.model import loading
 from rlcs.recipe.loading import list_recipes, load_recipe
@@ -59,7 +61,7 @@ def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
 
 def no_prompts(rows: Sequence[Row], recipe: Recipe) -> list[BadRow]:
     """The rows that cannot become a prompt of the recipe's model, most often because they are too long."""
-    chat = loading.load_chat(recipe)
+    chat = loading.load_chat(recipe.model, recipe.prompt, recipe.images)
     bad = []
     for row in rows:
         try:
@@ -72,7 +74,7 @@ def no_prompts(rows: Sequence[Row], recipe: Recipe) -> list[BadRow]:
 def make_view(row: Row, recipe: Recipe) -> View:
     """Tokenise one row as SFT would; a row without a response shows its teacher's, if it is built in."""
     vlm = loading.load(recipe.model)
-    chat = loading.make_chat(vlm, recipe)
+    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     response = row.response
     if response is None and row.problem.source.startswith("builtin:"):
         response = puzzles.teach(row.problem, seed=recipe.seed, wrong_share=0.0)

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlcs.data import BadRow, load
+from rlcs.data.loading import load
+from rlcs.data.rows import BadRow
 from rlcs.errors import DataError, UserError
 from rlcs.progress import screen
 from rlcs.recipe.schema import Data, Images

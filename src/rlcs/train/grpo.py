@@ -11,18 +11,18 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlcs.data import ProblemStream
+from rlcs.data.stream import ProblemStream
 from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
 from rlcs.errors import DataError, TrainingError
 from rlcs.grading import GradePool, health
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
+from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen
 from rlcs.recipe.rollout import Rollouts
-from rlcs.recipe.schema import Grpo
+from rlcs.recipe.stages import Grpo
 from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlcs.recipe.schema import Grpo
+from rlcs.recipe.stages import Grpo
 
 Advantage = Literal["grpo", "dr_grpo", "rloo"]
 PolicyLoss = Literal["grpo", "gspo", "cispo"]

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlcs.data import ProblemStream
 from rlcs.data.problem_store import ProblemStore
+from rlcs.data.stream import ProblemStream
 from rlcs.distributed import ALONE, World
 from rlcs.errors import CheckpointError
 from rlcs.model.loading import save
 from rlcs.progress import Screen
-from rlcs.recipe.schema import Stage
+from rlcs.recipe.stages import Stage
 from rlcs.recipe.trackers import Trackers as TrackerSettings
 from rlcs.records import Problem, StepReport
 from rlcs.signals import StopFlag

@@ -8,15 +8,15 @@ import math
 import time
 from collections.abc import Sequence
 
-from rlcs.data import ProblemStream
+from rlcs.data.stream import ProblemStream
 from rlcs.distributed import ALONE, World
 from rlcs.errors import DataError
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
+from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen
-from rlcs.recipe.schema import Sft
+from rlcs.recipe.stages import Sft
 from rlcs.records import Branch, Demonstration, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step

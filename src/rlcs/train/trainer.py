@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlcs.errors import TrainingError
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import Pack
 from rlcs.model.policy import Scores, score
-from rlcs.recipe.schema import Optimizer as OptimizerSettings
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.stages import Optimizer as OptimizerSettings
 from rlcs.train.losses import Average, LossSums, denominator
 
 

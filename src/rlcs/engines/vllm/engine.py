@@ -9,7 +9,8 @@ from rlcs.engines.vllm.fleet import Body, Take
 from rlcs.engines.vllm.protocol import request_body, rollouts_of
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm, give_back_memory
+from rlcs.model.loading import give_back_memory
+from rlcs.model.vlm import Vlm
 from rlcs.records import Prompt, Rollout, Sampling
 
 
