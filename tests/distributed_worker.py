@@ -91,16 +91,16 @@ def train(job: dict, world: World) -> None:
         if job.get("stop_at") and world.rank == world.size - 1:
             view = Stopper(view, stop, job["stop_at"])
         if "sft" in job:
-            sft.train(vlm, chat, demonstrations(12), settings, folder=stage, screen=view, stop=stop)
+            sft.train(vlm, chat, demonstrations(12), settings, run=stage, screen=view, stop=stop)
         else:
-            actors = grpo.GrpoContext(
+            context = grpo.GrpoContext(
                 vlm=vlm,
                 reference=reference,
                 chat=chat,
                 engine=LocalEngine(vlm, chat, max_rows=8),
-                pool=LengthGrader(),
+                grader=LengthGrader(),
             )
-            grpo.train(actors, mixed_problems(9), settings, folder=stage, screen=view, stop=stop)
+            grpo.train(context, mixed_problems(9), settings, run=stage, screen=view, stop=stop)
     weights = whole_weights(vlm.model, world)
     if world.rank == 0:
         torch.save(weights, folder / "weights.pt")

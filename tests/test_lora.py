@@ -53,7 +53,7 @@ def one_pack(chat):
 def learn(vlm, packed, steps=3, lr=3e-3):
     """A few steps on what the pack holds; the trainer, for a look at its optimiser."""
     trainer = Trainer(vlm, Optimizer(lr=lr), steps=steps, max_bad_steps=1)
-    objective = sft._objective("token")
+    objective = sft.make_objective("token")
     for _ in range(steps):
         trainer.step([Batch(pack=packed)], objective, average="token")
     return trainer
@@ -294,14 +294,14 @@ def run_stage(kind, source, folder, *, stop_at=None):
                 )
                 for p in problems
             ]
-            sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=watched, stop=stop)
+            sft.train(vlm, chat, demonstrations, settings, run=stage, screen=watched, stop=stop)
         else:
             engine = LocalEngine(vlm, chat, max_rows=8)
             vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
-            actors = grpo.GrpoContext(
-                vlm=vlm, reference=reference, chat=chat, engine=engine, pool=LengthGrader()
+            context = grpo.GrpoContext(
+                vlm=vlm, reference=reference, chat=chat, engine=engine, grader=LengthGrader()
             )
-            grpo.train(actors, problems, settings, folder=stage, screen=watched, stop=stop)
+            grpo.train(context, problems, settings, run=stage, screen=watched, stop=stop)
     return trained(vlm)
 
 
@@ -394,12 +394,12 @@ def test_adapters_alone_learn_a_game(random_model_folder, tmp_path):
 
     optimizer = {"lr": 1e-2, "betas": (0.9, 0.95)}
     settings = Grpo(steps=7, prompts_per_step=8, group_size=8, max_new_tokens=12, optimizer=optimizer)
-    actors = grpo.GrpoContext(
-        vlm=vlm, reference=None, chat=chat, engine=LocalEngine(vlm, chat, max_rows=64), pool=Short()
+    context = grpo.GrpoContext(
+        vlm=vlm, reference=None, chat=chat, engine=LocalEngine(vlm, chat, max_rows=64), grader=Short()
     )
     stage = RunDir(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
     problems = puzzles.load("puzzles", split="train", count=12, seed=5)
     with StopFlag() as stop, screen("grpo", 7, quiet=True) as view:
-        grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
+        grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)
     rewards = [row["reward"] for row in rows_of(tmp_path / "metrics.jsonl")]
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.2

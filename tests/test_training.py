@@ -22,9 +22,11 @@ from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
+from rlcs.train.groups import make_group, shaped_reward, tree_of
 from rlcs.train.losses import sft_loss
 from rlcs.train.run_dir import RunDir
-from rlcs.train.trainer import Batch, Counts, Trainer, learning_rate
+from rlcs.train.stage_run import Clock
+from rlcs.train.trainer import Batch, Trainer, ZeroGradCounts, learning_rate
 
 
 def fresh(folder, attention="tree"):
@@ -59,18 +61,18 @@ def nll(batch, scores):
 
 def test_a_step_does_not_depend_on_how_trees_are_packed(random_model_folder, demonstrations):
     """The loss and the gradient norm of one big pack and of many small ones."""
-    outcomes = []
+    results = []
     for budget in (10_000, 200, 1):
         vlm, chat = fresh(random_model_folder)
         trees, _ = sft.usable_trees(demonstrations, chat)
         members = within_budget([t.num_tokens for t in trees], budget)
         batches = [Batch(pack=pack([trees[i] for i in some], chat.patches)) for some in members]
         trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=1)
-        outcomes.append((len(batches), trainer.step(batches, nll, average="token")))
-    assert len({count for count, _ in outcomes}) == 3
-    for _, outcome in outcomes[1:]:
-        assert outcome.loss == pytest.approx(outcomes[0][1].loss, rel=1e-5)
-        assert outcome.grad_norm == pytest.approx(outcomes[0][1].grad_norm, rel=1e-4)
+        results.append((len(batches), trainer.step(batches, nll, average="token")))
+    assert len({count for count, _ in results}) == 3
+    for _, result in results[1:]:
+        assert result.loss == pytest.approx(results[0][1].loss, rel=1e-5)
+        assert result.grad_norm == pytest.approx(results[0][1].grad_norm, rel=1e-4)
 
 
 def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, demonstrations):
@@ -79,8 +81,8 @@ def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, de
         vlm, chat = fresh(random_model_folder)
         batch = Batch(pack=pack(sft.usable_trees(demonstrations, chat)[0], chat.patches))
         trainer = Trainer(vlm, Optimizer(lr=0.0), steps=3, max_bad_steps=1)
-        outcome = trainer.step([batch], nll, average="token", also=Counts(tokens=extra))
-        losses.append(outcome.loss * (outcome.targets + extra))
+        result = trainer.step([batch], nll, average="token", zero_grad=ZeroGradCounts(tokens=extra))
+        losses.append(result.loss * (result.targets + extra))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -93,11 +95,11 @@ def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folde
     def poisoned(some, scores):
         return sft_loss(scores.logprobs * float("nan"), some.pack.weights, some.pack.sequence, "token")
 
-    outcome = trainer.step([batch], poisoned, average="token")
+    result = trainer.step([batch], poisoned, average="token")
     stage = RunDir(tmp_path, name="sft", seed=0, settings=Sft(), recipe_hash="h")
-    report = stage.report(outcome, step=1, steps=3, values={}, seconds={})
+    report = stage.report(result, step=1, steps=3, values={}, seconds={})
     assert report.skipped and "loss" not in report.values  # NaN is not JSON
-    assert outcome.skipped == "the gradient is not finite"
+    assert result.skipped == "the gradient is not finite"
     assert_equal_weights(before, weights_of(vlm))
     with pytest.raises(TrainingError, match="not finite in 2 steps in a row"):
         trainer.step([batch], poisoned, average="token")
@@ -141,7 +143,7 @@ def run_sft(source, folder, demonstrations, *, stop_at=None, settings=None):
         stage = RunDir(folder, name="sft", seed=3, settings=settings, recipe_hash="h")
         if stop_at is not None:
             view = Stopper(view, stop, stop_at)
-        sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=view, stop=stop)
+        sft.train(vlm, chat, demonstrations, settings, run=stage, screen=view, stop=stop)
     return weights_of(vlm)
 
 
@@ -209,7 +211,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(random_model_folder, demonstr
         screen("sft", 6, quiet=True) as view,
         pytest.raises(CheckpointError, match="another recipe"),
     ):
-        sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=view, stop=stop)
+        sft.train(vlm, chat, demonstrations, settings, run=stage, screen=view, stop=stop)
 
 
 # --- GRPO ----------------------------------------------------------------------------------------
@@ -226,18 +228,18 @@ def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
     vlm, chat = fresh(source)
     problems = puzzles.load("puzzles", split="train", count=count, seed=5)
     reference = grpo.frozen_copy(vlm) if settings.kl.active else None
-    actors = grpo.GrpoContext(
+    context = grpo.GrpoContext(
         vlm=vlm,
         reference=reference,
         chat=chat,
         engine=LocalEngine(vlm, chat, max_rows=8),
-        pool=grader or LengthGrader(),
+        grader=grader or LengthGrader(),
     )
     with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
         stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
         if stop_at is not None:
             view = Stopper(view, stop, stop_at)
-        grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
+        grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)
     return weights_of(vlm)
 
 
@@ -286,26 +288,26 @@ def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder
     """Learning without the flat groups equals learning with them, to the bit of the denominator."""
     settings = Grpo(**SMALL)
     vlm, chat = fresh(random_model_folder)
-    actors = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, pool=None)
+    context = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, grader=None)
     groups = [
         group_of(chat, "a", [1.0, 0.0, 1.0], settings),
         group_of(chat, "b", [1.0, 1.0, 1.0], settings),
         group_of(chat, "c", [0.0, 0.0, None], settings),
     ]
-    outcomes = {}
+    results = {}
     for name in ("skipped", "computed"):
         vlm, _ = fresh(random_model_folder)
         trainer = Trainer(vlm, settings.optimizer, steps=1, max_bad_steps=1)
         if name == "skipped":
-            [outcome] = grpo.learn(trainer, actors, groups, settings, clock=grpo.Clock())
+            [result] = grpo.learn(trainer, context, groups, settings, clock=Clock())
         else:
-            trees = [grpo.tree_of(group) for group in groups]
-            batches = grpo.make_batches(trees, actors, settings)
-            outcome = trainer.step(batches, grpo.make_objective(settings), average="token")
-        outcomes[name] = outcome
-    assert outcomes["skipped"].tokens < outcomes["computed"].tokens
-    assert outcomes["skipped"].grad_norm == pytest.approx(outcomes["computed"].grad_norm, rel=1e-4)
-    assert outcomes["skipped"].loss == pytest.approx(outcomes["computed"].loss, abs=1e-6)
+            trees = [tree_of(group) for group in groups]
+            batches = grpo.make_batches(trees, context, settings)
+            result = trainer.step(batches, grpo.make_objective(settings), average="token")
+        results[name] = result
+    assert results["skipped"].tokens < results["computed"].tokens
+    assert results["skipped"].grad_norm == pytest.approx(results["computed"].grad_norm, rel=1e-4)
+    assert results["skipped"].loss == pytest.approx(results["computed"].loss, abs=1e-6)
 
 
 def group_of(chat, name, rewards, settings):
@@ -316,14 +318,14 @@ def group_of(chat, name, rewards, settings):
         for i in range(len(rewards))
     ]  # fmt: skip
     grades = [Grade(reward=r, correct=None if r is None else r == 1.0) for r in rewards]
-    return grpo.make_group(problem, chat.prompt(problem), rollouts, grades, settings)
+    return make_group(problem, chat.prompt(problem), rollouts, grades, settings)
 
 
 def test_unscored_rollouts_leave_the_group(chat):
     group = group_of(chat, "u", [1.0, None, 0.0], Grpo(**SMALL))
     assert group.advantages[1] is None
     assert group.advantages[0] == pytest.approx(1 / math.sqrt(2), rel=1e-4)
-    assert [b.ids[0] for b in grpo.tree_of(group).branches] == [30, 32]
+    assert [b.ids[0] for b in tree_of(group).branches] == [30, 32]
 
 
 def test_overlong_answers_are_punished_or_dropped(chat):
@@ -332,9 +334,9 @@ def test_overlong_answers_are_punished_or_dropped(chat):
         problem_id="x", index=0, ids=(1, 2, 3), logprobs=(-1.0,) * 3, stop=StopReason.LENGTH, seed=0, text="t"
     )
     right = Grade(reward=1.0, correct=True)
-    assert grpo.shaped_reward(rollout, right, soft) == 0.75
+    assert shaped_reward(rollout, right, soft) == 0.75
     dropped = Grpo(**SMALL | {"overlong": {"drop_truncated": True}})
-    assert grpo.shaped_reward(rollout, right, dropped) is None
+    assert shaped_reward(rollout, right, dropped) is None
 
 
 def test_dynamic_sampling_replaces_flat_groups_and_ends(random_model_folder, tmp_path):
@@ -373,9 +375,9 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
     runs = []
     for _ in range(2):
         asked, answers = [], []
-        actors = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=Kept(), pool=Never())
+        context = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=Kept(), grader=Never())
         stream = ProblemStream(problems, seed=3)
-        grpo.collect(actors, stream, settings, sampling, step=5, clock=grpo.Clock())
+        grpo.collect(context, stream, settings, sampling, step=5, clock=Clock())
         runs.append(answers)
         assert sorted(p.problem_id for p in asked) == sorted([p.id for p in problems] * 2)
     assert runs[0] == runs[1]
@@ -451,7 +453,7 @@ def test_a_problem_that_cannot_be_a_prompt_gives_its_place_to_the_next(vlm):
     chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=100))
     long = [make_problem(f"long{i}", "word " * 300) for i in range(3)]
     short = [Problem(id=f"s{i}", source="t", question="q", answer="1") for i in range(6)]
-    problems, prompts, skipped = grpo.take_prompts(ProblemStream([*long, *short], seed=0), chat, 6)
+    problems, prompts, skipped = grpo.take_prompts(ProblemStream([*long, *short], seed=0), chat.prompts, 6)
     assert len(problems) == len(prompts) == 6 and skipped >= 1
     with pytest.raises(DataError):
-        grpo.take_prompts(ProblemStream(long, seed=0), chat, 3)
+        grpo.take_prompts(ProblemStream(long, seed=0), chat.prompts, 3)

@@ -222,12 +222,12 @@ def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[st
     rows = load(
         "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
     ).rows
-    actors = grpo.GrpoContext(
-        vlm=vlm, reference=None, chat=chat, engine=engine, pool=LengthGrader(), rollout=recipe.rollout
+    context = grpo.GrpoContext(
+        vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader(), rollout=recipe.rollout
     )
     with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
         stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
-        grpo.train(actors, [row.problem for row in rows], settings, folder=stage, screen=view, stop=stop)
+        grpo.train(context, [row.problem for row in rows], settings, run=stage, screen=view, stop=stop)
     return weights_of(vlm)
 
 

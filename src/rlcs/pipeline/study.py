@@ -187,7 +187,7 @@ class Study:
                 chat,
                 demonstrations,
                 self.recipe.sft,
-                folder=self._run_dir("sft"),
+                run=self._run_dir("sft"),
                 screen=view,
                 stop=self._stop,
             )
@@ -213,12 +213,12 @@ class Study:
                     reference=reference,
                     chat=chat,
                     engine=engine,
-                    pool=pool,
+                    grader=pool,
                     rollout=self.recipe.rollout,
                 ),
                 sources.rl,
                 settings,
-                folder=self._run_dir(name),
+                run=self._run_dir(name),
                 screen=view,
                 stop=self._stop,
             )
