@@ -367,7 +367,8 @@ def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_p
     )
     folder = tmp_path / "study"
     with StopFlag() as stop:
-        Study(recipe, folder, sources=load_run_data(recipe), output=Output(quiet=True), stop=stop).run()
+        data = load_run_data(recipe.study, recipe.data, decode_limit=recipe.images.decode_limit)
+        Study(recipe, folder, data=data, output=Output(quiet=True), stop=stop).run()
     base, stage_1, stage_2 = (
         load_file(f / "model.safetensors")
         for f in (random_model_folder, folder / "sft" / "final", folder / "sft_grpo" / "final")
