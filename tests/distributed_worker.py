@@ -18,10 +18,9 @@ from rlcs.model import loading
 from rlcs.model.fsdp import whole_weights
 from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
-from rlcs.recipe.lora import Lora
-from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.stages import Grpo, Sft
+from rlcs.recipe.training import Lora, Parallel
 from rlcs.records import Demonstration, Grade, Problem
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
@@ -77,7 +76,7 @@ def train(job: dict, world: World) -> None:
     vlm = load(job, world)
     vlm = loading.prepare(vlm, Lora(**job.get("lora", {})), settings.freeze, seed=3)
 
-    def spread(vlm: Vlm) -> loading.Vlm:
+    def spread(vlm: Vlm) -> Vlm:
         return loading.spread(vlm, parallel)
 
     reference = None

@@ -46,6 +46,7 @@ class LoopbackServer:
         answer: Callable[[Mapping[str, Any]], str] = _fixed_answer,
         faults: Mapping[str, Sequence[str]] | None = None,
         delay_s: float = 0.0,
+        finish_reason: str | None = "stop",
     ) -> None:
         self.seen: list[dict[str, Any]] = []
         self.headers: list[str] = []
@@ -54,6 +55,7 @@ class LoopbackServer:
         self._answer = answer
         self._faults = {needle: list(each) for needle, each in (faults or {}).items()}
         self._delay_s = delay_s
+        self._finish_reason = finish_reason
         self._now = 0
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -129,7 +131,9 @@ class LoopbackServer:
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
-            "finish_reason": {"length": "length", "filtered": "content_filter"}.get(fault, "stop"),
+            "finish_reason": {"length": "length", "filtered": "content_filter"}.get(
+                fault, self._finish_reason
+            ),
         }
         usage = {"prompt_tokens": 10, "completion_tokens": len(text.split())}
         usage["total_tokens"] = sum(usage.values())

@@ -4,6 +4,7 @@ Each rule is a small function from one module to its breaches, shown to catch on
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "rlcs"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "rlcs"
 
 # A package may import packages of lower layers, and of its own layer as long as no circle forms.
 LAYERS = (
@@ -54,6 +56,39 @@ MAX_CODE_LINES = 16_750
 MAX_PARAMETERS = 7
 MAX_IMPORT_SECONDS = 0.2
 
+TESTS_OF_SOMETHING_ELSE = {
+    "architecture": "the rules of this file",
+    "constraints": "constraints files, hooks and CI",
+    "docs": "README and docs/",
+    "examples": "examples/",
+    "bench": "bench/",
+    "tiny_model": "tools/tiny_model/",
+    "grading_reference": "the table in docs/reference/grading.md",
+    "shipped_recipes": "the YAML files in recipes/",
+    "families": "every model family, through all packages",
+    "vllm_lora": "adapters with vLLM, through all packages",
+    "vllm_serving": "a real vLLM, through serving, evals and distill",
+}
+"""Tests that are not named after a module or a package of src/rlcs, and what they are about."""
+
+OLD_WORDS = {
+    r"house|houses": "project, package",
+    r"rooms?": "module, package; for memory: space",
+    r"floors?": "layer; for numbers: lowest value",
+    r"roofs?": "limit",
+    r"meshes": "ranks, World",
+    r"sittings?|exams?|Exam|Examiner|examinee": "evaluation, EvalRun",
+    r"intake": "run data",
+    r"StageFolder|stage folder": "RunDir, run directory",
+    r"Voice|Respondent|Talker|Actors|Shell": "Sampler, GrpoContext, FsdpRoot",
+    r"rl_only|two_stage": "grpo, sft_grpo",
+    r"ails|ailments?": "is wrong, health",
+    r"besieges?|siege": "load test, hostile clients",
+}
+"""Words that are not used any more, as patterns of whole words, and what is written instead."""
+OLD_NAMES = {"told": "message, reported", "said": "text, answer", "asked": "requested, question"}
+"""Names in code that say nothing about what they hold, and better ones."""
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -68,6 +103,11 @@ class Module:
     @property
     def package(self) -> str:
         return self.name.split(".")[0]
+
+    @property
+    def path(self) -> str:
+        """Its dotted name as others import it."""
+        return f"rlcs.{self.name}".removesuffix(".__init__")
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -218,6 +258,46 @@ def vague_names(module: Module) -> Iterator[str]:
             yield f"{module.name}: {part} says nothing about what it holds"
 
 
+def private_names(module: Module) -> Iterator[str]:
+    """Names with an underscore that belong to another module of ours."""
+    imported: set[str] = set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rlcs":
+            imported |= {alias.asname or alias.name for alias in node.names}
+            for alias in node.names:
+                if _is_private(alias.name):
+                    yield f"{module.name}:{node.lineno} imports {alias.name} from {node.module}"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute) and _is_private(node.attr):
+            owner = ast.unparse(node.value)
+            if owner in imported or owner.startswith("rlcs."):
+                yield f"{module.name}:{node.lineno} uses {owner}.{node.attr}"
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def old_names(module: Module) -> Iterator[str]:
+    """Functions, parameters, variables and fields that are called by a word of OLD_NAMES."""
+    for node in ast.walk(module.tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()):
+                pass
+            case _:
+                continue
+        if better := OLD_NAMES.get(name.strip("_")):
+            yield f"{module.name}:{node.lineno} is called {name}; say {better}"
+
+
+def old_words(module: Module) -> Iterator[str]:
+    """Words of OLD_WORDS, in a module's code, comments and docstrings, or in a page of the documentation."""
+    for number, line in enumerate(module.text.splitlines(), start=1):
+        for word, instead in OLD_WORDS.items():
+            if found := re.search(rf"(?<![\w.])(?:{word})(?![\w(])", line):
+                yield f"{module.name}:{number} says {found[0]!r}; say {instead}"
+
+
 RULES: dict[Callable[[Module], Iterator[str]], Module] = {
     not_in_the_table: Module("cellar", ""),
     imports_upwards: Module("storage", "def f():\n    from rlcs.train import trainer"),
@@ -228,6 +308,9 @@ RULES: dict[Callable[[Module], Iterator[str]], Module] = {
     untyped: Module("train.sft", "def f(a: int):\n    return a"),
     undocumented: Module("train.sft", '"""Doc."""\nclass A:\n    """Doc."""\n    def f(self): ...'),
     vague_names: Module("report.plot_utils", ""),
+    private_names: Module("train.sft", "from rlcs.train.trainer import _norm"),
+    old_names: Module("train.sft", "def f(told): ..."),
+    old_words: Module("train.sft", "# the only room that may write"),
 }
 
 
@@ -253,20 +336,64 @@ def test_what_the_rules_allow() -> None:
 
 
 def _circle(graph: dict[str, set[str]]) -> list[str]:
-    """Packages that import each other in a circle; empty when there are none."""
-    left = {package: set(needs) for package, needs in graph.items()}
-    while free := [package for package, needs in left.items() if not needs & left.keys()]:
-        for package in free:
-            del left[package]
+    """What imports each other in a circle, and what needs that; empty when there is none."""
+    left = {name: set(needs) for name, needs in graph.items()}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
     return sorted(left)
 
 
-def test_packages_form_no_circle() -> None:
+def _modules_imported(module: Module, known: set[str]) -> set[str]:
+    """Paths of our modules that one imports, in functions too."""
+    found: set[str] = set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inside & known) or {node.module}
+            found |= {node.module} if inside - known else set()
+    return (found & known) - {module.path}
+
+
+def test_packages_and_modules_form_no_circle() -> None:
     assert _circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
-    graph: dict[str, set[str]] = {}
+    packages: dict[str, set[str]] = {}
     for module in MODULES:
-        graph.setdefault(module.package, set()).update(package for package, _ in _packages_imported(module))
-    assert not _circle(graph)
+        imported = {package for package, _ in _packages_imported(module)}
+        packages.setdefault(module.package, set()).update(imported)
+    assert not _circle(packages)
+    known = {module.path for module in MODULES}
+    assert not _circle({module.path: _modules_imported(module, known) for module in MODULES})
+    known |= {"rlcs.a.b", "rlcs.a"}
+    imports = "from rlcs.a import b\nfrom rlcs.a import C\ndef f():\n    import rlcs.errors"
+    assert _modules_imported(Module("train.sft", imports), known) == {"rlcs.a.b", "rlcs.a", "rlcs.errors"}
+
+
+def test_pages_use_no_old_words() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    pages += [file for kind in ("*.j2", "*.yaml", "*.js") for file in SOURCE.rglob(kind)]
+    texts = [Module(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")) for page in pages]
+    breaches = [breach for text in texts for breach in old_words(text)]
+    assert len(pages) > 30 and not breaches, "\n" + "\n".join(breaches)
+
+
+def _tested_names() -> set[str]:
+    """What a test may be called after: a module or package, by its name or with packages before it."""
+    names = set()
+    for module in MODULES:
+        parts = module.path.split(".")[1:]
+        names |= {"_".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end)}
+    return names
+
+
+def test_tests_are_named_after_what_they_test() -> None:
+    names = _tested_names()
+    assert {"plan", "plan_memory", "memory", "vllm_engine"} <= names and "training" not in names
+    found = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert not found - names - TESTS_OF_SOMETHING_ELSE.keys()
+    assert TESTS_OF_SOMETHING_ELSE.keys() <= found - names, "named here without need"
 
 
 def test_the_root_holds_few_modules() -> None:

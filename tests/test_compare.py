@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from rlcs.cli.main import app
 from rlcs.errors import RunFolderError
-from rlcs.report.compare import compare, mcnemar, write_html
+from rlcs.evals.intervals import mcnemar
+from rlcs.report.compare import compare, write_html
 from test_report import Page, make_arm, make_run, rows_of, write_rows
 
 

@@ -80,6 +80,40 @@ def test_pages_build_without_a_warning(tmp_path):
     assert "reasons about what it sees" in home and "fonts.googleapis" not in home
 
 
+def test_links_of_pages_outside_the_site_lead_somewhere():
+    links = re.compile(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)")
+    found = [
+        (page.name, path, anchor)
+        for page in ROOT.glob("*.md")
+        for path, anchor in links.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert len(found) > 25
+    for page, path, anchor in found:
+        assert (ROOT / path).exists(), f"{page}: {path}"
+        assert not anchor or anchor in anchors_of(ROOT / path), f"{page}: {path}#{anchor}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What links may name: its headings, small, with hyphens."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each).strip().lower().replace(" ", "-") for each in headings}
+
+
+def test_the_tree_of_the_readme_is_that_of_the_package():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = next(code for _, code in FENCE.findall(text) if code.startswith("src/rlcs/"))
+    source = ROOT / "src" / "rlcs"
+    named = [line.split()[0] for line in tree.splitlines() if re.match(r"  \S", line)]
+    assert not [name for name in named if not (source / name).exists()]
+    packages = {path.name + "/" for path in source.iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert packages == {name for name in named if name.endswith("/")}
+    inside = ""
+    for line in tree.splitlines():
+        inside = line.split()[0] if re.match(r"  \S", line) else inside
+        for name in re.findall(r"\b\w+\.(?:py|html\.j2)|\b\w+/", line if inside.endswith("/") else ""):
+            assert name == inside or any(source.glob(f"{inside}**/{name}")), f"{inside} has no {name}"
+
+
 @pytest.fixture(scope="module")
 def own_data(tmp_path_factory) -> Path:
     """What a stranger brings: pictures of coloured dots that rlcs never drew, and questions about them."""

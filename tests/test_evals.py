@@ -13,11 +13,11 @@ import pytest
 from loopback_server import LoopbackServer, last_text
 from rlcs.engines import openai_client
 from rlcs.errors import EndpointError, RunFolderError, UserError
-from rlcs.evals.answer_extractor import wants_judge
-from rlcs.evals.asking import BOXED_SYSTEM, Asking
+from rlcs.evals.answer_extractor import needs_extractor
 from rlcs.evals.comparison import REPORTED, as_markdown
-from rlcs.evals.run import Exam, label_models, run_exam
-from rlcs.recipe.schema import Endpoint, Eval
+from rlcs.evals.run import EvalRun, evaluate_models, label_models
+from rlcs.recipe.sampling import Endpoint
+from rlcs.recipe.schema import Eval, Prompts
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl, write_json
 from test_benchmarks import VISTA, vision, vision_folder, we, write_image, write_jsonl
@@ -29,25 +29,25 @@ def _short_waits(monkeypatch):
     monkeypatch.setattr(openai_client, "FIRST_WAIT_S", 0.01)
 
 
-def exam(folder: Path, server=None, judge=None, **changes) -> Exam:
+def eval_run(folder: Path, server=None, judge=None, **changes) -> EvalRun:
     given = {
         "benchmarks": ("mathvision",),
         "out": folder / "out",
         "data": folder / "mini",
         "split": "testmini",
-        "asking": Asking(sampling=Eval(max_new_tokens=8, max_rows=4)),
+        "sampling": Eval(max_new_tokens=8, max_rows=4),
         "endpoint": server and Endpoint(base_url=server.url, model="", max_retries=1),
         "judge": judge and Endpoint(base_url=judge.url, model="reader", max_retries=1),
     }
-    return Exam(**{**given, **changes})
+    return EvalRun(**{**given, **changes})
 
 
-def sampled(samples: int) -> Asking:
-    return Asking(samples=samples, sampling=Eval(max_new_tokens=8, max_rows=4, temperature=1.0))
+def sampled(samples: int) -> dict[str, object]:
+    return {"samples": samples, "sampling": Eval(max_new_tokens=8, max_rows=4, temperature=1.0)}
 
 
-def run(told: Exam, *models, stop=None):
-    return run_exam(told, models or ("m",), stop=stop or StopFlag())
+def run(chosen: EvalRun, *models, stop=None):
+    return evaluate_models(chosen, models or ("m",), stop=stop or StopFlag())
 
 
 def scores(folder: Path, model="m", benchmark="mathvision"):
@@ -68,7 +68,7 @@ def mini(tmp_path: Path) -> Path:
 
 
 def test_a_local_model_answers_everything_and_says_what_chance_is(mini, random_model_folder, capsys):
-    comparison = run(exam(mini), f"mine={random_model_folder}", "tiny=builtin")
+    comparison = run(eval_run(mini), f"mine={random_model_folder}", "tiny=builtin")
     for model in ("mine", "tiny"):
         got = scores(mini, model)
         assert (got["n"], got["of"]) == (6, 304) and got["chance"] == pytest.approx(0.2)
@@ -92,21 +92,21 @@ def test_a_local_model_answers_everything_and_says_what_chance_is(mini, random_m
 
 def test_samples_give_pass_at_k_and_more_samples_ask_only_for_what_is_new(mini, random_model_folder):
     model = f"m={random_model_folder}"
-    run(exam(mini, asking=sampled(2)), model)
+    run(eval_run(mini, **sampled(2)), model)
     two = {(row["id"], row["index"]): row["response"] for row in predictions(mini)}
-    run(exam(mini, asking=sampled(3)), model)
+    run(eval_run(mini, **sampled(3)), model)
     three = {(row["id"], row["index"]): row["response"] for row in predictions(mini)}
     assert len(two) == 12 and len(three) == 18 and two.items() <= three.items()
     assert len(set(three.values())) > 3
     assert set(scores(mini)["rules"]["rlcs"]["pass_at"]) == {"1", "2", "3"}
-    run(exam(mini, asking=sampled(1), limit=2), model)
+    run(eval_run(mini, **sampled(1), limit=2), model)
     assert scores(mini)["n"] == 2 and len(predictions(mini)) == 18
 
 
 def test_a_prompt_that_does_not_fit_counts_as_wrong_and_says_so(tmp_path, random_model_folder):
     folder = vision_folder(tmp_path / "mini", 2)
     write_jsonl(folder / "testmini.jsonl", [vision(0), vision(1, question="why " * 5000)])
-    run(exam(tmp_path), f"m={random_model_folder}")
+    run(eval_run(tmp_path), f"m={random_model_folder}")
     got = scores(tmp_path)
     assert got["n"] == 2 and got["refused"]["count"] == 1 and "tokens" in got["refused"]["first"][0]
 
@@ -116,7 +116,7 @@ def test_a_huge_image_is_shrunk_to_the_models_own_bounds(tmp_path, random_model_
 
     folder = vision_folder(tmp_path / "mini", 1)
     Image.new("RGB", (4000, 3000), "white").save(folder / "images" / "0.png")
-    run(exam(tmp_path), f"m={random_model_folder}")
+    run(eval_run(tmp_path), f"m={random_model_folder}")
     assert scores(tmp_path)["refused"]["count"] == 0 and predictions(tmp_path)[0]["tokens"] >= 1
 
 
@@ -156,20 +156,23 @@ def test_a_killed_evaluation_goes_on_without_asking_twice(tmp_path):
 
 def test_a_served_model_is_asked_as_a_local_one_would_be(mini):
     with LoopbackServer(answer=lambda body: "So \\boxed{D}.") as server:
-        run(exam(mini, server), "org/model-7b")
-        bodies = server.seen
+        run(eval_run(mini, server), "org/model-7b")
+        bodies = list(server.seen)
+        run(eval_run(mini, server, **sampled(2)), "sampled")
+        drawn = server.seen[6:]
     assert scores(mini, "org-model-7b")["rules"]["rlcs"]["accuracy"] == 1.0
     assert len(bodies) == 6 and bodies[0]["model"] == "org/model-7b" and bodies[0]["temperature"] == 0
     system, user = bodies[0]["messages"]
-    assert system["content"] == BOXED_SYSTEM
+    assert system["content"] == Prompts().system
     assert [part["type"] for part in user["content"]] == ["text", "image_url", "text"]
     assert user["content"][0]["text"] == "Which one?\n" and "(E) 5" in user["content"][2]["text"]
-    assert all(0 <= body["seed"] < 2**31 for body in bodies)
+    assert all("seed" not in body for body in bodies), "a greedy answer has none"
+    assert all(0 <= body["seed"] < 2**31 for body in drawn) and len({body["seed"] for body in drawn}) == 12
 
 
 def test_the_official_words_go_without_a_system_prompt(mini):
     with LoopbackServer() as server:
-        run(exam(mini, server, asking=Asking(style="official", sampling=Eval())))
+        run(eval_run(mini, server, style="official", sampling=Eval()))
         messages = server.seen[0]["messages"]
     assert len(messages) == 1 and messages[0]["content"][0]["type"] == "image_url"
     assert messages[0]["content"][1]["text"].startswith("Please solve the problem step by step")
@@ -181,14 +184,14 @@ def test_failed_answers_are_told_and_asked_again(mini):
         [vision(i, question=f"Q{i}?") for i in range(6)],
     )
     with LoopbackServer(faults={"Q1": ["always:500"], "Q2": ["always:400"]}) as server:
-        comparison = run(exam(mini, server))
+        comparison = run(eval_run(mini, server))
         assert comparison["failed"] == 2 and any("2 answers failed" in n for n in comparison["notes"])
         got = scores(mini)
         assert got["n"] == 4 and "told to say" in next(iter(got["failed"]["first"].values()))
         assert {row["id"] for row in predictions(mini)} == set("0345")
         asked = len(server.seen)
     with LoopbackServer() as server:
-        other = run(exam(mini, server, endpoint=Endpoint(base_url=server.url, model="")), "n")
+        other = run(eval_run(mini, server, endpoint=Endpoint(base_url=server.url, model="")), "n")
     assert other["failed"] == 0, "what failed with m is no fault of this call"
     assert any("m, MATH-Vision: 2 answers failed" in note for note in other["notes"])
     assert asked == 4 + 2 + 1
@@ -196,10 +199,10 @@ def test_failed_answers_are_told_and_asked_again(mini):
 
 def test_resuming_asks_a_server_only_for_what_is_missing(mini):
     with LoopbackServer(faults={"(E) 5": ["400"]}) as server:
-        assert run(exam(mini, server))["failed"] == 1
-        assert run(exam(mini, server))["failed"] == 0
+        assert run(eval_run(mini, server))["failed"] == 1
+        assert run(eval_run(mini, server))["failed"] == 0
         assert len(server.seen) == 6 + 1
-        run(exam(mini, server))
+        run(eval_run(mini, server))
         assert len(server.seen) == 6 + 1
     assert scores(mini)["n"] == 6
 
@@ -208,14 +211,11 @@ def test_a_question_that_was_edited_since_is_named(mini):
     file = mini / "mini" / "mathvision" / "testmini.jsonl"
     write_jsonl(file, [vision(i, question=f"Q{i}?") for i in range(6)])
     with LoopbackServer(faults={"Q1": ["400"]}) as server:
-        run(exam(mini, server))
+        run(eval_run(mini, server))
         write_jsonl(file, [vision(i, question="Q1?" if i == 4 else f"Q{i}?") for i in range(6)])
         with pytest.raises(UserError, match=r"(?s)predictions\.jsonl: the data changed.*'4'.*restore"):
-            run(exam(mini, server))
+            run(eval_run(mini, server))
         assert len(server.seen) == 6
-        path = mini / "out" / "m" / "mathvision" / "predictions.jsonl"
-        write_jsonl(path, [{k: v for k, v in row.items() if k != "digest"} for row in predictions(mini)])
-        assert run(exam(mini, server))["failed"] == 0  # rows of before there were digests
 
 
 def test_a_stop_keeps_what_has_come(mini):
@@ -228,12 +228,12 @@ def test_a_stop_keeps_what_has_come(mini):
 
     seen: list[object] = []
     with LoopbackServer(answer=answer) as server:
-        told = exam(mini, endpoint=Endpoint(base_url=server.url, model="", concurrency=1))
+        chosen = eval_run(mini, endpoint=Endpoint(base_url=server.url, model="", concurrency=1))
         with pytest.raises(Stopped):
-            run(told, stop=stop)
+            run(chosen, stop=stop)
         some = len(predictions(mini))
         assert 1 <= some < 6
-        run(exam(mini, endpoint=told.endpoint))
+        run(eval_run(mini, endpoint=chosen.endpoint))
     assert len(predictions(mini)) == 6
 
 
@@ -245,7 +245,7 @@ def test_missing_images_are_counted_and_named_not_scored_as_zero(tmp_path, capsy
     for key in keys:
         write_image(folder / "images" / "2steps" / "image" / f"1-{key}.png")
     with LoopbackServer(answer=lambda body: "\\boxed{400}") as server:
-        comparison = run(exam(tmp_path, server, benchmarks=("wemath",)))
+        comparison = run(eval_run(tmp_path, server, benchmarks=("wemath",)))
     got = scores(tmp_path, benchmark="wemath")
     assert (got["n"], got["of"], got["missing_images"]["count"]) == (3, 1740, 3)
     assert got["rules"]["rlcs"]["accuracy"] == 1.0  # the value of the right option
@@ -272,14 +272,14 @@ def test_a_judge_reads_out_what_has_no_box_and_is_visible(tmp_path):
         response = last_text(body)
         return "1.2" if "is 1.2" in response else "7" if "is 7" in response else "NONE"
 
-    told = {"benchmarks": ("mathvista",)}
+    chosen = {"benchmarks": ("mathvista",)}
     with LoopbackServer(answer=lambda body: next(replies)) as server, LoopbackServer(answer=read) as judge:
-        plain = run(exam(tmp_path, server, **told))
+        plain = run(eval_run(tmp_path, server, **chosen))
         assert not judge.seen and [row["rule"] for row in plain["rows"]] == ["rlcs", "official"]
         assert scores(tmp_path, benchmark="mathvista")["judge"] is None
-        judged = run(exam(tmp_path, server, judge, **told))
+        judged = run(eval_run(tmp_path, server, judge, **chosen))
         assert len(judge.seen) == 3 and judge.seen[0]["model"] == "reader"
-        run(exam(tmp_path, server, judge, **told))
+        run(eval_run(tmp_path, server, judge, **chosen))
         assert len(judge.seen) == 3, "nothing is judged twice"
     got = scores(tmp_path, benchmark="mathvista")
     assert {rule: each["accuracy"] for rule, each in got["rules"].items()} == {
@@ -293,8 +293,8 @@ def test_a_judge_reads_out_what_has_no_box_and_is_visible(tmp_path):
 
 
 def test_what_the_judge_is_asked():
-    assert wants_judge("It is 4.") and wants_judge("\\boxed{4")
-    assert not wants_judge("\\boxed{4}") and not wants_judge(" \n")
+    assert needs_extractor("It is 4.") and needs_extractor("\\boxed{4")
+    assert not needs_extractor("\\boxed{4}") and not needs_extractor(" \n")
 
 
 # ------------------------------------------------------------------------------------ comparison, refusals
@@ -302,8 +302,8 @@ def test_what_the_judge_is_asked():
 
 def test_the_comparison_holds_every_model_of_the_folder_in_the_order_given(mini):
     with LoopbackServer() as server:
-        run(exam(mini, server), "old")
-        comparison = run(exam(mini, server), "zeta", "both=alpha")
+        run(eval_run(mini, server), "old")
+        comparison = run(eval_run(mini, server), "zeta", "both=alpha")
     rules = ("rlcs", "official")
     assert [(row["model"], row["rule"]) for row in comparison["rows"]] == [
         (model, rule) for model in ("zeta", "both", "old") for rule in rules
@@ -316,24 +316,24 @@ def test_the_comparison_holds_every_model_of_the_folder_in_the_order_given(mini)
 def test_scores_of_a_run_in_the_same_folder_are_left_out(mini):
     write_json(mini / "out" / "eval" / "base" / "scores.json", {"accuracy": 0.5, "n": 4})
     with LoopbackServer() as server:
-        assert {row["model"] for row in run(exam(mini, server))["rows"]} == {"m"}
+        assert {row["model"] for row in run(eval_run(mini, server))["rows"]} == {"m"}
 
 
 def test_answers_of_other_settings_never_mix(mini):
     with LoopbackServer() as server:
-        run(exam(mini, server))
+        run(eval_run(mini, server))
         with pytest.raises(RunFolderError, match="prompt was 'paper', is 'official'"):
-            run(exam(mini, server, asking=Asking(style="official", sampling=Eval(max_new_tokens=8))))
+            run(eval_run(mini, server, style="official", sampling=Eval(max_new_tokens=8)))
 
 
 def test_a_start_without_any_answer_may_be_corrected(mini):
     with LoopbackServer(faults={"Which": ["always:404"]}) as wrong, pytest.raises(EndpointError):
-        run(exam(mini, wrong))
+        run(eval_run(mini, wrong))
     with LoopbackServer() as server:
-        run(exam(mini, server))
+        run(eval_run(mini, server))
         assert scores(mini)["n"] == 6
     with LoopbackServer() as other, pytest.raises(RunFolderError, match="base_url was"):
-        run(exam(mini, other))
+        run(eval_run(mini, other))
 
 
 def test_a_model_that_changed_in_its_folder_is_another_model(mini, random_model_folder, tmp_path):
@@ -341,10 +341,10 @@ def test_a_model_that_changed_in_its_folder_is_another_model(mini, random_model_
 
     model = tmp_path / "model"
     shutil.copytree(random_model_folder, model)
-    run(exam(mini, limit=1), f"m={model}")
+    run(eval_run(mini, limit=1), f"m={model}")
     os.utime(model / "model.safetensors", (1, 1))
     with pytest.raises(RunFolderError, match="weights was"):
-        run(exam(mini, limit=1), f"m={model}")
+        run(eval_run(mini, limit=1), f"m={model}")
 
 
 def test_models_get_names_of_their_own():

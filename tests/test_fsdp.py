@@ -15,7 +15,7 @@ import pretend_gpu
 from rlcs.model.fsdp import wrap
 from rlcs.plan.shapes import published, skeleton
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.parallel import Parallel
+from rlcs.recipe.training import Parallel
 from test_plan import HUB, PARAMETERS
 
 

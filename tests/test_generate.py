@@ -92,11 +92,11 @@ def test_a_file_of_questions(random_model_folder, pictures):
     rows = source.read_text().splitlines(keepends=True)
     source.write_text("".join(rows).replace("Question 7?", "Another?"))
     code, text = run(*words)
-    assert code == 2 and "another question 'r7'" in text
+    assert code == 2 and "the answer to 'r7' is to another question" in text
     source.write_text("".join(rows))
     pictures.joinpath("1.png").write_bytes(pictures.joinpath("2.png").read_bytes())
     code, text = run(*words)
-    assert code == 2 and "another question 'r1'" in text
+    assert code == 2 and "the answer to 'r1' is to another question" in text
     graded = CliRunner().invoke(app, ["grade", str(out), "--out", str(pictures / "graded.jsonl")])
     assert "unscored" in graded.stdout
 

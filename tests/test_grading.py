@@ -7,8 +7,8 @@ import pytest
 from rlcs.grading import grade, health
 from rlcs.grading.answers import compare
 from rlcs.grading.extraction import extract
+from rlcs.grading.latex import NoValueError, TooLargeError, exact
 from rlcs.grading.normal import normalise
-from rlcs.grading.rational import NotExactError, TooLargeError, exact
 from rlcs.grading.rewards import Undecided, quick_grade
 from rlcs.records import Grade, Problem
 
@@ -182,7 +182,7 @@ def test_exact_arithmetic_refuses_what_is_too_large(text: str) -> None:
     "text", ["", "x", "1 2", "1/0", "\\frac{1}{0}", "\\sqrt{2}", "(1", "1)", "4^{1/2}", "()"]
 )
 def test_exact_arithmetic_knows_what_is_no_rational_number(text: str) -> None:
-    with pytest.raises(NotExactError):
+    with pytest.raises(NoValueError):
         exact(text)
 
 

@@ -18,8 +18,8 @@ from rlcs.errors import RunFolderError, UserError
 from rlcs.report import rollouts
 from rlcs.report.live import LiveReport
 from rlcs.report.load_run import read_run
-from rlcs.report.progress import ending, progress
 from rlcs.report.rollouts import Wanted, find, write_sample
+from rlcs.report.stages import ending, progress
 from test_report import Page, grpo_row, make_run, rollout, rows_of, write_rows
 
 
@@ -64,7 +64,8 @@ def get(server: LiveReport, path: str = "") -> str:
 
 def test_an_unfinished_run_shows_how_far_it_is(server):
     page = Page(get(server))
-    for words in ("Cold start", "✓ done", "40 of 80", "waiting", "RL: reward from", "Measuring: Base"):
+    stages = ("Cold start", "✓ done", "40 of 80", "waiting", "Measuring: Base")
+    for words in (*stages, "RL after SFT: reward from"):
         assert words in page.text, words
     assert "Measuring: SFT only" not in page.text, "the recipe names no such arm"
 

@@ -22,10 +22,10 @@ from rlcs.model.policy import score
 from rlcs.pipeline.study import Output, Study
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.lora import Lora
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.recipe.table import summary_rows
+from rlcs.recipe.training import Lora
 from rlcs.records import Branch, Demonstration, Grade, Tree
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import checkpoint, grpo, sft

@@ -13,7 +13,7 @@ import pytest
 
 from rlcs.evals.intervals import wilson
 from rlcs.progress import median_rate, screen
-from rlcs.records import StepReport
+from rlcs.records import StepReport, to_row
 from rlcs.train.metrics import MetricsLog
 
 
@@ -67,7 +67,7 @@ def test_rows_are_on_disk_as_soon_as_they_are_appended(tmp_path: Path) -> None:
         log.append(report(step))
         assert steps_in(tmp_path / "new" / "metrics.jsonl")[-1] == step
     row = json.loads((tmp_path / "new" / "metrics.jsonl").read_text().splitlines()[0])
-    assert row == report(1).to_json()
+    assert row == to_row(report(1))
 
 
 def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_json_screen_prints_steps_and_nothing_else(capsys: pytest.CaptureFixture
         shown.advance(4, accuracy=0.5)
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
-    assert rows[:3] == [report(step, steps=3).to_json() for step in (1, 2, 3)]
+    assert rows[:3] == [to_row(report(step, steps=3)) for step in (1, 2, 3)]
     assert rows[3] == {"stage": "GRPO", "done": 4, "total": 3, "accuracy": 0.5}
     assert err == "hello\n"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from rlcs.grading.latex import NoValueError, number, rounded
 from rlcs.grading.official import mathvision, mathvista, wemath
-from rlcs.grading.official.latex_value import NoValueError, number, rounded
 from rlcs.grading.official.mathvista import Kind, edit_distance
 from rlcs.grading.official.wemath import Steps, four_dimensions, step_accuracies
 

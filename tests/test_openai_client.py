@@ -4,6 +4,7 @@ import base64
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from pydantic import ValidationError
 from conftest import draw
 from loopback_server import LoopbackServer, last_text
 from rlcs.engines import openai_client as client
-from rlcs.engines.openai_client import EndpointClient, Request
+from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import EndpointError
-from rlcs.recipe.schema import Endpoint
-from rlcs.records import Message
+from rlcs.recipe.sampling import Endpoint
+from rlcs.records import Message, Request, Sampling, StopReason, rollout_seed
 from rlcs.signals import StopFlag
 
 
@@ -26,17 +27,19 @@ def _short_waits(monkeypatch):
 
 def ask(*texts, system=None, images=()):
     head = () if system is None else (Message(role="system", parts=(system,)),)
-    return [
-        Request(
-            id=text,
-            messages=(*head, Message(role="user", parts=(*images, text))),
-            max_tokens=64,
-            temperature=0.7,
-            top_p=0.9,
-            seed=5,
-        )
-        for text in texts
-    ]
+    return [Request(id=text, messages=(*head, Message(role="user", parts=(*images, text)))) for text in texts]
+
+
+SAMPLING = Sampling(max_new_tokens=64, temperature=0.7, top_p=0.9, seed=5)
+
+
+def opened(server, **changes):
+    return EndpointClient(settings(server, **changes), SAMPLING)
+
+
+def attempts(server):
+    """How often each request was sent, by its text."""
+    return Counter(map(last_text, server.seen))
 
 
 def settings(server, **changes):
@@ -44,8 +47,8 @@ def settings(server, **changes):
 
 
 def answers(server, requests, **changes):
-    with EndpointClient(settings(server, **changes)) as client:
-        return {answer.id: answer for answer in client.ask(requests)}
+    with opened(server, **changes) as client:
+        return {sample.id: sample for sample in client.samples(requests)}
 
 
 def test_every_part_of_a_request_is_sent(monkeypatch):
@@ -56,10 +59,13 @@ def test_every_part_of_a_request_is_sent(monkeypatch):
         body = server.seen[0]
         assert "Bearer sesame" in server.headers[0]
     answer = got["How many?"]
-    assert answer.text == "The answer is \\boxed{4}." and answer.finish == "stop" and answer.attempts == 1
-    assert (answer.prompt_tokens, answer.completion_tokens) == (10, 4) and answer.seconds > 0
+    assert (
+        answer.text == "The answer is \\boxed{4}." and answer.stop is StopReason.EOS and len(server.seen) == 1
+    )
+    assert (answer.prompt_tokens, answer.tokens) == (10, 4) and answer.seconds > 0
     assert {k: body[k] for k in ("model", "temperature", "top_p", "max_tokens", "n", "seed")} == {
-        "model": "m", "temperature": 0.7, "top_p": 0.9, "max_tokens": 64, "n": 1, "seed": 5,
+        "model": "m", "temperature": 0.7, "top_p": 0.9, "max_tokens": 64, "n": 1,
+        "seed": rollout_seed(5, 0, "How many?", 0) >> 32,
     }  # fmt: skip
     system, user = body["messages"]
     assert system == {"role": "system", "content": "Think."}
@@ -85,15 +91,15 @@ def test_every_part_of_a_request_is_sent(monkeypatch):
 def test_what_may_pass_is_tried_again_and_given_up_at_last(fault, error):
     with LoopbackServer(faults={"twice": [fault, fault], "never": [f"always:{fault}"]}) as server:
         got = answers(server, ask("twice", "never", "plain"))
-    assert got["twice"].finish == "stop" and got["twice"].attempts == 3 and not got["twice"].error
-    assert got["never"].finish == "error" and got["never"].attempts == 3 and error in got["never"].error
-    assert got["plain"].attempts == 1
+    assert attempts(server) == {"twice": 3, "never": 3, "plain": 1}
+    assert got["twice"].stop is StopReason.EOS and not got["twice"].error
+    assert got["never"].stop is StopReason.ERROR and got["never"].retryable and error in got["never"].error
 
 
 def test_the_pause_that_the_server_asks_for_is_kept():
     with LoopbackServer(faults={"busy": ["retry-after"]}) as server:
         got = answers(server, ask("busy", "plain"))
-    assert got["busy"].attempts == 2 and 1.0 <= got["busy"].seconds < 3.0
+    assert attempts(server)["busy"] == 2 and 1.0 <= got["busy"].seconds < 3.0
     assert got["plain"].seconds < 1.0
 
 
@@ -109,20 +115,38 @@ def test_retry_after_is_read_as_seconds_and_as_a_date():
 def test_a_try_has_a_deadline():
     with LoopbackServer(faults={"stuck": ["slow"]}) as server:
         got = answers(server, ask("stuck", "plain"), request_timeout_s=0.3)
-    assert got["stuck"].attempts == 2 and got["stuck"].finish == "stop"
+    assert attempts(server)["stuck"] == 2 and got["stuck"].stop is StopReason.EOS
 
 
 @pytest.mark.parametrize(("fault", "said"), [("400", "told to say 400"), ("filtered", "withheld")])
 def test_one_bad_request_fails_alone_and_at_once(fault, said):
     with LoopbackServer(faults={"bad": [fault]}) as server:
         got = answers(server, ask("bad", "plain"))
-    assert got["bad"].finish == "error" and got["bad"].attempts == 1 and said in got["bad"].error
-    assert got["plain"].finish == "stop"
+    assert attempts(server)["bad"] == 1 and not got["bad"].retryable
+    assert got["bad"].stop is StopReason.ERROR and said in got["bad"].error
+    assert got["plain"].stop is StopReason.EOS
 
 
 def test_an_answer_cut_at_the_limit_says_so():
     with LoopbackServer(faults={"long": ["length"]}) as server:
-        assert answers(server, ask("long"))["long"].finish == "length"
+        assert answers(server, ask("long"))["long"].stop is StopReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("finish", "stop"),
+    [("end_turn", "eos"), ("STOP", "eos"), ("max_tokens", "length"), ("tired", "length"), (None, "length")],
+)
+def test_an_unknown_finish_reason_counts_as_cut_off(finish, stop):
+    with LoopbackServer(finish_reason=finish) as server:
+        assert answers(server, ask("a"))["a"].stop == stop
+
+
+@pytest.mark.parametrize(("finish", "retryable"), [("refusal", False), ("abort", True)])
+def test_what_is_refused_is_final_and_what_is_broken_off_is_retried(finish, retryable):
+    with LoopbackServer(finish_reason=finish) as server:
+        got = answers(server, ask("a"))["a"]
+    assert got.stop is StopReason.ERROR and finish in got.error and got.retryable is retryable
+    assert len(server.seen) == (3 if retryable else 1)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +162,11 @@ def test_an_answer_cut_at_the_limit_says_so():
 def test_a_server_that_cannot_be_used_stops_the_run_after_what_has_come(fault, said):
     with (
         LoopbackServer(faults={"fatal": [f"always:{fault}"]}) as server,
-        EndpointClient(settings(server, key_env="NO_SUCH_KEY", concurrency=1)) as client,
+        opened(server, key_env="NO_SUCH_KEY", concurrency=1) as client,
     ):
         came = []
         with pytest.raises(EndpointError) as caught:
-            for answer in client.ask(ask("a", "b", "fatal", *map(str, range(50)))):
+            for answer in client.samples(ask("a", "b", "fatal", *map(str, range(50)))):
                 came.append(answer.id)
         # One request more may have been answered while the error was on its way.
         assert came[:2] == ["a", "b"] and "fatal" not in came and len(came) <= 3 and len(server.seen) <= 4
@@ -155,7 +179,7 @@ def test_nothing_listens_there():
     with pytest.raises(EndpointError, match="nothing answers there"):
         answers(server, ask("a"))
     with pytest.raises(EndpointError, match="not the URL"):
-        EndpointClient(Endpoint(base_url="localhost:8000", model="m"))
+        EndpointClient(Endpoint(base_url="localhost:8000", model="m"), SAMPLING)
 
 
 def test_an_image_that_is_gone_fails_its_request_alone(tmp_path: Path):
@@ -167,7 +191,10 @@ def test_an_image_that_is_gone_fails_its_request_alone(tmp_path: Path):
     path.unlink()
     with LoopbackServer() as server:
         got = answers(server, ask("gone", images=(gone,)) + ask("plain"))
-    assert "missing" in got["gone"].error and got["gone"].attempts == 0 and got["plain"].finish == "stop"
+    assert (
+        "missing" in got["gone"].error and not got["gone"].retryable and got["plain"].stop is StopReason.EOS
+    )
+    assert attempts(server) == {"plain": 1}
 
 
 def test_requests_are_drawn_lazily_and_the_limit_of_concurrency_is_kept():
@@ -180,9 +207,9 @@ def test_requests_are_drawn_lazily_and_the_limit_of_concurrency_is_kept():
 
     with (
         LoopbackServer(delay_s=0.02) as server,
-        EndpointClient(settings(server, concurrency=3)) as client,
+        opened(server, concurrency=3) as client,
     ):
-        stream = client.ask(endless())
+        stream = client.samples(endless())
         came = [next(stream).id for _ in range(20)]
         stream.close()
         assert server.most_at_once == 3
@@ -193,10 +220,10 @@ def test_a_stop_flag_ends_it_at_once_with_what_has_come():
     stop = StopFlag()
     with (
         LoopbackServer(faults={"stuck": ["slow"]}) as server,
-        EndpointClient(settings(server)) as client,
+        opened(server) as client,
     ):
         began, came = time.monotonic(), []
-        for answer in client.ask(ask("a", "b", "stuck"), stop=stop):
+        for answer in client.samples(ask("a", "b", "stuck"), stop=stop):
             came.append(answer.id)
             stop.is_set = len(came) == 2
         assert sorted(came) == ["a", "b"] and time.monotonic() - began < 3
@@ -212,18 +239,17 @@ def test_requests_a_minute_are_spaced():
 def test_usage_adds_up():
     with (
         LoopbackServer(faults={"again": ["500"], "bad": ["400"]}) as server,
-        EndpointClient(settings(server, prompt_price=1.0, completion_price=10.0)) as client,
+        opened(server) as client,
     ):
-        for _ in range(2):
-            list(client.ask(ask("a", "again")))
-        list(client.ask(ask("bad")))
-        usage = client.usage
-    assert (usage.answers, usage.failed, usage.attempts) == (4, 1, 6)
-    assert (usage.prompt_tokens, usage.completion_tokens) == (40, 16)
-    assert usage.cost == pytest.approx((40 * 1.0 + 16 * 10.0) / 1e6) and usage.answers_per_s > 0
-    with LoopbackServer() as server, EndpointClient(settings(server)) as client:
-        list(client.ask(ask("a")))
-        assert client.usage.cost is None
+        came = [sample for _ in range(2) for sample in client.samples(ask("a", "again"))]
+        came += client.samples(ask("bad"))
+        assert len(server.seen) == 6
+    assert sum(not sample.error for sample in came) == 4 and sum(bool(sample.error) for sample in came) == 1
+    prompt, completion = sum(s.prompt_tokens for s in came), sum(s.tokens for s in came)
+    assert (prompt, completion) == (40, 16)
+    priced = settings(server, prompt_price=1.0, completion_price=10.0)
+    assert priced.cost(prompt, completion) == pytest.approx((40 * 1.0 + 16 * 10.0) / 1e6)
+    assert settings(server).cost(prompt, completion) is None
 
 
 def test_settings_have_bounds():
@@ -244,10 +270,10 @@ def test_an_answer_costs_milliseconds_of_processor_time():
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().strip()
         picture = draw(80, 60)
-        with EndpointClient(Endpoint(base_url=url, model="m")) as client:
-            list(client.ask(ask("warm")))
+        with EndpointClient(Endpoint(base_url=url, model="m"), SAMPLING) as client:
+            list(client.samples(ask("warm")))
             spent = time.process_time()
-            assert sum(1 for _ in client.ask(ask(*map(str, range(600)), images=(picture,)))) == 600
+            assert sum(1 for _ in client.samples(ask(*map(str, range(600)), images=(picture,)))) == 600
             rate = 600 / (time.process_time() - spent)
         process.stdin.close()
     assert rate > 60, f"{rate:.0f} answers a second"

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from rlcs.data import run_data
 from rlcs.distributed import join_world
 from rlcs.errors import DataError, ModelError, RecipeError, RunFolderError, UserError
 from rlcs.evals import arms as evaluation
+from rlcs.generation import SampleLog
 from rlcs.model import loading
 from rlcs.pipeline import run_folder, seeds, study
 from rlcs.recipe.loading import load_recipe
-from rlcs.records import Grade, Problem
+from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.signals import StopFlag
 from rlcs.storage import append_jsonl
 from test_distributed import environment, free_port
@@ -417,19 +418,16 @@ def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(rand
 
 def test_measured_answers_to_edited_problems_are_refused(tmp_path):
     problems = [Problem(id=str(n), source="mine", question=f"{n}?", answer="5") for n in range(3)]
-    rows = [evaluation.prediction(each, None, Grade(reward=1.0, correct=True)) for each in problems]
-    append_jsonl(tmp_path / "predictions.jsonl", rows)
-    nobody = evaluation.Examiner(engine=None, chat=None, pool=None, settings=None)  # there is nothing to ask
+    right = asdict(Grade(reward=1.0, correct=True))
+    with SampleLog(tmp_path / "predictions.jsonl", {each.id: each.digest for each in problems}) as log:
+        for each in problems:
+            log.add(Sample(id=each.id, text="5", stop=StopReason.EOS), right)
+    nobody = evaluation.Evaluator(sampler=None, pool=None)  # there is nothing to ask
     measure = partial(evaluation.evaluate, nobody, folder=tmp_path, screen=None, stop=None)
     assert measure(problems[:2])["n"] == 2
     edited = [problems[0], replace(problems[1], answer="6")]
     with pytest.raises(UserError, match=r"(?s)the answer to '1' is to another question.*restore"):
         measure(edited)
-    (tmp_path / "predictions.jsonl").unlink()
-    append_jsonl(tmp_path / "predictions.jsonl", [{**row, "digest": edited[1].digest} for row in rows[1:2]])
-    old = [{key: value for key, value in row.items() if key != "digest"} for row in rows[:1]]
-    append_jsonl(tmp_path / "predictions.jsonl", old)  # rows of before there were digests
-    assert measure(edited)["n"] == 2
 
 
 def test_no_problem_of_the_wanted_difficulty_is_an_error():

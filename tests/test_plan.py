@@ -299,7 +299,10 @@ def test_operations_are_about_two_a_parameter_a_token_and_pass():
 
 def test_memory_is_for_answers_at_their_limit_and_time_for_the_assumed_ones():
     recipe = load_recipe("recommended-3b").recipe
-    tree = largest_tree(recipe, recipe.grpo, sizes_of(recipe.model).vision)
+    tower, grpo, prompt = sizes_of(recipe.model).vision, recipe.grpo, recipe.prompt.max_tokens
+    tree = largest_tree(
+        recipe.images, tower, prompt=prompt, group=grpo.group_size, answer=grpo.max_new_tokens
+    )
     assert tree.tokens == 2048 + 10 * 2048 > recipe.grpo.pack_tokens
     plan = planned("recommended-3b")
     longer = planned("recommended-3b", words=("answer=1000",))

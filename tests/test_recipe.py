@@ -48,7 +48,8 @@ def test_weights_that_learn_are_exact_unless_told_otherwise():
     ("text", "value"),
     [
         ("1e-5", 1e-5), ("1E3", 1000.0), (".5", 0.5), ("3.", 3.0), ("-2", -2), ("1_204_224", 1_204_224),
-        ("010", 10), ("12:30", "12:30"), ("2024-01-01", "2024-01-01"), ("no", "no"), ("on", "on"),
+        ("010", 10), ("07", 7), ("0x1F", 31), ("0o17", 15), (".5e-5", 5e-6), ("12:30", "12:30"),
+        ("2024-01-01", "2024-01-01"), ("no", "no"), ("on", "on"),
         ("true", True), ("~", None), ("null", None), ("none", "none"), ("'1e-5'", "1e-5"), ('"null"', "null"),
         ("", None), ("[1, a, [2.5]]", [1, "a", [2.5]]), ("{kind: k3, coefficient: 1e-2}",
                                                          {"kind": "k3", "coefficient": 0.01}),
@@ -73,6 +74,7 @@ def test_lines_are_remembered() -> None:
         ("a: &me [*me]", 1, "alias"),
         ("a: &x 1\nb: *x", 1, "alias"),
         ("a: !!python/object/apply:os.system [ls]", 1, "tag"),
+        ("a: 1\nb: !!str 3", 2, "tag"),
         ("? [a]\n: 1", 1, "a key must be a word"),
         ("a: 1\nb: [1,", 2, "not valid YAML"),
         ("a:\n\tb: 1", 2, "not valid YAML"),
@@ -118,7 +120,7 @@ def test_what_is_written_reads_back(value: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e5", "12e4567", "yes", "null", "~", "", "0x1", "1:30", "a\nb\n", " x", "#x", "\x85"]
+    "text", ["1e5", "12e4567", ".5e5", "yes", "null", "~", "", "0x1", "1:30", "a\nb\n", " x", "#x", "\x85"]
 )
 def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
     assert parse(write({"a": text}), where="here").value == {"a": text}

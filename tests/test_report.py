@@ -198,7 +198,7 @@ def test_full_page_tells_the_whole_story(full: Path) -> None:
     assert f"Cold start + RL: {result.accuracy:.1%} on 90 held-out problems" in page.text
     story = ("points over SFT only", "over RL only", "over the base model", "Boxes per answer",
              "The arms disagree", "RL after SFT, step 80", "clip_high: 0.3", "torch 2.14.1",
-             "rlcs quickstart --out 'runs/a b'", "! look", "Measuring: SFT only")  # fmt: skip
+             "rlcs quickstart --out 'runs/a b'", "! over 1.50", "Measuring: SFT only")  # fmt: skip
     for words in story:
         assert words in page.text
     assert page.text.count("✓ right") + page.text.count("✗ wrong") == 4 * 48 + 2 * 3 * 3
@@ -301,7 +301,7 @@ def test_what_is_missing_is_left_out(tmp_path: Path, kind: str) -> None:
     page = page_of(run)
     expected = {
         "two_arms": "points over the base model.",
-        "no_eval": "RL: reward from",
+        "no_eval": "RL after SFT: reward from",
         "only_sft": "SFT: loss from",
         "only_summary": "Held-out accuracy",
         "garbage": "rlcs report",
@@ -403,10 +403,10 @@ def test_health_compares_first_and_last_steps(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", problems=3)
     rows = [{"step": s, "boxes_per_answer": 1.0 if s <= 40 else 9.0, "seconds": {}} for s in range(1, 81)]
     write_rows(run / "sft_grpo" / "metrics.jsonl", rows)
-    (boxes,) = [h for h in findings.health([read_run(run)]) if h.name == "Boxes per answer"]
-    assert boxes.stages["sft_grpo"] == (1.0, 9.0, True)
-    (cut,) = [h for h in findings.health([read_run(run)]) if h.name == "Answers cut at the limit"]
-    assert set(cut.stages) == {"grpo"} and cut.stages["grpo"][2] is False
+    (boxes,) = [h for h in findings.health([read_run(run)]) if h.sign.name == "Boxes per answer"]
+    assert boxes.stages["sft_grpo"] == (1.0, 9.0) and boxes.sign.most == 1.5
+    (cut,) = [h for h in findings.health([read_run(run)]) if h.sign.name == "Answers cut at the limit"]
+    assert set(cut.stages) == {"grpo"} and cut.stages["grpo"][1] < cut.sign.most
 
 
 def test_thinning_and_smoothing_keep_means_and_ends() -> None:

@@ -18,7 +18,7 @@ from conftest import draw
 from rlcs.cli.main import app
 from rlcs.cli.serving import chosen_vllm
 from rlcs.errors import EndpointError, ModelError, UserError
-from rlcs.recipe.schema import Endpoint
+from rlcs.recipe.sampling import Endpoint
 from rlcs.serving.chat_page import talkers
 from rlcs.serving.remote import RemoteSession, serving
 from rlcs.serving.session import Settings, split_answer

@@ -11,7 +11,7 @@ import pytest
 
 from rlcs.errors import RecipeError
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.trackers import Trackers as Settings
+from rlcs.recipe.training import Trackers as Settings
 from rlcs.records import StepReport
 from rlcs.train import trackers
 from rlcs.train.metrics import MetricsLog

@@ -4,6 +4,7 @@
 on the path, these tests are skipped.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -42,11 +44,19 @@ from rlcs.train import grpo
 from rlcs.train.run_dir import RunDir
 from test_training import LengthGrader, weights_of
 
+START_LIMIT_S = 1800
+"""Seconds in which a vLLM must have started. An idle machine needs less than a minute, one with other work
+several times that: a limit is there to end what hangs, not to measure the machine."""
 CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_CI_ENV": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM's own limits, which are those of a machine with nothing else to do.
+    "VLLM_ENGINE_READY_TIMEOUT_S": str(START_LIMIT_S),
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(START_LIMIT_S),
+    "VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT": "300",
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "60",
 }
 
 
@@ -69,7 +79,8 @@ HERE = pytest.mark.skipif(
 
 def recipe_of(*words: str) -> Recipe:
     settings = [f"rollout.executable={program()}", "rollout.memory_share=0.1", "grpo.max_rows=64"]
-    settings += ["rollout.health_limit_s=30", "rollout.engine=vllm_server"]
+    settings += [f"rollout.start_limit_s={START_LIMIT_S}", f"rollout.dead_limit_s={2 * START_LIMIT_S}"]
+    settings += ["rollout.health_limit_s=60", "rollout.engine=vllm_server"]
     return load_recipe("quickstart", [*settings, *words]).recipe
 
 
@@ -124,136 +135,7 @@ def perturb(vlm: Vlm, scale: float) -> None:
             parameter += scale * parameter.std().nan_to_num() * noise
 
 
-def test_vllm_and_the_local_engine_are_one_distribution(recipe, make_engine, policy) -> None:
-    vlm, chat = policy
-    prompts = prompts_of(recipe, chat, 11)
-    engine = make_engine(vlm, chat, 64)
-    greedy = chat.sampling(max_new_tokens=40, temperature=0.0)
-    theirs, ours = engine.sample(prompts, greedy), LocalEngine(vlm, chat, max_rows=64).sample(prompts, greedy)
-    assert [g[0].ids for g in theirs] == [g[0].ids for g in ours]
-    assert [g[0].stop for g in theirs] == [g[0].stop for g in ours]
-    for temperature in (1.0, 0.7):
-        warm = chat.sampling(max_new_tokens=40, temperature=temperature, n=4, seed=5)
-        groups = engine.sample(prompts, warm)
-        assert largest_gap(vlm, chat, prompts[:-1], groups[:-1], temperature) < 1e-3
-        # Where the model is lost it gives banned ids some probability, which vLLM's logprobs are without.
-        assert largest_gap(vlm, chat, prompts, groups, temperature) < 0.05
-        assert engine.sample(prompts, warm) == groups, "the same seeds draw the same answers"
-    ids = {index for group in groups for r in group for index in r.ids}
-    assert not ids & set(warm.banned_ids)
-
-
-def test_new_weights_reach_the_server_and_no_old_cache_stays(recipe, make_engine, policy) -> None:
-    vlm, chat = policy
-    prompts = prompts_of(recipe, chat, 5)
-    engine = make_engine(vlm, chat, 64)
-    warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
-    before = engine.sample(prompts, warm)
-    perturb(vlm, 0.03)
-    assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.02, "not published yet"
-    engine.sync()
-    after = engine.sample(prompts, warm)
-    assert largest_gap(vlm, chat, prompts[:-1], after[:-1], 1.0) < 1e-3
-    assert after != before
-
-
-def test_another_image_size_is_an_error(recipe, make_engine, policy) -> None:
-    vlm, chat = policy
-    engine = make_engine(vlm, chat, 64)
-    engine.sync()
-    other = loading.make_chat(vlm, images=recipe_of("images.min_pixels=50176").images)
-    with pytest.raises(EndpointError, match="pixel bounds"):
-        engine.sample([other.prompt(make_problem("small"))], other.sampling(max_new_tokens=4))
-
-
-class Disturbed:
-    """An engine whose server suffers something while it answers."""
-
-    def __init__(self, engine, misdeeds: dict) -> None:
-        self.engine, self.misdeeds, self.done = engine, misdeeds, []
-
-    def sync(self) -> None:
-        self.engine.sync()
-
-    def sample(self, prompts, sampling, *, step=0, progress=None):
-        timer = None
-        if step in self.misdeeds:
-            name, number = self.misdeeds[step]
-            timer = threading.Timer(0.3, lambda: self.done.append(signal_server(name, number)))
-            timer.start()
-        groups = self.engine.sample(prompts, sampling, step=step, progress=progress)
-        if timer is not None:
-            timer.join()
-        return groups
-
-
-def signal_server(name: str, number: signal.Signals) -> int:
-    """Send a signal to a process of our newest server: `vllm serve` itself, or its engine.
-
-    On a busy machine it may still be starting after the last one: that has a limit.
-    """
-    end = time.monotonic() + 120
-    while True:
-        servers = [pid for pid in children(os.getpid()) if b"serve" in commands(pid)]
-        inside = [pid for pid in children(max(servers)) if b"EngineCore" in commands(pid)] if servers else []
-        if inside:
-            break
-        assert time.monotonic() < end, "there is no server with an engine"
-        time.sleep(0.1)
-    pid = max(servers) if name == "server" else inside[0]
-    os.kill(pid, number)
-    return pid
-
-
-def children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
-def commands(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[str, torch.Tensor]:
-    settings = Grpo.model_validate({
-        "steps": 4, "prompts_per_step": 4, "group_size": 4, "max_new_tokens": 24, "save_every": 10,
-        "optimizer": {"lr": 1e-3}, "max_zero_variance_steps": 4,
-    })  # fmt: skip
-    rows = load(
-        "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
-    ).rows
-    context = grpo.GrpoContext(
-        vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader(), rollout=recipe.rollout
-    )
-    with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
-        stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
-        grpo.train(context, [row.problem for row in rows], settings, run=stage, screen=view, stop=stop)
-    return weights_of(vlm)
-
-
-def test_a_server_killed_twice_and_hung_once_changes_nothing(recipe, make_engine, tmp_path) -> None:
-    results = []
-    for name, misdeeds in {
-        "calm": {},
-        "disturbed": {
-            1: ("server", signal.SIGKILL),
-            2: ("engine", signal.SIGKILL),
-            3: ("server", signal.SIGSTOP),
-        },
-    }.items():
-        vlm = loading.load(recipe.model)
-        chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
-        engine = Disturbed(make_engine(vlm, chat, 64), misdeeds)
-        results.append(train(tmp_path / name, recipe, vlm, chat, engine))
-        assert len(engine.done) == len(misdeeds)
-    calm, disturbed = results
-    start = weights_of(loading.load(recipe.model))
-    assert any((start[key] - calm[key]).abs().max() > 1e-3 for key in calm), "nothing was learnt"
-    for key in calm:
-        assert torch.allclose(calm[key], disturbed[key], atol=1e-5), key
-    for step in range(1, 5):
-        name = f"rollouts/step-{step:06d}.jsonl"
-        assert (tmp_path / "calm" / name).read_text() == (tmp_path / "disturbed" / name).read_text()
+# The tests that start a vLLM of their own come first, so that the shared server is not up beside it.
 
 
 @HERE
@@ -347,9 +229,147 @@ def test_a_quantised_export_answers_as_it_does_here(tmp_path) -> None:
     script = tmp_path / "ask.py"
     script.write_text(ASK_ALL, encoding="utf-8")
     subprocess.run(
-        [sys.executable, str(script), str(folder), str(asked)], check=True, env=os.environ | CPU, timeout=300
+        [sys.executable, str(script), str(folder), str(asked)],
+        check=True,
+        env=os.environ | CPU,
+        timeout=START_LIMIT_S,
     )
     theirs = json.loads(asked.read_text(encoding="utf-8"))
     # A tie in bfloat16 may fall to either side.
     assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 11
     assert len(set(ours)) > 3
+
+
+# From here on all tests share one server.
+
+
+def test_vllm_and_the_local_engine_are_one_distribution(recipe, make_engine, policy) -> None:
+    vlm, chat = policy
+    prompts = prompts_of(recipe, chat, 11)
+    engine = make_engine(vlm, chat, 64)
+    greedy = chat.sampling(max_new_tokens=40, temperature=0.0)
+    theirs, ours = engine.sample(prompts, greedy), LocalEngine(vlm, chat, max_rows=64).sample(prompts, greedy)
+    assert [g[0].ids for g in theirs] == [g[0].ids for g in ours]
+    assert [g[0].stop for g in theirs] == [g[0].stop for g in ours]
+    for temperature in (1.0, 0.7):
+        warm = chat.sampling(max_new_tokens=40, temperature=temperature, n=4, seed=5)
+        groups = engine.sample(prompts, warm)
+        assert largest_gap(vlm, chat, prompts[:-1], groups[:-1], temperature) < 1e-3
+        # Where the model is lost it gives banned ids some probability, which vLLM's logprobs are without.
+        assert largest_gap(vlm, chat, prompts, groups, temperature) < 0.05
+        assert engine.sample(prompts, warm) == groups, "the same seeds draw the same answers"
+    ids = {index for group in groups for r in group for index in r.ids}
+    assert not ids & set(warm.banned_ids)
+
+
+def test_new_weights_reach_the_server_and_no_old_cache_stays(recipe, make_engine, policy) -> None:
+    vlm, chat = policy
+    prompts = prompts_of(recipe, chat, 5)
+    engine = make_engine(vlm, chat, 64)
+    warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
+    before = engine.sample(prompts, warm)
+    perturb(vlm, 0.03)
+    assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.02, "not published yet"
+    engine.sync()
+    after = engine.sample(prompts, warm)
+    assert largest_gap(vlm, chat, prompts[:-1], after[:-1], 1.0) < 1e-3
+    assert after != before
+
+
+def test_another_image_size_is_an_error(recipe, make_engine, policy) -> None:
+    vlm, chat = policy
+    engine = make_engine(vlm, chat, 64)
+    engine.sync()
+    other = loading.make_chat(vlm, images=recipe_of("images.min_pixels=50176").images)
+    with pytest.raises(EndpointError, match="pixel bounds"):
+        engine.sample([other.prompt(make_problem("small"))], other.sampling(max_new_tokens=4))
+
+
+class Disturbed:
+    """An engine whose server suffers something while it answers."""
+
+    def __init__(self, engine, misdeeds: dict) -> None:
+        self.engine, self.misdeeds, self.done = engine, misdeeds, []
+
+    def sync(self) -> None:
+        self.engine.sync()
+
+    def sample(self, prompts, sampling, *, step=0, progress=None):
+        timer = None
+        if step in self.misdeeds:
+            name, number = self.misdeeds[step]
+            timer = threading.Timer(0.3, lambda: self.done.append(signal_server(name, number)))
+            timer.start()
+        groups = self.engine.sample(prompts, sampling, step=step, progress=progress)
+        if timer is not None:
+            timer.join()
+        return groups
+
+
+def signal_server(name: str, number: signal.Signals) -> int:
+    """Send a signal to a process of our newest server: `vllm serve` itself, or its engine.
+
+    On a busy machine it may still be starting after the last one: that has a limit.
+    """
+    end = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < end:
+        servers = [child for child in psutil.Process().children() if " serve " in command_of(child)]
+        # Processes may end while they are looked at: then look again.
+        with contextlib.suppress(psutil.Error, ValueError, StopIteration):
+            newest = max(servers, key=psutil.Process.create_time)
+            inside = next(child for child in newest.children() if "EngineCore" in command_of(child))
+            process = newest if name == "server" else inside
+            process.send_signal(number)
+            return process.pid
+        time.sleep(0.1)
+    raise AssertionError("there is no server with an engine")
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty when it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[str, torch.Tensor]:
+    settings = Grpo.model_validate({
+        "steps": 4, "prompts_per_step": 4, "group_size": 4, "max_new_tokens": 24, "save_every": 10,
+        "optimizer": {"lr": 1e-3}, "max_zero_variance_steps": 4,
+    })  # fmt: skip
+    rows = load(
+        "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
+    ).rows
+    context = grpo.GrpoContext(
+        vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader(), rollout=recipe.rollout
+    )
+    with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
+        stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
+        grpo.train(context, [row.problem for row in rows], settings, run=stage, screen=view, stop=stop)
+    return weights_of(vlm)
+
+
+def test_a_server_killed_twice_and_hung_once_changes_nothing(recipe, make_engine, tmp_path) -> None:
+    results = []
+    for name, misdeeds in {
+        "calm": {},
+        "disturbed": {
+            1: ("server", signal.SIGKILL),
+            2: ("engine", signal.SIGKILL),
+            3: ("server", signal.SIGSTOP),
+        },
+    }.items():
+        vlm = loading.load(recipe.model)
+        chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
+        engine = Disturbed(make_engine(vlm, chat, 64), misdeeds)
+        results.append(train(tmp_path / name, recipe, vlm, chat, engine))
+        assert len(engine.done) == len(misdeeds)
+    calm, disturbed = results
+    start = weights_of(loading.load(recipe.model))
+    assert any((start[key] - calm[key]).abs().max() > 1e-3 for key in calm), "nothing was learnt"
+    for key in calm:
+        assert torch.allclose(calm[key], disturbed[key], atol=1e-5), key
+    for step in range(1, 5):
+        name = f"rollouts/step-{step:06d}.jsonl"
+        assert (tmp_path / "calm" / name).read_text() == (tmp_path / "disturbed" / name).read_text()

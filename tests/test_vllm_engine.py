@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from conftest import make_problem
-from rlcs.engines.factory import launch_of, open_engines, open_reader
+from rlcs.engines.factory import launch_of, open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.colocated import Colocated
 from rlcs.engines.vllm.engine import VllmEngine
@@ -26,17 +26,18 @@ from rlcs.engines.vllm.fleet import Fleet
 from rlcs.engines.vllm.protocol import collapsed, request_body, rollouts_of
 from rlcs.engines.vllm.server import Launch, context_length
 from rlcs.engines.vllm.weights import WeightsFolder
-from rlcs.errors import DataError, EndpointError, ModelError, RecipeError, TrainingError
+from rlcs.errors import EndpointError, ModelError, RecipeError, TrainingError
+from rlcs.generation import EngineSampler, open_sampler
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.rollout import Rollouts, Sampler
-from rlcs.recipe.schema import Eval, Model
+from rlcs.recipe.sampling import EngineSettings, Rollouts
+from rlcs.recipe.schema import Model
 from rlcs.recipe.stages import Grpo
 from rlcs.recipe.table import summary_rows
-from rlcs.records import StopReason
+from rlcs.records import Request, Sampling, StopReason
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl
 from rlcs.train import grpo
@@ -261,7 +262,8 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
         import time
         from pathlib import Path
         from rlcs.engines.vllm.server import Launch, Process
-        from rlcs.recipe.rollout import Rollouts, Sampler
+        from rlcs.recipe.sampling import EngineSettings, Rollouts
+        from rlcs.recipe.sampling import EngineSettings, Rollouts
         settings = Rollouts(executable={str(program)!r})
         launch = Launch(settings=settings, dtype="float32", max_tokens=9, max_rows=9)
         folder = Path({str(tmp_path)!r})
@@ -488,20 +490,24 @@ def test_every_rank_gives_memory_back_before_rank_0_asks(
 
 
 def test_a_model_that_is_only_read_is_served_as_it_lies(
-    tmp_path: Path, program: Path, random_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, program: Path, random_model_folder: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, logs = tmp_path / "models" / "mine", tmp_path / "logs"
     shutil.copytree(random_model_folder, folder)
     monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)  # no weights here
-    sampler = Sampler(engine="vllm_server", executable=str(program), tensor_parallel=4, health_limit_s=1)
-    how = Eval(max_new_tokens=9, max_rows=5)
-    with open_reader(str(folder), sampler, how, system=None, seed=0, logs=logs, n=2) as reader:
+    settings = EngineSettings(
+        engine="vllm_server", executable=str(program), tensor_parallel=4, health_limit_s=1
+    )
+    how = Sampling(max_new_tokens=9, n=2)
+    with open_sampler(str(folder), how, settings=settings, rows=5, logs=logs) as sampler:
         problems = [make_problem("short", sizes=()), make_problem("long", "why " * 9000, sizes=())]
-        said, refused = reader.ask(problems)
-        assert isinstance(refused, DataError) and not isinstance(said, DataError)
-        prompt, rollouts = said
-        assert ["".join(map(chr, r.ids)) for r in rollouts] == ["mine", "mine"], "no other weights"
-        assert prompt.problem_id == "short" and reader.at_once == 2 * 5
+        found = {
+            s.key: s for s in sampler.samples([Request.of(p, index=i) for p in problems for i in (0, 1)])
+        }
+        assert {key for key, sample in found.items() if sample.error} == {("long", 0, 0), ("long", 1, 0)}
+        mine = chat.text([ord(letter) for letter in "mine"])
+        assert [found["short", i, 0].text for i in (0, 1)] == [mine, mine], "no other weights"
+        assert isinstance(sampler, EngineSampler) and sampler.batch_size == 2 * 5
         (started,) = [json.loads(path.read_text()) for path in tmp_path.glob("started-*.json")]
         assert alive(started["pid"])
     assert not alive(started["pid"])
@@ -520,13 +526,13 @@ def test_what_a_server_has_no_room_for_is_left_out_and_stops_nothing(
     folder = tmp_path / "models" / "mine"
     shutil.copytree(random_model_folder, folder)
     (tmp_path / "behaviour.json").write_text('{"room": 70}')
-    sampler = Sampler(engine="vllm_server", executable=str(program), arguments=words)
-    how = Eval(max_new_tokens=9)
-    with open_reader(str(folder), sampler, how, system="", seed=0, logs=tmp_path / "logs") as reader:
+    settings = EngineSettings(engine="vllm_server", executable=str(program), arguments=words)
+    how = Sampling(max_new_tokens=9)
+    with open_sampler(str(folder), how, settings=settings, logs=tmp_path / "logs") as sampler:
         problems = [make_problem("short", "Why?", sizes=()), make_problem("long", "why " * 30, sizes=())]
-        said, refused = reader.ask(problems)
-        assert isinstance(refused, DataError) and "the limit is 61" in str(refused)
-        assert not isinstance(said, DataError) and len(said[1]) == 1
+        found = {sample.id: sample for sample in sampler.samples(map(Request.of, problems))}
+        assert "the limit is 61" in found["long"].error and not found["long"].retryable
+        assert found["short"].tokens and not found["short"].error
 
 
 class Distant:

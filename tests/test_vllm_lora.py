@@ -28,9 +28,9 @@ from rlcs.model.chat import Chat
 from rlcs.model.fsdp import whole_weights
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.lora import Lora
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.table import summary_rows
+from rlcs.recipe.training import Lora
 from rlcs.train import grpo
 from test_distributed import environment, free_port
 from test_lora import logprobs, one_pack

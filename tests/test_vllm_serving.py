@@ -28,15 +28,15 @@ from rlcs.distill import run as distil
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
 from rlcs.publish.export import Export, export
-from rlcs.recipe.rollout import Sampler
-from rlcs.recipe.schema import Endpoint, Teacher
+from rlcs.recipe.sampling import Endpoint, EngineSettings
+from rlcs.recipe.schema import Teacher
 from rlcs.records import Problem
 from rlcs.serving.remote import RemoteSession
 from rlcs.serving.session import Settings
 from rlcs.storage import open_image, read_jsonl
 from test_benchmarks import vision, write_jsonl
 from test_distributed import free_port
-from test_vllm import CPU, program
+from test_vllm import CPU, START_LIMIT_S, program
 
 pytestmark = pytest.mark.skipif(program() is None, reason="no vLLM: `make vllm-test`")
 
@@ -99,7 +99,7 @@ def server(exported: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 600
+        end = time.monotonic() + START_LIMIT_S
         while not is_well(url):
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.5)
@@ -123,7 +123,7 @@ def asked(problem: Problem, url: str | None = None) -> list[dict]:
 
 
 def client_of(url: str, key: str = KEY) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=600)
 
 
 def test_an_exported_folder_answers_alike_in_vllm_transformers_and_rlcs(
@@ -194,7 +194,7 @@ def test_the_chat_page_talks_to_it(server, problems: list[Problem], ours: list[s
 def test_sigterm_ends_it(server) -> None:
     url, process = server
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    process.wait(600)
     assert not is_well(url)
 
 
@@ -214,6 +214,8 @@ def test_a_measurement_by_vllm_is_the_local_one(tmp_path: Path, problems: list[P
         f"executable={program()}",
         "--rollout",
         "memory_share=0.1",
+        "--rollout",
+        f"start_limit_s={START_LIMIT_S}",
     ]
     for name, words in {"local": [], "vllm": vllm}.items():
         command = ["eval", "m=builtin", *shared, "--out", tmp_path / name, *words]
@@ -239,7 +241,7 @@ def test_a_teacher_by_vllm_is_the_local_one(tmp_path: Path, problems: list[Probl
         teacher = Teacher(
             kind="local",
             model="builtin",
-            rollout=Sampler(engine=engine, memory_share=0.1),
+            rollout=EngineSettings(engine=engine, memory_share=0.1),
             max_tokens=LIMIT,
             temperature=0,
             keep="all",

@@ -15,7 +15,7 @@ from json import dumps
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
-from rlcs.records import StepReport
+from rlcs.records import StepReport, to_row
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -123,7 +123,7 @@ class _Stage(ABC):
         before, self._done = (self._done or report.step - 1), report.step
         self._count(report.step - before)
         figures = f"skipped: {report.skipped}" if report.skipped else _figures(report.values)
-        self._try(lambda: self._draw(figures, report.to_json()))
+        self._try(lambda: self._draw(figures, to_row(report)))
 
     def advance(self, done: int, **values: float) -> None:
         """`done` items of the total are done."""

@@ -1,18 +1,27 @@
-"""What travels between the rooms: frozen records, each checked at birth.
+"""Frozen records that the packages hand to each other, each checked when it is made.
 
-Everything here is plain Python (no tensors): hashable, printable, JSON-able. Tensors begin in
-`packing`. Suffixes in comments: T tokens, G group members.
+Everything here is plain Python (no tensors): hashable, printable, and written to and read from JSON
+rows by `to_row` and `from_row`. Tensors begin in `model.packing`. Suffixes in comments: T tokens,
+G group members.
 """
 
 import hashlib
 import json
 import math
+import sys
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Literal
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from enum import Enum, StrEnum
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 Json = str | int | float | bool | None
+MERGED = {"row": ""}
+"""Metadata of a field whose entries stand directly in the record's JSON row: `field(metadata=MERGED)`.
+
+`field(metadata={"row": "id"})` gives a field another name in the row.
+"""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -25,7 +34,7 @@ class ImageRef:
     """A reference to one image, never its pixels: a file path or the encoded bytes.
 
     `width` and `height` are in pixels as shown, after any turn that EXIF asks for; `sha256` is of
-    the encoded bytes. Build one with `files.image_from_path` or `files.image_from_bytes`.
+    the encoded bytes. Build one with `data.images.image_from_path` or `image_from_bytes`.
     """
 
     sha256: str
@@ -69,7 +78,7 @@ class Problem:
 
     @property
     def digest(self) -> str:
-        """What an answer and its grade depend on: ids may be mere line numbers of a file that was edited."""
+        """A hash of what an answer and its grade depend on; an id may be the number of an edited row."""
         images = [ref.sha256 for ref in self.images]
         facts = json.dumps([self.question, self.choices, self.answer, images])
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -167,12 +176,13 @@ class Prompt:
 class Sampling:
     """How to sample: `n` rollouts a prompt, at most `max_new_tokens` each.
 
-    Temperature 0 is greedy. `seed` is the run's; a rollout's own seed comes from `rollout_seed`.
+    Temperature 0 is greedy. `seed` is the run's; a rollout's own seed comes from `rollout_seed`. The ids are
+    filled in by the chat format of a model of ours (`Chat.sampling`); a server has its own.
     """
 
     max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    banned_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...] = ()
+    banned_ids: tuple[int, ...] = ()
     vision_ids: tuple[int, ...] = ()
     n: int = 1
     temperature: float = 1.0
@@ -194,6 +204,72 @@ class StopReason(StrEnum):
     EOS = "eos"
     LENGTH = "length"
     ERROR = "error"
+
+
+SampleKey = tuple[str, int, int]
+"""(problem id, index, turn) of a request and of its sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A conversation to answer: sample number `index` of problem `id`, in turn `turn` of several."""
+
+    id: str
+    messages: tuple[Message, ...]
+    index: int = 0
+    turn: int = 0
+
+    @classmethod
+    def of(cls, problem: Problem, *, system: str | None = None, index: int = 0, turn: int = 0) -> "Request":
+        """A problem with its choices; images stand at their slots, or first where there are none."""
+        pieces = problem.question.split(IMAGE_SLOT)
+        if len(pieces) == 1:
+            pieces = [""] * len(problem.images) + pieces
+        parts: list[str | ImageRef] = []
+        for piece, image in zip(pieces, problem.images, strict=False):
+            parts += [piece, image]
+        parts.append(pieces[-1] + problem.asked.removeprefix(problem.question))
+        user = Message(role="user", parts=tuple(part for part in parts if part != ""))
+        head = (Message(role="system", parts=(system,)),) if system else ()
+        return cls(id=problem.id, messages=(*head, user), index=index, turn=turn)
+
+    @property
+    def key(self) -> SampleKey:
+        """What tells this request from all others of a run."""
+        return self.id, self.index, self.turn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What a model answered to one request, or why it did not: then `stop` is `error`.
+
+    `reasoning` is what some servers keep apart from the text. A `retryable` error may pass (a server that is
+    down or busy); another one is final (the prompt is too long, the provider refuses). `tokens` are of the
+    answer; `seconds` run from the first attempt, pauses included.
+    """
+
+    id: str
+    index: int = 0
+    turn: int = 0
+    text: str = ""
+    stop: StopReason = StopReason.ERROR
+    reasoning: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    retryable: bool = False
+
+    def __post_init__(self) -> None:
+        """A failure says why; what was answered has no error."""
+        failed = self.stop is StopReason.ERROR
+        _require(failed == bool(self.error), f"stop {self.stop}, error {self.error!r}")
+        _require(bool(self.error) or not self.retryable, "only a failure is retryable")
+
+    @property
+    def key(self) -> SampleKey:
+        """The key of its request."""
+        return self.id, self.index, self.turn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,7 +347,7 @@ class StepReport:
     stage: str
     step: int
     steps: int
-    values: Mapping[str, float] = field(hash=False)
+    values: Mapping[str, float] = field(hash=False, metadata=MERGED)
     seconds: Mapping[str, float] = field(hash=False)
     skipped: str = ""
 
@@ -279,15 +355,6 @@ class StepReport:
         """JSON has no NaN: every number is finite."""
         for name, value in (*self.values.items(), *self.seconds.items()):
             _require(math.isfinite(value), f"{name} is {value}")
-
-    def to_json(self) -> dict[str, object]:
-        """A flat row for `metrics.jsonl`."""
-        row: dict[str, object] = {"stage": self.stage, "step": self.step, "steps": self.steps}
-        row.update(self.values)
-        row["seconds"] = dict(self.seconds)
-        if self.skipped:
-            row["skipped"] = self.skipped
-        return row
 
 
 def rollout_seed(run_seed: int, step: int, problem_id: str, index: int) -> int:
@@ -297,3 +364,134 @@ def rollout_seed(run_seed: int, step: int, problem_id: str, index: int) -> int:
     """
     key = f"{run_seed}|{step}|{problem_id}|{index}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
+
+
+# ---------------------------------------------------------------------------------- JSON rows
+
+T = TypeVar("T")
+_WORDS = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+
+
+def to_row(record: Any) -> dict[str, Any]:
+    """Make the JSON row of a record: one entry a field, also where a field has its default."""
+    row: dict[str, Any] = {}
+    for each in fields(record):
+        value, name = _plain(getattr(record, each.name)), _row_name(each)
+        entries = {name: value} if name else value
+        twice = sorted(row.keys() & entries.keys())
+        _require(not twice, f"two fields of one row are named {', '.join(twice)}")
+        row |= entries
+    return row
+
+
+def from_row(kind: type[T], row: Mapping[str, object]) -> T:
+    """Make the record of a JSON row. Raises ValueError saying which field is missing, odd or unknown."""
+    return _read_record(kind, row, lenient=False)
+
+
+def from_row_or_none(kind: type[T], row: Mapping[str, object]) -> T | None:
+    """Make the record of a JSON row, or None where it cannot be read; unknown fields are ignored."""
+    try:
+        return _read_record(kind, row, lenient=True)
+    except ValueError:
+        return None
+
+
+def _row_name(each: "Field[Any]") -> str:
+    """The field's name in the row; empty for a field whose entries are merged into it."""
+    return str(each.metadata.get("row", each.name))
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: records and mappings as objects, tuples as lists, bytes as Base64."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, bytes):
+        return b64encode(value).decode("ascii")
+    if isinstance(value, Enum):
+        return value.value
+    return to_row(value) if is_dataclass(value) else value
+
+
+def _read_record(kind: type[T], row: Mapping[str, object], *, lenient: bool) -> T:
+    left, values = dict(row), dict[str, Any]()
+    every: tuple[Field[Any], ...] = fields(kind)  # type: ignore[arg-type]
+    for each in sorted(every, key=lambda one: not _row_name(one)):  # what is merged takes from the rest
+        name = _row_name(each)
+        if not name:
+            own = {_row_name(one) for one in fields(each.type)} if is_dataclass(each.type) else set(left)
+            entry: Any = {key: left.pop(key) for key in own & left.keys()}
+        elif name in left:
+            entry = left.pop(name)
+        elif each.default is MISSING and each.default_factory is MISSING:
+            raise ValueError(f"{name} is missing")
+        else:
+            continue
+        values[each.name] = _read_value(each.type, entry, name, lenient=lenient)
+    _require(lenient or not left, f"unknown fields: {', '.join(left)}")
+    return kind(**values)
+
+
+def _read_value(kind: Any, value: Any, name: str, *, lenient: bool) -> Any:
+    """The value as a field annotated with `kind` holds it. Raises ValueError naming the field."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _read_option(options, value, name, lenient=lenient)
+    if origin is tuple and isinstance(value, list):
+        kinds = options[:1] * len(value) if options[1:] == (...,) else options
+        if len(kinds) == len(value):
+            pairs = enumerate(zip(kinds, value, strict=True))
+            return tuple(_read_value(k, entry, f"{name}[{i}]", lenient=lenient) for i, (k, entry) in pairs)
+    elif origin is Mapping and isinstance(value, dict):
+        return _read_mapping(options[1], value, name, lenient=lenient)
+    elif is_dataclass(kind) and isinstance(value, dict):
+        try:
+            return _read_record(cast(type[Any], kind), value, lenient=lenient)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if name else str(error)) from error
+    elif kind is float:
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # neither NaN nor infinite
+            return float(value)
+    elif kind is bytes and isinstance(value, str):
+        return b64decode(value, validate=True)
+    elif isinstance(kind, type) and issubclass(kind, Enum) and value in [each.value for each in kind]:
+        return kind(value)
+    elif kind is Any or type(value) is kind or (origin is Literal and value in options):
+        return value
+    shown = repr(value)
+    raise ValueError(f"{name} must be {_wanted(kind)}, not {shown[:40]}{'...' if len(shown) > 40 else ''}")
+
+
+def _read_option(options: tuple[Any, ...], value: Any, name: str, *, lenient: bool) -> Any:
+    """The value as the first annotation of a union that takes it; a lone one beside None says why not."""
+    if value is None and NoneType in options:
+        return None
+    real = [option for option in options if option is not NoneType]
+    for option in real[:-1]:
+        try:
+            return _read_value(option, value, name, lenient=lenient)
+        except ValueError:
+            continue
+    return _read_value(real[-1], value, name, lenient=lenient)
+
+
+def _read_mapping(kind: Any, value: dict[str, Any], name: str, *, lenient: bool) -> dict[str, Any]:
+    read = {}
+    for key, entry in value.items():
+        try:
+            read[key] = _read_value(kind, entry, f"{name}.{key}".lstrip("."), lenient=lenient)
+        except ValueError:
+            if not lenient:
+                raise
+    return read
+
+
+def _wanted(kind: Any) -> str:
+    """What an annotation asks for, in words."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(each.value for each in kind)}"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return _WORDS.get(kind) or ("a list" if get_origin(kind) is tuple else "an object")

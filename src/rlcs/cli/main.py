@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _tell(error: RlcsError) -> NoReturn:
-    if not error.told:
+    if not error.reported:
         rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
         sys.stderr.write(f"rlcs{rank}: {error}\n")
     sys.exit(error.exit_code)
@@ -262,17 +262,17 @@ def evaluate(
 ) -> None:
     """Models on benchmarks, beside the paper's numbers. Answers, scores with intervals."""
     options = EvalOptions(**chosen)
-    exam = _exam(options)
+    run = _eval_run(options)
     named = [*(models or []), *(options.model or [])]
     if not named:
         raise UserError("no model is named", where="rlcs eval", fix="write rlcs eval MODEL, say `builtin`")
 
     from rlcs.evals.comparison import as_markdown
-    from rlcs.evals.run import run_exam
+    from rlcs.evals.run import evaluate_models
     from rlcs.signals import StopFlag
 
     with StopFlag() as stop:
-        comparison = run_exam(exam, named, stop=stop, json=options.json)
+        comparison = evaluate_models(run, named, stop=stop, json=options.json)
     if options.json:
         typer.echo(jsonlib.dumps(comparison))
     else:
@@ -281,14 +281,14 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _exam(options: EvalOptions) -> Any:
-    """The options as an exam. Raises UserError for a combination that cannot be meant."""
+def _eval_run(options: EvalOptions) -> Any:
+    """Check the options and build the run. Raises UserError for a combination that cannot be meant."""
     from rlcs.data.sources import suggest
-    from rlcs.evals.asking import Asking
     from rlcs.evals.benchmarks.base import STYLES
-    from rlcs.evals.run import Exam
+    from rlcs.evals.run import EvalRun
     from rlcs.recipe.loading import load_recipe
-    from rlcs.recipe.schema import Endpoint, Eval
+    from rlcs.recipe.sampling import Endpoint
+    from rlcs.recipe.schema import Eval
 
     style = next((style for style in STYLES if style == options.prompt), None)
     if style is None:
@@ -314,16 +314,19 @@ def _exam(options: EvalOptions) -> Any:
         max_new_tokens=options.max_tokens,
         max_rows=options.batch,
     )
-    return Exam(
+    return EvalRun(
         benchmarks=tuple(name.strip() for name in options.benchmarks.split(",") if name.strip()),
         out=options.out,
-        asking=Asking(style=style, samples=options.samples, seed=options.seed, sampling=sampling),
+        sampling=sampling,
+        style=style,
+        samples=options.samples,
+        seed=options.seed,
         data=options.data,
         split=options.split,
         limit=options.limit,
         endpoint=server(options.base_url, "", options.key_env),
         judge=server(options.judge_url, options.judge_model or "", options.judge_key_env),
-        sampler=load_recipe("quickstart", local).recipe.teacher.rollout,
+        engine=load_recipe("quickstart", local).recipe.teacher.rollout,
     )
 
 

@@ -172,15 +172,14 @@ def _answer_one(session: Any, question: str, options: GenerateOptions, settings:
 
 
 def _answer_many(session: Any, options: GenerateOptions, settings: Any) -> None:
-    from rlcs.serving.bulk import answer_file
+    from rlcs.serving.bulk import SessionSampler, answer_questions
     from rlcs.signals import StopFlag
 
     source, out = str(options.input), options.output
     assert out is not None, "input and output go together"
+    sampler = SessionSampler(session=session, settings=settings, ahead=2 * options.batch)
     with StopFlag() as stop:
-        tally = answer_file(
-            session, source, out, settings, ahead=2 * options.batch, stop=stop, json=options.json
-        )
+        tally = answer_questions(sampler, source, out, stop=stop, json=options.json)
     for bad in tally.bad[:20]:
         typer.echo(f"left out: {bad}", err=True)
     if len(tally.bad) > 20:

@@ -123,8 +123,8 @@ def doctor(
         for name, value in about.items():
             typer.echo(f"{name:<13} {value}")
         for one in found:
-            typer.echo(f"{'!!' if one.ill else 'ok'} {one.name}: {one.told}")
-            if one.ill:
+            typer.echo(f"{'!!' if one.bad else 'ok'} {one.name}: {one.message}")
+            if one.bad:
                 typer.echo(f"   -> {one.fix}")
-    if any(one.ill for one in found):
+    if any(one.bad for one in found):
         raise typer.Exit(1)

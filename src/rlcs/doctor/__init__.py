@@ -1,6 +1,6 @@
-"""`rlcs doctor`: is this machine fit for training, and what ails a run.
+"""`rlcs doctor`: whether this machine is fit for training, and what is wrong with a run.
 
-Everything it finds comes with the way out. It only reads, and never stops at the first fault.
+Every finding comes with a way out. It only reads, and never stops at the first fault.
 """
 
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing looked at: `fix` is empty where all is well."""
+    """One thing that was checked: `fix` is empty where all is well."""
 
     name: str
-    told: str
+    message: str
     fix: str = ""
 
     @property
-    def ill(self) -> bool:
+    def bad(self) -> bool:
         """Whether somebody should do something."""
         return bool(self.fix)

@@ -62,8 +62,8 @@ def checks() -> list[Finding]:
         try:
             found += part()
         except Exception as error:  # whatever is broken here is what a doctor has to tell
-            told = f"{type(error).__name__}: {error}"
-            found.append(Finding(name=name, told=told, fix="install rlcs again in a fresh environment"))
+            message = f"{type(error).__name__}: {error}"
+            found.append(Finding(name=name, message=message, fix="install rlcs again in a fresh environment"))
     return found
 
 
@@ -76,7 +76,7 @@ def _version(name: str) -> str:
 
 def _room(name: str, free: int) -> Finding:
     fix = f"less than {_TIGHT_BYTES >> 30} GiB: make room before a run" if free < _TIGHT_BYTES else ""
-    return Finding(name=name, told=f"{free / 2**30:.1f} GiB free", fix=fix)
+    return Finding(name=name, message=f"{free / 2**30:.1f} GiB free", fix=fix)
 
 
 def _model() -> list[Finding]:
@@ -108,7 +108,7 @@ def _model() -> list[Finding]:
     return [
         Finding(
             name=name,
-            told=f"within {apart:.1g} nats of {what} (allowed {limit:g}), attention {vlm.attention}",
+            message=f"within {apart:.1g} nats of {what} (allowed {limit:g}), attention {vlm.attention}",
             fix=""
             if apart <= limit
             else "set model.attention=dense, and report this with the versions above",
@@ -124,4 +124,4 @@ def _grader() -> list[Finding]:
         verdicts = [grade.correct for grade in pool.grade([(problem, text) for text in said])]
     wrong = "the grader's workers do not answer as they should: start rlcs where processes may be started"
     right = verdicts == [True, False, False]
-    return [Finding(name="grader", told=f"right, wrong, no box: {verdicts}", fix="" if right else wrong)]
+    return [Finding(name="grader", message=f"right, wrong, no box: {verdicts}", fix="" if right else wrong)]

@@ -1,23 +1,25 @@
-"""A language model that reads out final answers, where the strict rule finds no box.
+"""Extraction of final answers by a language model, where the strict rule finds no box.
 
 MathVista's official script extracts with a language model; this does the same, with our own words,
-for any benchmark. The judge never sees the gold answer and never says what is right: it only reads
-out, and our own rule compares. Off unless asked for; scores with it stand under a name of their own.
+for any benchmark. The extractor never sees the gold answer and never says what is right: it only copies
+out, and our own rule compares. Off unless `--judge-url` is given; its scores have a name of their own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rlcs.engines.openai_client import EndpointClient, Request
 from rlcs.evals.benchmarks.base import Question
+from rlcs.generation import SampleLog, Sampler
 from rlcs.grading.extraction import extract
-from rlcs.records import Message
+from rlcs.records import Message, Request, Sample, SampleKey, Sampling
 from rlcs.signals import StopFlag
-from rlcs.storage import append_jsonl, read_jsonl
 
+SAMPLING = Sampling(max_new_tokens=256, temperature=0.0)
+"""How the extractor is asked."""
 NOTHING = "NONE"
-"""What the judge writes for a response without an answer."""
+"""What the extractor writes for a response without an answer."""
 _TASK = (
     "You read a question and a response to it. Copy out the final answer that the response gives: a "
     "number, an expression, a list, or the letter of an option. Write the answer and nothing else: no "
@@ -38,58 +40,51 @@ _EXAMPLES = (
     ),
     ("How long is the ladder?", "We need the height of the wall first. The wall", NOTHING),
 )
-_MOST = 4000
+_MAX_SHOWN = 4000
 """Characters of a response that are shown; the end holds the answer."""
 
-Key = tuple[str, int]
 
-
-def wants_judge(response: str) -> bool:
-    """Whether there is something to read out that the strict rule cannot."""
+def needs_extractor(response: str) -> bool:
+    """Whether there is something to copy out that the strict rule cannot."""
     return bool(response.strip()) and extract(response).text is None
 
 
-def read_out(
-    client: EndpointClient,
+def extract_answers(
+    sampler: Sampler,
     model: str,
-    asked: Sequence[tuple[Question, Mapping[str, Any]]],
+    asked: Sequence[tuple[Question, Sample]],
     *,
     path: Path,
     stop: StopFlag,
-) -> tuple[dict[Key, str], dict[Key, str]]:
-    """What the judge reads out of the responses, by (id, index), and where it failed and why.
+) -> tuple[dict[SampleKey, str], dict[str, str]]:
+    """Extract the answers of samples: by the sample's key, and for each that failed why.
 
-    `asked` are questions with rows of predictions; `path` keeps every judgement for the next time.
+    `path` keeps what `model`, whom `sampler` asks, has extracted from each response for the next time.
     """
-    kept = read_jsonl(path) if path.exists() else []
-    said = {_key(row): row["said"] for row in kept if row["model"] == model}
-    failed: dict[Key, str] = {}
-    left = {(row["id"], row["index"]): (q, row) for q, row in asked if _key(row) not in said}
-    for answer in client.ask(_requests(list(left.values())), stop=stop):
-        key = (answer.id, answer.index)
-        if answer.finish == "error":
-            failed[key] = answer.error
-            continue
-        facts = {"model": model, "said": answer.text.strip(), "response": left[key][1]["response"]}
-        row = {"id": answer.id, "index": answer.index, **facts}
-        append_jsonl(path, [row])
-        said[_key(row)] = row["said"]
-    return {(row["id"], row["index"]): said[_key(row)] for _, row in asked if _key(row) in said}, failed
+    requests, digests, keys = [], dict[str, str](), dict[str, SampleKey]()
+    for question, sample in asked:
+        request = Request(id=f"{sample.id} #{sample.index}", messages=_messages(question, sample.text))
+        requests.append(request)
+        keys[request.id] = sample.key
+        facts = json.dumps([model, sample.text])
+        digests[request.id] = hashlib.sha256(facts.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+    failed = {}
+    with SampleLog(path, digests, may_change=True) as log:
+        for extraction in sampler.samples(log.unanswered(requests), stop=stop):
+            if extraction.error:
+                failed[extraction.id] = extraction.error
+            else:
+                log.add(extraction)
+        return {keys[name]: entry.sample.text.strip() for (name, *_), entry in log.entries.items()}, failed
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, int, str]:
-    return row["id"], row["index"], row["response"]
+def _messages(question: Question, response: str) -> tuple[Message, ...]:
+    messages = [Message(role="system", parts=(_TASK,))]
+    for example, answered, answer in _EXAMPLES:
+        messages.append(Message(role="user", parts=(_text(example, answered),)))
+        messages.append(Message(role="assistant", parts=(answer,)))
+    return (*messages, Message(role="user", parts=(_text(question.plain, response),)))
 
 
-def _requests(asked: Sequence[tuple[Question, Mapping[str, Any]]]) -> Iterator[Request]:
-    for question, row in asked:
-        turns = [Message(role="system", parts=(_TASK,))]
-        for example, response, answer in _EXAMPLES:
-            turns.append(Message(role="user", parts=(_turn(example, response),)))
-            turns.append(Message(role="assistant", parts=(answer,)))
-        turns.append(Message(role="user", parts=(_turn(question.plain, row["response"]),)))
-        yield Request(id=row["id"], index=row["index"], messages=tuple(turns), max_tokens=256)
-
-
-def _turn(question: str, response: str) -> str:
-    return f"Question:\n{question}\n\nResponse:\n{response[-_MOST:]}\n\nFinal answer:"
+def _text(question: str, response: str) -> str:
+    return f"Question:\n{question}\n\nResponse:\n{response[-_MAX_SHOWN:]}\n\nFinal answer:"

@@ -1,4 +1,4 @@
-"""A file of answers, graded by a named rule: what `rlcs grade` does.
+"""Grades a file of answers by a named rule: what `rlcs grade` does.
 
 A row that cannot be graded (torn, wrong types, no gold answer, a gold answer that nothing can read)
 is unscored: it is named with its line, counted, and never taken for a wrong answer.
@@ -29,7 +29,7 @@ NO_GOLD = "no gold answer"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerRow:
-    """One line of an answer file; `fault` says why it cannot be graded, and then only `fields` counts."""
+    """One answer to grade; `fault` says why that is not possible, and then only `fields` counts."""
 
     line: int
     fields: Mapping[str, Any] = field(hash=False)
@@ -45,14 +45,17 @@ class AnswerRow:
         name = self.fields.get("id")
         return f"line {self.line}" + (f" (id {name})" if name is not None else "")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mark:
-    """What a rule says of one row: right, wrong, or unscored (None)."""
-
-    prediction: str | None
-    correct: bool | None
-    why: str
+    @property
+    def problem(self) -> Problem:
+        """The problem as our own rule grades it; `precision` is its tolerance in decimal places."""
+        return Problem(
+            id=f"line {self.line}",
+            source="answers",
+            question="?",
+            answer=self.answer,
+            choices=self.choices,
+            metadata={"precision": self.fields.get("precision")},
+        )
 
 
 def read_answers(path: Path) -> list[AnswerRow]:
@@ -117,18 +120,17 @@ def _choices(value: object) -> tuple[str, ...]:
 # --- the rules --------------------------------------------------------------------------------
 
 
-def mark_by_mathvision(row: AnswerRow) -> Mark:
+def grade_by_mathvision(row: AnswerRow) -> Grade:
     """MATH-Vision's official rule; the gold answer of a row with choices is a letter."""
     if row.choices and not (len(row.answer) == 1 and 0 <= ord(row.answer) - ord("A") < len(row.choices)):
         raise ValueError(
             f"the gold answer {row.answer[:60]!r} is no letter of the {len(row.choices)} choices"
         )
     found = mathvision.extract(row.response) if row.extraction is None else row.extraction
-    correct = mathvision.is_correct(found, row.answer, row.choices)
-    return Mark(prediction=found, correct=correct, why=_official(correct, "MATH-Vision"))
+    return _official("MATH-Vision", found, correct=mathvision.is_correct(found, row.answer, row.choices))
 
 
-def mark_by_mathvista(row: AnswerRow) -> Mark:
+def grade_by_mathvista(row: AnswerRow) -> Grade:
     """MathVista's official rule on the row's extraction; without one, on the shortcut's or on ours."""
     kind = _kind(row)
     found, source = row.extraction, "the stored extraction"
@@ -137,8 +139,7 @@ def mark_by_mathvista(row: AnswerRow) -> Mark:
     if found is None:
         found, source = extract(row.response, allow_fallbacks=True).text or "", "our own extraction"
     prediction = mathvista.predict(found, kind)
-    correct = prediction == row.answer
-    return Mark(prediction=prediction, correct=correct, why=f"{_official(correct, 'MathVista')}, on {source}")
+    return _official("MathVista", prediction, correct=prediction == row.answer, note=f", on {source}")
 
 
 def _kind(row: AnswerRow) -> mathvista.Kind:
@@ -155,74 +156,57 @@ def _kind(row: AnswerRow) -> mathvista.Kind:
     )
 
 
-def mark_by_wemath(row: AnswerRow) -> Mark:
+def grade_by_wemath(row: AnswerRow) -> Grade:
     """We-Math's official rule; gold answers are letters from A to H."""
     if row.answer not in tuple("ABCDEFGH"):
         raise ValueError(f"the gold answer {row.answer[:60]!r} is no letter from A to H")
     found = wemath.extract(row.response) if row.extraction is None else row.extraction
-    correct = found == row.answer
-    return Mark(prediction=found, correct=correct, why=_official(correct, "We-Math"))
+    return _official("We-Math", found, correct=found == row.answer)
 
 
-def _official(correct: bool, benchmark: str) -> str:
-    return f"{'right' if correct else 'wrong'} by {benchmark}'s official rule"
+def _official(benchmark: str, extracted: str | None, *, correct: bool, note: str = "") -> Grade:
+    why = f"{'right' if correct else 'wrong'} by {benchmark}'s official rule{note}"
+    return Grade(reward=float(correct), correct=correct, extracted=extracted, why=why)
 
 
-OFFICIAL_RULES: Mapping[str, Callable[[AnswerRow], Mark]] = MappingProxyType(
-    {"mathvision": mark_by_mathvision, "mathvista": mark_by_mathvista, "wemath": mark_by_wemath}
+OFFICIAL_RULES: Mapping[str, Callable[[AnswerRow], Grade]] = MappingProxyType(
+    {"mathvision": grade_by_mathvision, "mathvista": grade_by_mathvista, "wemath": grade_by_wemath}
 )
 RULES = ("rlcs", *OFFICIAL_RULES)
 """The names of the rules: ours first."""
 
 
-def mark_officially(row: AnswerRow, rule: str) -> Mark:
-    """The mark of a benchmark's official rule; what it cannot judge is unscored and says why."""
-    if row.fault:
-        return _unscored(row.fault)
+def grade_officially(row: AnswerRow, rule: str) -> Grade:
+    """The grade by a benchmark's official rule; what that rule cannot judge is unscored and says why."""
     try:
-        return OFFICIAL_RULES[rule](row)
+        return OFFICIAL_RULES[rule](row) if not row.fault else _unscored(row.fault)
     except ValueError as error:
         return _unscored(str(error))
 
 
-def _unscored(why: str) -> Mark:
-    return Mark(prediction=None, correct=None, why=why)
+def _unscored(why: str, extracted: str | None = None) -> Grade:
+    return Grade(reward=None, correct=None, extracted=extracted, why=why)
 
 
-def mark_by_rlcs(rows: Sequence[AnswerRow], pool: GradePool) -> list[Mark]:
-    """Marks by our own rule, in order; `precision` in a row is its tolerance in decimal places."""
+def grade_by_rlcs(rows: Sequence[AnswerRow], pool: GradePool) -> list[Grade]:
+    """Grades by our own rule, in order."""
     good = [row for row in rows if not row.fault]
-    unreadable = pool.unreadable([_problem(row) for row in good])
-    grades = iter(pool.settle([_quick(row, allow_fallbacks=pool.allow_fallbacks) for row in good]))
-    marks = []
+    unreadable = pool.unreadable([row.problem for row in good])
+    found = iter(pool.settle([_quick(row, allow_fallbacks=pool.allow_fallbacks) for row in good]))
+    grades = []
     for row in rows:
-        if row.fault:
-            marks.append(_unscored(row.fault))
-            continue
-        grade = next(grades)
-        mark = Mark(prediction=grade.extracted, correct=grade.correct, why=grade.why)
+        grade = _unscored(row.fault) if row.fault else next(found)
         fault = unreadable.get((row.answer, row.choices))
-        if fault and not grade.correct:
-            mark = Mark(prediction=grade.extracted, correct=None, why=fault)
-        marks.append(mark)
-    return marks
-
-
-def _problem(row: AnswerRow) -> Problem:
-    return Problem(
-        id=f"line {row.line}",
-        source="answers",
-        question="?",
-        answer=row.answer,
-        choices=row.choices,
-        metadata={"precision": row.fields.get("precision")},
-    )
+        if fault and not row.fault and not grade.correct:
+            grade = _unscored(fault, grade.extracted)
+        grades.append(grade)
+    return grades
 
 
 def _quick(row: AnswerRow, *, allow_fallbacks: bool) -> Grade | Undecided:
     if row.extraction is None:
-        return quick_grade(_problem(row), row.response, allow_fallbacks=allow_fallbacks)
-    return grade_extracted(_problem(row), Extraction(text=row.extraction, why="the stored extraction"))
+        return quick_grade(row.problem, row.response, allow_fallbacks=allow_fallbacks)
+    return grade_extracted(row.problem, Extraction(text=row.extraction, why="the stored extraction"))
 
 
 # --- the file ---------------------------------------------------------------------------------
@@ -230,7 +214,7 @@ def _quick(row: AnswerRow, *, allow_fallbacks: bool) -> Grade | Undecided:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tally:
-    """What a graded file comes to."""
+    """How many rows of a file are right, wrong and unscored."""
 
     rule: str
     right: int
@@ -247,16 +231,9 @@ class Tally:
     def to_json(self) -> dict[str, object]:
         """One object for scripts."""
         low, high = wilson(self.right, self.right + self.wrong)
-        return {
-            "rule": self.rule,
-            "rows": self.right + self.wrong + len(self.unscored),
-            "right": self.right,
-            "wrong": self.wrong,
-            "unscored": len(self.unscored),
-            "accuracy": self.accuracy,
-            "low": low,
-            "high": high,
-        }
+        rows = self.right + self.wrong + len(self.unscored)
+        facts = asdict(self) | {"unscored": len(self.unscored), "rows": rows}
+        return {**facts, "accuracy": self.accuracy, "low": low, "high": high}
 
 
 def grade_file(path: Path, out: Path, *, rule: str, allow_fallbacks: bool = True) -> Tally:
@@ -270,21 +247,19 @@ def grade_file(path: Path, out: Path, *, rule: str, allow_fallbacks: bool = True
         raise DataError("this would overwrite the answers", where=str(out), fix="write to another file")
     rows = read_answers(path)
     if rule == "rlcs":
-        with GradePool(
-            workers=os.cpu_count() or 1, deadline_s=DEADLINE_S, allow_fallbacks=allow_fallbacks
-        ) as p:
-            marks = mark_by_rlcs(rows, p)
+        workers = os.cpu_count() or 1
+        with GradePool(workers=workers, deadline_s=DEADLINE_S, allow_fallbacks=allow_fallbacks) as pool:
+            graded = list(zip(rows, grade_by_rlcs(rows, pool), strict=True))
     else:
-        marks = [mark_officially(row, rule) for row in rows]
-    lines = [
-        {**(row.fields or {"line": row.line}), **asdict(mark)} for row, mark in zip(rows, marks, strict=True)
-    ]
-    atomic_write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        graded = [(row, grade_officially(row, rule)) for row in rows]
+    lines = []
+    for row, grade in graded:
+        verdict = {"prediction": grade.extracted, "correct": grade.correct, "why": grade.why}
+        lines.append(json.dumps({**(row.fields or {"line": row.line}), **verdict}, ensure_ascii=False) + "\n")
+    atomic_write(out, "".join(lines))
     return Tally(
         rule=rule,
-        right=sum(mark.correct is True for mark in marks),
-        wrong=sum(mark.correct is False for mark in marks),
-        unscored=tuple(
-            f"{row.name}: {mark.why}" for row, mark in zip(rows, marks, strict=True) if mark.correct is None
-        ),
+        right=sum(grade.correct is True for _, grade in graded),
+        wrong=sum(grade.correct is False for _, grade in graded),
+        unscored=tuple(f"{row.name}: {grade.why}" for row, grade in graded if grade.correct is None),
     )

@@ -1,26 +1,22 @@
-"""Measure a model on held-out problems: greedy or sampled answers, graded, with Wilson intervals.
-
-Answers are written as they come, so that a stopped evaluation never asks twice.
-"""
+"""Measures a model on held-out problems: one answer each, graded and written as it comes."""
 
 import io
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlcs.distributed import ALONE, World
-from rlcs.engines.base import Engine, ask
-from rlcs.errors import DataError, UserError
-from rlcs.evals.intervals import wilson
+from rlcs.errors import DataError
+from rlcs.evals.scores import arm_scores
+from rlcs.generation import EngineSampler, SampleLog
 from rlcs.grading import GradePool
-from rlcs.model.chat import Chat
 from rlcs.progress import Screen
-from rlcs.recipe.schema import Eval
-from rlcs.records import Grade, ImageRef, Problem, Rollout
+from rlcs.records import Grade, ImageRef, Problem, Request, Sample
 from rlcs.signals import StopFlag
-from rlcs.storage import append_jsonl, atomic_write, open_image, read_jsonl, write_json
+from rlcs.storage import append_jsonl, atomic_write, open_image, write_json
 from rlcs.train.batching import guessed_tokens, own_share
 
 CHUNK = 256
@@ -29,136 +25,79 @@ CHUNK = 256
 GALLERY_PIXELS = 640
 """Longer side of the images kept for the report."""
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Examiner:
-    """Who asks and grades, and how."""
+class Evaluator:
+    """The model that answers, the pool that grades, and the ranks that share the problems."""
 
-    engine: Engine
-    chat: Chat
+    sampler: EngineSampler
     pool: GradePool
-    settings: Eval
     world: World = ALONE
 
 
 def evaluate(
-    examiner: Examiner,
+    evaluator: Evaluator,
     problems: Sequence[Problem],
     *,
     folder: Path,
     screen: Screen,
     stop: StopFlag,
-) -> dict[str, object]:
-    """Answer and grade what is not answered yet; writes predictions.jsonl and scores.json.
+) -> dict[str, Any]:
+    """Answer and grade what is not answered yet; write predictions.jsonl and scores.json.
 
-    A problem that cannot become a prompt counts as wrong and says why: leaving it out would make
-    models look better than they are.
+    Raises UserError if an answer on disk is to what its problem was before an edit; Stopped, with every
+    chunk that was answered on disk, when `stop` is set.
     """
-    path = folder / "predictions.jsonl"
-    world = examiner.world
-    known = {problem.id: problem for problem in problems}
-    digests = {name: problem.digest for name, problem in known.items()}
-    rows = world.first(lambda: answers_so_far(path, digests))
-    answered = {row["id"] for row in rows}
-    left = [problem for problem in problems if problem.id not in answered]
-    for start in range(0, len(left), CHUNK):
-        world.check(stop, str(folder))
-        some = left[start : start + CHUNK]
-        new = _answer_together(examiner, some)
-        if world.rank == 0:
-            append_jsonl(path, new)
-        rows += new
-        done = len(problems) - len(left) + start + len(some)
-        screen.advance(done, accuracy=sum(row["correct"] is True for row in rows) / len(rows))
-    scores = score_rows([row for row in rows if row["id"] in known], known)
-    world.first(lambda: write_json(folder / "scores.json", scores))
+    world, known = evaluator.world, {problem.id: problem for problem in problems}
+    log = SampleLog(folder / "predictions.jsonl", {name: p.digest for name, p in known.items()})
+    with ExitStack() as files:  # of rank 0 alone
+        answered = world.first(lambda: {name for name, *_ in files.enter_context(log).entries})
+        left = [problem for problem in problems if problem.id not in answered]
+        for start in range(0, len(left), CHUNK):
+            world.check(stop, str(folder))
+            some = left[start : start + CHUNK]
+            graded = _on_all_ranks(partial(_answers, evaluator), some, world)
+            if world.rank == 0:
+                for sample, grade in graded:
+                    log.add(sample, asdict(grade))
+            right = sum(entry.added["correct"] is True for entry in log.entries.values())
+            done = len(problems) - len(left) + start + len(some)
+            screen.advance(done, accuracy=right / max(1, len(log.entries)))
+    return world.first(partial(_write_scores, folder, log, known))
+
+
+def _write_scores(folder: Path, log: SampleLog, problems: Mapping[str, Problem]) -> dict[str, Any]:
+    scores = arm_scores(list(log.entries.values()), problems)
+    write_json(folder / "scores.json", scores)
     return scores
 
 
-def answers_so_far(path: Path, digests: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The rows of predictions.jsonl. Raises UserError if one answers what its problem was before an edit."""
-    rows = read_jsonl(path) if path.exists() else []
-    for row in rows:
-        digest = digests.get(row["id"])
-        if digest and row.get("digest", digest) != digest:  # older rows have none
-            raise UserError(
-                f"the data changed: the answer to {row['id']!r} is to another question",
-                where=str(path),
-                fix="restore the data as it was, or choose another --out, or remove this file to ask anew",
-            )
-    return rows
+def _on_all_ranks(
+    work: Callable[[Sequence[Problem]], list[T]], problems: Sequence[Problem], world: World
+) -> list[T]:
+    """The results of all ranks, each of which works on its share of the problems."""
+    own = own_share([guessed_tokens(problem) for problem in problems], world)
+    return [result for part in world.gather(work([problems[i] for i in own])) for result in part]
 
 
-def _answer_together(examiner: Examiner, problems: Sequence[Problem]) -> list[dict[str, object]]:
-    """Every rank answers its share; all get the rows of all."""
-    own = own_share([guessed_tokens(problem) for problem in problems], examiner.world)
-    parts = examiner.world.gather(list(_answer(examiner, [problems[i] for i in own])))
-    return [row for part in parts for row in part]
+def _answers(evaluator: Evaluator, problems: Sequence[Problem]) -> list[tuple[Sample, Grade]]:
+    """Samples with their grades.
 
-
-def _answer(examiner: Examiner, problems: Sequence[Problem]) -> Iterable[dict[str, object]]:
-    chat, settings = examiner.chat, examiner.settings
-    sampling = chat.sampling(
-        temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=settings.max_new_tokens
-    )
-    answers = ask(examiner.engine, chat, problems, sampling)
-    asked: list[tuple[Problem, Rollout]] = []
-    for problem, answer in zip(problems, answers, strict=True):
-        if isinstance(answer, DataError):
-            yield prediction(problem, None, Grade(reward=0.0, correct=False, why=str(answer)))
-        else:
-            asked.append((problem, answer[1][0]))
-    grades = examiner.pool.grade([(problem, rollout.text) for problem, rollout in asked])
-    for (problem, rollout), grade in zip(asked, grades, strict=True):
-        yield prediction(problem, rollout, grade)
-
-
-def prediction(problem: Problem, rollout: Rollout | None, grade: Grade) -> dict[str, object]:
-    """One row of predictions.jsonl."""
-    return {
-        "id": problem.id,
-        "digest": problem.digest,
-        "response": rollout.text if rollout else "",
-        "extracted": grade.extracted,
-        "correct": grade.correct,
-        "why": grade.why,
-        "tokens": len(rollout.ids) if rollout else 0,
-        "stop": rollout.stop.value if rollout else "error",
-    }
-
-
-def score_rows(rows: Sequence[Mapping[str, object]], problems: Mapping[str, Problem]) -> dict[str, object]:
-    """Accuracy with its Wilson interval, by family and level where the problems have them.
-
-    Unscored answers count as not right here: a benchmark has no group to leave.
+    A problem without an answer (its prompt is too long, say) counts as wrong and says why: leaving it out
+    would make models look better than they are.
     """
-    right = sum(row["correct"] is True for row in rows)
-    low, high = wilson(right, len(rows))
-    tokens = [int(str(row["tokens"])) for row in rows]
-    return {
-        "accuracy": right / max(1, len(rows)),
-        "low": low,
-        "high": high,
-        "n": len(rows),
-        "unscored": sum(row["correct"] is None for row in rows),
-        "by_family": _by(rows, problems, "family"),
-        "by_level": _by(rows, problems, "level"),
-        "mean_tokens": sum(tokens) / max(1, len(tokens)),
-        "truncated": sum(row["stop"] == "length" for row in rows) / max(1, len(rows)),
-    }
-
-
-def _by(
-    rows: Sequence[Mapping[str, object]], problems: Mapping[str, Problem], key: str
-) -> dict[str, dict[str, float]]:
-    verdicts: dict[str, list[bool]] = defaultdict(list)
-    for row in rows:
-        value = problems[str(row["id"])].metadata.get(key)
-        if value is not None:
-            verdicts[str(value)].append(row["correct"] is True)
-    return {
-        name: {"accuracy": sum(each) / len(each), "n": len(each)} for name, each in sorted(verdicts.items())
-    }
+    samples = {each.id: each for each in evaluator.sampler.batch([Request.of(p) for p in problems])}
+    answered = [problem for problem in problems if not samples[problem.id].error]
+    grades = evaluator.pool.grade([(problem, samples[problem.id].text) for problem in answered])
+    by_id = {problem.id: grade for problem, grade in zip(answered, grades, strict=True)}
+    graded = []
+    for problem in problems:
+        sample = samples[problem.id]
+        wrong = Grade(reward=0.0, correct=False, why=sample.error)
+        graded.append((replace(sample, retryable=False), by_id.get(problem.id, wrong)))
+    return graded
 
 
 def write_problems(problems: Sequence[Problem], folder: Path, *, decode_limit: int, gallery: int) -> None:

@@ -1,4 +1,4 @@
-"""Intervals of measured shares."""
+"""Intervals of measured shares and of their differences: pure functions."""
 
 import math
 
@@ -18,3 +18,24 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def newcombe(first: tuple[float, int], second: tuple[float, int]) -> tuple[float, float]:
+    """95% interval of second - first, two independent shares of `(share, n)` (Newcombe 1998, method 10)."""
+    (a, _), (b, _) = first, second
+    (a_low, a_high), (b_low, b_high) = (wilson(round(share * n), n) for share, n in (first, second))
+    return b - a - math.hypot(b - b_low, a_high - a), b - a + math.hypot(b_high - b, a - a_low)
+
+
+def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+    """95% interval of (gained - lost) / n, each cell raised by one half (Agresti & Min 2005)."""
+    more, less, total = gained + 0.5, lost + 0.5, n + 2
+    middle = (more - less) / total
+    half = 1.96 * math.sqrt(more + less - (more - less) ** 2 / total) / total
+    return middle - half, middle + half
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided exact p-value that as many problems would turn one way by chance (McNemar 1947)."""
+    n, least = gained + lost, min(gained, lost)
+    return min(1.0, sum(math.comb(n, i) for i in range(least + 1)) / (1 << n) * 2)

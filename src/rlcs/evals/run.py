@@ -1,4 +1,4 @@
-"""Models times benchmarks: ask what is not answered yet, grade by every rule, write, compare.
+"""Evaluates models on benchmarks: asks what is not answered yet, grades by every rule, writes, compares.
 
 `OUT/<model>/<benchmark>/` holds `predictions.jsonl` (answers as they come; at the end with every
 rule's verdict), `scores.json`, and `settings.json`, which keeps answers of another setting out.
@@ -7,62 +7,72 @@ rule's verdict), `scores.json`, and `settings.json`, which keeps answers of anot
 import hashlib
 import json as jsonlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlcs.distill.tries import claim
-from rlcs.engines.factory import open_reader
 from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import UserError
-from rlcs.evals.answer_extractor import NOTHING, Key, read_out, wants_judge
-from rlcs.evals.answer_file import AnswerRow as Answered
-from rlcs.evals.answer_file import mark_officially
-from rlcs.evals.arms import answers_so_far
-from rlcs.evals.asking import AnswerRow, Asking, EndpointRespondent, LocalRespondent, Respondent
+from rlcs.evals.answer_extractor import NOTHING, SAMPLING, extract_answers, needs_extractor
+from rlcs.evals.answer_file import AnswerRow, grade_officially
 from rlcs.evals.benchmarks import find
+from rlcs.evals.benchmarks.base import Style
 from rlcs.evals.benchmarks.loading import Loaded, load_benchmark
 from rlcs.evals.comparison import write_comparison
-from rlcs.evals.scores import Verdict, chance_level, rule_scores
+from rlcs.evals.scores import Verdict, answer_lengths, chance_level, rule_scores
+from rlcs.generation import SampleLog, Sampler, annotate, check_settings, open_sampler
 from rlcs.grading import GradePool
 from rlcs.progress import Screen, screen
-from rlcs.recipe.rollout import Sampler
-from rlcs.recipe.schema import Endpoint
-from rlcs.records import Grade, Problem
+from rlcs.recipe.sampling import Endpoint, EngineSettings
+from rlcs.recipe.schema import Eval, Prompts
+from rlcs.records import Grade, Request, Sample, SampleKey
 from rlcs.signals import StopFlag
-from rlcs.storage import append_jsonl, atomic_write, write_json
+from rlcs.storage import write_json
 
 OWN_RULE = "rlcs"
-JUDGED_RULE = "rlcs+judge"
+EXTRACTOR_RULE = "rlcs+judge"
 OFFICIAL_RULE = "official"
 PREDICTIONS = "predictions.jsonl"
 _SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exam:
-    """What is asked of every model, and where it goes.
+class EvalRun:
+    """What every model is asked, `samples` times each, in the words of `style`, and where the results go.
 
-    `endpoint` and `judge` are servers; the model name in `endpoint` is replaced by each model's own. Without
-    `endpoint` we load the models, and `sampler` says by which engine.
+    `endpoint` and `judge` (the answer extractor) are servers; the model name in `endpoint` is replaced by
+    each model's own. Without `endpoint` the models are loaded here, and `engine` says by which engine.
     """
 
     benchmarks: tuple[str, ...]
     out: Path
-    asking: Asking
+    sampling: Eval
+    style: Style = "paper"
+    samples: int = 1
+    seed: int = 0
     data: Path | None = None
     split: str | None = None
     limit: int | None = None
     endpoint: Endpoint | None = None
     judge: Endpoint | None = None
-    sampler: Sampler = field(default_factory=Sampler)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     decode_limit: int = 50_000_000
 
+    def open_sampler(self, model: str) -> AbstractContextManager[Sampler]:
+        """The model, ready to answer; a local one is gone from memory when the context ends."""
+        sampling = self.sampling.sampling(n=self.samples, seed=self.seed)
+        if self.endpoint is not None:
+            return EndpointClient(self.endpoint.model_copy(update={"model": model}), sampling)
+        rows, logs = self.sampling.max_rows, self.out / "rollout"
+        return open_sampler(model, sampling, settings=self.engine, rows=rows, logs=logs)
 
-def run_exam(exam: Exam, models: Sequence[str], *, stop: StopFlag, json: bool = False) -> dict[str, Any]:
-    """Every model on every benchmark; returns the comparison, which also lies in OUT/comparison.json.
+
+def evaluate_models(
+    run: EvalRun, models: Sequence[str], *, stop: StopFlag, json: bool = False
+) -> dict[str, Any]:
+    """Evaluate every model on every benchmark; return the comparison, which is also in OUT/comparison.json.
 
     A model is `NAME=MODEL` or just MODEL. Raises UserError before anything is asked if a name is taken
     twice or a benchmark cannot be read.
@@ -70,23 +80,28 @@ def run_exam(exam: Exam, models: Sequence[str], *, stop: StopFlag, json: bool = 
     named = label_models(models)
     loaded = [
         load_benchmark(
-            find(name), split=exam.split, data=exam.data, limit=exam.limit, decode_limit=exam.decode_limit
+            find(name), split=run.split, data=run.data, limit=run.limit, decode_limit=run.decode_limit
         )
-        for name in dict.fromkeys(exam.benchmarks)
+        for name in dict.fromkeys(run.benchmarks)
     ]
     for label, model in named.items():
         for each in loaded:
-            claim(exam.out / label / each.benchmark.name, _settings(exam, each, model))
-    with GradePool() as pool, EndpointClient(exam.judge) if exam.judge else nullcontext() as judge:
+            path = run.out / label / each.benchmark.name / PREDICTIONS
+            check_settings(path, _settings(run, each, model))
+    extractor = nullcontext() if run.judge is None else EndpointClient(run.judge, SAMPLING)
+    with GradePool() as pool, extractor as judge:
         for label, model in named.items():
-            stop.check(str(exam.out))
-            sittings = [_Sitting(exam, label, each, pool=pool, judge=judge) for each in loaded]
-            _examine(exam, model, sittings, stop=stop, json=json)
-    return write_comparison(exam.out, first=list(named))
+            stop.check(str(run.out))
+            with run.open_sampler(model) as sampler:
+                for each in loaded:
+                    _ModelOnBenchmark(run, label, each, pool=pool, judge=judge).evaluate(
+                        sampler, stop, json=json
+                    )
+    return write_comparison(run.out, first=list(named))
 
 
 def label_models(models: Sequence[str]) -> dict[str, str]:
-    """Folder name to model. Raises UserError for two models of one name."""
+    """Map folder names to models. Raises UserError for two models of one name."""
     named: dict[str, str] = {}
     for text in models:
         label, equals, model = text.partition("=")
@@ -103,169 +118,143 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
     return named
 
 
-@contextmanager
-def _respondent(exam: Exam, model: str) -> Iterator[Respondent]:
-    how, logs = exam.asking, exam.out / "rollout"
-    if exam.endpoint is not None:
-        with EndpointClient(exam.endpoint.model_copy(update={"model": model})) as client:
-            yield EndpointRespondent(client, how)
-        return
-    with open_reader(
-        model, exam.sampler, how.sampling, system=how.system, seed=how.seed, n=how.samples, logs=logs
-    ) as reader:
-        yield LocalRespondent(reader)
-
-
-def _settings(exam: Exam, loaded: Loaded, model: str) -> dict[str, Any]:
-    """What decides an answer: answers of other settings never share a folder."""
-    sampling = exam.asking.sampling
+def _settings(run: EvalRun, loaded: Loaded, model: str) -> dict[str, Any]:
+    """Everything that decides an answer: answers of other settings never share a folder."""
     return {
         "model": model,
-        "weights": _weights_stamp(model) if exam.endpoint is None else None,
-        "base_url": exam.endpoint.base_url if exam.endpoint else None,
-        "engine": None if exam.endpoint or exam.sampler.engine == "local" else "vllm",
+        "weights": _weights_stamp(model) if run.endpoint is None else None,
+        "base_url": run.endpoint.base_url if run.endpoint else None,
+        "engine": None if run.endpoint or run.engine.engine == "local" else "vllm",
         "split": loaded.split,
-        "prompt": exam.asking.style,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_new_tokens": sampling.max_new_tokens,
-        "seed": exam.asking.seed,
+        "prompt": run.style,
+        **run.sampling.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
+        "seed": run.seed,
     }
 
 
 def _weights_stamp(model: str) -> str | None:
-    """A mark of the weight files of a local folder: names, sizes, times. None for a hub id."""
+    """Fingerprint of the weight files in a local folder: names, sizes, times. None for a hub id."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(jsonlib.dumps(facts).encode()).hexdigest()[:16] if facts else None
 
 
-def _examine(exam: Exam, model: str, sittings: "list[_Sitting]", *, stop: StopFlag, json: bool) -> None:
-    """One model before every benchmark; it is gone from memory before the next one is loaded."""
-    with _respondent(exam, model) as respondent:
-        for sitting in sittings:
-            sitting.hold(respondent, stop, json=json)
-
-
-class _Sitting:
-    """One model before one benchmark."""
+class _ModelOnBenchmark:
+    """One model on one benchmark."""
 
     def __init__(
-        self, exam: Exam, label: str, loaded: Loaded, *, pool: GradePool, judge: EndpointClient | None
+        self, run: EvalRun, label: str, loaded: Loaded, *, pool: GradePool, judge: Sampler | None
     ) -> None:
-        self._exam, self._label, self._loaded = exam, label, loaded
+        self._run, self._label, self._loaded = run, label, loaded
         self._pool, self._judge = pool, judge
-        self._samples = exam.asking.samples
         self._questions = {question.id: question for question, _ in loaded.questions}
-        self._folder = exam.out / label / loaded.benchmark.name
+        self._folder = run.out / label / loaded.benchmark.name
 
-    def hold(self, respondent: Respondent, stop: StopFlag, *, json: bool) -> None:
+    def evaluate(self, sampler: Sampler, stop: StopFlag, *, json: bool) -> None:
         """Ask, grade, write. Raises Stopped with everything answered on disk."""
         title = f"{self._label}: {self._loaded.benchmark.title}"
-        with screen(title, len(self._questions) * self._samples, json=json) as view:
+        with screen(title, len(self._questions) * self._run.samples, json=json) as view:
             if self._loaded.missing:
                 view.say(missing_text(self._loaded))
-            rows, failed = self._ask(respondent, view, stop)
+            samples, failed = self._ask(sampler, view, stop)
             stop.check(str(self._folder))
-            current = [r for r in rows if r["id"] in self._questions and r["index"] < self._samples]
-            rules, judged = self._grade(current, stop)
+            rules, judged = self._grade(samples, stop)
             stop.check(str(self._folder))
-            lines = "".join(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            atomic_write(self._folder / PREDICTIONS, lines)
-            write_json(
-                self._folder / "scores.json", {**self._scores(current, rules, failed), "judge": judged}
-            )
+            verdicts: dict[SampleKey, dict[str, Any]] = {sample.key: {"rules": {}} for sample in samples}
+            for rule, grades in rules.items():
+                for sample, grade in zip(samples, grades, strict=True):
+                    verdict = {"correct": grade.correct, "extracted": grade.extracted, "why": grade.why}
+                    verdicts[sample.key]["rules"][rule] = verdict
+            annotate(self._folder / PREDICTIONS, verdicts)
+            scores = {**self._scores(samples, rules, failed), "judge": judged}
+            write_json(self._folder / "scores.json", scores)
             for why in list(dict.fromkeys(failed.values()))[:_SHOWN]:
                 view.say(f"  not answered: {why}")
 
-    def _ask(
-        self, respondent: Respondent, view: Screen, stop: StopFlag
-    ) -> tuple[list[AnswerRow], dict[str, str]]:
-        """All rows, old and new, and for each (question, sample) that could not be answered why."""
-        path = self._folder / PREDICTIONS
-        style = self._exam.asking.style
-        problems = [question.asked(style, images) for question, images in self._loaded.questions]
-        digests = {problem.id: problem.digest for problem in problems}
-        rows: list[AnswerRow] = answers_so_far(path, digests)
-        answered = {(row["id"], row["index"]) for row in rows}
-        wanted: list[tuple[Problem, tuple[int, ...]]] = []
-        for problem in problems:
-            left = tuple(i for i in range(self._samples) if (problem.id, i) not in answered)
-            if left:
-                wanted.append((problem, left))
-        done = len(self._questions) * self._samples - sum(len(left) for _, left in wanted)
+    def _ask(self, sampler: Sampler, view: Screen, stop: StopFlag) -> tuple[list[Sample], dict[str, str]]:
+        """All samples, old and new, and why the others could not be had.
+
+        What fails on a server is asked again another time. A local model that cannot answer (the prompt is
+        too long for it) never will: the sample is kept and counts as wrong.
+        """
+        run = self._run
+        system = Prompts().system if run.style == "paper" else None  # the official scripts send none
+        problems = [question.asked(run.style, images) for question, images in self._loaded.questions]
+        requests = [
+            Request.of(problem, system=system, index=index)
+            for problem in problems
+            for index in range(run.samples)
+        ]
         failed: dict[str, str] = {}
-        right = seen = 0
-        for new in respondent.answers(wanted, stop=stop):
-            good = [{**row, "digest": digests[row["id"]]} for row in new if row["stop"] != "failed"]
-            failed |= {f"{r['id']} #{r['index']}": r["error"] for r in new if r["stop"] == "failed"}
-            append_jsonl(path, good)
-            rows += good
-            right += sum(grade.correct is True for grade in self._graded(good))
-            seen += len(good)
-            view.advance(done + seen + len(failed), accuracy=right / max(1, seen))
-        return rows, failed
-
-    def _graded(self, rows: Sequence[AnswerRow], said: Mapping[Key, str] | None = None) -> list[Grade]:
-        """By our own rule; what a judge `said` of a response stands in its place."""
-        answers = []
-        for row in rows:
-            text = (said or {}).get((row["id"], row["index"]), NOTHING)
-            response = row["response"] if text == NOTHING else f"\\boxed{{{text}}}"
-            answers.append((self._questions[row["id"]].graded(), response))
-        return self._pool.grade(answers)
-
-    def _officially(self, row: AnswerRow, rule: str, said: Mapping[Key, str]) -> Grade:
-        """By the official script's rule; what a judge `said` is its extraction, as in that script."""
-        question, read = self._questions[row["id"]], said.get((row["id"], row["index"]))
-        mark = mark_officially(
-            Answered(
-                line=0,
-                fields=question.facts,
-                response=row["response"],
-                answer=question.answer,
-                choices=question.choices,
-                extraction=None if read in (None, NOTHING) else read,
-            ),
-            rule,
-        )
-        reward = None if mark.correct is None else float(mark.correct)
-        return Grade(reward=reward, correct=mark.correct, extracted=mark.prediction, why=mark.why)
+        digests = {problem.id: problem.digest for problem in problems}
+        with SampleLog(self._folder / PREDICTIONS, digests) as log:
+            left = list(log.unanswered(requests))
+            right = 0
+            for seen, sample in enumerate(sampler.samples(left, stop=stop), start=1):
+                if sample.retryable or (sample.error and run.endpoint):
+                    failed[f"{sample.id} #{sample.index}"] = sample.error
+                else:
+                    log.add(sample)
+                    right += self._own_grades([sample])[0].correct is True
+                accuracy = right / max(1, seen - len(failed))
+                view.advance(len(requests) - len(left) + seen, accuracy=accuracy)
+            samples = [entry.sample for entry in log.entries.values()]
+        return [sample for sample in samples if sample.index < run.samples], failed
 
     def _grade(
-        self, rows: Sequence[AnswerRow], stop: StopFlag
+        self, samples: Sequence[Sample], stop: StopFlag
     ) -> tuple[dict[str, list[Grade]], dict[str, Any] | None]:
-        """Grades by every rule, which the rows are told too, and what the judge did."""
-        rules, judged = {OWN_RULE: self._graded(rows)}, None
-        said: Mapping[Key, str] = {}
-        if self._judge is not None and self._exam.judge is not None:
-            model = self._exam.judge.model
-            asked = [(self._questions[row["id"]], row) for row in rows if wants_judge(row["response"])]
-            said, failed = read_out(self._judge, model, asked, path=self._folder / "judged.jsonl", stop=stop)
-            rules[JUDGED_RULE] = self._graded(rows, said)
-            judged = {"model": model, "asked": len(asked), "read": len(said), "failed": len(failed)}
+        """Grades by every rule, and what the answer extractor did."""
+        rules, judged = {OWN_RULE: self._own_grades(samples)}, None
+        extracted: Mapping[SampleKey, str] = {}
+        if self._judge is not None and self._run.judge is not None:
+            model, path = self._run.judge.model, self._folder / "judged.jsonl"
+            asked = [(self._questions[each.id], each) for each in samples if needs_extractor(each.text)]
+            extracted, failed = extract_answers(self._judge, model, asked, path=path, stop=stop)
+            rules[EXTRACTOR_RULE] = self._own_grades(samples, extracted)
+            judged = {"model": model, "asked": len(asked), "read": len(extracted), "failed": len(failed)}
             judged["why_failed"] = list(dict.fromkeys(failed.values()))[:_SHOWN]
         if (rule := self._loaded.benchmark.official_rule) is not None:
-            rules[OFFICIAL_RULE] = [self._officially(row, rule, said) for row in rows]
-        for rule, grades in rules.items():
-            for row, grade in zip(rows, grades, strict=True):
-                verdict = {"correct": grade.correct, "extracted": grade.extracted, "why": grade.why}
-                row.setdefault("rules", {})[rule] = verdict
+            rules[OFFICIAL_RULE] = [self._official_grade(each, rule, extracted) for each in samples]
         return rules, judged
 
+    def _own_grades(
+        self, samples: Sequence[Sample], extracted: Mapping[SampleKey, str] | None = None
+    ) -> list[Grade]:
+        """Grades by our own rule; an `extracted` answer stands in place of its response."""
+        answers = []
+        for sample in samples:
+            text = (extracted or {}).get(sample.key, NOTHING)
+            response = sample.text if text == NOTHING else f"\\boxed{{{text}}}"
+            answers.append((self._questions[sample.id].graded(), response))
+        return self._pool.grade(answers)
+
+    def _official_grade(self, sample: Sample, rule: str, extracted: Mapping[SampleKey, str]) -> Grade:
+        """The grade by the official script's rule, on the `extracted` answer as in that script."""
+        question, text = self._questions[sample.id], extracted.get(sample.key, NOTHING)
+        answer = AnswerRow(
+            line=0,
+            fields=question.facts,
+            response=sample.text,
+            answer=question.answer,
+            choices=question.choices,
+            extraction=None if text == NOTHING else text,
+        )
+        return grade_officially(answer, rule)
+
     def _scores(
-        self, rows: Sequence[AnswerRow], rules: Mapping[str, Sequence[Grade]], failed: Mapping[str, str]
+        self, samples: Sequence[Sample], rules: Mapping[str, Sequence[Grade]], failed: Mapping[str, str]
     ) -> dict[str, Any]:
-        benchmark, missing, asking = self._loaded.benchmark, self._loaded.missing, self._exam.asking
-        refused = [row["error"] for row in rows if row["stop"] == "error"]
-        answered = [self._questions[name] for name in dict.fromkeys(row["id"] for row in rows)]
+        benchmark, missing, run = self._loaded.benchmark, self._loaded.missing, self._run
+        refused = [sample.error for sample in samples if sample.error]
+        answered = [self._questions[name] for name in dict.fromkeys(sample.id for sample in samples)]
         by_rule = {}
         for rule, grades in rules.items():
             verdicts = [
-                Verdict(question=self._questions[row["id"]], index=row["index"], correct=grade.correct)
-                for row, grade in zip(rows, grades, strict=True)
+                Verdict(question=self._questions[sample.id], index=sample.index, correct=grade.correct)
+                for sample, grade in zip(samples, grades, strict=True)
             ]
-            by_rule[rule] = rule_scores(benchmark, verdicts, self._samples)
+            by_rule[rule] = rule_scores(benchmark, verdicts, run.samples)
             by_rule[rule]["without_answer"] = sum(grade.extracted is None for grade in grades)
         return {
             "label": self._label,
@@ -273,22 +262,21 @@ class _Sitting:
             "title": benchmark.title,
             "split": self._loaded.split,
             "source": self._loaded.source,
-            "prompt": asking.style,
-            "sampling": {**asking.sampling.model_dump(), "samples": self._samples},
+            "prompt": run.style,
+            "sampling": {**run.sampling.model_dump(), "samples": run.samples},
             "n": len(answered),
             "of": self._loaded.of,
             "missing_images": {"count": len(missing), "first": [str(bad) for bad in missing[:_SHOWN]]},
             "failed": {"count": len(failed), "first": dict(list(failed.items())[:_SHOWN])},
             "refused": {"count": len(refused), "first": refused[:_SHOWN]},
             "chance": chance_level(answered),
-            "mean_tokens": sum(row["tokens"] for row in rows) / max(1, len(rows)),
-            "truncated": sum(row["stop"] == "length" for row in rows) / max(1, len(rows)),
+            **answer_lengths(samples),
             "rules": by_rule,
         }
 
 
 def missing_text(loaded: Loaded) -> str:
-    """Which questions are left out for want of an image."""
+    """Name the questions that are left out for want of an image."""
     total = len(loaded.questions) + len(loaded.missing)
     first = "".join(f"\n  {bad}" for bad in loaded.missing[:_SHOWN])
     more = len(loaded.missing) - _SHOWN

@@ -1,17 +1,19 @@
-"""From verdicts to numbers: pure functions.
+"""Scores of graded answers: pure functions.
 
 Several samples of a question are one question: accuracy is the mean over questions of the mean over
 samples, and its Wilson interval counts questions, not samples.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Any
 
 from rlcs.evals.benchmarks.base import Benchmark, Question
 from rlcs.evals.intervals import wilson
+from rlcs.generation import Entry
+from rlcs.records import Problem, Sample, StopReason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,36 +26,74 @@ class Verdict:
 
 
 def chance_level(questions: Sequence[Question]) -> float:
-    """What guessing scores: the mean of 1 / options, 0 for a question with a free answer."""
+    """Expected score of guessing: the mean of 1 / options, 0 for a question with a free answer."""
     return sum(1 / q.num_options if q.num_options else 0.0 for q in questions) / max(1, len(questions))
 
 
 def pass_at(n: int, right: int, k: int) -> float:
-    """The chance that `k` of `n` samples, `right` of them right, hold a right one.
+    """Probability that `k` of `n` samples, `right` of them right, hold a right one.
 
     The unbiased estimate of Chen et al. 2021 (arXiv 2107.03374), eq. 1.
     """
     return 1.0 - comb(n - right, k) / comb(n, k)
 
 
+def with_interval(right: float, n: int) -> dict[str, float]:
+    """The accuracy of `right` out of `n`, with its Wilson interval."""
+    low, high = wilson(round(right), n)
+    return {"accuracy": right / max(1, n), "low": low, "high": high}
+
+
+def answer_lengths(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean tokens of the answers, and the share that was cut off at the limit."""
+    total = max(1, len(samples))
+    return {
+        "mean_tokens": sum(sample.tokens for sample in samples) / total,
+        "truncated": sum(sample.stop is StopReason.LENGTH for sample in samples) / total,
+    }
+
+
+def arm_scores(entries: Sequence[Entry], problems: Mapping[str, Problem]) -> dict[str, Any]:
+    """Accuracy of one arm with its interval, by family and level where the problems have them.
+
+    Unscored answers count as not right here: held-out problems have no group to leave.
+    """
+    verdicts = [(entry.sample.id, entry.added["correct"]) for entry in entries]
+    by = _breakdown(
+        (key, str(value), float(correct is True))
+        for name, correct in verdicts
+        for key in ("family", "level")
+        if (value := problems[name].metadata.get(key)) is not None
+    )
+    return {
+        **with_interval(sum(correct is True for _, correct in verdicts), len(verdicts)),
+        "n": len(verdicts),
+        "unscored": sum(correct is None for _, correct in verdicts),
+        "by_family": by.get("family", {}),
+        "by_level": by.get("level", {}),
+        **answer_lengths([entry.sample for entry in entries]),
+    }
+
+
 def rule_scores(benchmark: Benchmark, verdicts: Sequence[Verdict], samples: int) -> dict[str, Any]:
-    """Everything that one rule says: accuracy with its interval, pass@k, by facet, own metrics."""
+    """Scores by one rule: accuracy with its interval, pass@k, by facet, the benchmark's own metrics."""
     by_question: dict[str, list[bool]] = defaultdict(list)
     for verdict in verdicts:
         by_question[verdict.question.id].append(verdict.correct is True)
     shares = {name: sum(each) / len(each) for name, each in by_question.items()}
-    n = len(shares)
-    accuracy = sum(shares.values()) / max(1, n)
-    low, high = wilson(round(accuracy * n), n)
     scores: dict[str, Any] = {
-        "accuracy": accuracy,
-        "low": low,
-        "high": high,
+        **with_interval(sum(shares.values()), len(shares)),
         "unscored": sum(verdict.correct is None for verdict in verdicts),
     }
     if samples > 1:
         scores["pass_at"] = _all_pass_at(list(by_question.values()), samples)
-    scores["by"] = _by_facet({v.question.id: v.question for v in verdicts}, shares)
+    questions = {verdict.question.id: verdict.question for verdict in verdicts}
+    scores["by"] = _breakdown(
+        (facet, value, shares[name])
+        for name, question in questions.items()
+        for facet, values in question.facets.items()
+        for value in values
+    )
     if benchmark.metrics is not None:
         rounds: dict[int, list[tuple[Question, bool]]] = defaultdict(list)
         for verdict in verdicts:
@@ -72,14 +112,11 @@ def _all_pass_at(samples: Sequence[Sequence[bool]], most: int) -> dict[str, floa
     return scores
 
 
-def _by_facet(
-    questions: Mapping[str, Question], shares: Mapping[str, float]
-) -> dict[str, dict[str, dict[str, float]]]:
+def _breakdown(shares: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy and count by facet and value, from (facet, value, share that is right)."""
     groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for name, question in questions.items():
-        for facet, values in question.facets.items():
-            for value in values:
-                groups[facet][value].append(shares[name])
+    for facet, value, share in shares:
+        groups[facet][value].append(share)
     return {
         facet: {
             value: {"accuracy": sum(each) / len(each), "n": len(each)}

@@ -13,9 +13,8 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 
 from rlcs.grading.intervals import as_interval, is_inequality
+from rlcs.grading.latex import NoValueError, TooLargeError, exact, number
 from rlcs.grading.normal import compact, normalise, peel, repair_gold
-from rlcs.grading.official.latex_value import NoValueError, number
-from rlcs.grading.rational import NotExactError, TooLargeError, exact
 from rlcs.grading.units import split_unit
 
 MAX_ANSWER = 10_000
@@ -225,7 +224,7 @@ def _end_of_chain(text: str) -> str:
 def _number(text: str) -> Fraction | None:
     try:
         return exact(text)
-    except (NotExactError, TooLargeError):
+    except (NoValueError, TooLargeError):
         return None
 
 
@@ -323,7 +322,7 @@ def _same_values(given: str, wanted: str) -> Verdict:
     try:
         gold = exact(theirs.rstrip("% "))
         answer = exact(mine.rstrip("% "))
-    except NotExactError:
+    except NoValueError:
         return _formulas(mine, theirs)
     except TooLargeError as error:
         return _no(f"not the same text, and {error}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlcs.errors import DataError, ModelError, PromptError
 from rlcs.model.images import ImagePipeline
-from rlcs.records import IMAGE_SLOT, ImageRef, Message, Problem, Prompt, Sampling
+from rlcs.records import ImageRef, Message, Problem, Prompt, Request, Sampling
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 """What the templates of Qwen2-VL and Qwen2.5-VL put in when there is no system message."""
@@ -76,8 +76,7 @@ class Chat:
 
     def prompt(self, problem: Problem) -> Prompt:
         """The prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
-        message = Message(role="user", parts=tuple(self._user(problem)))
-        return self.conversation([message], name=problem.id)
+        return self.conversation(Request.of(problem).messages, name=problem.id)
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
         """The prompt of each problem, or why it cannot become one."""
@@ -146,17 +145,6 @@ class Chat:
     def _too_long(self, what: str, name: str) -> PromptError:
         fix = "shorten it; in a recipe raise prompt.max_tokens or lower images.max_pixels"
         return PromptError(f"the prompt has {what}; the limit is {self._max_tokens}", where=name, fix=fix)
-
-    def _user(self, problem: Problem) -> list[str | ImageRef]:
-        """The user turn; images stand at their slots, or first where there are none."""
-        pieces = problem.question.split(IMAGE_SLOT)
-        if len(pieces) == 1 and problem.images:
-            pieces = [""] * len(problem.images) + pieces
-        parts: list[str | ImageRef] = []
-        for piece, image in zip(pieces, [*problem.images, None], strict=True):
-            parts += [piece] if image is None else [piece, image]
-        choices = [f"({chr(65 + i)}) {text}" for i, text in enumerate(problem.choices)]
-        return [*parts, *("\n" + choice for choice in choices)]
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text; whatever it looks like, no control id comes out."""

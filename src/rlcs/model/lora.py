@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rlcs.errors import RecipeError
-from rlcs.recipe.lora import Lora
+from rlcs.recipe.training import Lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -101,7 +101,7 @@ def merged(
         del config.quantization_config
     with torch.device("meta"):
         plain = type(model)(config)
-    # One weight at a time: a GPU may have no room for all.
+    # One weight at a time: a GPU may not hold all.
     weights = {
         name: _folded(model, whole, name, reference_mode=reference_mode).detach().cpu()
         for name in plain.state_dict()

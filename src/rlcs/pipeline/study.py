@@ -19,7 +19,8 @@ from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import MakeEngine, open_engines
 from rlcs.errors import RlcsError
-from rlcs.evals.arms import Examiner, evaluate, write_problems
+from rlcs.evals.arms import CHUNK, Evaluator, evaluate, write_problems
+from rlcs.generation import EngineSampler
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
 from rlcs.model import loading
@@ -208,10 +209,11 @@ class Study:
         vlm = self._spread(self._load(recipe.model, arm))
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = self._make_engine(vlm, chat, recipe.eval.max_rows)
+        sampler = EngineSampler(engine, chat, recipe.eval.sampling(), batch_size=CHUNK)
         graders = open_graders(recipe.grpo.reward)
         with graders as pool, self._output.screen(f"eval {arm}", len(problems)) as view:
-            examiner = Examiner(engine=engine, chat=chat, pool=pool, settings=recipe.eval, world=self._world)
-            evaluate(examiner, problems, folder=folder, screen=view, stop=self._stop)
+            evaluator = Evaluator(sampler=sampler, pool=pool, world=self._world)
+            evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
         seconds = round(time.monotonic() - started, 1)
         self._world.first(partial(mark_done, folder, seconds=seconds))
         log.info("eval %s: done", arm)

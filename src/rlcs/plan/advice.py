@@ -18,6 +18,18 @@ Try = Callable[[Sequence[str], int], dict[str, MemoryPlan]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """Changes (`key=value`) in the order in which they are tried.
+
+    Those that are `harmless` cost time or main memory and nothing else; after the `altering` ones something
+    else is learnt.
+    """
+
+    harmless: tuple[str, ...]
+    altering: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
     """`changes` (`key=value`) that make it fit here, None if nothing does; GPUs that make it fit as it is.
 
@@ -29,11 +41,10 @@ class Advice:
     gpus: int | None
 
 
-def advise(recipe: Recipe, attempt: Try, gpus: int) -> Advice:
+def advise(changes: Changes, attempt: Try, gpus: int) -> Advice:
     """Take changes in order, harmless ones first, until it fits; then drop those that were not needed."""
-    harmless, altering = _harmless(recipe, gpus), _altering(recipe, gpus)
     taken: list[str] = []
-    changes: tuple[str, ...] | None = None
+    needed: tuple[str, ...] | None = None
 
     def enough(changes: Sequence[str]) -> bool:
         try:
@@ -41,13 +52,13 @@ def advise(recipe: Recipe, attempt: Try, gpus: int) -> Advice:
         except RecipeError:  # changes that need each other
             return False
 
-    for change in (*harmless, *altering):
+    for change in (*changes.harmless, *changes.altering):
         taken.append(change)
         if enough(taken):
-            changes = tuple(_needed(taken, enough))
+            needed = tuple(_needed(taken, enough))
             break
-    alters = tuple(change for change in changes or () if change in altering)
-    return Advice(changes=changes, alters=alters, gpus=_enough_gpus(attempt, gpus))
+    alters = tuple(change for change in needed or () if change in changes.altering)
+    return Advice(changes=needed, alters=alters, gpus=_enough_gpus(attempt, gpus))
 
 
 def _needed(taken: Sequence[str], enough: Callable[[Sequence[str]], bool]) -> list[str]:
@@ -73,33 +84,29 @@ def _enough_gpus(attempt: Try, gpus: int) -> int | None:
     return None
 
 
-def _harmless(recipe: Recipe, gpus: int) -> list[str]:
-    """Changes that cost time (or main memory) and nothing else."""
-    changes = [] if recipe.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
-    if not recipe.parallel.reshard_after_forward:
-        changes.append("parallel.reshard_after_forward=true")
-    changes += _halved("sft.pack_tokens", recipe.sft.pack_tokens, SMALLEST_PACK)
-    changes += _halved("grpo.pack_tokens", recipe.grpo.pack_tokens, SMALLEST_PACK)
-    if recipe.rollout.engine == "local":
-        changes += _halved("grpo.max_rows", recipe.grpo.max_rows, FEWEST_ROWS)
-        changes += _halved("eval.max_rows", recipe.eval.max_rows, FEWEST_ROWS)
+def possible_changes(recipe: Recipe, gpus: int) -> Changes:
+    """Every change of a recipe that may save memory, the mildest first."""
+    rollout, grpo, lora, offloads = recipe.rollout, recipe.grpo, recipe.lora, recipe.parallel.cpu_offload
+    harmless = [] if recipe.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
+    harmless += [] if recipe.parallel.reshard_after_forward else ["parallel.reshard_after_forward=true"]
+    harmless += _halved("sft.pack_tokens", recipe.sft.pack_tokens, SMALLEST_PACK)
+    harmless += _halved("grpo.pack_tokens", grpo.pack_tokens, SMALLEST_PACK)
+    if rollout.engine == "local":
+        harmless += _halved("grpo.max_rows", grpo.max_rows, FEWEST_ROWS)
+        harmless += _halved("eval.max_rows", recipe.eval.max_rows, FEWEST_ROWS)
     else:
-        share = recipe.rollout.memory_share or 1.0
-        changes += [f"rollout.memory_share={less}" for less in VLLM_SHARES if less < share]
-    movable = gpus and not recipe.parallel.cpu_offload and not recipe.lora.four_bit
-    return [*changes, OFFLOAD] if movable else changes
-
-
-def _altering(recipe: Recipe, gpus: int) -> list[str]:
-    """Changes after which something else is learnt."""
-    changes = [] if recipe.lora.rank else ["lora.rank=32"]
-    packable = gpus <= 1 and recipe.parallel.compute_dtype == "same" and not recipe.lora.four_bit
+        share = rollout.memory_share or 1.0
+        harmless += [f"rollout.memory_share={less}" for less in VLLM_SHARES if less < share]
+    harmless += [OFFLOAD] if gpus and not offloads and not lora.four_bit else []
+    altering = [] if lora.rank else ["lora.rank=32"]
     # 4-bit weights do not train under torchrun.
-    changes += ["parallel.cpu_offload=false", "lora.four_bit=true"] if packable else []
-    changes += ["grpo.kl.kind=none"] if recipe.grpo.kl.active else []
-    changes += _halved("grpo.max_new_tokens", recipe.grpo.max_new_tokens, 512)
-    changes += _halved("grpo.group_size", recipe.grpo.group_size, 4)
-    return changes + _halved("prompt.max_tokens", recipe.prompt.max_tokens, 512)
+    packable = gpus <= 1 and recipe.parallel.compute_dtype == "same" and not lora.four_bit
+    altering += ["parallel.cpu_offload=false", "lora.four_bit=true"] if packable else []
+    altering += ["grpo.kl.kind=none"] if grpo.kl.active else []
+    altering += _halved("grpo.max_new_tokens", grpo.max_new_tokens, 512)
+    altering += _halved("grpo.group_size", grpo.group_size, 4)
+    altering += _halved("prompt.max_tokens", recipe.prompt.max_tokens, 512)
+    return Changes(harmless=tuple(harmless), altering=tuple(altering))
 
 
 def _halved(key: str, value: int, least: int) -> list[str]:

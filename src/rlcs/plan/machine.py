@@ -9,7 +9,7 @@ from rlcs.data.sources import suggest
 from rlcs.errors import UserError
 
 GIB = 2**30
-"""A GB of this room: what makers of GPUs call one."""
+"""A GB as makers of GPUs count it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,29 +23,25 @@ class Device:
     bandwidth: float
 
 
-def _gpu(name: str, memory: float, bfloat16: float, float32: float, bandwidth: float) -> Device:
-    return Device(
-        name=name, memory=memory, bfloat16=bfloat16 * 1e12, float32=float32 * 1e12, bandwidth=bandwidth * 1e9
-    )
-
-
 GPUS: Mapping[str, Device] = {
-    device.name: device
-    for device in (
-        _gpu("A10", 24, 125, 31.2, 600),
-        _gpu("A100-40", 40, 312, 19.5, 1555),
-        _gpu("A100-80", 80, 312, 19.5, 2039),
-        _gpu("A6000", 48, 155, 38.7, 768),
-        _gpu("B200", 180, 2250, 75, 7700),
-        _gpu("H100", 80, 989, 67, 3350),
-        _gpu("H100-PCIe", 80, 756, 51, 2000),
-        _gpu("H200", 141, 989, 67, 4800),
-        _gpu("L4", 24, 121, 30.3, 300),
-        _gpu("L40S", 48, 362, 91.6, 864),
-        _gpu("MI300X", 192, 1307, 163, 5300),
-        _gpu("RTX3090", 24, 71, 35.6, 936),
-        _gpu("RTX4090", 24, 165, 82.6, 1008),
-        _gpu("RTX5090", 32, 210, 105, 1792),
+    name: Device(
+        name=name, memory=memory, bfloat16=bfloat16 * 1e12, float32=float32 * 1e12, bandwidth=speed * 1e9
+    )
+    for name, memory, bfloat16, float32, speed in (
+        ("A10", 24, 125, 31.2, 600),
+        ("A100-40", 40, 312, 19.5, 1555),
+        ("A100-80", 80, 312, 19.5, 2039),
+        ("A6000", 48, 155, 38.7, 768),
+        ("B200", 180, 2250, 75, 7700),
+        ("H100", 80, 989, 67, 3350),
+        ("H100-PCIe", 80, 756, 51, 2000),
+        ("H200", 141, 989, 67, 4800),
+        ("L4", 24, 121, 30.3, 300),
+        ("L40S", 48, 362, 91.6, 864),
+        ("MI300X", 192, 1307, 163, 5300),
+        ("RTX3090", 24, 71, 35.6, 936),
+        ("RTX4090", 24, 165, 82.6, 1008),
+        ("RTX5090", 32, 210, 105, 1792),
     )
 }
 """Makers' data sheets: memory, dense tensor-core bfloat16, plain float32 (PyTorch's default), bandwidth."""

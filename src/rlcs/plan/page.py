@@ -4,19 +4,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rlcs.plan.advice import Advice, advise
+from rlcs.plan.advice import Advice, advise, possible_changes
 from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.planner import MemoryPlan, StagePlan, plan_stages
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that is said about a recipe on a machine; `advice` where it does not fit."""
+    """What a recipe takes on a machine; `advice` where it does not fit."""
 
-    recipe: Recipe
+    name: str
     sizes: Sizes
     machine: Machine
     assumed: Assumed
@@ -31,7 +30,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """What a script reads."""
         return {
-            "recipe": self.recipe.name,
+            "recipe": self.name,
             "model": self.sizes.name,
             "parameters": self.sizes.total,
             "parts": dict(self.sizes.parameters),
@@ -60,14 +59,15 @@ def make_plan(recipe: str, overrides: Sequence[str], machine: Machine, assumed: 
 
     stages = attempt((), machine.gpus)
     fits = all(stage.fits for stage in stages.values())
-    advice = None if fits else advise(chosen, attempt, machine.gpus)
-    return Plan(recipe=chosen, sizes=sizes, machine=machine, assumed=assumed, stages=stages, advice=advice)
+    changes = possible_changes(chosen, machine.gpus)
+    advice = None if fits else advise(changes, attempt, machine.gpus)
+    return Plan(name=chosen.name, sizes=sizes, machine=machine, assumed=assumed, stages=stages, advice=advice)
 
 
 def _head(plan: Plan) -> Iterator[str]:
     machine, assumed = plan.machine, plan.assumed
     count = f"{machine.gpus} x " if machine.gpus else ""
-    yield f"{plan.recipe.name}: {plan.sizes.name}, {plan.sizes.total:,} parameters"
+    yield f"{plan.name}: {plan.sizes.name}, {plan.sizes.total:,} parameters"
     yield f"on {count}{machine.device.name} with {machine.device.memory:,.0f} GB"
     yield (
         f"assumed: {assumed.text} text tokens and {assumed.image} image tokens a prompt, {assumed.answer} an "

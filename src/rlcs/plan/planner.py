@@ -13,11 +13,11 @@ from typing import Any
 from rlcs.evals.arms import CHUNK
 from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.memory import FP32, Load, Passing, activations, update_peak
-from rlcs.plan.rollouts import Trees, decoding_seconds, live_prompts, rollout_bytes
+from rlcs.plan.placement import Placement, place, stored
+from rlcs.plan.rollouts import Trees, decoding_seconds, rollout_bytes
 from rlcs.plan.shapes import Sizes, Tower
-from rlcs.plan.storage import formats, stored, trained_parts, trainers
 from rlcs.plan.work import language, vision
-from rlcs.recipe.schema import Recipe
+from rlcs.recipe.schema import Eval, Images, Recipe
 from rlcs.recipe.stages import Grpo, Sft
 from rlcs.train.sft import steps_of
 
@@ -29,11 +29,16 @@ FRAGMENTS = 0.05
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """The memory of a stage. `parts` are bytes on one device; `peak` is their worst sum."""
+    """The memory of a stage. `parts` are bytes on one device; `peak` is their worst sum, of `limit`."""
 
     parts: Mapping[str, float]
     peak: float
-    fits: bool
+    limit: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has that much."""
+        return self.peak <= self.limit
 
     def to_json(self) -> dict[str, Any]:
         """Sizes in GB of 2**30 bytes."""
@@ -76,26 +81,50 @@ class StagePlan(MemoryPlan):
 
 def plan_stages(recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed) -> dict[str, MemoryPlan]:
     """The plan of each stage that trains, then of the measurement of an arm."""
-    steps = steps_of(recipe.sft, assumed.demonstrations) if assumed.demonstrations else None
-    return {
-        "sft": _stage(recipe, recipe.sft, sizes, machine, assumed, steps),
-        "grpo": _stage(recipe, recipe.grpo, sizes, machine, assumed, recipe.grpo.steps),
-        "eval": _measurement(recipe, sizes, machine),
+    images, sft, grpo = recipe.images, recipe.sft, recipe.grpo
+    prompt, tower = recipe.prompt.max_tokens, sizes.vision
+    spread = recipe.lora, recipe.parallel, recipe.rollout
+    placed = place(recipe.learner, *spread, sizes=sizes, machine=machine)
+    steps = steps_of(sft, assumed.demonstrations) if assumed.demonstrations else None
+    # Of demonstrations that are given instead of asked for, responses may be longer than a teacher's.
+    largest = {
+        "sft": largest_tree(images, tower, prompt=prompt, group=1, answer=recipe.teacher.max_tokens),
+        "grpo": largest_tree(images, tower, prompt=prompt, group=grpo.group_size, answer=grpo.max_new_tokens),
+        "eval": largest_tree(images, tower, prompt=prompt, group=1, answer=recipe.eval.max_new_tokens),
     }
+    plans: dict[str, MemoryPlan] = {}
+    for name, stage, count, lowest, number in (
+        ("sft", sft, sft.batch_size, images.min_pixels, steps),
+        ("grpo", grpo, grpo.prompts_per_step, images.rl_min_pixels or images.min_pixels, grpo.steps),
+    ):
+        trees = expected_trees(largest[name], tower, assumed, count=count, lowest=lowest)
+        plans[name] = _plan_training(placed, stage, trees, largest[name], assumed.utilization, number)
+    answering = recipe.learner
+    if recipe.model.dtype == "auto" and machine.gpus:  # which is so of a model that only answers
+        answering = answering.model_copy(update={"dtype": "bfloat16"})
+    placed = place(answering, *spread, sizes=sizes, machine=machine)
+    return plans | {"eval": _plan_measurement(placed, recipe.eval, largest["eval"])}
 
 
-def _stage(
-    recipe: Recipe, stage: Sft | Grpo, sizes: Sizes, machine: Machine, assumed: Assumed, steps: int | None
+def _plan_training(
+    placed: Placement,
+    stage: Sft | Grpo,
+    trees: Trees,
+    largest: Trees,
+    utilization: float,
+    steps: int | None,
 ) -> StagePlan:
-    trees = expected_trees(recipe, stage, sizes.vision, assumed)
-    parts, peak = _memory(recipe, stage, sizes, machine, trees)
-    per_tree, repeated = _passes(recipe, stage, sizes, trees)
-    speed = trainers(recipe, machine) * assumed.utilization * _peak_flops(recipe, machine)
+    device = placed.machine.device
+    parts, peak = _memory(placed, stage, trees, largest)
+    per_tree, repeated = _passes(placed, stage, trees)
+    speed = placed.trainers * utilization * (device.float32 if placed.compute == FP32 else device.bfloat16)
     seconds = {name: trees.count * flops / speed for name, flops in per_tree.items()}
-    if "rollout" in seconds:
-        seconds["rollout"] += decoding_seconds(recipe, sizes, machine, trees)
+    if isinstance(stage, Grpo):
+        seconds["rollout"] += decoding_seconds(placed, trees, max_rows=stage.max_rows)
     return StagePlan(
-        **_in_all(parts, peak, machine),
+        parts=parts,
+        peak=peak,
+        limit=device.memory * GIB,
         tokens=trees.count * trees.tokens,
         repeated_tokens=trees.count * trees.group * (trees.trunk + trees.answer),
         flops=trees.count * sum(per_tree.values()),
@@ -108,127 +137,99 @@ def _stage(
 # --- what a step is made of ---------------------------------------------------------------------------
 
 
-def expected_trees(recipe: Recipe, stage: Sft | Grpo, tower: Tower, assumed: Assumed) -> Trees:
-    """The trees of one step with the assumed lengths, within the recipe's bounds."""
-    images, longest = recipe.images, recipe.prompt.max_tokens
-    rl = isinstance(stage, Grpo)
-    lowest = (images.rl_min_pixels if rl else None) or images.min_pixels
-    image = min(max(assumed.image, lowest // tower.side**2), images.max_pixels // tower.side**2)
-    image = min(image, max(0, longest - assumed.text))
-    return Trees(
-        count=stage.prompts_per_step if isinstance(stage, Grpo) else stage.batch_size,
-        trunk=min(longest, assumed.text + image),
-        patches=tower.merge**2 * image,
-        group=stage.group_size if isinstance(stage, Grpo) else 1,
-        answer=min(assumed.answer, _longest_answer(recipe, stage)),
-    )
-
-
-def largest_tree(recipe: Recipe, stage: Sft | Grpo, tower: Tower) -> Trees:
+def largest_tree(images: Images, tower: Tower, *, prompt: int, group: int, answer: int) -> Trees:
     """The longest prompt that is let in, its image as large as can be, every answer at its limit."""
-    image = min(recipe.images.max_pixels // tower.side**2, recipe.prompt.max_tokens)
-    return Trees(
-        count=1,
-        trunk=recipe.prompt.max_tokens,
+    image = min(images.max_pixels // tower.side**2, prompt)
+    return Trees(count=1, trunk=prompt, patches=tower.merge**2 * image, group=group, answer=answer)
+
+
+def expected_trees(largest: Trees, tower: Tower, assumed: Assumed, *, count: int, lowest: int) -> Trees:
+    """The `count` trees of one step with the assumed lengths; images have `lowest` pixels at least."""
+    image = min(max(assumed.image, lowest // tower.side**2), largest.patches // tower.merge**2)
+    image = min(image, max(0, largest.trunk - assumed.text))
+    return replace(
+        largest,
+        count=count,
+        trunk=min(largest.trunk, assumed.text + image),
         patches=tower.merge**2 * image,
-        group=stage.group_size if isinstance(stage, Grpo) else 1,
-        answer=_longest_answer(recipe, stage),
+        answer=min(assumed.answer, largest.answer),
     )
-
-
-def _longest_answer(recipe: Recipe, stage: Sft | Grpo) -> int:
-    """Of a rollout, or of a teacher; demonstrations that are given may be longer."""
-    return stage.max_new_tokens if isinstance(stage, Grpo) else recipe.teacher.max_tokens
-
-
-def possible_packs(stage: Sft | Grpo, trees: Trees, largest: Trees) -> list[Load]:
-    """A full pack of expected trees, and the pack of the largest tree alone."""
-    fit = max(1, min(trees.count, stage.pack_tokens // trees.tokens))
-    return [
-        Load(tokens=n * t.tokens, targets=n * t.group * t.answer, patches=n * t.patches)
-        for n, t in ((fit, trees), (1, largest))
-    ]
 
 
 # --- memory -------------------------------------------------------------------------------------------
 
 
 def _memory(
-    recipe: Recipe, stage: Sft | Grpo, sizes: Sizes, machine: Machine, trees: Trees
+    placed: Placement, stage: Sft | Grpo, trees: Trees, largest: Trees
 ) -> tuple[dict[str, float], float]:
-    """The parts of one device's memory, and their sum at the worst moment, without libraries."""
-    lies = stored(recipe, stage, sizes, machine)
+    """The parts of one device's memory, and their sum at the worst moment."""
     how = Passing(
-        element=formats(recipe, machine).compute,
-        checkpointing=recipe.model.gradient_checkpointing,
-        trains=trained_parts(recipe, stage),
-        adapters=recipe.lora.rank > 0,
+        element=placed.compute,
+        checkpointing=placed.checkpointing,
+        trains=placed.trains(stage.freeze),
+        adapters=placed.lora.rank > 0,
     )
-    largest = largest_tree(recipe, stage, sizes.vision)
-    held = [activations(sizes, load, how) for load in possible_packs(stage, trees, largest)]
-    several = trees.count * trees.tokens > stage.pack_tokens * trainers(recipe, machine)
+    lies = stored(placed, how.trains, reference=isinstance(stage, Grpo) and stage.kl.active)
+    full = max(1, min(trees.count, stage.pack_tokens // trees.tokens))
+    packs = [(full, trees), (1, largest)]  # a full pack of expected trees, and the largest alone
+    loads = [
+        Load(tokens=n * t.tokens, targets=n * t.group * t.answer, patches=n * t.patches) for n, t in packs
+    ]
+    held = [activations(placed.sizes, load, how) for load in loads]
+    several = trees.count * trees.tokens > stage.pack_tokens * placed.trainers
     worst = max(update_peak(lies.gradients, each, packs=2 if several else 1) for each in held)
     parts = asdict(lies) | {"activations": max(each.kept + each.working for each in held)}
     worst += lies.gathered
     if isinstance(stage, Grpo):
-        # The gradients of a step lie there until the next one begins.
-        prompts = live_prompts(recipe, machine)
-        parts["rollout"] = rollout_bytes(recipe, sizes, machine, largest, prompts=prompts, top_p=stage.top_p)
-        rest = worst if recipe.rollout.engine == "vllm_server" else lies.gradients  # servers never sleep
+        # Whole groups within max_rows are decoded at once.
+        own = math.ceil(stage.prompts_per_step / placed.trainers)
+        prompts = min(own, max(1, stage.max_rows // stage.group_size))
+        parts["rollout"] = rollout_bytes(placed, largest, prompts=prompts, top_p=stage.top_p)
+        # The gradients of a step lie there until the next one begins; servers never sleep.
+        rest = worst if placed.rollout.engine == "vllm_server" else lies.gradients
         worst = max(worst, rest + parts["rollout"])
-    return parts, lies.weights + lies.optimizer + lies.reference + worst
+    return parts, _with_overhead(lies.weights + lies.optimizer + lies.reference + worst)
 
 
-def _measurement(recipe: Recipe, sizes: Sizes, machine: Machine) -> MemoryPlan:
+def _plan_measurement(placed: Placement, sampling: Eval, largest: Trees) -> MemoryPlan:
     """One arm: its whole model (adapters are merged, nothing has 4 bits), and every answer at its limit."""
-    how = recipe.eval
-    if recipe.model.dtype == "auto" and machine.gpus:  # which is so of a model that only answers
-        model = recipe.model.model_copy(update={"dtype": "bfloat16"})
-        recipe = recipe.model_copy(update={"model": model})
-    largest = replace(largest_tree(recipe, recipe.grpo, sizes.vision), group=1, answer=how.max_new_tokens)
-    own = sizes.total * formats(recipe, machine).weight / trainers(recipe, machine)
-    moved = own if recipe.parallel.cpu_offload and machine.gpus else 0.0
-    rows = min(how.max_rows, math.ceil(CHUNK / trainers(recipe, machine)))
+    own = placed.sizes.total * placed.weight / placed.trainers
+    moved = own if placed.offloaded else 0.0
+    rows = min(sampling.max_rows, math.ceil(CHUNK / placed.trainers))
     parts = {
         "weights": own - moved,
         "offloaded": moved,
-        "rollout": rollout_bytes(recipe, sizes, machine, largest, prompts=rows, top_p=how.top_p),
+        "rollout": rollout_bytes(placed, largest, prompts=rows, top_p=sampling.top_p),
     }
-    return MemoryPlan(**_in_all(parts, parts["weights"] + parts["rollout"], machine))
+    peak = _with_overhead(parts["weights"] + parts["rollout"])
+    return MemoryPlan(parts=parts, peak=peak, limit=placed.machine.device.memory * GIB)
 
 
-def _in_all(parts: Mapping[str, float], worst: float, machine: Machine) -> dict[str, Any]:
-    peak = worst * (1 + FRAGMENTS) + LIBRARIES
-    return {"parts": parts, "peak": peak, "fits": peak <= machine.device.memory * GIB}
+def _with_overhead(worst: float) -> float:
+    return worst * (1 + FRAGMENTS) + LIBRARIES
 
 
-# --- work and time ------------------------------------------------------------------------------------
+# --- work -----------------------------------------------------------------------------------------------
 
 
-def _passes(
-    recipe: Recipe, stage: Sft | Grpo, sizes: Sizes, trees: Trees
-) -> tuple[dict[str, float], dict[str, float]]:
+def _passes(placed: Placement, stage: Sft | Grpo, trees: Trees) -> tuple[dict[str, float], dict[str, float]]:
     """Operations by phase of one tree, and of one answer with a prompt of its own."""
-    again = 1 if recipe.model.gradient_checkpointing else 0
-    trains = trained_parts(recipe, stage)
-    half = 2 + again  # what is frozen has gradients of its activations alone; where none are needed, none
-    whole = half if recipe.lora.rank else half + 1
-    layers = whole if "language_model" in trains else half
-    tower = whole if "vision_tower" in trains else 1
-    forward = {"update": 0.0} | ({"reference": 0.0, "rollout": 0.0} if isinstance(stage, Grpo) else {})
-    reference = 0
+    sizes, trains = placed.sizes, placed.trains(stage.freeze)
+    # What is frozen has gradients of its activations alone; where none are needed, none.
+    half = 3 if placed.checkpointing else 2
+    whole = half if placed.lora.rank else half + 1
+    layers, tower = (
+        (whole if "language_model" in trains else half),
+        (whole if "vision_tower" in trains else 1),
+    )
+    times = {"update": (layers, tower)}
     if isinstance(stage, Grpo):
         recomputed = stage.optimizer_steps > 1 and stage.old_logprobs == "policy"
         reference = int(stage.kl.active) + int(recomputed)
-    times = {"update": (layers, tower), "reference": (reference, reference), "rollout": (1, 1)}
+        times |= {"reference": (reference, reference), "rollout": (1, 1)}
     image = vision(sizes.vision, trees.patches) if trees.patches else 0.0
     once = language(sizes.text, trees.trunk, [trees.answer] * trees.group)
     alone = language(sizes.text, trees.trunk, [trees.answer])
-    shared = {phase: times[phase][0] * once + times[phase][1] * image for phase in forward}
-    repeated = {phase: times[phase][0] * alone + times[phase][1] * image for phase in forward}
+    shared = {phase: layers * once + tower * image for phase, (layers, tower) in times.items()}
+    repeated = {phase: layers * alone + tower * image for phase, (layers, tower) in times.items()}
     return shared, repeated
-
-
-def _peak_flops(recipe: Recipe, machine: Machine) -> float:
-    form = formats(recipe, machine)
-    return machine.device.float32 if form.compute == FP32 else machine.device.bfloat16

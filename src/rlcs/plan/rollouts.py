@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 
 from rlcs.engines.local import PREFILL_TOKENS
-from rlcs.plan.machine import GIB, Machine
+from rlcs.plan.machine import GIB
+from rlcs.plan.placement import Placement, servers_beside
 from rlcs.plan.shapes import Sizes, head_size
-from rlcs.plan.storage import formats, is_sharded, servers_beside, trainers
-from rlcs.recipe.schema import Recipe
 
 READING = 0.6
 """Share of the memory bandwidth that decoding reaches."""
@@ -17,7 +16,7 @@ SAMPLING = 32
 SAMPLING_TOP_P = 52
 """Bytes that choosing a token takes for each row and word of the vocabulary (`engines.sampling`)."""
 VLLM_SHARE = 0.9
-"""Share of a GPU that vLLM takes when nothing is said."""
+"""Share of a GPU that vLLM takes by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,50 +35,40 @@ class Trees:
         return self.trunk + self.group * self.answer
 
 
-def rollout_bytes(
-    recipe: Recipe, sizes: Sizes, machine: Machine, largest: Trees, *, prompts: int, top_p: float
-) -> float:
+def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: float) -> float:
     """Bytes beside weights and optimiser on a device while `prompts` as large as `largest` are answered.
 
     The local engine's cache grows by copying, so it counts twice; a sharded model is whole meanwhile.
     """
-    engine = recipe.rollout.engine
-    if engine != "local":
-        engines = 1 if engine == "vllm_colocated" else servers_beside(recipe, machine)
-        return engines * (recipe.rollout.memory_share or VLLM_SHARE) * machine.device.memory * GIB
-    form, text = formats(recipe, machine), sizes.text
+    sizes, text, rollout = place.sizes, place.sizes.text, place.rollout
+    if rollout.engine != "local":
+        engines = 1 if rollout.engine == "vllm_colocated" else servers_beside(place)
+        return engines * (rollout.memory_share or VLLM_SHARE) * place.machine.device.memory * GIB
     rows = prompts * largest.group
-    cache = 2 * _cache_token(sizes, form.compute) * (prompts * largest.trunk + rows * largest.answer)
+    cache = 2 * _cache_token(sizes, place.compute) * (prompts * largest.trunk + rows * largest.answer)
     choosing = rows * text.vocab_size * (SAMPLING if top_p == 1 else SAMPLING_TOP_P)
     prefill = min(max(PREFILL_TOKENS, largest.trunk), prompts * largest.trunk)
     patches = prefill * largest.patches // largest.trunk
     tower = patches * (sizes.vision.intermediate + sizes.vision.hidden)
-    passing = 3 * form.compute * max(prefill * (text.intermediate_size + text.hidden_size), tower)
-    whole = sizes.total * form.compute if is_sharded(recipe, machine) else 0
+    passing = 3 * place.compute * max(prefill * (text.intermediate_size + text.hidden_size), tower)
+    whole = sizes.total * place.compute if place.sharded else 0
     return float(cache + max(choosing, passing) + whole)
 
 
-def decoding_seconds(recipe: Recipe, sizes: Sizes, machine: Machine, trees: Trees) -> float:
+def decoding_seconds(place: Placement, trees: Trees, *, max_rows: int) -> float:
     """A decoding step reads the weights and the cache once; the local engine launches layer by layer."""
-    rollout, form = recipe.rollout, formats(recipe, machine)
+    sizes, rollout = place.sizes, place.rollout
     local = rollout.engine == "local"
-    copies = max(1, trainers(recipe, machine) // (1 if local else rollout.tensor_parallel))
+    copies = max(1, place.trainers // (1 if local else rollout.tensor_parallel))
     if rollout.engine == "vllm_server":
         copies = len(rollout.urls) or rollout.servers
     own = math.ceil(trees.count / copies)
-    prompts = min(own, max(1, recipe.grpo.max_rows // trees.group))
-    read = float(sizes.parameters["language_model"] * form.compute)
-    read += prompts * _cache_token(sizes, form.compute) * (trees.trunk + trees.group * trees.answer / 2)
-    speed = machine.device.bandwidth * READING * (1 if local else rollout.tensor_parallel)
-    launching = sizes.text.num_hidden_layers * LAYER_S if local and machine.gpus else 0.0
+    prompts = min(own, max(1, max_rows // trees.group))
+    read = float(sizes.parameters["language_model"] * place.compute)
+    read += prompts * _cache_token(sizes, place.compute) * (trees.trunk + trees.group * trees.answer / 2)
+    speed = place.machine.device.bandwidth * READING * (1 if local else rollout.tensor_parallel)
+    launching = sizes.text.num_hidden_layers * LAYER_S if local and place.machine.gpus else 0.0
     return math.ceil(own / prompts) * trees.answer * max(read / speed, launching)
-
-
-def live_prompts(recipe: Recipe, machine: Machine) -> int:
-    """Prompts of GRPO whose answers one device decodes at once: whole groups within max_rows."""
-    grpo = recipe.grpo
-    own = math.ceil(grpo.prompts_per_step / trainers(recipe, machine))
-    return min(own, max(1, grpo.max_rows // grpo.group_size))
 
 
 def _cache_token(sizes: Sizes, element: int) -> int:

@@ -1,29 +1,27 @@
-"""YAML as a recipe means it: plain values, no duplicate keys, and the line of every value.
+"""YAML 1.2 as a recipe needs it: text, numbers, lists and mappings, with the line of every key.
 
-PyYAML follows YAML 1.1, where `1e-5` is text, `12:30` is 750, `no` is false and `010` is 8. Here
-plain scalars follow YAML 1.2's core schema instead: numbers (also `1_204_224`), true and false,
-null; everything else is text. Nothing but text, lists and mappings is ever built, so a recipe
-cannot run code. Aliases and tags are refused: recipes share values by `extends`.
+Nothing else is ever built, so a recipe cannot run code. Aliases and tags are refused: recipes share values
+by `extends`, and text that looks like a number stands in quotes.
 """
 
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import yaml
+from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.representer import SafeRepresenter
 
 from rlcs.errors import RecipeError
 
-_INT = re.compile(r"[-+]?[0-9][0-9_]*")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_LONGEST = 300
+_MAX_DIGITS = 300
 """Digits of an integer: more would be no float, and Python itself reads and prints 4,300 at most."""
-_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
-_WORDS: Mapping[str, object] = {
-    "": None, "~": None, "null": None, "Null": None, "NULL": None,
-    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
-    ".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan"),
-}  # fmt: skip
+_TAG = "tag:yaml.org,2002:"
+_CONVERTED = tuple(f"{_TAG}{kind}" for kind in ("int", "float", "bool", "null"))
+_POINT_FIRST = re.compile(r"[-+]?\.\d+[eE][-+]?\d+")
+"""`.5e-5`, a number in YAML 1.2 that ruamel.yaml takes for text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,24 +32,13 @@ class Parsed:
     lines: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
 
-def scalar(text: str) -> object:
-    """What an unquoted word means."""
-    if text in _WORDS:
-        return _WORDS[text]
-    if _INT.fullmatch(text) and len(text) <= _LONGEST:
-        return int(text.replace("_", ""))
-    if _FLOAT.fullmatch(text):
-        return float(text.replace("_", ""))
-    return text
-
-
 def parse(text: str, *, where: str) -> Parsed:
     """Read one YAML document; any flaw is a `RecipeError` that names its line."""
-    lines: dict[tuple[str, ...], int] = {}
+    builder = _Builder(_yaml(), where)
     try:
-        node = yaml.compose(text, yaml.BaseLoader)
-        value = _build(node, _Walk(where=where, lines=lines), ()) if node else None
-    except yaml.MarkedYAMLError as error:
+        node = builder.yaml.compose(text)
+        value = builder.build(node, ()) if node else None
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(
@@ -59,7 +46,7 @@ def parse(text: str, *, where: str) -> Parsed:
             where=where + line,
             fix="check indentation, brackets and quotes on this line and the one before",
         ) from None
-    except yaml.reader.ReaderError as error:
+    except ReaderError as error:
         raise RecipeError(
             f"character number {error.position + 1} (U+{error.character:04X}) cannot stand in YAML",
             where=where,
@@ -68,67 +55,80 @@ def parse(text: str, *, where: str) -> Parsed:
     except RecursionError:
         what, fix = "its brackets or sections are nested too deeply", "a recipe has a few levels at most"
         raise RecipeError(what, where=where, fix=fix) from None
-    return Parsed(value=value, lines=lines)
+    return Parsed(value=value, lines=builder.lines)
 
 
 def write(value: object) -> str:
     """YAML that `parse` reads back as the same value; mappings keep their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    stream = io.StringIO()
+    _yaml().dump(value, stream)
+    return stream.getvalue()
 
 
-@dataclass(frozen=True, slots=True)
-class _Walk:
-    where: str
-    lines: dict[tuple[str, ...], int]
-    seen: set[int] = field(default_factory=set)
-
-    def refuse(self, node: yaml.Node, what: str, fix: str) -> RecipeError:
-        return RecipeError(what, where=f"{self.where}:{node.start_mark.line + 1}", fix=fix)
-
-
-def _build(node: yaml.Node, walk: _Walk, path: tuple[str, ...]) -> object:
-    if id(node) in walk.seen:  # also what keeps a self-containing alias from recursing for ever
-        raise walk.refuse(node, "an alias (*name) cannot be used in a recipe", "write the value out again")
-    walk.seen.add(id(node))
-    if node.tag not in _TAGS:
-        raise walk.refuse(node, f"a tag ({node.tag}) cannot be used in a recipe", "leave the tag out")
-    if isinstance(node, yaml.MappingNode):
-        return _mapping(node, walk, path)
-    if isinstance(node, yaml.SequenceNode):
-        return [_build(item, walk, path) for item in node.value]
-    quoted = isinstance(node, yaml.ScalarNode) and node.style is not None
-    if not quoted and len(node.value) > _LONGEST and _INT.fullmatch(node.value):
-        what = f"a number of {len(node.value):,} digits cannot be used in a recipe"
-        raise walk.refuse(node, what, "write fewer digits, or put it in quotes if it is text")
-    return node.value if quoted else scalar(node.value)
-
-
-def _mapping(node: yaml.MappingNode, walk: _Walk, path: tuple[str, ...]) -> dict[str, object]:
-    built: dict[str, object] = {}
-    for key, item in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise walk.refuse(key, "a key must be a word", "quote the key, or check the brackets")
-        here = (*path, key.value)
-        if key.value in built:
-            first = walk.lines[here]
-            raise walk.refuse(key, f"{'.'.join(here)} is given twice, first on line {first}", "keep one")
-        walk.lines[here] = key.start_mark.line + 1
-        built[key.value] = _build(item, walk, here)
-    return built
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes all text that `scalar` would not read back as text."""
-
+class _Representer(SafeRepresenter):
     def ignore_aliases(self, data: object) -> bool:
         """Write equal values out again instead of referring to the first."""
         return True
 
+    def represent_str(self, data: str) -> ScalarNode:
+        """Write U+0085 and its like as escapes, which double quotes alone allow."""
+        return self.represent_scalar(f"{_TAG}str", data, style=None if data.isprintable() else '"')
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    plain = scalar(text) is text and text.isprintable()  # PyYAML folds U+0085 away in other quotes
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+_Representer.add_representer(str, _Representer.represent_str)
 
 
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None there
+    yaml.width = 110
+    assert yaml.resolver.versioned_resolver, "reading this fills the rules to which one more is added"
+    yaml.resolver.add_version_implicit_resolver((1, 2), f"{_TAG}float", _POINT_FIRST, ["-", "+", "."])
+    return yaml
+
+
+class _Builder:
+    """Turns nodes to values; `seen` finds aliases, also one that contains itself."""
+
+    def __init__(self, yaml: YAML, where: str) -> None:
+        self.yaml = yaml
+        self.where = where
+        self.lines: dict[tuple[str, ...], int] = {}
+        self.seen: set[int] = set()
+
+    def refuse(self, node: Node, what: str, fix: str) -> RecipeError:
+        return RecipeError(what, where=f"{self.where}:{node.start_mark.line + 1}", fix=fix)
+
+    def build(self, node: Node, path: tuple[str, ...]) -> object:
+        if id(node) in self.seen:
+            what = "an alias (*name) cannot be used in a recipe"
+            raise self.refuse(node, what, "write the value out again")
+        self.seen.add(id(node))
+        plain = isinstance(node, ScalarNode) and not node.style
+        if node.tag != self.yaml.resolver.resolve(type(node), node.value, (plain, not plain)):
+            raise self.refuse(node, f"a tag ({node.tag}) cannot be used in a recipe", "leave the tag out")
+        if isinstance(node, MappingNode):
+            return self.mapping(node, path)
+        if isinstance(node, SequenceNode):
+            return [self.build(item, path) for item in node.value]
+        if node.tag not in _CONVERTED:
+            return node.value
+        if node.tag == f"{_TAG}int" and len(node.value) > _MAX_DIGITS:
+            what = f"a number of {len(node.value):,} digits cannot be used in a recipe"
+            raise self.refuse(node, what, "write fewer digits, or put it in quotes if it is text")
+        return self.yaml.constructor.construct_object(node)
+
+    def mapping(self, node: MappingNode, path: tuple[str, ...]) -> dict[str, object]:
+        built: dict[str, object] = {}
+        for key, item in node.value:
+            if not isinstance(key, ScalarNode):
+                raise self.refuse(key, "a key must be a word", "quote the key, or check the brackets")
+            here = (*path, key.value)
+            if key.value in built:
+                first = self.lines[here]
+                raise self.refuse(key, f"{'.'.join(here)} is given twice, first on line {first}", "keep one")
+            self.lines[here] = key.start_mark.line + 1
+            built[key.value] = self.build(item, here)
+        return built

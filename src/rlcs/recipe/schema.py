@@ -9,12 +9,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
-from rlcs.recipe.lora import Lora
-from rlcs.recipe.parallel import Parallel
-from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts, Sampler
+from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
 from rlcs.recipe.stages import Grpo, Sft
-from rlcs.recipe.trackers import Trackers
+from rlcs.recipe.training import Lora, Parallel, Trackers
+from rlcs.records import Sampling
 
 
 class Model(Section):
@@ -107,34 +106,6 @@ class Data(Section):
     """Column names."""
 
 
-class Server(Section):
-    """How to talk to a model server, whichever it is."""
-
-    key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key. Local servers need none."""
-    concurrency: Positive = 32
-    """Requests under way at once."""
-    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds one try of one request may take in all."""
-    max_retries: Annotated[int, Field(ge=0)] = 6
-    """Further tries after a failure that may pass (busy, down, cut off, garbled, empty)."""
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    """Tries started a minute, evenly spaced. None: as fast as the server answers."""
-    prompt_price: NonNegative | None = None
-    """Price of a million prompt tokens, in any currency."""
-    completion_price: NonNegative | None = None
-    """Price of a million completion tokens."""
-
-
-class Endpoint(Server):
-    """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
-
-    base_url: str
-    """Up to and with the version: `http://localhost:8000/v1`."""
-    model: str
-    """The model's name on that server."""
-
-
 class Filters(Section):
     """What a right answer must not have to be imitated; the built-in teacher's pass unfiltered."""
 
@@ -160,7 +131,7 @@ class Teacher(Server):
     """Server of an `endpoint`, up to and with the version: `http://localhost:8000/v1`."""
     model: str | None = None
     """The model's name on the server; for `local` a folder, a hub id, or `builtin`."""
-    rollout: Sampler = Sampler()
+    rollout: EngineSettings = EngineSettings()
     """Who samples a `local` teacher: this process, or a vLLM that is started for it and ends with it."""
     temperature: NonNegative = 0.7
     """Sampling temperature of an endpoint or local teacher."""
@@ -224,6 +195,11 @@ class Eval(Section):
     """Longest answer in tokens."""
     max_rows: Positive = 256
     """Answers decoded at once."""
+
+    def sampling(self, *, n: int = 1, seed: int = 0) -> Sampling:
+        """How `n` answers to each problem are sampled."""
+        chosen = self.model_dump(include={"temperature", "top_p", "max_new_tokens"})
+        return Sampling(n=n, seed=seed, **chosen)
 
 
 class Study(Section):

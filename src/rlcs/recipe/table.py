@@ -5,10 +5,9 @@ are read here rather than in source code.
 """
 
 from rlcs.recipe.arms import ARMS
-from rlcs.recipe.lora import Lora
-from rlcs.recipe.parallel import Parallel
 from rlcs.recipe.schema import Recipe, Teacher
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
+from rlcs.recipe.training import Lora, Parallel
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {

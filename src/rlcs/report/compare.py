@@ -1,4 +1,4 @@
-"""Two runs side by side: arms with the interval of their difference, recipes, seconds and curves.
+"""Compares two runs: arms with the interval of their difference, recipes, seconds and curves.
 
 Every difference is second minus first. Where both runs answered the same held-out problems it is paired
 problem by problem, which sees differences that two separate intervals would hide.
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from rlcs.errors import RlcsError, RunFolderError
-from rlcs.evals.intervals import wilson
+from rlcs.errors import RunFolderError
+from rlcs.evals.intervals import mcnemar, newcombe, paired_interval
 from rlcs.recipe.arms import ARMS, RL_ARMS
-from rlcs.recipe.reading import parse
 from rlcs.report import charts, findings
 from rlcs.report.findings import ArmResult
 from rlcs.report.load_run import Run, read_runs, read_text
@@ -67,7 +66,7 @@ def compare(first: Path, second: Path) -> tuple[Comparison, list[list[Run]]]:
     results = [{r.arm: r for r in findings.arm_results(runs)} for runs in sides]
     took = [findings.stage_seconds(runs) for runs in sides]
     values = [
-        _flat(read_text(path / "recipe.yaml") or runs[0].recipe)
+        findings.recipe_values(read_text(path / "recipe.yaml") or runs[0].recipe)
         for path, runs in zip((first, second), sides, strict=True)
     ]
     ends = [_ends(runs) for runs in sides]
@@ -101,12 +100,6 @@ def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) ->
     write_page(path, template.render(found=found, panels=panels, colours=_COLOURS))
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value that as many problems would turn one way by chance (McNemar 1947)."""
-    n, least = gained + lost, min(gained, lost)
-    return min(1.0, sum(math.comb(n, i) for i in range(least + 1)) / (1 << n) * 2)
-
-
 def _runs(folder: Path) -> list[Run]:
     runs = read_runs(folder)
     if not any(run.curves or run.scores or run.recipe for run in runs):
@@ -123,9 +116,9 @@ def _gap(a: ArmResult, b: ArmResult, first: Sequence[Run], second: Sequence[Run]
     points = fmean(moves) if moves else b.accuracy - a.accuracy
     single = len(first) == len(second) == 1
     if not moves:
-        low, high = _independent(a, b)
+        low, high = newcombe((a.accuracy, a.n), (b.accuracy, b.n))
     elif single:
-        low, high = findings.paired_interval(gained, lost, len(moves))
+        low, high = paired_interval(gained, lost, len(moves))
     else:  # each problem's mean over seeds, so that seeds do not count as more problems
         half = 1.96 * stdev(moves) / math.sqrt(len(moves)) if len(moves) > 1 else 1.0
         low, high = points - half, points + half
@@ -137,40 +130,12 @@ def _gap(a: ArmResult, b: ArmResult, first: Sequence[Run], second: Sequence[Run]
 
 def _shares(runs: Sequence[Run], arm: str) -> dict[tuple[str, str, str], float]:
     """Problem -> share of seeds that were right; the same id with another question is another problem."""
-    said: dict[tuple[str, str, str], list[bool]] = {}
+    verdicts: dict[tuple[str, str, str], list[bool]] = {}
     for run in runs:
         known = {p.id: (p.id, p.question, p.answer) for p in run.problems}
         for name, answer in run.answers.get(arm, {}).items():
-            said.setdefault(known.get(name, (name, "", "")), []).append(answer.correct is True)
-    return {key: fmean(verdicts) for key, verdicts in said.items()}
-
-
-def _independent(a: ArmResult, b: ArmResult) -> tuple[float, float]:
-    """95% interval of the difference of two independent shares (Newcombe 1998, method 10)."""
-    (al, ah), (bl, bh) = (wilson(round(r.accuracy * r.n), r.n) for r in (a, b))
-    points = b.accuracy - a.accuracy
-    return (
-        points - math.hypot(b.accuracy - bl, ah - a.accuracy),
-        points + math.hypot(bh - b.accuracy, a.accuracy - al),
-    )
-
-
-def _flat(text: str) -> dict[str, object]:
-    """A recipe's dotted keys, read as plain YAML: a recipe of another version may not load."""
-
-    def walk(value: object, key: str) -> dict[str, object]:
-        if not isinstance(value, dict):
-            return {key: value}
-        return {
-            k: v
-            for name, inner in value.items()
-            for k, v in walk(inner, f"{key}.{name}" if key else name).items()
-        }
-
-    try:
-        return walk(parse(text, where="recipe.yaml").value, "") if text else {}
-    except RlcsError:
-        return {}
+            verdicts.setdefault(known.get(name, (name, "", "")), []).append(answer.correct is True)
+    return {key: fmean(each) for key, each in verdicts.items()}
 
 
 def _ends(runs: Sequence[Run]) -> dict[str, float]:
@@ -178,7 +143,7 @@ def _ends(runs: Sequence[Run]) -> dict[str, float]:
     for run in runs:
         for stage, rows in run.curves.items():
             for key in ("loss",) if stage == "sft" else tuple(key for key, _ in _CURVES):
-                last = [value for _, value in findings.series(rows[-10:], key)]
+                last = [value for _, value in findings.series(rows[-findings.LAST_STEPS :], key)]
                 if last:
                     found.setdefault(f"{ARMS[stage].stage} {key}", []).append(fmean(last))
     return {key: fmean(values) for key, values in found.items()}

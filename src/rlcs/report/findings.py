@@ -1,4 +1,4 @@
-"""From what was read to what is told: pure functions, no files, no HTML.
+"""Figures of a report, computed from what was read of its runs: pure functions, no files, no HTML.
 
 Everything takes a list of runs, one for each seed. With several seeds a figure is the mean over
 seeds and its interval the lowest and highest seed; with one it is a Wilson 95% interval.
@@ -7,12 +7,18 @@ seeds and its interval the lowest and highest seed; with one it is a Wilson 95% 
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
-from rlcs.evals.intervals import wilson
+from rlcs.errors import RlcsError
+from rlcs.evals.intervals import paired_interval, wilson
 from rlcs.recipe.arms import ARMS, RL_ARMS
+from rlcs.recipe.reading import parse
 from rlcs.report.load_run import Answer, Attempt, HeldOut, Row, Run, number, part
+from rlcs.train.health import SIGNS, Sign
+
+LAST_STEPS = 10
+"""Steps at the end of a stage whose mean says how it is doing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,11 +57,10 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HealthRow:
-    """One warning sign: for each stage its first value, its last, and whether that deserves a look."""
+    """One warning sign, and for each stage its mean over the first steps and over the last."""
 
-    name: str
-    share: bool
-    stages: Mapping[str, tuple[float, float, bool]]
+    sign: Sign
+    stages: Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +73,7 @@ class Gallery:
 
 
 def arm_results(runs: Sequence[Run]) -> list[ArmResult]:
-    """Every measured arm, in the order of the story."""
+    """Every measured arm, in the order of the table of arms."""
     found = []
     for arm in ARMS:
         scores = [s for s in (_score(run, arm) for run in runs) if s is not None]
@@ -82,28 +87,24 @@ def headline(results: Sequence[ArmResult]) -> tuple[str, str]:
     main = next((r for r in results if r.arm == "sft_grpo"), results[-1])
     mean = f", mean of {len(main.seeds)} seeds" if len(main.seeds) > 1 else ""
     first = f"{main.name}: {main.accuracy:.1%} on {main.n:,} held-out problems{mean}"
-    # The closest rival is SFT only, the farthest the base model.
-    rest = sorted(
-        (r for r in results if r is not main), key=lambda r: ("sft", "grpo", "base", "sft_grpo").index(r.arm)
-    )
-    gains = [f"{100 * (main.accuracy - r.accuracy):+.1f} points over {r.name}" for r in rest]
+    others = [r for r in results if r is not main]
+    others.sort(key=lambda r: ARMS[r.arm].parent is None)  # the base model last
+    gains = [f"{100 * (main.accuracy - r.accuracy):+.1f} points over {r.name}" for r in others]
     gains = [g.replace("over Base", "over the base model").replace("-", "\u2212") for g in gains]
     return first, ", ".join(gains[:1] + [g.replace(" points", "") for g in gains[1:]])
 
 
 def training_headline(runs: Sequence[Run]) -> tuple[str, str]:
     """What the first run's training did, the last stage first, for a page without an evaluation."""
-    told = []
-    for stage, name, key in (
-        ("sft_grpo", "RL", "reward"),
-        ("grpo", "RL only", "reward"),
-        ("sft", "SFT", "loss"),
-    ):
-        rows = runs[0].curves.get(stage, ())
-        ends = _ends([value for _, value in series(rows, key)])
-        if ends:
-            told.append(f"{name}: {key} from {ends[0]:.3g} to {ends[1]:.3g} in {len(rows):,} steps")
-    return (told[0], "; ".join(told[1:])) if told else ("Nothing measured yet", "")
+    found = []
+    for stage in ("sft_grpo", "grpo", "sft"):
+        rows, key = runs[0].curves.get(stage, ()), "reward" if stage in RL_ARMS else "loss"
+        values = [value for _, value in series(rows, key)]
+        if values:
+            first, last = _ends(values)
+            name = ARMS[stage].stage
+            found.append(f"{name}: {key} from {first:.3g} to {last:.3g} in {len(rows):,} steps")
+    return (found[0], "; ".join(found[1:])) if found else ("Nothing measured yet", "")
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
@@ -144,29 +145,21 @@ def thin(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[f
     return [(fmean(p[0] for p in c), fmean(p[1] for p in c)) for c in chunks]
 
 
-_SIGNS = (
-    ("boxes_per_answer", "Boxes per answer", False, 1.5),
-    ("repeated_share", "Answers that repeat themselves", True, 0.1),
-    ("no_format_share", "Answers outside the format", True, 0.2),
-    ("truncated", "Answers cut at the limit", True, 0.1),
-    ("unscored", "Answers the grader could not score", True, 0.05),
-    ("zero_variance_groups", "Groups without any reward difference", True, 0.8),
-)
-
-
 def health(runs: Sequence[Run]) -> list[HealthRow]:
     """Signs of a gamed reward or a broken run, first against last steps, mean over seeds."""
     found = []
-    for key, name, share, limit in _SIGNS:
-        stages: dict[str, tuple[float, float, bool]] = {}
+    gap_limit = recipe_values(runs[0].recipe).get("rollout.alarm")
+    for sign in SIGNS:
+        if sign.key == "sampler_gap" and isinstance(gap_limit, int | float):
+            sign = replace(sign, most=gap_limit)
+        stages: dict[str, tuple[float, float]] = {}
         for stage in RL_ARMS:
-            values = [[v for _, v in series(run.curves.get(stage, ()), key)] for run in runs]
-            ends = [e for e in map(_ends, values) if e is not None]
+            values = [[v for _, v in series(run.curves.get(stage, ()), sign.key)] for run in runs]
+            ends = [(_ends(each)[0], fmean(each[-LAST_STEPS:])) for each in values if each]
             if ends:
-                first, last = fmean(e[0] for e in ends), fmean(e[1] for e in ends)
-                stages[stage] = (first, last, last > limit)
+                stages[stage] = (fmean(first for first, _ in ends), fmean(last for _, last in ends))
         if stages:
-            found.append(HealthRow(name=name, share=share, stages=stages))
+            found.append(HealthRow(sign=sign, stages=stages))
     return found
 
 
@@ -195,9 +188,9 @@ def gallery(run: Run, count: int) -> list[Gallery]:
     totals = dict.fromkeys(kinds, 0)
     only_pictured = sum(bool(problem.images) for problem in run.problems) >= count
     for problem in sorted(run.problems, key=_shuffled):
-        said = [answers[problem.id].correct for answers in run.answers.values() if problem.id in answers]
-        if said:
-            kind = list(kinds)[1 if not any(said) else 2 if all(said) else 0]
+        verdicts = [arm[problem.id].correct for arm in run.answers.values() if problem.id in arm]
+        if verdicts:
+            kind = list(kinds)[1 if not any(verdicts) else 2 if all(verdicts) else 0]
             totals[kind] += 1
             if problem.images or not only_pictured:
                 kinds[kind].append(problem)
@@ -245,8 +238,8 @@ def stage_seconds(runs: Sequence[Run]) -> dict[str, float]:
     """Stage -> seconds, mean over seeds: the summary's, or else what the steps add up to."""
     found: dict[str, list[float]] = {}
     for run in runs:
-        told = part(run.summary, "seconds")
-        took = {stage: number(told, stage) for stage in told}
+        summary = part(run.summary, "seconds")
+        took = {stage: number(summary, stage) for stage in summary}
         for stage, rows in run.curves.items():
             if took.get(stage) is None:
                 took[stage] = sum(v for points in phases(rows).values() for _, v in points)
@@ -256,11 +249,9 @@ def stage_seconds(runs: Sequence[Run]) -> dict[str, float]:
     return {stage: fmean(values) for stage, values in found.items()}
 
 
-def _ends(values: Sequence[float]) -> tuple[float, float] | None:
-    """Means of the first and the last tenth, at most ten values each."""
-    if not values:
-        return None
-    size = min(10, max(1, len(values) // 10))
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Means of the first and the last tenth of some values, at most ten values each."""
+    size = min(LAST_STEPS, max(1, len(values) // 10))
     return fmean(values[:size]), fmean(values[-size:])
 
 
@@ -269,79 +260,85 @@ def _pair(ours: Mapping[str, Answer], theirs: Mapping[str, Answer]) -> tuple[int
     return sum(a > b for a, b in both), sum(a < b for a, b in both), len(both)
 
 
-def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """95% interval of (gained - lost) / n, each cell raised by one half (Agresti & Min 2005)."""
-    more, less, total = gained + 0.5, lost + 0.5, n + 2
-    middle = (more - less) / total
-    half = 1.96 * math.sqrt(more + less - (more - less) ** 2 / total) / total
-    return middle - half, middle + half
-
-
 def _score(run: Run, arm: str) -> ArmResult | None:
     """One run's result: scores.json first, the predictions for what it lacks, then summary.json."""
     answers = list(run.answers.get(arm, {}).values())
-    told = run.scores.get(arm) or part(part(run.summary, "arms"), arm)
-    right = sum(a.correct is True for a in answers)
-    counted = number(told, "n")
-    n = len(answers) if counted is None else int(counted)
-    accuracy = number(told, "accuracy")
+    scores = run.scores.get(arm) or part(part(run.summary, "arms"), arm)
+    accuracy, counted = number(scores, "accuracy"), number(scores, "n")
+    n = len(answers) if counted is None else max(0, int(counted))
     if accuracy is None:
         if not answers:
             return None
-        accuracy, n = right / len(answers), len(answers)
-    low, high = wilson(min(n, max(0, round(accuracy * n))), max(0, n))
-    told_low, told_high = number(told, "low"), number(told, "high")
+        accuracy, n = fmean(a.correct is True for a in answers), len(answers)
+    low, high = wilson(min(n, max(0, round(accuracy * n))), n)
+    scored_low, scored_high = number(scores, "low"), number(scores, "high")
     return ArmResult(
         arm=arm,
         accuracy=accuracy,
-        low=low if told_low is None else told_low,
-        high=high if told_high is None else told_high,
+        low=low if scored_low is None else scored_low,
+        high=high if scored_high is None else scored_high,
         n=n,
         seeds=(accuracy,),
-        tokens=fmean(a.tokens for a in answers) if answers else number(told, "mean_tokens"),
-        truncated=(fmean(a.stop == "length" for a in answers) if answers else number(told, "truncated")),
+        tokens=fmean(a.tokens for a in answers) if answers else number(scores, "mean_tokens"),
+        truncated=fmean(a.stop == "length" for a in answers) if answers else number(scores, "truncated"),
         unscored=sum(a.correct is None for a in answers) if answers else None,
-        by_family=_groups(run, arm, told, "family"),
-        by_level=_groups(run, arm, told, "level"),
+        by_family=_accuracy_by(run, arm, scores, "family"),
+        by_level=_accuracy_by(run, arm, scores, "level"),
     )
 
 
-def _groups(run: Run, arm: str, told: Row, kind: str) -> dict[str, float]:
+def _accuracy_by(run: Run, arm: str, scores: Row, kind: str) -> dict[str, float]:
     """Accuracy by family or level: as scored, or counted from the predictions."""
-    scored = part(told, f"by_{kind}")
+    scored = part(scores, f"by_{kind}")
     found = {name: number(part(scored, name), "accuracy") for name in scored}
     if not scored:
-        said: dict[str, list[bool]] = {}
+        verdicts: dict[str, list[bool]] = {}
         answers = run.answers.get(arm, {})
         for problem in run.problems:
             name = problem.family if kind == "family" else problem.level
             if name and problem.id in answers:
-                said.setdefault(name, []).append(answers[problem.id].correct is True)
-        found = {name: fmean(values) for name, values in said.items()}
+                verdicts.setdefault(name, []).append(answers[problem.id].correct is True)
+        found = {name: fmean(values) for name, values in verdicts.items()}
     return {name: value for name, value in sorted(found.items()) if value is not None}
 
 
 def _over_seeds(scores: Sequence[ArmResult]) -> ArmResult:
     """The mean of several seeds, with the lowest and highest as its interval."""
     seeds = tuple(s.accuracy for s in scores)
-    tokens = [s.tokens for s in scores if s.tokens is not None]
-    truncated = [s.truncated for s in scores if s.truncated is not None]
-    unscored = [s.unscored for s in scores if s.unscored is not None]
-    return ArmResult(
-        arm=scores[0].arm,
+    return replace(
+        scores[0],
         accuracy=fmean(seeds),
         low=min(seeds),
         high=max(seeds),
-        n=scores[0].n,
         seeds=seeds,
-        tokens=fmean(tokens) if tokens else None,
-        truncated=fmean(truncated) if truncated else None,
-        unscored=sum(unscored) if unscored else None,
+        tokens=_mean(s.tokens for s in scores),
+        truncated=_mean(s.truncated for s in scores),
+        unscored=None if all(s.unscored is None for s in scores) else sum(s.unscored or 0 for s in scores),
         by_family=_mean_of([s.by_family for s in scores]),
         by_level=_mean_of([s.by_level for s in scores]),
     )
 
 
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
 def _mean_of(groups: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for group in groups for name in group)
     return {name: fmean(g[name] for g in groups if name in g) for name in names}
+
+
+def recipe_values(text: str) -> dict[str, object]:
+    """A recipe's values by dotted key, read as plain YAML: a recipe of another version may not load."""
+
+    def flat(value: object, key: str) -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {key: value}
+        inner = (flat(each, f"{key}.{name}" if key else name) for name, each in value.items())
+        return {name: each for values in inner for name, each in values.items()}
+
+    try:
+        return flat(parse(text, where="recipe.yaml").value, "") if text else {}
+    except RlcsError:
+        return {}

@@ -12,7 +12,7 @@ from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.report import charts, demonstrations, findings, pictures, rollouts
 from rlcs.report.load_run import Row, Run, number, part, read_object, read_runs, read_text, text
 from rlcs.report.pages import digits, templates, write_page
-from rlcs.report.progress import ending, progress
+from rlcs.report.stages import ending, progress
 
 _LONGEST_RECIPE = 100_000
 _SAMPLES = 16  # answers of the teacher

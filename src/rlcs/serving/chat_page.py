@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from rlcs.data import puzzles
 from rlcs.errors import RlcsError, UserError
 from rlcs.grading.extraction import extract
-from rlcs.recipe.schema import Endpoint
+from rlcs.recipe.sampling import Endpoint
 from rlcs.serving.remote import RemoteSession, own_server
 from rlcs.serving.session import Settings, load
 

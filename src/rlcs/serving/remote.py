@@ -21,8 +21,7 @@ from rlcs.engines.openai_client import IMAGE_LIMIT, content, status_error
 from rlcs.engines.vllm.server import CPU_FLAGS, Launch, Process
 from rlcs.errors import EndpointError, ModelError
 from rlcs.model.loading import default_device, resolve
-from rlcs.recipe.rollout import Rollouts
-from rlcs.recipe.schema import Endpoint
+from rlcs.recipe.sampling import Endpoint, Rollouts
 from rlcs.records import Message
 from rlcs.serving.session import Settings, as_message
 

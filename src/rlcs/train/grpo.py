@@ -21,12 +21,13 @@ from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
 from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen
-from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.stages import Grpo
 from rlcs.records import Grade, Group, Problem, Prompt, Rollout, Sampling, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_packs, shared
 from rlcs.train.groups import make_group, tree_of, zero_variance
+from rlcs.train.health import SIGNS
 from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
 from rlcs.train.stage_run import Clock, StageRun
 from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, logprobs_of
@@ -316,11 +317,11 @@ def averaged(results: Sequence[StepResult]) -> dict[str, float]:
     return values
 
 
-def warn_of_gap(values: Mapping[str, float], alarm: float, screen: Screen) -> None:
+def warn_of_gap(values: Mapping[str, float], most: float, screen: Screen) -> None:
     """Warn when the engine's logprobs are far from the policy's: it samples from another model."""
-    gap = values.get("sampler_gap", 0.0)
-    if gap > alarm:
-        text = f"the sampler's logprobs are {gap:.3g} from the policy's on average, over {alarm:g}"
+    sign = next(sign for sign in SIGNS if sign.key == "sampler_gap")
+    if (gap := values.get(sign.key, 0.0)) > most:
+        text = f"{sign.name}: {sign.message(gap, most)}"
         log.warning(text)
         screen.say(f"warning: {text}")
 

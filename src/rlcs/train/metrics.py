@@ -9,7 +9,7 @@ from json import dumps, loads
 from pathlib import Path
 
 from rlcs.progress import SinkGuard
-from rlcs.records import StepReport
+from rlcs.records import StepReport, to_row
 
 
 class MetricsLog:
@@ -28,7 +28,7 @@ class MetricsLog:
 
     def append(self, report: StepReport) -> None:
         """Write one row now; never raises."""
-        self._waiting.append(dumps(report.to_json()).encode() + b"\n")
+        self._waiting.append(dumps(to_row(report)).encode() + b"\n")
         self._guard.run(self._write)
 
     def resume_from(self, step: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.errors import RecipeError
-from rlcs.recipe.trackers import Trackers as Settings
+from rlcs.recipe.training import Trackers as Settings
 from rlcs.records import StepReport
 from rlcs.storage import read_json, read_jsonl, write_json
 

@@ -19,7 +19,7 @@ import httpx
 from rlcs.engines.vllm.server import AgainError, DownError, Launch, Server
 from rlcs.engines.vllm.weights import Weights
 from rlcs.errors import RlcsError, TrainingError
-from rlcs.recipe.rollout import Rollouts
+from rlcs.recipe.sampling import Rollouts
 
 log = logging.getLogger("rlcs")
 

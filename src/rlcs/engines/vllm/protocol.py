@@ -11,13 +11,13 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlcs.engines.stop_reasons import stop_reason
 from rlcs.errors import EndpointError
 from rlcs.records import ImageRef, Prompt, Rollout, Sampling, StopReason, rollout_seed
 from rlcs.storage import open_image
 
 BAN = -100.0
 """The lowest bias that vLLM takes: no id with it is ever drawn."""
-_STOPS = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
 
 
 def collapsed(prompt: Prompt) -> list[int]:
@@ -86,7 +86,8 @@ def rollouts_of(
     """
     _require_same_prompt(reply["prompt_token_ids"], prompt)
     choices = sorted(reply["choices"], key=lambda choice: int(choice["index"]))
-    if len(choices) != sampling.n or any(choice["finish_reason"] not in _STOPS for choice in choices):
+    stops = [stop_reason(choice["finish_reason"]) for choice in choices]
+    if len(choices) != sampling.n or StopReason.ERROR in stops:
         return None
     seed = first_seed(sampling, step, prompt)
     return tuple(
@@ -95,7 +96,7 @@ def rollouts_of(
             index=index,
             ids=tuple(choice["token_ids"]),
             logprobs=tuple(min(0.0, token["logprob"]) for token in choice["logprobs"]["content"]),
-            stop=_STOPS[choice["finish_reason"]],
+            stop=stops[index],
             seed=seed + index,
             text=text(choice["token_ids"]),
         )

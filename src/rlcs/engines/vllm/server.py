@@ -25,7 +25,7 @@ import httpx
 from rlcs.engines.vllm.protocol import weights_seen
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError
-from rlcs.recipe.rollout import ADAPTER_RANKS, Rollouts, Sampler
+from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
 from rlcs.storage import read_json
 
 OLDEST = (0, 32)
@@ -56,7 +56,7 @@ def adapter_flags(rank: int) -> tuple[str, ...]:
     return ("--enable-lora", "--max-lora-rank", str(adapter_room(rank)))
 
 
-def context_length(sampler: Sampler, own: int) -> int | None:
+def context_length(sampler: EngineSettings, own: int) -> int | None:
     """Tokens of the longest prompt and answer: `own`, or what a server's arguments say instead.
 
     They may say it in thousands (`8k`) or 1024s (`8K`). None: what fits into memory, which vLLM finds out.

@@ -25,7 +25,8 @@ class Question:
 
     `official` and `plain` are the user's turn in the two styles; one of them may hold one
     `<image>` slot, without it the image comes first. `picture` is what the row says of its image (a
-    path, bytes, or a mapping with one of them). `num_options` is 0 for a free answer. `facets` are the
+    path, bytes, or a mapping with one of them). `num_unlisted` is the number of options where the
+    row does not list them. `facets` are the
     categories it counts under, each with one or several values; `group` ties questions together.
     `facts` are further columns that an official rule needs.
     """
@@ -36,7 +37,7 @@ class Question:
     answer: str
     picture: object = None
     choices: tuple[str, ...] = ()
-    num_options: int = 0
+    num_unlisted: int = 0
     facets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     group: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -48,6 +49,11 @@ class Question:
             raise ValueError("the question or its answer is empty")
         if max(text.count(IMAGE_SLOT) for text in texts) > (self.picture is not None):
             raise ValueError(f"the question has an {IMAGE_SLOT} but the row has no image")
+
+    @property
+    def num_options(self) -> int:
+        """How many options there are; 0 for a free answer."""
+        return len(self.choices) or self.num_unlisted
 
     def asked(self, style: Style, images: tuple[ImageRef, ...]) -> Problem:
         """The problem as the model sees it: the options stand in its text already."""

@@ -34,7 +34,7 @@ def read(row: Row) -> Question:
         answer=str(row["answer"]),
         picture=picture_of(row, "image"),
         choices=options,
-        num_options=(len(options) or 4) if several else 0,
+        num_unlisted=4 if several else 0,
         facets=facets(
             problem_version=row["problem_version"],
             question_type=row["question_type"],

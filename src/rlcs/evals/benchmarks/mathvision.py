@@ -30,7 +30,6 @@ def read(row: Row) -> Question:
         answer=str(row["answer"]),
         picture=picture_of(row, "decoded_image", "image"),
         choices=options,
-        num_options=len(options),
         facets=facets(subject=subject, level=level, level_and_subject=f"{level}, {subject}"),
         facts={"options": options},
     )

@@ -40,7 +40,6 @@ def read(row: Row) -> Question:
         answer=str(row["answer"]),
         picture=picture_of(row, "decoded_image", "image"),
         choices=choices,
-        num_options=len(choices),
         facets=facets(
             question_type=row["question_type"],
             answer_type=row["answer_type"],

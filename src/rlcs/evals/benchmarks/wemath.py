@@ -50,7 +50,6 @@ def read(row: Row) -> Question:
         answer=str(row["answer"]),
         picture=picture_of(row, "image_path"),
         choices=options,
-        num_options=len(options),
         facets=facets(step=row["key"]),
         group=str(row["ID"]),
         facts={"key": row["key"]},

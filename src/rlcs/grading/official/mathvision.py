@@ -8,7 +8,7 @@ refused; that is the rule.
 import re
 from collections.abc import Iterable, Sequence
 
-from rlcs.grading.official.latex_value import NoValueError, rounded
+from rlcs.grading.latex import NoValueError, rounded
 
 _PHRASES = ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
 _DROPPED = (

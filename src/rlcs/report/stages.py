@@ -1,13 +1,12 @@
-"""How far a run is: what the live page shows above everything else, and what the doctor asks first."""
+"""How far each stage of a run is: for the live page and for `rlcs doctor`."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from rlcs.progress import median_rate
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER, stages_behind
-from rlcs.report.findings import phases
+from rlcs.report.findings import phases, recipe_values
 from rlcs.report.load_run import Run, number, read_object, read_text
 
 
@@ -30,7 +29,8 @@ class Progress:
 
 def progress(run: Run) -> list[Progress]:
     """Every stage that this run has, in order: those that began, and of the others those its recipe names."""
-    arms = set(_arms(run))
+    named = recipe_values(run.recipe).get("study.arms")
+    arms = {str(arm) for arm in named} if isinstance(named, list) else set()
     needed = {stage for arm in arms if arm in ARMS for stage in stages_behind(arm)}
     stages = ("cold_start", *TRAINING_ORDER)
     found = [_stage(run, key) for key in stages if key in needed or key in run.curves]
@@ -61,14 +61,6 @@ def newest_log(folder: Path) -> Path | None:
     """The log of the last attempt."""
     logs = {int(p.stem[8:]): p for p in folder.glob("logs/attempt-*.log") if p.stem[8:].isdigit()}
     return logs[max(logs)] if logs else None
-
-
-def _arms(run: Run) -> Iterator[str]:
-    """The arms that the recipe names, read as text: a recipe of another version may not load."""
-    _, _, rest = run.recipe.partition("\nstudy:")
-    for line in rest.partition("\nreport:")[0].splitlines():
-        if line.strip().startswith("- "):
-            yield line.strip()[2:]
 
 
 def _stage(run: Run, key: str) -> Progress:

@@ -1,4 +1,4 @@
-"""Where answers come from: this process, vLLM servers, or a vLLM inside this process."""
+"""The recipe's sections on what answers: a server by its protocol, our engine, or vLLM."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,42 @@ ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class Sampler(Section):
+class Server(Section):
+    """How to talk to a model server, whichever it is."""
+
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. Local servers need none."""
+    concurrency: Positive = 32
+    """Requests under way at once."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds one try of one request may take in all."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Further tries after a failure that may pass (busy, down, cut off, garbled, empty)."""
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Tries started a minute, evenly spaced. None: as fast as the server answers."""
+    prompt_price: NonNegative | None = None
+    """Price of a million prompt tokens, in any currency."""
+    completion_price: NonNegative | None = None
+    """Price of a million completion tokens."""
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """What so many tokens cost, in the currency of the prices; None without any price."""
+        prices = (self.prompt_price, self.completion_price)
+        if prices == (None, None):
+            return None
+        return (prompt_tokens * (prices[0] or 0.0) + completion_tokens * (prices[1] or 0.0)) / 1e6
+
+
+class Endpoint(Server):
+    """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
+
+    base_url: str
+    """Up to and with the version: `http://localhost:8000/v1`."""
+    model: str
+    """The model's name on that server."""
+
+
+class EngineSettings(Section):
     """Which engine samples, and how vLLM is started."""
 
     engine: Literal["local", "vllm_server", "vllm_colocated"] = "local"
@@ -43,19 +78,19 @@ class Sampler(Section):
     """Tries of one prompt before the run stops."""
 
     @model_validator(mode="after")
-    def _one_device_list_a_server(self) -> "Sampler":
+    def _one_device_list_a_server(self) -> "EngineSettings":
         if self.devices and len(self.devices) != self.servers:
             raise ValueError(f"{len(self.devices)} devices for {self.servers} servers: give one entry each")
         return self
 
     @model_validator(mode="after")
-    def _of_servers_alone(self) -> "Sampler":
+    def _of_servers_alone(self) -> "EngineSettings":
         if self.arguments and self.engine == "vllm_colocated":
             raise ValueError("arguments are of vllm_server: vllm_colocated takes none, leave them out")
         return self
 
 
-class Rollouts(Sampler):
+class Rollouts(EngineSettings):
     """Who samples answers, in GRPO and in measurements."""
 
     urls: tuple[str, ...] = ()

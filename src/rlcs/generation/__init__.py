@@ -1,0 +1,14 @@
+"""Asking a model and keeping its answers: samplers take requests, a log keeps their samples."""
+
+from rlcs.generation.sample_log import Entry, SampleLog, annotate, check_settings
+from rlcs.generation.sampler import EngineSampler, Sampler, open_sampler
+
+__all__ = [
+    "EngineSampler",
+    "Entry",
+    "SampleLog",
+    "Sampler",
+    "annotate",
+    "check_settings",
+    "open_sampler",
+]

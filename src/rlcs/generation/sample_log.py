@@ -1,0 +1,148 @@
+"""The samples of one run on disk: one JSONL file, appended to as they come, so that nothing is asked twice.
+
+Whatever moment a kill picks, at most the last line is torn, and that one is cut off when the file is opened
+again. Answers to other questions, or given under other settings, are never taken for these.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from json import dumps
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rlcs.errors import RunFolderError, UserError
+from rlcs.records import Request, Sample, SampleKey, StopReason
+from rlcs.storage import append_jsonl, atomic_write, read_json, read_jsonl, write_json
+
+SETTINGS = "settings.json"
+"""Beside the log: what decides an answer."""
+_SYNC_S = 1.0  # a power cut may cost this much; a kill costs nothing
+_FIELDS = frozenset(each.name for each in fields(Sample))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One line of the log: a sample, and what the policy `added` to it (its grade, say)."""
+
+    sample: Sample
+    added: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def to_row(self) -> dict[str, Any]:
+        """The entry as one flat JSON row."""
+        return {**asdict(self.sample), **self.added}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Entry":
+        """The entry that `to_row` wrote."""
+        known = {name: value for name, value in row.items() if name in _FIELDS}
+        sample = Sample(**known | {"stop": StopReason(row["stop"])})
+        return cls(sample=sample, added={k: v for k, v in row.items() if k not in _FIELDS})
+
+
+class SampleLog:
+    """One file of samples; a context manager. `entries` are those of the problems in hand, by their keys."""
+
+    def __init__(
+        self,
+        path: Path,
+        digests: Mapping[str, str],
+        *,
+        settings: Mapping[str, object] | None = None,
+        may_change: bool = False,
+    ) -> None:
+        """`digests` are those of the problems in hand, by id; `settings` is what decides an answer.
+
+        An answer to what a problem was before an edit is an error, or with `may_change` not an answer.
+        """
+        self.entries: dict[SampleKey, Entry] = {}
+        self._path, self._digests = path, dict(digests)
+        self._settings, self._may_change = settings, may_change
+        self._handle = -1
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Read what is there and open for appending.
+
+        Raises RunFolderError for a file that cannot be written or holds answers under other settings,
+        UserError for an answer to a problem that was edited since.
+        """
+        if self._settings is not None:
+            check_settings(self._path, self._settings)
+        append_jsonl(self._path, [])  # cuts off what a kill has torn
+        for row in read_jsonl(self._path):
+            digest = self._digests.get(row["id"])
+            if digest is not None and row.get("digest") != digest and not self._may_change:
+                raise UserError(
+                    f"the data changed: the answer to {row['id']!r} is to another question",
+                    where=str(self._path),
+                    fix="restore the data, or choose another --out, or remove this file to ask anew",
+                )
+            if row.pop("digest") == digest:
+                entry = Entry.from_row(row)
+                self.entries[entry.sample.key] = entry
+        self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Make everything survive a power cut too."""
+        os.fsync(self._handle)
+        os.close(self._handle)
+
+    def unanswered(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The requests without a sample here, drawn lazily."""
+        return (request for request in requests if request.key not in self.entries)
+
+    def add(self, sample: Sample, added: Mapping[str, Any] | None = None) -> None:
+        """Append a sample with what the policy adds. A failure that may pass is no answer: it is left out.
+
+        Raises RunFolderError when the disk is full; what is complete stays readable.
+        """
+        if sample.retryable:
+            return
+        entry = Entry(sample=sample, added=added or {})
+        row = entry.to_row() | {"digest": self._digests[sample.id]}
+        line = (dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+        try:
+            if os.write(self._handle, line) < len(line):
+                raise OSError("the disk is full")
+            if time.monotonic() - self._synced > _SYNC_S:
+                os.fsync(self._handle)
+                self._synced = time.monotonic()
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write an answer: {error.strerror or error}",
+                where=str(self._path),
+                fix="make room; the same command goes on from here",
+            ) from error
+        self.entries[sample.key] = entry
+
+
+def annotate(path: Path, added: Mapping[SampleKey, Mapping[str, Any]]) -> None:
+    """Add columns to lines of a finished log, which is closed; its other lines stay as they are."""
+    rows = [{**row, **added.get((row["id"], row["index"], row["turn"]), {})} for row in read_jsonl(path)]
+    atomic_write(path, "".join(dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def check_settings(path: Path, settings: Mapping[str, object]) -> None:
+    """Write what decides an answer beside a new log, or check that an old one has the same.
+
+    Raises RunFolderError for answers given under other settings: they never share a folder. A start that
+    got no answer (a mistyped model, a wrong port) leaves nothing to protect.
+    """
+    place = path.with_name(SETTINGS)
+    old = read_json(place) if place.exists() else {}
+    changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in settings.items() if old.get(k) != v]
+    has_answers = path.is_file() and bool(read_jsonl(path))
+    if not place.exists() or (changed and not has_answers):
+        write_json(place, settings)
+    elif changed:
+        raise RunFolderError(
+            f"the folder holds answers given under other settings: {'; '.join(changed)}",
+            where=str(path.parent),
+            fix="choose another --out, or another name for the model, or remove the folder",
+        )
