@@ -24,7 +24,7 @@ from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
 from rlcs.train.groups import make_group, shaped_reward, tree_of
 from rlcs.train.losses import sft_loss
-from rlcs.train.run_dir import RunDir
+from rlcs.train.run_dir import RunDir, step_report
 from rlcs.train.stage_run import Clock
 from rlcs.train.trainer import Batch, Trainer, ZeroGradCounts, learning_rate
 
@@ -96,8 +96,7 @@ def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folde
         return sft_loss(scores.logprobs * float("nan"), some.pack.weights, some.pack.sequence, "token")
 
     result = trainer.step([batch], poisoned, average="token")
-    stage = RunDir(tmp_path, name="sft", seed=0, settings=Sft(), recipe_hash="h")
-    report = stage.report(result, step=1, steps=3, values={}, seconds={})
+    report = step_report("sft", result, step=1, steps=3, values={}, seconds={})
     assert report.skipped and "loss" not in report.values  # NaN is not JSON
     assert result.skipped == "the gradient is not finite"
     assert_equal_weights(before, weights_of(vlm))

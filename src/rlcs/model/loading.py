@@ -252,11 +252,11 @@ def save(vlm: Vlm, folder: Path) -> None:
     def write() -> None:
         if vlm.adapter is None:
             vlm.model.save_pretrained(folder, state_dict=weights)
-        elif vlm.reference_mode:
-            whole = weights or vlm.model.state_dict()
-            adapters.merged(vlm.adapter, whole, reference_mode=True).save_pretrained(folder)
         else:
-            adapters.save(vlm.adapter, folder, whole=weights)
+            whole = weights or vlm.model.state_dict()
+            adapters.merged(vlm.adapter, whole, reference_mode=vlm.reference_mode).save_pretrained(folder)
+            if not vlm.reference_mode:
+                adapters.save(vlm.adapter, folder / "adapter", whole)
         vlm.processor.save_pretrained(folder)
         open_to_readers(folder)
 
@@ -270,7 +270,7 @@ def save_adapters(vlm: Vlm, folder: Path) -> None:
     weights = whole_weights(vlm.model, vlm.world, having=".lora_") if vlm.fsdp_root is not None else None
 
     def write() -> None:
-        adapters.save_alone(adapter, folder, whole=weights)
+        adapters.save(adapter, folder, weights or vlm.model.state_dict())
         open_to_readers(folder)
 
     vlm.world.first(write)

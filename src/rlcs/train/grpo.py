@@ -111,7 +111,7 @@ def train(
         max_new_tokens=settings.max_new_tokens,
         seed=run.seed,
     )
-    first = run.resume(trainer, stream)
+    first = run.resume(trainer, stream, steps=settings.steps)
     for step in range(first, settings.steps):
         clock = Clock()
         with clock("rollout"):
@@ -124,16 +124,10 @@ def train(
         run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
         values = run.keep_rollouts(step + 1, groups) | averaged(results) | {"bad_rows": float(skipped)}
-        report = run.report(
-            results[0] if results else None,
-            step=step + 1,
-            steps=settings.steps,
-            values=values,
-            seconds=clock.seconds,
-        )
-        warn_of_gap(report.values, context.rollout.alarm, screen)
-        run.after_step(trainer, stream, report, screen=screen, stop=stop)
-    run.finish(trainer)
+        warn_of_gap(values, context.rollout.alarm, screen)
+        result = results[0] if results else None
+        run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
+    run.finish()
 
 
 def collect(

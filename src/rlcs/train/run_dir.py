@@ -69,14 +69,18 @@ class RunDir:
         self._rollouts = RolloutLog(path / "rollouts")
         self._started = time.monotonic()
         self._spent_before = 0.0
+        self._trainer: Trainer
+        self._stream: ProblemStream[Any]
+        self._steps: int
 
     @property
     def spent_s(self) -> float:
         """Wall seconds of this stage so far."""
         return self._spent_before + time.monotonic() - self._started
 
-    def resume(self, trainer: Trainer, stream: ProblemStream[Any]) -> int:
-        """Restore the newest valid checkpoint, if there is one; returns the steps already done."""
+    def resume(self, trainer: Trainer, stream: ProblemStream[Any], *, steps: int) -> int:
+        """Begin a stage of `steps`, at its newest valid checkpoint if it has one; the steps already done."""
+        self._trainer, self._stream, self._steps = trainer, stream, steps
         self._first(self._trackers.skip_what_was_sent)
         state = checkpoint.load_latest(self.path / "checkpoints", self._world)
         if state is None:
@@ -106,64 +110,71 @@ class RunDir:
         self._first(lambda: self._rollouts.write(step, groups))
         return measure(groups)
 
-    def report(
+    def after_step(
         self,
         result: StepResult | None,
         *,
         step: int,
-        steps: int,
         values: Mapping[str, float],
         seconds: Mapping[str, float],
-    ) -> StepReport:
-        """The report of one step; no result means that nothing could be learnt from it."""
-        merged = dict(values)
-        skipped = "all rewards are equal in every group"
-        if result is not None:
-            merged = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
-            merged |= {**result.values, **values, "tokens": float(result.tokens)}
-            merged["tokens_per_s"] = result.tokens / max(1e-9, sum(seconds.values()))
-            skipped = result.skipped
-        finite = {name: value for name, value in merged.items() if math.isfinite(value)}
-        return StepReport(
-            stage=self.name, step=step, steps=steps, values=finite, seconds=seconds, skipped=skipped
-        )
-
-    def after_step(
-        self,
-        trainer: Trainer,
-        stream: ProblemStream[Any],
-        report: StepReport,
-        *,
         screen: Screen,
         stop: StopFlag,
     ) -> None:
-        """Log the step, checkpoint when due, and stop here if any rank was asked to. Raises Stopped."""
+        """Log step `step` (from 1), save a checkpoint when due, and stop if a rank was asked to.
+
+        No result means that nothing could be learnt from the step. Raises Stopped.
+        """
+        report = step_report(self.name, result, step=step, steps=self._steps, values=values, seconds=seconds)
         self._first(lambda: self._log(report))
         screen.step(report)
-        due = report.step % self._settings.save_every == 0 and report.step < report.steps
         stopping = self._world.agree(stop)
-        if due or stopping:
-            state = checkpoint.capture(
-                trainer.vlm.model,
-                trainer.optimizer,
-                step=report.step,
-                cursor=stream.state(),
-                schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
-                extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
-                recipe_hash=self._recipe_hash,
-            )
-            keep = self._settings.keep_checkpoints
-            checkpoint.save(self.path / "checkpoints", state, keep=keep, world=self._world)
+        if stopping or (step % self._settings.save_every == 0 and step < self._steps):
+            self._save_checkpoint(step)
         if stopping:
-            self._world.check(stop, f"{self.name} after step {report.step} of {report.steps}")
+            self._world.check(stop, f"{self.name} after step {step} of {self._steps}")
 
     def _log(self, report: StepReport) -> None:
         self._metrics.append(report)
         self._trackers.append(report)
 
-    def finish(self, trainer: Trainer) -> None:
+    def _save_checkpoint(self, step: int) -> None:
+        trainer = self._trainer
+        state = checkpoint.capture(
+            trainer.vlm.model,
+            trainer.optimizer,
+            step=step,
+            cursor=self._stream.state(),
+            schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
+            extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
+            recipe_hash=self._recipe_hash,
+        )
+        keep = self._settings.keep_checkpoints
+        checkpoint.save(self.path / "checkpoints", state, keep=keep, world=self._world)
+
+    def finish(self) -> None:
         """Write the trained model in Hugging Face format, then the marker."""
         self._trackers.close()
-        save(trainer.vlm, self.final)
-        seconds = round(self.spent_s, 1)
-        self._world.first(lambda: mark_done(self.path, seconds=seconds, optimizer_steps=trainer.done))
+        save(self._trainer.vlm, self.final)
+        facts = {"seconds": round(self.spent_s, 1), "optimizer_steps": self._trainer.done}
+        self._world.first(lambda: mark_done(self.path, **facts))
+
+
+def step_report(
+    stage: str,
+    result: StepResult | None,
+    *,
+    step: int,
+    steps: int,
+    values: Mapping[str, float],
+    seconds: Mapping[str, float],
+) -> StepReport:
+    """The report of one step of a stage, with what is finite; no result: nothing could be learnt."""
+    merged = dict(values)
+    skipped = "all rewards are equal in every group"
+    if result is not None:
+        merged = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+        merged |= {**result.values, **values, "tokens": float(result.tokens)}
+        merged["tokens_per_s"] = result.tokens / max(1e-9, sum(seconds.values()))
+        skipped = result.skipped
+    finite = {name: value for name, value in merged.items() if math.isfinite(value)}
+    return StepReport(stage=stage, step=step, steps=steps, values=finite, seconds=seconds, skipped=skipped)

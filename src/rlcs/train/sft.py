@@ -51,7 +51,7 @@ def train(
     trainer = Trainer(vlm, settings.optimizer, steps=steps, max_bad_steps=settings.max_bad_steps)
     stream = ProblemStream(demonstrations, seed=run.seed)
     objective = make_objective(settings.loss_average)
-    first = run.resume(trainer, stream)
+    first = run.resume(trainer, stream, steps=steps)
     for step in range(first, steps):
         clock = Clock()
         with clock("data"):
@@ -62,15 +62,9 @@ def train(
         with clock("update"):
             batches = [Batch(pack=pack) for pack in packs]
             result = trainer.step(batches, objective, average=settings.loss_average)
-        report = run.report(
-            result,
-            step=step + 1,
-            steps=steps,
-            values={"bad_rows": float(bad)} if bad else {},
-            seconds=clock.seconds,
-        )
-        run.after_step(trainer, stream, report, screen=screen, stop=stop)
-    run.finish(trainer)
+        values = {"bad_rows": float(bad)} if bad else {}
+        run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
+    run.finish()
 
 
 def usable_trees(

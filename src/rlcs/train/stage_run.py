@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from rlcs.data.stream import ProblemStream
 from rlcs.progress import Screen
-from rlcs.records import Group, StepReport
+from rlcs.records import Group
 from rlcs.signals import StopFlag
 from rlcs.train.trainer import StepResult, Trainer
 
@@ -38,38 +38,27 @@ class StageRun(Protocol):
     seed: int
     zero_variance_steps: int
 
-    def resume(self, trainer: Trainer, stream: ProblemStream[Any]) -> int:
-        """Go on from the newest checkpoint, if there is one; the number of steps done."""
+    def resume(self, trainer: Trainer, stream: ProblemStream[Any], *, steps: int) -> int:
+        """Begin a stage of `steps`, from the newest checkpoint if there is one; the steps already done."""
         ...
 
     def keep_rollouts(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """Write down the rollouts of a step; their averages."""
         ...
 
-    def report(
+    def after_step(
         self,
         result: StepResult | None,
         *,
         step: int,
-        steps: int,
         values: Mapping[str, float],
         seconds: Mapping[str, float],
-    ) -> StepReport:
-        """The report of a step; no result: nothing could be learnt from it."""
-        ...
-
-    def after_step(
-        self,
-        trainer: Trainer,
-        stream: ProblemStream[Any],
-        report: StepReport,
-        *,
         screen: Screen,
         stop: StopFlag,
     ) -> None:
-        """Log the step, save a checkpoint when due, and stop here if asked to. Raises Stopped."""
+        """Log a step, save a checkpoint when due, and stop here if asked to. Raises Stopped."""
         ...
 
-    def finish(self, trainer: Trainer) -> None:
+    def finish(self) -> None:
         """Write the trained model, then the marker of a finished stage."""
         ...
