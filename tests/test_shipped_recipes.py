@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from conftest import draw, make_problem
 from rlcs.data.loading import load
 from rlcs.model import attention, loading
-from rlcs.model.chat import DEFAULT_SYSTEM
+from rlcs.model.chat import DEFAULT_SYSTEM, default_system
 from rlcs.model.families import FAMILIES
 from rlcs.model.packing import pack
 from rlcs.model.vlm import Vlm
@@ -146,6 +146,16 @@ def test_the_paper_s_data_is_read_as_the_paper_reads_it(tmp_path):
         load(str(tmp_path / "rl.jsonl"), recipe.data, decode_limit=10**6, role="rl").rows[0].problem.answer
         == "4"
     )
+
+
+def test_rl_can_have_a_system_prompt_of_its_own(vlm):
+    prompts = Recipe(prompt={"system": "Train.", "rl_system": "Reinforce."}).prompt
+    problem = make_problem("words")
+    for rl, word in ((False, "Train."), (True, "Reinforce.")):
+        chat = loading.make_chat(vlm, prompts, rl=rl)
+        assert [w in chat.text(chat.prompt(problem).ids) for w in ("Train.", "Reinforce.")].count(True) == 1
+        assert word in chat.text(chat.prompt(problem).ids)
+    assert default_system(vlm.processor) == "Train.", "a saved model carries the prompt of all stages"
 
 
 def test_rl_can_have_a_smallest_image_of_its_own(vlm):

@@ -35,7 +35,7 @@ _KINDS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"RIFF", "webp"), (b"GIF8
 # ---------------------------------------------------------------------------------- writing
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Make a file's content, or the names in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -73,7 +73,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         raise cannot_write(path, len(data), error) from error
     finally:
@@ -235,9 +235,9 @@ def write_manifest(folder: Path) -> None:
         name = path.relative_to(folder)
         if path.is_file() and name.as_posix() != MANIFEST and not any(p.startswith(".") for p in name.parts):
             entries[name.as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-            _fsync(path)
+            fsync(path)
         elif path.is_dir():
-            _fsync(path)
+            fsync(path)
     write_json(folder / MANIFEST, {"files": entries})
 
 
