@@ -22,9 +22,9 @@ from rlcs.engines.vllm.server import Launch, Server
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
 from rlcs.model import loading
 from rlcs.model.vlm import Vlm
+from rlcs.recipe.execution import Lora
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Model
-from rlcs.recipe.training import Lora
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Load:
         async def ready() -> None:
             async with httpx.AsyncClient(trust_env=False) as client:
                 await self._server.up(client, weights)
-                await self._server.take(client, weights)
+                await self._server.load_weights(client, weights)
 
         began = time.perf_counter()
         self._loop.run_until_complete(ready())

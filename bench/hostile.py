@@ -353,7 +353,7 @@ def pauses() -> Iterator[list[float]]:
         thread.join()
 
 
-def siege(server: Server, requests: int) -> tuple[Seen, Neighbour]:
+def attack_from_clients(server: Server, requests: int) -> tuple[Seen, Neighbour]:
     """The whole attack. Raises what a client could not bear."""
     seen, neighbour = Seen(), Neighbour(server)
     with guests(server.port), ThreadPoolExecutor(CLIENTS + 1) as pool:
@@ -369,14 +369,14 @@ def siege(server: Server, requests: int) -> tuple[Seen, Neighbour]:
 
 
 def main() -> int:
-    """Besiege a server on the built-in model and print what came of it."""
+    """Attack a server on the built-in model and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     options = parser.parse_args()
     with serving(Path("builtin")) as server, pauses() as held:
         attack(server.port, 1000, 60, Seen())  # what is loaded once, is loaded now
         before, began = Footprint.of(server), time.monotonic()
-        seen, neighbour = siege(server, options.requests)
+        seen, neighbour = attack_from_clients(server, options.requests)
         took, after = time.monotonic() - began, Footprint.of(server)
         server.errors.seek(0)
         told = server.errors.read()

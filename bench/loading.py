@@ -173,8 +173,8 @@ def load(meeting: Path, folder: Path, dtype: str) -> None:
     """One rank: load, and wait until it has been looked at."""
     from rlcs.distributed import join_world
     from rlcs.model import loading
+    from rlcs.recipe.execution import Parallel
     from rlcs.recipe.schema import Model
-    from rlcs.recipe.training import Parallel
 
     with join_world(timeout_s=LIMIT_S) as world:
         loading.load(Model(name="builtin"), world=world)  # so that libraries are there

@@ -13,7 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 from bench.meter import Meter
 from bench.shapes import SEED, Case, grpo_settings, rewards
 from rlcs.data.stream import ProblemStream
-from rlcs.engines import local
+from rlcs.engines import decoding
+from rlcs.engines.local import LocalEngine
 from rlcs.engines.sampling import choose, uniform
 from rlcs.model import loading
 from rlcs.model.vlm import Vlm
@@ -68,8 +69,8 @@ class ForcedLengths:
     def installed(self) -> Iterator[None]:
         """Force lengths inside the body."""
         with (
-            mock.patch.object(local, "uniform", self._uniform),
-            mock.patch.object(local, "choose", self._choose),
+            mock.patch.object(decoding, "uniform", self._uniform),
+            mock.patch.object(decoding, "choose", self._choose),
         ):
             yield
 
@@ -94,7 +95,7 @@ def load(case: Case) -> tuple[Vlm, grpo.GrpoContext]:
     """The policy and what a step works with."""
     vlm = loading.load(Model(name=case.folder), device=torch.device("cpu"))
     chat = loading.make_chat(vlm)
-    engine = local.LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
+    engine = LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
     reference = grpo.frozen_copy(vlm)
     return vlm, grpo.GrpoContext(
         vlm=vlm, reference=reference, chat=chat, engine=engine, grader=FixedRewards()

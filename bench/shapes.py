@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from rlcs.data import puzzles
 from rlcs.model.chat import Chat
@@ -45,27 +44,21 @@ class Shape:
     answers: tuple[int, int] = (0, 0)
 
 
+def _on_38m(name: str, *, group: int, trunk: int, side: int, answers: tuple[int, int]) -> Shape:
+    """A shape of one prompt a step on the model of 38M parameters, which reads 28 x 28 pixels as a token."""
+    image, (shortest, longest) = (side // 28) ** 2, answers
+    says = (
+        f"38M model; trunk {trunk} tokens, {image} of them image; answers {shortest}-{longest}; "
+        f"G = {group}; 1 prompt a step"
+    )
+    return Shape(
+        name=name, says=says, model="38M", prompts=1, group=group, trunk=trunk, side=side, answers=answers
+    )
+
+
 SHAPES = (
-    Shape(
-        name="wide image",
-        says="38M model; trunk 320 tokens, 256 of them image; answers 40-110; G = 8; 1 prompt a step",
-        model="38M",
-        prompts=1,
-        group=8,
-        trunk=320,
-        side=448,
-        answers=(40, 110),
-    ),
-    Shape(
-        name="long",
-        says="38M model; trunk 600 tokens, 64 of them image; answers 150-250; G = 10; 1 prompt a step",
-        model="38M",
-        prompts=1,
-        group=10,
-        trunk=600,
-        side=224,
-        answers=(150, 250),
-    ),
+    _on_38m("wide image", group=8, trunk=320, side=448, answers=(40, 110)),
+    _on_38m("long", group=10, trunk=600, side=224, answers=(150, 250)),
     Shape(
         name="built-in",
         says="the built-in model and tasks as in quickstart: trunks of about 53 tokens, answers of about 39; "
@@ -74,16 +67,7 @@ SHAPES = (
         prompts=64,
         group=8,
     ),
-    Shape(
-        name="unfavourable",
-        says="38M model; trunk 60 tokens, 16 of them image; answers 250-350; G = 8; 1 prompt a step",
-        model="38M",
-        prompts=1,
-        group=8,
-        trunk=60,
-        side=112,
-        answers=(250, 350),
-    ),
+    _on_38m("unfavourable", group=8, trunk=60, side=112, answers=(250, 350)),
 )
 
 
@@ -192,41 +176,25 @@ def _even_share(shape: Shape, packs: int) -> int:
 
 def wide_model(processor: Any) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL of 38M parameters with random weights, for the tokenizer of the built-in model."""
-    ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in tiny_model.SPECIAL}
-    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 2048,
-            "hidden_size": 512,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": end,
-            "pad_token_id": pad,
-        },
-        vision_config={
-            "depth": 8,
-            "hidden_size": 320,
-            "intermediate_size": 960,
-            "num_heads": 4,
-            "out_hidden_size": 512,
-            "fullatt_block_indexes": [3, 7],
-            "window_size": 112,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(SEED)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.update(eos_token_id=[end, pad], pad_token_id=pad)
-    return model
+    text = {
+        "vocab_size": 2048,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+    }
+    vision = {
+        "depth": 8,
+        "hidden_size": 320,
+        "intermediate_size": 960,
+        "num_heads": 4,
+        "out_hidden_size": 512,
+        "fullatt_block_indexes": [3, 7],
+        "window_size": 112,
+    }
+    return tiny_model.random_model(processor.tokenizer, text, vision, seed=SEED)
 
 
 def drawn_problems(shape: Shape, chat: Chat, count: int) -> list[Problem]:

@@ -11,7 +11,7 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model
-from rlcs.records import ImageRef, Problem
+from rlcs.records import Grade, ImageRef, Problem
 from rlcs.storage import image_from_bytes
 
 
@@ -42,6 +42,37 @@ def vlm(random_model_folder: Path) -> Vlm:
 @pytest.fixture
 def chat(vlm: Vlm) -> Chat:
     return loading.make_chat(vlm)
+
+
+SMALL_STUDY = [
+    "data.cold_start=builtin:puzzles?count=12&seed=1",
+    "data.rl=builtin:puzzles?count=12&seed=2",
+    "data.test=builtin:puzzles?split=test&count=20&seed=3",
+    "sft.epochs=2",
+    "sft.batch_size=6",
+    "grpo.prompts_per_step=3",
+    "grpo.group_size=2",
+]
+"""What makes a study of the quickstart's recipe a matter of seconds."""
+
+
+class LengthGrader:
+    """Rewards odd numbers of characters: a random model gets reward differences that way."""
+
+    def grade(self, pairs):
+        return [Grade(reward=float(len(t) % 2), correct=len(t) % 2 == 1, why="length") for _, t in pairs]
+
+
+class Stopper:
+    """A screen that asks the run to stop after a step, as Ctrl-C would."""
+
+    def __init__(self, view, stop, step):
+        self._view, self._stop, self._step = view, stop, step
+
+    def step(self, report):
+        self._view.step(report)
+        if report.step == self._step:
+            self._stop.is_set = True
 
 
 def draw(width: int, height: int, seed: int = 0) -> ImageRef:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from conftest import LengthGrader, Stopper
 from rlcs.data import puzzles
 from rlcs.distributed import World, join_world
 from rlcs.engines.local import LocalEngine
@@ -18,10 +19,10 @@ from rlcs.model import loading
 from rlcs.model.fsdp import whole_weights
 from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.stages import Grpo, Sft
-from rlcs.recipe.training import Lora, Parallel
-from rlcs.records import Demonstration, Grade, Problem
+from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
 from rlcs.train.run_dir import RunDir
@@ -41,25 +42,6 @@ def demonstrations(count: int) -> list[Demonstration]:
         Demonstration(problem=p, response=f"two and two: \\boxed{{{p.answer}}} " * (1 + i % 3), teacher="t")
         for i, p in enumerate(mixed_problems(count))
     ]
-
-
-class LengthGrader:
-    """Rewards even answer lengths: a random model gets reward differences that way."""
-
-    def grade(self, pairs):
-        return [Grade(reward=float(len(t) % 2), correct=len(t) % 2 == 1, why="length") for _, t in pairs]
-
-
-class Stopper:
-    """A screen in which one rank is asked to stop after a step."""
-
-    def __init__(self, view, stop, step):
-        self._view, self._stop, self._step = view, stop, step
-
-    def step(self, report):
-        self._view.step(report)
-        if report.step == self._step:
-            self._stop.is_set = True
 
 
 def load(job: dict, world: World) -> Vlm:

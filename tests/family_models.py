@@ -1,5 +1,6 @@
 """Tiny random models of the families that do not ship with rlcs, with their real processors."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -17,46 +18,23 @@ from transformers import (
 )
 
 from tools import tiny_model
-from tools.tiny_model.build import CHAT_TEMPLATE, build_tokenizer
+from tools.tiny_model.build import CHAT_TEMPLATE, build_tokenizer, vision_ids
 
-QWEN_3_TEMPLATE = """\
-{%- set seen = namespace(images=0, videos=0) -%}
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message.role + '\\n' -}}
-  {%- if message.content is string -%}
-    {{- message.content -}}
-  {%- else -%}
-    {%- for part in message.content -%}
-      {%- if message.role == 'user' and (part.type == 'image' or 'image' in part or 'image_url' in part) -%}
-        {%- set seen.images = seen.images + 1 -%}
-        {%- if add_vision_id -%}{{- 'Picture ' ~ seen.images ~ ': ' -}}{%- endif -%}
-        {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-      {%- elif message.role == 'user' and (part.type == 'video' or 'video' in part) -%}
-        {%- set seen.videos = seen.videos + 1 -%}
-        {%- if add_vision_id -%}{{- 'Video ' ~ seen.videos ~ ': ' -}}{%- endif -%}
-        {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-      {%- elif 'text' in part -%}
-        {{- part.text -}}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
+QWEN_3_TEMPLATE = (
+    re.sub(r"  \{%- if loop\.first .*?endif -%\}\n", "", CHAT_TEMPLATE, count=1, flags=re.DOTALL)
+    .replace(
+        "if part.type == 'image' or 'image' in part or 'image_url' in part -",
+        "if message.role == 'user' and (part.type == 'image' or 'image' in part or 'image_url' in part) -",
+    )
+    .replace(
+        "elif part.type == 'video' or 'video' in part -",
+        "elif message.role == 'user' and (part.type == 'video' or 'video' in part) -",
+    )
+)
 """Renders what Qwen3-VL-Instruct's own template renders of system, user and assistant turns without tools:
 no system turn unless there is a system message."""
 
 SIZES = {"shortest_edge": 64 * 64, "longest_edge": 448 * 448}
-
-
-def _ids(tokenizer) -> dict[str, int]:
-    return {
-        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-    }
 
 
 def _text(tokenizer, **more: object) -> dict[str, object]:
@@ -82,7 +60,7 @@ def qwen2_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen2VL
     vision = {"depth": 2, "embed_dim": 96, "hidden_size": 128, "num_heads": 4, "initializer_range": 0.08,
               **dict(vision)}  # fmt: skip
     text = _text(tokenizer, rope_parameters=rope, **dict(text))
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **vision_ids(tokenizer))
     processor = Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=SIZES),
         tokenizer=tokenizer,
@@ -101,7 +79,7 @@ def qwen3_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VL
               "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 2],
               "initializer_range": 0.08, **dict(vision)}  # fmt: skip
     config = Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **_ids(tokenizer)
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **vision_ids(tokenizer)
     )
     tokenizer.chat_template = QWEN_3_TEMPLATE
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -21,8 +21,8 @@ from rlcs.distributed import World, own_part
 from rlcs.model import fsdp, loading
 from rlcs.model.families import FAMILIES
 from rlcs.model.vlm import Vlm
+from rlcs.recipe.execution import Parallel
 from rlcs.recipe.stages import Optimizer
-from rlcs.recipe.training import Parallel
 from rlcs.train import checkpoint
 from rlcs.train.trainer import make_optimizer
 

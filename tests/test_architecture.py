@@ -390,7 +390,7 @@ def _tested_names() -> set[str]:
 
 def test_tests_are_named_after_what_they_test() -> None:
     names = _tested_names()
-    assert {"plan", "plan_memory", "memory", "vllm_engine"} <= names and "training" not in names
+    assert {"plan", "plan_memory", "memory", "vllm_engine"} <= names and "lora_plan" not in names
     found = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert not found - names - TESTS_OF_SOMETHING_ELSE.keys()
     assert TESTS_OF_SOMETHING_ELSE.keys() <= found - names, "named here without need"

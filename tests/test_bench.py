@@ -14,8 +14,8 @@ from bench.shapes import Case, Shape, make_case, wide_model
 from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.model import loading
 from rlcs.model.packing import dense_mask, layout_of
+from rlcs.recipe.execution import Lora
 from rlcs.recipe.schema import Model
-from rlcs.recipe.training import Lora
 from tools import tiny_model
 
 SHAPE = Shape(name="check", says="built-in model", model="built-in", prompts=2, group=3)

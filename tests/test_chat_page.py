@@ -264,13 +264,21 @@ def test_turns_settings_examples_and_errors(browser, served, image):
     page.context.close()
 
 
-@needs_chromium
-def test_stop_keeps_what_was_said(browser, served):
-    url, _, trained = served
-    page = opened(browser, url)
+@pytest.fixture
+def answering(browser, served):
+    """A page while the right model answers its first question, and the conversation with that model."""
+    page = opened(browser, served[0])
     ask(page, "How many?")
     right = page.locator(".conversation").last
     right.get_by_text("many shapes").first.wait_for()
+    yield page, right
+    page.context.close()
+
+
+@needs_chromium
+def test_stop_keeps_what_was_said(answering, served):
+    page, right = answering
+    trained = served[2]
     page.get_by_label("Stop").click()
     right.locator("[data-testid=bot]").get_by_text("There are many shapes").wait_for()
     page.wait_for_function("!document.querySelector('.loading-spinner')")
@@ -281,7 +289,6 @@ def test_stop_keeps_what_was_said(browser, served):
     _, said, again = trained.asked[-1]
     assert said["role"] == "assistant" and said["content"][0].startswith("There are")
     assert again["content"] == ["And now?"]
-    page.context.close()
 
 
 @needs_chromium
@@ -299,12 +306,9 @@ def test_typing_elsewhere_is_not_disturbed_by_an_answer(browser, served):
 
 
 @needs_chromium
-def test_what_is_typed_meanwhile_is_kept_and_a_new_conversation_begins_at_once(browser, served):
-    url, _, trained = served
-    page = opened(browser, url)
-    ask(page, "How many?")
-    right, box = page.locator(".conversation").last, page.locator("textarea").first
-    right.get_by_text("many shapes").first.wait_for()
+def test_what_is_typed_meanwhile_is_kept_and_a_new_conversation_begins_at_once(answering, served):
+    page, right = answering
+    trained, box = served[2], page.locator("textarea").first
     assert box.input_value() == ""
     ask(page, "And now?")  # too early
     page.get_by_text("Wait for the answer, or press Stop.").wait_for()
@@ -320,7 +324,6 @@ def test_what_is_typed_meanwhile_is_kept_and_a_new_conversation_begins_at_once(b
     right.get_by_text("Answer: 5").wait_for()
     assert right.get_by_text("And now?").count() == 0
     assert trained.streams[-2].closed and len(trained.asked[-1]) == 1
-    page.context.close()
 
 
 @needs_chromium

@@ -5,10 +5,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 NOT_INSTALLED = {"bitsandbytes"}
@@ -71,7 +71,7 @@ def test_make_installs_by_the_constraints_and_ci_tries_once() -> None:
 
 
 def test_hooks_run_what_the_environment_has() -> None:
-    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    config = YAML(typ="safe").load(ROOT / ".pre-commit-config.yaml")
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
     assert {repository["repo"] for repository in config["repos"]} == {"local"}
     assert {hook["language"] for hook in hooks} == {"system"}, "nothing is downloaded"

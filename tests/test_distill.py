@@ -41,16 +41,16 @@ def test_wrong_answers_of_the_teacher_are_rejected(tmp_path: Path) -> None:
     assert stats["without_demonstration"] == 40 - len(kept)
 
 
-def test_more_tries_answer_more_problems(tmp_path: Path) -> None:
+def test_more_samples_answer_more_problems(tmp_path: Path) -> None:
     rows = builtin_rows()
-    kept = run(rows, Teacher(wrong_share=0.5, tries=12), folder=tmp_path, seed=1)
+    kept = run(rows, Teacher(wrong_share=0.5, max_samples=12), folder=tmp_path, seed=1)
     assert len(kept) == 40 and max(d.attempt for d in kept) > 0
-    once = run(rows, Teacher(wrong_share=0.5, tries=1), folder=tmp_path, seed=1)
+    once = run(rows, Teacher(wrong_share=0.5, max_samples=1), folder=tmp_path, seed=1)
     assert {d.problem.id for d in once} == {d.problem.id for d in kept if d.attempt == 0}
 
 
 def test_keep_all_imitates_wrong_answers_too(tmp_path: Path) -> None:
-    kept = run(builtin_rows(), Teacher(wrong_share=0.5, keep="all", tries=3), folder=tmp_path, seed=1)
+    kept = run(builtin_rows(), Teacher(wrong_share=0.5, keep="all", max_samples=3), folder=tmp_path, seed=1)
     assert len(kept) == 40 and all(d.attempt == 0 for d in kept)
     assert (
         read_json(tmp_path / "stats.json")["kept_wrong"]
@@ -125,12 +125,13 @@ def test_nothing_left_to_learn_from_is_an_error(tmp_path: Path) -> None:
 def test_a_model_in_this_process_teaches(random_model_folder, tmp_path: Path) -> None:
     rows, model = builtin_rows(3), str(random_model_folder)
     teacher = Teacher(
-        model=model, keep="all", tries=2, enough=0, max_tokens=8, chain="caption", concurrency=4
+        model=model, keep="all", max_samples=2, enough_kept=0, max_tokens=8, chain="caption", concurrency=4
     )
     kept = run(rows, teacher, folder=tmp_path / "a", seed=1)
     assert [d.problem for d in kept] == [row.problem for row in rows] and kept[0].teacher == model
-    tries = read_jsonl(tmp_path / "a/tries.jsonl")
-    assert len(tries) == 6 == len(read_jsonl(tmp_path / "a/turns.jsonl"))
-    assert all(line["completion_tokens"] <= 16 < line["prompt_tokens"] for line in tries)
-    assert len({line["response"] for line in tries}) > 3
+    lines = read_jsonl(tmp_path / "a/samples.jsonl")
+    first, last = ([line for line in lines if line["turn"] == turn] for turn in (0, 1))
+    assert len(first) == 6 == len(last) and len(lines) == 12
+    assert all(line["tokens"] <= 8 and line["prompt_tokens"] > 16 for line in lines)
+    assert len({line["composed"] for line in last}) > 3 and not any("composed" in line for line in first)
     assert run(rows, teacher, folder=tmp_path / "b", seed=1) == kept

@@ -1,4 +1,4 @@
-"""A teacher behind a misbehaving server: every try asked once, kills survived, chains put together."""
+"""A teacher behind a misbehaving server: every sample asked for once, kills survived, chains put together."""
 
 import json
 import os
@@ -13,10 +13,9 @@ import pytest
 
 from loopback_server import LoopbackServer, last_text, text_of
 from rlcs.data import puzzles
-from rlcs.data.puzzles import chains
 from rlcs.data.rows import Row
 from rlcs.distill import load_kept, run
-from rlcs.distill.chains import Chain, Turn, formatted
+from rlcs.distill.chains import Chain, formatted
 from rlcs.distill.filters import choose, reason_to_reject
 from rlcs.engines import openai_client
 from rlcs.errors import DataError, EndpointError, RecipeError, RunFolderError
@@ -24,7 +23,7 @@ from rlcs.grading import grade
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Filters, Teacher
-from rlcs.records import Problem
+from rlcs.records import Problem, Sample, StopReason
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl
 
@@ -57,11 +56,15 @@ def said(body):
 
 
 def teacher(server, **changes):
-    return Teacher(base_url=server.url, **{"model": "m", "tries": 4, "concurrency": 8, **changes})
+    return Teacher(base_url=server.url, **{"model": "m", "max_samples": 4, "concurrency": 8, **changes})
 
 
 def results(folder):
     return {name: (folder / name).read_bytes() for name in RESULTS}
+
+
+def line_count(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def asked(server):
@@ -83,8 +86,8 @@ def test_a_server_teaches_and_every_try_lies_on_disk(tmp_path: Path):
         "boxed" in text_of(body["messages"][0]) and body["temperature"] == 0.7 and body["max_tokens"] == 4096
     )
     assert kept[0].teacher == "m" and kept[0].grade is not None and kept[0].grade.correct
-    (line,) = read_jsonl(tmp_path / "tries.jsonl")
-    assert line["response"] == kept[0].response and line["completion_tokens"] == 2 and line["correct"] is True
+    (line,) = read_jsonl(tmp_path / "samples.jsonl")
+    assert line["response"] == kept[0].response and line["tokens"] == 2 and line["correct"] is True
     stats = read_json(tmp_path / "stats.json")
     assert stats["cost"] == pytest.approx(2 * 2.0 / 1e6) and stats["asked"] == 1 and stats["failed"] == 0
     (image,) = read_jsonl(tmp_path / "kept.jsonl")[0]["images"]
@@ -93,16 +96,16 @@ def test_a_server_teaches_and_every_try_lies_on_disk(tmp_path: Path):
 
 def test_a_problem_is_asked_until_enough_is_right_and_no_more(tmp_path: Path):
     with LoopbackServer(answer=said) as server:
-        run(rows(40), teacher(server, enough=2, keep_most=2), folder=tmp_path, seed=1)
+        run(rows(40), teacher(server, enough_kept=2, max_kept=2), folder=tmp_path, seed=1)
         assert max(asked(server).values()) == 1
     by_problem = {}
-    for line in read_jsonl(tmp_path / "tries.jsonl"):
-        by_problem.setdefault(line["id"], {})[line["attempt"]] = line["correct"]
-    assert {len(tries) for tries in by_problem.values()} == {2, 3, 4}
-    for tries in by_problem.values():
-        assert sorted(tries) == list(range(len(tries)))
-        right = [tries[n] for n in range(len(tries))]
-        assert len(tries) == 4 or (sum(right) == 2 and right[-1])
+    for line in read_jsonl(tmp_path / "samples.jsonl"):
+        by_problem.setdefault(line["id"], {})[line["index"]] = line["correct"]
+    assert {len(samples) for samples in by_problem.values()} == {2, 3, 4}
+    for samples in by_problem.values():
+        assert sorted(samples) == list(range(len(samples)))
+        right = [samples[n] for n in range(len(samples))]
+        assert len(samples) == 4 or (sum(right) == 2 and right[-1])
     rated = {row["id"]: row for row in read_jsonl(tmp_path / "problems.jsonl")}
     assert all(
         rated[n]["pass_rate"] == pytest.approx(sum(t.values()) / len(t), abs=1e-4)
@@ -116,13 +119,13 @@ def test_faults_of_every_kind_lose_nothing(tmp_path: Path):
         run(rows(60), teacher(server), folder=tmp_path / "calm", seed=1)
     with LoopbackServer(answer=said, faults=faults) as server:
         run(rows(60), teacher(server, concurrency=64), folder=tmp_path / "stormy", seed=1)
-        assert sum(asked(server).values()) == len(read_jsonl(tmp_path / "stormy/tries.jsonl")) + len(FAULTS)
+        assert sum(asked(server).values()) == len(read_jsonl(tmp_path / "stormy/samples.jsonl")) + len(FAULTS)
     assert results(tmp_path / "calm") == results(tmp_path / "stormy")
 
 
 def test_what_is_refused_is_named_and_asked_again_the_next_time(tmp_path: Path, capsys):
     with LoopbackServer(answer=said, faults={"is 3 ": ["always:400"], "is 4 ": ["always:500"]}) as server:
-        settings = teacher(server, enough=0, tries=2, max_retries=1)
+        settings = teacher(server, enough_kept=0, max_samples=2, max_retries=1)
         with screen("cold start", 6, quiet=True) as view:
             run(rows(6), settings, folder=tmp_path, seed=1, view=view)
         assert (
@@ -131,7 +134,7 @@ def test_what_is_refused_is_named_and_asked_again_the_next_time(tmp_path: Path, 
         assert sum(n for (text, _), n in asked(server).items() if " 4 " in text) == 2 * 2 * 3
     stats, shown = read_json(tmp_path / "stats.json"), capsys.readouterr().out
     assert stats["failed"] == stats["refused"] == 2, "a 500 may pass, a 400 never"
-    assert "2 tries were not answered" in shown and "2 tries are left out" in shown
+    assert "2 samples were not answered" in shown and "2 samples are left out" in shown
     with LoopbackServer(answer=said) as server:
         run(rows(6), settings.model_copy(update={"base_url": server.url}), folder=tmp_path, seed=1)
         assert {text.split()[2] for text, _ in asked(server)} == {"3", "4"} and len(server.seen) == 4
@@ -141,10 +144,10 @@ def test_what_is_refused_is_named_and_asked_again_the_next_time(tmp_path: Path, 
 def test_a_server_that_cannot_be_used_costs_nothing_that_came_before(tmp_path: Path):
     with LoopbackServer(answer=said, faults={"is 30 ": ["always:401"]}) as server:
         with pytest.raises(EndpointError, match="key"):
-            run(rows(40), teacher(server, enough=0, concurrency=2), folder=tmp_path, seed=1)
-        before = len(read_jsonl(tmp_path / "tries.jsonl"))
+            run(rows(40), teacher(server, enough_kept=0, concurrency=2), folder=tmp_path, seed=1)
+        before = len(read_jsonl(tmp_path / "samples.jsonl"))
     with LoopbackServer(answer=said) as server:
-        run(rows(40), teacher(server, enough=0), folder=tmp_path, seed=1)
+        run(rows(40), teacher(server, enough_kept=0), folder=tmp_path, seed=1)
         assert len(server.seen) == 160 - before and before > 50
 
 
@@ -157,7 +160,7 @@ def test_stopped_as_asked_and_gone_on(tmp_path: Path):
 
     with LoopbackServer(answer=answer) as server, pytest.raises(Stopped):
         run(rows(40), teacher(server), folder=tmp_path, seed=1, stop=stop)
-    assert not (tmp_path / "kept.jsonl").exists() and 0 < len(read_jsonl(tmp_path / "tries.jsonl")) < 40
+    assert not (tmp_path / "kept.jsonl").exists() and 0 < len(read_jsonl(tmp_path / "samples.jsonl")) < 40
     with LoopbackServer(answer=said) as server:
         assert run(rows(40), teacher(server), folder=tmp_path, seed=1, stop=StopFlag())
 
@@ -166,35 +169,37 @@ def test_a_torn_line_is_mended_and_asked_again(tmp_path: Path):
     with LoopbackServer(answer=said) as server:
         run(rows(10), teacher(server), folder=tmp_path, seed=1)
     whole = results(tmp_path)
-    data = (tmp_path / "tries.jsonl").read_bytes()
-    (tmp_path / "tries.jsonl").write_bytes(data[:-9])
+    data = (tmp_path / "samples.jsonl").read_bytes()
+    (tmp_path / "samples.jsonl").write_bytes(data[:-9])
     with LoopbackServer(answer=said) as server:
         run(rows(10), teacher(server), folder=tmp_path, seed=1)
         assert len(server.seen) == 1
-    assert results(tmp_path) == whole and len(read_jsonl(tmp_path / "tries.jsonl")) == data.count(b"\n")
+    assert results(tmp_path) == whole and len(read_jsonl(tmp_path / "samples.jsonl")) == data.count(b"\n")
 
 
 def test_an_edited_problem_is_asked_again_and_only_that(tmp_path: Path):
     with LoopbackServer(answer=said) as server:
-        run(rows(10), teacher(server, enough=0), folder=tmp_path, seed=1)
+        run(rows(10), teacher(server, enough_kept=0), folder=tmp_path, seed=1)
         edited = rows(10)
         edited[3] = Row(
             problem=Problem(id="p3", source="mine", question="What is 7 + 2 ?", answer="9"), response=None
         )
         del edited[5]
         del server.seen[:]
-        run(edited, teacher(server, enough=0), folder=tmp_path, seed=1)
+        run(edited, teacher(server, enough_kept=0), folder=tmp_path, seed=1)
         assert {last_text(body) for body in server.seen} == {"What is 7 + 2 ?"} and len(server.seen) == 4
     assert "p5" not in (tmp_path / "problems.jsonl").read_text()
 
 
 def test_other_settings_never_share_a_folder_but_the_choice_may_change(tmp_path: Path):
     with LoopbackServer(answer=said) as server:
-        first = run(rows(10), teacher(server, enough=0), folder=tmp_path, seed=1)
+        first = run(rows(10), teacher(server, enough_kept=0), folder=tmp_path, seed=1)
         with pytest.raises(RunFolderError, match=r"temperature was 0\.7, is 1\.0"):
             run(rows(10), teacher(server, temperature=1.0), folder=tmp_path, seed=1)
         count = len(server.seen)
-        more = run(rows(10), teacher(server, enough=0, keep_most=3, pick="shortest"), folder=tmp_path, seed=1)
+        more = run(
+            rows(10), teacher(server, enough_kept=0, max_kept=3, pick="shortest"), folder=tmp_path, seed=1
+        )
         assert len(server.seen) == count and len(more) > len(first)
     assert load_kept(rows(10), tmp_path) == more
     ids = [row["id"] for row in read_jsonl(tmp_path / "kept.jsonl")]
@@ -229,31 +234,33 @@ def test_killed_and_resumed_it_ends_like_an_undisturbed_run(kills, tmp_path: Pat
                 f"data.problems={source}",
                 f"teacher.base_url={server.url}",
                 "teacher.model=m",
-                "teacher.tries=4",
+                "teacher.max_samples=4",
             ),
-            *("teacher.concurrency=64", "teacher.enough=0", "--quiet"),
+            *("teacher.concurrency=64", "teacher.enough_kept=0", "--quiet"),
         ]
 
     with LoopbackServer(answer=said) as server:
         done = subprocess.run(command(server, tmp_path / "calm"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "right" in done.stdout and "kept" in done.stdout
-    killed, tries = tmp_path / "killed/cold_start", tmp_path / "killed/cold_start/tries.jsonl"
+    killed, samples = tmp_path / "killed/cold_start", tmp_path / "killed/cold_start/samples.jsonl"
     with LoopbackServer(answer=said, faults=faults, delay_s=0.05) as server:
         for kill in range(kills):
             process = subprocess.Popen(command(server, tmp_path / "killed"), stdout=subprocess.DEVNULL)
             wanted = (kill + 1) * 4 * count // (kills + 1)
-            while process.poll() is None and (not tries.exists() or tries.read_bytes().count(b"\n") < wanted):
+            while process.poll() is None and (
+                not samples.exists() or samples.read_bytes().count(b"\n") < wanted
+            ):
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
-            answered = {(line["id"], line["attempt"]) for line in read_jsonl(tries)}
+            answered = {(line["id"], line["index"]) for line in read_jsonl(samples)}
             assert len(answered) >= wanted
         done = subprocess.run(command(server, tmp_path / "killed"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         most = 4 * count + len(faults) + kills * 2 * 64  # what was under way at a kill is asked again
         assert 4 * count <= len(server.seen) <= most
-    lines = [(line["id"], line["attempt"]) for line in read_jsonl(tries)]
+    lines = [(line["id"], line["index"]) for line in read_jsonl(samples)]
     assert len(lines) == len(set(lines)) == 4 * count, "nothing is lost, and nothing answered is asked twice"
     assert results(tmp_path / "calm/cold_start") == results(killed)
 
@@ -281,8 +288,11 @@ def test_turns_of_a_chain_are_put_together_and_survive_a_stop(tmp_path: Path):
         (kept,) = run([row], teacher(server, **settings), folder=tmp_path, seed=1)
         assert len(server.seen) == 1  # the description was answered before
     assert kept.response == "The image shows: Two <image> apples 9.\n\nSo \\boxed{2}."
-    (line,) = read_jsonl(tmp_path / "tries.jsonl")
-    assert line["completion_tokens"] == 4 + 2
+    assert [(line["turn"], line["tokens"]) for line in read_jsonl(tmp_path / "samples.jsonl")] == [
+        (0, 4),
+        (1, 2),
+    ]
+    assert read_json(tmp_path / "stats.json")["completion_tokens"] == 4 + 2
 
 
 @pytest.mark.parametrize(
@@ -290,10 +300,14 @@ def test_turns_of_a_chain_are_put_together_and_survive_a_stop(tmp_path: Path):
 )
 def test_every_kind_ends_in_one_box(kind, length):
     chain = Chain(kind, folder=None, form="plain")
-    turns = [Turn(text=f"turn {n} \\boxed{{{n}}}") for n in range(length)]
+    turns = [
+        Sample(id="p0", turn=n, text=f"turn {n} \\boxed{{{n}}}", stop=StopReason.EOS) for n in range(length)
+    ]
     problem = problems(1)[0]
     for n in range(length):
-        words = chain.request(problem, turns[:n]).question
+        request = chain.request(problem, turns[:n])
+        (words,) = request.messages[1].parts
+        assert (request.id, request.turn, request.messages[0].parts) == ("p0", n, (chain.system,))
         assert "What is 0 + 1 ?" in words and all(f"turn {m} {m}" in words for m in range(max(0, n - 1), n))
     assert chain.length == length and "boxed" in chain.system
     response = chain.response(turns)
@@ -306,7 +320,7 @@ def test_templates_of_one_s_own(tmp_path: Path):
     (tmp_path / "distilled").mkdir()
     (tmp_path / "distilled/1.j2").write_text("Rechne: {{ question }}")
     chain = Chain("distilled", folder=str(tmp_path), form="plain")
-    assert chain.request(problems(1)[0], []).question == "Rechne: What is 0 + 1 ?"
+    assert chain.request(problems(1)[0], []).messages[-1].parts == ("Rechne: What is 0 + 1 ?",)
     assert chain.sources != Chain("distilled", folder=None, form="plain").sources
     (tmp_path / "distilled/1.j2").write_text("{{ question")
     with pytest.raises(RecipeError, match=r"template cannot be used"):
@@ -340,22 +354,22 @@ def test_formats():
 def test_the_builtin_teacher_knows_every_kind(kind):
     drawn = puzzles.load("puzzles", split="train", count=60, seed=5)
     for problem in drawn:
-        text = chains.teach(problem, chain=kind, seed=1, wrong_share=0.0)
+        text = puzzles.teach(problem, chain=kind, seed=1, wrong_share=0.0)
         assert grade(problem, text, allow_fallbacks=False).correct and text.count("\\boxed") == 1
-        assert text == chains.teach(problem, chain=kind, seed=1, wrong_share=0.0)
+        assert text == puzzles.teach(problem, chain=kind, seed=1, wrong_share=0.0)
         assert not grade(
-            problem, chains.teach(problem, chain=kind, seed=1, wrong_share=1.0), allow_fallbacks=False
+            problem, puzzles.teach(problem, chain=kind, seed=1, wrong_share=1.0), allow_fallbacks=False
         ).correct
     mistakes = [
         [
-            grade(p, chains.teach(p, chain=c, seed=2, wrong_share=0.4), allow_fallbacks=False).correct
+            grade(p, puzzles.teach(p, chain=c, seed=2, wrong_share=0.4), allow_fallbacks=False).correct
             for p in drawn
         ]
         for c in (kind, "distilled")
     ]
     assert mistakes[0] == mistakes[1] and 10 < sum(map(bool, mistakes[0])) < 50
     with pytest.raises(DataError):
-        chains.teach(problems(1)[0], chain=kind, seed=1, wrong_share=0.0)
+        puzzles.teach(problems(1)[0], chain=kind, seed=1, wrong_share=0.0)
 
 
 # --- what is kept ---------------------------------------------------------------------------------
@@ -389,7 +403,7 @@ def test_filtered_and_cut_answers_are_rejected_with_their_reason(tmp_path: Path)
     with LoopbackServer(
         answer=lambda body: words[last_text(body).split()[2]], faults={"is 1 ": ["length"] * 9}
     ) as server:
-        kept = run(rows(3), teacher(server, tries=2), folder=tmp_path, seed=1)
+        kept = run(rows(3), teacher(server, max_samples=2), folder=tmp_path, seed=1)
     assert [d.problem.id for d in kept] == ["p2"]
     reasons = [(row["id"], row["why"], row["correct"]) for row in read_jsonl(tmp_path / "rejected.jsonl")]
     leak, cut = "speaks of the 'gold answer'", "cut at max_tokens"
@@ -407,12 +421,12 @@ def test_rules_of_choice():
     usable = [Said(text) for text in texts]
 
     def picked(**changes):
-        return [one.response for one in choose(usable, Teacher(enough=0, **changes))]
+        return [one.response for one in choose(usable, Teacher(enough_kept=0, **changes))]
 
-    assert picked() == [texts[0]] and picked(keep_most=2) == texts[:2]
-    assert picked(pick="shortest", keep_most=2) == ["x y z", "x y z"]
-    assert picked(pick="diverse", keep_most=2) == [texts[0], "x y z"]
-    assert picked(pick="diverse", keep_most=9) == [texts[0], "x y z", texts[1]]
+    assert picked() == [texts[0]] and picked(max_kept=2) == texts[:2]
+    assert picked(pick="shortest", max_kept=2) == ["x y z", "x y z"]
+    assert picked(pick="diverse", max_kept=2) == [texts[0], "x y z"]
+    assert picked(pick="diverse", max_kept=9) == [texts[0], "x y z", texts[1]]
 
 
 # --- the recipe -----------------------------------------------------------------------------------
@@ -426,7 +440,7 @@ def test_the_kind_of_teacher_follows_from_what_is_given():
     for words, message in (
         (["teacher.kind=local"], "needs model"),
         (["teacher.base_url=http://x", "teacher.kind=endpoint"], "needs model"),
-        (["teacher.keep_most=2"], "raise enough"),
+        (["teacher.max_kept=2"], "raise enough_kept"),
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe("quickstart", words)

@@ -24,8 +24,8 @@ from rlcs.model.chat import Chat
 from rlcs.model.packing import balanced, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
+from rlcs.recipe.execution import Parallel
 from rlcs.recipe.schema import Model
-from rlcs.recipe.training import Parallel
 from rlcs.records import Tree
 from rlcs.train import checkpoint, sft
 from rlcs.train.batching import guessed_tokens, packs_in_step, padding_tree

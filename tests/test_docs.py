@@ -23,6 +23,8 @@ from test_pipeline import SMALL, rlcs
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+ELSEWHERE = {"mine.yaml", "evaluation/evaluate.py", "evaluation/calculate_score.py"}
+"""Files that pages name and that are not ours: the reader's own, and the official scripts."""
 WITH_A_RECIPE = ("run", "sft", "grpo", "distill", "ablate", "plan", "quickstart")
 
 
@@ -93,6 +95,20 @@ def test_links_of_pages_outside_the_site_lead_somewhere():
         assert not anchor or anchor in anchors_of(ROOT / path), f"{page}: {path}#{anchor}"
 
 
+def test_files_that_pages_name_exist():
+    pattern = re.compile(r"`([\w/.]+\.(?:py|yaml|j2))`|\b((?:src|tests|bench|tools|examples)/[\w/.]+\w)")
+    folders = [ROOT / name for name in ("src", "tests", "bench", "tools", "examples")]
+    there = [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*")]
+    found = {
+        (page.name, name or path)
+        for page in [*PAGES, ROOT / "CHANGELOG.md"]
+        for name, path in pattern.findall(page.read_text(encoding="utf-8"))
+    }
+    named = {(page, name) for page, name in found if name not in ELSEWHERE}
+    assert len(named) > 25
+    assert not [each for each in named if not any(f"/{path}".endswith(f"/{each[1]}") for path in there)]
+
+
 def anchors_of(page: Path) -> set[str]:
     """What links may name: its headings, small, with hyphens."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
@@ -104,12 +120,12 @@ def test_the_tree_of_the_readme_is_that_of_the_package():
     tree = next(code for _, code in FENCE.findall(text) if code.startswith("src/rlcs/"))
     source = ROOT / "src" / "rlcs"
     named = [line.split()[0] for line in tree.splitlines() if re.match(r"  \S", line)]
-    assert not [name for name in named if not (source / name).exists()]
-    packages = {path.name + "/" for path in source.iterdir() if path.is_dir() and path.name[0] != "_"}
-    assert packages == {name for name in named if name.endswith("/")}
+    there = {path.name + "/" * path.is_dir() for path in source.iterdir() if path.name[0] != "_"}
+    assert there - {"py.typed"} == set(named), "every package and module of the root, and no other"
     inside = ""
     for line in tree.splitlines():
-        inside = line.split()[0] if re.match(r"  \S", line) else inside
+        if not line.startswith("   "):
+            inside = line.split()[0] if line.startswith("  ") else ""
         for name in re.findall(r"\b\w+\.(?:py|html\.j2)|\b\w+/", line if inside.endswith("/") else ""):
             assert name == inside or any(source.glob(f"{inside}**/{name}")), f"{inside} has no {name}"
 

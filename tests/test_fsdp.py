@@ -14,8 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import pretend_gpu
 from rlcs.model.fsdp import wrap
 from rlcs.plan.shapes import published, skeleton
+from rlcs.recipe.execution import Parallel
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.training import Parallel
 from test_plan import HUB, PARAMETERS
 
 

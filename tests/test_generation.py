@@ -160,6 +160,18 @@ def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
         assert [request.index for request in again.unanswered(requests)] == [0, 3, 4]
 
 
+def test_a_row_has_the_sample_s_text_as_response_and_beside_it_what_was_composed(tmp_path: Path) -> None:
+    path, some = tmp_path / "samples.jsonl", problems(2)
+    with SampleLog(path, digests(some)) as log:
+        log.add(answered("p0", text="raw"), {"composed": "made of two", "reward": 1.0, "correct": True})
+        log.add(answered("p1", text="raw"))
+    assert [row["response"] for row in read_jsonl(path)] == ["raw", "raw"]
+    with SampleLog(path, digests(some)) as again:
+        first, second = again.entries.values()
+    assert (first.response, first.sample.text, first.grade.correct) == ("made of two", "raw", True)
+    assert (second.response, second.grade.scored) == ("raw", False)
+
+
 def test_a_torn_line_is_cut_off_and_asked_again(tmp_path: Path) -> None:
     path, some = tmp_path / "samples.jsonl", problems(3)
     with SampleLog(path, digests(some)) as log:
@@ -251,5 +263,5 @@ def test_killed_and_started_again_nothing_answered_is_asked_twice(tmp_path: Path
         assert len(asked) == 300
     rows = read_jsonl(path)
     assert len({(row["id"], row["index"]) for row in rows}) == len(rows) == 300
-    assert all(f"What is {row['id'][1:]} + 1 ?" in row["text"] for row in rows)
+    assert all(f"What is {row['id'][1:]} + 1 ?" in row["response"] for row in rows)
     assert path.read_text().count("\n") == 300 and json.loads(path.read_text().splitlines()[-1])

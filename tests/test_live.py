@@ -3,23 +3,30 @@
 import json
 import random
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from conftest import make_problem
+from rlcs.cli.main import app
 from rlcs.data.problem_store import ProblemStore
 from rlcs.errors import RunFolderError, UserError
 from rlcs.report import rollouts
-from rlcs.report.live import LiveReport
+from rlcs.report.live import LiveReport, make_app
 from rlcs.report.load_run import read_run
 from rlcs.report.rollouts import Wanted, find, write_sample
 from rlcs.report.stages import ending, progress
+from rlcs.serving.web import listen, make_server
 from test_report import Page, grpo_row, make_run, rollout, rows_of, write_rows
 
 
@@ -47,18 +54,34 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+@dataclass
+class Server:
+    """A live page that is being served."""
+
+    live: LiveReport
+    address: tuple[str, int]
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address[0]}:{self.address[1]}/"
+
+
 @pytest.fixture
-def server(run: Path) -> Iterator[LiveReport]:
-    with LiveReport(run, 0) as live:
-        thread = threading.Thread(target=live.serve_forever, args=(0.05,))
+def server(run: Path) -> Iterator[Server]:
+    live = LiveReport(run)
+    with listen("127.0.0.1", 0) as sock:
+        uvicorn = make_server(make_app(live))
+        thread = threading.Thread(target=uvicorn.run, kwargs={"sockets": [sock]})
         thread.start()
-        yield live
-        live.shutdown()
+        yield Server(live, sock.getsockname())
+        uvicorn.should_exit = True
         thread.join()
 
 
-def get(server: LiveReport, path: str = "") -> str:
+def get(server: Server, path: str = "") -> str:
     with urllib.request.urlopen(server.url + path, timeout=30) as answer:
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
         return answer.read().decode()
 
 
@@ -85,7 +108,7 @@ def test_drawing_rests_so_that_watching_stays_cheap(server, run):
     stale = get(server)
     assert "40 of 80" in stale, "right after a page was drawn the same one is given"
     assert get(server, "stamp") in stale, "and its stamp, so that the browser asks again later"
-    server._rest_until = 0.0
+    server.live._rest_until = 0.0
     assert "40 of 80" not in get(server)
 
 
@@ -134,39 +157,62 @@ def test_pages_and_steps_are_linked(run):
 
 def test_other_hosts_methods_and_paths_get_nothing(server):
     for headers, path, status in (
-        ({"Host": "evil.example:80"}, "", 403),
+        ({"Host": "evil.example:80"}, "", 400),
+        ({"Host": "127.0.0.1.evil.example"}, "rollouts", 400),
         ({}, "recipe.yaml", 404),
         ({}, "../recipe.yaml", 404),
+        ({}, "%2e%2e/recipe.yaml", 404),
     ):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers), timeout=10)
         assert refused.value.code == status
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(server.url, data=b"x", timeout=10)
-    assert refused.value.code == 501
-    assert server.server_address[0] == "127.0.0.1"
+    assert refused.value.code == 405
+    assert server.address[0] == "127.0.0.1"
 
 
 def test_a_taken_port_and_a_missing_folder_are_told(server, run, tmp_path):
-    with pytest.raises(UserError, match="cannot listen on port"):
-        LiveReport(run, server.server_port)
+    taken = CliRunner().invoke(app, ["report", str(run), "--live", "--port", str(server.address[1])])
+    assert isinstance(taken.exception, UserError) and "cannot listen: " in str(taken.exception)
+    assert f"127.0.0.1:{server.address[1]}" in str(taken.exception) and "--port" in str(taken.exception)
     with pytest.raises(RunFolderError, match="no such folder"):
-        LiveReport(tmp_path / "nowhere", 0)
+        LiveReport(tmp_path / "nowhere")
 
 
 def test_a_reader_that_goes_away_is_no_news(server, capfd):
     for _ in range(5):
-        with socket.create_connection(("127.0.0.1", server.server_port)) as reader:
+        with socket.create_connection(server.address) as reader:
             reader.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     assert "Now" in get(server)
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_page_that_fails_is_one_line_and_the_others_go_on(server, capfd, monkeypatch):
+    monkeypatch.setattr(rollouts, "find", lambda *words, **more: 1 / 0)
+    with pytest.raises(urllib.error.HTTPError) as failed:
+        get(server, "rollouts")
+    assert failed.value.code == 500
+    assert capfd.readouterr().err == "rlcs: a page failed: ZeroDivisionError: division by zero\n"
+    assert "Now" in get(server)
+
+
+def test_the_command_serves_until_it_is_interrupted(run):
+    words = [sys.executable, "-W", "ignore", "-m", "rlcs", "report", str(run), "--live", "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().split()[0]
+        with urllib.request.urlopen(url + "stamp", timeout=30) as answer:
+            assert answer.read()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0 and errors == ""
+
+
 def test_an_empty_folder_is_a_page_too(tmp_path):
-    with LiveReport(tmp_path, 0) as live:
-        assert "Nothing measured yet" in live.report()
-        assert "No rollouts yet" in live.rollouts("")
+    live = LiveReport(tmp_path)
+    assert "Nothing measured yet" in live.report()
+    assert "No rollouts yet" in live.rollouts({})
 
 
 def test_the_static_page_of_rollouts_is_small_and_whole(run):
@@ -224,7 +270,7 @@ def test_a_browser_keeps_its_place_while_numbers_change(server, run):
         opened = page.evaluate("document.querySelectorAll('#rollouts details[open]').length")
         page.evaluate("document.getElementById('rollouts').scrollIntoView()")
         before = page.evaluate("document.getElementById('rollouts').getBoundingClientRect().top")
-        server._rest_until = 0.0
+        server.live._rest_until = 0.0
         metrics = run / "sft_grpo" / "metrics.jsonl"
         more = [grpo_row("sft_grpo", step, 80, random.Random(step), 0.4) for step in range(41, 61)]
         write_rows(metrics, [*rows_of(metrics), *more])

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from conftest import make_problem
+from conftest import LengthGrader, Stopper, make_problem
 from rlcs.data import puzzles
 from rlcs.data.run_data import load_run_data
 from rlcs.engines.local import LocalEngine
@@ -21,11 +21,11 @@ from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import score
 from rlcs.pipeline.study import Output, Study
 from rlcs.progress import screen
+from rlcs.recipe.execution import Lora
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.recipe.table import summary_rows
-from rlcs.recipe.training import Lora
 from rlcs.records import Branch, Demonstration, Grade, Tree
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import checkpoint, grpo, sft
@@ -253,24 +253,6 @@ def test_four_bit_weights_train_and_are_saved_as_plain_ones(random_model_folder,
 
 
 # --- stages --------------------------------------------------------------------------------------
-
-
-class Stopper:
-    """A screen that asks the run to stop after a step, as Ctrl-C would."""
-
-    def __init__(self, view, stop, step):
-        self._view, self._stop, self._step = view, stop, step
-
-    def step(self, report):
-        self._view.step(report)
-        self._stop.is_set = report.step == self._step
-
-
-class LengthGrader:
-    """Rewards odd answer lengths: a random model gets reward differences that way."""
-
-    def grade(self, pairs):
-        return [Grade(reward=float(len(t) % 2), correct=len(t) % 2 == 1, why="length") for _, t in pairs]
 
 
 def run_stage(kind, source, folder, *, stop_at=None):

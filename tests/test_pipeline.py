@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import SMALL_STUDY
 from loopback_server import LoopbackServer
 from rlcs.data import run_data
 from rlcs.distributed import join_world
@@ -29,15 +30,9 @@ from rlcs.storage import append_jsonl
 from test_distributed import environment, free_port
 
 SMALL = [
-    "data.cold_start=builtin:puzzles?count=12&seed=1",
-    "data.rl=builtin:puzzles?count=12&seed=2",
-    "data.test=builtin:puzzles?split=test&count=20&seed=3",
-    "sft.epochs=2",
-    "sft.batch_size=6",
+    *SMALL_STUDY,
     "sft.save_every=1",
     "grpo.steps=2",
-    "grpo.prompts_per_step=3",
-    "grpo.group_size=2",
     "grpo.optimizer_steps=1",
     "grpo.max_new_tokens=8",
     "grpo.save_every=1",
@@ -374,15 +369,15 @@ def test_json_output_is_json_alone(random_model_folder, tmp_path):
 
 def test_a_run_takes_up_the_answers_that_distill_left(random_model_folder, tmp_path):
     folder = tmp_path / "both"
-    words = [f"model.name={random_model_folder}", *SMALL, "teacher.wrong_share=0.5", "teacher.enough=0"]
-    alone = rlcs("distill", "quickstart", *words, "teacher.tries=3", "--out", folder)
-    assert alone.returncode == 0 and "36 tries right" in alone.stdout, alone.stderr
-    before = (folder / "cold_start" / "tries.jsonl").read_bytes()
+    words = [f"model.name={random_model_folder}", *SMALL, "teacher.wrong_share=0.5", "teacher.enough_kept=0"]
+    alone = rlcs("distill", "quickstart", *words, "teacher.max_samples=3", "--out", folder)
+    assert alone.returncode == 0 and "36 samples right" in alone.stdout, alone.stderr
+    before = (folder / "cold_start" / "samples.jsonl").read_bytes()
     rated = folder / "cold_start" / "problems.jsonl"
     chosen = [f"data.rl={rated}", "data.rl_pass_rate=[0.1, 0.9]", "study.arms=[base, sft_grpo]"]
-    done = rlcs("run", "quickstart", *words, "teacher.tries=3", *chosen, "--out", folder)
+    done = rlcs("run", "quickstart", *words, "teacher.max_samples=3", *chosen, "--out", folder)
     assert done.returncode == 0, done.stderr
-    assert (folder / "cold_start" / "tries.jsonl").read_bytes() == before
+    assert (folder / "cold_start" / "samples.jsonl").read_bytes() == before
     asked = [
         json.loads(line) for line in (folder / "sft_grpo/rollouts/step-000001.jsonl").read_text().splitlines()
     ]
@@ -408,7 +403,7 @@ def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(rand
         ]
         short = rlcs("run", "quickstart", *words, "--out", out)
         assert short.returncode == 1 and "Traceback" not in short.stderr, short.stderr
-        assert "left 1 tries unanswered" in short.stderr and "the same command asks them" in short.stderr
+        assert "left 1 samples unanswered" in short.stderr and "the same command asks them" in short.stderr
         assert f"data.cold_start={out / 'cold_start/kept.jsonl'}" in short.stderr
         assert not (out / "sft").exists() and len(server.seen) == 2 + 3 + 1
         done = rlcs("run", "quickstart", *words, "--out", out)

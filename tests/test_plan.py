@@ -80,16 +80,20 @@ def test_sizes_of_a_folder_are_those_of_the_loaded_model(random_model_folder, vl
     assert sizes.total == sum(p.numel() for p in vlm.model.parameters())
 
 
+def language_part(family: dict[str, object], hidden: int, intermediate: int, heads: int, **more: int):
+    """The language part of a configuration."""
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
+    return {**family, **sizes, **more}
+
+
 QWEN_2 = {"num_hidden_layers": 28, "rope_parameters": ROPE}
-QWEN_3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128}
+QWEN_3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 36}
 SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
 OTHERS = {
     "Qwen2-VL-2B": (
         2_208_985_600,
         Qwen2VLConfig(
-            text_config=QWEN_2
-            | {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960}
-            | {"num_attention_heads": 12, "num_key_value_heads": 2},
+            text_config=language_part(QWEN_2, 1536, 8960, 12, num_key_value_heads=2, vocab_size=151_936),
             vision_config={"hidden_size": 1536},
             tie_word_embeddings=True,
         ),
@@ -97,18 +101,14 @@ OTHERS = {
     "Qwen2-VL-7B": (
         8_291_375_616,
         Qwen2VLConfig(
-            text_config=QWEN_2
-            | {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944}
-            | {"num_attention_heads": 28, "num_key_value_heads": 4},
+            text_config=language_part(QWEN_2, 3584, 18_944, 28, num_key_value_heads=4, vocab_size=152_064),
             vision_config={"hidden_size": 3584},
         ),
     ),
     "Qwen3-VL-4B": (
         4_437_815_808,
         Qwen3VLConfig(
-            text_config=QWEN_3
-            | {"hidden_size": 2560, "intermediate_size": 9728}
-            | {"num_hidden_layers": 36, "num_attention_heads": 32},
+            text_config=language_part(QWEN_3, 2560, 9728, 32),
             vision_config=SMALL_TOWER | {"out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]},
             tie_word_embeddings=True,
         ),
@@ -116,10 +116,7 @@ OTHERS = {
     "Qwen3-VL-8B": (
         8_767_123_696,
         Qwen3VLConfig(
-            text_config=QWEN_3
-            | {"hidden_size": 4096, "intermediate_size": 12_288}
-            | {"num_hidden_layers": 36, "num_attention_heads": 32},
-            vision_config={"out_hidden_size": 4096},
+            text_config=language_part(QWEN_3, 4096, 12_288, 32), vision_config={"out_hidden_size": 4096}
         ),
     ),
 }

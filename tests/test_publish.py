@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from conftest import SMALL_STUDY
 from hub_server import HubServer
 from rlcs.data import puzzles
 from rlcs.engines.local import LocalEngine
@@ -25,14 +26,8 @@ from rlcs.recipe.schema import Model
 from rlcs.storage import read_json, write_json
 
 SMALL = [
-    "data.cold_start=builtin:puzzles?count=12&seed=1",
-    "data.rl=builtin:puzzles?count=12&seed=2",
-    "data.test=builtin:puzzles?split=test&count=20&seed=3",
-    "sft.epochs=2",
-    "sft.batch_size=6",
+    *SMALL_STUDY,
     "grpo.steps=1",
-    "grpo.prompts_per_step=3",
-    "grpo.group_size=2",
     "grpo.max_new_tokens=24",
     "eval.max_new_tokens=24",
     "study.arms=[base, sft_grpo]",

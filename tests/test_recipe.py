@@ -188,6 +188,7 @@ def test_no_such_recipe() -> None:
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"- a\n", "`key: value` lines"),
         (b"extends: [a]", "extends should be"),
+        (b"extends:", "extends should be"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, said: str) -> None:
@@ -256,6 +257,9 @@ def test_overrides_that_cannot_be_used(override: str, said: str) -> None:
         ("clip_hgih", ["grpo.clip_high"]),
         ("sft.kl.kind", ["grpo.kl.kind"]),
         ("grpo.optimiser", ["grpo.optimizer"]),
+        ("gpro.optimizer.lr", ["grpo.optimizer.lr"]),
+        ("grpo.max_token", ["grpo.max_new_tokens"]),
+        ("grpo.kl.coef", ["grpo.kl.coefficient"]),
         ("zzz", []),
     ],
 )
@@ -377,10 +381,14 @@ def _row(label: str, *overrides: str) -> str:
         ("RL groups all alike", "grpo.dynamic_sampling=1", "1 more round"),
         ("reward", "grpo.reward.allow_fallbacks=true", "a lone letter"),
         ("cold-start teacher", "teacher.keep=all", "wrong ones kept too"),
-        ("cold-start teacher", "teacher={model: m, base_url: 'http://x/v1', tries: 4}", "m at http://x/v1"),
-        ("cold-start teacher", "teacher={tries: 4, enough: 2}", "4 tries until 2 to keep"),
+        (
+            "cold-start teacher",
+            "teacher={model: m, base_url: 'http://x/v1', max_samples: 4}",
+            "m at http://x/v1",
+        ),
+        ("cold-start teacher", "teacher={max_samples: 4, enough_kept: 2}", "4 samples until 2 to keep"),
         ("chain of thought", "teacher={chain: self_critic, format: think}", "self critic, think"),
-        ("chain of thought", "teacher={pick: diverse, keep_most: 3, enough: 3}", "diverse, at most 3"),
+        ("chain of thought", "teacher={pick: diverse, max_kept: 3, enough_kept: 3}", "diverse, at most 3"),
         ("RL data", "data.rl_pass_rate=[0.01, 0.99]", "pass rate from 0.01 to 0.99"),
         ("test set", "data.test=mine.jsonl", "mine.jsonl"),
     ],

@@ -418,7 +418,9 @@ def test_thinning_and_smoothing_keep_means_and_ends() -> None:
 
 
 def test_charts_follow_the_page(full: Path) -> None:
-    chart = charts.curve_chart("c", 'told "so" <b>', [("grpo", [[(1.0, 0.1), (2.0, 0.4)]])], percent=True)
+    lines = [("grpo", [[(1.0, 0.1), (2.0, 0.4)]])]
+    chart = charts.curve_chart("accuracy", 'told "so" <b>', lines, name="c")
+    assert "40%" in chart and "40%" not in charts.curve_chart("reward", "", lines, name="c")
     assert (
         "var(--grpo)" in chart and "#0a0b" not in chart and "<metadata" not in chart and "DejaVu" not in chart
     )

@@ -327,7 +327,7 @@ def test_endless_requests_hold_nobody_up(server, client):
 
 def test_who_sends_the_next_request_early_is_not_cut_off(random_model_folder):
     body = {"model": "m", "messages": asked("x" * 40), "max_tokens": 1000, "seed": 1}
-    setup, heard = "from rlcs.serving import server; server.IDLE_S = 0.2", b""
+    setup, heard = "from rlcs.serving import web; web.IDLE_S = 0.2", b""
     with (
         serving(random_model_folder, setup=setup) as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=60) as raw,

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import rlcs
 from conftest import draw
 from rlcs.cli.main import app
-from rlcs.cli.serving import chosen_vllm
+from rlcs.cli.serve import chosen_vllm
 from rlcs.errors import EndpointError, ModelError, UserError
 from rlcs.recipe.sampling import Endpoint
 from rlcs.serving.chat_page import talkers

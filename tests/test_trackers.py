@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlcs.errors import RecipeError
+from rlcs.recipe.execution import Trackers as Settings
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.training import Trackers as Settings
 from rlcs.records import StepReport
 from rlcs.train import trackers
 from rlcs.train.metrics import MetricsLog

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import make_problem
+from conftest import LengthGrader, Stopper, make_problem
 from rlcs.data import puzzles
 from rlcs.data.stream import ProblemStream
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.vllm.protocol import request_body
+from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
 from rlcs.model import loading
@@ -146,17 +146,6 @@ def run_sft(source, folder, demonstrations, *, stop_at=None, settings=None):
     return weights_of(vlm)
 
 
-class Stopper:
-    """A screen that asks the run to stop after a step, as Ctrl-C would."""
-
-    def __init__(self, view, stop, step):
-        self._view, self._stop, self._step = view, stop, step
-
-    def step(self, report):
-        self._view.step(report)
-        self._stop.is_set = report.step == self._step
-
-
 def rows_of(path: Path):
     """Metrics without wall times."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -214,13 +203,6 @@ def test_a_checkpoint_of_another_recipe_is_refused(random_model_folder, demonstr
 
 
 # --- GRPO ----------------------------------------------------------------------------------------
-
-
-class LengthGrader:
-    """Rewards even answer lengths: a random model gets reward differences that way."""
-
-    def grade(self, pairs):
-        return [Grade(reward=float(len(t) % 2), correct=len(t) % 2 == 1, why="length") for _, t in pairs]
 
 
 def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
@@ -386,7 +368,9 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
         assert [r.index for r in first] == [r.index for r in second] == [0, 1, 2]
         assert not {r.ids for r in first} & {r.ids for r in second}
         once, again = (
-            request_body(p, sampling, step=5, limit=10**6) for p in asked if p.problem_id == problem.id
+            PromptRequest(prompt=p, sampling=sampling, step=5, decode_limit=10**6).body()
+            for p in asked
+            if p.problem_id == problem.id
         )
         assert once["sampling_params"]["seed"] == rollout_seed(3, 5, problem.id, 0) >> 1
         assert once["sampling_params"].pop("seed") != again["sampling_params"].pop("seed") and once == again

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import make_problem
+from conftest import LengthGrader, make_problem
 from rlcs.data import puzzles as tasks
 from rlcs.data.loading import load
 from rlcs.engines.factory import open_engines
@@ -42,7 +42,7 @@ from rlcs.serving import session
 from rlcs.signals import StopFlag
 from rlcs.train import grpo
 from rlcs.train.run_dir import RunDir
-from test_training import LengthGrader, weights_of
+from test_training import weights_of
 
 START_LIMIT_S = 1800
 """Seconds in which a vLLM must have started. An idle machine needs less than a minute, one with other work
@@ -80,7 +80,7 @@ HERE = pytest.mark.skipif(
 def recipe_of(*words: str) -> Recipe:
     settings = [f"rollout.executable={program()}", "rollout.memory_share=0.1", "grpo.max_rows=64"]
     settings += [f"rollout.start_limit_s={START_LIMIT_S}", f"rollout.dead_limit_s={2 * START_LIMIT_S}"]
-    settings += ["rollout.health_limit_s=60", "rollout.engine=vllm_server"]
+    settings += ["rollout.health_limit_s=30", "rollout.engine=vllm_server"]
     return load_recipe("quickstart", [*settings, *words]).recipe
 
 

@@ -4,11 +4,8 @@ vLLM is played by `fake_vllm.py` here; `test_vllm.py` has the real one.
 """
 
 import gc
-import json
 import os
 import signal
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +24,13 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.fsdp import whole_weights
 from rlcs.model.vlm import Vlm
+from rlcs.recipe.execution import Lora
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.table import summary_rows
-from rlcs.recipe.training import Lora
 from rlcs.train import grpo
-from test_distributed import environment, free_port
 from test_lora import logprobs, one_pack
-from test_vllm_engine import WORKER, Run
+from test_vllm_engine import Run, break_while_publishing, sampled_by_two_ranks
 from test_vllm_engine import program as program
 
 RANK = 12
@@ -147,25 +143,14 @@ def test_a_server_that_may_not_change_adapters_is_refused(run, monkeypatch: pyte
         closed.ask(1)
 
 
-def test_a_half_written_adapter_has_no_name(
-    tmp_path: Path, random_model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_written_adapter_has_no_name(tmp_path: Path, random_model_folder: Path) -> None:
     vlm, _ = adapted(random_model_folder)
     folder = WeightsFolder(tmp_path, as_adapters=True)
     first = folder.publish(vlm)
-
-    def breaks(vlm: Vlm, path: Path) -> None:
-        path.mkdir()
-        (path / "adapter_model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("rlcs.engines.vllm.weights.save_adapters", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        folder.publish(vlm)
+    break_while_publishing(folder, vlm, save="save_adapters", file="adapter_model.safetensors")
     assert folder.newest == first and first.folder.is_dir() and first.model.folder.is_dir()
     whole = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".part")}
     assert whole == {first.version, first.model.version}
-    monkeypatch.undo()
     again = WeightsFolder(tmp_path, as_adapters=True).publish(vlm)
     assert {path.name for path in tmp_path.iterdir()} == {again.version, again.model.version}
 
@@ -208,18 +193,8 @@ def test_the_published_model_with_the_adapter_is_the_policy(
 def test_under_torchrun_adapters_come_from_the_shards(
     tmp_path: Path, program: Path, random_model_folder: Path
 ) -> None:
-    port = free_port()
-    command = [sys.executable, "-W", "ignore", WORKER, program, random_model_folder, tmp_path, RANK]
-    ranks = [
-        subprocess.Popen(
-            list(map(str, command)), env=environment(rank, 2, port), stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    found = sampled_by_two_ranks(program, random_model_folder, tmp_path, RANK)
     base, adapter = sorted(path for path in (tmp_path / "published").iterdir() if path.is_dir())
-    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert all(each["said"] == [adapter.name] and each["got"] == each["asked"] for each in found)
     plain = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
     saved = loading.load(Model(name=str(base))).model

@@ -1,6 +1,6 @@
 """What people get from a real vLLM on the CPU: a server, an exported folder, a measurement, a teacher.
 
-In the lane of `test_vllm.py`, which says what it needs.
+Run by `make vllm-test` with `test_vllm.py`, which says what they need.
 """
 
 import contextlib
@@ -248,7 +248,7 @@ def test_a_teacher_by_vllm_is_the_local_one(tmp_path: Path, problems: list[Probl
         )
         rows = [Row(problem=problem, response=None) for problem in problems]
         distil(rows, teacher, folder=tmp_path / engine, seed=1)
-        tries = read_jsonl(tmp_path / engine / "tries.jsonl")
-        said[engine] = {row["id"]: (row["response"], row["completion_tokens"]) for row in tries}
+        samples = read_jsonl(tmp_path / engine / "samples.jsonl")
+        said[engine] = {row["id"]: (row["response"], row["tokens"]) for row in samples}
     assert said["local"] == said["vllm_colocated"] and len(said["local"]) == len(problems)
     assert len(set(said["local"].values())) > 3

@@ -121,6 +121,12 @@ class Grade:
         """Whether the grader reached a verdict."""
         return self.reward is not None
 
+    @classmethod
+    def binary(cls, correct: bool | None, why: str, extracted: str | None = None) -> "Grade":
+        """The grade with reward 1 or 0; unscored where `correct` is None."""
+        reward = None if correct is None else float(correct)
+        return cls(reward=reward, correct=correct, extracted=extracted, why=why)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demonstration:
@@ -251,7 +257,7 @@ class Sample:
     id: str
     index: int = 0
     turn: int = 0
-    text: str = ""
+    text: str = field(default="", metadata={"row": "response"})
     stop: StopReason = StopReason.ERROR
     reasoning: str = ""
     prompt_tokens: int = 0

@@ -1,6 +1,6 @@
 """Builds and pre-trains the built-in model: a real Qwen2.5-VL of about a million parameters.
 
-Run `python -m tools.tiny_model --out DIR` to make it again. It learns `tasks.lessons`: captions, lists
+Run `python -m tools.tiny_model --out DIR` to make it again. It learns `lessons`: captions, lists
 of counts, simple questions with direct answers, equations with one operation; never a question in several
 steps, never reasoning. It stands where an instruct model stands before a cold start: it sees
 well, answers in a box, and has to be taught to think.
@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 
 from rlcs.data import puzzles
-from tools.tiny_model.build import SPECIAL, build_model, build_processor, corpus
+from tools.tiny_model.build import SPECIAL, build_model, build_processor, corpus, random_model
 from tools.tiny_model.learn import Course, train
 from tools.tiny_model.sight import caption_accuracy, measure
 
 __all__ = [
     "SPECIAL", "Course", "build_model", "build_processor", "caption_accuracy", "corpus", "measure",
-    "pretrain", "train",
+    "pretrain", "random_model", "train",
 ]  # fmt: skip
 
 
 def pretrain(
-    out: Path, *, seed: int, steps: int, tell: Callable[[str], None] = lambda line: None
+    out: Path, *, seed: int, steps: int, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, float]:
     """Build, train, measure, and write a folder that `from_pretrained` loads; returns the scores.
 
@@ -36,8 +36,8 @@ def pretrain(
     shapes, bars, figures = puzzles.families()
     first = Course(families=(shapes, bars, figures))
     second = Course(families=(shapes, bars, figures, shapes), rate=0.7)
-    train(model, processor, seed=seed, steps=steps, course=first, tell=tell)
-    train(model, processor, seed=seed + 1, steps=steps * 3 // 8, course=second, tell=tell)
+    train(model, processor, seed=seed, steps=steps, course=first, report=report)
+    train(model, processor, seed=seed + 1, steps=steps * 3 // 8, course=second, report=report)
     minutes = (time.monotonic() - started) / 60
     scores = measure(model, processor)
     model.save_pretrained(out)

@@ -15,12 +15,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1600, help="steps of 32 lessons of the first course")
     choices = parser.parse_args()
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 
-    for name, value in pretrain(choices.out, seed=choices.seed, steps=choices.steps, tell=tell).items():
-        tell(f"{name:30} {100 * value:5.1f}%")
+    for name, value in pretrain(choices.out, seed=choices.seed, steps=choices.steps, report=report).items():
+        report(f"{name:30} {100 * value:5.1f}%")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,6 @@ def build_model(
     narrow a one hardly learns to see.
     """
     tokenizer = processor.tokenizer
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,
@@ -141,10 +140,6 @@ def build_model(
         "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         "initializer_range": 0.08,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": ids[_END],
-        "pad_token_id": ids[_PAD],
     }
     vision = {
         "depth": vision_layers,
@@ -155,16 +150,30 @@ def build_model(
         "fullatt_block_indexes": list(range(vision_layers)),
         "initializer_range": 0.08,
     }
+    return random_model(tokenizer, text, vision, seed=seed)
+
+
+def vision_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    """The fields of a Qwen-VL configuration that name the ids around and in place of images."""
+    names = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    return {field: int(tokenizer.convert_tokens_to_ids(name)) for field, name in names.items()}
+
+
+def random_model(
+    tokenizer: Qwen2Tokenizer, text: dict[str, object], vision: dict[str, object], *, seed: int
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL with a tied head and random weights, of these sizes of its two parts."""
+    end, pad = (tokenizer.convert_tokens_to_ids(name) for name in (_END, _PAD))
+    ends = {"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
     config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+        text_config=text | ends, vision_config=vision, tie_word_embeddings=True, **vision_ids(tokenizer)
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.update(eos_token_id=[ids[_END], ids[_PAD]], pad_token_id=ids[_PAD])
+    model.generation_config.update(eos_token_id=[end, pad], pad_token_id=pad)
     return model

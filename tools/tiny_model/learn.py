@@ -86,11 +86,11 @@ class Collator:
         ids, targets, positions, lengths = list(trunk), [-100] * len(trunk), [trunk_positions], []
         start = int(trunk_positions.max()) + 1
         for question, response in lesson.pairs:
-            asked = self._encode(f"{question}<|im_end|>\n<|im_start|>assistant\n")
-            answered = self._encode(f"{response}<|im_end|>")
-            lengths.append(len(asked) + len(answered))
-            ids += asked + answered
-            targets += [-100] * len(asked) + answered
+            question_ids = self._encode(f"{question}<|im_end|>\n<|im_start|>assistant\n")
+            response_ids = self._encode(f"{response}<|im_end|>")
+            lengths.append(len(question_ids) + len(response_ids))
+            ids += question_ids + response_ids
+            targets += [-100] * len(question_ids) + response_ids
             positions.append(torch.arange(start, start + lengths[-1]).expand(3, -1))
         mask = dense_mask(layout_of([(len(trunk), lengths)]))
         return _Row(ids, trunk_kinds + [0] * sum(lengths), targets, torch.cat(positions, dim=1), mask)
@@ -190,7 +190,7 @@ def train(
     steps: int,
     course: Course,
     batch_size: int = 32,
-    tell: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[float]:
     """Learn the lessons of one course on a cosine; returns the loss of every step."""
     rng = random.Random(f"systems|{seed}")
@@ -214,7 +214,7 @@ def train(
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             seconds = time.monotonic() - started
-            tell(f"step {step + 1}/{steps}  loss {sum(losses[-50:]) / 50:.4f}  {seconds:.0f} s")
+            report(f"step {step + 1}/{steps}  loss {sum(losses[-50:]) / 50:.4f}  {seconds:.0f} s")
     return losses
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlcs.data.puzzles.family import Family, boxed, draw_scene, listed
 from rlcs.data.puzzles.sums import Worksheet
+from tools.tiny_model.questions import simple
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,12 +60,12 @@ def arithmetic(rng: random.Random) -> tuple[str, str]:
 def equations(rng: random.Random, count: int = 4) -> tuple[str, str]:
     """Some operations, written out as equations one below the other."""
     sheet = Worksheet()
-    asked = []
+    terms = []
     for _ in range(count):
         left, sign, right = _operation(rng)
-        asked.append(f"{left}{sign}{right}")
+        terms.append(f"{left}{sign}{right}")
         sheet.work(left, sign, right)
-    return f"Write out {', '.join(asked)}.", "\n".join(sheet.lines)
+    return f"Write out {', '.join(terms)}.", "\n".join(sheet.lines)
 
 
 def geometry(rng: random.Random) -> tuple[str, str]:
@@ -110,13 +111,13 @@ def _reading(family: Family, rng: random.Random) -> tuple[str, str]:
 
 
 def _look(family: Family, rng: random.Random, scene: str) -> tuple[str, str]:
-    question, answer = family.simple(rng, scene)
+    question, answer = simple(family, rng, scene)
     return question, boxed(answer)
 
 
 def _look_and_sum(family: Family, rng: random.Random, scene: str) -> tuple[str, str]:
     """One look and one operation with a given number, where the simple question has a number for answer."""
-    question, answer = family.simple(rng, scene)
+    question, answer = simple(family, rng, scene)
     start = "What is the "
     if not (question.startswith(start) and answer.isdigit()):
         return question, boxed(answer)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def answer(
     model: Qwen2_5_VLForConditionalGeneration,
     processor: Qwen2_5_VLProcessor,
-    asked: Sequence[tuple["Image", str]],
+    pairs: Sequence[tuple["Image", str]],
     *,
     max_new_tokens: int = 64,
     batch_size: int = 100,
@@ -31,8 +31,8 @@ def answer(
     model.eval()
     system = {"role": "system", "content": SYSTEM}
     responses: list[str] = []
-    for start in range(0, len(asked), batch_size):
-        images, questions = zip(*asked[start : start + batch_size], strict=True)
+    for start in range(0, len(pairs), batch_size):
+        images, questions = zip(*pairs[start : start + batch_size], strict=True)
         chats = []
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -52,9 +52,9 @@ def caption_accuracy(
     """Share of cells, bars or sides named rightly, in their place, in captions of held-out scenes."""
     rng = random.Random(f"captions|{family.name}")
     scenes = [draw_scene(family, rng, 1 + i % 3, "test") for i in range(count)]
-    said = answer(model, processor, [(family.paint(scene), DESCRIBE) for scene in scenes])
+    texts = answer(model, processor, [(family.paint(scene), DESCRIBE) for scene in scenes])
     right = total = 0
-    for scene, text in zip(scenes, said, strict=True):
+    for scene, text in zip(scenes, texts, strict=True):
         truth, claims = _parts(family.caption(scene)), _parts(text)
         right += sum(claim == part for claim, part in zip(claims, truth, strict=False))
         total += max(len(truth), len(claims))
@@ -78,13 +78,13 @@ def measure(
     for family in puzzles.families():
         scores[f"captions, {family.name}"] = caption_accuracy(model, processor, family, count=count)
     problems = puzzles.load("puzzles", split="test", count=len(puzzles.families()) * count, seed=0)
-    asked = [(Image.open(BytesIO(p.images[0].data or b"")), p.question) for p in problems]
-    said = [text.strip() for text in answer(model, processor, asked)]
+    pairs = [(Image.open(BytesIO(p.images[0].data or b"")), p.question) for p in problems]
+    texts = [text.strip() for text in answer(model, processor, pairs)]
     by_group: dict[str, list[bool]] = {}
-    for problem, text in zip(problems, said, strict=True):
+    for problem, text in zip(problems, texts, strict=True):
         right = text == boxed(problem.answer)
         for group in ("all", str(problem.metadata["family"]), f"level {problem.metadata['level']}"):
             by_group.setdefault(f"direct answers, {group}", []).append(right)
     scores |= {group: sum(some) / len(some) for group, some in sorted(by_group.items())}
-    in_box = sum(re.fullmatch(r"\\boxed\{[^{}]+\}", text) is not None for text in said)
-    return scores | {"direct answers in a box": in_box / len(said)}
+    in_box = sum(re.fullmatch(r"\\boxed\{[^{}]+\}", text) is not None for text in texts)
+    return scores | {"direct answers in a box": in_box / len(texts)}

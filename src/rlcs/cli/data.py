@@ -1,29 +1,26 @@
 """The verbs of `rlcs data`: check, export, push, overlap."""
 
 import json as jsonlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlcs.errors import UserError
+from rlcs.cli.options import DryRun, Json, Overrides, Repository, print_result
+from rlcs.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
     from rlcs.data.sources import Role
 
 data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is_help=True)
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. data.max_bad_share=0.1")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line")]
-
 
 @data_app.command("check")
 def data_check(
     source: Annotated[str, typer.Argument(help="JSONL, Parquet, folder, hub id, or builtin:NAME")],
     overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="Recipe with columns and limits")] = "quickstart",
+    recipe: Annotated[str, typer.Option("--recipe", help="Whose columns and limits count")] = "quickstart",
     role: Annotated[str, typer.Option("--role", help="rl, test or cold_start")] = "rl",
     prompts: Annotated[
         bool, typer.Option("--prompts", help="Also make every prompt, with the recipe's model and limit")
@@ -32,7 +29,6 @@ def data_check(
 ) -> None:
     """Name every row that cannot be used, and why; decodes every image in full."""
     from rlcs.data.loading import check
-    from rlcs.errors import RecipeError
     from rlcs.recipe.loading import load_recipe
 
     if role not in ("rl", "test", "cold_start"):
@@ -41,17 +37,14 @@ def data_check(
     loaded = check(source, resolved.data, decode_limit=resolved.images.decode_limit, role=role)  # type: ignore[arg-type]
     unusable = list(loaded.bad)
     if prompts:
+        from rlcs.model.loading import load_chat
         from rlcs.report.preview import no_prompts
 
-        unusable += no_prompts(loaded.rows, resolved)
+        unusable += no_prompts(loaded.rows, load_chat(resolved.model, resolved.prompt, resolved.images))
     usable = len(loaded.rows) + len(loaded.bad) - len(unusable)
-    if json:
-        named = [{"where": bad.where, "reason": bad.reason} for bad in unusable]
-        typer.echo(jsonlib.dumps({"usable": usable, "bad": named}))
-    else:
-        for bad in unusable:
-            typer.echo(str(bad))
-        typer.echo(f"{usable:,} rows can be used, {len(unusable):,} cannot")
+    named = [{"where": bad.where, "reason": bad.reason} for bad in unusable]
+    counts = f"{usable:,} rows can be used, {len(unusable):,} cannot"
+    print_result({"usable": usable, "bad": named}, [*map(str, unusable), counts], json=json)
     if unusable or not usable:
         raise typer.Exit(2)
 
@@ -79,17 +72,16 @@ def data_export(
 @data_app.command("push")
 def data_push(
     folder: Annotated[Path, typer.Argument(help="A folder that `rlcs data export` wrote")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")],
+    repo: Repository,
     public: Annotated[bool, typer.Option("--public", help="For everybody to see")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Send an exported folder to the hub as a (private) data set."""
     from rlcs.publish import hub
 
     entries = hub.listing(folder)
     if dry_run:
-        for line in hub.lines(entries, repo):
-            typer.echo(line)
+        typer.echo("\n".join(hub.lines(entries, repo)))
         return
     typer.echo(hub.push(folder, repo, entries, kind="dataset", private=not public))
 
@@ -107,7 +99,7 @@ def data_overlap(
     found = find_overlaps(_problems(first, data), _problems(second, data))
     if json:
         for each in found:
-            typer.echo(jsonlib.dumps({"kind": each.kind, "a": each.a, "b": each.b, "bits": each.bits}))
+            typer.echo(jsonlib.dumps(asdict(each)))
         return
     for kind in KINDS:
         pairs = [each for each in found if each.kind == kind]

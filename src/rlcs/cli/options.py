@@ -1,9 +1,10 @@
-"""Verbs with more options than a function should have parameters."""
+"""Options and output that several verbs share; options of a verb as a dataclass."""
 
 import inspect
+import json as jsonlib
 import math
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import typer
@@ -15,20 +16,61 @@ def _finite(value: float) -> float:
     return value
 
 
-Temperature = Annotated[float, typer.Option(min=0, callback=_finite, help="0 is greedy")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. grpo.steps=20")
+]
+RecipeName = Annotated[str, typer.Argument(help="A recipe's name or file")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or builtin")]
+Repository = Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent")]
+Json = Annotated[bool, typer.Option("--json", help="JSON for a script, in place of text")]
+KeyVariable = Annotated[str, typer.Option(help="Variable with its key")]
 
 
-def with_options(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb that takes `**chosen` one option for each field of a dataclass."""
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a model answers."""
 
-    def widen(verb: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(verb)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        new = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-            for f in fields(options)
-        ]
-        verb.__signature__ = signature.replace(parameters=[*own, *new])  # type: ignore[attr-defined]
-        return verb
+    temperature: Annotated[float, typer.Option(min=0, callback=_finite, help="0 is greedy")] = 0.0
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling")] = 1.0
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
+    seed: Annotated[int, typer.Option(help="Of the samples")] = 0
+    batch: Annotated[int, typer.Option(min=1, help="Answers generated at once by a local model")] = 64
+    json: Json = False
 
-    return widen
+
+def with_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb one option for each field of the dataclass that its parameter `options` is of."""
+    parameters = dict(inspect.signature(verb).parameters)
+    kind = parameters.pop("options").annotation
+    ordered = sorted(fields(kind), key=lambda each: each.name not in kind.__annotations__)  # its own first
+
+    def command(**given: Any) -> None:
+        options = kind(**{each.name: given.pop(each.name) for each in ordered})
+        verb(options=options, **given)
+
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    own = [each.replace(kind=by_name) for each in parameters.values()]
+    own += [inspect.Parameter(o.name, by_name, default=o.default, annotation=o.type) for o in ordered]
+    command.__name__, command.__doc__ = verb.__name__, verb.__doc__
+    command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    return command
+
+
+def same_fields(options: Any, kind: type[Any]) -> dict[str, Any]:
+    """The values of the options that are called like fields of another dataclass."""
+    wanted = {each.name for each in fields(kind)}
+    return {each.name: getattr(options, each.name) for each in fields(options) if each.name in wanted}
+
+
+def print_result(value: Mapping[str, object], lines: Sequence[str], *, json: bool) -> None:
+    """What a verb found: one JSON object for a script, or lines for a person."""
+    typer.echo(jsonlib.dumps(value) if json else "\n".join(lines))
+
+
+def print_left_out(label: str, rows: Sequence[object], *, most: int = 20) -> None:
+    """The first rows that could not be used, on stderr."""
+    for row in rows[:most]:
+        typer.echo(f"{label}: {row}", err=True)
+    if len(rows) > most:
+        typer.echo(f"{label}: {len(rows) - most:,} more", err=True)

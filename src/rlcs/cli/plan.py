@@ -1,16 +1,15 @@
 """The verb `rlcs plan`."""
 
-import json as jsonlib
 from typing import Annotated
 
 import typer
 
+from rlcs.cli.options import Json, Overrides, RecipeName, print_result
+
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. grpo.group_size=8")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="GPUs that share the work, all nodes together; 0: this CPU")] = 1,
     gpu: Annotated[str, typer.Option(help="H100, A100-80, L40S, RTX4090, ...")] = "H100",
     memory: Annotated[
@@ -24,7 +23,7 @@ def plan(
             "demonstrations=N; may be repeated",
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object")] = False,
+    json: Json = False,
 ) -> None:
     """Memory, work and time of each stage. What to change when it does not fit."""
     from rlcs.plan import machine
@@ -33,4 +32,4 @@ def plan(
     assumed = machine.assume(assume or [])
     chosen = machine.machine(gpus, gpu, memory=memory, peak=assumed.peak)
     made = make_plan(recipe, overrides or [], chosen, assumed)
-    typer.echo(jsonlib.dumps(made.to_json()) if json else made.to_text())
+    print_result(made.to_json(), [made.to_text()], json=json)

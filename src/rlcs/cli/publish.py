@@ -1,12 +1,12 @@
-"""The verbs from a run to people: export, publish, chat."""
+"""The verbs that give a model to others: export, publish."""
 
-import json as jsonlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rlcs.cli.serving import chosen_vllm
+from rlcs.cli.options import DryRun, Repository, print_result
 from rlcs.errors import UserError
 
 publish_app = typer.Typer()
@@ -45,9 +45,9 @@ def export_model(
 @publish_app.command("publish")
 def publish(
     folder: Annotated[Path, typer.Argument(help="A folder that `rlcs export` wrote")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")],
+    repo: Repository,
     private: Annotated[bool, typer.Option("--private/--public", help="For whom to see")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent")] = False,
+    dry_run: DryRun = False,
     allow: Annotated[
         list[str] | None, typer.Option(help="Send files of this pattern too, say 'examples/*'")
     ] = None,
@@ -62,12 +62,9 @@ def publish(
     entries = hub.listing(folder)
     refused = refusals(folder, entries, allow or [])
     if dry_run:
-        if json:
-            files = [{"path": each.path, "size": each.size, "sha256": each.sha256} for each in entries]
-            typer.echo(jsonlib.dumps({"repo": repo, "files": files, "refused": dict(refused)}))
-        else:
-            for line in hub.lines(entries, repo):
-                typer.echo(line)
+        files = [asdict(each) for each in entries]
+        result = {"repo": repo, "files": files, "refused": dict(refused)}
+        print_result(result, hub.lines(entries, repo), json=json)
     if refused:
         what = "; ".join(f"{path}: {why}" for path, why in refused[:10])
         fix = "take them out of the folder, or name them with --allow"
@@ -79,30 +76,3 @@ def publish(
         typer.echo(note, err=True)
     if not dry_run:
         typer.echo(hub.push(folder, repo, entries, kind="model", private=private))
-
-
-@publish_app.command("chat")
-def chat(
-    model: Annotated[str | None, typer.Argument(help="Folder, hub id, builtin (default), or a URL")] = None,
-    other: Annotated[
-        str | None, typer.Argument(metavar="[MODEL2]", help="One more, to stand beside the first")
-    ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the page is")] = 7860,
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
-    engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto",
-    url: Annotated[str | None, typer.Option(help="Server that has MODEL: http://localhost:8000/v1")] = None,
-    key_env: Annotated[str, typer.Option(help="Variable with its key")] = "OPENAI_API_KEY",
-) -> None:
-    """Talk to a model, or to two, on a web page. Images, several turns, reasoning in a fold-out."""
-    import importlib.util
-
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("the page needs gradio", where="rlcs chat", fix="pip install 'rlcs[chat]'")
-    if url and engine != "auto":
-        raise UserError("a server has an engine of its own", where="--engine", fix="leave it out")
-    program = None if url else chosen_vllm(engine)
-    from rlcs.serving.chat_page import open_page, talkers
-
-    names = [name for name in (model, other) if name is not None]
-    with talkers(names, program=program, url=url, key_env=key_env) as found:
-        open_page(found, host=host, port=port)

@@ -1,5 +1,5 @@
-"""The cold start's demonstrations: asked of a teacher, graded, and sorted by rejection sampling."""
+"""The cold start's demonstrations: sampled from a teacher, graded, and sorted by rejection sampling."""
 
-from rlcs.distill.run import load_kept, run
+from rlcs.distill.run import load_kept, load_rows, run
 
-__all__ = ["load_kept", "run"]
+__all__ = ["load_kept", "load_rows", "run"]

@@ -1,4 +1,4 @@
-r"""Kinds of chain of thought: what is asked, turn by turn, and how the turns become one response.
+r"""Kinds of chain of thought: what is requested, turn by turn, and how the turns become one response.
 
 A kind is a folder of Jinja2 templates: `1.j2`, `2.j2`, ... are the requests, each a single user message
 that may quote the answers to earlier ones as `turns`; `response.j2` puts the turns together. `system.j2`
@@ -7,30 +7,22 @@ beside the folders is the system prompt. A folder named in the recipe may replac
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rlcs.errors import RecipeError
 from rlcs.grading.extraction import extract
-from rlcs.records import IMAGE_SLOT, Problem
+from rlcs.records import IMAGE_SLOT, Problem, Request, Sample
 
 Format = Literal["plain", "think"]
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_BARE_WORDS = 6
+_SHORT_ANSWER = 6  # words: a text that only states the answer
 _TAGS = re.compile(r"\s*</?think>\s*")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What came back to one request; `reasoning` is what some servers keep apart from the text."""
-
-    text: str
-    reasoning: str = ""
-
-
 class Chain:
-    """One kind of chain of thought, ready to ask."""
+    """One kind of chain of thought: its requests, and the response made of the answers to them."""
 
     def __init__(self, kind: str, *, folder: str | None, form: Format) -> None:
         """Read the templates. Raises RecipeError for one that is missing or not Jinja2."""
@@ -44,7 +36,7 @@ class Chain:
         environment = SandboxedEnvironment(
             loader=loader, autoescape=False, trim_blocks=True, lstrip_blocks=True
         )
-        environment.filters.update(unboxed=unboxed, spoken=spoken)
+        environment.filters.update(unboxed=unboxed, untagged=untagged)
         self._where = f"teacher.templates={folder}" if folder else f"templates of {kind}"
         self._form = form
         try:
@@ -52,43 +44,35 @@ class Chain:
             numbers = [n for n in range(1, 10) if f"{kind}/{n}.j2" in names]
             self._requests = [environment.get_template(f"{kind}/{n}.j2") for n in numbers]
             self._response = environment.get_template(f"{kind}/response.j2")
-            self._system = environment.get_template("system.j2")
+            system = environment.get_template("system.j2")
         except TemplateError as error:
             raise RecipeError(
                 f"the template cannot be used: {error}", where=self._where, fix="correct it"
             ) from error
+        self.system = self._render(system, {"format": form}).strip()
+        """The system prompt; empty for none."""
+        templates = [str(template.name) for template in (*self._requests, self._response, system)]
+        self.sources = "\n".join(loader.get_source(environment, name)[0] for name in templates)
+        """The text of all templates: it decides what is requested."""
 
     @property
     def length(self) -> int:
-        """Requests for one try."""
+        """Requests for one response."""
         return len(self._requests)
 
-    @property
-    def sources(self) -> str:
-        """All that decides what is asked: templates of another text are another chain."""
-        environment = self._response.environment
-        names = [str(t.name) for t in (*self._requests, self._response, self._system)]
-        assert environment.loader is not None
-        return "\n".join(environment.loader.get_source(environment, name)[0] for name in names)
+    def request(self, problem: Problem, turns: Sequence[Sample], *, index: int = 0) -> Request:
+        """The next request after `turns`, with the problem's images first or at their slots."""
+        words = {"question": problem.asked, "turns": [turn.text for turn in turns], "format": self._form}
+        text = self._render(self._requests[len(turns)], words).strip()
+        if text.count(IMAGE_SLOT) not in (0, len(problem.images)):  # a turn quotes one, or the template does
+            text = text.replace(IMAGE_SLOT, "")
+        problem = replace(problem, question=text, choices=())
+        return Request.of(problem, system=self.system, index=index, turn=len(turns))
 
-    @property
-    def system(self) -> str:
-        """The system prompt; empty for none."""
-        return self._render(self._system, {"format": self._form}).strip()
-
-    def request(self, problem: Problem, turns: Sequence[Turn]) -> Problem:
-        """The problem with the words of the next request for its question; images stand first or at slots."""
-        texts = [turn.text for turn in turns]
-        words = {"question": problem.asked, "turns": texts, "format": self._form}
-        asked = self._render(self._requests[len(turns)], words).strip()
-        if asked.count(IMAGE_SLOT) not in (0, len(problem.images)):  # a turn quotes one, or the template does
-            asked = asked.replace(IMAGE_SLOT, "")
-        return replace(problem, question=asked, choices=())
-
-    def response(self, turns: Sequence[Turn]) -> str:
+    def response(self, turns: Sequence[Sample]) -> str:
         """The turns as one response, in the format of the recipe."""
-        said = self._render(self._response, {"turns": [turn.text for turn in turns]}).strip()
-        return formatted(said, turns[-1].reasoning if len(turns) == 1 else "", self._form)
+        text = self._render(self._response, {"turns": [turn.text for turn in turns]}).strip()
+        return formatted(text, turns[-1].reasoning if len(turns) == 1 else "", self._form)
 
     def _render(self, template: Any, words: Mapping[str, object]) -> str:
         from jinja2 import TemplateError
@@ -106,7 +90,7 @@ def unboxed(text: str) -> str:
     return _BOX.sub(r"\1", text)
 
 
-def spoken(text: str) -> str:
+def untagged(text: str) -> str:
     """A quoted answer without its thinking tags."""
     return _TAGS.sub("\n\n", text).strip()
 
@@ -121,8 +105,8 @@ def formatted(text: str, reasoning: str, form: Format) -> str:
         reasoning = _TAGS.sub("", before) or reasoning
         text = text.strip()
     if form == "plain":
-        bare = reasoning and len(text.split()) <= _BARE_WORDS  # the work stands in the reasoning alone
-        return f"{reasoning}\n\n{text}".strip() if bare else text.strip()
+        short = reasoning and len(text.split()) <= _SHORT_ANSWER  # the work stands in the reasoning alone
+        return f"{reasoning}\n\n{text}".strip() if short else text.strip()
     if reasoning:
         return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}"
     answer = extract(text).text

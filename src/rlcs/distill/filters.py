@@ -65,12 +65,12 @@ def _foreign_script(question: str, response: str) -> str:
 
 
 def choose(usable: Sequence[T], teacher: Teacher) -> list[T]:
-    """At most `keep_most` of the usable tries of one problem, which come in the order of asking."""
+    """At most `max_kept` of the usable answers to one problem, which come in the order of their indices."""
     if teacher.pick == "shortest":
-        return sorted(usable, key=lambda one: len(one.response))[: teacher.keep_most]
+        return sorted(usable, key=lambda one: len(one.response))[: teacher.max_kept]
     if teacher.pick == "diverse":
-        return _least_alike(usable, teacher.keep_most)
-    return list(usable[: teacher.keep_most])
+        return _least_alike(usable, teacher.max_kept)
+    return list(usable[: teacher.max_kept])
 
 
 def _least_alike(usable: Sequence[T], most: int) -> list[T]:

@@ -1,38 +1,39 @@
 """From rows to demonstrations: given responses are used as they are, the others are asked for.
 
-In the stage's folder: `tries.jsonl` (every answer, as it came), and when all is asked `kept.jsonl`,
+In the stage's folder: `samples.jsonl` (every answer, as it came), and when all is answered `kept.jsonl`,
 `rejected.jsonl` (with reasons), `problems.jsonl` (with pass rates), `images/` and `stats.json`, in the
-order of the rows and their tries, whatever the order of arrival.
+order of the rows and their samples, whatever the order of arrival.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.loading import Loaded, load, require_usable
 from rlcs.data.rows import Row
 from rlcs.distill.chains import Chain
 from rlcs.distill.filters import choose
-from rlcs.distill.schedule import Asking, cost, why_not
-from rlcs.distill.teachers import open_voice
-from rlcs.distill.tries import Try, TryLog, claim
+from rlcs.distill.schedule import Schedule, why_not
+from rlcs.distill.teachers import open_teacher
 from rlcs.errors import DataError, RunFolderError, UserError
+from rlcs.generation import Entry, SampleLog
 from rlcs.grading import GradePool
 from rlcs.progress import Screen
-from rlcs.recipe.schema import Teacher
-from rlcs.records import Demonstration, Grade, ImageRef, Problem
+from rlcs.recipe.schema import Data, Teacher
+from rlcs.records import Demonstration, Grade, ImageRef, Problem, from_row, to_row
 from rlcs.signals import StopFlag
 from rlcs.storage import atomic_write, encoded_image, image_kind, read_jsonl, write_json
 
 GIVEN = "given"
 """The teacher's name of a response that came with the data."""
-SPARE = "right, but others are kept"
+NOT_CHOSEN = "right, but others are kept"
 _IMAGE_LIMIT = 50_000_000
 _SHOWN = 3
-_RATING = ("tries", "right", "pass_rate")  # as some teacher before did: never taken for this one's
+_RATING = ("samples", "right", "pass_rate")  # an earlier teacher's are never taken for this one's
 _BINS = 10
 
 
@@ -45,51 +46,60 @@ def run(
     view: Screen | None = None,
     stop: StopFlag | None = None,
 ) -> list[Demonstration]:
-    """Demonstrations in the order of `rows`, at most `teacher.keep_most` for each.
+    """Make demonstrations in the order of `rows`, at most `teacher.max_kept` for each.
 
     A row with a response is kept as it is, whatever its grade (which is recorded and counted). For
-    a row without one the teacher is asked up to `teacher.tries` times until `teacher.enough` answers
-    are to keep. What an earlier run into the same folder was answered is not asked again. Raises
-    UserError for a problem that the teacher does not know, or if nothing is left to learn from;
+    a row without one the teacher is asked for up to `teacher.max_samples` samples, until
+    `teacher.enough_kept` answers are to keep; what an earlier run into the same folder has is not asked
+    again. Raises UserError for a problem that the teacher does not know, or if nothing is left to learn from;
     Stopped when `stop` is set.
     """
-    missing = [row.problem for row in rows if row.response is None]
+    missing = {row.problem.id: row.problem for row in rows if row.response is None}
     chain = None
     if teacher.who != "builtin":
         chain = Chain(teacher.chain, folder=teacher.templates, form=teacher.format)
-    claim(folder, _decisive(teacher, chain, seed))
-    failed, refused = dict[tuple[str, int], str](), dict[tuple[str, int], str]()
-    with GradePool() as pool, TryLog(folder, missing) as log:
+    digests = {name: problem.digest for name, problem in missing.items()}
+    settings = _decisive(teacher, chain, seed)
+    with (
+        GradePool() as pool,
+        SampleLog(folder / "samples.jsonl", digests, settings=settings, may_change=True) as log,
+    ):
         given = _graded(rows, pool)
+        schedule = Schedule(missing, teacher, chain=chain, log=log, pool=pool)
         if missing:
-            asking = Asking(missing, teacher, chain=chain, log=log, pool=pool)
-            system = chain.system if chain else ""
-            with open_voice(teacher, system=system, seed=seed, logs=folder / "rollout") as voice:
-                asking.run(voice, view=view, stop=stop)
-            failed, refused = asking.failed, asking.refused
+            with open_teacher(teacher, missing, seed=seed, logs=folder / "rollout") as sampler:
+                schedule.run(sampler, view=view, stop=stop)
     if stop is not None:
         stop.check(str(folder))
-    for tries, what in (
-        (failed, "were not answered; the same command asks them again"),
-        (refused, "are left out: they cannot be answered"),
+    for errors, what in (
+        (schedule.failed, "were not answered; the same command asks them again"),
+        (schedule.refused, "are left out: they cannot be answered"),
     ):
-        if tries and view is not None:
-            view.say(f"{len(tries):,} tries {what}")
-            for why in list(dict.fromkeys(tries.values()))[:_SHOWN]:
+        if errors and view is not None:
+            view.say(f"{len(errors):,} samples {what}")
+            for why in list(dict.fromkeys(errors.values()))[:_SHOWN]:
                 view.say(f"  {why}")
-    unanswered = {"failed": len(failed), "refused": len(refused)}
-    kept = _sort(rows, given, log, teacher, folder=folder, unanswered=unanswered)
+    kept = _sort(rows, given, schedule, teacher, folder=folder)
     if not kept:
         raise UserError(
             f"none of {len(rows)} problems has a demonstration",
             where=str(folder),
-            fix="see rejected.jsonl there; raise teacher.tries, or give rows with a `response`",
+            fix="see rejected.jsonl there; raise teacher.max_samples, or give rows with a `response`",
         )
     return kept
 
 
+def load_rows(data: Data, *, decode_limit: int, all_anew: bool) -> Loaded:
+    """The rows of `data.cold_start`; `all_anew` drops the responses that some bring. Raises DataError."""
+    loaded = load(data.cold_start, data, decode_limit=decode_limit, role="rl" if all_anew else "cold_start")
+    require_usable(loaded, data)
+    if all_anew:
+        loaded = replace(loaded, rows=tuple(replace(row, response=None) for row in loaded.rows))
+    return loaded
+
+
 def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
-    """The demonstrations that a finished `run` on the same rows wrote into `folder`."""
+    """Read the demonstrations that a finished `run` on the same rows wrote into `folder`."""
     problems = {row.problem.id: row.problem for row in rows}
     loaded = []
     for row in read_jsonl(folder / "kept.jsonl"):
@@ -107,14 +117,14 @@ def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
                 response=row["response"],
                 teacher=row["teacher"],
                 attempt=row["attempt"],
-                grade=Grade(**row["grade"]),
+                grade=from_row(Grade, row["grade"]),
             )
         )
     return loaded
 
 
 def _decisive(teacher: Teacher, chain: Chain | None, seed: int) -> dict[str, object]:
-    """What decides an answer. Which answers are kept can be chosen anew in the same folder."""
+    """The settings that decide an answer. Which answers are kept can be chosen anew in the same folder."""
     facts: dict[str, object] = {"teacher": teacher.who, "chain": teacher.chain, "format": teacher.format}
     if chain is None:
         return {**facts, "wrong_share": teacher.wrong_share, "seed": seed}
@@ -134,43 +144,45 @@ def _graded(rows: Sequence[Row], pool: GradePool) -> dict[str, Demonstration]:
 def _sort(
     rows: Sequence[Row],
     given: Mapping[str, Demonstration],
-    log: TryLog,
+    schedule: Schedule,
     teacher: Teacher,
     *,
     folder: Path,
-    unanswered: Mapping[str, int],
 ) -> list[Demonstration]:
-    """Choose, and write everything that a run leaves; the statistics last."""
+    """Choose among the answers, and write everything that a run leaves; the statistics last."""
     kept: list[Demonstration] = []
-    kept_rows, rejected, problems, seen = [], list[dict[str, Any]](), [], list[Try]()
+    kept_rows, rejected, problems, seen = [], list[dict[str, Any]](), [], list[Entry]()
     names = _save_images((ref for row in rows for ref in row.problem.images), folder)
     for problem in (row.problem for row in rows):
         images = [names[ref.sha256[:24]] for ref in problem.images]
-        tries = [log.tries[problem.id, n] for n in range(teacher.tries) if (problem.id, n) in log.tries]
-        reasons = {made.attempt: why_not(problem, made, teacher) for made in tries}
-        chosen = choose([made for made in tries if not reasons[made.attempt]], teacher)
-        mine = [given[problem.id]] if problem.id in given else [_kept(problem, m, teacher) for m in chosen]
-        seen += tries
+        answers = schedule.answers(problem)
+        reasons = [why_not(problem, answer, teacher) for answer in answers]
+        chosen = choose([a for a, why in zip(answers, reasons, strict=True) if not why], teacher)
+        mine = [given[problem.id]] if problem.id in given else [_kept(problem, a, teacher) for a in chosen]
+        seen += answers
         kept += mine
-        kept_rows += [_kept_row(made, images, alone=len(mine) == 1) for made in mine]
+        kept_rows += [_kept_row(one, images, alone=len(mine) == 1) for one in mine]
         rejected += [
-            _rejected_row(made, reasons[made.attempt] or SPARE) for made in tries if made not in chosen
+            _rejected_row(answer, why or NOT_CHOSEN)
+            for answer, why in zip(answers, reasons, strict=True)
+            if answer not in chosen
         ]
-        problems.append(_problem_row(problem, images, tries))
+        problems.append(_problem_row(problem, images, answers))
     _write(folder / "kept.jsonl", kept_rows)
     _write(folder / "rejected.jsonl", rejected)
     _write(folder / "problems.jsonl", problems)
-    write_json(folder / "stats.json", {**_stats(problems, kept, rejected, seen, teacher), **unanswered})
+    stats = _stats(problems, kept, rejected, seen) | schedule.spent()
+    write_json(folder / "stats.json", stats)
     return kept
 
 
-def _kept(problem: Problem, made: Try, teacher: Teacher) -> Demonstration:
+def _kept(problem: Problem, answer: Entry, teacher: Teacher) -> Demonstration:
     return Demonstration(
         problem=problem,
-        response=made.response,
+        response=answer.response,
         teacher=teacher.model or teacher.who,
-        attempt=made.attempt,
-        grade=made.grade,
+        attempt=answer.sample.index,
+        grade=answer.grade,
     )
 
 
@@ -203,15 +215,16 @@ def _save_images(refs: Iterable[ImageRef], folder: Path) -> dict[str, str]:
     return names
 
 
-def _problem_row(problem: Problem, images: list[str], tries: Sequence[Try]) -> dict[str, Any]:
-    """A row of `problems.jsonl`; unscored tries say nothing about how hard a problem is."""
+def _problem_row(problem: Problem, images: list[str], answers: Sequence[Entry]) -> dict[str, Any]:
+    """A row of `problems.jsonl`; unscored answers say nothing about how hard a problem is."""
     row: dict[str, Any] = {name: value for name, value in problem.metadata.items() if name not in _RATING}
     row |= {"id": problem.id, "question": problem.question, "images": images}
     row |= {"choices": list(problem.choices)} if problem.choices else {}
     row |= {"answer": problem.answer}
-    scored = [made.correct for made in tries if made.correct is not None]
+    scored = [answer.grade.correct for answer in answers if answer.grade.correct is not None]
     if scored:
-        row |= {"tries": len(scored), "right": sum(scored), "pass_rate": round(sum(scored) / len(scored), 4)}
+        rate = round(sum(scored) / len(scored), 4)
+        row |= {"samples": len(scored), "right": sum(scored), "pass_rate": rate}
     return row
 
 
@@ -229,17 +242,17 @@ def _kept_row(made: Demonstration, images: list[str], *, alone: bool) -> dict[st
         "response": made.response,
         "teacher": made.teacher,
         "attempt": made.attempt,
-        "grade": asdict(made.grade or Grade(reward=None, correct=None)),
+        "grade": to_row(made.grade or Grade(reward=None, correct=None)),
     }
 
 
-def _rejected_row(made: Try, why: str) -> dict[str, Any]:
+def _rejected_row(answer: Entry, why: str) -> dict[str, Any]:
     return {
-        "id": made.id,
-        "response": made.response,
+        "id": answer.sample.id,
+        "response": answer.response,
         "why": why,
-        "attempt": made.attempt,
-        "correct": made.correct,
+        "attempt": answer.sample.index,
+        "correct": answer.grade.correct,
     }
 
 
@@ -247,14 +260,13 @@ def _stats(
     problems: Sequence[Mapping[str, Any]],
     kept: Sequence[Demonstration],
     rejected: Sequence[Mapping[str, Any]],
-    tries: Sequence[Try],
-    teacher: Teacher,
+    answers: Sequence[Entry],
 ) -> dict[str, object]:
     """Counts; `asked` answers were written by the teacher, `given` came with the data."""
     rates = [problem["pass_rate"] for problem in problems if "pass_rate" in problem]
     wrong = [d for d in kept if d.grade is not None and d.grade.correct is False]
-    prompt, completion = sum(t.prompt_tokens for t in tries), sum(t.completion_tokens for t in tries)
-    unscored = sum(t.correct is None for t in tries)
+    verdicts = [answer.grade.correct for answer in answers]
+    right, unscored = verdicts.count(True), verdicts.count(None)
     unscored += sum(d.teacher == GIVEN and d.grade is not None and not d.grade.scored for d in kept)
     reasons = Counter("wrong" if row["correct"] is False else row["why"] for row in rejected)
     bins = Counter(min(_BINS - 1, int(rate * _BINS)) for rate in rates)
@@ -262,17 +274,14 @@ def _stats(
         "problems": len(problems),
         "given": sum(d.teacher == GIVEN for d in kept),
         "given_wrong": sum(d.teacher == GIVEN for d in wrong),
-        "asked": len(tries),
-        "right": sum(t.correct is True for t in tries),
-        "pass_rate": sum(t.correct is True for t in tries) / max(1, len(tries)),
+        "asked": len(answers),
+        "right": right,
+        "pass_rate": right / max(1, len(answers)),
         "kept": len(kept),
         "kept_wrong": len(wrong),
         "rejected": len(rejected),
         "unscored": unscored,
         "without_demonstration": len(problems) - len({d.problem.id for d in kept}),
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "cost": cost(teacher, prompt, completion),
         "reasons": dict(sorted(reasons.items())),
         "pass_rates": [bins[index] for index in range(_BINS)],
     }

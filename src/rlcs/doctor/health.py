@@ -138,4 +138,4 @@ def _disk(folder: Path, runs: Sequence[Run]) -> Finding:
     need = 2 * max(sizes, default=0)
     message = f"{free / 2**30:.1f} GiB free; a checkpoint of this run takes {need / 2**31:.1f} GiB"
     full = free < max(need, 1 << 28)
-    return Finding(name="disk", message=message, fix="make room: the next save may fail" if full else "")
+    return Finding(name="disk", message=message, fix="free some: the next save may fail" if full else "")

@@ -1,4 +1,4 @@
-"""The machine: versions, devices, memory; and the fast paths checked on the built-in model."""
+"""Checks this machine: versions, devices, memory, and the fast paths on the built-in model."""
 
 import os
 import platform
@@ -52,16 +52,16 @@ def facts() -> dict[str, str]:
 
 
 def checks() -> list[Finding]:
-    """Room, the packed and the sampled path on the built-in model, and the grader."""
+    """Check free space, the packed and the sampled path on the built-in model, and the grader."""
     found = [
-        _room("memory", psutil.virtual_memory().available),
-        _room("disk", shutil.disk_usage(Path.cwd()).free),
+        _space("memory", psutil.virtual_memory().available),
+        _space("disk", shutil.disk_usage(Path.cwd()).free),
     ]
     parts: Mapping[str, Callable[[], list[Finding]]] = {"model": _model, "grader": _grader}
     for name, part in parts.items():
         try:
             found += part()
-        except Exception as error:  # whatever is broken here is what a doctor has to tell
+        except Exception as error:  # whatever is broken is what is looked for
             message = f"{type(error).__name__}: {error}"
             found.append(Finding(name=name, message=message, fix="install rlcs again in a fresh environment"))
     return found
@@ -74,8 +74,8 @@ def _version(name: str) -> str:
         return ""
 
 
-def _room(name: str, free: int) -> Finding:
-    fix = f"less than {_TIGHT_BYTES >> 30} GiB: make room before a run" if free < _TIGHT_BYTES else ""
+def _space(name: str, free: int) -> Finding:
+    fix = f"less than {_TIGHT_BYTES >> 30} GiB: free some before a run" if free < _TIGHT_BYTES else ""
     return Finding(name=name, message=f"{free / 2**30:.1f} GiB free", fix=fix)
 
 
@@ -119,9 +119,9 @@ def _model() -> list[Finding]:
 
 def _grader() -> list[Finding]:
     problem = open_builtin("builtin:puzzles?count=1&seed=1", "rl")[0]
-    said = (f"\\boxed{{{problem.answer}}}", "\\boxed{-12345}", "no box at all")
+    texts = (f"\\boxed{{{problem.answer}}}", "\\boxed{-12345}", "no box at all")
     with GradePool(workers=1, deadline_s=5.0, allow_fallbacks=False) as pool:
-        verdicts = [grade.correct for grade in pool.grade([(problem, text) for text in said])]
+        verdicts = [grade.correct for grade in pool.grade([(problem, text) for text in texts])]
     wrong = "the grader's workers do not answer as they should: start rlcs where processes may be started"
     right = verdicts == [True, False, False]
     return [Finding(name="grader", message=f"right, wrong, no box: {verdicts}", fix="" if right else wrong)]

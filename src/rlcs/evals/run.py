@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import UserError
 from rlcs.evals.answer_extractor import NOTHING, SAMPLING, extract_answers, needs_extractor
 from rlcs.evals.answer_file import AnswerRow, grade_officially
@@ -62,11 +61,14 @@ class EvalRun:
 
     def open_sampler(self, model: str) -> AbstractContextManager[Sampler]:
         """The model, ready to answer; a local one is gone from memory when the context ends."""
-        sampling = self.sampling.sampling(n=self.samples, seed=self.seed)
-        if self.endpoint is not None:
-            return EndpointClient(self.endpoint.model_copy(update={"model": model}), sampling)
-        rows, logs = self.sampling.max_rows, self.out / "rollout"
-        return open_sampler(model, sampling, settings=self.engine, rows=rows, logs=logs)
+        server = self.endpoint
+        return open_sampler(
+            model if server is None else server.model_copy(update={"model": model}),
+            self.sampling.sampling(n=self.samples, seed=self.seed),
+            settings=self.engine,
+            rows=self.sampling.max_rows,
+            logs=self.out / "rollout",
+        )
 
 
 def evaluate_models(
@@ -88,7 +90,7 @@ def evaluate_models(
         for each in loaded:
             path = run.out / label / each.benchmark.name / PREDICTIONS
             check_settings(path, _settings(run, each, model))
-    extractor = nullcontext() if run.judge is None else EndpointClient(run.judge, SAMPLING)
+    extractor = nullcontext() if run.judge is None else open_sampler(run.judge, SAMPLING)
     with GradePool() as pool, extractor as judge:
         for label, model in named.items():
             stop.check(str(run.out))

@@ -7,39 +7,39 @@ again. Answers to other questions, or given under other settings, are never take
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from json import dumps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rlcs.errors import RunFolderError, UserError
-from rlcs.records import Request, Sample, SampleKey, StopReason
+from rlcs.records import MERGED, Grade, Request, Sample, SampleKey, from_row, to_row
 from rlcs.storage import append_jsonl, atomic_write, read_json, read_jsonl, write_json
 
 SETTINGS = "settings.json"
 """Beside the log: what decides an answer."""
 _SYNC_S = 1.0  # a power cut may cost this much; a kill costs nothing
-_FIELDS = frozenset(each.name for each in fields(Sample))
+_GRADE = frozenset(each.name for each in fields(Grade))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One line of the log: a sample, and what the policy `added` to it (its grade, say)."""
 
-    sample: Sample
-    added: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    sample: Sample = field(metadata=MERGED)
+    added: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata=MERGED)
 
-    def to_row(self) -> dict[str, Any]:
-        """The entry as one flat JSON row."""
-        return {**asdict(self.sample), **self.added}
+    @property
+    def response(self) -> str:
+        """The text that is graded: what the policy composed of several turns, or the sample's own."""
+        return str(self.added.get("composed", self.sample.text))
 
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> "Entry":
-        """The entry that `to_row` wrote."""
-        known = {name: value for name, value in row.items() if name in _FIELDS}
-        sample = Sample(**known | {"stop": StopReason(row["stop"])})
-        return cls(sample=sample, added={k: v for k, v in row.items() if k not in _FIELDS})
+    @property
+    def grade(self) -> Grade:
+        """The grade that the policy added; unscored where it added none."""
+        known = {name: value for name, value in self.added.items() if name in _GRADE}
+        return Grade(**{"reward": None, "correct": None} | known)
 
 
 class SampleLog:
@@ -81,7 +81,7 @@ class SampleLog:
                     fix="restore the data, or choose another --out, or remove this file to ask anew",
                 )
             if row.pop("digest") == digest:
-                entry = Entry.from_row(row)
+                entry = from_row(Entry, row)
                 self.entries[entry.sample.key] = entry
         self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         return self
@@ -97,15 +97,15 @@ class SampleLog:
         """The requests without a sample here, drawn lazily."""
         return (request for request in requests if request.key not in self.entries)
 
-    def add(self, sample: Sample, added: Mapping[str, Any] | None = None) -> None:
-        """Append a sample with what the policy adds. A failure that may pass is no answer: it is left out.
+    def add(self, sample: Sample, added: Mapping[str, Any] | None = None) -> Entry:
+        """Append a sample with what the policy adds. A failure that may pass is no answer: it is not kept.
 
         Raises RunFolderError when the disk is full; what is complete stays readable.
         """
-        if sample.retryable:
-            return
         entry = Entry(sample=sample, added=added or {})
-        row = entry.to_row() | {"digest": self._digests[sample.id]}
+        if sample.retryable:
+            return entry
+        row = to_row(entry) | {"digest": self._digests[sample.id]}
         line = (dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
         try:
             if os.write(self._handle, line) < len(line):
@@ -120,6 +120,7 @@ class SampleLog:
                 fix="make room; the same command goes on from here",
             ) from error
         self.entries[sample.key] = entry
+        return entry
 
 
 def annotate(path: Path, added: Mapping[SampleKey, Mapping[str, Any]]) -> None:

@@ -5,20 +5,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rlcs.engines.base import Engine
-from rlcs.engines.factory import open_engines
 from rlcs.engines.openai_client import EndpointClient
-from rlcs.engines.vllm.server import context_length
 from rlcs.errors import DataError
-from rlcs.model import loading
-from rlcs.model.chat import Chat
 from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
 from rlcs.recipe.schema import Eval, Images, Model, Prompts, Recipe
 from rlcs.recipe.stages import Grpo
 from rlcs.records import Message, Prompt, Request, Sample, Sampling, StopReason
 from rlcs.signals import StopFlag
+
+if TYPE_CHECKING:
+    from rlcs.engines.base import Engine
+    from rlcs.model.chat import Chat
 
 
 class Sampler(Protocol):
@@ -35,7 +34,7 @@ class Sampler(Protocol):
 class EngineSampler:
     """An engine of ours with the chat format of its model."""
 
-    def __init__(self, engine: Engine, chat: Chat, sampling: Sampling, *, batch_size: int) -> None:
+    def __init__(self, engine: "Engine", chat: "Chat", sampling: Sampling, *, batch_size: int) -> None:
         """Ask about `batch_size` requests at a time.
 
         A sample depends on its key, the seed and the policy alone. Requests that differ in their index alone
@@ -116,6 +115,10 @@ def open_sampler(
         with EndpointClient(model, sampling) as client:
             yield client
         return
+    from rlcs.engines.factory import open_engines  # torch is for models of ours alone
+    from rlcs.engines.vllm.server import context_length
+    from rlcs.model import loading
+
     settings = settings or EngineSettings()
     longest, local = sampling.max_new_tokens, settings.engine == "local"
     vlm = loading.load(Model(name=model), weights=local)

@@ -367,7 +367,7 @@ def _differ_clearly(given: str, wanted: str) -> bool:
     return abs(answer - gold) > 1e-6 * max(1.0, abs(answer), abs(gold))
 
 
-def look_at_gold(gold: str, choices: Sequence[str] = ()) -> tuple[str, list[str]]:
+def inspect_gold(gold: str, choices: Sequence[str] = ()) -> tuple[str, list[str]]:
     """Why no grader can read a gold answer, or ""; and those parts of it that only math-verify can judge."""
     wanted = normalise(repair_gold(gold))
     if choices:

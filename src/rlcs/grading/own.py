@@ -16,9 +16,6 @@ from pathlib import Path
 from rlcs.errors import RecipeError
 from rlcs.records import Grade, Problem
 
-Reply = tuple[bool | float | list[float | bool] | None, str]
-"""What a worker says of a pair: a value (None: undecided), and why."""
-
 KEY = "grpo.reward.function"
 
 
@@ -42,39 +39,31 @@ def check_function(given: str) -> str:
     return f"{path}:{name}"
 
 
-def decider(given: str) -> Callable[[str, str], Reply]:
-    """Run the file, and give its function the form of the worker's protocol."""
+def load_function(given: str) -> Callable[[str, str], Grade]:
+    """Run the file, and make a grader of its function: (problem as JSON, response) -> grade."""
     file, _, name = given.rpartition(":")
     function = runpy.run_path(file)[name]
 
-    def decide(problem: str, response: str) -> Reply:
+    def decide(problem: str, response: str) -> Grade:
         try:
             result = function(json.loads(problem), response)
             reward, correct = result if isinstance(result, tuple) else (result, result >= 1)
             if not math.isfinite(reward):
                 raise ValueError(f"the reward is {reward}")
-            return [float(reward), bool(correct)], ""
+            return Grade(reward=float(reward), correct=bool(correct), why="by the reward function")
         except Exception as error:
-            return None, f"{name} failed: {type(error).__name__}: {error}"
+            why = f"{name} failed: {type(error).__name__}: {error}"
+            return Grade(reward=None, correct=None, why=why)
 
     return decide
 
 
-def described(problem: Problem) -> str:
-    """What the function is told of a problem, as JSON."""
-    told = {
+def problem_json(problem: Problem) -> str:
+    """What the function gets of a problem."""
+    fields = {
         "question": problem.question,
         "answer": problem.answer,
         "choices": list(problem.choices),
         "metadata": dict(problem.metadata),
     }
-    return json.dumps(told, default=str)
-
-
-def own_grade(reply: Reply) -> Grade:
-    """The grade behind a reply; unscored where there is none."""
-    value, why = reply
-    if not isinstance(value, list):
-        return Grade(reward=None, correct=None, why=why)
-    reward, correct = value
-    return Grade(reward=float(reward), correct=bool(correct), why="by the reward function")
+    return json.dumps(fields, default=str)

@@ -2,7 +2,7 @@
 
 Easy answers are decided here, without a process. Formulas go to the workers, in small batches and
 each different pair once; with a reward function of one's own, every answer does. An answer on which a
-worker runs out of time or dies is unscored; the others of its batch are asked again. Workers start when
+worker runs out of time or dies is unscored; the others of its batch are sent again. Workers start when
 first needed and are new interpreters, never forks: the parent may hold torch, threads and a GPU.
 """
 
@@ -17,14 +17,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from types import TracebackType
-from typing import IO, Self
+from contextlib import AbstractContextManager
 
 from rlcs.errors import RlcsError
-from rlcs.grading.answers import Verdict, look_at_gold
-from rlcs.grading.own import Reply, described, own_grade
+from rlcs.grading.answers import inspect_gold
+from rlcs.grading.own import problem_json
 from rlcs.grading.rewards import Undecided, quick_grade
-from rlcs.records import Grade, Problem
+from rlcs.records import Grade, Problem, from_row
 
 Gold = tuple[str, tuple[str, ...]]
 """A gold answer, and the choices of its problem."""
@@ -38,7 +37,7 @@ _START_S = 120.0
 _MAX_FAILED_STARTS = 3
 
 
-class GradePool:
+class GradePool(AbstractContextManager["GradePool"]):
     """Grades responses in order; a context manager. Safe to call from any thread."""
 
     def __init__(
@@ -63,21 +62,14 @@ class GradePool:
         self._failed_starts = 0
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Self:
-        """Nothing starts yet."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop the workers."""
         self.close()
 
     def close(self) -> None:
         """Kill the workers and wait for them; the pool can be used again and starts new ones."""
         with self._lock:
-            while self._workers:
-                self._workers.pop().kill()
+            self._kill_workers()
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -87,76 +79,66 @@ class GradePool:
     def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
         """One grade for each (problem, response), in order."""
         if self._function is not None:
-            pairs = [(described(problem), text) for problem, text in answers]
-            replies = self._replies(pairs)
-            return [own_grade(replies[pair]) for pair in pairs]
+            pairs = [(problem_json(problem), text) for problem, text in answers]
+            grades = self._decide(pairs)
+            return [grades[pair] for pair in pairs]
         return self.settle(
             [quick_grade(p, text, allow_fallbacks=self.allow_fallbacks) for p, text in answers]
         )
 
     def settle(self, results: Sequence[Grade | Undecided]) -> list[Grade]:
         """Have math-verify decide what is undecided; the grades in order."""
-        verdicts = self._verdicts([r.formulas for r in results if isinstance(r, Undecided)])
-        return [r.grade(verdicts[r.formulas]) if isinstance(r, Undecided) else r for r in results]
+        grades = self._decide(r.formulas for r in results if isinstance(r, Undecided))
+        return [r.grade(grades[r.formulas]) if isinstance(r, Undecided) else r for r in results]
 
     def unreadable(self, problems: Iterable[Problem]) -> dict[Gold, str]:
         """Gold answers (with their choices) that only the same text can match, and why.
 
         They are broken, or no formula to math-verify.
         """
+        found = {gold: inspect_gold(*gold) for gold in dict.fromkeys((p.answer, p.choices) for p in problems)}
+        grades = self._decide((part, part) for _, formulas in found.values() for part in formulas)
         faults: dict[Gold, str] = {}
-        formulas: dict[Gold, list[str]] = {}
-        for gold in dict.fromkeys((p.answer, p.choices) for p in problems):
-            fault, formulas[gold] = look_at_gold(*gold)
-            if fault:
-                faults[gold] = fault
-        verdicts = self._verdicts([(part, part) for parts in formulas.values() for part in parts])
-        for gold, parts in formulas.items():
-            whys = [verdicts[part, part].why for part in parts if not verdicts[part, part].correct]
-            if whys:
-                faults.setdefault(gold, f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}")
+        for gold, (fault, formulas) in found.items():
+            whys = [grades[part, part].why for part in formulas if not grades[part, part].correct]
+            if fault or whys:
+                faults[gold] = fault or f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}"
         return faults
 
-    def _verdicts(self, formulas: Iterable[Pair]) -> dict[Pair, Verdict]:
-        """What math-verify says of each different pair of formulas."""
-        replies = self._replies(formulas)
-        return {
-            pair: Verdict(correct=None if value is None else bool(value), why=why)
-            for pair, (value, why) in replies.items()
-        }
-
-    def _replies(self, pairs: Iterable[Pair]) -> dict[Pair, Reply]:
-        """What the workers say of each different pair."""
+    def _decide(self, pairs: Iterable[Pair]) -> dict[Pair, Grade]:
+        """The workers' grade of each different pair."""
         different = list(dict.fromkeys(pairs))
         with self._lock:
             try:
-                return self._ask(different) if different else {}
+                return self._hand_out(different) if different else {}
             except BaseException:  # also Ctrl-C: a worker in the middle of a batch is of no use
-                for worker in self._workers:
-                    worker.kill()
-                self._workers.clear()
+                self._kill_workers()
                 raise
 
-    def _ask(self, pairs: list[Pair]) -> dict[Pair, Reply]:
-        """Hand out batches until every pair has a reply."""
+    def _kill_workers(self) -> None:
+        while self._workers:
+            self._workers.pop().kill()
+
+    def _hand_out(self, pairs: list[Pair]) -> dict[Pair, Grade]:
+        """Send batches to free workers until every pair has a grade."""
         for worker in [w for w in self._workers if w.process.poll() is not None]:
-            worker.kill()  # it died while nothing was asked: no answer's fault
+            worker.kill()  # it died while it had nothing to do: no answer's fault
             self._workers.remove(worker)
-        waiting, replies = deque(pairs), dict[Pair, Reply]()
+        waiting, grades = deque(pairs), dict[Pair, Grade]()
         batch = max(1, min(_BATCH, len(pairs) // (2 * self._size)))
         wanted = min(self._size, len(pairs))
-        while len(replies) < len(pairs):
+        while len(grades) < len(pairs):
             while waiting and len(self._workers) < wanted:
                 self._workers.append(_Worker(self.deadline_s, self._function))
             for worker in self._workers:
-                if waiting and worker.ready and not worker.asked:
-                    worker.ask(_next_batch(waiting, batch))
+                if waiting and worker.ready and not worker.pending:
+                    worker.send(_next_batch(waiting, batch))
             self._wait()
             for worker in list(self._workers):
-                replies.update(worker.answers())
+                grades.update(worker.receive())
                 if why := worker.failure():
-                    self._bury(worker, why, waiting, replies)
-        return replies
+                    self._remove(worker, why, waiting, grades)
+        return grades
 
     def _wait(self) -> None:
         """Sleep until a worker has written something or the next deadline."""
@@ -166,8 +148,8 @@ class GradePool:
             nearest = min(worker.deadline for worker in self._workers)
             selector.select(min(1.0, max(0.0, nearest - time.monotonic())))
 
-    def _bury(self, worker: "_Worker", why: str, waiting: deque[Pair], replies: dict[Pair, Reply]) -> None:
-        """Kill a worker that failed: its current pair is undecided, the rest of its batch waits again."""
+    def _remove(self, worker: "_Worker", why: str, waiting: deque[Pair], grades: dict[Pair, Grade]) -> None:
+        """Kill a worker that failed: its current pair is unscored, the rest of its batch waits again."""
         worker.kill()
         self._workers.remove(worker)
         self._failed_starts = 0 if worker.ready else self._failed_starts + 1
@@ -177,9 +159,9 @@ class GradePool:
                 where="grading",
                 fix=f"see what `{' '.join(worker.command)}` prints; is math-verify installed?",
             )
-        if worker.asked:
-            replies[worker.asked.popleft()] = None, why
-            waiting.extendleft(reversed(worker.asked))
+        if worker.pending:
+            grades[worker.pending.popleft()] = Grade.binary(None, why)
+            waiting.extendleft(reversed(worker.pending))
 
 
 def _next_batch(waiting: deque[Pair], most: int) -> list[Pair]:
@@ -194,7 +176,7 @@ def _next_batch(waiting: deque[Pair], most: int) -> list[Pair]:
 
 
 class _Worker:
-    """One process: `asked` are the pairs that it still owes, `deadline` is on the monotonic clock."""
+    """One process: `pending` are the pairs that it has to grade, `deadline` is on the monotonic clock."""
 
     def __init__(self, deadline_s: float, function: str | None) -> None:
         self.deadline_s = deadline_s
@@ -209,42 +191,40 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the parent; and a kill takes the children along
         )
-        self.output: IO[bytes] = _pipe(self.process.stdout)
+        assert self.process.stdin and self.process.stdout, "Popen opens both pipes"
+        self.input, self.output = self.process.stdin, self.process.stdout
         os.set_blocking(self.output.fileno(), False)
         self.deadline = time.monotonic() + _START_S
         self.ready = False
         self.ended = False
-        self.asked: deque[Pair] = deque()
+        self.pending: deque[Pair] = deque()
         self._text = b""
 
-    def ask(self, batch: list[Pair]) -> None:
+    def send(self, batch: list[Pair]) -> None:
         """Send a batch; the clock of its first pair starts."""
-        self.asked = deque(batch)
+        self.pending = deque(batch)
         self.deadline = time.monotonic() + self.deadline_s
         with contextlib.suppress(BrokenPipeError):  # it died: `failure` sees the end of its output
-            stdin = _pipe(self.process.stdin)
-            stdin.write(json.dumps(batch).encode() + b"\n")
-            stdin.flush()
+            self.input.write(json.dumps(batch).encode() + b"\n")
+            self.input.flush()
 
-    def answers(self) -> list[tuple[Pair, Reply]]:
-        """The replies that have arrived; every one restarts the clock."""
+    def receive(self) -> list[tuple[Pair, Grade]]:
+        """The grades that have arrived; every one restarts the clock."""
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self.output.fileno(), 1 << 16):
                 self._text += chunk
             self.ended = True
         *lines, self._text = self._text.split(b"\n")
-        arrived: list[tuple[Pair, Reply]] = []
+        arrived: list[tuple[Pair, Grade]] = []
         for line in lines:
-            if not self.ready:
-                self.ready = True
-            else:
-                value, why = json.loads(line)
-                arrived.append((self.asked.popleft(), (value, why)))
-            self.deadline = time.monotonic() + self.deadline_s if self.asked else float("inf")
+            if self.ready:
+                arrived.append((self.pending.popleft(), from_row(Grade, json.loads(line))))
+            self.ready = True
+            self.deadline = time.monotonic() + self.deadline_s if self.pending else float("inf")
         return arrived
 
     def failure(self) -> str:
-        """Why this worker is of no more use, or ""."""
+        """Why this worker is of no more use; empty while it is."""
         if self.ended:
             code = self.process.wait()
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -260,11 +240,6 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.input, self.output):
             with contextlib.suppress(BrokenPipeError):
-                _pipe(pipe).close()
-
-
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None, "Popen was asked for pipes"
-    return pipe
+                pipe.close()

@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rlcs.distributed import World
-from rlcs.recipe.training import Parallel
+from rlcs.recipe.execution import Parallel
 
 T = TypeVar("T")
 

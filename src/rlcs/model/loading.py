@@ -32,9 +32,9 @@ from rlcs.model.families import Family, family_of
 from rlcs.model.fsdp import shard, whole_weights
 from rlcs.model.images import ImagePipeline
 from rlcs.model.vlm import Vlm
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Images, Prompts
 from rlcs.recipe.schema import Model as ModelSettings
-from rlcs.recipe.training import Lora, Parallel
 from rlcs.records import Problem
 from rlcs.storage import open_to_readers
 

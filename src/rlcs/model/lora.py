@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rlcs.errors import RecipeError
-from rlcs.recipe.training import Lora
+from rlcs.recipe.execution import Lora
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -13,7 +13,7 @@ from rlcs.recipe.loading import differences, dump, load_recipe
 from rlcs.recipe.schema import Recipe
 from rlcs.storage import atomic_write
 
-_WORK = ("done.json", "manifest.json", "step-*.jsonl", "tries.jsonl", "turns.jsonl", "predictions.jsonl")
+_WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold something which took time."""
 
 log = logging.getLogger("rlcs")

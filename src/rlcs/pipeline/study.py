@@ -125,7 +125,7 @@ class Study:
         # Without a marker the same command asks again.
         if failed := read_json(folder / "stats.json")["failed"]:
             raise RlcsError(
-                f"the teacher left {failed:,} tries unanswered",
+                f"the teacher left {failed:,} samples unanswered",
                 where=str(folder),
                 fix="the same command asks them again; to do without them, start in a new run folder with "
                 f"data.cold_start={folder / 'kept.jsonl'}",

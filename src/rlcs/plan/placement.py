@@ -8,10 +8,10 @@ from rlcs.errors import UserError
 from rlcs.plan.machine import Machine
 from rlcs.plan.memory import FP32
 from rlcs.plan.shapes import Sizes
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Model
 from rlcs.recipe.section import Part
-from rlcs.recipe.training import Lora, Parallel
 
 FOUR_BITS = 4.127 / 8
 """Bytes of a weight in NF4 with its constants quantised again (QLoRA, arXiv 2305.14314, section 3)."""

@@ -1,8 +1,9 @@
-"""The model card, made from the run: what it was trained on, how, how well it does, and what it cannot.
+"""Writes the model card from the run: data, training, results and limits.
 
 The card is for strangers: paths and addresses of the machine that trained stay out of it.
 """
 
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
@@ -11,18 +12,10 @@ from typing import Any
 from rlcs.model.loading import resolve
 from rlcs.publish.source import Source
 from rlcs.recipe.arms import ARMS, RL_ARMS, stages_behind
-from rlcs.recipe.schema import Recipe
+from rlcs.recipe.schema import Data, Teacher
 from rlcs.recipe.table import summary_rows
 from rlcs.report import findings
 from rlcs.report.load_run import Run, number, part, read_run
-
-_PRIVATE = ("model", "arms", "cold-start data", "cold-start teacher", "RL data", "test set")
-_FOREIGN = {
-    "base": ("SFT", "RL", "reward", "chain of thought"),
-    "sft": ("RL", "reward"),
-    "grpo": ("SFT", "chain of thought"),
-    "sft_grpo": (),
-}
 
 
 def render(source: Source, name: str, model: Any, *, converted: bool, quantised: str | None = None) -> str:
@@ -42,6 +35,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
     )
     environment.filters["python"] = dumps
     recipe, run = source.recipe, source.run and read_run(source.run)
+    stages = stages_behind(source.arm or "sft_grpo")
     base = recipe.model.name if recipe else None
     licence: dict[str, Any] = {**base_licence(base or source.weights, source.revision)}
     results = findings.arm_results([run]) if run else []
@@ -57,7 +51,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["rlcs", "reasoning", *(["grpo"] if source.arm in RL_ARMS else [])],
-        eval_results=_index(own, recipe) if own and recipe else None,
+        eval_results=_index(own, shown(recipe.data.test), recipe.name) if own and recipe else None,
     )
     body = environment.get_template("card.md.j2").render(
         name=name,
@@ -69,11 +63,11 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
         recipe=recipe,
         arm=source.arm,
         arms=ARMS,
-        data=_data_rows(recipe, run, source.arm) if recipe and run else [],
+        data=_data_rows(recipe.data, recipe.teacher, run, stages) if recipe and run else [],
         converted=converted,
         quantised=quantised,
-        choices=_choices(recipe, source.arm) if recipe else [],
-        stages=_times(run, source.arm) if run else [],
+        choices=_choices(summary_rows(recipe), stages) if recipe else [],
+        stages=_times(run, stages) if run else [],
         made_by=version("rlcs"),
         versions=part(run.summary, "versions") if run else {},
         results=results,
@@ -117,15 +111,14 @@ def base_licence(base: str, revision: str | None) -> dict[str, str]:
     return {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
 
 
-def _index(own: findings.ArmResult, recipe: Recipe) -> list[Any]:
+def _index(own: findings.ArmResult, test: str, study: str) -> list[Any]:
     from huggingface_hub import EvalResult
 
-    test = shown(recipe.data.test)
     return [
         EvalResult(
             task_type="image-text-to-text",
             dataset_type=test.partition("?")[0],
-            dataset_name=f"{recipe.name}: held-out problems",
+            dataset_name=f"{study}: held-out problems",
             dataset_args={"source": test, "problems": own.n},
             metric_type="accuracy",
             metric_name=f"accuracy, 95% Wilson interval [{own.low:.3f}, {own.high:.3f}]",
@@ -134,34 +127,34 @@ def _index(own: findings.ArmResult, recipe: Recipe) -> list[Any]:
     ]
 
 
-def _data_rows(recipe: Recipe, run: Run, arm: str | None) -> list[tuple[str, str, str]]:
-    """(use, source, how many) of what this arm was trained and measured on."""
-    counts, told = part(run.summary, "counts"), recipe.data
-    kept, asked = number(run.cold_start, "kept"), number(run.cold_start, "asked")
-    demonstrations = _many(kept) + (f" kept of {_many(asked)} asked" if asked else "")
-    teacher = recipe.teacher.who if recipe.teacher.who == "builtin" else shown(recipe.teacher.model or "")
-    rows = [
-        ("cold start", f"`{shown(told.cold_start)}`, answered by `{teacher}`", demonstrations),
-        ("reinforcement learning", f"`{shown(told.rl)}`", _many(number(counts, "rl"))),
-        ("held-out measurement", f"`{shown(told.test)}`", _many(number(counts, "test"))),
-    ]
-    used = {"base": rows[2:], "sft": [rows[0], rows[2]], "grpo": rows[1:], "sft_grpo": rows}
-    return used[arm or "sft_grpo"]
+def _data_rows(data: Data, teacher: Teacher, run: Run, stages: Collection[str]) -> list[tuple[str, str, str]]:
+    """(use, source, how many) of what a model with these stages behind it was trained and measured on."""
+    counts = part(run.summary, "counts")
+    kept, tried = number(run.cold_start, "kept"), number(run.cold_start, "asked")
+    demonstrations = _many(kept) + (f" kept of {_many(tried)} asked" if tried else "")
+    who = teacher.who if teacher.who == "builtin" else shown(teacher.model or "")
+    rows = []
+    if "sft" in stages:
+        rows.append(("cold start", f"`{shown(data.cold_start)}`, answered by `{who}`", demonstrations))
+    if set(stages) & set(RL_ARMS):
+        rows.append(("reinforcement learning", f"`{shown(data.rl)}`", _many(number(counts, "rl"))))
+    return [*rows, ("held-out measurement", f"`{shown(data.test)}`", _many(number(counts, "test")))]
 
 
-def _choices(recipe: Recipe, arm: str | None) -> list[tuple[str, str]]:
-    """The run's main choices, but for those of stages that this arm has not seen, and for private ones."""
-    left_out = _FOREIGN[arm or "sft_grpo"]
-    rows = summary_rows(recipe)
-    return [(n, value) for n, value in rows if n not in _PRIVATE and not n.startswith(left_out)]
+def _choices(rows: Sequence[tuple[str, str]], stages: Collection[str]) -> list[tuple[str, str]]:
+    """The run's main choices, but for those of stages that the model has not seen, and for private ones."""
+    private = ("model", "arms", "cold-start data", "cold-start teacher", "RL data", "test set")
+    unseen: tuple[str, ...] = () if "sft" in stages else ("SFT", "chain of thought")
+    unseen += () if set(stages) & set(RL_ARMS) else ("RL", "reward")
+    return [(name, value) for name, value in rows if name not in private and not name.startswith(unseen)]
 
 
 def _many(value: float | None) -> str:
     return "not recorded" if value is None else f"{value:,.0f}"
 
 
-def _times(run: Run, arm: str | None) -> list[tuple[str, str]]:
-    """(stage, minutes) of the stages behind this arm."""
+def _times(run: Run, stages: Sequence[str]) -> list[tuple[str, str]]:
+    """(stage, minutes) of the stages behind a model."""
     seconds = part(run.summary, "seconds")
-    took = [(stage, number(seconds, stage)) for stage in stages_behind(arm or "sft_grpo")]
+    took = [(stage, number(seconds, stage)) for stage in stages]
     return [(stage.replace("_", " "), f"{value / 60:.1f}") for stage, value in took if value is not None]

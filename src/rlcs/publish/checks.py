@@ -1,4 +1,4 @@
-"""What a published model may hold: known files alone, none of them a secret."""
+"""Checks the files of a model before they are published: known ones alone, none of them a secret."""
 
 import re
 from collections.abc import Mapping, Sequence

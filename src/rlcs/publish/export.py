@@ -1,4 +1,4 @@
-"""A Hugging Face folder that stands on its own: stock transformers and vLLM load it without rlcs.
+"""Exports a model as a Hugging Face folder that stock transformers and vLLM load without rlcs.
 
 What the model was trained with travels with it: pixel bounds in the processor, the system prompt as the chat
 template's default, the held-out measurement's sampling in the generation config.
@@ -15,7 +15,7 @@ from rlcs.errors import ModelError, RunFolderError
 from rlcs.model.chat import VISION_TOKENS, set_default_system
 from rlcs.publish import card, quantise
 from rlcs.publish.source import find_source
-from rlcs.recipe.schema import Recipe
+from rlcs.recipe.schema import Eval
 from rlcs.storage import atomic_write, open_to_readers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,8 +56,15 @@ def export(wanted: Export) -> list[Path]:
         what = f"cannot load the model: {str(error).splitlines()[0]}"
         fix = "give a run folder, a folder in Hugging Face format, a hub id, or `builtin`"
         raise ModelError(what, where=wanted.model, fix=fix) from error
-    if source.recipe is not None:
-        _carry(source.recipe, model, processor)
+    if source.recipe is not None:  # what the run decided goes into the model's own configuration
+        recipe, images = source.recipe, source.recipe.images
+        processor.image_processor.size = {
+            "shortest_edge": images.min_pixels,
+            "longest_edge": images.max_pixels,
+        }
+        if recipe.prompt.system is not None:
+            set_default_system(processor, recipe.prompt.system)
+        model.generation_config = sampling_of(recipe.eval, model.generation_config, processor.tokenizer)
     name = wanted.name or out.resolve().name
     converted = wanted.dtype is not None
     # Before quantising: of packed weights nobody can count the parameters.
@@ -70,30 +77,19 @@ def export(wanted: Export) -> list[Path]:
         processor.save_pretrained(out)
         open_to_readers(out)
     except OSError as error:
-        raise RunFolderError(f"cannot write: {error}", where=str(out), fix="make room") from error
+        raise RunFolderError(f"cannot write: {error}", where=str(out), fix="free some space") from error
     atomic_write(out / "README.md", text)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
-def _carry(recipe: Recipe, model: Any, processor: Any) -> None:
-    """Write what the run decided onto the model's own configuration."""
-    bounds = {"shortest_edge": recipe.images.min_pixels, "longest_edge": recipe.images.max_pixels}
-    processor.image_processor.size = bounds
-    if recipe.prompt.system is not None:
-        set_default_system(processor, recipe.prompt.system)
-    model.generation_config = generation(recipe, model.generation_config, processor.tokenizer)
-
-
-def generation(recipe: Recipe, old: GenerationConfig, tokenizer: Any) -> GenerationConfig:
+def sampling_of(settings: Eval, old: GenerationConfig, tokenizer: Any) -> GenerationConfig:
     """The sampling of the run's measurement; ids that only stand for images are never generated, as there."""
     known = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, "<|im_start|>"])
-    banned = sorted({i for i in known if i is not None and i != tokenizer.unk_token_id})
-    settings = recipe.eval
     sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     return GenerationConfig(
         eos_token_id=old.eos_token_id,
         pad_token_id=old.pad_token_id,
-        suppress_tokens=banned,
+        suppress_tokens=sorted({i for i in known if i is not None and i != tokenizer.unk_token_id}),
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,
         **(sampled if settings.temperature > 0 else {}),

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what a folder would send, and sending it."""
+"""Lists what a folder would send to the Hugging Face hub, and sends it."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What is to be published: the weights of one arm, and the run that made them if one did."""
+"""Finds what is to be published: the weights of one arm, and the run that made them if one did."""
 
 from dataclasses import dataclass
 from pathlib import Path

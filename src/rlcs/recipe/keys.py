@@ -47,28 +47,27 @@ def takes_text(field: FieldInfo) -> bool:
 
 
 def nearest(unknown: str) -> list[str]:
-    """Up to three keys that a mistyped one may mean, best first; empty when none is near.
+    """Up to three keys or sections that a mistyped one may mean; empty when none is near.
 
-    A right name in the wrong place (`grpo.lr` for `grpo.optimizer.lr`) counts as near.
+    The last word counts most, so that a right name in the wrong place (`grpo.lr` for `grpo.optimizer.lr`)
+    is near; names that are equally near are all given.
     """
+    section, _, word = unknown.rpartition(".")
     keys = list(recipe_keys())
-    section, _, leaf = unknown.rpartition(".")
-    sections = {key.rpartition(".")[0] for key in keys} - {""}
-    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
-    siblings |= {s.rpartition(".")[2]: s for s in sections if s.rpartition(".")[0] == section}
-    elsewhere = [key for key in keys if key.rpartition(".")[2] == leaf]
-    same_stage = [key for key in elsewhere if key.split(".")[0] == unknown.split(".")[0]]
-    same_end = [key for key in elsewhere if "." in unknown and key.split(".")[-2:] == unknown.split(".")[-2:]]
-    found = (
-        [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.8)]
-        or same_stage
-        or same_end
-        or elsewhere
-        or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)]
-        or difflib.get_close_matches(unknown, [*keys, *sections], n=1, cutoff=0.75)
-        or [key for key in keys if difflib.SequenceMatcher(None, leaf, key.rpartition(".")[2]).ratio() >= 0.8]
-    )
-    return found[:3]
+    scores: dict[str, float] = {}
+    for name in (*keys, *dict.fromkeys(key.rpartition(".")[0] for key in keys)):
+        its_section, _, its_word = name.rpartition(".")
+        near = _likeness(section, its_section) if section else 0.0
+        begun = near == 1 and its_word.startswith(word)
+        likeness = 0.9 if begun else _likeness(word, its_word)
+        if likeness >= (0.6 if near == 1 else 0.8):
+            scores[name] = likeness + 0.5 * near
+    best = max(scores.values(), default=0.0)
+    return [name for name, score in scores.items() if score > best - 0.01][:3]
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _words(annotation: object, metadata: Sequence[object]) -> str:

@@ -11,13 +11,16 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from rlcs.errors import RecipeError
 from rlcs.recipe.keys import allowed, nearest, recipe_keys, section_of, takes_text
 from rlcs.recipe.reading import Parsed, parse, write
+from rlcs.recipe.sampling import EngineSettings
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.section import Section
 
@@ -36,23 +39,31 @@ class Resolved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Setting:
-    """One value as it was given."""
+    """One value as it was given; `where` is the source with its line."""
 
     value: object
-    origin: str
+    source: str
     where: str
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
     """Resolve a shipped recipe's name, or a path to a YAML file, with `key=value` overrides."""
     settings: dict[str, _Setting] = {}
-    for label, parsed in _chain(name_or_path):
-        settings |= _file_settings(label, parsed)
-    for text in overrides:
-        settings |= _override_settings(text)
-    recipe = _validated(settings)
-    provenance = {key: settings[key].origin if key in settings else DEFAULT for key in recipe_keys()}
-    return Resolved(recipe=recipe, provenance=provenance)
+    for source in (*_chain(name_or_path), *map(_override, overrides)):
+        settings |= _settings(source, source.value, Recipe)
+    provenance = {key: settings[key].source if key in settings else DEFAULT for key in recipe_keys()}
+    return Resolved(recipe=_validated(settings), provenance=provenance)
+
+
+def load_engine(engine: str, words: Sequence[str]) -> EngineSettings:
+    """An engine's settings from `key=value` words, which a recipe has in its section `rollout`."""
+    settings: dict[str, _Setting] = {}
+    for text in (f"engine={engine}", *words):
+        if text.partition("=")[0].strip() not in EngineSettings.model_fields:
+            raise _unknown(f"rollout.{text.partition('=')[0]}", COMMAND_LINE)
+        source = _override(f"rollout.{text}")
+        settings |= _settings(source, source.value, Recipe)
+    return _validated(settings).rollout
 
 
 def list_recipes() -> dict[str, Path]:
@@ -67,42 +78,39 @@ def dump(recipe: Recipe) -> str:
 
 def differences(a: Recipe, b: Recipe) -> list[tuple[str, object, object]]:
     """The keys on which two recipes disagree, each with both values."""
-    return [
-        (key, _value(a, key), _value(b, key)) for key in recipe_keys() if _value(a, key) != _value(b, key)
-    ]
+    pairs = ((key, attrgetter(key)(a), attrgetter(key)(b)) for key in recipe_keys())
+    return [(key, one, other) for key, one, other in pairs if one != other]
 
 
-def _value(recipe: Recipe, key: str) -> object:
-    value: object = recipe
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
+# --- sources: files and the command line ----------------------------------------------------------
 
 
-# --- files ------------------------------------------------------------------------------------
-
-
-def _chain(name_or_path: str) -> list[tuple[str, Parsed]]:
-    """The files of an `extends` chain, root first, each with the label that messages show."""
+def _chain(name_or_path: str) -> list[Parsed]:
+    """The files of an `extends` chain, root first."""
     path, label = _locate(name_or_path, folder=Path(), where="")
-    chain = [(label, _read(path, label))]
-    seen = [path.resolve()]
-    while (base := _extends(*chain[-1])) is not None:
+    chain, seen = [_read(path, label)], [path.resolve()]
+    while "extends" in chain[-1].value:
+        if not isinstance(base := chain[-1].value.pop("extends"), str):
+            raise RecipeError(
+                f"extends should be one name or path (got {_shown(base)})",
+                where=chain[-1].place(("extends",)),
+                fix="extends: quickstart",
+            )
         path, label = _locate(base, folder=path.parent, where=label)
         if path.resolve() in seen:
-            circle = [text for text, _ in chain[seen.index(path.resolve()) :]]
+            circle = [source.where for source in chain[seen.index(path.resolve()) :]]
             raise RecipeError(
                 f"extends goes in a circle: {' -> '.join([*circle, label])}",
                 where=label,
                 fix="take extends out of one of them",
             )
-        chain.append((label, _read(path, label)))
+        chain.append(_read(path, label))
         seen.append(path.resolve())
     return chain[::-1]
 
 
 def _locate(name_or_path: str, *, folder: Path, where: str) -> tuple[Path, str]:
-    """The file meant by a shipped name or a path, and its label; `where` says who asked."""
+    """The file that a shipped name or a path means, and its label in messages; `where` names the caller."""
     shipped = list_recipes()
     if name_or_path in shipped:
         return shipped[name_or_path], f"recipes/{name_or_path}.yaml"
@@ -127,42 +135,20 @@ def _read(path: Path, label: str) -> Parsed:
     except OSError as error:
         raise RecipeError(f"the file cannot be read ({error.strerror})", where=label) from None
     parsed = parse(text, where=label)
-    if parsed.value is not None and not isinstance(parsed.value, dict):
+    if parsed.value is None:
+        return Parsed(value={}, where=label)
+    if not isinstance(parsed.value, dict):
         raise RecipeError("a recipe is `key: value` lines", where=label, fix="rlcs recipes show quickstart")
     return parsed
 
 
-def _extends(label: str, parsed: Parsed) -> str | None:
-    if not isinstance(parsed.value, dict) or "extends" not in parsed.value:
-        return None
-    base = parsed.value["extends"]
-    if not isinstance(base, str):
-        raise RecipeError(
-            f"extends should be one name or path (got {_shown(base)})",
-            where=f"{label}:{parsed.lines[('extends',)]}",
-            fix="extends: quickstart",
-        )
-    return base
-
-
-def _file_settings(label: str, parsed: Parsed) -> dict[str, _Setting]:
-    if not isinstance(parsed.value, dict):  # an empty file
-        return {}
-    values = {key: value for key, value in parsed.value.items() if key != "extends"}
-    return _Source(label, parsed.lines).flatten(values, Recipe)
-
-
-# --- the command line ---------------------------------------------------------------------------
-
-
-def _override_settings(text: str) -> dict[str, _Setting]:
+def _override(text: str) -> Parsed:
     """One `key=value`; free text needs no quotes, sections may be given as `{kind: k3, ...}`."""
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not (key and equals):
-        raise RecipeError(
-            f"{text!r} is not key=value", where=COMMAND_LINE, fix="write for example grpo.steps=60"
-        )
+        fix = "write for example grpo.steps=60"
+        raise RecipeError(f"{text!r} is not key=value", where=COMMAND_LINE, fix=fix)
     if not raw:
         raise RecipeError(f"{key} has no value", where=COMMAND_LINE, fix=f"{key}=null means none")
     field = recipe_keys().get(key)
@@ -170,56 +156,45 @@ def _override_settings(text: str) -> dict[str, _Setting]:
     value = raw if free_text else parse(raw, where=COMMAND_LINE).value
     for name in reversed(key.split(".")):
         value = {name: value}
-    assert isinstance(value, dict)
-    return _Source(COMMAND_LINE, {}).flatten(value, Recipe)
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Flattens one source to dotted keys and refuses keys that the schema does not know."""
-
-    origin: str
-    lines: Mapping[tuple[str, ...], int]
-
-    def flatten(
-        self, values: Mapping[str, object], section: type[Section], path: tuple[str, ...] = ()
-    ) -> dict[str, _Setting]:
-        settings: dict[str, _Setting] = {}
-        for name, value in values.items():
-            here = (*path, name)
-            key, where = ".".join(here), self._where(here)
-            field = section.model_fields.get(name)
-            if field is None:
-                raise _unknown(key, where)
-            inner = section_of(field)
-            if inner is None:
-                settings[key] = _Setting(value=_frozen(value), origin=self.origin, where=where)
-            elif isinstance(value, dict):
-                settings |= self.flatten(value, inner, here)
-            else:
-                raise RecipeError(
-                    f"{key} is a section with keys of its own (got {_shown(value)})",
-                    where=where,
-                    fix=f"set {', '.join(f'{key}.{name}' for name in list(inner.model_fields)[:3])} ...",
-                )
-        return settings
-
-    def _where(self, path: tuple[str, ...]) -> str:
-        return f"{self.origin}:{self.lines[path]}" if path in self.lines else self.origin
+    return Parsed(value=value, where=COMMAND_LINE)
 
 
 def _unknown(key: str, where: str) -> RecipeError:
-    found = nearest(key)
-    guess = f"did you mean {' or '.join(found)}?" if found else "rlcs recipes show quickstart lists every key"
-    return RecipeError(f"unknown key {key}", where=where, fix=guess)
+    listed = "rlcs recipes show quickstart lists every key"
+    fix = f"did you mean {' or '.join(found)}?" if (found := nearest(key)) else listed
+    return RecipeError(f"unknown key {key}", where=where, fix=fix)
+
+
+def _settings(
+    source: Parsed, values: Mapping[str, object], section: type[Section], path: tuple[str, ...] = ()
+) -> dict[str, _Setting]:
+    """The values of one source by dotted key; keys that the schema does not know are refused."""
+    settings: dict[str, _Setting] = {}
+    for name, value in values.items():
+        here = (*path, name)
+        key, where, field = ".".join(here), source.place(here), section.model_fields.get(name)
+        if field is None:
+            raise _unknown(key, where)
+        inner = section_of(field)
+        if inner is None:
+            settings[key] = _Setting(value=_frozen(value), source=source.where, where=where)
+        elif isinstance(value, dict):
+            settings |= _settings(source, value, inner, here)
+        else:
+            raise RecipeError(
+                f"{key} is a section with keys of its own (got {_shown(value)})",
+                where=where,
+                fix=f"set {', '.join(f'{key}.{name}' for name in list(inner.model_fields)[:3])} ...",
+            )
+    return settings
 
 
 def _frozen(value: object) -> object:
     """Lists as tuples: the schema is strict, and a resolved recipe can be hashed."""
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _validated(settings: Mapping[str, _Setting]) -> Recipe:
@@ -228,19 +203,17 @@ def _validated(settings: Mapping[str, _Setting]) -> Recipe:
     (`grpo.optimizer` and `sft.optimizer` are of one class with different defaults; building the
     section from the given keys alone would quietly fall back to the class's.)
     """
-    nested: dict[str, object] = Recipe().model_dump()
+    nested = Recipe().model_dump()
     for key, setting in settings.items():
         *sections, leaf = key.split(".")
-        target = nested
+        target: dict[str, Any] = nested
         for name in sections:
-            inner = target[name]
-            assert isinstance(inner, dict)
-            target = inner
+            target = target[name]
         target[leaf] = setting.value
     try:
         return Recipe.model_validate(nested, strict=True)
     except ValidationError as error:
-        problems = {_place(item["loc"], settings): item["msg"] for item in error.errors(include_url=False)}
+        problems = {_key(item["loc"], settings): item["msg"] for item in error.errors(include_url=False)}
     lines = [_complaint(key, message, settings) for key, message in problems.items()]
     if len(lines) == 1:
         where, what = lines[0]
@@ -250,14 +223,11 @@ def _validated(settings: Mapping[str, _Setting]) -> Recipe:
     raise RecipeError(f"{len(lines)} values cannot be used{listing}", fix="change each where it stands")
 
 
-def _place(location: Sequence[int | str], settings: Mapping[str, _Setting]) -> str:
+def _key(location: Sequence[int | str], settings: Mapping[str, _Setting]) -> str:
     """The dotted key of an error: positions inside a value do not count."""
-    names: list[str] = []
-    for part in location:
-        if ".".join(names) in settings:
-            break
-        names.append(str(part))
-    return ".".join(names)
+    names = [str(part) for part in location]
+    prefixes = (".".join(names[:length]) for length in range(len(names)))
+    return next((key for key in prefixes if key in settings), ".".join(names))
 
 
 def _complaint(key: str, message: str, settings: Mapping[str, _Setting]) -> tuple[str, str]:

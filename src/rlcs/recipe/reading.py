@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.error import MarkedYAMLError
@@ -26,10 +27,16 @@ _POINT_FIRST = re.compile(r"[-+]?\.\d+[eE][-+]?\d+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parsed:
-    """A value (dict, list, text, number, bool, None) and the line of every mapping key in it."""
+    """A value (dict, list, text, number, bool, None), and the line of every mapping key in it."""
 
-    value: object
+    value: Any  # the one type of nested JSON-like data that a reader can take apart without casts
+    where: str
+    """What messages call the source: a file, or the command line."""
     lines: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+
+    def place(self, path: tuple[str, ...]) -> str:
+        """The source with the line of a key, where the line is known."""
+        return f"{self.where}:{self.lines[path]}" if path in self.lines else self.where
 
 
 def parse(text: str, *, where: str) -> Parsed:
@@ -55,7 +62,7 @@ def parse(text: str, *, where: str) -> Parsed:
     except RecursionError:
         what, fix = "its brackets or sections are nested too deeply", "a recipe has a few levels at most"
         raise RecipeError(what, where=where, fix=fix) from None
-    return Parsed(value=value, lines=builder.lines)
+    return Parsed(value=value, where=where, lines=builder.lines)
 
 
 def write(value: object) -> str:

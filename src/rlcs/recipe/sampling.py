@@ -20,11 +20,11 @@ class Server(Section):
     concurrency: Positive = 32
     """Requests under way at once."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds one try of one request may take in all."""
+    """Seconds one attempt at one request may take in all."""
     max_retries: Annotated[int, Field(ge=0)] = 6
-    """Further tries after a failure that may pass (busy, down, cut off, garbled, empty)."""
+    """Further attempts after a failure that may pass (busy, down, cut off, garbled, empty)."""
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    """Tries started a minute, evenly spaced. None: as fast as the server answers."""
+    """Attempts started a minute, evenly spaced. None: as fast as the server answers."""
     prompt_price: NonNegative | None = None
     """Price of a million prompt tokens, in any currency."""
     completion_price: NonNegative | None = None

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
+from rlcs.recipe.execution import Lora, Parallel, Trackers
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
 from rlcs.recipe.stages import Grpo, Sft
-from rlcs.recipe.training import Lora, Parallel, Trackers
 from rlcs.records import Sampling
 
 
@@ -141,15 +141,15 @@ class Teacher(Server):
     """Longest answer to one request."""
     wrong_share: Share = 0.25
     """Share of answers in which the built-in teacher misreads the image, as real teachers do."""
-    tries: Positive = 1
-    """Most answers asked for each problem."""
-    enough: Annotated[int, Field(ge=0)] = 1
-    """A problem with so many answers to keep is not asked again. 0: all tries, for an unbiased pass rate."""
+    max_samples: Positive = 1
+    """Most answers sampled for each problem."""
+    enough_kept: Annotated[int, Field(ge=0)] = 1
+    """A problem with so many answers to keep is done. 0: all samples, for an unbiased pass rate."""
     keep: Literal["right", "all"] = "right"
     """`right`: rejection sampling; `all`: wrong answers are imitated too (for comparison)."""
     pick: Literal["first", "shortest", "diverse"] = "first"
     """Which of several: the first, the shortest, or those least alike."""
-    keep_most: Positive = 1
+    max_kept: Positive = 1
     """Demonstrations kept for each problem at most."""
     chain: Literal["distilled", "reflection", "caption", "self_critic"] = "distilled"
     """Kind of chain of thought (arXiv 2505.22334): think step by step; err, reflect and mend; describe
@@ -169,8 +169,10 @@ class Teacher(Server):
             raise ValueError("a teacher of kind endpoint needs base_url")
         if self.who != "local" and self.rollout.engine != "local":
             raise ValueError(f"rollout.engine is for a teacher of kind local, and this one is {self.who}")
-        if 0 < self.enough < self.keep_most:
-            raise ValueError(f"keep_most ({self.keep_most}) is above enough ({self.enough}): raise enough")
+        if 0 < self.enough_kept < self.max_kept:
+            raise ValueError(
+                f"max_kept ({self.max_kept}) is above enough_kept ({self.enough_kept}): raise enough_kept"
+            )
         return self
 
     @property

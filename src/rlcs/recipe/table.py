@@ -5,9 +5,10 @@ are read here rather than in source code.
 """
 
 from rlcs.recipe.arms import ARMS
-from rlcs.recipe.schema import Recipe, Teacher
+from rlcs.recipe.execution import Lora, Parallel
+from rlcs.recipe.sampling import Rollouts
+from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
-from rlcs.recipe.training import Lora, Parallel
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {
@@ -31,32 +32,34 @@ _LOSSES = {
 
 def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """The table as (choice, value) rows, in the order of a run."""
-    training = [*_sft_rows(recipe.sft), *_grpo_rows(recipe.grpo), *_rollout_rows(recipe)]
-    return [*_inputs(recipe), *training, *_measurement(recipe)]
+    adapters = "as adapters" if recipe.samples_by_adapters else "merged"
+    return [
+        ("recipe", f"{recipe.name}, seed {recipe.seed}"),
+        *_model_rows(recipe.learner, recipe.model, recipe.lora),
+        ("many processes", _parallel(recipe.parallel)),
+        ("arms", ", ".join(ARMS[arm].label for arm in recipe.study.arms)),
+        *_prompt_rows(recipe.prompt, recipe.images),
+        *_sft_rows(recipe.sft),
+        *_grpo_rows(recipe.grpo),
+        *_rollout_rows(recipe.rollout, f", LoRA {adapters}" if recipe.lora.rank else ""),
+        *_data_rows(recipe.data, recipe.teacher, recipe.eval),
+    ]
 
 
-def _precision(recipe: Recipe) -> str:
-    learner = recipe.learner.dtype
-    if learner == "bfloat16" and not recipe.lora.rank:
-        return "bfloat16 precision, which loses small steps (model.dtype=float32 keeps them)"
-    return f"{learner} precision"
-
-
-def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
-    model, prompt, images = recipe.model, recipe.prompt, recipe.images
+def _model_rows(learner: Model, model: Model, lora: Lora) -> list[tuple[str, str]]:
     revision = f" at {model.revision}" if model.revision else ""
     checkpointing = ", gradient checkpointing" if model.gradient_checkpointing else ""
+    precision = f"{learner.dtype} precision"
+    if learner.dtype == "bfloat16" and not lora.rank:
+        precision += ", which loses small steps (model.dtype=float32 keeps them)"
+    value = f"{model.name}{revision}, {precision}, {model.attention} attention{checkpointing}"
+    return [("model", value), ("LoRA", _lora(lora))]
+
+
+def _prompt_rows(prompt: Prompts, images: Images) -> list[tuple[str, str]]:
     rl_system = "the same" if prompt.rl_system is None else _quoted(prompt.rl_system)
     low, high = images.min_pixels, images.max_pixels
     return [
-        ("recipe", f"{recipe.name}, seed {recipe.seed}"),
-        (
-            "model",
-            f"{model.name}{revision}, {_precision(recipe)}, {model.attention} attention{checkpointing}",
-        ),
-        ("LoRA", _lora(recipe.lora)),
-        ("many processes", _parallel(recipe.parallel)),
-        ("arms", ", ".join(ARMS[arm].label for arm in recipe.study.arms)),
         ("system prompt", "the chat template's own" if prompt.system is None else _quoted(prompt.system)),
         ("system prompt in RL", rl_system),
         ("longest prompt", f"{prompt.max_tokens:,} tokens, images included; longer ones are left out"),
@@ -104,28 +107,25 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
     ]
 
 
-def _rollout_rows(recipe: Recipe) -> list[tuple[str, str]]:
+def _rollout_rows(rollout: Rollouts, adapters: str) -> list[tuple[str, str]]:
     """Nothing for local rollouts, which come from the very model that trains."""
-    rollout = recipe.rollout
     if rollout.engine == "local":
         return []
     where = ", ".join(rollout.urls) or _count(rollout.servers, "server")
     who = f"vLLM, {where}" if rollout.engine == "vllm_server" else "vLLM in this process"
-    gets = f", LoRA {'as adapters' if recipe.samples_by_adapters else 'merged'}" if recipe.lora.rank else ""
     weighted = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
-    return [("rollouts", f"{who}{gets}; its logprobs against the policy's: {weighted}")]
+    return [("rollouts", f"{who}{adapters}; its logprobs against the policy's: {weighted}")]
 
 
-def _measurement(recipe: Recipe) -> list[tuple[str, str]]:
-    data = recipe.data
+def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]]:
     rates = data.rl_pass_rate
     chosen = "" if rates is None else f", pass rate from {rates[0]:g} to {rates[1]:g}"
     return [
         ("cold-start data", data.cold_start),
-        *teacher_rows(recipe.teacher),
+        *teacher_rows(teacher),
         ("RL data", data.rl + chosen),
         ("test set", data.test),
-        ("test sampling", _sampling(recipe.eval.temperature, recipe.eval.top_p, recipe.eval.max_new_tokens)),
+        ("test sampling", _sampling(test.temperature, test.top_p, test.max_new_tokens)),
     ]
 
 
@@ -137,13 +137,14 @@ def teacher_rows(teacher: Teacher) -> list[tuple[str, str]]:
         by_vllm = "" if teacher.rollout.engine == "local" else " by vLLM"
         where = f" at {teacher.base_url}" if teacher.who == "endpoint" else by_vllm
         who = f"{teacher.model}{where}, {_sampling(teacher.temperature, teacher.top_p, teacher.max_tokens)}"
-    tries = _count(teacher.tries, "try", "tries")
-    until = f" until {teacher.enough} to keep" if 0 < teacher.enough < teacher.tries else ""
+    samples = _count(teacher.max_samples, "sample")
+    enough = 0 < teacher.enough_kept < teacher.max_samples
+    until = f" until {teacher.enough_kept} to keep" if enough else ""
     kept = "right ones kept" if teacher.keep == "right" else "wrong ones kept too"
-    most = _count(teacher.keep_most, "demonstration")
+    most = _count(teacher.max_kept, "demonstration")
     chain = teacher.chain.replace("_", " ")
     return [
-        ("cold-start teacher", f"{who}, {tries}{until}, {kept}"),
+        ("cold-start teacher", f"{who}, {samples}{until}, {kept}"),
         ("chain of thought", f"{chain}, {teacher.format}; {teacher.pick}, at most {most} a problem"),
     ]
 

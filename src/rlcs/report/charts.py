@@ -1,4 +1,4 @@
-"""Charts as inline SVG whose colours are CSS variables, so that one picture suits light and dark.
+"""Draws charts as inline SVG whose colours are CSS variables, so that one picture suits light and dark.
 
 matplotlib draws with stand-in colours; each is then replaced by the variable that the page's
 style sheet defines, and text by the page's own font.
@@ -48,19 +48,32 @@ def arms_chart(results: Sequence[ArmResult]) -> Markup:
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
-    told = "; ".join(f"{r.name} {r.accuracy:.1%} ({r.low:.1%} to {r.high:.1%})" for r in results)
+    about = "; ".join(f"{r.name} {r.accuracy:.1%} ({r.low:.1%} to {r.high:.1%})" for r in results)
     return _svg(
         draw,
         name="arms",
-        told=f"Bar chart of held-out accuracy: {told}",
+        about=f"Bar chart of held-out accuracy: {about}",
         size=(4.2, 0.56 * len(results) + 0.3),
     )
 
 
-def curve_chart(
-    name: str, told: str, lines: Sequence[tuple[str, Sequence[Points]]], *, percent: bool
-) -> Markup:
-    """Curves over steps: for each colour a list of runs; faint as measured, strong smoothed.
+METRICS = {
+    "reward": "Reward",
+    "accuracy": "Accuracy on training problems",
+    "response_tokens": "Response length, tokens",
+    "entropy": "Entropy, nats a token",
+    "kl": "KL from the reference",
+    "clip_fraction": "Clipped tokens",
+    "loss": "Loss",
+    "grad_norm": "Gradient norm",
+    "sampler_gap": "Gap between sampler and policy",
+}
+"""Metrics of training that have charts, with their titles."""
+_SHARES = ("accuracy", "clip_fraction")
+
+
+def curve_chart(key: str, about: str, lines: Sequence[tuple[str, Sequence[Points]]], *, name: str) -> Markup:
+    """Curves of a metric over steps: for each colour a list of runs; faint as measured, strong smoothed.
 
     With several seeds each seed's smoothed curve is faint and their mean is strong.
     """
@@ -75,14 +88,16 @@ def curve_chart(
             if runs:
                 xs, ys = _columns(_mean_run(runs))
                 axes.plot(xs, smooth(ys), color=paint, lw=1.7, solid_capstyle="round")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%" if percent else f"{value:.3g}")
+        axes.yaxis.set_major_formatter(
+            lambda value, _: f"{100 * value:.3g}%" if key in _SHARES else f"{value:.3g}"
+        )
         axes.grid(axis="y", color=_PAINT["grid"], lw=0.7)
         axes.margins(x=0.01, y=0.08)
 
-    return _svg(draw, name=name, told=told)
+    return _svg(draw, name=name, about=about)
 
 
-def phases_chart(name: str, told: str, layers: Sequence[tuple[str, Points]]) -> Markup:
+def phases_chart(name: str, about: str, layers: Sequence[tuple[str, Points]]) -> Markup:
     """Seconds a step as stacked areas: for each phase its colour and its points."""
 
     def draw(axes: "Axes") -> None:
@@ -96,7 +111,7 @@ def phases_chart(name: str, told: str, layers: Sequence[tuple[str, Points]]) -> 
         axes.set_ylim(bottom=0)
         axes.margins(x=0)
 
-    return _svg(draw, name=name, told=told)
+    return _svg(draw, name=name, about=about)
 
 
 def phase_colour(index: int) -> str:
@@ -119,7 +134,7 @@ def _mean_run(runs: Sequence[Points]) -> list[tuple[float, float]]:
 
 
 def _svg(
-    draw: "Callable[[Axes], None]", *, name: str, told: str, size: tuple[float, float] = (3.6, 1.9)
+    draw: "Callable[[Axes], None]", *, name: str, about: str, size: tuple[float, float] = (3.6, 1.9)
 ) -> Markup:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -141,10 +156,10 @@ def _svg(
         draw(axes)
         page = io.StringIO()
         FigureCanvasSVG(figure).print_svg(page, metadata={"Date": None})
-    return _inline(page.getvalue(), name, told)
+    return _inline(page.getvalue(), name, about)
 
 
-def _inline(svg: str, name: str, told: str) -> Markup:
+def _inline(svg: str, name: str, about: str) -> Markup:
     """A whole SVG file as an element of a page: own ids, variables for colours, no metadata."""
     body = svg[svg.index("<svg") :]
     # matplotlib's own style element would apply to the whole page: the style sheet says it for `svg *`.
@@ -155,5 +170,5 @@ def _inline(svg: str, name: str, told: str) -> Markup:
     for variable, paint in _PAINT.items():
         body = body.replace(paint, f"var(--{variable.replace('_', '-')})")
     box = re.search(r'viewBox="[^"]*"', body)
-    head = f'<svg role="img" {box.group(0) if box else ""} aria-label="{escape(told)}">'
-    return Markup(head + body[body.index(">") + 1 :])  # noqa: S704 - drawn by us; `told` is escaped
+    head = f'<svg role="img" {box.group(0) if box else ""} aria-label="{escape(about)}">'
+    return Markup(head + body[body.index(">") + 1 :])  # noqa: S704 - drawn here; `about` is escaped

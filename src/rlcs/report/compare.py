@@ -18,13 +18,7 @@ from rlcs.report.findings import ArmResult
 from rlcs.report.load_run import Run, read_runs, read_text
 from rlcs.report.pages import templates, write_page
 
-_CURVES = (
-    ("reward", False),
-    ("accuracy", True),
-    ("response_tokens", False),
-    ("kl", False),
-    ("entropy", False),
-)
+_METRICS = ("reward", "accuracy", "response_tokens", "kl", "entropy")
 _COLOURS = ("grpo", "sft_grpo")
 
 
@@ -88,14 +82,14 @@ def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) ->
     """The comparison as one page that needs no server."""
     panels = []
     for stage in RL_ARMS:
-        for key, percent in _CURVES:
+        for key in _METRICS:
             lines = [
                 (colour, [findings.series(run.curves.get(stage, ()), key) for run in runs])
                 for colour, runs in zip(_COLOURS, sides, strict=True)
             ]
             if all(any(points for points in curves) for _, curves in lines):
-                title = f"{ARMS[stage].stage}: {key.replace('_', ' ')}"
-                panels.append((title, charts.curve_chart(f"{stage}-{key}", title, lines, percent=percent)))
+                title = f"{ARMS[stage].stage}: {charts.METRICS[key]}"
+                panels.append((title, charts.curve_chart(key, title, lines, name=f"{stage}-{key}")))
     template = templates().get_template("compare.html.j2")
     write_page(path, template.render(found=found, panels=panels, colours=_COLOURS))
 
@@ -142,7 +136,7 @@ def _ends(runs: Sequence[Run]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for run in runs:
         for stage, rows in run.curves.items():
-            for key in ("loss",) if stage == "sft" else tuple(key for key, _ in _CURVES):
+            for key in ("loss",) if stage == "sft" else _METRICS:
                 last = [value for _, value in findings.series(rows[-findings.LAST_STEPS :], key)]
                 if last:
                     found.setdefault(f"{ARMS[stage].stage} {key}", []).append(fmean(last))

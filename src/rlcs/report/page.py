@@ -1,7 +1,7 @@
-"""Puts findings, charts and texts into the template and writes the page."""
+"""Draws the report of a run: findings, charts and texts in one template."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from json import dumps
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from rlcs.errors import RunFolderError
 from rlcs.recipe.arms import ARMS, RL_ARMS
+from rlcs.recipe.schema import Report
 from rlcs.report import charts, demonstrations, findings, pictures, rollouts
 from rlcs.report.load_run import Row, Run, number, part, read_object, read_runs, read_text, text
 from rlcs.report.pages import digits, templates, write_page
@@ -16,19 +17,6 @@ from rlcs.report.stages import ending, progress
 
 _LONGEST_RECIPE = 100_000
 _SAMPLES = 16  # answers of the teacher
-
-_CURVES = (
-    ("reward", "Reward", False),
-    ("accuracy", "Accuracy on training problems", True),
-    ("response_tokens", "Response length, tokens", False),
-    ("entropy", "Entropy, nats a token", False),
-    ("kl", "KL from the reference", False),
-    ("clip_fraction", "Clipped tokens", True),
-    ("loss", "Policy loss", False),
-    ("grad_norm", "Gradient norm", False),
-    ("sampler_gap", "Gap between sampler and policy", False),
-)
-_SFT_CURVES = (("loss", "SFT loss, nats a token", False), ("grad_norm", "SFT gradient norm", False))
 
 
 def build(run: Path) -> Path:
@@ -51,8 +39,8 @@ def build(run: Path) -> Path:
 
 def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") -> str:
     """The whole page as text; a `stamp` makes it live: how far the run is, a script that refreshes."""
-    told = number(part(part(summary, "recipe"), "report"), "gallery")
-    gallery = 48 if told is None else max(0, int(told))
+    wanted = number(part(part(summary, "recipe"), "report"), "gallery")
+    gallery = Report().gallery if wanted is None else max(0, int(wanted))
     results = findings.arm_results(runs)
     first, rest = findings.headline(results) if results else findings.training_headline(runs)
     health = findings.health(runs)
@@ -69,9 +57,9 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         seeds=[r.folder.name.removeprefix("seed-") for r in runs] if len(runs) > 1 else [],
         families=list(dict.fromkeys(name for r in results for name in r.by_family)),
         levels=list(dict.fromkeys(name for r in results for name in r.by_level)),
-        curves=_curves(runs, _CURVES, RL_ARMS),
+        curves=_curves(runs, charts.METRICS, RL_ARMS),
         rl_stages=[stage for stage in RL_ARMS if any(stage in run.curves for run in runs)],
-        sft_curves=_curves(runs, _SFT_CURVES, ("sft",)),
+        sft_curves=_curves(runs, ("loss", "grad_norm"), ("sft",)),
         phases=_phases(runs[0]),
         health=health,
         health_stages=list(dict.fromkeys(stage for row in health for stage in row.stages)),
@@ -93,25 +81,20 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
     )
 
 
-def _curves(
-    runs: Sequence[Run], wanted: Sequence[tuple[str, str, bool]], stages: Sequence[str]
-) -> list[tuple[str, Markup]]:
-    """(title, chart) of every wanted curve that has values other than zero."""
+def _curves(runs: Sequence[Run], keys: Iterable[str], stages: Sequence[str]) -> list[tuple[str, Markup]]:
+    """(title, chart) of every metric that has values other than zero."""
     found = []
-    for key, title, percent in wanted:
-        lines = [
-            (stage, [findings.series(run.curves.get(stage, ()), key) for run in runs]) for stage in stages
-        ]
-        values = [value for _, curves in lines for points in curves for _, value in points]
-        if not any(values):
-            continue
-        ends = [
-            f"{ARMS[stage].stage} from {curves[0][0][1]:.3g} to {curves[0][-1][1]:.3g}"
-            for stage, (_, curves) in zip(stages, lines, strict=True)
-            if curves[0]
-        ]
-        told = f"Line chart over training steps. {title}: {', '.join(ends)}"
-        found.append((title, charts.curve_chart(f"{stages[0]}-{key}", told, lines, percent=percent)))
+    for key in keys:
+        lines = [(s, [findings.series(run.curves.get(s, ()), key) for run in runs]) for s in stages]
+        if any(value for _, curves in lines for points in curves for _, value in points):
+            title = charts.METRICS[key]
+            ends = [
+                f"{ARMS[stage].stage} from {curves[0][0][1]:.3g} to {curves[0][-1][1]:.3g}"
+                for stage, curves in lines
+                if curves[0]
+            ]
+            about = f"Line chart over training steps. {title}: {', '.join(ends)}"
+            found.append((title, charts.curve_chart(key, about, lines, name=f"{stages[0]}-{key}")))
     return found
 
 
@@ -126,11 +109,10 @@ def _phases(run: Run) -> list[tuple[str, Markup, list[tuple[str, str, float]]]]:
         # One colour a phase on the whole page: known phases come first, in the order they are met.
         names = sorted(layers, key=lambda name: colours.setdefault(name, len(colours)))
         totals = [(n, charts.phase_colour(colours[n]), sum(v for _, v in layers[n])) for n in names]
-        told = f"Seconds a step of {ARMS[stage].stage}: " + ", ".join(
-            f"{n} {s:.0f} s in all" for n, _, s in totals
-        )
+        sums = ", ".join(f"{n} {s:.0f} s in all" for n, _, s in totals)
+        about = f"Seconds a step of {ARMS[stage].stage}: {sums}"
         paints = [(colour, layers[name]) for name, colour, _ in totals]
-        found.append((stage, charts.phases_chart(f"phases-{stage}", told, paints), totals))
+        found.append((stage, charts.phases_chart(f"phases-{stage}", about, paints), totals))
     return found
 
 
@@ -144,11 +126,14 @@ def _gallery(run: Run, count: int) -> list[dict[str, object]]:
         cards = []
         for problem in section.problems:
             images = pictures.embed(run.folder / "eval", problem.images[:4], most_bytes=share)
-            said = [
-                (arm, answers[problem.id]) for arm, answers in run.answers.items() if problem.id in answers
-            ]
+            answers = [(arm, each[problem.id]) for arm, each in run.answers.items() if problem.id in each]
             cards.append(
-                {"problem": problem, "images": images, "missing": problem.images and not images, "said": said}
+                {
+                    "problem": problem,
+                    "images": images,
+                    "missing": problem.images and not images,
+                    "answers": answers,
+                }
             )
         found.append({"kind": section.kind, "total": section.total, "cards": cards})
     return found

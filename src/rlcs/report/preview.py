@@ -1,13 +1,12 @@
-"""What the model sees of one training example: tokens with their loss weights, image patches.
+"""Shows what the model sees of one training example: tokens with their loss weights, image patches.
 
-The example is built by the very functions that training uses: nothing is rendered a second way.
+The example is built by the functions that training uses, so it is what training gets.
 """
 
 import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -19,10 +18,13 @@ from rlcs.data.loading import load, require_usable
 from rlcs.data.rows import BadRow, Row
 from rlcs.errors import DataError
 from rlcs.model import loading
+from rlcs.model.chat import Chat
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.loading import list_recipes, load_recipe
-from rlcs.recipe.schema import Recipe
+from rlcs.recipe.schema import Images
 from rlcs.records import Demonstration, Prompt
-from rlcs.storage import atomic_write, open_image
+from rlcs.report.pages import templates, write_page
+from rlcs.storage import open_image
 from rlcs.train.sft import tree_of
 
 
@@ -41,6 +43,11 @@ class View:
     cell: int
     answer: str
 
+    @property
+    def learnt(self) -> int:
+        """Tokens with loss."""
+        return sum(weight != 0 for weight in self.weights)
+
 
 def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
     """Build the view of row `row` of a recipe's cold-start data, or of a data source.
@@ -56,12 +63,14 @@ def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
         raise DataError(
             f"there is no row {row}", where=source, fix=f"choose --row from 0 to {len(loaded.rows) - 1}"
         )
-    return make_view(loaded.rows[row], recipe)
+    vlm = loading.load(recipe.model)
+    return make_view(
+        loaded.rows[row], vlm, loading.make_chat(vlm, recipe.prompt, recipe.images), seed=recipe.seed
+    )
 
 
-def no_prompts(rows: Sequence[Row], recipe: Recipe) -> list[BadRow]:
-    """The rows that cannot become a prompt of the recipe's model, most often because they are too long."""
-    chat = loading.load_chat(recipe.model, recipe.prompt, recipe.images)
+def no_prompts(rows: Sequence[Row], chat: Chat) -> list[BadRow]:
+    """The rows that cannot become a prompt, most often because they are too long."""
     bad = []
     for row in rows:
         try:
@@ -71,13 +80,11 @@ def no_prompts(rows: Sequence[Row], recipe: Recipe) -> list[BadRow]:
     return bad
 
 
-def make_view(row: Row, recipe: Recipe) -> View:
+def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0) -> View:
     """Tokenise one row as SFT would; a row without a response shows its teacher's, if it is built in."""
-    vlm = loading.load(recipe.model)
-    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     response = row.response
     if response is None and row.problem.source.startswith("builtin:"):
-        response = puzzles.teach(row.problem, seed=recipe.seed, wrong_share=0.0)
+        response = puzzles.teach(row.problem, seed=seed, wrong_share=0.0)
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     if response is None:
@@ -85,11 +92,13 @@ def make_view(row: Row, recipe: Recipe) -> View:
     else:
         tree = tree_of(Demonstration(problem=row.problem, response=response, teacher=""), chat)
         prompt, ids, weights = tree.prompt, tree.branches[0].ids, tree.branches[0].weights
-    images = []
     patch = vlm.processor.image_processor.patch_size
-    for ref, (_, height, width) in zip(prompt.images, prompt.grids, strict=True):
-        picture = open_image(ref, limit=recipe.images.decode_limit)
-        images.append(picture.resize((width * patch, height * patch), Image.Resampling.BICUBIC))
+    images = [
+        open_image(ref, limit=Images().decode_limit).resize(
+            (width * patch, height * patch), Image.Resampling.BICUBIC
+        )
+        for ref, (_, height, width) in zip(prompt.images, prompt.grids, strict=True)
+    ]
     return View(
         title=row.problem.id,
         prompt=prompt,
@@ -124,8 +133,7 @@ def pieces(view: View) -> list[tuple[str, str]]:
 def print_view(view: View, console: Console | None = None) -> None:
     """To the terminal: tokens with their bounds, those with loss underlined, images as half blocks."""
     console = console or Console(highlight=False)
-    learnt = sum(weight != 0 for weight in view.weights)
-    head = f"{view.title}: {len(view.tokens)} tokens, {learnt} with loss; gold answer {view.answer}"
+    head = f"{view.title}: {len(view.tokens)} tokens, {view.learnt} with loss; gold answer {view.answer}"
     console.print(head, markup=False, emoji=False)  # an answer like [a,b] is no markup
     for image in view.images:
         console.print(_half_blocks(image))
@@ -157,28 +165,10 @@ def _rgb(pixel: object) -> str:
 
 
 def write_html(view: View, path: Path) -> None:
-    """One self-contained page: the resized images under their token grid, and every token."""
-    pictures = "".join(
-        f'<img alt="image {i + 1} as the model sees it" src="{_grid_uri(image, view.cell)}">'
-        for i, image in enumerate(view.images)
-    )
-    tokens = "".join(
-        f'<span class="{kind}">{escape(token).replace(chr(10), "&#9166;<br>")}</span>'
-        for kind, token in pieces(view)
-    )
-    learnt = sum(weight != 0 for weight in view.weights)
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(view.title)}</title>
-<meta name="viewport" content="width=device-width"><style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }}
-img {{ max-height: 16rem; margin: 0 1rem 1rem 0; image-rendering: pixelated; }}
-span {{ border: 1px solid #8885; border-radius: 3px; padding: 0 2px; margin: 1px; white-space: pre-wrap; }}
-.loss {{ background: #2e9e5b40; font-weight: 600; }} .control {{ color: #b14fc5; }}
-.image {{ color: #2a8fb5; }}
-</style><h1>{escape(view.title)}</h1>
-<p>{len(view.tokens)} tokens; the {learnt} filled ones carry loss. Gold answer: {escape(view.answer)}.
-One cell of the grid is one image token.</p>{pictures}<p>{tokens}</p></html>"""
-    atomic_write(path, page)
+    """Write one self-contained page: the resized images under their token grid, and every token."""
+    images = [_grid_uri(image, view.cell) for image in view.images]
+    template = templates().get_template("preview.html.j2")
+    write_page(path, template.render(view=view, images=images, pieces=pieces(view)))
 
 
 def _grid_uri(image: Image.Image, cell: int) -> str:

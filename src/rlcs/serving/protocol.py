@@ -2,7 +2,7 @@
 
 import base64
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -215,14 +215,3 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 def token_logprob(text: str, logprob: float) -> Json:
     """One entry of `logprobs.content`."""
     return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-
-
-def metrics_text(values: Mapping[str, tuple[str, str, Mapping[str, float]]]) -> str:
-    """Prometheus' text format: name to kind, help, and values by label text (empty: no label)."""
-    lines = []
-    for name, (kind, about, series) in values.items():
-        lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-        lines += [
-            f"{name}{{{label}}} {value}" if label else f"{name} {value}" for label, value in series.items()
-        ]
-    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over the continuous engine.
+"""An OpenAI-compatible server over the local engine.
 
 Every request has a place (or is told to come back), a deadline and bounded sizes; who goes away
 takes the request along. Prompts are built in one thread, the model runs in another.
@@ -10,23 +10,20 @@ import hmac
 import json
 import logging
 import secrets
-import socket
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rlcs.engines.continuous import Token
+from rlcs.engines.decoding import Token
 from rlcs.errors import UserError
 from rlcs.records import Prompt, Sampling, StopReason
 from rlcs.serving.protocol import (
@@ -35,7 +32,6 @@ from rlcs.serving.protocol import (
     Json,
     Limits,
     conversation,
-    metrics_text,
     parse_request,
     reply,
     token_logprob,
@@ -45,11 +41,26 @@ from rlcs.serving.session import Session, Settings
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 15.0
-"""A connection may be without a whole request head for so long."""
-MOST_CONNECTIONS = 1000
-SHUTDOWN_S = 30
 _GONE = 499  # what nginx calls a client that closed the connection
+
+
+class Metrics:
+    """Counts of what has been asked so far, as Prometheus reads them."""
+
+    def __init__(self) -> None:
+        """Every server counts for itself."""
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "rlcs_requests", "Chat requests by HTTP status (499: cut off).", ["code"], registry=self.registry
+        )
+        self.seconds = Counter("rlcs_request_seconds", "Seconds spent on them.", registry=self.registry)
+        tokens = Counter("rlcs_tokens", "Tokens read and written.", ["kind"], registry=self.registry)
+        self.prompt_tokens, self.completion_tokens = tokens.labels("prompt"), tokens.labels("completion")
+        self.gauge("rlcs_start_time_seconds", "When the server started.").set_to_current_time()
+
+    def gauge(self, name: str, about: str) -> Gauge:
+        """One more value that goes up and down."""
+        return Gauge(name, about, registry=self.registry)
 
 
 @dataclass(kw_only=True)
@@ -62,9 +73,16 @@ class Service:
     key: str | None
     started: float = field(default_factory=time.time)
     active: int = 0
-    codes: Counter[int] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        """Show what is under way."""
+        for name, about, value in (
+            ("rlcs_requests_active", "Requests that hold a place.", lambda: self.active),
+            ("rlcs_engine_running", "Requests being answered.", lambda: self.session.engine.running),
+            ("rlcs_engine_waiting", "Requests waiting to begin.", lambda: self.session.engine.waiting),
+        ):
+            self.metrics.gauge(name, about).set_function(value)
 
     def authorise(self, request: Request) -> None:
         """Raises ApiError unless the request brings the key (compared in constant time)."""
@@ -84,7 +102,7 @@ class Service:
             yield
         finally:
             self.active -= 1
-            self.seconds += time.perf_counter() - began
+            self.metrics.seconds.inc(time.perf_counter() - began)
 
     def prepare(self, body: bytes) -> tuple[ChatRequest, Prompt, Sampling]:
         """A request, its prompt, and how to answer it. Raises ApiError, ImageError, PromptError."""
@@ -97,23 +115,6 @@ class Service:
         sampling = self.session.sampling(prompt, settings, n=ask.n)
         # Without its messages: megabytes of images, which the prompt holds already.
         return ask.model_copy(update={"messages": []}), prompt, sampling
-
-    def metrics(self) -> str:
-        """What Prometheus reads."""
-        engine = self.session.engine
-        counts = {f'code="{code}"': float(count) for code, count in sorted(self.codes.items())}
-        tokens = {f'kind="{kind}"': float(self.tokens[kind]) for kind in ("prompt", "completion")}
-        return metrics_text(
-            {
-                "rlcs_requests_total": ("counter", "Chat requests by HTTP status (499: cut off).", counts),
-                "rlcs_request_seconds_total": ("counter", "Seconds spent on them.", {"": self.seconds}),
-                "rlcs_tokens_total": ("counter", "Tokens read and written.", tokens),
-                "rlcs_requests_active": ("gauge", "Requests that hold a place.", {"": self.active}),
-                "rlcs_engine_running": ("gauge", "Requests being answered.", {"": engine.running}),
-                "rlcs_engine_waiting": ("gauge", "Requests waiting to begin.", {"": engine.waiting}),
-                "rlcs_start_time_seconds": ("gauge", "When the server started.", {"": self.started}),
-            }
-        )
 
 
 class ChatCompletions:
@@ -151,7 +152,7 @@ class ChatCompletions:
             else:
                 await _error_reply(refusal)(scope, receive, send)
         finally:
-            service.codes[code] += 1
+            service.metrics.requests.labels(code).inc()
 
     async def _serve(self, request: Request, send: Send) -> None:
         service, loop = self._service, asyncio.get_running_loop()
@@ -160,11 +161,11 @@ class ChatCompletions:
         del body
         events: asyncio.Queue[Token | Exception] = asyncio.Queue()
 
-        def tell(event: Token | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+        def receive(event: Token | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop closed while the server was ending
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ticket = service.session.engine.submit(prompt, sampling, tell=tell, stops=ask.stops)
+        submitted = service.session.engine.submit(prompt, sampling, listener=receive, stops=ask.stops)
         answer = _Reply(service, ask, len(prompt.ids), _tokens(events, sampling.n))
         writing = asyncio.create_task(answer.write(request, send))
         leaving = asyncio.create_task(_gone(request))
@@ -174,7 +175,7 @@ class ChatCompletions:
                 raise ClientDisconnect
             writing.result()
         finally:
-            ticket.cancel()
+            submitted.cancel()
             writing.cancel()
             leaving.cancel()
             await asyncio.gather(writing, leaving, return_exceptions=True)
@@ -216,7 +217,7 @@ class _Reply:
         self._prompt, self._completion = prompt, 0
 
     async def write(self, request: Request, send: Send) -> None:
-        self._service.tokens["prompt"] += self._prompt
+        self._service.metrics.prompt_tokens.inc(self._prompt)
         if self._ask.stream:
             await self._stream(send)
         else:
@@ -227,7 +228,7 @@ class _Reply:
         chat = self._service.session.chat
         async for token in self._tokens:
             self._completion += 1
-            self._service.tokens["completion"] += 1
+            self._service.metrics.completion_tokens.inc()
             entry = token_logprob(chat.token(token.id), token.logprob) if self._ask.logprobs else None
             yield token, entry
 
@@ -302,8 +303,8 @@ def make_app(service: Service) -> FastAPI:
         return {"status": "ok"}
 
     @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Json:
@@ -322,50 +323,3 @@ def make_app(service: Service) -> FastAPI:
         )
 
     return app
-
-
-class _ImpatientProtocol(H11Protocol):
-    """Closes connections on which no whole request head comes, however slowly it drips."""
-
-    _clock: asyncio.TimerHandle
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._clock = self.loop.call_later(IDLE_S, self._close_if_idle, None)
-
-    def on_response_complete(self) -> None:
-        answered = self.cycle
-        super().on_response_complete()  # which begins the next request if that has come already
-        self._clock.cancel()  # it holds a request
-        self._clock = self.loop.call_later(IDLE_S, self._close_if_idle, answered)
-
-    def _close_if_idle(self, last: Any) -> None:
-        if self.cycle is last and not self.transport.is_closing():
-            self.transport.close()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError when the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
-        fix = "choose another --port (0: any free one)"
-        raise UserError(f"cannot listen: {error.strerror}", where=f"{host}:{port}", fix=fix) from error
-
-
-def run(service: Service, sock: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; requests under way get half a minute to end."""
-    config = uvicorn.Config(
-        make_app(service),
-        http=_ImpatientProtocol,
-        ws="none",
-        lifespan="off",
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_keep_alive=int(IDLE_S),
-        timeout_graceful_shutdown=SHUTDOWN_S,
-    )
-    uvicorn.Server(config).run(sockets=[sock])

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlcs.engines.continuous import ContinuousEngine, Ticket, Token
+from rlcs.engines.decoding import Token
+from rlcs.engines.local import LocalEngine
 from rlcs.errors import ImageError, PromptError, RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.model import loading
@@ -23,6 +24,9 @@ from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
 from rlcs.storage import image_from_bytes, image_from_path
+
+CACHE_TOKENS = 1 << 18
+"""Prompt and answer tokens for which a session keeps keys and values at most, over all requests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,17 +107,17 @@ def as_message(message: Message | Mapping[str, Any], *, limit: int) -> Message:
 class Stream(Iterator[str]):
     """Pieces of one answer as they come; afterwards `answer` holds the whole. Close it to cancel."""
 
-    def __init__(self, engine: ContinuousEngine, prompt: Prompt, sampling: Sampling) -> None:
+    def __init__(self, engine: LocalEngine, prompt: Prompt, sampling: Sampling) -> None:
         """The request is under way at once."""
         self._started = time.perf_counter()
         self._events: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
         self._prompt_tokens, self._tokens, self._text = len(prompt.ids), 0, ""
-        self._ticket: Ticket = engine.submit(prompt, sampling, tell=self._events.put)
+        self._request = engine.submit(prompt, sampling, listener=self._events.put)
         self._answer: Answer | None = None
 
     def __next__(self) -> str:
         """The next piece that is not empty. Raises RlcsError when the engine failed."""
-        while self._answer is None and not self._ticket.cancelled:
+        while self._answer is None and not self._request.cancelled:
             event = self._events.get()
             if isinstance(event, Exception):
                 self.close()
@@ -150,10 +154,10 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """Stop generating."""
-        self._ticket.cancel()
+        self._request.cancel()
 
     def __del__(self) -> None:
-        """Nobody will read on."""
+        """Stop generating when the stream is thrown away."""
         self.close()
 
 
@@ -168,7 +172,7 @@ class Session:
         prompts = Prompts(system=default_system(vlm.processor), max_tokens=max(1, self.context - 1))
         images = Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
         self.chat: Chat = loading.make_chat(vlm, prompts, images)
-        self.engine = ContinuousEngine(vlm, self.chat, max_rows=max_rows)
+        self.engine = LocalEngine(vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS)
         self._decode_limit = images.decode_limit
 
     def ask(

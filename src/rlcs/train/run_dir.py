@@ -11,8 +11,8 @@ from rlcs.distributed import ALONE, World
 from rlcs.errors import CheckpointError
 from rlcs.model.loading import save
 from rlcs.progress import Screen
+from rlcs.recipe.execution import Trackers as TrackerSettings
 from rlcs.recipe.stages import Stage
-from rlcs.recipe.training import Trackers as TrackerSettings
 from rlcs.records import Group, StepReport
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlcs.errors import RecipeError
-from rlcs.recipe.training import Trackers as Settings
+from rlcs.recipe.execution import Trackers as Settings
 from rlcs.records import StepReport
 from rlcs.storage import read_json, read_jsonl, write_json
 

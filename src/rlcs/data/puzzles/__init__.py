@@ -9,6 +9,7 @@ import io
 import random
 from collections.abc import Iterator, Sequence
 
+from rlcs.data.puzzles import chains
 from rlcs.data.puzzles.bars import Bars
 from rlcs.data.puzzles.family import Family, Solution, Split, draw_scene
 from rlcs.data.puzzles.figures import Figures
@@ -75,29 +76,34 @@ def load(
     return tuple(problems)
 
 
-def solution(problem: Problem) -> Solution:
-    """The worked answer of a problem that `load` made. Raises `DataError` for any other."""
-    family, scene, plan = _origin(problem)
-    return family.solve(scene, plan)
-
-
-def teach(problem: Problem, *, seed: int, wrong_share: float) -> str:
-    """The built-in teacher's response: reasoning and a boxed answer.
+def teach(problem: Problem, *, seed: int, wrong_share: float, chain: str = "distilled") -> str:
+    """The built-in teacher's response: reasoning in one kind of chain of thought, and a boxed answer.
 
     With probability `wrong_share` the teacher misreads the image in a way that changes the
-    answer, and reasons consistently from what it thought it saw. Raises `DataError` for a
-    problem that is not built in.
+    answer, and reasons consistently from what it thought it saw; the same problems are wrong in every
+    kind of chain. Raises `DataError` for a problem that is not built in.
     """
     family, scene, plan = _origin(problem)
     truth = family.solve(scene, plan)
     rng = random.Random(f"teach|{seed}|{problem.id}")
-    if rng.random() >= wrong_share:
-        return truth.text()
-    seen, answer = scene, truth
-    while answer.answer == truth.answer:
+    errs = rng.random() < wrong_share
+    final = _misread(family, rng, scene, plan, truth) if errs else truth
+    if chain == "distilled":
+        return final.text()
+    draft = _misread(family, rng, scene, plan, final)
+    if chain == "self_critic" and rng.random() < 0.5:
+        draft = final  # not every draft deserves criticism
+    return chains.write(chain, draft, final)
+
+
+def _misread(family: Family, rng: random.Random, scene: str, plan: str, other: Solution) -> Solution:
+    """The solution of someone who misreads the scene: neither the other's answer nor the right one."""
+    excluded = {other.answer, family.solve(scene, plan).answer}
+    seen, solution = scene, other
+    while solution.answer in excluded:
         seen = family.misread(rng, seen)
-        answer = family.solve(seen, plan)
-    return answer.text()
+        solution = family.solve(seen, plan)
+    return solution
 
 
 def _choose(name: str, only: Sequence[str] | None) -> tuple[Family, ...]:

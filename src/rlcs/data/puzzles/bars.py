@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlcs.data.puzzles import sums
-from rlcs.data.puzzles.family import COLOURS, PAPERS, Solution, listed
+from rlcs.data.puzzles.family import COLOURS, PAPERS, Solution
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -14,7 +14,7 @@ _SLOTS = 4
 _SLOT = 28
 _HEIGHT = 84
 _UNIT = 7
-_FLOOR = _HEIGHT - _UNIT
+_BASELINE = _HEIGHT - _UNIT
 _TALLEST = 9
 _LINE = (205, 205, 205)
 _AXIS = (90, 90, 90)
@@ -57,13 +57,15 @@ class Bars:
         image = Image.new("RGB", (_SLOTS * _SLOT, _HEIGHT), PAPERS[paper])
         pen = ImageDraw.Draw(image)
         for unit in range(1, _TALLEST + 1):
-            y = _FLOOR - unit * _UNIT
+            y = _BASELINE - unit * _UNIT
             pen.line((0, y, image.width, y), fill=_LINE)
         for index, (ink, height) in enumerate(slots):
             if height:
                 x = index * _SLOT
-                pen.rectangle((x + 5, _FLOOR - height * _UNIT, x + _SLOT - 6, _FLOOR), fill=COLOURS[ink])
-        pen.rectangle((0, _FLOOR, image.width, _FLOOR + 1), fill=_AXIS)
+                pen.rectangle(
+                    (x + 5, _BASELINE - height * _UNIT, x + _SLOT - 6, _BASELINE), fill=COLOURS[ink]
+                )
+        pen.rectangle((0, _BASELINE, image.width, _BASELINE + 1), fill=_AXIS)
         return image
 
     def plan(self, rng: random.Random, scene: str, level: int) -> str | None:
@@ -84,19 +86,11 @@ class Bars:
 
     def solve(self, scene: str, plan: str) -> Solution:
         """Read the bars from left to right, note those that are asked for, calculate."""
-        bars = _bars(scene)
+        if plan != "total":
+            return sums.solve(plan, self.quantities(scene), self.caption(scene))
         sheet = sums.Worksheet()
-        kind, *quantities = plan.split("|")
-        if kind == "total":
-            heights = list(bars.values())
-            answer = heights[0]
-            for height in heights[1:]:
-                answer = sheet.work(answer, "+", height)
-            return Solution(reading=self.caption(scene), steps=tuple(sheet.lines), answer=answer)
-        measures = self.quantities(scene)
-        answer = sums.calculate(kind, [measures[name] for name in quantities], sheet)
-        steps = (listed(measures, quantities), *sheet.lines)
-        return Solution(reading=self.caption(scene), steps=steps, answer=answer)
+        answer = sheet.total(list(_bars(scene).values()))
+        return Solution(reading=self.caption(scene), steps=tuple(sheet.lines), answer=answer)
 
     def misread(self, rng: random.Random, scene: str) -> str:
         """One bar is read one or two units too high or too low."""
@@ -115,23 +109,3 @@ class Bars:
         """The height of each bar, of the tallest and of the shortest."""
         bars = _bars(scene)
         return {**bars, "tallest": max(bars.values()), "shortest": min(bars.values())}
-
-    def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:
-        """The height of one bar, of two together or apart, the colour of one, or how many there are."""
-        measures = self.quantities(scene)
-        kind = rng.random()
-        if kind < 0.1:
-            return "How many bars are there?", str(len(measures) - 2)
-        if kind < 0.25:
-            ink, _ = rng.choice(list(_bars(scene).items()))
-            order = list(_bars(scene)).index(ink) + 1
-            return f"What colour is bar {order}?", ink
-        if kind < 0.6:
-            lower, higher = sorted(rng.sample(list(measures), 2), key=measures.__getitem__)
-            first, second = f"the height of the {lower} bar", f"the height of the {higher} bar"
-            if rng.random() < 0.6:
-                return f"What do {first} and {second} add up to?", str(measures[higher] + measures[lower])
-            return f"How far is {first} below {second}?", str(measures[higher] - measures[lower])
-        quantity = rng.choice(list(measures))
-        question = rng.choice(("How tall is the {} bar?", "What is the height of the {} bar?"))
-        return question.format(quantity), str(measures[quantity])

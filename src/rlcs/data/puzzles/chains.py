@@ -1,49 +1,18 @@
-"""The built-in teacher in four kinds of chain of thought, written from the scene by a program.
+"""The built-in teacher's longer chains of thought, written by a program from what was drawn.
 
-Nothing is pretended: a description is what the program drew, a wrong attempt comes from a scene misread,
-a criticism names the lines in which draft and scene differ. A teacher who errs (`wrong_share`) ends on a
-misreading in every kind, and the same share of problems is wrong in all.
+A description is what was drawn, a wrong attempt comes from a scene misread, a criticism names the lines in
+which draft and scene differ.
 """
 
-import random
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 
-from rlcs.data import puzzles
-from rlcs.data.puzzles.family import Family, Solution, boxed
-from rlcs.records import Problem
+from rlcs.data.puzzles.family import Solution, boxed
 
 
-def teach(problem: Problem, *, chain: str, seed: int, wrong_share: float) -> str:
-    """The built-in teacher's response in one kind of chain of thought.
-
-    `distilled` is `tasks.teach` itself. Raises `DataError` for a problem that is not built in.
-    """
-    if chain == "distilled":
-        return puzzles.teach(problem, seed=seed, wrong_share=wrong_share)
-    truth = puzzles.solution(problem)
-    name, scene, plan = (str(problem.metadata[key]) for key in ("family", "scene", "plan"))
-    family = next(each for each in puzzles.families() if each.name == name)
-    rng = random.Random(f"teach|{seed}|{problem.id}")
-    errs = rng.random() < wrong_share
-    final = _misread(family, rng, scene, plan, truth) if errs else truth
-    draft = _misread(family, rng, scene, plan, final)
-    if chain == "self_critic" and rng.random() < 0.5:
-        draft = final  # not every draft deserves criticism
+def write(chain: str, draft: Solution, final: Solution) -> str:
+    """The response in one kind of chain of thought: it ends in `final`, and may begin with `draft`."""
     return _WRITERS[chain](draft, final)
-
-
-def _misread(family: Family, rng: random.Random, scene: str, plan: str, other: Solution) -> Solution:
-    """The solution of someone who sees the scene wrongly, with an answer unlike the other's."""
-    seen, solution = scene, other
-    while solution.answer == other.answer or solution.answer == family.solve(scene, plan).answer:
-        seen = family.misread(rng, seen)
-        solution = family.solve(seen, plan)
-    return solution
-
-
-def _lines(solution: Solution) -> list[str]:
-    return [*solution.reading.split("\n"), *solution.steps]
 
 
 def _caption(draft: Solution, final: Solution) -> str:
@@ -51,13 +20,16 @@ def _caption(draft: Solution, final: Solution) -> str:
 
 
 def _reflection(draft: Solution, final: Solution) -> str:
-    wrong = "\n".join((*_lines(draft), str(draft.answer)))
-    return f"{wrong}\nWait, let me look again.\n{_faults(draft, final)}\n{final.text()}"
+    return f"{_attempt(draft)}\nWait, let me look again.\n{_faults(draft, final)}\n{final.text()}"
 
 
 def _self_critic(draft: Solution, final: Solution) -> str:
-    said = "\n".join((*_lines(draft), str(draft.answer)))
-    return f"{said}\nCriticism: {_faults(draft, final)}\nImproved answer:\n{final.text()}"
+    return f"{_attempt(draft)}\nCriticism: {_faults(draft, final)}\nImproved answer:\n{final.text()}"
+
+
+def _attempt(draft: Solution) -> str:
+    """A solution whose answer is not final: not in a box."""
+    return "\n".join((draft.reading, *draft.steps, str(draft.answer)))
 
 
 def _faults(draft: Solution, final: Solution) -> str:

@@ -57,7 +57,7 @@ class Solution:
 
 
 def listed(quantities: Mapping[str, int], names: Iterable[str]) -> str:
-    """Some of the quantities as a reader notes them down, such as "red=3, squares=2"."""
+    """Write down some of the quantities, such as "red=3, squares=2"."""
     return ", ".join(f"{name}={quantities[name]}" for name in names)
 
 
@@ -99,10 +99,6 @@ class Family(Protocol):
 
     def quantities(self, scene: str) -> Mapping[str, int]:
         """What can be counted or measured in the image, by name."""
-        ...
-
-    def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:
-        """A question that needs one look and no calculation, and its short answer."""
         ...
 
 

@@ -108,18 +108,12 @@ class Figures:
         figure, sheet = _parse(scene), sums.Worksheet()
         area = perimeter = 0
         if plan != "perimeter":
-            areas = [sheet.work(part.width, "*", part.height) for part in figure.parts]
-            area = sheet.work(areas[0], "+", areas[1]) if len(areas) == 2 else areas[0]
+            area = sheet.total([sheet.work(part.width, "*", part.height) for part in figure.parts])
         if plan != "area":
-            heights = [part.height for part in figure.parts]
-            height = sheet.work(heights[0], "+", heights[1]) if len(heights) == 2 else heights[0]
+            height = sheet.total([part.height for part in figure.parts])
             perimeter = sheet.work(2, "*", sheet.work(figure.width, "+", height))
-        if plan == "sum":
-            answer = sheet.work(area, "+", perimeter)
-        elif plan == "difference":
-            answer = sheet.work(area, "-", perimeter)
-        else:
-            answer = area + perimeter
+        signs = {"sum": "+", "difference": "-"}
+        answer = sheet.work(area, signs[plan], perimeter) if plan in signs else area + perimeter
         return Solution(reading=self.caption(scene), steps=tuple(sheet.lines), answer=answer)
 
     def misread(self, rng: random.Random, scene: str) -> str:
@@ -144,18 +138,3 @@ class Figures:
         for part in _parse(scene).parts:
             sides |= {f"{part.ink} width": part.width, f"{part.ink} height": part.height}
         return sides
-
-    def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:
-        """One side of a part, its perimeter or area, or how many parts there are."""
-        parts = _parse(scene).parts
-        kind = rng.random()
-        if kind < 0.05:
-            return "How many parts are there?", str(len(parts))
-        part = rng.choice(parts)
-        if kind < 0.25:
-            return f"What is the perimeter of the {part.ink} part?", str(2 * (part.width + part.height))
-        if kind < 0.45:
-            return f"What is the area of the {part.ink} part?", str(part.width * part.height)
-        if rng.random() < 0.5:
-            return f"What is the width of the {part.ink} part?", str(part.width)
-        return f"What is the height of the {part.ink} part?", str(part.height)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlcs.data.puzzles import sums
-from rlcs.data.puzzles.family import COLOURS, PAPERS, Solution, listed
+from rlcs.data.puzzles.family import COLOURS, PAPERS, Solution
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,12 +90,7 @@ class Shapes:
 
     def solve(self, scene: str, plan: str) -> Solution:
         """Read the grid row by row, count, calculate."""
-        kind, *quantities = plan.split("|")
-        counts = self.quantities(scene)
-        sheet = sums.Worksheet()
-        answer = sums.calculate(kind, [counts[name] for name in quantities], sheet)
-        facts = listed(counts, quantities)
-        return Solution(reading=self.caption(scene), steps=(facts, *sheet.lines), answer=answer)
+        return sums.solve(plan, self.quantities(scene), self.caption(scene))
 
     def misread(self, rng: random.Random, scene: str) -> str:
         """One cell is taken for another shape."""
@@ -115,25 +110,3 @@ class Shapes:
         """How many shapes there are of each colour and of each form."""
         cells = _parse(scene)[1]
         return {name: _count(cells, name) for name in (*_INKS, *_PLURALS)}
-
-    def simple(self, rng: random.Random, scene: str) -> tuple[str, str]:
-        """What one cell holds, one count, or two counts together or apart."""
-        cells = _parse(scene)[1]
-        kind = rng.random()
-        if kind < 0.25:
-            index = rng.randrange(len(cells))
-            where = f"row {index // _SIDE + 1}, column {index % _SIDE + 1}"
-            return f"What is in {where}?", cells[index]
-        if kind < 0.6:
-            pair = rng.sample((*_INKS, *_PLURALS), 2)
-            less, more = sorted(pair, key=lambda quantity: _count(cells, quantity))
-            first, second = f"the number of {_phrase(less)}", f"the number of {_phrase(more)}"
-            if rng.random() < 0.6:
-                together = _count(cells, more) + _count(cells, less)
-                return f"What do {first} and {second} add up to?", str(together)
-            apart = _count(cells, more) - _count(cells, less)
-            return f"How far is {first} below {second}?", str(apart)
-        both = f"{rng.choice(_INKS)} {rng.choice(_PLURALS)}"
-        quantity = rng.choice((rng.choice(_INKS), rng.choice(_PLURALS), both))
-        question = rng.choice(("How many {} are there?", "What is the number of {}?"))
-        return question.format(_phrase(quantity)), str(_count(cells, quantity))

@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from rlcs.data.puzzles.family import Solution, listed
+
 KINDS: Mapping[int, tuple[str, ...]] = MappingProxyType(
     {
         1: ("add", "subtract"),
@@ -17,16 +19,17 @@ KINDS: Mapping[int, tuple[str, ...]] = MappingProxyType(
 )
 """Kinds of question by level: one, two, then two or three steps of which one is hard."""
 
-_WORDS: Mapping[str, str] = MappingProxyType(
+_FORMS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "add": "What is {} plus {}?",
-        "subtract": "What is {} minus {}?",
-        "double_add": "What is double {} plus {}?",
-        "add_three": "What is {} plus {} plus {}?",
-        "times_add": "What is {} times {} plus {}?",
-        "double_add_subtract": "What is double {} plus {} minus {}?",
+        "add": ("What is {} plus {}?", "+"),
+        "subtract": ("What is {} minus {}?", "-"),
+        "double_add": ("What is double {} plus {}?", "*+"),
+        "add_three": ("What is {} plus {} plus {}?", "++"),
+        "times_add": ("What is {} times {} plus {}?", "*+"),
+        "double_add_subtract": ("What is double {} plus {} minus {}?", "*+-"),
     }
 )
+"""Each kind's words, and the signs between its numbers from left to right; a double starts with 2."""
 
 
 class Worksheet:
@@ -42,35 +45,40 @@ class Worksheet:
         self.lines.append(f"{left}{sign}{right}={value}")
         return value
 
+    def chain(self, numbers: Sequence[int], signs: str) -> int:
+        """The result of numbers with signs between them, worked from left to right."""
+        total = numbers[0]
+        for sign, number in zip(signs, numbers[1:], strict=True):
+            total = self.work(total, sign, number)
+        return total
 
-def places(kind: str) -> int:
-    """How many quantities a kind of question is about."""
-    return _WORDS[kind].count("{}")
+    def total(self, numbers: Sequence[int]) -> int:
+        """The sum of some numbers, each but the first with an equation of its own."""
+        return self.chain(numbers, "+" * (len(numbers) - 1))
 
 
 def words(plan: str, phrase: Callable[[str], str]) -> str:
     """The question of a plan; `phrase` turns a quantity into words such as "the red bar"."""
     kind, *quantities = plan.split("|")
-    return _WORDS[kind].format(*map(phrase, quantities))
+    return _FORMS[kind][0].format(*map(phrase, quantities))
 
 
-def calculate(kind: str, values: Sequence[int], sheet: Worksheet) -> int:
-    """The answer to a kind of question, step by step on the sheet."""
-    if kind == "add":
-        return sheet.work(values[0], "+", values[1])
-    if kind == "subtract":
-        return sheet.work(values[0], "-", values[1])
-    if kind == "add_three":
-        return sheet.work(sheet.work(values[0], "+", values[1]), "+", values[2])
-    if kind == "times_add":
-        return sheet.work(sheet.work(values[0], "*", values[1]), "+", values[2])
-    total = sheet.work(sheet.work(2, "*", values[0]), "+", values[1])
-    return total if kind == "double_add" else sheet.work(total, "-", values[2])
+def solve(plan: str, quantities: Mapping[str, int], reading: str) -> Solution:
+    """Note down the quantities that a plan is about, then calculate."""
+    kind, *names = plan.split("|")
+    sheet = Worksheet()
+    answer = _calculate(kind, [quantities[name] for name in names], sheet)
+    return Solution(reading=reading, steps=(listed(quantities, names), *sheet.lines), answer=answer)
+
+
+def _calculate(kind: str, values: Sequence[int], sheet: Worksheet) -> int:
+    doubled = kind.startswith("double")
+    return sheet.chain([2, *values] if doubled else values, _FORMS[kind][1])
 
 
 def draw(rng: random.Random, level: int, quantities: Mapping[str, int]) -> str | None:
     """Draw a plan of this level over some of the quantities; None if the answer is below zero."""
     kind = rng.choice(KINDS[level])
-    chosen = rng.sample(sorted(quantities), places(kind))
-    answer = calculate(kind, [quantities[name] for name in chosen], Worksheet())
+    chosen = rng.sample(sorted(quantities), _FORMS[kind][0].count("{}"))
+    answer = _calculate(kind, [quantities[name] for name in chosen], Worksheet())
     return "|".join((kind, *chosen)) if answer >= 0 else None

@@ -1,4 +1,4 @@
-"""The verbs that look at runs and at the machine: report, compare, doctor."""
+"""The verbs that show runs and examples: report, compare, look."""
 
 import json as jsonlib
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-watch_app = typer.Typer()
+from rlcs.cli.options import Json, Overrides
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object, for a script")]
+report_app = typer.Typer()
 
 
-@watch_app.command()
+@report_app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder")],
     live: Annotated[bool, typer.Option("--live", help="Serve a page that follows the run")] = False,
@@ -25,17 +25,19 @@ def report(
 
         typer.echo(build(run))
         return
-    from rlcs.report.live import LiveReport
+    from rlcs.report.live import LiveReport, make_app
+    from rlcs.serving.web import listen, make_server
 
-    with LiveReport(run, port) as server:
-        typer.echo(f"{server.url}   Ctrl-C ends this page, never the run")
+    app = make_app(LiveReport(run))
+    with listen("127.0.0.1", port) as sock:
+        typer.echo(f"http://127.0.0.1:{sock.getsockname()[1]}/   Ctrl-C ends this page, never the run")
         try:
-            server.serve_forever()
-        except KeyboardInterrupt:
+            make_server(app).run(sockets=[sock])
+        except KeyboardInterrupt:  # the server has shut down, and passes the signal on
             typer.echo("")
 
 
-@watch_app.command()
+@report_app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run folder")],
     second: Annotated[Path, typer.Argument(help="Another; differences are second minus first")],
@@ -102,29 +104,18 @@ def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]])
     Console().print(table)
 
 
-@watch_app.command()
-def doctor(
-    run: Annotated[Path | None, typer.Argument(help="A run folder: what ails it?")] = None,
-    json: Json = False,
+@report_app.command()
+def look(
+    what: Annotated[str, typer.Argument(help="A recipe, or a data source")],
+    overrides: Overrides = None,
+    row: Annotated[int, typer.Option("--row", min=0, help="Which row")] = 0,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page")] = None,
 ) -> None:
-    """Check this machine; with RUN, what ails that run. Without one, the fast paths on the built-in model."""
-    about: dict[str, str] = {}
-    if run is None:
-        from rlcs.doctor.machine import checks, facts
+    """What the model sees of one training example. Tokens, loss weights, image patches."""
+    from rlcs.report.preview import look_at, print_view, write_html
 
-        about, found = facts(), checks()
-    else:
-        from rlcs.doctor.health import examine
-
-        found = examine(run)
-    if json:
-        typer.echo(jsonlib.dumps({"facts": about, "findings": [asdict(one) for one in found]}))
-    else:
-        for name, value in about.items():
-            typer.echo(f"{name:<13} {value}")
-        for one in found:
-            typer.echo(f"{'!!' if one.bad else 'ok'} {one.name}: {one.message}")
-            if one.bad:
-                typer.echo(f"   -> {one.fix}")
-    if any(one.bad for one in found):
-        raise typer.Exit(1)
+    view = look_at(what, overrides or [], row=row)
+    print_view(view)
+    if html is not None:
+        write_html(view, html)
+        typer.echo(f"page     {html}")

@@ -1,26 +1,33 @@
-"""The verbs that put a model to use: serve, generate."""
+"""The verbs that put a model to use: serve, generate, chat."""
 
 import json as jsonlib
 import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rlcs.cli.options import Temperature, with_options
+from rlcs.cli.options import (
+    KeyVariable,
+    ModelName,
+    SamplingOptions,
+    print_left_out,
+    print_result,
+    same_fields,
+    with_options,
+)
 from rlcs.errors import UserError
 
-serving_app = typer.Typer()
-
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or builtin")]
+serve_app = typer.Typer()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """The options of `rlcs serve`: one field, one option."""
+    """The options of `rlcs serve`."""
 
     host: Annotated[str, typer.Option(help="Address to listen at; loopback unless told otherwise")] = (
         "127.0.0.1"
@@ -40,11 +47,10 @@ class ServeOptions:
     request_s: Annotated[float, typer.Option(min=0.001, help="Seconds a request may take")] = 600.0
 
 
-@serving_app.command()
-@with_options(ServeOptions)
-def serve(model: ModelName, **chosen: Any) -> None:
+@serve_app.command()
+@with_options
+def serve(model: ModelName, options: ServeOptions) -> None:
     """An OpenAI-compatible server with images. /v1/chat/completions, /v1/models, /health, /metrics."""
-    options = ServeOptions(**chosen)
     if options.api_key == "":
         fix = "give one, or leave it out to let everybody in; is the variable set?"
         raise UserError("the key is empty", where="--api-key", fix=fix)
@@ -86,17 +92,10 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
     from rlcs.serving import server
     from rlcs.serving.protocol import Limits
     from rlcs.serving.session import Session
+    from rlcs.serving.web import listen, make_server
 
-    limits = Limits(
-        max_images=options.max_images,
-        max_pixels=options.max_pixels,
-        max_tokens=options.max_tokens,
-        max_body_bytes=options.max_body_bytes,
-        concurrency=options.concurrency,
-        queue=options.queue,
-        request_s=options.request_s,
-    )
-    with server.listen(options.host, options.port) as sock:
+    limits = Limits(**same_fields(options, Limits))
+    with listen(options.host, options.port) as sock:
         session = Session(loading.load(Model(name=model)), name=model, max_rows=limits.concurrency)
         service = server.Service(
             session=session, name=options.name or model, limits=limits, key=options.api_key
@@ -106,37 +105,30 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
         typer.echo(f"engine   local\nmodel    {service.name}\nserving  http://{where}:{port}/v1")
         sys.stdout.flush()
         try:
-            server.run(service, sock)
+            make_server(server.make_app(service)).run(sockets=[sock])
         except KeyboardInterrupt:  # uvicorn has shut down gracefully, and passes the signal on
             typer.echo("stopped")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """The options of `rlcs generate`: one field, one option."""
+class GenerateOptions(SamplingOptions):
+    """The options of `rlcs generate`."""
 
     image: Annotated[list[Path] | None, typer.Option(help="An image; repeat it for several")] = None
     input: Annotated[
         str | None, typer.Option(help="Many questions: JSONL with question, images, id, or a data source")
     ] = None
     output: Annotated[Path | None, typer.Option(help="JSONL for their answers; goes on where it ends")] = None
-    temperature: Temperature = 0.0
-    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling")] = 1.0
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
-    seed: Annotated[int, typer.Option(help="Of the samples")] = 0
-    batch: Annotated[int, typer.Option(min=1, help="Answers generated at once")] = 64
-    json: Annotated[bool, typer.Option("--json", help="JSON instead of text")] = False
 
 
-@serving_app.command()
-@with_options(GenerateOptions)
+@serve_app.command()
+@with_options
 def generate(
     model: ModelName,
+    options: GenerateOptions,
     question: Annotated[str | None, typer.Argument(help="What to ask")] = None,
-    **chosen: Any,
 ) -> None:
     """Answer one question about images, or a file of them. Shown as it comes."""
-    options = GenerateOptions(**chosen)
     if (options.input is None) == (question is None) or (options.input is None) != (options.output is None):
         fix = 'rlcs generate MODEL "question" --image a.png, or --input rows.jsonl --output answers.jsonl'
         raise UserError("ask one question, or name an input and an output", where="rlcs generate", fix=fix)
@@ -147,12 +139,7 @@ def generate(
     from rlcs.recipe.schema import Model
     from rlcs.serving.session import Session, Settings
 
-    settings = Settings(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_tokens,
-        seed=options.seed,
-    )
+    settings = Settings(**same_fields(options, Settings), max_new_tokens=options.max_tokens)
     session = Session(loading.load(Model(name=model)), name=model, max_rows=options.batch)
     if question is not None:
         _answer_one(session, question, options, settings)
@@ -180,15 +167,34 @@ def _answer_many(session: Any, options: GenerateOptions, settings: Any) -> None:
     sampler = SessionSampler(session=session, settings=settings, ahead=2 * options.batch)
     with StopFlag() as stop:
         tally = answer_questions(sampler, source, out, stop=stop, json=options.json)
-    for bad in tally.bad[:20]:
-        typer.echo(f"left out: {bad}", err=True)
-    if len(tally.bad) > 20:
-        typer.echo(f"left out: {len(tally.bad) - 20:,} more", err=True)
+    print_left_out("left out", tally.bad)
     numbers = {"answered": tally.answered, "before": tally.before, "left_out": len(tally.bad)}
-    if options.json:
-        typer.echo(jsonlib.dumps({**numbers, "out": str(out)}))
-    else:
-        typer.echo(f"answered {tally.answered:,} ({tally.before:,} before), left out {len(tally.bad):,}")
-        typer.echo(f"answers  {out}")
+    counts = f"answered {tally.answered:,} ({tally.before:,} before), left out {len(tally.bad):,}"
+    print_result({**numbers, "out": str(out)}, [counts, f"answers  {out}"], json=options.json)
     if not tally.answered + tally.before:
         raise typer.Exit(2)
+
+
+@serve_app.command()
+def chat(
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id, builtin (default), or a URL")] = None,
+    other: Annotated[
+        str | None, typer.Argument(metavar="[MODEL2]", help="One more, to stand beside the first")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the page is")] = 7860,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
+    engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto",
+    url: Annotated[str | None, typer.Option(help="Server that has MODEL: http://localhost:8000/v1")] = None,
+    key_env: KeyVariable = "OPENAI_API_KEY",
+) -> None:
+    """Talk to a model, or to two, on a web page. Images, several turns, reasoning in a fold-out."""
+    if find_spec("gradio") is None:
+        raise UserError("the page needs gradio", where="rlcs chat", fix="pip install 'rlcs[chat]'")
+    if url and engine != "auto":
+        raise UserError("a server has an engine of its own", where="--engine", fix="leave it out")
+    program = None if url else chosen_vllm(engine)
+    from rlcs.serving.chat_page import open_page, talkers
+
+    names = [name for name in (model, other) if name is not None]
+    with talkers(names, program=program, url=url, key_env=key_env) as found:
+        open_page(found, host=host, port=port)

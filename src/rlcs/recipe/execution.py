@@ -1,4 +1,4 @@
-"""The recipe's sections on how training is carried out: adapters, many processes, trackers."""
+"""The recipe's sections on how a run is carried out: adapters, many processes, trackers."""
 
 from typing import Annotated, Literal
 

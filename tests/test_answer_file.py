@@ -11,7 +11,7 @@ import pytest
 from rlcs.evals.answer_file import grade_file
 from rlcs.grading.rewards import grade
 from rlcs.records import Problem
-from test_official_rules import needs_files, read
+from test_grading_official import needs_files, read
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

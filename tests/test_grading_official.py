@@ -180,17 +180,17 @@ def test_mathvista_shortcut_where_no_language_model_is_asked() -> None:
     assert mathvista.shortcut("I think it is No", choice) is None
 
 
+def kind_of(row: dict) -> Kind:
+    """What MathVista's rule must know of a question, from a row of its files."""
+    fields = {name: row[name] for name in ("question_type", "answer_type", "precision")}
+    return Kind(choices=tuple(row["choices"] or ()), **fields)
+
+
 @needs_files
 def test_mathvista_published_flags_and_scores() -> None:
     items = []
     for row in read("mathvista/output_bard.json").values():
-        kind = Kind(
-            question_type=row["question_type"],
-            answer_type=row["answer_type"],
-            choices=tuple(row["choices"] or ()),
-            precision=row["precision"],
-        )
-        correct = mathvista.predict(row["extraction"], kind) == row["answer"]
+        correct = mathvista.predict(row["extraction"], kind_of(row)) == row["answer"]
         assert correct == row["true_false"], row["pid"]
         items.append((correct, {**row, **row["metadata"]}))
     assert len(items) == 1000
@@ -294,11 +294,5 @@ def test_official_verdicts_of_the_case_file() -> None:
         if case["kind"] == "wemath":
             verdict = wemath.extract(case["prediction"]) == case["gold"]
         else:
-            kind = Kind(
-                question_type=case["question_type"],
-                answer_type=case["answer_type"],
-                choices=tuple(case["choices"] or ()),
-                precision=case["precision"],
-            )
-            verdict = mathvista.predict(case["prediction"], kind) == case["gold"]
+            verdict = mathvista.predict(case["prediction"], kind_of(case)) == case["gold"]
         assert verdict == case["expected"], case["id"]

@@ -1,0 +1,144 @@
+"""The verbs that measure: eval, grade."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlcs.cli.options import (
+    Json,
+    KeyVariable,
+    SamplingOptions,
+    print_left_out,
+    print_result,
+    same_fields,
+    with_options,
+)
+from rlcs.errors import UserError
+
+evaluate_app = typer.Typer()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(SamplingOptions):
+    """The options of `rlcs eval`."""
+
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="One more model; the same as an argument")
+    ] = None
+    benchmarks: Annotated[str, typer.Option(help="Names, with commas between them")] = (
+        "mathvision,mathverse,mathvista,wemath"
+    )
+    data: Annotated[Path | None, typer.Option(help="Folder with the official files, not the hub")] = None
+    out: Annotated[Path, typer.Option(help="Where answers and scores go")] = Path("runs/eval")
+    prompt: Annotated[str, typer.Option(help="paper (boxed system prompt) or official")] = "paper"
+    split: Annotated[str | None, typer.Option(help="Default: the one that the paper uses")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions")] = None
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each question: mean and pass@k")] = 1
+    engine: Annotated[str, typer.Option(help="local, vllm_server or vllm_colocated")] = "local"
+    rollout: Annotated[list[str] | None, typer.Option(help="Of vLLM, say tensor_parallel=2")] = None
+    base_url: Annotated[
+        str | None, typer.Option(help="Ask an OpenAI-compatible server, like http://localhost:8000/v1")
+    ] = None
+    key_env: KeyVariable = "OPENAI_API_KEY"
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once")] = 32
+    judge_url: Annotated[str | None, typer.Option(help="A judge reads out answers without a box")] = None
+    judge_model: Annotated[str | None, typer.Option(help="The judge's model")] = None
+    judge_key_env: Annotated[str, typer.Option(help="The same for the judge")] = "OPENAI_API_KEY"
+
+
+@evaluate_app.command("eval")
+@with_options
+def evaluate(
+    options: EvalOptions,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...", help="Folder, hub id, builtin, or a server's model; or NAME=MODEL"
+        ),
+    ] = None,
+) -> None:
+    """Models on benchmarks, beside the paper's numbers. Answers, scores with intervals."""
+    run = _eval_run(options)
+    named = [*(models or []), *(options.model or [])]
+    if not named:
+        raise UserError("no model is named", where="rlcs eval", fix="write rlcs eval MODEL, say `builtin`")
+
+    from rlcs.evals.comparison import as_markdown
+    from rlcs.evals.run import evaluate_models
+    from rlcs.signals import StopFlag
+
+    with StopFlag() as stop:
+        comparison = evaluate_models(run, named, stop=stop, json=options.json)
+    table = f"\n{as_markdown(comparison)}\ntable    {options.out / 'comparison.md'}"
+    print_result(comparison, [table], json=options.json)
+    if comparison["failed"]:
+        raise typer.Exit(1)
+
+
+def _eval_run(options: EvalOptions) -> Any:
+    """Check the options and build the run. Raises UserError for a combination that cannot be meant."""
+    from rlcs.data.sources import suggest
+    from rlcs.evals.benchmarks.base import STYLES
+    from rlcs.evals.run import EvalRun
+    from rlcs.recipe.loading import load_engine
+    from rlcs.recipe.sampling import Endpoint
+    from rlcs.recipe.schema import Eval
+
+    style = next((style for style in STYLES if style == options.prompt), None)
+    if style is None:
+        fix = suggest(options.prompt, STYLES)
+        raise UserError(f"no prompt is called {options.prompt!r}", where="--prompt", fix=fix)
+    if options.samples > 1 and options.temperature == 0:
+        fix = "add --temperature 0.7, say"
+        raise UserError("several greedy samples would all be the same", where="--samples", fix=fix)
+    if (options.judge_url is None) != (options.judge_model is None):
+        raise UserError("a judge has a URL and a model", where="--judge-url", fix="give --judge-model too")
+    if options.base_url and options.engine != "local":
+        raise UserError("a server has an engine of its own", where="--engine", fix="leave it out")
+
+    def server(url: str | None, model: str, key_env: str) -> Endpoint | None:
+        settings = {"model": model, "key_env": key_env, "concurrency": options.concurrency}
+        return None if url is None else Endpoint.model_validate({"base_url": url, **settings})
+
+    shared = same_fields(options, EvalRun) | {
+        "benchmarks": tuple(name.strip() for name in options.benchmarks.split(",") if name.strip()),
+        "engine": load_engine(options.engine, options.rollout or []),
+    }
+    return EvalRun(
+        **shared,
+        style=style,
+        sampling=Eval(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            max_new_tokens=options.max_tokens,
+            max_rows=options.batch,
+        ),
+        endpoint=server(options.base_url, "", options.key_env),
+        judge=server(options.judge_url, options.judge_model or "", options.judge_key_env),
+    )
+
+
+@evaluate_app.command()
+def grade(
+    file: Annotated[Path, typer.Argument(help="JSONL with id, response, answer; choices, extraction, ...")],
+    out: Annotated[Path, typer.Option("--out", help="The same rows with prediction, correct, why")],
+    rule: Annotated[str, typer.Option("--rule", help="rlcs, mathvision, mathvista or wemath")] = "rlcs",
+    strict: Annotated[bool, typer.Option("--strict", help="rlcs: only a closed box counts")] = False,
+    json: Json = False,
+) -> None:
+    """Grade a file of answers. By our rule or by a benchmark's official one."""
+    from rlcs.evals.answer_file import grade_file
+
+    tally = grade_file(file, out, rule=rule, allow_fallbacks=not strict)
+    print_left_out("unscored", [f"{file}, {row}" for row in tally.unscored])
+    numbers = tally.to_json()
+    accuracy = "accuracy none: no row could be scored"
+    if tally.accuracy is not None:
+        interval = f"[{numbers['low']:.1%}, {numbers['high']:.1%}]"
+        accuracy = f"accuracy {tally.accuracy:.2%} by {rule}   {interval}"
+    counts = f"right    {tally.right:,}\nwrong    {tally.wrong:,}\nunscored {len(tally.unscored):,}"
+    print_result({**numbers, "out": str(out)}, [accuracy, counts, f"rows     {out}"], json=json)
+    if tally.accuracy is None:
+        raise typer.Exit(2)

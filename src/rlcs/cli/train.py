@@ -1,0 +1,163 @@
+"""The verbs that train: quickstart, run, sft, grpo, ablate, distill."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlcs.cli.options import Overrides, RecipeName, print_result, with_options
+
+train_app = typer.Typer()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The options of every verb that trains."""
+
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME")] = None
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line, no progress bars")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Plain progress lines")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions(TrainOptions):
+    """Those of `rlcs ablate`."""
+
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds")] = 1
+
+
+@train_app.command()
+@with_options
+def quickstart(options: TrainOptions, overrides: Overrides = None) -> None:
+    """The whole study on the built-in model. Minutes on a laptop CPU."""
+    _study("quickstart", overrides, options)
+
+
+@train_app.command()
+@with_options
+def run(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
+    """Cold start, SFT, GRPO, measurement, report. From one recipe; resumes by itself."""
+    _study(recipe, overrides, options)
+
+
+@train_app.command()
+@with_options
+def sft(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
+    """Cold start and SFT alone, measured. `rlcs run` on the same folder goes on with RL."""
+    _study(recipe, overrides, options, arms="base, sft")
+
+
+@train_app.command()
+@with_options
+def grpo(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
+    """RL alone, from the model as it is, measured. That is model.name; no cold start."""
+    _study(recipe, overrides, options, arms="base, grpo")
+
+
+@train_app.command()
+@with_options
+def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = None) -> None:
+    """Base, SFT only, RL only, both, with intervals. The paper's comparison."""
+    from rlcs.recipe.arms import ARMS
+
+    _study(recipe, overrides, options, arms=", ".join(ARMS), seeds=options.seeds)
+
+
+@train_app.command()
+@with_options
+def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
+    """Cold-start data alone, from any teacher. Keeps what is right, with pass rates; in OUT/cold_start."""
+    from rlcs.recipe.loading import load_recipe
+    from rlcs.recipe.table import teacher_rows
+
+    named = [text for text in overrides or [] if text.startswith("data.problems=")]
+    words = [text.replace("data.problems=", "data.cold_start=", 1) for text in overrides or []]
+    resolved = load_recipe(recipe, words).recipe
+    folder = (options.out or Path("runs") / resolved.name) / "cold_start"
+    if not options.json:
+        for name, value in [("problems", resolved.data.cold_start), *teacher_rows(resolved.teacher)]:
+            typer.echo(f"  {name:<18}  {value}")
+
+    from rlcs.distill import load_rows, run
+    from rlcs.progress import screen
+    from rlcs.signals import StopFlag
+    from rlcs.storage import read_json
+
+    loaded = load_rows(resolved.data, decode_limit=resolved.images.decode_limit, all_anew=bool(named))
+    total = sum(row.response is None for row in loaded.rows)
+    with StopFlag() as stop, screen("cold start", total, quiet=options.quiet, json=options.json) as view:
+        for bad in loaded.bad:
+            view.say(f"left out: {bad}")
+        run(loaded.rows, resolved.teacher, folder=folder, seed=resolved.seed, view=view, stop=stop)
+    stats = read_json(folder / "stats.json")
+    cost = "" if stats["cost"] is None else f", cost {stats['cost']:,.2f}"
+    summary = (
+        f"\n{stats['kept']:,} demonstrations of {stats['problems']:,} problems, "
+        f"{stats['pass_rate']:.1%} of {stats['asked']:,} samples right{cost}"
+    )
+    files = [f"{name:<9} {folder / f'{name}.jsonl'}" for name in ("kept", "rejected", "problems", "samples")]
+    print_result({"folder": str(folder), **stats}, [summary, *files], json=options.json)
+    if stats["failed"]:
+        raise typer.Exit(1)
+
+
+def _study(
+    name: str, overrides: list[str] | None, options: TrainOptions, *, arms: str = "", seeds: int = 1
+) -> None:
+    from rlcs.recipe.loading import load_recipe
+
+    if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for good
+    chosen = [f"study.arms=[{arms}]"] if arms else []
+    recipe = load_recipe(name, [*(overrides or []), *chosen]).recipe
+    folder = options.out or Path("runs") / recipe.name
+    if not options.json:
+        from rlcs.recipe.table import summary_rows
+
+        print_choices(recipe.name, folder, summary_rows(recipe))
+
+    from rlcs.data.run_data import load_run_data
+    from rlcs.train.trackers import require_installed
+
+    require_installed(recipe.trackers)
+    # Before torch is loaded: a bad file is reported at once.
+    data = load_run_data(recipe.study, recipe.data, decode_limit=recipe.images.decode_limit)
+
+    from rlcs.distributed import join_world
+    from rlcs.pipeline.seeds import run_seeds
+    from rlcs.pipeline.study import Output
+    from rlcs.signals import StopFlag
+
+    output = Output(quiet=options.quiet, json=options.json)
+    with StopFlag() as stop, join_world(timeout_s=recipe.parallel.timeout_s) as world:
+        summary = run_seeds(recipe, folder, seeds, data=data, output=output, stop=stop, world=world)
+    result = {"summary": str(folder / "summary.json"), "arms": summary["arms"]}
+    print_result(result, _arm_lines(summary["arms"], folder), json=options.json)
+
+
+def print_choices(name: str, folder: Path, rows: list[tuple[str, str]]) -> None:
+    """The table of a recipe's choices, and where its run goes."""
+    width = max(len(choice) for choice, _ in rows)
+    typer.echo(f"{name} -> {folder}")
+    for choice, value in rows:
+        typer.echo(f"  {choice:<{width}}  {value}")
+
+
+def _arm_lines(arms: dict[str, Any], folder: Path) -> list[str]:
+    from rlcs.recipe.arms import ARMS, MAIN_FIRST
+
+    lines = [""]
+    for arm, scores in arms.items():
+        low, high, label = scores["low"], scores["high"], ARMS[arm].label
+        lines.append(f"  {label:<18} {scores['accuracy']:6.1%}   [{low:.1%}, {high:.1%}]  n={scores['n']:,}")
+    seeds = sorted(folder.glob("seed-*"))
+    models = [(seeds[0] if seeds else folder) / name / "final" for name in MAIN_FIRST]
+    return [
+        *lines,
+        f"\nreport   {folder / 'report' / 'index.html'}",
+        f"summary  {folder / 'summary.json'}",
+        f"model    {next((model for model in models if model.exists()), models[0])}",
+    ]

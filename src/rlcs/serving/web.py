@@ -1,0 +1,63 @@
+"""The web server that every page and interface of rlcs runs on: uvicorn, with patience that ends."""
+
+import asyncio
+import socket
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rlcs.errors import UserError
+
+IDLE_S = 15.0
+"""A connection may be without a whole request head for so long."""
+MAX_CONNECTIONS = 1000
+SHUTDOWN_S = 30
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        fix = "choose another --port (0: any free one)"
+        raise UserError(f"cannot listen: {error.strerror}", where=f"{host}:{port}", fix=fix) from error
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """A server to `run(sockets=[...])` until SIGINT or SIGTERM; requests under way get half a minute."""
+    config = uvicorn.Config(
+        app,
+        http=_ImpatientProtocol,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=int(IDLE_S),
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    return uvicorn.Server(config)
+
+
+class _ImpatientProtocol(H11Protocol):
+    """Closes connections on which no whole request head comes, however slowly it drips."""
+
+    _clock: asyncio.TimerHandle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._clock = self.loop.call_later(IDLE_S, self._close_if_idle, None)
+
+    def on_response_complete(self) -> None:
+        answered = self.cycle
+        super().on_response_complete()  # which begins the next request if that has come already
+        self._clock.cancel()  # it holds a request
+        self._clock = self.loop.call_later(IDLE_S, self._close_if_idle, answered)
+
+    def _close_if_idle(self, last: Any) -> None:
+        if self.cycle is last and not self.transport.is_closing():
+            self.transport.close()
