@@ -10,13 +10,13 @@ import torch
 
 import rlcs
 from conftest import draw, make_problem
+from rlcs.data.images import open_image
 from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import DataError, ImageError, ModelError, PromptError, UserError
 from rlcs.model import loading
 from rlcs.records import StopReason
 from rlcs.serving.session import Session, Settings, split_answer
-from rlcs.storage import open_image
 
 
 @pytest.fixture

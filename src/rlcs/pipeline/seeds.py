@@ -7,7 +7,7 @@ from typing import Any
 from rlcs import report
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
-from rlcs.evals.intervals import wilson
+from rlcs.evals.scores import with_interval
 from rlcs.pipeline.run_folder import claim, command
 from rlcs.pipeline.study import Output, Study
 from rlcs.recipe.schema import Recipe
@@ -59,10 +59,8 @@ def averaged(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     first = next(iter(summaries.values()))
     for arm in first["arms"]:
         each = [summary["arms"][arm] for summary in summaries.values()]
-        accuracy = sum(one["accuracy"] for one in each) / len(each)
-        n = each[0]["n"]
-        low, high = wilson(round(accuracy * n), n)
-        arms[arm] = {"accuracy": accuracy, "low": low, "high": high, "n": n}
+        accuracy, n = sum(one["accuracy"] for one in each) / len(each), each[0]["n"]
+        arms[arm] = {**with_interval(accuracy, n), "n": n}
     return {
         "name": first["name"],
         "arms": arms,

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rlcs import distill, report
+from rlcs.data.problem_store import ProblemStore
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import MakeEngine, open_engines
 from rlcs.errors import RlcsError
-from rlcs.evals.arms import CHUNK, Evaluator, evaluate, write_problems
+from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.generation import EngineSampler
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
@@ -220,10 +221,8 @@ class Study:
 
     def _write_problems(self) -> None:
         """Write the held-out problems, once, for the report."""
-        folder, recipe = self.folder / "eval", self.recipe
-        if not (folder / "problems.jsonl").exists():
-            limit, gallery = recipe.images.decode_limit, recipe.report.gallery
-            write_problems(self._data.test, folder, decode_limit=limit, gallery=gallery)
+        pictured = 8 * self.recipe.report.gallery
+        ProblemStore(self.folder / "eval", max_pictured=pictured).add(self._data.test)
 
     def _summary(self) -> dict[str, Any]:
         seconds = {}

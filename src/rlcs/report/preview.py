@@ -3,8 +3,6 @@
 The example is built by the functions that training uses, so it is what training gets.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlcs.data import puzzles
+from rlcs.data.images import data_uri, encode, open_image
 from rlcs.data.loading import load, require_usable
 from rlcs.data.rows import BadRow, Row
 from rlcs.errors import DataError
@@ -24,7 +23,6 @@ from rlcs.recipe.loading import list_recipes, load_recipe
 from rlcs.recipe.schema import Images
 from rlcs.records import Demonstration, Prompt
 from rlcs.report.pages import templates, write_page
-from rlcs.storage import open_image
 from rlcs.train.sft import tree_of
 
 
@@ -180,6 +178,4 @@ def _grid_uri(image: Image.Image, cell: int) -> str:
         pen.line([(x, 0), (x, large.height)], fill=(128, 128, 128))
     for y in range(0, large.height, cell * zoom):
         pen.line([(0, y), (large.width, y)], fill=(128, 128, 128))
-    buffer = io.BytesIO()
-    large.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(encode(large))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlcs.data.problem_store import ProblemStore
 from rlcs.grading import health
-from rlcs.records import Group, StopReason
+from rlcs.records import Group, StopReason, to_row
 from rlcs.storage import append_jsonl
 from rlcs.train.groups import zero_variance
 
@@ -22,27 +22,8 @@ class RolloutLog:
         """Write the rollouts of one step; a step that runs again after a stop replaces its file."""
         path = self._folder / f"step-{step:06d}.jsonl"
         path.unlink(missing_ok=True)
-        append_jsonl(path, [row for group in groups for row in rows_of(group)])
+        append_jsonl(path, [to_row(sample) for group in groups for sample in group.samples])
         self._problems.add(group.problem for group in groups)
-
-
-def rows_of(group: Group) -> list[dict[str, object]]:
-    """One JSON-able row a rollout."""
-    return [
-        {
-            "id": group.problem.id,
-            "index": rollout.index,
-            "text": rollout.text,
-            "reward": grade.reward,
-            "correct": grade.correct,
-            "extracted": grade.extracted,
-            "why": grade.why,
-            "stop": rollout.stop.value,
-            "tokens": len(rollout.ids),
-            "advantage": advantage,
-        }
-        for rollout, grade, advantage in zip(group.rollouts, group.grades, group.advantages, strict=True)
-    ]
 
 
 def measure(groups: Sequence[Group]) -> dict[str, float]:
