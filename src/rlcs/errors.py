@@ -11,7 +11,7 @@ class RlcsError(Exception):
 
     exit_code = 1
     reported = False
-    """Another process of the run reports it already."""
+    """Another process of the run shows it already."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         """Build the message from its three parts; only `what` is required."""

@@ -36,7 +36,7 @@ def fsync(path: Path) -> None:
 
 
 def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
-    """Why `size` bytes did not get to `path`, and how much space is left."""
+    """Why `size` bytes did not get to `path`, and how much space there is."""
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
     except OSError:

@@ -63,7 +63,7 @@ class Chain:
     def request(self, problem: Problem, turns: Sequence[Sample], *, index: int = 0) -> Request:
         """The next request after `turns`, with the problem's images first or at their slots."""
         words = {
-            "question": problem.text,
+            "question": problem.question_with_choices,
             "turns": [turn.text for turn in turns],
             "format": self._form,
         }
