@@ -80,7 +80,7 @@ class World:
                 box[1] = error
         dist.broadcast_object_list(box, src=0, group=self.patient)
         if box[1] is not None:
-            box[1].told = self.rank != 0
+            box[1].reported = self.rank != 0
             raise box[1]
         result: T = box[0]
         return result
@@ -99,7 +99,7 @@ class World:
         try:
             stop.check(where)
         except RlcsError as error:
-            error.told = self.rank != 0
+            error.reported = self.rank != 0
             raise
 
 

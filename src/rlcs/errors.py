@@ -10,8 +10,8 @@ class RlcsError(Exception):
     """Base of all errors raised on purpose: what is wrong, where, and the way out."""
 
     exit_code = 1
-    told = False
-    """Another process of the run tells it already."""
+    reported = False
+    """Another process of the run reports it already."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         """Build the message from its three parts; only `what` is required."""

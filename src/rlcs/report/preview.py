@@ -171,7 +171,7 @@ def _grid_uri(image: Image.Image, cell: int) -> str:
     large = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(large)
     for x in range(0, large.width, cell * zoom):
-        pen.line([(x, 0), (x, large.height)], fill=(128, 128, 128))
+        pen.line([(x, 0), (x, large.height)], fill=(128, 128, 128), width=2)
     for y in range(0, large.height, cell * zoom):
-        pen.line([(0, y), (large.width, y)], fill=(128, 128, 128))
+        pen.line([(0, y), (large.width, y)], fill=(128, 128, 128), width=2)
     return data_uri(encode(large))

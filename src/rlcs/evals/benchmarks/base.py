@@ -91,11 +91,6 @@ class Benchmark:
     name: str = ""
 
 
-def lettered(options: Sequence[str]) -> str:
-    """`(A) ...` lines."""
-    return "\n".join(f"({chr(65 + index)}) {option}" for index, option in enumerate(options))
-
-
 def picture_of(row: Row, *columns: str) -> object:
     """The first of the columns that holds anything: hub rows carry pixels, local ones a path."""
     return next((row[column] for column in columns if row.get(column) is not None), None)
