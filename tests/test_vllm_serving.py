@@ -22,8 +22,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from rlcs.cli.main import app
-from rlcs.data import Row, puzzles
+from rlcs.data import puzzles
 from rlcs.data.images import open_image
+from rlcs.data.rows import Row
 from rlcs.distill import run as distil
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError

@@ -17,7 +17,8 @@ from rlcs.plan.placement import Placement, place, stored
 from rlcs.plan.rollouts import Trees, decoding_seconds, rollout_bytes
 from rlcs.plan.shapes import Sizes, Tower
 from rlcs.plan.work import language, vision
-from rlcs.recipe.schema import Eval, Grpo, Images, Recipe, Sft
+from rlcs.recipe.schema import Eval, Images, Recipe
+from rlcs.recipe.stages import Grpo, Sft
 from rlcs.train.sft import steps_of
 
 LIBRARIES = 3 * GIB // 2

@@ -20,8 +20,8 @@ from rlcs.errors import ImageError, PromptError, RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.model import loading
 from rlcs.model.chat import Chat, default_system
-from rlcs.model.loading import Vlm
-from rlcs.recipe.schema import Images, Model, Prompts, Recipe
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
 
 CACHE_TOKENS = 1 << 18
@@ -166,13 +166,11 @@ class Session:
         self.name = name
         self.context = int(vlm.model.config.get_text_config().max_position_embeddings)
         size = vlm.processor.image_processor.size
-        recipe = Recipe(
-            prompt=Prompts(system=default_system(vlm.processor), max_tokens=max(1, self.context - 1)),
-            images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
-        )
-        self.chat: Chat = loading.make_chat(vlm, recipe)
+        prompts = Prompts(system=default_system(vlm.processor), max_tokens=max(1, self.context - 1))
+        images = Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+        self.chat: Chat = loading.make_chat(vlm, prompts, images)
         self.engine = LocalEngine(vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS)
-        self._decode_limit = recipe.images.decode_limit
+        self._decode_limit = images.decode_limit
 
     def ask(
         self,
