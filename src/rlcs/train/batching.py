@@ -6,13 +6,12 @@ or no image, a padding tree (a prompt without answers) fills the place. It has n
 gradient is zero.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from PIL import Image
 
-from rlcs.data.images import image_from_bytes
+from rlcs.data.images import encode, image_from_bytes
 from rlcs.distributed import World
 from rlcs.model.chat import Chat
 from rlcs.model.packing import Pack, balanced, pack, within_budget
@@ -82,8 +81,7 @@ def padding_tree(chat: Chat, *, image: bool) -> Tree:
     """A prompt without answers: it goes through the model and changes nothing."""
     images: tuple[ImageRef, ...] = ()
     if image:
-        buffer = io.BytesIO()
-        Image.new("RGB", (PADDING_SIDE, PADDING_SIDE)).save(buffer, "PNG")
-        images = (image_from_bytes(buffer.getvalue(), limit=PADDING_SIDE**2, where="padding"),)
+        data = encode(Image.new("RGB", (PADDING_SIDE, PADDING_SIDE)))
+        images = (image_from_bytes(data, limit=PADDING_SIDE**2, where="padding"),)
     problem = Problem(id="padding", source="padding", question=".", answer=".", images=images)
     return Tree(prompt=chat.prompt(problem), branches=())
