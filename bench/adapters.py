@@ -88,7 +88,7 @@ class Load:
         async def ready() -> None:
             async with httpx.AsyncClient(trust_env=False) as client:
                 await self._server.up(client, weights)
-                await self._server.take(client, weights)
+                await self._server.load_weights(client, weights)
 
         began = time.perf_counter()
         self._loop.run_until_complete(ready())

@@ -13,7 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 from bench.meter import Meter
 from bench.shapes import SEED, Case, grpo_settings, rewards
 from rlcs.data import ProblemStream
-from rlcs.engines import local
+from rlcs.engines import decoding
+from rlcs.engines.local import LocalEngine
 from rlcs.engines.sampling import choose, uniform
 from rlcs.grading import GradePool
 from rlcs.model import loading
@@ -69,8 +70,8 @@ class ForcedLengths:
     def installed(self) -> Iterator[None]:
         """Force lengths inside the body."""
         with (
-            mock.patch.object(local, "uniform", self._uniform),
-            mock.patch.object(local, "choose", self._choose),
+            mock.patch.object(decoding, "uniform", self._uniform),
+            mock.patch.object(decoding, "choose", self._choose),
         ):
             yield
 
@@ -95,7 +96,7 @@ def load(case: Case) -> tuple[Vlm, grpo.GrpoContext]:
     """The policy and everybody who takes part in a step."""
     vlm = loading.load(Model(name=case.folder), device=torch.device("cpu"))
     chat = loading.make_chat(vlm, Recipe())
-    engine = local.LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
+    engine = LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
     reference = grpo.frozen_copy(vlm)
     pool = cast(GradePool, FixedRewards())
     return vlm, grpo.GrpoContext(vlm=vlm, reference=reference, chat=chat, engine=engine, pool=pool)

@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from rlcs.data import puzzles
+from rlcs.data.images import image_from_bytes
 from rlcs.model.chat import Chat
 from rlcs.model.images import ImagePipeline
 from rlcs.model.packing import within_budget
 from rlcs.recipe.schema import Grpo, Prompts
 from rlcs.records import ImageRef, Problem
-from rlcs.storage import image_from_bytes
 from tools import tiny_model
 
 SEED = 0

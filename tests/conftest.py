@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from rlcs.data.images import image_from_bytes
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.loading import Vlm
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.records import Grade, ImageRef, Problem
-from rlcs.storage import image_from_bytes
 
 
 @pytest.fixture(scope="session", autouse=True)

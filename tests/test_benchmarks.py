@@ -269,7 +269,7 @@ def test_the_example_of_the_how_to_is_a_benchmark():
         "question": "How many?",
         "options": [3, 4],
         "answer": "A",
-        "room": "hall",
+        "place": "hall",
         "colours": ["red"],
     }
     question = space["BENCHMARK"].read(row)

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import draw, make_problem
+from rlcs.data.images import open_image
 from rlcs.errors import ImageError, PromptError
 from rlcs.model import loading
 from rlcs.model.chat import DEFAULT_SYSTEM, default_system, set_default_system
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.records import ImageRef, Message, Problem
-from rlcs.storage import open_image
 
 CONTROL = (
     "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
@@ -115,7 +115,7 @@ def test_pixel_bounds_of_the_recipe_decide_the_image_tokens(vlm):
 def test_an_absurd_shape_is_an_image_error(chat, tmp_path):
     path = tmp_path / "thin.png"
     Image.new("RGB", (2000, 4)).save(path)
-    from rlcs.storage import image_from_bytes
+    from rlcs.data.images import image_from_bytes
 
     with pytest.raises(ImageError):
         ref = image_from_bytes(path.read_bytes(), limit=10**6, where="thin.png")

@@ -1,5 +1,8 @@
 """Rollouts: the same answers whatever the batching, the policy's own logprobs, nothing forbidden."""
 
+import threading
+import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_problem
-from rlcs.engines import local
+from rlcs.engines import decoding
 from rlcs.engines.cache import ForestCache, RecordingPlan
-from rlcs.engines.continuous import ContinuousEngine
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.onednn_linear import packed
 from rlcs.engines.sampling import choose, uniform
@@ -50,7 +52,7 @@ def test_sampler_logprobs_are_the_policys(vlm, chat, prompts, temperature, top_p
 def test_rollouts_do_not_depend_on_batching_or_order(vlm, chat, prompts, monkeypatch):
     sampling = chat.sampling(max_new_tokens=12, n=3, seed=3)
     one_by_one = LocalEngine(vlm, chat, max_rows=3).sample(prompts, sampling, step=5)
-    monkeypatch.setattr(local, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 40)
     together = LocalEngine(vlm, chat, max_rows=99).sample(prompts[::-1], sampling, step=5)[::-1]
     assert [[r.ids for r in g] for g in one_by_one] == [[r.ids for r in g] for g in together]
     other_step = LocalEngine(vlm, chat, max_rows=99).sample(prompts, sampling, step=6)
@@ -130,7 +132,7 @@ def test_decoding_attends_as_exactly_as_its_numbers_allow(dtype, offset):
     recording = RecordingPlan(Nowhere())
     key, value = keys(57), rand(heads, 57).to(dtype)
     recording.attend(0, key, key, value)
-    cache = ForestCache.prefilled(recording, layout, group)
+    cache = ForestCache.prefilled(recording, layout, torch.tensor([group] * 2))
     spans = [(0, 37)] * group + [(37, 57)] * group
     seen = [(key[0, :, a:b].double(), value[0, :, a:b].double()) for a, b in spans]
     for step in range(4):
@@ -219,9 +221,94 @@ def test_every_sample_packs_the_weights_of_now(vlm, chat, prompts):
     assert not any("forward" in vars(module) for module in vlm.model.modules())
 
 
-def test_a_continuous_engine_keeps_weights_packed_as_long_as_it_lives(vlm, chat):
-    engine = ContinuousEngine(vlm, chat)
+def submitted(engine, prompt, sampling):
+    """The ids of every answer, when the last has ended and the engine's thread with it."""
+    ids = [[] for _ in range(sampling.n)]
+    request = engine.submit(prompt, sampling, listener=lambda token: ids[token.index].append(token.id))
+    end = time.monotonic() + 60
+    while any(thread.name == "rlcs-engine" for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert [row.ids for row in request.rows] == ids and all(row.stop for row in request.rows)
+    return ids
+
+
+def test_submitted_requests_keep_the_weights_packed_until_they_are_synced(vlm, chat, prompts):
+    engine, sampling = LocalEngine(vlm, chat, max_rows=64), chat.sampling(max_new_tokens=8, n=2, seed=4)
     head = vlm.model.get_output_embeddings()
+    before = submitted(engine, prompts[0], sampling)
+    assert isinstance(head.forward, partial), "the next request finds them packed"
+    with torch.no_grad():
+        for parameter in vlm.model.parameters():
+            parameter.mul_(1.5)
+    engine.sync()
+    assert "forward" not in vars(head)
+    after = submitted(engine, prompts[0], sampling)
+    assert isinstance(head.forward, partial)
+    ((first, second),) = LocalEngine(vlm, chat, max_rows=8).sample([prompts[0]], sampling)
+    assert after == [list(first.ids), list(second.ids)] != before
+
+
+def test_packed_weights_go_with_the_engine(vlm, chat, prompts):
+    engine, head = LocalEngine(vlm, chat, max_rows=64), vlm.model.get_output_embeddings()
+    submitted(engine, prompts[0], chat.sampling(max_new_tokens=2))
     assert isinstance(head.forward, partial)
     del engine
     assert "forward" not in vars(head)
+
+
+def test_sampling_equals_submitting(vlm, chat, prompts):
+    """Also while the engine packs for submitted requests, and when a thread submits meanwhile."""
+    engine, sampling = LocalEngine(vlm, chat, max_rows=7), chat.sampling(max_new_tokens=12, n=3, seed=3)
+    one_by_one = [submitted(engine, prompt, sampling) for prompt in prompts]
+    meanwhile = []
+    thread = threading.Thread(target=lambda: meanwhile.append(submitted(engine, prompts[1], sampling)))
+    groups = engine.sample(prompts, sampling, progress=lambda _: thread.ident or thread.start())
+    thread.join()
+    assert [[list(r.ids) for r in group] for group in groups] == one_by_one
+    assert meanwhile == [one_by_one[1]]
+    assert isinstance(vlm.model.get_output_embeddings().forward, partial), (
+        "packed again for the submitted one"
+    )
+
+
+def test_requests_with_settings_of_their_own_share_a_batch(vlm, chat, prompts):
+    """Each with its n, temperature, top-p, limit, seed, end tokens and banned tokens, as if alone."""
+    greedy = chat.sampling(max_new_tokens=9, temperature=0.0)
+    likely = submitted(LocalEngine(vlm, chat, max_rows=1), prompts[0], greedy)[0]
+    settings = [
+        greedy,
+        replace(greedy, banned_ids=(likely[0], *greedy.banned_ids)),
+        replace(greedy, stop_ids=(likely[4],)),
+        chat.sampling(max_new_tokens=5, n=4, temperature=1.4, top_p=0.9, seed=2),
+        chat.sampling(max_new_tokens=12, n=2, temperature=0.6, seed=3),
+    ]
+    batch = decoding.DecodingBatch(vlm, chat)
+    requests = [
+        decoding.DecodeRequest(prompt=prompts[0], sampling=sampling, step=place)
+        for place, sampling in enumerate(settings)
+    ]
+    with torch.no_grad():
+        batch.add(requests[:3])
+        ended = batch.step() + batch.step()
+        batch.add(requests[3:])
+        while batch.requests:
+            ended += batch.step()
+    assert ended == sum(sampling.n for sampling in settings) and batch.live == 0
+    for place, (request, sampling) in enumerate(zip(requests, settings, strict=True)):
+        (alone,) = LocalEngine(vlm, chat, max_rows=8).sample([prompts[0]], sampling, step=place)
+        assert [tuple(row.ids) for row in request.rows] == [r.ids for r in alone]
+        assert [row.stop for row in request.rows] == [r.stop for r in alone]
+        assert all(len(row.ids) <= sampling.max_new_tokens for row in request.rows)
+        assert not {i for row in request.rows for i in row.ids} & set(sampling.banned_ids)
+
+
+def test_a_failure_before_the_first_request_begins_is_reported(vlm, chat, prompts, monkeypatch):
+    """Without an answer whoever submitted would wait for ever."""
+    monkeypatch.setattr("rlcs.engines.local.packed", lambda model: 1 / 0)
+    engine, events = LocalEngine(vlm, chat, max_rows=8), []
+    engine.submit(prompts[0], chat.sampling(max_new_tokens=2), listener=events.append)
+    end = time.monotonic() + 60
+    while not events:
+        assert time.monotonic() < end
+    assert isinstance(events[0], ZeroDivisionError) and not engine.waiting and not engine.running

@@ -22,10 +22,10 @@ import rlcs
 from bench.hostile import Footprint, Seen, attack, get, guests, metrics, post, serving, siege, wait_until
 from conftest import draw
 from rlcs.cli.main import app
+from rlcs.data.images import open_image
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import UserError
 from rlcs.serving.protocol import Limits
-from rlcs.storage import open_image
 
 HOSTILE_REQUESTS = int(os.environ.get("RLCS_HOSTILE_REQUESTS", "800"))
 """`python -m bench.hostile` takes 10,000, and tells what came of them."""

@@ -10,14 +10,13 @@ import torch
 
 import rlcs
 from conftest import draw, make_problem
-from rlcs.engines.continuous import ContinuousEngine
+from rlcs.data.images import open_image
 from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import DataError, ImageError, ModelError, PromptError, UserError
 from rlcs.model import loading
 from rlcs.records import StopReason
 from rlcs.serving.session import Session, Settings, split_answer
-from rlcs.storage import open_image
 
 
 @pytest.fixture
@@ -29,13 +28,13 @@ def gather(engine, prompt, sampling, stops=()):
     """Submit, and a function that waits for texts, ids and stops by index."""
     events, done = [], threading.Event()
 
-    def tell(event):
+    def listener(event):
         events.append(event)
         ended = sum(isinstance(e, Exception) or e.stop is not None for e in events)
         if isinstance(event, Exception) or ended == sampling.n:
             done.set()
 
-    ticket = engine.submit(prompt, sampling, tell=tell, stops=stops)
+    ticket = engine.submit(prompt, sampling, listener=listener, stops=stops)
 
     def result():
         assert done.wait(60)
@@ -152,7 +151,7 @@ def test_reasoning_and_answer_are_told_apart():
 
 
 def test_requests_of_all_kinds_get_what_they_would_get_alone(vlm, chat):
-    engine = ContinuousEngine(vlm, chat, max_rows=7)
+    engine = LocalEngine(vlm, chat, max_rows=7)
     asked = []
     for number in range(12):
         prompt = chat.prompt(
@@ -185,7 +184,7 @@ def _wait_until(condition, seconds=20.0):
 
 
 def test_a_cancelled_request_leaves_and_its_neighbour_does_not_notice(vlm, chat):
-    engine = ContinuousEngine(vlm, chat, max_rows=4)
+    engine = LocalEngine(vlm, chat, max_rows=4)
     prompt = chat.prompt(make_problem("p"))
     long = chat.sampling(max_new_tokens=3000, n=2, seed=1)
     short = chat.sampling(max_new_tokens=40, n=2, seed=2)
@@ -203,7 +202,7 @@ def test_a_cancelled_request_leaves_and_its_neighbour_does_not_notice(vlm, chat)
 def test_memory_is_reserved_before_a_request_begins(vlm, chat):
     prompt = chat.prompt(make_problem("p"))
     sampling = chat.sampling(max_new_tokens=100, seed=1)
-    engine = ContinuousEngine(vlm, chat, max_rows=64, cache_tokens=2 * (len(prompt.ids) + 100))
+    engine = LocalEngine(vlm, chat, max_rows=64, cache_tokens=2 * (len(prompt.ids) + 100))
     results = [gather(engine, prompt, sampling)[1] for _ in range(5)]
     _wait_until(lambda: engine.running > 0)
     assert engine.running <= 2 and engine.waiting >= 3
@@ -211,12 +210,12 @@ def test_memory_is_reserved_before_a_request_begins(vlm, chat):
 
 
 def test_a_failure_is_told_and_the_engine_goes_on(vlm, chat):
-    engine = ContinuousEngine(vlm, chat)
+    engine = LocalEngine(vlm, chat, max_rows=64)
     prompt = chat.prompt(make_problem("p"))
     sampling = chat.sampling(max_new_tokens=5)
     hook = vlm.model.get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
     events = []
-    engine.submit(prompt, sampling, tell=events.append)
+    engine.submit(prompt, sampling, listener=events.append)
     _wait_until(lambda: bool(events))
     hook.remove()
     assert isinstance(events[0], ZeroDivisionError) and len(events) == 1
@@ -224,7 +223,7 @@ def test_a_failure_is_told_and_the_engine_goes_on(vlm, chat):
 
 
 def test_a_stop_string_ends_the_answer_before_it(vlm, chat):
-    engine = ContinuousEngine(vlm, chat)
+    engine = LocalEngine(vlm, chat, max_rows=64)
     prompt = chat.prompt(make_problem("p"))
     sampling = chat.sampling(max_new_tokens=60, seed=5)
     whole = gather(engine, prompt, sampling)[1]()[0]

@@ -10,7 +10,7 @@ import torch
 from conftest import LengthGrader, Stopper, make_problem
 from rlcs.data import ProblemStream, puzzles
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.vllm.protocol import request_body
+from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
 from rlcs.model import loading
@@ -365,7 +365,9 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
         assert [r.index for r in first] == [r.index for r in second] == [0, 1, 2]
         assert not {r.ids for r in first} & {r.ids for r in second}
         once, again = (
-            request_body(p, sampling, step=5, limit=10**6) for p in asked if p.problem_id == problem.id
+            PromptRequest(prompt=p, sampling=sampling, step=5, decode_limit=10**6).body()
+            for p in asked
+            if p.problem_id == problem.id
         )
         assert once["sampling_params"]["seed"] == rollout_seed(3, 5, problem.id, 0) >> 1
         assert once["sampling_params"].pop("seed") != again["sampling_params"].pop("seed") and once == again

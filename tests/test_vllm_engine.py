@@ -23,7 +23,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.colocated import Colocated
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
-from rlcs.engines.vllm.protocol import collapsed, request_body, rollouts_of
+from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.engines.vllm.server import Launch, context_length
 from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.errors import EndpointError, ModelError, RecipeError, TrainingError
@@ -405,30 +405,36 @@ def test_under_torchrun_rank_0_asks_for_all_ranks(tmp_path: Path, program: Path,
 
 def test_prompts_go_as_ids_with_one_placeholder_an_image(chat: Chat) -> None:
     prompt = chat.prompt(make_problem("two", "<image> or <image><|image_pad|>?", sizes=((56, 84), (84, 56))))
-    ids = collapsed(prompt)
+    request = PromptRequest(
+        prompt=prompt, sampling=chat.sampling(max_new_tokens=5, n=3), step=2, decode_limit=10**6
+    )
+    ids = request.token_ids
     assert ids.count(chat.image_id) == 2 < list(prompt.ids).count(chat.image_id)
     assert len(ids) == len(prompt.ids) - sum(b - a - 1 for a, b in prompt.spans)
-    body = request_body(prompt, chat.sampling(max_new_tokens=5, n=3), step=2, limit=10**6)
+    body = json.loads(json.dumps(request.body()))
     params = body["sampling_params"]
     assert len(body["content_parts"]) == 2 and params["n"] == 3 and params["stop_token_ids"] == [chat.end_id]
     assert set(params["logit_bias"]) == {str(i) for i in chat.sampling(max_new_tokens=5).banned_ids}
-    other = request_body(prompt, chat.sampling(max_new_tokens=5, n=3), step=3, limit=10**6)
-    assert other["sampling_params"]["seed"] != params["seed"]
-    json.dumps(body)
+    assert replace(request, step=3).body()["sampling_params"]["seed"] != params["seed"]
+    assert [(image.size, image.mode) for image in request.images()] == [((56, 84), "RGB"), ((84, 56), "RGB")]
 
 
 def test_another_prompt_than_ours_is_an_error(chat: Chat) -> None:
     prompt = chat.prompt(make_problem("one"))
-    sampling = chat.sampling(max_new_tokens=5)
+    request = PromptRequest(
+        prompt=prompt, sampling=chat.sampling(max_new_tokens=5), step=0, decode_limit=10**6
+    )
     token = {"logprob": 1e-7}
     choice = {"index": 0, "finish_reason": "length", "token_ids": [5], "logprobs": {"content": [token]}}
     reply = {"prompt_token_ids": list(prompt.ids), "choices": [choice]}
-    (rollout,) = rollouts_of(reply, prompt, sampling, step=0, text=chat.text)
+
+    (rollout,) = request.rollouts_from(reply)
     assert rollout.stop is StopReason.LENGTH and rollout.logprobs == (0.0,) and rollout.ids == (5,)
     with pytest.raises(EndpointError, match="read the prompt of one as"):
-        rollouts_of({**reply, "prompt_token_ids": prompt.ids[:-1]}, prompt, sampling, step=0, text=chat.text)
+        request.rollouts_from({**reply, "prompt_token_ids": prompt.ids[:-1]})
     broken = {**reply, "choices": [{**choice, "finish_reason": "abort"}]}
-    assert rollouts_of(broken, prompt, sampling, step=0, text=chat.text) is None
+    assert request.rollouts_from(broken) is None
+    assert request.rollouts_from({**reply, "choices": []}) is None
 
 
 def test_colocated_without_vllm_says_what_to_do(tmp_path: Path, vlm: Vlm, chat: Chat) -> None:
@@ -478,6 +484,60 @@ def test_memory_is_given_back_before_vllm_starts_and_wakes_up(
     for _ in "12":
         engine.sample([prompt], sampling)
     assert seen.events == [*FREED, "started", "asked", "asleep", *FREED, "awake", "asked", "asleep"]
+
+
+def test_colocated_vllm_gets_token_ids_and_decoded_images(
+    tmp_path: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No JSON, no text; what is broken off is sent again, the answers come in the order of their numbers."""
+    prompts = [chat.prompt(make_problem("a")), chat.prompt(make_problem("b", sizes=((56, 84), (84, 56))))]
+    sampling, calls = chat.sampling(max_new_tokens=4, n=2, seed=3), []
+
+    def generate(given: list, params: list, *, use_tqdm: bool, lora_request: object) -> list:
+        calls.append((given, params))
+        replies = []
+        for one in given:
+            prompt = next(p for p in prompts if len(p.images) == len(one["multi_modal_data"]["image"]))
+            finish = "abort" if len(calls) == 1 and prompt is prompts[0] else "stop"
+            outputs = [
+                SimpleNamespace(
+                    index=index,
+                    finish_reason=finish,
+                    token_ids=[10 + index, chat.end_id],
+                    logprobs=[
+                        {10 + index: SimpleNamespace(logprob=-0.5)},
+                        {chat.end_id: SimpleNamespace(logprob=1e-9)},
+                    ],
+                )
+                for index in (1, 0)
+            ]
+            replies.append(SimpleNamespace(prompt_token_ids=list(prompt.ids), outputs=outputs))
+        return replies
+
+    llm = SimpleNamespace(generate=generate)
+    started = {}
+    fake = SimpleNamespace(
+        LLM=lambda **options: started.update(options) or llm, SamplingParams=SimpleNamespace
+    )
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    launch = launch_of(load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe, vlm)
+    engine = VllmEngine(
+        Colocated(launch, sleeps=False), WeightsFolder(tmp_path), vlm, chat, decode_limit=10**6
+    )  # fmt: skip
+    first, second = engine.sample(prompts, sampling, step=2)
+    assert [r.ids for r in first] == [(10, chat.end_id), (11, chat.end_id)] and first[0].logprobs == (
+        -0.5,
+        0.0,
+    )
+    assert [r.text for r in second] == [chat.text([10]), chat.text([11])] and second[1].problem_id == "b"
+    (both, params), (again, _) = calls
+    assert len(again) == 1 and len(again[0]["multi_modal_data"]["image"]) == 1, "the aborted one alone"
+    images = both[1]["multi_modal_data"]["image"]
+    assert [(image.size, image.mode) for image in images] == [((56, 84), "RGB"), ((84, 56), "RGB")]
+    assert both[1]["prompt_token_ids"].count(chat.image_id) == 2
+    assert params[0].seed == first[0].seed != params[1].seed and first[1].seed == first[0].seed + 1
+    assert set(params[0].logit_bias) == set(sampling.banned_ids) and params[0].n == 2
+    assert started["logprobs_mode"] == "processed_logprobs" and started["max_model_len"] == launch.max_tokens
 
 
 @pytest.mark.parametrize("rank", [0, 1])

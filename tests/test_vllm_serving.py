@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from rlcs.cli.main import app
 from rlcs.data import Row, puzzles
+from rlcs.data.images import open_image
 from rlcs.distill import run as distil
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
@@ -32,7 +33,7 @@ from rlcs.recipe.schema import Teacher
 from rlcs.records import Problem
 from rlcs.serving.remote import RemoteSession
 from rlcs.serving.session import Settings
-from rlcs.storage import open_image, read_jsonl
+from rlcs.storage import read_jsonl
 from test_benchmarks import vision, write_jsonl
 from test_distributed import free_port
 from test_vllm import CPU, START_LIMIT_S, program

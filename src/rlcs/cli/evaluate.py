@@ -36,9 +36,9 @@ class EvalOptions(SamplingOptions):
     ] = None
     key_env: KeyVariable = "OPENAI_API_KEY"
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once")] = 32
-    judge_url: Annotated[str | None, typer.Option(help="A judge reads out answers without a box")] = None
-    judge_model: Annotated[str | None, typer.Option(help="The judge's model")] = None
-    judge_key_env: Annotated[str, typer.Option(help="The same for the judge")] = "OPENAI_API_KEY"
+    judge_url: Annotated[str | None, typer.Option(help="Server that extracts answers without a box")] = None
+    judge_model: Annotated[str | None, typer.Option(help="Its model")] = None
+    judge_key_env: Annotated[str, typer.Option(help="Variable with its key")] = "OPENAI_API_KEY"
 
 
 @evaluate_app.command("eval")

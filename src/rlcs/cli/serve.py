@@ -22,9 +22,7 @@ serve_app = typer.Typer()
 class ServeOptions:
     """The options of `rlcs serve`."""
 
-    host: Annotated[str, typer.Option(help="Address to listen at; default: this machine alone")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[str, typer.Option(help="Address to listen at; default: this machine alone")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000
     api_key: Annotated[
         str | None, typer.Option(envvar="RLCS_API_KEY", help="Clients must bring this key")
@@ -111,7 +109,9 @@ class GenerateOptions(SamplingOptions):
     input: Annotated[
         str | None, typer.Option(help="Many questions: JSONL with question, images, id, or a data source")
     ] = None
-    output: Annotated[Path | None, typer.Option(help="JSONL for their answers; continued if it exists")] = None
+    output: Annotated[Path | None, typer.Option(help="Their answers as JSONL; continued if there")] = (
+        None
+    )
 
 
 @serve_app.command()

@@ -63,21 +63,21 @@ class ForestCache:
     row_lengths: Tensor
 
     @classmethod
-    def prefilled(cls, recording: RecordingPlan, layout: Layout, group: int) -> "ForestCache":
-        """A cache in which every trunk has `group` rows without tokens of their own."""
+    def prefilled(cls, recording: RecordingPlan, layout: Layout, counts: Tensor) -> "ForestCache":
+        """A cache in which trunk t has counts[t] rows without tokens of their own; `counts` is (T,)."""
         trunks = recording.trunks(layout)
-        count = len(layout.trees)
         device = trunks[0][0].device
+        row_trunk = torch.arange(len(counts), device=device).repeat_interleave(counts)
         rows = []
         for key, _ in trunks:
-            empty = key.new_zeros(count * group, key.shape[1], GROWTH, key.shape[3])
+            empty = key.new_zeros(len(row_trunk), key.shape[1], GROWTH, key.shape[3])
             rows.append((empty, empty.clone()))
         return cls(
             trunks=trunks,
             trunk_lengths=torch.tensor([s.trunk for s in layout.trees], device=device),
             rows=rows,
-            row_trunk=torch.arange(count, device=device).repeat_interleave(group),
-            row_lengths=torch.zeros(count * group, dtype=torch.long, device=device),
+            row_trunk=row_trunk,
+            row_lengths=torch.zeros(len(row_trunk), dtype=torch.long, device=device),
         )
 
     def __post_init__(self) -> None:

@@ -1,91 +1,176 @@
-"""The in-process engine: prompts prefilled once, branched G times, finished rows dropped and refilled.
+"""The in-process engine: samples from the model that trains, and serves requests from other threads."""
 
-It samples from the very model that trains, so there is nothing to synchronise. All live rows form
-one flat sequence of queries; `ForestCache` gives each its trunk and its own tokens.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import logging
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
 
 from rlcs.engines.base import Progress
-from rlcs.engines.cache import ForestCache, RecordingPlan
+from rlcs.engines.decoding import DecodeRequest, DecodingBatch, Listener, Row
 from rlcs.engines.onednn_linear import packed
-from rlcs.engines.sampling import choose, uniform
-from rlcs.model import attention
 from rlcs.model.chat import Chat
 from rlcs.model.loading import Vlm
-from rlcs.model.packing import pack
-from rlcs.model.policy import hidden_states, image_inputs
-from rlcs.records import Prompt, Rollout, Sampling, StopReason, Tree, rollout_seed
+from rlcs.records import Prompt, Rollout, Sampling
 
-PREFILL_TOKENS = 16384
-"""Trunk tokens prefilled in one forward pass."""
-
-
-@dataclass
-class _Row:
-    """One rollout in the making: `place` of its prompt in the request, `start` of its positions."""
-
-    place: int
-    prompt: Prompt
-    index: int
-    seed: int
-    start: int
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop: StopReason | None = None
+log = logging.getLogger(__name__)
 
 
 class LocalEngine:
-    """Samples from `vlm` in this process."""
+    """Samples from `vlm` in this process.
 
-    def __init__(self, vlm: Vlm, chat: Chat, *, max_rows: int) -> None:
-        """`max_rows` rollouts are decoded at once (a group is never split, so at least one group)."""
-        self._vlm = vlm
-        self._chat = chat
-        self._max_rows = max_rows
+    `sample` decodes in the caller's thread. What is submitted is decoded in a thread that lives as long as
+    there is work: an idle engine holds no thread, and needs no closing. Of the two one waits for the other.
+    """
+
+    def __init__(self, vlm: Vlm, chat: Chat, *, max_rows: int, cache_tokens: float = math.inf) -> None:
+        """At most `max_rows` answers are decoded at once, and at most `cache_tokens` reserved for them.
+
+        A request that alone is larger is decoded alone.
+        """
+        self._vlm, self._chat = vlm, chat
+        self._max_rows, self._cache_tokens = max_rows, cache_tokens
+        self._decoding = threading.Lock()
+        self._submitting = threading.Lock()
+        self._waiting: list[DecodeRequest] = []
+        self._batch = DecodingBatch(vlm, chat)
+        self._thread_runs = False
+        # Undone by `sync`, or when the engine is collected, and the generator with it.
+        self._packed: AbstractContextManager[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Submitted requests that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._batch.requests)
 
     def sync(self) -> None:
-        """Nothing to do: see above."""
+        """Let requests submitted from now on be answered by the weights as they are now.
+
+        Waits for those that are under way. `sample` always takes the weights of now.
+        """
+        with self._decoding:
+            self._unpack()
+
+    def _unpack(self) -> None:
+        if self._packed is not None:
+            self._packed.__exit__(None, None, None)
+            self._packed = None
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        step: int = 0,
-        progress: Progress | None = None,
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress = None
     ) -> list[tuple[Rollout, ...]]:
-        """See `Engine.sample`. The model is left in the mode (train or eval) in which it was.
+        """See `Engine.sample`. The model is left in the mode (train or eval) in which it was."""
+        requests = [DecodeRequest(prompt=prompt, sampling=sampling, step=step) for prompt in prompts]
+        with self._ready():
+            self._unpack()
+            with packed(self._vlm.model):
+                # Prefilling a few prompts at a time would cost more than rows that are free for a while.
+                for ended in self._decode(list(requests), refill=self._max_rows // 4):
+                    if ended and progress is not None:
+                        progress(ended)
+        return [tuple(self._rollout(request, row) for row in request.rows) for request in requests]
 
-        With a sharded model all ranks must call this, each with its own prompts (or none).
+    def submit(
+        self, prompt: Prompt, sampling: Sampling, *, listener: Listener, stops: Sequence[str] = ()
+    ) -> DecodeRequest:
+        """Begin with `sampling.n` answers; `listener` gets their tokens, until each has had its last.
+
+        From any thread. An answer ends before any of the (non-empty) `stops`.
         """
-        was_training = self._vlm.model.training
-        self._vlm.model.eval()
-        groups: list[list[Rollout | None]] = [[None] * sampling.n for _ in prompts]
-        waiting = list(enumerate(prompts))[::-1]
-        batch = _Batch(self._vlm, self._chat, sampling, step)
-        with self._vlm.gathered(), packed(self._vlm.model):
-            while waiting or batch.rows:
-                free = self._max_rows - batch.live
-                if waiting and (not batch.live or free >= max(sampling.n, self._max_rows // 4)):
-                    batch.add([waiting.pop() for _ in range(min(len(waiting), max(1, free // sampling.n)))])
-                done = batch.step()
-                for row in done:
-                    groups[row.place][row.index] = self._rollout(row)
-                if done and progress is not None:
-                    progress(len(done))
-        self._vlm.model.train(was_training)
-        return [tuple(r for r in group if r is not None) for group in groups]
+        request = DecodeRequest(prompt=prompt, sampling=sampling, stops=tuple(stops), listener=listener)
+        with self._submitting:
+            self._waiting.append(request)
+            if not self._thread_runs:
+                self._thread_runs = True
+                threading.Thread(target=self._serve, name="rlcs-engine").start()
+        return request
 
-    def _rollout(self, row: _Row) -> Rollout:
-        assert row.stop is not None, "only finished rows become rollouts"
+    @torch.no_grad()
+    def _serve(self) -> None:
+        """Decode what is submitted, until nothing is left."""
+        with self._ready():
+            while self._has_work():
+                try:
+                    if self._packed is None:
+                        weights = packed(self._vlm.model)
+                        weights.__enter__()
+                        self._packed = weights
+                    for _ in self._decode(self._waiting, refill=0):
+                        pass
+                except Exception as error:  # one request too many for the memory must not end the service
+                    self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Report an error to the requests under way, or to those that wait if none could begin."""
+        failed = self._batch.requests
+        if not failed:
+            with self._submitting:
+                failed, self._waiting = self._waiting, []
+        log.exception("the engine failed on %d requests", len(failed))
+        for request in failed:
+            if request.listener is not None:
+                request.listener(error)
+        self._batch.clear()
+
+    def _has_work(self) -> bool:
+        with self._submitting:
+            self._thread_runs = bool(self._waiting)
+            return self._thread_runs
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The model in eval mode, and whole on every rank, for one thread at a time."""
+        with self._decoding:
+            was_training = self._vlm.model.training
+            self._vlm.model.eval()
+            try:
+                with self._vlm.gathered():
+                    yield
+            finally:
+                self._batch.clear()
+                self._vlm.model.train(was_training)
+
+    def _decode(self, waiting: list[DecodeRequest], *, refill: int) -> Iterator[int]:
+        """Decode the requests that wait, taken out in their order; yields how many answers each step ended.
+
+        Others join a batch under way as soon as at least `refill` rows are free.
+        """
+        batch = self._batch
+        while True:
+            batch.drop_cancelled()
+            if not batch.requests or self._max_rows - batch.live >= refill:
+                batch.add(self._joining(batch, waiting))
+            if not batch.requests:
+                return
+            yield batch.step()
+
+    def _joining(self, batch: DecodingBatch, waiting: list[DecodeRequest]) -> list[DecodeRequest]:
+        """Take out who joins now, as memory allows: rows and prompts are padded to the longest."""
+        joining: list[DecodeRequest] = []
+        rows, longest = batch.live, max((request.max_tokens for request in batch.requests), default=0)
+        with self._submitting:
+            waiting[:] = [request for request in waiting if not request.cancelled]
+            for request in waiting:
+                rows, longest = rows + request.sampling.n, max(longest, request.max_tokens)
+                fits = rows <= self._max_rows and rows * longest <= self._cache_tokens
+                if not fits and (joining or batch.requests):
+                    break
+                joining.append(request)
+            del waiting[: len(joining)]
+        return joining
+
+    def _rollout(self, request: DecodeRequest, row: Row) -> Rollout:
+        assert row.stop is not None, "every row has ended"
         return Rollout(
-            problem_id=row.prompt.problem_id,
+            problem_id=request.prompt.problem_id,
             index=row.index,
             ids=tuple(row.ids),
             logprobs=tuple(row.logprobs),
@@ -93,113 +178,3 @@ class LocalEngine:
             seed=row.seed,
             text=self._chat.text(row.ids),
         )
-
-
-class _Batch:
-    """The rows that are being decoded, with the logits (B, V) of each row's next token."""
-
-    def __init__(self, vlm: Vlm, chat: Chat, sampling: Sampling, step: int) -> None:
-        self._vlm, self._chat, self._sampling, self._step = vlm, chat, sampling, step
-        self._banned = torch.tensor(sampling.banned_ids, dtype=torch.long, device=vlm.device)
-        self._cache: ForestCache | None = None
-        self._logits = torch.empty(0)
-        self.rows: list[_Row] = []
-
-    @property
-    def live(self) -> int:
-        """Rows without a stop reason."""
-        return sum(row.stop is None for row in self.rows)
-
-    def add(self, prompts: Sequence[tuple[int, Prompt]]) -> None:
-        """Prefill prompts, given with their places, and open `n` rows on each."""
-        for chunk in _by_tokens(prompts, PREFILL_TOKENS):
-            trunks = pack([Tree(prompt=p, branches=()) for _, p in chunk], self._chat.patches)
-            trunks = trunks.to(self._vlm.device)
-            plan = RecordingPlan(attention.make_plan(self._vlm.attention, trunks.layout, self._vlm.device))
-            images = image_inputs(self._vlm, trunks)
-            states = hidden_states(self._vlm, trunks.ids, trunks.positions, plan=plan, **images)
-            ends = [span.stop - 1 for span in trunks.layout.trees]
-            logits = self._head(states[ends]).repeat_interleave(self._sampling.n, dim=0)
-            cache = ForestCache.prefilled(plan, trunks.layout, self._sampling.n)
-            starts = [int(trunks.positions[:, s.start : s.stop].max()) + 1 for s in trunks.layout.trees]
-            self._open(chunk, starts)
-            if self._cache is None:
-                self._cache, self._logits = cache, logits
-            else:
-                self._cache.append(cache)
-                self._logits = torch.cat([self._logits, logits])
-
-    def _open(self, prompts: Sequence[tuple[int, Prompt]], starts: Sequence[int]) -> None:
-        for (place, prompt), start in zip(prompts, starts, strict=True):
-            first = prompt.repeat * self._sampling.n
-            for index in range(self._sampling.n):
-                seed = rollout_seed(self._sampling.seed, self._step, prompt.problem_id, first + index)
-                self.rows.append(_Row(place=place, prompt=prompt, index=index, seed=seed, start=start))
-
-    def _head(self, states: Tensor) -> Tensor:
-        logits: Tensor = self._vlm.model.get_output_embeddings()(states)
-        return logits
-
-    def step(self) -> list[_Row]:
-        """Choose a token for every row, then compute the next logits; returns the rows that ended."""
-        ids, logprobs = self._choose()
-        ended = []
-        for row, token, logprob in zip(self.rows, ids.tolist(), logprobs.tolist(), strict=True):
-            if row.stop is None:
-                row.ids.append(token)
-                row.logprobs.append(logprob)
-                row.stop = self._verdict(row)
-                if row.stop is not None:
-                    ended.append(row)
-        self._advance(ids)
-        return ended
-
-    def _choose(self) -> tuple[Tensor, Tensor]:
-        """The next token of every row, and its logprob."""
-        seeds = torch.tensor([row.seed for row in self.rows], device=self._vlm.device)
-        counters = torch.tensor([len(row.ids) for row in self.rows], device=self._vlm.device)
-        return choose(
-            self._logits,
-            uniform(seeds, counters),
-            temperature=self._sampling.temperature,
-            top_p=self._sampling.top_p,
-            banned=self._banned,
-        )
-
-    def _verdict(self, row: _Row) -> StopReason | None:
-        """Whether a row ends with its newest token, and why."""
-        if row.ids[-1] in self._sampling.stop_ids:
-            return StopReason.EOS
-        return StopReason.LENGTH if len(row.ids) >= self._sampling.max_new_tokens else None
-
-    def _advance(self, ids: Tensor) -> None:
-        """Feed the chosen tokens; ended rows ride along until an eighth of the rows has ended."""
-        assert self._cache is not None, "rows were added before"
-        ended = len(self.rows) - self.live
-        if ended == len(self.rows):
-            self.rows, self._cache = [], None
-            return
-        if ended * 8 >= len(self.rows):
-            kept = [i for i, row in enumerate(self.rows) if row.stop is None]
-            self.rows = [self.rows[i] for i in kept]
-            chosen = torch.tensor(kept, device=ids.device)
-            self._cache.keep(chosen)
-            ids = ids[chosen]
-        starts = torch.tensor([row.start for row in self.rows], device=ids.device)
-        positions = (starts + self._cache.row_lengths).expand(3, -1)
-        self._cache.begin_step()
-        self._logits = self._head(hidden_states(self._vlm, ids, positions, plan=self._cache))
-        self._cache.end_step()
-
-
-def _by_tokens(prompts: Sequence[tuple[int, Prompt]], budget: int) -> list[list[tuple[int, Prompt]]]:
-    """Split into runs of at most `budget` prompt tokens (at least one prompt each)."""
-    chunks: list[list[tuple[int, Prompt]]] = []
-    used = budget
-    for place, prompt in prompts:
-        if used + len(prompt.ids) > budget:
-            chunks.append([])
-            used = 0
-        chunks[-1].append((place, prompt))
-        used += len(prompt.ids)
-    return chunks

@@ -7,7 +7,6 @@ key, a wrong name) ends the run with an error that says what to do.
 """
 
 import asyncio
-import base64
 import email.utils
 import os
 import queue
@@ -23,6 +22,7 @@ from typing import Any, Self
 
 import openai
 
+from rlcs.data.images import data_uri, encoded_image
 from rlcs.engines.stop_reasons import RETRYABLE, STOP_REASONS, stop_reason
 from rlcs.errors import DataError, EndpointError
 from rlcs.recipe.sampling import Endpoint
@@ -36,10 +36,7 @@ from rlcs.records import (
     rollout_seed,
 )
 from rlcs.signals import StopFlag
-from rlcs.storage import encoded_image, image_kind
 
-IMAGE_LIMIT = 50_000_000
-"""Pixels; the bound of the bytes read for one image."""
 FIRST_WAIT_S = 0.5
 """Before the second attempt; doubled for each further one, up to LONGEST_WAIT_S."""
 LONGEST_WAIT_S = 30.0
@@ -274,8 +271,7 @@ def content(message: Message) -> str | list[dict[str, object]]:
 
 def data_url(ref: ImageRef) -> str:
     """The image in its own bytes as a `data:` URL. Raises ImageError."""
-    data = encoded_image(ref, limit=IMAGE_LIMIT)
-    return f"data:image/{image_kind(data)};base64,{base64.b64encode(data).decode()}"
+    return data_uri(encoded_image(ref))
 
 
 def _failure(request: Request, error: Exception, *, retryable: bool = False) -> Sample:

@@ -26,7 +26,7 @@ from rlcs.grading import GradePool
 from rlcs.progress import Screen, screen
 from rlcs.recipe.sampling import Endpoint, EngineSettings
 from rlcs.recipe.schema import Eval, Prompts
-from rlcs.records import Grade, Request, Sample, SampleKey
+from rlcs.records import Grade, Request, Sample, SampleKey, to_row
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json
 
@@ -162,11 +162,10 @@ class _ModelOnBenchmark:
             stop.check(str(self._folder))
             rules, judged = self._grade(samples, stop)
             stop.check(str(self._folder))
-            verdicts: dict[SampleKey, dict[str, Any]] = {sample.key: {"rules": {}} for sample in samples}
-            for rule, grades in rules.items():
-                for sample, grade in zip(samples, grades, strict=True):
-                    verdict = {"correct": grade.correct, "extracted": grade.extracted, "why": grade.why}
-                    verdicts[sample.key]["rules"][rule] = verdict
+            verdicts = {
+                sample.key: {"rules": {rule: to_row(grades[place]) for rule, grades in rules.items()}}
+                for place, sample in enumerate(samples)
+            }
             annotate(self._folder / PREDICTIONS, verdicts)
             scores = {**self._scores(samples, rules, failed), "judge": judged}
             write_json(self._folder / "scores.json", scores)

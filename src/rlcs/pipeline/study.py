@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from rlcs import distill, report
+from rlcs.data.problem_store import ProblemStore
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import MakeEngine, open_engines
 from rlcs.errors import RlcsError, RunFolderError
-from rlcs.evals.arms import CHUNK, Evaluator, evaluate, write_problems
-from rlcs.evals.intervals import wilson
+from rlcs.evals.arms import CHUNK, Evaluator, evaluate
+from rlcs.evals.scores import with_interval
 from rlcs.generation import EngineSampler
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
@@ -254,10 +255,8 @@ class Study:
         log.info("eval %s: done", arm)
 
     def _show(self, problems: Sequence[Problem]) -> None:
-        folder = self.folder / "eval"
-        if not (folder / "problems.jsonl").exists():
-            limit = self.recipe.images.decode_limit
-            write_problems(problems, folder, decode_limit=limit, gallery=self.recipe.report.gallery)
+        pictured = 8 * self.recipe.report.gallery
+        ProblemStore(self.folder / "eval", max_pictured=pictured).add(problems)
 
     def _summary(self) -> dict[str, Any]:
         seconds = {}
@@ -411,10 +410,8 @@ def averaged(recipe: Recipe, summaries: dict[int, dict[str, Any]]) -> dict[str, 
     first = next(iter(summaries.values()))
     for arm in first["arms"]:
         each = [summary["arms"][arm] for summary in summaries.values()]
-        accuracy = sum(one["accuracy"] for one in each) / len(each)
-        n = each[0]["n"]
-        low, high = wilson(round(accuracy * n), n)
-        arms[arm] = {"accuracy": accuracy, "low": low, "high": high, "n": n}
+        accuracy, n = sum(one["accuracy"] for one in each) / len(each), each[0]["n"]
+        arms[arm] = {**with_interval(accuracy, n), "n": n}
     stages = first["seconds"]
     return {
         "name": recipe.name,

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from rlcs.engines.local import PREFILL_TOKENS
+from rlcs.engines.decoding import PREFILL_TOKENS
 from rlcs.plan.machine import GIB
 from rlcs.plan.placement import Placement, servers_beside
 from rlcs.plan.shapes import Sizes, head_size

@@ -123,7 +123,7 @@ def _shares(runs: Sequence[Run], arm: str) -> dict[tuple[str, str, str], float]:
     for run in runs:
         known = {p.id: (p.id, p.question, p.answer) for p in run.problems}
         for name, answer in run.answers.get(arm, {}).items():
-            verdicts.setdefault(known.get(name, (name, "", "")), []).append(answer.correct is True)
+            verdicts.setdefault(known.get(name, (name, "", "")), []).append(answer.grade.correct is True)
     return {key: fmean(each) for key, each in verdicts.items()}
 
 

@@ -3,7 +3,6 @@
 `rlcs serve` becomes such a vLLM; `rlcs chat` talks to either kind as `session` does to a model of our own.
 """
 
-import json
 import os
 import secrets
 import tempfile
@@ -17,8 +16,9 @@ from typing import Any
 import httpx
 import openai
 
-from rlcs.engines.openai_client import IMAGE_LIMIT, content, status_error
-from rlcs.engines.vllm.server import CPU_FLAGS, Launch, Process
+from rlcs.data.images import DECODE_LIMIT
+from rlcs.engines.openai_client import content, status_error
+from rlcs.engines.vllm.server import Launch, Process, flags
 from rlcs.errors import EndpointError, ModelError
 from rlcs.model.loading import default_device, resolve
 from rlcs.recipe.sampling import Endpoint, Rollouts
@@ -29,8 +29,8 @@ CONNECT_S = 10.0
 """Seconds in which a server must take the connection."""
 NOT_KNOWN = ("--queue", "--max-tokens", "--max-pixels", "--max-body-bytes", "--request-s")
 """Limits of our own server that vLLM does not have."""
-_TRUE_OF_ALL = ("--generation-config", "vllm", "--allowed-media-domains", "nowhere.invalid")
-"""No sampling defaults of the model's own; images as `data:` URLs alone: it fetches nothing for others."""
+_DATA_URLS_ALONE = {"allowed_media_domains": "nowhere.invalid"}
+"""Images come as `data:` URLs: the server fetches nothing for others."""
 _POLL_S = 0.5
 
 
@@ -82,7 +82,7 @@ class RemoteSession:
 
     def stream(self, messages: Sequence[Message | Mapping[str, Any]], settings: Settings) -> RemoteStream:
         """Answer a conversation, piece by piece: see `Session.stream`. Raises EndpointError, DataError."""
-        turns = [as_message(message, limit=IMAGE_LIMIT) for message in messages]
+        turns = [as_message(message, limit=DECODE_LIMIT) for message in messages]
         asked: list[Any] = [{"role": turn.role, "content": content(turn)} for turn in turns]
         with _told(self._server):
             chunks = self._client.chat.completions.create(
@@ -120,15 +120,10 @@ class Serving(Launch):
 
     def command(self, folder: Path, port: int) -> list[str]:
         """The command line; the key does not show in it."""
-        share = self.settings.memory_share
-        return [
-            self.settings.executable, "serve", str(folder), "--host", self.host, "--port", str(port),
-            "--served-model-name", self.name, "--dtype", self.dtype, "--max-model-len", str(self.max_tokens),
-            "--max-num-seqs", str(self.max_rows),
-            "--limit-mm-per-prompt", json.dumps({"image": self.max_images, "video": 0}), *_TRUE_OF_ALL,
-            *([] if share is None else ["--gpu-memory-utilization", str(share)]),
-            *(CPU_FLAGS if self.on_cpu else ()),
-        ]  # fmt: skip
+        address = {"host": self.host, "port": port, "served_model_name": self.name}
+        images = {"limit_mm_per_prompt": {"image": self.max_images, "video": 0}, **_DATA_URLS_ALONE}
+        words = flags({**address, **self.arguments, **images})
+        return [self.settings.executable, "serve", str(folder), *words]
 
     def environment(self, index: int) -> dict[str, str]:
         """The environment, with the key in it and without vLLM's count of users."""
@@ -156,7 +151,7 @@ def own_server(program: str, model: str, *, share: float | None) -> Iterator[Rem
             while not _is_well(process.url):
                 if not process.runs or time.monotonic() > end:
                     fix = "--engine local takes the engine that comes with rlcs"
-                    raise ModelError(f"vLLM does not start:\n{process.last_words}", where=model, fix=fix)
+                    raise ModelError(f"vLLM does not start:\n{process.last_errors}", where=model, fix=fix)
                 time.sleep(_POLL_S)
             yield RemoteSession(Endpoint(base_url=f"{process.url}/v1", model=model), key=launch.key)
         finally:

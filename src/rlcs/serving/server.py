@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over the continuous engine.
+"""An OpenAI-compatible server over the local engine.
 
 Every request has a place (or is told to come back), a deadline and bounded sizes; who goes away
 takes the request along. Prompts are built in one thread, the model runs in another.
@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from rlcs.engines.continuous import Token
+from rlcs.engines.decoding import Token
 from rlcs.errors import UserError
 from rlcs.records import Prompt, Sampling, StopReason
 from rlcs.serving.protocol import (
@@ -161,11 +161,11 @@ class ChatCompletions:
         del body
         events: asyncio.Queue[Token | Exception] = asyncio.Queue()
 
-        def tell(event: Token | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+        def receive(event: Token | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop closed while the server was ending
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ticket = service.session.engine.submit(prompt, sampling, tell=tell, stops=ask.stops)
+        submitted = service.session.engine.submit(prompt, sampling, listener=receive, stops=ask.stops)
         answer = _Reply(service, ask, len(prompt.ids), _tokens(events, sampling.n))
         writing = asyncio.create_task(answer.write(request, send))
         leaving = asyncio.create_task(_gone(request))
@@ -175,7 +175,7 @@ class ChatCompletions:
                 raise ClientDisconnect
             writing.result()
         finally:
-            ticket.cancel()
+            submitted.cancel()
             writing.cancel()
             leaving.cancel()
             await asyncio.gather(writing, leaving, return_exceptions=True)

@@ -4,7 +4,6 @@ The prompt is built by segments (what people type stays text), images take the o
 the pixel bounds of the training, and the system prompt is the one that was saved with the model.
 """
 
-import io
 import math
 import queue
 import secrets
@@ -14,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlcs.engines.continuous import ContinuousEngine, Ticket, Token
+from rlcs.data.images import encode, image_from_bytes, image_from_path
+from rlcs.engines.decoding import Token
+from rlcs.engines.local import LocalEngine
 from rlcs.errors import ImageError, PromptError, RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.model import loading
@@ -22,7 +23,9 @@ from rlcs.model.chat import Chat, default_system
 from rlcs.model.loading import Vlm
 from rlcs.recipe.schema import Images, Model, Prompts, Recipe
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
-from rlcs.storage import image_from_bytes, image_from_path
+
+CACHE_TOKENS = 1 << 18
+"""Prompt and answer tokens for which a session keeps keys and values at most, over all requests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +83,7 @@ def picture(image: Any, *, limit: int) -> ImageRef:
     if isinstance(image, bytes):
         return image_from_bytes(image, limit=limit, where="the image")
     if hasattr(image, "save"):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return image_from_bytes(buffer.getvalue(), limit=limit, where="the image")
+        return image_from_bytes(encode(image), limit=limit, where="the image")
     raise ImageError(f"a {type(image).__name__} is no image", fix="give a path, bytes or a PIL image")
 
 
@@ -103,17 +104,17 @@ def as_message(message: Message | Mapping[str, Any], *, limit: int) -> Message:
 class Stream(Iterator[str]):
     """Pieces of one answer as they come; afterwards `answer` holds the whole. Close it to cancel."""
 
-    def __init__(self, engine: ContinuousEngine, prompt: Prompt, sampling: Sampling) -> None:
+    def __init__(self, engine: LocalEngine, prompt: Prompt, sampling: Sampling) -> None:
         """The request is under way at once."""
         self._started = time.perf_counter()
         self._events: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
         self._prompt_tokens, self._tokens, self._text = len(prompt.ids), 0, ""
-        self._ticket: Ticket = engine.submit(prompt, sampling, tell=self._events.put)
+        self._request = engine.submit(prompt, sampling, listener=self._events.put)
         self._answer: Answer | None = None
 
     def __next__(self) -> str:
         """The next piece that is not empty. Raises RlcsError when the engine failed."""
-        while self._answer is None and not self._ticket.cancelled:
+        while self._answer is None and not self._request.cancelled:
             event = self._events.get()
             if isinstance(event, Exception):
                 self.close()
@@ -150,10 +151,10 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """Stop generating."""
-        self._ticket.cancel()
+        self._request.cancel()
 
     def __del__(self) -> None:
-        """Nobody will read on."""
+        """Stop generating when the stream is thrown away."""
         self.close()
 
 
@@ -170,7 +171,7 @@ class Session:
             images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
         )
         self.chat: Chat = loading.make_chat(vlm, recipe)
-        self.engine = ContinuousEngine(vlm, self.chat, max_rows=max_rows)
+        self.engine = LocalEngine(vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS)
         self._decode_limit = recipe.images.decode_limit
 
     def ask(

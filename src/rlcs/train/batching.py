@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from PIL import Image
 
+from rlcs.data.images import image_from_bytes
 from rlcs.distributed import World
 from rlcs.model.chat import Chat
 from rlcs.model.packing import Pack, balanced, pack, within_budget
 from rlcs.records import ImageRef, Problem, Tree
-from rlcs.storage import image_from_bytes
 
 T = TypeVar("T")
 

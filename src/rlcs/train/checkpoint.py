@@ -250,7 +250,7 @@ def _put_in_place(aside: Path, target: Path, *, keep: int, step: int) -> None:
     if target.exists():
         target.replace(replaced)  # a rename cannot replace a folder that has files
     aside.replace(target)
-    _fsync(folder)
+    storage.fsync(folder)
     if replaced.exists():
         _remove(replaced)
     _prune(folder, step, keep)
@@ -275,7 +275,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, path)
         storage.open_as_its_folder(path)  # safetensors leaves it to its owner alone
-        _fsync(path)  # by the rank that wrote it: rank 0 may be on another machine
+        storage.fsync(path)  # by the rank that wrote it: rank 0 may be on another machine
     except (OSError, SafetensorError) as error:
         raise storage.cannot_write(path, sum(t.nbytes for t in tensors.values()), error) from error
 
@@ -374,15 +374,6 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f"{path.name.partition('.')[0]}.tmp-{os.getpid()}")
     path.replace(doomed)
     shutil.rmtree(doomed)
-
-
-def _fsync(path: Path) -> None:
-    """Make a file, or the renames in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- disk to state ------------------------------------------------------------------------------

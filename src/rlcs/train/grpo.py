@@ -23,7 +23,7 @@ from rlcs.model.policy import Scores
 from rlcs.progress import Screen
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Grpo
-from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree
+from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree, to_row
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
 from rlcs.train.health import SIGNS
@@ -108,7 +108,7 @@ def train(
         outcomes = learn(trainer, actors, groups, settings, clock=clock)
         folder.zero_variance_steps = folder.zero_variance_steps + 1 if all(map(flat, groups)) else 0
         _require_signal(folder.zero_variance_steps, settings)
-        folder.journal(step + 1, [row for group in groups for row in journal_rows(group)])
+        folder.journal(step + 1, [to_row(each) for group in groups for each in group.samples])
         folder.note_problems(group.problem for group in groups)
         report = folder.report(
             outcomes[0] if outcomes else None,
@@ -404,22 +404,3 @@ def averaged(outcomes: Sequence[StepResult]) -> dict[str, float]:
     for name in values.keys() & {"sampler_gap", "sampler_gap_max"}:
         values[name] = outcomes[0].values[name]
     return values
-
-
-def journal_rows(group: Group) -> list[dict[str, object]]:
-    """One JSON-able row a rollout."""
-    return [
-        {
-            "id": group.problem.id,
-            "index": rollout.index,
-            "text": rollout.text,
-            "reward": grade.reward,
-            "correct": grade.correct,
-            "extracted": grade.extracted,
-            "why": grade.why,
-            "stop": rollout.stop.value,
-            "tokens": len(rollout.ids),
-            "advantage": advantage,
-        }
-        for rollout, grade, advantage in zip(group.rollouts, group.grades, group.advantages, strict=True)
-    ]

@@ -1,12 +1,11 @@
 """Rollouts by vLLM, in servers or in this process; either way the same prompts, seeds and records."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 from rlcs.engines.base import Progress
-from rlcs.engines.vllm.fleet import Body, Take
-from rlcs.engines.vllm.protocol import request_body, rollouts_of
+from rlcs.engines.vllm.protocol import PromptRequest, Take
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
 from rlcs.model.chat import Chat
 from rlcs.model.loading import Vlm, give_back_memory
@@ -14,10 +13,13 @@ from rlcs.records import Prompt, Rollout, Sampling
 
 
 class Backend(Protocol):
-    """Answers requests by given weights."""
+    """A vLLM, or several."""
 
-    def ask(self, bodies: Sequence[Body], weights: Weights, take: Take) -> None:
-        """Give every reply to `take`, in any order."""
+    def generate(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
+        """Answer all requests by these weights; `take` gets the place of each and its answers, in any order.
+
+        Raises TrainingError if a request fails too often.
+        """
         ...
 
 
@@ -37,47 +39,35 @@ class VllmEngine:
         self._weights = self._published.publish(self._vlm)
 
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        step: int = 0,
-        progress: Progress | None = None,
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress = None
     ) -> list[tuple[Rollout, ...]]:
-        """See `Engine.sample`. Raises TrainingError if no server answers for long, EndpointError.
-
-        Under `torchrun` every rank calls this with its own prompts, and rank 0 asks for all.
-        """
+        """See `Engine.sample`; rank 0 sends the prompts of all ranks. Raises TrainingError, EndpointError."""
         if self._weights is None or self._weights != self._published.newest:
             self.sync()
         # vLLM starts, starts again or wakes up on rank 0 below, maybe on GPUs that train, each of which
-        # has a rank with a cache of its own: nobody passes the gathering before all have done this.
+        # has a rank with a cache of its own: no rank passes the gathering before all have done this.
         give_back_memory()
         world = self._vlm.world
-        by_rank = world.gather(list(prompts))
-        everything = [prompt for some in by_rank for prompt in some]
-        groups = world.first(lambda: self._ask(everything, sampling, step=step, progress=progress))
+        by_rank = world.gather(
+            [
+                PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
+                for prompt in prompts
+            ]
+        )
+        requests = [request for some in by_rank for request in some]
+        groups = world.first(lambda: self._generate(requests, progress))
         start = sum(len(some) for some in by_rank[: world.rank])
         return groups[start : start + len(prompts)]
 
-    def _ask(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, progress: Progress | None
-    ) -> list[tuple[Rollout, ...]]:
+    def _generate(self, requests: Sequence[PromptRequest], progress: Progress) -> list[tuple[Rollout, ...]]:
         assert self._weights is not None, "sync has published them"
         groups: dict[int, tuple[Rollout, ...]] = {}
 
-        def take(place: int, reply: dict[str, Any]) -> bool:
-            group = rollouts_of(reply, prompts[place], sampling, step=step, text=self._chat.text)
-            if group is None:
-                return False
-            groups[place] = group
+        def take(place: int, rollouts: tuple[Rollout, ...]) -> None:
+            groups[place] = tuple(replace(rollout, text=self._chat.text(rollout.ids)) for rollout in rollouts)
             if progress is not None:
-                progress(len(group))
-            return True
+                progress(len(rollouts))
 
-        bodies = [
-            partial(request_body, prompt, sampling, step=step, limit=self._decode_limit) for prompt in prompts
-        ]
-        if bodies:
-            self._backend.ask(bodies, self._weights, take)
-        return [groups[place] for place in range(len(prompts))]
+        if requests:
+            self._backend.generate(requests, self._weights, take)
+        return [groups[place] for place in range(len(requests))]

@@ -1,7 +1,7 @@
-"""Prompts spread over vLLM servers: each keeps as many under way as it may, and what one fails another does.
+"""Prompts spread over vLLM servers: each has as many under way as it may; what one fails, another answers.
 
-A server that dies, hangs or comes back with older weights loses its turn until it is well again and has the
-weights of now; what it had under way goes back into the queue. Only when no server is well for a long
+A server that dies, hangs or comes back with older weights gets no requests until it is well again and has
+the newest weights; what it had under way goes back into the queue. Only when no server is well for a long
 while, or a prompt fails again and again, does the run stop.
 """
 
@@ -10,23 +10,19 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from rlcs.engines.vllm.server import AgainError, DownError, Launch, Server
+from rlcs.engines.vllm.protocol import PromptRequest, Take
+from rlcs.engines.vllm.server import DownError, Launch, RetryableError, Server
 from rlcs.engines.vllm.weights import Weights
 from rlcs.errors import RlcsError, TrainingError
 from rlcs.recipe.sampling import Rollouts
 
 log = logging.getLogger("rlcs")
-
-Body = Callable[[], dict[str, Any]]
-"""Makes the body of one request when its turn has come."""
-Take = Callable[[int, dict[str, Any]], bool]
-"""Given the place of a request and its reply; False if it must be asked again."""
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
@@ -34,13 +30,13 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 class _Work:
     """The requests of one round: which wait, how often each was tried, and why the round ends early."""
 
-    def __init__(self, bodies: Sequence[Body], weights: Weights, take: Take) -> None:
-        self.bodies, self.weights, self.take = bodies, weights, take
+    def __init__(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
+        self.requests, self.weights, self.take = requests, weights, take
         self.queue: asyncio.Queue[int] = asyncio.Queue()
-        for place in range(len(bodies)):
+        for place in range(len(requests)):
             self.queue.put_nowait(place)
         self.tries: Counter[int] = Counter()
-        self.left = len(bodies)
+        self.left = len(requests)
         self.ended = asyncio.Event()
         self.failure: RlcsError | None = None
         self.last_sign = time.monotonic()
@@ -67,20 +63,17 @@ class Fleet:
             Server(settings, index, logs=logs, url=url, launch=launch) for index, url in enumerate(urls)
         ]
 
-    def ask(self, bodies: Sequence[Body], weights: Weights, take: Take) -> None:
-        """Ask everything, by these weights; `take` is given each reply as it comes.
-
-        Raises TrainingError when no server is well for too long or a prompt fails too often.
-        """
-        asyncio.run(self._ask(bodies, weights, take))
+    def generate(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
+        """See `Backend.generate`. Raises TrainingError also when no server is well for too long."""
+        asyncio.run(self._generate(requests, weights, take))
 
     def close(self) -> None:
         """End our own servers."""
         for server in self._servers:
             server.close()
 
-    async def _ask(self, bodies: Sequence[Body], weights: Weights, take: Take) -> None:
-        work = _Work(bodies, weights, take)
+    async def _generate(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
+        work = _Work(requests, weights, take)
         # No proxy stands between a trainer and its servers.
         async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
             await asyncio.gather(*(self._serve(server, client, work) for server in self._servers))
@@ -93,17 +86,17 @@ class Fleet:
         while not work.ended.is_set():
             try:
                 await _unless_ended(work, [server.up(client, work.weights)])
-                # Watched: one whose engine dies now never answers, and loading may take long otherwise too.
-                loading = server.take(client, work.weights)
+                # A server whose engine dies now never answers, which a limit on loading would find out late.
+                loading = server.load_weights(client, work.weights)
                 await _unless_ended(work, [self._watch(server, client, work), loading])
                 work.last_sign, wait = time.monotonic(), _FIRST_WAIT_S
-                turns = [self._turn(server, client, work) for _ in range(self._settings.concurrency)]
-                await _unless_ended(work, [self._watch(server, client, work), *turns])
+                senders = [self._answer_all(server, client, work) for _ in range(self._settings.concurrency)]
+                await _unless_ended(work, [self._watch(server, client, work), *senders])
             except RlcsError as error:
                 work.fail(error)
             except DownError as down:
                 log.warning("%s: %s; trying again", server.name, down)
-                if down.hopeless:
+                if down.needs_restart:
                     server.restart()
                 self._require_sign(server, down, work)
                 await _pause(work, wait)
@@ -126,37 +119,29 @@ class Fleet:
             await server.require_well(client)
             work.last_sign = time.monotonic()
 
-    async def _turn(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
-        """One request after the other, for ever."""
+    async def _answer_all(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
+        """Send one request after the other, without an end."""
         while True:
             place = await work.queue.get()
-            try:
-                answered = await self._answer(place, server, client, work)
-            except BaseException:  # cancelled with its server, or the server failed: another's turn
-                work.queue.put_nowait(place)
-                raise
-            if not answered:
-                work.queue.put_nowait(place)
-
-    async def _answer(self, place: int, server: Server, client: httpx.AsyncClient, work: _Work) -> bool:
-        work.tries[place] += 1
-        if work.tries[place] > self._settings.max_tries:
-            raise TrainingError(
-                f"a prompt got no answer in {self._settings.max_tries} tries",
-                where=server.name,
-                fix="see its log; the same command continues from the last checkpoint",
-            )
-        body = await asyncio.to_thread(work.bodies[place])
-        try:
-            answered = work.take(place, await server.generate(client, body, work.weights))
-        except AgainError as error:
-            log.warning("%s", error)
             answered = False
-        if answered:
-            work.done()
-        else:
-            await asyncio.sleep(_FIRST_WAIT_S * work.tries[place])
-        return answered
+            try:
+                work.tries[place] += 1
+                if work.tries[place] > self._settings.max_tries:
+                    raise TrainingError(
+                        f"a prompt got no answer in {self._settings.max_tries} tries",
+                        where=server.name,
+                        fix="see its log; the same command continues from the last checkpoint",
+                    )
+                work.take(place, await server.generate(client, work.requests[place], work.weights))
+                answered = True
+            except RetryableError as error:
+                log.warning("%s", error)
+                await asyncio.sleep(_FIRST_WAIT_S * work.tries[place])
+            finally:  # also when it was cancelled with its server: then another one answers
+                if answered:
+                    work.done()
+                else:
+                    work.queue.put_nowait(place)
 
 
 async def _unless_ended(work: _Work, jobs: Sequence[Any]) -> None:

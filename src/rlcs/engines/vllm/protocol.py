@@ -1,111 +1,145 @@
-"""What travels between us and vLLM, either way: token ids and images out, ids and logprobs back.
+"""What travels between us and vLLM: token ids and images out, ids and logprobs back.
 
 A prompt goes as token ids with one placeholder an image, which vLLM expands to as many as its own image
 processor makes patches for. The expanded ids come back and are compared with ours, so that a processor with
 other pixel bounds is an error and not a slightly different model. Text never goes: what looks like a
 placeholder in a question is plain text here and there.
+
+A vLLM in this process takes these objects as they are; for a server they have a JSON form.
 """
 
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlcs.data.images import data_uri, encode, open_image
 from rlcs.engines.stop_reasons import stop_reason
 from rlcs.errors import EndpointError
-from rlcs.records import ImageRef, Prompt, Rollout, Sampling, StopReason, rollout_seed
-from rlcs.storage import open_image
+from rlcs.records import Prompt, Rollout, Sampling, StopReason, rollout_seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BAN = -100.0
 """The lowest bias that vLLM takes: no id with it is ever drawn."""
 
 
-def collapsed(prompt: Prompt) -> list[int]:
-    """The prompt's ids with one placeholder for each image."""
-    ids: list[int] = []
-    at = 0
-    for start, end in prompt.spans:
-        ids += [*prompt.ids[at:start], prompt.image_token_id]
-        at = end
-    return [*ids, *prompt.ids[at:]]
+class Completion(NamedTuple):
+    """One answer, in vLLM's words."""
+
+    index: int
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    finish_reason: str
 
 
-def first_seed(sampling: Sampling, step: int, prompt: Prompt) -> int:
-    """The seed of a prompt's first answer; vLLM gives the i-th this plus i."""
-    return rollout_seed(sampling.seed, step, prompt.problem_id, prompt.repeat * sampling.n) >> 1
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRequest:
+    """`sampling.n` answers to one prompt. Images of more than `decode_limit` pixels are refused."""
 
+    prompt: Prompt
+    sampling: Sampling
+    step: int
+    decode_limit: int
 
-def sampling_fields(sampling: Sampling, seed: int) -> dict[str, Any]:
-    """Our sampling in the words of vLLM's SamplingParams.
+    @property
+    def token_ids(self) -> list[int]:
+        """The prompt's ids with one placeholder for each image."""
+        prompt = self.prompt
+        ids: list[int] = []
+        at = 0
+        for start, end in prompt.spans:
+            ids += [*prompt.ids[at:start], prompt.image_token_id]
+            at = end
+        return [*ids, *prompt.ids[at:]]
 
-    End tokens of the model's configuration are switched off: ours alone end an answer, as they do in the
-    local engine.
-    """
-    return {
-        "n": sampling.n,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_new_tokens,
-        "seed": seed,
-        "stop_token_ids": list(sampling.stop_ids),
-        "ignore_eos": True,
-        "logit_bias": {str(index): BAN for index in sampling.banned_ids},
-        "logprobs": 0,  # those of the chosen ids alone
-        "detokenize": False,
-    }
+    @property
+    def seed(self) -> int:
+        """The seed of the first answer; vLLM gives the i-th this plus i."""
+        first = self.prompt.repeat * self.sampling.n
+        return rollout_seed(self.sampling.seed, self.step, self.prompt.problem_id, first) >> 1
 
+    @property
+    def sampling_params(self) -> dict[str, Any]:
+        """The fields of vLLM's SamplingParams.
 
-def image_url(ref: ImageRef, *, limit: int) -> str:
-    """An image as we decode it, without loss, so that orientation and transparency are settled here."""
-    buffer = io.BytesIO()
-    open_image(ref, limit=limit).save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        End tokens of the model's configuration are switched off: ours alone end an answer, as they do in the
+        local engine.
+        """
+        sampling = self.sampling
+        return {
+            "n": sampling.n,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": self.seed,
+            "stop_token_ids": list(sampling.stop_ids),
+            "ignore_eos": True,
+            "logit_bias": dict.fromkeys(sampling.banned_ids, BAN),
+            "logprobs": 0,  # those of the chosen ids alone
+            "detokenize": False,
+        }
 
+    def images(self) -> "list[Image]":
+        """The images as we decode them: orientation and transparency are settled here. Raises ImageError."""
+        return [open_image(ref, limit=self.decode_limit) for ref in self.prompt.images]
 
-def request_body(prompt: Prompt, sampling: Sampling, *, step: int, limit: int) -> dict[str, Any]:
-    """The body of `POST /inference/v1/generate`. `limit` is in pixels. Raises ImageError."""
-    return {
-        "token_ids": collapsed(prompt),
-        "content_parts": [{"type": "image_url", "url": image_url(ref, limit=limit)} for ref in prompt.images],
-        "sampling_params": sampling_fields(sampling, first_seed(sampling, step, prompt)),
-        "return_token_ids": True,
-    }
+    def body(self) -> dict[str, Any]:
+        """The JSON body of `POST /inference/v1/generate`. Raises ImageError."""
+        return {
+            "token_ids": self.token_ids,
+            "content_parts": [
+                {"type": "image_url", "url": data_uri(encode(image, compress_level=1))}
+                for image in self.images()
+            ],
+            "sampling_params": self.sampling_params,
+            "return_token_ids": True,
+        }
 
+    def is_answered(self, finish_reasons: Sequence[object]) -> bool:
+        """Whether all answers are there and none was broken off; else the request must be sent again."""
+        stops = [stop_reason(reason) for reason in finish_reasons]
+        return len(stops) == self.sampling.n and StopReason.ERROR not in stops
 
-def rollouts_of(
-    reply: Mapping[str, Any],
-    prompt: Prompt,
-    sampling: Sampling,
-    *,
-    step: int,
-    text: Callable[[Sequence[int]], str],
-) -> tuple[Rollout, ...] | None:
-    """The answers in a reply, or None if one of them was broken off and the prompt must be asked again.
-
-    Raises EndpointError when vLLM saw another prompt than ours.
-    """
-    _require_same_prompt(reply["prompt_token_ids"], prompt)
-    choices = sorted(reply["choices"], key=lambda choice: int(choice["index"]))
-    stops = [stop_reason(choice["finish_reason"]) for choice in choices]
-    if len(choices) != sampling.n or StopReason.ERROR in stops:
-        return None
-    seed = first_seed(sampling, step, prompt)
-    return tuple(
-        Rollout(
-            problem_id=prompt.problem_id,
-            index=index,
-            ids=tuple(choice["token_ids"]),
-            logprobs=tuple(min(0.0, token["logprob"]) for token in choice["logprobs"]["content"]),
-            stop=stops[index],
-            seed=seed + index,
-            text=text(choice["token_ids"]),
+    def rollouts(self, prompt_ids: Sequence[int], completions: Iterable[Completion]) -> tuple[Rollout, ...]:
+        """The answers, still without text. Raises EndpointError when vLLM saw another prompt than ours."""
+        _require_same_prompt(prompt_ids, self.prompt)
+        return tuple(
+            Rollout(
+                problem_id=self.prompt.problem_id,
+                index=index,
+                ids=tuple(ids),
+                logprobs=tuple(min(0.0, logprob) for logprob in logprobs),
+                stop=stop_reason(finish_reason),
+                seed=self.seed + index,
+                text="",
+            )
+            for index, ids, logprobs, finish_reason in sorted(completions)
         )
-        for index, choice in enumerate(choices)
-    )
+
+    def rollouts_from(self, reply: Mapping[str, Any]) -> tuple[Rollout, ...] | None:
+        """The answers in the JSON reply of a server; None unless `is_answered`."""
+        choices = reply["choices"]
+        if not self.is_answered([choice["finish_reason"] for choice in choices]):
+            return None
+        completions = (
+            Completion(
+                index=choice["index"],
+                ids=choice["token_ids"],
+                logprobs=[token["logprob"] for token in choice["logprobs"]["content"]],
+                finish_reason=choice["finish_reason"],
+            )
+            for choice in choices
+        )
+        return self.rollouts(reply["prompt_token_ids"], completions)
 
 
-def weights_seen(reply: Mapping[str, Any]) -> set[str]:
-    """The versions of the weights that wrote the answers."""
+Take = Callable[[int, tuple[Rollout, ...]], None]
+"""Gets the place of a request and its answers."""
+
+
+def weight_versions(reply: Mapping[str, Any]) -> set[str]:
+    """The versions of the weights that wrote the answers in a server's reply."""
     return {span["version"] for choice in reply["choices"] for span in choice["weight_versions"] or ()}
 
 

@@ -8,6 +8,7 @@ are loaded under their version's name, and asked for by it.
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
 import re
 import signal
@@ -22,20 +23,24 @@ from typing import Any
 
 import httpx
 
-from rlcs.engines.vllm.protocol import weights_seen
+from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError
 from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
+from rlcs.records import Rollout
 from rlcs.storage import read_json
 
 OLDEST = (0, 32)
 """The first vLLM whose interfaces are those used here: ids with images in, expanded ids and weight versions
 out. Older ones also crashed from placeholders typed into a question (see docs/how-to/vllm-rollouts.md)."""
 GENERATE = "/inference/v1/generate"
-FLAGS = ("--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm")
-"""What every server needs: the endpoint; logprobs of the distribution that was sampled from (temperature and
-banned ids included); no sampling defaults of the model's own."""
-CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
+LOGPROBS = {"logprobs_mode": "processed_logprobs"}
+"""Logprobs of the distribution that was sampled from, temperature and banned ids included."""
+OWN_DEFAULTS = {"generation_config": "vllm"}
+"""No sampling defaults of the model's own."""
+NEEDED = {"enable_scale_out": True, **LOGPROBS, **OWN_DEFAULTS}
+"""What every server of rollouts needs; the first is for the endpoint."""
+ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 """On a CPU compiling costs more than it saves, and vLLM 0.32 dies there of a seeded prompt that is prefilled
 in parts (`CPU Generator does not use offset`)."""
 ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -46,14 +51,21 @@ _LAST_LINES, _LONGEST_LINE = 5, 500
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
-def adapter_room(rank: int) -> int:
-    """The smallest room for an adapter of this rank that vLLM can make."""
-    return next(room for room in ADAPTER_RANKS if room >= rank)
+def flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Arguments of `vllm.LLM` as `vllm serve` takes them."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
 
 
-def adapter_flags(rank: int) -> tuple[str, ...]:
-    """What a server needs for adapters of this rank."""
-    return ("--enable-lora", "--max-lora-rank", str(adapter_room(rank)))
+def adapter_arguments(rank: int) -> dict[str, Any]:
+    """What vLLM needs for adapters of this rank: the smallest room for them that it can make."""
+    return {"enable_lora": True, "max_lora_rank": next(room for room in ADAPTER_RANKS if room >= rank)}
 
 
 def context_length(sampler: EngineSettings, own: int) -> int | None:
@@ -62,23 +74,23 @@ def context_length(sampler: EngineSettings, own: int) -> int | None:
     They may say it in thousands (`8k`) or 1024s (`8K`). None: what fits into memory, which vLLM finds out.
     """
     words = " ".join(sampler.arguments) if sampler.engine == "vllm_server" else ""
-    if not (said := re.findall(r"--max[-_]model[-_]len[= ](\S+)", words)):
+    if not (found := re.findall(r"--max[-_]model[-_]len[= ](\S+)", words)):
         return own
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", said[-1])
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", found[-1])
     units = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
     return int(float(number[1]) * units[number[2]]) if number else None
 
 
 class DownError(Exception):
-    """The server does not do what it should; that may pass. `hopeless`: a restart is what it needs."""
+    """The server does not do what it should; that may pass. `needs_restart`: a restart is what it needs."""
 
-    def __init__(self, why: str, *, hopeless: bool = True) -> None:
+    def __init__(self, why: str, *, needs_restart: bool = True) -> None:
         """`why` goes to the log."""
         super().__init__(why)
-        self.hopeless = hopeless
+        self.needs_restart = needs_restart
 
 
-class AgainError(Exception):
+class RetryableError(Exception):
     """This one request failed; that may pass."""
 
 
@@ -93,23 +105,31 @@ class Launch:
     on_cpu: bool = False
     adapter_rank: int = 0
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `vllm.LLM`, in this process or in a server."""
+        share = self.settings.memory_share
+        return {
+            **OWN_DEFAULTS,
+            "dtype": self.dtype,
+            "max_model_len": self.max_tokens,
+            "max_num_seqs": self.max_rows,
+            "tensor_parallel_size": self.settings.tensor_parallel,
+            "limit_mm_per_prompt": {"video": 0},
+            **({} if share is None else {"gpu_memory_utilization": share}),
+            **(adapter_arguments(self.adapter_rank) if self.adapter_rank else {}),
+            **(ON_CPU if self.on_cpu else {}),
+        }
+
     def command(self, folder: Path, port: int) -> list[str]:
         """The command line of one server."""
-        settings, share = self.settings, self.settings.memory_share
-        memory = [] if share is None else ["--gpu-memory-utilization", str(share)]
-        adapters = adapter_flags(self.adapter_rank) if self.adapter_rank else ()
-        return [
-            settings.executable, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *FLAGS,
-            "--dtype", self.dtype, "--max-model-len", str(self.max_tokens),
-            "--max-num-seqs", str(self.max_rows),
-            "--tensor-parallel-size", str(settings.tensor_parallel),
-            "--limit-mm-per-prompt", '{"video": 0}',
-            *memory, *adapters, *(CPU_FLAGS if self.on_cpu else ()), *settings.arguments,
-        ]  # fmt: skip
+        address = {"host": "127.0.0.1", "port": port}
+        words = flags({**address, **NEEDED, **self.arguments})
+        return [self.settings.executable, "serve", str(folder), *words, *self.settings.arguments]
 
     @property
     def fits_itself(self) -> bool:
-        """Whether vLLM was told to take what it has memory for."""
+        """Whether vLLM takes what it has memory for."""
         return context_length(self.settings, self.max_tokens) is None
 
     def environment(self, index: int) -> dict[str, str]:
@@ -156,7 +176,7 @@ class Process:
         return self._popen.poll() is None
 
     @property
-    def last_words(self) -> str:
+    def last_errors(self) -> str:
         """What its part of the log calls errors, first to last, or else how it ends."""
         lines = self._log.read_bytes()[self._log_start :].decode("utf-8", "replace").splitlines()
         errors = [line[:_LONGEST_LINE] for line in lines if re.search(r"\b[A-Z]\w*Error: ", line)]
@@ -190,7 +210,7 @@ class Server:
         self._url, self._ours, self._launch = url.rstrip("/"), not url, launch
         self._log = logs / f"vllm-{index}.log"
         self._process: Process | None = None
-        self._known = self._paused = False
+        self._is_checked = self._paused = False
 
     @property
     def name(self) -> str:
@@ -206,11 +226,11 @@ class Server:
             await self._start(client, weights)
         await self.require_well(client)
 
-    async def take(self, client: httpx.AsyncClient, weights: Weights) -> None:
+    async def load_weights(self, client: httpx.AsyncClient, weights: Weights) -> None:
         """Give it these weights, unless it has them. Raises DownError; EndpointError if it does not fit."""
-        if not self._known:
+        if not self._is_checked:
             await self._require_fit(client, weights)
-            self._known = True
+            self._is_checked = True
         has = (await self._call(client, "GET", "/weight_info")).json()["weight_version"]
         if has != weights.version or self._paused:
             await self._load(client, weights, has)
@@ -223,10 +243,10 @@ class Server:
         end = time.monotonic() + self._settings.start_limit_s
         while time.monotonic() < end:
             if not process.runs:
-                if self._known:
+                if self._is_checked:
                     raise DownError("it ended while starting")
                 raise ModelError(
-                    f"vLLM ended while starting:\n{process.last_words}",
+                    f"vLLM ended while starting:\n{process.last_errors}",
                     where=str(self._log),
                     fix="see its log; rollout.arguments holds further arguments of vllm serve",
                 )
@@ -256,7 +276,7 @@ class Server:
         served = info["vllm_config"]["model_config"]
         if (mode := served["logprobs_mode"]) != "processed_logprobs":
             raise EndpointError(
-                f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(FLAGS)}"
+                f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(flags(NEEDED))}"
             )
         room, needed = served["max_model_len"], self._launch.max_tokens
         if room < needed and not self._launch.fits_itself:
@@ -273,12 +293,9 @@ class Server:
         """Raises EndpointError unless the server takes adapters of this rank while it runs."""
         room = (info["vllm_config"]["lora_config"] or {"max_lora_rank": 0})["max_lora_rank"]
         if room < rank or not info["vllm_env"][ADAPTER_SWITCH]:
-            flags = f"{ADAPTER_SWITCH}=1 in its environment and with {' '.join(adapter_flags(rank))}"
-            raise EndpointError(
-                f"it takes no adapters of rank {rank}",
-                where=self.name,
-                fix=f"start it with {flags}, or set rollout.lora=merged",
-            )
+            words = f"{ADAPTER_SWITCH}=1 in its environment and {' '.join(flags(adapter_arguments(rank)))}"
+            fix = f"start it with {words}, or set rollout.lora=merged"
+            raise EndpointError(f"it takes no adapters of rank {rank}", where=self.name, fix=fix)
 
     async def _load(self, client: httpx.AsyncClient, weights: Weights, has: str) -> None:
         """Pausing also drops every cache that holds something of older weights."""
@@ -315,41 +332,47 @@ class Server:
         except httpx.TransportError as error:
             raise DownError(f"{path}: {type(error).__name__}") from error
         if response.status_code == 404:
-            fix = f"start it with VLLM_SERVER_DEV_MODE=1 in its environment and with {' '.join(FLAGS)}"
+            fix = (
+                f"start it with VLLM_SERVER_DEV_MODE=1 in its environment and with {' '.join(flags(NEEDED))}"
+            )
             raise EndpointError(f"it has no {path}: {response.text[:200]}", where=self.name, fix=fix)
         if response.status_code != 200:
             raise DownError(f"{path}: {response.status_code} {response.text[:200]}")
         return response
 
     async def generate(
-        self, client: httpx.AsyncClient, body: Mapping[str, Any], weights: Weights
-    ) -> dict[str, Any]:
+        self, client: httpx.AsyncClient, request: PromptRequest, weights: Weights
+    ) -> tuple[Rollout, ...]:
         """The answers to one prompt, all by these weights.
 
-        Raises AgainError, DownError, or EndpointError if no further try can help.
+        Raises RetryableError, DownError, or EndpointError if no further try can help.
         """
         limit = self._settings.request_limit_s
+        body = await asyncio.to_thread(request.body)
         if weights.base is not None:
-            body = {**body, "model": weights.version}
+            body["model"] = weights.version
         try:
             response = await client.post(self._url + GENERATE, json=body, timeout=limit)
         except httpx.TransportError as error:
             raise DownError(f"{GENERATE}: {type(error).__name__}") from error
         if response.status_code == 429 or response.status_code >= 500:
-            raise AgainError(f"{self.name}: {response.status_code} {response.text[:200]}")
+            raise RetryableError(f"{self.name}: {response.status_code} {response.text[:200]}")
         if response.status_code == 404 and weights.version in response.text:
-            raise DownError("it does not know the adapter: it was restarted", hopeless=False)
+            raise DownError("it does not know the adapter: it was restarted", needs_restart=False)
         if response.status_code != 200:
             raise EndpointError(
                 f"it refuses a prompt: {response.status_code} {response.text[:500]}",
                 where=self.name,
-                fix=f"vllm serve needs {' '.join(FLAGS)}",
+                fix=f"vllm serve needs {' '.join(flags(NEEDED))}",
             )
         reply: dict[str, Any] = response.json()
-        by = weights.version if weights.base is None else reply["model"]
-        if weights_seen(reply) | {by} != {weights.version}:
-            raise DownError("it answered with other weights: it was restarted", hopeless=False)
-        return reply
+        model = weights.version if weights.base is None else reply["model"]
+        if weight_versions(reply) | {model} != {weights.version}:
+            raise DownError("it answered with other weights: it was restarted", needs_restart=False)
+        rollouts = request.rollouts_from(reply)
+        if rollouts is None:
+            raise RetryableError(f"{self.name}: an answer was broken off")
+        return rollouts
 
     def restart(self) -> None:
         """End a process of ours that does not do what it should; the next `ready` starts it anew."""

@@ -1,6 +1,6 @@
-"""The benchmarks: one file each, found by themselves.
+"""Benchmarks, one module each.
 
-A file of this room that holds a `BENCHMARK` is one; docs/how-to/add-a-benchmark.md shows how to add
+Every module of this package that holds a `BENCHMARK` is one; docs/how-to/add-a-benchmark.md shows how to add
 another.
 """
 

@@ -15,7 +15,7 @@ _ASK = (
 
 
 def read(row: Row) -> Question:
-    """One row; its `problem` says with `<image>` where the image stands."""
+    """Read one row; its `problem` says with `<image>` where the image stands."""
     problem = str(row["problem"])
     slots = problem.count(IMAGE_SLOT)
     images = row.get("images") or row.get("image")

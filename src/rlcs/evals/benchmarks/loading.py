@@ -1,7 +1,7 @@
-"""Rows of a benchmark, from the hub or from a folder with its official files, and their images.
+"""Loads a benchmark's questions with their images, from the hub or from a folder with its official files.
 
 A question whose image is missing or damaged is set aside and named, never asked without it: a score
-says of how many questions it is.
+says how many questions it covers.
 """
 
 from collections.abc import Iterator
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.images import image_from_bytes, image_from_path
 from rlcs.data.rows import BadRow
 from rlcs.data.sources import open_table, suggest
 from rlcs.errors import DataError, UserError
 from rlcs.evals.benchmarks.base import Benchmark, Question
 from rlcs.recipe.schema import Data
 from rlcs.records import ImageRef
-from rlcs.storage import image_from_bytes, image_from_path, read_json
+from rlcs.storage import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """The questions that can be asked with their images, and those that cannot, with reasons.
+    """A benchmark's questions with their images, and the ones that cannot be asked, with reasons.
 
     `of` is the number of questions in the split as published; `source` is what was read.
     """

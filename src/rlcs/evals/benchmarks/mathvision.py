@@ -15,7 +15,7 @@ _TAG = "<image1>"
 
 
 def read(row: Row) -> Question:
-    """One row."""
+    """Read one row."""
     question = text_of(row, "question")
     options = tuple(str(option) for option in row["options"] or ())
     in_picture = options == tuple("ABCDE"[: len(options)])

@@ -28,7 +28,7 @@ def _hint(row: Row) -> str:
 
 
 def read(row: Row) -> Question:
-    """One row."""
+    """Read one row."""
     unit = f" (Unit: {row['unit']})" if row["unit"] else ""
     choices = tuple(str(choice) for choice in row["choices"] or ())
     listed = f"\nChoices:\n{lettered(choices)}" if choices else ""

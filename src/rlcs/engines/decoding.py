@@ -1,0 +1,250 @@
+"""The batch that the local engine decodes: prompts prefilled once, branched n times, a token a row and step.
+
+All rows form one flat sequence of queries; `ForestCache` gives each its prompt and its own tokens. Every
+request has its own sampling settings, limit and stop strings, and joins and leaves while others go on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlcs.engines.cache import ForestCache, RecordingPlan
+from rlcs.engines.detokenizer import Detokenizer
+from rlcs.engines.sampling import choose, uniform
+from rlcs.model import attention
+from rlcs.model.chat import Chat
+from rlcs.model.loading import Vlm
+from rlcs.model.packing import pack
+from rlcs.model.policy import hidden_states, image_inputs
+from rlcs.records import Prompt, Sampling, StopReason, Tree, rollout_seed
+
+PREFILL_TOKENS = 16384
+"""Prompt tokens prefilled in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Token:
+    """One token of answer `index` and the text that it made certain; `stop` is set on the last one."""
+
+    index: int
+    id: int
+    logprob: float
+    text: str
+    stop: StopReason | None
+
+
+Listener = Callable[[Token | Exception], None]
+"""Called with every token, in the thread that decodes; an exception means that the request failed, and is
+the last call."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Row:
+    """One answer that is being decoded; `start` is the position of its first token."""
+
+    sampling: Sampling
+    index: int
+    seed: int
+    start: int
+    listener: Listener | None
+    detokenizer: Detokenizer
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop: StopReason | None = None
+
+    def take(self, token: int, logprob: float) -> None:
+        """Append a token, find out whether the answer ends with it, and report it to the listener."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if token in self.sampling.stop_ids:
+            self.stop = StopReason.EOS
+        elif len(self.ids) >= self.sampling.max_new_tokens:
+            self.stop = StopReason.LENGTH
+        if self.listener is None:
+            return
+        text = "" if self.stop is StopReason.EOS else self.detokenizer.feed(token)
+        if self.detokenizer.stopped:
+            self.stop = StopReason.EOS
+        elif self.stop is not None:
+            text += self.detokenizer.flush()
+        self.listener(Token(index=self.index, id=token, logprob=logprob, text=text, stop=self.stop))
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class DecodeRequest:
+    """`sampling.n` answers to one prompt; each ends before any of the `stops`, which need a listener."""
+
+    prompt: Prompt
+    sampling: Sampling
+    step: int = 0
+    stops: tuple[str, ...] = ()
+    listener: Listener | None = None
+    cancelled: bool = False
+    rows: list[Row] = field(default_factory=list, repr=False)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest that prompt and answer can become."""
+        return len(self.prompt.ids) + self.sampling.max_new_tokens
+
+    def cancel(self) -> None:
+        """Let the request leave the batch at the next step. From any thread."""
+        self.cancelled = True
+
+
+class DecodingBatch:
+    """The rows that are being decoded, with the logits (B, V) of each row's next token."""
+
+    def __init__(self, vlm: Vlm, chat: Chat) -> None:
+        """Empty: `add` requests, then `step`."""
+        self._vlm, self._chat = vlm, chat
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all requests, and free what they take."""
+        self.requests: list[DecodeRequest] = []
+        self._rows: list[Row] = []
+        self._cache: ForestCache | None = None
+        self._logits = self._seeds = self._starts = torch.empty(0)
+        self._settings: list[tuple[Sampling, Tensor, list[int] | slice]] = []
+
+    @property
+    def live(self) -> int:
+        """How many answers are still being decoded."""
+        return sum(row.stop is None for row in self._rows)
+
+    def add(self, requests: Sequence[DecodeRequest]) -> None:
+        """Prefill the prompts of requests and open `sampling.n` rows on each."""
+        self.requests += requests
+        for chunk in _by_tokens(requests, PREFILL_TOKENS):
+            trunks = pack([Tree(prompt=r.prompt, branches=()) for r in chunk], self._chat.patches)
+            trunks = trunks.to(self._vlm.device)
+            plan = RecordingPlan(attention.make_plan(self._vlm.attention, trunks.layout, self._vlm.device))
+            images = image_inputs(self._vlm, trunks)
+            states = hidden_states(self._vlm, trunks.ids, trunks.positions, plan=plan, **images)
+            ends = [span.stop - 1 for span in trunks.layout.trees]
+            counts = torch.tensor([r.sampling.n for r in chunk], device=self._vlm.device)
+            logits = self._head(states[ends]).repeat_interleave(counts, dim=0)
+            cache = ForestCache.prefilled(plan, trunks.layout, counts)
+            for request, span in zip(chunk, trunks.layout.trees, strict=True):
+                self._open(request, start=int(trunks.positions[:, span.start : span.stop].max()) + 1)
+            if self._cache is None:
+                self._cache, self._logits = cache, logits
+            else:
+                self._cache.append(cache)
+                self._logits = torch.cat([self._logits, logits])
+        if requests:
+            self._rows_changed()
+
+    def _open(self, request: DecodeRequest, *, start: int) -> None:
+        sampling, prompt = request.sampling, request.prompt
+        for index in range(sampling.n):
+            place = prompt.repeat * sampling.n + index
+            seed = rollout_seed(sampling.seed, request.step, prompt.problem_id, place)
+            request.rows.append(
+                Row(
+                    sampling=sampling,
+                    index=index,
+                    seed=seed,
+                    start=start,
+                    listener=request.listener,
+                    detokenizer=Detokenizer(self._chat.text, request.stops),
+                )
+            )
+        self._rows += request.rows
+
+    def _rows_changed(self) -> None:
+        """Lay out anew what stays the same from step to step: seeds, first positions, settings by rows."""
+        device = self._vlm.device
+        self._seeds = torch.tensor([row.seed for row in self._rows], device=device)
+        self._starts = torch.tensor([row.start for row in self._rows], device=device)
+        places: dict[tuple[float, float, tuple[int, ...]], list[int]] = {}
+        for place, row in enumerate(self._rows):
+            key = row.sampling.temperature, row.sampling.top_p, row.sampling.banned_ids
+            places.setdefault(key, []).append(place)
+        self._settings = [
+            (
+                self._rows[some[0]].sampling,
+                torch.tensor(banned, dtype=torch.long, device=device),
+                slice(None) if len(places) == 1 else some,  # all rows: a view instead of a copy of the logits
+            )
+            for (_, _, banned), some in places.items()
+        ]
+
+    def _head(self, states: Tensor) -> Tensor:
+        logits: Tensor = self._vlm.model.get_output_embeddings()(states)
+        return logits
+
+    def drop_cancelled(self) -> None:
+        """End the answers of cancelled requests."""
+        cancelled = [request for request in self.requests if request.cancelled]
+        for request in cancelled:
+            for row in request.rows:
+                row.stop = row.stop or StopReason.ERROR
+        if cancelled:
+            self._drop_ended()
+
+    def step(self) -> int:
+        """Choose a token for every row, then compute the next logits; returns how many answers ended."""
+        ids, logprobs = self._choose()
+        ended = 0
+        for row, token, logprob in zip(self._rows, ids.tolist(), logprobs.tolist(), strict=True):
+            if row.stop is None:
+                row.take(token, logprob)
+                ended += row.stop is not None
+        if ended:
+            self._drop_ended()
+        if self._rows:
+            self._advance(ids)
+        return ended
+
+    def _choose(self) -> tuple[Tensor, Tensor]:
+        """The next token of every row, and its logprob."""
+        assert self._cache is not None, "rows were added before"
+        ids, logprobs = torch.empty_like(self._seeds), torch.empty(len(self._rows), device=self._vlm.device)
+        draws = uniform(self._seeds, self._cache.row_lengths)
+        for sampling, banned, places in self._settings:
+            ids[places], logprobs[places] = choose(
+                self._logits[places],
+                draws[places],
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                banned=banned,
+            )
+        return ids, logprobs
+
+    def _drop_ended(self) -> None:
+        """Drop requests whose answers have all ended; with the last of them everything goes."""
+        self.requests = [r for r in self.requests if any(row.stop is None for row in r.rows)]
+        if not self.requests:
+            self.clear()
+
+    def _advance(self, ids: Tensor) -> None:
+        """Feed the chosen tokens; ended rows ride along until an eighth of the rows has ended."""
+        assert self._cache is not None, "rows were added before"
+        kept = [place for place, row in enumerate(self._rows) if row.stop is None]
+        if (len(self._rows) - len(kept)) * 8 >= len(self._rows):
+            self._rows = [self._rows[place] for place in kept]
+            chosen = torch.tensor(kept, device=ids.device)
+            self._cache.keep(chosen)
+            ids = ids[chosen]
+            self._rows_changed()
+        positions = (self._starts + self._cache.row_lengths).expand(3, -1)
+        self._cache.begin_step()
+        self._logits = self._head(hidden_states(self._vlm, ids, positions, plan=self._cache))
+        self._cache.end_step()
+
+
+def _by_tokens(requests: Sequence[DecodeRequest], budget: int) -> list[list[DecodeRequest]]:
+    """Split into runs of at most `budget` prompt tokens (at least one prompt each)."""
+    chunks: list[list[DecodeRequest]] = []
+    used = budget
+    for request in requests:
+        if used + len(request.prompt.ids) > budget:
+            chunks.append([])
+            used = 0
+        chunks[-1].append(request)
+        used += len(request.prompt.ids)
+    return chunks
