@@ -180,15 +180,15 @@ def test_the_chat_page_talks_to_it(server, problems: list[Problem], ours: list[s
     url, _ = server
     monkeypatch.setenv("KEY_OF_THE_TEST", KEY)
     place = Endpoint(base_url=f"{url}/v1", model="", key_env="KEY_OF_THE_TEST")
-    talker = RemoteSession(place)
-    assert talker.name == "puzzler"
+    model = RemoteSession(place)
+    assert model.name == "puzzler"
     path = tmp_path / "a.png"
     path.write_bytes(problems[0].images[0].data or b"")
     turns = [{"role": "user", "content": [path, problems[0].asked]}]
-    pieces = list(talker.stream(turns, Settings(max_new_tokens=LIMIT)))
+    pieces = list(model.stream(turns, Settings(max_new_tokens=LIMIT)))
     assert "".join(pieces) == ours[0] and len(pieces) > 1
     with pytest.raises(EndpointError, match=r"max_tokens|context"):
-        talker.stream(turns, Settings(max_new_tokens=100_000))
+        model.stream(turns, Settings(max_new_tokens=100_000))
 
 
 def test_sigterm_ends_it(server) -> None:

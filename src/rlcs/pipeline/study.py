@@ -20,7 +20,7 @@ from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
-from rlcs.engines.factory import MakeEngine, open_engines
+from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.errors import RlcsError, RunFolderError
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.scores import with_interval
@@ -90,7 +90,7 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # rank 0 warns, and keeps the log
         log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        with log_here, open_engines(self.recipe, self.folder / "rollout") as make_engine:
+        with log_here, open_engines(EngineNeeds.of(self.recipe), self.folder / "rollout") as make_engine:
             return self._run(make_engine)
 
     def _run(self, make_engine: MakeEngine) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from rlcs.records.rows import MERGED as MERGED
 from rlcs.records.rows import from_row as from_row
@@ -127,12 +127,6 @@ class Grade:
     def scored(self) -> bool:
         """Whether the grader reached a verdict."""
         return self.reward is not None
-
-    @classmethod
-    def binary(cls, correct: bool | None, why: str, extracted: str | None = None) -> "Grade":
-        """The grade with reward 1 or 0; unscored where `correct` is None."""
-        reward = None if correct is None else float(correct)
-        return cls(reward=reward, correct=correct, extracted=extracted, why=why)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,6 +244,10 @@ class Request:
     def key(self) -> SampleKey:
         """What tells this request from all others of a run."""
         return self.id, self.index, self.turn
+
+    def sample(self, **values: Any) -> "Sample":
+        """Make this request's sample; `values` are its further fields."""
+        return Sample(id=self.id, index=self.index, turn=self.turn, **values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
