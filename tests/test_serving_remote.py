@@ -19,7 +19,7 @@ from rlcs.cli.main import app
 from rlcs.cli.serve import chosen_vllm
 from rlcs.errors import EndpointError, ModelError, UserError
 from rlcs.recipe.sampling import Endpoint
-from rlcs.serving.chat_page import talkers
+from rlcs.serving.chat_page import open_models
 from rlcs.serving.remote import RemoteSession, serving
 from rlcs.serving.session import Settings, split_answer
 from test_server import metrics
@@ -190,7 +190,7 @@ def program(tmp_path) -> Path:
 
 def test_chat_starts_a_vllm_for_each_model_and_ends_it(program, picture, random_model_folder, tmp_path):
     name = str(random_model_folder)
-    found = talkers(["builtin", name], program=str(program), url=None, key_env="NO_SUCH_KEY")
+    found = open_models(["builtin", name], program=str(program), url=None, key_env="NO_SUCH_KEY")
     with found as (one, two):
         assert (one.name, two.name) == ("builtin", name)
         text = "".join(two.stream(turns(picture), SHORT))
@@ -205,7 +205,7 @@ def test_chat_starts_a_vllm_for_each_model_and_ends_it(program, picture, random_
 def test_a_vllm_that_ends_at_once_says_why(program):
     with (
         pytest.raises(ModelError, match=r"no such architecture(.|\n)*--engine local"),
-        talkers(["broken"], program=str(program), url=None, key_env=""),
+        open_models(["broken"], program=str(program), url=None, key_env=""),
     ):
         pass
 
@@ -219,7 +219,7 @@ def test_models_and_servers_side_by_side(server, random_model_folder, monkeypatc
         ([mine, url], None, [mine, "m"]),
         ([], None, ["builtin"]),
     ):
-        with talkers(names, program=None, url=place, key_env="OPENAI_API_KEY") as found:
+        with open_models(names, program=None, url=place, key_env="OPENAI_API_KEY") as found:
             assert [talker.name for talker in found] == expected
     done = CliRunner().invoke(app, ["chat", "--url", url, "--engine", "local"])
     assert isinstance(done.exception, UserError) and "engine of its own" in str(done.exception)

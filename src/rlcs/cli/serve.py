@@ -193,8 +193,8 @@ def chat(
     if url and engine != "auto":
         raise UserError("a server has an engine of its own", where="--engine", fix="leave it out")
     program = None if url else chosen_vllm(engine)
-    from rlcs.serving.chat_page import open_page, talkers
+    from rlcs.serving.chat_page import open_models, open_page
 
     names = [name for name in (model, other) if name is not None]
-    with talkers(names, program=program, url=url, key_env=key_env) as found:
+    with open_models(names, program=program, url=url, key_env=key_env) as found:
         open_page(found, host=host, port=port)

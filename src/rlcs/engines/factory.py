@@ -28,7 +28,7 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
     """Engines of one run, which share its vLLM servers; `folder` is for their logs and weights.
 
     vLLM starts with the first question and ends with the context. `unchanged` is a folder or hub id of a
-    model that nobody trains, which vLLM then reads for itself.
+    model that does not train, which vLLM then reads for itself.
     """
     settings = recipe.rollout
     backend: Fleet | Colocated | None = None
@@ -42,7 +42,7 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
         if settings.engine == "local":
             return LocalEngine(vlm, chat, max_rows=max_rows)
         if backend is not None and bounds != dict(vlm.processor.image_processor.size):
-            backend.close()  # vLLM resizes images as it was told when it started
+            backend.close()  # the bounds to which vLLM resizes images are fixed when it starts
             backend = None
         if backend is None:
             bounds = dict(vlm.processor.image_processor.size)
