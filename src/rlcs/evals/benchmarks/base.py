@@ -78,10 +78,9 @@ class Benchmark:
 
     `splits` holds the number of questions of each split as published, the default split first.
     `official_rule` names the rule of `rlcs.grading` that scores as the official script does, if there
-    is one. `metrics` adds numbers beyond accuracy by facet.
+    is one. `metrics` adds numbers beyond accuracy by facet. `name` is that of its module.
     """
 
-    name: str
     title: str
     hub_id: str
     splits: Mapping[str, int]
@@ -89,6 +88,7 @@ class Benchmark:
     config: str | None = None
     official_rule: str | None = None
     metrics: Callable[[Verdicts], dict[str, float | None]] | None = None
+    name: str = ""
 
 
 def picture_of(row: Row, *columns: str) -> object:

@@ -36,7 +36,6 @@ def read(row: Row) -> Question:
 
 
 BENCHMARK = Benchmark(
-    name="mathvision",
     title="MATH-Vision",
     hub_id="MathLLMs/MathVision",
     splits={"test": 3040, "testmini": 304},

@@ -51,7 +51,6 @@ def read(row: Row) -> Question:
 
 
 BENCHMARK = Benchmark(
-    name="mathvista",
     title="MathVista",
     hub_id="AI4Math/MathVista",
     splits={"testmini": 1000},
