@@ -65,7 +65,7 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
 
 def adapter_arguments(rank: int) -> dict[str, Any]:
     """What vLLM needs for adapters of this rank: the lowest limit on the rank that it knows and that fits."""
-    return {"enable_lora": True, "max_lora_rank": next(room for room in ADAPTER_RANKS if room >= rank)}
+    return {"enable_lora": True, "max_lora_rank": next(each for each in ADAPTER_RANKS if each >= rank)}
 
 
 def context_length(sampler: EngineSettings, own: int) -> int | None:
