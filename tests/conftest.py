@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from rlcs.data.images import image_from_bytes
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
-from rlcs.recipe.schema import Model, Recipe
-from rlcs.records import Grade, ImageRef, Problem
-from rlcs.storage import image_from_bytes
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.schema import Model
+from rlcs.records import Branch, Grade, ImageRef, Problem, Prompt, Rollout, Tree
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,7 +41,7 @@ def vlm(random_model_folder: Path) -> Vlm:
 
 @pytest.fixture
 def chat(vlm: Vlm) -> Chat:
-    return loading.make_chat(vlm, Recipe())
+    return loading.make_chat(vlm)
 
 
 SMALL_STUDY = [
@@ -73,6 +73,12 @@ class Stopper:
         self._view.step(report)
         if report.step == self._step:
             self._stop.is_set = True
+
+
+def tree_of(prompt: Prompt, rollouts: tuple[Rollout, ...]) -> Tree:
+    """A prompt and its answers as they were sampled, every token with weight 1."""
+    branches = [Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in rollouts]
+    return Tree(prompt=prompt, branches=tuple(branches))
 
 
 def draw(width: int, height: int, seed: int = 0) -> ImageRef:

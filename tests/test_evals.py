@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,14 @@ from loopback_server import LoopbackServer, last_text
 from rlcs.engines import openai_client
 from rlcs.errors import EndpointError, RunFolderError, UserError
 from rlcs.evals.answer_extractor import needs_extractor
+from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.comparison import REPORTED, as_markdown
 from rlcs.evals.run import EvalRun, evaluate_models, label_models
+from rlcs.grading import GradePool
+from rlcs.progress import screen
 from rlcs.recipe.sampling import Endpoint
 from rlcs.recipe.schema import Eval, Prompts
+from rlcs.records import Problem, Sample, StopReason
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl, write_json
 from test_benchmarks import VISTA, vision, vision_folder, we, write_image, write_jsonl
@@ -151,6 +157,46 @@ def test_a_killed_evaluation_goes_on_without_asking_twice(tmp_path):
     assert read_json(path.with_name("scores.json"))["prompt"] == "official"
 
 
+class CountingSampler:
+    """Answers 5 to every problem but those called long; counts what is asked."""
+
+    def __init__(self):
+        self.asked: list[str] = []
+
+    def batch(self, requests):
+        self.asked += [request.id for request in requests]
+        return [
+            Sample(id=request.id, error="too long")
+            if request.id.startswith("long")
+            else Sample(id=request.id, text="\\boxed{5}", stop=StopReason.EOS, tokens=4)
+            for request in requests
+        ]
+
+
+def test_an_arm_s_problem_without_an_answer_counts_as_wrong_and_says_why(tmp_path):
+    names, sampler = ["long", *(str(n) for n in range(CHUNK))], CountingSampler()
+    problems = [
+        Problem(id=name, source="mine", question="?", answer="5", metadata={"level": int(name == "long")})
+        for name in names
+    ]
+    with GradePool() as pool, screen("eval", len(problems), quiet=True) as view:
+        evaluator = Evaluator(sampler=sampler, pool=pool)
+        measured = partial(evaluate, evaluator, problems, folder=tmp_path, screen=view)
+        with pytest.raises(Stopped):
+            stop = StopFlag()
+            stop.is_set = True
+            measured(stop=stop)
+        assert not sampler.asked
+        arm = measured(stop=StopFlag())
+        assert arm == read_json(tmp_path / "scores.json") == measured(stop=StopFlag())
+    assert sampler.asked == names, "nothing is asked twice"
+    assert (arm["n"], arm["accuracy"], arm["unscored"]) == (CHUNK + 1, CHUNK / (CHUNK + 1), 0)
+    assert arm["by_level"] == {"0": {"accuracy": 1.0, "n": CHUNK}, "1": {"accuracy": 0.0, "n": 1}}
+    rows = {row["id"]: row for row in read_jsonl(tmp_path / "predictions.jsonl")}
+    told = [rows["long"][key] for key in ("response", "extracted", "correct", "why", "tokens", "stop")]
+    assert told == ["", None, False, "too long", 0, "error"] and rows["7"]["response"] == "\\boxed{5}"
+
+
 # ------------------------------------------------------------------------------------ served models
 
 
@@ -281,6 +327,11 @@ def test_a_judge_reads_out_what_has_no_box_and_is_visible(tmp_path):
         assert len(judge.seen) == 3 and judge.seen[0]["model"] == "reader"
         run(eval_run(tmp_path, server, judge, **chosen))
         assert len(judge.seen) == 3, "nothing is judged twice"
+        other = Endpoint(base_url=judge.url, model="another", max_retries=1)
+        run(replace(eval_run(tmp_path, server, **chosen), judge=other))
+        assert len(judge.seen) == 6, "another model extracts for itself"
+        run(eval_run(tmp_path, server, judge, **chosen))
+        assert len(judge.seen) == 6, "and what the first one extracted is still there"
     got = scores(tmp_path, benchmark="mathvista")
     assert {rule: each["accuracy"] for rule, each in got["rules"].items()} == {
         "rlcs": 0.25,
@@ -370,9 +421,14 @@ def test_models_get_names_of_their_own():
         (["builtin", "--data", "nowhere"], "no such folder"),
         (["builtin", "--data", "mini", "--split", "test"], "there is no test.jsonl"),
         (["./nomodel", "--data", "mini"], "cannot load the model"),
-        (["m", "--data", "mini", "--rollout", "tensor_paralel=2"], "did you mean rollout.tensor_parallel?"),
-        (["m", "--data", "mini", "--rollout", "tensor_parallel=0"], "rollout.tensor_parallel should be"),
-        (["m", "--data", "mini", "--rollout", "urls=[http://a:1]"], "unknown key rollout.urls"),
+        (["m", "--data", "mini", "--rollout", "tensor_paralel=2"], "did you mean tensor_parallel?"),
+        (
+            ["m", "--data", "mini", "--rollout", "tensor_parallel=0"],
+            "should be a whole number at least 1 (got 0)",
+        ),
+        (["m", "--data", "mini", "--engine", "vllm"], "engine should be one of local, vllm_server"),
+        (["m", "--data", "mini", "--rollout", 'devices=["0", "1"]'], "2 devices for 1 servers"),
+        (["m", "--data", "mini", "--rollout", "urls=[http://a:1]"], "unknown key urls"),
         (["m", "--data", "mini", "--base-url", "localhost:1"], "not the URL of a server"),
         (["m", "--data", "mini", "--base-url", "http://127.0.0.1:1/v1"], "nothing answers there"),
     ],

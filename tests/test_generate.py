@@ -14,7 +14,10 @@ import rlcs
 from conftest import draw
 from rlcs.cli.main import app
 from rlcs.errors import RlcsError, UserError
+from rlcs.records import Problem, Request
+from rlcs.serving.bulk import SessionSampler
 from rlcs.serving.session import Settings
+from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl
 
 
@@ -99,6 +102,23 @@ def test_a_file_of_questions(random_model_folder, pictures):
     assert code == 2 and "the answer to 'r1' is to another question" in text
     graded = CliRunner().invoke(app, ["grade", str(out), "--out", str(pictures / "graded.jsonl")])
     assert "unscored" in graded.stdout
+
+
+def test_a_loaded_model_samples_in_order_and_ends_early_when_stopped(random_model_folder):
+    session = rlcs.load(str(random_model_folder))
+    sampler = SessionSampler(session=session, settings=Settings(max_new_tokens=5), ahead=3)
+    words = ["a", "w " * 9000, "b", "c", "d"]
+    problems = [Problem(id=str(n), source="mine", question=text, answer="") for n, text in enumerate(words)]
+    samples = list(sampler.samples(map(Request.of, problems)))
+    assert [sample.id for sample in samples if not sample.error] == ["0", "2", "3", "4"]
+    (failed,) = (sample for sample in samples if sample.error)
+    assert failed.id == "1" and "limit" in failed.error and not failed.retryable
+    assert samples[-1].text == session.ask(None, "d", max_new_tokens=5).text
+    stop, drawn = StopFlag(), []
+    requests = (drawn.append(problem.id) or Request.of(problem) for problem in problems[2:] * 9)
+    for _ in sampler.samples(requests, stop=stop):
+        stop.is_set = True
+    assert len(drawn) == 3 and session.engine.waiting == 0
 
 
 @pytest.mark.parametrize("number", ["inf", "nan"])

@@ -21,6 +21,7 @@ from conftest import make_problem
 from rlcs.cli.main import app
 from rlcs.data.problem_store import ProblemStore
 from rlcs.errors import RunFolderError, UserError
+from rlcs.records import to_row
 from rlcs.report import rollouts
 from rlcs.report.live import LiveReport, make_app
 from rlcs.report.load_run import read_run
@@ -223,7 +224,7 @@ def test_the_static_page_of_rollouts_is_small_and_whole(run):
     assert {"script", "form", "link"} & set(page.tags) == set()
     rng = random.Random(1)
     for step in range(41, 140):
-        rows = [rollout(f"p{g}", i, rng) | {"text": "x" * 20_000} for g in range(30) for i in range(8)]
+        rows = [rollout(f"p{g}", i, rng) | {"response": "x" * 20_000} for g in range(30) for i in range(8)]
         write_rows(run / "sft_grpo" / "rollouts" / f"step-{step:06d}.jsonl", rows)
     write_sample(run, [read_run(run)], "demo")
     assert (run / "report" / "rollouts.html").stat().st_size < 4_000_000
@@ -238,7 +239,7 @@ def test_problems_are_kept_once_also_after_a_restart(tmp_path):
     ProblemStore(tmp_path).add(problems)
     rows = rows_of(tmp_path / "problems.jsonl")
     assert [row["id"] for row in rows] == ["a", "b", "c"] and rows[2]["images"] == []
-    small, large = (tmp_path / row["images"][0] for row in rows[:2])
+    small, large = (tmp_path / row["images"][0]["path"] for row in rows[:2])
     assert small.read_bytes() == problems[0].images[0].data, "a small file is kept as it is"
     assert large.suffix == ".webp" and large.stat().st_size < len(problems[1].images[0].data) / 2
 
@@ -247,9 +248,9 @@ def test_progress_counts_answers_and_seconds(run):
     found = {row.key: row for row in progress(read_run(run))}
     assert [row.state for row in found.values()] == ["done", "done", "begun", "waiting", "waiting"]
     assert found["sft_grpo"].share == 0.5 and 100 < found["sft_grpo"].left_s < 200  # 40 steps of 3.5 seconds
-    rows = [{"id": "1", "correct": True}, {"id": "2", "correct": False}]
+    rows = [rollout(str(i), 0, random.Random(i)) for i in range(2)]
     write_rows(run / "eval" / "base" / "predictions.jsonl", rows)
-    write_rows(run / "eval" / "problems.jsonl", [{"id": str(i), "question": "?"} for i in range(8)])
+    write_rows(run / "eval" / "problems.jsonl", [to_row(make_problem(str(i), sizes=())) for i in range(8)])
     base = next(row for row in progress(read_run(run)) if row.key == "eval_base")
     assert (base.state, base.done, base.total, base.share) == ("begun", 2, 8, 0.25)
 

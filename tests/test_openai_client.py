@@ -183,7 +183,7 @@ def test_nothing_listens_there():
 
 
 def test_an_image_that_is_gone_fails_its_request_alone(tmp_path: Path):
-    from rlcs.storage import image_from_path
+    from rlcs.data.images import image_from_path
 
     path = tmp_path / "a.png"
     path.write_bytes(draw(8, 8).data)

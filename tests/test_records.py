@@ -15,6 +15,7 @@ from rlcs.records import (
     ImageRef,
     Problem,
     Rollout,
+    Sample,
     StepReport,
     StopReason,
     from_row,
@@ -68,6 +69,25 @@ rollouts = ids.flatmap(
         policy_version=st.integers(0, 9),
     )
 )
+samples = st.sampled_from(StopReason).flatmap(
+    lambda stop: st.builds(
+        Sample,
+        id=texts,
+        index=st.integers(0, 99),
+        turn=st.integers(0, 3),
+        text=texts,
+        stop=st.just(stop),
+        tokens=st.integers(0, 99),
+        seconds=st.floats(0, 99),
+        error=st.just("refused" if stop is StopReason.ERROR else ""),
+        retryable=st.booleans() if stop is StopReason.ERROR else st.just(False),
+    )
+)
+messages = st.builds(
+    records.Message,
+    role=st.sampled_from(["system", "user", "assistant"]),
+    parts=st.lists(texts | image_refs, max_size=3).map(tuple),
+)
 prompts = st.builds(
     records.Prompt,
     problem_id=texts,
@@ -117,10 +137,11 @@ EVERY = {
         attempt=st.integers(0, 9),
         grade=st.none() | grades,
     ),
-    records.Message: st.builds(
-        records.Message,
-        role=st.sampled_from(["system", "user", "assistant"]),
-        parts=st.lists(texts | image_refs, max_size=3).map(tuple),
+    records.Message: messages,
+    records.Request: st.builds(records.Request, id=texts, messages=messages.map(lambda one: (one,))),
+    Sample: samples,
+    records.GradedSample: st.builds(
+        records.GradedSample, sample=samples, grade=grades, advantage=st.none() | numbers
     ),
     records.Sampling: st.builds(
         records.Sampling,
@@ -236,6 +257,33 @@ def test_the_lenient_reader_ignores_what_it_does_not_know_and_leaves_out_what_is
     read = from_row_or_none(StepReport, row)
     assert read is not None and read.values == {"loss": 0.5} and read.seconds == {}
     assert from_row_or_none(Grade, GRADE | {"reward": "much"}) is None
+
+
+def test_the_members_of_a_group_are_flat_rows() -> None:
+    rollout = Rollout(
+        problem_id="p", index=1, ids=(5, 6), logprobs=(-1.0, 0.0), stop=StopReason.EOS, seed=3, text="five"
+    )
+    broken = Rollout(problem_id="p", index=2, ids=(), logprobs=(), stop=StopReason.ERROR, seed=4, text="")
+    prompt = records.Prompt(
+        problem_id="p", ids=(1,), images=(), grids=(), spans=(), image_token_id=7, merge_size=2
+    )
+    group = records.Group(
+        problem=Problem(id="p", source="s", question="?", answer="5"),
+        prompt=prompt,
+        rollouts=(rollout, broken),
+        grades=(
+            Grade(reward=1.0, correct=True, extracted="5"),
+            Grade(reward=None, correct=None, why="broken"),
+        ),
+        advantages=(0.5, None),
+    )
+    first, second = map(to_row, group.samples)
+    assert first.items() >= {
+        "id": "p", "index": 1, "response": "five", "stop": "eos", "tokens": 2, "error": "",
+        "reward": 1.0, "correct": True, "extracted": "5", "why": "", "advantage": 0.5,
+    }.items()  # fmt: skip
+    assert second["stop"] == "error" and second["error"] and second["advantage"] is None
+    assert [from_row(records.GradedSample, row) for row in (first, second)] == group.samples
 
 
 def test_a_step_report_is_a_flat_row() -> None:

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from rlcs.errors import RunFolderError
+from rlcs.records import Grade, GradedSample, Sample, StopReason
 from rlcs.report import build, charts, findings, pictures
-from rlcs.report.load_run import Answer, Attempt, read_run
+from rlcs.report.load_run import read_run
 from rlcs.report.pages import visible
 
 ALL_ARMS = ("base", "sft", "grpo", "sft_grpo")
@@ -78,9 +79,11 @@ def make_run(folder: Path, *, arms: tuple[str, ...] = ALL_ARMS, seed: int = 0, p
         question = (
             f"Count the red shapes and the blue circles in the {family}. How many more red shapes are there?"
         )
-        held_out.append({"id": f"{family}-{index:04d}", "question": question, "answer": str(index % 7),
-                         "family": family, "level": 1 + index % 3, "choices": ["4", "5"] if index % 2 else [],
-                         "images": [name] if index < 60 else []})  # fmt: skip
+        image = {"sha256": f"{index:064}", "width": 84, "height": 84, "path": name}
+        held_out.append({"id": f"{family}-{index:04d}", "source": "puzzles", "question": question,
+                         "answer": str(index % 7), "choices": ["4", "5"] if index % 2 else [],
+                         "metadata": {"family": family, "level": 1 + index % 3},
+                         "images": [image] if index < 60 else []})  # fmt: skip
     write_rows(folder / "eval" / "problems.jsonl", held_out)
     summary: dict[str, object] = {}
     for arm in arms:
@@ -124,8 +127,8 @@ def make_arm(
         steps = "Row 1: red circle, blue square, empty. Row 2: red square, green circle, blue circle. " * 2
         response = f"\\boxed{{{said}}}" if arm == "base" else f"{steps}So the answer is \\boxed{{{said}}}"
         predictions.append({"id": problem["id"], "response": response, "extracted": said, "correct": correct,
-                            "why": "equal" if correct else "not equal", "tokens": len(response) // 3,
-                            "stop": "eos"})  # fmt: skip
+                            "reward": float(correct), "why": "equal" if correct else "not equal",
+                            "tokens": len(response) // 3, "stop": "eos"})  # fmt: skip
     write_rows(folder / "predictions.jsonl", predictions)
     right = sum(bool(p["correct"]) for p in predictions) / len(predictions)
     scores = {
@@ -141,7 +144,7 @@ def make_arm(
 
 def rollout(problem: str, index: int, rng: random.Random) -> dict[str, object]:
     right = rng.random() < 0.6
-    return {"id": problem, "index": index, "text": f"Row 1 has two red shapes.\nThus \\boxed{{{index}}}",
+    return {"id": problem, "index": index, "response": f"Row 1 has two red shapes.\nThus \\boxed{{{index}}}",
             "reward": float(right), "correct": right, "extracted": str(index), "why": "", "stop": "eos",
             "tokens": 60, "advantage": 0.8 if right else -1.2}  # fmt: skip
 
@@ -245,7 +248,10 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     problems = rows_of(run / "eval" / "problems.jsonl")
     for row in problems:
         row.update(
-            id=f"{row['id']}{HOSTILE}", question=HOSTILE, answer=HOSTILE, family=HOSTILE, level=HOSTILE
+            id=f"{row['id']}{HOSTILE}",
+            question=HOSTILE,
+            answer=HOSTILE,
+            metadata={"family": HOSTILE, "level": HOSTILE},
         )
     write_rows(run / "eval" / "problems.jsonl", problems)
     for arm in ALL_ARMS:
@@ -258,7 +264,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     rows = rows_of(run / "sft_grpo" / "rollouts" / "step-000080.jsonl")
     write_rows(
         run / "sft_grpo" / "rollouts" / "step-000080.jsonl",
-        [{**row, "id": HOSTILE, "text": HOSTILE} for row in rows],
+        [{**row, "id": HOSTILE, "response": HOSTILE} for row in rows],
     )
     row = grpo_row("sft_grpo", 1, 80, random.Random(0), 0.4)
     row["seconds"] = {HOSTILE: 1.0}
@@ -332,6 +338,19 @@ def test_seeds_are_averaged_and_each_is_shown(tmp_path: Path) -> None:
     assert row.index(f"{each[0]:.1%}") >= 0 and f"{each[1]:.1%}" in row[:120]
 
 
+def test_problems_of_no_family_and_level_and_without_kept_images_are_shown_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", problems=12)
+    rows = rows_of(run / "eval" / "problems.jsonl")
+    for row in rows:
+        row["metadata"] = {}
+        for image in row["images"]:  # type: ignore[attr-defined]
+            del image["path"]
+    write_rows(run / "eval" / "problems.jsonl", rows)
+    page = page_of(run)
+    assert "Count the red shapes" in page.text and "could not be read" not in page.text
+    assert "img" not in page.tags
+
+
 def test_images_outside_the_run_or_broken_are_not_embedded(tmp_path: Path) -> None:
     draw_image(tmp_path / "secret.png", random.Random(0))
     draw_image(tmp_path / "eval" / "good.png", random.Random(0))
@@ -345,10 +364,6 @@ def test_large_images_shrink_to_their_share(tmp_path: Path) -> None:
     Image.frombytes("RGB", (900, 700), noise).save(tmp_path / "noise.png")
     (uri,) = pictures.embed(tmp_path, ["noise.png"], most_bytes=20_000)
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 20_000 * 4 / 3 + 50
-
-
-def said(correct: bool | None) -> Answer:
-    return Answer(response="r", extracted="1", correct=correct, why="", tokens=1.0, stop="eos")
 
 
 def test_differences_count_pairs(tmp_path: Path) -> None:
@@ -382,21 +397,20 @@ def test_gallery_prefers_disagreement_and_fills_shortages(full: Path) -> None:
         first.kind == "The arms disagree" and len(first.problems) >= 24 and first.total > len(first.problems)
     )
     for problem in first.problems:
-        assert len({answers[problem.id].correct for answers in run.answers.values()}) == 2
+        assert len({answers[problem.id].grade.correct for answers in run.answers.values()}) == 2
     assert findings.gallery(run, 48) == findings.gallery(read_run(full), 48)
 
 
 def test_late_rollouts_show_best_and_worst_of_mixed_groups() -> None:
-    def attempt(group: str, reward: float) -> Attempt:
-        return Attempt(
-            id=group, text="", reward=reward, correct=reward > 0, why="", tokens=1.0, advantage=None
-        )
+    def member(group: str, reward: float) -> GradedSample:
+        sample = Sample(id=group, stop=StopReason.EOS, tokens=1)
+        return GradedSample(sample=sample, grade=Grade(reward=reward, correct=reward > 0))
 
-    attempts = [attempt("flat", 1.0)] * 4 + [attempt("mixed", r) for r in (0.0, 1.0, 0.5, 0.25)]
-    groups = findings.late_rollouts(attempts, groups=1)
-    assert [a.id for a in groups[0]] == ["mixed"] * 3
-    assert groups[0][0].reward == 1.0 and groups[0][-1].reward == 0.0
-    assert len(findings.late_rollouts(attempts[:1])[0]) == 1
+    rollouts = [member("equal", 1.0)] * 4 + [member("mixed", r) for r in (0.0, 1.0, 0.5, 0.25)]
+    groups = findings.late_rollouts(rollouts, groups=1)
+    assert [a.sample.id for a in groups[0]] == ["mixed"] * 3
+    assert groups[0][0].grade.reward == 1.0 and groups[0][-1].grade.reward == 0.0
+    assert len(findings.late_rollouts(rollouts[:1])[0]) == 1
 
 
 def test_health_compares_first_and_last_steps(tmp_path: Path) -> None:

@@ -1,41 +1,32 @@
-"""The only room that touches disk dangerously: atomic writes, manifests, confined paths, bounded images.
+"""Files: atomic writes, JSON and JSONL, manifests with checksums, paths confined to a folder.
 
-A file written here is either the old one or the new one, whatever moment a crash picks. A path that a
-data set names may not leave its folder. An image is measured from its header before a pixel of it is
-decoded, and a decode is checked against the size and checksum that were recorded.
+A file that is replaced here is the old one or the new one after a crash at any moment. A path that a
+data set names may not leave its folder.
 """
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from rlcs.errors import CheckpointError, DataError, ImageError, RunFolderError
-from rlcs.records import ImageRef
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageFile import ImageFile
+from rlcs.errors import CheckpointError, DataError, RunFolderError
 
 MANIFEST = "manifest.json"
 """Written last: a folder that has a valid one is complete."""
-MAX_ASPECT = 200
-"""Longest side over shortest; Qwen's image processor refuses more."""
-_BYTES_PER_PIXEL = 8
-"""No sane file is larger than its pixels as 16-bit RGBA, so this bounds what is read into memory."""
 _BOM = b"\xef\xbb\xbf"
-_KINDS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp"))
 
 # ---------------------------------------------------------------------------------- writing
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Make a file's content, or the names in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -45,7 +36,7 @@ def _fsync(path: Path) -> None:
 
 
 def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
-    """Why `size` bytes did not get to `path`, and how much room there is."""
+    """Why `size` bytes did not get to `path`, and how much space there is."""
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
     except OSError:
@@ -53,15 +44,16 @@ def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
     return RunFolderError(
         f"cannot write {size:,} bytes: {getattr(error, 'strerror', None) or error}",
         where=str(path),
-        fix=f"make room or write elsewhere ({free}); the previous version is untouched",
+        fix=f"free some space or write elsewhere ({free}); the previous version is untouched",
     )
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
+def atomic_write(path: Path, content: bytes | str, *, sync: bool = True) -> None:
     """Replace `path` by `content` (text as UTF-8) in one step; missing folders are made.
 
-    Written aside in the same folder, fsynced, renamed, and the folder fsynced. Raises
-    RunFolderError, with the old file untouched, when the disk is full or not writable.
+    Written aside in the same folder, fsynced, renamed, and the folder fsynced; without `sync` the file
+    survives a kill but maybe not a power cut. Raises RunFolderError, with the old file untouched, when the
+    disk is full or not writable.
     """
     # A lone surrogate becomes \udXXX, which inside JSON is the very same character.
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
@@ -70,10 +62,11 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        if sync:
+            fsync(aside)
         aside.replace(path)
-        _fsync(path.parent)
+        if sync:
+            fsync(path.parent)
     except OSError as error:
         raise cannot_write(path, len(data), error) from error
     finally:
@@ -100,22 +93,67 @@ def write_json(path: Path, obj: object) -> None:
     atomic_write(path, json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
 
 
-def append_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Append one JSON object a line and flush to disk; a torn tail of a crashed writer is cut off first.
+def _jsonl(rows: Iterable[Mapping[str, object]]) -> bytes:
+    """One JSON object a line. Raises ValueError on NaN."""
+    lines = (json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
-    Raises RunFolderError when the disk is full: what was complete before stays readable.
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write one JSON object a line, atomically."""
+    atomic_write(path, _jsonl(rows))
+
+
+class JsonlAppender:
+    """An open JSONL file that rows are appended to; a context manager.
+
+    A kill costs nothing that was appended, a power cut at most the rows of the last `sync_s` seconds
+    (infinite: any).
     """
-    lines = [json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    data = "".join(lines).encode("utf-8", "backslashreplace")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            _mend_tail(file)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(path, len(data), error) from error
+
+    def __init__(self, path: Path, *, sync_s: float = 0.0) -> None:
+        """Open the file, making missing folders; a last line that a crash left torn is cut off.
+
+        Raises RunFolderError when the file cannot be written.
+        """
+        self._path, self._sync_s, self._synced = path, sync_s, time.monotonic()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b", buffering=0)
+            _mend_tail(self._file)
+        except OSError as error:
+            raise cannot_write(path, 0, error) from error
+
+    def __enter__(self) -> Self:
+        """Nothing more to do."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Flush to disk and close."""
+        with self._file:
+            if self._sync_s < math.inf:
+                os.fsync(self._file.fileno())
+
+    def append(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Append all these rows or, when the disk is full, none of them: then RunFolderError is raised."""
+        data = memoryview(_jsonl(rows))
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            left = data
+            while left:
+                left = left[self._file.write(left) :]
+            if time.monotonic() - self._synced >= self._sync_s:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            self._file.truncate(end)
+            raise cannot_write(self._path, len(data), error) from error
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, object]], *, sync: bool = True) -> None:
+    """Append rows to a JSONL file and, with `sync`, flush it to disk; see `JsonlAppender`."""
+    with JsonlAppender(path, sync_s=0.0 if sync else math.inf) as file:
+        file.append(rows)
 
 
 def _mend_tail(file: Any) -> None:
@@ -191,7 +229,7 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
     Lines end at line feeds alone, so that a U+2028 inside a text does not cut it. Raises DataError.
     """
-    for number, line in enumerate(read_regular(path).removeprefix(_BOM).split(b"\n"), start=1):
+    for number, line in enumerate(BytesIO(read_regular(path).removeprefix(_BOM)), start=1):
         if line.strip():
             yield number, line
 
@@ -202,18 +240,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     A last line without a line end that does not parse is what a crash leaves, and is dropped; any
     other bad line raises DataError with its number.
     """
-    content = read_regular(path).removeprefix(_BOM).split(b"\n")
     rows = []
-    for number, line in enumerate(content, start=1):
-        if not line.strip():
-            continue
+    for number, line in jsonl_lines(path):
         try:
             rows.append(parse_object(line))
         except ValueError as error:
-            if number < len(content):
-                raise DataError(
-                    str(error), where=f"{path}:{number}", fix="correct or delete this line"
-                ) from error
+            if line.endswith(b"\n"):
+                fix = "correct or delete this line"
+                raise DataError(str(error), where=f"{path}:{number}", fix=fix) from error
     return rows
 
 
@@ -235,9 +269,9 @@ def write_manifest(folder: Path) -> None:
         name = path.relative_to(folder)
         if path.is_file() and name.as_posix() != MANIFEST and not any(p.startswith(".") for p in name.parts):
             entries[name.as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-            _fsync(path)
+            fsync(path)
         elif path.is_dir():
-            _fsync(path)
+            fsync(path)
     write_json(folder / MANIFEST, {"files": entries})
 
 
@@ -295,201 +329,3 @@ def confined(root: Path, path: str | Path) -> Path:
     if not target.is_relative_to(base):
         raise DataError(f"the path leaves {base}", where=text, fix="move the file into that folder")
     return target
-
-
-# ---------------------------------------------------------------------------------- images
-
-
-def image_from_path(path: str, *, root: Path, limit: int) -> ImageRef:
-    """A reference to the image file `path` below `root`, its header checked.
-
-    `limit` is in pixels. Raises ImageError, or DataError for a path that leaves `root`.
-    """
-    target = confined(root, path)
-    data = _read_image(target, where=path, limit=limit)
-    width, height = _measured(data, limit=limit, where=path)
-    return ImageRef(sha256=hashlib.sha256(data).hexdigest(), width=width, height=height, path=str(target))
-
-
-def image_from_bytes(data: bytes, *, limit: int, where: str) -> ImageRef:
-    """A reference that holds an encoded image, its header checked.
-
-    `limit` is in pixels; `where` names the image in errors. Raises ImageError.
-    """
-    width, height = _measured(data, limit=limit, where=where)
-    return ImageRef(sha256=hashlib.sha256(data).hexdigest(), width=width, height=height, data=data)
-
-
-def _measured(data: bytes, *, limit: int, where: str) -> tuple[int, int]:
-    """Width and height from the header; pixels are decoded only if the file looks cut short."""
-    size = _shown_size(_opened(data, limit=limit, where=where))
-    if _looks_cut(data):
-        _decoded(data, limit=limit, where=where)
-    return size
-
-
-def open_image(ref: ImageRef, *, limit: int) -> "Image":
-    """Decode an image fully, as RGB of `ref.width` x `ref.height` pixels.
-
-    Turned as its EXIF asks, transparency on white, CMYK converted, 16-bit gray scaled to 8 bits, and
-    of an animation the first frame. Raises ImageError if it is damaged, or not what `ref` describes.
-    """
-    where = ref.path or f"image {ref.sha256[:12]}"
-    result = _decoded(encoded_image(ref, limit=limit), limit=limit, where=where)
-    if result.size != (ref.width, ref.height):
-        raise ImageError(f"decoded to {result.size}, not as its header says", where=where, fix="replace it")
-    return result
-
-
-def encoded_image(ref: ImageRef, *, limit: int) -> bytes:
-    """The file's own bytes, the very ones that `ref` describes. `limit` is in pixels. Raises ImageError."""
-    where = ref.path or f"image {ref.sha256[:12]}"
-    data = ref.data
-    if data is None:
-        data = _read_image(Path(ref.path or ""), where=where, limit=limit)
-    if hashlib.sha256(data).hexdigest() != ref.sha256:
-        raise ImageError("the image changed after it was first read", where=where, fix="load the data again")
-    return data
-
-
-def image_kind(data: bytes) -> str:
-    """The format of an encoded image by its first bytes, as in `image/png` and in file names."""
-    return next((name for start, name in _KINDS if data.startswith(start)), "tiff")
-
-
-def _decoded(data: bytes, *, limit: int, where: str) -> "Image":
-    image = _opened(data, limit=limit, where=where)
-    turn = _turn(image)
-    try:
-        image.load()
-        result = _rgb(image)
-        return result if turn is None else result.transpose(turn)
-    except Exception as error:  # a decoder fed with hostile bytes may raise anything at all
-        raise ImageError(f"damaged or truncated: {error}", where=where, fix="replace the image") from error
-
-
-def _read_image(path: Path, *, where: str, limit: int) -> bytes:
-    try:
-        info = path.stat()
-    except FileNotFoundError as error:
-        raise ImageError("the image is missing", where=where, fix=f"expected at {path}") from error
-    except OSError as error:
-        raise ImageError(f"the image cannot be read: {error.strerror}", where=where) from error
-    if not stat.S_ISREG(info.st_mode):
-        raise ImageError("not a regular file", where=where, fix="name an image file")
-    if info.st_size > limit * _BYTES_PER_PIXEL:
-        raise ImageError(f"a file of {info.st_size:,} bytes is no image within the limit", where=where)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"the image cannot be read: {error.strerror}", where=where) from error
-
-
-def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
-    """Parse an image's header and check what it promises, before any pixel is decoded."""
-    if not data:
-        raise ImageError("the image is empty (0 bytes)", where=where, fix="replace it")
-    try:
-        image = _parsed(data)
-    except Exception as error:  # see open_image
-        raise ImageError(f"the image header is damaged: {error}", where=where, fix="replace it") from error
-    if image is None:
-        known = "a PNG, JPEG, WebP, GIF, BMP or TIFF"
-        raise ImageError(f"not {known} file", where=where, fix="convert the image, or correct the path")
-    width, height = image.size
-    if width <= 0 or height <= 0:
-        raise ImageError(f"{width} x {height} pixels", where=where, fix="replace it")
-    if width * height > limit:
-        raise ImageError(
-            f"{width:,} x {height:,} pixels are more than the limit of {limit:,}",
-            where=where,
-            fix="shrink the image, or raise images.decode_limit",
-        )
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(
-            f"{width:,} x {height:,} pixels: one side is more than {MAX_ASPECT} times the other",
-            where=where,
-            fix="crop the image",
-        )
-    if image.mode in ("I", "F"):
-        raise ImageError("32-bit gray has no agreed white", where=where, fix="save it with 8 or 16 bits")
-    return image
-
-
-def _parsed(data: bytes) -> "ImageFile | None":
-    """Pillow's reader for the file's first bytes, or None for a format that is not read.
-
-    Readers are called by name: `Image.open` would try every format it knows (PostScript included)
-    and has a size limit of its own, far from ours and global to the process.
-    """
-    from PIL import (
-        BmpImagePlugin,
-        GifImagePlugin,
-        JpegImagePlugin,
-        PngImagePlugin,
-        TiffImagePlugin,
-        WebPImagePlugin,
-    )
-
-    file = BytesIO(data)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImagePlugin.PngImageFile(file)
-    if data.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.JpegImageFile(file)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile(file)
-    if data.startswith(b"GIF8"):
-        return GifImagePlugin.GifImageFile(file)
-    if data.startswith((b"II*\0", b"MM\0*")):
-        return TiffImagePlugin.TiffImageFile(file)
-    if data.startswith(b"BM"):
-        return BmpImagePlugin.BmpImageFile(file)
-    return None
-
-
-def _looks_cut(data: bytes) -> bool:
-    """Whether the end mark of a PNG, JPEG or WebP is absent; the rarer formats have none to trust."""
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" not in data
-    if data.startswith(b"\xff\xd8"):  # an end of image after the last start of scan: not a thumbnail's
-        return data.find(b"\xff\xd9", max(data.rfind(b"\xff\xda"), 0)) < 0
-    if data.startswith(b"RIFF"):
-        return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    return True
-
-
-def _turn(image: "ImageFile") -> Any:
-    """The transposition that brings an image upright (EXIF tag 274), or None if it is."""
-    from PIL.Image import Transpose as T
-
-    # Pillow turns a TIFF by itself, and would decode a PNG to look for EXIF behind the pixels.
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return None
-    try:
-        orientation = image.getexif().get(274, 1)
-    except Exception:  # a broken EXIF block is no reason to refuse the picture
-        return None
-    turns = [None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM]
-    turns += [T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90]
-    return turns[orientation - 1] if orientation in range(1, 9) else None
-
-
-def _shown_size(image: "ImageFile") -> tuple[int, int]:
-    """Width and height in pixels after the turn that EXIF asks for."""
-    from PIL.Image import Transpose
-
-    turned = (Transpose.TRANSPOSE, Transpose.TRANSVERSE, Transpose.ROTATE_90, Transpose.ROTATE_270)
-    width, height = image.size
-    return (height, width) if _turn(image) in turned else (width, height)
-
-
-def _rgb(image: "Image") -> "Image":
-    from PIL import Image as pil
-
-    if image.mode.startswith("I;16"):  # a plain convert would clip everything above 255 to white
-        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = pil.new("RGBA", layer.size, "white")
-        return pil.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")

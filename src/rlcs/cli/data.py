@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlcs.cli.options import DryRun, Json, Overrides, Repository, print_result
+from rlcs.cli.options import DryRun, ExportedFolder, Json, Overrides, Private, Repository
+from rlcs.cli.output import print_result
 from rlcs.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from rlcs.data import Role
+    from rlcs.data.sources import Role
 
 data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is_help=True)
 
@@ -28,7 +29,7 @@ def data_check(
     json: Json = False,
 ) -> None:
     """Name every row that cannot be used, and why; decodes every image in full."""
-    from rlcs.data import check
+    from rlcs.data.loading import check
     from rlcs.recipe.loading import load_recipe
 
     if role not in ("rl", "test", "cold_start"):
@@ -40,7 +41,7 @@ def data_check(
         from rlcs.model.loading import load_chat
         from rlcs.report.preview import no_prompts
 
-        unusable += no_prompts(loaded.rows, load_chat(resolved))
+        unusable += no_prompts(loaded.rows, load_chat(resolved.model, resolved.prompt, resolved.images))
     usable = len(loaded.rows) + len(loaded.bad) - len(unusable)
     named = [{"where": bad.where, "reason": bad.reason} for bad in unusable]
     counts = f"{usable:,} rows can be used, {len(unusable):,} cannot"
@@ -71,10 +72,7 @@ def data_export(
 
 @data_app.command("push")
 def data_push(
-    folder: Annotated[Path, typer.Argument(help="A folder that `rlcs data export` wrote")],
-    repo: Repository,
-    public: Annotated[bool, typer.Option("--public", help="For everybody to see")] = False,
-    dry_run: DryRun = False,
+    folder: ExportedFolder, repo: Repository, private: Private = True, dry_run: DryRun = False
 ) -> None:
     """Send an exported folder to the hub as a (private) data set."""
     from rlcs.publish import hub
@@ -83,7 +81,7 @@ def data_push(
     if dry_run:
         typer.echo("\n".join(hub.lines(entries, repo)))
         return
-    typer.echo(hub.push(folder, repo, entries, kind="dataset", private=not public))
+    typer.echo(hub.push(folder, repo, entries, kind="dataset", private=private))
 
 
 @data_app.command("overlap")
@@ -111,7 +109,7 @@ def data_overlap(
 
 def _rows(source: str, role: "Role") -> Any:
     """The usable rows of a source; raises DataError when too few are."""
-    from rlcs.data import load, require_usable
+    from rlcs.data.loading import load, require_usable
     from rlcs.recipe.schema import Data, Images
 
     loaded = load(source, Data(), decode_limit=Images().decode_limit, role=role)
@@ -130,4 +128,4 @@ def _problems(source: str, data: Path | None) -> list[Any]:
     loaded = load_benchmark(
         find(source.removeprefix("benchmark:")), split=None, data=data, limit=None, decode_limit=limit
     )
-    return [question.asked("paper", images) for question, images in loaded.questions]
+    return [question.problem("paper", images) for question, images in loaded.questions]

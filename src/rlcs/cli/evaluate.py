@@ -6,15 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rlcs.cli.options import (
-    Json,
-    KeyVariable,
-    SamplingOptions,
-    print_left_out,
-    print_result,
-    same_fields,
-    with_options,
-)
+from rlcs.cli.options import Json, KeyVariable, SamplingOptions, same_fields, with_options
+from rlcs.cli.output import print_left_out, print_result
 from rlcs.errors import UserError
 
 evaluate_app = typer.Typer()
@@ -43,9 +36,9 @@ class EvalOptions(SamplingOptions):
     ] = None
     key_env: KeyVariable = "OPENAI_API_KEY"
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once")] = 32
-    judge_url: Annotated[str | None, typer.Option(help="A judge reads out answers without a box")] = None
-    judge_model: Annotated[str | None, typer.Option(help="The judge's model")] = None
-    judge_key_env: Annotated[str, typer.Option(help="The same for the judge")] = "OPENAI_API_KEY"
+    judge_url: Annotated[str | None, typer.Option(help="Server that extracts answers without a box")] = None
+    judge_model: Annotated[str | None, typer.Option(help="Its model")] = None
+    judge_key_env: Annotated[str, typer.Option(help="Variable with its key")] = "OPENAI_API_KEY"
 
 
 @evaluate_app.command("eval")
@@ -82,8 +75,8 @@ def _eval_run(options: EvalOptions) -> Any:
     from rlcs.data.sources import suggest
     from rlcs.evals.benchmarks.base import STYLES
     from rlcs.evals.run import EvalRun
-    from rlcs.recipe.loading import load_engine
-    from rlcs.recipe.sampling import Endpoint
+    from rlcs.recipe.loading import read_section
+    from rlcs.recipe.sampling import Endpoint, EngineSettings
     from rlcs.recipe.schema import Eval
 
     style = next((style for style in STYLES if style == options.prompt), None)
@@ -102,9 +95,10 @@ def _eval_run(options: EvalOptions) -> Any:
         settings = {"model": model, "key_env": key_env, "concurrency": options.concurrency}
         return None if url is None else Endpoint.model_validate({"base_url": url, **settings})
 
+    words = [f"engine={options.engine}", *(options.rollout or [])]
     shared = same_fields(options, EvalRun) | {
         "benchmarks": tuple(name.strip() for name in options.benchmarks.split(",") if name.strip()),
-        "engine": load_engine(options.engine, options.rollout or []),
+        "engine": read_section(EngineSettings, words, where="--rollout"),
     }
     return EvalRun(
         **shared,

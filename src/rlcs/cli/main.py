@@ -46,7 +46,7 @@ def main() -> None:
     except RlcsError as error:
         _exit_with(error)
     except OSError as error:
-        if error.filename is None:  # no file is at fault: only a traceback says what is
+        if error.filename is None:  # without a file only a traceback helps
             raise
         fix = "check the path and its permissions, or name another"
         _exit_with(UserError(error.strerror or str(error), where=str(error.filename), fix=fix))
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _exit_with(error: RlcsError) -> NoReturn:
-    if not error.told:
+    if not error.reported:
         rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
         sys.stderr.write(f"rlcs{rank}: {error}\n")
     sys.exit(error.exit_code)

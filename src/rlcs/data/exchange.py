@@ -1,25 +1,25 @@
-"""Demonstrations and problems in the layouts of others, so that people can come and go.
+"""Writes demonstrations and problems in the layouts of other tools.
 
 `published`: Parquet with the columns of Multimodal-Cold-Start (`images` embedded, `problem`, `answer`, where
 the answer of a demonstration is its whole response); `ms-swift`: JSONL with query, response, images;
 `llama-factory`: ShareGPT with `dataset_info.json`. Each export is a folder with a data set card.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rlcs.data.images import encoded_image, image_kind
+from rlcs.data.problem_store import copy_image
 from rlcs.data.rows import Row
 from rlcs.errors import RunFolderError
 from rlcs.records import IMAGE_SLOT, ImageRef, Problem
-from rlcs.storage import atomic_write, encoded_image, image_kind
+from rlcs.storage import atomic_write, write_json, write_jsonl
 
 Layout = Literal["published", "ms-swift", "llama-factory"]
 LAYOUTS: tuple[Layout, ...] = ("published", "ms-swift", "llama-factory")
 _BATCH = 256
-_LIMIT = 50_000_000
 
 
 def export(rows: Sequence[Row], folder: Path, *, layout: Layout, source: str) -> list[Path]:
@@ -30,10 +30,10 @@ def export(rows: Sequence[Row], folder: Path, *, layout: Layout, source: str) ->
     if layout == "published":
         _write_parquet(rows, folder / "data" / "train-00000-of-00001.parquet")
     elif layout == "ms-swift":
-        _write_lines(folder / "train.jsonl", (_swift(row, folder) for row in rows))
+        write_jsonl(folder / "train.jsonl", (_swift(row, folder) for row in rows))
     else:
-        _write_lines(folder / "train.jsonl", (_sharegpt(row, folder) for row in rows))
-        atomic_write(folder / "dataset_info.json", json.dumps(_LLAMA_FACTORY, indent=2) + "\n")
+        write_jsonl(folder / "train.jsonl", (_sharegpt(row, folder) for row in rows))
+        write_json(folder / "dataset_info.json", _LLAMA_FACTORY)
     atomic_write(folder / "README.md", card(rows, folder.name, layout=layout, source=source))
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -47,40 +47,29 @@ _LLAMA_FACTORY = {
 }
 
 
-def spoken(problem: Problem) -> str:
+def _query(problem: Problem) -> str:
     """The question with its choices, and a slot for every image: in front where it has none."""
-    asked = problem.asked
-    return asked if IMAGE_SLOT in asked else IMAGE_SLOT * len(problem.images) + asked
+    text = problem.question_with_choices
+    return text if IMAGE_SLOT in text else IMAGE_SLOT * len(problem.images) + text
 
 
-def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _response(row: Row) -> str:
+    """What a model is to answer: of a problem without a response, its answer."""
+    return row.problem.answer if row.response is None else row.response
+
+
+def _images(row: Row, folder: Path) -> list[str | None]:
+    return [copy_image(ref, folder).path for ref in row.problem.images]
 
 
 def _swift(row: Row, folder: Path) -> dict[str, Any]:
-    images = [_image_file(ref, folder) for ref in row.problem.images]
-    said = row.problem.answer if row.response is None else row.response
-    return {"query": spoken(row.problem), "response": said, "images": images, "solution": row.problem.answer}
+    query, answer = _query(row.problem), row.problem.answer
+    return {"query": query, "response": _response(row), "images": _images(row, folder), "solution": answer}
 
 
 def _sharegpt(row: Row, folder: Path) -> dict[str, Any]:
-    said = row.problem.answer if row.response is None else row.response
-    turns = [{"from": "human", "value": spoken(row.problem)}, {"from": "gpt", "value": said}]
-    return {"conversations": turns, "images": [_image_file(ref, folder) for ref in row.problem.images]}
-
-
-def _image_file(ref: ImageRef, folder: Path) -> str:
-    """Write an image once; its name from the folder."""
-    data = encoded_image(ref, limit=_LIMIT)
-    path = folder / "images" / f"{ref.sha256[:24]}.{image_kind(data)}"
-    if not path.exists():
-        try:
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(data)
-        except OSError as error:
-            what = f"cannot write an image: {error.strerror}"
-            raise RunFolderError(what, where=str(path), fix="make room") from error
-    return path.relative_to(folder).as_posix()
+    turns = [{"from": "human", "value": _query(row.problem)}, {"from": "gpt", "value": _response(row)}]
+    return {"conversations": turns, "images": _images(row, folder)}
 
 
 def _write_parquet(rows: Sequence[Row], path: Path) -> None:
@@ -97,8 +86,8 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
             table = [
                 {
                     "images": [_embedded(ref) for ref in row.problem.images],
-                    "problem": spoken(row.problem),
-                    "answer": row.problem.answer if row.response is None else row.response,
+                    "problem": _query(row.problem),
+                    "answer": _response(row),
                 }
                 for row in rows[start : start + _BATCH]
             ]
@@ -106,12 +95,12 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
 
 
 def _embedded(ref: ImageRef) -> dict[str, Any]:
-    data = encoded_image(ref, limit=_LIMIT)
+    data = encoded_image(ref)
     return {"bytes": data, "path": f"{ref.sha256[:24]}.{image_kind(data)}"}
 
 
 def card(rows: Sequence[Row], name: str, *, layout: Layout, source: str) -> str:
-    """The data set card: what it is, how many rows, where it comes from, and what nobody said."""
+    """The data set card: what it is, how many rows, where it comes from, and what is not known."""
     demonstrations = sum(row.response is not None for row in rows)
     counts = Counter(len(row.problem.images) for row in rows)
     files = "data/*.parquet" if layout == "published" else "train.jsonl"

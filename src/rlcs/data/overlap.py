@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlcs.data.images import open_image
 from rlcs.errors import DataError
 from rlcs.records import IMAGE_SLOT, ImageRef, Problem
-from rlcs.storage import open_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,6 @@ _SIDE = 16
 """A hash has 16 x 16 bits: coarser ones find half of all diagrams alike."""
 NEAR_BITS = 10
 """Of 256: images that differ in at most so many count as near-duplicates."""
-_LIMIT = 50_000_000
 _WORD = re.compile(r"\w+")
 
 Kind = Literal["same problem", "same question", "same image", "near image"]
@@ -71,7 +70,7 @@ def _index(problems: Sequence[Problem]) -> tuple[dict[str, list[Problem]], dict[
 
 def _words(problem: Problem) -> str:
     """The question as bare words: no case, punctuation, width or image slots."""
-    text = unicodedata.normalize("NFKC", problem.asked.replace(IMAGE_SLOT, " ")).casefold()
+    text = unicodedata.normalize("NFKC", problem.question_with_choices.replace(IMAGE_SLOT, " ")).casefold()
     return " ".join(_WORD.findall(text))
 
 
@@ -105,7 +104,7 @@ def _hashes(problems: Sequence[Problem]) -> "tuple[list[str], np.ndarray[Any, np
 
 def _hash_of(ref: ImageRef) -> "np.ndarray[Any, np.dtype[np.uint64]] | None":
     try:
-        return difference_hash(open_image(ref, limit=_LIMIT))
+        return difference_hash(open_image(ref))
     except DataError:
         return None
 

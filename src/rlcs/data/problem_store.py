@@ -1,68 +1,83 @@
-"""The problems behind a stage's rollouts, so that every rollout can be read with its image and gold answer.
+"""Problems kept in a folder with copies of their images, so that what was asked can be read later.
 
-`rollouts/problems.jsonl` has each problem once, when it is first asked; `rollouts/images/` small copies.
+`problems.jsonl` has a row for each problem, `images/` the copies that its `images` refer to.
 """
 
-import io
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from rlcs.data.images import encode, encoded_image, image_from_bytes, image_kind, open_image
 from rlcs.errors import DataError
-from rlcs.records import ImageRef, Problem
-from rlcs.storage import append_jsonl, encoded_image, image_kind, open_image, read_jsonl
+from rlcs.records import ImageRef, Problem, to_row
+from rlcs.storage import append_jsonl, atomic_write, read_jsonl
 
-_SIDE = 512  # pixels of the longer side
-_SMALL = 32_000  # bytes: a file no larger is copied as it is
-_MOST_IMAGES = 20_000
-"""About half a gigabyte of photographs; later problems are kept without theirs."""
+PROBLEMS = "problems.jsonl"
+SMALL_SIDE = 512
+"""Pixels of the longer side of a small copy."""
+_SMALL_BYTES = 32_000
+"""A file no larger is small as it is."""
+
+
+def copy_image(ref: ImageRef, folder: Path, *, side: int | None = None) -> ImageRef:
+    """Copy an image to `folder`/images, once; the reference has the copy's path from `folder`.
+
+    With `side` a large file is made smaller, to so many pixels on its longer side. Raises ImageError when
+    the image cannot be read, RunFolderError when the disk is full.
+    """
+    data = encoded_image(ref)
+    small = side is None or len(data) <= _SMALL_BYTES
+    name = f"images/{ref.sha256[:24]}.{image_kind(data) if small else 'webp'}"
+    path = folder / name
+    if not small:
+        data = path.read_bytes() if path.exists() else _smaller(ref, side or 0)
+    if not path.exists():
+        atomic_write(path, data, sync=False)  # one by one that would take long
+    copy = image_from_bytes(data, limit=ref.width * ref.height, where=name)
+    return replace(copy, path=name, data=None)
+
+
+def _smaller(ref: ImageRef, side: int) -> bytes:
+    image = open_image(ref)
+    image.thumbnail((side, side))
+    return encode(image, "WEBP", quality=80)
+
+
+def with_copies(problem: Problem, folder: Path, *, side: int | None = None) -> Problem:
+    """The problem with its images copied; of one that cannot be read only checksum and size stay."""
+    images = []
+    for ref in problem.images:
+        try:
+            images.append(copy_image(ref, folder, side=side))
+        except DataError:
+            images.append(replace(ref, path=None, data=None))
+    return replace(problem, images=tuple(images))
 
 
 class ProblemStore:
-    """The problems that one stage has asked so far."""
+    """The problems of a folder, each once, the first of them with small copies of their images."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` is the stage's rollouts folder; it is read with the first problem."""
+    def __init__(self, folder: Path, *, max_pictured: int = 20_000) -> None:
+        """Nothing is read or written before the first problem.
+
+        `max_pictured` problems have images: 20,000 are about half a gigabyte of photographs.
+        """
         self._folder = folder
+        self._max_pictured = max_pictured
         self._known: set[str] | None = None
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """Write down the problems that are new. Raises RunFolderError when the disk is full."""
-        path = self._folder / "problems.jsonl"
+        """Append the problems that are new. Raises RunFolderError when the disk is full."""
+        path = self._folder / PROBLEMS
         if self._known is None:
             self._known = {row["id"] for row in read_jsonl(path)} if path.exists() else set()
         new = {problem.id: problem for problem in problems if problem.id not in self._known}
-        rows = [
-            {
-                "id": problem.id,
-                "question": problem.question,
-                "answer": problem.answer,
-                "choices": list(problem.choices),
-                "images": [name for name in map(self._copy, problem.images) if name],
-            }
-            for problem in new.values()
-        ]
-        if rows:
-            append_jsonl(path, rows)
+        if new:
+            append_jsonl(path, [to_row(self._kept(each, n)) for n, each in enumerate(new.values())])
             self._known |= new.keys()
 
-    def _copy(self, ref: ImageRef) -> str:
-        """Write one image small and return its path from the folder; empty where there is none.
-
-        Not synced to disk one by one: a copy that a power cut tears is only a picture less.
-        """
-        if len(self._known or ()) > _MOST_IMAGES:
-            return ""
-        try:
-            data = encoded_image(ref, limit=ref.width * ref.height)
-            if len(data) > _SMALL:
-                image = open_image(ref, limit=ref.width * ref.height)
-                image.thumbnail((_SIDE, _SIDE))
-                buffer = io.BytesIO()
-                image.save(buffer, "WEBP", quality=80)
-                data = buffer.getvalue()
-        except DataError:
-            return ""
-        name = f"images/{ref.sha256[:16]}.{image_kind(data)}"
-        (self._folder / "images").mkdir(parents=True, exist_ok=True)
-        (self._folder / name).write_bytes(data)
-        return name
+    def _kept(self, problem: Problem, number: int) -> Problem:
+        if len(self._known or ()) + number < self._max_pictured:
+            return with_copies(problem, self._folder, side=SMALL_SIDE)
+        bare = (replace(ref, path=None, data=None) for ref in problem.images)
+        return replace(problem, images=tuple(bare))

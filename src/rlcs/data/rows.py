@@ -11,12 +11,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.images import image_from_bytes, image_from_path, open_image
 from rlcs.data.sources import RawRow, Role, Table, suggest
 from rlcs.errors import DataError
 from rlcs.grading.extraction import extract
 from rlcs.recipe.schema import Data
 from rlcs.records import ImageRef, Json, Problem
-from rlcs.storage import image_from_bytes, image_from_path, open_image
 
 _METADATA_TEXT = 200
 """Characters; longer texts of other columns are not carried along."""

@@ -6,31 +6,31 @@ order of the rows and their samples, whatever the order of arrival.
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlcs.data import Loaded, Row, load, require_usable
+from rlcs.data.loading import Loaded, load, require_usable
+from rlcs.data.problem_store import with_copies
+from rlcs.data.rows import Row
 from rlcs.distill.chains import Chain
 from rlcs.distill.filters import choose
 from rlcs.distill.schedule import Schedule, why_not
 from rlcs.distill.teachers import open_teacher
-from rlcs.errors import DataError, RunFolderError, UserError
+from rlcs.errors import UserError
 from rlcs.generation import Entry, SampleLog
 from rlcs.grading import GradePool
 from rlcs.progress import Screen
 from rlcs.recipe.schema import Data, Teacher
-from rlcs.records import Demonstration, Grade, ImageRef, Problem, from_row, to_row
+from rlcs.records import Demonstration, Grade, Problem, from_row, to_row
 from rlcs.signals import StopFlag
-from rlcs.storage import atomic_write, encoded_image, image_kind, read_jsonl, write_json
+from rlcs.storage import read_jsonl, write_json, write_jsonl
 
 GIVEN = "given"
 """The teacher's name of a response that came with the data."""
 NOT_CHOSEN = "right, but others are kept"
-_IMAGE_LIMIT = 50_000_000
 _SHOWN = 3
 _RATING = ("samples", "right", "pass_rate")  # an earlier teacher's are never taken for this one's
 _BINS = 10
@@ -151,25 +151,24 @@ def _sort(
     """Choose among the answers, and write everything that a run leaves; the statistics last."""
     kept: list[Demonstration] = []
     kept_rows, rejected, problems, seen = [], list[dict[str, Any]](), [], list[Entry]()
-    names = _save_images((ref for row in rows for ref in row.problem.images), folder)
     for problem in (row.problem for row in rows):
-        images = [names[ref.sha256[:24]] for ref in problem.images]
+        columns = _columns(problem, folder)
         answers = schedule.answers(problem)
         reasons = [why_not(problem, answer, teacher) for answer in answers]
         chosen = choose([a for a, why in zip(answers, reasons, strict=True) if not why], teacher)
         mine = [given[problem.id]] if problem.id in given else [_kept(problem, a, teacher) for a in chosen]
         seen += answers
         kept += mine
-        kept_rows += [_kept_row(one, images, alone=len(mine) == 1) for one in mine]
+        kept_rows += [_kept_row(one, columns, alone=len(mine) == 1) for one in mine]
         rejected += [
             _rejected_row(answer, why or NOT_CHOSEN)
             for answer, why in zip(answers, reasons, strict=True)
             if answer not in chosen
         ]
-        problems.append(_problem_row(problem, images, answers))
-    _write(folder / "kept.jsonl", kept_rows)
-    _write(folder / "rejected.jsonl", rejected)
-    _write(folder / "problems.jsonl", problems)
+        problems.append(_problem_row(problem, columns, answers))
+    write_jsonl(folder / "kept.jsonl", kept_rows)
+    write_jsonl(folder / "rejected.jsonl", rejected)
+    write_jsonl(folder / "problems.jsonl", problems)
     stats = _stats(problems, kept, rejected, seen) | schedule.spent()
     write_json(folder / "stats.json", stats)
     return kept
@@ -185,41 +184,18 @@ def _kept(problem: Problem, answer: Entry, teacher: Teacher) -> Demonstration:
     )
 
 
-def _write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _columns(problem: Problem, folder: Path) -> dict[str, object]:
+    """The columns of a problem that `data.load` reads; its images are copied into `folder`."""
+    # An image that is gone by now has no name; whoever loads the row finds it to be a bad one.
+    images = [ref.path for ref in with_copies(problem, folder).images]
+    choices = {"choices": list(problem.choices)} if problem.choices else {}
+    return {"question": problem.question, "images": images, **choices, "answer": problem.answer}
 
 
-def _save_images(refs: Iterable[ImageRef], folder: Path) -> dict[str, str]:
-    """Put images beside the rows, so that the folder is a data source of its own: names by checksum."""
-    place = folder / "images"
-    names = {path.stem: f"images/{path.name}" for path in place.glob("[!.]*")}
-    for ref in refs:
-        stem = ref.sha256[:24]
-        if stem in names:
-            continue
-        try:
-            data = encoded_image(ref, limit=_IMAGE_LIMIT)
-        except DataError:  # it has gone since: where the row is read it is named as a bad one
-            names[stem] = f"images/{stem}.missing"
-            continue
-        names[stem] = f"images/{stem}.{image_kind(data)}"
-        aside = place / f".{stem}"
-        try:
-            place.mkdir(exist_ok=True)
-            aside.write_bytes(data)
-            aside.replace(folder / names[stem])
-        except OSError as error:
-            what = f"cannot write an image: {error.strerror}"
-            raise RunFolderError(what, where=str(place), fix="make room and run it again") from error
-    return names
-
-
-def _problem_row(problem: Problem, images: list[str], answers: Sequence[Entry]) -> dict[str, Any]:
+def _problem_row(problem: Problem, columns: Mapping[str, object], answers: Sequence[Entry]) -> dict[str, Any]:
     """A row of `problems.jsonl`; unscored answers say nothing about how hard a problem is."""
-    row: dict[str, Any] = {name: value for name, value in problem.metadata.items() if name not in _RATING}
-    row |= {"id": problem.id, "question": problem.question, "images": images}
-    row |= {"choices": list(problem.choices)} if problem.choices else {}
-    row |= {"answer": problem.answer}
+    further = {name: value for name, value in problem.metadata.items() if name not in _RATING}
+    row: dict[str, Any] = {**further, "id": problem.id, **columns}
     scored = [answer.grade.correct for answer in answers if answer.grade.correct is not None]
     if scored:
         rate = round(sum(scored) / len(scored), 4)
@@ -227,32 +203,25 @@ def _problem_row(problem: Problem, images: list[str], answers: Sequence[Entry]) 
     return row
 
 
-def _kept_row(made: Demonstration, images: list[str], *, alone: bool) -> dict[str, object]:
-    problem = made.problem
+def _kept_row(kept: Demonstration, columns: Mapping[str, object], *, alone: bool) -> dict[str, object]:
+    problem = kept.problem
     return {
         **problem.metadata,
-        "id": problem.id if alone else f"{problem.id}#{made.attempt}",
+        "id": problem.id if alone else f"{problem.id}#{kept.attempt}",
         "problem_id": problem.id,
         "digest": problem.digest,
-        "question": problem.question,
-        "images": images,
-        **({"choices": list(problem.choices)} if problem.choices else {}),
-        "answer": problem.answer,
-        "response": made.response,
-        "teacher": made.teacher,
-        "attempt": made.attempt,
-        "grade": to_row(made.grade or Grade(reward=None, correct=None)),
+        **columns,
+        "response": kept.response,
+        "teacher": kept.teacher,
+        "attempt": kept.attempt,
+        "grade": to_row(kept.grade or Grade(reward=None, correct=None)),
     }
 
 
 def _rejected_row(answer: Entry, why: str) -> dict[str, Any]:
-    return {
-        "id": answer.sample.id,
-        "response": answer.response,
-        "why": why,
-        "attempt": answer.sample.index,
-        "correct": answer.grade.correct,
-    }
+    sample = answer.sample
+    facts = {"response": answer.response, "why": why, "attempt": sample.index}
+    return {"id": sample.id, **facts, "correct": answer.grade.correct}
 
 
 def _stats(

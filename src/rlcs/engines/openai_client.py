@@ -7,7 +7,6 @@ key, a wrong name) ends the run with an error that says what to do.
 """
 
 import asyncio
-import base64
 import email.utils
 import os
 import queue
@@ -18,28 +17,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
-from types import TracebackType
 from typing import Any, Self
 
 import openai
 
+from rlcs.data.images import data_uri, encoded_image
 from rlcs.engines.stop_reasons import RETRYABLE, STOP_REASONS, stop_reason
 from rlcs.errors import DataError, EndpointError
 from rlcs.recipe.sampling import Endpoint
-from rlcs.records import (
-    ImageRef,
-    Message,
-    Request,
-    Sample,
-    Sampling,
-    StopReason,
-    rollout_seed,
-)
+from rlcs.records import ImageRef, Message, Request, Sample, Sampling, StopReason, rollout_seed
 from rlcs.signals import StopFlag
-from rlcs.storage import encoded_image, image_kind
 
-IMAGE_LIMIT = 50_000_000
-"""Pixels; the bound of the bytes read for one image."""
 FIRST_WAIT_S = 0.5
 """Before the second attempt; doubled for each further one, up to LONGEST_WAIT_S."""
 LONGEST_WAIT_S = 30.0
@@ -94,9 +82,7 @@ class EndpointClient:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Give up what is under way and close the connections."""
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -156,7 +142,7 @@ class EndpointClient:
             body = self._body(request)
         except DataError as error:  # its image is gone: this request fails, the others go on
             future: Future[Sample] = Future()
-            future.set_result(_failure(request, error))
+            future.set_result(request.sample(error=str(error)))
         else:
             future = asyncio.run_coroutine_threadsafe(self._answer(request, body), self._loop)
         future.add_done_callback(arrived.put)
@@ -187,13 +173,13 @@ class EndpointClient:
                     sample = _sample(request, await self._post(body))
                     break
                 except _FinalError as error:
-                    sample = _failure(request, error)
+                    sample = request.sample(error=str(error))
                     break
                 except _RetryableError as error:
                     if attempt > self._settings.max_retries:
                         if error.unreachable and not self._has_answered:
                             raise self._unreachable(str(error)) from error
-                        sample = _failure(request, error, retryable=True)
+                        sample = request.sample(error=str(error), retryable=True)
                         break
                     await asyncio.sleep(_pause(attempt, error.after_s))
             return replace(sample, seconds=round(time.monotonic() - started, 3))
@@ -274,14 +260,7 @@ def content(message: Message) -> str | list[dict[str, object]]:
 
 def data_url(ref: ImageRef) -> str:
     """The image in its own bytes as a `data:` URL. Raises ImageError."""
-    data = encoded_image(ref, limit=IMAGE_LIMIT)
-    return f"data:image/{image_kind(data)};base64,{base64.b64encode(data).decode()}"
-
-
-def _failure(request: Request, error: Exception, *, retryable: bool = False) -> Sample:
-    return Sample(
-        id=request.id, index=request.index, turn=request.turn, error=str(error), retryable=retryable
-    )
+    return data_uri(encoded_image(ref))
 
 
 def _sample(request: Request, reply: object) -> Sample:
@@ -306,15 +285,8 @@ def _sample(request: Request, reply: object) -> Sample:
         raise _RetryableError("the reply is no chat completion")
     if not text.strip() and (stop is StopReason.EOS or finish not in STOP_REASONS):
         raise _RetryableError("the answer is empty")
-    return Sample(
-        id=request.id,
-        index=request.index,
-        turn=request.turn,
-        text=text,
-        stop=stop,
-        reasoning=reasoning,
-        prompt_tokens=tokens[0],
-        tokens=tokens[1],
+    return request.sample(
+        text=text, stop=stop, reasoning=reasoning, prompt_tokens=tokens[0], tokens=tokens[1]
     )
 
 

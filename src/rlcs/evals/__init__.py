@@ -1,1 +1,1 @@
-"""The exam: models answer benchmarks; answers are kept, graded by named rules, and compared."""
+"""Evaluation: models answer held-out problems and benchmarks; answers are graded and compared."""

@@ -1,4 +1,4 @@
-"""The table over every model in a folder, with chance below and what the paper reports beside."""
+"""Compares every model in a folder in one table, with chance and what the paper reports below."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ Column = tuple[str, str]
 
 
 def write_comparison(out: Path, *, first: Sequence[str]) -> dict[str, Any]:
-    """Write comparison.json and comparison.md from every scores.json of an exam below; returns the former.
+    """Write comparison.json and comparison.md from every benchmark's scores.json below; return the former.
 
     The models in `first`, those of this call, come first, in this order, and only their failed answers are
     counted. Raises UserError when there is no score.
@@ -31,23 +31,23 @@ def write_comparison(out: Path, *, first: Sequence[str]) -> dict[str, Any]:
     place = {label: number for number, label in enumerate(first)}
     paths = sorted(out.glob("*/*/scores.json"), key=lambda p: (place.get(p.parts[-3], len(place)), p))
     # A run folder holds scores of its own, eval/ARM/scores.json, which are of no benchmark.
-    found = [scores for path in paths if "benchmark" in (scores := read_json(path))]
-    if not found:
+    measured = [scores for path in paths if "benchmark" in (scores := read_json(path))]
+    if not measured:
         raise UserError("there are no scores", where=str(out), fix="run `rlcs eval` first")
-    comparison = compare(found)
-    comparison["failed"] = sum(scores["failed"]["count"] for scores in found if scores["label"] in place)
+    comparison = compare(measured)
+    comparison["failed"] = sum(scores["failed"]["count"] for scores in measured if scores["label"] in place)
     write_json(out / "comparison.json", comparison)
     atomic_write(out / "comparison.md", as_markdown(comparison))
     return comparison
 
 
-def compare(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def compare(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows by model and rule, columns by benchmark and split, the paper's numbers, notes."""
     known = list_benchmarks()
     order = {name: number for number, name in enumerate((*FOUR, *known))}
-    columns = sorted({(s["benchmark"], s["split"]) for s in found}, key=lambda c: (order.get(c[0], 99), c))
+    columns = sorted({(s["benchmark"], s["split"]) for s in measured}, key=lambda c: (order.get(c[0], 99), c))
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for scores in found:
+    for scores in measured:
         for rule, each in scores["rules"].items():
             cell = {key: each[key] for key in ("accuracy", "low", "high")}
             cell |= {key: scores[key] for key in ("n", "of", "chance", "prompt")}
@@ -56,19 +56,19 @@ def compare(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 cell["metrics"] = each["metrics"]
             row = rows.setdefault((scores["label"], rule), {"cells": {}})
             row["cells"]["/".join((scores["benchmark"], scores["split"]))] = cell
-    titles = {s["benchmark"]: s["title"] for s in found}
+    titles = {s["benchmark"]: s["title"] for s in measured}
     return {
         "columns": [{"benchmark": b, "split": s, "title": f"{titles[b]} {s}"} for b, s in columns],
         "rows": [{"model": model, "rule": rule, **row} for (model, rule), row in rows.items()],
         "reported": {name: dict(zip(FOUR, each, strict=True)) for name, each in REPORTED.items()},
-        "notes": [*_settings(found), *(note for scores in found for note in _notes(scores))],
+        "notes": [*_settings(measured), *(note for scores in measured for note in _notes(scores))],
     }
 
 
-def _settings(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How the answers were asked for: one line if all were asked alike."""
+def _settings(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the prompt and the sampling: in one line if all answers share them."""
     lines: dict[str, list[str]] = {}
-    for scores in found:
+    for scores in measured:
         how = scores["sampling"]
         many = f"{how['samples']} samples" if how["samples"] > 1 else "1 answer"
         text = f"prompt `{scores['prompt']}`, {many}, temperature {how['temperature']:g}, "
@@ -78,7 +78,7 @@ def _settings(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _notes(scores: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table must know: what is left out, failed, refused or judged."""
+    """Name what a reader of the table must know: what is left out, failed, refused or extracted."""
     where = f"{scores['label']}, {scores['title']}"
     missing, failed, refused = (scores[key]["count"] for key in ("missing_images", "failed", "refused"))
     notes = []
@@ -102,13 +102,13 @@ def _notes(scores: Mapping[str, Any]) -> list[str]:
             notes.append(f"{where}: pass@{k} {100 * share:.1f} ({rule})")
         shown = {n: v for n, v in each.get("metrics", {}).items() if v is not None and n.endswith("_score")}
         if shown:
-            said = ", ".join(f"{name.replace('_', ' ')} {100 * v:.1f}" for name, v in shown.items())
-            notes.append(f"{where}: {said} ({rule}); more in scores.json")
+            text = ", ".join(f"{name.replace('_', ' ')} {100 * v:.1f}" for name, v in shown.items())
+            notes.append(f"{where}: {text} ({rule}); more in scores.json")
     return notes
 
 
 def as_markdown(comparison: Mapping[str, Any]) -> str:
-    """An aligned table: percent with 95% Wilson interval; chance and the paper below; then notes."""
+    """Format an aligned table: percent with 95% Wilson interval; chance and the paper below; then notes."""
     columns = comparison["columns"]
     four = {c["benchmark"] for c in columns if c["split"] == _paper_split(c["benchmark"])}.issuperset(FOUR)
     head = ["model", "rule", *(c["title"] for c in columns), *(["mean of the four"] if four else [])]

@@ -27,7 +27,7 @@ class Verdict:
 
 def chance_level(questions: Sequence[Question]) -> float:
     """Expected score of guessing: the mean of 1 / options, 0 for a question with a free answer."""
-    return sum(1 / q.num_options if q.num_options else 0.0 for q in questions) / max(1, len(questions))
+    return _mean([1 / q.num_options if q.num_options else 0.0 for q in questions])
 
 
 def pass_at(n: int, right: int, k: int) -> float:
@@ -38,18 +38,17 @@ def pass_at(n: int, right: int, k: int) -> float:
     return 1.0 - comb(n - right, k) / comb(n, k)
 
 
-def with_interval(right: float, n: int) -> dict[str, float]:
-    """The accuracy of `right` out of `n`, with its Wilson interval."""
-    low, high = wilson(round(right), n)
-    return {"accuracy": right / max(1, n), "low": low, "high": high}
+def with_interval(accuracy: float, n: int) -> dict[str, float]:
+    """An accuracy on `n` questions with its Wilson interval."""
+    low, high = wilson(round(accuracy * n), n)
+    return {"accuracy": accuracy, "low": low, "high": high}
 
 
 def answer_lengths(samples: Sequence[Sample]) -> dict[str, float]:
     """Mean tokens of the answers, and the share that was cut off at the limit."""
-    total = max(1, len(samples))
     return {
-        "mean_tokens": sum(sample.tokens for sample in samples) / total,
-        "truncated": sum(sample.stop is StopReason.LENGTH for sample in samples) / total,
+        "mean_tokens": _mean([sample.tokens for sample in samples]),
+        "truncated": _mean([sample.stop is StopReason.LENGTH for sample in samples]),
     }
 
 
@@ -66,7 +65,7 @@ def arm_scores(entries: Sequence[Entry], problems: Mapping[str, Problem]) -> dic
         if (value := problems[name].metadata.get(key)) is not None
     )
     return {
-        **with_interval(sum(correct is True for _, correct in verdicts), len(verdicts)),
+        **with_interval(_mean([correct is True for _, correct in verdicts]), len(verdicts)),
         "n": len(verdicts),
         "unscored": sum(correct is None for _, correct in verdicts),
         "by_family": by.get("family", {}),
@@ -80,9 +79,9 @@ def rule_scores(benchmark: Benchmark, verdicts: Sequence[Verdict], samples: int)
     by_question: dict[str, list[bool]] = defaultdict(list)
     for verdict in verdicts:
         by_question[verdict.question.id].append(verdict.correct is True)
-    shares = {name: sum(each) / len(each) for name, each in by_question.items()}
+    shares = {name: _mean(each) for name, each in by_question.items()}
     scores: dict[str, Any] = {
-        **with_interval(sum(shares.values()), len(shares)),
+        **with_interval(_mean(list(shares.values())), len(shares)),
         "unscored": sum(verdict.correct is None for verdict in verdicts),
     }
     if samples > 1:
@@ -108,8 +107,12 @@ def _all_pass_at(samples: Sequence[Sequence[bool]], most: int) -> dict[str, floa
     for k in sorted({*(2**power for power in range(most.bit_length())), most}):
         full = [pass_at(len(each), sum(each), k) for each in samples if len(each) >= k]
         if k <= most and full:
-            scores[str(k)] = sum(full) / len(full)
+            scores[str(k)] = _mean(full)
     return scores
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
 
 
 def _breakdown(shares: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -118,10 +121,7 @@ def _breakdown(shares: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, 
     for facet, value, share in shares:
         groups[facet][value].append(share)
     return {
-        facet: {
-            value: {"accuracy": sum(each) / len(each), "n": len(each)}
-            for value, each in sorted(group.items())
-        }
+        facet: {value: {"accuracy": _mean(each), "n": len(each)} for value, each in sorted(group.items())}
         for facet, group in groups.items()
     }
 
@@ -131,5 +131,5 @@ def averaged(rounds: Sequence[Mapping[str, float | None]]) -> dict[str, float | 
     means: dict[str, float | None] = {}
     for name in rounds[0] if rounds else ():
         known = [value for each in rounds if (value := each[name]) is not None]
-        means[name] = sum(known) / len(known) if known else None
+        means[name] = _mean(known) if known else None
     return means

@@ -4,18 +4,14 @@ Whatever moment a kill picks, at most the last line is torn, and that one is cut
 again. Answers to other questions, or given under other settings, are never taken for these.
 """
 
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from json import dumps
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rlcs.errors import RunFolderError, UserError
 from rlcs.records import MERGED, Grade, Request, Sample, SampleKey, from_row, to_row
-from rlcs.storage import append_jsonl, atomic_write, read_json, read_jsonl, write_json
+from rlcs.storage import JsonlAppender, read_json, read_jsonl, write_json, write_jsonl
 
 SETTINGS = "settings.json"
 """Beside the log: what decides an answer."""
@@ -60,8 +56,6 @@ class SampleLog:
         self.entries: dict[SampleKey, Entry] = {}
         self._path, self._digests = path, dict(digests)
         self._settings, self._may_change = settings, may_change
-        self._handle = -1
-        self._synced = time.monotonic()
 
     def __enter__(self) -> Self:
         """Read what is there and open for appending.
@@ -71,8 +65,7 @@ class SampleLog:
         """
         if self._settings is not None:
             check_settings(self._path, self._settings)
-        append_jsonl(self._path, [])  # cuts off what a kill has torn
-        for row in read_jsonl(self._path):
+        for row in read_jsonl(self._path) if self._path.exists() else ():
             digest = self._digests.get(row["id"])
             if digest is not None and row.get("digest") != digest and not self._may_change:
                 raise UserError(
@@ -80,18 +73,15 @@ class SampleLog:
                     where=str(self._path),
                     fix="restore the data, or choose another --out, or remove this file to ask anew",
                 )
-            if row.pop("digest") == digest:
+            if digest is not None and row.pop("digest", None) == digest:
                 entry = from_row(Entry, row)
                 self.entries[entry.sample.key] = entry
-        self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._file = JsonlAppender(self._path, sync_s=_SYNC_S)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Make everything survive a power cut too."""
-        os.fsync(self._handle)
-        os.close(self._handle)
+        self._file.__exit__(*error)
 
     def unanswered(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The requests without a sample here, drawn lazily."""
@@ -105,20 +95,7 @@ class SampleLog:
         entry = Entry(sample=sample, added=added or {})
         if sample.retryable:
             return entry
-        row = to_row(entry) | {"digest": self._digests[sample.id]}
-        line = (dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
-        try:
-            if os.write(self._handle, line) < len(line):
-                raise OSError("the disk is full")
-            if time.monotonic() - self._synced > _SYNC_S:
-                os.fsync(self._handle)
-                self._synced = time.monotonic()
-        except OSError as error:
-            raise RunFolderError(
-                f"cannot write an answer: {error.strerror or error}",
-                where=str(self._path),
-                fix="make room; the same command goes on from here",
-            ) from error
+        self._file.append([to_row(entry) | {"digest": self._digests[sample.id]}])
         self.entries[sample.key] = entry
         return entry
 
@@ -126,7 +103,7 @@ class SampleLog:
 def annotate(path: Path, added: Mapping[SampleKey, Mapping[str, Any]]) -> None:
     """Add columns to lines of a finished log, which is closed; its other lines stay as they are."""
     rows = [{**row, **added.get((row["id"], row["index"], row["turn"]), {})} for row in read_jsonl(path)]
-    atomic_write(path, "".join(dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(path, rows)
 
 
 def check_settings(path: Path, settings: Mapping[str, object]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlcs.data.images import open_image
 from rlcs.errors import ImageError
 from rlcs.records import ImageRef
-from rlcs.storage import open_image
 
 
 class ImagePipeline:

@@ -14,11 +14,9 @@ from rlcs.errors import RlcsError
 from rlcs.evals.intervals import paired_interval, wilson
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.reading import parse
-from rlcs.report.load_run import Answer, Attempt, HeldOut, Row, Run, number, part
-from rlcs.train.health import SIGNS, Sign
-
-LAST_STEPS = 10
-"""Steps at the end of a stage whose mean says how it is doing."""
+from rlcs.records import GradedSample, Problem, StopReason
+from rlcs.report.load_run import Row, Run, by_reward, kept_images, number, part
+from rlcs.train.health import LAST_STEPS, SIGNS, Sign
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +43,11 @@ class ArmResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """Two-stage minus another arm on the same problems; `gained` are right only with both stages."""
+    """An arm against another one, or against itself in another run, on the same problems.
+
+    `points` is the difference of the shares of right answers, with its interval; `gained` problems are right
+    here alone, `lost` ones there alone.
+    """
 
     arm: str
     points: float
@@ -68,7 +70,7 @@ class Gallery:
     """Chosen problems of one kind, and how many of that kind there are."""
 
     kind: str
-    problems: tuple[HeldOut, ...]
+    problems: tuple[Problem, ...]
     total: int
 
 
@@ -177,22 +179,22 @@ def skipped_steps(runs: Sequence[Run]) -> list[str]:
 def gallery(run: Run, count: int) -> list[Gallery]:
     """`count` problems: half where the arms disagree, the rest all wrong and all right.
 
-    The order within a kind is by a hash of the id: the same every time, and nobody's choice. A run
+    The order within a kind is by a hash of the id, so that no problem is chosen by hand. A run
     keeps the images of its first problems only: where those are enough, no other is shown.
     """
-    kinds: dict[str, list[HeldOut]] = {
+    kinds: dict[str, list[Problem]] = {
         "The arms disagree": [],
         "Every arm is wrong": [],
         "Every arm is right": [],
     }
     totals = dict.fromkeys(kinds, 0)
-    only_pictured = sum(bool(problem.images) for problem in run.problems) >= count
+    only_pictured = sum(bool(kept_images(problem)) for problem in run.problems) >= count
     for problem in sorted(run.problems, key=_shuffled):
-        verdicts = [arm[problem.id].correct for arm in run.answers.values() if problem.id in arm]
+        verdicts = [arm[problem.id].grade.correct for arm in run.answers.values() if problem.id in arm]
         if verdicts:
             kind = list(kinds)[1 if not any(verdicts) else 2 if all(verdicts) else 0]
             totals[kind] += 1
-            if problem.images or not only_pictured:
+            if kept_images(problem) or not only_pictured:
                 kinds[kind].append(problem)
     wanted = dict(zip(kinds, (count - 2 * (count // 4), count // 4, count // 4), strict=True))
     take = {kind: min(len(problems), wanted[kind]) for kind, problems in kinds.items()}
@@ -205,17 +207,19 @@ def gallery(run: Run, count: int) -> list[Gallery]:
     ]
 
 
-def _shuffled(problem: HeldOut) -> bytes:
+def _shuffled(problem: Problem) -> bytes:
     return hashlib.sha256(problem.id.encode("utf-8", "replace")).digest()
 
 
-def late_rollouts(attempts: Sequence[Attempt], *, groups: int = 3, each: int = 3) -> list[list[Attempt]]:
+def late_rollouts(
+    rollouts: Sequence[GradedSample], *, groups: int = 3, each: int = 3
+) -> list[list[GradedSample]]:
     """Groups of the last step, those with unequal rewards first; of each its best, worst and middle."""
-    by_id: dict[str, list[Attempt]] = {}
-    for attempt in attempts:
-        by_id.setdefault(attempt.id, []).append(attempt)
-    ranked = [sorted(group, key=lambda a: -(a.reward or 0.0)) for group in by_id.values()]
-    ranked.sort(key=lambda g: (g[0].reward == g[-1].reward, g[0].id))
+    by_id: dict[str, list[GradedSample]] = {}
+    for rollout in rollouts:
+        by_id.setdefault(rollout.sample.id, []).append(rollout)
+    ranked = [by_reward(group) for group in by_id.values()]
+    ranked.sort(key=lambda g: (g[0].grade.reward == g[-1].grade.reward, g[0].sample.id))
     chosen = []
     for group in ranked[:groups]:
         last = len(group) - 1
@@ -255,8 +259,8 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values[:size]), fmean(values[-size:])
 
 
-def _pair(ours: Mapping[str, Answer], theirs: Mapping[str, Answer]) -> tuple[int, int, int]:
-    both = [(bool(ours[i].correct), bool(theirs[i].correct)) for i in ours if i in theirs]
+def _pair(ours: Mapping[str, GradedSample], theirs: Mapping[str, GradedSample]) -> tuple[int, int, int]:
+    both = [(bool(ours[i].grade.correct), bool(theirs[i].grade.correct)) for i in ours if i in theirs]
     return sum(a > b for a, b in both), sum(a < b for a, b in both), len(both)
 
 
@@ -269,7 +273,7 @@ def _score(run: Run, arm: str) -> ArmResult | None:
     if accuracy is None:
         if not answers:
             return None
-        accuracy, n = fmean(a.correct is True for a in answers), len(answers)
+        accuracy, n = fmean(a.grade.correct is True for a in answers), len(answers)
     low, high = wilson(min(n, max(0, round(accuracy * n))), n)
     scored_low, scored_high = number(scores, "low"), number(scores, "high")
     return ArmResult(
@@ -279,9 +283,11 @@ def _score(run: Run, arm: str) -> ArmResult | None:
         high=high if scored_high is None else scored_high,
         n=n,
         seeds=(accuracy,),
-        tokens=fmean(a.tokens for a in answers) if answers else number(scores, "mean_tokens"),
-        truncated=fmean(a.stop == "length" for a in answers) if answers else number(scores, "truncated"),
-        unscored=sum(a.correct is None for a in answers) if answers else None,
+        tokens=fmean(a.sample.tokens for a in answers) if answers else number(scores, "mean_tokens"),
+        truncated=fmean(a.sample.stop is StopReason.LENGTH for a in answers)
+        if answers
+        else number(scores, "truncated"),
+        unscored=sum(not a.grade.scored for a in answers) if answers else None,
         by_family=_accuracy_by(run, arm, scores, "family"),
         by_level=_accuracy_by(run, arm, scores, "level"),
     )
@@ -295,9 +301,9 @@ def _accuracy_by(run: Run, arm: str, scores: Row, kind: str) -> dict[str, float]
         verdicts: dict[str, list[bool]] = {}
         answers = run.answers.get(arm, {})
         for problem in run.problems:
-            name = problem.family if kind == "family" else problem.level
+            name = str(problem.metadata.get(kind) or "")
             if name and problem.id in answers:
-                verdicts.setdefault(name, []).append(answers[problem.id].correct is True)
+                verdicts.setdefault(name, []).append(answers[problem.id].grade.correct is True)
         found = {name: fmean(values) for name, values in verdicts.items()}
     return {name: value for name, value in sorted(found.items()) if value is not None}
 

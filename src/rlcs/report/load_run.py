@@ -6,55 +6,20 @@ odd file: what cannot be read is left out.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json import loads
 from pathlib import Path
+from typing import TypeVar
 
+from rlcs.data.problem_store import PROBLEMS
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
+from rlcs.records import GradedSample, Problem, from_row_or_none
 
 _LOG = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Row = Mapping[str, object]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
-    """A held-out problem; `images` are files inside the run's eval folder."""
-
-    id: str
-    question: str
-    answer: str
-    family: str
-    level: str
-    choices: tuple[str, ...]
-    images: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What one arm said to one problem; `correct` is None where it was not scored."""
-
-    response: str
-    extracted: str
-    correct: bool | None
-    why: str
-    tokens: float
-    stop: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attempt:
-    """One rollout of a training step."""
-
-    id: str
-    text: str
-    reward: float | None
-    correct: bool | None
-    why: str
-    tokens: float
-    advantage: float | None
-    stop: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +32,13 @@ class Run:
     cold_start: Row
     curves: Mapping[str, tuple[Row, ...]]
     """Stage -> rows of metrics.jsonl in step order."""
-    problems: tuple[HeldOut, ...]
-    answers: Mapping[str, Mapping[str, Answer]]
+    problems: tuple[Problem, ...]
+    """The held-out ones; kept images have paths from the folder `eval`."""
+    answers: Mapping[str, Mapping[str, GradedSample]]
     """Arm -> problem id -> answer."""
     scores: Mapping[str, Row]
     """Arm -> scores.json."""
-    rollouts: Mapping[str, tuple[int, tuple[Attempt, ...]]]
+    rollouts: Mapping[str, tuple[int, tuple[GradedSample, ...]]]
     """RL stage -> (last step, its rollouts)."""
 
 
@@ -86,7 +52,8 @@ def read_runs(folder: Path) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """Everything readable of one run folder."""
     arms = [a for a in ARMS if (folder / "eval" / a).is_dir()]
-    predictions = {a: list(read_rows(folder / "eval" / a / "predictions.jsonl")) for a in arms}
+    predictions = {a: folder / "eval" / a / "predictions.jsonl" for a in arms}
+    answers = {a: {each.sample.id: each for each in read_records(GradedSample, predictions[a])} for a in arms}
     stages = {s: tuple(read_rows(folder / s / "metrics.jsonl")) for s in TRAINING_ORDER}
     rollouts = {s: _last_rollouts(folder / s / "rollouts") for s in TRAINING_ORDER}
     scores = {a: read_object(folder / "eval" / a / "scores.json") for a in arms}
@@ -96,8 +63,8 @@ def read_run(folder: Path) -> Run:
         recipe=read_text(folder / "recipe.yaml"),
         cold_start=read_object(folder / "cold_start" / "stats.json"),
         curves={s: rows for s, rows in stages.items() if rows},
-        problems=tuple(held_out(r) for r in read_rows(folder / "eval" / "problems.jsonl")),
-        answers={a: {text(r, "id"): _answer(r) for r in rows} for a, rows in predictions.items() if rows},
+        problems=tuple(read_records(Problem, folder / "eval" / PROBLEMS)),
+        answers={a: found for a, found in answers.items() if found},
         scores={a: row for a, row in scores.items() if row},
         rollouts={s: found for s, found in rollouts.items() if found},
     )
@@ -163,52 +130,20 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield value
 
 
-def _verdict(row: Row) -> bool | None:
-    value = row.get("correct")
-    return value if isinstance(value, bool) else None
+def read_records(kind: type[T], path: Path) -> Iterator[T]:
+    """The records of a JSONL file, rows that cannot be read left out."""
+    records = (from_row_or_none(kind, row) for row in read_rows(path))
+    return (record for record in records if record is not None)
 
 
-def held_out(row: Row) -> HeldOut:
-    """One row of a problems.jsonl."""
-    return HeldOut(
-        id=text(row, "id"),
-        question=text(row, "question"),
-        answer=text(row, "answer"),
-        family=text(row, "family"),
-        level=text(row, "level"),
-        choices=_texts(row, "choices"),
-        images=_texts(row, "images"),
-    )
+def kept_images(problem: Problem) -> list[str]:
+    """The paths of those images of a problem that the run kept."""
+    return [ref.path for ref in problem.images if ref.path]
 
 
-def _texts(row: Row, name: str) -> tuple[str, ...]:
-    value = row.get(name)
-    return tuple(str(each) for each in value) if isinstance(value, list) else ()
-
-
-def _answer(row: Row) -> Answer:
-    return Answer(
-        response=text(row, "response"),
-        extracted=text(row, "extracted"),
-        correct=_verdict(row),
-        why=text(row, "why"),
-        tokens=number(row, "tokens") or 0.0,
-        stop=text(row, "stop"),
-    )
-
-
-def attempt(row: Row) -> Attempt:
-    """One row of a rollout journal."""
-    return Attempt(
-        id=text(row, "id"),
-        text=text(row, "text"),
-        reward=number(row, "reward"),
-        correct=_verdict(row),
-        why=text(row, "why"),
-        tokens=number(row, "tokens") or 0.0,
-        advantage=number(row, "advantage"),
-        stop=text(row, "stop"),
-    )
+def by_reward(rollouts: Sequence[GradedSample]) -> tuple[GradedSample, ...]:
+    """The best first; what is not scored counts as a reward of zero."""
+    return tuple(sorted(rollouts, key=lambda one: -(one.grade.reward or 0.0)))
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:
@@ -217,9 +152,8 @@ def saved_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(files.items()))
 
 
-def _last_rollouts(folder: Path) -> tuple[int, tuple[Attempt, ...]] | None:
+def _last_rollouts(folder: Path) -> tuple[int, tuple[GradedSample, ...]] | None:
     for step, path in reversed(saved_steps(folder).items()):
-        attempts = tuple(attempt(row) for row in read_rows(path))
-        if attempts:
-            return step, attempts
+        if rollouts := tuple(read_records(GradedSample, path)):
+            return step, rollouts
     return None

@@ -11,7 +11,7 @@ from rlcs.errors import RunFolderError
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.schema import Report
 from rlcs.report import charts, demonstrations, findings, pictures, rollouts
-from rlcs.report.load_run import Row, Run, number, part, read_object, read_runs, read_text, text
+from rlcs.report.load_run import Row, Run, kept_images, number, part, read_object, read_runs, read_text, text
 from rlcs.report.pages import digits, templates, write_page
 from rlcs.report.stages import ending, progress
 
@@ -120,21 +120,16 @@ def _gallery(run: Run, count: int) -> list[dict[str, object]]:
     """Sections of cards: problem, images, and every arm's answer."""
     sections = findings.gallery(run, count)
     shown = [problem for section in sections for problem in section.problems]
-    share = pictures.TOTAL_BYTES // max(1, sum(len(p.images[:4]) for p in shown))
+    share = pictures.TOTAL_BYTES // max(1, sum(len(kept_images(p)[:4]) for p in shown))
     found: list[dict[str, object]] = []
     for section in sections:
         cards = []
         for problem in section.problems:
-            images = pictures.embed(run.folder / "eval", problem.images[:4], most_bytes=share)
+            names = kept_images(problem)[:4]
+            images = pictures.embed(run.folder / "eval", names, most_bytes=share)
             answers = [(arm, each[problem.id]) for arm, each in run.answers.items() if problem.id in each]
-            cards.append(
-                {
-                    "problem": problem,
-                    "images": images,
-                    "missing": problem.images and not images,
-                    "answers": answers,
-                }
-            )
+            missing = bool(names) and not images
+            cards.append({"problem": problem, "images": images, "missing": missing, "answers": answers})
         found.append({"kind": section.kind, "total": section.total, "cards": cards})
     return found
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from rlcs.data.problem_store import PROBLEMS
 from rlcs.recipe.arms import TRAINING_ORDER
+from rlcs.records import GradedSample, Problem, StopReason
 from rlcs.report import pictures
-from rlcs.report.load_run import Attempt, HeldOut, Run, attempt, held_out, read_rows, saved_steps
+from rlcs.report.load_run import Run, by_reward, kept_images, read_records, saved_steps
 from rlcs.report.pages import templates, write_page
 
 _MOST_FILES = 400
@@ -38,21 +40,18 @@ class Wanted:
     most: float | None = None
     skip: int = 0
 
-    def takes(self, one: Attempt) -> bool:
+    def takes(self, one: GradedSample) -> bool:
         """Whether a rollout is looked for."""
-        if self.problem.lower() not in one.id.lower():
-            return False
-        verdicts = {"right": one.correct is True, "wrong": one.correct is False}
-        verdicts |= {"unscored": one.correct is None, "cut": one.stop == "length"}
-        if not verdicts.get(self.verdict, True):
+        grade = one.grade
+        verdicts = {"right": grade.correct is True, "wrong": grade.correct is False}
+        verdicts |= {"unscored": not grade.scored, "cut": one.sample.stop is StopReason.LENGTH}
+        if self.problem.lower() not in one.sample.id.lower() or not verdicts.get(self.verdict, True):
             return False
         if self.least is None and self.most is None:
             return True
-        low, high = (
-            (-math.inf if self.least is None else self.least),
-            (math.inf if self.most is None else self.most),
-        )
-        return one.reward is not None and low <= one.reward <= high
+        low = -math.inf if self.least is None else self.least
+        high = math.inf if self.most is None else self.most
+        return grade.reward is not None and low <= grade.reward <= high
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +60,8 @@ class Family:
 
     step: int
     id: str
-    problem: HeldOut | None
-    attempts: tuple[Attempt, ...]
+    problem: Problem | None
+    rollouts: tuple[GradedSample, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +84,7 @@ def find(run: Path, wanted: Wanted, *, count: int = 12) -> Found:
     folder = run / wanted.stage / "rollouts"
     files = saved_steps(folder)
     chosen = [s for s in sorted(files, reverse=True) if wanted.step in (None, s)][:_MOST_FILES]
-    known = {row.id: row for row in map(held_out, read_rows(folder / "problems.jsonl"))}
+    known = {problem.id: problem for problem in read_records(Problem, folder / PROBLEMS)}
     groups: list[Family] = []
     read = 0
     for step in chosen:
@@ -112,18 +111,12 @@ def render(
     name: str, pages: Sequence[tuple[Path, str, Found]], *, wanted: Wanted | None = None, **live: object
 ) -> str:
     """A page of (run folder, stage, groups); with `wanted` the live one, with its form and links."""
-    shown = sum(len(group.problem.images) for _, _, found in pages for group in found.groups if group.problem)
+    shown = sum(len(_images(group)) for _, _, found in pages for group in found.groups)
     share = pictures.TOTAL_BYTES // max(1, shown)
     prepared = []
     for run, stage, found in pages:
         folder = run / stage / "rollouts"
-        cards = [
-            (
-                group,
-                pictures.embed(folder, group.problem.images[:4] if group.problem else (), most_bytes=share),
-            )
-            for group in found.groups
-        ]
+        cards = [(g, pictures.embed(folder, _images(g)[:4], most_bytes=share)) for g in found.groups]
         steps = [(step, list(some)) for step, some in groupby(cards, key=lambda card: card[0].step)]
         prepared.append((stage, found, steps))
     facts: dict[str, object] = {"links": [], "seeds": [], "choices": [], **live}
@@ -142,11 +135,13 @@ def write_sample(folder: Path, runs: Sequence[Run], name: str) -> None:
         write_page(folder / "report" / "rollouts.html", render(name, pages))
 
 
-def _groups(path: Path, step: int, known: Mapping[str, HeldOut], wanted: Wanted) -> Iterator[Family]:
-    members: dict[str, list[Attempt]] = {}
-    for one in map(attempt, read_rows(path)):
-        if wanted.takes(one):
-            members.setdefault(one.id, []).append(one)
-    for name, attempts in members.items():
-        ranked: Sequence[Attempt] = sorted(attempts, key=lambda a: -(a.reward or 0.0))
-        yield Family(step=step, id=name, problem=known.get(name), attempts=tuple(ranked))
+def _images(group: Family) -> list[str]:
+    return kept_images(group.problem) if group.problem else []
+
+
+def _groups(path: Path, step: int, known: Mapping[str, Problem], wanted: Wanted) -> Iterator[Family]:
+    members: dict[str, list[GradedSample]] = {}
+    for one in filter(wanted.takes, read_records(GradedSample, path)):
+        members.setdefault(one.sample.id, []).append(one)
+    for name, rollouts in members.items():
+        yield Family(step=step, id=name, problem=known.get(name), rollouts=by_reward(rollouts))

@@ -1,4 +1,4 @@
-"""The chat page: images, questions, reasoning in a fold-out, the answer set apart.
+"""The page where people talk to a model: images, questions, reasoning in a fold-out, the answer set apart.
 
 One conversation is held with every model on the page, so that two stand side by side on the same questions.
 """
@@ -30,7 +30,7 @@ _VLLM_SHARE = 0.9  # of a GPU's memory, for all models on the page
 
 
 class ChatModel(Protocol):
-    """A model that answers on the page."""
+    """A model that answers on the page, wherever it runs."""
 
     name: str
 
@@ -41,7 +41,7 @@ class ChatModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exchange:
-    """A question with its images, and every model's answer; `seconds` is None while they answer."""
+    """A question with its images, and every model's answer; `seconds` is None until all are complete."""
 
     text: str
     images: tuple[Path, ...]
@@ -49,7 +49,7 @@ class Exchange:
     seconds: float | None = None
 
     def turns(self, place: int) -> list[Turn]:
-        """The question and one model's answer as turns of their conversation; an empty answer is left out."""
+        """The turns of the conversation with one model: the question alone where it gave no answer."""
         question = {"role": "user", "content": [*self.images, *([self.text] if self.text.strip() else [])]}
         answer = {"role": "assistant", "content": [self.answers[place]]}
         return [question, answer] if self.answers[place] else [question]
@@ -65,11 +65,11 @@ def replies(
         for place, model in enumerate(models):
             before = [turn for each in past if each.answers[place] for turn in each.turns(place)]
             streams.append(model.stream([*first, *before, *now.turns(place)], settings))
-        texts, shown_at = ("",) * len(models), 0.0
+        texts, updated = ("",) * len(models), 0.0
         for pieces in zip_longest(*streams, fillvalue=""):
             texts = tuple(text + piece for text, piece in zip(texts, pieces, strict=True))
-            if time.monotonic() - shown_at > _SECONDS_BETWEEN_UPDATES:
-                shown_at = time.monotonic()
+            if time.monotonic() - updated > _SECONDS_BETWEEN_UPDATES:
+                updated = time.monotonic()
                 yield texts
         yield texts
     finally:
@@ -101,11 +101,11 @@ def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
         thought: dict[str, Any] = {"title": "Reasoning", "status": "pending"}
         return [*question, {"role": "assistant", "content": text, "metadata": thought}]
     reasoning, final = parts_of(text)
-    answer = {"role": "assistant", "content": final}
+    conclusion = {"role": "assistant", "content": final}
     if not reasoning:
-        return [*question, answer]
+        return [*question, conclusion]
     thought = {"title": "Reasoning", "status": "done", "duration": round(exchange.seconds, 1)}
-    return [*question, {"role": "assistant", "content": reasoning, "metadata": thought}, answer]
+    return [*question, {"role": "assistant", "content": reasoning, "metadata": thought}, conclusion]
 
 
 def parts_of(text: str) -> tuple[str, str]:
@@ -137,22 +137,22 @@ class Talk:
         return self.past if self.now is None else (*self.past, self.now)
 
     def begin(self, exchange: Exchange) -> None:
-        """Begin an exchange."""
+        """Let an exchange be under way."""
         self.now, self.began = exchange, time.monotonic()
 
     def settle(self) -> None:
-        """End the exchange under way; the answers so far are kept."""
+        """End the exchange under way: the text so far is kept."""
         if self.now is not None:
             self.past += (replace(self.now, seconds=time.monotonic() - self.began),)
             self.now = None
 
     def forget(self) -> None:
-        """Forget the conversation."""
+        """Begin anew."""
         self.past, self.now = (), None
 
 
 def take(talk: Talk, sent: Mapping[str, Any], count: int) -> None:
-    """Begin an exchange for `count` models with what a visitor sent, or change nothing and raise gr.Error."""
+    """Take up what a visitor sent, for `count` models to answer. Raises gr.Error: then nothing changed."""
     import gradio as gr
 
     text, images = sent["text"], tuple(map(Path, sent["files"]))
@@ -167,10 +167,10 @@ def take(talk: Talk, sent: Mapping[str, Any], count: int) -> None:
 def answer(
     models: Sequence[ChatModel], talk: Talk, settings: Settings, system: str
 ) -> Iterator[tuple[Exchange, ...]]:
-    """Answer the exchange under way: yields all exchanges each time that an answer has grown.
+    """Answer what `talk` has taken up: its exchanges, each time that an answer has grown.
 
-    Ends early when the exchange was settled or forgotten meanwhile. However it ends, the answers so far are
-    kept. Raises RlcsError.
+    Ends early when the exchange was settled or forgotten meanwhile. However it ends, the text so far is kept.
+    Raises RlcsError.
     """
     now = talk.now
     if now is None:
@@ -197,7 +197,7 @@ def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
     ):
         path = folder / f"puzzle-{number}.png"
         path.write_bytes(problem.images[0].data or b"")
-        found.append([{"text": problem.asked, "files": [str(path)]}])
+        found.append([{"text": problem.question_with_choices, "files": [str(path)]}])
     return found
 
 
@@ -254,7 +254,7 @@ def connect(
     # One function an event: of two, Gradio calls the second when the first has ended, after the answer.
     sent = box.submit(send, [talk, box], box, show_progress="hidden")
     answered = sent.success(converse, [talk, *sampling], displays, trigger_mode="multiple")
-    # A question that fails, wherever it does, is over: else every further one would wait for its answer.
+    # What fails, wherever it does, has been asked: else every further question would wait for its answer.
     answered.failure(stop, talk, displays, queue=False, show_progress="hidden")
     box.stop(stop, talk, displays, queue=False, show_progress="hidden")
     gr.on([afresh.click, *(display.clear for display in displays)], forget, talk, displays, queue=False)
@@ -338,22 +338,22 @@ def open_models(
     """
     names = names or ["" if url else "builtin"]
     share = _VLLM_SHARE / len(names) if len(names) > 1 else None
-    models: list[ChatModel] = []
+    found: list[ChatModel] = []
     with ExitStack() as stack:
         for name in names:
             if url or name.startswith(("http://", "https://")):
                 place, model = (url, name) if url else (name, "")
-                models.append(RemoteSession(Endpoint(base_url=place, model=model, key_env=key_env)))
+                found.append(RemoteSession(Endpoint(base_url=place, model=model, key_env=key_env)))
             elif program is None:
-                models.append(load(name))
+                found.append(load(name))
             else:
                 sys.stdout.write(f"vLLM is starting with {name}; a minute or so\n")
-                models.append(stack.enter_context(own_server(program, name, share=share)))
-        yield models
+                found.append(stack.enter_context(own_server(program, name, share=share)))
+        yield found
 
 
 def open_page(models: Sequence[ChatModel], *, host: str, port: int) -> None:
-    """Serve the page of some models until Ctrl-C. Raises UserError when the port is taken."""
+    """Serve the page of these models until Ctrl-C. Raises UserError when the port is taken."""
     with tempfile.TemporaryDirectory() as folder:
         page = build(models, Path(folder))
         sys.stdout.write(f"the page is at http://{host}:{port} (Ctrl-C ends it)\n")

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rlcs.data.images import image_from_bytes
 from rlcs.errors import RlcsError, UserError
 from rlcs.records import ImageRef, Message
-from rlcs.storage import image_from_bytes
 
 HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",

@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import openai
 
-from rlcs.engines.openai_client import IMAGE_LIMIT, content, status_error
+from rlcs.data.images import DECODE_LIMIT
+from rlcs.engines.openai_client import content, status_error
 from rlcs.engines.vllm.server import Launch, Process, flags
 from rlcs.errors import EndpointError, ModelError
 from rlcs.model.loading import default_device, resolve
@@ -81,7 +82,7 @@ class RemoteSession:
 
     def stream(self, messages: Sequence[Message | Mapping[str, Any]], settings: Settings) -> RemoteStream:
         """Answer a conversation, piece by piece: see `Session.stream`. Raises EndpointError, DataError."""
-        turns = [as_message(message, limit=IMAGE_LIMIT) for message in messages]
+        turns = [as_message(message, limit=DECODE_LIMIT) for message in messages]
         given: list[Any] = [{"role": turn.role, "content": content(turn)} for turn in turns]
         with _as_endpoint_error(self._server):
             chunks = self._client.chat.completions.create(

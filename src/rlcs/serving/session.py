@@ -4,7 +4,6 @@ The prompt is built by segments (what people type stays text), images take the o
 the pixel bounds of the training, and the system prompt is the one that was saved with the model.
 """
 
-import io
 import math
 import queue
 import secrets
@@ -14,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlcs.data.images import encode, image_from_bytes, image_from_path
 from rlcs.engines.decoding import Token
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import ImageError, PromptError, RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.model import loading
 from rlcs.model.chat import Chat, default_system
-from rlcs.model.loading import Vlm
-from rlcs.recipe.schema import Images, Model, Prompts, Recipe
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
-from rlcs.storage import image_from_bytes, image_from_path
 
 CACHE_TOKENS = 1 << 18
 """Prompt and answer tokens for which a session keeps keys and values at most, over all requests."""
@@ -84,9 +83,7 @@ def picture(image: Any, *, limit: int) -> ImageRef:
     if isinstance(image, bytes):
         return image_from_bytes(image, limit=limit, where="the image")
     if hasattr(image, "save"):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return image_from_bytes(buffer.getvalue(), limit=limit, where="the image")
+        return image_from_bytes(encode(image), limit=limit, where="the image")
     raise ImageError(f"a {type(image).__name__} is no image", fix="give a path, bytes or a PIL image")
 
 
@@ -168,13 +165,11 @@ class Session:
         self.name = name
         self.context = int(vlm.model.config.get_text_config().max_position_embeddings)
         size = vlm.processor.image_processor.size
-        recipe = Recipe(
-            prompt=Prompts(system=default_system(vlm.processor), max_tokens=max(1, self.context - 1)),
-            images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
-        )
-        self.chat: Chat = loading.make_chat(vlm, recipe)
+        prompts = Prompts(system=default_system(vlm.processor), max_tokens=max(1, self.context - 1))
+        images = Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+        self.chat: Chat = loading.make_chat(vlm, prompts, images)
         self.engine = LocalEngine(vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS)
-        self._decode_limit = recipe.images.decode_limit
+        self._decode_limit = images.decode_limit
 
     def ask(
         self,

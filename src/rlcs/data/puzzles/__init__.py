@@ -5,10 +5,10 @@ image: the split is a function of what is drawn (`family.split_of`).
 """
 
 import hashlib
-import io
 import random
 from collections.abc import Iterator, Sequence
 
+from rlcs.data.images import encode
 from rlcs.data.puzzles import chains
 from rlcs.data.puzzles.bars import Bars
 from rlcs.data.puzzles.family import Family, Solution, Split, draw_scene
@@ -129,10 +129,8 @@ def _draw(family: Family, rng: random.Random, level: int, split: Split) -> tuple
 
 
 def _problem(family: Family, scene: str, plan: str, *, level: int, split: Split, index: int) -> Problem:
-    buffer = io.BytesIO()
     image = family.paint(scene)
-    image.save(buffer, format="PNG")
-    data = buffer.getvalue()
+    data = encode(image)
     mark = hashlib.sha256(f"{scene}|{plan}".encode()).hexdigest()[:6]
     reference = ImageRef(
         sha256=hashlib.sha256(data).hexdigest(), width=image.width, height=image.height, data=data

@@ -8,16 +8,14 @@ placeholder in a question is plain text here and there.
 A vLLM in this process takes these objects as they are; for a server they have a JSON form.
 """
 
-import base64
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlcs.data.images import data_uri, encode, open_image
 from rlcs.engines.stop_reasons import stop_reason
 from rlcs.errors import EndpointError
 from rlcs.records import Prompt, Rollout, Sampling, StopReason, rollout_seed
-from rlcs.storage import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,7 +89,10 @@ class PromptRequest:
         """The JSON body of `POST /inference/v1/generate`. Raises ImageError."""
         return {
             "token_ids": self.token_ids,
-            "content_parts": [{"type": "image_url", "url": _png_url(image)} for image in self.images()],
+            "content_parts": [
+                {"type": "image_url", "url": data_uri(encode(image, compress_level=1))}
+                for image in self.images()
+            ],
             "sampling_params": self.sampling_params,
             "return_token_ids": True,
         }
@@ -141,13 +142,6 @@ Take = Callable[[int, tuple[Rollout, ...]], None]
 def weight_versions(reply: Mapping[str, Any]) -> set[str]:
     """The versions of the weights that wrote the answers in a server's reply."""
     return {span["version"] for choice in reply["choices"] for span in choice["weight_versions"] or ()}
-
-
-def _png_url(image: "Image") -> str:
-    """The image as a `data:` URL, without loss."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _require_same_prompt(theirs: Sequence[int], prompt: Prompt) -> None:

@@ -15,7 +15,8 @@ from weakref import ref
 from safetensors.torch import load_file, save_file
 
 from rlcs.errors import RunFolderError
-from rlcs.model.loading import Vlm, save, save_adapters
+from rlcs.model.loading import save, save_adapters
+from rlcs.model.vlm import Vlm
 from rlcs.storage import open_to_readers, read_json, write_json
 
 if TYPE_CHECKING:

@@ -1,11 +1,12 @@
-"""The benchmarks: one file each, found by themselves.
+"""Benchmarks, one module each.
 
-A file of this room that holds a `BENCHMARK` is one; docs/how-to/add-a-benchmark.md shows how to add
+Every module of this package that holds a `BENCHMARK` is one; docs/how-to/add-a-benchmark.md shows how to add
 another.
 """
 
 import importlib
 import pkgutil
+from dataclasses import replace
 
 from rlcs.data.sources import suggest
 from rlcs.errors import UserError
@@ -18,7 +19,7 @@ def list_benchmarks() -> dict[str, Benchmark]:
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         if isinstance(benchmark := getattr(module, "BENCHMARK", None), Benchmark):
-            found[benchmark.name] = benchmark
+            found[info.name] = replace(benchmark, name=info.name)
     return found
 
 

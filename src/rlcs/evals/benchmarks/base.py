@@ -1,7 +1,7 @@
-r"""What a benchmark is: where its rows come from, how a row reads, and what is counted.
+r"""The definition of a benchmark: where its rows come from, how a row is read, what is counted.
 
-A benchmark file turns one published row into a `Question`, a pure function; everything else (files,
-images, asking, grading, intervals) is the same for all.
+A benchmark's module turns one published row into a `Question` by a pure function; everything else (files,
+images, sampling, grading, intervals) is the same for all.
 """
 
 import re
@@ -21,10 +21,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """One row, read.
+    """One question of a benchmark.
 
     `official` and `plain` are the user's turn in the two styles; one of them may hold one
-    `<image>` slot, without it the image comes first. `picture` is what the row says of its image (a
+    `<image>` slot, without it the image comes first. `picture` is the row's image (a
     path, bytes, or a mapping with one of them). `num_unlisted` is the number of options where the
     row does not list them. `facets` are the
     categories it counts under, each with one or several values; `group` ties questions together.
@@ -43,7 +43,7 @@ class Question:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Words in both styles, an answer, and no slot that stays empty."""
+        """Check that there is text in both styles, an answer, and an image for every slot."""
         texts = (self.official, self.plain)
         if not all(text.strip() for text in (*texts, self.answer)):
             raise ValueError("the question or its answer is empty")
@@ -55,7 +55,7 @@ class Question:
         """How many options there are; 0 for a free answer."""
         return len(self.choices) or self.num_unlisted
 
-    def asked(self, style: Style, images: tuple[ImageRef, ...]) -> Problem:
+    def problem(self, style: Style, images: tuple[ImageRef, ...]) -> Problem:
         """The problem as the model sees it: the options stand in its text already."""
         text = self.plain if style == "paper" else self.official
         return Problem(id=self.id, source="benchmark", question=text, answer=self.answer, images=images)
@@ -78,10 +78,9 @@ class Benchmark:
 
     `splits` holds the number of questions of each split as published, the default split first.
     `official_rule` names the rule of `rlcs.grading` that scores as the official script does, if there
-    is one. `metrics` adds numbers beyond accuracy by facet.
+    is one. `metrics` adds numbers beyond accuracy by facet. `name` is that of its module.
     """
 
-    name: str
     title: str
     hub_id: str
     splits: Mapping[str, int]
@@ -89,11 +88,7 @@ class Benchmark:
     config: str | None = None
     official_rule: str | None = None
     metrics: Callable[[Verdicts], dict[str, float | None]] | None = None
-
-
-def lettered(options: Sequence[str]) -> str:
-    """`(A) ...` lines."""
-    return "\n".join(f"({chr(65 + index)}) {option}" for index, option in enumerate(options))
+    name: str = ""
 
 
 def picture_of(row: Row, *columns: str) -> object:
@@ -107,7 +102,7 @@ def text_of(row: Row, column: str) -> str:
 
 
 def facets(**values: object) -> dict[str, tuple[str, ...]]:
-    """Categories by name, each given as one value or a list of them; None and empty ones are left out."""
+    """Categories by name, each given as one value or a list; None and empty ones are left out."""
     named = {name: value if isinstance(value, list | tuple) else [value] for name, value in values.items()}
     kept = {
         name: tuple(str(v) for v in each if v is not None and str(v) != "") for name, each in named.items()

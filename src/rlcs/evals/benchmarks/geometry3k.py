@@ -15,7 +15,7 @@ _ASK = (
 
 
 def read(row: Row) -> Question:
-    """One row; its `problem` says with `<image>` where the image stands."""
+    """Read one row; its `problem` says with `<image>` where the image stands."""
     problem = str(row["problem"])
     slots = problem.count(IMAGE_SLOT)
     images = row.get("images") or row.get("image")
@@ -31,7 +31,6 @@ def read(row: Row) -> Question:
 
 
 BENCHMARK = Benchmark(
-    name="geometry3k",
     title="Geometry3K",
     hub_id="hiyouga/geometry3k",
     splits={"test": 601, "validation": 300},

@@ -22,7 +22,7 @@ def options_of(text: str) -> tuple[str, ...]:
 
 
 def read(row: Row) -> Question:
-    """One row."""
+    """Read one row."""
     several = row["question_type"] == "multi-choice"
     options = options_of(text_of(row, "question_for_eval")) if several else ()
     metadata = row["metadata"]
@@ -46,7 +46,6 @@ def read(row: Row) -> Question:
 
 
 BENCHMARK = Benchmark(
-    name="mathverse",
     title="MathVerse",
     hub_id="AI4Math/MathVerse",
     config="testmini",

@@ -4,7 +4,8 @@ The official words are those of `build_query.py` in github.com/lupantech/MathVis
 captions): a hint by answer type, the question with its unit, lettered choices.
 """
 
-from rlcs.evals.benchmarks.base import Benchmark, Question, Row, facets, lettered, picture_of, text_of
+from rlcs.evals.benchmarks.base import Benchmark, Question, Row, facets, picture_of, text_of
+from rlcs.records import lettered
 
 _FACETS = ("language", "source", "category", "task", "context", "grade", "skills")
 _FACTS = ("question_type", "answer_type", "precision", "choices", "unit")
@@ -27,7 +28,7 @@ def _hint(row: Row) -> str:
 
 
 def read(row: Row) -> Question:
-    """One row."""
+    """Read one row."""
     unit = f" (Unit: {row['unit']})" if row["unit"] else ""
     choices = tuple(str(choice) for choice in row["choices"] or ())
     listed = f"\nChoices:\n{lettered(choices)}" if choices else ""
@@ -50,7 +51,6 @@ def read(row: Row) -> Question:
 
 
 BENCHMARK = Benchmark(
-    name="mathvista",
     title="MathVista",
     hub_id="AI4Math/MathVista",
     splits={"testmini": 1000},

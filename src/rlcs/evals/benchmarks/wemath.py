@@ -40,7 +40,7 @@ def options_of(text: str) -> tuple[str, ...]:
 
 
 def read(row: Row) -> Question:
-    """One row; `ID` is its problem, `key` its step (`2steps_1`, ..., `3steps_multi`)."""
+    """Read one row; `ID` is its problem, `key` its step (`2steps_1`, ..., `3steps_multi`)."""
     question, option = text_of(row, "question"), text_of(row, "option")
     options = options_of(option)
     return Question(
@@ -90,7 +90,6 @@ def _is_complete(keys: set[str]) -> bool:
 
 
 BENCHMARK = Benchmark(
-    name="wemath",
     title="We-Math",
     hub_id="We-Math/We-Math",
     splits={"testmini": 1740},

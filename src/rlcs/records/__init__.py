@@ -1,27 +1,24 @@
 """Frozen records that the packages hand to each other, each checked when it is made.
 
 Everything here is plain Python (no tensors): hashable, printable, and written to and read from JSON
-rows by `to_row` and `from_row`. Tensors begin in `model.packing`. Suffixes in comments: T tokens,
+rows by `rows.to_row` and `rows.from_row`. Tensors begin in `model.packing`. Suffixes in comments: T tokens,
 G group members.
 """
 
 import hashlib
 import json
 import math
-import sys
-from base64 import b64decode, b64encode
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from enum import Enum, StrEnum
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from rlcs.records.rows import MERGED as MERGED
+from rlcs.records.rows import from_row as from_row
+from rlcs.records.rows import from_row_or_none as from_row_or_none
+from rlcs.records.rows import to_row as to_row
 
 Json = str | int | float | bool | None
-MERGED = {"row": ""}
-"""Metadata of a field whose entries stand directly in the record's JSON row: `field(metadata=MERGED)`.
-
-`field(metadata={"row": "id"})` gives a field another name in the row.
-"""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -33,6 +30,7 @@ def _require(condition: bool, message: str) -> None:
 class ImageRef:
     """A reference to one image, never its pixels: a file path or the encoded bytes.
 
+    With neither, the image was not kept where the reference was written: only its identity is known.
     `width` and `height` are in pixels as shown, after any turn that EXIF asks for; `sha256` is of
     the encoded bytes. Build one with `data.images.image_from_path` or `image_from_bytes`.
     """
@@ -44,8 +42,8 @@ class ImageRef:
     data: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Exactly one source, a real size."""
-        _require((self.path is None) != (self.data is None), "an image has a path or bytes, not both")
+        """One source at most, a real size."""
+        _require(self.path is None or self.data is None, "an image has a path or bytes, not both")
         _require(self.width > 0 and self.height > 0, f"image of {self.width} x {self.height} pixels")
         _require(len(self.sha256) == 64, "sha256 is 64 hexadecimal digits")
 
@@ -84,10 +82,19 @@ class Problem:
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     @property
-    def asked(self) -> str:
+    def question_with_choices(self) -> str:
         """The question, and its choices by letter, a line each."""
-        lines = (f"({chr(65 + index)}) {choice}" for index, choice in enumerate(self.choices))
-        return "\n".join((self.question, *lines))
+        return "\n".join((self.question, lettered(self.choices))) if self.choices else self.question
+
+
+def option_letter(index: int) -> str:
+    """The letter of the index-th choice of a problem."""
+    return chr(ord("A") + index)
+
+
+def lettered(choices: Sequence[str]) -> str:
+    """Choices as `(A) ...` lines."""
+    return "\n".join(f"({option_letter(index)}) {choice}" for index, choice in enumerate(choices))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,12 +127,6 @@ class Grade:
     def scored(self) -> bool:
         """Whether the grader reached a verdict."""
         return self.reward is not None
-
-    @classmethod
-    def binary(cls, correct: bool | None, why: str, extracted: str | None = None) -> "Grade":
-        """The grade with reward 1 or 0; unscored where `correct` is None."""
-        reward = None if correct is None else float(correct)
-        return cls(reward=reward, correct=correct, extracted=extracted, why=why)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +235,7 @@ class Request:
         parts: list[str | ImageRef] = []
         for piece, image in zip(pieces, problem.images, strict=False):
             parts += [piece, image]
-        parts.append(pieces[-1] + problem.asked.removeprefix(problem.question))
+        parts.append(pieces[-1] + problem.question_with_choices.removeprefix(problem.question))
         user = Message(role="user", parts=tuple(part for part in parts if part != ""))
         head = (Message(role="system", parts=(system,)),) if system else ()
         return cls(id=problem.id, messages=(*head, user), index=index, turn=turn)
@@ -243,6 +244,10 @@ class Request:
     def key(self) -> SampleKey:
         """What tells this request from all others of a run."""
         return self.id, self.index, self.turn
+
+    def sample(self, **values: Any) -> "Sample":
+        """Make this request's sample; `values` are its further fields."""
+        return Sample(id=self.id, index=self.index, turn=self.turn, **values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,6 +302,24 @@ class Rollout:
         _require(all(math.isfinite(x) and x <= 0.0 for x in self.logprobs), "a logprob is not finite or > 0")
         _require(bool(self.ids) or self.stop is StopReason.ERROR, "only an error may be empty")
 
+    @property
+    def sample(self) -> Sample:
+        """What there is to read of it: no token ids, no logprobs."""
+        error = "the engine broke the answer off" if self.stop is StopReason.ERROR else ""
+        tokens = len(self.ids)
+        return Sample(
+            id=self.problem_id, index=self.index, text=self.text, stop=self.stop, tokens=tokens, error=error
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GradedSample:
+    """A sample with its grade, and in a group its advantage: one flat row of what a run writes."""
+
+    sample: Sample = field(metadata=MERGED)
+    grade: Grade = field(metadata=MERGED)
+    advantage: float | None = None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
@@ -316,6 +339,14 @@ class Group:
         )
         for grade, advantage in zip(self.grades, self.advantages, strict=True):
             _require(grade.scored or advantage is None, "an unscored rollout has an advantage")
+
+    @property
+    def samples(self) -> list[GradedSample]:
+        """The members as they are written down."""
+        return [
+            GradedSample(sample=rollout.sample, grade=grade, advantage=advantage)
+            for rollout, grade, advantage in zip(self.rollouts, self.grades, self.advantages, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -370,134 +401,3 @@ def rollout_seed(run_seed: int, step: int, problem_id: str, index: int) -> int:
     """
     key = f"{run_seed}|{step}|{problem_id}|{index}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
-
-
-# ---------------------------------------------------------------------------------- JSON rows
-
-T = TypeVar("T")
-_WORDS = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
-
-
-def to_row(record: Any) -> dict[str, Any]:
-    """Make the JSON row of a record: one entry a field, also where a field has its default."""
-    row: dict[str, Any] = {}
-    for each in fields(record):
-        value, name = _plain(getattr(record, each.name)), _row_name(each)
-        entries = {name: value} if name else value
-        twice = sorted(row.keys() & entries.keys())
-        _require(not twice, f"two fields of one row are named {', '.join(twice)}")
-        row |= entries
-    return row
-
-
-def from_row(kind: type[T], row: Mapping[str, object]) -> T:
-    """Make the record of a JSON row. Raises ValueError saying which field is missing, odd or unknown."""
-    return _read_record(kind, row, lenient=False)
-
-
-def from_row_or_none(kind: type[T], row: Mapping[str, object]) -> T | None:
-    """Make the record of a JSON row, or None where it cannot be read; unknown fields are ignored."""
-    try:
-        return _read_record(kind, row, lenient=True)
-    except ValueError:
-        return None
-
-
-def _row_name(each: "Field[Any]") -> str:
-    """The field's name in the row; empty for a field whose entries are merged into it."""
-    return str(each.metadata.get("row", each.name))
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: records and mappings as objects, tuples as lists, bytes as Base64."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, bytes):
-        return b64encode(value).decode("ascii")
-    if isinstance(value, Enum):
-        return value.value
-    return to_row(value) if is_dataclass(value) else value
-
-
-def _read_record(kind: type[T], row: Mapping[str, object], *, lenient: bool) -> T:
-    left, values = dict(row), dict[str, Any]()
-    every: tuple[Field[Any], ...] = fields(kind)  # type: ignore[arg-type]
-    for each in sorted(every, key=lambda one: not _row_name(one)):  # what is merged takes from the rest
-        name = _row_name(each)
-        if not name:
-            own = {_row_name(one) for one in fields(each.type)} if is_dataclass(each.type) else set(left)
-            entry: Any = {key: left.pop(key) for key in own & left.keys()}
-        elif name in left:
-            entry = left.pop(name)
-        elif each.default is MISSING and each.default_factory is MISSING:
-            raise ValueError(f"{name} is missing")
-        else:
-            continue
-        values[each.name] = _read_value(each.type, entry, name, lenient=lenient)
-    _require(lenient or not left, f"unknown fields: {', '.join(left)}")
-    return kind(**values)
-
-
-def _read_value(kind: Any, value: Any, name: str, *, lenient: bool) -> Any:
-    """The value as a field annotated with `kind` holds it. Raises ValueError naming the field."""
-    origin, options = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return _read_option(options, value, name, lenient=lenient)
-    if origin is tuple and isinstance(value, list):
-        kinds = options[:1] * len(value) if options[1:] == (...,) else options
-        if len(kinds) == len(value):
-            pairs = enumerate(zip(kinds, value, strict=True))
-            return tuple(_read_value(k, entry, f"{name}[{i}]", lenient=lenient) for i, (k, entry) in pairs)
-    elif origin is Mapping and isinstance(value, dict):
-        return _read_mapping(options[1], value, name, lenient=lenient)
-    elif is_dataclass(kind) and isinstance(value, dict):
-        try:
-            return _read_record(cast(type[Any], kind), value, lenient=lenient)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}" if name else str(error)) from error
-    elif kind is float:
-        if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # neither NaN nor infinite
-            return float(value)
-    elif kind is bytes and isinstance(value, str):
-        return b64decode(value, validate=True)
-    elif isinstance(kind, type) and issubclass(kind, Enum) and value in [each.value for each in kind]:
-        return kind(value)
-    elif kind is Any or type(value) is kind or (origin is Literal and value in options):
-        return value
-    shown = repr(value)
-    raise ValueError(f"{name} must be {_wanted(kind)}, not {shown[:40]}{'...' if len(shown) > 40 else ''}")
-
-
-def _read_option(options: tuple[Any, ...], value: Any, name: str, *, lenient: bool) -> Any:
-    """The value as the first annotation of a union that takes it; a lone one beside None says why not."""
-    if value is None and NoneType in options:
-        return None
-    real = [option for option in options if option is not NoneType]
-    for option in real[:-1]:
-        try:
-            return _read_value(option, value, name, lenient=lenient)
-        except ValueError:
-            continue
-    return _read_value(real[-1], value, name, lenient=lenient)
-
-
-def _read_mapping(kind: Any, value: dict[str, Any], name: str, *, lenient: bool) -> dict[str, Any]:
-    read = {}
-    for key, entry in value.items():
-        try:
-            read[key] = _read_value(kind, entry, f"{name}.{key}".lstrip("."), lenient=lenient)
-        except ValueError:
-            if not lenient:
-                raise
-    return read
-
-
-def _wanted(kind: Any) -> str:
-    """What an annotation asks for, in words."""
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return f"one of {', '.join(each.value for each in kind)}"
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    return _WORDS.get(kind) or ("a list" if get_origin(kind) is tuple else "an object")

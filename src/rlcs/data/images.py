@@ -1,0 +1,217 @@
+"""Images in files and in memory: measured from their headers, decoded within limits, encoded anew.
+
+No pixel is decoded before the header has been checked, and what is decoded is checked against the size
+and the checksum on record.
+"""
+
+import base64
+import hashlib
+import stat
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlcs.errors import ImageError
+from rlcs.records import ImageRef
+from rlcs.storage import confined
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
+
+MAX_ASPECT = 200
+"""Longest side over shortest; Qwen's image processor refuses more."""
+DECODE_LIMIT = 50_000_000
+"""Pixels of one image, where nothing else is said."""
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_BYTES_PER_PIXEL = 8
+"""No sane file is larger than its pixels as 16-bit RGBA, so this bounds what is read into memory."""
+
+
+def image_from_path(path: str, *, root: Path, limit: int) -> ImageRef:
+    """A reference to the image file `path` below `root`, its header checked.
+
+    `limit` is in pixels. Raises ImageError, or DataError for a path that leaves `root`.
+    """
+    target = confined(root, path)
+    data = _read_image(target, where=path, limit=limit)
+    width, height = _measured(data, limit=limit, where=path)
+    return ImageRef(sha256=hashlib.sha256(data).hexdigest(), width=width, height=height, path=str(target))
+
+
+def image_from_bytes(data: bytes, *, limit: int, where: str) -> ImageRef:
+    """A reference that holds an encoded image, its header checked.
+
+    `limit` is in pixels; `where` names the image in errors. Raises ImageError.
+    """
+    width, height = _measured(data, limit=limit, where=where)
+    return ImageRef(sha256=hashlib.sha256(data).hexdigest(), width=width, height=height, data=data)
+
+
+def _measured(data: bytes, *, limit: int, where: str) -> tuple[int, int]:
+    """Width and height as shown, from the header; pixels are decoded only if the file looks cut short."""
+    image = _opened(data, limit=limit, where=where)
+    if _looks_cut(data):
+        _decoded(data, limit=limit, where=where)
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def open_image(ref: ImageRef, *, limit: int | None = None) -> "Image":
+    """Decode an image fully, as RGB of `ref.width` x `ref.height` pixels.
+
+    Turned as its EXIF asks, transparency on white, CMYK converted, 16-bit gray scaled to 8 bits, and
+    of an animation the first frame. `limit` is as in `encoded_image`. Raises ImageError if the image is
+    damaged, or not what `ref` describes.
+    """
+    limit, where = _bounds(ref, limit)
+    result = _decoded(encoded_image(ref, limit=limit), limit=limit, where=where)
+    if result.size != (ref.width, ref.height):
+        raise ImageError(f"decoded to {result.size}, not as its header says", where=where, fix="replace it")
+    return result
+
+
+def encoded_image(ref: ImageRef, *, limit: int | None = None) -> bytes:
+    """The file's own bytes, the very ones that `ref` describes. Raises ImageError.
+
+    `limit` is in pixels; by default an image is taken that was within the limit when `ref` was made.
+    """
+    limit, where = _bounds(ref, limit)
+    data = ref.data
+    if data is None:
+        if ref.path is None:
+            raise ImageError("the image was not kept with its problem", where=where)
+        data = _read_image(Path(ref.path), where=where, limit=limit)
+    if hashlib.sha256(data).hexdigest() != ref.sha256:
+        raise ImageError("the image changed after it was first read", where=where, fix="load the data again")
+    return data
+
+
+def _bounds(ref: ImageRef, limit: int | None) -> tuple[int, str]:
+    """The limit in pixels that holds for an image, and its name in errors."""
+    return limit or max(DECODE_LIMIT, ref.width * ref.height), ref.path or f"image {ref.sha256[:12]}"
+
+
+def image_kind(data: bytes) -> str:
+    """The format of an encoded image, as in `image/png` and in file names; empty for what is no image."""
+    return (_format_of(data) or "").lower()
+
+
+def encode(image: "Image", kind: str = "PNG", **options: object) -> bytes:
+    """The file content of an image; `options` are those of Pillow's `save`."""
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def data_uri(data: bytes) -> str:
+    """An encoded image as a `data:` URI."""
+    return f"data:image/{image_kind(data)};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _decoded(data: bytes, *, limit: int, where: str) -> "Image":
+    image = _opened(data, limit=limit, where=where)
+    orientation = _orientation(image)
+    try:
+        image.load()
+        return _upright(_rgb(image), orientation)
+    except Exception as error:  # a decoder fed with hostile bytes may raise anything at all
+        raise ImageError(f"damaged or truncated: {error}", where=where, fix="replace the image") from error
+
+
+def _read_image(path: Path, *, where: str, limit: int) -> bytes:
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise ImageError("not a regular file", where=where, fix="name an image file")
+        if info.st_size > limit * _BYTES_PER_PIXEL:
+            raise ImageError(f"a file of {info.st_size:,} bytes is no image within the limit", where=where)
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError("the image is missing", where=where, fix=f"expected at {path}") from error
+    except OSError as error:
+        raise ImageError(f"the image cannot be read: {error.strerror}", where=where) from error
+
+
+def _format_of(data: bytes) -> str | None:
+    """Which of the formats read here begins so, by the marks that Pillow knows."""
+    from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 - these two register themselves
+
+    Image.preinit()
+    accepting = (name for name in _FORMATS if (accepts := Image.OPEN[name][1]) and accepts(data[:16]))
+    return next(accepting, None)
+
+
+def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
+    """Parse an image's header and check what it promises, before any pixel is decoded.
+
+    Not by `Image.open`: it has a size limit of its own, far from ours and global to the process.
+    """
+    from PIL import Image
+
+    if not data:
+        raise ImageError("the image is empty (0 bytes)", where=where, fix="replace it")
+    name = _format_of(data)
+    if name is None:
+        what = "not a PNG, JPEG, WebP, GIF, BMP or TIFF file"
+        raise ImageError(what, where=where, fix="convert the image, or correct the path")
+    try:
+        image = Image.OPEN[name][0](BytesIO(data), "")
+    except Exception as error:  # a parser fed with hostile bytes may raise anything at all
+        raise ImageError(f"the image header is damaged: {error}", where=where, fix="replace it") from error
+    width, height = image.size
+    size = f"{width:,} x {height:,} pixels"
+    if width <= 0 or height <= 0:
+        raise ImageError(size, where=where, fix="replace it")
+    if width * height > limit:
+        fix = "shrink the image, or raise images.decode_limit"
+        raise ImageError(f"{size} are more than the limit of {limit:,}", where=where, fix=fix)
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        what = f"{size}: one side is more than {MAX_ASPECT} times the other"
+        raise ImageError(what, where=where, fix="crop the image")
+    if image.mode in ("I", "F"):
+        raise ImageError("32-bit gray has no agreed white", where=where, fix="save it with 8 or 16 bits")
+    return image
+
+
+def _looks_cut(data: bytes) -> bool:
+    """Whether the end mark of a PNG, JPEG or WebP is absent; the rarer formats have none to trust."""
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data
+    if data.startswith(b"\xff\xd8"):  # an end of image after the last start of scan: not a thumbnail's
+        return data.find(b"\xff\xd9", max(data.rfind(b"\xff\xda"), 0)) < 0
+    if data.startswith(b"RIFF"):
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    return True
+
+
+def _orientation(image: "ImageFile") -> int:
+    """How an image is turned, from 1 (upright) to 8, as in EXIF tag 274; from 5 on it lies on its side."""
+    # Pillow turns a TIFF by itself, and would decode a PNG to look for EXIF behind the pixels.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    try:
+        found = int(image.getexif().get(274, 1))
+    except Exception:  # a broken EXIF block is no reason to refuse the picture
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _upright(image: "Image", orientation: int) -> "Image":
+    from PIL.Image import Transpose as T
+
+    turns = [None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM]
+    turn = [*turns, T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90][orientation - 1]
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: "Image") -> "Image":
+    from PIL import Image as pil
+
+    if image.mode.startswith("I;16"):  # a plain convert would clip everything above 255 to white
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = pil.new("RGBA", layer.size, "white")
+        return pil.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
