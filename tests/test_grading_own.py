@@ -84,6 +84,6 @@ def test_grpo_learns_from_it_and_the_command_line_refuses_a_wrong_one(file, tmp_
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "sft_grpo" / "rollouts" / "step-000001.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["reward"] for row in rows] == [pytest.approx(len(row["text"]) / 10) for row in rows]
+    assert [row["reward"] for row in rows] == [pytest.approx(len(row["response"]) / 10) for row in rows]
     refused = rlcs(*words[:-1], tmp_path / "other", f"grpo.reward.function={file}:other")
     assert refused.returncode == 2 and "its functions: length, judged" in refused.stderr

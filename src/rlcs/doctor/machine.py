@@ -18,7 +18,7 @@ from rlcs.model import loading
 from rlcs.model.packing import pack
 from rlcs.model.parity_check import TOLERANCE, disagreement, gap
 from rlcs.model.policy import score
-from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.schema import Model
 from rlcs.records import Branch, Tree
 
 _NEEDED = ("rlcs", "torch", "transformers", "datasets", "math-verify", "safetensors")
@@ -81,9 +81,8 @@ def _space(name: str, free: int) -> Finding:
 
 def _model() -> list[Finding]:
     """Packed against plain logprobs, and the sampler's against the policy's."""
-    recipe = load_recipe("quickstart").recipe
-    vlm = loading.load(recipe.model)
-    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
+    vlm = loading.load(Model(name="builtin"))
+    chat = loading.make_chat(vlm)
     prompts = [chat.prompt(problem) for problem in open_builtin("builtin:puzzles?count=3&seed=1", "rl")]
     sampling = chat.sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=24, seed=0)
     groups = LocalEngine(vlm, chat, max_rows=16).sample(prompts, sampling)

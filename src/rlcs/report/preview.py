@@ -20,7 +20,6 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.loading import list_recipes, load_recipe
-from rlcs.recipe.schema import Images
 from rlcs.records import Demonstration, Prompt
 from rlcs.report.pages import templates, write_page
 from rlcs.train.sft import tree_of
@@ -92,9 +91,7 @@ def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0) -> View:
         prompt, ids, weights = tree.prompt, tree.branches[0].ids, tree.branches[0].weights
     patch = vlm.processor.image_processor.patch_size
     images = [
-        open_image(ref, limit=Images().decode_limit).resize(
-            (width * patch, height * patch), Image.Resampling.BICUBIC
-        )
+        open_image(ref).resize((width * patch, height * patch), Image.Resampling.BICUBIC)
         for ref, (_, height, width) in zip(prompt.images, prompt.grids, strict=True)
     ]
     return View(
