@@ -128,4 +128,4 @@ def _problems(source: str, data: Path | None) -> list[Any]:
     loaded = load_benchmark(
         find(source.removeprefix("benchmark:")), split=None, data=data, limit=None, decode_limit=limit
     )
-    return [question.asked("paper", images) for question, images in loaded.questions]
+    return [question.problem("paper", images) for question, images in loaded.questions]

@@ -52,7 +52,7 @@ def needs_extractor(response: str) -> bool:
 def extract_answers(
     sampler: Sampler,
     model: str,
-    asked: Sequence[tuple[Question, Sample]],
+    answered: Sequence[tuple[Question, Sample]],
     *,
     path: Path,
     stop: StopFlag,
@@ -62,7 +62,7 @@ def extract_answers(
     `path` keeps what `model`, whom `sampler` asks, has extracted from each response for the next time.
     """
     requests, digests, keys = [], dict[str, str](), dict[str, SampleKey]()
-    for question, sample in asked:
+    for question, sample in answered:
         request = Request(id=f"{sample.id} #{sample.index}", messages=_messages(question, sample.text))
         requests.append(request)
         keys[request.id] = sample.key
@@ -80,11 +80,11 @@ def extract_answers(
 
 def _messages(question: Question, response: str) -> tuple[Message, ...]:
     messages = [Message(role="system", parts=(_TASK,))]
-    for example, answered, answer in _EXAMPLES:
-        messages.append(Message(role="user", parts=(_text(example, answered),)))
+    for example, text, answer in _EXAMPLES:
+        messages.append(Message(role="user", parts=(_prompt(example, text),)))
         messages.append(Message(role="assistant", parts=(answer,)))
-    return (*messages, Message(role="user", parts=(_text(question.plain, response),)))
+    return (*messages, Message(role="user", parts=(_prompt(question.plain, response),)))
 
 
-def _text(question: str, response: str) -> str:
+def _prompt(question: str, response: str) -> str:
     return f"Question:\n{question}\n\nResponse:\n{response[-_MAX_SHOWN:]}\n\nFinal answer:"

@@ -55,7 +55,7 @@ class Question:
         """How many options there are; 0 for a free answer."""
         return len(self.choices) or self.num_unlisted
 
-    def asked(self, style: Style, images: tuple[ImageRef, ...]) -> Problem:
+    def problem(self, style: Style, images: tuple[ImageRef, ...]) -> Problem:
         """The problem as the model sees it: the options stand in its text already."""
         text = self.plain if style == "paper" else self.official
         return Problem(id=self.id, source="benchmark", question=text, answer=self.answer, images=images)

@@ -32,12 +32,12 @@ def read(row: Row) -> Question:
     unit = f" (Unit: {row['unit']})" if row["unit"] else ""
     choices = tuple(str(choice) for choice in row["choices"] or ())
     listed = f"\nChoices:\n{lettered(choices)}" if choices else ""
-    asked = f"{text_of(row, 'question')}{unit}"
+    question = f"{text_of(row, 'question')}{unit}"
     metadata = row["metadata"]
     return Question(
         id=str(row["pid"]),
-        official=f"Hint: {_hint(row)}\nQuestion: {asked}{listed}",
-        plain=asked + listed,
+        official=f"Hint: {_hint(row)}\nQuestion: {question}{listed}",
+        plain=question + listed,
         answer=str(row["answer"]),
         picture=picture_of(row, "decoded_image", "image"),
         choices=choices,
