@@ -21,7 +21,7 @@ from bench.loading import write
 from rlcs.engines.vllm.server import Launch, Server
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
 from rlcs.model import loading
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Model

@@ -12,9 +12,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench import ours, peer
 from bench.shapes import SEED, Case, grpo_settings
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import Pack, pack
 from rlcs.model.policy import score
+from rlcs.model.vlm import Vlm
 from rlcs.records import Branch, Prompt, Tree
 from rlcs.train import grpo
 from rlcs.train.losses import denominator
@@ -30,9 +30,9 @@ def main(pipe: Connection, case: Case) -> None:
     disable_progress_bar()
     trainer: Any = peer.make_trainer(case)
     trainer.case = case
-    vlm, actors = ours.load(case)
-    assert actors.reference is not None, "the penalty needs a reference"
-    move_apart(trainer.ref_model, actors.reference)
+    vlm, context = ours.load(case)
+    assert context.reference is not None, "the penalty needs a reference"
+    move_apart(trainer.ref_model, context.reference)
     answers = drawn_answers(case)
     trainer._generate_single_turn = lambda *args, **kwargs: ([list(a) for a in answers], None)
     trainer.model.train()
@@ -43,8 +43,8 @@ def main(pipe: Connection, case: Case) -> None:
     trainer.args.steps_per_generation = case.packs
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
-    packed = packed_like(case, actors, inputs, answers)
-    our_loss = backward(vlm, actors, packed, case)
+    packed = packed_like(case, context, inputs, answers)
+    our_loss = backward(vlm, context, packed, case)
     result = {"peer_loss": loss.item(), "loss": our_loss}
     result["loss_gap"] = abs(our_loss - loss.item()) / abs(loss.item())
     pipe.send(result | gradient_gaps(vlm, trainer.model))
@@ -73,13 +73,13 @@ def dataset_row(case: Case, index: int) -> dict[str, Any]:
 
 
 def packed_like(
-    case: Case, actors: grpo.GrpoContext, inputs: dict[str, Any], answers: list[tuple[int, ...]]
+    case: Case, context: grpo.GrpoContext, inputs: dict[str, Any], answers: list[tuple[int, ...]]
 ) -> Pack:
     """The same answers and TRL's own advantages as trees; the prompts must have the same ids."""
     trees = []
     group = case.shape.group
     for place, problem in enumerate(case.step_problems(1)):
-        prompt = actors.chat.prompt(problem)
+        prompt = context.chat.prompt(problem)
         require_same_prompt(prompt, inputs["prompt_ids"][place * group], inputs["prompt_mask"][place * group])
         rows = range(place * group, (place + 1) * group)
         branches = [
@@ -87,7 +87,7 @@ def packed_like(
             for row in rows
         ]
         trees.append(Tree(prompt=prompt, branches=tuple(branches)))
-    return pack(trees, actors.chat.patches)
+    return pack(trees, context.chat.patches)
 
 
 def require_same_prompt(prompt: Prompt, ids: Tensor, mask: Tensor) -> None:
@@ -95,11 +95,11 @@ def require_same_prompt(prompt: Prompt, ids: Tensor, mask: Tensor) -> None:
     assert prompt.ids == tuple(ids[mask.bool()].tolist()), f"prompt {prompt.problem_id} differs"
 
 
-def backward(vlm: Vlm, actors: grpo.GrpoContext, packed: Pack, case: Case) -> float:
+def backward(vlm: Vlm, context: grpo.GrpoContext, packed: Pack, case: Case) -> float:
     """Our loss, with its gradients left on the parameters."""
     settings = grpo_settings(case)
-    assert actors.reference is not None, "the penalty needs a reference"
-    reference = logprobs_of(actors.reference, [packed], temperature=settings.temperature)[0]
+    assert context.reference is not None, "the penalty needs a reference"
+    reference = logprobs_of(context.reference, [packed], temperature=settings.temperature)[0]
     batch = Batch(pack=packed, old_logprobs=reference, ref_logprobs=reference)
     vlm.model.train()
     sums = grpo.make_objective(settings)(batch, score(vlm, packed, temperature=settings.temperature))

@@ -12,17 +12,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.meter import Meter
 from bench.shapes import SEED, Case, grpo_settings, rewards
-from rlcs.data import ProblemStream
+from rlcs.data.stream import ProblemStream
 from rlcs.engines import decoding
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.sampling import choose, uniform
-from rlcs.grading import GradePool
 from rlcs.model import loading
-from rlcs.model.loading import Vlm
-from rlcs.recipe.schema import Model, Recipe
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.schema import Model
 from rlcs.records import Grade, Problem, rollout_seed
 from rlcs.train import grpo
-from rlcs.train.run_dir import Clock
+from rlcs.train.stage_run import Clock
 from rlcs.train.trainer import Trainer
 
 PHASE_NAMES = {"rollout": "rollout", "reference": "logprobs", "update": "update", "grade": "step"}
@@ -30,7 +29,7 @@ PHASE_NAMES = {"rollout": "rollout", "reference": "logprobs", "update": "update"
 
 
 class MeterClock(Clock):
-    """A stage's clock that tells the meter."""
+    """A stage's clock that reports to the meter."""
 
     def __init__(self, meter: Meter) -> None:
         super().__init__()
@@ -46,9 +45,9 @@ class MeterClock(Clock):
 class FixedRewards:
     """Stands in for the graders: the same rewards on both sides, at no cost."""
 
-    def grade(self, pairs: Sequence[tuple[Problem, str]]) -> list[Grade]:
+    def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
         """One grade an answer, in order."""
-        return [Grade(reward=r, correct=r > 0.5) for r in rewards(len(pairs))]
+        return [Grade(reward=r, correct=r > 0.5) for r in rewards(len(answers))]
 
 
 class ForcedLengths:
@@ -93,13 +92,14 @@ class ForcedLengths:
 
 
 def load(case: Case) -> tuple[Vlm, grpo.GrpoContext]:
-    """The policy and everybody who takes part in a step."""
+    """The policy and what a step works with."""
     vlm = loading.load(Model(name=case.folder), device=torch.device("cpu"))
-    chat = loading.make_chat(vlm, Recipe())
+    chat = loading.make_chat(vlm)
     engine = LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
     reference = grpo.frozen_copy(vlm)
-    pool = cast(GradePool, FixedRewards())
-    return vlm, grpo.GrpoContext(vlm=vlm, reference=reference, chat=chat, engine=engine, pool=pool)
+    return vlm, grpo.GrpoContext(
+        vlm=vlm, reference=reference, chat=chat, engine=engine, grader=FixedRewards()
+    )
 
 
 def main(pipe: Connection, case: Case) -> None:
@@ -107,22 +107,22 @@ def main(pipe: Connection, case: Case) -> None:
     torch.set_num_threads(case.threads)
     disable_progress_bar()
     settings = grpo_settings(case)
-    vlm, actors = load(case)
+    vlm, context = load(case)
     trainer = Trainer(vlm, settings.optimizer, steps=case.steps, max_bad_steps=1)
     stream = InOrder(case.problems)
-    sampling = actors.chat.sampling(
+    sampling = context.chat.sampling(
         n=settings.group_size, temperature=1.0, max_new_tokens=settings.max_new_tokens, seed=SEED
     )
     pipe.send("ready")
-    with ForcedLengths(case, actors.chat.end_id).installed():
+    with ForcedLengths(case, context.chat.end_id).installed():
         for step in range(case.steps):
             memory = bool(pipe.recv())
             with Meter(memory=memory, cpu_time=case.cpu_time) as meter:
                 clock = MeterClock(meter)
                 groups, _ = grpo.collect(
-                    actors, cast(ProblemStream[Problem], stream), settings, sampling, step=step, clock=clock
+                    context, cast(ProblemStream[Problem], stream), settings, sampling, step=step, clock=clock
                 )
-                grpo.learn(trainer, actors, groups, settings, clock=clock)
+                grpo.learn(trainer, context, groups, settings, clock=clock)
             got = {g.problem.id: tuple(len(r.ids) for r in g.rollouts) for g in groups}
             assert got == {p.id: case.lengths[p.id] for p in case.step_problems(step)}, "lengths are forced"
             pipe.send(meter.measured)

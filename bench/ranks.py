@@ -76,9 +76,9 @@ def train(folder: Path, steps: int) -> None:
         vlm = loading.load(recipe.model, world=world)
         loading.freeze(vlm, recipe.sft.freeze)
         vlm = loading.spread(vlm, recipe.parallel)
-        chat = loading.make_chat(vlm, recipe)
+        chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         stage = RunDir(folder, name="sft", seed=0, settings=recipe.sft, recipe_hash="", world=world)
-        sft.train(vlm, chat, taught, recipe.sft, folder=stage, screen=view, stop=stop)
+        sft.train(vlm, chat, taught, recipe.sft, run=stage, screen=view, stop=stop)
 
 
 if __name__ == "__main__":

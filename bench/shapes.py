@@ -18,7 +18,8 @@ from rlcs.data.images import image_from_bytes
 from rlcs.model.chat import Chat
 from rlcs.model.images import ImagePipeline
 from rlcs.model.packing import within_budget
-from rlcs.recipe.schema import Grpo, Prompts
+from rlcs.recipe.schema import Prompts
+from rlcs.recipe.stages import Grpo
 from rlcs.records import ImageRef, Problem
 from tools import tiny_model
 

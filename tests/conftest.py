@@ -10,8 +10,8 @@ from PIL import Image
 from rlcs.data.images import image_from_bytes
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
-from rlcs.recipe.schema import Model, Recipe
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.schema import Model
 from rlcs.records import Branch, Grade, ImageRef, Problem, Prompt, Rollout, Tree
 
 
@@ -41,7 +41,7 @@ def vlm(random_model_folder: Path) -> Vlm:
 
 @pytest.fixture
 def chat(vlm: Vlm) -> Chat:
-    return loading.make_chat(vlm, Recipe())
+    return loading.make_chat(vlm)
 
 
 SMALL_STUDY = [

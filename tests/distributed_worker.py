@@ -17,9 +17,11 @@ from rlcs.distributed import World, join_world
 from rlcs.engines.local import LocalEngine
 from rlcs.model import loading
 from rlcs.model.fsdp import whole_weights
+from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.execution import Lora, Parallel
-from rlcs.recipe.schema import Grpo, Recipe, Sft
+from rlcs.recipe.schema import Recipe
+from rlcs.recipe.stages import Grpo, Sft
 from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
@@ -42,7 +44,7 @@ def demonstrations(count: int) -> list[Demonstration]:
     ]
 
 
-def load(job: dict, world: World) -> loading.Vlm:
+def load(job: dict, world: World) -> Vlm:
     checkpointing = job.get("gradient_checkpointing", False)
     more = {"gradient_checkpointing": checkpointing, "dtype": job.get("dtype", "auto")}
     settings = Recipe(model={"name": job["model"], **more}).model
@@ -56,7 +58,7 @@ def train(job: dict, world: World) -> None:
     vlm = load(job, world)
     vlm = loading.prepare(vlm, Lora(**job.get("lora", {})), settings.freeze, seed=3)
 
-    def spread(vlm: loading.Vlm) -> loading.Vlm:
+    def spread(vlm: Vlm) -> Vlm:
         return loading.spread(vlm, parallel)
 
     reference = None
@@ -64,22 +66,22 @@ def train(job: dict, world: World) -> None:
         vlm, reference = grpo.with_reference(vlm, spread)
     else:
         vlm = spread(vlm)
-    chat = loading.make_chat(vlm, Recipe())
+    chat = loading.make_chat(vlm)
     stage = RunDir(folder, name="stage", seed=3, settings=settings, recipe_hash="h", world=world)
     with StopFlag() as stop, screen("stage", 6, quiet=True, stream=Path(os.devnull).open("w")) as view:
         if job.get("stop_at") and world.rank == world.size - 1:
             view = Stopper(view, stop, job["stop_at"])
         if "sft" in job:
-            sft.train(vlm, chat, demonstrations(12), settings, folder=stage, screen=view, stop=stop)
+            sft.train(vlm, chat, demonstrations(12), settings, run=stage, screen=view, stop=stop)
         else:
-            actors = grpo.GrpoContext(
+            context = grpo.GrpoContext(
                 vlm=vlm,
                 reference=reference,
                 chat=chat,
                 engine=LocalEngine(vlm, chat, max_rows=8),
-                pool=LengthGrader(),
+                grader=LengthGrader(),
             )
-            grpo.train(actors, mixed_problems(9), settings, folder=stage, screen=view, stop=stop)
+            grpo.train(context, mixed_problems(9), settings, run=stage, screen=view, stop=stop)
     weights = whole_weights(vlm.model, world)
     if world.rank == 0:
         torch.save(weights, folder / "weights.pt")

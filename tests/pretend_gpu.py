@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rlcs.distributed import World, own_part
 from rlcs.model import fsdp, loading
-from rlcs.model.loading import FAMILIES, Vlm
+from rlcs.model.families import FAMILIES
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
-from rlcs.recipe.schema import Optimizer
+from rlcs.recipe.stages import Optimizer
 from rlcs.train import checkpoint
 from rlcs.train.trainer import make_optimizer
 

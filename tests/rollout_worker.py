@@ -26,7 +26,7 @@ def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
             if "lora_B" in name and world.rank == 0:
                 parameter.data += 1
         vlm = loading.spread(vlm, recipe.parallel)
-        chat = loading.make_chat(vlm, recipe)
+        chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = make(vlm, chat, 8)
         engine.sync()
         names = [f"rank{world.rank}-{i}" for i in range(3 - 2 * world.rank)]

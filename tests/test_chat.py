@@ -10,7 +10,7 @@ from rlcs.data.images import open_image
 from rlcs.errors import ImageError, PromptError
 from rlcs.model import loading
 from rlcs.model.chat import DEFAULT_SYSTEM, default_system, set_default_system
-from rlcs.recipe.schema import Model, Recipe
+from rlcs.recipe.schema import Images, Model, Prompts, Recipe
 from rlcs.records import ImageRef, Message, Problem
 
 CONTROL = (
@@ -48,7 +48,7 @@ def template_ids(vlm, problem, system):
     ],
 )
 def test_clean_text_gives_the_ids_of_the_chat_template(vlm, question, sizes, system):
-    chat = loading.make_chat(vlm, Recipe(prompt={"system": None}))
+    chat = loading.make_chat(vlm, prompts=Prompts(system=None))
     problem = make_problem("p", question, sizes)
     assert list(chat.with_system(system).prompt(problem).ids) == template_ids(vlm, problem, system)
 
@@ -73,7 +73,7 @@ def test_typed_control_tokens_stay_text(chat_once, parts):
 @pytest.fixture(scope="module")
 def chat_once(random_model_folder):
     vlm = loading.load(Recipe(model={"name": str(random_model_folder)}).model)
-    return loading.make_chat(vlm, Recipe())
+    return loading.make_chat(vlm)
 
 
 def test_text_survives_the_round_trip(chat):
@@ -84,7 +84,7 @@ def test_text_survives_the_round_trip(chat):
 
 
 def test_an_over_long_prompt_names_its_length_and_the_key(vlm):
-    chat = loading.make_chat(vlm, Recipe(prompt={"max_tokens": 20}))
+    chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=20))
     with pytest.raises(
         PromptError, match=r"problem-9: the prompt has \d+ tokens, 6 of them image; the limit is 20"
     ):
@@ -92,7 +92,7 @@ def test_an_over_long_prompt_names_its_length_and_the_key(vlm):
 
 
 def test_an_endless_text_is_refused_before_all_of_it_is_tokenised(vlm, monkeypatch):
-    chat, seen = loading.make_chat(vlm, Recipe(prompt={"max_tokens": 3000})), []
+    chat, seen = loading.make_chat(vlm, prompts=Prompts(max_tokens=3000)), []
     tokenise = chat.text_ids
     monkeypatch.setattr(chat, "text_ids", lambda text: seen.append(len(text)) or tokenise(text))
     with pytest.raises(PromptError, match="more than 6000 tokens; the limit is 3000"):
@@ -104,10 +104,10 @@ def test_an_endless_text_is_refused_before_all_of_it_is_tokenised(vlm, monkeypat
 
 
 def test_pixel_bounds_of_the_recipe_decide_the_image_tokens(vlm):
-    small = loading.make_chat(vlm, Recipe(images={"min_pixels": 3136, "max_pixels": 56 * 56}))
+    small = loading.make_chat(vlm, images=Images(min_pixels=3136, max_pixels=56 * 56))
     span = small.prompt(make_problem("p", sizes=((280, 280),))).spans[0]
     assert span[1] - span[0] == 4
-    large = loading.make_chat(vlm, Recipe(images={"min_pixels": 112 * 112, "max_pixels": 224 * 224}))
+    large = loading.make_chat(vlm, images=Images(min_pixels=112 * 112, max_pixels=224 * 224))
     span = large.prompt(make_problem("p", sizes=((28, 28),))).spans[0]
     assert span[1] - span[0] == 16
 
@@ -134,7 +134,7 @@ def test_sampling_bans_what_stands_for_images(chat):
 
 
 def test_several_turns_give_the_ids_of_the_chat_template(vlm):
-    chat = loading.make_chat(vlm, Recipe(prompt={"system": None}))
+    chat = loading.make_chat(vlm, prompts=Prompts(system=None))
     first, second = draw(56, 84), draw(84, 84)
     turns = [
         Message(role="user", parts=("Compare ", first, " and ", second, ".")),
@@ -165,7 +165,7 @@ def rendered_ids(processor, messages):
 @pytest.mark.parametrize("system", ["Put it in \\boxed{}.", "a 'b' \"c\" {{ d }} {% e %}\n\nü 数 \U0001f600"])
 def test_the_system_prompt_is_saved_with_the_model(vlm, tmp_path, system):
     assert default_system(vlm.processor) == DEFAULT_SYSTEM
-    chat = loading.make_chat(vlm, Recipe(prompt={"system": system}))
+    chat = loading.make_chat(vlm, prompts=Prompts(system=system))
     loading.save(vlm, tmp_path)
     loaded = loading.load(Model(name=str(tmp_path)))
     assert default_system(loaded.processor) == system

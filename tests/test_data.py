@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rlcs import data
+from rlcs.data import loading as data
 from rlcs.data.rows import demonstrated
+from rlcs.data.stream import ProblemStream
 from rlcs.errors import CheckpointError, DataError
 from rlcs.recipe.schema import Columns, Data
 
@@ -547,7 +548,7 @@ def test_nothing_usable_is_an_error_at_any_share(folder):
 )
 def test_a_stream_resumes_exactly_and_deals_every_item_once_an_epoch(count, seed, sizes, stop):
     items = [f"item {i}" for i in range(count)]
-    unbroken = data.ProblemStream(items, seed=seed)
+    unbroken = ProblemStream(items, seed=seed)
     dealt = [unbroken.take(size) for size in sizes]
     assert [len(part) for part in dealt] == sizes
     flat = [item for part in dealt for item in part]
@@ -555,25 +556,25 @@ def test_a_stream_resumes_exactly_and_deals_every_item_once_an_epoch(count, seed
         assert sorted(flat[start : start + count]) == sorted(items)
     assert unbroken.epochs == pytest.approx(len(flat) / count)
 
-    first = data.ProblemStream(items, seed=seed)
+    first = ProblemStream(items, seed=seed)
     before = [first.take(size) for size in sizes[:stop]]
-    second = data.ProblemStream(items, seed=seed)
+    second = ProblemStream(items, seed=seed)
     second.restore(json.loads(json.dumps(first.state())))
     assert before + [second.take(size) for size in sizes[stop:]] == dealt
 
 
 def test_the_order_is_fixed_for_all_time_and_changes_with_epoch_and_seed():
-    stream = data.ProblemStream(range(8), seed=0)
+    stream = ProblemStream(range(8), seed=0)
     assert stream.take(8) == [1, 0, 2, 3, 7, 5, 4, 6]
     epochs = [tuple(stream.take(8)) for _ in range(5)]
-    seeds = [tuple(data.ProblemStream(range(8), seed=seed).take(8)) for seed in range(5)]
+    seeds = [tuple(ProblemStream(range(8), seed=seed).take(8)) for seed in range(5)]
     assert len({*epochs, *seeds}) == 10
 
 
 def test_a_stream_refuses_nothing_and_a_cursor_of_other_data():
     with pytest.raises(DataError, match="no items"):
-        data.ProblemStream([], seed=0)
-    stream = data.ProblemStream([1, 2, 3], seed=0)
+        ProblemStream([], seed=0)
+    stream = ProblemStream([1, 2, 3], seed=0)
     state = stream.state()
     for wrong, message in (
         ({**state, "count": 4}, "number of rows was 4 .* is 3 now"),

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from rlcs.data import Row, load, puzzles
+from rlcs.data import puzzles
 from rlcs.data.exchange import export
 from rlcs.data.images import image_from_bytes
+from rlcs.data.loading import load
 from rlcs.data.overlap import find_overlaps
+from rlcs.data.rows import Row
 from rlcs.errors import RunFolderError
 from rlcs.recipe.schema import Data
 from rlcs.records import Problem

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlcs.data import Row, load, puzzles
+from rlcs.data import puzzles
+from rlcs.data.loading import load
+from rlcs.data.rows import Row
 from rlcs.distill import load_kept, run
 from rlcs.errors import UserError
 from rlcs.recipe.schema import Data, Teacher

@@ -21,9 +21,9 @@ from rlcs.distributed import ALONE, World, join_world
 from rlcs.errors import UserError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import balanced, pack
 from rlcs.model.policy import score
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
 from rlcs.recipe.schema import Model
 from rlcs.records import Tree

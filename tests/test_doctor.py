@@ -14,7 +14,7 @@ from rlcs.cli.main import app
 from rlcs.doctor import health, machine
 from rlcs.doctor.health import examine
 from rlcs.errors import RunFolderError
-from rlcs.pipeline import study
+from rlcs.pipeline import seeds
 from rlcs.recipe.loading import load_recipe
 from rlcs.report import build
 from rlcs.report.load_run import read_run
@@ -202,9 +202,9 @@ def test_a_study_of_seeds_that_stopped_in_the_first_goes_on_with_all(run, tmp_pa
     (run / "sft_grpo" / "done.json").unlink()
     (run / "logs").mkdir()
     (run / "logs" / "attempt-1.log").write_text("2026 ERROR rlcs: ended by Stopped: as asked\n")
-    monkeypatch.setattr(study, "Study", stopped)
+    monkeypatch.setattr(seeds, "Study", stopped)
     with pytest.raises(Stopped):
-        study.run_seeds(load_recipe("quickstart").recipe, parent, 3, sources=None, output=None, stop=None)
+        seeds.run_seeds(load_recipe("quickstart").recipe, parent, 3, data=None, output=None, stop=None)
     assert [path.name for path in parent.glob("seed-*")] == ["seed-0"]
     course = next(one for one in examine(parent) if one.name == "state")
     assert f"rlcs ablate --seeds 3 {parent / 'recipe.yaml'} --out {parent}" in course.fix

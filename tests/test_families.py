@@ -9,8 +9,8 @@ import pytest
 
 import family_models
 from rlcs.model import loading
-from rlcs.model.loading import FAMILIES
-from rlcs.recipe.schema import Recipe
+from rlcs.model.families import FAMILIES
+from rlcs.recipe.schema import Prompts
 from test_chat import test_clean_text_gives_the_ids_of_the_chat_template  # noqa: F401
 from test_engines_local import (  # noqa: F401
     prompts,
@@ -51,9 +51,9 @@ def test_every_parameter_belongs_to_exactly_one_part(vlm):
 
 
 def test_a_template_that_words_prompts_otherwise_is_told(vlm, caplog):
-    loading.make_chat(vlm, Recipe(prompt={"system": "Think."}))
+    loading.make_chat(vlm, prompts=Prompts(system="Think."))
     assert not caplog.records
     vlm.processor.chat_template += "{%- if add_generation_prompt -%}{{- '<think>' -}}{%- endif -%}"
-    loading.make_chat(vlm, Recipe())
+    loading.make_chat(vlm)
     [record] = caplog.records
     assert "assistant\\n<think>'; rlcs trains" in record.getMessage()

@@ -20,7 +20,7 @@ from rlcs.engines.stop_reasons import STOP_REASONS, stop_reason
 from rlcs.errors import RunFolderError, UserError
 from rlcs.generation import EngineSampler, Entry, SampleLog, annotate, open_sampler
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Endpoint
 from rlcs.records import Problem, Request, Sample, Sampling, StopReason
 from rlcs.signals import StopFlag

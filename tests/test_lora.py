@@ -23,7 +23,8 @@ from rlcs.pipeline.study import Output, Study
 from rlcs.progress import screen
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.schema import Grpo, Model, Optimizer, Recipe, Sft
+from rlcs.recipe.schema import Model, Recipe
+from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.recipe.table import summary_rows
 from rlcs.records import Branch, Demonstration, Grade, Tree
 from rlcs.signals import StopFlag, Stopped
@@ -38,7 +39,7 @@ EVERYWHERE = Lora(rank=4, alpha=16, parts=("vision_tower", "merger", "language_m
 def adapted(folder, lora=LORA, frozen=(), **model):
     plain = loading.load(Model(name=str(folder), **model), device=torch.device("cpu"))
     vlm = loading.prepare(plain, lora, frozen, seed=0)
-    return vlm, loading.make_chat(vlm, Recipe())
+    return vlm, loading.make_chat(vlm)
 
 
 def one_pack(chat):
@@ -52,7 +53,7 @@ def one_pack(chat):
 def learn(vlm, packed, steps=3, lr=3e-3):
     """A few steps on what the pack holds; the trainer, for a look at its optimiser."""
     trainer = Trainer(vlm, Optimizer(lr=lr), steps=steps, max_bad_steps=1)
-    objective = sft._objective("token")
+    objective = sft.make_objective("token")
     for _ in range(steps):
         trainer.step([Batch(pack=packed)], objective, average="token")
     return trainer
@@ -224,7 +225,7 @@ def test_four_bit_weights_train_and_are_saved_as_plain_ones(random_model_folder,
     plain = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
     small = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"), four_bit=True)
     vlm = loading.prepare(small, settings, (), seed=0)
-    chat = loading.make_chat(vlm, Recipe())
+    chat = loading.make_chat(vlm)
     packed = one_pack(chat)
     vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
     start = logprobs(vlm, packed)
@@ -267,14 +268,14 @@ def run_stage(kind, source, folder, *, stop_at=None):
                 )
                 for p in problems
             ]
-            sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=watched, stop=stop)
+            sft.train(vlm, chat, demonstrations, settings, run=stage, screen=watched, stop=stop)
         else:
             engine = LocalEngine(vlm, chat, max_rows=8)
             vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
-            actors = grpo.GrpoContext(
-                vlm=vlm, reference=reference, chat=chat, engine=engine, pool=LengthGrader()
+            context = grpo.GrpoContext(
+                vlm=vlm, reference=reference, chat=chat, engine=engine, grader=LengthGrader()
             )
-            grpo.train(actors, problems, settings, folder=stage, screen=watched, stop=stop)
+            grpo.train(context, problems, settings, run=stage, screen=watched, stop=stop)
     return trained(vlm)
 
 
@@ -340,7 +341,8 @@ def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_p
     )
     folder = tmp_path / "study"
     with StopFlag() as stop:
-        Study(recipe, folder, sources=load_run_data(recipe), output=Output(quiet=True), stop=stop).run()
+        data = load_run_data(recipe.study, recipe.data, decode_limit=recipe.images.decode_limit)
+        Study(recipe, folder, data=data, output=Output(quiet=True), stop=stop).run()
     base, stage_1, stage_2 = (
         load_file(f / "model.safetensors")
         for f in (random_model_folder, folder / "sft" / "final", folder / "sft_grpo" / "final")
@@ -367,12 +369,12 @@ def test_adapters_alone_learn_a_game(random_model_folder, tmp_path):
 
     optimizer = {"lr": 1e-2, "betas": (0.9, 0.95)}
     settings = Grpo(steps=7, prompts_per_step=8, group_size=8, max_new_tokens=12, optimizer=optimizer)
-    actors = grpo.GrpoContext(
-        vlm=vlm, reference=None, chat=chat, engine=LocalEngine(vlm, chat, max_rows=64), pool=Short()
+    context = grpo.GrpoContext(
+        vlm=vlm, reference=None, chat=chat, engine=LocalEngine(vlm, chat, max_rows=64), grader=Short()
     )
     stage = RunDir(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
     problems = puzzles.load("puzzles", split="train", count=12, seed=5)
     with StopFlag() as stop, screen("grpo", 7, quiet=True) as view:
-        grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
+        grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)
     rewards = [row["reward"] for row in rows_of(tmp_path / "metrics.jsonl")]
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.2

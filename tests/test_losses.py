@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlcs.recipe.schema import Grpo, Kl
+from rlcs.recipe.stages import Grpo, Kl
 from rlcs.train import losses as ob
 
 torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def make_inputs(lengths: tuple[int, ...] = LENGTHS, seed: int = 0, spread: float
     )
 
 
-def slow_loss(inputs: ob.LossInputs, s: ob.LossSettings) -> float:
+def slow_loss(inputs: ob.LossInputs, s: Grpo) -> float:
     """The formulas of the papers, token by token: the summed loss and nothing clever."""
     new, old, adv = inputs.logprobs.tolist(), inputs.old_logprobs.tolist(), inputs.advantages.tolist()
     seq = inputs.sequence.tolist()
@@ -55,16 +55,16 @@ def slow_loss(inputs: ob.LossInputs, s: ob.LossSettings) -> float:
         else:
             gain = min(ratio * adv[t], clipped * adv[t])
             loss = -(max(gain, s.clip_dual * adv[t]) if s.clip_dual and adv[t] < 0 else gain)
-        if s.kl != "none":
+        if s.kl.kind != "none":
             d = inputs.ref_logprobs.tolist()[t] - new[t]
-            kl = {"k1": -d, "k2": d * d / 2, "k3": min(math.exp(d) - d - 1, 10.0)}[s.kl]
-            loss += s.kl_coefficient * kl
-        scale = {"sequence": len(members), "micro_batch": len(new)}.get(s.average, 1)
+            kl = {"k1": -d, "k2": d * d / 2, "k3": min(math.exp(d) - d - 1, 10.0)}[s.kl.kind]
+            loss += s.kl.coefficient * kl
+        scale = {"sequence": len(members), "micro_batch": len(new)}.get(s.loss_average, 1)
         total += loss / scale
     return total
 
 
-def gradient(inputs: ob.LossInputs, settings_: ob.LossSettings) -> Tensor:
+def gradient(inputs: ob.LossInputs, settings_: Grpo) -> Tensor:
     """d loss / d logprobs."""
     leaf = inputs.logprobs.clone().requires_grad_()
     (grad,) = torch.autograd.grad(ob.policy_loss(replace(inputs, logprobs=leaf), settings_).loss, leaf)
@@ -110,9 +110,9 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="best"):
         ob.advantages([0.0, 1.0], "best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ppo"):
-        ob.policy_loss(inputs, ob.LossSettings(loss="ppo"))  # type: ignore[arg-type]
+        Grpo(loss="ppo")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k9"):
-        ob.policy_loss(inputs, ob.LossSettings(kl="k9"))  # type: ignore[arg-type]
+        ob.kl_estimate(inputs.logprobs, inputs.old_logprobs, "k9")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="row"):
         ob.denominator("row", tokens=1, sequences=1)  # type: ignore[arg-type]
 
@@ -132,7 +132,7 @@ def test_overlong_penalty_ramps_down_to_the_limit() -> None:
 def test_loss_equals_the_slow_loop(loss: Any, average: Any) -> None:
     for seed, kl in enumerate(("none", "k1", "k2", "k3")):
         inputs = make_inputs(seed=seed)
-        chosen = ob.LossSettings(loss=loss, average=average, kl=kl, kl_coefficient=0.1, clip_dual=1.5)
+        chosen = Grpo(loss=loss, loss_average=average, kl=Kl(kind=kl, coefficient=0.1), clip_dual=1.5)
         got = ob.policy_loss(inputs, chosen)
         assert got.loss.item() == pytest.approx(slow_loss(inputs, chosen), rel=1e-12)
         assert (got.tokens.item(), got.sequences.item()) == (12, 4)
@@ -142,7 +142,7 @@ def test_loss_equals_the_slow_loop(loss: Any, average: Any) -> None:
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_gradient_by_finite_differences(loss: Any, kl: Any) -> None:
     inputs = make_inputs(seed=3)
-    chosen = ob.LossSettings(loss=loss, kl=kl, kl_coefficient=0.3, average="sequence", clip_dual=1.5)
+    chosen = Grpo(loss=loss, kl=Kl(kind=kl, coefficient=0.3), loss_average="sequence", clip_dual=1.5)
     leaf = inputs.logprobs.clone().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: ob.policy_loss(replace(inputs, logprobs=x), chosen).loss, (leaf,)
@@ -155,10 +155,10 @@ def test_cispo_gradient_is_the_bounded_weight_even_where_clipped() -> None:
     weight = ratio.clamp(0.8, 1.3)
     clipped = (ratio < 0.8) | (ratio > 1.3)
     assert clipped.any() and not clipped.all()
-    grad = gradient(inputs, ob.LossSettings(loss="cispo"))
+    grad = gradient(inputs, Grpo(loss="cispo"))
     assert torch.equal(grad, -weight * inputs.advantages)
     assert (grad[clipped] != 0).all()
-    sums = ob.policy_loss(inputs, ob.LossSettings(loss="cispo")).sums
+    sums = ob.policy_loss(inputs, Grpo(loss="cispo")).sums
     assert sums["clip_fraction"].item() == clipped.sum().item()
 
 
@@ -166,7 +166,7 @@ def test_cispo_gradient_is_the_bounded_weight_even_where_clipped() -> None:
 def test_on_policy_gradient_is_reinforce(loss: Any) -> None:
     inputs = make_inputs()
     inputs = replace(inputs, old_logprobs=inputs.logprobs.clone())
-    for chosen in (ob.LossSettings(loss=loss), ob.LossSettings(loss=loss, clip_low=0.0, clip_high=0.0)):
+    for chosen in (Grpo(loss=loss), Grpo(loss=loss, clip_low=0.0, clip_high=0.0)):
         grad = gradient(inputs, chosen)
         assert torch.allclose(grad, -inputs.advantages, rtol=1e-14, atol=0)
         assert ob.policy_loss(inputs, chosen).sums["clip_fraction"].item() == 0
@@ -181,7 +181,7 @@ def test_flat_group_gives_exactly_no_gradient(loss: Any) -> None:
         old_logprobs=inputs.old_logprobs.float(),
         advantages=torch.zeros(12),
     )
-    assert torch.equal(gradient(flat, ob.LossSettings(loss=loss)), torch.zeros(12))
+    assert torch.equal(gradient(flat, Grpo(loss=loss)), torch.zeros(12))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_clip_cases(ratio: float, advantage: float, dual: float | None, loss: fl
         advantages=torch.tensor([advantage], dtype=torch.float64),
         sequence=torch.tensor([0]),
     )
-    chosen = ob.LossSettings(clip_dual=dual)
+    chosen = Grpo(clip_dual=dual)
     got = ob.policy_loss(inputs, chosen)
     assert got.loss.item() == pytest.approx(loss)
     assert (gradient(inputs, chosen).item() != 0) == learns
@@ -221,7 +221,7 @@ def test_gspo_by_hand() -> None:
         advantages=torch.tensor([2.0, 2.0, -1.0], dtype=torch.float64),
         sequence=torch.tensor([0, 0, 1]),
     )
-    chosen = ob.LossSettings(loss="gspo", average="sequence", clip_dual=None)
+    chosen = Grpo(loss="gspo", loss_average="sequence", clip_dual=None)
     first, second = math.exp((0.2 + 0.1) / 2), 0.8  # exp(-0.4) = 0.67 is held at 1 - 0.2
     got = ob.policy_loss(inputs, chosen)
     assert got.loss.item() == pytest.approx(-first * 2.0 + second)
@@ -233,20 +233,20 @@ def test_gspo_by_hand() -> None:
 
 def test_each_bound_changes_the_loss() -> None:
     inputs = make_inputs((8,) * 4, seed=2, spread=1.5)
-    base = ob.LossSettings()
+    base = Grpo()
     losses = {
         ob.policy_loss(inputs, s).loss.item()
         for s in (
             base,
-            replace(base, clip_low=0.4),
-            replace(base, clip_high=0.5),
-            replace(base, clip_dual=1.2),
-            replace(base, clip_dual=None),
-            replace(base, kl="k3", kl_coefficient=0.1),
-            replace(base, kl="k2", kl_coefficient=0.1),
-            replace(base, kl="k1", kl_coefficient=0.1),
-            replace(base, loss="cispo"),
-            replace(base, loss="gspo"),
+            base.model_copy(update={"clip_low": 0.4}),
+            base.model_copy(update={"clip_high": 0.5}),
+            base.model_copy(update={"clip_dual": 1.2}),
+            base.model_copy(update={"clip_dual": None}),
+            base.model_copy(update={"kl": Kl(kind="k3", coefficient=0.1)}),
+            base.model_copy(update={"kl": Kl(kind="k2", coefficient=0.1)}),
+            base.model_copy(update={"kl": Kl(kind="k1", coefficient=0.1)}),
+            base.model_copy(update={"loss": "cispo"}),
+            base.model_copy(update={"loss": "gspo"}),
         )
     }
     assert len(losses) == 10
@@ -271,43 +271,27 @@ def test_k3_is_unbiased_for_the_true_divergence() -> None:
 
 def test_kl_is_reported_without_a_penalty_and_required_with_one() -> None:
     inputs = make_inputs()
-    plain = ob.policy_loss(inputs, ob.LossSettings())
+    plain = ob.policy_loss(inputs, Grpo())
     assert plain.sums["kl"].item() == pytest.approx(
         ob.kl_estimate(inputs.logprobs, inputs.ref_logprobs, "k3").sum().item()
     )
     without = replace(inputs, ref_logprobs=None)
-    assert "kl" not in ob.policy_loss(without, ob.LossSettings()).sums
+    assert "kl" not in ob.policy_loss(without, Grpo()).sums
     with pytest.raises(ValueError, match="reference"):
-        ob.policy_loss(without, ob.LossSettings(kl="k3"))
+        ob.policy_loss(without, Grpo(kl=Kl(kind="k3", coefficient=0.1)))
 
 
 def test_old_kl_measures_the_move_since_sampling() -> None:
     inputs = make_inputs()
     d = inputs.logprobs - inputs.old_logprobs
-    got = ob.policy_loss(inputs, ob.LossSettings()).sums["old_kl"]
+    got = ob.policy_loss(inputs, Grpo()).sums["old_kl"]
     assert got.item() == pytest.approx((d.exp() - 1 - d).sum().item())
 
 
-def test_settings_come_from_the_recipe() -> None:
-    grpo = Grpo(
-        loss="cispo",
-        clip_low=0.1,
-        clip_high=0.9,
-        clip_dual=None,
-        kl=Kl(kind="k2", coefficient=0.5),
-        loss_average="constant",
-        max_new_tokens=77,
-    )
-    assert ob.LossSettings.from_recipe(grpo) == ob.LossSettings(
-        loss="cispo",
-        clip_low=0.1,
-        clip_high=0.9,
-        clip_dual=None,
-        kl="k2",
-        kl_coefficient=0.5,
-        average="constant",
-        max_new_tokens=77,
-    )
+def test_a_penalty_of_coefficient_zero_is_none() -> None:
+    inputs, idle = make_inputs(), Grpo(kl=Kl(kind="k2", coefficient=0.0))
+    assert torch.equal(ob.policy_loss(inputs, idle).loss, ob.policy_loss(inputs, Grpo()).loss)
+    assert "kl" not in ob.policy_loss(replace(inputs, ref_logprobs=None), idle).sums
 
 
 def test_shapes_that_would_broadcast_are_refused() -> None:
@@ -326,7 +310,7 @@ def test_empty_pack_adds_nothing() -> None:
         logprobs=nothing, old_logprobs=nothing, advantages=nothing, sequence=torch.zeros(0, dtype=torch.long)
     )
     for average in AVERAGES:
-        got = ob.policy_loss(inputs, ob.LossSettings(average=average))  # type: ignore[arg-type]
+        got = ob.policy_loss(inputs, Grpo(loss_average=average))  # type: ignore[arg-type]
         got.loss.backward()
         assert got.loss.item() == got.maxima["ratio_max"].item() == got.sequences.item() == 0
     assert ob.denominator("token", tokens=0, sequences=0) == 1.0
@@ -350,13 +334,13 @@ def take(inputs: ob.LossInputs, members: list[int]) -> tuple[ob.LossInputs, Tens
 
 
 def over_packs(
-    inputs: ob.LossInputs, packs: list[list[int]], chosen: ob.LossSettings
+    inputs: ob.LossInputs, packs: list[list[int]], chosen: Grpo
 ) -> tuple[float, Tensor, dict[str, float]]:
     """Average loss, gradient and sums of a step whose sequences lie in `packs`, as a trainer does it."""
     leaf = inputs.logprobs.clone().requires_grad_()
     parts = [ob.policy_loss(take(replace(inputs, logprobs=leaf), p)[0], chosen) for p in packs]
     divisor = ob.denominator(
-        chosen.average,
+        chosen.loss_average,
         tokens=sum(int(p.tokens) for p in parts),
         sequences=sum(int(p.sequences) for p in parts),
         packs=len(parts),
@@ -386,7 +370,7 @@ def splits(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[int]]]:
 def test_no_split_over_packs_changes_anything(split: Any, loss: Any, average: Any, seed: int) -> None:
     lengths, packs = split
     inputs = make_inputs(lengths, seed)
-    chosen = ob.LossSettings(loss=loss, average=average, kl="k3", kl_coefficient=0.1, max_new_tokens=9)
+    chosen = Grpo(loss=loss, loss_average=average, kl=Kl(kind="k3", coefficient=0.1), max_new_tokens=9)
     whole = over_packs(inputs, [list(range(len(lengths)))], chosen)
     parts = over_packs(inputs, packs, chosen)
     assert parts[0] == pytest.approx(whole[0], rel=1e-10, abs=1e-12)
@@ -395,11 +379,11 @@ def test_no_split_over_packs_changes_anything(split: Any, loss: Any, average: An
 
 
 def test_micro_batch_mean_depends_on_the_split() -> None:
-    chosen = ob.LossSettings(average="micro_batch")
+    chosen = Grpo(loss_average="micro_batch")
     inputs = make_inputs()
     whole, _, _ = over_packs(inputs, [[0, 1, 2, 3]], chosen)
     parts, _, _ = over_packs(inputs, [[0], [1, 2, 3]], chosen)
-    token, _, _ = over_packs(inputs, [[0, 1, 2, 3]], replace(chosen, average="token"))
+    token, _, _ = over_packs(inputs, [[0, 1, 2, 3]], chosen.model_copy(update={"loss_average": "token"}))
     assert whole == pytest.approx(token)
     assert parts != pytest.approx(whole)
     means = [slow_loss(take(inputs, p)[0], chosen) for p in ([0], [1, 2, 3])]
@@ -440,7 +424,7 @@ def test_sft_is_the_on_policy_loss_with_advantage_one() -> None:
     inputs = replace(inputs, old_logprobs=inputs.logprobs.clone())
     leaf = inputs.logprobs.clone().requires_grad_()
     ob.sft_loss(leaf, torch.ones(12, dtype=torch.float64), inputs.sequence, "token").loss.backward()
-    assert torch.equal(leaf.grad, gradient(inputs, ob.LossSettings()))
+    assert torch.equal(leaf.grad, gradient(inputs, Grpo()))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -459,8 +443,13 @@ def test_truncated_importance_weighs_each_token_and_not_its_kl(loss: Any, averag
     importance = ob.truncated_importance(inputs.old_logprobs, sampler, 2.0)
     assert importance.tolist() == pytest.approx(weights)
     # An advantage enters every policy loss as a factor, so a weight must be the same as a larger advantage.
-    chosen = ob.LossSettings(
-        loss=loss, average=average, clip_low=9.0, clip_high=9.0, clip_dual=None, kl="k3", kl_coefficient=0.3
+    chosen = Grpo(
+        loss=loss,
+        loss_average=average,
+        clip_low=9.0,
+        clip_high=9.0,
+        clip_dual=None,
+        kl=Kl(kind="k3", coefficient=0.3),
     )
     weighted = replace(inputs, importance=importance)
     scaled = replace(inputs, advantages=inputs.advantages * importance)

@@ -22,7 +22,7 @@ from rlcs.errors import DataError, ModelError, RecipeError, RunFolderError, User
 from rlcs.evals import arms as evaluation
 from rlcs.generation import SampleLog
 from rlcs.model import loading
-from rlcs.pipeline import study
+from rlcs.pipeline import run_folder, seeds, study
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.signals import StopFlag
@@ -47,12 +47,16 @@ def rlcs(*words: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
 
 
+def data_of(recipe) -> run_data.RunData:
+    return run_data.load_run_data(recipe.study, recipe.data, decode_limit=recipe.images.decode_limit)
+
+
 @pytest.fixture(scope="module")
 def finished(random_model_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
     done = rlcs("run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", folder)
     assert done.returncode == 0, done.stderr
-    assert "RL clip" in done.stdout and "Cold start + RL" in done.stdout  # choices, before the start
+    assert "RL clip" in done.stdout and "Cold start + RL" in done.stdout  # the choices, before the start
     assert str(folder / "report" / "index.html") in done.stdout
     return folder
 
@@ -119,14 +123,14 @@ def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeyp
     monkeypatch.setattr(loading, "load", counting)
     words = [f"model.name={random_model_folder}", *SMALL, "study.arms=[base, sft, sft_grpo]", *more]
     recipe = load_recipe("quickstart", words).recipe
-    sources, output = run_data.load_run_data(recipe), study.Output(quiet=True)
+    data, output = data_of(recipe), study.Output(quiet=True)
     for name, value in environment(0, 1, free_port()).items() if sharded else ():
         monkeypatch.setenv(name, value)
     gc.disable()  # a collection by chance would free FSDP's circles too
     try:
         with join_world(timeout_s=60) as world:
             study.Study(
-                recipe, tmp_path / "run", sources=sources, output=output, stop=StopFlag(), world=world
+                recipe, tmp_path / "run", data=data, output=output, stop=StopFlag(), world=world
             ).run()
     finally:
         gc.enable()
@@ -152,11 +156,11 @@ def test_arms_may_join_a_run_and_none_may_leave(tmp_path):
         load_recipe("quickstart", [f"study.arms=[{arms}]"]).recipe
         for arms in ("base, sft", "base, sft, grpo, sft_grpo")
     )
-    study.claim(tmp_path / "run", few)
-    study.claim(tmp_path / "run", all_four)
+    run_folder.claim(tmp_path / "run", few)
+    run_folder.claim(tmp_path / "run", all_four)
     append_jsonl(tmp_path / "run" / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
     with pytest.raises(RunFolderError, match=r"study\.arms was"):
-        study.claim(tmp_path / "run", few)
+        run_folder.claim(tmp_path / "run", few)
 
 
 def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_folder):
@@ -164,32 +168,32 @@ def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_fo
         return load_recipe("quickstart", [*SMALL, "study.arms=[base, sft]", *words]).recipe
 
     out, typed = tmp_path / "run", recipe(f"model.name={tmp_path / 'nowhere'}")
-    given = {"sources": run_data.load_run_data(typed), "output": study.Output(quiet=True), "stop": StopFlag()}
+    given = {"data": data_of(typed), "output": study.Output(quiet=True), "stop": StopFlag()}
     with pytest.raises(ModelError, match="nowhere"):
         study.Study(typed, out, **given).run()
     assert (out / "cold_start" / "done.json").is_file()  # good for any model, but of this teacher alone
     meant = f"model.name={random_model_folder}"
     with pytest.raises(RunFolderError, match=r"teacher\.wrong_share was"):
-        study.claim(out, recipe(meant, "teacher.wrong_share=0.5"))
+        run_folder.claim(out, recipe(meant, "teacher.wrong_share=0.5"))
     (out / "eval").mkdir()
     (out / "eval" / "problems.jsonl").write_text("{}\n")
-    study.claim(out, recipe(meant))
+    run_folder.claim(out, recipe(meant))
     assert load_recipe(str(out / "recipe.yaml")).recipe.model.name == str(random_model_folder)
     assert not (out / "eval" / "problems.jsonl").exists()
     append_jsonl(out / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
     with pytest.raises(RunFolderError, match=r"model\.name was"):
-        study.claim(out, typed)
+        run_folder.claim(out, typed)
 
 
 def test_a_reward_function_that_is_not_there_claims_no_folder(tmp_path):
     with pytest.raises(RecipeError, match="cannot read"):
-        study.claim(tmp_path / "run", load_recipe("quickstart", ["grpo.reward.function=no.py:f"]).recipe)
+        run_folder.claim(tmp_path / "run", load_recipe("quickstart", ["grpo.reward.function=no.py:f"]).recipe)
     assert not (tmp_path / "run").exists()
 
 
 def test_only_what_the_arms_need_is_read():
     missing = ["data.rl=missing.jsonl", "study.arms=[base, sft]", "data.cold_start=builtin:puzzles?count=5"]
-    sources = run_data.load_run_data(load_recipe("quickstart", missing).recipe)
+    sources = data_of(load_recipe("quickstart", missing).recipe)
     assert len(sources.cold_start) == 5 and not sources.rl
 
 
@@ -308,10 +312,10 @@ def test_seeds_are_averaged_and_kept_apart():
     def arm(accuracy):
         return {"accuracy": accuracy, "low": 0.0, "high": 1.0, "n": 100}
 
-    recipe = load_recipe("quickstart").recipe
-    one = {"arms": {"base": arm(0.2), "sft_grpo": arm(0.6)}, "seconds": {"sft": 2.0}, "versions": {}}
-    two = {"arms": {"base": arm(0.4), "sft_grpo": arm(0.8)}, "seconds": {"sft": 3.0}, "versions": {}}
-    summary = study.averaged(recipe, {0: one, 1: two})
+    alike = {"name": "n", "recipe": {}, "versions": {}}
+    one = alike | {"arms": {"base": arm(0.2), "sft_grpo": arm(0.6)}, "seconds": {"sft": 2.0}}
+    two = alike | {"arms": {"base": arm(0.4), "sft_grpo": arm(0.8)}, "seconds": {"sft": 3.0}}
+    summary = seeds.averaged({0: one, 1: two})
     assert summary["arms"]["sft_grpo"]["accuracy"] == pytest.approx(0.7)
     assert summary["arms"]["sft_grpo"]["low"] == pytest.approx(0.604, abs=0.001)
     assert summary["per_seed"]["1"]["base"]["accuracy"] == 0.4

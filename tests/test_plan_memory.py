@@ -16,7 +16,8 @@ from rlcs.model import loading
 from rlcs.model.packing import pack
 from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.shapes import measure
-from rlcs.recipe.schema import Grpo, Model, Optimizer, Recipe
+from rlcs.recipe.schema import Model
+from rlcs.recipe.stages import Grpo, Optimizer
 from rlcs.records import Branch, Tree
 from rlcs.train import grpo
 from rlcs.train.losses import sft_loss
@@ -112,7 +113,7 @@ def measured_peak(step):
 def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, frozen, packs):
     vlm = loading.load(Model(name=str(folders[shape]), gradient_checkpointing=checkpointing))
     loading.freeze(vlm, frozen)
-    batch = batch_of(loading.make_chat(vlm, Recipe()), branches=1 if kind == "sft" else 4)
+    batch = batch_of(loading.make_chat(vlm), branches=1 if kind == "sft" else 4)
     objective = likelihood if kind == "sft" else grpo.make_objective(Grpo())
     trainer = Trainer(vlm, Optimizer(), steps=9, max_bad_steps=1)
     trainer.step([batch], objective, average="token")  # from here on the optimiser has its state

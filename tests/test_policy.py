@@ -9,11 +9,11 @@ from conftest import make_problem
 from rlcs.errors import TrainingError, UserError
 from rlcs.model import loading, parity_check, policy
 from rlcs.model.attention import DensePlan, FlexPlan, TreePlan
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import layout_of, pack, within_budget
 from rlcs.model.parity_check import disagreement, require_agreement
 from rlcs.model.policy import score
-from rlcs.recipe.schema import Model, Recipe
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.schema import Model
 from rlcs.records import Branch, Tree
 
 TOLERANCE = 1e-5
@@ -183,7 +183,7 @@ def test_rounding_of_single_tokens_is_no_fault_and_a_fault_of_a_whole_answer_is(
 def test_the_self_check_in_bfloat16(random_model_folder, monkeypatch):
     settings = Model(name=str(random_model_folder), dtype="bfloat16")
     vlm = loading.load(settings, device=torch.device("cpu"))
-    chat = loading.make_chat(vlm, Recipe())
+    chat = loading.make_chat(vlm)
     [tree] = make_trees(chat, CASES["one tree"])
     assert require_agreement(vlm, chat, tree) < 0.1
     broken = SimpleNamespace(logprobs=torch.full((15,), torch.nan))

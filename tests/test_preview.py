@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from conftest import make_problem
-from rlcs.data import Row
+from rlcs.data.rows import Row
 from rlcs.errors import DataError
 from rlcs.model import loading
-from rlcs.recipe.schema import Model, Recipe
+from rlcs.recipe.schema import Model
 from rlcs.report.preview import look_at, make_view, pieces, print_view, write_html
 
 
@@ -18,7 +18,7 @@ from rlcs.report.preview import look_at, make_view, pieces, print_view, write_ht
 def view(random_model_folder):
     problem = make_problem("row-1", "How many <b>apples</b>?", ((56, 84),))
     vlm = loading.load(Model(name=str(random_model_folder)))
-    return make_view(Row(problem=problem, response="three \\boxed{3}"), vlm, loading.make_chat(vlm, Recipe()))
+    return make_view(Row(problem=problem, response="three \\boxed{3}"), vlm, loading.make_chat(vlm))
 
 
 def test_only_the_response_and_its_end_carry_loss(view):

@@ -109,7 +109,7 @@ def test_stock_transformers_gives_the_same_greedy_answers(run, exported, tmp_pat
     theirs = json.loads(python(f"NAME = {str(exported)!r}\n" + ANSWER_ALL, tmp_path))
     recipe = load_recipe(str(run / "recipe.yaml")).recipe
     vlm = loading.load(Model(name=str(run / "sft_grpo" / "final")), device=torch.device("cpu"))
-    chat = loading.make_chat(vlm, recipe)
+    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     sampling = chat.sampling(temperature=0, max_new_tokens=recipe.eval.max_new_tokens)
     groups = LocalEngine(vlm, chat, max_rows=12).sample([chat.prompt(p) for p in asked], sampling)
     assert [group[0].text for group in groups] == theirs
@@ -223,7 +223,8 @@ def test_a_quantised_folder_is_smaller_and_says_so_and_answers(run, exported, tm
     parameters = re.compile(r"of [\d,]+ parameters")
     assert parameters.findall(card(folder)) == parameters.findall(card(exported))
     ours = loading.load(Model(name=str(folder)), device=torch.device("cpu"))
-    chat = loading.make_chat(ours, load_recipe(str(run / "recipe.yaml")).recipe)
+    recipe = load_recipe(str(run / "recipe.yaml")).recipe
+    chat = loading.make_chat(ours, recipe.prompt, recipe.images)
     prompts = [chat.prompt(p) for p in puzzles.load("puzzles", split="test", count=12, seed=7)]
     groups = LocalEngine(ours, chat, max_rows=12).sample(
         prompts, chat.sampling(temperature=0, max_new_tokens=24)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from loopback_server import LoopbackServer, last_text, text_of
-from rlcs.data import Row, puzzles
+from rlcs.data import puzzles
+from rlcs.data.rows import Row
 from rlcs.distill import load_kept, run
 from rlcs.distill.chains import Chain, formatted
 from rlcs.distill.filters import choose, reason_to_reject

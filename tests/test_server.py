@@ -154,6 +154,9 @@ def test_models_health_and_metrics(server, client):
     after = metrics(server)
     grown = after['rlcs_tokens_total{kind="completion"}'] - before['rlcs_tokens_total{kind="completion"}']
     assert grown == reply.usage.completion_tokens
+    names = {"rlcs_request_seconds_total", "rlcs_start_time_seconds", 'rlcs_tokens_total{kind="prompt"}'}
+    names |= {f"rlcs_{name}" for name in ("requests_active", "engine_running", "engine_waiting")}
+    assert names <= set(before), "before anything has happened, too"
     assert after['rlcs_requests_total{code="200"}'] == before.get('rlcs_requests_total{code="200"}', 0) + 1
 
 

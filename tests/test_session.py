@@ -101,9 +101,9 @@ def test_several_turns_stream_and_the_pieces_are_the_answer(session):
 
 
 def test_the_session_asks_in_the_words_of_the_training(vlm, tmp_path):
-    from rlcs.recipe.schema import Model, Recipe
+    from rlcs.recipe.schema import Images, Model, Prompts
 
-    loading.make_chat(vlm, Recipe(prompt={"system": "Trained words."}, images={"max_pixels": 56 * 56}))
+    loading.make_chat(vlm, prompts=Prompts(system="Trained words."), images=Images(max_pixels=56 * 56))
     loading.save(vlm, tmp_path)
     session = Session(loading.load(Model(name=str(tmp_path))), name="trained")
     prompt = session.chat.conversation([session.message(draw(280, 280), "x")], name="c")

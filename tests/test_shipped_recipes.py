@@ -7,11 +7,12 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from conftest import draw, make_problem
-from rlcs.data import load
+from rlcs.data.loading import load
 from rlcs.model import attention, loading
-from rlcs.model.chat import DEFAULT_SYSTEM
-from rlcs.model.loading import FAMILIES, Vlm
+from rlcs.model.chat import DEFAULT_SYSTEM, default_system
+from rlcs.model.families import FAMILIES
 from rlcs.model.packing import pack
+from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import published
 from rlcs.recipe.loading import differences, load_recipe
 from rlcs.recipe.schema import Recipe
@@ -147,11 +148,26 @@ def test_the_paper_s_data_is_read_as_the_paper_reads_it(tmp_path):
     )
 
 
+def test_rl_can_have_a_system_prompt_of_its_own(vlm):
+    prompts = Recipe(prompt={"system": "Train.", "rl_system": "Reinforce."}).prompt
+    problem = make_problem("words")
+    for rl, word in ((False, "Train."), (True, "Reinforce.")):
+        chat = loading.make_chat(vlm, prompts, rl=rl)
+        assert [w in chat.text(chat.prompt(problem).ids) for w in ("Train.", "Reinforce.")].count(True) == 1
+        assert word in chat.text(chat.prompt(problem).ids)
+    assert default_system(vlm.processor) == "Train.", "a saved model carries the prompt of all stages"
+
+
 def test_rl_can_have_a_smallest_image_of_its_own(vlm):
     recipe = Recipe(images={"min_pixels": 3136, "rl_min_pixels": 112 * 112})
     problem = make_problem("small", sizes=((56, 56),))
     tokens = [
-        sum(end - start for start, end in loading.make_chat(vlm, recipe, rl=rl).prompt(problem).spans)
+        sum(
+            end - start
+            for start, end in loading.make_chat(vlm, recipe.prompt, recipe.images, rl=rl)
+            .prompt(problem)
+            .spans
+        )
         for rl in (False, True)
     ]
     assert tokens == [4, 16]
@@ -193,7 +209,7 @@ def test_one_packed_step_of_each_stage_on_layers_of_the_real_shape():
     recipe = load_recipe("paper-3b").recipe
     vlm = real_layers()
     assert 150e6 < sum(p.numel() for p in vlm.model.parameters()) < 200e6
-    chat = loading.make_chat(vlm, recipe)
+    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     problems = [make_problem(name, sizes=((112, 84),)) for name in "ab"]
     demonstrations = [
         Demonstration(problem=p, response="So \\boxed{4}.", teacher="builtin") for p in problems

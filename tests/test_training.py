@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from conftest import LengthGrader, Stopper, make_problem
-from rlcs.data import ProblemStream, puzzles
+from rlcs.data import puzzles
+from rlcs.data.stream import ProblemStream
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.errors import CheckpointError, DataError, TrainingError
@@ -16,18 +17,21 @@ from rlcs.grading import GradePool
 from rlcs.model import loading
 from rlcs.model.packing import pack, within_budget
 from rlcs.progress import screen
-from rlcs.recipe.schema import Grpo, Optimizer, Recipe, Sft
+from rlcs.recipe.schema import Prompts, Recipe
+from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
+from rlcs.train.groups import make_group, shaped_reward, tree_of
 from rlcs.train.losses import sft_loss
-from rlcs.train.run_dir import RunDir
-from rlcs.train.trainer import Batch, Counts, Trainer, learning_rate
+from rlcs.train.run_dir import RunDir, step_report
+from rlcs.train.stage_run import Clock
+from rlcs.train.trainer import Batch, Trainer, ZeroGradCounts, learning_rate
 
 
 def fresh(folder, attention="tree"):
     vlm = loading.load(Recipe(model={"name": str(folder), "attention": attention}).model)
-    return vlm, loading.make_chat(vlm, Recipe())
+    return vlm, loading.make_chat(vlm)
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +61,18 @@ def nll(batch, scores):
 
 def test_a_step_does_not_depend_on_how_trees_are_packed(random_model_folder, demonstrations):
     """The loss and the gradient norm of one big pack and of many small ones."""
-    outcomes = []
+    results = []
     for budget in (10_000, 200, 1):
         vlm, chat = fresh(random_model_folder)
         trees, _ = sft.usable_trees(demonstrations, chat)
         members = within_budget([t.num_tokens for t in trees], budget)
         batches = [Batch(pack=pack([trees[i] for i in some], chat.patches)) for some in members]
         trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=1)
-        outcomes.append((len(batches), trainer.step(batches, nll, average="token")))
-    assert len({count for count, _ in outcomes}) == 3
-    for _, outcome in outcomes[1:]:
-        assert outcome.loss == pytest.approx(outcomes[0][1].loss, rel=1e-5)
-        assert outcome.grad_norm == pytest.approx(outcomes[0][1].grad_norm, rel=1e-4)
+        results.append((len(batches), trainer.step(batches, nll, average="token")))
+    assert len({count for count, _ in results}) == 3
+    for _, result in results[1:]:
+        assert result.loss == pytest.approx(results[0][1].loss, rel=1e-5)
+        assert result.grad_norm == pytest.approx(results[0][1].grad_norm, rel=1e-4)
 
 
 def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, demonstrations):
@@ -77,8 +81,8 @@ def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, de
         vlm, chat = fresh(random_model_folder)
         batch = Batch(pack=pack(sft.usable_trees(demonstrations, chat)[0], chat.patches))
         trainer = Trainer(vlm, Optimizer(lr=0.0), steps=3, max_bad_steps=1)
-        outcome = trainer.step([batch], nll, average="token", also=Counts(tokens=extra))
-        losses.append(outcome.loss * (outcome.targets + extra))
+        result = trainer.step([batch], nll, average="token", zero_grad=ZeroGradCounts(tokens=extra))
+        losses.append(result.loss * (result.targets + extra))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -91,11 +95,10 @@ def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folde
     def poisoned(some, scores):
         return sft_loss(scores.logprobs * float("nan"), some.pack.weights, some.pack.sequence, "token")
 
-    outcome = trainer.step([batch], poisoned, average="token")
-    stage = RunDir(tmp_path, name="sft", seed=0, settings=Sft(), recipe_hash="h")
-    report = stage.report(outcome, step=1, steps=3, values={}, seconds={})
+    result = trainer.step([batch], poisoned, average="token")
+    report = step_report("sft", result, step=1, steps=3, values={}, seconds={})
     assert report.skipped and "loss" not in report.values  # NaN is not JSON
-    assert outcome.skipped == "the gradient is not finite"
+    assert result.skipped == "the gradient is not finite"
     assert_equal_weights(before, weights_of(vlm))
     with pytest.raises(TrainingError, match="not finite in 2 steps in a row"):
         trainer.step([batch], poisoned, average="token")
@@ -139,7 +142,7 @@ def run_sft(source, folder, demonstrations, *, stop_at=None, settings=None):
         stage = RunDir(folder, name="sft", seed=3, settings=settings, recipe_hash="h")
         if stop_at is not None:
             view = Stopper(view, stop, stop_at)
-        sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=view, stop=stop)
+        sft.train(vlm, chat, demonstrations, settings, run=stage, screen=view, stop=stop)
     return weights_of(vlm)
 
 
@@ -177,7 +180,7 @@ def test_sft_learns_and_its_loss_is_the_token_mean(random_model_folder, demonstr
 
 
 def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstrations, tmp_path):
-    chat = loading.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
+    chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=100))
     long = Demonstration(problem=make_problem("long", "word " * 300), response="x", teacher="t")
     trees, skipped = sft.usable_trees([long, *demonstrations[:2]], chat)
     assert (len(trees), skipped) == (2, 1)
@@ -196,7 +199,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(random_model_folder, demonstr
         screen("sft", 6, quiet=True) as view,
         pytest.raises(CheckpointError, match="another recipe"),
     ):
-        sft.train(vlm, chat, demonstrations, settings, folder=stage, screen=view, stop=stop)
+        sft.train(vlm, chat, demonstrations, settings, run=stage, screen=view, stop=stop)
 
 
 # --- GRPO ----------------------------------------------------------------------------------------
@@ -206,18 +209,18 @@ def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
     vlm, chat = fresh(source)
     problems = puzzles.load("puzzles", split="train", count=count, seed=5)
     reference = grpo.frozen_copy(vlm) if settings.kl.active else None
-    actors = grpo.GrpoContext(
+    context = grpo.GrpoContext(
         vlm=vlm,
         reference=reference,
         chat=chat,
         engine=LocalEngine(vlm, chat, max_rows=8),
-        pool=grader or LengthGrader(),
+        grader=grader or LengthGrader(),
     )
     with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
         stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
         if stop_at is not None:
             view = Stopper(view, stop, stop_at)
-        grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
+        grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)
     return weights_of(vlm)
 
 
@@ -266,26 +269,26 @@ def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder
     """Learning without the flat groups equals learning with them, to the bit of the denominator."""
     settings = Grpo(**SMALL)
     vlm, chat = fresh(random_model_folder)
-    actors = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, pool=None)
+    context = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, grader=None)
     groups = [
         group_of(chat, "a", [1.0, 0.0, 1.0], settings),
         group_of(chat, "b", [1.0, 1.0, 1.0], settings),
         group_of(chat, "c", [0.0, 0.0, None], settings),
     ]
-    outcomes = {}
+    results = {}
     for name in ("skipped", "computed"):
         vlm, _ = fresh(random_model_folder)
         trainer = Trainer(vlm, settings.optimizer, steps=1, max_bad_steps=1)
         if name == "skipped":
-            [outcome] = grpo.learn(trainer, actors, groups, settings, clock=grpo.Clock())
+            [result] = grpo.learn(trainer, context, groups, settings, clock=Clock())
         else:
-            trees = [grpo.tree_of(group) for group in groups]
-            batches = grpo.make_batches(trees, actors, settings)
-            outcome = trainer.step(batches, grpo.make_objective(settings), average="token")
-        outcomes[name] = outcome
-    assert outcomes["skipped"].tokens < outcomes["computed"].tokens
-    assert outcomes["skipped"].grad_norm == pytest.approx(outcomes["computed"].grad_norm, rel=1e-4)
-    assert outcomes["skipped"].loss == pytest.approx(outcomes["computed"].loss, abs=1e-6)
+            trees = [tree_of(group) for group in groups]
+            batches = grpo.make_batches(trees, context, settings)
+            result = trainer.step(batches, grpo.make_objective(settings), average="token")
+        results[name] = result
+    assert results["skipped"].tokens < results["computed"].tokens
+    assert results["skipped"].grad_norm == pytest.approx(results["computed"].grad_norm, rel=1e-4)
+    assert results["skipped"].loss == pytest.approx(results["computed"].loss, abs=1e-6)
 
 
 def group_of(chat, name, rewards, settings):
@@ -296,14 +299,14 @@ def group_of(chat, name, rewards, settings):
         for i in range(len(rewards))
     ]  # fmt: skip
     grades = [Grade(reward=r, correct=None if r is None else r == 1.0) for r in rewards]
-    return grpo.make_group(problem, chat.prompt(problem), rollouts, grades, settings)
+    return make_group(problem, chat.prompt(problem), rollouts, grades, settings)
 
 
 def test_unscored_rollouts_leave_the_group(chat):
     group = group_of(chat, "u", [1.0, None, 0.0], Grpo(**SMALL))
     assert group.advantages[1] is None
     assert group.advantages[0] == pytest.approx(1 / math.sqrt(2), rel=1e-4)
-    assert [b.ids[0] for b in grpo.tree_of(group).branches] == [30, 32]
+    assert [b.ids[0] for b in tree_of(group).branches] == [30, 32]
 
 
 def test_overlong_answers_are_punished_or_dropped(chat):
@@ -312,9 +315,9 @@ def test_overlong_answers_are_punished_or_dropped(chat):
         problem_id="x", index=0, ids=(1, 2, 3), logprobs=(-1.0,) * 3, stop=StopReason.LENGTH, seed=0, text="t"
     )
     right = Grade(reward=1.0, correct=True)
-    assert grpo.shaped_reward(rollout, right, soft) == 0.75
+    assert shaped_reward(rollout, right, soft) == 0.75
     dropped = Grpo(**SMALL | {"overlong": {"drop_truncated": True}})
-    assert grpo.shaped_reward(rollout, right, dropped) is None
+    assert shaped_reward(rollout, right, dropped) is None
 
 
 def test_dynamic_sampling_replaces_flat_groups_and_ends(random_model_folder, tmp_path):
@@ -332,7 +335,7 @@ def test_dynamic_sampling_replaces_flat_groups_and_ends(random_model_folder, tmp
     settings = Grpo(**SMALL | {"steps": 1, "dynamic_sampling": 1})
     run_grpo(random_model_folder, tmp_path / "a", settings, grader=Once(), count=40)
     [row] = rows_of(tmp_path / "a" / "metrics.jsonl")
-    assert row["zero_variance_groups"] < 1.0 and "skipped" not in row
+    assert row["zero_variance_groups"] < 1.0 and not row.get("skipped")
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -353,9 +356,9 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
     runs = []
     for _ in range(2):
         asked, answers = [], []
-        actors = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=Kept(), pool=Never())
+        context = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=Kept(), grader=Never())
         stream = ProblemStream(problems, seed=3)
-        grpo.collect(actors, stream, settings, sampling, step=5, clock=grpo.Clock())
+        grpo.collect(context, stream, settings, sampling, step=5, clock=Clock())
         runs.append(answers)
         assert sorted(p.problem_id for p in asked) == sorted([p.id for p in problems] * 2)
     assert runs[0] == runs[1]
@@ -390,7 +393,7 @@ def test_a_run_without_any_signal_stops_with_advice(random_model_folder, tmp_pat
     with pytest.raises(TrainingError, match="no group had two different rewards in 2 steps"):
         run_grpo(random_model_folder, tmp_path / "a", settings, grader=Never())
     [row] = rows_of(tmp_path / "a" / "metrics.jsonl")
-    assert row["zero_variance_groups"] == 1.0 and ("skipped" in row) != bool(kl)
+    assert row["zero_variance_groups"] == 1.0 and bool(row.get("skipped")) != bool(kl)
 
 
 def test_flat_steps_before_a_stop_count(random_model_folder, tmp_path):
@@ -430,10 +433,10 @@ def test_real_graders_take_part(random_model_folder, tmp_path):
 
 
 def test_a_problem_that_cannot_be_a_prompt_gives_its_place_to_the_next(vlm):
-    chat = loading.make_chat(vlm, Recipe(prompt={"max_tokens": 100}))
+    chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=100))
     long = [make_problem(f"long{i}", "word " * 300) for i in range(3)]
     short = [Problem(id=f"s{i}", source="t", question="q", answer="1") for i in range(6)]
-    problems, prompts, skipped = grpo.take_prompts(ProblemStream([*long, *short], seed=0), chat, 6)
+    problems, prompts, skipped = grpo.take_prompts(ProblemStream([*long, *short], seed=0), chat.prompts, 6)
     assert len(problems) == len(prompts) == 6 and skipped >= 1
     with pytest.raises(DataError):
-        grpo.take_prompts(ProblemStream(long, seed=0), chat, 3)
+        grpo.take_prompts(ProblemStream(long, seed=0), chat.prompts, 3)

@@ -21,21 +21,22 @@ import pytest
 import torch
 
 from conftest import LengthGrader, make_problem, tree_of
-from rlcs.data import load
 from rlcs.data import puzzles as tasks
+from rlcs.data.loading import load
 from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
+from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.schema import Grpo, Model, Recipe
+from rlcs.recipe.schema import Model, Recipe
+from rlcs.recipe.stages import Grpo
 from rlcs.records import Prompt, Rollout
 from rlcs.serving import session
 from rlcs.signals import StopFlag
@@ -102,7 +103,7 @@ def make_engine(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def policy(recipe: Recipe) -> tuple[Vlm, Chat]:
     vlm = loading.load(recipe.model)
-    return vlm, loading.make_chat(vlm, recipe)
+    return vlm, loading.make_chat(vlm, recipe.prompt, recipe.images)
 
 
 def prompts_of(recipe: Recipe, chat: Chat, count: int) -> list[Prompt]:
@@ -163,7 +164,7 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     vlm = loading.prepare(loading.load(recipe.model), recipe.lora, (), seed=0)
-    chat = loading.make_chat(vlm, recipe)
+    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     prompts = prompts_of(recipe, chat, 5)
     warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
 
@@ -194,7 +195,7 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
         merged = tmp_path / "final"
         loading.save(vlm, merged)
         plain = loading.load(Model(name=str(merged)))
-        chat = loading.make_chat(plain, recipe)
+        chat = loading.make_chat(plain, recipe.prompt, recipe.images)
         perturb(plain, 0.03)
         assert gap(plain, make(plain, chat, 64).sample(prompts, warm)) < 1e-3 and versions() == ["5"]
         assert gap(vlm, engine.sample(prompts, warm)) < 1e-3 and versions() == ["6", "6+7"]
@@ -276,7 +277,7 @@ def test_another_image_size_is_an_error(recipe, make_engine, policy) -> None:
     vlm, chat = policy
     engine = make_engine(vlm, chat, 64)
     engine.sync()
-    other = loading.make_chat(vlm, recipe_of("images.min_pixels=50176"))
+    other = loading.make_chat(vlm, images=recipe_of("images.min_pixels=50176").images)
     with pytest.raises(EndpointError, match="pixel bounds"):
         engine.sample([other.prompt(make_problem("small"))], other.sampling(max_new_tokens=4))
 
@@ -337,12 +338,12 @@ def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[st
     rows = load(
         "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
     ).rows
-    actors = grpo.GrpoContext(
-        vlm=vlm, reference=None, chat=chat, engine=engine, pool=LengthGrader(), rollout=recipe.rollout
+    context = grpo.GrpoContext(
+        vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader(), rollout=recipe.rollout
     )
     with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
         stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
-        grpo.train(actors, [row.problem for row in rows], settings, folder=stage, screen=view, stop=stop)
+        grpo.train(context, [row.problem for row in rows], settings, run=stage, screen=view, stop=stop)
     return weights_of(vlm)
 
 
@@ -357,7 +358,7 @@ def test_a_server_killed_twice_and_hung_once_changes_nothing(recipe, make_engine
         },
     }.items():
         vlm = loading.load(recipe.model)
-        chat = loading.make_chat(vlm, recipe)
+        chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = Disturbed(make_engine(vlm, chat, 64), misdeeds)
         results.append(train(tmp_path / name, recipe, vlm, chat, engine))
         assert len(engine.done) == len(misdeeds)

@@ -30,11 +30,12 @@ from rlcs.errors import EndpointError, ModelError, RecipeError, TrainingError
 from rlcs.generation import EngineSampler, open_sampler
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.sampling import EngineSettings, Rollouts
-from rlcs.recipe.schema import Grpo, Model
+from rlcs.recipe.schema import Model
+from rlcs.recipe.stages import Grpo
 from rlcs.recipe.table import summary_rows
 from rlcs.records import Request, Sampling, StopReason
 from rlcs.signals import StopFlag
@@ -626,18 +627,18 @@ def test_the_gap_is_logged_and_corrected_and_alarms(
     settings = Grpo.model_validate(
         {"steps": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6, "optimizer_steps": 1}
     )
-    actors = grpo.GrpoContext(
+    context = grpo.GrpoContext(
         vlm=vlm,
         reference=None,
         chat=chat,
         engine=Distant(vlm, chat, distance),
-        pool=LengthGrader(),
+        grader=LengthGrader(),
         rollout=Rollouts(engine="vllm_server", alarm=0.1, importance_cap=1.2),
     )
     problems = [make_problem(f"p{k}", sizes=()) for k in range(2)]
     with StopFlag() as stop, screen("grpo", 1, quiet=True) as view:
         stage = RunDir(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")
-        grpo.train(actors, problems, settings, folder=stage, screen=view, stop=stop)
+        grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert row["sampler_gap"] == pytest.approx(distance, abs=1e-3)
     assert row["sampler_gap_max"] == pytest.approx(distance, abs=2e-3)

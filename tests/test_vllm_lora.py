@@ -23,7 +23,7 @@ from rlcs.errors import EndpointError, RecipeError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.fsdp import whole_weights
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model, Recipe
@@ -41,7 +41,7 @@ def adapted(folder: Path, *, four_bit: bool = False) -> tuple[Vlm, Chat]:
     plain = loading.load(Model(name=str(folder)), device=torch.device("cpu"), four_bit=four_bit)
     vlm = loading.prepare(plain, Lora(rank=RANK, alpha=24, rank_stabilised=True), (), seed=0)
     move(vlm)
-    return vlm, loading.make_chat(vlm, Recipe())
+    return vlm, loading.make_chat(vlm)
 
 
 def move(vlm: Vlm) -> None:

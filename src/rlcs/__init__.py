@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from rlcs.errors import RlcsError
     from rlcs.grading import GradePool
     from rlcs.model.chat import Chat
-    from rlcs.model.loading import Vlm
     from rlcs.model.packing import Pack, pack
     from rlcs.model.policy import Scores, score
-    from rlcs.recipe.schema import Optimizer
+    from rlcs.model.vlm import Vlm
+    from rlcs.recipe.stages import Optimizer
     from rlcs.records import Branch, Grade, Problem, Prompt, Rollout, Sampling, Tree
     from rlcs.serving.session import Session
     from rlcs.train.losses import LossSums, advantages
@@ -32,10 +32,10 @@ _MODULES = {
     "rlcs.errors": ("RlcsError",),
     "rlcs.grading": ("GradePool",),
     "rlcs.model.chat": ("Chat",),
-    "rlcs.model.loading": ("Vlm",),
     "rlcs.model.packing": ("Pack", "pack"),
     "rlcs.model.policy": ("Scores", "score"),
-    "rlcs.recipe.schema": ("Optimizer",),
+    "rlcs.model.vlm": ("Vlm",),
+    "rlcs.recipe.stages": ("Optimizer",),
     "rlcs.records": ("Branch", "Grade", "Problem", "Prompt", "Rollout", "Sampling", "Tree"),
     "rlcs.train.losses": ("LossSums", "advantages"),
     "rlcs.train.trainer": ("Batch", "Trainer"),
@@ -68,10 +68,10 @@ def load_policy(model: str = "builtin") -> "tuple[Vlm, Chat]":
     fit the model (`sampling`) and the pixels of a pack (`patches`).
     """
     from rlcs.model import loading
-    from rlcs.recipe.schema import Model, Recipe
+    from rlcs.recipe.schema import Model
 
     vlm = loading.load(Model(name=model))
-    return vlm, loading.make_chat(vlm, Recipe())
+    return vlm, loading.make_chat(vlm)
 
 
 def load_problems(source: str) -> "list[Problem]":
@@ -79,7 +79,7 @@ def load_problems(source: str) -> "list[Problem]":
 
     Raises DataError for a source that cannot be used, or when more than 1% of its rows cannot.
     """
-    from rlcs.data import load, require_usable
+    from rlcs.data.loading import load, require_usable
     from rlcs.recipe.schema import Data, Images
 
     settings = Data()

@@ -1,7 +1,7 @@
-"""The processes of one run: their ranks and devices, what they tell each other, and when they stop.
+"""The processes of one run: their ranks and devices, what they exchange, and when they stop.
 
 `torchrun` starts the same command once for every rank. Without it a run is `World()`: a world of one,
-the same code with nobody to wait for. Numbers, records and tensors in main memory go over gloo, tensors
+the same code without any waiting. Numbers, records and tensors in main memory go over gloo, tensors
 on GPUs over nccl. Every wait has a limit; a rank that dies takes the others along, with a message.
 """
 
@@ -69,7 +69,7 @@ class World:
         """Rank 0 alone does the work, however long it takes; all get its result, or raise its error."""
         if not self.grouped:
             return work()
-        # All are here before anybody waits without a limit: rank 0 could not tell its result to one that
+        # All ranks are here before any waits without a limit: rank 0 could not send its result to one that
         # hangs.
         dist.barrier(group=self.objects)
         box: list[Any] = [None, None]
@@ -87,10 +87,10 @@ class World:
 
     def agree(self, stop: StopFlag) -> bool:
         """Whether any rank was asked to stop; then the flag is set on all."""
-        asked = self.any(stop.is_set)
-        if asked:  # a signal that came just now waits for the next time
+        requested = self.any(stop.is_set)
+        if requested:  # a signal that came just now waits for the next time
             stop.is_set = True
-        return asked
+        return requested
 
     def check(self, stop: StopFlag, where: str) -> None:
         """Raise Stopped on every rank if any was asked to stop; all must call this at the same place."""

@@ -7,11 +7,11 @@ that the run failed (exit code 1). Programming mistakes stay `AssertionError` or
 
 
 class RlcsError(Exception):
-    """Base of all errors raised on purpose: what is wrong, where, and the way out."""
+    """Base of all errors raised on purpose: what is wrong, where, and what to do."""
 
     exit_code = 1
     reported = False
-    """Another process of the run reports it already."""
+    """Another process of the run shows it already."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         """Build the message from its three parts; only `what` is required."""

@@ -12,7 +12,7 @@ from rlcs.cli.output import print_result
 from rlcs.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from rlcs.data import Role
+    from rlcs.data.sources import Role
 
 data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def data_check(
     json: Json = False,
 ) -> None:
     """Name every row that cannot be used, and why; decodes every image in full."""
-    from rlcs.data import check
+    from rlcs.data.loading import check
     from rlcs.recipe.loading import load_recipe
 
     if role not in ("rl", "test", "cold_start"):
@@ -41,7 +41,7 @@ def data_check(
         from rlcs.model.loading import load_chat
         from rlcs.report.preview import no_prompts
 
-        unusable += no_prompts(loaded.rows, load_chat(resolved))
+        unusable += no_prompts(loaded.rows, load_chat(resolved.model, resolved.prompt, resolved.images))
     usable = len(loaded.rows) + len(loaded.bad) - len(unusable)
     named = [{"where": bad.where, "reason": bad.reason} for bad in unusable]
     counts = f"{usable:,} rows can be used, {len(unusable):,} cannot"
@@ -109,7 +109,7 @@ def data_overlap(
 
 def _rows(source: str, role: "Role") -> Any:
     """The usable rows of a source; raises DataError when too few are."""
-    from rlcs.data import load, require_usable
+    from rlcs.data.loading import load, require_usable
     from rlcs.recipe.schema import Data, Images
 
     loaded = load(source, Data(), decode_limit=Images().decode_limit, role=role)

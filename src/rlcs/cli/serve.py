@@ -109,9 +109,7 @@ class GenerateOptions(SamplingOptions):
     input: Annotated[
         str | None, typer.Option(help="Many questions: JSONL with question, images, id, or a data source")
     ] = None
-    output: Annotated[Path | None, typer.Option(help="JSONL for their answers; continued if it exists")] = (
-        None
-    )
+    output: Annotated[Path | None, typer.Option(help="Their answers as JSONL; continued if there")] = None
 
 
 @serve_app.command()

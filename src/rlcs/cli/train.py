@@ -124,15 +124,17 @@ def _study(
     from rlcs.train.trackers import require_installed
 
     require_installed(recipe.trackers)
-    sources = load_run_data(recipe)  # before torch is loaded: a bad file is reported at once
+    # Before torch is loaded: a bad file is reported at once.
+    data = load_run_data(recipe.study, recipe.data, decode_limit=recipe.images.decode_limit)
 
     from rlcs.distributed import join_world
-    from rlcs.pipeline.study import Output, run_seeds
+    from rlcs.pipeline.seeds import run_seeds
+    from rlcs.pipeline.study import Output
     from rlcs.signals import StopFlag
 
     output = Output(quiet=options.quiet, json=options.json)
     with StopFlag() as stop, join_world(timeout_s=recipe.parallel.timeout_s) as world:
-        summary = run_seeds(recipe, folder, seeds, sources=sources, output=output, stop=stop, world=world)
+        summary = run_seeds(recipe, folder, seeds, data=data, output=output, stop=stop, world=world)
     result = {"summary": str(folder / "summary.json"), "arms": summary["arms"]}
     print_result(result, _arm_lines(summary["arms"], folder), json=options.json)
 

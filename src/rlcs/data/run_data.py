@@ -1,11 +1,13 @@
-"""A study's data, read and checked before anything heavy is loaded: a bad file is told in a second."""
+"""A study's data, read and checked before anything heavy is loaded: a bad file is reported in a second."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.data import Loaded, Role, Row, load, require_usable
+from rlcs.data.loading import Loaded, load, require_usable
+from rlcs.data.rows import Row
+from rlcs.data.sources import Role
 from rlcs.errors import DataError
-from rlcs.recipe.schema import Data, Recipe
+from rlcs.recipe.schema import Data, Study
 from rlcs.records import Problem
 
 
@@ -22,21 +24,25 @@ class RunData:
     notes: tuple[str, ...] = ()
 
 
-def load_run_data(recipe: Recipe) -> RunData:
-    """Read and check the data sources that the arms need. Raises DataError before anything is trained."""
-    study, data = recipe.study, recipe.data
-    loaded: dict[Role, Loaded] = {}
-    if study.cold_starts:
-        loaded["cold_start"] = load_source("cold_start", data.cold_start, recipe)
-    chosen: tuple[Problem, ...] = ()
+def load_run_data(study: Study, settings: Data, *, decode_limit: int) -> RunData:
+    """Read and check the data sources that the arms need; `decode_limit` is in pixels an image.
+
+    Raises DataError before anything is trained.
+    """
+    sources: dict[Role, str] = {"test": settings.test}
     if study.main != "sft":
-        loaded["rl"] = load_source("rl", data.rl, recipe)
-        chosen = by_pass_rate([row.problem for row in loaded["rl"].rows], data)
-    loaded["test"] = load_source("test", data.test, recipe)
+        sources = {"rl": settings.rl, **sources}
+    if study.cold_starts:
+        sources = {"cold_start": settings.cold_start, **sources}
+    loaded: dict[Role, Loaded] = {}
+    for role, source in sources.items():
+        loaded[role] = load(source, settings, decode_limit=decode_limit, role=role)
+        require_usable(loaded[role], settings)
+    problems = {role: [row.problem for row in each.rows] for role, each in loaded.items()}
     return RunData(
-        cold_start=loaded["cold_start"].rows if study.cold_starts else (),
-        rl=chosen,
-        test=tuple(row.problem for row in loaded["test"].rows),
+        cold_start=loaded["cold_start"].rows if "cold_start" in loaded else (),
+        rl=by_pass_rate(problems["rl"], settings) if "rl" in problems else (),
+        test=tuple(problems["test"]),
         notes=tuple(f"left out of {role}: {bad}" for role, each in loaded.items() for bad in each.bad),
     )
 
@@ -56,11 +62,3 @@ def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, 
             fix="name the problems.jsonl of `rlcs distill`, or widen data.rl_pass_rate",
         )
     return chosen
-
-
-def load_source(role: Role, source: str, recipe: Recipe) -> Loaded:
-    """One data source; too many unusable rows raise DataError."""
-    settings: Data = recipe.data
-    loaded = load(source, settings, decode_limit=recipe.images.decode_limit, role=role)
-    require_usable(loaded, settings)
-    return loaded

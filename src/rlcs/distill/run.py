@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlcs.data import Loaded, Row, load, require_usable
+from rlcs.data.loading import Loaded, load, require_usable
 from rlcs.data.problem_store import with_copies
+from rlcs.data.rows import Row
 from rlcs.distill.chains import Chain
 from rlcs.distill.filters import choose
 from rlcs.distill.schedule import Schedule, why_not

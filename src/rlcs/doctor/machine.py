@@ -83,7 +83,7 @@ def _model() -> list[Finding]:
     """Packed against plain logprobs, and the sampler's against the policy's."""
     recipe = load_recipe("quickstart").recipe
     vlm = loading.load(recipe.model)
-    chat = loading.make_chat(vlm, recipe)
+    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     prompts = [chat.prompt(problem) for problem in open_builtin("builtin:puzzles?count=3&seed=1", "rl")]
     sampling = chat.sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=24, seed=0)
     groups = LocalEngine(vlm, chat, max_rows=16).sample(prompts, sampling)

@@ -17,7 +17,7 @@ from rlcs.engines.vllm.server import Launch
 from rlcs.engines.vllm.weights import Unchanged, WeightsFolder
 from rlcs.errors import UserError
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Recipe
 

@@ -12,7 +12,7 @@ from rlcs.engines.base import Progress
 from rlcs.engines.decoding import DecodeRequest, DecodingBatch, Listener, Row
 from rlcs.engines.onednn_linear import packed
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.records import Prompt, Rollout, Sampling
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import DataError
 from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
-from rlcs.recipe.schema import Images, Model, Prompts, Recipe
+from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import Message, Prompt, Request, Sample, Sampling, StopReason
 from rlcs.signals import StopFlag
 
@@ -118,7 +118,7 @@ def open_sampler(
     own = int(vlm.model.config.get_text_config().max_position_embeddings)
     most = (context_length(settings, own) or own) - sampling.max_new_tokens
     prompts = Prompts(system=None, max_tokens=max(1, most))
-    chat = loading.make_chat(vlm, Recipe(prompt=prompts, images=images))
+    chat = loading.make_chat(vlm, prompts, images)
     at_once = {"concurrency": max(1, rows // sampling.n)}
     needs = EngineNeeds(
         settings=Rollouts.model_validate(settings.model_dump() | at_once),

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlcs.errors import ModelError, PromptError
+from rlcs.errors import DataError, ModelError, PromptError
 from rlcs.model.images import ImagePipeline
 from rlcs.records import ImageRef, Message, Problem, Prompt, Request, Sampling
 
@@ -77,6 +77,16 @@ class Chat:
     def prompt(self, problem: Problem) -> Prompt:
         """The prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
         return self.conversation(Request.of(problem).messages, name=problem.id)
+
+    def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
+        """The prompt of each problem, or why it cannot become one."""
+        found: list[Prompt | DataError] = []
+        for problem in problems:
+            try:
+                found.append(self.prompt(problem))
+            except DataError as error:
+                found.append(error)
+        return found
 
     def conversation(self, messages: Sequence[Message], *, name: str) -> Prompt:
         """The prompt of several turns, called `name`; the system prompt comes first unless a turn has one.

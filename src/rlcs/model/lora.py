@@ -2,7 +2,7 @@
 
 peft replaces linear layers inside the model by layers that add their adapter's output. The model
 stays the same object, with the same parts under the same names, so that packs, engines and
-attention do not know of adapters; peft's own handle serves to switch them off and to save them.
+attention need not know of adapters; peft's own handle serves to switch them off and to save them.
 """
 
 import copy
@@ -70,19 +70,8 @@ def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def save(adapter: "PeftModel", folder: Path, *, whole: Mapping[str, Tensor] | None = None) -> None:
-    """Write the merged model into `folder`, and the adapters in peft's format into `folder/adapter`.
-
-    `whole` are all weights of the adapted model by name, where its own are in shards.
-    """
-    whole = whole or adapter.get_base_model().state_dict()
-    merged(adapter, whole).save_pretrained(folder)
-    save_alone(adapter, folder / "adapter", whole=whole)
-
-
-def save_alone(adapter: "PeftModel", folder: Path, *, whole: Mapping[str, Tensor] | None = None) -> None:
-    """Write the adapters in peft's format, without the model; of `whole` (see `save`) theirs are enough."""
-    whole = whole or adapter.get_base_model().state_dict()
+def save(adapter: "PeftModel", folder: Path, whole: Mapping[str, Tensor]) -> None:
+    """Write the adapters alone, in peft's format; `whole` holds their weights by their names in the model."""
     named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}
     adapter.save_pretrained(str(folder), state_dict=named, save_embedding_layers=False)
 
@@ -90,10 +79,10 @@ def save_alone(adapter: "PeftModel", folder: Path, *, whole: Mapping[str, Tensor
 def merged(
     adapter: "PeftModel", whole: Mapping[str, Tensor], *, reference_mode: bool = False
 ) -> PreTrainedModel:
-    """A plain model on the CPU, without adapters, that says what the adapted one says.
+    """A plain model on the CPU that computes what the adapted one does.
 
-    `reference_mode`: what it says with its adapters off. The adapted model is not touched. 4-bit weights
-    become plain ones, as they were computed with.
+    `whole` are all weights of the adapted model by name. `reference_mode`: what it computes with its adapters
+    off. The adapted model is not touched. 4-bit weights become plain ones, as they were computed with.
     """
     model: Any = adapter.get_base_model()
     config = copy.deepcopy(model.config)
@@ -101,7 +90,7 @@ def merged(
         del config.quantization_config
     with torch.device("meta"):
         plain = type(model)(config)
-    # One weight at a time: a GPU may have no room for all.
+    # One weight at a time: a GPU may not hold all.
     weights = {
         name: _folded(model, whole, name, reference_mode=reference_mode).detach().cpu()
         for name in plain.state_dict()
@@ -113,7 +102,7 @@ def merged(
 
 
 def _folded(model: nn.Module, whole: Mapping[str, Tensor], name: str, *, reference_mode: bool) -> Tensor:
-    """The plain model's weight of this name, 4 bits spelled out; adapted unless in `reference_mode`."""
+    """The plain model's weight of this name, dequantised from 4 bits; adapted unless in `reference_mode`."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 

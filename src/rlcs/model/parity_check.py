@@ -10,9 +10,9 @@ import torch
 
 from rlcs.errors import TrainingError
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
+from rlcs.model.vlm import Vlm
 from rlcs.records import Tree
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlcs.model import attention
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import Pack
+from rlcs.model.vlm import Vlm
 
 LOGIT_CHUNK = 1 << 26
 """Logits (elements) held at once: 64 Mi, 256 MiB in fp32."""

@@ -1,1 +1,1 @@
-"""The whole study: cold start, SFT, GRPO, measurement, report."""
+"""The whole study: cold start, SFT, GRPO, measurement, report; once, or with several seeds."""

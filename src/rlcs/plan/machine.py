@@ -57,6 +57,19 @@ CPU_BANDWIDTH = 2e10
 """Memory bytes a second of a computer without GPU: a guess."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """`gpus` devices alike, or a CPU where there are none."""
+
+    gpus: int
+    device: Device
+
+    @property
+    def devices(self) -> int:
+        """How many share the work."""
+        return max(1, self.gpus)
+
+
 class Assumed(Section):
     """What a plan cannot know."""
 
@@ -72,19 +85,6 @@ class Assumed(Section):
     """Demonstrations of SFT; 0: unknown."""
     peak: NonNegative = 0.0
     """Peak in TFLOP/s; 0: the table's."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """`gpus` devices alike, or a CPU where there are none."""
-
-    gpus: int
-    device: Device
-
-    @property
-    def devices(self) -> int:
-        """How many share the work."""
-        return max(1, self.gpus)
 
 
 def machine(gpus: int, gpu: str, *, memory: float | None, peak: float) -> Machine:

@@ -14,10 +14,11 @@ from rlcs.evals.arms import CHUNK
 from rlcs.plan.machine import FP32, GIB, Assumed, Machine
 from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.placement import Placement, place, stored
-from rlcs.plan.rollouts import Trees, decoding_seconds, rollout_bytes
+from rlcs.plan.rollouts import decoding_seconds, rollout_bytes
 from rlcs.plan.shapes import Sizes, Tower
-from rlcs.plan.work import language, vision
-from rlcs.recipe.schema import Eval, Grpo, Images, Recipe, Sft
+from rlcs.plan.work import Trees, language, vision
+from rlcs.recipe.schema import Eval, Images, Recipe
+from rlcs.recipe.stages import Grpo, Sft
 from rlcs.train.sft import steps_of
 
 LIBRARIES = 3 * GIB // 2

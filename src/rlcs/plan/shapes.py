@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Qwen2_5_VLConfig
 
 from rlcs.errors import ModelError
-from rlcs.model.loading import FAMILIES, resolve
+from rlcs.model.families import FAMILIES
+from rlcs.model.loading import resolve
 from rlcs.recipe.schema import Model
 from rlcs.recipe.section import Part
 from rlcs.storage import read_json

@@ -7,7 +7,8 @@ in source code.
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
-from rlcs.recipe.schema import Data, Eval, Grpo, Images, Model, Optimizer, Prompts, Recipe, Sft, Teacher
+from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher
+from rlcs.recipe.stages import Grpo, Optimizer, Sft
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {

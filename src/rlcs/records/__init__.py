@@ -82,7 +82,7 @@ class Problem:
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     @property
-    def asked(self) -> str:
+    def question_with_choices(self) -> str:
         """The question, and its choices by letter, a line each."""
         return "\n".join((self.question, lettered(self.choices))) if self.choices else self.question
 
@@ -235,7 +235,7 @@ class Request:
         parts: list[str | ImageRef] = []
         for piece, image in zip(pieces, problem.images, strict=False):
             parts += [piece, image]
-        parts.append(pieces[-1] + problem.asked.removeprefix(problem.question))
+        parts.append(pieces[-1] + problem.question_with_choices.removeprefix(problem.question))
         user = Message(role="user", parts=tuple(part for part in parts if part != ""))
         head = (Message(role="system", parts=(system,)),) if system else ()
         return cls(id=problem.id, messages=(*head, user), index=index, turn=turn)

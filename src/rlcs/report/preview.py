@@ -11,14 +11,15 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.text import Text
 
-from rlcs.data import BadRow, Row, load, puzzles, require_usable
+from rlcs.data import puzzles
 from rlcs.data.images import data_uri, encode, open_image
+from rlcs.data.loading import load, require_usable
+from rlcs.data.rows import BadRow, Row
 from rlcs.errors import DataError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
+from rlcs.model.vlm import Vlm
 from rlcs.recipe.loading import list_recipes, load_recipe
-from rlcs.recipe.schema import Images
 from rlcs.records import Demonstration, Prompt
 from rlcs.report.pages import templates, write_page
 from rlcs.train.sft import tree_of
@@ -60,7 +61,9 @@ def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
             f"there is no row {row}", where=source, fix=f"choose --row from 0 to {len(loaded.rows) - 1}"
         )
     vlm = loading.load(recipe.model)
-    return make_view(loaded.rows[row], vlm, loading.make_chat(vlm, recipe), seed=recipe.seed)
+    return make_view(
+        loaded.rows[row], vlm, loading.make_chat(vlm, recipe.prompt, recipe.images), seed=recipe.seed
+    )
 
 
 def no_prompts(rows: Sequence[Row], chat: Chat) -> list[BadRow]:
@@ -88,9 +91,7 @@ def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0) -> View:
         prompt, ids, weights = tree.prompt, tree.branches[0].ids, tree.branches[0].weights
     patch = vlm.processor.image_processor.patch_size
     images = [
-        open_image(ref, limit=Images().decode_limit).resize(
-            (width * patch, height * patch), Image.Resampling.BICUBIC
-        )
+        open_image(ref).resize((width * patch, height * patch), Image.Resampling.BICUBIC)
         for ref, (_, height, width) in zip(prompt.images, prompt.grids, strict=True)
     ]
     return View(

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlcs.data import BadRow, load
+from rlcs.data.loading import load
+from rlcs.data.rows import BadRow
 from rlcs.errors import DataError, UserError
 from rlcs.generation import SampleLog
 from rlcs.grading.extraction import extract

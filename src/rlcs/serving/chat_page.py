@@ -197,7 +197,7 @@ def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
     ):
         path = folder / f"puzzle-{number}.png"
         path.write_bytes(problem.images[0].data or b"")
-        found.append([{"text": problem.asked, "files": [str(path)]}])
+        found.append([{"text": problem.question_with_choices, "files": [str(path)]}])
     return found
 
 

@@ -1,4 +1,4 @@
-"""The state of training to and from disk, so that a stopped run continues bit for bit.
+"""The state of training to and from disk, so that a stopped run goes on bit for bit.
 
 A checkpoint is a folder `step-000080/` of `model.safetensors`, `optimizer.safetensors`,
 `state.json` and a manifest with checksums; nothing in it is ever unpickled. Of a model with adapters
@@ -32,14 +32,16 @@ from rlcs.distributed import ALONE, World, own_part
 from rlcs.errors import CheckpointError, DataError, RlcsError
 
 FORMAT = 1
-"""Raised when `state.json` changes its meaning."""
+"""Incremented when `state.json` changes its meaning."""
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_FACTS = ("rng", "schedule", "cursor", "extra", "recipe_hash")
+"""Fields of a state that are JSON-able."""
 _COMPLETE = re.compile(r"step-(\d{6,})(\.old)?")
 _BAD = re.compile(r"step-(\d{6,})\.bad.*")
 _ADAPTER = ".lora_"
 """What the names of adapter weights have in common, and no other name has."""
-_OF_THIS_MACHINE = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
-"""Entries of an optimiser's parameter group that say how it computes here, not what."""
+_MACHINE_SETTINGS = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
+"""Entries of an optimiser's parameter group that say how this machine computes, not what."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +128,7 @@ def optimizer_to_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Param
     groups = [
         {
             "names": [name_of[p] for p in group["params"]],
-            "settings": {k: v for k, v in group.items() if k not in _OF_THIS_MACHINE},
+            "settings": {k: v for k, v in group.items() if k not in _MACHINE_SETTINGS},
         }
         for group in optimizer.param_groups
     ]
@@ -152,10 +154,10 @@ def restore_optimizer(
     """
     name_of = {parameter: name for name, parameter in parameters.items()}
     saved_groups = saved.settings["groups"]
-    here = [[name_of[p] for p in group["params"]] for group in optimizer.param_groups]
-    there = [group["names"] for group in saved_groups]
-    if here != there:
-        differing = sorted({n for g in here for n in g} ^ {n for g in there for n in g})
+    names = [[name_of[p] for p in group["params"]] for group in optimizer.param_groups]
+    saved_names = [group["names"] for group in saved_groups]
+    if names != saved_names:
+        differing = sorted({n for g in names for n in g} ^ {n for g in saved_names for n in g})
         raise CheckpointError(
             f"the optimizer of the checkpoint trains other parameters: {', '.join(differing[:3]) or 'order'}",
             fix="resume with the same frozen parts and the same parameter groups",
@@ -221,7 +223,7 @@ def save(folder: Path, state: TrainState, *, keep: int, world: World = ALONE) ->
     All ranks of a world save together, into a folder that they all see.
     """
     target = folder / f"step-{state.step:06d}"
-    aside = world.first(lambda: _place_aside(folder, target))
+    aside = world.first(lambda: _prepare(target))
     try:
         failed: RlcsError | None = None
         try:
@@ -230,7 +232,7 @@ def save(folder: Path, state: TrainState, *, keep: int, world: World = ALONE) ->
             failed = error
         for failure in filter(None, world.gather(failed)):
             raise failure
-        world.first(lambda: _write_facts(aside, state, world.size))
+        world.first(lambda: _write_state(aside, state, world.size))
     except BaseException:
         if world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -239,21 +241,21 @@ def save(folder: Path, state: TrainState, *, keep: int, world: World = ALONE) ->
     return target
 
 
-def _place_aside(folder: Path, target: Path) -> Path:
-    _tidy(folder)
-    return folder / f"{target.name}.tmp-{os.getpid()}"
+def _prepare(target: Path) -> Path:
+    """Remove what earlier deaths left; the folder in which to write `target` aside."""
+    _tidy(target.parent)
+    return target.with_name(f"{target.name}.tmp-{os.getpid()}")
 
 
 def _put_in_place(aside: Path, target: Path, *, keep: int, step: int) -> None:
-    folder = target.parent
-    replaced = folder / f"{target.name}.old"
+    replaced = target.with_name(f"{target.name}.old")
     if target.exists():
         target.replace(replaced)  # a rename cannot replace a folder that has files
     aside.replace(target)
-    storage.fsync(folder)
+    storage.fsync(target.parent)
     if replaced.exists():
         _remove(replaced)
-    _prune(folder, step, keep)
+    _prune(target.parent, step, keep)
 
 
 def _of_rank(name: str, rank: int) -> str:
@@ -288,21 +290,11 @@ def _own(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     }
 
 
-def _write_facts(aside: Path, state: TrainState, ranks: int) -> None:
-    """Everything that is no tensor, the manifest last."""
+def _write_state(aside: Path, state: TrainState, ranks: int) -> None:
+    """Write everything that is no tensor, the manifest last."""
     _, tied = _untied(_own(state.model, ALONE))
-    facts = {
-        "format": FORMAT,
-        "step": state.step,
-        "recipe_hash": state.recipe_hash,
-        "schedule": dict(state.schedule),
-        "cursor": dict(state.cursor),
-        "extra": dict(state.extra),
-        "tied": tied,
-        "ranks": ranks,
-        "optimizer": dict(state.optimizer.settings),
-        "rng": dict(state.rng),
-    }
+    facts = {"format": FORMAT, "tied": tied, "ranks": ranks, "optimizer": state.optimizer.settings}
+    facts |= {name: getattr(state, name) for name in ("step", *_FACTS)}
     storage.write_json(aside / _STATE, facts)
     storage.write_manifest(aside)
 
@@ -371,9 +363,9 @@ def _is_valid(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    doomed = path.with_name(f"{path.name.partition('.')[0]}.tmp-{os.getpid()}")
-    path.replace(doomed)
-    shutil.rmtree(doomed)
+    removed = path.with_name(f"{path.name.partition('.')[0]}.tmp-{os.getpid()}")
+    path.replace(removed)
+    shutil.rmtree(removed)
 
 
 # --- disk to state ------------------------------------------------------------------------------
@@ -443,8 +435,8 @@ def _read(path: Path, step: int) -> TrainState:
     try:
         facts = storage.read_json(path / _STATE)
         if (facts["format"], facts["step"]) != (FORMAT, step):
-            raise ValueError(f"it says format {facts['format']}, step {facts['step']}")
-        ranks = range(facts.get("ranks", 1))
+            raise ValueError(f"it has format {facts['format']}, step {facts['step']}")
+        ranks = range(facts["ranks"])
         return TrainState(
             step=step,
             model=_Stored([path / _of_rank(_MODEL, rank) for rank in ranks], facts["tied"]),
@@ -452,7 +444,7 @@ def _read(path: Path, step: int) -> TrainState:
                 tensors=_Stored([path / _of_rank(_OPTIMIZER, rank) for rank in ranks], {}),
                 settings=facts["optimizer"],
             ),
-            **{name: facts[name] for name in ("rng", "schedule", "cursor", "extra", "recipe_hash")},
+            **{name: facts[name] for name in _FACTS},
         )
     except (DataError, FileNotFoundError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(

@@ -8,60 +8,75 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 
-from rlcs.data import ProblemStream
-from rlcs.distributed import ALONE, World
+from rlcs.data.stream import ProblemStream
 from rlcs.engines.base import Engine
 from rlcs.errors import DataError, TrainingError
-from rlcs.grading import GradePool, health
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
+from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen
 from rlcs.recipe.sampling import Rollouts
-from rlcs.recipe.schema import Grpo
-from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, Sampling, StopReason, Tree, to_row
+from rlcs.recipe.stages import Grpo
+from rlcs.records import Grade, Group, Problem, Prompt, Rollout, Sampling, Tree
 from rlcs.signals import StopFlag
-from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
+from rlcs.train.batching import guessed_tokens, own_packs, shared
+from rlcs.train.groups import make_group, tree_of, zero_variance
 from rlcs.train.health import SIGNS
-from rlcs.train.losses import (
-    LossInputs,
-    LossSettings,
-    LossSums,
-    advantages,
-    has_zero_variance,
-    overlong_penalty,
-    policy_loss,
-    truncated_importance,
-)
-from rlcs.train.run_dir import Clock, RunDir
-from rlcs.train.trainer import Batch, Counts, Objective, StepResult, Trainer, logprobs_of
+from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
+from rlcs.train.stage_run import Clock, StageRun
+from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, logprobs_of
 
 log = logging.getLogger("rlcs")
 
 
+class Grader(Protocol):
+    """Gives answers their rewards; `grading.GradePool` is one."""
+
+    def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """One grade for each (problem, response), in order."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class GrpoContext:
-    """Who takes part in a step: policy, reference (None without KL), chat format, engine, graders.
+    """What a step works with: policy, reference (None without KL), chat format, engine, grader.
 
-    `rollout` says how far the engine's logprobs may be from the policy's, and how that is corrected.
+    `rollout` says how far the engine's logprobs may be from the policy's, and how that is corrected. Under
+    `torchrun` all ranks call the methods together: each does its share of the work, all get all results.
     """
 
     vlm: Vlm
     reference: Vlm | None
     chat: Chat
     engine: Engine
-    pool: GradePool
+    grader: Grader
     rollout: Rollouts = field(default_factory=Rollouts)
+
+    def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
+        """The prompt of each problem, or why it has none."""
+        return shared(self.chat.prompts, problems, guessed_tokens, self.vlm.world)
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int
+    ) -> list[tuple[Rollout, ...]]:
+        """The rollouts of each prompt."""
+        sample = partial(self.engine.sample, sampling=sampling, step=step)
+        return shared(sample, prompts, lambda prompt: len(prompt.ids), self.vlm.world)
+
+    def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
+        """The grade of each (problem, response)."""
+        return shared(self.grader.grade, answers, lambda answer: len(answer[1]), self.vlm.world)
 
 
 def frozen_copy(vlm: Vlm) -> Vlm:
-    """The reference: the policy as it is now, without gradients; make it before the policy is spread."""
-    model = copy.deepcopy(vlm.model).requires_grad_(False)
-    return replace(vlm, model=model)
+    """The reference: the policy as it is now, without gradients; make it before the policy is sharded."""
+    return replace(vlm, model=copy.deepcopy(vlm.model).requires_grad_(False))
 
 
 def with_reference(vlm: Vlm, spread: Callable[[Vlm], Vlm]) -> tuple[Vlm, Vlm]:
@@ -77,71 +92,46 @@ def with_reference(vlm: Vlm, spread: Callable[[Vlm], Vlm]) -> tuple[Vlm, Vlm]:
 
 
 def train(
-    actors: GrpoContext,
+    context: GrpoContext,
     problems: Sequence[Problem],
     settings: Grpo,
     *,
-    folder: RunDir,
+    run: StageRun,
     screen: Screen,
     stop: StopFlag,
 ) -> None:
-    """Train, resuming from the folder's newest checkpoint; the result is `folder/final`."""
+    """Train, going on from the run's newest checkpoint; `run` keeps the trained model."""
     total = settings.steps * settings.optimizer_steps
-    trainer = Trainer(actors.vlm, settings.optimizer, steps=total, max_bad_steps=settings.max_bad_steps)
-    stream = ProblemStream(problems, seed=folder.seed)
-    sampling = actors.chat.sampling(
+    trainer = Trainer(context.vlm, settings.optimizer, steps=total, max_bad_steps=settings.max_bad_steps)
+    stream = ProblemStream(problems, seed=run.seed)
+    sampling = context.chat.sampling(
         n=settings.group_size,
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
-        seed=folder.seed,
+        seed=run.seed,
     )
-    first = folder.resume(trainer, stream)
+    first = run.resume(trainer, stream, steps=settings.steps)
     for step in range(first, settings.steps):
         clock = Clock()
         with clock("rollout"):
-            actors.engine.sync()
-        groups, skipped = collect(actors, stream, settings, sampling, step=step, clock=clock)
+            context.engine.sync()
+        groups, skipped = collect(context, stream, settings, sampling, step=step, clock=clock)
         if step == first:
-            tree = tree_of(groups[actors.vlm.world.rank % len(groups)], keep_unscored=True)
-            require_agreement(actors.vlm, actors.chat, tree)
-        outcomes = learn(trainer, actors, groups, settings, clock=clock)
-        folder.zero_variance_steps = folder.zero_variance_steps + 1 if all(map(flat, groups)) else 0
-        _require_signal(folder.zero_variance_steps, settings)
-        folder.journal(step + 1, [to_row(each) for group in groups for each in group.samples])
-        folder.note_problems(group.problem for group in groups)
-        report = folder.report(
-            outcomes[0] if outcomes else None,
-            step=step + 1,
-            steps=settings.steps,
-            values=measure(groups) | averaged(outcomes) | {"bad_rows": float(skipped)},
-            seconds=clock.seconds,
-        )
-        warn_of_gap(report.values, actors.rollout.alarm, screen)
-        folder.after_step(trainer, stream, report, screen=screen, stop=stop)
-    folder.finish(trainer)
-
-
-def warn_of_gap(values: Mapping[str, float], most: float, screen: Screen) -> None:
-    """Warn when the engine's logprobs are far from the policy's: it samples from another model."""
-    sign = next(sign for sign in SIGNS if sign.key == "sampler_gap")
-    if (gap := values.get(sign.key, 0.0)) > most:
-        text = f"{sign.name}: {sign.message(gap, most)}"
-        log.warning(text)
-        screen.say(f"warning: {text}")
-
-
-def _require_signal(zero_variance_steps: int, settings: Grpo) -> None:
-    if zero_variance_steps >= settings.max_zero_variance_steps:
-        raise TrainingError(
-            f"no group had two different rewards in {zero_variance_steps} steps in a row: "
-            "nothing can be learnt",
-            fix="look at rollouts/: are answers boxed, and is the task neither too hard nor too easy?",
-        )
+            own = groups[context.vlm.world.rank % len(groups)]
+            require_agreement(context.vlm, context.chat, tree_of(own, keep_unscored=True))
+        results = learn(trainer, context, groups, settings, clock=clock)
+        run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
+        _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
+        values = run.keep_rollouts(step + 1, groups) | averaged(results) | {"bad_rows": float(skipped)}
+        warn_of_gap(values, context.rollout.alarm, screen)
+        result = results[0] if results else None
+        run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
+    run.finish()
 
 
 def collect(
-    actors: GrpoContext,
+    context: GrpoContext,
     stream: ProblemStream[Problem],
     settings: Grpo,
     sampling: Sampling,
@@ -151,189 +141,123 @@ def collect(
 ) -> tuple[list[Group], int]:
     """The groups of one step, sampled and graded, and how many problems were skipped on the way.
 
-    Every rank asks, samples and grades its share, and gets the groups of all.
-
     DAPO (arXiv 2503.14476, section 3.2) samples until every group has two different rewards; here
     at most `dynamic_sampling` more rounds, then what there is. A problem that cannot become a
     prompt is skipped, and the next one takes its place.
     """
-    world = actors.vlm.world
     groups: list[Group] = []
-    asked_before: Counter[str] = Counter()
+    times_asked: Counter[str] = Counter()
     skipped = 0
     for _ in range(1 + settings.dynamic_sampling):
-        wanted = settings.prompts_per_step - sum(not flat(group) for group in groups)
-        if wanted <= 0:
+        missing = settings.prompts_per_step - sum(not zero_variance(group) for group in groups)
+        if missing <= 0:
             break
-        problems, prompts, bad = take_prompts(stream, actors.chat, wanted, world)
+        problems, prompts, bad = take_prompts(stream, context.prompts, missing)
         skipped += bad
-        prompts = tell_repeats(problems, prompts, asked_before)
+        prompts = number_repeats(prompts, times_asked)
         with clock("rollout"):
-            rollouts = actors.engine.sample(list(prompts.values()), sampling, step=step)
+            rollouts = context.sample(prompts, sampling, step=step)
         with clock("grade"):
-            asked = [problems[place] for place in prompts]
-            flat_pairs = [(p, r.text) for p, rs in zip(asked, rollouts, strict=True) for r in rs]
-            grades = iter(actors.pool.grade(flat_pairs))
-            own = {}
-            for (place, prompt), members in zip(prompts.items(), rollouts, strict=True):
-                scored = tuple(next(grades) for _ in members)
-                own[place] = make_group(problems[place], prompt, members, scored, settings)
-            made = {place: group for some in world.gather(own) for place, group in some.items()}
-            groups += [made[place] for place in sorted(made)]
+            answers = [(p, r.text) for p, some in zip(problems, rollouts, strict=True) for r in some]
+            grades = iter(context.grade(answers))
+        for problem, prompt, some in zip(problems, prompts, rollouts, strict=True):
+            groups.append(make_group(problem, prompt, some, [next(grades) for _ in some], settings))
     if settings.dynamic_sampling:
-        groups.sort(key=flat)
-        groups = groups[: settings.prompts_per_step]
+        groups = sorted(groups, key=zero_variance)[: settings.prompts_per_step]
     return groups, skipped
 
 
+def learn(
+    trainer: Trainer, context: GrpoContext, groups: Sequence[Group], settings: Grpo, *, clock: Clock
+) -> list[StepResult]:
+    """The optimiser steps of one rollout step, each on its share of the groups.
+
+    Without a KL penalty a group whose rewards are all equal has a gradient of exactly zero: it is not
+    computed, but its tokens still count in the mean (not in `micro_batch`, whose mean is of each
+    computed pack).
+    """
+    size = -(-len(groups) // settings.optimizer_steps)
+    planned: list[tuple[list[Batch], ZeroGradCounts]] = []
+    with clock("reference"):
+        for start in range(0, len(groups), size):
+            share = groups[start : start + size]
+            known_zero = [zero_variance(group) and not settings.kl.active for group in share]
+            trees = [tree_of(g) for g, zero in zip(share, known_zero, strict=True) if not zero]
+            left_out = [tree_of(g) for g, zero in zip(share, known_zero, strict=True) if zero]
+            planned.append((make_batches(trees, context, settings), ZeroGradCounts.of(left_out)))
+    objective = make_objective(settings, context.rollout.cap)
+    with clock("update"):
+        return [
+            trainer.step(
+                batches,
+                objective,
+                average=settings.loss_average,
+                temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens,
+                zero_grad=counts,
+            )
+            for batches, counts in planned
+            if batches
+        ]
+
+
 def take_prompts(
-    stream: ProblemStream[Problem], chat: Chat, count: int, world: World = ALONE
-) -> tuple[list[Problem], dict[int, Prompt], int]:
-    """The next `count` problems that can be prompts, this rank's prompts by place, and how many cannot.
+    stream: ProblemStream[Problem],
+    prompts_of: Callable[[Sequence[Problem]], Sequence[Prompt | DataError]],
+    count: int,
+) -> tuple[list[Problem], list[Prompt], int]:
+    """The next `count` problems that can be prompts, their prompts, and how many cannot.
 
     Raises DataError when none of the next `count` can: then it is not the rows that are at fault.
     """
     problems: list[Problem] = []
-    prompts: dict[int, Prompt] = {}
+    prompts: list[Prompt] = []
     skipped = 0
     while len(problems) < count:
         taken = stream.take(count - len(problems))
-        own: dict[int, Prompt] = {}
-        errors: dict[int, DataError] = {}
-        for index in own_share([guessed_tokens(problem) for problem in taken], world):
-            try:
-                own[index] = chat.prompt(taken[index])
-            except DataError as error:
-                errors[index] = error
-        bad = {index: error for some in world.gather(errors) for index, error in some.items()}
-        for index, problem in enumerate(taken):
-            if index in own:
-                prompts[len(problems)] = own[index]
-            if index not in bad:
+        for problem, prompt in zip(taken, prompts_of(taken), strict=True):
+            if isinstance(prompt, Prompt):
                 problems.append(problem)
-        skipped += len(bad)
+                prompts.append(prompt)
+            else:
+                skipped, error = skipped + 1, prompt
         if skipped >= count and not problems:
-            raise bad[max(bad)]
+            raise error
     return problems, prompts, skipped
 
 
-def tell_repeats(
-    problems: Sequence[Problem], prompts: Mapping[int, Prompt], asked_before: Counter[str]
-) -> dict[int, Prompt]:
-    """The prompts, each knowing how often this step asked its problem before; counts these in too.
+def number_repeats(prompts: Sequence[Prompt], times_asked: Counter[str]) -> list[Prompt]:
+    """The prompts, each with the number of times that this step asked its problem before.
 
-    Where there are few problems a step may deal one twice, and equal seeds would give equal answers. Every
-    rank counts the problems of all.
+    Where there are few problems a step may ask one twice, and equal seeds would give equal answers. Counts
+    these prompts in `times_asked` too.
     """
-    repeats = []
-    for problem in problems:
-        repeats.append(asked_before[problem.id])
-        asked_before[problem.id] += 1
-    return {place: replace(prompt, repeat=repeats[place]) for place, prompt in prompts.items()}
+    numbered = []
+    for prompt in prompts:
+        numbered.append(replace(prompt, repeat=times_asked[prompt.problem_id]))
+        times_asked[prompt.problem_id] += 1
+    return numbered
 
 
-def make_group(
-    problem: Problem,
-    prompt: Prompt,
-    rollouts: Sequence[Rollout],
-    grades: Sequence[Grade],
-    settings: Grpo,
-) -> Group:
-    """Shape the rewards and compare the members with each other."""
-    rewards = [shaped_reward(r, g, settings) for r, g in zip(rollouts, grades, strict=True)]
-    return Group(
-        problem=problem,
-        prompt=prompt,
-        rollouts=tuple(rollouts),
-        grades=tuple(grades),
-        advantages=advantages(rewards, settings.advantage),
-    )
-
-
-def shaped_reward(rollout: Rollout, grade: Grade, settings: Grpo) -> float | None:
-    """The grade's reward less the overlong penalty; None leaves the rollout out of the loss."""
-    overlong = settings.overlong
-    if grade.reward is None or rollout.stop is StopReason.ERROR:
-        return None
-    if overlong.drop_truncated and rollout.stop is StopReason.LENGTH:
-        return None
-    length, limit = len(rollout.ids), settings.max_new_tokens
-    return grade.reward + overlong_penalty(length, limit, overlong.buffer, overlong.penalty)
-
-
-def flat(group: Group) -> bool:
-    """Whether no member did better than another: without a KL penalty the gradient is exactly zero."""
-    return has_zero_variance(group.advantages)
-
-
-def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:
-    """The prompt once, one branch a scored rollout, each token weighted by the advantage."""
-    branches = [
-        Branch(ids=r.ids, weights=(a or 0.0,) * len(r.ids), logprobs=r.logprobs)
-        for r, a in zip(group.rollouts, group.advantages, strict=True)
-        if r.ids and (a is not None or keep_unscored)
-    ]
-    return Tree(prompt=group.prompt, branches=tuple(branches))
-
-
-def learn(
-    trainer: Trainer, actors: GrpoContext, groups: Sequence[Group], settings: Grpo, *, clock: Clock
-) -> list[StepResult]:
-    """The optimiser steps of one rollout step, each on its share of the groups, which ranks share anew.
-
-    Without a KL penalty a flat group has a gradient of exactly zero: it is not computed, but its
-    tokens still count in the mean (not in `micro_batch`, whose mean is of each computed pack).
-    """
-    size = -(-len(groups) // settings.optimizer_steps)
-    shares = [groups[i : i + size] for i in range(0, len(groups), size)]
-    keep_flat = settings.kl.active
-    planned: list[tuple[list[Batch], Counts]] = []
-    with clock("reference"):
-        for share in shares:
-            active = [group for group in share if keep_flat or not flat(group)]
-            trees = [tree for tree in map(tree_of, active) if tree.branches]
-            own = own_share([tree.num_tokens for tree in trees], actors.vlm.world)
-            idle = [tree_of(group) for group in share if not keep_flat and flat(group)]
-            also = Counts(
-                tokens=sum(len(b.ids) for tree in idle for b in tree.branches),
-                sequences=sum(len(tree.branches) for tree in idle),
-            )
-            batches = make_batches([trees[i] for i in own], actors, settings) if trees else []
-            planned.append((batches, also))
-    outcomes = []
-    objective = make_objective(settings, actors.rollout.cap)
-    with clock("update"):
-        for batches, also in planned:
-            if batches:
-                outcomes.append(
-                    trainer.step(
-                        batches,
-                        objective,
-                        average=settings.loss_average,
-                        temperature=settings.temperature,
-                        max_new_tokens=settings.max_new_tokens,
-                        also=also,
-                    )
-                )
-    return outcomes
-
-
-def make_batches(trees: Sequence[Tree], actors: GrpoContext, settings: Grpo) -> list[Batch]:
+def make_batches(trees: Sequence[Tree], context: GrpoContext, settings: Grpo) -> list[Batch]:
     """Packs within the token budget, with old and reference logprobs where the loss needs them.
 
     With one optimiser step a rollout step the policy is the one that sampled, so the ratio's base
     is the policy itself and needs no pass.
     """
-    packs = packs_in_step(trees, actors.chat, budget=settings.pack_tokens, world=actors.vlm.world)
+    trees = [tree for tree in trees if tree.branches]
+    if not trees:
+        return []
+    packs = own_packs(trees, context.chat, budget=settings.pack_tokens, world=context.vlm.world)
     old: Sequence[torch.Tensor | None] = [None] * len(packs)
     reference: Sequence[torch.Tensor | None] = [None] * len(packs)
     if settings.optimizer_steps > 1:
         if settings.old_logprobs == "policy":
-            old = logprobs_of(actors.vlm, packs, temperature=settings.temperature)
+            old = logprobs_of(context.vlm, packs, temperature=settings.temperature)
         else:
-            old = [p.sampler_logprobs for p in packs]
-    if actors.reference is not None:
-        reference = logprobs_of(actors.reference, packs, temperature=settings.temperature)
+            old = [pack.sampler_logprobs for pack in packs]
+    if context.reference is not None:
+        reference = logprobs_of(context.reference, packs, temperature=settings.temperature)
     return [
         Batch(pack=p, old_logprobs=o, ref_logprobs=r) for p, o, r in zip(packs, old, reference, strict=True)
     ]
@@ -344,7 +268,6 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
 
     `cap` bounds the importance weights that correct for that; None: no correction.
     """
-    loss_settings = LossSettings.from_recipe(settings)
 
     def objective(batch: Batch, scores: Scores) -> LossSums:
         device = scores.logprobs.device
@@ -360,7 +283,7 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
             ref_logprobs=batch.ref_logprobs,
             importance=None if sampler is None or cap is None else truncated_importance(old, sampler, cap),
         )
-        sums = policy_loss(inputs, loss_settings)
+        sums = policy_loss(inputs, settings)
         if sampler is None:
             return sums
         gaps = (now - sampler).abs()
@@ -373,34 +296,34 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
     return objective
 
 
-def measure(groups: Sequence[Group]) -> dict[str, float]:
-    """What the rollouts of one step looked like: averages over rollouts, shares between 0 and 1."""
-    rollouts = [r for group in groups for r in group.rollouts]
-    grades = [g for group in groups for g in group.grades]
-    scored = [g for g in grades if g.reward is not None]
-    count = max(1, len(rollouts))
-    values = {
-        "accuracy": sum(bool(g.correct) for g in scored) / max(1, len(scored)),
-        "reward": sum(g.reward or 0.0 for g in scored) / max(1, len(scored)),
-        "response_tokens": sum(len(r.ids) for r in rollouts) / count,
-        "truncated": sum(r.stop is StopReason.LENGTH for r in rollouts) / count,
-        "unscored": 1.0 - len(scored) / count,
-        "zero_variance_groups": sum(flat(group) for group in groups) / max(1, len(groups)),
-        "rollout_tokens": float(sum(len(r.ids) for r in rollouts)),
-    }
-    return values | health([r.text for r in rollouts])
-
-
-def averaged(outcomes: Sequence[StepResult]) -> dict[str, float]:
+def averaged(results: Sequence[StepResult]) -> dict[str, float]:
     """Means over the optimiser steps of a rollout step (largest of what ends in `_max`).
 
     `sampler_gap` and its maximum are the first step's: later ones differ because the policy has moved on
     purpose.
     """
     values: dict[str, float] = {}
-    for name in outcomes[0].values if outcomes else ():
-        each = [outcome.values[name] for outcome in outcomes]
+    for name in results[0].values if results else ():
+        each = [result.values[name] for result in results]
         values[name] = max(each) if name.endswith("_max") else sum(each) / len(each)
     for name in values.keys() & {"sampler_gap", "sampler_gap_max"}:
-        values[name] = outcomes[0].values[name]
+        values[name] = results[0].values[name]
     return values
+
+
+def warn_of_gap(values: Mapping[str, float], most: float, screen: Screen) -> None:
+    """Warn when the engine's logprobs are far from the policy's: it samples from another model."""
+    sign = next(sign for sign in SIGNS if sign.key == "sampler_gap")
+    if (gap := values.get(sign.key, 0.0)) > most:
+        text = f"{sign.name}: {sign.message(gap, most)}"
+        log.warning(text)
+        screen.say(f"warning: {text}")
+
+
+def _require_signal(zero_variance_steps: int, limit: int) -> None:
+    if zero_variance_steps >= limit:
+        raise TrainingError(
+            f"no group had two different rewards in {zero_variance_steps} steps in a row: "
+            "nothing can be learnt",
+            fix="look at rollouts/: are answers boxed, and is the task neither too hard nor too easy?",
+        )

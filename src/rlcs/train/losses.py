@@ -15,11 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlcs.recipe.schema import Grpo
+from rlcs.recipe.stages import Advantage, Grpo, KlKind
 
-Advantage = Literal["grpo", "dr_grpo", "rloo"]
-PolicyLoss = Literal["grpo", "gspo", "cispo"]
-KlKind = Literal["none", "k1", "k2", "k3"]
 Average = Literal["token", "sequence", "example", "constant", "micro_batch"]
 """`example` is SFT's word for `sequence`."""
 
@@ -48,7 +45,7 @@ def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float 
     - `dr_grpo`: A_i = r_i - mean, arXiv 2503.20783, section 3.2;
     - `rloo`: A_i = r_i - mean of the others = n / (n - 1) * (r_i - mean), arXiv 2402.14740.
 
-    Fewer than two scored members have nothing to compare with: all None. A flat group gets exact
+    Fewer than two scored members have nothing to compare with: all None. Equal rewards give exact
     zeros, whatever rounding says.
     """
     scored = [r for r in rewards if r is not None]
@@ -80,34 +77,6 @@ def overlong_penalty(length: int, limit: int, buffer: int, penalty: float) -> fl
         return 0.0
     excess = min(max(length - (limit - buffer), 0), buffer)
     return -penalty * excess / buffer if excess else 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossSettings:
-    """The choices of a policy loss; every field means what it means in `recipe.schema.Grpo`."""
-
-    loss: PolicyLoss = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    clip_dual: float | None = 3.0
-    kl: KlKind = "none"
-    kl_coefficient: float = 0.0
-    average: Average = "token"
-    max_new_tokens: int = 2048
-
-    @classmethod
-    def from_recipe(cls, grpo: Grpo) -> "LossSettings":
-        """The settings of a recipe's GRPO stage."""
-        return cls(
-            loss=grpo.loss,
-            clip_low=grpo.clip_low,
-            clip_high=grpo.clip_high,
-            clip_dual=grpo.clip_dual,
-            kl=grpo.kl.kind if grpo.kl.active else "none",
-            kl_coefficient=grpo.kl.coefficient,
-            average=grpo.loss_average,
-            max_new_tokens=grpo.max_new_tokens,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,19 +129,14 @@ def denominator(
     answer, so that length is neither rewarded nor punished (Dr. GRPO, arXiv 2503.20783, section
     3.2); `micro_batch`: mean of each pack's token mean (the paper's code). At least 1.
     """
-    by_kind = {
-        "token": tokens,
-        "sequence": sequences,
-        "example": sequences,
-        "constant": sequences * max_new_tokens,
-        "micro_batch": packs,
-    }
+    by_kind = {"token": tokens, "sequence": sequences, "example": sequences, "micro_batch": packs}
+    by_kind["constant"] = sequences * max_new_tokens
     if kind not in by_kind:
         raise ValueError(f"average {kind!r} is none of {', '.join(by_kind)}")
     return float(max(by_kind[kind], 1))
 
 
-def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossSums:
+def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
     """The policy-gradient loss of one pack, with its KL penalty, as sums.
 
     Reported sums: `clip_fraction` (tokens that a bound holds: low, high or dual), `old_kl` (how far
@@ -180,8 +144,9 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossSums:
     such weights and, with reference logprobs, `kl`. Reported maximum: `ratio_max`, the largest
     importance ratio (a whole sequence's for gspo).
     """
-    if settings.kl != "none" and inputs.ref_logprobs is None:
-        raise ValueError(f"a {settings.kl} penalty needs reference logprobs")
+    kl = settings.kl
+    if kl.active and inputs.ref_logprobs is None:
+        raise ValueError(f"a {kl.kind} penalty needs reference logprobs")
     log_ratio = (inputs.logprobs - inputs.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     moved = log_ratio.detach()
     sums = {"old_kl": (moved.exp() - 1.0 - moved).sum()}
@@ -191,23 +156,20 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossSums:
     bounded, held = _bounded(ratio, inputs.advantages, settings)
     if settings.loss == "cispo":
         per_token = -bounded.detach() * inputs.advantages * inputs.logprobs
-    elif settings.loss in ("grpo", "gspo"):
-        per_token = -bounded * inputs.advantages
     else:
-        raise ValueError(f"loss {settings.loss!r} is none of grpo, gspo, cispo")
+        per_token = -bounded * inputs.advantages
     sums["clip_fraction"] = held.sum()
     if inputs.importance is not None:
         per_token = per_token * inputs.importance
         sums["importance"] = inputs.importance.sum()
     if inputs.ref_logprobs is not None:
-        kind = "k3" if settings.kl == "none" else settings.kl
-        penalty = kl_estimate(inputs.logprobs, inputs.ref_logprobs, kind)
+        penalty = kl_estimate(inputs.logprobs, inputs.ref_logprobs, kl.kind if kl.active else "k3")
         sums["kl"] = penalty.detach().sum()
-        if settings.kl != "none":
-            per_token = per_token + settings.kl_coefficient * penalty
+        if kl.active:
+            per_token = per_token + kl.coefficient * penalty
     counted = torch.ones_like(inputs.sequence)
     largest = ratio.detach().max() if ratio.numel() else ratio.new_zeros(())
-    return _summed(per_token, counted, inputs.sequence, settings.average, sums, {"ratio_max": largest})
+    return _summed(per_token, counted, inputs.sequence, settings.loss_average, sums, {"ratio_max": largest})
 
 
 def truncated_importance(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
@@ -222,7 +184,7 @@ def truncated_importance(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: fl
     return log_ratio.exp().clamp(max=cap)
 
 
-def _bounded(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
+def _bounded(ratio: Tensor, advantage: Tensor, settings: Grpo) -> tuple[Tensor, Tensor]:
     """The ratio (N,) as its loss uses it, and where (N,) a bound holds it.
 
     `grpo` and `gspo`: min(r A, clip(r, 1 - low, 1 + high) A) (GRPO, arXiv 2402.03300, eq. 3; low

@@ -2,24 +2,23 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlcs.data import ProblemStream
-from rlcs.data.problem_store import ProblemStore
+from rlcs.data.stream import ProblemStream
 from rlcs.distributed import ALONE, World
 from rlcs.errors import CheckpointError
 from rlcs.model.loading import save
 from rlcs.progress import Screen
 from rlcs.recipe.execution import Trackers as TrackerSettings
-from rlcs.recipe.schema import Stage
-from rlcs.records import Problem, StepReport
+from rlcs.recipe.stages import Stage
+from rlcs.records import Group, StepReport
 from rlcs.signals import StopFlag
-from rlcs.storage import append_jsonl, write_json
+from rlcs.storage import write_json
 from rlcs.train import checkpoint
 from rlcs.train.metrics import MetricsLog
+from rlcs.train.rollout_log import RolloutLog, measure
 from rlcs.train.trackers import Trackers
 from rlcs.train.trainer import StepResult, Trainer
 
@@ -33,32 +32,15 @@ def is_done(folder: Path) -> bool:
 
 
 def mark_done(folder: Path, **facts: object) -> None:
-    """Write the marker of a finished stage, with what is worth knowing of it."""
+    """Write the marker of a finished stage, with facts about it (seconds, counts)."""
     write_json(folder / DONE, facts)
 
 
-class Clock:
-    """Adds up wall seconds by phase: `with clock("update"): ...`."""
-
-    def __init__(self) -> None:
-        """All phases start at zero."""
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time the body."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-
 class RunDir:
-    """Where one training stage keeps everything, and how it comes back after a stop.
+    """The folder of one training stage (a `StageRun`), and how the stage goes on after a stop.
 
     `spent_s` is the stage's wall time over all attempts, as far as checkpoints know;
-    `zero_variance_steps` counts how many of the last steps had nothing to tell good from bad by.
+    `zero_variance_steps` counts the last steps in a row without a reward difference.
     """
 
     def __init__(
@@ -84,17 +66,21 @@ class RunDir:
         self._recipe_hash = recipe_hash
         self._metrics = MetricsLog(path / "metrics.jsonl")
         self._trackers = Trackers(trackers, path, stage=name)
-        self._problems = ProblemStore(path / "rollouts")
+        self._rollouts = RolloutLog(path / "rollouts")
         self._started = time.monotonic()
         self._spent_before = 0.0
+        self._trainer: Trainer
+        self._stream: ProblemStream[Any]
+        self._steps: int
 
     @property
     def spent_s(self) -> float:
         """Wall seconds of this stage so far."""
         return self._spent_before + time.monotonic() - self._started
 
-    def resume(self, trainer: Trainer, stream: ProblemStream[Any]) -> int:
-        """Restore the newest valid checkpoint, if there is one; returns the steps already done."""
+    def resume(self, trainer: Trainer, stream: ProblemStream[Any], *, steps: int) -> int:
+        """Begin a stage of `steps`, at its newest valid checkpoint if it has one; the steps already done."""
+        self._trainer, self._stream, self._steps = trainer, stream, steps
         self._first(self._trackers.skip_what_was_sent)
         state = checkpoint.load_latest(self.path / "checkpoints", self._world)
         if state is None:
@@ -110,90 +96,85 @@ class RunDir:
         trainer.done, trainer.bad_steps = state.schedule["done"], state.schedule["bad_steps"]
         stream.restore(state.cursor)
         self._spent_before = state.extra["spent_s"]
-        self.zero_variance_steps = state.extra.get(
-            "zero_variance_steps", 0
-        )  # checkpoints written before there was a count
+        self.zero_variance_steps = state.extra["zero_variance_steps"]
         self._first(lambda: self._metrics.resume_from(state.step))
         return state.step
 
     def _first(self, work: Callable[[], None]) -> None:
-        """What rank 0 alone does, and nobody waits for."""
+        """Rank 0 alone does this; the others do not wait."""
         if self._world.rank == 0:
             work()
 
-    def journal(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """Write the rollouts of one step; a step that runs again after a stop replaces its file."""
-        path = self.path / "rollouts" / f"step-{step:06d}.jsonl"
-
-        def write() -> None:
-            path.parent.mkdir(exist_ok=True)
-            path.unlink(missing_ok=True)
-            append_jsonl(path, rows)
-
-        self._first(write)
-
-    def note_problems(self, problems: Iterable[Problem]) -> None:
-        """Keep what was asked beside the rollouts: each problem once, with small copies of its images."""
-        self._first(lambda: self._problems.add(problems))
-
-    def report(
-        self,
-        outcome: StepResult | None,
-        *,
-        step: int,
-        steps: int,
-        values: Mapping[str, float],
-        seconds: Mapping[str, float],
-    ) -> StepReport:
-        """The report of one step; no outcome means that nothing could be learnt from it."""
-        merged = dict(values)
-        skipped = "every group is flat: all rewards equal"
-        if outcome is not None:
-            merged = {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": outcome.lr}
-            merged |= {**outcome.values, **values, "tokens": float(outcome.tokens)}
-            merged["tokens_per_s"] = outcome.tokens / max(1e-9, sum(seconds.values()))
-            skipped = outcome.skipped
-        finite = {name: value for name, value in merged.items() if math.isfinite(value)}
-        return StepReport(
-            stage=self.name, step=step, steps=steps, values=finite, seconds=seconds, skipped=skipped
-        )
+    def keep_rollouts(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
+        """Write down the rollouts of a step and their problems; the averages over them."""
+        self._first(lambda: self._rollouts.write(step, groups))
+        return measure(groups)
 
     def after_step(
         self,
-        trainer: Trainer,
-        stream: ProblemStream[Any],
-        report: StepReport,
+        result: StepResult | None,
         *,
+        step: int,
+        values: Mapping[str, float],
+        seconds: Mapping[str, float],
         screen: Screen,
         stop: StopFlag,
     ) -> None:
-        """Log the step, checkpoint when due, and stop here if any rank was asked to. Raises Stopped."""
+        """Log step `step` (from 1), save a checkpoint when due, and stop if a rank was asked to.
+
+        No result means that nothing could be learnt from the step. Raises Stopped.
+        """
+        report = step_report(self.name, result, step=step, steps=self._steps, values=values, seconds=seconds)
         self._first(lambda: self._log(report))
         screen.step(report)
-        due = report.step % self._settings.save_every == 0 and report.step < report.steps
         stopping = self._world.agree(stop)
-        if due or stopping:
-            state = checkpoint.capture(
-                trainer.vlm.model,
-                trainer.optimizer,
-                step=report.step,
-                cursor=stream.state(),
-                schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
-                extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
-                recipe_hash=self._recipe_hash,
-            )
-            keep = self._settings.keep_checkpoints
-            checkpoint.save(self.path / "checkpoints", state, keep=keep, world=self._world)
+        if stopping or (step % self._settings.save_every == 0 and step < self._steps):
+            self._save_checkpoint(step)
         if stopping:
-            self._world.check(stop, f"{self.name} after step {report.step} of {report.steps}")
+            self._world.check(stop, f"{self.name} after step {step} of {self._steps}")
 
     def _log(self, report: StepReport) -> None:
         self._metrics.append(report)
         self._trackers.append(report)
 
-    def finish(self, trainer: Trainer) -> None:
+    def _save_checkpoint(self, step: int) -> None:
+        trainer = self._trainer
+        state = checkpoint.capture(
+            trainer.vlm.model,
+            trainer.optimizer,
+            step=step,
+            cursor=self._stream.state(),
+            schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
+            extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
+            recipe_hash=self._recipe_hash,
+        )
+        keep = self._settings.keep_checkpoints
+        checkpoint.save(self.path / "checkpoints", state, keep=keep, world=self._world)
+
+    def finish(self) -> None:
         """Write the trained model in Hugging Face format, then the marker."""
         self._trackers.close()
-        save(trainer.vlm, self.final)
-        seconds = round(self.spent_s, 1)
-        self._world.first(lambda: mark_done(self.path, seconds=seconds, optimizer_steps=trainer.done))
+        save(self._trainer.vlm, self.final)
+        facts = {"seconds": round(self.spent_s, 1), "optimizer_steps": self._trainer.done}
+        self._world.first(lambda: mark_done(self.path, **facts))
+
+
+def step_report(
+    stage: str,
+    result: StepResult | None,
+    *,
+    step: int,
+    steps: int,
+    values: Mapping[str, float],
+    seconds: Mapping[str, float],
+) -> StepReport:
+    """The report of one step of a stage, with what is finite; no result: nothing could be learnt."""
+    merged = dict(values)
+    skipped = "all rewards are equal in every group"
+    if result is not None:
+        merged = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+        merged |= {**result.values, **values, "tokens": float(result.tokens)}
+        merged["tokens_per_s"] = result.tokens / max(1e-9, sum(seconds.values()))
+        skipped = result.skipped
+    finite = {name: value for name, value in merged.items() if math.isfinite(value)}
+    return StepReport(stage=stage, step=step, steps=steps, values=finite, seconds=seconds, skipped=skipped)

@@ -5,23 +5,22 @@ nothing else carries loss.
 """
 
 import math
-import time
 from collections.abc import Sequence
 
-from rlcs.data import ProblemStream
+from rlcs.data.stream import ProblemStream
 from rlcs.distributed import ALONE, World
 from rlcs.errors import DataError
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
+from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen
-from rlcs.recipe.schema import Sft
+from rlcs.recipe.stages import Sft
 from rlcs.records import Branch, Demonstration, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
 from rlcs.train.losses import Average, LossSums, sft_loss
-from rlcs.train.run_dir import RunDir
+from rlcs.train.stage_run import Clock, StageRun
 from rlcs.train.trainer import Batch, Objective, Trainer
 
 
@@ -43,35 +42,29 @@ def train(
     demonstrations: Sequence[Demonstration],
     settings: Sft,
     *,
-    folder: RunDir,
+    run: StageRun,
     screen: Screen,
     stop: StopFlag,
 ) -> None:
-    """Train, resuming from the folder's newest checkpoint; the result is `folder/final`."""
+    """Train, going on from the run's newest checkpoint; `run` keeps the trained model."""
     steps = steps_of(settings, len(demonstrations))
     trainer = Trainer(vlm, settings.optimizer, steps=steps, max_bad_steps=settings.max_bad_steps)
-    stream = ProblemStream(demonstrations, seed=folder.seed)
-    first = folder.resume(trainer, stream)
+    stream = ProblemStream(demonstrations, seed=run.seed)
+    objective = make_objective(settings.loss_average)
+    first = run.resume(trainer, stream, steps=steps)
     for step in range(first, steps):
-        started = time.perf_counter()
-        batch = stream.take(settings.batch_size)
-        trees, bad = usable_trees(batch, chat, vlm.world)
-        packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
-        if step == first:
-            require_agreement(vlm, chat, trees[0] if trees else None)
-        loaded = time.perf_counter()
-        objective = _objective(settings.loss_average)
-        outcome = trainer.step([Batch(pack=p) for p in packs], objective, average=settings.loss_average)
-        updated = time.perf_counter()
-        report = folder.report(
-            outcome,
-            step=step + 1,
-            steps=steps,
-            values={"bad_rows": float(bad)} if bad else {},
-            seconds={"data": loaded - started, "update": updated - loaded},
-        )
-        folder.after_step(trainer, stream, report, screen=screen, stop=stop)
-    folder.finish(trainer)
+        clock = Clock()
+        with clock("data"):
+            trees, bad = usable_trees(stream.take(settings.batch_size), chat, vlm.world)
+            packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
+            if step == first:
+                require_agreement(vlm, chat, trees[0] if trees else None)
+        with clock("update"):
+            batches = [Batch(pack=pack) for pack in packs]
+            result = trainer.step(batches, objective, average=settings.loss_average)
+        values = {"bad_rows": float(bad)} if bad else {}
+        run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
+    run.finish()
 
 
 def usable_trees(
@@ -94,10 +87,12 @@ def usable_trees(
     return trees, len(bad)
 
 
-def _objective(average: Average) -> Objective:
-    def loss(batch: Batch, scores: Scores) -> LossSums:
-        weights = batch.pack.weights.to(scores.logprobs.device)
-        sequence = batch.pack.sequence.to(scores.logprobs.device)
+def make_objective(average: Average) -> Objective:
+    """The negative log likelihood of a batch's demonstrations."""
+
+    def objective(batch: Batch, scores: Scores) -> LossSums:
+        device = scores.logprobs.device
+        weights, sequence = batch.pack.weights.to(device), batch.pack.sequence.to(device)
         return sft_loss(scores.logprobs, weights, sequence, average)
 
-    return loss
+    return objective

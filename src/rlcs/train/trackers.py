@@ -1,19 +1,18 @@
 """Step reports to TensorBoard, trackio and Weights & Biases.
 
-A tracker is a guest: whatever goes wrong in one is told once, and the run goes on without it. A step
-is sent once, also when a stopped run repeats it from its last checkpoint.
+Whatever goes wrong in a tracker is logged once, and the run goes on without it. A step is sent once,
+also when a stopped run repeats it from its last checkpoint.
 """
 
 import logging
 import secrets
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlcs.errors import RecipeError
 from rlcs.recipe.execution import Trackers as Settings
@@ -21,7 +20,7 @@ from rlcs.records import StepReport
 from rlcs.storage import read_json, read_jsonl, write_json
 
 _LOG = logging.getLogger(__name__)
-_MOST_FAILURES = 3  # in a row: a tracker that is gone for good must not cost its time-out every step
+_MOST_FAILURES = 3  # in a row: a service that is down for good must not cost its time-out every step
 
 
 def require_installed(settings: Settings) -> None:
@@ -35,21 +34,17 @@ def require_installed(settings: Settings) -> None:
             )
 
 
-class _Tracker(ABC):
-    """One service; every method may raise."""
+class _Tracker(Protocol):
+    """One service, opened for one stage (`identity` is the same in all its attempts); all may raise."""
 
-    @abstractmethod
-    def __init__(self, project: str, folder: Path, stage: str, identity: str) -> None:
-        """Open it for one stage; `identity` is the same in every attempt of that stage."""
+    def __init__(self, project: str, folder: Path, stage: str, identity: str) -> None: ...
 
-    @abstractmethod
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
-    @abstractmethod
     def close(self) -> None: ...
 
 
-class _TensorBoard(_Tracker):
+class _TensorBoard:
     """Event files beside the stage's metrics; each attempt adds one."""
 
     def __init__(self, project: str, folder: Path, stage: str, identity: str) -> None:
@@ -66,15 +61,16 @@ class _TensorBoard(_Tracker):
         self._writer.close()
 
 
-class _Service(_Tracker):
-    """Weights & Biases, and trackio with the same three functions."""
+class _Wandb:
+    """Weights & Biases; a run folder is a group, a stage a run in it."""
 
     def __init__(self, project: str, folder: Path, stage: str, identity: str) -> None:
-        run = folder.resolve().parent.name
-        self._run = self._open(project, run, f"{run}-{stage}-{identity[:6]}", identity, folder)
+        import wandb
 
-    @abstractmethod
-    def _open(self, project: str, group: str, name: str, identity: str, folder: Path) -> Any: ...
+        group, name = _names(folder, stage, identity)
+        self._run = wandb.init(
+            project=project, group=group, name=name, id=identity, resume="allow", dir=str(folder)
+        )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
@@ -83,11 +79,17 @@ class _Service(_Tracker):
         self._run.finish()
 
 
-class _Trackio(_Service):
-    def _open(self, project: str, group: str, name: str, identity: str, folder: Path) -> Any:
+class _Trackio:
+    """trackio, with functions like those of Weights & Biases."""
+
+    def __init__(self, project: str, folder: Path, stage: str, identity: str) -> None:
         import trackio
 
-        return trackio.init(project, name=name, group=group, resume="allow", embed=False)
+        group, name = _names(folder, stage, identity)
+        self._run = trackio.init(project, name=name, group=group, resume="allow", embed=False)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         import trackio
@@ -95,13 +97,10 @@ class _Trackio(_Service):
         trackio.finish()  # the module's own: its run would be finished again when Python ends
 
 
-class _Wandb(_Service):
-    def _open(self, project: str, group: str, name: str, identity: str, folder: Path) -> Any:
-        import wandb
-
-        return wandb.init(
-            project=project, group=group, name=name, id=identity, resume="allow", dir=str(folder)
-        )
+def _names(folder: Path, stage: str, identity: str) -> tuple[str, str]:
+    """The group (a run folder) and the name of a stage's run."""
+    group = folder.resolve().parent.name
+    return group, f"{group}-{stage}-{identity[:6]}"
 
 
 _KINDS: dict[str, type[_Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
@@ -117,17 +116,17 @@ class Trackers:
         self._stage = stage
         self._open: dict[str, _Tracker] = {}
         self._failures: dict[str, int] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._sent = 0
         self._identity = secrets.token_hex(8)
 
     def skip_what_was_sent(self) -> None:
         """Before a resumed stage cuts its metrics file: the steps in it went to the trackers already."""
         if self._wanted:
-            self._try("all", self._take_up)
+            self._try("all", self._read_mark)
 
-    def _take_up(self) -> None:
-        """An identity that later attempts keep, and the last step that any attempt has sent."""
+    def _read_mark(self) -> None:
+        """Read or make the identity that all attempts share, and the last step that any attempt has sent."""
         mark, metrics = self._folder / "trackers.json", self._folder / "metrics.jsonl"
         known: dict[str, Any] = read_json(mark) if mark.exists() else {"id": secrets.token_hex(8), "sent": 0}
         rows = read_jsonl(metrics) if metrics.exists() else []
@@ -162,8 +161,8 @@ class Trackers:
             self._failures.pop(name, None)
         except Exception as error:  # other people's code, other people's network
             self._failures[name] = self._failures.get(name, 0) + 1
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._warned:
+                self._warned.add(name)
                 _LOG.warning("tracker %s failed (%s); the run goes on without it", name, error)
             if self._failures[name] >= _MOST_FAILURES:
                 self._wanted.pop(name, None)

@@ -1,4 +1,4 @@
-"""One optimiser step: forward, backward, global denominator, clip, finite verdict, AdamW.
+"""One optimiser step: forward, backward, global denominator, clip, check for finite gradients, AdamW.
 
 The trainer serves both stages. It is given packs and an objective that returns sums; it alone
 divides, by a denominator of the whole step, so that a loss does not depend on how trees were
@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlcs.errors import TrainingError
-from rlcs.model.loading import Vlm
 from rlcs.model.packing import Pack
 from rlcs.model.policy import Scores, score
-from rlcs.recipe.schema import Optimizer as OptimizerSettings
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.stages import Optimizer as OptimizerSettings
+from rlcs.records import Tree
 from rlcs.train.losses import Average, LossSums, denominator
 
 
@@ -36,11 +37,17 @@ Objective = Callable[[Batch, Scores], LossSums]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Counts:
+class ZeroGradCounts:
     """Tokens and sequences that enter a step's denominator although their gradient is known to be zero."""
 
     tokens: int = 0
     sequences: int = 0
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree]) -> "ZeroGradCounts":
+        """Those of trees that are not computed."""
+        branches = [branch for tree in trees for branch in tree.branches]
+        return cls(tokens=sum(len(branch.ids) for branch in branches), sequences=len(branches))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +105,14 @@ class Trainer:
         average: Average,
         temperature: float = 1.0,
         max_new_tokens: int = 1,
-        also: Counts = Counts(),
+        zero_grad: ZeroGradCounts = ZeroGradCounts(),
     ) -> StepResult:
         """One optimiser step over all `batches`. Raises TrainingError after too many bad ones in a row.
 
-        Every rank gives as many batches (`shares.packs_in_step`) and gets the same outcome, which is of
-        the whole step over all ranks; so is `also`.
+        Every rank gives as many batches (see `train.batching`) and gets the same result, which is of the
+        whole step over all ranks; so is `zero_grad`.
 
-        A step whose gradient norm is not finite changes nothing and says so in its outcome; it is
+        A step whose gradient norm is not finite changes nothing and says so in its result; it is
         judged after the backward pass, because cleaning a loss does not clean its gradient.
         """
         self.vlm.model.train()
@@ -116,28 +123,16 @@ class Trainer:
             scores = score(self.vlm, batch.pack, temperature=temperature)
             sums = objective(batch, scores)
             sums.loss.backward()
-            counts["loss"] += sums.loss.item()
-            counts["tokens"] += int(sums.tokens)
-            counts["sequences"] += int(sums.sequences)
-            counts["packs"] += batch.pack.num_targets > 0
-            counts["targets"] += batch.pack.num_targets
-            trees = batch.pack.layout.trees
-            counts["passed"] += sum(t.stop - t.start for t in trees if t.branches)  # not what idles
-            for name, total in sums.sums.items():
-                totals[name] += total.item()
-            for name, largest in sums.maxima.items():
-                totals[name] = max(totals[name], largest.item())
-            totals["entropy"] += scores.entropy.sum().item()
+            _add(counts, totals, batch.pack, scores, sums)
         counts, totals = self.vlm.world.sum(counts), self.vlm.world.sum(totals)
         divisor = denominator(
             average,
-            tokens=int(counts["tokens"]) + also.tokens,
-            sequences=int(counts["sequences"]) + also.sequences,
+            tokens=int(counts["tokens"]) + zero_grad.tokens,
+            sequences=int(counts["sequences"]) + zero_grad.sequences,
             packs=int(counts["packs"]),
             max_new_tokens=max_new_tokens,
         )
         targets = int(counts["targets"])
-        values = {k: v if k.endswith("_max") else v / max(1, targets) for k, v in totals.items()}
         norm, skipped = self._apply(divisor)
         lr = learning_rate(self._settings, self.done, self._steps)
         self.done += 1
@@ -147,12 +142,12 @@ class Trainer:
             lr=lr,
             tokens=int(counts["passed"]),
             targets=targets,
-            values=values,
+            values={k: v if k.endswith("_max") else v / max(1, targets) for k, v in totals.items()},
             skipped=skipped,
         )
 
     def _apply(self, divisor: float) -> tuple[float, str]:
-        """Divide the gradients, clip, and step if they are finite: the norm, and why not."""
+        """Divide the gradients, clip, and step if they are finite; the norm, and why the step was skipped."""
         grads = [p.grad for p in self._parameters if p.grad is not None]
         torch._foreach_div_(grads, divisor / self.vlm.world.size)  # FSDP leaves the mean over ranks
         total = torch.nn.utils.get_total_norm(grads)
@@ -173,6 +168,23 @@ class Trainer:
             group["lr"] = learning_rate(self._settings, self.done, self._steps)
         self.optimizer.step()
         return norm, ""
+
+
+def _add(
+    counts: dict[str, float], totals: dict[str, float], pack: Pack, scores: Scores, sums: LossSums
+) -> None:
+    """Add one pack's counts and reported sums to those of the step."""
+    counts["loss"] += sums.loss.item()
+    counts["tokens"] += int(sums.tokens)
+    counts["sequences"] += int(sums.sequences)
+    counts["packs"] += pack.num_targets > 0
+    counts["targets"] += pack.num_targets
+    counts["passed"] += sum(t.stop - t.start for t in pack.layout.trees if t.branches)  # no padding trees
+    for name, total in sums.sums.items():
+        totals[name] += total.item()
+    for name, largest in sums.maxima.items():
+        totals[name] = max(totals[name], largest.item())
+    totals["entropy"] += scores.entropy.sum().item()
 
 
 @torch.no_grad()

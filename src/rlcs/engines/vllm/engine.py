@@ -8,7 +8,8 @@ from rlcs.engines.base import Progress
 from rlcs.engines.vllm.protocol import PromptRequest, Take
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
 from rlcs.model.chat import Chat
-from rlcs.model.loading import Vlm, give_back_memory
+from rlcs.model.loading import give_back_memory
+from rlcs.model.vlm import Vlm
 from rlcs.records import Prompt, Rollout, Sampling
 
 

@@ -1,0 +1,70 @@
+"""A vision-language model in memory: weights, processor, device, and how to call it when it is sharded."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlcs.distributed import ALONE, World
+from rlcs.model.families import Family
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+T = TypeVar("T")
+
+
+class ShardedModel(Protocol):
+    """The root of a model whose weights lie in shards on all ranks (see `model.fsdp`)."""
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do work that calls the model; all ranks in step."""
+        ...
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Hold all weights on every rank, so that ranks need not keep in step; no gradients."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vlm:
+    """A model with its processor, ready for packs; under `torchrun` in shards (`fsdp_root`) over `world`.
+
+    `adapter` is peft's handle on the low-rank layers inside `model`, where those train; `reference_mode`
+    scores as if there were none: the reference of GRPO.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    family: Family
+    attention: str
+    device: torch.device
+    adapter: "PeftModel | None" = None
+    reference_mode: bool = False
+    world: World = ALONE
+    fsdp_root: ShardedModel | None = None
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """The state to score in: adapters off if `reference_mode`."""
+        if self.adapter is None or not self.reference_mode:
+            return nullcontext()
+        return self.adapter.disable_adapter()
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters by name; tied weights once."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Work that calls the model, with its weights there; it returns a tensor or a tuple of them.
+
+        All ranks must run as often, in the same order, with images or without.
+        """
+        return work() if self.fsdp_root is None else self.fsdp_root.run(work)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """All weights on every rank, to call the model without keeping step; no gradients."""
+        return nullcontext() if self.fsdp_root is None else self.fsdp_root.gathered()

@@ -1,0 +1,155 @@
+"""The recipe's sections of the two training stages: SFT and GRPO, with their optimisers, loss and reward."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
+
+Advantage = Literal["grpo", "dr_grpo", "rloo"]
+KlKind = Literal["none", "k1", "k2", "k3"]
+
+
+class Optimizer(Section):
+    """AdamW and its schedule."""
+
+    lr: NonNegative = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: down to zero on a cosine, or flat."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled; not on biases and norms."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Clip the global gradient norm to this."""
+
+
+class GrpoOptimizer(Optimizer):
+    """AdamW with stage two's defaults: small constant steps."""
+
+    lr: NonNegative = 1e-6
+    """Learning rate after warm-up."""
+    schedule: Literal["cosine", "constant"] = "constant"
+    """After warm-up: down to zero on a cosine, or flat."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled; not on biases and norms."""
+
+
+class Stage(Section):
+    """What both training stages share."""
+
+    optimizer: Optimizer = Optimizer()
+    """Optimiser and schedule."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that do not train."""
+    pack_tokens: Positive = 8192
+    """Tokens of one packed forward and backward; a tree larger than this gets a pack of its own."""
+    save_every: Positive = 50
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept."""
+    max_bad_steps: Positive = 5
+    """Steps in a row with a non-finite gradient before the run stops."""
+
+
+class Sft(Stage):
+    """Stage one: supervised fine-tuning on response tokens and the end token only."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the demonstrations."""
+    batch_size: Positive = 64
+    """Demonstrations an optimiser step."""
+    loss_average: Literal["token", "example"] = "token"
+    """`token`: mean over all response tokens of the step; `example`: mean of each response's mean."""
+
+
+class Kl(Section):
+    """A penalty that keeps the policy near the reference (the model at the start of the stage)."""
+
+    kind: KlKind = "none"
+    """Estimator (http://joschu.net/blog/kl-approx.html); the paper uses k3 in the loss."""
+    coefficient: NonNegative = 0.0
+    """Weight in the loss; the paper's is 0.01."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a penalty at all, and so a need for a reference."""
+        return self.kind != "none" and self.coefficient > 0
+
+
+class Overlong(Section):
+    """Soft punishment of answers near the limit (DAPO, arXiv 2503.14476, eq. 13)."""
+
+    buffer: Annotated[int, Field(ge=0)] = 0
+    """Tokens before the limit over which the reward falls by up to `penalty`; 0: off."""
+    penalty: NonNegative = 1.0
+    """The largest deduction."""
+    drop_truncated: bool = False
+    """Leave answers cut at the limit out of the loss instead of grading them wrong."""
+
+
+class Reward(Section):
+    """How a response earns its reward."""
+
+    function: str | None = None
+    """A reward of your own instead of the rule: `FILE.py:NAME`, called as NAME(problem, response) in the
+    grader processes; it returns a number, or a pair (number, is it correct)."""
+    allow_fallbacks: bool = False
+    """Also accept `<answer>` tags, "the answer is ..." and a lone letter where no box is complete."""
+    deadline_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds a grader may think about one answer before its worker is killed (unscored)."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Grader processes; 0: one for each two CPU cores."""
+
+
+class Grpo(Stage):
+    """Stage two: group-relative policy optimisation with a rule-checked reward."""
+
+    optimizer: GrpoOptimizer = GrpoOptimizer()
+    """Optimiser and schedule; a schedule step is one optimiser step."""
+    steps: Positive = 100
+    """Rollout steps."""
+    prompts_per_step: Positive = 32
+    """Problems a rollout step."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts a problem (G)."""
+    optimizer_steps: Positive = 1
+    """Optimiser steps a rollout step, each on its share of the groups; the paper takes 4."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; logprobs are taken at the same temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; not corrected for in the ratio, as in the peers."""
+    max_new_tokens: Positive = 2048
+    """Longest answer in tokens."""
+    max_rows: Positive = 256
+    """Rollouts decoded at once by the local engine."""
+    advantage: Advantage = "grpo"
+    """`grpo`: (r - mean) / (std + 1e-6); `dr_grpo`: r - mean; `rloo`: r - mean of the others."""
+    loss: Literal["grpo", "gspo", "cispo"] = "grpo"
+    """`grpo`: clipped token ratios; `gspo`: clipped sequence ratios; `cispo`: clipped detached weights."""
+    clip_low: NonNegative = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: NonNegative = 0.3
+    """Ratios above 1 + clip_high are clipped; 0.3 is what the paper's code ran with (clip-higher)."""
+    clip_dual: Annotated[float, Field(gt=1)] | None = 3.0
+    """Bound of the ratio where the advantage is negative (dual clip); None: off."""
+    loss_average: Literal["token", "sequence", "constant", "micro_batch"] = "token"
+    """`token`: global token mean; `sequence`: mean of sequence means (GRPO paper); `constant`: sum over
+    (sequences * max_new_tokens) (Dr. GRPO); `micro_batch`: token mean of each pack (the paper's code)."""
+    old_logprobs: Literal["sampler", "policy"] = "sampler"
+    """Base of the ratio with several optimiser steps: the sampler's logprobs, or one more pass."""
+    kl: Kl = Kl()
+    """Divergence from the reference."""
+    overlong: Overlong = Overlong()
+    """Answers near or at the length limit."""
+    reward: Reward = Reward()
+    """Grading."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """Extra rollout rounds a step to replace groups whose rewards are all equal (DAPO); 0: off."""
+    max_zero_variance_steps: Positive = 20
+    """Steps in a row without any reward difference before the run stops."""

@@ -1,0 +1,45 @@
+"""Groups of rollouts: rewards shaped and compared with each other, and laid out as trees to learn from."""
+
+from collections.abc import Sequence
+
+from rlcs.recipe.stages import Grpo
+from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, StopReason, Tree
+from rlcs.train.losses import advantages, has_zero_variance, overlong_penalty
+
+
+def make_group(
+    problem: Problem, prompt: Prompt, rollouts: Sequence[Rollout], grades: Sequence[Grade], settings: Grpo
+) -> Group:
+    """Shape the rewards and compare the rollouts with each other."""
+    rewards = [shaped_reward(r, g, settings) for r, g in zip(rollouts, grades, strict=True)]
+    return Group(
+        problem=problem,
+        prompt=prompt,
+        rollouts=tuple(rollouts),
+        grades=tuple(grades),
+        advantages=advantages(rewards, settings.advantage),
+    )
+
+
+def shaped_reward(rollout: Rollout, grade: Grade, settings: Grpo) -> float | None:
+    """The grade's reward less the overlong penalty; None leaves the rollout out of the loss."""
+    overlong, truncated = settings.overlong, rollout.stop is StopReason.LENGTH
+    if grade.reward is None or rollout.stop is StopReason.ERROR or (overlong.drop_truncated and truncated):
+        return None
+    length, limit = len(rollout.ids), settings.max_new_tokens
+    return grade.reward + overlong_penalty(length, limit, overlong.buffer, overlong.penalty)
+
+
+def zero_variance(group: Group) -> bool:
+    """Whether no rollout did better than another: without a KL penalty the gradient is exactly zero."""
+    return has_zero_variance(group.advantages)
+
+
+def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:
+    """The prompt once, one branch a scored rollout, each token weighted by the advantage."""
+    branches = [
+        Branch(ids=r.ids, weights=(a or 0.0,) * len(r.ids), logprobs=r.logprobs)
+        for r, a in zip(group.rollouts, group.advantages, strict=True)
+        if r.ids and (a is not None or keep_unscored)
+    ]
+    return Tree(prompt=group.prompt, branches=tuple(branches))

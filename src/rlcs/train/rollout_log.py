@@ -1,0 +1,45 @@
+"""The rollouts of a training stage: rows to read, their problems, and averages for the metrics."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlcs.data.problem_store import ProblemStore
+from rlcs.grading import health
+from rlcs.records import Group, StopReason, to_row
+from rlcs.storage import append_jsonl
+from rlcs.train.groups import zero_variance
+
+
+class RolloutLog:
+    """A folder with one file of rollouts a step, and each problem once with small copies of its images."""
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is written before the first step."""
+        self._folder = folder
+        self._problems = ProblemStore(folder)
+
+    def write(self, step: int, groups: Sequence[Group]) -> None:
+        """Write the rollouts of one step; a step that runs again after a stop replaces its file."""
+        path = self._folder / f"step-{step:06d}.jsonl"
+        path.unlink(missing_ok=True)
+        append_jsonl(path, [to_row(sample) for group in groups for sample in group.samples])
+        self._problems.add(group.problem for group in groups)
+
+
+def measure(groups: Sequence[Group]) -> dict[str, float]:
+    """What the rollouts of one step looked like: averages over rollouts, shares between 0 and 1."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    grades = [g for group in groups for g in group.grades]
+    scored = [g for g in grades if g.reward is not None]
+    count = max(1, len(rollouts))
+    tokens = sum(len(r.ids) for r in rollouts)
+    values = {
+        "accuracy": sum(bool(g.correct) for g in scored) / max(1, len(scored)),
+        "reward": sum(g.reward or 0.0 for g in scored) / max(1, len(scored)),
+        "response_tokens": tokens / count,
+        "truncated": sum(r.stop is StopReason.LENGTH for r in rollouts) / count,
+        "unscored": 1.0 - len(scored) / count,
+        "zero_variance_groups": sum(map(zero_variance, groups)) / max(1, len(groups)),
+        "rollout_tokens": float(tokens),
+    }
+    return values | health([r.text for r in rollouts])
