@@ -132,10 +132,8 @@ def test_mathvision_in_its_own_layout(tmp_path):
     )
     assert question.plain.startswith("Which one?\n<image>\n(A) 1")
     assert question.facets["level_and_subject"] == ("level 2, algebra",)
-    assert (
-        question.graded().choices == ("1", "2", "3", "4", "5")
-        and not question.problem("paper", images).choices
-    )
+    assert question.graded().choices == ("1", "2", "3", "4", "5")
+    assert not question.problem("paper", images).choices
     assert len(load("mathvision", tmp_path / "mathvision", split="testmini", limit=2).questions) == 2
 
 

@@ -80,11 +80,11 @@ def extract_answers(
 
 def _messages(question: Question, response: str) -> tuple[Message, ...]:
     messages = [Message(role="system", parts=(_TASK,))]
-    for example, answered, answer in _EXAMPLES:
-        messages.append(Message(role="user", parts=(_text(example, answered),)))
+    for example, text, answer in _EXAMPLES:
+        messages.append(Message(role="user", parts=(_prompt(example, text),)))
         messages.append(Message(role="assistant", parts=(answer,)))
-    return (*messages, Message(role="user", parts=(_text(question.plain, response),)))
+    return (*messages, Message(role="user", parts=(_prompt(question.plain, response),)))
 
 
-def _text(question: str, response: str) -> str:
+def _prompt(question: str, response: str) -> str:
     return f"Question:\n{question}\n\nResponse:\n{response[-_MAX_SHOWN:]}\n\nFinal answer:"
