@@ -22,7 +22,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 def gap(differences: torch.Tensor, dtype: torch.dtype) -> float:
     """How far two computations of the same logprobs are apart: [tokens] differences to nats.
 
-    In float32 it is the largest difference of a token. In lower precision single tokens differ by more than half a nat by
+    In float32 it is the largest difference of a token. In lower precision single tokens differ by more than
+    half a nat by
     rounding alone, however they are computed, and it is the mean: faults move every token of an answer.
     """
     sizes = differences.abs()
