@@ -32,16 +32,22 @@ DECODE_LIMIT = 10_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One shape of work. `trunk` tokens (0: the built-in tasks' own) with a square image of `side` pixels."""
+    """One shape of work."""
 
     name: str
     says: str
+    """The shape in words."""
+    trunk: int = 0
+    """Tokens of a prompt; 0: the built-in tasks' own."""
+    side: int = 0
+    """Pixels along each side of its square image."""
+    answers: tuple[int, int] = (0, 0)
+    """Tokens of the shortest and the longest answer."""
     model: str
     prompts: int
+    """Prompts a step."""
     group: int
-    trunk: int = 0
-    side: int = 0
-    answers: tuple[int, int] = (0, 0)
+    """Answers a prompt."""
 
 
 def _on_38m(name: str, *, group: int, trunk: int, side: int, answers: tuple[int, int]) -> Shape:

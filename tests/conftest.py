@@ -12,7 +12,7 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model
-from rlcs.records import Grade, ImageRef, Problem
+from rlcs.records import Branch, Grade, ImageRef, Problem, Prompt, Rollout, Tree
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,6 +73,12 @@ class Stopper:
         self._view.step(report)
         if report.step == self._step:
             self._stop.is_set = True
+
+
+def tree_of(prompt: Prompt, rollouts: tuple[Rollout, ...]) -> Tree:
+    """A prompt and its answers as they were sampled, every token with weight 1."""
+    branches = [Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in rollouts]
+    return Tree(prompt=prompt, branches=tuple(branches))
 
 
 def draw(width: int, height: int, seed: int = 0) -> ImageRef:

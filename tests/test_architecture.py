@@ -66,6 +66,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "grading_reference": "the table in docs/reference/grading.md",
     "shipped_recipes": "the YAML files in recipes/",
     "families": "every model family, through all packages",
+    "generate": "the command `rlcs generate`, through generation, engines and serving",
     "vllm_lora": "adapters with vLLM, through all packages",
     "vllm_serving": "a real vLLM, through serving, evals and distill",
 }
@@ -294,7 +295,7 @@ def old_words(module: Module) -> Iterator[str]:
     """Words of OLD_WORDS, in a module's code, comments and docstrings, or in a page of the documentation."""
     for number, line in enumerate(module.text.splitlines(), start=1):
         for word, instead in OLD_WORDS.items():
-            if found := re.search(rf"(?<![\w.])(?:{word})(?![\w(])", line):
+            if found := re.search(rf"(?<![\w.?\\])(?:{word})(?![\w(])", line):
                 yield f"{module.name}:{number} says {found[0]!r}; say {instead}"
 
 

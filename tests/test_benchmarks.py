@@ -133,7 +133,8 @@ def test_mathvision_in_its_own_layout(tmp_path):
     assert question.plain.startswith("Which one?\n<image>\n(A) 1")
     assert question.facets["level_and_subject"] == ("level 2, algebra",)
     assert (
-        question.graded().choices == ("1", "2", "3", "4", "5") and not question.asked("paper", images).choices
+        question.graded().choices == ("1", "2", "3", "4", "5")
+        and not question.problem("paper", images).choices
     )
     assert len(load("mathvision", tmp_path / "mathvision", split="testmini", limit=2).questions) == 2
 
@@ -202,7 +203,7 @@ def test_geometry3k_as_parquet_shards(tmp_path):
     loaded = load("geometry3k", tmp_path)
     assert [question.id for question, _ in loaded.questions] == ["0", "1", "2", "3"]
     question, images = loaded.questions[3]
-    assert images[0].width == 30 and question.asked("official", images).question.startswith(
+    assert images[0].width == 30 and question.problem("official", images).question.startswith(
         "<image>Find x3. You"
     )
 

@@ -98,7 +98,7 @@ def test_reasoning_is_folded_and_the_answer_set_apart():
     assert pictured[1]["content"].alt_text == "Image 2 of 2 of the question" and len(pictured) == 3
 
 
-def test_every_talker_hears_its_own_past_and_closing_stops_all():
+def test_every_model_gets_its_own_past_and_closing_stops_all():
     one, two = Canned("one", "a b c"), Canned("two", "d")
     past = [exchange("first", "said by one", "said by two"), exchange("second", "only one answered", "")]
     now = chat_page.Exchange(text="third", images=(Path("x.png"),), answers=("", ""))
@@ -115,16 +115,16 @@ def test_every_talker_hears_its_own_past_and_closing_stops_all():
 
 
 def test_an_answer_ends_when_it_is_settled_or_forgotten_and_keeps_what_was_said():
-    talker, talk = Canned("one", "a b c", delay=0.1), chat_page.Talk()
+    model, talk = Canned("one", "a b c", delay=0.1), chat_page.Talk()
     for end, kept in ((talk.settle, "a "), (talk.forget, "")):
         talk.begin(exchange("Q?", "", seconds=None))
-        running = chat_page.answer([talker], talk, Settings(), "")
+        running = chat_page.answer([model], talk, Settings(), "")
         assert next(running)[-1].answers == ("a ",) and talk.now.seconds is None
         end()
         end()  # twice is once
         assert "".join(each.answers[0] for each in talk.past) == kept
         *_, last = running
-        assert last == talk.past and talker.streams[-1].closed
+        assert last == talk.past and model.streams[-1].closed
     broken = chat_page.answer([Canned("one", "a")], talk, Settings(), "")
     talk.begin(exchange("too long", "", seconds=None))
     with pytest.raises(PromptError):
@@ -155,7 +155,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, Canned, Canned]]:
-    """The page in this process with two canned talkers."""
+    """The page in this process with two canned models."""
     import tempfile
 
     base = Canned("base", "\\boxed{2}")

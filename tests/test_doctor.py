@@ -135,7 +135,7 @@ def test_a_stopped_run_says_where_and_how_it_goes_on(run):
         course.message.startswith("stopped: RL after SFT, 40 of 80; ended by RunFolderError")
         and "No space" in course.message
     )
-    assert course.fix == f"it goes on with: rlcs run {run / 'recipe.yaml'} --out {run}"
+    assert course.fix == f"continue it with: rlcs run {run / 'recipe.yaml'} --out {run}"
     (run / "logs" / "attempt-1.log").write_text("2026 INFO rlcs: sft\n")
     for path in (*run.glob("*/metrics.jsonl"), *run.glob("logs/*")):
         os.utime(path, (1, 1))

@@ -12,7 +12,7 @@ from rlcs.model import loading
 from rlcs.model.families import FAMILIES
 from rlcs.recipe.schema import Prompts
 from test_chat import test_clean_text_gives_the_ids_of_the_chat_template  # noqa: F401
-from test_local_engine import (  # noqa: F401
+from test_engines_local import (  # noqa: F401
     prompts,
     test_greedy_answers_are_those_of_transformers,
     test_rollouts_do_not_depend_on_batching_or_order,

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from conftest import LengthGrader, Stopper, make_problem
+from conftest import LengthGrader, Stopper, make_problem, tree_of
 from rlcs.data import puzzles
 from rlcs.data.run_data import load_run_data
 from rlcs.engines.local import LocalEngine
@@ -139,15 +139,7 @@ def test_packed_logprobs_and_rollouts_agree_with_the_adapted_model(random_model_
     learn(vlm, packed)
     prompts = [chat.prompt(make_problem("r", "how?", ((56, 84),))), chat.prompt(make_problem("s", "so", ()))]
     groups = LocalEngine(vlm, chat, max_rows=6).sample(prompts, chat.sampling(max_new_tokens=8, n=3, seed=1))
-    trees = [
-        Tree(
-            prompt=p,
-            branches=tuple(
-                Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in group
-            ),
-        )
-        for p, group in zip(prompts, groups, strict=True)
-    ]
+    trees = list(map(tree_of, prompts, groups))
     again = pack(trees, chat.patches)
     torch.testing.assert_close(logprobs(vlm, again), again.sampler_logprobs, rtol=1e-4, atol=1e-4)
     assert require_agreement(vlm, chat, trees[0]) < 1e-4

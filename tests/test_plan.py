@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from rlcs.cli.main import app
 from rlcs.errors import UserError
-from rlcs.plan.machine import GIB, GPUS, assume, machine
+from rlcs.plan.machine import GIB, GPUS, Assumed, machine
 from rlcs.plan.page import make_plan
 from rlcs.plan.planner import largest_tree
 from rlcs.plan.shapes import head_size, measure, published, sizes_of, skeleton
 from rlcs.plan.work import language, vision
-from rlcs.recipe.loading import list_recipes, load_recipe
+from rlcs.recipe.loading import list_recipes, load_recipe, read_section
 from rlcs.recipe.schema import Model
 
 HUB = "Qwen/Qwen2.5-VL-{}-Instruct"
@@ -29,7 +29,7 @@ PARAMETERS = {
 
 
 def planned(recipe, *overrides, gpus=8, gpu="H100", memory=None, words=()):
-    assumed = assume(words)
+    assumed = read_section(Assumed, words, where="--assume")
     return make_plan(recipe, overrides, machine(gpus, gpu, memory=memory, peak=assumed.peak), assumed)
 
 
@@ -421,9 +421,10 @@ def test_a_cpu_can_be_planned_for():
         (["--gpu", "H10"], "did you mean H100?"),
         (["--memory", "0"], "0 GB of memory"),
         (["--assume", "answr=3"], "did you mean answer?"),
-        (["--assume", "answer=many"], "'many' is not a number"),
-        (["--assume", "answer=0"], "answer cannot be 0"),
-        (["--assume", "utilization=1.5"], "utilization cannot be 1.5"),
+        (["--assume", "answer=many"], 'answer should be a whole number at least 1 (got "many")'),
+        (["--assume", "answer=0"], "answer should be a whole number at least 1 (got 0)"),
+        (["--assume", "peak"], "peak should be a number at least 0 (got null)"),
+        (["--assume", "utilization=1.5"], "utilization should be a number above 0 and at most 1 (got 1.5)"),
         (["grpo.steps=-1"], "grpo.steps should be"),
         (["model.name=./nowhere"], "known without network: builtin, Qwen/Qwen2.5-VL-3B-Instruct"),
     ],

@@ -19,7 +19,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 import rlcs
-from bench.hostile import Footprint, Seen, attack, get, guests, metrics, post, serving, siege, wait_until
+from bench.hostile import (
+    Footprint,
+    Seen,
+    attack,
+    attack_from_clients,
+    get,
+    guests,
+    metrics,
+    post,
+    serving,
+    wait_until,
+)
 from conftest import draw
 from rlcs.cli.main import app
 from rlcs.data.images import open_image
@@ -143,6 +154,9 @@ def test_models_health_and_metrics(server, client):
     after = metrics(server)
     grown = after['rlcs_tokens_total{kind="completion"}'] - before['rlcs_tokens_total{kind="completion"}']
     assert grown == reply.usage.completion_tokens
+    names = {"rlcs_request_seconds_total", "rlcs_start_time_seconds", 'rlcs_tokens_total{kind="prompt"}'}
+    names |= {f"rlcs_{name}" for name in ("requests_active", "engine_running", "engine_waiting")}
+    assert names <= set(before), "before anything has happened, too"
     assert after['rlcs_requests_total{code="200"}'] == before.get('rlcs_requests_total{code="200"}', 0) + 1
 
 
@@ -296,7 +310,7 @@ def test_vllm_is_started_where_it_is_installed(tmp_path):
 def test_thousands_of_malformed_requests_hurt_nobody(server):
     attack(server.port, 1000, 60, Seen())  # what is loaded once, is loaded now
     before = Footprint.of(server)
-    seen, neighbour = siege(server, HOSTILE_REQUESTS)
+    seen, neighbour = attack_from_clients(server, HOSTILE_REQUESTS)
     after = Footprint.of(server)
     assert not neighbour.wrong and neighbour.seconds
     assert len(seen.replies) + seen.cut == HOSTILE_REQUESTS

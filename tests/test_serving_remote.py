@@ -19,7 +19,7 @@ from rlcs.cli.main import app
 from rlcs.cli.serve import chosen_vllm
 from rlcs.errors import EndpointError, ModelError, UserError
 from rlcs.recipe.sampling import Endpoint
-from rlcs.serving.chat_page import talkers
+from rlcs.serving.chat_page import open_models
 from rlcs.serving.remote import RemoteSession, serving
 from rlcs.serving.session import Settings, split_answer
 from test_server import metrics
@@ -100,9 +100,9 @@ def test_what_is_wrong_is_said(server, picture, monkeypatch):
     ):
         with pytest.raises(EndpointError, match=f"(?s){told}"):
             RemoteSession(Endpoint.model_validate({"base_url": url_of(server), "model": "", **changes}))
-    talker = RemoteSession(Endpoint(base_url=url_of(server), model=""))
+    model = RemoteSession(Endpoint(base_url=url_of(server), model=""))
     with pytest.raises(EndpointError, match="max_tokens is at most"):
-        talker.stream(turns(picture), Settings(max_new_tokens=10**6))
+        model.stream(turns(picture), Settings(max_new_tokens=10**6))
 
 
 @contextmanager
@@ -150,8 +150,8 @@ def test_reasoning_that_a_server_keeps_apart_is_reasoning_here(name):
         {"content": "3"},
     ]
     deltas.append({"content": " \\boxed{3}"})
-    with canned(deltas) as talker:
-        text = "".join(talker.stream([{"role": "user", "content": "How many?"}], SHORT))
+    with canned(deltas) as model:
+        text = "".join(model.stream([{"role": "user", "content": "How many?"}], SHORT))
     assert text == "<think>I count 3.</think>\nIt is 3 \\boxed{3}"
     assert split_answer(text) == ("I count 3.", "3")
 
@@ -160,8 +160,8 @@ def test_reasoning_that_a_server_keeps_apart_is_reasoning_here(name):
     "end", [None, 'data: {"error": {"message": "out of memory"}}\n\n', "data: {oops\n\n"]
 )
 def test_an_answer_that_breaks_off_is_no_answer(end):
-    with canned([{"content": "It "}], end=end) as talker:
-        stream = talker.stream([{"role": "user", "content": "How many?"}], SHORT)
+    with canned([{"content": "It "}], end=end) as model:
+        stream = model.stream([{"role": "user", "content": "How many?"}], SHORT)
         assert next(stream) == "It "
         with pytest.raises(EndpointError, match="not to the end"):
             next(stream)
@@ -190,22 +190,22 @@ def program(tmp_path) -> Path:
 
 def test_chat_starts_a_vllm_for_each_model_and_ends_it(program, picture, random_model_folder, tmp_path):
     name = str(random_model_folder)
-    found = talkers(["builtin", name], program=str(program), url=None, key_env="NO_SUCH_KEY")
+    found = open_models(["builtin", name], program=str(program), url=None, key_env="NO_SUCH_KEY")
     with found as (one, two):
         assert (one.name, two.name) == ("builtin", name)
         text = "".join(two.stream(turns(picture), SHORT))
         assert text == rlcs.load(name).stream(turns(picture), SHORT).answer.text
         told = [path.read_text() for path in tmp_path.glob("[0-9]*")]
         assert len(told) == 2 and all("--gpu-memory-utilization 0.45" in words for words in told)
-    for talker in (one, two):
+    for model in (one, two):
         with pytest.raises(EndpointError, match="does not answer"):
-            talker.stream(turns(picture), SHORT)
+            model.stream(turns(picture), SHORT)
 
 
 def test_a_vllm_that_ends_at_once_says_why(program):
     with (
         pytest.raises(ModelError, match=r"no such architecture(.|\n)*--engine local"),
-        talkers(["broken"], program=str(program), url=None, key_env=""),
+        open_models(["broken"], program=str(program), url=None, key_env=""),
     ):
         pass
 
@@ -219,8 +219,8 @@ def test_models_and_servers_side_by_side(server, random_model_folder, monkeypatc
         ([mine, url], None, [mine, "m"]),
         ([], None, ["builtin"]),
     ):
-        with talkers(names, program=None, url=place, key_env="OPENAI_API_KEY") as found:
-            assert [talker.name for talker in found] == expected
+        with open_models(names, program=None, url=place, key_env="OPENAI_API_KEY") as found:
+            assert [model.name for model in found] == expected
     done = CliRunner().invoke(app, ["chat", "--url", url, "--engine", "local"])
     assert isinstance(done.exception, UserError) and "engine of its own" in str(done.exception)
 

@@ -20,10 +20,10 @@ import psutil
 import pytest
 import torch
 
-from conftest import LengthGrader, make_problem
+from conftest import LengthGrader, make_problem, tree_of
 from rlcs.data import puzzles as tasks
 from rlcs.data.loading import load
-from rlcs.engines.factory import open_engines
+from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
@@ -37,7 +37,7 @@ from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo
-from rlcs.records import Branch, Prompt, Rollout, Tree
+from rlcs.records import Prompt, Rollout
 from rlcs.serving import session
 from rlcs.signals import StopFlag
 from rlcs.train import grpo
@@ -96,7 +96,7 @@ def make_engine(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CPU.items():
             patch.setenv(name, value)
-        with open_engines(recipe, folder) as make:
+        with open_engines(EngineNeeds.of(recipe), folder) as make:
             yield make
 
 
@@ -117,10 +117,7 @@ def largest_gap(
     vlm: Vlm, chat: Chat, prompts: list[Prompt], groups: list[tuple[Rollout, ...]], t: float
 ) -> float:
     """Between the engine's logprobs and those that the policy gives the same tokens in the trainer's pass."""
-    trees = [
-        Tree(prompt=p, branches=tuple(Branch(ids=r.ids, weights=(1.0,) * len(r.ids)) for r in group))
-        for p, group in zip(prompts, groups, strict=True)
-    ]
+    trees = [tree_of(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
     with torch.no_grad():
         ours = score(vlm, pack(trees, chat.patches), temperature=t).logprobs
     theirs = torch.tensor([x for group in groups for r in group for x in r.logprobs])
@@ -145,7 +142,7 @@ def test_colocated(policy, tmp_path, monkeypatch) -> None:
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     prompts = prompts_of(recipe, chat, 5)
-    with open_engines(recipe, tmp_path) as make:
+    with open_engines(EngineNeeds.of(recipe), tmp_path) as make:
         engine = make(vlm, chat, 64)
         greedy = chat.sampling(max_new_tokens=40, temperature=0.0)
         ours = LocalEngine(vlm, chat, max_rows=64).sample(prompts, greedy)
@@ -177,7 +174,7 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
     def versions() -> list[str]:
         return sorted(path.name.partition("-")[2] for path in (tmp_path / "weights").iterdir())
 
-    with open_engines(recipe, tmp_path) as make:
+    with open_engines(EngineNeeds.of(recipe), tmp_path) as make:
         engine = make(vlm, chat, 64)
         start = engine.sample(prompts, warm)
         assert gap(vlm, start) < 1e-3 and versions() == ["1", "1+2"]

@@ -73,7 +73,7 @@ def ours(exported: Path, problems: list[Problem]) -> list[str]:
     with rows.open("w") as out:
         for number, problem in enumerate(problems):
             (rows.parent / f"{number}.png").write_bytes(problem.images[0].data or b"")
-            row = {"id": problem.id, "question": problem.asked, "images": [f"{number}.png"]}
+            row = {"id": problem.id, "question": problem.question_with_choices, "images": [f"{number}.png"]}
             out.write(json.dumps(row) + "\n")
     words = ["generate", exported, "--input", rows, "--output", answers, "--max-tokens", LIMIT]
     done = CliRunner().invoke(app, [str(word) for word in words])
@@ -120,7 +120,7 @@ def is_well(url: str) -> bool:
 
 def asked(problem: Problem, url: str | None = None) -> list[dict]:
     image = {"type": "image_url", "image_url": {"url": url or data_url(problem.images[0])}}
-    return [{"role": "user", "content": [image, {"type": "text", "text": problem.asked}]}]
+    return [{"role": "user", "content": [image, {"type": "text", "text": problem.question_with_choices}]}]
 
 
 def client_of(url: str, key: str = KEY) -> openai.OpenAI:
@@ -142,7 +142,12 @@ def test_an_exported_folder_answers_alike_in_vllm_transformers_and_rlcs(
     processor = AutoProcessor.from_pretrained(exported)
     plain = []
     for problem in problems:
-        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": problem.asked}]}]
+        turns = [
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": problem.question_with_choices}],
+            }
+        ]
         text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         images = [open_image(problem.images[0], limit=10**7)]
         inputs = processor(text=[text], images=images, return_tensors="pt")
@@ -181,15 +186,15 @@ def test_the_chat_page_talks_to_it(server, problems: list[Problem], ours: list[s
     url, _ = server
     monkeypatch.setenv("KEY_OF_THE_TEST", KEY)
     place = Endpoint(base_url=f"{url}/v1", model="", key_env="KEY_OF_THE_TEST")
-    talker = RemoteSession(place)
-    assert talker.name == "puzzler"
+    model = RemoteSession(place)
+    assert model.name == "puzzler"
     path = tmp_path / "a.png"
     path.write_bytes(problems[0].images[0].data or b"")
-    turns = [{"role": "user", "content": [path, problems[0].asked]}]
-    pieces = list(talker.stream(turns, Settings(max_new_tokens=LIMIT)))
+    turns = [{"role": "user", "content": [path, problems[0].question_with_choices]}]
+    pieces = list(model.stream(turns, Settings(max_new_tokens=LIMIT)))
     assert "".join(pieces) == ours[0] and len(pieces) > 1
     with pytest.raises(EndpointError, match=r"max_tokens|context"):
-        talker.stream(turns, Settings(max_new_tokens=100_000))
+        model.stream(turns, Settings(max_new_tokens=100_000))
 
 
 def test_sigterm_ends_it(server) -> None:
@@ -204,7 +209,11 @@ def test_a_measurement_by_vllm_is_the_local_one(tmp_path: Path, problems: list[P
     (folder / "images").mkdir(parents=True)
     for number, problem in enumerate(problems):
         (folder / "images" / f"{number}.png").write_bytes(problem.images[0].data or b"")
-        rows.append(vision(number, question=f"{problem.asked}<image1>", options=[], answer=problem.answer))
+        rows.append(
+            vision(
+                number, question=f"{problem.question_with_choices}<image1>", options=[], answer=problem.answer
+            )
+        )
     write_jsonl(folder / "testmini.jsonl", rows)
     shared = ["--benchmarks", "mathvision", "--split", "testmini", "--data", tmp_path / "mini"]
     shared += ["--max-tokens", LIMIT, "--json"]

@@ -7,7 +7,7 @@ that the run failed (exit code 1). Programming mistakes stay `AssertionError` or
 
 
 class RlcsError(Exception):
-    """Base of all errors raised on purpose: what is wrong, where, and the way out."""
+    """Base of all errors raised on purpose: what is wrong, where, and what to do."""
 
     exit_code = 1
     reported = False

@@ -36,7 +36,7 @@ def fsync(path: Path) -> None:
 
 
 def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
-    """Why `size` bytes did not get to `path`, and how much room there is."""
+    """Why `size` bytes did not get to `path`, and how much space there is."""
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
     except OSError:
@@ -44,7 +44,7 @@ def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
     return RunFolderError(
         f"cannot write {size:,} bytes: {getattr(error, 'strerror', None) or error}",
         where=str(path),
-        fix=f"make room or write elsewhere ({free}); the previous version is untouched",
+        fix=f"free some space or write elsewhere ({free}); the previous version is untouched",
     )
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlcs.cli.options import DryRun, Json, Overrides, Repository, print_result
+from rlcs.cli.options import DryRun, ExportedFolder, Json, Overrides, Private, Repository
+from rlcs.cli.output import print_result
 from rlcs.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
@@ -71,10 +72,7 @@ def data_export(
 
 @data_app.command("push")
 def data_push(
-    folder: Annotated[Path, typer.Argument(help="A folder that `rlcs data export` wrote")],
-    repo: Repository,
-    public: Annotated[bool, typer.Option("--public", help="For everybody to see")] = False,
-    dry_run: DryRun = False,
+    folder: ExportedFolder, repo: Repository, private: Private = True, dry_run: DryRun = False
 ) -> None:
     """Send an exported folder to the hub as a (private) data set."""
     from rlcs.publish import hub
@@ -83,7 +81,7 @@ def data_push(
     if dry_run:
         typer.echo("\n".join(hub.lines(entries, repo)))
         return
-    typer.echo(hub.push(folder, repo, entries, kind="dataset", private=not public))
+    typer.echo(hub.push(folder, repo, entries, kind="dataset", private=private))
 
 
 @data_app.command("overlap")
@@ -130,4 +128,4 @@ def _problems(source: str, data: Path | None) -> list[Any]:
     loaded = load_benchmark(
         find(source.removeprefix("benchmark:")), split=None, data=data, limit=None, decode_limit=limit
     )
-    return [question.asked("paper", images) for question, images in loaded.questions]
+    return [question.problem("paper", images) for question, images in loaded.questions]

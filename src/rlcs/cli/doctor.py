@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from rlcs.cli.options import Json, print_result
+from rlcs.cli.options import Json
+from rlcs.cli.output import print_result
 
 
 def doctor(

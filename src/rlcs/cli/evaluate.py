@@ -6,15 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rlcs.cli.options import (
-    Json,
-    KeyVariable,
-    SamplingOptions,
-    print_left_out,
-    print_result,
-    same_fields,
-    with_options,
-)
+from rlcs.cli.options import Json, KeyVariable, SamplingOptions, same_fields, with_options
+from rlcs.cli.output import print_left_out, print_result
 from rlcs.errors import UserError
 
 evaluate_app = typer.Typer()
@@ -82,8 +75,8 @@ def _eval_run(options: EvalOptions) -> Any:
     from rlcs.data.sources import suggest
     from rlcs.evals.benchmarks.base import STYLES
     from rlcs.evals.run import EvalRun
-    from rlcs.recipe.loading import load_engine
-    from rlcs.recipe.sampling import Endpoint
+    from rlcs.recipe.loading import read_section
+    from rlcs.recipe.sampling import Endpoint, EngineSettings
     from rlcs.recipe.schema import Eval
 
     style = next((style for style in STYLES if style == options.prompt), None)
@@ -102,9 +95,10 @@ def _eval_run(options: EvalOptions) -> Any:
         settings = {"model": model, "key_env": key_env, "concurrency": options.concurrency}
         return None if url is None else Endpoint.model_validate({"base_url": url, **settings})
 
+    words = [f"engine={options.engine}", *(options.rollout or [])]
     shared = same_fields(options, EvalRun) | {
         "benchmarks": tuple(name.strip() for name in options.benchmarks.split(",") if name.strip()),
-        "engine": load_engine(options.engine, options.rollout or []),
+        "engine": read_section(EngineSettings, words, where="--rollout"),
     }
     return EvalRun(
         **shared,

@@ -46,7 +46,7 @@ def main() -> None:
     except RlcsError as error:
         _exit_with(error)
     except OSError as error:
-        if error.filename is None:  # no file is at fault: only a traceback says what is
+        if error.filename is None:  # without a file only a traceback helps
             raise
         fix = "check the path and its permissions, or name another"
         _exit_with(UserError(error.strerror or str(error), where=str(error.filename), fix=fix))

@@ -1,10 +1,10 @@
-"""Options and output that several verbs share; options of a verb as a dataclass."""
+"""Options that several verbs share, and verbs whose options are the fields of a dataclass."""
 
 import inspect
-import json as jsonlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +21,11 @@ Overrides = Annotated[
 ]
 RecipeName = Annotated[str, typer.Argument(help="A recipe's name or file")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or builtin")]
+ExportedFolder = Annotated[
+    Path, typer.Argument(help="A folder that `rlcs export` or `rlcs data export` wrote")
+]
 Repository = Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")]
+Private = Annotated[bool, typer.Option("--private/--public", help="For whom to see")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent")]
 Json = Annotated[bool, typer.Option("--json", help="JSON for a script, in place of text")]
 KeyVariable = Annotated[str, typer.Option(help="Variable with its key")]
@@ -61,16 +65,3 @@ def same_fields(options: Any, kind: type[Any]) -> dict[str, Any]:
     """The values of the options that are called like fields of another dataclass."""
     wanted = {each.name for each in fields(kind)}
     return {each.name: getattr(options, each.name) for each in fields(options) if each.name in wanted}
-
-
-def print_result(value: Mapping[str, object], lines: Sequence[str], *, json: bool) -> None:
-    """What a verb found: one JSON object for a script, or lines for a person."""
-    typer.echo(jsonlib.dumps(value) if json else "\n".join(lines))
-
-
-def print_left_out(label: str, rows: Sequence[object], *, most: int = 20) -> None:
-    """The first rows that could not be used, on stderr."""
-    for row in rows[:most]:
-        typer.echo(f"{label}: {row}", err=True)
-    if len(rows) > most:
-        typer.echo(f"{label}: {len(rows) - most:,} more", err=True)

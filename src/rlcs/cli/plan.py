@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from rlcs.cli.options import Json, Overrides, RecipeName, print_result
+from rlcs.cli.options import Json, Overrides, RecipeName
+from rlcs.cli.output import print_result
 
 
 def plan(
@@ -28,8 +29,9 @@ def plan(
     """Memory, work and time of each stage. What to change when it does not fit."""
     from rlcs.plan import machine
     from rlcs.plan.page import make_plan
+    from rlcs.recipe.loading import read_section
 
-    assumed = machine.assume(assume or [])
+    assumed = read_section(machine.Assumed, assume or [], where="--assume")
     chosen = machine.machine(gpus, gpu, memory=memory, peak=assumed.peak)
     made = make_plan(recipe, overrides or [], chosen, assumed)
     print_result(made.to_json(), [made.to_text()], json=json)

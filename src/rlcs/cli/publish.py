@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from rlcs.cli.options import DryRun, Repository, print_result
+from rlcs.cli.options import DryRun, ExportedFolder, Private, Repository
+from rlcs.cli.output import print_result
 from rlcs.errors import UserError
 
 publish_app = typer.Typer()
@@ -44,9 +45,9 @@ def export_model(
 
 @publish_app.command("publish")
 def publish(
-    folder: Annotated[Path, typer.Argument(help="A folder that `rlcs export` wrote")],
+    folder: ExportedFolder,
     repo: Repository,
-    private: Annotated[bool, typer.Option("--private/--public", help="For whom to see")] = True,
+    private: Private = True,
     dry_run: DryRun = False,
     allow: Annotated[
         list[str] | None, typer.Option(help="Send files of this pattern too, say 'examples/*'")

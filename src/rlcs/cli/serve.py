@@ -11,15 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rlcs.cli.options import (
-    KeyVariable,
-    ModelName,
-    SamplingOptions,
-    print_left_out,
-    print_result,
-    same_fields,
-    with_options,
-)
+from rlcs.cli.options import KeyVariable, ModelName, SamplingOptions, same_fields, with_options
+from rlcs.cli.output import print_left_out, print_result
 from rlcs.errors import UserError
 
 serve_app = typer.Typer()
@@ -29,9 +22,7 @@ serve_app = typer.Typer()
 class ServeOptions:
     """The options of `rlcs serve`."""
 
-    host: Annotated[str, typer.Option(help="Address to listen at; loopback unless told otherwise")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[str, typer.Option(help="Address to listen at; default: this machine alone")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000
     api_key: Annotated[
         str | None, typer.Option(envvar="RLCS_API_KEY", help="Clients must bring this key")
@@ -118,7 +109,7 @@ class GenerateOptions(SamplingOptions):
     input: Annotated[
         str | None, typer.Option(help="Many questions: JSONL with question, images, id, or a data source")
     ] = None
-    output: Annotated[Path | None, typer.Option(help="JSONL for their answers; goes on where it ends")] = None
+    output: Annotated[Path | None, typer.Option(help="Their answers as JSONL; continued if there")] = None
 
 
 @serve_app.command()
@@ -193,8 +184,8 @@ def chat(
     if url and engine != "auto":
         raise UserError("a server has an engine of its own", where="--engine", fix="leave it out")
     program = None if url else chosen_vllm(engine)
-    from rlcs.serving.chat_page import open_page, talkers
+    from rlcs.serving.chat_page import open_models, open_page
 
     names = [name for name in (model, other) if name is not None]
-    with talkers(names, program=program, url=url, key_env=key_env) as found:
+    with open_models(names, program=program, url=url, key_env=key_env) as found:
         open_page(found, host=host, port=port)

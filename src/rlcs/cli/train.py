@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rlcs.cli.options import Overrides, RecipeName, print_result, with_options
+from rlcs.cli.options import Overrides, RecipeName, with_options
+from rlcs.cli.output import print_result
 
 train_app = typer.Typer()
 

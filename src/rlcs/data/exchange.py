@@ -47,9 +47,9 @@ _LLAMA_FACTORY = {
 }
 
 
-def as_asked(problem: Problem) -> str:
+def _query(problem: Problem) -> str:
     """The question with its choices, and a slot for every image: in front where it has none."""
-    text = problem.asked
+    text = problem.question_with_choices
     return text if IMAGE_SLOT in text else IMAGE_SLOT * len(problem.images) + text
 
 
@@ -63,12 +63,12 @@ def _images(row: Row, folder: Path) -> list[str | None]:
 
 
 def _swift(row: Row, folder: Path) -> dict[str, Any]:
-    asked = {"query": as_asked(row.problem), "response": _response(row), "images": _images(row, folder)}
-    return {**asked, "solution": row.problem.answer}
+    query, answer = _query(row.problem), row.problem.answer
+    return {"query": query, "response": _response(row), "images": _images(row, folder), "solution": answer}
 
 
 def _sharegpt(row: Row, folder: Path) -> dict[str, Any]:
-    turns = [{"from": "human", "value": as_asked(row.problem)}, {"from": "gpt", "value": _response(row)}]
+    turns = [{"from": "human", "value": _query(row.problem)}, {"from": "gpt", "value": _response(row)}]
     return {"conversations": turns, "images": _images(row, folder)}
 
 
@@ -86,7 +86,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
             table = [
                 {
                     "images": [_embedded(ref) for ref in row.problem.images],
-                    "problem": as_asked(row.problem),
+                    "problem": _query(row.problem),
                     "answer": _response(row),
                 }
                 for row in rows[start : start + _BATCH]

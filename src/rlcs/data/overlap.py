@@ -70,7 +70,7 @@ def _index(problems: Sequence[Problem]) -> tuple[dict[str, list[Problem]], dict[
 
 def _words(problem: Problem) -> str:
     """The question as bare words: no case, punctuation, width or image slots."""
-    text = unicodedata.normalize("NFKC", problem.asked.replace(IMAGE_SLOT, " ")).casefold()
+    text = unicodedata.normalize("NFKC", problem.question_with_choices.replace(IMAGE_SLOT, " ")).casefold()
     return " ".join(_WORD.findall(text))
 
 

@@ -6,7 +6,7 @@ Each source becomes a `Table` of raw rows; what the columns mean is decided in `
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ class RawRow:
 
     where: str
     number: int
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
 
 
@@ -73,20 +73,17 @@ def open_table(source: str, settings: Data, role: Role) -> Table:
     name, options = _split_query(source, ("split", "config"))
     folder = Path(name).expanduser()
     split = options.get("split") or settings.split or ("test" if role == "test" else "train")
-    if folder.is_dir():
-        data = _local_dataset(folder, split, options.get("config"))
-        rows = _batches(data.with_format("arrow").iter(_BATCH), name)
-        return Table(
-            source=source, rows=rows, columns=tuple(data.column_names), folder=folder, roots=(folder, *roots)
-        )
-    if folder.exists() or name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
+    local = folder.is_dir()
+    if local:
+        data, roots = _local_dataset(folder, split, options.get("config")), (folder, *roots)
+    elif folder.exists() or name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
         what = "not a data file (or one with ?options)" if folder.exists() else "no such file or folder"
         known = "a .jsonl, .json or .parquet file, a data set folder, a hub id owner/name, or builtin:NAME"
         raise DataError(what, where=source, fix=f"name {known}")
-    data = _load_dataset(name, split, options.get("config"))
-    rows = _batches(data.with_format("arrow").iter(_BATCH), name)
-    columns = tuple(data.column_names)
-    return Table(source=source, rows=rows, columns=columns, folder=None, roots=(*_hub_caches(), *roots))
+    else:
+        data, roots = _load_dataset(name, split, options.get("config")), (*_hub_caches(), *roots)
+    rows, columns = _batches(data.with_format("arrow").iter(_BATCH), name), tuple(data.column_names)
+    return Table(source=source, rows=rows, columns=columns, folder=folder if local else None, roots=roots)
 
 
 # ---------------------------------------------------------------------------------- files
@@ -100,14 +97,13 @@ def _read_file(path: Path, kind: str) -> tuple[tuple[str, ...] | None, Iterable[
 
 def _jsonl(path: Path) -> Iterator[RawRow]:
     for number, line in jsonl_lines(path):
-        where = f"{path}:{number}"
         try:
-            yield RawRow(where=where, number=number, fields=parse_object(line))
+            yield RawRow(where=f"{path}:{number}", number=number, fields=parse_object(line))
         except ValueError as error:
-            yield RawRow(where=where, number=number, fields={}, reason=str(error))
+            yield RawRow(where=f"{path}:{number}", number=number, reason=str(error))
 
 
-def _json_list(path: Path) -> list[RawRow]:
+def _json_list(path: Path) -> Iterator[RawRow]:
     content = read_json(path)
     if not isinstance(content, list):
         raise DataError(
@@ -115,15 +111,12 @@ def _json_list(path: Path) -> list[RawRow]:
             where=str(path),
             fix="write a JSON list of objects, or one object a line in a .jsonl file",
         )
-    rows = []
     for number, value in enumerate(content):
-        where = f"{path}#{number}"
         if isinstance(value, dict):
-            rows.append(RawRow(where=where, number=number, fields=value))
+            yield RawRow(where=f"{path}#{number}", number=number, fields=value)
         else:
             reason = f"a row must be a JSON object, not {type(value).__name__}"
-            rows.append(RawRow(where=where, number=number, fields={}, reason=reason))
-    return rows
+            yield RawRow(where=f"{path}#{number}", number=number, reason=reason)
 
 
 def _parquet(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
@@ -160,7 +153,7 @@ def _batches(batches: Iterator[Any], name: str) -> Iterator[RawRow]:
                 fields = batch.slice(offset, 1).to_pylist()[0]
                 yield RawRow(where=where, number=number, fields=fields)
             except (ArrowException, ValueError, OverflowError) as error:
-                yield RawRow(where=where, number=number, fields={}, reason=f"cannot be decoded: {error}")
+                yield RawRow(where=where, number=number, reason=f"cannot be decoded: {error}")
             number += 1
 
 

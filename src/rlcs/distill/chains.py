@@ -62,7 +62,11 @@ class Chain:
 
     def request(self, problem: Problem, turns: Sequence[Sample], *, index: int = 0) -> Request:
         """The next request after `turns`, with the problem's images first or at their slots."""
-        words = {"question": problem.asked, "turns": [turn.text for turn in turns], "format": self._form}
+        words = {
+            "question": problem.question_with_choices,
+            "turns": [turn.text for turn in turns],
+            "format": self._form,
+        }
         text = self._render(self._requests[len(turns)], words).strip()
         if text.count(IMAGE_SLOT) not in (0, len(problem.images)):  # a turn quotes one, or the template does
             text = text.replace(IMAGE_SLOT, "")

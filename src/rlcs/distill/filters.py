@@ -3,8 +3,8 @@
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
 
+from rlcs.generation import Entry
 from rlcs.grading import health
 from rlcs.recipe.schema import Filters, Teacher
 
@@ -21,14 +21,6 @@ _EVERYWHERE = frozenset(
     "LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER FULLWIDTH MODIFIER SUPERSCRIPT SUBSCRIPT "
     "MICRO OHM KELVIN ANGSTROM PLANCK MASCULINE FEMININE".split()
 )
-
-
-class _Text(Protocol):
-    @property
-    def response(self) -> str: ...
-
-
-T = TypeVar("T", bound=_Text)
 
 
 def reason_to_reject(question: str, response: str, filters: Filters) -> str:
@@ -64,7 +56,7 @@ def _foreign_script(question: str, response: str) -> str:
     return next((script for script, n in counts.items() if script not in known and n >= least), "")
 
 
-def choose(usable: Sequence[T], teacher: Teacher) -> list[T]:
+def choose(usable: Sequence[Entry], teacher: Teacher) -> list[Entry]:
     """At most `max_kept` of the usable answers to one problem, which come in the order of their indices."""
     if teacher.pick == "shortest":
         return sorted(usable, key=lambda one: len(one.response))[: teacher.max_kept]
@@ -73,7 +65,7 @@ def choose(usable: Sequence[T], teacher: Teacher) -> list[T]:
     return list(usable[: teacher.max_kept])
 
 
-def _least_alike(usable: Sequence[T], most: int) -> list[T]:
+def _least_alike(usable: Sequence[Entry], most: int) -> list[Entry]:
     """The first, then each time the one that is least like any chosen one; equal texts only once."""
     left = {one.response: one for one in reversed(usable)}
     rest = [one for one in usable if left[one.response] is one]

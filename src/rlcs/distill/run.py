@@ -152,21 +152,20 @@ def _sort(
     kept: list[Demonstration] = []
     kept_rows, rejected, problems, seen = [], list[dict[str, Any]](), [], list[Entry]()
     for problem in (row.problem for row in rows):
-        # An image that has gone since has no name: where the row is read, it is named as a bad one.
-        images = [ref.path for ref in with_copies(problem, folder).images]
+        columns = _columns(problem, folder)
         answers = schedule.answers(problem)
         reasons = [why_not(problem, answer, teacher) for answer in answers]
         chosen = choose([a for a, why in zip(answers, reasons, strict=True) if not why], teacher)
         mine = [given[problem.id]] if problem.id in given else [_kept(problem, a, teacher) for a in chosen]
         seen += answers
         kept += mine
-        kept_rows += [_kept_row(one, images, alone=len(mine) == 1) for one in mine]
+        kept_rows += [_kept_row(one, columns, alone=len(mine) == 1) for one in mine]
         rejected += [
             _rejected_row(answer, why or NOT_CHOSEN)
             for answer, why in zip(answers, reasons, strict=True)
             if answer not in chosen
         ]
-        problems.append(_problem_row(problem, images, answers))
+        problems.append(_problem_row(problem, columns, answers))
     write_jsonl(folder / "kept.jsonl", kept_rows)
     write_jsonl(folder / "rejected.jsonl", rejected)
     write_jsonl(folder / "problems.jsonl", problems)
@@ -185,12 +184,18 @@ def _kept(problem: Problem, answer: Entry, teacher: Teacher) -> Demonstration:
     )
 
 
-def _problem_row(problem: Problem, images: list[str | None], answers: Sequence[Entry]) -> dict[str, Any]:
+def _columns(problem: Problem, folder: Path) -> dict[str, object]:
+    """The columns of a problem that `data.load` reads; its images are copied into `folder`."""
+    # An image that is gone by now has no name; whoever loads the row finds it to be a bad one.
+    images = [ref.path for ref in with_copies(problem, folder).images]
+    choices = {"choices": list(problem.choices)} if problem.choices else {}
+    return {"question": problem.question, "images": images, **choices, "answer": problem.answer}
+
+
+def _problem_row(problem: Problem, columns: Mapping[str, object], answers: Sequence[Entry]) -> dict[str, Any]:
     """A row of `problems.jsonl`; unscored answers say nothing about how hard a problem is."""
-    row: dict[str, Any] = {name: value for name, value in problem.metadata.items() if name not in _RATING}
-    row |= {"id": problem.id, "question": problem.question, "images": images}
-    row |= {"choices": list(problem.choices)} if problem.choices else {}
-    row |= {"answer": problem.answer}
+    further = {name: value for name, value in problem.metadata.items() if name not in _RATING}
+    row: dict[str, Any] = {**further, "id": problem.id, **columns}
     scored = [answer.grade.correct for answer in answers if answer.grade.correct is not None]
     if scored:
         rate = round(sum(scored) / len(scored), 4)
@@ -198,32 +203,25 @@ def _problem_row(problem: Problem, images: list[str | None], answers: Sequence[E
     return row
 
 
-def _kept_row(made: Demonstration, images: list[str | None], *, alone: bool) -> dict[str, object]:
-    problem = made.problem
+def _kept_row(kept: Demonstration, columns: Mapping[str, object], *, alone: bool) -> dict[str, object]:
+    problem = kept.problem
     return {
         **problem.metadata,
-        "id": problem.id if alone else f"{problem.id}#{made.attempt}",
+        "id": problem.id if alone else f"{problem.id}#{kept.attempt}",
         "problem_id": problem.id,
         "digest": problem.digest,
-        "question": problem.question,
-        "images": images,
-        **({"choices": list(problem.choices)} if problem.choices else {}),
-        "answer": problem.answer,
-        "response": made.response,
-        "teacher": made.teacher,
-        "attempt": made.attempt,
-        "grade": to_row(made.grade or Grade(reward=None, correct=None)),
+        **columns,
+        "response": kept.response,
+        "teacher": kept.teacher,
+        "attempt": kept.attempt,
+        "grade": to_row(kept.grade or Grade(reward=None, correct=None)),
     }
 
 
 def _rejected_row(answer: Entry, why: str) -> dict[str, Any]:
-    return {
-        "id": answer.sample.id,
-        "response": answer.response,
-        "why": why,
-        "attempt": answer.sample.index,
-        "correct": answer.grade.correct,
-    }
+    sample = answer.sample
+    facts = {"response": answer.response, "why": why, "attempt": sample.index}
+    return {"id": sample.id, **facts, "correct": answer.grade.correct}
 
 
 def _stats(

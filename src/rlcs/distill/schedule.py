@@ -30,7 +30,9 @@ def why_not(problem: Problem, answer: Entry, teacher: Teacher) -> str:
     if answer.sample.stop is StopReason.LENGTH:
         return CUT
     return (
-        "" if teacher.who == "builtin" else reason_to_reject(problem.asked, answer.response, teacher.filters)
+        ""
+        if teacher.who == "builtin"
+        else reason_to_reject(problem.question_with_choices, answer.response, teacher.filters)
     )
 
 

@@ -49,6 +49,6 @@ class BuiltinTeacher:
                 seed=seed,
                 wrong_share=self._teacher.wrong_share,
             )
-            yield Sample(id=request.id, index=request.index, text=text, stop=StopReason.EOS)
+            yield request.sample(text=text, stop=StopReason.EOS)
             if stop is not None and stop.is_set:
                 return

@@ -16,5 +16,5 @@ class Finding:
 
     @property
     def bad(self) -> bool:
-        """Whether somebody should do something."""
+        """Whether something should be done."""
         return bool(self.fix)

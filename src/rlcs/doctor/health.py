@@ -12,10 +12,9 @@ from rlcs.doctor import Finding
 from rlcs.errors import CheckpointError, RunFolderError
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.report import findings
-from rlcs.report.findings import LAST_STEPS
 from rlcs.report.load_run import Run, number, read_object, read_runs
 from rlcs.report.stages import ending, progress
-from rlcs.train.health import HOLD_POLICY, READ_ROLLOUTS
+from rlcs.train.health import HOLD_POLICY, LAST_STEPS, READ_ROLLOUTS
 
 _ALIVE_S = 300  # seconds without a sign of life, after which a run counts as stopped
 
@@ -36,7 +35,7 @@ def examine(folder: Path) -> list[Finding]:
 
 
 def _state(run: Run, folder: Path) -> Finding:
-    """Done, or where it stopped and how it goes on."""
+    """Whether the run is done, running or stopped, and how to continue it."""
     left = [row for row in progress(run) if row.state != "done"]
     if not left:
         return Finding(name="state", message="every stage is done")
@@ -47,7 +46,7 @@ def _state(run: Run, folder: Path) -> Finding:
         return Finding(name="state", message=f"running: {where}")
     seeds = number(read_object(folder / "seeds.json"), "count") or len(list(folder.glob("seed-*")))
     verb = "run" if run.folder == folder else f"ablate --seeds {seeds:.0f}"
-    resume = f"it goes on with: rlcs {verb} {folder / 'recipe.yaml'} --out {folder}"
+    resume = f"continue it with: rlcs {verb} {folder / 'recipe.yaml'} --out {folder}"
     return Finding(
         name="state", message=f"stopped: {where}" + (f"; ended by {why}" if why else ""), fix=resume
     )

@@ -87,15 +87,10 @@ def _model() -> list[Finding]:
     prompts = [chat.prompt(problem) for problem in open_builtin("builtin:puzzles?count=3&seed=1", "rl")]
     sampling = chat.sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=24, seed=0)
     groups = LocalEngine(vlm, chat, max_rows=16).sample(prompts, sampling)
-    trees = [
-        Tree(
-            prompt=prompt,
-            branches=tuple(
-                Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in group
-            ),
-        )
-        for prompt, group in zip(prompts, groups, strict=True)
-    ]
+    trees = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        answers = (Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in group)
+        trees.append(Tree(prompt=prompt, branches=tuple(answers)))
     packed = pack(trees, chat.patches)
     assert packed.sampler_logprobs is not None
     with torch.no_grad():

@@ -118,7 +118,7 @@ class ForestCache:
         self._arrange()
 
     def begin_step(self) -> None:
-        """Make room for one more token a row."""
+        """Grow by one token a row."""
         capacity = self.rows[0][0].shape[2]
         longest = int(self.row_lengths.max()) + 1
         if longest > capacity:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,23 +18,74 @@ from rlcs.engines.vllm.weights import Unchanged, WeightsFolder
 from rlcs.errors import UserError
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
+from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Recipe
 
 MakeEngine = Callable[[Vlm, Chat, int], Engine]
 """An engine that samples from a model in a chat format, so many rollouts at once."""
 
 
-@contextmanager
-def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) -> Iterator[MakeEngine]:
-    """Engines of one run, which share its vLLM servers; `folder` is for their logs and weights.
+@dataclass(frozen=True, kw_only=True)
+class EngineNeeds:
+    """What the engines of a run are opened with.
 
-    vLLM starts with the first question and ends with the context. `unchanged` is a folder or hub id of a
-    model that nobody trains, which vLLM then reads for itself.
+    `max_tokens` bounds a prompt with its answer, `max_rows` the rollouts at once. Weights go to vLLM as LoRA
+    adapters of `adapter_rank`, or whole where that is 0; `name` is the run's in a folder of several runs.
     """
-    settings = recipe.rollout
+
+    settings: Rollouts
+    max_tokens: int
+    max_rows: int
+    decode_limit: int
+    compute_dtype: str = "same"
+    adapter_rank: int = 0
+    name: str = ""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "EngineNeeds":
+        """What a recipe asks for: its longest prompt with its longest answer must fit."""
+        grpo = recipe.grpo
+        return cls(
+            settings=recipe.rollout,
+            max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
+            max_rows=max(grpo.max_rows, grpo.group_size),
+            decode_limit=recipe.images.decode_limit,
+            compute_dtype=recipe.parallel.compute_dtype,
+            adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
+            name=recipe.name,
+        )
+
+    def launch(self, vlm: Vlm) -> Launch:
+        """How vLLM is started for a model: in its own dtype, or the computing dtype of a sharded one."""
+        own = str(vlm.model.dtype).removeprefix("torch.")
+        return Launch(
+            settings=self.settings,
+            dtype=own if self.compute_dtype == "same" or not vlm.world.grouped else self.compute_dtype,
+            max_tokens=self.max_tokens,
+            max_rows=self.max_rows,
+            on_cpu=vlm.device.type == "cpu",
+            adapter_rank=self.adapter_rank,
+        )
+
+    def weights_folder(self, folder: Path) -> Path:
+        """Where the weights go of the run whose `folder` this is."""
+        if self.settings.weights_folder is None:
+            return folder / "weights"
+        mark = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
+        return Path(self.settings.weights_folder) / f"{self.name}-{mark}"
+
+
+@contextmanager
+def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = None) -> Iterator[MakeEngine]:
+    """Open the engines of one run, which share its vLLM servers; `folder` is for their logs and weights.
+
+    vLLM starts with the first engine and ends with the context. `unchanged` is a folder or hub id of a
+    model that does not train, which vLLM then reads for itself.
+    """
+    settings = needs.settings
     backend: Fleet | Colocated | None = None
     bounds: dict[str, int] = {}
-    published = WeightsFolder(weights_place(recipe, folder), as_adapters=recipe.samples_by_adapters)
+    published = WeightsFolder(needs.weights_folder(folder), as_adapters=needs.adapter_rank > 0)
     if unchanged is not None:
         published = Unchanged(unchanged)
 
@@ -42,11 +94,11 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
         if settings.engine == "local":
             return LocalEngine(vlm, chat, max_rows=max_rows)
         if backend is not None and bounds != dict(vlm.processor.image_processor.size):
-            backend.close()  # vLLM resizes images as it was told when it started
+            backend.close()  # vLLM keeps the pixel bounds that it started with
             backend = None
         if backend is None:
             bounds = dict(vlm.processor.image_processor.size)
-            launch = launch_of(recipe, vlm)
+            launch = needs.launch(vlm)
             if settings.engine == "vllm_colocated":
                 if torch.distributed.is_initialized():
                     raise UserError(
@@ -57,7 +109,7 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
                 backend = Colocated(launch, sleeps=unchanged is None)
             else:
                 backend = Fleet(settings, logs=folder, launch=launch)
-        return VllmEngine(backend, published, vlm, chat, decode_limit=recipe.images.decode_limit)
+        return VllmEngine(backend, published, vlm, chat, decode_limit=needs.decode_limit)
 
     try:
         yield make
@@ -65,26 +117,3 @@ def open_engines(recipe: Recipe, folder: Path, *, unchanged: str | None = None) 
         if backend is not None:
             backend.close()
         published.remove()
-
-
-def weights_place(recipe: Recipe, folder: Path) -> Path:
-    """Where the weights of a run go whose `folder` this is; `rollout.weights_folder` may be many runs'."""
-    elsewhere = recipe.rollout.weights_folder
-    if elsewhere is None:
-        return folder / "weights"
-    mark = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
-    return Path(elsewhere) / f"{recipe.name}-{mark}"
-
-
-def launch_of(recipe: Recipe, vlm: Vlm) -> Launch:
-    """How vLLM is started for a recipe: room for its longest prompt and answer, in its computing dtype."""
-    grpo, computes = recipe.grpo, recipe.parallel.compute_dtype
-    own = str(vlm.model.dtype).removeprefix("torch.")
-    return Launch(
-        settings=recipe.rollout,
-        dtype=own if computes == "same" or not vlm.world.grouped else computes,
-        max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
-        max_rows=max(grpo.max_rows, grpo.group_size),
-        on_cpu=vlm.device.type == "cpu",
-        adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
-    )

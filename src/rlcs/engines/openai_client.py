@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
-from types import TracebackType
 from typing import Any, Self
 
 import openai
@@ -26,15 +25,7 @@ from rlcs.data.images import data_uri, encoded_image
 from rlcs.engines.stop_reasons import RETRYABLE, STOP_REASONS, stop_reason
 from rlcs.errors import DataError, EndpointError
 from rlcs.recipe.sampling import Endpoint
-from rlcs.records import (
-    ImageRef,
-    Message,
-    Request,
-    Sample,
-    Sampling,
-    StopReason,
-    rollout_seed,
-)
+from rlcs.records import ImageRef, Message, Request, Sample, Sampling, StopReason, rollout_seed
 from rlcs.signals import StopFlag
 
 FIRST_WAIT_S = 0.5
@@ -91,9 +82,7 @@ class EndpointClient:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Give up what is under way and close the connections."""
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -153,7 +142,7 @@ class EndpointClient:
             body = self._body(request)
         except DataError as error:  # its image is gone: this request fails, the others go on
             future: Future[Sample] = Future()
-            future.set_result(_failure(request, error))
+            future.set_result(request.sample(error=str(error)))
         else:
             future = asyncio.run_coroutine_threadsafe(self._answer(request, body), self._loop)
         future.add_done_callback(arrived.put)
@@ -184,13 +173,13 @@ class EndpointClient:
                     sample = _sample(request, await self._post(body))
                     break
                 except _FinalError as error:
-                    sample = _failure(request, error)
+                    sample = request.sample(error=str(error))
                     break
                 except _RetryableError as error:
                     if attempt > self._settings.max_retries:
                         if error.unreachable and not self._has_answered:
                             raise self._unreachable(str(error)) from error
-                        sample = _failure(request, error, retryable=True)
+                        sample = request.sample(error=str(error), retryable=True)
                         break
                     await asyncio.sleep(_pause(attempt, error.after_s))
             return replace(sample, seconds=round(time.monotonic() - started, 3))
@@ -274,12 +263,6 @@ def data_url(ref: ImageRef) -> str:
     return data_uri(encoded_image(ref))
 
 
-def _failure(request: Request, error: Exception, *, retryable: bool = False) -> Sample:
-    return Sample(
-        id=request.id, index=request.index, turn=request.turn, error=str(error), retryable=retryable
-    )
-
-
 def _sample(request: Request, reply: object) -> Sample:
     """Read a reply. Raises _RetryableError when it is garbled or empty, _FinalError when withheld."""
     try:
@@ -302,15 +285,8 @@ def _sample(request: Request, reply: object) -> Sample:
         raise _RetryableError("the reply is no chat completion")
     if not text.strip() and (stop is StopReason.EOS or finish not in STOP_REASONS):
         raise _RetryableError("the answer is empty")
-    return Sample(
-        id=request.id,
-        index=request.index,
-        turn=request.turn,
-        text=text,
-        stop=stop,
-        reasoning=reasoning,
-        prompt_tokens=tokens[0],
-        tokens=tokens[1],
+    return request.sample(
+        text=text, stop=stop, reasoning=reasoning, prompt_tokens=tokens[0], tokens=tokens[1]
     )
 
 

@@ -52,7 +52,7 @@ def needs_extractor(response: str) -> bool:
 def extract_answers(
     sampler: Sampler,
     model: str,
-    asked: Sequence[tuple[Question, Sample]],
+    answered: Sequence[tuple[Question, Sample]],
     *,
     path: Path,
     stop: StopFlag,
@@ -62,7 +62,7 @@ def extract_answers(
     `path` keeps what `model`, whom `sampler` asks, has extracted from each response for the next time.
     """
     requests, digests, keys = [], dict[str, str](), dict[str, SampleKey]()
-    for question, sample in asked:
+    for question, sample in answered:
         request = Request(id=f"{sample.id} #{sample.index}", messages=_messages(question, sample.text))
         requests.append(request)
         keys[request.id] = sample.key

@@ -18,7 +18,7 @@ from rlcs.grading.extraction import Extraction, extract
 from rlcs.grading.official import mathvision, mathvista, wemath
 from rlcs.grading.pool import GradePool
 from rlcs.grading.rewards import Undecided, decimal_places, grade_extracted, quick_grade
-from rlcs.records import Grade, Problem
+from rlcs.records import Grade, Problem, option_letter
 from rlcs.storage import atomic_write, jsonl_lines, parse_object
 
 DEADLINE_S = 2.0
@@ -122,7 +122,7 @@ def _choices(value: object) -> tuple[str, ...]:
 
 def grade_by_mathvision(row: AnswerRow) -> Grade:
     """MATH-Vision's official rule; the gold answer of a row with choices is a letter."""
-    if row.choices and not (len(row.answer) == 1 and 0 <= ord(row.answer) - ord("A") < len(row.choices)):
+    if row.choices and row.answer not in map(option_letter, range(len(row.choices))):
         raise ValueError(
             f"the gold answer {row.answer[:60]!r} is no letter of the {len(row.choices)} choices"
         )

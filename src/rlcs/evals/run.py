@@ -180,7 +180,7 @@ class _ModelOnBenchmark:
         """
         run = self._run
         system = Prompts().system if run.style == "paper" else None  # the official scripts send none
-        problems = [question.asked(run.style, images) for question, images in self._loaded.questions]
+        problems = [question.problem(run.style, images) for question, images in self._loaded.questions]
         requests = [
             Request.of(problem, system=system, index=index)
             for problem in problems
@@ -210,10 +210,10 @@ class _ModelOnBenchmark:
         extracted: Mapping[SampleKey, str] = {}
         if self._judge is not None and self._run.judge is not None:
             model, path = self._run.judge.model, self._folder / "judged.jsonl"
-            asked = [(self._questions[each.id], each) for each in samples if needs_extractor(each.text)]
-            extracted, failed = extract_answers(self._judge, model, asked, path=path, stop=stop)
+            unread = [(self._questions[each.id], each) for each in samples if needs_extractor(each.text)]
+            extracted, failed = extract_answers(self._judge, model, unread, path=path, stop=stop)
             rules[EXTRACTOR_RULE] = self._own_grades(samples, extracted)
-            judged = {"model": model, "asked": len(asked), "read": len(extracted), "failed": len(failed)}
+            judged = {"model": model, "asked": len(unread), "read": len(extracted), "failed": len(failed)}
             judged["why_failed"] = list(dict.fromkeys(failed.values()))[:_SHOWN]
         if (rule := self._loaded.benchmark.official_rule) is not None:
             rules[OFFICIAL_RULE] = [self._official_grade(each, rule, extracted) for each in samples]

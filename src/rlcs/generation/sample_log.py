@@ -73,7 +73,7 @@ class SampleLog:
                     where=str(self._path),
                     fix="restore the data, or choose another --out, or remove this file to ask anew",
                 )
-            if row.pop("digest") == digest:
+            if digest is not None and row.pop("digest", None) == digest:
                 entry = from_row(Entry, row)
                 self.entries[entry.sample.key] = entry
         self._file = JsonlAppender(self._path, sync_s=_SYNC_S)

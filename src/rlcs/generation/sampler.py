@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import DataError
 from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
-from rlcs.recipe.schema import Eval, Images, Model, Prompts, Recipe
-from rlcs.recipe.stages import Grpo
+from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import Message, Prompt, Request, Sample, Sampling, StopReason
 from rlcs.signals import StopFlag
 
@@ -42,12 +41,9 @@ class EngineSampler:
         0 to n - 1, n to 2n - 1, and so on.
         """
         self._engine, self._chat = engine, chat
-        self._sampling = chat.sampling(
-            max_new_tokens=sampling.max_new_tokens,
-            n=sampling.n,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
+        ids = chat.sampling(max_new_tokens=1)
+        self._sampling = replace(
+            sampling, stop_ids=ids.stop_ids, banned_ids=ids.banned_ids, vision_ids=ids.vision_ids
         )
         self.batch_size = max(1, batch_size // sampling.n) * sampling.n
 
@@ -76,16 +72,13 @@ class EngineSampler:
                 prompts.append(replace(self._chat.conversation(messages, name=name), repeat=place))
                 members.append(group)
             except DataError as error:
-                yield from (Sample(id=r.id, index=r.index, turn=turn, error=str(error)) for r in group)
+                yield from (request.sample(error=str(error)) for request in group)
         rollouts = self._engine.sample(prompts, self._sampling, step=turn)
         for prompt, group, drawn in zip(prompts, members, rollouts, strict=True):
             for request in group:
                 rollout = drawn[request.index % n]
                 broken = rollout.stop is StopReason.ERROR
-                yield Sample(
-                    id=request.id,
-                    index=request.index,
-                    turn=turn,
+                yield request.sample(
                     text=rollout.text,
                     stop=rollout.stop,
                     prompt_tokens=len(prompt.ids),
@@ -107,34 +100,33 @@ def open_sampler(
     """Open any model that does not train: behind a server, or in a folder, on the hub, or `builtin`.
 
     Without a server the engine of `settings` samples, `rows` at once (in each server that vLLM starts for it;
-    `logs` is for their logs). By vLLM a model is served as it lies there:
-    nothing of its weights is loaded here or written anew. It keeps its own pixel bounds and context length.
-    Raises ModelError, UserError.
+    `logs` is for their logs). vLLM reads the model's folder itself: none of its weights are loaded here or
+    written anew. The model keeps its own pixel bounds and context length. Raises ModelError, UserError.
     """
     if isinstance(model, Endpoint):
         with EndpointClient(model, sampling) as client:
             yield client
         return
-    from rlcs.engines.factory import open_engines  # torch is for models of ours alone
+    from rlcs.engines.factory import EngineNeeds, open_engines  # torch is for models of ours alone
     from rlcs.engines.vllm.server import context_length
     from rlcs.model import loading
 
     settings = settings or EngineSettings()
-    longest, local = sampling.max_new_tokens, settings.engine == "local"
-    vlm = loading.load(Model(name=model), weights=local)
-    size = vlm.processor.image_processor.size
+    vlm = loading.load(Model(name=model), weights=settings.engine == "local")
+    bounds = vlm.processor.image_processor.size
+    images = Images(min_pixels=bounds["shortest_edge"], max_pixels=bounds["longest_edge"])
     own = int(vlm.model.config.get_text_config().max_position_embeddings)
-    context = context_length(settings, own) or own
+    most = (context_length(settings, own) or own) - sampling.max_new_tokens
+    prompts = Prompts(system=None, max_tokens=max(1, most))
+    chat = loading.make_chat(vlm, prompts, images)
     at_once = {"concurrency": max(1, rows // sampling.n)}
-    recipe = Recipe(
-        prompt=Prompts(system=None, max_tokens=max(1, context - longest)),
-        images=Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]),
-        grpo=Grpo(max_new_tokens=longest, max_rows=rows),
-        eval=Eval(max_new_tokens=longest, max_rows=rows),
-        rollout=Rollouts.model_validate(settings.model_dump() | at_once),
+    needs = EngineNeeds(
+        settings=Rollouts.model_validate(settings.model_dump() | at_once),
+        max_tokens=prompts.max_tokens + sampling.max_new_tokens,
+        max_rows=max(rows, sampling.n),
+        decode_limit=images.decode_limit,
     )
-    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     # Two prompts for each place in vLLM, so that a long answer does not leave the others empty.
-    batch_size = rows if local else 2 * rows * settings.servers
-    with open_engines(recipe, logs, unchanged=loading.resolve(model)) as make:
+    batch_size = rows if settings.engine == "local" else 2 * rows * settings.servers
+    with open_engines(needs, logs, unchanged=loading.resolve(model)) as make:
         yield EngineSampler(make(vlm, chat, rows), chat, sampling, batch_size=batch_size)

@@ -16,6 +16,7 @@ from rlcs.grading.intervals import as_interval, is_inequality
 from rlcs.grading.latex import NoValueError, TooLargeError, exact, number
 from rlcs.grading.normal import compact, normalise, peel, repair_gold
 from rlcs.grading.units import split_unit
+from rlcs.records import Grade, option_letter
 
 MAX_ANSWER = 10_000
 """Characters; a longer extracted answer is wrong unless it is the gold answer letter by letter."""
@@ -32,6 +33,11 @@ class Verdict:
     correct: bool | None
     why: str
     formulas: tuple[str, str] = ("", "")
+
+    def grade(self, extracted: str | None = None, *, by: str = "") -> Grade:
+        """The grade with reward 1 or 0, or unscored; `by` says before the reason how it was extracted."""
+        reward = None if self.correct is None else float(self.correct)
+        return Grade(reward=reward, correct=self.correct, extracted=extracted, why=by + self.why)
 
 
 def _yes(why: str) -> Verdict:
@@ -60,14 +66,14 @@ _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
 _FUNCTIONS = frozenset("sinh cosh tanh sqrt arcsin arccos arctan".split())
 _OR = re.compile(r" ?,? (?:or|and) |;")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_COMMA = re.compile(",")
 _BRACKET = re.compile(r"\\?[({\[\])}]")
+_BRACKET_OR_COMMA = re.compile(_BRACKET.pattern + "|,")
 _HEAVY = re.compile(
     r"(?:\^|\*\*) ?[({]* ?-? ?(?:\d{3,}|\d+ ?(?:\^|\*\*))|!"
     r"|\\(?:[dt]?binom|sum|prod|int|gcd|lcm) ?\{? ?\d{4,}"
 )
 _PLAIN_BRACE = re.compile(r"(?<!\\)[{}]")
-_DOUBTFUL = re.compile(r"[/:!%,_'|]|\\(?:log|div|exp|l?floor)|\d ?\\frac|\d \d|e")  # readings differ
+_DOUBTFUL = re.compile(r"[/:!%,_'|]|\\(?:log|div|exp|lfloor)|\d ?\\frac|\d \d|e")  # readings differ
 _UNDER = re.compile(r"_ ?\{[^{}]*\}")
 
 
@@ -110,11 +116,11 @@ def _compare_choice(given: str, wanted: str, choices: list[str]) -> Verdict:
     if named is not None:
         agrees = _same(rest, options[named]) if rest else _yes("")
         if agrees.correct is False:
-            return _no(f"option {_letter(named)} and another option's value")
+            return _no(f"option {option_letter(named)} and another option's value")
         if named in accepted:
-            return agrees if agrees.correct is None else _yes(f"option {_letter(named)}")
+            return agrees if agrees.correct is None else _yes(f"option {option_letter(named)}")
         if accepted:
-            return _no(f"option {_letter(named)}, not {_letter(min(accepted))}")
+            return _no(f"option {option_letter(named)}, not {option_letter(min(accepted))}")
         given = options[named]  # the gold value is no option's text: compare the values
     verdict = _same(given, value)
     if verdict.correct is None and any(_same(given, o).correct for o in options):
@@ -137,10 +143,6 @@ def _named_option(given: str, options: Sequence[str]) -> tuple[int | None, str]:
     return None, ""
 
 
-def _letter(index: int) -> str:
-    return chr(ord("A") + index)
-
-
 def _letter_index(text: str, options: Sequence[str]) -> int | None:
     """The option that a bare `B`, `(B)` or `B.` names; lower case only if no option has that text."""
     match = _CHOICE.fullmatch(text)
@@ -154,7 +156,7 @@ def _letter_index(text: str, options: Sequence[str]) -> int | None:
 def _without_label(choice: str, index: int) -> str:
     """`B. 12` or `(B) 12` as the second of the choices is `12`."""
     match = _LABEL.fullmatch(choice)
-    own = match and match[1] and match[2] and match[1].upper() == _letter(index)
+    own = match and match[1] and match[2] and match[1].upper() == option_letter(index)
     return match[2] if match and own else choice
 
 
@@ -238,11 +240,13 @@ def _same_ratio(given: str, wanted: str) -> Verdict:
 
 
 def _nesting(text: str) -> int:
-    deepest = depth = 0
-    for match in _BRACKET.finditer(text):
-        depth += 1 if match[0][-1] in "({[" else -1
-        deepest = max(deepest, depth)
-    return deepest
+    steps = (_step(bracket) for bracket in _BRACKET.findall(text))
+    return max(accumulate(steps, initial=0))
+
+
+def _step(bracket: str) -> int:
+    """How a bracket changes the depth of what follows."""
+    return 1 if bracket[-1] in "({[" else -1
 
 
 def _same_lists(given: str, wanted: str) -> Verdict:
@@ -274,24 +278,23 @@ def _items(text: str) -> tuple[str, list[str]] | None:
     text = _OR.sub(",", text)
     if _THOUSANDS.fullmatch(text):
         return None
-    brackets = list(_BRACKET.finditer(text))
-    outer = bool(brackets) and brackets[0].start() == 0 and brackets[-1].end() == len(text)
-    commas: dict[int, list[int]] = {0: [], 1: []}  # by depth
-    depth = position = 0
-    for bracket in brackets:
-        for comma in _COMMA.finditer(text, position, bracket.start()):
-            commas.setdefault(depth, []).append(comma.start())
-        depth += 1 if bracket[0][-1] in "({[" else -1
-        position = bracket.end()
-        outer = outer and (depth > 0 or bracket is brackets[-1])
-    commas[0] += [comma.start() for comma in _COMMA.finditer(text, position)] if depth == 0 else []
-    cuts = commas[1 if outer else 0]
+    tokens = list(_BRACKET_OR_COMMA.finditer(text))
+    brackets = [token for token in tokens if token[0] != ","]
+    enclosed = bool(brackets) and brackets[0].start() == 0 and brackets[-1].end() == len(text)
+    commas: dict[int, list[int]] = {}  # by depth
+    depth = 0
+    for token in tokens:
+        if token[0] == ",":
+            commas.setdefault(depth, []).append(token.start())
+            continue
+        depth += _step(token[0])
+        enclosed = enclosed and (depth > 0 or token is brackets[-1])
+    cuts = commas.get(1 if enclosed else 0)
     if not cuts:
         return None
-    start, end = (brackets[0].end(), brackets[-1].start()) if outer else (0, len(text))
-    edges = [start - 1, *cuts, end]
-    members = [text[a + 1 : b].strip() for a, b in pairwise(edges)]
-    return (brackets[0][0][-1] + brackets[-1][0][-1] if outer else ""), members
+    start, end = (brackets[0].end(), brackets[-1].start()) if enclosed else (0, len(text))
+    members = [text[a + 1 : b].strip() for a, b in pairwise([start - 1, *cuts, end])]
+    return (brackets[0][0][-1] + brackets[-1][0][-1] if enclosed else ""), members
 
 
 def _match_in_order(items: list[str], golds: list[str]) -> bool | None:
@@ -375,9 +378,8 @@ def inspect_gold(gold: str, choices: Sequence[str] = ()) -> tuple[str, list[str]
         letter = _LABEL.fullmatch(wanted)
         if letter and letter[3] and _letter_index(wanted, options) is None and wanted not in options:
             return f"the gold answer {gold[:60]!r} names none of {len(choices)} choices", []
-    braces = _PLAIN_BRACE.findall(wanted)
-    depths = list(accumulate(1 if brace == "{" else -1 for brace in braces))
-    if braces and (min(depths) < 0 or depths[-1] != 0):
+    depths = list(accumulate(map(_step, _PLAIN_BRACE.findall(wanted)), initial=0))
+    if min(depths) < 0 or depths[-1] != 0:
         return f"the gold answer {gold[:60]!r} cannot be read: its braces do not match", []
     items = _items(peel(wanted))
     parts = [split_unit(part)[0].rstrip("% ") for part in (items[1] if items else [peel(wanted)])]

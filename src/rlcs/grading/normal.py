@@ -8,8 +8,11 @@ degree sign is `°`, a minus is `-`, `\dfrac` is `\frac`, and wrappers such as `
 import re
 import unicodedata
 
-_GREEK_NAMES = "alpha beta gamma delta theta lambda mu pi rho sigma phi omega Delta Omega"
-_GREEK = {letter: f"\\{name} " for letter, name in zip("αβγδθλμπρσφωΔΩ", _GREEK_NAMES.split(), strict=True)}
+_CHARACTERS = "αβγδθλμπρσφωΔΩ≈∠△∞∪∩≤≥≠±∅∈"
+_COMMANDS = """
+alpha beta gamma delta theta lambda mu pi rho sigma phi omega Delta Omega
+approx angle triangle infty cup cap le ge ne pm emptyset in
+"""
 _SYMBOLS = str.maketrans(
     {
         **dict.fromkeys("−–—‒―‐‑﹣－", "-"),
@@ -19,21 +22,8 @@ _SYMBOLS = str.maketrans(
         **dict.fromkeys("“”„", '"'),
         **dict.fromkeys("‘’′", "'"),
         **dict.fromkeys("€£¥", ""),
-        "÷": "/",
-        "\u2044": "/",
-        "≈": "\\approx ",
-        "∠": "\\angle ",
-        "△": "\\triangle ",
-        "∞": "\\infty ",
-        "∪": "\\cup ",
-        "∩": "\\cap ",
-        "≤": "\\le ",
-        "≥": "\\ge ",
-        "≠": "\\ne ",
-        "±": "\\pm ",
-        "∅": "\\emptyset ",
-        "∈": "\\in ",
-        **_GREEK,
+        **dict.fromkeys("÷\u2044", "/"),
+        **{character: f"\\{name} " for character, name in zip(_CHARACTERS, _COMMANDS.split(), strict=True)},
     }
 )
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 from rlcs.errors import RlcsError
-from rlcs.grading.answers import inspect_gold
+from rlcs.grading.answers import Verdict, inspect_gold
 from rlcs.grading.own import problem_json
 from rlcs.grading.rewards import Undecided, quick_grade
 from rlcs.records import Grade, Problem, from_row
@@ -160,7 +160,7 @@ class GradePool(AbstractContextManager["GradePool"]):
                 fix=f"see what `{' '.join(worker.command)}` prints; is math-verify installed?",
             )
         if worker.pending:
-            grades[worker.pending.popleft()] = Grade.binary(None, why)
+            grades[worker.pending.popleft()] = Verdict(correct=None, why=why).grade()
             waiting.extendleft(reversed(worker.pending))
 
 

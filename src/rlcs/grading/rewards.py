@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlcs.grading.answers import compare
+from rlcs.grading.answers import Verdict, compare
 from rlcs.grading.extraction import BOXED, Extraction, extract
 from rlcs.grading.symbolic import compare_formulas
 from rlcs.records import Grade, Problem
@@ -24,18 +24,18 @@ class Undecided:
     by: str = ""
     """How it was extracted, if not from a box."""
 
-    def grade(self, verdict: Grade) -> Grade:
+    def grade(self, compared: Grade) -> Grade:
         """The grade of the response, from math-verify's grade of the formulas."""
-        return replace(verdict, extracted=self.extracted, why=self.by + verdict.why)
+        return replace(compared, extracted=self.extracted, why=self.by + compared.why)
 
 
 def quick_grade(problem: Problem, response: object, *, allow_fallbacks: bool) -> Grade | Undecided:
     """Grade by text, letter and exact number alone; never slow, never raises, whatever the response is."""
     if not isinstance(response, str):
-        return Grade.binary(False, "the response is not a text")
+        return Verdict(correct=False, why="the response is not a text").grade()
     found = extract(response, allow_fallbacks=allow_fallbacks)
     if found.text is None and problem.answer.strip():
-        return Grade.binary(False, found.why)
+        return Verdict(correct=False, why=found.why).grade()
     return grade_extracted(problem, found)
 
 
@@ -45,13 +45,13 @@ def grade_extracted(problem: Problem, found: Extraction) -> Grade | Undecided:
     `problem.metadata["precision"]`, a number of decimal places, is the tolerance where it is one.
     """
     if not problem.answer.strip():
-        return Grade.binary(None, "the problem has no gold answer")
+        return Verdict(correct=None, why="the problem has no gold answer").grade()
     places = decimal_places(problem.metadata.get("precision"))
     text, by = found.text or "", "" if found.why == BOXED else f"{found.why}: "
     verdict = compare(text, problem.answer, problem.choices, places=places)
     if verdict.correct is None:
         return Undecided(extracted=text, formulas=verdict.formulas, by=by)
-    return Grade.binary(verdict.correct, by + verdict.why, text)
+    return verdict.grade(text, by=by)
 
 
 def decimal_places(value: object) -> int | None:
@@ -68,7 +68,7 @@ def grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade:
     busy for ever.
     """
     result = quick_grade(problem, response, allow_fallbacks=allow_fallbacks)
-    return result if isinstance(result, Grade) else result.grade(compare_formulas(*result.formulas))
+    return result if isinstance(result, Grade) else result.grade(compare_formulas(*result.formulas).grade())
 
 
 def health(texts: Sequence[str]) -> dict[str, float]:

@@ -2,14 +2,14 @@
 
 import logging
 
-from rlcs.records import Grade
+from rlcs.grading.answers import Verdict
 
 
-def compare_formulas(prediction: str, gold: str) -> Grade:
+def compare_formulas(prediction: str, gold: str) -> Verdict:
     r"""Ask math-verify 0.9 whether `\boxed{prediction}` equals `$gold$`.
 
     Its own time limits are off: they use SIGALRM, which works in the main thread only. Call this in
-    a process that can be killed. Unscored exactly when math-verify itself failed.
+    a process that can be killed. Undecided (`correct=None`) exactly when math-verify itself failed.
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -18,12 +18,12 @@ def compare_formulas(prediction: str, gold: str) -> Grade:
     kinds = (LatexExtractionConfig(boxed_match_priority=0),)  # never a mere number inside other text
     wanted = parse(f"${gold}$", kinds, fallback_mode="no_fallback", parsing_timeout=None)
     if not wanted:
-        return Grade.binary(False, "not the same text, and the gold answer is not a formula")
+        return Verdict(correct=False, why="not the same text, and the gold answer is not a formula")
     given = parse(f"\\boxed{{{prediction}}}", kinds, fallback_mode="no_fallback", parsing_timeout=None)
     if not given:
-        return Grade.binary(False, "the answer is not a formula")
+        return Verdict(correct=False, why="the answer is not a formula")
     try:
         same = bool(verify(wanted, given, timeout_seconds=None, raise_on_error=True))
     except Exception as error:
-        return Grade.binary(None, f"math-verify failed: {type(error).__name__}: {error}"[:300])
-    return Grade.binary(same, f"math-verify: {'equal' if same else 'not equal'}")
+        return Verdict(correct=None, why=f"math-verify failed: {type(error).__name__}: {error}"[:300])
+    return Verdict(correct=same, why=f"math-verify: {'equal' if same else 'not equal'}")

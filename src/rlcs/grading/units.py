@@ -9,57 +9,25 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 _NAMES = """
-mm millimeter millimetre
-cm centimeter centimetre
-dm decimeter decimetre
-m meter metre
-km kilometer kilometre
-in inch inches
-ft foot feet
-yd yard
-mi mile
-mg milligram
-g gram
-kg kilogram
-lb pound lbs
-oz ounce
-ml milliliter millilitre
-l liter litre
-s sec second
-min minute
-h hr hour
-day
-week
-month
-year yr
-degree deg ° °t
-radian rad
-°c c celsius
-°f fahrenheit
-mph
-n newton
-j joule
-w watt
-v volt
-a ampere amp
-pa pascal
-hz hertz
-k kelvin
-cent
-dollar
-unit
+mm millimeter millimetre, cm centimeter centimetre, dm decimeter decimetre, m meter metre,
+km kilometer kilometre, in inch inches, ft foot feet, yd yard, mi mile,
+mg milligram, g gram, kg kilogram, lb pound lbs, oz ounce,
+ml milliliter millilitre, l liter litre,
+s sec second, min minute, h hr hour, day, week, month, year yr,
+degree deg ° °t, radian rad,
+°c c celsius, °f fahrenheit,
+mph, n newton, j joule, w watt, v volt, a ampere amp, pa pascal, hz hertz, k kelvin,
+cent, dollar, unit
 """
+"""Each unit's names, the short one first; every name may have an s at its end."""
 
 
-def _aliases() -> dict[str, str]:
-    table = {}
-    for line in _NAMES.split("\n"):
-        for name in line.split():
-            table[name] = table[name + "s"] = line.split()[0]
-    return table
+def _short_names() -> dict[str, str]:
+    units = [names.split() for names in _NAMES.split(",")]
+    return {name + plural: names[0] for names in units for name in names for plural in ("", "s")}
 
 
-_UNITS: Mapping[str, str] = MappingProxyType(_aliases())
+_UNITS: Mapping[str, str] = MappingProxyType(_short_names())
 _NOT_UNITS = frozenset(
     "and but not nor per plus minus times over none except without about "
     "half dozen hundred thousand million billion trillion "

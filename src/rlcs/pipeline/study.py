@@ -18,7 +18,7 @@ from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
-from rlcs.engines.factory import MakeEngine, open_engines
+from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.errors import RlcsError
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.generation import EngineSampler
@@ -86,7 +86,8 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # rank 0 warns, and keeps the log
         log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        with log_here, open_engines(self.recipe, self.folder / "rollout") as self._make_engine:
+        needs = EngineNeeds.of(self.recipe)
+        with log_here, open_engines(needs, self.folder / "rollout") as self._make_engine:
             return self._run_stages()
 
     def _run_stages(self) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """The machine that is planned for (known GPUs by name, or this computer's CPU), and what is assumed of it."""
 
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt
 
 from rlcs.data.sources import suggest
 from rlcs.errors import UserError
+from rlcs.recipe.section import NonNegative, Positive, Section
 
+FP32 = 4
+"""Bytes of a float32 number."""
 GIB = 2**30
 """A GB as makers of GPUs count it."""
 
@@ -53,44 +58,6 @@ CPU_BANDWIDTH = 2e10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Assumed:
-    """What a plan cannot know.
-
-    Tokens of a prompt's text, of its image, of an answer; the share of the peak speed that is reached;
-    demonstrations of SFT (0: unknown); the peak in TFLOP/s (0: the table's).
-    """
-
-    text: int = 128
-    image: int = 400
-    answer: int = 512
-    utilization: float = 0.4
-    demonstrations: int = 0
-    peak: float = 0.0
-
-
-def assume(words: Sequence[str]) -> Assumed:
-    """Read `key=value` words. Raises UserError for an unknown key or a value that cannot be."""
-    values = asdict(Assumed())
-    for word in words:
-        key, _, text = word.partition("=")
-        if key not in values:
-            fix = suggest(key, values)
-            raise UserError(f"nothing called {key!r} is assumed", where=f"--assume {word}", fix=fix)
-        try:
-            values[key] = type(values[key])(text)
-        except ValueError:
-            fix = f"write for example {key}={values[key]}"
-            raise UserError(f"{text!r} is not a number", where=f"--assume {word}", fix=fix) from None
-    for key, value in values.items():
-        most = 1 if key == "utilization" else math.inf
-        least = 0 if key in ("image", "demonstrations", "peak") else math.ulp(0.0)
-        if not least <= value <= most:
-            fix = f"such as {getattr(Assumed(), key)}"
-            raise UserError(f"{key} cannot be {value:g}", where="--assume", fix=fix)
-    return Assumed(**values)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
     """`gpus` devices alike, or a CPU where there are none."""
 
@@ -101,6 +68,23 @@ class Machine:
     def devices(self) -> int:
         """How many share the work."""
         return max(1, self.gpus)
+
+
+class Assumed(Section):
+    """What a plan cannot know."""
+
+    text: Positive = 128
+    """Tokens of a prompt's text."""
+    image: NonNegativeInt = 400
+    """Tokens of its image."""
+    answer: Positive = 512
+    """Tokens of an answer."""
+    utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the peak speed that is reached."""
+    demonstrations: NonNegativeInt = 0
+    """Demonstrations of SFT; 0: unknown."""
+    peak: NonNegative = 0.0
+    """Peak in TFLOP/s; 0: the table's."""
 
 
 def machine(gpus: int, gpu: str, *, memory: float | None, peak: float) -> Machine:

@@ -9,10 +9,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from rlcs.model.policy import LOGIT_CHUNK
+from rlcs.plan.machine import FP32
 from rlcs.plan.shapes import Sizes, head_size
 from rlcs.recipe.section import Part
-
-FP32 = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,7 +37,7 @@ class Plan:
             "gpus": self.machine.gpus,
             "device": self.machine.device.name,
             "device_memory_gb": round(self.machine.device.memory, 3),
-            "assumed": asdict(self.assumed),
+            "assumed": self.assumed.model_dump(),
             "fits": self.fits,
             "stages": {name: stage.to_json() for name, stage in self.stages.items()},
             "advice": None if self.advice is None else asdict(self.advice),

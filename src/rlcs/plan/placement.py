@@ -5,8 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from rlcs.errors import UserError
-from rlcs.plan.machine import Machine
-from rlcs.plan.memory import FP32
+from rlcs.plan.machine import FP32, Machine
 from rlcs.plan.shapes import Sizes
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts

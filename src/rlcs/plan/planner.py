@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlcs.evals.arms import CHUNK
-from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.memory import FP32, Load, Passing, activations, update_peak
+from rlcs.plan.machine import FP32, GIB, Assumed, Machine
+from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.placement import Placement, place, stored
-from rlcs.plan.rollouts import Trees, decoding_seconds, rollout_bytes
+from rlcs.plan.rollouts import decoding_seconds, rollout_bytes
 from rlcs.plan.shapes import Sizes, Tower
-from rlcs.plan.work import language, vision
+from rlcs.plan.work import Trees, language, vision
 from rlcs.recipe.schema import Eval, Images, Recipe
 from rlcs.recipe.stages import Grpo, Sft
 from rlcs.train.sft import steps_of
@@ -86,7 +86,7 @@ def plan_stages(recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed
     spread = recipe.lora, recipe.parallel, recipe.rollout
     placed = place(recipe.learner, *spread, sizes=sizes, machine=machine)
     steps = steps_of(sft, assumed.demonstrations) if assumed.demonstrations else None
-    # Of demonstrations that are given instead of asked for, responses may be longer than a teacher's.
+    # Responses of given demonstrations may be longer than a teacher's.
     largest = {
         "sft": largest_tree(images, tower, prompt=prompt, group=1, answer=recipe.teacher.max_tokens),
         "grpo": largest_tree(images, tower, prompt=prompt, group=grpo.group_size, answer=grpo.max_new_tokens),

@@ -1,12 +1,12 @@
 """What sampling takes: the cache of the local engine or vLLM's share, and the seconds of decoding."""
 
 import math
-from dataclasses import dataclass
 
 from rlcs.engines.decoding import PREFILL_TOKENS
 from rlcs.plan.machine import GIB
 from rlcs.plan.placement import Placement, servers_beside
 from rlcs.plan.shapes import Sizes, head_size
+from rlcs.plan.work import Trees
 
 READING = 0.6
 """Share of the memory bandwidth that decoding reaches."""
@@ -17,22 +17,6 @@ SAMPLING_TOP_P = 52
 """Bytes that choosing a token takes for each row and word of the vocabulary (`engines.sampling`)."""
 VLLM_SHARE = 0.9
 """Share of a GPU that vLLM takes by default."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trees:
-    """`count` trees a step of `trunk` tokens with `patches` image patches and `group` answers of `answer`."""
-
-    count: int
-    trunk: int
-    patches: int
-    group: int
-    answer: int
-
-    @property
-    def tokens(self) -> int:
-        """Of one tree."""
-        return self.trunk + self.group * self.answer
 
 
 def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: float) -> float:

@@ -1,9 +1,10 @@
-"""How large a model is, without loading it: its configuration, and its parameters on the meta device."""
+"""Measures a model without loading it: its configuration, and its parameters on the meta device."""
 
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -15,15 +16,7 @@ from rlcs.model.families import FAMILIES
 from rlcs.model.loading import resolve
 from rlcs.recipe.schema import Model
 from rlcs.recipe.section import Part
-
-_HUB = "Qwen/Qwen2.5-VL-{}-Instruct"
-_PUBLISHED: Mapping[str, Mapping[str, int]] = {
-    _HUB.format("3B"): {"hidden": 2048, "intermediate": 11008, "layers": 36, "heads": 16, "key_values": 2},
-    _HUB.format("7B"): {"hidden": 3584, "intermediate": 18944, "layers": 28, "heads": 28, "key_values": 4},
-    _HUB.format("32B"): {"hidden": 5120, "intermediate": 27648, "layers": 64, "heads": 40, "key_values": 8},
-    _HUB.format("72B"): {"hidden": 8192, "intermediate": 29568, "layers": 80, "heads": 64, "key_values": 8},
-}
-"""The language models of the published sizes; what else differs follows in `published`."""
+from rlcs.storage import read_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,34 +103,13 @@ class Sizes:
 
 def published(name: str) -> Qwen2_5_VLConfig | None:
     """The configuration of a published model as on the hub, known without network; None for others."""
-    if name not in _PUBLISHED:
-        return None
-    own = _PUBLISHED[name]
-    small = name == _HUB.format("3B")
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 151_936 if small else 152_064,
-            "hidden_size": own["hidden"],
-            "intermediate_size": own["intermediate"],
-            "num_hidden_layers": own["layers"],
-            "num_attention_heads": own["heads"],
-            "num_key_value_heads": own["key_values"],
-            "max_position_embeddings": 128_000,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-            "tie_word_embeddings": small,
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420 if own["hidden"] < 5120 else 3456,
-            "num_heads": 16,
-            "out_hidden_size": own["hidden"],
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "window_size": 112,
-        },
-        tie_word_embeddings=small,
-    )
+    values = _published().get(name)
+    return None if values is None else Qwen2_5_VLConfig(**values)
+
+
+def _published() -> dict[str, dict[str, Any]]:
+    known: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("published.json"))
+    return known
 
 
 def sizes_of(settings: Model) -> Sizes:
@@ -161,7 +133,7 @@ def _configuration(settings: Model) -> Any:
             f"the model's configuration cannot be found: {str(error).splitlines()[0]}",
             where=f"model.name={settings.name}",
             fix="give a folder with its config.json, or go online; "
-            f"known without network: builtin, {', '.join(_PUBLISHED)}",
+            f"known without network: builtin, {', '.join(_published())}",
         ) from error
 
 

@@ -1,13 +1,30 @@
-"""Floating point operations of passes over trees: matrix products, visible attention, logits of answers.
+"""Counts operations of passes over trees: matrix products, visible attention, logits of answers.
 
 Letters: P trunk tokens, R answer tokens, G answers. With the trunk once the language model sees
 P + G R tokens; a trainer that repeats the prompt gives it G (P + R), and the vision tower G images.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlcs.plan.shapes import Tower, head_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trees:
+    """`count` trees a step of `trunk` tokens with `patches` image patches and `group` answers of `answer`."""
+
+    count: int
+    trunk: int
+    patches: int
+    group: int
+    answer: int
+
+    @property
+    def tokens(self) -> int:
+        """Of one tree."""
+        return self.trunk + self.group * self.answer
 
 
 def language(text: Any, trunk: int, lengths: Sequence[int]) -> float:

@@ -67,7 +67,7 @@ def export(wanted: Export) -> list[Path]:
         model.generation_config = sampling_of(recipe.eval, model.generation_config, processor.tokenizer)
     name = wanted.name or out.resolve().name
     converted = wanted.dtype is not None
-    # Before quantising: of packed weights nobody can count the parameters.
+    # Before quantising: the parameters of packed weights cannot be counted.
     text = card.render(source, name, model, converted=converted, quantised=wanted.quantise)
     try:
         if wanted.quantise is None:

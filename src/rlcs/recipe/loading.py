@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from rlcs.errors import RecipeError
 from rlcs.recipe.keys import allowed, nearest, recipe_keys, section_of, takes_text
 from rlcs.recipe.reading import Parsed, parse, write
-from rlcs.recipe.sampling import EngineSettings
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.section import Section
 
+S = TypeVar("S", bound=Section)
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 _SHIPPED = Path(__file__).parent.parent / "recipes"
@@ -55,15 +55,26 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
     return Resolved(recipe=_validated(settings), provenance=provenance)
 
 
-def load_engine(engine: str, words: Sequence[str]) -> EngineSettings:
-    """An engine's settings from `key=value` words, which a recipe has in its section `rollout`."""
-    settings: dict[str, _Setting] = {}
-    for text in (f"engine={engine}", *words):
-        if text.partition("=")[0].strip() not in EngineSettings.model_fields:
-            raise _unknown(f"rollout.{text.partition('=')[0]}", COMMAND_LINE)
-        source = _override(f"rollout.{text}")
-        settings |= _settings(source, source.value, Recipe)
-    return _validated(settings).rollout
+def read_section(kind: type[S], words: Sequence[str], *, where: str) -> S:
+    """A section by itself from `key=value` words of the option `where`, checked like one of a recipe."""
+    values: dict[str, object] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        field = kind.model_fields.get(key)
+        if field is None:
+            near = difflib.get_close_matches(key, kind.model_fields, n=1)
+            fix = (f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(kind.model_fields)}"
+            raise RecipeError(f"unknown key {key}", where=f"{where} {word}", fix=fix)
+        values[key] = text if takes_text(field) else _frozen(parse(text, where=where).value)
+    try:
+        return kind.model_validate(values, strict=True)
+    except ValidationError as error:
+        flaw = error.errors(include_url=False)[0]
+    key = str(flaw["loc"][0]) if flaw["loc"] else ""
+    if not key:  # the values do not go together
+        raise RecipeError(flaw["msg"].removeprefix("Value error, "), where=where, fix="change one of them")
+    what = f"{key} should be {allowed(kind.model_fields[key])} (got {_shown(values[key])})"
+    raise RecipeError(what, where=where, fix="change it")
 
 
 def list_recipes() -> dict[str, Path]:

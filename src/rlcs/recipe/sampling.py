@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks of LoRA adapters that vLLM 0.32 can make room for."""
+"""The ranks of LoRA adapters that vLLM 0.32 can hold."""
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -65,7 +65,7 @@ class EngineSettings(Section):
     """GPUs that share one copy of the model."""
     memory_share: Share | None = None
     """Share of a GPU's memory (without one, of main memory) for weights and cache. None: vLLM's own, which is
-    nearly all; a colocated engine must leave room for training, 0.4 say."""
+    nearly all; a colocated engine must leave space for training, 0.4 say."""
     start_limit_s: Seconds = 900.0
     """Seconds in which a server must start, or load new weights."""
     request_limit_s: Seconds = 1200.0

@@ -1,7 +1,7 @@
-"""The short table shown before a run starts: above all the choices that other tools keep to themselves.
+"""The short table shown before a run starts: the choices that change results.
 
-Defaults such as the upper clip, the KL estimator or what a loss is averaged over change results, and
-are read here rather than in source code.
+Defaults such as the upper clip, the KL estimator or what a loss is averaged over are read here rather than
+in source code.
 """
 
 from rlcs.recipe.arms import ARMS
@@ -58,19 +58,14 @@ def _model_rows(learner: Model, model: Model, lora: Lora) -> list[tuple[str, str
 
 def _prompt_rows(prompt: Prompts, images: Images) -> list[tuple[str, str]]:
     rl_system = "the same" if prompt.rl_system is None else _quoted(prompt.rl_system)
-    low, high = images.min_pixels, images.max_pixels
+    low, high, rl_low = images.min_pixels, images.max_pixels, images.rl_min_pixels
+    tokens = f"{_tokens(low)} to {_tokens(high)} tokens of 28 x 28"
     return [
         ("system prompt", "the chat template's own" if prompt.system is None else _quoted(prompt.system)),
         ("system prompt in RL", rl_system),
         ("longest prompt", f"{prompt.max_tokens:,} tokens, images included; longer ones are left out"),
-        (
-            "image size",
-            f"{low:,} to {high:,} pixels ({_tokens(low)} to {_tokens(high)} tokens of 28 x 28)",
-        ),
-        (
-            "image size in RL",
-            "the same" if images.rl_min_pixels is None else f"{images.rl_min_pixels:,} to {high:,} pixels",
-        ),
+        ("image size", f"{low:,} to {high:,} pixels ({tokens})"),
+        ("image size in RL", "the same" if rl_low is None else f"{rl_low:,} to {high:,} pixels"),
     ]
 
 
@@ -84,14 +79,12 @@ def _sft_rows(sft: Sft) -> list[tuple[str, str]]:
 
 
 def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
-    rollouts = grpo.prompts_per_step * grpo.group_size
+    rollouts = f"{grpo.prompts_per_step:,} prompts x {grpo.group_size}"
+    rollouts += f" = {grpo.prompts_per_step * grpo.group_size:,} rollouts"
+    updates = _count(grpo.optimizer_steps, "optimiser step")
     dual = "off" if grpo.clip_dual is None else f"{grpo.clip_dual:g}"
     return [
-        (
-            "RL",
-            f"{grpo.steps:,} steps, each {grpo.prompts_per_step:,} prompts x {grpo.group_size} "
-            f"= {rollouts:,} rollouts and {_count(grpo.optimizer_steps, 'optimiser step')}",
-        ),
+        ("RL", f"{grpo.steps:,} steps, each {rollouts} and {updates}"),
         ("RL frozen", _frozen(grpo.freeze)),
         ("RL optimiser", _optimizer(grpo.optimizer)),
         ("RL sampling", _sampling(grpo.temperature, grpo.top_p, grpo.max_new_tokens)),
@@ -108,13 +101,13 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
 
 
 def _rollout_rows(rollout: Rollouts, adapters: str) -> list[tuple[str, str]]:
-    """Nothing for local rollouts, which come from the very model that trains."""
+    """No rows for local rollouts, which come from the very model that trains."""
     if rollout.engine == "local":
         return []
-    where = ", ".join(rollout.urls) or _count(rollout.servers, "server")
-    who = f"vLLM, {where}" if rollout.engine == "vllm_server" else "vLLM in this process"
-    weighted = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
-    return [("rollouts", f"{who}{adapters}; its logprobs against the policy's: {weighted}")]
+    servers = ", ".join(rollout.urls) or _count(rollout.servers, "server")
+    engine = f"vLLM, {servers}" if rollout.engine == "vllm_server" else "vLLM in this process"
+    correction = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
+    return [("rollouts", f"{engine}{adapters}; its logprobs against the policy's: {correction}")]
 
 
 def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]]:
@@ -161,15 +154,14 @@ def _lora(lora: Lora) -> str:
 def _parallel(parallel: Parallel) -> str:
     freed = "freed" if parallel.reshard_after_forward else "kept"
     formats = f"{parallel.compute_dtype} compute and {parallel.reduce_dtype} reduce precision"
-    lies = ", shards and AdamW in main memory" if parallel.cpu_offload else ""
-    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass{lies}"
+    offload = ", shards and AdamW in main memory" if parallel.cpu_offload else ""
+    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass{offload}"
 
 
 def _optimizer(optimizer: Optimizer) -> str:
     first, second = optimizer.betas
-    warmup = (
-        f"{_count(optimizer.warmup_steps, 'step')} of warm-up" if optimizer.warmup_steps else "no warm-up"
-    )
+    steps = optimizer.warmup_steps
+    warmup = f"{_count(steps, 'step')} of warm-up" if steps else "no warm-up"
     return (
         f"AdamW, lr {optimizer.lr:g}, {optimizer.schedule}, {warmup}, "
         f"betas {first:g} and {second:g}, weight decay {optimizer.weight_decay:g}, "
@@ -178,8 +170,8 @@ def _optimizer(optimizer: Optimizer) -> str:
 
 
 def _sampling(temperature: float, top_p: float, longest: int) -> str:
-    drawn = "greedy" if temperature == 0 else f"temperature {temperature:g}, top-p {top_p:g}"
-    return f"{drawn}, up to {longest:,} tokens"
+    method = "greedy" if temperature == 0 else f"temperature {temperature:g}, top-p {top_p:g}"
+    return f"{method}, up to {longest:,} tokens"
 
 
 def _old_logprobs(grpo: Grpo) -> str:

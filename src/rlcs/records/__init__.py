@@ -8,10 +8,10 @@ G group members.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from rlcs.records.rows import MERGED as MERGED
 from rlcs.records.rows import from_row as from_row
@@ -82,10 +82,19 @@ class Problem:
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     @property
-    def asked(self) -> str:
+    def question_with_choices(self) -> str:
         """The question, and its choices by letter, a line each."""
-        lines = (f"({chr(65 + index)}) {choice}" for index, choice in enumerate(self.choices))
-        return "\n".join((self.question, *lines))
+        return "\n".join((self.question, lettered(self.choices))) if self.choices else self.question
+
+
+def option_letter(index: int) -> str:
+    """The letter of the index-th choice of a problem."""
+    return chr(ord("A") + index)
+
+
+def lettered(choices: Sequence[str]) -> str:
+    """Choices as `(A) ...` lines."""
+    return "\n".join(f"({option_letter(index)}) {choice}" for index, choice in enumerate(choices))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,12 +127,6 @@ class Grade:
     def scored(self) -> bool:
         """Whether the grader reached a verdict."""
         return self.reward is not None
-
-    @classmethod
-    def binary(cls, correct: bool | None, why: str, extracted: str | None = None) -> "Grade":
-        """The grade with reward 1 or 0; unscored where `correct` is None."""
-        reward = None if correct is None else float(correct)
-        return cls(reward=reward, correct=correct, extracted=extracted, why=why)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +235,7 @@ class Request:
         parts: list[str | ImageRef] = []
         for piece, image in zip(pieces, problem.images, strict=False):
             parts += [piece, image]
-        parts.append(pieces[-1] + problem.asked.removeprefix(problem.question))
+        parts.append(pieces[-1] + problem.question_with_choices.removeprefix(problem.question))
         user = Message(role="user", parts=tuple(part for part in parts if part != ""))
         head = (Message(role="system", parts=(system,)),) if system else ()
         return cls(id=problem.id, messages=(*head, user), index=index, turn=turn)
@@ -241,6 +244,10 @@ class Request:
     def key(self) -> SampleKey:
         """What tells this request from all others of a run."""
         return self.id, self.index, self.turn
+
+    def sample(self, **values: Any) -> "Sample":
+        """Make this request's sample; `values` are its further fields."""
+        return Sample(id=self.id, index=self.index, turn=self.turn, **values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """Draws charts as inline SVG whose colours are CSS variables, so that one picture suits light and dark.
 
-matplotlib draws with stand-in colours; each is then replaced by the variable that the page's
-style sheet defines, and text by the page's own font.
+matplotlib draws with placeholder colours; each is replaced by the variable that the page's style sheet
+defines, and the font by the page's own.
 """
 
 import io

@@ -14,31 +14,26 @@ from rlcs.errors import RunFolderError
 from rlcs.evals.intervals import mcnemar, newcombe, paired_interval
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.report import charts, findings
-from rlcs.report.findings import ArmResult
+from rlcs.report.findings import ArmResult, Difference
 from rlcs.report.load_run import Run, read_runs, read_text
 from rlcs.report.pages import templates, write_page
+from rlcs.train.health import LAST_STEPS
 
 _METRICS = ("reward", "accuracy", "response_tokens", "kl", "entropy")
 _COLOURS = ("grpo", "sft_grpo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gap:
+class Gap(Difference):
     """One arm in both runs: second minus first, as shares, with a 95% interval.
 
-    `shared` problems were answered by both (0: the interval is of two independent shares); `gained` are
-    right in the second run alone, `lost` in the first alone, `p` is McNemar's exact test (one seed each).
+    `shared` problems were answered by both (0: the interval is of two independent shares); `p` is McNemar's
+    exact test (one seed each).
     """
 
-    arm: str
     first: float
     second: float
-    points: float
-    low: float
-    high: float
     shared: int
-    gained: int
-    lost: int
     p: float | None
 
 
@@ -137,7 +132,7 @@ def _ends(runs: Sequence[Run]) -> dict[str, float]:
     for run in runs:
         for stage, rows in run.curves.items():
             for key in ("loss",) if stage == "sft" else _METRICS:
-                last = [value for _, value in findings.series(rows[-findings.LAST_STEPS :], key)]
+                last = [value for _, value in findings.series(rows[-LAST_STEPS:], key)]
                 if last:
                     found.setdefault(f"{ARMS[stage].stage} {key}", []).append(fmean(last))
     return {key: fmean(values) for key, values in found.items()}

@@ -15,7 +15,7 @@ _LENGTHS = (100, 200, 400, 800, 1600, 3200, 6400)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
+class TeacherAnswer:
     """One answer of the teacher: kept where `why` is empty."""
 
     id: str
@@ -26,7 +26,7 @@ class Sample:
     images: tuple[str, ...]
 
 
-def samples(folder: Path, count: int) -> list[Sample]:
+def samples(folder: Path, count: int) -> list[TeacherAnswer]:
     """Up to `count` answers, kept and rejected in turn, chosen by a hash and not by hand."""
     problems = {text(row, "id"): row for row in read_rows(folder / "problems.jsonl")}
     kept = _few(read_rows(folder / "kept.jsonl"), count)
@@ -37,7 +37,7 @@ def samples(folder: Path, count: int) -> list[Sample]:
         images = problem.get("images")
         names = [str(name) for name in images[:2]] if isinstance(images, list) else []
         found.append(
-            Sample(
+            TeacherAnswer(
                 id=text(row, "id"),
                 question=text(problem, "question"),
                 answer=text(problem, "answer"),

@@ -16,10 +16,7 @@ from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.reading import parse
 from rlcs.records import GradedSample, Problem, StopReason
 from rlcs.report.load_run import Row, Run, by_reward, kept_images, number, part
-from rlcs.train.health import SIGNS, Sign
-
-LAST_STEPS = 10
-"""Steps at the end of a stage whose mean says how it is doing."""
+from rlcs.train.health import LAST_STEPS, SIGNS, Sign
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +43,11 @@ class ArmResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """Two-stage minus another arm on the same problems; `gained` are right only with both stages."""
+    """An arm against another one, or against itself in another run, on the same problems.
+
+    `points` is the difference of the shares of right answers, with its interval; `gained` problems are right
+    here alone, `lost` ones there alone.
+    """
 
     arm: str
     points: float
@@ -178,7 +179,7 @@ def skipped_steps(runs: Sequence[Run]) -> list[str]:
 def gallery(run: Run, count: int) -> list[Gallery]:
     """`count` problems: half where the arms disagree, the rest all wrong and all right.
 
-    The order within a kind is by a hash of the id: the same every time, and nobody's choice. A run
+    The order within a kind is by a hash of the id, so that no problem is chosen by hand. A run
     keeps the images of its first problems only: where those are enough, no other is shown.
     """
     kinds: dict[str, list[Problem]] = {

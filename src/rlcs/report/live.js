@@ -35,7 +35,7 @@ function replace(fresh) {
 }
 
 async function look() {
-  let told = "live";
+  let state = "live";
   try {
     const latest = await (await fetch("stamp")).text();
     if (latest !== stamp) {
@@ -44,10 +44,10 @@ async function look() {
       replace(new DOMParser().parseFromString(await page.text(), "text/html"));
     }
   } catch (error) {
-    told = "no answer: is `rlcs report --live` still running?";
+    state = "no answer: is `rlcs report --live` still running?";
   }
   const pulse = document.getElementById("pulse");
-  if (pulse && pulse.textContent !== told) pulse.textContent = told;
+  if (pulse && pulse.textContent !== state) pulse.textContent = state;
   setTimeout(look, SECONDS * 1000);
 }
 look();

@@ -20,7 +20,6 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.loading import list_recipes, load_recipe
-from rlcs.recipe.schema import Images
 from rlcs.records import Demonstration, Prompt
 from rlcs.report.pages import templates, write_page
 from rlcs.train.sft import tree_of
@@ -92,9 +91,7 @@ def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0) -> View:
         prompt, ids, weights = tree.prompt, tree.branches[0].ids, tree.branches[0].weights
     patch = vlm.processor.image_processor.patch_size
     images = [
-        open_image(ref, limit=Images().decode_limit).resize(
-            (width * patch, height * patch), Image.Resampling.BICUBIC
-        )
+        open_image(ref).resize((width * patch, height * patch), Image.Resampling.BICUBIC)
         for ref, (_, height, width) in zip(prompt.images, prompt.grids, strict=True)
     ]
     return View(
@@ -175,7 +172,7 @@ def _grid_uri(image: Image.Image, cell: int) -> str:
     large = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(large)
     for x in range(0, large.width, cell * zoom):
-        pen.line([(x, 0), (x, large.height)], fill=(128, 128, 128))
+        pen.line([(x, 0), (x, large.height)], fill=(128, 128, 128), width=2)
     for y in range(0, large.height, cell * zoom):
-        pen.line([(0, y), (large.width, y)], fill=(128, 128, 128))
+        pen.line([(0, y), (large.width, y)], fill=(128, 128, 128), width=2)
     return data_uri(encode(large))

@@ -46,7 +46,7 @@ class SessionSampler:
                         prompt = self.session.chat.conversation(request.messages, name=request.id)
                         under_way.append((request, self.session.start(prompt, self.settings)))
                     except DataError as error:
-                        yield Sample(id=request.id, index=request.index, turn=request.turn, error=str(error))
+                        yield request.sample(error=str(error))
                 if not under_way:
                     return
                 yield _sample(*under_way.popleft())
@@ -57,10 +57,7 @@ class SessionSampler:
 
 def _sample(request: Request, stream: Stream) -> Sample:
     answer = stream.answer
-    return Sample(
-        id=request.id,
-        index=request.index,
-        turn=request.turn,
+    return request.sample(
         text=answer.text,
         stop=StopReason.LENGTH if answer.stop == "length" else StopReason.EOS,
         prompt_tokens=answer.prompt_tokens,

@@ -29,8 +29,8 @@ _EXAMPLES = 6
 _VLLM_SHARE = 0.9  # of a GPU's memory, for all models on the page
 
 
-class Talker(Protocol):
-    """Whoever answers on the page."""
+class ChatModel(Protocol):
+    """A model that answers on the page, wherever it runs."""
 
     name: str
 
@@ -41,7 +41,7 @@ class Talker(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exchange:
-    """A question with its images, and every talker's answer; `seconds` is None while they speak."""
+    """A question with its images, and every model's answer; `seconds` is None until all are complete."""
 
     text: str
     images: tuple[Path, ...]
@@ -49,27 +49,27 @@ class Exchange:
     seconds: float | None = None
 
     def turns(self, place: int) -> list[Turn]:
-        """It as turns of the conversation with one talker; who said nothing was never asked."""
-        asked = {"role": "user", "content": [*self.images, *([self.text] if self.text.strip() else [])]}
-        said = {"role": "assistant", "content": [self.answers[place]]}
-        return [asked, said] if self.answers[place] else [asked]
+        """The turns of the conversation with one model: the question alone where it gave no answer."""
+        question = {"role": "user", "content": [*self.images, *([self.text] if self.text.strip() else [])]}
+        answer = {"role": "assistant", "content": [self.answers[place]]}
+        return [question, answer] if self.answers[place] else [question]
 
 
 def replies(
-    talkers: Sequence[Talker], past: Sequence[Exchange], now: Exchange, settings: Settings, system: str
+    models: Sequence[ChatModel], past: Sequence[Exchange], now: Exchange, settings: Settings, system: str
 ) -> Generator[tuple[str, ...]]:
-    """Every talker's answer so far, each time that it has grown. Closing the iterator stops them all."""
+    """Every model's answer so far, each time that it has grown. Closing the iterator stops them all."""
     first = [{"role": "system", "content": [system]}] if system.strip() else []
     streams: list[Any] = []
     try:
-        for place, talker in enumerate(talkers):
+        for place, model in enumerate(models):
             before = [turn for each in past if each.answers[place] for turn in each.turns(place)]
-            streams.append(talker.stream([*first, *before, *now.turns(place)], settings))
-        texts, told = ("",) * len(talkers), 0.0
+            streams.append(model.stream([*first, *before, *now.turns(place)], settings))
+        texts, updated = ("",) * len(models), 0.0
         for pieces in zip_longest(*streams, fillvalue=""):
             texts = tuple(text + piece for text, piece in zip(texts, pieces, strict=True))
-            if time.monotonic() - told > _SECONDS_BETWEEN_UPDATES:
-                told = time.monotonic()
+            if time.monotonic() - updated > _SECONDS_BETWEEN_UPDATES:
+                updated = time.monotonic()
                 yield texts
         yield texts
     finally:
@@ -78,7 +78,7 @@ def replies(
 
 
 def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
-    """An exchange with one talker as messages of the page: the question, the reasoning folded, the answer.
+    """An exchange with one model as messages of the page: the question, the reasoning folded, the answer.
 
     Images carry alternative texts.
     """
@@ -95,17 +95,17 @@ def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
         for number, path in enumerate(exchange.images, start=1)
     ]
     contents += [exchange.text] if exchange.text.strip() else []
-    asked = [{"role": "user", "content": content} for content in contents]
+    question = [{"role": "user", "content": content} for content in contents]
     text = exchange.answers[place]
     if exchange.seconds is None:
         thought: dict[str, Any] = {"title": "Reasoning", "status": "pending"}
-        return [*asked, {"role": "assistant", "content": text, "metadata": thought}]
+        return [*question, {"role": "assistant", "content": text, "metadata": thought}]
     reasoning, final = parts_of(text)
-    said = {"role": "assistant", "content": final}
+    conclusion = {"role": "assistant", "content": final}
     if not reasoning:
-        return [*asked, said]
+        return [*question, conclusion]
     thought = {"title": "Reasoning", "status": "done", "duration": round(exchange.seconds, 1)}
-    return [*asked, {"role": "assistant", "content": reasoning, "metadata": thought}, said]
+    return [*question, {"role": "assistant", "content": reasoning, "metadata": thought}, conclusion]
 
 
 def parts_of(text: str) -> tuple[str, str]:
@@ -141,7 +141,7 @@ class Talk:
         self.now, self.began = exchange, time.monotonic()
 
     def settle(self) -> None:
-        """End the exchange under way: what was said is kept."""
+        """End the exchange under way: the text so far is kept."""
         if self.now is not None:
             self.past += (replace(self.now, seconds=time.monotonic() - self.began),)
             self.now = None
@@ -152,31 +152,31 @@ class Talk:
 
 
 def take(talk: Talk, sent: Mapping[str, Any], count: int) -> None:
-    """Take up what a visitor sent, for `count` talkers to answer. Raises gr.Error: then nothing changed."""
+    """Take up what a visitor sent, for `count` models to answer. Raises gr.Error: then nothing changed."""
     import gradio as gr
 
     text, images = sent["text"], tuple(map(Path, sent["files"]))
-    told: dict[str, Any] = {"duration": 5, "print_exception": False}
+    options: dict[str, Any] = {"duration": 5, "print_exception": False}
     if talk.now is not None:
-        raise gr.Error("Wait for the answer, or press Stop.", **told)
+        raise gr.Error("Wait for the answer, or press Stop.", **options)
     if not images and not text.strip():
-        raise gr.Error("Write a question, or drop an image.", **told)
+        raise gr.Error("Write a question, or drop an image.", **options)
     talk.begin(Exchange(text=text, images=images, answers=("",) * count))
 
 
 def answer(
-    talkers: Sequence[Talker], talk: Talk, settings: Settings, system: str
+    models: Sequence[ChatModel], talk: Talk, settings: Settings, system: str
 ) -> Iterator[tuple[Exchange, ...]]:
     """Answer what `talk` has taken up: its exchanges, each time that an answer has grown.
 
-    Ends early when the exchange was settled or forgotten meanwhile. However it ends, what was said is kept.
+    Ends early when the exchange was settled or forgotten meanwhile. However it ends, the text so far is kept.
     Raises RlcsError.
     """
     now = talk.now
     if now is None:
         return
     try:
-        with closing(replies(talkers, talk.past, now, settings, system)) as growing:
+        with closing(replies(models, talk.past, now, settings, system)) as growing:
             for texts in growing:
                 grown = replace(now, answers=texts)
                 if talk.now is not now:
@@ -197,7 +197,7 @@ def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
     ):
         path = folder / f"puzzle-{number}.png"
         path.write_bytes(problem.images[0].data or b"")
-        found.append([{"text": problem.asked, "files": [str(path)]}])
+        found.append([{"text": problem.question_with_choices, "files": [str(path)]}])
     return found
 
 
@@ -217,19 +217,21 @@ _LATEX = [
 ]
 
 
-def connect(talkers: Sequence[Talker], displays: Sequence[Any], box: Any, sampling: Any, afresh: Any) -> None:
+def connect(
+    models: Sequence[ChatModel], displays: Sequence[Any], box: Any, sampling: Any, afresh: Any
+) -> None:
     """Let the parts of a page work together: inside its `with`."""
     import gradio as gr
 
     def send(talk: Talk, sent: Mapping[str, Any]) -> None:
-        take(talk, sent, len(talkers))  # the box is emptied now: the next question may be typed meanwhile
+        take(talk, sent, len(models))  # the box is emptied now: the next question may be typed meanwhile
 
     def converse(
         talk: Talk, system: str | None, temperature: float, top_p: float, longest: float
     ) -> Iterator[dict[Any, Any]]:
         try:
             settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
-            for exchanges in answer(talkers, talk, settings, system or ""):
+            for exchanges in answer(models, talk, settings, system or ""):
                 yield views(exchanges)
         except RlcsError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
@@ -258,7 +260,7 @@ def connect(talkers: Sequence[Talker], displays: Sequence[Any], box: Any, sampli
     gr.on([afresh.click, *(display.clear for display in displays)], forget, talk, displays, queue=False)
 
 
-def build(talkers: Sequence[Talker], folder: Path) -> Any:
+def build(models: Sequence[ChatModel], folder: Path) -> Any:
     """The page as a Gradio app; `folder` takes the examples' images."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio as gr
@@ -268,14 +270,14 @@ def build(talkers: Sequence[Talker], folder: Path) -> Any:
         with gr.Row():
             displays = [
                 gr.Chatbot(
-                    label=label(talker.name),
+                    label=label(model.name),
                     height="55vh",
                     elem_classes="conversation",
                     latex_delimiters=_LATEX,
                     buttons=["copy"],
                     min_width=300,
                 )
-                for talker in talkers
+                for model in models
             ]
         box = gr.MultimodalTextbox(
             label="Question",
@@ -298,7 +300,7 @@ def build(talkers: Sequence[Talker], folder: Path) -> Any:
             )
         # Not `autofocus`: it takes the focus back whenever the box is emptied, in the middle of other typing.
         page.load(None, js="() => document.querySelector('#question textarea').focus()")
-        connect(talkers, displays, box, [system, temperature, top_p, longest], afresh)
+        connect(models, displays, box, [system, temperature, top_p, longest], afresh)
     page.queue(default_concurrency_limit=8)
     return page
 
@@ -327,16 +329,16 @@ def launch(page: Any, *, host: str, port: int, wait: bool) -> Any:
 
 
 @contextmanager
-def talkers(
+def open_models(
     names: Sequence[str], *, program: str | None, url: str | None, key_env: str
-) -> Iterator[list[Talker]]:
+) -> Iterator[list[ChatModel]]:
     """Models to talk to: names on the server at `url`, or servers, or models that vLLM or we load.
 
     Without names: the first that the server has, or the built-in one. Raises EndpointError, ModelError.
     """
     names = names or ["" if url else "builtin"]
     share = _VLLM_SHARE / len(names) if len(names) > 1 else None
-    found: list[Talker] = []
+    found: list[ChatModel] = []
     with ExitStack() as stack:
         for name in names:
             if url or name.startswith(("http://", "https://")):
@@ -350,9 +352,9 @@ def talkers(
         yield found
 
 
-def open_page(talkers: Sequence[Talker], *, host: str, port: int) -> None:
-    """Serve the page of some talkers until Ctrl-C. Raises UserError when the port is taken."""
+def open_page(models: Sequence[ChatModel], *, host: str, port: int) -> None:
+    """Serve the page of these models until Ctrl-C. Raises UserError when the port is taken."""
     with tempfile.TemporaryDirectory() as folder:
-        page = build(talkers, Path(folder))
+        page = build(models, Path(folder))
         sys.stdout.write(f"the page is at http://{host}:{port} (Ctrl-C ends it)\n")
         launch(page, host=host, port=port, wait=True)

@@ -44,7 +44,7 @@ class RemoteStream(Iterator[str]):
     def __next__(self) -> str:
         """The next piece that is not empty. Raises EndpointError."""
         while True:
-            with _told(self._server):
+            with _as_endpoint_error(self._server):
                 chunk = next(self._chunks)
             delta = chunk.choices[0].delta if chunk.choices else None
             thought = getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None) or ""
@@ -57,7 +57,7 @@ class RemoteStream(Iterator[str]):
                 return f"{thought}{text}"
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._chunks.close()
 
 
@@ -72,7 +72,7 @@ class RemoteSession:
         key = key or os.environ.get(server.key_env) or "none"
         limits = openai.Timeout(server.request_timeout_s, connect=CONNECT_S)
         self._client = openai.OpenAI(base_url=server.base_url, api_key=key, timeout=limits, max_retries=0)
-        with _told(server):
+        with _as_endpoint_error(server):
             known = [each.id for each in self._client.models.list()]
         self.name = server.model or next(iter(known), "")
         self._server = server.model_copy(update={"model": self.name})
@@ -83,10 +83,10 @@ class RemoteSession:
     def stream(self, messages: Sequence[Message | Mapping[str, Any]], settings: Settings) -> RemoteStream:
         """Answer a conversation, piece by piece: see `Session.stream`. Raises EndpointError, DataError."""
         turns = [as_message(message, limit=DECODE_LIMIT) for message in messages]
-        asked: list[Any] = [{"role": turn.role, "content": content(turn)} for turn in turns]
-        with _told(self._server):
+        given: list[Any] = [{"role": turn.role, "content": content(turn)} for turn in turns]
+        with _as_endpoint_error(self._server):
             chunks = self._client.chat.completions.create(
-                model=self.name, messages=asked, temperature=settings.temperature, top_p=settings.top_p,
+                model=self.name, messages=given, temperature=settings.temperature, top_p=settings.top_p,
                 max_tokens=settings.max_new_tokens, stream=True,
                 seed=openai.omit if settings.seed is None else settings.seed,
             )  # fmt: skip
@@ -94,8 +94,8 @@ class RemoteSession:
 
 
 @contextmanager
-def _told(server: Endpoint) -> Iterator[None]:
-    """What goes wrong with a server, as EndpointError."""
+def _as_endpoint_error(server: Endpoint) -> Iterator[None]:
+    """Raise what goes wrong with a server as EndpointError."""
     try:
         yield
     except openai.APIStatusError as error:

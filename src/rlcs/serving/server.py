@@ -1,7 +1,7 @@
 """An OpenAI-compatible server over the local engine.
 
-Every request has a place (or is told to come back), a deadline and bounded sizes; who goes away
-takes the request along. Prompts are built in one thread, the model runs in another.
+Every request has a place (or is refused with 429), a deadline and bounded sizes; it is cancelled when its
+client goes away. Prompts are built in one thread, the model runs in another.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ _GONE = 499  # what nginx calls a client that closed the connection
 
 
 class Metrics:
-    """Counts of what has been asked so far, as Prometheus reads them."""
+    """Counts of requests and tokens so far, as Prometheus reads them."""
 
     def __init__(self) -> None:
         """Every server counts for itself."""
@@ -65,7 +65,7 @@ class Metrics:
 
 @dataclass(kw_only=True)
 class Service:
-    """A session, what may be asked of it, and what has been asked so far."""
+    """A session, the limits of requests to it, and the requests so far."""
 
     session: Session
     name: str
@@ -224,7 +224,7 @@ class _Reply:
             await (await self._whole())(request.scope, request.receive, send)
 
     async def _counted(self) -> AsyncIterator[tuple[Token, Json | None]]:
-        """Tokens with their `logprobs`, if those are asked for."""
+        """Tokens with their `logprobs`, if those are requested."""
         chat = self._service.session.chat
         async for token in self._tokens:
             self._completion += 1

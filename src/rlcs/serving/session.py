@@ -30,7 +30,7 @@ CACHE_TOKENS = 1 << 18
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What the model said: `text` whole, `answer` what stands in the box, `reasoning` what led there.
+    """An answer of the model: `text` whole, `answer` what stands in the box, `reasoning` what led there.
 
     `stop` is `stop` (the model, or a stop string, ended it) or `length` (cut at the limit).
     """
@@ -108,7 +108,7 @@ class Stream(Iterator[str]):
         """The request is under way at once."""
         self._started = time.perf_counter()
         self._events: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
-        self._prompt_tokens, self._tokens, self._text = len(prompt.ids), 0, ""
+        self._text = ""
         self._request = engine.submit(prompt, sampling, listener=self._events.put)
         self._answer: Answer | None = None
 
@@ -120,7 +120,6 @@ class Stream(Iterator[str]):
                 self.close()
                 fix = "ask fewer at once, or with a smaller limit, if memory ran out"
                 raise RlcsError(f"the model failed: {type(event).__name__}: {event}", fix=fix) from event
-            self._tokens += 1
             self._text += event.text
             if event.stop is not None:
                 self._answer = self._finished(event.stop)
@@ -134,8 +133,8 @@ class Stream(Iterator[str]):
             text=self._text,
             answer=answer,
             reasoning=reasoning,
-            tokens=self._tokens,
-            prompt_tokens=self._prompt_tokens,
+            tokens=len(self._request.rows[0].ids),
+            prompt_tokens=len(self._request.prompt.ids),
             stop="length" if stop is StopReason.LENGTH else "stop",
             seconds=time.perf_counter() - self._started,
         )

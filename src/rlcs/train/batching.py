@@ -49,7 +49,9 @@ def shared(
 def guessed_tokens(problem: Problem, response: str = "") -> int:
     """About how many tokens a problem with a response has, without opening its images."""
     pixels = sum(image.width * image.height for image in problem.images)
-    return pixels // PIXELS_A_TOKEN + len((problem.asked + response).encode()) // BYTES_A_TOKEN
+    return (
+        pixels // PIXELS_A_TOKEN + len((problem.question_with_choices + response).encode()) // BYTES_A_TOKEN
+    )
 
 
 def own_packs(trees: Sequence[Tree], chat: Chat, *, budget: int, world: World) -> list[Pack]:

@@ -24,6 +24,8 @@ class Sign:
         return f"{self.form.format(value)}, more than {self.form.format(limit)}"
 
 
+LAST_STEPS = 10
+"""Steps at the end of a stage whose mean is compared with the limits."""
 READ_ROLLOUTS = "read some: rlcs report RUN --live"
 HOLD_POLICY = "grpo.kl.kind=k3 grpo.kl.coefficient=0.01"
 """Parts of several fixes: look at rollouts; keep the policy near its start."""

@@ -6,11 +6,10 @@ while, or a prompt fails again and again, does the run stop.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import httpx
 from rlcs.engines.vllm.protocol import PromptRequest, Take
 from rlcs.engines.vllm.server import DownError, Launch, RetryableError, Server
 from rlcs.engines.vllm.weights import Weights
-from rlcs.errors import RlcsError, TrainingError
+from rlcs.errors import TrainingError
 from rlcs.recipe.sampling import Rollouts
 
 log = logging.getLogger("rlcs")
@@ -28,7 +27,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
 
 class _Work:
-    """The requests of one round: which wait, how often each was tried, and why the round ends early."""
+    """The requests of one round: which wait, how often each was tried, how many have no answer yet."""
 
     def __init__(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
         self.requests, self.weights, self.take = requests, weights, take
@@ -37,19 +36,14 @@ class _Work:
             self.queue.put_nowait(place)
         self.tries: Counter[int] = Counter()
         self.left = len(requests)
-        self.ended = asyncio.Event()
-        self.failure: RlcsError | None = None
+        self.finished = asyncio.Event()
         self.last_sign = time.monotonic()
-
-    def fail(self, error: RlcsError) -> None:
-        self.failure = self.failure or error
-        self.ended.set()
 
     def done(self) -> None:
         self.last_sign = time.monotonic()
         self.left -= 1
         if not self.left:
-            self.ended.set()
+            self.finished.set()
 
 
 class Fleet:
@@ -76,41 +70,34 @@ class Fleet:
         work = _Work(requests, weights, take)
         # No proxy stands between a trainer and its servers.
         async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
-            await asyncio.gather(*(self._serve(server, client, work) for server in self._servers))
-        if work.failure is not None:
-            raise work.failure
+            serving = (self._serve(server, client, work) for server in self._servers)
+            await _until_first([work.finished.wait(), *serving])
 
     async def _serve(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
-        """Keep one server busy until the round ends, bringing it back whenever it fails."""
+        """Keep one server busy, bringing it back whenever it fails, without an end. Raises RlcsError."""
         wait = _FIRST_WAIT_S
-        while not work.ended.is_set():
+        while True:
             try:
-                await _unless_ended(work, [server.up(client, work.weights)])
+                await server.up(client, work.weights)
                 # A server whose engine dies now never answers, which a limit on loading would find out late.
                 loading = server.load_weights(client, work.weights)
-                await _unless_ended(work, [self._watch(server, client, work), loading])
+                await _until_first([self._watch(server, client, work), loading])
                 work.last_sign, wait = time.monotonic(), _FIRST_WAIT_S
                 senders = [self._answer_all(server, client, work) for _ in range(self._settings.concurrency)]
-                await _unless_ended(work, [self._watch(server, client, work), *senders])
-            except RlcsError as error:
-                work.fail(error)
+                await _until_first([self._watch(server, client, work), *senders])
             except DownError as down:
                 log.warning("%s: %s; trying again", server.name, down)
                 if down.needs_restart:
                     server.restart()
-                self._require_sign(server, down, work)
-                await _pause(work, wait)
+                limit = self._settings.dead_limit_s
+                if time.monotonic() - work.last_sign > limit:
+                    raise TrainingError(
+                        f"no vLLM server was well for {limit:g} s; last: {down}",
+                        where=server.name,
+                        fix="see its log; the same command continues from the last checkpoint",
+                    ) from down
+                await asyncio.sleep(wait)
                 wait = min(2 * wait, _LONGEST_WAIT_S)
-
-    def _require_sign(self, server: Server, down: DownError, work: _Work) -> None:
-        limit = self._settings.dead_limit_s
-        if time.monotonic() - work.last_sign > limit:
-            error = TrainingError(
-                f"no vLLM server was well for {limit:g} s; last: {down}",
-                where=server.name,
-                fix="see its log; the same command continues from the last checkpoint",
-            )
-            work.fail(error)
 
     async def _watch(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
         """Find out that a server hangs long before its requests time out."""
@@ -144,18 +131,14 @@ class Fleet:
                     work.queue.put_nowait(place)
 
 
-async def _unless_ended(work: _Work, jobs: Sequence[Any]) -> None:
-    """Run all jobs until one ends, fails, or the round ends; then cancel the others. Raises what failed."""
+async def _until_first(jobs: Sequence[Coroutine[Any, Any, object]]) -> None:
+    """Run all jobs until one ends or fails; then cancel the others. Raises what failed."""
     tasks = [asyncio.ensure_future(job) for job in jobs]
-    ended = asyncio.ensure_future(work.ended.wait())
-    done, _ = await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
-    for task in (*tasks, ended):
-        task.cancel()
-    await asyncio.gather(*tasks, ended, return_exceptions=True)
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
-
-
-async def _pause(work: _Work, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(work.ended.wait(), seconds)

@@ -10,7 +10,7 @@ A vLLM in this process takes these objects as they are; for a server they have a
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rlcs.data.images import data_uri, encode, open_image
 from rlcs.engines.stop_reasons import stop_reason
@@ -24,7 +24,8 @@ BAN = -100.0
 """The lowest bias that vLLM takes: no id with it is ever drawn."""
 
 
-class Completion(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
     """One answer, in vLLM's words."""
 
     index: int
@@ -107,14 +108,14 @@ class PromptRequest:
         return tuple(
             Rollout(
                 problem_id=self.prompt.problem_id,
-                index=index,
-                ids=tuple(ids),
-                logprobs=tuple(min(0.0, logprob) for logprob in logprobs),
-                stop=stop_reason(finish_reason),
-                seed=self.seed + index,
+                index=each.index,
+                ids=tuple(each.ids),
+                logprobs=tuple(min(0.0, logprob) for logprob in each.logprobs),
+                stop=stop_reason(each.finish_reason),
+                seed=self.seed + each.index,
                 text="",
             )
-            for index, ids, logprobs, finish_reason in sorted(completions)
+            for each in sorted(completions, key=lambda each: each.index)
         )
 
     def rollouts_from(self, reply: Mapping[str, Any]) -> tuple[Rollout, ...] | None:

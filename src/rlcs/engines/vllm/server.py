@@ -1,8 +1,8 @@
-"""One vLLM server: how it is started, asked, given weights, and found dead.
+"""One vLLM server: how it is started, sent requests, given new weights, and found dead.
 
 Used are vLLM's token-in-token-out endpoint (`/inference/v1/generate`) and, from its development mode,
 pausing, reloading weights from a folder, and naming their version, which every answer then carries. Adapters
-are loaded under their version's name, and asked for by it.
+are loaded under their version's name, which requests then carry.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def adapter_arguments(rank: int) -> dict[str, Any]:
-    """What vLLM needs for adapters of this rank: the smallest room for them that it can make."""
+    """What vLLM needs for adapters of this rank: the lowest limit on the rank that it knows and that fits."""
     return {"enable_lora": True, "max_lora_rank": next(room for room in ADAPTER_RANKS if room >= rank)}
 
 
@@ -82,7 +82,7 @@ def context_length(sampler: EngineSettings, own: int) -> int | None:
 
 
 class DownError(Exception):
-    """The server does not do what it should; that may pass. `needs_restart`: a restart is what it needs."""
+    """The server does not do what it should, which may pass; `needs_restart`: after a restart."""
 
     def __init__(self, why: str, *, needs_restart: bool = True) -> None:
         """`why` goes to the log."""
@@ -177,13 +177,13 @@ class Process:
 
     @property
     def last_errors(self) -> str:
-        """What its part of the log calls errors, first to last, or else how it ends."""
+        """The last errors in its part of the log, or else the last lines."""
         lines = self._log.read_bytes()[self._log_start :].decode("utf-8", "replace").splitlines()
         errors = [line[:_LONGEST_LINE] for line in lines if re.search(r"\b[A-Z]\w*Error: ", line)]
         return "\n".join(errors[-_LAST_LINES:] or lines[-_LAST_LINES:])
 
     def end(self, *, at_once: bool) -> None:
-        """Make an end of it and of its children."""
+        """End it and its children."""
         if not at_once and self.runs:
             self._popen.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -194,7 +194,7 @@ class Process:
 
 
 def _dying_with_parent() -> Callable[[], None] | None:
-    """What the child does before it becomes vLLM: ask Linux for a SIGTERM when we are gone."""
+    """Run in the child before it becomes vLLM: Linux then sends it a SIGTERM when this process has ended."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
@@ -202,10 +202,10 @@ def _dying_with_parent() -> Callable[[], None] | None:
 
 
 class Server:
-    """A server, somebody's (`url`) or else ours."""
+    """A server: the one at `url`, or else one of our own."""
 
     def __init__(self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch) -> None:
-        """Nothing is started or asked yet. Somebody's must have the room that `launch` gives to ours."""
+        """Nothing is started yet. A server at `url` needs the context length that `launch` gives to ours."""
         self._settings, self._index = settings, index
         self._url, self._ours, self._launch = url.rstrip("/"), not url, launch
         self._log = logs / f"vllm-{index}.log"
@@ -214,7 +214,7 @@ class Server:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Its name in messages."""
         return f"vLLM server {self._index} ({self._url or 'not started'})"
 
     async def up(self, client: httpx.AsyncClient, weights: Weights) -> None:
@@ -261,7 +261,7 @@ class Server:
         try:
             response = await client.get(f"{self._url}/health", timeout=self._settings.health_limit_s)
         except httpx.TransportError as error:
-            raise DownError(f"no word of its health ({type(error).__name__})") from error
+            raise DownError(f"no reply about its health ({type(error).__name__})") from error
         if response.status_code != 200:
             raise DownError(f"it is not well: {response.status_code}")
 
@@ -278,27 +278,27 @@ class Server:
             raise EndpointError(
                 f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(flags(NEEDED))}"
             )
-        room, needed = served["max_model_len"], self._launch.max_tokens
-        if room < needed and not self._launch.fits_itself:
+        length, needed = served["max_model_len"], self._launch.max_tokens
+        if length < needed and not self._launch.fits_itself:
             longer = "take it out of rollout.arguments" if self._ours else f"start it with {needed}"
             raise EndpointError(
-                f"a prompt and its answer may have {needed:,} tokens, and its --max-model-len is {room:,}",
+                f"a prompt and its answer may have {needed:,} tokens, and its --max-model-len is {length:,}",
                 where=self.name,
                 fix=f"{longer}, or lower prompt.max_tokens",
             )
         if weights.base is not None:
-            self._require_room(info, read_json(weights.folder / "adapter_config.json")["r"])
+            self._require_adapters(info, read_json(weights.folder / "adapter_config.json")["r"])
 
-    def _require_room(self, info: Mapping[str, Any], rank: int) -> None:
+    def _require_adapters(self, info: Mapping[str, Any], rank: int) -> None:
         """Raises EndpointError unless the server takes adapters of this rank while it runs."""
-        room = (info["vllm_config"]["lora_config"] or {"max_lora_rank": 0})["max_lora_rank"]
-        if room < rank or not info["vllm_env"][ADAPTER_SWITCH]:
+        highest = (info["vllm_config"]["lora_config"] or {"max_lora_rank": 0})["max_lora_rank"]
+        if highest < rank or not info["vllm_env"][ADAPTER_SWITCH]:
             words = f"{ADAPTER_SWITCH}=1 in its environment and {' '.join(flags(adapter_arguments(rank)))}"
             fix = f"start it with {words}, or set rollout.lora=merged"
             raise EndpointError(f"it takes no adapters of rank {rank}", where=self.name, fix=fix)
 
     async def _load(self, client: httpx.AsyncClient, weights: Weights, has: str) -> None:
-        """Pausing also drops every cache that holds something of older weights."""
+        """Load weights while paused, which also drops every cache that holds something of older weights."""
         model, self._paused = weights.model, True
         await self._call(client, "POST", "/pause", params={"mode": "abort"})
         if model_of(has) != model.version:
@@ -312,11 +312,11 @@ class Server:
         self._paused = False
 
     async def _name(self, client: httpx.AsyncClient, weights: Weights) -> None:
-        """Say what every answer from now on is by."""
+        """Name the weights; every answer from now on carries the name."""
         await self._call(client, "POST", "/update_weight_version", json={"new_version": weights.version})
 
     async def _load_adapter(self, client: httpx.AsyncClient, weights: Weights) -> None:
-        """In place of all others: their folders are gone. vLLM keeps apart what it caches by their names."""
+        """Load an adapter in place of all others, whose folders are gone. vLLM caches under each name."""
         for card in (await self._call(client, "GET", "/v1/models")).json()["data"]:
             if card["parent"] is not None:
                 await self._call(client, "POST", "/v1/unload_lora_adapter", json={"lora_name": card["id"]})
@@ -375,7 +375,7 @@ class Server:
         return rollouts
 
     def restart(self) -> None:
-        """End a process of ours that does not do what it should; the next `ready` starts it anew."""
+        """End a process of ours that does not do what it should; the next `up` starts it anew."""
         if self._process is not None:
             self._process.end(at_once=True)
             self._process = None

@@ -1,4 +1,4 @@
-"""New weights on their way to an engine: one folder a version, which appears whole or not at all.
+"""New weights for vLLM: one folder a version, which appears whole or not at all.
 
 A version is a model, or adapters on top of a model that was published once: 100 MB a step instead of 15 GB.
 """
@@ -22,7 +22,7 @@ from rlcs.storage import open_to_readers, read_json, write_json
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_WORDS = "embed_tokens.weight"
+_EMBEDDING = "embed_tokens.weight"
 _HEAD = "lm_head.safetensors"
 
 
@@ -79,7 +79,7 @@ class WeightsFolder:
         return self.newest
 
     def remove(self) -> None:
-        """Take the versions away again; nobody reads them any more."""
+        """Remove all versions, when vLLM has ended."""
         if self._writes:
             shutil.rmtree(self._path, ignore_errors=True)
 
@@ -111,17 +111,17 @@ class WeightsFolder:
 
 
 class Unchanged(WeightsFolder):
-    """A model that nobody trains: vLLM is started with it and keeps it, so nothing is written."""
+    """A model that does not train: vLLM is started with it and keeps it, so nothing is written."""
 
     def __init__(self, name: str) -> None:
         """A folder or hub id. vLLM calls the weights that it was started with `default`."""
         self._weights = self.newest = Weights(version="default", folder=Path(name))
 
     def remove(self) -> None:
-        """It is not ours."""
+        """Keep it: the folder belongs to the user."""
 
     def publish(self, vlm: Vlm) -> Weights:
-        """What vLLM has."""
+        """Return what vLLM was started with."""
         return self._weights
 
 
@@ -131,26 +131,28 @@ def _untie(vlm: Vlm, folder: Path) -> None:
     On a CPU vLLM 0.32 packs the head's weights into a copy, which reloading does not renew while they are
     tied: its answers would come from the old head.
     """
-    head, words = vlm.model.get_output_embeddings(), vlm.model.get_input_embeddings()
-    if head.weight is not words.weight:
+    head, embedding = vlm.model.get_output_embeddings(), vlm.model.get_input_embeddings()
+    if head.weight is not embedding.weight:
         return
     config = read_json(folder / "config.json")
     for part in (config, config.get("text_config", {})):
         part["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         content = read_json(index)
         places: dict[str, str] = content["weight_map"]
-        name = next(name for name in places if name.endswith(_WORDS))
+        name = next(name for name in places if name.endswith(_EMBEDDING))
         own = {"lm_head.weight": load_file(folder / places[name])[name].clone()}
         places["lm_head.weight"] = _HEAD
         write_json(index, content)
         save_file(own, folder / _HEAD)
     else:
-        tensors = load_file(whole)
-        tensors["lm_head.weight"] = next(t for name, t in tensors.items() if name.endswith(_WORDS)).clone()
-        save_file(tensors, whole, metadata={"format": "pt"})
+        tensors = load_file(single)
+        tensors["lm_head.weight"] = next(
+            t for name, t in tensors.items() if name.endswith(_EMBEDDING)
+        ).clone()
+        save_file(tensors, single, metadata={"format": "pt"})
 
 
 def _is_version(path: Path) -> bool:

@@ -6,6 +6,7 @@ another.
 
 import importlib
 import pkgutil
+from dataclasses import replace
 
 from rlcs.data.sources import suggest
 from rlcs.errors import UserError
@@ -18,7 +19,7 @@ def list_benchmarks() -> dict[str, Benchmark]:
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         if isinstance(benchmark := getattr(module, "BENCHMARK", None), Benchmark):
-            found[benchmark.name] = benchmark
+            found[info.name] = replace(benchmark, name=info.name)
     return found
 
 

@@ -55,7 +55,7 @@ class Question:
         """How many options there are; 0 for a free answer."""
         return len(self.choices) or self.num_unlisted
 
-    def asked(self, style: Style, images: tuple[ImageRef, ...]) -> Problem:
+    def problem(self, style: Style, images: tuple[ImageRef, ...]) -> Problem:
         """The problem as the model sees it: the options stand in its text already."""
         text = self.plain if style == "paper" else self.official
         return Problem(id=self.id, source="benchmark", question=text, answer=self.answer, images=images)
@@ -78,10 +78,9 @@ class Benchmark:
 
     `splits` holds the number of questions of each split as published, the default split first.
     `official_rule` names the rule of `rlcs.grading` that scores as the official script does, if there
-    is one. `metrics` adds numbers beyond accuracy by facet.
+    is one. `metrics` adds numbers beyond accuracy by facet. `name` is that of its module.
     """
 
-    name: str
     title: str
     hub_id: str
     splits: Mapping[str, int]
@@ -89,11 +88,7 @@ class Benchmark:
     config: str | None = None
     official_rule: str | None = None
     metrics: Callable[[Verdicts], dict[str, float | None]] | None = None
-
-
-def lettered(options: Sequence[str]) -> str:
-    """`(A) ...` lines."""
-    return "\n".join(f"({chr(65 + index)}) {option}" for index, option in enumerate(options))
+    name: str = ""
 
 
 def picture_of(row: Row, *columns: str) -> object:

@@ -31,7 +31,6 @@ def read(row: Row) -> Question:
 
 
 BENCHMARK = Benchmark(
-    name="geometry3k",
     title="Geometry3K",
     hub_id="hiyouga/geometry3k",
     splits={"test": 601, "validation": 300},

@@ -6,6 +6,7 @@ says how many questions it covers.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +53,25 @@ def load_benchmark(
         raise UserError(f"{benchmark.title} has no split {split!r}", where="--split", fix=fix)
     folder = None if data is None else _folder(benchmark, data)
     source, rows = _hub_rows(benchmark, split) if folder is None else _local_rows(benchmark, split, folder)
-    asked: list[tuple[Question, tuple[ImageRef, ...]]] = []
+    questions: list[tuple[Question, tuple[ImageRef, ...]]] = []
     missing: list[BadRow] = []
     seen: set[str] = set()
-    for number, (where, fields) in enumerate(rows):
-        if limit is not None and number >= limit:
-            break
-        question = _question(benchmark, fields, where)
+    for number, (where, fields) in enumerate(islice(rows, limit)):
+        question = _question(benchmark, {"id": number, **fields}, where)
         if question.id in seen:
             raise DataError(f"the id {question.id!r} comes twice", where=where, fix="take the official file")
         seen.add(question.id)
         try:
-            asked.append((question, _images(question, folder, decode_limit)))
+            questions.append((question, _images(question, folder, decode_limit)))
         except DataError as error:
             missing.append(BadRow(where=error.where or where, reason=error.what, id=question.id))
-    if not asked:
+    if not questions:
         what = f"none of {len(missing):,} questions has its image" if missing else "there are no questions"
         named = f", first {missing[0]}" if missing else ""
         fix = "put the benchmark's images beside its file, as its authors publish them"
         raise DataError(what + named, where=source, fix=fix)
     return Loaded(
-        benchmark=benchmark, split=split, source=source, questions=tuple(asked), missing=tuple(missing)
+        benchmark=benchmark, split=split, source=source, questions=tuple(questions), missing=tuple(missing)
     )
 
 
@@ -122,17 +121,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError("not a list or mapping of rows", where=str(path), fix="take the official file")
     for number, row in enumerate(rows):
-        yield f"{path}#{number}", {"id": number, **row}
+        yield f"{path}#{number}", row
 
 
 def _table_rows(sources: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
     for source in sources:
         for raw in open_table(str(source), Data(), "test").rows:
             if raw.reason:
                 raise DataError(raw.reason, where=raw.where, fix="copy or download the file again")
-            yield raw.where, {"id": number, **raw.fields}
-            number += 1
+            yield raw.where, dict(raw.fields)
 
 
 def _images(question: Question, folder: Path | None, limit: int) -> tuple[ImageRef, ...]:

@@ -46,7 +46,6 @@ def read(row: Row) -> Question:
 
 
 BENCHMARK = Benchmark(
-    name="mathverse",
     title="MathVerse",
     hub_id="AI4Math/MathVerse",
     config="testmini",

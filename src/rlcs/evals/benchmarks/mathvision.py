@@ -4,8 +4,8 @@ Prompt and files as in github.com/mathllm/MATH-V. All options of a question may 
 then they stand in the picture, and are not listed.
 """
 
-from rlcs.evals.benchmarks.base import Benchmark, Question, Row, facets, lettered, picture_of, text_of
-from rlcs.records import IMAGE_SLOT
+from rlcs.evals.benchmarks.base import Benchmark, Question, Row, facets, picture_of, text_of
+from rlcs.records import IMAGE_SLOT, lettered
 
 _ASK = (
     'Please solve the problem step by step and put your answer in one "\\boxed{}". If it is a multiple '
@@ -36,7 +36,6 @@ def read(row: Row) -> Question:
 
 
 BENCHMARK = Benchmark(
-    name="mathvision",
     title="MATH-Vision",
     hub_id="MathLLMs/MathVision",
     splits={"test": 3040, "testmini": 304},

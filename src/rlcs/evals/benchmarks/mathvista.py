@@ -4,7 +4,8 @@ The official words are those of `build_query.py` in github.com/lupantech/MathVis
 captions): a hint by answer type, the question with its unit, lettered choices.
 """
 
-from rlcs.evals.benchmarks.base import Benchmark, Question, Row, facets, lettered, picture_of, text_of
+from rlcs.evals.benchmarks.base import Benchmark, Question, Row, facets, picture_of, text_of
+from rlcs.records import lettered
 
 _FACETS = ("language", "source", "category", "task", "context", "grade", "skills")
 _FACTS = ("question_type", "answer_type", "precision", "choices", "unit")
@@ -50,7 +51,6 @@ def read(row: Row) -> Question:
 
 
 BENCHMARK = Benchmark(
-    name="mathvista",
     title="MathVista",
     hub_id="AI4Math/MathVista",
     splits={"testmini": 1000},

@@ -90,7 +90,6 @@ def _is_complete(keys: set[str]) -> bool:
 
 
 BENCHMARK = Benchmark(
-    name="wemath",
     title="We-Math",
     hub_id="We-Math/We-Math",
     splits={"testmini": 1740},

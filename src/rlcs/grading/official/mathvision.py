@@ -1,4 +1,4 @@
-r"""MATH-Vision's own rule (`evaluation/evaluate.py` of mathllm/MATH-V), and its totals.
+r"""MATH-Vision's own rule (`evaluation/evaluate.py` of mathllm/MATH-V).
 
 It lower-cases everything, strips some units, and calls decimals equal that agree when both are
 rounded to two places. Right answers with a unit in the option, or a letter with its value, are
@@ -6,7 +6,7 @@ refused; that is the rule.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rlcs.grading.latex import NoValueError, rounded
 
@@ -44,21 +44,6 @@ def is_correct(answer: str, gold: str, options: Sequence[str] = ()) -> bool:
     """Whether an extracted answer equals the gold letter or its option's text, or the gold value."""
     value = options[ord(gold) - ord("A")] if options else ""
     return _equal(gold, answer) or _equal(value, answer)
-
-
-def totals(items: Iterable[tuple[bool, str, int]]) -> dict[str, str]:
-    """Totals of (correct, subject, level) as the official `*_result.json` writes them: `436/3040=14.34%`.
-
-    All, each level, each subject, and each subject with each level (under two names, as there).
-    """
-    counts: dict[str, list[int]] = {}
-    for correct, subject, level in items:
-        at = f"level{level}"
-        for key in ("-all", f"-{at}", subject, f"{subject}_{at}", f"-{at}_{subject}"):
-            count = counts.setdefault(key, [0, 0])
-            count[0] += correct
-            count[1] += 1
-    return {key: f"{n}/{of}={round(n / of * 100, 2)}%" for key, (n, of) in sorted(counts.items())}
 
 
 def _is_number(text: str) -> bool:

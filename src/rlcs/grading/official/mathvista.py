@@ -1,4 +1,4 @@
-r"""MathVista's own rule (`evaluation/calculate_score.py` of lupantech/MathVista), and its totals.
+r"""MathVista's own rule (`evaluation/calculate_score.py` of lupantech/MathVista).
 
 It scores an *extraction*, which there a language model makes; without one, `shortcut` does what the
 official script does before it asks. A multiple-choice answer always ends up as some choice: the
@@ -6,16 +6,13 @@ nearest by edit distance, so that an empty extraction can be right by luck.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.records import Json
+from rlcs.records import Json, option_letter
 
 _LETTER = re.compile(r"\(([a-zA-Z])\)")
 _QUOTED = re.compile(r'The answer is "(.*)"\.')
-
-TOTALS_BY = tuple("question_type answer_type language source category task context grade skills".split())
-"""What the official score file groups by, in its order; a problem has many skills and one of the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +58,7 @@ def predict(extraction: Json, kind: Kind) -> str | None:
 def _choice(text: str, choices: Sequence[str]) -> str:
     if letter := _LETTER.search(text):
         text = letter[1].upper()
-    letters = [chr(ord("A") + index) for index in range(len(choices))]
+    letters = [option_letter(index) for index in range(len(choices))]
     if text in letters:
         return choices[letters.index(text)]
     return min(choices, key=lambda choice: edit_distance(choice, text))
@@ -84,30 +81,3 @@ def edit_distance(pattern: str, text: str) -> int:
         right, left = (right << 1 | 1) & full, (left << 1) & full
         up, down = left | (full & ~(diagonal | right)), right & diagonal
     return distance
-
-
-def totals(items: Iterable[tuple[bool, Mapping[str, object]]]) -> dict[str, object]:
-    """Totals of (correct, fields) as the official score files of 2023 hold them.
-
-    `fields` are those of `TOTALS_BY`, the metadata merged into the problem; percentages are texts
-    with two decimals, except the average, which drops a last zero.
-    """
-    counts: dict[str, dict[str, list[int]]] = {key: {} for key in TOTALS_BY}
-    right = n = 0
-    for correct, fields in items:
-        right, n = right + correct, n + 1
-        for key in TOTALS_BY:
-            value = fields[key]
-            for name in dict.fromkeys(value) if isinstance(value, list | tuple) else (value,):
-                count = counts[key].setdefault(str(name), [0, 0])
-                count[0] += correct
-                count[1] += 1
-    average = {"accuracy": str(round(100 * right / max(1, n), 2)), "correct": right, "total": n}
-    scores: dict[str, object] = {"average": average}
-    for key, groups in counts.items():
-        best_first = sorted(groups.items(), key=lambda group: -group[1][0] / group[1][1])
-        scores[key] = {
-            name: {"accuracy": f"{100 * good / of:.2f}", "correct": good, "total": of}
-            for name, (good, of) in best_first
-        }
-    return scores

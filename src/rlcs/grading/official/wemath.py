@@ -66,18 +66,18 @@ def group(items: Iterable[tuple[str, str, bool]]) -> dict[str, Steps]:
 
     Raises ValueError for a problem that is not asked as a whole or lacks a part.
     """
-    asked: dict[str, dict[str, bool]] = {}
+    answers: dict[str, dict[str, bool]] = {}
     steps: dict[str, int] = {}
     for name, key, correct in items:
         number, _, part = key.partition("steps_")
-        asked.setdefault(name, {})[part] = correct
+        answers.setdefault(name, {})[part] = correct
         steps[name] = int(number)
-    for name, parts in asked.items():
+    for name, parts in answers.items():
         if set(parts) != {"multi", *(str(i + 1) for i in range(steps[name]))}:
             raise ValueError(f"problem {name} of {steps[name]} steps has only {', '.join(sorted(parts))}")
     return {
         name: Steps(parts=tuple(parts[str(i + 1)] for i in range(steps[name])), whole=parts["multi"])
-        for name, parts in asked.items()
+        for name, parts in answers.items()
     }
 
 

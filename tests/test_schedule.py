@@ -19,6 +19,7 @@ from rlcs.distill.chains import Chain, formatted
 from rlcs.distill.filters import choose, reason_to_reject
 from rlcs.engines import openai_client
 from rlcs.errors import DataError, EndpointError, RecipeError, RunFolderError
+from rlcs.generation import Entry
 from rlcs.grading import grade
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
@@ -413,12 +414,9 @@ def test_filtered_and_cut_answers_are_rejected_with_their_reason(tmp_path: Path)
 
 
 def test_rules_of_choice():
-    class Said:
-        def __init__(self, response):
-            self.response = response
-
     texts = ["a b c d e f", "a b c d e g", "x y z", "x y z", "a b c d e f"]
-    usable = [Said(text) for text in texts]
+    samples = [Sample(id="p", index=n, text=text, stop=StopReason.EOS) for n, text in enumerate(texts)]
+    usable = [Entry(sample=sample) for sample in samples]
 
     def picked(**changes):
         return [one.response for one in choose(usable, Teacher(enough_kept=0, **changes))]
