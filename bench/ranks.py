@@ -77,7 +77,7 @@ def train(folder: Path, steps: int) -> None:
         loading.freeze(vlm, recipe.sft.freeze)
         vlm = loading.spread(vlm, recipe.parallel)
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
-        stage = RunDir(folder, name="sft", seed=0, settings=recipe.sft, recipe_hash="", world=world)
+        stage = RunDir(folder, name="sft", seed=0, settings=recipe.sft, recipe_hash="")
         sft.train(vlm, chat, taught, recipe.sft, run=stage, screen=view, stop=stop)
 
 

@@ -67,7 +67,7 @@ def train(job: dict, world: World) -> None:
     else:
         vlm = spread(vlm)
     chat = loading.make_chat(vlm)
-    stage = RunDir(folder, name="stage", seed=3, settings=settings, recipe_hash="h", world=world)
+    stage = RunDir(folder, name="stage", seed=3, settings=settings, recipe_hash="h")
     with StopFlag() as stop, screen("stage", 6, quiet=True, stream=Path(os.devnull).open("w")) as view:
         if job.get("stop_at") and world.rank == world.size - 1:
             view = Stopper(view, stop, job["stop_at"])

@@ -339,7 +339,12 @@ def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[st
         "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
     ).rows
     context = grpo.GrpoContext(
-        vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader(), rollout=recipe.rollout
+        vlm=vlm,
+        reference=None,
+        chat=chat,
+        engine=engine,
+        grader=LengthGrader(),
+        importance_cap=recipe.rollout.cap,
     )
     with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
         stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")

@@ -633,7 +633,7 @@ def test_the_gap_is_logged_and_corrected_and_alarms(
         chat=chat,
         engine=Distant(vlm, chat, distance),
         grader=LengthGrader(),
-        rollout=Rollouts(engine="vllm_server", alarm=0.1, importance_cap=1.2),
+        importance_cap=1.2,
     )
     problems = [make_problem(f"p{k}", sizes=()) for k in range(2)]
     with StopFlag() as stop, screen("grpo", 1, quiet=True) as view:

@@ -62,7 +62,7 @@ class World:
         return totals
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether the flag is set on any rank."""
         return any(self.gather(flag))
 
     def first(self, work: Callable[[], T]) -> T:

@@ -196,7 +196,7 @@ def default_system(processor: Any) -> str | None:
 def set_default_system(processor: Any, system: str) -> None:
     """Make `system` what the processor's chat template puts in where no system message is.
 
-    It is saved with the processor, so that whoever loads the model (rlcs, transformers, vLLM) asks it
+    It is saved with the processor, so that rlcs, transformers and vLLM prompt the saved model
     in the words that it was trained with.
     """
     if default_system(processor) == system:

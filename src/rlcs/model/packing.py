@@ -110,9 +110,9 @@ class Pack:
     """Trees as tensors, ready for one forward pass.
 
     ids (L,), positions (3, L); pixel_values (patches, patch size) and grids (images, 3) of the
-    images in order, or None. For every target token: `predictors` (N,) says which hidden state
+    images in order, or None. For every target token: `predictors` (N,) is the hidden state that
     predicts it, `targets` (N,) its id, `sequence` (N,) its branch (0..S-1), `weights` (N,) its
-    loss weight, `sampler_logprobs` (N,) what the sampler said (None if any branch has none).
+    loss weight, `sampler_logprobs` (N,) the sampler's logprobs (None if any branch has none).
     """
 
     layout: Layout

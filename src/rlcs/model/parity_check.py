@@ -1,4 +1,4 @@
-"""A fast path proves itself: packed logprobs against plain ones, on the run's own model and data.
+"""Compare packed logprobs with plain ones, on the run's own model and data.
 
 The first step of every training stage calls this; a mismatch stops the run before it can teach
 anything wrong.
@@ -22,8 +22,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 def gap(differences: torch.Tensor, dtype: torch.dtype) -> float:
     """How far two computations of the same logprobs are apart: [tokens] differences to nats.
 
-    In float32 the worst token says it. In lower precision single tokens differ by more than half a nat by
-    rounding alone, however they are computed, and the mean says it: faults move every token of an answer.
+    In float32 it is the largest difference of a token. In lower precision single tokens differ by more than
+    half a nat by
+    rounding alone, however they are computed, and it is the mean: faults move every token of an answer.
     """
     sizes = differences.abs()
     return float(sizes.max() if dtype == torch.float32 else sizes.mean())

@@ -22,7 +22,7 @@ LOGIT_CHUNK = 1 << 26
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What the policy says of every target token: logprobs (N,), and entropy (N,) without gradient."""
+    """Logprobs (N,) of every target token under the policy, and entropies (N,) without gradient."""
 
     logprobs: Tensor
     entropy: Tensor

@@ -161,8 +161,8 @@ class Study:
             seed=self.recipe.seed,
             settings=settings,
             recipe_hash=self._recipe_hash,
-            world=self._world,
             trackers=self.recipe.trackers,
+            gap_alarm=self.recipe.rollout.alarm,
         )
 
     def _sft(self, demonstrations: Sequence[Demonstration]) -> None:
@@ -199,7 +199,7 @@ class Study:
                 chat=chat,
                 engine=engine,
                 grader=pool,
-                rollout=recipe.rollout,
+                importance_cap=recipe.rollout.cap,
             )
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
 

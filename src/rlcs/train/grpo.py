@@ -4,10 +4,9 @@ The group is the unit of work end to end: sampled, graded, packed and learnt fro
 """
 
 import copy
-import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -21,18 +20,14 @@ from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
 from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen
-from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.stages import Grpo
 from rlcs.records import Grade, Group, Problem, Prompt, Rollout, Sampling, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_packs, shared
 from rlcs.train.groups import make_group, tree_of, zero_variance
-from rlcs.train.health import SIGNS
 from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
 from rlcs.train.stage_run import Clock, StageRun
 from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, logprobs_of
-
-log = logging.getLogger("rlcs")
 
 
 class Grader(Protocol):
@@ -47,8 +42,9 @@ class Grader(Protocol):
 class GrpoContext:
     """What a step works with: policy, reference (None without KL), chat format, engine, grader.
 
-    `rollout` says how far the engine's logprobs may be from the policy's, and how that is corrected. Under
-    `torchrun` all ranks call the methods together: each does its share of the work, all get all results.
+    `importance_cap` bounds the weights that correct for the engine's logprobs not being the policy's; None:
+    no correction. Under `torchrun` all ranks call the methods together: each does its share of the work, all
+    get all results.
     """
 
     vlm: Vlm
@@ -56,7 +52,7 @@ class GrpoContext:
     chat: Chat
     engine: Engine
     grader: Grader
-    rollout: Rollouts = field(default_factory=Rollouts)
+    importance_cap: float | None = None
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
         """The prompt of each problem, or why it has none."""
@@ -124,7 +120,6 @@ def train(
         run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
         values = run.keep_rollouts(step + 1, groups) | averaged(results) | {"bad_rows": float(skipped)}
-        warn_of_gap(values, context.rollout.alarm, screen)
         result = results[0] if results else None
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
     run.finish()
@@ -185,7 +180,7 @@ def learn(
             trees = [tree_of(g) for g, zero in zip(share, known_zero, strict=True) if not zero]
             left_out = [tree_of(g) for g, zero in zip(share, known_zero, strict=True) if zero]
             planned.append((make_batches(trees, context, settings), ZeroGradCounts.of(left_out)))
-    objective = make_objective(settings, context.rollout.cap)
+    objective = make_objective(settings, context.importance_cap)
     with clock("update"):
         return [
             trainer.step(
@@ -309,15 +304,6 @@ def averaged(results: Sequence[StepResult]) -> dict[str, float]:
     for name in values.keys() & {"sampler_gap", "sampler_gap_max"}:
         values[name] = results[0].values[name]
     return values
-
-
-def warn_of_gap(values: Mapping[str, float], most: float, screen: Screen) -> None:
-    """Warn when the engine's logprobs are far from the policy's: it samples from another model."""
-    sign = next(sign for sign in SIGNS if sign.key == "sampler_gap")
-    if (gap := values.get(sign.key, 0.0)) > most:
-        text = f"{sign.name}: {sign.message(gap, most)}"
-        log.warning(text)
-        screen.say(f"warning: {text}")
 
 
 def _require_signal(zero_variance_steps: int, limit: int) -> None:

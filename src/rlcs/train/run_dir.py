@@ -1,5 +1,6 @@
 """The folder of one training stage: metrics, checkpoints, resume, and the marker written last."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.data.stream import ProblemStream
-from rlcs.distributed import ALONE, World
+from rlcs.distributed import World
 from rlcs.errors import CheckpointError
 from rlcs.model.loading import save
 from rlcs.progress import Screen
 from rlcs.recipe.execution import Trackers as TrackerSettings
+from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.stages import Stage
 from rlcs.records import Group, StepReport
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json
 from rlcs.train import checkpoint
+from rlcs.train.health import SIGNS
 from rlcs.train.metrics import MetricsLog
 from rlcs.train.rollout_log import RolloutLog, measure
 from rlcs.train.trackers import Trackers
 from rlcs.train.trainer import StepResult, Trainer
+
+log = logging.getLogger("rlcs")
 
 DONE = "done.json"
 """The marker of a finished stage; a stage that has one is not run again."""
@@ -51,24 +56,28 @@ class RunDir:
         seed: int,
         settings: Stage,
         recipe_hash: str,
-        world: World = ALONE,
         trackers: TrackerSettings = TrackerSettings(),  # noqa: B008 - frozen
+        gap_alarm: float = Rollouts().alarm,
     ) -> None:
-        """Create the folder; `recipe_hash` guards against checkpoints of another recipe."""
+        """Create the folder; `recipe_hash` guards against checkpoints of another recipe.
+
+        A larger mean difference of the sampler's logprobs from the policy's than `gap_alarm` is warned of.
+        """
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.name = name
         self.seed = seed
         self.final = path / "final"
         self.zero_variance_steps = 0
-        self._world = world
         self._settings = settings
         self._recipe_hash = recipe_hash
+        self._gap_alarm = gap_alarm
         self._metrics = MetricsLog(path / "metrics.jsonl")
         self._trackers = Trackers(trackers, path, stage=name)
         self._rollouts = RolloutLog(path / "rollouts")
         self._started = time.monotonic()
         self._spent_before = 0.0
+        self._world: World
         self._trainer: Trainer
         self._stream: ProblemStream[Any]
         self._steps: int
@@ -81,6 +90,7 @@ class RunDir:
     def resume(self, trainer: Trainer, stream: ProblemStream[Any], *, steps: int) -> int:
         """Begin a stage of `steps`, at its newest valid checkpoint if it has one; the steps already done."""
         self._trainer, self._stream, self._steps = trainer, stream, steps
+        self._world = trainer.vlm.world
         self._first(self._trackers.skip_what_was_sent)
         state = checkpoint.load_latest(self.path / "checkpoints", self._world)
         if state is None:
@@ -125,6 +135,7 @@ class RunDir:
         No result means that nothing could be learnt from the step. Raises Stopped.
         """
         report = step_report(self.name, result, step=step, steps=self._steps, values=values, seconds=seconds)
+        self._warn_of_gap(values, screen)
         self._first(lambda: self._log(report))
         screen.step(report)
         stopping = self._world.agree(stop)
@@ -132,6 +143,14 @@ class RunDir:
             self._save_checkpoint(step)
         if stopping:
             self._world.check(stop, f"{self.name} after step {step} of {self._steps}")
+
+    def _warn_of_gap(self, values: Mapping[str, float], screen: Screen) -> None:
+        """Warn when the engine samples from another model than the policy."""
+        sign = next(sign for sign in SIGNS if sign.key == "sampler_gap")
+        if (gap := values.get(sign.key, 0.0)) > self._gap_alarm:
+            text = f"{sign.name}: {sign.message(gap, self._gap_alarm)}"
+            log.warning(text)
+            screen.say(f"warning: {text}")
 
     def _log(self, report: StepReport) -> None:
         self._metrics.append(report)
