@@ -17,7 +17,7 @@ from conftest import draw, make_problem
 from loopback_server import LoopbackServer, last_text
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.stop_reasons import STOP_REASONS, stop_reason
-from rlcs.errors import RunFolderError, UserError
+from rlcs.errors import DataError, RunFolderError, UserError
 from rlcs.generation import EngineSampler, Entry, SampleLog, annotate, open_sampler
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
@@ -184,6 +184,16 @@ def test_a_torn_line_is_cut_off_and_asked_again(tmp_path: Path) -> None:
         assert left.id == "p2"
         log.add(answered("p2"))
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("change", [{"tokens": "many"}, {"stop": "tired"}])
+def test_a_line_that_is_no_sample_is_named(tmp_path: Path, change: dict[str, object]) -> None:
+    path, some = tmp_path / "samples.jsonl", problems(1)
+    with SampleLog(path, digests(some)) as log:
+        log.add(answered())
+    path.write_text(json.dumps(read_jsonl(path)[0] | change) + "\n")
+    with pytest.raises(DataError, match="sample 1 cannot be read"), SampleLog(path, digests(some)):
+        pass
 
 
 def test_other_settings_are_refused_unless_nothing_was_answered(tmp_path: Path) -> None:

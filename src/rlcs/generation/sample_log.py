@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from rlcs.errors import RunFolderError, UserError
+from rlcs.errors import DataError, RunFolderError, UserError
 from rlcs.records import MERGED, Grade, Request, Sample, SampleKey, from_row, to_row
 from rlcs.storage import JsonlAppender, read_json, read_jsonl, write_json, write_jsonl
 
@@ -61,12 +61,12 @@ class SampleLog:
         """Read what is there and open for appending.
 
         Raises RunFolderError for a file that cannot be written or holds answers under other settings,
-        UserError for an answer to a problem that was edited since.
+        UserError for an answer to a problem that was edited since, DataError for a line that is no sample.
         """
         if self._settings is not None:
             check_settings(self._path, self._settings)
-        for row in read_jsonl(self._path) if self._path.exists() else ():
-            digest = self._digests.get(row["id"])
+        for number, row in enumerate(read_jsonl(self._path) if self._path.exists() else (), start=1):
+            digest = self._digests.get(row.get("id", ""))
             if digest is not None and row.get("digest") != digest and not self._may_change:
                 raise UserError(
                     f"the data changed: the answer to {row['id']!r} is to another question",
@@ -74,7 +74,14 @@ class SampleLog:
                     fix="restore the data, or choose another --out, or remove this file to ask anew",
                 )
             if digest is not None and row.pop("digest", None) == digest:
-                entry = from_row(Entry, row)
+                try:
+                    entry = from_row(Entry, row)
+                except ValueError as error:
+                    raise DataError(
+                        f"sample {number} cannot be read: {error}",
+                        where=str(self._path),
+                        fix="remove its line: the question is asked again",
+                    ) from error
                 self.entries[entry.sample.key] = entry
         self._file = JsonlAppender(self._path, sync_s=_SYNC_S)
         return self
