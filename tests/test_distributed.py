@@ -167,8 +167,8 @@ def test_two_ranks_compute_what_one_computes(alone, pair, name):
     if (alone / name / "rollouts").exists():
         for path in (alone / name / "rollouts").glob("step-*.jsonl"):
             mine, theirs = path.read_text(), (pair / name / "rollouts" / path.name).read_text()
-            assert [json.loads(x)["text"] for x in mine.splitlines()] == [
-                json.loads(x)["text"] for x in theirs.splitlines()
+            assert [json.loads(x)["response"] for x in mine.splitlines()] == [
+                json.loads(x)["response"] for x in theirs.splitlines()
             ]
 
 
