@@ -65,7 +65,6 @@ TESTS_OF_SOMETHING_ELSE = {
     "tiny_model": "tools/tiny_model/",
     "grading_reference": "the table in docs/reference/grading.md",
     "shipped_recipes": "the YAML files in recipes/",
-    "families": "every model family, through all packages",
     "generate": "the command `rlcs generate`, through generation, engines and serving",
     "vllm_lora": "adapters with vLLM, through all packages",
     "vllm_serving": "a real vLLM, through serving, evals and distill",
