@@ -42,7 +42,7 @@ from rlcs.serving import session
 from rlcs.signals import StopFlag
 from rlcs.train import grpo
 from rlcs.train.run_dir import RunDir
-from test_training import weights_of
+from test_train import weights_of
 
 START_LIMIT_S = 1800
 """Seconds in which a vLLM must have started. An idle machine needs less than a minute, one with other work
