@@ -33,8 +33,7 @@ from bench.hostile import (
 )
 from conftest import draw
 from rlcs.cli.main import app
-from rlcs.data.images import open_image
-from rlcs.engines.openai_client import data_url
+from rlcs.data.images import data_uri, encoded_image, open_image
 from rlcs.errors import UserError
 from rlcs.serving.protocol import Limits
 
@@ -67,7 +66,7 @@ def client(server):
 
 
 def asked(text="How many?", *images):
-    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    parts = [{"type": "image_url", "image_url": {"url": data_uri(encoded_image(image))}} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 

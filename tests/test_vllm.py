@@ -22,10 +22,10 @@ import torch
 
 from conftest import LengthGrader, make_problem, tree_of
 from rlcs.data import puzzles as tasks
+from rlcs.data.images import data_uri, encoded_image
 from rlcs.data.loading import load
 from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
@@ -219,7 +219,7 @@ def test_a_quantised_export_answers_as_it_does_here(tmp_path) -> None:
     export(Export(model="builtin", out=folder, dtype="bf16", quantise="int4"))
     answers, questions, ours = session.load(str(folder), dtype="bfloat16"), [], []
     for problem in tasks.load("puzzles", split="test", count=12, seed=7):
-        picture = {"type": "image_url", "image_url": {"url": data_url(problem.images[0])}}
+        picture = {"type": "image_url", "image_url": {"url": data_uri(encoded_image(problem.images[0]))}}
         questions.append([{"role": "user", "content": [picture, {"type": "text", "text": problem.question}]}])
         ours.append(answers.ask(problem.images[0], problem.question, max_new_tokens=24).text)
     asked.write_text(json.dumps(questions), encoding="utf-8")

@@ -23,10 +23,9 @@ from typer.testing import CliRunner
 
 from rlcs.cli.main import app
 from rlcs.data import puzzles
-from rlcs.data.images import open_image
+from rlcs.data.images import data_uri, encoded_image, open_image
 from rlcs.data.rows import Row
 from rlcs.distill import run as distil
-from rlcs.engines.openai_client import data_url
 from rlcs.errors import EndpointError
 from rlcs.publish.export import Export, export
 from rlcs.recipe.sampling import Endpoint, EngineSettings
@@ -119,7 +118,7 @@ def is_well(url: str) -> bool:
 
 
 def asked(problem: Problem, url: str | None = None) -> list[dict]:
-    image = {"type": "image_url", "image_url": {"url": url or data_url(problem.images[0])}}
+    image = {"type": "image_url", "image_url": {"url": url or data_uri(encoded_image(problem.images[0]))}}
     return [{"role": "user", "content": [image, {"type": "text", "text": problem.question_with_choices}]}]
 
 

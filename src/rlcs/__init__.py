@@ -1,7 +1,7 @@
 """RL with Cold Start: two-stage training of vision-language models on trees of answers.
 
-`rlcs.load(model).ask(image, question)` talks to a model. The other names are the parts of a training loop of
-one's own (`examples/own_loop.py`). Each is imported when it is first used: `import rlcs` loads nothing heavy.
+`rlcs.load(model).ask(image, question)` asks a model. The other names are the parts of a custom training
+loop (`examples/own_loop.py`). Each is imported when it is first used: `import rlcs` loads nothing heavy.
 """
 
 from importlib import import_module
@@ -43,7 +43,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A part, imported when it is first used. Raises AttributeError."""
+    """Import a name when it is first used. Raises AttributeError."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(module), name)
@@ -55,14 +55,14 @@ def __dir__() -> list[str]:
 
 
 def load(model: str = "builtin") -> "Session":
-    """A model to talk to: a folder in Hugging Face format, a hub id, or `builtin`. Raises ModelError."""
+    """Load a model to ask: a folder in Hugging Face format, a hub id, or `builtin`. Raises ModelError."""
     from rlcs.serving.session import load
 
     return load(model)
 
 
 def load_policy(model: str = "builtin") -> "tuple[Vlm, Chat]":
-    """A model to train, all of its parameters, and its chat format. Raises ModelError.
+    """Load a model to train, all of its parameters, and its chat format. Raises ModelError.
 
     `model` as for `load`. The chat format makes prompts (`prompt`, `conversation`), sampling settings that
     fit the model (`sampling`) and the pixels of a pack (`patches`).
@@ -75,7 +75,7 @@ def load_policy(model: str = "builtin") -> "tuple[Vlm, Chat]":
 
 
 def load_problems(source: str) -> "list[Problem]":
-    """The problems of a source with answers: a file, folder, hub id or `builtin:NAME?count=...&seed=...`.
+    """Load problems with answers from a file, folder, hub id or `builtin:NAME?count=...&seed=...`.
 
     Raises DataError for a source that cannot be used, or when more than 1% of its rows cannot.
     """

@@ -1,8 +1,8 @@
-"""The processes of one run: their ranks and devices, what they exchange, and when they stop.
+"""Connects the processes of one run: ranks, devices, exchange of values, and stopping together.
 
-`torchrun` starts the same command once for every rank. Without it a run is `World()`: a world of one,
-the same code without any waiting. Numbers, records and tensors in main memory go over gloo, tensors
-on GPUs over nccl. Every wait has a limit; a rank that dies takes the others along, with a message.
+`torchrun` starts the same command once for every rank. Without it a run has one rank, `World()`: the same
+code without any waiting. Numbers, records and tensors in main memory go over gloo, tensors on GPUs over
+nccl. Every wait has a limit; when a rank dies, the others end too, with a message.
 """
 
 import os
@@ -22,13 +22,16 @@ from rlcs.signals import StopFlag
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=30)
-"""How long ranks wait while rank 0 works alone (a cold start may take days); if it dies they know at once."""
+LONGEST_RANK_0_WORK = timedelta(days=30)
+"""Limit on waiting while rank 0 works alone (a cold start may take days); its death is noticed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """One rank's view of the world. `objects` and `patient` are process groups, None in a world of one."""
+    """The rank and device of this process, the number of ranks, and two gloo process groups.
+
+    `objects` waits for a limited time, `patient` almost without limit; without `torchrun` both are None.
+    """
 
     rank: int = 0
     size: int = 1
@@ -52,13 +55,14 @@ class World:
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each name's sum over the ranks that have it; a name that ends in `_max`, its largest value."""
         totals: dict[str, float] = {}
-        for each in self.gather(dict(values)):
-            for name, value in each.items():
-                before = totals.get(name)
-                if before is None:
+        for of_rank in self.gather(dict(values)):
+            for name, value in of_rank.items():
+                if name not in totals:
                     totals[name] = value
+                elif name.endswith("_max"):
+                    totals[name] = max(totals[name], value)
                 else:
-                    totals[name] = max(before, value) if name.endswith("_max") else before + value
+                    totals[name] += value
         return totals
 
     def any(self, flag: bool) -> bool:
@@ -66,34 +70,34 @@ class World:
         return any(self.gather(flag))
 
     def first(self, work: Callable[[], T]) -> T:
-        """Rank 0 alone does the work, however long it takes; all get its result, or raise its error."""
+        """Do the work on rank 0 alone, however long it takes; all ranks get its result or raise its error."""
         if not self.grouped:
             return work()
-        # All ranks are here before any waits without a limit: rank 0 could not send its result to one that
-        # hangs.
+        # Before any rank waits without a limit all must arrive here: rank 0 could not send its result to a
+        # rank that hangs.
         dist.barrier(group=self.objects)
-        box: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # the result, or the error
         if self.rank == 0:
             try:
-                box[0] = work()
+                outcome[0] = work()
             except RlcsError as error:
-                box[1] = error
-        dist.broadcast_object_list(box, src=0, group=self.patient)
-        if box[1] is not None:
-            box[1].reported = self.rank != 0
-            raise box[1]
-        result: T = box[0]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.patient)
+        if outcome[1] is not None:
+            outcome[1].reported = self.rank != 0
+            raise outcome[1]
+        result: T = outcome[0]
         return result
 
     def agree(self, stop: StopFlag) -> bool:
-        """Whether any rank was asked to stop; then the flag is set on all."""
+        """Whether the flag is set on any rank; if so, set it on all."""
         requested = self.any(stop.is_set)
-        if requested:  # a signal that came just now waits for the next time
+        if requested:  # a signal that arrives during the exchange counts at the next one
             stop.is_set = True
         return requested
 
     def check(self, stop: StopFlag, where: str) -> None:
-        """Raise Stopped on every rank if any was asked to stop; all must call this at the same place."""
+        """Raise Stopped on every rank if the flag is set on any; all must call this at the same point."""
         if not self.agree(stop):
             return
         try:
@@ -104,11 +108,11 @@ class World:
 
 
 ALONE = World()
-"""A world of one."""
+"""The world of a run without `torchrun`."""
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """`whole` as `like` is kept: on its device, and if that is sharded this rank's rows alone."""
+    """Move `whole` to the device of `like`; if `like` is sharded, this rank's rows alone."""
     if not isinstance(like, DTensor):
         return whole.to(like.device)
     rows = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
@@ -117,7 +121,7 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def join_world(*, timeout_s: float) -> Iterator[World]:
-    """The world that `torchrun` describes in the environment, or a world of one.
+    """Join the processes that `torchrun` describes in the environment; without it yield `ALONE`.
 
     Raises UserError when there are more processes than GPUs, and TrainingError when another rank ended
     or kept this one waiting for longer than `timeout_s`.
@@ -132,12 +136,12 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backends, timeout=limit)
         objects = dist.new_group(backend="gloo", timeout=limit)
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        patient = dist.new_group(backend="gloo", timeout=LONGEST_RANK_0_WORK)
         size = dist.get_world_size()
         yield World(rank=rank, size=size, device=device, objects=objects, patient=patient)
         dist.destroy_process_group()
     except RuntimeError as error:
-        if not _is_about_others(error):
+        if not _is_collective_failure(error):
             raise
         raise TrainingError(
             f"rank {rank} lost the others: one of them ended, or did not answer within {timeout_s:g} s",
@@ -158,7 +162,7 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _is_about_others(error: RuntimeError) -> bool:
+def _is_collective_failure(error: RuntimeError) -> bool:
     """Whether a collective failed; gloo raises plain RuntimeErrors that name it or the connection."""
     words = ("gloo", "Connection closed by peer", "Timed out waiting", "Connection reset")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

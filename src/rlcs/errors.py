@@ -1,9 +1,11 @@
-"""Errors that a person can act on.
+"""Defines the errors that users see.
 
 Every error that rlcs raises on purpose says what is wrong, where, and what to do. `UserError`
 means that the input is at fault (exit code 2 on the command line); any other `RlcsError` means
 that the run failed (exit code 1). Programming mistakes stay `AssertionError` or `ValueError`.
 """
+
+from functools import partial
 
 
 class RlcsError(Exception):
@@ -11,7 +13,7 @@ class RlcsError(Exception):
 
     exit_code = 1
     reported = False
-    """Another process of the run shows it already."""
+    """Whether another process of the run shows it already."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         """Build the message from its three parts; only `what` is required."""
@@ -26,12 +28,8 @@ class RlcsError(Exception):
         return f"{head}\n  -> {self.fix}" if self.fix else head
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Travel between processes (graders raise in workers) with all three parts."""
-        return (_rebuild, (type(self), self.what, self.where, self.fix))
-
-
-def _rebuild(kind: type[RlcsError], what: str, where: str, fix: str) -> RlcsError:
-    return kind(what, where=where, fix=fix)
+        """Keep all three parts when a worker process (a grader) sends the error to its parent."""
+        return (partial(type(self), where=self.where, fix=self.fix), (self.what,))
 
 
 class UserError(RlcsError):

@@ -1,7 +1,6 @@
-"""What a stage shows while it works: a progress bar, plain lines, or JSON.
+"""Shows the progress of a stage: a progress bar, plain lines, or JSON.
 
-A screen is a sink: whatever goes wrong in it (a closed pipe) is told once, through `logging`, and never
-stops the run.
+A failure of a screen (a closed pipe) is logged once and never stops the run.
 """
 
 import logging
@@ -12,7 +11,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from json import dumps
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 from rlcs.records import StepReport, to_row
@@ -24,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def median_rate(seconds: Sequence[float], *, window: int = 20) -> float:
-    """Units a second from the median of the last `window` durations; 0 when nothing is known.
+    """Units a second from the median of the last `window` durations; 0 without durations.
 
     The median, not the mean: one step that also saved a checkpoint should not move the ETA.
     """
@@ -34,54 +32,52 @@ def median_rate(seconds: Sequence[float], *, window: int = 20) -> float:
 
 
 class SinkGuard:
-    """Runs a sink's work: the first failure is told, none is raised."""
+    """Runs the work of an output (a screen, a tracker): logs the first failure, raises none."""
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._told = False
+        self._has_logged = False
 
     def run(self, work: Callable[[], None]) -> Exception | None:
         """Do `work`; return what it raised, if anything."""
         try:
             work()
         except Exception as error:
-            if not self._told:
-                self._told = True
+            if not self._has_logged:
+                self._has_logged = True
                 _LOG.warning("%s failed (%s); the run goes on without it", self._what, error)
             return error
         return None
 
 
 class Screen(Protocol):
-    """What a stage shows while it works; a context manager whose methods never raise."""
+    """Shows the progress of a stage; a context manager whose methods never raise."""
 
     def __enter__(self) -> Self:
         """Begin."""
         ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End, also after an error."""
         ...
 
     def step(self, report: StepReport) -> None:
-        """A training step is done."""
+        """Show a finished training step."""
         ...
 
     def advance(self, done: int, **values: float) -> None:
-        """`done` items of the total are done (stages without training steps)."""
+        """Show that `done` items of the total are done (stages without training steps)."""
         ...
 
     def say(self, text: str) -> None:
-        """A sentence for a person."""
+        """Show a sentence."""
         ...
 
 
 def screen(
     stage: str, total: int, *, quiet: bool = False, json: bool = False, stream: TextIO | None = None
 ) -> Screen:
-    """The screen of one stage of `total` steps or items, on `stream` (standard output).
+    """Make the screen of one stage of `total` steps or items, on `stream` (standard output).
 
     A progress bar on a terminal; plain lines, one for about each tenth, with `quiet` or where the
     stream is not a terminal; with `json` one JSON object a step and nothing else.
@@ -96,7 +92,7 @@ def screen(
 
 
 class _Stage(ABC):
-    """Counting, rates and failures, the same for every screen; each kind fills in the drawing."""
+    """Counts, rates and failures, the same for every screen; subclasses draw."""
 
     def __init__(self, stage: str, total: int, out: TextIO) -> None:
         self._stage = stage
@@ -106,34 +102,32 @@ class _Stage(ABC):
         self._durations: list[float] = []  # seconds an item
         self._last = time.monotonic()
         self._guard = SinkGuard(f"screen of {stage}")
-        self._dead = False
+        self._has_failed = False
 
     def __enter__(self) -> Self:
         self._try(self._open)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._try(self._close)
 
     def step(self, report: StepReport) -> None:
-        """A training step is done."""
-        # A resumed stage starts at a later step: what came before took no time in this process.
+        """Show a finished training step."""
+        # A resumed stage starts at a later step; the steps before took no time in this process.
         before, self._done = (self._done or report.step - 1), report.step
         self._count(report.step - before)
         figures = f"skipped: {report.skipped}" if report.skipped else _figures(report.values)
         self._try(lambda: self._draw(figures, to_row(report)))
 
     def advance(self, done: int, **values: float) -> None:
-        """`done` items of the total are done."""
+        """Show that `done` items of the total are done."""
         before, self._done = self._done, done
         self._count(done - before)
         row = {"stage": self._stage, "done": done, "total": self._total, **values}
         self._try(lambda: self._draw(_figures(values), row))
 
     def say(self, text: str) -> None:
-        """A sentence for a person."""
+        """Show a sentence."""
         self._try(lambda: self._print(text))
 
     def _count(self, items: int) -> None:
@@ -150,9 +144,9 @@ class _Stage(ABC):
         return f"{rate:.1f}/s, {left} left" if rate >= 1 else f"{1 / rate:.1f} s each, {left} left"
 
     def _try(self, work: Callable[[], None]) -> None:
-        error = None if self._dead else self._guard.run(work)
+        error = None if self._has_failed else self._guard.run(work)
         if error is not None:
-            self._dead = True
+            self._has_failed = True
             if isinstance(error, BrokenPipeError) and self._out is sys.stdout:
                 # Whatever else the run prints must not fail on the same pipe, now or at exit.
                 self._guard.run(_mute_stdout)
@@ -176,13 +170,13 @@ def _line(out: TextIO, text: str) -> None:
 
 
 def _mute_stdout() -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 class _JsonScreen(_Stage):
-    """One JSON object a step; sentences for people go to standard error."""
+    """One JSON object a step; sentences go to standard error."""
 
     def _draw(self, figures: str, row: Mapping[str, object]) -> None:
         _line(self._out, dumps(row))
@@ -205,7 +199,7 @@ class _PlainScreen(_Stage):
 
 
 class _BarScreen(_Stage):
-    """One Rich progress bar, drawn between steps only: no thread competes with the training."""
+    """One Rich progress bar, drawn between steps only, so that no thread competes with the training."""
 
     _bar: "Progress"
 
@@ -234,7 +228,7 @@ class _BarScreen(_Stage):
     def _draw(self, figures: str, row: Mapping[str, object]) -> None:
         task = self._bar.task_ids[0]
         self._bar.update(task, completed=self._done, figures=figures, speed=self._speed())
-        if self._last - self._drawn > 0.1:  # at most ten pictures a second
+        if self._last - self._drawn > 0.1:  # at most ten times a second
             self._drawn = self._last
             self._bar.refresh()
 

@@ -1,4 +1,4 @@
-"""The protocol of rollout engines."""
+"""Protocol of rollout engines."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -13,13 +13,13 @@ class Engine(Protocol):
     """Samples rollouts from the current policy."""
 
     def sync(self) -> None:
-        """Take over the policy's weights as they are now."""
+        """Sample from the policy's current weights from now on."""
         ...
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress = None
     ) -> list[tuple[Rollout, ...]]:
-        """`sampling.n` rollouts of every prompt, in the order of the prompts.
+        """Sample `sampling.n` rollouts of every prompt, in the order of the prompts.
 
         Rollout i of a prompt depends on (sampling.seed, step, problem id, repeat, i) and the policy alone.
         Under `torchrun` all ranks must call this together, each with its own prompts (or none).

@@ -1,7 +1,7 @@
-"""The key-value cache of a forest: every trunk once, every branch its own few tokens.
+"""Key-value cache for trees that grow: each trunk is stored once, each row stores its own tokens only.
 
 A decoding step has one query per live row. It attends to the row's trunk, which all rows of a
-group share and nothing ever copies per row, and to the row's own tokens.
+group share without copies, and to the row's own tokens.
 Letters in shapes: T trunks, B live rows, K key-value heads, R query heads per key-value head,
 P longest trunk, O longest row so far, D head size.
 """
@@ -15,7 +15,7 @@ from rlcs.model.attention import Plan
 from rlcs.model.packing import Layout
 
 GROWTH = 32
-"""Tokens by which the rows' own cache grows."""
+"""Tokens by which the cache of the rows grows."""
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -88,8 +88,8 @@ class ForestCache:
         counts = torch.bincount(self.row_trunk, minlength=len(self.trunk_lengths))
         self._width = max(1, int(counts.max())) if len(counts) else 1
         first = torch.cumsum(counts, 0) - counts
-        place = torch.arange(len(self.row_trunk), device=self.row_trunk.device) - first[self.row_trunk]
-        self._cell = self.row_trunk * self._width + place
+        column = torch.arange(len(self.row_trunk), device=self.row_trunk.device) - first[self.row_trunk]
+        self._cell = self.row_trunk * self._width + column
         # Rows are in the order of their trunks, so a full grid needs no gather and no scatter.
         self._is_full = len(self._cell) == len(self.trunk_lengths) * self._width
         longest = self.trunks[0][0].shape[2]
@@ -97,7 +97,7 @@ class ForestCache:
         self._trunk_bias = torch.where(inside, 0.0, float("-inf"))[self.row_trunk][:, None, None]
 
     def append(self, other: "ForestCache") -> None:
-        """Take in freshly prefilled trunks and their rows, after the present ones."""
+        """Append newly prefilled trunks and their rows."""
         capacity = max(self.rows[0][0].shape[2], other.rows[0][0].shape[2])
         longest = max(self.trunks[0][0].shape[2], other.trunks[0][0].shape[2])
         self.trunks = _concatenate(self.trunks, other.trunks, longest)
@@ -118,36 +118,37 @@ class ForestCache:
         self._arrange()
 
     def begin_step(self) -> None:
-        """Grow by one token a row."""
+        """Provide space for one more token in every row."""
         capacity = self.rows[0][0].shape[2]
         longest = int(self.row_lengths.max()) + 1
         if longest > capacity:
-            self.rows = _concatenate(self.rows, [], capacity + GROWTH)
+            longer = capacity + GROWTH
+            self.rows = [(_padded(key, longer), _padded(value, longer)) for key, value in self.rows]
         inside = torch.arange(longest, device=self.row_lengths.device)[None] <= self.row_lengths[:, None]
         self._row_bias = torch.where(inside, 0.0, float("-inf"))[:, None, None]
 
     def end_step(self) -> None:
-        """Count the token that every row has taken."""
+        """Count the token that was added to every row."""
         self.row_lengths = self.row_lengths + 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One query a row: (1, H, B, D) over trunk and own tokens; stores the new keys and values."""
-        own_key, own_value = self.rows[layer]
+        row_key, row_value = self.rows[layer]
         trunk_key, trunk_value = self.trunks[layer]
-        count, heads, size = query.shape[2], own_key.shape[1], query.shape[3]
+        count, heads, size = query.shape[2], row_key.shape[1], query.shape[3]
         rows = torch.arange(count, device=query.device)
-        own_key[rows, :, self.row_lengths] = key[0].transpose(0, 1)
-        own_value[rows, :, self.row_lengths] = value[0].transpose(0, 1)
+        row_key[rows, :, self.row_lengths] = key[0].transpose(0, 1)
+        row_value[rows, :, self.row_lengths] = value[0].transpose(0, 1)
         longest = self._row_bias.shape[-1]
         # Scores are fp32, as in other attention kernels: a product of bf16 tensors is itself rounded to bf16,
-        # which costs most where a row's scores have much in common. It takes a passing copy of one layer's
-        # keys and more reading; `bmm(out_dtype=)` would take neither, but there is none on a CPU.
+        # which costs most where a row's scores have much in common. It takes a temporary copy of one layer's
+        # keys and more reading; `bmm(out_dtype=)` would take neither, but CPUs do not have it.
         q = query[0].transpose(0, 1).reshape(count, heads, -1, size).float() * size**-0.5
-        over_own = q @ own_key[:, :, :longest].float().transpose(2, 3) + self._row_bias
-        over_trunk = self._to_rows(self._to_grid(q) @ trunk_key.float().transpose(2, 3)) + self._trunk_bias
-        shares = torch.softmax(torch.cat([over_trunk, over_own], -1), -1).to(value.dtype)
-        trunk_share, own_share = shares.split([over_trunk.shape[-1], longest], -1)
-        output = own_share @ own_value[:, :, :longest]
+        row_scores = q @ row_key[:, :, :longest].float().transpose(2, 3) + self._row_bias
+        trunk_scores = self._to_rows(self._to_grid(q) @ trunk_key.float().transpose(2, 3)) + self._trunk_bias
+        shares = torch.softmax(torch.cat([trunk_scores, row_scores], -1), -1).to(value.dtype)
+        trunk_share, row_share = shares.split([trunk_scores.shape[-1], longest], -1)
+        output = row_share @ row_value[:, :, :longest]
         output = output + self._to_rows(self._to_grid(trunk_share) @ trunk_value)
         flat: Tensor = output.reshape(count, heads * output.shape[2], size).transpose(0, 1)
         return flat[None]
@@ -175,12 +176,9 @@ class ForestCache:
 def _concatenate(first: list[KeyValue], second: list[KeyValue], length: int) -> list[KeyValue]:
     """Per layer, both along the first axis, padded to `length` tokens on the third."""
     joined = []
-    for index, (key, value) in enumerate(first):
-        keys, values = [_padded(key, length)], [_padded(value, length)]
-        if second:
-            keys.append(_padded(second[index][0], length))
-            values.append(_padded(second[index][1], length))
-        joined.append((torch.cat(keys), torch.cat(values)))
+    for (key, value), (next_key, next_value) in zip(first, second, strict=True):
+        keys = torch.cat([_padded(key, length), _padded(next_key, length)])
+        joined.append((keys, torch.cat([_padded(value, length), _padded(next_value, length)])))
     return joined
 
 

@@ -1,4 +1,4 @@
-"""The batch that the local engine decodes: prompts prefilled once, branched n times, a token a row and step.
+"""Decodes a batch for the local engine: prompts prefilled once, branched n times, a token a row and step.
 
 All rows form one flat sequence of queries; `ForestCache` gives each its prompt and its own tokens. Every
 request has its own sampling settings, limit and stop strings, and joins and leaves while others go on.
@@ -26,7 +26,7 @@ PREFILL_TOKENS = 16384
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Token:
-    """One token of answer `index` and the text that it made certain; `stop` is set on the last one."""
+    """One token of answer `index` and the text that it completes; `stop` is set on the last one."""
 
     index: int
     id: int
@@ -55,7 +55,7 @@ class Row:
     stop: StopReason | None = None
 
     def take(self, token: int, logprob: float) -> None:
-        """Append a token, find out whether the answer ends with it, and report it to the listener."""
+        """Append a token, decide whether the answer ends with it, and report it to the listener."""
         self.ids.append(token)
         self.logprobs.append(logprob)
         if token in self.sampling.stop_ids:
@@ -90,7 +90,7 @@ class DecodeRequest:
         return len(self.prompt.ids) + self.sampling.max_new_tokens
 
     def cancel(self) -> None:
-        """Let the request leave the batch at the next step. From any thread."""
+        """Remove the request from the batch at the next step. From any thread."""
         self.cancelled = True
 
 
@@ -103,7 +103,7 @@ class DecodingBatch:
         self.clear()
 
     def clear(self) -> None:
-        """Drop all requests, and free what they take."""
+        """Drop all requests and free their memory."""
         self.requests: list[DecodeRequest] = []
         self._rows: list[Row] = []
         self._cache: ForestCache | None = None
@@ -112,7 +112,7 @@ class DecodingBatch:
 
     @property
     def live(self) -> int:
-        """How many answers are still being decoded."""
+        """Number of answers that are still being decoded."""
         return sum(row.stop is None for row in self._rows)
 
     def add(self, requests: Sequence[DecodeRequest]) -> None:
@@ -141,8 +141,8 @@ class DecodingBatch:
     def _open(self, request: DecodeRequest, *, start: int) -> None:
         sampling, prompt = request.sampling, request.prompt
         for index in range(sampling.n):
-            place = prompt.repeat * sampling.n + index
-            seed = rollout_seed(sampling.seed, request.step, prompt.problem_id, place)
+            number = prompt.repeat * sampling.n + index
+            seed = rollout_seed(sampling.seed, request.step, prompt.problem_id, number)
             request.rows.append(
                 Row(
                     sampling=sampling,
@@ -156,21 +156,21 @@ class DecodingBatch:
         self._rows += request.rows
 
     def _rows_changed(self) -> None:
-        """Lay out anew what stays the same from step to step: seeds, first positions, settings by rows."""
+        """Rebuild what stays the same from step to step: seeds, first positions, rows by settings."""
         device = self._vlm.device
         self._seeds = torch.tensor([row.seed for row in self._rows], device=device)
         self._starts = torch.tensor([row.start for row in self._rows], device=device)
-        places: dict[tuple[float, float, tuple[int, ...]], list[int]] = {}
-        for place, row in enumerate(self._rows):
+        groups: dict[tuple[float, float, tuple[int, ...]], list[int]] = {}
+        for index, row in enumerate(self._rows):
             key = row.sampling.temperature, row.sampling.top_p, row.sampling.banned_ids
-            places.setdefault(key, []).append(place)
+            groups.setdefault(key, []).append(index)
         self._settings = [
             (
-                self._rows[some[0]].sampling,
+                self._rows[group[0]].sampling,
                 torch.tensor(banned, dtype=torch.long, device=device),
-                slice(None) if len(places) == 1 else some,  # all rows: a view instead of a copy of the logits
+                slice(None) if len(groups) == 1 else group,  # all rows: a view, no copy of the logits
             )
-            for (_, _, banned), some in places.items()
+            for (_, _, banned), group in groups.items()
         ]
 
     def _head(self, states: Tensor) -> Tensor:
@@ -205,10 +205,10 @@ class DecodingBatch:
         assert self._cache is not None, "rows were added before"
         ids, logprobs = torch.empty_like(self._seeds), torch.empty(len(self._rows), device=self._vlm.device)
         draws = uniform(self._seeds, self._cache.row_lengths)
-        for sampling, banned, places in self._settings:
-            ids[places], logprobs[places] = choose(
-                self._logits[places],
-                draws[places],
+        for sampling, banned, group in self._settings:
+            ids[group], logprobs[group] = choose(
+                self._logits[group],
+                draws[group],
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 banned=banned,
@@ -216,17 +216,17 @@ class DecodingBatch:
         return ids, logprobs
 
     def _drop_ended(self) -> None:
-        """Drop requests whose answers have all ended; with the last of them everything goes."""
+        """Drop requests whose answers have all ended; after the last one free all memory."""
         self.requests = [r for r in self.requests if any(row.stop is None for row in r.rows)]
         if not self.requests:
             self.clear()
 
     def _advance(self, ids: Tensor) -> None:
-        """Feed the chosen tokens; ended rows ride along until an eighth of the rows has ended."""
+        """Compute the logits after the chosen tokens; ended rows leave once they are an eighth of all."""
         assert self._cache is not None, "rows were added before"
-        kept = [place for place, row in enumerate(self._rows) if row.stop is None]
+        kept = [index for index, row in enumerate(self._rows) if row.stop is None]
         if (len(self._rows) - len(kept)) * 8 >= len(self._rows):
-            self._rows = [self._rows[place] for place in kept]
+            self._rows = [self._rows[index] for index in kept]
             chosen = torch.tensor(kept, device=ids.device)
             self._cache.keep(chosen)
             ids = ids[chosen]

@@ -1,9 +1,9 @@
-"""Tokens to text as they come, and stop strings; what may still change is held back."""
+"""Turns tokens into text as they arrive and finds stop strings; text that may still change is held back."""
 
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"
-"""What a decoder writes for a character whose bytes have not all come."""
+"""What a decoder writes for a character whose bytes are incomplete."""
 
 
 class Detokenizer:
@@ -21,7 +21,7 @@ class Detokenizer:
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """Take one token; returns the text that is certain now. `stopped` says if a stop string came."""
+        """Add one token; return the text that is certain now. `stopped`: whether a stop string was found."""
         self._pending.append(token)
         text = self._decode(self._pending)
         if text.endswith(UNFINISHED):
@@ -35,12 +35,12 @@ class Detokenizer:
         return text[: len(text) - kept]
 
     def flush(self) -> str:
-        """What was held back, when no token will come any more."""
+        """Return the text held back, after the last token."""
         text = self._until_stop(self._held + self._decode(self._pending))
         self._held, self._pending = "", []
         return text
 
     def _until_stop(self, text: str) -> str:
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        self.stopped = self.stopped or bool(found)
-        return text[: min(found)] if found else text
+        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+        self.stopped = self.stopped or bool(starts)
+        return text[: min(starts, default=len(text))]

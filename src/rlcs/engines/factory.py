@@ -1,4 +1,4 @@
-"""Opens the engine that a recipe names, and closes it in the end."""
+"""Opens the engine that a recipe names, and closes it at the end."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -22,12 +22,12 @@ from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Recipe
 
 MakeEngine = Callable[[Vlm, Chat, int], Engine]
-"""An engine that samples from a model in a chat format, so many rollouts at once."""
+"""Makes an engine from a model, its chat format and the most rollouts at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineNeeds:
-    """What the engines of a run are opened with.
+    """Settings and limits for the engines of a run.
 
     `max_tokens` bounds a prompt with its answer, `max_rows` the rollouts at once. Weights go to vLLM as LoRA
     adapters of `adapter_rank`, or whole where that is 0; `name` is the run's in a folder of several runs.
@@ -43,7 +43,7 @@ class EngineNeeds:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "EngineNeeds":
-        """What a recipe asks for: its longest prompt with its longest answer must fit."""
+        """Derive them from a recipe: its longest prompt with its longest answer must fit."""
         grpo = recipe.grpo
         return cls(
             settings=recipe.rollout,
@@ -56,11 +56,11 @@ class EngineNeeds:
         )
 
     def launch(self, vlm: Vlm) -> Launch:
-        """How vLLM is started for a model: in its own dtype, or the computing dtype of a sharded one."""
-        own = str(vlm.model.dtype).removeprefix("torch.")
+        """Settings to start vLLM for a model: in its dtype, or the computing dtype of a sharded one."""
+        loaded = str(vlm.model.dtype).removeprefix("torch.")
         return Launch(
             settings=self.settings,
-            dtype=own if self.compute_dtype == "same" or not vlm.world.grouped else self.compute_dtype,
+            dtype=loaded if self.compute_dtype == "same" or not vlm.world.grouped else self.compute_dtype,
             max_tokens=self.max_tokens,
             max_rows=self.max_rows,
             on_cpu=vlm.device.type == "cpu",
@@ -68,11 +68,11 @@ class EngineNeeds:
         )
 
     def weights_folder(self, folder: Path) -> Path:
-        """Where the weights go of the run whose `folder` this is."""
+        """The folder for the published weights of the run in `folder`."""
         if self.settings.weights_folder is None:
             return folder / "weights"
-        mark = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
-        return Path(self.settings.weights_folder) / f"{self.name}-{mark}"
+        digest = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
+        return Path(self.settings.weights_folder) / f"{self.name}-{digest}"
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
     """Open the engines of one run, which share its vLLM servers; `folder` is for their logs and weights.
 
     vLLM starts with the first engine and ends with the context. `unchanged` is a folder or hub id of a
-    model that does not train, which vLLM then reads for itself.
+    model that does not train, which vLLM then reads directly.
     """
     settings = needs.settings
     backend: Fleet | Colocated | None = None

@@ -1,4 +1,4 @@
-"""The in-process engine: samples from the model that trains, and serves requests from other threads."""
+"""Samples in this process from the model that trains, and serves requests from other threads."""
 
 import logging
 import math
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class LocalEngine:
     """Samples from `vlm` in this process.
 
-    `sample` decodes in the caller's thread. What is submitted is decoded in a thread that lives as long as
-    there is work: an idle engine holds no thread, and needs no closing. Of the two one waits for the other.
+    `sample` decodes in the caller's thread. Submitted requests are decoded in a thread that ends with the
+    last of them: an idle engine holds no thread and needs no closing. The two never decode at the same time.
     """
 
     def __init__(self, vlm: Vlm, chat: Chat, *, max_rows: int, cache_tokens: float = math.inf) -> None:
@@ -37,23 +37,23 @@ class LocalEngine:
         self._waiting: list[DecodeRequest] = []
         self._batch = DecodingBatch(vlm, chat)
         self._thread_runs = False
-        # Undone by `sync`, or when the engine is collected, and the generator with it.
+        # Closed by `sync`, or when the engine and with it the generator is garbage-collected.
         self._packed: AbstractContextManager[None] | None = None
 
     @property
     def waiting(self) -> int:
-        """Submitted requests that have not begun."""
+        """Number of submitted requests that have not begun."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Requests that are being answered."""
+        """Number of requests that are being answered."""
         return len(self._batch.requests)
 
     def sync(self) -> None:
-        """Let requests submitted from now on be answered by the weights as they are now.
+        """Answer requests submitted from now on with the current weights.
 
-        Waits for those that are under way. `sample` always takes the weights of now.
+        Waits for those under way. `sample` always uses the current weights.
         """
         with self._decoding:
             self._unpack()
@@ -72,7 +72,7 @@ class LocalEngine:
         with self._ready():
             self._unpack()
             with packed(self._vlm.model):
-                # Prefilling a few prompts at a time would cost more than rows that are free for a while.
+                # Prefilling a few prompts at a time would cost more than leaving rows free for a while.
                 for ended in self._decode(list(requests), refill=self._max_rows // 4):
                     if ended and progress is not None:
                         progress(ended)
@@ -81,7 +81,7 @@ class LocalEngine:
     def submit(
         self, prompt: Prompt, sampling: Sampling, *, listener: Listener, stops: Sequence[str] = ()
     ) -> DecodeRequest:
-        """Begin with `sampling.n` answers; `listener` gets their tokens, until each has had its last.
+        """Start `sampling.n` answers; `listener` is called with their tokens, up to the last of each.
 
         From any thread. An answer ends before any of the (non-empty) `stops`.
         """
@@ -95,7 +95,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def _serve(self) -> None:
-        """Decode what is submitted, until nothing is left."""
+        """Decode submitted requests until none is left."""
         with self._ready():
             while self._has_work():
                 try:
@@ -105,11 +105,11 @@ class LocalEngine:
                         self._packed = weights
                     for _ in self._decode(self._waiting, refill=0):
                         pass
-                except Exception as error:  # one request too many for the memory must not end the service
+                except Exception as error:  # running out of memory must not end the service
                     self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        """Report an error to the requests under way, or to those that wait if none could begin."""
+        """Report an error to the requests under way, or to all waiting ones if none could begin."""
         failed = self._batch.requests
         if not failed:
             with self._submitting:
@@ -127,7 +127,7 @@ class LocalEngine:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """The model in eval mode, and whole on every rank, for one thread at a time."""
+        """Lock the model for this thread, in eval mode and with all weights on every rank."""
         with self._decoding:
             was_training = self._vlm.model.training
             self._vlm.model.eval()
@@ -139,21 +139,22 @@ class LocalEngine:
                 self._vlm.model.train(was_training)
 
     def _decode(self, waiting: list[DecodeRequest], *, refill: int) -> Iterator[int]:
-        """Decode the requests that wait, taken out in their order; yields how many answers each step ended.
+        """Move requests from `waiting` into the batch and decode; yields how many answers each step ended.
 
-        Others join a batch under way as soon as at least `refill` rows are free.
+        Requests join a batch under way as soon as at least `refill` rows are free.
         """
         batch = self._batch
         while True:
             batch.drop_cancelled()
             if not batch.requests or self._max_rows - batch.live >= refill:
-                batch.add(self._joining(batch, waiting))
+                batch.add(self._joining(waiting))
             if not batch.requests:
                 return
             yield batch.step()
 
-    def _joining(self, batch: DecodingBatch, waiting: list[DecodeRequest]) -> list[DecodeRequest]:
-        """Take out who joins now, as memory allows: rows and prompts are padded to the longest."""
+    def _joining(self, waiting: list[DecodeRequest]) -> list[DecodeRequest]:
+        """Take out the requests that fit into memory now: rows and prompts are padded to the longest."""
+        batch = self._batch
         joining: list[DecodeRequest] = []
         rows, longest = batch.live, max((request.max_tokens for request in batch.requests), default=0)
         with self._submitting:

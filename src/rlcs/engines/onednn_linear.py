@@ -1,7 +1,7 @@
-"""Linear layers of a model at rest, faster on a CPU: weights laid out once as oneDNN's kernels read them.
+"""Speeds up linear layers on a CPU while their weights stay the same, by copies in oneDNN's own layout.
 
 A plain matrix product rearranges the weights every time. Sampling multiplies a few rows by the same weights
-for every token, where that, and the path that MKL takes on CPUs of other makers, cost more than the work.
+for every token, where that, and the code that MKL runs on non-Intel CPUs, cost more than the product itself.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 MEMORY_SHARE = 0.25
-"""Of the memory that is free, what the second copy of the weights may take at most."""
+"""Largest share of the free memory that the second copy of the weights may take."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Samples from any server that speaks the OpenAI chat protocol, with images: vLLM, SGLang, hosted APIs.
+"""Samples from any server with the OpenAI chat protocol, with images: vLLM, SGLang, hosted APIs.
 
 Requests are drawn lazily and samples are yielded as they arrive, so that the caller can write each at once.
-One event loop in a thread of its own keeps `concurrency` requests under way, also while the caller works on
+An event loop in a second thread keeps `concurrency` requests under way, also while the caller works on
 a sample. A failure that may pass (busy, down, cut off, garbled, empty) is retried; one that cannot (a wrong
 key, a wrong name) ends the run with an error that says what to do.
 """
@@ -25,20 +25,20 @@ from rlcs.data.images import data_uri, encoded_image
 from rlcs.engines.stop_reasons import RETRYABLE, STOP_REASONS, stop_reason
 from rlcs.errors import DataError, EndpointError
 from rlcs.recipe.sampling import Endpoint
-from rlcs.records import ImageRef, Message, Request, Sample, Sampling, StopReason, rollout_seed
+from rlcs.records import Message, Request, Sample, Sampling, StopReason, rollout_seed
 from rlcs.signals import StopFlag
 
 FIRST_WAIT_S = 0.5
-"""Before the second attempt; doubled for each further one, up to LONGEST_WAIT_S."""
+"""Pause before the second attempt; doubled for each further one, up to LONGEST_WAIT_S."""
 LONGEST_WAIT_S = 30.0
 LONGEST_RETRY_AFTER_S = 600.0
-"""A server that asks for a longer pause than this is not waited for any longer than this."""
+"""Longest pause that a server's `Retry-After` can cause."""
 _POLL_S = 0.1  # between two checks of the stop flag
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})  # and all of 5xx
 
 
 class _RetryableError(Exception):
-    """A failure that may pass, and the seconds that the server asked to wait, if it did."""
+    """A failure that may pass; `after_s` is the pause that the server requested, if any."""
 
     def __init__(self, why: str, *, after_s: float | None = None, unreachable: bool = False) -> None:
         super().__init__(why)
@@ -47,14 +47,14 @@ class _RetryableError(Exception):
 
 
 class _FinalError(Exception):
-    """A failure of this one request that no further attempt can mend."""
+    """A failure of this one request that further attempts would repeat."""
 
 
 class EndpointClient:
     """Samples from one server; a context manager. Not for several threads at once."""
 
     def __init__(self, settings: Endpoint, sampling: Sampling) -> None:
-        """Send nothing yet. Raises EndpointError for a URL that is none.
+        """Prepare the client; nothing is sent yet. Raises EndpointError for an invalid URL.
 
         Of `sampling` the limit, the temperature, top-p and the seed are used. A greedy request has no seed.
         """
@@ -68,7 +68,7 @@ class EndpointClient:
         self._client = openai.AsyncOpenAI(
             base_url=settings.base_url,
             api_key=os.environ.get(settings.key_env) or "none",
-            max_retries=0,  # retries are counted here, and cover more than the client's own
+            max_retries=0,  # `_answer` retries, after more kinds of failures than the client does
             timeout=settings.request_timeout_s,
         )
         self._slots = asyncio.Semaphore(settings.concurrency)
@@ -83,7 +83,7 @@ class EndpointClient:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give up what is under way and close the connections."""
+        """Cancel the requests under way and close the connections."""
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -99,9 +99,9 @@ class EndpointClient:
     def samples(self, requests: Iterable[Request], *, stop: StopFlag | None = None) -> Iterator[Sample]:
         """Yield samples as they arrive, one for each request, in no order.
 
-        `requests` is drawn from in this thread, never more than twice `concurrency` ahead. When `stop`
-        is set, what has arrived is still yielded and the rest is given up. Raises EndpointError, after
-        yielding what has arrived, when the server cannot be used at all.
+        `requests` is drawn from in this thread, never more than twice `concurrency` ahead. When `stop` is
+        set, samples that have arrived are still yielded and the rest is cancelled. Raises EndpointError,
+        after yielding the samples that have arrived, when the server cannot be used at all.
         """
         assert self._thread.is_alive(), "use it as a context manager"
         arrived: queue.SimpleQueue[Future[Sample]] = queue.SimpleQueue()
@@ -196,7 +196,7 @@ class EndpointClient:
         """Make one attempt. Raises _RetryableError, _FinalError or EndpointError.
 
         `post` instead of `chat.completions.create`: the latter checks and copies every message and
-        reply through its models, which halves the rate. What is needed of a reply is checked in `_sample`.
+        reply through its models, which halves the rate. `_sample` checks the fields that are used.
         """
         limit = self._settings.request_timeout_s
         try:
@@ -223,7 +223,7 @@ class EndpointClient:
 
 
 def status_error(error: openai.APIStatusError, settings: Endpoint) -> Exception:
-    """Tell what an HTTP status means: retry, give this request up, or give all up."""
+    """Turn an HTTP status into the error that retries, fails this request, or ends the run."""
     status, url = error.status_code, settings.base_url
     message = f"HTTP {status}: {_short(error.message)}"
     if status == 402 or error.code == "insufficient_quota":
@@ -243,24 +243,19 @@ def status_error(error: openai.APIStatusError, settings: Endpoint) -> Exception:
 
 
 def content(message: Message) -> str | list[dict[str, object]]:
-    """The content of a message as the protocol words it. Raises ImageError.
+    """Convert a message's content to the protocol's format. Raises ImageError.
 
-    A text alone stays a text: some servers take no lists where no image is.
+    Content without images is a string: some servers accept no lists for it.
     """
     if all(isinstance(part, str) for part in message.parts):
         return "".join(str(part) for part in message.parts)
     return [
         {"type": "text", "text": part}
         if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": data_url(part)}}
+        else {"type": "image_url", "image_url": {"url": data_uri(encoded_image(part))}}
         for part in message.parts
         if part != ""
     ]
-
-
-def data_url(ref: ImageRef) -> str:
-    """The image in its own bytes as a `data:` URL. Raises ImageError."""
-    return data_uri(encoded_image(ref))
 
 
 def _sample(request: Request, reply: object) -> Sample:
@@ -291,7 +286,7 @@ def _sample(request: Request, reply: object) -> Sample:
 
 
 def _pause(attempt: int, after_s: float | None) -> float:
-    """Seconds before the next attempt: what the server asked for, else doubling; with jitter upwards."""
+    """Seconds before the next attempt: as the server requested, or else doubling; with jitter."""
     if after_s is not None:
         return min(after_s, LONGEST_RETRY_AFTER_S) + random.uniform(0.0, 0.25)
     return min(FIRST_WAIT_S * 2.0 ** (attempt - 1), LONGEST_WAIT_S) * random.uniform(0.75, 1.25)

@@ -1,4 +1,4 @@
-"""Why an answer ended: the finish reasons of all providers, and ours."""
+"""Translates the finish reasons of all providers to `StopReason`."""
 
 from rlcs.records import StopReason
 
@@ -8,11 +8,11 @@ STOP_REASONS = {
     **dict.fromkeys(("content_filter", "refusal", "safety", "prohibited_content"), StopReason.ERROR),
     **dict.fromkeys(("abort", "error", "insufficient_system_resource"), StopReason.ERROR),
 }
-"""A provider's finish reason in lower case -> ours."""
+"""Stop reasons by the provider's finish reason in lower case."""
 RETRYABLE = frozenset({"abort", "error", "insufficient_system_resource"})
-"""Finish reasons of answers that broke off for want of the server; the other errors are final."""
+"""Finish reasons of answers that a fault of the server cut off; the other errors are final."""
 
 
 def stop_reason(finish_reason: object) -> StopReason:
-    """Our stop reason. An unknown or missing one counts as cut off, never as finished."""
+    """Translate a finish reason. An unknown or missing one counts as cut off, never as finished."""
     return STOP_REASONS.get(str(finish_reason).lower(), StopReason.LENGTH)

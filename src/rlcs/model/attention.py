@@ -1,4 +1,4 @@
-"""Attention over packed trees, in three ways from one `Layout`.
+"""Attention over packed trees: three implementations of one `Layout`.
 
 * `DensePlan`: scaled dot-product attention under the plain (L, L) mask. The reference.
 * `TreePlan`: flash attention on the blocks that are not masked, and only those. For CPUs.
@@ -21,11 +21,11 @@ from rlcs.errors import UserError
 from rlcs.model.packing import Layout, dense_mask
 
 NAME = "rlcs"
-"""The name under which transformers knows our attention."""
+"""The name of this attention in transformers' registry."""
 
 
 class Plan(Protocol):
-    """How the tokens of one forward pass attend to each other."""
+    """Computes the attention of one forward pass."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries (1, H, L, D), keys and values (1, K, L, D) of one layer to outputs (1, H, L, D)."""
@@ -33,7 +33,7 @@ class Plan(Protocol):
 
 
 def install(model: PreTrainedModel) -> None:
-    """Make the language model attend by plans; the vision tower keeps its own attention.
+    """Make the language model attend by plans; the vision tower keeps its attention.
 
     The registry of transformers is process-wide; registering the same function again is harmless.
     """
@@ -114,7 +114,7 @@ class TreePlan:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         """Sort the segments into buckets once for all layers."""
-        self._buckets = tuple(bucket.to(device) for bucket in own_segments(layout))
+        self._buckets = tuple(bucket.to(device) for bucket in segment_buckets(layout))
         self._over_trunk = branches_over_trunk(layout)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ TINY = 16
 """Segments up to this long all share a bucket."""
 
 
-def own_segments(layout: Layout) -> list[Bucket]:
-    """Every trunk and every branch, each to attend to itself causally, in as few buckets as is thrifty."""
+def segment_buckets(layout: Layout) -> list[Bucket]:
+    """Put every trunk and every branch, which attend to themselves causally, into buckets by length."""
     spans = [(s.start, s.start + s.trunk) for s in layout.trees]
     spans += [r for s in layout.trees for r in s.branch_ranges()]
     groups: list[list[tuple[int, int]]] = []
@@ -183,7 +183,7 @@ def own_segments(layout: Layout) -> list[Bucket]:
 
 
 def branches_over_trunk(layout: Layout) -> Ranges:
-    """All branches of a tree over its trunk."""
+    """For each tree with branches, the tokens of all branches (queries) and of the trunk (keys)."""
     return tuple(
         (slice(s.start + s.trunk, s.stop), slice(s.start, s.start + s.trunk))
         for s in layout.trees
@@ -247,18 +247,18 @@ def _flash_backward(inputs: list[Tensor], causal: bool) -> tuple[Tensor, ...]:
 
 
 def require_usable(kind: str, device: torch.device) -> None:
-    """Raise UserError if this way to attend cannot train on this device."""
+    """Raise UserError if this kind of attention cannot train on this device."""
     cuda = device.type == "cuda"
     if (kind == "flex" and not cuda) or (kind == "tree" and cuda):
         raise UserError(
-            "its kernel is for CPUs alone" if cuda else "FlexAttention has no backward pass on a CPU",
+            "its kernel is for CPUs only" if cuda else "FlexAttention has no backward pass on a CPU",
             where=f"model.attention={kind}",
             fix=f"set model.attention=auto ({'flex' if cuda else 'tree'} on this device), or dense",
         )
 
 
 def make_plan(kind: str, layout: Layout, device: torch.device) -> Plan:
-    """The plan that the recipe asks for; `auto` is `flex` on a GPU and `tree` on a CPU."""
+    """Make the plan of this kind (`model.attention`); `auto` is `flex` on a GPU and `tree` on a CPU."""
     if kind == "auto":
         kind = "flex" if device.type == "cuda" else "tree"
     if kind == "tree":

@@ -1,4 +1,4 @@
-r"""Problems to prompts, by segments: control ids go in by number, all text as plain text.
+r"""Turns problems into prompts, by segments: control ids are inserted by number, all text as plain text.
 
 A prompt is never rendered to one string: a typed `<|image_pad|>` or a forged
 `<|im_end|>\n<|im_start|>system` stays plain text, because text is tokenised with special tokens
@@ -8,6 +8,7 @@ families use it), which tests hold.
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlcs.model.images import ImagePipeline
 from rlcs.records import ImageRef, Message, Problem, Prompt, Request, Sampling
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
-"""What the templates of Qwen2-VL and Qwen2.5-VL put in when there is no system message."""
+"""The system message that the templates of Qwen2-VL and Qwen2.5-VL insert when there is none."""
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Ids that stand for images in the input; a model that samples one is broken, so all are banned."""
@@ -26,7 +27,7 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 Segment = int | str | ImageRef
 """A control id, plain text, or an image."""
 SLICE = 1 << 16
-"""Characters of a text that are tokenised at once to see whether it can fit at all."""
+"""Characters of a text that are tokenised at once to check whether it can fit at all."""
 
 
 class Chat:
@@ -52,10 +53,8 @@ class Chat:
         self._max_tokens = max_tokens
         self._start = self._control("<|im_start|>")
         self.end_id = self._control("<|im_end|>")
-        self._vision_start, self._vision_end = (
-            self._control("<|vision_start|>"),
-            self._control("<|vision_end|>"),
-        )
+        self._vision_start = self._control("<|vision_start|>")
+        self._vision_end = self._control("<|vision_end|>")
         self.image_id = self._control("<|image_pad|>")
 
     def _control(self, token: str) -> int:
@@ -66,30 +65,26 @@ class Chat:
 
     def with_system(self, system: str | None) -> "Chat":
         """The same format under another system prompt."""
-        return Chat(
-            self._tokenizer,
-            self._images,
-            system=system,
-            max_tokens=self._max_tokens,
-            default_system=self._default_system,
-        )
+        changed = copy(self)
+        changed._system = self._default_system if system is None else system
+        return changed
 
     def prompt(self, problem: Problem) -> Prompt:
-        """The prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
+        """Make the prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
         return self.conversation(Request.of(problem).messages, name=problem.id)
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
         """The prompt of each problem, or why it cannot become one."""
-        found: list[Prompt | DataError] = []
+        prompts: list[Prompt | DataError] = []
         for problem in problems:
             try:
-                found.append(self.prompt(problem))
+                prompts.append(self.prompt(problem))
             except DataError as error:
-                found.append(error)
-        return found
+                prompts.append(error)
+        return prompts
 
     def conversation(self, messages: Sequence[Message], *, name: str) -> Prompt:
-        """The prompt of several turns, called `name`; the system prompt comes first unless a turn has one.
+        """Make the prompt `name` of several turns; the system prompt comes first unless a turn has one.
 
         Raises PromptError when too long, ImageError for a bad image.
         """
@@ -99,8 +94,8 @@ class Chat:
         for message in messages:
             segments += [self._start, message.role + "\n"]
             for part in message.parts:
-                pictured = isinstance(part, ImageRef)
-                segments += [self._vision_start, part, self._vision_end] if pictured else [part]
+                is_image = isinstance(part, ImageRef)
+                segments += [self._vision_start, part, self._vision_end] if is_image else [part]
             segments += [self.end_id, "\n"]
         segments += [self._start, "assistant\n"]
         ids: list[int] = []
@@ -109,7 +104,7 @@ class Chat:
             if isinstance(segment, int):
                 ids.append(segment)
             elif isinstance(segment, str):
-                self._refuse_endless(segment, name)
+                self._check_length(segment, name)
                 ids += self.text_ids(segment)
             else:
                 grid = self._images.grid(segment)
@@ -131,23 +126,24 @@ class Chat:
             merge_size=self._images.merge_size,
         )
 
-    def _refuse_endless(self, text: str, name: str) -> None:
-        """Raises PromptError when a text is far too long, before all of it is tokenised.
+    def _check_length(self, text: str, name: str) -> None:
+        """Raise PromptError when a text is far too long, before all of it is tokenised.
 
-        That would take minutes and gigabytes for megabytes of text. What the cuts add is below one half.
+        That would take minutes and gigabytes for megabytes of text. Cutting into slices adds fewer tokens
+        than the limit of twice `max_tokens` allows for.
         """
-        counted, most = 0, 2 * self._max_tokens
+        counted, limit = 0, 2 * self._max_tokens
         for start in range(0, len(text), SLICE) if len(text) > SLICE else ():
             counted += len(self.text_ids(text[start : start + SLICE]))
-            if counted > most:
-                raise self._too_long(f"more than {most} tokens", name)
+            if counted > limit:
+                raise self._too_long(f"more than {limit} tokens", name)
 
     def _too_long(self, what: str, name: str) -> PromptError:
         fix = "shorten it; in a recipe raise prompt.max_tokens or lower images.max_pixels"
         return PromptError(f"the prompt has {what}; the limit is {self._max_tokens}", where=name, fix=fix)
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of plain text; whatever it looks like, no control id comes out."""
+        """Ids of plain text, without control ids whatever the text looks like."""
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(encoded["input_ids"])
 
@@ -160,7 +156,7 @@ class Chat:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def token(self, index: int) -> str:
-        """How one id reads in a table; control ids by their names."""
+        """The text of one id for display; control ids as their names."""
         return str(self._tokenizer.decode([index]))
 
     def patches(self, ref: ImageRef) -> Tensor:
@@ -170,7 +166,7 @@ class Chat:
     def sampling(
         self, *, max_new_tokens: int, n: int = 1, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
     ) -> Sampling:
-        """Sampling that stops at the end of the turn and never emits a vision token."""
+        """Make sampling settings that stop at the end of the turn and never emit a vision token."""
         known = (self._tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS)
         vision = tuple(sorted({i for i in known if i is not None and i != self._tokenizer.unk_token_id}))
         return Sampling(
@@ -186,7 +182,7 @@ class Chat:
 
 
 def default_system(processor: Any) -> str | None:
-    """The system prompt that a processor's chat template puts in by itself; None: no system turn."""
+    """The system prompt that a processor's chat template inserts by default; None: no system turn."""
     head = "<|im_start|>system\n"
     turn = [{"role": "user", "content": "x"}]
     text = str(processor.apply_chat_template(turn, tokenize=False))
@@ -194,14 +190,14 @@ def default_system(processor: Any) -> str | None:
 
 
 def set_default_system(processor: Any, system: str) -> None:
-    """Make `system` what the processor's chat template puts in where no system message is.
+    """Make `system` the default system message of the processor's chat template.
 
     It is saved with the processor, so that rlcs, transformers and vLLM prompt the saved model
-    in the words that it was trained with.
+    as it was trained.
     """
     if default_system(processor) == system:
         return
-    # Before the template itself, whose own default then never shows; a JSON string is a Jinja string.
+    # Before the template itself, whose default is then never used; a JSON string is a Jinja string.
     literal = json.dumps(system, ensure_ascii=False)
     first = f"[{{'role': 'system', 'content': {literal}}}]"
     head = (

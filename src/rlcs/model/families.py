@@ -1,4 +1,4 @@
-"""The families of models that rlcs trains, and what differs between them."""
+"""Describes the families of models that rlcs trains."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from rlcs.model.chat import DEFAULT_SYSTEM
 class Family:
     """What differs between families of models.
 
-    Where the parts live: a pattern on parameter names for each part. `default_system` is what the chat
-    template puts in when there is no system message; None: no system turn.
+    The three parts are patterns on the names of their parameters. `default_system` is the system message that
+    the chat template inserts when there is none; None: no system turn.
     """
 
     vision_tower: str

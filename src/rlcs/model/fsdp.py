@@ -1,19 +1,19 @@
-"""One model in shards over all ranks of a run: PyTorch's FSDP2 (`fully_shard`).
+"""Shards a model over all ranks of a run with PyTorch's FSDP2 (`fully_shard`).
 
-Every decoder layer and vision block is one unit, and all the rest (embedding, head, norms, merger) is
-the root's: tied weights lie in one unit that way. FSDP gathers a unit when its forward is called, but
-we call the inner model and the head by themselves; so the root is a fsdp_root around the model, and all
-work with the weights runs inside of the fsdp_root's forward.
+Every decoder layer and vision block is one unit, and all the rest (embedding, head, norms, merger)
+belongs to the root: so tied weights lie in one unit. FSDP gathers a unit when its forward is called, but
+we call the inner model and the head separately; so the root is an `FsdpRoot` around the model, and all
+work with the weights runs inside its forward.
 
 Sampling does not run in step: it would take as many forwards on every rank, each of which gathers the
 whole model for one token a row. The weights are gathered once instead (`gathered`), and every rank
-samples by itself.
+samples independently.
 
-Offloading (`cpu_offload`) is FSDP's own: shards, their gradients and AdamW live in main memory, and a
+Offloading (`cpu_offload`) is done by FSDP: shards, their gradients and AdamW live in main memory, and a
 unit's shard is copied to the GPU when the unit is gathered. Moving AdamW's state alone in for each step
 would save half of it and only between steps: a step would still need all 16 bytes a float32 weight on
-the GPUs (60 GB for 3B). This way they hold the units at work, so that by `rlcs plan` every weight of a
-3B model trains on one GPU of 24 GB; and what is copied when is FSDP's care, not ours.
+the GPUs (60 GB for 3B). With FSDP they hold only the units in use: `rlcs plan` finds that every weight
+of a 3B model trains on one GPU of 24 GB; and FSDP schedules the copies.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class FsdpRoot(nn.Module):
-    """The root of a sharded model; whatever runs in its forward finds the root's weights gathered."""
+    """The root of a sharded model; in its forward the root's weights are gathered."""
 
     def __init__(self, model: PreTrainedModel, *, reshards: bool) -> None:
         """A plain wrapper until `shard` makes it FSDP's root; `reshards`: layers free their weights."""
@@ -51,7 +51,7 @@ class FsdpRoot(nn.Module):
         self._is_gathered = False
 
     def forward(self, work: Callable[[], T]) -> T:
-        """Do the work. For gradients to be reduced, it returns a tensor or a tuple of tensors."""
+        """Do the work. For gradients to be reduced, it must return a tensor or a tuple of tensors."""
         return work()
 
     @property
@@ -60,7 +60,7 @@ class FsdpRoot(nn.Module):
         return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
     def run(self, work: Callable[[], T]) -> T:
-        """`forward`, after which the root is not left gathered where no backward pass will free it."""
+        """Call `forward`; without gradients free the root's weights, as no backward pass would."""
         result: T = self(work)
         if not torch.is_grad_enabled() and not self._is_gathered:
             self.units[0].reshard()
@@ -68,12 +68,12 @@ class FsdpRoot(nn.Module):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """All weights whole on every rank: inside, each runs forwards as it likes, without gradients.
+        """Hold all weights on every rank: inside, each runs any number of forwards, without gradients.
 
         Every rank must enter and leave, even one that has nothing to do.
         """
         units = self.units
-        self(_nothing)  # the first forward tells FSDP which unit is the root
+        self(lambda: None)  # in the first forward FSDP learns which unit is the root
         for unit in units:
             unit.unshard()
         self._keep(self._reshards)
@@ -81,28 +81,24 @@ class FsdpRoot(nn.Module):
         try:
             yield
         finally:
-            # FSDP prefetches in the order of past forwards, which must end alike on all ranks: at the root.
-            self(_nothing)
+            # FSDP prefetches in the order of past forwards, which must end with the same unit on all ranks.
+            self(lambda: None)
             self._is_gathered = False
             self._keep(False)
             for unit in units:
                 unit.reshard()
 
     def _keep(self, kept: bool) -> None:
-        """Whether layers stay gathered after a forward although they free their weights otherwise."""
+        """Set whether layers stay gathered after a forward, if they free their weights otherwise."""
         if self._reshards:
             for unit in self.units[1:]:
                 unit.set_reshard_after_forward(not kept, recurse=False)
 
 
-def _nothing() -> None:
-    """No work."""
-
-
 def shard(model: PreTrainedModel, world: World, settings: Parallel) -> FsdpRoot:
-    """Spread rank 0's weights over all ranks, unit by unit; elsewhere the model may lie on `meta`.
+    """Spread rank 0's weights over all ranks, unit by unit; on other ranks the model may lie on `meta`.
 
-    Nothing is held whole but on rank 0, whose own copy shrinks as the shards grow.
+    Only rank 0 ever holds the whole model, and its copy shrinks as the shards grow.
     """
     assert world.device is not None, "a world with process groups has a device"
     devices = init_device_mesh(world.device.type, (world.size,))
@@ -116,14 +112,14 @@ def wrap(
     *,
     before: Callable[[Iterable[nn.Module]], None] = lambda modules: None,
 ) -> FsdpRoot:
-    """Make FSDP's units: each layer and block, then the fsdp_root; `before` sees the modules of one."""
+    """Make FSDP's units: each layer and block, then the root; `before` is called with a unit's modules."""
     offload = CPUOffloadPolicy(pin_memory=devices.device_type == "cuda")
     options: dict[str, Any] = {
         "mesh": devices,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=_dtype(settings.compute_dtype),
             reduce_dtype=_dtype(settings.reduce_dtype),
-            cast_forward_inputs=False,  # rotary angles must stay exact; what enters is of the right type
+            cast_forward_inputs=False,  # rotary angles must stay exact; other inputs have the right type
         ),
         "offload_policy": offload if settings.cpu_offload else OffloadPolicy(),
     }
@@ -144,7 +140,7 @@ def _dtype(name: str) -> torch.dtype | None:
 
 
 def _fill(modules: Iterable[nn.Module], world: World) -> None:
-    """Give the modules' own tensors rank 0's values on this rank's device; tied ones stay tied."""
+    """Set the modules' direct tensors to rank 0's values on this rank's device; tied ones stay tied."""
     filled: dict[Tensor, Tensor] = {}
     for module in modules:
         for table in (module._parameters, module._buffers):
@@ -169,14 +165,14 @@ def _from_first(tensor: Tensor, world: World) -> Tensor:
 
 
 def whole_weights(model: nn.Module, world: World, *, having: str = "") -> dict[str, Tensor]:
-    """All weights by name on rank 0's CPU, tied ones as one tensor; on other ranks nothing.
+    """Collect all weights by name on rank 0's CPU, tied ones as one tensor; other ranks get none.
 
     `having`: only those with this in their names.
     """
-    found: dict[Tensor, Tensor] = {}
+    copies: dict[Tensor, Tensor] = {}
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if having in name}
     for tensor in state.values():
-        if tensor not in found:
+        if tensor not in copies:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            found[tensor] = whole.detach().cpu() if world.rank == 0 else torch.empty(0)
-    return {name: found[tensor] for name, tensor in state.items()} if world.rank == 0 else {}
+            copies[tensor] = whole.detach().cpu() if world.rank == 0 else torch.empty(0)
+    return {name: copies[tensor] for name, tensor in state.items()} if world.rank == 0 else {}

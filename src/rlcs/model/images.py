@@ -1,4 +1,4 @@
-"""The one image path: reference -> bounded decode -> resize and patches, for every stage.
+"""Turns image references into patches, the same for every stage: bounded decode, resize, patches.
 
 SFT, rollouts, RL, evaluation and serving all get their patches here, so that the model never sees
 an image at another size than it was trained on.
@@ -20,7 +20,7 @@ class ImagePipeline:
     """Processed patches of images, with the most recently used ones kept in memory; for any thread."""
 
     def __init__(self, image_processor: Any, *, decode_limit: int, cache_bytes: int = 1 << 29) -> None:
-        """`image_processor` is transformers' own, with the pixel bounds of the recipe set on it."""
+        """`image_processor` is of transformers, with the pixel bounds of the recipe set on it."""
         self._processor = image_processor
         self._decode_limit = decode_limit
         self._cache_bytes = cache_bytes
@@ -59,13 +59,10 @@ class ImagePipeline:
         frames, height, width = features["image_grid_thw"][0].tolist()
         entry = (patches, (int(frames), int(height), int(width)))
         with self._lock:
-            self._remember(ref.sha256, entry)
+            if ref.sha256 not in self._cache:  # another thread may have been faster
+                self._used += patches.nbytes
+            self._cache[ref.sha256] = entry
+            while self._used > self._cache_bytes and len(self._cache) > 1:
+                _, (dropped, _) = self._cache.popitem(last=False)
+                self._used -= dropped.nbytes
         return entry
-
-    def _remember(self, key: str, entry: tuple[Tensor, tuple[int, int, int]]) -> None:
-        if key not in self._cache:  # another thread may have been faster
-            self._used += entry[0].nbytes
-        self._cache[key] = entry
-        while self._used > self._cache_bytes and len(self._cache) > 1:
-            _, (dropped, _) = self._cache.popitem(last=False)
-            self._used -= dropped.nbytes

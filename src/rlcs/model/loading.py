@@ -1,6 +1,6 @@
-"""Load, prepare and save a vision-language model.
+"""Loads, prepares and saves a vision-language model.
 
-The built-in model and a hub model take the same path.
+The built-in model is loaded like any other.
 """
 
 import gc
@@ -20,7 +20,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CompressedTensorsConfig,
-    PreTrainedModel,
 )
 
 from rlcs.distributed import ALONE, World
@@ -49,10 +48,10 @@ def default_device() -> torch.device:
 def give_back_memory() -> None:
     """Free what this process no longer uses: objects in reference cycles, and memory that torch caches.
 
-    torch's allocator keeps the peak of all that it ever held, which other processes see as taken.
+    torch's allocator keeps the memory of its peak, which other processes cannot use.
     """
     gc.collect()
-    torch.cuda.empty_cache()  # nothing happens without CUDA
+    torch.cuda.empty_cache()  # without CUDA this does nothing
 
 
 def resolve(name: str) -> str:
@@ -72,7 +71,7 @@ def load(
 ) -> Vlm:
     """Load a model from a folder, the hub or the package; `four_bit` for QLoRA. Raises ModelError, UserError.
 
-    Without `weights` it has its structure alone and takes no memory: for a model that another program runs.
+    Without `weights` only the structure is loaded, which takes no memory: for a model in another program.
     Under `torchrun` rank 0 alone has the weights, on the CPU, until `spread` gives every rank its shard.
     """
     device = device or world.device or default_device()
@@ -88,20 +87,23 @@ def load(
                 fix="start without `torchrun`, or set lora.four_bit=false",
             )
         options |= adapters.four_bit(dtype, device)
-    config, processor = _described(settings)
+    config, processor = _load_description(settings)
     family = family_of(config.model_type, settings.name)
     if getattr(config, "quantization_config", {}).get("quant_method") == "compressed-tensors":
         if find_spec("compressed_tensors") is None:
             what, fix = "the model is quantised", "pip install 'rlcs[quantise]'"
             raise ModelError(what, where=f"model.name={settings.name}", fix=fix)
-        # Dequantised while loading: engines call the model's parts, and its own hook waits for the whole.
+        # Dequantised while loading: engines call parts of the model, which do not trigger its own hook.
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with _model_errors(settings):
         if weights and world.rank == 0:
-            source = _source(settings)
-            model = AutoModelForImageTextToText.from_pretrained(**source, **options)
+            model = AutoModelForImageTextToText.from_pretrained(**_source(settings), **options)
         else:
-            model = _weightless(config, dtype, settings)
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(
+                    config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+                )
+            model.eval()
     attention.install(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,19 +117,10 @@ def load(
     )
 
 
-def _weightless(config: Any, dtype: torch.dtype, settings: ModelSettings) -> PreTrainedModel:
-    """The model's structure without any memory, for ranks that get their weights from rank 0."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, trust_remote_code=settings.trust_remote_code
-        )
-    return model.eval()
-
-
 def spread(vlm: Vlm, settings: Parallel) -> Vlm:
-    """The model in shards over the ranks of its world; without `torchrun` the model as it is.
+    """Shard the model over the ranks of its world; without `torchrun` return it unchanged.
 
-    Raises UserError for choices that only a sharded model can have.
+    Raises UserError for settings that only a sharded model can have.
     """
     if vlm.world.grouped:
         return replace(vlm, fsdp_root=shard(vlm.model, vlm.world, settings))
@@ -149,7 +142,7 @@ def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
 
 
 def prepare(vlm: Vlm, lora: Lora, frozen: Sequence[str], *, seed: int) -> Vlm:
-    """The model of a training stage: parts frozen, or everything frozen under new adapters."""
+    """Prepare a model for a training stage: freeze parts, or freeze everything and add adapters."""
     if not lora.rank:
         freeze(vlm, frozen)
         return vlm
@@ -164,17 +157,17 @@ def make_chat(
     *,
     rl: bool = False,
 ) -> Chat:
-    """The chat format and image path of a model; `rl`: with the system prompt and image bounds of RL.
+    """Make the chat format of a model; `rl`: with the system prompt and image bounds of RL.
 
-    The pixel bounds and the system prompt are written onto the processor too, so that a saved model
-    carries them.
+    The pixel bounds and the system prompt are set on the processor too, so that they are saved with the
+    model.
     """
     return _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
 
 
 def load_chat(model: ModelSettings, prompts: Prompts, images: Images) -> Chat:
-    """The chat format of a model that is not loaded: its processor alone is read. Raises ModelError."""
-    config, processor = _described(model)
+    """Make the chat format of a model that is not loaded, from its processor alone. Raises ModelError."""
+    config, processor = _load_description(model)
     return _chat(processor, family_of(config.model_type, model.name), prompts, images, rl=False)
 
 
@@ -187,8 +180,8 @@ def _source(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _described(settings: ModelSettings) -> tuple[Any, Any]:
-    """Configuration and processor of a model. Raises ModelError."""
+def _load_description(settings: ModelSettings) -> tuple[Any, Any]:
+    """Load the configuration and processor of a model. Raises ModelError."""
     with _model_errors(settings):
         source = _source(settings)
         return AutoConfig.from_pretrained(**source), AutoProcessor.from_pretrained(**source)
@@ -227,24 +220,26 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
 
 
 def _compare_with_template(processor: Any, chat: Chat) -> None:
-    """Warn if the model's own chat template, which servers use, words a prompt otherwise than `chat`."""
+    """Warn if the model's chat template, which servers use, renders a prompt differently from `chat`."""
     if not processor.chat_template:
         return
     turn = [{"role": "user", "content": [{"type": "text", "text": "1"}]}]
-    own = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    rendered = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     problem = Problem(id="template", source="template", question="1", answer="1")
     try:
-        ours = "".join(map(chat.token, chat.prompt(problem).ids))
+        in_training = "".join(map(chat.token, chat.prompt(problem).ids))
     except PromptError:  # a limit below the system prompt's length; every real prompt raises it too
         return
-    if ours != own:
-        log.warning("the model's chat template renders %r; rlcs trains and measures with %r", own, ours)
+    if in_training != rendered:
+        log.warning(
+            "the model's chat template renders %r; rlcs trains and measures with %r", rendered, in_training
+        )
 
 
 def save(vlm: Vlm, folder: Path) -> None:
-    """Write a Hugging Face folder: weights (safetensors), configuration, processor; rank 0 does.
+    """Write a Hugging Face folder on rank 0: weights (safetensors), configuration, processor.
 
-    Adapters are merged into the weights, and lie in peft's format in `folder/adapter` too; of a model in
+    Adapters are merged into the weights, and also saved in peft's format in `folder/adapter`; in
     `reference_mode` they are left out.
     """
     weights = whole_weights(vlm.model, vlm.world) if vlm.fsdp_root is not None else None
@@ -264,7 +259,7 @@ def save(vlm: Vlm, folder: Path) -> None:
 
 
 def save_adapters(vlm: Vlm, folder: Path) -> None:
-    """Write the adapters of a model that has them, alone, in peft's format; rank 0 does."""
+    """Write only the adapters of an adapted model, in peft's format, on rank 0."""
     adapter = vlm.adapter
     assert adapter is not None
     weights = whole_weights(vlm.model, vlm.world, having=".lora_") if vlm.fsdp_root is not None else None

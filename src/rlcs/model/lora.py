@@ -1,8 +1,8 @@
-"""Low-rank adapters through peft: attach them to a model, and fold them into a plain one.
+"""Attaches low-rank adapters to a model with peft, and merges them into a plain one.
 
 peft replaces linear layers inside the model by layers that add their adapter's output. The model
 stays the same object, with the same parts under the same names, so that packs, engines and
-attention need not know of adapters; peft's own handle serves to switch them off and to save them.
+attention are independent of adapters; peft's model object switches them off and saves them.
 """
 
 import copy
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 KEPT_WHOLE = ["visual", "lm_head"]
-"""Modules that QLoRA leaves in their own number format: small, and what they lose hurts most."""
+"""Modules that QLoRA does not quantise: they are small, and quantising them costs the most accuracy."""
 
 
 def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed: int) -> "PeftModel":
     """Put adapters into the linear layers below `parts` (patterns on names); nothing else trains then.
 
-    A new adapter adds exactly zero. Raises RecipeError if `settings.targets` matches no layer.
+    A new adapter adds zero. Raises RecipeError if `settings.targets` matches no layer.
     """
     import peft
 
@@ -53,7 +53,7 @@ def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed
 
 
 def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` needs to load a model in 4 bits. Raises RecipeError without bitsandbytes."""
+    """Arguments of `from_pretrained` to load a model in 4 bits. Raises RecipeError without bitsandbytes."""
     if find_spec("bitsandbytes") is None:
         raise RecipeError(
             "4-bit weights need the package bitsandbytes",
@@ -71,7 +71,7 @@ def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 def save(adapter: "PeftModel", folder: Path, whole: Mapping[str, Tensor]) -> None:
-    """Write the adapters alone, in peft's format; `whole` holds their weights by their names in the model."""
+    """Write only the adapters, in peft's format; `whole` holds their weights by their names in the model."""
     named = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}
     adapter.save_pretrained(str(folder), state_dict=named, save_embedding_layers=False)
 
@@ -79,10 +79,10 @@ def save(adapter: "PeftModel", folder: Path, whole: Mapping[str, Tensor]) -> Non
 def merged(
     adapter: "PeftModel", whole: Mapping[str, Tensor], *, reference_mode: bool = False
 ) -> PreTrainedModel:
-    """A plain model on the CPU that computes what the adapted one does.
+    """Make a plain model on the CPU that computes the same as the adapted one, which does not change.
 
-    `whole` are all weights of the adapted model by name. `reference_mode`: what it computes with its adapters
-    off. The adapted model is not touched. 4-bit weights become plain ones, as they were computed with.
+    `whole` are all weights of the adapted model by name. In `reference_mode` the adapters are left out. 4-bit
+    weights become plain ones with the values that were used in training.
     """
     model: Any = adapter.get_base_model()
     config = copy.deepcopy(model.config)
@@ -90,9 +90,9 @@ def merged(
         del config.quantization_config
     with torch.device("meta"):
         plain = type(model)(config)
-    # One weight at a time: a GPU may not hold all.
+    # One weight at a time: all might not fit on a GPU.
     weights = {
-        name: _folded(model, whole, name, reference_mode=reference_mode).detach().cpu()
+        name: _merged(model, whole, name, reference_mode=reference_mode).detach().cpu()
         for name in plain.state_dict()
     }
     plain.load_state_dict(weights, assign=True)
@@ -101,21 +101,21 @@ def merged(
     return plain
 
 
-def _folded(model: nn.Module, whole: Mapping[str, Tensor], name: str, *, reference_mode: bool) -> Tensor:
-    """The plain model's weight of this name, dequantised from 4 bits; adapted unless in `reference_mode`."""
+def _merged(model: nn.Module, whole: Mapping[str, Tensor], name: str, *, reference_mode: bool) -> Tensor:
+    """Compute the plain model's weight of this name, dequantised; with adapters unless `reference_mode`."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 
-    own, _, kind = name.rpartition(".")
-    layer: Any = model.get_submodule(own)
+    module, _, kind = name.rpartition(".")
+    layer: Any = model.get_submodule(module)
     adapted = isinstance(layer, LoraLayer)
     inner = layer.get_base_layer() if adapted else layer
-    weight: Tensor = whole[f"{own}.base_layer.{kind}" if adapted else name]
+    weight: Tensor = whole[f"{module}.base_layer.{kind}" if adapted else name]
     if kind == "weight" and hasattr(inner.weight, "quant_state"):
         weight = dequantize_module_weight(inner)
     if kind != "weight" or not adapted or reference_mode:
         return weight
     [adapter] = layer.active_adapters
-    down, up = (whole[f"{own}.lora_{x}.{adapter}.weight"].float() for x in "AB")
+    down, up = (whole[f"{module}.lora_{x}.{adapter}.weight"].float() for x in "AB")
     scale: float = layer.scaling[adapter]
     return (weight.float() + up @ down * scale).to(weight.dtype)

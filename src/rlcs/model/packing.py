@@ -1,22 +1,23 @@
-"""Trees to packs and back: layout, positions, targets, token budgets.
+"""Packs trees into tensors: layout, positions, targets, token budgets.
 
 Many trees lie end to end in one pack: `[trunk | branch 1 | ... | branch G | trunk | ...]`. A token
 sees its own trunk and its own branch up to itself, nothing else; a branch's positions restart
 where its trunk ends; the first token of every branch is predicted by the trunk's last token. So
 the gradients of a pack are those of the padded, repeated batch.
 
-This is where tensors begin. Letters in shapes: L tokens of the pack, N target tokens (all branch
+Letters in shapes: L tokens of the pack, N target tokens (all branch
 tokens), S branches, T trees.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlcs.records import Branch, ImageRef, Prompt, Tree
+from rlcs.records import ImageRef, Prompt, Tree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,16 +35,12 @@ class TreeSpan:
 
     def branch_ranges(self) -> list[tuple[int, int]]:
         """The half-open range of every branch."""
-        ranges, at = [], self.start + self.trunk
-        for length in self.branches:
-            ranges.append((at, at + length))
-            at += length
-        return ranges
+        return list(pairwise(accumulate(self.branches, initial=self.start + self.trunk)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """The one description of a pack's shape from which every attention is derived."""
+    """The shape of a pack, from which every attention mask is derived."""
 
     trees: tuple[TreeSpan, ...]
 
@@ -64,15 +61,15 @@ class Layout:
 
 def layout_of(sizes: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     """Lay trees of (trunk length, branch lengths) end to end."""
-    spans, at = [], 0
+    spans: list[TreeSpan] = []
     for trunk, branches in sizes:
-        spans.append(TreeSpan(start=at, trunk=trunk, branches=tuple(branches)))
-        at = spans[-1].stop
+        start = spans[-1].stop if spans else 0
+        spans.append(TreeSpan(start=start, trunk=trunk, branches=tuple(branches)))
     return Layout(trees=tuple(spans))
 
 
 def dense_mask(layout: Layout) -> Tensor:
-    """The plain reference: (L, L) booleans, true where a query (row) may see a key (column)."""
+    """Make the reference mask: (L, L) booleans, true where a query (row) may see a key (column)."""
     tree, branch = layout.segments()
     order = torch.arange(layout.length)
     causal = order[:, None] >= order[None, :]
@@ -82,22 +79,22 @@ def dense_mask(layout: Layout) -> Tensor:
 
 
 def trunk_positions(prompt: Prompt) -> Tensor:
-    """M-RoPE positions (3, P): time, height, width (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """Compute M-RoPE positions (3, P): time, height, width (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     Text counts up in all three; the tokens of an image share a time and count rows and columns;
     what follows starts after the largest position so far.
     """
-    parts, at, next_position = [], 0, 0
+    parts, text_start, next_position = [], 0, 0
     for (start, end), (frames, height, width) in zip(prompt.spans, prompt.grids, strict=True):
-        parts.append(_text_positions(next_position, start - at))
-        next_position += start - at
+        parts.append(_text_positions(next_position, start - text_start))
+        next_position += start - text_start
         rows, columns = height // prompt.merge_size, width // prompt.merge_size
         axes = (torch.arange(frames), torch.arange(rows), torch.arange(columns))
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1)
         parts.append(grid + next_position)
         next_position += max(frames, rows, columns)
-        at = end
-    parts.append(_text_positions(next_position, len(prompt.ids) - at))
+        text_start = end
+    parts.append(_text_positions(next_position, len(prompt.ids) - text_start))
     return torch.cat(parts, dim=1)
 
 
@@ -116,7 +113,6 @@ class Pack:
     """
 
     layout: Layout
-    prompts: tuple[Prompt, ...] = field(repr=False)
     ids: Tensor
     positions: Tensor
     predictors: Tensor
@@ -149,11 +145,11 @@ class Pack:
 
 
 PixelSource = Callable[[ImageRef], Tensor]
-"""Gives the processed patches (patches, patch size) of one image."""
+"""Returns the processed patches (patches, patch size) of one image."""
 
 
 def pack(trees: Sequence[Tree], pixels: PixelSource) -> Pack:
-    """Lay trees end to end. Every image goes in once, however many branches its tree has."""
+    """Lay trees end to end. Every image is included once, however many branches its tree has."""
     if not trees:
         raise ValueError("a pack needs at least one tree")
     layout = layout_of([(len(t.prompt.ids), [len(b.ids) for b in t.branches]) for t in trees])
@@ -165,7 +161,6 @@ def pack(trees: Sequence[Tree], pixels: PixelSource) -> Pack:
     with_logprobs = bool(branches) and all(b.logprobs is not None for b in branches)
     return Pack(
         layout=layout,
-        prompts=tuple(tree.prompt for tree in trees),
         ids=torch.tensor([i for tree in trees for i in _flat_ids(tree)], dtype=torch.long),
         positions=torch.cat([_positions(tree) for tree in trees], dim=1),
         predictors=torch.tensor(predictors, dtype=torch.long),
@@ -198,37 +193,17 @@ def _predictors(span: TreeSpan) -> list[int]:
     return [i for start, end in span.branch_ranges() for i in (trunk_end, *range(start, end - 1))]
 
 
-def unpack(packed: Pack) -> tuple[Tree, ...]:
-    """The trees that went in: `unpack(pack(trees)) == trees` (weights and logprobs in fp32)."""
-    trees, at = [], 0
-    for span, prompt in zip(packed.layout.trees, packed.prompts, strict=True):
-        branches = []
-        for length in span.branches:
-            part = slice(at, at + length)
-            logprobs = packed.sampler_logprobs
-            branches.append(
-                Branch(
-                    ids=tuple(packed.targets[part].tolist()),
-                    weights=tuple(packed.weights[part].tolist()),
-                    logprobs=None if logprobs is None else tuple(logprobs[part].tolist()),
-                )
-            )
-            at += length
-        trees.append(Tree(prompt=prompt, branches=tuple(branches)))
-    return tuple(trees)
-
-
 def within_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """Split trees of `sizes` tokens into packs of at most `budget` tokens: lists of indices.
 
     First fit, largest first; indices keep their order inside a pack. A tree larger than the budget
-    gets a pack of its own: it is never cut.
+    gets a separate pack: it is never cut.
     """
     bins: list[tuple[int, list[int]]] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        for place, (used, members) in enumerate(bins):
+        for number, (used, members) in enumerate(bins):
             if used + sizes[index] <= budget:
-                bins[place] = (used + sizes[index], [*members, index])
+                bins[number] = (used + sizes[index], [*members, index])
                 break
         else:
             bins.append((sizes[index], [index]))
@@ -236,13 +211,13 @@ def within_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
-    """Split things of `sizes` into `parts` shares of about the same sum: lists of indices, in order.
+    """Split items of `sizes` into `parts` shares of about the same sum: lists of indices, in order.
 
     Largest first, each to the smallest share so far (Graham 1969: at most 4/3 of the best split).
     """
     shares: list[tuple[int, list[int]]] = [(0, []) for _ in range(parts)]
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        place = min(range(parts), key=lambda p: shares[p][0])
-        used, members = shares[place]
-        shares[place] = (used + sizes[index], [*members, index])
+        smallest = min(range(parts), key=lambda share: shares[share][0])
+        used, members = shares[smallest]
+        shares[smallest] = (used + sizes[index], [*members, index])
     return [sorted(members) for _, members in shares]

@@ -1,7 +1,7 @@
-"""Compare packed logprobs with plain ones, on the run's own model and data.
+"""Compares packed logprobs with plain ones, on the model and data of the run.
 
-The first step of every training stage calls this; a mismatch stops the run before it can teach
-anything wrong.
+The first step of every training stage calls this; a mismatch stops the run before it trains on wrong
+logprobs.
 """
 
 import math
@@ -20,11 +20,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 def gap(differences: torch.Tensor, dtype: torch.dtype) -> float:
-    """How far two computations of the same logprobs are apart: [tokens] differences to nats.
+    """Reduce the differences (tokens,) of two computations of the same logprobs to one number, in nats.
 
-    In float32 it is the largest difference of a token. In lower precision single tokens differ by more than
-    half a nat by
-    rounding alone, however they are computed, and it is the mean: faults move every token of an answer.
+    In float32 it is the largest difference of a token. In lower precision it is the mean: there rounding
+    alone moves single tokens by more than half a nat, but faults move every token of an answer.
     """
     sizes = differences.abs()
     return float(sizes.max() if dtype == torch.float32 else sizes.mean())
@@ -32,16 +31,16 @@ def gap(differences: torch.Tensor, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def disagreement(vlm: Vlm, chat: Chat, tree: Tree) -> float:
-    """The gap (nats) of packed and plain logprobs of the worst branch of one tree.
+    """Compute the largest gap (nats) between packed and plain logprobs over the branches of one tree.
 
-    Plain means: every answer behind its own copy of the prompt, through the stock attention of
+    Plain means: every answer after a copy of the prompt, through the stock attention of
     transformers, with positions computed by the model itself.
     """
     vlm.model.eval()
     dtype = vlm.model.get_output_embeddings().weight.dtype
     plain = [_plain_logprobs(vlm, chat, tree, index) for index in range(len(tree.branches))]
-    packed = score(vlm, pack([tree], chat.patches)).logprobs.split([len(each) for each in plain])
-    gaps = [gap(ours - theirs, dtype) for ours, theirs in zip(packed, plain, strict=True)]
+    packed = score(vlm, pack([tree], chat.patches)).logprobs.split([len(logprobs) for logprobs in plain])
+    gaps = [gap(ours - reference, dtype) for ours, reference in zip(packed, plain, strict=True)]
     return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
 
 
@@ -65,14 +64,14 @@ def _plain_logprobs(vlm: Vlm, chat: Chat, tree: Tree, index: int) -> torch.Tenso
 
 
 def require_agreement(vlm: Vlm, chat: Chat, tree: Tree | None) -> float:
-    """Raise TrainingError if packed and plain logprobs disagree; returns the largest gap.
+    """Raise TrainingError if packed and plain logprobs disagree; return the largest gap of all ranks.
 
-    Every rank tries a tree of its own, if it has one (`tree` is None where it has not).
+    Every rank compares its tree, if it has one (else `tree` is None).
     """
     with vlm.gathered():
-        own = 0.0 if tree is None else disagreement(vlm, chat, tree)
+        gap_here = 0.0 if tree is None else disagreement(vlm, chat, tree)
         dtype = vlm.model.get_output_embeddings().weight.dtype
-    largest = vlm.world.sum({"gap_max": own})["gap_max"]
+    largest = vlm.world.sum({"gap_max": gap_here})["gap_max"]
     if largest > TOLERANCE.get(dtype, 0.25):
         raise TrainingError(
             f"packed and plain logprobs differ by {largest:.2g} nats with attention {vlm.attention!r}",

@@ -1,8 +1,8 @@
-"""Packs to logprobs and entropy of branch tokens.
+"""Computes logprobs and entropies of the branch tokens of packs.
 
 The vocabulary of a real model is about 152,000 wide: logits are computed for the tokens that have
-a target alone, in chunks that are recomputed in the backward pass, never for the prompt and never
-whole. Letters in shapes: L tokens, N target tokens, C hidden size, V vocabulary.
+a target only, in chunks that are recomputed in the backward pass, never for the prompt and never
+all at once. Letters in shapes: L tokens, N target tokens, C hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Scores:
 
 
 def hidden_states(vlm: Vlm, ids: Tensor, positions: Tensor, *, plan: attention.Plan, **images: Any) -> Tensor:
-    """Last hidden states (L, C) of one flat sequence through the model's public forward.
+    """Compute the last hidden states (L, C) of one flat sequence with the model's public forward.
 
     ids (L,), positions (3, L); `images` are `pixel_values` and `image_grid_thw` where there are any.
     """
@@ -41,7 +41,7 @@ def hidden_states(vlm: Vlm, ids: Tensor, positions: Tensor, *, plan: attention.P
 
 
 def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0) -> Scores:
-    """Logprobs and entropies of all branch tokens of a pack, at a sampling temperature."""
+    """Compute logprobs and entropies of all branch tokens of a pack, at a sampling temperature."""
     pack = pack.to(vlm.device)
     plan = attention.make_plan(vlm.attention, pack.layout, vlm.device)
 

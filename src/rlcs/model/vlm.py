@@ -1,4 +1,4 @@
-"""A vision-language model in memory: weights, processor, device, and how to call it when it is sharded."""
+"""A loaded vision-language model: weights, processor, device, and calls that work when it is sharded."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -34,8 +34,8 @@ class ShardedModel(Protocol):
 class Vlm:
     """A model with its processor, ready for packs; under `torchrun` in shards (`fsdp_root`) over `world`.
 
-    `adapter` is peft's handle on the low-rank layers inside `model`, where those train; `reference_mode`
-    scores as if there were none: the reference of GRPO.
+    `adapter` is peft's model object for the low-rank layers inside `model`, if those train; `reference_mode`
+    scores without them: the reference of GRPO.
     """
 
     model: PreTrainedModel
@@ -49,7 +49,7 @@ class Vlm:
     fsdp_root: ShardedModel | None = None
 
     def scoring(self) -> AbstractContextManager[None]:
-        """The state to score in: adapters off if `reference_mode`."""
+        """Context to score in: adapters are off if `reference_mode`."""
         if self.adapter is None or not self.reference_mode:
             return nullcontext()
         return self.adapter.disable_adapter()
@@ -59,12 +59,12 @@ class Vlm:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def run(self, work: Callable[[], T]) -> T:
-        """Work that calls the model, with its weights there; it returns a tensor or a tuple of them.
+        """Do work that calls the model, with its weights gathered; it returns a tensor or a tuple of them.
 
-        All ranks must run as often, in the same order, with images or without.
+        All ranks must call this equally often, in the same order, with or without images.
         """
         return work() if self.fsdp_root is None else self.fsdp_root.run(work)
 
     def gathered(self) -> AbstractContextManager[None]:
-        """All weights on every rank, to call the model without keeping step; no gradients."""
+        """Hold all weights on every rank, so that ranks need not keep in step; no gradients."""
         return nullcontext() if self.fsdp_root is None else self.fsdp_root.gathered()

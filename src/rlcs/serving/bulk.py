@@ -1,4 +1,4 @@
-"""Answers a file of questions: in the file's order, written as they come, resumable."""
+"""Answers a file of questions, in the file's order; each answer is written at once, and a run can resume."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ from rlcs.storage import read_jsonl
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tally:
-    """How many rows were answered now and before, and which could not be asked."""
+    """How many rows were answered now and before, and which could not be used."""
 
     answered: int
     before: int
@@ -30,7 +30,7 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionSampler:
-    """A loaded model with `ahead` requests under way; its samples come in the order of the requests."""
+    """A loaded model with `ahead` requests under way; samples are yielded in the order of the requests."""
 
     session: Session
     settings: Settings
@@ -49,21 +49,18 @@ class SessionSampler:
                         yield request.sample(error=str(error))
                 if not under_way:
                     return
-                yield _sample(*under_way.popleft())
+                request, stream = under_way.popleft()
+                answer = stream.answer
+                yield request.sample(
+                    text=answer.text,
+                    stop=StopReason.LENGTH if answer.stop == "length" else StopReason.EOS,
+                    prompt_tokens=answer.prompt_tokens,
+                    tokens=answer.tokens,
+                    seconds=round(answer.seconds, 3),
+                )
         finally:
             for _, stream in under_way:
                 stream.close()
-
-
-def _sample(request: Request, stream: Stream) -> Sample:
-    answer = stream.answer
-    return request.sample(
-        text=answer.text,
-        stop=StopReason.LENGTH if answer.stop == "length" else StopReason.EOS,
-        prompt_tokens=answer.prompt_tokens,
-        tokens=answer.tokens,
-        seconds=round(answer.seconds, 3),
-    )
 
 
 def answer_questions(sampler: SessionSampler, source: str, out: Path, *, stop: StopFlag, json: bool) -> Tally:

@@ -1,6 +1,6 @@
-"""The page where people talk to a model: images, questions, reasoning in a fold-out, the answer set apart.
+"""Web page to chat with models: images, questions, reasoning in a fold-out, the answer below it.
 
-One conversation is held with every model on the page, so that two stand side by side on the same questions.
+A question goes to every model on the page, so that their answers stand side by side.
 """
 
 import os
@@ -18,7 +18,7 @@ from rlcs.data import puzzles
 from rlcs.errors import RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.recipe.sampling import Endpoint
-from rlcs.serving.remote import RemoteSession, own_server
+from rlcs.serving.remote import RemoteSession, open_vllm
 from rlcs.serving.session import Settings, load
 
 Turn = Mapping[str, Any]
@@ -30,12 +30,12 @@ _VLLM_SHARE = 0.9  # of a GPU's memory, for all models on the page
 
 
 class ChatModel(Protocol):
-    """A model that answers on the page, wherever it runs."""
+    """A model on the page, in this process or on a server."""
 
     name: str
 
     def stream(self, messages: Sequence[Turn], settings: Settings) -> Any:
-        """The answer to a conversation: an iterator of its pieces that can be closed."""
+        """Answer a conversation: an iterator of pieces that can be closed."""
         ...
 
 
@@ -48,23 +48,23 @@ class Exchange:
     answers: tuple[str, ...]
     seconds: float | None = None
 
-    def turns(self, place: int) -> list[Turn]:
-        """The turns of the conversation with one model: the question alone where it gave no answer."""
+    def turns(self, index: int) -> list[Turn]:
+        """The turns with the model at `index`: the question alone where it gave no answer."""
         question = {"role": "user", "content": [*self.images, *([self.text] if self.text.strip() else [])]}
-        answer = {"role": "assistant", "content": [self.answers[place]]}
-        return [question, answer] if self.answers[place] else [question]
+        answer = {"role": "assistant", "content": [self.answers[index]]}
+        return [question, answer] if self.answers[index] else [question]
 
 
 def replies(
     models: Sequence[ChatModel], past: Sequence[Exchange], now: Exchange, settings: Settings, system: str
 ) -> Generator[tuple[str, ...]]:
-    """Every model's answer so far, each time that it has grown. Closing the iterator stops them all."""
+    """Yield every model's answer so far, each time that one grows. Closing the iterator stops all models."""
     first = [{"role": "system", "content": [system]}] if system.strip() else []
     streams: list[Any] = []
     try:
-        for place, model in enumerate(models):
-            before = [turn for each in past if each.answers[place] for turn in each.turns(place)]
-            streams.append(model.stream([*first, *before, *now.turns(place)], settings))
+        for index, model in enumerate(models):
+            before = [turn for old in past if old.answers[index] for turn in old.turns(index)]
+            streams.append(model.stream([*first, *before, *now.turns(index)], settings))
         texts, updated = ("",) * len(models), 0.0
         for pieces in zip_longest(*streams, fillvalue=""):
             texts = tuple(text + piece for text, piece in zip(texts, pieces, strict=True))
@@ -77,8 +77,8 @@ def replies(
             stream.close()
 
 
-def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
-    """An exchange with one model as messages of the page: the question, the reasoning folded, the answer.
+def shown(exchange: Exchange, index: int) -> list[dict[str, Any]]:
+    """Convert an exchange with one model to messages of the page: question, folded reasoning, answer.
 
     Images carry alternative texts.
     """
@@ -96,7 +96,7 @@ def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
     ]
     contents += [exchange.text] if exchange.text.strip() else []
     question = [{"role": "user", "content": content} for content in contents]
-    text = exchange.answers[place]
+    text = exchange.answers[index]
     if exchange.seconds is None:
         thought: dict[str, Any] = {"title": "Reasoning", "status": "pending"}
         return [*question, {"role": "assistant", "content": text, "metadata": thought}]
@@ -109,13 +109,13 @@ def shown(exchange: Exchange, place: int) -> list[dict[str, Any]]:
 
 
 def parts_of(text: str) -> tuple[str, str]:
-    """An answer's reasoning, and what stands beside it as Markdown: the box, or what follows `</think>`.
+    """Split an answer into its reasoning and its result as Markdown: the box, or the text after `</think>`.
 
-    All that leads to a box is reasoning. Without either everything is the answer.
+    All text before a box is reasoning. Without a box or `</think>` the whole text is the result.
     """
-    found = extract(text)
-    if found.text is not None:
-        reasoning, answer = text[: found.begins], found.text
+    box = extract(text)
+    if box.text is not None:
+        reasoning, answer = text[: box.begins], box.text
         final = f"**Answer:** ${answer}$" if "\\" in answer else f"**Answer:** {answer}"
     else:
         reasoning, _, final = text.rpartition("</think>")
@@ -125,7 +125,7 @@ def parts_of(text: str) -> tuple[str, str]:
 
 @dataclass(slots=True)
 class Talk:
-    """One visitor's conversation: its past, and the exchange under way since `began`, in seconds."""
+    """One visitor's conversation: past exchanges, and the one under way since `began` (monotonic seconds)."""
 
     past: tuple[Exchange, ...] = ()
     now: Exchange | None = None
@@ -133,26 +133,26 @@ class Talk:
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """All of them, the one under way last."""
+        """All exchanges, the one under way last."""
         return self.past if self.now is None else (*self.past, self.now)
 
     def begin(self, exchange: Exchange) -> None:
-        """Let an exchange be under way."""
+        """Start an exchange."""
         self.now, self.began = exchange, time.monotonic()
 
     def settle(self) -> None:
-        """End the exchange under way: the text so far is kept."""
+        """End the exchange under way with the text so far."""
         if self.now is not None:
             self.past += (replace(self.now, seconds=time.monotonic() - self.began),)
             self.now = None
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Remove all exchanges."""
         self.past, self.now = (), None
 
 
 def take(talk: Talk, sent: Mapping[str, Any], count: int) -> None:
-    """Take up what a visitor sent, for `count` models to answer. Raises gr.Error: then nothing changed."""
+    """Start an exchange with a visitor's message, for `count` models. Raises gr.Error and changes nothing."""
     import gradio as gr
 
     text, images = sent["text"], tuple(map(Path, sent["files"]))
@@ -167,10 +167,10 @@ def take(talk: Talk, sent: Mapping[str, Any], count: int) -> None:
 def answer(
     models: Sequence[ChatModel], talk: Talk, settings: Settings, system: str
 ) -> Iterator[tuple[Exchange, ...]]:
-    """Answer what `talk` has taken up: its exchanges, each time that an answer has grown.
+    """Answer the exchange under way; yields all exchanges each time that an answer grows.
 
-    Ends early when the exchange was settled or forgotten meanwhile. However it ends, the text so far is kept.
-    Raises RlcsError.
+    Ends early when the exchange was settled or removed meanwhile. The text so far is always kept. Raises
+    RlcsError.
     """
     now = talk.now
     if now is None:
@@ -190,41 +190,30 @@ def answer(
 
 
 def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
-    """Built-in puzzles as examples of the page; their images are written to `folder`."""
-    found = []
-    for number, problem in enumerate(
-        puzzles.load("puzzles", split="test", count=_EXAMPLES, seed=11), start=1
-    ):
+    """Make the page's examples from built-in puzzles, with their images in `folder`."""
+    problems = puzzles.load("puzzles", split="test", count=_EXAMPLES, seed=11)
+    examples = []
+    for number, problem in enumerate(problems, start=1):
         path = folder / f"puzzle-{number}.png"
         path.write_bytes(problem.images[0].data or b"")
-        found.append([{"text": problem.question_with_choices, "files": [str(path)]}])
-    return found
-
-
-def label(name: str) -> str:
-    """A model's name for a heading: of a path its last three parts."""
-    return "/".join(Path(name).parts[-3:])
+        examples.append([{"text": problem.question_with_choices, "files": [str(path)]}])
+    return examples
 
 
 _LATEX = [
-    {"left": left, "right": right, "display": display}
-    for left, right, display in (
-        ("$$", "$$", True),
-        ("\\[", "\\]", True),
-        ("\\(", "\\)", False),
-        ("$", "$", False),
-    )
+    {"left": left, "right": right, "display": left in ("$$", "\\[")}
+    for left, right in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"))
 ]
 
 
 def connect(
-    models: Sequence[ChatModel], displays: Sequence[Any], box: Any, sampling: Any, afresh: Any
+    models: Sequence[ChatModel], displays: Sequence[Any], box: Any, sampling: Any, restart: Any
 ) -> None:
-    """Let the parts of a page work together: inside its `with`."""
+    """Connect the events of a page's parts; call it inside the page's `with`."""
     import gradio as gr
 
     def send(talk: Talk, sent: Mapping[str, Any]) -> None:
-        take(talk, sent, len(models))  # the box is emptied now: the next question may be typed meanwhile
+        take(talk, sent, len(models))  # clears the box at once, for the next question
 
     def converse(
         talk: Talk, system: str | None, temperature: float, top_p: float, longest: float
@@ -238,8 +227,8 @@ def connect(
 
     def views(exchanges: Sequence[Exchange]) -> dict[Any, Any]:
         return {
-            display: [message for each in exchanges for message in shown(each, place)]
-            for place, display in enumerate(displays)
+            display: [message for exchange in exchanges for message in shown(exchange, index)]
+            for index, display in enumerate(displays)
         }
 
     def stop(talk: Talk) -> dict[Any, Any]:
@@ -251,17 +240,17 @@ def connect(
         return views(())
 
     talk = gr.State(Talk())
-    # One function an event: of two, Gradio calls the second when the first has ended, after the answer.
+    # One function an event: of two, Gradio would call the second only after the answer.
     sent = box.submit(send, [talk, box], box, show_progress="hidden")
     answered = sent.success(converse, [talk, *sampling], displays, trigger_mode="multiple")
-    # What fails, wherever it does, has been asked: else every further question would wait for its answer.
+    # End a failed exchange: otherwise the page would refuse every further question.
     answered.failure(stop, talk, displays, queue=False, show_progress="hidden")
     box.stop(stop, talk, displays, queue=False, show_progress="hidden")
-    gr.on([afresh.click, *(display.clear for display in displays)], forget, talk, displays, queue=False)
+    gr.on([restart.click, *(display.clear for display in displays)], forget, talk, displays, queue=False)
 
 
 def build(models: Sequence[ChatModel], folder: Path) -> Any:
-    """The page as a Gradio app; `folder` takes the examples' images."""
+    """Make the page as a Gradio app; the examples' images are written to `folder`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio as gr
 
@@ -270,7 +259,7 @@ def build(models: Sequence[ChatModel], folder: Path) -> Any:
         with gr.Row():
             displays = [
                 gr.Chatbot(
-                    label=label(model.name),
+                    label="/".join(Path(model.name).parts[-3:]),
                     height="55vh",
                     elem_classes="conversation",
                     latex_delimiters=_LATEX,
@@ -289,7 +278,7 @@ def build(models: Sequence[ChatModel], folder: Path) -> Any:
             stop_btn=True,
             elem_id="question",
         )
-        afresh = gr.Button("New conversation", size="sm", variant="secondary")
+        restart = gr.Button("New conversation", size="sm", variant="secondary")
         gr.Examples(example_problems(folder), inputs=[box], label="Example problems", elem_id="examples")
         with gr.Accordion("Sampling", open=False):
             temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)")
@@ -298,15 +287,15 @@ def build(models: Sequence[ChatModel], folder: Path) -> Any:
             system = gr.Textbox(
                 value="", label="System prompt", placeholder="The one the model was trained with", lines=2
             )
-        # Not `autofocus`: it takes the focus back whenever the box is emptied, in the middle of other typing.
+        # `autofocus` would take the focus whenever the box is cleared, even while the user types elsewhere.
         page.load(None, js="() => document.querySelector('#question textarea').focus()")
-        connect(models, displays, box, [system, temperature, top_p, longest], afresh)
+        connect(models, displays, box, [system, temperature, top_p, longest], restart)
     page.queue(default_concurrency_limit=8)
     return page
 
 
 def launch(page: Any, *, host: str, port: int, wait: bool) -> Any:
-    """Serve a page; with `wait` until Ctrl-C. Nothing leaves the machine: no font, no count, no tunnel."""
+    """Serve a page; with `wait` until Ctrl-C. No remote fonts, no usage statistics, no public tunnel."""
     import gradio as gr
 
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -332,24 +321,24 @@ def launch(page: Any, *, host: str, port: int, wait: bool) -> Any:
 def open_models(
     names: Sequence[str], *, program: str | None, url: str | None, key_env: str
 ) -> Iterator[list[ChatModel]]:
-    """Models to talk to: names on the server at `url`, or servers, or models that vLLM or we load.
+    """Open models: by name on the server at `url`, servers by URL, or models loaded here or by vLLM.
 
-    Without names: the first that the server has, or the built-in one. Raises EndpointError, ModelError.
+    Without names: the server's first model, or the built-in one. Raises EndpointError, ModelError.
     """
     names = names or ["" if url else "builtin"]
     share = _VLLM_SHARE / len(names) if len(names) > 1 else None
-    found: list[ChatModel] = []
+    models: list[ChatModel] = []
     with ExitStack() as stack:
         for name in names:
             if url or name.startswith(("http://", "https://")):
-                place, model = (url, name) if url else (name, "")
-                found.append(RemoteSession(Endpoint(base_url=place, model=model, key_env=key_env)))
+                address, model = (url, name) if url else (name, "")
+                models.append(RemoteSession(Endpoint(base_url=address, model=model, key_env=key_env)))
             elif program is None:
-                found.append(load(name))
+                models.append(load(name))
             else:
                 sys.stdout.write(f"vLLM is starting with {name}; a minute or so\n")
-                found.append(stack.enter_context(own_server(program, name, share=share)))
-        yield found
+                models.append(stack.enter_context(open_vllm(program, name, share=share)))
+        yield models
 
 
 def open_page(models: Sequence[ChatModel], *, host: str, port: int) -> None:

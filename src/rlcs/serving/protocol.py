@@ -1,4 +1,4 @@
-"""The OpenAI chat protocol: requests checked strictly, replies and errors in its shapes."""
+"""Reads requests and builds replies and errors of the OpenAI chat protocol; requests are checked strictly."""
 
 import base64
 import time
@@ -16,19 +16,18 @@ HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "parallel_tool_calls", "response_format",
 })  # fmt: skip
-"""Keys that change no answer here. Any other that is not known is refused."""
+"""Keys that change no answer and are ignored. Other unknown keys are refused."""
 NEUTRAL = {"repetition_penalty": 1, "length_penalty": 1, "top_k": -1, "best_of": 1, "tool_choice": "none"}
-"""What says in a request that a setting shall do nothing, where zero and emptiness do not say it."""
+"""Values of unsupported keys that ask for nothing and are accepted, beside zero and empty ones."""
 STOP_CHARS = 256
 MOST_VALUES = 100_000
-"""Values in a request. Each but the first of a list or an object stands behind a comma, so that they are
-bounded before they are parsed, which takes seconds for millions."""
+"""Most values in a request, bounded by counting commas before parsing, which takes seconds for millions."""
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a request may ask of the server."""
+    """Limits on requests."""
 
     max_images: int = 8
     max_pixels: int = 1 << 24
@@ -40,16 +39,16 @@ class Limits:
     request_s: float = 600.0
 
     def __post_init__(self) -> None:
-        """Every limit lets something through. Raises UserError."""
-        for each in fields(self):
-            least = {"queue": 0, "max_images": 0, "request_s": 0.001}.get(each.name, 1)
-            if getattr(self, each.name) < least:
-                option = f"--{each.name.replace('_', '-')}"
+        """Raises UserError for a limit that refuses every request."""
+        for limit in fields(self):
+            least = {"queue": 0, "max_images": 0, "request_s": 0.001}.get(limit.name, 1)
+            if getattr(self, limit.name) < least:
+                option = f"--{limit.name.replace('_', '-')}"
                 raise UserError("this limit refuses every request", where=option, fix="make it larger")
 
 
 class ApiError(RlcsError):
-    """A request that is answered with an error: `status` is HTTP's, `param` names the culprit."""
+    """A request that is answered with an error: `status` is HTTP's, `param` the faulty field."""
 
     def __init__(self, status: int, what: str, *, param: str | None = None, code: str | None = None) -> None:
         """`code` is OpenAI's short name of the error."""
@@ -79,7 +78,7 @@ class TextPart(_Strict):
 
 
 class ImageUrl(_Strict):
-    """Where an image is."""
+    """The address of an image."""
 
     url: str
 
@@ -99,7 +98,7 @@ class ChatMessage(_Strict):
 
 
 class StreamOptions(_Strict):
-    """What a stream holds beside the text."""
+    """What a stream holds besides the text."""
 
     include_usage: bool = False
 
@@ -138,40 +137,40 @@ class ChatRequest(_Strict):
 
 
 def parse_request(body: bytes, limits: Limits, *, model: str) -> ChatRequest:
-    """Read a request. Raises ApiError for what is malformed, unknown or too much."""
+    """Read a request. Raises ApiError for one that is malformed, unsupported or over a limit."""
     if body.count(b",") > MOST_VALUES:
         raise ApiError(400, f"the request has more than {MOST_VALUES:,} values (or commas in its text)")
     try:
-        ask = ChatRequest.model_validate_json(body)
+        request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = ".".join(str(key)[:40] for key in first["loc"]) or None
         message = first["msg"].removeprefix("Value error, ")[:300]
         raise ApiError(400, f"{param}: {message}" if param else message, param=param) from error
-    if ask.model is not None and ask.model != model:
-        what = f"there is no model {ask.model[:100]!r} here, only {model!r}"
+    if request.model is not None and request.model != model:
+        what = f"there is no model {request.model[:100]!r} here, only {model!r}"
         raise ApiError(404, what, param="model", code="model_not_found")
-    if ask.n > limits.max_n:
+    if request.n > limits.max_n:
         raise ApiError(400, f"n is at most {limits.max_n}", param="n")
-    if max(ask.max_completion_tokens or 0, ask.max_tokens or 0) > limits.max_tokens:
+    if max(request.max_completion_tokens or 0, request.max_tokens or 0) > limits.max_tokens:
         what = f"max_tokens is at most {limits.max_tokens} on this server"
         raise ApiError(400, what, param="max_tokens")
-    if len(ask.stops) > 4 or not all(0 < len(stop) <= STOP_CHARS for stop in ask.stops):
+    if len(request.stops) > 4 or not all(0 < len(stop) <= STOP_CHARS for stop in request.stops):
         raise ApiError(400, f"stop is up to 4 texts of 1 to {STOP_CHARS} characters", param="stop")
-    return ask
+    return request
 
 
-def conversation(ask: ChatRequest, limits: Limits) -> list[Message]:
-    """The turns of a request, images read. Raises ApiError or ImageError."""
+def conversation(request: ChatRequest, limits: Limits) -> list[Message]:
+    """Read the turns of a request with their images. Raises ApiError or ImageError."""
     parts = [
-        part for message in ask.messages if isinstance(message.content, list) for part in message.content
+        part for message in request.messages if isinstance(message.content, list) for part in message.content
     ]
     images = sum(isinstance(part, ImagePart) for part in parts)
     if images > limits.max_images:
         what = f"{images} images are more than the {limits.max_images} that this server takes"
         raise ApiError(400, what, param="messages")
     turns = []
-    for number, message in enumerate(ask.messages):
+    for number, message in enumerate(request.messages):
         content = message.content
         texts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         where = f"messages.{number}.content"
@@ -198,7 +197,7 @@ def _image(url: str, limits: Limits, where: str) -> ImageRef:
 
 
 def reply(kind: str, key: str, model: str, choices: Sequence[Json], **more: Any) -> Json:
-    """A reply or one chunk of a stream; `kind` is the object's name, `key` its id."""
+    """Build a reply or one chunk of a stream; `kind` is the object's name, `key` its id."""
     head = {"id": key, "object": kind, "created": int(time.time()), "model": model}
     return {**head, "choices": list(choices), **more}
 

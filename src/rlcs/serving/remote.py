@@ -1,6 +1,6 @@
-"""A model that runs in another program: any OpenAI-compatible server, or a vLLM that we start.
+"""Talks to a model in another program: any OpenAI-compatible server, or a vLLM that is started here.
 
-`rlcs serve` becomes such a vLLM; `rlcs chat` talks to either kind as `session` does to a model of our own.
+`rlcs serve` can replace itself by such a vLLM; for `rlcs chat` both kinds answer like a local `Session`.
 """
 
 import os
@@ -26,19 +26,19 @@ from rlcs.records import Message
 from rlcs.serving.session import Settings, as_message
 
 CONNECT_S = 10.0
-"""Seconds in which a server must take the connection."""
+"""Seconds in which a server must accept the connection."""
 NOT_KNOWN = ("--queue", "--max-tokens", "--max-pixels", "--max-body-bytes", "--request-s")
-"""Limits of our own server that vLLM does not have."""
-_DATA_URLS_ALONE = {"allowed_media_domains": "nowhere.invalid"}
-"""Images come as `data:` URLs: the server fetches nothing for others."""
+"""Options of the built-in server that vLLM does not have."""
+_ONLY_DATA_URLS = {"allowed_media_domains": "nowhere.invalid"}
+"""Images must come as `data:` URLs: the server downloads nothing for its clients."""
 _POLL_S = 0.5
 
 
 class RemoteStream(Iterator[str]):
-    """Pieces of one answer as they come; reasoning that a server keeps apart stands in <think> tags."""
+    """Pieces of one answer as they arrive; separately sent reasoning is put in <think> tags."""
 
     def __init__(self, chunks: "openai.Stream[Any]", server: Endpoint) -> None:
-        """Close it to cancel: the server then stops."""
+        """`close` cancels the answer: the server then stops."""
         self._chunks, self._server, self._thinks = chunks, server, False
 
     def __next__(self) -> str:
@@ -62,10 +62,10 @@ class RemoteStream(Iterator[str]):
 
 
 class RemoteSession:
-    """A model on a server; several threads may ask at once."""
+    """A model on a server, for several threads at once."""
 
     def __init__(self, server: Endpoint, *, key: str | None = None) -> None:
-        """Where no model is named it is the server's first one. Raises EndpointError.
+        """Without a model's name the server's first is used. Raises EndpointError.
 
         The key is that of `server.key_env` unless one is given.
         """
@@ -73,7 +73,7 @@ class RemoteSession:
         limits = openai.Timeout(server.request_timeout_s, connect=CONNECT_S)
         self._client = openai.OpenAI(base_url=server.base_url, api_key=key, timeout=limits, max_retries=0)
         with _as_endpoint_error(server):
-            known = [each.id for each in self._client.models.list()]
+            known = [model.id for model in self._client.models.list()]
         self.name = server.model or next(iter(known), "")
         self._server = server.model_copy(update={"model": self.name})
         if self.name not in known:
@@ -83,10 +83,10 @@ class RemoteSession:
     def stream(self, messages: Sequence[Message | Mapping[str, Any]], settings: Settings) -> RemoteStream:
         """Answer a conversation, piece by piece: see `Session.stream`. Raises EndpointError, DataError."""
         turns = [as_message(message, limit=DECODE_LIMIT) for message in messages]
-        given: list[Any] = [{"role": turn.role, "content": content(turn)} for turn in turns]
+        contents: list[Any] = [{"role": turn.role, "content": content(turn)} for turn in turns]
         with _as_endpoint_error(self._server):
             chunks = self._client.chat.completions.create(
-                model=self.name, messages=given, temperature=settings.temperature, top_p=settings.top_p,
+                model=self.name, messages=contents, temperature=settings.temperature, top_p=settings.top_p,
                 max_tokens=settings.max_new_tokens, stream=True,
                 seed=openai.omit if settings.seed is None else settings.seed,
             )  # fmt: skip
@@ -95,14 +95,14 @@ class RemoteSession:
 
 @contextmanager
 def _as_endpoint_error(server: Endpoint) -> Iterator[None]:
-    """Raise what goes wrong with a server as EndpointError."""
+    """Turn errors of the client into EndpointError."""
     try:
         yield
     except openai.APIStatusError as error:
-        found = status_error(error, server)
-        if not isinstance(found, EndpointError):
-            found = EndpointError(str(found), where=server.base_url, fix="change what it names")
-        raise found from error
+        failure = status_error(error, server)
+        if not isinstance(failure, EndpointError):
+            failure = EndpointError(str(failure), where=server.base_url, fix="change what it names")
+        raise failure from error
     except (openai.OpenAIError, httpx.HTTPError, ValueError) as error:
         what = f"the server does not answer, or not to the end ({error.__cause__ or error})"[:500]
         fix = "start it, correct the URL and its port, or see its log"
@@ -111,7 +111,7 @@ def _as_endpoint_error(server: Endpoint) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving(Launch):
-    """How vLLM is started for people; `name` is the model's for clients, `key` what they must bring."""
+    """Settings to start vLLM for clients: `name` is the model's name for them, `key` their API key."""
 
     name: str
     host: str = "127.0.0.1"
@@ -119,19 +119,19 @@ class Serving(Launch):
     key: str | None = None
 
     def command(self, folder: Path, port: int) -> list[str]:
-        """The command line; the key does not show in it."""
+        """The command line, which does not contain the key."""
         address = {"host": self.host, "port": port, "served_model_name": self.name}
-        images = {"limit_mm_per_prompt": {"image": self.max_images, "video": 0}, **_DATA_URLS_ALONE}
+        images = {"limit_mm_per_prompt": {"image": self.max_images, "video": 0}, **_ONLY_DATA_URLS}
         words = flags({**address, **self.arguments, **images})
         return [self.settings.executable, "serve", str(folder), *words]
 
     def environment(self, index: int) -> dict[str, str]:
-        """The environment, with the key in it and without vLLM's count of users."""
+        """The environment, with the key and without vLLM's usage statistics."""
         return os.environ | {"VLLM_NO_USAGE_STATS": "1"} | ({"VLLM_API_KEY": self.key} if self.key else {})
 
 
 def serving(program: str, name: str, *, key: str | None, share: float | None = None) -> Serving:
-    """How vLLM serves a model: in the number format in which we load it, with the context that fits (-1)."""
+    """Settings to serve a model: in the number format of `load`, with the context length that fits (-1)."""
     on_cpu = default_device().type == "cpu"
     return Serving(
         settings=Rollouts(executable=program, memory_share=share),
@@ -141,8 +141,8 @@ def serving(program: str, name: str, *, key: str | None, share: float | None = N
 
 
 @contextmanager
-def own_server(program: str, model: str, *, share: float | None) -> Iterator[RemoteSession]:
-    """A vLLM for ourselves alone, which ends with the context; `share` of a GPU. Raises ModelError."""
+def open_vllm(program: str, model: str, *, share: float | None) -> Iterator[RemoteSession]:
+    """Start a vLLM for this process alone, on a `share` of a GPU, until the end. Raises ModelError."""
     launch = serving(program, model, key=secrets.token_hex(16), share=share)
     with tempfile.TemporaryDirectory() as logs:
         process = Process(launch, 0, Path(resolve(model)), Path(logs) / "vllm.log")

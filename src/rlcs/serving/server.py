@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server over the local engine.
+"""Serves the local engine over HTTP, compatible with OpenAI.
 
-Every request has a place (or is refused with 429), a deadline and bounded sizes; it is cancelled when its
-client goes away. Prompts are built in one thread, the model runs in another.
+The number of requests at once, their time and their sizes are limited; a request is cancelled when its
+client disconnects. Prompts are built in one thread, the model runs in another.
 """
 
 import asyncio
@@ -41,14 +41,14 @@ from rlcs.serving.session import Session, Settings
 
 log = logging.getLogger(__name__)
 
-_GONE = 499  # what nginx calls a client that closed the connection
+_CLIENT_CLOSED = 499  # nginx's status for a client that closed the connection
 
 
 class Metrics:
-    """Counts of requests and tokens so far, as Prometheus reads them."""
+    """Counts of requests and tokens so far, for Prometheus."""
 
     def __init__(self) -> None:
-        """Every server counts for itself."""
+        """Use a registry of this server alone, not the process's."""
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "rlcs_requests", "Chat requests by HTTP status (499: cut off).", ["code"], registry=self.registry
@@ -56,11 +56,8 @@ class Metrics:
         self.seconds = Counter("rlcs_request_seconds", "Seconds spent on them.", registry=self.registry)
         tokens = Counter("rlcs_tokens", "Tokens read and written.", ["kind"], registry=self.registry)
         self.prompt_tokens, self.completion_tokens = tokens.labels("prompt"), tokens.labels("completion")
-        self.gauge("rlcs_start_time_seconds", "When the server started.").set_to_current_time()
-
-    def gauge(self, name: str, about: str) -> Gauge:
-        """One more value that goes up and down."""
-        return Gauge(name, about, registry=self.registry)
+        started = Gauge("rlcs_start_time_seconds", "When the server started.", registry=self.registry)
+        started.set_to_current_time()
 
 
 @dataclass(kw_only=True)
@@ -76,13 +73,13 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
-        """Show what is under way."""
+        """Add the requests under way to the metrics."""
         for name, about, value in (
             ("rlcs_requests_active", "Requests that hold a place.", lambda: self.active),
             ("rlcs_engine_running", "Requests being answered.", lambda: self.session.engine.running),
             ("rlcs_engine_waiting", "Requests waiting to begin.", lambda: self.session.engine.waiting),
         ):
-            self.metrics.gauge(name, about).set_function(value)
+            Gauge(name, about, registry=self.metrics.registry).set_function(value)
 
     def authorise(self, request: Request) -> None:
         """Raises ApiError unless the request brings the key (compared in constant time)."""
@@ -92,8 +89,8 @@ class Service:
             raise ApiError(401, what, code="invalid_api_key")
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """A place for one request. Raises ApiError when there is none."""
+    def slot(self) -> Iterator[None]:
+        """Count one request as active. Raises ApiError when there are too many."""
         if self.active >= self.limits.concurrency + self.limits.queue:
             raise ApiError(429, "too many requests at once; try again later", code="rate_limit_exceeded")
         self.active += 1
@@ -105,16 +102,16 @@ class Service:
             self.metrics.seconds.inc(time.perf_counter() - began)
 
     def prepare(self, body: bytes) -> tuple[ChatRequest, Prompt, Sampling]:
-        """A request, its prompt, and how to answer it. Raises ApiError, ImageError, PromptError."""
-        ask = parse_request(body, self.limits, model=self.name)
-        prompt = self.session.chat.conversation(conversation(ask, self.limits), name="conversation")
-        wanted = ask.max_completion_tokens or ask.max_tokens or self.limits.max_tokens
+        """Read a request; return it, its prompt and sampling. Raises ApiError, ImageError, PromptError."""
+        options = parse_request(body, self.limits, model=self.name)
+        prompt = self.session.chat.conversation(conversation(options, self.limits), name="conversation")
+        most = options.max_completion_tokens or options.max_tokens or self.limits.max_tokens
         settings = Settings(
-            temperature=ask.temperature, top_p=ask.top_p, max_new_tokens=wanted, seed=ask.seed
+            temperature=options.temperature, top_p=options.top_p, max_new_tokens=most, seed=options.seed
         )
-        sampling = self.session.sampling(prompt, settings, n=ask.n)
-        # Without its messages: megabytes of images, which the prompt holds already.
-        return ask.model_copy(update={"messages": []}), prompt, sampling
+        sampling = self.session.sampling(prompt, settings, n=options.n)
+        # Drop its messages: they hold megabytes of images that the prompt holds too.
+        return options.model_copy(update={"messages": []}), prompt, sampling
 
 
 class ChatCompletions:
@@ -126,7 +123,7 @@ class ChatCompletions:
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="rlcs-prompts")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; what goes wrong before the first byte becomes an error reply."""
+        """Answer one request; an error before the first byte becomes an error reply."""
         service, request = self._service, Request(scope, receive)
         begun = False
 
@@ -138,12 +135,12 @@ class ChatCompletions:
         code = 500
         try:
             service.authorise(request)
-            with service.place():
+            with service.slot():
                 async with asyncio.timeout(service.limits.request_s):
                     await self._serve(request, tracked)
             code = 200
         except ClientDisconnect:
-            code = _GONE
+            code = _CLIENT_CLOSED
         except (ApiError, UserError, TimeoutError) as error:
             refusal = _refusal(error)
             code = refusal.status
@@ -157,7 +154,7 @@ class ChatCompletions:
     async def _serve(self, request: Request, send: Send) -> None:
         service, loop = self._service, asyncio.get_running_loop()
         body = await self._body(request)
-        ask, prompt, sampling = await loop.run_in_executor(self._builder, service.prepare, body)
+        options, prompt, sampling = await loop.run_in_executor(self._builder, service.prepare, body)
         del body
         events: asyncio.Queue[Token | Exception] = asyncio.Queue()
 
@@ -165,20 +162,20 @@ class ChatCompletions:
             with contextlib.suppress(RuntimeError):  # the loop closed while the server was ending
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        submitted = service.session.engine.submit(prompt, sampling, listener=receive, stops=ask.stops)
-        answer = _Reply(service, ask, len(prompt.ids), _tokens(events, sampling.n))
+        submitted = service.session.engine.submit(prompt, sampling, listener=receive, stops=options.stops)
+        answer = _Reply(service, options, len(prompt.ids), _tokens(events, sampling.n))
         writing = asyncio.create_task(answer.write(request, send))
-        leaving = asyncio.create_task(_gone(request))
+        disconnect = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writing, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if not writing.done():
                 raise ClientDisconnect
             writing.result()
         finally:
             submitted.cancel()
             writing.cancel()
-            leaving.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
+            disconnect.cancel()
+            await asyncio.gather(writing, disconnect, return_exceptions=True)
 
     async def _body(self, request: Request) -> bytes:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -192,14 +189,14 @@ class ChatCompletions:
         return bytes(body)
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has gone away."""
+async def _disconnected(request: Request) -> None:
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _tokens(events: "asyncio.Queue[Token | Exception]", n: int) -> AsyncIterator[Token]:
-    """The tokens of `n` answers until each has ended. Raises ApiError when the engine failed."""
+    """Yield the tokens of `n` answers until each has ended. Raises ApiError when the engine failed."""
     while n:
         event = await events.get()
         if isinstance(event, Exception):
@@ -211,29 +208,31 @@ async def _tokens(events: "asyncio.Queue[Token | Exception]", n: int) -> AsyncIt
 class _Reply:
     """Writes one reply, whole or as server-sent events."""
 
-    def __init__(self, service: Service, ask: ChatRequest, prompt: int, tokens: AsyncIterator[Token]) -> None:
-        self._service, self._ask, self._tokens = service, ask, tokens
+    def __init__(
+        self, service: Service, options: ChatRequest, prompt: int, tokens: AsyncIterator[Token]
+    ) -> None:
+        self._service, self._options, self._tokens = service, options, tokens
         self._key = f"chatcmpl-{secrets.token_hex(12)}"
         self._prompt, self._completion = prompt, 0
 
     async def write(self, request: Request, send: Send) -> None:
         self._service.metrics.prompt_tokens.inc(self._prompt)
-        if self._ask.stream:
+        if self._options.stream:
             await self._stream(send)
         else:
             await (await self._whole())(request.scope, request.receive, send)
 
     async def _counted(self) -> AsyncIterator[tuple[Token, Json | None]]:
-        """Tokens with their `logprobs`, if those are requested."""
+        """Count and yield tokens, with their `logprobs` if those are requested."""
         chat = self._service.session.chat
         async for token in self._tokens:
             self._completion += 1
             self._service.metrics.completion_tokens.inc()
-            entry = token_logprob(chat.token(token.id), token.logprob) if self._ask.logprobs else None
+            entry = token_logprob(chat.token(token.id), token.logprob) if self._options.logprobs else None
             yield token, entry
 
     async def _whole(self) -> Response:
-        texts, ends = [""] * self._ask.n, [""] * self._ask.n
+        texts, ends = [""] * self._options.n, [""] * self._options.n
         entries: list[list[Json]] = [[] for _ in texts]
         async for token, entry in self._counted():
             texts[token.index] += token.text
@@ -244,7 +243,7 @@ class _Reply:
                 "index": index,
                 "message": {"role": "assistant", "content": text},
                 "finish_reason": ends[index],
-                "logprobs": {"content": entries[index]} if self._ask.logprobs else None,
+                "logprobs": {"content": entries[index]} if self._options.logprobs else None,
             }
             for index, text in enumerate(texts)
         ]
@@ -254,7 +253,7 @@ class _Reply:
     async def _stream(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for index in range(self._ask.n):
+        for index in range(self._options.n):
             await self._chunk(send, index, {"role": "assistant", "content": ""})
         async for token, entry in self._counted():
             if token.text or entry:
@@ -262,7 +261,7 @@ class _Reply:
                 await self._chunk(send, token.index, {"content": token.text}, logprobs=logprobs)
             if token.stop is not None:
                 await self._chunk(send, token.index, {}, finish_reason=_finish(token))
-        if self._ask.stream_options.include_usage:
+        if self._options.stream_options.include_usage:
             await self._event(send, [], usage=usage(self._prompt, self._completion))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
@@ -294,7 +293,7 @@ def _error_reply(error: ApiError) -> JSONResponse:
 
 
 def make_app(service: Service) -> FastAPI:
-    """The server as an ASGI application."""
+    """Make the ASGI application of the server."""
     app = FastAPI(title="rlcs", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_route("/v1/chat/completions", ChatCompletions(service), methods=["POST"])  # type: ignore[arg-type]
 

@@ -1,7 +1,7 @@
-"""Talk to a model from Python: `rlcs.load(model).ask(image, question)`.
+"""Asks a model from Python: `rlcs.load(model).ask(image, question)`.
 
-The prompt is built by segments (what people type stays text), images take the one image path with
-the pixel bounds of the training, and the system prompt is the one that was saved with the model.
+The prompt is built by segments (what people type stays text), images get the pixel bounds of the
+training, and the system prompt is the one that was saved with the model.
 """
 
 import math
@@ -25,12 +25,12 @@ from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
 
 CACHE_TOKENS = 1 << 18
-"""Prompt and answer tokens for which a session keeps keys and values at most, over all requests."""
+"""Most prompt and answer tokens of which a session keeps keys and values, over all requests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """An answer of the model: `text` whole, `answer` what stands in the box, `reasoning` what led there.
+    """An answer of the model: `text` is all of it, `answer` the box's content, `reasoning` the text before.
 
     `stop` is `stop` (the model, or a stop string, ended it) or `length` (cut at the limit).
     """
@@ -46,7 +46,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How to answer. Temperature 0 is greedy; without a seed every sample is another."""
+    """Sampling settings. Temperature 0 is greedy; without a seed every sample differs."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -54,27 +54,27 @@ class Settings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Sane numbers. Raises UserError."""
-        good = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.max_new_tokens >= 1
-        if not good:
+        """Raises UserError for numbers out of range."""
+        valid = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.max_new_tokens >= 1
+        if not valid:
             fix = "temperature is 0 or more, top_p above 0 and at most 1, max_new_tokens 1 or more"
             raise UserError("these sampling settings cannot be used", where=str(self), fix=fix)
 
 
 def split_answer(text: str) -> tuple[str, str | None]:
-    r"""The reasoning of a response, and what stands in its box (None without one).
+    r"""Split a response into its reasoning and the content of its box (None without one).
 
     Reasoning ends at `</think>`, or else where the box begins.
     """
-    found = extract(text)
+    box = extract(text)
     reasoning, closed, _ = text.rpartition("</think>")
     if not closed:
-        reasoning = text[: found.begins]
-    return reasoning.replace("<think>", "").strip(), found.text
+        reasoning = text[: box.begins]
+    return reasoning.replace("<think>", "").strip(), box.text
 
 
 def picture(image: Any, *, limit: int) -> ImageRef:
-    """A checked reference to an image given as path, bytes, PIL image or reference. Raises ImageError."""
+    """Check an image given as path, bytes, PIL image or reference, and refer to it. Raises ImageError."""
     if isinstance(image, ImageRef):
         return image
     if isinstance(image, str | Path):
@@ -88,7 +88,7 @@ def picture(image: Any, *, limit: int) -> ImageRef:
 
 
 def as_message(message: Message | Mapping[str, Any], *, limit: int) -> Message:
-    """A turn in either of its forms (see `Session.stream`), images read. Raises PromptError, ImageError."""
+    """Convert a turn in any form that `Session.stream` takes. Raises PromptError, ImageError."""
     if isinstance(message, Message):
         return message
     role, content = message.get("role"), message.get("content")
@@ -102,10 +102,10 @@ def as_message(message: Message | Mapping[str, Any], *, limit: int) -> Message:
 
 
 class Stream(Iterator[str]):
-    """Pieces of one answer as they come; afterwards `answer` holds the whole. Close it to cancel."""
+    """Pieces of one answer as they arrive; `answer` holds the whole afterwards. `close` cancels it."""
 
     def __init__(self, engine: LocalEngine, prompt: Prompt, sampling: Sampling) -> None:
-        """The request is under way at once."""
+        """Submit the request at once."""
         self._started = time.perf_counter()
         self._events: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
         self._text = ""
@@ -141,7 +141,7 @@ class Stream(Iterator[str]):
 
     @property
     def answer(self) -> Answer:
-        """The whole answer; waits for what is left of it."""
+        """The whole answer; waits until it is complete."""
         for _ in self:
             pass
         if self._answer is None:
@@ -153,7 +153,7 @@ class Stream(Iterator[str]):
         self._request.cancel()
 
     def __del__(self) -> None:
-        """Stop generating when the stream is thrown away."""
+        """Stop generating when the stream is garbage-collected."""
         self.close()
 
 
@@ -181,7 +181,7 @@ class Session:
         max_new_tokens: int = 1024,
         seed: int | None = None,
     ) -> Answer:
-        """The answer to a question about an image (or a list of them, or None); waits for it.
+        """Answer a question about an image (or a list of them, or None); waits for the whole answer.
 
         An image is a path, encoded bytes, a PIL image or an ImageRef. Raises ImageError, PromptError.
         """
@@ -189,9 +189,9 @@ class Session:
         return self.stream([self.message(image, question)], settings).answer
 
     def message(self, image: Any, text: str) -> Message:
-        """A user's turn: images first, then text."""
+        """Make a user's turn: images first, then text."""
         images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        refs = [picture(each, limit=self._decode_limit) for each in images]
+        refs = [picture(item, limit=self._decode_limit) for item in images]
         return Message(role="user", parts=(*refs, text))
 
     def stream(
@@ -212,7 +212,7 @@ class Session:
         return Stream(self.engine, prompt, self.sampling(prompt, settings))
 
     def sampling(self, prompt: Prompt, settings: Settings, *, n: int = 1) -> Sampling:
-        """Settings as the engine takes them; an answer ends at the latest where the context does."""
+        """Convert settings for the engine; an answer ends at the latest where the context ends."""
         return self.chat.sampling(
             n=n,
             temperature=settings.temperature,
@@ -223,5 +223,5 @@ class Session:
 
 
 def load(model: str = "builtin", *, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Session:
-    """Load a model (a folder, a hub id, `builtin`) to talk to. Raises ModelError."""
+    """Load a model to ask: a folder, a hub id or `builtin`. Raises ModelError."""
     return Session(loading.load(Model(name=model, dtype=dtype)), name=model)

@@ -1,4 +1,4 @@
-"""The web server that every page and interface of rlcs runs on: uvicorn, with patience that ends."""
+"""Makes the web server of every page and API of rlcs: uvicorn with time limits on idle connections."""
 
 import asyncio
 import socket
@@ -11,13 +11,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rlcs.errors import UserError
 
 IDLE_S = 15.0
-"""A connection may be without a whole request head for so long."""
+"""Longest time that a connection may stay without a complete request head."""
 MAX_CONNECTIONS = 1000
 SHUTDOWN_S = 30
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError when the address cannot be had."""
+    """Open a listening socket. Raises UserError when the address is taken or not allowed."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=512)
@@ -27,10 +27,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
-    """A server to `run(sockets=[...])` until SIGINT or SIGTERM; requests under way get half a minute."""
+    """Make a server to `run(sockets=[...])` until SIGINT or SIGTERM; requests under way get half a minute."""
     config = uvicorn.Config(
         app,
-        http=_ImpatientProtocol,
+        http=_IdleLimitProtocol,
         ws="none",
         lifespan="off",
         log_level="error",
@@ -43,20 +43,20 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-class _ImpatientProtocol(H11Protocol):
-    """Closes connections on which no whole request head comes, however slowly it drips."""
+class _IdleLimitProtocol(H11Protocol):
+    """Closes connections without a complete request head in time, even if bytes keep arriving."""
 
-    _clock: asyncio.TimerHandle
+    _idle_timer: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._clock = self.loop.call_later(IDLE_S, self._close_if_idle, None)
+        self._idle_timer = self.loop.call_later(IDLE_S, self._close_if_idle, None)
 
     def on_response_complete(self) -> None:
         answered = self.cycle
-        super().on_response_complete()  # which begins the next request if that has come already
-        self._clock.cancel()  # it holds a request
-        self._clock = self.loop.call_later(IDLE_S, self._close_if_idle, answered)
+        super().on_response_complete()  # which begins the next request if that has arrived already
+        self._idle_timer.cancel()  # it refers to a request, which could not be freed
+        self._idle_timer = self.loop.call_later(IDLE_S, self._close_if_idle, answered)
 
     def _close_if_idle(self, last: Any) -> None:
         if self.cycle is last and not self.transport.is_closing():

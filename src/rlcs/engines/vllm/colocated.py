@@ -1,49 +1,49 @@
-"""vLLM in this process's environment and on its GPUs: awake while it samples, asleep while we train."""
+"""Runs vLLM beside the trainer, on the same GPUs; between rounds of sampling vLLM frees their memory."""
 
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from rlcs.engines.vllm.protocol import Completion, PromptRequest, Take
+from rlcs.engines.vllm.protocol import Completion, OnAnswers, PromptRequest
 from rlcs.engines.vllm.server import LOGPROBS, OLDEST, Launch
 from rlcs.engines.vllm.weights import Weights
 from rlcs.errors import ModelError, TrainingError
 
 AT_ONCE = 512
-"""Prompts handed to vLLM together; it schedules within."""
+"""Prompts in one call of vLLM, which schedules them."""
 
 
 class Colocated:
-    """One `vllm.LLM`, which gets token ids and decoded images, and gives token ids and logprobs."""
+    """One `vllm.LLM`: token ids and decoded images in, token ids and logprobs out."""
 
     def __init__(self, launch: Launch, *, sleeps: bool) -> None:
-        """VLLM is imported and started with the first weights; `sleeps`: it gives its memory to a trainer."""
+        """VLLM is imported and started with the first weights; `sleeps`: between rounds it frees memory."""
         self._launch = launch
-        self._sleeps = sleeps and not launch.on_cpu  # where vLLM has no such mode
+        self._sleeps = sleeps and not launch.on_cpu  # vLLM has no sleep mode on a CPU
         self._llm: Any = None
         self._version = ""
         self._asleep = False
 
-    def generate(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
+    def generate(self, requests: Sequence[PromptRequest], weights: Weights, on_answers: OnAnswers) -> None:
         """See `Backend.generate`. Raises ModelError without vLLM, too."""
         llm = self._ready(weights)
         left = list(range(len(requests)))
         for _ in range(self._launch.settings.max_tries):
             failed: list[int] = []
             for start in range(0, len(left), AT_ONCE):
-                places = left[start : start + AT_ONCE]
+                indices = left[start : start + AT_ONCE]
                 outputs = llm.generate(
-                    [_prompt(requests[place]) for place in places],
-                    [_params(requests[place]) for place in places],
+                    [_prompt(requests[index]) for index in indices],
+                    [_params(requests[index]) for index in indices],
                     use_tqdm=False,
                     lora_request=_adapter(weights),
                 )
-                for place, reply in zip(places, outputs, strict=True):
-                    if requests[place].is_answered([output.finish_reason for output in reply.outputs]):
+                for index, reply in zip(indices, outputs, strict=True):
+                    if requests[index].is_answered([output.finish_reason for output in reply.outputs]):
                         completions = map(_completion, reply.outputs)
-                        take(place, requests[place].rollouts(reply.prompt_token_ids, completions))
+                        on_answers(index, requests[index].rollouts(reply.prompt_token_ids, completions))
                     else:
-                        failed.append(place)
+                        failed.append(index)
             left = failed
             if not left:
                 return self._sleep()
@@ -74,7 +74,7 @@ class Colocated:
             self._asleep = True
 
     def close(self) -> None:
-        """End vLLM's own processes."""
+        """End vLLM's processes."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
@@ -95,7 +95,7 @@ def _start(launch: Launch, weights: Weights, *, sleeps: bool) -> Any:
 
 
 def _adapter(weights: Weights) -> Any:
-    """The adapters as vLLM names them; it reads them when it first meets their name and number."""
+    """The adapters as vLLM's request; vLLM reads their files at the first request with their name and id."""
     if weights.base is None:
         return None
     from vllm.lora.request import LoRARequest
@@ -120,6 +120,6 @@ def _completion(output: Any) -> Completion:
     return Completion(
         index=output.index,
         ids=output.token_ids,
-        logprobs=[found[token].logprob for token, found in steps],
+        logprobs=[by_token[token].logprob for token, by_token in steps],
         finish_reason=output.finish_reason,
     )

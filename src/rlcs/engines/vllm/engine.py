@@ -1,11 +1,11 @@
-"""Rollouts by vLLM, in servers or in this process; either way the same prompts, seeds and records."""
+"""Samples rollouts with vLLM, in servers or in this process, with the same prompts, seeds and records."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from rlcs.engines.base import Progress
-from rlcs.engines.vllm.protocol import PromptRequest, Take
+from rlcs.engines.vllm.protocol import OnAnswers, PromptRequest
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
 from rlcs.model.chat import Chat
 from rlcs.model.loading import give_back_memory
@@ -14,10 +14,10 @@ from rlcs.records import Prompt, Rollout, Sampling
 
 
 class Backend(Protocol):
-    """A vLLM, or several."""
+    """One or several vLLM instances."""
 
-    def generate(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
-        """Answer all requests by these weights; `take` gets the place of each and its answers, in any order.
+    def generate(self, requests: Sequence[PromptRequest], weights: Weights, on_answers: OnAnswers) -> None:
+        """Answer all requests with these weights; `on_answers` is called once for each, in any order.
 
         Raises TrainingError if a request fails too often.
         """
@@ -45,8 +45,8 @@ class VllmEngine:
         """See `Engine.sample`; rank 0 sends the prompts of all ranks. Raises TrainingError, EndpointError."""
         if self._weights is None or self._weights != self._published.newest:
             self.sync()
-        # vLLM starts, starts again or wakes up on rank 0 below, maybe on GPUs that train, each of which
-        # has a rank with a cache of its own: no rank passes the gathering before all have done this.
+        # Below, rank 0 may start or wake up vLLM on GPUs that also train: every rank must free its cached
+        # memory first, before it takes part in the gathering.
         give_back_memory()
         world = self._vlm.world
         by_rank = world.gather(
@@ -55,20 +55,20 @@ class VllmEngine:
                 for prompt in prompts
             ]
         )
-        requests = [request for some in by_rank for request in some]
+        requests = [request for of_rank in by_rank for request in of_rank]
         groups = world.first(lambda: self._generate(requests, progress))
-        start = sum(len(some) for some in by_rank[: world.rank])
+        start = sum(map(len, by_rank[: world.rank]))
         return groups[start : start + len(prompts)]
 
     def _generate(self, requests: Sequence[PromptRequest], progress: Progress) -> list[tuple[Rollout, ...]]:
         assert self._weights is not None, "sync has published them"
         groups: dict[int, tuple[Rollout, ...]] = {}
 
-        def take(place: int, rollouts: tuple[Rollout, ...]) -> None:
-            groups[place] = tuple(replace(rollout, text=self._chat.text(rollout.ids)) for rollout in rollouts)
+        def on_answers(index: int, rollouts: tuple[Rollout, ...]) -> None:
+            groups[index] = tuple(replace(rollout, text=self._chat.text(rollout.ids)) for rollout in rollouts)
             if progress is not None:
                 progress(len(rollouts))
 
         if requests:
-            self._backend.generate(requests, self._weights, take)
-        return [groups[place] for place in range(len(requests))]
+            self._backend.generate(requests, self._weights, on_answers)
+        return [groups[index] for index in range(len(requests))]

@@ -1,8 +1,8 @@
-"""Prompts spread over vLLM servers: each has as many under way as it may; what one fails, another answers.
+"""Spreads prompts over vLLM servers; a prompt that one server fails to answer goes to another.
 
 A server that dies, hangs or comes back with older weights gets no requests until it is well again and has
-the newest weights; what it had under way goes back into the queue. Only when no server is well for a long
-while, or a prompt fails again and again, does the run stop.
+the newest weights; its requests under way go back into the queue. The run stops only when no server is well
+for a long while, or when a prompt fails too often.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from rlcs.engines.vllm.protocol import PromptRequest, Take
+from rlcs.engines.vllm.protocol import OnAnswers, PromptRequest
 from rlcs.engines.vllm.server import DownError, Launch, RetryableError, Server
 from rlcs.engines.vllm.weights import Weights
 from rlcs.errors import TrainingError
@@ -27,20 +27,20 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
 
 class _Work:
-    """The requests of one round: which wait, how often each was tried, how many have no answer yet."""
+    """The requests of one round: the queue, the tries of each, and how many have no answer yet."""
 
-    def __init__(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
-        self.requests, self.weights, self.take = requests, weights, take
+    def __init__(self, requests: Sequence[PromptRequest], weights: Weights, on_answers: OnAnswers) -> None:
+        self.requests, self.weights, self.on_answers = requests, weights, on_answers
         self.queue: asyncio.Queue[int] = asyncio.Queue()
-        for place in range(len(requests)):
-            self.queue.put_nowait(place)
+        for index in range(len(requests)):
+            self.queue.put_nowait(index)
         self.tries: Counter[int] = Counter()
         self.left = len(requests)
         self.finished = asyncio.Event()
-        self.last_sign = time.monotonic()
+        self.last_well = time.monotonic()
 
     def done(self) -> None:
-        self.last_sign = time.monotonic()
+        self.last_well = time.monotonic()
         self.left -= 1
         if not self.left:
             self.finished.set()
@@ -50,39 +50,38 @@ class Fleet:
     """All vLLM servers of a run."""
 
     def __init__(self, settings: Rollouts, *, logs: Path, launch: Launch) -> None:
-        """Nothing is started yet; where `settings.urls` names the servers, nothing ever is."""
+        """Nothing is started yet; the servers in `settings.urls`, if any, are used instead of new ones."""
         self._settings = settings
         urls = settings.urls or ("",) * settings.servers
         self._servers = [
             Server(settings, index, logs=logs, url=url, launch=launch) for index, url in enumerate(urls)
         ]
 
-    def generate(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
+    def generate(self, requests: Sequence[PromptRequest], weights: Weights, on_answers: OnAnswers) -> None:
         """See `Backend.generate`. Raises TrainingError also when no server is well for too long."""
-        asyncio.run(self._generate(requests, weights, take))
+        asyncio.run(self._generate(_Work(requests, weights, on_answers)))
 
     def close(self) -> None:
-        """End our own servers."""
+        """End the servers that were started here."""
         for server in self._servers:
             server.close()
 
-    async def _generate(self, requests: Sequence[PromptRequest], weights: Weights, take: Take) -> None:
-        work = _Work(requests, weights, take)
-        # No proxy stands between a trainer and its servers.
+    async def _generate(self, work: _Work) -> None:
+        # `trust_env=False`: no proxy between a trainer and its servers.
         async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
             serving = (self._serve(server, client, work) for server in self._servers)
             await _until_first([work.finished.wait(), *serving])
 
     async def _serve(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
-        """Keep one server busy, bringing it back whenever it fails, without an end. Raises RlcsError."""
+        """Keep one server busy until cancelled, restarting it when it fails. Raises RlcsError."""
         wait = _FIRST_WAIT_S
         while True:
             try:
                 await server.up(client, work.weights)
-                # A server whose engine dies now never answers, which a limit on loading would find out late.
+                # A server whose engine dies now never replies; the watch notices before the limit on loading.
                 loading = server.load_weights(client, work.weights)
                 await _until_first([self._watch(server, client, work), loading])
-                work.last_sign, wait = time.monotonic(), _FIRST_WAIT_S
+                work.last_well, wait = time.monotonic(), _FIRST_WAIT_S
                 senders = [self._answer_all(server, client, work) for _ in range(self._settings.concurrency)]
                 await _until_first([self._watch(server, client, work), *senders])
             except DownError as down:
@@ -90,7 +89,7 @@ class Fleet:
                 if down.needs_restart:
                     server.restart()
                 limit = self._settings.dead_limit_s
-                if time.monotonic() - work.last_sign > limit:
+                if time.monotonic() - work.last_well > limit:
                     raise TrainingError(
                         f"no vLLM server was well for {limit:g} s; last: {down}",
                         where=server.name,
@@ -100,35 +99,35 @@ class Fleet:
                 wait = min(2 * wait, _LONGEST_WAIT_S)
 
     async def _watch(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
-        """Find out that a server hangs long before its requests time out."""
+        """Check a server's health until it fails: a hang is noticed long before requests time out."""
         while True:
             await asyncio.sleep(self._settings.health_limit_s / 3)
             await server.require_well(client)
-            work.last_sign = time.monotonic()
+            work.last_well = time.monotonic()
 
     async def _answer_all(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
-        """Send one request after the other, without an end."""
+        """Send one request after the other until cancelled."""
         while True:
-            place = await work.queue.get()
+            index = await work.queue.get()
             answered = False
             try:
-                work.tries[place] += 1
-                if work.tries[place] > self._settings.max_tries:
+                work.tries[index] += 1
+                if work.tries[index] > self._settings.max_tries:
                     raise TrainingError(
                         f"a prompt got no answer in {self._settings.max_tries} tries",
                         where=server.name,
                         fix="see its log; the same command continues from the last checkpoint",
                     )
-                work.take(place, await server.generate(client, work.requests[place], work.weights))
+                work.on_answers(index, await server.generate(client, work.requests[index], work.weights))
                 answered = True
             except RetryableError as error:
                 log.warning("%s", error)
-                await asyncio.sleep(_FIRST_WAIT_S * work.tries[place])
-            finally:  # also when it was cancelled with its server: then another one answers
+                await asyncio.sleep(_FIRST_WAIT_S * work.tries[index])
+            finally:  # also when cancelled because the server failed: then another one answers
                 if answered:
                     work.done()
                 else:
-                    work.queue.put_nowait(place)
+                    work.queue.put_nowait(index)
 
 
 async def _until_first(jobs: Sequence[Coroutine[Any, Any, object]]) -> None:

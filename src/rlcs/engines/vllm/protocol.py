@@ -1,9 +1,9 @@
-"""What travels between us and vLLM: token ids and images out, ids and logprobs back.
+"""Requests to vLLM and its replies: token ids and images out, ids and logprobs back.
 
-A prompt goes as token ids with one placeholder an image, which vLLM expands to as many as its own image
+A prompt is sent as token ids with one placeholder an image, which vLLM expands to as many as its image
 processor makes patches for. The expanded ids come back and are compared with ours, so that a processor with
-other pixel bounds is an error and not a slightly different model. Text never goes: what looks like a
-placeholder in a question is plain text here and there.
+other pixel bounds is an error and not a slightly different model. Text is never sent: what looks like a
+placeholder in a question stays plain text on both sides.
 
 A vLLM in this process takes these objects as they are; for a server they have a JSON form.
 """
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BAN = -100.0
-"""The lowest bias that vLLM takes: no id with it is ever drawn."""
+"""The lowest bias that vLLM accepts: an id with it is never drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """One answer, in vLLM's words."""
+    """One answer as vLLM returns it."""
 
     index: int
     ids: Sequence[int]
@@ -36,7 +36,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptRequest:
-    """`sampling.n` answers to one prompt. Images of more than `decode_limit` pixels are refused."""
+    """Asks for `sampling.n` answers to one prompt. Images of more than `decode_limit` pixels are refused."""
 
     prompt: Prompt
     sampling: Sampling
@@ -48,15 +48,15 @@ class PromptRequest:
         """The prompt's ids with one placeholder for each image."""
         prompt = self.prompt
         ids: list[int] = []
-        at = 0
+        text_start = 0
         for start, end in prompt.spans:
-            ids += [*prompt.ids[at:start], prompt.image_token_id]
-            at = end
-        return [*ids, *prompt.ids[at:]]
+            ids += [*prompt.ids[text_start:start], prompt.image_token_id]
+            text_start = end
+        return [*ids, *prompt.ids[text_start:]]
 
     @property
     def seed(self) -> int:
-        """The seed of the first answer; vLLM gives the i-th this plus i."""
+        """The seed of the first answer; vLLM adds i for the i-th."""
         first = self.prompt.repeat * self.sampling.n
         return rollout_seed(self.sampling.seed, self.step, self.prompt.problem_id, first) >> 1
 
@@ -82,7 +82,7 @@ class PromptRequest:
         }
 
     def images(self) -> "list[Image]":
-        """The images as we decode them: orientation and transparency are settled here. Raises ImageError."""
+        """The decoded images: orientation and transparency are applied here. Raises ImageError."""
         return [open_image(ref, limit=self.decode_limit) for ref in self.prompt.images]
 
     def body(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class PromptRequest:
         }
 
     def is_answered(self, finish_reasons: Sequence[object]) -> bool:
-        """Whether all answers are there and none was broken off; else the request must be sent again."""
+        """Whether all answers are there and none was aborted; otherwise the request must be sent again."""
         stops = [stop_reason(reason) for reason in finish_reasons]
         return len(stops) == self.sampling.n and StopReason.ERROR not in stops
 
@@ -108,14 +108,14 @@ class PromptRequest:
         return tuple(
             Rollout(
                 problem_id=self.prompt.problem_id,
-                index=each.index,
-                ids=tuple(each.ids),
-                logprobs=tuple(min(0.0, logprob) for logprob in each.logprobs),
-                stop=stop_reason(each.finish_reason),
-                seed=self.seed + each.index,
+                index=completion.index,
+                ids=tuple(completion.ids),
+                logprobs=tuple(min(0.0, logprob) for logprob in completion.logprobs),
+                stop=stop_reason(completion.finish_reason),
+                seed=self.seed + completion.index,
                 text="",
             )
-            for each in sorted(completions, key=lambda each: each.index)
+            for completion in sorted(completions, key=lambda completion: completion.index)
         )
 
     def rollouts_from(self, reply: Mapping[str, Any]) -> tuple[Rollout, ...] | None:
@@ -135,23 +135,23 @@ class PromptRequest:
         return self.rollouts(reply["prompt_token_ids"], completions)
 
 
-Take = Callable[[int, tuple[Rollout, ...]], None]
-"""Gets the place of a request and its answers."""
+OnAnswers = Callable[[int, tuple[Rollout, ...]], None]
+"""Called with the index of a request and its answers."""
 
 
 def weight_versions(reply: Mapping[str, Any]) -> set[str]:
-    """The versions of the weights that wrote the answers in a server's reply."""
+    """The versions of the weights that generated the answers in a server's reply."""
     return {span["version"] for choice in reply["choices"] for span in choice["weight_versions"] or ()}
 
 
-def _require_same_prompt(theirs: Sequence[int], prompt: Prompt) -> None:
-    if tuple(theirs) == prompt.ids:
+def _require_same_prompt(expanded: Sequence[int], prompt: Prompt) -> None:
+    if tuple(expanded) == prompt.ids:
         return
-    pairs = zip(theirs, prompt.ids, strict=False)
-    at = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(prompt.ids)))
+    pairs = zip(expanded, prompt.ids, strict=False)
+    first = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(expanded), len(prompt.ids)))
     raise EndpointError(
-        f"vLLM read the prompt of {prompt.problem_id} as {len(theirs)} tokens, we as {len(prompt.ids)}; "
-        f"they differ from token {at} on",
+        f"vLLM read the prompt of {prompt.problem_id} as {len(expanded)} tokens, we as {len(prompt.ids)}; "
+        f"they differ from token {first} on",
         where="rollout.engine",
         fix="its image processor must have this run's pixel bounds: serve a folder that rlcs saved",
     )

@@ -1,4 +1,4 @@
-"""One vLLM server: how it is started, sent requests, given new weights, and found dead.
+"""Starts one vLLM server, sends it requests, loads new weights into it, and notices its failures.
 
 Used are vLLM's token-in-token-out endpoint (`/inference/v1/generate`) and, from its development mode,
 pausing, reloading weights from a folder, and naming their version, which every answer then carries. Adapters
@@ -31,18 +31,18 @@ from rlcs.records import Rollout
 from rlcs.storage import read_json
 
 OLDEST = (0, 32)
-"""The first vLLM whose interfaces are those used here: ids with images in, expanded ids and weight versions
+"""The first vLLM with the interfaces used here: ids with images in, expanded ids and weight versions
 out. Older ones also crashed from placeholders typed into a question (see docs/how-to/vllm-rollouts.md)."""
 GENERATE = "/inference/v1/generate"
 LOGPROBS = {"logprobs_mode": "processed_logprobs"}
 """Logprobs of the distribution that was sampled from, temperature and banned ids included."""
 OWN_DEFAULTS = {"generation_config": "vllm"}
-"""No sampling defaults of the model's own."""
+"""The sampling defaults in the model's folder are not used."""
 NEEDED = {"enable_scale_out": True, **LOGPROBS, **OWN_DEFAULTS}
-"""What every server of rollouts needs; the first is for the endpoint."""
+"""Arguments of every server of rollouts; the first opens the endpoint `GENERATE`."""
 ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
-"""On a CPU compiling costs more than it saves, and vLLM 0.32 dies there of a seeded prompt that is prefilled
-in parts (`CPU Generator does not use offset`)."""
+"""On a CPU compiling costs more than it saves, and vLLM 0.32 crashes there on a seeded prompt prefilled in
+parts (`CPU Generator does not use offset`)."""
 ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Set in a server's environment, it opens the endpoints that load and unload adapters."""
 _POLL_S = 0.5
@@ -52,7 +52,7 @@ _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments of `vllm.LLM` as `vllm serve` takes them."""
+    """Convert arguments of `vllm.LLM` to options of `vllm serve`."""
     words: list[str] = []
     for name, value in arguments.items():
         option = name.replace("_", "-")
@@ -64,28 +64,28 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def adapter_arguments(rank: int) -> dict[str, Any]:
-    """What vLLM needs for adapters of this rank: the lowest limit on the rank that it knows and that fits."""
-    return {"enable_lora": True, "max_lora_rank": next(each for each in ADAPTER_RANKS if each >= rank)}
+    """Arguments for adapters of this rank, with the lowest limit on ranks that vLLM offers and that fits."""
+    return {"enable_lora": True, "max_lora_rank": next(limit for limit in ADAPTER_RANKS if limit >= rank)}
 
 
-def context_length(sampler: EngineSettings, own: int) -> int | None:
-    """Tokens of the longest prompt and answer: `own`, or what a server's arguments say instead.
+def context_length(sampler: EngineSettings, default: int) -> int | None:
+    """Tokens of the longest prompt with its answer: as in a server's arguments, or else `default`.
 
-    They may say it in thousands (`8k`) or 1024s (`8K`). None: what fits into memory, which vLLM finds out.
+    The arguments may count in thousands (`8k`) or 1024s (`8K`). None: vLLM measures what fits into memory.
     """
     words = " ".join(sampler.arguments) if sampler.engine == "vllm_server" else ""
     if not (found := re.findall(r"--max[-_]model[-_]len[= ](\S+)", words)):
-        return own
+        return default
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", found[-1])
     units = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
     return int(float(number[1]) * units[number[2]]) if number else None
 
 
 class DownError(Exception):
-    """The server does not do what it should, which may pass; `needs_restart`: after a restart."""
+    """A failure of the server that may pass; `needs_restart`: only by a restart."""
 
     def __init__(self, why: str, *, needs_restart: bool = True) -> None:
-        """`why` goes to the log."""
+        """`why` is the text for the log."""
         super().__init__(why)
         self.needs_restart = needs_restart
 
@@ -96,7 +96,7 @@ class RetryableError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How our own servers are started; the limits are those of the run."""
+    """Settings to start vLLM with; the limits are those of the run."""
 
     settings: Rollouts
     dtype: str
@@ -129,7 +129,7 @@ class Launch:
 
     @property
     def fits_itself(self) -> bool:
-        """Whether vLLM takes what it has memory for."""
+        """Whether vLLM sets the context length by what fits into memory."""
         return context_length(self.settings, self.max_tokens) is None
 
     def environment(self, index: int) -> dict[str, str]:
@@ -143,7 +143,7 @@ class Launch:
 
 
 class Process:
-    """A `vllm serve` of ours, in a session of its own; it dies with us, even if we are killed."""
+    """A `vllm serve` in a new session; it ends with this process, even if this one is killed."""
 
     def __init__(self, launch: Launch, index: int, folder: Path, log: Path) -> None:
         """Start it. Raises ModelError if there is no such program."""
@@ -172,7 +172,7 @@ class Process:
 
     @property
     def runs(self) -> bool:
-        """Whether the process is there; it may hang all the same."""
+        """Whether the process exists; it may hang."""
         return self._popen.poll() is None
 
     @property
@@ -194,7 +194,7 @@ class Process:
 
 
 def _dying_with_parent() -> Callable[[], None] | None:
-    """Run in the child before it becomes vLLM: Linux then sends it a SIGTERM when this process has ended."""
+    """Make a function to run in the child before vLLM: Linux then sends it SIGTERM when this process ends."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
@@ -202,10 +202,10 @@ def _dying_with_parent() -> Callable[[], None] | None:
 
 
 class Server:
-    """A server: the one at `url`, or else one of our own."""
+    """The server at `url`, or without a URL one that is started here."""
 
     def __init__(self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch) -> None:
-        """Nothing is started yet. A server at `url` needs the context length that `launch` gives to ours."""
+        """Nothing is started yet. A server at `url` needs the context length in `launch` too."""
         self._settings, self._index = settings, index
         self._url, self._ours, self._launch = url.rstrip("/"), not url, launch
         self._log = logs / f"vllm-{index}.log"
@@ -218,7 +218,7 @@ class Server:
         return f"vLLM server {self._index} ({self._url or 'not started'})"
 
     async def up(self, client: httpx.AsyncClient, weights: Weights) -> None:
-        """Start it if it is ours and does not run; wait until it is well.
+        """Start it if it has no URL and does not run; wait until it is well.
 
         Raises DownError; ModelError if waiting cannot help.
         """
@@ -227,7 +227,7 @@ class Server:
         await self.require_well(client)
 
     async def load_weights(self, client: httpx.AsyncClient, weights: Weights) -> None:
-        """Give it these weights, unless it has them. Raises DownError; EndpointError if it does not fit."""
+        """Load these weights unless it has them. Raises DownError; EndpointError for unsuitable settings."""
         if not self._is_checked:
             await self._require_fit(client, weights)
             self._is_checked = True
@@ -236,7 +236,7 @@ class Server:
             await self._load(client, weights, has)
 
     async def _start(self, client: httpx.AsyncClient, weights: Weights) -> None:
-        self.restart()  # of one that died, what is left of it: engines outlive a killed server, and hold GPUs
+        self.restart()  # end what is left of a server that died: its engines may still run and hold GPUs
         self._log.parent.mkdir(parents=True, exist_ok=True)
         process = self._process = Process(self._launch, self._index, weights.model.folder, self._log)
         self._url = process.url
@@ -257,7 +257,7 @@ class Server:
         raise DownError(f"it did not start in {self._settings.start_limit_s:g} s")
 
     async def require_well(self, client: httpx.AsyncClient) -> None:
-        """Raises DownError if it does not say within the limit that it is well."""
+        """Raises DownError unless its health check succeeds within the limit."""
         try:
             response = await client.get(f"{self._url}/health", timeout=self._settings.health_limit_s)
         except httpx.TransportError as error:
@@ -298,7 +298,7 @@ class Server:
             raise EndpointError(f"it takes no adapters of rank {rank}", where=self.name, fix=fix)
 
     async def _load(self, client: httpx.AsyncClient, weights: Weights, has: str) -> None:
-        """Load weights while paused, which also drops every cache that holds something of older weights."""
+        """Load weights while paused, which also drops every cache that older weights filled."""
         model, self._paused = weights.model, True
         await self._call(client, "POST", "/pause", params={"mode": "abort"})
         if model_of(has) != model.version:
@@ -316,7 +316,7 @@ class Server:
         await self._call(client, "POST", "/update_weight_version", json={"new_version": weights.version})
 
     async def _load_adapter(self, client: httpx.AsyncClient, weights: Weights) -> None:
-        """Load an adapter in place of all others, whose folders are gone. vLLM caches under each name."""
+        """Load an adapter and unload all others, whose folders are removed; vLLM caches by adapter name."""
         for card in (await self._call(client, "GET", "/v1/models")).json()["data"]:
             if card["parent"] is not None:
                 await self._call(client, "POST", "/v1/unload_lora_adapter", json={"lora_name": card["id"]})
@@ -343,7 +343,7 @@ class Server:
     async def generate(
         self, client: httpx.AsyncClient, request: PromptRequest, weights: Weights
     ) -> tuple[Rollout, ...]:
-        """The answers to one prompt, all by these weights.
+        """Return the answers to one prompt, all by these weights.
 
         Raises RetryableError, DownError, or EndpointError if no further try can help.
         """
@@ -375,13 +375,13 @@ class Server:
         return rollouts
 
     def restart(self) -> None:
-        """End a process of ours that does not do what it should; the next `up` starts it anew."""
+        """End the process, if there is one, at once; the next `up` starts it again."""
         if self._process is not None:
             self._process.end(at_once=True)
             self._process = None
 
     def close(self) -> None:
-        """End a process of ours."""
+        """End the process, if there is one."""
         if self._process is not None:
             self._process.end(at_once=False)
             self._process = None

@@ -1,4 +1,4 @@
-"""New weights for vLLM: one folder a version, which appears whole or not at all.
+"""Publishes weights for vLLM: one folder a version, which appears only when it is complete.
 
 A version is a model, or adapters on top of a model that was published once: 100 MB a step instead of 15 GB.
 """
@@ -28,7 +28,7 @@ _HEAD = "lm_head.safetensors"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """A folder in Hugging Face format and the name of what is in it, unlike any other run's.
+    """A folder in Hugging Face format and the version in it, a name that is unique over all runs.
 
     With a `base` the folder holds adapters in peft's format, which add to that model.
     """
@@ -39,71 +39,71 @@ class Weights:
 
     @property
     def model(self) -> "Weights":
-        """The whole model among them: these, or what they add to."""
+        """The whole model: these weights, or those that the adapters add to."""
         return self.base or self
 
 
 def model_of(version: str) -> str:
-    """The version of the model that a version is, or adds to."""
+    """The version of the whole model, of a version of a model or of adapters."""
     return version.partition("+")[0]
 
 
 class WeightsFolder:
-    """Versions of one run, the newest alone kept, and the model that it adds to.
+    """The newest weights of one run and the model that they add to; older versions are removed.
 
-    A version is written aside and renamed, so a folder with a version's name is complete. Only then is it
-    named to an engine.
+    A version is written under another name and then renamed, so a folder with a version's name is complete.
     """
 
     def __init__(self, path: Path, *, as_adapters: bool = False) -> None:
-        """What an earlier attempt of the same run left goes with the first version.
+        """The first version removes what an earlier attempt of the same run left.
 
-        `as_adapters`: of a model with adapters they alone are written, after the model below them, once.
+        `as_adapters`: of a model with adapters the model is written once, then the adapters alone.
         """
         self._path, self._as_adapters = path, as_adapters
         self._run = secrets.token_hex(4)
         self._count = 0
-        # Whose model is the newest version's base; a run's next model is loaded when this one has gone.
-        self._below: ref[PeftModel] | None = None
-        self._writes = False
+        # The adapted model whose base is published; weak, so that it is freed before the next one is loaded.
+        self._adapted: ref[PeftModel] | None = None
+        self._has_written = False
         self.newest: Weights | None = None
 
     def publish(self, vlm: Vlm) -> Weights:
         """Write the model as the next version; of a sharded one all ranks must. Raises RunFolderError."""
         if vlm.adapter is None or not self._as_adapters:
-            self._below, self.newest = None, self._write(vlm, save)
+            self._adapted, self.newest = None, self._write(vlm, save)
             return self.newest
-        if self.newest is None or self._below is None or self._below() is not vlm.adapter:
-            self.newest, self._below = self._write(replace(vlm, reference_mode=True), save), ref(vlm.adapter)
+        if self.newest is None or self._adapted is None or self._adapted() is not vlm.adapter:
+            self.newest = self._write(replace(vlm, reference_mode=True), save)
+            self._adapted = ref(vlm.adapter)
         self.newest = self._write(vlm, save_adapters, base=self.newest.model)
         return self.newest
 
     def remove(self) -> None:
         """Remove all versions, when vLLM has ended."""
-        if self._writes:
+        if self._has_written:
             shutil.rmtree(self._path, ignore_errors=True)
 
-    def _write(self, vlm: Vlm, how: Callable[[Vlm, Path], None], base: Weights | None = None) -> Weights:
+    def _write(self, vlm: Vlm, write: Callable[[Vlm, Path], None], base: Weights | None = None) -> Weights:
         self._count += 1
         version = f"{self._run}-{self._count}" if base is None else f"{base.version}+{self._count}"
-        aside = self._path / f"{version}.part"
+        unfinished = self._path / f"{version}.part"
         try:
-            self._writes = vlm.world.rank == 0
-            if self._writes:
+            self._has_written = vlm.world.rank == 0
+            if self._has_written:
                 self._path.mkdir(parents=True, exist_ok=True)
-            how(vlm, aside)
-            return vlm.world.first(lambda: self._put_in_place(vlm, aside, version, base))
+            write(vlm, unfinished)
+            return vlm.world.first(lambda: self._put_in_place(vlm, unfinished, version, base))
         except OSError as error:
             raise RunFolderError(
                 f"cannot write weights for the rollout engine: {error.strerror}", where=str(self._path)
             ) from error
 
-    def _put_in_place(self, vlm: Vlm, aside: Path, version: str, base: Weights | None) -> Weights:
+    def _put_in_place(self, vlm: Vlm, unfinished: Path, version: str, base: Weights | None) -> Weights:
         folder = self._path / version
         if vlm.device.type == "cpu" and base is None:
-            _untie(vlm, aside)
-            open_to_readers(aside)
-        aside.rename(folder)
+            _untie(vlm, unfinished)
+            open_to_readers(unfinished)
+        unfinished.rename(folder)
         for old in self._path.iterdir():
             if old.name not in (version, model_of(version)) and _is_version(old):
                 shutil.rmtree(old)
@@ -111,24 +111,24 @@ class WeightsFolder:
 
 
 class Unchanged(WeightsFolder):
-    """A model that does not train: vLLM is started with it and keeps it, so nothing is written."""
+    """A model that does not train: vLLM is started with it, so nothing is written."""
 
     def __init__(self, name: str) -> None:
-        """A folder or hub id. vLLM calls the weights that it was started with `default`."""
+        """`name` is a folder or hub id. vLLM calls the weights that it was started with `default`."""
         self._weights = self.newest = Weights(version="default", folder=Path(name))
 
     def remove(self) -> None:
-        """Keep it: the folder belongs to the user."""
+        """Do nothing: the folder belongs to the user."""
 
     def publish(self, vlm: Vlm) -> Weights:
-        """Return what vLLM was started with."""
+        """Return the weights that vLLM was started with."""
         return self._weights
 
 
 def _untie(vlm: Vlm, folder: Path) -> None:
-    """Give the head weights of its own in the folder, where it shares those of the input embedding.
+    """Store the head's weights separately in the folder, if they are tied to those of the input embedding.
 
-    On a CPU vLLM 0.32 packs the head's weights into a copy, which reloading does not renew while they are
+    On a CPU vLLM 0.32 packs the head's weights into a copy, which reloading does not replace while they are
     tied: its answers would come from the old head.
     """
     head, embedding = vlm.model.get_output_embeddings(), vlm.model.get_input_embeddings()
@@ -141,20 +141,19 @@ def _untie(vlm: Vlm, folder: Path) -> None:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         content = read_json(index)
-        places: dict[str, str] = content["weight_map"]
-        name = next(name for name in places if name.endswith(_EMBEDDING))
-        own = {"lm_head.weight": load_file(folder / places[name])[name].clone()}
-        places["lm_head.weight"] = _HEAD
+        files: dict[str, str] = content["weight_map"]
+        name = next(name for name in files if name.endswith(_EMBEDDING))
+        weight = load_file(folder / files[name])[name].clone()
+        files["lm_head.weight"] = _HEAD
         write_json(index, content)
-        save_file(own, folder / _HEAD)
+        save_file({"lm_head.weight": weight}, folder / _HEAD)
     else:
         tensors = load_file(single)
-        tensors["lm_head.weight"] = next(
-            t for name, t in tensors.items() if name.endswith(_EMBEDDING)
-        ).clone()
+        weight = next(tensor for name, tensor in tensors.items() if name.endswith(_EMBEDDING)).clone()
+        tensors["lm_head.weight"] = weight
         save_file(tensors, single, metadata={"format": "pt"})
 
 
 def _is_version(path: Path) -> bool:
-    """Whether this is a folder that `publish` made, of this or an earlier attempt; others are left alone."""
+    """Whether `publish` made this folder, in this or an earlier attempt; other folders are not touched."""
     return path.is_dir() and re.fullmatch(r"\w{8}-\d+(\+\d+)?(\.part)?", path.name) is not None
