@@ -35,7 +35,7 @@ class Verdict:
     formulas: tuple[str, str] = ("", "")
 
     def grade(self, extracted: str | None = None, *, by: str = "") -> Grade:
-        """Make a grade with reward 1 or 0, or unscored; the reason begins with `by` (how it was extracted)."""
+        """Make a grade with reward 1 or 0, or unscored; the reason begins with `by` (how it was found)."""
         reward = None if self.correct is None else float(self.correct)
         return Grade(reward=reward, correct=self.correct, extracted=extracted, why=by + self.why)
 
