@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from plain_grading import grade
 from rlcs.evals.answer_file import grade_file
-from rlcs.grading.rewards import grade
 from rlcs.records import Problem
 from test_grading_official import needs_files, read
 

@@ -37,8 +37,7 @@ def write_jsonl(folder, rows, name="rows.jsonl"):
 
 
 def load(source, role="rl", *, decode_limit=LIMIT, check=False, **settings):
-    function = data.check if check else data.load
-    return function(source, Data(**settings), decode_limit=decode_limit, role=role)
+    return data.load(source, Data(**settings), decode_limit=decode_limit, role=role, decode=check)
 
 
 def only_bad(loaded):

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from rlcs.grading import grade, health
+from plain_grading import grade
+from rlcs.grading import health
 from rlcs.grading.answers import compare
 from rlcs.grading.extraction import extract
 from rlcs.grading.latex import NoValueError, TooLargeError, exact

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlcs.grading import grade
+from plain_grading import grade
 from rlcs.records import Problem
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "grading.md"

@@ -66,7 +66,6 @@ rollouts = ids.flatmap(
         stop=st.sampled_from(StopReason),
         seed=st.integers(0, 2**63 - 1),
         text=texts,
-        policy_version=st.integers(0, 9),
     )
 )
 samples = st.sampled_from(StopReason).flatmap(

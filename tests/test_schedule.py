@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from loopback_server import LoopbackServer, last_text, text_of
+from plain_grading import grade
 from rlcs.data import puzzles
 from rlcs.data.rows import Row
 from rlcs.distill import load_kept, run
@@ -20,7 +21,6 @@ from rlcs.distill.filters import choose, reason_to_reject
 from rlcs.engines import openai_client
 from rlcs.errors import DataError, EndpointError, RecipeError, RunFolderError
 from rlcs.generation import Entry
-from rlcs.grading import grade
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Filters, Teacher

@@ -1,7 +1,7 @@
 """Files: atomic writes, JSON and JSONL, manifests with checksums, paths confined to a folder.
 
-A file that is replaced here is the old one or the new one after a crash at any moment. A path that a
-data set names may not leave its folder.
+After a crash at any moment a replaced file is whole: either the old one or the new one. A path in a data set
+may not lead out of its folder.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from typing import Any, Self
 from rlcs.errors import CheckpointError, DataError, RunFolderError
 
 MANIFEST = "manifest.json"
-"""Written last: a folder that has a valid one is complete."""
+"""The file that is written last: a folder with a valid one is complete."""
 _BOM = b"\xef\xbb\xbf"
 
 # ---------------------------------------------------------------------------------- writing
 
 
 def fsync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut."""
+    """Flush a file's content, or the names in a folder, to disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -36,7 +36,7 @@ def fsync(path: Path) -> None:
 
 
 def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
-    """Why `size` bytes did not get to `path`, and how much space there is."""
+    """Make the error for `size` bytes that could not be written to `path`; it states the free space."""
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
     except OSError:
@@ -51,50 +51,50 @@ def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
 def atomic_write(path: Path, content: bytes | str, *, sync: bool = True) -> None:
     """Replace `path` by `content` (text as UTF-8) in one step; missing folders are made.
 
-    Written aside in the same folder, fsynced, renamed, and the folder fsynced; without `sync` the file
-    survives a kill but maybe not a power cut. Raises RunFolderError, with the old file untouched, when the
-    disk is full or not writable.
+    A temporary file in the same folder is written, fsynced and renamed, and the folder fsynced; without
+    `sync` the file survives a kill but maybe not a power cut. Raises RunFolderError, with the old file
+    untouched, when the disk is full or not writable.
     """
-    # A lone surrogate becomes \udXXX, which inside JSON is the very same character.
+    # A lone surrogate becomes \udXXX, which JSON reads as the same character.
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    aside = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(6)}"
+    temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(6)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("xb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
         if sync:
-            fsync(aside)
-        aside.replace(path)
+            fsync(temporary)
+        temporary.replace(path)
         if sync:
             fsync(path.parent)
     except OSError as error:
         raise cannot_write(path, len(data), error) from error
     finally:
-        if aside.exists():
-            aside.unlink()
+        if temporary.exists():
+            temporary.unlink()
 
 
 def open_to_readers(folder: Path) -> None:
-    """Let others read the weights in a folder who may read the folder: a server, say.
+    """Make the weights in a folder readable to all users who may read the folder.
 
-    safetensors leaves what it writes to its owner alone.
+    safetensors makes its files readable to their owner alone, and a server may run as another user.
     """
     for path in folder.rglob("*.safetensors"):
         open_as_its_folder(path)
 
 
 def open_as_its_folder(path: Path) -> None:
-    """Let those read and write a file who may read and write its folder."""
+    """Give a file the read and write permissions of its folder."""
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_json(path: Path, obj: object) -> None:
-    """Write `obj` as indented JSON, atomically. Raises ValueError on NaN: JSON has none."""
+    """Write `obj` as indented JSON, atomically. Raises ValueError for NaN, which JSON lacks."""
     atomic_write(path, json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
 
 
 def _jsonl(rows: Iterable[Mapping[str, object]]) -> bytes:
-    """One JSON object a line. Raises ValueError on NaN."""
+    """Encode rows, one JSON object a line. Raises ValueError for NaN."""
     lines = (json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     return "".join(lines).encode("utf-8", "backslashreplace")
 
@@ -107,8 +107,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 class JsonlAppender:
     """An open JSONL file that rows are appended to; a context manager.
 
-    A kill costs nothing that was appended, a power cut at most the rows of the last `sync_s` seconds
-    (infinite: any).
+    A kill loses no appended row, a power cut at most those of the last `sync_s` seconds (infinite: any).
     """
 
     def __init__(self, path: Path, *, sync_s: float = 0.0) -> None:
@@ -125,7 +124,7 @@ class JsonlAppender:
             raise cannot_write(path, 0, error) from error
 
     def __enter__(self) -> Self:
-        """Nothing more to do."""
+        """Return the open file."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,7 +156,7 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, object]], *, sync: bool
 
 
 def _mend_tail(file: Any) -> None:
-    """End an open JSONL file on a line end: finish a whole last line, cut off a torn one."""
+    """Make an open JSONL file end with a line end: complete a whole last line, cut off a torn one."""
     end = file.seek(0, os.SEEK_END)
     tail, start = b"", end
     while start > 0 and b"\n" not in tail:
@@ -180,7 +179,7 @@ def _mend_tail(file: Any) -> None:
 
 
 def require_regular(path: Path) -> None:
-    """Raise DataError unless `path` is a regular file; a pipe or device is never opened to find out."""
+    """Raise DataError unless `path` is a regular file; never opens a pipe or a device."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
@@ -193,7 +192,7 @@ def require_regular(path: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file. Raises DataError for anything else."""
+    """Read the bytes of a regular file. Raises DataError for anything else."""
     require_regular(path)
     try:
         return path.read_bytes()
@@ -202,7 +201,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file (UTF-8, with or without BOM). Raises DataError."""
+    """Read a JSON file (UTF-8, with or without BOM). Raises DataError."""
     try:
         return json.loads(read_regular(path).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -210,7 +209,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """One JSON object from one line of a JSONL file. Raises ValueError saying what is wrong."""
+    """Parse the JSON object in one line of a JSONL file. Raises ValueError saying what is wrong."""
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -225,9 +224,9 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers (from 1) and lines of a JSONL file, blank ones left out; BOM and CRLF are fine.
+    """Yield line numbers (from 1) and lines of a JSONL file, without blank ones; BOM and CRLF are accepted.
 
-    Lines end at line feeds alone, so that a U+2028 inside a text does not cut it. Raises DataError.
+    Only line feeds end lines: a U+2028 may stand inside a text. Raises DataError.
     """
     for number, line in enumerate(BytesIO(read_regular(path).removeprefix(_BOM)), start=1):
         if line.strip():
@@ -235,10 +234,10 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every row of a JSONL file that rlcs wrote.
+    """Read every row of a JSONL file that rlcs wrote.
 
-    A last line without a line end that does not parse is what a crash leaves, and is dropped; any
-    other bad line raises DataError with its number.
+    A last line that has no line end and does not parse was torn by a crash and is dropped; any other bad
+    line raises DataError with its number.
     """
     rows = []
     for number, line in jsonl_lines(path):
@@ -276,9 +275,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path) -> None:
-    """Check that every file named in the manifest is there, whole and unchanged.
+    """Check that every file named in the manifest exists, whole and unchanged.
 
-    Raises CheckpointError naming the first file that is not.
+    Raises CheckpointError naming the first file that does not.
     """
     where = folder / MANIFEST
     try:
@@ -291,11 +290,11 @@ def verify_manifest(folder: Path) -> None:
             fix="the folder is incomplete; go on from another checkpoint",
         ) from error
     for path, size, digest in wanted:
-        found = path.stat().st_size if path.is_file() else None
-        if found is None:
+        actual = path.stat().st_size if path.is_file() else None
+        if actual is None:
             reason = "the file is missing"
-        elif found != size:
-            reason = f"the file has {found:,} bytes instead of {size:,}"
+        elif actual != size:
+            reason = f"the file has {actual:,} bytes instead of {size:,}"
         elif _sha256(path) != digest:
             reason = "the content does not match its checksum"
         else:
@@ -307,10 +306,10 @@ def verify_manifest(folder: Path) -> None:
 
 
 def confined(root: Path, path: str | Path) -> Path:
-    """The real path of `path` below `root` (relative to it, or absolute inside it). Opens nothing.
+    """Resolve `path` (relative to `root`, or absolute inside it) to a real path below `root`. Opens no file.
 
     Raises DataError for a path that leaves `root` through `..`, a symbolic link or an absolute
-    name, and for what only looks like a path: URLs, Windows paths, empty names.
+    name, and for URLs, Windows paths and empty names.
     """
     text = os.fspath(path)
     if not text or "\0" in text:

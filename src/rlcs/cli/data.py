@@ -29,13 +29,14 @@ def data_check(
     json: Json = False,
 ) -> None:
     """Name every row that cannot be used, and why; decodes every image in full."""
-    from rlcs.data.loading import check
+    from rlcs.data.loading import load
     from rlcs.recipe.loading import load_recipe
 
     if role not in ("rl", "test", "cold_start"):
         raise RecipeError(f"unknown role {role!r}", where="--role", fix="use rl, test or cold_start")
     resolved = load_recipe(recipe, overrides or []).recipe
-    loaded = check(source, resolved.data, decode_limit=resolved.images.decode_limit, role=role)  # type: ignore[arg-type]
+    limit = resolved.images.decode_limit
+    loaded = load(source, resolved.data, decode_limit=limit, role=role, decode=True)  # type: ignore[arg-type]
     unusable = list(loaded.bad)
     if prompts:
         from rlcs.model.loading import load_chat

@@ -1,1 +1,1 @@
-"""From a source of rows to problems and demonstrations, with bad rows set aside and named."""
+"""Reads sources of rows into problems and demonstrations, and reports rows that cannot be used."""

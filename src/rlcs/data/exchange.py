@@ -1,4 +1,4 @@
-"""Writes demonstrations and problems in the layouts of other tools.
+"""Exports demonstrations and problems in the layouts of other tools.
 
 `published`: Parquet with the columns of Multimodal-Cold-Start (`images` embedded, `problem`, `answer`, where
 the answer of a demonstration is its whole response); `ms-swift`: JSONL with query, response, images;
@@ -23,7 +23,7 @@ _BATCH = 256
 
 
 def export(rows: Sequence[Row], folder: Path, *, layout: Layout, source: str) -> list[Path]:
-    """Write rows into a new folder; returns its files. Raises RunFolderError if it is not empty."""
+    """Write rows into a new folder; return its files. Raises RunFolderError if it is not empty."""
     if folder.exists() and any(folder.iterdir()):
         raise RunFolderError("the folder is not empty", where=str(folder), fix="name a new one")
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,13 +48,13 @@ _LLAMA_FACTORY = {
 
 
 def _query(problem: Problem) -> str:
-    """The question with its choices, and a slot for every image: in front where it has none."""
+    """The question with its choices and a slot for every image; slots that are missing are put first."""
     text = problem.question_with_choices
     return text if IMAGE_SLOT in text else IMAGE_SLOT * len(problem.images) + text
 
 
 def _response(row: Row) -> str:
-    """What a model is to answer: of a problem without a response, its answer."""
+    """The text that a model is to learn: the response, or else the answer of the problem."""
     return row.problem.answer if row.response is None else row.response
 
 
@@ -100,7 +100,7 @@ def _embedded(ref: ImageRef) -> dict[str, Any]:
 
 
 def card(rows: Sequence[Row], name: str, *, layout: Layout, source: str) -> str:
-    """The data set card: what it is, how many rows, where it comes from, and what is not known."""
+    """Write the data set card: contents, number of rows, source, teachers, and the licence left open."""
     demonstrations = sum(row.response is not None for row in rows)
     counts = Counter(len(row.problem.images) for row in rows)
     files = "data/*.parquet" if layout == "published" else "train.jsonl"

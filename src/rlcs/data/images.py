@@ -1,7 +1,7 @@
-"""Images in files and in memory: measured from their headers, decoded within limits, encoded anew.
+"""Images in files and in memory: reads their size from the header, decodes within limits, encodes.
 
-No pixel is decoded before the header has been checked, and what is decoded is checked against the size
-and the checksum on record.
+No pixel is decoded before the header has been checked, and a decoded image is compared with the size and the
+checksum of its reference.
 """
 
 import base64
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 MAX_ASPECT = 200
 """Longest side over shortest; Qwen's image processor refuses more."""
 DECODE_LIMIT = 50_000_000
-"""Pixels of one image, where nothing else is said."""
+"""Default limit for the pixels of one image."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _BYTES_PER_PIXEL = 8
-"""No sane file is larger than its pixels as 16-bit RGBA, so this bounds what is read into memory."""
+"""Bounds the bytes read into memory: a valid file is no larger than its pixels as 16-bit RGBA."""
 
 
 def image_from_path(path: str, *, root: Path, limit: int) -> ImageRef:
-    """A reference to the image file `path` below `root`, its header checked.
+    """Make a reference to the image file `path` below `root`; checks its header.
 
     `limit` is in pixels. Raises ImageError, or DataError for a path that leaves `root`.
     """
@@ -40,7 +40,7 @@ def image_from_path(path: str, *, root: Path, limit: int) -> ImageRef:
 
 
 def image_from_bytes(data: bytes, *, limit: int, where: str) -> ImageRef:
-    """A reference that holds an encoded image, its header checked.
+    """Make a reference that holds an encoded image; checks its header.
 
     `limit` is in pixels; `where` names the image in errors. Raises ImageError.
     """
@@ -49,9 +49,9 @@ def image_from_bytes(data: bytes, *, limit: int, where: str) -> ImageRef:
 
 
 def _measured(data: bytes, *, limit: int, where: str) -> tuple[int, int]:
-    """Width and height as shown, from the header; pixels are decoded only if the file looks cut short."""
+    """Read width and height as shown from the header; pixels are decoded only if it may be truncated."""
     image = _opened(data, limit=limit, where=where)
-    if _looks_cut(data):
+    if _may_be_truncated(data):
         _decoded(data, limit=limit, where=where)
     width, height = image.size
     return (height, width) if _orientation(image) >= 5 else (width, height)
@@ -60,9 +60,9 @@ def _measured(data: bytes, *, limit: int, where: str) -> tuple[int, int]:
 def open_image(ref: ImageRef, *, limit: int | None = None) -> "Image":
     """Decode an image fully, as RGB of `ref.width` x `ref.height` pixels.
 
-    Turned as its EXIF asks, transparency on white, CMYK converted, 16-bit gray scaled to 8 bits, and
-    of an animation the first frame. `limit` is as in `encoded_image`. Raises ImageError if the image is
-    damaged, or not what `ref` describes.
+    It is turned by its EXIF orientation, transparency becomes white, CMYK is converted, 16-bit gray scaled to
+    8 bits, and an animation gives its first frame. `limit` is as in `encoded_image`. Raises ImageError if the
+    image is damaged or differs from `ref`.
     """
     limit, where = _bounds(ref, limit)
     result = _decoded(encoded_image(ref, limit=limit), limit=limit, where=where)
@@ -72,9 +72,9 @@ def open_image(ref: ImageRef, *, limit: int | None = None) -> "Image":
 
 
 def encoded_image(ref: ImageRef, *, limit: int | None = None) -> bytes:
-    """The file's own bytes, the very ones that `ref` describes. Raises ImageError.
+    """Read the encoded bytes of an image, unchanged since `ref` was made. Raises ImageError.
 
-    `limit` is in pixels; by default an image is taken that was within the limit when `ref` was made.
+    `limit` is in pixels; the default accepts any image that was within the limit when `ref` was made.
     """
     limit, where = _bounds(ref, limit)
     data = ref.data
@@ -88,24 +88,24 @@ def encoded_image(ref: ImageRef, *, limit: int | None = None) -> bytes:
 
 
 def _bounds(ref: ImageRef, limit: int | None) -> tuple[int, str]:
-    """The limit in pixels that holds for an image, and its name in errors."""
+    """The limit in pixels for an image, and its name in errors."""
     return limit or max(DECODE_LIMIT, ref.width * ref.height), ref.path or f"image {ref.sha256[:12]}"
 
 
 def image_kind(data: bytes) -> str:
-    """The format of an encoded image, as in `image/png` and in file names; empty for what is no image."""
+    """The format of an encoded image, as in `image/png` and in file names; empty if it is no image."""
     return (_format_of(data) or "").lower()
 
 
 def encode(image: "Image", kind: str = "PNG", **options: object) -> bytes:
-    """The file content of an image; `options` are those of Pillow's `save`."""
+    """Encode an image as file content; `options` are those of Pillow's `save`."""
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def data_uri(data: bytes) -> str:
-    """An encoded image as a `data:` URI."""
+    """Make a `data:` URI of an encoded image."""
     return f"data:image/{image_kind(data)};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -115,7 +115,7 @@ def _decoded(data: bytes, *, limit: int, where: str) -> "Image":
     try:
         image.load()
         return _upright(_rgb(image), orientation)
-    except Exception as error:  # a decoder fed with hostile bytes may raise anything at all
+    except Exception as error:  # a decoder may raise any exception on hostile bytes
         raise ImageError(f"damaged or truncated: {error}", where=where, fix="replace the image") from error
 
 
@@ -134,7 +134,7 @@ def _read_image(path: Path, *, where: str, limit: int) -> bytes:
 
 
 def _format_of(data: bytes) -> str | None:
-    """Which of the formats read here begins so, by the marks that Pillow knows."""
+    """The supported format that these bytes begin with, by the marks that Pillow knows."""
     from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 - these two register themselves
 
     Image.preinit()
@@ -143,9 +143,9 @@ def _format_of(data: bytes) -> str | None:
 
 
 def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
-    """Parse an image's header and check what it promises, before any pixel is decoded.
+    """Parse an image's header and check size and mode, before any pixel is decoded.
 
-    Not by `Image.open`: it has a size limit of its own, far from ours and global to the process.
+    `Image.open` is avoided: it has another size limit, which is global to the process.
     """
     from PIL import Image
 
@@ -157,7 +157,7 @@ def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
         raise ImageError(what, where=where, fix="convert the image, or correct the path")
     try:
         image = Image.OPEN[name][0](BytesIO(data), "")
-    except Exception as error:  # a parser fed with hostile bytes may raise anything at all
+    except Exception as error:  # a parser may raise any exception on hostile bytes
         raise ImageError(f"the image header is damaged: {error}", where=where, fix="replace it") from error
     width, height = image.size
     size = f"{width:,} x {height:,} pixels"
@@ -174,8 +174,8 @@ def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
     return image
 
 
-def _looks_cut(data: bytes) -> bool:
-    """Whether the end mark of a PNG, JPEG or WebP is absent; the rarer formats have none to trust."""
+def _may_be_truncated(data: bytes) -> bool:
+    """Whether the end mark of a PNG, JPEG or WebP is missing; always true for formats without one."""
     if data.startswith(b"\x89PNG"):
         return b"IEND" not in data
     if data.startswith(b"\xff\xd8"):  # an end of image after the last start of scan: not a thumbnail's
@@ -186,15 +186,15 @@ def _looks_cut(data: bytes) -> bool:
 
 
 def _orientation(image: "ImageFile") -> int:
-    """How an image is turned, from 1 (upright) to 8, as in EXIF tag 274; from 5 on it lies on its side."""
+    """The orientation of an image as in EXIF tag 274: 1 (upright) to 8; from 5 on it lies on its side."""
     # Pillow turns a TIFF by itself, and would decode a PNG to look for EXIF behind the pixels.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     try:
-        found = int(image.getexif().get(274, 1))
-    except Exception:  # a broken EXIF block is no reason to refuse the picture
+        orientation = int(image.getexif().get(274, 1))
+    except Exception:  # an image with a broken EXIF block is still usable
         return 1
-    return found if found in range(1, 9) else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _upright(image: "Image", orientation: int) -> "Image":

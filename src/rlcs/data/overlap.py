@@ -1,7 +1,7 @@
-"""Problems of one set that are in another too: training data and what it is measured on must not meet.
+"""Finds problems of one data set that are also in another, such as training problems in test data.
 
 Questions are compared after normalising, images by their bytes and by a perceptual hash, which a new
-size, format or compression hardly moves.
+size, format or compression hardly changes.
 """
 
 import re
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SIDE = 16
-"""A hash has 16 x 16 bits: coarser ones find half of all diagrams alike."""
+"""A hash has 16 x 16 bits: with fewer, half of all diagrams have the same hash."""
 NEAR_BITS = 10
-"""Of 256: images that differ in at most so many count as near-duplicates."""
+"""Images whose hashes differ in at most so many of 256 bits count as near-duplicates."""
 _WORD = re.compile(r"\w+")
 
 Kind = Literal["same problem", "same question", "same image", "near image"]
 KINDS: tuple[Kind, ...] = ("same problem", "same question", "same image", "near image")
-"""From worst to mildest: question and images; a question without images; an image alone; a like image."""
+"""From worst to mildest: question and images; question without images; image alone; similar image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
-    """Problem `a` of the first set is like problem `b` of the second; `bits` is the images' distance."""
+    """Problem `a` of the first set overlaps problem `b` of the second; `bits` is the images' distance."""
 
     kind: Kind
     a: str
@@ -40,22 +40,22 @@ class Overlap:
 
 
 def find_overlaps(first: Sequence[Problem], second: Sequence[Problem]) -> list[Overlap]:
-    """Every pair that overlaps, under the worst kind that holds, ordered by kind and ids.
+    """Find all pairs that overlap, each under the worst kind that applies, ordered by kind and ids.
 
     An image that cannot be read is compared by its bytes alone.
     """
-    found: dict[tuple[str, str], Overlap] = {}
+    overlaps: dict[tuple[str, str], Overlap] = {}
     by_text, by_image = _index(second)
     for a in first:
         for b in by_text.get(_words(a), ()):
             if {ref.sha256 for ref in a.images} == {ref.sha256 for ref in b.images}:
                 kind: Kind = "same problem" if a.images else "same question"
-                found[a.id, b.id] = Overlap(kind=kind, a=a.id, b=b.id)
+                overlaps[a.id, b.id] = Overlap(kind=kind, a=a.id, b=b.id)
         for b in (b for ref in a.images for b in by_image.get(ref.sha256, ())):
-            found.setdefault((a.id, b.id), Overlap(kind="same image", a=a.id, b=b.id))
+            overlaps.setdefault((a.id, b.id), Overlap(kind="same image", a=a.id, b=b.id))
     for near in _near(first, second):
-        found.setdefault((near.a, near.b), near)
-    return sorted(found.values(), key=lambda each: (KINDS.index(each.kind), each.bits, each.a, each.b))
+        overlaps.setdefault((near.a, near.b), near)
+    return sorted(overlaps.values(), key=lambda each: (KINDS.index(each.kind), each.bits, each.a, each.b))
 
 
 def _index(problems: Sequence[Problem]) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]]]:
@@ -69,7 +69,7 @@ def _index(problems: Sequence[Problem]) -> tuple[dict[str, list[Problem]], dict[
 
 
 def _words(problem: Problem) -> str:
-    """The question as bare words: no case, punctuation, width or image slots."""
+    """The words of the question, without case, punctuation, character width and image slots."""
     text = unicodedata.normalize("NFKC", problem.question_with_choices.replace(IMAGE_SLOT, " ")).casefold()
     return " ".join(_WORD.findall(text))
 
@@ -79,16 +79,16 @@ def _near(first: Sequence[Problem], second: Sequence[Problem]) -> list[Overlap]:
 
     owners_a, hashes_a = _hashes(first)
     owners_b, hashes_b = _hashes(second)
-    found = []
-    for name, one in zip(owners_b, hashes_b, strict=True):
-        bits = np.bitwise_count(hashes_a ^ one).sum(axis=1)
+    pairs = []
+    for name, image_hash in zip(owners_b, hashes_b, strict=True):
+        bits = np.bitwise_count(hashes_a ^ image_hash).sum(axis=1)
         for index in np.flatnonzero(bits <= NEAR_BITS):
-            found.append(Overlap(kind="near image", a=owners_a[index], b=name, bits=int(bits[index])))
-    return sorted(found, key=lambda each: each.bits)
+            pairs.append(Overlap(kind="near image", a=owners_a[index], b=name, bits=int(bits[index])))
+    return sorted(pairs, key=lambda each: each.bits)
 
 
 def _hashes(problems: Sequence[Problem]) -> "tuple[list[str], np.ndarray[Any, np.dtype[np.uint64]]]":
-    """Owners and hashes (images, 4) of all images that can be read."""
+    """Problem ids and hashes (images, 4) of all images that can be read."""
     import numpy as np
 
     owners, hashes, known = [], [], dict[str, Any]()
@@ -110,7 +110,7 @@ def _hash_of(ref: ImageRef) -> "np.ndarray[Any, np.dtype[np.uint64]] | None":
 
 
 def difference_hash(image: "Image") -> "np.ndarray[Any, np.dtype[np.uint64]]":
-    """The 256 bits of a dHash, as 4 numbers: whether each cell is brighter than its right neighbour.
+    """Compute the 256 bits of a dHash, as 4 numbers: whether each cell is brighter than its right neighbour.
 
     Krawetz, "Kind of like that" (2013).
     """
@@ -118,7 +118,7 @@ def difference_hash(image: "Image") -> "np.ndarray[Any, np.dtype[np.uint64]]":
     from PIL.Image import Resampling
 
     small = np.asarray(image.convert("L").resize((_SIDE + 1, _SIDE), Resampling.BOX), dtype=np.int16)
-    # Two grey levels of play: flat areas must not become noise.
+    # A difference of two grey levels is ignored, so that noise in flat areas sets no bits.
     bits = small[:, :-1] > small[:, 1:] + 2
     packed: np.ndarray[Any, np.dtype[np.uint64]] = np.packbits(bits).view(np.uint64)
     return packed

@@ -1,4 +1,4 @@
-"""Problems kept in a folder with copies of their images, so that what was asked can be read later.
+"""Stores the problems of a run in a folder, with copies of their images, for the report.
 
 `problems.jsonl` has a row for each problem, `images/` the copies that its `images` refer to.
 """
@@ -16,14 +16,14 @@ PROBLEMS = "problems.jsonl"
 SMALL_SIDE = 512
 """Pixels of the longer side of a small copy."""
 _SMALL_BYTES = 32_000
-"""A file no larger is small as it is."""
+"""A file of at most so many bytes is copied unchanged."""
 
 
 def copy_image(ref: ImageRef, folder: Path, *, side: int | None = None) -> ImageRef:
-    """Copy an image to `folder`/images, once; the reference has the copy's path from `folder`.
+    """Copy an image to `folder`/images, once; return a reference with the copy's path relative to `folder`.
 
-    With `side` a large file is made smaller, to so many pixels on its longer side. Raises ImageError when
-    the image cannot be read, RunFolderError when the disk is full.
+    With `side` a large file is shrunk to so many pixels on its longer side. Raises ImageError when the image
+    cannot be read, RunFolderError when the disk is full.
     """
     data = encoded_image(ref)
     small = side is None or len(data) <= _SMALL_BYTES
@@ -32,7 +32,7 @@ def copy_image(ref: ImageRef, folder: Path, *, side: int | None = None) -> Image
     if not small:
         data = path.read_bytes() if path.exists() else _smaller(ref, side or 0)
     if not path.exists():
-        atomic_write(path, data, sync=False)  # one by one that would take long
+        atomic_write(path, data, sync=False)  # syncing each of many images is slow
     copy = image_from_bytes(data, limit=ref.width * ref.height, where=name)
     return replace(copy, path=name, data=None)
 
@@ -44,7 +44,7 @@ def _smaller(ref: ImageRef, side: int) -> bytes:
 
 
 def with_copies(problem: Problem, folder: Path, *, side: int | None = None) -> Problem:
-    """The problem with its images copied; of one that cannot be read only checksum and size stay."""
+    """Copy the images of a problem; a reference to one that cannot be read keeps only checksum and size."""
     images = []
     for ref in problem.images:
         try:
@@ -55,12 +55,12 @@ def with_copies(problem: Problem, folder: Path, *, side: int | None = None) -> P
 
 
 class ProblemStore:
-    """The problems of a folder, each once, the first of them with small copies of their images."""
+    """The problems of a folder, each stored once, the first ones with small copies of their images."""
 
     def __init__(self, folder: Path, *, max_pictured: int = 20_000) -> None:
-        """Nothing is read or written before the first problem.
+        """Take the folder, which is neither read nor written before the first problem.
 
-        `max_pictured` problems have images: 20,000 are about half a gigabyte of photographs.
+        The first `max_pictured` problems have images: 20,000 photographs are about half a gigabyte.
         """
         self._folder = folder
         self._max_pictured = max_pictured
@@ -73,11 +73,10 @@ class ProblemStore:
             self._known = {row["id"] for row in read_jsonl(path)} if path.exists() else set()
         new = {problem.id: problem for problem in problems if problem.id not in self._known}
         if new:
-            append_jsonl(path, [to_row(self._kept(each, n)) for n, each in enumerate(new.values())])
+            append_jsonl(path, [to_row(self._stored(each, n)) for n, each in enumerate(new.values())])
             self._known |= new.keys()
 
-    def _kept(self, problem: Problem, number: int) -> Problem:
+    def _stored(self, problem: Problem, number: int) -> Problem:
         if len(self._known or ()) + number < self._max_pictured:
             return with_copies(problem, self._folder, side=SMALL_SIDE)
-        bare = (replace(ref, path=None, data=None) for ref in problem.images)
-        return replace(problem, images=tuple(bare))
+        return replace(problem, images=tuple(replace(ref, path=None, data=None) for ref in problem.images))

@@ -1,6 +1,6 @@
-"""From a raw row to a problem or demonstration, or to a reason why not.
+"""Converts raw rows to problems and demonstrations, or to a reason why a row cannot be used.
 
-Nothing in a row may stop a run: every fault becomes a `BadRow` that names the row.
+No content of a row raises an error: a faulty row becomes a `BadRow`, which names it.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from rlcs.recipe.schema import Data
 from rlcs.records import ImageRef, Json, Problem
 
 _METADATA_TEXT = 200
-"""Characters; longer texts of other columns are not carried along."""
+"""Characters; longer texts in further columns are left out of the metadata."""
 _WORKED_WORDS = 6
 """An answer with at least so many words around its box is a worked solution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A usable row; with a `response` it is a demonstration."""
+    """A usable row; one with a `response` is a demonstration."""
 
     problem: Problem
     response: str | None
@@ -34,22 +34,22 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BadRow:
-    """A row that cannot be used: `where` is `FILE:line`, or `SOURCE#row` counted from 0."""
+    """A row that cannot be used; `where` is `FILE:line`, or `SOURCE#row` counted from 0."""
 
     where: str
     reason: str
     id: str = ""
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """One line for messages."""
         return f"{self.where}{f' (id {self.id})' if self.id else ''}: {self.reason}"
 
 
 class RowReader:
-    """Reads the rows of one table, and remembers ids (for duplicates) and images (to hold each once)."""
+    """Reads the rows of one table; detects duplicate ids, and holds each image once."""
 
     def __init__(self, table: Table, settings: Data, *, role: Role, limit: int, decode: bool) -> None:
-        """`limit` is in pixels an image; `decode` says whether to decode every image in full.
+        """Take a table; `limit` is in pixels an image, with `decode` every image is decoded in full.
 
         Raises DataError when the table is known to lack a column that every row needs.
         """
@@ -82,7 +82,7 @@ class RowReader:
                 )
 
     def read(self, raw: RawRow) -> Row | BadRow:
-        """The row, or why it cannot be used."""
+        """Convert a row, or return why it cannot be used."""
         if raw.reason:
             return BadRow(where=raw.where, reason=raw.reason)
         name = ""
@@ -97,7 +97,7 @@ class RowReader:
             return BadRow(where=raw.where, reason=str(error), id=name)
 
     def _id(self, raw: RawRow) -> str:
-        """The row's id, as given or its number. Raises ValueError if it is empty, odd or taken."""
+        """The row's id, by default its number. Raises ValueError if it is empty, odd or a duplicate."""
         value = raw.fields.get(self._columns.id, raw.number)
         if type(value) is int:
             value = str(value)
@@ -158,7 +158,7 @@ class RowReader:
         return tuple(self._image(item, f"image {i}") for i, item in enumerate(items))
 
     def _image(self, item: object, where: str) -> ImageRef:
-        """One image: a path, encoded bytes, or a mapping with one of them. Raises DataError or ValueError."""
+        """Open an image: a path, bytes, or a mapping with one of them. Raises DataError or ValueError."""
         if isinstance(item, Mapping):
             item = item.get("path") if item.get("bytes") is None else item["bytes"]
         if isinstance(item, bytes):
@@ -179,7 +179,7 @@ class RowReader:
         return ref
 
     def _root(self, path: str) -> Path:
-        """The folder that an image path may not leave."""
+        """The folder in which the image of this path must lie."""
         if not path.startswith("/"):
             if self._table.folder is None:
                 raise DataError("a relative image path in a hub data set", where=path)
@@ -193,7 +193,7 @@ class RowReader:
         return next(inside, roots[-1])
 
     def _metadata(self, fields: Mapping[str, Any]) -> dict[str, Json]:
-        """Short plain values of the other columns: category, level and the like."""
+        """Short plain values of the further columns, such as category and level."""
         return {
             str(key): value
             for key, value in fields.items()
@@ -207,11 +207,11 @@ class RowReader:
 
 
 def demonstrated(answer: str) -> str | None:
-    r"""The gold answer inside a worked solution, or None if `answer` is just an answer.
+    r"""The gold answer inside a worked solution, or None if `answer` is only an answer.
 
-    Data sets for cold start (WaltonFuture/Multimodal-Cold-Start among them) keep the response in
-    their `answer` column. A text with a complete `\boxed{}` and six or more words around it is
-    taken for one; set `data.columns.response=[answer]` to take every row for one.
+    Data sets for cold start (WaltonFuture/Multimodal-Cold-Start among them) have the response in
+    their `answer` column. A text with a complete `\boxed{}` and six or more words around it counts
+    as a response; with `data.columns.response=[answer]` every text does.
     """
     boxed = extract(answer).text
     if boxed is None:
@@ -231,7 +231,7 @@ def _shown(value: object) -> str:
 
 
 def _text(value: object, what: str) -> str:
-    """A text that can be stored as UTF-8. Raises ValueError."""
+    """Check that a value is a text that UTF-8 can encode. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"the {what} must be a text, not {_shown(value)}")
     try:
@@ -242,7 +242,7 @@ def _text(value: object, what: str) -> str:
 
 
 def _answer(value: object) -> str:
-    """An answer as text: numbers are accepted and written plainly (3.0 as 3). Raises ValueError."""
+    """Convert an answer to text; numbers are written plainly (3.0 as 3). Raises ValueError."""
     if isinstance(value, bool):
         raise ValueError(f"the answer must be a text or a number, not {_shown(value)}")
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""A study's data, read and checked before anything heavy is loaded: a bad file is reported in a second."""
+"""Reads and checks all data of a study, before any model is loaded, so that errors are reported at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from rlcs.records import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """The data sources of a study, read and checked; `notes` say what was left out of them.
+    """The data of a study; `notes` name the rows that were left out.
 
-    What no arm of the study needs is not read, and empty.
+    A source that no arm of the study needs is not read: its data is empty.
     """
 
     cold_start: tuple[Row, ...]
@@ -48,7 +48,7 @@ def load_run_data(study: Study, settings: Data, *, decode_limit: int) -> RunData
 
 
 def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, ...]:
-    """The problems whose pass rate lies within `data.rl_pass_rate`. Raises DataError if none has or does."""
+    """Select the problems with a pass rate within `data.rl_pass_rate`. Raises DataError if there are none."""
     if settings.rl_pass_rate is None:
         return tuple(problems)
     low, high = settings.rl_pass_rate

@@ -1,6 +1,6 @@
-"""Where rows come from: JSONL and JSON files, Parquet, Hugging Face data sets, built-in tasks.
+"""Sources of rows: JSONL, JSON and Parquet files, Hugging Face data sets, built-in tasks.
 
-Each source becomes a `Table` of raw rows; what the columns mean is decided in `rows`.
+Each source becomes a `Table` of raw rows; `rows` interprets their columns.
 """
 
 import difflib
@@ -16,18 +16,18 @@ from rlcs.records import Problem
 from rlcs.storage import jsonl_lines, parse_object, read_json, require_regular
 
 Role = Literal["cold_start", "rl", "test", "ask"]
-"""What a source is for."""
+"""The use of a source: cold start, RL, test, or questions without answers."""
 _BATCH = 64
-"""Rows read at once: embedded images may be megabytes each."""
+"""Rows that are read at once; few, because embedded images may be megabytes each."""
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawRow:
-    """One row as its source has it: `number` is the line (from 1) or the row (from 0).
+    """One row with its columns unchanged; `number` is the line (from 1) or the row (from 0).
 
-    `reason` is not empty when the row could not even be parsed; then `fields` is empty.
+    A row that cannot be parsed has a `reason` and no `fields`.
     """
 
     where: str
@@ -38,9 +38,9 @@ class RawRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A source opened: its rows, its columns where they are known beforehand, and where images may lie.
+    """An open source: its rows, its columns if they are known beforehand, and the folders of its images.
 
-    A relative image path starts at `folder` and stays below it (None: there are no relative paths); an
+    A relative image path starts at `folder` and must stay below it (None: relative paths are not allowed); an
     absolute one must lie below one of `roots`.
     """
 
@@ -52,10 +52,10 @@ class Table:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """The nearest of the known words, if one is near, then all of them: the end of an error message."""
+    """End an error message with the known word nearest to `word`, if one is near, and all known words."""
     options = list(known)
-    near = difflib.get_close_matches(word, options, n=1)
-    return (f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(options) or 'none'}"
+    matches = difflib.get_close_matches(word, options, n=1)
+    return (f"did you mean {matches[0]}? " if matches else "") + f"known: {', '.join(options) or 'none'}"
 
 
 def open_table(source: str, settings: Data, role: Role) -> Table:
@@ -134,7 +134,7 @@ def _parquet(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
 
 
 def _batches(batches: Iterator[Any], name: str) -> Iterator[RawRow]:
-    """Rows of Arrow batches, converted one by one, so that a text that is not UTF-8 costs one row."""
+    """Yield the rows of Arrow batches, converted one by one, so that invalid UTF-8 spoils only its row."""
     from pyarrow import ArrowException
 
     number = 0
@@ -161,7 +161,7 @@ def _batches(batches: Iterator[Any], name: str) -> Iterator[RawRow]:
 
 
 def _local_dataset(folder: Path, split: str, config: str | None) -> Any:
-    """A split of a data set saved with `save_to_disk`, or of a folder with data files."""
+    """Open a split of a data set saved with `save_to_disk`, or of a folder with data files."""
     import datasets
 
     saved = (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists()
@@ -169,7 +169,7 @@ def _local_dataset(folder: Path, split: str, config: str | None) -> Any:
         return _load_dataset(str(folder), split, config)
     try:
         data = datasets.load_from_disk(str(folder))
-    except Exception as error:  # damaged Arrow or JSON files raise whatever their readers raise
+    except Exception as error:  # readers of damaged Arrow or JSON files share no base class of errors
         raise DataError(
             f"not a readable data set: {error}", where=str(folder), fix="save or download it again"
         ) from error
@@ -196,7 +196,7 @@ def _load_dataset(name: str, split: str, config: str | None) -> Any:
 
 
 def _hub_caches() -> tuple[Path, Path]:
-    """Where `datasets` keeps images that a hub data set names by path."""
+    """The folders in which `datasets` stores images that a hub data set names by path."""
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -207,7 +207,7 @@ def _hub_caches() -> tuple[Path, Path]:
 
 
 def _split_query(source: str, allowed: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """The name before `?`, and its `key=value&...` options. Raises DataError."""
+    """Split `NAME?key=value&...` into the name and its options. Raises DataError."""
     name, _, query = source.partition("?")
     options: dict[str, str] = {}
     for part in query.split("&") if query else ():
@@ -226,10 +226,10 @@ def is_builtin(source: str) -> bool:
 
 
 def open_builtin(source: str, role: Role) -> tuple[Problem, ...]:
-    """Draw `builtin:NAME?count=N&seed=N&split=train|test&levels=1-3&families=a,b`. Raises DataError.
+    """Draw the problems of `builtin:NAME?count=N&seed=N&split=train|test&levels=1-3&families=a,b`.
 
     Defaults: 1,000 problems, seed 0, the test split for the role `test` and train otherwise, every
-    level and every family.
+    level and every family. Raises DataError.
     """
     from rlcs.data import puzzles
 
@@ -256,7 +256,7 @@ def _whole(text: str, key: str, source: str, *, least: int) -> int:
 
 
 def _levels(text: str, source: str) -> tuple[int, ...]:
-    """`2`, `1-3` or `1,3`."""
+    """Parse levels such as `2`, `1-3` or `1,3`. Raises DataError."""
     if match := re.fullmatch(r"(\d)-(\d)", text):
         levels = tuple(range(int(match[1]), int(match[2]) + 1))
     else:

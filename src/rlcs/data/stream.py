@@ -1,4 +1,4 @@
-"""An endless, shuffled deal of items that resumes exactly where it was stopped."""
+"""An endless stream of shuffled items, which can resume exactly where it was stopped."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ T = TypeVar("T")
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of one epoch: indices sorted by a hash, the same on every machine and Python."""
+    """Shuffle the indices of one epoch by sorting their hashes: alike on every machine and Python version."""
     return sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}|{epoch}|{i}".encode()).digest())
 
 
 class ProblemStream(Generic[T]):
     """Items (problems or demonstrations) in a new order every epoch, without end.
 
-    The order depends on (seed, epoch) and the number of items alone, so `state` is four numbers. A
-    `take` that crosses the end of an epoch goes on with the next one, and may then hold an item twice.
+    The order depends only on seed, epoch and number of items, so `state` is four numbers. A `take` that
+    crosses the end of an epoch continues with the next one, and may then return an item twice.
     """
 
     def __init__(self, problems: Sequence[T], *, seed: int) -> None:
-        """Start before the first item of epoch 0. Raises DataError if there is nothing to deal."""
+        """Start before the first item of epoch 0. Raises DataError if there are no items."""
         if not problems:
-            raise DataError("there are no items to deal out", fix="check the data source")
+            raise DataError("there are no items to draw", fix="check the data source")
         self._items = tuple(problems)
         self._seed = seed
         self._epoch = 0
@@ -37,11 +37,11 @@ class ProblemStream(Generic[T]):
 
     @property
     def epochs(self) -> float:
-        """Passes over the items so far, with the fraction of the running one."""
+        """Passes over the items so far, as a fraction."""
         return self._epoch + self._position / len(self._items)
 
     def take(self, n: int) -> list[T]:
-        """The next `n` items."""
+        """Return the next `n` items."""
         taken: list[T] = []
         while len(taken) < n:
             if self._position == len(self._items):
@@ -53,7 +53,7 @@ class ProblemStream(Generic[T]):
         return taken
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands, JSON-able, for `restore`."""
+        """The position of the stream, for `restore`; can be written as JSON."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -62,14 +62,14 @@ class ProblemStream(Generic[T]):
         }
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from `state`. Raises CheckpointError if it was taken with other data or another seed."""
-        own = self.state()
-        if set(state) != set(own) or not all(type(value) is int for value in state.values()):
+        """Continue from `state`. Raises CheckpointError if it belongs to other data or another seed."""
+        current = self.state()
+        if set(state) != set(current) or not all(type(value) is int for value in state.values()):
             raise CheckpointError(f"the data cursor {dict(state)} cannot be read")
         for key, what in (("count", "number of rows"), ("seed", "seed")):
-            if state[key] != own[key]:
+            if state[key] != current[key]:
                 raise CheckpointError(
-                    f"the {what} was {state[key]} when the run was stopped and is {own[key]} now",
+                    f"the {what} was {state[key]} when the run was stopped and is {current[key]} now",
                     where="data cursor",
                     fix="use the same data and seed, or start a new run",
                 )

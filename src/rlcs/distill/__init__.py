@@ -1,4 +1,4 @@
-"""The cold start's demonstrations: sampled from a teacher, graded, and sorted by rejection sampling."""
+"""Makes demonstrations for the cold start: samples a teacher, grades, and selects by rejection sampling."""
 
 from rlcs.distill.run import load_kept, load_rows, run
 

@@ -1,7 +1,7 @@
-r"""Kinds of chain of thought: what is requested, turn by turn, and how the turns become one response.
+r"""Kinds of chain of thought: the requests, turn by turn, and the response composed of their answers.
 
 A kind is a folder of Jinja2 templates: `1.j2`, `2.j2`, ... are the requests, each a single user message
-that may quote the answers to earlier ones as `turns`; `response.j2` puts the turns together. `system.j2`
+that may quote the answers to earlier ones as `turns`; `response.j2` composes the response. `system.j2`
 beside the folders is the system prompt. A folder named in the recipe may replace any of these files.
 """
 
@@ -17,15 +17,15 @@ from rlcs.records import IMAGE_SLOT, Problem, Request, Sample
 
 Format = Literal["plain", "think"]
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_SHORT_ANSWER = 6  # words: a text that only states the answer
+_SHORT_ANSWER = 6  # words; a text of so few only states the answer
 _TAGS = re.compile(r"\s*</?think>\s*")
 
 
 class Chain:
-    """One kind of chain of thought: its requests, and the response made of the answers to them."""
+    """One kind of chain of thought: makes its requests, and composes their answers into a response."""
 
     def __init__(self, kind: str, *, folder: str | None, form: Format) -> None:
-        """Read the templates. Raises RecipeError for one that is missing or not Jinja2."""
+        """Read the templates. Raises RecipeError if one is missing or is not valid Jinja2."""
         from jinja2 import ChoiceLoader, FileSystemLoader, PackageLoader, TemplateError
         from jinja2.sandbox import SandboxedEnvironment
 
@@ -53,36 +53,36 @@ class Chain:
         """The system prompt; empty for none."""
         templates = [str(template.name) for template in (*self._requests, self._response, system)]
         self.sources = "\n".join(loader.get_source(environment, name)[0] for name in templates)
-        """The text of all templates: it decides what is requested."""
+        """The text of all templates, on which the requests depend."""
 
     @property
     def length(self) -> int:
-        """Requests for one response."""
+        """Number of requests for one response."""
         return len(self._requests)
 
     def request(self, problem: Problem, turns: Sequence[Sample], *, index: int = 0) -> Request:
-        """The next request after `turns`, with the problem's images first or at their slots."""
-        words = {
+        """Make the next request after `turns`, with the problem's images first or at their slots."""
+        values = {
             "question": problem.question_with_choices,
             "turns": [turn.text for turn in turns],
             "format": self._form,
         }
-        text = self._render(self._requests[len(turns)], words).strip()
+        text = self._render(self._requests[len(turns)], values).strip()
         if text.count(IMAGE_SLOT) not in (0, len(problem.images)):  # a turn quotes one, or the template does
             text = text.replace(IMAGE_SLOT, "")
         problem = replace(problem, question=text, choices=())
         return Request.of(problem, system=self.system, index=index, turn=len(turns))
 
     def response(self, turns: Sequence[Sample]) -> str:
-        """The turns as one response, in the format of the recipe."""
+        """Compose the turns into one response, in the format of the recipe."""
         text = self._render(self._response, {"turns": [turn.text for turn in turns]}).strip()
         return formatted(text, turns[-1].reasoning if len(turns) == 1 else "", self._form)
 
-    def _render(self, template: Any, words: Mapping[str, object]) -> str:
+    def _render(self, template: Any, values: Mapping[str, object]) -> str:
         from jinja2 import TemplateError
 
         try:
-            return str(template.render(words))
+            return str(template.render(values))
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise RecipeError(
                 f"the template cannot be filled in: {error}", where=f"{self._where}: {template.name}"
@@ -90,26 +90,26 @@ class Chain:
 
 
 def unboxed(text: str) -> str:
-    r"""`\boxed{5}` as plain `5`: an answer that is not the last word has no box."""
+    r"""Replace `\boxed{5}` by `5`: only the final answer of a response stands in a box."""
     return _BOX.sub(r"\1", text)
 
 
 def untagged(text: str) -> str:
-    """A quoted answer without its thinking tags."""
+    """Remove thinking tags, for the quotation of an answer."""
     return _TAGS.sub("\n\n", text).strip()
 
 
 def formatted(text: str, reasoning: str, form: Format) -> str:
-    r"""`plain`: no tags; `think`: reasoning between tags, then the box.
+    r"""Format a response: `plain` without tags; `think` with the reasoning between tags before the box.
 
-    A text without a final answer is left as it is: it is rejected for that.
+    A text without a final answer is returned unchanged; grading rejects it.
     """
     if "</think>" in text:  # the opening tag may stand in the prompt: some chat templates end with it
         before, _, text = text.rpartition("</think>")
         reasoning = _TAGS.sub("", before) or reasoning
         text = text.strip()
     if form == "plain":
-        short = reasoning and len(text.split()) <= _SHORT_ANSWER  # the work stands in the reasoning alone
+        short = reasoning and len(text.split()) <= _SHORT_ANSWER  # the steps stand in the reasoning alone
         return f"{reasoning}\n\n{text}".strip() if short else text.strip()
     if reasoning:
         return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}"

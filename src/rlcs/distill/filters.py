@@ -1,4 +1,4 @@
-"""Which answers are imitated: reasons to reject one, and rules to choose among several. Pure functions."""
+"""Selects the answers to imitate: reasons to reject one, rules to choose among several. Pure functions."""
 
 import re
 import unicodedata
@@ -24,13 +24,13 @@ _EVERYWHERE = frozenset(
 
 
 def reason_to_reject(question: str, response: str, filters: Filters) -> str:
-    """Why a right answer should not be imitated, or ""."""
+    """The reason why a right answer should not be imitated, or ""."""
     if len(response) < filters.min_chars:
         return f"shorter than {filters.min_chars} characters"
     if filters.max_chars is not None and len(response) > filters.max_chars:
         return f"longer than {filters.max_chars} characters"
-    if filters.leaks and (found := _LEAK.search(response)):
-        return f"speaks of the {found[0].lower()!r}"
+    if filters.leaks and (leak := _LEAK.search(response)):
+        return f"speaks of the {leak[0].lower()!r}"
     if filters.repetition and health([response])["repeated_share"]:
         return "repeats itself"
     if filters.mixed_languages and (script := _foreign_script(question, response)):
@@ -39,7 +39,7 @@ def reason_to_reject(question: str, response: str, filters: Filters) -> str:
 
 
 def _scripts(text: str) -> dict[str, int]:
-    """Letters by script, as Unicode names it; the scripts of one East Asian text count as one."""
+    """Count letters by script, as Unicode names it; all East Asian scripts count as one."""
     counts: dict[str, int] = {}
     for letter in filter(str.isalpha, _FORMULA.sub(" ", text)):
         script = "LATIN" if letter.isascii() else unicodedata.name(letter, "?").split()[0]
@@ -49,7 +49,7 @@ def _scripts(text: str) -> dict[str, int]:
 
 
 def _foreign_script(question: str, response: str) -> str:
-    """A script of the response that is neither the question's nor of formulas, if it has some weight."""
+    """A script with many letters in the response that neither the question nor formulas use, or ""."""
     known = _EVERYWHERE | _scripts(question).keys()
     counts = _scripts(response)
     least = max(_FOREIGN_LETTERS, _FOREIGN_SHARE * sum(counts.values()))
@@ -57,25 +57,26 @@ def _foreign_script(question: str, response: str) -> str:
 
 
 def choose(usable: Sequence[Entry], teacher: Teacher) -> list[Entry]:
-    """At most `max_kept` of the usable answers to one problem, which come in the order of their indices."""
+    """Choose at most `max_kept` of the usable answers to one problem, given in the order of their indices."""
     if teacher.pick == "shortest":
-        return sorted(usable, key=lambda one: len(one.response))[: teacher.max_kept]
+        return sorted(usable, key=lambda answer: len(answer.response))[: teacher.max_kept]
     if teacher.pick == "diverse":
         return _least_alike(usable, teacher.max_kept)
     return list(usable[: teacher.max_kept])
 
 
 def _least_alike(usable: Sequence[Entry], most: int) -> list[Entry]:
-    """The first, then each time the one that is least like any chosen one; equal texts only once."""
-    left = {one.response: one for one in reversed(usable)}
-    rest = [one for one in usable if left[one.response] is one]
-    chosen = rest[:1]
-    rest = rest[1:]
-    shingles = {one.response: _shingles(one.response) for one in left.values()}
+    """Choose the first answer, then repeatedly the one least similar to those chosen; equal texts once."""
+    different = dict[str, Entry]()
+    for answer in usable:
+        different.setdefault(answer.response, answer)
+    shingles = {response: _shingles(response) for response in different}
+    rest = list(different)
+    chosen = [rest.pop(0)] if rest else []
     while rest and len(chosen) < most:
-        likeness = [max(_overlap(shingles[o.response], shingles[c.response]) for c in chosen) for o in rest]
+        likeness = [max(_overlap(shingles[text], shingles[other]) for other in chosen) for text in rest]
         chosen.append(rest.pop(likeness.index(min(likeness))))
-    return chosen
+    return [different[text] for text in chosen]
 
 
 def _shingles(text: str) -> set[tuple[str, ...]]:

@@ -1,8 +1,8 @@
-"""From rows to demonstrations: given responses are used as they are, the others are asked for.
+"""Makes demonstrations of rows: responses in the data are used as they are, the others are sampled.
 
-In the stage's folder: `samples.jsonl` (every answer, as it came), and when all is answered `kept.jsonl`,
-`rejected.jsonl` (with reasons), `problems.jsonl` (with pass rates), `images/` and `stats.json`, in the
-order of the rows and their samples, whatever the order of arrival.
+The stage's folder has `samples.jsonl` (all answers in the order of arrival) and, once every problem is
+answered, `kept.jsonl`, `rejected.jsonl` (with reasons), `problems.jsonl` (with pass rates), `images/` and
+`stats.json`. These follow the order of the rows and their samples.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl, write_json, write_jsonl
 
 GIVEN = "given"
-"""The teacher's name of a response that came with the data."""
+"""The teacher's name of a response that the data already had."""
 NOT_CHOSEN = "right, but others are kept"
 _SHOWN = 3
-_RATING = ("samples", "right", "pass_rate")  # an earlier teacher's are never taken for this one's
+_RATING = ("samples", "right", "pass_rate")  # those of an earlier teacher are dropped
 _BINS = 10
 
 
@@ -47,18 +47,17 @@ def run(
 ) -> list[Demonstration]:
     """Make demonstrations in the order of `rows`, at most `teacher.max_kept` for each.
 
-    A row with a response is kept as it is, whatever its grade (which is recorded and counted). For
-    a row without one the teacher is asked for up to `teacher.max_samples` samples, until
-    `teacher.enough_kept` answers are to keep; what an earlier run into the same folder has is not asked
-    again. Raises UserError for a problem that the teacher does not know, or if nothing is left to learn from;
-    Stopped when `stop` is set.
+    A row with a response is kept as it is, whatever its grade (which is recorded and counted). For a row
+    without one up to `teacher.max_samples` answers are sampled, until `teacher.enough_kept` of them can be
+    kept; the answers of an earlier run into the same folder are reused. Raises DataError for a problem that
+    the built-in teacher cannot answer, UserError if there is no demonstration, Stopped when `stop` is set.
     """
     missing = {row.problem.id: row.problem for row in rows if row.response is None}
     chain = None
     if teacher.who != "builtin":
         chain = Chain(teacher.chain, folder=teacher.templates, form=teacher.format)
     digests = {name: problem.digest for name, problem in missing.items()}
-    settings = _decisive(teacher, chain, seed)
+    settings = _answer_settings(teacher, chain, seed)
     with (
         GradePool() as pool,
         SampleLog(folder / "samples.jsonl", digests, settings=settings, may_change=True) as log,
@@ -70,14 +69,14 @@ def run(
                 schedule.run(sampler, view=view, stop=stop)
     if stop is not None:
         stop.check(str(folder))
-    for errors, what in (
+    for errors, outcome in (
         (schedule.failed, "were not answered; the same command asks them again"),
         (schedule.refused, "are left out: they cannot be answered"),
     ):
         if errors and view is not None:
-            view.say(f"{len(errors):,} samples {what}")
-            for why in list(dict.fromkeys(errors.values()))[:_SHOWN]:
-                view.say(f"  {why}")
+            view.say(f"{len(errors):,} samples {outcome}")
+            for error in list(dict.fromkeys(errors.values()))[:_SHOWN]:
+                view.say(f"  {error}")
     kept = _sort(rows, given, schedule, teacher, folder=folder)
     if not kept:
         raise UserError(
@@ -89,7 +88,7 @@ def run(
 
 
 def load_rows(data: Data, *, decode_limit: int, all_anew: bool) -> Loaded:
-    """The rows of `data.cold_start`; `all_anew` drops the responses that some bring. Raises DataError."""
+    """Read the rows of `data.cold_start`; `all_anew` drops the responses that some have. Raises DataError."""
     loaded = load(data.cold_start, data, decode_limit=decode_limit, role="rl" if all_anew else "cold_start")
     require_usable(loaded, data)
     if all_anew:
@@ -122,8 +121,8 @@ def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
     return loaded
 
 
-def _decisive(teacher: Teacher, chain: Chain | None, seed: int) -> dict[str, object]:
-    """The settings that decide an answer. Which answers are kept can be chosen anew in the same folder."""
+def _answer_settings(teacher: Teacher, chain: Chain | None, seed: int) -> dict[str, object]:
+    """The settings that answers depend on; those that select among answers may change within a folder."""
     facts: dict[str, object] = {"teacher": teacher.who, "chain": teacher.chain, "format": teacher.format}
     if chain is None:
         return {**facts, "wrong_share": teacher.wrong_share, "seed": seed}
@@ -148,7 +147,7 @@ def _sort(
     *,
     folder: Path,
 ) -> list[Demonstration]:
-    """Choose among the answers, and write everything that a run leaves; the statistics last."""
+    """Choose among the answers and write the files of the folder, the statistics last."""
     kept: list[Demonstration] = []
     kept_rows, rejected, problems, seen = [], list[dict[str, Any]](), [], list[Entry]()
     for problem in (row.problem for row in rows):
@@ -156,10 +155,10 @@ def _sort(
         answers = schedule.answers(problem)
         reasons = [why_not(problem, answer, teacher) for answer in answers]
         chosen = choose([a for a, why in zip(answers, reasons, strict=True) if not why], teacher)
-        mine = [given[problem.id]] if problem.id in given else [_kept(problem, a, teacher) for a in chosen]
+        made = [given[problem.id]] if problem.id in given else [_kept(problem, a, teacher) for a in chosen]
         seen += answers
-        kept += mine
-        kept_rows += [_kept_row(one, columns, alone=len(mine) == 1) for one in mine]
+        kept += made
+        kept_rows += [_kept_row(each, columns, alone=len(made) == 1) for each in made]
         rejected += [
             _rejected_row(answer, why or NOT_CHOSEN)
             for answer, why in zip(answers, reasons, strict=True)
@@ -185,15 +184,15 @@ def _kept(problem: Problem, answer: Entry, teacher: Teacher) -> Demonstration:
 
 
 def _columns(problem: Problem, folder: Path) -> dict[str, object]:
-    """The columns of a problem that `data.load` reads; its images are copied into `folder`."""
-    # An image that is gone by now has no name; whoever loads the row finds it to be a bad one.
+    """Make the columns of a problem that `data.loading` reads; its images are copied into `folder`."""
+    # An image that has been deleted meanwhile has no path: loading reports its row as a bad one.
     images = [ref.path for ref in with_copies(problem, folder).images]
     choices = {"choices": list(problem.choices)} if problem.choices else {}
     return {"question": problem.question, "images": images, **choices, "answer": problem.answer}
 
 
 def _problem_row(problem: Problem, columns: Mapping[str, object], answers: Sequence[Entry]) -> dict[str, Any]:
-    """A row of `problems.jsonl`; unscored answers say nothing about how hard a problem is."""
+    """Make a row of `problems.jsonl`; unscored answers do not count in its pass rate."""
     further = {name: value for name, value in problem.metadata.items() if name not in _RATING}
     row: dict[str, Any] = {**further, "id": problem.id, **columns}
     scored = [answer.grade.correct for answer in answers if answer.grade.correct is not None]
@@ -230,7 +229,7 @@ def _stats(
     rejected: Sequence[Mapping[str, Any]],
     answers: Sequence[Entry],
 ) -> dict[str, object]:
-    """Counts; `asked` answers were written by the teacher, `given` came with the data."""
+    """Count results: `asked` answers were sampled from the teacher, `given` responses were in the data."""
     rates = [problem["pass_rate"] for problem in problems if "pass_rate" in problem]
     wrong = [d for d in kept if d.grade is not None and d.grade.correct is False]
     verdicts = [answer.grade.correct for answer in answers]

@@ -1,7 +1,7 @@
 """Requests samples until every problem has enough answers to keep, or as many samples as are allowed.
 
-A problem that needs m more answers to keep has at most m samples under way, so which samples are requested
-does not depend on which answer arrives first: a run that was killed ends like an undisturbed one.
+A problem that needs m more answers to keep has at most m samples under way. So the samples that are requested
+do not depend on the order of arrival, and a run that was killed and resumed ends like an undisturbed one.
 """
 
 import time
@@ -17,30 +17,28 @@ from rlcs.recipe.schema import Teacher
 from rlcs.records import Problem, Request, Sample, SampleKey, StopReason, to_row
 from rlcs.signals import StopFlag
 
-_ROUNDS = 3  # what failed for a reason that may pass is requested again at the end
+_ROUNDS = 3  # samples with a retryable error are requested again at the end
 _SHOW_S = 0.2
 
 
 def why_not(problem: Problem, answer: Entry, teacher: Teacher) -> str:
-    """Why an answer is not to be imitated; "" if it may be."""
+    """The reason why an answer must not be imitated, or ""."""
     if teacher.keep == "all":
         return "" if answer.response.strip() else "empty"
     if not answer.grade.correct:
         return answer.grade.why or "wrong"
     if answer.sample.stop is StopReason.LENGTH:
         return CUT
-    return (
-        ""
-        if teacher.who == "builtin"
-        else reason_to_reject(problem.question_with_choices, answer.response, teacher.filters)
-    )
+    if teacher.who == "builtin":
+        return ""
+    return reason_to_reject(problem.question_with_choices, answer.response, teacher.filters)
 
 
 class Schedule:
-    """What is still to be requested of one teacher about some problems.
+    """The requests that are still to be made to one teacher about some problems.
 
     An answer is the log's entry of a sample's last turn: its `response` is composed of all turns, and graded.
-    `failed` says why a sample is missing for a reason that may pass, `refused` why one will never come.
+    `failed` holds retryable errors by problem and index, `refused` final ones.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class Schedule:
         log: SampleLog,
         pool: GradePool,
     ) -> None:
-        """`chain` is None for the built-in teacher, which writes all turns at once."""
+        """Take problems by id; `chain` is None for the built-in teacher, which writes all turns at once."""
         self._problems, self._teacher, self._chain = problems, teacher, chain
         self._log, self._pool = log, pool
         self._last_turn = chain.length - 1 if chain else 0
@@ -66,12 +64,12 @@ class Schedule:
         self.refused: dict[tuple[str, int], str] = {}
 
     def answers(self, problem: Problem) -> list[Entry]:
-        """The answers to one problem that the log has, in the order of their indices."""
+        """The logged answers to one problem, in the order of their indices."""
         keys = ((problem.id, index, self._last_turn) for index in range(self._teacher.max_samples))
         return [self._log.entries[key] for key in keys if key in self._log.entries]
 
     def spent(self) -> dict[str, object]:
-        """The tokens and the cost of all samples in the log, and how many are missing."""
+        """Tokens and cost of all logged samples, and the numbers of failed and refused ones."""
         wanted = range(self._teacher.max_samples)
         samples = [e.sample for e in self._log.entries.values() if e.sample.index in wanted]
         prompt, completion = sum(s.prompt_tokens for s in samples), sum(s.tokens for s in samples)
@@ -84,7 +82,7 @@ class Schedule:
         }
 
     def run(self, sampler: Sampler, *, view: Screen | None, stop: StopFlag | None) -> None:
-        """Request what is not answered yet; returns early, with all answers on disk, when `stop` is set."""
+        """Request the missing samples; return early, with all answers on disk, when `stop` is set."""
         for entry in self._log.entries.values():
             self._count(entry)
         for name in self._problems:
@@ -114,7 +112,7 @@ class Schedule:
         return figures if self._teacher.cost(0, 0) is None else {**figures, "cost": self._cost}
 
     def _open(self, name: str) -> None:
-        """Start the samples that a problem surely needs; count it as done when it needs none."""
+        """Queue the samples that a problem certainly needs; count it as done if it needs none."""
         teacher, waiting = self._teacher, self._under_way[name]
         known = {answer.sample.index for answer in self.answers(self._problems[name])} | waiting
         missing = [index for index in range(teacher.max_samples) if index not in known]
@@ -125,7 +123,7 @@ class Schedule:
         self._done += not waiting
 
     def _turns(self, name: str, index: int) -> list[Sample]:
-        """The earlier turns of a sample, as far as they are known."""
+        """The logged turns of a sample."""
         turns: list[Sample] = []
         while (entry := self._log.entries.get((name, index, len(turns)))) is not None:
             turns.append(entry.sample)
@@ -141,7 +139,7 @@ class Schedule:
                 yield self._chain.request(problem, self._turns(name, index), index=index)
 
     def _take(self, sample: Sample) -> None:
-        """Keep a sample, graded if it is the last turn, and see what its problem still needs."""
+        """Log a sample, graded if it is the last turn, and queue the samples that its problem still needs."""
         name, index, turn = sample.key
         if sample.error:
             (self.failed if sample.retryable else self.refused)[name, index] = sample.error

@@ -1,7 +1,7 @@
-"""The teacher of a recipe as a sampler: the program that drew the problem, a server, or a model of ours."""
+"""Opens the teacher of a recipe as a sampler: the built-in program, a server, or a local model."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rlcs.data import puzzles
@@ -11,32 +11,27 @@ from rlcs.records import Problem, Request, Sample, Sampling, StopReason, rollout
 from rlcs.signals import StopFlag
 
 
-@contextmanager
 def open_teacher(
     teacher: Teacher, problems: Mapping[str, Problem], *, seed: int, logs: Path
-) -> Iterator[Sampler]:
-    """Open the teacher for some problems, by id; `logs` is for vLLM's.
+) -> AbstractContextManager[Sampler]:
+    """Open the teacher for some problems, by id; `logs` is the folder for vLLM's logs.
 
-    Raises EndpointError, ModelError, UserError.
+    Entering the context raises EndpointError, ModelError or UserError.
     """
     if teacher.who == "builtin":
-        yield BuiltinTeacher(teacher, problems, seed=seed)
-        return
+        return nullcontext(BuiltinTeacher(teacher, problems, seed=seed))
     sampling = Sampling(
         temperature=teacher.temperature, top_p=teacher.top_p, max_new_tokens=teacher.max_tokens, seed=seed
     )
     model = teacher.endpoint if teacher.who == "endpoint" else str(teacher.model)
-    with open_sampler(
-        model, sampling, settings=teacher.rollout, rows=teacher.concurrency, logs=logs
-    ) as sampler:
-        yield sampler
+    return open_sampler(model, sampling, settings=teacher.rollout, rows=teacher.concurrency, logs=logs)
 
 
 class BuiltinTeacher:
-    """The program that drew the problems: it knows how they are solved."""
+    """The built-in teacher: the program that drew the problems and can solve them."""
 
     def __init__(self, teacher: Teacher, problems: Mapping[str, Problem], *, seed: int) -> None:
-        """`problems` by their ids; requests say which one is meant."""
+        """Take the problems by id, by which requests refer to them."""
         self._teacher, self._problems, self._seed = teacher, problems, seed
 
     def samples(self, requests: Iterable[Request], *, stop: StopFlag | None = None) -> Iterator[Sample]:

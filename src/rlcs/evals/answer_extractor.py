@@ -1,8 +1,9 @@
 """Extraction of final answers by a language model, where the strict rule finds no box.
 
-MathVista's official script extracts with a language model; this does the same, with our own words,
-for any benchmark. The extractor never sees the gold answer and never says what is right: it only copies
-out, and our own rule compares. Off unless `--judge-url` is given; its scores have a name of their own.
+MathVista's official script extracts with a language model; this does the same for any benchmark, with a
+prompt written here. The extractor never sees the gold answer and does not grade: it copies the final answer
+out of a response, and the rlcs rule compares it. Off unless `--judge-url` is given; its scores are reported
+apart, as the rule `rlcs+judge`.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from rlcs.records import Message, Request, Sample, SampleKey, Sampling
 from rlcs.signals import StopFlag
 
 SAMPLING = Sampling(max_new_tokens=256, temperature=0.0)
-"""How the extractor is asked."""
+"""Sampling settings of the extractor: greedy, short answers."""
 NOTHING = "NONE"
 """What the extractor writes for a response without an answer."""
 _TASK = (
@@ -41,11 +42,11 @@ _EXAMPLES = (
     ("How long is the ladder?", "We need the height of the wall first. The wall", NOTHING),
 )
 _MAX_SHOWN = 4000
-"""Characters of a response that are shown; the end holds the answer."""
+"""Characters from the end of a response that the extractor reads; the answer stands there."""
 
 
 def needs_extractor(response: str) -> bool:
-    """Whether there is something to copy out that the strict rule cannot."""
+    """Whether the response has text, but no answer that the strict rule can extract."""
     return bool(response.strip()) and extract(response).text is None
 
 
@@ -57,9 +58,9 @@ def extract_answers(
     path: Path,
     stop: StopFlag,
 ) -> tuple[dict[SampleKey, str], dict[str, str]]:
-    """Extract the answers of samples: by the sample's key, and for each that failed why.
+    """Extract the final answers of samples: return the answers by sample key, and the errors by request id.
 
-    `path` keeps what `model`, whom `sampler` asks, has extracted from each response for the next time.
+    `path` is a log of what `model`, the model behind `sampler`, extracted: a later call reuses it.
     """
     requests, digests, keys = [], dict[str, str](), dict[str, SampleKey]()
     for question, sample in answered:

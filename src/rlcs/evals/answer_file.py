@@ -1,7 +1,7 @@
-"""Grades a file of answers by a named rule: what `rlcs grade` does.
+"""Grades a file of answers by a named rule, for `rlcs grade`.
 
-A row that cannot be graded (torn, wrong types, no gold answer, a gold answer that nothing can read)
-is unscored: it is named with its line, counted, and never taken for a wrong answer.
+A row that cannot be graded (invalid JSON, wrong types, a gold answer that is missing or unreadable) is
+unscored: it is reported with its line number and counted apart from the wrong answers.
 """
 
 import json
@@ -29,7 +29,7 @@ NO_GOLD = "no gold answer"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerRow:
-    """One answer to grade; `fault` says why that is not possible, and then only `fields` counts."""
+    """One answer to grade; with a `fault`, the reason why it cannot be, only `line` and `fields` are set."""
 
     line: int
     fields: Mapping[str, Any] = field(hash=False)
@@ -41,13 +41,13 @@ class AnswerRow:
 
     @property
     def name(self) -> str:
-        """`line 7 (id x)`, for people."""
+        """The row's name in messages, such as `line 7 (id x)`."""
         name = self.fields.get("id")
         return f"line {self.line}" + (f" (id {name})" if name is not None else "")
 
     @property
     def problem(self) -> Problem:
-        """The problem as our own rule grades it; `precision` is its tolerance in decimal places."""
+        """The problem for the rlcs rule; `precision` is its tolerance in decimal places."""
         return Problem(
             id=f"line {self.line}",
             source="answers",
@@ -59,7 +59,7 @@ class AnswerRow:
 
 
 def read_answers(path: Path) -> list[AnswerRow]:
-    """Every line of a JSONL file. Raises DataError for no file, or when not one row can be graded."""
+    """Read every line of a JSONL file. Raises DataError if there is no file or no row can be graded."""
     rows = [_read_line(number, line) for number, line in jsonl_lines(path)]
     if all(row.fault and row.fault != NO_GOLD for row in rows):
         faults = "; ".join(f"line {row.line}: {row.fault}" for row in rows[:3])
@@ -121,24 +121,28 @@ def _choices(value: object) -> tuple[str, ...]:
 
 
 def grade_by_mathvision(row: AnswerRow) -> Grade:
-    """MATH-Vision's official rule; the gold answer of a row with choices is a letter."""
+    """Grade by MATH-Vision's official rule; the gold answer of a row with choices is a letter."""
     if row.choices and row.answer not in map(option_letter, range(len(row.choices))):
         raise ValueError(
             f"the gold answer {row.answer[:60]!r} is no letter of the {len(row.choices)} choices"
         )
-    found = mathvision.extract(row.response) if row.extraction is None else row.extraction
-    return _official("MATH-Vision", found, correct=mathvision.is_correct(found, row.answer, row.choices))
+    extracted = mathvision.extract(row.response) if row.extraction is None else row.extraction
+    correct = mathvision.is_correct(extracted, row.answer, row.choices)
+    return _official("MATH-Vision", extracted, correct=correct)
 
 
 def grade_by_mathvista(row: AnswerRow) -> Grade:
-    """MathVista's official rule on the row's extraction; without one, on the shortcut's or on ours."""
+    """Grade by MathVista's official rule.
+
+    The extraction is the row's; without one that of the official shortcut, or else that of rlcs.
+    """
     kind = _kind(row)
-    found, source = row.extraction, "the stored extraction"
-    if found is None:
-        found, source = mathvista.shortcut(row.response, kind), "the official shortcut"
-    if found is None:
-        found, source = extract(row.response, allow_fallbacks=True).text or "", "our own extraction"
-    prediction = mathvista.predict(found, kind)
+    extracted, source = row.extraction, "the stored extraction"
+    if extracted is None:
+        extracted, source = mathvista.shortcut(row.response, kind), "the official shortcut"
+    if extracted is None:
+        extracted, source = extract(row.response, allow_fallbacks=True).text or "", "our own extraction"
+    prediction = mathvista.predict(extracted, kind)
     return _official("MathVista", prediction, correct=prediction == row.answer, note=f", on {source}")
 
 
@@ -157,11 +161,11 @@ def _kind(row: AnswerRow) -> mathvista.Kind:
 
 
 def grade_by_wemath(row: AnswerRow) -> Grade:
-    """We-Math's official rule; gold answers are letters from A to H."""
+    """Grade by We-Math's official rule; gold answers are letters from A to H."""
     if row.answer not in tuple("ABCDEFGH"):
         raise ValueError(f"the gold answer {row.answer[:60]!r} is no letter from A to H")
-    found = wemath.extract(row.response) if row.extraction is None else row.extraction
-    return _official("We-Math", found, correct=found == row.answer)
+    extracted = wemath.extract(row.response) if row.extraction is None else row.extraction
+    return _official("We-Math", extracted, correct=extracted == row.answer)
 
 
 def _official(benchmark: str, extracted: str | None, *, correct: bool, note: str = "") -> Grade:
@@ -173,11 +177,11 @@ OFFICIAL_RULES: Mapping[str, Callable[[AnswerRow], Grade]] = MappingProxyType(
     {"mathvision": grade_by_mathvision, "mathvista": grade_by_mathvista, "wemath": grade_by_wemath}
 )
 RULES = ("rlcs", *OFFICIAL_RULES)
-"""The names of the rules: ours first."""
+"""The names of all rules."""
 
 
 def grade_officially(row: AnswerRow, rule: str) -> Grade:
-    """The grade by a benchmark's official rule; what that rule cannot judge is unscored and says why."""
+    """Grade by a benchmark's official rule; a row that the rule cannot judge is unscored, with the reason."""
     try:
         return OFFICIAL_RULES[rule](row) if not row.fault else _unscored(row.fault)
     except ValueError as error:
@@ -189,13 +193,13 @@ def _unscored(why: str, extracted: str | None = None) -> Grade:
 
 
 def grade_by_rlcs(rows: Sequence[AnswerRow], pool: GradePool) -> list[Grade]:
-    """Grades by our own rule, in order."""
-    good = [row for row in rows if not row.fault]
-    unreadable = pool.unreadable([row.problem for row in good])
-    found = iter(pool.settle([_quick(row, allow_fallbacks=pool.allow_fallbacks) for row in good]))
+    """Grade rows by the rlcs rule, in order."""
+    gradable = [row for row in rows if not row.fault]
+    unreadable = pool.unreadable([row.problem for row in gradable])
+    settled = iter(pool.settle([_quick(row, allow_fallbacks=pool.allow_fallbacks) for row in gradable]))
     grades = []
     for row in rows:
-        grade = _unscored(row.fault) if row.fault else next(found)
+        grade = _unscored(row.fault) if row.fault else next(settled)
         fault = unreadable.get((row.answer, row.choices))
         if fault and not row.fault and not grade.correct:
             grade = _unscored(fault, grade.extracted)
@@ -224,12 +228,12 @@ class Tally:
 
     @property
     def accuracy(self) -> float | None:
-        """The share of right answers among those that were scored; None when none was."""
+        """The share of right answers among the scored ones; None if none was scored."""
         scored = self.right + self.wrong
         return self.right / scored if scored else None
 
     def to_json(self) -> dict[str, object]:
-        """One object for scripts."""
+        """The counts, the accuracy and its 95% Wilson interval, for `--json`."""
         low, high = wilson(self.right, self.right + self.wrong)
         rows = self.right + self.wrong + len(self.unscored)
         facts = asdict(self) | {"unscored": len(self.unscored), "rows": rows}
@@ -237,9 +241,9 @@ class Tally:
 
 
 def grade_file(path: Path, out: Path, *, rule: str, allow_fallbacks: bool = True) -> Tally:
-    """Grade FILE by a rule and write its rows to `out` with `prediction`, `correct` and `why`.
+    """Grade the rows of a file by a rule and write them to `out` with `prediction`, `correct` and `why`.
 
-    Raises DataError for a file that cannot be read, an unknown rule, or `out` being the file itself.
+    Raises DataError for a file that cannot be read, for an unknown rule, or if `out` is the file itself.
     """
     if rule not in RULES:
         raise DataError(f"unknown rule {rule!r}", where="--rule", fix=f"use {', '.join(RULES)}")

@@ -1,11 +1,11 @@
-"""Measures a model on held-out problems: one answer each, graded and written as it comes."""
+"""Measures a model on held-out problems: samples one answer to each, grades it and writes it down."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rlcs.distributed import ALONE, World
 from rlcs.evals.scores import arm_scores
@@ -15,17 +15,15 @@ from rlcs.progress import Screen
 from rlcs.records import Grade, Problem, Request, Sample, to_row
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json
-from rlcs.train.batching import guessed_tokens, own_share
+from rlcs.train.batching import guessed_tokens, shared
 
 CHUNK = 256
-"""Problems between two writes."""
-
-T = TypeVar("T")
+"""Problems that are answered between two writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """The model that answers, the pool that grades, and the ranks that share the problems."""
+    """The sampler of the model, the grading pool, and the ranks that share the problems."""
 
     sampler: EngineSampler
     pool: GradePool
@@ -40,10 +38,10 @@ def evaluate(
     screen: Screen,
     stop: StopFlag,
 ) -> dict[str, Any]:
-    """Answer and grade what is not answered yet; write predictions.jsonl and scores.json.
+    """Answer and grade the problems without an answer in `folder`; write predictions.jsonl and scores.json.
 
-    Raises UserError if an answer on disk is to what its problem was before an edit; Stopped, with every
-    chunk that was answered on disk, when `stop` is set.
+    Raises UserError if a problem was edited after its answer was written; Stopped, with every finished chunk
+    on disk, when `stop` is set.
     """
     world, known = evaluator.world, {problem.id: problem for problem in problems}
     log = SampleLog(folder / "predictions.jsonl", {name: p.digest for name, p in known.items()})
@@ -52,13 +50,13 @@ def evaluate(
         left = [problem for problem in problems if problem.id not in answered]
         for start in range(0, len(left), CHUNK):
             world.check(stop, str(folder))
-            some = left[start : start + CHUNK]
-            graded = _on_all_ranks(partial(_answers, evaluator), some, world)
+            chunk = left[start : start + CHUNK]
+            graded = shared(partial(_answers, evaluator), chunk, guessed_tokens, world)
             if world.rank == 0:
                 for sample, grade in graded:
                     log.add(sample, to_row(grade))
             right = sum(entry.added["correct"] is True for entry in log.entries.values())
-            done = len(problems) - len(left) + start + len(some)
+            done = len(problems) - len(left) + start + len(chunk)
             screen.advance(done, accuracy=right / max(1, len(log.entries)))
     return world.first(partial(_write_scores, folder, log, known))
 
@@ -69,19 +67,11 @@ def _write_scores(folder: Path, log: SampleLog, problems: Mapping[str, Problem])
     return scores
 
 
-def _on_all_ranks(
-    work: Callable[[Sequence[Problem]], list[T]], problems: Sequence[Problem], world: World
-) -> list[T]:
-    """Let each rank work on its share of the problems; return the results of all."""
-    own = own_share([guessed_tokens(problem) for problem in problems], world)
-    return [result for part in world.gather(work([problems[i] for i in own])) for result in part]
-
-
 def _answers(evaluator: Evaluator, problems: Sequence[Problem]) -> list[tuple[Sample, Grade]]:
     """Answer problems and grade the answers.
 
-    A problem without an answer (its prompt is too long, say) counts as wrong and says why: leaving it out
-    would make models look better than they are.
+    A problem without an answer (its prompt is too long, say) counts as wrong, with the reason: leaving it
+    out would raise the accuracy.
     """
     known = {problem.id: problem for problem in problems}
     samples = evaluator.sampler.batch([Request.of(problem) for problem in problems])

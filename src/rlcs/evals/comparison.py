@@ -1,4 +1,4 @@
-"""Compares every model in a folder in one table, with chance and what the paper reports below."""
+"""Compares all models measured in a folder in one table, with chance level and the paper's numbers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,26 +23,26 @@ Column = tuple[str, str]
 
 
 def write_comparison(out: Path, *, first: Sequence[str]) -> dict[str, Any]:
-    """Write comparison.json and comparison.md from every benchmark's scores.json below; return the former.
+    """Compare the benchmark scores in `out`; write comparison.json and comparison.md, and return the former.
 
-    The models in `first`, those of this call, come first, in this order, and only their failed answers are
-    counted. Raises UserError when there is no score.
+    The models in `first` (those that were evaluated just now) head the table, in this order, and only their
+    failed answers are counted. Raises UserError if there are no scores.
     """
-    place = {label: number for number, label in enumerate(first)}
-    paths = sorted(out.glob("*/*/scores.json"), key=lambda p: (place.get(p.parts[-3], len(place)), p))
-    # A run folder holds scores of its own, eval/ARM/scores.json, which are of no benchmark.
+    order = {label: number for number, label in enumerate(first)}
+    paths = sorted(out.glob("*/*/scores.json"), key=lambda p: (order.get(p.parts[-3], len(order)), p))
+    # A run folder also has eval/ARM/scores.json, on held-out problems instead of a benchmark.
     measured = [scores for path in paths if "benchmark" in (scores := read_json(path))]
     if not measured:
         raise UserError("there are no scores", where=str(out), fix="run `rlcs eval` first")
     comparison = compare(measured)
-    comparison["failed"] = sum(scores["failed"]["count"] for scores in measured if scores["label"] in place)
+    comparison["failed"] = sum(scores["failed"]["count"] for scores in measured if scores["label"] in order)
     write_json(out / "comparison.json", comparison)
     atomic_write(out / "comparison.md", as_markdown(comparison))
     return comparison
 
 
 def compare(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows by model and rule, columns by benchmark and split, the paper's numbers, notes."""
+    """Make rows by model and rule, columns by benchmark and split, the paper's numbers, and notes."""
     known = list_benchmarks()
     order = {name: number for number, name in enumerate((*FOUR, *known))}
     columns = sorted({(s["benchmark"], s["split"]) for s in measured}, key=lambda c: (order.get(c[0], 99), c))
@@ -66,19 +66,19 @@ def compare(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _settings(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name the prompt and the sampling: in one line if all answers share them."""
+    """State the prompt and the sampling settings, in one line if all answers share them."""
     lines: dict[str, list[str]] = {}
     for scores in measured:
-        how = scores["sampling"]
-        many = f"{how['samples']} samples" if how["samples"] > 1 else "1 answer"
-        text = f"prompt `{scores['prompt']}`, {many}, temperature {how['temperature']:g}, "
-        text += f"at most {how['max_new_tokens']:,} tokens"
+        sampling = scores["sampling"]
+        count = f"{sampling['samples']} samples" if sampling["samples"] > 1 else "1 answer"
+        text = f"prompt `{scores['prompt']}`, {count}, temperature {sampling['temperature']:g}, "
+        text += f"at most {sampling['max_new_tokens']:,} tokens"
         lines.setdefault(text, []).append(f"{scores['label']}, {scores['title']}")
     return [text if len(lines) == 1 else f"{'; '.join(where)}: {text}" for text, where in lines.items()]
 
 
 def _notes(scores: Mapping[str, Any]) -> list[str]:
-    """Name what a reader of the table must know: what is left out, failed, refused or extracted."""
+    """Notes below the table: questions left out, failed, refused or answered through the extractor."""
     where = f"{scores['label']}, {scores['title']}"
     missing, failed, refused = (scores[key]["count"] for key in ("missing_images", "failed", "refused"))
     notes = []
@@ -108,7 +108,7 @@ def _notes(scores: Mapping[str, Any]) -> list[str]:
 
 
 def as_markdown(comparison: Mapping[str, Any]) -> str:
-    """Format an aligned table: percent with 95% Wilson interval; chance and the paper below; then notes."""
+    """Format an aligned table of percentages with 95% Wilson intervals, and the notes below it."""
     columns = comparison["columns"]
     four = {c["benchmark"] for c in columns if c["split"] == _paper_split(c["benchmark"])}.issuperset(FOUR)
     head = ["model", "rule", *(c["title"] for c in columns), *(["mean of the four"] if four else [])]
@@ -137,12 +137,9 @@ def _paper_split(benchmark: str) -> str:
 
 def _measured(row: Mapping[str, Any], columns: Sequence[Mapping[str, Any]], four: bool) -> list[str]:
     cells = row["cells"]
-    texts = []
-    for column in columns:
-        cell = cells.get(_key(column))
-        texts.append("" if cell is None else _percent(cell))
-    own = [cells.get(f"{name}/{_paper_split(name)}") for name in FOUR]
-    mean = f"{25 * sum(cell['accuracy'] for cell in own if cell):.1f}" if all(own) else ""
+    texts = [_percent(cells[_key(column)]) if _key(column) in cells else "" for column in columns]
+    of_paper = [cells.get(f"{name}/{_paper_split(name)}") for name in FOUR]
+    mean = f"{25 * sum(cell['accuracy'] for cell in of_paper if cell):.1f}" if all(of_paper) else ""
     return [row["model"], row["rule"], *texts, *([mean] if four else [])]
 
 

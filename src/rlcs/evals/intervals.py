@@ -1,4 +1,4 @@
-"""Intervals of measured shares and of their differences: pure functions."""
+"""Confidence intervals of measured shares and of their differences: pure functions."""
 
 import math
 
@@ -6,8 +6,8 @@ import math
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of the share `correct / n` (Wilson 1927); z = 1.96 is 95%.
 
-    Unlike the plain normal interval it stays inside [0, 1] and is right near both ends.
-    Nothing measured (n = 0) gives (0, 1). Raises ValueError unless 0 <= correct <= n.
+    Unlike the plain normal interval it stays inside [0, 1] and is accurate near both ends.
+    Without a measurement (n = 0) it is (0, 1). Raises ValueError unless 0 <= correct <= n.
     """
     if not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n}")
@@ -21,7 +21,7 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def newcombe(first: tuple[float, int], second: tuple[float, int]) -> tuple[float, float]:
-    """95% interval of second - first, two independent shares of `(share, n)` (Newcombe 1998, method 10)."""
+    """95% interval of second - first, independent shares as `(share, n)` (Newcombe 1998, method 10)."""
     (a, _), (b, _) = first, second
     (a_low, a_high), (b_low, b_high) = (wilson(round(share * n), n) for share, n in (first, second))
     return b - a - math.hypot(b - b_low, a_high - a), b - a + math.hypot(b_high - b, a - a_low)
@@ -36,6 +36,6 @@ def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value that as many problems would turn one way by chance (McNemar 1947)."""
+    """Two-sided exact p-value of `gained` against `lost` problems under equal chances (McNemar 1947)."""
     n, least = gained + lost, min(gained, lost)
     return min(1.0, sum(math.comb(n, i) for i in range(least + 1)) / (1 << n) * 2)

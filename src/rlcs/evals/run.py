@@ -1,7 +1,7 @@
-"""Evaluates models on benchmarks: asks what is not answered yet, grades by every rule, writes, compares.
+"""Evaluates models on benchmarks: samples missing answers, grades by every rule, writes and compares scores.
 
-`OUT/<model>/<benchmark>/` holds `predictions.jsonl` (answers as they come; at the end with every
-rule's verdict), `scores.json`, and `settings.json`, which keeps answers of another setting out.
+`OUT/<model>/<benchmark>/` holds `predictions.jsonl` (answers in the order of arrival; at the end with the
+grade by every rule), `scores.json`, and `settings.json` (the folder takes no answers of other settings).
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.images import DECODE_LIMIT
 from rlcs.errors import UserError
 from rlcs.evals.answer_extractor import NOTHING, SAMPLING, extract_answers, needs_extractor
 from rlcs.evals.answer_file import AnswerRow, grade_officially
@@ -39,10 +40,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRun:
-    """What every model is asked, `samples` times each, in the words of `style`, and where the results go.
+    """The settings of one evaluation: benchmarks, prompt style, samples of each question, output folder.
 
     `endpoint` and `judge` (the answer extractor) are servers; the model name in `endpoint` is replaced by
-    each model's own. Without `endpoint` the models are loaded here, and `engine` says by which engine.
+    that of each evaluated model. Without `endpoint` the models are loaded by the engine of `engine`.
     """
 
     benchmarks: tuple[str, ...]
@@ -57,10 +58,10 @@ class EvalRun:
     endpoint: Endpoint | None = None
     judge: Endpoint | None = None
     engine: EngineSettings = field(default_factory=EngineSettings)
-    decode_limit: int = 50_000_000
+    decode_limit: int = DECODE_LIMIT
 
     def open_sampler(self, model: str) -> AbstractContextManager[Sampler]:
-        """The model, ready to answer; a local one is gone from memory when the context ends."""
+        """Load or connect to a model; a local one leaves memory when the context ends."""
         server = self.endpoint
         return open_sampler(
             model if server is None else server.model_copy(update={"model": model}),
@@ -76,8 +77,8 @@ def evaluate_models(
 ) -> dict[str, Any]:
     """Evaluate every model on every benchmark; return the comparison, which is also in OUT/comparison.json.
 
-    A model is `NAME=MODEL` or just MODEL. Raises UserError before anything is asked if a name is taken
-    twice or a benchmark cannot be read.
+    A model is `NAME=MODEL` or just MODEL. Raises UserError, before any answer is sampled, if two models have
+    one name or a benchmark cannot be read.
     """
     named = label_models(models)
     loaded = [
@@ -121,7 +122,7 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
 
 
 def _settings(run: EvalRun, loaded: Loaded, model: str) -> dict[str, Any]:
-    """Everything that decides an answer: answers of other settings never share a folder."""
+    """All settings that an answer depends on: answers of different settings never share a folder."""
     return {
         "model": model,
         "weights": _weights_stamp(model) if run.endpoint is None else None,
@@ -135,14 +136,14 @@ def _settings(run: EvalRun, loaded: Loaded, model: str) -> dict[str, Any]:
 
 
 def _weights_stamp(model: str) -> str | None:
-    """Fingerprint of the weight files in a local folder: names, sizes, times. None for a hub id."""
+    """Hash of names, sizes and times of the weight files in a local folder. None for a hub id."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(jsonlib.dumps(facts).encode()).hexdigest()[:16] if facts else None
 
 
 class _ModelOnBenchmark:
-    """One model on one benchmark."""
+    """The evaluation of one model on one benchmark."""
 
     def __init__(
         self, run: EvalRun, label: str, loaded: Loaded, *, pool: GradePool, judge: Sampler | None
@@ -153,18 +154,18 @@ class _ModelOnBenchmark:
         self._folder = run.out / label / loaded.benchmark.name
 
     def evaluate(self, sampler: Sampler, stop: StopFlag, *, json: bool) -> None:
-        """Ask, grade, write. Raises Stopped with everything answered on disk."""
+        """Sample, grade and write. Raises Stopped, with all finished answers on disk."""
         title = f"{self._label}: {self._loaded.benchmark.title}"
         with screen(title, len(self._questions) * self._run.samples, json=json) as view:
             if self._loaded.missing:
                 view.say(missing_text(self._loaded))
-            samples, failed = self._ask(sampler, view, stop)
+            samples, failed = self._sample(sampler, view, stop)
             stop.check(str(self._folder))
             rules, judged = self._grade(samples, stop)
             stop.check(str(self._folder))
             verdicts = {
-                sample.key: {"rules": {rule: to_row(grades[place]) for rule, grades in rules.items()}}
-                for place, sample in enumerate(samples)
+                sample.key: {"rules": {rule: to_row(grades[index]) for rule, grades in rules.items()}}
+                for index, sample in enumerate(samples)
             }
             annotate(self._folder / PREDICTIONS, verdicts)
             scores = {**self._scores(samples, rules, failed), "judge": judged}
@@ -172,11 +173,11 @@ class _ModelOnBenchmark:
             for why in list(dict.fromkeys(failed.values()))[:_SHOWN]:
                 view.say(f"  not answered: {why}")
 
-    def _ask(self, sampler: Sampler, view: Screen, stop: StopFlag) -> tuple[list[Sample], dict[str, str]]:
-        """All samples, old and new, and why the others could not be had.
+    def _sample(self, sampler: Sampler, view: Screen, stop: StopFlag) -> tuple[list[Sample], dict[str, str]]:
+        """Return all samples, old and new, and the errors of those that failed.
 
-        What fails on a server is asked again another time. A local model that cannot answer (the prompt is
-        too long for it) never will: the sample is kept and counts as wrong.
+        A request that fails on a server is repeated by the next call. A local model that cannot answer (its
+        prompt is too long) never will: that sample is kept and counts as wrong.
         """
         run = self._run
         system = Prompts().system if run.style == "paper" else None  # the official scripts send none
@@ -191,21 +192,21 @@ class _ModelOnBenchmark:
         with SampleLog(self._folder / PREDICTIONS, digests) as log:
             left = list(log.unanswered(requests))
             right = 0
-            for seen, sample in enumerate(sampler.samples(left, stop=stop), start=1):
+            for count, sample in enumerate(sampler.samples(left, stop=stop), start=1):
                 if sample.retryable or (sample.error and run.endpoint):
                     failed[f"{sample.id} #{sample.index}"] = sample.error
                 else:
                     log.add(sample)
                     right += self._own_grades([sample])[0].correct is True
-                accuracy = right / max(1, seen - len(failed))
-                view.advance(len(requests) - len(left) + seen, accuracy=accuracy)
+                accuracy = right / max(1, count - len(failed))
+                view.advance(len(requests) - len(left) + count, accuracy=accuracy)
             samples = [entry.sample for entry in log.entries.values()]
         return [sample for sample in samples if sample.index < run.samples], failed
 
     def _grade(
         self, samples: Sequence[Sample], stop: StopFlag
     ) -> tuple[dict[str, list[Grade]], dict[str, Any] | None]:
-        """Grades by every rule, and what the answer extractor did."""
+        """Grade by every rule; also return the counts of the answer extractor, None without one."""
         rules, judged = {OWN_RULE: self._own_grades(samples)}, None
         extracted: Mapping[SampleKey, str] = {}
         if self._judge is not None and self._run.judge is not None:
@@ -222,7 +223,7 @@ class _ModelOnBenchmark:
     def _own_grades(
         self, samples: Sequence[Sample], extracted: Mapping[SampleKey, str] | None = None
     ) -> list[Grade]:
-        """Grades by our own rule; an `extracted` answer stands in place of its response."""
+        """Grade by the rlcs rule; an `extracted` answer is graded in place of its response."""
         answers = []
         for sample in samples:
             text = (extracted or {}).get(sample.key, NOTHING)
@@ -231,7 +232,7 @@ class _ModelOnBenchmark:
         return self._pool.grade(answers)
 
     def _official_grade(self, sample: Sample, rule: str, extracted: Mapping[SampleKey, str]) -> Grade:
-        """The grade by the official script's rule, on the `extracted` answer as in that script."""
+        """Grade by the official script's rule, on the `extracted` answer if there is one."""
         question, text = self._questions[sample.id], extracted.get(sample.key, NOTHING)
         answer = AnswerRow(
             line=0,
@@ -277,7 +278,7 @@ class _ModelOnBenchmark:
 
 
 def missing_text(loaded: Loaded) -> str:
-    """Name the questions that are left out for want of an image."""
+    """A message about the questions that are left out because their image is missing."""
     total = len(loaded.questions) + len(loaded.missing)
     first = "".join(f"\n  {bad}" for bad in loaded.missing[:_SHOWN])
     more = len(loaded.missing) - _SHOWN

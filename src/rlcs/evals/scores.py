@@ -1,7 +1,7 @@
 """Scores of graded answers: pure functions.
 
-Several samples of a question are one question: accuracy is the mean over questions of the mean over
-samples, and its Wilson interval counts questions, not samples.
+With several samples of each question, accuracy is the mean over questions of the mean over samples, and its
+Wilson interval counts questions, not samples.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ from rlcs.records import Problem, Sample, StopReason
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """One answer, graded; `correct` None means that the grader could not tell, which counts as not right."""
+    """One graded answer; `correct` is None if the grader reached no verdict, which counts as not right."""
 
     question: Question
     index: int
@@ -26,12 +26,12 @@ class Verdict:
 
 
 def chance_level(questions: Sequence[Question]) -> float:
-    """Expected score of guessing: the mean of 1 / options, 0 for a question with a free answer."""
+    """Expected accuracy of guessing: the mean of 1 / options, with 0 for a question without options."""
     return _mean([1 / q.num_options if q.num_options else 0.0 for q in questions])
 
 
 def pass_at(n: int, right: int, k: int) -> float:
-    """Probability that `k` of `n` samples, `right` of them right, hold a right one.
+    """Probability that `k` samples, drawn from `n` of which `right` are right, contain a right one.
 
     The unbiased estimate of Chen et al. 2021 (arXiv 2107.03374), eq. 1.
     """
@@ -45,7 +45,7 @@ def with_interval(accuracy: float, n: int) -> dict[str, float]:
 
 
 def answer_lengths(samples: Sequence[Sample]) -> dict[str, float]:
-    """Mean tokens of the answers, and the share that was cut off at the limit."""
+    """Mean tokens of the answers, and the share that reached the token limit."""
     return {
         "mean_tokens": _mean([sample.tokens for sample in samples]),
         "truncated": _mean([sample.stop is StopReason.LENGTH for sample in samples]),
@@ -53,9 +53,9 @@ def answer_lengths(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def arm_scores(entries: Sequence[Entry], problems: Mapping[str, Problem]) -> dict[str, Any]:
-    """Accuracy of one arm with its interval, by family and level where the problems have them.
+    """Accuracy of one arm with its interval, also by family and level where the problems have them.
 
-    Unscored answers count as not right here: held-out problems have no group to leave.
+    Unscored answers count as not right.
     """
     verdicts = [(entry.sample.id, entry.added["correct"]) for entry in entries]
     by = _breakdown(
@@ -75,7 +75,7 @@ def arm_scores(entries: Sequence[Entry], problems: Mapping[str, Problem]) -> dic
 
 
 def rule_scores(benchmark: Benchmark, verdicts: Sequence[Verdict], samples: int) -> dict[str, Any]:
-    """Scores by one rule: accuracy with its interval, pass@k, by facet, the benchmark's own metrics."""
+    """Scores by one rule: accuracy with its interval and by facet, pass@k, the benchmark's own metrics."""
     by_question: dict[str, list[bool]] = defaultdict(list)
     for verdict in verdicts:
         by_question[verdict.question.id].append(verdict.correct is True)
@@ -102,12 +102,11 @@ def rule_scores(benchmark: Benchmark, verdicts: Sequence[Verdict], samples: int)
 
 
 def _all_pass_at(samples: Sequence[Sequence[bool]], most: int) -> dict[str, float]:
-    """pass@1, 2, 4, ... and `most`, over the questions that have so many samples."""
+    """pass@1, 2, 4, ... and `most`, each over the questions with at least so many samples."""
     scores = {}
     for k in sorted({*(2**power for power in range(most.bit_length())), most}):
-        full = [pass_at(len(each), sum(each), k) for each in samples if len(each) >= k]
-        if k <= most and full:
-            scores[str(k)] = _mean(full)
+        if estimates := [pass_at(len(each), sum(each), k) for each in samples if len(each) >= k]:
+            scores[str(k)] = _mean(estimates)
     return scores
 
 

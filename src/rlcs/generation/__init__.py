@@ -1,4 +1,4 @@
-"""Asking a model and keeping its answers: samplers take requests, a log keeps their samples."""
+"""Samplers, which answer requests with any model, and the log on disk that keeps their samples."""
 
 from rlcs.generation.sample_log import Entry, SampleLog, annotate, check_settings
 from rlcs.generation.sampler import EngineSampler, Sampler, open_sampler

@@ -1,7 +1,7 @@
-"""The samples of one run on disk: one JSONL file, appended to as they come, so that nothing is asked twice.
+"""The samples of one run on disk: a JSONL file, appended to on arrival, so that no request is made twice.
 
-Whatever moment a kill picks, at most the last line is torn, and that one is cut off when the file is opened
-again. Answers to other questions, or given under other settings, are never taken for these.
+If the process is killed, at most the last line is torn, and it is cut off when the file is opened again.
+Answers to other questions, or under other settings, are detected and not reused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,32 +14,32 @@ from rlcs.records import MERGED, Grade, Request, Sample, SampleKey, from_row, to
 from rlcs.storage import JsonlAppender, read_json, read_jsonl, write_json, write_jsonl
 
 SETTINGS = "settings.json"
-"""Beside the log: what decides an answer."""
-_SYNC_S = 1.0  # a power cut may cost this much; a kill costs nothing
+"""The file beside the log with the settings that its answers depend on."""
+_SYNC_S = 1.0  # a power cut loses at most the samples of this time; a kill loses none
 _GRADE = frozenset(each.name for each in fields(Grade))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One line of the log: a sample, and what the policy `added` to it (its grade, say)."""
+    """One line of the log: a sample, and the columns `added` to it (such as its grade)."""
 
     sample: Sample = field(metadata=MERGED)
     added: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata=MERGED)
 
     @property
     def response(self) -> str:
-        """The text that is graded: what the policy composed of several turns, or the sample's own."""
+        """The text that is graded: composed of several turns (column `composed`), or the sample's."""
         return str(self.added.get("composed", self.sample.text))
 
     @property
     def grade(self) -> Grade:
-        """The grade that the policy added; unscored where it added none."""
-        known = {name: value for name, value in self.added.items() if name in _GRADE}
-        return Grade(**{"reward": None, "correct": None} | known)
+        """The grade in the added columns; unscored if there is none."""
+        columns = {name: value for name, value in self.added.items() if name in _GRADE}
+        return Grade(**{"reward": None, "correct": None} | columns)
 
 
 class SampleLog:
-    """One file of samples; a context manager. `entries` are those of the problems in hand, by their keys."""
+    """A file of samples; a context manager. `entries` are those of the current problems, by sample key."""
 
     def __init__(
         self,
@@ -49,19 +49,19 @@ class SampleLog:
         settings: Mapping[str, object] | None = None,
         may_change: bool = False,
     ) -> None:
-        """`digests` are those of the problems in hand, by id; `settings` is what decides an answer.
+        """Take the digests of the current problems, by id, and the settings that answers depend on.
 
-        An answer to what a problem was before an edit is an error, or with `may_change` not an answer.
+        An answer to a problem that was edited since is an error; with `may_change` it is ignored.
         """
         self.entries: dict[SampleKey, Entry] = {}
         self._path, self._digests = path, dict(digests)
         self._settings, self._may_change = settings, may_change
 
     def __enter__(self) -> Self:
-        """Read what is there and open for appending.
+        """Read the file if it exists, and open it for appending.
 
         Raises RunFolderError for a file that cannot be written or holds answers under other settings,
-        UserError for an answer to a problem that was edited since, DataError for a line that is no sample.
+        UserError for an answer to a problem that was edited since, DataError for a line without a sample.
         """
         if self._settings is not None:
             check_settings(self._path, self._settings)
@@ -87,17 +87,17 @@ class SampleLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Make everything survive a power cut too."""
+        """Flush to disk and close."""
         self._file.__exit__(*error)
 
     def unanswered(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The requests without a sample here, drawn lazily."""
+        """The requests without a sample in the log, drawn lazily."""
         return (request for request in requests if request.key not in self.entries)
 
     def add(self, sample: Sample, added: Mapping[str, Any] | None = None) -> Entry:
-        """Append a sample with what the policy adds. A failure that may pass is no answer: it is not kept.
+        """Append a sample with the `added` columns, unless it failed with a retryable error.
 
-        Raises RunFolderError when the disk is full; what is complete stays readable.
+        Raises RunFolderError when the disk is full; complete lines stay readable.
         """
         entry = Entry(sample=sample, added=added or {})
         if sample.retryable:
@@ -108,23 +108,23 @@ class SampleLog:
 
 
 def annotate(path: Path, added: Mapping[SampleKey, Mapping[str, Any]]) -> None:
-    """Add columns to lines of a finished log, which is closed; its other lines stay as they are."""
+    """Add columns to lines of a closed log, by sample key; its other lines are unchanged."""
     rows = [{**row, **added.get((row["id"], row["index"], row["turn"]), {})} for row in read_jsonl(path)]
     write_jsonl(path, rows)
 
 
 def check_settings(path: Path, settings: Mapping[str, object]) -> None:
-    """Write what decides an answer beside a new log, or check that an old one has the same.
+    """Write the settings that answers depend on beside a new log, or compare them with those of an old one.
 
-    Raises RunFolderError for answers given under other settings: they never share a folder. A start that
-    got no answer (a mistyped model, a wrong port) leaves nothing to protect.
+    Raises RunFolderError for answers under other settings: they never share a folder. A log without answers
+    (after a mistyped model or a wrong port) takes the new settings.
     """
-    place = path.with_name(SETTINGS)
-    old = read_json(place) if place.exists() else {}
+    file = path.with_name(SETTINGS)
+    old = read_json(file) if file.exists() else {}
     changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in settings.items() if old.get(k) != v]
     has_answers = path.is_file() and bool(read_jsonl(path))
-    if not place.exists() or (changed and not has_answers):
-        write_json(place, settings)
+    if not file.exists() or (changed and not has_answers):
+        write_json(file, settings)
     elif changed:
         raise RunFolderError(
             f"the folder holds answers given under other settings: {'; '.join(changed)}",

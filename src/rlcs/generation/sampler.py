@@ -1,4 +1,4 @@
-"""Samplers: requests in, samples out as they finish, whatever model stands behind them."""
+"""Samplers: answer requests with any model and yield samples as they finish."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import DataError
 from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
 from rlcs.recipe.schema import Images, Model, Prompts
-from rlcs.records import Message, Prompt, Request, Sample, Sampling, StopReason
+from rlcs.records import Message, Prompt, Request, Sample, Sampling
 from rlcs.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -25,18 +25,18 @@ class Sampler(Protocol):
     def samples(self, requests: Iterable[Request], *, stop: StopFlag | None = None) -> Iterator[Sample]:
         """Yield one sample for each request as they finish, in no order; end early when `stop` is set.
 
-        Requests are drawn lazily, so that what is asked next may depend on what was answered.
+        Requests are drawn lazily, so that the next ones may depend on earlier samples.
         """
         ...
 
 
 class EngineSampler:
-    """An engine of ours with the chat format of its model."""
+    """Answers requests with an engine of rlcs and the chat format of its model."""
 
     def __init__(self, engine: "Engine", chat: "Chat", sampling: Sampling, *, batch_size: int) -> None:
-        """Ask about `batch_size` requests at a time.
+        """Answer about `batch_size` requests at a time.
 
-        A sample depends on its key, the seed and the policy alone. Requests that differ in their index alone
+        A sample depends only on its key, the seed and the weights. Requests that differ only in their index
         share one prompt: the engine draws `sampling.n` samples of it together, those with the indices
         0 to n - 1, n to 2n - 1, and so on.
         """
@@ -50,11 +50,11 @@ class EngineSampler:
     def samples(self, requests: Iterable[Request], *, stop: StopFlag | None = None) -> Iterator[Sample]:
         """See `Sampler.samples`."""
         source = iter(requests)
-        while not (stop and stop.is_set) and (some := list(islice(source, self.batch_size))):
-            yield from self.batch(some)
+        while not (stop and stop.is_set) and (batch := list(islice(source, self.batch_size))):
+            yield from self.batch(batch)
 
     def batch(self, requests: Sequence[Request]) -> list[Sample]:
-        """Answer requests in one go; the engine is called without any too: ranks call it together."""
+        """Answer requests together; calls the engine even without any, as all ranks must call it."""
         samples: list[Sample] = []
         for turn in sorted({request.turn for request in requests}) or [0]:
             samples += self._turn([request for request in requests if request.turn == turn], turn)
@@ -67,24 +67,22 @@ class EngineSampler:
             groups.setdefault((request.id, request.index // n, request.messages), []).append(request)
         prompts: list[Prompt] = []
         members: list[list[Request]] = []
-        for (name, place, messages), group in groups.items():
+        for (name, repeat, messages), group in groups.items():
             try:
-                prompts.append(replace(self._chat.conversation(messages, name=name), repeat=place))
+                prompts.append(replace(self._chat.conversation(messages, name=name), repeat=repeat))
                 members.append(group)
             except DataError as error:
                 yield from (request.sample(error=str(error)) for request in group)
         rollouts = self._engine.sample(prompts, self._sampling, step=turn)
         for prompt, group, drawn in zip(prompts, members, rollouts, strict=True):
             for request in group:
-                rollout = drawn[request.index % n]
-                broken = rollout.stop is StopReason.ERROR
-                yield request.sample(
-                    text=rollout.text,
-                    stop=rollout.stop,
+                sample = drawn[request.index % n].sample
+                yield replace(
+                    sample,
+                    index=request.index,
+                    turn=turn,
                     prompt_tokens=len(prompt.ids),
-                    tokens=len(rollout.ids),
-                    error="the engine broke the answer off" if broken else "",
-                    retryable=broken,
+                    retryable=bool(sample.error),
                 )
 
 
@@ -97,17 +95,17 @@ def open_sampler(
     rows: int = 64,
     logs: Path = Path(),
 ) -> Iterator[Sampler]:
-    """Open any model that does not train: behind a server, or in a folder, on the hub, or `builtin`.
+    """Open a model that is not being trained: on a server, in a folder, on the hub, or `builtin`.
 
-    Without a server the engine of `settings` samples, `rows` at once (in each server that vLLM starts for it;
-    `logs` is for their logs). vLLM reads the model's folder itself: none of its weights are loaded here or
-    written anew. The model keeps its own pixel bounds and context length. Raises ModelError, UserError.
+    Without a server the engine of `settings` samples, `rows` at once (with vLLM in each server that it
+    starts, whose logs go to `logs`). vLLM reads the model's folder itself: this process neither loads nor
+    writes its weights. The model keeps its pixel bounds and context length. Raises ModelError, UserError.
     """
     if isinstance(model, Endpoint):
         with EndpointClient(model, sampling) as client:
             yield client
         return
-    from rlcs.engines.factory import EngineNeeds, open_engines  # torch is for models of ours alone
+    from rlcs.engines.factory import EngineNeeds, open_engines  # without an endpoint alone: imports torch
     from rlcs.engines.vllm.server import context_length
     from rlcs.model import loading
 
@@ -115,9 +113,9 @@ def open_sampler(
     vlm = loading.load(Model(name=model), weights=settings.engine == "local")
     bounds = vlm.processor.image_processor.size
     images = Images(min_pixels=bounds["shortest_edge"], max_pixels=bounds["longest_edge"])
-    own = int(vlm.model.config.get_text_config().max_position_embeddings)
-    most = (context_length(settings, own) or own) - sampling.max_new_tokens
-    prompts = Prompts(system=None, max_tokens=max(1, most))
+    longest = int(vlm.model.config.get_text_config().max_position_embeddings)
+    max_tokens = (context_length(settings, longest) or longest) - sampling.max_new_tokens
+    prompts = Prompts(system=None, max_tokens=max(1, max_tokens))
     chat = loading.make_chat(vlm, prompts, images)
     at_once = {"concurrency": max(1, rows // sampling.n)}
     needs = EngineNeeds(
@@ -126,7 +124,7 @@ def open_sampler(
         max_rows=max(rows, sampling.n),
         decode_limit=images.decode_limit,
     )
-    # Two prompts for each place in vLLM, so that a long answer does not leave the others empty.
+    # Twice as many requests as vLLM computes at once, so that it stays busy while a long answer ends.
     batch_size = rows if settings.engine == "local" else 2 * rows * settings.servers
     with open_engines(needs, logs, unchanged=loading.resolve(model)) as make:
         yield EngineSampler(make(vlm, chat, rows), chat, sampling, batch_size=batch_size)

@@ -1,6 +1,6 @@
-"""Grading: the last complete box against the gold answer, strictly, in time, never by `eval`."""
+"""Grades responses: compares the last complete box with the gold answer, strictly and in bounded time."""
 
 from rlcs.grading.pool import GradePool
-from rlcs.grading.rewards import grade, health
+from rlcs.grading.rewards import health
 
-__all__ = ["GradePool", "grade", "health"]
+__all__ = ["GradePool", "health"]

@@ -1,9 +1,9 @@
-r"""From an extracted answer to a verdict: compare it with the gold answer.
+r"""Compares an extracted answer with the gold answer.
 
-Pure functions on text, bounded in time: what they cannot decide (is `2\sqrt{3}` the same as
-`\sqrt{12}`?) they hand on as `Verdict(correct=None)` for math-verify, which may run for ever and
-therefore runs in a worker that can be killed. The rules are strict, because a reward that can be
-gamed will be: one answer, the last one, in a complete `\boxed{}`, after the reasoning.
+Pure functions on text, bounded in time. What they cannot decide (is `2\sqrt{3}` the same as
+`\sqrt{12}`?) is returned as `Verdict(correct=None)` for math-verify, which may never end and
+therefore runs in a worker that can be killed. The rules are strict, so that the reward cannot be
+gamed: one answer, the last one, in a complete `\boxed{}`, after the reasoning.
 """
 
 import re
@@ -19,7 +19,7 @@ from rlcs.grading.units import split_unit
 from rlcs.records import Grade, option_letter
 
 MAX_ANSWER = 10_000
-"""Characters; a longer extracted answer is wrong unless it is the gold answer letter by letter."""
+"""Characters; a longer extracted answer is wrong unless it equals the gold answer as text."""
 MAX_FORMULA = 1_000
 """Characters; a longer answer is compared as text and as a number, never as a formula."""
 _MAX_NESTING = 40
@@ -35,7 +35,7 @@ class Verdict:
     formulas: tuple[str, str] = ("", "")
 
     def grade(self, extracted: str | None = None, *, by: str = "") -> Grade:
-        """The grade with reward 1 or 0, or unscored; `by` says before the reason how it was extracted."""
+        """Make a grade with reward 1 or 0, or unscored; the reason begins with `by` (how it was found)."""
         reward = None if self.correct is None else float(self.correct)
         return Grade(reward=reward, correct=self.correct, extracted=extracted, why=by + self.why)
 
@@ -78,10 +78,10 @@ _UNDER = re.compile(r"_ ?\{[^{}]*\}")
 
 
 def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: int | None = None) -> Verdict:
-    """Whether an extracted answer is the gold answer (which must not be blank).
+    """Compare an extracted answer with the gold answer (which must not be blank).
 
-    With `choices` both may be a letter or an option's value; a letter is tried first. Numbers are
-    exact, unless a benchmark asks for a number of decimal `places` only.
+    With `choices` both may be a letter or an option's value; letters are compared first. Numbers are
+    compared exactly, or with `places` to a number of decimal places.
     """
     wanted = normalise(repair_gold(gold))
     if len(prediction) > MAX_ANSWER:
@@ -131,7 +131,7 @@ def _compare_choice(given: str, wanted: str, choices: list[str]) -> Verdict:
 
 
 def _named_option(given: str, options: Sequence[str]) -> tuple[int | None, str]:
-    """The option that an answer names by its letter, and the value that it states as well."""
+    """The option that an answer names by its letter, and the value that it states besides."""
     if (named := _letter_index(given, options)) is not None:
         return named, ""
     if compact(given) in map(compact, options):
@@ -144,7 +144,7 @@ def _named_option(given: str, options: Sequence[str]) -> tuple[int | None, str]:
 
 
 def _letter_index(text: str, options: Sequence[str]) -> int | None:
-    """The option that a bare `B`, `(B)` or `B.` names; lower case only if no option has that text."""
+    """The option that `B`, `(B)` or `B.` names; a lower-case letter names none if an option has that text."""
     match = _CHOICE.fullmatch(text)
     letter = (match[3] or (match[1] if not match[2] else "")) if match else ""
     if not letter or (letter.islower() and letter in options):
@@ -154,7 +154,7 @@ def _letter_index(text: str, options: Sequence[str]) -> int | None:
 
 
 def _without_label(choice: str, index: int) -> str:
-    """`B. 12` or `(B) 12` as the second of the choices is `12`."""
+    """Remove a choice's label: `B. 12` or `(B) 12` as the second of the choices is `12`."""
     match = _LABEL.fullmatch(choice)
     own = match and match[1] and match[2] and match[1].upper() == option_letter(index)
     return match[2] if match and own else choice
@@ -188,7 +188,7 @@ def _plain_words(text: str) -> str:
 
 
 def _without_names(given: str, wanted: str) -> tuple[str, str, str]:
-    r"""Both answers without `x =`, `S_{ABC} =` or `x \in`; and why not, if they name different things."""
+    r"""Remove `x =`, `S_{ABC} =` or `x \in` from both answers; the third text is a conflict or ""."""
     (mine, my_value), (other, other_value) = _split_name(given), _split_name(wanted)
     if mine and other:
         conflict = "" if _same_name(mine, other) else f"a value of {mine}, not of {other}"
@@ -206,13 +206,13 @@ def _split_name(text: str) -> tuple[str, str]:
 
 
 def _same_name(one: str, other: str) -> bool:
-    """The same letters, or a word and its initial: `C` and `Circumference`."""
+    """Whether two names have the same letters, or are a word and its initial: `C` and `Circumference`."""
     short, long = sorted((re.sub(r"\\angle|\W|_", "", name).casefold() for name in (one, other)), key=len)
     return short == long or (len(short) == 1 and len(long) > 3 and long.startswith(short))
 
 
 def _end_of_chain(text: str) -> str:
-    """The last value of `a+b=5` or `x=2+3=5`: every side before it is letters only, or the same number."""
+    """The last value of `a+b=5` or `x=2+3=5`, if every other side is letters only, or the same number."""
     *sides, last = (side.strip() for side in text.split("="))
     if not last or not sides or is_inequality(text):
         return text
@@ -231,7 +231,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def _same_ratio(given: str, wanted: str) -> Verdict:
-    """Ratios and clock times agree part by part: 1:2 is neither 2:4 nor 1/2."""
+    """Compare ratios or clock times part by part: 1:2 is neither 2:4 nor 1/2."""
     parts, other = given.split(":"), wanted.split(":")
     same = len(parts) == len(other) and all(
         _same(a.strip(), b.strip()).correct for a, b in zip(parts, other, strict=True)
@@ -245,7 +245,7 @@ def _nesting(text: str) -> int:
 
 
 def _step(bracket: str) -> int:
-    """How a bracket changes the depth of what follows."""
+    """The change of depth after a bracket: 1 or -1."""
     return 1 if bracket[-1] in "({[" else -1
 
 
@@ -274,7 +274,7 @@ def _same_lists(given: str, wanted: str) -> Verdict:
 
 
 def _items(text: str) -> tuple[str, list[str]] | None:
-    r"""Brackets and members of a tuple, interval, `\{set\}` or bare list; None for a single answer."""
+    r"""Brackets and members of a tuple, interval, `\{set\}` or plain list; None for a single answer."""
     text = _OR.sub(",", text)
     if _THOUSANDS.fullmatch(text):
         return None
@@ -335,7 +335,7 @@ def _same_values(given: str, wanted: str) -> Verdict:
 
 
 def _same_share(answer: Fraction, gold: Fraction, percent: bool, percent_gold: bool) -> bool:
-    """50% is 50 and 0.5; but a gold answer below 1 is a share, so that 0.5% is not 0.5."""
+    """Compare numbers with percent signs: 50% is 50 and 0.5; but 0.5% is not 0.5, as 0.5 is a share."""
     if percent and not percent_gold:
         return answer / 100 == gold or (answer == gold and abs(gold) >= 1)
     if percent_gold and not percent:
@@ -344,7 +344,7 @@ def _same_share(answer: Fraction, gold: Fraction, percent: bool, percent_gold: b
 
 
 def _formulas(given: str, wanted: str) -> Verdict:
-    """Hand two formulas to math-verify, unless they are words or would cost too much."""
+    """Leave two formulas undecided, for math-verify, unless they are words or too large to compute."""
     for text in (given, wanted):
         if _has_words(text):
             return _no("not the same text, and words are not formulas")
@@ -360,7 +360,7 @@ def _formulas(given: str, wanted: str) -> Verdict:
 
 
 def _differ_clearly(given: str, wanted: str) -> bool:
-    """Whether both are numbers, read without doubt, and far apart: no need to ask math-verify."""
+    """Whether both are unambiguous numbers that differ, so that math-verify is not needed."""
     if _DOUBTFUL.search(given) or _DOUBTFUL.search(wanted):
         return False
     try:
@@ -371,7 +371,7 @@ def _differ_clearly(given: str, wanted: str) -> bool:
 
 
 def inspect_gold(gold: str, choices: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """Why no grader can read a gold answer, or ""; and those parts of it that only math-verify can judge."""
+    """The reason why a gold answer is unreadable, or "", and its parts that only math-verify can read."""
     wanted = normalise(repair_gold(gold))
     if choices:
         options = [_without_label(normalise(choice), index) for index, choice in enumerate(choices)]

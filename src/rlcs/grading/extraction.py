@@ -1,7 +1,7 @@
-r"""From a response to its final answer: the last complete `\boxed{}` after the reasoning.
+r"""Extracts the final answer of a response: the last complete `\boxed{}` after the reasoning.
 
-Where boxes are not demanded (measuring, not training), what people and models write instead counts
-too: tags, "the answer is ...", a letter of its own, or a response that is nothing but an answer.
+Where boxes are not required (in evaluation, not in training), other forms count too: tags, "the answer is
+...", a letter alone on a line, or a response that is only a short answer.
 """
 
 import re
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extraction:
-    """The final answer of a response as it was written, or None and the reason.
+    """The final answer of a response, unchanged, and how it was found; or None and the reason.
 
-    `begins` is where its box begins in the response; None where the answer stands in no box.
+    `begins` is the index at which its box begins in the response; None for an answer without a box.
     """
 
     text: str | None
@@ -32,18 +32,17 @@ _SENTENCE = re.compile(
 _REASON = re.compile(r",? (?:because|since|as|so|which|where|for)\b.*", re.DOTALL)
 _LETTER = re.compile(r"\**\(?([A-Z])\)?[.:]?\**")
 _LAST_WORD = re.compile(r"\b(?:is|be|option|choice|answer):? \**\(?([A-H])\)?\W*")
-_BARE_WORDS, _BARE_LENGTH = 4, 60
+_MAX_WORDS_ALONE, _MAX_CHARACTERS_ALONE = 4, 60
 
 
 def extract(response: str, *, allow_fallbacks: bool = False) -> Extraction:
     r"""Find the final answer of a response.
 
-    Text up to the last `</think>` is reasoning and does not count; a `<think>` that is never closed
-    means that no answer was given. The last complete `\boxed{}` is the answer, unless a box is
-    begun after it and never closed (an answer cut at the length limit, or hedging). Only where
-    there is no box at all, `allow_fallbacks` also accepts, in this order, the last `<answer>` tag, the
-    last "the answer is ...", a last or first line that is one capital letter, "... must be C." as the
-    last words, and a response that is nothing but a short answer.
+    Text up to the last `</think>` is reasoning and does not count; with an unclosed `<think>` there is no
+    answer. The last complete `\boxed{}` is the answer, unless a later box is not closed (an answer cut at
+    the length limit, or hedging). Only if there is no box at all, `allow_fallbacks` also accepts, in this
+    order, the last `<answer>` tag, the last "the answer is ...", a last or first line that is one capital
+    letter, "... must be C." as the last words, and a response that is only a short answer.
     """
     _, closed, final = response.rpartition("</think>")
     if not closed and "<think>" in response:
@@ -60,9 +59,9 @@ def extract(response: str, *, allow_fallbacks: bool = False) -> Extraction:
 
 
 def _last_box(text: str) -> tuple[tuple[int, int, int] | None, bool]:
-    """The box that closes last: where it, its content and its content's end are.
+    """Find the box that closes last: the start of the box, and start and end of its content.
 
-    And whether one was begun later and never closed.
+    The second value is whether a later box is not closed.
     """
     last: tuple[int, int, int] | None = None
     open_braces: list[tuple[int, int]] = []  # where each box and its content start; -1 for a plain brace
@@ -91,9 +90,9 @@ def _fallback(text: str) -> Extraction:
         rest = lines[-1][-40:][letter.end() :]
         if not rest:
             return Extraction(text=letter[1], why="a letter as the last word")
-    bare = lines[0].strip()
-    if len(lines) == 1 and len(bare) <= _BARE_LENGTH and len(bare.split()) <= _BARE_WORDS:
-        return Extraction(text=bare, why="the whole response")
+    line = lines[0].strip()
+    if len(lines) == 1 and len(line) <= _MAX_CHARACTERS_ALONE and len(line.split()) <= _MAX_WORDS_ALONE:
+        return Extraction(text=line, why="the whole response")
     return Extraction(text=None, why="no box, no <answer> tag, no sentence with the answer, no lone letter")
 
 

@@ -1,4 +1,4 @@
-r"""Inequalities in one variable as intervals: `1 < x \le 2` is `(1,2]`."""
+r"""Converts inequalities in one variable to intervals: `1 < x \le 2` is `(1,2]`."""
 
 import re
 
@@ -8,12 +8,12 @@ _MAX_LENGTH = 200
 
 
 def is_inequality(text: str) -> bool:
-    """Whether a normalised answer has an order relation in it."""
+    """Whether a normalised answer has an order relation."""
     return bool(_RELATION.search(text))
 
 
 def as_interval(text: str) -> str:
-    """The interval that a normalised inequality means, or the text itself if it is none."""
+    """Convert a normalised inequality to an interval; return any other text unchanged."""
     if len(text) > _MAX_LENGTH:
         return text
     parts = [part.strip() for part in _RELATION.split(text)]

@@ -1,15 +1,15 @@
-r"""The number that a LaTeX text means: exactly, or as MATH-Vision's official script computes it.
+r"""Computes the value of LaTeX text: exactly, or as MATH-Vision's official script does.
 
 `exact` reads integers with thousands commas, decimals, scientific notation, `a/b`, `\frac`, mixed numbers
 (`2\frac{1}{2}` and `2 1/2` are 5/2), the four operations, integer powers, factorials and roots of perfect
-squares, and computes with fractions.
+squares. It computes with fractions.
 
 `rounded` and `number` read as the official script does (latex2sympy2 1.9.1, then Python), with the quirks
 that decide published scores: `2\frac{1}{2}` is a product, `1 2` is 2, `12:30` is 0.4, angles are radians,
 `\frac12` cannot be read, letters have no value, and what follows a complete expression is often ignored
 (`5)3` is 5).
 
-Nothing is evaluated as a program, and digits, nesting and length are bounded: a larger number is never made.
+No text is evaluated as a program, and digits, nesting and length are bounded: larger numbers are refused.
 """
 
 import math
@@ -37,15 +37,15 @@ _UNKNOWN = "?"
 
 
 class NoValueError(ValueError):
-    """The text is no number that can be computed here; it may still be an expression."""
+    """The text has no value that this module can compute; it may still be a valid expression."""
 
 
 class TooLargeError(ValueError):
-    """The text asks for a number, a length or a nesting beyond the bounds."""
+    """The text exceeds the bounds on numbers, length or nesting."""
 
 
 def exact(text: str) -> Fraction:
-    """The value of the whole text as a fraction. Raises NoValueError or TooLargeError."""
+    """Compute the value of the whole text as a fraction. Raises NoValueError or TooLargeError."""
     tokens = _tokens(text, _EXACT_TOKEN, _MAX_EXACT_TOKENS + 1)
     if _UNKNOWN in tokens:
         raise NoValueError(text[:80])
@@ -58,12 +58,12 @@ def exact(text: str) -> Fraction:
 
 
 def rounded(text: str) -> Number:
-    """The official script's value of lower-case LaTeX, rounded to two places. Raises NoValueError."""
+    """Compute the official script's value of lower-case LaTeX, to two places. Raises NoValueError."""
     return _official(text, ends=_OFFICIAL_ENDS, finish=lambda value: round(value, 2))
 
 
 def number(text: str) -> float:
-    """The official script's value of the whole text, in which nothing is ignored. Raises NoValueError."""
+    """Compute the official script's value, but only if it reads the whole text. Raises NoValueError."""
     return float(_official(text, ends=frozenset(), finish=float))
 
 
@@ -76,7 +76,7 @@ def _official(text: str, *, ends: frozenset[str], finish: Callable[[Number], Num
 
 
 def _tokens(text: str, pattern: re.Pattern[str], most: int) -> list[str]:
-    """At most so many tokens; `?` stands for the first character that begins none, and ends the list."""
+    """Split into at most `most` tokens; the list ends with `?` at a character that begins no token."""
     text = text.strip()
     tokens: list[str] = []
     position = 0
@@ -102,7 +102,7 @@ def _factorial(value: Fraction | Number, most: int) -> int:
 
 
 class _Reader(Generic[Value]):
-    """Recursive descent over tokens; subclasses say what a product, a number and a command are."""
+    """Recursive descent over tokens; subclasses define products, numbers, arguments and commands."""
 
     max_bits: ClassVar[int]
     max_depth: ClassVar[int]
@@ -113,10 +113,10 @@ class _Reader(Generic[Value]):
         self.depth = 0
 
     def read(self, ends: frozenset[str] = frozenset()) -> Value:
-        """The value of all tokens, or of those before one of `ends`."""
+        """Compute the value of all tokens, or of those before one of `ends`."""
         value = self.sum()
         if self.peek() and self.peek() not in ends:
-            raise NoValueError("something else follows")
+            raise NoValueError("more text follows")
         return value
 
     def peek(self, ahead: int = 0) -> str:
@@ -131,7 +131,7 @@ class _Reader(Generic[Value]):
         return token
 
     def deeper(self, rule: Callable[[], Value]) -> Value:
-        """Apply a rule one level down; every cycle of the grammar passes through here."""
+        """Apply a rule one level deeper; bounds the recursion, as every cycle of the grammar calls this."""
         self.depth += 1
         if self.depth > self.max_depth:
             raise TooLargeError("too deeply nested")
@@ -146,7 +146,7 @@ class _Reader(Generic[Value]):
         return value
 
     def signs(self) -> int:
-        """The sign that any number of + and - make together."""
+        """Read any number of + and -; return the resulting sign."""
         sign = 1
         while self.peek() in _SIGNS:
             sign = -sign if self.take() == "-" else sign
@@ -155,7 +155,7 @@ class _Reader(Generic[Value]):
     def sum(self) -> Value:
         value = self.product()
         while self.peek() in _SIGNS:
-            value = self.bounded(value + self.product())  # which begins with its sign
+            value = self.bounded(value + self.product())  # the product reads its sign
         return value
 
     def group(self) -> Value:
@@ -187,7 +187,7 @@ class _Reader(Generic[Value]):
         raise NotImplementedError
 
     def argument(self) -> Value:
-        """What a command takes."""
+        """Read the argument of a command."""
         raise NotImplementedError
 
     def command(self, name: str) -> Value:
@@ -209,21 +209,21 @@ class _ExactReader(_Reader[Fraction]):
     max_depth = 40
 
     def product(self) -> Fraction:
-        value, bare = self.factor()
-        while (token := self.peek()) in ("*", "/") or self.stands_beside(token, bare):
+        value, is_number = self.factor()
+        while (token := self.peek()) in ("*", "/") or self.is_adjacent(token, is_number):
             if token in ("*", "/"):
                 self.take()
-            factor, bare = self.factor()
+            factor, is_number = self.factor()
             value = self.bounded(value / factor if token == "/" else value * factor)
         return value
 
-    def stands_beside(self, token: str, bare: bool) -> bool:
-        """Whether a factor without a sign follows, as in 2(3) and 2^{12} 13^2."""
-        return token in ("(", "{", "\\frac", "\\sqrt") or (_is_number(token) and not bare)
+    def is_adjacent(self, token: str, after_number: bool) -> bool:
+        """Whether `token` begins a factor without an operator before it, as in 2(3) and 2^{12} 13^2."""
+        return token in ("(", "{", "\\frac", "\\sqrt") or (_is_number(token) and not after_number)
 
     def factor(self) -> tuple[Fraction, bool]:
-        """A factor, and whether it is a bare number (two of which side by side mean nothing)."""
-        sign, bare = self.signs(), _is_number(self.peek())
+        """Read a factor; also return whether it is only a number (two of which in a row have no value)."""
+        sign, is_number = self.signs(), _is_number(self.peek())
         value, start = self.primary(), self.position
         while self.peek() == "!":
             self.take()
@@ -231,7 +231,7 @@ class _ExactReader(_Reader[Fraction]):
         if self.peek() == "^":
             self.take()
             value = self.power(value, self.exponent())
-        return sign * value, bare and self.position == start
+        return sign * value, is_number and self.position == start
 
     def exponent(self) -> Fraction:
         if self.peek() == "-":
@@ -258,7 +258,7 @@ class _ExactReader(_Reader[Fraction]):
         return self.deeper(super().primary)
 
     def number(self, token: str) -> Fraction:
-        """A number, with the fraction of a mixed number if one follows an integer."""
+        """Read a number; an integer and a fraction after it are a mixed number."""
         whole = _fraction(token)
         if token.isdigit() and self.peek() == "\\frac":
             return whole + self.primary()
@@ -268,7 +268,7 @@ class _ExactReader(_Reader[Fraction]):
         return whole
 
     def argument(self) -> Fraction:
-        r"""A group, or the next single digit (`\frac12`, `\frac{360}7`)."""
+        r"""Read a group, or the next single digit (`\frac12`, `\frac{360}7`)."""
         token = self.peek()
         if token.isdigit() and len(token) > 1:
             self.tokens[self.position] = token[1:]
@@ -319,18 +319,18 @@ class _OfficialReader(_Reader[Number]):
     def sum(self) -> Number:
         return self.deeper(super().sum)
 
-    def product(self, *, bare: bool = False) -> Number:
-        """With `bare`, the argument of a function without brackets: another function ends it."""
-        value = self.factor(bare=bare)
+    def product(self, *, in_function: bool = False) -> Number:
+        """Read a product; `in_function`, in an argument without brackets, another function ends it."""
+        value = self.factor(in_function=in_function)
         while (token := self.peek()) in ("*", "/"):
             self.take()
-            factor = self.factor(bare=bare)
+            factor = self.factor(in_function=in_function)
             value = self.bounded(value / factor if token == "/" else value * factor)
         return value
 
-    def factor(self, *, bare: bool) -> Number:
+    def factor(self, *, in_function: bool) -> Number:
         sign, value = self.signs(), self.powers()
-        while self.starts_value() and not (bare and self.is_function()):
+        while self.starts_value() and not (in_function and self.is_function()):
             value = self.bounded(value * self.powers())
         return sign * value
 
@@ -348,10 +348,8 @@ class _OfficialReader(_Reader[Number]):
             token = self.take()
             if token == "^":
                 value = self.power(value, self.exponent())
-            elif token == "!" and isinstance(value, int):
-                value = _factorial(value, _MAX_FACTORIAL)
             elif token == "!":
-                raise NoValueError("factorial of no whole number")
+                value = _factorial(value, _MAX_FACTORIAL)
         return value
 
     def power(self, base: Number, power: Number) -> Number:
@@ -364,7 +362,7 @@ class _OfficialReader(_Reader[Number]):
         return int(value) if isinstance(value, int) else float(value)
 
     def exponent(self) -> Number:
-        """A number, a constant or a group in braces."""
+        """Read an exponent: a number, pi or a group in braces."""
         if self.peek() == "{":
             return self.group()
         if self.peek() == "\\pi" or _is_number(self.peek()):
@@ -405,7 +403,7 @@ class _OfficialReader(_Reader[Number]):
         return math.comb(int(over), int(under))
 
     def exponential(self) -> Number:
-        """`e^2` has a value there, e itself has none."""
+        """Read a power of e; e alone and `e^1` have no value in the official script."""
         self.take("^")
         power = self.exponent()
         if power == 1:
@@ -422,7 +420,7 @@ class _OfficialReader(_Reader[Number]):
                 power = self.exponent()
             else:
                 base = self.exponent()
-        argument = self.group() if self.peek() in ("(", "\\left") else self.product(bare=True)
+        argument = self.group() if self.peek() in ("(", "\\left") else self.product(in_function=True)
         inverse = name.replace("\\", "\\arc")
         if power == -1 and inverse in _FUNCTIONS:
             return _FUNCTIONS[inverse](argument)

@@ -1,8 +1,8 @@
-r"""One spelling for one answer: variants of Unicode and LaTeX become the same text.
+r"""Normalises the spelling of answers: variants of Unicode and LaTeX become the same text.
 
-Nothing here knows what an answer means. `normalise` returns plain LaTeX-like text in which a
-degree sign is `°`, a minus is `-`, `\dfrac` is `\frac`, and wrappers such as `\text{}`, `\left`,
-`$` and `\boxed{}` are gone; spaces between words and digits are kept.
+Values are not computed here. `normalise` returns plain LaTeX-like text in which a degree sign is `°`, a
+minus is `-`, `\dfrac` is `\frac`, and wrappers such as `\text{}`, `\left`, `$` and `\boxed{}` are removed;
+spaces between words and digits are kept.
 """
 
 import re
@@ -51,23 +51,23 @@ _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*
 
 
 def normalise(text: str) -> str:
-    """The answer in its plainest spelling; linear in the length of `text`."""
+    """Rewrite an answer in its plainest spelling; takes time linear in the length of `text`."""
     text = text.replace("\x0crac", "\\frac")  # a data set's "\frac" read as a form feed and "rac"
     if not text.isascii():
         text = _plain_unicode(text)
-    text = _bare(" ".join(text.split()))
+    text = _stripped(" ".join(text.split()))
     if not _PLAIN.fullmatch(text):
         text = " ".join(_plain_latex(text).split())
-    return _bare(_GROUPED.sub(lambda m: m[0].replace(" ", ""), text))
+    return _stripped(_GROUPED.sub(lambda m: m[0].replace(" ", ""), text))
 
 
 def repair_gold(text: str) -> str:
-    """Undo damage seen in published gold answers: a degree sign that became the character U+63B3."""
+    """Repair published gold answers in which a degree sign has become the character U+63B3."""
     return re.sub(r"(?<=\d)\s*掳", "°", text)
 
 
 def compact(text: str) -> str:
-    r"""Normalised text without spaces that mean nothing and braces around one character.
+    r"""Remove redundant spaces and braces around one character from normalised text.
 
     A space between two words or two numbers stays: "1 2" is not "12".
     """
@@ -76,7 +76,7 @@ def compact(text: str) -> str:
 
 
 def peel(text: str) -> str:
-    """Turn `(((5)))` into `(5)`: all but one of the bracket pairs that enclose the whole text."""
+    """Remove all but one of the bracket pairs that enclose the whole text: `(((5)))` becomes `(5)`."""
     lead = len(text) - len(text.lstrip("("))
     if lead < 2 or not text.endswith("))"):
         return text
@@ -93,8 +93,8 @@ def peel(text: str) -> str:
     return text[pairs - 1 : len(text) - pairs + 1] if pairs > 1 else text
 
 
-def _bare(text: str) -> str:
-    """Without quotes, markdown stars and full stops around it."""
+def _stripped(text: str) -> str:
+    """Remove quotes and markdown stars around the text, and punctuation at its end."""
     text = text.strip("*`\"' ")
     while text.endswith((".", ",", ";")):
         text = text[:-1].rstrip("*`\"' ")
@@ -135,7 +135,7 @@ def _plain_latex(text: str) -> str:
 
 
 def _spell_repeating(match: re.Match[str]) -> str:
-    r"""0.1\overline{6} is (16 - 1)/90."""
+    r"""Write a repeating decimal as a fraction: 0.1\overline{6} is (16 - 1)/90."""
     whole, once, period = match[1] or "0", match[2], match[3]
     if len(match[0]) > 40:
         return match[0]

@@ -1,9 +1,9 @@
-"""A reward function of one's own, `FILE.py:NAME`: checked before a run, called in killable workers only.
+"""The user's reward function, `FILE.py:NAME`: checked before a run, called only in killable workers.
 
 It is called as `NAME(problem, response)`: `problem` is a dict of `question`, `answer`, `choices` and
 `metadata`, `response` the text of the answer. It returns the reward, a finite number, or a pair of
-the reward and whether the answer is correct; without the latter an answer is correct from 1 up. Whatever
-it raises leaves the answer unscored.
+the reward and whether the answer is correct; a reward alone is correct from 1 up. If it raises an
+exception, the answer is unscored.
 """
 
 import ast
@@ -19,13 +19,13 @@ from rlcs.records import Grade, Problem
 KEY = "grpo.reward.function"
 
 
-def check_function(given: str) -> str:
-    """`given` with its file's whole path. Raises RecipeError if there is no such function; runs nothing."""
-    file, _, name = given.rpartition(":")
+def check_function(function: str) -> str:
+    """Make the path in `FILE.py:NAME` absolute. Raises RecipeError without such a function; runs no code."""
+    file, _, name = function.rpartition(":")
     path = Path(file).expanduser().resolve()
     fix = "write it as FILE.py:NAME"
     if not file or not name.isidentifier():
-        raise RecipeError(f"{given!r} names no function", where=KEY, fix=fix)
+        raise RecipeError(f"{function!r} names no function", where=KEY, fix=fix)
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -39,9 +39,9 @@ def check_function(given: str) -> str:
     return f"{path}:{name}"
 
 
-def load_function(given: str) -> Callable[[str, str], Grade]:
-    """Run the file, and make a grader of its function: (problem as JSON, response) -> grade."""
-    file, _, name = given.rpartition(":")
+def load_function(location: str) -> Callable[[str, str], Grade]:
+    """Run the file and wrap its function as a grader: (problem as JSON, response) -> grade."""
+    file, _, name = location.rpartition(":")
     function = runpy.run_path(file)[name]
 
     def decide(problem: str, response: str) -> Grade:
@@ -59,7 +59,7 @@ def load_function(given: str) -> Callable[[str, str], Grade]:
 
 
 def problem_json(problem: Problem) -> str:
-    """What the function gets of a problem."""
+    """Encode the fields of a problem that the function receives."""
     fields = {
         "question": problem.question,
         "answer": problem.answer,

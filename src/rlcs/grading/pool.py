@@ -1,9 +1,9 @@
-"""Grading that cannot hang: math-verify runs in worker processes that are killed at a deadline.
+"""Grades in bounded time: math-verify runs in worker processes that are killed at a deadline.
 
-Easy answers are decided here, without a process. Formulas go to the workers, in small batches and
-each different pair once; with a reward function of one's own, every answer does. An answer on which a
-worker runs out of time or dies is unscored; the others of its batch are sent again. Workers start when
-first needed and are new interpreters, never forks: the parent may hold torch, threads and a GPU.
+Easy answers are decided without a process. Formulas are sent to workers, in small batches and each
+different pair once; with a user's reward function, every answer is. An answer on which a worker runs out of
+time or dies is unscored; the others of its batch are sent again. Workers start when first needed and are new
+interpreters, never forks: the parent may hold torch, threads and a GPU.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ Pair = tuple[str, str]
 """Two formulas, or a problem and a response."""
 
 _BATCH = 16
-_BATCH_BYTES = 60_000  # below a pipe's buffer: writing to an idle worker never waits
+_BATCH_BYTES = 60_000  # below the size of a pipe's buffer, so that writing to an idle worker never waits
 _START_S = 120.0
 _MAX_FAILED_STARTS = 3
 
@@ -48,9 +48,9 @@ class GradePool(AbstractContextManager["GradePool"]):
         allow_fallbacks: bool = False,
         function: str | None = None,
     ) -> None:
-        """`workers` processes (0: one for each two CPU cores), `deadline_s` seconds for each decision.
+        """Use `workers` processes (0: one for every two CPU cores), `deadline_s` seconds for each decision.
 
-        `function` (`FILE.py:NAME`, see `own.check_function`) takes the place of the rule in `grade`.
+        `function` (`FILE.py:NAME`, see `own.check_function`) replaces the rule in `grade`.
         """
         if workers < 0 or deadline_s <= 0:
             raise ValueError(f"{workers} workers with a deadline of {deadline_s} s")
@@ -71,13 +71,8 @@ class GradePool(AbstractContextManager["GradePool"]):
         with self._lock:
             self._kill_workers()
 
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids of the workers that run now."""
-        return tuple(worker.process.pid for worker in self._workers)
-
     def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
-        """One grade for each (problem, response), in order."""
+        """Grade every (problem, response), in order."""
         if self._function is not None:
             pairs = [(problem_json(problem), text) for problem, text in answers]
             grades = self._decide(pairs)
@@ -87,31 +82,31 @@ class GradePool(AbstractContextManager["GradePool"]):
         )
 
     def settle(self, results: Sequence[Grade | Undecided]) -> list[Grade]:
-        """Have math-verify decide what is undecided; the grades in order."""
+        """Decide undecided results by math-verify; return all grades, in order."""
         grades = self._decide(r.formulas for r in results if isinstance(r, Undecided))
         return [r.grade(grades[r.formulas]) if isinstance(r, Undecided) else r for r in results]
 
     def unreadable(self, problems: Iterable[Problem]) -> dict[Gold, str]:
-        """Gold answers (with their choices) that only the same text can match, and why.
+        """Find gold answers (with their choices) that only the same text can match, and the reason.
 
-        They are broken, or no formula to math-verify.
+        They are damaged, or math-verify cannot read them as formulas.
         """
-        found = {gold: inspect_gold(*gold) for gold in dict.fromkeys((p.answer, p.choices) for p in problems)}
-        grades = self._decide((part, part) for _, formulas in found.values() for part in formulas)
+        golds = {gold: inspect_gold(*gold) for gold in dict.fromkeys((p.answer, p.choices) for p in problems)}
+        grades = self._decide((part, part) for _, formulas in golds.values() for part in formulas)
         faults: dict[Gold, str] = {}
-        for gold, (fault, formulas) in found.items():
+        for gold, (fault, formulas) in golds.items():
             whys = [grades[part, part].why for part in formulas if not grades[part, part].correct]
             if fault or whys:
                 faults[gold] = fault or f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}"
         return faults
 
     def _decide(self, pairs: Iterable[Pair]) -> dict[Pair, Grade]:
-        """The workers' grade of each different pair."""
+        """Let the workers grade each different pair."""
         different = list(dict.fromkeys(pairs))
         with self._lock:
             try:
-                return self._hand_out(different) if different else {}
-            except BaseException:  # also Ctrl-C: a worker in the middle of a batch is of no use
+                return self._distribute(different) if different else {}
+            except BaseException:  # also Ctrl-C: a worker in the middle of a batch cannot be reused
                 self._kill_workers()
                 raise
 
@@ -119,10 +114,10 @@ class GradePool(AbstractContextManager["GradePool"]):
         while self._workers:
             self._workers.pop().kill()
 
-    def _hand_out(self, pairs: list[Pair]) -> dict[Pair, Grade]:
+    def _distribute(self, pairs: list[Pair]) -> dict[Pair, Grade]:
         """Send batches to free workers until every pair has a grade."""
         for worker in [w for w in self._workers if w.process.poll() is not None]:
-            worker.kill()  # it died while it had nothing to do: no answer's fault
+            worker.kill()  # it died while idle, so that no answer is the cause
             self._workers.remove(worker)
         waiting, grades = deque(pairs), dict[Pair, Grade]()
         batch = max(1, min(_BATCH, len(pairs) // (2 * self._size)))
@@ -141,7 +136,7 @@ class GradePool(AbstractContextManager["GradePool"]):
         return grades
 
     def _wait(self) -> None:
-        """Sleep until a worker has written something or the next deadline."""
+        """Sleep until a worker has written output or the next deadline is reached."""
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.output, selectors.EVENT_READ)
@@ -149,7 +144,7 @@ class GradePool(AbstractContextManager["GradePool"]):
             selector.select(min(1.0, max(0.0, nearest - time.monotonic())))
 
     def _remove(self, worker: "_Worker", why: str, waiting: deque[Pair], grades: dict[Pair, Grade]) -> None:
-        """Kill a worker that failed: its current pair is unscored, the rest of its batch waits again."""
+        """Kill a worker that failed: its current pair is unscored, the rest of its batch is queued again."""
         worker.kill()
         self._workers.remove(worker)
         self._failed_starts = 0 if worker.ready else self._failed_starts + 1
@@ -189,7 +184,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the parent; and a kill takes the children along
+            start_new_session=True,  # Ctrl-C reaches the parent alone, and a kill reaches the children too
         )
         assert self.process.stdin and self.process.stdout, "Popen opens both pipes"
         self.input, self.output = self.process.stdin, self.process.stdout
@@ -204,12 +199,12 @@ class _Worker:
         """Send a batch; the clock of its first pair starts."""
         self.pending = deque(batch)
         self.deadline = time.monotonic() + self.deadline_s
-        with contextlib.suppress(BrokenPipeError):  # it died: `failure` sees the end of its output
+        with contextlib.suppress(BrokenPipeError):  # it died: `failure` reports the end of its output
             self.input.write(json.dumps(batch).encode() + b"\n")
             self.input.flush()
 
     def receive(self) -> list[tuple[Pair, Grade]]:
-        """The grades that have arrived; every one restarts the clock."""
+        """Read the grades that have arrived; each one restarts the clock."""
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self.output.fileno(), 1 << 16):
                 self._text += chunk
@@ -224,19 +219,17 @@ class _Worker:
         return arrived
 
     def failure(self) -> str:
-        """Why this worker is of no more use; empty while it is."""
+        """The reason why this worker cannot be used any more, or ""."""
         if self.ended:
             code = self.process.wait()
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return f"the grader process died ({cause})"
         if time.monotonic() < self.deadline:
             return ""
-        return (
-            f"timed out after {self.deadline_s:g} s" if self.ready else f"no sign of life in {_START_S:g} s"
-        )
+        return f"timed out after {self.deadline_s:g} s" if self.ready else f"not ready after {_START_S:g} s"
 
     def kill(self) -> None:
-        """End the process and its children now, and reap it."""
+        """Kill the process and its children, and wait for its end."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -1,4 +1,4 @@
-r"""Rewards: one grade a response, and what to watch so that a reward that is gamed is seen."""
+r"""Grades a response without math-verify, and measures signs that the reward is being gamed."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from rlcs.grading.answers import Verdict, compare
 from rlcs.grading.extraction import BOXED, Extraction, extract
-from rlcs.grading.symbolic import compare_formulas
 from rlcs.records import Grade, Problem
 
 _PIECE = re.compile(r"\w{1,8}|[^\w\s]")
@@ -22,32 +21,32 @@ class Undecided:
     extracted: str
     formulas: tuple[str, str]
     by: str = ""
-    """How it was extracted, if not from a box."""
+    """How the answer was extracted, if not from a box."""
 
     def grade(self, compared: Grade) -> Grade:
-        """The grade of the response, from math-verify's grade of the formulas."""
+        """Make the grade of the response from math-verify's grade of the formulas."""
         return replace(compared, extracted=self.extracted, why=self.by + compared.why)
 
 
 def quick_grade(problem: Problem, response: object, *, allow_fallbacks: bool) -> Grade | Undecided:
-    """Grade by text, letter and exact number alone; never slow, never raises, whatever the response is."""
+    """Grade by text, letter and exact number alone; fast, and without exceptions for any response."""
     if not isinstance(response, str):
         return Verdict(correct=False, why="the response is not a text").grade()
-    found = extract(response, allow_fallbacks=allow_fallbacks)
-    if found.text is None and problem.answer.strip():
-        return Verdict(correct=False, why=found.why).grade()
-    return grade_extracted(problem, found)
+    extraction = extract(response, allow_fallbacks=allow_fallbacks)
+    if extraction.text is None and problem.answer.strip():
+        return Verdict(correct=False, why=extraction.why).grade()
+    return grade_extracted(problem, extraction)
 
 
-def grade_extracted(problem: Problem, found: Extraction) -> Grade | Undecided:
-    """Grade an answer that is extracted already.
+def grade_extracted(problem: Problem, extraction: Extraction) -> Grade | Undecided:
+    """Grade an extracted answer.
 
-    `problem.metadata["precision"]`, a number of decimal places, is the tolerance where it is one.
+    `problem.metadata["precision"]`, if it is a number of decimal places, is the tolerance.
     """
     if not problem.answer.strip():
         return Verdict(correct=None, why="the problem has no gold answer").grade()
     places = decimal_places(problem.metadata.get("precision"))
-    text, by = found.text or "", "" if found.why == BOXED else f"{found.why}: "
+    text, by = extraction.text or "", "" if extraction.why == BOXED else f"{extraction.why}: "
     verdict = compare(text, problem.answer, problem.choices, places=places)
     if verdict.correct is None:
         return Undecided(extracted=text, formulas=verdict.formulas, by=by)
@@ -55,26 +54,16 @@ def grade_extracted(problem: Problem, found: Extraction) -> Grade | Undecided:
 
 
 def decimal_places(value: object) -> int | None:
-    """A number of decimal places, which some tables hold as 2.0; None for anything else (-1, "two", NaN)."""
+    """Read a number of decimal places, such as 2 or 2.0; None for anything else (-1, "two", NaN)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(100):
         return None
     return int(value)
 
 
-def grade(problem: Problem, response: str, *, allow_fallbacks: bool) -> Grade:
-    """Grade one response in this process, with no time limit: for tests and trusted text.
-
-    The reward is 1.0 or 0.0. Use `GradePool` for what a model wrote: a formula can keep math-verify
-    busy for ever.
-    """
-    result = quick_grade(problem, response, allow_fallbacks=allow_fallbacks)
-    return result if isinstance(result, Grade) else result.grade(compare_formulas(*result.formulas).grade())
-
-
 def health(texts: Sequence[str]) -> dict[str, float]:
-    r"""Signs of a gamed reward or a collapsing policy; all 0.0 for no texts.
+    r"""Measure signs of a gamed reward or a collapsing policy; all 0.0 without texts.
 
-    `boxes_per_answer`: mean number of `\boxed{` a text, wherever it stands, closed or not.
+    `boxes_per_answer`: mean number of `\boxed{` in a text, closed or not.
     `repeated_share`: share of texts in which more than half of all runs of 8 pieces (words, or
     parts of long ones) occurred before. `no_format_share`: share of texts without an answer that a
     strict reward would read.

@@ -1,4 +1,4 @@
-"""math-verify, for what exact arithmetic cannot decide. It may run for ever: see `pool`."""
+"""Compares formulas by math-verify, which may never end: `pool` runs this in workers."""
 
 import logging
 
@@ -6,10 +6,10 @@ from rlcs.grading.answers import Verdict
 
 
 def compare_formulas(prediction: str, gold: str) -> Verdict:
-    r"""Ask math-verify 0.9 whether `\boxed{prediction}` equals `$gold$`.
+    r"""Compare `\boxed{prediction}` with `$gold$` by math-verify 0.9.
 
-    Its own time limits are off: they use SIGALRM, which works in the main thread only. Call this in
-    a process that can be killed. Undecided (`correct=None`) exactly when math-verify itself failed.
+    Its time limits are off: they use SIGALRM, which works in the main thread only. Call this in a process
+    that can be killed. The verdict is undecided (`correct=None`) exactly when math-verify fails.
     """
     from math_verify import LatexExtractionConfig, parse, verify
 

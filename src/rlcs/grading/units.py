@@ -1,7 +1,7 @@
-"""Units at the end of an answer: `5 cm` is the value 5 with the unit cm.
+"""Splits units from the end of answers: `5 cm` is the value 5 with the unit cm.
 
-A unit may be left off on either side; two different units never agree (5 m is not 5 cm, and
-nothing is converted).
+Either answer may lack its unit; different units never agree (5 m is not 5 cm), and units are not
+converted.
 """
 
 import re
@@ -19,7 +19,7 @@ degree deg ° °t, radian rad,
 mph, n newton, j joule, w watt, v volt, a ampere amp, pa pascal, hz hertz, k kelvin,
 cent, dollar, unit
 """
-"""Each unit's names, the short one first; every name may have an s at its end."""
+"""The names of each unit, the short one first; every name may end in a plural s."""
 
 
 def _short_names() -> dict[str, str]:
@@ -40,7 +40,7 @@ _COMMAND = re.compile(r"[A-Za-z]+")
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""The value and the unit's short name, or the text itself and "".
+    r"""Split text into the value and the unit's short name, or into the text and "".
 
     `\%` and "percent" are not units: "percent" becomes a trailing `%`.
     """
@@ -70,7 +70,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def _unit(tail: str, power: str, *, apart: bool) -> str:
-    """The short name of a unit, or "" if `tail` is none; a bare letter must stand apart from the value."""
+    """The short name of a unit, or "" if `tail` is none; one letter is a unit only apart from the value."""
     name = tail.strip().rstrip(".").replace(".", "")
     if len(name) == 1 and not apart and name != "°":
         return ""

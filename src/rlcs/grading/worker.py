@@ -1,9 +1,9 @@
-"""The process that decides: `python -m rlcs.grading.worker DEADLINE_S [FILE.py:NAME]`, started by `pool`.
+"""The worker process of `pool`: `python -m rlcs.grading.worker DEADLINE_S [FILE.py:NAME]`.
 
-Protocol, one JSON value a line: it writes `"ready"`, then reads a list of pairs and writes the row of one
-`Grade` for each, until its input ends. By itself it runs math-verify on [prediction, gold]; with a function
-it calls that one on [problem as JSON, response] (`own.load_function`). A worker whose pool is dead ends too:
-with its input, or by the kernel's own timer while it works.
+Protocol, one JSON value a line: it writes `"ready"`, then reads lists of pairs and writes the row of one
+`Grade` for each pair, until its input ends. Without a function it runs math-verify on [prediction, gold];
+with one it calls that on [problem as JSON, response] (`own.load_function`). If the pool's process dies, the
+worker ends with its input, or by a timer of the kernel during a decision.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from rlcs.grading.symbolic import compare_formulas
 from rlcs.records import Grade, to_row
 
 MEMORY_BYTES = 2 << 30
-"""Address space of a worker; a formula that needs more fails alone, not the machine."""
+"""Address space of a worker, so that a huge formula fails instead of filling the machine's memory."""
 
 
 def main() -> None:
     """Answer requests until the input ends."""
-    limit_s = float(sys.argv[1]) * 2 + 5  # the pool kills at the deadline; this is for a dead pool
+    limit_s = float(sys.argv[1]) * 2 + 5  # the pool kills at the deadline; this is in case it has died
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever libraries print is no reply
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keeps output of libraries out of the replies
     if len(sys.argv) > 2:
         decide = load_function(sys.argv[2])
     else:

@@ -1,8 +1,7 @@
-"""Frozen records that the packages hand to each other, each checked when it is made.
+"""Frozen records that packages exchange, each checked when it is made.
 
-Everything here is plain Python (no tensors): hashable, printable, and written to and read from JSON
-rows by `rows.to_row` and `rows.from_row`. Tensors begin in `model.packing`. Suffixes in comments: T tokens,
-G group members.
+All are plain Python without tensors: hashable, printable, and written to and read from JSON rows by
+`rows.to_row` and `rows.from_row`. Shapes in comments: T tokens, G group members.
 """
 
 import hashlib
@@ -28,9 +27,9 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
-    """A reference to one image, never its pixels: a file path or the encoded bytes.
+    """A reference to one image, not its pixels: a file path or the encoded bytes.
 
-    With neither, the image was not kept where the reference was written: only its identity is known.
+    With neither, the image was not stored: only its checksum and size are known.
     `width` and `height` are in pixels as shown, after any turn that EXIF asks for; `sha256` is of
     the encoded bytes. Build one with `data.images.image_from_path` or `image_from_bytes`.
     """
@@ -42,19 +41,19 @@ class ImageRef:
     data: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """One source at most, a real size."""
+        """Check for at most one source, and a positive size."""
         _require(self.path is None or self.data is None, "an image has a path or bytes, not both")
         _require(self.width > 0 and self.height > 0, f"image of {self.width} x {self.height} pixels")
         _require(len(self.sha256) == 64, "sha256 is 64 hexadecimal digits")
 
 
 IMAGE_SLOT = "<image>"
-"""Where an image stands in `Problem.question`; without any slot, images come first."""
+"""Marks the place of an image in `Problem.question`; without any slot, images come first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One question with its images and gold answer. `metadata` is small and JSON-able."""
+    """One question with its images and gold answer. `metadata` is small and can be written as JSON."""
 
     id: str
     source: str
@@ -65,7 +64,7 @@ class Problem:
     metadata: Mapping[str, Json] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        """An id, a question, and as many slots as images (or no slot at all)."""
+        """Check for an id, a question, and as many slots as images (or no slot at all)."""
         _require(bool(self.id.strip()), "the id is empty")
         _require(bool(self.question.strip()), "the question is empty")
         slots = self.question.count(IMAGE_SLOT)
@@ -76,14 +75,14 @@ class Problem:
 
     @property
     def digest(self) -> str:
-        """A hash of what an answer and its grade depend on; an id may be the number of an edited row."""
+        """Hash of everything that an answer and its grade depend on; it detects an edit that keeps the id."""
         images = [ref.sha256 for ref in self.images]
         facts = json.dumps([self.question, self.choices, self.answer, images])
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     @property
     def question_with_choices(self) -> str:
-        """The question, and its choices by letter, a line each."""
+        """The question, and its lettered choices, a line each."""
         return "\n".join((self.question, lettered(self.choices))) if self.choices else self.question
 
 
@@ -99,7 +98,7 @@ def lettered(choices: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn; `parts` are texts and images in their order."""
+    """One message of a conversation; `parts` are texts and images in their order."""
 
     role: Literal["system", "user", "assistant"]
     parts: tuple[str | ImageRef, ...]
@@ -107,10 +106,9 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grade:
-    """The verdict on one response; `reward is None` means unscored, which is not zero.
+    """The verdict on one response; `reward` is None for an unscored response, which differs from zero.
 
-    An unscored response (its grader failed or ran out of time) leaves its group: it never
-    teaches the model that it was wrong.
+    An unscored response (its grader failed or ran out of time) is left out of its group and of the loss.
     """
 
     reward: float | None
@@ -119,7 +117,7 @@ class Grade:
     why: str = ""
 
     def __post_init__(self) -> None:
-        """Unscored exactly when there is no verdict; rewards are finite."""
+        """Check that reward and verdict are both there or both missing, and that the reward is finite."""
         _require((self.reward is None) == (self.correct is None), "reward and correct go together")
         _require(self.reward is None or math.isfinite(self.reward), f"reward {self.reward}")
 
@@ -140,17 +138,17 @@ class Demonstration:
     grade: Grade | None = None
 
     def __post_init__(self) -> None:
-        """A response of white space teaches nothing."""
+        """Check that the response is not empty."""
         _require(bool(self.response.strip()), f"the response to {self.problem.id} is empty")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """Token ids with image placeholders expanded: the trunk of a tree.
+    """The token ids of a prompt, with one placeholder for each image token: the trunk of a tree.
 
     `grids[i]` is (frames, height, width) in patches of image i; `spans[i]` is the half-open range
     of `ids` that its placeholders fill, of length frames * height * width / merge_size**2.
-    `repeat` counts how often its problem was asked before in the same step.
+    `repeat` counts the earlier prompts of the same problem in the same step.
     """
 
     problem_id: str
@@ -163,7 +161,7 @@ class Prompt:
     repeat: int = 0
 
     def __post_init__(self) -> None:
-        """Every span is as long as its grid says, and no placeholder stands outside a span."""
+        """Check that every span is as long as its grid says, and that all placeholders stand in spans."""
         _require(bool(self.ids), "a prompt needs at least one token")
         _require(
             len(self.images) == len(self.grids) == len(self.spans),
@@ -181,10 +179,10 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How to sample: `n` rollouts a prompt, at most `max_new_tokens` each.
+    """Sampling settings: `n` rollouts of each prompt, at most `max_new_tokens` each.
 
-    Temperature 0 is greedy. `seed` is the run's; a rollout's own seed comes from `rollout_seed`. The ids are
-    filled in by the chat format of a model of ours (`Chat.sampling`); a server has its own.
+    Temperature 0 is greedy. `seed` is the run's; that of a rollout comes from `rollout_seed`. `Chat.sampling`
+    fills in the ids for a local model; a server needs none.
     """
 
     max_new_tokens: int
@@ -197,7 +195,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Sane limits; ids that stand for images are never sampled."""
+        """Check the limits, and that ids of images are banned from being sampled."""
         _require(self.n >= 1 and self.max_new_tokens >= 1, "n and max_new_tokens are at least 1")
         _require(self.temperature >= 0.0, f"temperature {self.temperature}")
         _require(0.0 < self.top_p <= 1.0, f"top_p {self.top_p}")
@@ -206,7 +204,7 @@ class Sampling:
 
 
 class StopReason(StrEnum):
-    """Why a rollout ended."""
+    """The reason why a rollout ended."""
 
     EOS = "eos"
     LENGTH = "length"
@@ -219,7 +217,7 @@ SampleKey = tuple[str, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A conversation to answer: sample number `index` of problem `id`, in turn `turn` of several."""
+    """A conversation to answer: turn `turn` of sample number `index` of problem `id`."""
 
     id: str
     messages: tuple[Message, ...]
@@ -228,7 +226,7 @@ class Request:
 
     @classmethod
     def of(cls, problem: Problem, *, system: str | None = None, index: int = 0, turn: int = 0) -> "Request":
-        """A problem with its choices; images stand at their slots, or first where there are none."""
+        """Request an answer to a problem with its choices; images go to their slots, or else first."""
         pieces = problem.question.split(IMAGE_SLOT)
         if len(pieces) == 1:
             pieces = [""] * len(problem.images) + pieces
@@ -242,7 +240,7 @@ class Request:
 
     @property
     def key(self) -> SampleKey:
-        """What tells this request from all others of a run."""
+        """The key of this request, unique within a run."""
         return self.id, self.index, self.turn
 
     def sample(self, **values: Any) -> "Sample":
@@ -252,11 +250,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What a model answered to one request, or why it did not: then `stop` is `error`.
+    """A model's answer to one request, or the error instead of it: then `stop` is `error`.
 
-    `reasoning` is what some servers keep apart from the text. A `retryable` error may pass (a server that is
-    down or busy); another one is final (the prompt is too long, the provider refuses). `tokens` are of the
-    answer; `seconds` run from the first attempt, pauses included.
+    `reasoning` is returned by some servers apart from the text. A `retryable` error is temporary (a server is
+    down or busy); any other is final (the prompt is too long, the provider refuses). `tokens` counts those of
+    the answer; `seconds` run from the first attempt, pauses included.
     """
 
     id: str
@@ -272,7 +270,7 @@ class Sample:
     retryable: bool = False
 
     def __post_init__(self) -> None:
-        """A failure says why; what was answered has no error."""
+        """Check that failures, and only they, have an error."""
         failed = self.stop is StopReason.ERROR
         _require(failed == bool(self.error), f"stop {self.stop}, error {self.error!r}")
         _require(bool(self.error) or not self.retryable, "only a failure is retryable")
@@ -294,27 +292,29 @@ class Rollout:
     stop: StopReason
     seed: int
     text: str
-    policy_version: int = 0
 
     def __post_init__(self) -> None:
-        """As many logprobs as ids, all finite and not above zero."""
+        """Check for as many logprobs as ids, all finite and not above zero."""
         _require(len(self.ids) == len(self.logprobs), f"{len(self.ids)} ids, {len(self.logprobs)} logprobs")
         _require(all(math.isfinite(x) and x <= 0.0 for x in self.logprobs), "a logprob is not finite or > 0")
         _require(bool(self.ids) or self.stop is StopReason.ERROR, "only an error may be empty")
 
     @property
     def sample(self) -> Sample:
-        """What there is to read of it: no token ids, no logprobs."""
-        error = "the engine broke the answer off" if self.stop is StopReason.ERROR else ""
-        tokens = len(self.ids)
+        """The rollout as a sample, without token ids and logprobs."""
         return Sample(
-            id=self.problem_id, index=self.index, text=self.text, stop=self.stop, tokens=tokens, error=error
+            id=self.problem_id,
+            index=self.index,
+            text=self.text,
+            stop=self.stop,
+            tokens=len(self.ids),
+            error="the engine broke the answer off" if self.stop is StopReason.ERROR else "",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GradedSample:
-    """A sample with its grade, and in a group its advantage: one flat row of what a run writes."""
+    """A sample with its grade and, in a group, its advantage; written as one flat row."""
 
     sample: Sample = field(metadata=MERGED)
     grade: Grade = field(metadata=MERGED)
@@ -323,7 +323,7 @@ class GradedSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """The unit of work: one problem, its rollouts (G,), their grades (G,) and advantages (G,)."""
+    """One problem with its rollouts (G,), their grades (G,) and advantages (G,)."""
 
     problem: Problem
     prompt: Prompt
@@ -332,7 +332,7 @@ class Group:
     advantages: tuple[float | None, ...]
 
     def __post_init__(self) -> None:
-        """Lengths agree; unscored members, and only they, have no advantage."""
+        """Check that lengths agree, and that unscored members have no advantage."""
         _require(
             len(self.rollouts) == len(self.grades) == len(self.advantages),
             f"{len(self.rollouts)} rollouts, {len(self.grades)} grades, {len(self.advantages)} advantages",
@@ -342,7 +342,7 @@ class Group:
 
     @property
     def samples(self) -> list[GradedSample]:
-        """The members as they are written down."""
+        """The members as samples with grades and advantages."""
         return [
             GradedSample(sample=rollout.sample, grade=grade, advantage=advantage)
             for rollout, grade, advantage in zip(self.rollouts, self.grades, self.advantages, strict=True)
@@ -351,14 +351,14 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
-    """One answer under a trunk: ids (T,), loss weights (T,), and the sampler's logprobs (T,) if any."""
+    """One answer of a tree: ids (T,), loss weights (T,), and the sampler's logprobs (T,) if any."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     logprobs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """One weight (and logprob) a token."""
+        """Check for one weight (and logprob) for each token."""
         _require(bool(self.ids), "a branch needs at least one token")
         _require(len(self.ids) == len(self.weights), "one weight a token")
         _require(self.logprobs is None or len(self.logprobs) == len(self.ids), "one logprob a token")
@@ -373,13 +373,13 @@ class Tree:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the language model: the trunk once, every branch once."""
+        """Tokens that the language model computes: the trunk once, every branch once."""
         return len(self.prompt.ids) + sum(len(b.ids) for b in self.branches)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """What one training step did. `values` are averages, `seconds` wall time a phase."""
+    """The measurements of one training step: `values` are averages, `seconds` wall time by phase."""
 
     stage: str
     step: int
@@ -389,15 +389,15 @@ class StepReport:
     skipped: str = ""
 
     def __post_init__(self) -> None:
-        """JSON has no NaN: every number is finite."""
+        """Check that every number is finite, as JSON has no NaN."""
         for name, value in (*self.values.items(), *self.seconds.items()):
             _require(math.isfinite(value), f"{name} is {value}")
 
 
 def rollout_seed(run_seed: int, step: int, problem_id: str, index: int) -> int:
-    """The seed of one rollout, below 2**63: it depends on what is asked, not on what ran before.
+    """Derive the seed of one rollout, below 2**63, from its request alone: not from what ran before.
 
-    A problem that is asked again in the same step goes on with the next indices (`Prompt.repeat`).
+    A further prompt of the same problem in the same step continues with the next indices (`Prompt.repeat`).
     """
     key = f"{run_seed}|{step}|{problem_id}|{index}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1

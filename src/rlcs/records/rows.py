@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON rows and back, by the annotations of their fields."""
+"""Converts frozen dataclasses to JSON rows and back, by the annotations of their fields."""
 
 import sys
 from base64 import b64decode, b64encode
@@ -9,20 +9,20 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 MERGED = {"row": ""}
-"""Metadata of a field whose entries stand directly in the record's JSON row: `field(metadata=MERGED)`.
+"""Metadata of a field whose entries are merged into the record's JSON row: `field(metadata=MERGED)`.
 
 `field(metadata={"row": "id"})` gives a field another name in the row.
 """
 
 T = TypeVar("T")
-_WORDS = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+_DESCRIPTIONS = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
 
 
 def to_row(record: Any) -> dict[str, Any]:
-    """Make the JSON row of a record: one entry a field, also where a field has its default."""
+    """Make the JSON row of a record: one entry for each field, defaults included."""
     row: dict[str, Any] = {}
-    for each in fields(record):
-        value, name = _plain(getattr(record, each.name)), _row_name(each)
+    for attribute in fields(record):
+        value, name = _plain(getattr(record, attribute.name)), _row_name(attribute)
         entries = {name: value} if name else value
         twice = sorted(row.keys() & entries.keys())
         if twice:
@@ -32,7 +32,7 @@ def to_row(record: Any) -> dict[str, Any]:
 
 
 def from_row(kind: type[T], row: Mapping[str, object]) -> T:
-    """Make the record of a JSON row. Raises ValueError saying which field is missing, odd or unknown."""
+    """Make the record of a JSON row. Raises ValueError naming a missing, wrong or unknown field."""
     return _read_record(kind, row, lenient=False)
 
 
@@ -44,13 +44,13 @@ def from_row_or_none(kind: type[T], row: Mapping[str, object]) -> T | None:
         return None
 
 
-def _row_name(each: "Field[Any]") -> str:
+def _row_name(attribute: "Field[Any]") -> str:
     """The field's name in the row; empty for a field whose entries are merged into it."""
-    return str(each.metadata.get("row", each.name))
+    return str(attribute.metadata.get("row", attribute.name))
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: records and mappings as objects, tuples as lists, bytes as Base64."""
+    """Convert a value to JSON types: records and mappings to objects, tuples to lists, bytes to Base64."""
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple):
@@ -64,26 +64,28 @@ def _plain(value: Any) -> Any:
 
 def _read_record(kind: type[T], row: Mapping[str, object], *, lenient: bool) -> T:
     left, values = dict(row), dict[str, Any]()
-    every: tuple[Field[Any], ...] = fields(kind)  # type: ignore[arg-type]
-    for each in sorted(every, key=lambda one: not _row_name(one)):  # what is merged takes from the rest
-        name = _row_name(each)
+    attributes: tuple[Field[Any], ...] = fields(kind)  # type: ignore[arg-type]
+    for attribute in sorted(
+        attributes, key=lambda x: not _row_name(x)
+    ):  # merged ones last: they take the rest
+        name, type_ = _row_name(attribute), attribute.type
         if not name:
-            own = {_row_name(one) for one in fields(each.type)} if is_dataclass(each.type) else set(left)
-            entry: Any = {key: left.pop(key) for key in own & left.keys()}
+            merged = {_row_name(inner) for inner in fields(type_)} if is_dataclass(type_) else set(left)
+            entry: Any = {key: left.pop(key) for key in merged & left.keys()}
         elif name in left:
             entry = left.pop(name)
-        elif each.default is MISSING and each.default_factory is MISSING:
+        elif attribute.default is MISSING and attribute.default_factory is MISSING:
             raise ValueError(f"{name} is missing")
         else:
             continue
-        values[each.name] = _read_value(each.type, entry, name, lenient=lenient)
+        values[attribute.name] = _read_value(type_, entry, name, lenient=lenient)
     if left and not lenient:
         raise ValueError(f"unknown fields: {', '.join(left)}")
     return kind(**values)
 
 
 def _read_value(kind: Any, value: Any, name: str, *, lenient: bool) -> Any:
-    """The value as a field annotated with `kind` holds it. Raises ValueError naming the field."""
+    """Convert a JSON value to the type `kind` of a field. Raises ValueError naming the field."""
     if kind is Any or (type(value) is kind and kind is not float):
         return value
     origin, options = get_origin(kind), get_args(kind)
@@ -115,16 +117,16 @@ def _read_value(kind: Any, value: Any, name: str, *, lenient: bool) -> Any:
 
 
 def _read_option(options: tuple[Any, ...], value: Any, name: str, *, lenient: bool) -> Any:
-    """The value as the first annotation of a union that takes it; a lone one beside None says why not."""
+    """Convert a JSON value to the first type of a union that accepts it; the last one raises the error."""
     if value is None and NoneType in options:
         return None
-    real = [option for option in options if option is not NoneType]
-    for option in real[:-1]:
+    *others, last = (option for option in options if option is not NoneType)
+    for option in others:
         try:
             return _read_value(option, value, name, lenient=lenient)
         except ValueError:
             continue
-    return _read_value(real[-1], value, name, lenient=lenient)
+    return _read_value(last, value, name, lenient=lenient)
 
 
 def _read_mapping(kind: Any, value: dict[str, Any], name: str, *, lenient: bool) -> dict[str, Any]:
@@ -139,9 +141,9 @@ def _read_mapping(kind: Any, value: dict[str, Any], name: str, *, lenient: bool)
 
 
 def _wanted(kind: Any) -> str:
-    """What an annotation asks for, in words."""
+    """Describe the values that an annotation accepts."""
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(each.value for each in kind)}"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
-    return _WORDS.get(kind) or ("a list" if get_origin(kind) is tuple else "an object")
+    return _DESCRIPTIONS.get(kind) or ("a list" if get_origin(kind) is tuple else "an object")

@@ -1,12 +1,13 @@
-r"""Built-in visual puzzles, drawn by programs: images, questions, answers, a teacher, lessons.
+r"""Built-in visual puzzles, drawn by programs: images, questions, answers, and a teacher.
 
 `load` makes problems; `teach` answers one with a reasoning text. Train and test cannot share an
-image: the split is a function of what is drawn (`family.split_of`).
+image: the split is a function of the content of the image (`family.split_of`).
 """
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import cycle
 
 from rlcs.data.images import encode
 from rlcs.data.puzzles import chains
@@ -25,7 +26,7 @@ _MAX_REPEATS = 2000
 
 
 def families() -> tuple[Family, ...]:
-    """All families; a new one is named here."""
+    """All families of puzzles; a new one must be listed here."""
     return (Shapes(), Bars(), Figures())
 
 
@@ -59,7 +60,7 @@ def load(
     chosen = _choose(name, families)
     source = f"builtin:{name}"
     rng = random.Random(f"{split}|{seed}|{'|'.join(family.name for family in chosen)}")
-    turns = _turns(chosen, tuple(levels))
+    turns = cycle([(family, level) for level in levels for family in chosen])
     seen: set[tuple[str, str]] = set()
     problems: list[Problem] = []
     repeats = 0
@@ -77,10 +78,10 @@ def load(
 
 
 def teach(problem: Problem, *, seed: int, wrong_share: float, chain: str = "distilled") -> str:
-    """The built-in teacher's response: reasoning in one kind of chain of thought, and a boxed answer.
+    """Write the built-in teacher's response: reasoning in one kind of chain of thought, and a boxed answer.
 
     With probability `wrong_share` the teacher misreads the image in a way that changes the
-    answer, and reasons consistently from what it thought it saw; the same problems are wrong in every
+    answer, and reasons consistently from the misreading; the same problems are wrong in every
     kind of chain. Raises `DataError` for a problem that is not built in.
     """
     family, scene, plan = _origin(problem)
@@ -92,17 +93,17 @@ def teach(problem: Problem, *, seed: int, wrong_share: float, chain: str = "dist
         return final.text()
     draft = _misread(family, rng, scene, plan, final)
     if chain == "self_critic" and rng.random() < 0.5:
-        draft = final  # not every draft deserves criticism
+        draft = final  # half of the drafts have no fault
     return chains.write(chain, draft, final)
 
 
 def _misread(family: Family, rng: random.Random, scene: str, plan: str, other: Solution) -> Solution:
-    """The solution of someone who misreads the scene: neither the other's answer nor the right one."""
+    """Solve a misread scene, with an answer that is neither the right one nor that of `other`."""
     excluded = {other.answer, family.solve(scene, plan).answer}
-    seen, solution = scene, other
+    misread, solution = scene, other
     while solution.answer in excluded:
-        seen = family.misread(rng, seen)
-        solution = family.solve(seen, plan)
+        misread = family.misread(rng, misread)
+        solution = family.solve(misread, plan)
     return solution
 
 
@@ -110,14 +111,6 @@ def _choose(name: str, only: Sequence[str] | None) -> tuple[Family, ...]:
     if name != _MIXTURE:
         return (_family(name),)
     return tuple(map(_family, only)) if only else families()
-
-
-def _turns(chosen: tuple[Family, ...], levels: tuple[int, ...]) -> Iterator[tuple[Family, int]]:
-    """Every family at the first level, then at the next, and so on again."""
-    while True:
-        for level in levels:
-            for family in chosen:
-                yield family, level
 
 
 def _draw(family: Family, rng: random.Random, level: int, split: Split) -> tuple[str, str]:
@@ -146,7 +139,7 @@ def _problem(family: Family, scene: str, plan: str, *, level: int, split: Split,
 
 
 def _origin(problem: Problem) -> tuple[Family, str, str]:
-    """Where a problem came from: its family, scene and plan."""
+    """The family, scene and plan of a built-in problem. Raises DataError for any other."""
     try:
         name, scene, plan = (str(problem.metadata[key]) for key in ("family", "scene", "plan"))
     except KeyError:

@@ -1,4 +1,4 @@
-"""A bar chart of three or four bars on a unit scale: read and compare. 112 x 84 pixels, 12 tokens."""
+"""Bar charts of three or four bars on a unit scale, to read and compare. 112 x 84 pixels, 12 tokens."""
 
 import random
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _AXIS = (90, 90, 90)
 
 
 def _parse(scene: str) -> tuple[str, list[tuple[str, int]]]:
-    """The paper and the slots; an empty slot is `("none", 0)`."""
+    """Parse a scene into its paper and slots; an empty slot is `("none", 0)`."""
     paper, _, slots = scene.partition(":")
     pairs = (slot.split("=") for slot in slots.split(","))
     return paper, [(ink, int(height)) for ink, height in pairs]
@@ -42,7 +42,7 @@ class Bars:
     name = "bars"
 
     def scene(self, rng: random.Random, level: int) -> str:
-        """Three or four bars of different colours, heights 1 to 9."""
+        """Draw three or four bars of different colours, with heights 1 to 9."""
         inks = rng.sample(tuple(COLOURS), _SLOTS)
         slots = [(ink, rng.randint(1, _TALLEST)) for ink in inks]
         if rng.random() < 0.5:
@@ -50,7 +50,7 @@ class Bars:
         return _text(rng.choice(tuple(PAPERS)), slots)
 
     def paint(self, scene: str) -> "Image":
-        """Bars on an axis, with a line at every unit of height."""
+        """Paint bars on an axis, with a line at every unit of height."""
         from PIL import Image, ImageDraw
 
         paper, slots = _parse(scene)
@@ -69,7 +69,7 @@ class Bars:
         return image
 
     def plan(self, rng: random.Random, scene: str, level: int) -> str | None:
-        """Combine heights, or ask for all of them together."""
+        """Combine some heights, or ask for the sum of all."""
         bars = _bars(scene)
         if level > 1 and rng.random() < 0.25 and len(bars) == level + 1:
             return "total"
@@ -79,13 +79,13 @@ class Bars:
         return plan
 
     def question(self, plan: str) -> str:
-        """Such as "What is double the height of the red bar plus the height of the tallest bar?"."""
+        """Ask, such as "What is double the height of the red bar plus the height of the tallest bar?"."""
         if plan == "total":
             return "What is the height of all bars together?"
         return sums.words(plan, lambda quantity: f"the height of the {quantity} bar")
 
     def solve(self, scene: str, plan: str) -> Solution:
-        """Read the bars from left to right, note those that are asked for, calculate."""
+        """Read the bars from left to right, note those in the question, calculate."""
         if plan != "total":
             return sums.solve(plan, self.quantities(scene), self.caption(scene))
         sheet = sums.Worksheet()
@@ -93,7 +93,7 @@ class Bars:
         return Solution(reading=self.caption(scene), steps=tuple(sheet.lines), answer=answer)
 
     def misread(self, rng: random.Random, scene: str) -> str:
-        """One bar is read one or two units too high or too low."""
+        """Change the height of one bar by one or two units."""
         paper, slots = _parse(scene)
         index = rng.choice([i for i, (_, height) in enumerate(slots) if height])
         ink, height = slots[index]

@@ -1,6 +1,6 @@
-"""The built-in teacher's longer chains of thought, written by a program from what was drawn.
+"""The built-in teacher's longer chains of thought, written by a program from the scene of the image.
 
-A description is what was drawn, a wrong attempt comes from a scene misread, a criticism names the lines in
+A description lists the scene, a wrong attempt solves a misread scene, and a criticism names the first line in
 which draft and scene differ.
 """
 
@@ -11,7 +11,7 @@ from rlcs.data.puzzles.family import Solution, boxed
 
 
 def write(chain: str, draft: Solution, final: Solution) -> str:
-    """The response in one kind of chain of thought: it ends in `final`, and may begin with `draft`."""
+    """Write a response in one kind of chain of thought: it may begin with `draft` and ends in `final`."""
     return _WRITERS[chain](draft, final)
 
 
@@ -28,15 +28,14 @@ def _self_critic(draft: Solution, final: Solution) -> str:
 
 
 def _attempt(draft: Solution) -> str:
-    """A solution whose answer is not final: not in a box."""
+    """Write a solution without a box around its answer, which is not final."""
     return "\n".join((draft.reading, *draft.steps, str(draft.answer)))
 
 
 def _faults(draft: Solution, final: Solution) -> str:
-    """The first line of what was read in which two solutions differ."""
+    """Name the first line of the readings in which two solutions differ."""
     pairs = zip_longest(draft.reading.split("\n"), final.reading.split("\n"), fillvalue="")
-    wrong = next(((a, b) for a, b in pairs if a != b), None)
-    return "no fault." if wrong is None else f"I read {wrong[0]}, but it is {wrong[1]}."
+    return next((f"I read {a}, but it is {b}." for a, b in pairs if a != b), "no fault.")
 
 
 _WRITERS: Mapping[str, Callable[[Solution, Solution], str]] = {

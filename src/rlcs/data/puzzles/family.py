@@ -1,9 +1,9 @@
-"""What a family of visual puzzles is: a protocol that one file fulfils, and the words all share.
+"""The protocol of a family of visual puzzles, and the colours and texts that all families share.
 
-A *scene* is a short canonical text of everything that is drawn, so that two images are equal
-exactly when their scenes are. A *plan* is a short text of what is asked. Both are strings: they
-go into `Problem.metadata` and are all that the built-in teacher needs. Adding a family means
-writing one file with such a class and naming it in `families()`.
+A *scene* is a short canonical text of everything in an image: two images are equal exactly when their
+scenes are. A *plan* is a short text that encodes a question. Both are strings in `Problem.metadata`
+and all that the built-in teacher needs. To add a family, write one file with such a class and list it
+in `families()`.
 """
 
 import hashlib
@@ -45,19 +45,19 @@ PAPERS: Mapping[str, Rgb] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
-    """A worked answer: what is read off the image, the calculation, and the number."""
+    """A worked answer: the reading of the image, the calculation, and the result."""
 
     reading: str
     steps: tuple[str, ...]
     answer: int
 
     def text(self) -> str:
-        """The reasoning as a teacher writes it, a line a step, ending in the boxed answer."""
+        """The reasoning as a teacher writes it: a line for each step, then the boxed answer."""
         return "\n".join((self.reading, *self.steps, boxed(self.answer)))
 
 
 def listed(quantities: Mapping[str, int], names: Iterable[str]) -> str:
-    """Write down some of the quantities, such as "red=3, squares=2"."""
+    """List some of the quantities, such as "red=3, squares=2"."""
     return ", ".join(f"{name}={quantities[name]}" for name in names)
 
 
@@ -66,7 +66,7 @@ class Family(Protocol):
 
     @property
     def name(self) -> str:
-        """A word for ids, tables and recipes."""
+        """The name of the family in ids, tables and recipes."""
         ...
 
     def scene(self, rng: random.Random, level: int) -> str:
@@ -74,41 +74,41 @@ class Family(Protocol):
         ...
 
     def paint(self, scene: str) -> "Image":
-        """The image of a scene, RGB."""
+        """Paint the image of a scene, RGB."""
         ...
 
     def plan(self, rng: random.Random, scene: str, level: int) -> str | None:
-        """Draw what to ask of a scene; None where this draw does not suit it."""
+        """Draw a question about a scene; None if the one that was drawn does not suit it."""
         ...
 
     def question(self, plan: str) -> str:
-        """The question in words."""
+        """The text of the question."""
         ...
 
     def solve(self, scene: str, plan: str) -> Solution:
-        """The worked answer, for any scene of the family."""
+        """Solve any scene of the family."""
         ...
 
     def misread(self, rng: random.Random, scene: str) -> str:
-        """The scene as seen by someone who gets one thing wrong."""
+        """Change one thing in the scene, as a misreading would."""
         ...
 
     def caption(self, scene: str) -> str:
-        """Everything in the image, in a fixed order."""
+        """Describe everything in the image, in a fixed order."""
         ...
 
     def quantities(self, scene: str) -> Mapping[str, int]:
-        """What can be counted or measured in the image, by name."""
+        """The quantities that can be counted or measured in the image, by name."""
         ...
 
 
 def boxed(answer: int | str) -> str:
-    r"""The form of every final answer: `\boxed{...}`."""
+    r"""Format a final answer: `\boxed{...}`."""
     return f"\\boxed{{{answer}}}"
 
 
 def split_of(family: str, scene: str) -> Split:
-    """Train or test, decided by the content alone: a fifth of all possible scenes is held out."""
+    """The split that a scene belongs to, by its content alone: a fifth of all possible scenes is test."""
     digest = hashlib.sha256(f"{family}|{scene}".encode()).digest()
     return "test" if digest[0] % 5 == 0 else "train"
 

@@ -1,4 +1,7 @@
-"""A rectangle, or two stacked into an L, on a unit grid: area and perimeter. 84 x 84 pixels, 9 tokens."""
+"""Figures on a unit grid: a rectangle, or two stacked into an L. 84 x 84 pixels, 9 tokens.
+
+Questions are about area and perimeter.
+"""
 
 import random
 from collections.abc import Mapping
@@ -65,7 +68,7 @@ class Figures:
     name = "figures"
 
     def scene(self, rng: random.Random, level: int) -> str:
-        """A rectangle on level 1, an L on level 3, either on level 2; some paper always shows."""
+        """Draw a rectangle on level 1, an L on level 3, either on level 2; it never fills the grid."""
         inks = rng.sample(tuple(COLOURS), 2)
         widths, heights = [rng.randint(2, _COLUMNS)], [rng.randint(2, _ROWS - 1)]
         if rng.random() < (level - 1) / 2:
@@ -76,7 +79,7 @@ class Figures:
         return _Figure(rng.choice(tuple(PAPERS)), parts).text()
 
     def paint(self, scene: str) -> "Image":
-        """The parts from top to bottom, under the lines of the unit grid."""
+        """Paint the parts from top to bottom, then the lines of the unit grid."""
         from PIL import Image, ImageDraw
 
         figure = _parse(scene)
@@ -94,17 +97,17 @@ class Figures:
         return image
 
     def plan(self, rng: random.Random, scene: str, level: int) -> str | None:
-        """Perimeter or area; both together on level 3 and for a rectangle on level 2."""
+        """Ask for perimeter or area, or on level 3 and for a rectangle on level 2 for both combined."""
         single = level == 1 or (level == 2 and len(_parse(scene).parts) == 2)
         plan = rng.choice(("perimeter", "area") if single else ("sum", "difference"))
         return plan if self.solve(scene, plan).answer >= 0 else None
 
     def question(self, plan: str) -> str:
-        """One fixed sentence for each plan."""
+        """Return the fixed sentence of a plan."""
         return _ASKS[plan]
 
     def solve(self, scene: str, plan: str) -> Solution:
-        """Read the parts, then area (of each) and perimeter (an L has that of the box around it)."""
+        """Read the parts; calculate area (of each) and perimeter (an L has that of the box around it)."""
         figure, sheet = _parse(scene), sums.Worksheet()
         area = perimeter = 0
         if plan != "perimeter":
@@ -117,7 +120,7 @@ class Figures:
         return Solution(reading=self.caption(scene), steps=tuple(sheet.lines), answer=answer)
 
     def misread(self, rng: random.Random, scene: str) -> str:
-        """One side is read one or two units too long or too short."""
+        """Change the length of one side by one or two units."""
         figure = _parse(scene)
         parts = list(figure.parts)
         index, error = rng.randrange(len(parts)), rng.choice((-2, -1, 1, 2))

@@ -1,4 +1,4 @@
-"""Coloured shapes on a 3 x 3 grid, some cells empty: count and combine. 84 x 84 pixels, 9 tokens."""
+"""Coloured shapes on a 3 x 3 grid with empty cells, to count and combine. 84 x 84 pixels, 9 tokens."""
 
 import random
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def _text(paper: str, cells: list[str]) -> str:
 
 
 def _count(cells: list[str], quantity: str) -> int:
-    """How many cells show `quantity`: a colour, a form in the plural, or both in one phrase."""
+    """Count the cells with `quantity`: a colour, a form in the plural, or both in one phrase."""
     wanted = {word.removesuffix("s") for word in quantity.split()}
     return sum(wanted <= set(cell.split()) for cell in cells)
 
@@ -56,7 +56,7 @@ class Shapes:
     name = "shapes"
 
     def scene(self, rng: random.Random, level: int) -> str:
-        """Few colours or forms in a scene make its counts large, many make them small."""
+        """Draw nine cells; few colours or forms make the counts large, many make them small."""
         inks = rng.sample(_INKS, rng.choice((2, 3, 3, 4)))
         forms = rng.sample(_FORMS, rng.choice((2, 3, 3)))
         cells = [f"{rng.choice(inks)} {rng.choice(forms)}" for _ in range(_SIDE**2)]
@@ -65,7 +65,7 @@ class Shapes:
         return _text(rng.choice(tuple(PAPERS)), cells)
 
     def paint(self, scene: str) -> "Image":
-        """The grid with one shape in the middle of each cell that has one."""
+        """Paint the grid, with a shape in the middle of each cell that is not empty."""
         from PIL import Image, ImageDraw
 
         paper, cells = _parse(scene)
@@ -85,7 +85,7 @@ class Shapes:
         return plan
 
     def question(self, plan: str) -> str:
-        """Such as "What is the number of red shapes plus the number of circles?"."""
+        """Ask, such as "What is the number of red shapes plus the number of circles?"."""
         return sums.words(plan, lambda quantity: f"the number of {_phrase(quantity)}")
 
     def solve(self, scene: str, plan: str) -> Solution:
@@ -93,7 +93,7 @@ class Shapes:
         return sums.solve(plan, self.quantities(scene), self.caption(scene))
 
     def misread(self, rng: random.Random, scene: str) -> str:
-        """One cell is taken for another shape."""
+        """Change one cell to another shape, or to an empty cell."""
         paper, cells = _parse(scene)
         index = rng.randrange(len(cells))
         others = [f"{ink} {form}" for ink in _INKS for form in _FORMS]
@@ -101,12 +101,12 @@ class Shapes:
         return _text(paper, cells)
 
     def caption(self, scene: str) -> str:
-        """The cells, a line a row."""
+        """List the cells, a line for each row."""
         cells = _parse(scene)[1]
         rows = (cells[start : start + _SIDE] for start in range(0, len(cells), _SIDE))
         return "\n".join(", ".join(row) for row in rows)
 
     def quantities(self, scene: str) -> Mapping[str, int]:
-        """How many shapes there are of each colour and of each form."""
+        """The number of shapes of each colour and of each form."""
         cells = _parse(scene)[1]
         return {name: _count(cells, name) for name in (*_INKS, *_PLURALS)}

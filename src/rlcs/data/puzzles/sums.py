@@ -1,7 +1,6 @@
-"""Questions in several steps over quantities that a family can name and measure.
+"""Questions in several steps over the quantities of a family.
 
-A plan reads `kind|quantity|quantity...`. The same kinds serve every family whose images hold
-countable or measurable things.
+A plan reads `kind|quantity|quantity...`. The kinds suit every family with countable or measurable things.
 """
 
 import random
@@ -17,7 +16,7 @@ KINDS: Mapping[int, tuple[str, ...]] = MappingProxyType(
         3: ("times_add", "double_add_subtract"),
     }
 )
-"""Kinds of question by level: one, two, then two or three steps of which one is hard."""
+"""Kinds of question by level: one step, two steps, then two or three steps of which one is harder."""
 
 _FORMS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -29,42 +28,42 @@ _FORMS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "double_add_subtract": ("What is double {} plus {} minus {}?", "*+-"),
     }
 )
-"""Each kind's words, and the signs between its numbers from left to right; a double starts with 2."""
+"""The text of each kind, and the signs between its numbers from left to right; a double starts with 2."""
 
 
 class Worksheet:
-    """Calculates and keeps each equation as a line."""
+    """Calculates, and records each equation as a line."""
 
     def __init__(self) -> None:
         """Start with an empty sheet."""
         self.lines: list[str] = []
 
     def work(self, left: int, sign: str, right: int) -> int:
-        """The result of `left sign right`, with the equation written down; signs are + - *."""
+        """Calculate `left sign right` and record the equation; signs are + - *."""
         value = {"+": left + right, "-": left - right, "*": left * right}[sign]
         self.lines.append(f"{left}{sign}{right}={value}")
         return value
 
     def chain(self, numbers: Sequence[int], signs: str) -> int:
-        """The result of numbers with signs between them, worked from left to right."""
+        """Calculate numbers with signs between them, from left to right."""
         total = numbers[0]
         for sign, number in zip(signs, numbers[1:], strict=True):
             total = self.work(total, sign, number)
         return total
 
     def total(self, numbers: Sequence[int]) -> int:
-        """The sum of some numbers, each but the first with an equation of its own."""
+        """Add some numbers, one equation for each but the first."""
         return self.chain(numbers, "+" * (len(numbers) - 1))
 
 
 def words(plan: str, phrase: Callable[[str], str]) -> str:
-    """The question of a plan; `phrase` turns a quantity into words such as "the red bar"."""
+    """Write the question of a plan; `phrase` turns a quantity into words such as "the red bar"."""
     kind, *quantities = plan.split("|")
     return _FORMS[kind][0].format(*map(phrase, quantities))
 
 
 def solve(plan: str, quantities: Mapping[str, int], reading: str) -> Solution:
-    """Note down the quantities that a plan is about, then calculate."""
+    """Solve a plan: list the quantities in the question, then calculate."""
     kind, *names = plan.split("|")
     sheet = Worksheet()
     answer = _calculate(kind, [quantities[name] for name in names], sheet)

@@ -1,7 +1,7 @@
-r"""The definition of a benchmark: where its rows come from, how a row is read, what is counted.
+r"""The definition of a benchmark: where its rows come from, how a row is read, which scores it has.
 
 A benchmark's module turns one published row into a `Question` by a pure function; everything else (files,
-images, sampling, grading, intervals) is the same for all.
+images, sampling, grading, intervals) is common to all benchmarks.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rlcs.records import IMAGE_SLOT, ImageRef, Problem
 
 Style = Literal["paper", "official"]
-"""`paper`: the `\\boxed{}` system prompt and the bare question; `official`: the official script's words."""
+"""`paper`: the `\\boxed{}` system prompt and the question alone; `official`: the official script's prompt."""
 STYLES: tuple[Style, ...] = ("paper", "official")
 
 Row = Mapping[str, Any]
@@ -23,12 +23,11 @@ Row = Mapping[str, Any]
 class Question:
     """One question of a benchmark.
 
-    `official` and `plain` are the user's turn in the two styles; one of them may hold one
-    `<image>` slot, without it the image comes first. `picture` is the row's image (a
-    path, bytes, or a mapping with one of them). `num_unlisted` is the number of options where the
-    row does not list them. `facets` are the
-    categories it counts under, each with one or several values; `group` ties questions together.
-    `facts` are further columns that an official rule needs.
+    `official` and `plain` are the user's message in the two styles; each may have one `<image>` slot, without
+    which the image comes first. `picture` is the row's image (a path, bytes, or a mapping with one of
+    them). `num_unlisted` is the number of options if the row does not list them. `facets` are the categories
+    by which scores are broken down, each with one or several values; questions of one `group` belong
+    together. `facts` are further columns that an official rule needs.
     """
 
     id: str
@@ -43,7 +42,7 @@ class Question:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that there is text in both styles, an answer, and an image for every slot."""
+        """Check for text in both styles, an answer, and an image for every slot. Raises ValueError."""
         texts = (self.official, self.plain)
         if not all(text.strip() for text in (*texts, self.answer)):
             raise ValueError("the question or its answer is empty")
@@ -52,16 +51,16 @@ class Question:
 
     @property
     def num_options(self) -> int:
-        """How many options there are; 0 for a free answer."""
+        """Number of options; 0 for a free answer."""
         return len(self.choices) or self.num_unlisted
 
     def problem(self, style: Style, images: tuple[ImageRef, ...]) -> Problem:
-        """The problem as the model sees it: the options stand in its text already."""
+        """The problem for the model: its options are part of the text."""
         text = self.plain if style == "paper" else self.official
         return Problem(id=self.id, source="benchmark", question=text, answer=self.answer, images=images)
 
     def graded(self) -> Problem:
-        """The problem as our own rule grades it: a letter or the value of an option is right."""
+        """The problem for the rlcs rule: the letter or the value of the right option is correct."""
         text = self.plain.replace(IMAGE_SLOT, "[image]")
         return Problem(
             id=self.id, source="benchmark", question=text, answer=self.answer, choices=self.choices
@@ -69,7 +68,7 @@ class Question:
 
 
 Verdicts = Sequence[tuple[Question, bool]]
-"""The questions of one sample round with whether each was answered right."""
+"""One sample of each question: the question, and whether it was answered right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class Benchmark:
 
     `splits` holds the number of questions of each split as published, the default split first.
     `official_rule` names the rule of `rlcs.grading` that scores as the official script does, if there
-    is one. `metrics` adds numbers beyond accuracy by facet. `name` is that of its module.
+    is one. `metrics` computes the benchmark's further scores. `name` is that of its module.
     """
 
     title: str
@@ -92,17 +91,17 @@ class Benchmark:
 
 
 def picture_of(row: Row, *columns: str) -> object:
-    """The first of the columns that holds anything: hub rows carry pixels, local ones a path."""
+    """Return the first of the columns that is not None: rows of the hub have pixels, local ones a path."""
     return next((row[column] for column in columns if row.get(column) is not None), None)
 
 
 def text_of(row: Row, column: str) -> str:
-    """A column as text, without a literal slot: only a benchmark file says where an image stands."""
+    """Return a column as text; an `<image>` in it is no slot and is rewritten as `< image>`."""
     return re.sub(IMAGE_SLOT, "< image>", str(row[column] if row[column] is not None else ""))
 
 
 def facets(**values: object) -> dict[str, tuple[str, ...]]:
-    """Categories by name, each given as one value or a list; None and empty ones are left out."""
+    """Make categories by name, each from one value or a list; None and empty values are left out."""
     named = {name: value if isinstance(value, list | tuple) else [value] for name, value in values.items()}
     kept = {
         name: tuple(str(v) for v in each if v is not None and str(v) != "") for name, each in named.items()

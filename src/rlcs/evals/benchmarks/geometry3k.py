@@ -1,7 +1,7 @@
-r"""Geometry3K in the form of hiyouga/geometry3k (from InterGPS, arXiv 2105.04165): answers are values.
+r"""Geometry3K as published in hiyouga/geometry3k (from InterGPS, arXiv 2105.04165): answers are values.
 
-Official words: EasyR1's format prompt (`examples/format_prompt/math.jinja`), with which the data set is
-mostly used.
+The official prompt is EasyR1's format prompt (`examples/format_prompt/math.jinja`), with which the data set
+is mostly used.
 """
 
 from rlcs.evals.benchmarks.base import Benchmark, Question, Row
@@ -15,7 +15,7 @@ _ASK = (
 
 
 def read(row: Row) -> Question:
-    """Read one row; its `problem` says with `<image>` where the image stands."""
+    """Read one row; `<image>` in its `problem` marks the place of the image."""
     problem = str(row["problem"])
     slots = problem.count(IMAGE_SLOT)
     images = row.get("images") or row.get("image")

@@ -1,7 +1,7 @@
 """Loads a benchmark's questions with their images, from the hub or from a folder with its official files.
 
-A question whose image is missing or damaged is set aside and named, never asked without it: a score
-says how many questions it covers.
+A question whose image is missing or damaged is left out and reported: scores state how many questions they
+cover.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ from rlcs.storage import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A benchmark's questions with their images, and the ones that cannot be asked, with reasons.
+    """A benchmark's questions with their images, and the questions without a usable one, with reasons.
 
-    `of` is the number of questions in the split as published; `source` is what was read.
+    `source` is the file or hub data set that was read.
     """
 
     benchmark: Benchmark
@@ -35,17 +35,17 @@ class Loaded:
 
     @property
     def of(self) -> int:
-        """Questions in the published split."""
+        """Number of questions in the split as published."""
         return self.benchmark.splits[self.split]
 
 
 def load_benchmark(
     benchmark: Benchmark, *, split: str | None, data: Path | None, limit: int | None, decode_limit: int
 ) -> Loaded:
-    """Read a split (None: the benchmark's own default), at most the first `limit` rows.
+    """Read a split (None: the benchmark's default), at most its first `limit` rows.
 
-    `data` is a folder with the official files, or one with a folder of the benchmark's name in it;
-    None is the hub. Raises UserError or DataError when nothing can be asked.
+    `data` is a folder with the official files, or with a subfolder of the benchmark's name that has them;
+    None reads from the hub. Raises UserError or DataError if there is no usable question.
     """
     split = split or next(iter(benchmark.splits))
     if split not in benchmark.splits:
@@ -87,8 +87,8 @@ def _question(benchmark: Benchmark, fields: dict[str, Any], where: str) -> Quest
 def _folder(benchmark: Benchmark, data: Path) -> Path:
     if not data.is_dir():
         raise UserError("no such folder", where=f"--data {data}", fix="name a folder with benchmark files")
-    own = data / benchmark.name
-    return own if own.is_dir() else data
+    subfolder = data / benchmark.name
+    return subfolder if subfolder.is_dir() else data
 
 
 def _hub_rows(benchmark: Benchmark, split: str) -> tuple[str, Iterator[tuple[str, dict[str, Any]]]]:
@@ -100,10 +100,10 @@ def _hub_rows(benchmark: Benchmark, split: str) -> tuple[str, Iterator[tuple[str
 def _local_rows(
     benchmark: Benchmark, split: str, folder: Path
 ) -> tuple[str, Iterator[tuple[str, dict[str, Any]]]]:
-    """The first of SPLIT.jsonl, SPLIT.json, SPLIT.parquet, SPLIT-*.parquet, here or in `data/`."""
-    for place in (folder, folder / "data"):
+    """Read the first of SPLIT.jsonl, SPLIT.json, SPLIT.parquet, SPLIT-*.parquet, also from `data/`."""
+    for parent in (folder, folder / "data"):
         for pattern in (f"{split}.jsonl", f"{split}.json", f"{split}.parquet", f"{split}-*.parquet"):
-            if files := sorted(place.glob(pattern)):
+            if files := sorted(parent.glob(pattern)):
                 rows = _json_rows(files[0]) if pattern.endswith(".json") else _table_rows(files)
                 return str(files[0]), rows
     raise UserError(
@@ -115,7 +115,7 @@ def _local_rows(
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A list of rows, or a mapping from id to row."""
+    """Yield the rows of a JSON file, which holds a list of rows or a mapping from id to row."""
     content = read_json(path)
     rows = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -133,7 +133,7 @@ def _table_rows(sources: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _images(question: Question, folder: Path | None, limit: int) -> tuple[ImageRef, ...]:
-    """The question's image, if it has one. Raises DataError when it cannot be had."""
+    """Open the question's image, if it has one. Raises DataError if it is missing or damaged."""
     picture = question.picture
     if isinstance(picture, dict):
         picture = picture["path"] if picture.get("bytes") is None else picture["bytes"]
@@ -143,5 +143,6 @@ def _images(question: Question, folder: Path | None, limit: int) -> tuple[ImageR
         return (image_from_bytes(picture, limit=limit, where=f"image of {question.id}"),)
     if folder is None:
         raise DataError("the row has a path instead of an image", where=str(picture))
-    places = [root for root in (folder, folder / "images", folder / "data") if (root / str(picture)).exists()]
-    return (image_from_path(str(picture), root=(places or [folder])[0], limit=limit),)
+    roots = (folder, folder / "images", folder / "data")
+    root = next((root for root in roots if (root / str(picture)).exists()), folder)
+    return (image_from_path(str(picture), root=root, limit=limit),)

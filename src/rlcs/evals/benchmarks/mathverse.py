@@ -1,8 +1,8 @@
 """MathVerse (arXiv 2403.14624): 788 problems, each in five versions that move text into the picture.
 
-Official words: the published `query_cot`. The official script grades with a language model twice
-(extraction, then comparison); there is no official rule, so our own grades. In the version Vision Only
-the question stands in the picture alone.
+The official prompt is the published `query_cot`. The official script grades with a language model twice
+(extraction, then comparison); there is no official rule, so the rlcs rule grades. In the version Vision Only
+the question is part of the picture and has no text.
 """
 
 import re
@@ -14,9 +14,9 @@ _IN_THE_PICTURE = "Please answer the question that is shown in the image."
 
 
 def options_of(text: str) -> tuple[str, ...]:
-    """The choices at the end of a question text (`Choices:`, then `A:40` lines); empty without any."""
-    _, found, listed = text.rpartition("Choices:")
-    options = _CHOICE.findall(listed) if found else []
+    """Read the choices at the end of a question (`Choices:`, then `A:40` lines); empty if there are none."""
+    _, heading, listed = text.rpartition("Choices:")
+    options = _CHOICE.findall(listed) if heading else []
     in_order = [letter for letter, _ in options] == list("ABCDEFGH"[: len(options)])
     return tuple(value for _, value in options) if in_order else ()
 

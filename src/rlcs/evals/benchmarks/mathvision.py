@@ -1,7 +1,7 @@
 r"""MATH-Vision (MATH-V, arXiv 2402.14804): 3,040 competition problems, 16 subjects, 5 levels.
 
-Prompt and files as in github.com/mathllm/MATH-V. All options of a question may be the bare letters:
-then they stand in the picture, and are not listed.
+Prompt and files as in github.com/mathllm/MATH-V. If all options of a question are letters, its options are
+part of the picture and are not listed in the prompt.
 """
 
 from rlcs.evals.benchmarks.base import Benchmark, Question, Row, facets, picture_of, text_of

@@ -1,6 +1,6 @@
 """MathVista (arXiv 2310.02255): 1,000 testmini questions from 28 sources.
 
-The official words are those of `build_query.py` in github.com/lupantech/MathVista (zero-shot, no
+The official prompt is that of `build_query.py` in github.com/lupantech/MathVista (zero-shot, no
 captions): a hint by answer type, the question with its unit, lettered choices.
 """
 

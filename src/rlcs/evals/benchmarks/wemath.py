@@ -1,8 +1,8 @@
 """We-Math (arXiv 2407.01284): 525 problems of two or three steps, and each step as a question alone.
 
-Official words as used with github.com/We-Math/We-Math, without the knowledge concept. The paper that
-this library follows reports plain accuracy over the 1,740 questions; `metrics` are the
-benchmark's own scores, and the two must never be mixed up.
+The official prompt is that of github.com/We-Math/We-Math, without the knowledge concept. The paper that this
+library follows reports plain accuracy over the 1,740 questions; `metrics` are the benchmark's own scores,
+which cannot be compared with it.
 """
 
 import re
@@ -22,9 +22,10 @@ _FORMAT = (
 
 
 def options_of(text: str) -> tuple[str, ...]:
-    """`A. 1; B. 2; ...` in pieces, letters in order; a wrong last letter (`F. No correct answer`) passes.
+    """Split `A. 1; B. 2; ...` into its options.
 
-    Separators are irregular in the published file; a letter inside an option (`shape C.`) is none.
+    Letters must come in order: `F. ...` after `D. ...` stays part of D. Separators are irregular in the
+    published file; a letter inside an option (`shape C.`) starts no option.
     """
     starts: list[re.Match[str]] = []
     for letter in "ABCDEFGH":
@@ -57,16 +58,16 @@ def read(row: Row) -> Question:
 
 
 def metrics(verdicts: Verdicts) -> dict[str, float | None]:
-    """The benchmark's own numbers over the problems that are complete: four dimensions and steps.
+    """Compute the benchmark's own scores over its complete problems: four dimensions and accuracy by steps.
 
-    `strict_` and `loose_` score and rates of IK, IG, CM and RM (see `grading.official.wemath`), and S1, S2,
-    S3: the accuracy of one-step questions, and of composed ones of two and of three steps.
+    They are `strict_` and `loose_` score and rates of IK, IG, CM and RM (see `grading.official.wemath`), and
+    S1, S2, S3: the accuracy of one-step questions, and of composed ones of two and of three steps.
     """
     items = [(question.group, str(question.facts["key"]), correct) for question, correct in verdicts]
     keys: dict[str, set[str]] = defaultdict(set)
     for group, key, _ in items:
         keys[group].add(key)
-    complete = {group for group, each in keys.items() if _is_complete(each)}
+    complete = {group for group, members in keys.items() if _is_complete(members)}
     problems = list(official.group(item for item in items if item[0] in complete).values())
     scores: dict[str, float | None] = {"problems": float(len(problems))}
     for name in ("strict", "loose"):
@@ -84,7 +85,7 @@ def metrics(verdicts: Verdicts) -> dict[str, float | None]:
 
 
 def _is_complete(keys: set[str]) -> bool:
-    """Whether all steps and the composed question of a problem are there."""
+    """Whether `keys` has all steps and the composed question of a problem."""
     steps = int(next(iter(keys))[0])
     return keys == {f"{steps}steps_{part}" for part in (*range(1, steps + 1), "multi")}
 

@@ -1,4 +1,4 @@
-"""The official scoring rules of three benchmarks, quirks included, as pure functions in our own code.
+"""The official scoring rules of three benchmarks, including their quirks, as pure functions.
 
-They exist to reproduce published numbers; for what is right, ask `grading.answers`.
+They reproduce published numbers; rlcs itself grades by `grading.answers`.
 """

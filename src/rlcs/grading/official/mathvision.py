@@ -1,8 +1,7 @@
-r"""MATH-Vision's own rule (`evaluation/evaluate.py` of mathllm/MATH-V).
+r"""MATH-Vision's official rule (`evaluation/evaluate.py` of mathllm/MATH-V).
 
-It lower-cases everything, strips some units, and calls decimals equal that agree when both are
-rounded to two places. Right answers with a unit in the option, or a letter with its value, are
-refused; that is the rule.
+It lower-cases all text, strips some units, and accepts decimals that agree when both are rounded to two
+places. It rejects right answers with a unit in the option, or a letter with its value.
 """
 
 import re
@@ -19,7 +18,7 @@ _SLASHED = re.compile(r"(0|-?[1-9]\d*)/(0|-?[1-9]\d*)", re.ASCII)
 
 
 def extract(response: str) -> str:
-    """What the official script takes as the final answer; never fails, often the whole text."""
+    """Extract the final answer as the official script does; often this is the whole text."""
     text = response.strip()
     for letter in _LETTERS.upper():
         ends = (f" {letter}.", f" ({letter}).")
@@ -55,18 +54,18 @@ def _is_number(text: str) -> bool:
 
 
 def _after_phrases(text: str) -> str:
-    """What follows the last "the answer is" and the like, to the end of its line or sentence."""
+    """The text after the last "the answer is" or a similar phrase, to the end of its line or sentence."""
     for phrase in _PHRASES:
         for spelling in (phrase, phrase.replace("the", "The")):
-            found = spelling in text
-            text = text.split(spelling)[-1].strip()
-            if found:
+            _, phrase_found, text = text.rpartition(spelling)
+            text = text.strip()
+            if phrase_found:
                 text = text.split("\n")[0].split(". ")[0]
     return text
 
 
 def _plain(text: str) -> str:
-    """The content of the box, or all of the text, without what the official script strips."""
+    """The content of the box, or the whole text, stripped as by the official script."""
     text = text.replace("{}", "")
     start, end = text.find("oxed{"), text.rfind("}")
     if 0 <= start < end - 4:
@@ -89,7 +88,7 @@ def _plain(text: str) -> str:
 
 
 def _braced_roots(text: str) -> str:
-    """`sqrt2` as `sqrt{2}`, after every backslash."""
+    r"""Rewrite every `\sqrt2` as `\sqrt{2}`."""
     head, *parts = text.split("\\sqrt")
     return head + "".join(
         "\\sqrt" + (f"{{{part[0]}}}{part[1:]}" if part[:1] not in ("", "{") else part) for part in parts
@@ -97,7 +96,7 @@ def _braced_roots(text: str) -> str:
 
 
 def _braced_fractions(text: str) -> str:
-    r"""`\frac12` as `\frac{1}{2}`; all of it unchanged where a fraction is cut short."""
+    r"""Rewrite every `\frac12` as `\frac{1}{2}`; a text with an incomplete fraction is unchanged."""
     head, *parts = text.split("\\frac")
     for part in parts:
         if part[:1] == "{":
@@ -130,7 +129,7 @@ def _equal(gold: str, answer: str) -> bool:
 
 
 def _rounded_tuple(text: str) -> str:
-    """A tuple or list with its members rounded to two places; any other text as it is."""
+    """Round the members of a tuple or list to two places; any other text is unchanged."""
     members = text[1:-1].split(",")
     if len(members) < 2 or (text[0], text[-1]) not in (("(", ")"), ("[", "]")):
         return text

@@ -1,8 +1,8 @@
-r"""MathVista's own rule (`evaluation/calculate_score.py` of lupantech/MathVista).
+r"""MathVista's official rule (`evaluation/calculate_score.py` of lupantech/MathVista).
 
-It scores an *extraction*, which there a language model makes; without one, `shortcut` does what the
-official script does before it asks. A multiple-choice answer always ends up as some choice: the
-nearest by edit distance, so that an empty extraction can be right by luck.
+It scores an *extraction*, which the official script gets from a language model unless `shortcut` suffices.
+A multiple-choice answer is always mapped to some choice, the nearest by edit distance, so that an empty
+extraction can be right by luck.
 """
 
 import re
@@ -17,7 +17,7 @@ _QUOTED = re.compile(r'The answer is "(.*)"\.')
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """How MathVista asks: `answer_type` is text, integer, float (to `precision` places) or list."""
+    """A kind of question; `answer_type` is text, integer, float (to `precision` places) or list."""
 
     question_type: str
     answer_type: str
@@ -26,7 +26,7 @@ class Kind:
 
 
 def shortcut(response: str, kind: Kind) -> str | None:
-    """The extraction for which the official script needs no language model; None where it would ask one."""
+    """Extract as the official script does without a language model; None where it would use one."""
     if response == "" or (kind.question_type == "multi_choice" and response in kind.choices):
         return response
     try:
@@ -41,7 +41,7 @@ def shortcut(response: str, kind: Kind) -> str | None:
 
 
 def predict(extraction: Json, kind: Kind) -> str | None:
-    """The extraction in the form of the gold answers; None where it has no such form."""
+    """Convert an extraction to the form of the gold answers; None if that is impossible."""
     if kind.question_type == "multi_choice":
         return _choice(str(extraction).strip(), kind.choices)
     text = str(extraction)
@@ -65,16 +65,16 @@ def _choice(text: str, choices: Sequence[str]) -> str:
 
 
 def edit_distance(pattern: str, text: str) -> int:
-    """Levenshtein distance, in one pass over `text` with the pattern's column as bits (Myers 1999)."""
+    """Compute the Levenshtein distance, in one pass over `text` with a column as bits (Myers 1999)."""
     if not pattern:
         return len(text)
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for index, char in enumerate(pattern):
-        places[char] = places.get(char, 0) | 1 << index
+        positions[char] = positions.get(char, 0) | 1 << index
     full, last = (1 << len(pattern)) - 1, 1 << (len(pattern) - 1)
     up, down, distance = full, 0, len(pattern)
     for char in text:
-        equal = places.get(char, 0)
+        equal = positions.get(char, 0)
         diagonal = (((equal & up) + up) ^ up) | equal | down
         right, left = down | (full & ~(diagonal | up)), up & diagonal
         distance += (1 if right & last else 0) - (1 if left & last else 0)

@@ -1,8 +1,8 @@
-"""We-Math's own rule and its four-dimensional metrics (`evaluation/*.py` of We-Math/We-Math).
+"""We-Math's official rule and its four-dimensional metrics (`evaluation/*.py` of We-Math/We-Math).
 
-A problem is asked as a whole and as its one-step parts. Who solves the whole but not the parts has
-learned by rote (RM); who solves the parts but not the whole generalises badly (IG); who solves both
-masters it (CM); who fails the whole and a part lacks knowledge (IK).
+A problem has one question as a whole and one for each of its steps. It counts as rote memorisation (RM) if
+only the whole is solved, as inadequate generalisation (IG) if only the steps are, as complete mastery (CM) if
+both are, and as insufficient knowledge (IK) if the whole and a step are not.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,14 +12,14 @@ _STRIPPED = str.maketrans("", "", "<>:.")
 
 
 def extract(response: str) -> str | None:
-    """The first letter after the last word "Answer", if it is A to H; boxes and brackets hide it."""
+    """Extract the first letter after the last word "Answer", if it is A to H and not in a box or brackets."""
     text = response.rpartition("Answer")[2].strip().translate(_STRIPPED).strip()
     return text[0] if text[:1] and text[0] in "ABCDEFGH" else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Steps:
-    """One problem: whether each of its one-step parts was solved, and whether the whole was."""
+    """The result of one problem: whether each of its one-step parts was solved, and whether the whole was."""
 
     parts: tuple[bool, ...]
     whole: bool
@@ -27,7 +27,7 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FourDimensions:
-    """Counts of problems and the rates made of them, as fractions of 1."""
+    """Counts of problems, and the rates computed from them, as fractions of 1."""
 
     ik: int
     ig: int
@@ -52,7 +52,7 @@ class FourDimensions:
 
     @property
     def rm_rate(self) -> float:
-        """Rote memorisation: share of the problems solved as a whole, RM/(CM+RM); 0 when there are none."""
+        """Rote memorisation: share of the problems solved as a whole, RM/(CM+RM); 0 if there are none."""
         return self.rm / (self.cm + self.rm) if self.cm + self.rm else 0.0
 
     @property
@@ -62,9 +62,9 @@ class FourDimensions:
 
 
 def group(items: Iterable[tuple[str, str, bool]]) -> dict[str, Steps]:
-    """Problems by ID from (ID, key, correct); keys are `2steps_1` ... `3steps_3` and `Nsteps_multi`.
+    """Group (ID, key, correct) into problems by ID; keys are `2steps_1` ... `3steps_3` and `Nsteps_multi`.
 
-    Raises ValueError for a problem that is not asked as a whole or lacks a part.
+    Raises ValueError for a problem that lacks the whole or a part.
     """
     answers: dict[str, dict[str, bool]] = {}
     steps: dict[str, int] = {}
@@ -82,7 +82,7 @@ def group(items: Iterable[tuple[str, str, bool]]) -> dict[str, Steps]:
 
 
 def four_dimensions(problems: Iterable[Steps], *, loose: bool) -> FourDimensions:
-    """Count the quadrants. Strictly a whole counts as mastered with all parts solved, loosely with any."""
+    """Count problems by dimension. A solved whole is mastered with all parts solved; if `loose`, with any."""
     counts = {"ik": 0, "ig": 0, "cm": 0, "rm": 0}
     for problem in problems:
         if problem.whole:
@@ -94,7 +94,7 @@ def four_dimensions(problems: Iterable[Steps], *, loose: bool) -> FourDimensions
 
 
 def step_accuracies(problems: Iterable[Steps]) -> dict[str, float]:
-    """S1: accuracy on all one-step parts; S2 and S3: on the wholes of two and of three steps."""
+    """Accuracies S1, on all one-step parts, and S2 and S3, on the wholes of two and of three steps."""
     solved: Mapping[str, list[bool]] = {"S1": [], "S2": [], "S3": []}
     for problem in problems:
         solved["S1"] += problem.parts
