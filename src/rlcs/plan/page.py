@@ -6,7 +6,8 @@ from typing import Any
 
 from rlcs.plan.advice import Advice, advise, possible_changes
 from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.planner import MemoryPlan, StagePlan, plan_stages
+from rlcs.plan.placement import place
+from rlcs.plan.planner import MemoryPlan, StagePlan, plan_measurement, plan_training
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.recipe.loading import load_recipe
 
@@ -48,19 +49,39 @@ class Plan:
         return "\n".join([*_head(self), *_table(self), *_advice(self)])
 
 
-def make_plan(recipe: str, overrides: Sequence[str], machine: Machine, assumed: Assumed) -> Plan:
+def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: Assumed) -> Plan:
     """Plan a recipe. Raises RecipeError, and ModelError for a model whose configuration cannot be found."""
-    chosen = load_recipe(recipe, overrides).recipe
+    chosen = load_recipe(name, overrides).recipe
     sizes = sizes_of(chosen.model)
 
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
-        changed = load_recipe(recipe, [*overrides, *more]).recipe
-        return plan_stages(changed, sizes, replace(machine, gpus=gpus), assumed)
+        recipe = load_recipe(name, [*overrides, *more]).recipe
+        sft, grpo, prompts = recipe.sft, recipe.grpo, (recipe.prompt, recipe.images)
+        learner, measured = (
+            place(
+                model,
+                recipe.lora,
+                recipe.parallel,
+                recipe.rollout,
+                sizes=sizes,
+                machine=replace(machine, gpus=gpus),
+            )
+            for model in (recipe.learner, recipe.model)
+        )
+        # Responses of given demonstrations may be longer than a teacher's.
+        longest = recipe.teacher.max_tokens
+        return {
+            "sft": plan_training(learner, sft, *prompts, assumed, longest_answer=longest),
+            "grpo": plan_training(learner, grpo, *prompts, assumed, longest_answer=grpo.max_new_tokens),
+            "eval": plan_measurement(measured, recipe.eval, *prompts),
+        }
 
-    stages = attempt((), machine.gpus)
-    fits = all(stage.fits for stage in stages.values())
-    changes = possible_changes(chosen, machine.gpus)
-    advice = None if fits else advise(changes, attempt, machine.gpus)
+    stages, advice = attempt((), machine.gpus), None
+    if not all(stage.fits for stage in stages.values()):
+        spread = chosen.lora, chosen.parallel, chosen.rollout
+        placed = place(chosen.learner, *spread, sizes=sizes, machine=machine)
+        changes = possible_changes(placed, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
+        advice = advise(changes, attempt, machine.gpus)
     return Plan(name=chosen.name, sizes=sizes, machine=machine, assumed=assumed, stages=stages, advice=advice)
 
 

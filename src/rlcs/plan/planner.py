@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlcs.evals.arms import CHUNK
-from rlcs.plan.machine import FP32, GIB, Assumed, Machine
+from rlcs.plan.machine import FP32, GIB, Assumed
 from rlcs.plan.memory import Load, Passing, activations, update_peak
-from rlcs.plan.placement import Placement, place, stored
+from rlcs.plan.placement import Placement, stored
 from rlcs.plan.rollouts import decoding_seconds, rollout_bytes
-from rlcs.plan.shapes import Sizes, Tower
+from rlcs.plan.shapes import Tower
 from rlcs.plan.work import Trees, language, vision
-from rlcs.recipe.schema import Eval, Images, Recipe
+from rlcs.recipe.schema import Eval, Images, Prompts
 from rlcs.recipe.stages import Grpo, Sft
 from rlcs.train.sft import steps_of
 
@@ -79,45 +79,32 @@ class StagePlan(MemoryPlan):
         }
 
 
-def plan_stages(recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed) -> dict[str, MemoryPlan]:
-    """The plan of each stage that trains, then of the measurement of an arm."""
-    images, sft, grpo = recipe.images, recipe.sft, recipe.grpo
-    prompt, tower = recipe.prompt.max_tokens, sizes.vision
-    spread = recipe.lora, recipe.parallel, recipe.rollout
-    placed = place(recipe.learner, *spread, sizes=sizes, machine=machine)
-    steps = steps_of(sft, assumed.demonstrations) if assumed.demonstrations else None
-    # Responses of given demonstrations may be longer than a teacher's.
-    largest = {
-        "sft": largest_tree(images, tower, prompt=prompt, group=1, answer=recipe.teacher.max_tokens),
-        "grpo": largest_tree(images, tower, prompt=prompt, group=grpo.group_size, answer=grpo.max_new_tokens),
-        "eval": largest_tree(images, tower, prompt=prompt, group=1, answer=recipe.eval.max_new_tokens),
-    }
-    plans: dict[str, MemoryPlan] = {}
-    for name, stage, count, lowest, number in (
-        ("sft", sft, sft.batch_size, images.min_pixels, steps),
-        ("grpo", grpo, grpo.prompts_per_step, images.rl_min_pixels or images.min_pixels, grpo.steps),
-    ):
-        trees = expected_trees(largest[name], tower, assumed, count=count, lowest=lowest)
-        plans[name] = _plan_training(placed, stage, trees, largest[name], assumed.utilization, number)
-    answering = recipe.learner
-    if recipe.model.dtype == "auto" and machine.gpus:  # which is so of a model that only answers
-        answering = answering.model_copy(update={"dtype": "bfloat16"})
-    placed = place(answering, *spread, sizes=sizes, machine=machine)
-    return plans | {"eval": _plan_measurement(placed, recipe.eval, largest["eval"])}
-
-
-def _plan_training(
+def plan_training(
     placed: Placement,
     stage: Sft | Grpo,
-    trees: Trees,
-    largest: Trees,
-    utilization: float,
-    steps: int | None,
+    prompt: Prompts,
+    images: Images,
+    assumed: Assumed,
+    *,
+    longest_answer: int,
 ) -> StagePlan:
-    device = placed.machine.device
+    """Plan one training stage whose answers have `longest_answer` tokens at most."""
+    if isinstance(stage, Grpo):
+        count, group, lowest = stage.prompts_per_step, stage.group_size, images.rl_min_pixels
+        steps: int | None = stage.steps
+    else:
+        count, group, lowest = stage.batch_size, 1, None
+        steps = steps_of(stage, assumed.demonstrations) if assumed.demonstrations else None
+    tower, device = placed.sizes.vision, placed.machine.device
+    largest = largest_tree(images, tower, prompt=prompt.max_tokens, group=group, answer=longest_answer)
+    trees = expected_trees(largest, tower, assumed, count=count, lowest=lowest or images.min_pixels)
     parts, peak = _memory(placed, stage, trees, largest)
     per_tree, repeated = _passes(placed, stage, trees)
-    speed = placed.trainers * utilization * (device.float32 if placed.compute == FP32 else device.bfloat16)
+    speed = (
+        placed.trainers
+        * assumed.utilization
+        * (device.float32 if placed.compute == FP32 else device.bfloat16)
+    )
     seconds = {name: trees.count * flops / speed for name, flops in per_tree.items()}
     if isinstance(stage, Grpo):
         seconds["rollout"] += decoding_seconds(placed, trees, max_rows=stage.max_rows)
@@ -132,6 +119,23 @@ def _plan_training(
         seconds=seconds,
         steps=steps,
     )
+
+
+def plan_measurement(placed: Placement, sampling: Eval, prompt: Prompts, images: Images) -> MemoryPlan:
+    """Plan an arm's measurement: its whole model (adapters merged, no 4 bits), answers at their limit."""
+    largest = largest_tree(
+        images, placed.sizes.vision, prompt=prompt.max_tokens, group=1, answer=sampling.max_new_tokens
+    )
+    own = placed.sizes.total * placed.weight / placed.trainers
+    moved = own if placed.offloaded else 0.0
+    rows = min(sampling.max_rows, math.ceil(CHUNK / placed.trainers))
+    parts = {
+        "weights": own - moved,
+        "offloaded": moved,
+        "rollout": rollout_bytes(placed, largest, prompts=rows, top_p=sampling.top_p),
+    }
+    peak = _with_overhead(parts["weights"] + parts["rollout"])
+    return MemoryPlan(parts=parts, peak=peak, limit=placed.machine.device.memory * GIB)
 
 
 # --- what a step is made of ---------------------------------------------------------------------------
@@ -189,20 +193,6 @@ def _memory(
         rest = worst if placed.rollout.engine == "vllm_server" else lies.gradients
         worst = max(worst, rest + parts["rollout"])
     return parts, _with_overhead(lies.weights + lies.optimizer + lies.reference + worst)
-
-
-def _plan_measurement(placed: Placement, sampling: Eval, largest: Trees) -> MemoryPlan:
-    """One arm: its whole model (adapters are merged, nothing has 4 bits), and every answer at its limit."""
-    own = placed.sizes.total * placed.weight / placed.trainers
-    moved = own if placed.offloaded else 0.0
-    rows = min(sampling.max_rows, math.ceil(CHUNK / placed.trainers))
-    parts = {
-        "weights": own - moved,
-        "offloaded": moved,
-        "rollout": rollout_bytes(placed, largest, prompts=rows, top_p=sampling.top_p),
-    }
-    peak = _with_overhead(parts["weights"] + parts["rollout"])
-    return MemoryPlan(parts=parts, peak=peak, limit=placed.machine.device.memory * GIB)
 
 
 def _with_overhead(worst: float) -> float:
