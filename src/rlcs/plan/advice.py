@@ -1,4 +1,4 @@
-"""What to change when a recipe does not fit: changes that the planner has tried itself."""
+"""Advice for a recipe that does not fit: changes of which the planner has tried that they suffice."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,14 @@ OFFLOAD = "parallel.cpu_offload=true"
 VLLM_SHARES = (0.6, 0.5, 0.4, 0.3)
 
 Try = Callable[[Sequence[str], int], dict[str, MemoryPlan]]
-"""Plans with more overrides (`key=value`) on a number of GPUs."""
+"""Plans the stages with more overrides (`key=value`) on a number of GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Changes:
     """Changes (`key=value`) in the order in which they are tried.
 
-    Those that are `harmless` cost time or main memory and nothing else; after the `altering` ones something
-    else is learnt.
+    The `harmless` ones cost only time or main memory; the `altering` ones change the result of training.
     """
 
     harmless: tuple[str, ...]
@@ -33,9 +32,9 @@ class Changes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
-    """`changes` (`key=value`) that make it fit here, None if nothing does; GPUs that make it fit as it is.
+    """`changes` (`key=value`) that make a recipe fit, None if none do; `gpus` on which it fits unchanged.
 
-    `alters` are those of the changes that change what is learnt, not only what it costs.
+    `alters` are those of the changes that change the result of training.
     """
 
     changes: tuple[str, ...] | None
@@ -44,7 +43,7 @@ class Advice:
 
 
 def advise(changes: Changes, attempt: Try, gpus: int) -> Advice:
-    """Take changes in order, harmless ones first, until it fits; then drop those that were not needed."""
+    """Add changes in order, harmless ones first, until the recipe fits; then drop the unneeded ones."""
     taken: list[str] = []
     needed: tuple[str, ...] | None = None
 
@@ -87,7 +86,7 @@ def _enough_gpus(attempt: Try, gpus: int) -> int | None:
 
 
 def possible_changes(placed: Placement, prompt: Prompts, sft: Sft, grpo: Grpo, measurement: Eval) -> Changes:
-    """Every change of a recipe that may save memory, the mildest first."""
+    """Every change of a recipe that may save memory, those with the least effect first."""
     rollout, lora, parallel, gpus = placed.rollout, placed.lora, placed.parallel, placed.machine.gpus
     harmless = [] if placed.checkpointing else ["model.gradient_checkpointing=true"]
     harmless += [] if parallel.reshard_after_forward else ["parallel.reshard_after_forward=true"]

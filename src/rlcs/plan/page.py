@@ -1,4 +1,4 @@
-"""A whole plan, as JSON and as the text that a person reads."""
+"""The plan of a recipe, as JSON and as text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +14,7 @@ from rlcs.recipe.loading import load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe takes on a machine; `advice` where it does not fit."""
+    """Memory and time of a recipe on a machine; `advice` where it does not fit."""
 
     name: str
     sizes: Sizes
@@ -25,11 +25,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage does."""
+        """Whether every stage fits."""
         return self.advice is None
 
     def to_json(self) -> dict[str, Any]:
-        """What a script reads."""
+        """The plan for scripts."""
         return {
             "recipe": self.name,
             "model": self.sizes.name,
@@ -45,7 +45,7 @@ class Plan:
         }
 
     def to_text(self) -> str:
-        """What a person reads."""
+        """The plan as a table of text."""
         return "\n".join([*_head(self), *_table(self), *_advice(self)])
 
 
@@ -121,7 +121,7 @@ def _table(plan: Plan) -> Iterator[str]:
     yield line("seconds a step", [f"{sum(stage.seconds.values()):,.1f}" for stage in trains])
     yield line("steps", ["by the data" if s.steps is None else f"{s.steps:,}" for s in trains])
     hours = [stage.to_json()["hours"] for stage in trains]
-    yield line("hours", ["" if each is None else f"{each:,.1f}" for each in hours])
+    yield line("hours", ["" if value is None else f"{value:,.1f}" for value in hours])
 
 
 def _advice(plan: Plan) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""A recipe on a machine: memory, work and time of each training stage, and the memory of a measurement.
+"""Plans memory, work and time of each training stage, and the memory of a measurement.
 
-Memory is that of the fullest device at its worst moment: the largest pack that the recipe allows,
-answers at their limit. Work and time are for the lengths that are assumed. Bytes follow from what
-the code keeps; seconds follow from the machine's peaks and a stated utilisation, and are a guess.
+Memory is the peak of the fullest device: with the largest pack that the recipe allows and answers at
+their limit. Work and time are for the assumed lengths. Bytes follow from the tensors that the code
+keeps; seconds are an estimate from the machine's peaks and an assumed utilisation.
 """
 
 import math
@@ -22,9 +22,9 @@ from rlcs.recipe.stages import Grpo, Sft
 from rlcs.train.sft import steps_of
 
 LIBRARIES = 3 * GIB // 2
-"""What a process holds before any model: the GPU's context and kernels, or Python with its libraries."""
+"""Bytes of a process without any model: the GPU's context and kernels, or Python with its libraries."""
 FRAGMENTS = 0.05
-"""Share of the memory in use that the allocator cannot hand out."""
+"""Memory lost to fragmentation, as a share of the memory in use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has that much."""
+        """Whether the device has enough memory."""
         return self.peak <= self.limit
 
     def to_json(self) -> dict[str, Any]:
@@ -51,10 +51,10 @@ class MemoryPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan(MemoryPlan):
-    """One stage that trains.
+    """One training stage.
 
-    `tokens` and `flops` are of one step over all devices; `repeated_*` is what a trainer pays that
-    repeats prompt and image for every answer. `steps` is None where the data decide.
+    `tokens` and `flops` are of one step over all devices; `repeated_*` are those of a trainer that
+    repeats prompt and image for every answer. `steps` is None where it depends on unknown data.
     """
 
     tokens: int
@@ -65,7 +65,7 @@ class StagePlan(MemoryPlan):
     steps: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """The memory, and what a step is and takes."""
+        """The memory, and the work and time of a step."""
         step = sum(self.seconds.values())
         return MemoryPlan.to_json(self) | {
             "tokens_per_step": self.tokens,
@@ -73,7 +73,7 @@ class StagePlan(MemoryPlan):
             "flops_per_step": self.flops,
             "flops_per_step_repeated": self.repeated_flops,
             "seconds_per_step": round(step, 3),
-            "seconds_by_phase": {name: round(each, 3) for name, each in self.seconds.items()},
+            "seconds_by_phase": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
             "steps": self.steps,
             "hours": None if self.steps is None else round(step * self.steps / 3600, 2),
         }
@@ -138,11 +138,11 @@ def plan_measurement(placed: Placement, sampling: Eval, prompt: Prompts, images:
     return MemoryPlan(parts=parts, peak=peak, limit=placed.machine.device.memory * GIB)
 
 
-# --- what a step is made of ---------------------------------------------------------------------------
+# --- the trees of a step ------------------------------------------------------------------------------
 
 
 def largest_tree(images: Images, tower: Tower, *, prompt: int, group: int, answer: int) -> Trees:
-    """The longest prompt that is let in, its image as large as can be, every answer at its limit."""
+    """A tree with the longest allowed prompt, the largest image, and every answer at its limit."""
     image = min(images.max_pixels // tower.side**2, prompt)
     return Trees(count=1, trunk=prompt, patches=tower.merge**2 * image, group=group, answer=answer)
 
@@ -166,33 +166,33 @@ def expected_trees(largest: Trees, tower: Tower, assumed: Assumed, *, count: int
 def _memory(
     placed: Placement, stage: Sft | Grpo, trees: Trees, largest: Trees
 ) -> tuple[dict[str, float], float]:
-    """The parts of one device's memory, and their sum at the worst moment."""
+    """The parts of one device's memory, and its peak."""
     how = Passing(
         element=placed.compute,
         checkpointing=placed.checkpointing,
         trains=placed.trains(stage.freeze),
         adapters=placed.lora.rank > 0,
     )
-    lies = stored(placed, how.trains, reference=isinstance(stage, Grpo) and stage.kl.active)
+    held = stored(placed, how.trains, reference=isinstance(stage, Grpo) and stage.kl.active)
     full = max(1, min(trees.count, stage.pack_tokens // trees.tokens))
     packs = [(full, trees), (1, largest)]  # a full pack of expected trees, and the largest alone
     loads = [
         Load(tokens=n * t.tokens, targets=n * t.group * t.answer, patches=n * t.patches) for n, t in packs
     ]
-    held = [activations(placed.sizes, load, how) for load in loads]
+    passes = [activations(placed.sizes, load, how) for load in loads]
     several = trees.count * trees.tokens > stage.pack_tokens * placed.trainers
-    worst = max(update_peak(lies.gradients, each, packs=2 if several else 1) for each in held)
-    parts = asdict(lies) | {"activations": max(each.kept + each.working for each in held)}
-    worst += lies.gathered
+    worst = max(update_peak(held.gradients, one, packs=2 if several else 1) for one in passes)
+    parts = asdict(held) | {"activations": max(one.kept + one.working for one in passes)}
+    worst += held.gathered
     if isinstance(stage, Grpo):
         # Whole groups within max_rows are decoded at once.
         own = math.ceil(stage.prompts_per_step / placed.trainers)
         prompts = min(own, max(1, stage.max_rows // stage.group_size))
         parts["rollout"] = rollout_bytes(placed, largest, prompts=prompts, top_p=stage.top_p)
-        # The gradients of a step lie there until the next one begins; servers never sleep.
-        rest = worst if placed.rollout.engine == "vllm_server" else lies.gradients
+        # Gradients stay until the next step begins; servers keep their memory at all times.
+        rest = worst if placed.rollout.engine == "vllm_server" else held.gradients
         worst = max(worst, rest + parts["rollout"])
-    return parts, _with_overhead(lies.weights + lies.optimizer + lies.reference + worst)
+    return parts, _with_overhead(held.weights + held.optimizer + held.reference + worst)
 
 
 def _with_overhead(worst: float) -> float:
@@ -203,9 +203,9 @@ def _with_overhead(worst: float) -> float:
 
 
 def _passes(placed: Placement, stage: Sft | Grpo, trees: Trees) -> tuple[dict[str, float], dict[str, float]]:
-    """Operations by phase of one tree, and of one answer with a prompt of its own."""
+    """Operations by phase of one tree, and of one answer whose prompt is computed for it alone."""
     sizes, trains = placed.sizes, placed.trains(stage.freeze)
-    # What is frozen has gradients of its activations alone; where none are needed, none.
+    # Frozen parts need gradients of activations only; a frozen tower, which comes first, needs none.
     half = 3 if placed.checkpointing else 2
     whole = half if placed.lora.rank else half + 1
     layers, tower = (
