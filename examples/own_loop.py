@@ -9,7 +9,7 @@ PROMPTS, ANSWERS = 16, 8
 
 def clipped_loss(batch: rlcs.Batch, scores: rlcs.Scores) -> rlcs.LossSums:
     """PPO's clipped objective; the trainer divides the sum by the tokens of the whole step."""
-    pack = batch.pack
+    pack = batch.pack.to(scores.logprobs.device)
     assert pack.sampler_logprobs is not None, "every branch below has them"
     ratio = (scores.logprobs - pack.sampler_logprobs).exp()
     gain = torch.minimum(ratio * pack.weights, ratio.clamp(0.8, 1.28) * pack.weights)

@@ -27,6 +27,11 @@ def test_own_loop_trains_and_prints_its_rewards(capsys: pytest.CaptureFixture[st
     ]
 
 
+def test_the_page_shows_the_example_as_it_is() -> None:
+    page = EXAMPLE.parent.parent / "docs" / "reference" / "python-api.md"
+    assert f"```python\n{EXAMPLE.read_text(encoding='utf-8')}```" in page.read_text(encoding="utf-8")
+
+
 def test_the_package_is_imported_in_an_instant_and_its_parts_when_they_are_used() -> None:
     loaded = f"print(*sorted({HEAVY!r} & set(sys.modules)))"
     program = f"import sys, rlcs\n{loaded}\nrlcs.pack\n{loaded}"
