@@ -21,9 +21,7 @@ data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is
 def data_check(
     source: Annotated[str, typer.Argument(help="JSONL, Parquet, folder, hub id, or builtin:NAME")],
     overrides: Overrides = None,
-    recipe: Annotated[
-        str, typer.Option("--recipe", help="Recipe with the columns and limits")
-    ] = "quickstart",
+    recipe: Annotated[str, typer.Option("--recipe", help="Source of columns and limits")] = "quickstart",
     role: Annotated[str, typer.Option("--role", help="rl, test or cold_start")] = "rl",
     prompts: Annotated[
         bool, typer.Option("--prompts", help="Also make every prompt, with the recipe's model and limit")

@@ -56,9 +56,7 @@ def evaluate(
     run = _eval_run(options)
     named = [*(models or []), *(options.model or [])]
     if not named:
-        raise UserError(
-            "no model is named", where="rlcs eval", fix="write rlcs eval MODEL, such as `builtin`"
-        )
+        raise UserError("no model is named", where="rlcs eval", fix="write rlcs eval MODEL, like `builtin`")
 
     from rlcs.evals.comparison import as_markdown
     from rlcs.evals.run import evaluate_models

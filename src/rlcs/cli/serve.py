@@ -24,9 +24,7 @@ class ServeOptions:
 
     host: Annotated[str, typer.Option(help="Address to listen at; default: this machine alone")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000
-    api_key: Annotated[str | None, typer.Option(envvar="RLCS_API_KEY", help="Key that clients must send")] = (
-        None
-    )
+    api_key: Annotated[str | None, typer.Option(envvar="RLCS_API_KEY", help="Key of the clients")] = None
     engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto"
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: MODEL")] = None
     concurrency: Annotated[int, typer.Option(min=1, help="Answers generated at once")] = 32

@@ -57,17 +57,9 @@ def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: As
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
         recipe = load_recipe(name, [*overrides, *more]).recipe
         sft, grpo, prompts = recipe.sft, recipe.grpo, (recipe.prompt, recipe.images)
-        learner, measured = (
-            place(
-                model,
-                recipe.lora,
-                recipe.parallel,
-                recipe.rollout,
-                sizes=sizes,
-                machine=replace(machine, gpus=gpus),
-            )
-            for model in (recipe.learner, recipe.model)
-        )
+        spread, where = (recipe.lora, recipe.parallel, recipe.rollout), replace(machine, gpus=gpus)
+        learner = place(recipe.learner, *spread, sizes=sizes, machine=where)
+        measured = place(recipe.model, *spread, sizes=sizes, machine=where)
         # Responses of given demonstrations may be longer than a teacher's.
         longest = recipe.teacher.max_tokens
         return {
