@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from conftest import make_problem
+from conftest import engine_needs, make_problem
 from rlcs.distributed import join_world
-from rlcs.engines.factory import EngineNeeds, open_engines
+from rlcs.engines.factory import open_engines
 from rlcs.model import loading
 from rlcs.recipe.loading import load_recipe
 
@@ -20,7 +20,7 @@ def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
     words = ["rollout.engine=vllm_server", "rollout.health_limit_s=5", f"rollout.executable={program}"]
     words += [f"model.name={model}", f"lora.rank={lora_rank}"]
     recipe = load_recipe("quickstart", words).recipe
-    with join_world(timeout_s=120) as world, open_engines(EngineNeeds.of(recipe), folder) as make:
+    with join_world(timeout_s=120) as world, open_engines(engine_needs(recipe), folder) as make:
         vlm = loading.prepare(loading.load(recipe.model, world=world), recipe.lora, (), seed=3)
         for name, parameter in vlm.parameters():
             if "lora_B" in name and world.rank == 0:

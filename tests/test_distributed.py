@@ -205,7 +205,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(pair, name, step):
     folder = pair / f"{name}-stopped"
     for rank in range(2):
         assert f"after step {step} of" in (folder / f"stopped-{rank}").read_text()
-    assert checkpoint.saved_steps(folder / "checkpoints")[-1] == step
+    assert max(checkpoint.complete(folder / "checkpoints")) == step
     saved = folder / "checkpoints" / f"step-{step:06d}"
     assert (saved / "model.safetensors").stat().st_size < 0.6 * (
         pair / "sft/final/model.safetensors"
@@ -278,7 +278,7 @@ def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_mo
         study.kill()
     assert error.count("stopped as asked") == 1 and "grpo after step" in error, error
     assert said.count("SFT loss") == 1  # rank 0 alone speaks
-    step = checkpoint.saved_steps(tmp_path / "sft_grpo" / "checkpoints")[-1]
+    step = max(checkpoint.complete(tmp_path / "sft_grpo" / "checkpoints"))
     assert (tmp_path / "sft_grpo" / "checkpoints" / f"step-{step:06d}" / "model-1.safetensors").is_file()
     subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -170,7 +170,7 @@ def test_torn_checkpoints_and_leftovers(run):
     (folder / "step-000040.bad").mkdir()
     told = [one.message for one in examine(run) if one.name == "checkpoint" and one.bad]
     assert "step-000060 is torn: the file has 350 bytes instead of 700" in told[1]
-    assert "set aside" in told[0] and "left of a save that died" in told[2]
+    assert "set aside" in told[0] and "left of a killed save" in told[2]
     assert any("step-000050 verified" in one.message for one in examine(run))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL_STUDY
+from conftest import SMALL_STUDY, engine_needs
 from loopback_server import LoopbackServer
 from rlcs.data import run_data
 from rlcs.distributed import join_world
@@ -137,6 +137,25 @@ def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeyp
     finally:
         gc.enable()
     assert alive == [0] * 5
+
+
+def test_engines_are_opened_with_what_the_recipe_asks_for(tmp_path, monkeypatch):
+    words = ["rollout.engine=vllm_server", "lora.rank=4", "parallel.compute_dtype=bfloat16"]
+    words += ["grpo.group_size=9", "grpo.max_rows=7", "grpo.max_new_tokens=50", "eval.max_new_tokens=60"]
+    words += ["prompt.max_tokens=100", "images.decode_limit=5000000"]
+    chosen = load_recipe("quickstart", words).recipe
+    needs = []
+
+    def opened(given, folder):
+        needs.append((given, folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "open_engines", opened)
+    given = {"data": data_of(chosen), "output": study.Output(quiet=True), "stop": StopFlag()}
+    with pytest.raises(KeyboardInterrupt):
+        study.Study(chosen, tmp_path / "run", **given).run()
+    assert needs == [(engine_needs(chosen), tmp_path / "run" / "rollout")]
+    assert (needs[0][0].max_tokens, needs[0][0].max_rows, needs[0][0].adapter_rank) == (160, 9, 4)
 
 
 def test_one_stage_alone_and_the_rest_later(random_model_folder, tmp_path):

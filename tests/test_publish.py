@@ -143,7 +143,7 @@ def test_the_card_tells_the_run(run, exported):
     kept = read_json(run / "cold_start" / "stats.json")["kept"]
     assert f"| {kept} kept of 12 asked |" in text
     assert "| reinforcement learning | `builtin:puzzles?count=12&seed=2` | 12 |" in text
-    assert "| RL clip | low 0.2, high 0.3, dual 3 |" in text and "seed 0" in text and "A toy." in text
+    assert "| RL clip | low 0.2, high 0.3, dual 3 |" in text and "seed 0" in text and "A toy model." in text
     assert "2505.22334" in text and "@software{rlcs" in text
     gained = re.search(r"95% interval ([+-][\d.]+) to", text)
     assert ("does not show that training helped" in text) == (float(gained[1]) <= 0)

@@ -20,11 +20,11 @@ import psutil
 import pytest
 import torch
 
-from conftest import LengthGrader, make_problem, tree_of
+from conftest import LengthGrader, engine_needs, make_problem, tree_of
 from rlcs.data import puzzles as tasks
 from rlcs.data.images import data_uri, encoded_image
 from rlcs.data.loading import load
-from rlcs.engines.factory import EngineNeeds, open_engines
+from rlcs.engines.factory import open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import EndpointError
 from rlcs.model import loading
@@ -96,7 +96,7 @@ def make_engine(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CPU.items():
             patch.setenv(name, value)
-        with open_engines(EngineNeeds.of(recipe), folder) as make:
+        with open_engines(engine_needs(recipe), folder) as make:
             yield make
 
 
@@ -142,7 +142,7 @@ def test_colocated(policy, tmp_path, monkeypatch) -> None:
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     prompts = prompts_of(recipe, chat, 5)
-    with open_engines(EngineNeeds.of(recipe), tmp_path) as make:
+    with open_engines(engine_needs(recipe), tmp_path) as make:
         engine = make(vlm, chat, 64)
         greedy = chat.sampling(max_new_tokens=40, temperature=0.0)
         ours = LocalEngine(vlm, chat, max_rows=64).sample(prompts, greedy)
@@ -174,7 +174,7 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
     def versions() -> list[str]:
         return sorted(path.name.partition("-")[2] for path in (tmp_path / "weights").iterdir())
 
-    with open_engines(EngineNeeds.of(recipe), tmp_path) as make:
+    with open_engines(engine_needs(recipe), tmp_path) as make:
         engine = make(vlm, chat, 64)
         start = engine.sample(prompts, warm)
         assert gap(vlm, start) < 1e-3 and versions() == ["1", "1+2"]

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import LengthGrader, make_problem
-from rlcs.engines.factory import EngineNeeds, open_engines
+from conftest import LengthGrader, engine_needs, make_problem
+from rlcs.engines.factory import open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.colocated import Colocated
 from rlcs.engines.vllm.engine import VllmEngine
@@ -289,7 +289,7 @@ def test_the_command_line_of_a_server(vlm: Vlm) -> None:
              "rollout.memory_share=0.5", "rollout.arguments=[--enforce-eager]", "grpo.max_rows=24",
              "rollout.executable=/env/bin/vllm", "grpo.max_new_tokens=100",
              "prompt.max_tokens=200"]  # fmt: skip
-    launch = EngineNeeds.of(load_recipe("quickstart", words).recipe).launch(vlm)
+    launch = engine_needs(load_recipe("quickstart", words).recipe).launch(vlm)
     command = launch.command(Path("/weights/7"), 8123)
     assert command[:3] == ["/env/bin/vllm", "serve", "/weights/7"]
     pairs = {command[k]: command[k + 1] for k in range(len(command) - 1)}
@@ -315,12 +315,12 @@ def test_the_weights_folder_may_be_elsewhere(tmp_path: Path, program: Path, vlm:
     stranger = tmp_path / "shared" / "keep.txt"
     stranger.parent.mkdir()
     stranger.write_text("not ours")
-    with open_engines(EngineNeeds.of(load_recipe("quickstart", words).recipe), tmp_path / "run") as make:
+    with open_engines(engine_needs(load_recipe("quickstart", words).recipe), tmp_path / "run") as make:
         sampling = chat.sampling(max_new_tokens=4)
         make(vlm, chat, 8).sample([chat.prompt(make_problem("a", sizes=()))], sampling)
         (first,) = (tmp_path / "shared").glob("quickstart-*/*-1/model.safetensors")
         with open_engines(
-            EngineNeeds.of(load_recipe("quickstart", words).recipe), tmp_path / "other"
+            engine_needs(load_recipe("quickstart", words).recipe), tmp_path / "other"
         ) as make_other:
             make_other(vlm, chat, 8).sample([chat.prompt(make_problem("a", sizes=()))], sampling)
         assert first.exists(), "another run's weights"
@@ -334,7 +334,7 @@ def test_vllm_starts_anew_when_images_are_resized_otherwise(
     words = ["rollout.engine=vllm_server", f"rollout.executable={program}", "rollout.health_limit_s=1"]
     ask = [chat.prompt(make_problem("a", sizes=()))], chat.sampling(max_new_tokens=4)
     bounds = dict(vlm.processor.image_processor.size)
-    with open_engines(EngineNeeds.of(load_recipe("quickstart", words).recipe), tmp_path) as make:
+    with open_engines(engine_needs(load_recipe("quickstart", words).recipe), tmp_path) as make:
         for size, starts in ((bounds, 1), (bounds, 1), (bounds | {"shortest_edge": 6272}, 2)):
             monkeypatch.setattr(vlm.processor.image_processor, "size", size)
             make(vlm, chat, 8).sample(*ask)
@@ -343,9 +343,9 @@ def test_vllm_starts_anew_when_images_are_resized_otherwise(
 
 def test_vllm_computes_in_the_dtype_of_a_sharded_policy(vlm: Vlm) -> None:
     recipe = load_recipe("quickstart", ["parallel.compute_dtype=bfloat16"]).recipe
-    assert EngineNeeds.of(recipe).launch(vlm).dtype == "float32"
+    assert engine_needs(recipe).launch(vlm).dtype == "float32"
     grouped = replace(vlm, world=replace(vlm.world, objects=object()))
-    assert EngineNeeds.of(recipe).launch(grouped).dtype == "bfloat16"
+    assert engine_needs(recipe).launch(grouped).dtype == "bfloat16"
 
 
 def break_while_publishing(folder: WeightsFolder, vlm: Vlm, *, save: str, file: str) -> None:
@@ -445,7 +445,7 @@ def test_colocated_without_vllm_says_what_to_do(tmp_path: Path, vlm: Vlm, chat: 
         pytest.skip("vLLM is installed here")
     recipe = load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe
     with (
-        open_engines(EngineNeeds.of(recipe), tmp_path) as make,
+        open_engines(engine_needs(recipe), tmp_path) as make,
         pytest.raises(ModelError, match="not installed beside rlcs"),
     ):
         make(vlm, chat, 8).sample([chat.prompt(make_problem("a"))], chat.sampling(max_new_tokens=4))
@@ -479,7 +479,7 @@ def test_memory_is_given_back_before_vllm_starts_and_wakes_up(
     )
     fake = SimpleNamespace(LLM=seen.note("started", llm), SamplingParams=dict)
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    launch = EngineNeeds.of(load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe).launch(vlm)
+    launch = engine_needs(load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe).launch(vlm)
     engine = VllmEngine(
         Colocated(replace(launch, on_cpu=False), sleeps=True), WeightsFolder(tmp_path), vlm, chat,
         decode_limit=10**6,
@@ -524,7 +524,7 @@ def test_colocated_vllm_gets_token_ids_and_decoded_images(
     )
     monkeypatch.setitem(sys.modules, "vllm", fake)
     recipe = load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe
-    launch = EngineNeeds.of(recipe).launch(vlm)
+    launch = engine_needs(recipe).launch(vlm)
     engine = VllmEngine(
         Colocated(launch, sleeps=False), WeightsFolder(tmp_path), vlm, chat, decode_limit=10**6
     )  # fmt: skip

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_problem
+from conftest import engine_needs, make_problem
 from rlcs.distributed import ALONE
-from rlcs.engines.factory import EngineNeeds, open_engines
+from rlcs.engines.factory import open_engines
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.errors import EndpointError, RecipeError
@@ -213,12 +213,12 @@ def recipe(*words: str) -> Recipe:
 
 
 def test_how_servers_of_ours_make_room(vlm: Vlm) -> None:
-    launch = EngineNeeds.of(recipe("lora.rank=65")).launch(vlm)
+    launch = engine_needs(recipe("lora.rank=65")).launch(vlm)
     command = launch.command(Path("/weights/7"), 8123)
     at = command.index("--enable-lora")
     assert command[at : at + 3] == ["--enable-lora", "--max-lora-rank", "128"]
     assert launch.environment(0)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
-    merged = EngineNeeds.of(recipe("rollout.lora=merged")).launch(vlm)
+    merged = engine_needs(recipe("rollout.lora=merged")).launch(vlm)
     assert "--enable-lora" not in merged.command(Path("/weights/7"), 8123)
     assert merged.environment(0) == replace(launch, adapter_rank=0).environment(0)
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in merged.environment(0)
@@ -262,6 +262,6 @@ def test_merged_stays_what_it_was(tmp_path: Path, program: Path, random_model_fo
         ("auto", {"model.safetensors", "adapter_model.safetensors"}),
     ):
         folder = tmp_path / lora
-        with open_engines(EngineNeeds.of(recipe(f"rollout.lora={lora}", *words)), folder) as make:
+        with open_engines(engine_needs(recipe(f"rollout.lora={lora}", *words)), folder) as make:
             make(vlm, chat, 8).sample(*ask)
             assert {path.name for path in folder.glob("weights/*/*model.safetensors")} == kinds

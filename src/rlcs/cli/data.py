@@ -1,4 +1,4 @@
-"""The verbs of `rlcs data`: check, export, push, overlap."""
+"""The commands of `rlcs data`: check, export, push, overlap."""
 
 import json as jsonlib
 from dataclasses import asdict
@@ -21,14 +21,14 @@ data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is
 def data_check(
     source: Annotated[str, typer.Argument(help="JSONL, Parquet, folder, hub id, or builtin:NAME")],
     overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="Whose columns and limits count")] = "quickstart",
+    recipe: Annotated[str, typer.Option("--recipe", help="Source of columns and limits")] = "quickstart",
     role: Annotated[str, typer.Option("--role", help="rl, test or cold_start")] = "rl",
     prompts: Annotated[
         bool, typer.Option("--prompts", help="Also make every prompt, with the recipe's model and limit")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Name every row that cannot be used, and why; decodes every image in full."""
+    """List every unusable row with the reason. Decodes every image in full."""
     from rlcs.data.loading import load
     from rlcs.recipe.loading import load_recipe
 
@@ -57,7 +57,7 @@ def data_export(
     to: Annotated[Path, typer.Argument(help="The new folder")],
     layout: Annotated[str, typer.Option(help="published, ms-swift or llama-factory")] = "published",
 ) -> None:
-    """Write data in a layout that others read: Parquet with images, ms-swift, LLaMA-Factory; with a card."""
+    """Write data in the layout of other tools, with a card. Parquet with images, ms-swift, LLaMA-Factory."""
     from rlcs.data.exchange import LAYOUTS, export
     from rlcs.data.sources import suggest
 
@@ -75,7 +75,7 @@ def data_export(
 def data_push(
     folder: ExportedFolder, repo: Repository, private: Private = True, dry_run: DryRun = False
 ) -> None:
-    """Send an exported folder to the hub as a (private) data set."""
+    """Upload an exported folder to the hub as a (private) data set."""
     from rlcs.publish import hub
 
     entries = hub.listing(folder)
@@ -92,7 +92,7 @@ def data_overlap(
     data: Annotated[Path | None, typer.Option(help="Folder with the benchmark's official files")] = None,
     json: Json = False,
 ) -> None:
-    """Problems and images of one set that are in another: exact ones, and images that look alike."""
+    """Find problems and images that two sets share. Exact ones, and images that look alike."""
     from rlcs.data.overlap import KINDS, find_overlaps
 
     found = find_overlaps(_problems(first, data), _problems(second, data))

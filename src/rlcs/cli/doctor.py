@@ -1,4 +1,4 @@
-"""The verb `rlcs doctor`."""
+"""The command `rlcs doctor`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,23 +11,23 @@ from rlcs.cli.output import print_result
 
 
 def doctor(
-    run: Annotated[Path | None, typer.Argument(help="A run folder: what is wrong with it?")] = None,
+    run: Annotated[Path | None, typer.Argument(help="A run folder to check")] = None,
     json: Json = False,
 ) -> None:
-    """Check this machine; with RUN, that run. Without one, the fast paths on the built-in model."""
+    """Check this machine, or the run RUN. Of the machine also the built-in model on it."""
     about: dict[str, str] = {}
     if run is None:
         from rlcs.doctor.machine import checks, facts
 
-        about, found = facts(), checks()
+        about, findings = facts(), checks()
     else:
         from rlcs.doctor.health import examine
 
-        found = examine(run)
+        findings = examine(run)
     lines = [f"{name:<13} {value}" for name, value in about.items()]
-    for one in found:
-        lines.append(f"{'!!' if one.bad else 'ok'} {one.name}: {one.message}")
-        lines += [f"   -> {one.fix}"] if one.bad else []
-    print_result({"facts": about, "findings": [asdict(one) for one in found]}, lines, json=json)
-    if any(one.bad for one in found):
+    for finding in findings:
+        lines.append(f"{'!!' if finding.bad else 'ok'} {finding.name}: {finding.message}")
+        lines += [f"   -> {finding.fix}"] if finding.bad else []
+    print_result({"facts": about, "findings": [asdict(finding) for finding in findings]}, lines, json=json)
+    if any(finding.bad for finding in findings):
         raise typer.Exit(1)

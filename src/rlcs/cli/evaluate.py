@@ -1,4 +1,4 @@
-"""The verbs that measure: eval, grade."""
+"""The commands that measure: eval, grade."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +24,18 @@ class EvalOptions(SamplingOptions):
         "mathvision,mathverse,mathvista,wemath"
     )
     data: Annotated[Path | None, typer.Option(help="Folder with the official files, not the hub")] = None
-    out: Annotated[Path, typer.Option(help="Where answers and scores go")] = Path("runs/eval")
+    out: Annotated[Path, typer.Option(help="Folder of answers and scores")] = Path("runs/eval")
     prompt: Annotated[str, typer.Option(help="paper (boxed system prompt) or official")] = "paper"
-    split: Annotated[str | None, typer.Option(help="Default: the one that the paper uses")] = None
+    split: Annotated[str | None, typer.Option(help="Default: that of the paper")] = None
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions")] = None
     samples: Annotated[int, typer.Option(min=1, help="Answers to each question: mean and pass@k")] = 1
     engine: Annotated[str, typer.Option(help="local, vllm_server or vllm_colocated")] = "local"
-    rollout: Annotated[list[str] | None, typer.Option(help="Of vLLM, say tensor_parallel=2")] = None
+    rollout: Annotated[list[str] | None, typer.Option(help="Settings of vLLM, like tensor_parallel=2")] = None
     base_url: Annotated[
         str | None, typer.Option(help="Ask an OpenAI-compatible server, like http://localhost:8000/v1")
     ] = None
     key_env: KeyVariable = "OPENAI_API_KEY"
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once")] = 32
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time")] = 32
     judge_url: Annotated[str | None, typer.Option(help="Server that extracts answers without a box")] = None
     judge_model: Annotated[str | None, typer.Option(help="Its model")] = None
     judge_key_env: Annotated[str, typer.Option(help="Variable with its key")] = "OPENAI_API_KEY"
@@ -52,11 +52,11 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Models on benchmarks, beside the paper's numbers. Answers, scores with intervals."""
+    """Measure models on benchmarks, beside the paper's numbers. With intervals."""
     run = _eval_run(options)
     named = [*(models or []), *(options.model or [])]
     if not named:
-        raise UserError("no model is named", where="rlcs eval", fix="write rlcs eval MODEL, say `builtin`")
+        raise UserError("no model is named", where="rlcs eval", fix="write rlcs eval MODEL, like `builtin`")
 
     from rlcs.evals.comparison import as_markdown
     from rlcs.evals.run import evaluate_models
@@ -71,7 +71,7 @@ def evaluate(
 
 
 def _eval_run(options: EvalOptions) -> Any:
-    """Check the options and build the run. Raises UserError for a combination that cannot be meant."""
+    """Check the options and build the run. Raises UserError for options that do not go together."""
     from rlcs.data.sources import suggest
     from rlcs.evals.benchmarks.base import STYLES
     from rlcs.evals.run import EvalRun
@@ -84,7 +84,7 @@ def _eval_run(options: EvalOptions) -> Any:
         fix = suggest(options.prompt, STYLES)
         raise UserError(f"no prompt is called {options.prompt!r}", where="--prompt", fix=fix)
     if options.samples > 1 and options.temperature == 0:
-        fix = "add --temperature 0.7, say"
+        fix = "add --temperature 0.7"
         raise UserError("several greedy samples would all be the same", where="--samples", fix=fix)
     if (options.judge_url is None) != (options.judge_model is None):
         raise UserError("a judge has a URL and a model", where="--judge-url", fix="give --judge-model too")
@@ -122,7 +122,7 @@ def grade(
     strict: Annotated[bool, typer.Option("--strict", help="rlcs: only a closed box counts")] = False,
     json: Json = False,
 ) -> None:
-    """Grade a file of answers. By our rule or by a benchmark's official one."""
+    """Grade a file of answers. By the rule of rlcs or a benchmark's official rule."""
     from rlcs.evals.answer_file import grade_file
 
     tally = grade_file(file, out, rule=rule, allow_fallbacks=not strict)

@@ -1,4 +1,4 @@
-"""The command line: one module for each group of verbs. Heavy packages are imported inside the verbs."""
+"""The command line: one module for each group of commands, which import heavy packages when they run."""
 
 import io
 import os
@@ -27,8 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for verbs in (train_app, evaluate_app, report_app, serve_app, publish_app):
-    app.add_typer(verbs)
+for group in (train_app, evaluate_app, report_app, serve_app, publish_app):
+    app.add_typer(group)
 app.command()(doctor)
 app.command()(plan)
 app.add_typer(data_app, name="data")
@@ -36,17 +36,17 @@ app.add_typer(recipes_app, name="recipes")
 
 
 def main() -> None:
-    """Run the command line; errors for people go to stderr with their exit code, never as a traceback."""
+    """Run the command line; expected errors go to stderr without a traceback, and set the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not UTF-8: it shows \uXXXX instead of a traceback
+        if isinstance(stream, io.TextIOWrapper):  # where it is not UTF-8: \uXXXX, not an error
             stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="rlcs")
     except RlcsError as error:
         _exit_with(error)
     except OSError as error:
-        if error.filename is None:  # without a file only a traceback helps
+        if error.filename is None:  # without a file name the traceback is needed
             raise
         fix = "check the path and its permissions, or name another"
         _exit_with(UserError(error.strerror or str(error), where=str(error.filename), fix=fix))

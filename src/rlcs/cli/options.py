@@ -1,4 +1,4 @@
-"""Options that several verbs share, and verbs whose options are the fields of a dataclass."""
+"""Options of several commands, and commands whose options are the fields of a dataclass."""
 
 import inspect
 import math
@@ -12,7 +12,7 @@ import typer
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number to compute with")
+        raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
@@ -25,33 +25,34 @@ ExportedFolder = Annotated[
     Path, typer.Argument(help="A folder that `rlcs export` or `rlcs data export` wrote")
 ]
 Repository = Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")]
-Private = Annotated[bool, typer.Option("--private/--public", help="For whom to see")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent")]
-Json = Annotated[bool, typer.Option("--json", help="JSON for a script, in place of text")]
-KeyVariable = Annotated[str, typer.Option(help="Variable with its key")]
+Private = Annotated[bool, typer.Option("--private/--public", help="Who can see it")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the files, send nothing")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text")]
+KeyVariable = Annotated[str, typer.Option(help="Environment variable with the key")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How a model answers."""
+    """The options of sampling."""
 
     temperature: Annotated[float, typer.Option(min=0, callback=_finite, help="0 is greedy")] = 0.0
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling")] = 1.0
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 2048
-    seed: Annotated[int, typer.Option(help="Of the samples")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of sampling")] = 0
     batch: Annotated[int, typer.Option(min=1, help="Answers generated at once by a local model")] = 64
     json: Json = False
 
 
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb one option for each field of the dataclass that its parameter `options` is of."""
+    """Make a command with one option for each field of the dataclass of its parameter `options`."""
     parameters = dict(inspect.signature(verb).parameters)
     kind = parameters.pop("options").annotation
-    ordered = sorted(fields(kind), key=lambda each: each.name not in kind.__annotations__)  # its own first
+    # Fields of base classes come last.
+    ordered = sorted(fields(kind), key=lambda option: option.name not in kind.__annotations__)
 
-    def command(**given: Any) -> None:
-        options = kind(**{each.name: given.pop(each.name) for each in ordered})
-        verb(options=options, **given)
+    def command(**values: Any) -> None:
+        options = kind(**{option.name: values.pop(option.name) for option in ordered})
+        verb(options=options, **values)
 
     by_name = inspect.Parameter.KEYWORD_ONLY
     own = [each.replace(kind=by_name) for each in parameters.values()]
@@ -62,6 +63,6 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def same_fields(options: Any, kind: type[Any]) -> dict[str, Any]:
-    """The values of the options that are called like fields of another dataclass."""
+    """The values of those options that have the name of a field of another dataclass."""
     wanted = {each.name for each in fields(kind)}
     return {each.name: getattr(options, each.name) for each in fields(options) if each.name in wanted}

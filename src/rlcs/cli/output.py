@@ -1,4 +1,4 @@
-"""What verbs print: a result for a script or for a person, and rows that were left out."""
+"""Prints results of commands, as JSON or text, and rows that were left out."""
 
 import json as jsonlib
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,12 @@ import typer
 
 
 def print_result(value: Mapping[str, object], lines: Sequence[str], *, json: bool) -> None:
-    """What a verb found: one JSON object for a script, or lines for a person."""
+    """Print a result as one JSON object, or as lines of text."""
     typer.echo(jsonlib.dumps(value) if json else "\n".join(lines))
 
 
 def print_left_out(label: str, rows: Sequence[object], *, most: int = 20) -> None:
-    """The first rows that could not be used, on stderr."""
+    """Print the first unusable rows on stderr."""
     for row in rows[:most]:
         typer.echo(f"{label}: {row}", err=True)
     if len(rows) > most:

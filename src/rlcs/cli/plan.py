@@ -1,4 +1,4 @@
-"""The verb `rlcs plan`."""
+"""The command `rlcs plan`."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ def plan(
     gpus: Annotated[int, typer.Option(help="GPUs that share the work, all nodes together; 0: this CPU")] = 1,
     gpu: Annotated[str, typer.Option(help="H100, A100-80, L40S, RTX4090, ...")] = "H100",
     memory: Annotated[
-        float | None, typer.Option(help="GB (2**30 bytes) of each, in place of its own")
+        float | None, typer.Option(help="GB (2**30 bytes) of each GPU, instead of its data sheet's")
     ] = None,
     assume: Annotated[
         list[str] | None,
@@ -26,7 +26,7 @@ def plan(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Memory, work and time of each stage. What to change when it does not fit."""
+    """Plan memory, work and time of each stage. With advice where a recipe does not fit."""
     from rlcs.plan import machine
     from rlcs.plan.page import make_plan
     from rlcs.recipe.loading import read_section

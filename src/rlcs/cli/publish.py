@@ -1,4 +1,4 @@
-"""The verbs that give a model to others: export, publish."""
+"""The commands that publish a model: export, publish."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -50,20 +50,20 @@ def publish(
     private: Private = True,
     dry_run: DryRun = False,
     allow: Annotated[
-        list[str] | None, typer.Option(help="Send files of this pattern too, say 'examples/*'")
+        list[str] | None, typer.Option(help="Also send files of this pattern, like 'examples/*'")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The list as JSON, with whole hashes")] = False,
 ) -> None:
-    """Send an exported model to the hub. Refuses files that do not belong to a model."""
+    """Upload an exported model to the hub. Refuses files that do not belong to a model."""
     if json and not dry_run:
-        raise UserError("it lists what would be sent", where="--json", fix="add --dry-run")
+        raise UserError("--json is for the list of a dry run", where="--json", fix="add --dry-run")
     from rlcs.publish import hub
     from rlcs.publish.checks import refusals
 
     entries = hub.listing(folder)
     refused = refusals(folder, entries, allow or [])
     if dry_run:
-        files = [asdict(each) for each in entries]
+        files = [asdict(entry) for entry in entries]
         result = {"repo": repo, "files": files, "refused": dict(refused)}
         print_result(result, hub.lines(entries, repo), json=json)
     if refused:

@@ -1,4 +1,4 @@
-"""The verbs of `rlcs recipes`: ls, show, copy, check."""
+"""The commands of `rlcs recipes`: ls, show, copy, check."""
 
 import json as jsonlib
 import re
@@ -16,7 +16,7 @@ recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is
 
 @recipes_app.command("ls")
 def recipes_ls() -> None:
-    """The recipes that come with rlcs."""
+    """List the recipes that come with rlcs."""
     from rlcs.recipe.loading import list_recipes
 
     known = list_recipes()
@@ -27,7 +27,7 @@ def recipes_ls() -> None:
 
 @recipes_app.command("show")
 def recipes_show(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Every value of a recipe, defaults spelled out, and where each came from."""
+    """Show every value of a recipe, with its source. Defaults included."""
     from rlcs.recipe.loading import dump, load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
@@ -42,7 +42,7 @@ def recipes_copy(
     recipe: Annotated[str, typer.Argument(help="A recipe that comes with rlcs")],
     to: Annotated[Path, typer.Argument(help="The new file")],
 ) -> None:
-    """Copy a recipe to a file of your own, which also gives it its name."""
+    """Copy a recipe to a new file. The recipe gets the file's name."""
     from rlcs.recipe.loading import list_recipes
     from rlcs.storage import atomic_write
 
@@ -58,7 +58,7 @@ def recipes_copy(
 
 @recipes_app.command("check")
 def recipes_check(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Read a recipe strictly and print its choices."""
+    """Check a recipe and print its choices."""
     from rlcs.recipe.loading import load_recipe
     from rlcs.recipe.table import summary_rows
 

@@ -1,4 +1,4 @@
-"""The verbs that show runs and examples: report, compare, look."""
+"""The commands that show runs and examples: report, compare, look."""
 
 import json as jsonlib
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def report(
     live: Annotated[bool, typer.Option("--live", help="Serve a page that follows the run")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --live; 0: any")] = 8642,
 ) -> None:
-    """Write a run's report again, or watch the run live. In RUN/report/index.html, or in a browser."""
+    """Write a run's report, or serve a live one. To RUN/report/index.html, or to a browser."""
     if not live:
         from rlcs.report import build
 
@@ -33,7 +33,7 @@ def report(
         typer.echo(f"http://127.0.0.1:{sock.getsockname()[1]}/   Ctrl-C ends this page, never the run")
         try:
             make_server(app).run(sockets=[sock])
-        except KeyboardInterrupt:  # the server has shut down, and passes the signal on
+        except KeyboardInterrupt:  # raised again by the server after it has shut down
             typer.echo("")
 
 
@@ -44,7 +44,7 @@ def compare(
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with curves")] = None,
     json: Json = False,
 ) -> None:
-    """Two runs side by side. Accuracy with paired intervals, recipes, seconds, curves."""
+    """Compare two runs. Accuracy with paired intervals, recipes, seconds, curves."""
     from rlcs.report import compare as comparing
 
     found, sides = comparing.compare(first, second)
@@ -111,7 +111,7 @@ def look(
     row: Annotated[int, typer.Option("--row", min=0, help="Which row")] = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page")] = None,
 ) -> None:
-    """What the model sees of one training example. Tokens, loss weights, image patches."""
+    """Show one training example as the model gets it. Tokens, loss weights, image patches."""
     from rlcs.report.preview import look_at, print_view, write_html
 
     view = look_at(what, overrides or [], row=row)

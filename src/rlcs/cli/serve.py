@@ -1,4 +1,4 @@
-"""The verbs that put a model to use: serve, generate, chat."""
+"""The commands that use a model: serve, generate, chat."""
 
 import json as jsonlib
 import os
@@ -24,48 +24,46 @@ class ServeOptions:
 
     host: Annotated[str, typer.Option(help="Address to listen at; default: this machine alone")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000
-    api_key: Annotated[
-        str | None, typer.Option(envvar="RLCS_API_KEY", help="Clients must bring this key")
-    ] = None
+    api_key: Annotated[str | None, typer.Option(envvar="RLCS_API_KEY", help="Key of the clients")] = None
     engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto"
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: MODEL")] = None
     concurrency: Annotated[int, typer.Option(min=1, help="Answers generated at once")] = 32
-    queue: Annotated[int, typer.Option(min=0, help="Further requests that may wait")] = 64
+    queue: Annotated[int, typer.Option(min=0, help="Most requests that wait")] = 64
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 4096
-    max_images: Annotated[int, typer.Option(min=0, help="Images a request")] = 8
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels an image, in its file")] = 1 << 24
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes a request")] = 32 << 20
-    request_s: Annotated[float, typer.Option(min=0.001, help="Seconds a request may take")] = 600.0
+    max_images: Annotated[int, typer.Option(min=0, help="Most images of a request")] = 8
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of an image file")] = 1 << 24
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request")] = 32 << 20
+    request_s: Annotated[float, typer.Option(min=0.001, help="Most seconds of a request")] = 600.0
 
 
 @serve_app.command()
 @with_options
 def serve(model: ModelName, options: ServeOptions) -> None:
-    """An OpenAI-compatible server with images. /v1/chat/completions, /v1/models, /health, /metrics."""
+    """Serve a model with the OpenAI protocol. /v1/chat/completions, /v1/models, /health, /metrics."""
     if options.api_key == "":
-        fix = "give one, or leave it out to let everybody in; is the variable set?"
+        fix = "give a key, or leave the option out for a server without one; is RLCS_API_KEY set to nothing?"
         raise UserError("the key is empty", where="--api-key", fix=fix)
     if options.api_key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
-        typer.echo(f"anybody who reaches {options.host} may use the model: no --api-key", err=True)
+        typer.echo(f"no --api-key: anybody who reaches {options.host} can use the model", err=True)
     if program := chosen_vllm(options.engine):
         _exec_vllm(program, model, options)
     _serve_locally(model, options)
 
 
 def chosen_vllm(engine: str) -> str | None:
-    """The `vllm` program that `--engine` asks for; None for our own engine. Raises UserError."""
+    """The `vllm` program for an `--engine`; None for the local engine. Raises UserError."""
     if engine not in ("auto", "local", "vllm"):
         raise UserError(f"no engine {engine!r}", where="--engine", fix="known: auto, local, vllm")
-    # Beside our own Python, or else on the path.
-    places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    program = shutil.which("vllm", path=os.pathsep.join(places)) if engine != "local" else None
+    # First in the folder of this Python, then on the path.
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    program = shutil.which("vllm", path=os.pathsep.join(folders)) if engine != "local" else None
     if engine == "vllm" and program is None:
         raise UserError("vllm is not installed", where="--engine", fix="pip install vllm, or --engine local")
     return program
 
 
 def _exec_vllm(program: str, model: str, options: ServeOptions) -> None:
-    """Become `vllm serve`, with our limits as far as it knows such."""
+    """Replace this process by `vllm serve`, with those limits that it supports."""
     from rlcs.model.loading import resolve
     from rlcs.serving.remote import NOT_KNOWN, serving
 
@@ -92,12 +90,12 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
             session=session, name=options.name or model, limits=limits, key=options.api_key
         )
         host, port = sock.getsockname()[:2]
-        where = f"[{host}]" if ":" in host else host
-        typer.echo(f"engine   local\nmodel    {service.name}\nserving  http://{where}:{port}/v1")
+        address = f"[{host}]" if ":" in host else host
+        typer.echo(f"engine   local\nmodel    {service.name}\nserving  http://{address}:{port}/v1")
         sys.stdout.flush()
         try:
             make_server(server.make_app(service)).run(sockets=[sock])
-        except KeyboardInterrupt:  # uvicorn has shut down gracefully, and passes the signal on
+        except KeyboardInterrupt:  # raised again by uvicorn after it has shut down
             typer.echo("stopped")
 
 
@@ -119,7 +117,7 @@ def generate(
     options: GenerateOptions,
     question: Annotated[str | None, typer.Argument(help="What to ask")] = None,
 ) -> None:
-    """Answer one question about images, or a file of them. Shown as it comes."""
+    """Answer one question about images, or a file of questions. Shown while it is generated."""
     if (options.input is None) == (question is None) or (options.input is None) != (options.output is None):
         fix = 'rlcs generate MODEL "question" --image a.png, or --input rows.jsonl --output answers.jsonl'
         raise UserError("ask one question, or name an input and an output", where="rlcs generate", fix=fix)
@@ -170,15 +168,17 @@ def _answer_many(session: Any, options: GenerateOptions, settings: Any) -> None:
 def chat(
     model: Annotated[str | None, typer.Argument(help="Folder, hub id, builtin (default), or a URL")] = None,
     other: Annotated[
-        str | None, typer.Argument(metavar="[MODEL2]", help="One more, to stand beside the first")
+        str | None, typer.Argument(metavar="[MODEL2]", help="A second model, to compare")
     ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the page is")] = 7860,
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address of the page; 0.0.0.0: open to other machines")
+    ] = "127.0.0.1",
     engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto",
     url: Annotated[str | None, typer.Option(help="Server that has MODEL: http://localhost:8000/v1")] = None,
     key_env: KeyVariable = "OPENAI_API_KEY",
 ) -> None:
-    """Talk to a model, or to two, on a web page. Images, several turns, reasoning in a fold-out."""
+    """Chat with one model or two on a web page. With images; reasoning is folded."""
     if find_spec("gradio") is None:
         raise UserError("the page needs gradio", where="rlcs chat", fix="pip install 'rlcs[chat]'")
     if url and engine != "auto":
@@ -187,5 +187,5 @@ def chat(
     from rlcs.serving.chat_page import open_models, open_page
 
     names = [name for name in (model, other) if name is not None]
-    with open_models(names, program=program, url=url, key_env=key_env) as found:
-        open_page(found, host=host, port=port)
+    with open_models(names, program=program, url=url, key_env=key_env) as models:
+        open_page(models, host=host, port=port)

@@ -1,4 +1,4 @@
-"""The verbs that train: quickstart, run, sft, grpo, ablate, distill."""
+"""The commands that train: quickstart, run, sft, grpo, ablate, distill."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ train_app = typer.Typer()
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """The options of every verb that trains."""
+    """The options of every command that trains."""
 
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME")] = None
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line, no progress bars")] = False
@@ -25,7 +25,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AblateOptions(TrainOptions):
-    """Those of `rlcs ablate`."""
+    """The options of `rlcs ablate`."""
 
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds")] = 1
 
@@ -33,35 +33,35 @@ class AblateOptions(TrainOptions):
 @train_app.command()
 @with_options
 def quickstart(options: TrainOptions, overrides: Overrides = None) -> None:
-    """The whole study on the built-in model. Minutes on a laptop CPU."""
+    """Run the whole study on the built-in model. Takes minutes on a laptop CPU."""
     _study("quickstart", overrides, options)
 
 
 @train_app.command()
 @with_options
 def run(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
-    """Cold start, SFT, GRPO, measurement, report. From one recipe; resumes by itself."""
+    """Run cold start, SFT, GRPO and measurement of a recipe. A stopped run resumes."""
     _study(recipe, overrides, options)
 
 
 @train_app.command()
 @with_options
 def sft(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
-    """Cold start and SFT alone, measured. `rlcs run` on the same folder goes on with RL."""
+    """Run and measure cold start and SFT only. `rlcs run` on the same folder continues with RL."""
     _study(recipe, overrides, options, arms="base, sft")
 
 
 @train_app.command()
 @with_options
 def grpo(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
-    """RL alone, from the model as it is, measured. That is model.name; no cold start."""
+    """Run and measure RL only, without a cold start. It starts from model.name."""
     _study(recipe, overrides, options, arms="base, grpo")
 
 
 @train_app.command()
 @with_options
 def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = None) -> None:
-    """Base, SFT only, RL only, both, with intervals. The paper's comparison."""
+    """Compare base, SFT only, RL only and both. With intervals, as in the paper."""
     from rlcs.recipe.arms import ARMS
 
     _study(recipe, overrides, options, arms=", ".join(ARMS), seeds=options.seeds)
@@ -70,11 +70,10 @@ def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = No
 @train_app.command()
 @with_options
 def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
-    """Cold-start data alone, from any teacher. Keeps what is right, with pass rates; in OUT/cold_start."""
+    """Make cold-start data only, with any teacher. Right answers and pass rates, in OUT/cold_start."""
     from rlcs.recipe.loading import load_recipe
     from rlcs.recipe.table import teacher_rows
 
-    named = [text for text in overrides or [] if text.startswith("data.problems=")]
     words = [text.replace("data.problems=", "data.cold_start=", 1) for text in overrides or []]
     resolved = load_recipe(recipe, words).recipe
     folder = (options.out or Path("runs") / resolved.name) / "cold_start"
@@ -87,7 +86,9 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
     from rlcs.signals import StopFlag
     from rlcs.storage import read_json
 
-    loaded = load_rows(resolved.data, decode_limit=resolved.images.decode_limit, all_anew=bool(named))
+    loaded = load_rows(
+        resolved.data, decode_limit=resolved.images.decode_limit, all_anew=words != (overrides or [])
+    )
     total = sum(row.response is None for row in loaded.rows)
     with StopFlag() as stop, screen("cold start", total, quiet=options.quiet, json=options.json) as view:
         for bad in loaded.bad:
@@ -111,7 +112,7 @@ def _study(
     from rlcs.recipe.loading import load_recipe
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for good
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     chosen = [f"study.arms=[{arms}]"] if arms else []
     recipe = load_recipe(name, [*(overrides or []), *chosen]).recipe
     folder = options.out or Path("runs") / recipe.name
@@ -140,7 +141,7 @@ def _study(
 
 
 def print_choices(name: str, folder: Path, rows: list[tuple[str, str]]) -> None:
-    """The table of a recipe's choices, and where its run goes."""
+    """Print the table of a recipe's choices, and the run's folder."""
     width = max(len(choice) for choice, _ in rows)
     typer.echo(f"{name} -> {folder}")
     for choice, value in rows:

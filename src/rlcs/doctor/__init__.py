@@ -1,6 +1,6 @@
-"""`rlcs doctor`: whether this machine is fit for training, and what is wrong with a run.
+"""`rlcs doctor`: checks of this machine, and problems of a run.
 
-Every finding comes with a way out. It only reads, and never stops at the first fault.
+Every problem comes with a fix. The checks write nothing, and all run even when one fails.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that was checked: `fix` is empty where all is well."""
+    """The result of one check: `fix` says what to do, and is empty where nothing is wrong."""
 
     name: str
     message: str
@@ -16,5 +16,5 @@ class Finding:
 
     @property
     def bad(self) -> bool:
-        """Whether something should be done."""
+        """Whether there is something to fix."""
         return bool(self.fix)

@@ -1,4 +1,4 @@
-"""What is wrong with a run: read from its metrics, logs and checkpoints, each finding with a way out."""
+"""Finds problems of a run in its metrics, logs and checkpoints, each with a fix."""
 
 import shutil
 import time
@@ -9,33 +9,29 @@ from statistics import fmean, median
 
 from rlcs import storage
 from rlcs.doctor import Finding
-from rlcs.errors import CheckpointError, RunFolderError
+from rlcs.errors import CheckpointError
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.report import findings
-from rlcs.report.load_run import Run, number, read_object, read_runs
+from rlcs.report.load_run import Run, number, read_object, require_runs
 from rlcs.report.stages import ending, progress
 from rlcs.train.health import HOLD_POLICY, LAST_STEPS, READ_ROLLOUTS
 
-_ALIVE_S = 300  # seconds without a sign of life, after which a run counts as stopped
+_ALIVE_S = 300  # a run counts as stopped when its files have not changed for so many seconds
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Everything that is wrong with a run folder. Raises RunFolderError where no run is."""
-    runs = read_runs(folder)
-    if not any(run.recipe or run.curves for run in runs):
-        raise RunFolderError(
-            "no run is here", where=str(folder), fix="give the folder with recipe.yaml in it"
-        )
+    """The findings about a run folder. Raises RunFolderError where there is no run."""
+    runs = require_runs(folder)
     found = []
     for run in runs:
         seed = f"{run.folder.name}: " if len(runs) > 1 else ""
-        each = [_state(run, folder), *_checkpoints(run), *_signs(run), *_trends(run), *_result(run)]
-        found += [replace(one, name=seed + one.name) for one in each]
+        of_run = [_state(run, folder), *_checkpoints(run), *_signs(run), *_trends(run), *_result(run)]
+        found += [replace(finding, name=seed + finding.name) for finding in of_run]
     return [*found, _disk(folder, runs)]
 
 
 def _state(run: Run, folder: Path) -> Finding:
-    """Whether the run is done, running or stopped, and how to continue it."""
+    """Whether the run is done, running or stopped, with the command that continues it."""
     left = [row for row in progress(run) if row.state != "done"]
     if not left:
         return Finding(name="state", message="every stage is done")
@@ -66,14 +62,14 @@ def _checkpoints(run: Run) -> Iterator[Finding]:
             elif ".bad" in path.name:
                 state, fix = "was damaged and set aside", "nothing: an older one was taken; remove it"
             else:
-                state, fix = "is left of a save that died", "nothing: the next start removes it"
+                state, fix = "is left of a killed save", "nothing: the next start removes it"
             yield Finding(name="checkpoint", message=f"{ARMS[stage].stage} {path.name} {state}", fix=fix)
         if whole:
             yield Finding(name="checkpoint", message=f"{ARMS[stage].stage}: {', '.join(whole)} verified")
 
 
 def _signs(run: Run) -> Iterator[Finding]:
-    """The signs of the table that are above their limits."""
+    """The warning signs whose last values are above their limits."""
     for row in findings.health([run]):
         for stage, (_, last) in row.stages.items():
             if last > row.sign.most:
@@ -82,7 +78,7 @@ def _signs(run: Run) -> Iterator[Finding]:
 
 
 def _trends(run: Run) -> Iterator[Finding]:
-    """What needs more than the mean of the last steps."""
+    """Problems that show in the course of training, not in the mean of its last steps."""
     for stage, rows in run.curves.items():
         section = "sft" if stage == "sft" else "grpo"
         curves = {key: [v for _, v in findings.series(rows, key)] for key in {k for row in rows for k in row}}
@@ -97,11 +93,11 @@ def _trends(run: Run) -> Iterator[Finding]:
         if len(norms) > LAST_STEPS and worst > 100 * median(norms):
             message = f"the gradient norm reached {worst:.3g}, its median is {median(norms):.3g}"
             found.append(Finding(name="gradients", message=message, fix=f"halve {section}.optimizer.lr"))
-        yield from (replace(one, name=f"{ARMS[stage].stage}: {one.name}") for one in found)
+        yield from (replace(finding, name=f"{ARMS[stage].stage}: {finding.name}") for finding in found)
 
 
 def _collapses(curves: Mapping[str, Sequence[float]]) -> Iterator[Finding]:
-    """Rewards that stand still; lengths and entropy that fell since the first steps."""
+    """Rewards that do not change; answer lengths and entropy that fell far below those of the first steps."""
     rewards = curves.get("reward", [])[-LAST_STEPS:]
     if len(rewards) == LAST_STEPS and max(rewards) - min(rewards) < 1e-6:
         message = f"the reward has been {rewards[-1]:.3g} in each of the last {LAST_STEPS} steps"

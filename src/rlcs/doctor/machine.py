@@ -1,4 +1,4 @@
-"""Checks this machine: versions, devices, memory, and the fast paths on the built-in model."""
+"""Checks this machine: versions, devices, memory, and the built-in model's packed and sampled logprobs."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ _TIGHT_BYTES = 2 << 30
 
 
 def facts() -> dict[str, str]:
-    """What this machine is, by name."""
+    """Facts about this machine by name: versions, devices, memory."""
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     found = {"python": f"{platform.python_version()} on {platform.platform(terse=True)}"}
     found |= {name: _version(name) or "not installed" for name in _NEEDED}
@@ -61,7 +61,7 @@ def checks() -> list[Finding]:
     for name, part in parts.items():
         try:
             found += part()
-        except Exception as error:  # whatever is broken is what is looked for
+        except Exception as error:  # any error is a finding
             message = f"{type(error).__name__}: {error}"
             found.append(Finding(name=name, message=message, fix="install rlcs again in a fresh environment"))
     return found
@@ -80,7 +80,7 @@ def _space(name: str, free: int) -> Finding:
 
 
 def _model() -> list[Finding]:
-    """Packed against plain logprobs, and the sampler's against the policy's."""
+    """Compare packed with plain logprobs, and the sampler's with the policy's."""
     vlm = loading.load(Model(name="builtin"))
     chat = loading.make_chat(vlm)
     prompts = [chat.prompt(problem) for problem in open_builtin("builtin:puzzles?count=3&seed=1", "rl")]
@@ -116,6 +116,6 @@ def _grader() -> list[Finding]:
     texts = (f"\\boxed{{{problem.answer}}}", "\\boxed{-12345}", "no box at all")
     with GradePool(workers=1, deadline_s=5.0, allow_fallbacks=False) as pool:
         verdicts = [grade.correct for grade in pool.grade([(problem, text) for text in texts])]
-    wrong = "the grader's workers do not answer as they should: start rlcs where processes may be started"
+    wrong = "the grader's workers give wrong grades: start rlcs where processes may be started"
     right = verdicts == [True, False, False]
     return [Finding(name="grader", message=f"right, wrong, no box: {verdicts}", fix="" if right else wrong)]

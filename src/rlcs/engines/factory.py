@@ -19,7 +19,6 @@ from rlcs.errors import UserError
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.sampling import Rollouts
-from rlcs.recipe.schema import Recipe
 
 MakeEngine = Callable[[Vlm, Chat, int], Engine]
 """Makes an engine from a model, its chat format and the most rollouts at once."""
@@ -40,20 +39,6 @@ class EngineNeeds:
     compute_dtype: str = "same"
     adapter_rank: int = 0
     name: str = ""
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> "EngineNeeds":
-        """Derive them from a recipe: its longest prompt with its longest answer must fit."""
-        grpo = recipe.grpo
-        return cls(
-            settings=recipe.rollout,
-            max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
-            max_rows=max(grpo.max_rows, grpo.group_size),
-            decode_limit=recipe.images.decode_limit,
-            compute_dtype=recipe.parallel.compute_dtype,
-            adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
-            name=recipe.name,
-        )
 
     def launch(self, vlm: Vlm) -> Launch:
         """Settings to start vLLM for a model: in its dtype, or the computing dtype of a sharded one."""

@@ -1,4 +1,4 @@
-"""The folder of a run: which recipe it belongs to, the log of each start, and what produced its numbers."""
+"""The folder of a run: its recipe, the log of each start, and the versions and command behind its numbers."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ from rlcs.recipe.schema import Recipe
 from rlcs.storage import atomic_write
 
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
-"""Files of a run that hold something which took time."""
+"""Files of a run that hold results of long work."""
 
 log = logging.getLogger("rlcs")
 
@@ -22,8 +22,8 @@ log = logging.getLogger("rlcs")
 def claim(folder: Path, recipe: Recipe) -> None:
     """Write the resolved recipe into a new run folder, or check that an old one has the same.
 
-    Arms may be added to it; a start that came to nothing (a mistyped model) may be corrected. Raises
-    RunFolderError for a folder of another recipe or with foreign content, RecipeError.
+    Arms may be added to it, and a start without results (say, of a mistyped model) may be corrected. Raises
+    RunFolderError for a folder of another recipe or with other files, RecipeError.
     """
     if recipe.grpo.reward.function is not None:
         check_function(recipe.grpo.reward.function)
@@ -39,19 +39,19 @@ def claim(folder: Path, recipe: Recipe) -> None:
         return
     arms_join = keys == ["study.arms"] and set(before.study.arms) < set(recipe.study.arms)
     if not arms_join:
-        if _worth_keeping(folder, keys):
+        if _holds_results(folder, keys):
             listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed[:5])
             raise RunFolderError(
                 f"the folder holds a run of another recipe: {listed}",
                 where=str(folder),
                 fix="choose another --out, or remove the folder, or run with its own recipe.yaml",
             )
-        (folder / "eval" / "problems.jsonl").unlink(missing_ok=True)  # written once, of the data before
+        (folder / "eval" / "problems.jsonl").unlink(missing_ok=True)  # of the earlier data
     atomic_write(path, dump(recipe))
 
 
 def _create(folder: Path) -> None:
-    """Make the folder; a cold start made by itself (`rlcs distill`) may lie in it already."""
+    """Make the folder; the cold start of an earlier `rlcs distill` may be in it."""
     if folder.exists() and any(path.name != "cold_start" for path in folder.iterdir()):
         raise RunFolderError(
             "the folder is not empty and holds no run", where=str(folder), fix="choose another --out"
@@ -62,10 +62,10 @@ def _create(folder: Path) -> None:
         raise RunFolderError(f"cannot create it: {error.strerror}", where=str(folder)) from error
 
 
-def _worth_keeping(folder: Path, changed: Iterable[str]) -> bool:
-    """Whether earlier starts left a finished stage, a checkpoint or answers that these keys decide.
+def _holds_results(folder: Path, changed: Iterable[str]) -> bool:
+    """Whether the folder holds a finished stage, a checkpoint or answers that depend on the changed keys.
 
-    A cold start stays good while its data and its teacher are the same.
+    A cold start depends on its data and its teacher alone.
     """
     reusable = not any(key.split(".")[0] in ("data", "images", "seed", "teacher") for key in changed)
     return any(
@@ -77,7 +77,7 @@ def _worth_keeping(folder: Path, changed: Iterable[str]) -> bool:
 
 @contextmanager
 def attempt_log(folder: Path) -> Iterator[None]:
-    """Log to a new file, `attempt-N.log`: each start of a run has one, with warnings and what stopped it."""
+    """Log to a new file `attempt-N.log`, one for each start of a run, with the error that ended it."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + len(list(folder.glob("attempt-*.log")))
     handler = logging.FileHandler(folder / f"attempt-{number}.log", encoding="utf-8")
@@ -97,7 +97,7 @@ def attempt_log(folder: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide numbers."""
+    """Versions of the packages that numbers depend on."""
     return {name: metadata.version(name) for name in ("rlcs", "torch", "transformers")}
 
 

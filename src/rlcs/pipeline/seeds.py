@@ -25,7 +25,7 @@ def run_seeds(
     stop: StopFlag,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Run the study with `count` seeds; the summary, with the mean over them if there are several.
+    """Run the study with `count` seeds; returns the summary, with means over several seeds.
 
     Seeds share the held-out problems, so the interval of a mean is the Wilson interval of that
     mean over the problems once, not over problems times seeds.
@@ -35,7 +35,7 @@ def run_seeds(
 
     def begin() -> None:
         claim(folder, recipe)
-        write_json(folder / "seeds.json", {"count": count})  # `rlcs doctor` says how the study goes on
+        write_json(folder / "seeds.json", {"count": count})  # from which `rlcs doctor` shows how to resume
 
     world.first(begin)
     summaries = {}
@@ -54,12 +54,12 @@ def run_seeds(
 
 
 def averaged(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean over seeds of every arm's accuracy, and each seed's own values."""
+    """The mean over seeds of every arm's accuracy, and the values of each seed."""
     arms = {}
     first = next(iter(summaries.values()))
     for arm in first["arms"]:
-        each = [summary["arms"][arm] for summary in summaries.values()]
-        accuracy, n = sum(one["accuracy"] for one in each) / len(each), each[0]["n"]
+        scores = [summary["arms"][arm] for summary in summaries.values()]
+        accuracy, n = sum(score["accuracy"] for score in scores) / len(scores), scores[0]["n"]
         arms[arm] = {**with_interval(accuracy, n), "n": n}
     return {
         "name": first["name"],

@@ -1,7 +1,7 @@
 """The study of one seed: data -> cold start -> SFT -> GRPO -> held-out measurement -> report.
 
-Every stage leaves a marker when it is done; a run that was stopped goes on where it was, within
-SFT and GRPO at the newest checkpoint, within a measurement at the last answer.
+Every stage writes a marker when it is done. A stopped run resumes at the stage without one: SFT and
+GRPO at their newest checkpoint, a measurement after its last answer.
 """
 
 import hashlib
@@ -44,13 +44,13 @@ log = logging.getLogger("rlcs")
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a run prints: a progress bar, plain lines (`quiet`), or `json` rows."""
+    """How a run prints its progress: a bar, plain lines (`quiet`), or `json` rows."""
 
     quiet: bool = False
     json: bool = False
 
     def screen(self, stage: str, total: int) -> Screen:
-        """The screen of one stage."""
+        """The display of one stage's progress."""
         return screen(stage, total, quiet=self.quiet, json=self.json)
 
 
@@ -77,18 +77,29 @@ class Study:
         self._world = world
         self._make_engine: MakeEngine
         world.first(lambda: claim(folder, recipe))
-        # Arms may join a run later; what each trains does not change.
+        # Without the arms: some may be added to a run later, which changes nothing for the others.
         alike = recipe.model_copy(update={"study": type(recipe.study)()})
         self._recipe_hash = hashlib.sha256(dump(alike).encode()).hexdigest()
 
     def run(self) -> dict[str, Any]:
-        """Run every stage that is not done yet; the summary, which also lies in summary.json."""
+        """Run every stage that is not done; returns the summary, which is also in summary.json."""
         if self._world.rank:
-            log.setLevel(logging.ERROR)  # rank 0 warns, and keeps the log
+            log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        needs = EngineNeeds.of(self.recipe)
-        with log_here, open_engines(needs, self.folder / "rollout") as self._make_engine:
+        with log_here, open_engines(self._engine_needs(), self.folder / "rollout") as self._make_engine:
             return self._run_stages()
+
+    def _engine_needs(self) -> EngineNeeds:
+        recipe, grpo = self.recipe, self.recipe.grpo
+        return EngineNeeds(
+            settings=recipe.rollout,
+            max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
+            max_rows=max(grpo.max_rows, grpo.group_size),
+            decode_limit=recipe.images.decode_limit,
+            compute_dtype=recipe.parallel.compute_dtype,
+            adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
+            name=recipe.name,
+        )
 
     def _run_stages(self) -> dict[str, Any]:
         data, study = self._data, self.recipe.study
@@ -104,7 +115,7 @@ class Study:
                 self._grpo(arm)
         self._world.first(self._write_problems)
         for arm in study.arms:
-            self._measure(arm)  # whose model goes with it, before the next one is loaded
+            self._measure(arm)  # a call of its own frees the model before the next one is loaded
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
 
@@ -124,7 +135,7 @@ class Study:
             kept = distill.run(
                 rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=self._stop
             )
-        # Without a marker the same command asks again.
+        # Without a marker the same command samples the missing answers.
         if failed := read_json(folder / "stats.json")["failed"]:
             raise RlcsError(
                 f"the teacher left {failed:,} samples unanswered",
@@ -138,15 +149,15 @@ class Study:
         return self._world.first(lambda: is_done(self.folder / name))
 
     def _load(self, settings: Model, arm: str | None, *, four_bit: bool = False) -> Vlm:
-        """An arm's trained model; without an arm, and for the base, the model that the recipe names."""
+        """Load an arm's trained model; without an arm, and for the base, the recipe's model."""
         if arm is not None and ARMS[arm].parent is not None:
             start = str(self.folder / arm / "final")
             settings = settings.model_copy(update={"name": start, "revision": None})
-        loading.give_back_memory()  # a sharded model before this one lies in FSDP's reference cycles
+        loading.give_back_memory()  # FSDP's reference cycles hold the previous sharded model
         return loading.load(settings, world=self._world, four_bit=four_bit)
 
     def _policy(self, arm: str | None, frozen: Sequence[str]) -> Vlm:
-        """The model of a training stage, with what trains in it set; it starts from an arm's."""
+        """Load an arm's model to train it further: `frozen` parts are fixed, adapters added if configured."""
         recipe = self.recipe
         vlm = self._load(recipe.learner, arm, four_bit=recipe.lora.four_bit)
         return loading.prepare(vlm, recipe.lora, frozen, seed=recipe.seed)
@@ -221,7 +232,7 @@ class Study:
         log.info("eval %s: done", arm)
 
     def _write_problems(self) -> None:
-        """Write the held-out problems, once, for the report."""
+        """Write the held-out problems for the report."""
         pictured = 8 * self.recipe.report.gallery
         ProblemStore(self.folder / "eval", max_pictured=pictured).add(self._data.test)
 
@@ -247,7 +258,7 @@ class Study:
 
 
 def open_graders(reward: Reward) -> GradePool:
-    """The grader processes that a recipe's reward asks for; a context manager."""
+    """Start the grader processes of a recipe's reward; a context manager."""
     return GradePool(
         workers=reward.workers,
         deadline_s=reward.deadline_s,

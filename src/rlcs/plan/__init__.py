@@ -1,1 +1,1 @@
-"""Does a recipe fit a machine, what does a step take, and what to change: without loading the model."""
+"""Plans a recipe on a machine without loading the model: memory, work, time, and changes that make it fit."""

@@ -1,11 +1,13 @@
-"""What to change when a recipe does not fit: changes that the planner has tried itself."""
+"""Advice for a recipe that does not fit: changes of which the planner has tried that they suffice."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlcs.errors import RecipeError
+from rlcs.plan.placement import Placement
 from rlcs.plan.planner import MemoryPlan
-from rlcs.recipe.schema import Recipe
+from rlcs.recipe.schema import Eval, Prompts
+from rlcs.recipe.stages import Grpo, Sft
 
 MOST_GPUS = 1024
 SMALLEST_PACK = 1024
@@ -14,15 +16,14 @@ OFFLOAD = "parallel.cpu_offload=true"
 VLLM_SHARES = (0.6, 0.5, 0.4, 0.3)
 
 Try = Callable[[Sequence[str], int], dict[str, MemoryPlan]]
-"""Plans with more overrides (`key=value`) on a number of GPUs."""
+"""Plans the stages with more overrides (`key=value`) on a number of GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Changes:
     """Changes (`key=value`) in the order in which they are tried.
 
-    Those that are `harmless` cost time or main memory and nothing else; after the `altering` ones something
-    else is learnt.
+    The `harmless` ones cost only time or main memory; the `altering` ones change the result of training.
     """
 
     harmless: tuple[str, ...]
@@ -31,9 +32,9 @@ class Changes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
-    """`changes` (`key=value`) that make it fit here, None if nothing does; GPUs that make it fit as it is.
+    """`changes` (`key=value`) that make a recipe fit, None if none do; `gpus` on which it fits unchanged.
 
-    `alters` are those of the changes that change what is learnt, not only what it costs.
+    `alters` are those of the changes that change the result of training.
     """
 
     changes: tuple[str, ...] | None
@@ -42,7 +43,7 @@ class Advice:
 
 
 def advise(changes: Changes, attempt: Try, gpus: int) -> Advice:
-    """Take changes in order, harmless ones first, until it fits; then drop those that were not needed."""
+    """Add changes in order, harmless ones first, until the recipe fits; then drop the unneeded ones."""
     taken: list[str] = []
     needed: tuple[str, ...] | None = None
 
@@ -84,28 +85,28 @@ def _enough_gpus(attempt: Try, gpus: int) -> int | None:
     return None
 
 
-def possible_changes(recipe: Recipe, gpus: int) -> Changes:
-    """Every change of a recipe that may save memory, the mildest first."""
-    rollout, grpo, lora, offloads = recipe.rollout, recipe.grpo, recipe.lora, recipe.parallel.cpu_offload
-    harmless = [] if recipe.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
-    harmless += [] if recipe.parallel.reshard_after_forward else ["parallel.reshard_after_forward=true"]
-    harmless += _halved("sft.pack_tokens", recipe.sft.pack_tokens, SMALLEST_PACK)
+def possible_changes(placed: Placement, prompt: Prompts, sft: Sft, grpo: Grpo, measurement: Eval) -> Changes:
+    """Every change of a recipe that may save memory, those with the least effect first."""
+    rollout, lora, parallel, gpus = placed.rollout, placed.lora, placed.parallel, placed.machine.gpus
+    harmless = [] if placed.checkpointing else ["model.gradient_checkpointing=true"]
+    harmless += [] if parallel.reshard_after_forward else ["parallel.reshard_after_forward=true"]
+    harmless += _halved("sft.pack_tokens", sft.pack_tokens, SMALLEST_PACK)
     harmless += _halved("grpo.pack_tokens", grpo.pack_tokens, SMALLEST_PACK)
     if rollout.engine == "local":
         harmless += _halved("grpo.max_rows", grpo.max_rows, FEWEST_ROWS)
-        harmless += _halved("eval.max_rows", recipe.eval.max_rows, FEWEST_ROWS)
+        harmless += _halved("eval.max_rows", measurement.max_rows, FEWEST_ROWS)
     else:
         share = rollout.memory_share or 1.0
         harmless += [f"rollout.memory_share={less}" for less in VLLM_SHARES if less < share]
-    harmless += [OFFLOAD] if gpus and not offloads and not lora.four_bit else []
+    harmless += [OFFLOAD] if gpus and not parallel.cpu_offload and not lora.four_bit else []
     altering = [] if lora.rank else ["lora.rank=32"]
     # 4-bit weights do not train under torchrun.
-    packable = gpus <= 1 and recipe.parallel.compute_dtype == "same" and not lora.four_bit
+    packable = gpus <= 1 and parallel.compute_dtype == "same" and not lora.four_bit
     altering += ["parallel.cpu_offload=false", "lora.four_bit=true"] if packable else []
     altering += ["grpo.kl.kind=none"] if grpo.kl.active else []
     altering += _halved("grpo.max_new_tokens", grpo.max_new_tokens, 512)
     altering += _halved("grpo.group_size", grpo.group_size, 4)
-    altering += _halved("prompt.max_tokens", recipe.prompt.max_tokens, 512)
+    altering += _halved("prompt.max_tokens", prompt.max_tokens, 512)
     return Changes(harmless=tuple(harmless), altering=tuple(altering))
 
 

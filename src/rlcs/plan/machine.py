@@ -1,4 +1,4 @@
-"""The machine that is planned for (known GPUs by name, or this computer's CPU), and what is assumed of it."""
+"""The machine of a plan (known GPUs by name, or this computer's CPU), and the assumptions of a plan."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from rlcs.recipe.section import NonNegative, Positive, Section
 FP32 = 4
 """Bytes of a float32 number."""
 GIB = 2**30
-"""A GB as makers of GPUs count it."""
+"""A GB of GPU memory, as makers count it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,35 +52,35 @@ GPUS: Mapping[str, Device] = {
 """Makers' data sheets: memory, dense tensor-core bfloat16, plain float32 (PyTorch's default), bandwidth."""
 
 CPU_CORE = 5e10
-"""FLOP/s of one CPU core with float32: a guess, about half of what AVX-512 promises."""
+"""FLOP/s of one CPU core with float32: a guess, about half of the peak of AVX-512."""
 CPU_BANDWIDTH = 2e10
 """Memory bytes a second of a computer without GPU: a guess."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """`gpus` devices alike, or a CPU where there are none."""
+    """A number of equal GPUs, or one CPU where `gpus` is 0."""
 
     gpus: int
     device: Device
 
     @property
     def devices(self) -> int:
-        """How many share the work."""
+        """The number of devices that share the work."""
         return max(1, self.gpus)
 
 
 class Assumed(Section):
-    """What a plan cannot know."""
+    """Values that depend on the data and the machine, and are assumed."""
 
     text: Positive = 128
     """Tokens of a prompt's text."""
     image: NonNegativeInt = 400
-    """Tokens of its image."""
+    """Tokens of a prompt's image."""
     answer: Positive = 512
     """Tokens of an answer."""
     utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of the peak speed that is reached."""
+    """Reached share of the peak speed."""
     demonstrations: NonNegativeInt = 0
     """Demonstrations of SFT; 0: unknown."""
     peak: NonNegative = 0.0
@@ -90,7 +90,7 @@ class Assumed(Section):
 def machine(gpus: int, gpu: str, *, memory: float | None, peak: float) -> Machine:
     """The machine that the options describe; `memory` in GiB and `peak` in TFLOP/s override the table.
 
-    Raises UserError for an unknown GPU or a number that cannot be.
+    Raises UserError for an unknown GPU or an impossible number.
     """
     if gpus < 0:
         raise UserError(f"{gpus} GPUs", where="--gpus", fix="give a number of GPUs; 0 plans for this CPU")

@@ -1,6 +1,6 @@
-"""Bytes that a training step needs, from what each layer keeps for its backward pass.
+"""Counts the bytes of a training step, from the tensors that each layer keeps for its backward pass.
 
-The counts follow the code that runs (transformers' layers under our attention and head) and are
+The counts follow the code (transformers' layers with the attention and head of rlcs) and are
 compared with measured peaks in `tests/test_plan_memory.py`. Letters: h hidden size, i intermediate
 size, k key-value width, e bytes of an activation.
 """
@@ -16,7 +16,7 @@ from rlcs.recipe.section import Part
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What one forward pass is given: tokens of the pack, tokens with a loss, image patches."""
+    """The input of one forward pass: tokens of the pack, tokens with a loss, image patches."""
 
     tokens: int
     targets: int
@@ -25,7 +25,7 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passing:
-    """How activations are kept: bytes of each, recomputed or not, which parts train (by `adapters`?)."""
+    """How activations are kept: bytes of each, recomputed or not, parts that train, by adapters or not."""
 
     element: int
     checkpointing: bool
@@ -35,7 +35,7 @@ class Passing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
-    """`kept` lies there until the backward pass has used it; `working` comes and goes with a layer."""
+    """Bytes that stay until the backward pass has used them (`kept`), and those of a layer at work."""
 
     kept: int
     working: int
@@ -48,7 +48,7 @@ def language_layer(sizes: Sizes, how: Passing) -> int:
     keeps queries (a wide), keys, values, output and log-sum-exp: e (2a + 2k) + 4 heads, and where queries
     and keys are normalised those norms (a + k) (4 + 2e); the MLP keeps gate, its SiLU, up and their
     product: 4ie. With adapters frozen weights keep neither normalised inputs
-    nor their own, but each adapter (fp32) its input: as it is, or a copy in fp32.
+    nor their own, but each adapter (fp32) keeps its input: the same tensor, or a copy in fp32.
     """
     text, element = sizes.text, how.element
     hidden, heads, size = text.hidden_size, text.num_attention_heads, head_size(text)
@@ -67,7 +67,7 @@ def vision_block(sizes: Sizes, how: Passing) -> int:
 
     As `language_layer`, but values stay inside the joint (3h) projection, and the outputs of the
     windows (or images) are kept apart and joined: e 7h in place of e (2a + 2k). Layer norms (in families
-    without windows) keep no fp32. With adapters no less.
+    without windows) keep no fp32. Adapters save nothing.
     """
     tower, element = sizes.vision, how.element
     norms = tower.hidden * ((2 * FP32 if tower.window else 0) + 4 * element)
@@ -76,7 +76,7 @@ def vision_block(sizes: Sizes, how: Passing) -> int:
 
 
 def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
-    """What one pack keeps, and the most that comes and goes beside it, in bytes on one device."""
+    """Bytes of activations of one pack on one device."""
     text, vision, e = sizes.text, sizes.vision, how.element
     tower = "vision_tower" in how.trains
     merger = tower or "merger" in how.trains
@@ -96,13 +96,13 @@ def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
 
 
 def _in_passing(hidden: int, intermediate: int, layer: int, how: Passing) -> int:
-    """A layer's backward pass, each token: the gradients under way, and its activations if recomputed."""
+    """Bytes of a token in a layer's backward pass: its gradients, and its activations if recomputed."""
     element = FP32 if how.adapters else how.element
     return (hidden + intermediate) * element + (layer if how.checkpointing else 0)
 
 
 def _head(sizes: Sizes, load: Load, how: Passing) -> int:
-    """One chunk of logits, with three fp32 tensors of its size, and the chunk's gradient of the head."""
+    """Bytes of one chunk of logits: three fp32 tensors of its size, and the chunk's gradient of the head."""
     vocabulary = sizes.text.vocab_size
     rows = min(load.targets, max(1, LOGIT_CHUNK // vocabulary))
     trains = "language_model" in how.trains and not how.adapters
@@ -110,7 +110,7 @@ def _head(sizes: Sizes, load: Load, how: Passing) -> int:
 
 
 def update_peak(gradients: float, held: Activations, *, packs: int) -> float:
-    """Gradients and activations at their worst: with one pack the ones grow while the others shrink."""
+    """Peak of gradients and activations: with one pack the former grow while the latter shrink."""
     if packs == 1:
         return max(gradients, held.kept) + held.working
     return gradients + held.kept + held.working

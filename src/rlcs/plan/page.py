@@ -1,4 +1,4 @@
-"""A whole plan, as JSON and as the text that a person reads."""
+"""The plan of a recipe, as JSON and as text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -6,14 +6,15 @@ from typing import Any
 
 from rlcs.plan.advice import Advice, advise, possible_changes
 from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.planner import MemoryPlan, StagePlan, plan_stages
+from rlcs.plan.placement import place
+from rlcs.plan.planner import MemoryPlan, StagePlan, plan_measurement, plan_training
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.recipe.loading import load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe takes on a machine; `advice` where it does not fit."""
+    """Memory and time of a recipe on a machine; `advice` where it does not fit."""
 
     name: str
     sizes: Sizes
@@ -24,11 +25,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage does."""
+        """Whether every stage fits."""
         return self.advice is None
 
     def to_json(self) -> dict[str, Any]:
-        """What a script reads."""
+        """The plan for scripts."""
         return {
             "recipe": self.name,
             "model": self.sizes.name,
@@ -44,23 +45,35 @@ class Plan:
         }
 
     def to_text(self) -> str:
-        """What a person reads."""
+        """The plan as a table of text."""
         return "\n".join([*_head(self), *_table(self), *_advice(self)])
 
 
-def make_plan(recipe: str, overrides: Sequence[str], machine: Machine, assumed: Assumed) -> Plan:
+def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: Assumed) -> Plan:
     """Plan a recipe. Raises RecipeError, and ModelError for a model whose configuration cannot be found."""
-    chosen = load_recipe(recipe, overrides).recipe
+    chosen = load_recipe(name, overrides).recipe
     sizes = sizes_of(chosen.model)
 
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
-        changed = load_recipe(recipe, [*overrides, *more]).recipe
-        return plan_stages(changed, sizes, replace(machine, gpus=gpus), assumed)
+        recipe = load_recipe(name, [*overrides, *more]).recipe
+        sft, grpo, prompts = recipe.sft, recipe.grpo, (recipe.prompt, recipe.images)
+        spread, where = (recipe.lora, recipe.parallel, recipe.rollout), replace(machine, gpus=gpus)
+        learner = place(recipe.learner, *spread, sizes=sizes, machine=where)
+        measured = place(recipe.model, *spread, sizes=sizes, machine=where)
+        # Responses of given demonstrations may be longer than a teacher's.
+        longest = recipe.teacher.max_tokens
+        return {
+            "sft": plan_training(learner, sft, *prompts, assumed, longest_answer=longest),
+            "grpo": plan_training(learner, grpo, *prompts, assumed, longest_answer=grpo.max_new_tokens),
+            "eval": plan_measurement(measured, recipe.eval, *prompts),
+        }
 
-    stages = attempt((), machine.gpus)
-    fits = all(stage.fits for stage in stages.values())
-    changes = possible_changes(chosen, machine.gpus)
-    advice = None if fits else advise(changes, attempt, machine.gpus)
+    stages, advice = attempt((), machine.gpus), None
+    if not all(stage.fits for stage in stages.values()):
+        spread = chosen.lora, chosen.parallel, chosen.rollout
+        placed = place(chosen.learner, *spread, sizes=sizes, machine=machine)
+        changes = possible_changes(placed, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
+        advice = advise(changes, attempt, machine.gpus)
     return Plan(name=chosen.name, sizes=sizes, machine=machine, assumed=assumed, stages=stages, advice=advice)
 
 
@@ -100,7 +113,7 @@ def _table(plan: Plan) -> Iterator[str]:
     yield line("seconds a step", [f"{sum(stage.seconds.values()):,.1f}" for stage in trains])
     yield line("steps", ["by the data" if s.steps is None else f"{s.steps:,}" for s in trains])
     hours = [stage.to_json()["hours"] for stage in trains]
-    yield line("hours", ["" if each is None else f"{each:,.1f}" for each in hours])
+    yield line("hours", ["" if value is None else f"{value:,.1f}" for value in hours])
 
 
 def _advice(plan: Plan) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What lies on one device: weights, gradients, optimiser, reference, and what a sharded model gathers."""
+"""The contents of one device: weights, gradients, optimiser, reference, and what a sharded model gathers."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -18,10 +18,10 @@ FOUR_BITS = 4.127 / 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """How a model is spread over a machine, what of it trains, and who samples.
+    """A model spread over a machine, with its adapters and its sampling engine.
 
-    `weight`, `compute` and `reduce` are bytes of a stored weight, of a computed number and of a gradient on
-    its way between devices; `trainers` devices train.
+    `weight`, `compute` and `reduce` are bytes of a stored weight, of a computed number and of a gradient
+    when it is summed over devices; `trainers` is the number of devices that train.
     """
 
     sizes: Sizes
@@ -42,20 +42,20 @@ class Placement:
 
     @property
     def offloaded(self) -> bool:
-        """Whether what a GPU would hold lies in main memory."""
+        """Whether weights, gradients and optimiser are in main memory, not on the GPU."""
         return self.parallel.cpu_offload and self.machine.gpus > 0
 
     def trains(self, frozen: Collection[Part]) -> Collection[Part]:
-        """Parts of the model that learn, whole or by adapters."""
+        """Parts of the model that train, whole or by adapters."""
         every: tuple[Part, ...] = ("vision_tower", "merger", "language_model")
         return [part for part in (self.lora.parts if self.lora.rank else every) if part not in frozen]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """Bytes on one device. `gathered` stands beside them while a sharded model computes.
+    """Bytes on one device, with those `gathered` while a sharded model computes.
 
-    `offloaded` is in main memory, in place of the first four: each device's share.
+    `offloaded` are bytes of main memory, each device's share, which replace the first four.
     """
 
     weights: float
@@ -88,20 +88,20 @@ def place(
 
 
 def servers_beside(place: Placement) -> int:
-    """Our own vLLM servers on the fullest of the GPUs that train; they keep their memory meanwhile."""
+    """The number of this run's vLLM servers on the fullest training GPU; they never free their memory."""
     rollout, gpus = place.rollout, _names(place.machine)
     if rollout.engine != "vllm_server" or rollout.urls or not gpus:
         return 0
     if not rollout.devices:
-        return rollout.servers  # each takes the first GPUs that it sees
+        return rollout.servers  # each takes the first visible GPUs
     taken = _servers_by_gpu(rollout)
     return max(taken.values()) if taken.keys() >= gpus else 0
 
 
 def _trainers(rollout: Rollouts, machine: Machine) -> int:
-    """Devices that train: all but those that our own vLLM servers have to themselves.
+    """The number of devices that train: all but those that only vLLM servers of this run use.
 
-    Servers that sit on every GPU share them with training.
+    Servers on every GPU share them with training.
     """
     taken = _servers_by_gpu(rollout)
     if not machine.gpus or taken.keys() >= _names(machine):
@@ -116,8 +116,9 @@ def _trainers(rollout: Rollouts, machine: Machine) -> int:
 
 
 def _servers_by_gpu(rollout: Rollouts) -> Counter[str]:
-    own = rollout.engine == "vllm_server" and not rollout.urls
-    return Counter(gpu.strip() for each in rollout.devices if own for gpu in each.split(","))
+    if rollout.engine != "vllm_server" or rollout.urls:
+        return Counter()
+    return Counter(gpu.strip() for devices in rollout.devices for gpu in devices.split(","))
 
 
 def _names(machine: Machine) -> set[str]:
@@ -125,7 +126,7 @@ def _names(machine: Machine) -> set[str]:
 
 
 def stored(place: Placement, trains: Collection[Part], *, reference: bool) -> Stored:
-    """What one device holds, and its share of main memory; a `reference` has weights of its own."""
+    """Bytes that one device holds, and its share of main memory; `reference`: whether there is one."""
     sizes, lora = place.sizes, place.lora
     adapters = _adapter_parameters(lora, trains, sizes)
     weights = float(sizes.total * place.weight)
@@ -142,7 +143,8 @@ def stored(place: Placement, trains: Collection[Part], *, reference: bool) -> St
     own = {name: size / place.trainers for name, size in whole.items()}
     gathered, offloaded = _gathered(place) if place.sharded else 0.0, 0.0
     if place.offloaded:
-        gathered += 2 * sizes.largest_layer * place.weight / place.trainers  # shards on their way to the GPU
+        # Shards that are copied to the GPU.
+        gathered += 2 * sizes.largest_layer * place.weight / place.trainers
         own, offloaded = dict.fromkeys(own, 0.0), sum(own.values())
     return Stored(**own, gathered=gathered, offloaded=offloaded)
 
@@ -155,7 +157,7 @@ def _adapter_parameters(lora: Lora, trains: Collection[Part], sizes: Sizes) -> i
 
 
 def _gathered(place: Placement) -> float:
-    """The layer at work and the next one, with gradients on their way; what is in no layer stays gathered."""
+    """Bytes of the layer in use and the next one with their gradients, and of parameters outside layers."""
     sizes = place.sizes
     units = 2 * sizes.largest_layer * (place.compute + place.reduce)
     whole = 2 * sizes.largest_layer if place.parallel.reshard_after_forward else sizes.total

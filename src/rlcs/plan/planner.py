@@ -1,8 +1,8 @@
-"""A recipe on a machine: memory, work and time of each training stage, and the memory of a measurement.
+"""Plans memory, work and time of each training stage, and the memory of a measurement.
 
-Memory is that of the fullest device at its worst moment: the largest pack that the recipe allows,
-answers at their limit. Work and time are for the lengths that are assumed. Bytes follow from what
-the code keeps; seconds follow from the machine's peaks and a stated utilisation, and are a guess.
+Memory is the peak of the fullest device: with the largest pack that the recipe allows and answers at
+their limit. Work and time are for the assumed lengths. Bytes follow from the tensors that the code
+keeps; seconds are an estimate from the machine's peaks and an assumed utilisation.
 """
 
 import math
@@ -11,20 +11,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlcs.evals.arms import CHUNK
-from rlcs.plan.machine import FP32, GIB, Assumed, Machine
+from rlcs.plan.machine import FP32, GIB, Assumed
 from rlcs.plan.memory import Load, Passing, activations, update_peak
-from rlcs.plan.placement import Placement, place, stored
+from rlcs.plan.placement import Placement, stored
 from rlcs.plan.rollouts import decoding_seconds, rollout_bytes
-from rlcs.plan.shapes import Sizes, Tower
+from rlcs.plan.shapes import Tower
 from rlcs.plan.work import Trees, language, vision
-from rlcs.recipe.schema import Eval, Images, Recipe
+from rlcs.recipe.schema import Eval, Images, Prompts
 from rlcs.recipe.stages import Grpo, Sft
 from rlcs.train.sft import steps_of
 
 LIBRARIES = 3 * GIB // 2
-"""What a process holds before any model: the GPU's context and kernels, or Python with its libraries."""
+"""Bytes of a process without any model: the GPU's context and kernels, or Python with its libraries."""
 FRAGMENTS = 0.05
-"""Share of the memory in use that the allocator cannot hand out."""
+"""Memory lost to fragmentation, as a share of the memory in use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has that much."""
+        """Whether the device has enough memory."""
         return self.peak <= self.limit
 
     def to_json(self) -> dict[str, Any]:
@@ -51,10 +51,10 @@ class MemoryPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan(MemoryPlan):
-    """One stage that trains.
+    """One training stage.
 
-    `tokens` and `flops` are of one step over all devices; `repeated_*` is what a trainer pays that
-    repeats prompt and image for every answer. `steps` is None where the data decide.
+    `tokens` and `flops` are of one step over all devices; `repeated_*` are those of a trainer that
+    repeats prompt and image for every answer. `steps` is None where it depends on unknown data.
     """
 
     tokens: int
@@ -65,7 +65,7 @@ class StagePlan(MemoryPlan):
     steps: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """The memory, and what a step is and takes."""
+        """The memory, and the work and time of a step."""
         step = sum(self.seconds.values())
         return MemoryPlan.to_json(self) | {
             "tokens_per_step": self.tokens,
@@ -73,51 +73,38 @@ class StagePlan(MemoryPlan):
             "flops_per_step": self.flops,
             "flops_per_step_repeated": self.repeated_flops,
             "seconds_per_step": round(step, 3),
-            "seconds_by_phase": {name: round(each, 3) for name, each in self.seconds.items()},
+            "seconds_by_phase": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
             "steps": self.steps,
             "hours": None if self.steps is None else round(step * self.steps / 3600, 2),
         }
 
 
-def plan_stages(recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed) -> dict[str, MemoryPlan]:
-    """The plan of each stage that trains, then of the measurement of an arm."""
-    images, sft, grpo = recipe.images, recipe.sft, recipe.grpo
-    prompt, tower = recipe.prompt.max_tokens, sizes.vision
-    spread = recipe.lora, recipe.parallel, recipe.rollout
-    placed = place(recipe.learner, *spread, sizes=sizes, machine=machine)
-    steps = steps_of(sft, assumed.demonstrations) if assumed.demonstrations else None
-    # Responses of given demonstrations may be longer than a teacher's.
-    largest = {
-        "sft": largest_tree(images, tower, prompt=prompt, group=1, answer=recipe.teacher.max_tokens),
-        "grpo": largest_tree(images, tower, prompt=prompt, group=grpo.group_size, answer=grpo.max_new_tokens),
-        "eval": largest_tree(images, tower, prompt=prompt, group=1, answer=recipe.eval.max_new_tokens),
-    }
-    plans: dict[str, MemoryPlan] = {}
-    for name, stage, count, lowest, number in (
-        ("sft", sft, sft.batch_size, images.min_pixels, steps),
-        ("grpo", grpo, grpo.prompts_per_step, images.rl_min_pixels or images.min_pixels, grpo.steps),
-    ):
-        trees = expected_trees(largest[name], tower, assumed, count=count, lowest=lowest)
-        plans[name] = _plan_training(placed, stage, trees, largest[name], assumed.utilization, number)
-    answering = recipe.learner
-    if recipe.model.dtype == "auto" and machine.gpus:  # which is so of a model that only answers
-        answering = answering.model_copy(update={"dtype": "bfloat16"})
-    placed = place(answering, *spread, sizes=sizes, machine=machine)
-    return plans | {"eval": _plan_measurement(placed, recipe.eval, largest["eval"])}
-
-
-def _plan_training(
+def plan_training(
     placed: Placement,
     stage: Sft | Grpo,
-    trees: Trees,
-    largest: Trees,
-    utilization: float,
-    steps: int | None,
+    prompt: Prompts,
+    images: Images,
+    assumed: Assumed,
+    *,
+    longest_answer: int,
 ) -> StagePlan:
-    device = placed.machine.device
+    """Plan one training stage whose answers have `longest_answer` tokens at most."""
+    if isinstance(stage, Grpo):
+        count, group, lowest = stage.prompts_per_step, stage.group_size, images.rl_min_pixels
+        steps: int | None = stage.steps
+    else:
+        count, group, lowest = stage.batch_size, 1, None
+        steps = steps_of(stage, assumed.demonstrations) if assumed.demonstrations else None
+    tower, device = placed.sizes.vision, placed.machine.device
+    largest = largest_tree(images, tower, prompt=prompt.max_tokens, group=group, answer=longest_answer)
+    trees = expected_trees(largest, tower, assumed, count=count, lowest=lowest or images.min_pixels)
     parts, peak = _memory(placed, stage, trees, largest)
     per_tree, repeated = _passes(placed, stage, trees)
-    speed = placed.trainers * utilization * (device.float32 if placed.compute == FP32 else device.bfloat16)
+    speed = (
+        placed.trainers
+        * assumed.utilization
+        * (device.float32 if placed.compute == FP32 else device.bfloat16)
+    )
     seconds = {name: trees.count * flops / speed for name, flops in per_tree.items()}
     if isinstance(stage, Grpo):
         seconds["rollout"] += decoding_seconds(placed, trees, max_rows=stage.max_rows)
@@ -134,11 +121,28 @@ def _plan_training(
     )
 
 
-# --- what a step is made of ---------------------------------------------------------------------------
+def plan_measurement(placed: Placement, sampling: Eval, prompt: Prompts, images: Images) -> MemoryPlan:
+    """Plan an arm's measurement: its whole model (adapters merged, no 4 bits), answers at their limit."""
+    largest = largest_tree(
+        images, placed.sizes.vision, prompt=prompt.max_tokens, group=1, answer=sampling.max_new_tokens
+    )
+    own = placed.sizes.total * placed.weight / placed.trainers
+    moved = own if placed.offloaded else 0.0
+    rows = min(sampling.max_rows, math.ceil(CHUNK / placed.trainers))
+    parts = {
+        "weights": own - moved,
+        "offloaded": moved,
+        "rollout": rollout_bytes(placed, largest, prompts=rows, top_p=sampling.top_p),
+    }
+    peak = _with_overhead(parts["weights"] + parts["rollout"])
+    return MemoryPlan(parts=parts, peak=peak, limit=placed.machine.device.memory * GIB)
+
+
+# --- the trees of a step ------------------------------------------------------------------------------
 
 
 def largest_tree(images: Images, tower: Tower, *, prompt: int, group: int, answer: int) -> Trees:
-    """The longest prompt that is let in, its image as large as can be, every answer at its limit."""
+    """A tree with the longest allowed prompt, the largest image, and every answer at its limit."""
     image = min(images.max_pixels // tower.side**2, prompt)
     return Trees(count=1, trunk=prompt, patches=tower.merge**2 * image, group=group, answer=answer)
 
@@ -162,47 +166,33 @@ def expected_trees(largest: Trees, tower: Tower, assumed: Assumed, *, count: int
 def _memory(
     placed: Placement, stage: Sft | Grpo, trees: Trees, largest: Trees
 ) -> tuple[dict[str, float], float]:
-    """The parts of one device's memory, and their sum at the worst moment."""
+    """The parts of one device's memory, and its peak."""
     how = Passing(
         element=placed.compute,
         checkpointing=placed.checkpointing,
         trains=placed.trains(stage.freeze),
         adapters=placed.lora.rank > 0,
     )
-    lies = stored(placed, how.trains, reference=isinstance(stage, Grpo) and stage.kl.active)
+    held = stored(placed, how.trains, reference=isinstance(stage, Grpo) and stage.kl.active)
     full = max(1, min(trees.count, stage.pack_tokens // trees.tokens))
     packs = [(full, trees), (1, largest)]  # a full pack of expected trees, and the largest alone
     loads = [
         Load(tokens=n * t.tokens, targets=n * t.group * t.answer, patches=n * t.patches) for n, t in packs
     ]
-    held = [activations(placed.sizes, load, how) for load in loads]
+    passes = [activations(placed.sizes, load, how) for load in loads]
     several = trees.count * trees.tokens > stage.pack_tokens * placed.trainers
-    worst = max(update_peak(lies.gradients, each, packs=2 if several else 1) for each in held)
-    parts = asdict(lies) | {"activations": max(each.kept + each.working for each in held)}
-    worst += lies.gathered
+    worst = max(update_peak(held.gradients, one, packs=2 if several else 1) for one in passes)
+    parts = asdict(held) | {"activations": max(one.kept + one.working for one in passes)}
+    worst += held.gathered
     if isinstance(stage, Grpo):
         # Whole groups within max_rows are decoded at once.
         own = math.ceil(stage.prompts_per_step / placed.trainers)
         prompts = min(own, max(1, stage.max_rows // stage.group_size))
         parts["rollout"] = rollout_bytes(placed, largest, prompts=prompts, top_p=stage.top_p)
-        # The gradients of a step lie there until the next one begins; servers never sleep.
-        rest = worst if placed.rollout.engine == "vllm_server" else lies.gradients
+        # Gradients stay until the next step begins; servers keep their memory at all times.
+        rest = worst if placed.rollout.engine == "vllm_server" else held.gradients
         worst = max(worst, rest + parts["rollout"])
-    return parts, _with_overhead(lies.weights + lies.optimizer + lies.reference + worst)
-
-
-def _plan_measurement(placed: Placement, sampling: Eval, largest: Trees) -> MemoryPlan:
-    """One arm: its whole model (adapters are merged, nothing has 4 bits), and every answer at its limit."""
-    own = placed.sizes.total * placed.weight / placed.trainers
-    moved = own if placed.offloaded else 0.0
-    rows = min(sampling.max_rows, math.ceil(CHUNK / placed.trainers))
-    parts = {
-        "weights": own - moved,
-        "offloaded": moved,
-        "rollout": rollout_bytes(placed, largest, prompts=rows, top_p=sampling.top_p),
-    }
-    peak = _with_overhead(parts["weights"] + parts["rollout"])
-    return MemoryPlan(parts=parts, peak=peak, limit=placed.machine.device.memory * GIB)
+    return parts, _with_overhead(held.weights + held.optimizer + held.reference + worst)
 
 
 def _with_overhead(worst: float) -> float:
@@ -213,9 +203,9 @@ def _with_overhead(worst: float) -> float:
 
 
 def _passes(placed: Placement, stage: Sft | Grpo, trees: Trees) -> tuple[dict[str, float], dict[str, float]]:
-    """Operations by phase of one tree, and of one answer with a prompt of its own."""
+    """Operations by phase of one tree, and of one answer whose prompt is computed for it alone."""
     sizes, trains = placed.sizes, placed.trains(stage.freeze)
-    # What is frozen has gradients of its activations alone; where none are needed, none.
+    # Frozen parts need gradients of activations only; a frozen tower, which comes first, needs none.
     half = 3 if placed.checkpointing else 2
     whole = half if placed.lora.rank else half + 1
     layers, tower = (

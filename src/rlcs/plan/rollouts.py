@@ -1,4 +1,4 @@
-"""What sampling takes: the cache of the local engine or vLLM's share, and the seconds of decoding."""
+"""Memory and time of sampling: the local engine's cache or vLLM's share, and the seconds of decoding."""
 
 import math
 
@@ -9,20 +9,20 @@ from rlcs.plan.shapes import Sizes, head_size
 from rlcs.plan.work import Trees
 
 READING = 0.6
-"""Share of the memory bandwidth that decoding reaches."""
+"""Reached share of the memory bandwidth in decoding."""
 LAYER_S = 5e-4
-"""Seconds that one layer's launches take at least in a decoding step of the local engine: a guess."""
+"""Least seconds of one layer's kernel launches in a decoding step of the local engine: a guess."""
 SAMPLING = 32
 SAMPLING_TOP_P = 52
-"""Bytes that choosing a token takes for each row and word of the vocabulary (`engines.sampling`)."""
+"""Bytes that choosing a token takes for each row and vocabulary entry (`engines.sampling`)."""
 VLLM_SHARE = 0.9
 """Share of a GPU that vLLM takes by default."""
 
 
 def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: float) -> float:
-    """Bytes beside weights and optimiser on a device while `prompts` as large as `largest` are answered.
+    """Bytes besides weights and optimiser on a device that answers `prompts` as large as `largest`.
 
-    The local engine's cache grows by copying, so it counts twice; a sharded model is whole meanwhile.
+    The local engine's cache grows by copying, so it counts twice; a sharded model is gathered to sample.
     """
     sizes, text, rollout = place.sizes, place.sizes.text, place.rollout
     if rollout.engine != "local":
@@ -40,7 +40,7 @@ def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: floa
 
 
 def decoding_seconds(place: Placement, trees: Trees, *, max_rows: int) -> float:
-    """A decoding step reads the weights and the cache once; the local engine launches layer by layer."""
+    """Seconds of decoding: each step reads the weights and the cache once, or waits for kernel launches."""
     sizes, rollout = place.sizes, place.rollout
     local = rollout.engine == "local"
     copies = max(1, place.trainers // (1 if local else rollout.tensor_parallel))

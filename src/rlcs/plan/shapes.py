@@ -1,4 +1,4 @@
-"""Measures a model without loading it: its configuration, and its parameters on the meta device."""
+"""Sizes of a model without loading it: from its configuration, and its parameters on the meta device."""
 
 import re
 from collections import Counter
@@ -21,12 +21,12 @@ from rlcs.storage import read_json
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tower:
-    """A vision tower, whatever its family calls things.
+    """The sizes of a vision tower of any family.
 
-    `pixels` are numbers in a patch, `merge`^2 patches become a token, `side` pixels wide. Families with
-    `windowed` blocks (of `window` patches) have gated MLPs and norms that compute in fp32; the others see
-    the whole image in every block. `mlp_keeps` intermediate tensors for the backward pass, and there are
-    several `mergers` where outputs of early blocks enter the language model.
+    `pixels` are the numbers in a patch; `merge`^2 patches become a token, `side` pixels wide. Families with
+    `windowed` blocks (of `window` patches) have gated MLPs and norms that compute in fp32; in others every
+    block attends to the whole image. `mlp_keeps` is the number of intermediate tensors that an MLP keeps
+    for its backward pass. There are several `mergers` where outputs of early blocks enter the language model.
     """
 
     depth: int
@@ -65,13 +65,13 @@ def tower_of(vision: Any) -> Tower:
 
 
 def head_size(text: Any) -> int:
-    """The width of an attention head of the language model, which Qwen3-VL sets by itself."""
+    """The width of an attention head of the language model, which Qwen3-VL sets explicitly."""
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """A linear layer that can have an adapter: all but the head."""
+    """A linear layer that can have an adapter: any but the head."""
 
     name: str
     part: Part
@@ -88,7 +88,7 @@ class Sizes:
     vision: Tower
     parameters: Mapping[Part, int]
     largest_layer: int
-    """Parameters of the largest layer or vision block: what a sharded model gathers at once."""
+    """Parameters of the largest layer or vision block, which a sharded model gathers at once."""
     outside_layers: int
     """Parameters that are in no layer: embedding, head, last norm, merger."""
     linears: tuple[Linear, ...]

@@ -23,7 +23,7 @@ class Trees:
 
     @property
     def tokens(self) -> int:
-        """Of one tree."""
+        """The tokens of one tree."""
         return self.trunk + self.group * self.answer
 
 

@@ -1,1 +1,1 @@
-"""From a run to people: a Hugging Face folder (`export`), an honest card, and what may be sent (`checks`)."""
+"""Publishes models: export to a Hugging Face folder, model card, checks of its files, upload."""

@@ -1,6 +1,6 @@
 """Writes the model card from the run: data, training, results and limits.
 
-The card is for strangers: paths and addresses of the machine that trained stay out of it.
+The card is public: it has no paths or addresses of the training machine.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,10 +19,10 @@ from rlcs.report.load_run import Run, number, part, read_run
 
 
 def render(source: Source, name: str, model: Any, *, converted: bool, quantised: str | None = None) -> str:
-    """The card's text: YAML metadata that the hub reads, then Markdown.
+    """The card's text: YAML metadata for the hub, then Markdown.
 
-    `model` is what was exported, before it was `quantised` (`int8`, `int4`); `converted` says that its
-    precision is not that of the measurement.
+    `model` is the exported one, before it was `quantised` (`int8`, `int4`); `converted`: its precision is not
+    that of the measurement.
     """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -46,8 +46,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
         model_name=name,
         **licence,
         base_model=base if base and _on_hub(base) else None,
-        datasets=sorted({each.partition("?")[0] for each in sources if _on_hub(each.partition("?")[0])})
-        or None,
+        datasets=sorted(filter(_on_hub, {each.partition("?")[0] for each in sources})) or None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["rlcs", "reasoning", *(["grpo"] if source.arm in RL_ARMS else [])],
@@ -78,14 +77,14 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
 
 
 def shown(name: str) -> str:
-    """A model or data source as strangers may see it: hub ids and built-in names whole, of a path the end."""
+    """The public name of a model or data source: a hub id or built-in name, or the last part of a path."""
     if name.startswith("builtin") or _on_hub(name.partition("?")[0]):
         return name
     return Path(name).name
 
 
 def _on_hub(name: str) -> bool:
-    """Whether a name looks like owner/name on the hub and is nothing on this disk."""
+    """Whether a name has the form owner/name of the hub and is no local path."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -97,7 +96,7 @@ def _on_hub(name: str) -> bool:
 
 
 def base_licence(base: str, revision: str | None) -> dict[str, str]:
-    """What the base model's card says of its licence; nothing where there is no card to be had."""
+    """The licence in the base model's card; empty where no card is available."""
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -128,7 +127,7 @@ def _index(own: findings.ArmResult, test: str, study: str) -> list[Any]:
 
 
 def _data_rows(data: Data, teacher: Teacher, run: Run, stages: Collection[str]) -> list[tuple[str, str, str]]:
-    """(use, source, how many) of what a model with these stages behind it was trained and measured on."""
+    """The (use, source, number) of the data of a model's stages and of its measurement."""
     counts = part(run.summary, "counts")
     kept, tried = number(run.cold_start, "kept"), number(run.cold_start, "asked")
     demonstrations = _many(kept) + (f" kept of {_many(tried)} asked" if tried else "")
@@ -142,11 +141,11 @@ def _data_rows(data: Data, teacher: Teacher, run: Run, stages: Collection[str]) 
 
 
 def _choices(rows: Sequence[tuple[str, str]], stages: Collection[str]) -> list[tuple[str, str]]:
-    """The run's main choices, but for those of stages that the model has not seen, and for private ones."""
+    """The run's main choices, without private ones and those of stages that are not among the model's."""
     private = ("model", "arms", "cold-start data", "cold-start teacher", "RL data", "test set")
-    unseen: tuple[str, ...] = () if "sft" in stages else ("SFT", "chain of thought")
-    unseen += () if set(stages) & set(RL_ARMS) else ("RL", "reward")
-    return [(name, value) for name, value in rows if name not in private and not name.startswith(unseen)]
+    others: tuple[str, ...] = () if "sft" in stages else ("SFT", "chain of thought")
+    others += () if set(stages) & set(RL_ARMS) else ("RL", "reward")
+    return [(name, value) for name, value in rows if name not in private and not name.startswith(others)]
 
 
 def _many(value: float | None) -> str:
@@ -154,7 +153,7 @@ def _many(value: float | None) -> str:
 
 
 def _times(run: Run, stages: Sequence[str]) -> list[tuple[str, str]]:
-    """(stage, minutes) of the stages behind a model."""
+    """The (stage, minutes) of a model's stages."""
     seconds = part(run.summary, "seconds")
-    took = [(stage, number(seconds, stage)) for stage in stages]
-    return [(stage.replace("_", " "), f"{value / 60:.1f}") for stage, value in took if value is not None]
+    known = [(stage, number(seconds, stage)) for stage in stages]
+    return [(stage.replace("_", " "), f"{value / 60:.1f}") for stage, value in known if value is not None]

@@ -1,4 +1,4 @@
-"""Checks the files of a model before they are published: known ones alone, none of them a secret."""
+"""Checks the files of a model before they are published: only known files, and no secrets."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ REASONS = _TRAINING | {
     "code, which would run on other machines": "*.py",
     "a log": "*.log",
 }
-"""What a file is that does not belong, and the patterns that give it away."""
+"""Kinds of files that do not belong in a published model, with patterns of their names."""
 
 _SECRET = re.compile(
     rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}"
@@ -36,7 +36,7 @@ _LARGEST_TEXT = 50_000_000
 
 
 def refusals(folder: Path, entries: Sequence[Entry], allowed: Sequence[str]) -> list[tuple[str, str]]:
-    """(path, why) of every file that must not be sent; `allowed` are patterns of a person's own.
+    """The (path, reason) of every file that must not be sent; names that match `allowed` may be.
 
     A secret, or a link out of the folder, is refused even where its name is allowed.
     """
@@ -56,11 +56,11 @@ def refusals(folder: Path, entries: Sequence[Entry], allowed: Sequence[str]) -> 
 
 
 def _reason(path: str, reasons: Mapping[str, str]) -> str:
-    """The first reason of whose patterns one is met, or nothing."""
-    met = (
-        why for why, patterns in reasons.items() if any(fnmatch(path.lower(), p) for p in patterns.split())
-    )
-    return next(met, "")
+    """The first reason with a matching pattern, or an empty text."""
+    for reason, patterns in reasons.items():
+        if any(fnmatch(path.lower(), pattern) for pattern in patterns.split()):
+            return reason
+    return ""
 
 
 def _holds_secret(path: Path) -> bool:

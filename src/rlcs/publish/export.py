@@ -1,7 +1,7 @@
 """Exports a model as a Hugging Face folder that stock transformers and vLLM load without rlcs.
 
-What the model was trained with travels with it: pixel bounds in the processor, the system prompt as the chat
-template's default, the held-out measurement's sampling in the generation config.
+The folder has the settings of the training: pixel bounds in the processor, the system prompt as the chat
+template's default, the sampling of the held-out measurement in the generation config.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """What to write where. `dtype` None keeps the precision of the weights; `name` None is the folder's.
+    """A requested export. `dtype` None keeps the precision of the weights; `name` None is the folder's name.
 
     `quantise` is a form of `quantise.BITS`, or None for whole weights.
     """
@@ -56,7 +56,7 @@ def export(wanted: Export) -> list[Path]:
         what = f"cannot load the model: {str(error).splitlines()[0]}"
         fix = "give a run folder, a folder in Hugging Face format, a hub id, or `builtin`"
         raise ModelError(what, where=wanted.model, fix=fix) from error
-    if source.recipe is not None:  # what the run decided goes into the model's own configuration
+    if source.recipe is not None:  # the run's settings become the model's configuration
         recipe, images = source.recipe, source.recipe.images
         processor.image_processor.size = {
             "shortest_edge": images.min_pixels,
@@ -83,7 +83,7 @@ def export(wanted: Export) -> list[Path]:
 
 
 def sampling_of(settings: Eval, old: GenerationConfig, tokenizer: Any) -> GenerationConfig:
-    """The sampling of the run's measurement; ids that only stand for images are never generated, as there."""
+    """The sampling of the run's measurement, which also never generates ids that stand for images."""
     known = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, "<|im_start|>"])
     sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     return GenerationConfig(

@@ -1,4 +1,4 @@
-"""Lists what a folder would send to the Hugging Face hub, and sends it."""
+"""Lists the files of a folder for the Hugging Face hub, and uploads them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Entry:
 
 
 def listing(folder: Path) -> list[Entry]:
-    """Every file below a folder. Raises UserError where there is no card."""
+    """The files below a folder. Raises UserError where there is no card."""
     if not (folder / "README.md").is_file():
         fix = "name a folder that `rlcs export` or `rlcs data export` wrote"
         raise UserError("no exported folder is here", where=str(folder), fix=fix)
@@ -33,7 +33,7 @@ def _entry(folder: Path, path: Path) -> Entry:
 
 
 def lines(entries: Sequence[Entry], repo: str) -> list[str]:
-    """What a dry run prints: size, the hash's beginning and name of every file, then the sum."""
+    """The lines of a dry run: size, start of the hash and name of every file, then the sum of sizes."""
     total = sum(entry.size for entry in entries)
     rows = [f"{entry.size:>14,}  {entry.sha256[:16]}  {entry.path}" for entry in entries]
     return [*rows, f"{total:>14,}  bytes in {len(entries):,} files would go to {repo}"]
@@ -42,7 +42,7 @@ def lines(entries: Sequence[Entry], repo: str) -> list[str]:
 def push(
     folder: Path, repo: str, entries: Sequence[Entry], *, kind: Literal["model", "dataset"], private: bool
 ) -> str:
-    """Upload the listed files in one commit and make the repository if need be; returns its address.
+    """Upload the listed files in one commit, creating the repository if needed; returns its address.
 
     Raises DataError when the hub refuses or cannot be reached.
     """
@@ -50,7 +50,7 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
-    client_errors: Any = HfHubHTTPError.__bases__  # of whichever HTTP client it uses: no connection, say
+    client_errors: Any = HfHubHTTPError.__bases__  # of the HTTP client that the hub library uses
     files = [CommitOperationAdd(entry.path, folder / entry.path) for entry in entries]
     try:
         made = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Weights in fewer bits, in the format that stock transformers and vLLM recognise: compressed-tensors.
+"""Quantises weights in the format compressed-tensors, which stock transformers and vLLM recognise.
 
-Rounded to the nearest of 16 or 256 steps, a scale for every group of inputs; no data is needed. Answers are
-computed in the precision of what stays whole.
+Weights are rounded to the nearest of 16 or 256 steps, with a scale for every group of inputs; no data is
+needed. Computation is in the precision of the weights that are not quantised.
 """
 
 from importlib.util import find_spec
@@ -12,14 +12,14 @@ from rlcs.errors import ModelError, UserError
 from rlcs.model.lora import KEPT_WHOLE
 
 BITS = {"int8": 8, "int4": 4}
-"""Bits of a weight by the names of the forms."""
+"""The forms of quantised weights, with the bits of a weight."""
 GROUP = 32
-"""Inputs that share a scale: few, because nothing is calibrated, and a divisor of the widths of the families
-that rlcs trains, also where vLLM splits a 7B over 8 GPUs."""
+"""Inputs that share a scale: few, as scales are not calibrated on data, and a divisor of the widths of the
+families that rlcs trains, even where vLLM splits a 7B over 8 GPUs."""
 
 
 def check(form: str) -> None:
-    """Raises UserError where the form is unknown or the package is missing, before a model is loaded."""
+    """Raise UserError for an unknown form or a missing package, before a model is loaded."""
     if form not in BITS:
         raise UserError(f"no quantised form {form!r}", where="--quantise", fix=f"use {', '.join(BITS)}")
     if find_spec("compressed_tensors") is None:
@@ -58,6 +58,6 @@ def save(model: Any, form: str, out: Path) -> None:
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(out)
-    # By pattern: the names that it read off the model are not those under which others load it.
+    # As patterns: the compressor lists module names that differ from those of the saved model.
     compressor.quantization_config.ignore = whole
     compressor.update_config(str(out))

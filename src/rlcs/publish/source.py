@@ -1,4 +1,4 @@
-"""Finds what is to be published: the weights of one arm, and the run that made them if one did."""
+"""Finds the model to publish: the weights of one arm, and the run that trained them if there is one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from rlcs.train.run_dir import is_done
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Weights (a folder or hub id); with them the run, its recipe and the arm where they are known."""
+    """Weights (a folder or hub id), with their run, its recipe and the arm where they are known."""
 
     weights: str
     revision: str | None = None
@@ -24,7 +24,7 @@ class Source:
 
 
 def find_source(name: str, arm: str | None) -> Source:
-    """A run folder (its main model unless `arm` says another), a stage's `final`, or any model.
+    """Find the model `name`: a run folder (its main model or `arm`'s), a stage's `final`, or any model.
 
     Raises UserError, RunFolderError or ModelError where there is nothing to export.
     """
@@ -60,7 +60,7 @@ def _of_run(run: Path, arm: str | None) -> Source:
         )
     final = run / arm / "final"
     if not is_done(run / arm) or not (final / "config.json").is_file():
-        there = [a for a in TRAINING_ORDER if (run / a / "final" / "config.json").is_file()]
-        fix = f"finish the run, or choose --arm among: {', '.join(['base', *there])}"
+        finished = [a for a in TRAINING_ORDER if (run / a / "final" / "config.json").is_file()]
+        fix = f"finish the run, or choose --arm among: {', '.join(['base', *finished])}"
         raise RunFolderError(f"no finished model of the arm {arm}", where=str(final), fix=fix)
     return Source(weights=str(final), run=run, recipe=recipe, arm=arm)

@@ -1,4 +1,4 @@
-"""The arms of a study: what each is called, what its training starts from, and in which order they run.
+"""The arms of a study: their names, the arm that each one's training starts from, and their order.
 
 An arm's name is also its run directory, its colour in charts (a CSS variable) and its folder below `eval/`.
 """
@@ -15,7 +15,7 @@ ArmName = Literal["base", "sft", "grpo", "sft_grpo"]
 class Arm:
     """One arm. `parent` is the arm whose model is trained further (None: nothing is trained).
 
-    `label` names the arm for people, `stage` its training, `story` says in a sentence what its model is.
+    `label` names the arm in tables, `stage` its training; `story` describes its model in a sentence.
     """
 
     name: ArmName
@@ -60,19 +60,19 @@ ARMS = _table(
         "learning (GRPO) with a rule-checked reward.",
     ),
 )
-"""Every arm, in the order in which results are told."""
+"""Every arm, in the order of results."""
 TRAINING_ORDER: tuple[ArmName, ...] = ("sft", "sft_grpo", "grpo")
 """Arms that are trained, a parent before its child."""
 RL_ARMS: tuple[ArmName, ...] = ("sft_grpo", "grpo")
 """Arms whose training is GRPO."""
 MAIN_FIRST: tuple[ArmName, ...] = ("sft_grpo", "grpo", "sft", "base")
-"""Arms by how much of a recipe they are: the first that a run has is the one that it is for."""
+"""Arms from the main one on: the first of these that a run has is the one whose model is exported."""
 
 
 def stages_behind(arm: str) -> tuple[str, ...]:
-    """The run directories that lead to an arm's model, in the order in which they run."""
-    found: list[str] = []
+    """The run directories of the stages that made an arm's model, in the order of training."""
+    stages: tuple[str, ...] = ()
     while (parent := ARMS[arm].parent) is not None:
-        found = [arm, *found]
+        stages = (arm, *stages)
         arm = parent
-    return ("cold_start", *found) if "sft" in found else tuple(found)
+    return ("cold_start", *stages) if "sft" in stages else stages

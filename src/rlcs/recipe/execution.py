@@ -10,20 +10,19 @@ from rlcs.recipe.section import Part, Positive, Section
 class Lora(Section):
     """LoRA (arXiv 2106.09685) in both stages. Off unless `rank` is above zero.
 
-    There is no dropout on purpose: it would make the policy that learns another one than the policy
-    that sampled.
+    There is no dropout on purpose: the policy that is trained would differ from the one that sampled.
     """
 
     rank: Annotated[int, Field(ge=0)] = 0
     """Rank of every adapter; 0: no adapters, the weights themselves train."""
     alpha: Positive = 32
-    """What an adapter adds is scaled by alpha / rank."""
+    """The output of an adapter is scaled by alpha / rank."""
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank) instead, which suits high ranks (arXiv 2312.03732)."""
     parts: tuple[Part, ...] = ("language_model",)
-    """Parts of the model that get adapters, less those that a stage freezes; nothing else trains."""
+    """Parts of the model that get adapters, without those that a stage freezes; nothing else trains."""
     targets: tuple[str, ...] = ()
-    """Linear layers that get one, by the last word of their name (`q_proj`). None: all of the parts."""
+    """Linear layers that get adapters, by the last word of their name (`q_proj`). Empty: all of the parts."""
     four_bit: bool = False
     """QLoRA (arXiv 2305.14314): the frozen language model in 4 bits while it trains; needs bitsandbytes."""
 
@@ -35,7 +34,7 @@ class Lora(Section):
 
 
 class Parallel(Section):
-    """How ranks share a model; only the time limit matters to a run without `torchrun`."""
+    """How ranks share a model. Without `torchrun` these keys have no effect, but for `timeout_s`."""
 
     compute_dtype: Literal["same", "bfloat16", "float32"] = "same"
     """Number format of gathered weights and activations; `same`: that of `model.dtype`. With
@@ -47,13 +46,13 @@ class Parallel(Section):
     pass: less memory, half as much traffic again."""
     cpu_offload: bool = False
     """Keep each rank's weights, gradients and optimiser state in main memory, where AdamW runs too; a GPU
-    holds the layers at work alone. For models that do not fit otherwise: every pass copies the weights."""
+    holds only the layers in use. For models that do not fit otherwise: every pass copies the weights."""
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds that a rank waits for the others before the run ends with an error."""
 
 
 class Trackers(Section):
-    """Metrics for other people's dashboards; none changes the run, or hurts it when it fails."""
+    """Services that also get the metrics. None changes the run, and a run goes on when one fails."""
 
     tensorboard: bool = False
     """Event files in RUN/STAGE/tensorboard (`pip install tensorboard`)."""

@@ -1,4 +1,4 @@
-"""The recipe's dotted keys (`grpo.kl.kind`): which there are, what each allows in words, which is meant."""
+"""The recipe's dotted keys (`grpo.kl.kind`): the list, allowed values in words, suggestions for typos."""
 
 import difflib
 import types
@@ -36,21 +36,21 @@ def recipe_keys(section: type[Section] = Recipe, prefix: str = "") -> dict[str, 
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a key takes, in words: `a number at least 0`, `one of token, example`."""
+    """The allowed values of a key in words: `a number at least 0`, `one of token, example`."""
     return _words(field.annotation, field.metadata)
 
 
 def takes_text(field: FieldInfo) -> bool:
-    """Whether free text is a value of this key; of a list it is an item, not the value."""
+    """Whether the value of this key is free text; a list of texts is not."""
     kind = field.annotation
     return kind is str or (get_origin(kind) is not tuple and str in get_args(kind))
 
 
 def nearest(unknown: str) -> list[str]:
-    """Up to three keys or sections that a mistyped one may mean; empty when none is near.
+    """Up to three keys or sections that resemble a mistyped one most; empty when none does.
 
-    The last word counts most, so that a right name in the wrong place (`grpo.lr` for `grpo.optimizer.lr`)
-    is near; names that are equally near are all given.
+    The last word counts most, so that a right name in the wrong section (`grpo.lr` for `grpo.optimizer.lr`)
+    is found; of equally similar names all are given.
     """
     section, _, word = unknown.rpartition(".")
     keys = list(recipe_keys())

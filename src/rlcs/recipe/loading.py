@@ -1,10 +1,9 @@
-"""From YAML files, `extends` and `key=value` overrides to one checked recipe, and back.
+"""Resolves YAML files, `extends` and `key=value` overrides to one checked recipe; writes recipes as YAML.
 
 Later sources win: defaults, then the files of an `extends` chain from its root, then the command
 line. Sections merge key by key; a list replaces a list. Relative data paths, in a file as on the
 command line, are relative to the current folder (a recipe can be used from anywhere); only
-`extends` is relative to the file that says it. Every flaw is a `RecipeError` that names file, line
-and key.
+`extends` is relative to its file. Every error is a `RecipeError` with file, line and key.
 """
 
 import difflib
@@ -39,7 +38,7 @@ class Resolved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Setting:
-    """One value as it was given; `where` is the source with its line."""
+    """One value of a source; `where` is the source with its line."""
 
     value: object
     source: str
@@ -47,7 +46,7 @@ class _Setting:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
-    """Resolve a shipped recipe's name, or a path to a YAML file, with `key=value` overrides."""
+    """Resolve a recipe (a shipped name, or a path to a YAML file) with `key=value` overrides."""
     settings: dict[str, _Setting] = {}
     for source in (*_chain(name_or_path), *map(_override, overrides)):
         settings |= _settings(source, source.value, Recipe)
@@ -56,7 +55,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
 
 
 def read_section(kind: type[S], words: Sequence[str], *, where: str) -> S:
-    """A section by itself from `key=value` words of the option `where`, checked like one of a recipe."""
+    """Make one section of the `key=value` words of the option `where`, checked like that of a recipe."""
     values: dict[str, object] = {}
     for word in words:
         key, _, text = word.partition("=")
@@ -69,10 +68,10 @@ def read_section(kind: type[S], words: Sequence[str], *, where: str) -> S:
     try:
         return kind.model_validate(values, strict=True)
     except ValidationError as error:
-        flaw = error.errors(include_url=False)[0]
-    key = str(flaw["loc"][0]) if flaw["loc"] else ""
+        first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0]) if first["loc"] else ""
     if not key:  # the values do not go together
-        raise RecipeError(flaw["msg"].removeprefix("Value error, "), where=where, fix="change one of them")
+        raise RecipeError(first["msg"].removeprefix("Value error, "), where=where, fix="change one of them")
     what = f"{key} should be {allowed(kind.model_fields[key])} (got {_shown(values[key])})"
     raise RecipeError(what, where=where, fix="change it")
 
@@ -83,12 +82,12 @@ def list_recipes() -> dict[str, Path]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML with every default spelled out; loading it gives the same recipe."""
+    """The recipe as YAML with every default; loading it gives the same recipe."""
     return write(recipe.model_dump())
 
 
 def differences(a: Recipe, b: Recipe) -> list[tuple[str, object, object]]:
-    """The keys on which two recipes disagree, each with both values."""
+    """The keys whose values differ between two recipes, each with both values."""
     pairs = ((key, attrgetter(key)(a), attrgetter(key)(b)) for key in recipe_keys())
     return [(key, one, other) for key, one, other in pairs if one != other]
 
@@ -121,7 +120,7 @@ def _chain(name_or_path: str) -> list[Parsed]:
 
 
 def _locate(name_or_path: str, *, folder: Path, where: str) -> tuple[Path, str]:
-    """The file that a shipped name or a path means, and its label in messages; `where` names the caller."""
+    """The file of a shipped name or a path, and its label in messages; `where` is the place that names it."""
     shipped = list_recipes()
     if name_or_path in shipped:
         return shipped[name_or_path], f"recipes/{name_or_path}.yaml"
@@ -130,9 +129,9 @@ def _locate(name_or_path: str, *, folder: Path, where: str) -> tuple[Path, str]:
         return path, str(path)
     near = difflib.get_close_matches(name_or_path, shipped, n=1)
     guess = f"did you mean {near[0]}? " if near else ""
-    meant_a_path = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
+    is_path = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
     raise RecipeError(
-        f"there is no recipe file {path}" if meant_a_path else f"there is no recipe called {name_or_path!r}",
+        f"there is no recipe file {path}" if is_path else f"there is no recipe called {name_or_path!r}",
         where=where,
         fix=f"{guess}give a path to a .yaml file or a shipped name: {', '.join(shipped)}",
     )
@@ -154,7 +153,7 @@ def _read(path: Path, label: str) -> Parsed:
 
 
 def _override(text: str) -> Parsed:
-    """One `key=value`; free text needs no quotes, sections may be given as `{kind: k3, ...}`."""
+    """Read one `key=value`; free text needs no quotes, and a section may be `{kind: k3, ...}`."""
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not (key and equals):
@@ -179,7 +178,7 @@ def _unknown(key: str, where: str) -> RecipeError:
 def _settings(
     source: Parsed, values: Mapping[str, object], section: type[Section], path: tuple[str, ...] = ()
 ) -> dict[str, _Setting]:
-    """The values of one source by dotted key; keys that the schema does not know are refused."""
+    """The values of one source by dotted key. Raises RecipeError for keys that are not in the schema."""
     settings: dict[str, _Setting] = {}
     for name, value in values.items():
         here = (*path, name)
@@ -201,7 +200,7 @@ def _settings(
 
 
 def _frozen(value: object) -> object:
-    """Lists as tuples: the schema is strict, and a resolved recipe can be hashed."""
+    """The value with tuples for lists, which the strict schema requires."""
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
@@ -209,10 +208,10 @@ def _frozen(value: object) -> object:
 
 
 def _validated(settings: Mapping[str, _Setting]) -> Recipe:
-    """Settings laid over the defaults: a section given in part keeps the rest of *its* defaults.
+    """Check the settings, with defaults for all other keys.
 
-    (`grpo.optimizer` and `sft.optimizer` are of one class with different defaults; building the
-    section from the given keys alone would quietly fall back to the class's.)
+    The defaults are those of a whole recipe: `grpo.optimizer` and `sft.optimizer` have different ones, and
+    a section that is built from its given keys alone would take those of its class.
     """
     nested = Recipe().model_dump()
     for key, setting in settings.items():
@@ -231,20 +230,20 @@ def _validated(settings: Mapping[str, _Setting]) -> Recipe:
         place = "" if where == COMMAND_LINE else "there, or override it with key=value"
         raise RecipeError(what, where=where, fix=f"change it {place}".strip())
     listing = "".join(f"\n  {where}: {what}" for where, what in lines)
-    raise RecipeError(f"{len(lines)} values cannot be used{listing}", fix="change each where it stands")
+    raise RecipeError(f"{len(lines)} values cannot be used{listing}", fix="change each of them")
 
 
 def _key(location: Sequence[int | str], settings: Mapping[str, _Setting]) -> str:
-    """The dotted key of an error: positions inside a value do not count."""
+    """The dotted key of an error, without positions inside a value."""
     names = [str(part) for part in location]
     prefixes = (".".join(names[:length]) for length in range(len(names)))
     return next((key for key in prefixes if key in settings), ".".join(names))
 
 
 def _complaint(key: str, message: str, settings: Mapping[str, _Setting]) -> tuple[str, str]:
-    """Where, and what is wrong there; `key` is a value's, or a section's that checks several values.
+    """The place and the text of an error; `key` is a value's, or a section's that checks several values.
 
-    The whole recipe, which checks values of several sections, has an empty one.
+    It is empty for the whole recipe, which checks values of several sections.
     """
     if key in settings:
         field = recipe_keys()[key]

@@ -1,7 +1,7 @@
-"""YAML 1.2 as a recipe needs it: text, numbers, lists and mappings, with the line of every key.
+"""Reads and writes the YAML 1.2 of recipes: text, numbers, lists and mappings, with the line of every key.
 
-Nothing else is ever built, so a recipe cannot run code. Aliases and tags are refused: recipes share values
-by `extends`, and text that looks like a number stands in quotes.
+No other objects are built, so a recipe cannot run code. Aliases and tags are refused: recipes share values
+by `extends`, and text that looks like a number is quoted.
 """
 
 import io
@@ -18,7 +18,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from rlcs.errors import RecipeError
 
 _MAX_DIGITS = 300
-"""Digits of an integer: more would be no float, and Python itself reads and prints 4,300 at most."""
+"""Most digits of an integer: a float holds no larger number, and Python reads and prints at most 4,300."""
 _TAG = "tag:yaml.org,2002:"
 _CONVERTED = tuple(f"{_TAG}{kind}" for kind in ("int", "float", "bool", "null"))
 _POINT_FIRST = re.compile(r"[-+]?\.\d+[eE][-+]?\d+")
@@ -29,9 +29,9 @@ _POINT_FIRST = re.compile(r"[-+]?\.\d+[eE][-+]?\d+")
 class Parsed:
     """A value (dict, list, text, number, bool, None), and the line of every mapping key in it."""
 
-    value: Any  # the one type of nested JSON-like data that a reader can take apart without casts
+    value: Any  # nested data of any of these types, which a precise type would make every reader cast
     where: str
-    """What messages call the source: a file, or the command line."""
+    """The source in messages: a file, or the command line."""
     lines: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
     def place(self, path: tuple[str, ...]) -> str:
@@ -40,7 +40,7 @@ class Parsed:
 
 
 def parse(text: str, *, where: str) -> Parsed:
-    """Read one YAML document; any flaw is a `RecipeError` that names its line."""
+    """Read one YAML document. Raises RecipeError with the line of the error."""
     builder = _Builder(_yaml(), where)
     try:
         node = builder.yaml.compose(text)
@@ -74,11 +74,11 @@ def write(value: object) -> str:
 
 class _Representer(SafeRepresenter):
     def ignore_aliases(self, data: object) -> bool:
-        """Write equal values out again instead of referring to the first."""
+        """Repeat equal values instead of writing aliases."""
         return True
 
     def represent_str(self, data: str) -> ScalarNode:
-        """Write U+0085 and its like as escapes, which double quotes alone allow."""
+        """Write unprintable characters as escapes, which only double quotes allow."""
         return self.represent_scalar(f"{_TAG}str", data, style=None if data.isprintable() else '"')
 
 
@@ -97,7 +97,7 @@ def _yaml() -> YAML:
 
 
 class _Builder:
-    """Turns nodes to values; `seen` finds aliases, also one that contains itself."""
+    """Turns nodes to values; `seen` finds aliases, also of a node that contains itself."""
 
     def __init__(self, yaml: YAML, where: str) -> None:
         self.yaml = yaml

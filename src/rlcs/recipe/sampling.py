@@ -1,4 +1,4 @@
-"""The recipe's sections on what answers: a server by its protocol, our engine, or vLLM."""
+"""The recipe's sections on sampling: model servers, the local engine, vLLM."""
 
 from typing import Annotated, Literal
 
@@ -13,16 +13,16 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class Server(Section):
-    """How to talk to a model server, whichever it is."""
+    """How requests are sent to a model server."""
 
     key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key. Local servers need none."""
     concurrency: Positive = 32
-    """Requests under way at once."""
+    """Requests at the same time."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds one attempt at one request may take in all."""
     max_retries: Annotated[int, Field(ge=0)] = 6
-    """Further attempts after a failure that may pass (busy, down, cut off, garbled, empty)."""
+    """Further attempts after a failure that may be temporary (busy, down, cut off, garbled, empty)."""
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     """Attempts started a minute, evenly spaced. None: as fast as the server answers."""
     prompt_price: NonNegative | None = None
@@ -31,7 +31,7 @@ class Server(Section):
     """Price of a million completion tokens."""
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """What so many tokens cost, in the currency of the prices; None without any price."""
+        """The cost of these tokens, in the currency of the prices; None without any price."""
         prices = (self.prompt_price, self.completion_price)
         if prices == (None, None):
             return None
@@ -42,40 +42,40 @@ class Endpoint(Server):
     """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
 
     base_url: str
-    """Up to and with the version: `http://localhost:8000/v1`."""
+    """The address, with the version: `http://localhost:8000/v1`."""
     model: str
     """The model's name on that server."""
 
 
 class EngineSettings(Section):
-    """Which engine samples, and how vLLM is started."""
+    """The engine that samples, and how vLLM is started."""
 
     engine: Literal["local", "vllm_server", "vllm_colocated"] = "local"
     """`local`: the model in this process; `vllm_server`: `vllm serve` processes; `vllm_colocated`: vLLM in
-    this process's environment, asleep while the model trains."""
+    this process's environment, which frees its GPU memory while the model trains."""
     servers: Positive = 1
     """`vllm serve` processes to start on this machine."""
     executable: str = "vllm"
-    """The program to start; its environment may be another than ours."""
+    """The program to start; it may be of another Python environment."""
     arguments: tuple[str, ...] = ()
-    """Further arguments of `vllm serve`; they win over ours."""
+    """Further arguments of `vllm serve`; they override those that rlcs sets."""
     devices: tuple[str, ...] = ()
     """CUDA_VISIBLE_DEVICES of each server, as in [`0,1`, `2,3`]. Empty: all see what this process sees."""
     tensor_parallel: Positive = 1
     """GPUs that share one copy of the model."""
     memory_share: Share | None = None
-    """Share of a GPU's memory (without one, of main memory) for weights and cache. None: vLLM's own, which is
-    nearly all; a colocated engine must leave space for training, 0.4 say."""
+    """Share of a GPU's memory (without one, of main memory) for weights and cache. None: vLLM's default,
+    which is nearly all; a colocated engine must leave space for training: try 0.4."""
     start_limit_s: Seconds = 900.0
-    """Seconds in which a server must start, or load new weights."""
+    """Most seconds in which a server must start, or load new weights."""
     request_limit_s: Seconds = 1200.0
-    """Seconds for all answers to one prompt; a server that takes longer counts as hung."""
+    """Most seconds for all answers to one prompt; a server that takes longer counts as hung."""
     health_limit_s: Seconds = 30.0
-    """Seconds in which a server must say that it is well, else it counts as hung."""
+    """Most seconds for a server's answer to a health check; a server that takes longer counts as hung."""
     dead_limit_s: Seconds = 1800.0
-    """With no server well for so many seconds the run stops; the last checkpoint is intact."""
+    """The run stops after so many seconds without any healthy server; the last checkpoint is intact."""
     max_tries: Positive = 8
-    """Tries of one prompt before the run stops."""
+    """Attempts at one prompt before the run stops."""
 
     @model_validator(mode="after")
     def _one_device_list_a_server(self) -> "EngineSettings":
@@ -86,24 +86,26 @@ class EngineSettings(Section):
     @model_validator(mode="after")
     def _of_servers_alone(self) -> "EngineSettings":
         if self.arguments and self.engine == "vllm_colocated":
-            raise ValueError("arguments are of vllm_server: vllm_colocated takes none, leave them out")
+            raise ValueError(
+                "vllm_colocated takes no arguments: leave them out, or set engine to vllm_server"
+            )
         return self
 
 
 class Rollouts(EngineSettings):
-    """Who samples answers, in GRPO and in measurements."""
+    """The engine that samples answers, in GRPO and in measurements."""
 
     urls: tuple[str, ...] = ()
-    """Servers that run already, with the flags of docs/how-to/vllm-rollouts.md. Empty: start `servers`."""
+    """Running servers, with the flags of docs/how-to/vllm-rollouts.md. Empty: start `servers`."""
     weights_folder: str | None = None
-    """Where new weights are put for the engine to read, in a folder of this run's own that goes when it ends.
-    None: in the run's folder. Servers on other machines need a folder that they see under the same path."""
+    """Folder in which new weights are written for the engine, in a subfolder that is removed when the run
+    ends. None: the run's folder. Servers on other machines must see it under the same path."""
     lora: Literal["auto", "adapter", "merged"] = "auto"
-    """What vLLM gets of a policy that trains adapters. `adapter`: its model once, then the adapters alone;
-    vLLM can do that for adapters in the language model. `merged`: the whole model with them folded in,
-    every step: far more to write, no extra work in sampling. `auto`: `adapter` where vLLM can."""
+    """How vLLM gets the weights of a policy that trains adapters. `adapter`: the model once, then only the
+    adapters, which vLLM supports in the language model. `merged`: the whole model with the adapters merged,
+    every step: far more to write, no extra work in sampling. `auto`: `adapter` where vLLM supports it."""
     concurrency: Positive = 64
-    """Prompts under way at once, a server."""
+    """Prompts at the same time, a server."""
     importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
     """Each token's loss is weighted by policy / vLLM probability, at most this (truncated importance
     sampling, https://fengyao.notion.site/off-policy-rl). None: not corrected. With

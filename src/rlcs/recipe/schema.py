@@ -1,7 +1,6 @@
-"""Every choice of a run, with its default, its unit and its source, as pydantic models.
+"""The schema of a recipe: every key of a run with its default, unit and source, as pydantic models.
 
-One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads YAML files,
-`extends` and `key=value` overrides into these models.
+One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads recipes from YAML files.
 """
 
 from typing import Annotated, Literal
@@ -24,8 +23,8 @@ class Model(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 on a GPU, float32 on a CPU and wherever the weights themselves learn: in bfloat16 a
-    weight of 0.02 moves by 6e-5 or not at all, and a step of RL is 1e-6. For fast work on exact weights see
+    """`auto`: bfloat16 on a GPU, float32 on a CPU and wherever the weights themselves train: in bfloat16 a
+    weight of 0.02 changes by 6e-5 or not at all, and a step of RL is 1e-6. For fast work on exact weights see
     `parallel.compute_dtype`."""
     attention: Literal["auto", "tree", "flex", "dense"] = "auto"
     """How packed trees attend: `tree` (CPU), `flex` (GPU), `dense` (the plain reference)."""
@@ -36,7 +35,7 @@ class Model(Section):
 
 
 class Prompts(Section):
-    """The words around a problem."""
+    """The system prompt, and the length of prompts."""
 
     system: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
     """System prompt of SFT, RL, evaluation and serving. None: the chat template's own default."""
@@ -47,7 +46,7 @@ class Prompts(Section):
 
 
 class Images(Section):
-    """One image path for every stage."""
+    """Sizes of images in every stage."""
 
     min_pixels: Positive = 3136
     """Smaller images are enlarged to this area (28 x 28 pixels make one token; 32 x 32 in Qwen3-VL)."""
@@ -68,7 +67,7 @@ class Images(Section):
 
 
 class Columns(Section):
-    """Which columns of a data source hold what."""
+    """The columns of a data source."""
 
     id: str = "id"
     """Missing: the row number is used."""
@@ -85,7 +84,7 @@ class Columns(Section):
 
 
 class Data(Section):
-    """Where problems come from: JSONL or Parquet file, folder, hub id, or `builtin:NAME?key=value&...`."""
+    """The sources of problems: JSONL or Parquet file, folder, hub id, or `builtin:NAME?key=value&...`."""
 
     cold_start: str = "builtin:puzzles?split=train&count=1000&seed=1"
     """Problems (answered by the teacher) or demonstrations (used as they are) for SFT."""
@@ -93,7 +92,7 @@ class Data(Section):
     """Problems for GRPO."""
     rl_pass_rate: tuple[Share, Share] | None = None
     """Only RL problems with a `pass_rate` (of `problems.jsonl`, which distillation writes) in these bounds,
-    both included: [0.01, 0.99] drops what the teacher never or always gets right. None: all."""
+    both included: [0.01, 0.99] drops problems that the teacher never or always solves. None: all."""
     test: str = "builtin:puzzles?split=test&count=1000&seed=3"
     """Held-out problems on which every arm is measured."""
     split: str | None = None
@@ -101,38 +100,38 @@ class Data(Section):
     image_root: str | None = None
     """Absolute image paths are allowed only under this folder."""
     max_bad_share: Share = 0.01
-    """More unusable rows than this stop the run before it starts."""
+    """Largest share of unusable rows; with more the run does not start."""
     columns: Columns = Columns()
     """Column names."""
 
 
 class Filters(Section):
-    """What a right answer must not have to be imitated; the built-in teacher's pass unfiltered."""
+    """Flaws for which a right answer is rejected; the built-in teacher's answers are not filtered."""
 
     mixed_languages: bool = True
     """Reject an answer in which more than 1% of the letters are of a script foreign to the question."""
     repetition: bool = True
     """Reject an answer more than half of whose runs of 8 words occurred before."""
     leaks: bool = True
-    """Reject an answer that speaks of a gold or reference answer, which nobody showed to the model."""
+    """Reject an answer that mentions a gold or reference answer, which the model was not given."""
     min_chars: Annotated[int, Field(ge=0)] = 0
     """Reject shorter answers."""
     max_chars: Positive | None = None
-    """Reject longer answers. Answers cut at `max_tokens` are rejected always."""
+    """Reject longer answers. Answers cut at `max_tokens` are always rejected."""
 
 
 class Teacher(Server):
-    """Who writes the cold-start answers, and which of them are kept."""
+    """The model that writes the cold-start answers, and the choice of those that are kept."""
 
     kind: Literal["builtin", "endpoint", "local"] | None = None
-    """`builtin`: the program that drew the problem; `endpoint`: a server at `base_url`; `local`: a model
-    that we load. None: what follows from `base_url` and `model` being there."""
+    """`builtin`: the program that made the problem; `endpoint`: a server at `base_url`; `local`: a model that
+    rlcs loads. None: `endpoint` with `base_url`, else `local` with `model`, else `builtin`."""
     base_url: str | None = None
-    """Server of an `endpoint`, up to and with the version: `http://localhost:8000/v1`."""
+    """Address of an `endpoint`, with the version: `http://localhost:8000/v1`."""
     model: str | None = None
     """The model's name on the server; for `local` a folder, a hub id, or `builtin`."""
     rollout: EngineSettings = EngineSettings()
-    """Who samples a `local` teacher: this process, or a vLLM that is started for it and ends with it."""
+    """The engine of a `local` teacher: this process, or a vLLM that is started and stopped for it."""
     temperature: NonNegative = 0.7
     """Sampling temperature of an endpoint or local teacher."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -140,29 +139,29 @@ class Teacher(Server):
     max_tokens: Positive = 4096
     """Longest answer to one request."""
     wrong_share: Share = 0.25
-    """Share of answers in which the built-in teacher misreads the image, as real teachers do."""
+    """Share of answers in which the built-in teacher misreads the image, to imitate real teachers."""
     max_samples: Positive = 1
     """Most answers sampled for each problem."""
     enough_kept: Annotated[int, Field(ge=0)] = 1
-    """A problem with so many answers to keep is done. 0: all samples, for an unbiased pass rate."""
+    """Sampling of a problem ends with so many answers to keep. 0: all samples, for an unbiased pass rate."""
     keep: Literal["right", "all"] = "right"
-    """`right`: rejection sampling; `all`: wrong answers are imitated too (for comparison)."""
+    """`right`: rejection sampling; `all`: wrong answers are trained on too (for comparison)."""
     pick: Literal["first", "shortest", "diverse"] = "first"
-    """Which of several: the first, the shortest, or those least alike."""
+    """Choice among several answers to keep: the first, the shortest, or those least alike."""
     max_kept: Positive = 1
     """Demonstrations kept for each problem at most."""
     chain: Literal["distilled", "reflection", "caption", "self_critic"] = "distilled"
-    """Kind of chain of thought (arXiv 2505.22334): think step by step; err, reflect and mend; describe
-    the image, then think; answer, criticise, improve."""
+    """Kind of chain of thought (arXiv 2505.22334): think step by step; reflect on mistakes and correct them;
+    describe the image, then think; answer, criticise, improve."""
     format: Literal["plain", "think"] = "plain"
     """`plain`: reasoning that ends in a box; `think`: reasoning in `<think>` tags, then the box."""
     templates: str | None = None
-    """Folder with Jinja2 templates (`caption/1.j2`, ...) that stand before the shipped ones."""
+    """Folder with Jinja2 templates (`caption/1.j2`, ...) that replace shipped ones of the same name."""
     filters: Filters = Filters()
-    """Reasons to reject a right answer."""
+    """Flaws for which a right answer is rejected."""
 
     @model_validator(mode="after")
-    def _somebody_to_ask(self) -> "Teacher":
+    def _kind_has_its_settings(self) -> "Teacher":
         if self.who != "builtin" and not self.model:
             raise ValueError(f"a teacher of kind {self.who} needs model")
         if self.who == "endpoint" and not self.base_url:
@@ -177,7 +176,7 @@ class Teacher(Server):
 
     @property
     def who(self) -> Literal["builtin", "endpoint", "local"]:
-        """The kind of teacher, given or not."""
+        """The kind of teacher: the given one, or what `base_url` and `model` imply."""
         return self.kind or ("endpoint" if self.base_url else "local" if self.model else "builtin")
 
     @property
@@ -187,7 +186,7 @@ class Teacher(Server):
 
 
 class Eval(Section):
-    """How every arm is measured on `data.test`."""
+    """Sampling in the measurement of every arm on `data.test`."""
 
     temperature: NonNegative = 0.0
     """0: greedy."""
@@ -199,26 +198,26 @@ class Eval(Section):
     """Answers decoded at once."""
 
     def sampling(self, *, n: int = 1, seed: int = 0) -> Sampling:
-        """How `n` answers to each problem are sampled."""
+        """The settings for sampling `n` answers to each problem."""
         chosen = self.model_dump(include={"temperature", "top_p", "max_new_tokens"})
         return Sampling(n=n, seed=seed, **chosen)
 
 
 class Study(Section):
-    """Which arms `rlcs run` and `rlcs ablate` train and measure."""
+    """The arms that `rlcs run` and `rlcs ablate` train and measure."""
 
     arms: tuple[ArmName, ...] = ("base", "sft_grpo")
     """`base` and one that is trained, or more: `sft` and `grpo` beside `sft_grpo` complete the comparison."""
 
     @model_validator(mode="after")
-    def _compares_with_the_base(self) -> "Study":
+    def _has_the_base_and_another(self) -> "Study":
         if "base" not in self.arms or len(set(self.arms)) < 2:
             raise ValueError("the arms are base and at least one of sft, grpo, sft_grpo")
         return self
 
     @property
     def main(self) -> ArmName:
-        """The arm whose model the run is for."""
+        """The arm whose model is exported by default."""
         return next(arm for arm in MAIN_FIRST if arm in self.arms)
 
     @property
@@ -228,17 +227,17 @@ class Study(Section):
 
 
 class Report(Section):
-    """The page at the end."""
+    """The report of a run."""
 
     gallery: Positive = 48
     """Held-out problems shown with image and every arm's answer."""
 
 
 class Recipe(Section):
-    """Both stages and everything around them."""
+    """The whole recipe of a study: both stages, data, engines, measurement, report."""
 
     name: str = "unnamed"
-    """A word for tables and titles."""
+    """Name of the study in tables and titles."""
     seed: int = 0
     """Seeds data order, sampling and every other random choice."""
     model: Model = Model()
@@ -258,7 +257,7 @@ class Recipe(Section):
     grpo: Grpo = Grpo()
     """Stage two."""
     rollout: Rollouts = Rollouts()
-    """Who samples."""
+    """The engine that samples."""
     eval: Eval = Eval()
     """Measurement."""
     study: Study = Study()
@@ -266,12 +265,12 @@ class Recipe(Section):
     report: Report = Report()
     """Report."""
     trackers: Trackers = Trackers()
-    """Where metrics also go."""
+    """Services that also get the metrics."""
     parallel: Parallel = Parallel()
-    """Many processes."""
+    """How ranks share a model."""
 
     @model_validator(mode="after")
-    def _adapters_have_a_place(self) -> "Recipe":
+    def _adapters_are_possible(self) -> "Recipe":
         for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
             if self.lora.rank and set(self.lora.parts) <= set(stage.freeze):
                 raise ValueError(f"{name}.freeze leaves none of lora.parts to train")
@@ -295,6 +294,6 @@ class Recipe(Section):
 
     @property
     def samples_by_adapters(self) -> bool:
-        """Whether vLLM gets LoRA's adapters by themselves."""
-        engaged = self.rollout.engine != "local" and self.lora.rank > 0 and self.rollout.lora != "merged"
-        return engaged and self._vllm_takes_adapters
+        """Whether vLLM gets the adapters of LoRA, not a merged model."""
+        wanted = self.rollout.engine != "local" and self.lora.rank > 0 and self.rollout.lora != "merged"
+        return wanted and self._vllm_takes_adapters

@@ -1,4 +1,4 @@
-"""What every section of a recipe is built from: the strict base and the types of single values."""
+"""The base class of a recipe's sections, and the types of their values."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ Part = Literal["vision_tower", "merger", "language_model"]
 
 
 class Section(BaseModel):
-    """A part of the recipe: strict keys, frozen once resolved."""
+    """A section of the recipe: unknown keys are errors, values cannot change."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False

@@ -41,14 +41,14 @@ class GrpoOptimizer(Optimizer):
 
 
 class Stage(Section):
-    """What both training stages share."""
+    """The keys of both training stages."""
 
     optimizer: Optimizer = Optimizer()
     """Optimiser and schedule."""
     freeze: tuple[Part, ...] = ()
     """Parts that do not train."""
     pack_tokens: Positive = 8192
-    """Tokens of one packed forward and backward; a tree larger than this gets a pack of its own."""
+    """Tokens of one packed forward and backward pass; a larger tree is a pack by itself."""
     save_every: Positive = 50
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
@@ -65,7 +65,7 @@ class Sft(Stage):
     batch_size: Positive = 64
     """Demonstrations an optimiser step."""
     loss_average: Literal["token", "example"] = "token"
-    """`token`: mean over all response tokens of the step; `example`: mean of each response's mean."""
+    """`token`: mean over all response tokens of the step; `example`: mean over responses of their means."""
 
 
 class Kl(Section):
@@ -78,12 +78,12 @@ class Kl(Section):
 
     @property
     def active(self) -> bool:
-        """Whether there is a penalty at all, and so a need for a reference."""
+        """Whether there is a penalty, which needs a reference model."""
         return self.kind != "none" and self.coefficient > 0
 
 
 class Overlong(Section):
-    """Soft punishment of answers near the limit (DAPO, arXiv 2503.14476, eq. 13)."""
+    """Soft penalty for answers near the limit (DAPO, arXiv 2503.14476, eq. 13)."""
 
     buffer: Annotated[int, Field(ge=0)] = 0
     """Tokens before the limit over which the reward falls by up to `penalty`; 0: off."""
@@ -94,15 +94,15 @@ class Overlong(Section):
 
 
 class Reward(Section):
-    """How a response earns its reward."""
+    """Grading of responses."""
 
     function: str | None = None
-    """A reward of your own instead of the rule: `FILE.py:NAME`, called as NAME(problem, response) in the
+    """A custom reward instead of the rule: `FILE.py:NAME`, called as NAME(problem, response) in the
     grader processes; it returns a number, or a pair (number, is it correct)."""
     allow_fallbacks: bool = False
     """Also accept `<answer>` tags, "the answer is ..." and a lone letter where no box is complete."""
     deadline_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds a grader may think about one answer before its worker is killed (unscored)."""
+    """Most seconds for grading one answer; then its worker is killed and the answer is not scored."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Grader processes; 0: one for each two CPU cores."""
 

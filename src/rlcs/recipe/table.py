@@ -1,8 +1,4 @@
-"""The short table shown before a run starts: the choices that change results.
-
-Defaults such as the upper clip, the KL estimator or what a loss is averaged over are read here rather than
-in source code.
-"""
+"""The table that is shown before a run starts: the choices that change results, defaults among them."""
 
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
@@ -31,7 +27,7 @@ _LOSSES = {
 
 
 def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
-    """The table as (choice, value) rows, in the order of a run."""
+    """The rows (choice, value) of the table, in the order of a run."""
     adapters = "as adapters" if recipe.samples_by_adapters else "merged"
     return [
         ("recipe", f"{recipe.name}, seed {recipe.seed}"),
@@ -101,7 +97,7 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
 
 
 def _rollout_rows(rollout: Rollouts, adapters: str) -> list[tuple[str, str]]:
-    """No rows for local rollouts, which come from the very model that trains."""
+    """The row of rollouts by vLLM; none for local ones, which are sampled from the trained model itself."""
     if rollout.engine == "local":
         return []
     servers = ", ".join(rollout.urls) or _count(rollout.servers, "server")
@@ -123,7 +119,7 @@ def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]
 
 
 def teacher_rows(teacher: Teacher) -> list[tuple[str, str]]:
-    """Who writes the demonstrations, how, and which are kept."""
+    """The rows of the teacher: its model, its sampling, and the answers that are kept."""
     if teacher.who == "builtin":
         who = f"builtin, {teacher.wrong_share:.0%} wrong"
     else:
@@ -212,8 +208,8 @@ def _frozen(parts: tuple[str, ...]) -> str:
     return ", ".join(part.replace("_", " ") for part in parts) or "nothing"
 
 
-def _count(number: int, word: str, plural: str = "") -> str:
-    return f"{number:,} {word if number == 1 else plural or word + 's'}"
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def _quoted(text: str) -> str:

@@ -1,7 +1,7 @@
-"""The page at the end of a run: one self-contained HTML file that needs no server.
+"""The report of a run: one self-contained HTML file that needs no server.
 
-`gather` reads a run folder, `findings` turns it into plain figures, `charts` draws them, and
-`page` puts everything into the template. What a run lacks is left out of its page.
+`load_run` reads a run folder, `findings` computes the figures, `charts` draws them, and `page` fills
+the template. Parts that a run does not have are left out of its page.
 """
 
 from rlcs.report.page import build

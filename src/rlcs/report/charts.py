@@ -1,7 +1,7 @@
-"""Draws charts as inline SVG whose colours are CSS variables, so that one picture suits light and dark.
+"""Draws charts as inline SVG whose colours are CSS variables, for light and dark pages alike.
 
-matplotlib draws with placeholder colours; each is replaced by the variable that the page's style sheet
-defines, and the font by the page's own.
+matplotlib draws with placeholder colours; each is replaced by a variable of the page's style sheet, and
+the font by that of the page.
 """
 
 import io
@@ -36,10 +36,10 @@ def arms_chart(results: Sequence[ArmResult]) -> Markup:
             if len(result.seeds) > 1:
                 axes.plot(result.seeds, [row] * len(result.seeds), "o", ms=3, color=_PAINT["ink"], mew=0)
             axes.text(0, row + 0.29, result.name, va="bottom", color=_PAINT["ink"], fontsize=9.5)
-            at = max(result.high, result.accuracy) + 0.012
+            end = max(result.high, result.accuracy) + 0.012
             weight = "bold" if result.arm == "sft_grpo" else "normal"
             share = f"{result.accuracy:.1%}"
-            axes.text(at, row, share, va="center", color=_PAINT["ink"], fontsize=10, fontweight=weight)
+            axes.text(end, row, share, va="center", color=_PAINT["ink"], fontsize=10, fontweight=weight)
         top = max(max(r.high, r.accuracy) for r in results)
         axes.set_xlim(0, max(0.1, min(1.0, top) * 1.16))
         axes.set_ylim(-0.45, len(results) - 0.2)
@@ -73,9 +73,10 @@ _SHARES = ("accuracy", "clip_fraction")
 
 
 def curve_chart(key: str, about: str, lines: Sequence[tuple[str, Sequence[Points]]], *, name: str) -> Markup:
-    """Curves of a metric over steps: for each colour a list of runs; faint as measured, strong smoothed.
+    """Curves of a metric over steps: the measured one faint, the smoothed one strong.
 
-    With several seeds each seed's smoothed curve is faint and their mean is strong.
+    `lines` are the runs (one a seed) of each colour. With several seeds each seed's smoothed curve is faint
+    and their mean is strong.
     """
 
     def draw(axes: "Axes") -> None:
@@ -98,7 +99,7 @@ def curve_chart(key: str, about: str, lines: Sequence[tuple[str, Sequence[Points
 
 
 def phases_chart(name: str, about: str, layers: Sequence[tuple[str, Points]]) -> Markup:
-    """Seconds a step as stacked areas: for each phase its colour and its points."""
+    """Seconds a step as stacked areas; `layers` are the colour and the points of each phase."""
 
     def draw(axes: "Axes") -> None:
         shown = [_columns(points) for _, points in layers]
@@ -115,7 +116,7 @@ def phases_chart(name: str, about: str, layers: Sequence[tuple[str, Points]]) ->
 
 
 def phase_colour(index: int) -> str:
-    """The colour variable of the index-th phase."""
+    """The colour variable of phase number `index`."""
     return f"p{index % 7}"
 
 
@@ -125,12 +126,12 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _mean_run(runs: Sequence[Points]) -> list[tuple[float, float]]:
-    """Mean over runs at every step, over the runs that have that step."""
-    at: dict[float, list[float]] = {}
+    """The mean at every step, over the runs that have that step."""
+    values_at: dict[float, list[float]] = {}
     for run in runs:
         for step, value in run:
-            at.setdefault(step, []).append(value)
-    return [(step, sum(values) / len(values)) for step, values in sorted(at.items())]
+            values_at.setdefault(step, []).append(value)
+    return [(step, sum(values) / len(values)) for step, values in sorted(values_at.items())]
 
 
 def _svg(
@@ -140,7 +141,7 @@ def _svg(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # The salt makes the file the same every time; the context keeps the settings out of other figures.
+    # The salt makes ids reproducible; the context limits the settings to this figure.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5}):
         figure = Figure(figsize=size, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr, call-arg]
@@ -160,9 +161,9 @@ def _svg(
 
 
 def _inline(svg: str, name: str, about: str) -> Markup:
-    """A whole SVG file as an element of a page: own ids, variables for colours, no metadata."""
+    """An SVG file as an element of a page: with unique ids, variables for colours, no metadata."""
     body = svg[svg.index("<svg") :]
-    # matplotlib's own style element would apply to the whole page: the style sheet says it for `svg *`.
+    # matplotlib's style element would apply to the whole page; the style sheet has its rules for `svg *`.
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.S)
     body = re.sub(r"font-family: [^;\"]*;", "", body)
     body = re.sub(r'\b(id="|url\(#|href="#)', rf"\1{name}-", body)

@@ -1,7 +1,7 @@
 """Compares two runs: arms with the interval of their difference, recipes, seconds and curves.
 
-Every difference is second minus first. Where both runs answered the same held-out problems it is paired
-problem by problem, which sees differences that two separate intervals would hide.
+Every difference is second minus first. Where both runs answered the same held-out problems they are
+compared problem by problem, which detects smaller differences than two separate intervals.
 """
 
 import math
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from rlcs.errors import RunFolderError
 from rlcs.evals.intervals import mcnemar, newcombe, paired_interval
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.report import charts, findings
 from rlcs.report.findings import ArmResult, Difference
-from rlcs.report.load_run import Run, read_runs, read_text
+from rlcs.report.load_run import Run, read_text, require_runs
 from rlcs.report.pages import templates, write_page
 from rlcs.train.health import LAST_STEPS
 
@@ -39,7 +38,7 @@ class Gap(Difference):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What differs between two runs, ready to print or to dump as JSON."""
+    """The differences between two runs, as values that JSON can hold."""
 
     names: tuple[str, str]
     gaps: tuple[Gap, ...]
@@ -50,10 +49,10 @@ class Comparison:
 
 
 def compare(first: Path, second: Path) -> tuple[Comparison, list[list[Run]]]:
-    """The comparison, and the runs that it is of. Raises RunFolderError for a folder without a run."""
-    sides = [_runs(first), _runs(second)]
+    """Compare two run folders; also returns their runs. Raises RunFolderError for a folder without a run."""
+    sides = [require_runs(first), require_runs(second)]
     results = [{r.arm: r for r in findings.arm_results(runs)} for runs in sides]
-    took = [findings.stage_seconds(runs) for runs in sides]
+    seconds = [findings.stage_seconds(runs) for runs in sides]
     values = [
         findings.recipe_values(read_text(path / "recipe.yaml") or runs[0].recipe)
         for path, runs in zip((first, second), sides, strict=True)
@@ -68,13 +67,13 @@ def compare(first: Path, second: Path) -> tuple[Comparison, list[list[Run]]]:
             if arm in results[0] and arm in results[1]
         ),
         recipe={key: (values[0].get(key), values[1].get(key)) for key in keys},
-        seconds={key: (took[0].get(key), took[1].get(key)) for key in took[0] | took[1]},
+        seconds={key: (seconds[0].get(key), seconds[1].get(key)) for key in seconds[0] | seconds[1]},
         ends={key: (ends[0].get(key), ends[1].get(key)) for key in ends[0] | ends[1]},
     ), sides
 
 
 def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) -> None:
-    """The comparison as one page that needs no server."""
+    """Write the comparison as one page that needs no server."""
     panels = []
     for stage in RL_ARMS:
         for key in _METRICS:
@@ -87,15 +86,6 @@ def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) ->
                 panels.append((title, charts.curve_chart(key, title, lines, name=f"{stage}-{key}")))
     template = templates().get_template("compare.html.j2")
     write_page(path, template.render(found=found, panels=panels, colours=_COLOURS))
-
-
-def _runs(folder: Path) -> list[Run]:
-    runs = read_runs(folder)
-    if not any(run.curves or run.scores or run.recipe for run in runs):
-        raise RunFolderError(
-            "no run is here", where=str(folder), fix="give the folder with recipe.yaml in it"
-        )
-    return runs
 
 
 def _gap(a: ArmResult, b: ArmResult, first: Sequence[Run], second: Sequence[Run]) -> Gap:
@@ -118,13 +108,13 @@ def _gap(a: ArmResult, b: ArmResult, first: Sequence[Run], second: Sequence[Run]
 
 
 def _shares(runs: Sequence[Run], arm: str) -> dict[tuple[str, str, str], float]:
-    """Problem -> share of seeds that were right; the same id with another question is another problem."""
+    """The share of right seeds of each problem; the same id with another question is another problem."""
     verdicts: dict[tuple[str, str, str], list[bool]] = {}
     for run in runs:
         known = {p.id: (p.id, p.question, p.answer) for p in run.problems}
         for name, answer in run.answers.get(arm, {}).items():
             verdicts.setdefault(known.get(name, (name, "", "")), []).append(answer.grade.correct is True)
-    return {key: fmean(each) for key, each in verdicts.items()}
+    return {key: fmean(right) for key, right in verdicts.items()}
 
 
 def _ends(runs: Sequence[Run]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The cold start on the page: lengths of answers, pass rates of problems, and samples with reasons."""
+"""The cold start in the report: lengths of answers, pass rates of problems, and samples of answers."""
 
 import hashlib
 from collections import Counter
@@ -16,7 +16,7 @@ _LENGTHS = (100, 200, 400, 800, 1600, 3200, 6400)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherAnswer:
-    """One answer of the teacher: kept where `why` is empty."""
+    """One answer of the teacher; `why` is the reason of its rejection, empty where it was kept."""
 
     id: str
     question: str
@@ -27,16 +27,16 @@ class TeacherAnswer:
 
 
 def samples(folder: Path, count: int) -> list[TeacherAnswer]:
-    """Up to `count` answers, kept and rejected in turn, chosen by a hash and not by hand."""
+    """Up to `count` answers, kept and rejected ones alternating, chosen by a hash of their ids."""
     problems = {text(row, "id"): row for row in read_rows(folder / "problems.jsonl")}
     kept = _few(read_rows(folder / "kept.jsonl"), count)
     rejected = _few(read_rows(folder / "rejected.jsonl"), count)
-    found = []
+    answers = []
     for row in [row for row in chain(*zip_longest(kept, rejected)) if row is not None][:count]:
         problem = problems.get(text(row, "problem_id") or text(row, "id"), row)
         images = problem.get("images")
         names = [str(name) for name in images[:2]] if isinstance(images, list) else []
-        found.append(
+        answers.append(
             TeacherAnswer(
                 id=text(row, "id"),
                 question=text(problem, "question"),
@@ -46,18 +46,18 @@ def samples(folder: Path, count: int) -> list[TeacherAnswer]:
                 images=tuple(pictures.embed(folder, names, most_bytes=_IMAGE_BYTES)),
             )
         )
-    return found
+    return answers
 
 
 def _few(rows: Iterator[Row], count: int) -> list[Row]:
-    def place(row: Row) -> bytes:
+    def digest(row: Row) -> bytes:
         return hashlib.sha256(f"{text(row, 'id')}|{text(row, 'attempt')}".encode()).digest()
 
-    return sorted(rows, key=place)[:count]
+    return sorted(rows, key=digest)[:count]
 
 
 def histograms(folder: Path, stats: Row) -> Mapping[str, list[tuple[str, int, float]]]:
-    """By title: (bin, count, share of the largest bin) of lengths in characters and of pass rates."""
+    """Histograms by title: the (bin, count, share of the largest bin) of answer lengths and of pass rates."""
     counts = Counter(_length(text(row, "response")) for row in read_rows(folder / "kept.jsonl"))
     names = [f"up to {most:,}" for most in _LENGTHS] + ["longer"]
     found = {"Characters of kept answers": _bars(names, [counts[i] for i in range(len(names))])}

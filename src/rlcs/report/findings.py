@@ -1,6 +1,6 @@
-"""Figures of a report, computed from what was read of its runs: pure functions, no files, no HTML.
+"""Computes the figures of a report from its runs: pure functions, no files, no HTML.
 
-Everything takes a list of runs, one for each seed. With several seeds a figure is the mean over
+Most take a list of runs, one for each seed. With several seeds a figure is the mean over
 seeds and its interval the lowest and highest seed; with one it is a Wilson 95% interval.
 """
 
@@ -21,7 +21,7 @@ from rlcs.train.health import LAST_STEPS, SIGNS, Sign
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmResult:
-    """How one arm did on the held-out problems. Shares are in [0, 1]."""
+    """The results of one arm on the held-out problems. Shares are in [0, 1]."""
 
     arm: str
     accuracy: float
@@ -37,7 +37,7 @@ class ArmResult:
 
     @property
     def name(self) -> str:
-        """The arm's name for people."""
+        """The arm's label."""
         return ARMS[self.arm].label
 
 
@@ -46,7 +46,7 @@ class Difference:
     """An arm against another one, or against itself in another run, on the same problems.
 
     `points` is the difference of the shares of right answers, with its interval; `gained` problems are right
-    here alone, `lost` ones there alone.
+    in the former only, `lost` ones in the latter only.
     """
 
     arm: str
@@ -75,7 +75,7 @@ class Gallery:
 
 
 def arm_results(runs: Sequence[Run]) -> list[ArmResult]:
-    """Every measured arm, in the order of the table of arms."""
+    """The results of every measured arm, in the order of ARMS."""
     found = []
     for arm in ARMS:
         scores = [s for s in (_score(run, arm) for run in runs) if s is not None]
@@ -97,7 +97,7 @@ def headline(results: Sequence[ArmResult]) -> tuple[str, str]:
 
 
 def training_headline(runs: Sequence[Run]) -> tuple[str, str]:
-    """What the first run's training did, the last stage first, for a page without an evaluation."""
+    """The headline of a page without a measurement: the first run's training, the last stage first."""
     found = []
     for stage in ("sft_grpo", "grpo", "sft"):
         rows, key = runs[0].curves.get(stage, ()), "reward" if stage in RL_ARMS else "loss"
@@ -110,7 +110,7 @@ def training_headline(runs: Sequence[Run]) -> tuple[str, str]:
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Two-stage against each other arm, problem by problem.
+    """Compare the two-stage arm with each other arm, problem by problem.
 
     One seed: 95% interval of a difference of paired shares, each cell of the table raised by
     one half (Agresti & Min 2005). Several: mean, lowest and highest; gained and lost are summed.
@@ -129,7 +129,7 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
 
 def series(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:
-    """(step, value) of every row that has both."""
+    """The (step, value) of every row that has both."""
     found = ((number(row, "step"), number(row, key)) for row in rows)
     return [(step, value) for step, value in found if step is not None and value is not None]
 
@@ -148,7 +148,7 @@ def thin(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[f
 
 
 def health(runs: Sequence[Run]) -> list[HealthRow]:
-    """Signs of a gamed reward or a broken run, first against last steps, mean over seeds."""
+    """The warning signs of each RL stage: means over its first and its last steps, and over seeds."""
     found = []
     gap_limit = recipe_values(runs[0].recipe).get("rollout.alarm")
     for sign in SIGNS:
@@ -157,7 +157,7 @@ def health(runs: Sequence[Run]) -> list[HealthRow]:
         stages: dict[str, tuple[float, float]] = {}
         for stage in RL_ARMS:
             values = [[v for _, v in series(run.curves.get(stage, ()), sign.key)] for run in runs]
-            ends = [(_ends(each)[0], fmean(each[-LAST_STEPS:])) for each in values if each]
+            ends = [(_ends(curve)[0], fmean(curve[-LAST_STEPS:])) for curve in values if curve]
             if ends:
                 stages[stage] = (fmean(first for first, _ in ends), fmean(last for _, last in ends))
         if stages:
@@ -177,10 +177,10 @@ def skipped_steps(runs: Sequence[Run]) -> list[str]:
 
 
 def gallery(run: Run, count: int) -> list[Gallery]:
-    """`count` problems: half where the arms disagree, the rest all wrong and all right.
+    """Choose `count` problems: half where the arms disagree, the others all wrong or all right.
 
-    The order within a kind is by a hash of the id, so that no problem is chosen by hand. A run
-    keeps the images of its first problems only: where those are enough, no other is shown.
+    Within a kind they are ordered by a hash of the id, so that the choice is arbitrary. A run keeps the
+    images of its first problems only: where those are enough, only they are shown.
     """
     kinds: dict[str, list[Problem]] = {
         "The arms disagree": [],
@@ -198,7 +198,7 @@ def gallery(run: Run, count: int) -> list[Gallery]:
                 kinds[kind].append(problem)
     wanted = dict(zip(kinds, (count - 2 * (count // 4), count // 4, count // 4), strict=True))
     take = {kind: min(len(problems), wanted[kind]) for kind, problems in kinds.items()}
-    for kind, problems in kinds.items():  # one kind's shortage is filled from the others
+    for kind, problems in kinds.items():  # a kind with too few problems is filled up from the others
         take[kind] += min(len(problems) - take[kind], count - sum(take.values()))
     return [
         Gallery(kind=kind, problems=tuple(problems[: take[kind]]), total=totals[kind])
@@ -214,7 +214,7 @@ def _shuffled(problem: Problem) -> bytes:
 def late_rollouts(
     rollouts: Sequence[GradedSample], *, groups: int = 3, each: int = 3
 ) -> list[list[GradedSample]]:
-    """Groups of the last step, those with unequal rewards first; of each its best, worst and middle."""
+    """Groups of the last step, those with unequal rewards first; of each the best, middle and worst."""
     by_id: dict[str, list[GradedSample]] = {}
     for rollout in rollouts:
         by_id.setdefault(rollout.sample.id, []).append(rollout)
@@ -229,7 +229,7 @@ def late_rollouts(
 
 
 def phases(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
-    """Phase -> (step, seconds); a phase that a step did not have took no time in it."""
+    """The (step, seconds) of each phase; 0 seconds in steps without that phase."""
     names = dict.fromkeys(name for row in rows for name in part(row, "seconds"))
     steps = [(number(row, "step"), part(row, "seconds")) for row in rows]
     return {
@@ -239,7 +239,7 @@ def phases(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
 
 
 def stage_seconds(runs: Sequence[Run]) -> dict[str, float]:
-    """Stage -> seconds, mean over seeds: the summary's, or else what the steps add up to."""
+    """Seconds of each stage, mean over seeds: from the summary, or else the sum over steps."""
     found: dict[str, list[float]] = {}
     for run in runs:
         summary = part(run.summary, "seconds")
@@ -265,7 +265,7 @@ def _pair(ours: Mapping[str, GradedSample], theirs: Mapping[str, GradedSample]) 
 
 
 def _score(run: Run, arm: str) -> ArmResult | None:
-    """One run's result: scores.json first, the predictions for what it lacks, then summary.json."""
+    """One run's result: from scores.json or summary.json, and from the predictions for missing values."""
     answers = list(run.answers.get(arm, {}).values())
     scores = run.scores.get(arm) or part(part(run.summary, "arms"), arm)
     accuracy, counted = number(scores, "accuracy"), number(scores, "n")
@@ -294,7 +294,7 @@ def _score(run: Run, arm: str) -> ArmResult | None:
 
 
 def _accuracy_by(run: Run, arm: str, scores: Row, kind: str) -> dict[str, float]:
-    """Accuracy by family or level: as scored, or counted from the predictions."""
+    """Accuracy by family or level: from the scores, or else from the predictions."""
     scored = part(scores, f"by_{kind}")
     found = {name: number(part(scored, name), "accuracy") for name in scored}
     if not scored:
@@ -336,13 +336,13 @@ def _mean_of(groups: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def recipe_values(text: str) -> dict[str, object]:
-    """A recipe's values by dotted key, read as plain YAML: a recipe of another version may not load."""
+    """A recipe's values by dotted key, read without the schema: recipes of other versions may not load."""
 
     def flat(value: object, key: str) -> dict[str, object]:
         if not isinstance(value, dict):
             return {key: value}
-        inner = (flat(each, f"{key}.{name}" if key else name) for name, each in value.items())
-        return {name: each for values in inner for name, each in values.items()}
+        sections = (flat(item, f"{key}.{name}" if key else name) for name, item in value.items())
+        return {name: item for section in sections for name, item in section.items()}
 
     try:
         return flat(parse(text, where="recipe.yaml").value, "") if text else {}

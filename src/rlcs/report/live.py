@@ -1,6 +1,6 @@
-"""The report while a run goes on: pages for a browser on this machine alone, which only read.
+"""Serves the report of a run in progress to a browser on this machine; it only reads.
 
-The browser asks every few seconds whether anything changed, and swaps the parts that did.
+Every few seconds the browser checks for changes, and replaces the changed parts.
 """
 
 import math
@@ -34,15 +34,15 @@ _WATCHED = (
 )
 _COUNT = 12
 _WORK_SHARE = 20
-"""Drawing takes at most a twentieth of one core, so that watching does not slow the training."""
+"""After drawing for t seconds a page is not drawn again for 20 t, so that training is not slowed down."""
 _HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 
 
 class LiveReport:
-    """Draws the pages of one run folder as it is now."""
+    """Draws the pages of one run folder in its current state."""
 
     def __init__(self, run: Path) -> None:
-        """Raises RunFolderError without a folder."""
+        """Raises RunFolderError if there is no folder `run`."""
         if not run.is_dir():
             raise RunFolderError("no such folder", where=str(run), fix="give the folder of a run")
         self.run = run
@@ -52,25 +52,25 @@ class LiveReport:
         self._rest_until = 0.0
 
     def stamp(self) -> str:
-        """Changes when the page would."""
+        """A text that changes when the page would change."""
         with self._lock:
             if time.monotonic() >= self._rest_until:
                 self._stamp = self._state_of_files()
             return self._stamp
 
     def _state_of_files(self) -> str:
-        found = set()
+        states = set()
         for folder in (self.run, *self.run.glob("seed-*")):
             for path in (path for pattern in _WATCHED for path in folder.glob(pattern)):
                 try:
                     facts = path.stat()
                 except OSError:
-                    continue  # gone since it was listed
-                found.add((str(path), facts.st_size, facts.st_mtime_ns))
-        return str(hash(tuple(sorted(found))))
+                    continue  # removed since it was listed
+                states.add((str(path), facts.st_size, facts.st_mtime_ns))
+        return str(hash(tuple(sorted(states))))
 
     def report(self) -> str:
-        """The page as it is now, or as it was a moment ago when drawing it took long."""
+        """The current page, or a recent one when drawing takes long."""
         with self._lock:
             if not self._page or time.monotonic() >= self._rest_until:
                 started, self._stamp = time.monotonic(), self._state_of_files()
@@ -82,7 +82,7 @@ class LiveReport:
             return self._page
 
     def rollouts(self, query: Mapping[str, str]) -> str:
-        """One page of the rollouts that a query selects; what it cannot mean is ignored."""
+        """One page of the rollouts that a query selects; invalid values are ignored."""
         seeds = sorted(path.name for path in self.run.glob("seed-*") if path.is_dir())
         seed = _one_of(seeds, query.get("seed")) or ""
         run = self.run / seed
@@ -107,9 +107,9 @@ class LiveReport:
         if found.more:
             turns.append(("more →", {"skip": skip + _COUNT}))
         if step in found.steps:
-            at = found.steps.index(step)
-            turns += [(f"← step {s}", {"step": s, "skip": 0}) for s in found.steps[max(0, at - 1) : at]]
-            turns += [(f"step {s} →", {"step": s, "skip": 0}) for s in found.steps[at + 1 : at + 2]]
+            index = found.steps.index(step)
+            turns += [(f"← step {s}", {"step": s, "skip": 0}) for s in found.steps[max(0, index - 1) : index]]
+            turns += [(f"step {s} →", {"step": s, "skip": 0}) for s in found.steps[index + 1 : index + 2]]
         links = [(label, urlencode({**query, "stage": stage, **change})) for label, change in turns]
         name = text(read_object(self.run / "summary.json"), "name") or self.run.resolve().name
         return rollouts.render(
@@ -132,7 +132,7 @@ def make_app(live: LiveReport) -> Starlette:
 
 
 def _page(kind: str, draw: Callable[[Request], str]) -> Callable[[Request], Response]:
-    """Answers with what `draw` gives; a page that fails is one line in the terminal, and no traceback."""
+    """Respond with the text of `draw`; an error is one line in the terminal, without a traceback."""
 
     def answer(request: Request) -> Response:
         try:
@@ -155,7 +155,7 @@ def _whole(value: str | None) -> int | None:
 
 def _real(value: str | None) -> float | None:
     try:
-        found = float(value or "nan")
+        real = float(value or "nan")
     except ValueError:
         return None
-    return found if math.isfinite(found) else None
+    return real if math.isfinite(real) else None

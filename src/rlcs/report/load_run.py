@@ -1,7 +1,7 @@
-"""Reads a run folder, whole or not, into plain records.
+"""Reads a run folder, complete or not, into records.
 
-A report is most wanted when something went wrong, so nothing here raises over a missing, torn or
-odd file: what cannot be read is left out.
+A report must be possible after a failure, so missing, torn and invalid files raise no error: what cannot
+be read is left out.
 """
 
 import logging
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rlcs.data.problem_store import PROBLEMS
+from rlcs.errors import RunFolderError
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.records import GradedSample, Problem, from_row_or_none
 
@@ -24,7 +25,7 @@ Row = Mapping[str, object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One run folder (one seed): whatever of it could be read."""
+    """The readable content of one run folder (one seed)."""
 
     folder: Path
     summary: Row
@@ -33,7 +34,7 @@ class Run:
     curves: Mapping[str, tuple[Row, ...]]
     """Stage -> rows of metrics.jsonl in step order."""
     problems: tuple[Problem, ...]
-    """The held-out ones; kept images have paths from the folder `eval`."""
+    """The held-out problems; paths of kept images are relative to the folder `eval`."""
     answers: Mapping[str, Mapping[str, GradedSample]]
     """Arm -> problem id -> answer."""
     scores: Mapping[str, Row]
@@ -49,11 +50,21 @@ def read_runs(folder: Path) -> list[Run]:
     return [read_run(p) for p in seeds or [folder]]
 
 
+def require_runs(folder: Path) -> list[Run]:
+    """The runs of `folder`. Raises RunFolderError where nothing of a run can be read."""
+    runs = read_runs(folder)
+    if not any(run.curves or run.scores or run.recipe for run in runs):
+        raise RunFolderError(
+            "no run is here", where=str(folder), fix="give the folder with recipe.yaml in it"
+        )
+    return runs
+
+
 def read_run(folder: Path) -> Run:
-    """Everything readable of one run folder."""
+    """Read one run folder."""
     arms = [a for a in ARMS if (folder / "eval" / a).is_dir()]
     predictions = {a: folder / "eval" / a / "predictions.jsonl" for a in arms}
-    answers = {a: {each.sample.id: each for each in read_records(GradedSample, predictions[a])} for a in arms}
+    answers = {a: {row.sample.id: row for row in read_records(GradedSample, predictions[a])} for a in arms}
     stages = {s: tuple(read_rows(folder / s / "metrics.jsonl")) for s in TRAINING_ORDER}
     rollouts = {s: _last_rollouts(folder / s / "rollouts") for s in TRAINING_ORDER}
     scores = {a: read_object(folder / "eval" / a / "scores.json") for a in arms}
@@ -64,14 +75,14 @@ def read_run(folder: Path) -> Run:
         cold_start=read_object(folder / "cold_start" / "stats.json"),
         curves={s: rows for s, rows in stages.items() if rows},
         problems=tuple(read_records(Problem, folder / "eval" / PROBLEMS)),
-        answers={a: found for a, found in answers.items() if found},
+        answers={a: rows for a, rows in answers.items() if rows},
         scores={a: row for a, row in scores.items() if row},
-        rollouts={s: found for s, found in rollouts.items() if found},
+        rollouts={s: last for s, last in rollouts.items() if last},
     )
 
 
 def read_text(path: Path) -> str:
-    """A text file, or nothing."""
+    """The content of a text file, or an empty text."""
     if not path.is_file():  # missing, or a pipe that would never end
         return ""
     try:
@@ -82,7 +93,7 @@ def read_text(path: Path) -> str:
 
 
 def read_object(path: Path) -> Row:
-    """A JSON object, or an empty one."""
+    """The JSON object in a file, or an empty one."""
     content = read_text(path)
     value = _json(content)
     if content and not isinstance(value, dict):
@@ -97,7 +108,7 @@ def number(row: Row, name: str) -> float | None:
         return None
     try:
         found = float(value)
-    except OverflowError:  # JSON's integers have no end
+    except OverflowError:  # integers in JSON have no limit
         return None
     return found if math.isfinite(found) else None
 
@@ -109,7 +120,7 @@ def part(row: Row, name: str) -> Row:
 
 
 def text(row: Row, name: str) -> str:
-    """A value of a row as text; nothing for null and missing."""
+    """A value of a row as text; empty for null and missing ones."""
     value = row.get(name)
     return "" if value is None else str(value)
 
@@ -123,7 +134,7 @@ def _json(content: str) -> object:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The JSON objects of a JSONL file, other lines left out."""
+    """The JSON objects of a JSONL file, without other lines."""
     for line in read_text(path).split("\n"):
         value = _json(line)
         if isinstance(value, dict):
@@ -131,7 +142,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_records(kind: type[T], path: Path) -> Iterator[T]:
-    """The records of a JSONL file, rows that cannot be read left out."""
+    """The records of a JSONL file, without rows that cannot be read."""
     records = (from_row_or_none(kind, row) for row in read_rows(path))
     return (record for record in records if record is not None)
 
@@ -142,12 +153,12 @@ def kept_images(problem: Problem) -> list[str]:
 
 
 def by_reward(rollouts: Sequence[GradedSample]) -> tuple[GradedSample, ...]:
-    """The best first; what is not scored counts as a reward of zero."""
+    """Rollouts with the best first; one that is not scored counts as a reward of zero."""
     return tuple(sorted(rollouts, key=lambda one: -(one.grade.reward or 0.0)))
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:
-    """Step -> journal file, in step order."""
+    """The file of rollouts of each step, in step order."""
     files = {int(p.stem[5:]): p for p in folder.glob("step-*.jsonl") if p.stem[5:].isdigit()}
     return dict(sorted(files.items()))
 

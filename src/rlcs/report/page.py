@@ -1,4 +1,4 @@
-"""Draws the report of a run: findings, charts and texts in one template."""
+"""Draws the report of a run: fills the template with findings, charts and texts."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +22,8 @@ _SAMPLES = 16  # answers of the teacher
 def build(run: Path) -> Path:
     """Write `run`/report/index.html, and rollouts.html where there are any; return the first one's path.
 
-    A folder with `seed-*` run folders gives the page over all seeds. Raises RunFolderError when
-    there is nothing at all to report.
+    Of a folder with `seed-*` run folders the page is over all seeds. Raises RunFolderError where there
+    is nothing to report.
     """
     runs = read_runs(run)
     summary = read_object(run / "summary.json") or runs[0].summary
@@ -38,7 +38,7 @@ def build(run: Path) -> Path:
 
 
 def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") -> str:
-    """The whole page as text; a `stamp` makes it live: how far the run is, a script that refreshes."""
+    """The whole page as text. With a `stamp` it is live: it shows progress, and a script refreshes it."""
     wanted = number(part(part(summary, "recipe"), "report"), "gallery")
     gallery = Report().gallery if wanted is None else max(0, int(wanted))
     results = findings.arm_results(runs)
@@ -82,7 +82,7 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
 
 
 def _curves(runs: Sequence[Run], keys: Iterable[str], stages: Sequence[str]) -> list[tuple[str, Markup]]:
-    """(title, chart) of every metric that has values other than zero."""
+    """The (title, chart) of every metric that has values other than zero."""
     found = []
     for key in keys:
         lines = [(s, [findings.series(run.curves.get(s, ()), key) for run in runs]) for s in stages]
@@ -99,14 +99,14 @@ def _curves(runs: Sequence[Run], keys: Iterable[str], stages: Sequence[str]) -> 
 
 
 def _phases(run: Run) -> list[tuple[str, Markup, list[tuple[str, str, float]]]]:
-    """(stage, chart, (phase, colour, seconds in all)) of every training stage."""
+    """The stage, the chart, and each phase's (name, colour, total seconds) of every training stage."""
     colours: dict[str, int] = {}
     found = []
     for stage, rows in run.curves.items():
         layers = {name: points for name, points in findings.phases(rows).items() if any(v for _, v in points)}
         if not layers:
             continue
-        # One colour a phase on the whole page: known phases come first, in the order they are met.
+        # A phase has the same colour in all charts of the page.
         names = sorted(layers, key=lambda name: colours.setdefault(name, len(colours)))
         totals = [(n, charts.phase_colour(colours[n]), sum(v for _, v in layers[n])) for n in names]
         sums = ", ".join(f"{n} {s:.0f} s in all" for n, _, s in totals)
@@ -127,7 +127,7 @@ def _gallery(run: Run, count: int) -> list[dict[str, object]]:
         for problem in section.problems:
             names = kept_images(problem)[:4]
             images = pictures.embed(run.folder / "eval", names, most_bytes=share)
-            answers = [(arm, each[problem.id]) for arm, each in run.answers.items() if problem.id in each]
+            answers = [(arm, rows[problem.id]) for arm, rows in run.answers.items() if problem.id in rows]
             missing = bool(names) and not images
             cards.append({"problem": problem, "images": images, "missing": missing, "answers": answers})
         found.append({"kind": section.kind, "total": section.total, "cards": cards})
@@ -135,7 +135,7 @@ def _gallery(run: Run, count: int) -> list[dict[str, object]]:
 
 
 def _plain(row: Row) -> list[tuple[str, str]]:
-    """The single values of an object, for a list of names and values."""
+    """The (name, value) of an object's texts and numbers, as texts."""
     return [
         (name.replace("_", " "), str(value) if isinstance(value, str) else digits(value))
         for name, value in row.items()

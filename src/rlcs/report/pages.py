@@ -1,7 +1,7 @@
-"""What every page is made with: templates, escaping, and numbers for people.
+"""Templates of all pages, with their escaping and number formats.
 
-Rollouts are hostile text: the templates escape everything, control and direction-changing
-characters are made visible, and the pages' own policy forbids foreign scripts and requests altogether.
+Rollouts are untrusted text: the templates escape everything, control and direction-changing characters
+are made visible, and the pages' content security policy forbids foreign scripts and requests.
 """
 
 import re
@@ -20,12 +20,12 @@ _LONGEST_TEXT = 3000  # characters of one answer that the page shows
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page whole; a lone half of a surrogate pair is valid in JSON and nowhere else."""
+    """Write a page atomically; lone surrogates, which JSON allows and UTF-8 does not, are replaced."""
     atomic_write(path, page.encode("utf-8", "replace"))
 
 
 def templates() -> "Environment":
-    """Templates with everything that pages share: escaping, filters, the names of arms and stages."""
+    """The templates' environment: escaping, filters, the table of arms."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -49,14 +49,14 @@ _INVISIBLE = re.compile(
 
 
 def visible(value: object) -> object:
-    """A text with its control, direction-changing and broken characters spelled out: seen, and harmless."""
+    """A text with escapes in place of control, direction-changing and invalid characters."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return _INVISIBLE.sub(lambda found: f"\\u{ord(found.group(0)):04x}", value)
+    return _INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", value)
 
 
 def _stage(name: str) -> str:
-    """A key of the summary's seconds for people."""
+    """The label of a key of the summary's seconds."""
     if name.startswith("eval_"):
         arm = name.removeprefix("eval_")
         return f"Measuring: {ARMS[arm].label if arm in ARMS else arm}"
@@ -72,7 +72,7 @@ def _points(value: float) -> str:
 
 
 def digits(value: float | None) -> str:
-    """Three digits, or all of them before the point."""
+    """A number with three digits, or with all digits before the point."""
     return "–" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -85,7 +85,7 @@ def _duration(seconds: float) -> str:
 
 
 def _fold(value: str, most: int = _LONGEST_TEXT) -> str:
-    """A text with its middle left out when it is too long: the answer stands at the end."""
+    """A text, without its middle when it is too long: the answer is at the end."""
     left_out = len(value) - most
     if left_out <= 0:
         return value

@@ -15,18 +15,18 @@ TOTAL_BYTES = 1_500_000
 
 
 def embed(root: Path, images: Sequence[str], *, most_bytes: int) -> list[str]:
-    """Data URIs of the images under `root`, each at most `most_bytes`; unreadable ones are left out.
+    """Data URIs of the images under `root`, each of at most `most_bytes`; unreadable ones are left out.
 
-    Every image is decoded and encoded anew, so nothing but pixels reaches the page.
+    Every image is decoded and encoded again, so that only its pixels are on the page.
     """
-    found = []
+    uris = []
     for name in images:
         try:
             ref = image_from_path(name, root=root, limit=DECODE_LIMIT)
-            found.append(data_uri(_fitting(open_image(ref), most_bytes)))
+            uris.append(data_uri(_fitting(open_image(ref), most_bytes)))
         except (RlcsError, OSError, ValueError):
-            continue  # the page says so where the image would be
-    return found
+            continue  # the page has a note in its place
+    return uris
 
 
 def _fitting(image: "Image", most_bytes: int) -> bytes:

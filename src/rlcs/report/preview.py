@@ -1,6 +1,6 @@
-"""Shows what the model sees of one training example: tokens with their loss weights, image patches.
+"""Shows one training example as the model gets it: tokens with their loss weights, image patches.
 
-The example is built by the functions that training uses, so it is what training gets.
+The example is built by the functions that training uses.
 """
 
 from collections.abc import Sequence
@@ -42,14 +42,14 @@ class View:
 
     @property
     def learnt(self) -> int:
-        """Tokens with loss."""
+        """The number of tokens with loss."""
         return sum(weight != 0 for weight in self.weights)
 
 
 def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
     """Build the view of row `row` of a recipe's cold-start data, or of a data source.
 
-    Raises DataError for a row that is not there or cannot be a prompt.
+    Raises DataError for a row that is missing or cannot be a prompt.
     """
     is_recipe = what in list_recipes() or Path(what).suffix in (".yaml", ".yml")
     recipe = load_recipe(what if is_recipe else "quickstart", overrides).recipe
@@ -78,7 +78,7 @@ def no_prompts(rows: Sequence[Row], chat: Chat) -> list[BadRow]:
 
 
 def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0) -> View:
-    """Tokenise one row as SFT would; a row without a response shows its teacher's, if it is built in."""
+    """Tokenise one row as SFT does; a built-in row without a response gets one of the built-in teacher."""
     response = row.response
     if response is None and row.problem.source.startswith("builtin:"):
         response = puzzles.teach(row.problem, seed=seed, wrong_share=0.0)
@@ -106,7 +106,7 @@ def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0) -> View:
 
 
 def pieces(view: View) -> list[tuple[str, str]]:
-    """(kind, text) of what is shown: `text` and `control` carry no loss, `loss` does, `image` is a span."""
+    """The (kind, text) of each token or image: tokens with loss are `loss`, others `text` or `control`."""
     starts = {start: (end, number) for number, (start, end) in enumerate(view.prompt.spans)}
     shown: list[tuple[str, str]] = []
     at = 0
@@ -126,7 +126,7 @@ def pieces(view: View) -> list[tuple[str, str]]:
 
 
 def print_view(view: View, console: Console | None = None) -> None:
-    """To the terminal: tokens with their bounds, those with loss underlined, images as half blocks."""
+    """Print tokens with their bounds, those with loss underlined, and images as half blocks."""
     console = console or Console(highlight=False)
     head = f"{view.title}: {len(view.tokens)} tokens, {view.learnt} with loss; gold answer {view.answer}"
     console.print(head, markup=False, emoji=False)  # an answer like [a,b] is no markup
@@ -142,7 +142,7 @@ def print_view(view: View, console: Console | None = None) -> None:
 
 
 def _half_blocks(image: Image.Image, width: int = 48) -> Text:
-    """An image in the terminal, two pixels a character cell."""
+    """An image as text for the terminal, two pixels a character."""
     height = max(2, round(width * image.height / image.width / 2) * 2)
     small = image.resize((width, height))
     text = Text()

@@ -1,4 +1,4 @@
-"""Every rollout of a run, found by stage, step, problem and reward, with its image, reward and reason."""
+"""Finds rollouts of a run by stage, step, problem and reward, and draws pages of them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from rlcs.report.load_run import Run, by_reward, kept_images, read_records, save
 from rlcs.report.pages import templates, write_page
 
 _MOST_FILES = 400
-"""Steps read for one answer: a filter that matches little must not read a whole week's journals."""
+"""Most steps that are read for one page: a filter with few matches must not read all of a long run."""
 VERDICTS = {
     "": "any",
     "right": "right",
@@ -22,14 +22,14 @@ VERDICTS = {
     "unscored": "not scored",
     "cut": "cut at the limit",
 }
-"""What a filter may ask of the grade, with its name for people."""
+"""The values of a filter by grade, with their labels."""
 _STATIC_STEPS = 6
 _STATIC_GROUPS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """What to look for; empty means everything. `verdict` is one of VERDICTS."""
+    """A filter of rollouts; empty values match all. `verdict` is one of VERDICTS."""
 
     seed: str = ""
     stage: str = ""
@@ -41,7 +41,7 @@ class Wanted:
     skip: int = 0
 
     def takes(self, one: GradedSample) -> bool:
-        """Whether a rollout is looked for."""
+        """Whether the filter matches a rollout."""
         grade = one.grade
         verdicts = {"right": grade.correct is True, "wrong": grade.correct is False}
         verdicts |= {"unscored": not grade.scored, "cut": one.sample.stop is StopReason.LENGTH}
@@ -66,7 +66,7 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """One page of groups: `more` there are others, `steps` that exist, `read` how many steps were read."""
+    """One page of groups: whether there are `more`, the stage's `steps`, how many of them were `read`."""
 
     groups: tuple[Family, ...]
     more: bool
@@ -98,7 +98,7 @@ def find(run: Path, wanted: Wanted, *, count: int = 12) -> Found:
 
 
 def sample(run: Path, stage: str) -> Found:
-    """A few whole steps, first and last among them, for a page that must stay small."""
+    """The groups of a few steps, first and last among them, for a page that must stay small."""
     steps = list(saved_steps(run / stage / "rollouts"))
     last = len(steps) - 1
     chosen = sorted({steps[round(i * last / (_STATIC_STEPS - 1))] for i in range(_STATIC_STEPS)})
@@ -110,14 +110,14 @@ def sample(run: Path, stage: str) -> Found:
 def render(
     name: str, pages: Sequence[tuple[Path, str, Found]], *, wanted: Wanted | None = None, **live: object
 ) -> str:
-    """A page of (run folder, stage, groups); with `wanted` the live one, with its form and links."""
+    """The page of (run folder, stage, groups); with `wanted` the live one, with a form and links."""
     shown = sum(len(_images(group)) for _, _, found in pages for group in found.groups)
     share = pictures.TOTAL_BYTES // max(1, shown)
     prepared = []
     for run, stage, found in pages:
         folder = run / stage / "rollouts"
         cards = [(g, pictures.embed(folder, _images(g)[:4], most_bytes=share)) for g in found.groups]
-        steps = [(step, list(some)) for step, some in groupby(cards, key=lambda card: card[0].step)]
+        steps = [(step, list(same)) for step, same in groupby(cards, key=lambda card: card[0].step)]
         prepared.append((stage, found, steps))
     facts: dict[str, object] = {"links": [], "seeds": [], "choices": [], **live}
     return (

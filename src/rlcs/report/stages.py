@@ -1,4 +1,4 @@
-"""How far each stage of a run is: for the live page and for `rlcs doctor`."""
+"""The progress of each stage of a run, for the live page and for `rlcs doctor`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from rlcs.report.load_run import Run, number, read_object, read_text
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """One stage: `done` of `total` steps or problems (0: not known), and seconds left (None: not known)."""
+    """Progress of a stage: `done` of `total` steps or problems (0: unknown), seconds left (None: unknown)."""
 
     key: str
     name: str
@@ -23,12 +23,12 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """How much of it is done, from 0 to 1."""
+        """The share that is done, from 0 to 1."""
         return 1.0 if self.state == "done" else min(1.0, self.done / self.total) if self.total else 0.0
 
 
 def progress(run: Run) -> list[Progress]:
-    """Every stage that this run has, in order: those that began, and of the others those its recipe names."""
+    """The progress of each stage of this run, in order: those that began, and those that its recipe needs."""
     named = recipe_values(run.recipe).get("study.arms")
     arms = {str(arm) for arm in named} if isinstance(named, list) else set()
     needed = {stage for arm in arms if arm in ARMS for stage in stages_behind(arm)}
@@ -51,7 +51,7 @@ def progress(run: Run) -> list[Progress]:
 
 
 def ending(run: Run) -> str:
-    """What ended the newest attempt; nothing while it runs or when it is done."""
+    """The error that ended the newest attempt; empty while it runs or when it is done."""
     lines = read_text(newest_log(run.folder) or Path()).splitlines()
     last = [line.partition("ended by ")[2] for line in lines if " ended by " in line]
     return last[-1] if last else ""
@@ -68,7 +68,8 @@ def _stage(run: Run, key: str) -> Progress:
     finished = (run.folder / key / "done.json").is_file()
     last = int((number(rows[-1], "step") if rows else 0) or 0)
     total = int((number(rows[-1], "steps") if rows else 0) or 0)
-    seconds = [sum(each) for each in zip(*([v for _, v in p] for p in phases(rows).values()), strict=False)]
+    by_phase = ([seconds for _, seconds in points] for points in phases(rows).values())
+    seconds = [sum(step) for step in zip(*by_phase, strict=False)]
     rate = median_rate(seconds)
     begun = bool(rows) or (key == "cold_start" and (run.folder / key).is_dir())
     return Progress(

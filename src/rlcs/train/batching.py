@@ -1,4 +1,4 @@
-"""Which rank does what: shares of about the same number of tokens, and packs that keep ranks in step.
+"""Shares the work of a step over ranks: about equal numbers of tokens, and packs that keep ranks in step.
 
 A sharded model computes on all ranks at once. So every rank passes as many packs through it as any
 other, and a pack goes through the vision tower on all ranks or on none: where a rank has fewer packs,
@@ -7,6 +7,7 @@ gradient is zero.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TypeVar
 
 from PIL import Image
@@ -21,28 +22,29 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 BYTES_A_TOKEN = 4
-"""Of text, roughly; a guess serves to balance what has not been tokenised yet."""
+"""Bytes of text in a token, roughly: enough to balance problems that are not tokenised yet."""
 PIXELS_A_TOKEN = 28 * 28
+"""Pixels of an image in a token, roughly."""
 PADDING_SIDE = 56
 """Pixels along the side of a padding tree's image."""
 
 
 def own_share(sizes: Sequence[int], world: World) -> list[int]:
-    """The indices of this rank's share of things of `sizes`, in order."""
+    """Indices of the items that this rank works on, in order; `sizes` are those of all items."""
     return balanced(sizes, world.size)[world.rank]
 
 
 def shared(
     work: Callable[[list[T]], Sequence[R]], items: Sequence[T], size: Callable[[T], int], world: World
 ) -> list[R]:
-    """Results of `work` for all items, in their order; each rank works on its share alone.
+    """Results of `work` for all items, in their order; each rank computes its share of them.
 
-    `size` weighs an item, so that shares are balanced. All ranks give the same items.
+    `size` is an item's cost, by which shares are balanced. All ranks pass the same items.
     """
     own = own_share([size(item) for item in items], world)
     results = zip(own, work([items[i] for i in own]), strict=True)
-    of_all = {i: result for part in world.gather(list(results)) for i, result in part}
-    return [of_all[i] for i in range(len(items))]
+    result_of = {i: result for part in world.gather(list(results)) for i, result in part}
+    return [result_of[i] for i in range(len(items))]
 
 
 def guessed_tokens(problem: Problem, response: str = "") -> int:
@@ -53,23 +55,21 @@ def guessed_tokens(problem: Problem, response: str = "") -> int:
     )
 
 
-def own_packs(trees: Sequence[Tree], chat: Chat, *, budget: int, world: World) -> list[Pack]:
-    """This rank's share of the trees that all ranks have, in packs (see `packs_in_step`)."""
-    own = own_share([tree.num_tokens for tree in trees], world)
-    return packs_in_step([trees[i] for i in own], chat, budget=budget, world=world)
-
-
 def packs_in_step(trees: Sequence[Tree], chat: Chat, *, budget: int, world: World) -> list[Pack]:
-    """This rank's trees in packs of at most `budget` tokens: on every rank as many, with images alike."""
+    """Packs of this rank's trees, each of at most `budget` tokens.
+
+    Every rank gets the same number of packs, and packs of one index have images on all ranks or on none.
+    """
     members = within_budget([tree.num_tokens for tree in trees], budget)
-    groups = sorted(([trees[i] for i in some] for some in members), key=lambda some: not _has_images(some))
+    groups = [[trees[i] for i in indices] for indices in members]
+    groups.sort(key=_has_images, reverse=True)
     flags_of_ranks = world.gather([_has_images(group) for group in groups])
-    for place in range(max(map(len, flags_of_ranks))):
-        if place == len(groups):
+    for index, flags in enumerate(zip_longest(*flags_of_ranks, fillvalue=False)):
+        if index == len(groups):
             groups.append([])
-        images = any(flags[place] for flags in flags_of_ranks if place < len(flags))
-        if not groups[place] or (images and not _has_images(groups[place])):
-            groups[place].append(padding_tree(chat, image=images))
+        images = any(flags)
+        if not groups[index] or (images and not _has_images(groups[index])):
+            groups[index].append(padding_tree(chat, image=images))
     return [pack(group, chat.patches) for group in groups]
 
 
@@ -78,7 +78,7 @@ def _has_images(trees: Sequence[Tree]) -> bool:
 
 
 def padding_tree(chat: Chat, *, image: bool) -> Tree:
-    """A prompt without answers: it goes through the model and changes nothing."""
+    """A prompt without answers, which keeps ranks in step: it has no target, so no gradient."""
     images: tuple[ImageRef, ...] = ()
     if image:
         data = encode(Image.new("RGB", (PADDING_SIDE, PADDING_SIDE)))

@@ -1,10 +1,10 @@
-"""The state of training to and from disk, so that a stopped run goes on bit for bit.
+"""Checkpoints: the state of training on disk, from which a stopped run continues bit for bit.
 
 A checkpoint is a folder `step-000080/` of `model.safetensors`, `optimizer.safetensors`,
 `state.json` and a manifest with checksums; nothing in it is ever unpickled. Of a model with adapters
-it holds the adapters alone, which is all that trains; of a sharded model every rank writes its rows
-(rank 1 into `model-1.safetensors`), and any number of ranks can read them. It is written aside as
-`step-000080.tmp-PID`, made durable, and renamed in one step: a folder without a suffix is complete.
+it holds only the adapters, which alone train; of a sharded model every rank writes its rows
+(rank 1 into `model-1.safetensors`), and any number of ranks can read them. It is written as
+`step-000080.tmp-PID`, synced to disk, and renamed in one step: a folder without a suffix is complete.
 Suffixes: `.tmp-PID` an unfinished save or removal, `.old` the checkpoint that a second save of the
 same step replaces, `.bad` one that failed its checks. One run at a time writes to a folder.
 """
@@ -39,14 +39,14 @@ _FACTS = ("rng", "schedule", "cursor", "extra", "recipe_hash")
 _COMPLETE = re.compile(r"step-(\d{6,})(\.old)?")
 _BAD = re.compile(r"step-(\d{6,})\.bad.*")
 _ADAPTER = ".lora_"
-"""What the names of adapter weights have in common, and no other name has."""
+"""Part of the names of adapter weights, and of no other name."""
 _MACHINE_SETTINGS = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
-"""Entries of an optimiser's parameter group that say how this machine computes, not what."""
+"""Entries of an optimiser's parameter group that depend on the machine; they are not saved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerState:
-    """An optimiser by parameter name: tensors under `key/name`, and JSON-able groups and scalars."""
+    """An optimiser's state by parameter name: tensors under `key/name`, and JSON-able groups and scalars."""
 
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any]
@@ -56,8 +56,8 @@ class OptimizerState:
 class TrainState:
     """Everything that the next step depends on, after `step` steps.
 
-    `schedule`, `cursor` (place in the data) and `extra` are JSON-able dictionaries that belong to
-    their owners; `recipe_hash` lets the caller refuse a checkpoint of another recipe. A captured
+    `schedule`, `cursor` (position in the data) and `extra` are JSON-able dictionaries of the caller;
+    by `recipe_hash` it can refuse a checkpoint of another recipe. A captured
     state shares memory with the model: save it before the next step. A loaded one is on the CPU.
     """
 
@@ -84,7 +84,7 @@ def capture(
     extra: Mapping[str, Any] | None = None,
     recipe_hash: str = "",
 ) -> TrainState:
-    """The state of training now, random generators included, of this rank's shard. Copies nothing."""
+    """The current state of training, random generators included, of this rank's shard; copies nothing."""
     return TrainState(
         step=step,
         model={name: tensor.detach() for name, tensor in _trained(model).items()},
@@ -104,7 +104,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore(state: TrainState, model: nn.Module, optimizer: Optimizer) -> None:
-    """Put weights, optimiser and random generators back in place; the rest belongs to its owners.
+    """Restore weights, optimiser and random generators; the caller restores the rest.
 
     Raises CheckpointError if the state is of another model or another choice of trained parts.
     """
@@ -147,9 +147,9 @@ def optimizer_to_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Param
 def restore_optimizer(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], saved: OptimizerState
 ) -> None:
-    """Give `optimizer` the saved state and hyperparameters, on each parameter's own device.
+    """Give `optimizer` the saved state and hyperparameters, on each parameter's device.
 
-    `Optimizer.load_state_dict` is not used: it goes by position and casts states to the type of
+    `Optimizer.load_state_dict` is not used: it matches by position and casts states to the type of
     their parameter. Raises CheckpointError unless both have the same parameters in the same groups.
     """
     name_of = {parameter: name for name, parameter in parameters.items()}
@@ -195,7 +195,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Set every generator that exists here to its captured state."""
+    """Set every generator of this machine to its captured state."""
     torch.set_rng_state(_unhex(state["torch"]))
     for device in range(min(len(state["cuda"]), torch.cuda.device_count())):
         torch.cuda.set_rng_state(_unhex(state["cuda"][device]), device)
@@ -218,8 +218,8 @@ def _unhex(text: str) -> Tensor:
 def save(folder: Path, state: TrainState, *, keep: int, world: World = ALONE) -> Path:
     """Write `step-NNNNNN` below `folder` and return its path; then prune to the `keep` newest.
 
-    Whatever moment the process dies at, `load_latest` finds this state or the one before. Leftovers
-    of earlier deaths are removed. Raises RunFolderError, leaving nothing behind, if the disk is full.
+    Whenever the process is killed, `load_latest` finds this state or the one before. Leftovers of
+    earlier saves are removed. Raises RunFolderError, leaving no files, if the disk is full.
     All ranks of a world save together, into a folder that they all see.
     """
     target = folder / f"step-{state.step:06d}"
@@ -242,7 +242,7 @@ def save(folder: Path, state: TrainState, *, keep: int, world: World = ALONE) ->
 
 
 def _prepare(target: Path) -> Path:
-    """Remove what earlier deaths left; the folder in which to write `target` aside."""
+    """Remove leftovers of killed saves; the temporary folder in which to write `target`."""
     _tidy(target.parent)
     return target.with_name(f"{target.name}.tmp-{os.getpid()}")
 
@@ -259,12 +259,12 @@ def _put_in_place(aside: Path, target: Path, *, keep: int, step: int) -> None:
 
 
 def _of_rank(name: str, rank: int) -> str:
-    """The file of one rank: rank 0's is `name` itself."""
+    """The name of one rank's file: rank 0's is `name` itself."""
     return name if rank == 0 else name.replace(".", f"-{rank}.")
 
 
 def _write_tensors(aside: Path, state: TrainState, world: World) -> None:
-    """This rank's rows of what is sharded; rank 0 writes what every rank has whole too."""
+    """Write this rank's rows of sharded tensors; rank 0 also writes the tensors that are not sharded."""
     tensors, _ = _untied(_own(state.model, world))
     _write(aside / _of_rank(_MODEL, world.rank), tensors)
     optimizer = {name: _plain(tensor) for name, tensor in _own(state.optimizer.tensors, world).items()}
@@ -272,17 +272,18 @@ def _write_tensors(aside: Path, state: TrainState, world: World) -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """From memory to disk without a copy between; the rename of the folder makes it whole in one step."""
+    """Write and sync tensors without a copy in memory; not atomic, which the folder's rename is."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, path)
-        storage.open_as_its_folder(path)  # safetensors leaves it to its owner alone
-        storage.fsync(path)  # by the rank that wrote it: rank 0 may be on another machine
+        storage.open_as_its_folder(path)  # safetensors lets only the owner read it
+        storage.fsync(path)  # by the rank that wrote it, as rank 0 may be on another machine
     except (OSError, SafetensorError) as error:
         raise storage.cannot_write(path, sum(t.nbytes for t in tensors.values()), error) from error
 
 
 def _own(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The tensors, or rows of tensors, that this rank writes."""
     return {
         name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for name, tensor in tensors.items()
@@ -291,7 +292,7 @@ def _own(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
 
 
 def _write_state(aside: Path, state: TrainState, ranks: int) -> None:
-    """Write everything that is no tensor, the manifest last."""
+    """Write everything but tensors, the manifest last."""
     _, tied = _untied(_own(state.model, ALONE))
     facts = {"format": FORMAT, "tied": tied, "ranks": ranks, "optimizer": state.optimizer.settings}
     facts |= {name: getattr(state, name) for name in ("step", *_FACTS)}
@@ -300,7 +301,7 @@ def _write_state(aside: Path, state: TrainState, ranks: int) -> None:
 
 
 def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors with each shared one once, and which other name stands for which."""
+    """The tensors, each shared one under its first name only, and that name for each of its other names."""
     unique: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
@@ -315,14 +316,14 @@ def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, and with a storage of its own, as safetensors wants it."""
+    """The tensor on the CPU, contiguous, and without shared storage, as safetensors requires."""
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what a killed save or removal left, and put back a checkpoint that was being replaced."""
+    """Remove leftovers of a killed save or removal, and restore a checkpoint that was being replaced."""
     for path in sorted(folder.glob("step-*.tmp-*")):
         shutil.rmtree(path)
     for path in sorted(folder.glob("step-*.old")):
@@ -334,12 +335,12 @@ def _tidy(folder: Path) -> None:
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    """Of steps up to `step`, keep the newest `keep` that verify; the one just written counts first.
+    """Of steps up to `step`, keep the newest `keep` that pass their checks, with the one just written.
 
-    Later steps (of a run that was resumed from an explicit, older step) are not touched. A removed
-    folder is renamed first, so that half of one is never taken for a checkpoint.
+    Later steps are not touched. A folder is renamed before it is removed, so that a partly removed
+    one is never taken for a checkpoint.
     """
-    found = _complete(folder)
+    found = complete(folder)
     older = sorted((n for n in found if n < step), reverse=True)
     kept = 1
     oldest = step
@@ -371,37 +372,20 @@ def _remove(path: Path) -> None:
 # --- disk to state ------------------------------------------------------------------------------
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """The steps that have a complete checkpoint below `folder`, oldest first; not yet verified."""
-    return sorted(_complete(folder))
-
-
-def load(folder: Path, step: int) -> TrainState:
-    """The checkpoint of exactly this step. Raises CheckpointError if it is missing or damaged."""
-    found = _complete(folder)
-    if step not in found:
-        raise CheckpointError(
-            f"there is no checkpoint of step {step}",
-            where=str(folder),
-            fix=f"saved steps: {', '.join(map(str, sorted(found))) or 'none'}",
-        )
-    return _verified(found[step], step)
-
-
 def load_latest(folder: Path, world: World = ALONE) -> TrainState | None:
     """The newest checkpoint that passes its checks, or None if there is none.
 
     A damaged one is renamed to `.bad` with a RuntimeWarning, and the next older one is tried. Rank 0
-    checks; the other ranks open what it found.
+    checks; the other ranks open the one that it found.
     """
     found = world.first(lambda: _newest(folder))
     return None if found is None else _read(*found)
 
 
 def _newest(folder: Path) -> tuple[Path, int] | None:
-    for step, path in sorted(_complete(folder).items(), reverse=True):
+    for step, path in sorted(complete(folder).items(), reverse=True):
         try:
-            _verified(path, step)
+            read_verified(path, step)
             return path, step
         except CheckpointError as error:
             bad = _free_name(folder / f"step-{step:06d}.bad")
@@ -410,8 +394,11 @@ def _newest(folder: Path) -> tuple[Path, int] | None:
     return None
 
 
-def _complete(folder: Path) -> dict[int, Path]:
-    """Step to folder; `.old` stands in only where a save died between its two renames."""
+def complete(folder: Path) -> dict[int, Path]:
+    """The folder of each complete checkpoint, by step; not yet verified.
+
+    A `.old` one counts only where a save was killed between its two renames.
+    """
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = _COMPLETE.fullmatch(path.name)
@@ -425,13 +412,14 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _verified(path: Path, step: int) -> TrainState:
+def read_verified(path: Path, step: int) -> TrainState:
+    """The checkpoint in the folder `path`. Raises CheckpointError if it is damaged or of another step."""
     storage.verify_manifest(path)
     return _read(path, step)
 
 
 def _read(path: Path, step: int) -> TrainState:
-    """One checkpoint. Raises CheckpointError for anything that `save` did not write."""
+    """Open a checkpoint. Raises CheckpointError for anything that `save` did not write."""
     try:
         facts = storage.read_json(path / _STATE)
         if (facts["format"], facts["step"]) != (FORMAT, step):
@@ -455,7 +443,7 @@ def _read(path: Path, step: int) -> TrainState:
 
 
 class _Stored(Mapping[str, Tensor]):
-    """Tensors in the files of all ranks, whole, each read when it is asked for."""
+    """Whole tensors in the files of all ranks, each read on access."""
 
     def __init__(self, paths: Sequence[Path], tied: Mapping[str, str]) -> None:
         self._files: list[Any] = [safetensors.safe_open(path, framework="pt") for path in paths]

@@ -1,4 +1,4 @@
-"""Groups of rollouts: rewards shaped and compared with each other, and laid out as trees to learn from."""
+"""Groups of rollouts: their shaped rewards, their advantages, and the trees that the trainer learns from."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from rlcs.train.losses import advantages, has_zero_variance, overlong_penalty
 def make_group(
     problem: Problem, prompt: Prompt, rollouts: Sequence[Rollout], grades: Sequence[Grade], settings: Grpo
 ) -> Group:
-    """Shape the rewards and compare the rollouts with each other."""
+    """Make a group of a problem's graded rollouts: shape their rewards and compute the advantages."""
     rewards = [shaped_reward(r, g, settings) for r, g in zip(rollouts, grades, strict=True)]
     return Group(
         problem=problem,
@@ -36,7 +36,7 @@ def zero_variance(group: Group) -> bool:
 
 
 def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:
-    """The prompt once, one branch a scored rollout, each token weighted by the advantage."""
+    """A tree of the prompt with one branch for each scored rollout, whose tokens weigh its advantage."""
     branches = [
         Branch(ids=r.ids, weights=(a or 0.0,) * len(r.ids), logprobs=r.logprobs)
         for r, a in zip(group.rollouts, group.advantages, strict=True)

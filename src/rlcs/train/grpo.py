@@ -23,7 +23,7 @@ from rlcs.progress import Screen
 from rlcs.recipe.stages import Grpo
 from rlcs.records import Grade, Group, Problem, Prompt, Rollout, Sampling, Tree
 from rlcs.signals import StopFlag
-from rlcs.train.batching import guessed_tokens, own_packs, shared
+from rlcs.train.batching import guessed_tokens, own_share, packs_in_step, shared
 from rlcs.train.groups import make_group, tree_of, zero_variance
 from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
 from rlcs.train.stage_run import Clock, StageRun
@@ -40,11 +40,11 @@ class Grader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoContext:
-    """What a step works with: policy, reference (None without KL), chat format, engine, grader.
+    """The models and services of a step: policy, reference (None without KL), chat format, engine, grader.
 
-    `importance_cap` bounds the weights that correct for the engine's logprobs not being the policy's; None:
-    no correction. Under `torchrun` all ranks call the methods together: each does its share of the work, all
-    get all results.
+    `importance_cap` bounds the weights that correct for differences between the engine's logprobs and the
+    policy's; None: no correction. Under `torchrun` all ranks call the methods together: each does its share
+    of the work, and all get all results.
     """
 
     vlm: Vlm
@@ -55,7 +55,7 @@ class GrpoContext:
     importance_cap: float | None = None
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
-        """The prompt of each problem, or why it has none."""
+        """The prompt of each problem, or the error for which it has none."""
         return shared(self.chat.prompts, problems, guessed_tokens, self.vlm.world)
 
     def sample(
@@ -71,7 +71,7 @@ class GrpoContext:
 
 
 def frozen_copy(vlm: Vlm) -> Vlm:
-    """The reference: the policy as it is now, without gradients; make it before the policy is sharded."""
+    """A copy of the policy without gradients, as the reference; to be made before the policy is sharded."""
     return replace(vlm, model=copy.deepcopy(vlm.model).requires_grad_(False))
 
 
@@ -96,7 +96,7 @@ def train(
     screen: Screen,
     stop: StopFlag,
 ) -> None:
-    """Train, going on from the run's newest checkpoint; `run` keeps the trained model."""
+    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model."""
     total = settings.steps * settings.optimizer_steps
     trainer = Trainer(context.vlm, settings.optimizer, steps=total, max_bad_steps=settings.max_bad_steps)
     stream = ProblemStream(problems, seed=run.seed)
@@ -134,14 +134,14 @@ def collect(
     step: int,
     clock: Clock,
 ) -> tuple[list[Group], int]:
-    """The groups of one step, sampled and graded, and how many problems were skipped on the way.
+    """Sample and grade the groups of one step; also returns how many problems were skipped.
 
     DAPO (arXiv 2503.14476, section 3.2) samples until every group has two different rewards; here
-    at most `dynamic_sampling` more rounds, then what there is. A problem that cannot become a
+    for at most `dynamic_sampling` more rounds. A problem that cannot become a
     prompt is skipped, and the next one takes its place.
     """
     groups: list[Group] = []
-    times_asked: Counter[str] = Counter()
+    times_sampled: Counter[str] = Counter()
     skipped = 0
     for _ in range(1 + settings.dynamic_sampling):
         missing = settings.prompts_per_step - sum(not zero_variance(group) for group in groups)
@@ -149,14 +149,14 @@ def collect(
             break
         problems, prompts, bad = take_prompts(stream, context.prompts, missing)
         skipped += bad
-        prompts = number_repeats(prompts, times_asked)
+        prompts = number_repeats(prompts, times_sampled)
         with clock("rollout"):
             rollouts = context.sample(prompts, sampling, step=step)
         with clock("grade"):
-            answers = [(p, r.text) for p, some in zip(problems, rollouts, strict=True) for r in some]
+            answers = [(p, r.text) for p, group in zip(problems, rollouts, strict=True) for r in group]
             grades = iter(context.grade(answers))
-        for problem, prompt, some in zip(problems, prompts, rollouts, strict=True):
-            groups.append(make_group(problem, prompt, some, [next(grades) for _ in some], settings))
+        for problem, prompt, group in zip(problems, prompts, rollouts, strict=True):
+            groups.append(make_group(problem, prompt, group, [next(grades) for _ in group], settings))
     if settings.dynamic_sampling:
         groups = sorted(groups, key=zero_variance)[: settings.prompts_per_step]
     return groups, skipped
@@ -165,7 +165,7 @@ def collect(
 def learn(
     trainer: Trainer, context: GrpoContext, groups: Sequence[Group], settings: Grpo, *, clock: Clock
 ) -> list[StepResult]:
-    """The optimiser steps of one rollout step, each on its share of the groups.
+    """Take the optimiser steps of one rollout step, each on its share of the groups.
 
     Without a KL penalty a group whose rewards are all equal has a gradient of exactly zero: it is not
     computed, but its tokens still count in the mean (not in `micro_batch`, whose mean is of each
@@ -203,7 +203,7 @@ def take_prompts(
 ) -> tuple[list[Problem], list[Prompt], int]:
     """The next `count` problems that can be prompts, their prompts, and how many cannot.
 
-    Raises DataError when none of the next `count` can: then it is not the rows that are at fault.
+    Raises DataError when none of the next `count` can, which a few bad rows do not explain.
     """
     problems: list[Problem] = []
     prompts: list[Prompt] = []
@@ -221,16 +221,16 @@ def take_prompts(
     return problems, prompts, skipped
 
 
-def number_repeats(prompts: Sequence[Prompt], times_asked: Counter[str]) -> list[Prompt]:
-    """The prompts, each with the number of times that this step asked its problem before.
+def number_repeats(prompts: Sequence[Prompt], times_sampled: Counter[str]) -> list[Prompt]:
+    """The prompts, each with the number of times that its problem was sampled before in this step.
 
-    Where there are few problems a step may ask one twice, and equal seeds would give equal answers. Counts
-    these prompts in `times_asked` too.
+    Where there are few problems a step may sample one twice, and equal seeds would give equal answers. Adds
+    these prompts to the counts in `times_sampled`.
     """
     numbered = []
     for prompt in prompts:
-        numbered.append(replace(prompt, repeat=times_asked[prompt.problem_id]))
-        times_asked[prompt.problem_id] += 1
+        numbered.append(replace(prompt, repeat=times_sampled[prompt.problem_id]))
+        times_sampled[prompt.problem_id] += 1
     return numbered
 
 
@@ -243,7 +243,9 @@ def make_batches(trees: Sequence[Tree], context: GrpoContext, settings: Grpo) ->
     trees = [tree for tree in trees if tree.branches]
     if not trees:
         return []
-    packs = own_packs(trees, context.chat, budget=settings.pack_tokens, world=context.vlm.world)
+    world = context.vlm.world
+    own = [trees[i] for i in own_share([tree.num_tokens for tree in trees], world)]
+    packs = packs_in_step(own, context.chat, budget=settings.pack_tokens, world=world)
     old: Sequence[torch.Tensor | None] = [None] * len(packs)
     reference: Sequence[torch.Tensor | None] = [None] * len(packs)
     if settings.optimizer_steps > 1:
@@ -259,9 +261,9 @@ def make_batches(trees: Sequence[Tree], context: GrpoContext, settings: Grpo) ->
 
 
 def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
-    """The policy loss of a batch; also sums how far the sampler's logprobs are from the policy's.
+    """The policy loss of a batch, and the sum of differences between the sampler's and the policy's logprobs.
 
-    `cap` bounds the importance weights that correct for that; None: no correction.
+    `cap` bounds the importance weights that correct for those differences; None: no correction.
     """
 
     def objective(batch: Batch, scores: Scores) -> LossSums:
@@ -292,15 +294,14 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
 
 
 def averaged(results: Sequence[StepResult]) -> dict[str, float]:
-    """Means over the optimiser steps of a rollout step (largest of what ends in `_max`).
+    """Means over the optimiser steps of a rollout step; maxima of values whose names end in `_max`.
 
-    `sampler_gap` and its maximum are the first step's: later ones differ because the policy has moved on
-    purpose.
+    `sampler_gap` and its maximum are the first step's: in later steps the policy has been trained meanwhile.
     """
     values: dict[str, float] = {}
     for name in results[0].values if results else ():
-        each = [result.values[name] for result in results]
-        values[name] = max(each) if name.endswith("_max") else sum(each) / len(each)
+        of_steps = [result.values[name] for result in results]
+        values[name] = max(of_steps) if name.endswith("_max") else sum(of_steps) / len(of_steps)
     for name in values.keys() & {"sampler_gap", "sampler_gap_max"}:
         values[name] = results[0].values[name]
     return values

@@ -1,4 +1,4 @@
-"""Signs that a reward is being gamed or a run of RL is breaking: the one table of what to look at and when.
+"""Warning signs of RL: metrics with limits above which a reward is being exploited or training is failing.
 
 The training screen, the report and `rlcs doctor` read it.
 """
@@ -19,7 +19,7 @@ class Sign:
     fix: str
 
     def message(self, value: float, most: float | None = None) -> str:
-        """What to say of a value above the limit (or above `most`, where a recipe sets its own)."""
+        """The warning for a value above the limit (or above `most`, where a recipe sets another limit)."""
         limit = self.most if most is None else most
         return f"{self.form.format(value)}, more than {self.form.format(limit)}"
 

@@ -18,26 +18,26 @@ from torch import Tensor
 from rlcs.recipe.stages import Advantage, Grpo, KlKind
 
 Average = Literal["token", "sequence", "example", "constant", "micro_batch"]
-"""`example` is SFT's word for `sequence`."""
+"""`example` is the name of `sequence` in SFT."""
 
 STD_EPSILON = 1e-6
 """Added to a group's standard deviation, as in the code that the paper ran (EasyR1)."""
 ZERO_VARIANCE_TOLERANCE = 1e-9
-"""Rewards closer than this are equal: rounding is no reward difference."""
+"""Rewards that differ by no more than this count as equal, because rounding alone can cause it."""
 MAX_LOG_RATIO = 20.0
-"""Log ratios are held within this before `exp`, so that no infinity meets a zero advantage."""
+"""Bound of log ratios before `exp`: infinity times an advantage of zero would be NaN."""
 MAX_K3 = 10.0
-"""The paper's code holds k3 within [-10, 10]; k3 is never negative, so this bound is the one that acts."""
+"""Bound of k3, as in the paper's code: [-10, 10]; the lower one never applies, as k3 is not negative."""
 
 
 def has_zero_variance(rewards: Sequence[float | None]) -> bool:
-    """Whether a group teaches nothing: all scored rewards equal, or fewer than two of them."""
+    """Whether a group has no gradient: all scored rewards are equal, or fewer than two are there."""
     scored = [r for r in rewards if r is not None]
     return len(scored) < 2 or max(scored) - min(scored) <= ZERO_VARIANCE_TOLERANCE
 
 
 def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float | None, ...]:
-    """How much better each member did than its group; None (unscored) stays None and counts nowhere.
+    """The advantage of each member of a group; None (unscored) stays None and enters no mean.
 
     With mean and (unbiased) standard deviation over the n scored members:
 
@@ -45,8 +45,7 @@ def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float 
     - `dr_grpo`: A_i = r_i - mean, arXiv 2503.20783, section 3.2;
     - `rloo`: A_i = r_i - mean of the others = n / (n - 1) * (r_i - mean), arXiv 2402.14740.
 
-    Fewer than two scored members have nothing to compare with: all None. Equal rewards give exact
-    zeros, whatever rounding says.
+    With fewer than two scored members all are None. Equal rewards give exact zeros, without rounding errors.
     """
     scored = [r for r in rewards if r is not None]
     if len(scored) < 2:
@@ -68,7 +67,7 @@ def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float 
 
 
 def overlong_penalty(length: int, limit: int, buffer: int, penalty: float) -> float:
-    """What to add to the reward of an answer of `length` tokens: 0 or negative.
+    """The penalty to add to the reward of an answer of `length` tokens: 0 or negative.
 
     DAPO, arXiv 2503.14476, eq. 13: 0 up to `limit - buffer`, then linearly down to `-penalty` at
     `limit`, and `-penalty` beyond. A buffer of 0 switches it off.
@@ -96,17 +95,14 @@ class LossInputs:
     importance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """One value a token everywhere; broadcasting would hide a mistake."""
-        if self.importance is not None:
-            _require_flat(self.logprobs, self.importance)
-        _require_flat(self.logprobs, self.old_logprobs, self.advantages, self.sequence)
-        if self.ref_logprobs is not None:
-            _require_flat(self.logprobs, self.ref_logprobs)
+        """Require one value a token in each tensor: broadcasting would hide a mistake."""
+        optional = [tensor for tensor in (self.ref_logprobs, self.importance) if tensor is not None]
+        _require_flat(self.logprobs, self.old_logprobs, self.advantages, self.sequence, *optional)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossSums:
-    """What one pack adds to the step; scalars on the pack's device, so that nothing waits for a GPU.
+    """The sums of one pack over its tokens; scalars on the pack's device, so that nothing waits for a GPU.
 
     `loss` has the gradient and is divided by `denominator`; `tokens` and `sequences` are the counts
     that enter it; `sums` (divide by tokens) and `maxima` are for the report.
@@ -122,7 +118,7 @@ class LossSums:
 def denominator(
     kind: Average, *, tokens: int, sequences: int, packs: int = 1, max_new_tokens: int = 1
 ) -> float:
-    """What the summed loss of a whole optimiser step, over all packs and ranks, is divided by.
+    """The divisor of the summed loss of a whole optimiser step, over all packs and ranks.
 
     `token`: the global token mean (DAPO, arXiv 2503.14476, eq. 12); `sequence` / `example`: mean of
     each sequence's mean (GRPO, arXiv 2402.03300, eq. 3); `constant`: sequences times the longest
@@ -173,7 +169,7 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
 
 
 def truncated_importance(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """Weights (N,) that turn what one engine sampled into what the policy of that moment would have: TIS.
+    """Truncated importance sampling: weights (N,) that correct for an engine's own probabilities.
 
     min(pi_old(token) / pi_sampler(token), cap), a constant factor of the token's term (Yao and others,
     "Your efficient RL framework secretly brings you off-policy RL training", 2025,

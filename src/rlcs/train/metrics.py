@@ -13,10 +13,10 @@ from rlcs.storage import append_jsonl, parse_object
 
 
 class MetricsLog:
-    """Appends step reports to a JSONL file, which never has holes."""
+    """Appends step reports to a JSONL file without ever leaving one out."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is read or written until the first row or `resume_from`."""
+        """Reads and writes nothing until the first row or `resume_from`."""
         self._path = path
         self._guard = SinkGuard(f"metrics file {path}")
         self._waiting: list[dict[str, object]] = []
@@ -27,7 +27,7 @@ class MetricsLog:
         self._guard.run(self._write)
 
     def resume_from(self, step: int) -> None:
-        """Drop the rows after checkpoint `step`, which the continued run writes again; never raises."""
+        """Drop the rows after checkpoint `step`, which the resumed run writes again; never raises."""
         self._waiting.clear()
         self._guard.run(lambda: self._cut(step))
 

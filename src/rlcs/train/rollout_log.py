@@ -1,4 +1,4 @@
-"""The rollouts of a training stage: rows to read, their problems, and averages for the metrics."""
+"""The rollouts of a training stage on disk, with their problems, and their averages for the metrics."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from rlcs.train.groups import zero_variance
 
 
 class RolloutLog:
-    """A folder with one file of rollouts a step, and each problem once with small copies of its images."""
+    """Writes one file of rollouts a step, and each problem once with small copies of its images."""
 
     def __init__(self, folder: Path) -> None:
-        """Nothing is written before the first step."""
+        """Writes nothing before the first step."""
         self._folder = folder
         self._problems = ProblemStore(folder)
 
@@ -27,7 +27,7 @@ class RolloutLog:
 
 
 def measure(groups: Sequence[Group]) -> dict[str, float]:
-    """What the rollouts of one step looked like: averages over rollouts, shares between 0 and 1."""
+    """Metrics of the rollouts of one step: averages over rollouts, shares between 0 and 1."""
     rollouts = [r for group in groups for r in group.rollouts]
     grades = [g for group in groups for g in group.grades]
     scored = [g for g in grades if g.reward is not None]

@@ -1,4 +1,4 @@
-"""The folder of one training stage: metrics, checkpoints, resume, and the marker written last."""
+"""The folder of one training stage: metrics, checkpoints, resuming, and the marker of its end."""
 
 import logging
 import math
@@ -42,7 +42,7 @@ def mark_done(folder: Path, **facts: object) -> None:
 
 
 class RunDir:
-    """The folder of one training stage (a `StageRun`), and how the stage goes on after a stop.
+    """The folder of one training stage (a `StageRun`), from which a stopped stage resumes.
 
     `spent_s` is the stage's wall time over all attempts, as far as checkpoints know;
     `zero_variance_steps` counts the last steps in a row without a reward difference.
@@ -59,9 +59,9 @@ class RunDir:
         trackers: TrackerSettings = TrackerSettings(),  # noqa: B008 - frozen
         gap_alarm: float = Rollouts().alarm,
     ) -> None:
-        """Create the folder; `recipe_hash` guards against checkpoints of another recipe.
+        """Create the folder; checkpoints of another `recipe_hash` are refused.
 
-        A larger mean difference of the sampler's logprobs from the policy's than `gap_alarm` is warned of.
+        Warns where the mean difference of the sampler's and the policy's logprobs is above `gap_alarm`.
         """
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
@@ -88,7 +88,7 @@ class RunDir:
         return self._spent_before + time.monotonic() - self._started
 
     def resume(self, trainer: Trainer, stream: ProblemStream[Any], *, steps: int) -> int:
-        """Begin a stage of `steps`, at its newest valid checkpoint if it has one; the steps already done."""
+        """Restore the newest valid checkpoint of a stage of `steps`, if there is one; the steps done."""
         self._trainer, self._stream, self._steps = trainer, stream, steps
         self._world = trainer.vlm.world
         self._first(self._trackers.skip_what_was_sent)
@@ -111,12 +111,12 @@ class RunDir:
         return state.step
 
     def _first(self, work: Callable[[], None]) -> None:
-        """Rank 0 alone does this; the others do not wait."""
+        """Do `work` on rank 0 alone; other ranks do not wait for it."""
         if self._world.rank == 0:
             work()
 
     def keep_rollouts(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
-        """Write down the rollouts of a step and their problems; the averages over them."""
+        """Write the rollouts of a step and their problems; returns the averages over them."""
         self._first(lambda: self._rollouts.write(step, groups))
         return measure(groups)
 
@@ -130,9 +130,9 @@ class RunDir:
         screen: Screen,
         stop: StopFlag,
     ) -> None:
-        """Log step `step` (from 1), save a checkpoint when due, and stop if a rank was asked to.
+        """Log step `step` (from 1), save a checkpoint when due, and end here after a stop signal to any rank.
 
-        No result means that nothing could be learnt from the step. Raises Stopped.
+        No result means that the step had no gradient. Raises Stopped.
         """
         report = step_report(self.name, result, step=step, steps=self._steps, values=values, seconds=seconds)
         self._warn_of_gap(values, screen)
@@ -145,7 +145,7 @@ class RunDir:
             self._world.check(stop, f"{self.name} after step {step} of {self._steps}")
 
     def _warn_of_gap(self, values: Mapping[str, float], screen: Screen) -> None:
-        """Warn when the engine samples from another model than the policy."""
+        """Warn where the sampler's logprobs differ much from the policy's, say with outdated weights."""
         sign = next(sign for sign in SIGNS if sign.key == "sampler_gap")
         if (gap := values.get(sign.key, 0.0)) > self._gap_alarm:
             text = f"{sign.name}: {sign.message(gap, self._gap_alarm)}"
@@ -187,7 +187,7 @@ def step_report(
     values: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> StepReport:
-    """The report of one step of a stage, with what is finite; no result: nothing could be learnt."""
+    """The report of one step of a stage, without values that are not finite; no result: no gradient."""
     merged = dict(values)
     skipped = "all rewards are equal in every group"
     if result is not None:

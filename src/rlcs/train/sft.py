@@ -25,14 +25,14 @@ from rlcs.train.trainer import Batch, Objective, Trainer
 
 
 def tree_of(demonstration: Demonstration, chat: Chat) -> Tree:
-    """One trunk, one branch. Raises PromptError or ImageError for a problem that cannot be a prompt."""
+    """A tree with one branch. Raises PromptError or ImageError for a problem that cannot be a prompt."""
     ids = chat.response_ids(demonstration.response)
     branch = Branch(ids=ids, weights=(1.0,) * len(ids))
     return Tree(prompt=chat.prompt(demonstration.problem), branches=(branch,))
 
 
 def steps_of(settings: Sft, count: int) -> int:
-    """Optimiser steps of a whole stage over `count` demonstrations."""
+    """The number of optimiser steps of a whole stage over `count` demonstrations."""
     return max(1, math.ceil(settings.epochs * count / settings.batch_size))
 
 
@@ -46,7 +46,7 @@ def train(
     screen: Screen,
     stop: StopFlag,
 ) -> None:
-    """Train, going on from the run's newest checkpoint; `run` keeps the trained model."""
+    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model."""
     steps = steps_of(settings, len(demonstrations))
     trainer = Trainer(vlm, settings.optimizer, steps=steps, max_bad_steps=settings.max_bad_steps)
     stream = ProblemStream(demonstrations, seed=run.seed)
@@ -70,9 +70,9 @@ def train(
 def usable_trees(
     demonstrations: Sequence[Demonstration], chat: Chat, world: World = ALONE
 ) -> tuple[list[Tree], int]:
-    """Trees of this rank's share of the demonstrations, and how many of all cannot be prompts.
+    """Trees of this rank's share of the demonstrations, and how many on all ranks cannot be prompts.
 
-    Raises DataError when none of all can: then it is not the rows that are at fault.
+    Raises DataError when none of them can, which a few bad rows do not explain.
     """
     trees: list[Tree] = []
     errors: list[DataError] = []
@@ -81,7 +81,7 @@ def usable_trees(
             trees.append(tree_of(demonstrations[index], chat))
         except DataError as error:
             errors.append(error)
-    bad = [error for some in world.gather(errors) for error in some]
+    bad = [error for of_rank in world.gather(errors) for error in of_rank]
     if bad and len(bad) == len(demonstrations):
         raise bad[-1]
     return trees, len(bad)

@@ -1,4 +1,4 @@
-"""What a training loop needs around it: a clock, and a place that keeps its rollouts, metrics and state."""
+"""The services that a training loop uses: a clock, and a run that saves its rollouts, metrics and state."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +13,15 @@ from rlcs.train.trainer import StepResult, Trainer
 
 
 class Clock:
-    """Adds up wall seconds by phase: `with clock("update"): ...`."""
+    """Measures wall seconds by phase: `with clock("update"): ...`."""
 
     def __init__(self) -> None:
-        """All phases start at zero."""
+        """Starts all phases at zero."""
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time the body."""
+        """Add the seconds of the body to a phase."""
         started = time.perf_counter()
         try:
             yield
@@ -39,11 +39,11 @@ class StageRun(Protocol):
     zero_variance_steps: int
 
     def resume(self, trainer: Trainer, stream: ProblemStream[Any], *, steps: int) -> int:
-        """Begin a stage of `steps`, from the newest checkpoint if there is one; the steps already done."""
+        """Restore the newest checkpoint of a stage of `steps`, if there is one; the steps done."""
         ...
 
     def keep_rollouts(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
-        """Write down the rollouts of a step; their averages."""
+        """Write the rollouts of a step; returns their averages."""
         ...
 
     def after_step(
@@ -56,7 +56,7 @@ class StageRun(Protocol):
         screen: Screen,
         stop: StopFlag,
     ) -> None:
-        """Log a step, save a checkpoint when due, and stop here if asked to. Raises Stopped."""
+        """Log a step, save a checkpoint when due, and end here after a stop signal. Raises Stopped."""
         ...
 
     def finish(self) -> None:

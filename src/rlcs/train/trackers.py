@@ -1,7 +1,7 @@
 """Step reports to TensorBoard, trackio and Weights & Biases.
 
-Whatever goes wrong in a tracker is logged once, and the run goes on without it. A step is sent once,
-also when a stopped run repeats it from its last checkpoint.
+An error in a tracker is logged once, and the run goes on without the tracker. A step is sent once, even
+when a resumed run repeats it.
 """
 
 import logging
@@ -20,7 +20,7 @@ from rlcs.records import StepReport
 from rlcs.storage import read_json, read_jsonl, write_json
 
 _LOG = logging.getLogger(__name__)
-_MOST_FAILURES = 3  # in a row: a service that is down for good must not cost its time-out every step
+_MOST_FAILURES = 3  # in a row; after that a service is given up, since each failure may cost a time-out
 
 
 def require_installed(settings: Settings) -> None:
@@ -35,7 +35,7 @@ def require_installed(settings: Settings) -> None:
 
 
 class _Tracker(Protocol):
-    """One service, opened for one stage (`identity` is the same in all its attempts); all may raise."""
+    """One service, opened for one stage; `identity` is the same in all attempts. Every method may raise."""
 
     def __init__(self, project: str, folder: Path, stage: str, identity: str) -> None: ...
 
@@ -94,7 +94,7 @@ class _Trackio:
     def close(self) -> None:
         import trackio
 
-        trackio.finish()  # the module's own: its run would be finished again when Python ends
+        trackio.finish()  # not the run's `finish`: trackio would finish that run again at exit
 
 
 def _names(folder: Path, stage: str, identity: str) -> tuple[str, str]:
@@ -107,10 +107,10 @@ _KINDS: dict[str, type[_Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Tr
 
 
 class Trackers:
-    """The trackers of one stage; opened with the first step, and nothing here ever raises."""
+    """The trackers of one stage, opened with its first step; no method raises."""
 
     def __init__(self, settings: Settings, folder: Path, *, stage: str) -> None:
-        """`folder` is the stage's."""
+        """Opens nothing yet; `folder` is the stage's."""
         self._wanted = {name: str(value) for name, value in settings.model_dump().items() if value}
         self._folder = folder
         self._stage = stage
@@ -121,12 +121,12 @@ class Trackers:
         self._identity = secrets.token_hex(8)
 
     def skip_what_was_sent(self) -> None:
-        """Before a resumed stage cuts its metrics file: the steps in it went to the trackers already."""
+        """Read which steps were sent before; to be called before a resumed stage cuts its metrics file."""
         if self._wanted:
             self._try("all", self._read_mark)
 
     def _read_mark(self) -> None:
-        """Read or make the identity that all attempts share, and the last step that any attempt has sent."""
+        """Read or create the identity that all attempts share, and find the last step that was sent."""
         mark, metrics = self._folder / "trackers.json", self._folder / "metrics.jsonl"
         known: dict[str, Any] = read_json(mark) if mark.exists() else {"id": secrets.token_hex(8), "sent": 0}
         rows = read_jsonl(metrics) if metrics.exists() else []
@@ -134,7 +134,7 @@ class Trackers:
         write_json(mark, {"id": self._identity, "sent": self._sent})
 
     def append(self, report: StepReport) -> None:
-        """Send one step, unless an earlier attempt did."""
+        """Send one step, unless an earlier attempt sent it."""
         if report.step <= self._sent:
             return
         seconds = {f"seconds/{name}": value for name, value in report.seconds.items()}
@@ -143,7 +143,7 @@ class Trackers:
             self._try(name, partial(self._send, name, values, report.step))
 
     def close(self) -> None:
-        """The stage is done."""
+        """Close the trackers at the end of the stage."""
         for name, tracker in self._open.items():
             self._try(name, tracker.close)
         self._open.clear()
@@ -156,10 +156,10 @@ class Trackers:
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
         try:
-            with redirect_stdout(sys.stderr):  # standard output is the run's own, maybe JSON
+            with redirect_stdout(sys.stderr):  # standard output may be read as JSON
                 work()
             self._failures.pop(name, None)
-        except Exception as error:  # other people's code, other people's network
+        except Exception as error:  # a tracker's code and network may fail in any way
             self._failures[name] = self._failures.get(name, 0) + 1
             if name not in self._warned:
                 self._warned.add(name)

@@ -1,8 +1,7 @@
 """One optimiser step: forward, backward, global denominator, clip, check for finite gradients, AdamW.
 
-The trainer serves both stages. It is given packs and an objective that returns sums; it alone
-divides, by a denominator of the whole step, so that a loss does not depend on how trees were
-split over packs. It knows nothing of images, graders or data.
+Both stages use it. An objective returns the sums of one pack; the trainer alone divides them, by a
+denominator of the whole step, so that a loss does not depend on how trees were split over packs.
 """
 
 import math
@@ -25,7 +24,7 @@ from rlcs.train.losses import Average, LossSums, denominator
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A pack with the frozen logprobs (N,) that its objective compares with, where it needs any."""
+    """A pack, with the old and reference logprobs (N,) where its objective needs them."""
 
     pack: Pack
     old_logprobs: Tensor | None = None
@@ -45,14 +44,14 @@ class ZeroGradCounts:
 
     @classmethod
     def of(cls, trees: Sequence[Tree]) -> "ZeroGradCounts":
-        """Those of trees that are not computed."""
+        """The counts of trees that are not computed."""
         branches = [branch for tree in trees for branch in tree.branches]
         return cls(tokens=sum(len(branch.ids) for branch in branches), sequences=len(branches))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one optimiser step did; `values` are averages over its tokens. `skipped` says why, if it was."""
+    """The outcome of one optimiser step; `values` are averages over its tokens, `skipped` is a reason."""
 
     loss: float
     grad_norm: float
@@ -84,10 +83,10 @@ def make_optimizer(vlm: Vlm, settings: OptimizerSettings) -> torch.optim.AdamW:
 
 
 class Trainer:
-    """Holds a model, its optimiser and the number of optimiser steps done."""
+    """Trains a model: holds its optimiser and counts the steps."""
 
     def __init__(self, vlm: Vlm, settings: OptimizerSettings, *, steps: int, max_bad_steps: int) -> None:
-        """`steps` optimiser steps in all, for the schedule."""
+        """`steps` is the length of the schedule; after `max_bad_steps` in a row training ends."""
         self.vlm = vlm
         self.optimizer = make_optimizer(vlm, settings)
         self.done = 0
@@ -107,13 +106,13 @@ class Trainer:
         max_new_tokens: int = 1,
         zero_grad: ZeroGradCounts = ZeroGradCounts(),
     ) -> StepResult:
-        """One optimiser step over all `batches`. Raises TrainingError after too many bad ones in a row.
+        """Take one optimiser step over all `batches`. Raises TrainingError after too many bad ones in a row.
 
-        Every rank gives as many batches (see `train.batching`) and gets the same result, which is of the
-        whole step over all ranks; so is `zero_grad`.
+        Every rank passes the same number of batches (see `train.batching`) and gets the same result, which
+        is of all ranks together; so is `zero_grad`.
 
-        A step whose gradient norm is not finite changes nothing and says so in its result; it is
-        judged after the backward pass, because cleaning a loss does not clean its gradient.
+        A step whose gradient norm is not finite changes no weight, and its result has the reason. The check
+        comes after the backward pass, because a finite loss may have a gradient that is not.
         """
         self.vlm.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,7 +146,7 @@ class Trainer:
         )
 
     def _apply(self, divisor: float) -> tuple[float, str]:
-        """Divide the gradients, clip, and step if they are finite; the norm, and why the step was skipped."""
+        """Divide and clip the gradients, step if they are finite; the norm, and why a step was skipped."""
         grads = [p.grad for p in self._parameters if p.grad is not None]
         torch._foreach_div_(grads, divisor / self.vlm.world.size)  # FSDP leaves the mean over ranks
         total = torch.nn.utils.get_total_norm(grads)
