@@ -16,6 +16,7 @@ from rlcs.doctor.health import examine
 from rlcs.errors import RunFolderError
 from rlcs.pipeline import seeds
 from rlcs.recipe.loading import load_recipe
+from rlcs.records import NO_SIGNAL, NOT_FINITE
 from rlcs.report import build
 from rlcs.report.load_run import read_run
 from rlcs.report.stages import progress
@@ -86,7 +87,7 @@ def test_a_healthy_run_has_no_findings(healthy):
         ({"sampler_gap": 0.7}, "Gap between sampler and policy", "0.7 nats a token, more than 0.1 nats"),
         ({"entropy": 0.001}, "entropy collapse", "0.001 nats"),
         ({"grad_norm": 900.0}, "gradients", "900"),
-        ({"skipped": "the gradient norm is nan"}, "bad steps", "10 of 80 steps"),
+        ({"skipped": NOT_FINITE}, "bad steps", "10 of 80 steps"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
@@ -116,9 +117,9 @@ def test_a_recipe_sets_its_own_limit_of_the_sampler_s_gap(run):
 
 
 def test_flat_steps_are_not_bad_steps_and_sft_has_its_own(run):
-    change(run, last=3, skipped="every group is flat: all rewards equal")
+    change(run, last=3, skipped=NO_SIGNAL)
     assert problems_of(run) == {}
-    change(run, stage="sft", last=3, skipped="the gradient norm is inf")
+    change(run, stage="sft", last=3, skipped=NOT_FINITE)
     assert list(problems_of(run)) == ["SFT: bad steps"]
 
 

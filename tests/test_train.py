@@ -26,7 +26,7 @@ from rlcs.train.groups import make_group, shaped_reward, tree_of
 from rlcs.train.losses import sft_loss
 from rlcs.train.run_dir import RunDir, step_report
 from rlcs.train.stage_run import Clock
-from rlcs.train.trainer import Batch, Trainer, ZeroGradCounts, learning_rate
+from rlcs.train.trainer import Batch, StepResult, Trainer, ZeroGradCounts, combined, learning_rate
 
 
 def fresh(folder, attention="tree"):
@@ -84,6 +84,19 @@ def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, de
         result = trainer.step([batch], nll, average="token", zero_grad=ZeroGradCounts(tokens=extra))
         losses.append(result.loss * (result.targets + extra))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_steps_of_one_rollout_step_are_reported_as_one():
+    gaps = {"sampler_gap": 0.1, "sampler_gap_max": 0.2}
+    first = StepResult(
+        loss=1.0, grad_norm=3.0, lr=0.1, tokens=10, targets=4, values={"kl": 0.0, "ratio_max": 5.0, **gaps}
+    )
+    later = {"kl": 1.0, "ratio_max": 2.0, "sampler_gap": 9.0, "sampler_gap_max": 9.0}
+    second = StepResult(loss=2.0, grad_norm=0.0, lr=0.2, tokens=30, targets=6, values=later, skipped="why")
+    both = combined([first, second])
+    assert (both.loss, both.grad_norm, both.lr, both.tokens, both.targets) == (1.5, 3.0, 0.2, 40, 10)
+    assert both.values == {"kl": 0.5, "ratio_max": 5.0, **gaps} and both.skipped == "why"
+    assert step_report("g", both, step=1, steps=1, values={}, seconds={"a": 4.0}).values["tokens_per_s"] == 10
 
 
 def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folder, demonstrations, tmp_path):

@@ -11,6 +11,7 @@ from rlcs import storage
 from rlcs.doctor import Finding
 from rlcs.errors import CheckpointError
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
+from rlcs.records import NO_SIGNAL
 from rlcs.report import findings
 from rlcs.report.load_run import Run, number, read_object, require_runs
 from rlcs.report.stages import ending, progress
@@ -83,7 +84,7 @@ def _trends(run: Run) -> Iterator[Finding]:
         section = "sft" if stage == "sft" else "grpo"
         curves = {key: [v for _, v in findings.series(rows, key)] for key in {k for row in rows for k in row}}
         found = [] if stage == "sft" else [*_collapses(curves)]
-        bad = [row for row in rows if row.get("skipped") and "flat" not in str(row["skipped"])]
+        bad = [row for row in rows if row.get("skipped") and row["skipped"] != NO_SIGNAL]
         if bad:
             message = f"{len(bad):,} of {len(rows):,} steps were skipped, the last: {bad[-1]['skipped']}"
             fix = f"halve {section}.optimizer.lr, or model.dtype=float32"

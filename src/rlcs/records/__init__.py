@@ -377,6 +377,12 @@ class Tree:
         return len(self.prompt.ids) + sum(len(b.ids) for b in self.branches)
 
 
+NO_SIGNAL = "all rewards are equal in every group"
+"""Why a step of GRPO has no gradient: no fault of the training."""
+NOT_FINITE = "the gradient is not finite"
+"""Why a step was skipped: it would have spoilt the weights."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
     """The measurements of one training step: `values` are averages, `seconds` wall time by phase."""

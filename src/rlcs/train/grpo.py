@@ -27,7 +27,7 @@ from rlcs.train.batching import guessed_tokens, own_share, packs_in_step, shared
 from rlcs.train.groups import make_group, tree_of, zero_variance
 from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
 from rlcs.train.stage_run import Clock, StageRun
-from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, logprobs_of
+from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, combined, logprobs_of
 
 
 class Grader(Protocol):
@@ -119,8 +119,8 @@ def train(
         results = learn(trainer, context, groups, settings, clock=clock)
         run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
-        values = run.keep_rollouts(step + 1, groups) | averaged(results) | {"bad_rows": float(skipped)}
-        result = results[0] if results else None
+        result = combined(results) if results else None
+        values = run.keep_rollouts(step + 1, groups) | {"bad_rows": float(skipped)}
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
     run.finish()
 
@@ -291,20 +291,6 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
         )
 
     return objective
-
-
-def averaged(results: Sequence[StepResult]) -> dict[str, float]:
-    """Means over the optimiser steps of a rollout step; maxima of values whose names end in `_max`.
-
-    `sampler_gap` and its maximum are the first step's: in later steps the policy has been trained meanwhile.
-    """
-    values: dict[str, float] = {}
-    for name in results[0].values if results else ():
-        of_steps = [result.values[name] for result in results]
-        values[name] = max(of_steps) if name.endswith("_max") else sum(of_steps) / len(of_steps)
-    for name in values.keys() & {"sampler_gap", "sampler_gap_max"}:
-        values[name] = results[0].values[name]
-    return values
 
 
 def _require_signal(zero_variance_steps: int, limit: int) -> None:

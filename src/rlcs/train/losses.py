@@ -105,7 +105,8 @@ class LossSums:
     """The sums of one pack over its tokens; scalars on the pack's device, so that nothing waits for a GPU.
 
     `loss` has the gradient and is divided by `denominator`; `tokens` and `sequences` are the counts
-    that enter it; `sums` (divide by tokens) and `maxima` are for the report.
+    that enter it; `sums` (the report divides them by all targets of the step)
+    and `maxima` are for the report.
     """
 
     loss: Tensor
@@ -121,8 +122,8 @@ def denominator(
     """The divisor of the summed loss of a whole optimiser step, over all packs and ranks.
 
     `token`: the global token mean (DAPO, arXiv 2503.14476, eq. 12); `sequence` / `example`: mean of
-    each sequence's mean (GRPO, arXiv 2402.03300, eq. 3); `constant`: sequences times the longest
-    answer, so that length is neither rewarded nor punished (Dr. GRPO, arXiv 2503.20783, section
+    each sequence's mean (GRPO, arXiv 2402.03300, eq. 3); `constant`: sequences times
+    `max_new_tokens`, so that length is neither rewarded nor punished (Dr. GRPO, arXiv 2503.20783, section
     3.2); `micro_batch`: mean of each pack's token mean (the paper's code). At least 1.
     """
     by_kind = {"token": tokens, "sequence": sequences, "example": sequences, "micro_batch": packs}

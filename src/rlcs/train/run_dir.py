@@ -15,7 +15,7 @@ from rlcs.progress import Screen
 from rlcs.recipe.execution import Trackers as TrackerSettings
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.stages import Stage
-from rlcs.records import Group, StepReport
+from rlcs.records import NO_SIGNAL, Group, StepReport
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json
 from rlcs.train import checkpoint
@@ -189,7 +189,7 @@ def step_report(
 ) -> StepReport:
     """The report of one step of a stage, without values that are not finite; no result: no gradient."""
     merged = dict(values)
-    skipped = "all rewards are equal in every group"
+    skipped = NO_SIGNAL
     if result is not None:
         merged = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
         merged |= {**result.values, **values, "tokens": float(result.tokens)}

@@ -18,7 +18,7 @@ from rlcs.model.packing import Pack
 from rlcs.model.policy import Scores, score
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.stages import Optimizer as OptimizerSettings
-from rlcs.records import Tree
+from rlcs.records import NOT_FINITE, Tree
 from rlcs.train.losses import Average, LossSums, denominator
 
 
@@ -60,6 +60,29 @@ class StepResult:
     targets: int
     values: dict[str, float] = field(default_factory=dict)
     skipped: str = ""
+
+
+def combined(results: Sequence[StepResult]) -> StepResult:
+    """One result for the optimiser steps of one rollout step (at least one).
+
+    Tokens add up; the loss and `values` are means, the gradient norm and values whose names end in `_max`
+    are maxima; the rate is the last. `sampler_gap` and its maximum are the first step's: in later steps the
+    policy has been trained meanwhile. `skipped` is the reason of the first step that was skipped.
+    """
+    first, values = results[0], {}
+    for name in first.values:
+        of_steps = [result.values[name] for result in results]
+        values[name] = max(of_steps) if name.endswith("_max") else sum(of_steps) / len(of_steps)
+    values |= {name: first.values[name] for name in ("sampler_gap", "sampler_gap_max") if name in values}
+    return StepResult(
+        loss=sum(result.loss for result in results) / len(results),
+        grad_norm=max(result.grad_norm for result in results),
+        lr=results[-1].lr,
+        tokens=sum(result.tokens for result in results),
+        targets=sum(result.targets for result in results),
+        values=values,
+        skipped=next((result.skipped for result in results if result.skipped), ""),
+    )
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -161,7 +184,7 @@ class Trainer:
                     f"the gradient was not finite in {self.bad_steps} steps in a row",
                     fix="lower the learning rate; the last checkpoint is intact",
                 )
-            return 0.0, "the gradient is not finite"
+            return 0.0, NOT_FINITE
         self.bad_steps = 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._settings, self.done, self._steps)
