@@ -156,7 +156,7 @@ def test_other_arms_precisions_and_plain_models(run, tmp_path):
     assert "converted to bfloat16" in card(base) and "| RL clip" not in card(base)
     assert "**Base (this model)**" in card(base)
     export(Export(model=str(run / "sft" / "final"), out=final, name="me/mine"))
-    assert "The cold start alone" in card(final) and 'name = "me/mine"' in card(final)
+    assert "Cold start only" in card(final) and 'name = "me/mine"' in card(final)
     assert "| RL clip" not in card(final) and "| SFT loss" in card(final)
     export(Export(model="builtin", out=plain))
     assert "No measurement came with this export" in card(plain) and "## Training" not in card(plain)

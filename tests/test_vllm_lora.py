@@ -248,7 +248,7 @@ def test_what_vllm_gets_is_chosen_and_said(words: list[str], says: str) -> None:
     "words", [[ALL_PARTS, "grpo.freeze=[]"], ["lora.rank=513"], ["lora.parts=[merger]", "grpo.freeze=[]"]]
 )
 def test_adapters_that_vllm_would_ignore_are_refused(words: list[str]) -> None:
-    words_of_it = r"command line: rollout.lora=adapter: vLLM takes.*language model alone.*merged"
+    words_of_it = r"command line: rollout.lora=adapter: vLLM takes.*language model only.*merged"
     with pytest.raises(RecipeError, match=words_of_it):
         recipe("rollout.lora=adapter", *words)
 

@@ -22,7 +22,7 @@ serve_app = typer.Typer()
 class ServeOptions:
     """The options of `rlcs serve`."""
 
-    host: Annotated[str, typer.Option(help="Address to listen at; default: this machine alone")] = "127.0.0.1"
+    host: Annotated[str, typer.Option(help="Address; default: this machine only")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000
     api_key: Annotated[str | None, typer.Option(envvar="RLCS_API_KEY", help="Key of the clients")] = None
     engine: Annotated[str, typer.Option(help="local, vllm, or auto: vllm where it is installed")] = "auto"

@@ -28,7 +28,7 @@ class Trees:
 
 
 def language(text: Any, trunk: int, lengths: Sequence[int]) -> float:
-    """Operations of one forward pass over a tree: P + sum(R) tokens, logits for answers alone."""
+    """Operations of one forward pass over a tree: P + sum(R) tokens, logits of answers only."""
     hidden, heads = text.hidden_size, text.num_attention_heads
     size = head_size(text)
     projections = 2 * hidden * heads * size + 2 * hidden * text.num_key_value_heads * size

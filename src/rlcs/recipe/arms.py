@@ -35,14 +35,14 @@ ARMS = _table(
         parent=None,
         label="Base",
         stage="",
-        story="The base model as it was, before any training.",
+        story="The base model, without any training.",
     ),
     Arm(
         name="sft",
         parent="base",
         label="SFT only",
         stage="SFT",
-        story="The cold start alone: supervised fine-tuning on checked reasoning.",
+        story="Cold start only: supervised fine-tuning on checked reasoning.",
     ),
     Arm(
         name="grpo",

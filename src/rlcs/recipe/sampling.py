@@ -39,7 +39,7 @@ class Server(Section):
 
 
 class Endpoint(Server):
-    """A server that speaks the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
+    """A server with the OpenAI chat protocol: vLLM, SGLang, a hosted API."""
 
     base_url: str
     """The address, with the version: `http://localhost:8000/v1`."""
@@ -121,5 +121,5 @@ class Rollouts(EngineSettings):
 
     @property
     def cap(self) -> float | None:
-        """The bound of importance weights; None without vLLM, whose logprobs alone differ."""
+        """The bound of importance weights; None for the local engine, which needs none."""
         return None if self.engine == "local" else self.importance_cap

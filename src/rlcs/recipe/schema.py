@@ -38,9 +38,9 @@ class Prompts(Section):
     """The system prompt, and the length of prompts."""
 
     system: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
-    """System prompt of SFT, RL, evaluation and serving. None: the chat template's own default."""
+    """System prompt of SFT, RL, evaluation and serving. None: the chat template's default."""
     rl_system: str | None = None
-    """System prompt of RL alone; None: the same as `system`. The paper's own code sends none in RL."""
+    """System prompt in RL only; None: the same as `system`. The paper's code sends none in RL."""
     max_tokens: Positive = 2048
     """Longer prompts (images included) are left out and counted, never cut."""
 
@@ -53,7 +53,7 @@ class Images(Section):
     max_pixels: Positive = 1_204_224
     """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value)."""
     rl_min_pixels: Positive | None = None
-    """`min_pixels` of RL alone; None: the same. The paper's own code enlarges to 262,144 in RL only."""
+    """`min_pixels` in RL only; None: the same. The paper's code enlarges to 262,144 in RL only."""
     decode_limit: Positive = 50_000_000
     """Images with more pixels in the file are refused before they are decoded."""
 
@@ -276,7 +276,7 @@ class Recipe(Section):
                 raise ValueError(f"{name}.freeze leaves none of lora.parts to train")
         if self.lora.rank and self.rollout.lora == "adapter" and not self._vllm_takes_adapters:
             raise ValueError(
-                "rollout.lora=adapter: vLLM takes adapters in the language model alone, of rank "
+                "rollout.lora=adapter: vLLM takes adapters in the language model only, of rank "
                 f"{ADAPTER_RANKS[-1]} at most: set lora.parts=[language_model], or rollout.lora=merged"
             )
         return self
