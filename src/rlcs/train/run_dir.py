@@ -135,7 +135,7 @@ class RunDir:
         No result means that the step had no gradient. Raises Stopped.
         """
         report = step_report(self.name, result, step=step, steps=self._steps, values=values, seconds=seconds)
-        self._warn_of_gap(values, screen)
+        self._warn_of_gap(report.values, screen)
         self._first(lambda: self._log(report))
         screen.step(report)
         stopping = self._world.agree(stop)
