@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 
 from rlcs.data.images import image_from_bytes
-from rlcs.engines.factory import EngineNeeds
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
-from rlcs.recipe.schema import Model, Recipe
+from rlcs.recipe.schema import Model
 from rlcs.records import Branch, Grade, ImageRef, Problem, Prompt, Rollout, Tree
 
 
@@ -100,17 +99,3 @@ def make_problem(
 
 def hash_of(name: str) -> int:
     return sum(name.encode())
-
-
-def engine_needs(recipe: Recipe) -> EngineNeeds:
-    """What a study opens its engines with; `test_pipeline.py` holds the two equal."""
-    grpo = recipe.grpo
-    return EngineNeeds(
-        settings=recipe.rollout,
-        max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
-        max_rows=max(grpo.max_rows, grpo.group_size),
-        decode_limit=recipe.images.decode_limit,
-        compute_dtype=recipe.parallel.compute_dtype,
-        adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
-        name=recipe.name,
-    )

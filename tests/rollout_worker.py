@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from conftest import engine_needs, make_problem
+from conftest import make_problem
 from rlcs.distributed import join_world
 from rlcs.engines.factory import open_engines
 from rlcs.model import loading
+from rlcs.pipeline.study import engine_needs
 from rlcs.recipe.loading import load_recipe
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL_STUDY, engine_needs
+from conftest import SMALL_STUDY
 from loopback_server import LoopbackServer
 from rlcs.data import run_data
 from rlcs.distributed import join_world
@@ -23,6 +23,7 @@ from rlcs.evals import arms as evaluation
 from rlcs.generation import SampleLog
 from rlcs.model import loading
 from rlcs.pipeline import run_folder, seeds, study
+from rlcs.pipeline.study import engine_needs
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.signals import StopFlag

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import LengthGrader, engine_needs, make_problem, tree_of
+from conftest import LengthGrader, make_problem, tree_of
 from rlcs.data import puzzles as tasks
 from rlcs.data.images import data_uri, encoded_image
 from rlcs.data.loading import load
@@ -32,6 +32,7 @@ from rlcs.model.chat import Chat
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.study import engine_needs
 from rlcs.progress import screen
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe

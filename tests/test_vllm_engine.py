@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import LengthGrader, engine_needs, make_problem
+from conftest import LengthGrader, make_problem
 from rlcs.engines.factory import open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.colocated import Colocated
@@ -31,6 +31,7 @@ from rlcs.generation import EngineSampler, open_sampler
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.study import engine_needs
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.sampling import EngineSettings, Rollouts

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import engine_needs, make_problem
+from conftest import make_problem
 from rlcs.distributed import ALONE
 from rlcs.engines.factory import open_engines
 from rlcs.engines.vllm.engine import VllmEngine
@@ -24,6 +24,7 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.fsdp import whole_weights
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.study import engine_needs
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model, Recipe

@@ -32,11 +32,13 @@ def data_check(
     from rlcs.data.loading import load
     from rlcs.recipe.loading import load_recipe
 
-    if role not in ("rl", "test", "cold_start"):
+    roles: tuple[Role, ...] = ("rl", "test", "cold_start")
+    chosen = next((known for known in roles if known == role), None)
+    if chosen is None:
         raise RecipeError(f"unknown role {role!r}", where="--role", fix="use rl, test or cold_start")
     resolved = load_recipe(recipe, overrides or []).recipe
     limit = resolved.images.decode_limit
-    loaded = load(source, resolved.data, decode_limit=limit, role=role, decode=True)  # type: ignore[arg-type]
+    loaded = load(source, resolved.data, decode_limit=limit, role=chosen, decode=True)
     unusable = list(loaded.bad)
     if prompts:
         from rlcs.model.loading import load_chat

@@ -68,13 +68,14 @@ def _write_scores(folder: Path, log: SampleLog, problems: Mapping[str, Problem])
 
 
 def _answers(evaluator: Evaluator, problems: Sequence[Problem]) -> list[tuple[Sample, Grade]]:
-    """Answer problems and grade the answers.
+    """Answer problems and grade the answers, in the order of the problems.
 
     A problem without an answer (its prompt is too long, say) counts as wrong, with the reason: leaving it
     out would raise the accuracy.
     """
     known = {problem.id: problem for problem in problems}
-    samples = evaluator.sampler.batch([Request.of(problem) for problem in problems])
+    answered = {each.id: each for each in evaluator.sampler.batch([Request.of(each) for each in problems])}
+    samples = [answered[problem.id] for problem in problems]
     answers = [(known[sample.id], sample.text) for sample in samples if not sample.error]
     grades = iter(evaluator.pool.grade(answers))
     return [

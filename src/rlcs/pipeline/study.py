@@ -86,20 +86,8 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        with log_here, open_engines(self._engine_needs(), self.folder / "rollout") as self._make_engine:
+        with log_here, open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
             return self._run_stages()
-
-    def _engine_needs(self) -> EngineNeeds:
-        recipe, grpo = self.recipe, self.recipe.grpo
-        return EngineNeeds(
-            settings=recipe.rollout,
-            max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
-            max_rows=max(grpo.max_rows, grpo.group_size),
-            decode_limit=recipe.images.decode_limit,
-            compute_dtype=recipe.parallel.compute_dtype,
-            adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
-            name=recipe.name,
-        )
 
     def _run_stages(self) -> dict[str, Any]:
         data, study = self._data, self.recipe.study
@@ -255,6 +243,20 @@ class Study:
             "command": command(),
             **({"ranks": self._world.size} if self._world.grouped else {}),
         }
+
+
+def engine_needs(recipe: Recipe) -> EngineNeeds:
+    """Derive what the engines of a run must hold: its longest prompt with its longest answer fits."""
+    grpo = recipe.grpo
+    return EngineNeeds(
+        settings=recipe.rollout,
+        max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
+        max_rows=max(grpo.max_rows, grpo.group_size),
+        decode_limit=recipe.images.decode_limit,
+        compute_dtype=recipe.parallel.compute_dtype,
+        adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
+        name=recipe.name,
+    )
 
 
 def open_graders(reward: Reward) -> GradePool:
