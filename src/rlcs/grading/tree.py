@@ -1,0 +1,108 @@
+"""The expression tree: what a formula in an answer is read into (`reading`), and what `algebra` compares.
+
+Nodes are immutable and hashable; a node is equal to another only if both are written alike.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Num:
+    """A rational number as written: `3`, `0.25`, `1.5e8`."""
+
+    value: Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Const:
+    """A mathematical constant: `pi`, `e`, `i` (the imaginary unit) or `infinity`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sym:
+    r"""A variable or a name: `x`, `theta`, `x_1`, `S_{ABC}`; Greek letters are spelled without the backslash."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """The sum of two or more terms; a difference has a term times -1."""
+
+    terms: "tuple[Node, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The product of two or more factors; a quotient has a factor to the power -1."""
+
+    factors: "tuple[Node, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """A base to an exponent; a square root has the exponent 1/2."""
+
+    base: "Node"
+    exponent: "Node"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A function of one or more arguments.
+
+    The names known to `algebra`: sin cos tan cot sec csc, their inverses (arcsin ...), sinh cosh tanh,
+    ln, log (argument, base), abs, factorial, binom (n, k), floor, ceil. Any other name (`f`, `gcd`, `sum`,
+    `\\int` as "int") is a function of which nothing is known but its name and arguments.
+    """
+
+    name: str
+    arguments: "tuple[Node, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class PlusMinus:
+    r"""Both signs of a term: `\pm x`; with `opposite` the other sign first: `\mp x`."""
+
+    term: "Node"
+    opposite: bool = False
+
+
+Node = Num | Const | Sym | Sum | Product | Power | Call | PlusMinus
+
+MINUS_ONE = Num(Fraction(-1))
+HALF = Num(Fraction(1, 2))
+
+
+def children(node: Node) -> tuple[Node, ...]:
+    """The nodes directly below a node."""
+    match node:
+        case Sum(terms):
+            return terms
+        case Product(factors):
+            return factors
+        case Power(base, exponent):
+            return base, exponent
+        case Call(_, arguments):
+            return arguments
+        case PlusMinus(term):
+            return (term,)
+    return ()
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """The node and all nodes below it."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting.extend(children(node))
+
+
+def symbols(node: Node) -> frozenset[str]:
+    """The names of the variables in a tree."""
+    return frozenset(n.name for n in walk(node) if isinstance(n, Sym))
