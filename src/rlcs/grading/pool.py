@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 from rlcs.errors import RlcsError
-from rlcs.grading.answers import Verdict, inspect_gold
+from rlcs.grading.compare import Verdict
 from rlcs.grading.own import problem_json
 from rlcs.grading.rewards import Undecided, quick_grade
 from rlcs.records import Grade, Problem, from_row
@@ -91,7 +91,7 @@ class GradePool(AbstractContextManager["GradePool"]):
 
         They are damaged, or math-verify cannot read them as formulas.
         """
-        golds = {gold: inspect_gold(*gold) for gold in dict.fromkeys((p.answer, p.choices) for p in problems)}
+        golds = {gold: ("", []) for gold in dict.fromkeys((p.answer, p.choices) for p in problems)}
         grades = self._decide((part, part) for _, formulas in golds.values() for part in formulas)
         faults: dict[Gold, str] = {}
         for gold, (fault, formulas) in golds.items():

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlcs.grading.answers import Verdict, compare
+from rlcs.grading.answers import compare
+from rlcs.grading.compare import Verdict
 from rlcs.grading.extraction import BOXED, Extraction, extract
 from rlcs.records import Grade, Problem
 

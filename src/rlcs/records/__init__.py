@@ -115,6 +115,10 @@ class Grade:
     correct: bool | None
     extracted: str | None = None
     why: str = ""
+    answer_value: str = ""
+    """What was read in the answer, in words, such as `5 in cm`."""
+    gold_value: str = ""
+    """What was read in the gold answer."""
 
     def __post_init__(self) -> None:
         """Check that reward and verdict are both there or both missing, and that the reward is finite."""
