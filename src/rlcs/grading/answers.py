@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
 
+from rlcs.grading.golds import unwrap
 from rlcs.grading.intervals import as_interval, is_inequality
 from rlcs.grading.latex import NoValueError, TooLargeError, exact, number
 from rlcs.grading.normal import compact, normalise, peel, repair_gold
@@ -33,11 +34,20 @@ class Verdict:
     correct: bool | None
     why: str
     formulas: tuple[str, str] = ("", "")
+    answer_value: str = ""
+    gold_value: str = ""
 
     def grade(self, extracted: str | None = None, *, by: str = "") -> Grade:
         """Make a grade with reward 1 or 0, or unscored; the reason begins with `by` (how it was found)."""
         reward = None if self.correct is None else float(self.correct)
-        return Grade(reward=reward, correct=self.correct, extracted=extracted, why=by + self.why)
+        return Grade(
+            reward=reward,
+            correct=self.correct,
+            extracted=extracted,
+            why=by + self.why,
+            answer_value=self.answer_value,
+            gold_value=self.gold_value,
+        )
 
 
 def _yes(why: str) -> Verdict:
@@ -72,7 +82,6 @@ _HEAVY = re.compile(
     r"(?:\^|\*\*) ?[({]* ?-? ?(?:\d{3,}|\d+ ?(?:\^|\*\*))|!"
     r"|\\(?:[dt]?binom|sum|prod|int|gcd|lcm) ?\{? ?\d{4,}"
 )
-_PLAIN_BRACE = re.compile(r"(?<!\\)[{}]")
 _DOUBTFUL = re.compile(r"[/:!%,_'|]|\\(?:log|div|exp|lfloor)|\d ?\\frac|\d \d|e")  # readings differ
 _UNDER = re.compile(r"_ ?\{[^{}]*\}")
 
@@ -83,6 +92,7 @@ def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: 
     With `choices` both may be a letter or an option's value; letters are compared first. Numbers are
     compared exactly, or with `places` to a number of decimal places.
     """
+    gold = unwrap(gold).text or gold
     wanted = normalise(repair_gold(gold))
     if len(prediction) > MAX_ANSWER:
         return _yes("the same text") if prediction.strip() == gold.strip() else _no("the answer is too long")
@@ -368,22 +378,6 @@ def _differ_clearly(given: str, wanted: str) -> bool:
     except NoValueError:
         return False
     return abs(answer - gold) > 1e-6 * max(1.0, abs(answer), abs(gold))
-
-
-def inspect_gold(gold: str, choices: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The reason why a gold answer is unreadable, or "", and its parts that only math-verify can read."""
-    wanted = normalise(repair_gold(gold))
-    if choices:
-        options = [_without_label(normalise(choice), index) for index, choice in enumerate(choices)]
-        letter = _LABEL.fullmatch(wanted)
-        if letter and letter[3] and _letter_index(wanted, options) is None and wanted not in options:
-            return f"the gold answer {gold[:60]!r} names none of {len(choices)} choices", []
-    depths = list(accumulate(map(_step, _PLAIN_BRACE.findall(wanted)), initial=0))
-    if min(depths) < 0 or depths[-1] != 0:
-        return f"the gold answer {gold[:60]!r} cannot be read: its braces do not match", []
-    items = _items(peel(wanted))
-    parts = [split_unit(part)[0].rstrip("% ") for part in (items[1] if items else [peel(wanted)])]
-    return "", [part for part in parts if "\\" in part and _number(part) is None and not _has_words(part)]
 
 
 def _has_words(text: str) -> bool:
