@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from rlcs.grading.choices import compare_choice
 from rlcs.grading.compare import Verdict, formulas, no, same, same_when_rounded, yes
+from rlcs.grading.golds import unwrap
 from rlcs.grading.reading import MAX_CHARACTERS, read
 
 MAX_ANSWER = 10_000
@@ -20,6 +21,7 @@ def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: 
     if len(prediction) > MAX_CHARACTERS:
         matches = len(prediction) <= MAX_ANSWER and prediction.strip() == gold.strip()
         return yes("the same text") if matches else no("the answer is too long")
+    gold = unwrap(gold).text or gold
     answer, wanted = read(prediction), read(gold)
     if not answer.source:
         verdict = no("the box is empty")

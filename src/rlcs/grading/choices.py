@@ -25,7 +25,9 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
         return yes("the same letters") if given == wanted else no("other letters")
     right = next(iter(wanted)) if wanted else None
     value = read(gold if right is None else options[right])
-    accepted = {right} if right is not None else {i for i, o in enumerate(options) if same(read(o), value).correct}
+    accepted = (
+        {right} if right is not None else {i for i, o in enumerate(options) if same(read(o), value).correct}
+    )
     named, rest = _named_option(prediction, options)
     given_value = read(prediction)
     if named is not None:
@@ -35,7 +37,9 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
         if named in accepted:
             return agrees if agrees.correct is None else yes(f"option {option_letter(named)}")
         if accepted:
-            return no(f"option {option_letter(named)}, not {option_letter(min(i for i in accepted if i is not None))}")
+            return no(
+                f"option {option_letter(named)}, not {option_letter(min(i for i in accepted if i is not None))}"
+            )
         given_value = read(options[named])  # the gold value is no option's text: compare the values
     elif isinstance(given_value, Letters) and given_value.source not in map(spelled, options):
         several = len(given_value.letters) > 1

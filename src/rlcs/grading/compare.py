@@ -82,7 +82,11 @@ def same(answer: Value, gold: Value) -> Verdict:
         return _named_gold(answer, gold)
     if isinstance(answer, Named):
         return _named_answer(answer, gold)
-    if isinstance(answer, Items) and answer.brackets in ("", "{}") and len(answer.items) == 1 != _length(gold):
+    if (
+        isinstance(answer, Items)
+        and answer.brackets in ("", "{}")
+        and len(answer.items) == 1 != _length(gold)
+    ):
         return same(answer.items[0], gold)
     return _RULES[type(gold)](answer, gold)
 
@@ -116,7 +120,9 @@ def _named_answer(answer: Named, gold: Value) -> Verdict:
 
 def same_name(one: str, other: str) -> bool:
     """Whether two names have the same letters, or are a word and its initial: `C` and `Circumference`."""
-    names = (re.sub(r"^m(?=\\angle)|\\(?:angle|triangle|text)|\W|_", "", name).casefold() for name in (one, other))
+    names = (
+        re.sub(r"^m(?=\\angle)|\\(?:angle|triangle|text)|\W|_", "", name).casefold() for name in (one, other)
+    )
     short, long = sorted(names, key=len)
     return short == long or (len(short) == 1 and len(long) > 3 and long.startswith(short))
 
@@ -183,7 +189,12 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
         if not answer.unit.same(gold.unit):
             return no(f"another unit: {answer.unit} against {gold.unit}")
         return same(answer.magnitude, gold.magnitude)
-    if isinstance(answer, Expression) and answer.tree is not None and gold.tree is not None and symbols(answer.tree):
+    if (
+        isinstance(answer, Expression)
+        and answer.tree is not None
+        and gold.tree is not None
+        and symbols(answer.tree)
+    ):
         return _equal(answer, gold)
     if isinstance(answer, Number | Expression):
         return same(answer, gold.magnitude)
@@ -195,7 +206,11 @@ def _formula(answer: Value, gold: Value) -> Verdict:
         return _equal(answer, gold) if answer.tree and _variables(gold) else same(answer.magnitude, gold)
     if isinstance(answer, Relation) and answer.operators == ("=",):
         first, last = as_tree(answer.sides[0]), answer.sides[-1]
-        if first is not None and not any(isinstance(node, Num) for node in walk(first)) and _is_constant(last):
+        if (
+            first is not None
+            and not any(isinstance(node, Num) for node in walk(first))
+            and _is_constant(last)
+        ):
             return same(last, gold)  # a + b = 5
         return no("an equation against a value")
     if not isinstance(answer, Number | Expression):
@@ -239,7 +254,9 @@ def _items(answer: Value, gold: Items) -> Verdict:
     if isinstance(answer, Matrix) and gold.brackets == "()":
         return _matrix_and_tuple(answer, gold)
     if not isinstance(answer, Items):
-        return no("one answer where several are asked") if len(gold.items) > 1 else same(answer, gold.items[0])
+        return (
+            no("one answer where several are asked") if len(gold.items) > 1 else same(answer, gold.items[0])
+        )
     if len(answer.items) != len(gold.items):
         return no(f"{len(answer.items)} answers, not {len(gold.items)}")
     if not _agreeing_brackets(answer, gold):
@@ -255,7 +272,11 @@ def _items(answer: Value, gold: Items) -> Verdict:
 def _agreeing_brackets(answer: Items, gold: Items) -> bool:
     """Whether brackets agree: none may stand for braces or round ones, and for square ones of no interval."""
     pair = {answer.brackets, gold.brackets}
-    return len(pair) == 1 or pair in ({"", "{}"}, {"", "()"}) or (len(gold.items) > 2 and pair <= {"", "()", "[]"})
+    return (
+        len(pair) == 1
+        or pair in ({"", "{}"}, {"", "()"})
+        or (len(gold.items) > 2 and pair <= {"", "()", "[]"})
+    )
 
 
 def _named_values(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
@@ -263,7 +284,10 @@ def _named_values(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
     named = [item for item in golds if isinstance(item, Named)]
     if len({gold.name for gold in named}) == 1:  # x = 1 or x = 2
         values = [item.value for item in named]
-        return _match([a.value if isinstance(a, Named) and same_name(a.name, named[0].name) else a for a in answers], values)
+        return _match(
+            [a.value if isinstance(a, Named) and same_name(a.name, named[0].name) else a for a in answers],
+            values,
+        )
     if not any(isinstance(answer, Named) for answer in answers):
         return _in_order(answers, golds, "list")
     ordered: list[Value] = []

@@ -129,7 +129,10 @@ class _Reader:
             terms.append(self.signed())
         node = terms[0] if len(terms) == 1 else Sum(tuple(terms))
         if self.text() == "(" and self.text(1) == "mod":
-            self.tokens[self.position : self.position + 2] = [self.tokens[self.position + 1], self.tokens[self.position]]
+            self.tokens[self.position : self.position + 2] = [
+                self.tokens[self.position + 1],
+                self.tokens[self.position],
+            ]
         if self.text() in ("\\pmod", "\\bmod", "\\mod", "mod"):
             self.take()
             node = Call("mod", (node, self.primary()))

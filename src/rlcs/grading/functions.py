@@ -6,8 +6,31 @@ from fractions import Fraction
 
 from rlcs.grading import polynomials, tree
 from rlcs.grading.polynomials import (  # fmt: skip
-    CONSTANT, FUNCTION, HALF, I_PI, MINUS, NUMBER, PI, SUM, UNIT, Atom, Calculator, E, Key, Monomial, Polynomial,
-    Quotient, TooLargeError, UndecidedError, as_rational, content, is_positive, key, rational, scaled, single,
+    CONSTANT,
+    FUNCTION,
+    HALF,
+    I_PI,
+    MINUS,
+    NUMBER,
+    PI,
+    SUM,
+    UNIT,
+    Atom,
+    Calculator,
+    E,
+    Key,
+    Monomial,
+    Polynomial,
+    Quotient,
+    TooLargeError,
+    UndecidedError,
+    as_rational,
+    content,
+    is_positive,
+    key,
+    rational,
+    scaled,
+    single,
 )
 
 MAX_FACTORIAL = 500
@@ -68,7 +91,10 @@ def number_root(calc: Calculator, c: Fraction, r: Fraction) -> Quotient:
         if r.denominator % 2:
             return calc.times(rational(-1 if r.numerator % 2 else 1), number_root(calc, -c, r))
         return calc.times(calc.product(Fraction(1), {MINUS: r}), number_root(calc, -c, r))
-    roots = polynomials.integer_root(c.numerator, r.denominator), polynomials.integer_root(c.denominator, r.denominator)
+    roots = (
+        polynomials.integer_root(c.numerator, r.denominator),
+        polynomials.integer_root(c.denominator, r.denominator),
+    )
     if roots[0] is not None and roots[1] is not None:
         return rational(polynomials.number_power(Fraction(*roots), r.numerator))
     return calc.product(Fraction(1), {prime: e * r for prime, e in _primes(calc, c).items()})

@@ -64,7 +64,9 @@ _MONEY = frozenset("$ € £ ¥ ₹ ₽ ₩".split())
 _ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
 _NO_NUMBERS = frozenset(["empty set", "null set"])
 _ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
-_IN_BASE = re.compile(r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)")
+_IN_BASE = re.compile(
+    r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
+)
 
 
 def read(text: str) -> Value:
@@ -198,7 +200,9 @@ def _letters(tokens: Tokens) -> frozenset[str] | None:
     if not runs or not all(t.isalpha() and t.isascii() and t.isupper() and max(t) <= "H" for t in runs):
         return None
     letters = "".join(runs)
-    if len(set(letters)) != len(letters) or (len(runs) == 1 and list(letters) not in (sorted(letters), sorted(letters)[::-1])):
+    if len(set(letters)) != len(letters) or (
+        len(runs) == 1 and list(letters) not in (sorted(letters), sorted(letters)[::-1])
+    ):
         return None
     return frozenset(letters)
 
@@ -351,7 +355,12 @@ def _list(tokens: Tokens, source: str) -> Value | None:
 
 def _relation(tokens: Tokens, source: str) -> Value | None:
     parts, operators = _split(tokens, _RELATIONS)
-    if len(tokens[0].text) == 1 and tokens[0].text.isupper() and tokens[0].kind == "word" and _enclosed(tokens[1:]):
+    if (
+        len(tokens[0].text) == 1
+        and tokens[0].text.isupper()
+        and tokens[0].kind == "word"
+        and _enclosed(tokens[1:])
+    ):
         value = _value(tokens[1:])  # the point P(2, -5)
         return Named(source=source, name=tokens[0].text, value=value) if isinstance(value, Items) else None
     if not operators or not all(parts):
@@ -380,7 +389,9 @@ def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) 
         if names[0] and right is not None and not symbols(right) & _variables(left):
             return Region(source=source, pieces=tuple(regions.ray(operator, right)), variable=names[0])
         if names[1] and left is not None:
-            return Region(source=source, pieces=tuple(regions.ray(_TURNED[operator], left)), variable=names[1])
+            return Region(
+                source=source, pieces=tuple(regions.ray(_TURNED[operator], left)), variable=names[1]
+            )
         if left is None or right is None:
             return None
         greater = operator in (">", "\\ge")
@@ -500,7 +511,9 @@ def _difference(left: Node, right: Node) -> Node:
 
 def _single(tokens: Tokens, source: str) -> Value:
     """Read a number, a quantity or a formula; what is none of them is text."""
-    if (value := _percentage(tokens, source) or _money(tokens, source) or _quantity(tokens, source)) is not None:
+    if (
+        value := _percentage(tokens, source) or _money(tokens, source) or _quantity(tokens, source)
+    ) is not None:
         return value
     tree = _tree(tokens)
     if tree is None:
@@ -520,7 +533,11 @@ def _of_tree(tree: Node, source: str) -> Value:
         value = algebra.exact(tree)
     except algebra.TooLargeError:
         value = None
-    return Expression(source=source, tree=tree) if value is None else Number(source=source, tree=tree, value=value)
+    return (
+        Expression(source=source, tree=tree)
+        if value is None
+        else Number(source=source, tree=tree, value=value)
+    )
 
 
 def _percentage(tokens: Tokens, source: str) -> Value | None:

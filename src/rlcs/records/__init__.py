@@ -109,6 +109,7 @@ class Grade:
     """The verdict on one response; `reward` is None for an unscored response, which differs from zero.
 
     An unscored response (its grader failed or ran out of time) is left out of its group and of the loss.
+    `answer_value` and `gold_value` say in words what was read on both sides; `why` is the rule that decided.
     """
 
     reward: float | None
