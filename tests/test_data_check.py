@@ -83,7 +83,7 @@ def test_rows_are_grouped_by_what_is_wrong_not_by_their_content():
 
 
 def test_kinds_come_by_number_and_blank_golds_do_not_count():
-    golds = ["5", r"\{1,2\}", "B", "6", "", "(1,2)"]
+    golds = ["B", "5", r"\{1,2\}", "6", "", "(1,2)"]
     kinds = kinds_of_golds(
         Problem(id=f"r{i}", source="s", question="?", answer=gold) for i, gold in enumerate(golds)
     )

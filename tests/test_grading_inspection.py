@@ -46,9 +46,20 @@ def test_a_gold_answer_that_something_matches_is_not(gold, choices):
 
 
 def test_the_pool_asks_whether_a_gold_answer_equals_itself():
-    golds = ["5", r"\foo{\bar}^^", r"\int_0^1 x\,dx", "a right triangle", "<answer>5 cm</answer>", r"\{1,2\}"]
+    golds = [
+        "5",
+        r"\foo{\bar}^^",
+        r"\int_0^1 x\,dx",
+        "a right triangle",
+        "<answer>5 cm</answer>",
+        r"\{1,2\}",
+        "$ $",
+    ]
     problems = [Problem(id=str(i), source="s", question="?", answer=gold) for i, gold in enumerate(golds)]
+    options = (r"3*\degree", r"6*\degree")
+    problems += [Problem(id="option", source="s", question="?", answer=options[1], choices=options)]
     with GradePool(workers=1) as pool:
         faults = pool.gold_faults(problems)
-    assert list(faults) == [(r"\foo{\bar}^^", ())]
+    assert list(faults) == [(r"\foo{\bar}^^", ()), ("$ $", ())]
+    assert "is empty" in faults["$ $", ()]
     assert "cannot be read: it is not a formula" in faults[r"\foo{\bar}^^", ()]

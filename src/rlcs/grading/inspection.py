@@ -44,7 +44,11 @@ def _option_fault(gold: str, choices: Sequence[str]) -> str:
     return f"equals none of the {len(choices)} choices{doubt if is_index else ''}"
 
 
-def formulas_of(gold: str) -> list[tuple[str, str]]:
-    """What math-verify must be able to read in a gold answer: a formula beyond our own grammar."""
+def formulas_of(gold: str, choices: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What math-verify must be able to read in a gold answer: a formula beyond our own grammar.
+
+    With choices nothing must be read: the letter of the option is an answer.
+    """
     value = read(unwrap(gold).text or "")
-    return [(value.source, value.source)] if isinstance(value, Expression) and value.tree is None else []
+    beyond = isinstance(value, Expression) and value.tree is None and not choices
+    return [(value.source, value.source)] if beyond else []

@@ -101,9 +101,9 @@ class GradePool(AbstractContextManager["GradePool"]):
         itself = self.settle(
             [grade_extracted(different[g], text) for g, text in zip(sound, given, strict=True)]
         )
-        read = self._decide(pair for gold, _ in sound for pair in formulas_of(gold))
+        read = self._decide(pair for gold in sound for pair in formulas_of(*gold))
         for gold, grade in zip(sound, itself, strict=True):
-            parts = [read[pair] for pair in formulas_of(gold[0])]
+            parts = [read[pair] for pair in formulas_of(*gold)]
             whys = [p.why if p.correct is None else "it is not a formula" for p in parts if not p.correct]
             whys += [] if grade.correct else [grade.why]
             faults[gold] = f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}" if whys else ""
