@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 _MEASURES = """
 +m ~meter ~metre ~米, km 公里, cm 公分, um micron, in inch 英寸, ft foot 英尺, yd yard, mi mile 英里, +g
 gm ~gram ~gramme ~克, nmi nautical_mile 海里, kg kilo Kg kgs 公斤, t tonne metric_ton, t|ton ton 吨, lb
-lbs, oz ounce 盎司, +L +l ~liter ~litre ~升, cc, gal gallon 加仑, qt quart, pt pint, cup, tbsp
-tablespoon, tsp teaspoon, floz fluid_ounce fl_oz, ha hectare 公顷, acre 英亩, +s sec ~second ~秒 秒钟,
-min minute 分钟, h hr hrs hour 小时 时 钟头, day 天 日, week wk 周 星期, month mo 月, year yr yrs 年 岁,
-+N ~newton 牛顿, N*m Nm, +J ~joule 焦耳, +W ~watt ~瓦特 ~瓦, +Wh ~瓦时, +V ~volt ~伏特 ~伏, hPa, bar, +A
-~amp ~ampere ~安培 ~安, +Pa ~pascal ~帕斯卡 ~帕, +Hz ~hertz ~赫兹 ~赫, +ohm +Ω ~ohm ~欧姆 ~欧, +C
-~coulomb 库仑, C|°C C, +F ~farad 法拉, F|°F F, +H ~henry, +T ~tesla, +mol ~mole ~摩尔, +cal ~calorie
-卡路里, kcal 千卡 大卡, +eV, atm atmosphere, mph, kph kmh, +B ~byte, bit
+lbs, oz ounce 盎司, +L +l ~liter ~litre ~升, cc, gal gallon 加仑, qt quart, pt pint, cup, tbsp tablespoon,
+tsp teaspoon, floz fluid_ounce fl_oz, ha hectare 公顷, acre 英亩, +s sec ~second ~秒 秒钟, min minute
+分钟, h hr hrs hour 小时 时 钟头, day 天 日, week wk 周 星期, month mo 月, year yr yrs 年 岁, +N ~newton
+牛顿, N*m Nm, +J ~joule 焦耳, +W ~watt ~瓦特 ~瓦, +Wh ~瓦时, +V ~volt ~伏特 ~伏, hPa, bar, +A ~amp ~ampere
+~安培 ~安, +Pa ~pascal ~帕斯卡 ~帕, +Hz ~hertz ~赫兹 ~赫, +ohm +Ω ~ohm ~欧姆 ~欧, +C ~coulomb 库仑, C|°C
+C, +F ~farad 法拉, F|°F F, +H ~henry, +T ~tesla, +mol ~mole ~摩尔, +cal ~calorie 卡路里, kcal 千卡 大卡,
++eV, atm atmosphere, mph, kph kmh, kohm kilohm, Mohm megohm, +B ~byte, bit
 """
 """Units, by the name for pint first; `+` takes `k`, `~` takes `kilo`, `a|b` may mean either."""
 _OTHERS = """
 ° degree deg 度, rad radian 弧度, rpm, +K ~kelvin 开尔文, dollar $ US$ USD US_dollar 美元, cent ¢ 美分,
 euro € EUR 欧元, °C degC celsius °celsius centigrade degree_celsius degrees_celsius degree_C degrees_C
-摄氏度, £ GBP 英镑, lb|£ pound, °F degF fahrenheit degree_fahrenheit degrees_fahrenheit degree_F
-degrees_F 华氏度, yuan 元 RMB CNY 人民币, unit 单位, yuan|yen ¥, yen JPY 日元, jiao 角, fen,
-min|fen|point 分, rupee ₹ Rs INR, won ₩, ruble ₽, pence penny, dB decibel
+摄氏度, £ GBP 英镑, lb|£ pound, °F degF fahrenheit degree_fahrenheit degrees_fahrenheit degree_F degrees_F
+华氏度, yuan 元 RMB CNY 人民币, unit 单位, yuan|yen ¥, yen JPY 日元, jiao 角, fen, min|fen|point 分, rupee
+₹ Rs INR, won ₩, ruble ₽, pence penny, dB decibel
 """
 """Units that agree by name alone: angles, temperatures (whose zeros differ), money."""
 _PREFIXES = "k kilo 千,c centi 厘,m milli 毫,d deci 分,u micro 微,n nano 纳,M mega 兆,G giga 吉"
@@ -228,13 +228,14 @@ def _noun(text: str, *, upright: bool) -> str:
 
 
 def _noun_word(word: str, short: int) -> bool:
-    """Whether a word may be one of a noun phrase: a word with a vowel, not variables like `abcd` or `axyz`."""
+    """Whether a word may stand in a noun phrase: it has a vowel and is no variables like `abcd` or `axyz`."""
     small = word.lower()
     if not (
         word.isalpha() and word[1:].islower() and (len(word) >= short or small in _SHORT) and len(word) < 20
     ):
         return False
-    if short == len(word) == 4 and list(word) == sorted(set(word)) or not re.search("[aeiouy]", small[:4]):
+    ascending = short == len(word) == 4 and list(word) == sorted(set(word))
+    if ascending or not re.search("[aeiouy]", small[:4]):
         return False
     return not (set(small) <= set("abcde") or set(small) <= set("uvwxyz") or _NO_NOUN.fullmatch(small))
 

@@ -112,7 +112,7 @@ _WRAPPERS = _UPRIGHT | frozenset(
     "mathbf mathit mathsf mathtt boldsymbol bm pmb underline uline mathcal boxed fbox framebox ensuremath".split()
 )
 _DROPPED = frozenset(
-    "left right displaystyle textstyle scriptstyle limits nolimits bigl bigr Bigl Bigr biggl biggr Biggl Biggr big Big"
+    "left right large Large small tiny normalsize huge displaystyle textstyle scriptstyle limits nolimits bigl bigr Bigl Bigr biggl biggr Biggl Biggr big Big"
     " bigg Bigg bf it rm sf tt bfseries blacksquare square Box checkmark qed quad qquad nobreakspace middle"
     " nonumber noindent hline hfill hfil".split()
 )
@@ -152,6 +152,7 @@ _TOKEN = re.compile(
     r"(?P<space>(?:\s|~|\\[,;:! >]|\\(?=\s))+)"
     r"|(?P<number>(?:\d+(?:\.\d+|\.(?![\w.]))?|\.\d+)(?:[eE][+-]?\d+(?![\d.]))?)"
     r"|(?P<row>\\\\(?:\[[^\]]*\])?|\\newline(?![A-Za-z])|\\cr(?![A-Za-z]))"
+    r"|(?P<delimiter>\\[()\[\]]|\\(?:left|right) ?\.)"
     r"|(?P<command>\\not\s*=|\\[A-Za-z]+\*?|\\[{}$%&#_|])"
     r"|(?P<word>[^\W\d_⺀-￿]+|[^\W\d_]+)"
     r"|(?P<operator>\+/-|---?|<=|=<|>=|!=|<>|==|\*\*|->|=>|\+-|\*)"
@@ -227,7 +228,7 @@ def _spell(text: str) -> list[Token]:
             kind = "command" if piece.startswith("\\") else "sign"
         elif kind == "word" and piece.lower() in _PLAIN_NAMES and (piece.islower() or len(piece) > 3):
             kind, piece = "command", "\\" + _PLAIN_NAMES[piece.lower()]
-        elif kind == "sign" and (piece == "\0" or (piece == "$" and not money)):
+        elif kind == "delimiter" or (kind == "sign" and (piece in "\0`" or (piece == "$" and not money))):
             continue
         tokens.append(Token(kind, piece, gap))
         gap = False
