@@ -75,8 +75,8 @@ def test_what_is_no_date(text: str) -> None:
 
 
 def test_its_words_for_people() -> None:
-    texts = "2024-05-01; 5月1日; Sept 2024; 12:30 pm; 12:05:09 am; 1998-99; 10-15 cm"
-    words = "1 May 2024; 1 May; September 2024; 12:30 PM; 12:05:09 AM; 1998 to 1999; 10 to 15 cm"
+    texts = "2024-05-01; 5/5/2024; 5月1日; Sept 2024; 12:30 pm; 12:05:09 am; 1998-99; 10-15 cm"
+    words = "1 May 2024; 5 May 2024; 1 May; September 2024; 12:30 PM; 12:05:09 AM; 1998 to 1999; 10 to 15 cm"
     assert [str(date(text)) for text in texts.split("; ")] == words.split("; ")
 
 

@@ -55,6 +55,7 @@ EITHER = ["pounds, lb", "pounds, £", "tons, t", "分, 分钟", "C, °C", "C, co
 """Names that stand for one of two units agree with both."""
 DIFFERENT = (
     "cm, m; cm, cm^2; min, h; °, rad; °, °C; °C, °F; °C, K; cents, dollars; red balls, blue balls; "
+    "card games, cards; "
     "apples, pears; apples, units; units, square units; square units, cm^2; units, cm; m/s, km/h; "
     "kg, lb; 元, $; 元, 角; 个, 只; m, mm; Hz, rad/s; rpm, Hz; planes, plans; m/s, m/s^2; N, J; €, $; "
     "天, 年; lb, £; yuan, yen; days, people; red balls, balls of wool; km/h, h/km; mg, Mg; mW, MW; "
