@@ -431,7 +431,7 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
         return Named(source=source, name=names[-1], value=sides[0], tree=tree)
     if names[0] and len(parts) == 2:
         return Named(source=source, name=names[0], value=sides[1], tree=tree)
-    if len(parts) > 2 and _is_chain(sides[1:] if names[0] else sides):
+    if _is_chain(sides[1:] if names[0] else sides):
         name = names[0] or latex(parts[0])
         return Named(source=source, name=name, value=sides[-1])
     return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)
