@@ -50,7 +50,7 @@ _NO_NOUN = re.compile(  # a word that makes another number, or begins or joins a
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|\w*(?:hundred|thousand)|\w+illi(?:on|ard))s?|halves|half"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ties|\w+teens?|once|double|triple|twice|thrice|gross"
     r"|(?:first|third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+(?:teen|tie|dred|sand|lion))th)s?"
-    r"|squared|cubed|(?:square|cube)roots?|(?:co)?(?:sine|tangent|secant)|logarithm|plus|minus|times|over"
+    r"|\w+[^e]ed|(?:square|cube)roots?|(?:co)?(?:sine|tangent|secant)|logarithm|plus|minus|times|over"
     r"|(?:a|arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp|sqrt|max|min|gcd|lcm|lim|det|mod)h?"
     r"(?:[abntxyz]|theta|alpha|beta|phi)?|alpha|beta|gamma|delta|(?:var)?(?:epsilon|theta|phi)|zeta|eta|iota"
     r"|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|chi|psi|omega|divided|multiplied|negative|positive|modulo|choose|factorial|powers?"

@@ -1,7 +1,7 @@
 r"""Splits an answer into tokens: LaTeX, plain notation and Unicode become one spelling.
 
-`\dfrac`, `½`, `√3`, `sqrt(3)`, `x²`, `≤`, `<=`, `\leqslant`, `pi`, `2*x` and `\text{cm}` all arrive at the grammar
-(`reading`) as the same tokens as `\frac`, `\sqrt`, `^`, `\le`, `\pi`, `\cdot` and the upright word `cm`.
+`\dfrac`, `½`, `√3`, `sqrt(3)`, `x²`, `≤`, `<=`, `\leqslant`, `pi`, `2*x` and `\text{cm}` all arrive at the
+grammar (`reading`) as the same tokens as `\frac`, `\sqrt`, `^`, `\le`, `\pi`, `\cdot`, an upright word `cm`.
 Nothing is computed here, and no part of the text is lost but decoration: dollar signs around formulas, sizes,
 colours, spaces, a full stop at the end.
 """
@@ -27,7 +27,12 @@ class Token(NamedTuple):
     upright: bool = False
 
 
+Tokens = Sequence[Token]
+
 MAX_TOKENS = 600
+
+OPENING = frozenset(["(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle", "\\begin"])
+CLOSING = frozenset([")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle", "\\end"])
 
 _CHARACTERS = MappingProxyType(
     {
@@ -246,7 +251,7 @@ def _spell_command(piece: str) -> str:
     return name if name in _SIGNS else _OPERATORS.get("\\" + name, "\\" + name)
 
 
-def _without_decoration(tokens: Sequence[Token]) -> list[Token]:
+def _without_decoration(tokens: Tokens) -> list[Token]:
     r"""Drop sizes, colours and wrappers; words in `\text{}` and the like become upright."""
     kept: list[Token] = []
     braces: list[str] = []  # for each open brace: "{", or the wrapper that it belongs to
@@ -280,7 +285,7 @@ def _without_decoration(tokens: Sequence[Token]) -> list[Token]:
     return kept
 
 
-def _end_of_group(tokens: Sequence[Token], start: int) -> int:
+def _end_of_group(tokens: Tokens, start: int) -> int:
     """The position after the brace that closes the group which opens at `start`."""
     depth = 0
     for position in range(start, len(tokens)):
@@ -310,7 +315,7 @@ def _join_digit_groups(tokens: list[Token]) -> Iterator[Token]:
         position = end
 
 
-def _levels_with_spaced_commas(tokens: Sequence[Token]) -> set[int]:
+def _levels_with_spaced_commas(tokens: Tokens) -> set[int]:
     """The bracket pairs, by number, in which a comma with a space separates: `(1,000, 2,000)`."""
     levels: set[int] = set()
     stack, brackets = [0], 0
@@ -325,7 +330,7 @@ def _levels_with_spaced_commas(tokens: Sequence[Token]) -> set[int]:
     return levels
 
 
-def _end_of_digit_groups(tokens: Sequence[Token], start: int, *, commas: bool) -> int:
+def _end_of_digit_groups(tokens: Tokens, start: int, *, commas: bool) -> int:
     """The position after a number written in groups of three digits that starts at `start`."""
     first, before = tokens[start], tokens[start - 1] if start else Token("sign", "")
     if first.kind != "number" or not (first.text.isdigit() and len(first.text) <= 3):
@@ -357,7 +362,7 @@ def _is_digit_group(token: Token) -> bool:
     )
 
 
-def latex(tokens: Sequence[Token]) -> str:
+def latex(tokens: Tokens) -> str:
     """Write tokens as LaTeX again, in their one spelling; equal text means an equal answer."""
     pieces: list[str] = []
     for token in tokens:
@@ -369,3 +374,46 @@ def latex(tokens: Sequence[Token]) -> str:
             (" " if words or after_command else "") + ("\\\\" if token.kind == "row" else token.text)
         )
     return "".join(pieces)
+
+
+def spoken(tokens: Tokens) -> str:
+    """The tokens as plain text: words apart, no braces, `*` for products."""
+    text = "".join(
+        (" " if token.gap else "") + token.text.replace("\\cdot", "*").replace("\\", "")
+        for token in tokens
+        if token.text not in ("{", "}")
+    )
+    return text.strip()
+
+
+def steps(tokens: Tokens) -> Iterator[int]:
+    """The depth of brackets after each token."""
+    depth = 0
+    for token in tokens:
+        depth += (token.text in OPENING) - (token.text in CLOSING)
+        yield depth
+
+
+def depth_of(tokens: Tokens) -> int:
+    return max(steps(tokens), default=0)
+
+
+def enclosed(tokens: Tokens) -> bool:
+    """Whether the first token is a bracket that the last one closes."""
+    if len(tokens) < 2 or tokens[0].text not in OPENING or tokens[-1].text not in CLOSING:
+        return False
+    depths = list(steps(tokens))
+    return depths[-1] == 0 and 0 not in depths[:-1]
+
+
+def split(tokens: Tokens, separators: frozenset[str]) -> tuple[list[Tokens], list[str]]:
+    """Cut at separators outside brackets; the parts, and the separators between them."""
+    parts: list[Tokens] = []
+    found: list[str] = []
+    start = 0
+    for position, (token, depth) in enumerate(zip(tokens, steps(tokens), strict=True)):
+        if depth == 0 and token.text in separators:
+            parts.append(tokens[start:position])
+            found.append(token.text)
+            start = position + 1
+    return [*parts, tokens[start:]], found
