@@ -324,7 +324,7 @@ def _relation(tokens: Tokens, source: str) -> Value | None:
 def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) -> Value | None:
     r"""Read `x > 3`, `3 < x`, `1 < x \le 2` as a set of numbers; other inequalities are relations."""
     nodes = [tree_of(part) for part in parts]
-    names = [_name(part) for part in parts]
+    names = ["" if part[0].text == "|" else _name(part) for part in parts]
     if len(parts) == 2:
         (left, right), (operator,) = nodes, operators
         if names[0] and right is not None and not symbols(right) & _variables(left):
