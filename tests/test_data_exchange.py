@@ -174,4 +174,4 @@ def test_the_command_reports_overlaps(tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"question": "Why?", "answer": "for many reasons " * 20}) + "\n")
     found = rlcs("data", "overlap", rows, rows, "--json")
-    assert json.loads(found.stdout.splitlines()[0])["kind"] == "same problem", found.stderr
+    assert json.loads(found.stdout.splitlines()[0])["kind"] == "same question", found.stderr
