@@ -112,8 +112,11 @@ class Study:
         if all(is_done(self.folder / arm) for arm in self.recipe.study.arms if arm in RL_ARMS):
             return
         with open_reward(self.recipe.grpo.reward) as grader:
-            for warning in try_reward(grader, self._data.rl[0]):
-                log.warning(warning)
+            warnings = try_reward(grader, self._data.rl[0])
+        for warning in warnings:
+            log.warning(warning)
+            with self._output.screen("reward", 1) as view:
+                view.say(f"warning: {warning}")
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
         summary = {**self._summary(), "counts": counts}
