@@ -237,7 +237,9 @@ def test_a_run_stops_where_nothing_is_scored_and_goes_on_with_every_part_journal
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
     for part in ("accuracy", "spoils", "format", "length"):
         assert f"Reward: {part}" in page
-    assert "(accuracy 0, spoils " in (run / "report" / "rollouts.html").read_text(encoding="utf-8")
+    assert "Parts of the reward: accuracy 0, spoils " in (run / "report" / "rollouts.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

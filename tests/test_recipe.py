@@ -430,7 +430,7 @@ SHOWN = {
         "grpo.reward={format: 0.1, allow_fallbacks: true}": "a lone letter",
     },
     "reward: f": {
-        "grpo.reward.functions={a/b.py:f: 1}": "returned by a/b.py:f",
+        "grpo.reward.functions={a/b.py:f: 1}": "returned by b.py:f",
     },
     "cold-start teacher": {
         "teacher.keep=all": "wrong ones kept too",

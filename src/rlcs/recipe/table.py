@@ -1,5 +1,7 @@
 """The table that is shown before a run starts: the choices that change results, defaults among them."""
 
+from pathlib import PurePath
+
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
@@ -205,7 +207,9 @@ def _reward_rows(reward: Reward) -> list[tuple[str, str]]:
     texts = {
         "accuracy": f"1 if the answer in the {where} is right",
         "judge": "the score of a model",
-        **{function_name(function): f"returned by {function}" for function in reward.functions},
+        **{
+            function_name(function): f"returned by {PurePath(function).name}" for function in reward.functions
+        },
         "format": "1 if the reasoning is closed and the last box can be read",
         "length": "0.5 for the shortest answer of a group to -0.5 for the longest; wrong ones at most 0",
     }
