@@ -37,8 +37,6 @@ _FIELDS = (  # the prime p and e^(2 pi i / 5040) modulo p; the primes below 54 a
     (1341543266362508902270154639, 514647888194138476343861145, 884671876534010027050819528),
     (1941459480913075300695152879, 133817255887518067772756522, 47838687554913219610896549),
     (1132697203801876905393403439, 923712547467161333378840406, 561314131863700055930078504),
-    (2581723993909497840973044719, 2486099064555881540020470137, 2011118128532837112806646819),
-    (2668979326778306110335004559, 153410841558556756427755749, 1455874218935934919029376755),
 )
 _SCALES, _POSITIVE = (0.6, 2.7, 17.0, -2.1, -31.0), 3
 """Sizes of the variables where floating point is used; at the first three points all are positive."""
@@ -105,10 +103,13 @@ def exact(node: Node) -> Fraction | None:
     try:  # sin(pi/6), log_2 8: a guess that a field confirms
         near, error = _estimate(node, {})
         guess = Fraction(near.real).limit_denominator(10_000)
-        close = abs(near - guess) <= min(10 * error, 1e-9)
-        return guess if close and any(_field_equal(node, Num(guess), seed) for seed in range(6)) else None
+        if abs(near - guess) <= 10 * error < 1e-6 and any(
+            _field_equal(node, Num(guess), i) for i in range(4)
+        ):
+            return guess
     except _FAILURES:
-        return None
+        pass
+    return None
 
 
 def too_large(node: Node) -> bool:
@@ -154,12 +155,11 @@ def _is_plain(node: Node) -> bool:
         match part:
             case Call("factorial", (argument,)) if _known(argument) is not None:
                 continue
-            case Call() | PlusMinus():
-                return False
-            case Power(base, exponent):
-                power = _known(exponent)
-                if power is None or (power.denominator > 1 and (_known(base) or 0) <= 0):
+            case Power(base, exponent) if power := _known(exponent):
+                if power.denominator > 1 and (_known(base) or 0) <= 0:
                     return False
+            case Call() | PlusMinus() | Power():
+                return False
     return True
 
 
@@ -259,10 +259,8 @@ def _estimate(node: Node, point: dict[str, float]) -> tuple[complex, float]:
             return 1j, 0.0
         case Sym(name):
             return complex(math.pi / 180 if name == "degree" else point[name]), 1e-18
-        case Sum():
-            function = lambda *terms: sum(terms)  # noqa: E731
-        case Product():
-            function = lambda *factors: math.prod(factors)  # noqa: E731
+        case Sum() | Product():
+            function = (lambda *z: sum(z)) if isinstance(node, Sum) else (lambda *z: math.prod(z))
         case Power(_, exponent):
             function = functools.partial(_power, known=_known(exponent))
         case Call(name) if name in _NUMERIC:
@@ -282,27 +280,24 @@ def _estimate(node: Node, point: dict[str, float]) -> tuple[complex, float]:
     return result, error
 
 
-def _point(names: list[str], turn: int) -> dict[str, float]:
-    """Values of variables: positive in the first turns, then negative, then of both signs."""
-    point, integers = {}, [name for name in names if name in INTEGERS]
-    for index, name in enumerate(names):
-        share = zlib.crc32(f"{turn} {name}".encode()) / 2**32
-        scale = _SCALES[turn] * (-1 if turn == len(_SCALES) - 1 and index % 2 else 1)
-        point[name] = scale * (0.4 + share)
-        if name in integers:  # odd and even ones, and so their sums
-            point[name] = 4.0 + 2 * int(share * 3) + (turn + 1 >> integers.index(name) & 1)
-    return point
-
-
 def _points(a: Node, b: Node, turns: int) -> Iterator[tuple[complex, complex, float]]:
     """(value of a, value of b, error) at the points where both have a value."""
     names = sorted(tree.symbols(a) | tree.symbols(b))
+    integers = [name for name in names if name in INTEGERS]
     for turn in range(turns if names else 1):
+        point = {}
+        for index, name in enumerate(names):
+            share = zlib.crc32(f"{turn} {name}".encode()) / 2**32
+            point[name] = _SCALES[turn] * (0.4 + share)
+            if turn == len(_SCALES) - 1 and index % 2:  # variables of both signs
+                point[name] *= -1
+            if name in integers:  # odd and even ones, and so their sums
+                point[name] = 4.0 + 2 * int(share * 3) + (turn + 1 >> integers.index(name) & 1)
         try:
-            (x, x_error), (y, y_error) = (_estimate(node, _point(names, turn)) for node in (a, b))
+            (x, x_error), (y, y_error) = (_estimate(node, point) for node in (a, b))
+            yield x, y, x_error + y_error
         except _FAILURES:
             continue
-        yield x, y, x_error + y_error
 
 
 def _apart(a: Node, b: Node, turns: int) -> list[bool]:
@@ -335,10 +330,7 @@ def _to_the(z: Pair, n: int, m: int) -> Pair:
 
 
 class _Draw:
-    """Values modulo p, those of exponents modulo q, and those of angles modulo r.
-
-    Variables have other values for another seed. All methods fail with ValueError where there is no value.
-    """
+    """Values modulo p, of exponents modulo q, of angles modulo r. ValueError means that there is none."""
 
     def __init__(self, field: int, seed: int, *, with_pi: bool = True) -> None:
         self.p, *root = _FIELDS[field % len(_FIELDS)]
@@ -398,14 +390,10 @@ class _Draw:
             return pow(b, e, p), 0
         # No square modulo p, as a negative number: a positive one times -1 to this power, a part of a turn.
         half_turns = Fraction(self.value(exponent, 2)[0]) if known is None else known
-        if half_turns.denominator % 2:
-            half_turns = Fraction(half_turns.numerator)
-        return _times((pow(p - b, e, p), 0), self.turned(half_turns), p)
-
-    def turned(self, half_turns: Fraction) -> Pair:
-        if (_TURN // 2) % half_turns.denominator:
+        part = (half_turns if half_turns.denominator % 2 == 0 else half_turns.numerator) * Fraction(_TURN, 2)
+        if part.denominator > 1:
             raise ValueError("a part of a turn that this field does not have")
-        return _to_the(self.root, int(half_turns * _TURN / 2) % _TURN, self.p)
+        return _times((pow(p - b, e, p), 0), _to_the(self.root, int(part) % _TURN, p), p)
 
     def exponential(self, node: Node) -> Pair:
         """The constant e to the power of a formula."""
@@ -429,7 +417,7 @@ class _Draw:
             turn, angle = (turn, rest) if abs(turn) < 2**30 else (0, angle)
         z = self.random(self.p, "circle"), 1
         step = _times(_times(z, z, self.p), (pow(z[0] * z[0] + 1, -1, self.p), 0), self.p)
-        return _times(self.turned(Fraction(2 * turn, _TURN)), _to_the(step, angle * _TURN, self.p), self.p)
+        return _times(_to_the(self.root, turn % _TURN, self.p), _to_the(step, angle * _TURN, self.p), self.p)
 
     def call(self, name: str, x: Node, y: Node | None = None, *_: Node) -> Pair | None:
         """The value of a function of which something is known; None for another."""
@@ -485,8 +473,10 @@ class _Draw:
 
     def numerator(self, node: Node) -> Pair:
         """The value times the common denominator."""
-        powers = (_to_the(base, power, self.p) for base, power in self.denominators(node).items())
-        return functools.reduce(lambda x, y: _times(x, y, self.p), powers, self.value(node, self.p))
+        result = self.value(node, self.p)
+        for base, power in self.denominators(node).items():
+            result = _times(result, _to_the(base, power, self.p), self.p)
+        return result
 
     def denominators(self, node: Node) -> Counter[Pair]:
         """The values of what stands under fraction bars, with their powers."""
@@ -494,9 +484,8 @@ class _Draw:
             case Power(Product(factors), exponent):
                 return self.denominators(Product(tuple(Power(factor, exponent) for factor in factors)))
             case Power(base, exponent) if power := math.ceil(_known(exponent) or 0):
-                if power < 0:
-                    return Counter({self.value(base, self.p): -power})
-                return Counter({under: n * power for under, n in self.denominators(base).items()})
+                under = {self.value(base, self.p): -1} if power < 0 else self.denominators(base)
+                return Counter({value: n * power for value, n in under.items()})
             case Sum() | Product():
                 step = operator.or_ if isinstance(node, Sum) else operator.add
                 return functools.reduce(step, map(self.denominators, tree.children(node)))
