@@ -257,6 +257,7 @@ def test_undecided(left: T, right: Any) -> None:
         (absolute(t(-3)), 3),
         (call("ceil")(t("2.1")), 3),
         (log(8, 2), 3),
+        (cos(60 * degree), Fraction(1, 2)),
         (log(t(1) / 9, 3), -2),
         (sqrt(2), None),
         (pi, None),

@@ -8,9 +8,8 @@ polynomial time", 1984): p = 2q + 1 with q prime, and the variables are squares 
 of order q, so exponents are numbers modulo q: x^(1/2) is x to the inverse of 2. Complex numbers are pairs
 (real, imaginary) modulo p; those of absolute value 1 form a group of order p + 1 = 5040 r with r prime, where
 rational parts of a turn are powers of a 5040th root of unity and other angles are numbers modulo r; sine and
-cosine are the two parts. A function of which nothing is known has a random value for each argument.
-Floating point tells what the fields cannot: which of two roots is meant, and what is clearly different.
-Where variables take part, it is used where both formulas have real values.
+cosine are the two parts. A function of which nothing is known has a random value for each argument. Floating
+point tells what the fields cannot: which of two roots is meant, at points where both formulas are real.
 """
 
 import cmath
@@ -98,18 +97,15 @@ def exact(node: Node) -> Fraction | None:
         power = abs(number(part.exponent) or 0) if isinstance(part, Power) else 0
         if power > 100 and abs(math.log2(abs(number(tree.children(part)[0]) or 1))) * power > MAX_BITS:
             raise TooLargeError("a power is too large to work out")
-    if value is not None or tree.symbols(node):
+    if value is not None or tree.symbols(node) - {"degree"}:
         return value
     try:  # sin(pi/6), log_2 8: a guess that a field confirms
         near, error = _estimate(node, {})
         guess = Fraction(near.real).limit_denominator(10_000)
-        if abs(near - guess) <= 10 * error < 1e-6 and any(
-            _field_equal(node, Num(guess), i) for i in range(4)
-        ):
-            return guess
+        confirmed = (_field_equal(node, Num(guess), seed) for seed in range(4))
+        return guess if abs(near - guess) <= 10 * error < 1e-6 and any(confirmed) else None
     except _FAILURES:
-        pass
-    return None
+        return None
 
 
 def too_large(node: Node) -> bool:
@@ -137,16 +133,11 @@ def both_signs(node: Node) -> tuple[Node, ...]:
 
 def _with_sign(node: Node, *, upper: bool) -> Node:
     parts = tuple(_with_sign(child, upper=upper) for child in tree.children(node))
-    match node:
-        case PlusMinus(_, opposite):
-            return parts[0] if upper != opposite else Product((MINUS_ONE, parts[0]))
-        case Sum() | Product():
-            return type(node)(parts)
-        case Power():
-            return Power(*parts)
-        case Call(name):
-            return Call(name, parts)
-    return node
+    if isinstance(node, PlusMinus):
+        return parts[0] if upper != node.opposite else Product((MINUS_ONE, parts[0]))
+    if isinstance(node, Power | Call):
+        return Power(*parts) if isinstance(node, Power) else Call(node.name, parts)
+    return type(node)(parts) if isinstance(node, Sum | Product) else node
 
 
 def _is_plain(node: Node) -> bool:
@@ -208,12 +199,12 @@ def _rational_power(base: Fraction, exponent: Fraction) -> Fraction | None:
         return base if base or exponent > 0 else None
     if (max(abs(base.numerator), base.denominator).bit_length() - 1) * abs(exponent) > MAX_BITS:
         raise TooLargeError("a power is too large to work out")
-    degree = exponent.denominator
-    if degree > 1:
-        # A root that is not found, as it is too large for floating point, is none that matters.
-        pair = abs(base.numerator), base.denominator
-        roots = [round(math.exp(min(math.log(part) / degree, 50))) for part in pair]
-        if [root**degree for root in roots] != list(pair) or (base < 0 and degree % 2 == 0):
+    if (
+        degree := exponent.denominator
+    ) > 1:  # a root too large for floating point is not found, and not needed
+        parts = [abs(base.numerator), base.denominator]
+        roots = [round(math.exp(min(math.log(part) / degree, 50))) for part in parts]
+        if [root**degree for root in roots] != parts or (base < 0 and degree % 2 == 0):
             return None
         base = Fraction(*roots) * (1 if base > 0 else -1)
     return base**exponent.numerator
@@ -273,10 +264,9 @@ def _estimate(node: Node, point: dict[str, float]) -> tuple[complex, float]:
     aside = function(*(z + off * (1 + 1j if z.imag else 1) for z, off in parts))
     away = function(*(z + off * z / abs(z) if z else complex(off) for z, off in parts))
     error = max(abs(aside - result), abs(away - result)) + 1e-15 * abs(result)
-    if not (cmath.isfinite(result) and math.isfinite(error)):
-        raise ValueError("out of range")
-    if point and result.imag and not any(z.imag for z, _ in parts):
-        raise ValueError("not real, and variables are meant to be such that it is")
+    is_real = not result.imag or any(z.imag for z, _ in parts)
+    if not (cmath.isfinite(result) and math.isfinite(error) and (is_real or not point)):
+        raise ValueError("out of range; or not real, where variables are meant to be such that it is")
     return result, error
 
 
@@ -288,9 +278,7 @@ def _points(a: Node, b: Node, turns: int) -> Iterator[tuple[complex, complex, fl
         point = {}
         for index, name in enumerate(names):
             share = zlib.crc32(f"{turn} {name}".encode()) / 2**32
-            point[name] = _SCALES[turn] * (0.4 + share)
-            if turn == len(_SCALES) - 1 and index % 2:  # variables of both signs
-                point[name] *= -1
+            point[name] = _SCALES[turn] * (0.4 + share) * (-1 if turn > _POSITIVE and index % 2 else 1)
             if name in integers:  # odd and even ones, and so their sums
                 point[name] = 4.0 + 2 * int(share * 3) + (turn + 1 >> integers.index(name) & 1)
         try:
@@ -343,8 +331,7 @@ class _Draw:
 
     def value(self, node: Node, m: int) -> Pair:
         """The value modulo p, q, r, or 2 (whether an exponent is odd)."""
-        key = id(node), m
-        if key not in self.memo:
+        if (key := (id(node), m)) not in self.memo:
             self.memo[key] = node, self.new_value(node, m)  # with the node, so that its id stays its own
         return self.memo[key][1]
 
@@ -408,16 +395,14 @@ class _Draw:
     def on_circle(self, node: Node, part: int) -> Pair:
         """(cosine, sine) of the real (part 0) or imaginary (part 1) part of a formula."""
         angle, turn, r = self.value(node, self.r)[part], 0, self.r
-        if self.without_pi and any(
-            below in _PI for below in walk(node)
-        ):  # a rational part of pi and the rest
+        if self.without_pi and any(below in _PI for below in walk(node)):  # perhaps a rational part of pi
             rest = self.without_pi.value(node, r)[part]
-            turn = (angle - rest) * pow(self.value(Const("pi"), r)[0], -1, r) * _TURN // 2 % r
-            turn = turn - r if turn > r // 2 else turn
+            part_of_pi = (angle - rest) * pow(self.value(Const("pi"), r)[0], -1, r) * (_TURN // 2)
+            turn = (part_of_pi + r // 2) % r - r // 2
             turn, angle = (turn, rest) if abs(turn) < 2**30 else (0, angle)
-        z = self.random(self.p, "circle"), 1
-        step = _times(_times(z, z, self.p), (pow(z[0] * z[0] + 1, -1, self.p), 0), self.p)
-        return _times(_to_the(self.root, turn % _TURN, self.p), _to_the(step, angle * _TURN, self.p), self.p)
+        z, p = (self.random(self.p, "circle"), 1), self.p
+        step = _times(_times(z, z, p), (pow(z[0] * z[0] + 1, -1, p), 0), p)
+        return _times(_to_the(self.root, turn % _TURN, p), _to_the(step, angle * _TURN, p), p)
 
     def call(self, name: str, x: Node, y: Node | None = None, *_: Node) -> Pair | None:
         """The value of a function of which something is known; None for another."""
@@ -466,17 +451,15 @@ class _Draw:
         start = (value - whole) % p
         if abs(whole) > 5_000 or imaginary:
             raise ValueError("no factorial is known")
-        steps = range(min(whole, 0) + 1, max(whole, 0) + 1)
-        product = functools.reduce(lambda x, j: x * (start + j) % p, steps, 1)
-        first = self.random(p, "factorial", start) if start else 1
-        return first * pow(product, 1 if whole > 0 else -1, p) % p, 0
+        result = self.random(p, "factorial", start) if start else 1
+        for j in range(min(whole, 0) + 1, max(whole, 0) + 1):
+            result = result * pow(start + j, 1 if whole > 0 else -1, p) % p
+        return result, 0
 
     def numerator(self, node: Node) -> Pair:
         """The value times the common denominator."""
-        result = self.value(node, self.p)
-        for base, power in self.denominators(node).items():
-            result = _times(result, _to_the(base, power, self.p), self.p)
-        return result
+        unders = (_to_the(base, power, self.p) for base, power in self.denominators(node).items())
+        return functools.reduce(lambda x, y: _times(x, y, self.p), unders, self.value(node, self.p))
 
     def denominators(self, node: Node) -> Counter[Pair]:
         """The values of what stands under fraction bars, with their powers."""
