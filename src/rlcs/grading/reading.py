@@ -90,8 +90,11 @@ def _read(text: str) -> Value:
 
 @lru_cache(maxsize=4096)
 def spelled(text: str) -> str:
-    """The answer as plain text in its one spelling, without what does not belong to it."""
-    return spoken(_strip(tokenise(text[:MAX_CHARACTERS])))
+    """The answer as LaTeX with its spaces, in one spelling, without what does not belong to it."""
+    tokens = _strip(tokenise(text[:MAX_CHARACTERS]))
+    while enclosed(tokens) and tokens[0].text == "{":
+        tokens = tokens[1:-1]
+    return latex(tokens, gaps=True)
 
 
 def _strip(tokens: Tokens) -> Tokens:
