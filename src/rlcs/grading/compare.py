@@ -267,8 +267,15 @@ def _items(answer: Value, gold: Items) -> Verdict:
         return no("a long list that is not the same text")
     if gold.kind == "named values":
         return _named_values(answer.items, gold.items)
-    ordered = not {answer.brackets, gold.brackets} <= {"", "{}"}
-    return _in_order(answer.items, gold.items, "list") if ordered else _in_any_order(answer, gold)
+    if {answer.brackets, gold.brackets} <= {"", "{}"}:
+        return _match(answer.items, gold.items)
+    return _in_order(_by_variable(answer), gold.items, "list")
+
+
+def _by_variable(answer: Items) -> Sequence[Value]:
+    """The values of a list in order; those of single letters (`y = 1, x = 2`) in that of the alphabet."""
+    named = [item for item in answer.items if isinstance(item, Named) and len(item.name) == 1]
+    return sorted(named, key=lambda item: item.name) if len(named) == len(answer.items) else answer.items
 
 
 def _agreeing_brackets(answer: Items, gold: Items) -> bool:
@@ -285,11 +292,11 @@ def _named_values(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
     """Compare named values by their names; an answer without names must have the same order."""
     named = [item for item in golds if isinstance(item, Named)]
     if len({gold.name for gold in named}) == 1:  # x = 1 or x = 2
-        values = [item.value for item in named]
-        return _match(
-            [a.value if isinstance(a, Named) and same_name(a.name, named[0].name) else a for a in answers],
-            values,
-        )
+        name = named[0].name
+        for a in answers:
+            if isinstance(a, Named) and not same_name(re.sub(r"_\{?\d\}?$", "", a.name), name):
+                return no(f"a value of {a.name}, not of {name}")
+        return _match([a.value if isinstance(a, Named) else a for a in answers], [g.value for g in named])
     if not any(isinstance(answer, Named) for answer in answers):
         return _in_order(answers, golds, "list")
     ordered: list[Value] = []
@@ -309,10 +316,6 @@ def _in_order(answers: Sequence[Value], golds: Sequence[Value], what: str) -> Ve
             return no(f"another {what}: {verdict.why}")
         undecided = undecided or verdict.correct is None
     return Verdict(correct=None, why="") if undecided else yes(f"the same {what}")
-
-
-def _in_any_order(answer: Items, gold: Items) -> Verdict:
-    return _match(list(answer.items), list(gold.items))
 
 
 def _match(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
