@@ -36,7 +36,7 @@ MAX_FORMULA = 1_000
 """Characters; a longer formula is not given to math-verify."""
 _MAX_ITEMS = 50
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
-_LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
+_LONG_WORD = re.compile(r"(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)[^\W\d_]{4,}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,21 +198,24 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
         return _equal(answer, gold)
     if isinstance(answer, Number | Expression):
         return same(answer, gold.magnitude)
+    if isinstance(answer, Relation) and _is_sum_of_names(answer):
+        return same(answer.sides[-1], gold)
     return _other_kind(answer, gold)
+
+
+def _is_sum_of_names(relation: Relation) -> bool:
+    """Whether an equation gives a formula of names a value: a + b = 5."""
+    first, last = as_tree(relation.sides[0]), relation.sides[-1]
+    if relation.operators != ("=",) or first is None or not _is_constant(last):
+        return False
+    return not any(isinstance(node, Num) for node in walk(first))
 
 
 def _formula(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Quantity):
         return _equal(answer, gold) if answer.tree and _variables(gold) else same(answer.magnitude, gold)
-    if isinstance(answer, Relation) and answer.operators == ("=",):
-        first, last = as_tree(answer.sides[0]), answer.sides[-1]
-        if (
-            first is not None
-            and not any(isinstance(node, Num) for node in walk(first))
-            and _is_constant(last)
-        ):
-            return same(last, gold)  # a + b = 5
-        return no("an equation against a value")
+    if isinstance(answer, Relation):
+        return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
     if not isinstance(answer, Number | Expression):
         return _other_kind(answer, gold)
     return _equal(answer, gold)
@@ -417,7 +420,7 @@ def _other_kind(answer: Value, gold: Value) -> Verdict:
     several = isinstance(answer, Items) and not isinstance(gold, Items | Region)
     if several and len(getattr(answer, "items", ())) > 1:
         return no("several answers where one is asked")
-    return no(f"the answer is a {answer.kind}, the gold answer a {gold.kind}")
+    return no(f"the answer is read as {answer.kind}, the gold answer as {gold.kind}")
 
 
 _RULES: dict[type, Callable[..., Verdict]] = {

@@ -156,7 +156,7 @@ def _peeled(tokens: Tokens) -> Tokens:
 
 def _letters(tokens: Tokens) -> frozenset[str] | None:
     """The letters of choices: `B`, `(B)`, `A, C`, `ABD` (in the order of the alphabet, or it is a name)."""
-    runs = [t.text for t in tokens if t.text not in ("(", ")", ",", ";", "and", "&")]
+    runs = [t.text for t in tokens if t.text not in ("(", ")", "\\{", "\\}", ",", ";", "and", "&")]
     if not runs or not all(_LETTERS.fullmatch(run) for run in runs):
         return None
     letters = "".join(runs)
