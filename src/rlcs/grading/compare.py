@@ -2,7 +2,7 @@ r"""Compares two values that were read from answers; the kind of the gold answer
 
 What cannot be decided here (is this sum that integral?) is `Verdict(correct=None)` with two formulas for
 math-verify, which may never end and therefore runs in a worker that can be killed. The rules are strict, so
-that a reward cannot be gamed: all of the answer counts, not a part of it. docs/reference/grading.md has the table.
+that a reward cannot be gamed: all of the answer counts, not a part of it (docs/reference/grading.md).
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from rlcs.grading import algebra, regions
-from rlcs.grading.tree import Node, Num, symbols, walk
+from rlcs.grading.tree import Num, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,

@@ -60,6 +60,8 @@ _LEAD_WORDS = frozenset("the my final correct best answer answers option choice 
 _LEADS = frozenset("answer answers option choice".split())
 _ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
 _NO_NUMBERS = frozenset(["empty set", "null set"])
+_MAX_BASED = 240
+"""Characters of a number with its base."""
 _IN_BASE = re.compile(
     r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
 )
@@ -154,6 +156,8 @@ def _letters(tokens: Tokens) -> frozenset[str] | None:
 
 
 def _based(tokens: Tokens, source: str) -> Value | None:
+    if len(source) > _MAX_BASED or not {"_", "base"} & {token.text for token in tokens}:
+        return None
     match = _IN_BASE.fullmatch(source) or _IN_BASE.fullmatch(spoken(tokens))
     if not match:
         return None
@@ -276,7 +280,7 @@ def _combined_sets(tokens: Tokens, source: str) -> Value | None:
 
 
 def _list(tokens: Tokens, source: str) -> Value | None:
-    """Read a list without brackets: commas always separate, "and" and "or" between values that are not words."""
+    """Read a list without brackets: commas always separate, "and" and "or" do between what is no word."""
     parts, found = split(tokens, _COMMAS)
     pieces: list[Tokens] = []
     separators: list[str] = []
