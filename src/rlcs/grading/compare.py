@@ -213,7 +213,7 @@ def _formula(answer: Value, gold: Value) -> Verdict:
         ):
             return same(last, gold)  # a + b = 5
         return no("an equation against a value")
-    if not isinstance(answer, Number | Expression):
+    if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):
         return _other_kind(answer, gold)
     return _equal(answer, gold)
 
@@ -405,6 +405,8 @@ def _letters(answer: Value, gold: Letters) -> Verdict:
 def _text(answer: Value, gold: Text) -> Verdict:
     if isinstance(answer, Text):
         return yes("the same words") if answer.words == gold.words and gold.words else no("other words")
+    if gold.tree and isinstance(answer, Expression) and answer.tree:
+        return _equal(answer, gold)  # ab and a * b
     return _other_kind(answer, gold)
 
 

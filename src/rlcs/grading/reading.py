@@ -60,6 +60,8 @@ _LEAD_WORDS = frozenset("the my final correct best answer answers option choice 
 _LEADS = frozenset("answer answers option choice".split())
 _ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
 _NO_NUMBERS = frozenset(["empty set", "null set"])
+_VARIABLES = re.compile("[A-Za-z]|[abc]{2,3}|[xyz]{2,3}|[mnpq]{2,3}|[abkn]x")
+"""Letters alone that are variables; other runs of letters without digits and operators are words (`no`)."""
 _MAX_BASED = 240
 """Characters of a number with its base."""
 _IN_BASE = re.compile(
@@ -125,8 +127,8 @@ def _value(tokens: Tokens) -> Value:
         return Text(source="", words="")
     if letters := _letters(tokens):
         return Letters(source=source, letters=letters)
-    if all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens) and len(source) > 1:
-        return text_of(tokens)
+    if _are_words(tokens):
+        return replace(text_of(tokens), tree=tree_of(tokens) if len(tokens) == 1 else None)
     for rule in (_based, _environment, _bracketed, _combined_sets, _list, _relation, _ratio):
         if (value := rule(tokens, source)) is not None:
             return value
@@ -140,6 +142,16 @@ def _peeled(tokens: Tokens) -> Tokens:
     ):
         tokens = tokens[1:-1]
     return tokens
+
+
+def _are_words(tokens: Tokens) -> bool:
+    """Whether tokens are words; `ab`, `x - y` and `-PQ` are formulas, the way `A-B-C` from A to C is not."""
+    if not all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens):
+        return False
+    words = [token.text for token in tokens if token.kind == "word"]
+    way = len(words) > 2 and all(word.isupper() for word in words)
+    variables = all(map(_VARIABLES.fullmatch, words)) and not way
+    return bool(words) and not variables and tokens[0].text != "-"
 
 
 def _letters(tokens: Tokens) -> frozenset[str] | None:

@@ -60,8 +60,11 @@ def read_single(tokens: Tokens, source: str) -> Value:
 def of_tree(tree: Node, source: str) -> Value:
     """Make a value of a formula: a number where it is one, two values for a plus-minus sign."""
     if any(isinstance(node, PlusMinus) for node in walk(tree)):
-        both = algebra.both_signs(tree)
-        return Items(source=source, brackets="", items=tuple(of_tree(one, source) for one in both))
+        upper = source.replace("\\pm", "+").replace("\\mp", "-")
+        lower = source.replace("\\pm", "-").replace("\\mp", "+")
+        signs = zip(algebra.both_signs(tree), (upper, lower), strict=True)
+        items = tuple(of_tree(one, text.replace("+ ", "+").replace("- ", "-")) for one, text in signs)
+        return Items(source=source, brackets="", items=items)
     if symbols(tree):
         return Expression(source=source, tree=tree)
     try:
