@@ -115,7 +115,7 @@ def _strip(tokens: Tokens) -> Tokens:
 
 
 def _without_parameter(tokens: Tokens) -> Tokens:
-    r"""Remove a condition such as `, n \in \mathbb{Z}` at the end; its parameter is called `k` from then on."""
+    r"""Remove a condition such as `, n \in \mathbb{Z}` at the end; its parameter is called `k` instead."""
     end = tokens[:-1] if tokens and tokens[-1].text == ")" else tokens
     if len(end) < 5 or end[-1].text not in ("\\Z", "\\N") or end[-2].text != "\\in" or len(end[-3].text) > 1:
         return tokens
@@ -162,6 +162,8 @@ def _are_words(tokens: Tokens) -> bool:
     if not all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens):
         return False
     words = [token.text for token in tokens if token.kind == "word"]
+    if "and" in words and all(len(part) == 1 for part in split(tokens, _AND_OR)[0]):
+        return False  # red and blue
     way = len(words) > 2 and all(word.isupper() for word in words)
     variables = all(map(_VARIABLES.fullmatch, words)) and not way
     return bool(words) and not variables and tokens[0].text != "-"
@@ -305,7 +307,7 @@ def _combined_sets(tokens: Tokens, source: str) -> Value | None:
 
 
 def _list(tokens: Tokens, source: str) -> Value | None:
-    """Read a list without brackets: commas always separate, "and" and "or" do between what is no word."""
+    """Read a list without brackets: commas always separate, "and" and "or" do where no phrase of words is."""
     parts, found = split(tokens, _COMMAS)
     pieces: list[Tokens] = []
     separators: list[str] = []
@@ -318,7 +320,8 @@ def _list(tokens: Tokens, source: str) -> Value | None:
     if len(pieces) < 2:
         return None
     value = _items(pieces, separators, "", source)
-    if isinstance(value, Items) and any(isinstance(item, Text) for item in value.items):
+    single = all(len(piece) == 1 for piece in pieces)
+    if isinstance(value, Items) and not single and any(isinstance(item, Text) for item in value.items):
         return _items(parts, found, "", source) if found else text_of(tokens)
     return value
 
