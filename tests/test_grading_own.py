@@ -75,15 +75,20 @@ def test_a_function_that_is_not_there_is_refused_before_the_run(file, tmp_path, 
     (tmp_path / "broken.py").write_text("def score(:", encoding="utf-8")
     with pytest.raises(RecipeError, match=says) as caught:
         check_function(str(tmp_path / given))
-    assert "grpo.reward.function" in str(caught.value)
+    assert "grpo.reward.functions" in str(caught.value)
 
 
 def test_grpo_learns_from_it_and_the_command_line_refuses_a_wrong_one(file, tmp_path, random_model_folder):
     words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", tmp_path / "run"]
-    done = rlcs(*words, "study.arms=[base,sft_grpo]", f"grpo.reward.function={file}:length")
+    done = rlcs(
+        *words,
+        "study.arms=[base,sft_grpo]",
+        f"grpo.reward.functions={{{file}:length: 1}}",
+        "grpo.reward.accuracy=0",
+    )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "sft_grpo" / "rollouts" / "step-000001.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["reward"] for row in rows] == [pytest.approx(len(row["response"]) / 10) for row in rows]
-    refused = rlcs(*words[:-1], tmp_path / "other", f"grpo.reward.function={file}:other")
+    refused = rlcs(*words[:-1], tmp_path / "other", f"grpo.reward.functions={{{file}:other: 1}}")
     assert refused.returncode == 2 and "its functions: length, judged" in refused.stderr

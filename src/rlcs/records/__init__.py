@@ -109,12 +109,14 @@ class Grade:
     """The verdict on one response; `reward` is None for an unscored response, which differs from zero.
 
     An unscored response (its grader failed or ran out of time) is left out of its group and of the loss.
+    `parts` are the scores that a reward of several parts is the weighted sum of, by name; None: not scored.
     """
 
     reward: float | None
     correct: bool | None
     extracted: str | None = None
     why: str = ""
+    parts: Mapping[str, float | None] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Check that reward and verdict are both there or both missing, and that the reward is finite."""

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 
 from rlcs.data.stream import ProblemStream
 from rlcs.engines.base import Engine
 from rlcs.errors import DataError, TrainingError
+from rlcs.grading.reward import Grader
 from rlcs.model.chat import Chat
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
@@ -28,14 +28,6 @@ from rlcs.train.groups import make_group, tree_of, zero_variance
 from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
 from rlcs.train.stage_run import Clock, StageRun
 from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, combined, logprobs_of
-
-
-class Grader(Protocol):
-    """Gives answers their rewards; `grading.GradePool` is one."""
-
-    def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
-        """One grade for each (problem, response), in order."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
