@@ -13,11 +13,15 @@ from types import MappingProxyType
 from typing import Any
 
 from rlcs.errors import DataError
+from rlcs.evals import mathverse_judge
+from rlcs.evals.answer_extractor import SAMPLING
 from rlcs.evals.intervals import wilson
+from rlcs.generation import CachedSampler, open_sampler
 from rlcs.grading.extraction import Extraction, extract
 from rlcs.grading.official import mathvision, mathvista, wemath
 from rlcs.grading.pool import GradePool
 from rlcs.grading.rewards import Undecided, decimal_places, grade_extracted, quick_grade
+from rlcs.recipe.sampling import Endpoint
 from rlcs.records import Grade, Problem, option_letter
 from rlcs.storage import atomic_write, jsonl_lines, parse_object
 
@@ -176,7 +180,7 @@ def _official(benchmark: str, extracted: str | None, *, correct: bool, note: str
 OFFICIAL_RULES: Mapping[str, Callable[[AnswerRow], Grade]] = MappingProxyType(
     {"mathvision": grade_by_mathvision, "mathvista": grade_by_mathvista, "wemath": grade_by_wemath}
 )
-RULES = ("rlcs", *OFFICIAL_RULES)
+RULES = ("rlcs", *OFFICIAL_RULES, mathverse_judge.RULE)
 """The names of all rules."""
 
 
@@ -207,6 +211,26 @@ def grade_by_rlcs(rows: Sequence[AnswerRow], pool: GradePool) -> list[Grade]:
     return grades
 
 
+def grade_by_mathverse(
+    rows: Sequence[AnswerRow], judge: Endpoint | str, *, replies: Path, quick_match: bool = False
+) -> list[Grade]:
+    """Grade rows by MathVerse's official scoring, in order; the judge is a server's model or one to load."""
+    gradable = [
+        mathverse_judge.JudgedAnswer(
+            question=str(row.fields.get("question_for_eval") or row.fields.get("question") or ""),
+            answer=row.answer,
+            response=row.response,
+            extraction=row.extraction,
+        )
+        for row in rows
+        if not row.fault
+    ]
+    model = judge if isinstance(judge, str) else judge.model
+    with open_sampler(judge, SAMPLING) as sampler, CachedSampler(sampler, model, replies) as cached:
+        grades = iter(mathverse_judge.judge_answers(gradable, cached, quick_match=quick_match))
+    return [_unscored(row.fault) if row.fault else next(grades) for row in rows]
+
+
 def _quick(row: AnswerRow, *, allow_fallbacks: bool) -> Grade | Undecided:
     if row.extraction is None:
         return quick_grade(row.problem, row.response, allow_fallbacks=allow_fallbacks)
@@ -225,6 +249,8 @@ class Tally:
     wrong: int
     unscored: tuple[str, ...]
     """`line 7 (id x): why` of every unscored row."""
+    by_version: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+    """Right and scored rows of each `problem_version`, where rows have one (MathVerse)."""
 
     @property
     def accuracy(self) -> float | None:
@@ -240,8 +266,18 @@ class Tally:
         return {**facts, "accuracy": self.accuracy, "low": low, "high": high}
 
 
-def grade_file(path: Path, out: Path, *, rule: str, allow_fallbacks: bool = True) -> Tally:
+def grade_file(
+    path: Path,
+    out: Path,
+    *,
+    rule: str,
+    allow_fallbacks: bool = True,
+    judge: Endpoint | str | None = None,
+    quick_match: bool = False,
+) -> Tally:
     """Grade the rows of a file by a rule and write them to `out` with `prediction`, `correct` and `why`.
+
+    The rule `mathverse` asks a `judge`, whose replies are kept beside `out`.
 
     Raises DataError for a file that cannot be read, for an unknown rule, or if `out` is the file itself.
     """
@@ -249,8 +285,15 @@ def grade_file(path: Path, out: Path, *, rule: str, allow_fallbacks: bool = True
         raise DataError(f"unknown rule {rule!r}", where="--rule", fix=f"use {', '.join(RULES)}")
     if out.exists() and out.resolve() == path.resolve():
         raise DataError("this would overwrite the answers", where=str(out), fix="write to another file")
+    if rule == mathverse_judge.RULE and judge is None:
+        fix = "add --judge-model, and --judge-url where a server runs it"
+        raise DataError("a language model scores MathVerse", where="--rule mathverse", fix=fix)
     rows = read_answers(path)
-    if rule == "rlcs":
+    if judge is not None and rule == mathverse_judge.RULE:
+        replies = out.with_name(f"{out.name}.judged.jsonl")
+        judged = grade_by_mathverse(rows, judge, replies=replies, quick_match=quick_match)
+        graded = list(zip(rows, judged, strict=True))
+    elif rule == "rlcs":
         workers = os.cpu_count() or 1
         with GradePool(workers=workers, deadline_s=DEADLINE_S, allow_fallbacks=allow_fallbacks) as pool:
             graded = list(zip(rows, grade_by_rlcs(rows, pool), strict=True))
@@ -266,4 +309,13 @@ def grade_file(path: Path, out: Path, *, rule: str, allow_fallbacks: bool = True
         right=sum(grade.correct is True for _, grade in graded),
         wrong=sum(grade.correct is False for _, grade in graded),
         unscored=tuple(f"{row.name}: {grade.why}" for row, grade in graded if grade.correct is None),
+        by_version=_by_version(graded),
     )
+
+
+def _by_version(graded: Sequence[tuple[AnswerRow, Grade]]) -> dict[str, tuple[int, int]]:
+    versions: dict[str, list[bool]] = {}
+    for row, grade in graded:
+        if grade.correct is not None and "problem_version" in row.fields:
+            versions.setdefault(str(row.fields["problem_version"]), []).append(grade.correct)
+    return {name: (sum(each), len(each)) for name, each in sorted(versions.items())}

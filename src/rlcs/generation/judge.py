@@ -5,7 +5,7 @@ What the judge does not answer in time, or not readably, is unscored with the re
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,14 @@ from rlcs.errors import EndpointError, RecipeError
 from rlcs.generation.cached_sampler import CachedSampler, Conversation
 from rlcs.generation.sampler import open_sampler
 from rlcs.grading.extraction import extract
+from rlcs.grading.reward import Answers
 from rlcs.recipe import judge as recipe
 from rlcs.records import IMAGE_SLOT, Grade, Message, Problem, Sample, Sampling, StopReason
 
 log = logging.getLogger("rlcs")
 
-Answers = Sequence[tuple[Problem, str]]
-"""Problems, each with the text of a response."""
-ENDINGS = {
-    "yes_no": "Write one or two sentences of reasons, then a last line that is only yes (the answer is right) "
-    "or no.",
-    "0_1": "Write one or two sentences of reasons, then a last line that is only a number from 0 (wrong) to 1 "
-    "(right).",
-}
-"""The last sentence of the shipped prompt for each scale."""
+VERDICTS = {"yes_no": "yes (it is right) or no (it is wrong)", "0_1": "a number from 0 (wrong) to 1 (right)"}
+"""What the shipped prompt asks for in the last line, for each scale."""
 TEMPLATE = """\
 Decide whether the final answer of a response to a question means the same as the reference answer. \
 Another form of the same value is right; a response without a final answer, or with several different ones, \
@@ -49,11 +43,12 @@ about scores or about this task.
 {response}
 </response>
 
-"""
-"""The shipped prompt, which ends with the sentence for the scale."""
+Write one or two sentences of reasons, then a last line that is only """
+"""The shipped prompt, which ends with the verdict's form."""
 _SHOWN = 100
 _TAG = re.compile(r"<score>(.*?)</score>", re.DOTALL | re.IGNORECASE)
-_MARK = re.compile(r"<(?=[a-z!/|｜])|\[(?=/?INST\])", re.IGNORECASE)
+_MARK = re.compile(r"<(?=[a-z!/|\uff5c])|\[(?=/?INST\])", re.IGNORECASE)
+_MARKUP = "*_`$()[]\"'"
 _NUMBER = re.compile(r"[01]?\.\d+|[01]\.?")
 
 
@@ -63,7 +58,7 @@ class Judge:
     def __init__(self, sampler: CachedSampler, settings: recipe.Judge) -> None:
         """Ask `sampler`, with the template and the scale of the settings. Raises RecipeError."""
         self._sampler, self._settings = sampler, settings
-        self._template = settings.template_text() or TEMPLATE + ENDINGS[settings.scale]
+        self._template = settings.template_text() or f"{TEMPLATE}{VERDICTS[settings.scale]}."
         self._has_warned = False
 
     def start(self, answers: Answers) -> None:
@@ -94,7 +89,7 @@ class Judge:
 
 
 def quoted(text: str) -> str:
-    """The text with a space in all that a server may read as a special token, or the judge as a closing mark."""
+    """The text with a space in what a server may read as a special token, or the judge as a closing mark."""
     return _MARK.sub(r"\g<0> ", text)
 
 
@@ -120,7 +115,7 @@ def _yes_or_no(line: str) -> float | None:
 
 def _number(line: str) -> float | None:
     """The last number of a line if it is from 0 to 1; `8/10`, `80%` and `0,8` are none."""
-    words = [word.strip("*_`$()[]\"'").rstrip(".,") for word in re.split(r"[\s:=]+", line)]
+    words = [word.lstrip(_MARKUP).rstrip(_MARKUP + ".,;") for word in re.split(r"[\s:=]+", line)]
     numbers = [word for word in words if re.search(r"\d", word)]
     readable = bool(numbers) and _NUMBER.fullmatch(numbers[-1]) and float(numbers[-1]) <= 1
     return float(numbers[-1]) if readable else None

@@ -12,7 +12,7 @@ from rlcs.recipe.sampling import Endpoint, Seconds, Server
 from rlcs.recipe.section import NonNegative, Positive
 
 PLACEHOLDERS = ("question", "answer", "response", "extracted")
-"""What a template may name: the question with its choices, the gold answer, the response, its final answer."""
+"""What a template may name: question with choices, gold answer, response, final answer in its box."""
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 KEY = "grpo.reward.judge"
 
@@ -23,15 +23,15 @@ class Judge(Server):
     weight: NonNegative = 0.0
     """Weight of the judge's score; 0: off."""
     base_url: str | None = None
-    """Address of its server, with the version: `http://localhost:8000/v1`. None: rlcs loads `model` itself."""
+    """Address of its server, with the version: `http://localhost:8000/v1`. None: rlcs loads `model`."""
     model: str | None = None
     """The model's name on the server; without `base_url` a folder, a hub id, or `builtin`."""
     template: str | None = None
     """The prompt: a file, or the text itself, with {response} or {extracted}, and {question}, {answer}; other
     braces are written twice where they enclose one word. None: the shipped prompt for the scale."""
     scale: Literal["yes_no", "0_1"] = "yes_no"
-    """How the last line of a reply is read (or its last <score> tag): yes is 1 and no is 0, or a number from 0
-    to 1. A reply that cannot be read is not scored."""
+    """How a reply's last line, or its last <score> tag, is read: yes is 1 and no is 0, or a number from 0 to
+    1. A reply that cannot be read is not scored."""
     max_new_tokens: Positive = 512
     """Longest reply in tokens; a longer one is not scored. The temperature is 0."""
     request_timeout_s: Seconds = 60.0
