@@ -13,10 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rlcs.errors import DataError
-from rlcs.evals import mathverse_judge
-from rlcs.evals.answer_extractor import SAMPLING
 from rlcs.evals.intervals import wilson
-from rlcs.generation import CachedSampler, open_sampler
 from rlcs.grading.extraction import Extraction, extract
 from rlcs.grading.official import mathvision, mathvista, wemath
 from rlcs.grading.pool import GradePool
@@ -180,7 +177,9 @@ def _official(benchmark: str, extracted: str | None, *, correct: bool, note: str
 OFFICIAL_RULES: Mapping[str, Callable[[AnswerRow], Grade]] = MappingProxyType(
     {"mathvision": grade_by_mathvision, "mathvista": grade_by_mathvista, "wemath": grade_by_wemath}
 )
-RULES = ("rlcs", *OFFICIAL_RULES, mathverse_judge.RULE)
+MATHVERSE = "mathverse"
+"""The rule that asks a judge."""
+RULES = ("rlcs", *OFFICIAL_RULES, MATHVERSE)
 """The names of all rules."""
 
 
@@ -215,8 +214,12 @@ def grade_by_mathverse(
     rows: Sequence[AnswerRow], judge: Endpoint | str, *, replies: Path, quick_match: bool = False
 ) -> list[Grade]:
     """Grade rows by MathVerse's official scoring, in order; the judge is a server's model or one to load."""
+    from rlcs.evals.answer_extractor import SAMPLING  # the client of servers: it takes a second to import
+    from rlcs.evals.mathverse_judge import JudgedAnswer, judge_answers
+    from rlcs.generation import CachedSampler, open_sampler
+
     gradable = [
-        mathverse_judge.JudgedAnswer(
+        JudgedAnswer(
             question=str(row.fields.get("question_for_eval") or row.fields.get("question") or ""),
             answer=row.answer,
             response=row.response,
@@ -227,7 +230,7 @@ def grade_by_mathverse(
     ]
     model = judge if isinstance(judge, str) else judge.model
     with open_sampler(judge, SAMPLING) as sampler, CachedSampler(sampler, model, replies) as cached:
-        grades = iter(mathverse_judge.judge_answers(gradable, cached, quick_match=quick_match))
+        grades = iter(judge_answers(gradable, cached, quick_match=quick_match))
     return [_unscored(row.fault) if row.fault else next(grades) for row in rows]
 
 
@@ -285,11 +288,11 @@ def grade_file(
         raise DataError(f"unknown rule {rule!r}", where="--rule", fix=f"use {', '.join(RULES)}")
     if out.exists() and out.resolve() == path.resolve():
         raise DataError("this would overwrite the answers", where=str(out), fix="write to another file")
-    if rule == mathverse_judge.RULE and judge is None:
+    if rule == MATHVERSE and judge is None:
         fix = "add --judge-model, and --judge-url where a server runs it"
         raise DataError("a language model scores MathVerse", where="--rule mathverse", fix=fix)
     rows = read_answers(path)
-    if judge is not None and rule == mathverse_judge.RULE:
+    if judge is not None and rule == MATHVERSE:
         replies = out.with_name(f"{out.name}.judged.jsonl")
         judged = grade_by_mathverse(rows, judge, replies=replies, quick_match=quick_match)
         graded = list(zip(rows, judged, strict=True))

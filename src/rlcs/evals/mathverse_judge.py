@@ -15,7 +15,6 @@ from rlcs.generation import CachedSampler
 from rlcs.records import Grade, Sample
 from rlcs.signals import StopFlag
 
-RULE = "mathverse"
 WORDS = 30
 """Words from the end of a response that the extraction reads."""
 _NOTHING = "null"

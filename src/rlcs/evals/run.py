@@ -15,7 +15,6 @@ from typing import Any
 
 from rlcs.data.images import DECODE_LIMIT
 from rlcs.errors import UserError
-from rlcs.evals import mathverse_judge
 from rlcs.evals.answer_extractor import (
     NOTHING,
     SAMPLING,
@@ -23,11 +22,12 @@ from rlcs.evals.answer_extractor import (
     needs_extractor,
     require_reply,
 )
-from rlcs.evals.answer_file import OFFICIAL_RULES, AnswerRow, grade_officially
+from rlcs.evals.answer_file import MATHVERSE, OFFICIAL_RULES, AnswerRow, grade_officially
 from rlcs.evals.benchmarks import find
 from rlcs.evals.benchmarks.base import Style
 from rlcs.evals.benchmarks.loading import Loaded, load_benchmark
 from rlcs.evals.comparison import write_comparison
+from rlcs.evals.mathverse_judge import JudgedAnswer, judge_answers
 from rlcs.evals.scores import Verdict, answer_lengths, chance_level, rule_scores
 from rlcs.generation import CachedSampler, SampleLog, Sampler, annotate, check_settings, open_sampler
 from rlcs.grading import GradePool
@@ -232,7 +232,7 @@ class _ModelOnBenchmark:
             rules[EXTRACTOR_RULE] = self._own_grades(samples, extracted)
             judged = {"model": model, "asked": len(unread), "read": len(extracted), "failed": len(failed)}
             judged["why_failed"] = list(dict.fromkeys(failed.values()))[:_SHOWN]
-            if rule == mathverse_judge.RULE:
+            if rule == MATHVERSE:
                 with CachedSampler(self._judge, model, path) as cached:
                     rules[OFFICIAL_RULE] = self._judged_grades(samples, cached, stop)
         if rule is not None and rule in OFFICIAL_RULES:
@@ -269,10 +269,8 @@ class _ModelOnBenchmark:
         for sample in samples:
             question = self._questions[sample.id]
             text = str(question.facts["question_for_eval"]) or question.plain
-            answers.append(
-                mathverse_judge.JudgedAnswer(question=text, answer=question.answer, response=sample.text)
-            )
-        return mathverse_judge.judge_answers(answers, judge, stop=stop)
+            answers.append(JudgedAnswer(question=text, answer=question.answer, response=sample.text))
+        return judge_answers(answers, judge, stop=stop)
 
     def _scores(
         self, samples: Sequence[Sample], rules: Mapping[str, Sequence[Grade]], failed: Mapping[str, str]
