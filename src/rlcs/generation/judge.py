@@ -71,7 +71,8 @@ class Judge:
         try:
             samples = self._sampler.samples(conversations, limit_s=self._settings.max_wait_s)
         except EndpointError as error:
-            raise RecipeError(f"the judge cannot be used: {error}", where=recipe.KEY) from error
+            where = f"{recipe.KEY} ({error.where})"
+            raise RecipeError(error.what, where=where, fix=error.fix) from error
         if self._sampler.exhausted and not self._has_warned:
             self._has_warned = True
             log.warning("%s.max_requests is reached: further answers are not scored", recipe.KEY)
@@ -142,12 +143,13 @@ class JudgeOfRanks:
 
 @contextmanager
 def open_judge(settings: recipe.Judge, folder: Path) -> Iterator[Judge]:
-    """Open the judge of a recipe: its server, or its model in this process; replies are kept in `folder`.
+    """Open the judge of a recipe: its server, or its model in this process; its replies are kept in `folder`.
 
     Raises RecipeError, EndpointError, ModelError.
     """
     sampling = Sampling(temperature=0.0, max_new_tokens=settings.max_new_tokens)
-    source, model = settings.source, str(settings.model)
+    source = settings.source
+    model = f"{settings.model} at {settings.base_url}, {settings.max_new_tokens} tokens"
     threads = 1 if isinstance(source, str) else settings.concurrency
     with (
         open_sampler(source, sampling, rows=settings.concurrency, logs=folder) as sampler,

@@ -53,14 +53,14 @@ def load_function(location: str) -> Callable[[str, str], Grade]:
     try:
         function = runpy.run_path(file)[name]
     except (Exception, SystemExit) as error:
-        failure = _unscored(f"{file} cannot be run", error, file)
+        failure = _unscored(error, file)
         return lambda problem, response: failure
 
     def decide(problem: str, response: str) -> Grade:
         try:
             return _grade_of(function(json.loads(problem), response))
         except Exception as error:
-            return _unscored(f"{name} failed", error, file)
+            return _unscored(error, file)
 
     return decide
 
@@ -79,12 +79,12 @@ def _grade_of(result: object) -> Grade:
     )
 
 
-def _unscored(what: str, error: BaseException, file: str) -> Grade:
+def _unscored(error: BaseException, file: str) -> Grade:
     """An unscored grade with the exception, and the last line of the user's file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    place = f" ({file}:{lines[-1]})" if lines else ""
+    place = ":".join([file, *map(str, lines[-1:])])
     message = " ".join(str(error).split())[:_LONGEST_MESSAGE]
-    return Grade(reward=None, correct=None, why=f"{what}: {type(error).__name__}: {message}{place}")
+    return Grade(reward=None, correct=None, why=f"{type(error).__name__}: {message} ({place})")
 
 
 def problem_json(problem: Problem) -> str:

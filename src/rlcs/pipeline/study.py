@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlcs import distill, report
@@ -112,21 +113,24 @@ class Study:
         """Call every part of the reward before anything is trained: a mistake in it must not wait for RL."""
         if all(is_done(self.folder / arm) for arm in self.recipe.study.arms if arm in RL_ARMS):
             return
-        with self._reward(ALONE) as (grader, _):
-            for warning in try_reward(grader, self._data.rl[0]):
-                log.warning(warning)
+        with TemporaryDirectory() as replies, self._reward(ALONE, Path(replies)) as (grader, _):
+            warnings = try_reward(grader, self._data.rl[0])
+        for warning in warnings:
+            log.warning(warning)
+            with self._output.screen("reward", 1) as view:
+                view.say(f"warning: {warning}")
 
     @contextmanager
     def _reward(
-        self, world: World, *, only_correct: bool = False
+        self, world: World, replies: Path, *, only_correct: bool = False
     ) -> Iterator[tuple[WeightedSum, Judge | None]]:
-        """Open the grader of the reward, and its judge if it has one, which is on rank 0 alone."""
+        """Open the grader of the reward, and its judge if it has one: on rank 0 alone, with its `replies`."""
         reward = self.recipe.grpo.reward
         names = list(reward.weights)[: 1 if only_correct else None]
         with ExitStack() as stack:
             judge = None
             if "judge" in names and world.rank == 0:
-                judge = stack.enter_context(open_judge(reward.judge, self.folder / "judge"))
+                judge = stack.enter_context(open_judge(reward.judge, replies))
             shared = JudgeOfRanks(judge=judge, world=world)
             yield stack.enter_context(open_reward(reward, judge=shared, only_correct=only_correct)), judge
 
@@ -214,7 +218,7 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
         engine = self._make_engine(vlm, chat, settings.max_rows)
         run = self._run_dir(name, settings)
-        opened = self._reward(self._world)
+        opened = self._reward(self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
             context = grpo.GrpoContext(
                 vlm=vlm,
@@ -236,7 +240,7 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = self._make_engine(vlm, chat, recipe.eval.max_rows)
         sampler = EngineSampler(engine, chat, recipe.eval.sampling(), batch_size=CHUNK)
-        opened = self._reward(self._world, only_correct=True)
+        opened = self._reward(self._world, self.folder / "judge", only_correct=True)
         with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
             evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)

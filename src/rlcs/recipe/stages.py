@@ -110,8 +110,8 @@ class Reward(Section):
     """Weight of brevity within a group (Kimi k1.5, arXiv 2501.12599): from 0.5 for the shortest answer to
     -0.5 for the longest; a wrong answer gets 0 at most."""
     functions: Mapping[str, float] = {}
-    """Functions of your own, each with its weight: {FILE.py:NAME: 0.5}. Each is called as NAME(problem, response)
-    in grader processes, and returns a number, or a pair (number, is it correct)."""
+    """Functions of your own, each with its weight: {FILE.py:NAME: 0.5}. They are called as
+    NAME(problem, response) in grader processes, and return a number, or a pair (number, is it correct)."""
     judge: Judge = Judge()
     """A model that scores answers."""
     allow_fallbacks: bool = False
@@ -132,7 +132,7 @@ class Reward(Section):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each part that is on, by name; the first part decides whether an answer is correct."""
+        """The weight of each part that is on; the first one decides whether an answer is correct."""
         functions = {function_name(function): weight for function, weight in self.functions.items()}
         parts = {"accuracy": self.accuracy, "judge": self.judge.weight} | functions
         parts |= {"format": self.format, "length": self.length}
