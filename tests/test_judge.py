@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 
@@ -12,9 +13,11 @@ from conftest import make_problem
 from loopback_server import LoopbackServer, last_text
 from rlcs.errors import RecipeError
 from rlcs.generation.judge import open_judge, quoted, read_score
+from rlcs.grading.reward import open_reward, try_reward
 from rlcs.pipeline.run_folder import claim
 from rlcs.recipe.judge import Judge, fill
 from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.stages import Reward
 from rlcs.records import Problem, Sample, StopReason
 from rlcs.storage import read_jsonl
 from test_pipeline import SMALL, rlcs
@@ -170,6 +173,15 @@ def test_one_request_has_a_deadline(tmp_path):
     assert grade.why == "the judge gave no reply: no answer within 0.2 s"
 
 
+def test_an_unreadable_reply_is_asked_for_again_by_the_next_start_alone(tmp_path):
+    replies = iter(["hm", "yes"])
+    with LoopbackServer(answer=lambda body: next(replies)) as server:
+        for scores in ([None, None], [1.0, 1.0], [1.0, 1.0]):
+            with open_judge(settings(server), tmp_path) as judge:
+                assert [judge.grade([(PROBLEM, "5")])[0].reward for _ in range(2)] == scores
+        assert len(server.seen) == 2
+
+
 def test_the_limit_of_requests_is_announced_once(tmp_path, caplog):
     with LoopbackServer(answer=lambda body: "yes") as server:
         chosen = settings(server, max_requests=2, template="{response}")
@@ -196,35 +208,46 @@ def test_a_local_model_judges(random_model_folder, tmp_path):
 
 def judged(body) -> str:
     """A verdict that depends on the response alone."""
-    shown = last_text(body)
-    return "yes" if "I do not know" not in shown and len(shown) % 2 else "no"
+    return "yes" if zlib.crc32(last_text(body).encode()) % 2 else "no"
 
 
 def words_of(folder, server, model, *more):
     return [
         *["run", "quickstart", f"model.name={model}", *SMALL, "--out", folder],
-        *["grpo.reward.judge.weight=0.5", "grpo.reward.judge.model=j", "study.arms=[base,sft_grpo]"],
+        *["grpo.reward.judge.weight=0.5", "grpo.reward.judge.model=j", "study.arms=[base,grpo]"],
         *[f"grpo.reward.judge.base_url={server.url}", "grpo.reward.judge.max_retries=0", *more],
     ]
 
 
 @pytest.mark.parametrize(
-    ("faults", "answer", "message"),
+    ("faults", "answer", "messages"),
     [
-        ({"Decide": ["always:404"]}, "yes", "no model 'j'"),
-        ({"Decide": ["always:401"]}, "yes", "refuses the key"),
-        ({}, "I think so.", "cannot be read"),
-        ({"Decide": ["always:500"]}, "yes", "HTTP 500"),
+        ({"Decide": ["always:404"]}, "yes", ["there is no model 'j'", "see http"]),
+        ({"Decide": ["always:401"]}, "yes", ["refuses the key", "OPENAI_API_KEY"]),
+        ({"Decide": ["always:500"]}, "yes", ["HTTP 500", "the same command tries again"]),
+        ({}, "I think so.", ["cannot be read (yes_no): 'I think so.'", "ask the judge for a last line"]),
     ],
 )
-def test_a_judge_that_cannot_be_used_ends_the_run_before_training(
-    faults, answer, message, random_model_folder, tmp_path
-):
-    with LoopbackServer(answer=lambda body: answer, faults=faults) as server:
-        done = rlcs(*words_of(tmp_path / "run", server, random_model_folder))
-    assert done.returncode == 2 and message in done.stderr and "grpo.reward.judge" in done.stderr
-    assert "Traceback" not in done.stderr and "->" in done.stderr
-    assert not (tmp_path / "run" / "cold_start").exists()
+def test_a_judge_that_cannot_be_used_is_found_by_the_trial(faults, answer, messages, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with (
+        LoopbackServer(answer=lambda body: answer, faults=faults) as server,
+        open_judge(settings(server), tmp_path) as judge,
+        open_reward(Reward(judge=settings(server)), judge=judge) as grader,
+        pytest.raises(RecipeError, match=r"grpo\.reward\.judge") as caught,
+    ):
+        try_reward(grader, PROBLEM)
+    assert all(message in str(caught.value) for message in messages)
+    assert "sk-secret" not in str(caught.value) and "sk-secret" in server.headers[0]
+
+
+def test_a_judge_without_a_server_ends_the_run_before_training(random_model_folder, tmp_path):
+    nowhere = LoopbackServer()
+    nowhere.url = "http://127.0.0.1:9/v1"
+    done = rlcs(*words_of(tmp_path / "run", nowhere, random_model_folder))
+    assert done.returncode == 2 and "grpo.reward.judge (http://127.0.0.1:9/v1)" in done.stderr
+    assert "nothing answers there" in done.stderr and "-> start the server" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "cold_start").exists()
 
 
 def test_a_killed_run_asks_nothing_twice_and_ends_as_the_unbroken_one(random_model_folder, tmp_path):
@@ -232,7 +255,7 @@ def test_a_killed_run_asks_nothing_twice_and_ends_as_the_unbroken_one(random_mod
         words = words_of(tmp_path / "whole", server, random_model_folder)
         done = rlcs(*words)
         assert done.returncode == 0, done.stderr
-        whole = sorted(map(last_text, server.seen))
+        whole = sorted(map(last_text, server.seen[2:]))  # without the trial
         assert len(whole) == len(set(whole)) > 4
         server.seen.clear()
         words = words_of(tmp_path / "killed", server, random_model_folder)
@@ -253,12 +276,13 @@ def test_a_killed_run_asks_nothing_twice_and_ends_as_the_unbroken_one(random_mod
         assert done.returncode == 0, done.stderr
         rows = [row["id"] for row in read_jsonl(replies)]
     assert len(rows) == len(set(rows)) and kept <= set(rows)
-    assert len(server.seen) - before == len(rows) - len(kept), "only what had no reply yet"
+    assert len(server.seen) - before == 2 + len(rows) - len(kept), "a trial, and what had no reply yet"
     for name in ("whole", "killed"):
-        rollouts = read_jsonl(tmp_path / name / "sft_grpo" / "rollouts" / "step-000001.jsonl")
-        assert all(row["parts"].keys() == {"accuracy", "judge"} for row in rollouts if row.get("parts"))
+        rollouts = read_jsonl(tmp_path / name / "grpo" / "rollouts" / "step-000001.jsonl")
+        assert all(row["parts"].keys() == {"accuracy", "judge"} for row in rollouts)
+        assert {row["parts"]["judge"] for row in rollouts} == {0.0, 1.0}
     weights = [
-        (tmp_path / name / "sft_grpo" / "final" / "model.safetensors").read_bytes()
+        (tmp_path / name / "grpo" / "final" / "model.safetensors").read_bytes()
         for name in ("whole", "killed")
     ]
     assert weights[0] == weights[1]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Self
@@ -34,16 +34,18 @@ class CachedSampler:
         *,
         threads: int = 1,
         max_requests: int | None = None,
+        usable: Callable[[Sample], bool] = lambda sample: True,
     ) -> None:
         """Keep replies of `model`, the model behind `sampler`, in the log `path`.
 
         `threads` is how many calls of `start` are worked on at a time: 1 unless the sampler takes several.
-        At most `max_requests` are sent, those of earlier runs with a reply in the log included.
+        At most `max_requests` are sent, those of earlier runs with a reply in the log included. Replies of
+        earlier runs that are not `usable` are asked for again: their cause may be gone.
         """
         self._sampler, self._model = sampler, model
         self._log = SampleLog(path, None)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cached-sampler")
-        self._max_requests, self._requests = max_requests, 0
+        self._max_requests, self._requests, self._usable = max_requests, 0, usable
         self._lock = threading.Lock()
         self._waiting: list[Request] = []
         self._started: dict[str, str] = {}  # since the last call of `samples`: the reason without a reply
@@ -53,7 +55,10 @@ class CachedSampler:
     def __enter__(self) -> Self:
         """Read the log of earlier runs. Raises RunFolderError, DataError."""
         self._log.__enter__()
-        self._requests = len(self._log.entries)
+        entries = self._log.entries
+        self._requests = len(entries)
+        for key in [key for key, entry in entries.items() if not self._usable(entry.sample)]:
+            del entries[key]
         return self
 
     def __exit__(self, *error: object) -> None:

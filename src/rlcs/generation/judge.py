@@ -154,7 +154,12 @@ def open_judge(settings: recipe.Judge, folder: Path) -> Iterator[Judge]:
     with (
         open_sampler(source, sampling, rows=settings.concurrency, logs=folder) as sampler,
         CachedSampler(
-            sampler, model, folder / "replies.jsonl", threads=threads, max_requests=settings.max_requests
+            sampler,
+            model,
+            folder / "replies.jsonl",
+            threads=threads,
+            max_requests=settings.max_requests,
+            usable=lambda reply: read_score(reply, settings.scale).scored,
         ) as cached,
     ):
         yield Judge(cached, settings)
