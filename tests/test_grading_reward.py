@@ -195,7 +195,7 @@ def test_a_function_that_raises_ends_the_command_before_anything_is_done(file, t
     words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", tmp_path / "run"]
     done = rlcs(*words, f"grpo.reward.functions={{{file}:raises: 1}}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"raises does not score the answer '\\\\boxed{{" in done.stderr
+    assert "raises does not score the answer '\\\\boxed{" in done.stderr
     assert f"KeyError: 'nowhere' ({file}:14)\n  -> correct the cause" in done.stderr
     assert not (tmp_path / "run" / "cold_start").exists()
 
@@ -237,7 +237,7 @@ def test_a_run_stops_where_nothing_is_scored_and_goes_on_with_every_part_journal
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
     for part in ("accuracy", "spoils", "format", "length"):
         assert f"Reward: {part}" in page
-    assert "Parts of the reward: accuracy 0, spoils " in (run / "report" / "rollouts.html").read_text(
+    assert "Parts of the reward</dt><dd>accuracy 0, spoils " in (run / "report" / "rollouts.html").read_text(
         encoding="utf-8"
     )
 

@@ -4,7 +4,7 @@ import pytest
 
 from loopback_server import LoopbackServer, last_text, text_of
 from rlcs.errors import EndpointError
-from rlcs.evals.answer_file import grade_file
+from rlcs.evals.answer_file import MathVerseJudge, Tally, grade_file
 from rlcs.evals.mathverse_judge import WORDS
 from rlcs.evals.run import EvalRun, evaluate_models
 from rlcs.recipe.sampling import Endpoint
@@ -49,30 +49,35 @@ def endpoint(server) -> Endpoint:
     return Endpoint(base_url=server.url, model="j", max_retries=0)
 
 
+def grade(file, out, model, **changes) -> Tally:
+    judging = MathVerseJudge(model=model, replies=out.with_name("judged.jsonl"), **changes)
+    return grade_file(file, out, rule="mathverse", judge=judging)
+
+
 def test_a_file_is_scored_in_two_requests_an_answer(tmp_path):
     file, out = answers(tmp_path / "a.jsonl"), tmp_path / "out.jsonl"
     with LoopbackServer(answer=judge) as server:
-        tally = grade_file(file, out, rule="mathverse", judge=endpoint(server))
+        tally = grade(file, out, endpoint(server))
         extracting = [body for body in server.seen if last_text(body).startswith("Response:")]
         assert (len(extracting), len(server.seen)) == (5, 5 + 4), (
             "equal texts and no answers are not compared"
         )
         assert len(extracting[0]["messages"]) == 1 + 2 * 6 + 1
         assert not any("50 cm" in text_of(m) for b in extracting for m in b["messages"][:-1])
-        grade_file(file, out, rule="mathverse", judge=endpoint(server))
+        grade(file, out, endpoint(server))
         assert len(server.seen) == 9, "nothing is asked twice"
     rows = read_jsonl(out)
     assert [row["correct"] for row in rows] == [True, False, True, False, None, False, True, None]
     assert [row["prediction"] for row in rows] == ["0.5 m", "7", "50 cm", None, "?", None, "0.50 m", None]
     assert rows[4]["why"] == "the judge's reply is neither 0 nor 1: 'well...'"
-    assert (tally.right, tally.wrong, len(tally.unscored)) == (3, 3, 2)
+    assert [tally.count(verdict) for verdict in (True, False, None)] == [3, 3, 2]
     assert tally.by_version == {"Text Dominant": (1, 2), "Vision Only": (2, 4)}
 
 
 def test_quick_match_compares_texts_without_the_second_request(tmp_path):
     file, out = answers(tmp_path / "a.jsonl"), tmp_path / "out.jsonl"
     with LoopbackServer(answer=judge) as server:
-        grade_file(file, out, rule="mathverse", judge=endpoint(server), quick_match=True)
+        grade(file, out, endpoint(server), quick_match=True)
         assert len(server.seen) == 5
     assert [row["correct"] for row in read_jsonl(out)] == [False, False, True, *[False] * 4, None]
 
@@ -81,7 +86,7 @@ def test_requests_that_fail_leave_answers_unscored(tmp_path):
     file, out = answers(tmp_path / "a.jsonl"), tmp_path / "out.jsonl"
     faults = {"The answer is 7.": ["always:400"], "Model's answer: 0.5 m": ["always:500"]}
     with LoopbackServer(answer=judge, faults=faults) as server:
-        grade_file(file, out, rule="mathverse", judge=endpoint(server))
+        grade(file, out, endpoint(server))
     first, second, *_ = read_jsonl(out)
     assert first["correct"] is second["correct"] is None
     assert "the judge gave no reply: HTTP 500" in first["why"]
@@ -102,7 +107,7 @@ def test_the_command_prints_the_versions_and_wants_a_judge(tmp_path):
 def test_a_judge_of_ours_needs_no_server(tmp_path, random_model_folder):
     """A random model says neither 0 nor 1."""
     file = write(tmp_path / "a.jsonl", {"id": "1", "extraction": "6", "answer": "5", "question": "2 + 3?"})
-    tally = grade_file(file, tmp_path / "out.jsonl", rule="mathverse", judge=str(random_model_folder))
+    tally = grade(file, tmp_path / "out.jsonl", str(random_model_folder))
     assert len(tally.unscored) == 1 and "neither 0 nor 1" in tally.unscored[0]
 
 

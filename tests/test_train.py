@@ -372,7 +372,7 @@ def test_a_step_without_any_score_ends_the_run_and_is_taken_again(random_model_f
     settings = Grpo(**SMALL | {"save_every": 50})
     unbroken = run_grpo(random_model_folder, tmp_path / "a", settings)
     with pytest.raises(
-        TrainingError, match="none of the 12 answers of step 2 is scored; 12 .*timed out"
+        TrainingError, match=r"none of the 12 answers of step 2 is scored; 12 .*timed out"
     ) as caught:
         run_grpo(random_model_folder, tmp_path / "b", settings, grader=Failing())
     assert "raise grpo.reward.deadline_s" in caught.value.fix

@@ -7,7 +7,7 @@ unscored: it is reported with its line number and counted apart from the wrong a
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,7 @@ from rlcs.grading.official import mathvision, mathvista, wemath
 from rlcs.grading.pool import GradePool
 from rlcs.grading.rewards import Undecided, decimal_places, grade_extracted, quick_grade
 from rlcs.recipe.sampling import Endpoint
-from rlcs.records import Grade, Problem, option_letter
+from rlcs.records import Grade, Json, Problem, option_letter
 from rlcs.storage import atomic_write, jsonl_lines, parse_object
 
 DEADLINE_S = 2.0
@@ -198,22 +198,29 @@ def _unscored(why: str, extracted: str | None = None) -> Grade:
 def grade_by_rlcs(rows: Sequence[AnswerRow], pool: GradePool) -> list[Grade]:
     """Grade rows by the rlcs rule, in order."""
     gradable = [row for row in rows if not row.fault]
-    unreadable = pool.unreadable([row.problem for row in gradable])
+    faults = pool.gold_faults([row.problem for row in gradable])
     settled = iter(pool.settle([_quick(row, allow_fallbacks=pool.allow_fallbacks) for row in gradable]))
     grades = []
     for row in rows:
         grade = _unscored(row.fault) if row.fault else next(settled)
-        fault = unreadable.get((row.answer, row.choices))
+        fault = faults.get((row.answer, row.choices))
         if fault and not row.fault and not grade.correct:
             grade = _unscored(fault, grade.extracted)
         grades.append(grade)
     return grades
 
 
-def grade_by_mathverse(
-    rows: Sequence[AnswerRow], judge: Endpoint | str, *, replies: Path, quick_match: bool = False
-) -> list[Grade]:
-    """Grade rows by MathVerse's official scoring, in order; the judge is a server's model or one to load."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MathVerseJudge:
+    """The judge of MathVerse's scoring: a server's model or one to load, and the file for its replies."""
+
+    model: Endpoint | str
+    replies: Path
+    quick_match: bool = False
+
+
+def grade_by_mathverse(rows: Sequence[AnswerRow], judge: MathVerseJudge) -> list[Grade]:
+    """Grade rows by MathVerse's official scoring, in order."""
     from rlcs.evals.answer_extractor import SAMPLING  # the client of servers: it takes a second to import
     from rlcs.evals.mathverse_judge import JudgedAnswer, judge_answers
     from rlcs.generation import CachedSampler, open_sampler
@@ -228,9 +235,12 @@ def grade_by_mathverse(
         for row in rows
         if not row.fault
     ]
-    model = judge if isinstance(judge, str) else judge.model
-    with open_sampler(judge, SAMPLING) as sampler, CachedSampler(sampler, model, replies) as cached:
-        grades = iter(judge_answers(gradable, cached, quick_match=quick_match))
+    name = judge.model if isinstance(judge.model, str) else judge.model.model
+    with (
+        open_sampler(judge.model, SAMPLING) as sampler,
+        CachedSampler(sampler, name, judge.replies) as cached,
+    ):
+        grades = iter(judge_answers(gradable, cached, quick_match=judge.quick_match))
     return [_unscored(row.fault) if row.fault else next(grades) for row in rows]
 
 
@@ -243,82 +253,96 @@ def _quick(row: AnswerRow, *, allow_fallbacks: bool) -> Grade | Undecided:
 # --- the file ---------------------------------------------------------------------------------
 
 
+Graded = list[tuple[AnswerRow, Grade]]
+"""Rows with their grades, in order."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tally:
-    """How many rows of a file are right, wrong and unscored."""
+    """The graded rows of a file, and how many are right, wrong and unscored."""
 
     rule: str
-    right: int
-    wrong: int
-    unscored: tuple[str, ...]
-    """`line 7 (id x): why` of every unscored row."""
-    by_version: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
-    """Right and scored rows of each `problem_version`, where rows have one (MathVerse)."""
+    graded: Graded = field(repr=False)
+
+    def count(self, correct: bool | None) -> int:
+        """The number of rows with this verdict; None counts the unscored ones."""
+        return sum(grade.correct is correct for _, grade in self.graded)
+
+    @property
+    def unscored(self) -> list[str]:
+        """`line 7 (id x): why` of every unscored row."""
+        return [f"{row.name}: {grade.why}" for row, grade in self.graded if grade.correct is None]
+
+    @property
+    def by_version(self) -> dict[str, tuple[int, int]]:
+        """Right and scored rows of each `problem_version`, where rows have one (MathVerse)."""
+        versions: dict[str, list[bool]] = {}
+        for row, grade in self.graded:
+            if grade.correct is not None and "problem_version" in row.fields:
+                versions.setdefault(str(row.fields["problem_version"]), []).append(grade.correct)
+        return {name: (sum(each), len(each)) for name, each in sorted(versions.items())}
 
     @property
     def accuracy(self) -> float | None:
         """The share of right answers among the scored ones; None if none was scored."""
-        scored = self.right + self.wrong
-        return self.right / scored if scored else None
+        scored = len(self.graded) - self.count(None)
+        return self.count(True) / scored if scored else None
 
     def to_json(self) -> dict[str, object]:
         """The counts, the accuracy and its 95% Wilson interval, for `--json`."""
-        low, high = wilson(self.right, self.right + self.wrong)
-        rows = self.right + self.wrong + len(self.unscored)
-        facts = asdict(self) | {"unscored": len(self.unscored), "rows": rows}
-        return {**facts, "accuracy": self.accuracy, "low": low, "high": high}
+        right, wrong, unscored = (self.count(verdict) for verdict in (True, False, None))
+        low, high = wilson(right, right + wrong)
+        counts = {"right": right, "wrong": wrong, "unscored": unscored, "rows": len(self.graded)}
+        return {
+            "rule": self.rule,
+            **counts,
+            "accuracy": self.accuracy,
+            "low": low,
+            "high": high,
+            "by_version": self.by_version,
+        }
+
+
+def grade_rows(
+    rows: Sequence[AnswerRow], *, rule: str, allow_fallbacks: bool, judge: MathVerseJudge | None = None
+) -> Graded:
+    """Grade rows by a rule. Raises DataError for an unknown rule, or for `mathverse` without a judge."""
+    if rule not in RULES:
+        raise DataError(f"unknown rule {rule!r}", where="--rule", fix=f"use {', '.join(RULES)}")
+    if rule == MATHVERSE:
+        if judge is None:
+            fix = "give a file and --judge-model, and --judge-url where a server runs it"
+            raise DataError("a language model scores MathVerse", where="--rule mathverse", fix=fix)
+        return list(zip(rows, grade_by_mathverse(rows, judge), strict=True))
+    if rule != "rlcs":
+        return [(row, grade_officially(row, rule)) for row in rows]
+    workers = min(os.cpu_count() or 1, len(rows))
+    with GradePool(workers=workers, deadline_s=DEADLINE_S, allow_fallbacks=allow_fallbacks) as pool:
+        return list(zip(rows, grade_by_rlcs(rows, pool), strict=True))
 
 
 def grade_file(
     path: Path,
-    out: Path,
+    out: Path | None,
     *,
     rule: str,
     allow_fallbacks: bool = True,
-    judge: Endpoint | str | None = None,
-    quick_match: bool = False,
+    judge: MathVerseJudge | None = None,
 ) -> Tally:
-    """Grade the rows of a file by a rule and write them to `out` with `prediction`, `correct` and `why`.
-
-    The rule `mathverse` asks a `judge`, whose replies are kept beside `out`.
+    """Grade the rows of a file by a rule; write them to `out`, if it is given, with their verdicts.
 
     Raises DataError for a file that cannot be read, for an unknown rule, or if `out` is the file itself.
     """
-    if rule not in RULES:
-        raise DataError(f"unknown rule {rule!r}", where="--rule", fix=f"use {', '.join(RULES)}")
-    if out.exists() and out.resolve() == path.resolve():
+    if out is not None and out.exists() and out.resolve() == path.resolve():
         raise DataError("this would overwrite the answers", where=str(out), fix="write to another file")
-    if rule == MATHVERSE and judge is None:
-        fix = "add --judge-model, and --judge-url where a server runs it"
-        raise DataError("a language model scores MathVerse", where="--rule mathverse", fix=fix)
-    rows = read_answers(path)
-    if judge is not None and rule == MATHVERSE:
-        replies = out.with_name(f"{out.name}.judged.jsonl")
-        judged = grade_by_mathverse(rows, judge, replies=replies, quick_match=quick_match)
-        graded = list(zip(rows, judged, strict=True))
-    elif rule == "rlcs":
-        workers = os.cpu_count() or 1
-        with GradePool(workers=workers, deadline_s=DEADLINE_S, allow_fallbacks=allow_fallbacks) as pool:
-            graded = list(zip(rows, grade_by_rlcs(rows, pool), strict=True))
-    else:
-        graded = [(row, grade_officially(row, rule)) for row in rows]
-    lines = []
-    for row, grade in graded:
-        verdict = {"prediction": grade.extracted, "correct": grade.correct, "why": grade.why}
-        lines.append(json.dumps({**(row.fields or {"line": row.line}), **verdict}, ensure_ascii=False) + "\n")
-    atomic_write(out, "".join(lines))
-    return Tally(
-        rule=rule,
-        right=sum(grade.correct is True for _, grade in graded),
-        wrong=sum(grade.correct is False for _, grade in graded),
-        unscored=tuple(f"{row.name}: {grade.why}" for row, grade in graded if grade.correct is None),
-        by_version=_by_version(graded),
-    )
+    graded = grade_rows(read_answers(path), rule=rule, allow_fallbacks=allow_fallbacks, judge=judge)
+    if out is not None:
+        lines = ({**(row.fields or {"line": row.line}), **verdict_fields(grade)} for row, grade in graded)
+        atomic_write(out, "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in lines))
+    return Tally(rule=rule, graded=graded)
 
 
-def _by_version(graded: Sequence[tuple[AnswerRow, Grade]]) -> dict[str, tuple[int, int]]:
-    versions: dict[str, list[bool]] = {}
-    for row, grade in graded:
-        if grade.correct is not None and "problem_version" in row.fields:
-            versions.setdefault(str(row.fields["problem_version"]), []).append(grade.correct)
-    return {name: (sum(each), len(each)) for name, each in sorted(versions.items())}
+def verdict_fields(grade: Grade) -> dict[str, Json]:
+    """What a graded row says of its verdict."""
+    verdict = {"prediction": grade.extracted, "correct": grade.correct, "why": grade.why}
+    return {**verdict, "answer_value": grade.answer_value, "gold_value": grade.gold_value}

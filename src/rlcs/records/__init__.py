@@ -109,6 +109,7 @@ class Grade:
     """The verdict on one response; `reward` is None for an unscored response, which differs from zero.
 
     An unscored response (its grader failed or ran out of time) is left out of its group and of the loss.
+    `answer_value` and `gold_value` say in words what was read on both sides; `why` is the rule that decided.
     `parts` are the scores that a reward of several parts is the weighted sum of, by name; None: not scored.
     """
 
@@ -116,6 +117,10 @@ class Grade:
     correct: bool | None
     extracted: str | None = None
     why: str = ""
+    answer_value: str = ""
+    """What was read in the answer, in words, such as `5 in cm`."""
+    gold_value: str = ""
+    """What was read in the gold answer."""
     parts: Mapping[str, float | None] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
