@@ -6,19 +6,20 @@ import subprocess
 import sys
 import time
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import make_problem
 from loopback_server import LoopbackServer, last_text
 from rlcs.errors import RecipeError
-from rlcs.generation.judge import open_judge, quoted, read_score
+from rlcs.generation.judge import JudgeOfRanks, open_judge, quoted, read_score
 from rlcs.grading.reward import open_reward, try_reward
 from rlcs.pipeline.run_folder import claim
 from rlcs.recipe.judge import Judge, fill
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.stages import Reward
-from rlcs.records import Problem, Sample, StopReason
+from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.storage import read_jsonl
 from test_pipeline import SMALL, rlcs
 
@@ -201,6 +202,20 @@ def test_a_local_model_judges(random_model_folder, tmp_path):
         [grade] = judge.grade([(PROBLEM, "It is \\boxed{5}.")])
     assert grade.reward is None and "the judge's reply" in grade.why
     assert len(read_jsonl(tmp_path / "replies.jsonl")) == 1
+
+
+def test_the_judge_of_rank_0_scores_the_answers_of_all_ranks():
+    """Stand-ins for the ranks: the last of three, between whose answers lie those of the others."""
+    given = [[("p", "a"), ("p", "b")], [], [("p", "c")]]
+
+    class Scores:
+        def grade(self, answers):
+            return [Grade(reward=ord(text) - 97.0, correct=True) for _, text in answers]
+
+    for rank, rewards in enumerate([[0.0, 1.0], [], [2.0]]):
+        world = SimpleNamespace(rank=rank, gather=lambda value: given, first=lambda work: work())
+        grades = JudgeOfRanks(judge=Scores(), world=world).grade(given[rank])
+        assert [grade.reward for grade in grades] == rewards
 
 
 # --- in a run -------------------------------------------------------------------------------------

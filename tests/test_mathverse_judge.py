@@ -11,8 +11,8 @@ from rlcs.recipe.sampling import Endpoint
 from rlcs.recipe.schema import Eval
 from rlcs.signals import StopFlag
 from rlcs.storage import read_json, read_jsonl, write_jsonl
-from test_answer_file import run, write
 from test_benchmarks import VERSE, write_image
+from test_pipeline import rlcs
 
 LONG = "word " * 100
 
@@ -29,7 +29,8 @@ def answers(path):
         {"extraction": "0.50 m", "answer": "50 cm", "problem_version": "Vision Only"},
         {"response": "no gold", "answer": ""},
     ]
-    return write(path, *({"id": str(i), "question": "How long?", **row} for i, row in enumerate(rows)))
+    write_jsonl(path, [{"id": str(i), "question": "How long?", **row} for i, row in enumerate(rows)])
+    return path
 
 
 def judge(body) -> str:
@@ -95,18 +96,19 @@ def test_requests_that_fail_leave_answers_unscored(tmp_path):
 
 def test_the_command_prints_the_versions_and_wants_a_judge(tmp_path):
     file = answers(tmp_path / "a.jsonl")
-    words = [file, "--out", tmp_path / "out.jsonl", "--rule", "mathverse"]
+    words = ["grade", file, "--out", tmp_path / "out.jsonl", "--rule", "mathverse"]
     with LoopbackServer(answer=judge) as server:
-        done = run(*words, "--judge-url", server.url, "--judge-model", "j")
+        done = rlcs(*words, "--judge-url", server.url, "--judge-model", "j")
     assert done.returncode == 0 and "accuracy 50.00% by mathverse" in done.stdout, done.stderr
     assert "  Text Dominant: 50.00% of 2\n  Vision Only: 50.00% of 4" in done.stdout
-    refused = run(*words)
-    assert refused.returncode == 2 and "add --judge-model" in refused.stderr
+    refused = rlcs(*words)
+    assert refused.returncode == 2 and "give a file and --judge-model" in refused.stderr
 
 
 def test_a_judge_of_ours_needs_no_server(tmp_path, random_model_folder):
     """A random model says neither 0 nor 1."""
-    file = write(tmp_path / "a.jsonl", {"id": "1", "extraction": "6", "answer": "5", "question": "2 + 3?"})
+    file = tmp_path / "a.jsonl"
+    write_jsonl(file, [{"id": "1", "extraction": "6", "answer": "5", "question": "2 + 3?"}])
     tally = grade(file, tmp_path / "out.jsonl", str(random_model_folder))
     assert len(tally.unscored) == 1 and "neither 0 nor 1" in tally.unscored[0]
 
