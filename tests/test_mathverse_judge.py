@@ -4,8 +4,8 @@ import pytest
 
 from loopback_server import LoopbackServer, last_text, text_of
 from rlcs.errors import EndpointError
-from rlcs.evals.answer_file import MathVerseJudge, Tally, grade_file
-from rlcs.evals.mathverse_judge import WORDS
+from rlcs.evals.answer_file import Tally, grade_file
+from rlcs.evals.mathverse_judge import WORDS, MathVerseJudge
 from rlcs.evals.run import EvalRun, evaluate_models
 from rlcs.recipe.sampling import Endpoint
 from rlcs.recipe.schema import Eval

@@ -177,11 +177,13 @@ def grade(
     if options.out is None and not options.explain:
         raise UserError("no file is named for the grades", where="rlcs grade", fix="add --out or --explain")
 
-    from rlcs.evals.answer_file import MathVerseJudge, grade_file
+    from rlcs.evals.answer_file import grade_file
     from rlcs.evals.explanation import explain, select
 
     judge, beside = options.judge(), options.out or file
     if judge is not None:
+        from rlcs.evals.mathverse_judge import MathVerseJudge
+
         replies = beside.with_name(f"{beside.name}.judged.jsonl")
         judge = MathVerseJudge(model=judge, replies=replies, quick_match=options.quick_match)
 

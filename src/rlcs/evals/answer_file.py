@@ -18,7 +18,6 @@ from rlcs.grading.extraction import Extraction, extract
 from rlcs.grading.official import mathvision, mathvista, wemath
 from rlcs.grading.pool import GradePool
 from rlcs.grading.rewards import Undecided, decimal_places, grade_extracted, quick_grade
-from rlcs.recipe.sampling import Endpoint
 from rlcs.records import Grade, Json, Problem, option_letter
 from rlcs.storage import atomic_write, jsonl_lines, parse_object
 
@@ -210,40 +209,6 @@ def grade_by_rlcs(rows: Sequence[AnswerRow], pool: GradePool) -> list[Grade]:
     return grades
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MathVerseJudge:
-    """The judge of MathVerse's scoring: a server's model or one to load, and the file for its replies."""
-
-    model: Endpoint | str
-    replies: Path
-    quick_match: bool = False
-
-
-def grade_by_mathverse(rows: Sequence[AnswerRow], judge: MathVerseJudge) -> list[Grade]:
-    """Grade rows by MathVerse's official scoring, in order."""
-    from rlcs.evals.answer_extractor import SAMPLING  # the client of servers: it takes a second to import
-    from rlcs.evals.mathverse_judge import JudgedAnswer, judge_answers
-    from rlcs.generation import CachedSampler, open_sampler
-
-    gradable = [
-        JudgedAnswer(
-            question=str(row.fields.get("question_for_eval") or row.fields.get("question") or ""),
-            answer=row.answer,
-            response=row.response,
-            extraction=row.extraction,
-        )
-        for row in rows
-        if not row.fault
-    ]
-    name = judge.model if isinstance(judge.model, str) else judge.model.model
-    with (
-        open_sampler(judge.model, SAMPLING) as sampler,
-        CachedSampler(sampler, name, judge.replies) as cached,
-    ):
-        grades = iter(judge_answers(gradable, cached, quick_match=judge.quick_match))
-    return [_unscored(row.fault) if row.fault else next(grades) for row in rows]
-
-
 def _quick(row: AnswerRow, *, allow_fallbacks: bool) -> Grade | Undecided:
     if row.extraction is None:
         return quick_grade(row.problem, row.response, allow_fallbacks=allow_fallbacks)
@@ -253,6 +218,8 @@ def _quick(row: AnswerRow, *, allow_fallbacks: bool) -> Grade | Undecided:
 # --- the file ---------------------------------------------------------------------------------
 
 
+JudgeRows = Callable[[Sequence[AnswerRow]], list[Grade]]
+"""Grades rows, in order, by asking a model."""
 Graded = list[tuple[AnswerRow, Grade]]
 """Rows with their grades, in order."""
 
@@ -293,18 +260,12 @@ class Tally:
         right, wrong, unscored = (self.count(verdict) for verdict in (True, False, None))
         low, high = wilson(right, right + wrong)
         counts = {"right": right, "wrong": wrong, "unscored": unscored, "rows": len(self.graded)}
-        return {
-            "rule": self.rule,
-            **counts,
-            "accuracy": self.accuracy,
-            "low": low,
-            "high": high,
-            "by_version": self.by_version,
-        }
+        scores = {"accuracy": self.accuracy, "low": low, "high": high, "by_version": self.by_version}
+        return {"rule": self.rule, **counts, **scores}
 
 
 def grade_rows(
-    rows: Sequence[AnswerRow], *, rule: str, allow_fallbacks: bool, judge: MathVerseJudge | None = None
+    rows: Sequence[AnswerRow], *, rule: str, allow_fallbacks: bool, judge: JudgeRows | None = None
 ) -> Graded:
     """Grade rows by a rule. Raises DataError for an unknown rule, or for `mathverse` without a judge."""
     if rule not in RULES:
@@ -313,7 +274,7 @@ def grade_rows(
         if judge is None:
             fix = "give a file and --judge-model, and --judge-url where a server runs it"
             raise DataError("a language model scores MathVerse", where="--rule mathverse", fix=fix)
-        return list(zip(rows, grade_by_mathverse(rows, judge), strict=True))
+        return list(zip(rows, judge(rows), strict=True))
     if rule != "rlcs":
         return [(row, grade_officially(row, rule)) for row in rows]
     workers = min(os.cpu_count() or 1, len(rows))
@@ -327,7 +288,7 @@ def grade_file(
     *,
     rule: str,
     allow_fallbacks: bool = True,
-    judge: MathVerseJudge | None = None,
+    judge: JudgeRows | None = None,
 ) -> Tally:
     """Grade the rows of a file by a rule; write them to `out`, if it is given, with their verdicts.
 

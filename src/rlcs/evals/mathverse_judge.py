@@ -9,9 +9,12 @@ difference to published scores may come from them. The script repeats a request 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from rlcs.evals.answer_extractor import few_shot
-from rlcs.generation import CachedSampler
+from rlcs.evals.answer_extractor import SAMPLING, few_shot
+from rlcs.evals.answer_file import AnswerRow
+from rlcs.generation import CachedSampler, open_sampler
+from rlcs.recipe.sampling import Endpoint
 from rlcs.records import Grade, Sample
 from rlcs.signals import StopFlag
 
@@ -47,47 +50,58 @@ _SCORES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JudgedAnswer:
-    """A response to judge; a stored `extraction` takes the place of the first request."""
+class MathVerseJudge:
+    """Grades a file's rows by a `model` of a server, or one to load, whose replies are kept in a file."""
 
-    question: str
-    answer: str
-    response: str
-    extraction: str | None = None
+    model: Endpoint | str
+    replies: Path
+    quick_match: bool = False
+
+    def __call__(self, rows: Sequence[AnswerRow]) -> list[Grade]:
+        """One grade for each row, in order. Raises EndpointError, ModelError."""
+        name = self.model if isinstance(self.model, str) else self.model.model
+        with (
+            open_sampler(self.model, SAMPLING) as sampler,
+            CachedSampler(sampler, name, self.replies) as cached,
+        ):
+            return judge_rows(rows, cached, quick_match=self.quick_match)
 
 
-def judge_answers(
-    answers: Sequence[JudgedAnswer],
+def judge_rows(
+    rows: Sequence[AnswerRow],
     sampler: CachedSampler,
     *,
     quick_match: bool = False,
     stop: StopFlag | None = None,
 ) -> list[Grade]:
-    """Grade answers in at most two requests each, in order; without a readable reply they are unscored.
+    """Grade rows in at most two requests each, in order; without a readable reply they are unscored.
 
-    The same text as the reference is right without the second request. With `quick_match` another text is
+    The same text as the gold answer is right without the second request. With `quick_match` another text is
     wrong without it, as in the script.
     """
-    whole = [i for i, a in enumerate(answers) if a.extraction is None and a.response.strip()]
-    ends = [" ".join(answers[i].response.split(" ")[-WORDS:]) for i in whole]
+    whole = [
+        i for i, row in enumerate(rows) if row.extraction is None and row.response.strip() and not row.fault
+    ]
     examples = [(_response(end), answer) for end, answer in _EXTRACTIONS]
+    ends = [" ".join(rows[i].response.split(" ")[-WORDS:]) for i in whole]
     prompts = [few_shot(_EXTRACT, examples, _response(end)) for end in ends]
     replies = dict(zip(whole, sampler.samples(prompts, stop=stop), strict=True))
-    found = [_extraction(answer, replies.get(i)) for i, answer in enumerate(answers)]
+    found = [_extraction(row, replies.get(i)) for i, row in enumerate(rows)]
 
+    texts = {i: text for i, text in enumerate(found) if isinstance(text, str)}
+    unequal = [i for i, text in texts.items() if text != rows[i].answer and not quick_match]
     examples = [(_pair(*example[:3]), example[3]) for example in _SCORES]
-    unequal = [
-        i
-        for i, (answer, text) in enumerate(zip(answers, found, strict=True))
-        if isinstance(text, str) and text != answer.answer and not quick_match
-    ]
-    pairs = [_pair(answers[i].question, answers[i].answer, str(found[i])) for i in unequal]
+    pairs = [_pair(_question(rows[i]), rows[i].answer, texts[i]) for i in unequal]
     prompts = [few_shot(_SCORE, examples, pair) for pair in pairs]
     replies = dict(zip(unequal, sampler.samples(prompts, stop=stop), strict=True))
     return [
-        _verdict(text, answer.answer, replies.get(i)) if isinstance(text, str) else text
-        for i, (answer, text) in enumerate(zip(answers, found, strict=True))
+        _verdict(each, rows[i].answer, replies.get(i)) if isinstance(each, str) else each
+        for i, each in enumerate(found)
     ]
+
+
+def _question(row: AnswerRow) -> str:
+    return str(row.fields.get("question_for_eval") or row.fields.get("question") or "")
 
 
 def _response(end: str) -> str:
@@ -98,11 +112,13 @@ def _pair(question: str, reference: str, answer: str) -> str:
     return f"Question:\n{question}\n\nReference answer: {reference}\n\nModel's answer: {answer}\n\nAgree:"
 
 
-def _extraction(answer: JudgedAnswer, reply: Sample | None) -> str | Grade:
-    """The extracted answer, or the grade of a response without one."""
+def _extraction(row: AnswerRow, reply: Sample | None) -> str | Grade:
+    """The extracted answer, or the grade of a row without one."""
+    if row.fault:
+        return Grade(reward=None, correct=None, why=row.fault)
     if reply is not None and reply.error:
         return Grade(reward=None, correct=None, why=f"the extraction failed: {reply.error}")
-    text = (reply.text.replace("Answer:", "") if reply else answer.extraction or "").strip()
+    text = (reply.text.replace("Answer:", "") if reply else row.extraction or "").strip()
     if text in ("", _NOTHING):
         return Grade(reward=0.0, correct=False, why=f"wrong {_BY}: no answer")
     return text

@@ -27,7 +27,7 @@ from rlcs.evals.benchmarks import find
 from rlcs.evals.benchmarks.base import Style
 from rlcs.evals.benchmarks.loading import Loaded, load_benchmark
 from rlcs.evals.comparison import write_comparison
-from rlcs.evals.mathverse_judge import JudgedAnswer, judge_answers
+from rlcs.evals.mathverse_judge import judge_rows
 from rlcs.evals.scores import Verdict, answer_lengths, chance_level, rule_scores
 from rlcs.generation import CachedSampler, SampleLog, Sampler, annotate, check_settings, open_sampler
 from rlcs.grading import GradePool
@@ -234,9 +234,11 @@ class _ModelOnBenchmark:
             judged["why_failed"] = list(dict.fromkeys(failed.values()))[:_SHOWN]
             if rule == MATHVERSE:
                 with CachedSampler(self._judge, model, path) as cached:
-                    rules[OFFICIAL_RULE] = self._judged_grades(samples, cached, stop)
+                    rules[OFFICIAL_RULE] = judge_rows(
+                        [self._row(each, {}) for each in samples], cached, stop=stop
+                    )
         if rule is not None and rule in OFFICIAL_RULES:
-            rules[OFFICIAL_RULE] = [self._official_grade(each, rule, extracted) for each in samples]
+            rules[OFFICIAL_RULE] = [grade_officially(self._row(each, extracted), rule) for each in samples]
         return rules, judged
 
     def _own_grades(
@@ -250,27 +252,17 @@ class _ModelOnBenchmark:
             answers.append((self._questions[sample.id].graded(), response))
         return self._pool.grade(answers)
 
-    def _official_grade(self, sample: Sample, rule: str, extracted: Mapping[SampleKey, str]) -> Grade:
-        """Grade by the official script's rule, on the `extracted` answer if there is one."""
+    def _row(self, sample: Sample, extracted: Mapping[SampleKey, str]) -> AnswerRow:
+        """A sample as an official script reads it: its `extracted` answer takes the response's place."""
         question, text = self._questions[sample.id], extracted.get(sample.key, NOTHING)
-        answer = AnswerRow(
+        return AnswerRow(
             line=0,
-            fields=question.facts,
+            fields={"question": question.plain, **question.facts},
             response=sample.text,
             answer=question.answer,
             choices=question.choices,
             extraction=None if text == NOTHING else text,
         )
-        return grade_officially(answer, rule)
-
-    def _judged_grades(self, samples: Sequence[Sample], judge: CachedSampler, stop: StopFlag) -> list[Grade]:
-        """Grade by MathVerse's official scoring."""
-        answers = []
-        for sample in samples:
-            question = self._questions[sample.id]
-            text = str(question.facts["question_for_eval"]) or question.plain
-            answers.append(JudgedAnswer(question=text, answer=question.answer, response=sample.text))
-        return judge_answers(answers, judge, stop=stop)
 
     def _scores(
         self, samples: Sequence[Sample], rules: Mapping[str, Sequence[Grade]], failed: Mapping[str, str]
