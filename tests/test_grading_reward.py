@@ -99,6 +99,8 @@ def test_an_answer_without_one_part_is_unscored_and_keeps_the_others():
         ("7", False),
         (r"<think>two and five so \boxed{7}", False),
         (r"<think>two</think><think>five</think>\boxed{7}", False),
+        (r"<think>two <think>and</think> \boxed{7}", False),
+        (r"two</think> five</think> \boxed{7}", False),
         (r"</think><think>\boxed{7}", False),
         (r"<think>two and five so \boxed{7}</think>", False),
         (r"\boxed{7} or \boxed{8", False),
