@@ -2,7 +2,7 @@ r"""Compares two values that were read from answers; the kind of the gold answer
 
 What cannot be decided here (is this sum that integral?) is `Verdict(correct=None)` with two formulas for
 math-verify, which may never end and therefore runs in a worker that can be killed. The rules are strict, so
-that a reward cannot be gamed: all of the answer counts, not a part of it. docs/reference/grading.md has the table.
+that a reward cannot be gamed: all of the answer counts, not a part of it (docs/reference/grading.md).
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from rlcs.grading import algebra, regions
-from rlcs.grading.tree import Node, Num, symbols, walk
+from rlcs.grading.tree import Num, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -216,7 +216,7 @@ def _formula(answer: Value, gold: Value) -> Verdict:
         return _equal(answer, gold) if answer.tree and _variables(gold) else same(answer.magnitude, gold)
     if isinstance(answer, Relation):
         return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
-    if not isinstance(answer, Number | Expression):
+    if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):
         return _other_kind(answer, gold)
     return _equal(answer, gold)
 
@@ -230,9 +230,9 @@ def _equal(answer: Value, gold: Value) -> Verdict:
     mine, theirs = as_tree(answer), as_tree(gold)
     if mine is None or theirs is None:
         return formulas(answer, gold)
-    if algebra.too_large(mine) and not algebra.too_large(theirs):
-        return no("powers or factorials too large to work out")
     decided = algebra.equal(mine, theirs)
+    if decided is None and algebra.too_large(mine) and not algebra.too_large(theirs):
+        return no("powers or factorials too large to work out")
     if decided is None:
         return formulas(answer, gold)
     return yes("an equal formula") if decided else no("another value")
@@ -413,6 +413,8 @@ def _letters(answer: Value, gold: Letters) -> Verdict:
 def _text(answer: Value, gold: Text) -> Verdict:
     if isinstance(answer, Text):
         return yes("the same words") if answer.words == gold.words and gold.words else no("other words")
+    if gold.tree and isinstance(answer, Expression) and answer.tree:
+        return _equal(answer, gold)  # ab and a * b
     return _other_kind(answer, gold)
 
 

@@ -60,6 +60,10 @@ _LEAD_WORDS = frozenset("the my final correct best answer answers option choice 
 _LEADS = frozenset("answer answers option choice".split())
 _ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
 _NO_NUMBERS = frozenset(["empty set", "null set"])
+_VARIABLES = re.compile("[A-Za-z]|[abc]{2,3}|[xyz]{2,3}|[mnpq]{2,3}|[abkn]x")
+"""Letters alone that are variables; other runs of letters without digits and operators are words (`no`)."""
+_MAX_BASED = 240
+"""Characters of a number with its base."""
 _LETTERS = re.compile("[A-H]+|[①-⑳]+")
 _IN_BASE = re.compile(
     r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
@@ -112,7 +116,7 @@ def _strip(tokens: Tokens) -> Tokens:
 
 
 def _without_parameter(tokens: Tokens) -> Tokens:
-    r"""Remove a condition such as `, k \in \mathbb{Z}` at the end; its parameter, under any name, becomes `k`."""
+    r"""Remove a condition such as `, n \in \mathbb{Z}` at the end; its parameter is called `k` instead."""
     end = tokens[:-1] if tokens and tokens[-1].text == ")" else tokens
     if len(end) < 5 or end[-1].text not in ("\\Z", "\\N") or end[-2].text != "\\in" or len(end[-3].text) > 1:
         return tokens
@@ -137,8 +141,8 @@ def _value(tokens: Tokens) -> Value:
         return Text(source="", words="")
     if letters := _letters(tokens):
         return Letters(source=source, letters=letters)
-    if all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens) and len(source) > 1:
-        return text_of(tokens)
+    if _are_words(tokens):
+        return replace(text_of(tokens), tree=tree_of(tokens) if len(tokens) == 1 else None)
     for rule in (_based, _environment, _bracketed, _combined_sets, _list, _relation, _ratio):
         if (value := rule(tokens, source)) is not None:
             return value
@@ -152,6 +156,18 @@ def _peeled(tokens: Tokens) -> Tokens:
     ):
         tokens = tokens[1:-1]
     return tokens
+
+
+def _are_words(tokens: Tokens) -> bool:
+    """Whether tokens are words; `ab`, `x - y` and `-PQ` are formulas, the way `A-B-C` from A to C is not."""
+    if not all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens):
+        return False
+    words = [token.text for token in tokens if token.kind == "word"]
+    if "and" in words and all(len(part) == 1 for part in split(tokens, _AND_OR)[0]):
+        return False  # red and blue
+    way = len(words) > 2 and all(word.isupper() for word in words)
+    variables = all(map(_VARIABLES.fullmatch, words)) and not way
+    return bool(words) and not variables and tokens[0].text != "-"
 
 
 def _letters(tokens: Tokens) -> frozenset[str] | None:
@@ -174,6 +190,8 @@ def _date(tokens: Tokens, *, ranges: bool) -> Value | None:
 
 
 def _based(tokens: Tokens, source: str) -> Value | None:
+    if len(source) > _MAX_BASED or not {"_", "base"} & {token.text for token in tokens}:
+        return None
     match = _IN_BASE.fullmatch(source) or _IN_BASE.fullmatch(spoken(tokens))
     if not match:
         return None
@@ -296,7 +314,7 @@ def _combined_sets(tokens: Tokens, source: str) -> Value | None:
 
 
 def _list(tokens: Tokens, source: str) -> Value | None:
-    """Read a list without brackets: commas always separate, "and" and "or" between values that are not words."""
+    """Read a list without brackets: commas always separate, "and" and "or" do where no phrase of words is."""
     parts, found = split(tokens, _COMMAS)
     pieces: list[Tokens] = []
     separators: list[str] = []
@@ -309,7 +327,8 @@ def _list(tokens: Tokens, source: str) -> Value | None:
     if len(pieces) < 2:
         return None
     value = _items(pieces, separators, "", source)
-    if isinstance(value, Items) and any(isinstance(item, Text) for item in value.items):
+    single = all(len(piece) == 1 for piece in pieces)
+    if isinstance(value, Items) and not single and any(isinstance(item, Text) for item in value.items):
         return _items(parts, found, "", source) if found else text_of(tokens)
     return value
 

@@ -1,7 +1,7 @@
 """The kinds of values that an answer can be: what `reading` makes of text, and `compare` compares.
 
-`str(value)` is the value in words for people, `kind` the name of its kind, `source` the answer as LaTeX in one
-spelling (equal sources are equal answers, and math-verify reads it).
+`str(value)` is the value in words for people, `kind` the name of its kind, `source` the answer as LaTeX in
+one spelling (equal sources are equal answers, and math-verify reads it).
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Quantity(Value):
 
     def __str__(self) -> str:
         """The magnitude and the name of the unit."""
-        return f"{self.magnitude} in {self.unit}"
+        return f"{self.magnitude} {self.unit}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
