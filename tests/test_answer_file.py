@@ -51,7 +51,7 @@ def test_the_same_rows_come_back_with_a_verdict(tmp_path: Path) -> None:
 
 def test_strict_wants_a_box(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"id": "1", "response": "The answer is 5.", "answer": "5"})
-    assert grade_file(file, tmp_path / "out.jsonl", rule="rlcs").right == 1
+    assert grade_file(file, tmp_path / "out.jsonl", rule="rlcs").count(True) == 1
     assert "accuracy 0.00%" in run(file, "--out", tmp_path / "out.jsonl", "--strict").stdout
 
 
@@ -67,7 +67,7 @@ BAD = {
     '{"id": "x", "response": "5", "answer": null}': "no gold answer",
     '{"id": "x", "response": "5", "answer": "5", "choices": "ab"}': "'choices' must be a list",
     '{"id": "x", "response": "5", "answer": "5", "precision": "two"}': "'precision' must be",
-    '{"id": "x", "response": "5", "answer": "E", "choices": ["1", "2"]}': "names none of 2 choices",
+    '{"id": "x", "response": "5", "answer": "E", "choices": ["1", "2"]}': "is no such option",
     '{"id": "x", "response": "5", "answer": "\\\\frac{1}{"}': "braces do not match",
     '{"id": "x", "response": "5", "answer": "\\\\foo{\\\\bar}^^"}': "is not a formula",
 }
@@ -96,7 +96,7 @@ def test_one_broken_row_hides_no_wrong_answer(tmp_path: Path) -> None:
         {"id": "3", "response": r"\boxed{E}", **five},
     )
     tally = grade_file(file, tmp_path / "out.jsonl", rule="rlcs")
-    assert (tally.right, tally.wrong, len(tally.unscored)) == (1, 1, 1)
+    assert (tally.count(True), tally.count(False), tally.count(None)) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_hostile_answers_end_soon_and_wrong_or_unscored(tmp_path: Path) -> None:
     ]
     file = write(tmp_path / "a.jsonl", *[{"response": text, "answer": "x^2"} for text in hostile], *good)
     tally = grade_file(file, tmp_path / "out.jsonl", rule="rlcs")
-    assert (tally.right, tally.wrong, len(tally.unscored)) == (28, 6, 1)
+    assert (tally.count(True), tally.count(False), tally.count(None)) == (28, 6, 1)
     assert "timed out" in tally.unscored[0]
 
 
@@ -168,7 +168,7 @@ def test_our_rule_on_the_published_responses_of_mathvision(tmp_path: Path) -> No
     grade_file(file, tmp_path / "out.jsonl", rule="rlcs")
     found = {row["id"] for row in rows_of(tmp_path / "out.jsonl") if row["correct"] is not flags[row["id"]]}
     assert len(found) == 24 and found <= disagreements
-    assert grade_file(file, tmp_path / "out.jsonl", rule="mathvision").right == sum(flags.values())
+    assert grade_file(file, tmp_path / "out.jsonl", rule="mathvision").count(True) == sum(flags.values())
 
 
 @needs_files

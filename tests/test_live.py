@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import socket
@@ -125,6 +126,9 @@ def test_rollouts_have_image_question_reward_and_reason(server):
     page = Page(get(server, "rollouts"))
     assert "Step 40" in page.text and "How many?" in page.text and "Gold answer: 4" in page.text
     assert [v for t, n, v in page.attributes if (t, n) == ("img", "src") and v.startswith("data:image/")]
+    for name, value in (("Answer read as", "number: 2"), ("Gold read as", "quantity: 4 in cm")):
+        assert re.search(rf"{name}\s*{value}", page.text), f"{name} {value}"
+    assert re.search(r"Rule\s*another number", page.text)
     assert "the grader ran out of time" in page.text and "cut at the limit" in page.text
     assert "script" not in page.tags
 

@@ -145,8 +145,9 @@ def make_arm(
 def rollout(problem: str, index: int, rng: random.Random) -> dict[str, object]:
     right = rng.random() < 0.6
     return {"id": problem, "index": index, "response": f"Row 1 has two red shapes.\nThus \\boxed{{{index}}}",
-            "reward": float(right), "correct": right, "extracted": str(index), "why": "", "stop": "eos",
-            "tokens": 60, "advantage": 0.8 if right else -1.2}  # fmt: skip
+            "reward": float(right), "correct": right, "extracted": str(index), "stop": "eos",
+            "why": "the same number" if right else "another number", "answer_value": f"number: {index}",
+            "gold_value": "quantity: 4 in cm", "tokens": 60, "advantage": 0.8 if right else -1.2}  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -258,7 +259,11 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         rows = rows_of(run / "eval" / arm / "predictions.jsonl")
         for row in rows:
             row.update(
-                id=f"{row['id']}{HOSTILE}", response=HOSTILE + "\ud800", extracted=HOSTILE, why=HOSTILE
+                id=f"{row['id']}{HOSTILE}",
+                response=HOSTILE + "\ud800",
+                extracted=HOSTILE,
+                why=HOSTILE,
+                answer_value=HOSTILE,
             )
         write_rows(run / "eval" / arm / "predictions.jsonl", rows)
     rows = rows_of(run / "sft_grpo" / "rollouts" / "step-000080.jsonl")

@@ -28,7 +28,8 @@ def data_check(
     ] = False,
     json: Json = False,
 ) -> None:
-    """List every unusable row with the reason. Decodes every image in full."""
+    """Name unusable rows with the reasons, and count the kinds of gold answers. Decodes every image."""
+    from rlcs.data.check import grouped, kind_lines, kinds_of_golds, unmatchable
     from rlcs.data.loading import load
     from rlcs.recipe.loading import load_recipe
 
@@ -40,15 +41,27 @@ def data_check(
     limit = resolved.images.decode_limit
     loaded = load(source, resolved.data, decode_limit=limit, role=chosen, decode=True)
     unusable = list(loaded.bad)
+    if resolved.data.answers == "unwrapped":
+        unusable += unmatchable(loaded.rows)
     if prompts:
         from rlcs.model.loading import load_chat
         from rlcs.report.preview import no_prompts
 
         unusable += no_prompts(loaded.rows, load_chat(resolved.model, resolved.prompt, resolved.images))
     usable = len(loaded.rows) + len(loaded.bad) - len(unusable)
-    named = [{"where": bad.where, "reason": bad.reason} for bad in unusable]
+    unusable_ids = {bad.id for bad in unusable}
+    kinds = kinds_of_golds(row.problem for row in loaded.rows if row.problem.id not in unusable_ids)
+    facts = {
+        "usable": usable,
+        "bad": [{"where": bad.where, "id": bad.id, "reason": bad.reason} for bad in unusable],
+        "notes": loaded.notes,
+        "golds": {
+            kind: {"rows": len(same), "id": same[0].id, "answer": same[0].answer}
+            for kind, same in kinds.items()
+        },
+    }
     counts = f"{usable:,} rows can be used, {len(unusable):,} cannot"
-    print_result({"usable": usable, "bad": named}, [*map(str, unusable), counts], json=json)
+    print_result(facts, [*grouped(unusable), *kind_lines(kinds), *loaded.notes, counts], json=json)
     if unusable or not usable:
         raise typer.Exit(2)
 

@@ -114,25 +114,79 @@ def _eval_run(options: EvalOptions) -> Any:
     )
 
 
-@evaluate_app.command()
-def grade(
-    file: Annotated[Path, typer.Argument(help="JSONL with id, response, answer; choices, extraction, ...")],
-    out: Annotated[Path, typer.Option("--out", help="The same rows with prediction, correct, why")],
-    rule: Annotated[str, typer.Option("--rule", help="rlcs, mathvision, mathvista or wemath")] = "rlcs",
-    strict: Annotated[bool, typer.Option("--strict", help="rlcs: only a closed box counts")] = False,
-    json: Json = False,
-) -> None:
-    """Grade a file of answers. By the rule of rlcs or a benchmark's official rule."""
-    from rlcs.evals.answer_file import grade_file
+@dataclass(frozen=True, kw_only=True)
+class GradeOptions:
+    """The options of `rlcs grade`."""
 
-    tally = grade_file(file, out, rule=rule, allow_fallbacks=not strict)
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The same rows with prediction, correct, why and the values")
+    ] = None
+    rule: Annotated[str, typer.Option("--rule", help="rlcs, mathvision, mathvista or wemath")] = "rlcs"
+    strict: Annotated[bool, typer.Option("--strict", help="rlcs: only a closed box counts")] = False
+    explain: Annotated[
+        bool, typer.Option("--explain", help="What was read and which rule decided, wrong rows first")
+    ] = False
+    ids: Annotated[list[str] | None, typer.Option("--id", help="Explain the row with this id")] = None
+    limit: Annotated[int, typer.Option(min=1, help="Explain at most so many rows")] = 20
+    response: Annotated[
+        str | None, typer.Option(help="Instead of a file: what the model wrote, for one explained verdict")
+    ] = None
+    gold: Annotated[str | None, typer.Option(help="The gold answer to --response")] = None
+    choices: Annotated[str, typer.Option(help="The options of that question, like 'a;b;c'")] = ""
+    json: Json = False
+
+
+@evaluate_app.command()
+@with_options
+def grade(
+    options: GradeOptions,
+    file: Annotated[
+        Path | None, typer.Argument(help="JSONL with id, response, answer; choices, extraction, ...")
+    ] = None,
+) -> None:
+    """Grade a file of answers. By the rule of rlcs or a benchmark's official rule; --explain says why."""
+    pair = (options.response, options.gold)
+    if (file is None) == (pair == (None, None)) or (file is None and None in pair):
+        fix = "give a file, or --response and --gold"
+        raise UserError("it is not clear what to grade", where="rlcs grade", fix=fix)
+    if file is None:
+        _grade_pair(options)
+        return
+    if options.out is None and not options.explain:
+        raise UserError("no file is named for the grades", where="rlcs grade", fix="add --out or --explain")
+
+    from rlcs.evals.answer_file import grade_file
+    from rlcs.evals.explanation import explain, select
+
+    tally = grade_file(file, options.out, rule=options.rule, allow_fallbacks=not options.strict)
     print_left_out("unscored", [f"{file}, {row}" for row in tally.unscored])
+    lines = []
+    for row, verdict in select(tally.graded, options.ids or [], options.limit) if options.explain else ():
+        head, *rest = explain(row, verdict, rule=options.rule, allow_fallbacks=not options.strict)
+        lines += [f"{row.name}: {head}", *rest]
     numbers = tally.to_json()
+    interval = f"[{numbers['low']:.1%}, {numbers['high']:.1%}]"
     accuracy = "accuracy none: no row could be scored"
     if tally.accuracy is not None:
-        interval = f"[{numbers['low']:.1%}, {numbers['high']:.1%}]"
-        accuracy = f"accuracy {tally.accuracy:.2%} by {rule}   {interval}"
-    counts = f"right    {tally.right:,}\nwrong    {tally.wrong:,}\nunscored {len(tally.unscored):,}"
-    print_result({**numbers, "out": str(out)}, [accuracy, counts, f"rows     {out}"], json=json)
+        accuracy = f"accuracy {tally.accuracy:.2%} by {options.rule}   {interval}"
+    lines += [accuracy, *(f"{name:<8} {numbers[name]:,}" for name in ("right", "wrong", "unscored"))]
+    out = {} if options.out is None else {"out": str(options.out)}
+    print_result(
+        {**numbers, **out}, [*lines, *(f"rows     {path}" for path in out.values())], json=options.json
+    )
     if tally.accuracy is None:
         raise typer.Exit(2)
+
+
+def _grade_pair(options: GradeOptions) -> None:
+    """Grade and explain one response without a file."""
+    from rlcs.evals.answer_file import AnswerRow, grade_rows, verdict_fields
+    from rlcs.evals.explanation import explain
+
+    choices = tuple(choice.strip() for choice in options.choices.split(";")) if options.choices else ()
+    row = AnswerRow(
+        line=1, fields={}, response=options.response or "", answer=options.gold or "", choices=choices
+    )
+    ((_, verdict),) = grade_rows([row], rule=options.rule, allow_fallbacks=not options.strict)
+    lines = explain(row, verdict, rule=options.rule, allow_fallbacks=not options.strict)
+    print_result(verdict_fields(verdict), lines, json=options.json)

@@ -3,6 +3,7 @@
 `load` reads, `require_usable` decides whether the rows may be trained on.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from rlcs.data.rows import BadRow, Row, RowReader
@@ -11,6 +12,7 @@ from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
 
 _SHOWN = 5
+_SHOWN_ENDING = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +22,18 @@ class Loaded:
     rows: tuple[Row, ...]
     bad: tuple[BadRow, ...] = ()
     source: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many gold answers were unwrapped, from what, and the first of them; empty if none was."""
+        wrapped = [row for row in self.rows if row.mark]
+        if not wrapped:
+            return ()
+        marks = ", ".join(f"{mark}: {n:,}" for mark, n in Counter(row.mark for row in wrapped).most_common())
+        first = wrapped[0]
+        given = first.given if len(first.given) <= _SHOWN_ENDING else f"...{first.given[-_SHOWN_ENDING:]}"
+        example = f"row {first.problem.id}: {given!r} is {first.problem.answer[:_SHOWN_ENDING]!r}"
+        return (f"{len(wrapped):,} gold answers were unwrapped ({marks}), e.g. {example}",)
 
 
 def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: bool = False) -> Loaded:
@@ -64,5 +78,6 @@ def require_usable(loaded: Loaded, settings: Data) -> None:
         f"{len(loaded.bad):,} of {total:,} rows cannot be used "
         f"(allowed: {settings.max_bad_share:.1%})\n    " + "\n    ".join(lines),
         where=loaded.source,
-        fix="correct the rows (`rlcs data check SOURCE` names them all), or raise data.max_bad_share",
+        fix="correct the rows (`rlcs data check SOURCE --json` names them all), or raise data.max_bad_share; "
+        "data.answers=as_given leaves gold answers to a reward of your own",
     )

@@ -4,6 +4,7 @@ No content of a row raises an error: a faulty row becomes a `BadRow`, which name
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from rlcs.data.images import image_from_bytes, image_from_path, open_image
 from rlcs.data.sources import RawRow, Role, Table, suggest
 from rlcs.errors import DataError
 from rlcs.grading.extraction import extract
+from rlcs.grading.golds import unwrap
+from rlcs.grading.inspection import gold_fault
 from rlcs.recipe.schema import Data
 from rlcs.records import ImageRef, Json, Problem
 
@@ -26,10 +29,15 @@ _WORKED_WORDS = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A usable row; one with a `response` is a demonstration."""
+    """A usable row; one with a `response` is a demonstration.
+
+    `given` is the gold answer as the row has it, if it was unwrapped, and `mark` what it was unwrapped from.
+    """
 
     problem: Problem
     response: str | None
+    given: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +63,7 @@ class RowReader:
         """
         self._table = table
         self._columns = settings.columns
+        self._as_given = settings.answers == "as_given"
         self._role = role
         self._limit = limit
         self._decode = decode
@@ -116,33 +125,36 @@ class RowReader:
         if column is None:
             known = suggest(columns.question[0], fields)
             raise ValueError(f"no question: none of {', '.join(columns.question)} ({known})")
-        answer, response = self._answer_and_response(fields)
+        given, response = self._answer_and_response(fields)
+        choices = _choices(fields.get(_first(fields, columns.choices) or ""))
+        needed = response is None and self._role != "ask"
+        answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
         problem = Problem(
             id=name,
             source=self._table.source,
             question=_text(fields[column], "question"),
             answer=answer,
             images=self._images(raw),
-            choices=_choices(fields.get(_first(fields, columns.choices) or "")),
+            choices=choices,
             metadata=self._metadata(fields),
         )
-        return Row(problem=problem, response=response)
+        return Row(problem=problem, response=response, given=given if mark else "", mark=mark)
 
     def _answer_and_response(self, fields: Mapping[str, Any]) -> tuple[str, str | None]:
         answer_column = _first(fields, self._columns.answer)
         if self._role == "ask":
             gold = fields.get(answer_column or "")
-            return ("" if gold is None else _answer(gold)), None
+            return ("" if gold is None else _gold(gold)), None
         response_column = _first(fields, self._columns.response)
         response = None if response_column is None else fields[response_column]
         if response is not None and not _text(response, "response").strip():
             raise ValueError("the response is empty")
         if response is not None and self._role == "cold_start":
             gold = None if answer_column in (None, response_column) else fields.get(answer_column or "")
-            return (extract(response).text or "" if gold is None else _answer(gold)), response
+            return (extract(response).text or "" if gold is None else _gold(gold)), response
         if answer_column is None:
             raise ValueError(f"no answer: none of {', '.join(self._columns.answer)}")
-        answer = _answer(fields[answer_column])
+        answer = _gold(fields[answer_column])
         if not answer.strip():
             raise ValueError("the answer is empty")
         if self._role == "cold_start" and (worked := demonstrated(answer)) is not None:
@@ -253,6 +265,21 @@ def _answer(value: object) -> str:
     if isinstance(value, str):
         return _text(value, "answer")
     raise ValueError(f"the answer must be a text or a number, not {_shown(value)}")
+
+
+def _gold(value: object) -> str:
+    """Convert a gold answer to text; a list of several is written as JSON, which `unwrap` reads."""
+    if isinstance(value, list) and value:
+        return json.dumps([_answer(item) for item in value], ensure_ascii=False)
+    return _answer(value)
+
+
+def _unwrapped(gold: str, choices: tuple[str, ...], *, needed: bool) -> tuple[str, str]:
+    """The plain gold answer, and the mark around it. Raises ValueError if nothing can match a needed one."""
+    if needed and (fault := gold_fault(gold, choices)):
+        raise ValueError(fault)
+    found = unwrap(gold)
+    return (gold, "") if found.text is None else (found.text, found.why)
 
 
 def _choices(value: object) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from rlcs.records import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """The data of a study; `notes` name the rows that were left out.
+    """The data of a study; `notes` name the rows that were left out, and say which answers were unwrapped.
 
     A source that no arm of the study needs is not read: its data is empty.
     """
@@ -38,12 +38,14 @@ def load_run_data(study: Study, settings: Data, *, decode_limit: int) -> RunData
     for role, source in sources.items():
         loaded[role] = load(source, settings, decode_limit=decode_limit, role=role)
         require_usable(loaded[role], settings)
+    notes = [f"{role}: {note}" for role, each in loaded.items() for note in each.notes]
+    notes += [f"left out of {role}: {bad}" for role, each in loaded.items() for bad in each.bad]
     problems = {role: [row.problem for row in each.rows] for role, each in loaded.items()}
     return RunData(
         cold_start=loaded["cold_start"].rows if "cold_start" in loaded else (),
         rl=by_pass_rate(problems["rl"], settings) if "rl" in problems else (),
         test=tuple(problems["test"]),
-        notes=tuple(f"left out of {role}: {bad}" for role, each in loaded.items() for bad in each.bad),
+        notes=tuple(notes),
     )
 
 

@@ -7,7 +7,7 @@ unscored: it is reported with its line number and counted apart from the wrong a
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from rlcs.grading.extraction import Extraction, extract
 from rlcs.grading.official import mathvision, mathvista, wemath
 from rlcs.grading.pool import GradePool
 from rlcs.grading.rewards import Undecided, decimal_places, grade_extracted, quick_grade
-from rlcs.records import Grade, Problem, option_letter
+from rlcs.records import Grade, Json, Problem, option_letter
 from rlcs.storage import atomic_write, jsonl_lines, parse_object
 
 DEADLINE_S = 2.0
@@ -195,12 +195,12 @@ def _unscored(why: str, extracted: str | None = None) -> Grade:
 def grade_by_rlcs(rows: Sequence[AnswerRow], pool: GradePool) -> list[Grade]:
     """Grade rows by the rlcs rule, in order."""
     gradable = [row for row in rows if not row.fault]
-    unreadable = pool.unreadable([row.problem for row in gradable])
+    faults = pool.gold_faults([row.problem for row in gradable])
     settled = iter(pool.settle([_quick(row, allow_fallbacks=pool.allow_fallbacks) for row in gradable]))
     grades = []
     for row in rows:
         grade = _unscored(row.fault) if row.fault else next(settled)
-        fault = unreadable.get((row.answer, row.choices))
+        fault = faults.get((row.answer, row.choices))
         if fault and not row.fault and not grade.correct:
             grade = _unscored(fault, grade.extracted)
         grades.append(grade)
@@ -216,54 +216,66 @@ def _quick(row: AnswerRow, *, allow_fallbacks: bool) -> Grade | Undecided:
 # --- the file ---------------------------------------------------------------------------------
 
 
+Graded = list[tuple[AnswerRow, Grade]]
+"""Rows with their grades, in order."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tally:
-    """How many rows of a file are right, wrong and unscored."""
+    """The graded rows of a file, and how many are right, wrong and unscored."""
 
     rule: str
-    right: int
-    wrong: int
-    unscored: tuple[str, ...]
-    """`line 7 (id x): why` of every unscored row."""
+    graded: Graded = field(repr=False)
+
+    def count(self, correct: bool | None) -> int:
+        """The number of rows with this verdict; None counts the unscored ones."""
+        return sum(grade.correct is correct for _, grade in self.graded)
+
+    @property
+    def unscored(self) -> list[str]:
+        """`line 7 (id x): why` of every unscored row."""
+        return [f"{row.name}: {grade.why}" for row, grade in self.graded if grade.correct is None]
 
     @property
     def accuracy(self) -> float | None:
         """The share of right answers among the scored ones; None if none was scored."""
-        scored = self.right + self.wrong
-        return self.right / scored if scored else None
+        scored = len(self.graded) - self.count(None)
+        return self.count(True) / scored if scored else None
 
     def to_json(self) -> dict[str, object]:
         """The counts, the accuracy and its 95% Wilson interval, for `--json`."""
-        low, high = wilson(self.right, self.right + self.wrong)
-        rows = self.right + self.wrong + len(self.unscored)
-        facts = asdict(self) | {"unscored": len(self.unscored), "rows": rows}
-        return {**facts, "accuracy": self.accuracy, "low": low, "high": high}
+        right, wrong, unscored = (self.count(verdict) for verdict in (True, False, None))
+        low, high = wilson(right, right + wrong)
+        counts = {"right": right, "wrong": wrong, "unscored": unscored, "rows": len(self.graded)}
+        return {"rule": self.rule, **counts, "accuracy": self.accuracy, "low": low, "high": high}
 
 
-def grade_file(path: Path, out: Path, *, rule: str, allow_fallbacks: bool = True) -> Tally:
-    """Grade the rows of a file by a rule and write them to `out` with `prediction`, `correct` and `why`.
+def grade_rows(rows: Sequence[AnswerRow], *, rule: str, allow_fallbacks: bool) -> Graded:
+    """Grade rows by a rule. Raises DataError for an unknown rule."""
+    if rule not in RULES:
+        raise DataError(f"unknown rule {rule!r}", where="--rule", fix=f"use {', '.join(RULES)}")
+    if rule != "rlcs":
+        return [(row, grade_officially(row, rule)) for row in rows]
+    workers = min(os.cpu_count() or 1, len(rows))
+    with GradePool(workers=workers, deadline_s=DEADLINE_S, allow_fallbacks=allow_fallbacks) as pool:
+        return list(zip(rows, grade_by_rlcs(rows, pool), strict=True))
+
+
+def grade_file(path: Path, out: Path | None, *, rule: str, allow_fallbacks: bool = True) -> Tally:
+    """Grade the rows of a file by a rule; write them to `out`, if it is given, with their verdicts.
 
     Raises DataError for a file that cannot be read, for an unknown rule, or if `out` is the file itself.
     """
-    if rule not in RULES:
-        raise DataError(f"unknown rule {rule!r}", where="--rule", fix=f"use {', '.join(RULES)}")
-    if out.exists() and out.resolve() == path.resolve():
+    if out is not None and out.exists() and out.resolve() == path.resolve():
         raise DataError("this would overwrite the answers", where=str(out), fix="write to another file")
-    rows = read_answers(path)
-    if rule == "rlcs":
-        workers = os.cpu_count() or 1
-        with GradePool(workers=workers, deadline_s=DEADLINE_S, allow_fallbacks=allow_fallbacks) as pool:
-            graded = list(zip(rows, grade_by_rlcs(rows, pool), strict=True))
-    else:
-        graded = [(row, grade_officially(row, rule)) for row in rows]
-    lines = []
-    for row, grade in graded:
-        verdict = {"prediction": grade.extracted, "correct": grade.correct, "why": grade.why}
-        lines.append(json.dumps({**(row.fields or {"line": row.line}), **verdict}, ensure_ascii=False) + "\n")
-    atomic_write(out, "".join(lines))
-    return Tally(
-        rule=rule,
-        right=sum(grade.correct is True for _, grade in graded),
-        wrong=sum(grade.correct is False for _, grade in graded),
-        unscored=tuple(f"{row.name}: {grade.why}" for row, grade in graded if grade.correct is None),
-    )
+    graded = grade_rows(read_answers(path), rule=rule, allow_fallbacks=allow_fallbacks)
+    if out is not None:
+        rows = ({**(row.fields or {"line": row.line}), **verdict_fields(grade)} for row, grade in graded)
+        atomic_write(out, "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in rows))
+    return Tally(rule=rule, graded=graded)
+
+
+def verdict_fields(grade: Grade) -> dict[str, Json]:
+    """What a graded row says of its verdict."""
+    verdict = {"prediction": grade.extracted, "correct": grade.correct, "why": grade.why}
+    return {**verdict, "answer_value": grade.answer_value, "gold_value": grade.gold_value}

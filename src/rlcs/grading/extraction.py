@@ -21,6 +21,9 @@ class Extraction:
 
 
 BOXED = "the last box"
+NO_BOX = "no box"
+TAGGED = "the last <answer> tag"
+STATED = 'the words "the answer is"'
 
 _BOX_TOKEN = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\[\\{}]|[{}]")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
@@ -55,7 +58,7 @@ def extract(response: str, *, allow_fallbacks: bool = False) -> Extraction:
         return Extraction(text=final[start:end], why=BOXED, begins=len(response) - len(final) + begins)
     if not final.strip():
         return Extraction(text=None, why="the response is empty")
-    return _fallback(final) if allow_fallbacks else Extraction(text=None, why="no box")
+    return _fallback(final) if allow_fallbacks else Extraction(text=None, why=NO_BOX)
 
 
 def _last_box(text: str) -> tuple[tuple[int, int, int] | None, bool]:
@@ -79,9 +82,9 @@ def _last_box(text: str) -> tuple[tuple[int, int, int] | None, bool]:
 
 def _fallback(text: str) -> Extraction:
     if (tagged := _last_tagged(text)) is not None:
-        return Extraction(text=tagged, why="the last <answer> tag")
+        return Extraction(text=tagged, why=TAGGED)
     if sentences := _SENTENCE.findall(text):
-        return Extraction(text=_REASON.sub("", sentences[-1]), why='the words "the answer is"')
+        return Extraction(text=_REASON.sub("", sentences[-1]), why=STATED)
     lines = text.strip().split("\n")
     for line in (lines[-1].strip(), lines[0].strip()):
         if letter := _LETTER.fullmatch(line):

@@ -20,9 +20,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 from rlcs.errors import RlcsError
-from rlcs.grading.answers import Verdict, inspect_gold
+from rlcs.grading.compare import Verdict
+from rlcs.grading.extraction import BOXED, Extraction
+from rlcs.grading.golds import unwrap
+from rlcs.grading.inspection import formulas_of, gold_fault
 from rlcs.grading.own import problem_json
-from rlcs.grading.rewards import Undecided, quick_grade
+from rlcs.grading.rewards import Undecided, grade_extracted, quick_grade
 from rlcs.records import Grade, Problem, from_row
 
 Gold = tuple[str, tuple[str, ...]]
@@ -86,19 +89,25 @@ class GradePool(AbstractContextManager["GradePool"]):
         grades = self._decide(r.formulas for r in results if isinstance(r, Undecided))
         return [r.grade(grades[r.formulas]) if isinstance(r, Undecided) else r for r in results]
 
-    def unreadable(self, problems: Iterable[Problem]) -> dict[Gold, str]:
-        """Find gold answers (with their choices) that only the same text can match, and the reason.
+    def gold_faults(self, problems: Iterable[Problem]) -> dict[Gold, str]:
+        """Find gold answers (with their choices) that no answer can match, and the reasons.
 
-        They are damaged, or math-verify cannot read them as formulas.
+        Each is graded as an answer to itself; what is not right, or cannot be read as a formula, is named.
         """
-        golds = {gold: inspect_gold(*gold) for gold in dict.fromkeys((p.answer, p.choices) for p in problems)}
-        grades = self._decide((part, part) for _, formulas in golds.values() for part in formulas)
-        faults: dict[Gold, str] = {}
-        for gold, (fault, formulas) in golds.items():
-            whys = [grades[part, part].why for part in formulas if not grades[part, part].correct]
-            if fault or whys:
-                faults[gold] = fault or f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}"
-        return faults
+        different = {(problem.answer, problem.choices): problem for problem in problems}
+        faults = {gold: gold_fault(*gold) for gold in different}
+        sound = [gold for gold in different if not faults[gold]]
+        given = [Extraction(text=unwrap(gold).text, why=BOXED) for gold, _ in sound]
+        itself = self.settle(
+            [grade_extracted(different[g], text) for g, text in zip(sound, given, strict=True)]
+        )
+        read = self._decide(pair for gold, _ in sound for pair in formulas_of(gold))
+        for gold, grade in zip(sound, itself, strict=True):
+            parts = [read[pair] for pair in formulas_of(gold[0])]
+            whys = [p.why if p.correct is None else "it is not a formula" for p in parts if not p.correct]
+            whys += [] if grade.correct else [grade.why]
+            faults[gold] = f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}" if whys else ""
+        return {gold: fault for gold, fault in faults.items() if fault}
 
     def _decide(self, pairs: Iterable[Pair]) -> dict[Pair, Grade]:
         """Let the workers grade each different pair."""

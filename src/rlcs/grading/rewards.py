@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlcs.grading.answers import Verdict, compare
+from rlcs.grading.answers import compare
+from rlcs.grading.compare import Verdict
 from rlcs.grading.extraction import BOXED, Extraction, extract
 from rlcs.records import Grade, Problem
 
@@ -22,10 +23,18 @@ class Undecided:
     formulas: tuple[str, str]
     by: str = ""
     """How the answer was extracted, if not from a box."""
+    answer_value: str = ""
+    gold_value: str = ""
 
     def grade(self, compared: Grade) -> Grade:
         """Make the grade of the response from math-verify's grade of the formulas."""
-        return replace(compared, extracted=self.extracted, why=self.by + compared.why)
+        return replace(
+            compared,
+            extracted=self.extracted,
+            why=self.by + compared.why,
+            answer_value=self.answer_value,
+            gold_value=self.gold_value,
+        )
 
 
 def quick_grade(problem: Problem, response: object, *, allow_fallbacks: bool) -> Grade | Undecided:
@@ -49,7 +58,13 @@ def grade_extracted(problem: Problem, extraction: Extraction) -> Grade | Undecid
     text, by = extraction.text or "", "" if extraction.why == BOXED else f"{extraction.why}: "
     verdict = compare(text, problem.answer, problem.choices, places=places)
     if verdict.correct is None:
-        return Undecided(extracted=text, formulas=verdict.formulas, by=by)
+        return Undecided(
+            extracted=text,
+            formulas=verdict.formulas,
+            by=by,
+            answer_value=verdict.answer_value,
+            gold_value=verdict.gold_value,
+        )
     return verdict.grade(text, by=by)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 
-from rlcs.grading.answers import Verdict
+from rlcs.grading.compare import Verdict
 
 
 def compare_formulas(prediction: str, gold: str) -> Verdict:

@@ -101,6 +101,9 @@ class Data(Section):
     """Absolute image paths are allowed only under this folder."""
     max_bad_share: Share = 0.01
     """Largest share of unusable rows; with more the run does not start."""
+    answers: Literal["unwrapped", "as_given"] = "unwrapped"
+    """`unwrapped`: gold answers are taken out of boxes, tags and worked solutions, and rows whose gold answer
+    nothing can match are not used; `as_given`: they stay as they are, for an own reward or a judge."""
     columns: Columns = Columns()
     """Column names."""
 

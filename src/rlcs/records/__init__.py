@@ -109,12 +109,17 @@ class Grade:
     """The verdict on one response; `reward` is None for an unscored response, which differs from zero.
 
     An unscored response (its grader failed or ran out of time) is left out of its group and of the loss.
+    `answer_value` and `gold_value` say in words what was read on both sides; `why` is the rule that decided.
     """
 
     reward: float | None
     correct: bool | None
     extracted: str | None = None
     why: str = ""
+    answer_value: str = ""
+    """What was read in the answer, in words, such as `5 in cm`."""
+    gold_value: str = ""
+    """What was read in the gold answer."""
 
     def __post_init__(self) -> None:
         """Check that reward and verdict are both there or both missing, and that the reward is finite."""

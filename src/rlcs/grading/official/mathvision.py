@@ -7,7 +7,7 @@ places. It rejects right answers with a unit in the option, or a letter with its
 import re
 from collections.abc import Sequence
 
-from rlcs.grading.latex import NoValueError, rounded
+from rlcs.grading.official.latex2sympy import NoValueError, rounded
 
 _PHRASES = ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
 _DROPPED = (

@@ -1,0 +1,104 @@
+"""Compares answers to multiple-choice questions: letters first, then the values of the options."""
+
+import re
+from collections.abc import Sequence
+
+from rlcs.grading.compare import Verdict, no, same, yes
+from rlcs.grading.reading import read, spelled
+from rlcs.grading.values import Items, Letters, Value
+from rlcs.records import option_letter
+
+_LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
+_CHOICE = re.compile(
+    r"[(\[{]?([A-Za-z])(?:[)\]}][.:]?|[.:,]| [-=]) *(\S.*)|[(\[{]?([A-Za-z])[)\]}]?[.:,]?", re.DOTALL
+)
+_LETTER_THEN_VALUE = re.compile(r"([A-Z]) (\S.*)", re.DOTALL)
+_VALUE_THEN_LETTER = re.compile(r"(.*\S) ?\(([A-Z])\)", re.DOTALL)
+
+
+def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdict:
+    """Compare an answer with the gold answer, where both are a letter, letters, or an option's value."""
+    options = [without_label(choice, index) for index, choice in enumerate(choices)]
+    wanted = chosen(gold, options)
+    if wanted is not None and len(wanted) > 1:
+        given = chosen(prediction, options)
+        return yes("the same letters") if given == wanted else no("other letters")
+    right = next(iter(wanted)) if wanted else None
+    value = read(gold if right is None else options[right])
+    accepted = (
+        {right} if right is not None else {i for i, o in enumerate(options) if same(read(o), value).correct}
+    )
+    named, rest = _named_option(prediction, options)
+    given_value = read(prediction)
+    if named is not None:
+        agrees = same(read(rest), read(options[named])) if rest else yes("")
+        if agrees.correct is False:
+            return no(f"option {option_letter(named)} and another option's value")
+        if named in accepted:
+            return agrees if agrees.correct is None else yes(f"option {option_letter(named)}")
+        if accepted:
+            return no(
+                f"option {option_letter(named)}, not {option_letter(min(i for i in accepted if i is not None))}"
+            )
+        given_value = read(options[named])  # the gold value is no option's text: compare the values
+    elif isinstance(given_value, Letters) and given_value.source not in map(spelled, options):
+        several = len(given_value.letters) > 1
+        return no("several options where one is asked" if several else "a letter that names no option")
+    verdict = same(given_value, value)
+    if verdict.correct is None and any(same(given_value, read(o)).correct for o in options):
+        return no("the value of another option")
+    return verdict
+
+
+def chosen(text: str, options: Sequence[str]) -> frozenset[int] | None:
+    """The options that an answer names, by letter or by letters; None if it names none."""
+    index, rest = _named_option(text, options)
+    if index is not None and (not rest or same(read(rest), read(options[index])).correct is not False):
+        return frozenset([index])
+    value = read(text)
+    if isinstance(value, Letters):
+        found = {ord(letter) - ord("A") for letter in value.letters}
+        return frozenset(found) if max(found) < len(options) else None
+    if isinstance(value, Items):
+        each = [_option_of(item, options) for item in value.items]
+        return frozenset(i for i in each if i is not None) if None not in each else None
+    return None
+
+
+def _option_of(value: Value, options: Sequence[str]) -> int | None:
+    return next((i for i, option in enumerate(options) if same(value, read(option)).correct), None)
+
+
+def _named_option(text: str, options: Sequence[str]) -> tuple[int | None, str]:
+    """The option that an answer names by its letter, and the value that it states besides."""
+    given = spelled(text)
+    if (named := letter_index(given, options)) is not None:
+        return named, ""
+    if given in map(spelled, options):
+        return None, ""
+    if (labelled := _CHOICE.fullmatch(given)) and labelled[2]:
+        return letter_index(labelled[1], options), labelled[2]
+    if labelled := _LETTER_THEN_VALUE.fullmatch(given):
+        index = letter_index(labelled[1], options)
+        if index is not None and same(read(labelled[2]), read(options[index])).correct:
+            return index, labelled[2]
+    if labelled := _VALUE_THEN_LETTER.fullmatch(given):
+        return letter_index(labelled[2], options), labelled[1]
+    return None, ""
+
+
+def letter_index(text: str, options: Sequence[str]) -> int | None:
+    """The option that `B`, `(B)` or `B.` names; a lower-case letter names none if an option has that text."""
+    match = _CHOICE.fullmatch(text)
+    letter = (match[3] or (match[1] if not match[2] else "")) if match else ""
+    if not letter or (letter.islower() and letter in options):
+        return None
+    index = ord(letter.upper()) - ord("A")
+    return index if index < len(options) else None
+
+
+def without_label(choice: str, index: int) -> str:
+    """Remove a choice's label: `B. 12` or `(B) 12` as the second of the choices is `12`."""
+    match = _LABEL.fullmatch(choice.strip())
+    own = match and match[1] and match[2] and match[1].upper() == option_letter(index)
+    return match[2] if match and own else choice

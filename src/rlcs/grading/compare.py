@@ -1,0 +1,445 @@
+r"""Compares two values that were read from answers; the kind of the gold answer decides how.
+
+What cannot be decided here (is this sum that integral?) is `Verdict(correct=None)` with two formulas for
+math-verify, which may never end and therefore runs in a worker that can be killed. The rules are strict, so
+that a reward cannot be gamed: all of the answer counts, not a part of it. docs/reference/grading.md has the table.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from rlcs.grading import algebra, regions
+from rlcs.grading.tree import Node, Num, symbols, walk
+from rlcs.grading.values import (
+    Based,
+    Dated,
+    Expression,
+    Items,
+    Letters,
+    Matrix,
+    Named,
+    Number,
+    Quantity,
+    Ratio,
+    Region,
+    Relation,
+    Text,
+    Value,
+    as_tree,
+    number_of,
+)
+from rlcs.records import Grade
+
+MAX_FORMULA = 1_000
+"""Characters; a longer formula is not given to math-verify."""
+_MAX_ITEMS = 50
+_SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
+_LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Right, wrong, or undecided (None): then `formulas` holds (prediction, gold) for math-verify.
+
+    `answer_value` and `gold_value` are what was read on both sides, `why` is the rule that decided.
+    """
+
+    correct: bool | None
+    why: str
+    formulas: tuple[str, str] = ("", "")
+    answer_value: str = ""
+    gold_value: str = ""
+
+    def grade(self, extracted: str | None = None, *, by: str = "") -> Grade:
+        """Make a grade with reward 1 or 0, or unscored; the reason begins with `by` (how it was found)."""
+        return Grade(
+            reward=None if self.correct is None else float(self.correct),
+            correct=self.correct,
+            extracted=extracted,
+            why=by + self.why,
+            answer_value=self.answer_value,
+            gold_value=self.gold_value,
+        )
+
+
+def yes(why: str) -> Verdict:
+    """A right answer."""
+    return Verdict(correct=True, why=why)
+
+
+def no(why: str) -> Verdict:
+    """A wrong answer."""
+    return Verdict(correct=False, why=why)
+
+
+def same(answer: Value, gold: Value) -> Verdict:
+    """Compare two values."""
+    if answer.source == gold.source:
+        return yes("the same text")
+    if isinstance(gold, Named):
+        return _named_gold(answer, gold)
+    if isinstance(answer, Named):
+        return _named_answer(answer, gold)
+    if (
+        isinstance(answer, Items)
+        and answer.brackets in ("", "{}")
+        and len(answer.items) == 1 != _length(gold)
+    ):
+        return same(answer.items[0], gold)
+    return _RULES[type(gold)](answer, gold)
+
+
+def _length(value: Value) -> int:
+    return len(value.items) if isinstance(value, Items) else 0 if isinstance(value, Region) else 2
+
+
+# --- names and relations -----------------------------------------------------------------------------
+
+
+def _named_gold(answer: Value, gold: Named) -> Verdict:
+    if isinstance(answer, Named):
+        if same_name(answer.name, gold.name):
+            return same(answer.value, gold.value)
+        if not (_is_constant(gold.value) and _is_constant(answer.value)):
+            return _same_equation(answer, gold)
+        return no(f"a value of {answer.name}, not of {gold.name}")
+    if isinstance(answer, Relation):
+        if _is_constant(gold.value):
+            return no("an equation that is not solved")
+        return _same_equation(answer, gold)
+    return same(answer, gold.value)
+
+
+def _named_answer(answer: Named, gold: Value) -> Verdict:
+    if isinstance(gold, Relation):
+        return _same_equation(answer, gold)
+    return same(answer.value, gold)
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names have the same letters, or are a word and its initial: `C` and `Circumference`."""
+    names = (
+        re.sub(r"^m(?=\\angle)|\\(?:angle|triangle|text)|\W|_", "", name).casefold() for name in (one, other)
+    )
+    short, long = sorted(names, key=len)
+    return short == long or (len(short) == 1 and len(long) > 3 and long.startswith(short))
+
+
+def _is_constant(value: Value) -> bool:
+    tree = as_tree(value)
+    return isinstance(value, Number | Quantity) or (tree is not None and not symbols(tree))
+
+
+def _same_equation(answer: Value, gold: Value) -> Verdict:
+    if isinstance(answer, Relation) and answer.operators != ("=",):
+        return no("another relation")
+    if answer.tree is None or gold.tree is None:
+        return formulas(answer, gold)
+    decided = algebra.same_equation(answer.tree, gold.tree)
+    if decided is None:
+        return formulas(answer, gold)
+    return yes("the same equation") if decided else no("another equation")
+
+
+def _relation(answer: Value, gold: Relation) -> Verdict:
+    if not isinstance(answer, Relation):
+        return no("a value where an equation or a relation is asked")
+    if answer.operators != gold.operators:
+        return no("another relation")
+    verdict = _in_order(answer.sides, gold.sides, "relation")
+    if verdict.correct is False and len(gold.sides) == 2 and gold.operators[0] in _SYMMETRIC:
+        verdict = _in_order(answer.sides[::-1], gold.sides, "relation")
+    if verdict.correct is not False or gold.operators == ("\\to",):
+        return verdict
+    if gold.operators == ("=",):
+        return _same_equation(answer, gold)
+    if answer.tree is not None and gold.tree is not None:
+        return formulas(answer, gold)
+    return verdict
+
+
+# --- numbers, quantities and formulas ----------------------------------------------------------------
+
+
+def _number(answer: Value, gold: Number) -> Verdict:
+    if isinstance(answer, Number):
+        if _same_share(answer, gold):
+            return yes("the same number")
+        return no("another number")
+    if isinstance(answer, Quantity):
+        return same(answer.magnitude, gold)
+    if isinstance(answer, Based):
+        return yes("the same number") if answer.value == number_of(gold) else no("another number")
+    return _formula(answer, gold)
+
+
+def _same_share(answer: Number, gold: Number) -> bool:
+    """Compare numbers with percent signs: 50% is 50 and 0.5; but 0.5% is not 0.5, as 0.5 is a share."""
+    if answer.percent and not gold.percent:
+        return answer.value / 100 == gold.value or (answer.value == gold.value and abs(gold.value) >= 1)
+    if gold.percent and not answer.percent:
+        return answer.value in (gold.value, gold.value / 100)
+    return answer.value == gold.value
+
+
+def _quantity(answer: Value, gold: Quantity) -> Verdict:
+    if isinstance(answer, Quantity):
+        if not answer.unit.same(gold.unit):
+            return no(f"another unit: {answer.unit} against {gold.unit}")
+        return same(answer.magnitude, gold.magnitude)
+    if (
+        isinstance(answer, Expression)
+        and answer.tree is not None
+        and gold.tree is not None
+        and symbols(answer.tree)
+    ):
+        return _equal(answer, gold)
+    if isinstance(answer, Number | Expression):
+        return same(answer, gold.magnitude)
+    return _other_kind(answer, gold)
+
+
+def _formula(answer: Value, gold: Value) -> Verdict:
+    if isinstance(answer, Quantity):
+        return _equal(answer, gold) if answer.tree and _variables(gold) else same(answer.magnitude, gold)
+    if isinstance(answer, Relation) and answer.operators == ("=",):
+        first, last = as_tree(answer.sides[0]), answer.sides[-1]
+        if (
+            first is not None
+            and not any(isinstance(node, Num) for node in walk(first))
+            and _is_constant(last)
+        ):
+            return same(last, gold)  # a + b = 5
+        return no("an equation against a value")
+    if not isinstance(answer, Number | Expression):
+        return _other_kind(answer, gold)
+    return _equal(answer, gold)
+
+
+def _variables(value: Value) -> frozenset[str]:
+    tree = as_tree(value)
+    return symbols(tree) if tree is not None else frozenset()
+
+
+def _equal(answer: Value, gold: Value) -> Verdict:
+    mine, theirs = as_tree(answer), as_tree(gold)
+    if mine is None or theirs is None:
+        return formulas(answer, gold)
+    if algebra.too_large(mine) and not algebra.too_large(theirs):
+        return no("powers or factorials too large to work out")
+    decided = algebra.equal(mine, theirs)
+    if decided is None:
+        return formulas(answer, gold)
+    return yes("an equal formula") if decided else no("another value")
+
+
+def formulas(answer: Value, gold: Value) -> Verdict:
+    """Leave two formulas undecided, for math-verify, unless they are words or too long."""
+    for value in (answer, gold):
+        if isinstance(value, Text) or any(word for word in _LONG_WORD.findall(value.source)):
+            return no("not the same text, and words are not formulas")
+    if max(len(answer.source), len(gold.source)) > MAX_FORMULA:
+        return no("not the same text, and too long for a formula")
+    return Verdict(correct=None, why="", formulas=(answer.source, gold.source))
+
+
+# --- several values ----------------------------------------------------------------------------------
+
+
+def _items(answer: Value, gold: Items) -> Verdict:
+    if isinstance(answer, Region):
+        return _region(answer, gold)
+    if isinstance(answer, Matrix) and gold.brackets == "()":
+        return _matrix_and_tuple(answer, gold)
+    if not isinstance(answer, Items):
+        return (
+            no("one answer where several are asked") if len(gold.items) > 1 else same(answer, gold.items[0])
+        )
+    if len(answer.items) != len(gold.items):
+        return no(f"{len(answer.items)} answers, not {len(gold.items)}")
+    if not _agreeing_brackets(answer, gold):
+        return no(f"other brackets: {answer.brackets or 'none'} against {gold.brackets or 'none'}")
+    if len(gold.items) > _MAX_ITEMS:
+        return no("a long list that is not the same text")
+    if gold.kind == "named values":
+        return _named_values(answer.items, gold.items)
+    ordered = not {answer.brackets, gold.brackets} <= {"", "{}"}
+    return _in_order(answer.items, gold.items, "list") if ordered else _in_any_order(answer, gold)
+
+
+def _agreeing_brackets(answer: Items, gold: Items) -> bool:
+    """Whether brackets agree: none may stand for braces or round ones, and for square ones of no interval."""
+    pair = {answer.brackets, gold.brackets}
+    return (
+        len(pair) == 1
+        or pair in ({"", "{}"}, {"", "()"})
+        or (len(gold.items) > 2 and pair <= {"", "()", "[]"})
+    )
+
+
+def _named_values(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
+    """Compare named values by their names; an answer without names must have the same order."""
+    named = [item for item in golds if isinstance(item, Named)]
+    if len({gold.name for gold in named}) == 1:  # x = 1 or x = 2
+        values = [item.value for item in named]
+        return _match(
+            [a.value if isinstance(a, Named) and same_name(a.name, named[0].name) else a for a in answers],
+            values,
+        )
+    if not any(isinstance(answer, Named) for answer in answers):
+        return _in_order(answers, golds, "list")
+    ordered: list[Value] = []
+    for gold in named:
+        fits = [a for a in answers if isinstance(a, Named) and same_name(a.name, gold.name)]
+        if len(fits) != 1:
+            return no(f"no value of {gold.name}")
+        ordered.append(fits[0])
+    return _in_order(ordered, golds, "list")
+
+
+def _in_order(answers: Sequence[Value], golds: Sequence[Value], what: str) -> Verdict:
+    undecided = False
+    for answer, gold in zip(answers, golds, strict=True):
+        verdict = same(answer, gold)
+        if verdict.correct is False:
+            return no(f"another {what}: {verdict.why}")
+        undecided = undecided or verdict.correct is None
+    return Verdict(correct=None, why="") if undecided else yes(f"the same {what}")
+
+
+def _in_any_order(answer: Items, gold: Items) -> Verdict:
+    return _match(list(answer.items), list(gold.items))
+
+
+def _match(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
+    """Pair answers with golds, each once."""
+    left, undecided = list(golds), False
+    for answer in answers:
+        verdicts = [same(answer, gold).correct for gold in left]
+        if True in verdicts:
+            left.pop(verdicts.index(True))
+        elif None in verdicts:
+            undecided = True
+        else:
+            return no(f"{answer} is none of the answers")
+    return Verdict(correct=None, why="") if undecided else yes("the same values")
+
+
+def _region(answer: Value, gold: Value) -> Verdict:
+    mine, theirs = regions.as_pieces(answer), regions.as_pieces(gold)
+    if mine is None or theirs is None:
+        if isinstance(answer, Text | Number | Quantity | Letters | Items):
+            return _other_kind(answer, gold)
+        return formulas(answer, gold)
+    names = {value.variable for value in (answer, gold) if isinstance(value, Region) and value.variable}
+    if len(names) > 1 and not same_name(*names):
+        return no("a condition on another variable")
+    decided = regions.same_pieces(mine, theirs)
+    if decided is None:
+        return formulas(answer, gold)
+    return yes("the same set of numbers") if decided else no("another set of numbers")
+
+
+def _matrix(answer: Value, gold: Matrix) -> Verdict:
+    if isinstance(answer, Items):
+        return _matrix_and_tuple(gold, answer)
+    if not isinstance(answer, Matrix):
+        return formulas(answer, gold) if isinstance(answer, Expression) else _other_kind(answer, gold)
+    if [len(row) for row in answer.rows] != [len(row) for row in gold.rows]:
+        return no("a matrix of another shape")
+    cells = [[cell for row in matrix.rows for cell in row] for matrix in (answer, gold)]
+    return _in_order(cells[0], cells[1], "matrix")
+
+
+def _matrix_and_tuple(matrix: Matrix, items: Items) -> Verdict:
+    """Compare a vector written as a matrix of one row or column with one written as a tuple."""
+    cells = [cell for row in matrix.rows for cell in row]
+    if 1 not in (len(matrix.rows), len(matrix.rows[0])) or len(cells) != len(items.items):
+        return no("a matrix against a list")
+    if items.brackets != "()":
+        return no(f"other brackets: {items.brackets or 'none'} against those of a vector")
+    return _in_order(cells, items.items, "vector")
+
+
+def _ratio(answer: Value, gold: Ratio) -> Verdict:
+    if not isinstance(answer, Ratio):
+        return _other_kind(answer, gold)
+    if len(answer.parts) != len(gold.parts):
+        return no("a ratio of more or fewer parts")
+    return _in_order(answer.parts, gold.parts, "ratio")
+
+
+# --- other kinds -------------------------------------------------------------------------------------
+
+
+def _based(answer: Value, gold: Based) -> Verdict:
+    if isinstance(answer, Based):
+        matches = (answer.digits.lstrip("0"), answer.base) == (gold.digits.lstrip("0"), gold.base)
+        return yes("the same digits in the same base") if matches else no("other digits or another base")
+    if isinstance(answer, Number) and answer.source.upper() == gold.digits:
+        return yes("the same digits; the base may be left off")
+    return _other_kind(answer, gold)
+
+
+def _dated(answer: Value, gold: Dated) -> Verdict:
+    if isinstance(answer, Dated):
+        return yes("the same date or range") if answer.date.same(gold.date) else no("another date or range")
+    return _other_kind(answer, gold)
+
+
+_LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
+
+
+def _letters(answer: Value, gold: Letters) -> Verdict:
+    if isinstance(answer, Letters):
+        return yes("the same letters") if answer.letters == gold.letters else no("other letters")
+    label = _LABEL.fullmatch(answer.source)
+    if label and len(gold.letters) == 1:
+        matches = {(label[1] or label[3]).upper()} == gold.letters
+        return yes("the same letter") if matches else no("another letter")
+    return _other_kind(answer, gold)
+
+
+def _text(answer: Value, gold: Text) -> Verdict:
+    if isinstance(answer, Text):
+        return yes("the same words") if answer.words == gold.words and gold.words else no("other words")
+    return _other_kind(answer, gold)
+
+
+def _other_kind(answer: Value, gold: Value) -> Verdict:
+    several = isinstance(answer, Items) and not isinstance(gold, Items | Region)
+    if several and len(getattr(answer, "items", ())) > 1:
+        return no("several answers where one is asked")
+    return no(f"the answer is a {answer.kind}, the gold answer a {gold.kind}")
+
+
+_RULES: dict[type, Callable[..., Verdict]] = {
+    Number: _number,
+    Quantity: _quantity,
+    Expression: _formula,
+    Relation: _relation,
+    Region: _region,
+    Items: _items,
+    Matrix: _matrix,
+    Ratio: _ratio,
+    Based: _based,
+    Dated: _dated,
+    Letters: _letters,
+    Text: _text,
+}
+
+
+def same_when_rounded(answer: Value, gold: Value, places: int) -> bool:
+    """Whether two numbers agree to a number of decimal places, their units and names aside."""
+    numbers = [_plain_number(value) for value in (answer, gold)]
+    if numbers[0] is None or numbers[1] is None:
+        return False
+    return abs(numbers[0] - numbers[1]) <= Fraction(1, 2 * 10**places)
+
+
+def _plain_number(value: Value) -> Fraction | None:
+    value = value.value if isinstance(value, Named) else value
+    value = value.magnitude if isinstance(value, Quantity) else value
+    return value.value if isinstance(value, Number) else None

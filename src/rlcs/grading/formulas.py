@@ -1,0 +1,405 @@
+r"""Reads tokens as a formula: sums, products, powers, fractions, roots, functions, in LaTeX or plain notation.
+
+The readings are those of school books: `2\frac{1}{2}` is two and a half, `1/2x` is read from left to right,
+`\sin 2x` is the sine of 2x, `x^10` the tenth power, `f(x)` a function of x, but `a(x+1)` a product.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from rlcs.grading.tokens import Token, latex
+from rlcs.grading.tree import HALF, MINUS_ONE, Call, Const, Node, Num, PlusMinus, Power, Product, Sum, Sym
+
+MAX_DEPTH = 40
+_MAX_DIGITS = 2_000
+
+FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp abs".split())
+_INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
+GREEK = frozenset(
+    "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega"
+    " Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar nabla".split()
+)
+_ACCENTS = frozenset(
+    "overline bar vec hat widehat tilde overrightarrow overleftrightarrow overset dot angle triangle odot measuredangle"
+    " parallelogram arc wideparen overparen rm".split()
+)
+_FUNCTION_LETTERS = frozenset(["f", "g", "h", "F", "G", "O", "\\Theta"])
+_CLOSING = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    "\\{": "\\}",
+    "\\lfloor": "\\rfloor",
+    "\\lceil": "\\rceil",
+    "|": "|",
+}
+_BASES = {
+    name: base
+    for base, name in enumerate(
+        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(),
+        2,
+    )
+}
+_FUNCTION_IN_WORD = re.compile(r"([A-Za-z]?)(sin|cos|tan|cot|sec|csc|ln|log)([A-Za-z]?)")
+
+
+class NotAFormulaError(ValueError):
+    """The tokens are not a formula that this grammar knows."""
+
+
+def read_formula(tokens: Sequence[Token]) -> Node:
+    """Read all tokens as one formula. Raises NotAFormulaError."""
+    reader = _Reader(tokens)
+    node = reader.sum()
+    if reader.position < len(reader.tokens):
+        raise NotAFormulaError(f"{reader.text()} follows a formula")
+    return node
+
+
+def is_word(token: Token) -> bool:
+    """Whether a run of letters is a word of a language, not a product of variables such as `ab` or `ABCD`."""
+    return token.kind == "word" and (
+        not token.text.isascii()
+        or (token.upright and len(token.text) > 1)
+        or (len(token.text) > 3 and not token.text.isupper() and not _FUNCTION_IN_WORD.fullmatch(token.text))
+    )
+
+
+def base_of(tokens: Sequence[Token]) -> int | None:
+    """The number base that an index names: `8`, `eight`, `{(8)}`, `base 8`; None if it names none."""
+    words = [t.text.lower() for t in tokens if t.text not in "(){}" and t.text.lower() != "base"]
+    if len(words) != 1:
+        return None
+    base = int(words[0]) if words[0].isdecimal() and len(words[0]) < 3 else _BASES.get(words[0], 0)
+    return base if 2 <= base <= 36 else None
+
+
+def number_in_base(digits: str, base: int) -> Fraction | None:
+    """The value of digits such as `101.1` or `7A` in a base; None if a digit is too large for it."""
+    whole, _, part = digits.upper().partition(".")
+    if len(digits) > 200:
+        return None
+    try:
+        return Fraction(int(whole + part, base), base ** len(part))
+    except ValueError:
+        return None
+
+
+def _number(text: str) -> Fraction:
+    digits, _, power = text.lower().partition("e")
+    if len(digits) > _MAX_DIGITS or len(power) > 4 or abs(int(power or 0)) > _MAX_DIGITS:
+        raise NotAFormulaError("too many digits")
+    return Fraction(digits) * Fraction(10) ** int(power or 0)
+
+
+def _product(factors: Sequence[Node]) -> Node:
+    return factors[0] if len(factors) == 1 else Product(tuple(factors))
+
+
+def _is_simple_fraction(node: Node) -> bool:
+    r"""Whether a node is `\frac{a}{b}` of whole numbers with a < b, which makes a mixed number."""
+    match node:
+        case Product((Num(over), Power(Num(under), Num(power)))):
+            return power == -1 and over.denominator == under.denominator == 1 and 0 < over < under
+    return False
+
+
+class _Reader:
+    """Recursive descent over tokens; every cycle of the grammar passes `primary`, which bounds the depth."""
+
+    def __init__(self, tokens: Sequence[Token]) -> None:
+        self.tokens = list(tokens)
+        self.position = 0
+        self.depth = 0
+
+    def text(self, ahead: int = 0) -> str:
+        index = self.position + ahead
+        return self.tokens[index].text if index < len(self.tokens) else ""
+
+    def take(self, expected: str = "") -> Token:
+        if not self.text() or (expected and self.text() != expected):
+            raise NotAFormulaError(f"{self.text() or 'the end'} where {expected or 'a value'} should be")
+        self.position += 1
+        return self.tokens[self.position - 1]
+
+    def sum(self) -> Node:
+        terms = [self.signed(first=True)]
+        while self.text() in ("+", "-", "\\pm", "\\mp"):
+            terms.append(self.signed())
+        node = terms[0] if len(terms) == 1 else Sum(tuple(terms))
+        if self.text() == "(" and self.text(1) == "mod":
+            self.tokens[self.position : self.position + 2] = [
+                self.tokens[self.position + 1],
+                self.tokens[self.position],
+            ]
+        if self.text() in ("\\pmod", "\\bmod", "\\mod", "mod"):
+            self.take()
+            node = Call("mod", (node, self.primary()))
+        return node
+
+    def signed(self, *, first: bool = False) -> Node:
+        """Read a term with the sign before it (only the first term may lack one)."""
+        sign = self.text()
+        if sign not in ("+", "-", "\\pm", "\\mp"):
+            if not first:
+                raise NotAFormulaError("no sign")
+            return self.term()
+        self.take()
+        if sign in ("\\pm", "\\mp"):
+            return PlusMinus(self.term(), opposite=sign == "\\mp")
+        term = self.signed() if self.text() in ("+", "-") and self.depth < MAX_DEPTH else self.term()
+        return term if sign == "+" else Product((MINUS_ONE, term))
+
+    def term(self) -> Node:
+        factors, after_number = self.factor()
+        parts = [factors]
+        while True:
+            operator = self.text()
+            if operator in ("\\cdot", "/"):
+                self.take()
+                negative = self.text() == "-" and bool(self.take())
+                factor, after_number = self.factor()
+                parts.append(Power(factor, MINUS_ONE) if operator == "/" else factor)
+                parts += [MINUS_ONE] if negative else []
+            elif self.starts_factor(after_number):
+                factor, after_number = self.factor()
+                parts.append(factor)
+            else:
+                return _product(parts)
+
+    def starts_factor(self, after_number: bool) -> bool:
+        """Whether a factor follows without an operator; two numbers in a row have no value."""
+        if self.position >= len(self.tokens):
+            return False
+        token = self.tokens[self.position]
+        if token.kind == "number":
+            return not after_number
+        if token.kind == "word":
+            return token.text != "mod"
+        name = token.text.removeprefix("\\")
+        known = name in FUNCTIONS or name in GREEK or name in _ACCENTS
+        if token.text == "(":
+            return self.text(1) != "mod"
+        return token.text in ("[", "{", "\\lfloor", "\\lceil") or (
+            token.kind == "command" and (known or name in ("frac", "sqrt", "cbrt", "binom", "pi", "infty"))
+        )
+
+    def factor(self) -> tuple[Node, bool]:
+        """Read a factor with its powers; also return whether it ends in a bare number."""
+        is_number = self.position < len(self.tokens) and self.tokens[self.position].kind == "number"
+        node, start = self.primary(), self.position
+        while (sign := self.text()) in ("^", "!", "°", "%", "'"):
+            self.take()
+            if sign == "^":
+                node = Power(node, self.exponent())
+            elif sign == "!":
+                node = Call("factorial", (node,))
+            elif sign == "'":
+                if not isinstance(node, Sym):
+                    raise NotAFormulaError("a prime after a value")
+                node = Sym(node.name + "'")
+            else:
+                node = Product((node, Sym("degree") if sign == "°" else Num(Fraction(1, 100))))
+        return node, is_number and self.position == start
+
+    def exponent(self) -> Node:
+        negative = self.text() == "-" and bool(self.take())
+        node = self.primary()
+        if self.text() == "^":  # 9^9^9 is 9^(9^9)
+            self.take()
+            node = Power(node, self.deeper(self.exponent))
+        return Product((MINUS_ONE, node)) if negative else node
+
+    def deeper(self, rule: Callable[[], Node]) -> Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise NotAFormulaError("too deeply nested")
+        node = rule()
+        self.depth -= 1
+        return node
+
+    def primary(self) -> Node:
+        return self.deeper(self.unbounded_primary)
+
+    def unbounded_primary(self) -> Node:
+        token = self.tokens[self.position] if self.position < len(self.tokens) else Token("sign", "")
+        if token.kind == "number":
+            return self.number()
+        if token.kind == "word":
+            return self.word(self.take())
+        if token.text in _CLOSING:
+            node = self.group()
+            name = {"\\lfloor": "floor", "\\lceil": "ceil", "|": "abs"}.get(token.text)
+            return Call(name, (node,)) if name else node
+        self.take()
+        return self.command(token.text.removeprefix("\\"))
+
+    def group(self) -> Node:
+        closing = _CLOSING[self.take().text]
+        node = self.sum()
+        self.take(closing)
+        return node
+
+    def argument(self) -> Node:
+        r"""Read a group, or the next single digit or letter: `\frac12`, `\frac{360}7`, `\frac ab`."""
+        if self.position < len(self.tokens) and self.text() != "{":
+            token = self.tokens[self.position]
+            if token.kind in ("number", "word") and len(token.text) > 1:
+                self.tokens[self.position] = token._replace(text=token.text[1:])
+                first = token.text[0]
+                return Num(Fraction(int(first))) if first.isdigit() else self.symbol(first)
+        return self.primary()
+
+    def number(self) -> Node:
+        """Read a number; a whole number and a simple fraction after it are a mixed number."""
+        token = self.take()
+        if self.text() == "_":
+            return self.based(token.text)
+        node = Num(_number(token.text))
+        start = self.position
+        if token.text.isdigit() and self.text() == "\\frac":
+            fraction = self.primary()
+            if _is_simple_fraction(fraction):
+                return Sum((node, fraction))
+            self.position = start
+        numbers = [t.kind == "number" and t.text.isdigit() for t in self.tokens[start : start + 3]]
+        if token.text.isdigit() and numbers == [True, False, True] and self.text(1) == "/":
+            over, under = int(self.text()), int(self.text(2))
+            if 0 < over < under:
+                self.position += 3
+                return Sum((node, Num(Fraction(over, under))))
+        return node
+
+    def based(self, digits: str) -> Node:
+        """Read the base after a number, inside a larger formula: `12_3 + 4`."""
+        self.take("_")
+        base = base_of(self.index())
+        value = number_in_base(digits, base) if base else None
+        if value is None:
+            raise NotAFormulaError("an index of a number that is no base")
+        return Num(value)
+
+    def index(self) -> list[Token]:
+        """The tokens of the index after `_`."""
+        start = self.position
+        if self.text() == "{":
+            depth = 0
+            while self.position < len(self.tokens):
+                depth += {"{": 1, "}": -1}.get(self.take().text, 0)
+                if depth == 0:
+                    return self.tokens[start + 1 : self.position - 1]
+        return [self.take()]
+
+    def word(self, token: Token) -> Node:
+        """Read a run of letters as a product of variables."""
+        letters = token.text
+        if match := _FUNCTION_IN_WORD.fullmatch(letters):
+            before, name, after = match.groups()
+            if after:
+                self.position -= 1
+                self.tokens[self.position] = token._replace(text=after, gap=True)
+            call = self.function(name)
+            return Product((self.symbol(before), call)) if before else call
+        if is_word(token):
+            raise NotAFormulaError(f"the word {letters[:30]}")
+        *first, last = letters
+        factors = [self.letter(letter) for letter in first]
+        node = self.symbol(last)
+        if not factors:
+            return node
+        while self.text() == "^":  # the power belongs to the last letter: mv^2
+            self.take()
+            node = Power(node, self.exponent())
+        return Product((*factors, node))
+
+    def letter(self, name: str) -> Node:
+        return Const(name) if name in ("e", "i") else Sym(name)
+
+    def symbol(self, name: str) -> Node:
+        """Make a variable, with its index, or a function of what stands in brackets after it."""
+        if self.text() == "_":
+            self.take()
+            index = latex(self.index()).strip("{}() ")
+            return Sym(f"{name}_{index}")
+        if name in _FUNCTION_LETTERS and self.text() == "(":
+            return Call(name, (self.group(),))
+        return self.letter(name)
+
+    def command(self, name: str) -> Node:
+        match name:
+            case "frac":
+                over, under = self.argument(), self.argument()
+                return Product((over, Power(under, MINUS_ONE)))
+            case "sqrt" | "cbrt":
+                degree: Node = Num(Fraction(3 if name == "cbrt" else 2))
+                if self.text() == "[":
+                    degree = self.group()
+                node = self.primary()
+                return Power(node, HALF if degree == Num(Fraction(2)) else Power(degree, MINUS_ONE))
+            case "binom":
+                return Call("binom", (self.argument(), self.argument()))
+            case "pi":
+                return Const("pi")
+            case "infty":
+                return Const("infinity")
+        if name in FUNCTIONS:
+            return self.function(name)
+        if name in GREEK:
+            return self.symbol("\\Theta" if name == "Theta" and self.text() == "(" else name)
+        if name in _ACCENTS:
+            return self.accented(name)
+        raise NotAFormulaError(f"\\{name}")
+
+    def accented(self, name: str) -> Node:
+        r"""Read `\overline{AB}`, `\vec a`, `\angle ABC`: a name, of which nothing is computed."""
+        start = self.position
+        if self.text() == "{":
+            self.index()
+        else:
+            self.take()
+        return Sym(f"{name} {latex(self.tokens[start : self.position]).strip('{} ')}")
+
+    def function(self, name: str) -> Node:
+        base: Node | None = None
+        power: Node | None = None
+        while (sign := self.text()) in ("^", "_"):
+            self.take()
+            if sign == "^":
+                power = self.exponent()
+            else:
+                base = self.argument()
+        if power == Product((MINUS_ONE, Num(Fraction(1)))) or power == Num(Fraction(-1)):
+            name, power = _INVERSES.get(name, ""), None
+            if not name:
+                raise NotAFormulaError("an inverse of no known function")
+        node = self.applied(name, self.function_argument(), base)
+        return node if power is None else Power(node, power)
+
+    def applied(self, name: str, argument: Node, base: Node | None) -> Node:
+        match name:
+            case "exp":
+                return Power(Const("e"), argument)
+            case "log" | "lg":
+                return Call("log", (argument, base or (Num(Fraction(10)) if name == "lg" else Sym("base"))))
+        return Call(name, (argument,))
+
+    def function_argument(self) -> Node:
+        """Read a group in brackets, or the factors up to the next function or operator."""
+        if self.text() in ("(", "[", "{", "|"):
+            opening = self.text()
+            node = self.primary()
+            if opening != "{" or self.text() != "(":
+                return node
+            return Product((node, self.primary()))
+        if self.text().removeprefix("\\") in FUNCTIONS:
+            return self.primary()
+        negative = self.text() == "-" and bool(self.take())
+        node, after_number = self.factor()
+        factors = [node]
+        while self.starts_factor(after_number) and self.text().removeprefix("\\") not in FUNCTIONS:
+            if self.text() in ("(", "["):
+                break
+            node, after_number = self.factor()
+            factors.append(node)
+        return _product([MINUS_ONE, *factors] if negative else factors)

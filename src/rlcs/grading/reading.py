@@ -1,0 +1,623 @@
+r"""Reads an answer once, into a typed value (`values`): LaTeX, plain notation and Unicode by one grammar.
+
+From the outside in: dates, matrices, sets and intervals, lists, relations, ratios, then one number, quantity,
+formula or text. What is no formula is text; what is a formula beyond this grammar (sums, integrals, limits)
+becomes an expression without a tree, which only math-verify can compare.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
+
+from rlcs.grading import algebra, regions
+from rlcs.grading.dates import read_date
+from rlcs.grading.formulas import (
+    GREEK,
+    MAX_DEPTH,
+    NotAFormulaError,
+    base_of,
+    is_word,
+    number_in_base,
+    read_formula,
+)
+from rlcs.grading.measures import Unit, read_unit
+from rlcs.grading.tokens import MAX_TOKENS, Token, latex, tokenise
+from rlcs.grading.tree import MINUS_ONE, Const, Node, Num, PlusMinus, Product, Sum, Sym, symbols, walk
+from rlcs.grading.values import (
+    Based,
+    Dated,
+    Expression,
+    Items,
+    Letters,
+    Matrix,
+    Named,
+    Number,
+    Piece,
+    Quantity,
+    Ratio,
+    Region,
+    Relation,
+    Text,
+    Value,
+    as_tree,
+)
+
+MAX_CHARACTERS = 2_000
+"""A longer answer is text; its numbers and formulas are not read."""
+
+Tokens = Sequence[Token]
+
+_OPENING = frozenset(["(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle", "\\begin"])
+_CLOSING = frozenset([")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle", "\\end"])
+_ORDER = frozenset(["<", ">", "\\le", "\\ge"])
+_RELATIONS = _ORDER | frozenset(
+    "= \\ne \\in \\notin \\approx \\equiv \\sim \\cong \\parallel \\perp \\to \\Rightarrow \\propto \\iff \\subset".split()
+)
+_TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+_MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
+_ROWS = frozenset("cases dcases aligned align gathered gather split eqnarray".split())
+_LEAD_WORDS = frozenset("the my final correct best answer answers option choice result value is are".split())
+_LEADS = frozenset("answer answers option choice".split())
+_MONEY = frozenset("$ € £ ¥ ₹ ₽ ₩".split())
+_ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
+_NO_NUMBERS = frozenset(["empty set", "null set"])
+_ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
+_IN_BASE = re.compile(
+    r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
+)
+
+
+def read(text: str) -> Value:
+    """Read an answer; never fails. Equal texts give the same value from a cache."""
+    if len(text) > MAX_CHARACTERS:
+        return Text(source=text.strip(), words=plain_words(text))
+    return _read(text)
+
+
+@lru_cache(maxsize=4096)
+def _read(text: str) -> Value:
+    tokens = _strip(tokenise(text))
+    if len(tokens) > MAX_TOKENS or _depth(tokens) > MAX_DEPTH:
+        return Text(source=latex(tokens), words=plain_words(text))
+    plain = spoken(tokens)
+    if date := read_date(plain):
+        return Dated(source=latex(tokens), date=date)
+    if plain.lower() in _ALL_NUMBERS:
+        return Region(source="\\R", pieces=(regions.whole_line(),))
+    if plain.lower() in _NO_NUMBERS:
+        return Region(source="\\emptyset", pieces=())
+    return _value(tokens)
+
+
+@lru_cache(maxsize=4096)
+def spelled(text: str) -> str:
+    """The answer as plain text in its one spelling, without what does not belong to it."""
+    return spoken(_strip(tokenise(text[:MAX_CHARACTERS])))
+
+
+def plain_words(text: str) -> str:
+    """Words in lower case, without hyphens, quotes, a leading article and punctuation at the end."""
+    words = " ".join(re.sub(r"[-\s]+", " ", text).casefold().split()).strip("*`\"'.,; ")
+    return words[article.end() :] if (article := _ARTICLE.match(words)) else words
+
+
+def spoken(tokens: Tokens) -> str:
+    """The tokens as plain text: words apart, no braces, `*` for products."""
+    text = "".join(
+        (" " if token.gap else "") + token.text.replace("\\cdot", "*").replace("\\", "")
+        for token in tokens
+        if token.text not in ("{", "}")
+    )
+    return text.strip()
+
+
+def _strip(tokens: Tokens) -> Tokens:
+    """Remove what does not belong to the answer: quotes, a full stop, `=`, "the answer is"."""
+    while tokens and tokens[-1].text in (".", ",", ";", "'", '"', "\\cdot", "^") and len(tokens) > 1:
+        if tokens[-1].text in ("'", "\\cdot", "^") and tokens[0].text != tokens[-1].text:
+            break
+        tokens = tokens[:-1]
+    while len(tokens) > 1 and tokens[0].text in ("'", '"', "\\cdot", "^", "=", "\\approx", "\\therefore"):
+        tokens = tokens[1:]
+    lead = 0
+    while lead < len(tokens) and (tokens[lead].text.lower() in _LEAD_WORDS or tokens[lead].text == ":"):
+        lead += 1
+    if 0 < lead < len(tokens) and any(token.text.lower() in _LEADS for token in tokens[:lead]):
+        tokens = _strip(tokens[lead:])
+    return tokens
+
+
+# --- structure ---------------------------------------------------------------------------------------
+
+
+def _steps(tokens: Tokens) -> Iterator[int]:
+    """The depth of brackets after each token."""
+    depth = 0
+    for token in tokens:
+        depth += (token.text in _OPENING) - (token.text in _CLOSING)
+        yield depth
+
+
+def _depth(tokens: Tokens) -> int:
+    return max(_steps(tokens), default=0)
+
+
+def _enclosed(tokens: Tokens) -> bool:
+    """Whether the first token is a bracket that the last one closes."""
+    if len(tokens) < 2 or tokens[0].text not in _OPENING or tokens[-1].text not in _CLOSING:
+        return False
+    depths = list(_steps(tokens))
+    return depths[-1] == 0 and 0 not in depths[:-1]
+
+
+def _split(tokens: Tokens, separators: frozenset[str]) -> tuple[list[Tokens], list[str]]:
+    """Cut at separators outside brackets; the parts, and the separators between them."""
+    parts: list[Tokens] = []
+    found: list[str] = []
+    start = 0
+    for position, (token, depth) in enumerate(zip(tokens, _steps(tokens), strict=True)):
+        if depth == 0 and token.text in separators:
+            parts.append(tokens[start:position])
+            found.append(token.text)
+            start = position + 1
+    return [*parts, tokens[start:]], found
+
+
+_COMMAS = frozenset([",", ";"])
+_AND_OR = frozenset(["and", "or", "\\wedge", "\\vee", "&"])
+
+
+def _value(tokens: Tokens) -> Value:
+    """Read tokens as a value of any kind."""
+    tokens = _peeled(tokens)
+    source = latex(tokens)
+    if not tokens:
+        return Text(source="", words="")
+    if letters := _letters(tokens):
+        return Letters(source=source, letters=letters)
+    if all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens) and len(source) > 1:
+        return _text(tokens)
+    for rule in (_based, _environment, _bracketed, _combined_sets, _list, _relation, _ratio):
+        if (value := rule(tokens, source)) is not None:
+            return value
+    return _single(tokens, source)
+
+
+def _peeled(tokens: Tokens) -> Tokens:
+    """Remove braces around everything, and brackets around brackets."""
+    while _enclosed(tokens) and (
+        tokens[0].text == "{" or (tokens[0].text == "(" == tokens[1].text and _enclosed(tokens[1:-1]))
+    ):
+        tokens = tokens[1:-1]
+    return tokens
+
+
+def _letters(tokens: Tokens) -> frozenset[str] | None:
+    """The letters of choices: `B`, `(B)`, `A, C`, `ABD` (in the order of the alphabet, or it is a name)."""
+    runs = [t.text for t in tokens if t.text not in ("(", ")", ",", ";", "and", "&")]
+    if not runs or not all(t.isalpha() and t.isascii() and t.isupper() and max(t) <= "H" for t in runs):
+        return None
+    letters = "".join(runs)
+    if len(set(letters)) != len(letters) or (
+        len(runs) == 1 and list(letters) not in (sorted(letters), sorted(letters)[::-1])
+    ):
+        return None
+    return frozenset(letters)
+
+
+def _text(tokens: Tokens) -> Text:
+    text = spoken(tokens)
+    return Text(source=latex(tokens), words=plain_words(text))
+
+
+def _based(tokens: Tokens, source: str) -> Value | None:
+    match = _IN_BASE.fullmatch(source) or _IN_BASE.fullmatch(spoken(tokens))
+    if not match:
+        return None
+    start = next((i for i, t in enumerate(tokens) if t.text in ("_", "base", "in")), len(tokens))
+    index = [t for t in tokens[start:] if t.text not in ("_", "in", "base")]
+    base = base_of(index)
+    if base is None or (len(match[1]) == 1 and not match[1].isdigit()):
+        return None
+    return Based(source=source, digits=match[1].upper(), base=base, value=number_in_base(match[1], base))
+
+
+def _environment(tokens: Tokens, source: str) -> Value | None:
+    r"""Read `\begin{pmatrix} ... \end{pmatrix}` and `\begin{cases} ... \end{cases}`."""
+    inner = tokens[1:-1] if _enclosed(tokens) and tokens[0].text in ("(", "[") else tokens
+    system = tokens[0].text == "\\{" and not _enclosed(tokens)  # \left\{ \begin{array} ... \right.
+    inner = tokens[1:] if system else inner
+    if len(inner) < 8 or inner[0].text != "\\begin":
+        return None
+    name = inner[2].text
+    end = next((i for i in range(len(inner) - 1, 0, -1) if inner[i].text == "\\end"), 0)
+    if end + 4 != len(inner):
+        return None
+    start = 4
+    if name == "array" and inner[start].text == "{":
+        start += next(i for i, t in enumerate(inner[start:]) if t.text == "}") + 1
+    body = inner[start:end]
+    rows = [row for row in _rows(body) if row]
+    if name in _MATRICES and not system:
+        cells = tuple(tuple(_value(cell) for cell in _split(row, frozenset("&"))[0]) for row in rows)
+        return Matrix(source=source, rows=cells)
+    if name in _ROWS or system:
+        parts = [_strip([t for t in row if t.text != "&"]) for row in rows]
+        return _items(parts, [","] * (len(parts) - 1), "", source) if len(parts) > 1 else _value(parts[0])
+    return None
+
+
+def _rows(tokens: Tokens) -> list[Tokens]:
+    rows: list[Tokens] = []
+    start = 0
+    for position, (token, depth) in enumerate(zip(tokens, _steps(tokens), strict=True)):
+        if token.kind == "row" and depth == 0:
+            rows.append(tokens[start:position])
+            start = position + 1
+    return [*rows, tokens[start:]]
+
+
+def _bracketed(tokens: Tokens, source: str) -> Value | None:
+    r"""Read `(a, b)`, `[a, b)`, `\{a, b\}` and `\{x \mid x > 3\}`."""
+    if not _enclosed(tokens) or tokens[0].text not in ("(", "[", "\\{", "\\langle"):
+        return None
+    inside = tokens[1:-1]
+    brackets = (tokens[0].text + tokens[-1].text).replace("\\{", "{").replace("\\}", "}")
+    brackets = "()" if "angle" in brackets else brackets
+    if brackets == "{}":
+        parts, _ = _split(inside, frozenset(["|", ":"]))
+        if len(parts) == 2 and parts[0] and parts[1]:
+            condition = _value(parts[1])
+            return condition if isinstance(condition, Region | Items) else None
+        if not inside:
+            return Region(source="\\emptyset", pieces=())
+    parts, found = _split(inside, _COMMAS)
+    if len(parts) == 1 and brackets != "{}":
+        value = _value(inside)
+        return None if brackets == "()" and isinstance(value, Text) and len(inside) > 1 else value
+    return _items(parts, found, brackets, source)
+
+
+def _items(parts: Sequence[Tokens], found: Sequence[str], brackets: str, source: str) -> Value | None:
+    """Make several values of the parts of a list; inequalities become one set of numbers."""
+    if not all(parts):
+        return None
+    items = [_value(part) for part in parts]
+    first = items[0]
+    if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
+        named = [replace(first, source=item.source, value=item, tree=None) for item in items[1:]]
+        items = [first, *named]  # x = 1, 2
+    if not brackets and all(isinstance(item, Region) for item in items):
+        limits = [item for item in items if isinstance(item, Region)]
+        if len({limit.variable for limit in limits}) == 1:
+            return _joined(limits, by_or="or" in found or "\\vee" in found, source=source)
+    flat: list[Value] = []
+    for item in items:
+        flat += item.items if isinstance(item, Items) and item.source.count("\\pm") else [item]
+    return Items(source=source, brackets=brackets, items=tuple(flat))
+
+
+def _joined(limits: Sequence[Region], *, by_or: bool, source: str) -> Region:
+    """Join conditions: `or` gives the union; `and` or a comma the intersection, unless that is empty."""
+    union = regions.union([piece for limit in limits for piece in limit.pieces])
+    both = list(limits[0].pieces)
+    for limit in limits[1:]:
+        both = regions.intersection(both, limit.pieces)
+    pieces = union if (by_or and union != [regions.whole_line()]) or not both else both
+    return Region(source=source, pieces=tuple(pieces), variable=limits[0].variable)
+
+
+def _combined_sets(tokens: Tokens, source: str) -> Value | None:
+    r"""Read unions and differences of sets of numbers, `\mathbb{R}` and `\emptyset`."""
+    names = {"\\R": (regions.whole_line(),), "\\reals": (regions.whole_line(),), "\\emptyset": ()}
+    if len(tokens) == 1 and tokens[0].text in names:
+        return Region(source=source, pieces=names[tokens[0].text])
+    between = [
+        token._replace(text="\\cup") if token.text in ("U", "u") and token.kind == "word" else token
+        for token in tokens
+    ]
+    parts, found = _split(between, frozenset(["\\cup", "\\setminus", "\\cap"]))
+    if not found or not all(parts):
+        return None
+    sets = [regions.as_pieces(_value(part)) for part in parts]
+    pieces = sets[0]
+    for operator, other in zip(found, sets[1:], strict=True):
+        if pieces is None or other is None:
+            return Expression(source=source)
+        if operator == "\\cup":
+            pieces = (*pieces, *other)
+        else:
+            rest = other if operator == "\\cap" else regions.complement(regions.union(other))
+            pieces = tuple(regions.intersection(pieces, rest))
+    return None if pieces is None else Region(source=source, pieces=tuple(regions.union(pieces)))
+
+
+def _list(tokens: Tokens, source: str) -> Value | None:
+    """Read a list without brackets: commas always separate, "and" and "or" between values that are not words."""
+    parts, found = _split(tokens, _COMMAS)
+    pieces: list[Tokens] = []
+    separators: list[str] = []
+    for part, separator in zip(parts, [*found, ""], strict=True):
+        inner, words = _split(part, _AND_OR)
+        inner = [piece for piece in inner if piece] or [part]
+        pieces += inner
+        separators += [*words[: len(inner) - 1], *([separator] if separator else [])]
+        separators += [word for word in words[len(inner) - 1 :] if separators]
+    if len(pieces) < 2:
+        return None
+    value = _items(pieces, separators, "", source)
+    if isinstance(value, Items) and any(isinstance(item, Text) for item in value.items):
+        return _items(parts, found, "", source) if found else _text(tokens)
+    return value
+
+
+def _relation(tokens: Tokens, source: str) -> Value | None:
+    parts, operators = _split(tokens, _RELATIONS)
+    if (
+        len(tokens[0].text) == 1
+        and tokens[0].text.isupper()
+        and tokens[0].kind == "word"
+        and _enclosed(tokens[1:])
+    ):
+        value = _value(tokens[1:])  # the point P(2, -5)
+        return Named(source=source, name=tokens[0].text, value=value) if isinstance(value, Items) else None
+    if not operators or not all(parts):
+        return None
+    if set(operators) <= _ORDER | {"\\ne"} and (limits := _inequality(parts, operators, source)):
+        return limits
+    if set(operators) <= {"=", "\\approx"}:
+        return _equation(parts, source)
+    sides = tuple(_value(part) for part in parts)
+    if operators == ["\\in"] and _name(parts[0]):
+        variable = latex(parts[0])
+        if isinstance(sides[1], Items | Region):
+            pieces = regions.as_pieces(sides[1])
+            if pieces is not None and not (isinstance(sides[1], Items) and sides[1].brackets in ("", "{}")):
+                return Region(source=source, pieces=pieces, variable=variable)
+            return sides[1]
+    return Relation(source=source, operators=tuple(operators), sides=sides)
+
+
+def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) -> Value | None:
+    r"""Read `x > 3`, `3 < x`, `1 < x \le 2` as a set of numbers; other inequalities are relations."""
+    nodes = [_tree(part) for part in parts]
+    names = [_name(part) for part in parts]
+    if len(parts) == 2:
+        (left, right), (operator,) = nodes, operators
+        if names[0] and right is not None and not symbols(right) & _variables(left):
+            return Region(source=source, pieces=tuple(regions.ray(operator, right)), variable=names[0])
+        if names[1] and left is not None:
+            return Region(
+                source=source, pieces=tuple(regions.ray(_TURNED[operator], left)), variable=names[1]
+            )
+        if left is None or right is None:
+            return None
+        greater = operator in (">", "\\ge")
+        tree = _difference(left, right) if not greater else _difference(right, left)
+        relation = _TURNED[operator] if greater else operator
+        sides = tuple(_value(part) for part in parts)
+        return Relation(source=source, operators=(relation,), sides=sides, tree=tree)
+    if len(parts) == 3 and names[1] and nodes[0] is not None and nodes[2] is not None:
+        low, high, first, last = nodes[0], nodes[2], operators[0], operators[1]
+        if {first, last} <= {">", "\\ge"}:
+            low, high, first, last = high, low, _TURNED[last], _TURNED[first]
+        if {first, last} <= {"<", "\\le"}:
+            piece = Piece(low=low, high=high, low_closed=first == "\\le", high_closed=last == "\\le")
+            return Region(source=source, pieces=(piece,), variable=names[1])
+    return None
+
+
+def _variables(node: Node | None) -> frozenset[str]:
+    return symbols(node) if node is not None else frozenset()
+
+
+def _equation(parts: Sequence[Tokens], source: str) -> Value:
+    """Read `x = 5`, `(a, b) = (1, 2)`, a chain `2 + 3 = 5`, or another equation."""
+    if len(parts) == 2 and (pairs := _paired_names(parts, source)):
+        return pairs
+    sides = [_value(part) for part in parts]
+    trees = [as_tree(side) for side in sides]
+    left, right = trees[0], trees[-1]
+    tree = _difference(left, right) if len(parts) == 2 and left is not None and right is not None else None
+    names = [_name(part) for part in parts]
+    if names[0] and all(names[:-1]) and isinstance(sides[-1], Items) and "\\pm" in latex(parts[-1]):
+        named = tuple(Named(source=item.source, name=names[0], value=item) for item in sides[-1].items)
+        return replace(sides[-1], source=source, items=named)  # x = 1 \pm 2
+    if names[0] and not names[-1] and len(parts) == 2:
+        return Named(source=source, name=names[0], value=sides[1], tree=tree)
+    if names[-1] and not names[0] and len(parts) == 2:
+        return Named(source=source, name=names[-1], value=sides[0], tree=tree)
+    if names[0] and len(parts) == 2:
+        return Named(source=source, name=names[0], value=sides[1], tree=tree)
+    if len(parts) > 2 and _is_chain(sides[1:] if names[0] else sides):
+        name = names[0] or latex(parts[0])
+        return Named(source=source, name=name, value=sides[-1])
+    return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)
+
+
+def _is_chain(sides: Sequence[Value]) -> bool:
+    """Whether all sides of an equation that have a number agree with the last."""
+    trees = [as_tree(side) for side in sides]
+    last = trees[-1]
+    if last is None:
+        return False
+    return all(tree is not None and (algebra.equal(tree, last) or not _has_digits(tree)) for tree in trees)
+
+
+def _has_digits(tree: Node) -> bool:
+    return any(isinstance(node, Num) for node in walk(tree))
+
+
+def _paired_names(parts: Sequence[Tokens], source: str) -> Value | None:
+    """Read `(a, b) = (1, 2)` as a = 1, b = 2."""
+    if not all(_enclosed(part) and part[0].text == "(" for part in parts):
+        return None
+    names, _ = _split(parts[0][1:-1], _COMMAS)
+    values, _ = _split(parts[1][1:-1], _COMMAS)
+    if len(names) != len(values) or len(names) < 2 or not all(map(_name, names)):
+        return None
+    pairs = zip(names, values, strict=True)
+    items = tuple(Named(source=latex(v), name=_name(n), value=_value(v)) for n, v in pairs)
+    return Items(source=source, brackets="", items=items)
+
+
+def _name(tokens: Tokens) -> str:
+    r"""The name that tokens are, or "": `x`, `S_{ABC}`, `f(x)`, `|AB|`, `\angle ABC`, `AB : BC`, `Area`."""
+    if not tokens or not any(t.kind == "word" or t.text[1:] in GREEK for t in tokens) or len(tokens) > 20:
+        return ""
+    skip = 0
+    for position, (before, token) in enumerate(pairwise([Token("sign", ""), *tokens])):
+        if position < skip:
+            continue
+        index = before.text in ("_", "\\angle", "(") or (before.text == "^" and token.text == "{")
+        if before.text in ("_", "\\angle") and token.text == "{":
+            skip = position + next((i for i, t in enumerate(tokens[position:]) if t.text == "}"), 0)
+        elif token.kind == "number" and not index:
+            return ""
+        elif token.text == "^":
+            if latex(tokens[position : position + 5])[:5] != "^{-1}":
+                return ""
+            skip = position + 5
+        elif token.text in ("+", "-", "\\cdot", "\\sqrt", ",", "!", "%", "\\pm", "°"):
+            return ""
+    return latex(tokens).replace(" ", "")
+
+
+def _ratio(tokens: Tokens, source: str) -> Value | None:
+    parts, found = _split(tokens, frozenset([":"]))
+    if not found or not all(parts):
+        return None
+    values = tuple(_value(part) for part in parts)
+    if any(isinstance(value, Text) for value in values):
+        return _text(tokens)
+    return Ratio(source=source, parts=values)
+
+
+# --- one value ---------------------------------------------------------------------------------------
+
+
+def _tree(tokens: Tokens) -> Node | None:
+    try:
+        return read_formula(tokens)
+    except NotAFormulaError:
+        return None
+
+
+def _difference(left: Node, right: Node) -> Node:
+    return Sum((left, Product((MINUS_ONE, right))))
+
+
+def _single(tokens: Tokens, source: str) -> Value:
+    """Read a number, a quantity or a formula; what is none of them is text."""
+    if (
+        value := _percentage(tokens, source) or _money(tokens, source) or _quantity(tokens, source)
+    ) is not None:
+        return value
+    tree = _tree(tokens)
+    if tree is None:
+        wordy = any(is_word(token) for token in tokens)
+        formula = any(token.kind in ("number", "command") or token.text == "^" for token in tokens)
+        return Expression(source=source) if formula and not wordy else _text(tokens)
+    return _of_tree(tree, source)
+
+
+def _of_tree(tree: Node, source: str) -> Value:
+    if any(isinstance(node, PlusMinus) for node in walk(tree)):
+        both = algebra.both_signs(tree)
+        return Items(source=source, brackets="", items=tuple(_of_tree(one, source) for one in both))
+    if symbols(tree):
+        return Expression(source=source, tree=tree)
+    try:
+        value = algebra.exact(tree)
+    except algebra.TooLargeError:
+        value = None
+    return (
+        Expression(source=source, tree=tree)
+        if value is None
+        else Number(source=source, tree=tree, value=value)
+    )
+
+
+def _percentage(tokens: Tokens, source: str) -> Value | None:
+    words = [token.text.lower() for token in tokens[-2:]]
+    length = 1 if words[-1] in ("%", "percent", "pct") else 2 if words == ["per", "cent"] else 0
+    if not length or length == len(tokens):
+        return None
+    value = _single(tokens[:-length], source)
+    return replace(value, percent=True, source=source) if isinstance(value, Number) else None
+
+
+def _money(tokens: Tokens, source: str) -> Value | None:
+    """Read an amount after a currency sign: `$5`, `-$5`."""
+    position = 1 if tokens[0].text == "-" else 0
+    if len(tokens) <= position + 1 or tokens[position].text not in _MONEY:
+        return None
+    unit = read_unit(tokens[position].text, upright=True)
+    amount = [*tokens[:position], *tokens[position + 1 :]]
+    value = _single(amount, latex(amount))
+    if unit is None or not isinstance(value, Number | Expression | Quantity):
+        return _text(tokens)
+    if isinstance(value, Quantity):
+        return value if value.unit.same(unit) else _text(tokens)
+    return Quantity(source=source, magnitude=value, unit=unit)
+
+
+def _quantity(tokens: Tokens, source: str) -> Value | None:
+    """Read a value with a unit at its end: the longest tail that is a unit, after a value without variables."""
+    for start in _unit_starts(tokens):
+        head, tail = tokens[:start], tokens[start:]
+        unit = _unit(tail)
+        tree = _tree(head) if unit else None
+        if unit is None or tree is None:
+            continue
+        letter = len(spoken(tail)) == 1 and tail[0].kind == "word" and not tail[0].upright
+        if symbols(tree) and (letter or not tail[0].gap and not tail[0].upright):
+            continue
+        if letter and isinstance(tree, Sum) and not _enclosed(head) and head[-1].kind != "}":
+            if not (len(tree.terms) == 2 and "+" not in latex(head) and "-" not in latex(head)):
+                continue
+        magnitude = _of_tree(tree, latex(head))
+        if not isinstance(magnitude, Number | Expression):
+            continue
+        formula = Product((tree, Sym(tail[0].text))) if letter else None
+        return Quantity(source=source, magnitude=magnitude, unit=unit, tree=formula)
+    return None
+
+
+def _unit_starts(tokens: Tokens) -> Iterator[int]:
+    """Where the unit may begin: at a word, a degree sign, a unit's symbol or a bracket before one."""
+    for position, (token, depth) in enumerate(zip(tokens, _steps(tokens), strict=True)):
+        if position == 0:
+            continue
+        opens = depth == 1 and token.text in ("{", "(") and position + 1 < len(tokens)
+        first = tokens[position + 1] if opens or token.text == "\\frac" else token
+        first = tokens[position + 2] if token.text == "\\frac" and position + 2 < len(tokens) else first
+        starts = first.kind == "word" or first.text in ("°", "\\mu", "\\Omega", "¢", "€", "£", "¥", "$")
+        if (depth == 0 or opens or token.text == "\\frac") and starts:
+            yield position
+
+
+def _unit(tail: Tokens) -> Unit | None:
+    """The unit that tokens name; `\\frac{m}{s^2}` is m/s^2."""
+    if any(token.kind == "number" and i and tail[i - 1].kind == "number" for i, token in enumerate(tail)):
+        return None
+    if tail[0].text == "\\frac":
+        over, under = _groups(tail[1:])
+        text = f"{spoken(over)}/{spoken(under)}" if over and under else ""
+    elif _enclosed(tail):
+        text = spoken(tail[1:-1])
+    else:
+        text = spoken(tail)
+    text = text.replace("Omega", "Ω").replace("mu ", "μ").replace("mu", "μ")
+    upright = all(token.upright for token in tail if token.kind == "word")
+    return read_unit(text, upright=upright) if text else None
+
+
+def _groups(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    """The contents of two groups in braces that are all of the tokens, else two empty lists."""
+    ends = [i for i, depth in enumerate(_steps(tokens)) if depth == 0]
+    if len(ends) == 2 and ends[1] == len(tokens) - 1 and tokens[0].text == tokens[ends[0] + 1].text == "{":
+        return tokens[1 : ends[0]], tokens[ends[0] + 2 : -1]
+    return [], []
