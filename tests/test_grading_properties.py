@@ -236,7 +236,10 @@ def sets(draw: st.DrawFn) -> Case:
         rf"{mixed.replace(', ', ' and ')} || {mixed.replace(' ', '')}"
     )
     changed = listed([values[0] + 1000, *values[1:]])
-    return Case(gold, same, ways(f"{listed(values[1:])} || {text}, 1000 || {changed} || {sum(values)}.5"))
+    different = ways(f"{listed(values[1:])} || {text}, 1000 || {changed} || {sum(values)}.5")
+    if draw(st.booleans()):
+        gold, same, different = f"x={text}", (*same, f"x={mixed}"), (*different, f"y={text}", f"n={mixed}")
+    return Case(gold, same, different)
 
 
 @st.composite
@@ -428,7 +431,11 @@ def plus_minus(draw: st.DrawFn) -> Case:
         rf"{middle}+{root} || {middle}-{root} || -{middle}\pm{root} || {middle + 1}\pm{root} || \pm{root} || "
         rf"{middle}\pm\sqrt{{{inside + 2}}} || {middle}"
     )
-    return Case(draw(st.sampled_from(["", "x="])) + rf"{middle}\pm{root}", same, different)
+    name = draw(st.sampled_from(["", "x="]))
+    wrong_name = (
+        (rf"y={middle}\pm{root}", rf"x={middle}+{root} \text{{ or }} y={middle}-{root}") if name else ()
+    )
+    return Case(rf"{name}{middle}\pm{root}", same, different + wrong_name)
 
 
 KINDS = [whole_numbers, decimals, fractions, quantities, money_and_percent, dates_times_and_ranges]
