@@ -7,17 +7,15 @@ All else is undecided. The work is bounded whatever is read.
 """
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 
-from rlcs.grading import functions, numeric, tree
-from rlcs.grading.polynomials import (
+from rlcs.grading import functions, numeric, polynomials, tree
+from rlcs.grading.polynomials import (  # fmt: skip
     CONSTANT,
     FUNCTION,
-    MAX_BITS,
-    MAX_FACTOR,
     MINUS,
     NUMBER,
-    PI,
     UNIT,
     VARIABLE,
     Atom,
@@ -47,7 +45,7 @@ def exact(node: tree.Node) -> Fraction | None:
     """
     _check_size(node)
     try:
-        return as_rational(_form(Calculator(), node))
+        return as_rational(_form(Calculator(), node, {}))
     except UndecidedError:
         return None
 
@@ -63,7 +61,7 @@ def too_large(node: tree.Node) -> bool:
     while waiting:
         node = waiting.pop()
         try:
-            _form(calc, node)
+            _form(calc, node, {})
         except TooLargeError:
             return True
         except UndecidedError:  # what has no value may still have a part that is too large
@@ -85,7 +83,7 @@ def equal(a: tree.Node, b: tree.Node) -> bool | None:
         return infinite[0] == infinite[1] if all(infinite) or number(b if infinite[0] else a) else None
     try:
         calc = Calculator()
-        rest = calc.difference(_form(calc, a), _form(calc, b))
+        rest = calc.difference(_form(calc, a, {}), _form(calc, b, {}))
         if not rest:
             return True
         if _is_independent(rest):
@@ -103,7 +101,7 @@ def same_equation(a: tree.Node, b: tree.Node) -> bool | None:
         if a == b:
             return True
         calc = Calculator()
-        tops = [_without_quotients(calc, _form(calc, node)) for node in (a, b)]
+        tops = [_without_quotients(calc, _form(calc, node, {})) for node in (a, b)]
         if not all(tops):
             return not any(tops)
         # Each is multiplied by what the other has before one and the same product of variables.
@@ -126,8 +124,8 @@ def number(node: tree.Node) -> complex | None:
     """The value of an expression without variables in floating point; None where it has none."""
     try:
         _check_size(node)
-        return numeric.estimate(node, {}).value
-    except (TooLargeError, UndecidedError, ArithmeticError, ValueError, KeyError):
+        return numeric.estimate(node, {})[0]
+    except numeric.FAILURES:
         return None
 
 
@@ -167,35 +165,51 @@ def _check_size(node: tree.Node) -> None:
         level = [child for parent in level for child in tree.children(parent)]
 
 
-def _form(calc: Calculator, node: tree.Node, degrees: bool = False) -> Quotient:
-    """An expression as a quotient; with `degrees` the symbol of a degree is pi / 180."""
+def _form(calc: Calculator, node: tree.Node, known: Mapping[str, Quotient]) -> Quotient:
+    """An expression as a quotient, where some variables stand for others."""
     calc.spend(1)
     match node:
         case tree.Num(value):
-            if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+            if max(value.numerator.bit_length(), value.denominator.bit_length()) > polynomials.MAX_BITS:
                 raise TooLargeError("a number is too large to work out")
             return rational(value)
         case tree.Sym(name):
-            if degrees and name == DEGREE:
-                return Quotient({PI: Fraction(1, 180)}, UNIT)
-            return single(Atom(VARIABLE, name))
+            return known.get(name) or single(Atom(VARIABLE, name))
         case tree.Const("i"):
-            return single(MINUS, functions.HALF)
+            return single(MINUS, polynomials.HALF)
         case tree.Const("pi" | "e" as name):
             return single(Atom(CONSTANT, name))
         case tree.Sum(terms):
-            total, *others = (_form(calc, term, degrees) for term in terms)
+            total, *others = (_form(calc, term, known) for term in terms)
             for other in others:
                 total = calc.plus(total, other)
             return total
         case tree.Product(terms):
-            return calc.times(*(_form(calc, term, degrees) for term in terms))
+            return calc.times(*(_form(calc, term, known) for term in terms))
         case tree.Power(base, exponent):
-            return functions.power(calc, _form(calc, base, degrees), _form(calc, exponent, degrees))
+            return functions.power(calc, _form(calc, base, known), _form(calc, exponent, known))
         case tree.Call(name, arguments):
-            angles = degrees or name in ("sin", "cos", "tan", "cot", "sec", "csc")
-            return functions.call(calc, name, tuple(_form(calc, x, angles) for x in arguments))
+            if name in ("sin", "cos", "tan", "cot", "sec", "csc"):
+                known = {**known, DEGREE: Quotient({polynomials.PI: Fraction(1, 180)}, UNIT)}
+            values = tuple(_form(calc, x, known) for x in arguments)
+            if name == "abs" and (sign := _sign(arguments[0], values[0])):
+                return calc.times(rational(sign), values[0])
+            if (result := functions.call(calc, name, values)) is not None:
+                return result
+            if made := functions.definition(name, len(values)):
+                return _form(calc, made, dict(zip(functions.PLACES, values, strict=False)))
     raise UndecidedError("infinity, or both signs")
+
+
+def _sign(node: tree.Node, f: Quotient) -> int:
+    """The sign of a constant sum where it is clear, else 0."""
+    if len(f.top) < 2 or not polynomials.is_constant(f.top):
+        return 0
+    try:
+        value, error = numeric.estimate(node, {})
+    except numeric.FAILURES:
+        return 0
+    return 0 if value.imag or abs(value) <= 1e3 * error else 1 if value.real > 0 else -1
 
 
 def _infinity(node: tree.Node) -> int:
@@ -217,10 +231,14 @@ def _is_basic(atom: Atom, e: Fraction) -> bool:
     if not all(x.kind == VARIABLE and y > 0 and y.denominator == 1 for x, y in atom.exponent):
         return False
     if atom.kind == NUMBER:
-        return int(atom.name) < MAX_FACTOR**2 if atom != MINUS and atom.name != "-1" else e == functions.HALF
+        return (
+            int(atom.name) < polynomials.MAX_FACTOR**2
+            if atom != MINUS and atom.name != "-1"
+            else e == polynomials.HALF
+        )
     if atom.kind == FUNCTION and atom.name == "ln" and not atom.exponent:
         value = as_rational(Quotient(dict(atom.arguments[0]), UNIT))
-        return len(atom.arguments) == 1 and value is not None and 0 < value < MAX_FACTOR**2
+        return len(atom.arguments) == 1 and value is not None and 0 < value < polynomials.MAX_FACTOR**2
     return atom.kind == CONSTANT or (atom.kind == VARIABLE and atom.name != DEGREE)
 
 
@@ -228,21 +246,15 @@ def _differ(a: tree.Node, b: tree.Node) -> bool:
     """Whether the values are clearly apart at one of a few points."""
     names = sorted(tree.symbols(a) | tree.symbols(b))
     for turn, scale in enumerate(SCALES if names else SCALES[:1]):
-        point = {
-            name: float(3 + 2 * turn + 5 * i % 7)
-            if name in INTEGERS
-            else scale * (0.5 + (0.618034 * (i + 1) + 0.37 * turn) % 1)
-            for i, name in enumerate(names)
-        }
-        if DEGREE in point:
-            point[DEGREE] = math.pi / 180
+        point = {name: scale * (0.5 + (0.618 * i + 0.37 * turn) % 1) for i, name in enumerate(names, start=1)}
+        point |= {name: 3.0 + 2 * turn + 5 * i % 7 for i, name in enumerate(names) if name in INTEGERS}
+        point[DEGREE] = math.pi / 180
         try:
-            x, y = numeric.estimate(a, point), numeric.estimate(b, point)
-            apart = abs(x.value - y.value)
-            if apart > max(1e-6 * max(abs(x.value), abs(y.value)), 1e3 * (x.error + y.error)):
-                return True
-        except (UndecidedError, ArithmeticError, ValueError):
+            (x, x_error), (y, y_error) = numeric.estimate(a, point), numeric.estimate(b, point)
+        except numeric.FAILURES:
             continue
+        if abs(x - y) > max(1e-6 * max(abs(x), abs(y)), 1e3 * (x_error + y_error)):
+            return True
     return False
 
 

@@ -18,9 +18,10 @@ def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: 
     With `choices` both may be letters or an option's value; letters are compared first. Numbers are
     compared exactly, or with `places` to a number of decimal places.
     """
+    if prediction.strip() == gold.strip() and len(prediction) <= MAX_ANSWER:
+        return yes("the same text")
     if len(prediction) > MAX_CHARACTERS:
-        matches = len(prediction) <= MAX_ANSWER and prediction.strip() == gold.strip()
-        return yes("the same text") if matches else no("the answer is too long")
+        return no("the answer is too long")
     gold = unwrap(gold).text or gold
     answer, wanted = read(prediction), read(gold)
     if not answer.source:

@@ -233,9 +233,7 @@ def _sine(calc: Calculator, f: Quotient) -> Quotient:
         if turn in SINES:
             return Quotient(scaled(SINES[turn], sign), UNIT)
     name = "cos" if rest and turn == HALF else "sin"
-    angle = rest if name == "cos" or not turn else calc.add(rest, {PI: turn}) if f.bottom == UNIT else None
-    if angle is None:
-        raise UndecidedError("an angle with a quotient and a shift")
+    angle = calc.add(rest, {PI: turn}) if name == "sin" and turn else rest
     atom = Atom(FUNCTION, name, _arguments(Quotient(angle, f.bottom)))
     return calc.times(rational(sign), single(atom))
 
@@ -318,12 +316,12 @@ def _binomial(calc: Calculator, n: Quotient, k: Quotient) -> Quotient | None:
 
 
 def call(calc: Calculator, name: str, arguments: tuple[Quotient, ...]) -> Quotient | None:
-    """A function of quotients; one that is not known is an atom, one of DEFINITIONS is None."""
-    numbers = [as_rational(f) for f in arguments]
+    """A function of quotients; one that is not known is an atom, one that is made of others None."""
     if name == "binom" and len(arguments) == 2 and (chosen := _binomial(calc, *arguments)):
         return chosen
-    if len(arguments) == DEFINITIONS.get(name, (0, None))[0]:
+    if definition(name, len(arguments)):
         return None
+    numbers = [as_rational(f) for f in arguments]
     if name in FUNCTIONS and len(arguments) == 1:
         return FUNCTIONS[name](calc, *arguments)
     if name in ROUNDINGS and len(numbers) == 1 and numbers[0] is not None:
@@ -346,38 +344,49 @@ PLACES = ("first argument", "second argument")
 """The variables of the definitions: names that no answer has."""
 
 
-def _definitions() -> dict[str, tuple[int, tree.Node]]:
-    def over(top: tree.Node, bottom: tree.Node) -> tree.Node:
-        return tree.Product((top, tree.Power(bottom, tree.MINUS_ONE)))
+def _definitions() -> dict[str, tree.Node]:
+    def times(*factors: tree.Node) -> tree.Node:
+        return tree.Product(factors)
 
-    def minus(x: tree.Node) -> tree.Node:
-        return tree.Product((tree.MINUS_ONE, x))
+    def over(top: tree.Node, bottom: tree.Node) -> tree.Node:
+        return times(top, tree.Power(bottom, tree.MINUS_ONE))
 
     def plus(*terms: tree.Node) -> tree.Node:
         return tree.Sum(terms)
 
-    def f(name: str, x: tree.Node) -> tree.Node:
+    def minus(x: tree.Node) -> tree.Node:
+        return times(tree.MINUS_ONE, x)
+
+    def call(name: str, x: tree.Node) -> tree.Node:
         return tree.Call(name, (x,))
 
     x, y = map(tree.Sym, PLACES)
-    one, right = tree.Num(Fraction(1)), tree.Product((tree.HALF, tree.Const("pi")))
+    right_angle = times(tree.HALF, tree.Const("pi"))
     up, down = (tree.Power(tree.Const("e"), z) for z in (x, minus(x)))
-    of_one = {
+    sine, cosine = call("sin", x), call("sin", plus(x, right_angle))
+    return {
         "exp": up,
-        "cos": f("sin", plus(x, right)),
-        "tan": over(f("sin", x), f("cos", x)),
-        "cot": over(f("cos", x), f("sin", x)),
-        "sec": over(one, f("cos", x)),
-        "csc": over(one, f("sin", x)),
-        "arccos": plus(right, minus(f("arcsin", x))),
-        "sinh": tree.Product((tree.HALF, plus(up, minus(down)))),
-        "cosh": tree.Product((tree.HALF, plus(up, down))),
+        "log": over(call("ln", x), call("ln", y)),
+        "cos": cosine,
+        "tan": over(sine, cosine),
+        "cot": over(cosine, sine),
+        "sec": tree.Power(cosine, tree.MINUS_ONE),
+        "csc": tree.Power(sine, tree.MINUS_ONE),
+        "arccos": plus(right_angle, minus(call("arcsin", x))),
+        "sinh": times(tree.HALF, plus(up, minus(down))),
+        "cosh": times(tree.HALF, plus(up, down)),
         "tanh": over(plus(up, minus(down)), plus(up, down)),
+        "binom": over(
+            call("factorial", x), times(call("factorial", y), call("factorial", plus(x, minus(y))))
+        ),
     }
-    both = tree.Product((f("factorial", y), f("factorial", plus(x, minus(y)))))
-    of_two = {"log": over(f("ln", x), f("ln", y)), "binom": over(f("factorial", x), both)}
-    return {name: (1, node) for name, node in of_one.items()} | {k: (2, v) for k, v in of_two.items()}
 
 
 DEFINITIONS = _definitions()
-"""Functions by others: the number of arguments, and the expression in PLACES."""
+"""Functions by others, as expressions in PLACES."""
+
+
+def definition(name: str, num_arguments: int) -> tree.Node | None:
+    """What a function stands for, if it is made of others and has that many arguments."""
+    found = DEFINITIONS.get(name)
+    return found if found and len(tree.symbols(found)) == num_arguments else None

@@ -13,29 +13,26 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pint import UnitRegistry
+from typing import Any
 
 _MEASURES = """
 +m ~meter ~metre ~米, km 公里, cm 公分, um micron, in inch 英寸, ft foot 英尺, yd yard, mi mile 英里, +g
-gm ~gram ~gramme ~克, nmi nautical_mile 海里, kg kilo Kg kgs 公斤, t tonne metric_ton, t|ton ton 吨, lb
-lbs, oz ounce 盎司, +L +l ~liter ~litre ~升, cc, gal gallon 加仑, qt quart, pt pint, cup, tbsp
-tablespoon, tsp teaspoon, floz fluid_ounce fl_oz, ha hectare 公顷, acre 英亩, +s sec ~second ~秒 秒钟,
-min minute 分钟, h hr hrs hour 小时 时 钟头, day 天 日, week wk 周 星期, month mo 月, year yr yrs 年 岁,
-+N ~newton 牛顿, N*m Nm, +J ~joule 焦耳, +W ~watt ~瓦特 ~瓦, +Wh ~瓦时, +V ~volt ~伏特 ~伏, hPa, bar, +A
-~amp ~ampere ~安培 ~安, +Pa ~pascal ~帕斯卡 ~帕, +Hz ~hertz ~赫兹 ~赫, +ohm +Ω ~ohm ~欧姆 ~欧, +C
-~coulomb 库仑, C|°C C, +F ~farad 法拉, F|°F F, +H ~henry, +T ~tesla, +mol ~mole ~摩尔, +cal ~calorie
-卡路里, kcal 千卡 大卡, +eV, atm atmosphere, mph, kph kmh, +B ~byte, bit
+gm ~gram ~gramme ~克, nmi nautical_mile 海里, kg kilo Kg kgs 公斤, t tonne metric_ton Mg, t|ton ton 吨, lb
+lbs, oz ounce 盎司, +L +l ~liter ~litre ~升, mL cc, gal gallon 加仑, qt quart, pt pint, cup, tbsp tablespoon,
+tsp teaspoon, floz fluid_ounce fl_oz, ha hectare 公顷, acre 英亩, +s sec ~second ~秒 秒钟, min minute
+分钟, h hr hrs hour 小时 时 钟头, day 天 日, week wk 周 星期, month mo 月, year yr yrs 年 岁, +N ~newton
+牛顿, N*m Nm, +J ~joule 焦耳, +W ~watt ~瓦特 ~瓦, +Wh ~瓦时, +V ~volt ~伏特 ~伏, hPa, bar, +A ~amp ~ampere
+~安培 ~安, +Pa ~pascal ~帕斯卡 ~帕, +Hz ~hertz ~赫兹 ~赫, +ohm +Ω ~ohm ~欧姆 ~欧, +C ~coulomb 库仑, C|°C
+C, +F ~farad 法拉, F|°F F, +H ~henry, +T ~tesla, +mol ~mole ~摩尔, +cal ~calorie 卡路里, kcal 千卡 大卡,
++eV, atm atmosphere, mph, kph kmh, kohm kilohm, Mohm megohm, +B ~byte, bit
 """
 """Units, by the name for pint first; `+` takes `k`, `~` takes `kilo`, `a|b` may mean either."""
 _OTHERS = """
 ° degree deg 度, rad radian 弧度, rpm, +K ~kelvin 开尔文, dollar $ US$ USD US_dollar 美元, cent ¢ 美分,
 euro € EUR 欧元, °C degC celsius °celsius centigrade degree_celsius degrees_celsius degree_C degrees_C
-摄氏度, £ GBP 英镑, lb|£ pound, °F degF fahrenheit degree_fahrenheit degrees_fahrenheit degree_F
-degrees_F 华氏度, yuan 元 RMB CNY 人民币, unit 单位, yuan|yen ¥, yen JPY 日元, jiao 角, fen,
-min|fen|point 分, rupee ₹ Rs INR, won ₩, ruble ₽, pence penny, dB decibel
+摄氏度, £ GBP 英镑, lb|£ pound, °F degF fahrenheit degree_fahrenheit degrees_fahrenheit degree_F degrees_F
+华氏度, yuan 元 RMB CNY 人民币, unit 单位, yuan|yen ¥, yen JPY 日元, jiao 角, fen, min|fen|point 分, rupee
+₹ Rs INR, won ₩, ruble ₽, pence penny, dB decibel
 """
 """Units that agree by name alone: angles, temperatures (whose zeros differ), money."""
 _PREFIXES = "k kilo 千,c centi 厘,m milli 毫,d deci 分,u micro 微,n nano 纳,M mega 兆,G giga 吉"
@@ -53,7 +50,7 @@ _NO_NOUN = re.compile(  # a word that makes another number, or begins or joins a
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|\w*(?:hundred|thousand)|\w+illi(?:on|ard))s?|halves|half"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ties|\w+teens?|once|double|triple|twice|thrice|gross"
     r"|(?:first|third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+(?:teen|tie|dred|sand|lion))th)s?"
-    r"|squared|cubed|(?:square|cube)roots?|(?:co)?(?:sine|tangent|secant)|logarithm|plus|minus|times|over"
+    r"|\w+[^e]ed|(?:square|cube)roots?|(?:co)?(?:sine|tangent|secant)|logarithm|plus|minus|times|over"
     r"|(?:a|arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp|sqrt|max|min|gcd|lcm|lim|det|mod)h?"
     r"(?:[abntxyz]|theta|alpha|beta|phi)?|alpha|beta|gamma|delta|(?:var)?(?:epsilon|theta|phi)|zeta|eta|iota"
     r"|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|chi|psi|omega|divided|multiplied|negative|positive|modulo|choose|factorial|powers?"
@@ -76,7 +73,7 @@ _COUNTERS = (
 )
 _NO_HAN = re.compile(r"[零一二三四五六七八九十百千万亿兆半几或和与且不无是加减乘除约负]|平方|立方|[成折分]$")
 _PIECE = re.compile(
-    r"(sq\.|sq(?=[a-z]{2})|平方|立方)?(US\$|[^\W\d_]+|°[CF]?|[$€£¥₹₩₽¢])\.?(?:\^?[{(]?(-?[1-9])[})]?)?"
+    r"(sq\.|(?:square|sq|cubic)(?=[a-z]{2})|平方|立方)?(US\$|[^\W\d_]+|°[CF]?|[$€£¥₹₩₽¢])\.?(?:\^?[{(]?(-?[1-9])[})]?)?"
 )
 _AFTER = re.compile(r" (?:in total|in all|altogether|old|long|tall|high|wide|deep|thick|left|each|total)$")
 
@@ -193,7 +190,7 @@ def _factors(text: str, *, upright: bool) -> list[tuple[str, int]]:
         elif word < 0 and found and power == 1:
             found[-1] = (found[-1][0], found[-1][1] * -word)
         elif (match := _PIECE.fullmatch(piece)) and (name := _named(match[2], upright=upright)):
-            glued = {None: 1, "立方": 3}.get(match[1], 2)
+            glued = {None: 1, "立方": 3, "cubic": 3}.get(match[1], 2)
             found.append((name, power * glued * int(match[3] or 1)))
             power = 1
         else:
@@ -228,13 +225,14 @@ def _noun(text: str, *, upright: bool) -> str:
 
 
 def _noun_word(word: str, short: int) -> bool:
-    """Whether a word may be one of a noun phrase: a word with a vowel, not variables like `abcd` or `axyz`."""
+    """Whether a word may stand in a noun phrase: it has a vowel and is no variables like `abcd` or `axyz`."""
     small = word.lower()
     if not (
         word.isalpha() and word[1:].islower() and (len(word) >= short or small in _SHORT) and len(word) < 20
     ):
         return False
-    if short == len(word) == 4 and list(word) == sorted(set(word)) or not re.search("[aeiouy]", small[:4]):
+    ascending = short == len(word) == 4 and list(word) == sorted(set(word))
+    if ascending or not re.search("[aeiouy]", small[:4]):
         return False
     return not (set(small) <= set("abcde") or set(small) <= set("uvwxyz") or _NO_NOUN.fullmatch(small))
 
@@ -272,23 +270,27 @@ def _collected(factors: tuple[tuple[str, int], ...]) -> _Product:
 def _same_product(mine: _Product, theirs: _Product) -> bool:
     """Whether two products mean the same: angles and money by name, the rest by size and dimension."""
     known = _names()[2]
-    if [x for x in mine if x[0] not in known] != [x for x in theirs if x[0] not in known]:
+    a, b = (tuple(x for x in product if x[0] in known) for product in (mine, theirs))
+    if [x for x in mine if x not in a] != [x for x in theirs if x not in b] or not (a and b):
         return False
-    a, b = (_meaning(tuple(x for x in product if x[0] in known)) for product in (mine, theirs))
-    return a[1] == b[1] and math.isclose(a[0], b[0], rel_tol=1e-9)
+    if len(a) == len(b) == 1 and (
+        a[0][0] == b[0][0] or (a[0][1] == b[0][1] and "N*m" not in (a[0][0], b[0][0]))
+    ):
+        return False  # no two units of the tables are the same
+    (size, dimension), (other_size, other) = _meaning(a), _meaning(b)
+    return dimension == other and math.isclose(size, other_size, rel_tol=1e-9)
 
 
 @functools.lru_cache(4096)
 def _meaning(product: _Product) -> tuple[float, str]:
     """The size of a unit in basic units, and these."""
-    text = "*".join(f"({name})**{power}" for name, power in product)
-    size, basic = _registry().get_root_units(text) if text else (1, "")
+    size, basic = _registry().get_root_units("*".join(f"({name})**{power}" for name, power in product))
     return float(size), str(basic)
 
 
 @functools.cache
-def _registry() -> "UnitRegistry":
-    """What pint knows about units."""
+def _registry() -> Any:
+    """What pint knows about units; its type is generic in ways that do not matter here."""
     from pint import UnitRegistry
 
     return UnitRegistry()

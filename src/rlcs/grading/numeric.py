@@ -1,134 +1,98 @@
-"""The value of an expression in floating point, with a bound of its error."""
+"""The value of an expression in floating point, and how far rounding may have moved it."""
 
 import cmath
 import math
+import random
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
-from rlcs.grading import tree
+from rlcs.grading import functions, tree
 from rlcs.grading.polynomials import UndecidedError
 
-EPSILON = 4e-16
-
-
-class Estimate(NamedTuple):
-    """A complex value and how far from the truth it may be."""
-
-    value: complex
-    error: float
-
+NOISE = 1e-12
+"""Every result is changed by up to this much of it: where that changes the value, rounding would as well."""
+MAX_STEPS = 3_000
+FAILURES = (ArithmeticError, ValueError, KeyError)
+"""What is raised where an expression has no value in floating point (UndecidedError is a ValueError)."""
 
 FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "ln": cmath.log,
-    "exp": cmath.exp,
     "sin": cmath.sin,
-    "cos": cmath.cos,
-    "tan": cmath.tan,
-    "cot": lambda z: 1 / cmath.tan(z),
-    "sec": lambda z: 1 / cmath.cos(z),
-    "csc": lambda z: 1 / cmath.sin(z),
     "arcsin": cmath.asin,
-    "arccos": cmath.acos,
     "arctan": cmath.atan,
-    "sinh": cmath.sinh,
-    "cosh": cmath.cosh,
-    "tanh": cmath.tanh,
     "abs": abs,
-    "factorial": lambda z: math.gamma(_real(z) + 1),
+    "factorial": lambda z: math.gamma(z.real + 1),
+    **functions.ROUNDINGS,
 }
+OF_REALS = {"factorial", *functions.ROUNDINGS}
 
 
-def estimate(node: tree.Node, point: Mapping[str, float]) -> Estimate:
-    """The value where the variables are these positive numbers.
+def estimate(node: tree.Node, point: Mapping[str, float]) -> tuple[complex, float]:
+    """The value where the variables are these positive numbers, and a bound of its error.
 
-    Fails with UndecidedError or an ArithmeticError where there is none, or where it is a matter of convention
-    (an odd root of a negative number; anything that is not real once variables take part).
+    Fails with one of FAILURES where there is no value, or where it is a matter of convention: an odd root of
+    a negative number, anything that is not real once variables take part.
     """
-    match node:
-        case tree.Num(number):
-            value = complex(float(number))
-            return Estimate(value, abs(value) * EPSILON)
-        case tree.Const("pi" | "e" as name):
-            return Estimate(complex(getattr(math, name)), EPSILON)
-        case tree.Const("i"):
-            return Estimate(1j, 0.0)
-        case tree.Sym(name):
-            return Estimate(complex(point[name]), EPSILON * point[name])
-        case tree.Sum(terms):
-            parts = [estimate(term, point) for term in terms]
-            size = math.fsum(abs(part.value) for part in parts)
-            return Estimate(
-                sum(part.value for part in parts),
-                math.fsum(part.error for part in parts) + EPSILON * size * len(parts),
-            )
-        case tree.Product(terms):
-            parts = [estimate(term, point) for term in terms]
-            value = math.prod((part.value for part in parts), start=complex(1))
-            if any(part.value == 0 for part in parts):
-                if any(part.error and part.value == 0 for part in parts):
-                    raise UndecidedError("perhaps zero")
-                return Estimate(0j, 0.0)
-            relative = math.fsum(part.error / abs(part.value) + EPSILON for part in parts)
-            return Estimate(value, abs(value) * relative)
-        case tree.Power(base, exponent):
-            return _power(estimate(base, point), estimate(exponent, point), bool(point))
-        case tree.Call(name, arguments):
-            return _call(name, [estimate(argument, point) for argument in arguments], bool(point))
-    raise UndecidedError("no one value")
+    symbols = tree.symbols(node)
+    values = [_Evaluation(seed, real=bool(symbols)).value(node, point) for seed in range(3)]
+    if not all(map(cmath.isfinite, values)):
+        raise UndecidedError("out of range")
+    return values[0], 10 * max(abs(value - values[0]) for value in values)
 
 
-def _real(z: complex) -> float:
-    if z.imag:
-        raise UndecidedError("a function of real numbers")
-    return z.real
+class _Evaluation:
+    """One evaluation with its own noise."""
 
+    def __init__(self, seed: int, *, real: bool) -> None:
+        self.random = random.Random(seed)
+        self.real = real
+        self.steps = 0
 
-def _power(base: Estimate, exponent: Estimate, real: bool) -> Estimate:
-    b, e = base.value, exponent.value
-    if base.error >= abs(b) / 4:
-        if b or base.error or e.imag or e.real <= 0:
-            raise UndecidedError("a power of what may be zero")
-        return Estimate(0j, 0.0)
-    whole = not e.imag and e.real == round(e.real) and abs(e.real) < 2**20
-    if not whole and b.real <= 0 and abs(b.imag) <= base.error:
-        root = 1 / e.real if e.real else 0.0
-        if real or b.imag or abs(root - round(root)) > 1e-9 or round(root) % 2:
+    def noisy(self, z: complex) -> complex:
+        return z * (1 + NOISE * (self.random.random() - 0.5))
+
+    def value(self, node: tree.Node, point: Mapping[str, complex]) -> complex:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise UndecidedError("too long")
+        match node:
+            case tree.Num(number):
+                return complex(float(number))
+            case tree.Const("pi" | "e" as name):
+                return complex(getattr(math, name))
+            case tree.Const("i"):
+                return 1j
+            case tree.Sym(name):
+                return complex(point[name])
+            case tree.Sum(terms):
+                return sum(self.noisy(self.value(term, point)) for term in terms)
+            case tree.Product(terms):
+                return self.noisy(math.prod((self.value(term, point) for term in terms), start=complex(1)))
+            case tree.Power(base, exponent):
+                return self.noisy(self.power(self.value(base, point), self.value(exponent, point)))
+            case tree.Call(name, arguments):
+                values = [self.value(argument, point) for argument in arguments]
+                if made := functions.definition(name, len(values)):
+                    return self.value(made, dict(zip(functions.PLACES, values, strict=False)))
+                if name in FUNCTIONS and len(values) == 1:
+                    return self.noisy(self.call(name, self.noisy(values[0])))
+        raise UndecidedError("no one value")
+
+    def power(self, base: complex, exponent: complex) -> complex:
+        near = round(exponent.real)
+        if abs(exponent - near) < 1e-9 and abs(near) < 2**20 and (base or near > 0):
+            return base**near
+        # Square roots of negative numbers are the same by every convention.
+        odd = self.real or base.imag or abs(exponent * 2 - round(exponent.real * 2)) > 1e-9
+        if base.real < 0 and abs(base.imag) < 1e-9 * abs(base) and odd:
             raise UndecidedError("a root of a negative number")
-    value = b ** round(e.real) if whole else cmath.exp(e * cmath.log(b))
-    logarithm = cmath.log(b)
-    relative = abs(e) * (base.error / abs(b) + EPSILON) + abs(logarithm) * (
-        exponent.error * (not whole or exponent.error > 1e-9) + EPSILON * abs(e)
-    )
-    return Estimate(value, abs(value) * (1.5 * relative + EPSILON))
+        return cmath.exp(exponent * cmath.log(base))
 
-
-def _call(name: str, arguments: list[Estimate], real: bool) -> Estimate:
-    if name == "log" and len(arguments) == 2:
-        top, bottom = (_call("ln", [argument], real) for argument in arguments)
-        return _quotient(top, bottom)
-    if name == "binom" and len(arguments) == 2:
-        n, k = arguments
-        rest = Estimate(n.value - k.value, n.error + k.error)
-        parts = [_call("factorial", [part], real) for part in (n, k, rest)]
-        return _quotient(_quotient(parts[0], parts[1]), parts[2])
-    if name not in FUNCTIONS or len(arguments) != 1:
-        raise UndecidedError("a function that is not known")
-    [(z, error)] = arguments
-    if name == "ln" and z.real <= error and abs(z.imag) <= error and (real or z.imag or abs(z.real) <= error):
-        raise UndecidedError("the logarithm of a negative number")
-    function, step = FUNCTIONS[name], max(error, EPSILON * abs(z))
-    value = complex(function(z))
-    if real and value.imag and not z.imag:
-        raise UndecidedError("not real")
-    change = 0.0
-    if step:
-        change = max(abs(function(z + s) - value) for s in (step, -step))
-    return Estimate(value, 2 * change + EPSILON * abs(value))
-
-
-def _quotient(top: Estimate, bottom: Estimate) -> Estimate:
-    if bottom.error >= abs(bottom.value) / 4:
-        raise UndecidedError("a division by what may be zero")
-    value = top.value / bottom.value
-    error = (top.error + abs(value) * bottom.error) / abs(bottom.value)
-    return Estimate(value, 2 * error + EPSILON * abs(value))
+    def call(self, name: str, z: complex) -> complex:
+        if name in OF_REALS and z.imag:
+            raise UndecidedError("a function of real numbers")
+        if name == "ln" and z.real < 0 and (self.real or 0 < abs(z.imag) < 1e-9 * abs(z)):
+            raise UndecidedError("the logarithm of a negative number")
+        result = complex(FUNCTIONS[name](z.real if name in OF_REALS else z))
+        if self.real and result.imag and not z.imag:
+            raise UndecidedError("not real")
+        return result

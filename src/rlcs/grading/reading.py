@@ -6,25 +6,28 @@ becomes an expression without a tree, which only math-verify can compare.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
 from rlcs.grading import algebra, regions
 from rlcs.grading.dates import read_date
-from rlcs.grading.formulas import (
-    GREEK,
-    MAX_DEPTH,
-    NotAFormulaError,
-    base_of,
-    is_word,
-    number_in_base,
-    read_formula,
+from rlcs.grading.formulas import GREEK, MAX_DEPTH, base_of, number_in_base
+from rlcs.grading.single import difference, plain_words, read_single, text_of, tree_of
+from rlcs.grading.tokens import (
+    MAX_TOKENS,
+    Token,
+    Tokens,
+    depth_of,
+    enclosed,
+    latex,
+    split,
+    spoken,
+    steps,
+    tokenise,
 )
-from rlcs.grading.measures import Unit, read_unit
-from rlcs.grading.tokens import MAX_TOKENS, Token, latex, tokenise
-from rlcs.grading.tree import MINUS_ONE, Const, Node, Num, PlusMinus, Product, Sum, Sym, symbols, walk
+from rlcs.grading.tree import Node, Num, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -33,9 +36,7 @@ from rlcs.grading.values import (
     Letters,
     Matrix,
     Named,
-    Number,
     Piece,
-    Quantity,
     Ratio,
     Region,
     Relation,
@@ -47,23 +48,18 @@ from rlcs.grading.values import (
 MAX_CHARACTERS = 2_000
 """A longer answer is text; its numbers and formulas are not read."""
 
-Tokens = Sequence[Token]
-
-_OPENING = frozenset(["(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle", "\\begin"])
-_CLOSING = frozenset([")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle", "\\end"])
 _ORDER = frozenset(["<", ">", "\\le", "\\ge"])
 _RELATIONS = _ORDER | frozenset(
-    "= \\ne \\in \\notin \\approx \\equiv \\sim \\cong \\parallel \\perp \\to \\Rightarrow \\propto \\iff \\subset".split()
+    "= \\ne \\in \\notin \\approx \\equiv \\sim \\cong \\parallel \\perp \\to \\Rightarrow \\propto \\iff"
+    " \\subset".split()
 )
 _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
 _ROWS = frozenset("cases dcases aligned align gathered gather split eqnarray".split())
 _LEAD_WORDS = frozenset("the my final correct best answer answers option choice result value is are".split())
 _LEADS = frozenset("answer answers option choice".split())
-_MONEY = frozenset("$ € £ ¥ ₹ ₽ ₩".split())
 _ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
 _NO_NUMBERS = frozenset(["empty set", "null set"])
-_ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
 _IN_BASE = re.compile(
     r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
 )
@@ -79,7 +75,7 @@ def read(text: str) -> Value:
 @lru_cache(maxsize=4096)
 def _read(text: str) -> Value:
     tokens = _strip(tokenise(text))
-    if len(tokens) > MAX_TOKENS or _depth(tokens) > MAX_DEPTH:
+    if len(tokens) > MAX_TOKENS or depth_of(tokens) > MAX_DEPTH:
         return Text(source=latex(tokens), words=plain_words(text))
     plain = spoken(tokens)
     if date := read_date(plain):
@@ -95,22 +91,6 @@ def _read(text: str) -> Value:
 def spelled(text: str) -> str:
     """The answer as plain text in its one spelling, without what does not belong to it."""
     return spoken(_strip(tokenise(text[:MAX_CHARACTERS])))
-
-
-def plain_words(text: str) -> str:
-    """Words in lower case, without hyphens, quotes, a leading article and punctuation at the end."""
-    words = " ".join(re.sub(r"[-\s]+", " ", text).casefold().split()).strip("*`\"'.,; ")
-    return words[article.end() :] if (article := _ARTICLE.match(words)) else words
-
-
-def spoken(tokens: Tokens) -> str:
-    """The tokens as plain text: words apart, no braces, `*` for products."""
-    text = "".join(
-        (" " if token.gap else "") + token.text.replace("\\cdot", "*").replace("\\", "")
-        for token in tokens
-        if token.text not in ("{", "}")
-    )
-    return text.strip()
 
 
 def _strip(tokens: Tokens) -> Tokens:
@@ -129,41 +109,7 @@ def _strip(tokens: Tokens) -> Tokens:
     return tokens
 
 
-# --- structure ---------------------------------------------------------------------------------------
-
-
-def _steps(tokens: Tokens) -> Iterator[int]:
-    """The depth of brackets after each token."""
-    depth = 0
-    for token in tokens:
-        depth += (token.text in _OPENING) - (token.text in _CLOSING)
-        yield depth
-
-
-def _depth(tokens: Tokens) -> int:
-    return max(_steps(tokens), default=0)
-
-
-def _enclosed(tokens: Tokens) -> bool:
-    """Whether the first token is a bracket that the last one closes."""
-    if len(tokens) < 2 or tokens[0].text not in _OPENING or tokens[-1].text not in _CLOSING:
-        return False
-    depths = list(_steps(tokens))
-    return depths[-1] == 0 and 0 not in depths[:-1]
-
-
-def _split(tokens: Tokens, separators: frozenset[str]) -> tuple[list[Tokens], list[str]]:
-    """Cut at separators outside brackets; the parts, and the separators between them."""
-    parts: list[Tokens] = []
-    found: list[str] = []
-    start = 0
-    for position, (token, depth) in enumerate(zip(tokens, _steps(tokens), strict=True)):
-        if depth == 0 and token.text in separators:
-            parts.append(tokens[start:position])
-            found.append(token.text)
-            start = position + 1
-    return [*parts, tokens[start:]], found
-
+# --- kinds of values, from the outside in ------------------------------------------------------------
 
 _COMMAS = frozenset([",", ";"])
 _AND_OR = frozenset(["and", "or", "\\wedge", "\\vee", "&"])
@@ -178,17 +124,17 @@ def _value(tokens: Tokens) -> Value:
     if letters := _letters(tokens):
         return Letters(source=source, letters=letters)
     if all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens) and len(source) > 1:
-        return _text(tokens)
+        return text_of(tokens)
     for rule in (_based, _environment, _bracketed, _combined_sets, _list, _relation, _ratio):
         if (value := rule(tokens, source)) is not None:
             return value
-    return _single(tokens, source)
+    return read_single(tokens, source)
 
 
 def _peeled(tokens: Tokens) -> Tokens:
     """Remove braces around everything, and brackets around brackets."""
-    while _enclosed(tokens) and (
-        tokens[0].text == "{" or (tokens[0].text == "(" == tokens[1].text and _enclosed(tokens[1:-1]))
+    while enclosed(tokens) and (
+        tokens[0].text == "{" or (tokens[0].text == "(" == tokens[1].text and enclosed(tokens[1:-1]))
     ):
         tokens = tokens[1:-1]
     return tokens
@@ -207,11 +153,6 @@ def _letters(tokens: Tokens) -> frozenset[str] | None:
     return frozenset(letters)
 
 
-def _text(tokens: Tokens) -> Text:
-    text = spoken(tokens)
-    return Text(source=latex(tokens), words=plain_words(text))
-
-
 def _based(tokens: Tokens, source: str) -> Value | None:
     match = _IN_BASE.fullmatch(source) or _IN_BASE.fullmatch(spoken(tokens))
     if not match:
@@ -226,8 +167,8 @@ def _based(tokens: Tokens, source: str) -> Value | None:
 
 def _environment(tokens: Tokens, source: str) -> Value | None:
     r"""Read `\begin{pmatrix} ... \end{pmatrix}` and `\begin{cases} ... \end{cases}`."""
-    inner = tokens[1:-1] if _enclosed(tokens) and tokens[0].text in ("(", "[") else tokens
-    system = tokens[0].text == "\\{" and not _enclosed(tokens)  # \left\{ \begin{array} ... \right.
+    inner = tokens[1:-1] if enclosed(tokens) and tokens[0].text in ("(", "[") else tokens
+    system = tokens[0].text == "\\{" and not enclosed(tokens)  # \left\{ \begin{array} ... \right.
     inner = tokens[1:] if system else inner
     if len(inner) < 8 or inner[0].text != "\\begin":
         return None
@@ -241,7 +182,7 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
     body = inner[start:end]
     rows = [row for row in _rows(body) if row]
     if name in _MATRICES and not system:
-        cells = tuple(tuple(_value(cell) for cell in _split(row, frozenset("&"))[0]) for row in rows)
+        cells = tuple(tuple(_value(cell) for cell in split(row, frozenset("&"))[0]) for row in rows)
         return Matrix(source=source, rows=cells)
     if name in _ROWS or system:
         parts = [_strip([t for t in row if t.text != "&"]) for row in rows]
@@ -252,7 +193,7 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
 def _rows(tokens: Tokens) -> list[Tokens]:
     rows: list[Tokens] = []
     start = 0
-    for position, (token, depth) in enumerate(zip(tokens, _steps(tokens), strict=True)):
+    for position, (token, depth) in enumerate(zip(tokens, steps(tokens), strict=True)):
         if token.kind == "row" and depth == 0:
             rows.append(tokens[start:position])
             start = position + 1
@@ -261,19 +202,19 @@ def _rows(tokens: Tokens) -> list[Tokens]:
 
 def _bracketed(tokens: Tokens, source: str) -> Value | None:
     r"""Read `(a, b)`, `[a, b)`, `\{a, b\}` and `\{x \mid x > 3\}`."""
-    if not _enclosed(tokens) or tokens[0].text not in ("(", "[", "\\{", "\\langle"):
+    if not enclosed(tokens) or tokens[0].text not in ("(", "[", "\\{", "\\langle"):
         return None
     inside = tokens[1:-1]
     brackets = (tokens[0].text + tokens[-1].text).replace("\\{", "{").replace("\\}", "}")
     brackets = "()" if "angle" in brackets else brackets
     if brackets == "{}":
-        parts, _ = _split(inside, frozenset(["|", ":"]))
+        parts, _ = split(inside, frozenset(["|", ":"]))
         if len(parts) == 2 and parts[0] and parts[1]:
             condition = _value(parts[1])
             return condition if isinstance(condition, Region | Items) else None
         if not inside:
             return Region(source="\\emptyset", pieces=())
-    parts, found = _split(inside, _COMMAS)
+    parts, found = split(inside, _COMMAS)
     if len(parts) == 1 and brackets != "{}":
         value = _value(inside)
         return None if brackets == "()" and isinstance(value, Text) and len(inside) > 1 else value
@@ -318,7 +259,7 @@ def _combined_sets(tokens: Tokens, source: str) -> Value | None:
         token._replace(text="\\cup") if token.text in ("U", "u") and token.kind == "word" else token
         for token in tokens
     ]
-    parts, found = _split(between, frozenset(["\\cup", "\\setminus", "\\cap"]))
+    parts, found = split(between, frozenset(["\\cup", "\\setminus", "\\cap"]))
     if not found or not all(parts):
         return None
     sets = [regions.as_pieces(_value(part)) for part in parts]
@@ -336,11 +277,11 @@ def _combined_sets(tokens: Tokens, source: str) -> Value | None:
 
 def _list(tokens: Tokens, source: str) -> Value | None:
     """Read a list without brackets: commas always separate, "and" and "or" between values that are not words."""
-    parts, found = _split(tokens, _COMMAS)
+    parts, found = split(tokens, _COMMAS)
     pieces: list[Tokens] = []
     separators: list[str] = []
     for part, separator in zip(parts, [*found, ""], strict=True):
-        inner, words = _split(part, _AND_OR)
+        inner, words = split(part, _AND_OR)
         inner = [piece for piece in inner if piece] or [part]
         pieces += inner
         separators += [*words[: len(inner) - 1], *([separator] if separator else [])]
@@ -349,17 +290,17 @@ def _list(tokens: Tokens, source: str) -> Value | None:
         return None
     value = _items(pieces, separators, "", source)
     if isinstance(value, Items) and any(isinstance(item, Text) for item in value.items):
-        return _items(parts, found, "", source) if found else _text(tokens)
+        return _items(parts, found, "", source) if found else text_of(tokens)
     return value
 
 
 def _relation(tokens: Tokens, source: str) -> Value | None:
-    parts, operators = _split(tokens, _RELATIONS)
+    parts, operators = split(tokens, _RELATIONS)
     if (
         len(tokens[0].text) == 1
         and tokens[0].text.isupper()
         and tokens[0].kind == "word"
-        and _enclosed(tokens[1:])
+        and enclosed(tokens[1:])
     ):
         value = _value(tokens[1:])  # the point P(2, -5)
         return Named(source=source, name=tokens[0].text, value=value) if isinstance(value, Items) else None
@@ -382,7 +323,7 @@ def _relation(tokens: Tokens, source: str) -> Value | None:
 
 def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) -> Value | None:
     r"""Read `x > 3`, `3 < x`, `1 < x \le 2` as a set of numbers; other inequalities are relations."""
-    nodes = [_tree(part) for part in parts]
+    nodes = [tree_of(part) for part in parts]
     names = [_name(part) for part in parts]
     if len(parts) == 2:
         (left, right), (operator,) = nodes, operators
@@ -395,7 +336,7 @@ def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) 
         if left is None or right is None:
             return None
         greater = operator in (">", "\\ge")
-        tree = _difference(left, right) if not greater else _difference(right, left)
+        tree = difference(left, right) if not greater else difference(right, left)
         relation = _TURNED[operator] if greater else operator
         sides = tuple(_value(part) for part in parts)
         return Relation(source=source, operators=(relation,), sides=sides, tree=tree)
@@ -420,7 +361,7 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
     sides = [_value(part) for part in parts]
     trees = [as_tree(side) for side in sides]
     left, right = trees[0], trees[-1]
-    tree = _difference(left, right) if len(parts) == 2 and left is not None and right is not None else None
+    tree = difference(left, right) if len(parts) == 2 and left is not None and right is not None else None
     names = [_name(part) for part in parts]
     if names[0] and all(names[:-1]) and isinstance(sides[-1], Items) and "\\pm" in latex(parts[-1]):
         named = tuple(Named(source=item.source, name=names[0], value=item) for item in sides[-1].items)
@@ -431,7 +372,7 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
         return Named(source=source, name=names[-1], value=sides[0], tree=tree)
     if names[0] and len(parts) == 2:
         return Named(source=source, name=names[0], value=sides[1], tree=tree)
-    if len(parts) > 2 and _is_chain(sides[1:] if names[0] else sides):
+    if _is_chain(sides[1:] if names[0] else sides):
         name = names[0] or latex(parts[0])
         return Named(source=source, name=name, value=sides[-1])
     return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)
@@ -452,10 +393,10 @@ def _has_digits(tree: Node) -> bool:
 
 def _paired_names(parts: Sequence[Tokens], source: str) -> Value | None:
     """Read `(a, b) = (1, 2)` as a = 1, b = 2."""
-    if not all(_enclosed(part) and part[0].text == "(" for part in parts):
+    if not all(enclosed(part) and part[0].text == "(" for part in parts):
         return None
-    names, _ = _split(parts[0][1:-1], _COMMAS)
-    values, _ = _split(parts[1][1:-1], _COMMAS)
+    names, _ = split(parts[0][1:-1], _COMMAS)
+    values, _ = split(parts[1][1:-1], _COMMAS)
     if len(names) != len(values) or len(names) < 2 or not all(map(_name, names)):
         return None
     pairs = zip(names, values, strict=True)
@@ -486,138 +427,10 @@ def _name(tokens: Tokens) -> str:
 
 
 def _ratio(tokens: Tokens, source: str) -> Value | None:
-    parts, found = _split(tokens, frozenset([":"]))
+    parts, found = split(tokens, frozenset([":"]))
     if not found or not all(parts):
         return None
     values = tuple(_value(part) for part in parts)
     if any(isinstance(value, Text) for value in values):
-        return _text(tokens)
+        return text_of(tokens)
     return Ratio(source=source, parts=values)
-
-
-# --- one value ---------------------------------------------------------------------------------------
-
-
-def _tree(tokens: Tokens) -> Node | None:
-    try:
-        return read_formula(tokens)
-    except NotAFormulaError:
-        return None
-
-
-def _difference(left: Node, right: Node) -> Node:
-    return Sum((left, Product((MINUS_ONE, right))))
-
-
-def _single(tokens: Tokens, source: str) -> Value:
-    """Read a number, a quantity or a formula; what is none of them is text."""
-    if (
-        value := _percentage(tokens, source) or _money(tokens, source) or _quantity(tokens, source)
-    ) is not None:
-        return value
-    tree = _tree(tokens)
-    if tree is None:
-        wordy = any(is_word(token) for token in tokens)
-        formula = any(token.kind in ("number", "command") or token.text == "^" for token in tokens)
-        return Expression(source=source) if formula and not wordy else _text(tokens)
-    return _of_tree(tree, source)
-
-
-def _of_tree(tree: Node, source: str) -> Value:
-    if any(isinstance(node, PlusMinus) for node in walk(tree)):
-        both = algebra.both_signs(tree)
-        return Items(source=source, brackets="", items=tuple(_of_tree(one, source) for one in both))
-    if symbols(tree):
-        return Expression(source=source, tree=tree)
-    try:
-        value = algebra.exact(tree)
-    except algebra.TooLargeError:
-        value = None
-    return (
-        Expression(source=source, tree=tree)
-        if value is None
-        else Number(source=source, tree=tree, value=value)
-    )
-
-
-def _percentage(tokens: Tokens, source: str) -> Value | None:
-    words = [token.text.lower() for token in tokens[-2:]]
-    length = 1 if words[-1] in ("%", "percent", "pct") else 2 if words == ["per", "cent"] else 0
-    if not length or length == len(tokens):
-        return None
-    value = _single(tokens[:-length], source)
-    return replace(value, percent=True, source=source) if isinstance(value, Number) else None
-
-
-def _money(tokens: Tokens, source: str) -> Value | None:
-    """Read an amount after a currency sign: `$5`, `-$5`."""
-    position = 1 if tokens[0].text == "-" else 0
-    if len(tokens) <= position + 1 or tokens[position].text not in _MONEY:
-        return None
-    unit = read_unit(tokens[position].text, upright=True)
-    amount = [*tokens[:position], *tokens[position + 1 :]]
-    value = _single(amount, latex(amount))
-    if unit is None or not isinstance(value, Number | Expression | Quantity):
-        return _text(tokens)
-    if isinstance(value, Quantity):
-        return value if value.unit.same(unit) else _text(tokens)
-    return Quantity(source=source, magnitude=value, unit=unit)
-
-
-def _quantity(tokens: Tokens, source: str) -> Value | None:
-    """Read a value with a unit at its end: the longest tail that is a unit, after a value without variables."""
-    for start in _unit_starts(tokens):
-        head, tail = tokens[:start], tokens[start:]
-        unit = _unit(tail)
-        tree = _tree(head) if unit else None
-        if unit is None or tree is None:
-            continue
-        letter = len(spoken(tail)) == 1 and tail[0].kind == "word" and not tail[0].upright
-        if symbols(tree) and (letter or not tail[0].gap and not tail[0].upright):
-            continue
-        if letter and isinstance(tree, Sum) and not _enclosed(head) and head[-1].kind != "}":
-            if not (len(tree.terms) == 2 and "+" not in latex(head) and "-" not in latex(head)):
-                continue
-        magnitude = _of_tree(tree, latex(head))
-        if not isinstance(magnitude, Number | Expression):
-            continue
-        formula = Product((tree, Sym(tail[0].text))) if letter else None
-        return Quantity(source=source, magnitude=magnitude, unit=unit, tree=formula)
-    return None
-
-
-def _unit_starts(tokens: Tokens) -> Iterator[int]:
-    """Where the unit may begin: at a word, a degree sign, a unit's symbol or a bracket before one."""
-    for position, (token, depth) in enumerate(zip(tokens, _steps(tokens), strict=True)):
-        if position == 0:
-            continue
-        opens = depth == 1 and token.text in ("{", "(") and position + 1 < len(tokens)
-        first = tokens[position + 1] if opens or token.text == "\\frac" else token
-        first = tokens[position + 2] if token.text == "\\frac" and position + 2 < len(tokens) else first
-        starts = first.kind == "word" or first.text in ("°", "\\mu", "\\Omega", "¢", "€", "£", "¥", "$")
-        if (depth == 0 or opens or token.text == "\\frac") and starts:
-            yield position
-
-
-def _unit(tail: Tokens) -> Unit | None:
-    """The unit that tokens name; `\\frac{m}{s^2}` is m/s^2."""
-    if any(token.kind == "number" and i and tail[i - 1].kind == "number" for i, token in enumerate(tail)):
-        return None
-    if tail[0].text == "\\frac":
-        over, under = _groups(tail[1:])
-        text = f"{spoken(over)}/{spoken(under)}" if over and under else ""
-    elif _enclosed(tail):
-        text = spoken(tail[1:-1])
-    else:
-        text = spoken(tail)
-    text = text.replace("Omega", "Ω").replace("mu ", "μ").replace("mu", "μ")
-    upright = all(token.upright for token in tail if token.kind == "word")
-    return read_unit(text, upright=upright) if text else None
-
-
-def _groups(tokens: Tokens) -> tuple[Tokens, Tokens]:
-    """The contents of two groups in braces that are all of the tokens, else two empty lists."""
-    ends = [i for i, depth in enumerate(_steps(tokens)) if depth == 0]
-    if len(ends) == 2 and ends[1] == len(tokens) - 1 and tokens[0].text == tokens[ends[0] + 1].text == "{":
-        return tokens[1 : ends[0]], tokens[ends[0] + 2 : -1]
-    return [], []

@@ -1,7 +1,7 @@
 r"""Splits an answer into tokens: LaTeX, plain notation and Unicode become one spelling.
 
-`\dfrac`, `½`, `√3`, `sqrt(3)`, `x²`, `≤`, `<=`, `\leqslant`, `pi`, `2*x` and `\text{cm}` all arrive at the grammar
-(`reading`) as the same tokens as `\frac`, `\sqrt`, `^`, `\le`, `\pi`, `\cdot` and the upright word `cm`.
+`\dfrac`, `½`, `√3`, `sqrt(3)`, `x²`, `≤`, `<=`, `\leqslant`, `pi`, `2*x` and `\text{cm}` all arrive at the
+grammar (`reading`) as the same tokens as `\frac`, `\sqrt`, `^`, `\le`, `\pi`, `\cdot`, an upright word `cm`.
 Nothing is computed here, and no part of the text is lost but decoration: dollar signs around formulas, sizes,
 colours, spaces, a full stop at the end.
 """
@@ -27,7 +27,12 @@ class Token(NamedTuple):
     upright: bool = False
 
 
+Tokens = Sequence[Token]
+
 MAX_TOKENS = 600
+
+OPENING = frozenset(["(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle", "\\begin"])
+CLOSING = frozenset([")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle", "\\end"])
 
 _CHARACTERS = MappingProxyType(
     {
@@ -112,7 +117,7 @@ _WRAPPERS = _UPRIGHT | frozenset(
     "mathbf mathit mathsf mathtt boldsymbol bm pmb underline uline mathcal boxed fbox framebox ensuremath".split()
 )
 _DROPPED = frozenset(
-    "left right displaystyle textstyle scriptstyle limits nolimits bigl bigr Bigl Bigr biggl biggr Biggl Biggr big Big"
+    "left right large Large small tiny normalsize huge displaystyle textstyle scriptstyle limits nolimits bigl bigr Bigl Bigr biggl biggr Biggl Biggr big Big"
     " bigg Bigg bf it rm sf tt bfseries blacksquare square Box checkmark qed quad qquad nobreakspace middle"
     " nonumber noindent hline hfill hfil".split()
 )
@@ -152,6 +157,7 @@ _TOKEN = re.compile(
     r"(?P<space>(?:\s|~|\\[,;:! >]|\\(?=\s))+)"
     r"|(?P<number>(?:\d+(?:\.\d+|\.(?![\w.]))?|\.\d+)(?:[eE][+-]?\d+(?![\d.]))?)"
     r"|(?P<row>\\\\(?:\[[^\]]*\])?|\\newline(?![A-Za-z])|\\cr(?![A-Za-z]))"
+    r"|(?P<delimiter>\\[()\[\]]|\\(?:left|right) ?\.)"
     r"|(?P<command>\\not\s*=|\\[A-Za-z]+\*?|\\[{}$%&#_|])"
     r"|(?P<word>[^\W\d_⺀-￿]+|[^\W\d_]+)"
     r"|(?P<operator>\+/-|---?|<=|=<|>=|!=|<>|==|\*\*|->|=>|\+-|\*)"
@@ -227,7 +233,7 @@ def _spell(text: str) -> list[Token]:
             kind = "command" if piece.startswith("\\") else "sign"
         elif kind == "word" and piece.lower() in _PLAIN_NAMES and (piece.islower() or len(piece) > 3):
             kind, piece = "command", "\\" + _PLAIN_NAMES[piece.lower()]
-        elif kind == "sign" and (piece == "\0" or (piece == "$" and not money)):
+        elif kind == "delimiter" or (kind == "sign" and (piece in "\0`" or (piece == "$" and not money))):
             continue
         tokens.append(Token(kind, piece, gap))
         gap = False
@@ -245,7 +251,7 @@ def _spell_command(piece: str) -> str:
     return name if name in _SIGNS else _OPERATORS.get("\\" + name, "\\" + name)
 
 
-def _without_decoration(tokens: Sequence[Token]) -> list[Token]:
+def _without_decoration(tokens: Tokens) -> list[Token]:
     r"""Drop sizes, colours and wrappers; words in `\text{}` and the like become upright."""
     kept: list[Token] = []
     braces: list[str] = []  # for each open brace: "{", or the wrapper that it belongs to
@@ -279,7 +285,7 @@ def _without_decoration(tokens: Sequence[Token]) -> list[Token]:
     return kept
 
 
-def _end_of_group(tokens: Sequence[Token], start: int) -> int:
+def _end_of_group(tokens: Tokens, start: int) -> int:
     """The position after the brace that closes the group which opens at `start`."""
     depth = 0
     for position in range(start, len(tokens)):
@@ -309,7 +315,7 @@ def _join_digit_groups(tokens: list[Token]) -> Iterator[Token]:
         position = end
 
 
-def _levels_with_spaced_commas(tokens: Sequence[Token]) -> set[int]:
+def _levels_with_spaced_commas(tokens: Tokens) -> set[int]:
     """The bracket pairs, by number, in which a comma with a space separates: `(1,000, 2,000)`."""
     levels: set[int] = set()
     stack, brackets = [0], 0
@@ -324,7 +330,7 @@ def _levels_with_spaced_commas(tokens: Sequence[Token]) -> set[int]:
     return levels
 
 
-def _end_of_digit_groups(tokens: Sequence[Token], start: int, *, commas: bool) -> int:
+def _end_of_digit_groups(tokens: Tokens, start: int, *, commas: bool) -> int:
     """The position after a number written in groups of three digits that starts at `start`."""
     first, before = tokens[start], tokens[start - 1] if start else Token("sign", "")
     if first.kind != "number" or not (first.text.isdigit() and len(first.text) <= 3):
@@ -356,7 +362,7 @@ def _is_digit_group(token: Token) -> bool:
     )
 
 
-def latex(tokens: Sequence[Token]) -> str:
+def latex(tokens: Tokens) -> str:
     """Write tokens as LaTeX again, in their one spelling; equal text means an equal answer."""
     pieces: list[str] = []
     for token in tokens:
@@ -368,3 +374,46 @@ def latex(tokens: Sequence[Token]) -> str:
             (" " if words or after_command else "") + ("\\\\" if token.kind == "row" else token.text)
         )
     return "".join(pieces)
+
+
+def spoken(tokens: Tokens) -> str:
+    """The tokens as plain text: words apart, no braces, `*` for products."""
+    text = "".join(
+        (" " if token.gap else "") + token.text.replace("\\cdot", "*").replace("\\", "")
+        for token in tokens
+        if token.text not in ("{", "}")
+    )
+    return text.strip()
+
+
+def steps(tokens: Tokens) -> Iterator[int]:
+    """The depth of brackets after each token."""
+    depth = 0
+    for token in tokens:
+        depth += (token.text in OPENING) - (token.text in CLOSING)
+        yield depth
+
+
+def depth_of(tokens: Tokens) -> int:
+    return max(steps(tokens), default=0)
+
+
+def enclosed(tokens: Tokens) -> bool:
+    """Whether the first token is a bracket that the last one closes."""
+    if len(tokens) < 2 or tokens[0].text not in OPENING or tokens[-1].text not in CLOSING:
+        return False
+    depths = list(steps(tokens))
+    return depths[-1] == 0 and 0 not in depths[:-1]
+
+
+def split(tokens: Tokens, separators: frozenset[str]) -> tuple[list[Tokens], list[str]]:
+    """Cut at separators outside brackets; the parts, and the separators between them."""
+    parts: list[Tokens] = []
+    found: list[str] = []
+    start = 0
+    for position, (token, depth) in enumerate(zip(tokens, steps(tokens), strict=True)):
+        if depth == 0 and token.text in separators:
+            parts.append(tokens[start:position])
+            found.append(token.text)
+            start = position + 1
+    return [*parts, tokens[start:]], found
