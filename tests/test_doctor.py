@@ -224,7 +224,7 @@ def test_the_command_line(run, tmp_path):
     assert told.exit_code == 0 and "ok state: every stage is done" in told.output
     change(run, last=10, unscored=0.5)
     told = CliRunner().invoke(app, ["doctor", str(run)])
-    assert told.exit_code == 1 and "   -> raise grpo.reward.deadline_s" in told.output
+    assert told.exit_code == 1 and "   -> see why in rollouts/: correct what fails" in told.output
     rows = json.loads(CliRunner().invoke(app, ["doctor", str(run), "--json"]).output)["findings"]
     assert [row["name"] for row in rows if row["fix"]] == ["RL after SFT: Answers that could not be graded"]
     with pytest.raises(RunFolderError, match="no run is here"):

@@ -180,7 +180,7 @@ def test_an_arm_s_problem_without_an_answer_counts_as_wrong_and_says_why(tmp_pat
         for name in names
     ]
     with GradePool() as pool, screen("eval", len(problems), quiet=True) as view:
-        evaluator = Evaluator(sampler=sampler, pool=pool)
+        evaluator = Evaluator(sampler=sampler, grader=pool)
         measured = partial(evaluate, evaluator, problems, folder=tmp_path, screen=view)
         with pytest.raises(Stopped):
             stop = StopFlag()

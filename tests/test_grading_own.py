@@ -14,7 +14,7 @@ from test_pipeline import SMALL, rlcs
 CODE = """
 import time
 
-def length(problem, response):
+def longer(problem, response):
     if response == "hang":
         time.sleep(600)
     if response == "raise":
@@ -41,7 +41,7 @@ def ask(response: str) -> tuple[Problem, str]:
 
 
 def test_a_number_is_the_reward_and_from_one_up_the_answer_is_correct(file):
-    with GradePool(function=check_function(f"{file}:length")) as pool:
+    with GradePool(function=check_function(f"{file}:longer")) as pool:
         short, long = pool.grade([ask("four"), ask("ten" * 4)])
     assert (short.reward, short.correct) == (0.4, False)
     assert (long.reward, long.correct) == (1.2, True)
@@ -54,7 +54,7 @@ def test_a_pair_says_by_itself_whether_the_answer_is_correct(file):
 
 
 def test_what_fails_or_hangs_is_unscored_and_harms_no_other_answer(file):
-    with GradePool(function=check_function(f"{file}:length"), deadline_s=1.0) as pool:
+    with GradePool(function=check_function(f"{file}:longer"), deadline_s=1.0) as pool:
         grades = pool.grade([ask("raise"), ask("hang"), ask("nan"), ask("four")])
     assert [g.reward for g in grades] == [None, None, None, 0.4]
     assert "KeyError: 'why?'" in grades[0].why
@@ -67,7 +67,7 @@ def test_what_fails_or_hangs_is_unscored_and_harms_no_other_answer(file):
     [
         ("rewards.py", "names no function"),
         ("missing.py:score", "cannot read .*missing.py: No such file"),
-        ("rewards.py:lenght", "no function 'lenght'"),
+        ("rewards.py:longre", "no function 'longre'"),
         ("broken.py:score", "is no Python"),
     ],
 )
@@ -75,15 +75,20 @@ def test_a_function_that_is_not_there_is_refused_before_the_run(file, tmp_path, 
     (tmp_path / "broken.py").write_text("def score(:", encoding="utf-8")
     with pytest.raises(RecipeError, match=says) as caught:
         check_function(str(tmp_path / given))
-    assert "grpo.reward.function" in str(caught.value)
+    assert "grpo.reward.functions" in str(caught.value)
 
 
 def test_grpo_learns_from_it_and_the_command_line_refuses_a_wrong_one(file, tmp_path, random_model_folder):
     words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", tmp_path / "run"]
-    done = rlcs(*words, "study.arms=[base,sft_grpo]", f"grpo.reward.function={file}:length")
+    done = rlcs(
+        *words,
+        "study.arms=[base,sft_grpo]",
+        f"grpo.reward.functions={{{file}:longer: 1}}",
+        "grpo.reward.accuracy=0",
+    )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "sft_grpo" / "rollouts" / "step-000001.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["reward"] for row in rows] == [pytest.approx(len(row["response"]) / 10) for row in rows]
-    refused = rlcs(*words[:-1], tmp_path / "other", f"grpo.reward.function={file}:other")
-    assert refused.returncode == 2 and "its functions: length, judged" in refused.stderr
+    refused = rlcs(*words[:-1], tmp_path / "other", f"grpo.reward.functions={{{file}:other: 1}}")
+    assert refused.returncode == 2 and "its functions: longer, judged" in refused.stderr

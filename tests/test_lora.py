@@ -14,6 +14,7 @@ from rlcs.data import puzzles
 from rlcs.data.run_data import load_run_data
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import CheckpointError, RecipeError
+from rlcs.grading.reward import WeightedSum
 from rlcs.model import loading
 from rlcs.model import lora as adapters
 from rlcs.model.packing import pack
@@ -315,7 +316,8 @@ def test_a_checkpoint_of_the_other_kind_is_refused(random_model_folder, vlm, tmp
 
 def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_path, monkeypatch):
     """Stage two starts from stage one's merged weights, and they are its reference."""
-    monkeypatch.setattr("rlcs.pipeline.study.GradePool", lambda **settings: nullcontext(LengthGrader()))
+    grader = WeightedSum(graders={"length": LengthGrader()}, weights={"length": 1.0})
+    monkeypatch.setattr("rlcs.pipeline.study.open_reward", lambda *_, **__: nullcontext(grader))
     recipe = load_recipe(
         "quickstart",
         [

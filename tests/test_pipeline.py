@@ -209,7 +209,9 @@ def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_fo
 
 def test_a_reward_function_that_is_not_there_claims_no_folder(tmp_path):
     with pytest.raises(RecipeError, match="cannot read"):
-        run_folder.claim(tmp_path / "run", load_recipe("quickstart", ["grpo.reward.function=no.py:f"]).recipe)
+        run_folder.claim(
+            tmp_path / "run", load_recipe("quickstart", ["grpo.reward.functions={no.py:f: 1}"]).recipe
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -439,7 +441,7 @@ def test_measured_answers_to_edited_problems_are_refused(tmp_path):
     with SampleLog(tmp_path / "predictions.jsonl", {each.id: each.digest for each in problems}) as log:
         for each in problems:
             log.add(Sample(id=each.id, text="5", stop=StopReason.EOS), right)
-    nobody = evaluation.Evaluator(sampler=None, pool=None)  # there is nothing to ask
+    nobody = evaluation.Evaluator(sampler=None, grader=None)  # there is nothing to ask
     measure = partial(evaluation.evaluate, nobody, folder=tmp_path, screen=None, stop=None)
     assert measure(problems[:2])["n"] == 2
     edited = [problems[0], replace(problems[1], answer="6")]

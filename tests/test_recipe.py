@@ -285,6 +285,16 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
         ("grpo: {top_p: 1.5}", "grpo.top_p should be a number above 0 and at most 1 (got 1.5)"),
         ("sft: {optimizer: {betas: [0.9]}}", "a list of 2, each item a number at least 0 and at most 1"),
         ("name: 3", "name should be text (got 3)"),
+        ("grpo: {reward: {accuracy: -1}}", "grpo.reward.accuracy should be a number at least 0 (got -1)"),
+        (
+            "grpo: {reward: {functions: a.py:f}}",
+            'grpo.reward.functions should be a mapping {text: a number} (got "a.py:f")',
+        ),
+        ("grpo: {reward: {functions: {a.py:f: much}}}", "a mapping {text: a number} (got {"),
+        ("grpo: {reward: {functions: {a.py:f: 1, b.py:f: 2}}}", "two parts are called f"),
+        ("grpo: {reward: {functions: {a.py:length: 1}}}", "two parts are called length"),
+        ("grpo: {reward: {accuracy: 0}}", "no part that scores single answers has a weight"),
+        ("grpo: {reward: {accuracy: 0, length: 1}}", "no part that scores single answers has a weight"),
         ("model: {trust_remote_code: yes}", 'should be true or false (got "yes")'),
         ("eval: {temperature: .inf}", "eval.temperature should be a number at least 0 (got Infinity)"),
         ("sft:", "sft is a section with keys of its own (got null)"),
@@ -413,6 +423,14 @@ SHOWN = {
     },
     "reward": {
         "grpo.reward.allow_fallbacks=true": "a lone letter",
+        "grpo.reward={accuracy: 0.9, format: 0.1}": "0.9 x accuracy + 0.1 x format; correct: by accuracy",
+        "grpo.reward={accuracy: 0, functions: {a/b.py:f: -2}}": "-2 x f; correct: by f",
+    },
+    "reward: accuracy": {
+        "grpo.reward={format: 0.1, allow_fallbacks: true}": "a lone letter",
+    },
+    "reward: f": {
+        "grpo.reward.functions={a/b.py:f: 1}": "returned by b.py:f",
     },
     "cold-start teacher": {
         "teacher.keep=all": "wrong ones kept too",

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from rlcs.errors import RunFolderError
 from rlcs.records import Grade, GradedSample, Sample, StopReason
 from rlcs.report import build, charts, findings, pictures
+from rlcs.report.compare import compare, write_html
 from rlcs.report.load_run import read_run
 from rlcs.report.pages import visible
 
@@ -416,6 +417,20 @@ def test_late_rollouts_show_best_and_worst_of_mixed_groups() -> None:
     assert [a.sample.id for a in groups[0]] == ["mixed"] * 3
     assert groups[0][0].grade.reward == 1.0 and groups[0][-1].grade.reward == 0.0
     assert len(findings.late_rollouts(rollouts[:1])[0]) == 1
+
+
+def test_every_part_of_a_reward_has_its_curve_after_the_reward(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", problems=6)
+    path = run / "sft_grpo" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    write_rows(path, [row | {"reward_accuracy": 0.5, "reward_format": 0.0} for row in rows])
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", build(run).read_text())
+    assert titles[:4] == ["Reward", "Reward: accuracy", "Reward: format", "Accuracy on training problems"]
+    compared, sides = compare(run, run)
+    assert compared.ends["RL after SFT reward_accuracy"] == (0.5, 0.5)
+    write_html(tmp_path / "compare.html", compared, sides)
+    assert "RL after SFT: Reward: format" in (tmp_path / "compare.html").read_text()
 
 
 def test_health_compares_first_and_last_steps(tmp_path: Path) -> None:

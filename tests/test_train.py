@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
 from rlcs.train.groups import make_group, shaped_reward, tree_of
 from rlcs.train.losses import sft_loss
+from rlcs.train.rollout_log import measure
 from rlcs.train.run_dir import RunDir, step_report
 from rlcs.train.stage_run import Clock
 from rlcs.train.trainer import Batch, StepResult, Trainer, ZeroGradCounts, combined, learning_rate
@@ -320,6 +322,64 @@ def test_unscored_rollouts_leave_the_group(chat):
     assert group.advantages[1] is None
     assert group.advantages[0] == pytest.approx(1 / math.sqrt(2), rel=1e-4)
     assert [b.ids[0] for b in tree_of(group).branches] == [30, 32]
+
+
+def test_length_rewards_short_right_answers_and_never_long_or_wrong_ones(chat):
+    problem, settings = make_problem("l"), Grpo(**SMALL | {"reward": {"length": 0.4}})
+    rollouts = [
+        Rollout(
+            problem_id="l", index=i, ids=(30,) * n, logprobs=(-1.0,) * n, stop=StopReason.EOS, seed=i, text=""
+        )
+        for i, n in enumerate((2, 6, 4, 2, 9))
+    ]
+    right, wrong = Grade(reward=1.0, correct=True, parts={"accuracy": 1.0}), Grade(reward=0.0, correct=False)
+    unscored = Grade(reward=None, correct=None, why="timed out")
+    group = make_group(
+        problem, chat.prompt(problem), rollouts, [right, right, wrong, wrong, unscored], settings
+    )
+    assert [g.parts.get("length") for g in group.grades] == [0.5, -0.5, 0.0, 0.0, None]
+    assert [g.reward for g in group.grades] == [pytest.approx(1.2), pytest.approx(0.8), 0.0, 0.0, None]
+    assert list(group.grades[0].parts) == ["accuracy", "length"]
+    alike = make_group(problem, chat.prompt(problem), rollouts[:1] * 2, [right, wrong], settings)
+    assert [g.parts["length"] for g in alike.grades] == [0.0, 0.0]
+
+
+def test_parts_of_a_reward_are_measured_over_the_answers_that_have_them(chat):
+    group = group_of(chat, "m", [1.0, None, 0.0], Grpo(**SMALL))
+    parts = (
+        {"accuracy": 1.0, "brief": 0.5},
+        {"accuracy": 1.0, "brief": None},
+        {"accuracy": 0.0, "brief": 0.1},
+    )
+    grades = tuple(replace(g, parts=own) for g, own in zip(group.grades, parts, strict=True))
+    values = measure([replace(group, grades=grades)])
+    assert values["reward_accuracy"] == pytest.approx(2 / 3) and values["reward_brief"] == pytest.approx(0.3)
+    alone = tuple(replace(g, parts={"accuracy": 1.0}) for g in group.grades)
+    assert not any(name.startswith("reward_") for name in measure([replace(group, grades=alone)]))
+
+
+def test_a_step_without_any_score_ends_the_run_and_is_taken_again(random_model_folder, tmp_path):
+    class Failing(LengthGrader):
+        """Scores nothing in the second step."""
+
+        calls = 0
+
+        def grade(self, pairs):
+            self.calls += 1
+            fails = Grade(reward=None, correct=None, why="score: timed out after 5 s")
+            return [fails for _ in pairs] if self.calls == 2 else super().grade(pairs)
+
+    settings = Grpo(**SMALL | {"save_every": 50})
+    unbroken = run_grpo(random_model_folder, tmp_path / "a", settings)
+    with pytest.raises(
+        TrainingError, match=r"none of the 12 answers of step 2 is scored; 12 .*timed out"
+    ) as caught:
+        run_grpo(random_model_folder, tmp_path / "b", settings, grader=Failing())
+    assert "raise grpo.reward.deadline_s" in caught.value.fix
+    assert (tmp_path / "b" / "checkpoints" / "step-000001").is_dir()
+    assert len(rows_of(tmp_path / "b" / "rollouts" / "step-000002.jsonl")) == 12
+    continued = run_grpo(random_model_folder, tmp_path / "b", settings)
+    assert_equal_weights(unbroken, continued)
 
 
 def test_overlong_answers_are_punished_or_dropped(chat):

@@ -10,7 +10,7 @@ from typing import Any
 from rlcs.distributed import ALONE, World
 from rlcs.evals.scores import arm_scores
 from rlcs.generation import EngineSampler, SampleLog
-from rlcs.grading import GradePool
+from rlcs.grading.reward import Grader
 from rlcs.progress import Screen
 from rlcs.records import Grade, Problem, Request, Sample, to_row
 from rlcs.signals import StopFlag
@@ -23,10 +23,10 @@ CHUNK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """The sampler of the model, the grading pool, and the ranks that share the problems."""
+    """The sampler of the model, the grader, and the ranks that share the problems."""
 
     sampler: EngineSampler
-    pool: GradePool
+    grader: Grader
     world: World = ALONE
 
 
@@ -77,7 +77,7 @@ def _answers(evaluator: Evaluator, problems: Sequence[Problem]) -> list[tuple[Sa
     answered = {each.id: each for each in evaluator.sampler.batch([Request.of(each) for each in problems])}
     samples = [answered[problem.id] for problem in problems]
     answers = [(known[sample.id], sample.text) for sample in samples if not sample.error]
-    grades = iter(evaluator.pool.grade(answers))
+    grades = iter(evaluator.grader.grade(answers))
     return [
         (
             replace(sample, retryable=False),

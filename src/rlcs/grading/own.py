@@ -1,6 +1,6 @@
-"""The user's reward function, `FILE.py:NAME`: checked before a run, called only in killable workers.
+"""The user's reward functions, `FILE.py:NAME`: checked before a run, called only in killable workers.
 
-It is called as `NAME(problem, response)`: `problem` is a dict of `question`, `answer`, `choices` and
+One is called as `NAME(problem, response)`: `problem` is a dict of `question`, `answer`, `choices` and
 `metadata`, `response` the text of the answer. It returns the reward, a finite number, or a pair of
 the reward and whether the answer is correct; a reward alone is correct from 1 up. If it raises an
 exception, the answer is unscored.
@@ -10,20 +10,24 @@ import ast
 import json
 import math
 import runpy
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import SupportsFloat
 
 from rlcs.errors import RecipeError
 from rlcs.records import Grade, Problem
 
-KEY = "grpo.reward.function"
+KEY = "grpo.reward.functions"
+_LONGEST_MESSAGE = 300
 
 
 def check_function(function: str) -> str:
     """Make the path in `FILE.py:NAME` absolute. Raises RecipeError without such a function; runs no code."""
     file, _, name = function.rpartition(":")
     path = Path(file).expanduser().resolve()
-    fix = "write it as FILE.py:NAME"
+    fix = "write it as {FILE.py:NAME: WEIGHT}"
     if not file or not name.isidentifier():
         raise RecipeError(f"{function!r} names no function", where=KEY, fix=fix)
     try:
@@ -40,26 +44,51 @@ def check_function(function: str) -> str:
 
 
 def load_function(location: str) -> Callable[[str, str], Grade]:
-    """Run the file and wrap its function as a grader: (problem as JSON, response) -> grade."""
+    """Run the file and wrap its function as a grader: (problem as JSON, response) -> grade.
+
+    If the file cannot be run, every answer is unscored for that reason.
+    """
     file, _, name = location.rpartition(":")
-    function = runpy.run_path(file)[name]
+    sys.path.insert(0, str(Path(file).parent))  # as for `python FILE.py`: it may import its neighbours
+    try:
+        function = runpy.run_path(file)[name]
+    except (Exception, SystemExit) as error:
+        failure = _unscored(error, file)
+        return lambda problem, response: failure
 
     def decide(problem: str, response: str) -> Grade:
         try:
-            result = function(json.loads(problem), response)
-            reward, correct = result if isinstance(result, tuple) else (result, result >= 1)
-            if not math.isfinite(reward):
-                raise ValueError(f"the reward is {reward}")
-            return Grade(reward=float(reward), correct=bool(correct), why="by the reward function")
+            return _grade_of(function(json.loads(problem), response))
         except Exception as error:
-            why = f"{name} failed: {type(error).__name__}: {error}"
-            return Grade(reward=None, correct=None, why=why)
+            return _unscored(error, file)
 
     return decide
 
 
+def _grade_of(result: object) -> Grade:
+    """The grade of what a function returned. Raises TypeError, ValueError."""
+    reward, correct = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(reward, SupportsFloat):
+        shown = repr(result)[:_LONGEST_MESSAGE]
+        raise TypeError(f"it returned {shown}, neither a number nor a pair (number, is it correct)")
+    value = float(reward)
+    if not math.isfinite(value):
+        raise ValueError(f"the reward is {value}")
+    return Grade(
+        reward=value, correct=bool(value >= 1 if correct is None else correct), why="by the reward function"
+    )
+
+
+def _unscored(error: BaseException, file: str) -> Grade:
+    """An unscored grade with the exception, and the last line of the user's file that led to it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = ":".join([file, *map(str, lines[-1:])])
+    message = " ".join(str(error).split())[:_LONGEST_MESSAGE]
+    return Grade(reward=None, correct=None, why=f"{type(error).__name__}: {message} ({place})")
+
+
 def problem_json(problem: Problem) -> str:
-    """Encode the fields of a problem that the function receives."""
+    """Encode the fields of a problem that a function receives."""
     fields = {
         "question": problem.question,
         "answer": problem.answer,

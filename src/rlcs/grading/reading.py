@@ -60,6 +60,7 @@ _LEAD_WORDS = frozenset("the my final correct best answer answers option choice 
 _LEADS = frozenset("answer answers option choice".split())
 _ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
 _NO_NUMBERS = frozenset(["empty set", "null set"])
+_LETTERS = re.compile("[A-H]+|[①-⑳]+")
 _IN_BASE = re.compile(
     r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
 )
@@ -74,7 +75,7 @@ def read(text: str) -> Value:
 
 @lru_cache(maxsize=4096)
 def _read(text: str) -> Value:
-    tokens = _strip(tokenise(text))
+    tokens = _without_parameter(_strip(tokenise(text)))
     if len(tokens) > MAX_TOKENS or depth_of(tokens) > MAX_DEPTH:
         return Text(source=latex(tokens), words=plain_words(text))
     plain = spoken(tokens)
@@ -107,6 +108,18 @@ def _strip(tokens: Tokens) -> Tokens:
     if 0 < lead < len(tokens) and any(token.text.lower() in _LEADS for token in tokens[:lead]):
         tokens = _strip(tokens[lead:])
     return tokens
+
+
+def _without_parameter(tokens: Tokens) -> Tokens:
+    r"""Remove a condition such as `, k \in \mathbb{Z}` at the end; its parameter, under any name, becomes `k`."""
+    end = tokens[:-1] if tokens and tokens[-1].text == ")" else tokens
+    if len(end) < 5 or end[-1].text not in ("\\Z", "\\N") or end[-2].text != "\\in" or len(end[-3].text) > 1:
+        return tokens
+    opening = "(" if end is not tokens else ","
+    if end[-4].text != opening:
+        return tokens
+    parameter = end[-3].text
+    return [token._replace(text="k") if token.text == parameter else token for token in end[:-4]]
 
 
 # --- kinds of values, from the outside in ------------------------------------------------------------
@@ -143,7 +156,7 @@ def _peeled(tokens: Tokens) -> Tokens:
 def _letters(tokens: Tokens) -> frozenset[str] | None:
     """The letters of choices: `B`, `(B)`, `A, C`, `ABD` (in the order of the alphabet, or it is a name)."""
     runs = [t.text for t in tokens if t.text not in ("(", ")", ",", ";", "and", "&")]
-    if not runs or not all(t.isalpha() and t.isascii() and t.isupper() and max(t) <= "H" for t in runs):
+    if not runs or not all(_LETTERS.fullmatch(run) for run in runs):
         return None
     letters = "".join(runs)
     if len(set(letters)) != len(letters) or (
@@ -324,7 +337,7 @@ def _relation(tokens: Tokens, source: str) -> Value | None:
 def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) -> Value | None:
     r"""Read `x > 3`, `3 < x`, `1 < x \le 2` as a set of numbers; other inequalities are relations."""
     nodes = [tree_of(part) for part in parts]
-    names = [_name(part) for part in parts]
+    names = ["" if part[0].text == "|" else _name(part) for part in parts]
     if len(parts) == 2:
         (left, right), (operator,) = nodes, operators
         if names[0] and right is not None and not symbols(right) & _variables(left):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 from rlcs.grading import algebra
 from rlcs.grading.formulas import NotAFormulaError, is_word, read_formula
@@ -39,10 +40,9 @@ def difference(left: Node, right: Node) -> Node:
 
 def read_single(tokens: Tokens, source: str) -> Value:
     """Read a number, a quantity or a formula; what is none of them is text."""
-    if (
-        value := _percentage(tokens, source) or _money(tokens, source) or _quantity(tokens, source)
-    ) is not None:
-        return value
+    for rule in (_percentage, _money, _compound, _quantity):
+        if (value := rule(tokens, source)) is not None:
+            return value
     tree = tree_of(tokens)
     if tree is None:
         wordy = any(is_word(token) for token in tokens)
@@ -90,6 +90,20 @@ def _money(tokens: Tokens, source: str) -> Value | None:
     if isinstance(value, Quantity):
         return value if value.unit.same(unit) else text_of(tokens)
     return Quantity(source=source, magnitude=value, unit=unit)
+
+
+def _compound(tokens: Tokens, source: str) -> Value | None:
+    """Read several quantities in a row as one: `3 hours 15 minutes`, `5 ft 3 in`."""
+    starts = [
+        i for i, token in enumerate(tokens) if i > 1 and token.kind == "number" and tokens[i - 1].kind == "word"
+    ]
+    if not starts or tokens[0].kind != "number":
+        return None
+    parts = [tokens[a:b] for a, b in pairwise([0, *starts, len(tokens)])]
+    values = [_quantity(part, latex(part)) for part in parts]
+    if not all(isinstance(value, Quantity) for value in values):
+        return None
+    return Items(source=source, brackets="", items=tuple(value for value in values if value is not None))
 
 
 def _quantity(tokens: Tokens, source: str) -> Value | None:

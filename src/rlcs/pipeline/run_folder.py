@@ -25,8 +25,8 @@ def claim(folder: Path, recipe: Recipe) -> None:
     Arms may be added to it, and a start without results (say, of a mistyped model) may be corrected. Raises
     RunFolderError for a folder of another recipe or with other files, RecipeError.
     """
-    if recipe.grpo.reward.function is not None:
-        check_function(recipe.grpo.reward.function)
+    for function in recipe.grpo.reward.functions:
+        check_function(function)
     path = folder / "recipe.yaml"
     if not path.exists():
         _create(folder)

@@ -22,8 +22,7 @@ from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.errors import RlcsError
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.generation import EngineSampler
-from rlcs.grading import GradePool
-from rlcs.grading.own import check_function
+from rlcs.grading.reward import open_reward, try_reward
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.vlm import Vlm
@@ -32,7 +31,7 @@ from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
 from rlcs.recipe.loading import dump
 from rlcs.recipe.schema import Model, Recipe
-from rlcs.recipe.stages import Reward, Stage
+from rlcs.recipe.stages import Stage
 from rlcs.records import Demonstration
 from rlcs.signals import StopFlag
 from rlcs.storage import read_json, write_json
@@ -93,6 +92,7 @@ class Study:
         data, study = self._data, self.recipe.study
         for line in data.notes:
             log.warning(line)
+        self._world.first(self._try_reward)
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:
             self._world.first(self._cold_start)
@@ -106,6 +106,17 @@ class Study:
             self._measure(arm)  # a call of its own frees the model before the next one is loaded
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
+
+    def _try_reward(self) -> None:
+        """Call every part of the reward before anything is trained: a mistake in it must not wait for RL."""
+        if all(is_done(self.folder / arm) for arm in self.recipe.study.arms if arm in RL_ARMS):
+            return
+        with open_reward(self.recipe.grpo.reward) as grader:
+            warnings = try_reward(grader, self._data.rl[0])
+        for warning in warnings:
+            log.warning(warning)
+            with self._output.screen("reward", 1) as view:
+                view.say(f"warning: {warning}")
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
         summary = {**self._summary(), "counts": counts}
@@ -191,13 +202,13 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
         engine = self._make_engine(vlm, chat, settings.max_rows)
         run = self._run_dir(name, settings)
-        with open_graders(settings.reward) as pool, self._output.screen(name, settings.steps) as view:
+        with open_reward(settings.reward) as grader, self._output.screen(name, settings.steps) as view:
             context = grpo.GrpoContext(
                 vlm=vlm,
                 reference=reference,
                 chat=chat,
                 engine=engine,
-                grader=pool,
+                grader=grader,
                 importance_cap=recipe.rollout.cap,
             )
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
@@ -211,9 +222,9 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = self._make_engine(vlm, chat, recipe.eval.max_rows)
         sampler = EngineSampler(engine, chat, recipe.eval.sampling(), batch_size=CHUNK)
-        graders = open_graders(recipe.grpo.reward)
-        with graders as pool, self._output.screen(f"eval {arm}", len(problems)) as view:
-            evaluator = Evaluator(sampler=sampler, pool=pool, world=self._world)
+        graders = open_reward(recipe.grpo.reward, only_correct=True)
+        with graders as grader, self._output.screen(f"eval {arm}", len(problems)) as view:
+            evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
             evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
         seconds = round(time.monotonic() - started, 1)
         self._world.first(partial(mark_done, folder, seconds=seconds))
@@ -256,14 +267,4 @@ def engine_needs(recipe: Recipe) -> EngineNeeds:
         compute_dtype=recipe.parallel.compute_dtype,
         adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
         name=recipe.name,
-    )
-
-
-def open_graders(reward: Reward) -> GradePool:
-    """Start the grader processes of a recipe's reward; a context manager."""
-    return GradePool(
-        workers=reward.workers,
-        deadline_s=reward.deadline_s,
-        allow_fallbacks=reward.allow_fallbacks,
-        function=None if reward.function is None else check_function(reward.function),
     )

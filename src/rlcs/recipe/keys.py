@@ -41,9 +41,9 @@ def allowed(field: FieldInfo) -> str:
 
 
 def takes_text(field: FieldInfo) -> bool:
-    """Whether the value of this key is free text; a list of texts is not."""
+    """Whether the value of this key is free text; a list of texts, or a mapping of them, is not."""
     kind = field.annotation
-    return kind is str or (get_origin(kind) is not tuple and str in get_args(kind))
+    return kind is str or (get_origin(kind) in (Union, types.UnionType) and str in get_args(kind))
 
 
 def nearest(unknown: str) -> list[str]:
@@ -82,6 +82,8 @@ def _words(annotation: object, metadata: Sequence[object]) -> str:
     if origin is tuple:
         length = "" if Ellipsis in parts else f" of {len(parts)}"
         return f"a list{length}, each item {_words(parts[0], ())}"
+    if origin is Mapping:
+        return f"a mapping {{{_words(parts[0], ())}: {_words(parts[1], ())}}}"
     bounds = [
         f"{words} {getattr(item, name):,}"
         for item in metadata

@@ -1,8 +1,9 @@
 """The recipe's sections of the two training stages: SFT and GRPO, with their optimisers, loss and reward."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 
@@ -93,18 +94,60 @@ class Overlong(Section):
     """Leave answers cut at the limit out of the loss instead of grading them wrong."""
 
 
-class Reward(Section):
-    """Grading of responses."""
+class Judge(Section):
+    """A part of the reward that a model gives."""
 
-    function: str | None = None
-    """A custom reward instead of the rule: `FILE.py:NAME`, called as NAME(problem, response) in the
-    grader processes; it returns a number, or a pair (number, is it correct)."""
+    weight: NonNegative = 0.0
+    """Weight of the judge's score; 0: off."""
+
+
+class Reward(Section):
+    """Grading of responses: the plain weighted sum of parts, not divided by the sum of the weights.
+
+    A part of weight 0 is off. Whether an answer is *correct* is what the first of these that is on says:
+    accuracy, judge, functions in their order, format. An answer without the score of one part is not scored.
+    """
+
+    accuracy: NonNegative = 1.0
+    """Weight of the rule: 1 if the final answer is right, else 0."""
+    format: NonNegative = 0.0
+    """Weight of the form: 1 if the reasoning is closed and the final box can be read strictly, else 0."""
+    length: NonNegative = 0.0
+    """Weight of brevity within a group (Kimi k1.5, arXiv 2501.12599): from 0.5 for the shortest answer to
+    -0.5 for the longest; a wrong answer gets 0 at most."""
+    functions: Mapping[str, float] = {}
+    """Functions of your own, each with its weight: {FILE.py:NAME: 0.5}. They are called as
+    NAME(problem, response) in grader processes, and return a number, or a pair (number, is it correct)."""
+    judge: Judge = Judge()
+    """A model that scores answers."""
     allow_fallbacks: bool = False
     """Also accept `<answer>` tags, "the answer is ..." and a lone letter where no box is complete."""
     deadline_s: Annotated[float, Field(gt=0)] = 5.0
     """Most seconds for grading one answer; then its worker is killed and the answer is not scored."""
     workers: Annotated[int, Field(ge=0)] = 1
-    """Grader processes; 0: one for each two CPU cores."""
+    """Grader processes of the rule, and of each function; 0: one for each two CPU cores."""
+
+    @model_validator(mode="after")
+    def _parts_can_be_summed(self) -> "Reward":
+        names = ["accuracy", "format", "length", "judge", *map(function_name, self.functions)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two parts are called {twice[0]}: give the function another name")
+        if not self.weights.keys() - {"length"}:
+            raise ValueError("no part that scores single answers has a weight: set accuracy=1, say")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each part that is on; the first one decides whether an answer is correct."""
+        functions = {function_name(function): weight for function, weight in self.functions.items()}
+        parts = {"accuracy": self.accuracy, "judge": self.judge.weight} | functions
+        parts |= {"format": self.format, "length": self.length}
+        return {name: weight for name, weight in parts.items() if weight}
+
+
+def function_name(function: str) -> str:
+    """The name of the function in `FILE.py:NAME`."""
+    return function.rpartition(":")[2]
 
 
 class Grpo(Stage):

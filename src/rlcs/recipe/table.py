@@ -1,10 +1,12 @@
 """The table that is shown before a run starts: the choices that change results, defaults among them."""
 
+from pathlib import PurePath
+
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher
-from rlcs.recipe.stages import Grpo, Optimizer, Sft
+from rlcs.recipe.stages import Grpo, Optimizer, Reward, Sft, function_name
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {
@@ -92,7 +94,7 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         ("RL KL", _kl(grpo)),
         ("RL answers at the limit", _overlong(grpo)),
         ("RL groups all alike", _zero_variance_groups(grpo)),
-        ("reward", _reward(grpo)),
+        *_reward_rows(grpo.reward),
     ]
 
 
@@ -197,11 +199,27 @@ def _zero_variance_groups(grpo: Grpo) -> str:
     return f"sampled anew, up to {_count(grpo.dynamic_sampling, 'more round')} a step (DAPO)"
 
 
-def _reward(grpo: Grpo) -> str:
+def _reward_rows(reward: Reward) -> list[tuple[str, str]]:
+    """The sum, and what each of its parts is; a reward of the rule alone is one row."""
     where = "last complete \\boxed{}"
-    if grpo.reward.allow_fallbacks:
+    if reward.allow_fallbacks:
         where += ", or else <answer> tags, 'the answer is ...', a lone letter"
-    return f"1 if the answer in the {where} is right; {grpo.reward.deadline_s:g} s to grade, else unscored"
+    texts = {
+        "accuracy": f"1 if the answer in the {where} is right",
+        "judge": "the score of a model",
+        **{
+            function_name(function): f"returned by {PurePath(function).name}" for function in reward.functions
+        },
+        "format": "1 if the reasoning is closed and the last box can be read",
+        "length": "0.5 for the shortest answer of a group to -0.5 for the longest; wrong ones at most 0",
+    }
+    limit = f"{reward.deadline_s:g} s to grade, else unscored"
+    if reward.weights == {"accuracy": 1.0}:
+        return [("reward", f"{texts['accuracy']}; {limit}")]
+    total = " + ".join(f"{weight:g} x {name}" for name, weight in reward.weights.items())
+    decides = f"correct: by {next(iter(reward.weights))}"
+    parts = [(f"reward: {name}", texts[name]) for name in reward.weights]
+    return [("reward", f"{total}; {decides}; {limit}"), *parts]
 
 
 def _frozen(parts: tuple[str, ...]) -> str:

@@ -110,6 +110,7 @@ class Grade:
 
     An unscored response (its grader failed or ran out of time) is left out of its group and of the loss.
     `answer_value` and `gold_value` say in words what was read on both sides; `why` is the rule that decided.
+    `parts` are the scores that a reward of several parts is the weighted sum of, by name; None: not scored.
     """
 
     reward: float | None
@@ -120,6 +121,7 @@ class Grade:
     """What was read in the answer, in words, such as `5 in cm`."""
     gold_value: str = ""
     """What was read in the gold answer."""
+    parts: Mapping[str, float | None] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Check that reward and verdict are both there or both missing, and that the reward is finite."""

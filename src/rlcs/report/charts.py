@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
+from rlcs.report import findings
 from rlcs.report.findings import ArmResult, smooth, thin
 
 if TYPE_CHECKING:
@@ -68,8 +69,13 @@ METRICS = {
     "grad_norm": "Gradient norm",
     "sampler_gap": "Gap between sampler and policy",
 }
-"""Metrics of training that have charts, with their titles."""
+"""Metrics of training that have charts, with their titles; parts of the reward have some as well."""
 _SHARES = ("accuracy", "clip_fraction")
+
+
+def title_of(key: str) -> str:
+    """The title of the chart of a metric, or of a part of the reward (`reward_NAME`)."""
+    return METRICS.get(key) or f"Reward: {key.removeprefix(findings.PART)}"
 
 
 def curve_chart(key: str, about: str, lines: Sequence[tuple[str, Sequence[Points]]], *, name: str) -> Markup:

@@ -7,6 +7,7 @@ compared problem by problem, which detects smaller differences than two separate
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -76,13 +77,13 @@ def write_html(path: Path, found: Comparison, sides: Sequence[Sequence[Run]]) ->
     """Write the comparison as one page that needs no server."""
     panels = []
     for stage in RL_ARMS:
-        for key in _METRICS:
+        for key in dict.fromkeys(("reward", *findings.reward_parts(chain(*sides)), *_METRICS)):
             lines = [
                 (colour, [findings.series(run.curves.get(stage, ()), key) for run in runs])
                 for colour, runs in zip(_COLOURS, sides, strict=True)
             ]
             if all(any(points for points in curves) for _, curves in lines):
-                title = f"{ARMS[stage].stage}: {charts.METRICS[key]}"
+                title = f"{ARMS[stage].stage}: {charts.title_of(key)}"
                 panels.append((title, charts.curve_chart(key, title, lines, name=f"{stage}-{key}")))
     template = templates().get_template("compare.html.j2")
     write_page(path, template.render(found=found, panels=panels, colours=_COLOURS))
@@ -119,9 +120,10 @@ def _shares(runs: Sequence[Run], arm: str) -> dict[tuple[str, str, str], float]:
 
 def _ends(runs: Sequence[Run]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
+    metrics = (*_METRICS, *findings.reward_parts(runs))
     for run in runs:
         for stage, rows in run.curves.items():
-            for key in ("loss",) if stage == "sft" else _METRICS:
+            for key in ("loss",) if stage == "sft" else metrics:
                 last = [value for _, value in findings.series(rows[-LAST_STEPS:], key)]
                 if last:
                     found.setdefault(f"{ARMS[stage].stage} {key}", []).append(fmean(last))

@@ -134,6 +134,16 @@ def series(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:
     return [(step, value) for step, value in found if step is not None and value is not None]
 
 
+PART = "reward_"
+"""How the names of the metrics begin that are the means of a reward's parts."""
+
+
+def reward_parts(runs: Iterable[Run]) -> list[str]:
+    """The metrics of the parts of the reward in some runs; none where the reward has one part."""
+    rows = (row for run in runs for stage in RL_ARMS for row in run.curves.get(stage, ()))
+    return list(dict.fromkeys(key for row in rows for key in row if key.startswith(PART)))
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """Centred moving average over about a tenth of the series, so that noise does not hide the trend."""
     half = len(values) // 20

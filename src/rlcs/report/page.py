@@ -44,6 +44,7 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
     results = findings.arm_results(runs)
     first, rest = findings.headline(results) if results else findings.training_headline(runs)
     health = findings.health(runs)
+    metrics = ("reward", *findings.reward_parts(runs), *charts.METRICS)
     template = templates().get_template("page.html.j2")
     return template.render(
         live=stamp,
@@ -57,7 +58,7 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         seeds=[r.folder.name.removeprefix("seed-") for r in runs] if len(runs) > 1 else [],
         families=list(dict.fromkeys(name for r in results for name in r.by_family)),
         levels=list(dict.fromkeys(name for r in results for name in r.by_level)),
-        curves=_curves(runs, charts.METRICS, RL_ARMS),
+        curves=_curves(runs, dict.fromkeys(metrics), RL_ARMS),
         rl_stages=[stage for stage in RL_ARMS if any(stage in run.curves for run in runs)],
         sft_curves=_curves(runs, ("loss", "grad_norm"), ("sft",)),
         phases=_phases(runs[0]),
@@ -82,12 +83,13 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
 
 
 def _curves(runs: Sequence[Run], keys: Iterable[str], stages: Sequence[str]) -> list[tuple[str, Markup]]:
-    """The (title, chart) of every metric that has values other than zero."""
+    """The (title, chart) of every metric that has values other than zero, and of every part of the reward."""
     found = []
     for key in keys:
         lines = [(s, [findings.series(run.curves.get(s, ()), key) for run in runs]) for s in stages]
-        if any(value for _, curves in lines for points in curves for _, value in points):
-            title = charts.METRICS[key]
+        values = [value for _, curves in lines for points in curves for _, value in points]
+        if any(values) or (values and key.startswith(findings.PART)):
+            title = charts.title_of(key)
             ends = [
                 f"{ARMS[stage].stage} from {curves[0][0][1]:.3g} to {curves[0][-1][1]:.3g}"
                 for stage, curves in lines

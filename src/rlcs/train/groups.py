@@ -1,6 +1,7 @@
 """Groups of rollouts: their shaped rewards, their advantages, and the trees that the trainer learns from."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlcs.recipe.stages import Grpo
 from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, StopReason, Tree
@@ -11,6 +12,7 @@ def make_group(
     problem: Problem, prompt: Prompt, rollouts: Sequence[Rollout], grades: Sequence[Grade], settings: Grpo
 ) -> Group:
     """Make a group of a problem's graded rollouts: shape their rewards and compute the advantages."""
+    grades = with_length(rollouts, grades, settings.reward.length)
     rewards = [shaped_reward(r, g, settings) for r, g in zip(rollouts, grades, strict=True)]
     return Group(
         problem=problem,
@@ -19,6 +21,27 @@ def make_group(
         grades=tuple(grades),
         advantages=advantages(rewards, settings.advantage),
     )
+
+
+def with_length(rollouts: Sequence[Rollout], grades: Sequence[Grade], weight: float) -> Sequence[Grade]:
+    """Add the part `length` to the rewards of a group, if it has a weight.
+
+    Kimi k1.5 (arXiv 2501.12599, section 2.3.3): from 0.5 for the shortest answer to -0.5 for the longest,
+    in tokens, but never above 0 for a wrong answer; 0 for all where the lengths are equal.
+    """
+    lengths = [len(r.ids) for r, g in zip(rollouts, grades, strict=True) if g.scored]
+    if not weight or not lengths:
+        return grades
+    shortest, spread = min(lengths), max(lengths) - min(lengths)
+    added = []
+    for rollout, grade in zip(rollouts, grades, strict=True):
+        if grade.reward is not None:
+            score = 0.5 - (len(rollout.ids) - shortest) / spread if spread else 0.0
+            score = score if grade.correct else min(0.0, score)
+            parts = {**grade.parts, "length": score}
+            grade = replace(grade, reward=grade.reward + weight * score, parts=parts)
+        added.append(grade)
+    return added
 
 
 def shaped_reward(rollout: Rollout, grade: Grade, settings: Grpo) -> float | None:

@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import NoReturn
 
 import torch
 
 from rlcs.data.stream import ProblemStream
 from rlcs.engines.base import Engine
 from rlcs.errors import DataError, TrainingError
+from rlcs.grading.reward import Grader, advice
 from rlcs.model.chat import Chat
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
@@ -28,14 +29,6 @@ from rlcs.train.groups import make_group, tree_of, zero_variance
 from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
 from rlcs.train.stage_run import Clock, StageRun
 from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, combined, logprobs_of
-
-
-class Grader(Protocol):
-    """Gives answers their rewards; `grading.GradePool` is one."""
-
-    def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
-        """One grade for each (problem, response), in order."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +105,11 @@ def train(
         clock = Clock()
         with clock("rollout"):
             context.engine.sync()
+        cursor = stream.state()
         groups, skipped = collect(context, stream, settings, sampling, step=step, clock=clock)
+        if not any(grade.scored for group in groups for grade in group.grades):
+            stream.restore(cursor)
+            _stop_unscored(run, groups, step=step, first=first)
         if step == first:
             own = groups[context.vlm.world.rank % len(groups)]
             require_agreement(context.vlm, context.chat, tree_of(own, keep_unscored=True))
@@ -291,6 +288,20 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
         )
 
     return objective
+
+
+def _stop_unscored(run: StageRun, groups: Sequence[Group], *, step: int, first: int) -> NoReturn:
+    """Keep the steps before this one, and end the run with the reason why no answer is scored."""
+    run.keep_rollouts(step + 1, groups)
+    if step > first:
+        run.save(step)
+    reasons = Counter(grade.why for group in groups for grade in group.grades)
+    [(why, count)] = reasons.most_common(1)
+    raise TrainingError(
+        f"none of the {reasons.total():,} answers of step {step + 1} is scored; {count:,} of them: {why}",
+        where="grpo.reward",
+        fix=advice(why),
+    )
 
 
 def _require_signal(zero_variance_steps: int, limit: int) -> None:

@@ -49,7 +49,7 @@ SIGNS = (
     ),
     Sign(
         key="unscored", name="Answers that could not be graded", form="{:.1%}", most=0.05,
-        fix="raise grpo.reward.deadline_s; the reasons stand in rollouts/ (why)",
+        fix="see why in rollouts/: correct what fails; where it timed out, raise grpo.reward.deadline_s",
     ),
     Sign(
         key="zero_variance_groups", name="Groups with equal rewards", form="{:.1%}", most=0.8,

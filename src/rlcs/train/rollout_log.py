@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rlcs.data.problem_store import ProblemStore
 from rlcs.grading import health
-from rlcs.records import Group, StopReason, to_row
+from rlcs.records import Grade, Group, StopReason, to_row
 from rlcs.storage import append_jsonl
 from rlcs.train.groups import zero_variance
 
@@ -26,6 +27,13 @@ class RolloutLog:
         self._problems.add(group.problem for group in groups)
 
 
+def _parts(grades: Sequence[Grade]) -> dict[str, float]:
+    """The mean of each part, before weighting, over the answers that have it; nothing for a single part."""
+    names = list(dict.fromkeys(name for grade in grades for name in grade.parts))
+    columns = {name: [score for g in grades if (score := g.parts.get(name)) is not None] for name in names}
+    return {f"reward_{name}": fmean(column) for name, column in columns.items() if column and len(names) > 1}
+
+
 def measure(groups: Sequence[Group]) -> dict[str, float]:
     """Metrics of the rollouts of one step: averages over rollouts, shares between 0 and 1."""
     rollouts = [r for group in groups for r in group.rollouts]
@@ -42,4 +50,4 @@ def measure(groups: Sequence[Group]) -> dict[str, float]:
         "zero_variance_groups": sum(map(zero_variance, groups)) / max(1, len(groups)),
         "rollout_tokens": float(tokens),
     }
-    return values | health([r.text for r in rollouts])
+    return values | _parts(grades) | health([r.text for r in rollouts])

@@ -140,7 +140,7 @@ class RunDir:
         screen.step(report)
         stopping = self._world.agree(stop)
         if stopping or (step % self._settings.save_every == 0 and step < self._steps):
-            self._save_checkpoint(step)
+            self.save(step)
         if stopping:
             self._world.check(stop, f"{self.name} after step {step} of {self._steps}")
 
@@ -156,7 +156,8 @@ class RunDir:
         self._metrics.append(report)
         self._trackers.append(report)
 
-    def _save_checkpoint(self, step: int) -> None:
+    def save(self, step: int) -> None:
+        """Save a checkpoint after step `step` (from 1)."""
         trainer = self._trainer
         state = checkpoint.capture(
             trainer.vlm.model,

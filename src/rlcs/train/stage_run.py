@@ -46,6 +46,10 @@ class StageRun(Protocol):
         """Write the rollouts of a step; returns their averages."""
         ...
 
+    def save(self, step: int) -> None:
+        """Save a checkpoint after step `step` (from 1)."""
+        ...
+
     def after_step(
         self,
         result: StepResult | None,
