@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plain_grading import grade
+from rlcs.grading.rewards import quick_grade
 from rlcs.records import Problem
 
 
@@ -419,6 +420,19 @@ def money_and_percent(draw: st.DrawFn) -> Case:
 
 
 @st.composite
+def worked_values(draw: st.DrawFn) -> Case:
+    base, power = draw(st.integers(2, 9)), draw(st.integers(2, 5))
+    number = base**power
+    left = draw(
+        st.sampled_from(ways(rf"\log_{{{base}}} {number} || \log_{{{base}}} {{({number})}} || {power - 1}+1"))
+    )
+    different = ways(
+        f"{left}={power + 1} || {left}=-{power} || {power + 1} || {left.replace(left[-2], '1')}={number}"
+    )
+    return Case(f"{left}={power}", (str(power), f"{left} = {power}.0"), different)
+
+
+@st.composite
 def plus_minus(draw: st.DrawFn) -> Case:
     middle, inside = draw(st.integers(1, 30)), draw(st.sampled_from([2, 3, 5, 7, 11]))
     root = rf"\sqrt{{{inside}}}"
@@ -438,9 +452,9 @@ def plus_minus(draw: st.DrawFn) -> Case:
     return Case(rf"{name}{middle}\pm{root}", same, different + wrong_name)
 
 
-KINDS = [whole_numbers, decimals, fractions, quantities, money_and_percent, dates_times_and_ranges]
-KINDS += [expressions, equations, named_values, intervals, rays, plus_minus, numbers_in_a_base]
-KINDS += [sets, tuples, matrices, ratios, single_choices, several_choices]
+KINDS = [whole_numbers, decimals, fractions, quantities, money_and_percent, numbers_in_a_base]
+KINDS += [expressions, equations, named_values, intervals, rays, plus_minus, worked_values]
+KINDS += [dates_times_and_ranges, sets, tuples, matrices, ratios, single_choices, several_choices]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -455,3 +469,18 @@ def test_a_gold_equals_its_rewritings_and_no_neighbour(
         for answer in answers:
             result = grade(problem, rf"\boxed{{{answer}}}", allow_fallbacks=False)
             assert result.correct is expected, f"gold {case.gold!r}, answer {answer!r}: {result.why}"
+
+
+PIECES = ways(
+    r"\frac || \sqrt || \left( || \right) || \text{ || \log_ || \sin || \pm || \cup || \infty || \begin{pmatrix} || "
+    r"\end{pmatrix} || { || } || ( || ] || ^ || _ || ! || = || <= || , || : || $ || % || & || \\ || 7 || 0. || "
+    r"1,000 || x || i || cm || or || ½ || °"
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=9), st.lists(st.sampled_from(PIECES), max_size=9))
+def test_no_text_raises(gold: list[str], answer: list[str]) -> None:
+    problem = Problem(id="p", source="test", question="?", answer="7" + "".join(gold))
+    for text in ("".join(answer), "7" + "".join(answer), problem.answer + "".join(answer)):
+        assert quick_grade(problem, f"\\boxed{{{text}}}", allow_fallbacks=False)
