@@ -472,9 +472,9 @@ def test_a_gold_equals_its_rewritings_and_no_neighbour(
 
 
 PIECES = ways(
-    r"\frac || \sqrt || \left( || \right) || \text{ || \log_ || \sin || \pm || \cup || \infty || \begin{pmatrix} || "
-    r"\end{pmatrix} || { || } || ( || ] || ^ || _ || ! || = || <= || , || : || $ || % || & || \\ || 7 || 0. || "
-    r"1,000 || x || i || cm || or || ½ || °"
+    r"\frac || \sqrt || \left( || \right) || \text{ || \log_ || \sin || \pm || \cup || \infty || "
+    r"\begin{pmatrix} || \end{pmatrix} || { || } || ( || ] || ^ || _ || ! || = || <= || , || : || $ || "
+    r"% || & || \\ || 7 || 0. || 1,000 || x || i || cm || or || ½ || °"
 )
 
 
