@@ -37,9 +37,8 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
         if named in accepted:
             return agrees if agrees.correct is None else yes(f"option {option_letter(named)}")
         if accepted:
-            return no(
-                f"option {option_letter(named)}, not {option_letter(min(i for i in accepted if i is not None))}"
-            )
+            best = min(index for index in accepted if index is not None)
+            return no(f"option {option_letter(named)}, not {option_letter(best)}")
         given_value = read(options[named])  # the gold value is no option's text: compare the values
     elif isinstance(given_value, Letters) and given_value.source not in map(spelled, options):
         several = len(given_value.letters) > 1

@@ -1,4 +1,4 @@
-r"""Reads tokens as a formula: sums, products, powers, fractions, roots, functions, in LaTeX or plain notation.
+r"""Reads tokens as a formula: sums, products, powers, roots, functions, in LaTeX or plain notation.
 
 The readings are those of school books: `2\frac{1}{2}` is two and a half, `1/2x` is read from left to right,
 `\sin 2x` is the sine of 2x, `x^10` the tenth power, `f(x)` a function of x, but `a(x+1)` a product.
@@ -21,8 +21,8 @@ GREEK = frozenset(
     " Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar nabla".split()
 )
 _ACCENTS = frozenset(
-    "overline bar vec hat widehat tilde overrightarrow overleftrightarrow overset dot angle triangle odot measuredangle"
-    " parallelogram arc wideparen overparen rm".split()
+    "overline bar vec hat widehat tilde overrightarrow overleftrightarrow overset dot angle triangle odot"
+    " measuredangle parallelogram arc wideparen overparen rm".split()
 )
 _FUNCTION_LETTERS = frozenset(["f", "g", "h", "F", "G", "O", "\\Theta"])
 _CLOSING = {
@@ -34,13 +34,10 @@ _CLOSING = {
     "\\lceil": "\\rceil",
     "|": "|",
 }
-_BASES = {
-    name: base
-    for base, name in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(),
-        2,
-    )
-}
+_NUMBERS = (
+    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+)
+_BASES = {name: base for base, name in enumerate(_NUMBERS, 2)}
 _FUNCTION_IN_WORD = re.compile(r"([A-Za-z]?)(sin|cos|tan|cot|sec|csc|ln|log)([A-Za-z]?)")
 
 
@@ -245,6 +242,8 @@ class _Reader:
         r"""Read a group, or the next single digit or letter: `\frac12`, `\frac{360}7`, `\frac ab`."""
         if self.position < len(self.tokens) and self.text() != "{":
             token = self.tokens[self.position]
+            if token.kind == "number" and not token.text.isdigit():
+                raise NotAFormulaError("a decimal as an argument without braces")
             if token.kind in ("number", "word") and len(token.text) > 1:
                 self.tokens[self.position] = token._replace(text=token.text[1:])
                 first = token.text[0]

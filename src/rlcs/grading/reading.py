@@ -60,6 +60,10 @@ _LEAD_WORDS = frozenset("the my final correct best answer answers option choice 
 _LEADS = frozenset("answer answers option choice".split())
 _ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
 _NO_NUMBERS = frozenset(["empty set", "null set"])
+_VARIABLES = re.compile("[A-Za-z]|[abc]{2,3}|[xyz]{2,3}|[mnpq]{2,3}|[abkn]x")
+"""Letters alone that are variables; other runs of letters without digits and operators are words (`no`)."""
+_MAX_BASED = 240
+"""Characters of a number with its base."""
 _LETTERS = re.compile("[A-H]+|[①-⑳]+")
 _IN_BASE = re.compile(
     r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
@@ -79,19 +83,20 @@ def _read(text: str) -> Value:
     if len(tokens) > MAX_TOKENS or depth_of(tokens) > MAX_DEPTH:
         return Text(source=latex(tokens), words=plain_words(text))
     plain = spoken(tokens)
-    if date := read_date(plain):
-        return Dated(source=latex(tokens), date=date)
     if plain.lower() in _ALL_NUMBERS:
         return Region(source="\\R", pieces=(regions.whole_line(),))
     if plain.lower() in _NO_NUMBERS:
         return Region(source="\\emptyset", pieces=())
-    return _value(tokens)
+    return _date(tokens, ranges=True) or _value(tokens)
 
 
 @lru_cache(maxsize=4096)
 def spelled(text: str) -> str:
-    """The answer as plain text in its one spelling, without what does not belong to it."""
-    return spoken(_strip(tokenise(text[:MAX_CHARACTERS])))
+    """The answer as LaTeX with its spaces, in one spelling, without what does not belong to it."""
+    tokens = _strip(tokenise(text[:MAX_CHARACTERS]))
+    while enclosed(tokens) and tokens[0].text == "{":
+        tokens = tokens[1:-1]
+    return latex(tokens, gaps=True)
 
 
 def _strip(tokens: Tokens) -> Tokens:
@@ -111,7 +116,7 @@ def _strip(tokens: Tokens) -> Tokens:
 
 
 def _without_parameter(tokens: Tokens) -> Tokens:
-    r"""Remove a condition such as `, k \in \mathbb{Z}` at the end; its parameter, under any name, becomes `k`."""
+    r"""Remove a condition such as `, n \in \mathbb{Z}` at the end; its parameter is called `k` instead."""
     end = tokens[:-1] if tokens and tokens[-1].text == ")" else tokens
     if len(end) < 5 or end[-1].text not in ("\\Z", "\\N") or end[-2].text != "\\in" or len(end[-3].text) > 1:
         return tokens
@@ -136,8 +141,8 @@ def _value(tokens: Tokens) -> Value:
         return Text(source="", words="")
     if letters := _letters(tokens):
         return Letters(source=source, letters=letters)
-    if all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens) and len(source) > 1:
-        return text_of(tokens)
+    if _are_words(tokens):
+        return replace(text_of(tokens), tree=tree_of(tokens) if len(tokens) == 1 else None)
     for rule in (_based, _environment, _bracketed, _combined_sets, _list, _relation, _ratio):
         if (value := rule(tokens, source)) is not None:
             return value
@@ -153,9 +158,21 @@ def _peeled(tokens: Tokens) -> Tokens:
     return tokens
 
 
+def _are_words(tokens: Tokens) -> bool:
+    """Whether tokens are words; `ab`, `x - y` and `-PQ` are formulas, the way `A-B-C` from A to C is not."""
+    if not all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens):
+        return False
+    words = [token.text for token in tokens if token.kind == "word"]
+    if "and" in words and all(len(part) == 1 for part in split(tokens, _AND_OR)[0]):
+        return False  # red and blue
+    way = len(words) > 2 and all(word.isupper() for word in words)
+    variables = all(map(_VARIABLES.fullmatch, words)) and not way
+    return bool(words) and not variables and tokens[0].text != "-"
+
+
 def _letters(tokens: Tokens) -> frozenset[str] | None:
     """The letters of choices: `B`, `(B)`, `A, C`, `ABD` (in the order of the alphabet, or it is a name)."""
-    runs = [t.text for t in tokens if t.text not in ("(", ")", ",", ";", "and", "&")]
+    runs = [t.text for t in tokens if t.text not in ("(", ")", "\\{", "\\}", ",", ";", "and", "&")]
     if not runs or not all(_LETTERS.fullmatch(run) for run in runs):
         return None
     letters = "".join(runs)
@@ -166,7 +183,15 @@ def _letters(tokens: Tokens) -> frozenset[str] | None:
     return frozenset(letters)
 
 
+def _date(tokens: Tokens, *, ranges: bool) -> Value | None:
+    """Read a date, a time or, where no difference is meant, a range: `1998-99` alone and in lists."""
+    date = read_date(spoken(tokens)) if len(tokens) > 1 else None
+    return Dated(source=latex(tokens), date=date) if date and (ranges or date.kind != "range") else None
+
+
 def _based(tokens: Tokens, source: str) -> Value | None:
+    if len(source) > _MAX_BASED or not {"_", "base"} & {token.text for token in tokens}:
+        return None
     match = _IN_BASE.fullmatch(source) or _IN_BASE.fullmatch(spoken(tokens))
     if not match:
         return None
@@ -238,7 +263,7 @@ def _items(parts: Sequence[Tokens], found: Sequence[str], brackets: str, source:
     """Make several values of the parts of a list; inequalities become one set of numbers."""
     if not all(parts):
         return None
-    items = [_value(part) for part in parts]
+    items = [_date(part, ranges=brackets in ("", "{}")) or _value(part) for part in parts]
     first = items[0]
     if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
         named = [replace(first, source=item.source, value=item, tree=None) for item in items[1:]]
@@ -289,7 +314,7 @@ def _combined_sets(tokens: Tokens, source: str) -> Value | None:
 
 
 def _list(tokens: Tokens, source: str) -> Value | None:
-    """Read a list without brackets: commas always separate, "and" and "or" between values that are not words."""
+    """Read a list without brackets: commas always separate, "and" and "or" do where no phrase of words is."""
     parts, found = split(tokens, _COMMAS)
     pieces: list[Tokens] = []
     separators: list[str] = []
@@ -302,7 +327,8 @@ def _list(tokens: Tokens, source: str) -> Value | None:
     if len(pieces) < 2:
         return None
     value = _items(pieces, separators, "", source)
-    if isinstance(value, Items) and any(isinstance(item, Text) for item in value.items):
+    single = all(len(piece) == 1 for piece in pieces)
+    if isinstance(value, Items) and not single and any(isinstance(item, Text) for item in value.items):
         return _items(parts, found, "", source) if found else text_of(tokens)
     return value
 
@@ -371,7 +397,7 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
     """Read `x = 5`, `(a, b) = (1, 2)`, a chain `2 + 3 = 5`, or another equation."""
     if len(parts) == 2 and (pairs := _paired_names(parts, source)):
         return pairs
-    sides = [_value(part) for part in parts]
+    sides = [_date(part, ranges=False) or _value(part) for part in parts]
     trees = [as_tree(side) for side in sides]
     left, right = trees[0], trees[-1]
     tree = difference(left, right) if len(parts) == 2 and left is not None and right is not None else None
@@ -385,7 +411,8 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
         return Named(source=source, name=names[-1], value=sides[0], tree=tree)
     if names[0] and len(parts) == 2:
         return Named(source=source, name=names[0], value=sides[1], tree=tree)
-    if _is_chain(sides[1:] if names[0] else sides):
+    relation = len(parts) == 2 and _variables(left)  # x + y = 5
+    if not relation and _is_chain(sides[1:] if names[0] else sides):
         name = names[0] or latex(parts[0])
         return Named(source=source, name=name, value=sides[-1])
     return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)

@@ -61,9 +61,10 @@ _CHARACTERS = MappingProxyType(
         character: f"\\{name} "
         for character, name in zip(
             "αβγδεζηθκλμνξπρσςτφϕχψωΓΔΘΛΞΠΣΦΨΩ≈∠△∞∪∩≠±∓∅∈∉≡∥⊥→⇒∼≅∝∖ℕℤℚ∘",
-            "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma sigma tau phi phi chi"
-            " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega approx angle triangle infty cup cap ne"
-            " pm mp emptyset in notin equiv parallel perp to Rightarrow sim cong propto setminus N Z Q circ".split(),
+            "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma sigma tau phi"
+            " phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega approx angle triangle"
+            " infty cup cap ne pm mp emptyset in notin equiv parallel perp to Rightarrow sim cong propto"
+            " setminus N Z Q circ".split(),
             strict=True,
         )
     }
@@ -114,19 +115,20 @@ _UPRIGHT = frozenset(
     " operatorname".split()
 )
 _WRAPPERS = _UPRIGHT | frozenset(
-    "mathbf mathit mathsf mathtt boldsymbol bm pmb underline uline mathcal boxed fbox framebox ensuremath".split()
+    "mathbf mathit mathsf mathtt mathcal boldsymbol bm pmb underline uline boxed fbox framebox"
+    " ensuremath".split()
 )
 _DROPPED = frozenset(
-    "left right large Large small tiny normalsize huge displaystyle textstyle scriptstyle limits nolimits bigl bigr Bigl Bigr biggl biggr Biggl Biggr big Big"
-    " bigg Bigg bf it rm sf tt bfseries blacksquare square Box checkmark qed quad qquad nobreakspace middle"
-    " nonumber noindent hline hfill hfil".split()
+    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr large Large small tiny"
+    " huge normalsize displaystyle textstyle scriptstyle limits nolimits bf it rm sf tt bfseries checkmark"
+    " blacksquare square Box qed quad qquad nobreakspace nonumber noindent hline hfill hfil".split()
 )
 _DROPPED_WITH_ARGUMENT = frozenset(
     "color textcolor colorbox hspace vspace phantom hphantom label tag".split()
 )
 _NAMES = frozenset(  # spelled without a backslash
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp sqrt pi theta alpha beta gamma delta"
-    " lambda sigma omega phi infty".split()
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp sqrt pi infty theta alpha"
+    " beta gamma delta lambda sigma omega phi".split()
 )
 _PLAIN_NAMES = MappingProxyType(
     {
@@ -167,7 +169,7 @@ _TOKEN = re.compile(
 _DEGREE = re.compile(r"(?:\{\})?\^ ?\{? ?\\circ(?![A-Za-z]) ?\}?|\{°\}")
 _EXPLICIT_GROUP = re.compile(r"(?<=\d)(?:\{,\}|,(?=\\!))(?:\\!|\s)*(?=\d{3}(?!\d))")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?")
+_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?")
 
 
 def plain_unicode(text: str) -> str:
@@ -225,7 +227,9 @@ def _spell(text: str) -> list[Token]:
         if kind == "space":
             gap = gap or piece != "\\!"
             continue
-        if kind == "command":
+        if kind == "number":
+            piece = piece.removesuffix(".")
+        elif kind == "command":
             piece = _spell_command(piece)
             kind = "command" if piece.startswith("\\") else "sign"
         elif kind == "operator" or piece in _OPERATORS:
@@ -272,9 +276,7 @@ def _without_decoration(tokens: Tokens) -> list[Token]:
             braces.append(name)
             position += 1
             gap = gap or token.gap or name.startswith("text")
-        elif name in _WRAPPERS:
-            gap = gap or token.gap
-        elif token.text == "}" and braces and braces.pop() != "{":
+        elif name in _WRAPPERS or (token.text == "}" and braces and braces.pop() != "{"):
             gap = gap or token.gap
         else:
             if token.text == "{":
@@ -362,17 +364,19 @@ def _is_digit_group(token: Token) -> bool:
     )
 
 
-def latex(tokens: Tokens) -> str:
-    """Write tokens as LaTeX again, in their one spelling; equal text means an equal answer."""
+def latex(tokens: Tokens, *, gaps: bool = False) -> str:
+    """Write tokens as LaTeX again, in their one spelling; equal text means an equal answer.
+
+    Spaces stand only where letters or digits would meet, or with `gaps` wherever they stood.
+    """
     pieces: list[str] = []
     for token in tokens:
         words = token.kind in ("word", "number") and token.gap and pieces and pieces[-1][-1:].isalnum()
         after_command = (
             pieces and pieces[-1][:1] == "\\" and pieces[-1][-1:].isalpha() and token.text[:1].isalpha()
         )
-        pieces.append(
-            (" " if words or after_command else "") + ("\\\\" if token.kind == "row" else token.text)
-        )
+        space = words or after_command or (gaps and token.gap and pieces)
+        pieces.append((" " if space else "") + ("\\\\" if token.kind == "row" else token.text))
     return "".join(pieces)
 
 
@@ -395,6 +399,7 @@ def steps(tokens: Tokens) -> Iterator[int]:
 
 
 def depth_of(tokens: Tokens) -> int:
+    """The depth of the deepest bracket."""
     return max(steps(tokens), default=0)
 
 

@@ -24,7 +24,7 @@ class Const:
 
 @dataclass(frozen=True, slots=True)
 class Sym:
-    r"""A variable or a name: `x`, `theta`, `x_1`, `S_{ABC}`; Greek letters are spelled without the backslash."""
+    """A variable or a name: `x`, `theta`, `x_1`, `S_{ABC}`; Greek letters are spelled without a backslash."""
 
     name: str
 
@@ -53,11 +53,11 @@ class Power:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A function of one or more arguments.
+    r"""A function of one or more arguments.
 
     The names known to `algebra`: sin cos tan cot sec csc, their inverses (arcsin ...), sinh cosh tanh,
     ln, log (argument, base), abs, factorial, binom (n, k), floor, ceil. Any other name (`f`, `gcd`, `sum`,
-    `\\int` as "int") is a function of which nothing is known but its name and arguments.
+    `\int` as "int") is a function of which nothing is known but its name and arguments.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The kinds of values that an answer can be: what `reading` makes of text, and `compare` compares.
 
-`str(value)` is the value in words for people, `kind` the name of its kind, `source` the answer as LaTeX in one
-spelling (equal sources are equal answers, and math-verify reads it).
+`str(value)` is the value in words for people, `kind` the name of its kind, `source` the answer as LaTeX in
+one spelling (equal sources are equal answers, and math-verify reads it).
 """
 
 from dataclasses import dataclass
