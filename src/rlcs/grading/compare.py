@@ -78,6 +78,10 @@ def same(answer: Value, gold: Value) -> Verdict:
     """Compare two values."""
     if answer.source == gold.source:
         return yes("the same text")
+    if isinstance(answer, Items) and not isinstance(gold, Items):
+        answer = _common_value(answer)
+    elif isinstance(gold, Items) and not isinstance(answer, Items):
+        gold = _common_value(gold)
     if isinstance(gold, Named):
         return _named_gold(answer, gold)
     if isinstance(answer, Named):
@@ -89,6 +93,13 @@ def same(answer: Value, gold: Value) -> Verdict:
     ):
         return same(answer.items[0], gold)
     return _RULES[type(gold)](answer, gold)
+
+
+def _common_value(items: Items) -> Value:
+    """The value that several names have: AB = BC = 5 is 5; other lists stay as they are."""
+    named = [item for item in items.items if isinstance(item, Named)]
+    same_value = len(named) == len(items.items) > 1 and len({item.value.source for item in named}) == 1
+    return named[0].value if same_value else items
 
 
 def _length(value: Value) -> int:
@@ -105,7 +116,7 @@ def _leaving_off(what: str, verdict: Verdict) -> Verdict:
 
 def _named_gold(answer: Value, gold: Named) -> Verdict:
     if isinstance(answer, Named):
-        if same_name(answer.name, gold.name):
+        if same_name(answer.name, gold.name) or not (answer.name and gold.name):
             return same(answer.value, gold.value)
         if gold.tree is not None and not (_is_constant(gold.value) and _is_constant(answer.value)):
             return _same_equation(answer, gold)
@@ -142,6 +153,8 @@ def _same_equation(answer: Value, gold: Value) -> Verdict:
         return no("another relation")
     if answer.tree is None or gold.tree is None:
         return formulas(answer, gold)
+    if not (symbols(answer.tree) | symbols(gold.tree)) - {"degree"}:
+        return no("other numbers in an equation without variables")
     decided = algebra.same_equation(answer.tree, gold.tree)
     if decided is None:
         return formulas(answer, gold)
@@ -218,7 +231,11 @@ def _is_sum_of_names(relation: Relation) -> bool:
 
 def _formula(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Quantity):
-        return _equal(answer, gold) if answer.tree and _variables(gold) else _leaving_off("unit", same(answer.magnitude, gold))
+        return (
+            _equal(answer, gold)
+            if answer.tree and _variables(gold)
+            else _leaving_off("unit", same(answer.magnitude, gold))
+        )
     if isinstance(answer, Relation):
         return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
     if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):

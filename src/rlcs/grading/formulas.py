@@ -321,7 +321,8 @@ class _Reader:
             self.take()
             index = latex(self.index()).strip("{}() ")
             return Sym(f"{name}_{index}")
-        if name in _FUNCTION_LETTERS and self.text() == "(":
+        of_number = self.text(2) == ")" and self.text(1)[:1].isdigit()  # I(0) is the current at time 0
+        if self.text() == "(" and (name in _FUNCTION_LETTERS or of_number):
             return Call(name, (self.group(),))
         return self.letter(name)
 

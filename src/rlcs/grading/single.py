@@ -56,6 +56,7 @@ def read_single(tokens: Tokens, source: str) -> Value:
             is_word(t) and b not in ("\\begin", "\\end") for t, b in zip(tokens, befores, strict=False)
         )
         formula = any(token.kind in ("number", "command") or token.text == "^" for token in tokens)
+        formula = formula and tokens[-1].text not in ("'", '"')  # 15' are minutes of arc
         return Expression(source=source) if formula and not wordy else text_of(tokens)
     return of_tree(tree, source)
 
@@ -96,8 +97,10 @@ def _money(tokens: Tokens, source: str) -> Value | None:
     signs = [token.text in _MONEY for token in tokens[position : position + 2]]
     if signs != [True, False]:
         return None
-    unit = read_unit(tokens[position].text, upright=True)
     amount = [*tokens[:position], *tokens[position + 1 :]]
+    per = next((i for i, token in enumerate(amount) if token.text == "per" and i), len(amount))
+    unit = read_unit(f"{tokens[position].text} {spoken(amount[per:])}".strip(), upright=True)
+    amount = amount[:per]
     value = read_single(amount, latex(amount))
     if unit is None or not isinstance(value, Number | Expression | Quantity):
         return text_of(tokens)
