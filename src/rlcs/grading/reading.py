@@ -283,7 +283,7 @@ def _joined(limits: Sequence[Region], *, by_or: bool, source: str) -> Region:
 
 def _combined_sets(tokens: Tokens, source: str) -> Value | None:
     r"""Read unions and differences of sets of numbers, `\mathbb{R}` and `\emptyset`."""
-    names = {"\\R": (regions.whole_line(),), "\\reals": (regions.whole_line(),), "\\emptyset": ()}
+    names = {"\\R": (regions.whole_line(),), "\\emptyset": ()}
     if len(tokens) == 1 and tokens[0].text in names:
         return Region(source=source, pieces=names[tokens[0].text])
     between = [
@@ -406,7 +406,7 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
         return Named(source=source, name=names[0], value=sides[1], tree=tree)
     if _is_chain(sides[1:] if names[0] else sides):
         name = names[0] or latex(parts[0])
-        return Named(source=source, name=name, value=sides[-1])
+        return Named(source=source, name=name, value=sides[-1], tree=tree)
     return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)
 
 
