@@ -7,7 +7,7 @@ that a reward cannot be gamed: all of the answer counts, not a part of it (docs/
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rlcs.grading import algebra, regions
@@ -36,7 +36,7 @@ MAX_FORMULA = 1_000
 """Characters; a longer formula is not given to math-verify."""
 _MAX_ITEMS = 50
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
-_LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
+_LONG_WORD = re.compile(r"(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)[^\W\d_]{4,}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +95,11 @@ def _length(value: Value) -> int:
     return len(value.items) if isinstance(value, Items) else 0 if isinstance(value, Region) else 2
 
 
+def _leaving_off(what: str, verdict: Verdict) -> Verdict:
+    """Add to the reason of a right answer that only one of the two has a unit or a name."""
+    return replace(verdict, why=f"{verdict.why}; a {what} may be left off") if verdict.correct else verdict
+
+
 # --- names and relations -----------------------------------------------------------------------------
 
 
@@ -110,13 +115,13 @@ def _named_gold(answer: Value, gold: Named) -> Verdict:
         if _is_constant(gold.value) and len(_variables(gold)) < 2:
             return no("an equation that is not solved")
         return _same_equation(answer, gold)
-    return same(answer, gold.value)
+    return _leaving_off("name", same(answer, gold.value))
 
 
 def _named_answer(answer: Named, gold: Value) -> Verdict:
     if isinstance(gold, Relation):
         return _same_equation(answer, gold)
-    return same(answer.value, gold)
+    return _leaving_off("name", same(answer.value, gold))
 
 
 def same_name(one: str, other: str) -> bool:
@@ -170,7 +175,7 @@ def _number(answer: Value, gold: Number) -> Verdict:
             return yes("the same number")
         return no("another number")
     if isinstance(answer, Quantity):
-        return same(answer.magnitude, gold)
+        return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Based):
         return yes("the same number") if answer.value == number_of(gold) else no("another number")
     return _formula(answer, gold)
@@ -198,22 +203,25 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
     ):
         return _equal(answer, gold)
     if isinstance(answer, Number | Expression):
-        return same(answer, gold.magnitude)
+        return _leaving_off("unit", same(answer, gold.magnitude))
+    if isinstance(answer, Relation) and _is_sum_of_names(answer):
+        return same(answer.sides[-1], gold)
     return _other_kind(answer, gold)
+
+
+def _is_sum_of_names(relation: Relation) -> bool:
+    """Whether an equation gives a formula of names a value: a + b = 5."""
+    first, last = as_tree(relation.sides[0]), relation.sides[-1]
+    if relation.operators != ("=",) or first is None or not _is_constant(last):
+        return False
+    return not any(isinstance(node, Num) for node in walk(first))
 
 
 def _formula(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Quantity):
-        return _equal(answer, gold) if answer.tree and _variables(gold) else same(answer.magnitude, gold)
-    if isinstance(answer, Relation) and answer.operators == ("=",):
-        first, last = as_tree(answer.sides[0]), answer.sides[-1]
-        if (
-            first is not None
-            and not any(isinstance(node, Num) for node in walk(first))
-            and _is_constant(last)
-        ):
-            return same(last, gold)  # a + b = 5
-        return no("an equation against a value")
+        return _equal(answer, gold) if answer.tree and _variables(gold) else _leaving_off("unit", same(answer.magnitude, gold))
+    if isinstance(answer, Relation):
+        return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
     if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):
         return _other_kind(answer, gold)
     return _equal(answer, gold)
@@ -228,9 +236,9 @@ def _equal(answer: Value, gold: Value) -> Verdict:
     mine, theirs = as_tree(answer), as_tree(gold)
     if mine is None or theirs is None:
         return formulas(answer, gold)
-    if algebra.too_large(mine) and not algebra.too_large(theirs):
-        return no("powers or factorials too large to work out")
     decided = algebra.equal(mine, theirs)
+    if decided is None and algebra.too_large(mine) and not algebra.too_large(theirs):
+        return no("powers or factorials too large to work out")
     if decided is None:
         return formulas(answer, gold)
     return yes("an equal formula") if decided else no("another value")
@@ -268,8 +276,15 @@ def _items(answer: Value, gold: Items) -> Verdict:
         return no("a long list that is not the same text")
     if gold.kind == "named values":
         return _named_values(answer.items, gold.items)
-    ordered = not {answer.brackets, gold.brackets} <= {"", "{}"}
-    return _in_order(answer.items, gold.items, "list") if ordered else _in_any_order(answer, gold)
+    if {answer.brackets, gold.brackets} <= {"", "{}"}:
+        return _match(answer.items, gold.items)
+    return _in_order(_by_variable(answer), gold.items, "list")
+
+
+def _by_variable(answer: Items) -> Sequence[Value]:
+    """The values of a list in order; those of single letters (`y = 1, x = 2`) in that of the alphabet."""
+    named = [item for item in answer.items if isinstance(item, Named) and len(item.name) == 1]
+    return sorted(named, key=lambda item: item.name) if len(named) == len(answer.items) else answer.items
 
 
 def _agreeing_brackets(answer: Items, gold: Items) -> bool:
@@ -286,11 +301,11 @@ def _named_values(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
     """Compare named values by their names; an answer without names must have the same order."""
     named = [item for item in golds if isinstance(item, Named)]
     if len({gold.name for gold in named}) == 1:  # x = 1 or x = 2
-        values = [item.value for item in named]
-        return _match(
-            [a.value if isinstance(a, Named) and same_name(a.name, named[0].name) else a for a in answers],
-            values,
-        )
+        name = named[0].name
+        for a in answers:
+            if isinstance(a, Named) and not same_name(re.sub(r"_\{?\d\}?$", "", a.name), name):
+                return no(f"a value of {a.name}, not of {name}")
+        return _match([a.value if isinstance(a, Named) else a for a in answers], [g.value for g in named])
     if not any(isinstance(answer, Named) for answer in answers):
         return _in_order(answers, golds, "list")
     ordered: list[Value] = []
@@ -310,10 +325,6 @@ def _in_order(answers: Sequence[Value], golds: Sequence[Value], what: str) -> Ve
             return no(f"another {what}: {verdict.why}")
         undecided = undecided or verdict.correct is None
     return Verdict(correct=None, why="") if undecided else yes(f"the same {what}")
-
-
-def _in_any_order(answer: Items, gold: Items) -> Verdict:
-    return _match(list(answer.items), list(gold.items))
 
 
 def _match(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
@@ -417,7 +428,7 @@ def _other_kind(answer: Value, gold: Value) -> Verdict:
     several = isinstance(answer, Items) and not isinstance(gold, Items | Region)
     if several and len(getattr(answer, "items", ())) > 1:
         return no("several answers where one is asked")
-    return no(f"the answer is a {answer.kind}, the gold answer a {gold.kind}")
+    return no(f"the answer is read as {answer.kind}, the gold answer as {gold.kind}")
 
 
 _RULES: dict[type, Callable[..., Verdict]] = {

@@ -83,19 +83,20 @@ def _read(text: str) -> Value:
     if len(tokens) > MAX_TOKENS or depth_of(tokens) > MAX_DEPTH:
         return Text(source=latex(tokens), words=plain_words(text))
     plain = spoken(tokens)
-    if date := read_date(plain):
-        return Dated(source=latex(tokens), date=date)
     if plain.lower() in _ALL_NUMBERS:
         return Region(source="\\R", pieces=(regions.whole_line(),))
     if plain.lower() in _NO_NUMBERS:
         return Region(source="\\emptyset", pieces=())
-    return _value(tokens)
+    return _date(tokens, ranges=True) or _value(tokens)
 
 
 @lru_cache(maxsize=4096)
 def spelled(text: str) -> str:
-    """The answer as plain text in its one spelling, without what does not belong to it."""
-    return spoken(_strip(tokenise(text[:MAX_CHARACTERS])))
+    """The answer as LaTeX with its spaces, in one spelling, without what does not belong to it."""
+    tokens = _strip(tokenise(text[:MAX_CHARACTERS]))
+    while enclosed(tokens) and tokens[0].text == "{":
+        tokens = tokens[1:-1]
+    return latex(tokens, gaps=True)
 
 
 def _strip(tokens: Tokens) -> Tokens:
@@ -171,7 +172,7 @@ def _are_words(tokens: Tokens) -> bool:
 
 def _letters(tokens: Tokens) -> frozenset[str] | None:
     """The letters of choices: `B`, `(B)`, `A, C`, `ABD` (in the order of the alphabet, or it is a name)."""
-    runs = [t.text for t in tokens if t.text not in ("(", ")", ",", ";", "and", "&")]
+    runs = [t.text for t in tokens if t.text not in ("(", ")", "\\{", "\\}", ",", ";", "and", "&")]
     if not runs or not all(_LETTERS.fullmatch(run) for run in runs):
         return None
     letters = "".join(runs)
@@ -180,6 +181,12 @@ def _letters(tokens: Tokens) -> frozenset[str] | None:
     ):
         return None
     return frozenset(letters)
+
+
+def _date(tokens: Tokens, *, ranges: bool) -> Value | None:
+    """Read a date, a time or, where no difference is meant, a range: `1998-99` alone and in lists."""
+    date = read_date(spoken(tokens)) if len(tokens) > 1 else None
+    return Dated(source=latex(tokens), date=date) if date and (ranges or date.kind != "range") else None
 
 
 def _based(tokens: Tokens, source: str) -> Value | None:
@@ -256,7 +263,7 @@ def _items(parts: Sequence[Tokens], found: Sequence[str], brackets: str, source:
     """Make several values of the parts of a list; inequalities become one set of numbers."""
     if not all(parts):
         return None
-    items = [_value(part) for part in parts]
+    items = [_date(part, ranges=brackets in ("", "{}")) or _value(part) for part in parts]
     first = items[0]
     if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
         named = [replace(first, source=item.source, value=item, tree=None) for item in items[1:]]
@@ -390,7 +397,7 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
     """Read `x = 5`, `(a, b) = (1, 2)`, a chain `2 + 3 = 5`, or another equation."""
     if len(parts) == 2 and (pairs := _paired_names(parts, source)):
         return pairs
-    sides = [_value(part) for part in parts]
+    sides = [_date(part, ranges=False) or _value(part) for part in parts]
     trees = [as_tree(side) for side in sides]
     left, right = trees[0], trees[-1]
     tree = difference(left, right) if len(parts) == 2 and left is not None and right is not None else None
@@ -404,7 +411,8 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
         return Named(source=source, name=names[-1], value=sides[0], tree=tree)
     if names[0] and len(parts) == 2:
         return Named(source=source, name=names[0], value=sides[1], tree=tree)
-    if _is_chain(sides[1:] if names[0] else sides):
+    relation = len(parts) == 2 and _variables(left)  # x + y = 5
+    if not relation and _is_chain(sides[1:] if names[0] else sides):
         name = names[0] or latex(parts[0])
         return Named(source=source, name=name, value=sides[-1], tree=tree)
     return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)

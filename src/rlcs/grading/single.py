@@ -51,7 +51,10 @@ def read_single(tokens: Tokens, source: str) -> Value:
             return value
     tree = tree_of(tokens)
     if tree is None:
-        wordy = any(is_word(token) for token in tokens)
+        befores = ["", "", *(token.text for token in tokens)]
+        wordy = any(
+            is_word(t) and b not in ("\\begin", "\\end") for t, b in zip(tokens, befores, strict=False)
+        )
         formula = any(token.kind in ("number", "command") or token.text == "^" for token in tokens)
         return Expression(source=source) if formula and not wordy else text_of(tokens)
     return of_tree(tree, source)

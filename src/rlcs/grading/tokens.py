@@ -364,17 +364,19 @@ def _is_digit_group(token: Token) -> bool:
     )
 
 
-def latex(tokens: Tokens) -> str:
-    """Write tokens as LaTeX again, in their one spelling; equal text means an equal answer."""
+def latex(tokens: Tokens, *, gaps: bool = False) -> str:
+    """Write tokens as LaTeX again, in their one spelling; equal text means an equal answer.
+
+    Spaces stand only where letters or digits would meet, or with `gaps` wherever they stood.
+    """
     pieces: list[str] = []
     for token in tokens:
         words = token.kind in ("word", "number") and token.gap and pieces and pieces[-1][-1:].isalnum()
         after_command = (
             pieces and pieces[-1][:1] == "\\" and pieces[-1][-1:].isalpha() and token.text[:1].isalpha()
         )
-        pieces.append(
-            (" " if words or after_command else "") + ("\\\\" if token.kind == "row" else token.text)
-        )
+        space = words or after_command or (gaps and token.gap and pieces)
+        pieces.append((" " if space else "") + ("\\\\" if token.kind == "row" else token.text))
     return "".join(pieces)
 
 

@@ -65,7 +65,7 @@ class Quantity(Value):
 
     def __str__(self) -> str:
         """The magnitude and the name of the unit."""
-        return f"{self.magnitude} in {self.unit}"
+        return f"{self.magnitude} {self.unit}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
