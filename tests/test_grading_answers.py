@@ -146,8 +146,8 @@ def test_a_verdict_names_both_values_and_the_rule(given: str, gold: str) -> None
 def test_values_in_words() -> None:
     verdict = compare(r"0.5 \text{ cm}", r"x = \frac{1}{4} \text{ m}")
     assert verdict.correct is False and verdict.why == "another unit: cm against m"
-    assert verdict.answer_value == "quantity: 1/2, written 0.5 in cm"
-    assert verdict.gold_value == r"named value: x = 1/4, written \frac{1}{4} in m"
+    assert verdict.answer_value == "quantity: 1/2, written 0.5 cm"
+    assert verdict.gold_value == r"named value: x = 1/4, written \frac{1}{4} m"
 
 
 def test_numbers_to_a_number_of_decimal_places() -> None:

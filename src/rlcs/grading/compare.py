@@ -112,7 +112,7 @@ def _named_gold(answer: Value, gold: Named) -> Verdict:
             return verdict
         return no(f"a value of {answer.name}, not of {gold.name}")
     if isinstance(answer, Relation):
-        if _is_constant(gold.value) and len(_variables(gold)) < 2:
+        if _is_constant(gold.value):
             return no("an equation that is not solved")
         return _same_equation(answer, gold)
     return _leaving_off("name", same(answer, gold.value))
@@ -219,7 +219,9 @@ def _is_sum_of_names(relation: Relation) -> bool:
 
 def _formula(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Quantity):
-        return _equal(answer, gold) if answer.tree and _variables(gold) else _leaving_off("unit", same(answer.magnitude, gold))
+        if answer.tree and _variables(gold):
+            return _equal(answer, gold)
+        return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Relation):
         return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
     if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):

@@ -140,7 +140,7 @@ def _value(tokens: Tokens) -> Value:
     if not tokens:
         return Text(source="", words="")
     if letters := _letters(tokens):
-        return Letters(source=source, letters=letters)
+        return Letters(source=source, letters=letters, tree=tree_of(tokens))
     if _are_words(tokens):
         return replace(text_of(tokens), tree=tree_of(tokens) if len(tokens) == 1 else None)
     for rule in (_based, _environment, _bracketed, _combined_sets, _list, _relation, _ratio):
@@ -463,7 +463,7 @@ def _name(tokens: Tokens) -> str:
             skip = position + 5
         elif token.text in ("+", "-", "\\cdot", "\\sqrt", ",", "!", "%", "\\pm", "°"):
             return ""
-    return latex(tokens).replace(" ", "")
+    return latex(tokens)
 
 
 def _ratio(tokens: Tokens, source: str) -> Value | None:
