@@ -118,8 +118,9 @@ def _named_gold(answer: Value, gold: Named) -> Verdict:
     if isinstance(answer, Named):
         if same_name(answer.name, gold.name) or not (answer.name and gold.name):
             return same(answer.value, gold.value)
-        if gold.tree is not None and not (_is_constant(gold.value) and _is_constant(answer.value)):
-            return _same_equation(answer, gold)
+        verdict = _same_equation(answer, gold) if gold.tree is not None else no("")
+        if verdict.correct or (gold.tree and not (_is_constant(gold.value) and _is_constant(answer.value))):
+            return verdict
         return no(f"a value of {answer.name}, not of {gold.name}")
     if isinstance(answer, Relation):
         if _is_constant(gold.value):
@@ -231,11 +232,9 @@ def _is_sum_of_names(relation: Relation) -> bool:
 
 def _formula(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Quantity):
-        return (
-            _equal(answer, gold)
-            if answer.tree and _variables(gold)
-            else _leaving_off("unit", same(answer.magnitude, gold))
-        )
+        if answer.tree and _variables(gold):
+            return _equal(answer, gold)
+        return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Relation):
         return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
     if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):

@@ -12,7 +12,7 @@ from rlcs.grading.tokens import Token, latex
 from rlcs.grading.tree import HALF, MINUS_ONE, Call, Const, Node, Num, PlusMinus, Power, Product, Sum, Sym
 
 MAX_DEPTH = 40
-_MAX_DIGITS = 2_000
+_MAX_DIGITS, _MAX_AFTER = 2_000, 150
 
 FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp abs".split())
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
@@ -109,6 +109,8 @@ class _Reader:
         self.tokens = list(tokens)
         self.position = 0
         self.depth = 0
+        self.after = 0
+        """How many powers, factorials and the like were read: each makes the tree deeper, or wider."""
 
     def text(self, ahead: int = 0) -> str:
         index = self.position + ahead
@@ -142,11 +144,14 @@ class _Reader:
             if not first:
                 raise NotAFormulaError("no sign")
             return self.term()
-        self.take()
         if sign in ("\\pm", "\\mp"):
+            self.take()
             return PlusMinus(self.term(), opposite=sign == "\\mp")
-        term = self.signed() if self.text() in ("+", "-") and self.depth < MAX_DEPTH else self.term()
-        return term if sign == "+" else Product((MINUS_ONE, term))
+        negative = False
+        while self.text() in ("+", "-"):
+            negative ^= self.take().text == "-"
+        term = self.term()
+        return Product((MINUS_ONE, term)) if negative else term
 
     def term(self) -> Node:
         factors, after_number = self.factor()
@@ -188,6 +193,9 @@ class _Reader:
         node, start = self.primary(), self.position
         while (sign := self.text()) in ("^", "!", "°", "%", "'"):
             self.take()
+            self.after += 1
+            if self.after > _MAX_AFTER:
+                raise NotAFormulaError("too many powers and factorials")
             if sign == "^":
                 node = Power(node, self.exponent())
             elif sign == "!":

@@ -140,7 +140,7 @@ def _value(tokens: Tokens) -> Value:
     if not tokens:
         return Text(source="", words="")
     if letters := _letters(tokens):
-        return Letters(source=source, letters=letters)
+        return Letters(source=source, letters=letters, tree=tree_of(tokens))
     if _are_words(tokens):
         return replace(text_of(tokens), tree=tree_of(tokens) if len(tokens) == 1 else None)
     for rule in (_based, _environment, _bracketed, _combined_sets, _list, _relation, _ratio):
@@ -291,7 +291,7 @@ def _joined(limits: Sequence[Region], *, by_or: bool, source: str) -> Region:
 
 def _combined_sets(tokens: Tokens, source: str) -> Value | None:
     r"""Read unions and differences of sets of numbers, `\mathbb{R}` and `\emptyset`."""
-    names = {"\\R": (regions.whole_line(),), "\\reals": (regions.whole_line(),), "\\emptyset": ()}
+    names = {"\\R": (regions.whole_line(),), "\\emptyset": ()}
     if len(tokens) == 1 and tokens[0].text in names:
         return Region(source=source, pieces=names[tokens[0].text])
     between = [
@@ -428,7 +428,7 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
         items = tuple(Named(source=latex(parts[-1]), name=name, value=sides[-1]) for name in names[:-1])
         return Items(source=source, brackets="", items=items)
     if not relation and _is_chain(sides[1:] if names[0] else sides):
-        return Named(source=source, name=names[0], value=sides[-1])
+        return Named(source=source, name=names[0], value=sides[-1], tree=tree)
     return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)
 
 
@@ -485,7 +485,7 @@ def _name(tokens: Tokens) -> str:
             skip = position + 5
         elif token.text in ("+", "-", "\\cdot", "\\sqrt", ",", "!", "%", "\\pm", "°"):
             return ""
-    return latex(tokens).replace(" ", "")
+    return latex(tokens)
 
 
 def _ratio(tokens: Tokens, source: str) -> Value | None:

@@ -15,6 +15,7 @@ from rlcs.grading.values import Expression, Items, Number, Quantity, Text, Value
 _MONEY = frozenset("$ € £ ¥ ₹ ₽ ₩".split())
 _MAX_UNIT = 40
 """Tokens of a unit."""
+_OF_ANGLES = frozenset("\\sin \\cos \\tan \\cot \\sec \\csc".split())
 _PERCENT = ("%", "percent", "pct")
 _ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
 
@@ -132,7 +133,9 @@ def _quantity(tokens: Tokens, source: str) -> Value | None:
             continue
         letter = len(spoken(tail)) == 1 and tail[0].kind == "word" and not tail[0].upright
         if letter and head[-1].kind == "command":
-            continue  # 2\\pi h
+            continue  # 2\pi h
+        if tail[0].text == "°" and {token.text for token in head} & _OF_ANGLES:
+            continue  # \sin 30°
         if symbols(tree) and (letter or not (tail[0].gap or tail[0].upright)):
             continue
         if letter and isinstance(tree, Sum) and not enclosed(head) and {t.text for t in head} & {"+", "-"}:

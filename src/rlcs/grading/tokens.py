@@ -102,7 +102,7 @@ _SPELLINGS = MappingProxyType(
         "percent": "%",
         "land": "wedge",
         "lor": "vee",
-        "R": "reals",
+        "reals": "R",
         "triangleq": "=",
         "euro": "€",
         "pounds": "£",
