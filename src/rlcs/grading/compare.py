@@ -7,7 +7,7 @@ that a reward cannot be gamed: all of the answer counts, not a part of it (docs/
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rlcs.grading import algebra, regions
@@ -95,6 +95,11 @@ def _length(value: Value) -> int:
     return len(value.items) if isinstance(value, Items) else 0 if isinstance(value, Region) else 2
 
 
+def _leaving_off(what: str, verdict: Verdict) -> Verdict:
+    """Add to the reason of a right answer that only one of the two has a unit or a name."""
+    return replace(verdict, why=f"{verdict.why}; a {what} may be left off") if verdict.correct else verdict
+
+
 # --- names and relations -----------------------------------------------------------------------------
 
 
@@ -109,13 +114,13 @@ def _named_gold(answer: Value, gold: Named) -> Verdict:
         if _is_constant(gold.value):
             return no("an equation that is not solved")
         return _same_equation(answer, gold)
-    return same(answer, gold.value)
+    return _leaving_off("name", same(answer, gold.value))
 
 
 def _named_answer(answer: Named, gold: Value) -> Verdict:
     if isinstance(gold, Relation):
         return _same_equation(answer, gold)
-    return same(answer.value, gold)
+    return _leaving_off("name", same(answer.value, gold))
 
 
 def same_name(one: str, other: str) -> bool:
@@ -169,7 +174,7 @@ def _number(answer: Value, gold: Number) -> Verdict:
             return yes("the same number")
         return no("another number")
     if isinstance(answer, Quantity):
-        return same(answer.magnitude, gold)
+        return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Based):
         return yes("the same number") if answer.value == number_of(gold) else no("another number")
     return _formula(answer, gold)
@@ -197,7 +202,7 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
     ):
         return _equal(answer, gold)
     if isinstance(answer, Number | Expression):
-        return same(answer, gold.magnitude)
+        return _leaving_off("unit", same(answer, gold.magnitude))
     if isinstance(answer, Relation) and _is_sum_of_names(answer):
         return same(answer.sides[-1], gold)
     return _other_kind(answer, gold)
@@ -213,7 +218,7 @@ def _is_sum_of_names(relation: Relation) -> bool:
 
 def _formula(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Quantity):
-        return _equal(answer, gold) if answer.tree and _variables(gold) else same(answer.magnitude, gold)
+        return _equal(answer, gold) if answer.tree and _variables(gold) else _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Relation):
         return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
     if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):
