@@ -36,7 +36,7 @@ MAX_FORMULA = 1_000
 """Characters; a longer formula is not given to math-verify."""
 _MAX_ITEMS = 50
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
-_LONG_WORD = re.compile(r"(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)[^\W\d_]{4,}")
+_LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
