@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from rlcs.grading import algebra, regions
 from rlcs.grading.formulas import FUNCTIONS, GREEK
-from rlcs.grading.tree import Product, Sum, Sym, symbols, walk
+from rlcs.grading.tree import Call, Num, Sym, replaced, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -35,12 +35,18 @@ from rlcs.records import Grade
 
 MAX_FORMULA = 1_000
 """Characters; a longer formula is not given to math-verify."""
+_NAME_SPELLING = re.compile(
+    r"^m(?=\\angle)|\\(?:angle|triangle|text|overline)(?![A-Za-z])|[{}\s_]|^\|(?=[A-Z]+\|$)|(?<=[A-Z])\|$"
+)
+"""What may be missing in a name: `m\\angle A` is A, `|AB|` is AB."""
+_ANOTHER_VALUE = re.compile(r"\\(?:ln|log|lg|exp|lim)|^[^fghA-Z]*\^|^\|[a-z\\]|^not|/|^([a-z])\1")
+"""Names of what is not asked where a value is: if ln x is 5, then x is not 5."""
 _MAX_ITEMS = 50
 _COMPARABLE = (
     FUNCTIONS
     | GREEK
     | frozenset(
-        "sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus emptyset R Z N Q C max min"
+        "factorial floor ceil over sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus emptyset R Z N Q C max min"
         " gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat begin end det circ angle triangle neg".split()
     )
 )
@@ -92,6 +98,12 @@ def same(answer: Value, gold: Value) -> Verdict:
         answer = _common_value(answer)
     elif isinstance(gold, Items) and not isinstance(answer, Items):
         gold = _common_value(gold)
+    if isinstance(answer, Relation) and answer.stated and not isinstance(gold, Relation | Named):
+        return _best([same(value, gold) for value in answer.stated])
+    if isinstance(gold, Relation) and len(gold.stated) > 1 and not isinstance(answer, Named):
+        given = answer.stated[-1] if isinstance(answer, Relation) and answer.stated else answer
+        if not isinstance(given, Relation):
+            return _best([same(given, value) for value in gold.stated])
     if isinstance(gold, Named):
         return _named_gold(answer, gold)
     if isinstance(answer, Named):
@@ -103,6 +115,11 @@ def same(answer: Value, gold: Value) -> Verdict:
     ):
         return same(answer.items[0], gold)
     return _RULES[type(gold)](answer, gold)
+
+
+def _best(verdicts: Sequence[Verdict]) -> Verdict:
+    """The first right verdict, else an undecided one, else the first."""
+    return min(verdicts, key=lambda verdict: (True, None, False).index(verdict.correct))
 
 
 def _common_value(items: Items) -> Value:
@@ -142,19 +159,18 @@ def _named_gold(answer: Value, gold: Named) -> Verdict:
 def _named_answer(answer: Named, gold: Value) -> Verdict:
     if isinstance(gold, Relation):
         return _same_equation(answer, gold)
+    if _ANOTHER_VALUE.search(answer.name):
+        return no(f"a value of {answer.name}")
     return _leaving_off("name", same(answer.value, gold))
 
 
 def same_name(one: str, other: str) -> bool:
     """Whether two names have the same letters, or are a word and its initial: `C` and `Circumference`."""
-    names = (
-        re.sub(r"^m(?=\\angle)|\\(?:angle|triangle|text|overline)|[^\w']|_", "", name).casefold()
-        for name in (one, other)
-    )
-    short, long = sorted(names, key=len)
-    if len(one) == 2 and one.isupper() and short == long[::-1]:
-        return True  # the segments AB and BA
-    return short == long or (len(short) == 1 and len(long) > 3 and long.startswith(short))
+    short, long = sorted((_NAME_SPELLING.sub("", name) for name in (one, other)), key=len)
+    if short == long or (len(short) == 2 and short.isupper() and short == long[::-1]):
+        return True  # AB and BA are one segment
+    word = long.isalpha() and len(long) > 3 and not long.isupper() and len(short) == 1
+    return short.casefold() == long.casefold() or (word and long.casefold().startswith(short.casefold()))
 
 
 def _is_constant(value: Value) -> bool:
@@ -171,7 +187,7 @@ def _same_equation(answer: Value, gold: Value) -> Verdict:
         return no("other numbers in an equation without variables")
     decided = algebra.same_equation(answer.tree, gold.tree)
     if decided is None:
-        return formulas(answer, gold)
+        return no("not known to be the same equation")  # math-verify errs on equations
     return yes("the same equation") if decided else no("another equation")
 
 
@@ -201,6 +217,8 @@ def _number(answer: Value, gold: Number) -> Verdict:
             return yes("the same number")
         return no("another number")
     if isinstance(answer, Quantity):
+        if gold.percent:
+            return no("a quantity where a percentage is asked")
         return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Based):
         return yes("the same number") if answer.value == number_of(gold) else no("another number")
@@ -232,20 +250,7 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
         return no("a percentage where a quantity is asked")
     if isinstance(answer, Number | Expression):
         return _leaving_off("unit", same(answer, gold.magnitude))
-    if isinstance(answer, Relation) and _is_sum_of_names(answer):
-        return same(answer.sides[-1], gold)
     return _other_kind(answer, gold)
-
-
-def _is_sum_of_names(relation: Relation) -> bool:
-    """Whether an equation gives a formula of names a value: a + b = 5."""
-    first, last = as_tree(relation.sides[0]), relation.sides[-1]
-    if relation.operators != ("=",) or first is None or not _is_constant(last):
-        return False
-    names = [node.name for node in walk(first) if isinstance(node, Sym)]
-    return len(set(names)) == len(names) and all(
-        isinstance(node, Sum | Product | Sym) for node in walk(first)
-    )
 
 
 def _formula(answer: Value, gold: Value) -> Verdict:
@@ -254,7 +259,7 @@ def _formula(answer: Value, gold: Value) -> Verdict:
             return _equal(answer, gold)
         return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Relation):
-        return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
+        return no("an equation against a value")
     if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):
         return _other_kind(answer, gold)
     return _equal(answer, gold)
@@ -270,9 +275,12 @@ def _equal(answer: Value, gold: Value) -> Verdict:
     if mine is None or theirs is None:
         return formulas(answer, gold)
     decided = algebra.equal(mine, theirs)
+    if decided is False and "degree" in symbols(mine) ^ symbols(theirs):
+        decided = algebra.equal(*(replaced(tree, Sym("degree"), Num(Fraction(1))) for tree in (mine, theirs)))
     if decided is None and algebra.too_large(mine) and not algebra.too_large(theirs):
         return no("powers or factorials too large to work out")
-    if decided is None:
+    calls = {node.name for tree in (mine, theirs) for node in walk(tree) if isinstance(node, Call)}
+    if decided is None and calls <= _COMPARABLE:
         return formulas(answer, gold)
     return yes("an equal formula") if decided else no("another value")
 
@@ -388,6 +396,8 @@ def _region(answer: Value, gold: Value) -> Verdict:
             return _other_kind(answer, gold)
         return formulas(answer, gold)
     names = {value.variable for value in (answer, gold) if isinstance(value, Region) and value.variable}
+    if len(names) == 1 and isinstance(answer, Region) and _ANOTHER_VALUE.search(answer.variable):
+        return no(f"a condition on {answer.variable}")
     if len(names) > 1 and not same_name(*names):
         return no("a condition on another variable")
     decided = regions.same_pieces(mine, theirs)
