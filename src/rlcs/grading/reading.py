@@ -24,7 +24,6 @@ from rlcs.grading.tokens import (
     latex,
     split,
     spoken,
-    steps,
     tokenise,
 )
 from rlcs.grading.tree import Node, Num, symbols, walk
@@ -218,7 +217,7 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
     if name == "array" and inner[start].text == "{":
         start += next(i for i, t in enumerate(inner[start:]) if t.text == "}") + 1
     body = inner[start:end]
-    rows = [row for row in _rows(body) if row]
+    rows = [row for row in split(body, frozenset(["\\\\"]))[0] if row]
     if name in _MATRICES and not system:
         cells = tuple(tuple(_value(cell) for cell in split(row, frozenset("&"))[0]) for row in rows)
         return Matrix(source=source, rows=cells)
@@ -226,16 +225,6 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
         parts = [_strip([t for t in row if t.text != "&"]) for row in rows]
         return _items(parts, [","] * (len(parts) - 1), "", source) if len(parts) > 1 else _value(parts[0])
     return None
-
-
-def _rows(tokens: Tokens) -> list[Tokens]:
-    rows: list[Tokens] = []
-    start = 0
-    for position, (token, depth) in enumerate(zip(tokens, steps(tokens), strict=True)):
-        if token.kind == "row" and depth == 0:
-            rows.append(tokens[start:position])
-            start = position + 1
-    return [*rows, tokens[start:]]
 
 
 def _bracketed(tokens: Tokens, source: str) -> Value | None:
@@ -290,7 +279,7 @@ def _joined(limits: Sequence[Region], *, by_or: bool, source: str) -> Region:
 
 def _combined_sets(tokens: Tokens, source: str) -> Value | None:
     r"""Read unions and differences of sets of numbers, `\mathbb{R}` and `\emptyset`."""
-    names = {"\\R": (regions.whole_line(),), "\\reals": (regions.whole_line(),), "\\emptyset": ()}
+    names = {"\\R": (regions.whole_line(),), "\\emptyset": ()}
     if len(tokens) == 1 and tokens[0].text in names:
         return Region(source=source, pieces=names[tokens[0].text])
     between = [
