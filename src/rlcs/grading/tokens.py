@@ -270,13 +270,13 @@ def _without_decoration(tokens: Tokens) -> list[Token]:
 
 
 def end_of_group(tokens: Tokens, start: int) -> int:
-    """The position after the brace that closes the group which opens at `start`."""
+    """The position after the brace that closes the group which opens at `start`; past the end if none does."""
     depth = 0
     for position in range(start, len(tokens)):
         depth += {"{": 1, "}": -1}.get(tokens[position].text, 0)
         if depth == 0:
             return position + 1
-    return len(tokens)
+    return len(tokens) + 1
 
 
 def latex(tokens: Tokens, *, gaps: bool = False) -> str:
