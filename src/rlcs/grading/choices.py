@@ -13,6 +13,7 @@ _CHOICE = re.compile(
     r"[(\[{]?([A-Za-z])(?:[)\]}][.:]?|[.:,]| [-=]) *(\S.*)|[(\[{]?([A-Za-z])[)\]}]?[.:,]?", re.DOTALL
 )
 _LETTER_THEN_VALUE = re.compile(r"([A-Z]) (\S.*)", re.DOTALL)
+_RUN = re.compile("[A-Z]{2,}")
 _VALUE_THEN_LETTER = re.compile(r"(.*\S) ?\(([A-Z])\)", re.DOTALL)
 
 
@@ -55,8 +56,16 @@ def chosen(text: str, options: Sequence[str]) -> frozenset[int] | None:
     if index is not None and (not rest or same(read(rest), read(options[index])).correct is not False):
         return frozenset([index])
     value = read(text)
-    if isinstance(value, Letters):
-        found = {ord(letter) - ord("A") for letter in value.letters}
+    run = spelled(text)
+    letters = (
+        value.letters
+        if isinstance(value, Letters)
+        else frozenset(run)
+        if _RUN.fullmatch(run)
+        else frozenset()
+    )
+    if letters and len(letters) == len(run) or isinstance(value, Letters):
+        found = {ord(letter) - ord("A") for letter in letters}
         return frozenset(found) if max(found) < len(options) else None
     if isinstance(value, Items):
         each = [_option_of(item, options) for item in value.items]

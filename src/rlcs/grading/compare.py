@@ -7,7 +7,7 @@ that a reward cannot be gamed: all of the answer counts, not a part of it (docs/
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rlcs.grading import algebra, regions
@@ -36,7 +36,7 @@ MAX_FORMULA = 1_000
 """Characters; a longer formula is not given to math-verify."""
 _MAX_ITEMS = 50
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
-_LONG_WORD = re.compile(r"(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)[^\W\d_]{4,}")
+_LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +78,10 @@ def same(answer: Value, gold: Value) -> Verdict:
     """Compare two values."""
     if answer.source == gold.source:
         return yes("the same text")
+    if isinstance(answer, Items) and not isinstance(gold, Items):
+        answer = _common_value(answer)
+    elif isinstance(gold, Items) and not isinstance(answer, Items):
+        gold = _common_value(gold)
     if isinstance(gold, Named):
         return _named_gold(answer, gold)
     if isinstance(answer, Named):
@@ -91,8 +95,20 @@ def same(answer: Value, gold: Value) -> Verdict:
     return _RULES[type(gold)](answer, gold)
 
 
+def _common_value(items: Items) -> Value:
+    """The value that several names have: AB = BC = 5 is 5; other lists stay as they are."""
+    named = [item for item in items.items if isinstance(item, Named)]
+    same_value = len(named) == len(items.items) > 1 and len({item.value.source for item in named}) == 1
+    return named[0].value if same_value else items
+
+
 def _length(value: Value) -> int:
     return len(value.items) if isinstance(value, Items) else 0 if isinstance(value, Region) else 2
+
+
+def _leaving_off(what: str, verdict: Verdict) -> Verdict:
+    """Add to the reason of a right answer that only one of the two has a unit or a name."""
+    return replace(verdict, why=f"{verdict.why}; a {what} may be left off") if verdict.correct else verdict
 
 
 # --- names and relations -----------------------------------------------------------------------------
@@ -100,22 +116,23 @@ def _length(value: Value) -> int:
 
 def _named_gold(answer: Value, gold: Named) -> Verdict:
     if isinstance(answer, Named):
-        if same_name(answer.name, gold.name):
+        if same_name(answer.name, gold.name) or not (answer.name and gold.name):
             return same(answer.value, gold.value)
-        if gold.tree is not None and not (_is_constant(gold.value) and _is_constant(answer.value)):
-            return _same_equation(answer, gold)
+        verdict = _same_equation(answer, gold) if gold.tree is not None else no("")
+        if verdict.correct or (gold.tree and not (_is_constant(gold.value) and _is_constant(answer.value))):
+            return verdict
         return no(f"a value of {answer.name}, not of {gold.name}")
     if isinstance(answer, Relation):
         if _is_constant(gold.value):
             return no("an equation that is not solved")
         return _same_equation(answer, gold)
-    return same(answer, gold.value)
+    return _leaving_off("name", same(answer, gold.value))
 
 
 def _named_answer(answer: Named, gold: Value) -> Verdict:
     if isinstance(gold, Relation):
         return _same_equation(answer, gold)
-    return same(answer.value, gold)
+    return _leaving_off("name", same(answer.value, gold))
 
 
 def same_name(one: str, other: str) -> bool:
@@ -137,6 +154,8 @@ def _same_equation(answer: Value, gold: Value) -> Verdict:
         return no("another relation")
     if answer.tree is None or gold.tree is None:
         return formulas(answer, gold)
+    if not (symbols(answer.tree) | symbols(gold.tree)) - {"degree"}:
+        return no("other numbers in an equation without variables")
     decided = algebra.same_equation(answer.tree, gold.tree)
     if decided is None:
         return formulas(answer, gold)
@@ -169,7 +188,7 @@ def _number(answer: Value, gold: Number) -> Verdict:
             return yes("the same number")
         return no("another number")
     if isinstance(answer, Quantity):
-        return same(answer.magnitude, gold)
+        return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Based):
         return yes("the same number") if answer.value == number_of(gold) else no("another number")
     return _formula(answer, gold)
@@ -197,7 +216,7 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
     ):
         return _equal(answer, gold)
     if isinstance(answer, Number | Expression):
-        return same(answer, gold.magnitude)
+        return _leaving_off("unit", same(answer, gold.magnitude))
     if isinstance(answer, Relation) and _is_sum_of_names(answer):
         return same(answer.sides[-1], gold)
     return _other_kind(answer, gold)
@@ -213,7 +232,9 @@ def _is_sum_of_names(relation: Relation) -> bool:
 
 def _formula(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Quantity):
-        return _equal(answer, gold) if answer.tree and _variables(gold) else same(answer.magnitude, gold)
+        if answer.tree and _variables(gold):
+            return _equal(answer, gold)
+        return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Relation):
         return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
     if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):

@@ -12,7 +12,7 @@ from rlcs.grading.tokens import Token, end_of_group, latex
 from rlcs.grading.tree import HALF, MINUS_ONE, Call, Const, Node, Num, PlusMinus, Power, Product, Sum, Sym
 
 MAX_DEPTH = 40
-_MAX_DIGITS = 2_000
+_MAX_DIGITS, _MAX_AFTER = 2_000, 150
 
 FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp abs".split())
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
@@ -105,6 +105,8 @@ class _Reader:
         self.tokens = list(tokens)
         self.position = 0
         self.depth = 0
+        self.num_after = 0
+        """How many powers, factorials and the like were read: each makes the tree deeper, or wider."""
 
     def peek(self, ahead: int = 0) -> Token:
         index = self.position + ahead
@@ -141,13 +143,13 @@ class _Reader:
 
     def signed(self) -> Node:
         """Read a term and the signs before it."""
-        if self.text() not in _SIGNS:
-            return self.term()
-        sign = self.take().text
-        if sign in ("\\pm", "\\mp"):
-            return PlusMinus(self.term(), opposite=sign == "\\mp")
-        term = self.deeper(self.signed) if self.text() in ("+", "-") else self.term()
-        return term if sign == "+" else Product((MINUS_ONE, term))
+        if self.text() in ("\\pm", "\\mp"):
+            opposite = self.take().text == "\\mp"
+            return PlusMinus(self.term(), opposite=opposite)
+        negative = False
+        while self.text() in ("+", "-"):
+            negative ^= self.take().text == "-"
+        return Product((MINUS_ONE, self.term())) if negative else self.term()
 
     def term(self) -> Node:
         factors = [self.factor()]
@@ -178,6 +180,9 @@ class _Reader:
         """Read a factor with its powers."""
         node = self.primary()
         while self.text() in ("^", "!", "°", "%", "'"):
+            self.num_after += 1
+            if self.num_after > _MAX_AFTER:
+                raise NotAFormulaError("too many powers and factorials")
             match self.take().text:
                 case "^":
                     node = Power(node, self.exponent())
@@ -307,7 +312,8 @@ class _Reader:
         if self.found("_"):
             index = latex(self.index()).strip("{}() ")
             return Sym(f"{name}_{index}")
-        if name in _FUNCTION_LETTERS and self.text() == "(":
+        of_number = self.text(2) == ")" and self.text(1)[:1].isdigit()  # I(0) is the current at time 0
+        if self.text() == "(" and (name in _FUNCTION_LETTERS or of_number):
             return Call(name, (self.group(),))
         return self.letter(name)
 

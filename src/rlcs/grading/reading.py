@@ -26,7 +26,7 @@ from rlcs.grading.tokens import (
     spoken,
     tokenise,
 )
-from rlcs.grading.tree import Node, Num, symbols, walk
+from rlcs.grading.tree import MINUS_ONE, Node, Num, Product, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -78,7 +78,7 @@ def read(text: str) -> Value:
 
 @lru_cache(maxsize=4096)
 def _read(text: str) -> Value:
-    tokens = _without_parameter(_strip(tokenise(text)))
+    tokens = _without_parameter(_peeled(_strip(tokenise(text))))
     if len(tokens) > MAX_TOKENS or depth_of(tokens) > MAX_DEPTH:
         return Text(source=latex(tokens), words=plain_words(text))
     plain = spoken(tokens)
@@ -139,7 +139,7 @@ def _value(tokens: Tokens) -> Value:
     if not tokens:
         return Text(source="", words="")
     if letters := _letters(tokens):
-        return Letters(source=source, letters=letters)
+        return Letters(source=source, letters=letters, tree=tree_of(tokens))
     if _are_words(tokens):
         return replace(text_of(tokens), tree=tree_of(tokens) if len(tokens) == 1 else None)
     for rule in (_based, _environment, _bracketed, _combined_sets, _list, _relation, _ratio):
@@ -257,13 +257,14 @@ def _items(parts: Sequence[Tokens], found: Sequence[str], brackets: str, source:
     if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
         named = [replace(first, source=item.source, value=item, tree=None) for item in items[1:]]
         items = [first, *named]  # x = 1, 2
-    if not brackets and all(isinstance(item, Region) for item in items):
+    if not brackets and not any(map(enclosed, parts)) and all(isinstance(item, Region) for item in items):
         limits = [item for item in items if isinstance(item, Region)]
         if len({limit.variable for limit in limits}) == 1:
             return _joined(limits, by_or="or" in found or "\\vee" in found, source=source)
     flat: list[Value] = []
     for item in items:
-        flat += item.items if isinstance(item, Items) and item.source.count("\\pm") else [item]
+        joined = isinstance(item, Items) and ("\\pm" in item.source or item.source.count("=") > 1)
+        flat += item.items if joined and isinstance(item, Items) and not item.brackets else [item]
     return Items(source=source, brackets=brackets, items=tuple(flat))
 
 
@@ -355,6 +356,8 @@ def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) 
     names = ["" if part[0].text == "|" else _name(part) for part in parts]
     if len(parts) == 2:
         (left, right), (operator,) = nodes, operators
+        if parts[0][0].text == parts[0][-1].text == "|" and right is not None and _name(parts[0][1:-1]):
+            return _distance(_name(parts[0][1:-1]), operator, right, source)
         if names[0] and right is not None and not symbols(right) & _variables(left):
             return Region(source=source, pieces=tuple(regions.ray(operator, right)), variable=names[0])
         if names[1] and left is not None:
@@ -376,6 +379,15 @@ def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) 
             piece = Piece(low=low, high=high, low_closed=first == "\\le", high_closed=last == "\\le")
             return Region(source=source, pieces=(piece,), variable=names[1])
     return None
+
+
+def _distance(name: str, operator: str, bound: Node, source: str) -> Region:
+    """Read `|x| < 3` as the numbers between -3 and 3, `|x| > 3` as all others."""
+    closed = operator in ("\\le", ">")
+    low = Product((MINUS_ONE, bound))
+    between = Piece(low=low, high=bound, low_closed=closed, high_closed=closed)
+    pieces = [between] if operator in ("<", "\\le") else regions.complement([between])
+    return Region(source=source, pieces=tuple(pieces), variable=name)
 
 
 def _variables(node: Node | None) -> frozenset[str]:
@@ -401,19 +413,29 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
     if names[0] and len(parts) == 2:
         return Named(source=source, name=names[0], value=sides[1], tree=tree)
     relation = len(parts) == 2 and _variables(left)  # x + y = 5
+    if len(parts) > 2 and all(names[:-1]) and not names[-1]:  # x = y = 4
+        items = tuple(Named(source=latex(parts[-1]), name=name, value=sides[-1]) for name in names[:-1])
+        return Items(source=source, brackets="", items=items)
     if not relation and _is_chain(sides[1:] if names[0] else sides):
-        name = names[0] or latex(parts[0])
-        return Named(source=source, name=name, value=sides[-1])
+        return Named(source=source, name=names[0], value=sides[-1], tree=tree)
     return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)
 
 
 def _is_chain(sides: Sequence[Value]) -> bool:
-    """Whether all sides of an equation that have a number agree with the last."""
+    """Whether all sides of an equation that have a number agree with the last, at least when rounded."""
     trees = [as_tree(side) for side in sides]
     last = trees[-1]
-    if last is None:
-        return False
-    return all(tree is not None and (algebra.equal(tree, last) or not _has_digits(tree)) for tree in trees)
+    return last is not None and all(
+        tree is not None and (algebra.equal(tree, last) or _is_near(tree, last) or not _has_digits(tree))
+        for tree in trees
+    )
+
+
+def _is_near(tree: Node, other: Node) -> bool:
+    """Whether two numbers differ by at most 1%, as in `20 \\cos 30° = 17.3`."""
+    numbers = [None if symbols(node) - {"degree"} else algebra.number(node) for node in (tree, other)]
+    one, two = numbers
+    return one is not None and two is not None and abs(one - two) <= 0.01 * abs(two)
 
 
 def _has_digits(tree: Node) -> bool:
@@ -452,7 +474,7 @@ def _name(tokens: Tokens) -> str:
             skip = position + 5
         elif token.text in ("+", "-", "\\cdot", "\\sqrt", ",", "!", "%", "\\pm", "°"):
             return ""
-    return latex(tokens).replace(" ", "")
+    return latex(tokens)
 
 
 def _ratio(tokens: Tokens, source: str) -> Value | None:

@@ -15,6 +15,7 @@ from rlcs.grading.values import Expression, Items, Number, Quantity, Text, Value
 _MONEY = frozenset("$ € £ ¥ ₹ ₽ ₩".split())
 _MAX_UNIT = 40
 """Tokens of a unit."""
+_OF_ANGLES = frozenset("\\sin \\cos \\tan \\cot \\sec \\csc".split())
 _PERCENT = ("%", "percent", "pct")
 _ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
 
@@ -56,6 +57,7 @@ def read_single(tokens: Tokens, source: str) -> Value:
             is_word(t) and b not in ("\\begin", "\\end") for t, b in zip(tokens, befores, strict=False)
         )
         formula = any(token.kind in ("number", "command") or token.text == "^" for token in tokens)
+        formula = formula and tokens[-1].text not in ("'", '"')  # 15' are minutes of arc
         return Expression(source=source) if formula and not wordy else text_of(tokens)
     return of_tree(tree, source)
 
@@ -96,8 +98,10 @@ def _money(tokens: Tokens, source: str) -> Value | None:
     signs = [token.text in _MONEY for token in tokens[position : position + 2]]
     if signs != [True, False]:
         return None
-    unit = read_unit(tokens[position].text, upright=True)
     amount = [*tokens[:position], *tokens[position + 1 :]]
+    per = next((i for i, token in enumerate(amount) if token.text == "per" and i), len(amount))
+    unit = read_unit(f"{tokens[position].text} {spoken(amount[per:])}".strip(), upright=True)
+    amount = amount[:per]
     value = read_single(amount, latex(amount))
     if unit is None or not isinstance(value, Number | Expression | Quantity):
         return text_of(tokens)
@@ -129,7 +133,9 @@ def _quantity(tokens: Tokens, source: str) -> Value | None:
             continue
         letter = len(spoken(tail)) == 1 and tail[0].kind == "word" and not tail[0].upright
         if letter and head[-1].kind == "command":
-            continue  # 2\\pi h
+            continue  # 2\pi h
+        if tail[0].text == "°" and {token.text for token in head} & _OF_ANGLES:
+            continue  # \sin 30°
         if symbols(tree) and (letter or not (tail[0].gap or tail[0].upright)):
             continue
         if letter and isinstance(tree, Sum) and not enclosed(head) and {t.text for t in head} & {"+", "-"}:

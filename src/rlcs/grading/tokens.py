@@ -270,7 +270,7 @@ def _without_decoration(tokens: Tokens) -> list[Token]:
 
 
 def end_of_group(tokens: Tokens, start: int) -> int:
-    """The position after the brace that closes the group which opens at `start`; past the end if none does."""
+    """The position after the brace that closes the group opened at `start`; past the end if none does."""
     depth = 0
     for position in range(start, len(tokens)):
         depth += {"{": 1, "}": -1}.get(tokens[position].text, 0)
