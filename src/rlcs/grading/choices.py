@@ -55,16 +55,9 @@ def chosen(text: str, options: Sequence[str]) -> frozenset[int] | None:
     index, rest = _named_option(text, options)
     if index is not None and (not rest or same(read(rest), read(options[index])).correct is not False):
         return frozenset([index])
-    value = read(text)
-    run = spelled(text)
-    letters = (
-        value.letters
-        if isinstance(value, Letters)
-        else frozenset(run)
-        if _RUN.fullmatch(run)
-        else frozenset()
-    )
-    if letters and len(letters) == len(run) or isinstance(value, Letters):
+    value, run = read(text), spelled(text)
+    letters = value.letters if isinstance(value, Letters) else frozenset(run)
+    if isinstance(value, Letters) or (_RUN.fullmatch(run) and len(letters) == len(run)):
         found = {ord(letter) - ord("A") for letter in letters}
         return frozenset(found) if max(found) < len(options) else None
     if isinstance(value, Items):

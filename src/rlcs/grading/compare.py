@@ -27,8 +27,6 @@ from rlcs.grading.values import (
     Relation,
     Text,
     Value,
-    as_tree,
-    number_of,
 )
 from rlcs.records import Grade
 
@@ -145,7 +143,7 @@ def same_name(one: str, other: str) -> bool:
 
 
 def _is_constant(value: Value) -> bool:
-    tree = as_tree(value)
+    tree = value.tree
     return isinstance(value, Number | Quantity) or (tree is not None and not symbols(tree))
 
 
@@ -190,7 +188,7 @@ def _number(answer: Value, gold: Number) -> Verdict:
     if isinstance(answer, Quantity):
         return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Based):
-        return yes("the same number") if answer.value == number_of(gold) else no("another number")
+        return yes("the same number") if gold.tree == Num(answer.value) else no("another number")
     return _formula(answer, gold)
 
 
@@ -224,7 +222,7 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
 
 def _is_sum_of_names(relation: Relation) -> bool:
     """Whether an equation gives a formula of names a value: a + b = 5."""
-    first, last = as_tree(relation.sides[0]), relation.sides[-1]
+    first, last = relation.sides[0].tree, relation.sides[-1]
     if relation.operators != ("=",) or first is None or not _is_constant(last):
         return False
     return not any(isinstance(node, Num) for node in walk(first))
@@ -243,12 +241,12 @@ def _formula(answer: Value, gold: Value) -> Verdict:
 
 
 def _variables(value: Value) -> frozenset[str]:
-    tree = as_tree(value)
+    tree = value.tree
     return symbols(tree) if tree is not None else frozenset()
 
 
 def _equal(answer: Value, gold: Value) -> Verdict:
-    mine, theirs = as_tree(answer), as_tree(gold)
+    mine, theirs = answer.tree, gold.tree
     if mine is None or theirs is None:
         return formulas(answer, gold)
     decided = algebra.equal(mine, theirs)
