@@ -186,6 +186,8 @@ class _Reader:
             match self.take().text:
                 case "^":
                     node = Power(node, self.exponent())
+                case "!" if self.text() == "!":
+                    raise NotAFormulaError("a double factorial")
                 case "!":
                     node = Call("factorial", (node,))
                 case "°":
@@ -312,8 +314,14 @@ class _Reader:
         if self.found("_"):
             index = latex(self.index()).strip("{}() ")
             return Sym(f"{name}_{index}")
+        while self.found("'"):
+            name += "'"
+        inverse = latex(self.tokens[self.position : self.position + 6])
+        if name in _FUNCTION_LETTERS and inverse.startswith("^{-1}("):
+            self.position += 5
+            name += "^{-1}"
         of_number = self.text(2) == ")" and self.text(1)[:1].isdigit()  # I(0) is the current at time 0
-        if self.text() == "(" and (name in _FUNCTION_LETTERS or of_number):
+        if self.text() == "(" and (name[0] in _FUNCTION_LETTERS or of_number):
             return Call(name, (self.group(),))
         return self.letter(name)
 
