@@ -28,8 +28,6 @@ from rlcs.grading.values import (
     Relation,
     Text,
     Value,
-    as_tree,
-    number_of,
 )
 from rlcs.records import Grade
 
@@ -46,12 +44,14 @@ _COMPARABLE = (
     FUNCTIONS
     | GREEK
     | frozenset(
-        "factorial floor ceil over sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus emptyset R Z N Q C max min"
-        " gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat begin end det circ angle triangle neg".split()
+        "factorial floor ceil over sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus"
+        " emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat begin end det circ"
+        " angle triangle neg".split()
     )
 )
 """Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
+LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
 
 
@@ -90,14 +90,21 @@ def no(why: str) -> Verdict:
     return Verdict(correct=False, why=why)
 
 
+def either(correct: bool, right: str, wrong: str) -> Verdict:
+    """A right or a wrong answer, with the reason for each."""
+    return Verdict(correct=correct, why=right if correct else wrong)
+
+
+def _decided(decided: bool | None, right: str, wrong: str, values: tuple[Value, Value]) -> Verdict:
+    """The verdict on two values; what is not decided (None) is left to math-verify."""
+    return formulas(*values) if decided is None else either(decided, right, wrong)
+
+
 def same(answer: Value, gold: Value) -> Verdict:
     """Compare two values."""
     if answer.source == gold.source:
         return yes("the same text")
-    if isinstance(answer, Items) and not isinstance(gold, Items):
-        answer = _common_value(answer)
-    elif isinstance(gold, Items) and not isinstance(answer, Items):
-        gold = _common_value(gold)
+    answer, gold = _as_one(answer, gold), _as_one(gold, answer)
     if isinstance(answer, Relation) and answer.stated and not isinstance(gold, Relation | Named):
         return _best([same(value, gold) for value in answer.stated])
     if isinstance(gold, Relation) and len(gold.stated) > 1 and not isinstance(answer, Named):
@@ -107,13 +114,8 @@ def same(answer: Value, gold: Value) -> Verdict:
     if isinstance(gold, Named):
         return _named_gold(answer, gold)
     if isinstance(answer, Named):
-        return _named_answer(answer, gold)
-    if (
-        isinstance(answer, Items)
-        and answer.brackets in ("", "{}")
-        and len(answer.items) == 1 != _length(gold)
-    ):
-        return same(answer.items[0], gold)
+        relation = isinstance(gold, Relation)
+        return _same_equation(answer, gold) if relation else _leaving_off("name", same(answer.value, gold))
     return _RULES[type(gold)](answer, gold)
 
 
@@ -122,15 +124,19 @@ def _best(verdicts: Sequence[Verdict]) -> Verdict:
     return min(verdicts, key=lambda verdict: (True, None, False).index(verdict.correct))
 
 
-def _common_value(items: Items) -> Value:
-    """The value that several names have: AB = BC = 5 is 5; other lists stay as they are."""
-    named = [item for item in items.items if isinstance(item, Named)]
-    same_value = len(named) == len(items.items) > 1 and len({item.value.source for item in named}) == 1
-    return named[0].value if same_value else items
-
-
-def _length(value: Value) -> int:
-    return len(value.items) if isinstance(value, Items) else 0 if isinstance(value, Region) else 2
+def _as_one(value: Value, other: Value) -> Value:
+    """The one value of a list: {5} is 5; where the other is no list, AB = BC = 5 is 5 as well."""
+    if not isinstance(value, Items):
+        return value
+    if (
+        len(value.items) == 1
+        and value.brackets in ("", "{}")
+        and not isinstance(value.items[0], Items | Region)
+    ):
+        return value.items[0]
+    named = [item.value for item in value.items if isinstance(item, Named)]
+    common = len(named) == len(value.items) and len({each.source for each in named}) == 1
+    return named[0] if common and named and not isinstance(other, Items) else value
 
 
 def _leaving_off(what: str, verdict: Verdict) -> Verdict:
@@ -156,14 +162,6 @@ def _named_gold(answer: Value, gold: Named) -> Verdict:
     return _leaving_off("name", same(answer, gold.value))
 
 
-def _named_answer(answer: Named, gold: Value) -> Verdict:
-    if isinstance(gold, Relation):
-        return _same_equation(answer, gold)
-    if _ANOTHER_VALUE.search(answer.name):
-        return no(f"a value of {answer.name}")
-    return _leaving_off("name", same(answer.value, gold))
-
-
 def same_name(one: str, other: str) -> bool:
     """Whether two names have the same letters, or are a word and its initial: `C` and `Circumference`."""
     short, long = sorted((_NAME_SPELLING.sub("", name) for name in (one, other)), key=len)
@@ -174,8 +172,7 @@ def same_name(one: str, other: str) -> bool:
 
 
 def _is_constant(value: Value) -> bool:
-    tree = as_tree(value)
-    return isinstance(value, Number | Quantity) or (tree is not None and not symbols(tree))
+    return isinstance(value, Number | Quantity) or (value.tree is not None and not symbols(value.tree))
 
 
 def _same_equation(answer: Value, gold: Value) -> Verdict:
@@ -188,7 +185,7 @@ def _same_equation(answer: Value, gold: Value) -> Verdict:
     decided = algebra.same_equation(answer.tree, gold.tree)
     if decided is None:
         return no("not known to be the same equation")  # math-verify errs on equations
-    return yes("the same equation") if decided else no("another equation")
+    return either(decided, "the same equation", "another equation")
 
 
 def _relation(answer: Value, gold: Relation) -> Verdict:
@@ -213,15 +210,11 @@ def _relation(answer: Value, gold: Relation) -> Verdict:
 
 def _number(answer: Value, gold: Number) -> Verdict:
     if isinstance(answer, Number):
-        if _same_share(answer, gold):
-            return yes("the same number")
-        return no("another number")
-    if isinstance(answer, Quantity):
-        if gold.percent:
-            return no("a quantity where a percentage is asked")
-        return _leaving_off("unit", same(answer.magnitude, gold))
-    if isinstance(answer, Based):
-        return yes("the same number") if answer.value == number_of(gold) else no("another number")
+        return either(_same_share(answer, gold), "the same number", "another number")
+    if isinstance(answer, Quantity) and gold.percent:
+        return no("a quantity where a percentage is asked")
+    if isinstance(answer, Based) and answer.value is not None:
+        return either(Num(answer.value) == gold.tree, "the same number", "another number")
     return _formula(answer, gold)
 
 
@@ -239,12 +232,7 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
         if not answer.unit.same(gold.unit):
             return no(f"another unit: {answer.unit} against {gold.unit}")
         return same(answer.magnitude, gold.magnitude)
-    if (
-        isinstance(answer, Expression)
-        and answer.tree is not None
-        and gold.tree is not None
-        and symbols(answer.tree)
-    ):
+    if isinstance(answer, Expression) and gold.tree is not None and _variables(answer):
         return _equal(answer, gold)
     if isinstance(answer, Number) and answer.percent:
         return no("a percentage where a quantity is asked")
@@ -266,23 +254,22 @@ def _formula(answer: Value, gold: Value) -> Verdict:
 
 
 def _variables(value: Value) -> frozenset[str]:
-    tree = as_tree(value)
-    return symbols(tree) if tree is not None else frozenset()
+    return symbols(value.tree) if value.tree is not None else frozenset()
 
 
 def _equal(answer: Value, gold: Value) -> Verdict:
-    mine, theirs = as_tree(answer), as_tree(gold)
-    if mine is None or theirs is None:
+    if answer.tree is None or gold.tree is None:
         return formulas(answer, gold)
-    decided = algebra.equal(mine, theirs)
-    if decided is False and "degree" in symbols(mine) ^ symbols(theirs):
-        decided = algebra.equal(*(replaced(tree, Sym("degree"), Num(Fraction(1))) for tree in (mine, theirs)))
-    if decided is None and algebra.too_large(mine) and not algebra.too_large(theirs):
+    decided = algebra.equal(answer.tree, gold.tree)
+    if decided is False and "degree" in symbols(answer.tree) ^ symbols(gold.tree):
+        one, other = (replaced(tree, Sym("degree"), Num(Fraction(1))) for tree in (answer.tree, gold.tree))
+        decided = algebra.equal(one, other)
+    if decided is None and algebra.too_large(answer.tree) and not algebra.too_large(gold.tree):
         return no("powers or factorials too large to work out")
-    calls = {node.name for tree in (mine, theirs) for node in walk(tree) if isinstance(node, Call)}
-    if decided is None and calls <= _COMPARABLE:
-        return formulas(answer, gold)
-    return yes("an equal formula") if decided else no("another value")
+    calls = {node.name for tree in (answer.tree, gold.tree) for node in walk(tree) if isinstance(node, Call)}
+    if decided is None and not calls <= _COMPARABLE:
+        return no("not known to be equal")
+    return _decided(decided, "an equal formula", "another value", (answer, gold))
 
 
 def _unknown(formula: str) -> str:
@@ -296,7 +283,7 @@ def _unknown(formula: str) -> str:
 def formulas(answer: Value, gold: Value) -> Verdict:
     """Leave two formulas undecided, for math-verify, unless they are words or too long."""
     for value in (answer, gold):
-        if isinstance(value, Text) or any(word for word in _LONG_WORD.findall(value.source)):
+        if isinstance(value, Text) or _LONG_WORD.search(value.source):
             return no("not the same text, and words are not formulas")
         if unknown := _unknown(value.source):
             return no(f"not the same text, and {unknown} cannot be compared")
@@ -309,16 +296,12 @@ def formulas(answer: Value, gold: Value) -> Verdict:
 
 
 def _items(answer: Value, gold: Items) -> Verdict:
-    if len(gold.items) == 1 and gold.brackets in ("", "{}") and not isinstance(answer, Region):
-        return same(answer, gold.items[0])
     if isinstance(answer, Region):
         return _region(answer, gold)
     if isinstance(answer, Matrix) and gold.brackets == "()":
         return _matrix_and_tuple(answer, gold)
     if not isinstance(answer, Items):
-        return (
-            no("one answer where several are asked") if len(gold.items) > 1 else same(answer, gold.items[0])
-        )
+        return no("one answer where several are asked")
     if len(answer.items) != len(gold.items):
         return no(f"{len(answer.items)} answers, not {len(gold.items)}")
     if not _agreeing_brackets(answer, gold):
@@ -403,9 +386,7 @@ def _region(answer: Value, gold: Value) -> Verdict:
     if len(names) > 1 and not same_name(*names):
         return no("a condition on another variable")
     decided = regions.same_pieces(mine, theirs)
-    if decided is None:
-        return formulas(answer, gold)
-    return yes("the same set of numbers") if decided else no("another set of numbers")
+    return _decided(decided, "the same set of numbers", "another set of numbers", (answer, gold))
 
 
 def _matrix(answer: Value, gold: Matrix) -> Verdict:
@@ -443,7 +424,7 @@ def _ratio(answer: Value, gold: Ratio) -> Verdict:
 def _based(answer: Value, gold: Based) -> Verdict:
     if isinstance(answer, Based):
         matches = (answer.digits.lstrip("0"), answer.base) == (gold.digits.lstrip("0"), gold.base)
-        return yes("the same digits in the same base") if matches else no("other digits or another base")
+        return either(matches, "the same digits in the same base", "other digits or another base")
     if isinstance(answer, Number) and answer.source.upper() == gold.digits:
         return yes("the same digits; the base may be left off")
     return _other_kind(answer, gold)
@@ -451,34 +432,29 @@ def _based(answer: Value, gold: Based) -> Verdict:
 
 def _dated(answer: Value, gold: Dated) -> Verdict:
     if isinstance(answer, Dated):
-        return yes("the same date or range") if answer.date.same(gold.date) else no("another date or range")
+        return either(answer.date.same(gold.date), "the same date or range", "another date or range")
     return _other_kind(answer, gold)
-
-
-_LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
 
 
 def _letters(answer: Value, gold: Letters) -> Verdict:
     if isinstance(answer, Letters):
-        return yes("the same letters") if answer.letters == gold.letters else no("other letters")
-    label = _LABEL.fullmatch(answer.source)
-    if label and len(gold.letters) == 1:
-        matches = {(label[1] or label[3]).upper()} == gold.letters
-        return yes("the same letter") if matches else no("another letter")
+        return either(answer.letters == gold.letters, "the same letters", "other letters")
+    if (label := LABEL.fullmatch(answer.source)) and len(gold.letters) == 1:
+        letter = (label[1] or label[3]).upper()
+        return either({letter} == gold.letters, "the same letter", "another letter")
     return _other_kind(answer, gold)
 
 
 def _text(answer: Value, gold: Text) -> Verdict:
     if isinstance(answer, Text):
-        return yes("the same words") if answer.words == gold.words and gold.words else no("other words")
+        return either(answer.words == gold.words != "", "the same words", "other words")
     if gold.tree and isinstance(answer, Expression) and answer.tree:
         return _equal(answer, gold)  # ab and a * b
     return _other_kind(answer, gold)
 
 
 def _other_kind(answer: Value, gold: Value) -> Verdict:
-    several = isinstance(answer, Items) and not isinstance(gold, Items | Region)
-    if several and len(getattr(answer, "items", ())) > 1:
+    if isinstance(answer, Items) and len(answer.items) > 1 and not isinstance(gold, Items | Region):
         return no("several answers where one is asked")
     return no(f"the answer is read as {answer.kind}, the gold answer as {gold.kind}")
 
@@ -501,10 +477,8 @@ _RULES: dict[type, Callable[..., Verdict]] = {
 
 def same_when_rounded(answer: Value, gold: Value, places: int) -> bool:
     """Whether two numbers agree to a number of decimal places, their units and names aside."""
-    numbers = [_plain_number(value) for value in (answer, gold)]
-    if numbers[0] is None or numbers[1] is None:
-        return False
-    return abs(numbers[0] - numbers[1]) <= Fraction(1, 2 * 10**places)
+    one, other = map(_plain_number, (answer, gold))
+    return one is not None and other is not None and abs(one - other) <= Fraction(1, 2 * 10**places)
 
 
 def _plain_number(value: Value) -> Fraction | None:
