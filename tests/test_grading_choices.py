@@ -74,6 +74,33 @@ def test_values_and_labels_of_options(given: str, gold: str, choices: tuple[str,
     assert verdict(given, gold, choices) is right
 
 
+@pytest.mark.parametrize(
+    ("given", "gold", "given_value", "gold_value", "why"),
+    [
+        (
+            "13",
+            "B",
+            "number: 13",
+            "option B: number: 12",
+            "compared with the value of option B: another number",
+        ),
+        ("C", "12", "option C: number: 14", "number: 12", "option C, not B"),
+        ("b", "B", "option B: number: 12", "option B: number: 12", "option B"),
+        ("AC", "A,C", "choice letters: A, C", "choice letters: A, C", "the same letters"),
+        ("10, 14", "AC", "list: 10, 14", "choice letters: A, C", "the same letters"),
+    ],
+)
+def test_the_verdict_says_what_was_compared(
+    given: str, gold: str, given_value: str, gold_value: str, why: str
+) -> None:
+    found = compare(given, gold, OPTIONS)
+    assert (found.answer_value, found.gold_value, found.why) == (given_value, gold_value, why)
+
+
+def test_a_gold_value_means_the_option_that_is_written_like_it() -> None:
+    assert verdict("A", "5", ("5", "5 cm")) is True and verdict("B", "5", ("5", "5 cm")) is False
+
+
 def test_a_gold_that_is_no_option_is_compared_by_value() -> None:
     assert verdict("B", "12.0", OPTIONS) is True
     assert verdict("15", "15", OPTIONS) is True and verdict("B", "15", OPTIONS) is False

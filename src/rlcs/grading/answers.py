@@ -35,4 +35,8 @@ def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: 
             verdict = yes(f"the same number to {places} decimal places")
     if verdict.correct is None and not any(verdict.formulas):
         verdict = formulas(answer, wanted)
-    return replace(verdict, answer_value=f"{answer.kind}: {answer}", gold_value=f"{wanted.kind}: {wanted}")
+    return replace(
+        verdict,
+        answer_value=verdict.answer_value or f"{answer.kind}: {answer}",
+        gold_value=verdict.gold_value or f"{wanted.kind}: {wanted}",
+    )

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlcs.grading.compare import LABEL, Verdict, either, no, same, yes
 from rlcs.grading.reading import read, spelled
@@ -20,15 +21,28 @@ _VALUE_THEN_LETTER = re.compile(r"(.*\S) ?\(([A-Z])\)", re.DOTALL)
 def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdict:
     """Compare an answer with the gold answer, where both are a letter, letters, or an option's value."""
     options = [without_label(choice, index) for index, choice in enumerate(choices)]
+    verdict = _compare(prediction, gold, options)
+    return replace(verdict, answer_value=_read_as(prediction, options), gold_value=_read_as(gold, options))
+
+
+def _read_as(text: str, options: Sequence[str]) -> str:
+    """What an answer is read as, in words: `option B: number: 12` for a letter, `number: 12` for a value."""
+    named = chosen(text, options) or ()
+    value, by = read(text), ""
+    if len(named) == 1:
+        (index,) = named
+        value, by = read(options[index]), f"option {option_letter(index)}: "
+    return f"{by}{value.kind}: {value}"
+
+
+def _compare(prediction: str, gold: str, options: Sequence[str]) -> Verdict:
     wanted = chosen(gold, options)
     if wanted is not None and len(wanted) > 1:
         given = chosen(prediction, options)
         return either(given == wanted, "the same letters", "other letters")
     right = next(iter(wanted)) if wanted else None
     value = read(gold if right is None else options[right])
-    accepted = (
-        {right} if right is not None else {i for i, o in enumerate(options) if same(read(o), value).correct}
-    )
+    accepted = {right} if right is not None else _fitting(value, options)
     named, rest = _named_option(prediction, options)
     given_value = read(prediction)
     if named is not None:
@@ -48,15 +62,26 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
     ):
         several = len(given_value.letters) > 1
         return no("several options where one is asked" if several else "a letter that names no option")
-    elif isinstance(given_value, Named) and (index := letter_index(given_value.name, options)) is not None:
-        if index not in accepted:
+    elif isinstance(given_value, Named):
+        index = letter_index(given_value.name, options)
+        if index is not None and index not in accepted:
             return no(f"option {option_letter(index)}, not the gold answer")
     verdict = same(given_value, value)
     if verdict.correct and right is not None and _fits_another(given_value, right, options):
         return no("the value of several options")
     if verdict.correct is None and any(same(given_value, read(o)).correct for o in options):
         return no("the value of another option")
+    if right is not None:
+        return replace(
+            verdict, why=f"compared with the value of option {option_letter(right)}: {verdict.why}"
+        )
     return verdict
+
+
+def _fitting(value: Value, options: Sequence[str]) -> set[int | None]:
+    """The options that are written like a value, or else those that equal it."""
+    alike = {i for i, option in enumerate(options) if read(option).source == value.source}
+    return {*alike} or {i for i, option in enumerate(options) if same(read(option), value).correct}
 
 
 def _fits_another(given: Value, right: int, options: Sequence[str]) -> bool:
