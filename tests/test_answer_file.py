@@ -37,14 +37,15 @@ def test_the_same_rows_come_back_with_a_verdict(tmp_path: Path) -> None:
         {"id": "3", "response": r"\boxed{6}", "answer": 5},
         {"id": "4", "response": "no idea at all, sorry about that", "extraction": "5", "answer": "5"},
         {"id": "5", "response": r"\boxed{1.24}", "answer": "1.2", "precision": 1},
+        {"id": "6", "response": r"\boxed{13}", "answer": ["13"]},
     )
     done = run(file, "--out", tmp_path / "out.jsonl", "--json")
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout)
-    assert (numbers["rows"], numbers["right"], numbers["wrong"], numbers["unscored"]) == (5, 4, 1, 0)
-    assert numbers["accuracy"] == 0.8 and numbers["rule"] == "rlcs"
+    assert (numbers["rows"], numbers["right"], numbers["wrong"], numbers["unscored"]) == (6, 5, 1, 0)
+    assert numbers["accuracy"] == 5 / 6 and numbers["rule"] == "rlcs"
     rows = rows_of(tmp_path / "out.jsonl")
-    assert [row["correct"] for row in rows] == [True, True, False, True, True]
+    assert [row["correct"] for row in rows] == [True, True, False, True, True, True]
     assert rows[0]["extra"] == [1] and rows[0]["prediction"] == r"\sqrt{12}" and rows[1]["id"] == 2
     assert "option B" in rows[1]["why"] and all(row["why"] for row in rows)
 
@@ -57,12 +58,15 @@ def test_strict_wants_a_box(tmp_path: Path) -> None:
 
 BAD = {
     "{torn": "invalid JSON",
-    "[1]": "must hold a JSON object",
+    "[1]": "must hold a JSON object, not list; JSON Lines has one object a line",
     '{"id": "x", "answer": "5"}': "no 'response'",
     '{"id": "x", "response": "5"}': "no 'answer'",
     '{"id": "x", "response": null, "answer": "5"}': "'response' must be a text, not null",
     '{"id": "x", "response": 5, "answer": "5"}': "'response' must be a text, not 5",
     '{"id": "x", "response": "5", "answer": true}': "'answer' must be a text, not true",
+    '{"id": "x", "response": "5", "answer": [true]}': "the answer must be a text or a number, not bool",
+    '{"id": "x", "response": "5", "answer": []}': "the answer must be a text or a number, not list",
+    '{"id": "x", "response": "5", "answer": "x = 2 or"}': "is not complete",
     '{"id": "x", "response": "5", "answer": ""}': "no gold answer",
     '{"id": "x", "response": "5", "answer": null}': "no gold answer",
     '{"id": "x", "response": "5", "answer": "5", "choices": "ab"}': "'choices' must be a list",
@@ -115,6 +119,9 @@ def test_decimal_places_are_read_alike_in_training(precision: object, right: boo
         (None, (), "no such file"),
         ((), (), "the file is empty"),
         (({"id": "1"}, {"id": "2"}), (), "no row can be graded (line 1: no 'answer'"),
+        (("[", '{"id": "1"},', "]"), (), "JSON Lines has one object a line"),
+        (("id,response,answer", "1,5,5"), (), "write JSON Lines, a row is {"),
+        (({"response": "A", "answer": ["A"]},), ("--rule", "wemath"), "a list of gold answers"),
         (({"response": "5", "answer": "5"},), ("--rule", "foo"), "unknown rule 'foo'"),
         (({"response": "5", "answer": "5"},), ("--rule", "wemath"), "none: no row could be scored"),
     ],
@@ -137,14 +144,15 @@ def test_hostile_answers_end_soon_and_wrong_or_unscored(tmp_path: Path) -> None:
     hostile = [
         "x" * 1_000_000, r"\boxed{", r"\boxed{" * 20_000, r"\boxed{9**9**9**9}",
         r"\boxed{" + "(" * 4000 + "}",
-        r"\boxed{" + r"\frac{1}{2}+" * 8000 + "1}", r"\boxed{\binom{8 \cdot 12499999}{5000000}}",
+        r"\boxed{" + r"\frac{1}{2}+" * 8000 + "1}", 
+        r"\boxed{\sum_{k=1}^{2} \binom{8 \cdot 12499999}{5000000}}",
     ]  # fmt: skip
     good = [
         {"response": rf"\boxed{{{n}\sqrt{{3}}}}", "answer": rf"\sqrt{{{3 * n * n}}}"} for n in range(2, 30)
     ]
     file = write(tmp_path / "a.jsonl", *[{"response": text, "answer": "x^2"} for text in hostile], *good)
     tally = grade_file(file, tmp_path / "out.jsonl", rule="rlcs")
-    assert (tally.count(True), tally.count(False), tally.count(None)) == (28, 7, 0)
+    assert (tally.count(True), tally.count(False), tally.count(None)) == (28, 6, 1)
     assert "timed out" in tally.unscored[0]
 
 
@@ -167,7 +175,7 @@ def test_our_rule_on_the_published_responses_of_mathvision(tmp_path: Path) -> No
     flags = {row["id"]: row["correct"] for row in some}
     grade_file(file, tmp_path / "out.jsonl", rule="rlcs")
     found = {row["id"] for row in rows_of(tmp_path / "out.jsonl") if row["correct"] is not flags[row["id"]]}
-    assert len(found) == 24 and found <= disagreements
+    assert len(found) == 25 and found <= disagreements
     assert grade_file(file, tmp_path / "out.jsonl", rule="mathvision").count(True) == sum(flags.values())
 
 

@@ -23,6 +23,7 @@ ROWS = [
     *(row(f"no-{i}", "F", choices=["1", "2"]) for i in range(8)),
     row("index", 0, choices=["1", "2"]),
     row("torn", r"\boxed{5"),
+    row("equal", "A", choices=["1", "1", "2"]),
 ]
 
 
@@ -56,20 +57,20 @@ def test_faults_are_named_a_few_of_each_and_kinds_are_counted(check):
     ] in kinds
     assert not any("formula" in words for line in kinds for words in line), "no example is a faulty row"
     assert "2 gold answers were unwrapped (<answer>: 1, ####: 1), e.g. row tag" in done.stdout
-    assert done.stdout.endswith("3 rows can be used, 11 cannot\n")
+    assert done.stdout.endswith("4 rows can be used, 11 cannot\n")
 
 
 def test_json_names_every_row(check):
     facts = json.loads(check("--json").stdout)
-    assert facts["usable"] == 3
-    assert {bad["id"] for bad in facts["bad"]} == {each["id"] for each in ROWS[3:]}
-    assert facts["golds"]["choice letters (with choices)"] == {"rows": 1, "id": "tag", "answer": "B"}
-    assert len(facts["notes"]) == 1
+    assert facts["usable"] == 4
+    assert {bad["id"] for bad in facts["bad"]} == {each["id"] for each in ROWS[3:-1]}
+    assert facts["golds"]["choice letters (with choices)"] == {"rows": 2, "id": "tag", "answer": "B"}
+    assert facts["notes"][1:] == ["rows with two equal options: 1, e.g. A and B of row equal"]
 
 
 def test_as_given_asks_nothing_of_gold_answers(check):
     done = check("data.answers=as_given")
-    assert done.returncode == 0 and "14 rows can be used, 0 cannot" in done.stdout
+    assert done.returncode == 0 and "15 rows can be used, 0 cannot" in done.stdout
 
 
 def test_rows_are_grouped_by_what_is_wrong_not_by_their_content():
@@ -80,6 +81,13 @@ def test_rows_are_grouped_by_what_is_wrong_not_by_their_content():
         "    and 2 more rows with this fault",
         "rows.jsonl:9: the id is empty",
     ]
+
+
+def test_the_table_fits_the_terminal():
+    long = Problem(id="i" * 30, source="s", question="?", answer="word\n" * 30)
+    for columns in (80, 120):
+        _, line = kind_lines(kinds_of_golds([long]), columns=columns)
+        assert len(line) == columns and "word word..." in line.replace(" wo...", "...")
 
 
 def test_kinds_come_by_number_and_blank_golds_do_not_count():

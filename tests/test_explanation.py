@@ -68,9 +68,25 @@ def test_the_command_explains_a_file_and_writes_the_values(file: Path, tmp_path:
     )
 
 
+def test_an_unscored_row_is_named_once_and_only_if_it_is_meant(file: Path) -> None:
+    done = run(file, "--explain", "--limit", 3)
+    assert "line 4 (id bad): not scored" in done.stdout and "(id bad)" not in done.stderr
+    assert "(id blank): no gold answer" in done.stderr
+    assert "unscored: " not in run(file, "--explain", "--id", "right").stderr
+    assert "(id bad)" in run(file, "--explain", "--id", "right", "--json").stderr
+
+
+@pytest.mark.parametrize(("gold", "choices"), [("", ""), ("D", "1;2"), ("略", "")])
+def test_one_pair_that_cannot_be_scored_is_exit_code_2(gold: str, choices: str) -> None:
+    done = run("--response", "5", "--gold", gold, "--choices", choices)
+    assert done.returncode == 2 and done.stdout.startswith("not scored\n  answer   5  (")
+
+
 def test_one_pair_needs_no_file() -> None:
     done = run("--response", r"\boxed{12}", "--gold", "B", "--choices", "10; 12; 14")
     assert done.returncode == 0 and done.stdout.startswith("right\n") and "choices  10; 12; 14" in done.stdout
+    assert "read     number: 12   against   option B: number: 12" in done.stdout
+    assert "rule     compared with the value of option B: the same text" in done.stdout
     facts = json.loads(run("--response", "5", "--gold", "#### 6", "--json").stdout)
     assert facts["correct"] is False and facts["gold_value"] == "number: 6" and facts["prediction"] == "5"
 
@@ -79,7 +95,9 @@ def test_one_pair_needs_no_file() -> None:
     ("words", "message"),
     [
         ((), "give a file, or --response and --gold"),
-        (("--gold", "5"), "give a file, or --response and --gold"),
+        (("--gold", "5"), "add --response"),
+        (("--response", "5"), "add --gold"),
+        (("nofile.jsonl",), "nofile.jsonl: no such file"),
         (("FILE", "--gold", "5"), "give a file, or --response and --gold"),
         (("FILE",), "add --out or --explain"),
     ],

@@ -25,7 +25,8 @@ WORKED = r"We add two and three and so get the sum, which is $\boxed{5}$."
         (GSM8K, "72", "####"),
         (WORKED, "5", "box"),
         (r"$\boxed{5}$", "5", "box"),
-        (r"not \boxed{1} but \boxed{\frac{1}{2}}", r"\frac{1}{2}", "box"),
+        (r"it is \boxed{\frac{1}{2}}, so \boxed{ \frac{1}{2}}", r"\frac{1}{2}", "box"),
+        (r"<think>\boxed{1}</think> \boxed{a \boxed{\frac{1}{2}}}", r"\frac{1}{2}", "box"),
         (r"<answer>\boxed{\text{B}}</answer>", r"\text{B}", "box"),
         ("The answer is 5.", "5", "words"),
         ("The answer is $5.50.", "$5.50", "words"),
@@ -70,6 +71,8 @@ def test_plain_answers_stay_as_they_are(gold: str) -> None:
         (r"\boxed{}", "empty"),
         (r"\boxed{5", "the last box is not closed"),
         (r"\boxed{5} or \boxed{6", "the last box is not closed"),
+        (r"\boxed{5} or \boxed{6}", "several boxes that differ"),
+        ("First \\boxed{5}.\n\nAfter that \\boxed{6}, and \\boxed{6}.", "several boxes that differ"),
         ("<think> so 5", "the reasoning is not finished"),
         ("<answer>5", "mark around the answer is not complete"),
         ("5</answer>", "mark around the answer is not complete"),
@@ -88,7 +91,7 @@ def test_what_is_not_clearly_one_answer_is_refused(gold: str, why: str) -> None:
 
 @pytest.mark.parametrize(
     "gold",
-    ["\\boxed{" * 5000 + "5" + "}" * 5000, "<answer>" * 20_000, "#### " * 20_000, "答案" * 20_000,
+    ["\\boxed{" * 5000 + "5" + "}" * 5000, "\\boxed{5}" * 20_000, "<answer>" * 20_000, "#### " * 20_000, "答案" * 20_000,
      "answer: " * 20_000, '["' + "a" * 100_000 + '"]', "['" * 3000 + "']" * 3000],
 )  # fmt: skip
 def test_hostile_golds_end_soon(gold: str) -> None:

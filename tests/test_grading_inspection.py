@@ -3,7 +3,7 @@
 import pytest
 
 from rlcs.grading import GradePool
-from rlcs.grading.inspection import gold_fault
+from rlcs.grading.inspection import equal_options, gold_fault
 from rlcs.records import Problem
 
 THREE = ("10", "12 cm", "14")
@@ -26,6 +26,36 @@ THREE = ("10", "12 cm", "14")
         (r"\boxed{5", (), "the last box is not closed"),
         ("word " * 40, (), "no answer is marked"),
         (" ", (), "the answer is empty"),
+        ("5", ("5cm", "5m", "7cm"), "fits several options: A, B. Write the letter instead"),
+        (r"x = 2 \text{ or }", ("1", "x=2"), "equals none of the 2 choices"),
+        *(
+            (torn, (), "is not complete")
+            for torn in (
+                "x = 2 or",
+                r"x = 2 \text{ or }",
+                "5 and",
+                "$x=$",
+                "3 +",
+                "3+",
+                "3 *",
+                "x >",
+                "2 /",
+                r"2 \cdot",
+            )
+        ),
+        *(
+            (gold, (), "an answer was left out")
+            for gold in (
+                "略",
+                "证明略。",
+                "（略）",
+                "见解析",
+                "Omitted.",
+                r"\text{omitted}",
+                "see solution",
+                "See the proof.",
+            )
+        ),
     ],
 )
 def test_a_gold_answer_that_nothing_matches_is_named(gold, choices, fault):
@@ -38,11 +68,20 @@ def test_a_gold_answer_that_nothing_matches_is_named(gold, choices, fault):
         ("B", THREE), ("b", THREE), ("(B)", THREE), ("B. 12", THREE), ("(B) 12 cm", THREE), ("12", THREE),
         ("AC", THREE), ("A, C", THREE), ("A and C", THREE), ("<answer>C</answer>", THREE), ("14.0", THREE),
         ("1", ("1", "2")), ("\\frac12", ("0.5", "3")), ("AB", ("AB", "BC")), ("same", ("same", "same")),
-        ("D", ("A", "D")), ("x=2", ("2", "3")), ("anything", ()), ("\\frac{1}{2}", ()), ("D", ()),
+        ("D", ("A", "D")), ("5", ("5", "5 cm")), ("x or", ("x or", "y")), ("A", ("10", "10", "14")),
+        *((whole, ()) for whole in (
+            "A+", "O-", "Na^+", "Cl^-", "C++", "0^+", "**5**", "<b>5</b>", "for", "x or y", "战略", "theta")),
+        ("x=2", ("2", "3")), ("anything", ()), ("\\frac{1}{2}", ()), ("D", ()),
     ],
 )  # fmt: skip
 def test_a_gold_answer_that_something_matches_is_not(gold, choices):
     assert gold_fault(gold, choices) == ""
+
+
+def test_options_that_are_written_alike_are_named():
+    assert equal_options(("10", "10", "14")) == "A and B"
+    assert equal_options(("A. $x$", "5", "C. x")) == "A and C"
+    assert equal_options(("0.5", "1/2", "", "")) == equal_options(()) == ""
 
 
 def test_the_pool_asks_whether_a_gold_answer_equals_itself():

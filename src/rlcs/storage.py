@@ -21,6 +21,7 @@ from rlcs.errors import CheckpointError, DataError, RunFolderError
 
 MANIFEST = "manifest.json"
 """The file that is written last: a folder with a valid one is complete."""
+_FORM = "JSON Lines has one object a line"
 _BOM = b"\xef\xbb\xbf"
 
 # ---------------------------------------------------------------------------------- writing
@@ -215,11 +216,11 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"torn or invalid JSON: {error.msg} at column {error.colno}") from error
+        raise ValueError(f"torn or invalid JSON: {error.msg} at column {error.colno}; {_FORM}") from error
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"a line must hold a JSON object, not {type(value).__name__}")
+        raise ValueError(f"a line must hold a JSON object, not {type(value).__name__}; {_FORM}")
     return value
 
 

@@ -3,6 +3,7 @@
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,7 +31,7 @@ def data_check(
     json: Json = False,
 ) -> None:
     """Name unusable rows with the reasons, and count the kinds of gold answers. Decodes every image."""
-    from rlcs.data.check import grouped, kind_lines, kinds_of_golds, unmatchable
+    from rlcs.data.check import grouped, kind_lines, kinds_of_golds, option_notes, unmatchable
     from rlcs.data.loading import load
     from rlcs.recipe.loading import load_recipe
 
@@ -52,17 +53,19 @@ def data_check(
     usable = len(loaded.rows) + len(loaded.bad) - len(unusable)
     unusable_ids = {bad.id for bad in unusable}
     kinds = kinds_of_golds(row.problem for row in loaded.rows if row.problem.id not in unusable_ids)
+    notes = [*loaded.notes, *option_notes(row.problem for row in loaded.rows)]
     facts = {
         "usable": usable,
         "bad": [{"where": bad.where, "id": bad.id, "reason": bad.reason} for bad in unusable],
-        "notes": loaded.notes,
+        "notes": notes,
         "golds": {
             kind: {"rows": len(same), "id": same[0].id, "answer": same[0].answer}
             for kind, same in kinds.items()
         },
     }
     counts = f"{usable:,} rows can be used, {len(unusable):,} cannot"
-    print_result(facts, [*grouped(unusable), *kind_lines(kinds), *loaded.notes, counts], json=json)
+    table = kind_lines(kinds, columns=get_terminal_size().columns)
+    print_result(facts, [*grouped(unusable), *table, *notes, counts], json=json)
     if unusable or not usable:
         raise typer.Exit(2)
 

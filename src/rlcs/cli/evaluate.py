@@ -167,18 +167,17 @@ def grade(
     ] = None,
 ) -> None:
     """Grade a file of answers. By the rule of rlcs or a benchmark's official rule; --explain says why."""
-    pair = (options.response, options.gold)
-    if (file is None) == (pair == (None, None)) or (file is None and None in pair):
-        fix = "give a file, or --response and --gold"
-        raise UserError("it is not clear what to grade", where="rlcs grade", fix=fix)
-    if file is None:
+    from rlcs.storage import require_regular
+
+    if file is None or (options.response, options.gold) != (None, None):
+        _require_one(file, options)
         _grade_pair(options)
         return
+    require_regular(file)
     if options.out is None and not options.explain:
         raise UserError("no file is named for the grades", where="rlcs grade", fix="add --out or --explain")
 
     from rlcs.evals.answer_file import grade_file
-    from rlcs.evals.explanation import explain, select
 
     judge, beside = options.judge(), options.out or file
     if judge is not None:
@@ -194,11 +193,7 @@ def grade(
         allow_fallbacks=not options.strict,
         judge=judge,
     )
-    print_left_out("unscored", [f"{file}, {row}" for row in tally.unscored])
-    lines = []
-    for row, verdict in select(tally.graded, options.ids or [], options.limit) if options.explain else ():
-        head, *rest = explain(row, verdict, rule=options.rule, allow_fallbacks=not options.strict)
-        lines += [f"{row.name}: {head}", *rest]
+    lines = _explanations(tally, file, options)
     numbers = tally.to_json()
     interval = f"[{numbers['low']:.1%}, {numbers['high']:.1%}]"
     accuracy = "accuracy none: no row could be scored"
@@ -218,6 +213,37 @@ def grade(
         raise typer.Exit(2)
 
 
+def _explanations(tally: Any, file: Path, options: GradeOptions) -> list[str]:
+    """The explanations that were asked for. Unscored rows that are not among them are named on stderr."""
+    from rlcs.evals.explanation import explain, select
+
+    chosen = select(tally.graded, options.ids or [], options.limit) if options.explain else []
+    lines = []
+    for row, verdict in chosen:
+        head, *rest = explain(row, verdict, rule=options.rule, allow_fallbacks=not options.strict)
+        lines += [f"{row.name}: {head}", *rest]
+    shown = set() if options.json else {f"{row.name}: {verdict.why}" for row, verdict in chosen}
+    if not (shown and options.ids):
+        print_left_out("unscored", [f"{file}, {row}" for row in tally.unscored if row not in shown])
+    return lines
+
+
+def _require_one(file: Path | None, options: GradeOptions) -> None:
+    """Raise UserError unless one response, with its gold answer and without a file, is to be graded."""
+    match (file, options.response, options.gold):
+        case (None, None, None):
+            what, fix = "nothing to grade is named", "give a file, or --response and --gold"
+        case (None, None, _):
+            what, fix = "--gold without the response that is graded", "add --response, or name a file"
+        case (None, _, None):
+            what, fix = "--response without its gold answer", "add --gold"
+        case (None, _, _):
+            return
+        case _:
+            what, fix = "a file, and an answer besides", "give a file, or --response and --gold"
+    raise UserError(what, where="rlcs grade", fix=fix)
+
+
 def _grade_pair(options: GradeOptions) -> None:
     """Grade and explain one response without a file."""
     from rlcs.evals.answer_file import AnswerRow, grade_rows, verdict_fields
@@ -230,3 +256,5 @@ def _grade_pair(options: GradeOptions) -> None:
     ((_, verdict),) = grade_rows([row], rule=options.rule, allow_fallbacks=not options.strict)
     lines = explain(row, verdict, rule=options.rule, allow_fallbacks=not options.strict)
     print_result(verdict_fields(verdict), lines, json=options.json)
+    if verdict.correct is None:
+        raise typer.Exit(2)

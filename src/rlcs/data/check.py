@@ -5,10 +5,13 @@ from collections.abc import Iterable, Sequence
 
 from rlcs.data.rows import BadRow, Row
 from rlcs.grading import GradePool
+from rlcs.grading.inspection import equal_options
 from rlcs.grading.reading import read
 from rlcs.records import Problem
 
 _EXAMPLES = 5
+_LEAST = 12
+"""Characters of an example, however narrow the terminal is."""
 _VARYING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S*[/\\]\S*|\d+")
 """What differs between two rows with the same fault: quoted texts, paths, numbers."""
 
@@ -32,16 +35,32 @@ def kinds_of_golds(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
     return dict(sorted(kinds.items(), key=lambda each: -len(each[1])))
 
 
-def kind_lines(kinds: dict[str, list[Problem]]) -> list[str]:
-    """A table of the kinds of gold answers: number of rows, and one example of each."""
+def option_notes(problems: Iterable[Problem]) -> tuple[str, ...]:
+    """What is odd in choices and yet can be graded: two options that are written alike."""
+    alike = [(problem, letters) for problem in problems if (letters := equal_options(problem.choices))]
+    if not alike:
+        return ()
+    problem, letters = alike[0]
+    return (f"rows with two equal options: {len(alike):,}, e.g. {letters} of row {problem.id}",)
+
+
+def kind_lines(kinds: dict[str, list[Problem]], *, columns: int = 80) -> list[str]:
+    """A table of the kinds of gold answers: number of rows, and one example of each, cut to `columns`."""
     if not kinds:
         return []
     width = max(len("gold answers"), *map(len, kinds))
     lines = [f"{'gold answers':<{width}} {'rows':>8}  example"]
     for kind, problems in kinds.items():
-        first = problems[0]
-        lines.append(f"{kind:<{width}} {len(problems):>8,}  {first.answer[:60]}  (id {first.id})")
+        start, name = f"{kind:<{width}} {len(problems):>8,}  ", f"  (id {_shortened(problems[0].id)})"
+        example = _shortened(problems[0].answer, max(_LEAST, columns - len(start) - len(name)))
+        lines.append(start + example + name)
     return lines
+
+
+def _shortened(text: str, most: int = 40) -> str:
+    """One line of a text, its first characters if it is too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def grouped(bad: Sequence[BadRow]) -> list[str]:

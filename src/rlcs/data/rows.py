@@ -144,17 +144,17 @@ class RowReader:
         answer_column = _first(fields, self._columns.answer)
         if self._role == "ask":
             gold = fields.get(answer_column or "")
-            return ("" if gold is None else _gold(gold)), None
+            return ("" if gold is None else gold_text(gold)), None
         response_column = _first(fields, self._columns.response)
         response = None if response_column is None else fields[response_column]
         if response is not None and not _text(response, "response").strip():
             raise ValueError("the response is empty")
         if response is not None and self._role == "cold_start":
             gold = None if answer_column in (None, response_column) else fields.get(answer_column or "")
-            return (extract(response).text or "" if gold is None else _gold(gold)), response
+            return (extract(response).text or "" if gold is None else gold_text(gold)), response
         if answer_column is None:
             raise ValueError(f"no answer: none of {', '.join(self._columns.answer)}")
-        answer = _gold(fields[answer_column])
+        answer = gold_text(fields[answer_column])
         if not answer.strip():
             raise ValueError("the answer is empty")
         if self._role == "cold_start" and (worked := demonstrated(answer)) is not None:
@@ -267,8 +267,8 @@ def _answer(value: object) -> str:
     raise ValueError(f"the answer must be a text or a number, not {_shown(value)}")
 
 
-def _gold(value: object) -> str:
-    """Convert a gold answer to text; a list of several is written as JSON, which `unwrap` reads."""
+def gold_text(value: object) -> str:
+    """Convert a gold answer to text; a list is written as JSON, which `unwrap` reads. Raises ValueError."""
     if isinstance(value, list) and value:
         return json.dumps([_answer(item) for item in value], ensure_ascii=False)
     return _answer(value)

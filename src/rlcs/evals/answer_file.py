@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rlcs.data.rows import gold_text
 from rlcs.errors import DataError
 from rlcs.evals.intervals import wilson
 from rlcs.grading.extraction import Extraction, extract
@@ -66,7 +67,7 @@ def read_answers(path: Path) -> list[AnswerRow]:
         raise DataError(
             f"no row can be graded ({faults or 'the file is empty'})",
             where=str(path),
-            fix='a row is {"id": "1", "response": "... \\\\boxed{5}", "answer": "5"}',
+            fix='write JSON Lines, a row is {"id": "1", "response": "... \\\\boxed{5}", "answer": "5"}',
         )
     return rows
 
@@ -78,7 +79,8 @@ def _read_line(number: int, line: bytes) -> AnswerRow:
         return AnswerRow(line=number, fields={}, fault=str(error))
     try:
         extraction = fields.get("extraction")
-        answer = _text(fields, "answer", numbers=True)
+        several = isinstance(fields.get("answer"), list)
+        answer = gold_text(fields["answer"]) if several else _text(fields, "answer", numbers=True)
         row = AnswerRow(
             line=number,
             fields=fields,
@@ -184,6 +186,8 @@ RULES = ("rlcs", *OFFICIAL_RULES, MATHVERSE)
 
 def grade_officially(row: AnswerRow, rule: str) -> Grade:
     """Grade by a benchmark's official rule; a row that the rule cannot judge is unscored, with the reason."""
+    if isinstance(row.fields.get("answer"), list) and not row.fault:
+        return _unscored("a list of gold answers: official rules compare with one text")
     try:
         return OFFICIAL_RULES[rule](row) if not row.fault else _unscored(row.fault)
     except ValueError as error:

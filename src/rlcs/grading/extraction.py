@@ -50,23 +50,23 @@ def extract(response: str, *, allow_fallbacks: bool = False) -> Extraction:
     _, closed, final = response.rpartition("</think>")
     if not closed and "<think>" in response:
         return Extraction(text=None, why="the reasoning is not finished: no </think>")
-    box, unfinished = _last_box(final)
+    boxes, unfinished = find_boxes(final)
     if unfinished:
         return Extraction(text=None, why="the last box is not closed")
-    if box is not None:
-        begins, start, end = box
+    if boxes:
+        begins, start, end = boxes[-1]
         return Extraction(text=final[start:end], why=BOXED, begins=len(response) - len(final) + begins)
     if not final.strip():
         return Extraction(text=None, why="the response is empty")
     return _fallback(final) if allow_fallbacks else Extraction(text=None, why=NO_BOX)
 
 
-def _last_box(text: str) -> tuple[tuple[int, int, int] | None, bool]:
-    """Find the box that closes last: the start of the box, and start and end of its content.
+def find_boxes(text: str) -> tuple[list[tuple[int, int, int]], bool]:
+    """Find the boxes that are in no other box: the start of each, and start and end of its content.
 
-    The second value is whether a later box is not closed.
+    The second value is whether a box after them is not closed.
     """
-    last: tuple[int, int, int] | None = None
+    boxes: list[tuple[int, int, int]] = []
     open_braces: list[tuple[int, int]] = []  # where each box and its content start; -1 for a plain brace
     for token in _BOX_TOKEN.finditer(text):
         if len(token[0]) > 2:
@@ -75,9 +75,12 @@ def _last_box(text: str) -> tuple[tuple[int, int, int] | None, bool]:
             open_braces.append((-1, -1))
         elif token[0] == "}" and open_braces:
             begins, start = open_braces.pop()
-            last = (begins, start, token.start()) if start >= 0 else last
-    end = last[2] if last else -1
-    return last, any(start > end for _, start in open_braces)
+            if start >= 0:
+                while boxes and boxes[-1][0] > begins:
+                    boxes.pop()  # it is inside of this one
+                boxes.append((begins, start, token.start()))
+    end = boxes[-1][2] if boxes else -1
+    return boxes, any(start > end for _, start in open_braces)
 
 
 def _fallback(text: str) -> Extraction:

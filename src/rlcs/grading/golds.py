@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from rlcs.grading.extraction import BOXED, NO_BOX, STATED, TAGGED, Extraction, extract
+from rlcs.grading.extraction import BOXED, NO_BOX, STATED, TAGGED, Extraction, extract, find_boxes
 
 AS_GIVEN = ""
 """Why a gold answer was taken that has no mark around it."""
@@ -35,9 +35,9 @@ _MAX_LIST = 2_000
 def unwrap(gold: str) -> Extraction:
     r"""Take the answer out of a gold answer: its text and the mark that was found, or None and the reason.
 
-    In this order: a list of texts (`["12"]`), the last complete box, a last line `#### 5`, the `<answer>`
-    tag, "the answer is ..." and 答案; without any of them a text of up to 25 words is the answer itself
-    (`why` is AS_GIVEN).
+    In this order: a list of texts (`["12"]`), the box (several must agree), a last line `#### 5`, the
+    `<answer>` tag, "the answer is ..." and 答案; without any of them a text of up to 25 words is the answer
+    itself (`why` is AS_GIVEN).
     """
     text, mark = gold.strip(), AS_GIVEN
     for _ in range(_MAX_MARKS):
@@ -68,10 +68,11 @@ def _refused(why: str) -> Extraction:
 
 def _marked(text: str) -> Extraction:
     """The answer that a mark names, or the text as it is."""
-    boxed = extract(text)
+    boxed, final = extract(text), text.rpartition("</think>")[2].strip()
+    if len({final[start:end].strip() for _, start, end in find_boxes(final)[0]}) > 1:
+        return _refused("several boxes that differ")
     if boxed.why != NO_BOX:
         return Extraction(text=boxed.text, why=_MARKS.get(boxed.why, boxed.why))
-    final = text.rpartition("</think>")[2].strip()
     if last := _GSM8K.search(final):
         return Extraction(text=last[1], why="####")
     if len({tagged.strip() for tagged in _TAGS.findall(final)}) > 1:

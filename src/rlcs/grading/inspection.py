@@ -7,11 +7,24 @@ from rlcs.grading.choices import chosen, without_label
 from rlcs.grading.compare import same
 from rlcs.grading.extraction import extract
 from rlcs.grading.golds import unwrap
-from rlcs.grading.reading import read
+from rlcs.grading.reading import read, spelled
 from rlcs.grading.values import Expression, Letters
 from rlcs.records import option_letter
 
 _LABELLED = re.compile(r"[(\[]?[A-Za-z](?:[)\]]?[.:]?|[)\].:]+ .*)")
+_LEFT_OUT = re.compile(
+    r"[(（]?(?:(?:证明|答案|解答|过程|图)?略|(?:详?见|参见|参考)(?:解析|解答|答案|详解)"
+    r"|(?:(?:the )?(?:answer|proof|solution) (?:is )?)?omitted"
+    r"|(?:see|refer to) (?:the )?(?:solution|answer|proof|explanation)s?)[)）]?[.。]?",
+    re.IGNORECASE,
+)
+"""What stands where an answer was left out."""
+_TORN = re.compile(
+    r".*(?:(?<![A-Za-z\\])(?:and|or)|[=</]|(?<![a-z/])>|\s\*|[0-9a-z)}]\s*[+-]"
+    r"|\\(?:cdot|times|div|pm|mp|le|ge|ne|approx|cup|cap|in))",
+    re.DOTALL,
+)
+"""An answer that ends where something must follow: `x = 2 or`, `3 +`."""
 _SHOWN = 60
 
 
@@ -24,6 +37,12 @@ def gold_fault(gold: str, choices: Sequence[str] = ()) -> str:
     if extract(f"\\boxed{{{found.text}}}").text != found.text:
         return f"{named} cannot be read: its braces do not match"
     fault = _option_fault(found.text, choices) if choices else ""
+    if not fault and found.text not in choices:
+        text = spelled(found.text)
+        if _LEFT_OUT.fullmatch(text):
+            fault = "says that an answer was left out"
+        elif _TORN.fullmatch(text):
+            fault = "is not complete: something must follow its last sign or word"
     return f"{named} {fault}" if fault else ""
 
 
@@ -32,8 +51,12 @@ def _option_fault(gold: str, choices: Sequence[str]) -> str:
     if gold in choices or chosen(gold, options) is not None:
         return ""
     wanted = read(gold)
-    equal = {same(read(option), wanted).correct for option in options}
-    if True in equal:
+    equal = [same(read(option), wanted).correct for option in options]
+    fitting = [index for index, fits in enumerate(equal) if fits]
+    if any(same(read(options[i]), read(options[fitting[0]])).correct is False for i in fitting):
+        letters = ", ".join(map(option_letter, fitting))
+        return f"fits several options: {letters}. Write the letter instead"
+    if fitting:
         return ""
     if isinstance(wanted, Letters) or _LABELLED.fullmatch(gold):
         return f"is no such option: the {len(choices)} choices are A to {option_letter(len(choices) - 1)}"
@@ -42,6 +65,16 @@ def _option_fault(gold: str, choices: Sequence[str]) -> str:
     doubt = "; an index from 0 or from 1? Write the letter instead"
     is_index = gold.isdecimal() and int(gold) <= len(choices)
     return f"equals none of the {len(choices)} choices{doubt if is_index else ''}"
+
+
+def equal_options(choices: Sequence[str]) -> str:
+    """The letters of the first options that are written alike, such as `A and B`, or ""."""
+    first: dict[str, int] = {}
+    for index, choice in enumerate(choices):
+        text = spelled(without_label(choice, index))
+        if text and first.setdefault(text, index) != index:
+            return f"{option_letter(first[text])} and {option_letter(index)}"
+    return ""
 
 
 def formulas_of(gold: str, choices: Sequence[str] = ()) -> list[tuple[str, str]]:

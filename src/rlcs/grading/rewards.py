@@ -53,7 +53,7 @@ def grade_extracted(problem: Problem, extraction: Extraction) -> Grade | Undecid
     `problem.metadata["precision"]`, if it is a number of decimal places, is the tolerance.
     """
     if not problem.answer.strip():
-        return Verdict(correct=None, why="the problem has no gold answer").grade()
+        return Verdict(correct=None, why="the problem has no gold answer").grade(extraction.text)
     places = decimal_places(problem.metadata.get("precision"))
     text, by = extraction.text or "", "" if extraction.why == BOXED else f"{extraction.why}: "
     verdict = compare(text, problem.answer, problem.choices, places=places)
