@@ -63,6 +63,8 @@ def _fits_another(given: Value, right: int, options: Sequence[str]) -> bool:
     """Whether an answer, such as 5 for `5 cm`, equals another option too, which is not the right one."""
     wanted = read(options[right])
     others = [read(option) for i, option in enumerate(options) if i != right]
+    if given.source != wanted.source and any(given.source == other.source for other in others):
+        return True
     return any(same(given, other).correct and same(other, wanted).correct is False for other in others)
 
 

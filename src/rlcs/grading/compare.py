@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from rlcs.grading import algebra, regions
 from rlcs.grading.formulas import FUNCTIONS, GREEK
-from rlcs.grading.tree import Num, Product, Sum, Sym, symbols, walk
+from rlcs.grading.tree import Call, Num, Sym, replaced, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -33,14 +33,20 @@ from rlcs.records import Grade
 
 MAX_FORMULA = 1_000
 """Characters; a longer formula is not given to math-verify."""
+_NAME_SPELLING = re.compile(
+    r"^m(?=\\angle)|\\(?:angle|triangle|text|overline)(?![A-Za-z])|[{}\s_]|^\|(?=[A-Z]+\|$)|(?<=[A-Z])\|$"
+)
+"""What may be missing in a name: `m\\angle A` is A, `|AB|` is AB."""
+_ANOTHER_VALUE = re.compile(r"\\(?:ln|log|lg|exp|lim)|^[^fghA-Z]*\^|^\|[a-z\\]|^not|/|^([a-z])\1")
+"""Names of what is not asked where a value is: if ln x is 5, then x is not 5."""
 _MAX_ITEMS = 50
 _COMPARABLE = (
     FUNCTIONS
     | GREEK
     | frozenset(
-        "sum prod int lim infty to frac over sqrt binom pi cdot pm mp le ge ne in cup cap setminus emptyset R Z N Q C"
-        " max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat begin end det circ angle triangle"
-        " neg".split()
+        "factorial floor ceil sum prod int lim infty to frac over sqrt binom pi cdot pm mp le ge ne in cup cap"
+        " setminus emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat"
+        " begin end det circ angle triangle neg".split()
     )
 )
 """Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
@@ -96,14 +102,22 @@ def _decided(decided: bool | None, right: str, wrong: str, values: tuple[Value, 
 
 def same(answer: Value, gold: Value) -> Verdict:
     """Compare two values."""
+    answer, gold = _as_one(answer, gold), _as_one(gold, answer)
     if answer.source == gold.source:
         return yes("the same text")
-    answer, gold = _as_one(answer, gold), _as_one(gold, answer)
+    if isinstance(answer, Relation) and answer.stated and not isinstance(gold, Relation | Named):
+        return _best([same(value, gold) for value in answer.stated])
+    if isinstance(gold, Relation) and len(gold.stated) > 1 and not isinstance(answer, Named):
+        given = answer.stated[-1] if isinstance(answer, Relation) and answer.stated else answer
+        if not isinstance(given, Relation):
+            return _best([same(given, value) for value in gold.stated])
     if isinstance(gold, Named):
         return _named_gold(answer, gold)
+    if isinstance(answer, Named) and isinstance(gold, Relation):
+        return _same_equation(answer, gold)
     if isinstance(answer, Named):
-        relation = isinstance(gold, Relation)
-        return _same_equation(answer, gold) if relation else _leaving_off("name", same(answer.value, gold))
+        other = _ANOTHER_VALUE.search(answer.name)
+        return no(f"a value of {answer.name}") if other else _leaving_off("name", same(answer.value, gold))
     return _RULES[type(gold)](answer, gold)
 
 
@@ -116,6 +130,11 @@ def _as_one(value: Value, other: Value) -> Value:
     named = [item.value for item in value.items if isinstance(item, Named)]
     common = len(named) == len(value.items) and len({each.source for each in named}) == 1
     return named[0] if common and not isinstance(other, Items) else value
+
+
+def _best(verdicts: Sequence[Verdict]) -> Verdict:
+    """The first right verdict, else an undecided one, else the first."""
+    return min(verdicts, key=lambda verdict: (True, None, False).index(verdict.correct))
 
 
 def _leaving_off(what: str, verdict: Verdict) -> Verdict:
@@ -143,14 +162,11 @@ def _named_gold(answer: Value, gold: Named) -> Verdict:
 
 def same_name(one: str, other: str) -> bool:
     """Whether two names have the same letters, or are a word and its initial: `C` and `Circumference`."""
-    names = (
-        re.sub(r"^m(?=\\angle)|\\(?:angle|triangle|text|overline)|[^\w']|_", "", name).casefold()
-        for name in (one, other)
-    )
-    short, long = sorted(names, key=len)
-    if len(one) == 2 and one.isupper() and short == long[::-1]:
-        return True  # the segments AB and BA
-    return short == long or (len(short) == 1 and len(long) > 3 and long.startswith(short))
+    short, long = sorted((_NAME_SPELLING.sub("", name) for name in (one, other)), key=len)
+    if short == long or (len(short) == 2 and short.isupper() and short == long[::-1]):
+        return True  # AB and BA are one segment
+    word = long.isalpha() and len(long) > 3 and not long.isupper() and len(short) == 1
+    return short.casefold() == long.casefold() or (word and long.casefold().startswith(short.casefold()))
 
 
 def _is_constant(value: Value) -> bool:
@@ -165,7 +181,9 @@ def _same_equation(answer: Value, gold: Value) -> Verdict:
     if not (symbols(answer.tree) | symbols(gold.tree)) - {"degree"}:
         return no("other numbers in an equation without variables")
     decided = algebra.same_equation(answer.tree, gold.tree)
-    return _decided(decided, "the same equation", "another equation", (answer, gold))
+    if decided is None:
+        return no("not known to be the same equation")  # math-verify errs on equations
+    return either(decided, "the same equation", "another equation")
 
 
 def _relation(answer: Value, gold: Relation) -> Verdict:
@@ -191,6 +209,8 @@ def _relation(answer: Value, gold: Relation) -> Verdict:
 def _number(answer: Value, gold: Number) -> Verdict:
     if isinstance(answer, Number):
         return either(_same_share(answer, gold), "the same number", "another number")
+    if isinstance(answer, Quantity) and gold.percent:
+        return no("a quantity where a percentage is asked")
     if isinstance(answer, Based) and answer.value is not None:
         return either(Num(answer.value) == gold.tree, "the same number", "another number")
     return _formula(answer, gold)
@@ -216,20 +236,7 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
         return no("a percentage where a quantity is asked")
     if isinstance(answer, Number | Expression):
         return _leaving_off("unit", same(answer, gold.magnitude))
-    if isinstance(answer, Relation) and _is_sum_of_names(answer):
-        return same(answer.sides[-1], gold)
     return _other_kind(answer, gold)
-
-
-def _is_sum_of_names(relation: Relation) -> bool:
-    """Whether an equation gives a formula of names a value: a + b = 5."""
-    first, last = relation.sides[0].tree, relation.sides[-1]
-    if relation.operators != ("=",) or first is None or not _is_constant(last):
-        return False
-    names = [node.name for node in walk(first) if isinstance(node, Sym)]
-    return len(set(names)) == len(names) and all(
-        isinstance(node, Sum | Product | Sym) for node in walk(first)
-    )
 
 
 def _formula(answer: Value, gold: Value) -> Verdict:
@@ -238,7 +245,7 @@ def _formula(answer: Value, gold: Value) -> Verdict:
             return _equal(answer, gold)
         return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Relation):
-        return same(answer.sides[-1], gold) if _is_sum_of_names(answer) else no("an equation against a value")
+        return no("an equation against a value")
     if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):
         return _other_kind(answer, gold)
     return _equal(answer, gold)
@@ -251,10 +258,16 @@ def _variables(value: Value) -> frozenset[str]:
 def _equal(answer: Value, gold: Value) -> Verdict:
     if answer.tree is None or gold.tree is None:
         return formulas(answer, gold)
-    decided = algebra.equal(answer.tree, gold.tree)
+    trees = answer.tree, gold.tree
+    decided = algebra.equal(*trees)
+    if decided is False and "degree" in symbols(answer.tree) ^ symbols(gold.tree):
+        decided = algebra.equal(*(replaced(tree, Sym("degree"), Num(Fraction(1))) for tree in trees))
     if decided is None and algebra.too_large(answer.tree) and not algebra.too_large(gold.tree):
         return no("powers or factorials too large to work out")
-    return _decided(decided, "an equal formula", "another value", (answer, gold))
+    calls = {node.name for tree in trees for node in walk(tree) if isinstance(node, Call)}
+    if decided is None and calls <= _COMPARABLE:
+        return formulas(answer, gold)
+    return either(bool(decided), "an equal formula", "another value")
 
 
 def _unknown(formula: str) -> str:
@@ -303,7 +316,9 @@ def _items(answer: Value, gold: Items) -> Verdict:
 def _by_variable(answer: Items) -> Sequence[Value]:
     """The values of a list in order; those of single letters (`y = 1, x = 2`) in that of the alphabet."""
     named = [item for item in answer.items if isinstance(item, Named) and len(item.name) == 1]
-    return sorted(named, key=lambda item: item.name) if len(named) == len(answer.items) else answer.items
+    if len(named) < len(answer.items):
+        return answer.items
+    return sorted(named, key=lambda item: item.name)
 
 
 def _agreeing_brackets(answer: Items, gold: Items) -> bool:
@@ -364,6 +379,8 @@ def _region(answer: Value, gold: Value) -> Verdict:
             return _other_kind(answer, gold)
         return formulas(answer, gold)
     names = {value.variable for value in (answer, gold) if isinstance(value, Region) and value.variable}
+    if len(names) == 1 and isinstance(answer, Region) and _ANOTHER_VALUE.search(answer.variable):
+        return no(f"a condition on {answer.variable}")
     if len(names) > 1 and not same_name(*names):
         return no("a condition on another variable")
     decided = regions.same_pieces(mine, theirs)

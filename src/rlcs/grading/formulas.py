@@ -288,6 +288,8 @@ class _Reader:
     def word(self, token: Token) -> Node:
         """Read a run of letters as a product of variables."""
         letters = token.text
+        if letters == "m" and self.text() == "\\angle":
+            return self.primary()  # the measure of an angle
         if match := _FUNCTION_IN_WORD.fullmatch(letters):
             before, name, after = match.groups()
             if after:

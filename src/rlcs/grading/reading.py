@@ -13,7 +13,8 @@ from itertools import pairwise
 
 from rlcs.grading import algebra, regions
 from rlcs.grading.dates import read_date
-from rlcs.grading.formulas import GREEK, MAX_DEPTH, base_of, number_in_base
+from rlcs.grading.formulas import GREEK, MAX_DEPTH, base_of, is_word, number_in_base
+from rlcs.grading.measures import read_unit
 from rlcs.grading.single import difference, plain_words, read_single, text_of, tree_of
 from rlcs.grading.tokens import (
     MAX_TOKENS,
@@ -27,7 +28,7 @@ from rlcs.grading.tokens import (
     spoken,
     tokenise,
 )
-from rlcs.grading.tree import MINUS_ONE, Node, Num, Product, symbols, walk
+from rlcs.grading.tree import MINUS_ONE, Node, Product, Sum, Sym, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -124,7 +125,7 @@ def _without_parameter(tokens: Tokens) -> Tokens:
     if len(end) < 5 or end[-1].text not in ("\\Z", "\\N") or end[-2].text != "\\in" or len(end[-3].text) > 1:
         return tokens
     opening = "(" if end is not tokens else ","
-    if end[-4].text != opening:
+    if end[-4].text != opening or "=" not in [token.text for token in end[:-4]]:
         return tokens
     parameter = end[-3].text
     return [token._replace(text="k") if token.text == parameter else token for token in end[:-4]]
@@ -415,28 +416,56 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
     if not two and all(names[:-1]) and not names[-1]:  # x = y = 4
         items = tuple(Named(source=latex(parts[-1]), name=name, value=sides[-1]) for name in names[:-1])
         return Items(source=source, brackets="", items=items)
-    if not (two and _variables(left)) and _is_chain(sides[1:] if names[0] else sides):  # no x + y = 5
-        return Named(source=source, name=names[0], value=sides[-1], tree=tree)
-    return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)
-
-
-def _is_chain(sides: Sequence[Value]) -> bool:
-    """Whether all sides of an equation that have a number agree with the last, at least when rounded."""
-    last = sides[-1].tree
-    return last is not None and all(
-        side.tree is not None
-        and (
-            algebra.equal(side.tree, last)
-            or _is_near(side.tree, last)
-            or not any(isinstance(node, Num) for node in walk(side.tree))
-        )
-        for side in sides
+    first = 1 if names[0] and not two else 0  # after the name of a chain: x = 2 + 3 = 5
+    relation = Relation(
+        source=source,
+        operators=("=",) * (len(parts) - 1),
+        sides=tuple(sides),
+        stated=_stated(parts[first:], sides[first:]),
+        tree=tree,
     )
+    named = first and relation.stated
+    return (
+        Named(
+            source=source,
+            name=names[0],
+            value=replace(relation, operators=relation.operators[1:], sides=relation.sides[1:]),
+        )
+        if named
+        else relation
+    )
+
+
+def _stated(parts: Sequence[Tokens], sides: Sequence[Value]) -> tuple[Value, ...]:
+    """The values that an equation states: the last side of a + b = 5; both ends of 25 \\pi = 78.5."""
+    trees = [tree_of(_without_units(part)) for part in parts]
+    first, last = trees[0], trees[-1]
+    if first is None or last is None or symbols(last):
+        return ()
+    names = [node.name for node in walk(first) if isinstance(node, Sym)]
+    if names and len(parts) == 2:
+        plain = all(isinstance(node, Sum | Product | Sym) for node in walk(first))
+        return (sides[-1],) if plain and len(set(names)) == len(names) else ()
+    agree = all(tree is not None and (algebra.equal(tree, last) or _is_near(tree, last)) for tree in trees)
+    return (sides[-1], sides[0]) if agree else ()
+
+
+def _without_units(tokens: Tokens) -> Tokens:
+    """Leave out units and degree signs, to work out `180° - 35°` or `3 cm + 2 cm`."""
+    kept: list[Token] = []
+    left_out = False
+    for token in tokens:
+        power = left_out and (token.text == "^" or (kept[-1:] and token.kind == "number" and not token.gap))
+        is_word = token.kind == "word" and (token.upright or len(token.text) > 1)
+        left_out = token.text == "°" or power or (is_word and read_unit(token.text, upright=True) is not None)
+        if not left_out:
+            kept.append(token)
+    return kept
 
 
 def _is_near(tree: Node, other: Node) -> bool:
     r"""Whether two numbers differ by at most 1%, as in `20 \cos 30° = 17.3`."""
-    one, two = (None if symbols(node) - {"degree"} else algebra.number(node) for node in (tree, other))
+    one, two = (None if symbols(node) else algebra.number(node) for node in (tree, other))
     return one is not None and two is not None and abs(one - two) <= 0.01 * abs(two)
 
 
@@ -461,8 +490,17 @@ def _name(tokens: Tokens) -> str:
 
 
 def _ratio(tokens: Tokens, source: str) -> Value | None:
-    parts, found = split(tokens, frozenset([":"]))
+    parts, found = split(tokens, frozenset([":", "is", "are", "equals"]))
     if not found or not all(parts):
+        return None
+    if len(parts) == 2 and all(is_word(token) for token in parts[0]):  # Area: 10
+        value = _value(parts[1])
+        return (
+            text_of(tokens)
+            if isinstance(value, Text)
+            else Named(source=source, name=spoken(parts[0]), value=value)
+        )
+    if set(found) != {":"}:
         return None
     values = tuple(_value(part) for part in parts)
     if any(isinstance(value, Text) for value in values):

@@ -25,7 +25,8 @@ _ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
 
 def plain_words(text: str) -> str:
     """Words in lower case, without hyphens, quotes, a leading article and punctuation at the end."""
-    words = " ".join(re.sub(r"[-\s]+", " ", text).casefold().split()).strip("*`\"'.,; ")
+    words = " ".join(re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])|\s+", " ", text).casefold().split()).strip('*`".,; ')
+    words = words[1:-1] if words[:1] == words[-1:] == "'" else words
     return words[article.end() :] if (article := _ARTICLE.match(words)) else words
 
 

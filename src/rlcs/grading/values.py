@@ -84,6 +84,8 @@ class Relation(Value):
     kind: ClassVar[str] = "relation"
     operators: tuple[str, ...]
     sides: tuple[Value, ...]
+    stated: tuple[Value, ...] = ()
+    """The values that it states: 5 in a + b = 5; 25 pi and 78.5 in 25 pi = 78.5."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
