@@ -11,9 +11,8 @@ from rlcs.records import option_letter
 _CHOICE = re.compile(
     r"[(\[{]?([A-Za-z])(?:[)\]}][.:]?|[.:,]| [-=]) *(\S.*)|[(\[{]?([A-Za-z])[)\]}]?[.:,]?", re.DOTALL
 )
-_LETTER_THEN_VALUE = re.compile(r"([A-Z]) (\S.*)", re.DOTALL)
+_LETTER_THEN_VALUE = re.compile(r"([A-Z])(?: |(?=\())(\S.*)", re.DOTALL)
 _RUN = re.compile("[A-Z]{2,}")
-_LETTER_AND_VALUE = re.compile(r"([A-Z]) ?\((.+)\)", re.DOTALL)
 _VALUE_THEN_LETTER = re.compile(r"(.*\S) ?\(([A-Z])\)", re.DOTALL)
 
 
@@ -26,9 +25,8 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
         return either(given == wanted, "the same letters", "other letters")
     right = next(iter(wanted)) if wanted else None
     value = read(gold if right is None else options[right])
-    accepted = (
-        {right} if right is not None else {i for i, o in enumerate(options) if same(read(o), value).correct}
-    )
+    equal = [index for index, option in enumerate(options) if same(read(option), value).correct]
+    accepted = equal if right is None else [right]
     named, rest = _named_option(prediction, options)
     given_value = read(prediction)
     if named is not None:
@@ -38,8 +36,7 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
         if named in accepted:
             return agrees if agrees.correct is None else yes(f"option {option_letter(named)}")
         if accepted:
-            best = min(index for index in accepted if index is not None)
-            return no(f"option {option_letter(named)}, not {option_letter(best)}")
+            return no(f"option {option_letter(named)}, not {option_letter(accepted[0])}")
         given_value = read(options[named])  # the gold value is no option's text: compare the values
     elif (
         isinstance(given_value, Letters)
@@ -48,8 +45,9 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
     ):
         several = len(given_value.letters) > 1
         return no("several options where one is asked" if several else "a letter that names no option")
-    elif isinstance(given_value, Named) and (index := letter_index(given_value.name, options)) is not None:
-        if index not in accepted:
+    elif isinstance(given_value, Named):
+        index = letter_index(given_value.name, options)
+        if index is not None and index not in accepted:
             return no(f"option {option_letter(index)}, not the gold answer")
     verdict = same(given_value, value)
     if verdict.correct and right is not None and _fits_another(given_value, right, options):
@@ -97,9 +95,10 @@ def _named_option(text: str, options: Sequence[str]) -> tuple[int | None, str]:
         return None, ""
     if (labelled := _CHOICE.fullmatch(given)) and labelled[2]:
         return letter_index(labelled[1], options), labelled[2]
-    if labelled := _LETTER_THEN_VALUE.fullmatch(given) or _LETTER_AND_VALUE.fullmatch(given):
+    if labelled := _LETTER_THEN_VALUE.fullmatch(given):
         index = letter_index(labelled[1], options)
-        if index is not None and same(read(labelled[2]), read(options[index])).correct:
+        in_brackets = labelled[2].startswith("(")
+        if index is not None and (in_brackets or same(read(labelled[2]), read(options[index])).correct):
             return index, labelled[2]
     if labelled := _VALUE_THEN_LETTER.fullmatch(given):
         return letter_index(labelled[2], options), labelled[1]

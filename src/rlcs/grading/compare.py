@@ -44,9 +44,9 @@ _COMPARABLE = (
     FUNCTIONS
     | GREEK
     | frozenset(
-        "factorial floor ceil sum prod int lim infty to frac over sqrt binom pi cdot pm mp le ge ne in cup cap"
-        " setminus emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat"
-        " begin end det circ angle triangle neg".split()
+        "factorial floor ceil sum prod int lim infty to frac over sqrt binom pi cdot pm mp le ge ne in cup"
+        " cap setminus emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline"
+        " vec hat begin end det circ angle triangle neg".split()
     )
 )
 """Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
@@ -93,11 +93,6 @@ def no(why: str) -> Verdict:
 def either(correct: bool, right: str, wrong: str) -> Verdict:
     """A right or a wrong answer, with the reason for each."""
     return Verdict(correct=correct, why=right if correct else wrong)
-
-
-def _decided(decided: bool | None, right: str, wrong: str, values: tuple[Value, Value]) -> Verdict:
-    """The verdict on two values; what is not decided (None) is left to math-verify."""
-    return formulas(*values) if decided is None else either(decided, right, wrong)
 
 
 def same(answer: Value, gold: Value) -> Verdict:
@@ -384,7 +379,9 @@ def _region(answer: Value, gold: Value) -> Verdict:
     if len(names) > 1 and not same_name(*names):
         return no("a condition on another variable")
     decided = regions.same_pieces(mine, theirs)
-    return _decided(decided, "the same set of numbers", "another set of numbers", (answer, gold))
+    if decided is None:
+        return formulas(answer, gold)
+    return either(decided, "the same set of numbers", "another set of numbers")
 
 
 def _matrix(answer: Value, gold: Matrix) -> Verdict:

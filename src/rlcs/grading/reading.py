@@ -248,7 +248,7 @@ def _bracketed(tokens: Tokens, source: str) -> Value | None:
 
 
 def _condition(element: Tokens, condition: Value) -> Value | None:
-    r"""The set of all real `x` under a condition on `x`; None for other elements, such as `x^2` or integers."""
+    r"""The set of all real `x` under a condition on `x`; None for other elements, such as integers."""
     name, operator = latex(element[:1]), latex(element[1:])
     if operator not in ("", "\\in\\R"):
         return None
@@ -268,11 +268,11 @@ def _items(parts: Sequence[Tokens], separators: Sequence[str], brackets: str, so
     if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
         named = [replace(first, source=item.source, value=item, tree=None) for item in items[1:]]
         items = [first, *named]  # x = 1, 2
-    if not brackets and not any(map(enclosed, parts)) and all(isinstance(item, Region) for item in items):
-        limits = [item for item in items if isinstance(item, Region)]
-        if len({limit.variable for limit in limits}) == 1:
-            if (joined := _joined(limits, separators)) is not None:
-                return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
+    limits = [item for item in items if isinstance(item, Region)]
+    plain = not brackets and not any(map(enclosed, parts)) and len(limits) == len(items)
+    one_variable = plain and len({limit.variable for limit in limits}) == 1
+    if one_variable and (joined := _joined(limits, separators)) is not None:
+        return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
     items = list({item.source: item for item in items}.values()) if brackets == "{}" else items
     flat: list[Value] = []
     for item in items:
@@ -417,27 +417,16 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
         items = tuple(Named(source=latex(parts[-1]), name=name, value=sides[-1]) for name in names[:-1])
         return Items(source=source, brackets="", items=items)
     first = 1 if names[0] and not two else 0  # after the name of a chain: x = 2 + 3 = 5
-    relation = Relation(
-        source=source,
-        operators=("=",) * (len(parts) - 1),
-        sides=tuple(sides),
-        stated=_stated(parts[first:], sides[first:]),
-        tree=tree,
-    )
-    named = first and relation.stated
-    return (
-        Named(
-            source=source,
-            name=names[0],
-            value=replace(relation, operators=relation.operators[1:], sides=relation.sides[1:]),
-        )
-        if named
-        else relation
-    )
+    stated = _stated(parts[first:], sides[first:])
+    if first and stated:
+        chain = Relation(source=source, operators=("=",), sides=(sides[1], sides[-1]), stated=stated)
+        return Named(source=source, name=names[0], value=chain)
+    operators = ("=",) * (len(parts) - 1)
+    return Relation(source=source, operators=operators, sides=tuple(sides), stated=stated, tree=tree)
 
 
 def _stated(parts: Sequence[Tokens], sides: Sequence[Value]) -> tuple[Value, ...]:
-    """The values that an equation states: the last side of a + b = 5; both ends of 25 \\pi = 78.5."""
+    r"""The values that an equation states: the last side of a + b = 5; both ends of 25 \pi = 78.5."""
     trees = [tree_of(_without_units(part)) for part in parts]
     first, last = trees[0], trees[-1]
     if first is None or last is None or symbols(last):
@@ -493,13 +482,10 @@ def _ratio(tokens: Tokens, source: str) -> Value | None:
     parts, found = split(tokens, frozenset([":", "is", "are", "equals"]))
     if not found or not all(parts):
         return None
-    if len(parts) == 2 and all(is_word(token) for token in parts[0]):  # Area: 10
+    if len(parts) == 2 and all(map(is_word, parts[0])):  # Area: 10
         value = _value(parts[1])
-        return (
-            text_of(tokens)
-            if isinstance(value, Text)
-            else Named(source=source, name=spoken(parts[0]), value=value)
-        )
+        named = Named(source=source, name=spoken(parts[0]), value=value)
+        return text_of(tokens) if isinstance(value, Text) else named
     if set(found) != {":"}:
         return None
     values = tuple(_value(part) for part in parts)
