@@ -178,8 +178,8 @@ def _rational(node: Node) -> Fraction | None:
             return _rational_power(*values)
         case Call("abs", _):
             return abs(values[0])
-        case Call("floor" | "ceil" as name, _):
-            return Fraction(math.floor(values[0]) if name == "floor" else math.ceil(values[0]))
+        case Call("lfloor" | "lceil" as name, _):
+            return Fraction(math.floor(values[0]) if name == "lfloor" else math.ceil(values[0]))
         case Call("factorial" | "binom" as name, _) if all(v.denominator == 1 and v >= 0 for v in values):
             n, k = int(values[0]), int(values[-1])
             if n > 500 if name == "factorial" else min(k, abs(n - k)) * n.bit_length() > MAX_BITS:
@@ -227,8 +227,8 @@ _NUMERIC: dict[str, Callable[..., complex]] = {
     "abs": abs,
     "factorial": lambda n: math.gamma(_real(n, 1)),
     "binom": lambda n, k: math.gamma(_real(n, 1)) / math.gamma(_real(k, 1)) / math.gamma(_real(n - k, 1)),
-    "floor": lambda z: math.floor(_real(z)),
-    "ceil": lambda z: math.ceil(_real(z)),
+    "lfloor": lambda z: math.floor(_real(z)),
+    "lceil": lambda z: math.ceil(_real(z)),
 }
 
 

@@ -44,7 +44,7 @@ _COMPARABLE = (
     FUNCTIONS
     | GREEK
     | frozenset(
-        "factorial floor ceil sum prod int lim infty to frac over sqrt binom pi cdot pm mp le ge ne in cup"
+        "factorial sum prod int lim infty to frac over sqrt binom pi cdot pm mp le ge ne in cup"
         " cap setminus emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline"
         " vec hat begin end det circ angle triangle neg".split()
     )
@@ -120,7 +120,8 @@ def _as_one(value: Value, other: Value) -> Value:
     """The one value of a list: {5} is 5; where the other is no list, AB = BC = 5 is 5 as well."""
     if not isinstance(value, Items):
         return value
-    if len(value.items) == 1 and value.brackets in ("", "{}"):
+    alone = len(value.items) == 1 and value.brackets in ("", "{}")
+    if alone and not isinstance(value.items[0], Items | Region):
         return value.items[0]
     named = [item.value for item in value.items if isinstance(item, Named)]
     common = len(named) == len(value.items) and len({each.source for each in named}) == 1
@@ -253,16 +254,16 @@ def _variables(value: Value) -> frozenset[str]:
 def _equal(answer: Value, gold: Value) -> Verdict:
     if answer.tree is None or gold.tree is None:
         return formulas(answer, gold)
-    trees = answer.tree, gold.tree
-    decided = algebra.equal(*trees)
+    decided = algebra.equal(answer.tree, gold.tree)
     if decided is False and "degree" in symbols(answer.tree) ^ symbols(gold.tree):
-        decided = algebra.equal(*(replaced(tree, Sym("degree"), Num(Fraction(1))) for tree in trees))
+        one, other = (replaced(tree, Sym("degree"), Num(Fraction(1))) for tree in (answer.tree, gold.tree))
+        decided = algebra.equal(one, other)
     if decided is None and algebra.too_large(answer.tree) and not algebra.too_large(gold.tree):
         return no("powers or factorials too large to work out")
-    calls = {node.name for tree in trees for node in walk(tree) if isinstance(node, Call)}
-    if decided is None and calls <= _COMPARABLE:
-        return formulas(answer, gold)
-    return either(bool(decided), "an equal formula", "another value")
+    calls = {node.name for tree in (answer.tree, gold.tree) for node in walk(tree) if isinstance(node, Call)}
+    if decided is None and not calls <= _COMPARABLE:
+        return no("not known to be equal")
+    return formulas(answer, gold) if decided is None else either(decided, "an equal formula", "another value")
 
 
 def _unknown(formula: str) -> str:

@@ -226,7 +226,7 @@ class _Reader:
             return self.word(self.take())
         if token.text in _CLOSING:
             node = self.group()
-            name = {"\\lfloor": "floor", "\\lceil": "ceil", "|": "abs"}.get(token.text)
+            name = {"\\lfloor": "lfloor", "\\lceil": "lceil", "|": "abs"}.get(token.text)
             return Call(name, (node,)) if name else node
         self.take()
         return self.command(token.text.removeprefix("\\"))
@@ -299,9 +299,8 @@ class _Reader:
             return Product((self.symbol(before), call)) if before else call
         if is_word(token):
             raise NotAFormulaError(f"the word {letters[:30]}")
-        *first, last = letters
-        factors = [self.letter(letter) for letter in first]
-        node = self.symbol(last)
+        factors = [self.letter(letter) for letter in letters[:-1]]
+        node = self.symbol(letters[-1])
         if not factors:
             return node
         while self.found("^"):  # the power belongs to the last letter: mv^2
@@ -383,7 +382,7 @@ class _Reader:
             return Product((node, self.primary())) if opening == "{" and self.text() == "(" else node
         if self.text()[1:] in FUNCTIONS:
             return self.primary()
-        factors = [MINUS_ONE] if self.found("-") else []
+        factors: list[Node] = [MINUS_ONE] if self.found("-") else []
         factors.append(self.factor())
         while self.starts_factor() and self.text() not in ("(", "[") and self.text()[1:] not in FUNCTIONS:
             factors.append(self.factor())

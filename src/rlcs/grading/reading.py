@@ -276,8 +276,8 @@ def _items(parts: Sequence[Tokens], separators: Sequence[str], brackets: str, so
     items = list({item.source: item for item in items}.values()) if brackets == "{}" else items
     flat: list[Value] = []
     for item in items:
-        joined = isinstance(item, Items) and ("\\pm" in item.source or item.source.count("=") > 1)
-        flat += item.items if joined and isinstance(item, Items) and not item.brackets else [item]
+        several = isinstance(item, Items) and ("\\pm" in item.source or item.source.count("=") > 1)
+        flat += item.items if several and isinstance(item, Items) and not item.brackets else [item]
     return Items(source=source, brackets=brackets, items=tuple(flat))
 
 
@@ -416,12 +416,13 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
     if not two and all(names[:-1]) and not names[-1]:  # x = y = 4
         items = tuple(Named(source=latex(parts[-1]), name=name, value=sides[-1]) for name in names[:-1])
         return Items(source=source, brackets="", items=items)
-    first = 1 if names[0] and not two else 0  # after the name of a chain: x = 2 + 3 = 5
-    stated = _stated(parts[first:], sides[first:])
-    if first and stated:
-        chain = Relation(source=source, operators=("=",), sides=(sides[1], sides[-1]), stated=stated)
-        return Named(source=source, name=names[0], value=chain)
     operators = ("=",) * (len(parts) - 1)
+    if names[0] and (stated := _stated(parts[1:], sides[1:])):  # S = 2 + 3 = 5, or S = 25 \pi = 78.5
+        exact = left is None or algebra.equal(sides[1].tree or left, right or left)
+        chain = "=".join(map(latex, parts[1:]))
+        value = Relation(source=chain, operators=operators[1:], sides=tuple(sides[1:]), stated=stated)
+        return Named(source=source, name=names[0], value=sides[-1] if exact else value)
+    stated = _stated(parts, sides)
     return Relation(source=source, operators=operators, sides=tuple(sides), stated=stated, tree=tree)
 
 

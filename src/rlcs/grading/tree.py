@@ -56,7 +56,7 @@ class Call:
     r"""A function of one or more arguments.
 
     The names known to `algebra`: sin cos tan cot sec csc, their inverses (arcsin ...), sinh cosh tanh,
-    ln, log (argument, base), abs, factorial, binom (n, k), floor, ceil. Any other name (`f`, `gcd`, `sum`,
+    ln, log (argument, base), abs, factorial, binom (n, k), lfloor, lceil. Any other name (`f`, `gcd`, `sum`,
     `\int` as "int") is a function of which nothing is known but its name and arguments.
     """
 
