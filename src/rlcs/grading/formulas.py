@@ -61,7 +61,7 @@ def is_word(token: Token) -> bool:
 
 def base_of(tokens: Sequence[Token]) -> int | None:
     """The number base that an index names: `8`, `eight`, `{(8)}`, `base 8`; None if it names none."""
-    words = [t.text.lower() for t in tokens if t.text not in "(){}" and t.text.lower() != "base"]
+    words = [t.text.lower() for t in tokens if t.text not in "(){}_" and t.text.lower() not in ("in", "base")]
     if len(words) != 1:
         return None
     base = int(words[0]) if words[0].isdecimal() and len(words[0]) < 3 else _BASES.get(words[0], 0)

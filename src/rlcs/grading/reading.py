@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from rlcs.grading import algebra, regions
 from rlcs.grading.dates import read_date
@@ -111,11 +111,9 @@ def _strip(tokens: Tokens) -> Tokens:
         tokens = _strip(tokens[1:-1])
     while len(tokens) > 1 and tokens[0].text in ("=", "\\approx", "\\therefore"):
         tokens = tokens[1:]
-    lead = 0
-    while lead < len(tokens) and (tokens[lead].text.lower() in _LEAD_WORDS or tokens[lead].text == ":"):
-        lead += 1
-    if 0 < lead < len(tokens) and any(token.text.lower() in _LEADS for token in tokens[:lead]):
-        tokens = _strip(tokens[lead:])
+    lead = list(takewhile(lambda token: token.text.lower() in _LEAD_WORDS or token.text == ":", tokens))
+    if len(lead) < len(tokens) and any(token.text.lower() in _LEADS for token in lead):
+        tokens = _strip(tokens[len(lead) :])
     return tokens
 
 
@@ -180,9 +178,8 @@ def _letters(tokens: Tokens) -> frozenset[str] | None:
     if not runs or not all(_LETTERS.fullmatch(run) for run in runs):
         return None
     letters = "".join(runs)
-    if len(set(letters)) != len(letters) or (
-        len(runs) == 1 and list(letters) not in (sorted(letters), sorted(letters)[::-1])
-    ):
+    in_order = len(runs) > 1 or list(letters) in (sorted(letters), sorted(letters, reverse=True))
+    if len(set(letters)) < len(letters) or not in_order:
         return None
     return frozenset(letters)
 
@@ -199,9 +196,7 @@ def _based(tokens: Tokens, source: str) -> Value | None:
     match = _IN_BASE.fullmatch(source) or _IN_BASE.fullmatch(spoken(tokens))
     if not match:
         return None
-    start = next((i for i, t in enumerate(tokens) if t.text in ("_", "base", "in")), len(tokens))
-    index = [t for t in tokens[start:] if t.text not in ("_", "in", "base")]
-    base = base_of(index)
+    base = base_of(tokenise(match[2]))
     if base is None or (len(match[1]) == 1 and not match[1].isdigit()):
         return None
     return Based(source=source, digits=match[1].upper(), base=base, value=number_in_base(match[1], base))
@@ -218,11 +213,11 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
     if name == "array" and body[0].text == "{":
         body = body[end_of_group(body, 0) :]
     rows = [row for row in split(body, frozenset(["\\\\"]))[0] if row]
+    if not rows or (name not in (_MATRICES | _ROWS) and not system):
+        return None
     if name in _MATRICES and not system:
         cells = tuple(tuple(map(_value, split(row, frozenset("&"))[0])) for row in rows)
         return Matrix(source=source, rows=cells)
-    if name not in _ROWS and not system:
-        return None
     parts = [_strip([token for token in row if token.text != "&"]) for row in rows]
     return _items(parts, [], "", source) if len(parts) > 1 else _value(parts[0])
 
