@@ -12,6 +12,7 @@ from rlcs.grading.values import Text
 
 KINDS = {
     "number": [
+        ("5 million", "5000000, written 5 million"), ("3万", "30000, written 3万"),
         ("12", "12"), ("+7", "7, written +7"), ("-0.5", "-1/2, written -0.5"),
         ("2 1/2", "5/2, written 2 1/2"),
         ("1,000", "1000"), ("12 000", "12000"), (r"1.2\times10^3", "1200, written 1.2\\cdot10^3"),
@@ -95,8 +96,8 @@ KINDS = {
     "text": [
         ("Rectangle", "Rectangle"), ("the blue one", "the blue one"), ("7 tenths", "7 tenths"),
         ("DAB", "DAB"),
-        ("5 million", "5 million"), ("5 factorial", "5 factorial"), ("8 squared", "8 squared"), ("no", "no"),
-        ("A-C-B", "A-C-B"), ("正确", "正确"), ("12 dozen", "12 dozen"), ("x-axis", "x-axis"),
+        ("5 factorial", "5 factorial"), ("8 squared", "8 squared"), ("no", "no"),
+        ("A-C-B", "A-C-B"), ("正确", "正确"), ("x-axis", "x-axis"),
         ("salt and pepper shakers",) * 2,
         ("", ""), ("$ $", ""), ("5 choose", "5 choose"),
     ],
@@ -172,4 +173,4 @@ def test_no_text_takes_long_to_read(head: str, tail: str) -> None:
 
 def test_what_is_longer_than_any_answer_is_text() -> None:
     assert isinstance(read("1+" * MAX_CHARACTERS + "1"), Text)
-    assert isinstance(read("(" * 300 + "1" + ")" * 300), Text)
+    assert isinstance(read("(1+" * 300 + "1" + ")" * 300), Text)

@@ -190,6 +190,8 @@ class _Reader:
                     raise NotAFormulaError("a double factorial")
                 case "!":
                     node = Call("factorial", (node,))
+                case "°" if self.text() == "°":
+                    raise NotAFormulaError("two degree signs")
                 case "°":
                     node = Product((node, Sym("degree")))
                 case "%":
