@@ -57,14 +57,9 @@ def chosen(text: str, options: Sequence[str]) -> frozenset[int] | None:
         return frozenset([index])
     value = read(text)
     run = spelled(text)
-    letters = (
-        value.letters
-        if isinstance(value, Letters)
-        else frozenset(run)
-        if _RUN.fullmatch(run)
-        else frozenset()
-    )
-    if letters and len(letters) == len(run) or isinstance(value, Letters):
+    in_any_order = _RUN.fullmatch(run) and len(set(run)) == len(run)
+    if isinstance(value, Letters) or in_any_order:
+        letters = value.letters if isinstance(value, Letters) else frozenset(run)
         found = {ord(letter) - ord("A") for letter in letters}
         return frozenset(found) if max(found) < len(options) else None
     if isinstance(value, Items):
@@ -88,7 +83,7 @@ def _named_option(text: str, options: Sequence[str]) -> tuple[int | None, str]:
         return letter_index(labelled[1], options), labelled[2]
     if labelled := _LETTER_THEN_VALUE.fullmatch(given):
         index = letter_index(labelled[1], options)
-        if index is not None and same(read(labelled[2]), read(options[index])).correct:
+        if index is not None and _option_of(read(labelled[2]), options) is not None:
             return index, labelled[2]
     if labelled := _VALUE_THEN_LETTER.fullmatch(given):
         return letter_index(labelled[2], options), labelled[1]

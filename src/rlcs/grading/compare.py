@@ -299,7 +299,8 @@ def _items(answer: Value, gold: Items) -> Verdict:
 def _by_variable(answer: Items) -> Sequence[Value]:
     """The values of a list in order; those of single letters (`y = 1, x = 2`) in that of the alphabet."""
     named = [item for item in answer.items if isinstance(item, Named) and len(item.name) == 1]
-    return sorted(named, key=lambda item: item.name) if len(named) == len(answer.items) else answer.items
+    in_order = sorted(named, key=lambda item: item.name)
+    return in_order if len(named) == len(answer.items) else answer.items
 
 
 def _agreeing_brackets(answer: Items, gold: Items) -> bool:

@@ -310,7 +310,7 @@ class _Reader:
             return Product((self.symbol(before), call)) if before else call
         if is_word(token):
             raise NotAFormulaError(f"the word {letters[:30]}")
-        *first, last = letters
+        first, last = letters[:-1], letters[-1]
         factors = [self.letter(letter) for letter in first]
         node = self.symbol(last)
         if not factors:

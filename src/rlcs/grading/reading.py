@@ -443,7 +443,7 @@ def _is_chain(sides: Sequence[Value]) -> bool:
 
 
 def _is_near(tree: Node, other: Node) -> bool:
-    """Whether two numbers differ by at most 1%, as in `20 \\cos 30° = 17.3`."""
+    r"""Whether two numbers differ by at most 1%, as in `20 \cos 30° = 17.3`."""
     numbers = [None if symbols(node) - {"degree"} else algebra.number(node) for node in (tree, other)]
     one, two = numbers
     return one is not None and two is not None and abs(one - two) <= 0.01 * abs(two)
