@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcs.grading import reading
+from rlcs.grading.compare import same
 from rlcs.grading.reading import MAX_CHARACTERS, read
 from rlcs.grading.values import Text
 
@@ -168,6 +169,17 @@ def test_no_text_takes_long_to_read(head: str, tail: str) -> None:
         # Most take 0.02 s; a pause of the machine is no fault of the reader.
         assert any(seconds_to_read(text) < 0.2 for _ in range(3)), piece
         assert str(read(head + piece * (500 // len(piece)))) is not None
+
+
+@pytest.mark.parametrize("text", [
+    r"\begin{cases} \\ & \\ \\ \\ \end{cases}", r"\begin{pmatrix} \\ \\ \\ \\ \end{pmatrix}",
+    r"\begin{array}{c c c \end a b c", r"\begin{array} \\ & \\ \end{array}", r"\begin{cases} x \end{cases}",
+    r"\angle\frac", r"\frac24.", "5%%%", "€€5", r"\left\{ \begin{array}{l} \end{array} \right.",
+])  # fmt: skip
+def test_incomplete_answers_are_read_and_compared(text: str) -> None:
+    for other in ("(1, 2)", "5", "x = 1, y = 2", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"):
+        assert not same(read(text), read(other)).correct
+        assert not same(read(other), read(text)).correct
 
 
 def test_what_is_longer_than_any_answer_is_text() -> None:

@@ -216,9 +216,10 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
         return None
     start = 4
     if name == "array" and inner[start].text == "{":
-        start += next(i for i, t in enumerate(inner[start:]) if t.text == "}") + 1
-    body = inner[start:end]
-    rows = [row for row in _rows(body) if row]
+        start += next((i for i, t in enumerate(inner[start:]) if t.text == "}"), end) + 1
+    rows = [row for row in _rows(inner[start:end]) if any(token.text != "&" for token in row)]
+    if not rows:
+        return None
     if name in _MATRICES and not system:
         cells = tuple(tuple(_value(cell) for cell in split(row, frozenset("&"))[0]) for row in rows)
         return Matrix(source=source, rows=cells)
