@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rlcs.grading.compare import Verdict, no, same, yes
 from rlcs.grading.reading import read, spelled
-from rlcs.grading.values import Items, Letters, Value
+from rlcs.grading.values import Items, Letters, Named, Value
 from rlcs.records import option_letter
 
 _LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
@@ -14,6 +14,7 @@ _CHOICE = re.compile(
 )
 _LETTER_THEN_VALUE = re.compile(r"([A-Z]) (\S.*)", re.DOTALL)
 _RUN = re.compile("[A-Z]{2,}")
+_LETTER_AND_VALUE = re.compile(r"([A-Z]) ?\((.+)\)", re.DOTALL)
 _VALUE_THEN_LETTER = re.compile(r"(.*\S) ?\(([A-Z])\)", re.DOTALL)
 
 
@@ -41,13 +42,29 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
             best = min(index for index in accepted if index is not None)
             return no(f"option {option_letter(named)}, not {option_letter(best)}")
         given_value = read(options[named])  # the gold value is no option's text: compare the values
-    elif isinstance(given_value, Letters) and given_value.source not in map(spelled, options):
+    elif (
+        isinstance(given_value, Letters)
+        and max(given_value.letters) <= "Z"
+        and given_value.source not in map(spelled, options)
+    ):
         several = len(given_value.letters) > 1
         return no("several options where one is asked" if several else "a letter that names no option")
+    elif isinstance(given_value, Named) and (index := letter_index(given_value.name, options)) is not None:
+        if index not in accepted:
+            return no(f"option {option_letter(index)}, not the gold answer")
     verdict = same(given_value, value)
+    if verdict.correct and right is not None and _fits_another(given_value, right, options):
+        return no("the value of several options")
     if verdict.correct is None and any(same(given_value, read(o)).correct for o in options):
         return no("the value of another option")
     return verdict
+
+
+def _fits_another(given: Value, right: int, options: Sequence[str]) -> bool:
+    """Whether an answer, such as 5 for `5 cm`, equals another option too, which is not the right one."""
+    wanted = read(options[right])
+    others = [read(option) for i, option in enumerate(options) if i != right]
+    return any(same(given, other).correct and same(other, wanted).correct is False for other in others)
 
 
 def chosen(text: str, options: Sequence[str]) -> frozenset[int] | None:
@@ -81,7 +98,7 @@ def _named_option(text: str, options: Sequence[str]) -> tuple[int | None, str]:
         return None, ""
     if (labelled := _CHOICE.fullmatch(given)) and labelled[2]:
         return letter_index(labelled[1], options), labelled[2]
-    if labelled := _LETTER_THEN_VALUE.fullmatch(given):
+    if labelled := _LETTER_THEN_VALUE.fullmatch(given) or _LETTER_AND_VALUE.fullmatch(given):
         index = letter_index(labelled[1], options)
         if index is not None and _option_of(read(labelled[2]), options) is not None:
             return index, labelled[2]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rlcs.grading import algebra, regions
-from rlcs.grading.tree import Num, symbols, walk
+from rlcs.grading.formulas import FUNCTIONS, GREEK
+from rlcs.grading.tree import Product, Sum, Sym, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -35,6 +36,15 @@ from rlcs.records import Grade
 MAX_FORMULA = 1_000
 """Characters; a longer formula is not given to math-verify."""
 _MAX_ITEMS = 50
+_COMPARABLE = (
+    FUNCTIONS
+    | GREEK
+    | frozenset(
+        "sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus emptyset R Z N Q C max min"
+        " gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat begin end det circ angle triangle neg".split()
+    )
+)
+"""Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
 
@@ -123,7 +133,7 @@ def _named_gold(answer: Value, gold: Named) -> Verdict:
             return verdict
         return no(f"a value of {answer.name}, not of {gold.name}")
     if isinstance(answer, Relation):
-        if _is_constant(gold.value):
+        if _is_constant(gold.value) and "\\frac" not in gold.name and "/" not in gold.name:
             return no("an equation that is not solved")
         return _same_equation(answer, gold)
     return _leaving_off("name", same(answer, gold.value))
@@ -138,9 +148,12 @@ def _named_answer(answer: Named, gold: Value) -> Verdict:
 def same_name(one: str, other: str) -> bool:
     """Whether two names have the same letters, or are a word and its initial: `C` and `Circumference`."""
     names = (
-        re.sub(r"^m(?=\\angle)|\\(?:angle|triangle|text)|\W|_", "", name).casefold() for name in (one, other)
+        re.sub(r"^m(?=\\angle)|\\(?:angle|triangle|text|overline)|[^\w']|_", "", name).casefold()
+        for name in (one, other)
     )
     short, long = sorted(names, key=len)
+    if len(one) == 2 and one.isupper() and short == long[::-1]:
+        return True  # the segments AB and BA
     return short == long or (len(short) == 1 and len(long) > 3 and long.startswith(short))
 
 
@@ -215,6 +228,8 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
         and symbols(answer.tree)
     ):
         return _equal(answer, gold)
+    if isinstance(answer, Number) and answer.percent:
+        return no("a percentage where a quantity is asked")
     if isinstance(answer, Number | Expression):
         return _leaving_off("unit", same(answer, gold.magnitude))
     if isinstance(answer, Relation) and _is_sum_of_names(answer):
@@ -227,7 +242,10 @@ def _is_sum_of_names(relation: Relation) -> bool:
     first, last = as_tree(relation.sides[0]), relation.sides[-1]
     if relation.operators != ("=",) or first is None or not _is_constant(last):
         return False
-    return not any(isinstance(node, Num) for node in walk(first))
+    names = [node.name for node in walk(first) if isinstance(node, Sym)]
+    return len(set(names)) == len(names) and all(
+        isinstance(node, Sum | Product | Sym) for node in walk(first)
+    )
 
 
 def _formula(answer: Value, gold: Value) -> Verdict:
@@ -259,11 +277,21 @@ def _equal(answer: Value, gold: Value) -> Verdict:
     return yes("an equal formula") if decided else no("another value")
 
 
+def _unknown(formula: str) -> str:
+    r"""A part of a formula on which math-verify has been seen to go wrong (it ignores it), or ""."""
+    part = re.search(r"\d_|\.\.\.|'", formula) or (re.search(r"\\begin", formula) if "=" in formula else None)
+    if part:
+        return part[0]
+    return next((name for name in re.findall(r"\\[A-Za-z]+", formula) if name[1:] not in _COMPARABLE), "")
+
+
 def formulas(answer: Value, gold: Value) -> Verdict:
     """Leave two formulas undecided, for math-verify, unless they are words or too long."""
     for value in (answer, gold):
         if isinstance(value, Text) or any(word for word in _LONG_WORD.findall(value.source)):
             return no("not the same text, and words are not formulas")
+        if unknown := _unknown(value.source):
+            return no(f"not the same text, and {unknown} cannot be compared")
     if max(len(answer.source), len(gold.source)) > MAX_FORMULA:
         return no("not the same text, and too long for a formula")
     return Verdict(correct=None, why="", formulas=(answer.source, gold.source))
@@ -306,11 +334,8 @@ def _by_variable(answer: Items) -> Sequence[Value]:
 def _agreeing_brackets(answer: Items, gold: Items) -> bool:
     """Whether brackets agree: none may stand for braces or round ones, and for square ones of no interval."""
     pair = {answer.brackets, gold.brackets}
-    return (
-        len(pair) == 1
-        or pair in ({"", "{}"}, {"", "()"})
-        or (len(gold.items) > 2 and pair <= {"", "()", "[]"})
-    )
+    no_interval = len(gold.items) > 2 or any(isinstance(item, Text) for item in gold.items)
+    return len(pair) == 1 or pair in ({"", "{}"}, {"", "()"}) or (no_interval and pair <= {"", "()", "[]"})
 
 
 def _named_values(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:

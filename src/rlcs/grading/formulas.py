@@ -199,6 +199,8 @@ class _Reader:
             if sign == "^":
                 node = Power(node, self.exponent())
             elif sign == "!":
+                if self.text() == "!":
+                    raise NotAFormulaError("a double factorial")
                 node = Call("factorial", (node,))
             elif sign == "'":
                 if not isinstance(node, Sym):
@@ -329,8 +331,15 @@ class _Reader:
             self.take()
             index = latex(self.index()).strip("{}() ")
             return Sym(f"{name}_{index}")
+        while self.text() == "'":
+            self.take()
+            name += "'"
+        inverse = latex(self.tokens[self.position : self.position + 6])
+        if name in _FUNCTION_LETTERS and inverse.startswith("^{-1}("):
+            self.position += 5
+            name += "^{-1}"
         of_number = self.text(2) == ")" and self.text(1)[:1].isdigit()  # I(0) is the current at time 0
-        if self.text() == "(" and (name in _FUNCTION_LETTERS or of_number):
+        if self.text() == "(" and (name[0] in _FUNCTION_LETTERS or of_number):
             return Call(name, (self.group(),))
         return self.letter(name)
 

@@ -56,8 +56,11 @@ _RELATIONS = _ORDER | frozenset(
 _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
 _ROWS = frozenset("cases dcases aligned align gathered gather split eqnarray".split())
-_LEAD_WORDS = frozenset("the my final correct best answer answers option choice result value is are".split())
-_LEADS = frozenset("answer answers option choice".split())
+_MARKS = frozenset(["'", '"', "\\cdot", "^"])  # quotes and the stars of Markdown
+_LEAD_WORDS = frozenset(
+    "选 故选 应选 答案 答案是 答案为 the my final correct best answer answers option choice result value is are".split()
+)
+_LEADS = frozenset("选 故选 应选 答案 答案是 答案为 answer answers option choice".split())
 _ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
 _NO_NUMBERS = frozenset(["empty set", "null set"])
 _VARIABLES = re.compile("[A-Za-z]|[abc]{2,3}|[xyz]{2,3}|[mnpq]{2,3}|[abkn]x")
@@ -101,11 +104,11 @@ def spelled(text: str) -> str:
 
 def _strip(tokens: Tokens) -> Tokens:
     """Remove what does not belong to the answer: quotes, a full stop, `=`, "the answer is"."""
-    while tokens and tokens[-1].text in (".", ",", ";", "'", '"', "\\cdot", "^") and len(tokens) > 1:
-        if tokens[-1].text in ("'", "\\cdot", "^") and tokens[0].text != tokens[-1].text:
-            break
+    while len(tokens) > 1 and tokens[-1].text in (".", ",", ";") and tokens[-2].text != ".":
         tokens = tokens[:-1]
-    while len(tokens) > 1 and tokens[0].text in ("'", '"', "\\cdot", "^", "=", "\\approx", "\\therefore"):
+    while len(tokens) > 2 and tokens[0].text == tokens[-1].text and tokens[0].text in _MARKS:
+        tokens = _strip(tokens[1:-1])
+    while len(tokens) > 1 and tokens[0].text in ("=", "\\approx", "\\therefore"):
         tokens = tokens[1:]
     lead = 0
     while lead < len(tokens) and (tokens[lead].text.lower() in _LEAD_WORDS or tokens[lead].text == ":"):
@@ -130,7 +133,7 @@ def _without_parameter(tokens: Tokens) -> Tokens:
 # --- kinds of values, from the outside in ------------------------------------------------------------
 
 _COMMAS = frozenset([",", ";"])
-_AND_OR = frozenset(["and", "or", "\\wedge", "\\vee", "&"])
+_AND_OR = frozenset(["and", "or", "&"])
 
 
 def _value(tokens: Tokens) -> Value:
@@ -249,8 +252,7 @@ def _bracketed(tokens: Tokens, source: str) -> Value | None:
     if brackets == "{}":
         parts, _ = split(inside, frozenset(["|", ":"]))
         if len(parts) == 2 and parts[0] and parts[1]:
-            condition = _value(parts[1])
-            return condition if isinstance(condition, Region | Items) else None
+            return _condition(parts[0], _value(parts[1])) or text_of(tokens)
         if not inside:
             return Region(source="\\emptyset", pieces=())
     parts, found = split(inside, _COMMAS)
@@ -258,6 +260,19 @@ def _bracketed(tokens: Tokens, source: str) -> Value | None:
         value = _value(inside)
         return None if brackets == "()" and isinstance(value, Text) and len(inside) > 1 else value
     return _items(parts, found, brackets, source)
+
+
+def _condition(element: Tokens, condition: Value) -> Value | None:
+    r"""The set of all real `x` under a condition on `x`; None for other elements, such as `x^2` or integers."""
+    name, operator = latex(element[:1]), latex(element[1:])
+    if operator not in ("", "\\in\\R"):
+        return None
+    if isinstance(condition, Region):
+        return condition if condition.variable == name else None
+    named = (
+        [item for item in condition.items if isinstance(item, Named)] if isinstance(condition, Items) else []
+    )
+    return condition if named and all(item.name == name for item in named) else None
 
 
 def _items(parts: Sequence[Tokens], found: Sequence[str], brackets: str, source: str) -> Value | None:
@@ -272,7 +287,10 @@ def _items(parts: Sequence[Tokens], found: Sequence[str], brackets: str, source:
     if not brackets and not any(map(enclosed, parts)) and all(isinstance(item, Region) for item in items):
         limits = [item for item in items if isinstance(item, Region)]
         if len({limit.variable for limit in limits}) == 1:
-            return _joined(limits, by_or="or" in found or "\\vee" in found, source=source)
+            joined = _joined(limits, found)
+            if joined is not None:
+                return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
+    items = list({item.source: item for item in items}.values()) if brackets == "{}" else items
     flat: list[Value] = []
     for item in items:
         joined = isinstance(item, Items) and ("\\pm" in item.source or item.source.count("=") > 1)
@@ -280,14 +298,21 @@ def _items(parts: Sequence[Tokens], found: Sequence[str], brackets: str, source:
     return Items(source=source, brackets=brackets, items=tuple(flat))
 
 
-def _joined(limits: Sequence[Region], *, by_or: bool, source: str) -> Region:
-    """Join conditions: `or` gives the union; `and` or a comma the intersection, unless that is empty."""
+def _joined(limits: Sequence[Region], found: Sequence[str]) -> list[Piece] | None:
+    """Join conditions: `or` gives their union, `and` their intersection.
+
+    A comma gives the intersection, or the union of conditions that exclude one another; None where one
+    condition follows from another, so that it is a list of answers.
+    """
     union = regions.union([piece for limit in limits for piece in limit.pieces])
     both = list(limits[0].pieces)
     for limit in limits[1:]:
         both = regions.intersection(both, limit.pieces)
-    pieces = union if (by_or and union != [regions.whole_line()]) or not both else both
-    return Region(source=source, pieces=tuple(pieces), variable=limits[0].variable)
+    if "or" in found:
+        return union
+    if "and" in found:
+        return both
+    return None if any(both == list(limit.pieces) for limit in limits) else both or union
 
 
 def _combined_sets(tokens: Tokens, source: str) -> Value | None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 from rlcs.grading import algebra
@@ -12,6 +13,8 @@ from rlcs.grading.tokens import Tokens, enclosed, latex, spoken, steps
 from rlcs.grading.tree import MINUS_ONE, Node, PlusMinus, Product, Sum, Sym, symbols, walk
 from rlcs.grading.values import Expression, Items, Number, Quantity, Text, Value
 
+_MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_MULTIPLIERS |= {"trillion": 10**12, "百": 100, "千": 10**3, "万": 10**4, "亿": 10**8}
 _MONEY = frozenset("$ € £ ¥ ₹ ₽ ₩".split())
 _MAX_UNIT = 40
 """Tokens of a unit."""
@@ -47,6 +50,7 @@ def difference(left: Node, right: Node) -> Node:
 
 def read_single(tokens: Tokens, source: str) -> Value:
     """Read a number, a quantity or a formula; what is none of them is text."""
+    tokens = _with_multiplier(tokens)
     for rule in (_percentage, _money, _compound, _quantity):
         if (value := rule(tokens, source)) is not None:
             return value
@@ -81,6 +85,18 @@ def of_tree(tree: Node, source: str) -> Value:
         if value is None
         else Number(source=source, tree=tree, value=value)
     )
+
+
+def _with_multiplier(tokens: Tokens) -> Tokens:
+    """Work out a number word after a number at the start: `5 million` is 5000000."""
+    if len(tokens) < 2 or tokens[0].kind != "number" or tokens[1].text.lower() not in _MULTIPLIERS:
+        return tokens
+    if len(tokens[0].text) > 20:
+        return tokens
+    value = Fraction(tokens[0].text) * _MULTIPLIERS[tokens[1].text.lower()]
+    if value.denominator != 1:
+        return tokens
+    return [tokens[0]._replace(text=str(value)), *tokens[2:]]
 
 
 def _percentage(tokens: Tokens, source: str) -> Value | None:
