@@ -13,7 +13,9 @@ from rlcs.grading.values import Text
 
 KINDS = {
     "number": [
-        ("12", "12"), ("+7", "7, written +7"), ("-0.5", "-1/2, written -0.5"),
+        ("12", "12"), ("5 million", "5000000, written 5 million"), ("2 dozen", "24, written 2 dozen"),
+        ("+7", "7, written +7"),
+        ("-0.5", "-1/2, written -0.5"),
         ("2 1/2", "5/2, written 2 1/2"),
         ("1,000", "1000"), ("12 000", "12000"), (r"1.2\times10^3", "1200, written 1.2\\cdot10^3"),
         ("6e-4", "3/5000, written 6e-4"), (r"0.\overline{6}", r"2/3, written \frac{6}{9}"), ("25%", "25%"),
@@ -96,8 +98,8 @@ KINDS = {
     "text": [
         ("Rectangle", "Rectangle"), ("the blue one", "the blue one"), ("7 tenths", "7 tenths"),
         ("DAB", "DAB"),
-        ("5 million", "5 million"), ("5 factorial", "5 factorial"), ("8 squared", "8 squared"), ("no", "no"),
-        ("A-C-B", "A-C-B"), ("正确", "正确"), ("12 dozen", "12 dozen"), ("x-axis", "x-axis"),
+        ("5 factorial", "5 factorial"), ("8 squared", "8 squared"), ("no", "no"),
+        ("A-C-B", "A-C-B"), ("正确", "正确"), ("x-axis", "x-axis"),
         ("salt and pepper shakers",) * 2,
         ("", ""), ("$ $", ""), ("5 choose", "5 choose"),
     ],

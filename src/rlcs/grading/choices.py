@@ -49,8 +49,9 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
     ):
         several = len(given_value.letters) > 1
         return no("several options where one is asked" if several else "a letter that names no option")
-    elif isinstance(given_value, Named) and (index := letter_index(given_value.name, options)) is not None:
-        if index not in accepted:
+    elif isinstance(given_value, Named):
+        index = letter_index(given_value.name, options)
+        if index is not None and index not in accepted:
             return no(f"option {option_letter(index)}, not the gold answer")
     verdict = same(given_value, value)
     if verdict.correct and right is not None and _fits_another(given_value, right, options):

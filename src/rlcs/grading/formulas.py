@@ -48,7 +48,7 @@ class NotAFormulaError(ValueError):
 def read_formula(tokens: Sequence[Token]) -> Node:
     """Read all tokens as one formula. Raises NotAFormulaError."""
     reader = _Reader(tokens)
-    node = reader.sum()
+    node = reader.quotient()
     if reader.position < len(reader.tokens):
         raise NotAFormulaError(f"{reader.text()} follows a formula")
     return node
@@ -244,9 +244,17 @@ class _Reader:
 
     def group(self) -> Node:
         closing = _CLOSING[self.take().text]
-        node = self.sum()
+        node = self.quotient()
         self.take(closing)
         return node
+
+    def quotient(self) -> Node:
+        r"""Read a sum, or `a \over b`, which divides all that stands in the same braces."""
+        node = self.sum()
+        if self.text() != "\\over":
+            return node
+        self.take()
+        return Product((node, Power(self.sum(), MINUS_ONE)))
 
     def argument(self) -> Node:
         r"""Read a group, or the next single digit or letter: `\frac12`, `\frac{360}7`, `\frac ab`."""

@@ -57,10 +57,8 @@ _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
 _ROWS = frozenset("cases dcases aligned align gathered gather split eqnarray".split())
 _MARKS = frozenset(["'", '"', "\\cdot", "^"])  # quotes and the stars of Markdown
-_LEAD_WORDS = frozenset(
-    "选 故选 应选 答案 答案是 答案为 the my final correct best answer answers option choice result value is are".split()
-)
 _LEADS = frozenset("选 故选 应选 答案 答案是 答案为 answer answers option choice".split())
+_LEAD_WORDS = _LEADS | frozenset("the my final correct best result value is are".split())
 _ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
 _NO_NUMBERS = frozenset(["empty set", "null set"])
 _VARIABLES = re.compile("[A-Za-z]|[abc]{2,3}|[xyz]{2,3}|[mnpq]{2,3}|[abkn]x")
@@ -263,7 +261,7 @@ def _bracketed(tokens: Tokens, source: str) -> Value | None:
 
 
 def _condition(element: Tokens, condition: Value) -> Value | None:
-    r"""The set of all real `x` under a condition on `x`; None for other elements, such as `x^2` or integers."""
+    r"""The set of all real `x` under a condition on `x`; None for others, of `x^2` or of integers."""
     name, operator = latex(element[:1]), latex(element[1:])
     if operator not in ("", "\\in\\R"):
         return None
@@ -287,9 +285,9 @@ def _items(parts: Sequence[Tokens], found: Sequence[str], brackets: str, source:
     if not brackets and not any(map(enclosed, parts)) and all(isinstance(item, Region) for item in items):
         limits = [item for item in items if isinstance(item, Region)]
         if len({limit.variable for limit in limits}) == 1:
-            joined = _joined(limits, found)
-            if joined is not None:
-                return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
+            pieces = _joined(limits, found)
+            if pieces is not None:
+                return Region(source=source, pieces=tuple(pieces), variable=limits[0].variable)
     items = list({item.source: item for item in items}.values()) if brackets == "{}" else items
     flat: list[Value] = []
     for item in items:
