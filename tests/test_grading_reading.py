@@ -176,7 +176,8 @@ def test_no_text_takes_long_to_read(head: str, tail: str) -> None:
 @pytest.mark.parametrize("text", [
     r"\begin{cases} \\ & \\ \\ \\ \end{cases}", r"\begin{pmatrix} \\ \\ \\ \\ \end{pmatrix}",
     r"\begin{array}{c c c \end a b c", r"\begin{array} \\ & \\ \end{array}", r"\begin{cases} x \end{cases}",
-    r"\angle\frac", r"\frac24.", "5%%%", "€€5", r"\left\{ \begin{array}{l} \end{array} \right.",
+    r"\angle\frac", r"\frac24.", r"\binom①km", r"1\frac①②", "5%%%", "€€5",
+    r"\left\{ \begin{array}{l} \end{array} \right.",
 ])  # fmt: skip
 def test_incomplete_answers_are_read_and_compared(text: str) -> None:
     for other in ("(1, 2)", "5", "x = 1, y = 2", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"):

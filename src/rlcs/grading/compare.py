@@ -40,9 +40,9 @@ _COMPARABLE = (
     FUNCTIONS
     | GREEK
     | frozenset(
-        "sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus emptyset R Z N"
-        " Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat begin end det circ angle"
-        " triangle neg".split()
+        "sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus"
+        " emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat"
+        " begin end det circ angle triangle neg".split()
     )
 )
 """Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""

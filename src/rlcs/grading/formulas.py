@@ -265,7 +265,7 @@ class _Reader:
             if token.kind in ("number", "word") and len(token.text) > 1:
                 self.tokens[self.position] = token._replace(text=token.text[1:])
                 first = token.text[0]
-                return Num(Fraction(int(first))) if first.isdigit() else self.symbol(first)
+                return Num(Fraction(int(first))) if first.isdecimal() else self.symbol(first)
         return self.primary()
 
     def number(self) -> Node:
