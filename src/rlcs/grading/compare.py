@@ -243,7 +243,7 @@ def _is_sum_of_names(relation: Relation) -> bool:
     first, last = as_tree(relation.sides[0]), relation.sides[-1]
     if relation.operators != ("=",) or first is None or not _is_constant(last):
         return False
-    names = [node.name for node in walk(first) if isinstance(node, Sym)]
+    names = [node.name for node in walk(first) if isinstance(node, Sym) and node.name != "m"]  # m\angle A
     return len(set(names)) == len(names) and all(
         isinstance(node, Sum | Product | Sym) for node in walk(first)
     )
