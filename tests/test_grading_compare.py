@@ -21,7 +21,7 @@ RULES = [
     ("5", "110_2", False, "another number"),
     ("5", "5, 6", False, "several answers where one is asked"),
     ("5", "five", False, "the answer is read as text, the gold answer as number"),
-    ("5", r"\{5\}", True, "the same text"),
+    ("5", r"\{5\}", True, "the same number"),
     ("5", "5 = x", True, "the same text; a name may be left off"),
     ("5", "3 : 2", False, "the answer is read as ratio, the gold answer as number"),
     ("5 kg", "5", True, "the same text; a unit may be left off"),

@@ -56,7 +56,8 @@ def kinds_in_the_code() -> set[str]:
     named = Named(source="x=1", name="x", value=number)
     several = [(brackets, number) for brackets in ("", "{}", "()")] + [("", named)]
     kinds = {Items(source="", brackets=brackets, items=(item,)).kind for brackets, item in several}
-    for each in [Value, *Value.__subclasses__()]:
+    classes: list[type[Value]] = [Value, *Value.__subclasses__()]
+    for each in classes:
         kinds |= {each.kind} if isinstance(each.kind, str) else set()
     return kinds
 

@@ -3,12 +3,11 @@
 import re
 from collections.abc import Sequence
 
-from rlcs.grading.compare import Verdict, no, same, yes
+from rlcs.grading.compare import LABEL, Verdict, either, no, same, yes
 from rlcs.grading.reading import read, spelled
 from rlcs.grading.values import Items, Letters, Named, Value
 from rlcs.records import option_letter
 
-_LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
 _CHOICE = re.compile(
     r"[(\[{]?([A-Za-z])(?:[)\]}][.:]?|[.:,]| [-=]) *(\S.*)|[(\[{]?([A-Za-z])[)\]}]?[.:,]?", re.DOTALL
 )
@@ -24,7 +23,7 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
     wanted = chosen(gold, options)
     if wanted is not None and len(wanted) > 1:
         given = chosen(prediction, options)
-        return yes("the same letters") if given == wanted else no("other letters")
+        return either(given == wanted, "the same letters", "other letters")
     right = next(iter(wanted)) if wanted else None
     value = read(gold if right is None else options[right])
     accepted = (
@@ -65,6 +64,8 @@ def _fits_another(given: Value, right: int, options: Sequence[str]) -> bool:
     """Whether an answer, such as 5 for `5 cm`, equals another option too, which is not the right one."""
     wanted = read(options[right])
     others = [read(option) for i, option in enumerate(options) if i != right]
+    if given.source != wanted.source and any(given.source == other.source for other in others):
+        return True
     return any(same(given, other).correct and same(other, wanted).correct is False for other in others)
 
 
@@ -73,11 +74,9 @@ def chosen(text: str, options: Sequence[str]) -> frozenset[int] | None:
     index, rest = _named_option(text, options)
     if index is not None and (not rest or same(read(rest), read(options[index])).correct is not False):
         return frozenset([index])
-    value = read(text)
-    run = spelled(text)
-    in_any_order = _RUN.fullmatch(run) and len(set(run)) == len(run)
-    if isinstance(value, Letters) or in_any_order:
-        letters = value.letters if isinstance(value, Letters) else frozenset(run)
+    value, run = read(text), spelled(text)
+    letters = value.letters if isinstance(value, Letters) else frozenset(run)
+    if isinstance(value, Letters) or (_RUN.fullmatch(run) and len(letters) == len(run)):
         found = {ord(letter) - ord("A") for letter in letters}
         return frozenset(found) if max(found) < len(options) else None
     if isinstance(value, Items):
@@ -120,6 +119,6 @@ def letter_index(text: str, options: Sequence[str]) -> int | None:
 
 def without_label(choice: str, index: int) -> str:
     """Remove a choice's label: `B. 12` or `(B) 12` as the second of the choices is `12`."""
-    match = _LABEL.fullmatch(choice.strip())
+    match = LABEL.fullmatch(choice.strip())
     own = match and match[1] and match[2] and match[1].upper() == option_letter(index)
     return match[2] if match and own else choice

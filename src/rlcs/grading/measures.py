@@ -61,7 +61,7 @@ _NO_NOUN = re.compile(  # a word that makes another number, or begins or joins a
     r"|also|just|exactly|approx\w*|rough\w*|around|near\w*|almost|more|less|most|least|fewer|greater|larger"
     r"|smaller|bigger|equals?|under|above|below|between|both|n?either|all|any|some|every|many|much|few"
     r"|several|other|another|same|base|true|false|yes|out|off|until|after|before|(?:al)?though|however|maybe"
-    r"|possibly|unless|wrong|incorrect|invalid|impossible|extraneous|inverse|guess|grand|mil|basis|倍|answers?|options?|choices?"
+    r"|possibly|unless|\w*fold|myriad|couple|googol|wan|reciprocal|opposite|complement|fake|nope|wrong|incorrect|invalid|impossible|extraneous|inverse|guess|grand|mil|basis|answers?|options?|choices?"
 )
 _NO_HEAD = "square cubic cube root real prime even odd integer rational complex total whole".split()
 _SHORT = "man men boy cat dog cow hen pig car bus box bag cup egg pen hat toy row way pie lap".split()
@@ -71,9 +71,7 @@ _SINGULAR = (
 _COUNTERS = (
     "个只本名人次支枝张条辆件块种组棵头匹座台架间层排行列朵颗粒把双对套盒袋瓶杯碗筐箱包盘页题场家户位段根片面"
 )
-_NO_HAN = re.compile(
-    r"[倍零一二三四五六七八九十百千万亿兆半几或和与且不无是加减乘除约负]|平方|立方|[成折分]$"
-)
+_NO_HAN = re.compile(r"[零一二三四五六七八九十百千万亿兆半几或和与且不无是加减乘除约负]|平方|立方|[成折分]$")
 _PIECE = re.compile(
     r"(sq\.|(?:square|sq|cubic)(?=[a-z]{2})|平方|立方)?(US\$|[^\W\d_]+|°[CF]?|[$€£¥₹₩₽¢])\.?(?:\^?[{(]?(-?[1-9])[})]?)?"
 )

@@ -10,7 +10,7 @@ from rlcs.grading import algebra
 from rlcs.grading.formulas import NotAFormulaError, is_word, read_formula
 from rlcs.grading.measures import Unit, read_unit
 from rlcs.grading.tokens import Tokens, enclosed, latex, spoken, steps
-from rlcs.grading.tree import MINUS_ONE, Node, PlusMinus, Product, Sum, Sym, symbols, walk
+from rlcs.grading.tree import MINUS_ONE, Node, Num, PlusMinus, Product, Sum, Sym, symbols, walk
 from rlcs.grading.values import Expression, Items, Number, Quantity, Text, Value
 
 _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
@@ -25,7 +25,8 @@ _ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
 
 def plain_words(text: str) -> str:
     """Words in lower case, without hyphens, quotes, a leading article and punctuation at the end."""
-    words = " ".join(re.sub(r"[-\s]+", " ", text).casefold().split()).strip("*`\"'.,; ")
+    words = " ".join(re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])|\s+", " ", text).casefold().split()).strip('*`".,; ')
+    words = words[1:-1] if words[:1] == words[-1:] == "'" else words
     return words[article.end() :] if (article := _ARTICLE.match(words)) else words
 
 
@@ -83,7 +84,7 @@ def of_tree(tree: Node, source: str) -> Value:
     return (
         Expression(source=source, tree=tree)
         if value is None
-        else Number(source=source, tree=tree, value=value)
+        else Number(source=source, tree=Num(value), value=value)
     )
 
 
@@ -105,7 +106,9 @@ def _percentage(tokens: Tokens, source: str) -> Value | None:
     if not length or length == len(tokens) or tokens[-length - 1].text.lower() in (*_PERCENT, "cent"):
         return None
     value = read_single(tokens[:-length], source)
-    return replace(value, percent=True, source=source) if isinstance(value, Number) else None
+    if not isinstance(value, Number):
+        return None
+    return replace(value, percent=True, source=source, tree=Num(value.value / 100))
 
 
 def _money(tokens: Tokens, source: str) -> Value | None:

@@ -106,3 +106,17 @@ def walk(node: Node) -> Iterator[Node]:
 def symbols(node: Node) -> frozenset[str]:
     """The names of the variables in a tree."""
     return frozenset(n.name for n in walk(node) if isinstance(n, Sym))
+
+
+def replaced(node: Node, old: Node, new: Node) -> Node:
+    """The tree with every node that equals `old` replaced."""
+    if node == old:
+        return new
+    match node:
+        case Sum(terms):
+            return Sum(tuple(replaced(term, old, new) for term in terms))
+        case Product(factors):
+            return Product(tuple(replaced(factor, old, new) for factor in factors))
+        case Power(base, exponent):
+            return Power(replaced(base, old, new), replaced(exponent, old, new))
+    return node
