@@ -272,9 +272,9 @@ def _items(parts: Sequence[Tokens], separators: Sequence[str], brackets: str, so
         items = [first, *named]  # x = 1, 2
     if not brackets and not any(map(enclosed, parts)) and all(isinstance(item, Region) for item in items):
         limits = [item for item in items if isinstance(item, Region)]
-        if len({limit.variable for limit in limits}) == 1:
-            if (joined := _joined(limits, separators)) is not None:
-                return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
+        pieces = _joined(limits, separators) if len({limit.variable for limit in limits}) == 1 else None
+        if pieces is not None:
+            return Region(source=source, pieces=tuple(pieces), variable=limits[0].variable)
     items = list({item.source: item for item in items}.values()) if brackets == "{}" else items
     flat: list[Value] = []
     for item in items:
