@@ -33,6 +33,7 @@ RULES = [
     ("2x", "2", False, "another value"),
     ("2x", "2x = 0", False, "an equation against a value"),
     ("AB = 5", "BA = 5", True, "the same text"),
+    ("AB = CD", "CD = AB", True, "the same equation"),
     ("2x", "10^{10^{10}}", False, "another value"),
     ("ab", "two words", False, "the answer is read as text, the gold answer as expression"),
     ("x = 5", "y = 5", False, "a value of y, not of x"),

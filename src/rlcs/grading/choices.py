@@ -52,8 +52,9 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
     ):
         several = len(given_value.letters) > 1
         return no("several options where one is asked" if several else "a letter that names no option")
-    elif isinstance(given_value, Named) and (index := letter_index(given_value.name, options)) is not None:
-        if index not in accepted:
+    elif isinstance(given_value, Named):
+        index = letter_index(given_value.name, options)
+        if index is not None and index not in accepted:
             return no(f"option {option_letter(index)}, not the gold answer")
     verdict = same(given_value, value)
     if verdict.correct and right is not None and _fits_another(given_value, right, options):
@@ -103,7 +104,7 @@ def _named_option(text: str, options: Sequence[str]) -> tuple[int | None, str]:
         return letter_index(labelled[1], options), labelled[2]
     if labelled := _LETTER_THEN_VALUE.fullmatch(given) or _LETTER_AND_VALUE.fullmatch(given):
         index = letter_index(labelled[1], options)
-        if index is not None and same(read(labelled[2]), read(options[index])).correct:
+        if index is not None and _option_of(read(labelled[2]), options) is not None:
             return index, labelled[2]
     if labelled := _VALUE_THEN_LETTER.fullmatch(given):
         return letter_index(labelled[2], options), labelled[1]

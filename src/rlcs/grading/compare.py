@@ -44,10 +44,11 @@ _COMPARABLE = (
     FUNCTIONS
     | GREEK
     | frozenset(
-        "factorial floor ceil over sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus"
-        " emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat begin end det circ"
-        " angle triangle neg".split()
+        "factorial ceil over sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap"
+        " setminus emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec"
+        " hat begin end det circ angle triangle neg".split()
     )
+    | {"floor"}
 )
 """Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])

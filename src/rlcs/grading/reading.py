@@ -225,7 +225,9 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
     name, body = inner[2].text, inner[4:-4]
     if name == "array" and body[0].text == "{":
         body = body[end_of_group(body, 0) :]
-    rows = [row for row in split(body, frozenset(["\\\\"]))[0] if row]
+    rows = [r for r in split(body, frozenset(["\\\\"]))[0] if any(token.text != "&" for token in r)]
+    if not rows:
+        return None
     if name in _MATRICES and not system:
         cells = tuple(tuple(map(_value, split(row, frozenset("&"))[0])) for row in rows)
         return Matrix(source=source, rows=cells)
@@ -256,7 +258,7 @@ def _bracketed(tokens: Tokens, source: str) -> Value | None:
 
 
 def _condition(element: Tokens, condition: Value) -> Value | None:
-    r"""The set of all real `x` under a condition on `x`; None for other elements, such as `x^2` or integers."""
+    r"""The set of all real `x` under a condition on `x`; None for others, of `x^2` or of integers."""
     name, operator = latex(element[:1]), latex(element[1:])
     if operator not in ("", "\\in\\R"):
         return None
@@ -278,9 +280,9 @@ def _items(parts: Sequence[Tokens], separators: Sequence[str], brackets: str, so
         items = [first, *named]  # x = 1, 2
     if not brackets and not any(map(enclosed, parts)) and all(isinstance(item, Region) for item in items):
         limits = [item for item in items if isinstance(item, Region)]
-        if len({limit.variable for limit in limits}) == 1:
-            if (joined := _joined(limits, separators)) is not None:
-                return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
+        pieces = _joined(limits, separators) if len({limit.variable for limit in limits}) == 1 else None
+        if pieces is not None:
+            return Region(source=source, pieces=tuple(pieces), variable=limits[0].variable)
     items = list({item.source: item for item in items}.values()) if brackets == "{}" else items
     flat: list[Value] = []
     for item in items:
@@ -441,7 +443,7 @@ def _equation(parts: Sequence[Tokens], source: str, *, rounded: bool) -> Value:
 
 
 def _stated(parts: Sequence[Tokens], sides: Sequence[Value], *, rounded: bool) -> tuple[Value, ...]:
-    """The values that an equation states: the last side of a + b = 5; both ends of 25 \\pi = 78.5."""
+    r"""The values that an equation states: the last side of a + b = 5; both ends of 25 \\pi = 78.5."""
     trees = [tree_of(_without_units(part)) for part in parts]
     first, last = trees[0], trees[-1]
     if first is None or last is None or symbols(last):
