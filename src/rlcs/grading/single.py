@@ -9,7 +9,7 @@ from rlcs.grading import algebra
 from rlcs.grading.formulas import NotAFormulaError, is_word, read_formula
 from rlcs.grading.measures import Unit, read_unit
 from rlcs.grading.tokens import Tokens, enclosed, latex, spoken, steps
-from rlcs.grading.tree import MINUS_ONE, Node, PlusMinus, Product, Sum, Sym, symbols, walk
+from rlcs.grading.tree import MINUS_ONE, Node, PlusMinus, Product, Sum, Sym, both_signs, symbols, walk
 from rlcs.grading.values import Expression, Items, Number, Quantity, Text, Value
 
 _MONEY = frozenset("$ € £ ¥ ₹ ₽ ₩".split())
@@ -53,14 +53,11 @@ def read_single(tokens: Tokens, source: str) -> Value:
 
 def of_tree(tree: Node, source: str) -> Value:
     if any(isinstance(node, PlusMinus) for node in walk(tree)):
-        both = algebra.both_signs(tree)
+        both = both_signs(tree)
         return Items(source=source, brackets="", items=tuple(of_tree(one, source) for one in both))
     if symbols(tree):
         return Expression(source=source, tree=tree)
-    try:
-        value = algebra.exact(tree)
-    except algebra.TooLargeError:
-        value = None
+    value = algebra.exact(tree)
     return (
         Expression(source=source, tree=tree)
         if value is None

@@ -106,3 +106,18 @@ def walk(node: Node) -> Iterator[Node]:
 def symbols(node: Node) -> frozenset[str]:
     """The names of the variables in a tree."""
     return frozenset(n.name for n in walk(node) if isinstance(n, Sym))
+
+
+def both_signs(node: Node) -> tuple[Node, ...]:
+    r"""The formulas that one with `\pm` stands for: all upper signs, then all lower ones."""
+    both = any(isinstance(below, PlusMinus) for below in walk(node))
+    return (_with_sign(node, upper=True), _with_sign(node, upper=False)) if both else (node,)
+
+
+def _with_sign(node: Node, *, upper: bool) -> Node:
+    parts = tuple(_with_sign(child, upper=upper) for child in children(node))
+    if isinstance(node, PlusMinus):
+        return parts[0] if upper != node.opposite else Product((MINUS_ONE, parts[0]))
+    if isinstance(node, Power | Call):
+        return Power(*parts) if isinstance(node, Power) else Call(node.name, parts)
+    return type(node)(parts) if isinstance(node, Sum | Product) else node
