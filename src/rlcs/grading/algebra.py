@@ -190,7 +190,7 @@ def _solutions(node: Node, point: _Point) -> Iterator[_Point]:
         at = _At(dict(point), 2 * _BITS)
         try:
             old, old_value, new = point[name], at.value(node), point[name] * 1.1
-            for _ in range(40):
+            for _ in range(30):
                 at.point[name] = new
                 if not (value := at.value(node)):
                     yield at.point
@@ -234,7 +234,7 @@ class _At:
             case Product():
                 value = math.prod(parts)
             case Power(_, exponent):
-                value = self.power(*parts, _known(exponent))
+                value = self.power(parts[0], parts[1], _known(exponent))
             case Call(name):
                 value = self.call(name, *parts)
             case _:
