@@ -144,7 +144,7 @@ def test_hostile_answers_end_soon_and_wrong_or_unscored(tmp_path: Path) -> None:
     ]
     file = write(tmp_path / "a.jsonl", *[{"response": text, "answer": "x^2"} for text in hostile], *good)
     tally = grade_file(file, tmp_path / "out.jsonl", rule="rlcs")
-    assert (tally.count(True), tally.count(False), tally.count(None)) == (28, 6, 1)
+    assert (tally.count(True), tally.count(False), tally.count(None)) == (28, 7, 0)
     assert "timed out" in tally.unscored[0]
 
 

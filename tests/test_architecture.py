@@ -64,6 +64,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "bench": "bench/",
     "tiny_model": "tools/tiny_model/",
     "grading_reference": "the table in docs/reference/grading.md",
+    "grading_properties": "grading as a whole, over made answers",
     "shipped_recipes": "the YAML files in recipes/",
     "generate": "the command `rlcs generate`, through generation, engines and serving",
     "vllm_lora": "adapters with vLLM, through all packages",

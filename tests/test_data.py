@@ -140,7 +140,13 @@ def good_row(**changes):
         (good_row(answer=""), "the answer is empty"),
         (good_row(answer=True), "a text or a number, not bool True"),
         (good_row(answer=None), "not NoneType None"),
-        (good_row(answer=["red"]), r"not list \['red'\]"),
+        (good_row(answer=[]), r"not list \[\]"),
+        (good_row(answer=[None]), "not NoneType None"),
+        (good_row(answer={"a": 1}), "not dict"),
+        (good_row(answer="C", choices=["1", "2"]), "the gold answer 'C' is no such option"),
+        (good_row(answer=0, choices=["red", "blue"]), "an index from 0 or from 1"),
+        (good_row(answer="\\boxed{5"), "the last box is not closed"),
+        (good_row(answer="so many words " * 20), "no answer is marked"),
         (good_row(answer=float("nan")), "not float nan"),
         (good_row(answer=float("inf")), "not float inf"),
         (good_row(choices="A"), "the choices must be a list"),
@@ -255,7 +261,50 @@ def test_a_worked_answer_is_a_demonstration_in_cold_start_alone(folder):
     (row,) = load(source, "cold_start").rows
     assert (row.problem.answer, row.response) == ("7", WORKED)
     (row,) = load(source, "rl").rows
+    assert (row.problem.answer, row.response) == ("7", None)
+    (row,) = load(source, "rl", answers="as_given").rows
     assert (row.problem.answer, row.response) == (WORKED, None)
+
+
+def test_gold_answers_are_unwrapped_counted_and_one_is_shown(folder):
+    options = {"choices": ["1", "2"]}
+    rows = [
+        good_row(id="a"),
+        good_row(id="b", answer="<answer>B</answer>", **options),
+        good_row(id="c", answer="#### 5"),
+        good_row(id="d", answer=["12"]),
+        good_row(id="e", answer=["1", 2.5]),
+        good_row(id="f", answer="The answer is [1,2]."),
+        good_row(id="g", answer="<answer>A</answer>", **options),
+    ]
+    loaded = load(write_jsonl(folder, rows))
+    assert [row.problem.answer for row in loaded.rows] == ["red", "B", "5", "12", "1, 2.5", "[1,2]", "A"]
+    (note,) = loaded.notes
+    assert note == (
+        "6 gold answers were unwrapped (<answer>: 2, list: 2, ####: 1, words: 1), "
+        "e.g. row b: '<answer>B</answer>' is 'B'"
+    )
+    assert load(write_jsonl(folder, rows[:1])).notes == ()
+
+
+def test_as_given_leaves_gold_answers_alone(folder):
+    rows = [
+        good_row(id="a", answer="<answer>B</answer>"),
+        good_row(id="b", answer="C", choices=["1"]),
+        good_row(id="c", answer="a long reference answer for a judge, " * 10),
+    ]
+    loaded = load(write_jsonl(folder, rows), answers="as_given")
+    assert [row.problem.answer for row in loaded.rows] == [row["answer"] for row in rows]
+    assert not loaded.bad and not loaded.notes
+
+
+def test_a_demonstration_needs_no_gold_answer_that_can_be_matched(folder):
+    rows = [
+        good_row(id="a", response=WORKED, answer="\\boxed{5"),
+        good_row(id="b", response="x", answer="#### 5"),
+    ]
+    loaded = load(write_jsonl(folder, rows), "cold_start")
+    assert [row.problem.answer for row in loaded.rows] == ["\\boxed{5", "5"]
 
 
 def test_the_answer_column_can_be_named_as_the_response(folder):
@@ -431,7 +480,7 @@ def test_a_folder_of_parquet_files_is_a_data_set(dataset, tmp_path, monkeypatch)
     (tmp_path / "set" / "data").mkdir(parents=True)
     dataset.to_parquet(str(tmp_path / "set" / "data" / "train-00000-of-00001.parquet"))
     loaded = load(str(tmp_path / "set"))
-    assert [row.problem.answer for row in loaded.rows] == ["red", WORKED, "green"]
+    assert [row.problem.answer for row in loaded.rows] == ["red", "7", "green"]
     with pytest.raises(DataError, match=r"cannot be loaded.*test"):
         load(str(tmp_path / "set"), "test")
 

@@ -171,3 +171,7 @@ def test_the_command_reports_overlaps(tmp_path: Path):
     lines = rlcs("data", "overlap", "builtin:shapes?count=4", "builtin:shapes?count=4", "--json").stdout
     assert sum(json.loads(line)["kind"] == "same problem" for line in lines.splitlines()) == 4
     assert rlcs("data", "overlap", "builtin:shapes?count=4", "benchmark:nosuch").returncode == 2
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "Why?", "answer": "for many reasons " * 20}) + "\n")
+    found = rlcs("data", "overlap", rows, rows, "--json")
+    assert json.loads(found.stdout.splitlines()[0])["kind"] == "same question", found.stderr

@@ -94,11 +94,21 @@ def test_rows_stop_at_the_end_token_or_the_limit(vlm, chat, prompts):
         assert len(rollout.ids) <= 15
 
 
-def test_progress_counts_every_rollout(vlm, chat, prompts):
-    seen = []
+def test_every_group_is_handed_over_as_soon_as_it_is_finished(vlm, chat, prompts):
+    """With four rows the answers to the first prompts end before the last prompt is begun."""
+    seen, passes, passes_before = [], [], []
+    vlm.model.get_output_embeddings().register_forward_hook(lambda *_: passes.append(1))
+
+    def on_group(group):
+        seen.append(group)
+        passes_before.append(len(passes))
+
     sampling = chat.sampling(max_new_tokens=4, n=2)
-    LocalEngine(vlm, chat, max_rows=4).sample(prompts, sampling, progress=seen.append)
-    assert sum(seen) == 10
+    groups = LocalEngine(vlm, chat, max_rows=4).sample(prompts, sampling, on_group=on_group)
+    assert len(seen) == len(groups) and {g[0].problem_id: g for g in seen} == {
+        g[0].problem_id: g for g in groups
+    }
+    assert passes_before[0] < len(passes) / 2
 
 
 class Nowhere:
@@ -263,7 +273,7 @@ def test_sampling_equals_submitting(vlm, chat, prompts):
     one_by_one = [submitted(engine, prompt, sampling) for prompt in prompts]
     meanwhile = []
     thread = threading.Thread(target=lambda: meanwhile.append(submitted(engine, prompts[1], sampling)))
-    groups = engine.sample(prompts, sampling, progress=lambda _: thread.ident or thread.start())
+    groups = engine.sample(prompts, sampling, on_group=lambda _: thread.ident or thread.start())
     thread.join()
     assert [[list(r.ids) for r in group] for group in groups] == one_by_one
     assert meanwhile == [one_by_one[1]]

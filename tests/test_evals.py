@@ -324,14 +324,14 @@ def test_a_judge_reads_out_what_has_no_box_and_is_visible(tmp_path):
         assert not judge.seen and [row["rule"] for row in plain["rows"]] == ["rlcs", "official"]
         assert scores(tmp_path, benchmark="mathvista")["judge"] is None
         judged = run(eval_run(tmp_path, server, judge, **chosen))
-        assert len(judge.seen) == 3 and judge.seen[0]["model"] == "reader"
+        assert len(judge.seen) == 1 + 3 and judge.seen[0]["model"] == "reader", "a trial, then the answers"
         run(eval_run(tmp_path, server, judge, **chosen))
-        assert len(judge.seen) == 3, "nothing is judged twice"
+        assert len(judge.seen) == 4 + 1, "nothing is judged twice"
         other = Endpoint(base_url=judge.url, model="another", max_retries=1)
         run(replace(eval_run(tmp_path, server, **chosen), judge=other))
-        assert len(judge.seen) == 6, "another model extracts for itself"
+        assert len(judge.seen) == 5 + 4, "another model extracts for itself"
         run(eval_run(tmp_path, server, judge, **chosen))
-        assert len(judge.seen) == 6, "and what the first one extracted is still there"
+        assert len(judge.seen) == 9 + 1, "and what the first one extracted is still there"
     got = scores(tmp_path, benchmark="mathvista")
     assert {rule: each["accuracy"] for rule, each in got["rules"].items()} == {
         "rlcs": 0.25,
@@ -416,7 +416,7 @@ def test_models_get_names_of_their_own():
         (["builtin", "--benchmarks", "mathvison"], "did you mean mathvision"),
         (["builtin", "--prompt", "papr"], "did you mean paper"),
         (["builtin", "--samples", "4"], "several greedy samples"),
-        (["builtin", "--judge-url", "http://127.0.0.1:1/v1"], "a judge has a URL and a model"),
+        (["builtin", "--judge-url", "http://127.0.0.1:1/v1"], "a judge on a server has a model"),
         (["builtin", "--split", "tst", "--data", "mini"], "no split"),
         (["builtin", "--data", "nowhere"], "no such folder"),
         (["builtin", "--data", "mini", "--split", "test"], "there is no test.jsonl"),

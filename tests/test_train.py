@@ -449,6 +449,33 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
         assert once["sampling_params"].pop("seed") != again["sampling_params"].pop("seed") and once == again
 
 
+def test_a_judge_starts_on_the_first_group_while_others_are_sampled(vlm, chat):
+    settings, events = Grpo(**SMALL), []
+
+    class Recorder:
+        def start(self, answers):
+            events.append(answers)
+
+    class Sampled(LocalEngine):
+        def sample(self, *args, **settings):
+            groups = super().sample(*args, **settings)
+            events.append("sampled")
+            return groups
+
+    problems = puzzles.load("puzzles", split="train", count=4, seed=5)
+    sampling = chat.sampling(n=3, max_new_tokens=8, seed=3)
+    engine = Sampled(vlm, chat, max_rows=6)
+    context = grpo.GrpoContext(
+        vlm=vlm, reference=None, chat=chat, engine=engine, grader=Never(), judge=Recorder()
+    )
+    groups, _ = grpo.collect(
+        context, ProblemStream(problems, seed=3), settings, sampling, step=0, clock=Clock()
+    )
+    assert len(events) == 4 + 1 and events[-1] == "sampled"
+    expected = [[(group.problem, rollout.text) for rollout in group.rollouts] for group in groups]
+    assert sorted(events[:-1], key=str) == sorted(expected, key=str)
+
+
 class Never:
     """Nothing is ever right."""
 

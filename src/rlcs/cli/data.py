@@ -13,6 +13,7 @@ from rlcs.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
     from rlcs.data.sources import Role
+    from rlcs.recipe.schema import Data
 
 data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is_help=True)
 
@@ -75,11 +76,12 @@ def data_export(
     """Write data in the layout of other tools, with a card. Parquet with images, ms-swift, LLaMA-Factory."""
     from rlcs.data.exchange import LAYOUTS, export
     from rlcs.data.sources import suggest
+    from rlcs.recipe.schema import Data
 
     chosen = next((each for each in LAYOUTS if each == layout), None)
     if chosen is None:
         raise UserError(f"no layout {layout!r}", where="--layout", fix=suggest(layout, LAYOUTS))
-    rows = _rows(source, "cold_start")
+    rows = _rows(source, Data())
     for path in export(rows, to, layout=chosen, source=source):
         if path.parent.name != "images":
             typer.echo(path)
@@ -123,22 +125,24 @@ def data_overlap(
             typer.echo(f"    {each.a}  {each.b}" + (f"  ({each.bits} bits)" if each.bits else ""))
 
 
-def _rows(source: str, role: "Role") -> Any:
+def _rows(source: str, settings: "Data") -> Any:
     """The usable rows of a source; raises DataError when too few are."""
     from rlcs.data.loading import load, require_usable
-    from rlcs.recipe.schema import Data, Images
+    from rlcs.recipe.schema import Images
 
-    loaded = load(source, Data(), decode_limit=Images().decode_limit, role=role)
-    require_usable(loaded, Data())
+    loaded = load(source, settings, decode_limit=Images().decode_limit, role="cold_start")
+    require_usable(loaded, settings)
     return loaded.rows
 
 
 def _problems(source: str, data: Path | None) -> list[Any]:
+    from rlcs.recipe.schema import Data, Images
+
     if not source.startswith("benchmark:"):
-        return [row.problem for row in _rows(source, "cold_start")]
+        # Gold answers are not compared, so that they need not be such as can be graded.
+        return [row.problem for row in _rows(source, Data(answers="as_given"))]
     from rlcs.evals.benchmarks import find
     from rlcs.evals.benchmarks.loading import load_benchmark
-    from rlcs.recipe.schema import Images
 
     limit = Images().decode_limit
     loaded = load_benchmark(

@@ -14,7 +14,29 @@ evaluate_app = typer.Typer()
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(SamplingOptions):
+class JudgeOptions:
+    """The options that name a judge."""
+
+    judge_model: Annotated[
+        str | None, typer.Option(help="Model that reads answers without a box, and scores MathVerse")
+    ] = None
+    judge_url: Annotated[str | None, typer.Option(help="Its server; without one rlcs loads it")] = None
+    judge_key_env: Annotated[str, typer.Option(help="Variable with the server's key")] = "OPENAI_API_KEY"
+
+    def judge(self) -> Any:
+        """The judge: a server's model, one to load, or None. Raises UserError for a server without one."""
+        from rlcs.recipe.sampling import Endpoint
+
+        if self.judge_url is None:
+            return self.judge_model
+        if self.judge_model is None:
+            what, fix = "a judge on a server has a model", "give --judge-model too"
+            raise UserError(what, where="--judge-url", fix=fix)
+        return Endpoint(base_url=self.judge_url, model=self.judge_model, key_env=self.judge_key_env)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(SamplingOptions, JudgeOptions):
     """The options of `rlcs eval`."""
 
     model: Annotated[
@@ -36,9 +58,6 @@ class EvalOptions(SamplingOptions):
     ] = None
     key_env: KeyVariable = "OPENAI_API_KEY"
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time")] = 32
-    judge_url: Annotated[str | None, typer.Option(help="Server that extracts answers without a box")] = None
-    judge_model: Annotated[str | None, typer.Option(help="Its model")] = None
-    judge_key_env: Annotated[str, typer.Option(help="Variable with its key")] = "OPENAI_API_KEY"
 
 
 @evaluate_app.command("eval")
@@ -86,15 +105,13 @@ def _eval_run(options: EvalOptions) -> Any:
     if options.samples > 1 and options.temperature == 0:
         fix = "add --temperature 0.7"
         raise UserError("several greedy samples would all be the same", where="--samples", fix=fix)
-    if (options.judge_url is None) != (options.judge_model is None):
-        raise UserError("a judge has a URL and a model", where="--judge-url", fix="give --judge-model too")
     if options.base_url and options.engine != "local":
         raise UserError("a server has an engine of its own", where="--engine", fix="leave it out")
 
-    def server(url: str | None, model: str, key_env: str) -> Endpoint | None:
-        settings = {"model": model, "key_env": key_env, "concurrency": options.concurrency}
-        return None if url is None else Endpoint.model_validate({"base_url": url, **settings})
-
+    url, at_once = options.base_url, options.concurrency
+    endpoint = None
+    if url is not None:
+        endpoint = Endpoint(base_url=url, model="", key_env=options.key_env, concurrency=at_once)
     words = [f"engine={options.engine}", *(options.rollout or [])]
     shared = same_fields(options, EvalRun) | {
         "benchmarks": tuple(name.strip() for name in options.benchmarks.split(",") if name.strip()),
@@ -109,19 +126,21 @@ def _eval_run(options: EvalOptions) -> Any:
             max_new_tokens=options.max_tokens,
             max_rows=options.batch,
         ),
-        endpoint=server(options.base_url, "", options.key_env),
-        judge=server(options.judge_url, options.judge_model or "", options.judge_key_env),
+        endpoint=endpoint,
+        judge=options.judge(),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradeOptions:
+class GradeOptions(JudgeOptions):
     """The options of `rlcs grade`."""
 
     out: Annotated[
         Path | None, typer.Option("--out", help="The same rows with prediction, correct, why and the values")
     ] = None
-    rule: Annotated[str, typer.Option("--rule", help="rlcs, mathvision, mathvista or wemath")] = "rlcs"
+    rule: Annotated[
+        str, typer.Option(help="rlcs, mathvision, mathvista, wemath, or mathverse with a judge")
+    ] = "rlcs"
     strict: Annotated[bool, typer.Option("--strict", help="rlcs: only a closed box counts")] = False
     explain: Annotated[
         bool, typer.Option("--explain", help="What was read and which rule decided, wrong rows first")
@@ -133,6 +152,9 @@ class GradeOptions:
     ] = None
     gold: Annotated[str | None, typer.Option(help="The gold answer to --response")] = None
     choices: Annotated[str, typer.Option(help="The options of that question, like 'a;b;c'")] = ""
+    quick_match: Annotated[
+        bool, typer.Option("--quick-match", help="mathverse: an extraction must equal the gold answer")
+    ] = False
     json: Json = False
 
 
@@ -158,7 +180,20 @@ def grade(
     from rlcs.evals.answer_file import grade_file
     from rlcs.evals.explanation import explain, select
 
-    tally = grade_file(file, options.out, rule=options.rule, allow_fallbacks=not options.strict)
+    judge, beside = options.judge(), options.out or file
+    if judge is not None:
+        from rlcs.evals.mathverse_judge import MathVerseJudge
+
+        replies = beside.with_name(f"{beside.name}.judged.jsonl")
+        judge = MathVerseJudge(model=judge, replies=replies, quick_match=options.quick_match)
+
+    tally = grade_file(
+        file,
+        options.out,
+        rule=options.rule,
+        allow_fallbacks=not options.strict,
+        judge=judge,
+    )
     print_left_out("unscored", [f"{file}, {row}" for row in tally.unscored])
     lines = []
     for row, verdict in select(tally.graded, options.ids or [], options.limit) if options.explain else ():
@@ -169,7 +204,12 @@ def grade(
     accuracy = "accuracy none: no row could be scored"
     if tally.accuracy is not None:
         accuracy = f"accuracy {tally.accuracy:.2%} by {options.rule}   {interval}"
-    lines += [accuracy, *(f"{name:<8} {numbers[name]:,}" for name in ("right", "wrong", "unscored"))]
+    versions = [f"  {name}: {right / n:.2%} of {n:,}" for name, (right, n) in tally.by_version.items()]
+    lines += [
+        accuracy,
+        *versions,
+        *(f"{name:<8} {numbers[name]:,}" for name in ("right", "wrong", "unscored")),
+    ]
     out = {} if options.out is None else {"out": str(options.out)}
     print_result(
         {**numbers, **out}, [*lines, *(f"rows     {path}" for path in out.values())], json=options.json

@@ -15,10 +15,10 @@ _VARYING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S*[/\\]\S*|\d+")
 
 def unmatchable(rows: Iterable[Row]) -> list[BadRow]:
     """The rows to be answered whose gold answer is not right as an answer to itself, by all of our rule."""
-    asked = [row.problem for row in rows if row.response is None]
+    problems = [row.problem for row in rows if row.response is None]
     with GradePool() as pool:
-        faults = pool.gold_faults(asked)
-    found = ((problem, faults.get((problem.answer, problem.choices))) for problem in asked)
+        faults = pool.gold_faults(problems)
+    found = ((problem, faults.get((problem.answer, problem.choices))) for problem in problems)
     return [BadRow(where=p.source, id=p.id, reason=fault) for p, fault in found if fault]
 
 

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from rlcs.records import Prompt, Rollout, Sampling
 
-Progress = Callable[[int], None] | None
-"""Called with the number of rollouts that have finished since the last call."""
+OnGroup = Callable[[tuple[Rollout, ...]], None] | None
+"""Called with all rollouts of a prompt as soon as they have finished; prompts finish in any order."""
 
 
 class Engine(Protocol):
@@ -17,7 +17,7 @@ class Engine(Protocol):
         ...
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, on_group: OnGroup = None
     ) -> list[tuple[Rollout, ...]]:
         """Sample `sampling.n` rollouts of every prompt, in the order of the prompts.
 

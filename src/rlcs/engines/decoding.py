@@ -89,6 +89,11 @@ class DecodeRequest:
         """The longest that prompt and answer can become."""
         return len(self.prompt.ids) + self.sampling.max_new_tokens
 
+    @property
+    def finished(self) -> bool:
+        """Whether all answers have ended."""
+        return bool(self.rows) and all(row.stop is not None for row in self.rows)
+
     def cancel(self) -> None:
         """Remove the request from the batch at the next step. From any thread."""
         self.cancelled = True

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from rlcs.engines.base import Progress
+from rlcs.engines.base import OnGroup
 from rlcs.engines.decoding import DecodeRequest, DecodingBatch, Listener, Row
 from rlcs.engines.onednn_linear import packed
 from rlcs.model.chat import Chat
@@ -65,18 +65,21 @@ class LocalEngine:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, on_group: OnGroup = None
     ) -> list[tuple[Rollout, ...]]:
         """See `Engine.sample`. The model is left in the mode (train or eval) in which it was."""
         requests = [DecodeRequest(prompt=prompt, sampling=sampling, step=step) for prompt in prompts]
+        unfinished = list(requests)
         with self._ready():
             self._unpack()
             with packed(self._vlm.model):
                 # Prefilling a few prompts at a time would cost more than leaving rows free for a while.
                 for ended in self._decode(list(requests), refill=self._max_rows // 4):
-                    if ended and progress is not None:
-                        progress(ended)
-        return [tuple(self._rollout(request, row) for row in request.rows) for request in requests]
+                    if ended and on_group is not None:
+                        for request in [request for request in unfinished if request.finished]:
+                            unfinished.remove(request)
+                            on_group(self._group(request))
+        return [self._group(request) for request in requests]
 
     def submit(
         self, prompt: Prompt, sampling: Sampling, *, listener: Listener, stops: Sequence[str] = ()
@@ -167,6 +170,9 @@ class LocalEngine:
                 joining.append(request)
             del waiting[: len(joining)]
         return joining
+
+    def _group(self, request: DecodeRequest) -> tuple[Rollout, ...]:
+        return tuple(self._rollout(request, row) for row in request.rows)
 
     def _rollout(self, request: DecodeRequest, row: Row) -> Rollout:
         assert row.stop is not None, "every row has ended"

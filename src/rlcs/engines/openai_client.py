@@ -51,7 +51,7 @@ class _FinalError(Exception):
 
 
 class EndpointClient:
-    """Samples from one server; a context manager. Not for several threads at once."""
+    """Samples from one server; a context manager. Threads may share it, and with it `concurrency`."""
 
     def __init__(self, settings: Endpoint, sampling: Sampling) -> None:
         """Prepare the client; nothing is sent yet. Raises EndpointError for an invalid URL.

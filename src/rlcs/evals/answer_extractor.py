@@ -2,17 +2,16 @@
 
 MathVista's official script extracts with a language model; this does the same for any benchmark, with a
 prompt written here. The extractor never sees the gold answer and does not grade: it copies the final answer
-out of a response, and the rlcs rule compares it. Off unless `--judge-url` is given; its scores are reported
+out of a response, and the rlcs rule compares it. Off unless `--judge-model` is given; its scores are reported
 apart, as the rule `rlcs+judge`.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rlcs.errors import EndpointError
 from rlcs.evals.benchmarks.base import Question
-from rlcs.generation import SampleLog, Sampler
+from rlcs.generation import CachedSampler, Sampler
 from rlcs.grading.extraction import extract
 from rlcs.records import Message, Request, Sample, SampleKey, Sampling
 from rlcs.signals import StopFlag
@@ -62,29 +61,38 @@ def extract_answers(
 
     `path` is a log of what `model`, the model behind `sampler`, extracted: a later call reuses it.
     """
-    requests, digests, keys = [], dict[str, str](), dict[str, SampleKey]()
-    for question, sample in answered:
-        request = Request(id=f"{sample.id} #{sample.index}", messages=_messages(question, sample.text))
-        requests.append(request)
-        keys[request.id] = sample.key
-        facts = json.dumps([model, sample.text])
-        digests[request.id] = hashlib.sha256(facts.encode("utf-8", "backslashreplace")).hexdigest()[:16]
-    failed = {}
-    with SampleLog(path, digests, may_change=True) as log:
-        for extraction in sampler.samples(log.unanswered(requests), stop=stop):
-            if extraction.error:
-                failed[extraction.id] = extraction.error
-            else:
-                log.add(extraction)
-        return {keys[name]: entry.sample.text.strip() for (name, *_), entry in log.entries.items()}, failed
+    prompts = [_messages(question, sample.text) for question, sample in answered]
+    with CachedSampler(sampler, model, path) as cached:
+        replies = cached.samples(prompts, stop=stop)
+    pairs = [(sample, reply) for (_, sample), reply in zip(answered, replies, strict=True)]
+    failed = {f"{sample.id} #{sample.index}": reply.error for sample, reply in pairs if reply.error}
+    return {sample.key: reply.text.strip() for sample, reply in pairs if not reply.error}, failed
+
+
+def require_reply(sampler: Sampler, model: str) -> None:
+    """Make one request, so that a model that does not reply is found before hours of sampling."""
+    request = Request(id="trial", messages=few_shot(_TASK, (), _prompt("What is 2 + 3?", "It is 5.")))
+    for sample in sampler.samples([request]):
+        if sample.error:
+            raise EndpointError(
+                f"{model} does not reply to a trial request: {sample.error}",
+                where="--judge-model",
+                fix="see that its server works, or name another model",
+            )
+
+
+def few_shot(task: str, examples: Iterable[tuple[str, str]], prompt: str) -> tuple[Message, ...]:
+    """A conversation that sets a task, shows examples (prompt, reply), and ends with the prompt to answer."""
+    messages = [Message(role="system", parts=(task,))]
+    for question, reply in examples:
+        messages.append(Message(role="user", parts=(question,)))
+        messages.append(Message(role="assistant", parts=(reply,)))
+    return (*messages, Message(role="user", parts=(prompt,)))
 
 
 def _messages(question: Question, response: str) -> tuple[Message, ...]:
-    messages = [Message(role="system", parts=(_TASK,))]
-    for example, text, answer in _EXAMPLES:
-        messages.append(Message(role="user", parts=(_prompt(example, text),)))
-        messages.append(Message(role="assistant", parts=(answer,)))
-    return (*messages, Message(role="user", parts=(_prompt(question.plain, response),)))
+    examples = [(_prompt(example, text), answer) for example, text, answer in _EXAMPLES]
+    return few_shot(_TASK, examples, _prompt(question.plain, response))
 
 
 def _prompt(question: str, response: str) -> str:

@@ -176,7 +176,9 @@ def _official(benchmark: str, extracted: str | None, *, correct: bool, note: str
 OFFICIAL_RULES: Mapping[str, Callable[[AnswerRow], Grade]] = MappingProxyType(
     {"mathvision": grade_by_mathvision, "mathvista": grade_by_mathvista, "wemath": grade_by_wemath}
 )
-RULES = ("rlcs", *OFFICIAL_RULES)
+MATHVERSE = "mathverse"
+"""The rule that asks a judge."""
+RULES = ("rlcs", *OFFICIAL_RULES, MATHVERSE)
 """The names of all rules."""
 
 
@@ -216,6 +218,8 @@ def _quick(row: AnswerRow, *, allow_fallbacks: bool) -> Grade | Undecided:
 # --- the file ---------------------------------------------------------------------------------
 
 
+JudgeRows = Callable[[Sequence[AnswerRow]], list[Grade]]
+"""Grades rows, in order, by asking a model."""
 Graded = list[tuple[AnswerRow, Grade]]
 """Rows with their grades, in order."""
 
@@ -237,6 +241,15 @@ class Tally:
         return [f"{row.name}: {grade.why}" for row, grade in self.graded if grade.correct is None]
 
     @property
+    def by_version(self) -> dict[str, tuple[int, int]]:
+        """Right and scored rows of each `problem_version`, where rows have one (MathVerse)."""
+        versions: dict[str, list[bool]] = {}
+        for row, grade in self.graded:
+            if grade.correct is not None and "problem_version" in row.fields:
+                versions.setdefault(str(row.fields["problem_version"]), []).append(grade.correct)
+        return {name: (sum(each), len(each)) for name, each in sorted(versions.items())}
+
+    @property
     def accuracy(self) -> float | None:
         """The share of right answers among the scored ones; None if none was scored."""
         scored = len(self.graded) - self.count(None)
@@ -247,13 +260,21 @@ class Tally:
         right, wrong, unscored = (self.count(verdict) for verdict in (True, False, None))
         low, high = wilson(right, right + wrong)
         counts = {"right": right, "wrong": wrong, "unscored": unscored, "rows": len(self.graded)}
-        return {"rule": self.rule, **counts, "accuracy": self.accuracy, "low": low, "high": high}
+        scores = {"accuracy": self.accuracy, "low": low, "high": high, "by_version": self.by_version}
+        return {"rule": self.rule, **counts, **scores}
 
 
-def grade_rows(rows: Sequence[AnswerRow], *, rule: str, allow_fallbacks: bool) -> Graded:
-    """Grade rows by a rule. Raises DataError for an unknown rule."""
+def grade_rows(
+    rows: Sequence[AnswerRow], *, rule: str, allow_fallbacks: bool, judge: JudgeRows | None = None
+) -> Graded:
+    """Grade rows by a rule. Raises DataError for an unknown rule, or for `mathverse` without a judge."""
     if rule not in RULES:
         raise DataError(f"unknown rule {rule!r}", where="--rule", fix=f"use {', '.join(RULES)}")
+    if rule == MATHVERSE:
+        if judge is None:
+            fix = "give a file and --judge-model, and --judge-url where a server runs it"
+            raise DataError("a language model scores MathVerse", where="--rule mathverse", fix=fix)
+        return list(zip(rows, judge(rows), strict=True))
     if rule != "rlcs":
         return [(row, grade_officially(row, rule)) for row in rows]
     workers = min(os.cpu_count() or 1, len(rows))
@@ -261,17 +282,24 @@ def grade_rows(rows: Sequence[AnswerRow], *, rule: str, allow_fallbacks: bool) -
         return list(zip(rows, grade_by_rlcs(rows, pool), strict=True))
 
 
-def grade_file(path: Path, out: Path | None, *, rule: str, allow_fallbacks: bool = True) -> Tally:
+def grade_file(
+    path: Path,
+    out: Path | None,
+    *,
+    rule: str,
+    allow_fallbacks: bool = True,
+    judge: JudgeRows | None = None,
+) -> Tally:
     """Grade the rows of a file by a rule; write them to `out`, if it is given, with their verdicts.
 
     Raises DataError for a file that cannot be read, for an unknown rule, or if `out` is the file itself.
     """
     if out is not None and out.exists() and out.resolve() == path.resolve():
         raise DataError("this would overwrite the answers", where=str(out), fix="write to another file")
-    graded = grade_rows(read_answers(path), rule=rule, allow_fallbacks=allow_fallbacks)
+    graded = grade_rows(read_answers(path), rule=rule, allow_fallbacks=allow_fallbacks, judge=judge)
     if out is not None:
-        rows = ({**(row.fields or {"line": row.line}), **verdict_fields(grade)} for row, grade in graded)
-        atomic_write(out, "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in rows))
+        lines = ({**(row.fields or {"line": row.line}), **verdict_fields(grade)} for row, grade in graded)
+        atomic_write(out, "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in lines))
     return Tally(rule=rule, graded=graded)
 
 

@@ -15,14 +15,21 @@ from typing import Any
 
 from rlcs.data.images import DECODE_LIMIT
 from rlcs.errors import UserError
-from rlcs.evals.answer_extractor import NOTHING, SAMPLING, extract_answers, needs_extractor
-from rlcs.evals.answer_file import AnswerRow, grade_officially
+from rlcs.evals.answer_extractor import (
+    NOTHING,
+    SAMPLING,
+    extract_answers,
+    needs_extractor,
+    require_reply,
+)
+from rlcs.evals.answer_file import MATHVERSE, OFFICIAL_RULES, AnswerRow, grade_officially
 from rlcs.evals.benchmarks import find
 from rlcs.evals.benchmarks.base import Style
 from rlcs.evals.benchmarks.loading import Loaded, load_benchmark
 from rlcs.evals.comparison import write_comparison
+from rlcs.evals.mathverse_judge import judge_rows
 from rlcs.evals.scores import Verdict, answer_lengths, chance_level, rule_scores
-from rlcs.generation import SampleLog, Sampler, annotate, check_settings, open_sampler
+from rlcs.generation import CachedSampler, SampleLog, Sampler, annotate, check_settings, open_sampler
 from rlcs.grading import GradePool
 from rlcs.progress import Screen, screen
 from rlcs.recipe.sampling import Endpoint, EngineSettings
@@ -42,8 +49,9 @@ _SHOWN = 3
 class EvalRun:
     """The settings of one evaluation: benchmarks, prompt style, samples of each question, output folder.
 
-    `endpoint` and `judge` (the answer extractor) are servers; the model name in `endpoint` is replaced by
-    that of each evaluated model. Without `endpoint` the models are loaded by the engine of `engine`.
+    `endpoint` is a server, whose model name is replaced by that of each evaluated model; without it the
+    models are loaded by the engine of `engine`. `judge` (the answer extractor, and MathVerse's judge) is the
+    model of a server, or one to load.
     """
 
     benchmarks: tuple[str, ...]
@@ -56,9 +64,14 @@ class EvalRun:
     split: str | None = None
     limit: int | None = None
     endpoint: Endpoint | None = None
-    judge: Endpoint | None = None
+    judge: Endpoint | str | None = None
     engine: EngineSettings = field(default_factory=EngineSettings)
     decode_limit: int = DECODE_LIMIT
+
+    @property
+    def judge_model(self) -> str:
+        """The name of the judge's model."""
+        return self.judge.model if isinstance(self.judge, Endpoint) else str(self.judge)
 
     def open_sampler(self, model: str) -> AbstractContextManager[Sampler]:
         """Load or connect to a model; a local one leaves memory when the context ends."""
@@ -93,6 +106,8 @@ def evaluate_models(
             check_settings(path, _settings(run, each, model))
     extractor = nullcontext() if run.judge is None else open_sampler(run.judge, SAMPLING)
     with GradePool() as pool, extractor as judge:
+        if judge is not None:
+            require_reply(judge, run.judge_model)
         for label, model in named.items():
             stop.check(str(run.out))
             with run.open_sampler(model) as sampler:
@@ -209,15 +224,21 @@ class _ModelOnBenchmark:
         """Grade by every rule; also return the counts of the answer extractor, None without one."""
         rules, judged = {OWN_RULE: self._own_grades(samples)}, None
         extracted: Mapping[SampleKey, str] = {}
-        if self._judge is not None and self._run.judge is not None:
-            model, path = self._run.judge.model, self._folder / "judged.jsonl"
+        rule, path = self._loaded.benchmark.official_rule, self._folder / "judged.jsonl"
+        if self._judge is not None:
+            model = self._run.judge_model
             unread = [(self._questions[each.id], each) for each in samples if needs_extractor(each.text)]
             extracted, failed = extract_answers(self._judge, model, unread, path=path, stop=stop)
             rules[EXTRACTOR_RULE] = self._own_grades(samples, extracted)
             judged = {"model": model, "asked": len(unread), "read": len(extracted), "failed": len(failed)}
             judged["why_failed"] = list(dict.fromkeys(failed.values()))[:_SHOWN]
-        if (rule := self._loaded.benchmark.official_rule) is not None:
-            rules[OFFICIAL_RULE] = [self._official_grade(each, rule, extracted) for each in samples]
+            if rule == MATHVERSE:
+                with CachedSampler(self._judge, model, path) as cached:
+                    rules[OFFICIAL_RULE] = judge_rows(
+                        [self._row(each, {}) for each in samples], cached, stop=stop
+                    )
+        if rule is not None and rule in OFFICIAL_RULES:
+            rules[OFFICIAL_RULE] = [grade_officially(self._row(each, extracted), rule) for each in samples]
         return rules, judged
 
     def _own_grades(
@@ -231,18 +252,17 @@ class _ModelOnBenchmark:
             answers.append((self._questions[sample.id].graded(), response))
         return self._pool.grade(answers)
 
-    def _official_grade(self, sample: Sample, rule: str, extracted: Mapping[SampleKey, str]) -> Grade:
-        """Grade by the official script's rule, on the `extracted` answer if there is one."""
+    def _row(self, sample: Sample, extracted: Mapping[SampleKey, str]) -> AnswerRow:
+        """A sample as an official script reads it: its `extracted` answer takes the response's place."""
         question, text = self._questions[sample.id], extracted.get(sample.key, NOTHING)
-        answer = AnswerRow(
+        return AnswerRow(
             line=0,
-            fields=question.facts,
+            fields={"question": question.plain, **question.facts},
             response=sample.text,
             answer=question.answer,
             choices=question.choices,
             extraction=None if text == NOTHING else text,
         )
-        return grade_officially(answer, rule)
 
     def _scores(
         self, samples: Sequence[Sample], rules: Mapping[str, Sequence[Grade]], failed: Mapping[str, str]

@@ -44,17 +44,18 @@ class SampleLog:
     def __init__(
         self,
         path: Path,
-        digests: Mapping[str, str],
+        digests: Mapping[str, str] | None,
         *,
         settings: Mapping[str, object] | None = None,
         may_change: bool = False,
     ) -> None:
         """Take the digests of the current problems, by id, and the settings that answers depend on.
 
-        An answer to a problem that was edited since is an error; with `may_change` it is ignored.
+        An answer to a problem that was edited since is an error; with `may_change` it is ignored. Without
+        digests an id stands for the whole content of its request, and all samples are current.
         """
         self.entries: dict[SampleKey, Entry] = {}
-        self._path, self._digests = path, dict(digests)
+        self._path, self._digests = path, None if digests is None else dict(digests)
         self._settings, self._may_change = settings, may_change
 
     def __enter__(self) -> Self:
@@ -66,7 +67,7 @@ class SampleLog:
         if self._settings is not None:
             check_settings(self._path, self._settings)
         for number, row in enumerate(read_jsonl(self._path) if self._path.exists() else (), start=1):
-            digest = self._digests.get(row.get("id", ""))
+            digest = self._digest(row.get("id", ""))
             if digest is not None and row.get("digest") != digest and not self._may_change:
                 raise UserError(
                     f"the data changed: the answer to {row['id']!r} is to another question",
@@ -90,6 +91,9 @@ class SampleLog:
         """Flush to disk and close."""
         self._file.__exit__(*error)
 
+    def _digest(self, name: str) -> str | None:
+        return name if self._digests is None else self._digests.get(name)
+
     def unanswered(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The requests without a sample in the log, drawn lazily."""
         return (request for request in requests if request.key not in self.entries)
@@ -102,7 +106,7 @@ class SampleLog:
         entry = Entry(sample=sample, added=added or {})
         if sample.retryable:
             return entry
-        self._file.append([to_row(entry) | {"digest": self._digests[sample.id]}])
+        self._file.append([to_row(entry) | {"digest": self._digest(sample.id)}])
         self.entries[sample.key] = entry
         return entry
 

@@ -18,13 +18,14 @@ def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: 
     With `choices` both may be letters or an option's value; letters are compared first. Numbers are
     compared exactly, or with `places` to a number of decimal places.
     """
-    if prediction.strip() == gold.strip() and len(prediction) <= MAX_ANSWER:
-        return yes("the same text")
+    as_text = prediction.strip() == gold.strip() and len(prediction) <= MAX_ANSWER
     if len(prediction) > MAX_CHARACTERS:
-        return no("the answer is too long")
+        return yes("the same text") if as_text else no("the answer is too long")
     gold = unwrap(gold).text or gold
     answer, wanted = read(prediction), read(gold)
-    if not answer.source:
+    if as_text:
+        verdict = yes("the same text")
+    elif not answer.source:
         verdict = no("the box is empty")
     elif choices:
         verdict = compare_choice(prediction, gold, choices)

@@ -3,16 +3,17 @@
 import re
 from collections.abc import Sequence
 
-from rlcs.grading.compare import Verdict, no, same, yes
+from rlcs.grading.compare import LABEL, Verdict, either, no, same, yes
 from rlcs.grading.reading import read, spelled
-from rlcs.grading.values import Items, Letters, Value
+from rlcs.grading.values import Items, Letters, Named, Value
 from rlcs.records import option_letter
 
-_LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
 _CHOICE = re.compile(
     r"[(\[{]?([A-Za-z])(?:[)\]}][.:]?|[.:,]| [-=]) *(\S.*)|[(\[{]?([A-Za-z])[)\]}]?[.:,]?", re.DOTALL
 )
 _LETTER_THEN_VALUE = re.compile(r"([A-Z]) (\S.*)", re.DOTALL)
+_RUN = re.compile("[A-Z]{2,}")
+_LETTER_AND_VALUE = re.compile(r"([A-Z]) ?\((.+)\)", re.DOTALL)
 _VALUE_THEN_LETTER = re.compile(r"(.*\S) ?\(([A-Z])\)", re.DOTALL)
 
 
@@ -22,7 +23,7 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
     wanted = chosen(gold, options)
     if wanted is not None and len(wanted) > 1:
         given = chosen(prediction, options)
-        return yes("the same letters") if given == wanted else no("other letters")
+        return either(given == wanted, "the same letters", "other letters")
     right = next(iter(wanted)) if wanted else None
     value = read(gold if right is None else options[right])
     accepted = (
@@ -37,17 +38,34 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
         if named in accepted:
             return agrees if agrees.correct is None else yes(f"option {option_letter(named)}")
         if accepted:
-            return no(
-                f"option {option_letter(named)}, not {option_letter(min(i for i in accepted if i is not None))}"
-            )
+            best = min(index for index in accepted if index is not None)
+            return no(f"option {option_letter(named)}, not {option_letter(best)}")
         given_value = read(options[named])  # the gold value is no option's text: compare the values
-    elif isinstance(given_value, Letters) and given_value.source not in map(spelled, options):
+    elif (
+        isinstance(given_value, Letters)
+        and max(given_value.letters) <= "Z"
+        and given_value.source not in map(spelled, options)
+    ):
         several = len(given_value.letters) > 1
         return no("several options where one is asked" if several else "a letter that names no option")
+    elif isinstance(given_value, Named) and (index := letter_index(given_value.name, options)) is not None:
+        if index not in accepted:
+            return no(f"option {option_letter(index)}, not the gold answer")
     verdict = same(given_value, value)
+    if verdict.correct and right is not None and _fits_another(given_value, right, options):
+        return no("the value of several options")
     if verdict.correct is None and any(same(given_value, read(o)).correct for o in options):
         return no("the value of another option")
     return verdict
+
+
+def _fits_another(given: Value, right: int, options: Sequence[str]) -> bool:
+    """Whether an answer, such as 5 for `5 cm`, equals another option too, which is not the right one."""
+    wanted = read(options[right])
+    others = [read(option) for i, option in enumerate(options) if i != right]
+    if given.source != wanted.source and any(given.source == other.source for other in others):
+        return True
+    return any(same(given, other).correct and same(other, wanted).correct is False for other in others)
 
 
 def chosen(text: str, options: Sequence[str]) -> frozenset[int] | None:
@@ -55,9 +73,10 @@ def chosen(text: str, options: Sequence[str]) -> frozenset[int] | None:
     index, rest = _named_option(text, options)
     if index is not None and (not rest or same(read(rest), read(options[index])).correct is not False):
         return frozenset([index])
-    value = read(text)
-    if isinstance(value, Letters):
-        found = {ord(letter) - ord("A") for letter in value.letters}
+    value, run = read(text), spelled(text)
+    letters = value.letters if isinstance(value, Letters) else frozenset(run)
+    if isinstance(value, Letters) or (_RUN.fullmatch(run) and len(letters) == len(run)):
+        found = {ord(letter) - ord("A") for letter in letters}
         return frozenset(found) if max(found) < len(options) else None
     if isinstance(value, Items):
         each = [_option_of(item, options) for item in value.items]
@@ -78,7 +97,7 @@ def _named_option(text: str, options: Sequence[str]) -> tuple[int | None, str]:
         return None, ""
     if (labelled := _CHOICE.fullmatch(given)) and labelled[2]:
         return letter_index(labelled[1], options), labelled[2]
-    if labelled := _LETTER_THEN_VALUE.fullmatch(given):
+    if labelled := _LETTER_THEN_VALUE.fullmatch(given) or _LETTER_AND_VALUE.fullmatch(given):
         index = letter_index(labelled[1], options)
         if index is not None and same(read(labelled[2]), read(options[index])).correct:
             return index, labelled[2]
@@ -99,6 +118,6 @@ def letter_index(text: str, options: Sequence[str]) -> int | None:
 
 def without_label(choice: str, index: int) -> str:
     """Remove a choice's label: `B. 12` or `(B) 12` as the second of the choices is `12`."""
-    match = _LABEL.fullmatch(choice.strip())
+    match = LABEL.fullmatch(choice.strip())
     own = match and match[1] and match[2] and match[1].upper() == option_letter(index)
     return match[2] if match and own else choice

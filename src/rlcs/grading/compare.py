@@ -2,16 +2,17 @@ r"""Compares two values that were read from answers; the kind of the gold answer
 
 What cannot be decided here (is this sum that integral?) is `Verdict(correct=None)` with two formulas for
 math-verify, which may never end and therefore runs in a worker that can be killed. The rules are strict, so
-that a reward cannot be gamed: all of the answer counts, not a part of it. docs/reference/grading.md has the table.
+that a reward cannot be gamed: all of the answer counts, not a part of it (docs/reference/grading.md).
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rlcs.grading import algebra, regions
-from rlcs.grading.tree import Node, Num, symbols, walk
+from rlcs.grading.formulas import FUNCTIONS, GREEK
+from rlcs.grading.tree import Call, Num, Sym, replaced, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -27,15 +28,30 @@ from rlcs.grading.values import (
     Relation,
     Text,
     Value,
-    as_tree,
-    number_of,
 )
 from rlcs.records import Grade
 
 MAX_FORMULA = 1_000
 """Characters; a longer formula is not given to math-verify."""
+_NAME_SPELLING = re.compile(
+    r"^m(?=\\angle)|\\(?:angle|triangle|text|overline)(?![A-Za-z])|[{}\s_]|^\|(?=[A-Z]+\|$)|(?<=[A-Z])\|$"
+)
+"""What may be missing in a name: `m\\angle A` is A, `|AB|` is AB."""
+_ANOTHER_VALUE = re.compile(r"\\(?:ln|log|lg|exp|lim)|^[^fghA-Z]*\^|^\|[a-z\\]|^not|/|^([a-z])\1")
+"""Names of what is not asked where a value is: if ln x is 5, then x is not 5."""
 _MAX_ITEMS = 50
+_COMPARABLE = (
+    FUNCTIONS
+    | GREEK
+    | frozenset(
+        "factorial floor ceil over sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus"
+        " emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat begin end det circ"
+        " angle triangle neg".split()
+    )
+)
+"""Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
+LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
 
 
@@ -74,25 +90,58 @@ def no(why: str) -> Verdict:
     return Verdict(correct=False, why=why)
 
 
+def either(correct: bool, right: str, wrong: str) -> Verdict:
+    """A right or a wrong answer, with the reason for each."""
+    return Verdict(correct=correct, why=right if correct else wrong)
+
+
+def _decided(decided: bool | None, right: str, wrong: str, values: tuple[Value, Value]) -> Verdict:
+    """The verdict on two values; what is not decided (None) is left to math-verify."""
+    return formulas(*values) if decided is None else either(decided, right, wrong)
+
+
 def same(answer: Value, gold: Value) -> Verdict:
     """Compare two values."""
     if answer.source == gold.source:
         return yes("the same text")
+    answer, gold = _as_one(answer, gold), _as_one(gold, answer)
+    if isinstance(answer, Relation) and answer.stated and not isinstance(gold, Relation | Named):
+        return _best([same(value, gold) for value in answer.stated])
+    if isinstance(gold, Relation) and len(gold.stated) > 1 and not isinstance(answer, Named):
+        given = answer.stated[-1] if isinstance(answer, Relation) and answer.stated else answer
+        if not isinstance(given, Relation):
+            return _best([same(given, value) for value in gold.stated])
     if isinstance(gold, Named):
         return _named_gold(answer, gold)
     if isinstance(answer, Named):
-        return _named_answer(answer, gold)
-    if (
-        isinstance(answer, Items)
-        and answer.brackets in ("", "{}")
-        and len(answer.items) == 1 != _length(gold)
-    ):
-        return same(answer.items[0], gold)
+        relation = isinstance(gold, Relation)
+        return _same_equation(answer, gold) if relation else _leaving_off("name", same(answer.value, gold))
     return _RULES[type(gold)](answer, gold)
 
 
-def _length(value: Value) -> int:
-    return len(value.items) if isinstance(value, Items) else 0 if isinstance(value, Region) else 2
+def _best(verdicts: Sequence[Verdict]) -> Verdict:
+    """The first right verdict, else an undecided one, else the first."""
+    return min(verdicts, key=lambda verdict: (True, None, False).index(verdict.correct))
+
+
+def _as_one(value: Value, other: Value) -> Value:
+    """The one value of a list: {5} is 5; where the other is no list, AB = BC = 5 is 5 as well."""
+    if not isinstance(value, Items):
+        return value
+    if (
+        len(value.items) == 1
+        and value.brackets in ("", "{}")
+        and not isinstance(value.items[0], Items | Region)
+    ):
+        return value.items[0]
+    named = [item.value for item in value.items if isinstance(item, Named)]
+    common = len(named) == len(value.items) and len({each.source for each in named}) == 1
+    return named[0] if common and named and not isinstance(other, Items) else value
+
+
+def _leaving_off(what: str, verdict: Verdict) -> Verdict:
+    """Add to the reason of a right answer that only one of the two has a unit or a name."""
+    return replace(verdict, why=f"{verdict.why}; a {what} may be left off") if verdict.correct else verdict
 
 
 # --- names and relations -----------------------------------------------------------------------------
@@ -100,36 +149,30 @@ def _length(value: Value) -> int:
 
 def _named_gold(answer: Value, gold: Named) -> Verdict:
     if isinstance(answer, Named):
-        if same_name(answer.name, gold.name):
+        if same_name(answer.name, gold.name) or not (answer.name and gold.name):
             return same(answer.value, gold.value)
-        if gold.tree is not None and not (_is_constant(gold.value) and _is_constant(answer.value)):
-            return _same_equation(answer, gold)
+        verdict = _same_equation(answer, gold) if gold.tree is not None else no("")
+        if verdict.correct or (gold.tree and not (_is_constant(gold.value) and _is_constant(answer.value))):
+            return verdict
         return no(f"a value of {answer.name}, not of {gold.name}")
     if isinstance(answer, Relation):
-        if _is_constant(gold.value):
+        if _is_constant(gold.value) and "\\frac" not in gold.name and "/" not in gold.name:
             return no("an equation that is not solved")
         return _same_equation(answer, gold)
-    return same(answer, gold.value)
-
-
-def _named_answer(answer: Named, gold: Value) -> Verdict:
-    if isinstance(gold, Relation):
-        return _same_equation(answer, gold)
-    return same(answer.value, gold)
+    return _leaving_off("name", same(answer, gold.value))
 
 
 def same_name(one: str, other: str) -> bool:
     """Whether two names have the same letters, or are a word and its initial: `C` and `Circumference`."""
-    names = (
-        re.sub(r"^m(?=\\angle)|\\(?:angle|triangle|text)|\W|_", "", name).casefold() for name in (one, other)
-    )
-    short, long = sorted(names, key=len)
-    return short == long or (len(short) == 1 and len(long) > 3 and long.startswith(short))
+    short, long = sorted((_NAME_SPELLING.sub("", name) for name in (one, other)), key=len)
+    if short == long or (len(short) == 2 and short.isupper() and short == long[::-1]):
+        return True  # AB and BA are one segment
+    word = long.isalpha() and len(long) > 3 and not long.isupper() and len(short) == 1
+    return short.casefold() == long.casefold() or (word and long.casefold().startswith(short.casefold()))
 
 
 def _is_constant(value: Value) -> bool:
-    tree = as_tree(value)
-    return isinstance(value, Number | Quantity) or (tree is not None and not symbols(tree))
+    return isinstance(value, Number | Quantity) or (value.tree is not None and not symbols(value.tree))
 
 
 def _same_equation(answer: Value, gold: Value) -> Verdict:
@@ -137,10 +180,12 @@ def _same_equation(answer: Value, gold: Value) -> Verdict:
         return no("another relation")
     if answer.tree is None or gold.tree is None:
         return formulas(answer, gold)
+    if not (symbols(answer.tree) | symbols(gold.tree)) - {"degree"}:
+        return no("other numbers in an equation without variables")
     decided = algebra.same_equation(answer.tree, gold.tree)
     if decided is None:
-        return formulas(answer, gold)
-    return yes("the same equation") if decided else no("another equation")
+        return no("not known to be the same equation")  # math-verify errs on equations
+    return either(decided, "the same equation", "another equation")
 
 
 def _relation(answer: Value, gold: Relation) -> Verdict:
@@ -165,13 +210,11 @@ def _relation(answer: Value, gold: Relation) -> Verdict:
 
 def _number(answer: Value, gold: Number) -> Verdict:
     if isinstance(answer, Number):
-        if _same_share(answer, gold):
-            return yes("the same number")
-        return no("another number")
-    if isinstance(answer, Quantity):
-        return same(answer.magnitude, gold)
-    if isinstance(answer, Based):
-        return yes("the same number") if answer.value == number_of(gold) else no("another number")
+        return either(_same_share(answer, gold), "the same number", "another number")
+    if isinstance(answer, Quantity) and gold.percent:
+        return no("a quantity where a percentage is asked")
+    if isinstance(answer, Based) and answer.value is not None:
+        return either(Num(answer.value) == gold.tree, "the same number", "another number")
     return _formula(answer, gold)
 
 
@@ -189,57 +232,61 @@ def _quantity(answer: Value, gold: Quantity) -> Verdict:
         if not answer.unit.same(gold.unit):
             return no(f"another unit: {answer.unit} against {gold.unit}")
         return same(answer.magnitude, gold.magnitude)
-    if (
-        isinstance(answer, Expression)
-        and answer.tree is not None
-        and gold.tree is not None
-        and symbols(answer.tree)
-    ):
+    if isinstance(answer, Expression) and gold.tree is not None and _variables(answer):
         return _equal(answer, gold)
+    if isinstance(answer, Number) and answer.percent:
+        return no("a percentage where a quantity is asked")
     if isinstance(answer, Number | Expression):
-        return same(answer, gold.magnitude)
+        return _leaving_off("unit", same(answer, gold.magnitude))
     return _other_kind(answer, gold)
 
 
 def _formula(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Quantity):
-        return _equal(answer, gold) if answer.tree and _variables(gold) else same(answer.magnitude, gold)
-    if isinstance(answer, Relation) and answer.operators == ("=",):
-        first, last = as_tree(answer.sides[0]), answer.sides[-1]
-        if (
-            first is not None
-            and not any(isinstance(node, Num) for node in walk(first))
-            and _is_constant(last)
-        ):
-            return same(last, gold)  # a + b = 5
+        if answer.tree and _variables(gold):
+            return _equal(answer, gold)
+        return _leaving_off("unit", same(answer.magnitude, gold))
+    if isinstance(answer, Relation):
         return no("an equation against a value")
-    if not isinstance(answer, Number | Expression):
+    if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):
         return _other_kind(answer, gold)
     return _equal(answer, gold)
 
 
 def _variables(value: Value) -> frozenset[str]:
-    tree = as_tree(value)
-    return symbols(tree) if tree is not None else frozenset()
+    return symbols(value.tree) if value.tree is not None else frozenset()
 
 
 def _equal(answer: Value, gold: Value) -> Verdict:
-    mine, theirs = as_tree(answer), as_tree(gold)
-    if mine is None or theirs is None:
+    if answer.tree is None or gold.tree is None:
         return formulas(answer, gold)
-    decided = algebra.equal(mine, theirs)
-    if decided is None and algebra.too_large(mine) and not algebra.too_large(theirs):
+    decided = algebra.equal(answer.tree, gold.tree)
+    if decided is False and "degree" in symbols(answer.tree) ^ symbols(gold.tree):
+        one, other = (replaced(tree, Sym("degree"), Num(Fraction(1))) for tree in (answer.tree, gold.tree))
+        decided = algebra.equal(one, other)
+    if decided is None and algebra.too_large(answer.tree) and not algebra.too_large(gold.tree):
         return no("powers or factorials too large to work out")
-    if decided is None:
-        return formulas(answer, gold)
-    return yes("an equal formula") if decided else no("another value")
+    calls = {node.name for tree in (answer.tree, gold.tree) for node in walk(tree) if isinstance(node, Call)}
+    if decided is None and not calls <= _COMPARABLE:
+        return no("not known to be equal")
+    return _decided(decided, "an equal formula", "another value", (answer, gold))
+
+
+def _unknown(formula: str) -> str:
+    r"""A part of a formula on which math-verify has been seen to go wrong (it ignores it), or ""."""
+    part = re.search(r"\d_|\.\.\.|'", formula) or (re.search(r"\\begin", formula) if "=" in formula else None)
+    if part:
+        return part[0]
+    return next((name for name in re.findall(r"\\[A-Za-z]+", formula) if name[1:] not in _COMPARABLE), "")
 
 
 def formulas(answer: Value, gold: Value) -> Verdict:
     """Leave two formulas undecided, for math-verify, unless they are words or too long."""
     for value in (answer, gold):
-        if isinstance(value, Text) or any(word for word in _LONG_WORD.findall(value.source)):
+        if isinstance(value, Text) or _LONG_WORD.search(value.source):
             return no("not the same text, and words are not formulas")
+        if unknown := _unknown(value.source):
+            return no(f"not the same text, and {unknown} cannot be compared")
     if max(len(answer.source), len(gold.source)) > MAX_FORMULA:
         return no("not the same text, and too long for a formula")
     return Verdict(correct=None, why="", formulas=(answer.source, gold.source))
@@ -249,16 +296,12 @@ def formulas(answer: Value, gold: Value) -> Verdict:
 
 
 def _items(answer: Value, gold: Items) -> Verdict:
-    if len(gold.items) == 1 and gold.brackets in ("", "{}") and not isinstance(answer, Region):
-        return same(answer, gold.items[0])
     if isinstance(answer, Region):
         return _region(answer, gold)
     if isinstance(answer, Matrix) and gold.brackets == "()":
         return _matrix_and_tuple(answer, gold)
     if not isinstance(answer, Items):
-        return (
-            no("one answer where several are asked") if len(gold.items) > 1 else same(answer, gold.items[0])
-        )
+        return no("one answer where several are asked")
     if len(answer.items) != len(gold.items):
         return no(f"{len(answer.items)} answers, not {len(gold.items)}")
     if not _agreeing_brackets(answer, gold):
@@ -267,29 +310,35 @@ def _items(answer: Value, gold: Items) -> Verdict:
         return no("a long list that is not the same text")
     if gold.kind == "named values":
         return _named_values(answer.items, gold.items)
-    ordered = not {answer.brackets, gold.brackets} <= {"", "{}"}
-    return _in_order(answer.items, gold.items, "list") if ordered else _in_any_order(answer, gold)
+    if {answer.brackets, gold.brackets} <= {"", "{}"}:
+        return _match(answer.items, gold.items)
+    return _in_order(_by_variable(answer), gold.items, "list")
+
+
+def _by_variable(answer: Items) -> Sequence[Value]:
+    """The values of a list in order; those of single letters (`y = 1, x = 2`) in that of the alphabet."""
+    named = [item for item in answer.items if isinstance(item, Named) and len(item.name) == 1]
+    if len(named) < len(answer.items):
+        return answer.items
+    return sorted(named, key=lambda item: item.name)
 
 
 def _agreeing_brackets(answer: Items, gold: Items) -> bool:
     """Whether brackets agree: none may stand for braces or round ones, and for square ones of no interval."""
     pair = {answer.brackets, gold.brackets}
-    return (
-        len(pair) == 1
-        or pair in ({"", "{}"}, {"", "()"})
-        or (len(gold.items) > 2 and pair <= {"", "()", "[]"})
-    )
+    no_interval = len(gold.items) > 2 or any(isinstance(item, Text) for item in gold.items)
+    return len(pair) == 1 or pair in ({"", "{}"}, {"", "()"}) or (no_interval and pair <= {"", "()", "[]"})
 
 
 def _named_values(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
     """Compare named values by their names; an answer without names must have the same order."""
     named = [item for item in golds if isinstance(item, Named)]
     if len({gold.name for gold in named}) == 1:  # x = 1 or x = 2
-        values = [item.value for item in named]
-        return _match(
-            [a.value if isinstance(a, Named) and same_name(a.name, named[0].name) else a for a in answers],
-            values,
-        )
+        name = named[0].name
+        for a in answers:
+            if isinstance(a, Named) and not same_name(re.sub(r"_\{?\d\}?$", "", a.name), name):
+                return no(f"a value of {a.name}, not of {name}")
+        return _match([a.value if isinstance(a, Named) else a for a in answers], [g.value for g in named])
     if not any(isinstance(answer, Named) for answer in answers):
         return _in_order(answers, golds, "list")
     ordered: list[Value] = []
@@ -309,10 +358,6 @@ def _in_order(answers: Sequence[Value], golds: Sequence[Value], what: str) -> Ve
             return no(f"another {what}: {verdict.why}")
         undecided = undecided or verdict.correct is None
     return Verdict(correct=None, why="") if undecided else yes(f"the same {what}")
-
-
-def _in_any_order(answer: Items, gold: Items) -> Verdict:
-    return _match(list(answer.items), list(gold.items))
 
 
 def _match(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
@@ -336,12 +381,12 @@ def _region(answer: Value, gold: Value) -> Verdict:
             return _other_kind(answer, gold)
         return formulas(answer, gold)
     names = {value.variable for value in (answer, gold) if isinstance(value, Region) and value.variable}
+    if len(names) == 1 and isinstance(answer, Region) and _ANOTHER_VALUE.search(answer.variable):
+        return no(f"a condition on {answer.variable}")
     if len(names) > 1 and not same_name(*names):
         return no("a condition on another variable")
     decided = regions.same_pieces(mine, theirs)
-    if decided is None:
-        return formulas(answer, gold)
-    return yes("the same set of numbers") if decided else no("another set of numbers")
+    return _decided(decided, "the same set of numbers", "another set of numbers", (answer, gold))
 
 
 def _matrix(answer: Value, gold: Matrix) -> Verdict:
@@ -379,7 +424,7 @@ def _ratio(answer: Value, gold: Ratio) -> Verdict:
 def _based(answer: Value, gold: Based) -> Verdict:
     if isinstance(answer, Based):
         matches = (answer.digits.lstrip("0"), answer.base) == (gold.digits.lstrip("0"), gold.base)
-        return yes("the same digits in the same base") if matches else no("other digits or another base")
+        return either(matches, "the same digits in the same base", "other digits or another base")
     if isinstance(answer, Number) and answer.source.upper() == gold.digits:
         return yes("the same digits; the base may be left off")
     return _other_kind(answer, gold)
@@ -387,34 +432,31 @@ def _based(answer: Value, gold: Based) -> Verdict:
 
 def _dated(answer: Value, gold: Dated) -> Verdict:
     if isinstance(answer, Dated):
-        return yes("the same date or range") if answer.date.same(gold.date) else no("another date or range")
+        return either(answer.date.same(gold.date), "the same date or range", "another date or range")
     return _other_kind(answer, gold)
-
-
-_LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
 
 
 def _letters(answer: Value, gold: Letters) -> Verdict:
     if isinstance(answer, Letters):
-        return yes("the same letters") if answer.letters == gold.letters else no("other letters")
-    label = _LABEL.fullmatch(answer.source)
-    if label and len(gold.letters) == 1:
-        matches = {(label[1] or label[3]).upper()} == gold.letters
-        return yes("the same letter") if matches else no("another letter")
+        return either(answer.letters == gold.letters, "the same letters", "other letters")
+    if (label := LABEL.fullmatch(answer.source)) and len(gold.letters) == 1:
+        letter = (label[1] or label[3]).upper()
+        return either({letter} == gold.letters, "the same letter", "another letter")
     return _other_kind(answer, gold)
 
 
 def _text(answer: Value, gold: Text) -> Verdict:
     if isinstance(answer, Text):
-        return yes("the same words") if answer.words == gold.words and gold.words else no("other words")
+        return either(answer.words == gold.words != "", "the same words", "other words")
+    if gold.tree and isinstance(answer, Expression) and answer.tree:
+        return _equal(answer, gold)  # ab and a * b
     return _other_kind(answer, gold)
 
 
 def _other_kind(answer: Value, gold: Value) -> Verdict:
-    several = isinstance(answer, Items) and not isinstance(gold, Items | Region)
-    if several and len(getattr(answer, "items", ())) > 1:
+    if isinstance(answer, Items) and len(answer.items) > 1 and not isinstance(gold, Items | Region):
         return no("several answers where one is asked")
-    return no(f"the answer is a {answer.kind}, the gold answer a {gold.kind}")
+    return no(f"the answer is read as {answer.kind}, the gold answer as {gold.kind}")
 
 
 _RULES: dict[type, Callable[..., Verdict]] = {
@@ -435,10 +477,8 @@ _RULES: dict[type, Callable[..., Verdict]] = {
 
 def same_when_rounded(answer: Value, gold: Value, places: int) -> bool:
     """Whether two numbers agree to a number of decimal places, their units and names aside."""
-    numbers = [_plain_number(value) for value in (answer, gold)]
-    if numbers[0] is None or numbers[1] is None:
-        return False
-    return abs(numbers[0] - numbers[1]) <= Fraction(1, 2 * 10**places)
+    one, other = map(_plain_number, (answer, gold))
+    return one is not None and other is not None and abs(one - other) <= Fraction(1, 2 * 10**places)
 
 
 def _plain_number(value: Value) -> Fraction | None:

@@ -1,4 +1,4 @@
-r"""Reads tokens as a formula: sums, products, powers, fractions, roots, functions, in LaTeX or plain notation.
+r"""Reads tokens as a formula: sums, products, powers, roots, functions, in LaTeX or plain notation.
 
 The readings are those of school books: `2\frac{1}{2}` is two and a half, `1/2x` is read from left to right,
 `\sin 2x` is the sine of 2x, `x^10` the tenth power, `f(x)` a function of x, but `a(x+1)` a product.
@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from rlcs.grading.tokens import Token, latex
+from rlcs.grading.tokens import Token, end_of_group, latex
 from rlcs.grading.tree import HALF, MINUS_ONE, Call, Const, Node, Num, PlusMinus, Power, Product, Sum, Sym
 
 MAX_DEPTH = 40
-_MAX_DIGITS = 2_000
+_MAX_DIGITS, _MAX_AFTER = 2_000, 150
 
 FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp abs".split())
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
@@ -21,26 +21,19 @@ GREEK = frozenset(
     " Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar nabla".split()
 )
 _ACCENTS = frozenset(
-    "overline bar vec hat widehat tilde overrightarrow overleftrightarrow overset dot angle triangle odot measuredangle"
-    " parallelogram arc wideparen overparen rm".split()
+    "overline bar vec hat widehat tilde overrightarrow overleftrightarrow overset dot angle triangle odot"
+    " measuredangle parallelogram arc wideparen overparen".split()
 )
 _FUNCTION_LETTERS = frozenset(["f", "g", "h", "F", "G", "O", "\\Theta"])
-_CLOSING = {
-    "(": ")",
-    "[": "]",
-    "{": "}",
-    "\\{": "\\}",
-    "\\lfloor": "\\rfloor",
-    "\\lceil": "\\rceil",
-    "|": "|",
-}
-_BASES = {
-    name: base
-    for base, name in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(),
-        2,
-    )
-}
+_CLOSING = dict(
+    pair.split() for pair in ("( )", "[ ]", "{ }", "\\{ \\}", "| |", "\\lfloor \\rfloor", "\\lceil \\rceil")
+)
+_SIGNS = frozenset(["+", "-", "\\pm", "\\mp"])
+_COMMANDS = frozenset("frac sqrt cbrt binom pi infty".split()) | FUNCTIONS | GREEK | _ACCENTS
+"""Commands at which a value begins."""
+_NUMBERS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+_BASES = {name: base for base, name in enumerate(_NUMBERS.split(), 2)}
+_NOTHING = Token("sign", "")  # what stands after the end
 _FUNCTION_IN_WORD = re.compile(r"([A-Za-z]?)(sin|cos|tan|cot|sec|csc|ln|log)([A-Za-z]?)")
 
 
@@ -112,102 +105,105 @@ class _Reader:
         self.tokens = list(tokens)
         self.position = 0
         self.depth = 0
+        self.num_after = 0
+        """How many powers, factorials and the like were read: each makes the tree deeper, or wider."""
+
+    def peek(self, ahead: int = 0) -> Token:
+        index = self.position + ahead
+        return self.tokens[index] if 0 <= index < len(self.tokens) else _NOTHING
 
     def text(self, ahead: int = 0) -> str:
-        index = self.position + ahead
-        return self.tokens[index].text if index < len(self.tokens) else ""
+        return self.peek(ahead).text
+
+    def found(self, sign: str) -> bool:
+        """Take the next token if it is a certain sign."""
+        found = self.text() == sign
+        self.position += found
+        return found
 
     def take(self, expected: str = "") -> Token:
         if not self.text() or (expected and self.text() != expected):
             raise NotAFormulaError(f"{self.text() or 'the end'} where {expected or 'a value'} should be")
         self.position += 1
-        return self.tokens[self.position - 1]
+        return self.peek(-1)
 
     def sum(self) -> Node:
-        terms = [self.signed(first=True)]
-        while self.text() in ("+", "-", "\\pm", "\\mp"):
+        terms = [self.signed()]
+        while self.text() in _SIGNS:
             terms.append(self.signed())
         node = terms[0] if len(terms) == 1 else Sum(tuple(terms))
         if self.text() == "(" and self.text(1) == "mod":
-            self.tokens[self.position : self.position + 2] = [
-                self.tokens[self.position + 1],
-                self.tokens[self.position],
-            ]
-        if self.text() in ("\\pmod", "\\bmod", "\\mod", "mod"):
+            self.position += 2
+            node = Call("mod", (node, self.sum()))
+            self.take(")")
+        elif self.text() in ("\\pmod", "\\bmod", "\\mod", "mod"):
             self.take()
             node = Call("mod", (node, self.primary()))
         return node
 
-    def signed(self, *, first: bool = False) -> Node:
-        """Read a term with the sign before it (only the first term may lack one)."""
-        sign = self.text()
-        if sign not in ("+", "-", "\\pm", "\\mp"):
-            if not first:
-                raise NotAFormulaError("no sign")
-            return self.term()
-        self.take()
-        if sign in ("\\pm", "\\mp"):
-            return PlusMinus(self.term(), opposite=sign == "\\mp")
-        term = self.signed() if self.text() in ("+", "-") and self.depth < MAX_DEPTH else self.term()
-        return term if sign == "+" else Product((MINUS_ONE, term))
+    def signed(self) -> Node:
+        """Read a term and the signs before it."""
+        if self.text() in ("\\pm", "\\mp"):
+            opposite = self.take().text == "\\mp"
+            return PlusMinus(self.term(), opposite=opposite)
+        negative = False
+        while self.text() in ("+", "-"):
+            negative ^= self.take().text == "-"
+        return Product((MINUS_ONE, self.term())) if negative else self.term()
 
     def term(self) -> Node:
-        factors, after_number = self.factor()
-        parts = [factors]
+        factors = [self.factor()]
         while True:
-            operator = self.text()
-            if operator in ("\\cdot", "/"):
-                self.take()
-                negative = self.text() == "-" and bool(self.take())
-                factor, after_number = self.factor()
-                parts.append(Power(factor, MINUS_ONE) if operator == "/" else factor)
-                parts += [MINUS_ONE] if negative else []
-            elif self.starts_factor(after_number):
-                factor, after_number = self.factor()
-                parts.append(factor)
+            if self.found("/"):
+                negative = self.found("-")
+                factors += [Power(self.factor(), MINUS_ONE), *([MINUS_ONE] if negative else [])]
+            elif self.found("\\cdot"):
+                factors += [MINUS_ONE] if self.found("-") else []
+                factors.append(self.factor())
+            elif self.starts_factor():
+                factors.append(self.factor())
             else:
-                return _product(parts)
+                return _product(factors)
 
-    def starts_factor(self, after_number: bool) -> bool:
+    def starts_factor(self) -> bool:
         """Whether a factor follows without an operator; two numbers in a row have no value."""
-        if self.position >= len(self.tokens):
-            return False
-        token = self.tokens[self.position]
+        token = self.peek()
         if token.kind == "number":
-            return not after_number
+            return self.peek(-1).kind != "number" or self.text(-2) == "^"
         if token.kind == "word":
             return token.text != "mod"
-        name = token.text.removeprefix("\\")
-        known = name in FUNCTIONS or name in GREEK or name in _ACCENTS
         if token.text == "(":
             return self.text(1) != "mod"
-        return token.text in ("[", "{", "\\lfloor", "\\lceil") or (
-            token.kind == "command" and (known or name in ("frac", "sqrt", "cbrt", "binom", "pi", "infty"))
-        )
+        return token.text in ("[", "{", "\\lfloor", "\\lceil") or token.text[1:] in _COMMANDS
 
-    def factor(self) -> tuple[Node, bool]:
-        """Read a factor with its powers; also return whether it ends in a bare number."""
-        is_number = self.position < len(self.tokens) and self.tokens[self.position].kind == "number"
-        node, start = self.primary(), self.position
-        while (sign := self.text()) in ("^", "!", "°", "%", "'"):
-            self.take()
-            if sign == "^":
-                node = Power(node, self.exponent())
-            elif sign == "!":
-                node = Call("factorial", (node,))
-            elif sign == "'":
-                if not isinstance(node, Sym):
+    def factor(self) -> Node:
+        """Read a factor with its powers."""
+        node = self.primary()
+        while self.text() in ("^", "!", "°", "%", "'"):
+            self.num_after += 1
+            if self.num_after > _MAX_AFTER:
+                raise NotAFormulaError("too many powers and factorials")
+            match self.take().text:
+                case "^":
+                    node = Power(node, self.exponent())
+                case "!" if self.text() == "!":
+                    raise NotAFormulaError("a double factorial")
+                case "!":
+                    node = Call("factorial", (node,))
+                case "°":
+                    node = Product((node, Sym("degree")))
+                case "%":
+                    node = Product((node, Num(Fraction(1, 100))))
+                case _ if isinstance(node, Sym):
+                    node = Sym(node.name + "'")
+                case _:
                     raise NotAFormulaError("a prime after a value")
-                node = Sym(node.name + "'")
-            else:
-                node = Product((node, Sym("degree") if sign == "°" else Num(Fraction(1, 100))))
-        return node, is_number and self.position == start
+        return node
 
     def exponent(self) -> Node:
-        negative = self.text() == "-" and bool(self.take())
+        negative = self.found("-")
         node = self.primary()
-        if self.text() == "^":  # 9^9^9 is 9^(9^9)
-            self.take()
+        if self.found("^"):  # 9^9^9 is 9^(9^9)
             node = Power(node, self.deeper(self.exponent))
         return Product((MINUS_ONE, node)) if negative else node
 
@@ -223,7 +219,7 @@ class _Reader:
         return self.deeper(self.unbounded_primary)
 
     def unbounded_primary(self) -> Node:
-        token = self.tokens[self.position] if self.position < len(self.tokens) else Token("sign", "")
+        token = self.peek()
         if token.kind == "number":
             return self.number()
         if token.kind == "word":
@@ -243,18 +239,19 @@ class _Reader:
 
     def argument(self) -> Node:
         r"""Read a group, or the next single digit or letter: `\frac12`, `\frac{360}7`, `\frac ab`."""
-        if self.position < len(self.tokens) and self.text() != "{":
-            token = self.tokens[self.position]
-            if token.kind in ("number", "word") and len(token.text) > 1:
-                self.tokens[self.position] = token._replace(text=token.text[1:])
-                first = token.text[0]
-                return Num(Fraction(int(first))) if first.isdigit() else self.symbol(first)
+        token = self.peek()
+        if token.kind == "number" and not token.text.isdigit():
+            raise NotAFormulaError("a decimal as an argument without braces")
+        if token.kind in ("number", "word") and len(token.text) > 1:
+            self.tokens[self.position] = token._replace(text=token.text[1:])
+            first = token.text[0]
+            return Num(Fraction(int(first))) if first.isdigit() else self.symbol(first)
         return self.primary()
 
     def number(self) -> Node:
         """Read a number; a whole number and a simple fraction after it are a mixed number."""
         token = self.take()
-        if self.text() == "_":
+        if self.found("_"):
             return self.based(token.text)
         node = Num(_number(token.text))
         start = self.position
@@ -263,8 +260,7 @@ class _Reader:
             if _is_simple_fraction(fraction):
                 return Sum((node, fraction))
             self.position = start
-        numbers = [t.kind == "number" and t.text.isdigit() for t in self.tokens[start : start + 3]]
-        if token.text.isdigit() and numbers == [True, False, True] and self.text(1) == "/":
+        if token.text.isdigit() and self.text().isdigit() and self.text(1) == "/" and self.text(2).isdigit():
             over, under = int(self.text()), int(self.text(2))
             if 0 < over < under:
                 self.position += 3
@@ -273,27 +269,27 @@ class _Reader:
 
     def based(self, digits: str) -> Node:
         """Read the base after a number, inside a larger formula: `12_3 + 4`."""
-        self.take("_")
         base = base_of(self.index())
         value = number_in_base(digits, base) if base else None
         if value is None:
             raise NotAFormulaError("an index of a number that is no base")
         return Num(value)
 
-    def index(self) -> list[Token]:
-        """The tokens of the index after `_`."""
+    def index(self) -> Sequence[Token]:
+        """The tokens in braces, or the next token."""
         start = self.position
-        if self.text() == "{":
-            depth = 0
-            while self.position < len(self.tokens):
-                depth += {"{": 1, "}": -1}.get(self.take().text, 0)
-                if depth == 0:
-                    return self.tokens[start + 1 : self.position - 1]
-        return [self.take()]
+        if self.text() != "{":
+            return [self.take()]
+        self.position = end_of_group(self.tokens, start)
+        if self.position > len(self.tokens):
+            raise NotAFormulaError("a brace that is not closed")
+        return self.tokens[start + 1 : self.position - 1]
 
     def word(self, token: Token) -> Node:
         """Read a run of letters as a product of variables."""
         letters = token.text
+        if letters == "m" and self.text() == "\\angle":
+            return self.primary()  # the measure of an angle
         if match := _FUNCTION_IN_WORD.fullmatch(letters):
             before, name, after = match.groups()
             if after:
@@ -308,8 +304,7 @@ class _Reader:
         node = self.symbol(last)
         if not factors:
             return node
-        while self.text() == "^":  # the power belongs to the last letter: mv^2
-            self.take()
+        while self.found("^"):  # the power belongs to the last letter: mv^2
             node = Power(node, self.exponent())
         return Product((*factors, node))
 
@@ -318,11 +313,17 @@ class _Reader:
 
     def symbol(self, name: str) -> Node:
         """Make a variable, with its index, or a function of what stands in brackets after it."""
-        if self.text() == "_":
-            self.take()
+        if self.found("_"):
             index = latex(self.index()).strip("{}() ")
             return Sym(f"{name}_{index}")
-        if name in _FUNCTION_LETTERS and self.text() == "(":
+        while self.found("'"):
+            name += "'"
+        inverse = latex(self.tokens[self.position : self.position + 6])
+        if name in _FUNCTION_LETTERS and inverse.startswith("^{-1}("):
+            self.position += 5
+            name += "^{-1}"
+        of_number = self.text(2) == ")" and self.text(1)[:1].isdigit()  # I(0) is the current at time 0
+        if self.text() == "(" and (name[0] in _FUNCTION_LETTERS or of_number):
             return Call(name, (self.group(),))
         return self.letter(name)
 
@@ -332,11 +333,9 @@ class _Reader:
                 over, under = self.argument(), self.argument()
                 return Product((over, Power(under, MINUS_ONE)))
             case "sqrt" | "cbrt":
-                degree: Node = Num(Fraction(3 if name == "cbrt" else 2))
-                if self.text() == "[":
-                    degree = self.group()
-                node = self.primary()
-                return Power(node, HALF if degree == Num(Fraction(2)) else Power(degree, MINUS_ONE))
+                degree = self.group() if self.text() == "[" else Num(Fraction(3 if name == "cbrt" else 2))
+                exponent = HALF if degree == Num(Fraction(2)) else Power(degree, MINUS_ONE)
+                return Power(self.primary(), exponent)
             case "binom":
                 return Call("binom", (self.argument(), self.argument()))
             case "pi":
@@ -353,53 +352,39 @@ class _Reader:
 
     def accented(self, name: str) -> Node:
         r"""Read `\overline{AB}`, `\vec a`, `\angle ABC`: a name, of which nothing is computed."""
-        start = self.position
-        if self.text() == "{":
-            self.index()
-        else:
-            self.take()
-        return Sym(f"{name} {latex(self.tokens[start : self.position]).strip('{} ')}")
+        return Sym(f"{name} {latex(self.index()).strip('{} ')}")
 
     def function(self, name: str) -> Node:
         base: Node | None = None
         power: Node | None = None
-        while (sign := self.text()) in ("^", "_"):
-            self.take()
-            if sign == "^":
+        while self.text() in ("^", "_"):
+            if self.take().text == "^":
                 power = self.exponent()
             else:
                 base = self.argument()
-        if power == Product((MINUS_ONE, Num(Fraction(1)))) or power == Num(Fraction(-1)):
-            name, power = _INVERSES.get(name, ""), None
-            if not name:
+        if power == Product((MINUS_ONE, Num(Fraction(1)))) or power == MINUS_ONE:
+            if name not in _INVERSES:
                 raise NotAFormulaError("an inverse of no known function")
-        node = self.applied(name, self.function_argument(), base)
+            name, power = _INVERSES[name], None
+        argument = self.function_argument()
+        if name == "exp":
+            node: Node = Power(Const("e"), argument)
+        elif name in ("log", "lg"):
+            node = Call("log", (argument, base or (Num(Fraction(10)) if name == "lg" else Sym("base"))))
+        else:
+            node = Call(name, (argument,))
         return node if power is None else Power(node, power)
-
-    def applied(self, name: str, argument: Node, base: Node | None) -> Node:
-        match name:
-            case "exp":
-                return Power(Const("e"), argument)
-            case "log" | "lg":
-                return Call("log", (argument, base or (Num(Fraction(10)) if name == "lg" else Sym("base"))))
-        return Call(name, (argument,))
 
     def function_argument(self) -> Node:
         """Read a group in brackets, or the factors up to the next function or operator."""
         if self.text() in ("(", "[", "{", "|"):
             opening = self.text()
             node = self.primary()
-            if opening != "{" or self.text() != "(":
-                return node
-            return Product((node, self.primary()))
-        if self.text().removeprefix("\\") in FUNCTIONS:
+            return Product((node, self.primary())) if opening == "{" and self.text() == "(" else node
+        if self.text()[1:] in FUNCTIONS:
             return self.primary()
-        negative = self.text() == "-" and bool(self.take())
-        node, after_number = self.factor()
-        factors = [node]
-        while self.starts_factor(after_number) and self.text().removeprefix("\\") not in FUNCTIONS:
-            if self.text() in ("(", "["):
-                break
-            node, after_number = self.factor()
-            factors.append(node)
-        return _product([MINUS_ONE, *factors] if negative else factors)
+        factors = [MINUS_ONE] if self.found("-") else []
+        factors.append(self.factor())
+        while self.starts_factor() and self.text() not in ("(", "[") and self.text()[1:] not in FUNCTIONS:
+            factors.append(self.factor())
+        return _product(factors)

@@ -3,15 +3,15 @@
 import re
 from collections.abc import Sequence
 
-from rlcs.grading.answers import compare
+from rlcs.grading.choices import chosen, without_label
+from rlcs.grading.compare import same
 from rlcs.grading.extraction import extract
 from rlcs.grading.golds import unwrap
 from rlcs.grading.reading import read
-from rlcs.grading.values import Expression
+from rlcs.grading.values import Expression, Letters
 from rlcs.records import option_letter
 
-_LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]?")
-_LETTERS = re.compile(r"[A-Z](?:(?:[ ,;]|and)*[A-Z])+")
+_LABELLED = re.compile(r"[(\[]?[A-Za-z](?:[)\]]?[.:]?|[)\].:]+ .*)")
 _SHOWN = 60
 
 
@@ -28,25 +28,27 @@ def gold_fault(gold: str, choices: Sequence[str] = ()) -> str:
 
 
 def _option_fault(gold: str, choices: Sequence[str]) -> str:
-    letters = [option_letter(index) for index in range(len(choices))]
-    letter = _LETTER.fullmatch(gold)
-    if gold in choices or (letter and letter[1].upper() in letters):
+    options = [without_label(choice, index) for index, choice in enumerate(choices)]
+    if gold in choices or chosen(gold, options) is not None:
         return ""
-    if any(compare(each, gold, choices).correct is not False for each in letters):
+    wanted = read(gold)
+    equal = {same(read(option), wanted).correct for option in options}
+    if True in equal:
         return ""
-    several = re.findall("[A-Z]", gold) if _LETTERS.fullmatch(gold) else []
-    if several and set(several) <= set(letters):
+    if isinstance(wanted, Letters) or _LABELLED.fullmatch(gold):
+        return f"is no such option: the {len(choices)} choices are A to {option_letter(len(choices) - 1)}"
+    if None in equal:
         return ""
-    if letter or several:
-        return f"is no such option: the letters of the {len(choices)} choices are A to {letters[-1]}"
-    if gold.isdecimal() and int(gold) <= len(choices):
-        return (
-            f"equals none of the {len(choices)} choices; an index from 0 or from 1? Write the letter instead"
-        )
-    return f"equals none of the {len(choices)} choices"
+    doubt = "; an index from 0 or from 1? Write the letter instead"
+    is_index = gold.isdecimal() and int(gold) <= len(choices)
+    return f"equals none of the {len(choices)} choices{doubt if is_index else ''}"
 
 
-def formulas_of(gold: str) -> list[tuple[str, str]]:
-    """What math-verify must be able to read in a gold answer: a formula beyond our own grammar."""
+def formulas_of(gold: str, choices: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What math-verify must be able to read in a gold answer: a formula beyond our own grammar.
+
+    With choices nothing must be read: the letter of the option is an answer.
+    """
     value = read(unwrap(gold).text or "")
-    return [(value.source, value.source)] if isinstance(value, Expression) and value.tree is None else []
+    beyond = isinstance(value, Expression) and value.tree is None and not choices
+    return [(value.source, value.source)] if beyond else []

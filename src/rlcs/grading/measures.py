@@ -61,7 +61,7 @@ _NO_NOUN = re.compile(  # a word that makes another number, or begins or joins a
     r"|also|just|exactly|approx\w*|rough\w*|around|near\w*|almost|more|less|most|least|fewer|greater|larger"
     r"|smaller|bigger|equals?|under|above|below|between|both|n?either|all|any|some|every|many|much|few"
     r"|several|other|another|same|base|true|false|yes|out|off|until|after|before|(?:al)?though|however|maybe"
-    r"|possibly|answers?|options?|choices?"
+    r"|possibly|unless|\w*fold|myriad|couple|googol|wan|reciprocal|opposite|complement|fake|nope|wrong|incorrect|invalid|impossible|extraneous|inverse|guess|grand|mil|basis|answers?|options?|choices?"
 )
 _NO_HEAD = "square cubic cube root real prime even odd integer rational complex total whole".split()
 _SHORT = "man men boy cat dog cow hen pig car bus box bag cup egg pen hat toy row way pie lap".split()

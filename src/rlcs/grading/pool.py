@@ -92,18 +92,19 @@ class GradePool(AbstractContextManager["GradePool"]):
     def gold_faults(self, problems: Iterable[Problem]) -> dict[Gold, str]:
         """Find gold answers (with their choices) that no answer can match, and the reasons.
 
-        Each is graded as an answer to itself; what is not right, or cannot be read as a formula, is named.
+        Each is graded as an answer to itself, written with one more space so that it must be read; what is
+        not right, or cannot be read as a formula, is named.
         """
         different = {(problem.answer, problem.choices): problem for problem in problems}
         faults = {gold: gold_fault(*gold) for gold in different}
         sound = [gold for gold in different if not faults[gold]]
-        given = [Extraction(text=unwrap(gold).text, why=BOXED) for gold, _ in sound]
+        given = [Extraction(text=f"\\,{unwrap(gold).text}", why=BOXED) for gold, _ in sound]
         itself = self.settle(
             [grade_extracted(different[g], text) for g, text in zip(sound, given, strict=True)]
         )
-        read = self._decide(pair for gold, _ in sound for pair in formulas_of(gold))
+        read = self._decide(pair for gold in sound for pair in formulas_of(*gold))
         for gold, grade in zip(sound, itself, strict=True):
-            parts = [read[pair] for pair in formulas_of(gold[0])]
+            parts = [read[pair] for pair in formulas_of(*gold)]
             whys = [p.why if p.correct is None else "it is not a formula" for p in parts if not p.correct]
             whys += [] if grade.correct else [grade.why]
             faults[gold] = f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}" if whys else ""

@@ -13,7 +13,8 @@ from itertools import pairwise
 
 from rlcs.grading import algebra, regions
 from rlcs.grading.dates import read_date
-from rlcs.grading.formulas import GREEK, MAX_DEPTH, base_of, number_in_base
+from rlcs.grading.formulas import GREEK, MAX_DEPTH, base_of, is_word, number_in_base
+from rlcs.grading.measures import read_unit
 from rlcs.grading.single import difference, plain_words, read_single, text_of, tree_of
 from rlcs.grading.tokens import (
     MAX_TOKENS,
@@ -21,13 +22,13 @@ from rlcs.grading.tokens import (
     Tokens,
     depth_of,
     enclosed,
+    end_of_group,
     latex,
     split,
     spoken,
-    steps,
     tokenise,
 )
-from rlcs.grading.tree import Node, Num, symbols, walk
+from rlcs.grading.tree import MINUS_ONE, Node, Product, Sum, Sym, symbols, walk
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -42,7 +43,6 @@ from rlcs.grading.values import (
     Relation,
     Text,
     Value,
-    as_tree,
 )
 
 MAX_CHARACTERS = 2_000
@@ -56,10 +56,21 @@ _RELATIONS = _ORDER | frozenset(
 _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
 _ROWS = frozenset("cases dcases aligned align gathered gather split eqnarray".split())
-_LEAD_WORDS = frozenset("the my final correct best answer answers option choice result value is are".split())
-_LEADS = frozenset("answer answers option choice".split())
-_ALL_NUMBERS = frozenset(["all real numbers", "all reals", "all real number", "real numbers", "reals"])
-_NO_NUMBERS = frozenset(["empty set", "null set"])
+_MARKS = frozenset(["'", '"', "\\cdot", "^"])  # quotes and the stars of Markdown
+_LEADS = frozenset("选 故选 应选 答案 答案是 答案为 answer answers option choice".split())
+_LEAD_WORDS = _LEADS | frozenset("the my final correct best result value is are".split())
+_SETS_IN_WORDS = dict.fromkeys(
+    ["all real numbers", "all reals", "all real number", "real numbers", "reals"], "\\R"
+) | {"empty set": "\\emptyset", "null set": "\\emptyset"}
+_VARIABLES = re.compile("[A-Za-z]|[abc]{2,3}|[xyz]{2,3}|[mnpq]{2,3}|[abkn]x")
+"""Letters alone that are variables; other runs of letters without digits and operators are words (`no`)."""
+_IN_NAMES = re.compile(
+    r"_ ?(?:\{[^}]*\}?|\d+|\\?[^\W\d_]+)|\\angle ?(?:\{[^}]*\}?|\d+)|\^\{-1\}|(?<=\()\d[\d.]*"
+)
+_NO_NAME = re.compile(r"[-+,!%°^\d]|\\(?:cdot|sqrt|pm)(?![A-Za-z])")
+"""What makes a formula of a name, but for indices, numbers of angles, inverses and `f(0)`."""
+_MAX_BASED = 240
+"""Characters of a number with its base."""
 _LETTERS = re.compile("[A-H]+|[①-⑳]+")
 _IN_BASE = re.compile(
     r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
@@ -75,32 +86,30 @@ def read(text: str) -> Value:
 
 @lru_cache(maxsize=4096)
 def _read(text: str) -> Value:
-    tokens = _without_parameter(_strip(tokenise(text)))
+    tokens = _without_parameter(_peeled(_strip(tokenise(text))))
     if len(tokens) > MAX_TOKENS or depth_of(tokens) > MAX_DEPTH:
         return Text(source=latex(tokens), words=plain_words(text))
-    plain = spoken(tokens)
-    if date := read_date(plain):
-        return Dated(source=latex(tokens), date=date)
-    if plain.lower() in _ALL_NUMBERS:
-        return Region(source="\\R", pieces=(regions.whole_line(),))
-    if plain.lower() in _NO_NUMBERS:
-        return Region(source="\\emptyset", pieces=())
-    return _value(tokens)
+    if name := _SETS_IN_WORDS.get(spoken(tokens).lower()):
+        tokens = [Token("command", name)]
+    return _date(tokens, ranges=True) or _value(tokens)
 
 
 @lru_cache(maxsize=4096)
 def spelled(text: str) -> str:
-    """The answer as plain text in its one spelling, without what does not belong to it."""
-    return spoken(_strip(tokenise(text[:MAX_CHARACTERS])))
+    """The answer as LaTeX with its spaces, in one spelling, without what does not belong to it."""
+    tokens = _strip(tokenise(text[:MAX_CHARACTERS]))
+    while enclosed(tokens) and tokens[0].text == "{":
+        tokens = tokens[1:-1]
+    return latex(tokens, gaps=True)
 
 
 def _strip(tokens: Tokens) -> Tokens:
     """Remove what does not belong to the answer: quotes, a full stop, `=`, "the answer is"."""
-    while tokens and tokens[-1].text in (".", ",", ";", "'", '"', "\\cdot", "^") and len(tokens) > 1:
-        if tokens[-1].text in ("'", "\\cdot", "^") and tokens[0].text != tokens[-1].text:
-            break
+    while len(tokens) > 1 and tokens[-1].text in (".", ",", ";") and tokens[-2].text != ".":
         tokens = tokens[:-1]
-    while len(tokens) > 1 and tokens[0].text in ("'", '"', "\\cdot", "^", "=", "\\approx", "\\therefore"):
+    while len(tokens) > 2 and tokens[0].text == tokens[-1].text and tokens[0].text in _MARKS:
+        tokens = _strip(tokens[1:-1])
+    while len(tokens) > 1 and tokens[0].text in ("=", "\\approx", "\\therefore"):
         tokens = tokens[1:]
     lead = 0
     while lead < len(tokens) and (tokens[lead].text.lower() in _LEAD_WORDS or tokens[lead].text == ":"):
@@ -111,12 +120,12 @@ def _strip(tokens: Tokens) -> Tokens:
 
 
 def _without_parameter(tokens: Tokens) -> Tokens:
-    r"""Remove a condition such as `, k \in \mathbb{Z}` at the end; its parameter, under any name, becomes `k`."""
+    r"""Remove a condition such as `, n \in \mathbb{Z}` at the end; its parameter is called `k` instead."""
     end = tokens[:-1] if tokens and tokens[-1].text == ")" else tokens
     if len(end) < 5 or end[-1].text not in ("\\Z", "\\N") or end[-2].text != "\\in" or len(end[-3].text) > 1:
         return tokens
     opening = "(" if end is not tokens else ","
-    if end[-4].text != opening:
+    if end[-4].text != opening or "=" not in [token.text for token in end[:-4]]:
         return tokens
     parameter = end[-3].text
     return [token._replace(text="k") if token.text == parameter else token for token in end[:-4]]
@@ -125,7 +134,7 @@ def _without_parameter(tokens: Tokens) -> Tokens:
 # --- kinds of values, from the outside in ------------------------------------------------------------
 
 _COMMAS = frozenset([",", ";"])
-_AND_OR = frozenset(["and", "or", "\\wedge", "\\vee", "&"])
+_AND_OR = frozenset(["and", "or", "&"])
 
 
 def _value(tokens: Tokens) -> Value:
@@ -135,10 +144,10 @@ def _value(tokens: Tokens) -> Value:
     if not tokens:
         return Text(source="", words="")
     if letters := _letters(tokens):
-        return Letters(source=source, letters=letters)
-    if all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens) and len(source) > 1:
-        return text_of(tokens)
-    for rule in (_based, _environment, _bracketed, _combined_sets, _list, _relation, _ratio):
+        return Letters(source=source, letters=letters, tree=tree_of(tokens))
+    if _are_words(tokens):
+        return replace(text_of(tokens), tree=tree_of(tokens) if len(tokens) == 1 else None)
+    for rule in (_based, _environment, _bracketed, _combined_sets, _list, _point, _relation, _ratio):
         if (value := rule(tokens, source)) is not None:
             return value
     return read_single(tokens, source)
@@ -153,9 +162,21 @@ def _peeled(tokens: Tokens) -> Tokens:
     return tokens
 
 
+def _are_words(tokens: Tokens) -> bool:
+    """Whether tokens are words; `ab`, `x - y` and `-PQ` are formulas, the way `A-B-C` from A to C is not."""
+    if not all(token.kind == "word" or token.text in "'-.!?\"" for token in tokens):
+        return False
+    words = [token.text for token in tokens if token.kind == "word"]
+    if "and" in words and all(len(part) == 1 for part in split(tokens, _AND_OR)[0]):
+        return False  # red and blue
+    way = len(words) > 2 and all(word.isupper() for word in words)
+    variables = all(map(_VARIABLES.fullmatch, words)) and not way
+    return bool(words) and not variables and tokens[0].text != "-"
+
+
 def _letters(tokens: Tokens) -> frozenset[str] | None:
     """The letters of choices: `B`, `(B)`, `A, C`, `ABD` (in the order of the alphabet, or it is a name)."""
-    runs = [t.text for t in tokens if t.text not in ("(", ")", ",", ";", "and", "&")]
+    runs = [t.text for t in tokens if t.text not in ("(", ")", "\\{", "\\}", ",", ";", "and", "&")]
     if not runs or not all(_LETTERS.fullmatch(run) for run in runs):
         return None
     letters = "".join(runs)
@@ -166,7 +187,15 @@ def _letters(tokens: Tokens) -> frozenset[str] | None:
     return frozenset(letters)
 
 
+def _date(tokens: Tokens, *, ranges: bool) -> Value | None:
+    """Read a date, a time or, where no difference is meant, a range: `1998-99` alone and in lists."""
+    date = read_date(spoken(tokens)) if len(tokens) > 1 else None
+    return Dated(source=latex(tokens), date=date) if date and (ranges or date.kind != "range") else None
+
+
 def _based(tokens: Tokens, source: str) -> Value | None:
+    if len(source) > _MAX_BASED or not {"_", "base"} & {token.text for token in tokens}:
+        return None
     match = _IN_BASE.fullmatch(source) or _IN_BASE.fullmatch(spoken(tokens))
     if not match:
         return None
@@ -183,34 +212,19 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
     inner = tokens[1:-1] if enclosed(tokens) and tokens[0].text in ("(", "[") else tokens
     system = tokens[0].text == "\\{" and not enclosed(tokens)  # \left\{ \begin{array} ... \right.
     inner = tokens[1:] if system else inner
-    if len(inner) < 8 or inner[0].text != "\\begin":
+    if len(inner) < 9 or inner[0].text != "\\begin" or inner[-4].text != "\\end":
         return None
-    name = inner[2].text
-    end = next((i for i in range(len(inner) - 1, 0, -1) if inner[i].text == "\\end"), 0)
-    if end + 4 != len(inner):
-        return None
-    start = 4
-    if name == "array" and inner[start].text == "{":
-        start += next(i for i, t in enumerate(inner[start:]) if t.text == "}") + 1
-    body = inner[start:end]
-    rows = [row for row in _rows(body) if row]
+    name, body = inner[2].text, inner[4:-4]
+    if name == "array" and body[0].text == "{":
+        body = body[end_of_group(body, 0) :]
+    rows = [row for row in split(body, frozenset(["\\\\"]))[0] if row]
     if name in _MATRICES and not system:
-        cells = tuple(tuple(_value(cell) for cell in split(row, frozenset("&"))[0]) for row in rows)
+        cells = tuple(tuple(map(_value, split(row, frozenset("&"))[0])) for row in rows)
         return Matrix(source=source, rows=cells)
-    if name in _ROWS or system:
-        parts = [_strip([t for t in row if t.text != "&"]) for row in rows]
-        return _items(parts, [","] * (len(parts) - 1), "", source) if len(parts) > 1 else _value(parts[0])
-    return None
-
-
-def _rows(tokens: Tokens) -> list[Tokens]:
-    rows: list[Tokens] = []
-    start = 0
-    for position, (token, depth) in enumerate(zip(tokens, steps(tokens), strict=True)):
-        if token.kind == "row" and depth == 0:
-            rows.append(tokens[start:position])
-            start = position + 1
-    return [*rows, tokens[start:]]
+    if name not in _ROWS and not system:
+        return None
+    parts = [_strip([token for token in row if token.text != "&"]) for row in rows]
+    return _items(parts, [], "", source) if len(parts) > 1 else _value(parts[0])
 
 
 def _bracketed(tokens: Tokens, source: str) -> Value | None:
@@ -223,8 +237,7 @@ def _bracketed(tokens: Tokens, source: str) -> Value | None:
     if brackets == "{}":
         parts, _ = split(inside, frozenset(["|", ":"]))
         if len(parts) == 2 and parts[0] and parts[1]:
-            condition = _value(parts[1])
-            return condition if isinstance(condition, Region | Items) else None
+            return _condition(parts[0], _value(parts[1])) or text_of(tokens)
         if not inside:
             return Region(source="\\emptyset", pieces=())
     parts, found = split(inside, _COMMAS)
@@ -234,89 +247,102 @@ def _bracketed(tokens: Tokens, source: str) -> Value | None:
     return _items(parts, found, brackets, source)
 
 
-def _items(parts: Sequence[Tokens], found: Sequence[str], brackets: str, source: str) -> Value | None:
+def _condition(element: Tokens, condition: Value) -> Value | None:
+    r"""The set of all real `x` under a condition on `x`; None for other elements, such as `x^2` or integers."""
+    name, operator = latex(element[:1]), latex(element[1:])
+    if operator not in ("", "\\in\\R"):
+        return None
+    if isinstance(condition, Region):
+        return condition if condition.variable == name else None
+    items = condition.items if isinstance(condition, Items) else ()
+    same_name = [isinstance(item, Named) and item.name == name for item in items]
+    return condition if items and all(same_name) else None
+
+
+def _items(parts: Sequence[Tokens], separators: Sequence[str], brackets: str, source: str) -> Value | None:
     """Make several values of the parts of a list; inequalities become one set of numbers."""
     if not all(parts):
         return None
-    items = [_value(part) for part in parts]
+    items = [_date(part, ranges=brackets in ("", "{}")) or _value(part) for part in parts]
     first = items[0]
     if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
         named = [replace(first, source=item.source, value=item, tree=None) for item in items[1:]]
         items = [first, *named]  # x = 1, 2
-    if not brackets and all(isinstance(item, Region) for item in items):
+    if not brackets and not any(map(enclosed, parts)) and all(isinstance(item, Region) for item in items):
         limits = [item for item in items if isinstance(item, Region)]
         if len({limit.variable for limit in limits}) == 1:
-            return _joined(limits, by_or="or" in found or "\\vee" in found, source=source)
+            if (joined := _joined(limits, separators)) is not None:
+                return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
+    items = list({item.source: item for item in items}.values()) if brackets == "{}" else items
     flat: list[Value] = []
     for item in items:
-        flat += item.items if isinstance(item, Items) and item.source.count("\\pm") else [item]
+        joined = isinstance(item, Items) and ("\\pm" in item.source or item.source.count("=") > 1)
+        flat += item.items if joined and isinstance(item, Items) and not item.brackets else [item]
     return Items(source=source, brackets=brackets, items=tuple(flat))
 
 
-def _joined(limits: Sequence[Region], *, by_or: bool, source: str) -> Region:
-    """Join conditions: `or` gives the union; `and` or a comma the intersection, unless that is empty."""
+def _joined(limits: Sequence[Region], separators: Sequence[str]) -> list[Piece] | None:
+    """Join conditions: `or` gives their union, `and` their intersection.
+
+    A comma gives the intersection, or the union of conditions that exclude one another; None where one
+    condition follows from another, so that it is a list of answers.
+    """
     union = regions.union([piece for limit in limits for piece in limit.pieces])
     both = list(limits[0].pieces)
     for limit in limits[1:]:
         both = regions.intersection(both, limit.pieces)
-    pieces = union if (by_or and union != [regions.whole_line()]) or not both else both
-    return Region(source=source, pieces=tuple(pieces), variable=limits[0].variable)
+    if "or" in separators:
+        return union
+    if "and" in separators:
+        return both
+    return None if any(both == list(limit.pieces) for limit in limits) else both or union
 
 
 def _combined_sets(tokens: Tokens, source: str) -> Value | None:
     r"""Read unions and differences of sets of numbers, `\mathbb{R}` and `\emptyset`."""
-    names = {"\\R": (regions.whole_line(),), "\\reals": (regions.whole_line(),), "\\emptyset": ()}
-    if len(tokens) == 1 and tokens[0].text in names:
-        return Region(source=source, pieces=names[tokens[0].text])
-    between = [
-        token._replace(text="\\cup") if token.text in ("U", "u") and token.kind == "word" else token
-        for token in tokens
-    ]
-    parts, found = split(between, frozenset(["\\cup", "\\setminus", "\\cap"]))
+    if len(tokens) == 1 and tokens[0].text in ("\\R", "\\emptyset"):
+        return Region(source=source, pieces=(regions.whole_line(),) if tokens[0].text == "\\R" else ())
+    operators = {"U": "\\cup", "u": "\\cup", "\\cup": "\\cup", "\\cap": "\\cap", "\\setminus": "\\setminus"}
+    parts, found = split(tokens, frozenset(operators))
     if not found or not all(parts):
         return None
     sets = [regions.as_pieces(_value(part)) for part in parts]
-    pieces = sets[0]
+    pieces = list(sets[0] or ())
     for operator, other in zip(found, sets[1:], strict=True):
-        if pieces is None or other is None:
-            return Expression(source=source)
-        if operator == "\\cup":
-            pieces = (*pieces, *other)
+        if operators[operator] == "\\cup":
+            pieces += other or ()
         else:
-            rest = other if operator == "\\cap" else regions.complement(regions.union(other))
-            pieces = tuple(regions.intersection(pieces, rest))
-    return None if pieces is None else Region(source=source, pieces=tuple(regions.union(pieces)))
+            rest = (other or ()) if operator == "\\cap" else regions.complement(regions.union(other or ()))
+            pieces = regions.intersection(pieces, rest)
+    if None in sets:
+        return None if set(found) <= {"U", "u"} else Expression(source=source)
+    return Region(source=source, pieces=tuple(regions.union(pieces)))
 
 
 def _list(tokens: Tokens, source: str) -> Value | None:
-    """Read a list without brackets: commas always separate, "and" and "or" between values that are not words."""
-    parts, found = split(tokens, _COMMAS)
-    pieces: list[Tokens] = []
-    separators: list[str] = []
-    for part, separator in zip(parts, [*found, ""], strict=True):
-        inner, words = split(part, _AND_OR)
-        inner = [piece for piece in inner if piece] or [part]
-        pieces += inner
-        separators += [*words[: len(inner) - 1], *([separator] if separator else [])]
-        separators += [word for word in words[len(inner) - 1 :] if separators]
-    if len(pieces) < 2:
-        return None
-    value = _items(pieces, separators, "", source)
-    if isinstance(value, Items) and any(isinstance(item, Text) for item in value.items):
-        return _items(parts, found, "", source) if found else text_of(tokens)
+    """Read a list without brackets: commas always separate, "and" and "or" do where no phrase of words is."""
+    followed = pairwise([*tokens, tokens[-1]])
+    kept = [token for token, after in followed if token.text not in _COMMAS or after.text not in _AND_OR]
+    pieces, separators = split(kept, _COMMAS | _AND_OR)
+    value = _items(pieces, separators, "", source) if separators else None
+    phrases = any(len(piece) > 1 for piece in pieces)
+    if phrases and isinstance(value, Items) and any(isinstance(item, Text) for item in value.items):
+        parts, separators = split(tokens, _COMMAS)
+        return _items(parts, separators, "", source) if separators else text_of(tokens)
     return value
+
+
+def _point(tokens: Tokens, source: str) -> Value | None:
+    """Read a point with its coordinates: `P(2, -5)`."""
+    name, *coordinates = tokens
+    if name.kind != "word" or len(name.text) > 1 or not name.text.isupper() or not enclosed(coordinates):
+        return None
+    value = _value(coordinates)
+    return Named(source=source, name=name.text, value=value) if isinstance(value, Items) else None
 
 
 def _relation(tokens: Tokens, source: str) -> Value | None:
     parts, operators = split(tokens, _RELATIONS)
-    if (
-        len(tokens[0].text) == 1
-        and tokens[0].text.isupper()
-        and tokens[0].kind == "word"
-        and enclosed(tokens[1:])
-    ):
-        value = _value(tokens[1:])  # the point P(2, -5)
-        return Named(source=source, name=tokens[0].text, value=value) if isinstance(value, Items) else None
     if not operators or not all(parts):
         return None
     if set(operators) <= _ORDER | {"\\ne"} and (limits := _inequality(parts, operators, source)):
@@ -324,43 +350,48 @@ def _relation(tokens: Tokens, source: str) -> Value | None:
     if set(operators) <= {"=", "\\approx"}:
         return _equation(parts, source)
     sides = tuple(_value(part) for part in parts)
-    if operators == ["\\in"] and _name(parts[0]):
-        variable = latex(parts[0])
-        if isinstance(sides[1], Items | Region):
-            pieces = regions.as_pieces(sides[1])
-            if pieces is not None and not (isinstance(sides[1], Items) and sides[1].brackets in ("", "{}")):
-                return Region(source=source, pieces=pieces, variable=variable)
-            return sides[1]
+    if operators == ["\\in"] and _name(parts[0]) and isinstance(sides[1], Items | Region):
+        pieces = regions.as_pieces(sides[1])
+        listed = isinstance(sides[1], Items) and sides[1].brackets in ("", "{}")
+        is_set = pieces is not None and not listed
+        return Region(source=source, pieces=pieces or (), variable=latex(parts[0])) if is_set else sides[1]
     return Relation(source=source, operators=tuple(operators), sides=sides)
 
 
 def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) -> Value | None:
     r"""Read `x > 3`, `3 < x`, `1 < x \le 2` as a set of numbers; other inequalities are relations."""
-    nodes = [tree_of(part) for part in parts]
-    names = ["" if part[0].text == "|" else _name(part) for part in parts]
+    if operators[0] in (">", "\\ge"):  # from the lower to the higher side
+        parts, operators = parts[::-1], [_TURNED[operator] for operator in operators[::-1]]
+    trees = [tree_of(part) for part in parts]
+    low, high = trees[0], trees[-1]
     if len(parts) == 2:
-        (left, right), (operator,) = nodes, operators
-        if names[0] and right is not None and not symbols(right) & _variables(left):
-            return Region(source=source, pieces=tuple(regions.ray(operator, right)), variable=names[0])
-        if names[1] and left is not None:
-            return Region(
-                source=source, pieces=tuple(regions.ray(_TURNED[operator], left)), variable=names[1]
-            )
-        if left is None or right is None:
+        operator = operators[0]
+        for side, sign, bound in ((parts[0], operator, high), (parts[1], _TURNED[operator], low)):
+            if bound is None:
+                continue
+            if side[0].text == side[-1].text == "|" and (name := _name(side[1:-1])):
+                return _distance(name, sign, bound, source)
+            if (name := _name(side)) and not symbols(bound) & _variables(tree_of(side)):
+                return Region(source=source, pieces=tuple(regions.ray(sign, bound)), variable=name)
+        if low is None or high is None:
             return None
-        greater = operator in (">", "\\ge")
-        tree = difference(left, right) if not greater else difference(right, left)
-        relation = _TURNED[operator] if greater else operator
-        sides = tuple(_value(part) for part in parts)
-        return Relation(source=source, operators=(relation,), sides=sides, tree=tree)
-    if len(parts) == 3 and names[1] and nodes[0] is not None and nodes[2] is not None:
-        low, high, first, last = nodes[0], nodes[2], operators[0], operators[1]
-        if {first, last} <= {">", "\\ge"}:
-            low, high, first, last = high, low, _TURNED[last], _TURNED[first]
-        if {first, last} <= {"<", "\\le"}:
-            piece = Piece(low=low, high=high, low_closed=first == "\\le", high_closed=last == "\\le")
-            return Region(source=source, pieces=(piece,), variable=names[1])
-    return None
+        sides = tuple(map(_value, parts))
+        return Relation(source=source, operators=(operator,), sides=sides, tree=difference(low, high))
+    name = _name(parts[1])
+    if len(parts) > 3 or not name or low is None or high is None or not set(operators) <= {"<", "\\le"}:
+        return None
+    closed = [operator == "\\le" for operator in operators]
+    piece = Piece(low=low, high=high, low_closed=closed[0], high_closed=closed[1])
+    return Region(source=source, pieces=(piece,), variable=name)
+
+
+def _distance(name: str, operator: str, bound: Node, source: str) -> Region:
+    """Read `|x| < 3` as the numbers between -3 and 3, `|x| > 3` as all others."""
+    closed = operator in ("\\le", ">")
+    low = Product((MINUS_ONE, bound))
+    between = Piece(low=low, high=bound, low_closed=closed, high_closed=closed)
+    pieces = [between] if operator in ("<", "\\le") else regions.complement([between])
+    return Region(source=source, pieces=tuple(pieces), variable=name)
 
 
 def _variables(node: Node | None) -> frozenset[str]:
@@ -369,39 +400,67 @@ def _variables(node: Node | None) -> frozenset[str]:
 
 def _equation(parts: Sequence[Tokens], source: str) -> Value:
     """Read `x = 5`, `(a, b) = (1, 2)`, a chain `2 + 3 = 5`, or another equation."""
-    if len(parts) == 2 and (pairs := _paired_names(parts, source)):
+    two = len(parts) == 2
+    if two and (pairs := _paired_names(parts, source)):
         return pairs
-    sides = [_value(part) for part in parts]
-    trees = [as_tree(side) for side in sides]
-    left, right = trees[0], trees[-1]
-    tree = difference(left, right) if len(parts) == 2 and left is not None and right is not None else None
+    sides = [_date(part, ranges=False) or _value(part) for part in parts]
+    left, right = sides[0].tree, sides[-1].tree
+    tree = difference(left, right) if two and left is not None and right is not None else None
     names = [_name(part) for part in parts]
-    if names[0] and all(names[:-1]) and isinstance(sides[-1], Items) and "\\pm" in latex(parts[-1]):
+    if all(names[:-1]) and isinstance(sides[-1], Items) and "\\pm" in sides[-1].source:
         named = tuple(Named(source=item.source, name=names[0], value=item) for item in sides[-1].items)
         return replace(sides[-1], source=source, items=named)  # x = 1 \pm 2
-    if names[0] and not names[-1] and len(parts) == 2:
-        return Named(source=source, name=names[0], value=sides[1], tree=tree)
-    if names[-1] and not names[0] and len(parts) == 2:
-        return Named(source=source, name=names[-1], value=sides[0], tree=tree)
-    if names[0] and len(parts) == 2:
-        return Named(source=source, name=names[0], value=sides[1], tree=tree)
-    if _is_chain(sides[1:] if names[0] else sides):
-        name = names[0] or latex(parts[0])
-        return Named(source=source, name=name, value=sides[-1])
-    return Relation(source=source, operators=("=",) * (len(parts) - 1), sides=tuple(sides), tree=tree)
+    if two and any(names):
+        named_side = 0 if names[0] else 1
+        return Named(source=source, name=names[named_side], value=sides[1 - named_side], tree=tree)
+    if not two and all(names[:-1]) and not names[-1]:  # x = y = 4
+        items = tuple(Named(source=latex(parts[-1]), name=name, value=sides[-1]) for name in names[:-1])
+        return Items(source=source, brackets="", items=items)
+    operators = ("=",) * (len(parts) - 1)
+    if names[0] and (stated := _stated(parts[1:], sides[1:])):  # S = 2 + 3 = 5, or S = 25 \pi = 78.5
+        exact = left is None or algebra.equal(sides[1].tree or left, right or left)
+        value = Relation(
+            source="=".join(map(latex, parts[1:])),
+            operators=operators[1:],
+            sides=tuple(sides[1:]),
+            stated=stated,
+        )
+        return Named(source=source, name=names[0], value=sides[-1] if exact else value)
+    stated = _stated(parts, sides)
+    return Relation(source=source, operators=operators, sides=tuple(sides), stated=stated, tree=tree)
 
 
-def _is_chain(sides: Sequence[Value]) -> bool:
-    """Whether all sides of an equation that have a number agree with the last."""
-    trees = [as_tree(side) for side in sides]
-    last = trees[-1]
-    if last is None:
-        return False
-    return all(tree is not None and (algebra.equal(tree, last) or not _has_digits(tree)) for tree in trees)
+def _stated(parts: Sequence[Tokens], sides: Sequence[Value]) -> tuple[Value, ...]:
+    """The values that an equation states: the last side of a + b = 5; both ends of 25 \\pi = 78.5."""
+    trees = [tree_of(_without_units(part)) for part in parts]
+    first, last = trees[0], trees[-1]
+    if first is None or last is None or symbols(last):
+        return ()
+    names = [node.name for node in walk(first) if isinstance(node, Sym)]
+    if names and len(parts) == 2:
+        plain = all(isinstance(node, Sum | Product | Sym) for node in walk(first))
+        return (sides[-1],) if plain and len(set(names)) == len(names) else ()
+    agree = all(tree is not None and (algebra.equal(tree, last) or _is_near(tree, last)) for tree in trees)
+    return (sides[-1], sides[0]) if agree else ()
 
 
-def _has_digits(tree: Node) -> bool:
-    return any(isinstance(node, Num) for node in walk(tree))
+def _without_units(tokens: Tokens) -> Tokens:
+    """Leave out units and degree signs, to work out `180° - 35°` or `3 cm + 2 cm`."""
+    kept: list[Token] = []
+    left_out = False
+    for token in tokens:
+        power = left_out and (token.text == "^" or (kept[-1:] and token.kind == "number" and not token.gap))
+        is_word = token.kind == "word" and (token.upright or len(token.text) > 1)
+        left_out = token.text == "°" or power or (is_word and read_unit(token.text, upright=True) is not None)
+        if not left_out:
+            kept.append(token)
+    return kept
+
+
+def _is_near(tree: Node, other: Node) -> bool:
+    r"""Whether two numbers differ by at most 1%, as in `20 \cos 30° = 17.3`."""
+    one, two = (None if symbols(node) else algebra.number(node) for node in (tree, other))
+    return one is not None and two is not None and abs(one - two) <= 0.01 * abs(two)
 
 
 def _paired_names(parts: Sequence[Tokens], source: str) -> Value | None:
@@ -419,29 +478,23 @@ def _paired_names(parts: Sequence[Tokens], source: str) -> Value | None:
 
 def _name(tokens: Tokens) -> str:
     r"""The name that tokens are, or "": `x`, `S_{ABC}`, `f(x)`, `|AB|`, `\angle ABC`, `AB : BC`, `Area`."""
-    if not tokens or not any(t.kind == "word" or t.text[1:] in GREEK for t in tokens) or len(tokens) > 20:
-        return ""
-    skip = 0
-    for position, (before, token) in enumerate(pairwise([Token("sign", ""), *tokens])):
-        if position < skip:
-            continue
-        index = before.text in ("_", "\\angle", "(") or (before.text == "^" and token.text == "{")
-        if before.text in ("_", "\\angle") and token.text == "{":
-            skip = position + next((i for i, t in enumerate(tokens[position:]) if t.text == "}"), 0)
-        elif token.kind == "number" and not index:
-            return ""
-        elif token.text == "^":
-            if latex(tokens[position : position + 5])[:5] != "^{-1}":
-                return ""
-            skip = position + 5
-        elif token.text in ("+", "-", "\\cdot", "\\sqrt", ",", "!", "%", "\\pm", "°"):
-            return ""
-    return latex(tokens).replace(" ", "")
+    text = latex(tokens)
+    named = any(token.kind == "word" or token.text[1:] in GREEK for token in tokens)
+    return text if named and len(tokens) <= 20 and not _NO_NAME.search(_IN_NAMES.sub("", text)) else ""
 
 
 def _ratio(tokens: Tokens, source: str) -> Value | None:
-    parts, found = split(tokens, frozenset([":"]))
+    parts, found = split(tokens, frozenset([":", "is", "are", "equals"]))
     if not found or not all(parts):
+        return None
+    if len(parts) == 2 and all(is_word(token) for token in parts[0]):  # Area: 10
+        value = _value(parts[1])
+        return (
+            text_of(tokens)
+            if isinstance(value, Text)
+            else Named(source=source, name=spoken(parts[0]), value=value)
+        )
+    if set(found) != {":"}:
         return None
     values = tuple(_value(part) for part in parts)
     if any(isinstance(value, Text) for value in values):

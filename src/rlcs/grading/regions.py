@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from rlcs.grading import algebra
 from rlcs.grading.tree import MINUS_ONE, Const, Node, Product
-from rlcs.grading.values import Items, Piece, Region, Value, as_tree
+from rlcs.grading.values import Items, Piece, Region, Text, Value
 
 INFINITY = Const("infinity")
 MINUS_INFINITY = Product((MINUS_ONE, INFINITY))
@@ -53,7 +53,7 @@ def as_pieces(value: Value) -> tuple[Piece, ...] | None:
         return value.pieces
     if not isinstance(value, Items):
         return None
-    nodes = [as_tree(item) for item in value.items]
+    nodes = [None if isinstance(item, Text) else item.tree for item in value.items]
     if any(node is None for node in nodes):
         return None
     ends = [node for node in nodes if node is not None]

@@ -134,4 +134,9 @@ def advice(why: str) -> str:
     """What to do about answers that are not scored for the reason `why`."""
     if "timed out" in why:
         return "raise grpo.reward.deadline_s, or make the function faster"
+    if "the judge's reply" in why:
+        return (
+            "ask the judge for a last line that is only yes or no (scale yes_no), or a number from 0 to 1 "
+            "(0_1), and raise grpo.reward.judge.max_new_tokens if it is cut off before"
+        )
     return "correct the cause; the same command tries again"

@@ -3,31 +3,41 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 from rlcs.grading import algebra
 from rlcs.grading.formulas import NotAFormulaError, is_word, read_formula
 from rlcs.grading.measures import Unit, read_unit
 from rlcs.grading.tokens import Tokens, enclosed, latex, spoken, steps
-from rlcs.grading.tree import MINUS_ONE, Node, PlusMinus, Product, Sum, Sym, both_signs, symbols, walk
+from rlcs.grading.tree import MINUS_ONE, Node, Num, PlusMinus, Product, Sum, Sym, both_signs, symbols, walk
 from rlcs.grading.values import Expression, Items, Number, Quantity, Text, Value
 
+_MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_MULTIPLIERS |= {"trillion": 10**12, "百": 100, "千": 10**3, "万": 10**4, "亿": 10**8}
 _MONEY = frozenset("$ € £ ¥ ₹ ₽ ₩".split())
+_MAX_UNIT = 40
+"""Tokens of a unit."""
+_OF_ANGLES = frozenset("\\sin \\cos \\tan \\cot \\sec \\csc".split())
+_PERCENT = ("%", "percent", "pct")
 _ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
 
 
 def plain_words(text: str) -> str:
     """Words in lower case, without hyphens, quotes, a leading article and punctuation at the end."""
-    words = " ".join(re.sub(r"[-\s]+", " ", text).casefold().split()).strip("*`\"'.,; ")
+    words = " ".join(re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])|\s+", " ", text).casefold().split()).strip('*`".,; ')
+    words = words[1:-1] if words[:1] == words[-1:] == "'" else words
     return words[article.end() :] if (article := _ARTICLE.match(words)) else words
 
 
 def text_of(tokens: Tokens) -> Text:
+    """The tokens as text."""
     text = spoken(tokens)
     return Text(source=latex(tokens), words=plain_words(text))
 
 
 def tree_of(tokens: Tokens) -> Node | None:
+    """The tokens as a formula, or None."""
     try:
         return read_formula(tokens)
     except NotAFormulaError:
@@ -35,52 +45,79 @@ def tree_of(tokens: Tokens) -> Node | None:
 
 
 def difference(left: Node, right: Node) -> Node:
+    """The formula left - right."""
     return Sum((left, Product((MINUS_ONE, right))))
 
 
 def read_single(tokens: Tokens, source: str) -> Value:
     """Read a number, a quantity or a formula; what is none of them is text."""
+    tokens = _with_multiplier(tokens)
     for rule in (_percentage, _money, _compound, _quantity):
         if (value := rule(tokens, source)) is not None:
             return value
     tree = tree_of(tokens)
     if tree is None:
-        wordy = any(is_word(token) for token in tokens)
+        befores = ["", "", *(token.text for token in tokens)]
+        wordy = any(
+            is_word(t) and b not in ("\\begin", "\\end") for t, b in zip(tokens, befores, strict=False)
+        )
         formula = any(token.kind in ("number", "command") or token.text == "^" for token in tokens)
+        formula = formula and tokens[-1].text not in ("'", '"')  # 15' are minutes of arc
         return Expression(source=source) if formula and not wordy else text_of(tokens)
     return of_tree(tree, source)
 
 
 def of_tree(tree: Node, source: str) -> Value:
+    """Make a value of a formula: a number where it is one, two values for a plus-minus sign."""
     if any(isinstance(node, PlusMinus) for node in walk(tree)):
-        both = both_signs(tree)
-        return Items(source=source, brackets="", items=tuple(of_tree(one, source) for one in both))
+        upper = source.replace("\\pm", "+").replace("\\mp", "-")
+        lower = source.replace("\\pm", "-").replace("\\mp", "+")
+        signs = zip(both_signs(tree), (upper, lower), strict=True)
+        items = tuple(of_tree(one, text.replace("+ ", "+").replace("- ", "-")) for one, text in signs)
+        return Items(source=source, brackets="", items=items)
     if symbols(tree):
         return Expression(source=source, tree=tree)
     value = algebra.exact(tree)
     return (
         Expression(source=source, tree=tree)
         if value is None
-        else Number(source=source, tree=tree, value=value)
+        else Number(source=source, tree=Num(value), value=value)
     )
+
+
+def _with_multiplier(tokens: Tokens) -> Tokens:
+    """Work out a number word after a number at the start: `5 million` is 5000000."""
+    if len(tokens) < 2 or tokens[0].kind != "number" or tokens[1].text.lower() not in _MULTIPLIERS:
+        return tokens
+    if len(tokens[0].text) > 20:
+        return tokens
+    value = Fraction(tokens[0].text) * _MULTIPLIERS[tokens[1].text.lower()]
+    if value.denominator != 1:
+        return tokens
+    return [tokens[0]._replace(text=str(value)), *tokens[2:]]
 
 
 def _percentage(tokens: Tokens, source: str) -> Value | None:
     words = [token.text.lower() for token in tokens[-2:]]
-    length = 1 if words[-1] in ("%", "percent", "pct") else 2 if words == ["per", "cent"] else 0
-    if not length or length == len(tokens):
+    length = 1 if words[-1] in _PERCENT else 2 if words == ["per", "cent"] else 0
+    if not length or length == len(tokens) or tokens[-length - 1].text.lower() in (*_PERCENT, "cent"):
         return None
     value = read_single(tokens[:-length], source)
-    return replace(value, percent=True, source=source) if isinstance(value, Number) else None
+    if not isinstance(value, Number):
+        return None
+    return replace(value, percent=True, source=source, tree=Num(value.value / 100))
 
 
 def _money(tokens: Tokens, source: str) -> Value | None:
     """Read an amount after a currency sign: `$5`, `-$5`."""
     position = 1 if tokens[0].text == "-" else 0
-    if len(tokens) <= position + 1 or tokens[position].text not in _MONEY:
+    signs = [token.text in _MONEY for token in tokens[position : position + 2]]
+    if signs != [True, False]:
         return None
-    unit = read_unit(tokens[position].text, upright=True)
     amount = [*tokens[:position], *tokens[position + 1 :]]
+    per = next((i for i, token in enumerate(amount) if token.text == "per" and i), len(amount))
+    unit = read_unit(f"{tokens[position].text} {spoken(amount[per:])}".strip(), upright=True)
+    amount = amount[:per]
     value = read_single(amount, latex(amount))
     if unit is None or not isinstance(value, Number | Expression | Quantity):
         return text_of(tokens)
@@ -91,9 +128,8 @@ def _money(tokens: Tokens, source: str) -> Value | None:
 
 def _compound(tokens: Tokens, source: str) -> Value | None:
     """Read several quantities in a row as one: `3 hours 15 minutes`, `5 ft 3 in`."""
-    starts = [
-        i for i, token in enumerate(tokens) if i > 1 and token.kind == "number" and tokens[i - 1].kind == "word"
-    ]
+    kinds = [token.kind for token in tokens]
+    starts = [i for i, pair in enumerate(pairwise(kinds), 1) if i > 1 and pair == ("word", "number")]
     if not starts or tokens[0].kind != "number":
         return None
     parts = [tokens[a:b] for a, b in pairwise([0, *starts, len(tokens)])]
@@ -104,7 +140,7 @@ def _compound(tokens: Tokens, source: str) -> Value | None:
 
 
 def _quantity(tokens: Tokens, source: str) -> Value | None:
-    """Read a value with a unit at its end: the longest tail that is a unit, after a value without variables."""
+    """Read a value with a unit at its end: the longest tail that is a unit, after a value of no variables."""
     for start in _unit_starts(tokens):
         head, tail = tokens[:start], tokens[start:]
         unit = _unit(tail)
@@ -113,12 +149,13 @@ def _quantity(tokens: Tokens, source: str) -> Value | None:
             continue
         letter = len(spoken(tail)) == 1 and tail[0].kind == "word" and not tail[0].upright
         if letter and head[-1].kind == "command":
-            continue  # 2\\pi h
-        if symbols(tree) and (letter or not tail[0].gap and not tail[0].upright):
+            continue  # 2\pi h
+        if tail[0].text == "°" and {token.text for token in head} & _OF_ANGLES:
+            continue  # \sin 30°
+        if symbols(tree) and (letter or not (tail[0].gap or tail[0].upright)):
             continue
-        if letter and isinstance(tree, Sum) and not enclosed(head) and head[-1].kind != "}":
-            if not (len(tree.terms) == 2 and "+" not in latex(head) and "-" not in latex(head)):
-                continue
+        if letter and isinstance(tree, Sum) and not enclosed(head) and {t.text for t in head} & {"+", "-"}:
+            continue  # 10 - 4 m; but 2 1/2 m has no sign
         magnitude = of_tree(tree, latex(head))
         if not isinstance(magnitude, Number | Expression):
             continue
@@ -129,19 +166,19 @@ def _quantity(tokens: Tokens, source: str) -> Value | None:
 
 def _unit_starts(tokens: Tokens) -> Iterator[int]:
     """Where the unit may begin: at a word, a degree sign, a unit's symbol or a bracket before one."""
+    first_start = max(1, len(tokens) - _MAX_UNIT)
     for position, (token, depth) in enumerate(zip(tokens, steps(tokens), strict=True)):
-        if position == 0:
+        opens = depth == 1 and token.text in ("{", "(")
+        ahead = 2 if token.text == "\\frac" else int(opens)
+        if position < first_start or position + ahead >= len(tokens) or (depth and not ahead):
             continue
-        opens = depth == 1 and token.text in ("{", "(") and position + 1 < len(tokens)
-        first = tokens[position + 1] if opens or token.text == "\\frac" else token
-        first = tokens[position + 2] if token.text == "\\frac" and position + 2 < len(tokens) else first
-        starts = first.kind == "word" or first.text in ("°", "\\mu", "\\Omega", "¢", "€", "£", "¥", "$")
-        if (depth == 0 or opens or token.text == "\\frac") and starts:
+        first = tokens[position + ahead]
+        if first.kind == "word" or first.text in ("°", "\\mu", "\\Omega", "¢", "€", "£", "¥", "$"):
             yield position
 
 
 def _unit(tail: Tokens) -> Unit | None:
-    """The unit that tokens name; `\\frac{m}{s^2}` is m/s^2."""
+    r"""The unit that tokens name; `\frac{m}{s^2}` is m/s^2."""
     if any(token.kind == "number" and i and tail[i - 1].kind == "number" for i, token in enumerate(tail)):
         return None
     if tail[0].text == "\\frac":

@@ -4,6 +4,9 @@ import logging
 
 from rlcs.grading.compare import Verdict
 
+_PLACES = 15
+"""Decimal places to which numbers must agree; with the 6 of math-verify a rounded value would be equal."""
+
 
 def compare_formulas(prediction: str, gold: str) -> Verdict:
     r"""Compare `\boxed{prediction}` with `$gold$` by math-verify 0.9.
@@ -23,7 +26,7 @@ def compare_formulas(prediction: str, gold: str) -> Verdict:
     if not given:
         return Verdict(correct=False, why="the answer is not a formula")
     try:
-        same = bool(verify(wanted, given, timeout_seconds=None, raise_on_error=True))
+        same = bool(verify(wanted, given, _PLACES, 2 * _PLACES, timeout_seconds=None, raise_on_error=True))
     except Exception as error:
         return Verdict(correct=None, why=f"math-verify failed: {type(error).__name__}: {error}"[:300])
     return Verdict(correct=same, why=f"math-verify: {'equal' if same else 'not equal'}")

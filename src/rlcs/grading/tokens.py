@@ -9,7 +9,7 @@ colours, spaces, a full stop at the end.
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -34,165 +34,156 @@ MAX_TOKENS = 600
 OPENING = frozenset(["(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle", "\\begin"])
 CLOSING = frozenset([")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle", "\\end"])
 
-_CHARACTERS = MappingProxyType(
-    {
-        **dict.fromkeys("−–—‒―‐‑﹣－", "-"),
-        **dict.fromkeys("×✕⨯", r"\times "),
-        **dict.fromkeys("·⋅∙•", r"\cdot "),
-        **dict.fromkeys("°º˚", "°"),
-        **dict.fromkeys("“”„‘’′`", "'"),
-        **dict.fromkeys("÷⁄∕", "/"),
-        **dict.fromkeys("：∶꞉", ":"),
-        **dict.fromkeys("，、", ","),
-        **dict.fromkeys("。．", "."),
-        **dict.fromkeys("￥", "¥"),
-        **dict.fromkeys("≤⩽≦", r"\le "),
-        **dict.fromkeys("≥⩾≧", r"\ge "),
-        **dict.fromkeys("或", r"\text{ or }"),
-        **dict.fromkeys("和且与", r"\text{ and }"),
-        "µ": r"\mu ",
-        "Ω": r"\Omega ",
-        "ℝ": r"\mathbb{R}",
-        "℃": "°C",
-        "℉": "°F",
-        "…": r"\ldots ",
+
+def _table(lines: str) -> dict[str, str]:
+    """What each spelling becomes; a line begins with the one spelling, then come the others."""
+    rows = map(str.split, lines.splitlines())
+    return {other: row[0] for row in rows for other in row[1:]}
+
+
+_SPELLINGS = MappingProxyType(
+    _table(r"""
+    - − – — ‒ ― ‐ ‑ ﹣ － -- ---
+    \cdot · ⋅ ∙ • × ✕ ⨯ \times \ast \star *
+    / ÷ ⁄ ∕ \div \slash
+    ^ **
+    = == \triangleq
+    < \lt
+    > \gt
+    \le ≤ ⩽ ≦ \leq \leqslant <= =<
+    \ge ≥ ⩾ ≧ \geq \geqslant >=
+    \ne ≠ \neq \not= != <>
+    \pm ± +- +/-
+    \to → -> \rarr \rightarrow \longrightarrow
+    \Rightarrow ⇒ => \implies \Longrightarrow
+    \setminus ∖ \backslash \smallsetminus
+    \wedge \land
+    \vee \lor
+    \text{~or~} 或
+    \text{~and~} 和 且 与
+    \frac \dfrac \tfrac \cfrac
+    \binom \dbinom \tbinom
+    \operatorname \operatorname*
+    \hspace \hspace*
+    \{ \lbrace
+    \} \rbrace
+    [ \lbrack
+    ] \rbrack
+    | \mid \vert \lvert \rvert \lVert \rVert \Vert \|
+    : ： ∶ ꞉ \colon
+    , ， 、
+    . 。 ．
+    ' “ ” „ ‘ ’ ′
+    \\ \newline \cr
+    ° º ˚ \degree
+    °C ℃
+    °F ℉
+    % \% \percent
+    $ \$
+    € \euro
+    £ \pounds
+    ¥ ￥ \yen
+    \emptyset ∅ \varnothing
+    \R ℝ \reals
+    \mu µ
+    \ldots …
+    \theta \vartheta
+    \phi \varphi
+    \epsilon \varepsilon
+    \infty ∞ infinity inf oo
+    \arcsin asin
+    \arccos acos
+    \arctan atan
+    \cbrt cbrt
+    \abs abs
+    """)
+    | {  # names without a backslash
+        name: f"\\{name}"
+        for name in "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp sqrt pi infty"
+        " theta alpha beta gamma delta lambda sigma omega phi".split()
     }
     | {
-        character: f"\\{name} "
+        character: f"\\{name}"
         for character, name in zip(
-            "αβγδεζηθκλμνξπρσςτφϕχψωΓΔΘΛΞΠΣΦΨΩ≈∠△∞∪∩≠±∓∅∈∉≡∥⊥→⇒∼≅∝∖ℕℤℚ∘",
-            "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma sigma tau phi phi chi"
-            " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega approx angle triangle infty cup cap ne"
-            " pm mp emptyset in notin equiv parallel perp to Rightarrow sim cong propto setminus N Z Q circ".split(),
+            "αβγδεζηθκλμνξπρσςτφϕχψωΓΔΘΛΞΠΣΦΨΩ≈∠△∪∩∓∈∉≡∥⊥∼≅∝ℕℤℚ∘",
+            "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma sigma tau phi"
+            " phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega approx angle triangle cup"
+            " cap mp in notin equiv parallel perp sim cong propto N Z Q circ".split(),
             strict=True,
         )
     }
 )
-_TABLE = str.maketrans(dict(_CHARACTERS))
-_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿˣ]+")
-_SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
-_VULGAR = re.compile("[¼-¾⅐-⅞↉]")
-_ROOT = re.compile(r"([√∛])\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})")
-_CIRCLED = re.compile("[①-⓿]")  # ① names a statement; it is not the number 1
-
-_SPELLINGS = MappingProxyType(
+_CHARACTERS = MappingProxyType(
     {
-        **dict.fromkeys("dfrac tfrac cfrac".split(), "frac"),
-        **dict.fromkeys("dbinom tbinom".split(), "binom"),
-        **dict.fromkeys("leq leqslant".split(), "le"),
-        **dict.fromkeys("geq geqslant".split(), "ge"),
-        "neq": "ne",
-        "varnothing": "emptyset",
-        **dict.fromkeys("rarr longrightarrow".split(), "to"),
-        **dict.fromkeys("implies Longrightarrow".split(), "Rightarrow"),
-        **dict.fromkeys("backslash smallsetminus".split(), "setminus"),
-        **dict.fromkeys("lbrace".split(), "{"),
-        **dict.fromkeys("rbrace".split(), "}"),
-        "vartheta": "theta",
-        "varphi": "phi",
-        "varepsilon": "epsilon",
-        **dict.fromkeys("mid vert lvert rvert lVert rVert Vert".split(), "|"),
-        **dict.fromkeys("ast star".split(), "cdot"),
-        "operatorname*": "operatorname",
-        "colon": ":",
-        "lbrack": "[",
-        "rbrack": "]",
-        "degree": "°",
-        "percent": "%",
-        "land": "wedge",
-        "lor": "vee",
-        "R": "reals",
-        "triangleq": "=",
-        "euro": "€",
-        "pounds": "£",
-        "yen": "¥",
+        ord(character): f"{spelling} " if spelling[0] == "\\" else spelling
+        for character, spelling in _SPELLINGS.items()
+        if not character.isascii()
     }
 )
-_SIGNS = frozenset("{ } [ ] | : = ° % € £ ¥ $ < >".split())  # commands that are written as one character
+_SCRIPT = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿˣ]+)|[₀₁₂₃₄₅₆₇₈₉]+")
+_VULGAR = re.compile("[¼-¾⅐-⅞↉]")
+_ROOT = re.compile(r"([√∛])\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})")
+_NOT_CIRCLED = re.compile("[^①-⓿]+")  # ① names a statement; it is not the number 1
 _UPRIGHT = frozenset(
     "text textbf textit textrm textsf texttt textnormal textup textsc textmd emph mathrm mathnormal mbox hbox"
     " operatorname".split()
 )
 _WRAPPERS = _UPRIGHT | frozenset(
-    "mathbf mathit mathsf mathtt boldsymbol bm pmb underline uline mathcal boxed fbox framebox ensuremath".split()
+    "mathbf mathit mathsf mathtt mathcal boldsymbol bm pmb underline uline boxed fbox framebox"
+    " ensuremath".split()
 )
 _DROPPED = frozenset(
-    "left right large Large small tiny normalsize huge displaystyle textstyle scriptstyle limits nolimits bigl bigr Bigl Bigr biggl biggr Biggl Biggr big Big"
-    " bigg Bigg bf it rm sf tt bfseries blacksquare square Box checkmark qed quad qquad nobreakspace middle"
-    " nonumber noindent hline hfill hfil".split()
+    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr large Large small tiny"
+    " huge normalsize displaystyle textstyle scriptstyle limits nolimits bf it rm sf tt bfseries checkmark"
+    " blacksquare square Box qed quad qquad nobreakspace nonumber noindent hline hfill hfil".split()
 )
 _DROPPED_WITH_ARGUMENT = frozenset(
     "color textcolor colorbox hspace vspace phantom hphantom label tag".split()
 )
-_NAMES = frozenset(  # spelled without a backslash
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp sqrt pi theta alpha beta gamma delta"
-    " lambda sigma omega phi infty".split()
-)
-_PLAIN_NAMES = MappingProxyType(
-    {
-        **{name: name for name in _NAMES},
-        "infinity": "infty",
-        "inf": "infty",
-        "asin": "arcsin",
-        "acos": "arccos",
-    }
-    | {"atan": "arctan", "oo": "infty", "cbrt": "cbrt", "abs": "abs"}
-)
-_OPERATORS = MappingProxyType(
-    {
-        "<=": "\\le",
-        "=<": "\\le",
-        ">=": "\\ge",
-        "!=": "\\ne",
-        "<>": "\\ne",
-        "==": "=",
-        "**": "^",
-        "*": "\\cdot",
-    }
-    | {"+-": "\\pm", "+/-": "\\pm", "->": "\\to", "=>": "\\Rightarrow", "--": "-", "---": "-", "-": "-"}
-    | {"\\lt": "<", "\\gt": ">", "\\not=": "\\ne", "\\times": "\\cdot", "\\div": "/", "\\slash": "/"}
-)
-
 _TOKEN = re.compile(
     r"(?P<space>(?:\s|~|\\[,;:! >]|\\(?=\s))+)"
     r"|(?P<number>(?:\d+(?:\.\d+|\.(?![\w.]))?|\.\d+)(?:[eE][+-]?\d+(?![\d.]))?)"
-    r"|(?P<row>\\\\(?:\[[^\]]*\])?|\\newline(?![A-Za-z])|\\cr(?![A-Za-z]))"
-    r"|(?P<delimiter>\\[()\[\]]|\\(?:left|right) ?\.)"
-    r"|(?P<command>\\not\s*=|\\[A-Za-z]+\*?|\\[{}$%&#_|])"
+    r"|(?P<row>\\\\(?:\[[^\]]*\])?)"
+    r"|(?P<dropped>\\[()\[\]]|\\(?:left|right) ?\.|`)"
+    r"|(?P<command>\\not\s*=|\\(?:operatorname|hspace)\*|\\[A-Za-z]+|\\[{}$%&#_|])"
     r"|(?P<word>[^\W\d_⺀-￿]+|[^\W\d_]+)"
-    r"|(?P<operator>\+/-|---?|<=|=<|>=|!=|<>|==|\*\*|->|=>|\+-|\*)"
-    r"|(?P<sign>.)",
+    r"|(?P<sign>\+/-|---?|<=|=<|>=|!=|<>|==|\*\*|->|=>|\+-|.)",
     re.DOTALL,
 )
 _DEGREE = re.compile(r"(?:\{\})?\^ ?\{? ?\\circ(?![A-Za-z]) ?\}?|\{°\}")
 _EXPLICIT_GROUP = re.compile(r"(?<=\d)(?:\{,\}|,(?=\\!))(?:\\!|\s)*(?=\d{3}(?!\d))")
+_BRACKET = re.compile(r"((?<!\\)[()\[\]]|\\[{}])")
+_SPACE = r"(?:\s|~|\\[,;: ])"
+_BY_SPACES = re.compile(
+    rf"(?<![\d.,])(?<!\d\s)\d{{1,3}}(?:{_SPACE}+\d{{3}})+(?!\d|\s*/|\s*\\frac)"
+)  # a fraction after it makes a mixed number
+_BY_COMMAS = re.compile(r"(?<![\d.,])(?<!\d\s)\d{1,3}(?:,\d{3})+(?!\d)")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?")
+_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?")
 
 
-def plain_unicode(text: str) -> str:
-    """Rewrite Unicode characters as LaTeX or ASCII; compatibility forms (NFKC) become the plain ones."""
-    if text.isascii():
-        return text
-    text = _SUPERSCRIPT.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = _SUBSCRIPT.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = _VULGAR.sub(_spell_fraction, text)
-    parts = re.split(f"({_CIRCLED.pattern})", text.translate(_TABLE))
-    parts[::2] = [unicodedata.normalize("NFKC", part).translate(_TABLE) for part in parts[::2]]
-    text = "".join(
-        c for c in "".join(parts) if unicodedata.category(c) != "Cf"
-    )  # zero-width and direction marks
+def tokenise(text: str) -> tuple[Token, ...]:
+    """Split an answer into at most `MAX_TOKENS` + 1 tokens."""
+    text = text.replace("\x0crac", "\\frac")  # a data set's "\frac" read as a form feed and "rac"
+    text = _DEGREE.sub("°", text if text.isascii() else _without_unicode(text))
+    text = _REPEATING.sub(_spell_repeating, text)
+    text = _DECIMAL_COMMA.sub(".", _join_digit_groups(_EXPLICIT_GROUP.sub("", text)))
+    return tuple(_without_decoration(_spell(text)))
+
+
+def _without_unicode(text: str) -> str:
+    """Rewrite characters as LaTeX or ASCII; compatibility forms (NFKC) become the plain ones."""
+    plain = partial(unicodedata.normalize, "NFKC")
+    text = _SCRIPT.sub(lambda m: f"{'^' if m[1] else '_'}{{{plain(m[0])}}}", text)
+    text = _VULGAR.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*plain(m[0]).split("\u2044")), text)
+    text = _NOT_CIRCLED.sub(lambda m: plain(m[0]), text.translate(_CHARACTERS)).translate(_CHARACTERS)
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # zero-width and direction marks
     return _ROOT.sub(_spell_root, text)
-
-
-def _spell_fraction(match: re.Match[str]) -> str:
-    over, under = unicodedata.normalize("NFKC", match[0]).split("\u2044")
-    return f"\\frac{{{over}}}{{{under}}}"
 
 
 def _spell_root(match: re.Match[str]) -> str:
     inside = match[2][1:-1] if match[2][0] in "({" else match[2]
-    return f"\\sqrt{{{inside}}}" if match[1] == "√" else f"\\sqrt[3]{{{inside}}}"
+    return f"\\sqrt{'' if match[1] == '√' else '[3]'}{{{inside}}}"
 
 
 def _spell_repeating(match: re.Match[str]) -> str:
@@ -204,15 +195,21 @@ def _spell_repeating(match: re.Match[str]) -> str:
     return f"\\frac{{{over}}}{{{'9' * len(period)}{'0' * len(once)}}}"
 
 
-def tokenise(text: str) -> tuple[Token, ...]:
-    """Split an answer into at most `MAX_TOKENS` + 1 tokens."""
-    text = plain_unicode(
-        text.replace("\x0crac", "\\frac")
-    )  # a data set's "\frac" read as a form feed and "rac"
-    text = _REPEATING.sub(_spell_repeating, _DEGREE.sub("°", text))
-    text = _DECIMAL_COMMA.sub(".", _EXPLICIT_GROUP.sub("", text))
-    tokens = _without_decoration(_spell(text))
-    return tuple(_join_digit_groups(tokens))
+def _join_digit_groups(text: str) -> str:
+    r"""Write `1,000` and `1\,000` as one number.
+
+    In brackets a comma alone separates, `(100,200)`, unless others have a space after them: `(1,000, 2,000)`.
+    """
+    pieces, depth = _BRACKET.split(_BY_SPACES.sub(_only_digits, text)), 0
+    for index, piece in enumerate(pieces):
+        depth = max(0, depth + (piece in OPENING) - (piece in CLOSING))
+        if depth == 0 or re.search(f",{_SPACE}", piece):
+            pieces[index] = _BY_COMMAS.sub(_only_digits, piece)
+    return "".join(pieces)
+
+
+def _only_digits(match: re.Match[str]) -> str:
+    return re.sub(r"\D", "", match[0])
 
 
 def _spell(text: str) -> list[Token]:
@@ -224,31 +221,20 @@ def _spell(text: str) -> list[Token]:
         kind, piece = str(match.lastgroup), match[0]
         if kind == "space":
             gap = gap or piece != "\\!"
+        if kind in ("space", "dropped") or (piece == "$" and not money):
             continue
-        if kind == "command":
-            piece = _spell_command(piece)
-            kind = "command" if piece.startswith("\\") else "sign"
-        elif kind == "operator" or piece in _OPERATORS:
-            piece = _OPERATORS[piece]
-            kind = "command" if piece.startswith("\\") else "sign"
-        elif kind == "word" and piece.lower() in _PLAIN_NAMES and (piece.islower() or len(piece) > 3):
-            kind, piece = "command", "\\" + _PLAIN_NAMES[piece.lower()]
-        elif kind == "delimiter" or (kind == "sign" and (piece in "\0`" or (piece == "$" and not money))):
-            continue
+        piece = {"number": piece.removesuffix("."), "row": "\\\\"}.get(kind, "".join(piece.split()))
+        key = piece.lower() if kind == "word" and len(piece) > 3 else piece
+        piece = _SPELLINGS.get(key, piece)
+        if piece[0] == "\\" != piece:
+            kind = "command"
+        elif kind not in ("number", "word"):
+            kind = "sign"
         tokens.append(Token(kind, piece, gap))
         gap = False
         if len(tokens) > MAX_TOKENS:
             break
     return tokens
-
-
-def _spell_command(piece: str) -> str:
-    name = piece[1:].rstrip("*") if len(piece) > 2 else piece[1:]
-    name = "not=" if name.startswith("not") and name.endswith("=") else name
-    name = _SPELLINGS.get(name, name)
-    if name in ("{", "}"):
-        return "\\" + name
-    return name if name in _SIGNS else _OPERATORS.get("\\" + name, "\\" + name)
 
 
 def _without_decoration(tokens: Tokens) -> list[Token]:
@@ -264,7 +250,7 @@ def _without_decoration(tokens: Tokens) -> list[Token]:
         if name in _DROPPED:
             gap = gap or token.gap
         elif name in _DROPPED_WITH_ARGUMENT and opens:
-            position = _end_of_group(tokens, position)
+            position = end_of_group(tokens, position)
         elif name == "mathbb" and opens and position + 2 < len(tokens):
             kept.append(Token("command", "\\" + tokens[position + 1].text, token.gap))
             position += 3
@@ -272,9 +258,7 @@ def _without_decoration(tokens: Tokens) -> list[Token]:
             braces.append(name)
             position += 1
             gap = gap or token.gap or name.startswith("text")
-        elif name in _WRAPPERS:
-            gap = gap or token.gap
-        elif token.text == "}" and braces and braces.pop() != "{":
+        elif name in _WRAPPERS or (token.text == "}" and braces and braces.pop() != "{"):
             gap = gap or token.gap
         else:
             if token.text == "{":
@@ -285,94 +269,29 @@ def _without_decoration(tokens: Tokens) -> list[Token]:
     return kept
 
 
-def _end_of_group(tokens: Tokens, start: int) -> int:
-    """The position after the brace that closes the group which opens at `start`."""
+def end_of_group(tokens: Tokens, start: int) -> int:
+    """The position after the brace that closes the group opened at `start`; past the end if none does."""
     depth = 0
     for position in range(start, len(tokens)):
         depth += {"{": 1, "}": -1}.get(tokens[position].text, 0)
         if depth == 0:
             return position + 1
-    return len(tokens)
+    return len(tokens) + 1
 
 
-def _join_digit_groups(tokens: list[Token]) -> Iterator[Token]:
-    """Join `1,000` and `1 000` to one number; `(100,200)` stays two numbers."""
-    spaced = _levels_with_spaced_commas(tokens)
-    depth: list[int] = [0]
-    brackets, position = 0, 0
-    while position < len(tokens):
-        token = tokens[position]
-        if token.text in ("(", "[", "\\{"):
-            brackets += 1
-            depth.append(brackets)
-        elif token.text in (")", "]", "\\}") and len(depth) > 1:
-            depth.pop()
-        end = _end_of_digit_groups(tokens, position, commas=len(depth) == 1 or depth[-1] in spaced)
-        if end > position + 1:
-            digits = "".join(t.text for t in tokens[position:end] if t.kind == "number")
-            token = token._replace(text=digits)
-        yield token
-        position = end
+def latex(tokens: Tokens, *, gaps: bool = False) -> str:
+    """Write tokens as LaTeX again, in their one spelling; equal text means an equal answer.
 
-
-def _levels_with_spaced_commas(tokens: Tokens) -> set[int]:
-    """The bracket pairs, by number, in which a comma with a space separates: `(1,000, 2,000)`."""
-    levels: set[int] = set()
-    stack, brackets = [0], 0
-    for token, after in pairwise(tokens):
-        if token.text in ("(", "[", "\\{"):
-            brackets += 1
-            stack.append(brackets)
-        elif token.text in (")", "]", "\\}") and len(stack) > 1:
-            stack.pop()
-        elif token.text == "," and after.gap:
-            levels.add(stack[-1])
-    return levels
-
-
-def _end_of_digit_groups(tokens: Tokens, start: int, *, commas: bool) -> int:
-    """The position after a number written in groups of three digits that starts at `start`."""
-    first, before = tokens[start], tokens[start - 1] if start else Token("sign", "")
-    if first.kind != "number" or not (first.text.isdigit() and len(first.text) <= 3):
-        return start + 1
-    if (before.text == "," and not first.gap) or (before.kind == "number" and first.gap):
-        return start + 1
-    by_comma = start + 1
-    while commas and by_comma + 1 < len(tokens) and tokens[by_comma][1:3] == (",", False):
-        group = tokens[by_comma + 1]
-        if group.gap or not _is_digit_group(group):
-            break
-        by_comma += 2
-    by_space = start + 1
-    while by_space < len(tokens) and tokens[by_space].gap and _is_digit_group(tokens[by_space]):
-        by_space += 1
-    follows = tokens[by_space].text if by_space < len(tokens) else ""
-    if by_space > start + 1 and follows not in ("/", "\\frac") and tokens[by_space - 1].kind == "number":
-        return by_space
-    return by_comma
-
-
-def _is_digit_group(token: Token) -> bool:
-    whole, _, decimals = token.text.partition(".")
-    return (
-        token.kind == "number"
-        and len(whole) == 3
-        and whole.isdigit()
-        and (not decimals or decimals.isdigit())
-    )
-
-
-def latex(tokens: Tokens) -> str:
-    """Write tokens as LaTeX again, in their one spelling; equal text means an equal answer."""
+    Spaces stand only where letters or digits would meet, or with `gaps` wherever they stood.
+    """
     pieces: list[str] = []
     for token in tokens:
         words = token.kind in ("word", "number") and token.gap and pieces and pieces[-1][-1:].isalnum()
         after_command = (
             pieces and pieces[-1][:1] == "\\" and pieces[-1][-1:].isalpha() and token.text[:1].isalpha()
         )
-        pieces.append(
-            (" " if words or after_command else "") + ("\\\\" if token.kind == "row" else token.text)
-        )
+        space = words or after_command or (gaps and token.gap and pieces)
+        pieces.append((" " if space else "") + token.text)
     return "".join(pieces)
 
 
@@ -395,6 +314,7 @@ def steps(tokens: Tokens) -> Iterator[int]:
 
 
 def depth_of(tokens: Tokens) -> int:
+    """The depth of the deepest bracket."""
     return max(steps(tokens), default=0)
 
 

@@ -24,7 +24,7 @@ class Const:
 
 @dataclass(frozen=True, slots=True)
 class Sym:
-    r"""A variable or a name: `x`, `theta`, `x_1`, `S_{ABC}`; Greek letters are spelled without the backslash."""
+    """A variable or a name: `x`, `theta`, `x_1`, `S_{ABC}`; Greek letters are spelled without a backslash."""
 
     name: str
 
@@ -53,11 +53,11 @@ class Power:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A function of one or more arguments.
+    r"""A function of one or more arguments.
 
     The names known to `algebra`: sin cos tan cot sec csc, their inverses (arcsin ...), sinh cosh tanh,
     ln, log (argument, base), abs, factorial, binom (n, k), floor, ceil. Any other name (`f`, `gcd`, `sum`,
-    `\\int` as "int") is a function of which nothing is known but its name and arguments.
+    `\int` as "int") is a function of which nothing is known but its name and arguments.
     """
 
     name: str
@@ -118,6 +118,17 @@ def _with_sign(node: Node, *, upper: bool) -> Node:
     parts = tuple(_with_sign(child, upper=upper) for child in children(node))
     if isinstance(node, PlusMinus):
         return parts[0] if upper != node.opposite else Product((MINUS_ONE, parts[0]))
+    return _with_children(node, parts)
+
+
+def replaced(node: Node, old: Node, new: Node) -> Node:
+    """The tree with every node that equals `old` replaced, but in the arguments of functions."""
+    if node == old or isinstance(node, Call):
+        return new if node == old else node
+    return _with_children(node, tuple(replaced(child, old, new) for child in children(node)))
+
+
+def _with_children(node: Node, parts: tuple[Node, ...]) -> Node:
     if isinstance(node, Power | Call):
         return Power(*parts) if isinstance(node, Power) else Call(node.name, parts)
     return type(node)(parts) if isinstance(node, Sum | Product) else node

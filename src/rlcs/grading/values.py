@@ -1,7 +1,7 @@
 """The kinds of values that an answer can be: what `reading` makes of text, and `compare` compares.
 
-`str(value)` is the value in words for people, `kind` the name of its kind, `source` the answer as LaTeX in one
-spelling (equal sources are equal answers, and math-verify reads it).
+`str(value)` is the value in words for people, `kind` the name of its kind, `source` the answer as LaTeX in
+one spelling (equal sources are equal answers, and math-verify reads it).
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from rlcs.grading.dates import Date
 from rlcs.grading.measures import Unit
-from rlcs.grading.tree import Node, Num
+from rlcs.grading.tree import Node
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,6 @@ class Value:
     tree: Node | None = None
 
     def __str__(self) -> str:
-        """The value for people."""
         return self.source
 
 
@@ -35,14 +34,13 @@ class Text(Value):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Number(Value):
-    """A rational number, exactly; a percentage keeps its sign: 50% has the value 50."""
+    """A rational number, exactly; a percentage keeps its sign: 50% has the value 50 and the tree 1/2."""
 
     kind: ClassVar[str] = "number"
     value: Fraction
     percent: bool = False
 
     def __str__(self) -> str:
-        """The number, and how it was written if that differs."""
         sign = "%" if self.percent else ""
         text = f"{self.value}{sign}"
         return text if text == self.source or len(text) > 40 else f"{text}, written {self.source}"
@@ -64,7 +62,6 @@ class Quantity(Value):
     unit: Unit
 
     def __str__(self) -> str:
-        """The magnitude and the name of the unit."""
         return f"{self.magnitude} {self.unit}"
 
 
@@ -77,7 +74,6 @@ class Named(Value):
     value: Value
 
     def __str__(self) -> str:
-        """The name and the value."""
         return f"{self.name} = {self.value}"
 
 
@@ -88,6 +84,8 @@ class Relation(Value):
     kind: ClassVar[str] = "relation"
     operators: tuple[str, ...]
     sides: tuple[Value, ...]
+    stated: tuple[Value, ...] = ()
+    """The values that it states: 5 in a + b = 5; 25 pi and 78.5 in 25 pi = 78.5."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +122,6 @@ class Items(Value):
         return {"": "list", "{}": "set"}.get(self.brackets, "tuple")
 
     def __str__(self) -> str:
-        """The kind's brackets around the values."""
         inside = ", ".join(map(str, self.items))
         return f"{self.brackets[:1]}{inside}{self.brackets[1:]}"
 
@@ -137,7 +134,6 @@ class Matrix(Value):
     rows: tuple[tuple[Value, ...], ...]
 
     def __str__(self) -> str:
-        """The rows in square brackets."""
         return "[" + "; ".join(", ".join(map(str, row)) for row in self.rows) + "]"
 
 
@@ -149,7 +145,6 @@ class Ratio(Value):
     parts: tuple[Value, ...]
 
     def __str__(self) -> str:
-        """The parts with colons."""
         return " : ".join(map(str, self.parts))
 
 
@@ -163,7 +158,6 @@ class Based(Value):
     value: Fraction | None
 
     def __str__(self) -> str:
-        """The digits and the base."""
         return f"{self.digits} in base {self.base}"
 
 
@@ -175,7 +169,6 @@ class Dated(Value):
     date: Date
 
     def __str__(self) -> str:
-        """The date in words."""
         return str(self.date)
 
 
@@ -187,19 +180,4 @@ class Letters(Value):
     letters: frozenset[str]
 
     def __str__(self) -> str:
-        """The letters in order."""
         return ", ".join(sorted(self.letters))
-
-
-def number_of(value: Value) -> Fraction | None:
-    """The rational number that a value is, or None; a percentage is its share of one."""
-    if isinstance(value, Number):
-        return value.value / 100 if value.percent else value.value
-    return None
-
-
-def as_tree(value: Value) -> Node | None:
-    """The formula of a value, or None."""
-    if isinstance(value, Number):
-        return Num(value.value / 100 if value.percent else value.value)
-    return value.tree

@@ -27,6 +27,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
     """
     for function in recipe.grpo.reward.functions:
         check_function(function)
+    recipe.grpo.reward.judge.template_text()
     path = folder / "recipe.yaml"
     if not path.exists():
         _create(folder)

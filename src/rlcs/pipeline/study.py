@@ -7,11 +7,12 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlcs import distill, report
@@ -22,7 +23,8 @@ from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.errors import RlcsError
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.generation import EngineSampler
-from rlcs.grading.reward import open_reward, try_reward
+from rlcs.generation.judge import Judge, JudgeOfRanks, open_judge
+from rlcs.grading.reward import WeightedSum, open_reward, try_reward
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.vlm import Vlm
@@ -111,12 +113,26 @@ class Study:
         """Call every part of the reward before anything is trained: a mistake in it must not wait for RL."""
         if all(is_done(self.folder / arm) for arm in self.recipe.study.arms if arm in RL_ARMS):
             return
-        with open_reward(self.recipe.grpo.reward) as grader:
+        with TemporaryDirectory() as replies, self._reward(ALONE, Path(replies)) as (grader, _):
             warnings = try_reward(grader, self._data.rl[0])
         for warning in warnings:
             log.warning(warning)
             with self._output.screen("reward", 1) as view:
                 view.say(f"warning: {warning}")
+
+    @contextmanager
+    def _reward(
+        self, world: World, replies: Path, *, only_correct: bool = False
+    ) -> Iterator[tuple[WeightedSum, Judge | None]]:
+        """Open the grader of the reward, and its judge if it has one: on rank 0 alone, with its `replies`."""
+        reward = self.recipe.grpo.reward
+        names = list(reward.weights)[: 1 if only_correct else None]
+        with ExitStack() as stack:
+            judge = None
+            if "judge" in names and world.rank == 0:
+                judge = stack.enter_context(open_judge(reward.judge, replies))
+            shared = JudgeOfRanks(judge=judge, world=world)
+            yield stack.enter_context(open_reward(reward, judge=shared, only_correct=only_correct)), judge
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
         summary = {**self._summary(), "counts": counts}
@@ -202,13 +218,15 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
         engine = self._make_engine(vlm, chat, settings.max_rows)
         run = self._run_dir(name, settings)
-        with open_reward(settings.reward) as grader, self._output.screen(name, settings.steps) as view:
+        opened = self._reward(self._world, self.folder / "judge")
+        with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
             context = grpo.GrpoContext(
                 vlm=vlm,
                 reference=reference,
                 chat=chat,
                 engine=engine,
                 grader=grader,
+                judge=judge,
                 importance_cap=recipe.rollout.cap,
             )
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
@@ -222,8 +240,8 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = self._make_engine(vlm, chat, recipe.eval.max_rows)
         sampler = EngineSampler(engine, chat, recipe.eval.sampling(), batch_size=CHUNK)
-        graders = open_reward(recipe.grpo.reward, only_correct=True)
-        with graders as grader, self._output.screen(f"eval {arm}", len(problems)) as view:
+        opened = self._reward(self._world, self.folder / "judge", only_correct=True)
+        with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
             evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
         seconds = round(time.monotonic() - started, 1)

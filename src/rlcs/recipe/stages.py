@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlcs.recipe.judge import Judge
 from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
 
 Advantage = Literal["grpo", "dr_grpo", "rloo"]
@@ -92,13 +93,6 @@ class Overlong(Section):
     """The largest deduction."""
     drop_truncated: bool = False
     """Leave answers cut at the limit out of the loss instead of grading them wrong."""
-
-
-class Judge(Section):
-    """A part of the reward that a model gives."""
-
-    weight: NonNegative = 0.0
-    """Weight of the judge's score; 0: off."""
 
 
 class Reward(Section):

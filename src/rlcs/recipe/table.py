@@ -206,7 +206,8 @@ def _reward_rows(reward: Reward) -> list[tuple[str, str]]:
         where += ", or else <answer> tags, 'the answer is ...', a lone letter"
     texts = {
         "accuracy": f"1 if the answer in the {where} is right",
-        "judge": "the score of a model",
+        "judge": f"{reward.judge.scale} by {reward.judge.model}, "
+        + ("loaded here" if reward.judge.base_url is None else f"at {reward.judge.base_url}"),
         **{
             function_name(function): f"returned by {PurePath(function).name}" for function in reward.functions
         },

@@ -118,9 +118,7 @@ class Grade:
     extracted: str | None = None
     why: str = ""
     answer_value: str = ""
-    """What was read in the answer, in words, such as `quantity: 5 cm`."""
     gold_value: str = ""
-    """What was read in the gold answer."""
     parts: Mapping[str, float | None] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from rlcs.data.stream import ProblemStream
 from rlcs.engines.base import Engine
 from rlcs.errors import DataError, TrainingError
+from rlcs.generation.judge import Judge
 from rlcs.grading.reward import Grader, advice
 from rlcs.model.chat import Chat
 from rlcs.model.parity_check import require_agreement
@@ -35,6 +36,8 @@ from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCo
 class GrpoContext:
     """The models and services of a step: policy, reference (None without KL), chat format, engine, grader.
 
+    A `judge` is one that the grader asks, on rank 0: it starts on each group as soon as that is sampled.
+
     `importance_cap` bounds the weights that correct for differences between the engine's logprobs and the
     policy's; None: no correction. Under `torchrun` all ranks call the methods together: each does its share
     of the work, and all get all results.
@@ -45,6 +48,7 @@ class GrpoContext:
     chat: Chat
     engine: Engine
     grader: Grader
+    judge: Judge | None = None
     importance_cap: float | None = None
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
@@ -52,15 +56,22 @@ class GrpoContext:
         return shared(self.chat.prompts, problems, guessed_tokens, self.vlm.world)
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int
+        self, problems: Sequence[Problem], prompts: Sequence[Prompt], sampling: Sampling, *, step: int
     ) -> list[tuple[Rollout, ...]]:
-        """The rollouts of each prompt."""
+        """The rollouts of each problem's prompt."""
         sample = partial(self.engine.sample, sampling=sampling, step=step)
+        if self.judge is not None:
+            sample = partial(sample, on_group=partial(_start_judge, self.judge, problems))
         return shared(sample, prompts, lambda prompt: len(prompt.ids), self.vlm.world)
 
     def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
         """The grade of each (problem, response)."""
         return shared(self.grader.grade, answers, lambda answer: len(answer[1]), self.vlm.world)
+
+
+def _start_judge(judge: Judge, problems: Sequence[Problem], group: Sequence[Rollout]) -> None:
+    by_id = {problem.id: problem for problem in problems}
+    judge.start([(by_id[rollout.problem_id], rollout.text) for rollout in group])
 
 
 def frozen_copy(vlm: Vlm) -> Vlm:
@@ -148,7 +159,7 @@ def collect(
         skipped += bad
         prompts = number_repeats(prompts, times_sampled)
         with clock("rollout"):
-            rollouts = context.sample(prompts, sampling, step=step)
+            rollouts = context.sample(problems, prompts, sampling, step=step)
         with clock("grade"):
             answers = [(p, r.text) for p, group in zip(problems, rollouts, strict=True) for r in group]
             grades = iter(context.grade(answers))

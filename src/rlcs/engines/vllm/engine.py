@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from rlcs.engines.base import Progress
+from rlcs.engines.base import OnGroup
 from rlcs.engines.vllm.protocol import OnAnswers, PromptRequest
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
 from rlcs.model.chat import Chat
@@ -40,7 +40,7 @@ class VllmEngine:
         self._weights = self._published.publish(self._vlm)
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, progress: Progress = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, on_group: OnGroup = None
     ) -> list[tuple[Rollout, ...]]:
         """See `Engine.sample`; rank 0 sends the prompts of all ranks. Raises TrainingError, EndpointError."""
         if self._weights is None or self._weights != self._published.newest:
@@ -56,18 +56,18 @@ class VllmEngine:
             ]
         )
         requests = [request for of_rank in by_rank for request in of_rank]
-        groups = world.first(lambda: self._generate(requests, progress))
+        groups = world.first(lambda: self._generate(requests, on_group))
         start = sum(map(len, by_rank[: world.rank]))
         return groups[start : start + len(prompts)]
 
-    def _generate(self, requests: Sequence[PromptRequest], progress: Progress) -> list[tuple[Rollout, ...]]:
+    def _generate(self, requests: Sequence[PromptRequest], on_group: OnGroup) -> list[tuple[Rollout, ...]]:
         assert self._weights is not None, "sync has published them"
         groups: dict[int, tuple[Rollout, ...]] = {}
 
         def on_answers(index: int, rollouts: tuple[Rollout, ...]) -> None:
             groups[index] = tuple(replace(rollout, text=self._chat.text(rollout.ids)) for rollout in rollouts)
-            if progress is not None:
-                progress(len(rollouts))
+            if on_group is not None:
+                on_group(groups[index])
 
         if requests:
             self._backend.generate(requests, self._weights, on_answers)

@@ -76,8 +76,8 @@ class Benchmark:
     """A published set of questions.
 
     `splits` holds the number of questions of each split as published, the default split first.
-    `official_rule` names the rule of `rlcs.grading` that scores as the official script does, if there
-    is one. `metrics` computes the benchmark's further scores. `name` is that of its module.
+    `official_rule` names the rule of `rlcs grade` that scores as the official script does, if there is
+    one. `metrics` computes the benchmark's further scores. `name` is that of its module.
     """
 
     title: str

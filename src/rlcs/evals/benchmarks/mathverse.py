@@ -1,8 +1,8 @@
 """MathVerse (arXiv 2403.14624): 788 problems, each in five versions that move text into the picture.
 
 The official prompt is the published `query_cot`. The official script grades with a language model twice
-(extraction, then comparison); there is no official rule, so the rlcs rule grades. In the version Vision Only
-the question is part of the picture and has no text.
+(extraction, then comparison): see `evals.mathverse_judge`; without a judge the rlcs rule alone grades. In the
+version Vision Only the question is part of the picture and has no text.
 """
 
 import re
@@ -42,6 +42,7 @@ def read(row: Row) -> Question:
             subfield=f"{subject}, {metadata['subfield']}",
         ),
         group=str(row["problem_index"]),
+        facts={"question_for_eval": text_of(row, "question_for_eval")},
     )
 
 
@@ -51,4 +52,5 @@ BENCHMARK = Benchmark(
     config="testmini",
     splits={"testmini": 3940},
     read=read,
+    official_rule="mathverse",
 )
