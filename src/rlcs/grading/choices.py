@@ -9,7 +9,8 @@ from rlcs.grading.values import Items, Letters, Named, Value
 from rlcs.records import option_letter
 
 _CHOICE = re.compile(
-    r"[(\[{]?([A-Za-z])(?:[)\]}][.:]?|[.:,]| [-=]) *(\S.*)|[(\[{]?([A-Za-z])[)\]}]?[.:,]?", re.DOTALL
+    r"\\?[(\[{]?([A-Za-z])(?:\\?[)\]}][.:]?| ?[.:,]| [-=]) *(\S.*)|\\?[(\[{]?([A-Za-z])\\?[)\]}]?[.:,]?",
+    re.DOTALL,
 )
 _LETTER_THEN_VALUE = re.compile(r"([A-Z])(?: |(?=\())(\S.*)", re.DOTALL)
 _RUN = re.compile("[A-Z]{2,}")
@@ -30,6 +31,9 @@ def compare_choice(prediction: str, gold: str, choices: Sequence[str]) -> Verdic
     named, rest = _named_option(prediction, options)
     given_value = read(prediction)
     if named is not None:
+        stated = read(rest)
+        if isinstance(stated, Named) and letter_index(stated.name, options) is not None:
+            return no("two options")
         agrees = same(read(rest), read(options[named])) if rest else yes("")
         if agrees.correct is False:
             return no(f"option {option_letter(named)} and another option's value")
@@ -97,8 +101,7 @@ def _named_option(text: str, options: Sequence[str]) -> tuple[int | None, str]:
         return letter_index(labelled[1], options), labelled[2]
     if labelled := _LETTER_THEN_VALUE.fullmatch(given):
         index = letter_index(labelled[1], options)
-        in_brackets = labelled[2].startswith("(")
-        if index is not None and (in_brackets or same(read(labelled[2]), read(options[index])).correct):
+        if index is not None and _option_of(read(labelled[2]), options) is not None:
             return index, labelled[2]
     if labelled := _VALUE_THEN_LETTER.fullmatch(given):
         return letter_index(labelled[2], options), labelled[1]

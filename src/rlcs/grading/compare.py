@@ -48,6 +48,7 @@ _COMPARABLE = (
         " cap setminus emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline"
         " vec hat begin end det circ angle triangle neg".split()
     )
+    | {"floor", "ceil"}
 )
 """Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
@@ -97,9 +98,9 @@ def either(correct: bool, right: str, wrong: str) -> Verdict:
 
 def same(answer: Value, gold: Value) -> Verdict:
     """Compare two values."""
-    answer, gold = _as_one(answer, gold), _as_one(gold, answer)
     if answer.source == gold.source:
         return yes("the same text")
+    answer, gold = _as_one(answer, gold), _as_one(gold, answer)
     if isinstance(answer, Relation) and answer.stated and not isinstance(gold, Relation | Named):
         return _best([same(value, gold) for value in answer.stated])
     if isinstance(gold, Relation) and len(gold.stated) > 1 and not isinstance(answer, Named):
@@ -173,12 +174,12 @@ def _same_equation(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Relation) and answer.operators != ("=",):
         return no("another relation")
     if answer.tree is None or gold.tree is None:
-        return formulas(answer, gold)
+        return no("not known to be the same equation")  # math-verify errs on equations
     if not (symbols(answer.tree) | symbols(gold.tree)) - {"degree"}:
         return no("other numbers in an equation without variables")
     decided = algebra.same_equation(answer.tree, gold.tree)
     if decided is None:
-        return no("not known to be the same equation")  # math-verify errs on equations
+        return no("not known to be the same equation")
     return either(decided, "the same equation", "another equation")
 
 
@@ -268,7 +269,9 @@ def _equal(answer: Value, gold: Value) -> Verdict:
 
 def _unknown(formula: str) -> str:
     r"""A part of a formula on which math-verify has been seen to go wrong (it ignores it), or ""."""
-    part = re.search(r"\d_|\.\.\.|'", formula) or (re.search(r"\\begin", formula) if "=" in formula else None)
+    part = re.search(r"\d_|\.\.\.|'|!!", formula) or (
+        re.search(r"\\begin", formula) if "=" in formula else None
+    )
     if part:
         return part[0]
     return next((name for name in re.findall(r"\\[A-Za-z]+", formula) if name[1:] not in _COMPARABLE), "")
@@ -302,11 +305,20 @@ def _items(answer: Value, gold: Items) -> Verdict:
         return no(f"other brackets: {answer.brackets or 'none'} against {gold.brackets or 'none'}")
     if len(gold.items) > _MAX_ITEMS:
         return no("a long list that is not the same text")
+    for one, other in ((answer, gold), (gold, answer)):
+        if one.brackets == "()" and other.kind == "named values" and _common_name(other):
+            return no("a point against several values of one variable")
     if gold.kind == "named values":
-        return _named_values(answer.items, gold.items)
+        return _named_values(answer.items, gold)
     if {answer.brackets, gold.brackets} <= {"", "{}"}:
         return _match(answer.items, gold.items)
     return _in_order(_by_variable(answer), gold.items, "list")
+
+
+def _common_name(items: Items) -> str:
+    """The variable of which a list gives several values (`x = 1, x = 2`, or `x_1 = 1, x_2 = 2`), or ""."""
+    names = {re.sub(r"^x_\{?\d\}?$", "x", item.name) for item in items.items if isinstance(item, Named)}
+    return names.pop() if len(names) == 1 else ""
 
 
 def _by_variable(answer: Items) -> Sequence[Value]:
@@ -324,24 +336,23 @@ def _agreeing_brackets(answer: Items, gold: Items) -> bool:
     return len(pair) == 1 or pair in ({"", "{}"}, {"", "()"}) or (no_interval and pair <= {"", "()", "[]"})
 
 
-def _named_values(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
+def _named_values(answers: Sequence[Value], golds: Items) -> Verdict:
     """Compare named values by their names; an answer without names must have the same order."""
-    named = [item for item in golds if isinstance(item, Named)]
-    if len({gold.name for gold in named}) == 1:  # x = 1 or x = 2
-        name = named[0].name
+    named = [item for item in golds.items if isinstance(item, Named)]
+    if name := _common_name(golds):  # x = 1 or x = 2
         for a in answers:
             if isinstance(a, Named) and not same_name(re.sub(r"_\{?\d\}?$", "", a.name), name):
                 return no(f"a value of {a.name}, not of {name}")
         return _match([a.value if isinstance(a, Named) else a for a in answers], [g.value for g in named])
     if not any(isinstance(answer, Named) for answer in answers):
-        return _in_order(answers, golds, "list")
+        return _in_order(answers, golds.items, "list")
     ordered: list[Value] = []
     for gold in named:
         fits = [a for a in answers if isinstance(a, Named) and same_name(a.name, gold.name)]
         if len(fits) != 1:
             return no(f"no value of {gold.name}")
         ordered.append(fits[0])
-    return _in_order(ordered, golds, "list")
+    return _in_order(ordered, golds.items, "list")
 
 
 def _in_order(answers: Sequence[Value], golds: Sequence[Value], what: str) -> Verdict:

@@ -44,7 +44,7 @@ class NotAFormulaError(ValueError):
 def read_formula(tokens: Sequence[Token]) -> Node:
     """Read all tokens as one formula. Raises NotAFormulaError."""
     reader = _Reader(tokens)
-    node = reader.sum()
+    node = reader.quotient()
     if reader.position < len(reader.tokens):
         raise NotAFormulaError(f"{reader.text()} follows a formula")
     return node
@@ -190,6 +190,8 @@ class _Reader:
                     raise NotAFormulaError("a double factorial")
                 case "!":
                     node = Call("factorial", (node,))
+                case "°" if self.text() == "°":
+                    raise NotAFormulaError("two degree signs")
                 case "°":
                     node = Product((node, Sym("degree")))
                 case "%":
@@ -226,16 +228,24 @@ class _Reader:
             return self.word(self.take())
         if token.text in _CLOSING:
             node = self.group()
-            name = {"\\lfloor": "lfloor", "\\lceil": "lceil", "|": "abs"}.get(token.text)
+            name = {"\\lfloor": "floor", "\\lceil": "ceil", "|": "abs"}.get(token.text)
             return Call(name, (node,)) if name else node
         self.take()
         return self.command(token.text.removeprefix("\\"))
 
     def group(self) -> Node:
         closing = _CLOSING[self.take().text]
-        node = self.sum()
+        node = self.quotient()
         self.take(closing)
         return node
+
+    def quotient(self) -> Node:
+        r"""Read a sum, or `a \over b`, which divides all that stands in the same braces."""
+        node = self.sum()
+        if self.text() != "\\over":
+            return node
+        self.take()
+        return Product((node, Power(self.sum(), MINUS_ONE)))
 
     def argument(self) -> Node:
         r"""Read a group, or the next single digit or letter: `\frac12`, `\frac{360}7`, `\frac ab`."""
@@ -245,7 +255,7 @@ class _Reader:
         if token.kind in ("number", "word") and len(token.text) > 1:
             self.tokens[self.position] = token._replace(text=token.text[1:])
             first = token.text[0]
-            return Num(Fraction(int(first))) if first.isdigit() else self.symbol(first)
+            return Num(Fraction(int(first))) if first.isdecimal() else self.symbol(first)
         return self.primary()
 
     def number(self) -> Node:

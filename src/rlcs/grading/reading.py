@@ -120,11 +120,19 @@ def _strip(tokens: Tokens) -> Tokens:
 def _without_parameter(tokens: Tokens) -> Tokens:
     r"""Remove a condition such as `, n \in \mathbb{Z}` at the end; its parameter is called `k` instead."""
     end = tokens[:-1] if tokens and tokens[-1].text == ")" else tokens
-    if len(end) < 5 or end[-1].text not in ("\\Z", "\\N") or end[-2].text != "\\in" or len(end[-3].text) > 1:
+    if (
+        len(end) < 5
+        or end[-1].text not in ("\\Z", "\\N", "\\R")
+        or end[-2].text != "\\in"
+        or len(end[-3].text) > 1
+    ):
         return tokens
-    opening = "(" if end is not tokens else ","
-    if end[-4].text != opening or "=" not in [token.text for token in end[:-4]]:
+    if end[-4].text != ("(" if end is not tokens else ","):
         return tokens
+    if end[-1].text == "\\R":
+        return end[:-4]
+    if _ORDER & {token.text for token in end[:-4]}:
+        return tokens  # 1 < x < 3, x \in \mathbb{Z} is a set of whole numbers
     parameter = end[-3].text
     return [token._replace(text="k") if token.text == parameter else token for token in end[:-4]]
 
@@ -212,7 +220,7 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
     name, body = inner[2].text, inner[4:-4]
     if name == "array" and body[0].text == "{":
         body = body[end_of_group(body, 0) :]
-    rows = [row for row in split(body, frozenset(["\\\\"]))[0] if row]
+    rows = [r for r in split(body, frozenset(["\\\\"]))[0] if any(token.text != "&" for token in r)]
     if not rows or (name not in (_MATRICES | _ROWS) and not system):
         return None
     if name in _MATRICES and not system:
@@ -343,7 +351,7 @@ def _relation(tokens: Tokens, source: str) -> Value | None:
     if set(operators) <= _ORDER | {"\\ne"} and (limits := _inequality(parts, operators, source)):
         return limits
     if set(operators) <= {"=", "\\approx"}:
-        return _equation(parts, source)
+        return _equation(parts, source, rounded="\\approx" in operators)
     sides = tuple(_value(part) for part in parts)
     if operators == ["\\in"] and _name(parts[0]) and isinstance(sides[1], Items | Region):
         pieces = regions.as_pieces(sides[1])
@@ -366,7 +374,8 @@ def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) 
                 continue
             if side[0].text == side[-1].text == "|" and (name := _name(side[1:-1])):
                 return _distance(name, sign, bound, source)
-            if (name := _name(side)) and not symbols(bound) & _variables(tree_of(side)):
+            tree = tree_of(side)
+            if (name := _name(side)) and not symbols(bound) & (symbols(tree) if tree else frozenset()):
                 return Region(source=source, pieces=tuple(regions.ray(sign, bound)), variable=name)
         if low is None or high is None:
             return None
@@ -389,11 +398,7 @@ def _distance(name: str, operator: str, bound: Node, source: str) -> Region:
     return Region(source=source, pieces=tuple(pieces), variable=name)
 
 
-def _variables(node: Node | None) -> frozenset[str]:
-    return symbols(node) if node is not None else frozenset()
-
-
-def _equation(parts: Sequence[Tokens], source: str) -> Value:
+def _equation(parts: Sequence[Tokens], source: str, *, rounded: bool) -> Value:
     """Read `x = 5`, `(a, b) = (1, 2)`, a chain `2 + 3 = 5`, or another equation."""
     two = len(parts) == 2
     if two and (pairs := _paired_names(parts, source)):
@@ -412,16 +417,17 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
         items = tuple(Named(source=latex(parts[-1]), name=name, value=sides[-1]) for name in names[:-1])
         return Items(source=source, brackets="", items=items)
     operators = ("=",) * (len(parts) - 1)
-    if names[0] and (stated := _stated(parts[1:], sides[1:])):  # S = 2 + 3 = 5, or S = 25 \pi = 78.5
+    stated = _stated(parts[1:], sides[1:], rounded=rounded) if names[0] else ()
+    if stated:  # S = 2 + 3 = 5, or S = 25 \pi = 78.5
         exact = left is None or algebra.equal(sides[1].tree or left, right or left)
         chain = "=".join(map(latex, parts[1:]))
         value = Relation(source=chain, operators=operators[1:], sides=tuple(sides[1:]), stated=stated)
         return Named(source=source, name=names[0], value=sides[-1] if exact else value)
-    stated = _stated(parts, sides)
+    stated = _stated(parts, sides, rounded=rounded)
     return Relation(source=source, operators=operators, sides=tuple(sides), stated=stated, tree=tree)
 
 
-def _stated(parts: Sequence[Tokens], sides: Sequence[Value]) -> tuple[Value, ...]:
+def _stated(parts: Sequence[Tokens], sides: Sequence[Value], *, rounded: bool) -> tuple[Value, ...]:
     r"""The values that an equation states: the last side of a + b = 5; both ends of 25 \pi = 78.5."""
     trees = [tree_of(_without_units(part)) for part in parts]
     first, last = trees[0], trees[-1]
@@ -431,7 +437,10 @@ def _stated(parts: Sequence[Tokens], sides: Sequence[Value]) -> tuple[Value, ...
     if names and len(parts) == 2:
         plain = all(isinstance(node, Sum | Product | Sym) for node in walk(first))
         return (sides[-1],) if plain and len(set(names)) == len(names) else ()
-    agree = all(tree is not None and (algebra.equal(tree, last) or _is_near(tree, last)) for tree in trees)
+    error = 0.02 if rounded else 0.001
+    agree = all(
+        tree is not None and (algebra.equal(tree, last) or _is_near(tree, last, error)) for tree in trees
+    )
     return (sides[-1], sides[0]) if agree else ()
 
 
@@ -448,10 +457,10 @@ def _without_units(tokens: Tokens) -> Tokens:
     return kept
 
 
-def _is_near(tree: Node, other: Node) -> bool:
-    r"""Whether two numbers differ by at most 1%, as in `20 \cos 30° = 17.3`."""
+def _is_near(tree: Node, other: Node, error: float) -> bool:
+    r"""Whether two numbers differ by at most a relative error, as in `20 \cos 30° = 17.3`."""
     one, two = (None if symbols(node) else algebra.number(node) for node in (tree, other))
-    return one is not None and two is not None and abs(one - two) <= 0.01 * abs(two)
+    return one is not None and two is not None and abs(one - two) <= error * abs(two)
 
 
 def _paired_names(parts: Sequence[Tokens], source: str) -> Value | None:

@@ -10,7 +10,7 @@ from rlcs.grading import algebra
 from rlcs.grading.formulas import NotAFormulaError, is_word, read_formula
 from rlcs.grading.measures import Unit, read_unit
 from rlcs.grading.tokens import Tokens, enclosed, end_of_group, latex, spoken, steps
-from rlcs.grading.tree import MINUS_ONE, Node, Num, PlusMinus, Product, Sum, Sym, symbols, walk
+from rlcs.grading.tree import MINUS_ONE, Node, Num, PlusMinus, Product, Sum, Sym, both_signs, symbols, walk
 from rlcs.grading.values import Expression, Items, Number, Quantity, Text, Value
 
 _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
@@ -72,15 +72,12 @@ def of_tree(tree: Node, source: str) -> Value:
     if any(isinstance(node, PlusMinus) for node in walk(tree)):
         upper = source.replace("\\pm", "+").replace("\\mp", "-")
         lower = source.replace("\\pm", "-").replace("\\mp", "+")
-        signs = zip(algebra.both_signs(tree), (upper, lower), strict=True)
+        signs = zip(both_signs(tree), (upper, lower), strict=True)
         items = tuple(of_tree(one, text.replace("+ ", "+").replace("- ", "-")) for one, text in signs)
         return Items(source=source, brackets="", items=items)
     if symbols(tree):
         return Expression(source=source, tree=tree)
-    try:
-        value = algebra.exact(tree)
-    except algebra.TooLargeError:
-        value = None
+    value = algebra.exact(tree)
     if value is None:
         return Expression(source=source, tree=tree)
     return Number(source=source, tree=Num(value), value=value)
