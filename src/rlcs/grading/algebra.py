@@ -69,8 +69,10 @@ def equal(a: Node, b: Node) -> bool | None:
 def same_equation(a: Node, b: Node) -> bool | None:
     """Whether a = 0 and b = 0 have the same solutions; None where it is not certain.
 
-    They have if a is b times a constant. They have not if a solution of one does not solve the other.
+    They have if a is b times a constant, both times their denominators. They have not if a solution of
+    one does not solve the other.
     """
+    a, b = (Product((node, *_denominators(node))) for node in (a, b))
     points = _points(a, b)
     pairs = [values for point in points if (values := _values(point, a, b))]
     ratios = [x / y for x, y in pairs if x and y]
@@ -82,6 +84,14 @@ def same_equation(a: Node, b: Node) -> bool | None:
                 if (values := _values(solution, one, other)) and not values[0] and values[1]:
                     return False
     return None
+
+
+def _denominators(node: Node) -> tuple[Node, ...]:
+    """What a formula with variables is divided by, each once: x in y - 3/x."""
+    if isinstance(node, Power) and node.exponent == MINUS_ONE and tree.symbols(node.base):
+        return (node.base,)
+    parts = tree.children(node) if isinstance(node, Sum | Product) else ()
+    return tuple(dict.fromkeys(found for part in parts for found in _denominators(part)))
 
 
 def exact(node: Node) -> Fraction | None:
