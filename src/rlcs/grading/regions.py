@@ -67,11 +67,10 @@ def as_pieces(value: Value) -> tuple[Piece, ...] | None:
 
 def sorted_pieces(pieces: Sequence[Piece]) -> list[Piece]:
     """Order pieces along the line, if all their ends are numbers."""
-    places = [position(piece.low) for piece in pieces]
-    if any(place is None for place in places):
-        return list(pieces)
-    order = sorted(range(len(pieces)), key=lambda i: (places[i] or 0.0, not pieces[i].low_closed))
-    return [pieces[i] for i in order]
+    ends = [_ends(piece) for piece in pieces]
+    lows = [end[0] for end in ends if end is not None]
+    order = range(len(pieces))
+    return [pieces[i] for i in (order if len(lows) < len(pieces) else sorted(order, key=lows.__getitem__))]
 
 
 def union(pieces: Sequence[Piece]) -> list[Piece]:
