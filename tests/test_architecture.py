@@ -75,7 +75,7 @@ TESTS_OF_SOMETHING_ELSE = {
 OLD_WORDS = {
     r"house|houses": "project, package",
     r"rooms?": "module, package; for memory: space",
-    r"floors?": "layer; for numbers: lowest value",
+    r"(?<!\")floors?(?!, ceil)": "layer; for numbers: lowest value",
     r"roofs?": "limit",
     r"meshes": "ranks, World",
     r"sittings?|exams?|Exam|Examiner|examinee": "evaluation, EvalRun",

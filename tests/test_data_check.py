@@ -95,5 +95,5 @@ def test_kinds_come_by_number_and_blank_golds_do_not_count():
     kinds = kinds_of_golds(
         Problem(id=f"r{i}", source="s", question="?", answer=gold) for i, gold in enumerate(golds)
     )
-    assert [(kind, len(same)) for kind, same in kinds.items()][0] == ("number", 2)
+    assert next((kind, len(same)) for kind, same in kinds.items()) == ("number", 2)
     assert sum(map(len, kinds.values())) == 5 and kind_lines({}) == []

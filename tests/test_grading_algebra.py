@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcs.grading import tree
-from rlcs.grading.algebra import TooLargeError, both_signs, equal, exact, number, same_equation, too_large
+from rlcs.grading.algebra import equal, exact, number, same_equation, too_large
+from rlcs.grading.tree import both_signs
 
 
 class T:
@@ -76,7 +77,7 @@ a, b, x, y, z, k, m, X, theta, degree = (
 )
 nn = T(tree.Sym("n"))
 pi, e, i, infinity = (T(tree.Const(name)) for name in ("pi", "e", "i", "infinity"))
-sin, cos, tan, arctan, ln, log, exp = map(call, ("sin", "cos", "tan", "arctan", "ln", "log", "exp"))
+sin, cos, tan, arctan, ln, log = map(call, ("sin", "cos", "tan", "arctan", "ln", "log"))
 absolute, factorial, binom, f, g = map(call, ("abs", "factorial", "binom", "f", "g"))
 third = Fraction(1, 3)
 
@@ -132,7 +133,6 @@ EQUAL = [
     (t(-2) ** nn, t(-1) ** nn * t(2) ** nn),
     (t(3) * t(2) ** 2005 / t(2) ** 2006, t(3) / 2),
     ((1 + x) ** 5000, (x + 1) ** 5000),
-    (exp(16), e**16),
     (sqrt(e**x), e ** (x / 2)),
     # logarithms
     (ln(8), 3 * ln(2)),
@@ -159,6 +159,11 @@ EQUAL = [
     (tan(x), sin(x) / cos(x)),
     (sin(2 * x * y), sin(y * (x + x))),
     (sin(5 * pi / 7), sin(2 * pi / 7)),
+    (sin(arctan(x)), x / sqrt(1 + x**2)),
+    (call("sinh")(x), (e**x - e**-x) / 2),
+    (call("arccos")(-t(1) / 2), 2 * pi / 3),
+    (arctan(1), pi / 4),
+    (t(-1) ** nn, cos(nn * pi)),
     # other functions
     (absolute(-x), absolute(x)),
     (absolute(x - y), absolute(y - x)),
@@ -205,15 +210,22 @@ DIFFERENT = [
     ((1 + x) ** 5000, (1 + 2 * x) ** 5000),
     (call("floor")(t("2.5")), 3),
     (1 / (x + 1), 1 / x + 1),
+    (e**pi - pi, t(20)),
+    (e ** (pi * sqrt(163)), t(640320) ** 3 + 744),
+    (pi + t(10) ** -40, pi),
+    ((1 + t(10) ** -20) ** (t(10) ** 20), e),
+    (t(-1) ** nn, t(1)),
+    (t(-1) ** (nn + k), t(1)),
 ]
 
 UNDECIDED = [
     (f(x) + 1, f(x) + 2),
-    (call("sinh")(x), (e**x - e**-x) / 2),
-    (call("arccos")(-t(1) / 2), 2 * pi / 3),
-    (arctan(1), pi / 4),
     (sqrt(x**2), x),  # equal where x is positive only
-    (t(-1) ** nn, cos(nn * pi)),
+    (absolute(x - 100), 100 - x),
+    (sin(nn * pi), t(0)),  # equal where n is an integer only
+    (10**50 * x + 1, 10**50 * x + 1 + t(10) ** -50),  # more than 77 digits apart
+    (x ** (t(10) ** -90), t(1)),
+    (absolute(x) + t(10) ** -90, absolute(x)),
     (f(x), g(x)),
     (f(x), f(y)),
     (1 / (x - x), t(1)),
@@ -259,8 +271,14 @@ def test_undecided(left: T, right: Any) -> None:
         (log(8, 2), 3),
         (cos(60 * degree), Fraction(1, 2)),
         (log(t(1) / 9, 3), -2),
+        (sqrt(t(10) ** 60), 10**30),
+        (sin(pi), 0),
+        (call("floor")(log(8, 2)), 3),
         (sqrt(2), None),
         (pi, None),
+        (pi - Fraction(355, 113), None),
+        (i, None),
+        (t(9) ** (t(9) ** t(9)), None),
         (x, None),
         (x - x, None),
         (t(1) / 0, None),
@@ -282,15 +300,16 @@ BOMBS = [
     factorial(501),
     t(2) ** 99_999,
     t(2) ** -99_999,
-    t(2) ** (t(99_999) / 2),
     x ** (t(9) ** (t(9) ** t(9))),
     infinity + t(9) ** (t(9) ** t(9)),
     binom(10**6, 5 * 10**5),
-    (1 + sqrt(2)) ** 99_999,
+    e ** (e ** (e ** (e ** t(10)))),
     sqrt(t(10) ** 9000),
     t(10) ** 4000 * t(10) ** -4001 * x,
 ]
 LARGE = [
+    t(2) ** (t(99_999) / 2),
+    (1 + sqrt(2)) ** 99_999,
     (1 + x) ** 5000,
     (x + y + z + a + b) ** 60 * (x + 1) ** 60,
     (sqrt(2) + sqrt(3) + sqrt(5) + sqrt(7) + pi) ** 200,
@@ -305,9 +324,7 @@ def test_bombs_are_refused_at_once(bomb: T) -> None:
     start = time.process_time()
     assert too_large(n(bomb))
     assert equal(n(bomb), n(5)) in (None, False) and equal(n(bomb), n(bomb)) is True
-    if tree.symbols(bomb.node) == set() and infinity.node not in tree.walk(bomb.node):
-        with pytest.raises(TooLargeError):
-            exact(n(bomb))
+    assert exact(n(bomb)) is None
     assert time.process_time() - start < 0.2
 
 
@@ -345,10 +362,14 @@ def test_deep_and_long_formulas_are_quick() -> None:
         (3 * x + 4 * y + 14, 3 * x - y + 13, False),
         (sqrt(2) * x + 2, x + sqrt(2), True),
         (x * ln(2) + 1, x + 1 / ln(2), True),
-        (y - 1 / x, x * y - 1, True),
+        (y - 1 / x, x * y - 1, None),  # the same solutions: math-verify says so
         (x**2 + x, x + 1, False),
-        (x**2 / a**2 + y**2 / b**2 - 1, b**2 * x**2 + a**2 * y**2 - a**2 * b**2, True),
-        (y - x / (x + 1), y * (x + 1) - x, True),
+        (x**2 / a**2 + y**2 / b**2 - 1, b**2 * x**2 + a**2 * y**2 - a**2 * b**2, None),
+        (y - x / (x + 1), y * (x + 1) - x, None),
+        (x**2 / 9 + y**2 / 4 - 1, 4 * x**2 + 9 * y**2 - 36, True),
+        (y - x * ln(x) - a * x, y - x * ln(x) - a, False),
+        (x - ln(3) / ln(2), y**2 - 28 * (x - 7), False),
+        (f(x) - 3 * x, g(x) - 3 * x, None),
         (y - 2 * sin(x), sin(x) - y / 2, True),
         (x, X, False),
         (x - 1, t(0), False),
@@ -356,7 +377,7 @@ def test_deep_and_long_formulas_are_quick() -> None:
         (y - sin(x), y - cos(pi / 2 - x), True),
         (y - sin(x) ** 2, y - 1 + cos(x) ** 2, True),
         (sqrt(x) - 2, x - 4, None),
-        (y - (3 / x) ** 2, x**2 * y - 9, True),
+        (y - (3 / x) ** 2, x**2 * y - 9, None),
         (y - 1 / (1 + 1 / x), y * (x + 1) - x, None),
         (x * y - 3, x * y - 4, False),
         (y - sqrt(x**2), y - x, None),

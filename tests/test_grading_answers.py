@@ -58,7 +58,7 @@ RIGHT = [
     ("3x - 2y = 1", "6x = 2 + 4y"), ("y = 3x - 2", "3x - y - 2 = 0"), ("(3;4)", "(3,4)"),
     ("{4, 3}", r"\{3, 4\}"),
     (r"2 \pm \sqrt5", r"2-\sqrt{5}, 2+\sqrt{5}"), ("g(x) = 3x", "3x"), ("3x", "g(x) = 3x"),
-    ("12 = 3*4", "12"),
+    ("12 = 3*4", "12"), ("0.5", r"\sin 30°"),
     # wrapped golds, words
     ("D", "<answer>D</answer>"), ("8", "#### 8"), ("8", r"So the total is $\boxed{8}$."), ("8", r"\[ 8 \]"),
     ("no solution", "No solution."), ("the red one", "red one"), ("blue and red", "red, blue"),

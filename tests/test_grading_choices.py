@@ -107,7 +107,7 @@ def test_a_gold_that_is_no_option_is_compared_by_value() -> None:
 
 
 def test_a_letter_of_an_option_that_is_a_letter() -> None:
-    assert letter_index("x", ("x", "y")) is None  # the value of the first option, not the option X
+    assert letter_index("b", ("b", "c")) is None  # the value of the first option, not the option B
     assert letter_index("(b)", OPTIONS) == letter_index("B.", OPTIONS) == 1
     assert letter_index("E", OPTIONS) is None and letter_index("12", OPTIONS) is None
 

@@ -42,7 +42,8 @@ def test_rational_values(text: str, value: str) -> None:
         (r"\frac{x}{a}", "x/a"), (r"3e^{a}", r"e^{a} \cdot 3"), ("exp(2)", "e^2"), ("pi/2", r"\frac{\pi}{2}"),
         (r"\sin^{-1} x", r"\arcsin x"), (r"\sin^2 x", r"(\sin x)^2"), (r"\mathrm{e}^2", "e^2"),
         ("2xy", "2yx"),
-        (r"\frac ab", "a/b"), ("x_1+1", "1+x_{1}"), ("2theta", r"2\theta"), (r"\ln 2x", r"\ln(2x)"),
+        (r"\frac ab", "a/b"), (r"{x+1 \over 2}", "(x+1)/2"), ("x_1+1", "1+x_{1}"), ("2theta", r"2\theta"),
+        (r"\ln 2x", r"\ln(2x)"),
         ("f(x)+1", "1+f(x)"), ("3abc", "abc*3"), ("2a^2b", "2b*a^2"), (r"\log_2 n", r"\frac{\ln n}{\ln 2}"),
     ],
 )  # fmt: skip

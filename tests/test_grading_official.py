@@ -82,7 +82,7 @@ def test_mathvision_equality(answer: str, gold: str, options: tuple[str, ...], r
         ("5)3", 5), ("1 2", 2), ("12:30", 0.4), ("-2^2", -4), ("2^3^2", 64), ("5.0.0", 0), (r"50\%", 0.5),
         (r"\sqrt[3]{8}", 2), ("e^2", 7.39), (r"\sin{30}", -0.99), (r"\sin^{-1}1", 1.57), (r"\log_2{8}", 3),
         ("5!", 120), (r"\binom{5}{2}", 10), (r"1/2\sqrt{3}", 0.29),
-        (r"\lfloor2.5\rfloor", 2), ("2.675", 2.67), (r"2\pi", 6.28),
+        (r"\lfloor2.5\rfloor", 2), ("2.675", 2.67), (r"2\pi", 6.28), ("+".join(["1"] * 100), 100),
     ],
 )  # fmt: skip
 def test_values_as_the_official_comparator_reads_them(text: str, value: float) -> None:

@@ -16,7 +16,8 @@ from rlcs.errors import RlcsError
 from rlcs.grading import GradePool, pool
 from rlcs.records import Problem
 
-SLOW = r"\boxed{\sum_{k=1}^{2} \binom{8 \cdot 12499999}{5000000}}"  # math-verify multiplies for hours, inside C code
+SLOW = r"\boxed{\sum_{k=1}^{2} \binom{8 \cdot 12499999}{5000000}}"
+"""math-verify multiplies for hours, inside C code."""
 
 
 def ask(gold: str, answer: str) -> tuple[Problem, str]:

@@ -10,11 +10,11 @@ from rlcs.grading.values import Items, Letters, Named, Value
 from rlcs.records import option_letter
 
 _CHOICE = re.compile(
-    r"[(\[{]?([A-Za-z])(?:[)\]}][.:]?|[.:,]| [-=]) *(\S.*)|[(\[{]?([A-Za-z])[)\]}]?[.:,]?", re.DOTALL
+    r"\\?[(\[{]?([A-Za-z])(?:\\?[)\]}][.:]?| ?[.:,]| [-=]) *(\S.*)|\\?[(\[{]?([A-Za-z])\\?[)\]}]?[.:,]?",
+    re.DOTALL,
 )
-_LETTER_THEN_VALUE = re.compile(r"([A-Z]) (\S.*)", re.DOTALL)
+_LETTER_THEN_VALUE = re.compile(r"([A-Z])(?: |(?=\())(\S.*)", re.DOTALL)
 _RUN = re.compile("[A-Z]{2,}")
-_LETTER_AND_VALUE = re.compile(r"([A-Z]) ?\((.+)\)", re.DOTALL)
 _VALUE_THEN_LETTER = re.compile(r"(.*\S) ?\(([A-Z])\)", re.DOTALL)
 
 
@@ -42,18 +42,20 @@ def _compare(prediction: str, gold: str, options: Sequence[str]) -> Verdict:
         return either(given == wanted, "the same letters", "other letters")
     right = next(iter(wanted)) if wanted else None
     value = read(gold if right is None else options[right])
-    accepted = {right} if right is not None else _fitting(value, options)
+    accepted = [right] if right is not None else _fitting(value, options)
     named, rest = _named_option(prediction, options)
     given_value = read(prediction)
     if named is not None:
+        stated = read(rest)
+        if isinstance(stated, Named) and letter_index(stated.name, options) is not None:
+            return no("two options")
         agrees = same(read(rest), read(options[named])) if rest else yes("")
         if agrees.correct is False:
             return no(f"option {option_letter(named)} and another option's value")
         if named in accepted:
             return agrees if agrees.correct is None else yes(f"option {option_letter(named)}")
         if accepted:
-            best = min(index for index in accepted if index is not None)
-            return no(f"option {option_letter(named)}, not {option_letter(best)}")
+            return no(f"option {option_letter(named)}, not {option_letter(accepted[0])}")
         given_value = read(options[named])  # the gold value is no option's text: compare the values
     elif (
         isinstance(given_value, Letters)
@@ -78,10 +80,10 @@ def _compare(prediction: str, gold: str, options: Sequence[str]) -> Verdict:
     return verdict
 
 
-def _fitting(value: Value, options: Sequence[str]) -> set[int | None]:
+def _fitting(value: Value, options: Sequence[str]) -> list[int]:
     """The options that are written like a value, or else those that equal it."""
-    alike = {i for i, option in enumerate(options) if read(option).source == value.source}
-    return {*alike} or {i for i, option in enumerate(options) if same(read(option), value).correct}
+    alike = [i for i, option in enumerate(options) if read(option).source == value.source]
+    return alike or [i for i, option in enumerate(options) if same(read(option), value).correct]
 
 
 def _fits_another(given: Value, right: int, options: Sequence[str]) -> bool:
@@ -122,9 +124,9 @@ def _named_option(text: str, options: Sequence[str]) -> tuple[int | None, str]:
         return None, ""
     if (labelled := _CHOICE.fullmatch(given)) and labelled[2]:
         return letter_index(labelled[1], options), labelled[2]
-    if labelled := _LETTER_THEN_VALUE.fullmatch(given) or _LETTER_AND_VALUE.fullmatch(given):
+    if labelled := _LETTER_THEN_VALUE.fullmatch(given):
         index = letter_index(labelled[1], options)
-        if index is not None and same(read(labelled[2]), read(options[index])).correct:
+        if index is not None and _option_of(read(labelled[2]), options) is not None:
             return index, labelled[2]
     if labelled := _VALUE_THEN_LETTER.fullmatch(given):
         return letter_index(labelled[2], options), labelled[1]

@@ -44,10 +44,11 @@ _COMPARABLE = (
     FUNCTIONS
     | GREEK
     | frozenset(
-        "factorial floor ceil over sum prod int lim infty to frac sqrt binom pi cdot pm mp le ge ne in cup cap setminus"
-        " emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline vec hat begin end det circ"
-        " angle triangle neg".split()
+        "factorial sum prod int lim infty to frac over sqrt binom pi cdot pm mp le ge ne in cup"
+        " cap setminus emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline"
+        " vec hat begin end det circ angle triangle neg".split()
     )
+    | {"floor", "ceil"}
 )
 """Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
@@ -95,11 +96,6 @@ def either(correct: bool, right: str, wrong: str) -> Verdict:
     return Verdict(correct=correct, why=right if correct else wrong)
 
 
-def _decided(decided: bool | None, right: str, wrong: str, values: tuple[Value, Value]) -> Verdict:
-    """The verdict on two values; what is not decided (None) is left to math-verify."""
-    return formulas(*values) if decided is None else either(decided, right, wrong)
-
-
 def same(answer: Value, gold: Value) -> Verdict:
     """Compare two values."""
     if answer.source == gold.source:
@@ -113,30 +109,29 @@ def same(answer: Value, gold: Value) -> Verdict:
             return _best([same(given, value) for value in gold.stated])
     if isinstance(gold, Named):
         return _named_gold(answer, gold)
+    if isinstance(answer, Named) and isinstance(gold, Relation):
+        return _same_equation(answer, gold)
     if isinstance(answer, Named):
-        relation = isinstance(gold, Relation)
-        return _same_equation(answer, gold) if relation else _leaving_off("name", same(answer.value, gold))
+        other = _ANOTHER_VALUE.search(answer.name)
+        return no(f"a value of {answer.name}") if other else _leaving_off("name", same(answer.value, gold))
     return _RULES[type(gold)](answer, gold)
-
-
-def _best(verdicts: Sequence[Verdict]) -> Verdict:
-    """The first right verdict, else an undecided one, else the first."""
-    return min(verdicts, key=lambda verdict: (True, None, False).index(verdict.correct))
 
 
 def _as_one(value: Value, other: Value) -> Value:
     """The one value of a list: {5} is 5; where the other is no list, AB = BC = 5 is 5 as well."""
     if not isinstance(value, Items):
         return value
-    if (
-        len(value.items) == 1
-        and value.brackets in ("", "{}")
-        and not isinstance(value.items[0], Items | Region)
-    ):
+    alone = len(value.items) == 1 and value.brackets in ("", "{}")
+    if alone and not isinstance(value.items[0], Items | Region):
         return value.items[0]
     named = [item.value for item in value.items if isinstance(item, Named)]
     common = len(named) == len(value.items) and len({each.source for each in named}) == 1
-    return named[0] if common and named and not isinstance(other, Items) else value
+    return named[0] if common and not isinstance(other, Items) else value
+
+
+def _best(verdicts: Sequence[Verdict]) -> Verdict:
+    """The first right verdict, else an undecided one, else the first."""
+    return min(verdicts, key=lambda verdict: (True, None, False).index(verdict.correct))
 
 
 def _leaving_off(what: str, verdict: Verdict) -> Verdict:
@@ -179,12 +174,12 @@ def _same_equation(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Relation) and answer.operators != ("=",):
         return no("another relation")
     if answer.tree is None or gold.tree is None:
-        return formulas(answer, gold)
+        return no("not known to be the same equation")  # math-verify errs on equations
     if not (symbols(answer.tree) | symbols(gold.tree)) - {"degree"}:
         return no("other numbers in an equation without variables")
     decided = algebra.same_equation(answer.tree, gold.tree)
     if decided is None:
-        return no("not known to be the same equation")  # math-verify errs on equations
+        return no("not known to be the same equation")
     return either(decided, "the same equation", "another equation")
 
 
@@ -269,12 +264,14 @@ def _equal(answer: Value, gold: Value) -> Verdict:
     calls = {node.name for tree in (answer.tree, gold.tree) for node in walk(tree) if isinstance(node, Call)}
     if decided is None and not calls <= _COMPARABLE:
         return no("not known to be equal")
-    return _decided(decided, "an equal formula", "another value", (answer, gold))
+    return formulas(answer, gold) if decided is None else either(decided, "an equal formula", "another value")
 
 
 def _unknown(formula: str) -> str:
     r"""A part of a formula on which math-verify has been seen to go wrong (it ignores it), or ""."""
-    part = re.search(r"\d_|\.\.\.|'", formula) or (re.search(r"\\begin", formula) if "=" in formula else None)
+    part = re.search(r"\d_|\.\.\.|'|!!", formula) or (
+        re.search(r"\\begin", formula) if "=" in formula else None
+    )
     if part:
         return part[0]
     return next((name for name in re.findall(r"\\[A-Za-z]+", formula) if name[1:] not in _COMPARABLE), "")
@@ -308,11 +305,20 @@ def _items(answer: Value, gold: Items) -> Verdict:
         return no(f"other brackets: {answer.brackets or 'none'} against {gold.brackets or 'none'}")
     if len(gold.items) > _MAX_ITEMS:
         return no("a long list that is not the same text")
+    for one, other in ((answer, gold), (gold, answer)):
+        if one.brackets == "()" and other.kind == "named values" and _common_name(other):
+            return no("a point against several values of one variable")
     if gold.kind == "named values":
-        return _named_values(answer.items, gold.items)
+        return _named_values(answer.items, gold)
     if {answer.brackets, gold.brackets} <= {"", "{}"}:
         return _match(answer.items, gold.items)
     return _in_order(_by_variable(answer), gold.items, "list")
+
+
+def _common_name(items: Items) -> str:
+    """The variable of which a list gives several values (`x = 1, x = 2`, or `x_1 = 1, x_2 = 2`), or ""."""
+    names = {re.sub(r"^x_\{?\d\}?$", "x", item.name) for item in items.items if isinstance(item, Named)}
+    return names.pop() if len(names) == 1 else ""
 
 
 def _by_variable(answer: Items) -> Sequence[Value]:
@@ -330,24 +336,23 @@ def _agreeing_brackets(answer: Items, gold: Items) -> bool:
     return len(pair) == 1 or pair in ({"", "{}"}, {"", "()"}) or (no_interval and pair <= {"", "()", "[]"})
 
 
-def _named_values(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
+def _named_values(answers: Sequence[Value], golds: Items) -> Verdict:
     """Compare named values by their names; an answer without names must have the same order."""
-    named = [item for item in golds if isinstance(item, Named)]
-    if len({gold.name for gold in named}) == 1:  # x = 1 or x = 2
-        name = named[0].name
+    named = [item for item in golds.items if isinstance(item, Named)]
+    if name := _common_name(golds):  # x = 1 or x = 2
         for a in answers:
             if isinstance(a, Named) and not same_name(re.sub(r"_\{?\d\}?$", "", a.name), name):
                 return no(f"a value of {a.name}, not of {name}")
         return _match([a.value if isinstance(a, Named) else a for a in answers], [g.value for g in named])
     if not any(isinstance(answer, Named) for answer in answers):
-        return _in_order(answers, golds, "list")
+        return _in_order(answers, golds.items, "list")
     ordered: list[Value] = []
     for gold in named:
         fits = [a for a in answers if isinstance(a, Named) and same_name(a.name, gold.name)]
         if len(fits) != 1:
             return no(f"no value of {gold.name}")
         ordered.append(fits[0])
-    return _in_order(ordered, golds, "list")
+    return _in_order(ordered, golds.items, "list")
 
 
 def _in_order(answers: Sequence[Value], golds: Sequence[Value], what: str) -> Verdict:
@@ -386,7 +391,9 @@ def _region(answer: Value, gold: Value) -> Verdict:
     if len(names) > 1 and not same_name(*names):
         return no("a condition on another variable")
     decided = regions.same_pieces(mine, theirs)
-    return _decided(decided, "the same set of numbers", "another set of numbers", (answer, gold))
+    if decided is None:
+        return formulas(answer, gold)
+    return either(decided, "the same set of numbers", "another set of numbers")
 
 
 def _matrix(answer: Value, gold: Matrix) -> Verdict:

@@ -94,13 +94,9 @@ def _time(match: re.Match[str]) -> Date | None:
     half = (match[4] or "").lower()
     if hour > 23 or minute > 59 or second > 59 or (half and hour == 0) or (half == "a" and hour > 12):
         return None
-    hours = (
-        [hour]
-        if hour > 12
-        else [hour % 12 + (12 if half == "p" else 0)]
-        if half
-        else [hour % 12, hour % 12 + 12]
-    )
+    hours = [hour] if hour > 12 else [hour % 12, hour % 12 + 12]
+    if half and hour <= 12:
+        hours = [hours["ap".index(half)]]
     return Date(kind="time", readings=tuple((each, minute, second) for each in hours))
 
 

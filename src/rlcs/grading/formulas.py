@@ -44,7 +44,7 @@ class NotAFormulaError(ValueError):
 def read_formula(tokens: Sequence[Token]) -> Node:
     """Read all tokens as one formula. Raises NotAFormulaError."""
     reader = _Reader(tokens)
-    node = reader.sum()
+    node = reader.quotient()
     if reader.position < len(reader.tokens):
         raise NotAFormulaError(f"{reader.text()} follows a formula")
     return node
@@ -61,7 +61,7 @@ def is_word(token: Token) -> bool:
 
 def base_of(tokens: Sequence[Token]) -> int | None:
     """The number base that an index names: `8`, `eight`, `{(8)}`, `base 8`; None if it names none."""
-    words = [t.text.lower() for t in tokens if t.text not in "(){}" and t.text.lower() != "base"]
+    words = [t.text.lower() for t in tokens if t.text not in "(){}_" and t.text.lower() not in ("in", "base")]
     if len(words) != 1:
         return None
     base = int(words[0]) if words[0].isdecimal() and len(words[0]) < 3 else _BASES.get(words[0], 0)
@@ -190,6 +190,8 @@ class _Reader:
                     raise NotAFormulaError("a double factorial")
                 case "!":
                     node = Call("factorial", (node,))
+                case "°" if self.text() == "°":
+                    raise NotAFormulaError("two degree signs")
                 case "°":
                     node = Product((node, Sym("degree")))
                 case "%":
@@ -233,9 +235,17 @@ class _Reader:
 
     def group(self) -> Node:
         closing = _CLOSING[self.take().text]
-        node = self.sum()
+        node = self.quotient()
         self.take(closing)
         return node
+
+    def quotient(self) -> Node:
+        r"""Read a sum, or `a \over b`, which divides all that stands in the same braces."""
+        node = self.sum()
+        if self.text() != "\\over":
+            return node
+        self.take()
+        return Product((node, Power(self.sum(), MINUS_ONE)))
 
     def argument(self) -> Node:
         r"""Read a group, or the next single digit or letter: `\frac12`, `\frac{360}7`, `\frac ab`."""
@@ -245,7 +255,7 @@ class _Reader:
         if token.kind in ("number", "word") and len(token.text) > 1:
             self.tokens[self.position] = token._replace(text=token.text[1:])
             first = token.text[0]
-            return Num(Fraction(int(first))) if first.isdigit() else self.symbol(first)
+            return Num(Fraction(int(first))) if first.isdecimal() else self.symbol(first)
         return self.primary()
 
     def number(self) -> Node:
@@ -299,9 +309,8 @@ class _Reader:
             return Product((self.symbol(before), call)) if before else call
         if is_word(token):
             raise NotAFormulaError(f"the word {letters[:30]}")
-        *first, last = letters
-        factors = [self.letter(letter) for letter in first]
-        node = self.symbol(last)
+        factors = [self.letter(letter) for letter in letters[:-1]]
+        node = self.symbol(letters[-1])
         if not factors:
             return node
         while self.found("^"):  # the power belongs to the last letter: mv^2
@@ -383,7 +392,7 @@ class _Reader:
             return Product((node, self.primary())) if opening == "{" and self.text() == "(" else node
         if self.text()[1:] in FUNCTIONS:
             return self.primary()
-        factors = [MINUS_ONE] if self.found("-") else []
+        factors: list[Node] = [MINUS_ONE] if self.found("-") else []
         factors.append(self.factor())
         while self.starts_factor() and self.text() not in ("(", "[") and self.text()[1:] not in FUNCTIONS:
             factors.append(self.factor())

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from rlcs.grading import algebra, regions
 from rlcs.grading.dates import read_date
@@ -111,22 +111,28 @@ def _strip(tokens: Tokens) -> Tokens:
         tokens = _strip(tokens[1:-1])
     while len(tokens) > 1 and tokens[0].text in ("=", "\\approx", "\\therefore"):
         tokens = tokens[1:]
-    lead = 0
-    while lead < len(tokens) and (tokens[lead].text.lower() in _LEAD_WORDS or tokens[lead].text == ":"):
-        lead += 1
-    if 0 < lead < len(tokens) and any(token.text.lower() in _LEADS for token in tokens[:lead]):
-        tokens = _strip(tokens[lead:])
+    lead = list(takewhile(lambda token: token.text.lower() in _LEAD_WORDS or token.text == ":", tokens))
+    if len(lead) < len(tokens) and any(token.text.lower() in _LEADS for token in lead):
+        tokens = _strip(tokens[len(lead) :])
     return tokens
 
 
 def _without_parameter(tokens: Tokens) -> Tokens:
     r"""Remove a condition such as `, n \in \mathbb{Z}` at the end; its parameter is called `k` instead."""
     end = tokens[:-1] if tokens and tokens[-1].text == ")" else tokens
-    if len(end) < 5 or end[-1].text not in ("\\Z", "\\N") or end[-2].text != "\\in" or len(end[-3].text) > 1:
+    if (
+        len(end) < 5
+        or end[-1].text not in ("\\Z", "\\N", "\\R")
+        or end[-2].text != "\\in"
+        or len(end[-3].text) > 1
+    ):
         return tokens
-    opening = "(" if end is not tokens else ","
-    if end[-4].text != opening or "=" not in [token.text for token in end[:-4]]:
+    if end[-4].text != ("(" if end is not tokens else ","):
         return tokens
+    if end[-1].text == "\\R":
+        return end[:-4]
+    if _ORDER & {token.text for token in end[:-4]}:
+        return tokens  # 1 < x < 3, x \in \mathbb{Z} is a set of whole numbers
     parameter = end[-3].text
     return [token._replace(text="k") if token.text == parameter else token for token in end[:-4]]
 
@@ -180,9 +186,8 @@ def _letters(tokens: Tokens) -> frozenset[str] | None:
     if not runs or not all(_LETTERS.fullmatch(run) for run in runs):
         return None
     letters = "".join(runs)
-    if len(set(letters)) != len(letters) or (
-        len(runs) == 1 and list(letters) not in (sorted(letters), sorted(letters)[::-1])
-    ):
+    in_order = len(runs) > 1 or list(letters) in (sorted(letters), sorted(letters, reverse=True))
+    if len(set(letters)) < len(letters) or not in_order:
         return None
     return frozenset(letters)
 
@@ -199,9 +204,7 @@ def _based(tokens: Tokens, source: str) -> Value | None:
     match = _IN_BASE.fullmatch(source) or _IN_BASE.fullmatch(spoken(tokens))
     if not match:
         return None
-    start = next((i for i, t in enumerate(tokens) if t.text in ("_", "base", "in")), len(tokens))
-    index = [t for t in tokens[start:] if t.text not in ("_", "in", "base")]
-    base = base_of(index)
+    base = base_of(tokenise(match[2]))
     if base is None or (len(match[1]) == 1 and not match[1].isdigit()):
         return None
     return Based(source=source, digits=match[1].upper(), base=base, value=number_in_base(match[1], base))
@@ -217,12 +220,12 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
     name, body = inner[2].text, inner[4:-4]
     if name == "array" and body[0].text == "{":
         body = body[end_of_group(body, 0) :]
-    rows = [row for row in split(body, frozenset(["\\\\"]))[0] if row]
+    rows = [r for r in split(body, frozenset(["\\\\"]))[0] if any(token.text != "&" for token in r)]
+    if not rows or (name not in (_MATRICES | _ROWS) and not system):
+        return None
     if name in _MATRICES and not system:
         cells = tuple(tuple(map(_value, split(row, frozenset("&"))[0])) for row in rows)
         return Matrix(source=source, rows=cells)
-    if name not in _ROWS and not system:
-        return None
     parts = [_strip([token for token in row if token.text != "&"]) for row in rows]
     return _items(parts, [], "", source) if len(parts) > 1 else _value(parts[0])
 
@@ -248,7 +251,7 @@ def _bracketed(tokens: Tokens, source: str) -> Value | None:
 
 
 def _condition(element: Tokens, condition: Value) -> Value | None:
-    r"""The set of all real `x` under a condition on `x`; None for other elements, such as `x^2` or integers."""
+    r"""The set of all real `x` under a condition on `x`; None for other elements, such as integers."""
     name, operator = latex(element[:1]), latex(element[1:])
     if operator not in ("", "\\in\\R"):
         return None
@@ -268,16 +271,16 @@ def _items(parts: Sequence[Tokens], separators: Sequence[str], brackets: str, so
     if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
         named = [replace(first, source=item.source, value=item, tree=None) for item in items[1:]]
         items = [first, *named]  # x = 1, 2
-    if not brackets and not any(map(enclosed, parts)) and all(isinstance(item, Region) for item in items):
-        limits = [item for item in items if isinstance(item, Region)]
-        if len({limit.variable for limit in limits}) == 1:
-            if (joined := _joined(limits, separators)) is not None:
-                return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
+    limits = [item for item in items if isinstance(item, Region)]
+    plain = not brackets and not any(map(enclosed, parts)) and len(limits) == len(items)
+    one_variable = plain and len({limit.variable for limit in limits}) == 1
+    if one_variable and (joined := _joined(limits, separators)) is not None:
+        return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
     items = list({item.source: item for item in items}.values()) if brackets == "{}" else items
     flat: list[Value] = []
     for item in items:
-        joined = isinstance(item, Items) and ("\\pm" in item.source or item.source.count("=") > 1)
-        flat += item.items if joined and isinstance(item, Items) and not item.brackets else [item]
+        several = isinstance(item, Items) and ("\\pm" in item.source or item.source.count("=") > 1)
+        flat += item.items if several and isinstance(item, Items) and not item.brackets else [item]
     return Items(source=source, brackets=brackets, items=tuple(flat))
 
 
@@ -348,7 +351,7 @@ def _relation(tokens: Tokens, source: str) -> Value | None:
     if set(operators) <= _ORDER | {"\\ne"} and (limits := _inequality(parts, operators, source)):
         return limits
     if set(operators) <= {"=", "\\approx"}:
-        return _equation(parts, source)
+        return _equation(parts, source, rounded="\\approx" in operators)
     sides = tuple(_value(part) for part in parts)
     if operators == ["\\in"] and _name(parts[0]) and isinstance(sides[1], Items | Region):
         pieces = regions.as_pieces(sides[1])
@@ -371,7 +374,8 @@ def _inequality(parts: Sequence[Tokens], operators: Sequence[str], source: str) 
                 continue
             if side[0].text == side[-1].text == "|" and (name := _name(side[1:-1])):
                 return _distance(name, sign, bound, source)
-            if (name := _name(side)) and not symbols(bound) & _variables(tree_of(side)):
+            tree = tree_of(side)
+            if (name := _name(side)) and not symbols(bound) & (symbols(tree) if tree else frozenset()):
                 return Region(source=source, pieces=tuple(regions.ray(sign, bound)), variable=name)
         if low is None or high is None:
             return None
@@ -394,11 +398,7 @@ def _distance(name: str, operator: str, bound: Node, source: str) -> Region:
     return Region(source=source, pieces=tuple(pieces), variable=name)
 
 
-def _variables(node: Node | None) -> frozenset[str]:
-    return symbols(node) if node is not None else frozenset()
-
-
-def _equation(parts: Sequence[Tokens], source: str) -> Value:
+def _equation(parts: Sequence[Tokens], source: str, *, rounded: bool) -> Value:
     """Read `x = 5`, `(a, b) = (1, 2)`, a chain `2 + 3 = 5`, or another equation."""
     two = len(parts) == 2
     if two and (pairs := _paired_names(parts, source)):
@@ -417,21 +417,18 @@ def _equation(parts: Sequence[Tokens], source: str) -> Value:
         items = tuple(Named(source=latex(parts[-1]), name=name, value=sides[-1]) for name in names[:-1])
         return Items(source=source, brackets="", items=items)
     operators = ("=",) * (len(parts) - 1)
-    if names[0] and (stated := _stated(parts[1:], sides[1:])):  # S = 2 + 3 = 5, or S = 25 \pi = 78.5
+    stated = _stated(parts[1:], sides[1:], rounded=rounded) if names[0] else ()
+    if stated:  # S = 2 + 3 = 5, or S = 25 \pi = 78.5
         exact = left is None or algebra.equal(sides[1].tree or left, right or left)
-        value = Relation(
-            source="=".join(map(latex, parts[1:])),
-            operators=operators[1:],
-            sides=tuple(sides[1:]),
-            stated=stated,
-        )
+        chain = "=".join(map(latex, parts[1:]))
+        value = Relation(source=chain, operators=operators[1:], sides=tuple(sides[1:]), stated=stated)
         return Named(source=source, name=names[0], value=sides[-1] if exact else value)
-    stated = _stated(parts, sides)
+    stated = _stated(parts, sides, rounded=rounded)
     return Relation(source=source, operators=operators, sides=tuple(sides), stated=stated, tree=tree)
 
 
-def _stated(parts: Sequence[Tokens], sides: Sequence[Value]) -> tuple[Value, ...]:
-    """The values that an equation states: the last side of a + b = 5; both ends of 25 \\pi = 78.5."""
+def _stated(parts: Sequence[Tokens], sides: Sequence[Value], *, rounded: bool) -> tuple[Value, ...]:
+    r"""The values that an equation states: the last side of a + b = 5; both ends of 25 \pi = 78.5."""
     trees = [tree_of(_without_units(part)) for part in parts]
     first, last = trees[0], trees[-1]
     if first is None or last is None or symbols(last):
@@ -440,7 +437,10 @@ def _stated(parts: Sequence[Tokens], sides: Sequence[Value]) -> tuple[Value, ...
     if names and len(parts) == 2:
         plain = all(isinstance(node, Sum | Product | Sym) for node in walk(first))
         return (sides[-1],) if plain and len(set(names)) == len(names) else ()
-    agree = all(tree is not None and (algebra.equal(tree, last) or _is_near(tree, last)) for tree in trees)
+    error = 0.02 if rounded else 0.001
+    agree = all(
+        tree is not None and (algebra.equal(tree, last) or _is_near(tree, last, error)) for tree in trees
+    )
     return (sides[-1], sides[0]) if agree else ()
 
 
@@ -457,10 +457,10 @@ def _without_units(tokens: Tokens) -> Tokens:
     return kept
 
 
-def _is_near(tree: Node, other: Node) -> bool:
-    r"""Whether two numbers differ by at most 1%, as in `20 \cos 30° = 17.3`."""
+def _is_near(tree: Node, other: Node, error: float) -> bool:
+    r"""Whether two numbers differ by at most a relative error, as in `20 \cos 30° = 17.3`."""
     one, two = (None if symbols(node) else algebra.number(node) for node in (tree, other))
-    return one is not None and two is not None and abs(one - two) <= 0.01 * abs(two)
+    return one is not None and two is not None and abs(one - two) <= error * abs(two)
 
 
 def _paired_names(parts: Sequence[Tokens], source: str) -> Value | None:
@@ -487,13 +487,10 @@ def _ratio(tokens: Tokens, source: str) -> Value | None:
     parts, found = split(tokens, frozenset([":", "is", "are", "equals"]))
     if not found or not all(parts):
         return None
-    if len(parts) == 2 and all(is_word(token) for token in parts[0]):  # Area: 10
+    if len(parts) == 2 and all(map(is_word, parts[0])):  # Area: 10
         value = _value(parts[1])
-        return (
-            text_of(tokens)
-            if isinstance(value, Text)
-            else Named(source=source, name=spoken(parts[0]), value=value)
-        )
+        named = Named(source=source, name=spoken(parts[0]), value=value)
+        return text_of(tokens) if isinstance(value, Text) else named
     if set(found) != {":"}:
         return None
     values = tuple(_value(part) for part in parts)

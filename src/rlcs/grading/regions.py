@@ -3,8 +3,10 @@ r"""Sets of numbers: intervals, inequalities, unions and complements in one form
 `x < -1 or x > 1`, `(-\infty,-1)\cup(1,\infty)` and `\mathbb{R}\setminus[-1,1]` become the same two pieces.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlcs.grading import algebra
 from rlcs.grading.tree import MINUS_ONE, Const, Node, Product
@@ -65,45 +67,28 @@ def as_pieces(value: Value) -> tuple[Piece, ...] | None:
 
 def sorted_pieces(pieces: Sequence[Piece]) -> list[Piece]:
     """Order pieces along the line, if all their ends are numbers."""
-    places = [position(piece.low) for piece in pieces]
-    if any(place is None for place in places):
-        return list(pieces)
-    order = sorted(range(len(pieces)), key=lambda i: (places[i] or 0.0, not pieces[i].low_closed))
-    return [pieces[i] for i in order]
+    ends = [_ends(piece) for piece in pieces]
+    lows = [end[0] for end in ends if end is not None]
+    order = range(len(pieces))
+    return [pieces[i] for i in (order if len(lows) < len(pieces) else sorted(order, key=lows.__getitem__))]
 
 
 def union(pieces: Sequence[Piece]) -> list[Piece]:
     """Join pieces that overlap or touch; pieces with variables in their ends stay as they are."""
     joined: list[Piece] = []
     for piece in sorted_pieces(pieces):
-        last = joined[-1] if joined else None
-        if last is None or not _touch(last, piece):
+        ends, last = _ends(piece), _ends(joined[-1]) if joined else None
+        if ends is None or last is None or ends[0] > last[1]:
             joined.append(piece)
-        elif _ends_before(last, piece):
-            joined[-1] = Piece(
-                low=last.low, high=piece.high, low_closed=last.low_closed, high_closed=piece.high_closed
-            )
+        elif last[1] < ends[1]:
+            joined[-1] = replace(joined[-1], high=piece.high, high_closed=piece.high_closed)
     return joined
 
 
-def _ends(piece: Piece) -> tuple[float, float] | None:
+def _ends(piece: Piece) -> tuple[tuple[float, bool], tuple[float, bool]] | None:
+    """Both ends such that `<` is their order on the line: an open low end is later, a closed high end too."""
     low, high = position(piece.low), position(piece.high)
-    return None if low is None or high is None else (low, high)
-
-
-def _touch(first: Piece, second: Piece) -> bool:
-    """Whether the second of two pieces in order leaves no gap after the first."""
-    one, other = _ends(first), _ends(second)
-    if one is None or other is None:
-        return False
-    return other[0] < one[1] or (other[0] == one[1] and (first.high_closed or second.low_closed))
-
-
-def _ends_before(first: Piece, second: Piece) -> bool:
-    one, other = _ends(first), _ends(second)
-    if one is None or other is None:
-        return False
-    return (one[1], first.high_closed) < (other[1], second.high_closed)
+    return None if low is None or high is None else ((low, not piece.low_closed), (high, piece.high_closed))
 
 
 def complement(pieces: Sequence[Piece]) -> list[Piece]:
@@ -122,37 +107,21 @@ def complement(pieces: Sequence[Piece]) -> list[Piece]:
 def intersection(one: Sequence[Piece], other: Sequence[Piece]) -> list[Piece]:
     """The numbers in both."""
     kept: list[Piece] = []
-    for a in one:
-        for b in other:
-            ends = _ends(a), _ends(b)
-            if ends[0] is None or ends[1] is None:
-                continue
-            (a_low, a_high), (b_low, b_high) = ends[0], ends[1]
-            low = max((a_low, not a.low_closed, 0), (b_low, not b.low_closed, 1))
-            high = min((a_high, a.high_closed, 0), (b_high, b.high_closed, 1))
-            if low[0] < high[0] or (low[0] == high[0] and not low[1] and high[1]):
-                kept.append(
-                    Piece(
-                        low=(a, b)[low[2]].low,
-                        high=(a, b)[high[2]].high,
-                        low_closed=not low[1],
-                        high_closed=high[1],
-                    )
-                )
+    for a, b in itertools.product(one, other):
+        mine, theirs = _ends(a), _ends(b)
+        if mine is None or theirs is None:
+            continue
+        if max(mine[0], theirs[0]) < min(mine[1], theirs[1]):
+            left, right = a if mine[0] > theirs[0] else b, a if mine[1] <= theirs[1] else b
+            kept.append(replace(left, high=right.high, high_closed=right.high_closed))
     return kept
 
 
 def same_pieces(one: Sequence[Piece], other: Sequence[Piece]) -> bool | None:
     """Whether two sets of numbers are the same; None if an end cannot be compared here."""
-    if len(one) != len(other):
+    closed = [[(piece.low_closed, piece.high_closed) for piece in pieces] for pieces in (one, other)]
+    if closed[0] != closed[1]:
         return False
-    undecided = False
-    for a, b in zip(one, other, strict=True):
-        if (a.low_closed, a.high_closed) != (b.low_closed, b.high_closed):
-            return False
-        for mine, theirs in ((a.low, b.low), (a.high, b.high)):
-            same = algebra.equal(mine, theirs)
-            if same is False:
-                return False
-            undecided = undecided or same is None
-    return None if undecided else True
+    ends = [[end for piece in pieces for end in (piece.low, piece.high)] for pieces in (one, other)]
+    verdicts = {algebra.equal(mine, theirs) for mine, theirs in zip(*ends, strict=True)}
+    return False if False in verdicts else None if None in verdicts else True

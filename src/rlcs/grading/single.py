@@ -9,8 +9,8 @@ from itertools import pairwise
 from rlcs.grading import algebra
 from rlcs.grading.formulas import NotAFormulaError, is_word, read_formula
 from rlcs.grading.measures import Unit, read_unit
-from rlcs.grading.tokens import Tokens, enclosed, latex, spoken, steps
-from rlcs.grading.tree import MINUS_ONE, Node, Num, PlusMinus, Product, Sum, Sym, symbols, walk
+from rlcs.grading.tokens import Tokens, enclosed, end_of_group, latex, spoken, steps
+from rlcs.grading.tree import MINUS_ONE, Node, Num, PlusMinus, Product, Sum, Sym, both_signs, symbols, walk
 from rlcs.grading.values import Expression, Items, Number, Quantity, Text, Value
 
 _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
@@ -72,32 +72,25 @@ def of_tree(tree: Node, source: str) -> Value:
     if any(isinstance(node, PlusMinus) for node in walk(tree)):
         upper = source.replace("\\pm", "+").replace("\\mp", "-")
         lower = source.replace("\\pm", "-").replace("\\mp", "+")
-        signs = zip(algebra.both_signs(tree), (upper, lower), strict=True)
+        signs = zip(both_signs(tree), (upper, lower), strict=True)
         items = tuple(of_tree(one, text.replace("+ ", "+").replace("- ", "-")) for one, text in signs)
         return Items(source=source, brackets="", items=items)
     if symbols(tree):
         return Expression(source=source, tree=tree)
-    try:
-        value = algebra.exact(tree)
-    except algebra.TooLargeError:
-        value = None
-    return (
-        Expression(source=source, tree=tree)
-        if value is None
-        else Number(source=source, tree=Num(value), value=value)
-    )
+    value = algebra.exact(tree)
+    if value is None:
+        return Expression(source=source, tree=tree)
+    return Number(source=source, tree=Num(value), value=value)
 
 
 def _with_multiplier(tokens: Tokens) -> Tokens:
     """Work out a number word after a number at the start: `5 million` is 5000000."""
-    if len(tokens) < 2 or tokens[0].kind != "number" or tokens[1].text.lower() not in _MULTIPLIERS:
+    number, *rest = tokens
+    factor = _MULTIPLIERS.get(rest[0].text.lower()) if rest else None
+    if factor is None or number.kind != "number" or len(number.text) > 20:
         return tokens
-    if len(tokens[0].text) > 20:
-        return tokens
-    value = Fraction(tokens[0].text) * _MULTIPLIERS[tokens[1].text.lower()]
-    if value.denominator != 1:
-        return tokens
-    return [tokens[0]._replace(text=str(value)), *tokens[2:]]
+    value = Fraction(number.text) * factor
+    return [number._replace(text=str(value)), *rest[1:]] if value.denominator == 1 else tokens
 
 
 def _percentage(tokens: Tokens, source: str) -> Value | None:
@@ -184,21 +177,12 @@ def _unit(tail: Tokens) -> Unit | None:
     r"""The unit that tokens name; `\frac{m}{s^2}` is m/s^2."""
     if any(token.kind == "number" and i and tail[i - 1].kind == "number" for i, token in enumerate(tail)):
         return None
+    text = spoken(tail[1:-1]) if enclosed(tail) else spoken(tail)
     if tail[0].text == "\\frac":
-        over, under = _groups(tail[1:])
-        text = f"{spoken(over)}/{spoken(under)}" if over and under else ""
-    elif enclosed(tail):
-        text = spoken(tail[1:-1])
-    else:
-        text = spoken(tail)
+        middle = end_of_group(tail, 1)
+        if end_of_group(tail, middle) != len(tail):
+            return None
+        text = f"{spoken(tail[1:middle])}/{spoken(tail[middle:])}"
     text = text.replace("Omega", "Ω").replace("mu ", "μ").replace("mu", "μ")
     upright = all(token.upright for token in tail if token.kind == "word")
     return read_unit(text, upright=upright) if text else None
-
-
-def _groups(tokens: Tokens) -> tuple[Tokens, Tokens]:
-    """The contents of two groups in braces that are all of the tokens, else two empty lists."""
-    ends = [i for i, depth in enumerate(steps(tokens)) if depth == 0]
-    if len(ends) == 2 and ends[1] == len(tokens) - 1 and tokens[0].text == tokens[ends[0] + 1].text == "{":
-        return tokens[1 : ends[0]], tokens[ends[0] + 2 : -1]
-    return [], []

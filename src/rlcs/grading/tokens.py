@@ -146,11 +146,11 @@ _TOKEN = re.compile(
     r"|(?P<row>\\\\(?:\[[^\]]*\])?)"
     r"|(?P<dropped>\\[()\[\]]|\\(?:left|right) ?\.|`)"
     r"|(?P<command>\\not\s*=|\\(?:operatorname|hspace)\*|\\[A-Za-z]+|\\[{}$%&#_|])"
-    r"|(?P<word>[^\W\d_⺀-￿]+|[^\W\d_]+)"
+    r"|(?P<word>[^\W\d_⺀-￿]+|(?:(?=[⺀-￿])[^\W\d_])+|[^\W\d_]+)"
     r"|(?P<sign>\+/-|---?|<=|=<|>=|!=|<>|==|\*\*|->|=>|\+-|.)",
     re.DOTALL,
 )
-_DEGREE = re.compile(r"(?:\{\})?\^ ?\{? ?\\circ(?![A-Za-z]) ?\}?|\{°\}")
+_DEGREE = re.compile(r"(?:\{\})?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\{°\}")
 _EXPLICIT_GROUP = re.compile(r"(?<=\d)(?:\{,\}|,(?=\\!))(?:\\!|\s)*(?=\d{3}(?!\d))")
 _BRACKET = re.compile(r"((?<!\\)[()\[\]]|\\[{}])")
 _SPACE = r"(?:\s|~|\\[,;: ])"

@@ -108,15 +108,27 @@ def symbols(node: Node) -> frozenset[str]:
     return frozenset(n.name for n in walk(node) if isinstance(n, Sym))
 
 
+def both_signs(node: Node) -> tuple[Node, ...]:
+    r"""The formulas that one with `\pm` stands for: all upper signs, then all lower ones."""
+    both = any(isinstance(below, PlusMinus) for below in walk(node))
+    return (_with_sign(node, upper=True), _with_sign(node, upper=False)) if both else (node,)
+
+
+def _with_sign(node: Node, *, upper: bool) -> Node:
+    parts = tuple(_with_sign(child, upper=upper) for child in children(node))
+    if isinstance(node, PlusMinus):
+        return parts[0] if upper != node.opposite else Product((MINUS_ONE, parts[0]))
+    return _with_children(node, parts)
+
+
 def replaced(node: Node, old: Node, new: Node) -> Node:
-    """The tree with every node that equals `old` replaced."""
-    if node == old:
-        return new
-    match node:
-        case Sum(terms):
-            return Sum(tuple(replaced(term, old, new) for term in terms))
-        case Product(factors):
-            return Product(tuple(replaced(factor, old, new) for factor in factors))
-        case Power(base, exponent):
-            return Power(replaced(base, old, new), replaced(exponent, old, new))
-    return node
+    """The tree with every node that equals `old` replaced, but in the arguments of functions."""
+    if node == old or isinstance(node, Call):
+        return new if node == old else node
+    return _with_children(node, tuple(replaced(child, old, new) for child in children(node)))
+
+
+def _with_children(node: Node, parts: tuple[Node, ...]) -> Node:
+    if isinstance(node, Power | Call):
+        return Power(*parts) if isinstance(node, Power) else Call(node.name, parts)
+    return type(node)(parts) if isinstance(node, Sum | Product) else node
