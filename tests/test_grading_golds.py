@@ -92,7 +92,8 @@ def test_what_is_not_clearly_one_answer_is_refused(gold: str, why: str) -> None:
 @pytest.mark.parametrize(
     "gold",
     ["\\boxed{" * 5000 + "5" + "}" * 5000, "\\boxed{5}" * 20_000, "<answer>" * 20_000,
-     "#### " * 20_000, "答案" * 20_000, "answer: " * 20_000, '["' + "a" * 100_000 + '"]', "['" * 3000 + "']" * 3000],
+     "#### " * 20_000, "答案" * 20_000, "answer: " * 20_000,
+     '["' + "a" * 100_000 + '"]', "['" * 3000 + "']" * 3000],
 )  # fmt: skip
 def test_hostile_golds_end_soon(gold: str) -> None:
     started = time.process_time()
