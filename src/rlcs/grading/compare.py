@@ -163,7 +163,7 @@ def same_name(one: str, other: str) -> bool:
     if short == long or (len(short) == 2 and short.isupper() and short == long[::-1]):
         return True  # AB and BA are one segment
     word = long.isalpha() and len(long) > 3 and not long.isupper() and len(short) == 1
-    return short.casefold() == long.casefold() or (word and long.casefold().startswith(short.casefold()))
+    return short.casefold() == long.casefold() or (word and long.startswith(short))
 
 
 def _is_constant(value: Value) -> bool:
