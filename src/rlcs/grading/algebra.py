@@ -63,7 +63,10 @@ def equal(a: Node, b: Node) -> bool | None:
             if not _agree(*values):
                 return False if turn < _USUAL and _is_known(a, b) else None
             agreed += 1
-    return True if agreed >= min(2, len(points)) else None
+    steps = any(
+        isinstance(n, Call) and n.name in ("floor", "ceil") and tree.symbols(n) for n in (*walk(a), *walk(b))
+    )
+    return True if agreed >= min(2, len(points)) and not steps else None  # steps agree at many points
 
 
 def same_equation(a: Node, b: Node) -> bool | None:

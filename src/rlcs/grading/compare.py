@@ -53,6 +53,7 @@ _COMPARABLE = (
 """Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
 LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
+_UNDER = re.compile(r"_ ?\{[^{}]*\}")  # the n=1 under a sum
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
 
 
@@ -104,7 +105,7 @@ def same(answer: Value, gold: Value) -> Verdict:
     if isinstance(answer, Relation) and answer.stated and not isinstance(gold, Relation | Named):
         return _best([same(value, gold) for value in answer.stated])
     if isinstance(gold, Relation) and len(gold.stated) > 1 and not isinstance(answer, Named):
-        given = answer.stated[-1] if isinstance(answer, Relation) and answer.stated else answer
+        given = answer.stated[0] if isinstance(answer, Relation) and answer.stated else answer
         if not isinstance(given, Relation):
             return _best([same(given, value) for value in gold.stated])
     if isinstance(gold, Named):
@@ -269,10 +270,7 @@ def _equal(answer: Value, gold: Value) -> Verdict:
 
 def _unknown(formula: str) -> str:
     r"""A part of a formula on which math-verify has been seen to go wrong (it ignores it), or ""."""
-    part = re.search(r"\d_|\.\.\.|'|!!", formula) or (
-        re.search(r"\\begin", formula) if "=" in formula else None
-    )
-    if part:
+    if part := re.search(r"\d_|\.\.\.|'|!!", formula):
         return part[0]
     return next((name for name in re.findall(r"\\[A-Za-z]+", formula) if name[1:] not in _COMPARABLE), "")
 
@@ -282,6 +280,8 @@ def formulas(answer: Value, gold: Value) -> Verdict:
     for value in (answer, gold):
         if isinstance(value, Text) or _LONG_WORD.search(value.source):
             return no("not the same text, and words are not formulas")
+        if "=" in _UNDER.sub("", value.source):
+            return no("not known to be the same equation")  # on equations math-verify errs
         if unknown := _unknown(value.source):
             return no(f"not the same text, and {unknown} cannot be compared")
     if max(len(answer.source), len(gold.source)) > MAX_FORMULA:
