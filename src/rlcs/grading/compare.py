@@ -358,18 +358,24 @@ def _named_values(answers: Sequence[Value], golds: Items) -> Verdict:
 def _in_order(answers: Sequence[Value], golds: Sequence[Value], what: str) -> Verdict:
     undecided = False
     for answer, gold in zip(answers, golds, strict=True):
-        verdict = same(answer, gold)
+        verdict = _same_member(answer, gold)
         if verdict.correct is False:
             return no(f"another {what}: {verdict.why}")
         undecided = undecided or verdict.correct is None
     return Verdict(correct=None, why="") if undecided else yes(f"the same {what}")
 
 
+def _same_member(answer: Value, gold: Value) -> Verdict:
+    """Compare members of lists: {b} is no b there."""
+    braces = [isinstance(value, Items) and value.brackets == "{}" for value in (answer, gold)]
+    return same(answer, gold) if braces[0] == braces[1] else no("a set against a value")
+
+
 def _match(answers: Sequence[Value], golds: Sequence[Value]) -> Verdict:
     """Pair answers with golds, each once."""
     left, undecided = list(golds), False
     for answer in answers:
-        verdicts = [same(answer, gold).correct for gold in left]
+        verdicts = [_same_member(answer, gold).correct for gold in left]
         if True in verdicts:
             left.pop(verdicts.index(True))
         elif None in verdicts:

@@ -42,9 +42,9 @@ _PAIRS = "m/s m/h g/L g/s L/s L/h N/m J/s J/K V/m W/m W/K N*m N*s J*s W*h W*s".s
 """Products of two single letters that are units in plain maths."""
 _LENGTHS = frozenset("m km cm mm dm nm um ft in yd mi".split())
 _PLAIN = _LENGTHS | set(
-    "s g h L N J W V K kg Kg ml mL cL dL kN kJ MJ kW MW kV mA Pa Hz eV Wh Nm ms ns lb oz hr Rs".split()
+    "s g h L N J W V K A mg kg Kg ml mL cL dL kN kJ MJ kW MW kV mA Pa Hz eV Wh Nm ms ns lb oz hr Rs".split()
 )
-"""Symbols of one or two letters that are units in plain maths; others (`A`, `C`, `mg`) are variables."""
+"""Symbols of one or two letters that are units in plain maths; others (`C`, `F`) are variables."""
 _NO_NOUN = re.compile(  # a word that makes another number, or begins or joins another statement
     r"zero|(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|quarter|dozen|score|lakh|crore"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|\w*(?:hundred|thousand)|\w+illi(?:on|ard))s?|halves|half"

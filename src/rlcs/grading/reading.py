@@ -13,8 +13,8 @@ from itertools import pairwise, takewhile
 
 from rlcs.grading import algebra, regions
 from rlcs.grading.dates import read_date
+from rlcs.grading.equations import stated_values
 from rlcs.grading.formulas import GREEK, MAX_DEPTH, base_of, is_word, number_in_base
-from rlcs.grading.measures import read_unit
 from rlcs.grading.single import difference, plain_words, read_single, text_of, tree_of
 from rlcs.grading.tokens import (
     MAX_TOKENS,
@@ -28,7 +28,7 @@ from rlcs.grading.tokens import (
     spoken,
     tokenise,
 )
-from rlcs.grading.tree import MINUS_ONE, Node, Product, Sum, Sym, symbols, walk
+from rlcs.grading.tree import MINUS_ONE, Node, Product, symbols
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -105,7 +105,7 @@ def spelled(text: str) -> str:
 
 def _strip(tokens: Tokens) -> Tokens:
     """Remove what does not belong to the answer: quotes, a full stop, `=`, "the answer is"."""
-    while len(tokens) > 1 and tokens[-1].text in (".", ",", ";") and tokens[-2].text != ".":
+    while len(tokens) > 1 and tokens[-1].text in (".", ",", ";", "\\\\") and tokens[-2].text != ".":
         tokens = tokens[:-1]
     while len(tokens) > 2 and tokens[0].text == tokens[-1].text and tokens[0].text in _MARKS:
         tokens = _strip(tokens[1:-1])
@@ -215,7 +215,7 @@ def _environment(tokens: Tokens, source: str) -> Value | None:
     inner = tokens[1:-1] if enclosed(tokens) and tokens[0].text in ("(", "[") else tokens
     system = tokens[0].text == "\\{" and not enclosed(tokens)  # \left\{ \begin{array} ... \right.
     inner = tokens[1:] if system else inner
-    if len(inner) < 9 or inner[0].text != "\\begin" or inner[-4].text != "\\end":
+    if len(inner) < 9 or inner[0].text != "\\begin" or inner[-4].text != "\\end" or not enclosed(inner[:-3]):
         return None
     name, body = inner[2].text, inner[4:-4]
     if name == "array" and body[0].text == "{":
@@ -267,6 +267,7 @@ def _items(parts: Sequence[Tokens], separators: Sequence[str], brackets: str, so
     if not all(parts):
         return None
     items = [_date(part, ranges=brackets in ("", "{}")) or _value(part) for part in parts]
+    items = [one for item in items for one in _listed(item)]
     first = items[0]
     if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
         named = [replace(first, source=item.source, value=item, tree=None) for item in items[1:]]
@@ -277,11 +278,18 @@ def _items(parts: Sequence[Tokens], separators: Sequence[str], brackets: str, so
     if one_variable and (joined := _joined(limits, separators)) is not None:
         return Region(source=source, pieces=tuple(joined), variable=limits[0].variable)
     items = list({item.source: item for item in items}.values()) if brackets == "{}" else items
-    flat: list[Value] = []
-    for item in items:
-        several = isinstance(item, Items) and ("\\pm" in item.source or item.source.count("=") > 1)
-        flat += item.items if several and isinstance(item, Items) and not item.brackets else [item]
-    return Items(source=source, brackets=brackets, items=tuple(flat))
+    return Items(source=source, brackets=brackets, items=tuple(items))
+
+
+def _listed(item: Value) -> Sequence[Value]:
+    r"""The members that an item adds to a list: two for `\pm 3` or x = y = 4, one for others."""
+    if (
+        isinstance(item, Items)
+        and not item.brackets
+        and ("\\pm" in item.source or item.source.count("=") > 1)
+    ):
+        return item.items
+    return [item]
 
 
 def _joined(limits: Sequence[Region], separators: Sequence[str]) -> list[Piece] | None:
@@ -417,50 +425,14 @@ def _equation(parts: Sequence[Tokens], source: str, *, rounded: bool) -> Value:
         items = tuple(Named(source=latex(parts[-1]), name=name, value=sides[-1]) for name in names[:-1])
         return Items(source=source, brackets="", items=items)
     operators = ("=",) * (len(parts) - 1)
-    stated = _stated(parts[1:], sides[1:], rounded=rounded) if names[0] else ()
+    stated = stated_values(parts[1:], sides[1:], rounded=rounded) if names[0] else ()
     if stated:  # S = 2 + 3 = 5, or S = 25 \pi = 78.5
         exact = left is None or algebra.equal(sides[1].tree or left, right or left)
         chain = "=".join(map(latex, parts[1:]))
         value = Relation(source=chain, operators=operators[1:], sides=tuple(sides[1:]), stated=stated)
         return Named(source=source, name=names[0], value=sides[-1] if exact else value)
-    stated = _stated(parts, sides, rounded=rounded)
+    stated = stated_values(parts, sides, rounded=rounded)
     return Relation(source=source, operators=operators, sides=tuple(sides), stated=stated, tree=tree)
-
-
-def _stated(parts: Sequence[Tokens], sides: Sequence[Value], *, rounded: bool) -> tuple[Value, ...]:
-    r"""The values that an equation states: the last side of a + b = 5; both ends of 25 \pi = 78.5."""
-    trees = [tree_of(_without_units(part)) for part in parts]
-    first, last = trees[0], trees[-1]
-    if first is None or last is None or symbols(last):
-        return ()
-    names = [node.name for node in walk(first) if isinstance(node, Sym)]
-    if names and len(parts) == 2:
-        plain = all(isinstance(node, Sum | Product | Sym) for node in walk(first))
-        return (sides[-1],) if plain and len(set(names)) == len(names) else ()
-    error = 0.02 if rounded else 0.001
-    agree = all(
-        tree is not None and (algebra.equal(tree, last) or _is_near(tree, last, error)) for tree in trees
-    )
-    return (sides[-1], sides[0]) if agree else ()
-
-
-def _without_units(tokens: Tokens) -> Tokens:
-    """Leave out units and degree signs, to work out `180° - 35°` or `3 cm + 2 cm`."""
-    kept: list[Token] = []
-    left_out = False
-    for token in tokens:
-        power = left_out and (token.text == "^" or (kept[-1:] and token.kind == "number" and not token.gap))
-        is_word = token.kind == "word" and (token.upright or len(token.text) > 1)
-        left_out = token.text == "°" or power or (is_word and read_unit(token.text, upright=True) is not None)
-        if not left_out:
-            kept.append(token)
-    return kept
-
-
-def _is_near(tree: Node, other: Node, error: float) -> bool:
-    r"""Whether two numbers differ by at most a relative error, as in `20 \cos 30° = 17.3`."""
-    one, two = (None if symbols(node) else algebra.number(node) for node in (tree, other))
-    return one is not None and two is not None and abs(one - two) <= error * abs(two)
 
 
 def _paired_names(parts: Sequence[Tokens], source: str) -> Value | None:

@@ -144,6 +144,8 @@ def _quantity(tokens: Tokens, source: str) -> Value | None:
         if unit is None or tree is None:
             continue
         letter = len(spoken(tail)) == 1 and tail[0].kind == "word" and not tail[0].upright
+        if tail[0].text in ("A", "mg") and not (tail[0].gap or tail[0].upright):
+            continue  # mass times g
         if letter and head[-1].kind == "command":
             continue  # 2\pi h
         if tail[0].text == "°" and {token.text for token in head} & _OF_ANGLES:

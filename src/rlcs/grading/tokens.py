@@ -130,7 +130,7 @@ _UPRIGHT = frozenset(
 )
 _WRAPPERS = _UPRIGHT | frozenset(
     "mathbf mathit mathsf mathtt mathcal boldsymbol bm pmb underline uline boxed fbox framebox"
-    " ensuremath".split()
+    " ensuremath mathbin mathrel mathop".split()
 )
 _DROPPED = frozenset(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr large Large small tiny"
@@ -157,8 +157,11 @@ _SPACE = r"(?:\s|~|\\[,;: ])"
 _BY_SPACES = re.compile(
     rf"(?<![\d.,])(?<!\d\s)\d{{1,3}}(?:{_SPACE}+\d{{3}})+(?!\d|\s*/|\s*\\frac)"
 )  # a fraction after it makes a mixed number
-_BY_COMMAS = re.compile(r"(?<![\d.,])(?<!\d\s)\d{1,3}(?:,\d{3})+(?!\d)")
+_BY_COMMAS = re.compile(r"(?<![\d.,])(?<!\d\s)\d{1,3}(?:,\d{3})+(?!,?\d)")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
+_EMPTY_OR_SIGN = re.compile(r"(?<![\\}])\{\s*([-+=:]?)\s*\}")
+_STARRED = re.compile(r"(\\(?:begin|end)\s*\{[A-Za-z]+)\*")
+_CIRCLED = re.compile(r"\\textcircled\s*\{?([1-9])\}?")
 _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?")
 
 
@@ -166,9 +169,10 @@ def tokenise(text: str) -> tuple[Token, ...]:
     """Split an answer into at most `MAX_TOKENS` + 1 tokens."""
     text = text.replace("\x0crac", "\\frac")  # a data set's "\frac" read as a form feed and "rac"
     text = _DEGREE.sub("°", text if text.isascii() else _without_unicode(text))
+    text = _CIRCLED.sub(lambda m: chr(ord("①") - 1 + int(m[1])), _STARRED.sub(r"\1", text))
     text = _REPEATING.sub(_spell_repeating, text)
     text = _DECIMAL_COMMA.sub(".", _join_digit_groups(_EXPLICIT_GROUP.sub("", text)))
-    return tuple(_without_decoration(_spell(text)))
+    return tuple(_without_decoration(_spell(_EMPTY_OR_SIGN.sub(r"\1", text))))
 
 
 def _without_unicode(text: str) -> str:
@@ -292,7 +296,7 @@ def latex(tokens: Tokens, *, gaps: bool = False) -> str:
         )
         space = words or after_command or (gaps and token.gap and pieces)
         pieces.append((" " if space else "") + token.text)
-    return "".join(pieces)
+    return re.sub(r"([\^_])\{(\w)\}", r"\1\2", "".join(pieces))
 
 
 def spoken(tokens: Tokens) -> str:
