@@ -18,7 +18,7 @@ class JudgeOptions:
     """The options that name a judge."""
 
     judge_model: Annotated[
-        str | None, typer.Option(help="Model that reads answers without a box, and scores MathVerse")
+        str | None, typer.Option(help="Extracts answers, and scores MathVerse")
     ] = None
     judge_url: Annotated[str | None, typer.Option(help="Its server; without one rlcs loads it")] = None
     judge_key_env: Annotated[str, typer.Option(help="Variable with the server's key")] = "OPENAI_API_KEY"
@@ -54,7 +54,7 @@ class EvalOptions(SamplingOptions, JudgeOptions):
     engine: Annotated[str, typer.Option(help="local, vllm_server or vllm_colocated")] = "local"
     rollout: Annotated[list[str] | None, typer.Option(help="Settings of vLLM, like tensor_parallel=2")] = None
     base_url: Annotated[
-        str | None, typer.Option(help="Ask an OpenAI-compatible server, like http://localhost:8000/v1")
+        str | None, typer.Option(help="A server, such as http://localhost:8000/v1")
     ] = None
     key_env: KeyVariable = "OPENAI_API_KEY"
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time")] = 32
