@@ -37,7 +37,7 @@ _NAME_SPELLING = re.compile(
     r"^m(?=\\angle)|\\(?:angle|triangle|text|overline)(?![A-Za-z])|[{}\s_]|^\|(?=[A-Z]+\|$)|(?<=[A-Z])\|$"
 )
 """What may be missing in a name: `m\\angle A` is A, `|AB|` is AB."""
-_ANOTHER_VALUE = re.compile(r"\\(?:ln|log|lg|exp|lim)|^[^fghA-Z]*\^|^\|[a-z\\]|^not|/|^([a-z])\1")
+_ANOTHER_VALUE = re.compile(r"\\(?:ln|log|lg|exp|lim)|^[^fghA-Z]*\^|^\|[a-z\\]|^not|[a-z]/|^([a-z])\1")
 """Names of what is not asked where a value is: if ln x is 5, then x is not 5."""
 _MAX_ITEMS = 50
 _COMPARABLE = (
