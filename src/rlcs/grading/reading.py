@@ -69,6 +69,7 @@ _IN_NAMES = re.compile(
 )
 _NO_NAME = re.compile(r"[-+,!%°^\d]|\\(?:cdot|sqrt|pm)(?![A-Za-z])")
 """What makes a formula of a name, but for indices, numbers of angles, inverses and `f(0)`."""
+_BEARING = re.compile(r"([NS]) ?(\d[\d.]*) ?°? ?([EW])")
 _MAX_BASED = 240
 """Characters of a number with its base."""
 _LETTERS = re.compile("[A-H]+|[①-⑳]+")
@@ -91,6 +92,8 @@ def _read(text: str) -> Value:
         return Text(source=latex(tokens), words=plain_words(text))
     if name := _SETS_IN_WORDS.get(spoken(tokens).lower()):
         tokens = [Token("command", name)]
+    if bearing := _BEARING.fullmatch(spoken(tokens)):
+        return Text(source=latex(tokens), words=" ".join(bearing.groups()).casefold())
     return _date(tokens, ranges=True) or _value(tokens)
 
 
@@ -122,14 +125,14 @@ def _without_parameter(tokens: Tokens) -> Tokens:
     end = tokens[:-1] if tokens and tokens[-1].text == ")" else tokens
     if (
         len(end) < 5
-        or end[-1].text not in ("\\Z", "\\N", "\\R")
+        or end[-1].text.removeprefix("\\") not in ("Z", "N", "R")
         or end[-2].text != "\\in"
         or len(end[-3].text) > 1
     ):
         return tokens
     if end[-4].text != ("(" if end is not tokens else ","):
         return tokens
-    if end[-1].text == "\\R":
+    if end[-1].text in ("\\R", "R"):
         return end[:-4]
     if _ORDER & {token.text for token in end[:-4]}:
         return tokens  # 1 < x < 3, x \in \mathbb{Z} is a set of whole numbers
