@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from loopback_server import LoopbackServer, last_text
+from rlcs.cli.train import _arm_lines
 from rlcs.engines import openai_client
-from rlcs.errors import EndpointError, RunFolderError, UserError
+from rlcs.errors import EndpointError, RlcsError, RunFolderError, UserError
 from rlcs.evals.answer_extractor import needs_extractor
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.comparison import REPORTED, as_markdown
@@ -23,7 +24,7 @@ from rlcs.grading import GradePool
 from rlcs.progress import screen
 from rlcs.recipe.sampling import Endpoint
 from rlcs.recipe.schema import Eval, Prompts
-from rlcs.records import Problem, Sample, StopReason
+from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl, write_json
 from test_benchmarks import VISTA, vision, vision_folder, we, write_image, write_jsonl
@@ -195,6 +196,42 @@ def test_an_arm_s_problem_without_an_answer_counts_as_wrong_and_says_why(tmp_pat
     rows = {row["id"]: row for row in read_jsonl(tmp_path / "predictions.jsonl")}
     told = [rows["long"][key] for key in ("response", "extracted", "correct", "why", "tokens", "stop")]
     assert told == ["", None, False, "too long", 0, "error"] and rows["7"]["response"] == "\\boxed{5}"
+
+
+class FailingGrader:
+    """Scores the answers to the problems in `scored` alone."""
+
+    def __init__(self, *scored: str):
+        self.scored = scored
+
+    def grade(self, answers):
+        unscored = Grade(reward=None, correct=None, why="the judge is away")
+        right = Grade(reward=1.0, correct=True)
+        return [right if problem.id in self.scored else unscored for problem, _ in answers]
+
+
+def test_an_arm_without_a_scored_answer_is_an_error_and_unscored_answers_are_graded_again(tmp_path, capsys):
+    problems = [Problem(id=name, source="mine", question="?", answer="5") for name in ("long", "1", "2", "3")]
+    sampler = CountingSampler()
+
+    def measured(*scored):
+        with screen("eval", len(problems), quiet=True) as view:
+            evaluator = Evaluator(sampler=sampler, grader=FailingGrader(*scored))
+            return evaluate(evaluator, problems, folder=tmp_path, screen=view, stop=StopFlag())
+
+    with pytest.raises(
+        RlcsError, match="none of the 3 answers .* is scored; 3 of them: the judge is away"
+    ) as e:
+        measured()
+    assert e.value.where == "grpo.reward" and "same command tries again" in e.value.fix
+    assert not (tmp_path / "scores.json").exists()
+    scores = measured("2")
+    assert (scores["n"], scores["unscored"], scores["accuracy"]) == (4, 2, 0.25)
+    assert "accuracy 25.0%  2 not scored" in capsys.readouterr().out
+    assert "n=4, 2 not scored" in "".join(_arm_lines({"base": scores}, tmp_path))
+    assert measured("1", "3")["unscored"] == 0
+    assert sampler.asked == ["long", "1", "2", "3"], "an answer is graded again, not sampled again"
+    assert len(read_jsonl(tmp_path / "predictions.jsonl")) == 4
 
 
 # ------------------------------------------------------------------------------------ served models

@@ -241,6 +241,8 @@ def _figures(values: Mapping[str, float]) -> str:
     parts = [f"{name} {values[name]:.3f}" for name in ("loss", "reward") if name in values]
     if "accuracy" in values:
         parts.append(f"accuracy {values['accuracy']:.1%}")
+    if values.get("not_scored"):
+        parts.append(f"{values['not_scored']:,.0f} not scored")
     if "pass_rate" in values:
         parts.append(f"right {values['pass_rate']:.1%}  kept {values['kept']:,.0f}")
         parts += [f"{values['tokens_per_s']:,.0f} tokens/s"] if values.get("tokens_per_s") else []

@@ -154,7 +154,9 @@ def _arm_lines(arms: dict[str, Any], folder: Path) -> list[str]:
     lines = [""]
     for arm, scores in arms.items():
         low, high, label = scores["low"], scores["high"], ARMS[arm].label
-        lines.append(f"  {label:<18} {scores['accuracy']:6.1%}   [{low:.1%}, {high:.1%}]  n={scores['n']:,}")
+        unscored = f", {scores['unscored']:,} not scored" if scores["unscored"] else ""
+        count = f"n={scores['n']:,}{unscored}"
+        lines.append(f"  {label:<18} {scores['accuracy']:6.1%}   [{low:.1%}, {high:.1%}]  {count}")
     seeds = sorted(folder.glob("seed-*"))
     models = [(seeds[0] if seeds else folder) / name / "final" for name in MAIN_FIRST]
     return [
