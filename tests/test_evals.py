@@ -220,7 +220,7 @@ def test_an_arm_without_a_scored_answer_is_an_error_and_unscored_answers_are_gra
             return evaluate(evaluator, problems, folder=tmp_path, screen=view, stop=StopFlag())
 
     with pytest.raises(
-        RlcsError, match="none of the 3 answers .* is scored; 3 of them: the judge is away"
+        RlcsError, match=r"none of the 3 answers .* is scored; 3 of them: the judge is away"
     ) as e:
         measured()
     assert e.value.where == "grpo.reward" and "same command tries again" in e.value.fix

@@ -40,6 +40,9 @@ def text(problem, response):
 def no_number(problem, response):
     return math.nan
 
+def huge(problem, response):
+    return -1e308
+
 def hangs(problem, response):
     time.sleep(600)
 
@@ -87,6 +90,23 @@ def test_an_answer_without_one_part_is_unscored_and_keeps_the_others():
     assert (grade.reward, grade.correct, grade.why) == (None, None, "brief: timed out after 5 s")
     assert grade.parts == {"accuracy": 1.0, "brief": None}
     assert from_row(Grade, json.loads(json.dumps(to_row(grade)))) == grade
+
+
+def test_a_sum_that_is_not_finite_is_no_reward():
+    parts = {"a": Grade(reward=1e200, correct=True), "b": Grade(reward=-1.0, correct=True)}
+    grade = add_parts(parts, {"a": 1e200, "b": 1.0})
+    assert (grade.reward, grade.correct, grade.why) == (None, None, "the sum of its parts is not finite")
+
+
+@pytest.mark.parametrize(
+    "key", ["accuracy", "format", "length", "judge.weight", "functions={f.py:score: %s}", "overlong.penalty"]
+)
+@pytest.mark.parametrize("weight", ["1e300", "1000001"])
+def test_a_huge_weight_is_refused_by_its_key(key, weight):
+    path = f"grpo.{key}" if key.startswith("overlong") else f"grpo.reward.{key}"
+    given = path % weight if "%s" in path else f"{path}={weight}"
+    with pytest.raises(RecipeError, match=path.partition("=")[0]):
+        load_recipe("quickstart", [given])
 
 
 @pytest.mark.parametrize(
@@ -143,6 +163,7 @@ def test_a_measurement_asks_the_part_that_decides_alone(file):
         ("nothing", r"it returned None, neither a number nor a pair .*rewards.py"),
         ("text", r"it returned '1.0', neither a number"),
         ("no_number", r"the reward is nan"),
+        ("huge", r"the reward is -1e\+308, larger than 1,000,000 in size"),
         ("hangs", r"timed out after 1 s\n  -> raise grpo.reward.deadline_s"),
     ],
 )

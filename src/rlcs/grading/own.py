@@ -1,9 +1,9 @@
 """The user's reward functions, `FILE.py:NAME`: checked before a run, called only in killable workers.
 
 One is called as `NAME(problem, response)`: `problem` is a dict of `question`, `answer`, `choices` and
-`metadata`, `response` the text of the answer. It returns the reward, a finite number, or a pair of
-the reward and whether the answer is correct; a reward alone is correct from 1 up. If it raises an
-exception, the answer is unscored.
+`metadata`, `response` the text of the answer. It returns the reward, a number of at most 1,000,000 in size,
+or a pair of the reward and whether the answer is correct; a reward alone is correct from 1 up. If it raises
+an exception, the answer is unscored.
 """
 
 import ast
@@ -21,6 +21,7 @@ from rlcs.records import Grade, Problem
 
 KEY = "grpo.reward.functions"
 _LONGEST_MESSAGE = 300
+_LARGEST_REWARD = 1_000_000  # times the largest weight it is far from what a float can hold
 
 
 def check_function(function: str) -> str:
@@ -74,6 +75,8 @@ def _grade_of(result: object) -> Grade:
     value = float(reward)
     if not math.isfinite(value):
         raise ValueError(f"the reward is {value}")
+    if abs(value) > _LARGEST_REWARD:
+        raise ValueError(f"the reward is {value:g}, larger than {_LARGEST_REWARD:,} in size")
     return Grade(
         reward=value, correct=bool(value >= 1 if correct is None else correct), why="by the reward function"
     )

@@ -1,5 +1,6 @@
 """The reward of an answer: a weighted sum of parts, each with a grader of its own."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -55,6 +56,10 @@ def add_parts(grades: Mapping[str, Grade], weights: Mapping[str, float]) -> Grad
         why = "; ".join(f"{name}: {grades[name].why}" for name in missing) if len(parts) > 1 else first.why
         return replace(first, reward=None, correct=None, why=why, parts=parts)
     reward = sum(weights[name] * (value or 0.0) for name, value in parts.items())
+    if not math.isfinite(reward):
+        return replace(
+            first, reward=None, correct=None, why="the sum of its parts is not finite", parts=parts
+        )
     return replace(first, reward=reward, parts=parts)
 
 

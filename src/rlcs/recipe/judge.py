@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from rlcs.errors import RecipeError
 from rlcs.recipe.sampling import Endpoint, Seconds, Server
-from rlcs.recipe.section import NonNegative, Positive
+from rlcs.recipe.section import Positive, Weight
 
 PLACEHOLDERS = ("question", "answer", "response", "extracted")
 """What a template may name: question with choices, gold answer, response, final answer in its box."""
@@ -20,7 +20,7 @@ KEY = "grpo.reward.judge"
 class Judge(Server):
     """A part of the reward that a language model gives."""
 
-    weight: NonNegative = 0.0
+    weight: Weight = 0.0
     """Weight of the judge's score; 0: off."""
     base_url: str | None = None
     """Address of its server, with the version: `http://localhost:8000/v1`. None: rlcs loads `model`."""

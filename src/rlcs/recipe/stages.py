@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlcs.recipe.judge import Judge
-from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share
+from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share, Weight
 
 Advantage = Literal["grpo", "dr_grpo", "rloo"]
 KlKind = Literal["none", "k1", "k2", "k3"]
@@ -89,7 +89,7 @@ class Overlong(Section):
 
     buffer: Annotated[int, Field(ge=0)] = 0
     """Tokens before the limit over which the reward falls by up to `penalty`; 0: off."""
-    penalty: NonNegative = 1.0
+    penalty: Weight = 1.0
     """The largest deduction."""
     drop_truncated: bool = False
     """Leave answers cut at the limit out of the loss instead of grading them wrong."""
@@ -102,14 +102,14 @@ class Reward(Section):
     accuracy, judge, functions in their order, format. An answer without the score of one part is not scored.
     """
 
-    accuracy: NonNegative = 1.0
+    accuracy: Weight = 1.0
     """Weight of the rule: 1 if the final answer is right, else 0."""
-    format: NonNegative = 0.0
+    format: Weight = 0.0
     """Weight of the form: 1 if the reasoning is closed and the final box can be read strictly, else 0."""
-    length: NonNegative = 0.0
+    length: Weight = 0.0
     """Weight of brevity within a group (Kimi k1.5, arXiv 2501.12599): from 0.5 for the shortest answer to
     -0.5 for the longest; a wrong answer gets 0 at most."""
-    functions: Mapping[str, float] = {}
+    functions: Mapping[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = {}
     """Functions of your own, each with its weight: {FILE.py:NAME: 0.5}. They are called as
     NAME(problem, response) in grader processes, and return a number, or a pair (number, is it correct)."""
     judge: Judge = Judge()
