@@ -27,6 +27,27 @@ def judged(problem, response):
     return 0.25, response == problem["answer"] and problem["metadata"]["level"] == 2
 """
 
+MODULE = """
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import KW_ONLY, dataclass
+
+from near import ONE
+
+@dataclass
+class Size:
+    _: KW_ONLY
+    letters: int
+
+def measure(response):
+    return Size(letters=len(response) + ONE)
+
+def score(problem, response):
+    with ProcessPoolExecutor(1) as processes:
+        return processes.submit(measure, response).result().letters
+"""
+
 
 @pytest.fixture
 def file(tmp_path) -> Path:
@@ -62,6 +83,23 @@ def test_what_fails_or_hangs_is_unscored_and_harms_no_other_answer(file):
     assert "the reward is nan" in grades[2].why
 
 
+@pytest.mark.parametrize("name", ["mine.py", "json.py", "mine.txt"])
+def test_the_file_is_a_module_with_dataclasses_processes_and_neighbours(tmp_path, name):
+    (tmp_path / "near.py").write_text("ONE = 1", encoding="utf-8")
+    (tmp_path / name).write_text(MODULE, encoding="utf-8")
+    with GradePool(function=check_function(f"{tmp_path / name}:score"), deadline_s=30.0) as pool:
+        [grade] = pool.grade([ask("four")])
+    assert grade.reward == 5, grade.why
+
+
+def test_a_file_that_ends_the_process_is_named(tmp_path):
+    (tmp_path / "ends.py").write_text("import os\nos._exit(3)\ndef score(p, r): ...", encoding="utf-8")
+    refused = pytest.raises(RecipeError, match=r"ends.py cannot be imported: .*exit code 3")
+    with GradePool(function=check_function(f"{tmp_path}/ends.py:score")) as pool, refused as caught:
+        pool.grade([ask("four")])
+    assert "grpo.reward.functions" in str(caught.value) and "math-verify" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -69,10 +107,13 @@ def test_what_fails_or_hangs_is_unscored_and_harms_no_other_answer(file):
         ("missing.py:score", "cannot read .*missing.py: No such file"),
         ("rewards.py:longre", "no function 'longre'"),
         ("broken.py:score", "is no Python"),
+        ("kinds.py:Scorer", r"'Scorer' in .*kinds.py is a class, not a plain function"),
+        ("kinds.py:later", r"'later' in .*kinds.py is an async function"),
     ],
 )
 def test_a_function_that_is_not_there_is_refused_before_the_run(file, tmp_path, given, says):
     (tmp_path / "broken.py").write_text("def score(:", encoding="utf-8")
+    (tmp_path / "kinds.py").write_text("class Scorer: ...\nasync def later(p, r): ...", encoding="utf-8")
     with pytest.raises(RecipeError, match=says) as caught:
         check_function(str(tmp_path / given))
     assert "grpo.reward.functions" in str(caught.value)

@@ -181,6 +181,14 @@ def test_the_trial_warns_where_right_and_wrong_score_the_same(file):
     assert "same gives" in warning and "the same 0.25" in warning
 
 
+def test_the_trial_warns_where_training_lowers_what_is_correct(file):
+    with open_reward(Reward(accuracy=0, functions={f"{file}:brief": -1.0})) as grader:
+        [warning] = try_reward(grader, PROBLEM)
+    assert "brief decides what is correct" in warning and "its weight is negative" in warning
+    with open_reward(Reward(functions={f"{file}:brief": -1.0})) as grader:
+        assert try_reward(grader, PROBLEM) == []
+
+
 def test_a_file_that_cannot_be_run_and_one_with_neighbours(tmp_path):
     (tmp_path / "near.py").write_text("ONE = 1", encoding="utf-8")
     (tmp_path / "good.py").write_text("from near import ONE\ndef score(p, r): return ONE", encoding="utf-8")

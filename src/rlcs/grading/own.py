@@ -9,11 +9,13 @@ an exception, the answer is unscored.
 import ast
 import json
 import math
-import runpy
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import SupportsFloat
 
 from rlcs.errors import RecipeError
@@ -39,20 +41,24 @@ def check_function(function: str) -> str:
         raise RecipeError(f"{path} is no Python: {error}", where=KEY, fix="correct the file") from error
     known = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     if name not in known:
-        listed = ", ".join(known) or "none"
-        raise RecipeError(f"{path} has no function {name!r}", where=KEY, fix=f"its functions: {listed}")
+        listed, what = ", ".join(known) or "none", f"{path} has no function {name!r}"
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.AsyncFunctionDef) and node.name == name:
+                kind = "a class" if isinstance(node, ast.ClassDef) else "an async function (`async def`)"
+                what = f"{name!r} in {path} is {kind}, not a plain function (`def`)"
+        raise RecipeError(what, where=KEY, fix=f"its functions: {listed}")
     return f"{path}:{name}"
 
 
 def load_function(location: str) -> Callable[[str, str], Grade]:
-    """Run the file and wrap its function as a grader: (problem as JSON, response) -> grade.
+    """Import the file and wrap its function as a grader: (problem as JSON, response) -> grade.
 
-    If the file cannot be run, every answer is unscored for that reason.
+    If the file cannot be imported, every answer is unscored for that reason.
     """
     file, _, name = location.rpartition(":")
     sys.path.insert(0, str(Path(file).parent))  # as for `python FILE.py`: it may import its neighbours
     try:
-        function = runpy.run_path(file)[name]
+        function = getattr(_import(file), name)
     except (Exception, SystemExit) as error:
         failure = _unscored(error, file)
         return lambda problem, response: failure
@@ -64,6 +70,18 @@ def load_function(location: str) -> Callable[[str, str], Grade]:
             return _unscored(error, file)
 
     return decide
+
+
+def _import(file: str) -> ModuleType:
+    """Import a file as a module: what is defined in it can then be pickled, and its annotations resolved."""
+    name = Path(file).stem
+    while name in sys.modules:  # such as json.py: libraries need the other module
+        name += "_"
+    spec = spec_from_file_location(name, file, loader=SourceFileLoader(name, file))
+    assert spec and spec.loader, "a loader was given"
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _grade_of(result: object) -> Grade:

@@ -19,12 +19,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
-from rlcs.errors import RlcsError
+from rlcs.errors import RecipeError, RlcsError
 from rlcs.grading.compare import Verdict
 from rlcs.grading.extraction import BOXED, Extraction
 from rlcs.grading.golds import unwrap
 from rlcs.grading.inspection import formulas_of, gold_fault
-from rlcs.grading.own import problem_json
+from rlcs.grading.own import KEY, problem_json
 from rlcs.grading.rewards import Undecided, grade_extracted, quick_grade
 from rlcs.records import Grade, Problem, from_row
 
@@ -159,6 +159,10 @@ class GradePool(AbstractContextManager["GradePool"]):
         self._workers.remove(worker)
         self._failed_starts = 0 if worker.ready else self._failed_starts + 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
+            if self._function is not None:
+                file = self._function.rpartition(":")[0]
+                fix = f"see what `python {file}` does: its top level must neither end the process nor wait"
+                raise RecipeError(f"{file} cannot be imported: {why}", where=KEY, fix=fix)
             raise RlcsError(
                 f"the grader does not start: {why}",
                 where="grading",

@@ -120,7 +120,13 @@ def try_reward(grader: WeightedSum, problem: Problem) -> list[str]:
     Raises RecipeError where a function or the judge does not score them.
     """
     answers = [(problem, rf"\boxed{{{problem.answer}}}"), (problem, "I do not know.")]
+    decides = next(iter(grader.graders))
     warnings = []
+    if grader.weights[decides] < 0:
+        warnings.append(
+            f"{KEY}: {decides} decides what is correct (from 1 up, unless it says so itself), but its "
+            "weight is negative: training lowers what the accuracies count"
+        )
     for name, (right, wrong) in grader.grade_parts(answers).items():
         key = f"grpo.reward.{name}" if name in ("accuracy", "format", "judge") else KEY
         for grade, (_, response) in zip((right, wrong), answers, strict=True):
