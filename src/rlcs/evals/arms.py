@@ -107,8 +107,8 @@ def _answers(
     out would raise the accuracy.
     """
     known = {problem.id: problem for problem in problems}
-    asked = [Request.of(each) for each in problems if each.id not in kept]
-    answered = {**kept, **{each.id: each for each in evaluator.sampler.batch(asked)}}
+    requests = [Request.of(each) for each in problems if each.id not in kept]
+    answered = {**kept, **{each.id: each for each in evaluator.sampler.batch(requests)}}
     samples = [answered[problem.id] for problem in problems]
     answers = [(known[sample.id], sample.text) for sample in samples if not sample.error]
     grades = iter(evaluator.grader.grade(answers))
