@@ -17,9 +17,7 @@ evaluate_app = typer.Typer()
 class JudgeOptions:
     """The options that name a judge."""
 
-    judge_model: Annotated[
-        str | None, typer.Option(help="Extracts answers, and scores MathVerse")
-    ] = None
+    judge_model: Annotated[str | None, typer.Option(help="Extracts answers, and scores MathVerse")] = None
     judge_url: Annotated[str | None, typer.Option(help="Its server; without one rlcs loads it")] = None
     judge_key_env: Annotated[str, typer.Option(help="Variable with the server's key")] = "OPENAI_API_KEY"
 
@@ -53,9 +51,7 @@ class EvalOptions(SamplingOptions, JudgeOptions):
     samples: Annotated[int, typer.Option(min=1, help="Answers to each question: mean and pass@k")] = 1
     engine: Annotated[str, typer.Option(help="local, vllm_server or vllm_colocated")] = "local"
     rollout: Annotated[list[str] | None, typer.Option(help="Settings of vLLM, like tensor_parallel=2")] = None
-    base_url: Annotated[
-        str | None, typer.Option(help="A server, such as http://localhost:8000/v1")
-    ] = None
+    base_url: Annotated[str | None, typer.Option(help="A server, such as http://localhost:8000/v1")] = None
     key_env: KeyVariable = "OPENAI_API_KEY"
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time")] = 32
 

@@ -57,7 +57,7 @@ _RELATIONS = _ORDER | frozenset(
 _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
 _ROWS = frozenset("cases dcases aligned align gathered gather split eqnarray".split())
-_MARKS = frozenset(["'", '"', "\\cdot", "^"])  # quotes, and Markdown's * and **, which became \\cdot and ^
+_MARKS = frozenset(["'", '"', "\\cdot", "^"])  # quotes, and Markdown's * and **, which became \cdot and ^
 _LEADS = frozenset("选 故选 应选 答案 答案是 答案为 answer answers option choice".split())
 _LEAD_WORDS = _LEADS | frozenset("the my final correct best result value is are".split())
 """Words that introduce an answer, if one of `_LEADS` is among them: "the correct answer is"."""
@@ -71,6 +71,7 @@ _IN_NAMES = re.compile(
 )
 _NO_NAME = re.compile(r"[-+,!%°^\d]|\\(?:cdot|sqrt|pm)(?![A-Za-z])")
 """Signs that no name has, once the parts that `_IN_NAMES` finds (indices, angles, `f(0)`) are removed."""
+_BEARING = re.compile(r"([NS]) ?(\d[\d.]*) ?°? ?([EW])")  # S 23.5° W
 _MAX_BASED = 240
 """Most characters of a number with its base."""
 _LETTERS = re.compile("[A-H]+|[①-⑳]+")
@@ -93,6 +94,8 @@ def _read(text: str) -> Value:
         return Text(source=latex(tokens), words=plain_words(text))
     if name := _SETS_IN_WORDS.get(spoken(tokens).lower()):
         tokens = [Token("command", name)]
+    if bearing := _BEARING.fullmatch(spoken(tokens)):
+        return Text(source=latex(tokens), words=" ".join(bearing.groups()).casefold())
     return _date(tokens, ranges=True) or _value(tokens)
 
 
@@ -124,14 +127,14 @@ def _without_parameter(tokens: Tokens) -> Tokens:
     end = tokens[:-1] if tokens and tokens[-1].text == ")" else tokens
     if (
         len(end) < 5
-        or end[-1].text not in ("\\Z", "\\N", "\\R")
+        or end[-1].text.removeprefix("\\") not in ("Z", "N", "R")
         or end[-2].text != "\\in"
         or len(end[-3].text) > 1
     ):
         return tokens
     if end[-4].text != ("(" if end is not tokens else ","):
         return tokens
-    if end[-1].text == "\\R":
+    if end[-1].text in ("\\R", "R"):
         return end[:-4]
     if _ORDER & {token.text for token in end[:-4]}:
         return tokens  # 1 < x < 3, x \in \mathbb{Z} is a set of whole numbers

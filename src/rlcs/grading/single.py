@@ -158,7 +158,8 @@ def _quantity(tokens: Tokens, source: str) -> Value | None:
         magnitude = of_tree(tree, latex(head))
         if not isinstance(magnitude, Number | Expression):
             continue
-        formula = Product((tree, Sym(tail[0].text))) if letter else None
+        alone = len(spoken(tail)) == 1 and tail[0].kind == "word"
+        formula = Product((tree, Sym(tail[0].text))) if alone else None
         return Quantity(source=source, magnitude=magnitude, unit=unit, tree=formula)
     return None
 
