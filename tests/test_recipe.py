@@ -285,12 +285,15 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
         ("grpo: {top_p: 1.5}", "grpo.top_p should be a number above 0 and at most 1 (got 1.5)"),
         ("sft: {optimizer: {betas: [0.9]}}", "a list of 2, each item a number at least 0 and at most 1"),
         ("name: 3", "name should be text (got 3)"),
-        ("grpo: {reward: {accuracy: -1}}", "grpo.reward.accuracy should be a number at least 0 (got -1)"),
+        ("grpo: {reward: {accuracy: -1}}", "should be a number at least 0 and at most 1,000,000 (got -1)"),
         (
             "grpo: {reward: {functions: a.py:f}}",
-            'grpo.reward.functions should be a mapping {text: a number} (got "a.py:f")',
+            'a number at least -1,000,000 and at most 1,000,000} (got "a.py:f")',
         ),
-        ("grpo: {reward: {functions: {a.py:f: much}}}", "a mapping {text: a number} (got {"),
+        (
+            "grpo: {reward: {functions: {a.py:f: much}}}",
+            "functions should be a mapping {text: a number at least -1,000,000",
+        ),
         ("grpo: {reward: {functions: {a.py:f: 1, b.py:f: 2}}}", "two parts are called f"),
         ("grpo: {reward: {functions: {a.py:length: 1}}}", "two parts are called length"),
         ("grpo: {reward: {accuracy: 0}}", "no part that scores single answers has a weight"),

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0, le=1e6)]
+Weight = Annotated[float, Field(ge=0, le=1_000_000)]
 """The weight of a reward's part: bounded, so that the sum stays finite."""
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -109,7 +109,7 @@ class Reward(Section):
     length: Weight = 0.0
     """Weight of brevity within a group (Kimi k1.5, arXiv 2501.12599): from 0.5 for the shortest answer to
     -0.5 for the longest; a wrong answer gets 0 at most."""
-    functions: Mapping[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = {}
+    functions: Mapping[str, Annotated[float, Field(ge=-1_000_000, le=1_000_000)]] = {}
     """Functions of your own, each with its weight: {FILE.py:NAME: 0.5}. They are called as
     NAME(problem, response) in grader processes, and return a number, or a pair (number, is it correct)."""
     judge: Judge = Judge()
