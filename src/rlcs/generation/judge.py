@@ -21,7 +21,10 @@ from rlcs.records import IMAGE_SLOT, Grade, Message, Problem, Sample, Sampling, 
 
 log = logging.getLogger("rlcs")
 
-VERDICTS = {"yes_no": "yes (it is right) or no (it is wrong)", "0_1": "a number from 0 (wrong) to 1 (right)"}
+VERDICTS = {
+    "yes_no": "yes (it is right) or no (it is wrong)",
+    "zero_to_one": "a number from 0 (wrong) to 1 (right)",
+}
 """What the shipped prompt asks for in the last line, for each scale."""
 TEMPLATE = """\
 Decide whether the final answer of a response to a question means the same as the reference answer. \
@@ -161,7 +164,7 @@ def open_judge(settings: recipe.Judge, folder: Path) -> Iterator[Judge]:
     """
     sampling = Sampling(temperature=0.0, max_new_tokens=settings.max_new_tokens)
     source = settings.source
-    model = f"{settings.model} at {settings.base_url}, {settings.max_new_tokens} tokens"
+    model = f"{settings.model}, {settings.max_new_tokens} tokens"  # wherever it runs
     threads = 1 if isinstance(source, str) else settings.concurrency
     with (
         open_sampler(source, sampling, rows=settings.concurrency, logs=folder) as sampler,
