@@ -88,7 +88,9 @@ def judge_rows(
     examples = [(_response(end), answer) for end, answer in _EXTRACTIONS]
     ends = [" ".join(rows[i].response.split(" ")[-WORDS:]) for i in whole]
     prompts = [few_shot(_EXTRACT, examples, _response(end)) for end in ends]
-    replies = dict(zip(whole, sampler.samples(prompts, stop=stop, usable=lambda each: not each.error), strict=True))
+    replies = dict(
+        zip(whole, sampler.samples(prompts, stop=stop, usable=lambda each: not each.error), strict=True)
+    )
     found = [_extraction(row, replies.get(i)) for i, row in enumerate(rows)]
 
     texts = {i: text for i, text in enumerate(found) if isinstance(text, str)}
