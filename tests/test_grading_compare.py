@@ -31,7 +31,7 @@ RULES = [
     ("5 m", "5 n", False, "another value"),
     ("2x", "x + x", True, "an equal formula"),
     ("2x", "2", False, "another value"),
-    ("2x", "2x = 0", False, "an equation against a value"),
+    ("2x", "2x = 0", False, "an equation where a value is asked"),
     ("AB = 5", "BA = 5", True, "the same text"),
     ("AB = CD", "CD = AB", True, "the same equation"),
     ("2x", "10^{10^{10}}", False, "another value"),

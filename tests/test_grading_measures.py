@@ -67,7 +67,7 @@ PLAIN_UNITS = (
     "cm^{2}, L/min, g/cm^3, kg*m^2"
 )
 NO_UNITS = (
-    "a, c, d, f, j, k, n, t, v, w, x, y, z, A, C, F, l, ab, bn, mn, AB, CM, mg, abc, xyz, ABC, ABCD, "
+    "a, c, d, f, j, k, n, t, v, w, x, y, z, C, F, l, ab, bn, mn, AB, CM, abc, xyz, ABC, ABCD, "
     "abcd, axyz, mns, KMs, halves, quarters, tenths, hundredths, sixths, ten, tens, hundreds, twenty, "
     "twenty-five, nineteen, million, trillions, dozen, dozen eggs, thousand dollars, million dollars, "
     "half, score, alpha, theta, pi, factorial, choose, negative, squared, cubed, root, squareroot, "

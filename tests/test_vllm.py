@@ -292,13 +292,13 @@ class Disturbed:
     def sync(self) -> None:
         self.engine.sync()
 
-    def sample(self, prompts, sampling, *, step=0, progress=None):
+    def sample(self, prompts, sampling, *, step=0, on_group=None):
         timer = None
         if step in self.misdeeds:
             name, number = self.misdeeds[step]
             timer = threading.Timer(0.3, lambda: self.done.append(signal_server(name, number)))
             timer.start()
-        groups = self.engine.sample(prompts, sampling, step=step, progress=progress)
+        groups = self.engine.sample(prompts, sampling, step=step, on_group=on_group)
         if timer is not None:
             timer.join()
         return groups

@@ -613,7 +613,7 @@ class Distant:
     def sync(self) -> None:
         pass
 
-    def sample(self, prompts, sampling, *, step=0, progress=None):
+    def sample(self, prompts, sampling, *, step=0, on_group=None):
         groups = self.local.sample(prompts, sampling, step=step)
         return [
             tuple(replace(r, logprobs=tuple(x - self.distance for x in r.logprobs)) for r in group)

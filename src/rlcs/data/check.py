@@ -10,8 +10,9 @@ from rlcs.grading.reading import read
 from rlcs.records import Problem
 
 _EXAMPLES = 5
-_LEAST = 12
-"""Characters of an example, however narrow the terminal is."""
+"""Rows of each fault that are shown."""
+_MIN_SHOWN = 12
+"""Characters of an example that are shown, however narrow the terminal is."""
 _VARYING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S*[/\\]\S*|\d+")
 """What differs between two rows with the same fault: quoted texts, paths, numbers."""
 
@@ -52,7 +53,7 @@ def kind_lines(kinds: dict[str, list[Problem]], *, columns: int = 80) -> list[st
     lines = [f"{'gold answers':<{width}} {'rows':>8}  example"]
     for kind, problems in kinds.items():
         start, name = f"{kind:<{width}} {len(problems):>8,}  ", f"  (id {_shortened(problems[0].id)})"
-        example = _shortened(problems[0].answer, max(_LEAST, columns - len(start) - len(name)))
+        example = _shortened(problems[0].answer, max(_MIN_SHOWN, columns - len(start) - len(name)))
         lines.append(start + example + name)
     return lines
 

@@ -183,10 +183,11 @@ class EndpointClient:
                         sample = request.sample(error=str(error), retryable=True)
                         break
                     await asyncio.sleep(_pause(attempt, error.after_s))
-            texts = {
-                name: masked(getattr(sample, name), self._settings) for name in ("text", "reasoning", "error")
-            }
-            return replace(sample, seconds=round(time.monotonic() - started, 3), **texts)
+            text, reasoning, failure = (
+                masked(each, self._settings) for each in (sample.text, sample.reasoning, sample.error)
+            )
+            seconds = round(time.monotonic() - started, 3)
+            return replace(sample, seconds=seconds, text=text, reasoning=reasoning, error=failure)
 
     async def _pace(self) -> None:
         """Wait until `requests_per_minute` allows the next attempt."""

@@ -26,6 +26,7 @@ DEADLINE_S = 2.0
 """Seconds for one formula; an answer that needs more is unscored."""
 
 NO_GOLD = "no gold answer"
+"""The fault of a row without a gold answer, which may yet be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,8 +2,8 @@
 
 What the two requests show, and how replies are read, is that of `evaluation/extract_answer_s1.py` and
 `score_answer_s2.py` in github.com/ZrrSkywalker/MathVerse, run with `--trunk_response 30`. That repository has
-no licence, so that the authors' prompts are not copied: the words and examples here are ours, and a point of
-difference to published scores may come from them. The script repeats a request whose reply is neither 0 nor
+no licence, so its prompts are not copied: the words and examples here are ours, and a point of difference to
+published scores may come from them. The script repeats a request whose reply is neither 0 nor
 1; here such an answer is unscored.
 """
 
@@ -82,23 +82,23 @@ def judge_rows(
     The same text as the gold answer is right without the second request. With `quick_match` another text is
     wrong without it, as in the script.
     """
-    whole = [
+    to_extract = [
         i for i, row in enumerate(rows) if row.extraction is None and row.response.strip() and not row.fault
     ]
     examples = [(_response(end), answer) for end, answer in _EXTRACTIONS]
-    ends = [" ".join(rows[i].response.split(" ")[-WORDS:]) for i in whole]
+    ends = [" ".join(rows[i].response.split(" ")[-WORDS:]) for i in to_extract]
     prompts = [few_shot(_EXTRACT, examples, _response(end)) for end in ends]
-    replies = dict(
-        zip(whole, sampler.samples(prompts, stop=stop, usable=lambda each: not each.error), strict=True)
-    )
+    samples = sampler.samples(prompts, stop=stop, usable=lambda reply: not reply.error)
+    replies = dict(zip(to_extract, samples, strict=True))
     found = [_extraction(row, replies.get(i)) for i, row in enumerate(rows)]
 
     texts = {i: text for i, text in enumerate(found) if isinstance(text, str)}
-    unequal = [i for i, text in texts.items() if text != rows[i].answer and not quick_match]
+    to_compare = [i for i, text in texts.items() if text != rows[i].answer and not quick_match]
     examples = [(_pair(*example[:3]), example[3]) for example in _SCORES]
-    pairs = [_pair(_question(rows[i]), rows[i].answer, texts[i]) for i in unequal]
+    pairs = [_pair(_question(rows[i]), rows[i].answer, texts[i]) for i in to_compare]
     prompts = [few_shot(_SCORE, examples, pair) for pair in pairs]
-    replies = dict(zip(unequal, sampler.samples(prompts, stop=stop, usable=_is_verdict), strict=True))
+    samples = sampler.samples(prompts, stop=stop, usable=_is_verdict)
+    replies = dict(zip(to_compare, samples, strict=True))
     return [
         _verdict(each, rows[i].answer, replies.get(i)) if isinstance(each, str) else each
         for i, each in enumerate(found)

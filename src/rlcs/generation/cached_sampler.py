@@ -1,4 +1,4 @@
-"""Asks a model each different conversation once: in the background, within limits, with every reply on disk.
+"""Sends each different conversation to a model once: in the background, within limits, replies kept on disk.
 
 Judges and answer extractors are built on it. A reply is found again by the content of its conversation, so
 that neither a resumed run nor a later step, problem or call asks a second time.

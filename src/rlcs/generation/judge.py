@@ -50,6 +50,7 @@ Write one or two sentences of reasons, then a last line that is only """
 """The shipped prompt, which ends with the verdict's form."""
 _SHOWN = 100
 _TAG = re.compile(r"<score>(.*?)</score>", re.DOTALL | re.IGNORECASE)
+# What chat templates and `TEMPLATE` mark texts with: <|im_end|>, </response>, [INST].
 _MARK = re.compile(r"<(?=[a-z!/|\uff5c])|\[(?=/?INST\])", re.IGNORECASE)
 _MARKUP = "*_`$()[]\"'"
 _NUMBER = re.compile(r"[01]?\.\d+|[01]\.?")

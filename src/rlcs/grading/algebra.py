@@ -19,12 +19,12 @@ from rlcs.grading import tree
 from rlcs.grading.tree import MINUS_ONE, Call, Const, Node, Num, Power, Product, Sum, Sym, walk
 
 MAX_BITS = 8_000
-"""The length of an exact number; a longer one is too large to work out."""
+"""Most bits of an exact number; a longer one is too large to work out."""
 _BITS = 256
 _MAX_ARGUMENT, _MAX_SIZE = 2**11, 2**40
-"""Powers of 2 that bound the arguments of functions, and any value."""
+"""Bounds of the arguments of functions, and of any value, as exponents of 2."""
 _SCALES, _USUAL = (0.6, 2.7, 17.0, -2.1, -31.0, 1e4), 3
-"""Sizes of variables; at the first points they are as people mean them: positive, or integers."""
+"""Sizes of variables at each point; the first `_USUAL` are as people mean them: positive, or integers."""
 _INTEGERS = {"base": (2, 3, 10), "k": (2, 3, 5), "m": (5, 4, 7), "n": (7, 9, 6), "N": (8, 11, 13)}
 """Variables that stand for integers, with values for the first points; `base` is that of a logarithm."""
 _INFINITIES = (Const("infinity"), Product((MINUS_ONE, Const("infinity"))))
@@ -54,14 +54,14 @@ def equal(a: Node, b: Node) -> bool | None:
     if a in _INFINITIES or b in _INFINITIES:
         other = b if a in _INFINITIES else a
         return False if other in _INFINITIES or number(other) is not None else None
-    exactly = _known(a), _known(b)
+    exactly = _rational_or_none(a), _rational_or_none(b)
     if None not in exactly:
         return exactly[0] == exactly[1]
     points, agreed = _points(a, b), 0
     for turn, point in enumerate(points):
         if values := _values(point, a, b):
             if not _agree(*values):
-                return False if turn < _USUAL and _is_known(a, b) else None
+                return False if turn < _USUAL and _has_known_functions(a, b) else None
             agreed += 1
     steps = any(
         isinstance(n, Call) and n.name in ("floor", "ceil") and tree.symbols(n) for n in (*walk(a), *walk(b))
@@ -81,7 +81,7 @@ def same_equation(a: Node, b: Node) -> bool | None:
     ratios = [x / y for x, y in pairs if x and y]
     if equal(a, b) or (1 < len(ratios) == len(pairs) and all(_agree(ratios[0], x) for x in ratios)):
         return True
-    for one, other in ((a, b), (b, a)) if _is_known(a, b) else ():
+    for one, other in ((a, b), (b, a)) if _has_known_functions(a, b) else ():
         for point in points[:_USUAL]:
             for solution in _solutions(one, point):
                 if (values := _values(solution, one, other)) and not values[0] and values[1]:
@@ -99,7 +99,7 @@ def _denominators(node: Node) -> tuple[Node, ...]:
 
 def exact(node: Node) -> Fraction | None:
     """The value if it is a rational number; None if it is not, not known, or too large to work out."""
-    value = _known(node)
+    value = _rational_or_none(node)
     values = _values({}, node, node) if value is None else None
     if values and not values[0].imag and abs(values[0]) < 2**_BITS:  # sqrt(16), sin(pi/6), log_2 8
         scaled = int(values[0].real * 2**_BITS)
@@ -123,7 +123,8 @@ def number(node: Node) -> complex | None:
 
 
 @functools.lru_cache(maxsize=2_000)
-def _known(node: Node) -> Fraction | None:
+def _rational_or_none(node: Node) -> Fraction | None:
+    """As `_rational`, and None where the value is too large."""
     try:
         return _rational(node)
     except TooLargeError:
@@ -161,7 +162,7 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-def _is_known(*nodes: Node) -> bool:
+def _has_known_functions(*nodes: Node) -> bool:
     calls = {part.name for node in nodes for part in walk(node) if isinstance(part, Call)}
     return calls <= set(_FUNCTIONS)
 
@@ -247,7 +248,7 @@ class _At:
             case Product():
                 value = math.prod(parts)
             case Power(_, exponent):
-                value = self.power(parts[0], parts[1], _known(exponent))
+                value = self.power(parts[0], parts[1], _rational_or_none(exponent))
             case Call(name):
                 value = self.call(name, *parts)
             case _:
@@ -288,5 +289,6 @@ class _At:
             value = _FUNCTIONS[name](mp, *arguments)
         else:
             key = name, *(int(mp.nint(part * 2**64)) for z in arguments for part in (mp.re(z), mp.im(z)))
-            value = mp.mpf(int.from_bytes(blake2b(repr(key).encode()).digest(), "big")) / 2**511 - 1
+            hashed = int.from_bytes(blake2b(repr(key).encode()).digest(), "big")
+            value = mp.mpf(hashed) / 2**511 - 1  # from -1 to 1, the same for the same arguments
         return value if abs(value) > self.tiny else mp.zero

@@ -9,7 +9,7 @@ from rlcs.grading.golds import unwrap
 from rlcs.grading.reading import MAX_CHARACTERS, read
 
 MAX_ANSWER = 10_000
-"""Characters; a longer extracted answer is wrong unless it equals the gold answer as text."""
+"""Most characters of an answer; a longer one is wrong, even if it equals the gold answer as text."""
 
 
 def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: int | None = None) -> Verdict:

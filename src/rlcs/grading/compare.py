@@ -32,27 +32,24 @@ from rlcs.grading.values import (
 from rlcs.records import Grade
 
 MAX_FORMULA = 1_000
-"""Characters; a longer formula is not given to math-verify."""
+"""Most characters of a formula that is given to math-verify."""
 _NAME_SPELLING = re.compile(
     r"^m(?=\\angle)|\\(?:angle|triangle|text|overline)(?![A-Za-z])|[{}\s_]|^\|(?=[A-Z]+\|$)|(?<=[A-Z])\|$"
 )
 """What may be missing in a name: `m\\angle A` is A, `|AB|` is AB."""
 _ANOTHER_VALUE = re.compile(r"\\(?:ln|log|lg|exp|lim)|^[^fghA-Z]*\^|^\|[a-z\\]|^not|[a-z]/|^([a-z])\1")
-"""Names of what is not asked where a value is: if ln x is 5, then x is not 5."""
+"""Names whose value is not the one that is asked for: who answers `ln x = 5` does not say that x is 5."""
 _MAX_ITEMS = 50
-_COMPARABLE = (
-    FUNCTIONS
-    | GREEK
-    | frozenset(
-        "factorial sum prod int lim infty to frac over sqrt binom pi cdot pm mp le ge ne in cup"
-        " cap setminus emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline"
-        " vec hat begin end det circ angle triangle neg".split()
-    )
-    | {"floor", "ceil"}
+_COMPARABLE = FUNCTIONS | GREEK
+_COMPARABLE |= frozenset(
+    "factorial floor ceil sum prod int lim infty to frac over sqrt binom pi cdot pm mp le ge ne in cup"
+    " cap setminus emptyset R Z N Q C max min gcd lcm mod pmod bmod lfloor rfloor lceil rceil overline"
+    " vec hat begin end det circ angle triangle neg".split()
 )
-"""Commands that math-verify reads; it takes others, such as `\\partial`, for products of letters."""
+"""Commands and functions that math-verify reads; it takes others (`\\partial`) for products of letters."""
 _SYMMETRIC = frozenset(["=", "\\ne", "\\parallel", "\\perp", "\\sim", "\\cong", "\\approx"])
 LABEL = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]) *(.*)|\(?([A-Za-z])\)?", re.DOTALL)
+"""A letter before a value, `(B) 12`, or alone, `(B)`."""
 _UNDER = re.compile(r"_ ?\{[^{}]*\}")  # the n=1 under a sum
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4,}")
 
@@ -243,7 +240,7 @@ def _formula(answer: Value, gold: Value) -> Verdict:
             return _equal(answer, gold)
         return _leaving_off("unit", same(answer.magnitude, gold))
     if isinstance(answer, Relation):
-        return no("an equation against a value")
+        return no("an equation where a value is asked")
     if not isinstance(answer, Number | Expression) and not (isinstance(answer, Text) and answer.tree):
         return _other_kind(answer, gold)
     return _equal(answer, gold)

@@ -20,7 +20,8 @@ def stated_values(parts: Sequence[Tokens], sides: Sequence[Value], *, rounded: b
     if names and len(parts) == 2:
         plain = all(isinstance(node, Sum | Product | Sym) for node in walk(first))
         return (sides[-1],) if plain and len(set(names)) == len(names) else ()
-    error = 0.02 if rounded else 0.001
+    decimals = any("." in token.text for part in parts for token in part)  # rounded, maybe without saying so
+    error = 0.02 if rounded else 0.001 if decimals else 0.0
     agree = all(
         tree is not None and (algebra.equal(tree, last) or _is_near(tree, last, error)) for tree in trees
     )

@@ -12,18 +12,22 @@ from rlcs.grading.tokens import Token, end_of_group, latex
 from rlcs.grading.tree import HALF, MINUS_ONE, Call, Const, Node, Num, PlusMinus, Power, Product, Sum, Sym
 
 MAX_DEPTH = 40
-_MAX_DIGITS, _MAX_AFTER = 2_000, 150
+"""Most brackets, powers and arguments inside one another."""
+_MAX_DIGITS, _MAX_SUFFIXES = 2_000, 150
 
 FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp abs".split())
+"""Commands of functions of one argument."""
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 GREEK = frozenset(
     "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega"
     " Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar nabla".split()
 )
+"""Commands that are variables."""
 _ACCENTS = frozenset(
     "overline bar vec hat widehat tilde overrightarrow overleftrightarrow overset dot angle triangle odot"
     " measuredangle parallelogram arc wideparen overparen".split()
 )
+"""Commands that make a name of what follows: `\\overline{AB}`, `\\angle ABC`."""
 _FUNCTION_LETTERS = frozenset(["f", "g", "h", "F", "G", "O", "\\Theta"])
 _CLOSING = dict(
     pair.split() for pair in ("( )", "[ ]", "{ }", "\\{ \\}", "| |", "\\lfloor \\rfloor", "\\lceil \\rceil")
@@ -105,7 +109,7 @@ class _Reader:
         self.tokens = list(tokens)
         self.position = 0
         self.depth = 0
-        self.num_after = 0
+        self.num_suffixes = 0
         """How many powers, factorials and the like were read: each makes the tree deeper, or wider."""
 
     def peek(self, ahead: int = 0) -> Token:
@@ -180,8 +184,8 @@ class _Reader:
         """Read a factor with its powers."""
         node = self.primary()
         while self.text() in ("^", "!", "°", "%", "'"):
-            self.num_after += 1
-            if self.num_after > _MAX_AFTER:
+            self.num_suffixes += 1
+            if self.num_suffixes > _MAX_SUFFIXES:
                 raise NotAFormulaError("too many powers and factorials")
             match self.take().text:
                 case "^":

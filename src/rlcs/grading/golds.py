@@ -20,12 +20,14 @@ _MARKED = re.compile(
     r"\\(?:boxed|fbox|framebox)|</?(?:answer|think)>|####|answer|option|choice|答案|故选", re.IGNORECASE
 )
 _TORN = re.compile(r"</?(?:answer|think)>|####", re.IGNORECASE)
+"""Marks that are left where no pair of them, or no answer after them, was found."""
 _TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
 _GSM8K = re.compile(r"####[ \t]*([^\n#]*\S)\s*\Z")
 _CHINESE = re.compile(r"(?:答案应?[是为选:：]|故选)[ :：*]*([^\n。；，]*[^\n。；，\s])")
 _LISTED = re.compile(r"\[\s*['\"].*['\"]\s*\]", re.DOTALL)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u3400-\u9fff]{1,2}|(?![A-Za-z\u3400-\u9fff])[^\W\d_]{2,}")
 _MAX_WORDS = 25
+"""A text of more words in which no answer is marked is a solution, not an answer."""
 _MAX_MARKS = 4
 """Marks in one another, such as a box in a tag."""
 _MAX_LIST = 2_000

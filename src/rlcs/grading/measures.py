@@ -26,7 +26,11 @@ tsp teaspoon, floz fluid_ounce fl_oz, ha hectare 公顷, acre 英亩, +s sec ~se
 C, +F ~farad 法拉, F|°F F, +H ~henry, +T ~tesla, +mol ~mole ~摩尔, +cal ~calorie 卡路里, kcal 千卡 大卡,
 +eV, atm atmosphere, mph, kph kmh, kohm kilohm, Mohm megohm, +B ~byte, bit
 """
-"""Units, by the name for pint first; `+` takes `k`, `~` takes `kilo`, `a|b` may mean either."""
+"""Rows of names of one unit, with commas between rows; the first name is the one that pint knows.
+
+`+` before a name: with short prefixes too (`km`); `~`: with long ones (`kilometer`, `千米`). `a|b`: the names
+of the row may mean either unit. `_` stands for a space.
+"""
 _OTHERS = """
 ° degree deg 度, rad radian 弧度, rpm, +K ~kelvin 开尔文, dollar $ US$ USD US_dollar 美元, cent ¢ 美分,
 euro € EUR 欧元, °C degC celsius °celsius centigrade degree_celsius degrees_celsius degree_C degrees_C
@@ -35,6 +39,7 @@ euro € EUR 欧元, °C degC celsius °celsius centigrade degree_celsius degree
 ₹ Rs INR, won ₩, ruble ₽, pence penny, dB decibel
 """
 """Units that agree by name alone: angles, temperatures (whose zeros differ), money."""
+# Short, long and Chinese.
 _PREFIXES = "k kilo 千,c centi 厘,m milli 毫,d deci 分,u micro 微,n nano 纳,M mega 兆,G giga 吉"
 _POWERS = MappingProxyType({"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": -2, "cubed": -3})
 """Words for powers of the next unit or, negative here, of the one before."""
@@ -45,7 +50,7 @@ _PLAIN = _LENGTHS | set(
     "s g h L N J W V K A mg kg Kg ml mL cL dL kN kJ MJ kW MW kV mA Pa Hz eV Wh Nm ms ns lb oz hr Rs".split()
 )
 """Symbols of one or two letters that are units in plain maths; others (`C`, `F`) are variables."""
-_NO_NOUN = re.compile(  # a word that makes another number, or begins or joins another statement
+_NO_NOUN = re.compile(  # words that make another number, begin or join another statement, or are maths
     r"zero|(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|quarter|dozen|score|lakh|crore"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|\w*(?:hundred|thousand)|\w+illi(?:on|ard))s?|halves|half"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ties|\w+teens?|once|double|triple|twice|thrice|gross"
@@ -53,7 +58,8 @@ _NO_NOUN = re.compile(  # a word that makes another number, or begins or joins a
     r"|\w+[^e]ed|(?:square|cube)roots?|(?:co)?(?:sine|tangent|secant)|logarithm|plus|minus|times|over"
     r"|(?:a|arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp|sqrt|max|min|gcd|lcm|lim|det|mod)h?"
     r"(?:[abntxyz]|theta|alpha|beta|phi)?|alpha|beta|gamma|delta|(?:var)?(?:epsilon|theta|phi)|zeta|eta|iota"
-    r"|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|chi|psi|omega|divided|multiplied|negative|positive|modulo|choose|factorial|powers?"
+    r"|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|chi|psi|omega|divided|multiplied|negative"
+    r"|positive|modulo|choose|factorial|powers?"
     r"|exponent|remainder|sup|inf|sum|prod|frac|cdot|int|per|per\w*cent\w*|per\w*mille|infini\w+|imaginary"
     r"|(?:un|in)defined?|unknown|variables?|and|or|not|nor|but|except|none|with\w*|about|because|since|so"
     r"|therefore|hence|if|then|than|th[aeio]\w{1,2}|wh(?:at|en|ere|ich|o|ile)|here|there|from|to|in|into"
@@ -61,19 +67,26 @@ _NO_NOUN = re.compile(  # a word that makes another number, or begins or joins a
     r"|also|just|exactly|approx\w*|rough\w*|around|near\w*|almost|more|less|most|least|fewer|greater|larger"
     r"|smaller|bigger|equals?|under|above|below|between|both|n?either|all|any|some|every|many|much|few"
     r"|several|other|another|same|base|true|false|yes|out|off|until|after|before|(?:al)?though|however|maybe"
-    r"|possibly|unless|\w*fold|myriad|couple|googol|wan|reciprocal|opposite|complement|fake|nope|wrong|incorrect|invalid|impossible|extraneous|inverse|guess|grand|mil|basis|answers?|options?|choices?"
+    r"|possibly|unless|\w*fold|myriad|couple|googol|wan|reciprocal|opposite|complement|fake|nope|wrong"
+    r"|incorrect|invalid|impossible|extraneous|inverse|guess|grand|mil|basis|answers?|options?|choices?"
 )
+# Words that may describe what is counted (prime numbers), but are not it.
 _NO_HEAD = "square cubic cube root real prime even odd integer rational complex total whole".split()
+# Three letters that count things in plain maths too, where other runs of three are variables.
 _SHORT = "man men boy cat dog cow hen pig car bus box bag cup egg pen hat toy row way pie lap".split()
+# Irregular plurals, each before its singular.
 _SINGULAR = (
     "people person men man women woman children child mice mouse geese goose teeth tooth feet foot".split()
 )
+# Chinese measure words, which may stand without a noun.
 _COUNTERS = (
     "个只本名人次支枝张条辆件块种组棵头匹座台架间层排行列朵颗粒把双对套盒袋瓶杯碗筐箱包盘页题场家户位段根片面"
 )
+# Chinese characters of numbers, negations and operations: a word with one of them is no noun.
 _NO_HAN = re.compile(r"[零一二三四五六七八九十百千万亿兆半几或和与且不无是加减乘除约负]|平方|立方|[成折分]$")
 _PIECE = re.compile(
-    r"(sq\.|(?:square|sq|cubic)(?=[a-z]{2})|平方|立方)?(US\$|[^\W\d_]+|°[CF]?|[$€£¥₹₩₽¢])\.?(?:\^?[{(]?(-?[1-9])[})]?)?"
+    r"(sq\.|(?:square|sq|cubic)(?=[a-z]{2})|平方|立方)?(US\$|[^\W\d_]+|°[CF]?|[$€£¥₹₩₽¢])\.?"
+    r"(?:\^?[{(]?(-?[1-9])[})]?)?"
 )
 _AFTER = re.compile(r" (?:in total|in all|altogether|old|long|tall|high|wide|deep|thick|left|each|total)$")
 
@@ -151,7 +164,7 @@ def _names() -> tuple[Mapping[str, str], Mapping[str, str], frozenset[str]]:
             unit = row.split()[0].lstrip("+")
             for item in row.split():
                 name = item.lstrip("+~").replace("_", " ")
-                kind = 0 if item[0] == "+" else 1 if name.isascii() else 2
+                kind = 0 if item[0] == "+" else 1 if name.isascii() else 2  # which form of a prefix it takes
                 for prefix in prefixes if item[0] in "+~" else prefixes[:1]:
                     whole = prefix[0] + unit
                     exact[prefix[kind] + name] = whole
@@ -283,7 +296,7 @@ def _same_product(mine: _Product, theirs: _Product) -> bool:
 
 @functools.lru_cache(4096)
 def _meaning(product: _Product) -> tuple[float, str]:
-    """The size of a unit in basic units, and these."""
+    """The size of a unit in basic units, and those units."""
     size, basic = _registry().get_root_units("*".join(f"({name})**{power}" for name, power in product))
     return float(size), str(basic)
 

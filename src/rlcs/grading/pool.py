@@ -1,9 +1,9 @@
 """Grades in bounded time: math-verify runs in worker processes that are killed at a deadline.
 
-Easy answers are decided without a process. Formulas are sent to workers, in small batches and each
-different pair once; with a user's reward function, every answer is. An answer on which a worker runs out of
-time or dies is unscored; the others of its batch are sent again. Workers start when first needed and are new
-interpreters, never forks: the parent may hold torch, threads and a GPU.
+Most answers are decided without a process. Formulas that `compare` cannot decide are sent to workers, in
+small batches and each different pair once; with a user's reward function, every answer is. An answer on which
+a worker runs out of time or dies is unscored; the others of its batch are sent again. Workers start when
+first needed and are new interpreters, never forks: the parent may hold torch, threads and a GPU.
 """
 
 import contextlib

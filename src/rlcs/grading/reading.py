@@ -53,12 +53,14 @@ _RELATIONS = _ORDER | frozenset(
     "= \\ne \\in \\notin \\approx \\equiv \\sim \\cong \\parallel \\perp \\to \\Rightarrow \\propto \\iff"
     " \\subset".split()
 )
+# Each relation as it is read from right to left.
 _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split())
 _ROWS = frozenset("cases dcases aligned align gathered gather split eqnarray".split())
-_MARKS = frozenset(["'", '"', "\\cdot", "^"])  # quotes and the stars of Markdown
+_MARKS = frozenset(["'", '"', "\\cdot", "^"])  # quotes, and Markdown's * and **, which became \cdot and ^
 _LEADS = frozenset("选 故选 应选 答案 答案是 答案为 answer answers option choice".split())
 _LEAD_WORDS = _LEADS | frozenset("the my final correct best result value is are".split())
+"""Words that introduce an answer, if one of `_LEADS` is among them: "the correct answer is"."""
 _SETS_IN_WORDS = dict.fromkeys(
     ["all real numbers", "all reals", "all real number", "real numbers", "reals"], "\\R"
 ) | {"empty set": "\\emptyset", "null set": "\\emptyset"}
@@ -68,10 +70,10 @@ _IN_NAMES = re.compile(
     r"_ ?(?:\{[^}]*\}?|\d+|\\?[^\W\d_]+)|\\angle ?(?:\{[^}]*\}?|\d+)|\^\{-1\}|(?<=\()\d[\d.]*"
 )
 _NO_NAME = re.compile(r"[-+,!%°^\d]|\\(?:cdot|sqrt|pm)(?![A-Za-z])")
-"""What makes a formula of a name, but for indices, numbers of angles, inverses and `f(0)`."""
-_BEARING = re.compile(r"([NS]) ?(\d[\d.]*) ?°? ?([EW])")
+"""Signs that no name has, once the parts that `_IN_NAMES` finds (indices, angles, `f(0)`) are removed."""
+_BEARING = re.compile(r"([NS]) ?(\d[\d.]*) ?°? ?([EW])")  # S 23.5° W
 _MAX_BASED = 240
-"""Characters of a number with its base."""
+"""Most characters of a number with its base."""
 _LETTERS = re.compile("[A-H]+|[①-⑳]+")
 _IN_BASE = re.compile(
     r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
@@ -316,6 +318,7 @@ def _combined_sets(tokens: Tokens, source: str) -> Value | None:
     r"""Read unions and differences of sets of numbers, `\mathbb{R}` and `\emptyset`."""
     if len(tokens) == 1 and tokens[0].text in ("\\R", "\\emptyset"):
         return Region(source=source, pieces=(regions.whole_line(),) if tokens[0].text == "\\R" else ())
+    # People type (1, 2) U (3, 4) as well.
     operators = {"U": "\\cup", "u": "\\cup", "\\cup": "\\cup", "\\cap": "\\cap", "\\setminus": "\\setminus"}
     parts, found = split(tokens, frozenset(operators))
     if not found or not all(parts):

@@ -83,7 +83,7 @@ class FormatGrader:
 def open_reward(
     reward: Reward, *, judge: Grader | None = None, only_correct: bool = False
 ) -> Iterator[WeightedSum]:
-    """Open the graders of a recipe's reward, without `length`, which a whole group is needed for.
+    """Open the graders of a recipe's reward, without `length`, which needs a whole group.
 
     `only_correct` opens just the part that decides whether an answer is correct. Raises RecipeError.
     """

@@ -38,7 +38,7 @@ class Undecided:
 
 
 def quick_grade(problem: Problem, response: object, *, allow_fallbacks: bool) -> Grade | Undecided:
-    """Grade by text, letter and exact number alone; fast, and without exceptions for any response."""
+    """Grade all that needs no math-verify; fast, and without exceptions for any response."""
     if not isinstance(response, str):
         return Verdict(correct=False, why="the response is not a text").grade()
     extraction = extract(response, allow_fallbacks=allow_fallbacks)

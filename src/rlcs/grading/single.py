@@ -17,7 +17,7 @@ _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6
 _MULTIPLIERS |= {"trillion": 10**12, "百": 100, "千": 10**3, "万": 10**4, "亿": 10**8}
 _MONEY = frozenset("$ € £ ¥ ₹ ₽ ₩".split())
 _MAX_UNIT = 40
-"""Tokens of a unit."""
+"""Most tokens of a unit."""
 _OF_ANGLES = frozenset("\\sin \\cos \\tan \\cot \\sec \\csc".split())
 _PERCENT = ("%", "percent", "pct")
 _ARTICLE = re.compile(r"(?:an?|the) (?=\S)")
@@ -50,16 +50,17 @@ def difference(left: Node, right: Node) -> Node:
 
 
 def read_single(tokens: Tokens, source: str) -> Value:
-    """Read a number, a quantity or a formula; what is none of them is text."""
+    """Read a number, a quantity or a formula; what is none of them is text. `source`: the same as LaTeX."""
     tokens = _with_multiplier(tokens)
     for rule in (_percentage, _money, _compound, _quantity):
         if (value := rule(tokens, source)) is not None:
             return value
     tree = tree_of(tokens)
     if tree is None:
-        befores = ["", "", *(token.text for token in tokens)]
+        two_before = ["", "", *(token.text for token in tokens)]  # a brace stands between \begin and a name
         wordy = any(
-            is_word(t) and b not in ("\\begin", "\\end") for t, b in zip(tokens, befores, strict=False)
+            is_word(token) and before not in ("\\begin", "\\end")
+            for token, before in zip(tokens, two_before, strict=False)
         )
         formula = any(token.kind in ("number", "command") or token.text == "^" for token in tokens)
         formula = formula and tokens[-1].text not in ("'", '"')  # 15' are minutes of arc
@@ -145,15 +146,15 @@ def _quantity(tokens: Tokens, source: str) -> Value | None:
             continue
         letter = len(spoken(tail)) == 1 and tail[0].kind == "word" and not tail[0].upright
         if tail[0].text in ("A", "mg") and not (tail[0].gap or tail[0].upright):
-            continue  # mass times g
+            continue  # 3mg is 3 times m times g, 5A is 5 times A
         if letter and head[-1].kind == "command":
-            continue  # 2\pi h
+            continue  # 2\pi h is a product with a variable
         if tail[0].text == "°" and {token.text for token in head} & _OF_ANGLES:
-            continue  # \sin 30°
+            continue  # \sin 30° is the sine of an angle
         if symbols(tree) and (letter or not (tail[0].gap or tail[0].upright)):
             continue
         if letter and isinstance(tree, Sum) and not enclosed(head) and {t.text for t in head} & {"+", "-"}:
-            continue  # 10 - 4 m; but 2 1/2 m has no sign
+            continue  # 10 - 4 m has a variable; 2 1/2 m, a sum without a sign, has a unit
         magnitude = of_tree(tree, latex(head))
         if not isinstance(magnitude, Number | Expression):
             continue

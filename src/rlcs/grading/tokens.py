@@ -2,8 +2,8 @@ r"""Splits an answer into tokens: LaTeX, plain notation and Unicode become one s
 
 `\dfrac`, `½`, `√3`, `sqrt(3)`, `x²`, `≤`, `<=`, `\leqslant`, `pi`, `2*x` and `\text{cm}` all arrive at the
 grammar (`reading`) as the same tokens as `\frac`, `\sqrt`, `^`, `\le`, `\pi`, `\cdot`, an upright word `cm`.
-Nothing is computed here, and no part of the text is lost but decoration: dollar signs around formulas, sizes,
-colours, spaces, a full stop at the end.
+Nothing is computed here but repeating decimals, and no part of the text is lost but decoration: dollar signs
+around formulas, sizes, colours, spaces, a full stop at the end.
 """
 
 import re
@@ -30,6 +30,7 @@ class Token(NamedTuple):
 Tokens = Sequence[Token]
 
 MAX_TOKENS = 600
+"""An answer of more tokens is text."""
 
 OPENING = frozenset(["(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle", "\\begin"])
 CLOSING = frozenset([")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle", "\\end"])
@@ -167,7 +168,7 @@ _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d{1,30
 
 def tokenise(text: str) -> tuple[Token, ...]:
     """Split an answer into at most `MAX_TOKENS` + 1 tokens."""
-    text = text.replace("\x0crac", "\\frac")  # a data set's "\frac" read as a form feed and "rac"
+    text = text.replace("\x0crac", "\\frac")  # some data sets have the escape \f (form feed) and "rac"
     text = _DEGREE.sub("°", text if text.isascii() else _without_unicode(text))
     text = _CIRCLED.sub(lambda m: chr(ord("①") - 1 + int(m[1])), _STARRED.sub(r"\1", text))
     text = _REPEATING.sub(_spell_repeating, text)
@@ -218,7 +219,7 @@ def _only_digits(match: re.Match[str]) -> str:
 
 def _spell(text: str) -> list[Token]:
     """Cut the text into tokens in their one spelling, with spaces as gaps."""
-    money = text.replace("\\$", "").count("$") == 1
+    money = text.replace("\\$", "").count("$") == 1  # two dollar signs enclose a formula
     tokens: list[Token] = []
     gap = False
     for match in _TOKEN.finditer(text):

@@ -56,8 +56,8 @@ class Call:
     r"""A function of one or more arguments.
 
     The names known to `algebra`: sin cos tan cot sec csc, their inverses (arcsin ...), sinh cosh tanh,
-    ln, log (argument, base), abs, factorial, binom (n, k), floor, ceil. Any other name (`f`, `gcd`, `sum`,
-    `\int` as "int") is a function of which nothing is known but its name and arguments.
+    ln, log (argument, base), abs, factorial, binom (n, k), floor, ceil. Any other name (`f`, `mod`) is a
+    function of which nothing is known but its name and arguments.
     """
 
     name: str
