@@ -47,14 +47,16 @@ class LoopbackServer:
         faults: Mapping[str, Sequence[str]] | None = None,
         delay_s: float = 0.0,
         finish_reason: str | None = "stop",
+        echoes: bool = False,
     ) -> None:
+        """With `echoes` errors and answers hold the headers of the request, and with them the key."""
         self.seen: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.most_at_once = 0
         self.url = ""
         self._answer = answer
         self._faults = {needle: list(each) for needle, each in (faults or {}).items()}
-        self._delay_s = delay_s
+        self._delay_s, self._echoes = delay_s, echoes
         self._finish_reason = finish_reason
         self._now = 0
         self._started = threading.Event()
@@ -124,10 +126,13 @@ class LoopbackServer:
             status = int(fault) if fault.isdigit() else 429
             headers = "Retry-After: 1\r\n" if fault == "retry-after" else ""
             error = {"message": f"told to say {status}"}
+            if self._echoes:
+                error["message"] += f", by {self.headers[-1]}"
             error |= {"code": "insufficient_quota"} if fault == "quota" else {}
             writer.write(_message(status, {"error": error}, headers))
             return True
         text = "" if fault == "empty" else self._answer(body)
+        text += self.headers[-1] if self._echoes else ""
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},

@@ -202,6 +202,12 @@ def test_a_file_that_cannot_be_run_and_one_with_neighbours(tmp_path):
 def test_advice_fits_the_cause():
     assert "deadline_s" in advice("score: timed out after 5 s")
     assert "deadline_s" not in advice("score: KeyError: 'level' (my_reward.py:7)")
+    silent = "judge: the judge gave no reply: "
+    assert "grpo.reward.judge.max_requests" in advice(f"{silent}the limit of 20 requests is reached")
+    assert "grpo.reward.judge.max_wait_s" in advice(f"{silent}no reply in time")
+    assert "grpo.reward.judge.request_timeout_s" in advice(f"{silent}no answer within 60 s")
+    assert "log of the judge's server" in advice(f"{silent}HTTP 504: upstream timed out")
+    assert "the judge's server runs" in advice(f"{silent}the connection failed: ReadError")
 
 
 def test_the_function_of_the_page_works_as_it_is_written(tmp_path):

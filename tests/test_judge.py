@@ -13,7 +13,7 @@ import pytest
 from conftest import make_problem
 from loopback_server import LoopbackServer, last_text
 from rlcs.errors import RecipeError
-from rlcs.generation.judge import JudgeOfRanks, open_judge, quoted, read_score
+from rlcs.generation.judge import VERDICTS, JudgeOfRanks, open_judge, quoted, read_score
 from rlcs.grading.reward import open_reward, try_reward
 from rlcs.pipeline.run_folder import claim
 from rlcs.recipe.judge import Judge, fill
@@ -66,7 +66,7 @@ def test_a_template_of_one_s_own_in_the_recipe_or_in_a_file(tmp_path):
     file = tmp_path / "judge.txt"
     file.write_text("Is {extracted} = {answer}?", encoding="utf-8")
     with LoopbackServer(answer=lambda body: "0.5") as server:
-        chosen = settings(server, template=str(file), scale="0_1")
+        chosen = settings(server, template=str(file), scale="zero_to_one")
         with open_judge(chosen, tmp_path) as judge:
             grades = judge.grade([(PROBLEM, "It is \\boxed{6}."), (PROBLEM, "It is 6.")])
         assert sorted(map(last_text, server.seen)) == ["Is (none) = 5?", "Is 6 = 5?"]
@@ -93,6 +93,13 @@ def test_a_template_that_cannot_be_used_is_refused_before_the_run(template, mess
         Judge(template=str(file)).template_text()
 
 
+def test_every_scale_can_be_written_in_a_file_without_quotes(tmp_path):
+    for scale in VERDICTS:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(f"extends: quickstart\ngrpo: {{reward: {{judge: {{scale: {scale}}}}}}}\n")
+        assert load_recipe(str(file)).recipe.grpo.reward.judge.scale == scale
+
+
 def test_a_judge_needs_a_model():
     with pytest.raises(RecipeError, match="a judge needs model"):
         load_recipe("quickstart", ["grpo.reward.judge.weight=1"])
@@ -108,27 +115,43 @@ def test_a_judge_needs_a_model():
         ("yes_no", "It is the same.\n**Yes.**", 1.0),
         ("yes_no", "yes it seems\nno", 0.0),
         ("yes_no", "<score>no</score>\nI hope that helps, yes?", 0.0),
-        ("yes_no", "There is no unit: yes", 1.0),
+        ("yes_no", "Answer: no", 0.0),
+        ("yes_no", "**No.**", 0.0),
+        ("yes_no", "Yes, the two values are equal.", 1.0),
+        ("yes_no", "_No_ - the sign differs", 0.0),
+        ("yes_no", "There is no unit: yes", None),
+        ("yes_no", "The response is right: no errors.", None),
+        ("yes_no", "No errors.", None),
+        ("yes_no", "**No** one disagrees.", None),
+        ("yes_no", "Yes, the answers match; there is no difference.", None),
+        ("yes_no", "No. It should say yes to B", None),
+        ("yes_no", "yes/no", None),
         ("yes_no", "yes\nI hope that helps.", None),
         ("yes_no", "The responses are equal.", None),
         ("yes_no", "yesterday", None),
         ("yes_no", "1", None),
-        ("0_1", "0.75", 0.75),
-        ("0_1", "Of 3 steps 2 are right.\nScore: **0.5**.", 0.5),
-        ("0_1", "1", 1.0),
-        ("0_1", "1.0", 1.0),
-        ("0_1", ".5", 0.5),
-        ("0_1", "0", 0.0),
-        ("0_1", "<score>0.25</score> of 1", 0.25),
-        ("0_1", "8/10", None),
-        ("0_1", "0.8/1", None),
-        ("0_1", "80%", None),
-        ("0_1", "0,8", None),
-        ("0_1", "1.5", None),
-        ("0_1", "-0.5", None),
-        ("0_1", "7", None),
-        ("0_1", "nan", None),
-        ("0_1", "yes", None),
+        ("zero_to_one", "0.75", 0.75),
+        ("zero_to_one", "Of 3 steps 2 are right.\nScore: **0.5**.", 0.5),
+        ("zero_to_one", "1", 1.0),
+        ("zero_to_one", "1.0", 1.0),
+        ("zero_to_one", ".5", 0.5),
+        ("zero_to_one", "0", 0.0),
+        ("zero_to_one", "<score>0.25</score> of 1", 0.25),
+        ("zero_to_one", "Score: 0.8 (one step is missing)", 0.8),
+        ("zero_to_one", "Score: 0.8 out of 1", None),
+        ("zero_to_one", "0.2 / 1", None),
+        ("zero_to_one", "Score 0, because of step 1.", None),
+        ("zero_to_one", "0.3 (on a scale of 0 to 1)", None),
+        ("zero_to_one", "1 error was found.", None),
+        ("zero_to_one", "8/10", None),
+        ("zero_to_one", "0.8/1", None),
+        ("zero_to_one", "80%", None),
+        ("zero_to_one", "0,8", None),
+        ("zero_to_one", "1.5", None),
+        ("zero_to_one", "-0.5", None),
+        ("zero_to_one", "7", None),
+        ("zero_to_one", "nan", None),
+        ("zero_to_one", "yes", None),
     ],
 )
 def test_a_reply_is_read_strictly(scale, text, score):
@@ -181,6 +204,14 @@ def test_an_unreadable_reply_is_asked_for_again_by_the_next_start_alone(tmp_path
             with open_judge(settings(server), tmp_path) as judge:
                 assert [judge.grade([(PROBLEM, "5")])[0].reward for _ in range(2)] == scores
         assert len(server.seen) == 2
+
+
+def test_a_judge_that_has_moved_to_another_server_finds_its_replies(tmp_path):
+    for asked in (1, 0):
+        with LoopbackServer(answer=lambda body: "yes") as server:
+            with open_judge(settings(server), tmp_path) as judge:
+                assert judge.grade([(PROBLEM, "5")])[0].reward == 1.0
+            assert len(server.seen) == asked
 
 
 def test_the_limit_of_requests_is_announced_once(tmp_path, caplog):
@@ -263,6 +294,16 @@ def test_a_judge_without_a_server_ends_the_run_before_training(random_model_fold
     assert done.returncode == 2 and "grpo.reward.judge (http://127.0.0.1:9/v1)" in done.stderr
     assert "nothing answers there" in done.stderr and "-> start the server" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run" / "cold_start").exists()
+
+
+def test_the_trial_does_not_count_and_a_run_at_its_limit_goes_on_with_another(random_model_folder, tmp_path):
+    with LoopbackServer(answer=judged) as server:
+        words = words_of(tmp_path / "run", server, random_model_folder, "grpo.reward.judge.max_requests=1")
+        done = rlcs(*words)
+        assert done.returncode == 1 and "raise grpo.reward.judge.max_requests" in done.stderr, done.stderr
+        assert len(server.seen) == 2 + 1
+        done = rlcs(*words, "grpo.reward.judge.max_requests=null")
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_killed_run_asks_nothing_twice_and_ends_as_the_unbroken_one(random_model_folder, tmp_path):

@@ -66,7 +66,8 @@ def test_a_file_is_scored_in_two_requests_an_answer(tmp_path):
         assert len(extracting[0]["messages"]) == 1 + 2 * 6 + 1
         assert not any("50 cm" in text_of(m) for b in extracting for m in b["messages"][:-1])
         grade(file, out, endpoint(server))
-        assert len(server.seen) == 9, "nothing is asked twice"
+        assert len(server.seen) == 9 + 1, "nothing is asked twice but what could not be read"
+        assert last_text(server.seen[-1]).count("Model's answer: ?") == 1
     rows = read_jsonl(out)
     assert [row["correct"] for row in rows] == [True, False, True, False, None, False, True, None]
     assert [row["prediction"] for row in rows] == ["0.5 m", "7", "50 cm", None, "?", None, "0.50 m", None]
@@ -92,6 +93,22 @@ def test_requests_that_fail_leave_answers_unscored(tmp_path):
     assert first["correct"] is second["correct"] is None
     assert "the judge gave no reply: HTTP 500" in first["why"]
     assert "the extraction failed: HTTP 400" in second["why"]
+
+
+def test_the_next_start_asks_again_for_what_could_not_be_read(tmp_path):
+    file, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    rows = [{"response": "first"}, {"response": "second"}]
+    write_jsonl(file, [{"id": str(i), "question": "?", "answer": "5", **row} for i, row in enumerate(rows)])
+    verdicts = iter(["perhaps", "1", "1"])
+
+    def answer(body):
+        return "6" if last_text(body).startswith("Response:") else next(verdicts)
+
+    faults = {"second": ["400"]}
+    with LoopbackServer(answer=answer, faults=faults) as server:
+        tallies = [grade(file, out, endpoint(server)) for _ in range(3)]
+        assert len(server.seen) == 3 + 2, "the verdict and the extraction that failed; then nothing"
+    assert [len(tally.unscored) for tally in tallies] == [2, 0, 0]
 
 
 def test_the_command_prints_the_versions_and_wants_a_judge(tmp_path):

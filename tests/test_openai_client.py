@@ -173,6 +173,20 @@ def test_a_server_that_cannot_be_used_stops_the_run_after_what_has_come(fault, s
     assert said in str(caught.value) and server.url in str(caught.value) and caught.value.exit_code == 2
 
 
+def test_a_key_that_the_server_sends_back_is_masked(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-5f2a9c")
+    faults = {"bad": ["always:400"], "busy": ["always:500"], "fatal": ["always:401"]}
+    with LoopbackServer(faults=faults, echoes=True) as server:
+        got = answers(server, ask("a", "bad", "busy"), key_env="MY_KEY", max_retries=0)
+        with pytest.raises(EndpointError, match=r"Bearer \*\*\*") as caught:
+            answers(server, ask("fatal"), key_env="MY_KEY")
+        assert "sk-5f2a9c" in server.headers[0]
+        texts = [got["a"].text, got["bad"].error, got["busy"].error, str(caught.value)]
+        assert all("Bearer ***" in text and "sk-5f2a9c" not in text for text in texts)
+        monkeypatch.setenv("MY_KEY", "EMPTY")  # a placeholder, which may be a word of the answer
+        assert "Bearer EMPTY" in answers(server, ask("a"), key_env="MY_KEY")["a"].text
+
+
 def test_nothing_listens_there():
     with LoopbackServer() as server:
         pass

@@ -185,6 +185,27 @@ def test_arms_may_join_a_run_and_none_may_leave(tmp_path):
         run_folder.claim(tmp_path / "run", few)
 
 
+def test_a_run_with_results_may_go_on_with_other_limits_of_its_graders(tmp_path):
+    def recipe(*words):
+        given = ["weight=1", "model=j", "base_url=http://a/v1", "max_requests=9", *words]
+        return load_recipe("quickstart", [f"grpo.reward.judge.{word}" for word in given]).recipe
+
+    out, before = tmp_path / "run", recipe()
+    run_folder.claim(out, before)
+    append_jsonl(out / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
+    limits = ["max_requests=null", "max_wait_s=9", "concurrency=2", "request_timeout_s=7", "max_retries=5"]
+    after = recipe(*limits, "base_url=http://b/v1", "key_env=OTHER")
+    reward = after.grpo.reward.model_copy(update={"deadline_s": 9.0, "workers": 2})
+    after = after.model_copy(update={"grpo": after.grpo.model_copy(update={"reward": reward})})
+    run_folder.claim(out, after)
+    assert load_recipe(str(out / "recipe.yaml")).recipe == after
+    assert run_folder.recipe_hash(after) == run_folder.recipe_hash(before)
+    for word in ("scale=zero_to_one", "model=k", "template={response}", "weight=2"):
+        assert run_folder.recipe_hash(recipe(word)) != run_folder.recipe_hash(before)
+        with pytest.raises(RunFolderError, match=rf"judge\.{word.split('=')[0]} was"):
+            run_folder.claim(out, recipe(*limits, word))
+
+
 def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_folder):
     def recipe(*words):
         return load_recipe("quickstart", [*SMALL, "study.arms=[base, sft]", *words]).recipe

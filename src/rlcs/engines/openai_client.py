@@ -34,6 +34,7 @@ LONGEST_WAIT_S = 30.0
 LONGEST_RETRY_AFTER_S = 600.0
 """Longest pause that a server's `Retry-After` can cause."""
 _POLL_S = 0.1  # between two checks of the stop flag
+_SHORTEST_SECRET = 8  # shorter keys (EMPTY, none) are placeholders, and words of answers
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})  # and all of 5xx
 
 
@@ -182,7 +183,11 @@ class EndpointClient:
                         sample = request.sample(error=str(error), retryable=True)
                         break
                     await asyncio.sleep(_pause(attempt, error.after_s))
-            return replace(sample, seconds=round(time.monotonic() - started, 3))
+            text, reasoning, failure = (
+                masked(each, self._settings) for each in (sample.text, sample.reasoning, sample.error)
+            )
+            seconds = round(time.monotonic() - started, 3)
+            return replace(sample, seconds=seconds, text=text, reasoning=reasoning, error=failure)
 
     async def _pace(self) -> None:
         """Wait until `requests_per_minute` allows the next attempt."""
@@ -216,16 +221,22 @@ class EndpointClient:
 
     def _unreachable(self, why: str) -> EndpointError:
         return EndpointError(
-            f"nothing answers there ({why})",
+            f"nothing answers there ({masked(why, self._settings)})",
             where=self._settings.base_url,
             fix="start the server, or correct the URL and its port",
         )
 
 
+def masked(text: str, settings: Endpoint) -> str:
+    """The text with `***` for the server's key: a server may send it back, in an error or an answer."""
+    key = os.environ.get(settings.key_env, "").strip()
+    return text.replace(key, "***") if len(key) >= _SHORTEST_SECRET else text
+
+
 def status_error(error: openai.APIStatusError, settings: Endpoint) -> Exception:
     """Turn an HTTP status into the error that retries, fails this request, or ends the run."""
     status, url = error.status_code, settings.base_url
-    message = f"HTTP {status}: {_short(error.message)}"
+    message = f"HTTP {status}: {_short(masked(error.message, settings))}"
     if status == 402 or error.code == "insufficient_quota":
         return EndpointError(f"the account has no credit left ({message})", where=url, fix="top it up")
     if status in _RETRYABLE_STATUS or status >= 500:

@@ -21,6 +21,7 @@ from rlcs.signals import StopFlag
 WORDS = 30
 """Words from the end of a response that the extraction reads."""
 _NOTHING = "null"
+_KNOWN = ("0", "1")
 _BY = "by MathVerse's official scoring"
 _EXTRACT = (
     "You are shown the end of a response to a mathematics question. Copy out the answer at which it arrives, "
@@ -76,6 +77,8 @@ def judge_rows(
 ) -> list[Grade]:
     """Grade rows in at most two requests each, in order; without a readable reply they are unscored.
 
+    The next start asks again for a reply that cannot be read.
+
     The same text as the gold answer is right without the second request. With `quick_match` another text is
     wrong without it, as in the script.
     """
@@ -85,7 +88,8 @@ def judge_rows(
     examples = [(_response(end), answer) for end, answer in _EXTRACTIONS]
     ends = [" ".join(rows[i].response.split(" ")[-WORDS:]) for i in to_extract]
     prompts = [few_shot(_EXTRACT, examples, _response(end)) for end in ends]
-    replies = dict(zip(to_extract, sampler.samples(prompts, stop=stop), strict=True))
+    samples = sampler.samples(prompts, stop=stop, usable=lambda reply: not reply.error)
+    replies = dict(zip(to_extract, samples, strict=True))
     found = [_extraction(row, replies.get(i)) for i, row in enumerate(rows)]
 
     texts = {i: text for i, text in enumerate(found) if isinstance(text, str)}
@@ -93,7 +97,8 @@ def judge_rows(
     examples = [(_pair(*example[:3]), example[3]) for example in _SCORES]
     pairs = [_pair(_question(rows[i]), rows[i].answer, texts[i]) for i in to_compare]
     prompts = [few_shot(_SCORE, examples, pair) for pair in pairs]
-    replies = dict(zip(to_compare, sampler.samples(prompts, stop=stop), strict=True))
+    samples = sampler.samples(prompts, stop=stop, usable=_is_verdict)
+    replies = dict(zip(to_compare, samples, strict=True))
     return [
         _verdict(each, rows[i].answer, replies.get(i)) if isinstance(each, str) else each
         for i, each in enumerate(found)
@@ -124,9 +129,17 @@ def _extraction(row: AnswerRow, reply: Sample | None) -> str | Grade:
     return text
 
 
+def _score(reply: Sample) -> str:
+    return reply.text.replace("Agree:", "").strip()
+
+
+def _is_verdict(reply: Sample) -> bool:
+    return not reply.error and _score(reply) in _KNOWN
+
+
 def _verdict(extracted: str, gold: str, reply: Sample | None) -> Grade:
-    score = reply.text.replace("Agree:", "").strip() if reply else str(int(extracted == gold))
-    if score not in ("0", "1"):
+    score = _score(reply) if reply else str(int(extracted == gold))
+    if score not in _KNOWN:
         why = f"the judge gave no reply: {reply.error}" if reply and reply.error else ""
         why = why or f"the judge's reply is neither 0 nor 1: {score[:60]!r}"
         return Grade(reward=None, correct=None, extracted=extracted, why=why)

@@ -15,7 +15,7 @@ from typing import Self
 
 from rlcs.generation.sample_log import SampleLog
 from rlcs.generation.sampler import Sampler
-from rlcs.records import Message, Request, Sample
+from rlcs.records import Message, Request, Sample, SampleKey
 from rlcs.signals import StopFlag
 
 Conversation = tuple[Message, ...]
@@ -48,6 +48,7 @@ class CachedSampler:
         self._max_requests, self._requests, self._usable = max_requests, 0, usable
         self._lock = threading.Lock()
         self._waiting: list[Request] = []
+        self._earlier: set[SampleKey] = set()  # replies of earlier runs that no call has used yet
         self._started: dict[str, str] = {}  # since the last call of `samples`: the reason without a reply
         self._calls: list[Future[None]] = []
         self._stop = StopFlag()
@@ -59,6 +60,7 @@ class CachedSampler:
         self._requests = len(entries)
         for key in [key for key, entry in entries.items() if not self._usable(entry.sample)]:
             del entries[key]
+        self._earlier = set(entries)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -93,12 +95,18 @@ class CachedSampler:
         *,
         limit_s: float = float("inf"),
         stop: StopFlag | None = None,
+        usable: Callable[[Sample], bool] = lambda sample: True,
     ) -> list[Sample]:
         """The samples of conversations, in order, waiting for at most `limit_s`, or until `stop` is set.
 
-        A sample without a reply in time has an error that is retryable: the next call asks again. Raises
+        A sample without a reply in time has an error that is retryable: the next call asks again. Replies of
+        earlier runs that are not `usable` for this call are asked for again, as in the constructor. Raises
         EndpointError when the server cannot be used at all.
         """
+        for key in {self._request(conversation).key for conversation in conversations} & self._earlier:
+            self._earlier.remove(key)
+            if not usable(self._log.entries[key].sample):
+                del self._log.entries[key]
         self.start(conversations)
         end = time.monotonic() + limit_s
         calls, self._calls = self._calls, []

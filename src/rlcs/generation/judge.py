@@ -21,7 +21,10 @@ from rlcs.records import IMAGE_SLOT, Grade, Message, Problem, Sample, Sampling, 
 
 log = logging.getLogger("rlcs")
 
-VERDICTS = {"yes_no": "yes (it is right) or no (it is wrong)", "0_1": "a number from 0 (wrong) to 1 (right)"}
+VERDICTS = {
+    "yes_no": "yes (it is right) or no (it is wrong)",
+    "zero_to_one": "a number from 0 (wrong) to 1 (right)",
+}
 """What the shipped prompt asks for in the last line, for each scale."""
 TEMPLATE = """\
 Decide whether the final answer of a response to a question means the same as the reference answer. \
@@ -111,16 +114,28 @@ def read_score(sample: Sample, scale: str) -> Grade:
 
 
 def _yes_or_no(line: str) -> float | None:
-    words = [word for word in re.findall(r"[^\W\d_]+", line.lower()) if word in ("yes", "no")]
-    return float(words[-1] == "yes") if words else None
+    """The verdict if it is the first or the last word of a line, and the line does not hold the other one.
+
+    In "no errors" the word is no verdict; in "No: errors" it is.
+    """
+    words = re.findall(r"[^\W_]+", line.lower())
+    verdicts = {"yes", "no"} & set(words)
+    if len(verdicts) != 1 or re.search(r"\b(yes|no)(\s+|-)\w", _plain(line.lower())):
+        return None
+    return float(words[0] == "yes" or words[-1] == "yes") if verdicts & {words[0], words[-1]} else None
 
 
 def _number(line: str) -> float | None:
-    """The last number of a line if it is from 0 to 1; `8/10`, `80%` and `0,8` are none."""
+    """The only number of a line if it is from 0 to 1; `8/10`, `80%`, `0,8` and `1 error` are none."""
     words = [word.lstrip(_MARKUP).rstrip(_MARKUP + ".,;") for word in re.split(r"[\s:=]+", line)]
     numbers = [word for word in words if re.search(r"\d", word)]
-    readable = bool(numbers) and _NUMBER.fullmatch(numbers[-1]) and float(numbers[-1]) <= 1
-    return float(numbers[-1]) if readable else None
+    if len(numbers) != 1 or re.search(r"\d\s+[^\W\d_]", _plain(line)):
+        return None
+    return float(numbers[0]) if _NUMBER.fullmatch(numbers[0]) and float(numbers[0]) <= 1 else None
+
+
+def _plain(line: str) -> str:
+    return re.sub(r"[*_`]", "", line)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +165,7 @@ def open_judge(settings: recipe.Judge, folder: Path) -> Iterator[Judge]:
     """
     sampling = Sampling(temperature=0.0, max_new_tokens=settings.max_new_tokens)
     source = settings.source
-    model = f"{settings.model} at {settings.base_url}, {settings.max_new_tokens} tokens"
+    model = f"{settings.model}, {settings.max_new_tokens} tokens"  # wherever it runs
     threads = 1 if isinstance(source, str) else settings.concurrency
     with (
         open_sampler(source, sampling, rows=settings.concurrency, logs=folder) as sampler,

@@ -143,11 +143,21 @@ def try_reward(grader: WeightedSum, problem: Problem) -> list[str]:
 
 def advice(why: str) -> str:
     """What to do about answers that are not scored for the reason `why`."""
+    judge = "grpo.reward.judge"
+    if "the judge gave no reply" in why:
+        causes = {
+            "HTTP ": "see the log of the judge's server; the same command tries again",
+            "the limit of": f"raise {judge}.max_requests, or set it to null",
+            "no reply in time": f"raise {judge}.max_wait_s, or lower {judge}.request_timeout_s",
+            "no answer within": f"raise {judge}.request_timeout_s (and max_wait_s), or use a faster server",
+        }
+        again = "see whether the judge's server runs; the same command tries again"
+        return next((fix for cause, fix in causes.items() if cause in why), again)
     if "timed out" in why:
         return "raise grpo.reward.deadline_s, or make the function faster"
     if "the judge's reply" in why:
         return (
             "ask the judge for a last line that is only yes or no (scale yes_no), or a number from 0 to 1 "
-            "(0_1), and raise grpo.reward.judge.max_new_tokens if it is cut off before"
+            f"(zero_to_one), and raise {judge}.max_new_tokens if it is cut off before"
         )
     return "correct the cause; the same command tries again"

@@ -1,29 +1,51 @@
 """The folder of a run: its recipe, the log of each start, and the versions and command behind its numbers."""
 
+import hashlib
 import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
 
 from rlcs.errors import RunFolderError
 from rlcs.grading.own import check_function
+from rlcs.recipe.judge import KEY
+from rlcs.recipe.keys import recipe_keys
 from rlcs.recipe.loading import differences, dump, load_recipe
+from rlcs.recipe.sampling import Server
 from rlcs.recipe.schema import Recipe
 from rlcs.storage import atomic_write
 
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold results of long work."""
 
+_JUDGE_LIMITS = (*Server.model_fields, "base_url", "max_wait_s", "max_requests")
+OPERATIONAL = frozenset(
+    {"grpo.reward.deadline_s", "grpo.reward.workers", *(f"{KEY}.{name}" for name in _JUDGE_LIMITS)}
+)
+"""Keys that bound or reach the graders, and do not change what is learnt: a run may go on with others."""
+
 log = logging.getLogger("rlcs")
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Hash of the keys that a checkpoint depends on.
+
+    The arms are left out: some may be added to a run later, which changes nothing for the others.
+    """
+    keys = [key for key in recipe_keys() if key not in OPERATIONAL and not key.startswith("study.")]
+    facts = [(key, attrgetter(key)(recipe)) for key in keys]
+    return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
     """Write the resolved recipe into a new run folder, or check that an old one has the same.
 
-    Arms may be added to it, and a start without results (say, of a mistyped model) may be corrected. Raises
-    RunFolderError for a folder of another recipe or with other files, RecipeError.
+    Arms may be added to it, OPERATIONAL keys may change, and a start without results (say, of a mistyped
+    model) may be corrected. Raises RunFolderError for a folder of another recipe or with other files,
+    RecipeError.
     """
     for function in recipe.grpo.reward.functions:
         check_function(function)
@@ -34,12 +56,10 @@ def claim(folder: Path, recipe: Recipe) -> None:
         atomic_write(path, dump(recipe))
         return
     before = load_recipe(str(path)).recipe
-    changed = differences(before, recipe)
+    changed = [each for each in differences(before, recipe) if each[0] not in OPERATIONAL]
     keys = [key for key, _, _ in changed]
-    if not keys:
-        return
     arms_join = keys == ["study.arms"] and set(before.study.arms) < set(recipe.study.arms)
-    if not arms_join:
+    if keys and not arms_join:
         if _holds_results(folder, keys):
             listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed[:5])
             raise RunFolderError(
@@ -48,7 +68,8 @@ def claim(folder: Path, recipe: Recipe) -> None:
                 fix="choose another --out, or remove the folder, or run with its own recipe.yaml",
             )
         (folder / "eval" / "problems.jsonl").unlink(missing_ok=True)  # of the earlier data
-    atomic_write(path, dump(recipe))
+    if recipe != before:
+        atomic_write(path, dump(recipe))
 
 
 def _create(folder: Path) -> None:

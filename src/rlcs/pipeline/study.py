@@ -4,7 +4,6 @@ Every stage writes a marker when it is done. A stopped run resumes at the stage 
 GRPO at their newest checkpoint, a measurement after its last answer.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -28,10 +27,9 @@ from rlcs.grading.reward import WeightedSum, open_reward, try_reward
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.vlm import Vlm
-from rlcs.pipeline.run_folder import attempt_log, claim, command, versions
+from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
 from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
-from rlcs.recipe.loading import dump
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Stage
 from rlcs.records import Demonstration
@@ -78,9 +76,7 @@ class Study:
         self._world = world
         self._make_engine: MakeEngine
         world.first(lambda: claim(folder, recipe))
-        # Without the arms: some may be added to a run later, which changes nothing for the others.
-        alike = recipe.model_copy(update={"study": type(recipe.study)()})
-        self._recipe_hash = hashlib.sha256(dump(alike).encode()).hexdigest()
+        self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
         """Run every stage that is not done; returns the summary, which is also in summary.json."""
@@ -113,7 +109,7 @@ class Study:
         """Call every part of the reward before anything is trained: a mistake in it must not wait for RL."""
         if all(is_done(self.folder / arm) for arm in self.recipe.study.arms if arm in RL_ARMS):
             return
-        with TemporaryDirectory() as replies, self._reward(ALONE, Path(replies)) as (grader, _):
+        with TemporaryDirectory() as replies, self._reward(ALONE, Path(replies), trial=True) as (grader, _):
             warnings = try_reward(grader, self._data.rl[0])
         for warning in warnings:
             log.warning(warning)
@@ -122,15 +118,19 @@ class Study:
 
     @contextmanager
     def _reward(
-        self, world: World, replies: Path, *, only_correct: bool = False
+        self, world: World, replies: Path, *, only_correct: bool = False, trial: bool = False
     ) -> Iterator[tuple[WeightedSum, Judge | None]]:
-        """Open the grader of the reward, and its judge if it has one: on rank 0 alone, with its `replies`."""
+        """Open the grader of the reward, and its judge if it has one: on rank 0 alone, with its `replies`.
+
+        What a `trial` asks does not count towards the judge's `max_requests`.
+        """
         reward = self.recipe.grpo.reward
         names = list(reward.weights)[: 1 if only_correct else None]
         with ExitStack() as stack:
             judge = None
             if "judge" in names and world.rank == 0:
-                judge = stack.enter_context(open_judge(reward.judge, replies))
+                settings = reward.judge.model_copy(update={"max_requests": None} if trial else {})
+                judge = stack.enter_context(open_judge(settings, replies))
             shared = JudgeOfRanks(judge=judge, world=world)
             yield stack.enter_context(open_reward(reward, judge=shared, only_correct=only_correct)), judge
 

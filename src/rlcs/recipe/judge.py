@@ -29,7 +29,7 @@ class Judge(Server):
     template: str | None = None
     """The prompt: a file, or the text itself, with {response} or {extracted}, and {question}, {answer}; other
     braces are written twice where they enclose one word. None: the shipped prompt for the scale."""
-    scale: Literal["yes_no", "0_1"] = "yes_no"
+    scale: Literal["yes_no", "zero_to_one"] = "yes_no"
     """How a reply's last line, or its last <score> tag, is read: yes is 1 and no is 0, or a number from 0 to
     1. A reply that cannot be read is not scored."""
     max_new_tokens: Positive = 512
@@ -41,7 +41,8 @@ class Judge(Server):
     max_wait_s: Seconds = 300.0
     """Most seconds a step waits for replies after its answers are sampled; what is missing is not scored."""
     max_requests: Positive | None = None
-    """Most requests of a run, to bound its cost; answers beyond are not scored. None: no limit."""
+    """Most questions to the judge in a run, to bound its cost; answers beyond are not scored. Neither the
+    further attempts at a question count, nor the two questions of the trial before it. None: no limit."""
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> "Judge":

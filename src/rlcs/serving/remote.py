@@ -17,7 +17,7 @@ import httpx
 import openai
 
 from rlcs.data.images import DECODE_LIMIT
-from rlcs.engines.openai_client import content, status_error
+from rlcs.engines.openai_client import content, masked, status_error
 from rlcs.engines.vllm.server import Launch, Process, flags
 from rlcs.errors import EndpointError, ModelError
 from rlcs.model.loading import default_device, resolve
@@ -104,7 +104,8 @@ def _as_endpoint_error(server: Endpoint) -> Iterator[None]:
             failure = EndpointError(str(failure), where=server.base_url, fix="change what it names")
         raise failure from error
     except (openai.OpenAIError, httpx.HTTPError, ValueError) as error:
-        what = f"the server does not answer, or not to the end ({error.__cause__ or error})"[:500]
+        cause = masked(str(error.__cause__ or error), server)
+        what = f"the server does not answer, or not to the end ({cause})"[:500]
         fix = "start it, correct the URL and its port, or see its log"
         raise EndpointError(what, where=server.base_url, fix=fix) from error
 
