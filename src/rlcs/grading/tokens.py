@@ -297,7 +297,7 @@ def latex(tokens: Tokens, *, gaps: bool = False) -> str:
         )
         space = words or after_command or (gaps and token.gap and pieces)
         pieces.append((" " if space else "") + token.text)
-    return re.sub(r"([\^_])\{(\w)\}", r"\1\2", "".join(pieces))
+    return re.sub(r"([\^_])\{(\w)\}(?!\w)", r"\1\2", "".join(pieces))
 
 
 def spoken(tokens: Tokens) -> str:
