@@ -288,13 +288,8 @@ def _items(parts: Sequence[Tokens], separators: Sequence[str], brackets: str, so
 
 def _listed(item: Value) -> Sequence[Value]:
     r"""The members that an item adds to a list: two for `\pm 3` or x = y = 4, one for others."""
-    if (
-        isinstance(item, Items)
-        and not item.brackets
-        and ("\\pm" in item.source or item.source.count("=") > 1)
-    ):
-        return item.items
-    return [item]
+    joined = isinstance(item, Items) and ("\\pm" in item.source or item.kind == "named values")
+    return item.items if joined and isinstance(item, Items) and not item.brackets else [item]
 
 
 def _joined(limits: Sequence[Region], separators: Sequence[str]) -> list[Piece] | None:

@@ -144,7 +144,8 @@ def _quantity(tokens: Tokens, source: str) -> Value | None:
         tree = tree_of(head) if unit else None
         if unit is None or tree is None:
             continue
-        letter = len(spoken(tail)) == 1 and tail[0].kind == "word" and not tail[0].upright
+        alone = len(spoken(tail)) == 1 and tail[0].kind == "word"
+        letter = alone and not tail[0].upright  # then it may be a variable
         if tail[0].text in ("A", "mg") and not (tail[0].gap or tail[0].upright):
             continue  # 3mg is 3 times m times g, 5A is 5 times A
         if letter and head[-1].kind == "command":
@@ -158,7 +159,6 @@ def _quantity(tokens: Tokens, source: str) -> Value | None:
         magnitude = of_tree(tree, latex(head))
         if not isinstance(magnitude, Number | Expression):
             continue
-        alone = len(spoken(tail)) == 1 and tail[0].kind == "word"
         formula = Product((tree, Sym(tail[0].text))) if alone else None
         return Quantity(source=source, magnitude=magnitude, unit=unit, tree=formula)
     return None

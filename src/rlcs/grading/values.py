@@ -17,9 +17,14 @@ from rlcs.grading.tree import Node
 class Value:
     """An answer; `tree` is its formula, if it is one that this package can read."""
 
-    kind: ClassVar[str] = "text"
+    KIND: ClassVar[str] = "text"
     source: str
     tree: Node | None = None
+
+    @property
+    def kind(self) -> str:
+        """The name of the value's kind."""
+        return self.KIND
 
     def __str__(self) -> str:
         return self.source
@@ -36,7 +41,7 @@ class Text(Value):
 class Number(Value):
     """A rational number, exactly; a percentage keeps its sign: 50% has the value 50 and the tree 1/2."""
 
-    kind: ClassVar[str] = "number"
+    KIND: ClassVar[str] = "number"
     value: Fraction
     percent: bool = False
 
@@ -50,14 +55,14 @@ class Number(Value):
 class Expression(Value):
     """A formula that is no rational number; without a tree only math-verify can read it."""
 
-    kind: ClassVar[str] = "expression"
+    KIND: ClassVar[str] = "expression"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantity(Value):
     """A magnitude with a unit; `tree` is the product that it would be if the unit were a variable: 5 m."""
 
-    kind: ClassVar[str] = "quantity"
+    KIND: ClassVar[str] = "quantity"
     magnitude: Value
     unit: Unit
 
@@ -69,7 +74,7 @@ class Quantity(Value):
 class Named(Value):
     """A value with a name: x = 5, f(x) = x^2, AB : BC = 3 : 4; `tree` is the difference of the two sides."""
 
-    kind: ClassVar[str] = "named value"
+    KIND: ClassVar[str] = "named value"
     name: str
     value: Value
 
@@ -81,7 +86,7 @@ class Named(Value):
 class Relation(Value):
     """An equation or another relation that gives no variable a value; `tree` is left minus right."""
 
-    kind: ClassVar[str] = "relation"
+    KIND: ClassVar[str] = "relation"
     operators: tuple[str, ...]
     sides: tuple[Value, ...]
     stated: tuple[Value, ...] = ()
@@ -102,7 +107,7 @@ class Piece:
 class Region(Value):
     """A set of numbers in pieces, in order; `variable` is the one that an inequality limits, or ""."""
 
-    kind: ClassVar[str] = "set"
+    KIND: ClassVar[str] = "set"
     pieces: tuple[Piece, ...]
     variable: str = ""
 
@@ -115,7 +120,7 @@ class Items(Value):
     items: tuple[Value, ...]
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
+    def kind(self) -> str:
         """A set, a tuple, a list, or a list of named values."""
         if self.items and all(isinstance(item, Named) for item in self.items):
             return "named values"
@@ -130,7 +135,7 @@ class Items(Value):
 class Matrix(Value):
     """Rows of values."""
 
-    kind: ClassVar[str] = "matrix"
+    KIND: ClassVar[str] = "matrix"
     rows: tuple[tuple[Value, ...], ...]
 
     def __str__(self) -> str:
@@ -141,7 +146,7 @@ class Matrix(Value):
 class Ratio(Value):
     """The parts of a ratio, or of a time of day without words: 3 : 4, 12 : 30."""
 
-    kind: ClassVar[str] = "ratio"
+    KIND: ClassVar[str] = "ratio"
     parts: tuple[Value, ...]
 
     def __str__(self) -> str:
@@ -152,7 +157,7 @@ class Ratio(Value):
 class Based(Value):
     """A number written in a base; `value` is None if a digit is too large for it."""
 
-    kind: ClassVar[str] = "number in a base"
+    KIND: ClassVar[str] = "number in a base"
     digits: str
     base: int
     value: Fraction | None
@@ -165,7 +170,7 @@ class Based(Value):
 class Dated(Value):
     """A date, a time of day or a range."""
 
-    kind: ClassVar[str] = "date"
+    KIND: ClassVar[str] = "date"
     date: Date
 
     def __str__(self) -> str:
@@ -176,7 +181,7 @@ class Dated(Value):
 class Letters(Value):
     """Letters of choices, in capitals."""
 
-    kind: ClassVar[str] = "choice letters"
+    KIND: ClassVar[str] = "choice letters"
     letters: frozenset[str]
 
     def __str__(self) -> str:
