@@ -14,10 +14,12 @@ from rlcs.records import (
     Grade,
     ImageRef,
     Problem,
+    Request,
     Rollout,
     Sample,
     StepReport,
     StopReason,
+    Turn,
     from_row,
     from_row_or_none,
     to_row,
@@ -37,6 +39,7 @@ image_refs = st.builds(
 ) | st.builds(
     ImageRef, sha256=st.just("0" * 64), width=st.just(1), height=st.just(2), data=st.binary(max_size=9)
 )
+turns = st.builds(Turn, role=st.sampled_from(["system", "user", "assistant"]), text=texts)
 problems = st.builds(
     Problem,
     id=some_text,
@@ -46,6 +49,7 @@ problems = st.builds(
     images=st.lists(image_refs, max_size=2).map(tuple),
     choices=st.lists(texts, max_size=3).map(tuple),
     metadata=st.dictionaries(texts, plain, max_size=3),
+    history=st.sampled_from([(), (Turn(role="user", text="a"), Turn(role="assistant", text="b"))]),
 )
 grades = st.builds(
     lambda verdict, extracted, why: Grade(
@@ -122,6 +126,7 @@ reports = st.builds(
 )
 EVERY = {
     ImageRef: image_refs,
+    Turn: turns,
     Problem: problems,
     Grade: grades,
     Rollout: rollouts,
@@ -292,3 +297,50 @@ def test_a_step_report_is_a_flat_row() -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match="two fields of one row are named seconds"):
         to_row(StepReport(stage="grpo", step=1, steps=2, values={"seconds": 0.5}, seconds={}))
+
+
+RED, BLUE = (ImageRef(sha256=digit * 64, width=2, height=2) for digit in "12")
+
+
+def conversation(*turns: tuple[str, str], question: str, **others: Any) -> Problem:
+    history = tuple(Turn(role=role, text=text) for role, text in turns)  # type: ignore[arg-type]
+    return Problem(id="1", source="s", question=question, answer="", history=history, **others)
+
+
+def parts(problem: Problem) -> list[tuple[str, tuple[str | ImageRef, ...]]]:
+    return [(message.role, message.parts) for message in Request.of(problem, system="recipe").messages]
+
+
+def test_images_of_a_conversation_stand_at_their_slots_in_all_its_turns():
+    turns = ("user", "Left <image>?"), ("assistant", "Red.")
+    problem = conversation(*turns, question="<image> And this?", images=(RED, BLUE))
+    assert parts(problem) == [
+        ("system", ("recipe",)),
+        ("user", ("Left ", RED, "?")),
+        ("assistant", ("Red.",)),
+        ("user", (BLUE, " And this?")),
+    ]
+
+
+def test_images_without_slots_come_first_in_the_first_turn_of_the_user():
+    turns = ("system", "own"), ("user", "Left?"), ("assistant", "Red.")
+    problem = conversation(*turns, question="Right?", images=(RED, BLUE), choices=("x <image>",))
+    assert parts(problem) == [
+        ("system", ("own",)),
+        ("user", (RED, BLUE, "Left?")),
+        ("assistant", ("Red.",)),
+        ("user", ("Right?\n(A) x <image>",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "roles", [["assistant"], ["user"], ["user", "user"], ["user", "assistant", "system"], ["system", "user"]]
+)
+def test_turns_before_a_question_are_in_order(roles):
+    with pytest.raises(ValueError, match="turn"):
+        conversation(*((role, "text") for role in roles), question="?")
+
+
+def test_what_was_said_before_changes_the_digest():
+    plain = conversation(question="?")
+    assert plain.digest != conversation(("user", "a"), ("assistant", "b"), question="?").digest

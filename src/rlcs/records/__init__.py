@@ -7,8 +7,8 @@ All are plain Python without tensors: hashable, printable, and written to and re
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -52,8 +52,20 @@ IMAGE_SLOT = "<image>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One earlier turn of a conversation, in which IMAGE_SLOT marks the places of images."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One question with its images and gold answer. `metadata` is small and can be written as JSON."""
+    """One question with its images and gold answer. `metadata` is small and can be written as JSON.
+
+    `history` is what was said before the question, oldest first. `images` are those of the history, then
+    those of the question, in the order of their slots; without any slot all come first, in the first user turn.
+    """
 
     id: str
     source: str
@@ -62,12 +74,17 @@ class Problem:
     images: tuple[ImageRef, ...] = ()
     choices: tuple[str, ...] = ()
     metadata: Mapping[str, Json] = field(default_factory=dict, hash=False)
+    history: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check for an id, a question, and as many slots as images (or no slot at all)."""
+        """Check for an id, a question, turns in order, and as many slots as images (or no slot at all)."""
         _require(bool(self.id.strip()), "the id is empty")
         _require(bool(self.question.strip()), "the question is empty")
-        slots = self.question.count(IMAGE_SLOT)
+        spoken = [turn.role for turn in self.history if turn.role != "system"]
+        _require("system" not in [turn.role for turn in self.history[1:]], "a system turn comes first")
+        in_order = ["user", "assistant"] * (len(spoken) // 2)
+        _require(spoken == in_order, "before the question, turns of user and assistant alternate")
+        slots = sum(text.count(IMAGE_SLOT) for text in self.texts)
         _require(
             slots in (0, len(self.images)),
             f"the question has {slots} {IMAGE_SLOT} slots but the row has {len(self.images)} images",
@@ -77,8 +94,14 @@ class Problem:
     def digest(self) -> str:
         """Hash of everything that an answer and its grade depend on; it detects an edit that keeps the id."""
         images = [ref.sha256 for ref in self.images]
-        facts = json.dumps([self.question, self.choices, self.answer, images])
+        earlier = [[[turn.role, turn.text] for turn in self.history]] if self.history else []
+        facts = json.dumps([self.question, self.choices, self.answer, images, *earlier])
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts in which images may have slots: those of the history, then the question."""
+        return (*(turn.text for turn in self.history), self.question)
 
     @property
     def question_with_choices(self) -> str:
@@ -216,6 +239,15 @@ class StopReason(StrEnum):
     ERROR = "error"
 
 
+def _message(turn: Turn, images: Iterator[ImageRef]) -> Message:
+    """The message of a turn, with the next of `images` at each slot."""
+    pieces = turn.text.split(IMAGE_SLOT)
+    parts: list[str | ImageRef] = [pieces[0]]
+    for piece in pieces[1:]:
+        parts += [next(images), piece]
+    return Message(role=turn.role, parts=tuple(part for part in parts if part != ""))
+
+
 SampleKey = tuple[str, int, int]
 """(problem id, index, turn) of a request and of its sample."""
 
@@ -231,17 +263,24 @@ class Request:
 
     @classmethod
     def of(cls, problem: Problem, *, system: str | None = None, index: int = 0, turn: int = 0) -> "Request":
-        """Request an answer to a problem with its choices; images go to their slots, or else first."""
-        pieces = problem.question.split(IMAGE_SLOT)
-        if len(pieces) == 1:
-            pieces = [""] * len(problem.images) + pieces
-        parts: list[str | ImageRef] = []
-        for piece, image in zip(pieces, problem.images, strict=False):
-            parts += [piece, image]
-        parts.append(pieces[-1] + problem.question_with_choices.removeprefix(problem.question))
-        user = Message(role="user", parts=tuple(part for part in parts if part != ""))
-        head = (Message(role="system", parts=(system,)),) if system else ()
-        return cls(id=problem.id, messages=(*head, user), index=index, turn=turn)
+        """Request an answer to a problem, after its history; images go to their slots, or else first.
+
+        A system turn of the history is used instead of `system`.
+        """
+        turns = [*problem.history, Turn(role="user", text=problem.question)]
+        if problem.images and not any(IMAGE_SLOT in turn.text for turn in turns):
+            first = next(place for place, turn in enumerate(turns) if turn.role == "user")
+            turns[first] = replace(turns[first], text=IMAGE_SLOT * len(problem.images) + turns[first].text)
+        images = iter(problem.images)
+        messages = [_message(each, images) for each in turns]
+        choices = problem.question_with_choices.removeprefix(problem.question)
+        if choices:  # outside the slots: in a choice, IMAGE_SLOT is plain text
+            *parts, last = messages[-1].parts
+            parts += [last, choices] if isinstance(last, ImageRef) else [last + choices]
+            messages[-1] = replace(messages[-1], parts=tuple(parts))
+        if system and turns[0].role != "system":
+            messages.insert(0, Message(role="system", parts=(system,)))
+        return cls(id=problem.id, messages=tuple(messages), index=index, turn=turn)
 
     @property
     def key(self) -> SampleKey:
