@@ -70,8 +70,8 @@ def _images(row: Row, folder: Path) -> list[str | None]:
 
 def _swift(row: Row, folder: Path) -> dict[str, Any]:
     problem = row.problem
-    system, asked, replied = (_earlier(problem, role) for role in ("system", "user", "assistant"))
-    rounds = [list(each) for each in zip(asked, replied, strict=True)]
+    system, questions, replies = (_earlier(problem, role) for role in ("system", "user", "assistant"))
+    rounds = [list(each) for each in zip(questions, replies, strict=True)]
     return {
         **({"system": system[0]} if system else {}),
         **({"history": rounds} if rounds else {}),

@@ -70,8 +70,8 @@ def _index(problems: Sequence[Problem]) -> tuple[dict[str, list[Problem]], dict[
 
 def _words(problem: Problem) -> str:
     """The words of the conversation, without case, punctuation, character width and image slots."""
-    said = [turn.text for turn in problem.history if turn.role != "system"]
-    whole = "\n".join([*said, problem.question_with_choices])
+    texts = [turn.text for turn in problem.history if turn.role != "system"]
+    whole = "\n".join([*texts, problem.question_with_choices])
     return " ".join(_WORD.findall(unicodedata.normalize("NFKC", whole.replace(IMAGE_SLOT, " ")).casefold()))
 
 
