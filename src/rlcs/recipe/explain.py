@@ -68,7 +68,7 @@ def reference_page() -> str:
     lines = [
         "# Every key of a recipe",
         "",
-        "Written from the schema by `rlcs recipes explain --markdown`; `rlcs recipes explain KEY` prints one.",
+        "Written from the schema by `rlcs recipes explain --markdown`; one key: `rlcs recipes explain KEY`.",
         "A recipe has these keys and no others. The last column names the shipped recipes that set another",
         "value; those that extend them have it too.",
     ]
