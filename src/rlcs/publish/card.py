@@ -9,6 +9,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.hub import cache_where_unreachable
 from rlcs.model.loading import resolve
 from rlcs.publish.source import Source
 from rlcs.recipe.arms import ARMS, RL_ARMS, stages_behind
@@ -104,7 +105,8 @@ def base_licence(base: str, revision: str | None) -> dict[str, str]:
     path = Path(resolve(base)) / "README.md"
     try:
         if not path.is_file():
-            path = Path(hf_hub_download(base, "README.md", revision=revision))
+            with cache_where_unreachable(base):
+                path = Path(hf_hub_download(base, "README.md", revision=revision))
         data = ModelCard.load(path).data.to_dict()
     except (OSError, ValueError, HfHubHTTPError):  # offline, no card, or one that is not YAML
         return {}
