@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from rlcs.cli import completion
 from rlcs.cli import main as cli
-from rlcs.cli.examples import EXAMPLES
+from rlcs.cli.help_examples import EXAMPLES
 from rlcs.cli.main import app
 from rlcs.recipe.loading import load_recipe
 

@@ -11,7 +11,7 @@ import typer
 from rlcs.cli.data import data_app
 from rlcs.cli.doctor import doctor
 from rlcs.cli.evaluate import evaluate_app
-from rlcs.cli.examples import add_examples
+from rlcs.cli.help_examples import add_examples
 from rlcs.cli.plan import plan
 from rlcs.cli.publish import publish_app
 from rlcs.cli.recipes import recipes_app

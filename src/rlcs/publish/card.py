@@ -143,9 +143,9 @@ def _data_rows(data: Data, teacher: Teacher, run: Run, stages: Collection[str]) 
 def _authors(run: Run, teacher: Teacher) -> str:
     """Who wrote the demonstrations: the data itself, the teacher that was asked, or both."""
     who = f"`{teacher.who if teacher.who == 'builtin' else shown(teacher.model or '')}`"
-    given, asked = number(run.cold_start, "given"), number(run.cold_start, "asked")
+    given, sampled = number(run.cold_start, "given"), number(run.cold_start, "asked")
     authors = [f"{given:,.0f} with the demonstrations of that data"] if given else []
-    authors += [f"{asked:,.0f} answered by {who}"] if asked else []
+    authors += [f"{sampled:,.0f} answered by {who}"] if sampled else []
     return " and ".join(authors) or "by an author who is not recorded"
 
 
