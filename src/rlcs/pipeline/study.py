@@ -1,4 +1,4 @@
-"""The study of one seed: data -> cold start -> SFT -> GRPO -> held-out measurement -> report.
+"""The study of one seed: the base is measured, then each arm is trained and measured; the report is last.
 
 Every stage writes a marker when it is done. A stopped run resumes at the stage without one: SFT and
 GRPO at their newest checkpoint, a measurement after its last answer.
@@ -75,7 +75,7 @@ class Study:
         self._stop = stop
         self._world = world
         self._make_engine: MakeEngine
-        world.first(lambda: claim(folder, recipe))
+        self._claimed = world.first(lambda: claim(folder, recipe))
         self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
@@ -83,25 +83,34 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        with log_here, open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
+        with log_here:
             return self._run_stages()
+
+    @contextmanager
+    def _engines(self) -> Iterator[None]:
+        with open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
+            yield
 
     def _run_stages(self) -> dict[str, Any]:
         data, study = self._data, self.recipe.study
         for line in data.notes:
             log.warning(line)
         self._world.first(self._try_reward)
+        self._world.first(self._write_problems)
+        # Each call frees its model before the next one is loaded.
+        with self._engines():
+            self._measure("base")
         demonstrations: Sequence[Demonstration] = ()
-        if study.cold_starts:
+        if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
             self._world.first(self._cold_start)
             demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
             self._sft(demonstrations)
-        for arm in RL_ARMS:
-            if arm in study.arms:
-                self._grpo(arm)
-        self._world.first(self._write_problems)
-        for arm in study.arms:
-            self._measure(arm)  # a call of its own frees the model before the next one is loaded
+        with self._engines():
+            for arm in TRAINING_ORDER:
+                if arm in study.arms:
+                    if arm in RL_ARMS:
+                        self._grpo(arm)
+                    self._measure(arm)
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
 
@@ -135,8 +144,12 @@ class Study:
             yield stack.enter_context(open_reward(reward, judge=shared, only_correct=only_correct)), judge
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
+        path = self.folder / "summary.json"
+        before = read_json(path)["counts"] if path.exists() else {}
+        # Data that only arms of an earlier command need was not read.
+        counts = {name: count or before.get(name, 0) for name, count in counts.items()}
         summary = {**self._summary(), "counts": counts}
-        write_json(self.folder / "summary.json", summary)
+        write_json(path, summary)
         log.info("report: %s", report.build(self.folder))
         return summary
 
@@ -259,7 +272,7 @@ class Study:
             if is_done(self.folder / stage):
                 seconds[stage] = read_json(self.folder / stage / "done.json")["seconds"]
         arms = {}
-        for arm in self.recipe.study.arms:
+        for arm in [arm for arm in self._claimed.study.arms if is_done(self.folder / "eval" / arm)]:
             arms[arm] = read_json(self.folder / "eval" / arm / "scores.json")
             seconds[f"eval_{arm}"] = read_json(self.folder / "eval" / arm / "done.json")["seconds"]
         return {
@@ -267,7 +280,7 @@ class Study:
             "arms": arms,
             "seconds": seconds,
             "seeds": [self.recipe.seed],
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": self._claimed.model_dump(mode="json"),
             "versions": versions(),
             "command": command(),
             **({"ranks": self._world.size} if self._world.grouped else {}),

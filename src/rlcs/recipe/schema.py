@@ -207,10 +207,11 @@ class Eval(Section):
 
 
 class Study(Section):
-    """The arms that `rlcs run` and `rlcs ablate` train and measure."""
+    """The arms that `rlcs run` trains and measures; other commands name their own."""
 
-    arms: tuple[ArmName, ...] = ("base", "sft_grpo")
-    """`base` and one that is trained, or more: `sft` and `grpo` beside `sft_grpo` complete the comparison."""
+    arms: tuple[ArmName, ...] = ("base", "sft", "sft_grpo")
+    """`base` and one that is trained, or more. `sft` beside `sft_grpo` is only measured, as it is trained
+    anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it."""
 
     @model_validator(mode="after")
     def _has_the_base_and_another(self) -> "Study":
