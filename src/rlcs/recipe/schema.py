@@ -104,6 +104,9 @@ class Data(Section):
     answers: Literal["unwrapped", "as_given"] = "unwrapped"
     """`unwrapped`: gold answers are taken out of boxes, tags and worked solutions, and rows whose gold answer
     nothing can match are not used; `as_given`: they stay as they are, for an own reward or a judge."""
+    system: Literal["row", "recipe"] = "row"
+    """The system prompt of a row that has one: `row`: its own, instead of `prompt.system` and
+    `prompt.rl_system`; `recipe`: theirs, and the row's is left out."""
     columns: Columns = Columns()
     """Column names."""
 
