@@ -53,6 +53,7 @@ def train(
     objective = make_objective(settings.loss_average)
     first = run.resume(trainer, stream, steps=steps)
     for step in range(first, steps):
+        run.validate(step, screen=screen, stop=stop)
         clock = Clock()
         with clock("data"):
             trees, bad = usable_trees(stream.take(settings.batch_size), chat, vlm.world)
@@ -64,7 +65,8 @@ def train(
             result = trainer.step(batches, objective, average=settings.loss_average)
         values = {"bad_rows": float(bad)} if bad else {}
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    run.finish()
+    run.validate(steps, screen=screen, stop=stop)
+    run.finish(screen)
 
 
 def usable_trees(
