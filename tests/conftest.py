@@ -69,6 +69,7 @@ class Stopper:
 
     def __init__(self, view, stop, step):
         self._view, self._stop, self._step = view, stop, step
+        self.say = view.say
 
     def step(self, report):
         self._view.step(report)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlcs.errors import RunFolderError
 from rlcs.grading.own import check_function
+from rlcs.recipe.arms import ARMS
 from rlcs.recipe.judge import KEY
 from rlcs.recipe.keys import recipe_keys
 from rlcs.recipe.loading import differences, dump, load_recipe
@@ -22,10 +23,16 @@ _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predict
 """Files of a run that hold results of long work."""
 
 _JUDGE_LIMITS = (*Server.model_fields, "base_url", "max_wait_s", "max_requests")
+_KEPT = ("save_every", "keep_checkpoints", "keep_steps")
 OPERATIONAL = frozenset(
-    {"grpo.reward.deadline_s", "grpo.reward.workers", *(f"{KEY}.{name}" for name in _JUDGE_LIMITS)}
+    {
+        *("grpo.reward.deadline_s", "grpo.reward.workers"),
+        *(f"{KEY}.{name}" for name in _JUDGE_LIMITS),
+        *(f"{stage}.{name}" for stage in ("sft", "grpo") for name in _KEPT),
+    }
 )
-"""Keys that bound or reach the graders, and do not change what is learnt: a run may go on with others."""
+"""Keys that bound or reach the graders, or say which checkpoints are kept, and do not change what is learnt:
+a run may go on with others."""
 
 log = logging.getLogger("rlcs")
 
@@ -40,11 +47,12 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
+def claim(folder: Path, recipe: Recipe) -> Recipe:
     """Write the resolved recipe into a new run folder, or check that an old one has the same.
 
-    Arms may be added to it, OPERATIONAL keys may change, and a start without results (say, of a mistyped
-    model) may be corrected. Raises RunFolderError for a folder of another recipe or with other files,
+    The arms of the folder are those of every command so far, `rlcs sft` and then `rlcs run`, say. OPERATIONAL
+    keys may change, and a start without results (say, of a mistyped model) may be corrected. Returns the
+    recipe of the folder. Raises RunFolderError for a folder of another recipe or with other files,
     RecipeError.
     """
     for function in recipe.grpo.reward.functions:
@@ -54,12 +62,12 @@ def claim(folder: Path, recipe: Recipe) -> None:
     if not path.exists():
         _create(folder)
         atomic_write(path, dump(recipe))
-        return
+        return recipe
     before = load_recipe(str(path)).recipe
-    changed = [each for each in differences(before, recipe) if each[0] not in OPERATIONAL]
+    fixed = {key for key in recipe_keys() if key not in OPERATIONAL} - {"study.arms"}
+    changed = [each for each in differences(before, recipe) if each[0] in fixed]
     keys = [key for key, _, _ in changed]
-    arms_join = keys == ["study.arms"] and set(before.study.arms) < set(recipe.study.arms)
-    if keys and not arms_join:
+    if keys:
         if _holds_results(folder, keys):
             listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed[:5])
             raise RunFolderError(
@@ -68,8 +76,12 @@ def claim(folder: Path, recipe: Recipe) -> None:
                 fix="choose another --out, or remove the folder, or run with its own recipe.yaml",
             )
         (folder / "eval" / "problems.jsonl").unlink(missing_ok=True)  # of the earlier data
+    else:
+        arms = tuple(arm for arm in ARMS if arm in {*before.study.arms, *recipe.study.arms})
+        recipe = recipe.model_copy(update={"study": recipe.study.model_copy(update={"arms": arms})})
     if recipe != before:
         atomic_write(path, dump(recipe))
+    return recipe
 
 
 def _create(folder: Path) -> None:

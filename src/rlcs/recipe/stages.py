@@ -56,6 +56,11 @@ class Stage(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept."""
+    keep_steps: tuple[Positive, ...] = ()
+    """Steps whose checkpoint is saved and kept for good, as in [40, 80], for `rlcs export RUN --step 80`."""
+    keep: Literal["newest", "best"] = "newest"
+    """The model that the stage ends with: that of the last step, or the one with the best accuracy in
+    validation (the earlier of equals), whose checkpoint is kept too. `best` needs `validation`."""
     max_bad_steps: Positive = 5
     """Steps in a row with a non-finite gradient before the run stops."""
 

@@ -64,6 +64,7 @@ def train(
     first = run.resume(trainer, stream, steps=steps)
     named = set[str]()
     for step in range(first, steps):
+        run.validate(step, screen=screen, stop=stop)
         clock = Clock()
         with clock("data"):
             taken = stream.take(settings.batch_size)
@@ -80,7 +81,8 @@ def train(
             result = trainer.step(batches, objective, average=settings.loss_average)
         values = {"bad_rows": float(len(bad))} if bad else {}
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    run.finish()
+    run.validate(steps, screen=screen, stop=stop)
+    run.finish(screen)
 
 
 def usable_trees(
