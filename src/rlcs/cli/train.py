@@ -125,7 +125,9 @@ def _study(
 
     require_installed(recipe.trackers)
     # Before torch is loaded: a bad file is reported at once.
-    data = load_run_data(recipe.study, recipe.data, decode_limit=recipe.images.decode_limit)
+    data = load_run_data(
+        recipe.study, recipe.data, decode_limit=recipe.images.decode_limit, validation=recipe.validation
+    )
 
     from rlcs.distributed import join_world
     from rlcs.pipeline.seeds import run_seeds

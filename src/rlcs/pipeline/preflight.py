@@ -218,6 +218,7 @@ class Preflight:
         """Make prompts of some problems of each source, among them the one with the largest image."""
         recipe, remarks = self.recipe, list[str]()
         sources = {"data.test": (self._data.test, False), "data.rl": (self._data.rl, True)}
+        sources["validation.source"] = (self._data.validation, False)
         sources["data.cold_start"] = (tuple(row.problem for row in self._data.cold_start), False)
         for key, (problems, rl) in sources.items():
             if not problems:

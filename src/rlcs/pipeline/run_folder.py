@@ -23,15 +23,16 @@ _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predict
 """Files of a run that hold results of long work."""
 
 _JUDGE_LIMITS = (*Server.model_fields, "base_url", "max_wait_s", "max_requests")
+_KEPT = ("save_every", "keep_checkpoints", "keep_steps")
 OPERATIONAL = frozenset(
     {
-        "study.preflight",
-        "grpo.reward.deadline_s",
-        "grpo.reward.workers",
+        *("study.preflight", "grpo.reward.deadline_s", "grpo.reward.workers"),
         *(f"{KEY}.{name}" for name in _JUDGE_LIMITS),
+        *(f"{stage}.{name}" for stage in ("sft", "grpo") for name in _KEPT),
     }
 )
-"""Keys that do not change what is learnt (limits of graders, the trial): a run may go on with others."""
+"""Keys that do not change what is learnt (limits of graders, kept checkpoints, the trial before): a run may
+go on with others."""
 
 log = logging.getLogger("rlcs")
 

@@ -18,12 +18,17 @@ from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
+from rlcs.engines.base import Engine
 from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
+from rlcs.engines.local import LocalEngine
 from rlcs.errors import RlcsError
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
+from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
+from rlcs.grading.reward import Grader
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
+from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.preflight import Preflight
@@ -38,6 +43,7 @@ from rlcs.signals import StopFlag
 from rlcs.storage import read_json, write_json
 from rlcs.train import grpo, sft
 from rlcs.train.run_dir import RunDir, is_done, mark_done
+from rlcs.train.validation import Validation
 
 log = logging.getLogger("rlcs")
 
@@ -202,7 +208,16 @@ class Study:
         vlm = self._spread(self._policy(None, settings.freeze))
         chat = loading.make_chat(vlm, self.recipe.prompt, self.recipe.images)
         run = self._run_dir("sft", settings)
-        with self._output.screen("sft", sft.steps_of(settings, len(demonstrations))) as view:
+        every, engine = (
+            self.recipe.validation.sft_every,
+            LocalEngine(vlm, chat, max_rows=self.recipe.eval.max_rows),
+        )
+        reward, judged = self.recipe.grpo.reward, self.folder / "judge"
+        opened = open_graders(reward, self._world, judged, only_correct=True) if every else nullcontext()
+        steps = sft.steps_of(settings, len(demonstrations))
+        with opened as graders, self._output.screen("sft", steps) as view:
+            if graders is not None:
+                run.validation = self._validation(every, engine, chat, graders[0])
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
     def _grpo(self, name: str) -> None:
@@ -231,7 +246,22 @@ class Study:
                 judge=judge,
                 importance_cap=recipe.rollout.cap,
             )
+            if every := recipe.validation.grpo_every:
+                run.validation = self._validation(every, engine, chat, grader.deciding)
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
+
+    def _validation(self, every: int, engine: Engine, chat: Chat, grader: Grader) -> Validation:
+        """Measure a model that trains, every so many steps, by the engine and the prompts of its stage."""
+        settings, problems = self.recipe.validation, self._data.validation
+        sampling = settings.sampling(max_new_tokens=self.recipe.eval.max_new_tokens, seed=self.recipe.seed)
+        sampler = EngineSampler(engine, chat, sampling, batch_size=CHUNK)
+        evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
+
+        def measure(stop: StopFlag) -> dict[str, Any]:
+            engine.sync()
+            return validate(evaluator, problems, samples=settings.samples, stop=stop)
+
+        return Validation(every=every, measure=measure)
 
     def _measure(self, arm: str) -> None:
         if self._is_done(f"eval/{arm}"):

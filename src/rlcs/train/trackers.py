@@ -168,9 +168,13 @@ class Trackers:
         if report.step <= self._sent:
             return
         seconds = {f"seconds/{name}": value for name, value in report.seconds.items()}
-        values = {f"{self._stage}/{name}": value for name, value in {**report.values, **seconds}.items()}
+        self.send({**report.values, **seconds}, report.step)
+
+    def send(self, values: Mapping[str, float], step: int) -> None:
+        """Send values of a step, whether or not an earlier attempt sent some."""
+        named = {f"{self._stage}/{name}": value for name, value in values.items()}
         for name in list(self._wanted):
-            self._try(name, partial(self._send, name, values, report.step))
+            self._try(name, partial(self._send, name, named, step))
 
     def close(self) -> None:
         """Close the trackers at the end of the stage."""

@@ -31,8 +31,8 @@ def require_startable(settings: EngineSettings, section: str) -> str:
             raise ModelError(
                 "vLLM is not installed beside rlcs",
                 where=f"{section}.engine=vllm_colocated",
-                fix=f"pip install 'vllm>={OLDEST[0]}.{OLDEST[1]}' here, or use {section}.engine=vllm_server with "
-                f"{section}.executable=/another/environment/bin/vllm",
+                fix=f"pip install 'vllm>={OLDEST[0]}.{OLDEST[1]}' here, or use {section}.engine=vllm_server "
+                f"with {section}.executable=/another/environment/bin/vllm",
             ) from None
     where = f"{section}.executable={settings.executable}"
     fix = "install vLLM (>= 0.32) in an environment and name its bin/vllm there"
@@ -76,8 +76,8 @@ def require_reachable(settings: Rollouts) -> None:
                 raise EndpointError(
                     f"this vLLM server does not answer ({why})",
                     where=f"rollout.urls: {url}",
-                    fix="start it and wait until it is ready, or correct the address; rlcs waits for it up to "
-                    "rollout.dead_limit_s with study.preflight=off",
+                    fix="start it and wait until it is ready, or correct the address; rlcs waits for it up "
+                    "to rollout.dead_limit_s with study.preflight=off",
                 )
 
 
