@@ -260,11 +260,16 @@ class Validation(Section):
 
 
 class Study(Section):
-    """The arms that `rlcs run` trains and measures; other commands name their own."""
+    """The arms that `rlcs run` trains and measures (other commands name their own), and the trial before."""
 
     arms: tuple[ArmName, ...] = ("base", "sft", "sft_grpo")
     """`base` and one that is trained, or more. `sft` beside `sft_grpo` is only measured, as it is trained
     anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it."""
+
+    preflight: Literal["quick", "full", "off"] = "quick"
+    """What is tried before anything is trained. `quick`: every stage in small, in seconds: the local engine
+    answers a question, of vLLM the program and its GPUs are checked (it starts first thing afterwards, when
+    the base is measured). `full`: vLLM starts too, answers, and loads weights a second time: minutes."""
 
     @model_validator(mode="after")
     def _has_the_base_and_another(self) -> "Study":
