@@ -92,7 +92,10 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
     with StopFlag() as stop, screen("cold start", total, quiet=options.quiet, json=options.json) as view:
         for bad in loaded.bad:
             view.say(f"left out: {bad}")
-        run(loaded.rows, resolved.teacher, folder=folder, seed=resolved.seed, view=view, stop=stop)
+        run(
+            loaded.rows, resolved.teacher, folder=folder, seed=resolved.seed, images=resolved.images,
+            view=view, stop=stop,
+        )  # fmt: skip
     stats = read_json(folder / "stats.json")
     cost = "" if stats["cost"] is None else f", cost {stats['cost']:,.2f}"
     summary = (

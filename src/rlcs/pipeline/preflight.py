@@ -271,7 +271,7 @@ class Preflight:
         known = {problem.id: problem for problem in problems}
         with (
             TemporaryDirectory() as logs,
-            open_teacher(short, known, seed=self.recipe.seed, logs=Path(logs)) as sampler,
+            open_teacher(short, known, self.recipe.images, seed=self.recipe.seed, logs=Path(logs)) as sampler,
         ):
             for problem in problems:
                 samples += sampler.samples([Request.of(problem)], stop=self._stop)

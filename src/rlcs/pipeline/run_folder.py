@@ -22,7 +22,11 @@ from rlcs.storage import atomic_write
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold results of long work."""
 
-_JUDGE_LIMITS = (*Server.model_fields, "base_url", "max_wait_s", "max_requests")
+_JUDGE_LIMITS = (
+    *(name for name in Server.model_fields if name != "request"),
+    *("base_url", "max_wait_s", "max_requests"),
+    *("request.max_tokens", "request.headers", "request.quirks"),
+)
 _KEPT = ("save_every", "keep_checkpoints", "keep_steps")
 OPERATIONAL = frozenset(
     {

@@ -156,8 +156,9 @@ class Study:
         rows, recipe = self._data.cold_start, self.recipe
         with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
             kept = distill.run(
-                rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=self._stop
-            )
+                rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view,
+                stop=self._stop,
+            )  # fmt: skip
         # Without a marker the same command samples the missing answers.
         if failed := read_json(folder / "stats.json")["failed"]:
             raise RlcsError(

@@ -188,7 +188,7 @@ class Teacher(Server):
     @property
     def endpoint(self) -> Endpoint:
         """The server of a teacher of that kind."""
-        return Endpoint.model_validate({name: getattr(self, name) for name in Endpoint.model_fields})
+        return self.at(str(self.base_url), str(self.model), section="teacher")
 
 
 class Eval(Section):
