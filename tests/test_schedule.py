@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import make_conversation
 from loopback_server import LoopbackServer, last_text, text_of
 from plain_grading import grade
 from rlcs.data import puzzles
@@ -24,7 +25,7 @@ from rlcs.generation import Entry
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Filters, Teacher
-from rlcs.records import Problem, Sample, StopReason
+from rlcs.records import ImageRef, Problem, Sample, StopReason
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl
 
@@ -320,6 +321,23 @@ def test_every_kind_ends_in_one_box(kind, length):
     assert response.count("\\boxed") == 1 and response.endswith(f"\\boxed{{{length - 1}}}")
     think = Chain(kind, folder=None, form="think").response(turns)
     assert think.startswith("<think>\n") and think.endswith(f"</think>\n\n\\boxed{{{length - 1}}}")
+
+
+@pytest.mark.parametrize("kind", ["distilled", "caption", "reflection", "self_critic"])
+def test_a_teacher_sees_the_whole_conversation(kind):
+    chain = Chain(kind, folder=None, form="plain")
+    problem = make_conversation("p0", system="Answer in English.")
+    turns = []
+    for n in range(chain.length):
+        request = chain.request(problem, turns)
+        assert [m.role for m in request.messages] == ["system", *["user", "assistant"] * 2, "user"]
+        assert request.messages[0].parts == (f"Answer in English.\n\n{chain.system}",)
+        shown = [part for message in request.messages for part in message.parts if isinstance(part, ImageRef)]
+        assert shown == list(problem.images)
+        assert [len(message.parts) for message in request.messages[1:5]] == [2, 1, 3, 1]
+        turns.append(Sample(id="p0", turn=n, text="it shows <image> \\boxed{4}", stop=StopReason.EOS))
+    no_system = make_conversation("p1")
+    assert chain.request(no_system, []).messages[0].parts == (chain.system,)
 
 
 def test_templates_of_one_s_own(tmp_path: Path):

@@ -171,11 +171,21 @@ def test_models_health_and_metrics(server, client):
         ({"stop": [""]}, 400, "stop"),
         ({"stop": ["x"] * 5}, 400, "stop"),
         ({"messages": []}, 400, "messages"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, None),
-        ({"response_format": {"type": "json_object"}}, 400, None),
-        ({"extra_body": {"repetition_penalty": 1.5}}, 400, None),
-        ({"extra_body": {"reasoning_effort": "high"}}, 400, None),
-        ({"extra_body": {"never_heard_of": [0]}}, 400, None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"extra_body": {"repetition_penalty": 1.5}}, 400, "repetition_penalty"),
+        ({"extra_body": {"reasoning_effort": "high"}}, 400, "reasoning_effort"),
+        ({"extra_body": {"never_heard_of": [0]}}, 400, "never_heard_of"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice"),
+        ({"logit_bias": {"5": 3}}, 400, "logit_bias"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+        ({"top_logprobs": 3}, 400, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+        ({"stop": 5}, 400, "stop"),
+        ({"stop": ["x", 5]}, 400, "stop"),
+        ({"stream_options": {"include_usage": 5}}, 400, "stream_options.include_usage"),
+        ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
+        ({"messages": "hello"}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, None),
         ({"messages": asked("x", *[draw(56, 56)] * 9)}, 400, "messages"),
     ],
@@ -190,16 +200,16 @@ def test_bad_requests_are_told_what_is_wrong(client, change, status, param):
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("http://127.0.0.1:1/a.png", "opens no other address"),
-        ("https://example.com/a.png", "opens no other address"),
-        ("file:///etc/passwd", "opens no other address"),
-        ("/etc/passwd", "opens no other address"),
+        ("http://127.0.0.1:1/a.png", "--image-host"),
+        ("https://example.com/a.png", "--image-host"),
+        ("file:///etc/passwd", "--image-host"),
+        ("/etc/passwd", "--image-host"),
         ("data:image/png,abc", "not base64"),
-        ("data:image/png;base64,%%%", "broken base64"),
+        ("data:image/png;base64,!!!", "broken base64"),
         ("data:image/png;base64,aGVsbG8=", "not a PNG"),
     ],
 )
-def test_only_images_in_data_urls_are_read(client, url, says):
+def test_only_images_in_data_urls_are_read_unless_hosts_are_allowed(client, url, says):
     message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
     with pytest.raises(openai.BadRequestError, match=says):
         ask(client, [message])
@@ -315,7 +325,7 @@ def test_thousands_of_malformed_requests_hurt_nobody(server):
     assert len(seen.replies) + seen.cut == HOSTILE_REQUESTS
     assert not [each for each in seen.replies if each[0] in (0, 500)]
     assert set(seen.codes) == {200, 400, 404, 405}
-    assert after.memory - before.memory < 200
+    assert after.memory - before.memory < 300  # most of it oneDNN's, for each new shape
     assert after.threads < 20 and after.files < before.files + 10
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlcs.cli import completion
 from rlcs.cli.options import Json, KeyVariable, SamplingOptions, same_fields, with_options
 from rlcs.cli.output import print_left_out, print_result
 from rlcs.errors import UserError
@@ -44,9 +45,9 @@ class EvalOptions(SamplingOptions, JudgeOptions):
     model: Annotated[
         list[str] | None, typer.Option("--model", help="One more model; the same as an argument")
     ] = None
-    benchmarks: Annotated[str, typer.Option(help="Names, with commas between them")] = (
-        "mathvision,mathverse,mathvista,wemath"
-    )
+    benchmarks: Annotated[
+        str, typer.Option(help="Names, with commas between them", autocompletion=completion.benchmarks)
+    ] = "mathvision,mathverse,mathvista,wemath"
     data: Annotated[Path | None, typer.Option(help="Folder with the official files, not the hub")] = None
     out: Annotated[Path, typer.Option(help="Folder of answers and scores")] = Path("runs/eval")
     prompt: Annotated[str, typer.Option(help="paper (boxed system prompt) or official")] = "paper"
@@ -70,7 +71,9 @@ def evaluate(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...", help="Folder, hub id, builtin, or a server's model; or NAME=MODEL"
+            metavar="[MODEL]...",
+            help="Folder, hub id, builtin, or a server's model; or NAME=MODEL",
+            autocompletion=completion.models,
         ),
     ] = None,
 ) -> None:

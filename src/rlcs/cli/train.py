@@ -12,6 +12,7 @@ from rlcs.cli.options import Overrides, RecipeName, with_options
 from rlcs.cli.output import print_result
 
 train_app = typer.Typer()
+_ALL = "base, sft, grpo, sft_grpo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +35,13 @@ class AblateOptions(TrainOptions):
 @with_options
 def quickstart(options: TrainOptions, overrides: Overrides = None) -> None:
     """Run the whole study on the built-in model. Takes minutes on a laptop CPU."""
-    _study("quickstart", overrides, options)
+    _study("quickstart", overrides, options, arms=_ALL)
 
 
 @train_app.command()
 @with_options
 def run(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
-    """Run cold start, SFT, GRPO and measurement of a recipe. A stopped run resumes."""
+    """Run cold start, SFT and GRPO of a recipe, measured beside base and SFT. A stopped run resumes."""
     _study(recipe, overrides, options)
 
 
@@ -62,9 +63,7 @@ def grpo(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None)
 @with_options
 def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = None) -> None:
     """Compare base, SFT only, RL only and both. With intervals, as in the paper."""
-    from rlcs.recipe.arms import ARMS
-
-    _study(recipe, overrides, options, arms=", ".join(ARMS), seeds=options.seeds)
+    _study(recipe, overrides, options, arms=_ALL, seeds=options.seeds)
 
 
 @train_app.command()
@@ -116,8 +115,8 @@ def _study(
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
-    chosen = [f"study.arms=[{arms}]"] if arms else []
-    recipe = load_recipe(name, [*(overrides or []), *chosen]).recipe
+    chosen = [f"study.arms=[{arms}]"] if arms else []  # an override of study.arms counts more
+    recipe = load_recipe(name, [*chosen, *(overrides or [])]).recipe
     folder = options.out or Path("runs") / recipe.name
     if not options.json:
         from rlcs.recipe.table import summary_rows
@@ -129,7 +128,9 @@ def _study(
 
     require_installed(recipe.trackers)
     # Before torch is loaded: a bad file is reported at once.
-    data = load_run_data(recipe.study, recipe.data, decode_limit=recipe.images.decode_limit)
+    data = load_run_data(
+        recipe.study, recipe.data, decode_limit=recipe.images.decode_limit, validation=recipe.validation
+    )
 
     from rlcs.distributed import join_world
     from rlcs.pipeline.seeds import run_seeds

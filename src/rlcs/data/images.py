@@ -220,7 +220,7 @@ def _rgb(image: "Image") -> "Image":
 def is_plain(data: bytes) -> bool:
     """Whether any program shows an image alike, which was measured before.
 
-    That is an upright PNG or JPEG in 8-bit RGB or gray, without transparency or further frames.
+    It is an upright PNG or JPEG in 8-bit RGB or gray, without transparency or further frames.
     """
     image = _opened(data, limit=1 << 62, where="image")
     plain = image.format in ("PNG", "JPEG") and image.mode in ("RGB", "L") and not image.has_transparency_data

@@ -194,7 +194,8 @@ def _columns(problem: Problem, folder: Path) -> dict[str, object]:
     # An image that has been deleted meanwhile has no path: loading reports its row as a bad one.
     images = [ref.path for ref in with_copies(problem, folder).images]
     choices = {"choices": list(problem.choices)} if problem.choices else {}
-    return {"question": problem.question, "images": images, **choices, "answer": problem.answer}
+    history = {"history": [to_row(turn) for turn in problem.history]} if problem.history else {}
+    return {**history, "question": problem.question, "images": images, **choices, "answer": problem.answer}
 
 
 def _problem_row(problem: Problem, columns: Mapping[str, object], answers: Sequence[Entry]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def why_not(problem: Problem, answer: Entry, teacher: Teacher) -> str:
         return CUT
     if teacher.who == "builtin":
         return ""
-    return reason_to_reject(problem.question_with_choices, answer.response, teacher.filters)
+    return reason_to_reject(problem.transcript, answer.response, teacher.filters)
 
 
 class Schedule:

@@ -38,7 +38,7 @@ QUIRKS: tuple[tuple[str, str, Names], ...] = (
 )
 """Patterns of host and model, in small letters, and the fields that the server names otherwise or refuses.
 
-All rows that match count. To other servers everything is sent; what they refuse is left out from then on."""
+All rows that match count. A server that is not here gets everything; what it refuses is then left out."""
 
 _REFUSED = re.compile(
     r"unsupported|not support|n't support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"

@@ -48,6 +48,12 @@ def takes_text(field: FieldInfo) -> bool:
     return kind is str or (get_origin(kind) in (Union, types.UnionType) and str in get_args(kind))
 
 
+def options(field: FieldInfo) -> list[str]:
+    """The words among which the value of a key is chosen; empty where it is no choice."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    return [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+
+
 def nearest(unknown: str) -> list[str]:
     """Up to three keys or sections that resemble a mistyped one most; empty when none does.
 

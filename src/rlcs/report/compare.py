@@ -112,7 +112,7 @@ def _shares(runs: Sequence[Run], arm: str) -> dict[tuple[str, str, str], float]:
     """The share of right seeds of each problem; the same id with another question is another problem."""
     verdicts: dict[tuple[str, str, str], list[bool]] = {}
     for run in runs:
-        known = {p.id: (p.id, p.question, p.answer) for p in run.problems}
+        known = {p.id: (p.id, "\n".join(p.texts), p.answer) for p in run.problems}
         for name, answer in run.answers.get(arm, {}).items():
             verdicts.setdefault(known.get(name, (name, "", "")), []).append(answer.grade.correct is True)
     return {key: fmean(right) for key, right in verdicts.items()}

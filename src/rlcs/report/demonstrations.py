@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from rlcs.records import Turn, as_text, from_row_or_none
 from rlcs.report import pictures
 from rlcs.report.load_run import Row, read_rows, text
 
@@ -19,6 +20,7 @@ class TeacherAnswer:
     """One answer of the teacher; `why` is the reason of its rejection, empty where it was kept."""
 
     id: str
+    earlier: str
     question: str
     answer: str
     response: str
@@ -39,6 +41,7 @@ def samples(folder: Path, count: int) -> list[TeacherAnswer]:
         answers.append(
             TeacherAnswer(
                 id=text(row, "id"),
+                earlier=_earlier(problem),
                 question=text(problem, "question"),
                 answer=text(problem, "answer"),
                 response=text(row, "response"),
@@ -47,6 +50,13 @@ def samples(folder: Path, count: int) -> list[TeacherAnswer]:
             )
         )
     return answers
+
+
+def _earlier(problem: Row) -> str:
+    """The turns before the question, as a text."""
+    history = problem.get("history")
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    return as_text(turn for row in rows if (turn := from_row_or_none(Turn, row)) is not None)
 
 
 def _few(rows: Iterator[Row], count: int) -> list[Row]:
