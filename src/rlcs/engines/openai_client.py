@@ -39,6 +39,8 @@ FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 LONGEST_RETRY_AFTER_S = 600.0
 """Longest pause that a server's `Retry-After` can cause."""
+CONNECT_S = 20.0
+"""Seconds in which a server must accept the connection."""
 EMPTY_RETRIES = 2
 """Most further attempts after an empty answer, which is paid; one at temperature 0."""
 TRIAL_TOKENS = 64
@@ -60,7 +62,9 @@ class EndpointClient:
         """
         self._settings, self._sampling = settings, sampling
         self._address = connection.address(settings.base_url)
-        self._client = connection.connect(settings, self._address, settings.request_timeout_s)
+        patience = settings.request_timeout_s
+        limits = openai.Timeout(patience, connect=min(patience, CONNECT_S))
+        self._client = connection.connect(settings, self._address, limits)
         self._fields = Fields(settings)
         self._images = SentImages(max_pixels=(images or Images()).max_pixels)
         self._slots = asyncio.Semaphore(settings.concurrency)
@@ -212,6 +216,8 @@ class EndpointClient:
             async with asyncio.timeout(limit):
                 return await self._client.post("/chat/completions", body=body, cast_to=object)
         except (TimeoutError, openai.APITimeoutError) as error:
+            if type(error.__cause__).__name__ == "ConnectTimeout":
+                raise self._disconnected(error) from error
             raise RetryableError(f"no answer within {limit:g} s", kind="no answer in time") from error
         except openai.APIStatusError as error:
             found = status_fault(error, self._settings)
@@ -231,7 +237,9 @@ class EndpointClient:
         cause = error.__cause__ or error
         name = type(cause).__name__
         what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.way(self._address)
-        is_new = name in ("ConnectError", "ProxyError") or not isinstance(error, openai.APIConnectionError)
+        is_new = name in ("ConnectError", "ConnectTimeout", "ProxyError") or not isinstance(
+            error, openai.APIConnectionError
+        )
         return RetryableError(
             f"the connection failed: {what}",
             kind="connection failed",
