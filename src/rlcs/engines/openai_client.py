@@ -2,8 +2,8 @@
 
 Requests are drawn lazily and samples are yielded as they arrive, so that the caller can write each at once.
 An event loop in a second thread keeps `concurrency` requests under way, also while the caller works on
-a sample. A failure that may pass (busy, down, cut off, garbled, empty) is retried; one that cannot (a wrong
-key, a wrong name) ends the run with an error that says what to do.
+a sample. A failure that may pass (busy, down, cut off, garbled) is retried, an empty answer seldom; one that
+cannot pass (a wrong key, a wrong name) ends the run with an error that says what to do.
 """
 
 import asyncio
@@ -43,8 +43,6 @@ CONNECT_S = 20.0
 """Seconds in which a server must accept the connection."""
 EMPTY_RETRIES = 2
 """Most further attempts after an empty answer, which is paid; one at temperature 0."""
-TRIAL_TOKENS = 64
-"""Longest answer of `try_endpoint`."""
 _ALL_REFUSED = 8
 """Least refused requests, with none answered, after which a server counts as refusing every request."""
 _POLL_S = 0.1  # between two checks of the stop flag
@@ -309,21 +307,6 @@ class _Refused(Exception):
     def __init__(self, found: Fault) -> None:
         super().__init__(str(found))
         self.fault = found
-
-
-def try_endpoint(
-    settings: Endpoint, sampling: Sampling, request: Request, images: Images | None = None
-) -> Sample:
-    """Send one request with a short answer, to learn in seconds whether a server can be used.
-
-    A sample with an error says what is wrong with this request. Raises EndpointError for a server that cannot
-    be used at all.
-    """
-    patience = {"max_retries": min(settings.max_retries, 2), "concurrency": 1}
-    short = replace(sampling, n=1, max_new_tokens=min(sampling.max_new_tokens, TRIAL_TOKENS))
-    with EndpointClient(settings.model_copy(update=patience), short, images) as client:
-        (sample,) = client.samples([request])
-    return sample
 
 
 def status_fault(error: openai.APIStatusError, settings: Endpoint) -> Fault:

@@ -123,7 +123,7 @@ class Filters(Section):
     min_chars: Annotated[int, Field(ge=0)] = 0
     """Reject shorter answers."""
     max_chars: Positive | None = None
-    """Reject longer answers. Answers cut at `max_tokens` are always rejected."""
+    """Reject longer answers. Answers that are cut off are always rejected."""
 
 
 class Teacher(Server):
