@@ -4,6 +4,8 @@ import json as jsonlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
@@ -53,6 +55,8 @@ def compare(
     if json:
         typer.echo(jsonlib.dumps(asdict(found)))
         return
+    for line in (found.headline, found.lead, "", *map("{}: {}".format, "AB", found.names), ""):
+        typer.echo("\n".join(wrap(line, get_terminal_size().columns, break_long_words=False)))
     for title, head, rows in _tables(found):
         _print_table(title, head, rows)
     if html is not None:
@@ -67,7 +71,7 @@ def _tables(found: Any) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]
             ARMS[gap.arm].label, f"{gap.first:.1%}", f"{gap.second:.1%}",
             f"{100 * gap.points:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]",
             f"+{gap.gained:,} -{gap.lost:,} of {gap.shared:,}" if gap.shared else "not paired",
-            "" if gap.p is None else f"{gap.p:.2g}",
+            "" if gap.p is None else "< 0.001" if gap.p < 0.001 else f"{gap.p:.2g}",
         )
         for gap in found.gaps
     ]  # fmt: skip

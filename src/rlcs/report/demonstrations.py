@@ -23,7 +23,7 @@ class TeacherAnswer:
     answer: str
     response: str
     why: str
-    images: tuple[str, ...]
+    images: tuple[pictures.Picture, ...]
 
 
 def samples(folder: Path, count: int) -> list[TeacherAnswer]:
@@ -57,14 +57,19 @@ def _few(rows: Iterator[Row], count: int) -> list[Row]:
 
 
 def histograms(folder: Path, stats: Row) -> Mapping[str, list[tuple[str, int, float]]]:
-    """Histograms by title: the (bin, count, share of the largest bin) of answer lengths and of pass rates."""
+    """Histograms by title: the (bin, count, share of the largest bin), without empty bins.
+
+    Of the lengths of answers, and of pass rates where problems were asked more than once.
+    """
     counts = Counter(_length(text(row, "response")) for row in read_rows(folder / "kept.jsonl"))
     names = [f"up to {most:,}" for most in _LENGTHS] + ["longer"]
     found = {"Characters of kept answers": _bars(names, [counts[i] for i in range(len(names))])}
     rates = stats.get("pass_rates")
     if isinstance(rates, list) and len(rates) == 10:
         tenths = [f"{i * 10}–{i * 10 + 10}%" for i in range(10)]
-        found["Problems by pass rate"] = _bars(tenths, [n if isinstance(n, int) else 0 for n in rates])
+        counted = [n if isinstance(n, int) else 0 for n in rates]
+        if any(counted[1:-1]):  # with one answer each a problem is all right or all wrong
+            found["Problems by pass rate"] = _bars(tenths, counted)
     return {title: bars for title, bars in found.items() if bars}
 
 
@@ -74,4 +79,4 @@ def _length(response: str) -> int:
 
 def _bars(names: Sequence[str], counts: Sequence[int]) -> list[tuple[str, int, float]]:
     most = max(counts, default=0)
-    return [(name, n, n / most) for name, n in zip(names, counts, strict=True)] if most > 0 else []
+    return [(name, n, n / most) for name, n in zip(names, counts, strict=True) if n > 0]

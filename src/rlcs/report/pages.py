@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from rlcs.recipe.arms import ARMS
+from rlcs.report.mathml import answer_with_formulas, with_formulas
 from rlcs.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -37,7 +38,16 @@ def templates() -> "Environment":
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=_percent, points=_points, duration=_duration, fold=_fold, digits=digits, stage=_stage
+        percent=_percent,
+        points=points,
+        duration=duration,
+        fold=_fold,
+        digits=digits,
+        stage=_stage,
+        formulas=lambda text: with_formulas(str(visible(text))),
+        answer=_answer,
+        setting=_setting,
+        chance=_chance,
     )
     environment.globals.update(arms=ARMS)
     return environment
@@ -67,7 +77,8 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def _points(value: float) -> str:
+def points(value: float) -> str:
+    """A difference of shares in points, with its sign."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
@@ -76,7 +87,24 @@ def digits(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def _answer(text: str, most: int = 300) -> Markup:
+    """A short answer with its formulas; one that is too long is cut, and stays text."""
+    shown = str(visible(text))
+    return answer_with_formulas(shown) if len(shown) <= most else escape(f"{shown[: most - 1]}…")
+
+
+def _setting(value: object) -> str:
+    """A recipe's value; of a real number not more digits than a person would write."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _chance(p: float | None) -> str:
+    """A p-value with two digits, or as a bound."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
