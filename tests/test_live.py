@@ -92,7 +92,7 @@ def test_an_unfinished_run_shows_how_far_it_is(server):
     stages = ("Cold start", "✓ done", "40 of 80", "waiting", "Measuring: Base")
     for words in (*stages, "RL after SFT: reward 0."):
         assert words in page.text, words
-    assert re.search(r"RL after SFT: 40 of 80, about 2 min \d\d s left", page.text), (
+    assert re.search(r"RL after SFT: step 40 of 80, about 2 min \d\d s left", page.text), (
         "the stage heads the page"
     )
     assert page.text.index("Reward") < page.text.index("Stages", page.text.index("Recipe"))

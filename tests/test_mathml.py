@@ -21,6 +21,7 @@ from rlcs.report.mathml import answer_with_formulas, formula, with_formulas
         (r"\boxed{\frac{1}{2}}", '<span class="boxed"><math><mrow><mfrac>'),
         (r"$\boxed{5}$", '<math><mrow><mrow class="boxed"><mrow><mn>5</mn></mrow></mrow></mrow></math>'),
         (r"$\cancel{5}$", '<mrow class="struck">'),
+        (r"$\overline{AB}$", '<mrow class="over"><mrow><mi>A</mi><mi>B</mi></mrow></mrow>'),
     ],
 )  # fmt: skip
 def test_formulas_are_drawn(text, drawn):

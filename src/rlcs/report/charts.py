@@ -117,10 +117,6 @@ def validation_chart(curve: ValidationCurve) -> Markup:
         axes.plot(steps, shares, color=paint, lw=1.7, marker="o", ms=3.2, mew=0)
         if wide:
             axes.plot([s for s, _ in wide], [v for _, v in wide], color=paint, lw=1.2, ls=(0, (4, 2)))
-            label = f"pass@{points[-1].k}"
-            axes.annotate(
-                label, wide[-1], (0, 4), textcoords="offset points", ha="right", color=_PAINT["muted"]
-            )
         for point in points:
             if point.step == curve.kept:
                 place = (point.step, point.accuracy)

@@ -115,7 +115,7 @@ def _gallery(found: Comparison, sides: Sequence[Sequence[Run]]) -> list[tuple[st
     before, after = first.answers.get(gap.arm, {}), second.answers.get(gap.arm, {})
     digests = {problem.id: problem.digest for problem in second.problems}
     sections: dict[str, list[Row]] = {"Right in B alone": [], "Right in A alone": []}
-    for problem in sorted(first.problems, key=findings.shuffled):
+    for problem in sorted(first.problems, key=lambda p: (not kept_images(p), findings.shuffled(p))):
         if problem.id in before and problem.id in after and digests.get(problem.id) == problem.digest:
             verdicts = [answers[problem.id].grade.correct is True for answers in (before, after)]
             if verdicts[0] != verdicts[1]:

@@ -8,9 +8,29 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from rlcs.report import pictures
-from rlcs.report.load_run import Row, read_rows, text
+from rlcs.report.load_run import Row, number, read_rows, text
+from rlcs.report.pages import digits
 
 _IMAGE_BYTES = 12_000
+_COUNTERS = {
+    "problems": "problems",
+    "given": "demonstrations in the data",
+    "given_wrong": "wrong demonstrations in the data",
+    "asked": "answers of the teacher",
+    "right": "right answers",
+    "pass_rate": "share of right answers",
+    "kept": "demonstrations kept",
+    "kept_wrong": "wrong demonstrations kept",
+    "rejected": "answers left out",
+    "unscored": "answers not scored",
+    "without_demonstration": "problems without one",
+    "prompt_tokens": "tokens sent to the teacher",
+    "completion_tokens": "tokens of its answers",
+    "cost": "cost",
+    "failed": "requests that failed",
+    "refused": "requests that were refused",
+}
+"""The counters of stats.json, as a reader knows them."""
 _LENGTHS = (100, 200, 400, 800, 1600, 3200, 6400)
 
 
@@ -24,6 +44,18 @@ class TeacherAnswer:
     response: str
     why: str
     images: tuple[pictures.Picture, ...]
+
+
+def counters(stats: Row) -> tuple[list[tuple[str, str]], list[str]]:
+    """The (name, value) of the counters of stats.json, and the names of those that are zero."""
+    shown, zeros = [], []
+    for key, name in _COUNTERS.items():
+        value = number(stats, key)
+        if value:
+            shown.append((name, f"{value:.1%}" if key == "pass_rate" else digits(value)))
+        elif value is not None:
+            zeros.append(name)
+    return shown, zeros
 
 
 def samples(folder: Path, count: int) -> list[TeacherAnswer]:

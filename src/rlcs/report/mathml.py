@@ -48,6 +48,7 @@ _STRUTS = {
     "thinmathspace": "0.167em", "mediummathspace": "0.222em", "thickmathspace": "0.278em",
     "negativethinmathspace": "-0.167em",
 }  # fmt: skip
+_LINES, _BARS = {"mover": "over", "munder": "under"}, "―‾¯_"
 
 _MATH = re.compile(
     r"(?<![\\$])\$\$(?P<display>[^$]+?)\$\$(?!\$)"
@@ -155,6 +156,9 @@ def _written(element: "Element") -> str:
     side = element.get("columnalign")
     if tag == "mtd" and side in ("left", "right"):
         return f'<mtd class="{side}">{inside}</mtd>'
+    line = _LINES.get(tag, "")
+    if line and len(element) == 2 and unescape(element[1].text or "") in _BARS:  # fonts do not stretch it
+        return f'<mrow class="{line}">{_written(element[0])}</mrow>'
     values = {name: _STRUTS.get(value, value) for name, value in element.attrib.items()}
     kept = "".join(
         f' {name}="{value}"'

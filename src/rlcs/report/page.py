@@ -50,7 +50,7 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         conclusions = _while_running(conclusions, at)
     results, health, cold_start = findings.arm_results(runs), findings.health(runs), runs[0].cold_start
     validated = validation_curves(runs)
-    counters = _plain(cold_start)
+    counters, zeros = demonstrations.counters(cold_start)
     template = templates().get_template("page.html.j2")
     return template.render(
         live=stamp,
@@ -77,8 +77,8 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         health=health,
         health_stages=list(dict.fromkeys(stage for row in health for stage in row.stages)),
         skipped=findings.skipped_steps(runs),
-        cold_start=[(name, value) for name, value in counters if value != "0"],
-        zeros=[name for name, value in counters if value == "0"],
+        cold_start=counters,
+        zeros=zeros,
         samples=demonstrations.samples(runs[0].folder / "cold_start", min(gallery, _SAMPLES)),
         histograms=demonstrations.histograms(runs[0].folder / "cold_start", cold_start),
         gallery=_gallery(runs[0], gallery),
@@ -104,7 +104,10 @@ def _at(now: Sequence[tuple[str, Sequence[Progress], str]]) -> Progress | None:
 
 def _while_running(conclusions: Conclusions, at: Progress) -> Conclusions:
     """The head of the live page of an unfinished run: the stage and the time left, then what is known."""
-    where = f"{at.done:,} of {at.total:,}" if at.total else "begun" if at.state == "begun" else "waiting"
+    unit = "" if at.key.startswith("eval_") else "step "
+    where = (
+        f"{unit}{at.done:,} of {at.total:,}" if at.total else "begun" if at.state == "begun" else "waiting"
+    )
     left = "" if at.left_s is None else f", about {duration(at.left_s)} left"
     return Conclusions(
         headline=f"{at.name}: {where}{left}",
@@ -127,11 +130,13 @@ def _rl_curves(runs: Sequence[Run], validated: Sequence[ValidationCurve]) -> lis
 def _validation_charts(
     validated: Sequence[ValidationCurve], stages: Sequence[str]
 ) -> list[tuple[str, Markup]]:
-    return [
-        (f"{ARMS[curve.stage].stage}: accuracy on validation problems", charts.validation_chart(curve))
-        for curve in validated
-        if curve.stage in stages
-    ]
+    found = []
+    for curve in validated:
+        if curve.stage in stages:
+            k = next((f"; dashed: pass@{p.k}" for p in curve.points if p.pass_at_k is not None), "")
+            title = f"Validation accuracy, {ARMS[curve.stage].stage}{k}"
+            found.append((title, charts.validation_chart(curve)))
+    return found
 
 
 def _curves(runs: Sequence[Run], keys: Iterable[str], stages: Sequence[str]) -> list[tuple[str, Markup]]:

@@ -5,6 +5,7 @@ are made visible, and the pages' content security policy forbids foreign scripts
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,9 @@ def templates() -> "Environment":
         stage=_stage,
         formulas=lambda text: with_formulas(str(visible(text))),
         answer=_answer,
-        setting=_setting,
-        chance=_chance,
+        tokens=_tokens,
+        settings=settings,
+        chance=chance,
     )
     environment.globals.update(arms=ARMS)
     return environment
@@ -78,8 +80,9 @@ def _percent(value: float | None) -> str:
 
 
 def points(value: float) -> str:
-    """A difference of shares in points, with its sign."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+    """A difference of shares in points, with its sign unless it rounds to zero."""
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return text[1:] if text[1:] == "0.0" else text
 
 
 def digits(value: float | None) -> str:
@@ -93,12 +96,19 @@ def _answer(text: str, most: int = 300) -> Markup:
     return answer_with_formulas(shown) if len(shown) <= most else escape(f"{shown[: most - 1]}…")
 
 
-def _setting(value: object) -> str:
-    """A recipe's value; of a real number not more digits than a person would write."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def _tokens(value: float | None) -> str:
+    """A mean number of tokens."""
+    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _chance(p: float | None) -> str:
+def settings(pair: Sequence[object]) -> list[str]:
+    """Values of one key of a recipe, real numbers with six digits or, where those agree, with all."""
+    short = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in pair]
+    texts = short if len(set(short)) > 1 else [str(value) for value in pair]
+    return ["–" if value is None else text for value, text in zip(pair, texts, strict=True)]
+
+
+def chance(p: float | None) -> str:
     """A p-value with two digits, or as a bound."""
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
