@@ -16,6 +16,7 @@ from rlcs.recipe.arms import ARMS, RL_ARMS, stages_behind
 from rlcs.recipe.schema import Data, Teacher
 from rlcs.recipe.table import summary_rows
 from rlcs.report import findings
+from rlcs.report.differences import differences
 from rlcs.report.load_run import Run, number, part, read_run
 
 
@@ -41,7 +42,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
     licence: dict[str, Any] = {**base_licence(base or source.weights, source.revision)}
     results = findings.arm_results([run]) if run else []
     own = next((result for result in results if result.arm == source.arm), None)
-    gaps = findings.differences([run]) if run and source.arm == "sft_grpo" else []
+    gaps = differences([run]) if run and source.arm == "sft_grpo" else []
     sources = [recipe.data.cold_start, recipe.data.rl] if recipe and source.arm != "base" else []
     data = ModelCardData(
         model_name=name,
@@ -73,7 +74,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
         versions=part(run.summary, "versions") if run else {},
         results=results,
         own=own,
-        gap=next((each for each in gaps if each.arm == "base"), None),
+        gap=next((each for each in gaps if (each.arm, each.against) == ("sft_grpo", "base")), None),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
