@@ -185,7 +185,8 @@ def read(request: Request, reply: object) -> Sample:
         finish = _finish(choice)
         usage = reply.get("usage")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise RetryableError("the reply is no chat completion", kind="garbled") from error
+        what = "the reply is no chat completion"
+        raise RetryableError(what, kind="garbled", unreachable=NO_CHAT) from error
     tokens = (_count(usage, "prompt", "input"), _count(usage, "completion", "output"))
     reasoning = thoughts or _reasoning(message)
     stop = stop_reason(finish)

@@ -125,7 +125,9 @@ class Endpoint(Server):
     """Where these settings stand, in messages: a recipe's section like `teacher`, or an option."""
 
     def key(self, name: str) -> str:
-        """How a setting of this endpoint is called in messages."""
+        """How a setting of this endpoint is called in messages: `teacher.request.omit`, `--request omit`."""
+        if self.section.startswith("--"):
+            return f"{self.section} {name.removeprefix('request.')}"
         return f"{self.section}.{name}" if self.section else name
 
 
