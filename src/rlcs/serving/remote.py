@@ -146,7 +146,7 @@ class Serving(Launch):
 
     @property
     def _sampling(self) -> dict[str, Any]:
-        """Arguments about requests without sampling settings; vLLM does not read `do_sample: false` itself."""
+        """Arguments about requests without sampling settings; vLLM does not read `do_sample: false`."""
         if self.defaults is None:
             return {}
         greedy = {"override_generation_config": {"temperature": 0}}
