@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from rlcs.errors import ModelError
 from rlcs.model.families import FAMILIES
-from rlcs.model.loading import resolve
+from rlcs.model.source import find_source, origin_of
 from rlcs.recipe.schema import Model
 from rlcs.recipe.section import Part
 from rlcs.storage import read_json
@@ -126,8 +126,11 @@ def sizes_of(settings: Model) -> Sizes:
 
 def _configuration(settings: Model) -> Any:
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    source = find_source(settings.name)
+    if source.checkpoint is not None:  # its sizes are those of the model that it was trained from
+        source = find_source(origin_of(settings.name))
     try:
-        return AutoConfig.from_pretrained(resolve(settings.name), **options)
+        return AutoConfig.from_pretrained(source.weights, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the model's configuration cannot be found: {str(error).splitlines()[0]}",
