@@ -126,12 +126,15 @@ def sizes_of(settings: Model) -> Sizes:
 
 def _configuration(settings: Model) -> Any:
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    source = find_source(settings.name)
-    if source.checkpoint is not None:  # its sizes are those of the model that it was trained from
-        source = find_source(origin_of(settings.name))
     try:
+        source = find_source(settings.name)
+        if source.checkpoint is not None:  # its sizes are those of the model that it goes back to
+            origin = origin_of(settings.name)
+            if (config := published(origin)) is not None:
+                return config
+            source = find_source(origin)
         return AutoConfig.from_pretrained(source.weights, **options)
-    except (OSError, ValueError) as error:
+    except (ModelError, OSError, ValueError) as error:
         raise ModelError(
             f"the model's configuration cannot be found: {str(error).splitlines()[0]}",
             where=f"model.name={settings.name}",
