@@ -26,6 +26,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from rlcs.data.hub import cache_where_unreachable
 from rlcs.distributed import ALONE, World
 from rlcs.errors import CheckpointError, ModelError, PromptError, RunFolderError, UserError
 from rlcs.model import attention
@@ -282,7 +283,8 @@ def _load_description(settings: ModelSettings) -> tuple[Any, Any]:
 def _model_errors(settings: ModelSettings) -> Iterator[None]:
     """Turn errors of transformers while it loads a model into ModelError."""
     try:
-        yield
+        with cache_where_unreachable(_source(settings)["pretrained_model_name_or_path"]):
+            yield
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load the model: {str(error).splitlines()[0]}",

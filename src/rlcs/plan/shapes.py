@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Qwen2_5_VLConfig
 
+from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import ModelError
 from rlcs.model.families import FAMILIES
 from rlcs.model.source import find_source, origin_of
@@ -133,7 +134,8 @@ def _configuration(settings: Model) -> Any:
             if (config := published(origin)) is not None:
                 return config
             source = find_source(origin)
-        return AutoConfig.from_pretrained(source.weights, **options)
+        with cache_where_unreachable(source.weights):
+            return AutoConfig.from_pretrained(source.weights, **options)
     except (ModelError, OSError, ValueError) as error:
         raise ModelError(
             f"the model's configuration cannot be found: {str(error).splitlines()[0]}",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import ModelError, RunFolderError
 from rlcs.model import loading
 from rlcs.model.chat import VISION_TOKENS, set_default_system
@@ -75,8 +76,9 @@ def _write(wanted: Export, source: Source, weights: str) -> None:
         options["trust_remote_code"] = source.recipe.model.trust_remote_code
     try:
         dtype = DTYPES[wanted.dtype] if wanted.dtype else "auto"
-        model = AutoModelForImageTextToText.from_pretrained(weights, dtype=dtype, **options)
-        processor = AutoProcessor.from_pretrained(weights, **options)
+        with cache_where_unreachable(weights):
+            model = AutoModelForImageTextToText.from_pretrained(weights, dtype=dtype, **options)
+            processor = AutoProcessor.from_pretrained(weights, **options)
     except (OSError, ValueError) as error:
         what = f"cannot load the model: {str(error).splitlines()[0]}"
         fix = "give a run folder, a folder in Hugging Face format, a hub id, or `builtin`"

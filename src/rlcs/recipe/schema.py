@@ -104,6 +104,9 @@ class Data(Section):
     answers: Literal["unwrapped", "as_given"] = "unwrapped"
     """`unwrapped`: gold answers are taken out of boxes, tags and worked solutions, and rows whose gold answer
     nothing can match are not used; `as_given`: they stay as they are, for an own reward or a judge."""
+    system: Literal["row", "recipe"] = "row"
+    """The system prompt of a row that has one: `row`: its own, instead of `prompt.system` and
+    `prompt.rl_system`; `recipe`: theirs, and the row's is left out."""
     columns: Columns = Columns()
     """Column names."""
 
@@ -185,7 +188,7 @@ class Teacher(Server):
     @property
     def endpoint(self) -> Endpoint:
         """The server of a teacher of that kind."""
-        return Endpoint.model_validate({name: getattr(self, name) for name in Endpoint.model_fields})
+        return self.at(str(self.base_url), str(self.model), section="teacher")
 
 
 class Eval(Section):
@@ -257,10 +260,16 @@ class Validation(Section):
 
 
 class Study(Section):
-    """The arms that `rlcs run` and `rlcs ablate` train and measure."""
+    """The arms that `rlcs run` trains and measures (other commands name their own), and the trial before."""
 
-    arms: tuple[ArmName, ...] = ("base", "sft_grpo")
-    """`base` and one that is trained, or more: `sft` and `grpo` beside `sft_grpo` complete the comparison."""
+    arms: tuple[ArmName, ...] = ("base", "sft", "sft_grpo")
+    """`base` and one that is trained, or more. `sft` beside `sft_grpo` is only measured, as it is trained
+    anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it."""
+
+    preflight: Literal["quick", "full", "off"] = "quick"
+    """What is tried before anything is trained. `quick`: every stage in small, in seconds: the local engine
+    answers a question, of vLLM the program and its GPUs are checked (it starts first thing afterwards, when
+    the base is measured). `full`: vLLM starts too, answers, and loads weights a second time: minutes."""
 
     @model_validator(mode="after")
     def _has_the_base_and_another(self) -> "Study":

@@ -10,6 +10,7 @@ from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share, Wei
 
 Advantage = Literal["grpo", "dr_grpo", "rloo"]
 KlKind = Literal["none", "k1", "k2", "k3"]
+Turns = Literal["all", "last"]
 
 
 class Optimizer(Section):
@@ -65,14 +66,16 @@ class Stage(Section):
 
 
 class Sft(Stage):
-    """Stage one: supervised fine-tuning on response tokens and the end token only."""
+    """Stage one: supervised fine-tuning on what the assistant says, with its end tokens, and nothing else."""
 
     epochs: Annotated[float, Field(gt=0)] = 3.0
     """Passes over the demonstrations."""
     batch_size: Positive = 64
     """Demonstrations an optimiser step."""
     loss_average: Literal["token", "example"] = "token"
-    """`token`: mean over all response tokens of the step; `example`: mean over responses of their means."""
+    """`token`: mean over all trained tokens of the step; `example`: mean of each demonstration's mean."""
+    turns: Turns = "all"
+    """Assistant turns of a conversation that are learnt: `all`, or the `last` one."""
 
 
 class Kl(Section):
