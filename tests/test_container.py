@@ -44,9 +44,7 @@ def test_the_extras_it_installs_exist():
 @pytest.mark.parametrize("line", STARTED)
 def test_what_the_page_starts_in_it_is_understood(line):
     words = shlex.split(line.replace('"$PWD', '"/here'))
-    words = words[words.index("rlcs") + 1 :]
-    if "-m" in words:  # by torchrun
-        words = words[words.index("-m") + 2 :]
+    words = words[(words.index("-m") + 2 if "-m" in words else words.index("rlcs") + 1) :]
     parse(typer.main.get_command(app), "rlcs", words)
 
 

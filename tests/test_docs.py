@@ -55,7 +55,7 @@ def parse(command: Any, name: str, words: list[str]) -> tuple[str, dict[str, obj
 @pytest.mark.parametrize("line", ALL)
 def test_command_is_understood(line):
     words = shlex.split(line.split(" | ")[0].partition(" > ")[0], comments=True)
-    words = words[words.index("rlcs") + 1 :]
+    words = words[(words.index("-m") + 2 if "-m" in words else words.index("rlcs") + 1) :]
     verb, given = parse(typer.main.get_command(app), "rlcs", words)
     # `rlcs distill` says data.problems for what a whole run calls data.cold_start.
     said = given.get("overrides") or ()
