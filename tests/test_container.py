@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from rlcs.cli.main import app
-from test_docs import parse
+from test_docs import after_rlcs, parse
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def test_the_extras_it_installs_exist():
 @pytest.mark.parametrize("line", STARTED)
 def test_what_the_page_starts_in_it_is_understood(line):
     words = shlex.split(line.replace('"$PWD', '"/here'))
-    words = words[(words.index("-m") + 2 if "-m" in words else words.index("rlcs") + 1) :]
+    words = after_rlcs(words)
     parse(typer.main.get_command(app), "rlcs", words)
 
 
