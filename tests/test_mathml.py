@@ -21,6 +21,7 @@ from rlcs.report.mathml import answer_with_formulas, formula, with_formulas
         (r"\begin{align*}a&=b\end{align*}", '<mtd class="right"><mi>a</mi></mtd>'),
         (r"\boxed{red circle}", '<span class="boxed">red circle</span>'),
         (r"\boxed{\frac{1}{2}}", '<span class="boxed"><math><mrow><mfrac>'),
+        (r"\boxed{\boxed{5}}", r'\boxed{<span class="boxed">5</span>}'),
         (r"$\boxed{5}$", '<math><mrow><mrow class="boxed"><mrow><mn>5</mn></mrow></mrow></mrow></math>'),
         (r"$\cancel{5}$", '<mrow class="struck">'),
         (r"$\overline{AB}$", '<mrow class="over"><mrow><mi>A</mi><mi>B</mi></mrow></mrow>'),
@@ -73,7 +74,8 @@ def test_hostile_formulas_have_no_foreign_elements_or_attributes(latex):
 
 
 def test_elements_that_are_not_in_the_list_are_rows(monkeypatch):
-    strange = ElementTree.fromstring("<math><script src='x'>alert(1)</script><mi onclick='x'>y</mi></math>")
+    text = "<math><script src='x'>alert(1)</script><mi onclick='x'>y</mi></math>"
+    strange = ElementTree.fromstring(text)  # noqa: S314 - written here
     monkeypatch.setattr(Converter, "convert_to_element", lambda self, latex: strange)
     assert formula("x") == "<math><mrow>alert(1)</mrow><mi>y</mi></math>"
 
