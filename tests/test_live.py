@@ -255,7 +255,7 @@ def test_problems_are_kept_once_also_after_a_restart(tmp_path):
 
 def test_progress_counts_answers_and_seconds(run):
     found = {row.key: row for row in progress(read_run(run))}
-    assert [row.state for row in found.values()] == ["done", "done", "begun", "waiting", "waiting"]
+    assert [row.state for row in found.values()] == ["waiting", "done", "done", "begun", "waiting"]
     assert found["sft_grpo"].share == 0.5 and 100 < found["sft_grpo"].left_s < 200  # 40 steps of 3.5 seconds
     rows = [rollout(str(i), 0, random.Random(i)) for i in range(2)]
     write_rows(run / "eval" / "base" / "predictions.jsonl", rows)

@@ -295,6 +295,21 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "\u202e" not in page.text and "\x1b" not in page.text and "\\u202egnp.exe" in page.text
 
 
+def test_turns_before_a_question_are_shown_wherever_the_question_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", problems=6)
+    history = [{"role": "user", "text": "an EARLIER turn"}, {"role": "assistant", "text": "its <b>reply</b>"}]
+    asked = [{**row, "history": history} for row in rows_of(run / "eval/problems.jsonl")]
+    write_rows(run / "eval/problems.jsonl", asked)
+    write_rows(run / "cold_start/problems.jsonl", asked[:1])
+    write_rows(run / "cold_start/kept.jsonl", [{"id": asked[0]["id"], "response": "four"}])
+    step = run / "sft_grpo/rollouts/step-000080.jsonl"
+    write_rows(step.parent / "problems.jsonl", [{**asked[0], "id": row["id"]} for row in rows_of(step)])
+    page = page_of(run)
+    for turn in ("User an EARLIER turn", "Assistant its <b>reply</b>"):
+        assert page.text.count(turn) == 7, "six of held-out problems, one of a teacher"
+    assert "an EARLIER turn" in (run / "report/rollouts.html").read_text()
+
+
 GARBAGE = b'[1]\n{"id": {"a": [1]}, "step": "x", "images": 3, "correct": "yes", "tokens": true}\n\xff{"torn'
 KINDS = ["two_arms", "no_eval", "only_sft", "only_recipe", "only_summary", "empty_files", "garbage"]
 

@@ -19,7 +19,7 @@ from rlcs.grading.extraction import extract
 from rlcs.grading.golds import unwrap
 from rlcs.grading.inspection import gold_fault
 from rlcs.recipe.schema import Data
-from rlcs.records import ImageRef, Json, Problem
+from rlcs.records import IMAGE_SLOT, ImageRef, Json, Problem, Turn, from_row
 
 _METADATA_TEXT = 200
 """Characters; longer texts in further columns are left out of the metadata."""
@@ -32,12 +32,14 @@ class Row:
     """A usable row; one with a `response` is a demonstration.
 
     `given` is the gold answer as the row has it, if it was unwrapped, and `mark` what it was unwrapped from.
+    `own_system`: the row had a system prompt, which is in `problem.history` unless `data.system` is `recipe`.
     """
 
     problem: Problem
     response: str | None
     given: str = ""
     mark: str = ""
+    own_system: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +66,7 @@ class RowReader:
         self._table = table
         self._columns = settings.columns
         self._as_given = settings.answers == "as_given"
+        self._system = settings.system
         self._role = role
         self._limit = limit
         self._decode = decode
@@ -129,6 +132,14 @@ class RowReader:
         choices = _choices(fields.get(_first(fields, columns.choices) or ""))
         needed = response is None and self._role != "ask"
         answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
+        history = _history(fields.get("history"))
+        own_system = bool(history) and history[0].role == "system"
+        if own_system and self._system == "recipe":
+            if IMAGE_SLOT in history[0].text:
+                raise ValueError(
+                    "the row's system prompt shows an image, which data.system=recipe would lose"
+                )
+            history = history[1:]
         problem = Problem(
             id=name,
             source=self._table.source,
@@ -137,8 +148,10 @@ class RowReader:
             images=self._images(raw),
             choices=choices,
             metadata=self._metadata(fields),
+            history=history,
         )
-        return Row(problem=problem, response=response, given=given if mark else "", mark=mark)
+        given = given if mark else ""
+        return Row(problem=problem, response=response, given=given, mark=mark, own_system=own_system)
 
     def _answer_and_response(self, fields: Mapping[str, Any]) -> tuple[str, str | None]:
         answer_column = _first(fields, self._columns.answer)
@@ -280,6 +293,16 @@ def _unwrapped(gold: str, choices: tuple[str, ...], *, needed: bool) -> tuple[st
         raise ValueError(fault)
     found = unwrap(gold)
     return (gold, "") if found.text is None else (found.text, found.why)
+
+
+def _history(value: object) -> tuple[Turn, ...]:
+    """The turns before the question: a list of {role, text}, as `kept.jsonl` and exports have it."""
+    if not isinstance(value, list):
+        return ()  # another column of this name
+    try:
+        return tuple(from_row(Turn, turn) for turn in value)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"the history must be a list of {{role, text}}: {error}") from error
 
 
 def _choices(value: object) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from rlcs.records import Turn, from_row_or_none
 from rlcs.report import pictures
 from rlcs.report.load_run import Row, number, read_rows, text
 from rlcs.report.pages import digits
@@ -41,6 +42,7 @@ class TeacherAnswer:
     """One answer of the teacher; `why` is the reason of its rejection, empty where it was kept."""
 
     id: str
+    history: tuple[Turn, ...]
     question: str
     answer: str
     response: str
@@ -73,6 +75,7 @@ def samples(folder: Path, count: int) -> list[TeacherAnswer]:
         answers.append(
             TeacherAnswer(
                 id=text(row, "id"),
+                history=_history(problem),
                 question=text(problem, "question"),
                 answer=text(problem, "answer"),
                 response=text(row, "response"),
@@ -81,6 +84,13 @@ def samples(folder: Path, count: int) -> list[TeacherAnswer]:
             )
         )
     return answers
+
+
+def _history(problem: Row) -> tuple[Turn, ...]:
+    """The turns before the question that can be read."""
+    history = problem.get("history")
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    return tuple(turn for row in rows if (turn := from_row_or_none(Turn, row)) is not None)
 
 
 def _few(rows: Iterator[Row], count: int) -> list[Row]:
