@@ -139,8 +139,9 @@ def good_row(**changes):
         (good_row(answer=...), "no answer: none of answer, solution"),
         (good_row(answer=""), "the answer is empty"),
         (good_row(answer=True), "a text or a number, not bool True"),
-        (good_row(answer=None), "not NoneType None"),
-        (good_row(answer=[]), r"not list \[\]"),
+        (good_row(answer=None), "the answer is empty"),
+        (good_row(question=None), "the question is empty"),
+        (good_row(answer=[]), "the answer is empty"),
         (good_row(answer=[None]), "not NoneType None"),
         (good_row(answer={"a": 1}), "not dict"),
         (good_row(answer="C", choices=["1", "2"]), "the gold answer 'C' is no such option"),
@@ -358,7 +359,7 @@ def test_parquet_names_bad_rows_by_number(folder):
     pq.write_table(pa.table({"question": questions, "answer": answers}), folder / "rows.parquet")
     loaded = load(str(folder / "rows.parquet"))
     assert [bad.where.partition("#")[2] for bad in loaded.bad] == ["70", "130"]
-    assert "not NoneType" in loaded.bad[0].reason
+    assert "the answer is empty" in loaded.bad[0].reason
     assert "cannot be decoded" in loaded.bad[1].reason
     assert len(loaded.rows) == 148
     assert loaded.rows[-1].problem.id == "149"
@@ -481,7 +482,7 @@ def test_a_folder_of_parquet_files_is_a_data_set(dataset, tmp_path, monkeypatch)
     dataset.to_parquet(str(tmp_path / "set" / "data" / "train-00000-of-00001.parquet"))
     loaded = load(str(tmp_path / "set"))
     assert [row.problem.answer for row in loaded.rows] == ["red", "7", "green"]
-    with pytest.raises(DataError, match=r"cannot be loaded.*test"):
+    with pytest.raises(DataError, match=r"no split test\n.*its splits are: train"):
         load(str(tmp_path / "set"), "test")
 
 
