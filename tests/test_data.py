@@ -144,7 +144,7 @@ def good_row(**changes):
         (good_row(answer=[]), "the answer is empty"),
         (good_row(answer=[None]), "not NoneType None"),
         (good_row(answer={"a": 1}), "not dict"),
-        (good_row(answer="C", choices=["1", "2"]), "the gold answer 'C' is no such option"),
+        (good_row(answer="C", choices=["1", "2"]), "the gold answer 'C' names no option"),
         (good_row(answer=0, choices=["red", "blue"]), "an index from 0 or from 1"),
         (good_row(answer="\\boxed{5"), "the last box is not closed"),
         (good_row(answer="so many words " * 20), "no answer is marked"),

@@ -77,7 +77,7 @@ def files_of(folder: Path, split: str | None, by_role: str) -> list[Path]:
     no name has one, every file is data. Raises DataError when the split is missing, or files are of several
     kinds.
     """
-    found = [path for path in sorted(folder.rglob("*")) if _is_data_of(path, folder)]
+    found = sorted(path for path in folder.rglob("*") if is_data_file(path) and _is_shown(path, folder))
     splits: dict[str, list[Path]] = {}
     for path in found:
         splits.setdefault(_split_of(path.relative_to(folder)), []).append(path)
@@ -95,9 +95,9 @@ def files_of(folder: Path, split: str | None, by_role: str) -> list[Path]:
     return chosen
 
 
-def _is_data_of(path: Path, folder: Path) -> bool:
+def _is_shown(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-    return not hidden and path.name not in _NO_DATA and is_data_file(path) and path.is_file()
+    return not hidden and path.name not in _NO_DATA and path.is_file()
 
 
 def _split_of(path: Path) -> str:
@@ -294,7 +294,7 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str], str]]
             except StopIteration:
                 return
             except csv.Error as error:
-                cells, reason = [], f"not a row of a table: {error}"
+                cells, reason = [], f"not a row of a table, is a quote not closed? ({error})"
             finally:
                 csv.field_size_limit(before)
             if cells or reason:

@@ -95,6 +95,12 @@ def encoded_image(ref: ImageRef, *, limit: int | None = None) -> bytes:
     return data
 
 
+def portable_image(ref: ImageRef) -> bytes:
+    """The encoded bytes of an image, as PNG if browsers and other tools do not read its own format."""
+    data = encoded_image(ref)
+    return encode(open_image(ref)) if _format_of(data) in ("HEIC", "TIFF") else data
+
+
 def _bounds(ref: ImageRef, limit: int | None) -> tuple[int, str]:
     """The limit in pixels for an image, and its name in errors."""
     return limit or max(DECODE_LIMIT, ref.width * ref.height), ref.path or f"image {ref.sha256[:12]}"
@@ -140,7 +146,11 @@ def _read_image(path: Path, *, where: str, limit: int) -> bytes:
             raise ImageError(f"a file of {info.st_size:,} bytes is no image within the limit", where=where)
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ImageError("the image is missing", where=where, fix=f"expected at {path}") from error
+        raise ImageError(
+            "the image is missing",
+            where=where,
+            fix=f"expected at {path}; data.image_root names another folder",
+        ) from error
     except OSError as error:
         raise ImageError(f"the image cannot be read: {error.strerror}", where=where) from error
 

@@ -25,6 +25,10 @@ class RowNotes:
         fix = f"set data.columns.images=[{_named(column)}] if it is one of the question"
         self._add(f"column {_named(column)} holds an image and is not read: {fix}", where)
 
+    def repeated_id(self, where: str) -> None:
+        """Count a row whose id another row has."""
+        self._add("the id of another row comes again, and has the row number added", where)
+
     def _add(self, note: str, where: str) -> None:
         self._counts[note] += 1
         self._first.setdefault(note, where)
@@ -32,9 +36,13 @@ class RowNotes:
     @property
     def lines(self) -> tuple[str, ...]:
         """One line for each kind of note."""
-        layouts = [f"{n:,} rows are read as {name}" for name, n in self._layouts.most_common()]
-        others = [f"{note} ({n:,} rows, first {self._first[note]})" for note, n in self._counts.most_common()]
+        layouts = [f"{_rows(n)} read as {name}" for name, n in self._layouts.most_common()]
+        others = [f"{note} ({_rows(n)}, first {self._first[note]})" for note, n in self._counts.most_common()]
         return (*layouts, *others)
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' if count != 1 else ''}"
 
 
 def _named(column: str) -> str:

@@ -88,6 +88,7 @@ class RowReader:
         self._as_given = settings.answers == "as_given"
         self._role = role
         self._ids: dict[str, str] = {}
+        self._pictures: dict[str, tuple[ImageRef, ...]] = {}
         self._images = RowImages(folders=table.folders, roots=table.roots, limit=limit, decode=decode)
         columns = settings.columns
         self._id_column = columns.id
@@ -134,14 +135,17 @@ class RowReader:
     def _id(self, raw: RawRow, row: "_Cells") -> str:
         """The row's id, by default its number. Raises ValueError if it is empty, odd or a duplicate."""
         value = raw.fields.get(self._id_column, row.own_id(raw.number))
-        if type(value) is int:
-            value = str(value)
+        if type(value) is int or (isinstance(value, float) and value.is_integer()):
+            value = str(int(value))
         if not is_filled(value):
             raise ValueError("the id is empty")
         if not isinstance(value, str) or not value.isprintable():
             raise ValueError(f"the id must be a printable text or a whole number, not {shown(value)}")
         if len(value) > _MAX_ID:
             raise ValueError(f"the id has {len(value):,} characters, more than {_MAX_ID}")
+        if value in self._ids and row.layout:  # LLaVA names several rows after one image
+            self.notes.repeated_id(raw.where)
+            value = f"{value}#{raw.number}"
         if value in self._ids:
             raise ValueError(f"duplicate id {value!r}, first at {self._ids[value]}")
         self._ids[value] = raw.where
@@ -161,7 +165,9 @@ class RowReader:
         choices = choices_of(row.get("choices")[0])
         needed = self._role in ("rl", "test") or (response is None and self._role != "ask")
         answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
-        images = self._images.read(row.images())
+        images = self._pictures.get(row.image_of_row) or self._images.read(row.images())
+        if row.layout and row.layout.id:
+            self._pictures[name] = images
         question, history = _with_slots(checked_text(question, "question"), row, images)
         problem = Problem(
             id=name,
@@ -271,8 +277,19 @@ class _Cells:
         inline = self.converted.images
         if not inline:
             return own
+        places = sum(image is None for image in inline)
+        if places and places != len(own):
+            raise ValueError(
+                f"the messages have {places} places for images, but the row has {len(own)} images"
+            )
         left = iter(own)
-        return [next(left, None) if image is None else image for image in inline]
+        return [next(left) if image is None else image for image in inline]
+
+    @property
+    def image_of_row(self) -> str:
+        """The id of an earlier row whose image this row shows; VLMEvalKit writes it instead of the image."""
+        value = self.get("images")[0] if self.layout and self.layout.id else None
+        return str(value) if isinstance(value, str | int) else ""
 
     def history(self) -> tuple[Turn, ...]:
         """The turns before the question; without those of a conversation that asks another question."""
@@ -284,12 +301,15 @@ class _Cells:
         found = []
         for group, names in self._columns.items():
             filled = [name for name in names if is_filled(self.fields.get(name))]
-            values = {name: _comparable(group, self.fields[name]) for name in filled}
+            values = {name: self.fields[name] for name in filled}
             converted = self.converted.values.get(group)
+            if group == "images" and None not in self.converted.images:
+                converted = self.converted.images
             if filled and self.layout and is_filled(converted):
-                values[self.layout.needs[0]] = _comparable(group, converted)
-            kept, *others = values or [""]
-            found += [(kept, name) for name in others if _differ(group, values[kept], values[name])]
+                values[self.layout.needs[0]] = converted
+            if len(values) > 1:
+                kept, *others = {name: _comparable(group, value) for name, value in values.items()}.items()
+                found += [(kept[0], name) for name, other in others if _differ(group, kept[1], other)]
         return found
 
 
@@ -312,7 +332,9 @@ def _comparable(group: str, value: Any) -> Any:
     try:
         if group == "answer":
             return unwrap(gold_text(value)).text
-        return choices_of(value) if group == "choices" else image_items(value) if group == "images" else value
+        if group == "images":
+            return list(value) if isinstance(value, tuple) else image_items(value)
+        return choices_of(value) if group == "choices" else value
     except ValueError:
         return None
 
