@@ -69,7 +69,7 @@ class RowImages:
 
     def _root(self, path: str) -> Path:
         """The folder in which the image of this path must lie."""
-        if path.lower().startswith(("http://", "https://")):
+        if _is_url(path):
             fix = "images must be files: download it, and name the file"
             raise DataError("this is a URL, not a path", where=path[:80], fix=fix)
         if not path.startswith("/"):
@@ -113,7 +113,7 @@ def encoded_in(text: str, where: str) -> bytes | None:
         if data is None:
             raise ValueError(f"{where} is a data URL that is not valid Base64")
         return data
-    if len(text) < _MIN_BASE64:
+    if len(text) < _MIN_BASE64 or _is_url(text):
         return None
     data = _decoded(text) if _BASE64.fullmatch(text) else None
     if data is not None and image_kind(data):
@@ -143,6 +143,10 @@ def _source(item: Mapping[object, object]) -> object:
                 f"an image must have one of {', '.join(_KEYS)}, not {shown(', '.join(map(str, item)))}"
             )
     return value
+
+
+def _is_url(text: str) -> bool:
+    return text[:8].lower().startswith(("http://", "https://"))
 
 
 def _exists(path: Path) -> bool:

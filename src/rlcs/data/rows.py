@@ -30,6 +30,8 @@ _WORKED_WORDS = 6
 _MAX_REASON = 400
 """Characters of a reason, so that no message shows the content of a file."""
 _MAX_ID = 200
+_MAX_PATH = 150
+"""Characters of a path that a reason shows, its last ones."""
 _QWEN_SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
 """How Qwen's own chat template marks the place of an image."""
 _OTHER_MEDIA = ("videos", "audios")
@@ -124,13 +126,14 @@ class RowReader:
                 name = self._id(raw, row)
                 return self._row(raw, row, name)
         except DataError as error:
-            parts = [part for part in (error.where[:_MAX_REASON], error.what) if part]
-            reason, subject = ": ".join(parts) + (f" ({error.fix})" if error.fix else ""), error.where
+            subject = error.where if len(error.where) <= _MAX_PATH else f"...{error.where[-_MAX_PATH:]}"
+            parts = [part for part in (subject, error.what) if part]
+            reason = ": ".join(parts) + (f" ({error.fix})" if error.fix else "")
         except ValueError as error:
             reason = str(error)
         if len(reason) > _MAX_REASON:
             reason = f"{reason[:_MAX_REASON]}..."
-        return BadRow(where=raw.where, reason=reason, id=name, subject=subject[:_MAX_REASON])
+        return BadRow(where=raw.where, reason=reason, id=name, subject=subject)
 
     def _id(self, raw: RawRow, row: "_Cells") -> str:
         """The row's id, by default its number. Raises ValueError if it is empty, odd or a duplicate."""
