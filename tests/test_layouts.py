@@ -369,7 +369,22 @@ def test_what_is_exported_is_read_back(read, tmp_path, layout, whole):
     ]
 
 
+def examples():
+    """Every row of the how-to page, with the part of the page in which it stands."""
+    blocks = re.findall(r"^```json\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [json.loads(line) for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("row", examples(), ids=lambda row: next(iter(row)))
+def test_the_rows_of_the_how_to_page_are_read(read, folder, row):
+    for name in ("7", "8"):
+        (folder / "img" / f"{name}.png").write_bytes(png())
+    problem = read(row).problem
+    assert bool(problem.images) == ("img/" in json.dumps(row))
+    assert read(row, role="rl").problem.answer in ("3", "B", "12", "The red one.")
+
+
 def test_every_layout_is_in_the_how_to_page():
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     for layout in LAYOUTS:
-        assert layout.needs[0] in page, layout.name
+        assert all(f"`{name}`" in page for name in layout.needs), layout.name
