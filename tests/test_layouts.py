@@ -377,11 +377,11 @@ def examples():
 
 @pytest.mark.parametrize("row", examples(), ids=lambda row: next(iter(row)))
 def test_the_rows_of_the_how_to_page_are_read(read, folder, row):
-    for name in ("7", "8"):
+    for name in ("7", "8", "10a", "10b"):
         (folder / "img" / f"{name}.png").write_bytes(png())
     problem = read(row).problem
     assert bool(problem.images) == ("img/" in json.dumps(row))
-    assert read(row, role="rl").problem.answer in ("3", "B", "12", "The red one.")
+    assert read(row, role="rl").problem.answer in ("3", "4", "B", "12", "The red one.")
 
 
 def test_every_layout_is_in_the_how_to_page():

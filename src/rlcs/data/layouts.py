@@ -34,7 +34,7 @@ class Layout:
     """A layout of rows: the columns that it is recognised by, the others that it reads, and how.
 
     With `lists` its first column must hold a list. `alone`: only for rows without a question column of ours.
-    `id` is a column that names the row.
+    `id` is a column that names the row. Without a name it is our own.
     """
 
     name: str
@@ -59,7 +59,8 @@ def recognise(fields: Fields, *, has_question: bool) -> Layout | None:
 
 def may_be_read(columns: tuple[str, ...]) -> bool:
     """Whether rows with these columns may be of a layout that has a question of its own."""
-    return any(set(layout.needs) <= set(columns) for layout in LAYOUTS if layout.needs not in _NO_QUESTION)
+    conversations = [layout for layout in LAYOUTS if layout.read not in (_earlier, _vlmevalkit)]
+    return any(set(layout.needs) <= set(columns) for layout in conversations)
 
 
 # ---------------------------------------------------------------------------------- turns
@@ -266,14 +267,9 @@ LAYOUTS = (
         lists=False,
         alone=True,
     ),
-    Layout(name="turns before the question (history)", needs=("history",), read=_earlier, also=_SYSTEM),
-    Layout(
-        name="a question with its system message (system, query)",
-        needs=("system", "query"),
-        read=_earlier,
-        also=("history",),
-        lists=False,
-    ),
+    Layout(name="ms-swift (history, query)", needs=("history", "query"), read=_earlier, also=_SYSTEM),
+    Layout(name="ms-swift (system, query)", needs=("system", "query"), read=_earlier, lists=False),
+    Layout(name="", needs=("history",), read=_earlier),
     Layout(
         name="VLMEvalKit (question, A, B, ...)",
         needs=("question", "A", "B"),
@@ -283,4 +279,3 @@ LAYOUTS = (
         id="index",
     ),
 )
-_NO_QUESTION = (("history",),)

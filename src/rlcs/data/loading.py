@@ -41,6 +41,16 @@ def _unwrapped_note(rows: Sequence[Row]) -> tuple[str, ...]:
     return (f"{len(wrapped):,} gold answers were unwrapped ({marks}), e.g. {example}",)
 
 
+def _system_note(rows: Sequence[Row]) -> tuple[str, ...]:
+    """How many rows have a system prompt of their own, and whether it is used."""
+    own = [row.problem for row in rows if row.own_system]
+    if not own:
+        return ()
+    used = any(turn.role == "system" for problem in own for turn in problem.history)
+    how = "used instead of prompt.system" if used else "left out (data.system=recipe)"
+    return (f"{len(own):,} rows have a system prompt of their own, {how}",)
+
+
 def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: bool = False) -> Loaded:
     """Read a source; image headers are checked, and with `decode` every image is decoded in full.
 
@@ -66,7 +76,7 @@ def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: 
             rows.append(result)
         else:
             bad.append(result)
-    notes = (*table.notes, *reader.notes.lines, *_unwrapped_note(rows))
+    notes = (*table.notes, *reader.notes.lines, *_unwrapped_note(rows), *_system_note(rows))
     return Loaded(rows=tuple(rows), bad=tuple(bad), source=source, notes=notes)
 
 

@@ -69,9 +69,10 @@ def _index(problems: Sequence[Problem]) -> tuple[dict[str, list[Problem]], dict[
 
 
 def _words(problem: Problem) -> str:
-    """The words of the question, without case, punctuation, character width and image slots."""
-    text = unicodedata.normalize("NFKC", problem.question_with_choices.replace(IMAGE_SLOT, " ")).casefold()
-    return " ".join(_WORD.findall(text))
+    """The words of the conversation, without case, punctuation, character width and image slots."""
+    texts = [turn.text for turn in problem.history if turn.role != "system"]
+    whole = "\n".join([*texts, problem.question_with_choices])
+    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", whole.replace(IMAGE_SLOT, " ")).casefold()))
 
 
 def _near(first: Sequence[Problem], second: Sequence[Problem]) -> list[Overlap]:

@@ -60,6 +60,7 @@ class Row:
 
     `given` is the gold answer as the row has it, if it was unwrapped, and `mark` what it was unwrapped from.
     `where` is as in `BadRow`. Without `own_gold` the gold answer was taken out of the response itself.
+    `own_system`: the row had a system prompt, which is in `problem.history` unless `data.system` is `recipe`.
     """
 
     problem: Problem
@@ -68,6 +69,7 @@ class Row:
     mark: str = ""
     where: str = ""
     own_gold: bool = True
+    own_system: bool = False
 
     def refused(self, reason: str) -> BadRow:
         """This row as one that cannot be used."""
@@ -88,6 +90,8 @@ class RowReader:
         self.notes = RowNotes()
         self._table = table
         self._as_given = settings.answers == "as_given"
+        self._system = settings.system
+        self._system = settings.system
         self._role = role
         self._ids: dict[str, str] = {}
         self._pictures: dict[str, tuple[ImageRef, ...]] = {}
@@ -172,6 +176,13 @@ class RowReader:
         if row.layout and row.layout.id:
             self._pictures[name] = images
         question, history = _with_slots(checked_text(question, "question"), row, images)
+        own_system = bool(history) and history[0].role == "system"
+        if own_system and self._system == "recipe":
+            if IMAGE_SLOT in history[0].text:
+                raise ValueError(
+                    "the row's system prompt shows an image, which data.system=recipe would lose"
+                )
+            history = history[1:]
         problem = Problem(
             id=name,
             source=self._table.source,
@@ -183,9 +194,14 @@ class RowReader:
             history=history,
         )
         self._note(raw, row, problem)
-        given = given if mark else ""
         return Row(
-            problem=problem, response=response, given=given, mark=mark, where=raw.where, own_gold=own_gold
+            problem=problem,
+            response=response,
+            given=given if mark else "",
+            mark=mark,
+            where=raw.where,
+            own_gold=own_gold,
+            own_system=own_system,
         )
 
     def _answer_and_response(self, row: "_Cells") -> tuple[str, str | None, bool]:
@@ -226,7 +242,7 @@ class RowReader:
         }
 
     def _note(self, raw: RawRow, row: "_Cells", problem: Problem) -> None:
-        if row.layout:
+        if row.layout and row.layout.name:
             self.notes.layout(row.layout.name)
         for kept, other in row.differing():
             self.notes.differing(kept, other, raw.where)

@@ -7,7 +7,7 @@ from rlcs.data.loading import Loaded, load, require_usable
 from rlcs.data.rows import Row
 from rlcs.data.sources import Role
 from rlcs.errors import DataError
-from rlcs.recipe.schema import Data, Study
+from rlcs.recipe.schema import Data, Study, Validation
 from rlcs.records import Problem
 
 
@@ -15,22 +15,30 @@ from rlcs.records import Problem
 class RunData:
     """The data of a study; `notes` name the rows that were left out, and say which answers were unwrapped.
 
-    A source that no arm of the study needs is not read: its data is empty.
+    A source that no arm of the study needs is not read: its data is empty. `validation` holds the problems
+    that are measured while a stage trains; none of them is in `rl`.
     """
 
     cold_start: tuple[Row, ...]
     rl: tuple[Problem, ...]
     test: tuple[Problem, ...]
+    validation: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def load_run_data(study: Study, settings: Data, *, decode_limit: int) -> RunData:
+def load_run_data(
+    study: Study,
+    settings: Data,
+    *,
+    decode_limit: int,
+    validation: Validation = Validation(),  # noqa: B008 - frozen
+) -> RunData:
     """Read and check the data sources that the arms need; `decode_limit` is in pixels an image.
 
     Raises DataError before anything is trained.
     """
     sources: dict[Role, str] = {"test": settings.test}
-    if study.main != "sft":
+    if study.main != "sft" or validation.held_out:
         sources = {"rl": settings.rl, **sources}
     if study.cold_starts:
         sources = {"cold_start": settings.cold_start, **sources}
@@ -41,12 +49,34 @@ def load_run_data(study: Study, settings: Data, *, decode_limit: int) -> RunData
     notes = [f"{role}: {note}" for role, each in loaded.items() for note in each.notes]
     notes += [f"left out of {role}: {bad}" for role, each in loaded.items() for bad in each.bad]
     problems = {role: [row.problem for row in each.rows] for role, each in loaded.items()}
+    rl = by_pass_rate(problems["rl"], settings) if "rl" in problems else ()
+    rl, held_out = hold_out(rl, validation.held_out, settings.rl)
+    if validation.on and validation.source is not None:
+        measured = load(validation.source, settings, decode_limit=decode_limit, role="test")
+        require_usable(measured, settings)
+        notes += [f"left out of validation: {bad}" for bad in measured.bad]
+        held_out = tuple(row.problem for row in measured.rows[: validation.problems])
     return RunData(
         cold_start=loaded["cold_start"].rows if "cold_start" in loaded else (),
-        rl=by_pass_rate(problems["rl"], settings) if "rl" in problems else (),
+        rl=rl if study.main != "sft" else (),
         test=tuple(problems["test"]),
+        validation=held_out,
         notes=tuple(notes),
     )
+
+
+def hold_out(
+    problems: tuple[Problem, ...], count: int, source: str
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """Split the last `count` problems off. Raises DataError where that is more than half of them."""
+    if count > len(problems) / 2:
+        raise DataError(
+            f"validation would take {count:,} of {len(problems):,} problems of data.rl",
+            where=source,
+            fix="lower validation.problems, or name other problems in validation.source",
+        )
+    left = len(problems) - count
+    return problems[:left], problems[left:]
 
 
 def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlcs.data.files import BATCH, KINDS, RawRow, batch_rows, files_of, is_data_file, read_file
+from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
 from rlcs.records import Problem
@@ -141,7 +142,8 @@ def _load_dataset(name: str, split: str, config: str | None) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split)
+        with cache_where_unreachable(name):
+            return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # network, hub and builder errors share no base class
         raise DataError(
             f"this data set cannot be loaded: {error}",
