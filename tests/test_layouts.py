@@ -109,6 +109,9 @@ ONE_TURN = {
         "images": ["img/0.png"],
         "texts": [{"user": "<image>\nHow many?", "assistant": WORKED, "source": "x"}],
     },
+    "qwen-vl": {
+        "conversations": [{"from": "user", "value": "Picture 1: <img>img/0.png</img>\nHow many?"}, GPT],
+    },
     "qwen marks": {
         "messages": [user("<|vision_start|><|image_pad|><|vision_end|>\nHow many?"), assistant(WORKED)],
         "images": ["img/0.png"],

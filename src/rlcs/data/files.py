@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlcs.data.layouts import recognise
+from rlcs.data.values import is_filled
 from rlcs.errors import DataError
 from rlcs.storage import parse_object, require_regular
 
@@ -226,7 +227,8 @@ def _json_object(path: Path) -> Iterator[RawRow]:
     lists = [key for key, value in content.items() if _is_rows(value)]
     if not content:
         raise _no_json(path, "the file holds one dict, not a list of rows")
-    if recognise(content, has_question=False) or any(isinstance(content.get(key), str) for key in _QUESTION):
+    filled = {key: value for key, value in content.items() if is_filled(value)}
+    if recognise(filled, has_question=False) or any(isinstance(filled.get(key), str) for key in _QUESTION):
         rows = [content]
     elif len(lists) > 1:
         raise _no_json(path, f"the file holds several lists: {', '.join(lists)}")

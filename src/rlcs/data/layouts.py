@@ -4,6 +4,7 @@ Each is recognised by the columns of a row and read into our own columns. Earlie
 become the history of a problem, its last user turn the question, an assistant turn at the end the response.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -45,16 +46,19 @@ class Layout:
     alone: bool = False
     id: str = ""
 
-    def fits(self, fields: Fields, *, has_question: bool) -> bool:
-        """Whether a row is of this layout; `has_question`: it has a question in a column of ours."""
-        if (self.alone and has_question) or not all(is_filled(fields.get(name)) for name in self.needs):
+    def fits(self, filled: Fields, *, has_question: bool) -> bool:
+        """Whether a row with these values is of this layout."""
+        if (self.alone and has_question) or not all(name in filled for name in self.needs):
             return False
-        return not self.lists or isinstance(structured(fields[self.needs[0]]), list)
+        return not self.lists or isinstance(structured(filled[self.needs[0]]), list)
 
 
-def recognise(fields: Fields, *, has_question: bool) -> Layout | None:
-    """The layout of another tool that a row has; None for our own columns."""
-    return next((layout for layout in LAYOUTS if layout.fits(fields, has_question=has_question)), None)
+def recognise(filled: Fields, *, has_question: bool) -> Layout | None:
+    """The layout of another tool that a row has, by its columns with a value; None for our own columns.
+
+    `has_question`: the row has a question in a column of ours.
+    """
+    return next((layout for layout in LAYOUTS if layout.fits(filled, has_question=has_question)), None)
 
 
 def may_be_read(columns: tuple[str, ...]) -> bool:
@@ -73,6 +77,8 @@ _ROLES: dict[str, Role] = {
 _TOOLS = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_IMG = re.compile(r"(?:Picture \d+: ?)?<img>([^<>\n]+)</img>")
+"""An image in a text, as Qwen-VL and early versions of ms-swift wrote it."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _SOURCES = ("image_url", "image", "url", "path", "bytes", "data", "base64", "source")
@@ -124,7 +130,8 @@ def _content(content: object, where: str) -> tuple[str, list[Any]]:
     text, images = "", list[Any]()
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, str):
-            text += part
+            images += _IMG.findall(part)
+            text += _IMG.sub(IMAGE_SLOT, part)
             continue
         if not isinstance(part, Mapping):
             raise ValueError(f"{where} must hold texts and images, not {shown(part)}")

@@ -260,8 +260,9 @@ class _Cells:
         """Take the columns of a row, and the names of our own for each group."""
         self.fields = fields
         self._columns = columns
-        has_question = is_filled(fields.get(first_filled(fields, columns["question"]) or ""))
-        self.layout: Layout | None = recognise(fields, has_question=has_question)
+        self.filled = {name: value for name, value in fields.items() if is_filled(value)}
+        has_question = any(name in self.filled for name in columns["question"])
+        self.layout: Layout | None = recognise(self.filled, has_question=has_question)
 
     @cached_property
     def converted(self) -> Converted:
@@ -280,13 +281,15 @@ class _Cells:
 
     def column(self, group: str) -> str | None:
         """The column of ours that counts: the first with a value, or else the first that is there."""
-        return first_filled(self.fields, self._columns[group])
+        names = self._columns[group]
+        with_value = next((name for name in names if name in self.filled), None)
+        return with_value or next((name for name in names if name in self.fields), None)
 
     def get(self, group: str) -> tuple[Any, bool]:
         """The value of a group, and whether there is one at all (it may be empty)."""
         column = self.column(group)
         value = None if column is None else self.fields[column]
-        if not is_filled(value) and is_filled(self.converted.values.get(group)):
+        if column not in self.filled and is_filled(self.converted.values.get(group)):
             return self.converted.values[group], True
         return value, column is not None
 
@@ -319,12 +322,11 @@ class _Cells:
         """Columns that hold another value than the one that counts, each with that one."""
         found = []
         for group, names in self._columns.items():
-            filled = [name for name in names if is_filled(self.fields.get(name))]
-            values = {name: self.fields[name] for name in filled}
+            values = {name: self.filled[name] for name in names if name in self.filled}
             converted = self.converted.values.get(group)
             if group == "images" and None not in self.converted.images:
                 converted = self.converted.images
-            if filled and self.layout and is_filled(converted):
+            if values and self.layout and is_filled(converted):
                 values[self.layout.needs[0]] = converted
             if len(values) > 1:
                 kept, *others = {name: _comparable(group, value) for name, value in values.items()}.items()
