@@ -42,9 +42,9 @@ def check(tmp_path):
 def test_faults_are_named_a_few_of_each_and_kinds_are_counted(check):
     done = check()
     assert done.returncode == 2 and not done.stderr
-    assert (
-        done.stdout.count("'F' is no such option") == 5 and "and 3 more rows with this fault" in done.stdout
-    )
+    file = done.stdout.partition("(first: ")[2].partition(":5, :6, :7): ")[0]
+    assert file.endswith("rows.jsonl")
+    assert done.stdout.startswith(f"8 rows (first: {file}:5, :6, :7): the gold answer 'F' is no such option")
     for name, fault in (("index", "an index from 0"), ("torn", "not closed"), ("formula", "not a formula")):
         assert any(f"(id {name})" in line and fault in line for line in done.stdout.splitlines()), name
     kinds = [line.split() for line in done.stdout.partition("gold answers")[2].splitlines()]
@@ -76,11 +76,33 @@ def test_as_given_asks_nothing_of_gold_answers(check):
 def test_rows_are_grouped_by_what_is_wrong_not_by_their_content():
     bad = [BadRow(where=f"rows.jsonl:{i}", reason=f"/data/{i}.png: no 'x{i}' at \"{i}\"") for i in range(7)]
     bad.insert(2, BadRow(where="rows.jsonl:9", reason="the id is empty"))
+    bad += [BadRow(where=f"{side}.jsonl#{side}", reason="it isn't a row", id=side) for side in "ab"]
+    bad += [BadRow(where="c.jsonl:1", reason="it isn't a picture", id="c")]
     assert grouped(bad) == [
-        *map(str, [*bad[:2], *bad[3:6]]),
-        "    and 2 more rows with this fault",
+        "7 rows (first: rows.jsonl:0, :1, :2): for example /data/0.png: no 'x0' at \"0\"",
+        "2 rows (first: a.jsonl#a, b.jsonl#b): it isn't a row",
         "rows.jsonl:9: the id is empty",
+        "c.jsonl:1 (id c): it isn't a picture",
     ]
+
+
+def test_faults_in_files_of_any_name_are_one_kind():
+    names = ["chart one.png", "my map.jpeg", "Zürich", "a/b c", "x.tif"]
+    bad = [
+        BadRow(where=f"r.jsonl:{i}", reason=f"{name}: no such file", subject=name)
+        for i, name in enumerate(names)
+    ]
+    assert grouped(bad) == ["5 rows (first: r.jsonl:0, :1, :2): for example chart one.png: no such file"]
+
+
+def test_many_faults_of_many_kinds_stay_short():
+    def word(i):
+        return "".join(chr(ord("a") + int(digit)) for digit in f"{i:06d}")
+
+    bad = [BadRow(where=f"{'d/' * 90}rows.jsonl:{i}", reason=f"{word(i)} " * 200) for i in range(20_000)]
+    lines = grouped(bad)
+    assert len(lines) == 21 and max(map(len, lines)) <= 300
+    assert lines[-1] == "19,980 rows with 19,980 further kinds of faults"
 
 
 def test_the_table_fits_the_terminal():

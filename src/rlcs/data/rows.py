@@ -28,29 +28,40 @@ _WORKED_WORDS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BadRow:
+    """A row that cannot be used; `where` is `FILE:line`, or `SOURCE#row` counted from 0.
+
+    `subject` is the part of the reason that names the thing at fault, such as an image's path.
+    """
+
+    where: str
+    reason: str
+    id: str = ""
+    subject: str = ""
+
+    def __str__(self) -> str:
+        """One line for messages."""
+        return f"{self.where}{f' (id {self.id})' if self.id else ''}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """A usable row; one with a `response` is a demonstration.
 
     `given` is the gold answer as the row has it, if it was unwrapped, and `mark` what it was unwrapped from.
+    `where` is as in `BadRow`. Without `own_gold` the gold answer was taken out of the response itself.
     """
 
     problem: Problem
     response: str | None
     given: str = ""
     mark: str = ""
+    where: str = ""
+    own_gold: bool = True
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BadRow:
-    """A row that cannot be used; `where` is `FILE:line`, or `SOURCE#row` counted from 0."""
-
-    where: str
-    reason: str
-    id: str = ""
-
-    def __str__(self) -> str:
-        """One line for messages."""
-        return f"{self.where}{f' (id {self.id})' if self.id else ''}: {self.reason}"
+    def refused(self, reason: str) -> BadRow:
+        """This row as one that cannot be used."""
+        return BadRow(where=self.where or self.problem.source, id=self.problem.id, reason=reason)
 
 
 class RowReader:
@@ -101,7 +112,7 @@ class RowReader:
         except DataError as error:
             parts = [part for part in (error.where, error.what) if part]
             reason = ": ".join(parts) + (f" ({error.fix})" if error.fix else "")
-            return BadRow(where=raw.where, reason=reason, id=name)
+            return BadRow(where=raw.where, reason=reason, id=name, subject=error.where)
         except ValueError as error:
             return BadRow(where=raw.where, reason=str(error), id=name)
 
@@ -125,7 +136,7 @@ class RowReader:
         if column is None:
             known = suggest(columns.question[0], fields)
             raise ValueError(f"no question: none of {', '.join(columns.question)} ({known})")
-        given, response = self._answer_and_response(fields)
+        given, response, own_gold = self._answer_and_response(fields)
         choices = _choices(fields.get(_first(fields, columns.choices) or ""))
         needed = response is None and self._role != "ask"
         answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
@@ -138,28 +149,33 @@ class RowReader:
             choices=choices,
             metadata=self._metadata(fields),
         )
-        return Row(problem=problem, response=response, given=given if mark else "", mark=mark)
+        given = given if mark else ""
+        return Row(
+            problem=problem, response=response, given=given, mark=mark, where=raw.where, own_gold=own_gold
+        )
 
-    def _answer_and_response(self, fields: Mapping[str, Any]) -> tuple[str, str | None]:
+    def _answer_and_response(self, fields: Mapping[str, Any]) -> tuple[str, str | None, bool]:
+        """The gold answer, the response, and whether the gold answer stands apart from the response."""
         answer_column = _first(fields, self._columns.answer)
         if self._role == "ask":
             gold = fields.get(answer_column or "")
-            return ("" if gold is None else gold_text(gold)), None
+            return ("" if gold is None else gold_text(gold)), None, True
         response_column = _first(fields, self._columns.response)
         response = None if response_column is None else fields[response_column]
         if response is not None and not _text(response, "response").strip():
             raise ValueError("the response is empty")
         if response is not None and self._role == "cold_start":
             gold = None if answer_column in (None, response_column) else fields.get(answer_column or "")
-            return (extract(response).text or "" if gold is None else gold_text(gold)), response
+            text = "" if gold is None else gold_text(gold)
+            return text or extract(response).text or "", response, bool(text.strip())
         if answer_column is None:
             raise ValueError(f"no answer: none of {', '.join(self._columns.answer)}")
         answer = gold_text(fields[answer_column])
         if not answer.strip():
             raise ValueError("the answer is empty")
         if self._role == "cold_start" and (worked := demonstrated(answer)) is not None:
-            return worked, answer
-        return answer, response
+            return worked, answer, False
+        return answer, response, True
 
     def _images(self, raw: RawRow) -> tuple[ImageRef, ...]:
         column = _first(raw.fields, self._columns.images)
