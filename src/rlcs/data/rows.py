@@ -49,7 +49,8 @@ class Row:
     """A usable row; one with a `response` is a demonstration.
 
     `given` is the gold answer as the row has it, if it was unwrapped, and `mark` what it was unwrapped from.
-    `where` is as in `BadRow`. Without `own_gold` the gold answer was taken out of the response itself.
+    `where` is as in `BadRow`. A response is `gradable` if the rule can compare it with the gold answer: not
+    where that was taken out of the response itself, or is left as given.
     """
 
     problem: Problem
@@ -57,7 +58,7 @@ class Row:
     given: str = ""
     mark: str = ""
     where: str = ""
-    own_gold: bool = True
+    gradable: bool = True
 
     def refused(self, reason: str) -> BadRow:
         """This row as one that cannot be used."""
@@ -150,8 +151,9 @@ class RowReader:
             metadata=self._metadata(fields),
         )
         given = given if mark else ""
+        gradable = own_gold and not self._as_given
         return Row(
-            problem=problem, response=response, given=given, mark=mark, where=raw.where, own_gold=own_gold
+            problem=problem, response=response, given=given, mark=mark, where=raw.where, gradable=gradable
         )
 
     def _answer_and_response(self, fields: Mapping[str, Any]) -> tuple[str, str | None, bool]:
