@@ -84,17 +84,19 @@ def test_wrong_given_demonstrations_are_left_out_and_counted(tmp_path: Path) -> 
         "no lone letter",
     }
     assert said == [
-        "2 of 4 demonstrations left out: their final answer is not the gold answer (first: mine, mine)",
+        "2 of 4 demonstrations left out: their final answer is not the gold answer "
+        "(first: mine id wrong, id open)",
         "1 of 4 demonstrations not checked: there is no gold answer beside the response to compare",
     ]
 
 
 @pytest.mark.parametrize(
     ("response", "right"),
-    [("5", True), ("The answer is 5.", True), ("<answer>5</answer>", True), ("$5$", True), ("We add.\n#### 5", True),
-     ("6", False),
-     ("It shows five bars, I think.", False), (r"first 5, then \boxed{6}", False)],
-)  # fmt: skip
+    [
+        *((text, True) for text in ("5", "The answer is 5.", "<answer>5</answer>", "$5$", "We add.\n#### 5")),
+        *((text, False) for text in ("6", "It shows five bars, I think.", r"first 5, then \boxed{6}")),
+    ],
+)
 def test_a_final_answer_needs_no_box_in_a_given_demonstration(response, right, tmp_path: Path) -> None:
     run([given("a", response), given("b", r"\boxed{5}")], Teacher(), folder=tmp_path, seed=1)
     assert read_json(tmp_path / "stats.json")["given_wrong"] == (0 if right else 1)

@@ -105,11 +105,12 @@ def _kind_line(rows: Sequence[BadRow]) -> str:
 
 
 def places(rows: Sequence[BadRow]) -> list[str]:
-    """Where the first rows are: `rows.jsonl:3`, then `:9` for another row of the same file."""
+    """Where the first rows are: `rows.jsonl:3`, then `:9` for another row of the same file; or their ids."""
     shown, before = [], ""
     for row in rows[:_PLACES]:
         file, mark, number = _PLACE.fullmatch(row.where).groups("")  # type: ignore[union-attr]
-        where = f"{mark}{number}" if mark and file == before else row.where
+        own = f"{mark}{number}" if mark else f" id {_one_line(row.id)}" if row.id else ""
+        where = (own.strip() or file) if file == before else f"{file}{own}"
         shown.append(where if len(where) <= _MAX_PLACE else f"...{where[-_MAX_PLACE:]}")
         before = file
     return shown

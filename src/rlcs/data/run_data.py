@@ -16,6 +16,8 @@ from rlcs.records import Problem
 _MAX_PIXELS = 2_000_000_000
 """Pixels that are decoded to compare one training source with the test problems: about 20 s on two cores."""
 _SHOWN = 3
+_ID = 40
+"""Characters of an id that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def compare_with_test(data: RunData, settings: Data) -> RunData:
     }
     found = {role: finder.find(problems) for role, problems in training.items() if problems}
     facts = [fact for role, overlaps in found.items() for fact in overlap_facts(role, overlaps)]
-    notes = [overlap_line(fact, len(training[fact["role"]]), settings.overlap) for fact in facts]
+    notes = [_overlap_line(fact, len(training[fact["role"]]), settings.overlap) for fact in facts]
     shared = {role: {o.a for o in overlaps if o.kind in SHARED} for role, overlaps in found.items()}
     if finder.uncompared:
         notes.append(
@@ -135,29 +137,30 @@ def overlap_facts(role: str, overlaps: Sequence[Overlap]) -> list[dict[str, Any]
 
 
 _SAYS: dict[Kind, str] = {
-    "same problem": "are also in test, with the same question and the same images",
-    "same question": "are also in test, with the same question (without images)",
-    "same image": "have an image of test with another question",
-    "near image": "have an image that looks like one of test",
+    "same problem": "are also in {test}, with the same question and the same images",
+    "same question": "are also in {test}, with the same question (without images)",
+    "same image": "have an image of {test}, with another question",
+    "near image": "have an image that looks like one of {test}",
+}
+_DONE = {
+    "warn": "the test then measures what was trained on. data.overlap=drop leaves them out of the training, "
+    "data.overlap=refuse stops a run",
+    "drop": "they are left out of the training (data.overlap=drop)",
+    "refuse": "the run does not start (data.overlap=refuse)",
 }
 
 
-def overlap_line(fact: Mapping[str, Any], total: int, setting: str) -> str:
-    """One sentence about the overlaps of one kind: how many, the first of them, what is done about it."""
+def overlap_sentence(fact: Mapping[str, Any], total: int, test: str) -> str:
+    """One sentence about the overlaps of one kind: how many, and the first of them."""
     pairs = "; ".join(f"{a[:_ID]} is {b[:_ID]} there" for a, b in fact["first"])
-    what = f"{fact['rows']:,} of {total:,} rows of {fact['role']} {_SAYS[fact['kind']]} (first: {pairs})"
-    if fact["kind"] not in SHARED:
-        return f"note: {what}"
-    done = {
-        "warn": "the test then measures what was trained on. data.overlap=drop leaves them out of the "
-        "training, data.overlap=refuse stops a run",
-        "drop": "they are left out of the training (data.overlap=drop)",
-        "refuse": "",
-    }[setting]
-    return f"{what}: {done}" if done else what
+    says = _SAYS[fact["kind"]].format(test=test)
+    return f"{fact['rows']:,} of {total:,} rows of {fact['role']} {says} (first: {pairs})"
 
 
-_ID = 40
+def _overlap_line(fact: Mapping[str, Any], total: int, setting: str) -> str:
+    """The sentence, and what is done about it."""
+    sentence = overlap_sentence(fact, total, "test")
+    return f"{sentence}: {_DONE[setting]}" if fact["kind"] in SHARED else f"note: {sentence}"
 
 
 def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, ...]:

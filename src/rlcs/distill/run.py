@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.data.check import grouped
+from rlcs.data.given import counts_of, grade_given, sentences, unanswerable, why_left_out
 from rlcs.data.loading import Loaded, load, require_usable
 from rlcs.data.problem_store import with_copies
 from rlcs.data.rows import Row
 from rlcs.distill.chains import Chain
 from rlcs.distill.filters import choose
-from rlcs.distill.given import counts_of, grade_given, sentences, unanswerable, why_left_out
 from rlcs.distill.schedule import Schedule, why_not
 from rlcs.distill.teachers import open_teacher
 from rlcs.errors import DataError, UserError

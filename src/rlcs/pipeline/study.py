@@ -27,6 +27,7 @@ from rlcs.grading.reward import WeightedSum, open_reward, try_reward
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
 from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
@@ -87,7 +88,8 @@ class Study:
             return self._run_stages()
 
     def _run_stages(self) -> dict[str, Any]:
-        data, study = self._data, self.recipe.study
+        self._data = data = self._checked_data()
+        study = self.recipe.study
         for line in data.notes:
             log.warning(line)
         self._world.first(self._try_reward)
@@ -104,6 +106,11 @@ class Study:
             self._measure(arm)  # a call of its own frees the model before the next one is loaded
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
+
+    def _checked_data(self) -> RunData:
+        data = check_prompts(self._data, self.recipe)
+        self._world.first(lambda: write_json(self.folder / CHECKS, data.checks))
+        return data
 
     def _try_reward(self) -> None:
         """Call every part of the reward before anything is trained: a mistake in it must not wait for RL."""

@@ -1,8 +1,8 @@
 """Grades demonstrations that the data already has, before they are imitated.
 
 A response is compared with its gold answer by the rule of `grading`, whatever else the recipe's reward has.
-Its final answer may stand in a box, in `<answer>` tags, after "the answer is" or `####`, or be the whole response.
-What cannot be compared is kept: where the gold answer was taken out of the response itself, where
+Its final answer may stand in a box, in `<answer>` tags, after "the answer is" or `####`, or be the whole
+response. What cannot be compared is kept: where the gold answer was taken out of the response itself, where
 `data.answers=as_given` leaves gold answers to others, and where the grader reached no verdict in time.
 """
 
@@ -89,7 +89,7 @@ def _known(path: Path | None) -> dict[str, Grade]:
     """The grades of an earlier start; those without a verdict are graded again."""
     if path is None or not path.exists():
         return {}
-    read = ((row.get("key"), from_row_or_none(Grade, row.get("grade"))) for row in read_jsonl(path))
+    read = ((row.get("key"), from_row_or_none(Grade, row.get("grade") or {})) for row in read_jsonl(path))
     return {str(key): grade for key, grade in read if grade is not None and grade.scored}
 
 
