@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlcs.data import puzzles
-from rlcs.data.check import places
+from rlcs.data.check import grouped, places
 from rlcs.data.rows import BadRow, Row
+from rlcs.errors import DataError
 from rlcs.grading import GradePool
 from rlcs.grading.golds import unwrap
 from rlcs.progress import Screen
@@ -147,3 +148,14 @@ def unanswerable(rows: Sequence[Row], teacher: Teacher) -> list[BadRow]:
         for row in rows
         if row.response is None and not puzzles.is_builtin(row.problem)
     ]
+
+
+def require_answerable(rows: Sequence[Row], teacher: Teacher) -> None:
+    """Raise DataError if there are rows without a response that the built-in teacher does not know."""
+    if unknown := unanswerable(rows, teacher):
+        raise DataError(
+            f"{len(unknown):,} of {len(rows):,} rows are no demonstrations\n    "
+            + "\n    ".join(grouped(unknown)),
+            where=rows[0].problem.source,
+            fix="give each a `response`, or name a teacher that writes it: teacher.base_url and teacher.model",
+        )

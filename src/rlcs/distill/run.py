@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlcs.data.check import grouped
-from rlcs.data.given import counts_of, grade_given, sentences, unanswerable, why_left_out
+from rlcs.data.given import counts_of, grade_given, require_answerable, sentences, why_left_out
 from rlcs.data.loading import Loaded, load, require_usable
 from rlcs.data.problem_store import with_copies
 from rlcs.data.rows import Row
@@ -23,7 +22,7 @@ from rlcs.distill.chains import Chain
 from rlcs.distill.filters import choose
 from rlcs.distill.schedule import Schedule, why_not
 from rlcs.distill.teachers import open_teacher
-from rlcs.errors import DataError, UserError
+from rlcs.errors import UserError
 from rlcs.generation import Entry, SampleLog
 from rlcs.grading import GradePool
 from rlcs.progress import Screen
@@ -55,14 +54,7 @@ def run(
     kept; the answers of an earlier run into the same folder are reused. Raises DataError for a problem that
     the built-in teacher cannot answer, UserError if there is no demonstration, Stopped when `stop` is set.
     """
-    if unknown := unanswerable(rows, teacher):
-        raise DataError(
-            f"{len(unknown):,} of {len(rows):,} rows have no demonstration\n    "
-            + "\n    ".join(grouped(unknown)),
-            where=rows[0].problem.source,
-            fix="give demonstrations (rows with a `response`), or name a teacher: teacher.base_url and "
-            "teacher.model",
-        )
+    require_answerable(rows, teacher)
     missing = {row.problem.id: row.problem for row in rows if row.response is None}
     chain = None
     if teacher.who != "builtin":
