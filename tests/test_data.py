@@ -54,6 +54,56 @@ def folder(tmp_path):
     return tmp_path
 
 
+HISTORY = [
+    {"role": "system", "text": "Be brief."},
+    {"role": "user", "text": "<image>What is it?"},
+    {"role": "assistant", "text": "A square."},
+]
+
+
+def conversation(**changes):
+    row = {"question": "And <image> here?", "images": ["images/a.png", "images/b.png"], "answer": "red"}
+    return {**row, "history": HISTORY, **changes}
+
+
+def test_a_history_is_the_turns_before_the_question(folder):
+    plain = conversation(history=None, question="Which?")
+    note = conversation(history="of art", question="Which?")
+    loaded = load(write_jsonl(folder, [conversation(), plain, note]))
+    first, second, third = (row.problem for row in loaded.rows)
+    assert [(turn.role, turn.text) for turn in first.history] == [
+        (turn["role"], turn["text"]) for turn in HISTORY
+    ]
+    assert len(first.images) == 2 and second.history == third.history == ()
+    assert third.metadata == {"history": "of art"}
+    assert loaded.notes == ("1 rows have a system prompt of their own, used instead of prompt.system",)
+
+
+@pytest.mark.parametrize(
+    ("history", "reason"),
+    [
+        ([["a", "b"]], "the history must be a list of {role, text}"),
+        ([{"role": "user", "text": 3}], "text must be a text"),
+        ([{"role": "tool", "text": "x"}], "role must be one of"),
+        (HISTORY[:2], "turns of user and assistant alternate"),
+        ([*HISTORY[1:], HISTORY[0]], "a system turn comes first"),
+    ],
+)
+def test_a_history_that_is_none_is_a_bad_row(folder, history, reason):
+    assert reason in only_bad(load(write_jsonl(folder, [conversation(history=history)]))).reason
+
+
+def test_system_prompts_of_rows_can_be_left_out_and_are_counted(folder):
+    rows = [conversation(id=str(n)) for n in range(2)] + [conversation(history=HISTORY[1:])]
+    loaded = load(write_jsonl(folder, rows), system="recipe")
+    assert all([turn.role for turn in row.problem.history] == ["user", "assistant"] for row in loaded.rows)
+    assert loaded.notes == ("2 rows have a system prompt of their own, left out (data.system=recipe)",)
+    pictured = [{"role": "system", "text": "See <image>"}, *HISTORY[1:]]
+    row = conversation(history=pictured, question="Which?")
+    assert load(write_jsonl(folder, [row])).rows
+    assert "would lose" in only_bad(load(write_jsonl(folder, [row]), system="recipe")).reason
+
+
 # ------------------------------------------------------------------------------ JSONL and JSON
 
 

@@ -75,7 +75,7 @@ def test_a_few_long_prompts_are_left_out_of_training_and_many_are_refused(charts
     checked = check_prompts(data, recipe)
     assert (len(checked.cold_start), len(checked.rl), len(checked.test)) == (9, 9, 10)
     assert [note.partition(":")[0] for note in checked.notes] == [
-        "left out of cold_start", "left out of rl", "counted as wrong",
+        "left out of cold_start", "left out of rl", "count as wrong in test",
     ]  # fmt: skip
     facts = checked.checks["sources"]["rl"]
     assert facts["prompts_too_long"] == 2 and facts["longest_prompt"] > 256

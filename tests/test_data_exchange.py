@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from conftest import make_conversation
 from rlcs.data import puzzles
 from rlcs.data.exchange import export
 from rlcs.data.images import image_from_bytes
@@ -65,6 +66,47 @@ def test_the_published_layout_comes_back_as_it_went(tmp_path: Path):
     )
     with pytest.raises(RunFolderError, match="not empty"):
         export(rows, tmp_path / "out", layout="published", source="here")
+
+
+def test_conversations_are_exported_whole(tmp_path: Path):
+    problem = make_conversation("talk", system="Be brief.", choices=("four", "five"))
+    rows = [Row(problem=problem, response="It is \\boxed{A}"), demonstrations()[0]]
+    asked = "Now <image> all together?\n(A) four\n(B) five"
+    for layout in ("published", "ms-swift", "llama-factory"):
+        export(rows, tmp_path / layout, layout=layout, source="here")
+    swift, plain = read_jsonl(tmp_path / "ms-swift/train.jsonl")
+    assert (swift["system"], swift["query"]) == ("Be brief.", asked)
+    assert swift["history"] == [
+        ["<image>How many are red?", "I count two.\n\\boxed{2}"],
+        ["And in <image> here?", "Three: \\boxed{3}"],
+    ]
+    assert not {"system", "history"} & plain.keys() and len(swift["images"]) == 3
+    talk = read_jsonl(tmp_path / "llama-factory/train.jsonl")[0]["conversations"]
+    assert [turn["from"] for turn in talk] == ["system", "human", "gpt", "human", "gpt", "human", "gpt"]
+    assert "".join(turn["value"] for turn in talk).count("<image>") == 3
+    first, second = read(tmp_path / "published/data/train-00000-of-00001.parquet", response=("answer",))
+    assert (first.problem.history, first.problem.question) == (problem.history, asked)
+    assert first.response == rows[0].response and second.problem.history == ()
+    assert [ref.sha256 for ref in first.problem.images] == [ref.sha256 for ref in problem.images]
+
+
+def test_images_without_slots_begin_the_first_turn_of_an_export(tmp_path: Path):
+    history = (Turn(role="user", text="What is it?"), Turn(role="assistant", text="A square."))
+    problem = replace(demonstrations()[0].problem, question="Sure?", history=history)
+    export([Row(problem=problem, response="Yes")], tmp_path / "out", layout="ms-swift", source="here")
+    [line] = read_jsonl(tmp_path / "out/train.jsonl")
+    assert line["history"] == [["<image>What is it?", "A square."]] and line["query"] == "Sure?"
+
+
+def test_only_the_same_conversation_is_the_same_problem():
+    one, other = make_conversation("a"), make_conversation("a")
+    edited = replace(
+        other, id="b", history=(replace(other.history[0], text="<image>How?"), *other.history[1:])
+    )
+    kinds = {found.a: found.kind for found in find_overlaps([replace(other, id="c"), edited], [one])}
+    assert kinds == {"c": "same problem", "b": "same image"}
+    system = make_conversation("a", system="Be brief.")
+    assert find_overlaps([one], [replace(system, id="d")])[0].kind == "same problem"
 
 
 @pytest.mark.parametrize("layout", ["ms-swift", "llama-factory"])

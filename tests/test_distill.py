@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from conftest import make_conversation
 from rlcs.data import puzzles
 from rlcs.data.loading import load
 from rlcs.data.rows import Row
@@ -147,6 +148,20 @@ def test_kept_demonstrations_can_be_read_again(tmp_path: Path) -> None:
     assert load_kept(rows, tmp_path) == kept
     with pytest.raises(UserError, match="no longer in the data"):
         load_kept(rows[1:], tmp_path)
+
+
+def test_a_conversation_comes_back_from_the_files_that_were_written(tmp_path: Path) -> None:
+    problem = make_conversation("talk", system="Be brief.")
+    rows = [Row(problem=problem, response=r"All together: \boxed{4}"), *builtin_rows(1)]
+    kept = run(rows, Teacher(wrong_share=0.0), folder=tmp_path, seed=1)
+    assert load_kept(rows, tmp_path) == kept and kept[0].problem.history == problem.history
+    for name, role in (("kept.jsonl", "cold_start"), ("problems.jsonl", "rl")):
+        again = load(str(tmp_path / name), Data(), decode_limit=10**6, role=role).rows[0].problem
+        assert (again.history, again.question) == (problem.history, problem.question)
+        assert [ref.sha256 for ref in again.images] == [ref.sha256 for ref in problem.images]
+    edited = [replace(rows[0], problem=replace(problem, history=problem.history[1:])), rows[1]]
+    with pytest.raises(UserError, match="no longer in the data as it was"):
+        load_kept(edited, tmp_path)
 
 
 def test_further_columns_of_a_problem_go_with_it(tmp_path: Path) -> None:

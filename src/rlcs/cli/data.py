@@ -79,12 +79,11 @@ def _is_override(text: str) -> bool:
 
 
 def _role(name: str | None) -> "Role":
-    from rlcs.data.sources import suggest
+    from rlcs.data.sources import ROLES, suggest
 
-    roles: tuple[Role, ...] = ("rl", "test", "cold_start")
-    chosen = next((known for known in roles if known == (name or "rl")), None)
+    chosen = next((known for known in ROLES if known == (name or "rl")), None)
     if chosen is None:
-        raise RecipeError(f"unknown role {name!r}", where="--role", fix=suggest(name or "", roles))
+        raise RecipeError(f"unknown role {name!r}", where="--role", fix=suggest(name or "", ROLES))
     return chosen
 
 
@@ -99,18 +98,18 @@ def _check_recipe(recipe: "Recipe", count: "CountPrompts", *, json: bool) -> Non
 
     checks, errors, notes = check_recipe_data(recipe, count)
     lines: list[str] = []
-    for found in checks:
-        lines += [f"{found.role}: {found.source}", *(f"  {line}" for line in _lines(found)), ""]
+    for name, found in checks.items():
+        lines += [f"{name}: {found.source}", *(f"  {line}" for line in _lines(found)), ""]
     lines += [f"{role}: {error}" for role, error in errors.items()]
-    refused = bool(errors) or any(found.refusal or not found.good for found in checks)
-    bad = any(found.bad for found in checks)
+    refused = bool(errors) or any(found.refusal or not found.good for found in checks.values())
+    bad = any(found.bad for found in checks.values())
     verdict = "`rlcs run` refuses this data" if refused else "`rlcs run` accepts this data"
     lines += [
         *notes,
         f"{verdict}, and leaves the rows out that cannot be used" if bad and not refused else verdict,
     ]
     facts = {
-        "sources": {found.role: _facts(found) for found in checks},
+        "sources": {name: _facts(found) for name, found in checks.items()},
         "errors": errors,
         "overlap": notes,
         "accepted": not refused,

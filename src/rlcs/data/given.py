@@ -157,5 +157,5 @@ def require_answerable(rows: Sequence[Row], teacher: Teacher) -> None:
             f"{len(unknown):,} of {len(rows):,} rows are no demonstrations\n    "
             + "\n    ".join(grouped(unknown)),
             where=rows[0].problem.source,
-            fix="give each a `response`, or name a teacher that writes it: teacher.base_url and teacher.model",
+            fix="give each a `response`, or name a teacher: teacher.base_url and teacher.model",
         )

@@ -215,3 +215,13 @@ def _rgb(image: "Image") -> "Image":
         white = pil.new("RGBA", layer.size, "white")
         return pil.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether any program shows an image alike, which was measured before.
+
+    It is an upright PNG or JPEG in 8-bit RGB or gray, without transparency or further frames.
+    """
+    image = _opened(data, limit=1 << 62, where="image")
+    plain = image.format in ("PNG", "JPEG") and image.mode in ("RGB", "L") and not image.has_transparency_data
+    return plain and _orientation(image) == 1 and getattr(image, "n_frames", 1) == 1

@@ -27,7 +27,18 @@ class Loaded:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How many gold answers were unwrapped, from what, and the first of them; empty if none was."""
+        """What was unwrapped from gold answers, with an example, and how many rows have a system prompt."""
+        return (*self._unwrapped_note(), *self._system_note())
+
+    def _system_note(self) -> tuple[str, ...]:
+        own = [row.problem for row in self.rows if row.own_system]
+        if not own:
+            return ()
+        used = any(turn.role == "system" for problem in own for turn in problem.history)
+        how = "used instead of prompt.system" if used else "left out (data.system=recipe)"
+        return (f"{len(own):,} rows have a system prompt of their own, {how}",)
+
+    def _unwrapped_note(self) -> tuple[str, ...]:
         wrapped = [row for row in self.rows if row.mark]
         if not wrapped:
             return ()

@@ -212,7 +212,7 @@ def _question_key(problem: Problem) -> bytes:
 
     Case, character width, spaces, punctuation and image slots do not count.
     """
-    earlier = "\n".join(turn.text for turn in problem.history)
+    earlier = "\n".join(turn.text for turn in problem.history if turn.role != "system")
     text = f"{earlier}\n{problem.question_with_choices}".replace(IMAGE_SLOT, " ")
     text = _DELIMITER.sub(" ", unicodedata.normalize("NFKC", text).casefold())
     return hashlib.blake2b(" ".join(_TOKEN.findall(text)).encode(), digest_size=16).digest()

@@ -19,7 +19,7 @@ from rlcs.grading.extraction import extract
 from rlcs.grading.golds import unwrap
 from rlcs.grading.inspection import gold_fault
 from rlcs.recipe.schema import Data
-from rlcs.records import ImageRef, Json, Problem
+from rlcs.records import IMAGE_SLOT, ImageRef, Json, Problem, Turn, from_row
 
 _METADATA_TEXT = 200
 """Characters; longer texts in further columns are left out of the metadata."""
@@ -51,6 +51,7 @@ class Row:
     `given` is the gold answer as the row has it, if it was unwrapped, and `mark` what it was unwrapped from.
     `where` is as in `BadRow`. A response is `gradable` if the rule can compare it with the gold answer: not
     where that was taken out of the response itself, or is left as given.
+    `own_system`: the row had a system prompt, which is in `problem.history` unless `data.system` is `recipe`.
     """
 
     problem: Problem
@@ -59,6 +60,7 @@ class Row:
     mark: str = ""
     where: str = ""
     gradable: bool = True
+    own_system: bool = False
 
     def refused(self, reason: str) -> BadRow:
         """This row as one that cannot be used."""
@@ -76,6 +78,7 @@ class RowReader:
         self._table = table
         self._columns = settings.columns
         self._as_given = settings.answers == "as_given"
+        self._system = settings.system
         self._role = role
         self._limit = limit
         self._decode = decode
@@ -141,6 +144,14 @@ class RowReader:
         choices = _choices(fields.get(_first(fields, columns.choices) or ""))
         needed = response is None and self._role != "ask"
         answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
+        history = _history(fields.get("history"))
+        own_system = bool(history) and history[0].role == "system"
+        if own_system and self._system == "recipe":
+            if IMAGE_SLOT in history[0].text:
+                raise ValueError(
+                    "the row's system prompt shows an image, which data.system=recipe would lose"
+                )
+            history = history[1:]
         problem = Problem(
             id=name,
             source=self._table.source,
@@ -149,12 +160,14 @@ class RowReader:
             images=self._images(raw),
             choices=choices,
             metadata=self._metadata(fields),
+            history=history,
         )
         given = given if mark else ""
         gradable = own_gold and not self._as_given
         return Row(
-            problem=problem, response=response, given=given, mark=mark, where=raw.where, gradable=gradable
-        )
+            problem=problem, response=response, given=given, mark=mark, own_system=own_system,
+            where=raw.where, gradable=gradable,
+        )  # fmt: skip
 
     def _answer_and_response(self, fields: Mapping[str, Any]) -> tuple[str, str | None, bool]:
         """The gold answer, the response, and whether the gold answer stands apart from the response."""
@@ -298,6 +311,16 @@ def _unwrapped(gold: str, choices: tuple[str, ...], *, needed: bool) -> tuple[st
         raise ValueError(fault)
     found = unwrap(gold)
     return (gold, "") if found.text is None else (found.text, found.why)
+
+
+def _history(value: object) -> tuple[Turn, ...]:
+    """The turns before the question: a list of {role, text}, as `kept.jsonl` and exports have it."""
+    if not isinstance(value, list):
+        return ()  # another column of this name
+    try:
+        return tuple(from_row(Turn, turn) for turn in value)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"the history must be a list of {{role, text}}: {error}") from error
 
 
 def _choices(value: object) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from rlcs.data.overlap import KINDS, SHARED, Kind, Overlap, OverlapFinder
 from rlcs.data.rows import Row
 from rlcs.data.sources import Role
 from rlcs.errors import DataError
-from rlcs.recipe.schema import Data, Study
+from rlcs.recipe.schema import Data, Study, Validation
 from rlcs.records import Problem
 
 _MAX_PIXELS = 2_000_000_000
@@ -24,17 +24,19 @@ _ID = 40
 class RunData:
     """The data of a study; `notes` name the rows that were left out, and say which answers were unwrapped.
 
-    A source that no arm of the study needs is not read: its data is empty. `checks` are the facts that the
-    run folder's `data_checks.json` holds.
+    A source that no arm of the study needs is not read: its data is empty. `validation` holds the problems
+    that are measured while a stage trains; none of them is in `rl`. `checks` are the facts that the run
+    folder's `data_checks.json` holds.
     """
 
     cold_start: tuple[Row, ...]
     rl: tuple[Problem, ...]
     test: tuple[Problem, ...]
+    validation: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     checks: Mapping[str, Any] = field(default_factory=dict)
 
-    def without(self, left_out: Mapping[Role, Collection[str]]) -> "RunData":
+    def without(self, left_out: Mapping[str, Collection[str]]) -> "RunData":
         """The same data without the training rows of these ids."""
         return replace(
             self,
@@ -45,34 +47,52 @@ class RunData:
         )
 
 
-def sources_of(study: Study, settings: Data) -> dict[Role, str]:
-    """The data sources that the arms of a study need, by their role."""
-    sources: dict[Role, str] = {"test": settings.test}
-    if study.main != "sft":
-        sources = {"rl": settings.rl, **sources}
+def sources_of(study: Study, settings: Data, validation: Validation) -> dict[str, tuple[str, Role]]:
+    """The data sources that a study needs and their roles, by the name of their data in `RunData`."""
+    sources: dict[str, tuple[str, Role]] = {"test": (settings.test, "test")}
+    if study.main != "sft" or validation.held_out:
+        sources = {"rl": (settings.rl, "rl"), **sources}
     if study.cold_starts:
-        sources = {"cold_start": settings.cold_start, **sources}
+        sources = {"cold_start": (settings.cold_start, "cold_start"), **sources}
+    if validation.on and validation.source is not None:
+        sources["validation"] = (validation.source, "test")
     return sources
 
 
-def load_run_data(study: Study, settings: Data, *, decode_limit: int) -> RunData:
+def key_of(name: str) -> str:
+    """The recipe key of a data source."""
+    return "validation.source" if name == "validation" else f"data.{name}"
+
+
+def load_run_data(
+    study: Study,
+    settings: Data,
+    *,
+    decode_limit: int,
+    validation: Validation = Validation(),  # noqa: B008 - frozen
+) -> RunData:
     """Read and check the data sources that the arms need; `decode_limit` is in pixels an image.
 
     Raises DataError before anything is trained.
     """
-    loaded: dict[Role, Loaded] = {}
-    for role, source in sources_of(study, settings).items():
-        loaded[role] = load(source, settings, decode_limit=decode_limit, role=role)
-        require_usable(loaded[role], settings)
-    notes = [f"{role}: {note}" for role, each in loaded.items() for note in each.notes]
-    notes += [f"left out of {role}: {line}" for role, each in loaded.items() for line in grouped(each.bad)]
-    problems = {role: [row.problem for row in each.rows] for role, each in loaded.items()}
+    loaded: dict[str, Loaded] = {}
+    for name, (source, role) in sources_of(study, settings, validation).items():
+        loaded[name] = load(source, settings, decode_limit=decode_limit, role=role)
+        require_usable(loaded[name], settings)
+    notes = [f"{name}: {note}" for name, each in loaded.items() for note in each.notes]
+    notes += [f"left out of {name}: {line}" for name, each in loaded.items() for line in grouped(each.bad)]
+    problems = {name: tuple(row.problem for row in each.rows) for name, each in loaded.items()}
+    rl = by_pass_rate(problems["rl"], settings) if "rl" in problems else ()
+    rl, held_out = hold_out(rl, validation.held_out, settings.rl)
+    if "validation" in problems:
+        held_out = problems["validation"][: validation.problems]
     data = RunData(
         cold_start=loaded["cold_start"].rows if "cold_start" in loaded else (),
-        rl=by_pass_rate(problems["rl"], settings) if "rl" in problems else (),
-        test=tuple(problems["test"]),
+        rl=rl if study.main != "sft" else (),
+        test=problems["test"],
+        validation=held_out,
         notes=tuple(notes),
-        checks={"sources": {role: _facts(each) for role, each in loaded.items()}},
+        checks={"sources": {name: _facts(each) for name, each in loaded.items()}},
     )
     return compare_with_test(data, settings)
 
@@ -93,7 +113,7 @@ def compare_with_test(data: RunData, settings: Data) -> RunData:
     Raises DataError with `refuse`, and with `drop` if nothing is left.
     """
     finder = OverlapFinder(data.test, all_problems=settings.overlap != "warn", max_pixels=_MAX_PIXELS)
-    training: dict[Role, list[Problem]] = {
+    training: dict[str, list[Problem]] = {
         "cold_start": [row.problem for row in data.cold_start],
         "rl": list(data.rl),
     }
@@ -161,6 +181,20 @@ def _overlap_line(fact: Mapping[str, Any], total: int, setting: str) -> str:
     """The sentence, and what is done about it."""
     sentence = overlap_sentence(fact, total, "test")
     return f"{sentence}: {_DONE[setting]}" if fact["kind"] in SHARED else f"note: {sentence}"
+
+
+def hold_out(
+    problems: tuple[Problem, ...], count: int, source: str
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """Split the last `count` problems off. Raises DataError where that is more than half of them."""
+    if count > len(problems) / 2:
+        raise DataError(
+            f"validation would take {count:,} of {len(problems):,} problems of data.rl",
+            where=source,
+            fix="lower validation.problems, or name other problems in validation.source",
+        )
+    left = len(problems) - count
+    return problems[:left], problems[left:]
 
 
 def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, ...]:

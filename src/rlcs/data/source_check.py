@@ -8,7 +8,7 @@ from rlcs.data.check import grouped, option_notes, unmatchable
 from rlcs.data.given import grade_given, sentences, unanswerable, why_left_out
 from rlcs.data.loading import load, require_usable
 from rlcs.data.rows import BadRow, Row
-from rlcs.data.run_data import RunData, by_pass_rate, compare_with_test, sources_of
+from rlcs.data.run_data import RunData, by_pass_rate, compare_with_test, key_of, sources_of
 from rlcs.data.sources import Role
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Recipe
@@ -29,7 +29,7 @@ class Counts:
     longest: int
 
 
-def require_few(role: Role, bad: Sequence[BadRow], counts: Counts, recipe: Recipe) -> None:
+def require_few(name: str, bad: Sequence[BadRow], counts: Counts, recipe: Recipe) -> None:
     """Raise DataError if rows without a prompt, and unread ones, are more than `data.max_bad_share`."""
     total, lost, allowed = counts.usable + counts.unread, len(bad) + counts.unread, recipe.data.max_bad_share
     left = len(bad) < counts.usable
@@ -45,7 +45,7 @@ def require_few(role: Role, bad: Sequence[BadRow], counts: Counts, recipe: Recip
     raise DataError(
         f"{len(bad):,} of {counts.usable:,} rows cannot become prompts (allowed: {allowed:.1%})\n    "
         + "\n    ".join(grouped(bad)),
-        where=f"data.{role}={getattr(recipe.data, role)}",
+        where=key_of(name),
         fix=", ".join(filter(None, fixes)),
     )
 
@@ -151,19 +151,20 @@ def _length_notes(rows: Sequence[Row], recipe: Recipe) -> list[str]:
 
 def check_recipe_data(
     recipe: Recipe, count_prompts: CountPrompts
-) -> tuple[list[SourceCheck], dict[str, str], list[str]]:
+) -> tuple[dict[str, SourceCheck], dict[str, str], list[str]]:
     """Check all sources that a run of the recipe reads, then the overlap of training and test.
 
-    Returns what was found in each source, errors of sources that cannot be read by role, and notes.
+    Returns what was found in each source by its name, errors of sources that cannot be read, and notes.
     """
-    checks: list[SourceCheck] = []
+    checks: dict[str, SourceCheck] = {}
     errors: dict[str, str] = {}
-    for role, source in sources_of(recipe.study, recipe.data).items():
+    for name, (source, role) in sources_of(recipe.study, recipe.data, recipe.validation).items():
         try:
-            checks.append(check_source(source, role, recipe, count_prompts=count_prompts))
+            found = check_source(source, role, recipe, count_prompts=count_prompts)
+            checks[name] = found
         except DataError as error:
-            errors[role] = str(error)
-    rows = {check.role: check.good for check in checks}
+            errors[name] = str(error)
+    rows = {name: check.good for name, check in checks.items()}
     data = RunData(
         cold_start=rows.get("cold_start", ()),
         rl=_problems(rows.get("rl", ())),

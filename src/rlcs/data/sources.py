@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
 from rlcs.records import Problem
@@ -17,6 +18,8 @@ from rlcs.storage import jsonl_lines, parse_object, read_json, require_regular
 
 Role = Literal["cold_start", "rl", "test", "ask"]
 """The use of a source: cold start, RL, test, or questions without answers."""
+ROLES: tuple[Role, ...] = ("rl", "test", "cold_start")
+"""The uses in a run."""
 _BATCH = 64
 """Rows that are read at once; few, because embedded images may be megabytes each."""
 _BUILTIN = "builtin:"
@@ -186,7 +189,8 @@ def _load_dataset(name: str, split: str, config: str | None) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split)
+        with cache_where_unreachable(name):
+            return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # network, hub and builder errors share no base class
         raise DataError(
             f"this data set cannot be loaded: {error}",

@@ -142,6 +142,7 @@ def _settings(run: EvalRun, loaded: Loaded, model: str) -> dict[str, Any]:
         "model": model,
         "weights": _weights_stamp(model) if run.endpoint is None else None,
         "base_url": run.endpoint.base_url if run.endpoint else None,
+        "request": run.endpoint.request.model_dump(include={"omit", "extra"}) if run.endpoint else None,
         "engine": None if run.endpoint or run.engine.engine == "local" else "vllm",
         "split": loaded.split,
         "prompt": run.style,

@@ -7,7 +7,7 @@ families use it), which tests hold.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import groupby
 from typing import Any
@@ -56,6 +56,7 @@ class Chat:
         self._vision_start = self._control("<|vision_start|>")
         self._vision_end = self._control("<|vision_end|>")
         self.image_id = self._control("<|image_pad|>")
+        self._bytes_of_letters = _bytes_of_letters()
 
     def _control(self, token: str) -> int:
         index = self._tokenizer.convert_tokens_to_ids(token)
@@ -97,17 +98,10 @@ class Chat:
         """
         if self._system is not None and (not messages or messages[0].role != "system"):
             messages = [Message(role="system", parts=(self._system,)), *messages]
-        segments: list[Segment] = []
-        for message in messages:
-            segments += [self._start, message.role + "\n"]
-            for part in message.parts:
-                is_image = isinstance(part, ImageRef)
-                segments += [self._vision_start, part, self._vision_end] if is_image else [part]
-            segments += [self.end_id, "\n"]
-        segments += [self._start, "assistant\n"]
         ids: list[int] = []
-        spans, grids, images = [], [], []
-        for segment in _join_text(segments):
+        spans, grids, images, replies = [], [], [], []
+        for segment, is_reply in self._segments(messages):
+            start = len(ids)
             if isinstance(segment, int):
                 ids.append(segment)
             elif isinstance(segment, str):
@@ -116,13 +110,17 @@ class Chat:
             else:
                 grid = self._images.grid(segment)
                 size = grid[0] * grid[1] * grid[2] // self._images.merge_size**2
-                spans.append((len(ids), len(ids) + size))
+                spans.append((start, start + size))
                 ids += [self.image_id] * size
                 grids.append(grid)
                 images.append(segment)
+            if is_reply:
+                replies.append((start, len(ids)))
         if len(ids) > self._max_tokens:
             of_images = sum(b - a for a, b in spans)
-            raise self._too_long(f"{len(ids)} tokens, {of_images} of them image", name)
+            earlier = sum(message.role != "system" for message in messages) - 1
+            of_turns = f", with {earlier} turns before the question" if earlier > 0 else ""
+            raise self._too_long(f"{len(ids)} tokens, {of_images} of them image{of_turns}", name)
         return Prompt(
             problem_id=name,
             ids=tuple(ids),
@@ -131,7 +129,30 @@ class Chat:
             spans=tuple(spans),
             image_token_id=self.image_id,
             merge_size=self._images.merge_size,
+            replies=tuple(replies),
         )
+
+    def _segments(self, messages: Sequence[Message]) -> Iterator[tuple[Segment, bool]]:
+        """The segments of a conversation up to the next reply; each with whether an assistant wrote it.
+
+        What an assistant wrote is tokenised apart from the role before it, as when it was sampled.
+        """
+        for message in messages:
+            is_reply = message.role == "assistant" and bool(message.parts)
+            head: list[Segment] = [self._start, message.role + "\n"]
+            parts: list[Segment] = []
+            for part in message.parts:
+                is_image = isinstance(part, ImageRef)
+                parts += [self._vision_start, part, self._vision_end] if is_image else [part]
+            if is_reply:
+                yield from ((segment, False) for segment in head)
+                yield from ((segment, isinstance(segment, str)) for segment in _join_text(parts))
+            else:
+                yield from ((segment, False) for segment in _join_text([*head, *parts]))
+            yield self.end_id, is_reply
+            yield "\n", False
+        yield self._start, False
+        yield "assistant\n", False
 
     def _check_length(self, text: str, name: str) -> None:
         """Raise PromptError when a text is far too long, before all of it is tokenised.
@@ -165,6 +186,14 @@ class Chat:
     def token(self, index: int) -> str:
         """The text of one id for display; control ids as their names."""
         return str(self._tokenizer.decode([index]))
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that one id stands for: often a part of a character, which no text can say."""
+        if index not in self._tokenizer.added_tokens_decoder:
+            letters = self._tokenizer.convert_ids_to_tokens(index)
+            if letters is not None and all(letter in self._bytes_of_letters for letter in letters):
+                return bytes(self._bytes_of_letters[letter] for letter in letters)
+        return self.token(index).encode()
 
     def patches(self, ref: ImageRef) -> Tensor:
         """Patches (patches, patch size) of one image: the pixel source of packs."""
@@ -211,6 +240,16 @@ def set_default_system(processor: Any, system: str) -> None:
         f"{{%- if messages[0].role != 'system' -%}}{{%- set messages = {first} + messages -%}}{{%- endif -%}}"
     )
     processor.chat_template = processor.tokenizer.chat_template = f"{head}\n{processor.chat_template}"
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """The byte behind each letter of a byte-level vocabulary, as GPT-2's encoder assigns them.
+
+    Printable bytes of Latin-1 stand for themselves, the others for letters from U+0100 on.
+    """
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def _join_text(segments: Sequence[Segment]) -> list[Segment]:

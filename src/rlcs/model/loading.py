@@ -22,6 +22,7 @@ from transformers import (
     CompressedTensorsConfig,
 )
 
+from rlcs.data.hub import cache_where_unreachable
 from rlcs.distributed import ALONE, World
 from rlcs.errors import ModelError, PromptError, UserError
 from rlcs.model import attention
@@ -194,7 +195,8 @@ def _load_description(settings: ModelSettings) -> tuple[Any, Any]:
 def _model_errors(settings: ModelSettings) -> Iterator[None]:
     """Turn errors of transformers while it loads a model into ModelError."""
     try:
-        yield
+        with cache_where_unreachable(resolve(settings.name)):
+            yield
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load the model: {str(error).splitlines()[0]}",

@@ -12,11 +12,12 @@ from rlcs.data.check import grouped
 from rlcs.data.rows import BadRow, Row
 from rlcs.data.run_data import RunData
 from rlcs.data.source_check import CountPrompts, Counts, require_few
-from rlcs.data.sources import Role
+from rlcs.data.sources import ROLES, Role
 from rlcs.errors import DataError, PromptError
 from rlcs.model.chat import Chat
 from rlcs.model.loading import load_chat
 from rlcs.recipe.schema import Recipe
+from rlcs.records import Problem
 
 CHECKS = "data_checks.json"
 _FAR_TOO_LONG = 16
@@ -60,29 +61,33 @@ def long_prompts(rows: Sequence[Row], chat: Chat, limit: int) -> tuple[list[BadR
 
 
 def check_prompts(data: RunData, recipe: Recipe) -> RunData:
-    """Leave training rows out whose prompts are too long, and note them; test problems count as wrong.
+    """Leave training rows out whose prompts are too long, and note them; measured problems count as wrong.
 
     Raises DataError if these and the rows that could not be read are too many for `data.max_bad_share`.
     """
-    rows: dict[Role, list[Row]] = {
+    rows: dict[str, list[Row]] = {
         "cold_start": list(data.cold_start),
-        "rl": [Row(problem=problem, response=None) for problem in data.rl],
-        "test": [Row(problem=problem, response=None) for problem in data.test],
+        **{name: list(map(_row, getattr(data, name))) for name in ("rl", "test", "validation")},
     }
     notes: list[str] = []
-    left_out: dict[Role, set[str]] = {}
-    facts: dict[str, Any] = {role: dict(each) for role, each in data.checks.get("sources", {}).items()}
-    for role, each in rows.items():
+    left_out: dict[str, set[str]] = {}
+    facts: dict[str, Any] = {name: dict(each) for name, each in data.checks.get("sources", {}).items()}
+    for name, each in rows.items():
         if not each:
             continue
+        role: Role = next((known for known in ROLES if known == name), "test")
         bad, longest = count_prompts(recipe)(each, role)
-        facts[role] = {**facts.get(role, {}), "prompts_too_long": len(bad), "longest_prompt": longest}
+        facts[name] = {**facts.get(name, {}), "prompts_too_long": len(bad), "longest_prompt": longest}
         if bad:
-            unread = facts[role].get("left_out", 0)
-            require_few(role, bad, Counts(usable=len(each), unread=unread, longest=longest), recipe)
-            done = "counted as wrong" if role == "test" else f"left out of {role}"
+            unread = facts[name].get("left_out", 0)
+            require_few(name, bad, Counts(usable=len(each), unread=unread, longest=longest), recipe)
+            done = f"left out of {name}" if name in ("cold_start", "rl") else f"count as wrong in {name}"
             notes += [f"{done}: {line}" for line in grouped(bad)]
-            left_out[role] = {row.id for row in bad}
+            left_out[name] = {row.id for row in bad}
     return replace(
         data.without(left_out), notes=(*data.notes, *notes), checks={**data.checks, "sources": facts}
     )
+
+
+def _row(problem: Problem) -> Row:
+    return Row(problem=problem, response=None)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Qwen2_5_VLConfig
 
+from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import ModelError
 from rlcs.model.families import FAMILIES
 from rlcs.model.loading import resolve
@@ -127,7 +128,8 @@ def sizes_of(settings: Model) -> Sizes:
 def _configuration(settings: Model) -> Any:
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(resolve(settings.name), **options)
+        with cache_where_unreachable(resolve(settings.name)):
+            return AutoConfig.from_pretrained(resolve(settings.name), **options)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the model's configuration cannot be found: {str(error).splitlines()[0]}",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import ModelError, RunFolderError
 from rlcs.model.chat import VISION_TOKENS, set_default_system
 from rlcs.publish import card, quantise
@@ -50,8 +51,9 @@ def export(wanted: Export) -> list[Path]:
         options["trust_remote_code"] = source.recipe.model.trust_remote_code
     try:
         dtype = DTYPES[wanted.dtype] if wanted.dtype else "auto"
-        model = AutoModelForImageTextToText.from_pretrained(source.weights, dtype=dtype, **options)
-        processor = AutoProcessor.from_pretrained(source.weights, **options)
+        with cache_where_unreachable(source.weights):
+            model = AutoModelForImageTextToText.from_pretrained(source.weights, dtype=dtype, **options)
+            processor = AutoProcessor.from_pretrained(source.weights, **options)
     except (OSError, ValueError) as error:
         what = f"cannot load the model: {str(error).splitlines()[0]}"
         fix = "give a run folder, a folder in Hugging Face format, a hub id, or `builtin`"

@@ -107,6 +107,9 @@ class Data(Section):
     answers: Literal["unwrapped", "as_given"] = "unwrapped"
     """`unwrapped`: gold answers are taken out of boxes, tags and worked solutions, and rows whose gold answer
     nothing can match are not used; `as_given`: they stay as they are, for an own reward or a judge."""
+    system: Literal["row", "recipe"] = "row"
+    """The system prompt of a row that has one: `row`: its own, instead of `prompt.system` and
+    `prompt.rl_system`; `recipe`: theirs, and the row's is left out."""
     columns: Columns = Columns()
     """Column names."""
 
@@ -189,7 +192,7 @@ class Teacher(Server):
     @property
     def endpoint(self) -> Endpoint:
         """The server of a teacher of that kind."""
-        return Endpoint.model_validate({name: getattr(self, name) for name in Endpoint.model_fields})
+        return self.at(str(self.base_url), str(self.model), section="teacher")
 
 
 class Eval(Section):
@@ -210,11 +213,67 @@ class Eval(Section):
         return Sampling(n=n, seed=seed, **chosen)
 
 
-class Study(Section):
-    """The arms that `rlcs run` and `rlcs ablate` train and measure."""
+class Validation(Section):
+    """Measurement while a stage trains: pass@1 and pass@k, graded like the final one. Off by default."""
 
-    arms: tuple[ArmName, ...] = ("base", "sft_grpo")
-    """`base` and one that is trained, or more: `sft` and `grpo` beside `sft_grpo` complete the comparison."""
+    sft_every: Annotated[int, Field(ge=0)] = 0
+    """Steps of SFT between measurements, beside one before the first step and one after the last. 0: none."""
+    grpo_every: Annotated[int, Field(ge=0)] = 0
+    """The same for steps of GRPO."""
+    source: str | None = None
+    """Problems with answers, in the forms of `data.rl`. None: the last `problems` of `data.rl`, which RL then
+    does not train on. It is never `data.test`: what is chosen by its score would look too good there."""
+    problems: Positive = 200
+    """Problems that are measured at most: the first of `source`."""
+    samples: Positive = 1
+    """Answers to each problem. 1: greedy, for pass@1; k of them are sampled: pass@1 is their mean, and pass@k
+    the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of several samples."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling of several samples."""
+
+    @model_validator(mode="after")
+    def _is_on_where_it_is_set(self) -> "Validation":
+        if not self.on and self.model_fields_set - {"sft_every", "grpo_every"} and self != Validation():
+            raise ValueError(
+                "nothing is measured: set validation.sft_every or validation.grpo_every, to 10 say"
+            )
+        return self
+
+    @property
+    def on(self) -> bool:
+        """Whether any stage is measured while it trains."""
+        return self.sft_every > 0 or self.grpo_every > 0
+
+    @property
+    def held_out(self) -> int:
+        """How many of the problems of `data.rl` are taken out of it."""
+        return self.problems if self.on and self.source is None else 0
+
+    def sampling(self, *, max_new_tokens: int, seed: int) -> Sampling:
+        """The settings for sampling the answers to each problem."""
+        one = self.samples == 1
+        return Sampling(
+            n=self.samples,
+            temperature=0.0 if one else self.temperature,
+            top_p=1.0 if one else self.top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+
+
+class Study(Section):
+    """The arms that `rlcs run` trains and measures (other commands name their own), and the trial before."""
+
+    arms: tuple[ArmName, ...] = ("base", "sft", "sft_grpo")
+    """`base` and one that is trained, or more. `sft` beside `sft_grpo` is only measured, as it is trained
+    anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it."""
+
+    preflight: Literal["quick", "full", "off"] = "quick"
+    """What is tried before anything is trained. `quick`: every stage in small, in seconds: the local engine
+    answers a question, of vLLM the program and its GPUs are checked (it starts first thing afterwards, when
+    the base is measured). `full`: vLLM starts too, answers, and loads weights a second time: minutes."""
 
     @model_validator(mode="after")
     def _has_the_base_and_another(self) -> "Study":
@@ -267,6 +326,8 @@ class Recipe(Section):
     """The engine that samples."""
     eval: Eval = Eval()
     """Measurement."""
+    validation: Validation = Validation()
+    """Measurement while a stage trains."""
     study: Study = Study()
     """Arms."""
     report: Report = Report()
@@ -285,6 +346,26 @@ class Recipe(Section):
             raise ValueError(
                 "rollout.lora=adapter: vLLM takes adapters in the language model only, of rank "
                 f"{ADAPTER_RANKS[-1]} at most: set lora.parts=[language_model], or rollout.lora=merged"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_can_be_chosen(self) -> "Recipe":
+        stages = (
+            ("sft", self.sft, self.validation.sft_every),
+            ("grpo", self.grpo, self.validation.grpo_every),
+        )
+        for name, stage, every in stages:
+            if stage.keep == "best" and not every:
+                raise ValueError(
+                    f"{name}.keep=best chooses by validation: set validation.{name}_every, to 10 say"
+                )
+        if late := [step for step in self.grpo.keep_steps if step > self.grpo.steps]:
+            raise ValueError(f"grpo.keep_steps has {late[0]:,}, and grpo.steps is {self.grpo.steps:,}")
+        if self.validation.on and self.validation.source == self.data.test:
+            raise ValueError(
+                "validation.source is data.test: a model that is chosen by its score there would look too "
+                "good; name other problems, or leave validation.source out"
             )
         return self
 

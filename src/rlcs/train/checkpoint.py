@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,13 @@ def restore(state: TrainState, model: nn.Module, optimizer: Optimizer) -> None:
 
     Raises CheckpointError if the state is of another model or another choice of trained parts.
     """
+    restore_weights(state, model)
+    restore_optimizer(optimizer, dict(model.named_parameters()), state.optimizer)
+    restore_rng(state.rng)
+
+
+def restore_weights(state: TrainState, model: nn.Module) -> None:
+    """Restore the weights alone. Raises CheckpointError as `restore` does."""
     try:
         own = _trained(model)
         weights = {n: own_part(t, own[n]) if n in own else t for n, t in state.model.items()}
@@ -118,8 +125,6 @@ def restore(state: TrainState, model: nn.Module, optimizer: Optimizer) -> None:
         raise CheckpointError(
             f"the checkpoint is of another model: {error}", fix="resume with the recipe that wrote it"
         ) from error
-    restore_optimizer(optimizer, dict(model.named_parameters()), state.optimizer)
-    restore_rng(state.rng)
 
 
 def optimizer_to_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
@@ -215,8 +220,17 @@ def _unhex(text: str) -> Tensor:
 # --- state to disk ------------------------------------------------------------------------------
 
 
-def save(folder: Path, state: TrainState, *, keep: int, world: World = ALONE) -> Path:
+def save(
+    folder: Path,
+    state: TrainState,
+    *,
+    keep: int,
+    always: Collection[int] = (),
+    world: World = ALONE,
+) -> Path:
     """Write `step-NNNNNN` below `folder` and return its path; then prune to the `keep` newest.
+
+    Those of the steps `always` are kept besides.
 
     Whenever the process is killed, `load_latest` finds this state or the one before. Leftovers of
     earlier saves are removed. Raises RunFolderError, leaving no files, if the disk is full.
@@ -237,7 +251,8 @@ def save(folder: Path, state: TrainState, *, keep: int, world: World = ALONE) ->
         if world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    world.first(lambda: _put_in_place(aside, target, keep=keep, step=state.step))
+    world.first(lambda: _put_in_place(aside, target))
+    world.first(lambda: _prune(folder, state.step, keep, always))
     return target
 
 
@@ -247,7 +262,7 @@ def _prepare(target: Path) -> Path:
     return target.with_name(f"{target.name}.tmp-{os.getpid()}")
 
 
-def _put_in_place(aside: Path, target: Path, *, keep: int, step: int) -> None:
+def _put_in_place(aside: Path, target: Path) -> None:
     replaced = target.with_name(f"{target.name}.old")
     if target.exists():
         target.replace(replaced)  # a rename cannot replace a folder that has files
@@ -255,7 +270,6 @@ def _put_in_place(aside: Path, target: Path, *, keep: int, step: int) -> None:
     storage.fsync(target.parent)
     if replaced.exists():
         _remove(replaced)
-    _prune(target.parent, step, keep)
 
 
 def _of_rank(name: str, rank: int) -> str:
@@ -334,14 +348,14 @@ def _tidy(folder: Path) -> None:
             path.replace(target)
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
+def _prune(folder: Path, step: int, keep: int, always: Collection[int]) -> None:
     """Of steps up to `step`, keep the newest `keep` that pass their checks, with the one just written.
 
-    Later steps are not touched. A folder is renamed before it is removed, so that a partly removed
-    one is never taken for a checkpoint.
+    Later steps and those of `always` are not touched. A folder is renamed before it is removed, so that a
+    partly removed one is never taken for a checkpoint.
     """
     found = complete(folder)
-    older = sorted((n for n in found if n < step), reverse=True)
+    older = sorted((n for n in found if n < step and n not in always), reverse=True)
     kept = 1
     oldest = step
     for number in older:
@@ -380,6 +394,20 @@ def load_latest(folder: Path, world: World = ALONE) -> TrainState | None:
     """
     found = world.first(lambda: _newest(folder))
     return None if found is None else _read(*found)
+
+
+def load_step(folder: Path, step: int, world: World = ALONE) -> TrainState:
+    """The checkpoint of a step, on all ranks. Raises CheckpointError if it is missing or damaged."""
+    path = world.first(lambda: _verified(folder, step))
+    return _read(path, step)
+
+
+def _verified(folder: Path, step: int) -> Path:
+    path = complete(folder).get(step)
+    if path is None:
+        raise CheckpointError(f"there is no checkpoint of step {step}", where=str(folder))
+    storage.verify_manifest(path)
+    return path
 
 
 def _newest(folder: Path) -> tuple[Path, int] | None:
