@@ -37,8 +37,8 @@ from rlcs.pipeline.study import Output, Study, dry_run, engine_needs
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.sampling import Rollouts
 from rlcs.signals import StopFlag
+from rlcs.storage import mark_done
 from rlcs.train import checkpoint, trackers
-from rlcs.train.run_dir import mark_done
 from test_pipeline import rlcs
 
 SMALL = [*SMALL_STUDY, "grpo.steps=1", "grpo.max_new_tokens=8", "eval.max_new_tokens=8"]

@@ -34,9 +34,9 @@ from rlcs.recipe.sampling import EngineSettings
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.records import Problem, Request, Sample
 from rlcs.signals import StopFlag
+from rlcs.storage import is_done
 from rlcs.train import sft
 from rlcs.train.checkpoint import capture_rng, restore_rng
-from rlcs.train.run_dir import is_done
 from rlcs.train.trackers import try_trackers
 
 TRIED_PROMPTS = 8

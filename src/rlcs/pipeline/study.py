@@ -41,9 +41,9 @@ from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Stage
 from rlcs.records import Demonstration
 from rlcs.signals import StopFlag
-from rlcs.storage import read_json, write_json
+from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
-from rlcs.train.run_dir import RunDir, is_done, mark_done
+from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import Validation
 
 log = logging.getLogger("rlcs")
