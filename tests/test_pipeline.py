@@ -67,6 +67,7 @@ def finished(random_model_folder, tmp_path_factory) -> Path:
 def test_a_run_leaves_everything_it_promises(finished):
     for name in (
         "recipe.yaml",
+        "data_checks.json",
         "cold_start/kept.jsonl",
         "cold_start/rejected.jsonl",
         "cold_start/stats.json",
@@ -324,7 +325,7 @@ def test_prompts_that_are_too_long_are_named_before_the_run(tmp_path):
     rows = [{"question": "short?", "answer": "1"}, {"question": "long " * 300, "answer": "2", "id": "wordy"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert rlcs("data", "check", "rows.jsonl", cwd=tmp_path).returncode == 0
-    named = rlcs("data", "check", "rows.jsonl", "--prompts", cwd=tmp_path)
+    named = rlcs("data", "check", "rows.jsonl", "--recipe", "quickstart", cwd=tmp_path)
     assert named.returncode == 2 and "1 rows can be used, 1 cannot" in named.stdout
     assert "(id wordy): the prompt has" in named.stdout and "the limit is 256" in named.stdout
 

@@ -59,7 +59,8 @@ class Row:
     """A usable row; one with a `response` is a demonstration.
 
     `given` is the gold answer as the row has it, if it was unwrapped, and `mark` what it was unwrapped from.
-    `where` is as in `BadRow`. Without `own_gold` the gold answer was taken out of the response itself.
+    `where` is as in `BadRow`. A response is `gradable` if the rule can compare it with the gold answer: not
+    where that was taken out of the response itself, or is left as given.
     `own_system`: the row had a system prompt, which is in `problem.history` unless `data.system` is `recipe`.
     """
 
@@ -68,7 +69,7 @@ class Row:
     given: str = ""
     mark: str = ""
     where: str = ""
-    own_gold: bool = True
+    gradable: bool = True
     own_system: bool = False
 
     def refused(self, reason: str) -> BadRow:
@@ -200,7 +201,7 @@ class RowReader:
             given=given if mark else "",
             mark=mark,
             where=raw.where,
-            own_gold=own_gold,
+            gradable=own_gold and not self._as_given,
             own_system=own_system,
         )
 
