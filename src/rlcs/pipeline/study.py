@@ -30,6 +30,7 @@ from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
@@ -40,9 +41,9 @@ from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Stage
 from rlcs.records import Demonstration
 from rlcs.signals import StopFlag
-from rlcs.storage import read_json, write_json
+from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
-from rlcs.train.run_dir import RunDir, is_done, mark_done
+from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import Validation
 
 log = logging.getLogger("rlcs")
@@ -102,6 +103,10 @@ class Study:
         with open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
             yield
 
+    def check_data(self) -> None:
+        """Make the prompts of all data, and leave out rows without one. Raises DataError if they are many."""
+        self._data = check_prompts(self._data, self.recipe)
+
     def try_stages(self, *, logs: Path) -> dict[str, float]:
         """Try what is left of the run in small; the seconds of each check. Raises RlcsError."""
         trial = Preflight(
@@ -116,7 +121,9 @@ class Study:
             return trial.run(view, logs=logs)
 
     def _run_stages(self) -> dict[str, Any]:
+        self.check_data()
         data, study = self._data, self.recipe.study
+        self._world.first(lambda: write_json(self.folder / CHECKS, data.checks))
         for line in data.notes:
             log.warning(line)
         self.try_stages(logs=self.folder / "rollout")
@@ -312,6 +319,7 @@ def dry_run(
 ) -> dict[str, float]:
     """Try everything that a run would do, in small; writes nothing, and returns the seconds of each check."""
     study = Study(recipe, folder, data=data, output=output, stop=stop, world=world, dry=True)
+    study.check_data()
     with TemporaryDirectory(dir=existing(folder), prefix=".preflight-") as logs:
         return study.try_stages(logs=Path(logs))
 
