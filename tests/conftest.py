@@ -1,6 +1,7 @@
 """Real small parts shared by tests: a random Qwen2.5-VL with its processor, drawn images, problems."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model
-from rlcs.records import Branch, Grade, ImageRef, Problem, Prompt, Rollout, Tree
+from rlcs.records import Branch, Grade, ImageRef, Problem, Prompt, Rollout, Tree, Turn
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,6 +69,7 @@ class Stopper:
 
     def __init__(self, view, stop, step):
         self._view, self._stop, self._step = view, stop, step
+        self.say = view.say
 
     def step(self, report):
         self._view.step(report)
@@ -95,6 +97,19 @@ def make_problem(
 ) -> Problem:
     images = tuple(draw(w, h, seed=hash_of(name) + i) for i, (w, h) in enumerate(sizes))
     return Problem(id=name, source="test", question=question, answer="4", images=images)
+
+
+def make_conversation(name: str, *, system: str | None = None, choices: tuple[str, ...] = ()) -> Problem:
+    """Two rounds before the question, with images in the first turn, in the third and in the question."""
+    history = [
+        Turn(role="user", text="<image>How many are red?"),
+        Turn(role="assistant", text="I count two.\n\\boxed{2}"),
+        Turn(role="user", text="And in <image> here?"),
+        Turn(role="assistant", text="Three: \\boxed{3}"),
+    ]
+    drawn = make_problem(name, sizes=((56, 84), (84, 56), (56, 56)))
+    turns = [Turn(role="system", text=system)] if system is not None else []
+    return replace(drawn, question="Now <image> all together?", history=(*turns, *history), choices=choices)
 
 
 def hash_of(name: str) -> int:

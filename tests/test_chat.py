@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import draw, make_problem
+from conftest import draw, make_conversation, make_problem
 from rlcs.data.images import open_image
 from rlcs.errors import ImageError, PromptError
 from rlcs.model import loading
 from rlcs.model.chat import DEFAULT_SYSTEM, default_system, set_default_system
 from rlcs.recipe.schema import Images, Model, Prompts, Recipe
-from rlcs.records import ImageRef, Message, Problem
+from rlcs.records import ImageRef, Message, Problem, Request, Turn
 
 CONTROL = (
     "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
@@ -51,6 +51,59 @@ def test_clean_text_gives_the_ids_of_the_chat_template(vlm, question, sizes, sys
     chat = loading.make_chat(vlm, prompts=Prompts(system=None))
     problem = make_problem("p", question, sizes)
     assert list(chat.with_system(system).prompt(problem).ids) == template_ids(vlm, problem, system)
+
+
+def template_messages(problem):
+    """The conversation of a problem as the processor's template takes it."""
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "image"} if isinstance(part, ImageRef) else {"type": "text", "text": part}
+                for part in message.parts
+            ],
+        }
+        for message in Request.of(problem).messages
+    ]
+
+
+@pytest.mark.parametrize("system", [None, "Be brief.\nAlways."])
+@pytest.mark.parametrize("choices", [(), ("two", "five")])
+def test_a_conversation_gives_the_ids_of_the_chat_template(vlm, system, choices):
+    chat = loading.make_chat(vlm, prompts=Prompts(system=None))
+    problem = make_conversation("p", system=system, choices=choices)
+    text = vlm.processor.apply_chat_template(
+        template_messages(problem), tokenize=False, add_generation_prompt=True
+    )
+    images = [open_image(ref, limit=10**6) for ref in problem.images]
+    ids = vlm.processor(text=[text], images=images, return_tensors="pt")["input_ids"][0].tolist()
+    prompt = chat.prompt(problem)
+    assert list(prompt.ids) == ids and len(prompt.images) == 3
+    replies = ["".join(map(chat.token, prompt.ids[start:end])) for start, end in prompt.replies]
+    assert "".join(replies) == "I count two.\n\\boxed{2}<|im_end|>Three: \\boxed{3}<|im_end|>"
+
+
+def test_what_an_assistant_wrote_has_the_ids_that_it_was_sampled_with(chat):
+    reply = "\n\n  begins with new lines"
+    history = (Turn(role="user", text="a"), Turn(role="assistant", text=reply))
+    prompt = chat.prompt(Problem(id="p", source="t", question="b", answer="1", history=history))
+    written = [i for start, end in prompt.replies for i in prompt.ids[start:end]]
+    assert tuple(written) == chat.response_ids(reply)
+    before = chat.prompt(Problem(id="p", source="t", question="a", answer="1")).ids
+    assert prompt.ids[: len(before)] == before
+
+
+def test_the_system_turn_of_a_row_is_used_instead_of_the_recipes(vlm):
+    chat = loading.make_chat(vlm, prompts=Prompts(system="the recipe's"))
+    shown = "".join(map(chat.token, chat.prompt(make_conversation("p", system="the row's")).ids))
+    assert "the row's" in shown and "the recipe's" not in shown
+    assert "the recipe's" in "".join(map(chat.token, chat.prompt(make_conversation("p")).ids))
+
+
+def test_an_over_long_conversation_says_that_its_turns_count(vlm):
+    chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=50))
+    with pytest.raises(PromptError, match="with 4 turns before the question; the limit is 50"):
+        chat.prompt(make_conversation("p", system="s"))
 
 
 @given(st.lists(st.sampled_from([*CONTROL, "a ", "\n", "system\n"]), min_size=1, max_size=6))

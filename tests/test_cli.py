@@ -2,16 +2,20 @@
 
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from rlcs.cli import completion
 from rlcs.cli import main as cli
+from rlcs.cli.help_examples import EXAMPLES
 from rlcs.cli.main import app
 from rlcs.recipe.loading import load_recipe
 
@@ -38,7 +42,7 @@ def test_help_fits_a_screen(path, monkeypatch):
     assert shown.exit_code == 0
     lines = shown.output.rstrip().splitlines()
     assert max(map(len, lines)) <= 80
-    assert len(lines) <= 40, shown.output
+    assert len(lines) <= 45, shown.output
 
 
 def test_every_option_and_argument_says_what_it_is():
@@ -51,6 +55,32 @@ def test_every_option_and_argument_says_what_it_is():
             assert getattr(parameter, "help", ""), f"{' '.join(path)} {parameter.name}"
 
 
+def test_every_command_has_examples_that_it_understands():
+    commands = {" ".join(path) for path in verbs() if path and path not in {("data",), ("recipes",)}}
+    assert commands == set(EXAMPLES)
+    for name, lines in EXAMPLES.items():
+        for line in lines:
+            words = shlex.split(line.partition("rlcs ")[2])
+            assert " ".join(words).startswith(name)
+            command, context = COMMANDS, None
+            while hasattr(command, "resolve_command"):
+                context = context or command.context_class(command, info_name="rlcs")
+                verb, command, words = command.resolve_command(context, words)
+            command.make_context(verb, words)
+            if name in ("run", "sft", "grpo", "ablate", "quickstart", "plan"):
+                load_recipe("quickstart", [word for word in words if "=" in word])
+
+
+@pytest.mark.parametrize("path", [(), ("run",), ("data", "check")])
+def test_short_help_is_the_help(path):
+    short, long = (CliRunner().invoke(app, [*path, option]) for option in ("-h", "--help"))
+    assert short.exit_code == 0 and short.output == long.output
+
+
+def test_version():
+    assert CliRunner().invoke(app, ["--version"]).output == f"rlcs {version('rlcs')}\n"
+
+
 def test_an_unknown_verb_suggests_the_near_one():
     wrong = rlcs("rnu")
     assert wrong.returncode == 2 and "Did you mean 'run'?" in wrong.stderr
@@ -58,9 +88,17 @@ def test_an_unknown_verb_suggests_the_near_one():
 
 @pytest.mark.skipif(not BASH, reason="needs bash")
 @pytest.mark.parametrize(
-    ("words", "offered"), [("rlcs re", {"report", "recipes"}), ("rlcs data ch", {"check"})]
+    ("words", "offered"),
+    [
+        ("rlcs re", {"report", "recipes"}),
+        ("rlcs data ch", {"check"}),
+        ("rlcs run pap", {"paper-3b", "paper-7b"}),
+        ("rlcs run quickstart grpo.clip_", {"grpo.clip_low=", "grpo.clip_high=", "grpo.clip_dual="}),
+        ("rlcs recipes explain grpo.kl.", {"grpo.kl.kind", "grpo.kl.coefficient"}),
+        ("rlcs eval builtin --benchmarks mathver", {"mathverse"}),
+    ],
 )
-def test_bash_completes_verbs_with_the_script_that_is_shown(words, offered, tmp_path):
+def test_bash_completes_with_the_script_that_is_shown(words, offered, tmp_path):
     program = tmp_path / "rlcs"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore -m rlcs "$@"\n')
     program.chmod(0o755)
@@ -72,6 +110,40 @@ def test_bash_completes_verbs_with_the_script_that_is_shown(words, offered, tmp_
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run([BASH, "-c", typed], capture_output=True, text=True, env=environment, timeout=120)
     assert set(done.stdout.split()) == offered, done.stderr
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A folder with two runs in `runs/`, a model folder, and a recipe file."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("runs/mine/recipe.yaml", "runs/other/recipe.yaml", "model/config.json", "own/mine.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "runs" / "mine" / "sft" / "final").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "sft" / "final" / "config.json").touch()
+
+
+@pytest.mark.usefixtures("runs")
+@pytest.mark.parametrize(
+    ("offer", "typed", "offered"),
+    [
+        (completion.models, "", ["builtin", "runs/mine", "runs/other", "model"]),
+        (completion.models, "runs/mine/sft/", ["runs/mine/sft/final"]),
+        (completion.recipes, "own/", ["own/mine.yaml"]),
+        (completion.recipes, "quick", ["quickstart"]),
+        (completion.overrides, "grpo.loss=g", ["grpo.loss=grpo", "grpo.loss=gspo"]),
+        (completion.overrides, "no.such.key=", []),
+        (
+            completion.benchmarks,
+            "wemath,mathv",
+            ["wemath,mathverse", "wemath,mathvision", "wemath,mathvista"],
+        ),
+        (completion.models, "nowhere/", []),
+    ],
+)
+def test_what_is_offered(offer, typed, offered):
+    found = offer(typed)
+    assert [word for word in found if not word.endswith("/")] == offered
 
 
 def test_a_bad_data_file_is_told_before_anything_heavy_is_loaded(tmp_path):

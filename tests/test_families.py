@@ -11,7 +11,10 @@ import family_models
 from rlcs.model import loading
 from rlcs.model.families import FAMILIES
 from rlcs.recipe.schema import Prompts
-from test_chat import test_clean_text_gives_the_ids_of_the_chat_template  # noqa: F401
+from test_chat import (  # noqa: F401
+    test_a_conversation_gives_the_ids_of_the_chat_template,
+    test_clean_text_gives_the_ids_of_the_chat_template,
+)
 from test_engines_local import (  # noqa: F401
     prompts,
     test_greedy_answers_are_those_of_transformers,
@@ -26,6 +29,7 @@ from test_lora import (  # noqa: F401
 from test_packing import test_positions_are_those_of_the_model_itself  # noqa: F401
 from test_policy import (  # noqa: F401
     test_a_pack_equals_the_padded_repeated_batch,
+    test_conversations_are_learnt_as_transformers_learns_them,
     test_gradient_checkpointing_changes_memory_not_gradients,
     test_packs_may_be_split_anyhow,
     test_the_self_check_sees_a_wrong_fast_path,

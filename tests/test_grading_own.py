@@ -8,7 +8,7 @@ import pytest
 from rlcs.errors import RecipeError
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
-from rlcs.records import Problem
+from rlcs.records import Problem, Turn
 from test_pipeline import SMALL, rlcs
 
 CODE = """
@@ -66,6 +66,19 @@ def test_a_number_is_the_reward_and_from_one_up_the_answer_is_correct(file):
         short, long = pool.grade([ask("four"), ask("ten" * 4)])
     assert (short.reward, short.correct) == (0.4, False)
     assert (long.reward, long.correct) == (1.2, True)
+
+
+def test_a_function_gets_the_turns_before_the_question(tmp_path):
+    path = tmp_path / "turns.py"
+    path.write_text(
+        "def turns(problem, response):\n    [turn] = problem['history']\n"
+        "    return len(turn['role'] + turn['text']) / 100\n"
+    )
+    history = (Turn(role="system", text="Be brief."),)
+    problem = Problem(id="1", source="test", question="why?", answer="yes", history=history)
+    with GradePool(function=check_function(f"{path}:turns")) as pool:
+        [grade] = pool.grade([(problem, "x")])
+    assert grade.reward == 0.15
 
 
 def test_a_pair_says_by_itself_whether_the_answer_is_correct(file):

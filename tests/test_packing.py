@@ -76,6 +76,24 @@ def test_every_target_is_predicted_by_the_token_before_it_on_its_own_path(made):
     assert at == packed.num_targets
 
 
+def test_targets_in_a_trunk_are_predicted_in_the_trunk_and_belong_to_its_branch():
+    made = []
+    for ids, weights in (((8, 9, 10, 11), (0.0, 0.0, 0.5, 1.0)), ((20, 21), ())):
+        prompt = Prompt(
+            problem_id="p", ids=ids, images=(), grids=(), spans=(), image_token_id=IMAGE, merge_size=2
+        )
+        branch = Branch(ids=(30, 31), weights=(2.0, 3.0))
+        made.append(Tree(prompt=prompt, branches=(branch,), trunk_weights=weights))
+    packed = pack(made, no_pixels)
+    assert packed.targets.tolist() == [10, 11, 30, 31, 30, 31]
+    assert packed.predictors.tolist() == [1, 2, 3, 4, 7, 8]
+    assert packed.weights.tolist() == [0.5, 1.0, 2.0, 3.0, 2.0, 3.0]
+    assert packed.sequence.tolist() == [0, 0, 0, 0, 1, 1]
+    for weights, branches in (((0.0,), made[0].branches), ((1.0,) * 4, made[0].branches), ((0.0,) * 4, ())):
+        with pytest.raises(ValueError, match=r"weight|predicts"):
+            Tree(prompt=made[0].prompt, branches=branches, trunk_weights=weights)
+
+
 @given(sizes)
 @settings(max_examples=60, deadline=None)
 def test_the_dense_mask_shows_exactly_the_path(shape):

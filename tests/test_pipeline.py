@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from rlcs.generation import SampleLog
 from rlcs.model import loading
 from rlcs.pipeline import run_folder, seeds, study
 from rlcs.pipeline.study import engine_needs
+from rlcs.recipe.arms import ARMS
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.signals import StopFlag
@@ -55,7 +57,7 @@ def data_of(recipe) -> run_data.RunData:
 @pytest.fixture(scope="module")
 def finished(random_model_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
-    done = rlcs("run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", folder)
+    done = rlcs("quickstart", f"model.name={random_model_folder}", *SMALL, "--out", folder)
     assert done.returncode == 0, done.stderr
     assert "RL clip" in done.stdout and "Cold start + RL" in done.stdout  # the choices, before the start
     assert str(folder / "report" / "index.html") in done.stdout
@@ -65,6 +67,7 @@ def finished(random_model_folder, tmp_path_factory) -> Path:
 def test_a_run_leaves_everything_it_promises(finished):
     for name in (
         "recipe.yaml",
+        "data_checks.json",
         "cold_start/kept.jsonl",
         "cold_start/rejected.jsonl",
         "cold_start/stats.json",
@@ -97,8 +100,10 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_the_same_command_again_does_nothing_twice(finished, random_model_folder):
     before = (finished / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
-    again = rlcs("run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", finished)
-    assert again.returncode == 0
+    for command in (["quickstart"], ["run", "quickstart"], ["sft", "quickstart"]):
+        again = rlcs(*command, f"model.name={random_model_folder}", *SMALL, "--out", finished)
+        assert again.returncode == 0
+        assert set(json.loads((finished / "summary.json").read_text())["arms"]) == set(ARMS)
     assert (finished / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
     assert "sft 1/" not in again.stdout
 
@@ -114,10 +119,12 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, random_model_fol
 @pytest.mark.parametrize("more", [[], ["lora.rank=2", "model.gradient_checkpointing=true"]])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeypatch, sharded, more):
-    """Two stages train and three arms are measured: each model is gone when the next one is loaded."""
+    """The trial, two stages and three arms: each model is gone when the next one is loaded."""
     born, alive, load = [], [], loading.load
 
     def counting(*args, **options):
+        if not options.get("weights", True):
+            return load(*args, **options)  # a structure, without any memory
         alive.append(sum(model() is not None for model in born))
         vlm = load(*args, **options)
         born.append(weakref.ref(vlm.model))
@@ -137,13 +144,13 @@ def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeyp
             ).run()
     finally:
         gc.enable()
-    assert alive == [0] * 5
+    assert alive == [0] * 6
 
 
 def test_engines_are_opened_with_what_the_recipe_asks_for(tmp_path, monkeypatch):
     words = ["rollout.engine=vllm_server", "lora.rank=4", "parallel.compute_dtype=bfloat16"]
     words += ["grpo.group_size=9", "grpo.max_rows=7", "grpo.max_new_tokens=50", "eval.max_new_tokens=60"]
-    words += ["prompt.max_tokens=100", "images.decode_limit=5000000"]
+    words += ["prompt.max_tokens=100", "images.decode_limit=5000000", "study.preflight=off"]
     chosen = load_recipe("quickstart", words).recipe
     needs = []
 
@@ -170,19 +177,40 @@ def test_one_stage_alone_and_the_rest_later(random_model_folder, tmp_path):
     more = rlcs("run", "quickstart", *words, "--out", out)
     assert more.returncode == 0, more.stderr
     assert (out / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == trained
-    assert set(json.loads((out / "summary.json").read_text())["arms"]) == {"base", "sft", "grpo", "sft_grpo"}
-
-
-def test_arms_may_join_a_run_and_none_may_leave(tmp_path):
-    few, all_four = (
-        load_recipe("quickstart", [f"study.arms=[{arms}]"]).recipe
-        for arms in ("base, sft", "base, sft, grpo, sft_grpo")
+    assert set(json.loads((out / "summary.json").read_text())["arms"]) == {"base", "sft", "sft_grpo"}
+    assert not (out / "grpo").exists(), "RL alone is the other commands'"
+    joined = rlcs(
+        "grpo", "quickstart", *words, "data.cold_start=builtin:puzzles?count=12&seed=1", "--out", out
     )
-    run_folder.claim(tmp_path / "run", few)
-    run_folder.claim(tmp_path / "run", all_four)
-    append_jsonl(tmp_path / "run" / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
-    with pytest.raises(RunFolderError, match=r"study\.arms was"):
-        run_folder.claim(tmp_path / "run", few)
+    assert joined.returncode == 0, joined.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["arms"]) == set(summary["recipe"]["study"]["arms"]) == set(ARMS)
+    assert summary["counts"] == {"cold_start": 10, "rl": 12, "test": 20}
+
+
+def test_a_folder_has_the_arms_of_every_command(tmp_path):
+    """`rlcs sft`, then `rlcs grpo`, then `rlcs sft` again: each does its own, and none takes an arm away."""
+    for asked, held in (
+        ("base, sft", ("base", "sft")),
+        ("base, grpo", ("base", "sft", "grpo")),
+        ("base, sft", ("base", "sft", "grpo")),
+    ):
+        recipe = load_recipe("quickstart", [f"study.arms=[{asked}]"]).recipe
+        assert run_folder.claim(tmp_path / "run", recipe).study.arms == held
+        assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).recipe.study.arms == held
+        append_jsonl(tmp_path / "run" / "eval" / "base" / "predictions.jsonl", [{"id": "1"}])
+
+
+def test_what_is_cheap_is_known_first(random_model_folder, tmp_path):
+    """The base is measured before anything is trained, SFT before RL begins; a named arm is what runs."""
+    words = [f"model.name={random_model_folder}", *SMALL]
+    done = rlcs("run", "quickstart", *words, "--quiet", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "logs" / "attempt-1.log").read_text()
+    begun_or_measured = re.findall(r"INFO rlcs: (sft|sft_grpo|grpo|eval \w+):", lines)
+    assert begun_or_measured == ["eval base", "sft", "eval sft", "sft_grpo", "eval sft_grpo"]
+    two = rlcs("quickstart", *words, "study.arms=[base, sft]", "--out", tmp_path / "two")
+    assert two.returncode == 0 and not (tmp_path / "two" / "grpo").exists(), two.stderr
 
 
 def test_a_run_with_results_may_go_on_with_other_limits_of_its_graders(tmp_path):
@@ -214,11 +242,13 @@ def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_fo
     given = {"data": data_of(typed), "output": study.Output(quiet=True), "stop": StopFlag()}
     with pytest.raises(ModelError, match="nowhere"):
         study.Study(typed, out, **given).run()
-    assert (out / "cold_start" / "done.json").is_file()  # good for any model, but of this teacher alone
+    assert not (out / "cold_start").exists(), "the base is measured first"
+    # Answers of a teacher are good for any model, but of this teacher alone.
+    append_jsonl(out / "cold_start" / "samples.jsonl", [{"id": "1"}])
     meant = f"model.name={random_model_folder}"
     with pytest.raises(RunFolderError, match=r"teacher\.wrong_share was"):
         run_folder.claim(out, recipe(meant, "teacher.wrong_share=0.5"))
-    (out / "eval").mkdir()
+    (out / "eval").mkdir(exist_ok=True)
     (out / "eval" / "problems.jsonl").write_text("{}\n")
     run_folder.claim(out, recipe(meant))
     assert load_recipe(str(out / "recipe.yaml")).recipe.model.name == str(random_model_folder)
@@ -295,14 +325,14 @@ def test_prompts_that_are_too_long_are_named_before_the_run(tmp_path):
     rows = [{"question": "short?", "answer": "1"}, {"question": "long " * 300, "answer": "2", "id": "wordy"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert rlcs("data", "check", "rows.jsonl", cwd=tmp_path).returncode == 0
-    named = rlcs("data", "check", "rows.jsonl", "--prompts", cwd=tmp_path)
+    named = rlcs("data", "check", "rows.jsonl", "--recipe", "quickstart", cwd=tmp_path)
     assert named.returncode == 2 and "1 rows can be used, 1 cannot" in named.stdout
     assert "(id wordy): the prompt has" in named.stdout and "the limit is 256" in named.stdout
 
 
 def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(finished, random_model_folder, tmp_path):
     folder = tmp_path / "killed"
-    words = ["run", "quickstart", f"model.name={random_model_folder}", *SMALL, "--out", str(folder)]
+    words = ["quickstart", f"model.name={random_model_folder}", *SMALL, "--out", str(folder)]
     command = [sys.executable, "-W", "ignore", "-m", "rlcs", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for landmark in (
@@ -367,20 +397,47 @@ def test_seeds_are_averaged_and_kept_apart():
     assert summary["seconds"]["sft"] == 5.0
 
 
-def test_one_s_own_data_in_a_run(random_model_folder, tmp_path):
+def as_jsonl(folder, rows):
     """A stranger's files: images beside a JSONL, demonstrations with a response."""
+    responses = [f"It is {row['answer']}. \\boxed{{{row['answer']}}}" for row in rows]
+    demonstrations = [{**row, "response": text} for row, text in zip(rows, responses, strict=True)]
+    for name, written in (("demos", demonstrations), ("rl", rows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    return "demos.jsonl", "rl.jsonl", "rl.jsonl"
+
+
+def as_other_tools(folder, rows):
+    """The same as a list for LLaVA, a Parquet file of chat messages, and a table."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    listed, chats, table = [], [], ["id,question,image,answer"]
+    for row in rows:
+        text = f"It is {row['answer']}. \\boxed{{{row['answer']}}}"
+        turns = [{"from": "human", "value": "<image>\nHow red?"}, {"from": "gpt", "value": text}]
+        listed.append({"id": row["id"], "image": row["images"][0], "conversations": turns})
+        content = [{"type": "image", "text": None}, {"type": "text", "text": "How red?"}]
+        image = {"bytes": (folder / row["images"][0]).read_bytes(), "path": None}
+        chats.append(
+            {"messages": [{"role": "user", "content": content}], "images": [image], "solution": row["answer"]}
+        )
+        table.append(f"{row['id']},How red?,{row['images'][0]},{row['answer']}")
+    (folder / "demos.json").write_text(json.dumps(listed, indent=1))
+    write_table(pa.Table.from_pylist(chats), folder / "rl.parquet")
+    (folder / "test.csv").write_text("\n".join(table))
+    return "demos.json", "rl.parquet", "test.csv"
+
+
+@pytest.mark.parametrize("written", [as_jsonl, as_other_tools])
+def test_one_s_own_data_in_a_run(random_model_folder, tmp_path, written):
     from PIL import Image
 
     rows = []
     for i in range(8):
         Image.new("RGB", (60 + i, 60), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
         rows.append({"id": f"r{i}", "question": "How red?", "images": [f"{i}.png"], "answer": str(i)})
-    demonstrations = [
-        {**row, "response": f"It is {row['answer']}. \\boxed{{{row['answer']}}}"} for row in rows
-    ]
-    (tmp_path / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demonstrations))
-    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = ["data.cold_start=demos.jsonl", "data.rl=rl.jsonl", "data.test=rl.jsonl"]
+    cold_start, rl, test = written(tmp_path, rows)
+    own = [f"data.cold_start={cold_start}", f"data.rl={rl}", f"data.test={test}"]
     words = [
         "run",
         "quickstart",

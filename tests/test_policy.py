@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import make_problem
+from conftest import make_conversation, make_problem
+from rlcs.data.images import open_image
 from rlcs.errors import TrainingError, UserError
 from rlcs.model import loading, parity_check, policy
 from rlcs.model.attention import DensePlan, FlexPlan, TreePlan
@@ -13,8 +14,11 @@ from rlcs.model.packing import layout_of, pack, within_budget
 from rlcs.model.parity_check import disagreement, require_agreement
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
-from rlcs.recipe.schema import Model
-from rlcs.records import Branch, Tree
+from rlcs.recipe.schema import Model, Prompts
+from rlcs.records import Branch, Demonstration, Tree
+from rlcs.train import sft
+from rlcs.train.trainer import Batch
+from test_chat import template_messages
 
 TOLERANCE = 1e-5
 CASES = {
@@ -109,6 +113,60 @@ def test_chunks_of_the_head_change_nothing(vlm, chat, monkeypatch):
     parts = score(vlm, packed)
     torch.testing.assert_close(parts.logprobs, whole.logprobs)
     assert_same_gradients(gradients(vlm, parts.logprobs.sum()), whole_grads)
+
+
+def plain_conversations(vlm: Vlm, demonstrations: list[Demonstration], *, turns: str) -> torch.Tensor:
+    """The loss of transformers: whole conversations by the chat template, padded, labels in replies alone."""
+    texts, images, tokenizer = [], [], vlm.processor.tokenizer
+    for each in demonstrations:
+        messages = template_messages(each.problem)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": each.response}]})
+        texts.append(vlm.processor.apply_chat_template(messages, tokenize=False))
+        images.append([open_image(ref) for ref in each.problem.images])
+    vlm.processor.tokenizer.padding_side = "right"
+    inputs = vlm.processor(text=texts, images=images, padding=True, return_tensors="pt")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    head = tokenizer("<|im_start|>assistant\n")["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        starts = [i + len(head) for i in range(len(ids)) if ids[i : i + len(head)] == head]
+        for start in starts if turns == "all" else starts[-1:]:
+            stop = ids.index(end, start) + 1
+            labels[row, start:stop] = inputs["input_ids"][row, start:stop]
+    vlm.model.set_attn_implementation({"text_config": "sdpa"})
+    loss = vlm.model(**inputs, labels=labels).loss
+    vlm.model.set_attn_implementation({"text_config": "rlcs"})
+    return loss
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+@pytest.mark.parametrize("attention", ["tree", "dense"])
+def test_conversations_are_learnt_as_transformers_learns_them(vlm, turns, attention):
+    vlm = Vlm(**{**vars(vlm), "attention": attention})
+    chat = loading.make_chat(vlm, prompts=Prompts(system=None))
+    demonstrations = [
+        Demonstration(problem=make_conversation(name, system=system), response=text, teacher="t")
+        for name, system, text in (("a", None, "Five.\n\\boxed{5}"), ("bc", "Be brief.", "\\boxed{7}"))
+    ]
+    trees = [sft.tree_of(each, chat, turns=turns) for each in demonstrations]
+    assert trees[0].num_tokens == len(trees[0].prompt.ids) + len(trees[0].branches[0].ids)
+    packed = pack(trees, chat.patches)
+    assert len(packed.grids) == 6  # every image once
+    sums = sft.make_objective("token")(Batch(pack=packed), score(vlm, packed))
+    loss = sums.loss / sums.tokens
+    ours = gradients(vlm, loss)
+    plain_loss = plain_conversations(vlm, demonstrations, turns=turns)
+    torch.testing.assert_close(loss, plain_loss, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_same_gradients(ours, gradients(vlm, plain_loss))
+
+
+def test_the_self_check_covers_the_earlier_turns_of_a_conversation(vlm, chat):
+    demonstration = Demonstration(problem=make_conversation("a"), response="\\boxed{5}", teacher="t")
+    tree = sft.tree_of(demonstration, chat)
+    assert disagreement(vlm, chat, tree) < 1e-4
+    plain = parity_check._plain_logprobs(vlm, chat, tree, 0)
+    assert len(plain) == sum(tree.trunk_weights) + len(tree.branches[0].ids)
+    torch.testing.assert_close(score(vlm, pack([tree], chat.patches)).logprobs, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_packs_may_be_split_anyhow(vlm, chat):

@@ -2,15 +2,17 @@
 
 import dataclasses
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from conftest import make_problem
+from conftest import make_conversation, make_problem
 from rlcs.data.rows import Row
 from rlcs.errors import DataError
 from rlcs.model import loading
 from rlcs.recipe.schema import Model
+from rlcs.records import to_row
 from rlcs.report.preview import look_at, make_view, pieces, print_view, write_html
 
 
@@ -27,6 +29,28 @@ def test_only_the_response_and_its_end_carry_loss(view):
     assert [kind for kind, _ in pieces(view)].count("image") == 1
     assert ("image", "[image 1: 3 x 2 = 6 tokens]") in pieces(view)
     assert (view.images[0].width, view.images[0].height) == (56, 84)
+
+
+@pytest.mark.parametrize(
+    ("turns", "learnt"),
+    [
+        ("all", "I count two.\n\\boxed{2}<|im_end|>Three: \\boxed{3}<|im_end|>Five<|im_end|>"),
+        ("last", "Five<|im_end|>"),
+    ],
+)
+def test_all_learnt_turns_of_a_conversation_are_shown(random_model_folder, tmp_path, turns, learnt):
+    folder, row = tmp_path, {"question": "Now <image>?", "answer": "5", "response": "Five"}
+    images = make_conversation("talk").images
+    for number, ref in enumerate(images):
+        (folder / f"{number}.png").write_bytes(ref.data)
+    row["history"] = [to_row(turn) for turn in make_conversation("talk").history]
+    row["images"] = [f"{number}.png" for number in range(3)]
+    (folder / "talk.jsonl").write_text(json.dumps(row))
+    overrides = [f"model.name={random_model_folder}", f"sft.turns={turns}"]
+    view = look_at(str(folder / "talk.jsonl"), overrides, row=0)
+    assert "".join(t for t, weight in zip(view.tokens, view.weights, strict=True) if weight) == learnt
+    assert "".join(text for kind, text in pieces(view) if kind == "loss") == learnt
+    assert len(view.images) == 3
 
 
 def test_the_terminal_shows_tokens_and_picture(view):

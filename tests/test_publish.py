@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -141,12 +142,28 @@ def test_the_card_tells_the_run(run, exported):
     base = summary["arms"]["base"]
     assert f"| Base | {base['accuracy']:.1%} | {base['low']:.1%} to {base['high']:.1%} | 20 |" in text
     kept = read_json(run / "cold_start" / "stats.json")["kept"]
-    assert f"| {kept} kept of 12 asked |" in text
+    assert f"12 answered by `builtin` | {kept} kept of 12 asked |" in text
+    assert f"written by {metadata.version('transformers')}" in text and '"transformers>=5"' in text
     assert "| reinforcement learning | `builtin:puzzles?count=12&seed=2` | 12 |" in text
     assert "| RL clip | low 0.2, high 0.3, dual 3 |" in text and "seed 0" in text and "A toy model." in text
     assert "2505.22334" in text and "@software{rlcs" in text
     gained = re.search(r"95% interval ([+-][\d.]+) to", text)
     assert ("does not show that training helped" in text) == (float(gained[1]) <= 0)
+
+
+@pytest.mark.parametrize(
+    ("stats", "authors"),
+    [
+        ({"given": 1500, "asked": 0}, "1,500 with the demonstrations of that data |"),
+        ({"given": 2, "asked": 10}, "2 with the demonstrations of that data and 10 answered by `builtin` |"),
+        ({}, "by an author who is not recorded |"),
+    ],
+)
+def test_the_card_says_who_made_the_demonstrations(run, tmp_path, stats, authors):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    write_json(tmp_path / "run" / "cold_start" / "stats.json", stats)
+    export(Export(model=str(tmp_path / "run"), out=tmp_path / "out"))
+    assert authors in card(tmp_path / "out")
 
 
 def test_other_arms_precisions_and_plain_models(run, tmp_path):
@@ -170,7 +187,7 @@ def test_what_cannot_be_exported_says_why(run, tmp_path):
             export(Export(model=str(model), out=out, arm=arm))
         return str(caught.value)
 
-    assert "choose --arm among: base, sft, sft_grpo" in refused(run, arm="grpo")
+    assert f"name one of: {run}/sft, {run}/sft_grpo" in refused(run, arm="grpo")
     assert "did you mean sft_grpo" in refused(run, arm="sft_grp")
     assert "not empty" in refused(run, out=run)
     assert "neither a run nor a model" in refused(tmp_path)

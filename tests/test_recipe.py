@@ -351,7 +351,7 @@ def test_shipped_recipes_load(name: str) -> None:
 
 def test_quickstart_needs_nothing_from_outside() -> None:
     recipe = load_recipe("quickstart").recipe
-    assert set(recipe.study.arms) == {"base", "sft", "grpo", "sft_grpo"}
+    assert recipe.study.arms == ("base", "sft", "sft_grpo")
     assert recipe.model.name == "builtin"
     assert all(
         source.startswith("builtin:") for source in (recipe.data.cold_start, recipe.data.rl, recipe.data.test)

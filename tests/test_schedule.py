@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import make_conversation
 from loopback_server import LoopbackServer, last_text, text_of
 from plain_grading import grade
 from rlcs.data import puzzles
@@ -24,7 +25,7 @@ from rlcs.generation import Entry
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Filters, Teacher
-from rlcs.records import Problem, Sample, StopReason
+from rlcs.records import ImageRef, Problem, Sample, StopReason
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl
 
@@ -61,7 +62,9 @@ def teacher(server, **changes):
 
 
 def results(folder):
-    return {name: (folder / name).read_bytes() for name in RESULTS}
+    files = {name: (folder / name).read_bytes() for name in RESULTS}
+    stats = json.loads(files["stats.json"])
+    return {**files, "stats.json": {name: stats[name] for name in stats if name != "retries"}}
 
 
 def line_count(path):
@@ -122,6 +125,9 @@ def test_faults_of_every_kind_lose_nothing(tmp_path: Path):
         run(rows(60), teacher(server, concurrency=64), folder=tmp_path / "stormy", seed=1)
         assert sum(asked(server).values()) == len(read_jsonl(tmp_path / "stormy/samples.jsonl")) + len(FAULTS)
     assert results(tmp_path / "calm") == results(tmp_path / "stormy")
+    assert not read_json(tmp_path / "calm/stats.json")["retries"]
+    retries = read_json(tmp_path / "stormy/stats.json")["retries"]
+    assert sum(retries.values()) == len(FAULTS) and retries["HTTP 429"] and retries["empty"] == 1
 
 
 def test_what_is_refused_is_named_and_asked_again_the_next_time(tmp_path: Path, capsys):
@@ -317,6 +323,23 @@ def test_every_kind_ends_in_one_box(kind, length):
     assert think.startswith("<think>\n") and think.endswith(f"</think>\n\n\\boxed{{{length - 1}}}")
 
 
+@pytest.mark.parametrize("kind", ["distilled", "caption", "reflection", "self_critic"])
+def test_a_teacher_sees_the_whole_conversation(kind):
+    chain = Chain(kind, folder=None, form="plain")
+    problem = make_conversation("p0", system="Answer in English.")
+    turns = []
+    for n in range(chain.length):
+        request = chain.request(problem, turns)
+        assert [m.role for m in request.messages] == ["system", *["user", "assistant"] * 2, "user"]
+        assert request.messages[0].parts == (f"Answer in English.\n\n{chain.system}",)
+        shown = [part for message in request.messages for part in message.parts if isinstance(part, ImageRef)]
+        assert shown == list(problem.images)
+        assert [len(message.parts) for message in request.messages[1:5]] == [2, 1, 3, 1]
+        turns.append(Sample(id="p0", turn=n, text="it shows <image> \\boxed{4}", stop=StopReason.EOS))
+    no_system = make_conversation("p1")
+    assert chain.request(no_system, []).messages[0].parts == (chain.system,)
+
+
 def test_templates_of_one_s_own(tmp_path: Path):
     (tmp_path / "distilled").mkdir()
     (tmp_path / "distilled/1.j2").write_text("Rechne: {{ question }}")
@@ -407,7 +430,7 @@ def test_filtered_and_cut_answers_are_rejected_with_their_reason(tmp_path: Path)
         kept = run(rows(3), teacher(server, max_samples=2), folder=tmp_path, seed=1)
     assert [d.problem.id for d in kept] == ["p2"]
     reasons = [(row["id"], row["why"], row["correct"]) for row in read_jsonl(tmp_path / "rejected.jsonl")]
-    leak, cut = "speaks of the 'gold answer'", "cut at max_tokens"
+    leak, cut = "speaks of the 'gold answer'", "cut off before its end"
     assert reasons == [("p0", leak, True)] * 2 + [("p1", cut, True)] * 2
     stats = read_json(tmp_path / "stats.json")
     assert stats["reasons"] == {cut: 2, leak: 2} and stats["pass_rates"] == [0] * 9 + [3]

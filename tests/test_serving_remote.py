@@ -99,7 +99,7 @@ def test_what_is_wrong_is_said(server, picture, monkeypatch):
         ({"key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY, which is not set"),
         ({"base_url": url_of(server).removesuffix("/v1")}, "mostly ends in /v1"),
         ({"base_url": "http://127.0.0.1:9/v1"}, "does not answer.*start it"),
-        ({"base_url": "localhost:8000"}, "does not answer"),
+        ({"base_url": "localhost:8000"}, "not the URL of a server.*http://localhost"),
     ):
         with pytest.raises(EndpointError, match=f"(?s){told}"):
             RemoteSession(Endpoint.model_validate({"base_url": url_of(server), "model": "", **changes}))

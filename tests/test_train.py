@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import LengthGrader, Stopper, make_problem
+from conftest import LengthGrader, Stopper, make_conversation, make_problem
 from rlcs.data import puzzles
 from rlcs.data.stream import ProblemStream
 from rlcs.engines.local import LocalEngine
@@ -17,6 +17,7 @@ from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
 from rlcs.model import loading
 from rlcs.model.packing import pack, within_budget
+from rlcs.model.policy import score
 from rlcs.progress import screen
 from rlcs.recipe.schema import Prompts, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
@@ -187,18 +188,49 @@ def test_sft_learns_and_its_loss_is_the_token_mean(random_model_folder, demonstr
     vlm, chat = fresh(random_model_folder)
     trees, _ = sft.usable_trees(demonstrations, chat)
     with torch.no_grad():
-        from rlcs.model.policy import score
-
         assert losses[0] == pytest.approx(
             -score(vlm, pack(trees, chat.patches)).logprobs.mean().item(), rel=1e-4
         )
+
+
+def test_every_assistant_turn_is_learnt_or_the_last_alone(random_model_folder, tmp_path):
+    talks = [
+        Demonstration(problem=make_conversation(name), response="\\boxed{4}", teacher="t") for name in "ab"
+    ]
+    vlm, chat = fresh(random_model_folder)
+    losses = {}
+    for turns in ("all", "last"):
+        settings = Sft(batch_size=2, epochs=1, turns=turns)
+        run_sft(random_model_folder, tmp_path / turns, talks, settings=settings)
+        [row] = rows_of(tmp_path / turns / "metrics.jsonl")
+        packed = pack([sft.tree_of(talk, chat, turns=turns) for talk in talks], chat.patches)
+        replies = [t.text for talk in talks for t in talk.problem.history if t.role == "assistant"]
+        learnt = ["\\boxed{4}"] * 2 + (replies if turns == "all" else [])
+        assert packed.num_targets == sum(len(chat.response_ids(text)) for text in learnt)
+        with torch.no_grad():
+            losses[turns] = -score(vlm, packed).logprobs.mean().item()
+        assert row["loss"] == pytest.approx(losses[turns], rel=1e-4)
+    assert losses["all"] != pytest.approx(losses["last"], rel=1e-2)
+
+
+def test_a_demonstration_that_is_left_out_is_named_once(random_model_folder, tmp_path, caplog):
+    long = Demonstration(problem=make_conversation("talk"), response="x", teacher="t")
+    short = Demonstration(problem=make_problem("short"), response="x", teacher="t")
+    vlm, _ = fresh(random_model_folder)
+    chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=60))
+    settings = Sft(batch_size=2, epochs=3)
+    with StopFlag() as stop, screen("sft", 3, quiet=True) as view:
+        stage = RunDir(tmp_path, name="sft", seed=3, settings=settings, recipe_hash="h")
+        sft.train(vlm, chat, [long, short], settings, run=stage, screen=view, stop=stop)
+    [said] = [text for text in caplog.messages if "leaves a demonstration out" in text]
+    assert "talk: the prompt has" in said and "with 4 turns before the question; the limit is 60" in said
 
 
 def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstrations, tmp_path):
     chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=100))
     long = Demonstration(problem=make_problem("long", "word " * 300), response="x", teacher="t")
     trees, skipped = sft.usable_trees([long, *demonstrations[:2]], chat)
-    assert (len(trees), skipped) == (2, 1)
+    assert (len(trees), [error.where for error in skipped]) == (2, ["long"])
     with pytest.raises(DataError, match="the limit is 100"):
         sft.usable_trees([long], chat)
 

@@ -69,8 +69,8 @@ class Screen(Protocol):
         """Show that `done` items of the total are done (stages without training steps)."""
         ...
 
-    def say(self, text: str) -> None:
-        """Show a sentence."""
+    def say(self, text: str, row: Mapping[str, object] | None = None) -> None:
+        """Show a sentence; a JSON screen prints the `row` in its place, if there is one."""
         ...
 
 
@@ -126,9 +126,9 @@ class _Stage(ABC):
         row = {"stage": self._stage, "done": done, "total": self._total, **values}
         self._try(lambda: self._draw(_figures(values), row))
 
-    def say(self, text: str) -> None:
-        """Show a sentence."""
-        self._try(lambda: self._print(text))
+    def say(self, text: str, row: Mapping[str, object] | None = None) -> None:
+        """Show a sentence; a JSON screen prints the `row` in its place, if there is one."""
+        self._try(lambda: self._print(text) if row is None else self._report(text, row))
 
     def _count(self, items: int) -> None:
         now = time.monotonic()
@@ -163,6 +163,9 @@ class _Stage(ABC):
     def _print(self, text: str) -> None:
         _line(self._out, text)
 
+    def _report(self, text: str, row: Mapping[str, object]) -> None:
+        self._print(text)
+
 
 def _line(out: TextIO, text: str) -> None:
     out.write(f"{text}\n")
@@ -183,6 +186,9 @@ class _JsonScreen(_Stage):
 
     def _print(self, text: str) -> None:
         _line(sys.stderr, text)
+
+    def _report(self, text: str, row: Mapping[str, object]) -> None:
+        _line(self._out, dumps({"stage": self._stage, **row}))
 
 
 class _PlainScreen(_Stage):

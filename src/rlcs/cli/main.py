@@ -3,13 +3,15 @@
 import io
 import os
 import sys
-from typing import NoReturn
+from importlib.metadata import version
+from typing import Annotated, NoReturn
 
 import typer
 
 from rlcs.cli.data import data_app
 from rlcs.cli.doctor import doctor
 from rlcs.cli.evaluate import evaluate_app
+from rlcs.cli.help_examples import add_examples
 from rlcs.cli.plan import plan
 from rlcs.cli.publish import publish_app
 from rlcs.cli.recipes import recipes_app
@@ -26,13 +28,32 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlcs {version('rlcs')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """RL with Cold Start: turn a vision-language model into one that reasons."""
+
+
 for group in (train_app, evaluate_app, report_app, serve_app, publish_app):
     app.add_typer(group)
 app.command()(doctor)
 app.command()(plan)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
+add_examples(app)
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rlcs.cli import completion
+
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
@@ -17,10 +19,18 @@ def _finite(value: float) -> float:
 
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. grpo.steps=20")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides, e.g. grpo.steps=20",
+        autocompletion=completion.overrides,
+    ),
 ]
-RecipeName = Annotated[str, typer.Argument(help="A recipe's name or file")]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or builtin")]
+RecipeName = Annotated[str, typer.Argument(help="A recipe's name or file", autocompletion=completion.recipes)]
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder, hub id, or builtin", autocompletion=completion.models),
+]
 ExportedFolder = Annotated[
     Path, typer.Argument(help="A folder that `rlcs export` or `rlcs data export` wrote")
 ]

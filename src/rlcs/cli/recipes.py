@@ -1,4 +1,4 @@
-"""The commands of `rlcs recipes`: ls, show, copy, check."""
+"""The commands of `rlcs recipes`: ls, show, copy, check, explain."""
 
 import json as jsonlib
 import re
@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from rlcs.cli import completion
 from rlcs.cli.options import Overrides, RecipeName
 from rlcs.cli.train import print_choices
 from rlcs.errors import RecipeError
 
-recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
+recipes_app = typer.Typer(help="List, show, copy, check and explain recipes.", no_args_is_help=True)
 
 
 @recipes_app.command("ls")
@@ -64,3 +65,23 @@ def recipes_check(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     resolved = load_recipe(recipe, overrides or []).recipe
     print_choices(resolved.name, Path(recipe), summary_rows(resolved))
+
+
+@recipes_app.command("explain")
+def recipes_explain(
+    key: Annotated[
+        str,
+        typer.Argument(
+            help="A key like grpo.clip_high, or a section; without one: all",
+            autocompletion=completion.keys,
+        ),
+    ] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="All keys, as a page in Markdown")] = False,
+) -> None:
+    """Explain a key: meaning, unit, allowed values, default, and what the recipes that ship set."""
+    from rlcs.recipe.explain import explain, reference_page
+
+    if markdown:
+        typer.echo(reference_page(), nl=False)
+        return
+    typer.echo("\n".join(explain(key)))

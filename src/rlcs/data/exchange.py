@@ -2,7 +2,8 @@
 
 `published`: Parquet with the columns of Multimodal-Cold-Start (`images` embedded, `problem`, `answer`, where
 the answer of a demonstration is its whole response); `ms-swift`: JSONL with query, response, images;
-`llama-factory`: ShareGPT with `dataset_info.json`. Each export is a folder with a data set card.
+`llama-factory`: ShareGPT with `dataset_info.json`. The turns before a question are in a column `history` (in
+`published` of {role, text}, in `ms-swift` pairs beside `system`). Each export is a folder with a card.
 """
 
 from collections import Counter
@@ -10,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlcs.data.images import encoded_image, image_kind
+from rlcs.data.images import image_kind, portable_image
 from rlcs.data.problem_store import copy_image
 from rlcs.data.rows import Row
 from rlcs.errors import RunFolderError
-from rlcs.records import IMAGE_SLOT, ImageRef, Problem
+from rlcs.records import ImageRef, Problem, to_row
 from rlcs.storage import atomic_write, write_json, write_jsonl
 
 Layout = Literal["published", "ms-swift", "llama-factory"]
@@ -48,9 +49,14 @@ _LLAMA_FACTORY = {
 
 
 def _query(problem: Problem) -> str:
-    """The question with its choices and a slot for every image; slots that are missing are put first."""
-    text = problem.question_with_choices
-    return text if IMAGE_SLOT in text else IMAGE_SLOT * len(problem.images) + text
+    """The question with its choices, and a slot for each of its images."""
+    choices = problem.question_with_choices.removeprefix(problem.question)
+    return problem.turns[-1].text + choices
+
+
+def _earlier(problem: Problem, role: str) -> list[str]:
+    """The texts of the turns of this role before the question, with a slot for each of their images."""
+    return [turn.text for turn in problem.turns[:-1] if turn.role == role]
 
 
 def _response(row: Row) -> str:
@@ -63,12 +69,23 @@ def _images(row: Row, folder: Path) -> list[str | None]:
 
 
 def _swift(row: Row, folder: Path) -> dict[str, Any]:
-    query, answer = _query(row.problem), row.problem.answer
-    return {"query": query, "response": _response(row), "images": _images(row, folder), "solution": answer}
+    problem = row.problem
+    system, questions, replies = (_earlier(problem, role) for role in ("system", "user", "assistant"))
+    rounds = [list(each) for each in zip(questions, replies, strict=True)]
+    return {
+        **({"system": system[0]} if system else {}),
+        **({"history": rounds} if rounds else {}),
+        "query": _query(problem),
+        "response": _response(row),
+        "images": _images(row, folder),
+        "solution": problem.answer,
+    }
 
 
 def _sharegpt(row: Row, folder: Path) -> dict[str, Any]:
-    turns = [{"from": "human", "value": _query(row.problem)}, {"from": "gpt", "value": _response(row)}]
+    problem, names = row.problem, {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[turn.role], "value": turn.text} for turn in problem.turns[:-1]]
+    turns += [{"from": "human", "value": _query(problem)}, {"from": "gpt", "value": _response(row)}]
     return {"conversations": turns, "images": _images(row, folder)}
 
 
@@ -78,7 +95,10 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     from datasets import List as ListOf
     from pyarrow.parquet import ParquetWriter
 
-    features = Features({"images": ListOf(Image()), "problem": Value("string"), "answer": Value("string")})
+    text, columns = Value("string"), dict[str, Any]()
+    if any(row.problem.history for row in rows):
+        columns["history"] = ListOf({"role": text, "text": text})
+    features = Features({"images": ListOf(Image()), **columns, "problem": text, "answer": text})
     schema = features.arrow_schema  # with the metadata by which `datasets` knows the images
     path.parent.mkdir(parents=True, exist_ok=True)
     with ParquetWriter(path, schema) as writer:
@@ -86,6 +106,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
             table = [
                 {
                     "images": [_embedded(ref) for ref in row.problem.images],
+                    "history": [to_row(turn) for turn in row.problem.turns[:-1]],
                     "problem": _query(row.problem),
                     "answer": _response(row),
                 }
@@ -95,7 +116,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
 
 
 def _embedded(ref: ImageRef) -> dict[str, Any]:
-    data = encoded_image(ref)
+    data = portable_image(ref)
     return {"bytes": data, "path": f"{ref.sha256[:24]}.{image_kind(data)}"}
 
 

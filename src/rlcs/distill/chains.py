@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rlcs.errors import RecipeError
 from rlcs.grading.extraction import extract
-from rlcs.records import IMAGE_SLOT, Problem, Request, Sample
+from rlcs.records import IMAGE_SLOT, Problem, Request, Sample, Turn
 
 Format = Literal["plain", "think"]
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -68,10 +68,20 @@ class Chain:
             "format": self._form,
         }
         text = self._render(self._requests[len(turns)], values).strip()
-        if text.count(IMAGE_SLOT) not in (0, len(problem.images)):  # a turn quotes one, or the template does
-            text = text.replace(IMAGE_SLOT, "")
-        problem = replace(problem, question=text, choices=())
+        elsewhere = sum(turn.text.count(IMAGE_SLOT) for turn in problem.history)
+        here = len(problem.images) - elsewhere
+        # A turn quotes a slot, or the template does; without any slot all images come first.
+        if text.count(IMAGE_SLOT) not in ((here,) if elsewhere else (0, here)):
+            text = IMAGE_SLOT * (here if elsewhere else 0) + text.replace(IMAGE_SLOT, "")
+        problem = replace(problem, question=text, choices=(), history=self._history(problem))
         return Request.of(problem, system=self.system, index=index, turn=len(turns))
+
+    def _history(self, problem: Problem) -> tuple[Turn, ...]:
+        """The turns before the question; a system turn is followed by the chain's own system prompt."""
+        first, rest = problem.history[:1], problem.history[1:]
+        if not (self.system and first and first[0].role == "system"):
+            return problem.history
+        return (replace(first[0], text=f"{first[0].text}\n\n{self.system}"), *rest)
 
     def response(self, turns: Sequence[Sample]) -> str:
         """Compose the turns into one response, in the format of the recipe."""

@@ -106,11 +106,17 @@ def _answers(
     A problem without an answer (its prompt is too long, say) counts as wrong, with the reason: leaving it
     out would raise the accuracy.
     """
-    known = {problem.id: problem for problem in problems}
     requests = [Request.of(each) for each in problems if each.id not in kept]
     answered = {**kept, **{each.id: each for each in evaluator.sampler.batch(requests)}}
-    samples = [answered[problem.id] for problem in problems]
-    answers = [(known[sample.id], sample.text) for sample in samples if not sample.error]
+    return grade_samples(evaluator, [(problem, answered[problem.id]) for problem in problems])
+
+
+def grade_samples(
+    evaluator: Evaluator, answered: Sequence[tuple[Problem, Sample]]
+) -> list[tuple[Sample, Grade]]:
+    """Grade a model's answers in order; one that it could not give is wrong, with the reason."""
+    samples = [sample for _, sample in answered]
+    answers = [(problem, sample.text) for problem, sample in answered if not sample.error]
     grades = iter(evaluator.grader.grade(answers))
     return [
         (

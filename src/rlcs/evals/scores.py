@@ -27,7 +27,7 @@ class Verdict:
 
 def chance_level(questions: Sequence[Question]) -> float:
     """Expected accuracy of guessing: the mean of 1 / options, with 0 for a question without options."""
-    return _mean([1 / q.num_options if q.num_options else 0.0 for q in questions])
+    return mean([1 / q.num_options if q.num_options else 0.0 for q in questions])
 
 
 def pass_at(n: int, right: int, k: int) -> float:
@@ -47,8 +47,8 @@ def with_interval(accuracy: float, n: int) -> dict[str, float]:
 def answer_lengths(samples: Sequence[Sample]) -> dict[str, float]:
     """Mean tokens of the answers, and the share that reached the token limit."""
     return {
-        "mean_tokens": _mean([sample.tokens for sample in samples]),
-        "truncated": _mean([sample.stop is StopReason.LENGTH for sample in samples]),
+        "mean_tokens": mean([sample.tokens for sample in samples]),
+        "truncated": mean([sample.stop is StopReason.LENGTH for sample in samples]),
     }
 
 
@@ -65,7 +65,7 @@ def arm_scores(entries: Sequence[Entry], problems: Mapping[str, Problem]) -> dic
         if (value := problems[name].metadata.get(key)) is not None
     )
     return {
-        **with_interval(_mean([correct is True for _, correct in verdicts]), len(verdicts)),
+        **with_interval(mean([correct is True for _, correct in verdicts]), len(verdicts)),
         "n": len(verdicts),
         "unscored": sum(correct is None for _, correct in verdicts),
         "by_family": by.get("family", {}),
@@ -79,9 +79,9 @@ def rule_scores(benchmark: Benchmark, verdicts: Sequence[Verdict], samples: int)
     by_question: dict[str, list[bool]] = defaultdict(list)
     for verdict in verdicts:
         by_question[verdict.question.id].append(verdict.correct is True)
-    shares = {name: _mean(each) for name, each in by_question.items()}
+    shares = {name: mean(each) for name, each in by_question.items()}
     scores: dict[str, Any] = {
-        **with_interval(_mean(list(shares.values())), len(shares)),
+        **with_interval(mean(list(shares.values())), len(shares)),
         "unscored": sum(verdict.correct is None for verdict in verdicts),
     }
     if samples > 1:
@@ -106,11 +106,12 @@ def _all_pass_at(samples: Sequence[Sequence[bool]], most: int) -> dict[str, floa
     scores = {}
     for k in sorted({*(2**power for power in range(most.bit_length())), most}):
         if estimates := [pass_at(len(each), sum(each), k) for each in samples if len(each) >= k]:
-            scores[str(k)] = _mean(estimates)
+            scores[str(k)] = mean(estimates)
     return scores
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """The mean; 0 of nothing."""
     return sum(values) / max(1, len(values))
 
 
@@ -120,7 +121,7 @@ def _breakdown(shares: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, 
     for facet, value, share in shares:
         groups[facet][value].append(share)
     return {
-        facet: {value: {"accuracy": _mean(each), "n": len(each)} for value, each in sorted(group.items())}
+        facet: {value: {"accuracy": mean(each), "n": len(each)} for value, each in sorted(group.items())}
         for facet, group in groups.items()
     }
 
@@ -130,5 +131,5 @@ def averaged(rounds: Sequence[Mapping[str, float | None]]) -> dict[str, float | 
     means: dict[str, float | None] = {}
     for name in rounds[0] if rounds else ():
         known = [value for each in rounds if (value := each[name]) is not None]
-        means[name] = _mean(known) if known else None
+        means[name] = mean(known) if known else None
     return means

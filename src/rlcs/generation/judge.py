@@ -84,7 +84,7 @@ class Judge:
 
     def _conversation(self, problem: Problem, response: str) -> Conversation:
         values = {
-            "question": problem.question_with_choices.replace(IMAGE_SLOT, "[image]"),
+            "question": problem.transcript.replace(IMAGE_SLOT, "[image]"),
             "answer": problem.answer,
             "response": response,
             "extracted": extract(response).text or "(none)",

@@ -1,9 +1,9 @@
 """The user's reward functions, `FILE.py:NAME`: checked before a run, called only in killable workers.
 
-One is called as `NAME(problem, response)`: `problem` is a dict of `question`, `answer`, `choices` and
-`metadata`, `response` the text of the answer. It returns the reward, a number of at most 1,000,000 in size,
-or a pair of the reward and whether the answer is correct; a reward alone is correct from 1 up. If it raises
-an exception, the answer is unscored.
+One is called as `NAME(problem, response)`: `problem` is a dict of `question`, `history` (the turns before it,
+each a dict of `role` and `text`), `answer`, `choices` and `metadata`, `response` the text of the answer. It
+returns the reward, a number of at most 1,000,000 in size, or a pair of the reward and whether the answer is
+correct; a reward alone is correct from 1 up. If it raises an exception, the answer is unscored.
 """
 
 import ast
@@ -112,6 +112,7 @@ def problem_json(problem: Problem) -> str:
     """Encode the fields of a problem that a function receives."""
     fields = {
         "question": problem.question,
+        "history": [{"role": turn.role, "text": turn.text} for turn in problem.history],
         "answer": problem.answer,
         "choices": list(problem.choices),
         "metadata": dict(problem.metadata),

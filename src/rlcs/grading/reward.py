@@ -42,6 +42,12 @@ class WeightedSum:
         rows = zip(*columns.values(), strict=True)
         return [add_parts(dict(zip(columns, row, strict=True)), self.weights) for row in rows]
 
+    @property
+    def deciding(self) -> "WeightedSum":
+        """The part alone that says whether an answer is correct."""
+        [name, *_] = self.graders
+        return WeightedSum(graders={name: self.graders[name]}, weights={name: self.weights[name]})
+
     def grade_parts(self, answers: Answers) -> dict[str, list[Grade]]:
         """The grades of each part, by its name."""
         return {name: grader.grade(answers) for name, grader in self.graders.items()}

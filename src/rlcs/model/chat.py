@@ -7,7 +7,7 @@ families use it), which tests hold.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import groupby
 from typing import Any
@@ -70,6 +70,13 @@ class Chat:
         changed._system = self._default_system if system is None else system
         return changed
 
+    def measuring(self, max_tokens: int) -> "Chat":
+        """The same format for prompts that are only counted: no image is decoded; with a limit of its own."""
+        changed = copy(self)
+        changed._images = self._images.by_size()
+        changed._max_tokens = max_tokens
+        return changed
+
     def prompt(self, problem: Problem) -> Prompt:
         """Make the prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
         return self.conversation(Request.of(problem).messages, name=problem.id)
@@ -91,17 +98,10 @@ class Chat:
         """
         if self._system is not None and (not messages or messages[0].role != "system"):
             messages = [Message(role="system", parts=(self._system,)), *messages]
-        segments: list[Segment] = []
-        for message in messages:
-            segments += [self._start, message.role + "\n"]
-            for part in message.parts:
-                is_image = isinstance(part, ImageRef)
-                segments += [self._vision_start, part, self._vision_end] if is_image else [part]
-            segments += [self.end_id, "\n"]
-        segments += [self._start, "assistant\n"]
         ids: list[int] = []
-        spans, grids, images = [], [], []
-        for segment in _join_text(segments):
+        spans, grids, images, replies = [], [], [], []
+        for segment, is_reply in self._segments(messages):
+            start = len(ids)
             if isinstance(segment, int):
                 ids.append(segment)
             elif isinstance(segment, str):
@@ -110,13 +110,17 @@ class Chat:
             else:
                 grid = self._images.grid(segment)
                 size = grid[0] * grid[1] * grid[2] // self._images.merge_size**2
-                spans.append((len(ids), len(ids) + size))
+                spans.append((start, start + size))
                 ids += [self.image_id] * size
                 grids.append(grid)
                 images.append(segment)
+            if is_reply:
+                replies.append((start, len(ids)))
         if len(ids) > self._max_tokens:
             of_images = sum(b - a for a, b in spans)
-            raise self._too_long(f"{len(ids)} tokens, {of_images} of them image", name)
+            earlier = sum(message.role != "system" for message in messages) - 1
+            of_turns = f", with {earlier} turns before the question" if earlier > 0 else ""
+            raise self._too_long(f"{len(ids)} tokens, {of_images} of them image{of_turns}", name)
         return Prompt(
             problem_id=name,
             ids=tuple(ids),
@@ -125,7 +129,30 @@ class Chat:
             spans=tuple(spans),
             image_token_id=self.image_id,
             merge_size=self._images.merge_size,
+            replies=tuple(replies),
         )
+
+    def _segments(self, messages: Sequence[Message]) -> Iterator[tuple[Segment, bool]]:
+        """The segments of a conversation up to the next reply; each with whether an assistant wrote it.
+
+        What an assistant wrote is tokenised apart from the role before it, as when it was sampled.
+        """
+        for message in messages:
+            is_reply = message.role == "assistant" and bool(message.parts)
+            head: list[Segment] = [self._start, message.role + "\n"]
+            parts: list[Segment] = []
+            for part in message.parts:
+                is_image = isinstance(part, ImageRef)
+                parts += [self._vision_start, part, self._vision_end] if is_image else [part]
+            if is_reply:
+                yield from ((segment, False) for segment in head)
+                yield from ((segment, isinstance(segment, str)) for segment in _join_text(parts))
+            else:
+                yield from ((segment, False) for segment in _join_text([*head, *parts]))
+            yield self.end_id, is_reply
+            yield "\n", False
+        yield self._start, False
+        yield "assistant\n", False
 
     def _check_length(self, text: str, name: str) -> None:
         """Raise PromptError when a text is far too long, before all of it is tokenised.

@@ -3,10 +3,11 @@
 Many trees lie end to end in one pack: `[trunk | branch 1 | ... | branch G | trunk | ...]`. A token
 sees its own trunk and its own branch up to itself, nothing else; a branch's positions restart
 where its trunk ends; the first token of every branch is predicted by the trunk's last token. So
-the gradients of a pack are those of the padded, repeated batch.
+the gradients of a pack are those of the padded, repeated batch. In a conversation earlier replies lie in
+the trunk, between images that may come after them; where they are learnt, trunk tokens are targets too.
 
 Letters in shapes: L tokens of the pack, N target tokens (all branch
-tokens), S branches, T trees.
+tokens, and those of the trunk with a loss weight), S branches, T trees.
 """
 
 from collections.abc import Callable, Sequence
@@ -110,6 +111,7 @@ class Pack:
     images in order, or None. For every target token: `predictors` (N,) is the hidden state that
     predicts it, `targets` (N,) its id, `sequence` (N,) its branch (0..S-1), `weights` (N,) its
     loss weight, `sampler_logprobs` (N,) the sampler's logprobs (None if any branch has none).
+    Targets in a trunk come before those of its first branch, and have its index in `sequence`.
     """
 
     layout: Layout
@@ -154,8 +156,18 @@ def pack(trees: Sequence[Tree], pixels: PixelSource) -> Pack:
         raise ValueError("a pack needs at least one tree")
     layout = layout_of([(len(t.prompt.ids), [len(b.ids) for b in t.branches]) for t in trees])
     branches = [branch for tree in trees for branch in tree.branches]
-    predictors = [i for span in layout.trees for i in _predictors(span)]
-    lengths = torch.tensor([len(b.ids) for b in branches], dtype=torch.long)
+    predictors, targets, weights = list[int](), list[int](), list[float]()
+    lengths = []
+    for tree, span in zip(trees, layout.trees, strict=True):
+        in_trunk = tree.trunk_targets
+        predictors += [*(span.start + i - 1 for i in in_trunk), *_predictors(span)]
+        targets += [*(tree.prompt.ids[i] for i in in_trunk), *(i for b in tree.branches for i in b.ids)]
+        weights += [
+            *(tree.trunk_weights[i] for i in in_trunk),
+            *(w for b in tree.branches for w in b.weights),
+        ]
+        sizes = [len(branch.ids) for branch in tree.branches]
+        lengths += [len(in_trunk) + sizes[0], *sizes[1:]] if sizes else []
     images = [image for tree in trees for image in tree.prompt.images]
     grids = [grid for tree in trees for grid in tree.prompt.grids]
     with_logprobs = bool(branches) and all(b.logprobs is not None for b in branches)
@@ -164,9 +176,11 @@ def pack(trees: Sequence[Tree], pixels: PixelSource) -> Pack:
         ids=torch.tensor([i for tree in trees for i in _flat_ids(tree)], dtype=torch.long),
         positions=torch.cat([_positions(tree) for tree in trees], dim=1),
         predictors=torch.tensor(predictors, dtype=torch.long),
-        targets=torch.tensor([i for b in branches for i in b.ids], dtype=torch.long),
-        sequence=torch.repeat_interleave(torch.arange(len(branches)), lengths),
-        weights=torch.tensor([w for b in branches for w in b.weights], dtype=torch.float32),
+        targets=torch.tensor(targets, dtype=torch.long),
+        sequence=torch.repeat_interleave(
+            torch.arange(len(branches)), torch.tensor(lengths, dtype=torch.long)
+        ),
+        weights=torch.tensor(weights, dtype=torch.float32),
         sampler_logprobs=(
             torch.tensor([x for b in branches for x in b.logprobs or ()], dtype=torch.float32)
             if with_logprobs

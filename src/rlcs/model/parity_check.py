@@ -31,7 +31,7 @@ def gap(differences: torch.Tensor, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def disagreement(vlm: Vlm, chat: Chat, tree: Tree) -> float:
-    """Compute the largest gap (nats) between packed and plain logprobs over the branches of one tree.
+    """Compute the largest gap (nats) between packed and plain logprobs of the targets of one tree.
 
     Plain means: every answer after a copy of the prompt, through the stock attention of
     transformers, with positions computed by the model itself.
@@ -46,7 +46,9 @@ def disagreement(vlm: Vlm, chat: Chat, tree: Tree) -> float:
 
 def _plain_logprobs(vlm: Vlm, chat: Chat, tree: Tree, index: int) -> torch.Tensor:
     prompt, answer = tree.prompt, tree.branches[index].ids
-    ids = torch.tensor([[*prompt.ids, *answer]], device=vlm.device)
+    whole = (*prompt.ids, *answer)
+    targets = torch.tensor([*tree.trunk_targets, *range(len(prompt.ids), len(whole))], device=vlm.device)
+    ids = torch.tensor([whole], device=vlm.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs["mm_token_type_ids"] = (ids == prompt.image_token_id).long()
     if prompt.images:
@@ -56,11 +58,10 @@ def _plain_logprobs(vlm: Vlm, chat: Chat, tree: Tree, index: int) -> torch.Tenso
     chosen = vlm.model.config.get_text_config()._attn_implementation
     vlm.model.set_attn_implementation({"text_config": "sdpa"})
     try:
-        logits = vlm.model(**inputs, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
+        logits = vlm.model(**inputs, use_cache=False, logits_to_keep=targets - 1).logits[0]
     finally:
         vlm.model.set_attn_implementation({"text_config": chosen})
-    targets = torch.tensor(answer, device=vlm.device)
-    return torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
+    return torch.log_softmax(logits.float(), -1).gather(1, ids[0, targets, None])[:, 0]
 
 
 def require_agreement(vlm: Vlm, chat: Chat, tree: Tree | None) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlcs.errors import RunFolderError
 from rlcs.grading.own import check_function
+from rlcs.recipe.arms import ARMS
 from rlcs.recipe.judge import KEY
 from rlcs.recipe.keys import recipe_keys
 from rlcs.recipe.loading import differences, dump, load_recipe
@@ -21,11 +22,21 @@ from rlcs.storage import atomic_write
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold results of long work."""
 
-_JUDGE_LIMITS = (*Server.model_fields, "base_url", "max_wait_s", "max_requests")
-OPERATIONAL = frozenset(
-    {"grpo.reward.deadline_s", "grpo.reward.workers", *(f"{KEY}.{name}" for name in _JUDGE_LIMITS)}
+_JUDGE_LIMITS = (
+    *(name for name in Server.model_fields if name != "request"),
+    *("base_url", "max_wait_s", "max_requests"),
+    *("request.max_tokens", "request.headers", "request.quirks"),
 )
-"""Keys that bound or reach the graders, and do not change what is learnt: a run may go on with others."""
+_KEPT = ("save_every", "keep_checkpoints", "keep_steps")
+OPERATIONAL = frozenset(
+    {
+        *("study.preflight", "grpo.reward.deadline_s", "grpo.reward.workers"),
+        *(f"{KEY}.{name}" for name in _JUDGE_LIMITS),
+        *(f"{stage}.{name}" for stage in ("sft", "grpo") for name in _KEPT),
+    }
+)
+"""Keys that do not change what is learnt (limits of graders, kept checkpoints, the trial before): a run may
+go on with others."""
 
 log = logging.getLogger("rlcs")
 
@@ -40,26 +51,29 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
+def claim(folder: Path, recipe: Recipe, *, dry: bool = False) -> Recipe:
     """Write the resolved recipe into a new run folder, or check that an old one has the same.
 
-    Arms may be added to it, OPERATIONAL keys may change, and a start without results (say, of a mistyped
-    model) may be corrected. Raises RunFolderError for a folder of another recipe or with other files,
-    RecipeError.
+    The arms of the folder are those of every command so far, `rlcs sft` and then `rlcs run`, say. OPERATIONAL
+    keys may change, and a start without results (say, of a mistyped model) may be corrected. Returns the
+    recipe of the folder; a `dry` claim writes nothing. Raises RecipeError, and RunFolderError for a folder
+    of another recipe or with other files.
     """
     for function in recipe.grpo.reward.functions:
         check_function(function)
     recipe.grpo.reward.judge.template_text()
     path = folder / "recipe.yaml"
     if not path.exists():
-        _create(folder)
-        atomic_write(path, dump(recipe))
-        return
+        _require_free(folder)
+        if not dry:
+            _create(folder)
+            atomic_write(path, dump(recipe))
+        return recipe
     before = load_recipe(str(path)).recipe
-    changed = [each for each in differences(before, recipe) if each[0] not in OPERATIONAL]
+    fixed = {key for key in recipe_keys() if key not in OPERATIONAL} - {"study.arms"}
+    changed = [each for each in differences(before, recipe) if each[0] in fixed]
     keys = [key for key, _, _ in changed]
-    arms_join = keys == ["study.arms"] and set(before.study.arms) < set(recipe.study.arms)
-    if keys and not arms_join:
+    if keys:
         if _holds_results(folder, keys):
             listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed[:5])
             raise RunFolderError(
@@ -67,17 +81,25 @@ def claim(folder: Path, recipe: Recipe) -> None:
                 where=str(folder),
                 fix="choose another --out, or remove the folder, or run with its own recipe.yaml",
             )
-        (folder / "eval" / "problems.jsonl").unlink(missing_ok=True)  # of the earlier data
-    if recipe != before:
+        if not dry:
+            (folder / "eval" / "problems.jsonl").unlink(missing_ok=True)  # of the earlier data
+    else:
+        arms = tuple(arm for arm in ARMS if arm in {*before.study.arms, *recipe.study.arms})
+        recipe = recipe.model_copy(update={"study": recipe.study.model_copy(update={"arms": arms})})
+    if recipe != before and not dry:
         atomic_write(path, dump(recipe))
+    return recipe
 
 
-def _create(folder: Path) -> None:
-    """Make the folder; the cold start of an earlier `rlcs distill` may be in it."""
+def _require_free(folder: Path) -> None:
+    """Require that nothing is in the folder but the cold start of an earlier `rlcs distill`."""
     if folder.exists() and any(path.name != "cold_start" for path in folder.iterdir()):
         raise RunFolderError(
             "the folder is not empty and holds no run", where=str(folder), fix="choose another --out"
         )
+
+
+def _create(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The study of one seed: data -> cold start -> SFT -> GRPO -> held-out measurement -> report.
+"""The study of one seed: the base is measured, then each arm is trained and measured; the report is last.
 
 Every stage writes a marker when it is done. A stopped run resumes at the stage without one: SFT and
 GRPO at their newest checkpoint, a measurement after its last answer.
@@ -7,7 +7,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,25 +18,33 @@ from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
+from rlcs.engines.base import Engine
 from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
+from rlcs.engines.local import LocalEngine
 from rlcs.errors import RlcsError
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
+from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
-from rlcs.generation.judge import Judge, JudgeOfRanks, open_judge
-from rlcs.grading.reward import WeightedSum, open_reward, try_reward
+from rlcs.grading.reward import Grader
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
+from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.data_checks import CHECKS, check_prompts
+from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
+from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Stage
 from rlcs.records import Demonstration
 from rlcs.signals import StopFlag
-from rlcs.storage import read_json, write_json
+from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
-from rlcs.train.run_dir import RunDir, is_done, mark_done
+from rlcs.train.run_dir import RunDir
+from rlcs.train.validation import Validation
 
 log = logging.getLogger("rlcs")
 
@@ -65,8 +73,12 @@ class Study:
         output: Output,
         stop: StopFlag,
         world: World = ALONE,
+        dry: bool = False,
     ) -> None:
-        """Claim the folder. Raises RunFolderError if it belongs to another recipe, UserError."""
+        """Claim the folder, unless it is a `dry` run, which only checks whether it could.
+
+        Raises RunFolderError if it belongs to another recipe, UserError.
+        """
         require_usable(recipe.model.attention, world.device or loading.default_device())
         self.recipe = recipe
         self.folder = folder
@@ -75,7 +87,7 @@ class Study:
         self._stop = stop
         self._world = world
         self._make_engine: MakeEngine
-        world.first(lambda: claim(folder, recipe))
+        self._claimed = world.first(lambda: claim(folder, recipe, dry=dry))
         self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
@@ -83,60 +95,63 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        with log_here, open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
+        with log_here:
             return self._run_stages()
 
+    @contextmanager
+    def _engines(self) -> Iterator[None]:
+        with open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
+            yield
+
+    def check_data(self) -> None:
+        """Make the prompts of all data, and leave out rows without one. Raises DataError if they are many."""
+        self._data = check_prompts(self._data, self.recipe)
+
+    def try_stages(self, *, logs: Path) -> dict[str, float]:
+        """Try what is left of the run in small; the seconds of each check. Raises RlcsError."""
+        trial = Preflight(
+            self.recipe,
+            self.folder,
+            data=self._data,
+            needs=engine_needs(self.recipe),
+            world=self._world,
+            stop=self._stop,
+        )
+        with Output(quiet=True, json=self._output.json).screen("preflight", 0) as view:
+            return trial.run(view, logs=logs)
+
     def _run_stages(self) -> dict[str, Any]:
+        self.check_data()
         data, study = self._data, self.recipe.study
+        self._world.first(lambda: write_json(self.folder / CHECKS, data.checks))
         for line in data.notes:
             log.warning(line)
-        self._world.first(self._try_reward)
+        self.try_stages(logs=self.folder / "rollout")
+        self._world.first(self._write_problems)
+        # Each call frees its model before the next one is loaded.
+        with self._engines():
+            self._measure("base")
         demonstrations: Sequence[Demonstration] = ()
-        if study.cold_starts:
+        if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
             self._world.first(self._cold_start)
             demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
             self._sft(demonstrations)
-        for arm in RL_ARMS:
-            if arm in study.arms:
-                self._grpo(arm)
-        self._world.first(self._write_problems)
-        for arm in study.arms:
-            self._measure(arm)  # a call of its own frees the model before the next one is loaded
+        with self._engines():
+            for arm in TRAINING_ORDER:
+                if arm in study.arms:
+                    if arm in RL_ARMS:
+                        self._grpo(arm)
+                    self._measure(arm)
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
 
-    def _try_reward(self) -> None:
-        """Call every part of the reward before anything is trained: a mistake in it must not wait for RL."""
-        if all(is_done(self.folder / arm) for arm in self.recipe.study.arms if arm in RL_ARMS):
-            return
-        with TemporaryDirectory() as replies, self._reward(ALONE, Path(replies), trial=True) as (grader, _):
-            warnings = try_reward(grader, self._data.rl[0])
-        for warning in warnings:
-            log.warning(warning)
-            with self._output.screen("reward", 1) as view:
-                view.say(f"warning: {warning}")
-
-    @contextmanager
-    def _reward(
-        self, world: World, replies: Path, *, only_correct: bool = False, trial: bool = False
-    ) -> Iterator[tuple[WeightedSum, Judge | None]]:
-        """Open the grader of the reward, and its judge if it has one: on rank 0 alone, with its `replies`.
-
-        What a `trial` asks does not count towards the judge's `max_requests`.
-        """
-        reward = self.recipe.grpo.reward
-        names = list(reward.weights)[: 1 if only_correct else None]
-        with ExitStack() as stack:
-            judge = None
-            if "judge" in names and world.rank == 0:
-                settings = reward.judge.model_copy(update={"max_requests": None} if trial else {})
-                judge = stack.enter_context(open_judge(settings, replies))
-            shared = JudgeOfRanks(judge=judge, world=world)
-            yield stack.enter_context(open_reward(reward, judge=shared, only_correct=only_correct)), judge
-
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
+        path = self.folder / "summary.json"
+        before = read_json(path)["counts"] if path.exists() else {}
+        # Data that only arms of an earlier command need was not read.
+        counts = {name: count or before.get(name, 0) for name, count in counts.items()}
         summary = {**self._summary(), "counts": counts}
-        write_json(self.folder / "summary.json", summary)
+        write_json(path, summary)
         log.info("report: %s", report.build(self.folder))
         return summary
 
@@ -148,8 +163,9 @@ class Study:
         rows, recipe = self._data.cold_start, self.recipe
         with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
             kept = distill.run(
-                rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=self._stop
-            )
+                rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view,
+                stop=self._stop,
+            )  # fmt: skip
         # Without a marker the same command samples the missing answers.
         if failed := read_json(folder / "stats.json")["failed"]:
             raise RlcsError(
@@ -200,7 +216,16 @@ class Study:
         vlm = self._spread(self._policy(None, settings.freeze))
         chat = loading.make_chat(vlm, self.recipe.prompt, self.recipe.images)
         run = self._run_dir("sft", settings)
-        with self._output.screen("sft", sft.steps_of(settings, len(demonstrations))) as view:
+        every, engine = (
+            self.recipe.validation.sft_every,
+            LocalEngine(vlm, chat, max_rows=self.recipe.eval.max_rows),
+        )
+        reward, judged = self.recipe.grpo.reward, self.folder / "judge"
+        opened = open_graders(reward, self._world, judged, only_correct=True) if every else nullcontext()
+        steps = sft.steps_of(settings, len(demonstrations))
+        with opened as graders, self._output.screen("sft", steps) as view:
+            if graders is not None:
+                run.validation = self._validation(every, engine, chat, graders[0])
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
     def _grpo(self, name: str) -> None:
@@ -218,7 +243,7 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
         engine = self._make_engine(vlm, chat, settings.max_rows)
         run = self._run_dir(name, settings)
-        opened = self._reward(self._world, self.folder / "judge")
+        opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
             context = grpo.GrpoContext(
                 vlm=vlm,
@@ -229,7 +254,22 @@ class Study:
                 judge=judge,
                 importance_cap=recipe.rollout.cap,
             )
+            if every := recipe.validation.grpo_every:
+                run.validation = self._validation(every, engine, chat, grader.deciding)
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
+
+    def _validation(self, every: int, engine: Engine, chat: Chat, grader: Grader) -> Validation:
+        """Measure a model that trains, every so many steps, by the engine and the prompts of its stage."""
+        settings, problems = self.recipe.validation, self._data.validation
+        sampling = settings.sampling(max_new_tokens=self.recipe.eval.max_new_tokens, seed=self.recipe.seed)
+        sampler = EngineSampler(engine, chat, sampling, batch_size=CHUNK)
+        evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
+
+        def measure(stop: StopFlag) -> dict[str, Any]:
+            engine.sync()
+            return validate(evaluator, problems, samples=settings.samples, stop=stop)
+
+        return Validation(every=every, measure=measure)
 
     def _measure(self, arm: str) -> None:
         if self._is_done(f"eval/{arm}"):
@@ -240,7 +280,7 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = self._make_engine(vlm, chat, recipe.eval.max_rows)
         sampler = EngineSampler(engine, chat, recipe.eval.sampling(), batch_size=CHUNK)
-        opened = self._reward(self._world, self.folder / "judge", only_correct=True)
+        opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge", only_correct=True)
         with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
             evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
@@ -259,7 +299,7 @@ class Study:
             if is_done(self.folder / stage):
                 seconds[stage] = read_json(self.folder / stage / "done.json")["seconds"]
         arms = {}
-        for arm in self.recipe.study.arms:
+        for arm in [arm for arm in self._claimed.study.arms if is_done(self.folder / "eval" / arm)]:
             arms[arm] = read_json(self.folder / "eval" / arm / "scores.json")
             seconds[f"eval_{arm}"] = read_json(self.folder / "eval" / arm / "done.json")["seconds"]
         return {
@@ -267,11 +307,21 @@ class Study:
             "arms": arms,
             "seconds": seconds,
             "seeds": [self.recipe.seed],
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": self._claimed.model_dump(mode="json"),
             "versions": versions(),
             "command": command(),
             **({"ranks": self._world.size} if self._world.grouped else {}),
         }
+
+
+def dry_run(
+    recipe: Recipe, folder: Path, *, data: RunData, output: Output, stop: StopFlag, world: World = ALONE
+) -> dict[str, float]:
+    """Try everything that a run would do, in small; writes nothing, and returns the seconds of each check."""
+    study = Study(recipe, folder, data=data, output=output, stop=stop, world=world, dry=True)
+    study.check_data()
+    with TemporaryDirectory(dir=existing(folder), prefix=".preflight-") as logs:
+        return study.try_stages(logs=Path(logs))
 
 
 def engine_needs(recipe: Recipe) -> EngineNeeds:

@@ -5,6 +5,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Union, get_args, get_origin
 
+from pydantic import JsonValue
 from pydantic.fields import FieldInfo
 
 from rlcs.recipe.schema import Recipe
@@ -16,6 +17,7 @@ _NAMES: Mapping[object, str] = {
     float: "a number",
     str: "text",
     type(None): "null",
+    JsonValue: "any value",
 }
 _BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
@@ -44,6 +46,12 @@ def takes_text(field: FieldInfo) -> bool:
     """Whether the value of this key is free text; a list of texts, or a mapping of them, is not."""
     kind = field.annotation
     return kind is str or (get_origin(kind) in (Union, types.UnionType) and str in get_args(kind))
+
+
+def options(field: FieldInfo) -> list[str]:
+    """The words among which the value of a key is chosen; empty where it is no choice."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    return [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def nearest(unknown: str) -> list[str]:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from rlcs.errors import RecipeError
-from rlcs.recipe.keys import allowed, nearest, recipe_keys, section_of, takes_text
+from rlcs.recipe.keys import allowed, nearest, options, recipe_keys, section_of, takes_text
 from rlcs.recipe.reading import Parsed, parse, write
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.section import Section
@@ -72,8 +73,9 @@ def read_section(kind: type[S], words: Sequence[str], *, where: str) -> S:
     key = str(first["loc"][0]) if first["loc"] else ""
     if not key:  # the values do not go together
         raise RecipeError(first["msg"].removeprefix("Value error, "), where=where, fix="change one of them")
-    what = f"{key} should be {allowed(kind.model_fields[key])} (got {_shown(values[key])})"
-    raise RecipeError(what, where=where, fix="change it")
+    field = kind.model_fields[key]
+    what = f"{key} should be {allowed(field)} (got {shown(values[key])})"
+    raise RecipeError(what, where=where, fix=f"write {key}={_example(field, values[key])}")
 
 
 def list_recipes() -> dict[str, Path]:
@@ -102,7 +104,7 @@ def _chain(name_or_path: str) -> list[Parsed]:
     while "extends" in chain[-1].value:
         if not isinstance(base := chain[-1].value.pop("extends"), str):
             raise RecipeError(
-                f"extends should be one name or path (got {_shown(base)})",
+                f"extends should be one name or path (got {shown(base)})",
                 where=chain[-1].place(("extends",)),
                 fix="extends: quickstart",
             )
@@ -169,8 +171,9 @@ def _override(text: str) -> Parsed:
     return Parsed(value=value, where=COMMAND_LINE)
 
 
-def _unknown(key: str, where: str) -> RecipeError:
-    listed = "rlcs recipes show quickstart lists every key"
+def unknown_key(key: str, where: str) -> RecipeError:
+    """The error for a key that is not in the schema, with those that resemble it."""
+    listed = "`rlcs recipes explain` lists every key"
     fix = f"did you mean {' or '.join(found)}?" if (found := nearest(key)) else listed
     return RecipeError(f"unknown key {key}", where=where, fix=fix)
 
@@ -184,7 +187,7 @@ def _settings(
         here = (*path, name)
         key, where, field = ".".join(here), source.place(here), section.model_fields.get(name)
         if field is None:
-            raise _unknown(key, where)
+            raise unknown_key(key, where)
         inner = section_of(field)
         if inner is None:
             settings[key] = _Setting(value=_frozen(value), source=source.where, where=where)
@@ -192,7 +195,7 @@ def _settings(
             settings |= _settings(source, value, inner, here)
         else:
             raise RecipeError(
-                f"{key} is a section with keys of its own (got {_shown(value)})",
+                f"{key} is a section with keys of its own (got {shown(value)})",
                 where=where,
                 fix=f"set {', '.join(f'{key}.{name}' for name in list(inner.model_fields)[:3])} ...",
             )
@@ -226,11 +229,11 @@ def _validated(settings: Mapping[str, _Setting]) -> Recipe:
         problems = {_key(item["loc"], settings): item["msg"] for item in error.errors(include_url=False)}
     lines = [_complaint(key, message, settings) for key, message in problems.items()]
     if len(lines) == 1:
-        where, what = lines[0]
-        place = "" if where == COMMAND_LINE else "there, or override it with key=value"
-        raise RecipeError(what, where=where, fix=f"change it {place}".strip())
+        [key], [(where, what)] = problems, lines
+        raise RecipeError(what, where=where, fix=_fix(key, where, settings))
     listing = "".join(f"\n  {where}: {what}" for where, what in lines)
-    raise RecipeError(f"{len(lines)} values cannot be used{listing}", fix="change each of them")
+    fix = "correct each of them; `rlcs recipes explain KEY` says what a key may be"
+    raise RecipeError(f"{len(lines)} values cannot be used{listing}", fix=fix)
 
 
 def _key(location: Sequence[int | str], settings: Mapping[str, _Setting]) -> str:
@@ -247,11 +250,29 @@ def _complaint(key: str, message: str, settings: Mapping[str, _Setting]) -> tupl
     """
     if key in settings:
         field = recipe_keys()[key]
-        return settings[key].where, f"{key} should be {allowed(field)} (got {_shown(settings[key].value)})"
+        return settings[key].where, f"{key} should be {allowed(field)} (got {shown(settings[key].value)})"
     prefix, text = f"{key}." if key else "", message.removeprefix("Value error, ")
     inside = [setting.where for name, setting in settings.items() if name.startswith(prefix)]
     return inside[-1], f"{key}: {text}" if key else text
 
 
-def _shown(value: object) -> str:
+def _fix(key: str, where: str, settings: Mapping[str, _Setting]) -> str:
+    """What to write instead of the value of `key`; a key without one is a section whose values disagree."""
+    if key not in settings:
+        about = f"; `rlcs recipes explain {key}` says what they mean" if key else ""
+        return f"change one of the values that it names{about}"
+    example = _example(recipe_keys()[key], settings[key].value)
+    there = f"`{key.rpartition('.')[2]}: {example}` there, or "
+    written = ("" if where == COMMAND_LINE else there) + f"{key}={example}"
+    return f"write for example {written}; `rlcs recipes explain {key}` says what it means"
+
+
+def _example(field: FieldInfo, wrong: object) -> str:
+    """A value that a key may have: the option nearest to the wrong one, or else the default."""
+    near = difflib.get_close_matches(str(wrong), options(field), n=1)
+    return near[0] if near else shown(field.default)
+
+
+def shown(value: object) -> str:
+    """A value as JSON, and so as YAML."""
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -54,8 +54,8 @@ class Images(Section):
     """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value)."""
     rl_min_pixels: Positive | None = None
     """`min_pixels` in RL only; None: the same. The paper's code enlarges to 262,144 in RL only."""
-    decode_limit: Positive = 50_000_000
-    """Images with more pixels in the file are refused before they are decoded."""
+    decode_limit: Positive = 200_000_000
+    """Images with more pixels in the file are refused before they are decoded; photos are scaled down."""
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "Images":
@@ -67,24 +67,24 @@ class Images(Section):
 
 
 class Columns(Section):
-    """The columns of a data source."""
+    """The columns of a data source; they count before those of another tool's layout."""
 
     id: str = "id"
     """Missing: the row number is used."""
     question: tuple[str, ...] = ("question", "problem", "query")
-    """The first of these that is present."""
+    """The first of these that has a value."""
     images: tuple[str, ...] = ("images", "image")
-    """The first of these that is present; paths, bytes or embedded images, one or a list."""
+    """The first of these that has a value; paths, data URLs, Base64 or embedded images, one or a list."""
     answer: tuple[str, ...] = ("answer", "solution")
-    """The first of these that is present."""
+    """The first of these that has a value."""
     response: tuple[str, ...] = ("response",)
     """With one of these a row is a demonstration."""
     choices: tuple[str, ...] = ("choices", "options")
-    """Multiple choice: a list of texts."""
+    """Multiple choice: a list of texts, a mapping from letters, or a line for each (`A. ...`)."""
 
 
 class Data(Section):
-    """The sources of problems: JSONL or Parquet file, folder, hub id, or `builtin:NAME?key=value&...`."""
+    """The sources of problems: a data file, a folder, a hub id, or `builtin:NAME?key=value&...`."""
 
     cold_start: str = "builtin:puzzles?split=train&count=1000&seed=1"
     """Problems (answered by the teacher) or demonstrations (used as they are) for SFT."""
@@ -98,12 +98,18 @@ class Data(Section):
     split: str | None = None
     """Split of a hub data set; None: `train` for training sources, `test` for the test source."""
     image_root: str | None = None
-    """Absolute image paths are allowed only under this folder."""
+    """Absolute image paths are allowed only under this folder; relative ones may start there too."""
     max_bad_share: Share = 0.01
     """Largest share of unusable rows; with more the run does not start."""
+    overlap: Literal["warn", "drop", "refuse"] = "warn"
+    """Training rows that are also in `test` (the same question on the same pixels). `warn`: they are counted
+    before the run starts; `drop`: they are left out of the training too; `refuse`: the run does not start."""
     answers: Literal["unwrapped", "as_given"] = "unwrapped"
     """`unwrapped`: gold answers are taken out of boxes, tags and worked solutions, and rows whose gold answer
     nothing can match are not used; `as_given`: they stay as they are, for an own reward or a judge."""
+    system: Literal["row", "recipe"] = "row"
+    """The system prompt of a row that has one: `row`: its own, instead of `prompt.system` and
+    `prompt.rl_system`; `recipe`: theirs, and the row's is left out."""
     columns: Columns = Columns()
     """Column names."""
 
@@ -148,7 +154,8 @@ class Teacher(Server):
     enough_kept: Annotated[int, Field(ge=0)] = 1
     """Sampling of a problem ends with so many answers to keep. 0: all samples, for an unbiased pass rate."""
     keep: Literal["right", "all"] = "right"
-    """`right`: rejection sampling; `all`: wrong answers are trained on too (for comparison)."""
+    """`right`: rejection sampling, also of responses that the data has: those whose final answer is not the
+    gold answer are left out. `all`: wrong answers are trained on too."""
     pick: Literal["first", "shortest", "diverse"] = "first"
     """Choice among several answers to keep: the first, the shortest, or those least alike."""
     max_kept: Positive = 1
@@ -185,7 +192,7 @@ class Teacher(Server):
     @property
     def endpoint(self) -> Endpoint:
         """The server of a teacher of that kind."""
-        return Endpoint.model_validate({name: getattr(self, name) for name in Endpoint.model_fields})
+        return self.at(str(self.base_url), str(self.model), section="teacher")
 
 
 class Eval(Section):
@@ -206,11 +213,67 @@ class Eval(Section):
         return Sampling(n=n, seed=seed, **chosen)
 
 
-class Study(Section):
-    """The arms that `rlcs run` and `rlcs ablate` train and measure."""
+class Validation(Section):
+    """Measurement while a stage trains: pass@1 and pass@k, graded like the final one. Off by default."""
 
-    arms: tuple[ArmName, ...] = ("base", "sft_grpo")
-    """`base` and one that is trained, or more: `sft` and `grpo` beside `sft_grpo` complete the comparison."""
+    sft_every: Annotated[int, Field(ge=0)] = 0
+    """Steps of SFT between measurements, beside one before the first step and one after the last. 0: none."""
+    grpo_every: Annotated[int, Field(ge=0)] = 0
+    """The same for steps of GRPO."""
+    source: str | None = None
+    """Problems with answers, in the forms of `data.rl`. None: the last `problems` of `data.rl`, which RL then
+    does not train on. It is never `data.test`: what is chosen by its score would look too good there."""
+    problems: Positive = 200
+    """Problems that are measured at most: the first of `source`."""
+    samples: Positive = 1
+    """Answers to each problem. 1: greedy, for pass@1; k of them are sampled: pass@1 is their mean, and pass@k
+    the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of several samples."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling of several samples."""
+
+    @model_validator(mode="after")
+    def _is_on_where_it_is_set(self) -> "Validation":
+        if not self.on and self.model_fields_set - {"sft_every", "grpo_every"} and self != Validation():
+            raise ValueError(
+                "nothing is measured: set validation.sft_every or validation.grpo_every, to 10 say"
+            )
+        return self
+
+    @property
+    def on(self) -> bool:
+        """Whether any stage is measured while it trains."""
+        return self.sft_every > 0 or self.grpo_every > 0
+
+    @property
+    def held_out(self) -> int:
+        """How many of the problems of `data.rl` are taken out of it."""
+        return self.problems if self.on and self.source is None else 0
+
+    def sampling(self, *, max_new_tokens: int, seed: int) -> Sampling:
+        """The settings for sampling the answers to each problem."""
+        one = self.samples == 1
+        return Sampling(
+            n=self.samples,
+            temperature=0.0 if one else self.temperature,
+            top_p=1.0 if one else self.top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+
+
+class Study(Section):
+    """The arms that `rlcs run` trains and measures (other commands name their own), and the trial before."""
+
+    arms: tuple[ArmName, ...] = ("base", "sft", "sft_grpo")
+    """`base` and one that is trained, or more. `sft` beside `sft_grpo` is only measured, as it is trained
+    anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it."""
+
+    preflight: Literal["quick", "full", "off"] = "quick"
+    """What is tried before anything is trained. `quick`: every stage in small, in seconds: the local engine
+    answers a question, of vLLM the program and its GPUs are checked (it starts first thing afterwards, when
+    the base is measured). `full`: vLLM starts too, answers, and loads weights a second time: minutes."""
 
     @model_validator(mode="after")
     def _has_the_base_and_another(self) -> "Study":
@@ -263,6 +326,8 @@ class Recipe(Section):
     """The engine that samples."""
     eval: Eval = Eval()
     """Measurement."""
+    validation: Validation = Validation()
+    """Measurement while a stage trains."""
     study: Study = Study()
     """Arms."""
     report: Report = Report()
@@ -281,6 +346,26 @@ class Recipe(Section):
             raise ValueError(
                 "rollout.lora=adapter: vLLM takes adapters in the language model only, of rank "
                 f"{ADAPTER_RANKS[-1]} at most: set lora.parts=[language_model], or rollout.lora=merged"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_can_be_chosen(self) -> "Recipe":
+        stages = (
+            ("sft", self.sft, self.validation.sft_every),
+            ("grpo", self.grpo, self.validation.grpo_every),
+        )
+        for name, stage, every in stages:
+            if stage.keep == "best" and not every:
+                raise ValueError(
+                    f"{name}.keep=best chooses by validation: set validation.{name}_every, to 10 say"
+                )
+        if late := [step for step in self.grpo.keep_steps if step > self.grpo.steps]:
+            raise ValueError(f"grpo.keep_steps has {late[0]:,}, and grpo.steps is {self.grpo.steps:,}")
+        if self.validation.on and self.validation.source == self.data.test:
+            raise ValueError(
+                "validation.source is data.test: a model that is chosen by its score there would look too "
+                "good; name other problems, or leave validation.source out"
             )
         return self
 

@@ -10,6 +10,7 @@ from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share, Wei
 
 Advantage = Literal["grpo", "dr_grpo", "rloo"]
 KlKind = Literal["none", "k1", "k2", "k3"]
+Turns = Literal["all", "last"]
 
 
 class Optimizer(Section):
@@ -55,19 +56,26 @@ class Stage(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept."""
+    keep_steps: tuple[Positive, ...] = ()
+    """Steps whose checkpoint is saved and kept for good, as in [40, 80], for `rlcs export RUN --step 80`."""
+    keep: Literal["newest", "best"] = "newest"
+    """The model that the stage ends with: that of the last step, or the one with the best accuracy in
+    validation (the earlier of equals), whose checkpoint is kept too. `best` needs `validation`."""
     max_bad_steps: Positive = 5
     """Steps in a row with a non-finite gradient before the run stops."""
 
 
 class Sft(Stage):
-    """Stage one: supervised fine-tuning on response tokens and the end token only."""
+    """Stage one: supervised fine-tuning on what the assistant says, with its end tokens, and nothing else."""
 
     epochs: Annotated[float, Field(gt=0)] = 3.0
     """Passes over the demonstrations."""
     batch_size: Positive = 64
     """Demonstrations an optimiser step."""
     loss_average: Literal["token", "example"] = "token"
-    """`token`: mean over all response tokens of the step; `example`: mean over responses of their means."""
+    """`token`: mean over all trained tokens of the step; `example`: mean of each demonstration's mean."""
+    turns: Turns = "all"
+    """Assistant turns of a conversation that are learnt: `all`, or the `last` one."""
 
 
 class Kl(Section):

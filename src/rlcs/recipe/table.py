@@ -5,7 +5,7 @@ from pathlib import PurePath
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
-from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher
+from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
 from rlcs.recipe.stages import Grpo, Optimizer, Reward, Sft, function_name
 
 _TOKEN_PIXELS = 28 * 28
@@ -41,6 +41,8 @@ def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
         *_grpo_rows(recipe.grpo),
         *_rollout_rows(recipe.rollout, f", LoRA {adapters}" if recipe.lora.rank else ""),
         *_data_rows(recipe.data, recipe.teacher, recipe.eval),
+        *_validation_rows(recipe.validation, recipe.eval),
+        *_kept_rows(recipe.sft, recipe.grpo),
     ]
 
 
@@ -118,6 +120,33 @@ def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]
         ("test set", data.test),
         ("test sampling", _sampling(test.temperature, test.top_p, test.max_new_tokens)),
     ]
+
+
+def _validation_rows(validation: Validation, test: Eval) -> list[tuple[str, str]]:
+    """The row of measurements while a stage trains; none where there are none."""
+    if not validation.on:
+        return []
+    stages = {"SFT": validation.sft_every, "RL": validation.grpo_every}
+    every = " and ".join(f"every {_count(n, 'step')} of {stage}" for stage, n in stages.items() if n)
+    few = f"{validation.problems:,} problems"
+    source = validation.source
+    where = (
+        f"the last {few} of the RL data, not trained on" if source is None else f"{few} at most of {source}"
+    )
+    settings = validation.sampling(max_new_tokens=test.max_new_tokens, seed=0)
+    several = "" if settings.n == 1 else f"{settings.n:,} answers each (pass@1 and pass@{settings.n:,}), "
+    how = _sampling(settings.temperature, settings.top_p, settings.max_new_tokens)
+    return [("validation", f"{every}: {where}; {several}{how}")]
+
+
+def _kept_rows(sft: Sft, grpo: Grpo) -> list[tuple[str, str]]:
+    """The row of models that are chosen by validation, and of checkpoints that are kept for good."""
+    parts = []
+    for name, stage in (("SFT", sft), ("RL", grpo)):
+        parts += [f"{name} ends with the model that is best in validation"] if stage.keep == "best" else []
+        steps = ", ".join(f"{step:,}" for step in stage.keep_steps)
+        parts += [f"{name} keeps the checkpoints of these steps for good: {steps}"] if steps else []
+    return [("kept", "; ".join(parts))] if parts else []
 
 
 def teacher_rows(teacher: Teacher) -> list[tuple[str, str]]:

@@ -64,7 +64,8 @@ class Problem:
     """One question with its images and gold answer. `metadata` is small and can be written as JSON.
 
     `history` is what was said before the question, oldest first. `images` are those of the history, then
-    those of the question, in the order of their slots; without any slot all come first, in the first user turn.
+    those of the question, in the order of their slots; without any slot, all stand first in the first user
+    turn.
     """
 
     id: str
@@ -104,9 +105,24 @@ class Problem:
         return (*(turn.text for turn in self.history), self.question)
 
     @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The history and the question, with a slot for each image; without any, in the first user turn."""
+        turns = [*self.history, Turn(role="user", text=self.question)]
+        if self.images and not any(IMAGE_SLOT in turn.text for turn in turns):
+            first = next(place for place, turn in enumerate(turns) if turn.role == "user")
+            turns[first] = replace(turns[first], text=IMAGE_SLOT * len(self.images) + turns[first].text)
+        return tuple(turns)
+
+    @property
     def question_with_choices(self) -> str:
         """The question, and its lettered choices, a line each."""
         return "\n".join((self.question, lettered(self.choices))) if self.choices else self.question
+
+    @property
+    def transcript(self) -> str:
+        """The question with its choices; after a history, as that history's last turn."""
+        earlier = [f"{turn.role.capitalize()}: {turn.text}\n\n" for turn in self.history]
+        return "".join((*earlier, "User: " if earlier else "", self.question_with_choices))
 
 
 def option_letter(index: int) -> str:
@@ -176,6 +192,7 @@ class Prompt:
 
     `grids[i]` is (frames, height, width) in patches of image i; `spans[i]` is the half-open range
     of `ids` that its placeholders fill, of length frames * height * width / merge_size**2.
+    `replies` are the half-open ranges of `ids` that earlier assistant turns wrote, with their end tokens.
     `repeat` counts the earlier prompts of the same problem in the same step.
     """
 
@@ -186,6 +203,7 @@ class Prompt:
     spans: tuple[tuple[int, int], ...]
     image_token_id: int
     merge_size: int
+    replies: tuple[tuple[int, int], ...] = ()
     repeat: int = 0
 
     def __post_init__(self) -> None:
@@ -267,11 +285,7 @@ class Request:
 
         A system turn of the history is used instead of `system`.
         """
-        turns = [*problem.history, Turn(role="user", text=problem.question)]
-        if problem.images and not any(IMAGE_SLOT in turn.text for turn in turns):
-            first = next(place for place, turn in enumerate(turns) if turn.role == "user")
-            turns[first] = replace(turns[first], text=IMAGE_SLOT * len(problem.images) + turns[first].text)
-        images = iter(problem.images)
+        turns, images = problem.turns, iter(problem.images)
         messages = [_message(each, images) for each in turns]
         choices = problem.question_with_choices.removeprefix(problem.question)
         if choices:  # outside the slots: in a choice, IMAGE_SLOT is plain text
@@ -410,10 +424,28 @@ class Branch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tree:
-    """A training example: one prompt (the trunk) and its answers (the branches)."""
+    """A training example: one prompt (the trunk) and its answers (the branches).
+
+    `trunk_weights` are loss weights of the prompt's tokens, for earlier turns that are learnt too; these
+    tokens and those of the branch are one sequence. Empty: the prompt has no loss.
+    """
 
     prompt: Prompt
     branches: tuple[Branch, ...]
+    trunk_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that there is one weight for each token of the prompt, and a branch that they belong to."""
+        if not self.trunk_weights:
+            return
+        _require(len(self.trunk_weights) == len(self.prompt.ids), "one weight a token of the prompt")
+        _require(self.trunk_weights[0] == 0, "nothing predicts the first token")
+        _require(len(self.branches) == 1 and self.branches[0].logprobs is None, "weights of one plain branch")
+
+    @property
+    def trunk_targets(self) -> tuple[int, ...]:
+        """Indices of the prompt's tokens that have a loss."""
+        return tuple(index for index, weight in enumerate(self.trunk_weights) if weight)
 
     @property
     def num_tokens(self) -> int:

@@ -14,12 +14,13 @@ from rich.text import Text
 from rlcs.data import puzzles
 from rlcs.data.images import data_uri, encode, open_image
 from rlcs.data.loading import load, require_usable
-from rlcs.data.rows import BadRow, Row
+from rlcs.data.rows import Row
 from rlcs.errors import DataError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.loading import list_recipes, load_recipe
+from rlcs.recipe.stages import Turns
 from rlcs.records import Demonstration, Prompt
 from rlcs.report.pages import templates, write_page
 from rlcs.train.sft import tree_of
@@ -62,33 +63,27 @@ def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
         )
     vlm = loading.load(recipe.model)
     return make_view(
-        loaded.rows[row], vlm, loading.make_chat(vlm, recipe.prompt, recipe.images), seed=recipe.seed
+        loaded.rows[row],
+        vlm,
+        loading.make_chat(vlm, recipe.prompt, recipe.images),
+        seed=recipe.seed,
+        turns=recipe.sft.turns,
     )
 
 
-def no_prompts(rows: Sequence[Row], chat: Chat) -> list[BadRow]:
-    """The rows that cannot become a prompt, most often because they are too long."""
-    bad = []
-    for row in rows:
-        try:
-            chat.prompt(row.problem)
-        except DataError as error:
-            bad.append(BadRow(where=row.problem.source, id=row.problem.id, reason=error.what))
-    return bad
-
-
-def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0) -> View:
+def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0, turns: Turns = "all") -> View:
     """Tokenise one row as SFT does; a built-in row without a response gets one of the built-in teacher."""
     response = row.response
     if response is None and row.problem.source.startswith("builtin:"):
         response = puzzles.teach(row.problem, seed=seed, wrong_share=0.0)
     ids: tuple[int, ...] = ()
-    weights: tuple[float, ...] = ()
     if response is None:
         prompt = chat.prompt(row.problem)
+        weights: tuple[float, ...] = (0.0,) * len(prompt.ids)
     else:
-        tree = tree_of(Demonstration(problem=row.problem, response=response, teacher=""), chat)
-        prompt, ids, weights = tree.prompt, tree.branches[0].ids, tree.branches[0].weights
+        tree = tree_of(Demonstration(problem=row.problem, response=response, teacher=""), chat, turns=turns)
+        prompt, ids = tree.prompt, tree.branches[0].ids
+        weights = (tree.trunk_weights or (0.0,) * len(prompt.ids)) + tree.branches[0].weights
     patch = vlm.processor.image_processor.patch_size
     images = [
         open_image(ref).resize((width * patch, height * patch), Image.Resampling.BICUBIC)
@@ -98,7 +93,7 @@ def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0) -> View:
         title=row.problem.id,
         prompt=prompt,
         tokens=tuple(chat.token(i) for i in (*prompt.ids, *ids)),
-        weights=(0.0,) * len(prompt.ids) + weights,
+        weights=weights,
         images=tuple(images),
         cell=patch * prompt.merge_size,
         answer=row.problem.answer,

@@ -28,25 +28,19 @@ class Progress:
 
 
 def progress(run: Run) -> list[Progress]:
-    """The progress of each stage of this run, in order: those that began, and those that its recipe needs."""
+    """The progress of each stage of this run, in order: those that began, and those that its recipe needs.
+
+    The base is measured first, and every other arm as soon as it is trained.
+    """
     named = recipe_values(run.recipe).get("study.arms")
     arms = {str(arm) for arm in named} if isinstance(named, list) else set()
     needed = {stage for arm in arms if arm in ARMS for stage in stages_behind(arm)}
-    stages = ("cold_start", *TRAINING_ORDER)
-    found = [_stage(run, key) for key in stages if key in needed or key in run.curves]
-    for arm in ARMS:
-        if arm in arms or arm in run.answers:
-            answered = len(run.answers.get(arm, ()))
-            done = (run.folder / "eval" / arm / "done.json").is_file()
-            found.append(
-                Progress(
-                    key=f"eval_{arm}",
-                    name=f"Measuring: {ARMS[arm].label}",
-                    state="done" if done else "begun" if answered else "waiting",
-                    done=answered,
-                    total=len(run.problems),
-                )
-            )
+    found = []
+    for key in ("base", "cold_start", *TRAINING_ORDER):
+        if key in needed or key in run.curves:
+            found.append(_stage(run, key))
+        if key in arms or key in run.answers:
+            found.append(_measurement(run, key))
     return found
 
 
@@ -61,6 +55,18 @@ def newest_log(folder: Path) -> Path | None:
     """The log of the last attempt."""
     logs = {int(p.stem[8:]): p for p in folder.glob("logs/attempt-*.log") if p.stem[8:].isdigit()}
     return logs[max(logs)] if logs else None
+
+
+def _measurement(run: Run, arm: str) -> Progress:
+    answered = len(run.answers.get(arm, ()))
+    done = (run.folder / "eval" / arm / "done.json").is_file()
+    return Progress(
+        key=f"eval_{arm}",
+        name=f"Measuring: {ARMS[arm].label}",
+        state="done" if done else "begun" if answered else "waiting",
+        done=answered,
+        total=len(run.problems),
+    )
 
 
 def _stage(run: Run, key: str) -> Progress:

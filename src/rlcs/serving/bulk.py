@@ -13,7 +13,7 @@ from rlcs.generation import SampleLog
 from rlcs.grading.extraction import extract
 from rlcs.progress import screen
 from rlcs.recipe.schema import Data, Images
-from rlcs.records import Problem, Request, Sample, StopReason
+from rlcs.records import Problem, Request, Sample, StopReason, to_row
 from rlcs.serving.session import Session, Settings, Stream
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl
@@ -93,7 +93,14 @@ def _columns(problem: Problem, sample: Sample) -> dict[str, Any]:
     """Columns beside the sample; the gold answer, where there is one, makes `rlcs grade` read the file."""
     gold = {"answer": problem.answer} if problem.answer else {}
     choices = {"choices": list(problem.choices)} if problem.choices else {}
-    return {"question": problem.question, **choices, **gold, "extracted": extract(sample.text).text}
+    history = {"history": [to_row(turn) for turn in problem.history]} if problem.history else {}
+    return {
+        **history,
+        "question": problem.question,
+        **choices,
+        **gold,
+        "extracted": extract(sample.text).text,
+    }
 
 
 def _require_same(out: Path, settings: dict[str, Any]) -> None:

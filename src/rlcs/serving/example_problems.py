@@ -28,11 +28,11 @@ def example_problems(names: Sequence[str], folder: Path) -> list[tuple[str, list
     models have none.
     """
     run = next((run for name in names if (run := run_of(name)) is not None), None)
+    problems: Iterable[Problem] = ()
     if run is not None:
-        problems: Iterable[Problem] = islice(_held_out(run / "eval"), MOST)
-    else:
-        count = MOST if "builtin" in names else 0
-        problems = puzzles.load("puzzles", split="test", count=MOST, seed=11)[:count]
+        problems = islice(_held_out(run / "eval"), MOST)
+    elif "builtin" in names:
+        problems = puzzles.load("puzzles", split="test", count=MOST, seed=11)
     examples = []
     for problem in problems:
         files = []

@@ -18,12 +18,16 @@ import httpx
 import openai
 
 from rlcs.data.images import DECODE_LIMIT
-from rlcs.engines.openai_client import content, masked, status_error
+from rlcs.data.sent_images import SentImages
+from rlcs.engines.connection import address, connect_blocking, masked
+from rlcs.engines.openai_client import content, status_error, status_fault
+from rlcs.engines.providers import Fields
 from rlcs.engines.vllm.server import Launch, Process, flags
 from rlcs.errors import EndpointError, ModelError, UserError
 from rlcs.model.loading import default_device, resolve
 from rlcs.recipe.sampling import Endpoint, Rollouts
-from rlcs.records import Message
+from rlcs.recipe.schema import Images
+from rlcs.records import Message, Sampling
 from rlcs.serving.defaults import SamplingDefaults
 from rlcs.serving.image_sources import ImageHosts
 from rlcs.serving.session import Settings, as_message
@@ -72,13 +76,17 @@ class RemoteSession:
 
         The key is that of `server.key_env` unless one is given.
         """
-        key = key or os.environ.get(server.key_env) or "none"
+        place = address(server.base_url)
         limits = openai.Timeout(server.request_timeout_s, connect=CONNECT_S)
-        self._client = openai.OpenAI(base_url=server.base_url, api_key=key, timeout=limits, max_retries=0)
+        self._client = connect_blocking(server, place, limits)
+        if key is not None:
+            self._client.api_key = key
+        self._images = SentImages(max_pixels=Images().max_pixels)
         with _as_endpoint_error(server):
             known = [model.id for model in self._client.models.list()]
         self.name = server.model or next(iter(known), "")
         self._server = server.model_copy(update={"model": self.name})
+        self._fields = Fields(self._server)
         if self.name not in known:
             fix = f"it has {', '.join(known) or 'none'}"
             raise EndpointError(f"no model is called {server.model!r}", where=server.base_url, fix=fix)
@@ -86,14 +94,21 @@ class RemoteSession:
     def stream(self, messages: Sequence[Message | Mapping[str, Any]], settings: Settings) -> RemoteStream:
         """Answer a conversation, piece by piece: see `Session.stream`. Raises EndpointError, DataError."""
         turns = [as_message(message, limit=DECODE_LIMIT) for message in messages]
-        contents: list[Any] = [{"role": turn.role, "content": content(turn)} for turn in turns]
+        contents: list[Any] = [{"role": turn.role, "content": content(turn, self._images)} for turn in turns]
+        sampling = Sampling(
+            temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=settings.max_new_tokens
+        )
         with _as_endpoint_error(self._server):
-            chunks = self._client.chat.completions.create(
-                model=self.name, messages=contents, temperature=settings.temperature, top_p=settings.top_p,
-                max_tokens=settings.max_new_tokens, stream=True,
-                seed=openai.omit if settings.seed is None else settings.seed,
-            )  # fmt: skip
-        return RemoteStream(chunks, self._server)
+            while True:
+                fields = self._fields.body(sampling, settings.seed)
+                try:
+                    chunks = self._client.chat.completions.create(
+                        model=self.name, messages=contents, stream=True, extra_body=fields
+                    )
+                    return RemoteStream(chunks, self._server)
+                except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                    if not self._fields.learn(status_fault(error, self._server), fields):
+                        raise
 
 
 @contextmanager

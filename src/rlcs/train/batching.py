@@ -50,9 +50,7 @@ def shared(
 def guessed_tokens(problem: Problem, response: str = "") -> int:
     """About how many tokens a problem with a response has, without opening its images."""
     pixels = sum(image.width * image.height for image in problem.images)
-    return (
-        pixels // PIXELS_A_TOKEN + len((problem.question_with_choices + response).encode()) // BYTES_A_TOKEN
-    )
+    return pixels // PIXELS_A_TOKEN + len((problem.transcript + response).encode()) // BYTES_A_TOKEN
 
 
 def packs_in_step(trees: Sequence[Tree], chat: Chat, *, budget: int, world: World) -> list[Pack]:

@@ -113,9 +113,11 @@ def train(
     )
     first = run.resume(trainer, stream, steps=settings.steps)
     for step in range(first, settings.steps):
+        measured = run.validate(step, screen=screen, stop=stop)
         clock = Clock()
         with clock("rollout"):
-            context.engine.sync()
+            if not measured:  # else the engine has these weights already
+                context.engine.sync()
         cursor = stream.state()
         groups, skipped = collect(context, stream, settings, sampling, step=step, clock=clock)
         if not any(grade.scored for group in groups for grade in group.grades):
@@ -130,7 +132,8 @@ def train(
         result = combined(results) if results else None
         values = run.keep_rollouts(step + 1, groups) | {"bad_rows": float(skipped)}
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    run.finish()
+    run.validate(settings.steps, screen=screen, stop=stop)
+    run.finish(screen)
 
 
 def collect(

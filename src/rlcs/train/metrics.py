@@ -5,6 +5,7 @@ written follow with the next one that can.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from rlcs.progress import SinkGuard
@@ -13,17 +14,21 @@ from rlcs.storage import append_jsonl, parse_object
 
 
 class MetricsLog:
-    """Appends step reports to a JSONL file without ever leaving one out."""
+    """Appends rows of steps to a JSONL file without ever leaving one out."""
 
     def __init__(self, path: Path) -> None:
         """Reads and writes nothing until the first row or `resume_from`."""
         self._path = path
         self._guard = SinkGuard(f"metrics file {path}")
-        self._waiting: list[dict[str, object]] = []
+        self._waiting: list[Mapping[str, object]] = []
 
     def append(self, report: StepReport) -> None:
         """Write one row now; never raises."""
-        self._waiting.append(to_row(report))
+        self.append_row(to_row(report))
+
+    def append_row(self, row: Mapping[str, object]) -> None:
+        """Write one row, which has a `step`, now; never raises."""
+        self._waiting.append(row)
         self._guard.run(self._write)
 
     def resume_from(self, step: int) -> None:

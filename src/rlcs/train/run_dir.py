@@ -9,36 +9,24 @@ from typing import Any
 
 from rlcs.data.stream import ProblemStream
 from rlcs.distributed import World
-from rlcs.errors import CheckpointError
+from rlcs.errors import CheckpointError, RecipeError
 from rlcs.model.loading import save
 from rlcs.progress import Screen
 from rlcs.recipe.execution import Trackers as TrackerSettings
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.stages import Stage
 from rlcs.records import NO_SIGNAL, Group, StepReport
-from rlcs.signals import StopFlag
-from rlcs.storage import write_json
+from rlcs.signals import StopFlag, Stopped
+from rlcs.storage import mark_done
 from rlcs.train import checkpoint
 from rlcs.train.health import SIGNS
 from rlcs.train.metrics import MetricsLog
 from rlcs.train.rollout_log import RolloutLog, measure
 from rlcs.train.trackers import Trackers
 from rlcs.train.trainer import StepResult, Trainer
+from rlcs.train.validation import FILE, SENT, Validation, sentence
 
 log = logging.getLogger("rlcs")
-
-DONE = "done.json"
-"""The marker of a finished stage; a stage that has one is not run again."""
-
-
-def is_done(folder: Path) -> bool:
-    """Whether the stage in this folder has finished."""
-    return (folder / DONE).is_file()
-
-
-def mark_done(folder: Path, **facts: object) -> None:
-    """Write the marker of a finished stage, with facts about it (seconds, counts)."""
-    write_json(folder / DONE, facts)
 
 
 class RunDir:
@@ -69,6 +57,8 @@ class RunDir:
         self.seed = seed
         self.final = path / "final"
         self.zero_variance_steps = 0
+        self.validation: Validation | None = None
+        """Set it before training to measure while the stage trains."""
         self._settings = settings
         self._recipe_hash = recipe_hash
         self._gap_alarm = gap_alarm
@@ -81,6 +71,7 @@ class RunDir:
         self._trainer: Trainer
         self._stream: ProblemStream[Any]
         self._steps: int
+        self._saved = 0
 
     @property
     def spent_s(self) -> float:
@@ -91,8 +82,12 @@ class RunDir:
         """Restore the newest valid checkpoint of a stage of `steps`, if there is one; the steps done."""
         self._trainer, self._stream, self._steps = trainer, stream, steps
         self._world = trainer.vlm.world
+        if late := [step for step in self._settings.keep_steps if step > steps]:
+            what, where = f"there is no step {late[0]:,}: the stage has {steps:,}", f"{self.name}.keep_steps"
+            raise RecipeError(what, where=where, fix="name steps up to the last one")
         self._first(self._trackers.skip_what_was_sent)
-        state = checkpoint.load_latest(self.path / "checkpoints", self._world)
+        state = checkpoint.load_latest(self._checkpoints, self._world)
+        self._read_validation(0 if state is None else state.step)
         if state is None:
             self._first(lambda: self._metrics.resume_from(0))
             return 0
@@ -108,7 +103,45 @@ class RunDir:
         self._spent_before = state.extra["spent_s"]
         self.zero_variance_steps = state.extra["zero_variance_steps"]
         self._first(lambda: self._metrics.resume_from(state.step))
+        self._saved = state.step
         return state.step
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _read_validation(self, step: int) -> None:
+        """Take up the measurements of an earlier attempt, up to the step at which this one goes on."""
+        if (validation := self.validation) is not None:
+            path = self.path / FILE
+            validation.rows.update(self._world.first(lambda: validation.read(path, step)))
+
+    def validate(self, step: int, *, screen: Screen, stop: StopFlag) -> bool:
+        """Measure the model after `step` steps where that is due; whether it was.
+
+        The best model so far gets a checkpoint where the stage is to keep it. Raises Stopped, with a
+        checkpoint of this step.
+        """
+        validation = self.validation
+        if validation is None or not validation.is_due(step, self._steps):
+            return False
+        try:
+            row = {"step": step, **validation.measure(stop)}
+        except Stopped:
+            self._save_once(step)
+            raise
+        validation.add(row)
+        values = {name: float(row[name]) for name in SENT if row[name] is not None}
+        named = {f"validation/{name}": value for name, value in values.items()}
+        self._first(lambda: self._trackers.send(named, step))
+        screen.say(sentence(row, self._steps), {"validation": row})
+        if self._settings.keep == "best" and step < self._steps and validation.best()[:1] == [step]:
+            self._save_once(step)
+        return True
+
+    def _save_once(self, step: int) -> None:
+        if step > self._saved:
+            self.save(step)
 
     def _first(self, work: Callable[[], None]) -> None:
         """Do `work` on rank 0 alone; other ranks do not wait for it."""
@@ -139,7 +172,8 @@ class RunDir:
         self._first(lambda: self._log(report))
         screen.step(report)
         stopping = self._world.agree(stop)
-        if stopping or (step % self._settings.save_every == 0 and step < self._steps):
+        due = step % self._settings.save_every == 0 or step in self._settings.keep_steps
+        if stopping or (due and step < self._steps):
             self.save(step)
         if stopping:
             self._world.check(stop, f"{self.name} after step {step} of {self._steps}")
@@ -168,15 +202,50 @@ class RunDir:
             extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
             recipe_hash=self._recipe_hash,
         )
+        always = {*self._settings.keep_steps, *self._best()[:1]}
         keep = self._settings.keep_checkpoints
-        checkpoint.save(self.path / "checkpoints", state, keep=keep, world=self._world)
+        checkpoint.save(self._checkpoints, state, keep=keep, always=always, world=self._world)
+        self._saved = step
 
-    def finish(self) -> None:
-        """Write the trained model in Hugging Face format, then the marker."""
+    def _best(self) -> list[int]:
+        """The measured steps from the best on, where the stage is to keep the best."""
+        return self.validation.best() if self.validation and self._settings.keep == "best" else []
+
+    def finish(self, screen: Screen) -> None:
+        """Write the model of the last step, or the best one, in Hugging Face format; then the marker."""
         self._trackers.close()
+        step = self._restore_best(screen)
         save(self._trainer.vlm, self.final)
-        facts = {"seconds": round(self.spent_s, 1), "optimizer_steps": self._trainer.done}
+        facts = {
+            "seconds": round(self.spent_s, 1),
+            "optimizer_steps": self._trainer.done,
+            "step": step,
+            "chosen": "best" if self._settings.keep == "best" else "last",
+        }
         self._world.first(lambda: mark_done(self.path, **facts))
+
+    def _restore_best(self, screen: Screen) -> int:
+        """Give the model the weights with the best accuracy, where they are wanted; the step that it has now.
+
+        A step without an intact checkpoint (after damage to the disk) gives way to the next best.
+        """
+        for step in self._best():
+            if step == self._steps:
+                break
+            self._save_once(self._steps)
+            try:
+                state = checkpoint.load_step(self._checkpoints, step, self._world)
+            except CheckpointError as error:
+                log.warning("step %d was the best, and is passed over: %s", step, error)
+                continue
+            checkpoint.restore_weights(state, self._trainer.vlm.model)
+            assert self.validation is not None, "it has the best step"
+            figures = f"{self.validation.rows[step]['accuracy']:.1%} right"
+            if (before := self.validation.rows.get(0)) is not None:
+                figures += f"; {before['accuracy']:.1%} before the first step"
+            screen.say(f"{self.name}: the model of step {step:,} is kept, the best in validation ({figures})")
+            return step
+        return self._steps
 
 
 def step_report(

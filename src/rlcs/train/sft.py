@@ -1,9 +1,11 @@
 """Stage one: supervised fine-tuning on demonstrations.
 
-A demonstration is a tree with one branch, weight 1 on every response token and the end token;
-nothing else carries loss.
+A demonstration is a tree with one branch, weight 1 on every response token and the end token. In a
+conversation the earlier assistant turns, which lie in the trunk, have weight 1 too (`sft.turns`); nothing
+else carries loss.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -15,7 +17,7 @@ from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
 from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen
-from rlcs.recipe.stages import Sft
+from rlcs.recipe.stages import Sft, Turns
 from rlcs.records import Branch, Demonstration, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
@@ -23,12 +25,20 @@ from rlcs.train.losses import Average, LossSums, sft_loss
 from rlcs.train.stage_run import Clock, StageRun
 from rlcs.train.trainer import Batch, Objective, Trainer
 
+log = logging.getLogger("rlcs")
 
-def tree_of(demonstration: Demonstration, chat: Chat) -> Tree:
+
+def tree_of(demonstration: Demonstration, chat: Chat, *, turns: Turns = "all") -> Tree:
     """A tree with one branch. Raises PromptError or ImageError for a problem that cannot be a prompt."""
     ids = chat.response_ids(demonstration.response)
     branch = Branch(ids=ids, weights=(1.0,) * len(ids))
-    return Tree(prompt=chat.prompt(demonstration.problem), branches=(branch,))
+    prompt = chat.prompt(demonstration.problem)
+    if turns == "last" or not prompt.replies:
+        return Tree(prompt=prompt, branches=(branch,))
+    weights = [0.0] * len(prompt.ids)
+    for start, end in prompt.replies:
+        weights[start:end] = [1.0] * (end - start)
+    return Tree(prompt=prompt, branches=(branch,), trunk_weights=tuple(weights))
 
 
 def steps_of(settings: Sft, count: int) -> int:
@@ -52,25 +62,33 @@ def train(
     stream = ProblemStream(demonstrations, seed=run.seed)
     objective = make_objective(settings.loss_average)
     first = run.resume(trainer, stream, steps=steps)
+    named = set[str]()
     for step in range(first, steps):
+        run.validate(step, screen=screen, stop=stop)
         clock = Clock()
         with clock("data"):
-            trees, bad = usable_trees(stream.take(settings.batch_size), chat, vlm.world)
+            taken = stream.take(settings.batch_size)
+            trees, bad = usable_trees(taken, chat, vlm.world, turns=settings.turns)
+            for error in bad:
+                if error.where not in named:
+                    named.add(error.where)
+                    log.warning("sft leaves a demonstration out: %s", error)
             packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
             if step == first:
                 require_agreement(vlm, chat, trees[0] if trees else None)
         with clock("update"):
             batches = [Batch(pack=pack) for pack in packs]
             result = trainer.step(batches, objective, average=settings.loss_average)
-        values = {"bad_rows": float(bad)} if bad else {}
+        values = {"bad_rows": float(len(bad))} if bad else {}
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    run.finish()
+    run.validate(steps, screen=screen, stop=stop)
+    run.finish(screen)
 
 
 def usable_trees(
-    demonstrations: Sequence[Demonstration], chat: Chat, world: World = ALONE
-) -> tuple[list[Tree], int]:
-    """Trees of this rank's share of the demonstrations, and how many on all ranks cannot be prompts.
+    demonstrations: Sequence[Demonstration], chat: Chat, world: World = ALONE, *, turns: Turns = "all"
+) -> tuple[list[Tree], list[DataError]]:
+    """Trees of this rank's share of the demonstrations, and why some on all ranks cannot be prompts.
 
     Raises DataError when none of them can, which a few bad rows do not explain.
     """
@@ -78,13 +96,13 @@ def usable_trees(
     errors: list[DataError] = []
     for index in own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], world):
         try:
-            trees.append(tree_of(demonstrations[index], chat))
+            trees.append(tree_of(demonstrations[index], chat, turns=turns))
         except DataError as error:
             errors.append(error)
     bad = [error for of_rank in world.gather(errors) for error in of_rank]
     if bad and len(bad) == len(demonstrations):
         raise bad[-1]
-    return trees, len(bad)
+    return trees, bad
 
 
 def make_objective(average: Average) -> Objective:

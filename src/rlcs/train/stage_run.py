@@ -42,6 +42,10 @@ class StageRun(Protocol):
         """Restore the newest checkpoint of a stage of `steps`, if there is one; the steps done."""
         ...
 
+    def validate(self, step: int, *, screen: Screen, stop: StopFlag) -> bool:
+        """Measure the model after `step` steps where that is due; whether it was. Raises Stopped."""
+        ...
+
     def keep_rollouts(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """Write the rollouts of a step; returns their averages."""
         ...
@@ -63,6 +67,6 @@ class StageRun(Protocol):
         """Log a step, save a checkpoint when due, and end here after a stop signal. Raises Stopped."""
         ...
 
-    def finish(self) -> None:
-        """Write the trained model, then the marker of a finished stage."""
+    def finish(self, screen: Screen) -> None:
+        """Write the trained model, of the last step or the best one, then the marker of a finished stage."""
         ...

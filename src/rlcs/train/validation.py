@@ -1,0 +1,65 @@
+"""The measurements of a model while a stage trains: when they are due, their rows on disk, the best step.
+
+How a model is measured is the caller's: training does not know benchmarks, samplers or graders.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlcs.signals import StopFlag
+from rlcs.storage import read_jsonl
+from rlcs.train.metrics import MetricsLog
+
+Measure = Callable[[StopFlag], Mapping[str, Any]]
+"""Measures the model's current weights, on all ranks together; the same row on every rank. Raises Stopped."""
+FILE = "validation.jsonl"
+SENT = ("accuracy", "pass_at_k", "mean_tokens", "truncated", "unscored", "seconds")
+"""The values of a row that trackers get."""
+
+
+class Validation:
+    """The measurements of one stage: one row of `validation.jsonl` for each, also before the first step."""
+
+    def __init__(self, *, every: int, measure: Measure) -> None:
+        """Measure by `measure` before the first step, after each `every`-th and after the last."""
+        self.measure = measure
+        self.rows: dict[int, Mapping[str, Any]] = {}
+        """The rows so far, by step."""
+        self._every = every
+        self._log: MetricsLog | None = None
+
+    def read(self, path: Path, step: int) -> dict[int, Mapping[str, Any]]:
+        """The rows of a file up to `step`, where a resumed stage goes on; later ones are cut off."""
+        log = MetricsLog(path)
+        log.resume_from(step)
+        self._log = log
+        return {row["step"]: row for row in read_jsonl(path)} if path.exists() else {}
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether the model after `step` of `steps` steps is still to be measured."""
+        return step not in self.rows and (step % self._every == 0 or step == steps)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take up a row, and write it where this process has read the file."""
+        self.rows[row["step"]] = row
+        if self._log is not None:
+            self._log.append_row(row)
+
+    def best(self) -> list[int]:
+        """The measured steps of training, from the best accuracy to the worst; of equals the earlier first.
+
+        The model before the first step is not among them: what a stage ends with was trained.
+        """
+        return sorted((step for step in self.rows if step), key=lambda s: (-self.rows[s]["accuracy"], s))
+
+
+def sentence(row: Mapping[str, Any], steps: int) -> str:
+    """A measurement in words, for the screen."""
+    several = "" if row["pass_at_k"] is None else f", pass@{row['samples']} {row['pass_at_k']:.1%}"
+    unscored = f", {row['unscored']:,} not scored" if row["unscored"] else ""
+    interval = f"[{row['low']:.1%}, {row['high']:.1%}]"
+    return (
+        f"validation after step {row['step']:,} of {steps:,}: {row['accuracy']:.1%} right {interval} "
+        f"of {row['n']:,}{several}{unscored}, {row['seconds']:.1f} s"
+    )
