@@ -507,9 +507,9 @@ def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(rand
         assert short.returncode == 1 and "Traceback" not in short.stderr, short.stderr
         assert "left 1 samples unanswered" in short.stderr and "the same command asks them" in short.stderr
         assert f"data.cold_start={out / 'cold_start/kept.jsonl'}" in short.stderr
-        assert not (out / "sft").exists() and len(server.seen) == 2 + 3 + 1
+        assert not (out / "sft").exists() and len(server.seen) == 1 + 2 + 3 + 1, "a trial first"
         done = rlcs("run", "quickstart", *words, "--out", out)
-        assert done.returncode == 0 and len(server.seen) == 6 + 2, done.stderr
+        assert done.returncode == 0 and len(server.seen) == 7 + 1 + 2, done.stderr
     assert json.loads((out / "summary.json").read_text())["counts"]["cold_start"] == 3
 
 
