@@ -10,12 +10,13 @@ from conftest import SMALL_STUDY, LengthGrader, Stopper, make_problem
 from rlcs.data import puzzles
 from rlcs.data.run_data import hold_out, load_run_data
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import DataError, RecipeError
+from rlcs.errors import DataError, RecipeError, RunFolderError
 from rlcs.evals.arms import Evaluator
 from rlcs.evals.scores import pass_at
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
 from rlcs.grading.reward import WeightedSum
+from rlcs.pipeline import run_folder
 from rlcs.progress import screen
 from rlcs.recipe.execution import Trackers
 from rlcs.recipe.loading import load_recipe
@@ -363,3 +364,19 @@ def test_problems_that_are_measured_are_not_trained_on():
     assert not only_sft.rl and only_sft.validation == plain.rl[-2:]
     with pytest.raises(DataError, match=r"validation would take 7 of 12.*"):
         hold_out(plain.rl, 7, "a.jsonl")
+
+
+def test_a_run_goes_on_with_other_checkpoints_to_keep(tmp_path):
+    folder = tmp_path / "run"
+    run_folder.claim(folder, load_recipe("quickstart").recipe)
+    (folder / "sft").mkdir()
+    (folder / "sft" / "done.json").write_text("{}")
+    other = load_recipe(
+        "quickstart", ["grpo.keep_steps=[7]", "sft.save_every=3", "grpo.keep_checkpoints=9"]
+    ).recipe
+    assert run_folder.recipe_hash(other) == run_folder.recipe_hash(load_recipe("quickstart").recipe)
+    run_folder.claim(folder, other)
+    assert load_recipe(str(folder / "recipe.yaml")).recipe.grpo.keep_steps == (7,)
+    best = load_recipe("quickstart", ["grpo.keep=best", "validation.grpo_every=1"]).recipe
+    with pytest.raises(RunFolderError, match="another recipe"):
+        run_folder.claim(folder, best)

@@ -19,8 +19,8 @@ class Model(Section):
     """The model that is trained."""
 
     name: str = "builtin"
-    """A folder, a Hugging Face hub id, a run (`runs/mine`, `runs/mine/sft`, `runs/mine@80` for a kept step), or
-    `builtin` for the tiny model that ships with rlcs."""
+    """A folder, a Hugging Face hub id, a run (`runs/mine`, one stage `runs/mine/sft`, a kept step
+    `runs/mine@80`), or `builtin` for the tiny model that ships with rlcs."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
