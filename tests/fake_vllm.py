@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 if sys.argv[1:] == ["--version"]:
-    print("INFO: some library says something first\n0.32.1")
+    sys.stdout.write("INFO: some library says something first\n0.32.1\n")
     sys.exit()
 FOLDER = Path(sys.argv[2])
 PORT = int(sys.argv[sys.argv.index("--port") + 1])

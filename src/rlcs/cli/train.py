@@ -12,7 +12,6 @@ from rlcs.cli.options import Overrides, RecipeName, with_options
 from rlcs.cli.output import print_result
 
 train_app = typer.Typer()
-_ALL = "base, sft, grpo, sft_grpo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class AblateOptions(RunOptions):
 @with_options
 def quickstart(options: RunOptions, overrides: Overrides = None) -> None:
     """Run the whole study on the built-in model. Takes minutes on a laptop CPU."""
-    _study("quickstart", overrides, options, arms=_ALL)
+    _study("quickstart", overrides, options, command="quickstart")
 
 
 @train_app.command()
@@ -58,21 +57,21 @@ def run(recipe: RecipeName, options: RunOptions, overrides: Overrides = None) ->
 @with_options
 def sft(recipe: RecipeName, options: RunOptions, overrides: Overrides = None) -> None:
     """Run and measure cold start and SFT only. `rlcs run` on the same folder continues with RL."""
-    _study(recipe, overrides, options, arms="base, sft")
+    _study(recipe, overrides, options, command="sft")
 
 
 @train_app.command()
 @with_options
 def grpo(recipe: RecipeName, options: RunOptions, overrides: Overrides = None) -> None:
     """Run and measure RL only, without a cold start. It starts from model.name."""
-    _study(recipe, overrides, options, arms="base, grpo")
+    _study(recipe, overrides, options, command="grpo")
 
 
 @train_app.command()
 @with_options
 def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = None) -> None:
     """Compare base, SFT only, RL only and both. With intervals, as in the paper."""
-    _study(recipe, overrides, options, arms=_ALL, seeds=options.seeds)
+    _study(recipe, overrides, options, command="ablate", seeds=options.seeds)
 
 
 @train_app.command()
@@ -118,14 +117,15 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
 
 
 def _study(
-    name: str, overrides: list[str] | None, options: RunOptions, *, arms: str = "", seeds: int = 1
+    name: str, overrides: list[str] | None, options: RunOptions, *, command: str = "run", seeds: int = 1
 ) -> None:
+    from rlcs.recipe.arms import arms_override
     from rlcs.recipe.loading import load_recipe
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
-    chosen = [f"study.arms=[{arms}]"] if arms else []  # an override of study.arms counts more
-    recipe = load_recipe(name, [*chosen, *(overrides or [])]).recipe
+    # An override of study.arms counts more than the command.
+    recipe = load_recipe(name, [*arms_override(command), *(overrides or [])]).recipe
     folder = options.out or Path("runs") / recipe.name
     if not options.json:
         from rlcs.recipe.table import summary_rows

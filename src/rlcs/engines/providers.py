@@ -137,7 +137,7 @@ def _blamed(found: Fault, sent: Mapping[str, Any]) -> str | None:
         return "top_p"
     places = {}
     for name in names:
-        bare = rf"|\b{re.escape(name)}\b" if len(name) > 4 else ""
+        bare = rf"|\b{re.escape(name)}\b" if len(name) > 1 else ""
         if place := re.search(rf"[\"'`]{re.escape(name)}[\"'`]{bare}", text):
             places[name] = place.start()
     return min(places, key=places.__getitem__) if places else None

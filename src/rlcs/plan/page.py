@@ -5,16 +5,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlcs.plan.advice import Advice, advise, possible_changes
+from rlcs.plan.data_size import rows_of
 from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.placement import place
-from rlcs.plan.planner import MemoryPlan, StagePlan, plan_measurement, plan_training
+from rlcs.plan.placement import Placement, place
+from rlcs.plan.planner import MemoryPlan, StagePlan, answer_seconds, plan_measurement, plan_training
 from rlcs.plan.shapes import Sizes, sizes_of
+from rlcs.plan.total import Total, demonstrations_of, total_of
+from rlcs.recipe.arms import RL_ARMS, stages_behind
 from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Memory and time of a recipe on a machine; `advice` where it does not fit."""
+    """Memory and time of what a recipe runs on a machine; `advice` where it does not fit."""
 
     name: str
     sizes: Sizes
@@ -22,6 +26,7 @@ class Plan:
     assumed: Assumed
     stages: dict[str, MemoryPlan]
     advice: Advice | None
+    total: Total
 
     @property
     def fits(self) -> bool:
@@ -41,40 +46,64 @@ class Plan:
             "assumed": self.assumed.model_dump(),
             "fits": self.fits,
             "stages": {name: stage.to_json() for name, stage in self.stages.items()},
+            "total": self.total.to_json(),
             "advice": None if self.advice is None else asdict(self.advice),
         }
 
     def to_text(self) -> str:
         """The plan as a table of text."""
-        return "\n".join([*_head(self), *_table(self), *_advice(self)])
+        return "\n".join([*_head(self), *_table(self), "", *self.total.to_text(), *_advice(self)])
 
 
 def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: Assumed) -> Plan:
-    """Plan a recipe. Raises RecipeError, and ModelError for a model whose configuration cannot be found."""
+    """Plan what a recipe's arms need. Raises RecipeError; ModelError for a model without configuration."""
     chosen = load_recipe(name, overrides).recipe
     sizes = sizes_of(chosen.model)
+    needed = {stage for arm in chosen.study.arms for stage in stages_behind(arm)}
+    demonstrations = demonstrations_of(
+        chosen, rows_of(chosen.data.cold_start, chosen.data.columns.response), assumed
+    )
+    assumed_here = assumed.model_copy(update={"demonstrations": demonstrations.count or 0})
 
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
         recipe = load_recipe(name, [*overrides, *more]).recipe
-        sft, grpo, prompts = recipe.sft, recipe.grpo, (recipe.prompt, recipe.images)
-        spread, where = (recipe.lora, recipe.parallel, recipe.rollout), replace(machine, gpus=gpus)
-        learner = place(recipe.learner, *spread, sizes=sizes, machine=where)
-        measured = place(recipe.model, *spread, sizes=sizes, machine=where)
-        # Responses of given demonstrations may be longer than a teacher's.
-        longest = recipe.teacher.max_tokens
-        return {
-            "sft": plan_training(learner, sft, *prompts, assumed, longest_answer=longest),
-            "grpo": plan_training(learner, grpo, *prompts, assumed, longest_answer=grpo.max_new_tokens),
-            "eval": plan_measurement(measured, recipe.eval, *prompts),
-        }
+        learner, measured = _placed(recipe, sizes, replace(machine, gpus=gpus))
+        prompts, grpo = (recipe.prompt, recipe.images), recipe.grpo
+        stages: dict[str, MemoryPlan] = {}
+        if "sft" in needed:  # responses of given demonstrations may be longer than a teacher's
+            longest = recipe.teacher.max_tokens
+            stages["sft"] = plan_training(learner, recipe.sft, *prompts, assumed_here, longest_answer=longest)
+        if needed & {*RL_ARMS}:
+            limit = grpo.max_new_tokens
+            stages["grpo"] = plan_training(learner, grpo, *prompts, assumed_here, longest_answer=limit)
+        return {**stages, "eval": plan_measurement(measured, recipe.eval, *prompts)}
 
     stages, advice = attempt((), machine.gpus), None
+    learner, measured = _placed(chosen, sizes, machine)
     if not all(stage.fits for stage in stages.values()):
-        spread = chosen.lora, chosen.parallel, chosen.rollout
-        placed = place(chosen.learner, *spread, sizes=sizes, machine=machine)
-        changes = possible_changes(placed, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
+        changes = possible_changes(learner, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
         advice = advise(changes, attempt, machine.gpus)
-    return Plan(name=chosen.name, sizes=sizes, machine=machine, assumed=assumed, stages=stages, advice=advice)
+    steps = {name: sum(s.seconds.values()) for name, s in stages.items() if isinstance(s, StagePlan)}
+    each = {"eval": answer_seconds(measured, chosen.eval, chosen.prompt, chosen.images, assumed)}
+    total = total_of(chosen, steps, each, machine=machine, assumed=assumed)
+    return Plan(
+        name=chosen.name,
+        sizes=sizes,
+        machine=machine,
+        assumed=assumed,
+        stages=stages,
+        advice=advice,
+        total=total,
+    )
+
+
+def _placed(recipe: Recipe, sizes: Sizes, machine: Machine) -> tuple[Placement, Placement]:
+    """The model as it trains, and as it is measured."""
+    spread = recipe.lora, recipe.parallel, recipe.rollout
+    return (
+        place(recipe.learner, *spread, sizes=sizes, machine=machine),
+        place(recipe.model, *spread, sizes=sizes, machine=machine),
+    )
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -82,6 +111,7 @@ def _head(plan: Plan) -> Iterator[str]:
     count = f"{machine.gpus} x " if machine.gpus else ""
     yield f"{plan.name}: {plan.sizes.name}, {plan.sizes.total:,} parameters"
     yield f"on {count}{machine.device.name} with {machine.device.memory:,.0f} GB"
+    yield "computed from the model's shapes: memory, tokens, operations; guessed: seconds"
     yield (
         f"assumed: {assumed.text} text tokens and {assumed.image} image tokens a prompt, {assumed.answer} an "
         f"answer; {assumed.utilization:.0%} of the peak speed"

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlcs.data.overlap import KINDS
 from rlcs.recipe.arms import ARMS, MAIN_FIRST, RL_ARMS, TRAINING_ORDER
 from rlcs.records import NO_SIGNAL
 from rlcs.report.differences import Difference, differences
@@ -94,17 +93,19 @@ def _notes(runs: Sequence[Run], results: Sequence[ArmResult]) -> Iterator[Note]:
         *(line for run in runs for line in _stopped(run)),
         *_not_answered(results),
         *_alarms(runs),
-        *_overlap(runs[0].data_checks),
         *_wrong_demonstrations(stats),
         *(_late_steps(curve) for curve in curves if curve.peaked_early and curve.kept is None),
     ]
-    yield from (Note(text=text) for text in serious)
+    overlap = list(_overlap(runs[0].data_checks))
+    yield from (Note(text=line) for line in serious)
+    yield from (note for note in overlap if note.serious)
     mild = [
         *(line for run in runs for line in _unfinished(run)),
         *_left_out(stats),
         *(_late_steps(curve) for curve in curves if curve.peaked_early and curve.kept is not None),
     ]
-    yield from (Note(text=text, serious=False) for text in mild)
+    yield from (Note(text=line, serious=False) for line in mild)
+    yield from (note for note in overlap if not note.serious)
 
 
 def _stopped(run: Run) -> Iterator[str]:
@@ -176,22 +177,29 @@ def _wrong_demonstrations(stats: Row) -> Iterator[str]:
         )
 
 
-def _overlap(checks: Row) -> Iterator[str]:
-    """That test problems are in the training data as well, from data_checks.json."""
-    counts = Counter[str]()
-    for kind, count in _counts(part(checks, "overlap")):
-        counts[kind] += count
-    if found := ", ".join(f"{counts[kind]:,} × {kind}" for kind in KINDS if counts[kind]):
-        yield f"Training and test data overlap ({found}): accuracy on the test problems may be too high."
+def _overlap(checks: Row) -> Iterator[Note]:
+    """What data_checks.json says about training rows that are also in the test data."""
+    overlap = part(checks, "overlap")
+    if same := _rows(overlap, "same problem", "same question"):
+        if overlap.get("setting") == "drop":
+            what = "Left out of the training because they are also in the test data"
+            yield Note(text=f"{what}: {same}.", serious=False)
+        else:
+            what = (
+                f"Training and test data overlap: {same} are also test problems, so the accuracy may be too "
+            )
+            yield Note(text=f"{what}high. data.overlap=drop leaves them out of the training.")
+    if images := _rows(overlap, "same image"):
+        yield Note(text=f"With an image of the test data but another question: {images}.", serious=False)
 
 
-def _counts(row: Row) -> Iterator[tuple[str, int]]:
-    """The counts by kind of overlap in an object, and in those inside of it."""
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            yield from _counts(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield name.replace("_", " "), value
+def _rows(overlap: Row, *kinds: str) -> str:
+    """How many rows of each training source overlap the test data in one of these ways."""
+    found, counts = overlap.get("found"), Counter[str]()
+    for fact in found if isinstance(found, list) else ():
+        if isinstance(fact, Mapping) and fact.get("kind") in kinds:
+            counts[str(fact.get("role"))] += int(number(fact, "rows") or 0)
+    return " and ".join(f"{count:,} rows of data.{role}" for role, count in counts.items() if count)
 
 
 def _late_steps(curve: ValidationCurve) -> str:

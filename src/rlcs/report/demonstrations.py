@@ -17,6 +17,8 @@ _COUNTERS = {
     "problems": "problems",
     "given": "demonstrations in the data",
     "given_wrong": "wrong demonstrations in the data",
+    "given_unscored": "demonstrations in the data that could not be scored",
+    "given_unchecked": "demonstrations in the data without a gold answer",
     "asked": "answers of the teacher",
     "right": "right answers",
     "pass_rate": "share of right answers",
