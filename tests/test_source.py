@@ -26,7 +26,7 @@ from rlcs.model.source import find_source, origin_of
 from rlcs.pipeline.study import Output, Study
 from rlcs.plan.shapes import sizes_of
 from rlcs.publish.export import Export, export
-from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.loading import dump, load_recipe
 from rlcs.recipe.schema import Model
 from rlcs.records import Request, Sampling
 from rlcs.signals import StopFlag
@@ -158,6 +158,16 @@ def test_an_unfinished_run_says_what_it_has(run, tmp_path):
         shutil.rmtree(begun / stage)
     assert "no stage has finished or saved a checkpoint" in refused(begun)
     assert "no stage has finished" in refused(f"{begun}@2")
+
+
+def test_runs_that_name_each_other_end(run, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(run, mine, ignore=shutil.ignore_patterns("models"))
+    recipe = read_recipe(run)
+    own = recipe.model.model_copy(update={"name": str(mine)})
+    (mine / "recipe.yaml").write_text(dump(recipe.model_copy(update={"model": own})))
+    with pytest.raises(ModelError, match="name each other"):
+        origin_of(str(mine))
 
 
 def test_seeds_are_listed(run, tmp_path):
