@@ -7,7 +7,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -216,16 +216,16 @@ class Study:
         vlm = self._spread(self._policy(None, settings.freeze))
         chat = loading.make_chat(vlm, self.recipe.prompt, self.recipe.images)
         run = self._run_dir("sft", settings)
-        every, engine = (
-            self.recipe.validation.sft_every,
-            LocalEngine(vlm, chat, max_rows=self.recipe.eval.max_rows),
-        )
-        reward, judged = self.recipe.grpo.reward, self.folder / "judge"
-        opened = open_graders(reward, self._world, judged, only_correct=True) if every else nullcontext()
-        steps = sft.steps_of(settings, len(demonstrations))
-        with opened as graders, self._output.screen("sft", steps) as view:
-            if graders is not None:
-                run.validation = self._validation(every, engine, chat, graders[0])
+        with ExitStack() as stack:
+            if every := self.recipe.validation.sft_every:
+                # Not vLLM, which starts with RL: while SFT trains the GPUs are full.
+                engine = LocalEngine(vlm, chat, max_rows=self.recipe.eval.max_rows)
+                reward, judged = self.recipe.grpo.reward, self.folder / "judge"
+                opened = open_graders(reward, self._world, judged, only_correct=True)
+                grader, _ = stack.enter_context(opened)
+                run.validation = self._validation(every, engine, chat, grader)
+            steps = sft.steps_of(settings, len(demonstrations))
+            view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
     def _grpo(self, name: str) -> None:
