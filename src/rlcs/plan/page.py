@@ -6,9 +6,9 @@ from typing import Any
 
 from rlcs.plan.advice import Advice, advise, possible_changes
 from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.placement import place
-from rlcs.plan.planner import MemoryPlan, StagePlan, plan_measurement, plan_training
+from rlcs.plan.planner import MemoryPlan, StagePlan
 from rlcs.plan.shapes import Sizes, sizes_of
+from rlcs.plan.stages import placed, plan_stages
 from rlcs.recipe.loading import load_recipe
 
 
@@ -56,23 +56,12 @@ def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: As
 
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
         recipe = load_recipe(name, [*overrides, *more]).recipe
-        sft, grpo, prompts = recipe.sft, recipe.grpo, (recipe.prompt, recipe.images)
-        spread, where = (recipe.lora, recipe.parallel, recipe.rollout), replace(machine, gpus=gpus)
-        learner = place(recipe.learner, *spread, sizes=sizes, machine=where)
-        measured = place(recipe.model, *spread, sizes=sizes, machine=where)
-        # Responses of given demonstrations may be longer than a teacher's.
-        longest = recipe.teacher.max_tokens
-        return {
-            "sft": plan_training(learner, sft, *prompts, assumed, longest_answer=longest),
-            "grpo": plan_training(learner, grpo, *prompts, assumed, longest_answer=grpo.max_new_tokens),
-            "eval": plan_measurement(measured, recipe.eval, *prompts),
-        }
+        return plan_stages(recipe, sizes, replace(machine, gpus=gpus), assumed)
 
     stages, advice = attempt((), machine.gpus), None
     if not all(stage.fits for stage in stages.values()):
-        spread = chosen.lora, chosen.parallel, chosen.rollout
-        placed = place(chosen.learner, *spread, sizes=sizes, machine=machine)
-        changes = possible_changes(placed, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
+        learner = placed(chosen, chosen.learner, sizes, machine)
+        changes = possible_changes(learner, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
         advice = advise(changes, attempt, machine.gpus)
     return Plan(name=chosen.name, sizes=sizes, machine=machine, assumed=assumed, stages=stages, advice=advice)
 

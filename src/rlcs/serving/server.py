@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from rlcs.engines.decoding import Token
-from rlcs.errors import UserError
+from rlcs.errors import OutOfMemory, UserError
 from rlcs.records import Prompt, Sampling, StopReason
 from rlcs.serving.protocol import (
     ApiError,
@@ -200,7 +200,8 @@ async def _tokens(events: "asyncio.Queue[Token | Exception]", n: int) -> AsyncIt
     while n:
         event = await events.get()
         if isinstance(event, Exception):
-            raise ApiError(500, f"the model failed: {type(event).__name__}") from event
+            why = event.what if isinstance(event, OutOfMemory) else type(event).__name__
+            raise ApiError(500, f"the model failed: {why}") from event
         n -= event.stop is not None
         yield event
 
