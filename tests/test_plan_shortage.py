@@ -1,12 +1,14 @@
 """What is told to change when memory ran out: every number computed again, by hand and by the plan."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from rlcs.model.policy import LOGIT_CHUNK
 from rlcs.plan.machine import GIB, Assumed, machine
 from rlcs.plan.memory import Passing, token_keeps
+from rlcs.plan.page import make_plan
 from rlcs.plan.shapes import sizes_of
 from rlcs.plan.shortage import PARTS, shortage_advice
 from rlcs.plan.stages import plan_stages
@@ -69,7 +71,7 @@ def test_fewer_rows_are_computed_in_tokens_and_bytes():
     why = f"keys and values: 2 x (4 prompts x 2,048 + 40 answers x 2,048 tokens) x {a_token:,} bytes"
     assert first[:3] == ("grpo.max_rows=40", "80", "rollout")
     assert first[-1] == f"{why} = {size / GIB:.1f} GB; more rounds of sampling"
-    assert "rollout 13.7 GB" in head
+    assert "rollout 13.7 GB, with libraries and fragments 25.1 GB of the 24.0 GB of a device" in head
     [evaluation] = [change for change in told("single-gpu-lora-3b", "eval sft")[2] if "max_rows" in change[0]]
     assert (
         evaluation[0] == "eval.max_rows=20" and "(20 prompts x 2,048 + 20 answers x 2,048" in evaluation[-1]
@@ -113,3 +115,25 @@ def test_a_cpu_and_an_unknown_place():
     _, head, changes = told("quickstart", "sft: update", on=machine(0, "H100", memory=None, peak=0))
     assert "of main memory" in head and not any("cpu_offload" in change[0] for change in changes)
     assert shortage_advice(load_recipe("quickstart").recipe, "cold start: sampling", card(), trainers=1) == ""
+
+
+PAGE = Path(__file__).parent.parent / "docs/how-to/out-of-memory.md"
+
+
+def test_the_example_in_the_documentation_is_what_the_plan_says():
+    page = PAGE.read_text(encoding="utf-8")
+    row = r"^\| (`.+`|nothing else) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (yes|no) \|$"
+    rows = re.findall(row, page, re.MULTILINE)
+    assert len(rows) == 6
+    for words, *peaks, fits in rows:
+        overrides = [] if words == "nothing else" else words.strip("`").split()
+        plan = make_plan("single-gpu-lora-3b", overrides, card(), Assumed())
+        assert [f"{stage.peak / GIB:.1f}" for stage in plan.stages.values()] == peaks, words
+        assert plan.fits == (fits == "yes"), words
+    whole = make_plan("recommended-3b", [], card(), Assumed()).stages
+    assert f"{whole['sft'].peak / GIB:.1f} GB in SFT and {whole['grpo'].peak / GIB:.1f} GB in GRPO" in page
+    recipe = load_recipe("single-gpu-lora-3b").recipe
+    head, first, *_ = shortage_advice(recipe, "sft_grpo: rollout", card(), trainers=1).splitlines()
+    assert head in page and first.strip() in page
+    assert f"x 36,864 bytes = {2 * (8 * 2048 + 80 * 2048) * 36864 / GIB:.1f} GB of keys and values" in page
+    assert f"8,192 x 151,936 x 4 = {8192 * 151936 * 4 / GIB:.1f} GB" in page

@@ -12,7 +12,7 @@ from rlcs.plan.advice import possible_changes
 from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.memory import Passing, language_layer, token_keeps
 from rlcs.plan.placement import Placement
-from rlcs.plan.planner import MemoryPlan
+from rlcs.plan.planner import MemoryPlan, with_overhead
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.plan.stages import placed, plan_stages
 from rlcs.recipe.arms import RL_ARMS
@@ -61,8 +61,8 @@ def shortage_advice(recipe: Recipe, where: str, machine: Machine, *, trainers: i
     parts = _parts(plan_stages(recipe, sizes, machine, Assumed(), trainers=trainers)[stage], work)
     listed = " + ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     device = f"of the {_size(machine.device.memory * GIB)} of a device" if machine.gpus else "of main memory"
-    total = _size(sum(parts.values()))
-    lines = [f"planned for the longest prompts and answers: {listed} = {total} {device}. To need less:"]
+    total = f"with libraries and fragments {_size(with_overhead(sum(parts.values())))} {device}"
+    lines = [f"planned for the longest prompts and answers: {listed}, {total}. To need less:"]
     for change, other in _changes(recipe, sizes, machine, trainers):
         after = _parts(plan_stages(other, sizes, machine, Assumed(), trainers=trainers)[stage], work)
         if sum(parts.values()) - sum(after.values()) < LEAST_SAVED * sum(parts.values()):
