@@ -15,6 +15,9 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+if sys.argv[1:] == ["--version"]:
+    sys.stdout.write("INFO: some library says something first\n0.32.1\n")
+    sys.exit()
 FOLDER = Path(sys.argv[2])
 PORT = int(sys.argv[sys.argv.index("--port") + 1])
 BEHAVIOUR = FOLDER.parent.parent / "behaviour.json"

@@ -14,7 +14,7 @@ import asyncio
 import json
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
 
 PHRASES = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
@@ -48,8 +48,13 @@ class LoopbackServer:
         delay_s: float = 0.0,
         finish_reason: str | None = "stop",
         echoes: bool = False,
+        reply: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
-        """With `echoes` errors and answers hold the headers of the request, and with them the key."""
+        """Serve; with `echoes` errors and answers hold the headers of the request, and with them the key.
+
+        `reply` makes whole replies instead, or awaits them: JSON, or text (a page, a stream), or a pair of a
+        status and these.
+        """
         self.seen: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.most_at_once = 0
@@ -57,7 +62,7 @@ class LoopbackServer:
         self._answer = answer
         self._faults = {needle: list(each) for needle, each in (faults or {}).items()}
         self._delay_s, self._echoes = delay_s, echoes
-        self._finish_reason = finish_reason
+        self._finish_reason, self._reply = finish_reason, reply
         self._now = 0
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -117,6 +122,10 @@ class LoopbackServer:
 
     async def _respond(self, body: Mapping[str, Any], writer: asyncio.StreamWriter) -> bool:
         """Write the response; False closes the connection."""
+        if self._reply is not None:
+            reply = self._reply(body)
+            writer.write(_whole(await reply if isinstance(reply, Awaitable) else reply))
+            return True
         fault = self._fault(body)
         if fault == "hangup":
             return False
@@ -158,6 +167,19 @@ class LoopbackServer:
             return False
         writer.write(data)
         return True
+
+
+def _whole(reply: object) -> bytes:
+    """A reply as `LoopbackServer` takes it: the content type follows from its beginning."""
+    status, content = reply if isinstance(reply, tuple) else (200, reply)
+    text = content if isinstance(content, str) else json.dumps(content)
+    kinds = {"<": "text/html", "d": "text/event-stream", ":": "text/event-stream"}
+    kind = (
+        kinds.get(text.lstrip()[:1], "application/json") if isinstance(content, str) else "application/json"
+    )
+    data = text.encode()
+    head = f"HTTP/1.1 {status} {PHRASES.get(status, 'Error')}\r\nContent-Type: {kind}\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 def _message(status: int, reply: object, headers: str = "") -> bytes:

@@ -228,3 +228,13 @@ def test_the_system_prompt_is_saved_with_the_model(vlm, tmp_path, system):
     assert list(chat.conversation(own, name="c").ids) == rendered_ids(loaded.processor, own)
     set_default_system(loaded.processor, "changed")
     assert default_system(loaded.processor) == "changed"
+
+
+def test_a_token_has_its_own_bytes(vlm):
+    chat = loading.make_chat(vlm)
+    for text in ("Hm? 🙂🙃 é ½ 数学\n\t \u00ad\u00a0\u0142", "".join(map(chr, range(0x180)))):
+        ids = chat.text_ids(text)
+        assert b"".join(map(chat.token_bytes, ids)) == text.encode()
+    smile = [chat.token_bytes(index) for index in chat.text_ids("🙂")]
+    assert len(smile) > 1 and smile[0][0] == 240
+    assert chat.token_bytes(chat.end_id) == b"<|im_end|>"

@@ -106,7 +106,7 @@ def test_terminal_json_and_page(pair, tmp_path, monkeypatch):
     page = tmp_path / "compare.html"
     shown = CliRunner().invoke(app, ["compare", *map(str, pair), "--html", str(page)])
     assert shown.exit_code == 0, shown.output
-    for words in ("+13.3 [", "+10 -2 of 60", "0.039", "grpo.clip_high", "0.4", "RL after SFT reward"):
+    for words in ("+13.3 [", "+10 −2 of 60", "0.039", "grpo.clip_high", "0.4", "RL after SFT reward"):
         assert words in shown.output, words
     assert max(map(len, shown.output.splitlines()[:-1])) <= 80
     told = json.loads(CliRunner().invoke(app, ["compare", *map(str, pair), "--json"]).output)

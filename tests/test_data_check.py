@@ -42,9 +42,7 @@ def check(tmp_path):
 def test_faults_are_named_a_few_of_each_and_kinds_are_counted(check):
     done = check()
     assert done.returncode == 2 and not done.stderr
-    assert (
-        done.stdout.count("'F' is no such option") == 5 and "and 3 more rows with this fault" in done.stdout
-    )
+    assert done.stdout.count("'F' names no option") == 5 and "and 3 more rows with this fault" in done.stdout
     for name, fault in (("index", "an index from 0"), ("torn", "not closed"), ("formula", "not a formula")):
         assert any(f"(id {name})" in line and fault in line for line in done.stdout.splitlines()), name
     kinds = [line.split() for line in done.stdout.partition("gold answers")[2].splitlines()]

@@ -102,7 +102,8 @@ def test_each_illness_of_training_is_named_alone(run, values, name, message):
 def test_doctor_and_page_agree_on_each_sign(run, sign):
     change(run, last=10, **{sign.key: 1.1 * sign.most})
     assert problems_of(run) == {f"RL after SFT: {sign.name}": sign.message(1.1 * sign.most)}
-    assert build(run).read_text().count(f"! over {sign.form.format(sign.most)}") == 1
+    page = build(run).read_text()
+    assert page.count("! over") == 1 and page.count(f"(limit {sign.form.format(sign.most)})") == 1
     change(run, last=10, **{sign.key: 0.9 * sign.most})
     assert problems_of(run) == {}
 

@@ -457,7 +457,7 @@ def test_models_get_names_of_their_own():
         (["builtin", "--split", "tst", "--data", "mini"], "no split"),
         (["builtin", "--data", "nowhere"], "no such folder"),
         (["builtin", "--data", "mini", "--split", "test"], "there is no test.jsonl"),
-        (["./nomodel", "--data", "mini"], "cannot load the model"),
+        (["./nomodel", "--data", "mini"], "./nomodel: there is no such folder"),
         (["m", "--data", "mini", "--rollout", "tensor_paralel=2"], "did you mean tensor_parallel?"),
         (
             ["m", "--data", "mini", "--rollout", "tensor_parallel=0"],

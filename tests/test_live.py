@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,12 @@ def get(server: Server, path: str = "") -> str:
 def test_an_unfinished_run_shows_how_far_it_is(server):
     page = Page(get(server))
     stages = ("Cold start", "✓ done", "40 of 80", "waiting", "Measuring: Base")
-    for words in (*stages, "RL after SFT: reward from"):
+    for words in (*stages, "RL after SFT: reward 0."):
         assert words in page.text, words
+    assert re.search(r"RL after SFT: step 40 of 80, about 2 min \d\d s left", page.text), (
+        "the stage heads the page"
+    )
+    assert page.text.index("Reward") < page.text.index("Stages", page.text.index("Recipe"))
     assert "Measuring: SFT only" not in page.text, "the recipe names no such arm"
 
 
@@ -190,7 +195,7 @@ def test_a_reader_that_goes_away_is_no_news(server, capfd):
         with socket.create_connection(server.address) as reader:
             reader.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    assert "Now" in get(server)
+    assert "Stages" in get(server)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -200,7 +205,7 @@ def test_a_page_that_fails_is_one_line_and_the_others_go_on(server, capfd, monke
         get(server, "rollouts")
     assert failed.value.code == 500
     assert capfd.readouterr().err == "rlcs: a page failed: ZeroDivisionError: division by zero\n"
-    assert "Now" in get(server)
+    assert "Stages" in get(server)
 
 
 def test_the_command_serves_until_it_is_interrupted(run):
@@ -268,13 +273,24 @@ def test_a_browser_keeps_its_place_while_numbers_change(server, run):
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        quick = (files("rlcs.report") / "live.js").read_text().replace("SECONDS = 5", "SECONDS = 0.2")
+        script = {"body": quick, "content_type": "text/javascript"}
+        page.route("**/live.js", lambda route: route.fulfill(**script))
         page.goto(server.url)
         page.locator("#pulse", has_text="live").wait_for()
         page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
+        first_screen = (
+            "[...document.querySelectorAll('figure')].findIndex(f => f.getBoundingClientRect().top > 700)"
+        )
+        assert page.evaluate(first_screen) >= 2, "reward and accuracy begin on the first screen of a phone"
         page.evaluate("document.querySelector('#rollouts details:not([open])').open = true")
         opened = page.evaluate("document.querySelectorAll('#rollouts details[open]').length")
+        page.evaluate("document.querySelector('nav .scroll').scrollLeft = 40")
         page.evaluate("document.getElementById('rollouts').scrollIntoView()")
         before = page.evaluate("document.getElementById('rollouts').getBoundingClientRect().top")
+        page.evaluate("getSelection().selectAllChildren(document.querySelector('#training .below'))")
+        selected = page.evaluate("String(getSelection())")
+        label = page.locator("#training svg").first.get_attribute("aria-label")
         server.live._rest_until = 0.0
         metrics = run / "sft_grpo" / "metrics.jsonl"
         more = [grpo_row("sft_grpo", step, 80, random.Random(step), 0.4) for step in range(41, 61)]
@@ -285,10 +301,14 @@ def test_a_browser_keeps_its_place_while_numbers_change(server, run):
         page.locator("#now", has_text="60 of 80").wait_for(timeout=60_000)
         assert "50.0%" in page.inner_text("#results"), "a part that is new appears in its place"
         order = page.evaluate("[...document.querySelectorAll('main > section')].map(part => part.id)")
-        assert order.index("now") < order.index("results") < order.index("training") < order.index("rollouts")
+        assert order.index("training") < order.index("now") < order.index("results") < order.index("rollouts")
         after = page.evaluate("document.getElementById('rollouts').getBoundingClientRect().top")
         assert abs(after - before) < 2
         assert page.evaluate("document.querySelectorAll('#rollouts details[open]').length") == opened
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate("document.querySelector('nav .scroll').scrollLeft") == 40
+        assert page.evaluate("String(getSelection())") == selected != "", "what is selected is not replaced"
+        page.evaluate("getSelection().removeAllRanges()")
+        page.locator(f"#training svg[aria-label={json.dumps(label)}]").wait_for(state="detached")
         assert errors == []
         browser.close()

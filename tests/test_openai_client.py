@@ -103,7 +103,6 @@ def test_every_part_of_a_request_is_sent(monkeypatch):
         ("hangup", "connection failed"),
         ("not-json", "cannot be read"),
         ("no-choices", "no chat completion"),
-        ("empty", "empty"),
     ],
 )
 def test_what_may_pass_is_tried_again_and_given_up_at_last(fault, error):

@@ -119,10 +119,12 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, random_model_fol
 @pytest.mark.parametrize("more", [[], ["lora.rank=2", "model.gradient_checkpointing=true"]])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeypatch, sharded, more):
-    """Two stages train and three arms are measured: each model is gone when the next one is loaded."""
+    """The trial, two stages and three arms: each model is gone when the next one is loaded."""
     born, alive, load = [], [], loading.load
 
     def counting(*args, **options):
+        if not options.get("weights", True):
+            return load(*args, **options)  # a structure, without any memory
         alive.append(sum(model() is not None for model in born))
         vlm = load(*args, **options)
         born.append(weakref.ref(vlm.model))
@@ -142,13 +144,13 @@ def test_one_model_at_a_time_is_in_memory(random_model_folder, tmp_path, monkeyp
             ).run()
     finally:
         gc.enable()
-    assert alive == [0] * 5
+    assert alive == [0] * 6
 
 
 def test_engines_are_opened_with_what_the_recipe_asks_for(tmp_path, monkeypatch):
     words = ["rollout.engine=vllm_server", "lora.rank=4", "parallel.compute_dtype=bfloat16"]
     words += ["grpo.group_size=9", "grpo.max_rows=7", "grpo.max_new_tokens=50", "eval.max_new_tokens=60"]
-    words += ["prompt.max_tokens=100", "images.decode_limit=5000000"]
+    words += ["prompt.max_tokens=100", "images.decode_limit=5000000", "study.preflight=off"]
     chosen = load_recipe("quickstart", words).recipe
     needs = []
 
@@ -416,20 +418,47 @@ def test_seeds_are_averaged_and_kept_apart():
     assert summary["seconds"]["sft"] == 5.0
 
 
-def test_one_s_own_data_in_a_run(random_model_folder, tmp_path):
+def as_jsonl(folder, rows):
     """A stranger's files: images beside a JSONL, demonstrations with a response."""
+    responses = [f"It is {row['answer']}. \\boxed{{{row['answer']}}}" for row in rows]
+    demonstrations = [{**row, "response": text} for row, text in zip(rows, responses, strict=True)]
+    for name, written in (("demos", demonstrations), ("rl", rows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    return "demos.jsonl", "rl.jsonl", "rl.jsonl"
+
+
+def as_other_tools(folder, rows):
+    """The same as a list for LLaVA, a Parquet file of chat messages, and a table."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    listed, chats, table = [], [], ["id,question,image,answer"]
+    for row in rows:
+        text = f"It is {row['answer']}. \\boxed{{{row['answer']}}}"
+        turns = [{"from": "human", "value": "<image>\nHow red?"}, {"from": "gpt", "value": text}]
+        listed.append({"id": row["id"], "image": row["images"][0], "conversations": turns})
+        content = [{"type": "image", "text": None}, {"type": "text", "text": "How red?"}]
+        image = {"bytes": (folder / row["images"][0]).read_bytes(), "path": None}
+        chats.append(
+            {"messages": [{"role": "user", "content": content}], "images": [image], "solution": row["answer"]}
+        )
+        table.append(f"{row['id']},How red?,{row['images'][0]},{row['answer']}")
+    (folder / "demos.json").write_text(json.dumps(listed, indent=1))
+    write_table(pa.Table.from_pylist(chats), folder / "rl.parquet")
+    (folder / "test.csv").write_text("\n".join(table))
+    return "demos.json", "rl.parquet", "test.csv"
+
+
+@pytest.mark.parametrize("written", [as_jsonl, as_other_tools])
+def test_one_s_own_data_in_a_run(random_model_folder, tmp_path, written):
     from PIL import Image
 
     rows = []
     for i in range(8):
         Image.new("RGB", (60 + i, 60), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
         rows.append({"id": f"r{i}", "question": "How red?", "images": [f"{i}.png"], "answer": str(i)})
-    demonstrations = [
-        {**row, "response": f"It is {row['answer']}. \\boxed{{{row['answer']}}}"} for row in rows
-    ]
-    (tmp_path / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demonstrations))
-    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = ["data.cold_start=demos.jsonl", "data.rl=rl.jsonl", "data.test=rl.jsonl"]
+    cold_start, rl, test = written(tmp_path, rows)
+    own = [f"data.cold_start={cold_start}", f"data.rl={rl}", f"data.test={test}"]
     words = [
         "run",
         "quickstart",

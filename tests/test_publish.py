@@ -187,7 +187,7 @@ def test_what_cannot_be_exported_says_why(run, tmp_path):
             export(Export(model=str(model), out=out, arm=arm))
         return str(caught.value)
 
-    assert "choose --arm among: base, sft, sft_grpo" in refused(run, arm="grpo")
+    assert f"name one of: {run}/sft, {run}/sft_grpo" in refused(run, arm="grpo")
     assert "did you mean sft_grpo" in refused(run, arm="sft_grp")
     assert "not empty" in refused(run, out=run)
     assert "neither a run nor a model" in refused(tmp_path)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rlcs.errors import RunFolderError
 from rlcs.records import Grade, GradedSample, Sample, StopReason
 from rlcs.report import build, charts, findings, pictures
 from rlcs.report.compare import compare, write_html
+from rlcs.report.differences import differences
 from rlcs.report.load_run import read_run
 from rlcs.report.pages import visible
 
@@ -199,11 +201,14 @@ def built(run: Path) -> Page:
 
 def test_full_page_tells_the_whole_story(full: Path) -> None:
     page = built(full)
-    (result,) = [r for r in findings.arm_results([read_run(full)]) if r.arm == "sft_grpo"]
-    assert f"Cold start + RL: {result.accuracy:.1%} on 90 held-out problems" in page.text
-    story = ("points over SFT only", "over RL only", "over the base model", "Boxes per answer",
-             "The arms disagree", "RL after SFT, step 80", "clip_high: 0.3", "torch 2.14.1",
-             "rlcs quickstart --out 'runs/a b'", "! over 1.50", "Measuring: SFT only")  # fmt: skip
+    (gap, *_) = differences([read_run(full)])
+    assert not gap.clear
+    assert f"RL added nothing measurable: {gap.first:.1%} → {gap.second:.1%}" in page.text
+    story = ("Cold start + RL against SFT only on the same 90 held-out problems", "includes zero",
+             "The cold start (SFT) added", "A cold start before RL added", "RL without a cold start added",
+             "Boxes per answer", "Warning sign in RL only: boxes per answer, 1.", "The models disagree",
+             "RL after SFT, step 80", "clip_high: 0.3", "torch 2.14.1", "rlcs quickstart --out 'runs/a b'",
+             "! over", "Measuring: SFT only")  # fmt: skip
     for words in story:
         assert words in page.text
     assert page.text.count("✓ right") + page.text.count("✗ wrong") == 4 * 48 + 2 * 3 * 3
@@ -300,9 +305,9 @@ def test_turns_before_a_question_are_shown_wherever_the_question_is(tmp_path: Pa
     step = run / "sft_grpo/rollouts/step-000080.jsonl"
     write_rows(step.parent / "problems.jsonl", [{**asked[0], "id": row["id"]} for row in rows_of(step)])
     page = page_of(run)
-    assert page.text.count("User: an EARLIER turn\n\nAssistant: its <b>reply</b>") == 7  # one of a teacher
-    assert "b" not in page.tags
-    assert "User: an EARLIER turn" in (run / "report/rollouts.html").read_text()
+    for turn in ("User an EARLIER turn", "Assistant its <b>reply</b>"):
+        assert page.text.count(turn) == 7, "six of held-out problems, one of a teacher"
+    assert "an EARLIER turn" in (run / "report/rollouts.html").read_text()
 
 
 GARBAGE = b'[1]\n{"id": {"a": [1]}, "step": "x", "images": 3, "correct": "yes", "tokens": true}\n\xff{"torn'
@@ -327,10 +332,10 @@ def test_what_is_missing_is_left_out(tmp_path: Path, kind: str) -> None:
             path.write_bytes(GARBAGE if kind == "garbage" else b"")
     page = page_of(run)
     expected = {
-        "two_arms": "points over the base model.",
-        "no_eval": "RL after SFT: reward from",
-        "only_sft": "SFT: loss from",
-        "only_summary": "Held-out accuracy",
+        "two_arms": "Cold start and RL together added",
+        "no_eval": "RL after SFT: reward 0.",
+        "only_sft": "SFT: loss ",
+        "only_summary": "Accuracy on held-out problems",
         "garbage": "rlcs report",
     }
     assert expected.get(kind, "Nothing measured yet") in page.text
@@ -352,9 +357,10 @@ def test_seeds_are_averaged_and_each_is_shown(tmp_path: Path) -> None:
         json.loads((tmp_path / f"seed-{s}" / "eval/sft_grpo/scores.json").read_text())["accuracy"]
         for s in (2, 10)
     ]
-    assert f"Cold start + RL: {sum(each) / 2:.1%} on 20 held-out problems, mean of 2 seeds" in page.text
+    assert f"→ {sum(each) / 2:.1%}" in page.text.partition("seeds 2, 10")[2][:80], "the headline"
+    assert "on the same 20 held-out problems, mean of 2 seeds" in page.text
     assert "seeds 2, 10" in page.text
-    row = page.text[page.text.index("All arms") :]
+    row = page.text[page.text.index("Every model that was measured") :]
     row = row[row.index("Cold start + RL") :]
     assert row.index(f"{each[0]:.1%}") >= 0 and f"{each[1]:.1%}" in row[:120]
 
@@ -383,13 +389,14 @@ def test_images_outside_the_run_or_broken_are_not_embedded(tmp_path: Path) -> No
 def test_large_images_shrink_to_their_share(tmp_path: Path) -> None:
     noise = random.Random(0).randbytes(900 * 700 * 3)
     Image.frombytes("RGB", (900, 700), noise).save(tmp_path / "noise.png")
-    (uri,) = pictures.embed(tmp_path, ["noise.png"], most_bytes=20_000)
-    assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 20_000 * 4 / 3 + 50
+    (picture,) = pictures.embed(tmp_path, ["noise.png"], most_bytes=20_000)
+    assert picture.uri.startswith("data:image/jpeg;base64,") and len(picture.uri) < 20_000 * 4 / 3 + 50
+    assert (picture.width, picture.height) == (288, 224), "the size on the page, known before it is drawn"
 
 
 def test_differences_count_pairs(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", arms=("base", "sft_grpo"), problems=40)
-    (found,) = findings.differences([read_run(run)])
+    (found,) = differences([read_run(run)])
     rows = {arm: rows_of(run / "eval" / arm / "predictions.jsonl") for arm in ("base", "sft_grpo")}
     pairs = [(b["correct"], t["correct"]) for b, t in zip(rows["base"], rows["sft_grpo"], strict=True)]
     assert (found.gained, found.lost) == (pairs.count((False, True)), pairs.count((True, False)))
@@ -415,7 +422,9 @@ def test_gallery_prefers_disagreement_and_fills_shortages(full: Path) -> None:
         assert len(shown) == len(set(shown)) == min(count, 90)
     first = findings.gallery(run, 48)[0]
     assert (
-        first.kind == "The arms disagree" and len(first.problems) >= 24 and first.total > len(first.problems)
+        first.kind == "The models disagree"
+        and len(first.problems) >= 24
+        and first.total > len(first.problems)
     )
     for problem in first.problems:
         assert len({answers[problem.id].grade.correct for answers in run.answers.values()}) == 2
@@ -445,7 +454,7 @@ def test_every_part_of_a_reward_has_its_curve_after_the_reward(tmp_path: Path) -
     compared, sides = compare(run, run)
     assert compared.ends["RL after SFT reward_accuracy"] == (0.5, 0.5)
     write_html(tmp_path / "compare.html", compared, sides)
-    assert "RL after SFT: Reward: format" in (tmp_path / "compare.html").read_text()
+    assert "RL after SFT: reward: format" in (tmp_path / "compare.html").read_text()
 
 
 def test_health_compares_first_and_last_steps(tmp_path: Path) -> None:
@@ -480,3 +489,68 @@ def test_charts_follow_the_page(full: Path) -> None:
 def test_visible_keeps_words_and_lines() -> None:
     assert visible("größer\n\tΔ 漢字 🙂") == "größer\n\tΔ 漢字 🙂"
     assert visible("a\x00\u202e\r") == "a\\u0000\\u202e\\u000d"
+
+
+LATEX = r"So $AB = \sqrt{3^2+4^2}$:\n\[ \frac{1}{2} \cdot 10 = \boxed{5} \]\n<b>not bold</b> costs $5 and $6"
+
+
+@pytest.fixture(scope="module")
+def with_latex(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with formulas in questions, choices, gold answers and responses, and earlier turns."""
+    run = make_run(tmp_path_factory.mktemp("latex") / "run", problems=12)
+    rows = rows_of(run / "eval" / "problems.jsonl")
+    turns = [{"role": "user", "text": "What is $x^2$?"}, {"role": "assistant", "text": "A square."}]
+    for row in rows:
+        row |= {"question": r"Find $\frac{a}{b}$.", "answer": r"\frac{3}{4}", "choices": [r"\sqrt{2}", "5"]}
+        row["history"] = turns
+    write_rows(run / "eval" / "problems.jsonl", rows)
+    for arm in ALL_ARMS:
+        path = run / "eval" / arm / "predictions.jsonl"
+        write_rows(path, [{**row, "response": LATEX, "extracted": r"x_1"} for row in rows_of(path)])
+    build(run)
+    return run
+
+
+def test_formulas_are_drawn_and_the_text_is_at_hand(with_latex: Path) -> None:
+    html = (with_latex / "report" / "index.html").read_text()
+    page = built(with_latex)
+    assert page.open == [] and "b" in page.tags and "not bold" in page.text
+    assert "<b>not bold</b> costs $5 and $6" in page.text, "text stays text"
+    assert page.tags.count("math") == 12 * (1 + 1 + 1 + 1) + 12 * 4 * (1 + 1 + 1)
+    assert page.text.count("As it was written") == 12 * 4 and page.text.count(LATEX) == 12 * 4
+    assert re.search(r"<b>user</b> What is <math>", html) and "A square." in page.text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_pages_fit_a_phone_and_nothing_in_them_moves(with_latex: Path, tmp_path: Path) -> None:
+    sync = pytest.importorskip("playwright.sync_api")
+    found, sides = compare(with_latex, with_latex)
+    write_html(tmp_path / "compare.html", found, sides)
+    pages = [with_latex / "report" / "index.html", with_latex / "report" / "rollouts.html"]
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.add_init_script(
+            "window.moved = 0; new PerformanceObserver(list => { for (const shift of list.getEntries()) "
+            "moved += shift.value }).observe({ type: 'layout-shift', buffered: true })"
+        )
+        for path in (*pages, tmp_path / "compare.html"):
+            page.goto(path.as_uri())
+            page.evaluate("for (const fold of document.querySelectorAll('details')) fold.open = true")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.name
+        page.goto(pages[0].as_uri())
+        page.wait_for_timeout(200)
+        assert page.evaluate("moved") == 0
+        wide = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)"
+        shadows = wide + ".map(box => getComputedStyle(box).backgroundImage.split('gradient').length - 1)"
+        assert set(page.evaluate(shadows)) == {4}, "each table that goes on has its shadows"
+        sizes = (
+            "[...document.images].map(i => [i.naturalWidth / i.naturalHeight, i.width / i.height, i.width])"
+        )
+        for natural, shown, width in page.evaluate(sizes):
+            assert abs(natural - shown) < 0.02 and 100 < width < 300
+        drawn = "document.querySelector('math mfrac').getBoundingClientRect().height"
+        assert page.evaluate(drawn) > 15 and page.evaluate(
+            "document.querySelector('math').namespaceURI"
+        ).endswith("MathML")
+        browser.close()

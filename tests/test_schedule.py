@@ -62,7 +62,9 @@ def teacher(server, **changes):
 
 
 def results(folder):
-    return {name: (folder / name).read_bytes() for name in RESULTS}
+    files = {name: (folder / name).read_bytes() for name in RESULTS}
+    stats = json.loads(files["stats.json"])
+    return {**files, "stats.json": {name: stats[name] for name in stats if name != "retries"}}
 
 
 def line_count(path):
@@ -123,6 +125,9 @@ def test_faults_of_every_kind_lose_nothing(tmp_path: Path):
         run(rows(60), teacher(server, concurrency=64), folder=tmp_path / "stormy", seed=1)
         assert sum(asked(server).values()) == len(read_jsonl(tmp_path / "stormy/samples.jsonl")) + len(FAULTS)
     assert results(tmp_path / "calm") == results(tmp_path / "stormy")
+    assert not read_json(tmp_path / "calm/stats.json")["retries"]
+    retries = read_json(tmp_path / "stormy/stats.json")["retries"]
+    assert sum(retries.values()) == len(FAULTS) and retries["HTTP 429"] and retries["empty"] == 1
 
 
 def test_what_is_refused_is_named_and_asked_again_the_next_time(tmp_path: Path, capsys):
@@ -425,7 +430,7 @@ def test_filtered_and_cut_answers_are_rejected_with_their_reason(tmp_path: Path)
         kept = run(rows(3), teacher(server, max_samples=2), folder=tmp_path, seed=1)
     assert [d.problem.id for d in kept] == ["p2"]
     reasons = [(row["id"], row["why"], row["correct"]) for row in read_jsonl(tmp_path / "rejected.jsonl")]
-    leak, cut = "speaks of the 'gold answer'", "cut at max_tokens"
+    leak, cut = "speaks of the 'gold answer'", "cut off before its end"
     assert reasons == [("p0", leak, True)] * 2 + [("p1", cut, True)] * 2
     stats = read_json(tmp_path / "stats.json")
     assert stats["reasons"] == {cut: 2, leak: 2} and stats["pass_rates"] == [0] * 9 + [3]

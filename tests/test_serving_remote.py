@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from rlcs.cli.serve import chosen_vllm
 from rlcs.errors import EndpointError, ModelError, UserError
 from rlcs.recipe.sampling import Endpoint
 from rlcs.serving.chat_page import open_models
+from rlcs.serving.defaults import read_defaults
+from rlcs.serving.image_sources import ImageHosts
 from rlcs.serving.remote import RemoteSession, serving
 from rlcs.serving.session import Settings, split_answer
 from test_server import metrics
@@ -96,7 +99,7 @@ def test_what_is_wrong_is_said(server, picture, monkeypatch):
         ({"key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY, which is not set"),
         ({"base_url": url_of(server).removesuffix("/v1")}, "mostly ends in /v1"),
         ({"base_url": "http://127.0.0.1:9/v1"}, "does not answer.*start it"),
-        ({"base_url": "localhost:8000"}, "does not answer"),
+        ({"base_url": "localhost:8000"}, "not the URL of a server.*http://localhost"),
     ):
         with pytest.raises(EndpointError, match=f"(?s){told}"):
             RemoteSession(Endpoint.model_validate({"base_url": url_of(server), "model": "", **changes}))
@@ -244,3 +247,20 @@ def test_vllm_computes_as_we_load():
     expected = {"--dtype": "float32", "--max-model-len": "-1", "--generation-config": "vllm"}
     assert expected.items() <= pairs.items() and "--enforce-eager" in words
     assert "k" not in words and launch.environment(0)["VLLM_API_KEY"] == "k"
+    assert pairs["--allowed-media-domains"] == "nowhere.invalid" and pairs["--allowed-origins"] == "[]"
+    assert launch.environment(0)["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    assert "--enable-auto-tool-choice" not in words
+
+
+def test_vllm_samples_as_the_folder_says_where_a_request_does_not():
+    for config, override in (({"do_sample": False}, {"temperature": 0}), ({"temperature": 0.7}, None)):
+        launch = replace(serving("vllm", "x", key="k"), defaults=read_defaults(config))
+        pairs = dict(itertools.pairwise(launch.command(Path("/models/x"), 81)))
+        assert pairs["--generation-config"] == "auto"
+        assert json.loads(pairs.get("--override-generation-config", "null")) == override
+
+
+@pytest.mark.parametrize("name", ["*", "*.example.com", "example.com:8080"])
+def test_hosts_that_vllm_does_not_know_are_refused(name):
+    with pytest.raises(UserError, match="whole names"):
+        replace(serving("vllm", "x", key="k"), image_hosts=ImageHosts(names=(name,)))

@@ -313,7 +313,8 @@ def test_the_table_tells_validation_and_what_is_kept_only_where_it_is_on():
         "(pass@1 and pass@8), temperature 1, top-p 0.9, up to 96 tokens"
     )
     assert rows["kept"] == (
-        "SFT keeps the checkpoints of these steps for good: 20, 40; RL ends with the model that is best in validation"
+        "SFT keeps the checkpoints of these steps for good: 20, 40; "
+        "RL ends with the model that is best in validation"
     )
 
 

@@ -251,6 +251,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+# ---------------------------------------------------------------------------------- finished stages
+
+DONE = "done.json"
+"""The marker of a finished stage of a run; a stage that has one is not run again."""
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the stage in this folder has finished."""
+    return (folder / DONE).is_file()
+
+
+def mark_done(folder: Path, **facts: object) -> None:
+    """Write the marker of a finished stage, with facts about it (seconds, counts)."""
+    write_json(folder / DONE, facts)
+
+
 # ---------------------------------------------------------------------------------- manifests
 
 
@@ -275,10 +291,11 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"files": entries})
 
 
-def verify_manifest(folder: Path) -> None:
+def verify_manifest(folder: Path, *, leave_out: str | None = None) -> None:
     """Check that every file named in the manifest exists, whole and unchanged.
 
-    Raises CheckpointError naming the first file that does not.
+    Files whose names begin with `leave_out` are not read. Raises CheckpointError naming the first file that
+    does not.
     """
     where = folder / MANIFEST
     try:
@@ -291,6 +308,8 @@ def verify_manifest(folder: Path) -> None:
             fix="the folder is incomplete; go on from another checkpoint",
         ) from error
     for path, size, digest in wanted:
+        if leave_out is not None and path.name.startswith(leave_out):
+            continue
         actual = path.stat().st_size if path.is_file() else None
         if actual is None:
             reason = "the file is missing"

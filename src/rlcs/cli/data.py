@@ -21,7 +21,7 @@ data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is
 
 @data_app.command("check")
 def data_check(
-    source: Annotated[str, typer.Argument(help="JSONL, Parquet, folder, hub id, or builtin:NAME")],
+    source: Annotated[str, typer.Argument(help="A data file, a folder, a hub id, or builtin:NAME")],
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option("--recipe", help="Source of columns and limits")] = "quickstart",
     role: Annotated[str, typer.Option("--role", help="rl, test or cold_start")] = "rl",

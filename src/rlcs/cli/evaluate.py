@@ -21,17 +21,21 @@ class JudgeOptions:
     judge_model: Annotated[str | None, typer.Option(help="Extracts answers, and scores MathVerse")] = None
     judge_url: Annotated[str | None, typer.Option(help="Its server; without one rlcs loads it")] = None
     judge_key_env: Annotated[str, typer.Option(help="Variable with the server's key")] = "OPENAI_API_KEY"
+    judge_request: Annotated[
+        list[str] | None, typer.Option(help="What the judge is sent, like omit=[temperature]")
+    ] = None
 
     def judge(self) -> Any:
         """The judge: a server's model, one to load, or None. Raises UserError for a server without one."""
-        from rlcs.recipe.sampling import Endpoint
-
         if self.judge_url is None:
             return self.judge_model
         if self.judge_model is None:
             what, fix = "a judge on a server has a model", "give --judge-model too"
             raise UserError(what, where="--judge-url", fix=fix)
-        return Endpoint(base_url=self.judge_url, model=self.judge_model, key_env=self.judge_key_env)
+        words = self.judge_request
+        return _endpoint(
+            self.judge_url, self.judge_model, "--judge-request", words, key_env=self.judge_key_env
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,9 @@ class EvalOptions(SamplingOptions, JudgeOptions):
     rollout: Annotated[list[str] | None, typer.Option(help="Settings of vLLM, like tensor_parallel=2")] = None
     base_url: Annotated[str | None, typer.Option(help="A server, such as http://localhost:8000/v1")] = None
     key_env: KeyVariable = "OPENAI_API_KEY"
+    request: Annotated[
+        list[str] | None, typer.Option(help="What the server is sent, like omit=[temperature,seed]")
+    ] = None
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time")] = 32
 
 
@@ -94,7 +101,7 @@ def _eval_run(options: EvalOptions) -> Any:
     from rlcs.evals.benchmarks.base import STYLES
     from rlcs.evals.run import EvalRun
     from rlcs.recipe.loading import read_section
-    from rlcs.recipe.sampling import Endpoint, EngineSettings
+    from rlcs.recipe.sampling import EngineSettings
     from rlcs.recipe.schema import Eval
 
     style = next((style for style in STYLES if style == options.prompt), None)
@@ -110,7 +117,8 @@ def _eval_run(options: EvalOptions) -> Any:
     url, at_once = options.base_url, options.concurrency
     endpoint = None
     if url is not None:
-        endpoint = Endpoint(base_url=url, model="", key_env=options.key_env, concurrency=at_once)
+        reached = {"key_env": options.key_env, "concurrency": at_once}
+        endpoint = _endpoint(url, "", "--request", options.request, **reached)
     words = [f"engine={options.engine}", *(options.rollout or [])]
     shared = same_fields(options, EvalRun) | {
         "benchmarks": tuple(name.strip() for name in options.benchmarks.split(",") if name.strip()),
@@ -128,6 +136,15 @@ def _eval_run(options: EvalOptions) -> Any:
         endpoint=endpoint,
         judge=options.judge(),
     )
+
+
+def _endpoint(url: str, model: str, option: str, words: list[str] | None, **reached: Any) -> Any:
+    """A server of the command line; `words` of its `option` are the recipe's `request` section."""
+    from rlcs.recipe.loading import read_section
+    from rlcs.recipe.sampling import Endpoint, RequestFields
+
+    request = read_section(RequestFields, words or [], where=option)
+    return Endpoint(base_url=url, model=model, section=option, request=request, **reached)
 
 
 @dataclass(frozen=True, kw_only=True)

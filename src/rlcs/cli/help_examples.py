@@ -9,6 +9,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "quickstart": ("rlcs quickstart", "rlcs quickstart --out runs/short grpo.steps=20"),
         "run": (
+            "rlcs run mine.yaml --dry-run",
             "rlcs run mine.yaml",
             "rlcs run quickstart --out runs/mine data.rl=train.jsonl data.test=test.jsonl",
             "torchrun --nproc-per-node 8 -m rlcs run paper-7b",

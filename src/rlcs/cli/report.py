@@ -1,9 +1,10 @@
 """The commands that show runs and examples: report, compare, look."""
 
 import json as jsonlib
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
@@ -53,6 +54,8 @@ def compare(
     if json:
         typer.echo(jsonlib.dumps(asdict(found)))
         return
+    for line in (found.headline, found.lead, "", *map("{}: {}".format, "AB", found.names), ""):
+        typer.echo("\n".join(wrap(line, get_terminal_size().columns, break_long_words=False)))
     for title, head, rows in _tables(found):
         _print_table(title, head, rows)
     if html is not None:
@@ -61,31 +64,25 @@ def compare(
 
 def _tables(found: Any) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     from rlcs.recipe.arms import ARMS
+    from rlcs.report.pages import chance, digits, points, settings
 
     gaps = [
         (
             ARMS[gap.arm].label, f"{gap.first:.1%}", f"{gap.second:.1%}",
-            f"{100 * gap.points:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]",
-            f"+{gap.gained:,} -{gap.lost:,} of {gap.shared:,}" if gap.shared else "not paired",
-            "" if gap.p is None else f"{gap.p:.2g}",
+            f"{points(gap.points)} [{points(gap.low)}, {points(gap.high)}]",
+            f"+{gap.gained:,} −{gap.lost:,} of {gap.shared:,}" if gap.shared else "not paired",
+            chance(gap.p),
         )
         for gap in found.gaps
     ]  # fmt: skip
-    pairs: list[tuple[str, Any, Callable[[Any], str]]] = [
-        ("recipe", found.recipe, str),
-        ("seconds", found.seconds, "{:,.0f}".format),
-        ("last steps", found.ends, "{:.3g}".format),
+    seconds = [
+        (key, *("–" if v is None else f"{v:,.0f}" for v in pair)) for key, pair in found.seconds.items()
     ]
     return [
         ("accuracy", ("arm", "A", "B", "B - A, points", "right in one alone", "p"), gaps),
-        *(
-            (
-                title,
-                ("", "A", "B"),
-                [(key, *("-" if v is None else show(v) for v in pair)) for key, pair in rows.items()],
-            )
-            for title, rows, show in pairs
-        ),
+        ("recipe", ("", "A", "B"), [(key, *settings(pair)) for key, pair in found.recipe.items()]),
+        ("seconds", ("", "A", "B"), seconds),
+        ("last steps", ("", "A", "B"), [(key, *map(digits, pair)) for key, pair in found.ends.items()]),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json as jsonlib
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +35,15 @@ class ServeOptions:
     max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of an image file")] = 1 << 24
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request")] = 32 << 20
     request_s: Annotated[float, typer.Option(min=0.001, help="Most seconds of a request")] = 600.0
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Web pages of this origin may ask; repeat it; *: all")
+    ] = None
+    image_host: Annotated[
+        list[str] | None, typer.Option(help="Images may be downloaded from this host; repeat it; *: any")
+    ] = None
+    tool_parser: Annotated[
+        str | None, typer.Option(help="Tool calls, with vLLM: the name of its parser, as hermes")
+    ] = None
 
 
 @serve_app.command()
@@ -45,6 +55,10 @@ def serve(model: ModelName, options: ServeOptions) -> None:
         raise UserError("the key is empty", where="--api-key", fix=fix)
     if options.api_key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"no --api-key: anybody who reaches {options.host} can use the model", err=True)
+    for origin in options.cors_origin or ():
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            fix = "write it as browsers send it, without a path: --cors-origin https://app.example.com, or *"
+            raise UserError(f"{origin[:80]!r} is no origin", where="--cors-origin", fix=fix)
     if program := chosen_vllm(options.engine):
         _exec_vllm(program, model, options)
     _serve_locally(model, options)
@@ -65,36 +79,63 @@ def chosen_vllm(engine: str) -> str | None:
 def _exec_vllm(program: str, model: str, options: ServeOptions) -> None:
     """Replace this process by `vllm serve`, with those limits that it supports."""
     from rlcs.model.loading import resolve
+    from rlcs.serving.defaults import folder_defaults
+    from rlcs.serving.image_sources import ImageHosts
     from rlcs.serving.remote import NOT_KNOWN, serving
 
-    launch = serving(program, options.name or model, key=options.api_key)
-    launch = replace(launch, host=options.host, max_rows=options.concurrency, max_images=options.max_images)
+    hosts = ImageHosts(names=tuple(options.image_host or ()))
+    launch = replace(
+        serving(program, options.name or model, key=options.api_key),
+        host=options.host,
+        max_rows=options.concurrency,
+        max_images=options.max_images,
+        image_hosts=hosts,
+        cors_origins=tuple(options.cors_origin or ()),
+        tool_parser=options.tool_parser,
+        defaults=folder_defaults(resolve(model)),
+    )
     words = launch.command(Path(resolve(model)), options.port)
     typer.echo(f"engine   vllm\nrunning  {' '.join(words)}\nlimits   vLLM has no {', '.join(NOT_KNOWN)}")
+    if hosts.names:
+        typer.echo("images   vLLM does not check whether an allowed host has a private address")
     sys.stdout.flush()
     os.execve(program, words, launch.environment(0))  # noqa: S606 (a list of arguments, no shell)
 
 
 def _serve_locally(model: str, options: ServeOptions) -> None:
+    if options.tool_parser:
+        fix = "take --engine vllm, or leave the option out"
+        raise UserError("tool calls need vLLM", where="--tool-parser", fix=fix)
     from rlcs.model import loading
     from rlcs.recipe.schema import Model
     from rlcs.serving import server
+    from rlcs.serving.defaults import read_defaults
+    from rlcs.serving.image_sources import ImageHosts
     from rlcs.serving.protocol import Limits
     from rlcs.serving.session import Session
     from rlcs.serving.web import listen, make_server
 
     limits = Limits(**same_fields(options, Limits))
+    hosts = ImageHosts(names=tuple(options.image_host or ()))
     with listen(options.host, options.port) as sock:
-        session = Session(loading.load(Model(name=model)), name=model, max_rows=limits.concurrency)
+        vlm = loading.load(Model(name=model))
+        defaults = read_defaults(vlm.model.generation_config.to_dict())
         service = server.Service(
-            session=session, name=options.name or model, limits=limits, key=options.api_key
+            session=Session(vlm, name=model, max_rows=limits.concurrency),
+            name=options.name or model,
+            limits=limits,
+            key=options.api_key,
+            defaults=defaults,
+            image_hosts=hosts,
         )
         host, port = sock.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        typer.echo(f"engine   local\nmodel    {service.name}\nserving  http://{address}:{port}/v1")
+        lines = ["engine   local", f"model    {service.name}", f"sampling {defaults}"]
+        typer.echo("\n".join([*lines, f"serving  http://{address}:{port}/v1"]))
         sys.stdout.flush()
+        app = server.make_app(service, cors_origins=options.cors_origin or ())
         try:
-            make_server(server.make_app(service)).run(sockets=[sock])
+            make_server(app).run(sockets=[sock])
         except KeyboardInterrupt:  # raised again by uvicorn after it has shut down
             typer.echo("stopped")
 

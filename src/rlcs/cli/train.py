@@ -12,7 +12,6 @@ from rlcs.cli.options import Overrides, RecipeName, with_options
 from rlcs.cli.output import print_result
 
 train_app = typer.Typer()
-_ALL = "base, sft, grpo, sft_grpo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,16 @@ class TrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateOptions(TrainOptions):
+class RunOptions(TrainOptions):
+    """The options of every command that runs several stages."""
+
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try every stage in small (as each start does), train nothing")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions(RunOptions):
     """The options of `rlcs ablate`."""
 
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds")] = 1
@@ -33,37 +41,37 @@ class AblateOptions(TrainOptions):
 
 @train_app.command()
 @with_options
-def quickstart(options: TrainOptions, overrides: Overrides = None) -> None:
+def quickstart(options: RunOptions, overrides: Overrides = None) -> None:
     """Run the whole study on the built-in model. Takes minutes on a laptop CPU."""
-    _study("quickstart", overrides, options, arms=_ALL)
+    _study("quickstart", overrides, options, command="quickstart")
 
 
 @train_app.command()
 @with_options
-def run(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
+def run(recipe: RecipeName, options: RunOptions, overrides: Overrides = None) -> None:
     """Run cold start, SFT and GRPO of a recipe, measured beside base and SFT. A stopped run resumes."""
     _study(recipe, overrides, options)
 
 
 @train_app.command()
 @with_options
-def sft(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
+def sft(recipe: RecipeName, options: RunOptions, overrides: Overrides = None) -> None:
     """Run and measure cold start and SFT only. `rlcs run` on the same folder continues with RL."""
-    _study(recipe, overrides, options, arms="base, sft")
+    _study(recipe, overrides, options, command="sft")
 
 
 @train_app.command()
 @with_options
-def grpo(recipe: RecipeName, options: TrainOptions, overrides: Overrides = None) -> None:
+def grpo(recipe: RecipeName, options: RunOptions, overrides: Overrides = None) -> None:
     """Run and measure RL only, without a cold start. It starts from model.name."""
-    _study(recipe, overrides, options, arms="base, grpo")
+    _study(recipe, overrides, options, command="grpo")
 
 
 @train_app.command()
 @with_options
 def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = None) -> None:
     """Compare base, SFT only, RL only and both. With intervals, as in the paper."""
-    _study(recipe, overrides, options, arms=_ALL, seeds=options.seeds)
+    _study(recipe, overrides, options, command="ablate", seeds=options.seeds)
 
 
 @train_app.command()
@@ -92,7 +100,10 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
     with StopFlag() as stop, screen("cold start", total, quiet=options.quiet, json=options.json) as view:
         for bad in loaded.bad:
             view.say(f"left out: {bad}")
-        run(loaded.rows, resolved.teacher, folder=folder, seed=resolved.seed, view=view, stop=stop)
+        run(
+            loaded.rows, resolved.teacher, folder=folder, seed=resolved.seed, images=resolved.images,
+            view=view, stop=stop,
+        )  # fmt: skip
     stats = read_json(folder / "stats.json")
     cost = "" if stats["cost"] is None else f", cost {stats['cost']:,.2f}"
     summary = (
@@ -106,14 +117,15 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
 
 
 def _study(
-    name: str, overrides: list[str] | None, options: TrainOptions, *, arms: str = "", seeds: int = 1
+    name: str, overrides: list[str] | None, options: RunOptions, *, command: str = "run", seeds: int = 1
 ) -> None:
+    from rlcs.recipe.arms import arms_override
     from rlcs.recipe.loading import load_recipe
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
-    chosen = [f"study.arms=[{arms}]"] if arms else []  # an override of study.arms counts more
-    recipe = load_recipe(name, [*chosen, *(overrides or [])]).recipe
+    # An override of study.arms counts more than the command.
+    recipe = load_recipe(name, [*arms_override(command), *(overrides or [])]).recipe
     folder = options.out or Path("runs") / recipe.name
     if not options.json:
         from rlcs.recipe.table import summary_rows
@@ -131,11 +143,16 @@ def _study(
 
     from rlcs.distributed import join_world
     from rlcs.pipeline.seeds import run_seeds
-    from rlcs.pipeline.study import Output
+    from rlcs.pipeline.study import Output, dry_run
     from rlcs.signals import StopFlag
 
     output = Output(quiet=options.quiet, json=options.json)
     with StopFlag() as stop, join_world(timeout_s=recipe.parallel.timeout_s) as world:
+        if options.dry_run:
+            first = folder if seeds == 1 else folder / f"seed-{recipe.seed}"
+            tried = dry_run(recipe, first, data=data, output=output, stop=stop, world=world)
+            found = f"\n{len(tried)} checks passed; nothing was trained and nothing written"
+            return print_result({"folder": str(folder), "seconds": tried}, [found], json=options.json)
         summary = run_seeds(recipe, folder, seeds, data=data, output=output, stop=stop, world=world)
     result = {"summary": str(folder / "summary.json"), "arms": summary["arms"]}
     print_result(result, _arm_lines(summary["arms"], folder), json=options.json)

@@ -8,7 +8,7 @@ from rlcs.generation import Entry
 from rlcs.grading import health
 from rlcs.recipe.schema import Filters, Teacher
 
-CUT = "cut at max_tokens"
+CUT = "cut off before its end"
 _FOREIGN_SHARE, _FOREIGN_LETTERS = 0.01, 3
 _LEAK = re.compile(
     r"\b(?:gold(?:[- ]standard)?|ground[- ]truth|reference|provided|expected) (?:answer|solution|label)\b"

@@ -23,7 +23,7 @@ from rlcs.errors import UserError
 from rlcs.generation import Entry, SampleLog
 from rlcs.grading import GradePool
 from rlcs.progress import Screen
-from rlcs.recipe.schema import Data, Teacher
+from rlcs.recipe.schema import Data, Images, Teacher
 from rlcs.records import Demonstration, Grade, Problem, from_row, to_row
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl, write_json, write_jsonl
@@ -42,6 +42,7 @@ def run(
     *,
     folder: Path,
     seed: int,
+    images: Images | None = None,
     view: Screen | None = None,
     stop: StopFlag | None = None,
 ) -> list[Demonstration]:
@@ -49,15 +50,17 @@ def run(
 
     A row with a response is kept as it is, whatever its grade (which is recorded and counted). For a row
     without one up to `teacher.max_samples` answers are sampled, until `teacher.enough_kept` of them can be
-    kept; the answers of an earlier run into the same folder are reused. Raises DataError for a problem that
-    the built-in teacher cannot answer, UserError if there is no demonstration, Stopped when `stop` is set.
+    kept; the answers of an earlier run into the same folder are reused. A teacher on a server sees images
+    within the pixels of `images`. Raises DataError for a problem that the built-in teacher cannot answer,
+    UserError if there is no demonstration, Stopped when `stop` is set.
     """
     missing = {row.problem.id: row.problem for row in rows if row.response is None}
     chain = None
     if teacher.who != "builtin":
         chain = Chain(teacher.chain, folder=teacher.templates, form=teacher.format)
     digests = {name: problem.digest for name, problem in missing.items()}
-    settings = _answer_settings(teacher, chain, seed)
+    images = images or Images()
+    settings = _answer_settings(teacher, chain, images, seed)
     with (
         GradePool() as pool,
         SampleLog(folder / "samples.jsonl", digests, settings=settings, may_change=True) as log,
@@ -65,7 +68,7 @@ def run(
         given = _graded(rows, pool)
         schedule = Schedule(missing, teacher, chain=chain, log=log, pool=pool)
         if missing:
-            with open_teacher(teacher, missing, seed=seed, logs=folder / "rollout") as sampler:
+            with open_teacher(teacher, missing, images, seed=seed, logs=folder / "rollout") as sampler:
                 schedule.run(sampler, view=view, stop=stop)
     if stop is not None:
         stop.check(str(folder))
@@ -121,13 +124,16 @@ def load_kept(rows: Iterable[Row], folder: Path) -> list[Demonstration]:
     return loaded
 
 
-def _answer_settings(teacher: Teacher, chain: Chain | None, seed: int) -> dict[str, object]:
+def _answer_settings(teacher: Teacher, chain: Chain | None, images: Images, seed: int) -> dict[str, object]:
     """The settings that answers depend on; those that select among answers may change within a folder."""
     facts: dict[str, object] = {"teacher": teacher.who, "chain": teacher.chain, "format": teacher.format}
     if chain is None:
         return {**facts, "wrong_share": teacher.wrong_share, "seed": seed}
     sampling = {name: getattr(teacher, name) for name in ("model", "temperature", "top_p", "max_tokens")}
     templates = hashlib.sha256(chain.sources.encode()).hexdigest()[:16]
+    if teacher.who == "endpoint":
+        sent = teacher.request.model_dump(include={"omit", "extra"}, mode="json")
+        facts |= {**sent, "max_pixels": images.max_pixels}
     return {**facts, **sampling, "templates": templates, "seed": seed}
 
 

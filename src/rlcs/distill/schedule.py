@@ -4,12 +4,14 @@ A problem that needs m more answers to keep has at most m samples under way. So 
 do not depend on the order of arrival, and a run that was killed and resumed ends like an undisturbed one.
 """
 
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 
 from rlcs.distill.chains import Chain, formatted
 from rlcs.distill.filters import CUT, reason_to_reject
+from rlcs.engines.openai_client import EndpointClient
 from rlcs.generation import Entry, SampleLog, Sampler
 from rlcs.grading import GradePool
 from rlcs.progress import Screen
@@ -59,7 +61,9 @@ class Schedule:
         self._under_way: dict[str, set[int]] = {name: set() for name in problems}
         self._usable: Counter[str] = Counter()
         self._answers = self._right = self._done = self._tokens = 0
+        self._lost = (0, 0)  # tokens of replies without an answer: refusals are paid too
         self._cost = 0.0
+        self._retries: Mapping[str, int] = {}
         self.failed: dict[tuple[str, int], str] = {}
         self.refused: dict[tuple[str, int], str] = {}
 
@@ -69,16 +73,25 @@ class Schedule:
         return [self._log.entries[key] for key in keys if key in self._log.entries]
 
     def spent(self) -> dict[str, object]:
-        """Tokens and cost of all logged samples, and the numbers of failed and refused ones."""
+        """Tokens and cost; failed and refused samples and repeated attempts, with their reasons.
+
+        What was refused or repeated is of this run alone: the log does not keep it.
+        """
         wanted = range(self._teacher.max_samples)
         samples = [e.sample for e in self._log.entries.values() if e.sample.index in wanted]
-        prompt, completion = sum(s.prompt_tokens for s in samples), sum(s.tokens for s in samples)
+        prompt = self._lost[0] + sum(s.prompt_tokens for s in samples)
+        completion = self._lost[1] + sum(s.tokens for s in samples)
+        errors = (
+            re.split("[:(]", error)[0].strip() for error in (*self.failed.values(), *self.refused.values())
+        )
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "cost": self._teacher.cost(prompt, completion),
             "failed": len(self.failed),
             "refused": len(self.refused),
+            "errors": dict(sorted(Counter(errors).items())),
+            "retries": dict(sorted(self._retries.items())),
         }
 
     def run(self, sampler: Sampler, *, view: Screen | None, stop: StopFlag | None) -> None:
@@ -95,6 +108,8 @@ class Schedule:
             self._retry.clear()
             while self._ready and not (stop and stop.is_set):
                 for sample in sampler.samples(self._requests(), stop=stop):
+                    if view is not None and not (sample.error or self._tokens) and sample.tokens:
+                        view.say(self._first_reply(sample))
                     self._take(sample)
                     now = time.monotonic()
                     if view is not None and now - shown > _SHOW_S:
@@ -102,6 +117,20 @@ class Schedule:
                         view.advance(self._done, **self._figures(now - started))
         if view is not None:
             view.advance(self._done, **self._figures(time.monotonic() - started))
+        if isinstance(sampler, EndpointClient):
+            self._retries = sampler.retries
+
+    def _first_reply(self, sample: Sample) -> str:
+        """What the first answer of this run took, and what one like it to each problem would cost."""
+        text = (
+            f"first answer: {sample.seconds:.1f} s, {sample.prompt_tokens:,} prompt tokens, "
+            f"{sample.tokens:,} answer tokens"
+        )
+        cost = self._teacher.cost(sample.prompt_tokens, sample.tokens)
+        if cost is None:
+            return text
+        requests = (self._last_turn + 1) * (len(self._problems) - self._done)
+        return f"{text}, cost {cost:.4g}; {requests:,} such answers cost {cost * requests:,.4g}"
 
     def _figures(self, seconds: float) -> dict[str, float]:
         figures = {
@@ -143,6 +172,9 @@ class Schedule:
         name, index, turn = sample.key
         if sample.error:
             (self.failed if sample.retryable else self.refused)[name, index] = sample.error
+            prompt, completion = self._lost
+            self._lost = (prompt + sample.prompt_tokens, completion + sample.tokens)
+            self._cost += self._teacher.cost(sample.prompt_tokens, sample.tokens) or 0.0
             if sample.retryable:
                 self._retry.append(sample.key)
             return

@@ -6,15 +6,17 @@ from pathlib import Path
 
 from rlcs.data import puzzles
 from rlcs.generation import Sampler, open_sampler
-from rlcs.recipe.schema import Teacher
+from rlcs.recipe.schema import Images, Teacher
 from rlcs.records import Problem, Request, Sample, Sampling, StopReason, rollout_seed
 from rlcs.signals import StopFlag
 
 
 def open_teacher(
-    teacher: Teacher, problems: Mapping[str, Problem], *, seed: int, logs: Path
+    teacher: Teacher, problems: Mapping[str, Problem], images: Images, *, seed: int, logs: Path
 ) -> AbstractContextManager[Sampler]:
     """Open the teacher for some problems, by id; `logs` is the folder for vLLM's logs.
+
+    A server sees the problems' images as the student does: within the pixels of `images`.
 
     Entering the context raises EndpointError, ModelError or UserError.
     """
@@ -24,7 +26,9 @@ def open_teacher(
         temperature=teacher.temperature, top_p=teacher.top_p, max_new_tokens=teacher.max_tokens, seed=seed
     )
     model = teacher.endpoint if teacher.who == "endpoint" else str(teacher.model)
-    return open_sampler(model, sampling, settings=teacher.rollout, rows=teacher.concurrency, logs=logs)
+    return open_sampler(
+        model, sampling, settings=teacher.rollout, rows=teacher.concurrency, logs=logs, images=images
+    )
 
 
 class BuiltinTeacher:

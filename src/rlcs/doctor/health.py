@@ -13,6 +13,7 @@ from rlcs.errors import CheckpointError
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.records import NO_SIGNAL
 from rlcs.report import findings
+from rlcs.report.differences import differences
 from rlcs.report.load_run import Run, number, read_object, require_runs
 from rlcs.report.stages import ending, progress
 from rlcs.train.health import HOLD_POLICY, LAST_STEPS, READ_ROLLOUTS
@@ -119,9 +120,9 @@ def _collapses(curves: Mapping[str, Sequence[float]]) -> Iterator[Finding]:
 
 
 def _result(run: Run) -> Iterator[Finding]:
-    for gap in findings.differences([run]):
-        if gap.high < 0:
-            message = f"two stages are {-100 * gap.points:.1f} points worse than {ARMS[gap.arm].label}"
+    for gap in differences([run]):
+        if gap.arm == "sft_grpo" and gap.high < 0:
+            message = f"two stages are {-100 * gap.points:.1f} points worse than {ARMS[gap.against].label}"
             yield Finding(
                 name="result", message=message, fix="keep that arm's model, and see the signs above"
             )

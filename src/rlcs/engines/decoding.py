@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlcs.engines.cache import ForestCache, RecordingPlan
 from rlcs.engines.detokenizer import Detokenizer
-from rlcs.engines.sampling import choose, uniform
+from rlcs.engines.sampling import choose, likeliest, uniform
 from rlcs.model import attention
 from rlcs.model.chat import Chat
 from rlcs.model.packing import pack
@@ -26,13 +26,17 @@ PREFILL_TOKENS = 16384
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Token:
-    """One token of answer `index` and the text that it completes; `stop` is set on the last one."""
+    """One token of answer `index` and the text that it completes; `stop` is set on the last one.
+
+    `likeliest` are the ids that were most likely in its place, with their logprobs, if they were requested.
+    """
 
     index: int
     id: int
     logprob: float
     text: str
     stop: StopReason | None
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 Listener = Callable[[Token | Exception], None]
@@ -50,11 +54,12 @@ class Row:
     start: int
     listener: Listener | None
     detokenizer: Detokenizer
+    num_likeliest: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop: StopReason | None = None
 
-    def take(self, token: int, logprob: float) -> None:
+    def take(self, token: int, logprob: float, likeliest: tuple[tuple[int, float], ...] = ()) -> None:
         """Append a token, decide whether the answer ends with it, and report it to the listener."""
         self.ids.append(token)
         self.logprobs.append(logprob)
@@ -69,17 +74,23 @@ class Row:
             self.stop = StopReason.EOS
         elif self.stop is not None:
             text += self.detokenizer.flush()
-        self.listener(Token(index=self.index, id=token, logprob=logprob, text=text, stop=self.stop))
+        self.listener(
+            Token(index=self.index, id=token, logprob=logprob, text=text, stop=self.stop, likeliest=likeliest)
+        )
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class DecodeRequest:
-    """`sampling.n` answers to one prompt; each ends before any of the `stops`, which need a listener."""
+    """`sampling.n` answers to one prompt; each ends before any of the `stops`, which need a listener.
+
+    The listener gets the `num_likeliest` most likely tokens beside each token.
+    """
 
     prompt: Prompt
     sampling: Sampling
     step: int = 0
     stops: tuple[str, ...] = ()
+    num_likeliest: int = 0
     listener: Listener | None = None
     cancelled: bool = False
     rows: list[Row] = field(default_factory=list, repr=False)
@@ -156,6 +167,7 @@ class DecodingBatch:
                     start=start,
                     listener=request.listener,
                     detokenizer=Detokenizer(self._chat.text, request.stops),
+                    num_likeliest=request.num_likeliest,
                 )
             )
         self._rows += request.rows
@@ -195,9 +207,11 @@ class DecodingBatch:
         """Choose a token for every row, then compute the next logits; returns how many answers ended."""
         ids, logprobs = self._choose()
         ended = 0
-        for row, token, logprob in zip(self._rows, ids.tolist(), logprobs.tolist(), strict=True):
+        for index, (row, token, logprob) in enumerate(
+            zip(self._rows, ids.tolist(), logprobs.tolist(), strict=True)
+        ):
             if row.stop is None:
-                row.take(token, logprob)
+                row.take(token, logprob, self._likeliest(index))
                 ended += row.stop is not None
         if ended:
             self._drop_ended()
@@ -219,6 +233,14 @@ class DecodingBatch:
                 banned=banned,
             )
         return ids, logprobs
+
+    def _likeliest(self, index: int) -> tuple[tuple[int, float], ...]:
+        """The most likely next tokens of a row whose request wants them."""
+        row = self._rows[index]
+        if not row.num_likeliest:
+            return ()
+        temperature = row.sampling.temperature
+        return likeliest(self._logits[index], temperature=temperature, count=row.num_likeliest)
 
     def _drop_ended(self) -> None:
         """Drop requests whose answers have all ended; after the last one free all memory."""

@@ -84,13 +84,26 @@ class LocalEngine:
         return [self._group(request) for request in requests]
 
     def submit(
-        self, prompt: Prompt, sampling: Sampling, *, listener: Listener, stops: Sequence[str] = ()
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        listener: Listener,
+        stops: Sequence[str] = (),
+        num_likeliest: int = 0,
     ) -> DecodeRequest:
         """Start `sampling.n` answers; `listener` is called with their tokens, up to the last of each.
 
-        From any thread. An answer ends before any of the (non-empty) `stops`.
+        From any thread. An answer ends before any of the (non-empty) `stops`. With each token come the
+        `num_likeliest` tokens that were most likely in its place.
         """
-        request = DecodeRequest(prompt=prompt, sampling=sampling, stops=tuple(stops), listener=listener)
+        request = DecodeRequest(
+            prompt=prompt,
+            sampling=sampling,
+            stops=tuple(stops),
+            num_likeliest=num_likeliest,
+            listener=listener,
+        )
         with self._submitting:
             self._waiting.append(request)
             if not self._thread_runs:

@@ -8,75 +8,70 @@ key, a wrong name) ends the run with an error that says what to do.
 
 import asyncio
 import email.utils
-import os
+import logging
 import queue
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from itertools import count
-from typing import Any, Self
+from typing import Self
 
 import openai
 
-from rlcs.data.images import data_uri, encoded_image
-from rlcs.engines.stop_reasons import RETRYABLE, STOP_REASONS, stop_reason
+from rlcs.data.sent_images import SentImages
+from rlcs.engines import connection, replies
+from rlcs.engines.connection import masked
+from rlcs.engines.providers import Fields
+from rlcs.engines.replies import EmptyError, Fault, FinalError, RetryableError
 from rlcs.errors import DataError, EndpointError
 from rlcs.recipe.sampling import Endpoint
+from rlcs.recipe.schema import Images
 from rlcs.records import Message, Request, Sample, Sampling, StopReason, rollout_seed
 from rlcs.signals import StopFlag
+
+log = logging.getLogger("rlcs")
 
 FIRST_WAIT_S = 0.5
 """Pause before the second attempt; doubled for each further one, up to LONGEST_WAIT_S."""
 LONGEST_WAIT_S = 30.0
 LONGEST_RETRY_AFTER_S = 600.0
 """Longest pause that a server's `Retry-After` can cause."""
+EMPTY_RETRIES = 2
+"""Most further attempts after an empty answer, which is paid; one at temperature 0."""
+TRIAL_TOKENS = 64
+"""Longest answer of `try_endpoint`."""
+_ALL_REFUSED = 8
+"""Least refused requests, with none answered, after which a server counts as refusing every request."""
 _POLL_S = 0.1  # between two checks of the stop flag
-_SHORTEST_SECRET = 8  # shorter keys (EMPTY, none) are placeholders, and words of answers
-_RETRYABLE_STATUS = frozenset({408, 409, 425, 429})  # and all of 5xx
-
-
-class _RetryableError(Exception):
-    """A failure that may pass; `after_s` is the pause that the server requested, if any."""
-
-    def __init__(self, why: str, *, after_s: float | None = None, unreachable: bool = False) -> None:
-        super().__init__(why)
-        self.after_s = after_s
-        self.unreachable = unreachable
-
-
-class _FinalError(Exception):
-    """A failure of this one request that further attempts would repeat."""
+_REFUSALS = frozenset({400, 422})  # statuses with which servers refuse fields
 
 
 class EndpointClient:
     """Samples from one server; a context manager. Threads may share it, and with it `concurrency`."""
 
-    def __init__(self, settings: Endpoint, sampling: Sampling) -> None:
-        """Prepare the client; nothing is sent yet. Raises EndpointError for an invalid URL.
+    def __init__(self, settings: Endpoint, sampling: Sampling, images: Images | None = None) -> None:
+        """Prepare the client; nothing is sent yet. Raises EndpointError for a wrong address, key or proxy.
 
         Of `sampling` the limit, the temperature, top-p and the seed are used. A greedy request has no seed.
+        Images are sent within the pixels of `images`; None: of the default recipe.
         """
-        if not settings.base_url.startswith(("http://", "https://")):
-            raise EndpointError(
-                "this is not the URL of a server",
-                where=settings.base_url or "base URL",
-                fix="write it out, like http://localhost:8000/v1",
-            )
         self._settings, self._sampling = settings, sampling
-        self._client = openai.AsyncOpenAI(
-            base_url=settings.base_url,
-            api_key=os.environ.get(settings.key_env) or "none",
-            max_retries=0,  # `_answer` retries, after more kinds of failures than the client does
-            timeout=settings.request_timeout_s,
-        )
+        self._address = connection.address(settings.base_url)
+        self._client = connection.connect(settings, self._address, settings.request_timeout_s)
+        self._fields = Fields(settings)
+        self._images = SentImages(max_pixels=(images or Images()).max_pixels)
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._next_start = 0.0
         self._has_answered = False
+        self._num_asking = self._num_refused = 0
+        self._warned: set[str] = set()
+        self.retries: Counter[str] = Counter()
+        """How many attempts were repeated, by their failure."""
 
     def __enter__(self) -> Self:
         """Start the thread that sends and receives."""
@@ -130,7 +125,6 @@ class EndpointClient:
                 if error := future.exception():
                     failure = failure or (error if isinstance(error, Exception) else None)
                     continue
-                self._has_answered |= not future.result().error
                 yield future.result()
         finally:
             for future in under_way:
@@ -140,54 +134,64 @@ class EndpointClient:
 
     def _submit(self, request: Request, arrived: "queue.SimpleQueue[Future[Sample]]") -> Future[Sample]:
         try:
-            body = self._body(request)
+            messages = [{"role": m.role, "content": content(m, self._images)} for m in request.messages]
         except DataError as error:  # its image is gone: this request fails, the others go on
             future: Future[Sample] = Future()
             future.set_result(request.sample(error=str(error)))
         else:
-            future = asyncio.run_coroutine_threadsafe(self._answer(request, body), self._loop)
+            future = asyncio.run_coroutine_threadsafe(self._answer(request, messages), self._loop)
         future.add_done_callback(arrived.put)
         return future
 
-    def _body(self, request: Request) -> dict[str, object]:
-        """The request as JSON. Raises DataError for an image that cannot be read."""
-        sampling = self._sampling
-        body: dict[str, object] = {
-            "model": self._settings.model,
-            "messages": [{"role": m.role, "content": content(m)} for m in request.messages],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "n": 1,
-        }
-        if sampling.temperature > 0:
-            seed = rollout_seed(sampling.seed, request.turn, request.id, request.index)
-            body["seed"] = seed >> 32  # some servers take 31 bits
-        return body
-
-    async def _answer(self, request: Request, body: Mapping[str, object]) -> Sample:
+    async def _answer(self, request: Request, messages: object) -> Sample:
         async with self._slots:
+            self._num_asking += 1
             started = time.monotonic()
-            for attempt in count(1):
-                await self._pace()
-                try:
-                    sample = _sample(request, await self._post(body))
-                    break
-                except _FinalError as error:
-                    sample = request.sample(error=str(error))
-                    break
-                except _RetryableError as error:
-                    if attempt > self._settings.max_retries:
-                        if error.unreachable and not self._has_answered:
-                            raise self._unreachable(str(error)) from error
-                        sample = request.sample(error=str(error), retryable=True)
-                        break
-                    await asyncio.sleep(_pause(attempt, error.after_s))
+            try:
+                sample = await self._ask(request, {"model": self._settings.model, "messages": messages})
+            except FinalError as error:
+                self._require_some_answer(error)
+                prompt, completion = error.tokens
+                sample = request.sample(error=str(error), prompt_tokens=prompt, tokens=completion)
+            except RetryableError as error:
+                if error.unreachable and not self._has_answered:
+                    raise self._unreachable(error) from error
+                sample = request.sample(error=str(error), retryable=True)
+            finally:
+                self._num_asking -= 1
             text, reasoning, failure = (
                 masked(each, self._settings) for each in (sample.text, sample.reasoning, sample.error)
             )
             seconds = round(time.monotonic() - started, 3)
             return replace(sample, seconds=seconds, text=text, reasoning=reasoning, error=failure)
+
+    async def _ask(self, request: Request, body: Mapping[str, object]) -> Sample:
+        """Repeat attempts within their limits. Raises RetryableError, FinalError or EndpointError."""
+        seed = rollout_seed(self._sampling.seed, request.turn, request.id, request.index)
+        attempts, empty = 0, 0
+        while True:
+            # Some servers take 31 bits. Twice empty, the answer to this seed is empty: another is tried.
+            fields = self._fields.body(self._sampling, (seed >> 32) ^ (empty > 1))
+            await self._pace()
+            try:
+                return self._read(request, await self._post({**body, **fields}, fields))
+            except _Refused as error:
+                if replies.is_cut_off(error.fault):
+                    return request.sample(stop=StopReason.LENGTH)
+                if not self._adapt(error.fault, fields):
+                    raise replies.failure(error.fault, self._settings, url=self._address.url) from error
+            except EmptyError as error:
+                empty += 1
+                most = EMPTY_RETRIES if self._sampling.temperature > 0 else 1
+                if empty > min(most, self._settings.max_retries):
+                    raise FinalError(f"{error}, {empty} times", kind=error.kind) from error
+                self.retries[error.kind] += 1
+            except RetryableError as error:
+                attempts += 1
+                if attempts > self._settings.max_retries:
+                    raise
+                self.retries[error.kind] += 1
+                await asyncio.sleep(_pause(attempts, error.after_s))
 
     async def _pace(self) -> None:
         """Wait until `requests_per_minute` allows the next attempt."""
@@ -197,63 +201,137 @@ class EndpointClient:
             self._next_start = start + 60.0 / self._settings.requests_per_minute
             await asyncio.sleep(start - now)
 
-    async def _post(self, body: Mapping[str, object]) -> object:
-        """Make one attempt. Raises _RetryableError, _FinalError or EndpointError.
+    async def _post(self, body: Mapping[str, object], fields: Mapping[str, object]) -> object:
+        """Make one attempt. Raises RetryableError, FinalError, EndpointError or _Refused.
 
         `post` instead of `chat.completions.create`: the latter checks and copies every message and
-        reply through its models, which halves the rate. `_sample` checks the fields that are used.
+        reply through its models, which halves the rate. `replies.read` checks the fields that are used.
         """
         limit = self._settings.request_timeout_s
         try:
             async with asyncio.timeout(limit):
                 return await self._client.post("/chat/completions", body=body, cast_to=object)
         except (TimeoutError, openai.APITimeoutError) as error:
-            raise _RetryableError(f"no answer within {limit:g} s") from error
+            raise RetryableError(f"no answer within {limit:g} s", kind="no answer in time") from error
         except openai.APIStatusError as error:
-            raise status_error(error, self._settings) from error
+            found = status_fault(error, self._settings)
+            if found.status in _REFUSALS:
+                raise _Refused(found) from error
+            raise self._failure(found, error.response.headers) from error
         except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            unreachable = type(cause).__name__ == "ConnectError"
-            what = f"{type(cause).__name__}: {cause}".rstrip(": ")
-            raise _RetryableError(f"the connection failed: {what}", unreachable=unreachable) from error
-        except (openai.OpenAIError, ValueError) as error:
-            raise _RetryableError(f"the reply cannot be read: {error}") from error
+            raise self._disconnected(error) from error
+        except ValueError as error:
+            raise RetryableError(f"the reply cannot be read: {error}", kind="garbled") from error
+        except Exception as error:  # of sockets and of name look-up, which the client does not wrap
+            raise self._disconnected(error) from error
 
-    def _unreachable(self, why: str) -> EndpointError:
+    def _disconnected(self, error: Exception) -> Exception:
+        if untrusted := connection.untrusted(error, self._address):
+            return untrusted
+        cause = error.__cause__ or error
+        name = type(cause).__name__
+        what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.way(self._address)
+        is_new = name in ("ConnectError", "ProxyError") or not isinstance(error, openai.APIConnectionError)
+        return RetryableError(
+            f"the connection failed: {what}",
+            kind="connection failed",
+            unreachable="nothing answers there" if is_new else "",
+        )
+
+    def _read(self, request: Request, reply: object) -> Sample:
+        reply = replies.parsed(reply)
+        if found := replies.fault_in(reply):
+            found = replace(found, message=masked(found.message, self._settings))
+            raise _Refused(found) if found.status in _REFUSALS else self._failure(found, {})
+        sample = replies.read(request, reply)
+        self._has_answered = True
+        if (finish := replies.unknown_finish(reply)) is not None and finish not in self._warned:
+            self._warned.add(finish)
+            what = (
+                f"end with finish_reason {finish!r}, which rlcs does not know"
+                if finish
+                else ("have no finish_reason")
+            )
+            log.warning("answers of %s %s: they count as cut off", self._address.host, what)
+        return sample
+
+    def _failure(self, found: Fault, headers: Mapping[str, str]) -> Exception:
+        if headers.get("x-should-retry") == "true":  # as the client of openai does
+            return RetryableError(str(found), kind=f"HTTP {found.status}", after_s=_retry_after(headers))
+        return replies.failure(found, self._settings, url=self._address.url, after_s=_retry_after(headers))
+
+    def _adapt(self, found: Fault, fields: Mapping[str, object]) -> bool:
+        """Whether the same request may be sent again, with other fields. Raises EndpointError."""
+        if replies.is_about_content(found):
+            return False
+        current = self._fields.body(self._sampling, 0)
+        if current.keys() != fields.keys():  # learnt from another request meanwhile
+            return True
+        if not (change := self._fields.learn(found, fields)):
+            return False
+        log.warning("%s (%s)", change, self._settings.key("request"))
+        return True
+
+    def _require_some_answer(self, error: FinalError) -> None:
+        """Raise EndpointError when the server refuses every request, and not some of them."""
+        self._num_refused += error.kind.startswith("HTTP 4") or error.kind == "too long"
+        # Refusals arrive before answers: so they must outnumber the requests that may still be answered.
+        if self._has_answered or self._num_refused < max(_ALL_REFUSED, 4 * (self._num_asking - 1)):
+            return
+        key = self._settings.key
+        raise EndpointError(
+            f"the server refuses every request ({masked(str(error), self._settings)})",
+            where=self._address.url,
+            fix=f"change what it names: the model, {key('request.omit')}, {key('request.max_tokens')}, "
+            f"{key('request.extra')}, the limit of tokens, or images.max_pixels",
+        )
+
+    def _unreachable(self, error: RetryableError) -> EndpointError:
+        version = "" if "/v" in self._address.url else "; most servers want /v1 at its end"
         return EndpointError(
-            f"nothing answers there ({masked(why, self._settings)})",
-            where=self._settings.base_url,
-            fix="start the server, or correct the URL and its port",
+            f"{error.unreachable} ({masked(str(error), self._settings)})",
+            where=self._address.url,
+            fix=f"start the server, or correct the URL and its port{version}",
         )
 
 
-def masked(text: str, settings: Endpoint) -> str:
-    """The text with `***` for the server's key: a server may send it back, in an error or an answer."""
-    key = os.environ.get(settings.key_env, "").strip()
-    return text.replace(key, "***") if len(key) >= _SHORTEST_SECRET else text
+class _Refused(Exception):
+    """A request that the server refuses for its content or for its fields."""
+
+    def __init__(self, found: Fault) -> None:
+        super().__init__(str(found))
+        self.fault = found
+
+
+def try_endpoint(
+    settings: Endpoint, sampling: Sampling, request: Request, images: Images | None = None
+) -> Sample:
+    """Send one request with a short answer, to learn in seconds whether a server can be used.
+
+    A sample with an error says what is wrong with this request. Raises EndpointError for a server that cannot
+    be used at all.
+    """
+    patience = {"max_retries": min(settings.max_retries, 2), "concurrency": 1}
+    short = replace(sampling, n=1, max_new_tokens=min(sampling.max_new_tokens, TRIAL_TOKENS))
+    with EndpointClient(settings.model_copy(update=patience), short, images) as client:
+        (sample,) = client.samples([request])
+    return sample
+
+
+def status_fault(error: openai.APIStatusError, settings: Endpoint) -> Fault:
+    """What an HTTP error says, without the server's key."""
+    body = error.body if error.body is not None else error.response.text
+    found = replies.fault(error.status_code, body)
+    return replace(found, message=masked(found.message, settings))
 
 
 def status_error(error: openai.APIStatusError, settings: Endpoint) -> Exception:
     """Turn an HTTP status into the error that retries, fails this request, or ends the run."""
-    status, url = error.status_code, settings.base_url
-    message = f"HTTP {status}: {_short(masked(error.message, settings))}"
-    if status == 402 or error.code == "insufficient_quota":
-        return EndpointError(f"the account has no credit left ({message})", where=url, fix="top it up")
-    if status in _RETRYABLE_STATUS or status >= 500:
-        return _RetryableError(message, after_s=_retry_after(error.response.headers))
-    if status in (401, 403):
-        name = settings.key_env
-        state = "holds a key that is refused" if os.environ.get(name) else "is not set"
-        fix = f"put the server's key into the environment variable {name}, which {state}"
-        return EndpointError(f"the server refuses the key ({message})", where=url, fix=fix)
-    if status == 404:
-        fix = f"see {url.rstrip('/')}/models for the names; the URL mostly ends in /v1"
-        what = f"there is no model {settings.model!r}, or no chat server ({message})"
-        return EndpointError(what, where=url, fix=fix)
-    return _FinalError(message)
+    found, url = status_fault(error, settings), connection.address(settings.base_url).url
+    return replies.failure(found, settings, url=url, after_s=_retry_after(error.response.headers))
 
 
-def content(message: Message) -> str | list[dict[str, object]]:
+def content(message: Message, images: SentImages) -> str | list[dict[str, object]]:
     """Convert a message's content to the protocol's format. Raises ImageError.
 
     Content without images is a string: some servers accept no lists for it.
@@ -263,37 +341,10 @@ def content(message: Message) -> str | list[dict[str, object]]:
     return [
         {"type": "text", "text": part}
         if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": data_uri(encoded_image(part))}}
+        else {"type": "image_url", "image_url": {"url": images.url(part)}}
         for part in message.parts
         if part != ""
     ]
-
-
-def _sample(request: Request, reply: object) -> Sample:
-    """Read a reply. Raises _RetryableError when it is garbled or empty, _FinalError when withheld."""
-    try:
-        reply = reply if isinstance(reply, dict) else {}
-        choice = reply["choices"][0]
-        message = choice["message"]
-        text = message.get("content") or ""
-        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-        finish = str(choice.get("finish_reason")).lower()
-        usage: Mapping[str, Any] = reply.get("usage") or {}
-        tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise _RetryableError("the reply is no chat completion") from error
-    stop = stop_reason(finish)
-    if finish in RETRYABLE:
-        raise _RetryableError(f"the server broke the answer off ({finish})")
-    if stop is StopReason.ERROR:
-        raise _FinalError(f"the server withheld the answer ({finish})")
-    if not isinstance(text, str) or not isinstance(reasoning, str):
-        raise _RetryableError("the reply is no chat completion")
-    if not text.strip() and (stop is StopReason.EOS or finish not in STOP_REASONS):
-        raise _RetryableError("the answer is empty")
-    return request.sample(
-        text=text, stop=stop, reasoning=reasoning, prompt_tokens=tokens[0], tokens=tokens[1]
-    )
 
 
 def _pause(attempt: int, after_s: float | None) -> float:
@@ -307,6 +358,10 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds in a `Retry-After` header, which holds a number or a date; None without a readable one."""
     value = headers.get("retry-after", "")
     try:
+        return max(0.0, float(headers.get("retry-after-ms", "")) / 1000)
+    except ValueError:
+        pass
+    try:
         return max(0.0, float(value))
     except ValueError:
         pass
@@ -314,8 +369,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError):
         return None
-
-
-def _short(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= 300 else flat[:299] + "\u2026"

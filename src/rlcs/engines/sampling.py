@@ -49,6 +49,13 @@ def choose(
     return ids, log_probs.gather(1, ids[:, None])[:, 0].clamp(max=0.0)
 
 
+def likeliest(logits: Tensor, *, temperature: float, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most likely tokens of one row's logits (V,), with logprobs as `choose` gives them."""
+    log_probs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    values, ids = log_probs.topk(min(count, len(logits)))
+    return tuple(zip(ids.tolist(), values.clamp(max=0.0).tolist(), strict=True))
+
+
 def _inverse_cdf(probs: Tensor, draws: Tensor) -> Tensor:
     """The first id at which the running sum of `probs` (need not sum to 1) passes the draw."""
     running = probs.double().cumsum(-1)

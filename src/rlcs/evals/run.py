@@ -31,6 +31,7 @@ from rlcs.evals.mathverse_judge import judge_rows
 from rlcs.evals.scores import Verdict, answer_lengths, chance_level, rule_scores
 from rlcs.generation import CachedSampler, SampleLog, Sampler, annotate, check_settings, open_sampler
 from rlcs.grading import GradePool
+from rlcs.model.source import find_source
 from rlcs.progress import Screen, screen
 from rlcs.recipe.sampling import Endpoint, EngineSettings
 from rlcs.recipe.schema import Eval, Prompts
@@ -142,6 +143,7 @@ def _settings(run: EvalRun, loaded: Loaded, model: str) -> dict[str, Any]:
         "model": model,
         "weights": _weights_stamp(model) if run.endpoint is None else None,
         "base_url": run.endpoint.base_url if run.endpoint else None,
+        "request": run.endpoint.request.model_dump(include={"omit", "extra"}) if run.endpoint else None,
         "engine": None if run.endpoint or run.engine.engine == "local" else "vllm",
         "split": loaded.split,
         "prompt": run.style,
@@ -152,7 +154,8 @@ def _settings(run: EvalRun, loaded: Loaded, model: str) -> dict[str, Any]:
 
 def _weights_stamp(model: str) -> str | None:
     """Hash of names, sizes and times of the weight files in a local folder. None for a hub id."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    folder = find_source(model).files
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(jsonlib.dumps(facts).encode()).hexdigest()[:16] if facts else None
 

@@ -95,15 +95,17 @@ def open_sampler(
     settings: EngineSettings | None = None,
     rows: int = 64,
     logs: Path = Path(),
+    images: Images | None = None,
 ) -> Iterator[Sampler]:
     """Open a model that is not being trained: on a server, in a folder, on the hub, or `builtin`.
 
     Without a server the engine of `settings` samples, `rows` at once (with vLLM in each server that it
     starts, whose logs go to `logs`). vLLM reads the model's folder itself: this process neither loads nor
-    writes its weights. The model keeps its pixel bounds and context length. Raises ModelError, UserError.
+    writes its weights. The model keeps its pixel bounds and context length; a server gets images within those
+    of `images`. Raises ModelError, UserError.
     """
     if isinstance(model, Endpoint):
-        with EndpointClient(model, sampling) as client:
+        with EndpointClient(model, sampling, images) as client:
             yield client
         return
     from rlcs.engines.factory import EngineNeeds, open_engines  # without an endpoint alone: imports torch
@@ -113,17 +115,17 @@ def open_sampler(
     settings = settings or EngineSettings()
     vlm = loading.load(Model(name=model), weights=settings.engine == "local")
     bounds = vlm.processor.image_processor.size
-    images = Images(min_pixels=bounds["shortest_edge"], max_pixels=bounds["longest_edge"])
+    own = Images(min_pixels=bounds["shortest_edge"], max_pixels=bounds["longest_edge"])
     longest = int(vlm.model.config.get_text_config().max_position_embeddings)
     max_tokens = (context_length(settings, longest) or longest) - sampling.max_new_tokens
     prompts = Prompts(system=None, max_tokens=max(1, max_tokens))
-    chat = loading.make_chat(vlm, prompts, images)
+    chat = loading.make_chat(vlm, prompts, own)
     at_once = {"concurrency": max(1, rows // sampling.n)}
     needs = EngineNeeds(
         settings=Rollouts.model_validate(settings.model_dump() | at_once),
         max_tokens=prompts.max_tokens + sampling.max_new_tokens,
         max_rows=max(rows, sampling.n),
-        decode_limit=images.decode_limit,
+        decode_limit=own.decode_limit,
     )
     # Twice as many requests as vLLM computes at once, so that it stays busy while a long answer ends.
     batch_size = rows if settings.engine == "local" else 2 * rows * settings.servers

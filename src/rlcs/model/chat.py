@@ -56,6 +56,7 @@ class Chat:
         self._vision_start = self._control("<|vision_start|>")
         self._vision_end = self._control("<|vision_end|>")
         self.image_id = self._control("<|image_pad|>")
+        self._bytes_of_letters = _bytes_of_letters()
 
     def _control(self, token: str) -> int:
         index = self._tokenizer.convert_tokens_to_ids(token)
@@ -179,6 +180,14 @@ class Chat:
         """The text of one id for display; control ids as their names."""
         return str(self._tokenizer.decode([index]))
 
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that one id stands for: often a part of a character, which no text can say."""
+        if index not in self._tokenizer.added_tokens_decoder:
+            letters = self._tokenizer.convert_ids_to_tokens(index)
+            if letters is not None and all(letter in self._bytes_of_letters for letter in letters):
+                return bytes(self._bytes_of_letters[letter] for letter in letters)
+        return self.token(index).encode()
+
     def patches(self, ref: ImageRef) -> Tensor:
         """Patches (patches, patch size) of one image: the pixel source of packs."""
         return self._images.patches(ref)
@@ -224,6 +233,16 @@ def set_default_system(processor: Any, system: str) -> None:
         f"{{%- if messages[0].role != 'system' -%}}{{%- set messages = {first} + messages -%}}{{%- endif -%}}"
     )
     processor.chat_template = processor.tokenizer.chat_template = f"{head}\n{processor.chat_template}"
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """The byte behind each letter of a byte-level vocabulary, as GPT-2's encoder assigns them.
+
+    Printable bytes of Latin-1 stand for themselves, the others for letters from U+0100 on.
+    """
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def _join_text(segments: Sequence[Segment]) -> list[Segment]:

@@ -4,41 +4,51 @@ The built-in model is loaded like any other.
 """
 
 import gc
+import hashlib
 import logging
+import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     CompressedTensorsConfig,
+    GenerationConfig,
 )
 
 from rlcs.data.hub import cache_where_unreachable
 from rlcs.distributed import ALONE, World
-from rlcs.errors import ModelError, PromptError, UserError
+from rlcs.errors import CheckpointError, ModelError, PromptError, RunFolderError, UserError
 from rlcs.model import attention
 from rlcs.model import lora as adapters
 from rlcs.model.chat import Chat, default_system, set_default_system
+from rlcs.model.checkpoints import ADAPTER, read_weights
 from rlcs.model.families import Family, family_of
 from rlcs.model.fsdp import shard, whole_weights
 from rlcs.model.images import ImagePipeline
+from rlcs.model.source import FINAL, Source, find_source
 from rlcs.model.vlm import Vlm
+from rlcs.recipe.arms import ARMS, RL_ARMS, ArmName
 from rlcs.recipe.execution import Lora, Parallel
-from rlcs.recipe.schema import Images, Prompts
+from rlcs.recipe.schema import Images, Prompts, Recipe
 from rlcs.recipe.schema import Model as ModelSettings
 from rlcs.records import Problem
-from rlcs.storage import open_to_readers
+from rlcs.storage import MANIFEST, open_to_readers, read_json, write_json
 
 log = logging.getLogger("rlcs")
+
+_MADE_OF = "made_of.json"
+"""Beside the weights of a checkpoint's model: the hash of that checkpoint's manifest."""
 
 
 def default_device() -> torch.device:
@@ -56,10 +66,83 @@ def give_back_memory() -> None:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id behind a model name; `builtin` is the tiny model in the package."""
-    if name == "builtin":
-        return str(resources.files("rlcs") / "builtin_model")
-    return name
+    """The folder or hub id of the model behind a name, of any form that `source.find_source` knows.
+
+    Raises UserError, RunFolderError, ModelError, CheckpointError.
+    """
+    return weights_of(find_source(name))
+
+
+def weights_of(source: Source) -> str:
+    """The folder or hub id of a model's weights.
+
+    Of a checkpoint they are written first, into the run's folder and not a temporary one: `vllm serve` takes
+    the place of this process and reads them later, and the next use finds them. Raises RunFolderError,
+    CheckpointError.
+    """
+    folder, checkpoint = Path(source.weights), source.checkpoint
+    if checkpoint is None:
+        return source.weights
+    if source.step is None:  # the base of a run, and a checkpoint of the run before
+        return resolve(str(checkpoint))
+    stamp = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    made = folder / _MADE_OF
+    if made.is_file() and read_json(made)["manifest"] == stamp:
+        return str(folder)
+    unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        write_model(source, unfinished)
+        write_json(unfinished / _MADE_OF, {"manifest": stamp})
+        if folder.exists():  # made of a checkpoint that another has replaced
+            shutil.rmtree(folder)
+        unfinished.replace(folder)
+    except (OSError, SafetensorError) as error:
+        if not (made.is_file() and read_json(made)["manifest"] == stamp):  # by another process, meanwhile
+            fix = f"free some space, or `rlcs export {source.run}/{source.arm}@{source.step} --out FOLDER` "
+            fix += "on a disk that can be written to, and name that folder"
+            what = f"the model of step {source.step} cannot be written here: {error}"
+            raise RunFolderError(what, where=str(folder), fix=fix) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return str(folder)
+
+
+def write_model(source: Source, folder: Path) -> None:
+    """Write the model of a run's checkpoint in Hugging Face format, as its stage would have ended with it.
+
+    The weights are read from disk one by one, adapters are merged, the optimiser's state is not read. Raises
+    CheckpointError, ModelError, OSError.
+    """
+    recipe, checkpoint, step = source.recipe, source.checkpoint, source.step
+    assert recipe and source.run and source.arm and checkpoint and step is not None, "of a run's checkpoint"
+    weights = read_weights(checkpoint, step)
+    settings = start_of(recipe, source.run, source.arm)
+    frozen = recipe.sft.freeze if source.arm == "sft" else recipe.grpo.freeze
+    if recipe.lora.rank:
+        vlm = prepare(load(settings, four_bit=recipe.lora.four_bit), recipe.lora, frozen, seed=recipe.seed)
+    else:
+        vlm = load(settings, weights=False)
+        with suppress(OSError):  # a model without one keeps the library's
+            start = resolve(settings.name)
+            old = GenerationConfig.from_pretrained(start, revision=settings.revision)
+            vlm.model.generation_config = old
+    make_chat(vlm, recipe.prompt, recipe.images, rl=source.arm in RL_ARMS)
+    names = {name for name in vlm.model.state_dict() if not recipe.lora.rank or ADAPTER in name}
+    if names != weights.keys():
+        raise CheckpointError(
+            "it is of another model", where=str(checkpoint), fix="see the run's recipe.yaml"
+        )
+    vlm.model.load_state_dict(weights, strict=False, assign=not recipe.lora.rank)
+    vlm.model.tie_weights()
+    save(vlm, folder)
+
+
+def start_of(recipe: Recipe, run: Path, arm: ArmName) -> ModelSettings:
+    """The model from which the training of an arm starts, as a training stage loads it."""
+    parent = ARMS[arm].parent
+    if parent is None or ARMS[parent].parent is None:
+        return recipe.learner
+    return recipe.learner.model_copy(update={"name": str(run / parent / FINAL), "revision": None})
 
 
 def load(
@@ -75,6 +158,8 @@ def load(
     Without `weights` only the structure is loaded, which takes no memory: for a model in another program.
     Under `torchrun` rank 0 alone has the weights, on the CPU, until `spread` gives every rank its shard.
     """
+    if world.grouped:  # a checkpoint's model is written once, by rank 0
+        world.first(lambda: _source(settings))
     device = device or world.device or default_device()
     attention.require_usable(settings.attention, device)
     automatic = "bfloat16" if device.type == "cuda" else "float32"
@@ -97,8 +182,9 @@ def load(
         # Dequantised while loading: engines call parts of the model, which do not trigger its own hook.
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with _model_errors(settings):
+        source = _source(settings)
         if weights and world.rank == 0:
-            model = AutoModelForImageTextToText.from_pretrained(**_source(settings), **options)
+            model = AutoModelForImageTextToText.from_pretrained(**source, **options)
         else:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(
@@ -125,6 +211,12 @@ def spread(vlm: Vlm, settings: Parallel) -> Vlm:
     """
     if vlm.world.grouped:
         return replace(vlm, fsdp_root=shard(vlm.model, vlm.world, settings))
+    require_unsharded(settings)
+    return vlm
+
+
+def require_unsharded(settings: Parallel) -> None:
+    """Raise UserError for settings that only a sharded model can have."""
     for key in ("compute_dtype", "reduce_dtype", "cpu_offload"):
         if getattr(settings, key) not in ("same", False):
             raise UserError(
@@ -132,7 +224,6 @@ def spread(vlm: Vlm, settings: Parallel) -> Vlm:
                 where=f"parallel.{key}",
                 fix="start with `torchrun --nproc-per-node N -m rlcs ...` (N may be 1), or leave it out",
             )
-    return vlm
 
 
 def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
@@ -166,16 +257,21 @@ def make_chat(
     return _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
 
 
-def load_chat(model: ModelSettings, prompts: Prompts, images: Images) -> Chat:
+def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: bool = False) -> Chat:
     """Make the chat format of a model that is not loaded, from its processor alone. Raises ModelError."""
     config, processor = _load_description(model)
-    return _chat(processor, family_of(config.model_type, model.name), prompts, images, rl=False)
+    return _chat(processor, family_of(config.model_type, model.name), prompts, images, rl=rl)
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
-    """Where `from_pretrained` finds a model."""
+    """Where `from_pretrained` finds a model. Raises ModelError."""
+    try:
+        folder = resolve(settings.name)
+    except ModelError as error:
+        where = f"model.name={settings.name}" if error.where == settings.name else error.where
+        raise ModelError(error.what, where=where, fix=error.fix) from error
     return {
-        "pretrained_model_name_or_path": resolve(settings.name),
+        "pretrained_model_name_or_path": folder,
         "revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
     }
@@ -192,13 +288,13 @@ def _load_description(settings: ModelSettings) -> tuple[Any, Any]:
 def _model_errors(settings: ModelSettings) -> Iterator[None]:
     """Turn errors of transformers while it loads a model into ModelError."""
     try:
-        with cache_where_unreachable(resolve(settings.name)):
+        with cache_where_unreachable(_source(settings)["pretrained_model_name_or_path"]):
             yield
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load the model: {str(error).splitlines()[0]}",
             where=f"model.name={settings.name}",
-            fix="give a folder in Hugging Face format, a hub id, or `builtin`",
+            fix="give a run folder, a folder in Hugging Face format, a hub id, or `builtin`",
         ) from error
 
 

@@ -22,17 +22,21 @@ from rlcs.storage import atomic_write
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold results of long work."""
 
-_JUDGE_LIMITS = (*Server.model_fields, "base_url", "max_wait_s", "max_requests")
+_JUDGE_LIMITS = (
+    *(name for name in Server.model_fields if name != "request"),
+    *("base_url", "max_wait_s", "max_requests"),
+    *("request.max_tokens", "request.headers", "request.quirks"),
+)
 _KEPT = ("save_every", "keep_checkpoints", "keep_steps")
 OPERATIONAL = frozenset(
     {
-        *("grpo.reward.deadline_s", "grpo.reward.workers"),
+        *("study.preflight", "grpo.reward.deadline_s", "grpo.reward.workers"),
         *(f"{KEY}.{name}" for name in _JUDGE_LIMITS),
         *(f"{stage}.{name}" for stage in ("sft", "grpo") for name in _KEPT),
     }
 )
-"""Keys that bound or reach the graders, or say which checkpoints are kept, and do not change what is learnt:
-a run may go on with others."""
+"""Keys that do not change what is learnt (limits of graders, kept checkpoints, the trial before): a run may
+go on with others."""
 
 MEMORY = frozenset(
     {
@@ -64,21 +68,23 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def claim(folder: Path, recipe: Recipe) -> Recipe:
+def claim(folder: Path, recipe: Recipe, *, dry: bool = False) -> Recipe:
     """Write the resolved recipe into a new run folder, or check that an old one has the same.
 
     The arms of the folder are those of every command so far, `rlcs sft` and then `rlcs run`, say. Keys of
     `may_change` may, and a start without results (say, of a mistyped model) may be corrected. Returns the
-    recipe of the folder. Raises RunFolderError for a folder of another recipe or with other files,
-    RecipeError.
+    recipe of the folder; a `dry` claim writes nothing. Raises RecipeError, and RunFolderError for a folder
+    of another recipe or with other files.
     """
     for function in recipe.grpo.reward.functions:
         check_function(function)
     recipe.grpo.reward.judge.template_text()
     path = folder / "recipe.yaml"
     if not path.exists():
-        _create(folder)
-        atomic_write(path, dump(recipe))
+        _require_free(folder)
+        if not dry:
+            _create(folder)
+            atomic_write(path, dump(recipe))
         return recipe
     before = load_recipe(str(path)).recipe
     fixed = set(recipe_keys()) - may_change(recipe) - {"study.arms"}
@@ -92,21 +98,25 @@ def claim(folder: Path, recipe: Recipe) -> Recipe:
                 where=str(folder),
                 fix="choose another --out, or remove the folder, or run with its own recipe.yaml",
             )
-        (folder / "eval" / "problems.jsonl").unlink(missing_ok=True)  # of the earlier data
+        if not dry:
+            (folder / "eval" / "problems.jsonl").unlink(missing_ok=True)  # of the earlier data
     else:
         arms = tuple(arm for arm in ARMS if arm in {*before.study.arms, *recipe.study.arms})
         recipe = recipe.model_copy(update={"study": recipe.study.model_copy(update={"arms": arms})})
-    if recipe != before:
+    if recipe != before and not dry:
         atomic_write(path, dump(recipe))
     return recipe
 
 
-def _create(folder: Path) -> None:
-    """Make the folder; the cold start of an earlier `rlcs distill` may be in it."""
+def _require_free(folder: Path) -> None:
+    """Require that nothing is in the folder but the cold start of an earlier `rlcs distill`."""
     if folder.exists() and any(path.name != "cold_start" for path in folder.iterdir()):
         raise RunFolderError(
             "the folder is not empty and holds no run", where=str(folder), fix="choose another --out"
         )
+
+
+def _create(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -7,7 +7,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,23 +25,25 @@ from rlcs.errors import RlcsError, out_of_memory_in
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
-from rlcs.generation.judge import Judge, JudgeOfRanks, open_judge
-from rlcs.grading.reward import Grader, WeightedSum, open_reward, try_reward
+from rlcs.grading.reward import Grader
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
+from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Stage
 from rlcs.records import Demonstration
 from rlcs.signals import StopFlag
-from rlcs.storage import read_json, write_json
+from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
-from rlcs.train.run_dir import RunDir, is_done, mark_done
+from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import Validation
 
 log = logging.getLogger("rlcs")
@@ -71,8 +73,12 @@ class Study:
         output: Output,
         stop: StopFlag,
         world: World = ALONE,
+        dry: bool = False,
     ) -> None:
-        """Claim the folder. Raises RunFolderError if it belongs to another recipe, UserError."""
+        """Claim the folder, unless it is a `dry` run, which only checks whether it could.
+
+        Raises RunFolderError if it belongs to another recipe, UserError.
+        """
         require_usable(recipe.model.attention, world.device or loading.default_device())
         self.recipe = recipe
         self.folder = folder
@@ -81,7 +87,7 @@ class Study:
         self._stop = stop
         self._world = world
         self._make_engine: MakeEngine
-        self._claimed = world.first(lambda: claim(folder, recipe))
+        self._claimed = world.first(lambda: claim(folder, recipe, dry=dry))
         self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
@@ -97,11 +103,24 @@ class Study:
         with open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
             yield
 
+    def try_stages(self, *, logs: Path) -> dict[str, float]:
+        """Try what is left of the run in small; the seconds of each check. Raises RlcsError."""
+        trial = Preflight(
+            self.recipe,
+            self.folder,
+            data=self._data,
+            needs=engine_needs(self.recipe),
+            world=self._world,
+            stop=self._stop,
+        )
+        with Output(quiet=True, json=self._output.json).screen("preflight", 0) as view:
+            return trial.run(view, logs=logs)
+
     def _run_stages(self) -> dict[str, Any]:
         data, study = self._data, self.recipe.study
         for line in data.notes:
             log.warning(line)
-        self._world.first(self._try_reward)
+        self.try_stages(logs=self.folder / "rollout")
         self._world.first(self._write_problems)
         # Each call frees its model before the next one is loaded.
         with self._engines():
@@ -123,35 +142,6 @@ class Study:
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
 
-    def _try_reward(self) -> None:
-        """Call every part of the reward before anything is trained: a mistake in it must not wait for RL."""
-        if all(is_done(self.folder / arm) for arm in self.recipe.study.arms if arm in RL_ARMS):
-            return
-        with TemporaryDirectory() as replies, self._reward(ALONE, Path(replies), trial=True) as (grader, _):
-            warnings = try_reward(grader, self._data.rl[0])
-        for warning in warnings:
-            log.warning(warning)
-            with self._output.screen("reward", 1) as view:
-                view.say(f"warning: {warning}")
-
-    @contextmanager
-    def _reward(
-        self, world: World, replies: Path, *, only_correct: bool = False, trial: bool = False
-    ) -> Iterator[tuple[WeightedSum, Judge | None]]:
-        """Open the grader of the reward, and its judge if it has one: on rank 0 alone, with its `replies`.
-
-        What a `trial` asks does not count towards the judge's `max_requests`.
-        """
-        reward = self.recipe.grpo.reward
-        names = list(reward.weights)[: 1 if only_correct else None]
-        with ExitStack() as stack:
-            judge = None
-            if "judge" in names and world.rank == 0:
-                settings = reward.judge.model_copy(update={"max_requests": None} if trial else {})
-                judge = stack.enter_context(open_judge(settings, replies))
-            shared = JudgeOfRanks(judge=judge, world=world)
-            yield stack.enter_context(open_reward(reward, judge=shared, only_correct=only_correct)), judge
-
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
         path = self.folder / "summary.json"
         before = read_json(path)["counts"] if path.exists() else {}
@@ -170,8 +160,9 @@ class Study:
         rows, recipe = self._data.cold_start, self.recipe
         with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
             kept = distill.run(
-                rows, recipe.teacher, folder=folder, seed=recipe.seed, view=view, stop=self._stop
-            )
+                rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view,
+                stop=self._stop,
+            )  # fmt: skip
         # Without a marker the same command samples the missing answers.
         if failed := read_json(folder / "stats.json")["failed"]:
             raise RlcsError(
@@ -228,9 +219,8 @@ class Study:
             self.recipe.validation.sft_every,
             LocalEngine(vlm, chat, max_rows=self.recipe.eval.max_rows),
         )
-        opened = (
-            self._reward(self._world, self.folder / "judge", only_correct=True) if every else nullcontext()
-        )
+        reward, judged = self.recipe.grpo.reward, self.folder / "judge"
+        opened = open_graders(reward, self._world, judged, only_correct=True) if every else nullcontext()
         steps = sft.steps_of(settings, len(demonstrations))
         with opened as graders, self._output.screen("sft", steps) as view:
             if graders is not None:
@@ -252,7 +242,7 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
         engine = self._make_engine(vlm, chat, settings.max_rows)
         run = self._run_dir(name, settings)
-        opened = self._reward(self._world, self.folder / "judge")
+        opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
             context = grpo.GrpoContext(
                 vlm=vlm,
@@ -293,7 +283,7 @@ class Study:
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = self._make_engine(vlm, chat, recipe.eval.max_rows)
         sampler = EngineSampler(engine, chat, recipe.eval.sampling(), batch_size=CHUNK)
-        opened = self._reward(self._world, self.folder / "judge", only_correct=True)
+        opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge", only_correct=True)
         with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
             evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
@@ -325,6 +315,15 @@ class Study:
             "command": command(),
             **({"ranks": self._world.size} if self._world.grouped else {}),
         }
+
+
+def dry_run(
+    recipe: Recipe, folder: Path, *, data: RunData, output: Output, stop: StopFlag, world: World = ALONE
+) -> dict[str, float]:
+    """Try everything that a run would do, in small; writes nothing, and returns the seconds of each check."""
+    study = Study(recipe, folder, data=data, output=output, stop=stop, world=world, dry=True)
+    with TemporaryDirectory(dir=existing(folder), prefix=".preflight-") as logs:
+        return study.try_stages(logs=Path(logs))
 
 
 def engine_needs(recipe: Recipe) -> EngineNeeds:

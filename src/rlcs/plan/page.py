@@ -5,16 +5,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlcs.plan.advice import Advice, advise, possible_changes
+from rlcs.plan.data_size import rows_of
 from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.planner import MemoryPlan, StagePlan
+from rlcs.plan.planner import MemoryPlan, StagePlan, answer_seconds
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.plan.stages import placed, plan_stages
+from rlcs.plan.total import Total, demonstrations_of, total_of
 from rlcs.recipe.loading import load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Memory and time of a recipe on a machine; `advice` where it does not fit."""
+    """Memory and time of what a recipe runs on a machine; `advice` where it does not fit."""
 
     name: str
     sizes: Sizes
@@ -22,6 +24,7 @@ class Plan:
     assumed: Assumed
     stages: dict[str, MemoryPlan]
     advice: Advice | None
+    total: Total
 
     @property
     def fits(self) -> bool:
@@ -41,29 +44,45 @@ class Plan:
             "assumed": self.assumed.model_dump(),
             "fits": self.fits,
             "stages": {name: stage.to_json() for name, stage in self.stages.items()},
+            "total": self.total.to_json(),
             "advice": None if self.advice is None else asdict(self.advice),
         }
 
     def to_text(self) -> str:
         """The plan as a table of text."""
-        return "\n".join([*_head(self), *_table(self), *_advice(self)])
+        return "\n".join([*_head(self), *_table(self), "", *self.total.to_text(), *_advice(self)])
 
 
 def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: Assumed) -> Plan:
-    """Plan a recipe. Raises RecipeError, and ModelError for a model whose configuration cannot be found."""
+    """Plan what a recipe's arms need. Raises RecipeError; ModelError for a model without configuration."""
     chosen = load_recipe(name, overrides).recipe
     sizes = sizes_of(chosen.model)
+    demonstrations = demonstrations_of(
+        chosen, rows_of(chosen.data.cold_start, chosen.data.columns.response), assumed
+    )
+    assumed_here = assumed.model_copy(update={"demonstrations": demonstrations.count or 0})
 
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
         recipe = load_recipe(name, [*overrides, *more]).recipe
-        return plan_stages(recipe, sizes, replace(machine, gpus=gpus), assumed)
+        return plan_stages(recipe, sizes, replace(machine, gpus=gpus), assumed_here)
 
     stages, advice = attempt((), machine.gpus), None
+    learner, measured = placed(chosen, sizes, machine)
     if not all(stage.fits for stage in stages.values()):
-        learner = placed(chosen, chosen.learner, sizes, machine)
         changes = possible_changes(learner, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
         advice = advise(changes, attempt, machine.gpus)
-    return Plan(name=chosen.name, sizes=sizes, machine=machine, assumed=assumed, stages=stages, advice=advice)
+    steps = {name: sum(s.seconds.values()) for name, s in stages.items() if isinstance(s, StagePlan)}
+    each = {"eval": answer_seconds(measured, chosen.eval, chosen.prompt, chosen.images, assumed)}
+    total = total_of(chosen, steps, each, machine=machine, assumed=assumed)
+    return Plan(
+        name=chosen.name,
+        sizes=sizes,
+        machine=machine,
+        assumed=assumed,
+        stages=stages,
+        advice=advice,
+        total=total,
+    )
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -71,6 +90,7 @@ def _head(plan: Plan) -> Iterator[str]:
     count = f"{machine.gpus} x " if machine.gpus else ""
     yield f"{plan.name}: {plan.sizes.name}, {plan.sizes.total:,} parameters"
     yield f"on {count}{machine.device.name} with {machine.device.memory:,.0f} GB"
+    yield "computed from the model's shapes: memory, tokens, operations; guessed: seconds"
     yield (
         f"assumed: {assumed.text} text tokens and {assumed.image} image tokens a prompt, {assumed.answer} an "
         f"answer; {assumed.utilization:.0%} of the peak speed"

@@ -100,11 +100,7 @@ def plan_training(
     trees = expected_trees(largest, tower, assumed, count=count, lowest=lowest or images.min_pixels)
     parts, peak = _memory(placed, stage, trees, largest)
     per_tree, repeated = _passes(placed, stage, trees)
-    speed = (
-        placed.trainers
-        * assumed.utilization
-        * (device.float32 if placed.compute == FP32 else device.bfloat16)
-    )
+    speed = _speed(placed, assumed)
     seconds = {name: trees.count * flops / speed for name, flops in per_tree.items()}
     if isinstance(stage, Grpo):
         seconds["rollout"] += decoding_seconds(placed, trees, max_rows=stage.max_rows)
@@ -136,6 +132,20 @@ def plan_measurement(placed: Placement, sampling: Eval, prompt: Prompts, images:
     }
     peak = with_overhead(parts["weights"] + parts["rollout"])
     return MemoryPlan(parts=parts, peak=peak, limit=placed.machine.device.memory * GIB)
+
+
+def answer_seconds(
+    placed: Placement, sampling: Eval, prompt: Prompts, images: Images, assumed: Assumed
+) -> float:
+    """Seconds of one answer in a measurement, where CHUNK problems are answered together."""
+    tower = placed.sizes.vision
+    largest = largest_tree(images, tower, prompt=prompt.max_tokens, group=1, answer=sampling.max_new_tokens)
+    trees = expected_trees(largest, tower, assumed, count=CHUNK, lowest=images.min_pixels)
+    image = vision(tower, trees.patches) if trees.patches else 0.0
+    flops = trees.count * (language(placed.sizes.text, trees.trunk, [trees.answer]) + image)
+    seconds = flops / _speed(placed, assumed)
+    seconds += decoding_seconds(placed, trees, max_rows=sampling.max_rows)
+    return seconds / CHUNK
 
 
 # --- the trees of a step ------------------------------------------------------------------------------
@@ -201,6 +211,13 @@ def with_overhead(worst: float) -> float:
 
 
 # --- work -----------------------------------------------------------------------------------------------
+
+
+def _speed(placed: Placement, assumed: Assumed) -> float:
+    """Operations a second of all devices that train, at the assumed share of their peak."""
+    device = placed.machine.device
+    peak = device.float32 if placed.compute == FP32 else device.bfloat16
+    return placed.trainers * assumed.utilization * peak
 
 
 def _passes(placed: Placement, stage: Sft | Grpo, trees: Trees) -> tuple[dict[str, float], dict[str, float]]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import ModelError
 from rlcs.model.families import FAMILIES
-from rlcs.model.loading import resolve
+from rlcs.model.source import find_source, origin_of
 from rlcs.recipe.schema import Model
 from rlcs.recipe.section import Part
 from rlcs.storage import read_json
@@ -123,9 +123,15 @@ def sizes_of(settings: Model) -> Sizes:
 def _configuration(settings: Model) -> Any:
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        with cache_where_unreachable(resolve(settings.name)):
-            return AutoConfig.from_pretrained(resolve(settings.name), **options)
-    except (OSError, ValueError) as error:
+        source = find_source(settings.name)
+        if source.checkpoint is not None:  # its sizes are those of the model that it goes back to
+            origin = origin_of(settings.name)
+            if (config := published(origin)) is not None:
+                return config
+            source = find_source(origin)
+        with cache_where_unreachable(source.weights):
+            return AutoConfig.from_pretrained(source.weights, **options)
+    except (ModelError, OSError, ValueError) as error:
         raise ModelError(
             f"the model's configuration cannot be found: {str(error).splitlines()[0]}",
             where=f"model.name={settings.name}",

@@ -68,7 +68,7 @@ def shortage_advice(recipe: Recipe, where: str, machine: Machine, *, trainers: i
         if sum(parts.values()) - sum(after.values()) < LEAST_SAVED * sum(parts.values()):
             continue
         key = change.partition("=")[0]
-        learner = placed(other, other.learner, sizes, machine, trainers=trainers)
+        learner = placed(other, sizes, machine, trainers=trainers)[0]
         notes = [_arithmetic(key, work, other, learner), COSTS.get(key, "")]
         lines.append(
             f"  {change} (now {_shown(attrgetter(key)(recipe))}): {_difference(parts, after)} "
@@ -92,7 +92,7 @@ def _parts(plan: MemoryPlan, work: str) -> dict[str, float]:
 
 def _changes(recipe: Recipe, sizes: Sizes, machine: Machine, trainers: int) -> Iterator[tuple[str, Recipe]]:
     """Changes of one key each, with the recipe that they make, those that cost least first."""
-    learner = placed(recipe, recipe.learner, sizes, machine, trainers=trainers)
+    learner = placed(recipe, sizes, machine, trainers=trainers)[0]
     possible = possible_changes(learner, recipe.prompt, recipe.sft, recipe.grpo, recipe.eval)
     fewer_pixels = f"images.max_pixels={recipe.images.max_pixels // 2}"
     seen = set[str]()

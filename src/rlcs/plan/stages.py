@@ -1,4 +1,4 @@
-"""Plans every stage of a recipe on one machine."""
+"""Plans every stage that a recipe's arms need, on one machine."""
 
 from dataclasses import replace
 
@@ -6,32 +6,37 @@ from rlcs.plan.machine import Assumed, Machine
 from rlcs.plan.placement import Placement, place
 from rlcs.plan.planner import MemoryPlan, plan_measurement, plan_training
 from rlcs.plan.shapes import Sizes
-from rlcs.recipe.schema import Model, Recipe
+from rlcs.recipe.arms import RL_ARMS, stages_behind
+from rlcs.recipe.schema import Recipe
 
 
 def plan_stages(
     recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed, *, trainers: int | None = None
 ) -> dict[str, MemoryPlan]:
-    """The plans of SFT, GRPO and measurement (`eval`); `trainers` are the devices that train, if known.
+    """The plans of SFT and GRPO, where arms need them, and of measurement (`eval`).
 
     Raises UserError where no device is left to train.
     """
-    prompts = (recipe.prompt, recipe.images)
-    learner = placed(recipe, recipe.learner, sizes, machine, trainers=trainers)
-    measured = placed(recipe, recipe.model, sizes, machine, trainers=trainers)
-    grpo = recipe.grpo
-    # Responses of given demonstrations may be longer than a teacher's.
-    longest = recipe.teacher.max_tokens
-    return {
-        "sft": plan_training(learner, recipe.sft, *prompts, assumed, longest_answer=longest),
-        "grpo": plan_training(learner, grpo, *prompts, assumed, longest_answer=grpo.max_new_tokens),
-        "eval": plan_measurement(measured, recipe.eval, *prompts),
-    }
+    learner, measured = placed(recipe, sizes, machine, trainers=trainers)
+    needed = {stage for arm in recipe.study.arms for stage in stages_behind(arm)}
+    prompts, grpo = (recipe.prompt, recipe.images), recipe.grpo
+    stages: dict[str, MemoryPlan] = {}
+    if "sft" in needed:  # responses of given demonstrations may be longer than a teacher's
+        longest = recipe.teacher.max_tokens
+        stages["sft"] = plan_training(learner, recipe.sft, *prompts, assumed, longest_answer=longest)
+    if needed & {*RL_ARMS}:
+        limit = grpo.max_new_tokens
+        stages["grpo"] = plan_training(learner, grpo, *prompts, assumed, longest_answer=limit)
+    return {**stages, "eval": plan_measurement(measured, recipe.eval, *prompts)}
 
 
 def placed(
-    recipe: Recipe, model: Model, sizes: Sizes, machine: Machine, *, trainers: int | None = None
-) -> Placement:
-    """A model of the recipe spread over the machine, as `place` does it."""
-    spread = place(model, recipe.lora, recipe.parallel, recipe.rollout, sizes=sizes, machine=machine)
-    return spread if trainers is None else replace(spread, trainers=trainers)
+    recipe: Recipe, sizes: Sizes, machine: Machine, *, trainers: int | None = None
+) -> tuple[Placement, Placement]:
+    """The model as it trains, and as it is measured; `trainers` are the devices that train, if known."""
+    spread = recipe.lora, recipe.parallel, recipe.rollout
+    learner = place(recipe.learner, *spread, sizes=sizes, machine=machine)
+    measured = place(recipe.model, *spread, sizes=sizes, machine=machine)
+    if trainers is None:
+        return learner, measured
+    return replace(learner, trainers=trainers), replace(measured, trainers=trainers)

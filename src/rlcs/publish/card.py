@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.data.hub import cache_where_unreachable
-from rlcs.model.loading import resolve
-from rlcs.publish.source import Source
+from rlcs.model.source import Source, find_source, origin_of
 from rlcs.recipe.arms import ARMS, RL_ARMS, stages_behind
 from rlcs.recipe.schema import Data, Teacher
 from rlcs.recipe.table import summary_rows
 from rlcs.report import findings
-from rlcs.report.load_run import Run, number, part, read_run
+from rlcs.report.differences import differences
+from rlcs.report.load_run import Run, number, part, read_object, read_rows, read_run
+from rlcs.storage import DONE
 
 
 def render(source: Source, name: str, model: Any, *, converted: bool, quantised: str | None = None) -> str:
@@ -39,9 +40,9 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
     stages = stages_behind(source.arm or "sft_grpo")
     base = recipe.model.name if recipe else None
     licence: dict[str, Any] = {**base_licence(base or source.weights, source.revision)}
-    results = findings.arm_results([run]) if run else []
+    results = findings.arm_results([run]) if run and source.checkpoint is None else []
     own = next((result for result in results if result.arm == source.arm), None)
-    gaps = findings.differences([run]) if run and source.arm == "sft_grpo" else []
+    gaps = differences([run]) if results and run and source.arm == "sft_grpo" else []
     sources = [recipe.data.cold_start, recipe.data.rl] if recipe and source.arm != "base" else []
     data = ModelCardData(
         model_name=name,
@@ -68,14 +69,29 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
         quantised=quantised,
         choices=_choices(summary_rows(recipe), stages) if recipe else [],
         stages=_times(run, stages) if run else [],
+        training=_training(source) if source.run and source.step is not None else None,
         made_by=version("rlcs"),
         transformers=version("transformers"),
         versions=part(run.summary, "versions") if run else {},
         results=results,
         own=own,
-        gap=next((each for each in gaps if each.arm == "base"), None),
+        gap=next((each for each in gaps if (each.arm, each.against) == ("sft_grpo", "base")), None),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def _training(source: Source) -> dict[str, Any]:
+    """The step of a model's last stage, how it was chosen, and its measurement while it trained."""
+    assert source.run is not None and source.arm is not None, "of a run"
+    stage = source.run / source.arm
+    rows = {row.get("step"): row for row in read_rows(stage / "validation.jsonl")}
+    done = {} if source.checkpoint else read_object(stage / DONE)
+    return {
+        "stage": ARMS[source.arm].stage,
+        "step": source.step,
+        "chosen": done.get("chosen"),
+        "row": rows.get(source.step),
+    }
 
 
 def shown(name: str) -> str:
@@ -102,7 +118,8 @@ def base_licence(base: str, revision: str | None) -> dict[str, str]:
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    path = Path(resolve(base)) / "README.md"
+    base = origin_of(base)
+    path = Path(find_source(base).weights) / "README.md"
     try:
         if not path.is_file():
             with cache_where_unreachable(base):

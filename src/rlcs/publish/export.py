@@ -4,8 +4,11 @@ The folder has the settings of the training: pixel bounds in the processor, the 
 template's default, the sampling of the held-out measurement in the generation config.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,9 +16,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import ModelError, RunFolderError
+from rlcs.model import loading
 from rlcs.model.chat import VISION_TOKENS, set_default_system
+from rlcs.model.source import Source, find_source
 from rlcs.publish import card, quantise
-from rlcs.publish.source import find_source
 from rlcs.recipe.schema import Eval
 from rlcs.storage import atomic_write, open_to_readers
 
@@ -27,12 +31,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Export:
     """A requested export. `dtype` None keeps the precision of the weights; `name` None is the folder's name.
 
-    `quantise` is a form of `quantise.BITS`, or None for whole weights.
+    `arm` and `step` choose among a run's models, as for `source.find_source`. `quantise` is a form of
+    `quantise.BITS`, or None for whole weights.
     """
 
     model: str
     out: Path
     arm: str | None = None
+    step: int | None = None
     dtype: str | None = None
     name: str | None = None
     quantise: str | None = None
@@ -43,17 +49,36 @@ def export(wanted: Export) -> list[Path]:
     out = wanted.out
     if wanted.quantise is not None:
         quantise.check(wanted.quantise)
-    source = find_source(wanted.model, wanted.arm)
+    source = find_source(wanted.model, wanted.arm, wanted.step)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError("the folder is not empty", where=str(out), fix="name a new one with --out")
+    with _weights(source, out) as weights:
+        _write(wanted, source, weights)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _weights(source: Source, out: Path) -> Iterator[str]:
+    """The folder or hub id of the weights; those of a checkpoint lie beside `out` for the moment."""
+    if source.checkpoint is None or source.step is None or Path(source.weights).is_dir():
+        yield loading.weights_of(source)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        loading.write_model(source, Path(folder))
+        yield folder
+
+
+def _write(wanted: Export, source: Source, weights: str) -> None:
+    out = wanted.out
     options: dict[str, Any] = {"revision": source.revision}
     if source.recipe is not None:
         options["trust_remote_code"] = source.recipe.model.trust_remote_code
     try:
         dtype = DTYPES[wanted.dtype] if wanted.dtype else "auto"
-        with cache_where_unreachable(source.weights):
-            model = AutoModelForImageTextToText.from_pretrained(source.weights, dtype=dtype, **options)
-            processor = AutoProcessor.from_pretrained(source.weights, **options)
+        with cache_where_unreachable(weights):
+            model = AutoModelForImageTextToText.from_pretrained(weights, dtype=dtype, **options)
+            processor = AutoProcessor.from_pretrained(weights, **options)
     except (OSError, ValueError) as error:
         what = f"cannot load the model: {str(error).splitlines()[0]}"
         fix = "give a run folder, a folder in Hugging Face format, a hub id, or `builtin`"
@@ -81,7 +106,6 @@ def export(wanted: Export) -> list[Path]:
     except OSError as error:
         raise RunFolderError(f"cannot write: {error}", where=str(out), fix="free some space") from error
     atomic_write(out / "README.md", text)
-    return sorted(path for path in out.rglob("*") if path.is_file())
 
 
 def sampling_of(settings: Eval, old: GenerationConfig, tokenizer: Any) -> GenerationConfig:

@@ -69,6 +69,22 @@ MAIN_FIRST: tuple[ArmName, ...] = ("sft_grpo", "grpo", "sft", "base")
 """Arms from the main one on: the first of these that a run has is the one whose model is exported."""
 
 
+COMMAND_ARMS: Mapping[str, tuple[ArmName, ...]] = MappingProxyType(
+    {
+        "quickstart": ("base", "sft", "grpo", "sft_grpo"),
+        "ablate": ("base", "sft", "grpo", "sft_grpo"),
+        "sft": ("base", "sft"),
+        "grpo": ("base", "grpo"),
+    }
+)
+"""The arms of commands that do not take those of the recipe."""
+
+
+def arms_override(command: str) -> list[str]:
+    """The override (`key=value`) with which a command begins; empty for those that run the recipe's arms."""
+    return [f"study.arms=[{', '.join(COMMAND_ARMS[command])}]"] if command in COMMAND_ARMS else []
+
+
 def stages_behind(arm: str) -> tuple[str, ...]:
     """The run directories of the stages that made an arm's model, in the order of training."""
     stages: tuple[str, ...] = ()

@@ -57,7 +57,7 @@ class Judge(Server):
         """The model: on a server, or one that rlcs loads."""
         if self.base_url is None:
             return str(self.model)
-        return Endpoint.model_validate({name: getattr(self, name) for name in Endpoint.model_fields})
+        return self.at(self.base_url, str(self.model), section=KEY)
 
     def template_text(self) -> str | None:
         """The template's text, which may stand in a file. Raises RecipeError."""

@@ -5,6 +5,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Union, get_args, get_origin
 
+from pydantic import JsonValue
 from pydantic.fields import FieldInfo
 
 from rlcs.recipe.schema import Recipe
@@ -16,6 +17,7 @@ _NAMES: Mapping[object, str] = {
     float: "a number",
     str: "text",
     type(None): "null",
+    JsonValue: "any value",
 }
 _BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 

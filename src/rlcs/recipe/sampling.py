@@ -1,15 +1,65 @@
 """The recipe's sections on sampling: model servers, the local engine, vLLM."""
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
+from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
+from rlcs.errors import RecipeError
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks of LoRA adapters that vLLM 0.32 can hold."""
 
 Seconds = Annotated[float, Field(gt=0)]
+
+FROM_ENVIRONMENT = "env:"
+"""What a header's value begins with that stands in an environment variable."""
+_OWN = {
+    "model": "it is the key `model`",
+    "messages": "they are made of the problems",
+    "stream": "answers are read whole",
+    "n": "every answer is a request of its own",
+    "seed": "it follows from the run's seed",
+    "temperature": "it is a key of its own",
+    "top_p": "it is a key of its own",
+    "max_tokens": "the limit is a key of its own",
+    "max_completion_tokens": "the limit is a key of its own",
+}
+"""Fields of a request that `request.extra` cannot set, and why."""
+_SECRET = re.compile(r"auth|key|token|secret|cookie|password|passwd|signature", re.IGNORECASE)
+
+
+class RequestFields(Section):
+    """What is sent with each request to a server, for servers that refuse or need certain fields."""
+
+    max_tokens: Literal["auto", "max_tokens", "max_completion_tokens"] = "auto"
+    """Name of the field with the limit of tokens. `auto`: `max_tokens`, unless `quirks` know better."""
+    omit: tuple[Literal["max_tokens", "temperature", "top_p", "seed", "n"], ...] = ()
+    """Fields that are not sent: the server's own default counts. Of `max_tokens` too."""
+    extra: Mapping[str, JsonValue] = Field(default_factory=dict)
+    """Further fields of the request, as the server names them: `{reasoning_effort: low}`, `{top_k: 20}`."""
+    headers: Mapping[str, str] = Field(default_factory=dict)
+    """Further HTTP headers; `env:NAME` stands for the value of an environment variable, and secrets must."""
+    quirks: Literal["auto", "none"] = "auto"
+    """`auto`: fields are left out or renamed for servers known to refuse them, and for those that say so."""
+
+    @model_validator(mode="after")
+    def _leaves_ours_alone(self) -> "RequestFields":
+        for name in self.extra:
+            if name in _OWN:
+                raise ValueError(f"extra cannot set {name}: {_OWN[name]}")
+        for name, value in self.headers.items():
+            if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+                raise ValueError("a name in headers has characters that HTTP does not allow")
+            if _SECRET.search(name) and not value.startswith(FROM_ENVIRONMENT):
+                raise ValueError(
+                    f"the value of the header {name} looks like a secret, and recipes are written into run "
+                    f"folders: put it into an environment variable and write {name}: env:VARIABLE"
+                )
+        return self
 
 
 class Server(Section):
@@ -22,13 +72,34 @@ class Server(Section):
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds one attempt at one request may take in all."""
     max_retries: Annotated[int, Field(ge=0)] = 6
-    """Further attempts after a failure that may be temporary (busy, down, cut off, garbled, empty)."""
+    """Further attempts after a failure that may be temporary (busy, down, cut off, garbled)."""
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     """Attempts started a minute, evenly spaced. None: as fast as the server answers."""
     prompt_price: NonNegative | None = None
     """Price of a million prompt tokens, in any currency."""
     completion_price: NonNegative | None = None
     """Price of a million completion tokens."""
+    request: RequestFields = RequestFields()
+    """Fields and headers of its requests."""
+
+    @model_validator(mode="after")
+    def _address_holds_no_secret(self) -> "Server":
+        """A RecipeError, as that of pydantic would show the value."""
+        fix = "put it into an environment variable NAME, and send it as a header: "
+        where = f"{type(self).__name__.lower()}.base_url"
+        address = getattr(self, "base_url", None) or ""
+        try:
+            parts = urlsplit(address)
+            query = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+        except ValueError:  # another sentence says so when the address is used
+            return self
+        if "@" in parts.netloc:
+            fix += "request.headers={Authorization: env:NAME}, where NAME holds `Basic` and the encoded pair"
+            raise RecipeError("the address holds a user or a password", where=where, fix=fix)
+        if secret := next(filter(_SECRET.search, query), None):
+            fix += "request.headers={X-API-Key: env:NAME}, with the header's name that the server expects"
+            raise RecipeError(f"the address holds a secret ({secret})", where=where, fix=fix)
+        return self
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """The cost of these tokens, in the currency of the prices; None without any price."""
@@ -36,6 +107,11 @@ class Server(Section):
         if prices == (None, None):
             return None
         return (prompt_tokens * (prices[0] or 0.0) + completion_tokens * (prices[1] or 0.0)) / 1e6
+
+    def at(self, base_url: str, model: str, *, section: str) -> "Endpoint":
+        """The endpoint with these settings; `section` names them in messages."""
+        shared = {name: getattr(self, name) for name in Server.model_fields}
+        return Endpoint(base_url=base_url, model=model, section=section, **shared)
 
 
 class Endpoint(Server):
@@ -45,6 +121,14 @@ class Endpoint(Server):
     """The address, with the version: `http://localhost:8000/v1`."""
     model: str
     """The model's name on that server."""
+    section: str = ""
+    """Where these settings stand, in messages: a recipe's section like `teacher`, or an option."""
+
+    def key(self, name: str) -> str:
+        """How a setting of this endpoint is called in messages: `teacher.request.omit`, `--request omit`."""
+        if self.section.startswith("--"):
+            return f"{self.section} {name.removeprefix('request.')}"
+        return f"{self.section}.{name}" if self.section else name
 
 
 class EngineSettings(Section):

@@ -7,7 +7,7 @@ All are plain Python without tensors: hashable, printable, and written to and re
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -119,20 +119,10 @@ class Problem:
         return "\n".join((self.question, lettered(self.choices))) if self.choices else self.question
 
     @property
-    def earlier(self) -> str:
-        """The history as a text for readers; empty without a history."""
-        return as_text(self.history)
-
-    @property
     def transcript(self) -> str:
         """The question with its choices; after a history, as that history's last turn."""
-        last = self.question_with_choices
-        return f"{self.earlier}\n\nUser: {last}" if self.history else last
-
-
-def as_text(turns: Iterable[Turn]) -> str:
-    """Turns as a text for readers, each after its role."""
-    return "\n\n".join(f"{turn.role.capitalize()}: {turn.text}" for turn in turns)
+        earlier = [f"{turn.role.capitalize()}: {turn.text}\n\n" for turn in self.history]
+        return "".join((*earlier, "User: " if earlier else "", self.question_with_choices))
 
 
 def option_letter(index: int) -> str:

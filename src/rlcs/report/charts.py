@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 from rlcs.report import findings
 from rlcs.report.findings import ArmResult, smooth, thin
+from rlcs.report.validation import ValidationCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,6 +103,36 @@ def curve_chart(key: str, about: str, lines: Sequence[tuple[str, Sequence[Points
         axes.margins(x=0.01, y=0.08)
 
     return _svg(draw, name=name, about=about)
+
+
+def validation_chart(curve: ValidationCurve) -> Markup:
+    """Accuracy at each measured step with its interval; pass@k dashed; a ring around the step kept."""
+    points, paint = curve.points, _PAINT[curve.stage]
+    steps, shares = [p.step for p in points], [p.accuracy for p in points]
+    wide = [(p.step, p.pass_at_k) for p in points if p.pass_at_k is not None]
+
+    def draw(axes: "Axes") -> None:
+        lows, highs = [p.low for p in points], [p.high for p in points]
+        axes.fill_between(steps, lows, highs, color=paint, alpha=0.16, lw=0)
+        axes.plot(steps, shares, color=paint, lw=1.7, marker="o", ms=3.2, mew=0)
+        if wide:
+            axes.plot([s for s, _ in wide], [v for _, v in wide], color=paint, lw=1.2, ls=(0, (4, 2)))
+        for point in points:
+            if point.step == curve.kept:
+                place = (point.step, point.accuracy)
+                axes.plot(*place, "o", ms=9, mfc="none", mec=_PAINT["ink"], mew=1.3)
+                label = f"kept: step {point.step:,}"
+                axes.annotate(
+                    label, place, (0, -14), textcoords="offset points", ha="center", color=_PAINT["ink"]
+                )
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+        axes.grid(axis="y", color=_PAINT["grid"], lw=0.7)
+        axes.margins(x=0.04, y=0.16)
+
+    ends = f"from {shares[0]:.1%} at step {steps[0]:,} to {shares[-1]:.1%} at step {steps[-1]:,}"
+    best = f"best {curve.best.accuracy:.1%} at step {curve.best.step:,}"
+    about = f"Line chart. Accuracy on {points[-1].n:,} validation problems: {ends}, {best}"
+    return _svg(draw, name=f"validation-{curve.stage}", about=about)
 
 
 def phases_chart(name: str, about: str, layers: Sequence[tuple[str, Points]]) -> Markup:

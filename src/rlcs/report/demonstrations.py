@@ -7,11 +7,33 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from rlcs.records import Turn, as_text, from_row_or_none
+from rlcs.records import Turn, from_row_or_none
 from rlcs.report import pictures
-from rlcs.report.load_run import Row, read_rows, text
+from rlcs.report.load_run import Row, number, read_rows, text
+from rlcs.report.pages import digits
 
 _IMAGE_BYTES = 12_000
+_COUNTERS = {
+    "problems": "problems",
+    "given": "demonstrations in the data",
+    "given_wrong": "wrong demonstrations in the data",
+    "given_unscored": "demonstrations in the data that could not be scored",
+    "given_unchecked": "demonstrations in the data without a gold answer",
+    "asked": "answers of the teacher",
+    "right": "right answers",
+    "pass_rate": "share of right answers",
+    "kept": "demonstrations kept",
+    "kept_wrong": "wrong demonstrations kept",
+    "rejected": "answers left out",
+    "unscored": "answers not scored",
+    "without_demonstration": "problems without one",
+    "prompt_tokens": "tokens sent to the teacher",
+    "completion_tokens": "tokens of its answers",
+    "cost": "cost",
+    "failed": "requests that failed",
+    "refused": "requests that were refused",
+}
+"""The counters of stats.json, as a reader knows them."""
 _LENGTHS = (100, 200, 400, 800, 1600, 3200, 6400)
 
 
@@ -20,12 +42,24 @@ class TeacherAnswer:
     """One answer of the teacher; `why` is the reason of its rejection, empty where it was kept."""
 
     id: str
-    earlier: str
+    history: tuple[Turn, ...]
     question: str
     answer: str
     response: str
     why: str
-    images: tuple[str, ...]
+    images: tuple[pictures.Picture, ...]
+
+
+def counters(stats: Row) -> tuple[list[tuple[str, str]], list[str]]:
+    """The (name, value) of the counters of stats.json, and the names of those that are zero."""
+    shown, zeros = [], []
+    for key, name in _COUNTERS.items():
+        value = number(stats, key)
+        if value:
+            shown.append((name, f"{value:.1%}" if key == "pass_rate" else digits(value)))
+        elif value is not None:
+            zeros.append(name)
+    return shown, zeros
 
 
 def samples(folder: Path, count: int) -> list[TeacherAnswer]:
@@ -41,7 +75,7 @@ def samples(folder: Path, count: int) -> list[TeacherAnswer]:
         answers.append(
             TeacherAnswer(
                 id=text(row, "id"),
-                earlier=_earlier(problem),
+                history=_history(problem),
                 question=text(problem, "question"),
                 answer=text(problem, "answer"),
                 response=text(row, "response"),
@@ -52,11 +86,11 @@ def samples(folder: Path, count: int) -> list[TeacherAnswer]:
     return answers
 
 
-def _earlier(problem: Row) -> str:
-    """The turns before the question, as a text."""
+def _history(problem: Row) -> tuple[Turn, ...]:
+    """The turns before the question that can be read."""
     history = problem.get("history")
     rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
-    return as_text(turn for row in rows if (turn := from_row_or_none(Turn, row)) is not None)
+    return tuple(turn for row in rows if (turn := from_row_or_none(Turn, row)) is not None)
 
 
 def _few(rows: Iterator[Row], count: int) -> list[Row]:
@@ -67,14 +101,19 @@ def _few(rows: Iterator[Row], count: int) -> list[Row]:
 
 
 def histograms(folder: Path, stats: Row) -> Mapping[str, list[tuple[str, int, float]]]:
-    """Histograms by title: the (bin, count, share of the largest bin) of answer lengths and of pass rates."""
+    """Histograms by title: the (bin, count, share of the largest bin), without empty bins.
+
+    Of the lengths of answers, and of pass rates where problems were asked more than once.
+    """
     counts = Counter(_length(text(row, "response")) for row in read_rows(folder / "kept.jsonl"))
     names = [f"up to {most:,}" for most in _LENGTHS] + ["longer"]
     found = {"Characters of kept answers": _bars(names, [counts[i] for i in range(len(names))])}
     rates = stats.get("pass_rates")
     if isinstance(rates, list) and len(rates) == 10:
         tenths = [f"{i * 10}–{i * 10 + 10}%" for i in range(10)]
-        found["Problems by pass rate"] = _bars(tenths, [n if isinstance(n, int) else 0 for n in rates])
+        counted = [n if isinstance(n, int) else 0 for n in rates]
+        if any(counted[1:-1]):  # with one answer each a problem is all right or all wrong
+            found["Problems by pass rate"] = _bars(tenths, counted)
     return {title: bars for title, bars in found.items() if bars}
 
 
@@ -84,4 +123,4 @@ def _length(response: str) -> int:
 
 def _bars(names: Sequence[str], counts: Sequence[int]) -> list[tuple[str, int, float]]:
     most = max(counts, default=0)
-    return [(name, n, n / most) for name, n in zip(names, counts, strict=True)] if most > 0 else []
+    return [(name, n, n / most) for name, n in zip(names, counts, strict=True) if n > 0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from rlcs.errors import RlcsError
-from rlcs.evals.intervals import paired_interval, wilson
+from rlcs.evals.intervals import wilson
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.reading import parse
 from rlcs.records import GradedSample, Problem, StopReason
@@ -42,27 +42,16 @@ class ArmResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """An arm against another one, or against itself in another run, on the same problems.
-
-    `points` is the difference of the shares of right answers, with its interval; `gained` problems are right
-    in the former only, `lost` ones in the latter only.
-    """
-
-    arm: str
-    points: float
-    low: float
-    high: float
-    gained: int
-    lost: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class HealthRow:
     """One warning sign, and for each stage its mean over the first steps and over the last."""
 
     sign: Sign
     stages: Mapping[str, tuple[float, float]]
+
+    @property
+    def alarming(self) -> bool:
+        """Whether the last steps of a stage are above the sign's limit."""
+        return any(last > self.sign.most for _, last in self.stages.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,18 +73,6 @@ def arm_results(runs: Sequence[Run]) -> list[ArmResult]:
     return found
 
 
-def headline(results: Sequence[ArmResult]) -> tuple[str, str]:
-    """The main sentence and its second half, from at least one result."""
-    main = next((r for r in results if r.arm == "sft_grpo"), results[-1])
-    mean = f", mean of {len(main.seeds)} seeds" if len(main.seeds) > 1 else ""
-    first = f"{main.name}: {main.accuracy:.1%} on {main.n:,} held-out problems{mean}"
-    others = [r for r in results if r is not main]
-    others.sort(key=lambda r: ARMS[r.arm].parent is None)  # the base model last
-    gains = [f"{100 * (main.accuracy - r.accuracy):+.1f} points over {r.name}" for r in others]
-    gains = [g.replace("over Base", "over the base model").replace("-", "\u2212") for g in gains]
-    return first, ", ".join(gains[:1] + [g.replace(" points", "") for g in gains[1:]])
-
-
 def training_headline(runs: Sequence[Run]) -> tuple[str, str]:
     """The headline of a page without a measurement: the first run's training, the last stage first."""
     found = []
@@ -105,27 +82,8 @@ def training_headline(runs: Sequence[Run]) -> tuple[str, str]:
         if values:
             first, last = _ends(values)
             name = ARMS[stage].stage
-            found.append(f"{name}: {key} from {first:.3g} to {last:.3g} in {len(rows):,} steps")
-    return (found[0], "; ".join(found[1:])) if found else ("Nothing measured yet", "")
-
-
-def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Compare the two-stage arm with each other arm, problem by problem.
-
-    One seed: 95% interval of a difference of paired shares, each cell of the table raised by
-    one half (Agresti & Min 2005). Several: mean, lowest and highest; gained and lost are summed.
-    """
-    found = []
-    for arm in ARMS:
-        pairs = [_pair(run.answers.get("sft_grpo", {}), run.answers.get(arm, {})) for run in runs]
-        pairs = [p for p in pairs if p[2]]
-        if arm == "sft_grpo" or not pairs:
-            continue
-        gaps = [(gained - lost) / n for gained, lost, n in pairs]
-        low, high = (min(gaps), max(gaps)) if len(gaps) > 1 else paired_interval(*pairs[0])
-        gained, lost = sum(p[0] for p in pairs), sum(p[1] for p in pairs)
-        found.append(Difference(arm=arm, points=fmean(gaps), low=low, high=high, gained=gained, lost=lost))
-    return found
+            found.append(f"{name}: {key} {first:.3g} → {last:.3g} in {len(rows):,} steps")
+    return (found[0], ". ".join([*found[1:], ""]).strip()) if found else ("Nothing measured yet", "")
 
 
 def series(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:
@@ -193,13 +151,13 @@ def gallery(run: Run, count: int) -> list[Gallery]:
     images of its first problems only: where those are enough, only they are shown.
     """
     kinds: dict[str, list[Problem]] = {
-        "The arms disagree": [],
-        "Every arm is wrong": [],
-        "Every arm is right": [],
+        "The models disagree": [],
+        "Every model is wrong": [],
+        "Every model is right": [],
     }
     totals = dict.fromkeys(kinds, 0)
     only_pictured = sum(bool(kept_images(problem)) for problem in run.problems) >= count
-    for problem in sorted(run.problems, key=_shuffled):
+    for problem in sorted(run.problems, key=shuffled):
         verdicts = [arm[problem.id].grade.correct for arm in run.answers.values() if problem.id in arm]
         if verdicts:
             kind = list(kinds)[1 if not any(verdicts) else 2 if all(verdicts) else 0]
@@ -217,7 +175,8 @@ def gallery(run: Run, count: int) -> list[Gallery]:
     ]
 
 
-def _shuffled(problem: Problem) -> bytes:
+def shuffled(problem: Problem) -> bytes:
+    """A key for an arbitrary order of problems that is always the same."""
     return hashlib.sha256(problem.id.encode("utf-8", "replace")).digest()
 
 
@@ -267,11 +226,6 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
     """Means of the first and the last tenth of some values, at most ten values each."""
     size = min(LAST_STEPS, max(1, len(values) // 10))
     return fmean(values[:size]), fmean(values[-size:])
-
-
-def _pair(ours: Mapping[str, GradedSample], theirs: Mapping[str, GradedSample]) -> tuple[int, int, int]:
-    both = [(bool(ours[i].grade.correct), bool(theirs[i].grade.correct)) for i in ours if i in theirs]
-    return sum(a > b for a, b in both), sum(a < b for a, b in both), len(both)
 
 
 def _score(run: Run, arm: str) -> ArmResult | None:

@@ -28,6 +28,7 @@ _WATCHED = (
     "*.json",
     "logs/*.log",
     "*/metrics.jsonl",
+    "*/validation.jsonl",
     "*/*.json",
     "eval/problems.jsonl",
     "eval/*/*.json*",

@@ -41,6 +41,11 @@ class Run:
     """Arm -> scores.json."""
     rollouts: Mapping[str, tuple[int, tuple[GradedSample, ...]]]
     """RL stage -> (last step, its rollouts)."""
+    validation: Mapping[str, tuple[Row, ...]]
+    """Stage -> rows of validation.jsonl."""
+    done: Mapping[str, Row]
+    """Stage -> done.json."""
+    data_checks: Row
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -68,6 +73,7 @@ def read_run(folder: Path) -> Run:
     stages = {s: tuple(read_rows(folder / s / "metrics.jsonl")) for s in TRAINING_ORDER}
     rollouts = {s: _last_rollouts(folder / s / "rollouts") for s in TRAINING_ORDER}
     scores = {a: read_object(folder / "eval" / a / "scores.json") for a in arms}
+    validation = {s: tuple(read_rows(folder / s / "validation.jsonl")) for s in TRAINING_ORDER}
     return Run(
         folder=folder,
         summary=read_object(folder / "summary.json"),
@@ -78,6 +84,9 @@ def read_run(folder: Path) -> Run:
         answers={a: rows for a, rows in answers.items() if rows},
         scores={a: row for a, row in scores.items() if row},
         rollouts={s: last for s, last in rollouts.items() if last},
+        validation={s: rows for s, rows in validation.items() if rows},
+        done={s: read_object(folder / s / "done.json") for s in TRAINING_ORDER},
+        data_checks=read_object(folder / "data_checks.json"),
     )
 
 

@@ -11,9 +11,12 @@ from rlcs.errors import RunFolderError
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.schema import Report
 from rlcs.report import charts, demonstrations, findings, pictures, rollouts
+from rlcs.report.conclusions import Conclusions, conclude, effect
+from rlcs.report.differences import differences
 from rlcs.report.load_run import Row, Run, kept_images, number, part, read_object, read_runs, read_text, text
-from rlcs.report.pages import digits, templates, write_page
-from rlcs.report.stages import ending, progress
+from rlcs.report.pages import digits, duration, templates, write_page
+from rlcs.report.stages import Progress, ending, progress
+from rlcs.report.validation import ValidationCurve, validation_curves
 
 _LONGEST_RECIPE = 100_000
 _SAMPLES = 16  # answers of the teacher
@@ -41,33 +44,43 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
     """The whole page as text. With a `stamp` it is live: it shows progress, and a script refreshes it."""
     wanted = number(part(part(summary, "recipe"), "report"), "gallery")
     gallery = Report().gallery if wanted is None else max(0, int(wanted))
-    results = findings.arm_results(runs)
-    first, rest = findings.headline(results) if results else findings.training_headline(runs)
-    health = findings.health(runs)
-    metrics = ("reward", *findings.reward_parts(runs), *charts.METRICS)
+    now = [(run.folder.name, progress(run), ending(run)) for run in runs] if stamp else []
+    conclusions, at = conclude(runs), _at(now)
+    if at is not None:
+        conclusions = _while_running(conclusions, at)
+    results, health, cold_start = findings.arm_results(runs), findings.health(runs), runs[0].cold_start
+    validated = validation_curves(runs)
+    counters, zeros = demonstrations.counters(cold_start)
     template = templates().get_template("page.html.j2")
     return template.render(
         live=stamp,
-        now=[(r.folder.name, progress(r), ending(r)) for r in runs] if stamp else [],
+        now=now,
+        at=at,
         name=text(summary, "name") or folder.resolve().name,
-        first=first,
-        rest=rest,
+        headline=conclusions.headline,
+        lead=conclusions.lead,
+        notes=conclusions.notes,
         results=results,
         arms_chart=charts.arms_chart(results) if results else "",
-        differences=findings.differences(runs),
+        gaps=[(gap, effect(gap)) for gap in differences(runs)],
         seeds=[r.folder.name.removeprefix("seed-") for r in runs] if len(runs) > 1 else [],
         families=list(dict.fromkeys(name for r in results for name in r.by_family)),
         levels=list(dict.fromkeys(name for r in results for name in r.by_level)),
-        curves=_curves(runs, dict.fromkeys(metrics), RL_ARMS),
+        curves=_rl_curves(runs, validated),
         rl_stages=[stage for stage in RL_ARMS if any(stage in run.curves for run in runs)],
-        sft_curves=_curves(runs, ("loss", "grad_norm"), ("sft",)),
+        sft_curves=[
+            *_validation_charts(validated, ("sft",)),
+            *_curves(runs, ("loss", "grad_norm"), ("sft",)),
+        ],
+        validated="k" if any(p.pass_at_k for c in validated for p in c.points) else bool(validated),
         phases=_phases(runs[0]),
         health=health,
         health_stages=list(dict.fromkeys(stage for row in health for stage in row.stages)),
         skipped=findings.skipped_steps(runs),
-        cold_start=_plain(runs[0].cold_start),
+        cold_start=counters,
+        zeros=zeros,
         samples=demonstrations.samples(runs[0].folder / "cold_start", min(gallery, _SAMPLES)),
-        histograms=demonstrations.histograms(runs[0].folder / "cold_start", runs[0].cold_start),
+        histograms=demonstrations.histograms(runs[0].folder / "cold_start", cold_start),
         gallery=_gallery(runs[0], gallery),
         rollouts=[
             (stage, step, findings.late_rollouts(attempts))
@@ -80,6 +93,50 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         command=_command(summary),
         versions=_plain(part(summary, "versions")),
     )
+
+
+def _at(now: Sequence[tuple[str, Sequence[Progress], str]]) -> Progress | None:
+    """The stage in which a run is: the last one that began and is not done; None when all are done."""
+    left = [row for _, rows, _ in now for row in rows if row.state != "done"]
+    begun = [row for row in left if row.state == "begun"]
+    return begun[-1] if begun else next(iter(left), None)
+
+
+def _while_running(conclusions: Conclusions, at: Progress) -> Conclusions:
+    """The head of the live page of an unfinished run: the stage and the time left, then what is known."""
+    unit = "" if at.key.startswith("eval_") else "step "
+    where = (
+        f"{unit}{at.done:,} of {at.total:,}" if at.total else "begun" if at.state == "begun" else "waiting"
+    )
+    left = "" if at.left_s is None else f", about {duration(at.left_s)} left"
+    return Conclusions(
+        headline=f"{at.name}: {where}{left}",
+        lead=f"{conclusions.headline}.",
+        notes=tuple(note for note in conclusions.notes if note.serious),
+    )
+
+
+def _rl_curves(runs: Sequence[Run], validated: Sequence[ValidationCurve]) -> list[tuple[str, Markup]]:
+    """The charts of RL: reward, accuracy and length, what was measured meanwhile, and the other metrics."""
+    first = dict.fromkeys(("reward", *findings.reward_parts(runs), "accuracy", "response_tokens"))
+    rest = [key for key in charts.METRICS if key not in first]
+    return [
+        *_curves(runs, first, RL_ARMS),
+        *_validation_charts(validated, RL_ARMS),
+        *_curves(runs, rest, RL_ARMS),
+    ]
+
+
+def _validation_charts(
+    validated: Sequence[ValidationCurve], stages: Sequence[str]
+) -> list[tuple[str, Markup]]:
+    found = []
+    for curve in validated:
+        if curve.stage in stages:
+            k = next((f"; dashed: pass@{p.k}" for p in curve.points if p.pass_at_k is not None), "")
+            title = f"Validation accuracy, {ARMS[curve.stage].stage}{k}"
+            found.append((title, charts.validation_chart(curve)))
+    return found
 
 
 def _curves(runs: Sequence[Run], keys: Iterable[str], stages: Sequence[str]) -> list[tuple[str, Markup]]:
@@ -129,7 +186,11 @@ def _gallery(run: Run, count: int) -> list[dict[str, object]]:
         for problem in section.problems:
             names = kept_images(problem)[:4]
             images = pictures.embed(run.folder / "eval", names, most_bytes=share)
-            answers = [(arm, rows[problem.id]) for arm, rows in run.answers.items() if problem.id in rows]
+            answers = [
+                (ARMS[arm].label, arm, rows[problem.id])
+                for arm, rows in run.answers.items()
+                if problem.id in rows
+            ]
             missing = bool(names) and not images
             cards.append({"problem": problem, "images": images, "missing": missing, "answers": answers})
         found.append({"kind": section.kind, "total": section.total, "cards": cards})

@@ -5,12 +5,14 @@ are made visible, and the pages' content security policy forbids foreign scripts
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from rlcs.recipe.arms import ARMS
+from rlcs.report.mathml import answer_with_formulas, with_formulas
 from rlcs.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -37,7 +39,17 @@ def templates() -> "Environment":
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=_percent, points=_points, duration=_duration, fold=_fold, digits=digits, stage=_stage
+        percent=_percent,
+        points=points,
+        duration=duration,
+        fold=_fold,
+        digits=digits,
+        stage=_stage,
+        formulas=lambda text: with_formulas(str(visible(text))),
+        answer=_answer,
+        tokens=_tokens,
+        settings=settings,
+        chance=chance,
     )
     environment.globals.update(arms=ARMS)
     return environment
@@ -67,8 +79,10 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
+def points(value: float) -> str:
+    """A difference of shares in points, with its sign unless it rounds to zero."""
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return text[1:] if text[1:] == "0.0" else text
 
 
 def digits(value: float | None) -> str:
@@ -76,7 +90,31 @@ def digits(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def _answer(text: str, most: int = 300) -> Markup:
+    """A short answer with its formulas; one that is too long is cut, and stays text."""
+    shown = str(visible(text))
+    return answer_with_formulas(shown) if len(shown) <= most else escape(f"{shown[: most - 1]}…")
+
+
+def _tokens(value: float | None) -> str:
+    """A mean number of tokens."""
+    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def settings(pair: Sequence[object]) -> list[str]:
+    """Values of one key of a recipe, real numbers with six digits or, where those agree, with all."""
+    short = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in pair]
+    texts = short if len(set(short)) > 1 else [str(value) for value in pair]
+    return ["–" if value is None else text for value, text in zip(pair, texts, strict=True)]
+
+
+def chance(p: float | None) -> str:
+    """A p-value with two digits, or as a bound."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,24 +1,33 @@
 """Reads requests and builds replies and errors of the OpenAI chat protocol; requests are checked strictly."""
 
-import base64
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
-from rlcs.data.images import image_from_bytes
 from rlcs.errors import RlcsError, UserError
-from rlcs.records import ImageRef, Message
 
 HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "parallel_tool_calls", "response_format",
+    "prompt_cache_retention", "parallel_tool_calls",
 })  # fmt: skip
 """Keys that change no answer and are ignored. Other unknown keys are refused."""
-NEUTRAL = {"repetition_penalty": 1, "length_penalty": 1, "top_k": -1, "best_of": 1, "tool_choice": "none"}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1,), "length_penalty": (1,), "top_k": (-1,), "best_of": (1,),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
+    "verbosity": ("medium",), "response_format": ({"type": "text"},),
+}  # fmt: skip
 """Values of unsupported keys that ask for nothing and are accepted, beside zero and empty ones."""
+WITH_VLLM = {
+    "tools": "calling tools",
+    "functions": "calling tools",
+    "tool_choice": "calling tools",
+    "response_format": "JSON mode",
+}
+"""Keys that a server with vLLM supports, and what they are for."""
 STOP_CHARS = 256
 MOST_VALUES = 100_000
 """Most values in a request, bounded by counting commas before parsing, which takes seconds for millions."""
@@ -70,33 +79,6 @@ class _Strict(BaseModel):
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
-class TextPart(_Strict):
-    """A piece of text."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(_Strict):
-    """The address of an image."""
-
-    url: str
-
-
-class ImagePart(_Strict):
-    """An image."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class ChatMessage(_Strict):
-    """One turn."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-
-
 class StreamOptions(_Strict):
     """What a stream holds besides the text."""
 
@@ -106,10 +88,10 @@ class StreamOptions(_Strict):
 class ChatRequest(_Strict):
     """The body of `/v1/chat/completions`; keys that change nothing here are ignored."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=512)]
+    messages: Annotated[list[Any], Field(min_length=1, max_length=512)]
     model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -118,17 +100,7 @@ class ChatRequest(_Strict):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     logprobs: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data.keys() - cls.model_fields.keys() - HARMLESS:
-                if data[key] and data[key] != NEUTRAL.get(key):
-                    raise ValueError(f"{key[:40]} is not supported")
-            if (data.get("response_format") or {"type": "text"}) != {"type": "text"}:
-                raise ValueError("response_format: only text is supported")
-        return data
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -141,15 +113,23 @@ def parse_request(body: bytes, limits: Limits, *, model: str) -> ChatRequest:
     if body.count(b",") > MOST_VALUES:
         raise ApiError(400, f"the request has more than {MOST_VALUES:,} values (or commas in its text)")
     try:
-        request = ChatRequest.model_validate_json(body)
+        values = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the request is no JSON: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise ApiError(400, "the request is no JSON object")
+    _require_supported(values)
+    try:
+        request = ChatRequest.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        param = ".".join(str(key)[:40] for key in first["loc"]) or None
-        message = first["msg"].removeprefix("Value error, ")[:300]
+        # Below `stop`, pydantic also names the branches of its union.
+        keys = first["loc"][:1] if first["loc"][:1] == ("stop",) else first["loc"]
+        param = ".".join(str(key)[:40] for key in keys) or None
+        message = "a text or a list of texts" if param == "stop" else first["msg"][:300]
         raise ApiError(400, f"{param}: {message}" if param else message, param=param) from error
-    if request.model is not None and request.model != model:
-        what = f"there is no model {request.model[:100]!r} here, only {model!r}"
-        raise ApiError(404, what, param="model", code="model_not_found")
+    if request.model is not None:
+        require_model(request.model, model)
     if request.n > limits.max_n:
         raise ApiError(400, f"n is at most {limits.max_n}", param="n")
     if max(request.max_completion_tokens or 0, request.max_tokens or 0) > limits.max_tokens:
@@ -157,43 +137,28 @@ def parse_request(body: bytes, limits: Limits, *, model: str) -> ChatRequest:
         raise ApiError(400, what, param="max_tokens")
     if len(request.stops) > 4 or not all(0 < len(stop) <= STOP_CHARS for stop in request.stops):
         raise ApiError(400, f"stop is up to 4 texts of 1 to {STOP_CHARS} characters", param="stop")
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     return request
 
 
-def conversation(request: ChatRequest, limits: Limits) -> list[Message]:
-    """Read the turns of a request with their images. Raises ApiError or ImageError."""
-    parts = [
-        part for message in request.messages if isinstance(message.content, list) for part in message.content
-    ]
-    images = sum(isinstance(part, ImagePart) for part in parts)
-    if images > limits.max_images:
-        what = f"{images} images are more than the {limits.max_images} that this server takes"
-        raise ApiError(400, what, param="messages")
-    turns = []
-    for number, message in enumerate(request.messages):
-        content = message.content
-        texts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
-        where = f"messages.{number}.content"
-        read = (p.text if isinstance(p, TextPart) else _image(p.image_url.url, limits, where) for p in texts)
-        role: Any = "system" if message.role == "developer" else message.role
-        turns.append(Message(role=role, parts=tuple(read)))
-        if role != "user" and any(isinstance(part, ImageRef) for part in turns[-1].parts):
-            raise ApiError(400, "images belong to turns of the user", param=where)
-    return turns
+def require_model(name: str, served: str) -> None:
+    """Raises ApiError if a client names another model than the one that is served."""
+    if name != served:
+        what = f"there is no model {name[:100]!r} here, only {served!r}"
+        raise ApiError(404, what, param="model", code="model_not_found")
 
 
-def _image(url: str, limits: Limits, where: str) -> ImageRef:
-    head, comma, data = url.partition(",")
-    if not head.startswith("data:"):
-        what = "images come as data: URLs (data:image/png;base64,...); this server opens no other address"
-        raise ApiError(400, what, param=where, code="invalid_image_url")
-    if not comma or not head.endswith(";base64"):
-        raise ApiError(400, "this data: URL is not base64", param=where, code="invalid_image_url")
-    try:
-        decoded = base64.b64decode(data, validate=True)
-    except ValueError as error:
-        raise ApiError(400, f"broken base64: {error}", param=where, code="invalid_image_url") from error
-    return image_from_bytes(decoded, limit=limits.max_pixels, where=where)
+def _require_supported(values: Json) -> None:
+    """Raises ApiError for a key that is not known here, unless its value asks for nothing."""
+    for key in sorted(values.keys() - ChatRequest.model_fields.keys() - HARMLESS):
+        if values[key] and values[key] not in NEUTRAL.get(key, ()):
+            what = f"{key[:40]} is not supported"
+            if key in WITH_VLLM:
+                what = (
+                    f"{key}: {WITH_VLLM[key]} needs vLLM (rlcs serve --engine vllm), this is the local engine"
+                )
+            raise ApiError(400, what, param=key[:40])
 
 
 def reply(kind: str, key: str, model: str, choices: Sequence[Json], **more: Any) -> Json:
@@ -211,6 +176,18 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def token_logprob(text: str, logprob: float) -> Json:
-    """One entry of `logprobs.content`."""
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+def token_logprob(content: bytes, logprob: float, others: Sequence[tuple[bytes, float]] = ()) -> Json:
+    """One entry of `logprobs.content`, with the tokens that were most likely there (`top_logprobs`)."""
+    return {
+        **_logprob(content, logprob),
+        "top_logprobs": [_logprob(other, its_logprob) for other, its_logprob in others],
+    }
+
+
+def _logprob(content: bytes, logprob: float) -> Json:
+    """A token: a part of a character, which is no text, is written by its bytes, as OpenAI does."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+    return {"token": text, "logprob": logprob, "bytes": list(content)}

@@ -3,13 +3,14 @@
 `rlcs serve` can replace itself by such a vLLM; for `rlcs chat` both kinds answer like a local `Session`.
 """
 
+import json
 import os
 import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,26 @@ import httpx
 import openai
 
 from rlcs.data.images import DECODE_LIMIT
-from rlcs.engines.openai_client import content, masked, status_error
+from rlcs.data.sent_images import SentImages
+from rlcs.engines.connection import address, connect_blocking, masked
+from rlcs.engines.openai_client import content, status_error, status_fault
+from rlcs.engines.providers import Fields
 from rlcs.engines.vllm.server import Launch, Process, flags
-from rlcs.errors import EndpointError, ModelError
+from rlcs.errors import EndpointError, ModelError, UserError
 from rlcs.model.loading import default_device, resolve
 from rlcs.recipe.sampling import Endpoint, Rollouts
-from rlcs.records import Message
+from rlcs.recipe.schema import Images
+from rlcs.records import Message, Sampling
+from rlcs.serving.defaults import SamplingDefaults
+from rlcs.serving.image_sources import ImageHosts
 from rlcs.serving.session import Settings, as_message
 
 CONNECT_S = 10.0
 """Seconds in which a server must accept the connection."""
 NOT_KNOWN = ("--queue", "--max-tokens", "--max-pixels", "--max-body-bytes", "--request-s")
 """Options of the built-in server that vLLM does not have."""
-_ONLY_DATA_URLS = {"allowed_media_domains": "nowhere.invalid"}
-"""Images must come as `data:` URLs: the server downloads nothing for its clients."""
+_NO_HOST = ("nowhere.invalid",)
+"""Without hosts, images must come as `data:` URLs: the server downloads nothing for its clients."""
 _POLL_S = 0.5
 
 
@@ -69,13 +76,17 @@ class RemoteSession:
 
         The key is that of `server.key_env` unless one is given.
         """
-        key = key or os.environ.get(server.key_env) or "none"
+        place = address(server.base_url)
         limits = openai.Timeout(server.request_timeout_s, connect=CONNECT_S)
-        self._client = openai.OpenAI(base_url=server.base_url, api_key=key, timeout=limits, max_retries=0)
+        self._client = connect_blocking(server, place, limits)
+        if key is not None:
+            self._client.api_key = key
+        self._images = SentImages(max_pixels=Images().max_pixels)
         with _as_endpoint_error(server):
             known = [model.id for model in self._client.models.list()]
         self.name = server.model or next(iter(known), "")
         self._server = server.model_copy(update={"model": self.name})
+        self._fields = Fields(self._server)
         if self.name not in known:
             fix = f"it has {', '.join(known) or 'none'}"
             raise EndpointError(f"no model is called {server.model!r}", where=server.base_url, fix=fix)
@@ -83,14 +94,21 @@ class RemoteSession:
     def stream(self, messages: Sequence[Message | Mapping[str, Any]], settings: Settings) -> RemoteStream:
         """Answer a conversation, piece by piece: see `Session.stream`. Raises EndpointError, DataError."""
         turns = [as_message(message, limit=DECODE_LIMIT) for message in messages]
-        contents: list[Any] = [{"role": turn.role, "content": content(turn)} for turn in turns]
+        contents: list[Any] = [{"role": turn.role, "content": content(turn, self._images)} for turn in turns]
+        sampling = Sampling(
+            temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=settings.max_new_tokens
+        )
         with _as_endpoint_error(self._server):
-            chunks = self._client.chat.completions.create(
-                model=self.name, messages=contents, temperature=settings.temperature, top_p=settings.top_p,
-                max_tokens=settings.max_new_tokens, stream=True,
-                seed=openai.omit if settings.seed is None else settings.seed,
-            )  # fmt: skip
-        return RemoteStream(chunks, self._server)
+            while True:
+                fields = self._fields.body(sampling, settings.seed)
+                try:
+                    chunks = self._client.chat.completions.create(
+                        model=self.name, messages=contents, stream=True, extra_body=fields
+                    )
+                    return RemoteStream(chunks, self._server)
+                except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                    if not self._fields.learn(status_fault(error, self._server), fields):
+                        raise
 
 
 @contextmanager
@@ -112,23 +130,57 @@ def _as_endpoint_error(server: Endpoint) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving(Launch):
-    """Settings to start vLLM for clients: `name` is the model's name for them, `key` their API key."""
+    """Settings to start vLLM for clients: `name` is the model's name for them, `key` their API key.
+
+    With the `defaults` of the model's folder, requests that leave a setting out get those.
+    """
 
     name: str
     host: str = "127.0.0.1"
     max_images: int = 8
     key: str | None = None
+    image_hosts: ImageHosts = field(default_factory=ImageHosts)
+    cors_origins: tuple[str, ...] = ()
+    tool_parser: str | None = None
+    defaults: SamplingDefaults | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for image hosts that vLLM would not understand."""
+        if odd := [name for name in self.image_hosts.names if "*" in name or ":" in name]:
+            fix = "name each host, or take --engine local"
+            raise UserError(
+                f"vLLM knows hosts by their whole names, not {odd[0]}", where="--image-host", fix=fix
+            )
 
     def command(self, folder: Path, port: int) -> list[str]:
         """The command line, which does not contain the key."""
         address = {"host": self.host, "port": port, "served_model_name": self.name}
-        images = {"limit_mm_per_prompt": {"image": self.max_images, "video": 0}, **_ONLY_DATA_URLS}
-        words = flags({**address, **self.arguments, **images})
+        limits = {"limit_mm_per_prompt": {"image": self.max_images, "video": 0}}
+        words = flags({**address, **self.arguments, **limits, **self._sampling, **self._access})
         return [self.settings.executable, "serve", str(folder), *words]
 
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        """Arguments about requests without sampling settings; vLLM does not read `do_sample: false`."""
+        if self.defaults is None:
+            return {}
+        greedy = {"override_generation_config": {"temperature": 0}}
+        return {"generation_config": "auto", **(greedy if self.defaults.temperature == 0 else {})}
+
+    @property
+    def _access(self) -> dict[str, Any]:
+        """Arguments about who may ask for what."""
+        tools = {"enable_auto_tool_choice": True, "tool_call_parser": self.tool_parser}
+        return {
+            "allowed_media_domains": list(self.image_hosts.names or _NO_HOST),
+            "allowed_origins": json.dumps(self.cors_origins),
+            **(tools if self.tool_parser else {}),
+        }
+
     def environment(self, index: int) -> dict[str, str]:
-        """The environment, with the key and without vLLM's usage statistics."""
-        return os.environ | {"VLLM_NO_USAGE_STATS": "1"} | ({"VLLM_API_KEY": self.key} if self.key else {})
+        """The environment, with the key and without vLLM's usage statistics and redirects of images."""
+        safe = {"VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
+        return os.environ | safe | ({"VLLM_API_KEY": self.key} if self.key else {})
 
 
 def serving(program: str, name: str, *, key: str | None, share: float | None = None) -> Serving:

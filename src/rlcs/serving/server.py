@@ -11,33 +11,38 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from rlcs.data.images import image_from_bytes
 from rlcs.engines.decoding import Token
-from rlcs.errors import OutOfMemory, UserError
-from rlcs.records import Prompt, Sampling, StopReason
+from rlcs.errors import ImageError, OutOfMemory, UserError
+from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
+from rlcs.serving.defaults import SamplingDefaults
+from rlcs.serving.image_sources import DOWNLOAD_S, ImageDownloader, ImageHosts, ImageUrlError
 from rlcs.serving.protocol import (
     ApiError,
     ChatRequest,
     Json,
     Limits,
-    conversation,
     parse_request,
     reply,
+    require_model,
     token_logprob,
     usage,
 )
 from rlcs.serving.session import Session, Settings
+from rlcs.serving.turns import Picture, RequestTurn, read_turns, wrong
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +72,16 @@ class Service:
     session: Session
     name: str
     limits: Limits
-    key: str | None
+    key: str | None = None
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    image_hosts: ImageHosts = field(default_factory=ImageHosts)
     started: float = field(default_factory=time.time)
     active: int = 0
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
         """Add the requests under way to the metrics."""
+        self._downloader = ImageDownloader(self.image_hosts)
         for name, about, value in (
             ("rlcs_requests_active", "Requests that hold a place.", lambda: self.active),
             ("rlcs_engine_running", "Requests being answered.", lambda: self.session.engine.running),
@@ -101,17 +109,60 @@ class Service:
             self.active -= 1
             self.metrics.seconds.inc(time.perf_counter() - began)
 
-    def prepare(self, body: bytes) -> tuple[ChatRequest, Prompt, Sampling]:
-        """Read a request; return it, its prompt and sampling. Raises ApiError, ImageError, PromptError."""
+    def read(self, body: bytes) -> tuple[ChatRequest, list[RequestTurn]]:
+        """Read a request; its messages become turns. Raises ApiError."""
         options = parse_request(body, self.limits, model=self.name)
-        prompt = self.session.chat.conversation(conversation(options, self.limits), name="conversation")
-        most = options.max_completion_tokens or options.max_tokens or self.limits.max_tokens
+        turns = read_turns(options.messages, max_images=self.limits.max_images)
+        # Drop its messages: they hold megabytes of images that the turns hold too.
+        return options.model_copy(update={"messages": []}), turns
+
+    async def with_images(self, turns: list[RequestTurn]) -> list[RequestTurn]:
+        """Download the images that turns name by address. Raises ApiError."""
+        left, complete = self.limits.max_body_bytes, []
+        end = asyncio.get_running_loop().time() + DOWNLOAD_S
+        for turn in turns:
+            parts: list[str | Picture] = []
+            for part in turn.parts:
+                if isinstance(part, Picture) and part.address:
+                    try:
+                        async with asyncio.timeout_at(end):
+                            data = await self._downloader.download(part.address, limit=left)
+                    except (ImageUrlError, TimeoutError) as error:
+                        what = str(error) or f"the images were not there within {DOWNLOAD_S:g} seconds"
+                        raise wrong(part.where, what, code="invalid_image_url") from error
+                    left -= len(data)
+                    part = replace(part, address="", data=data)
+                parts.append(part)
+            complete.append(replace(turn, parts=tuple(parts)))
+        return complete
+
+    def prepare(self, options: ChatRequest, turns: list[RequestTurn]) -> tuple[Prompt, Sampling]:
+        """Make the prompt and sampling of a request. Raises ApiError, PromptError."""
+        messages = []
+        for turn in turns:
+            parts = (part if isinstance(part, str) else self._image(part) for part in turn.parts)
+            role: Any = "system" if turn.role == "developer" else turn.role
+            messages.append(Message(role=role, parts=tuple(parts)))
+        prompt = self.session.chat.conversation(messages, name="conversation")
+        own, longest = self.defaults, self.limits.max_tokens
         settings = Settings(
-            temperature=options.temperature, top_p=options.top_p, max_new_tokens=most, seed=options.seed
+            temperature=own.temperature if options.temperature is None else options.temperature,
+            top_p=own.top_p if options.top_p is None else options.top_p,
+            max_new_tokens=options.max_completion_tokens
+            or options.max_tokens
+            or min(own.max_tokens or longest, longest),
+            seed=options.seed,
         )
-        sampling = self.session.sampling(prompt, settings, n=options.n)
-        # Drop its messages: they hold megabytes of images that the prompt holds too.
-        return options.model_copy(update={"messages": []}), prompt, sampling
+        return prompt, self.session.sampling(prompt, settings, n=options.n)
+
+    def _image(self, picture: Picture) -> ImageRef:
+        """Check an image, whose patches are then in memory for the prompt. Raises ApiError."""
+        try:
+            image = image_from_bytes(picture.data, limit=self.limits.max_pixels, where=picture.where)
+            self.session.chat.patches(image)
+        except ImageError as error:
+            raise wrong(picture.where, error.what, code="invalid_image_url") from error
+        return image
 
 
 class ChatCompletions:
@@ -154,15 +205,20 @@ class ChatCompletions:
     async def _serve(self, request: Request, send: Send) -> None:
         service, loop = self._service, asyncio.get_running_loop()
         body = await self._body(request)
-        options, prompt, sampling = await loop.run_in_executor(self._builder, service.prepare, body)
+        options, turns = await loop.run_in_executor(self._builder, service.read, body)
         del body
+        turns = await service.with_images(turns)
+        prompt, sampling = await loop.run_in_executor(self._builder, service.prepare, options, turns)
+        del turns
         events: asyncio.Queue[Token | Exception] = asyncio.Queue()
 
         def receive(event: Token | Exception) -> None:
             with contextlib.suppress(RuntimeError):  # the loop closed while the server was ending
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        submitted = service.session.engine.submit(prompt, sampling, listener=receive, stops=options.stops)
+        submitted = service.session.engine.submit(
+            prompt, sampling, listener=receive, stops=options.stops, num_likeliest=options.top_logprobs
+        )
         answer = _Reply(service, options, len(prompt.ids), _tokens(events, sampling.n))
         writing = asyncio.create_task(answer.write(request, send))
         disconnect = asyncio.create_task(_disconnected(request))
@@ -178,7 +234,8 @@ class ChatCompletions:
             await asyncio.gather(writing, disconnect, return_exceptions=True)
 
     async def _body(self, request: Request) -> bytes:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
             raise ApiError(415, "send the request as application/json")
         body = bytearray()
         async for chunk in request.stream():
@@ -225,11 +282,14 @@ class _Reply:
 
     async def _counted(self) -> AsyncIterator[tuple[Token, Json | None]]:
         """Count and yield tokens, with their `logprobs` if those are requested."""
-        chat = self._service.session.chat
+        spelt = self._service.session.chat.token_bytes
         async for token in self._tokens:
             self._completion += 1
             self._service.metrics.completion_tokens.inc()
-            entry = token_logprob(chat.token(token.id), token.logprob) if self._options.logprobs else None
+            entry = None
+            if self._options.logprobs:
+                others = [(spelt(other), logprob) for other, logprob in token.likeliest]
+                entry = token_logprob(spelt(token.id), token.logprob, others)
             yield token, entry
 
     async def _whole(self) -> Response:
@@ -242,7 +302,7 @@ class _Reply:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text},
+                "message": {"role": "assistant", "content": text, "refusal": None},
                 "finish_reason": ends[index],
                 "logprobs": {"content": entries[index]} if self._options.logprobs else None,
             }
@@ -270,6 +330,8 @@ class _Reply:
         await self._event(send, [{"index": index, "delta": delta, "finish_reason": None, **more}])
 
     async def _event(self, send: Send, choices: list[Json], **more: Any) -> None:
+        if self._options.stream_options.include_usage:
+            more = {"usage": None, **more}
         chunk = reply("chat.completion.chunk", self._key, self._service.name, choices, **more)
         body = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
         await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -293,10 +355,19 @@ def _error_reply(error: ApiError) -> JSONResponse:
     return JSONResponse(error.to_json(), error.status, headers)
 
 
-def make_app(service: Service) -> FastAPI:
-    """Make the ASGI application of the server."""
+def make_app(service: Service, *, cors_origins: Sequence[str] = ()) -> FastAPI:
+    """Make the ASGI application of the server; pages of the `cors_origins` (`*`: of all) may ask it too."""
     app = FastAPI(title="rlcs", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_route("/v1/chat/completions", ChatCompletions(service), methods=["POST"])  # type: ignore[arg-type]
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,
+        )
+    model = {"id": service.name, "object": "model", "created": int(service.started), "owned_by": "rlcs"}
 
     @app.get("/health")
     async def health() -> Json:
@@ -309,8 +380,13 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/v1/models")
     async def list_models(request: Request) -> Json:
         service.authorise(request)
-        model = {"id": service.name, "object": "model", "created": int(service.started), "owned_by": "rlcs"}
         return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def retrieve_model(request: Request, name: str) -> Json:
+        service.authorise(request)
+        require_model(name, service.name)
+        return model
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> JSONResponse:

@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,24 @@ from torch.optim import Optimizer
 
 from rlcs import storage
 from rlcs.distributed import ALONE, World, own_part
-from rlcs.errors import CheckpointError, DataError, RlcsError
+from rlcs.errors import CheckpointError, RlcsError
+from rlcs.model.checkpoints import (
+    ADAPTER,
+    FORMAT,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Stored,
+    complete,
+    folder_of,
+    of_rank,
+    read_facts,
+    unreadable,
+)
 
-FORMAT = 1
-"""Incremented when `state.json` changes its meaning."""
-_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _FACTS = ("rng", "schedule", "cursor", "extra", "recipe_hash")
 """Fields of a state that are JSON-able."""
-_COMPLETE = re.compile(r"step-(\d{6,})(\.old)?")
 _BAD = re.compile(r"step-(\d{6,})\.bad.*")
-_ADAPTER = ".lora_"
-"""Part of the names of adapter weights, and of no other name."""
 _MACHINE_SETTINGS = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
 """Entries of an optimiser's parameter group that depend on the machine; they are not saved."""
 
@@ -100,7 +107,7 @@ def capture(
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The weights that a checkpoint holds: all of a model, or its adapters alone where it has any."""
     state = model.state_dict()
-    return {name: tensor for name, tensor in state.items() if _ADAPTER in name} or state
+    return {name: tensor for name, tensor in state.items() if ADAPTER in name} or state
 
 
 def restore(state: TrainState, model: nn.Module, optimizer: Optimizer) -> None:
@@ -236,7 +243,7 @@ def save(
     earlier saves are removed. Raises RunFolderError, leaving no files, if the disk is full.
     All ranks of a world save together, into a folder that they all see.
     """
-    target = folder / f"step-{state.step:06d}"
+    target = folder / folder_of(state.step)
     aside = world.first(lambda: _prepare(target))
     try:
         failed: RlcsError | None = None
@@ -272,17 +279,12 @@ def _put_in_place(aside: Path, target: Path) -> None:
         _remove(replaced)
 
 
-def _of_rank(name: str, rank: int) -> str:
-    """The name of one rank's file: rank 0's is `name` itself."""
-    return name if rank == 0 else name.replace(".", f"-{rank}.")
-
-
 def _write_tensors(aside: Path, state: TrainState, world: World) -> None:
     """Write this rank's rows of sharded tensors; rank 0 also writes the tensors that are not sharded."""
     tensors, _ = _untied(_own(state.model, world))
-    _write(aside / _of_rank(_MODEL, world.rank), tensors)
+    _write(aside / of_rank(MODEL, world.rank), tensors)
     optimizer = {name: _plain(tensor) for name, tensor in _own(state.optimizer.tensors, world).items()}
-    _write(aside / _of_rank(_OPTIMIZER, world.rank), optimizer)
+    _write(aside / of_rank(OPTIMIZER, world.rank), optimizer)
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -310,7 +312,7 @@ def _write_state(aside: Path, state: TrainState, ranks: int) -> None:
     _, tied = _untied(_own(state.model, ALONE))
     facts = {"format": FORMAT, "tied": tied, "ranks": ranks, "optimizer": state.optimizer.settings}
     facts |= {name: getattr(state, name) for name in ("step", *_FACTS)}
-    storage.write_json(aside / _STATE, facts)
+    storage.write_json(aside / STATE, facts)
     storage.write_manifest(aside)
 
 
@@ -416,23 +418,10 @@ def _newest(folder: Path) -> tuple[Path, int] | None:
             read_verified(path, step)
             return path, step
         except CheckpointError as error:
-            bad = _free_name(folder / f"step-{step:06d}.bad")
+            bad = _free_name(folder / f"{folder_of(step)}.bad")
             path.replace(bad)
             warnings.warn(f"{error}\nset aside as {bad.name}; trying an older one", RuntimeWarning, 2)
     return None
-
-
-def complete(folder: Path) -> dict[int, Path]:
-    """The folder of each complete checkpoint, by step; not yet verified.
-
-    A `.old` one counts only where a save was killed between its two renames.
-    """
-    found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _COMPLETE.fullmatch(path.name)
-        if match and path.is_dir():
-            found.setdefault(int(match[1]), path)  # sorted: the plain name comes before `.old`
-    return found
 
 
 def _free_name(path: Path) -> Path:
@@ -449,48 +438,16 @@ def read_verified(path: Path, step: int) -> TrainState:
 def _read(path: Path, step: int) -> TrainState:
     """Open a checkpoint. Raises CheckpointError for anything that `save` did not write."""
     try:
-        facts = storage.read_json(path / _STATE)
-        if (facts["format"], facts["step"]) != (FORMAT, step):
-            raise ValueError(f"it has format {facts['format']}, step {facts['step']}")
+        facts = read_facts(path, step)
         ranks = range(facts["ranks"])
         return TrainState(
             step=step,
-            model=_Stored([path / _of_rank(_MODEL, rank) for rank in ranks], facts["tied"]),
+            model=Stored([path / of_rank(MODEL, rank) for rank in ranks], facts["tied"]),
             optimizer=OptimizerState(
-                tensors=_Stored([path / _of_rank(_OPTIMIZER, rank) for rank in ranks], {}),
+                tensors=Stored([path / of_rank(OPTIMIZER, rank) for rank in ranks], {}),
                 settings=facts["optimizer"],
             ),
             **{name: facts[name] for name in _FACTS},
         )
-    except (DataError, FileNotFoundError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"this is no checkpoint of step {step} that this version can read: {error}",
-            where=str(path),
-            fix="go on from another checkpoint",
-        ) from error
-
-
-class _Stored(Mapping[str, Tensor]):
-    """Whole tensors in the files of all ranks, each read on access."""
-
-    def __init__(self, paths: Sequence[Path], tied: Mapping[str, str]) -> None:
-        self._files: list[Any] = [safetensors.safe_open(path, framework="pt") for path in paths]
-        self._tied = tied
-        self._names = [set(file.keys()) for file in self._files]
-
-    def __getitem__(self, name: str) -> Tensor:
-        stored = self._tied.get(name, name)
-        parts = [
-            file.get_tensor(stored)
-            for file, names in zip(self._files, self._names, strict=True)
-            if stored in names
-        ]
-        if not parts:
-            raise KeyError(name)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*sorted(self._names[0]), *self._tied])
-
-    def __len__(self) -> int:
-        return len(self._names[0]) + len(self._tied)
+    except (FileNotFoundError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise unreadable(path, step, error) from error

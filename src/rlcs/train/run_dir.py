@@ -17,7 +17,7 @@ from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.stages import Stage
 from rlcs.records import NO_SIGNAL, Group, StepReport
 from rlcs.signals import StopFlag, Stopped
-from rlcs.storage import write_json
+from rlcs.storage import mark_done
 from rlcs.train import checkpoint
 from rlcs.train.health import SIGNS
 from rlcs.train.metrics import MetricsLog
@@ -27,19 +27,6 @@ from rlcs.train.trainer import StepResult, Trainer
 from rlcs.train.validation import FILE, SENT, Validation, sentence
 
 log = logging.getLogger("rlcs")
-
-DONE = "done.json"
-"""The marker of a finished stage; a stage that has one is not run again."""
-
-
-def is_done(folder: Path) -> bool:
-    """Whether the stage in this folder has finished."""
-    return (folder / DONE).is_file()
-
-
-def mark_done(folder: Path, **facts: object) -> None:
-    """Write the marker of a finished stage, with facts about it (seconds, counts)."""
-    write_json(folder / DONE, facts)
 
 
 class RunDir:
@@ -253,8 +240,9 @@ class RunDir:
                 continue
             checkpoint.restore_weights(state, self._trainer.vlm.model)
             assert self.validation is not None, "it has the best step"
-            before, best = (self.validation.rows[s]["accuracy"] for s in (0, step))
-            figures = f"{best:.1%} right; {before:.1%} before the first step"
+            figures = f"{self.validation.rows[step]['accuracy']:.1%} right"
+            if (before := self.validation.rows.get(0)) is not None:
+                figures += f"; {before['accuracy']:.1%} before the first step"
             screen.say(f"{self.name}: the model of step {step:,} is kept, the best in validation ({figures})")
             return step
         return self._steps

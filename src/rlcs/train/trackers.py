@@ -4,6 +4,7 @@ An error in a tracker is logged once, and the run goes on without the tracker. A
 when a resumed run repeats it.
 """
 
+import hashlib
 import logging
 import secrets
 import sys
@@ -42,6 +43,29 @@ class _Tracker(Protocol):
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+def try_trackers(settings: Settings, folder: Path) -> None:
+    """Send one value to each tracker, as the stage of a folder that may be removed afterwards.
+
+    A service that keeps runs shows one that is called preflight. Raises RecipeError for a tracker that fails.
+    """
+    for name, project in settings.model_dump().items():
+        if not project:
+            continue
+        identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with redirect_stdout(sys.stderr):  # standard output may be read as JSON
+                tracker = _KINDS[name](str(project), folder, "preflight", identity)
+                tracker.log({"preflight": 1.0}, 1)
+                tracker.close()
+        except Exception as error:  # a tracker's code and network may fail in any way
+            raise RecipeError(
+                f"{name} cannot be written: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                where=f"trackers.{name}",
+                fix=_FIXES.get(name, "correct the cause") + ", or leave the key out",
+            ) from error
 
 
 class _TensorBoard:
@@ -104,6 +128,12 @@ def _names(folder: Path, stage: str, identity: str) -> tuple[str, str]:
 
 
 _KINDS: dict[str, type[_Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
+
+
+_FIXES = {
+    "wandb": "`wandb login`, or WANDB_MODE=offline in the environment",
+    "trackio": "see whether TRACKIO_DIR can be written",
+}
 
 
 class Trackers:

@@ -59,6 +59,8 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list):
+            words += [f"--{option}", *map(str, value)]
         else:
             words += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return words

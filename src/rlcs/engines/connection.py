@@ -1,0 +1,219 @@
+"""Connects to a server of the recipe: its address, its key, its headers, the proxy on the way.
+
+What is wrong with them is said in a sentence before anything is sent; secrets are in none.
+"""
+
+import ipaddress
+import os
+import re
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
+
+from rlcs.errors import EndpointError
+from rlcs.recipe.sampling import FROM_ENVIRONMENT, Endpoint
+
+if TYPE_CHECKING:
+    import openai
+
+_SHORTEST_SECRET = 8  # shorter keys (EMPTY, none) are placeholders, and words of answers
+_ENDING = re.compile(r"/(chat/)?completions/*$", re.IGNORECASE)
+_EXAMPLE = "write it out, like http://localhost:8000/v1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Address:
+    """Where a server is: `url` without query, user and password, which can be shown."""
+
+    url: str
+    scheme: str
+    host: str
+    query: tuple[tuple[str, str], ...] = ()
+
+
+def address(base_url: str) -> Address:
+    """Read an address as people write it: capitals, quotes, the path of a request. Raises EndpointError."""
+    text = base_url.strip().strip("\"'").strip()
+    shown = re.sub(r"//[^/?#]*@", "//***@", text).partition("?")[0][:200] or "base URL"
+    try:
+        parts = urlsplit(text)
+        port, host = parts.port, parts.hostname
+    except ValueError as error:
+        fix = "a port is a number up to 65535, and an IPv6 address stands in brackets: http://[::1]:8000/v1"
+        raise EndpointError(f"this is not the URL of a server ({error})", where=shown, fix=fix) from error
+    if parts.scheme not in ("http", "https"):
+        raise EndpointError("this is not the URL of a server", where=shown, fix=_EXAMPLE)
+    if not host or re.search(r"[\s\\<>\"{}|^`]", text) or not _is_host(host):
+        raise EndpointError("this URL names no server", where=shown, fix=_EXAMPLE)
+    if port == 0:
+        raise EndpointError("no server has port 0", where=shown, fix=_EXAMPLE)
+    name = f"[{host}]" if ":" in host else host
+    path = _ENDING.sub("", parts.path).rstrip("/")
+    url = f"{parts.scheme}://{name}{f':{port}' if port else ''}{path}"
+    return Address(url=url, scheme=parts.scheme, host=host, query=tuple(parse_qsl(parts.query)))
+
+
+def _is_host(host: str) -> bool:
+    """Whether a name can be looked up: labels of 1 to 63 characters."""
+    try:
+        host.rstrip(".").encode("idna")
+    except UnicodeError:
+        return False
+    return True
+
+
+def key(server: Endpoint) -> str:
+    """The server's key as it is sent: without the line break, quotes or `Bearer` that came with it; or "".
+
+    Raises EndpointError, without the key, for one that no header can hold.
+    """
+    return _sendable(_cleaned(os.environ.get(server.key_env, "")), f"environment variable {server.key_env}")
+
+
+def headers(server: Endpoint) -> dict[str, str]:
+    """The further headers of the recipe, with the values of environment variables. Raises EndpointError."""
+    found = {}
+    for name, value in server.request.headers.items():
+        where = f"{server.key('request.headers')}, {name}"
+        if value.startswith(FROM_ENVIRONMENT):
+            variable = value.removeprefix(FROM_ENVIRONMENT)
+            if not (value := os.environ.get(variable, "").strip()):
+                raise EndpointError(f"{variable} is not set", where=where, fix=f"export {variable}=...")
+        found[name] = _sendable(value, where)
+    return found
+
+
+def masked(text: str, server: Endpoint) -> str:
+    """The text with `***` for keys: a server may send them back, in an error or an answer."""
+    named = filter(lambda value: value.startswith(FROM_ENVIRONMENT), server.request.headers.values())
+    variables = (server.key_env, *(value.removeprefix(FROM_ENVIRONMENT) for value in named))
+    values = [os.environ.get(name, "") for name in variables]
+    for secret in {form for value in values for form in (value.strip(), _cleaned(value))}:
+        text = text.replace(secret, "***") if len(secret) >= _SHORTEST_SECRET else text
+    return text
+
+
+def _cleaned(value: str) -> str:
+    text = value.strip().strip("\"'").strip()
+    return re.sub(r"^bearer\s+", "", text, flags=re.IGNORECASE)
+
+
+def _sendable(value: str, where: str) -> str:
+    if value.isascii() and (value.isprintable() or not value):
+        return value
+    what = "a line break or a control character" if value.isascii() else "a character that is not ASCII"
+    raise EndpointError(f"the value holds {what} inside", where=where, fix="copy it again, on one line")
+
+
+def connect(server: Endpoint, place: Address, limit: float) -> "openai.AsyncOpenAI":
+    """Make the client for an event loop; nothing is sent yet. Raises EndpointError."""
+    import openai
+
+    transport = _transport(openai.DefaultAsyncHttpxClient, place, limit)
+    return openai.AsyncOpenAI(http_client=transport, timeout=limit, **_settings(server, place))
+
+
+def connect_blocking(server: Endpoint, place: Address, limits: "openai.Timeout") -> "openai.OpenAI":
+    """Make the client for plain calls; nothing is sent yet. Raises EndpointError."""
+    import openai
+
+    transport = _transport(openai.DefaultHttpxClient, place, limits)
+    return openai.OpenAI(http_client=transport, timeout=limits, **_settings(server, place))
+
+
+def _settings(server: Endpoint, place: Address) -> dict[str, Any]:
+    return {
+        "base_url": place.url,
+        "api_key": key(server) or "none",
+        "max_retries": 0,  # the callers retry, after more kinds of failures than the client does
+        "default_headers": headers(server),
+        "default_query": dict(place.query),
+    }
+
+
+def _transport(kind: Callable[..., Any], place: Address, limit: object) -> Any:
+    """The HTTP client, with the proxy that the environment names for this one host.
+
+    It is chosen here: the client would prepare all proxies of the environment, also those that do not concern
+    this host, and end with an ImportError for the first SOCKS proxy.
+    """
+    proxy, variable = _proxy(place)
+    options: dict[str, Any] = {"proxy": proxy} if proxy else {}
+    options |= {"verify": own} if (own := _own_certificates()) else {}
+    try:
+        return kind(trust_env=False, timeout=limit, **options)
+    except ImportError as error:
+        fix = f"pip install socksio, or add the server to NO_PROXY={place.host}, or unset {variable}"
+        raise EndpointError("SOCKS proxies need the package socksio", where=variable, fix=fix) from error
+
+
+def _own_certificates() -> ssl.SSLContext | None:
+    """The certificates that the environment names; None: the client's. Raises EndpointError."""
+    file, folder = os.environ.get("SSL_CERT_FILE") or None, os.environ.get("SSL_CERT_DIR") or None
+    if not file and not folder:
+        return None
+    try:
+        return ssl.create_default_context(cafile=file, capath=folder)
+    except (OSError, ssl.SSLError) as error:
+        where, fix = "SSL_CERT_FILE", "name a file with certificates in PEM format, or unset it"
+        raise EndpointError(f"it cannot be read ({error})", where=where, fix=fix) from error
+
+
+def _proxy(place: Address) -> tuple[str | None, str]:
+    """The proxy of the environment for a server, and the variable that names it. Raises EndpointError."""
+    known = getproxies_environment()
+    scheme = place.scheme if known.get(place.scheme) else "all"
+    url, variable = known.get(scheme, ""), f"{scheme.upper()}_PROXY"
+    if not url or _needs_no_proxy(place.host, known.get("no", "")):
+        return None, ""
+    url = url if "://" in url else f"http://{url}"
+    try:
+        parts = urlsplit(url)
+        usable = parts.hostname and _is_host(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.scheme not in ("http", "https", "socks5", "socks5h"):
+        raise EndpointError("this is not the URL of a proxy", where=variable, fix=_proxy_fix(place))
+    return url, variable
+
+
+def _needs_no_proxy(host: str, exceptions: str) -> bool:
+    """Whether NO_PROXY covers a host: by its name, its domain, its address or a network like 10.0.0.0/8."""
+    if proxy_bypass(host):
+        return True
+    try:
+        number = ipaddress.ip_address(host)
+        networks = [
+            ipaddress.ip_network(word.strip(), strict=False) for word in exceptions.split(",") if "/" in word
+        ]
+    except ValueError:
+        return False
+    return any(number in network for network in networks)
+
+
+def _proxy_fix(place: Address) -> str:
+    return f"write it like http://proxy.example.org:3128, or unset it, or set NO_PROXY={place.host}"
+
+
+def way(place: Address) -> str:
+    """A note for messages: the variable of the proxy through which a server is reached, or ""."""
+    return f", through the proxy of {variable}" if (variable := _proxy(place)[1]) else ""
+
+
+def untrusted(error: BaseException, place: Address) -> EndpointError | None:
+    """The error of a server whose certificate is not trusted, or that speaks no TLS; None for any other."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, ssl.SSLError):
+        seen = seen.__cause__ or seen.__context__
+    if seen is None:
+        return None
+    if isinstance(seen, ssl.SSLCertVerificationError):
+        what = f"its certificate is not trusted ({seen.verify_message})"
+        fix = "put the certificate, or that of its authority, into a PEM file and set SSL_CERT_FILE to it"
+        return EndpointError(what, where=place.url, fix=fix)
+    if seen.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+        return EndpointError("it speaks no TLS", where=place.url, fix="write http:// instead of https://")
+    return None

@@ -1,0 +1,354 @@
+"""Tries every later stage of a run in small before its first training step, so that it fails at once.
+
+Only what is still to come is tried. Nothing is written into the run's stages, and random generators are left
+as they were: results do not depend on the trial.
+"""
+
+import os
+import resource
+import shlex
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rlcs.data.run_data import RunData
+from rlcs.distill.teachers import open_teacher
+from rlcs.distributed import ALONE, World
+from rlcs.engines.factory import EngineNeeds, open_engines
+from rlcs.engines.vllm import readiness
+from rlcs.errors import DataError, EndpointError, RlcsError, RunFolderError, UserError
+from rlcs.grading.reward import try_reward
+from rlcs.model import loading
+from rlcs.model.chat import Chat
+from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.run_folder import command
+from rlcs.pipeline.space import StageSpace, existing, require_space, stage_space
+from rlcs.progress import Screen
+from rlcs.recipe.arms import RL_ARMS, TRAINING_ORDER, stages_behind
+from rlcs.recipe.sampling import EngineSettings
+from rlcs.recipe.schema import Model, Recipe
+from rlcs.records import Problem, Request, Sample
+from rlcs.signals import StopFlag
+from rlcs.storage import is_done
+from rlcs.train import sft
+from rlcs.train.checkpoint import capture_rng, restore_rng
+from rlcs.train.trackers import try_trackers
+
+TRIED_PROMPTS = 8
+"""Problems of each data source whose prompts are made."""
+TRIAL_TOKENS = 16
+"""Longest answer of a trial, unless it is a full one."""
+_TRIED_PROBLEMS = 3
+_TRIAL_TIMEOUT_S = 120.0
+_BASE_FILES = 256
+"""Open files of a run beside connections and grader processes: libraries, data, logs."""
+
+Work = Callable[[], Sequence[str]]
+"""One check: returns remarks, raises RlcsError."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coming:
+    """The stages of a run that are not done: folders to train, arms to measure, demonstrations to make."""
+
+    train: tuple[str, ...]
+    measure: tuple[str, ...]
+    asks_teacher: bool
+
+    @property
+    def rl(self) -> bool:
+        """Whether RL is to come."""
+        return any(arm in RL_ARMS for arm in self.train)
+
+    @classmethod
+    def of(cls, recipe: Recipe, folder: Path, data: RunData) -> "Coming":
+        """What the run in a folder has left to do."""
+        needed = {stage for arm in recipe.study.arms for stage in stages_behind(arm)}
+        missing = any(row.response is None for row in data.cold_start)
+        return cls(
+            train=tuple(s for s in TRAINING_ORDER if s in needed and not is_done(folder / s)),
+            measure=tuple(a for a in recipe.study.arms if not is_done(folder / "eval" / a)),
+            asks_teacher="cold_start" in needed and missing and not is_done(folder / "cold_start"),
+        )
+
+
+class Preflight:
+    """The trial of one run; under `torchrun` all ranks make it together."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, *, data: RunData, needs: EngineNeeds, world: World, stop: StopFlag
+    ) -> None:
+        """Nothing is tried yet; `needs` are those of the run's engines."""
+        self.recipe, self.folder = recipe, folder
+        self._data, self._needs, self._world, self._stop = data, needs, world, stop
+        self._coming = world.first(lambda: Coming.of(recipe, folder, data))
+        self._longest: Problem | None = None
+
+    def run(self, view: Screen, *, logs: Path) -> dict[str, float]:
+        """Make every check, a line for each; returns their seconds. `logs` is for vLLM's logs and weights.
+
+        Raises the RlcsError of the first that fails.
+        """
+        seconds: dict[str, float] = {}
+        generators = capture_rng()
+        try:
+            for name, work in self._checks(logs).items():
+                self._world.check(self._stop, "preflight")
+                started = time.monotonic()
+                try:
+                    remarks = work()
+                except RlcsError:
+                    view.say(f"preflight: {name:<14}  failed")
+                    raise
+                seconds[name] = round(time.monotonic() - started, 2)
+                view.say(f"preflight: {name:<14}  ok  {seconds[name]:5.1f} s")
+                for remark in remarks:
+                    view.say(f"  {remark}")
+        finally:
+            restore_rng(generators)
+        return seconds
+
+    def _checks(self, logs: Path) -> Mapping[str, Work]:
+        coming, mode = self._coming, self.recipe.study.preflight
+        if mode == "off" or not (coming.train or coming.measure):
+            return {}
+        real = mode == "full" or self.recipe.rollout.engine == "local"
+        checks: dict[str, Work] = {
+            "GPUs": self._gpus,
+            "folders": self._first(self._folders),
+            "open files": self._open_files,
+            "model, disk": self._first(self._model_and_disk),
+            "prompts": self._first(self._prompts),
+            "reward": self._first(self._reward),
+        }
+        if coming.asks_teacher:
+            checks["teacher"] = self._first(self._teacher)
+        if coming.train and any(self.recipe.trackers.model_dump().values()):
+            checks["trackers"] = self._first(self._trackers)
+        if self.recipe.rollout.engine != "local":
+            checks["vLLM"] = self._first(self._vllm)
+        if real:
+            checks["rollout engine"] = lambda: self._engine(logs, full=mode == "full")
+        return checks
+
+    def _first(self, work: Work) -> Work:
+        """The work on rank 0 alone."""
+        return lambda: self._world.first(work)
+
+    # --- machine ------------------------------------------------------------------------------------
+
+    def _gpus(self) -> Sequence[str]:
+        device = self._world.device or loading.default_device()
+        visible = _visible_gpus()
+        own = visible[device.index or 0] if device.type == "cuda" else ""
+        places = self._world.gather((socket.gethostname(), own))
+        training = [gpu for host, gpu in places if gpu and host == places[0][0]]
+
+        def check() -> Sequence[str]:
+            words = shlex.join(command()[1:])
+            rollout = self.recipe.rollout
+            readiness.require_own_gpus(rollout, training=training, visible=visible, command=words)
+            if not self._world.grouped:
+                loading.require_unsharded(self.recipe.parallel)
+            return ()
+
+        return self._world.first(check)
+
+    def _folders(self) -> Sequence[str]:
+        weights = self.recipe.rollout.weights_folder
+        for path in (self.folder, *([Path(weights)] if weights else [])):
+            place = existing(path)
+            try:
+                with tempfile.TemporaryFile(dir=place) as file:
+                    file.write(b"test")
+                    file.flush()
+            except OSError as error:
+                fix = "choose a folder in which you may write: --out, or rollout.weights_folder"
+                raise RunFolderError(
+                    f"cannot write there: {error.strerror}", where=str(place), fix=fix
+                ) from error
+        return ()
+
+    def _open_files(self) -> Sequence[str]:
+        """Raise the soft limit of this process as far as the run needs it."""
+        recipe, needed = self.recipe, _BASE_FILES
+        if recipe.rollout.engine == "vllm_server":
+            needed += recipe.rollout.concurrency * (len(recipe.rollout.urls) or recipe.rollout.servers)
+        needed += recipe.teacher.concurrency if self._coming.asks_teacher else 0
+        needed += recipe.grpo.reward.judge.concurrency if "judge" in recipe.grpo.reward.weights else 0
+        needed += 4 * (recipe.grpo.reward.workers or os.cpu_count() or 1) * len(recipe.grpo.reward.weights)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY or soft >= needed:
+            return ()
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f"a process may open {hard:,} files here, and the run needs {needed:,}",
+                where="ulimit -n",
+                fix="raise it, or lower rollout.concurrency, teacher.concurrency or grpo.reward.workers",
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return [f"the limit on open files is raised from {soft:,} to {needed:,}"]
+
+    # --- model, data, graders -----------------------------------------------------------------------
+
+    def _model_and_disk(self) -> Sequence[str]:
+        """Prepare the structure of the model for each stage, and compare the space that it takes."""
+        recipe, stages = self.recipe, dict[str, StageSpace]()
+        demonstrations = len(self._data.cold_start) * max(1, recipe.teacher.max_kept)
+        for name in self._coming.train:
+            settings = recipe.sft if name == "sft" else recipe.grpo
+            steps = sft.steps_of(recipe.sft, demonstrations) if name == "sft" else recipe.grpo.steps
+            vlm = loading.load(recipe.learner, weights=False)
+            vlm = loading.prepare(vlm, recipe.lora, settings.freeze, seed=recipe.seed)
+            if not any(parameter.requires_grad for parameter in vlm.model.parameters()):
+                key = f"{'sft' if name == 'sft' else 'grpo'}.freeze"
+                raise UserError(
+                    "no part of the model is left to train", where=key, fix="take a part out of it"
+                )
+            stages[name] = stage_space(vlm, settings, steps=steps)
+        weights = None
+        if recipe.rollout.engine != "local":
+            weights = self._needs.weights_folder(self.folder / "rollout")
+        return [require_space(self.folder, stages, weights=weights)] if stages else []
+
+    def _prompts(self) -> Sequence[str]:
+        """Make prompts of some problems of each source, among them the one with the largest image."""
+        recipe, remarks = self.recipe, list[str]()
+        sources = {"data.test": (self._data.test, False), "data.rl": (self._data.rl, True)}
+        sources["validation.source"] = (self._data.validation, False)
+        sources["data.cold_start"] = (tuple(row.problem for row in self._data.cold_start), False)
+        for key, (problems, rl) in sources.items():
+            if not problems:
+                continue
+            chat = loading.load_chat(recipe.model, recipe.prompt, recipe.images, rl=rl)
+            chosen = spread_out(problems, TRIED_PROMPTS)
+            made = list(zip(chosen, chat.prompts(chosen), strict=True))
+            errors = [prompt for _, prompt in made if isinstance(prompt, DataError)]
+            if len(errors) == len(made):
+                raise type(errors[0])(
+                    f"none of {len(made)} prompts of {key} can be used; the first: {errors[0].what}",
+                    where=errors[0].where or key,
+                    fix=errors[0].fix or "correct the data",
+                )
+            if errors:
+                remarks.append(
+                    f"{len(errors)} of {len(made)} tried prompts of {key} are left out: {errors[0].what}"
+                )
+            fitting = [problem for problem, prompt in made if not isinstance(prompt, DataError)]
+            self._longest = max([*fitting, *filter(None, [self._longest])], key=_pixels)
+        return remarks
+
+    def _reward(self) -> Sequence[str]:
+        """Call the parts of the reward that are still needed: a mistake in it must not wait for RL."""
+        reward, rl = self.recipe.grpo.reward, self._coming.rl
+        with (
+            TemporaryDirectory() as replies,
+            open_graders(reward, ALONE, Path(replies), only_correct=not rl, trial=True) as (grader, _),
+        ):
+            warnings = try_reward(grader, (self._data.rl if rl else self._data.test)[0])
+        return [f"warning: {warning}" for warning in warnings]
+
+    def _teacher(self) -> Sequence[str]:
+        """Ask for one short answer, or for another where the teacher refuses that problem."""
+        teacher = self.recipe.teacher
+        if teacher.who == "local":
+            loading.load(Model(name=str(teacher.model)), weights=False)
+            return self._startable(teacher.rollout, "teacher.rollout")
+        problems = [row.problem for row in self._data.cold_start if row.response is None][:_TRIED_PROBLEMS]
+        brief = {
+            "max_tokens": min(teacher.max_tokens, TRIAL_TOKENS),
+            "max_retries": min(teacher.max_retries, 1),
+        }
+        brief["concurrency"] = 1  # a second problem is asked about only where the first is refused
+        short = teacher.model_copy(
+            update={**brief, "request_timeout_s": min(teacher.request_timeout_s, _TRIAL_TIMEOUT_S)}
+        )
+        samples: list[Sample] = []
+        known = {problem.id: problem for problem in problems}
+        with (
+            TemporaryDirectory() as logs,
+            open_teacher(short, known, self.recipe.images, seed=self.recipe.seed, logs=Path(logs)) as sampler,
+        ):
+            for problem in problems:
+                samples += sampler.samples([Request.of(problem)], stop=self._stop)
+                if self._stop.is_set or not samples[-1].error:
+                    return ()
+                if samples[-1].retryable:
+                    return [f"warning: the teacher does not answer now: {samples[-1].error}"]
+        raise EndpointError(
+            f"the teacher answers none of {len(problems)} problems: {samples[-1].error}",
+            where=teacher.base_url or "teacher",
+            fix="see the log of its server; a text model cannot be asked about images",
+        )
+
+    def _trackers(self) -> Sequence[str]:
+        with TemporaryDirectory() as folder:
+            try_trackers(self.recipe.trackers, Path(folder) / self.folder.absolute().name / "preflight")
+        return ()
+
+    # --- the engine -----------------------------------------------------------------------------------
+
+    def _vllm(self) -> Sequence[str]:
+        rollout = self.recipe.rollout
+        if rollout.urls:
+            readiness.require_reachable(rollout)
+            return ()
+        if rollout.engine == "vllm_colocated" and self._world.grouped:
+            raise UserError(
+                "vLLM inside a training process works with one process only",
+                where="rollout.engine=vllm_colocated",
+                fix="use rollout.engine=vllm_server with torchrun",
+            )
+        return self._startable(rollout, "rollout")
+
+    def _startable(self, settings: EngineSettings, section: str) -> Sequence[str]:
+        if settings.engine == "local":
+            return ()
+        return [f"vLLM {readiness.require_startable(settings, section)}"]
+
+    def _engine(self, logs: Path, *, full: bool) -> Sequence[str]:
+        """Load the model, start the engine, and answer the problem with the largest image.
+
+        A full trial allows the longest answer, and loads the weights a second time, as after a step of RL.
+        """
+        recipe = self.recipe
+        longest = max(recipe.grpo.max_new_tokens if self._coming.rl else 0, recipe.eval.max_new_tokens)
+        problem = self._world.gather(self._longest)[0]
+        loading.give_back_memory()
+        vlm = loading.spread(loading.load(recipe.model, world=self._world), recipe.parallel)
+        chat: Chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=self._coming.rl)
+        sampling = chat.sampling(
+            n=1, temperature=0.0, max_new_tokens=longest if full else min(longest, TRIAL_TOKENS), seed=0
+        )
+        prompts = [chat.prompt(problem)] if problem is not None and self._world.rank == 0 else []
+        with open_engines(self._needs, logs) as make:
+            engine = make(vlm, chat, 1)
+            for _ in range(2 if full else 1):
+                engine.sync()
+                engine.sample(prompts, sampling)
+        return ()
+
+
+def spread_out(problems: Sequence[Problem], count: int) -> list[Problem]:
+    """At most `count` problems, evenly spread, and the one with the largest image."""
+    step = max(1, len(problems) // count)
+    chosen = dict.fromkeys(islice(range(0, len(problems), step), count))
+    largest = max(range(len(problems)), key=lambda index: _pixels(problems[index]))
+    return [problems[index] for index in {**chosen, largest: None}]
+
+
+def _pixels(problem: Problem) -> int:
+    return max((image.width * image.height for image in problem.images), default=0)
+
+
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    named = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    return named or [str(index) for index in range(torch.cuda.device_count())]
