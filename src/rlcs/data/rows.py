@@ -92,7 +92,6 @@ class RowReader:
         self._table = table
         self._as_given = settings.answers == "as_given"
         self._system = settings.system
-        self._system = settings.system
         self._role = role
         self._ids: dict[str, str] = {}
         self._pictures: dict[str, tuple[ImageRef, ...]] = {}
