@@ -211,6 +211,12 @@ def spread(vlm: Vlm, settings: Parallel) -> Vlm:
     """
     if vlm.world.grouped:
         return replace(vlm, fsdp_root=shard(vlm.model, vlm.world, settings))
+    require_unsharded(settings)
+    return vlm
+
+
+def require_unsharded(settings: Parallel) -> None:
+    """Raise UserError for settings that only a sharded model can have."""
     for key in ("compute_dtype", "reduce_dtype", "cpu_offload"):
         if getattr(settings, key) not in ("same", False):
             raise UserError(
@@ -218,7 +224,6 @@ def spread(vlm: Vlm, settings: Parallel) -> Vlm:
                 where=f"parallel.{key}",
                 fix="start with `torchrun --nproc-per-node N -m rlcs ...` (N may be 1), or leave it out",
             )
-    return vlm
 
 
 def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
@@ -252,10 +257,13 @@ def make_chat(
     return _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
 
 
-def load_chat(model: ModelSettings, prompts: Prompts, images: Images) -> Chat:
-    """Make the chat format of a model that is not loaded, from its processor alone. Raises ModelError."""
+def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: bool = False) -> Chat:
+    """Make the chat format of a model that is not loaded, as `make_chat` does, from its processor alone.
+
+    Raises ModelError.
+    """
     config, processor = _load_description(model)
-    return _chat(processor, family_of(config.model_type, model.name), prompts, images, rl=False)
+    return _chat(processor, family_of(config.model_type, model.name), prompts, images, rl=rl)
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
