@@ -71,7 +71,7 @@ BAD = {
     '{"id": "x", "response": "5", "answer": null}': "no gold answer",
     '{"id": "x", "response": "5", "answer": "5", "choices": "ab"}': "'choices' must be a list",
     '{"id": "x", "response": "5", "answer": "5", "precision": "two"}': "'precision' must be",
-    '{"id": "x", "response": "5", "answer": "E", "choices": ["1", "2"]}': "is no such option",
+    '{"id": "x", "response": "5", "answer": "E", "choices": ["1", "2"]}': "names no option",
     '{"id": "x", "response": "5", "answer": "\\\\frac{1}{"}': "braces do not match",
     '{"id": "x", "response": "5", "answer": "\\\\foo{\\\\bar}^^"}': "is not a formula",
 }

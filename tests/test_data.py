@@ -82,10 +82,10 @@ def test_a_history_is_the_turns_before_the_question(folder):
 @pytest.mark.parametrize(
     ("history", "reason"),
     [
-        ([["a", "b"]], "the history must be a list of {role, text}"),
-        ([{"role": "user", "text": 3}], "text must be a text"),
-        ([{"role": "tool", "text": "x"}], "role must be one of"),
-        (HISTORY[:2], "turns of user and assistant alternate"),
+        (["a", "b"], "turn 1 must be a mapping"),
+        ([{"role": "user", "text": 3}], "turn 1 must hold texts"),
+        ([{"role": "tool", "text": "x"}], "turn 1 calls or is a tool"),
+        (HISTORY[:2], "two user turns follow each other (turns 1 and 2)"),
         ([*HISTORY[1:], HISTORY[0]], "a system turn comes first"),
     ],
 )
@@ -189,11 +189,12 @@ def good_row(**changes):
         (good_row(answer=...), "no answer: none of answer, solution"),
         (good_row(answer=""), "the answer is empty"),
         (good_row(answer=True), "a text or a number, not bool True"),
-        (good_row(answer=None), "not NoneType None"),
-        (good_row(answer=[]), r"not list \[\]"),
+        (good_row(answer=None), "the answer is empty"),
+        (good_row(question=None), "the question is empty"),
+        (good_row(answer=[]), "the answer is empty"),
         (good_row(answer=[None]), "not NoneType None"),
         (good_row(answer={"a": 1}), "not dict"),
-        (good_row(answer="C", choices=["1", "2"]), "the gold answer 'C' is no such option"),
+        (good_row(answer="C", choices=["1", "2"]), "the gold answer 'C' names no option"),
         (good_row(answer=0, choices=["red", "blue"]), "an index from 0 or from 1"),
         (good_row(answer="\\boxed{5"), "the last box is not closed"),
         (good_row(answer="so many words " * 20), "no answer is marked"),
@@ -408,7 +409,7 @@ def test_parquet_names_bad_rows_by_number(folder):
     pq.write_table(pa.table({"question": questions, "answer": answers}), folder / "rows.parquet")
     loaded = load(str(folder / "rows.parquet"))
     assert [bad.where.partition("#")[2] for bad in loaded.bad] == ["70", "130"]
-    assert "not NoneType" in loaded.bad[0].reason
+    assert "the answer is empty" in loaded.bad[0].reason
     assert "cannot be decoded" in loaded.bad[1].reason
     assert len(loaded.rows) == 148
     assert loaded.rows[-1].problem.id == "149"
@@ -531,7 +532,7 @@ def test_a_folder_of_parquet_files_is_a_data_set(dataset, tmp_path, monkeypatch)
     dataset.to_parquet(str(tmp_path / "set" / "data" / "train-00000-of-00001.parquet"))
     loaded = load(str(tmp_path / "set"))
     assert [row.problem.answer for row in loaded.rows] == ["red", "7", "green"]
-    with pytest.raises(DataError, match=r"cannot be loaded.*test"):
+    with pytest.raises(DataError, match=r"no split test\n.*its splits are: train"):
         load(str(tmp_path / "set"), "test")
 
 

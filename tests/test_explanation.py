@@ -43,7 +43,7 @@ def test_each_side_is_shown_as_it_was_found_and_read(file: Path) -> None:
 def test_what_has_no_answer_or_no_verdict_is_explained_too(file: Path) -> None:
     assert "answer   none" in explained(file, "none") and "no box" in explained(file, "none")
     bad = explained(file, "bad")
-    assert bad.startswith("not scored") and "choices  1; 2" in bad and "is no such option" in bad
+    assert bad.startswith("not scored") and "choices  1; 2" in bad and "names no option" in bad
     assert explained(file, "blank") == "not scored: no gold answer"
 
 

@@ -12,11 +12,11 @@ THREE = ("10", "12 cm", "14")
 @pytest.mark.parametrize(
     ("gold", "choices", "fault"),
     [
-        ("D", THREE, "is no such option: the 3 choices are A to C"),
-        ("(e)", THREE, "is no such option"),
-        ("A, D", THREE, "is no such option"),
-        ("E. 12", THREE, "is no such option"),
-        ("B. 14", THREE, "is no such option"),
+        ("D", THREE, "names no option: the 3 choices are A to C"),
+        ("(e)", THREE, "names no option"),
+        ("A, D", THREE, "names no option"),
+        ("E. 12", THREE, "names no option"),
+        ("B. 14", THREE, "names no option"),
         ("0", THREE, "equals none of the 3 choices; an index from 0 or from 1"),
         ("2", THREE, "an index from 0 or from 1"),
         ("13", THREE, "equals none of the 3 choices"),

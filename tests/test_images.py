@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from rlcs.data import images
 from rlcs.errors import DataError, ImageError
+from rlcs.recipe.schema import Images
 from rlcs.records import ImageRef
 
 LIMIT = 50_000_000
@@ -174,6 +175,9 @@ def test_a_damaged_middle_is_found_when_the_image_is_decoded():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a PNG"),
         (b"\x89PNG\r\n\x1a\n", "header is damaged"),
         (b"\xff\xd8\xff\xe0", "header is damaged"),
+        (b"\0\0\0\x20ftypavif" + b"\0" * 20, "header is damaged"),
+        (b"\0\0\0\x20ftypheic" + b"\0" * 20, "header is damaged|another package"),
+        (b"\0\0\0\x20ftypisom" + b"\0" * 20, "not a PNG"),
         (b"GIF89a\x00\x00\x00\x00\x00\x00\x00", "damaged|0 x 0"),
         (b"RIFF\x10\x00\x00\x00WEBPVP8 ", "header is damaged"),
         (b"II*\x00\xff\xff\xff\x7f", "header is damaged"),
@@ -296,3 +300,111 @@ def test_what_was_admitted_within_a_limit_opens_without_naming_it(tmp_path):
     wide = encoded(Image.new("1", (8000, 7000)))
     large = images.image_from_bytes(wide, limit=8000 * 7000, where="x")
     assert images.open_image(large).size == (8000, 7000)
+
+
+# ------------------------------------------------------------------------------ what cameras and tools write
+
+
+def heif(image, **options):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(image).save(buffer, quality=95, **options)
+    return buffer.getvalue()
+
+
+def needs_avif():
+    if not features.check("avif"):
+        pytest.skip("this build of Pillow has no AVIF")
+
+
+def test_photos_of_phones_are_read():
+    needs_avif()
+    for data, kind in ((heif(noise()), "heic"), (encoded(noise(), "AVIF"), "avif")):
+        image = decoded(data)
+        assert (image.mode, image.size) == ("RGB", (64, 48))
+        assert images.image_kind(data) == kind
+        with pytest.raises(ImageError, match="truncated"):
+            images.image_from_bytes(data[: len(data) * 9 // 10], limit=LIMIT, where="x")
+
+
+def test_whole_photos_of_phones_are_not_decoded_to_be_measured(monkeypatch):
+    needs_avif()
+    data = [heif(noise()), encoded(noise(), "AVIF")]
+    monkeypatch.setattr(images, "_decoded", None)
+    assert [images.image_from_bytes(each, limit=LIMIT, where="x").width for each in data] == [64, 64]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_photos_of_phones_too(orientation):
+    needs_avif()
+    image = Image.new("RGB", (64, 32), "white")
+    image.paste("red", (0, 0, 32, 16))
+    tags = Image.Exif()
+    tags[274] = orientation
+    exif = tags.tobytes()
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    photo = pillow_heif.from_pillow(image)
+    photo.info["exif"] = exif
+    photo.save(buffer, quality=95)
+    for data in (encoded(image, "AVIF", exif=exif), encoded(image, "JPEG", exif=exif), buffer.getvalue()):
+        ref = images.image_from_bytes(data, limit=LIMIT, where="x")
+        shown = images.open_image(ref)
+        turned = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(image, "JPEG", exif=exif))))
+        assert (ref.width, ref.height) == shown.size == turned.size, images.image_kind(data)
+        spots = [(x, y) for x in (5, ref.width - 6) for y in (5, ref.height - 6)]
+        red = [[picture.getpixel(spot)[1] < 100 for spot in spots] for picture in (shown, turned)]
+        assert red[0] == red[1], images.image_kind(data)
+
+
+def test_a_photo_that_needs_another_package_names_it(monkeypatch):
+    data = heif(noise())
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"HEIC.*\n  -> pip install pillow-heif"):
+        images.image_from_bytes(data, limit=LIMIT, where="x.heic")
+    monkeypatch.setattr(features, "check", lambda name: False)
+    if Image.registered_extensions().get(".avif"):
+        with pytest.raises(ImageError, match="reads no AVIF"):
+            images.image_from_bytes(encoded(noise(), "AVIF"), limit=LIMIT, where="x.avif")
+
+
+def test_an_image_that_other_tools_do_not_read_is_passed_on_as_png():
+    for data, kind in (
+        (heif(noise()), "png"),
+        (encoded(noise(), "TIFF"), "png"),
+        (encoded(noise(), "JPEG"), "jpeg"),
+    ):
+        ref = images.image_from_bytes(data, limit=LIMIT, where="x")
+        portable = images.portable_image(ref)
+        assert images.image_kind(portable) == kind and decoded(portable).tobytes() == decoded(data).tobytes()
+        assert portable == data or kind == "png"
+
+
+def test_a_photo_of_a_hundred_megapixels_is_read_at_a_reduced_scale():
+    whole = Image.linear_gradient("L").resize((10_240, 9_001)).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encoded(whole, "JPEG", exif=exif, quality=80)
+    ref = images.image_from_bytes(data, limit=images.DECODE_LIMIT, where="x.jpg")
+    assert (ref.width, ref.height) == (9_001, 10_240)
+    shown = images.open_image(ref)
+    assert shown.size == (4_501, 5_120) and shown.width * shown.height > 16_777_216
+    left, right = (shown.getpixel((x, 2_000))[0] for x in (4_400, 100))
+    assert left < 30 and right > 225
+
+
+def test_an_ordinary_photo_is_decoded_in_full_and_within_the_limit():
+    ref = images.image_from_bytes(
+        encoded(Image.new("L", (6_000, 4_000)), "JPEG"), limit=200_000_000, where="x"
+    )
+    assert images.open_image(ref).size == (6_000, 4_000)
+    assert Images().decode_limit == images.DECODE_LIMIT == 200_000_000
+
+
+def test_animations_are_their_first_frame_in_every_format():
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green")]
+    kinds = ["GIF", "WEBP", "PNG", "TIFF", *(["AVIF"] if features.check("avif") else [])]
+    for kind in kinds:
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        red, green, blue = decoded(data).getpixel((5, 5))
+        assert red > 240 and green < 20 and blue < 20, kind

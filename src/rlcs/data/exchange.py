@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlcs.data.images import encoded_image, image_kind
+from rlcs.data.images import image_kind, portable_image
 from rlcs.data.problem_store import copy_image
 from rlcs.data.rows import Row
 from rlcs.errors import RunFolderError
@@ -116,7 +116,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
 
 
 def _embedded(ref: ImageRef) -> dict[str, Any]:
-    data = encoded_image(ref)
+    data = portable_image(ref)
     return {"bytes": data, "path": f"{ref.sha256[:24]}.{image_kind(data)}"}
 
 

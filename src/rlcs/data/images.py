@@ -7,9 +7,10 @@ checksum of its reference.
 import base64
 import hashlib
 import stat
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rlcs.errors import ImageError
 from rlcs.records import ImageRef
@@ -21,9 +22,15 @@ if TYPE_CHECKING:
 
 MAX_ASPECT = 200
 """Longest side over shortest; Qwen's image processor refuses more."""
-DECODE_LIMIT = 50_000_000
+DECODE_LIMIT = 200_000_000
 """Default limit for the pixels of one image."""
+_KEPT_PIXELS = 16_777_216
+"""A JPEG of 4, 16 or 64 times as many pixels is decoded at a half, a quarter or an eighth of its size: more
+than any recipe shows to a model, for a fraction of the time and memory."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"}
+_AVIF_BRANDS = {b"avif", b"avis"}
+_SHOWN = 200
 _BYTES_PER_PIXEL = 8
 """Bounds the bytes read into memory: a valid file is no larger than its pixels as 16-bit RGBA."""
 
@@ -58,7 +65,7 @@ def _measured(data: bytes, *, limit: int, where: str) -> tuple[int, int]:
 
 
 def open_image(ref: ImageRef, *, limit: int | None = None) -> "Image":
-    """Decode an image fully, as RGB of `ref.width` x `ref.height` pixels.
+    """Decode an image fully, as RGB of `ref.width` x `ref.height` pixels (less for JPEGs of 67 megapixels).
 
     It is turned by its EXIF orientation, transparency becomes white, CMYK is converted, 16-bit gray scaled to
     8 bits, and an animation gives its first frame. `limit` is as in `encoded_image`. Raises ImageError if the
@@ -66,7 +73,8 @@ def open_image(ref: ImageRef, *, limit: int | None = None) -> "Image":
     """
     limit, where = _bounds(ref, limit)
     result = _decoded(encoded_image(ref, limit=limit), limit=limit, where=where)
-    if result.size != (ref.width, ref.height):
+    scale = _draft_scale(ref.width, ref.height)
+    if result.size not in ((ref.width, ref.height), (-(-ref.width // scale), -(-ref.height // scale))):
         raise ImageError(f"decoded to {result.size}, not as its header says", where=where, fix="replace it")
     return result
 
@@ -85,6 +93,12 @@ def encoded_image(ref: ImageRef, *, limit: int | None = None) -> bytes:
     if hashlib.sha256(data).hexdigest() != ref.sha256:
         raise ImageError("the image changed after it was first read", where=where, fix="load the data again")
     return data
+
+
+def portable_image(ref: ImageRef) -> bytes:
+    """The encoded bytes of an image, as PNG if browsers and other tools do not read its own format."""
+    data = encoded_image(ref)
+    return encode(open_image(ref)) if _format_of(data) in ("HEIC", "TIFF") else data
 
 
 def _bounds(ref: ImageRef, limit: int | None) -> tuple[int, str]:
@@ -113,10 +127,14 @@ def _decoded(data: bytes, *, limit: int, where: str) -> "Image":
     image = _opened(data, limit=limit, where=where)
     orientation = _orientation(image)
     try:
+        if image.format == "JPEG" and (scale := _draft_scale(*image.size)) > 1:
+            image.draft(None, (image.width // scale, image.height // scale))
         image.load()
         return _upright(_rgb(image), orientation)
     except Exception as error:  # a decoder may raise any exception on hostile bytes
-        raise ImageError(f"damaged or truncated: {error}", where=where, fix="replace the image") from error
+        raise ImageError(
+            f"damaged or truncated: {str(error)[:_SHOWN]}", where=where, fix="replace the image"
+        ) from error
 
 
 def _read_image(path: Path, *, where: str, limit: int) -> bytes:
@@ -128,37 +146,48 @@ def _read_image(path: Path, *, where: str, limit: int) -> bytes:
             raise ImageError(f"a file of {info.st_size:,} bytes is no image within the limit", where=where)
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ImageError("the image is missing", where=where, fix=f"expected at {path}") from error
+        raise ImageError(
+            "the image is missing",
+            where=where,
+            fix=f"expected at {path}; data.image_root names another folder",
+        ) from error
     except OSError as error:
         raise ImageError(f"the image cannot be read: {error.strerror}", where=where) from error
+
+
+def _draft_scale(width: int, height: int) -> int:
+    """By what a JPEG of this size is divided when it is decoded: 1, 2, 4 or 8."""
+    return next((scale for scale in (8, 4, 2) if width * height >= scale**2 * _KEPT_PIXELS), 1)
 
 
 def _format_of(data: bytes) -> str | None:
     """The supported format that these bytes begin with, by the marks that Pillow knows."""
     from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 - these two register themselves
 
+    if data[4:8] == b"ftyp":  # an ISO media file: its brands say what its pictures are
+        size = min(int.from_bytes(data[:4], "big"), 256)
+        brands = {data[8:12], *(data[at : at + 4] for at in range(16, size, 4))}
+        return "HEIC" if brands & _HEIC_BRANDS else "AVIF" if brands & _AVIF_BRANDS else None
     Image.preinit()
     accepting = (name for name in _FORMATS if (accepts := Image.OPEN[name][1]) and accepts(data[:16]))
     return next(accepting, None)
 
 
 def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
-    """Parse an image's header and check size and mode, before any pixel is decoded.
-
-    `Image.open` is avoided: it has another size limit, which is global to the process.
-    """
-    from PIL import Image
-
+    """Parse an image's header and check size and mode, before any pixel is decoded."""
     if not data:
         raise ImageError("the image is empty (0 bytes)", where=where, fix="replace it")
     name = _format_of(data)
     if name is None:
-        what = "not a PNG, JPEG, WebP, GIF, BMP or TIFF file"
+        what = "not a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC file"
         raise ImageError(what, where=where, fix="convert the image, or correct the path")
+    parse = _parser(name, where)
     try:
-        image = Image.OPEN[name][0](BytesIO(data), "")
+        image = parse(BytesIO(data))
     except Exception as error:  # a parser may raise any exception on hostile bytes
-        raise ImageError(f"the image header is damaged: {error}", where=where, fix="replace it") from error
+        raise ImageError(
+            f"the image header is damaged: {str(error)[:_SHOWN]}", where=where, fix="replace it"
+        ) from error
     width, height = image.size
     size = f"{width:,} x {height:,} pixels"
     if width <= 0 or height <= 0:
@@ -174,6 +203,31 @@ def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
     return image
 
 
+def _parser(name: str, where: str) -> "Callable[[BytesIO], ImageFile]":
+    """What parses the header of a format. Raises ImageError for one that this installation cannot read.
+
+    `Image.open` is avoided: it has another size limit, which is global to the process.
+    """
+    from PIL import Image, features
+
+    if name == "HEIC":
+        try:
+            from pillow_heif import HeifImageFile
+        except ImportError as error:
+            fix = "pip install pillow-heif, or convert it to JPEG"
+            raise ImageError("a HEIC photo needs another package", where=where, fix=fix) from error
+        return cast("Callable[[BytesIO], ImageFile]", HeifImageFile)
+    if name == "AVIF":
+        if not features.check("avif"):
+            fix = "install Pillow's own wheel (pip install --force-reinstall pillow), or convert it to PNG"
+            raise ImageError("this build of Pillow reads no AVIF", where=where, fix=fix)
+        from PIL import AvifImagePlugin
+
+        return AvifImagePlugin.AvifImageFile
+    opener = Image.OPEN[name][0]
+    return lambda file: opener(file, "")
+
+
 def _may_be_truncated(data: bytes) -> bool:
     """Whether the end mark of a PNG, JPEG or WebP is missing; always true for formats without one."""
     if data.startswith(b"\x89PNG"):
@@ -182,13 +236,26 @@ def _may_be_truncated(data: bytes) -> bool:
         return data.find(b"\xff\xd9", max(data.rfind(b"\xff\xda"), 0)) < 0
     if data.startswith(b"RIFF"):
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    return True
+    return data[4:8] != b"ftyp" or _boxes_end(data) != len(data)
+
+
+def _boxes_end(data: bytes) -> int:
+    """Where the last of the boxes of an ISO media file ends, by the sizes that they state."""
+    end = 0
+    while end < len(data):
+        size = int.from_bytes(data[end : end + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[end + 8 : end + 16], "big")
+        if size == 0:  # the last box, to the end of the file
+            return len(data)
+        end += max(size, 8)
+    return end
 
 
 def _orientation(image: "ImageFile") -> int:
     """The orientation of an image as in EXIF tag 274: 1 (upright) to 8; from 5 on it lies on its side."""
-    # Pillow turns a TIFF by itself, and would decode a PNG to look for EXIF behind the pixels.
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+    # Pillow turns a TIFF and pillow-heif a HEIC by itself; a PNG would be decoded to look for EXIF behind it.
+    if image.format in ("TIFF", "HEIF") or (image.format == "PNG" and "exif" not in image.info):
         return 1
     try:
         orientation = int(image.getexif().get(274, 1))
@@ -214,7 +281,7 @@ def _rgb(image: "Image") -> "Image":
         layer = image.convert("RGBA")
         white = pil.new("RGBA", layer.size, "white")
         return pil.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def is_plain(data: bytes) -> bool:

@@ -5,6 +5,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlcs.data.check import grouped
@@ -19,44 +20,47 @@ _SHOWN_ENDING = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """The rows of a source, in order: the usable ones, and the bad ones with their reasons."""
+    """The rows of a source, in order: the usable ones, and the bad ones with their reasons.
+
+    `notes` say what a user should know: the layout, columns that differ, which gold answers were unwrapped.
+    """
 
     rows: tuple[Row, ...]
     bad: tuple[BadRow, ...] = ()
     source: str = ""
+    notes: tuple[str, ...] = ()
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was unwrapped from gold answers, with an example, and how many rows have a system prompt."""
-        return (*self._unwrapped_note(), *self._system_note())
 
-    def _system_note(self) -> tuple[str, ...]:
-        own = [row.problem for row in self.rows if row.own_system]
-        if not own:
-            return ()
-        used = any(turn.role == "system" for problem in own for turn in problem.history)
-        how = "used instead of prompt.system" if used else "left out (data.system=recipe)"
-        return (f"{len(own):,} rows have a system prompt of their own, {how}",)
+def _unwrapped_note(rows: Sequence[Row]) -> tuple[str, ...]:
+    """How many gold answers were unwrapped, from what, and the first of them; empty if none was."""
+    wrapped = [row for row in rows if row.mark]
+    if not wrapped:
+        return ()
+    marks = ", ".join(f"{mark}: {n:,}" for mark, n in Counter(row.mark for row in wrapped).most_common())
+    first = wrapped[0]
+    given = first.given if len(first.given) <= _SHOWN_ENDING else f"...{first.given[-_SHOWN_ENDING:]}"
+    example = f"row {first.problem.id}: {given!r} is {first.problem.answer[:_SHOWN_ENDING]!r}"
+    return (f"{len(wrapped):,} gold answers were unwrapped ({marks}), e.g. {example}",)
 
-    def _unwrapped_note(self) -> tuple[str, ...]:
-        wrapped = [row for row in self.rows if row.mark]
-        if not wrapped:
-            return ()
-        marks = ", ".join(f"{mark}: {n:,}" for mark, n in Counter(row.mark for row in wrapped).most_common())
-        first = wrapped[0]
-        given = first.given if len(first.given) <= _SHOWN_ENDING else f"...{first.given[-_SHOWN_ENDING:]}"
-        example = f"row {first.problem.id}: {given!r} is {first.problem.answer[:_SHOWN_ENDING]!r}"
-        return (f"{len(wrapped):,} gold answers were unwrapped ({marks}), e.g. {example}",)
+
+def _system_note(rows: Sequence[Row]) -> tuple[str, ...]:
+    """How many rows have a system prompt of their own, and whether it is used."""
+    own = [row.problem for row in rows if row.own_system]
+    if not own:
+        return ()
+    used = any(turn.role == "system" for problem in own for turn in problem.history)
+    how = "used instead of prompt.system" if used else "left out (data.system=recipe)"
+    return (f"{len(own):,} rows have a system prompt of their own, {how}",)
 
 
 def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: bool = False) -> Loaded:
     """Read a source; image headers are checked, and with `decode` every image is decoded in full.
 
-    `source` is a `.jsonl`, `.json` or `.parquet` file, a folder or hub id of a Hugging Face data set
-    (with `?split=...&config=...` if need be), or `builtin:NAME?count=...&seed=...`. `decode_limit` is
-    in pixels an image. `role` decides what a row must have: `ask` a question, `rl` and `test` also an answer;
-    in `cold_start` a row with a response is a demonstration, and so is one whose *answer* is a worked
-    solution that ends in a box (see `rows.demonstrated`).
+    `source` is a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, a folder or hub id of a
+    Hugging Face data set (with `?split=...&config=...` if need be), or `builtin:NAME?count=...&seed=...`.
+    `decode_limit` is in pixels an image. `role` decides what a row must have: `ask` a question, `rl` and
+    `test` also an answer; in `cold_start` a row with a response is a demonstration, and so is one whose
+    *answer* is a worked solution that ends in a box (see `rows.demonstrated`).
 
     A row that cannot be used, also for a damaged image, is returned in `bad`. Raises DataError when the
     source as a whole cannot be used.
@@ -74,7 +78,8 @@ def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: 
             rows.append(result)
         else:
             bad.append(result)
-    return Loaded(rows=tuple(rows), bad=tuple(bad), source=source)
+    notes = (*table.notes, *reader.notes.lines, *_unwrapped_note(rows), *_system_note(rows))
+    return Loaded(rows=tuple(rows), bad=tuple(bad), source=source, notes=notes)
 
 
 def require_usable(loaded: Loaded, settings: Data) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from rlcs.data.images import encode, encoded_image, image_from_bytes, image_kind, open_image
+from rlcs.data.images import encode, image_from_bytes, image_kind, open_image, portable_image
 from rlcs.errors import DataError
 from rlcs.records import ImageRef, Problem, to_row
 from rlcs.storage import append_jsonl, atomic_write, read_jsonl
@@ -25,7 +25,7 @@ def copy_image(ref: ImageRef, folder: Path, *, side: int | None = None) -> Image
     With `side` a large file is shrunk to so many pixels on its longer side. Raises ImageError when the image
     cannot be read, RunFolderError when the disk is full.
     """
-    data = encoded_image(ref)
+    data = portable_image(ref)
     small = side is None or len(data) <= _SMALL_BYTES
     name = f"images/{ref.sha256[:24]}.{image_kind(data) if small else 'webp'}"
     path = folder / name

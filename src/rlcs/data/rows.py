@@ -3,28 +3,38 @@
 No content of a row raises an error: a faulty row becomes a `BadRow`, which names it.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from rlcs.data.images import image_from_bytes, image_from_path, open_image
-from rlcs.data.sources import RawRow, Role, Table, suggest
+from rlcs.data.files import RawRow
+from rlcs.data.layouts import Converted, Layout, may_be_read, recognise
+from rlcs.data.row_images import RowImages, image_items, looks_like_image
+from rlcs.data.row_notes import RowNotes
+from rlcs.data.sources import Role, Table, suggest
+from rlcs.data.values import checked_text, choices_of, first_filled, gold_text, is_filled, shown
 from rlcs.errors import DataError
+from rlcs.grading.answers import compare
 from rlcs.grading.extraction import extract
 from rlcs.grading.golds import unwrap
 from rlcs.grading.inspection import gold_fault
 from rlcs.recipe.schema import Data
-from rlcs.records import IMAGE_SLOT, ImageRef, Json, Problem, Turn, from_row
+from rlcs.records import IMAGE_SLOT, ImageRef, Json, Problem, Turn
 
 _METADATA_TEXT = 200
 """Characters; longer texts in further columns are left out of the metadata."""
 _WORKED_WORDS = 6
 """An answer with at least so many words around its box is a worked solution."""
+_MAX_REASON = 400
+"""Characters of a reason, so that no message shows the content of a file."""
+_MAX_ID = 200
+_MAX_PATH = 150
+"""Characters of a path that a reason shows, its last ones."""
+_QWEN_SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
+"""How Qwen's own chat template marks the place of an image."""
+_OTHER_MEDIA = ("videos", "audios")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,83 +78,104 @@ class Row:
 
 
 class RowReader:
-    """Reads the rows of one table; detects duplicate ids, and holds each image once."""
+    """Reads the rows of one table; detects duplicate ids, and holds each image once.
+
+    `notes` counts what a user should know: the layout, columns that differ, columns that are not read.
+    """
 
     def __init__(self, table: Table, settings: Data, *, role: Role, limit: int, decode: bool) -> None:
         """Take a table; `limit` is in pixels an image, with `decode` every image is decoded in full.
 
         Raises DataError when the table is known to lack a column that every row needs.
         """
+        self.notes = RowNotes()
         self._table = table
-        self._columns = settings.columns
         self._as_given = settings.answers == "as_given"
         self._system = settings.system
         self._role = role
-        self._limit = limit
-        self._decode = decode
         self._ids: dict[str, str] = {}
-        self._paths: dict[str, ImageRef] = {}
-        self._bytes: dict[str, ImageRef] = {}
+        self._pictures: dict[str, tuple[ImageRef, ...]] = {}
+        self._images = RowImages(folders=table.folders, roots=table.roots, limit=limit, decode=decode)
         columns = settings.columns
-        names = (columns.question, columns.images, columns.answer, columns.response, columns.choices)
-        self._mapped = {columns.id, *(name for group in names for name in group)}
-        if table.columns is not None:
+        self._id_column = columns.id
+        self._columns = {
+            "question": columns.question,
+            "images": columns.images,
+            "answer": columns.answer,
+            "response": columns.response,
+            "choices": columns.choices,
+        }
+        self._mapped = {columns.id, *(name for group in self._columns.values() for name in group)}
+        if table.columns is not None and not may_be_read(table.columns):
             self._require_columns(table.columns)
 
     def _require_columns(self, present: tuple[str, ...]) -> None:
         fields = dict.fromkeys(present)
-        needed = {"question": self._columns.question}
-        responded = self._role == "cold_start" and _first(fields, self._columns.response) is not None
-        if self._role != "ask" and not responded:
-            needed["answer"] = self._columns.answer
-        for key, names in needed.items():
-            if _first(fields, names) is None:
+        responded = self._role == "cold_start" and first_filled(fields, self._columns["response"]) is not None
+        for group in ("question",) if self._role == "ask" or responded else ("question", "answer"):
+            names = self._columns[group]
+            if first_filled(fields, names) is None:
                 raise DataError(
-                    f"no {key} column: none of {', '.join(names)}",
+                    f"no {group} column: none of {', '.join(names)}",
                     where=self._table.source,
-                    fix=f"set data.columns.{key}=[NAME]; {suggest(names[0], present)}",
+                    fix=f"set data.columns.{group}=[NAME]; {suggest(names[0], present)}",
                 )
 
     def read(self, raw: RawRow) -> Row | BadRow:
         """Convert a row, or return why it cannot be used."""
-        if raw.reason:
-            return BadRow(where=raw.where, reason=raw.reason)
-        name = ""
+        name, reason, subject = "", raw.reason, ""
         try:
-            name = self._id(raw)
-            return self._row(raw, name)
+            if not reason:
+                row = _Cells(raw.fields, self._columns)
+                name = self._id(raw, row)
+                return self._row(raw, row, name)
         except DataError as error:
-            parts = [part for part in (error.where, error.what) if part]
+            subject = error.where if len(error.where) <= _MAX_PATH else f"...{error.where[-_MAX_PATH:]}"
+            parts = [part for part in (subject, error.what) if part]
             reason = ": ".join(parts) + (f" ({error.fix})" if error.fix else "")
-            return BadRow(where=raw.where, reason=reason, id=name, subject=error.where)
         except ValueError as error:
-            return BadRow(where=raw.where, reason=str(error), id=name)
+            reason = str(error)
+        if len(reason) > _MAX_REASON:
+            reason = f"{reason[:_MAX_REASON]}..."
+        return BadRow(where=raw.where, reason=reason, id=name, subject=subject)
 
-    def _id(self, raw: RawRow) -> str:
+    def _id(self, raw: RawRow, row: "_Cells") -> str:
         """The row's id, by default its number. Raises ValueError if it is empty, odd or a duplicate."""
-        value = raw.fields.get(self._columns.id, raw.number)
-        if type(value) is int:
-            value = str(value)
-        if value is None or (isinstance(value, str) and not value.strip()):
+        value = raw.fields.get(self._id_column, row.own_id(raw.number))
+        if type(value) is int or (isinstance(value, float) and value.is_integer()):
+            value = str(int(value))
+        if not is_filled(value):
             raise ValueError("the id is empty")
         if not isinstance(value, str) or not value.isprintable():
-            raise ValueError(f"the id must be a printable text or a whole number, not {_shown(value)}")
+            raise ValueError(f"the id must be a printable text or a whole number, not {shown(value)}")
+        if len(value) > _MAX_ID:
+            raise ValueError(f"the id has {len(value):,} characters, more than {_MAX_ID}")
+        if value in self._ids and row.layout:  # LLaVA names several rows after one image
+            self.notes.repeated_id(raw.where)
+            value = f"{value}#{raw.number}"
         if value in self._ids:
             raise ValueError(f"duplicate id {value!r}, first at {self._ids[value]}")
         self._ids[value] = raw.where
         return value
 
-    def _row(self, raw: RawRow, name: str) -> Row:
-        fields, columns = raw.fields, self._columns
-        column = _first(fields, columns.question)
-        if column is None:
-            known = suggest(columns.question[0], fields)
-            raise ValueError(f"no question: none of {', '.join(columns.question)} ({known})")
-        given, response, own_gold = self._answer_and_response(fields)
-        choices = _choices(fields.get(_first(fields, columns.choices) or ""))
-        needed = response is None and self._role != "ask"
+    def _row(self, raw: RawRow, row: "_Cells", name: str) -> Row:
+        question, present = row.get("question")
+        if not present:
+            names = self._columns["question"]
+            raise ValueError(f"no question: none of {', '.join(names)} ({suggest(names[0], raw.fields)})")
+        if question is None:
+            raise ValueError("the question is empty")
+        for media in _OTHER_MEDIA:
+            if is_filled(raw.fields.get(media)):
+                raise ValueError(f"the row has {media}: only texts and images can be used")
+        given, response, own_gold = self._answer_and_response(row)
+        choices = choices_of(row.get("choices")[0])
+        needed = self._role in ("rl", "test") or (response is None and self._role != "ask")
         answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
-        history = _history(fields.get("history"))
+        images = self._pictures.get(row.image_of_row) or self._images.read(row.images())
+        if row.layout and row.layout.id:
+            self._pictures[name] = images
+        question, history = _with_slots(checked_text(question, "question"), row, images)
         own_system = bool(history) and history[0].role == "system"
         if own_system and self._system == "recipe":
             if IMAGE_SLOT in history[0].text:
@@ -155,98 +186,152 @@ class RowReader:
         problem = Problem(
             id=name,
             source=self._table.source,
-            question=_text(fields[column], "question"),
+            question=question,
             answer=answer,
-            images=self._images(raw),
+            images=images,
             choices=choices,
-            metadata=self._metadata(fields),
+            metadata=self._metadata(row),
             history=history,
         )
-        given = given if mark else ""
-        gradable = own_gold and not self._as_given
+        self._note(raw, row, problem)
         return Row(
-            problem=problem, response=response, given=given, mark=mark, own_system=own_system,
-            where=raw.where, gradable=gradable,
-        )  # fmt: skip
+            problem=problem,
+            response=response,
+            given=given if mark else "",
+            mark=mark,
+            where=raw.where,
+            gradable=own_gold and not self._as_given,
+            own_system=own_system,
+        )
 
-    def _answer_and_response(self, fields: Mapping[str, Any]) -> tuple[str, str | None, bool]:
+    def _answer_and_response(self, row: "_Cells") -> tuple[str, str | None, bool]:
         """The gold answer, the response, and whether the gold answer stands apart from the response."""
-        answer_column = _first(fields, self._columns.answer)
+        gold, has_gold = row.get("answer")
         if self._role == "ask":
-            gold = fields.get(answer_column or "")
-            return ("" if gold is None else gold_text(gold)), None, True
-        response_column = _first(fields, self._columns.response)
-        response = None if response_column is None else fields[response_column]
-        if response is not None and not _text(response, "response").strip():
+            return (gold_text(gold) if is_filled(gold) else ""), None, True
+        response, _ = row.get("response")
+        if response is not None and not checked_text(response, "response").strip():
             raise ValueError("the response is empty")
         if response is not None and self._role == "cold_start":
-            gold = None if answer_column in (None, response_column) else fields.get(answer_column or "")
-            text = "" if gold is None else gold_text(gold)
+            same = row.column("answer") is not None and row.column("answer") == row.column("response")
+            text = "" if same or not is_filled(gold) else gold_text(gold)
             return text or extract(response).text or "", response, bool(text.strip())
-        if answer_column is None:
-            raise ValueError(f"no answer: none of {', '.join(self._columns.answer)}")
-        answer = gold_text(fields[answer_column])
-        if not answer.strip():
+        if row.layout and response is not None and not is_filled(gold):
+            return response, None, True  # the last turn of a conversation without a column for the answer
+        if not has_gold:
+            raise ValueError(f"no answer: none of {', '.join(self._columns['answer'])}")
+        if not is_filled(gold):
             raise ValueError("the answer is empty")
+        answer = gold_text(gold)
         if self._role == "cold_start" and (worked := demonstrated(answer)) is not None:
             return worked, answer, False
-        return answer, response, True
+        return answer, None, True
 
-    def _images(self, raw: RawRow) -> tuple[ImageRef, ...]:
-        column = _first(raw.fields, self._columns.images)
-        value = raw.fields[column] if column else None
-        if value is None:
-            return ()
-        items = value if isinstance(value, list) else [value]
-        return tuple(self._image(item, f"image {i}") for i, item in enumerate(items))
-
-    def _image(self, item: object, where: str) -> ImageRef:
-        """Open an image: a path, bytes, or a mapping with one of them. Raises DataError or ValueError."""
-        if isinstance(item, Mapping):
-            item = item.get("path") if item.get("bytes") is None else item["bytes"]
-        if isinstance(item, bytes):
-            key = hashlib.sha256(item).hexdigest()
-            if key not in self._bytes:
-                self._bytes[key] = self._checked(image_from_bytes(item, limit=self._limit, where=where))
-            return self._bytes[key]
-        if not isinstance(item, str):
-            raise ValueError(f"an image must be a path or embedded bytes, not {_shown(item)}")
-        if item not in self._paths:
-            ref = image_from_path(item, root=self._root(item), limit=self._limit)
-            self._paths[item] = self._checked(ref)
-        return self._paths[item]
-
-    def _checked(self, ref: ImageRef) -> ImageRef:
-        if self._decode:
-            open_image(ref, limit=self._limit)
-        return ref
-
-    def _root(self, path: str) -> Path:
-        """The folder in which the image of this path must lie."""
-        if not path.startswith("/"):
-            if self._table.folder is None:
-                raise DataError("a relative image path in a hub data set", where=path)
-            return self._table.folder
-        roots = self._table.roots
-        if not roots:
-            fix = "make it relative to the data file, or set data.image_root"
-            raise DataError("absolute image path", where=path, fix=fix)
-        real = Path(path).resolve()
-        inside = (root for root in roots if real.is_relative_to(root.resolve()))
-        return next(inside, roots[-1])
-
-    def _metadata(self, fields: Mapping[str, Any]) -> dict[str, Json]:
+    def _metadata(self, row: "_Cells") -> dict[str, Json]:
         """Short plain values of the further columns, such as category and level."""
+        read = self._mapped | row.layout_columns
         return {
             str(key): value
-            for key, value in fields.items()
-            if key not in self._mapped
+            for key, value in row.fields.items()
+            if key not in read
             and (
                 isinstance(value, bool | int)
                 or (isinstance(value, float) and math.isfinite(value))
                 or (isinstance(value, str) and len(value) <= _METADATA_TEXT)
             )
         }
+
+    def _note(self, raw: RawRow, row: "_Cells", problem: Problem) -> None:
+        if row.layout and row.layout.name:
+            self.notes.layout(row.layout.name)
+        for kept, other in row.differing():
+            self.notes.differing(kept, other, raw.where)
+        if not problem.images:
+            known = self._mapped | row.layout_columns
+            for name in (name for name in raw.fields if name not in known):
+                if looks_like_image(raw.fields[name]):
+                    self.notes.unread_image(str(name), raw.where)
+
+
+class _Cells:
+    """The values of one row by the groups of our columns: those of our own columns, then of its layout."""
+
+    def __init__(self, fields: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> None:
+        """Take the columns of a row, and the names of our own for each group."""
+        self.fields = fields
+        self._columns = columns
+        self.filled = {name: value for name, value in fields.items() if is_filled(value)}
+        has_question = any(name in self.filled for name in columns["question"])
+        self.layout: Layout | None = recognise(self.filled, has_question=has_question)
+
+    @cached_property
+    def converted(self) -> Converted:
+        """What the layout reads. Raises ValueError when it cannot be read."""
+        return self.layout.read(self.fields) if self.layout else Converted(values={})
+
+    def own_id(self, number: int) -> Any:
+        """The id that the layout has in a column of its own, or else the row number."""
+        value = self.fields.get(self.layout.id) if self.layout else None
+        return value if is_filled(value) else number
+
+    @property
+    def layout_columns(self) -> set[str]:
+        """The columns that the layout of the row reads."""
+        return {*self.layout.needs, *self.layout.also} if self.layout else set()
+
+    def column(self, group: str) -> str | None:
+        """The column of ours that counts: the first with a value, or else the first that is there."""
+        names = self._columns[group]
+        with_value = next((name for name in names if name in self.filled), None)
+        return with_value or next((name for name in names if name in self.fields), None)
+
+    def get(self, group: str) -> tuple[Any, bool]:
+        """The value of a group, and whether there is one at all (it may be empty)."""
+        column = self.column(group)
+        value = None if column is None else self.fields[column]
+        if column not in self.filled and is_filled(self.converted.values.get(group)):
+            return self.converted.values[group], True
+        return value, column is not None
+
+    def images(self) -> list[object]:
+        """The images of the row: those in its messages, and for the others those of its image column."""
+        own = image_items(self.get("images")[0])
+        inline = self.converted.images
+        if not inline:
+            return own
+        places = sum(image is None for image in inline)
+        if places and places != len(own):
+            raise ValueError(
+                f"the messages have {places} places for images, but the row has {len(own)} images"
+            )
+        left = iter(own)
+        return [next(left) if image is None else image for image in inline]
+
+    @property
+    def image_of_row(self) -> str:
+        """The id of an earlier row whose image this row shows; VLMEvalKit writes it instead of the image."""
+        value = self.get("images")[0] if self.layout and self.layout.id else None
+        return str(value) if isinstance(value, str | int) else ""
+
+    def history(self) -> tuple[Turn, ...]:
+        """The turns before the question; without those of a conversation that asks another question."""
+        question = self.converted.values.get("question")
+        return self.converted.history if question in (None, self.get("question")[0]) else ()
+
+    def differing(self) -> list[tuple[str, str]]:
+        """Columns that hold another value than the one that counts, each with that one."""
+        found = []
+        for group, names in self._columns.items():
+            values = {name: self.filled[name] for name in names if name in self.filled}
+            converted = self.converted.values.get(group)
+            if group == "images" and None not in self.converted.images:
+                converted = self.converted.images
+            if values and self.layout and is_filled(converted):
+                values[self.layout.needs[0]] = converted
+            if len(values) > 1:
+                kept, *others = {name: _comparable(group, value) for name, value in values.items()}.items()
+                found += [(kept[0], name) for name, other in others if _differ(group, kept[1], other)]
+        return found
 
 
 def demonstrated(answer: str) -> str | None:
@@ -263,46 +348,38 @@ def demonstrated(answer: str) -> str | None:
     return boxed if around >= _WORKED_WORDS else None
 
 
-def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """The first of `names` that is among the columns."""
-    return next((name for name in names if name in fields), None)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
-
-
-def _text(value: object, what: str) -> str:
-    """Check that a value is a text that UTF-8 can encode. Raises ValueError."""
-    if not isinstance(value, str):
-        raise ValueError(f"the {what} must be a text, not {_shown(value)}")
+def _comparable(group: str, value: Any) -> Any:
+    """A value in the form in which two columns of a group are compared; None: it cannot be compared."""
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the {what} has half a character (a lone surrogate) at {error.start}") from error
-    return value
+        if group == "answer":
+            return unwrap(gold_text(value)).text
+        if group == "images":
+            return list(value) if isinstance(value, tuple) else image_items(value)
+        return choices_of(value) if group == "choices" else value
+    except ValueError:
+        return None
 
 
-def _answer(value: object) -> str:
-    """Convert an answer to text; numbers are written plainly (3.0 as 3). Raises ValueError."""
-    if isinstance(value, bool):
-        raise ValueError(f"the answer must be a text or a number, not {_shown(value)}")
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float | Decimal) and math.isfinite(value):
-        plain = format(Decimal(str(value)), "f")
-        return plain.rstrip("0").rstrip(".") if "." in plain else plain
-    if isinstance(value, str):
-        return _text(value, "answer")
-    raise ValueError(f"the answer must be a text or a number, not {_shown(value)}")
+def _differ(group: str, kept: Any, other: Any) -> bool:
+    if kept is None or other is None or kept == other:
+        return False
+    if group == "answer":
+        return compare(other, kept).correct is False
+    return not (group == "images" and all(item in kept for item in other))
 
 
-def gold_text(value: object) -> str:
-    """Convert a gold answer to text; a list is written as JSON, which `unwrap` reads. Raises ValueError."""
-    if isinstance(value, list) and value:
-        return json.dumps([_answer(item) for item in value], ensure_ascii=False)
-    return _answer(value)
+def _with_slots(question: str, row: _Cells, images: tuple[ImageRef, ...]) -> tuple[str, tuple[Turn, ...]]:
+    """The question and the history, where Qwen's marks for images are slots if the row has images."""
+    if row.converted.hint:
+        question = f"{row.converted.hint}\n{question}"
+    history = row.history()
+    texts = [*(turn.text for turn in history), question]
+    if not images or any(IMAGE_SLOT in text for text in texts):
+        return question, history
+    *earlier, question = [text.replace(_QWEN_SLOT, IMAGE_SLOT) for text in texts]
+    return question, tuple(
+        Turn(role=turn.role, text=text) for turn, text in zip(history, earlier, strict=True)
+    )
 
 
 def _unwrapped(gold: str, choices: tuple[str, ...], *, needed: bool) -> tuple[str, str]:
@@ -311,21 +388,3 @@ def _unwrapped(gold: str, choices: tuple[str, ...], *, needed: bool) -> tuple[st
         raise ValueError(fault)
     found = unwrap(gold)
     return (gold, "") if found.text is None else (found.text, found.why)
-
-
-def _history(value: object) -> tuple[Turn, ...]:
-    """The turns before the question: a list of {role, text}, as `kept.jsonl` and exports have it."""
-    if not isinstance(value, list):
-        return ()  # another column of this name
-    try:
-        return tuple(from_row(Turn, turn) for turn in value)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"the history must be a list of {{role, text}}: {error}") from error
-
-
-def _choices(value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise ValueError(f"the choices must be a list of texts, not {_shown(value)}")
-    return tuple(_answer(choice) for choice in value)

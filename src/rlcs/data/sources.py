@@ -1,64 +1,57 @@
-"""Sources of rows: JSONL, JSON and Parquet files, Hugging Face data sets, built-in tasks.
+"""Sources of rows: data files and folders of them, Hugging Face data sets, built-in tasks.
 
 Each source becomes a `Table` of raw rows; `rows` interprets their columns.
 """
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rlcs.data.files import BATCH, KINDS, RawRow, batch_rows, files_of, is_data_file, read_file
 from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
 from rlcs.records import Problem
-from rlcs.storage import jsonl_lines, parse_object, read_json, require_regular
 
 Role = Literal["cold_start", "rl", "test", "ask"]
 """The use of a source: cold start, RL, test, or questions without answers."""
 ROLES: tuple[Role, ...] = ("rl", "test", "cold_start")
 """The uses in a run."""
-_BATCH = 64
-"""Rows that are read at once; few, because embedded images may be megabytes each."""
+_SHOWN_FILES = 5
+_SHOWN_WORD, _SHOWN_WORDS = 60, 30
+"""Characters of a known word and number of words in an error message."""
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RawRow:
-    """One row with its columns unchanged; `number` is the line (from 1) or the row (from 0).
-
-    A row that cannot be parsed has a `reason` and no `fields`.
-    """
-
-    where: str
-    number: int
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
     """An open source: its rows, its columns if they are known beforehand, and the folders of its images.
 
-    A relative image path starts at `folder` and must stay below it (None: relative paths are not allowed); an
-    absolute one must lie below one of `roots`.
+    A relative image path starts at one of `folders`, or of `roots`, and must stay below it (without any,
+    relative paths are not allowed); an absolute one must lie below one of `roots`.
     """
 
     source: str
     rows: Iterable[RawRow]
     columns: tuple[str, ...] | None
-    folder: Path | None
+    folders: tuple[Path, ...]
     roots: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """End an error message with the known word nearest to `word`, if one is near, and all known words."""
-    options = list(known)
+    options = [
+        str(each) if len(str(each)) <= _SHOWN_WORD else f"{str(each)[:_SHOWN_WORD]}..." for each in known
+    ]
     matches = difflib.get_close_matches(word, options, n=1)
-    return (f"did you mean {matches[0]}? " if matches else "") + f"known: {', '.join(options) or 'none'}"
+    listed = ", ".join(options[:_SHOWN_WORDS]) or "none"
+    more = f" and {len(options) - _SHOWN_WORDS:,} more" if len(options) > _SHOWN_WORDS else ""
+    return (f"did you mean {matches[0]}? " if matches else "") + f"known: {listed}{more}"
 
 
 def open_table(source: str, settings: Data, role: Role) -> Table:
@@ -68,107 +61,69 @@ def open_table(source: str, settings: Data, role: Role) -> Table:
             "the source is empty", fix="name a file, a data set folder or hub id, or builtin:NAME"
         )
     path = Path(source).expanduser()
-    kind = path.suffix.lower()
     roots = (Path(settings.image_root).expanduser(),) if settings.image_root else ()
-    if kind in (".jsonl", ".json", ".parquet"):
-        columns, rows = _read_file(path, kind)
-        return Table(source=source, rows=rows, columns=columns, folder=path.parent, roots=roots)
+    if is_data_file(path):
+        columns, rows = read_file(path)
+        return Table(source=source, rows=rows, columns=columns, folders=(path.parent,), roots=roots)
     name, options = _split_query(source, ("split", "config"))
     folder = Path(name).expanduser()
-    split = options.get("split") or settings.split or ("test" if role == "test" else "train")
-    local = folder.is_dir()
-    if local:
-        data, roots = _local_dataset(folder, split, options.get("config")), (folder, *roots)
+    split, config = options.get("split") or settings.split, options.get("config")
+    by_role = split or ("test" if role == "test" else "train")
+    if folder.is_dir():
+        if not _is_saved(folder) and config is None and (files := files_of(folder, split, by_role)):
+            return _joined(source, folder, files, roots)
+        data, folders = _local_dataset(folder, by_role, config), [folder]
+        roots = (folder, *roots)
     elif folder.exists() or name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
         what = "not a data file (or one with ?options)" if folder.exists() else "no such file or folder"
-        known = "a .jsonl, .json or .parquet file, a data set folder, a hub id owner/name, or builtin:NAME"
+        known = f"a {', '.join(KINDS)} file, a data set folder, a hub id owner/name, or builtin:NAME"
         raise DataError(what, where=source, fix=f"name {known}")
     else:
-        data, roots = _load_dataset(name, split, options.get("config")), (*_hub_caches(), *roots)
-    rows, columns = _batches(data.with_format("arrow").iter(_BATCH), name), tuple(data.column_names)
-    return Table(source=source, rows=rows, columns=columns, folder=folder if local else None, roots=roots)
+        data, folders = _load_dataset(name, by_role, config), []
+        roots = (*_hub_caches(), *roots)
+    rows, columns = batch_rows(data.with_format("arrow").iter(BATCH), name), tuple(data.column_names)
+    return Table(source=source, rows=rows, columns=columns, folders=tuple(folders), roots=roots)
 
 
-# ---------------------------------------------------------------------------------- files
+def _joined(source: str, folder: Path, files: Sequence[Path], roots: tuple[Path, ...]) -> Table:
+    """The rows of the data files of a folder, numbered through if there are several."""
+    parents = dict.fromkeys([*(file.parent for file in files), folder])
+    parts = [read_file(file) for file in files]
+    notes = []
+    columns, rows = parts[0]
+    if len(files) > 1:
+        columns, rows = None, _numbered(rows for _, rows in parts)
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:_SHOWN_FILES])
+        more = f" and {len(files) - _SHOWN_FILES:,} more" if len(files) > _SHOWN_FILES else ""
+        notes.append(f"rows are read from {len(files):,} files: {names}{more}")
+    return Table(
+        source=source,
+        rows=rows,
+        columns=columns,
+        folders=tuple(parents),
+        roots=(folder, *roots),
+        notes=tuple(notes),
+    )
 
 
-def _read_file(path: Path, kind: str) -> tuple[tuple[str, ...] | None, Iterable[RawRow]]:
-    if kind == ".parquet":
-        return _parquet(path)
-    return None, _jsonl(path) if kind == ".jsonl" else _json_list(path)
-
-
-def _jsonl(path: Path) -> Iterator[RawRow]:
-    for number, line in jsonl_lines(path):
-        try:
-            yield RawRow(where=f"{path}:{number}", number=number, fields=parse_object(line))
-        except ValueError as error:
-            yield RawRow(where=f"{path}:{number}", number=number, reason=str(error))
-
-
-def _json_list(path: Path) -> Iterator[RawRow]:
-    content = read_json(path)
-    if not isinstance(content, list):
-        raise DataError(
-            f"the file holds one {type(content).__name__}, not a list of rows",
-            where=str(path),
-            fix="write a JSON list of objects, or one object a line in a .jsonl file",
-        )
-    for number, value in enumerate(content):
-        if isinstance(value, dict):
-            yield RawRow(where=f"{path}#{number}", number=number, fields=value)
-        else:
-            reason = f"a row must be a JSON object, not {type(value).__name__}"
-            yield RawRow(where=f"{path}#{number}", number=number, reason=reason)
-
-
-def _parquet(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    require_regular(path)
-    try:
-        file = ParquetFile(path, page_checksum_verification=True)
-    except (ArrowException, OSError) as error:
-        raise DataError(
-            f"not a readable Parquet file: {error}", where=str(path), fix="copy or download it again"
-        ) from error
-    return tuple(file.schema_arrow.names), _batches(file.iter_batches(_BATCH), str(path))
-
-
-def _batches(batches: Iterator[Any], name: str) -> Iterator[RawRow]:
-    """Yield the rows of Arrow batches, converted one by one, so that invalid UTF-8 spoils only its row."""
-    from pyarrow import ArrowException
-
-    number = 0
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (ArrowException, OSError) as error:
-            raise DataError(
-                f"cannot be read beyond row {number}: {error}", where=name, fix="copy or download it again"
-            ) from error
-        for offset in range(batch.num_rows):
-            where = f"{name}#{number}"
-            try:
-                fields = batch.slice(offset, 1).to_pylist()[0]
-                yield RawRow(where=where, number=number, fields=fields)
-            except (ArrowException, ValueError, OverflowError) as error:
-                yield RawRow(where=where, number=number, reason=f"cannot be decoded: {error}")
-            number += 1
+def _numbered(parts: Iterable[Iterable[RawRow]]) -> Iterator[RawRow]:
+    for number, raw in enumerate(raw for rows in parts for raw in rows):
+        yield replace(raw, number=number)
 
 
 # ---------------------------------------------------------------------------------- data sets
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`; LLaMA-Factory has a dataset_info.json of its own."""
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
 def _local_dataset(folder: Path, split: str, config: str | None) -> Any:
     """Open a split of a data set saved with `save_to_disk`, or of a folder with data files."""
     import datasets
 
-    saved = (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists()
-    if not saved:
+    if not _is_saved(folder):
         return _load_dataset(str(folder), split, config)
     try:
         data = datasets.load_from_disk(str(folder))

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rlcs.data.rows import gold_text
+from rlcs.data.values import gold_text
 from rlcs.errors import DataError
 from rlcs.evals.intervals import wilson
 from rlcs.grading.extraction import Extraction, extract

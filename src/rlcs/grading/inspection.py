@@ -59,7 +59,7 @@ def _option_fault(gold: str, choices: Sequence[str]) -> str:
     if fitting:
         return ""
     if isinstance(wanted, Letters) or _LABELLED.fullmatch(gold):
-        return f"is no such option: the {len(choices)} choices are A to {option_letter(len(choices) - 1)}"
+        return f"names no option: the {len(choices)} choices are A to {option_letter(len(choices) - 1)}"
     if None in equal:
         return ""
     doubt = "; an index from 0 or from 1? Write the letter instead"

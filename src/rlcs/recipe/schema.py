@@ -54,8 +54,8 @@ class Images(Section):
     """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value)."""
     rl_min_pixels: Positive | None = None
     """`min_pixels` in RL only; None: the same. The paper's code enlarges to 262,144 in RL only."""
-    decode_limit: Positive = 50_000_000
-    """Images with more pixels in the file are refused before they are decoded."""
+    decode_limit: Positive = 200_000_000
+    """Images with more pixels in the file are refused before they are decoded; photos are scaled down."""
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "Images":
@@ -67,24 +67,24 @@ class Images(Section):
 
 
 class Columns(Section):
-    """The columns of a data source."""
+    """The columns of a data source; they count before those of another tool's layout."""
 
     id: str = "id"
     """Missing: the row number is used."""
     question: tuple[str, ...] = ("question", "problem", "query")
-    """The first of these that is present."""
+    """The first of these that has a value."""
     images: tuple[str, ...] = ("images", "image")
-    """The first of these that is present; paths, bytes or embedded images, one or a list."""
+    """The first of these that has a value; paths, data URLs, Base64 or embedded images, one or a list."""
     answer: tuple[str, ...] = ("answer", "solution")
-    """The first of these that is present."""
+    """The first of these that has a value."""
     response: tuple[str, ...] = ("response",)
     """With one of these a row is a demonstration."""
     choices: tuple[str, ...] = ("choices", "options")
-    """Multiple choice: a list of texts."""
+    """Multiple choice: a list of texts, a mapping from letters, or a line for each (`A. ...`)."""
 
 
 class Data(Section):
-    """The sources of problems: JSONL or Parquet file, folder, hub id, or `builtin:NAME?key=value&...`."""
+    """The sources of problems: a data file, a folder, a hub id, or `builtin:NAME?key=value&...`."""
 
     cold_start: str = "builtin:puzzles?split=train&count=1000&seed=1"
     """Problems (answered by the teacher) or demonstrations (used as they are) for SFT."""
@@ -98,7 +98,7 @@ class Data(Section):
     split: str | None = None
     """Split of a hub data set; None: `train` for training sources, `test` for the test source."""
     image_root: str | None = None
-    """Absolute image paths are allowed only under this folder."""
+    """Absolute image paths are allowed only under this folder; relative ones may start there too."""
     max_bad_share: Share = 0.01
     """Largest share of unusable rows; with more the run does not start."""
     overlap: Literal["warn", "drop", "refuse"] = "warn"

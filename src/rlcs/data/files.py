@@ -1,0 +1,350 @@
+"""Reads data files into raw rows: JSON lines, JSON, CSV, TSV and Parquet, and finds those of a folder.
+
+Values stay as they are written: a date or `007` in a text is not converted. JSON lines, CSV and Parquet are
+read row by row, a JSON list is held as text.
+"""
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from io import BufferedReader, TextIOWrapper
+from pathlib import Path
+from typing import Any, cast
+
+from rlcs.data.layouts import recognise
+from rlcs.data.values import is_filled
+from rlcs.errors import DataError
+from rlcs.storage import parse_object, require_regular
+
+BATCH = 64
+"""Rows of Arrow tables that are read at once; few, because embedded images may be megabytes each."""
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_ESCAPED = re.compile("[\udc80-\udcff]")
+"""What stands for bytes that are not UTF-8."""
+_QUESTION = ("question", "problem", "query")
+_MAX_FIELD = 2**31 - 1
+_SHOWN = 200
+_DELIMITERS = ",;\t"
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of files and folders that say to which split they belong, as `datasets` has them."""
+_NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+Rows = Iterable["RawRow"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawRow:
+    """One row with its columns unchanged; `number` is the line (from 1) or the row (from 0).
+
+    A row that cannot be parsed has a `reason` and no `fields`.
+    """
+
+    where: str
+    number: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what a file holds, without that of its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether the name of a file says that it is a data file."""
+    kind = _kind(path)
+    return kind in KINDS and not (kind == ".parquet" and path.suffix.lower() == ".gz")
+
+
+def read_file(path: Path) -> tuple[tuple[str, ...] | None, Rows]:
+    """The columns of a file, if they are known before its rows, and its rows. Raises DataError."""
+    require_regular(path)
+    return KINDS[_kind(path)](path)
+
+
+def files_of(folder: Path, split: str | None, by_role: str) -> list[Path]:
+    """The data files of a folder that belong to a split; none if it has no data file at all.
+
+    The split is in the names, such as `train.jsonl`, `train-00000-of-00002.parquet` or `test/rows.csv`. Where
+    no name has one, every file is data. Raises DataError when the split is missing, or files are of several
+    kinds.
+    """
+    found = sorted(path for path in folder.rglob("*") if is_data_file(path) and _is_shown(path, folder))
+    splits: dict[str, list[Path]] = {}
+    for path in found:
+        splits.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    chosen = splits.get(by_role, [])
+    if found and not chosen:
+        if split is not None or set(splits) != {""}:
+            known = ", ".join(sorted(filter(None, splits))) or "none, by the names of its files"
+            fix = f"its splits are: {known}; add ?split=NAME, or name one file"
+            raise DataError(f"no split {by_role}", where=str(folder), fix=fix)
+        chosen = found
+    kinds = {_kind(path) for path in chosen}
+    if len(kinds) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in chosen[:5])
+        raise DataError(f"files of several kinds: {names}", where=str(folder), fix="name one of them")
+    return chosen
+
+
+def _is_shown(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    return not hidden and path.name not in _NO_DATA and path.is_file()
+
+
+def _split_of(path: Path) -> str:
+    words = [word for part in reversed(path.parts) for word in re.split(r"[^a-z]+", part.lower())]
+    return next((split for word in words for split, names in _SPLITS.items() if word in names), "")
+
+
+# ---------------------------------------------------------------------------------- JSON
+
+
+def _open(path: Path) -> BufferedReader:
+    """Open a regular file for reading, unpacked, after its byte order mark. Raises DataError."""
+    require_regular(path)
+    try:
+        file = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115 - returned
+        start = file.read(3)
+        file.seek(3 if start == _BOM else 0)
+    except (OSError, EOFError) as error:
+        raise DataError(
+            f"cannot be read: {error}", where=str(path), fix="copy or download it again"
+        ) from error
+    if start[:2] in _UTF16:
+        raise DataError("the file is UTF-16", where=str(path), fix="save it as UTF-8")
+    return cast(BufferedReader, file)
+
+
+def _json(path: Path) -> tuple[None, Iterator[RawRow]]:
+    """JSON lines, or a list, or an object with the list: what the file holds counts, not its name."""
+    with _open(path) as file:
+        lines = (line for line in _guarded(file, path) if line.strip())
+        first, more = next(lines, b"").strip(), next(lines, None) is not None
+    by_name = _kind(path) == ".json"
+    is_lines = more and _is_whole(first)
+    if (first[:1] == b"[" and not is_lines) or (by_name and first[:1] not in (b"[", b"{")):
+        return None, _json_list(path)
+    return None, _json_lines(path) if is_lines or not by_name else _json_object(path)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line is a JSON value of its own."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_lines(path: Path) -> Iterator[RawRow]:
+    with _open(path) as file:
+        for number, line in enumerate(_guarded(file, path), start=1):
+            if not line.strip():
+                continue
+            try:
+                yield RawRow(where=f"{path}:{number}", number=number, fields=parse_object(line))
+            except ValueError as error:
+                yield RawRow(where=f"{path}:{number}", number=number, reason=str(error))
+
+
+def _guarded(lines: Iterable[Any], path: Path) -> Iterator[Any]:
+    """Lines of a file that may be packed. Raises DataError where it is damaged."""
+    try:
+        yield from lines
+    except (OSError, EOFError) as error:
+        raise DataError(
+            f"cannot be read: {error}", where=str(path), fix="copy or download it again"
+        ) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        with _open(path) as file:
+            return b"".join(_guarded(file, path)).decode()
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8: {error.reason} at byte {error.start:,}"
+        raise DataError(what, where=str(path), fix="save it as UTF-8") from error
+
+
+def _json_list(path: Path) -> Iterator[RawRow]:
+    """The items of a JSON list, one after the other, so that its text alone is held."""
+    text, decoder, number = _text(path), json.JSONDecoder(), 0
+    place = _past_space(text, 0)
+    if text[place : place + 1] != "[":
+        raise _no_json(path, "the file is no list of rows" if text.strip() else "the file is empty")
+    place = _past_space(text, place + 1)
+    while text[place : place + 1] != "]":
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise _no_json(path, f"not valid JSON in row {number} (counted from 0): {error}") from error
+        yield _item(path, number, value)
+        number += 1
+        place = _past_space(text, place)
+        if text[place : place + 1] == ",":
+            place = _past_space(text, place + 1)
+        elif text[place : place + 1] != "]":
+            raise _no_json(path, f"not valid JSON after row {number - 1} (counted from 0)")
+    if text[place + 1 :].strip():
+        raise _no_json(path, "not valid JSON: there is more after the list")
+
+
+def _past_space(text: str, place: int) -> int:
+    while text[place : place + 1] in (" ", "\n", "\r", "\t"):
+        place += 1
+    return place
+
+
+def _no_json(path: Path, what: str) -> DataError:
+    fix = "write a JSON list of objects, or one object a line"
+    return DataError(what[:_SHOWN], where=str(path), fix=fix)
+
+
+def _item(path: Path, number: int, value: object) -> RawRow:
+    where = f"{path}#{number}"
+    if isinstance(value, dict):
+        return RawRow(where=where, number=number, fields=value)
+    reason = f"a row must be a JSON object, not {type(value).__name__}"
+    return RawRow(where=where, number=number, reason=reason)
+
+
+def _json_object(path: Path) -> Iterator[RawRow]:
+    """A file of one object: the one list of rows in it, a row for each of its keys, or a single row."""
+    try:
+        content = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise _no_json(path, f"not valid JSON: {error}") from error
+    lists = [key for key, value in content.items() if _is_rows(value)]
+    if not content:
+        raise _no_json(path, "the file holds one dict, not a list of rows")
+    filled = {key: value for key, value in content.items() if is_filled(value)}
+    if recognise(filled, has_question=False) or any(isinstance(filled.get(key), str) for key in _QUESTION):
+        rows = [content]
+    elif len(lists) > 1:
+        raise _no_json(path, f"the file holds several lists: {', '.join(lists)}")
+    elif lists:
+        rows = content[lists[0]]
+    elif all(isinstance(value, dict) for value in content.values()):
+        rows = [{"id": key, **value} for key, value in content.items()]
+    else:
+        rows = [content]
+    yield from (_item(path, number, value) for number, value in enumerate(rows))
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+# ---------------------------------------------------------------------------------- tables
+
+
+def _table(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
+    """A CSV or TSV file, all of whose values are texts; an empty cell is null."""
+    with _open(path) as file:
+        first = file.readline().decode("utf-8", "replace")
+    counts = {mark: first.count(mark) for mark in _DELIMITERS}
+    delimiter = "\t" if _kind(path) == ".tsv" else max(_DELIMITERS, key=lambda mark: counts[mark])
+    records = _records(path, delimiter)
+    _, names, reason = next(records, (1, [], ""))
+    if reason:
+        raise DataError(f"the first line cannot be read: {reason}", where=str(path), fix="correct it")
+    header = [name.strip() for name in names]
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        what = f"two columns are named {twice[0][:_SHOWN]!r}"
+        raise DataError(what, where=str(path), fix="the first line must name the columns, each once")
+    return tuple(filter(None, header)), _table_rows(path, header, records)
+
+
+def _table_rows(
+    path: Path, header: list[str], records: Iterator[tuple[int, list[str], str]]
+) -> Iterator[RawRow]:
+    for number, cells, reason in records:
+        where = f"{path}:{number}"
+        if not reason and len(cells) != len(header):
+            reason = f"{len(cells):,} cells in a table of {len(header):,} columns"
+        if not reason and any(_ESCAPED.search(cell) for cell in cells):
+            reason = "not UTF-8: save the file as UTF-8"
+        if reason:
+            yield RawRow(where=where, number=number, reason=reason)
+        elif any(cells):
+            pairs = zip(header, cells, strict=True)
+            fields = {name: cell or None for name, cell in pairs if name}
+            yield RawRow(where=where, number=number, fields=fields)
+
+
+def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
+    """The first line, the cells and the fault of every record; a quoted cell may have line breaks."""
+    with _open(path) as file:
+        text = TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        reader = csv.reader(_guarded(text, path), delimiter=delimiter, strict=True)
+        while True:
+            line = reader.line_num + 1
+            before = csv.field_size_limit(_MAX_FIELD)  # of the process, for cells that hold images
+            try:
+                cells, reason = next(reader), ""
+            except StopIteration:
+                return
+            except csv.Error as error:
+                cells, reason = [], f"not a row of a table, is a quote not closed? ({error})"
+            finally:
+                csv.field_size_limit(before)
+            if cells or reason:
+                yield line, cells, reason
+
+
+def _parquet(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    require_regular(path)
+    try:
+        file = ParquetFile(path, page_checksum_verification=True)
+    except (ArrowException, OSError) as error:
+        what = f"not a readable Parquet file: {str(error)[:_SHOWN]}"
+        raise DataError(what, where=str(path), fix="copy or download it again") from error
+    return tuple(file.schema_arrow.names), batch_rows(file.iter_batches(BATCH), str(path))
+
+
+def batch_rows(batches: Iterator[Any], name: str) -> Iterator[RawRow]:
+    """Yield the rows of Arrow batches, converted one by one, so that invalid UTF-8 spoils only its row."""
+    from pyarrow import ArrowException
+
+    number = 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ArrowException, OSError) as error:
+            what = f"cannot be read beyond row {number}: {str(error)[:_SHOWN]}"
+            raise DataError(what, where=name, fix="copy or download it again") from error
+        for offset in range(batch.num_rows):
+            where = f"{name}#{number}"
+            try:
+                fields = batch.slice(offset, 1).to_pylist()[0]
+                yield RawRow(where=where, number=number, fields=fields)
+            except (ArrowException, ValueError, OverflowError) as error:
+                yield RawRow(where=where, number=number, reason=f"cannot be decoded: {str(error)[:_SHOWN]}")
+            number += 1
+
+
+KINDS: Mapping[str, Callable[[Path], tuple[tuple[str, ...] | None, Rows]]] = {
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".json": _json,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _parquet,
+}
+"""How files are read, by the last part of their names; all but Parquet files may be packed (`.gz`)."""

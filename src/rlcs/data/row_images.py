@@ -1,0 +1,156 @@
+"""Opens the images of rows: paths, embedded bytes, Base64 texts and data URLs; each is held once."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlcs.data.images import image_from_bytes, image_from_path, image_kind, open_image
+from rlcs.data.values import first_filled, shown, structured
+from rlcs.errors import DataError
+from rlcs.records import ImageRef
+
+_KEYS = ("bytes", "path", "image", "url", "image_url")
+"""Where a mapping has its image, the first that is filled."""
+_DATA_URL = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
+_MIN_BASE64 = 64
+"""Characters; a shorter text is a path."""
+_MAX_PATH = 1024
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+
+
+class RowImages:
+    """The images of one source; relative paths start at one of `folders`, absolute ones lie below `roots`."""
+
+    def __init__(
+        self, *, folders: tuple[Path, ...], roots: tuple[Path, ...], limit: int, decode: bool
+    ) -> None:
+        """`limit` is in pixels an image; with `decode` every image is decoded in full."""
+        self._folders = folders
+        self._roots = roots
+        self._limit = limit
+        self._decode = decode
+        self._paths: dict[str, ImageRef] = {}
+        self._bytes: dict[str, ImageRef] = {}
+
+    def read(self, value: object) -> tuple[ImageRef, ...]:
+        """Open the images of a column. Raises DataError or ValueError."""
+        items = image_items(value)
+        return tuple(self._image(item, f"image {number}") for number, item in enumerate(items))
+
+    def _image(self, item: object, where: str) -> ImageRef:
+        if isinstance(item, Mapping):
+            item = _source(item)
+        if isinstance(item, list) and item and all(type(each) is int for each in item):
+            raise ValueError(
+                f"{where} is a list of {len(item):,} numbers: write its bytes as Base64 or a file"
+            )
+        if isinstance(item, str):
+            item = encoded_in(item, where) or item
+        if isinstance(item, bytes):
+            key = hashlib.sha256(item).hexdigest()
+            if key not in self._bytes:
+                self._bytes[key] = self._checked(image_from_bytes(item, limit=self._limit, where=where))
+            return self._bytes[key]
+        if not isinstance(item, str):
+            raise ValueError(f"an image must be a path or embedded bytes, not {shown(item)}")
+        if item not in self._paths:
+            path = item.removeprefix("file://")
+            ref = image_from_path(path, root=self._root(path), limit=self._limit)
+            self._paths[item] = self._checked(ref)
+        return self._paths[item]
+
+    def _checked(self, ref: ImageRef) -> ImageRef:
+        if self._decode:
+            open_image(ref, limit=self._limit)
+        return ref
+
+    def _root(self, path: str) -> Path:
+        """The folder in which the image of this path must lie."""
+        if _is_url(path):
+            fix = "images must be files: download it, and name the file"
+            raise DataError("this is a URL, not a path", where=path[:80], fix=fix)
+        if not path.startswith("/"):
+            folders = (*self._folders, *self._roots)
+            if not folders:
+                raise DataError("a relative image path in a hub data set", where=path)
+            return next((folder for folder in folders if _exists(folder / path)), folders[0])
+        if not self._roots:
+            fix = "make it relative to the data file, or set data.image_root"
+            raise DataError("absolute image path", where=path, fix=fix)
+        real = Path(path).resolve()
+        inside = (root for root in self._roots if real.is_relative_to(root.resolve()))
+        return next(inside, self._roots[-1])
+
+
+def image_items(value: object) -> list[object]:
+    """The images of a column as a list: the value itself if it is a single one."""
+    if value is None or value == "":
+        return []
+    value = structured(value)
+    single = not isinstance(value, list) or (len(value) > 1 and all(type(each) is int for each in value))
+    return [value] if single else list(value)  # type: ignore[call-overload]
+
+
+def looks_like_image(value: object) -> bool:
+    """Whether a value of a column with an unknown name is an image, or the path of one."""
+    if isinstance(value, list):
+        return bool(value) and looks_like_image(value[0])
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes)
+    if isinstance(value, bytes):
+        return bool(image_kind(value))
+    return isinstance(value, str) and len(value) <= _MAX_PATH and value.lower().endswith(_SUFFIXES)
+
+
+def encoded_in(text: str, where: str) -> bytes | None:
+    """The bytes of a data URL, or of an image as Base64; None for a path. Raises ValueError."""
+    if text[:5].lower() == "data:":
+        head = _DATA_URL.match(text)
+        data = _decoded(text[head.end() :]) if head else None
+        if data is None:
+            raise ValueError(f"{where} is a data URL that is not valid Base64")
+        return data
+    if len(text) < _MIN_BASE64 or _is_url(text):
+        return None
+    data = _decoded(text) if _BASE64.fullmatch(text) else None
+    if data is not None and image_kind(data):
+        return data
+    if len(text) > _MAX_PATH:
+        raise ValueError(f"{where} is a text of {len(text):,} characters: neither a path nor a Base64 image")
+    return None
+
+
+def _decoded(text: str) -> bytes | None:
+    """Decode Base64, also of URLs, with line breaks, and without its padding; None if it is not valid."""
+    plain = "".join(text.split()).rstrip("=")
+    try:
+        return base64.b64decode(plain.translate({45: "+", 95: "/"}) + "=" * (-len(plain) % 4), validate=True)
+    except ValueError:
+        return None
+
+
+def _source(item: Mapping[object, object]) -> object:
+    """The path, the URL or the bytes of a mapping, also of one in another."""
+    value: object = item
+    while isinstance(value, Mapping):
+        key = first_filled(value, _KEYS)
+        value = value[key] if key else value
+        if key is None:
+            raise ValueError(
+                f"an image must have one of {', '.join(_KEYS)}, not {shown(', '.join(map(str, item)))}"
+            )
+    return value
+
+
+def _is_url(text: str) -> bool:
+    return text[:8].lower().startswith(("http://", "https://"))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
