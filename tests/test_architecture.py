@@ -62,6 +62,8 @@ TESTS_OF_SOMETHING_ELSE = {
     "docs": "README and docs/",
     "examples": "examples/",
     "bench": "bench/",
+    "container": "Dockerfile",
+    "notebook": "the notebook in examples/",
     "tiny_model": "tools/tiny_model/",
     "grading_reference": "the table in docs/reference/grading.md",
     "grading_properties": "grading as a whole, over made answers",

@@ -158,7 +158,7 @@ def served() -> Iterator[tuple[str, Canned, Canned]]:
     """The page in this process with two canned models."""
     import tempfile
 
-    base = Canned("base", "\\boxed{2}")
+    base = Canned("builtin", "\\boxed{2}")
     trained = Canned(
         "runs/mine/grpo/final", "There are " + "many shapes and " * 30 + "\\boxed{5}", delay=0.02
     )
@@ -279,7 +279,9 @@ def answering(browser, served):
 def test_stop_keeps_what_was_said(answering, served):
     page, right = answering
     trained = served[2]
-    page.get_by_label("Stop").click()
+    stop = page.get_by_label("Stop")
+    assert stop.inner_text() == "Stop"
+    stop.click()
     right.locator("[data-testid=bot]").get_by_text("There are many shapes").wait_for()
     page.wait_for_function("!document.querySelector('.loading-spinner')")
     assert right.get_by_text("Answer:").count() == 0
@@ -289,6 +291,50 @@ def test_stop_keeps_what_was_said(answering, served):
     _, said, again = trained.asked[-1]
     assert said["role"] == "assistant" and said["content"][0].startswith("There are")
     assert again["content"] == ["And now?"]
+
+
+@needs_chromium
+def test_buttons_are_there_while_they_have_something_to_do(browser, served):
+    page = opened(browser, served[0])
+    stop, restart = page.get_by_label("Stop the answer"), page.get_by_text("New conversation")
+    for asking in range(3):
+        stop.wait_for(state="hidden")
+        assert restart.is_visible() == bool(asking % 2)
+        ask(page, f"How many? {asking}")
+        stop.wait_for()
+        restart.wait_for()
+        page.locator(".conversation").last.get_by_text("Answer: 5").nth(asking % 2).wait_for()
+        stop.wait_for(state="hidden")
+        if asking:
+            restart.click()
+            restart.wait_for(state="hidden")
+    page.context.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_conversation_is_as_tall_as_what_it_holds(width, browser, served):
+    page = opened(browser, served[0], viewport={"width": width, "height": 844})
+    conversation = page.locator(".conversation").last
+
+    def height():
+        return conversation.bounding_box()["height"]
+
+    empty = height()
+    assert empty < 150, "an empty slab"
+    ask(page, "How many?")
+    conversation.get_by_text("Answer: 5").wait_for()
+    conversation.get_by_text("many shapes and many").first.wait_for(state="hidden")  # folded
+    short = height()
+    assert empty < short < 400
+    for number in range(1, 4):
+        ask(page, f"And now? {number}")
+        conversation.get_by_text("Answer: 5").nth(number).wait_for()
+    assert short < height() < 600, "it scrolls from a limit on"
+    last = conversation.get_by_text("Answer: 5").last
+    inside = last.bounding_box()["y"] + 10 < conversation.bounding_box()["y"] + height()
+    assert inside, "the newest answer is in sight"
+    page.context.close()
 
 
 @needs_chromium

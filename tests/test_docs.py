@@ -44,6 +44,13 @@ def commands(page: Path) -> list[str]:
 ALL = [pytest.param(line, id=f"{p.stem}: {line[:60]}") for p in PAGES for line in commands(p)]
 
 
+def after_rlcs(words: list[str]) -> list[str]:
+    """The words that rlcs gets, also where python, torchrun or a container starts it."""
+    starts = [place for place, word in enumerate(words) if word == "rlcs"]
+    by_module = [place for place in starts if words[place - 1] == "-m"]
+    return words[(by_module or starts)[0] + 1 :]
+
+
 def parse(command: Any, name: str, words: list[str]) -> tuple[str, dict[str, object]]:
     """The verb and its arguments as the command line understands them. Raises a usage error."""
     if hasattr(command, "resolve_command"):
@@ -55,7 +62,7 @@ def parse(command: Any, name: str, words: list[str]) -> tuple[str, dict[str, obj
 @pytest.mark.parametrize("line", ALL)
 def test_command_is_understood(line):
     words = shlex.split(line.split(" | ")[0].partition(" > ")[0], comments=True)
-    words = words[words.index("rlcs") + 1 :]
+    words = after_rlcs(words)
     verb, given = parse(typer.main.get_command(app), "rlcs", words)
     # `rlcs distill` says data.problems for what a whole run calls data.cold_start.
     said = given.get("overrides") or ()

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -272,13 +273,24 @@ def test_a_browser_keeps_its_place_while_numbers_change(server, run):
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        quick = (files("rlcs.report") / "live.js").read_text().replace("SECONDS = 5", "SECONDS = 0.2")
+        script = {"body": quick, "content_type": "text/javascript"}
+        page.route("**/live.js", lambda route: route.fulfill(**script))
         page.goto(server.url)
         page.locator("#pulse", has_text="live").wait_for()
         page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
+        first_screen = (
+            "[...document.querySelectorAll('figure')].findIndex(f => f.getBoundingClientRect().top > 700)"
+        )
+        assert page.evaluate(first_screen) >= 2, "reward and accuracy begin on the first screen of a phone"
         page.evaluate("document.querySelector('#rollouts details:not([open])').open = true")
         opened = page.evaluate("document.querySelectorAll('#rollouts details[open]').length")
+        page.evaluate("document.querySelector('nav .scroll').scrollLeft = 40")
         page.evaluate("document.getElementById('rollouts').scrollIntoView()")
         before = page.evaluate("document.getElementById('rollouts').getBoundingClientRect().top")
+        page.evaluate("getSelection().selectAllChildren(document.querySelector('#training .below'))")
+        selected = page.evaluate("String(getSelection())")
+        label = page.locator("#training svg").first.get_attribute("aria-label")
         server.live._rest_until = 0.0
         metrics = run / "sft_grpo" / "metrics.jsonl"
         more = [grpo_row("sft_grpo", step, 80, random.Random(step), 0.4) for step in range(41, 61)]
@@ -294,5 +306,9 @@ def test_a_browser_keeps_its_place_while_numbers_change(server, run):
         assert abs(after - before) < 2
         assert page.evaluate("document.querySelectorAll('#rollouts details[open]').length") == opened
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate("document.querySelector('nav .scroll').scrollLeft") == 40
+        assert page.evaluate("String(getSelection())") == selected != "", "what is selected is not replaced"
+        page.evaluate("getSelection().removeAllRanges()")
+        page.locator(f"#training svg[aria-label={json.dumps(label)}]").wait_for(state="detached")
         assert errors == []
         browser.close()

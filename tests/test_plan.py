@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from transformers import Qwen2VLConfig, Qwen3VLConfig
@@ -9,11 +11,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from typer.testing import CliRunner
 
 from rlcs.cli.main import app
+from rlcs.engines.cache import head_size
 from rlcs.errors import UserError
+from rlcs.plan.data_size import Rows, rows_of
 from rlcs.plan.machine import GIB, GPUS, Assumed, machine
 from rlcs.plan.page import make_plan
 from rlcs.plan.planner import largest_tree
-from rlcs.plan.shapes import head_size, measure, published, sizes_of, skeleton
+from rlcs.plan.shapes import measure, published, sizes_of, skeleton
 from rlcs.plan.work import language, vision
 from rlcs.recipe.loading import list_recipes, load_recipe, read_section
 from rlcs.recipe.schema import Model
@@ -377,6 +381,118 @@ def test_where_nothing_helps_it_says_so():
     plan = planned("paper-7b", gpus=1, memory=12)
     assert plan.advice is not None and plan.advice.changes is None
     assert "no change of the recipe is enough" in plan.to_text()
+
+
+# --- what runs, and what it comes to ------------------------------------------------------------------
+
+
+def total(*words: str) -> dict:
+    done = CliRunner().invoke(app, ["plan", *words, "--json"])
+    assert done.exit_code == 0, done.exception
+    return json.loads(done.output)["total"]
+
+
+def test_a_plan_counts_what_a_command_runs():
+    order = ["measuring base", "cold start", "SFT", "measuring SFT only"]
+    order += ["RL after SFT", "measuring Cold start + RL"]
+    run, ablate = total("paper-7b", "--gpus", "8"), total("paper-7b", "--gpus", "8", "--command", "ablate")
+    assert [stage["name"] for stage in run["stages"]] == order
+    assert [stage["name"] for stage in ablate["stages"]] == [*order, "RL only", "measuring RL only"]
+    hours = {stage["name"]: stage["hours"] for stage in ablate["stages"]}
+    assert hours["RL only"] == hours["RL after SFT"] > hours["SFT"] > hours["measuring base"] > 0
+    assert run["hours"] == pytest.approx(sum(s["hours"] for s in run["stages"]), abs=0.005)
+    assert run["gpu_hours"] == pytest.approx(8 * run["hours"], abs=0.01) and not run["unknown"]
+    assert ablate["hours"] == pytest.approx(
+        run["hours"] + hours["RL only"] + hours["measuring RL only"], abs=0.01
+    )
+    thrice = total("paper-7b", "--gpus", "8", "--command", "ablate", "--seeds", "3")
+    assert thrice["hours"] == pytest.approx(3 * ablate["hours"], abs=0.01)
+    named = total("paper-7b", "--command", "ablate", "study.arms=[base, grpo]")
+    assert named["arms"] == ["base", "grpo"] and named["teacher"] is None
+
+
+def test_only_what_runs_must_fit():
+    done = CliRunner().invoke(
+        app, ["plan", "paper-7b", "--gpus", "8", "grpo.max_rows=512", "--command", "sft"]
+    )
+    assert re.search(r"^ +sft +eval$", done.output, re.M) and "It does not fit" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("price", "shown"),
+    [("2.5", "at 2.50 a GPU-hour"), ("2.50 USD", "USD at 2.50 USD a GPU-hour"), ("EUR 3", "3.00 EUR")],
+)
+def test_money_at_a_price(price, shown):
+    words = ["recommended-3b", "--gpus", "4", "--price", price]
+    done, found = CliRunner().invoke(app, ["plan", *words]), total(*words)
+    assert shown in done.output and re.search(r"^total: .* hours, .* GPU-hours, ", done.output, re.M)
+    assert found["cost"] == pytest.approx(
+        float(re.search(r"[\d.]+", price)[0]) * found["gpu_hours"], rel=0.001
+    )
+
+
+def test_a_teacher_s_tokens_and_their_cost(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 50)
+    words = ["quickstart", f"data.cold_start={tmp_path / 'rows.jsonl'}", "teacher.max_samples=4"]
+    words += ["teacher.model=m", "teacher.base_url=http://localhost:1/v1", "teacher.chain=reflection"]
+    free = total(*words)
+    assert free["teacher"]["requests"] == 50 * 4 * 2 and free["teacher"]["cost"] is None
+    assert free["teacher"]["completion_tokens"] == 50 * 4 * 2 * 512
+    assert free["unknown"] == ["cold start"], "how fast the teacher is nobody knows"
+    paid = total(*words, "teacher.prompt_price=1", "teacher.completion_price=10")["teacher"]
+    assert paid["cost"] == pytest.approx((paid["prompt_tokens"] + 10 * paid["completion_tokens"]) / 1e6)
+    text = CliRunner().invoke(app, ["plan", *words]).output
+    assert "400 requests" in text and "total: at least" in text and "without cold start" in text
+
+
+def test_rows_are_counted_without_reading_them(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    given = tmp_path / "given.jsonl"
+    given.write_text('\n{"question": "a", "response": "b"}\n\n{"question": "c", "response": "d"}')
+    table = pyarrow.table({"question": ["a", "b", "c"], "answer": ["1", "2", "3"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert (rows_of(str(given), ("response",)).count, rows_of(str(given), ("response",)).answered) == (
+        2,
+        True,
+    )
+    assert not rows_of(str(given), ("worked",)).answered
+    assert rows_of(str(tmp_path / "rows.parquet"), ("response",)) == Rows(count=3, basis="rows of the file")
+    assert rows_of("builtin:puzzles?count=70&seed=1").count == 70 and rows_of("builtin:puzzles").count == 1000
+    assert rows_of("someone/something").count is None and rows_of(str(tmp_path)).count is None
+    unknown = total("quickstart", "data.cold_start=someone/something")
+    assert unknown["unknown"] == ["SFT"]
+    assert not total("quickstart", "data.cold_start=someone/something", "--assume", "demonstrations=99")[
+        "unknown"
+    ]
+
+
+def test_measuring_while_training_takes_time():
+    plain = total("paper-7b", "--gpus", "8")
+    often = total("paper-7b", "--gpus", "8", "validation.grpo_every=10", "validation.samples=4")
+    difference = {s["name"]: s["hours"] for s in often["stages"]}["RL after SFT"]
+    difference -= {s["name"]: s["hours"] for s in plain["stages"]}["RL after SFT"]
+    answer = plain["stages"][0]["hours"] / 601
+    assert difference == pytest.approx((2 + 12) * 200 * 4 * answer, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["qickstart"], "quickstart"),
+        (["paper-7b", "grpo.stps=3"], "grpo.steps"),
+        (["paper-7b", "--price", "x"], "2.5"),
+    ],
+)
+def test_a_mistyped_word_is_told_before_torch_is_loaded(words, near):
+    program = (
+        "import sys; from rlcs.cli.main import app; from rlcs.errors import UserError\n"
+        f"try: app(['plan', *{words!r}], standalone_mode=False)\n"
+        "except UserError as error: print(error, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert near in done.stdout and done.stdout.strip().endswith("False"), done.stdout + done.stderr
 
 
 # --- the verb and its errors ------------------------------------------------------------------------

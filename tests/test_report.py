@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -488,3 +489,68 @@ def test_charts_follow_the_page(full: Path) -> None:
 def test_visible_keeps_words_and_lines() -> None:
     assert visible("größer\n\tΔ 漢字 🙂") == "größer\n\tΔ 漢字 🙂"
     assert visible("a\x00\u202e\r") == "a\\u0000\\u202e\\u000d"
+
+
+LATEX = r"So $AB = \sqrt{3^2+4^2}$:\n\[ \frac{1}{2} \cdot 10 = \boxed{5} \]\n<b>not bold</b> costs $5 and $6"
+
+
+@pytest.fixture(scope="module")
+def with_latex(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with formulas in questions, choices, gold answers and responses, and earlier turns."""
+    run = make_run(tmp_path_factory.mktemp("latex") / "run", problems=12)
+    rows = rows_of(run / "eval" / "problems.jsonl")
+    turns = [{"role": "user", "text": "What is $x^2$?"}, {"role": "assistant", "text": "A square."}]
+    for row in rows:
+        row |= {"question": r"Find $\frac{a}{b}$.", "answer": r"\frac{3}{4}", "choices": [r"\sqrt{2}", "5"]}
+        row["history"] = turns
+    write_rows(run / "eval" / "problems.jsonl", rows)
+    for arm in ALL_ARMS:
+        path = run / "eval" / arm / "predictions.jsonl"
+        write_rows(path, [{**row, "response": LATEX, "extracted": r"x_1"} for row in rows_of(path)])
+    build(run)
+    return run
+
+
+def test_formulas_are_drawn_and_the_text_is_at_hand(with_latex: Path) -> None:
+    html = (with_latex / "report" / "index.html").read_text()
+    page = built(with_latex)
+    assert page.open == [] and "b" in page.tags and "not bold" in page.text
+    assert "<b>not bold</b> costs $5 and $6" in page.text, "text stays text"
+    assert page.tags.count("math") == 12 * (1 + 1 + 1 + 1) + 12 * 4 * (1 + 1 + 1)
+    assert page.text.count("As it was written") == 12 * 4 and page.text.count(LATEX) == 12 * 4
+    assert re.search(r"<b>user</b> What is <math>", html) and "A square." in page.text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_pages_fit_a_phone_and_nothing_in_them_moves(with_latex: Path, tmp_path: Path) -> None:
+    sync = pytest.importorskip("playwright.sync_api")
+    found, sides = compare(with_latex, with_latex)
+    write_html(tmp_path / "compare.html", found, sides)
+    pages = [with_latex / "report" / "index.html", with_latex / "report" / "rollouts.html"]
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.add_init_script(
+            "window.moved = 0; new PerformanceObserver(list => { for (const shift of list.getEntries()) "
+            "moved += shift.value }).observe({ type: 'layout-shift', buffered: true })"
+        )
+        for path in (*pages, tmp_path / "compare.html"):
+            page.goto(path.as_uri())
+            page.evaluate("for (const fold of document.querySelectorAll('details')) fold.open = true")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.name
+        page.goto(pages[0].as_uri())
+        page.wait_for_timeout(200)
+        assert page.evaluate("moved") == 0
+        wide = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)"
+        shadows = wide + ".map(box => getComputedStyle(box).backgroundImage.split('gradient').length - 1)"
+        assert set(page.evaluate(shadows)) == {4}, "each table that goes on has its shadows"
+        sizes = (
+            "[...document.images].map(i => [i.naturalWidth / i.naturalHeight, i.width / i.height, i.width])"
+        )
+        for natural, shown, width in page.evaluate(sizes):
+            assert abs(natural - shown) < 0.02 and 100 < width < 300
+        drawn = "document.querySelector('math mfrac').getBoundingClientRect().height"
+        assert page.evaluate(drawn) > 15 and page.evaluate(
+            "document.querySelector('math').namespaceURI"
+        ).endswith("MathML")
+        browser.close()

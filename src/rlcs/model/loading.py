@@ -211,6 +211,12 @@ def spread(vlm: Vlm, settings: Parallel) -> Vlm:
     """
     if vlm.world.grouped:
         return replace(vlm, fsdp_root=shard(vlm.model, vlm.world, settings))
+    require_unsharded(settings)
+    return vlm
+
+
+def require_unsharded(settings: Parallel) -> None:
+    """Raise UserError for settings that only a sharded model can have."""
     for key in ("compute_dtype", "reduce_dtype", "cpu_offload"):
         if getattr(settings, key) not in ("same", False):
             raise UserError(
@@ -218,7 +224,6 @@ def spread(vlm: Vlm, settings: Parallel) -> Vlm:
                 where=f"parallel.{key}",
                 fix="start with `torchrun --nproc-per-node N -m rlcs ...` (N may be 1), or leave it out",
             )
-    return vlm
 
 
 def freeze(vlm: Vlm, parts: Sequence[str]) -> None:

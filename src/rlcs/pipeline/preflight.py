@@ -21,7 +21,7 @@ from rlcs.distill.teachers import open_teacher
 from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.vllm import readiness
-from rlcs.errors import DataError, EndpointError, RunFolderError, UserError
+from rlcs.errors import DataError, EndpointError, RlcsError, RunFolderError, UserError
 from rlcs.grading.reward import try_reward
 from rlcs.model import loading
 from rlcs.model.chat import Chat
@@ -102,7 +102,7 @@ class Preflight:
                 started = time.monotonic()
                 try:
                     remarks = work()
-                except UserError:
+                except RlcsError:
                     view.say(f"preflight: {name:<14}  failed")
                     raise
                 seconds[name] = round(time.monotonic() - started, 2)
@@ -153,6 +153,8 @@ class Preflight:
             words = shlex.join(command()[1:])
             rollout = self.recipe.rollout
             readiness.require_own_gpus(rollout, training=training, visible=visible, command=words)
+            if not self._world.grouped:
+                loading.require_unsharded(self.recipe.parallel)
             return ()
 
         return self._world.first(check)
@@ -223,8 +225,7 @@ class Preflight:
         for key, (problems, rl) in sources.items():
             if not problems:
                 continue
-            vlm = loading.load(recipe.model, weights=False)
-            chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=rl)
+            chat = loading.load_chat(recipe.model, recipe.prompt, recipe.images, rl=rl)
             chosen = spread_out(problems, TRIED_PROMPTS)
             made = list(zip(chosen, chat.prompts(chosen), strict=True))
             errors = [prompt for _, prompt in made if isinstance(prompt, DataError)]

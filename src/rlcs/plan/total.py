@@ -126,9 +126,9 @@ def total_of(
             items.append(_rl(recipe, stage, steps["grpo"], answers))
         if stage in recipe.study.arms:
             items.append(Item(name=f"measuring {ARMS[stage].label}", hours=measured, note=note))
-    asked = _teacher_work(recipe.teacher, given, assumed) if "sft" in needed else None
+    work = _teacher_work(recipe.teacher, given, assumed) if "sft" in needed else None
     return Total(
-        items=tuple(items), arms=recipe.study.arms, gpus=machine.gpus, seeds=1, price=None, teacher=asked
+        items=tuple(items), arms=recipe.study.arms, gpus=machine.gpus, seeds=1, price=None, teacher=work
     )
 
 
@@ -175,8 +175,8 @@ def _validations(recipe: Recipe, every: int, steps: int, answers: Mapping[str, f
     """Seconds of measuring while a stage trains: before it, every so many steps, and after it."""
     if not every:
         return 0.0
-    asked = recipe.validation.problems * recipe.validation.samples
-    return (2 + (steps - 1) // every) * asked * answers["eval"]
+    answered = recipe.validation.problems * recipe.validation.samples
+    return (2 + (steps - 1) // every) * answered * answers["eval"]
 
 
 def _teacher_work(teacher: Teacher, rows: Rows, assumed: Assumed) -> TeacherWork | None:

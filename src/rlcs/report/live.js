@@ -19,13 +19,16 @@ function places(part) {
   return found;
 }
 
-function keepPlaces(old, part) {
+function swap(old, part) {
+  // Read first: an element that is taken out of the page is not scrolled any more.
+  const was = [...places(old)].map(([key, e]) => [key, e.open, e.scrollLeft, e.scrollTop]);
+  old.replaceWith(part);
   const fresh = places(part);
-  for (const [key, was] of places(old)) {
+  for (const [key, open, left, top] of was) {
     const now = fresh.get(key);
     if (!now) continue;
-    if (was.tagName === "DETAILS") now.open = was.open;
-    now.scrollTo({ left: was.scrollLeft, top: was.scrollTop, behavior: "instant" });
+    if (now.tagName === "DETAILS") now.open = open;
+    if (left || top) now.scrollTo({ left, top, behavior: "instant" });
   }
 }
 
@@ -58,8 +61,7 @@ function replace(fresh) {
       waits = true;
       before = old;
     } else {
-      old.replaceWith(part);
-      keepPlaces(old, part);
+      swap(old, part);
       before = part;
     }
   }

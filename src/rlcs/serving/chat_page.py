@@ -14,10 +14,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlcs.data import puzzles
 from rlcs.errors import RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.recipe.sampling import Endpoint
+from rlcs.serving.example_problems import example_problems
 from rlcs.serving.remote import RemoteSession, open_vllm
 from rlcs.serving.session import Settings, load
 
@@ -25,7 +25,17 @@ Turn = Mapping[str, Any]
 """`role`, and `content`: a list of texts and image paths."""
 
 _SECONDS_BETWEEN_UPDATES = 0.08
-_EXAMPLES = 6
+_ON_LOAD = """() => {
+    document.querySelector("#question textarea").focus();
+    const label = () => {
+        const stop = document.querySelector("#stop");
+        stop ? stop.setAttribute("aria-label", "Stop the answer") : setTimeout(label, 50);
+    };
+    label();
+}"""
+"""Gradio's `autofocus` would take the focus whenever the box is cleared, even while the user types elsewhere;
+its buttons have no parameter for a label, and may be
+made after the page has loaded."""
 _VLLM_SHARE = 0.9  # of a GPU's memory, for all models on the page
 
 
@@ -189,31 +199,32 @@ def answer(
     yield talk.exchanges
 
 
-def example_problems(folder: Path) -> list[list[dict[str, Any]]]:
-    """Make the page's examples from built-in puzzles, with their images in `folder`."""
-    problems = puzzles.load("puzzles", split="test", count=_EXAMPLES, seed=11)
-    examples = []
-    for number, problem in enumerate(problems, start=1):
-        path = folder / f"puzzle-{number}.png"
-        path.write_bytes(problem.images[0].data or b"")
-        examples.append([{"text": problem.question_with_choices, "files": [str(path)]}])
-    return examples
-
-
 _LATEX = [
     {"left": left, "right": right, "display": left in ("$$", "\\[")}
     for left, right in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"))
 ]
 
 
-def connect(
-    models: Sequence[ChatModel], displays: Sequence[Any], box: Any, sampling: Any, restart: Any
-) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """The parts of a page that take part in its events (Gradio components)."""
+
+    displays: Sequence[Any]
+    box: Any
+    stop: Any
+    restart: Any
+    sampling: Sequence[Any]
+
+
+def connect(models: Sequence[ChatModel], parts: Parts) -> None:
     """Connect the events of a page's parts; call it inside the page's `with`."""
     import gradio as gr
 
-    def send(talk: Talk, sent: Mapping[str, Any]) -> None:
-        take(talk, sent, len(models))  # clears the box at once, for the next question
+    displays, box = parts.displays, parts.box
+
+    def send(talk: Talk, sent: Mapping[str, Any]) -> dict[Any, Any]:
+        take(talk, sent, len(models))
+        return {box: None, **buttons(talk)}  # clears the box at once, for the next question
 
     def converse(
         talk: Talk, system: str | None, temperature: float, top_p: float, longest: float
@@ -222,6 +233,7 @@ def connect(
             settings = Settings(temperature=temperature, top_p=top_p, max_new_tokens=int(longest))
             for exchanges in answer(models, talk, settings, system or ""):
                 yield views(exchanges)
+            yield buttons(talk)
         except RlcsError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
@@ -231,22 +243,33 @@ def connect(
             for index, display in enumerate(displays)
         }
 
+    def buttons(talk: Talk) -> dict[Any, Any]:
+        """Each button is there while it has something to do."""
+        return {
+            parts.stop: gr.update(visible=True if talk.now else "hidden"),
+            parts.restart: gr.update(visible=True if talk.exchanges else "hidden"),
+        }
+
     def stop(talk: Talk) -> dict[Any, Any]:
         talk.settle()
-        return views(talk.exchanges)
+        return views(talk.exchanges) | buttons(talk)
 
     def forget(talk: Talk) -> dict[Any, Any]:
         talk.forget()
-        return views(())
+        return views(()) | buttons(talk)
 
-    talk = gr.State(Talk())
+    talk, changing = gr.State(Talk()), [*displays, parts.stop, parts.restart]
     # One function an event: of two, Gradio would call the second only after the answer.
-    sent = box.submit(send, [talk, box], box, show_progress="hidden")
-    answered = sent.success(converse, [talk, *sampling], displays, trigger_mode="multiple")
+    sent = box.submit(send, [talk, box], [box, parts.stop, parts.restart], show_progress="hidden")
+    answered = sent.success(
+        converse, [talk, *parts.sampling], changing, trigger_mode="multiple", show_progress_on=displays
+    )
     # End a failed exchange: otherwise the page would refuse every further question.
-    answered.failure(stop, talk, displays, queue=False, show_progress="hidden")
-    box.stop(stop, talk, displays, queue=False, show_progress="hidden")
-    gr.on([restart.click, *(display.clear for display in displays)], forget, talk, displays, queue=False)
+    answered.failure(stop, talk, changing, queue=False, show_progress="hidden")
+    parts.stop.click(stop, talk, changing, queue=False, show_progress="hidden")
+    gr.on(
+        [parts.restart.click, *(display.clear for display in displays)], forget, talk, changing, queue=False
+    )
 
 
 def build(models: Sequence[ChatModel], folder: Path) -> Any:
@@ -260,7 +283,8 @@ def build(models: Sequence[ChatModel], folder: Path) -> Any:
             displays = [
                 gr.Chatbot(
                     label="/".join(Path(model.name).parts[-3:]),
-                    height="55vh",
+                    height="auto",
+                    placeholder="Ask below. The reasoning is folded, the result stands under it.",
                     elem_classes="conversation",
                     latex_delimiters=_LATEX,
                     buttons=["copy"],
@@ -275,11 +299,14 @@ def build(models: Sequence[ChatModel], folder: Path) -> Any:
             file_types=["image"],
             file_count="multiple",
             sources=["upload"],
-            stop_btn=True,
             elem_id="question",
         )
-        restart = gr.Button("New conversation", size="sm", variant="secondary")
-        gr.Examples(example_problems(folder), inputs=[box], label="Example problems", elem_id="examples")
+        with gr.Row(elem_id="controls"):
+            stop = gr.Button("Stop", size="sm", variant="stop", visible="hidden", elem_id="stop")
+            restart = gr.Button("New conversation", size="sm", visible="hidden")
+        if examples := example_problems([model.name for model in models], folder):
+            rows = [[{"text": text, "files": files}] for text, files in examples]
+            gr.Examples(rows, inputs=[box], label="Example problems", elem_id="examples")
         with gr.Accordion("Sampling", open=False):
             temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)")
             top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
@@ -287,9 +314,9 @@ def build(models: Sequence[ChatModel], folder: Path) -> Any:
             system = gr.Textbox(
                 value="", label="System prompt", placeholder="The one the model was trained with", lines=2
             )
-        # `autofocus` would take the focus whenever the box is cleared, even while the user types elsewhere.
-        page.load(None, js="() => document.querySelector('#question textarea').focus()")
-        connect(models, displays, box, [system, temperature, top_p, longest], restart)
+        page.load(None, js=_ON_LOAD)
+        sampling = [system, temperature, top_p, longest]
+        connect(models, Parts(displays=displays, box=box, stop=stop, restart=restart, sampling=sampling))
     page.queue(default_concurrency_limit=8)
     return page
 
