@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,8 +26,10 @@ from rlcs.model.packing import balanced, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
+from rlcs.recipe.loading import dump, load_recipe
 from rlcs.recipe.schema import Model
 from rlcs.records import Tree
+from rlcs.storage import read_json, read_jsonl
 from rlcs.train import checkpoint, sft
 from rlcs.train.batching import guessed_tokens, packs_in_step, padding_tree
 
@@ -226,6 +229,30 @@ def test_saved_by_two_ranks_and_continued_by_another_number(alone, pair, random_
         run_on(size, jobs, tmp_path / "jobs.json")
     for name in ("sft", "paper"):
         assert_same(alone / name, tmp_path / name)
+
+
+def test_two_ranks_measure_while_they_train_and_keep_the_best(random_model_folder, tmp_path):
+    """Every rank has the same rows; a stop changes none; a checkpoint in shards becomes a plain model."""
+    job = {"model": str(random_model_folder), "validate": 2, "sft": SFT | {"keep": "best"}}
+    whole, stopped = ({"folder": str(tmp_path / name / "sft"), **job} for name in ("whole", "stopped"))
+    run_on(2, [whole, stopped | {"stop_at": 3}, stopped], tmp_path / "jobs.json")
+    rows = [read_jsonl(tmp_path / name / "sft" / "validation.jsonl") for name in ("whole", "stopped")]
+    assert [row["step"] for row in rows[0]] == [0, 2, 4, 6] and rows[0][0]["n"] == 7
+    assert [row | {"seconds": 0} for row in rows[0]] == [row | {"seconds": 0} for row in rows[1]]
+    best = max(rows[0][1:], key=lambda row: row["accuracy"])["step"]  # of equals the first
+    for name in ("whole", "stopped"):
+        done = read_json(tmp_path / name / "sft" / "done.json")
+        assert (done["step"], done["chosen"]) == (best, "best")
+    final = load_file(tmp_path / "whole" / "sft" / "final" / "model.safetensors")
+    words = [f"model.name={random_model_folder}", "sft.keep=best", "validation.sft_every=2"]
+    text = dump(load_recipe("quickstart", words).recipe)
+    (tmp_path / "whole" / "recipe.yaml").write_text(text)
+    saved = checkpoint.complete(tmp_path / "whole" / "sft" / "checkpoints")
+    assert best < 6 and {best, 6} <= saved.keys(), "the last step is kept beside the best"
+    assert (saved[best] / "model-1.safetensors").is_file()
+    (tmp_path / "whole" / "sft" / "done.json").unlink()  # so that the checkpoint is read, not `final`
+    made = load_file(Path(loading.resolve(f"{tmp_path}/whole/sft@{best}")) / "model.safetensors")
+    assert made.keys() == final.keys() and all(torch.equal(made[name], final[name]) for name in final)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)

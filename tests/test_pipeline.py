@@ -68,6 +68,7 @@ def finished(random_model_folder, tmp_path_factory) -> Path:
 def test_a_run_leaves_everything_it_promises(finished):
     for name in (
         "recipe.yaml",
+        "data_checks.json",
         "cold_start/kept.jsonl",
         "cold_start/rejected.jsonl",
         "cold_start/stats.json",
@@ -346,7 +347,7 @@ def test_prompts_that_are_too_long_are_named_before_the_run(tmp_path):
     rows = [{"question": "short?", "answer": "1"}, {"question": "long " * 300, "answer": "2", "id": "wordy"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert rlcs("data", "check", "rows.jsonl", cwd=tmp_path).returncode == 0
-    named = rlcs("data", "check", "rows.jsonl", "--prompts", cwd=tmp_path)
+    named = rlcs("data", "check", "rows.jsonl", "--recipe", "quickstart", cwd=tmp_path)
     assert named.returncode == 2 and "1 rows can be used, 1 cannot" in named.stdout
     assert "(id wordy): the prompt has" in named.stdout and "the limit is 256" in named.stdout
 
@@ -528,9 +529,9 @@ def test_tries_without_an_answer_are_asked_again_before_anything_is_trained(rand
         assert short.returncode == 1 and "Traceback" not in short.stderr, short.stderr
         assert "left 1 samples unanswered" in short.stderr and "the same command asks them" in short.stderr
         assert f"data.cold_start={out / 'cold_start/kept.jsonl'}" in short.stderr
-        assert not (out / "sft").exists() and len(server.seen) == 2 + 3 + 1
+        assert not (out / "sft").exists() and len(server.seen) == 1 + 2 + 3 + 1, "a trial first"
         done = rlcs("run", "quickstart", *words, "--out", out)
-        assert done.returncode == 0 and len(server.seen) == 6 + 2, done.stderr
+        assert done.returncode == 0 and len(server.seen) == 7 + 1 + 2, done.stderr
     assert json.loads((out / "summary.json").read_text())["counts"]["cold_start"] == 3
 
 

@@ -7,7 +7,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
@@ -103,6 +104,10 @@ class Study:
         with open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
             yield
 
+    def check_data(self) -> None:
+        """Make the prompts of all data, and leave out rows without one. Raises DataError if they are many."""
+        self._data = check_prompts(self._data, self.recipe)
+
     def try_stages(self, *, logs: Path) -> dict[str, float]:
         """Try what is left of the run in small; the seconds of each check. Raises RlcsError."""
         trial = Preflight(
@@ -117,7 +122,9 @@ class Study:
             return trial.run(view, logs=logs)
 
     def _run_stages(self) -> dict[str, Any]:
+        self.check_data()
         data, study = self._data, self.recipe.study
+        self._world.first(lambda: write_json(self.folder / CHECKS, data.checks))
         for line in data.notes:
             log.warning(line)
         self.try_stages(logs=self.folder / "rollout")
@@ -215,16 +222,16 @@ class Study:
         vlm = self._spread(self._policy(None, settings.freeze))
         chat = loading.make_chat(vlm, self.recipe.prompt, self.recipe.images)
         run = self._run_dir("sft", settings)
-        every, engine = (
-            self.recipe.validation.sft_every,
-            LocalEngine(vlm, chat, max_rows=self.recipe.eval.max_rows),
-        )
-        reward, judged = self.recipe.grpo.reward, self.folder / "judge"
-        opened = open_graders(reward, self._world, judged, only_correct=True) if every else nullcontext()
-        steps = sft.steps_of(settings, len(demonstrations))
-        with opened as graders, self._output.screen("sft", steps) as view:
-            if graders is not None:
-                run.validation = self._validation(every, engine, chat, graders[0])
+        with ExitStack() as stack:
+            if every := self.recipe.validation.sft_every:
+                # Not vLLM, which starts with RL: while SFT trains the GPUs are full.
+                engine = LocalEngine(vlm, chat, max_rows=self.recipe.eval.max_rows)
+                reward, judged = self.recipe.grpo.reward, self.folder / "judge"
+                opened = open_graders(reward, self._world, judged, only_correct=True)
+                grader, _ = stack.enter_context(opened)
+                run.validation = self._validation(every, engine, chat, grader)
+            steps = sft.steps_of(settings, len(demonstrations))
+            view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
     def _grpo(self, name: str) -> None:
@@ -322,6 +329,7 @@ def dry_run(
 ) -> dict[str, float]:
     """Try everything that a run would do, in small; writes nothing, and returns the seconds of each check."""
     study = Study(recipe, folder, data=data, output=output, stop=stop, world=world, dry=True)
+    study.check_data()
     with TemporaryDirectory(dir=existing(folder), prefix=".preflight-") as logs:
         return study.try_stages(logs=Path(logs))
 
