@@ -92,6 +92,7 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
         for name, value in [("problems", resolved.data.cold_start), *teacher_rows(resolved.teacher)]:
             typer.echo(f"  {name:<18}  {value}")
 
+    from rlcs.data.check import grouped
     from rlcs.distill import load_rows, run
     from rlcs.progress import screen
     from rlcs.signals import StopFlag
@@ -102,8 +103,8 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
     )
     total = sum(row.response is None for row in loaded.rows)
     with StopFlag() as stop, screen("cold start", total, quiet=options.quiet, json=options.json) as view:
-        for bad in loaded.bad:
-            view.say(f"left out: {bad}")
+        for line in grouped(loaded.bad):
+            view.say(f"left out: {line}")
         run(
             loaded.rows, resolved.teacher, folder=folder, seed=resolved.seed, images=resolved.images,
             view=view, stop=stop,
