@@ -52,7 +52,7 @@ def test_faults_are_named_a_few_of_each_and_kinds_are_counted(check):
     assert done.returncode == 2 and not done.stderr
     file = done.stdout.partition("(first: ")[2].partition(":5, :6, :7): ")[0]
     assert file.endswith("rows.jsonl")
-    assert done.stdout.startswith(f"8 rows (first: {file}:5, :6, :7): the gold answer 'F' is no such option")
+    assert done.stdout.startswith(f"8 rows (first: {file}:5, :6, :7): the gold answer 'F' names no option")
     for name, fault in (("index", "an index from 0"), ("torn", "not closed"), ("formula", "not a formula")):
         assert any(f"(id {name})" in line and fault in line for line in done.stdout.splitlines()), name
     kinds = [line.split() for line in done.stdout.partition("gold answers")[2].splitlines()]
