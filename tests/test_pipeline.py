@@ -565,6 +565,7 @@ def run_out(*_args, **_options):
 
 PHASES = [
     # what asks for too much, the arms, the phase, the key to change
+    ("rlcs.engines.local.LocalEngine.sample", "base, sft", "preflight, rollout engine", "eval.max_rows=128"),
     ("rlcs.model.loading.load", "base, sft", "eval base: loading", "weights"),
     (
         "rlcs.engines.local.LocalEngine.sample",
@@ -586,6 +587,7 @@ def test_memory_that_runs_out_names_the_phase_and_the_keys(
 ):
     words = [f"model.name={random_model_folder}", *SMALL, f"study.arms=[{arms}]", "grpo.prompts_per_step=128"]
     words += ["grpo.kl.kind=k3", "grpo.kl.coefficient=0.01"]  # then groups of equal rewards are learnt too
+    words += [] if phase.startswith("preflight") else ["study.preflight=off"]
     recipe = load_recipe("quickstart", words).recipe
     data, output = data_of(recipe), study.Output(quiet=True)
     monkeypatch.setattr(what, run_out)

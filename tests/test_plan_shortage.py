@@ -114,7 +114,12 @@ def test_vllm_beside_the_trainer_takes_its_share():
 def test_a_cpu_and_an_unknown_place():
     _, head, changes = told("quickstart", "sft: update", on=machine(0, "H100", memory=None, peak=0))
     assert "of main memory" in head and not any("cpu_offload" in change[0] for change in changes)
-    assert shortage_advice(load_recipe("quickstart").recipe, "cold start: sampling", card(), trainers=1) == ""
+    recipe = load_recipe("quickstart").recipe
+    assert shortage_advice(recipe, "cold start: sampling", card(), trainers=1) == ""
+    nothing = shortage_advice(
+        recipe, "eval base: loading", machine(0, "H100", memory=None, peak=0), trainers=1
+    )
+    assert nothing.endswith("No key makes it less: take a smaller model, or more memory")
 
 
 PAGE = Path(__file__).parent.parent / "docs/how-to/out-of-memory.md"

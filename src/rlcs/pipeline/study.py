@@ -105,8 +105,15 @@ class Study:
             yield
 
     def check_data(self) -> None:
-        """Make the prompts of all data, and leave out rows without one. Raises DataError if they are many."""
+        """Make the prompts of all data, leave out rows without one, and show what there is to know.
+
+        Raises DataError if these rows are many.
+        """
         self._data = check_prompts(self._data, self.recipe)
+        with Output(quiet=True, json=self._output.json).screen("data", 0) as view:
+            for line in self._data.notes:
+                log.warning(line)
+                view.say(line)
 
     def try_stages(self, *, logs: Path) -> dict[str, float]:
         """Try what is left of the run in small; the seconds of each check. Raises RlcsError."""
@@ -125,8 +132,6 @@ class Study:
         self.check_data()
         data, study = self._data, self.recipe.study
         self._world.first(lambda: write_json(self.folder / CHECKS, data.checks))
-        for line in data.notes:
-            log.warning(line)
         self.try_stages(logs=self.folder / "rollout")
         self._world.first(self._write_problems)
         # Each call frees its model before the next one is loaded.

@@ -62,25 +62,28 @@ def shortage_advice(recipe: Recipe, where: str, machine: Machine, *, trainers: i
     listed = " + ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     device = f"of the {_size(machine.device.memory * GIB)} of a device" if machine.gpus else "of main memory"
     total = f"with libraries and fragments {_size(with_overhead(sum(parts.values())))} {device}"
-    lines = [f"planned for the longest prompts and answers: {listed}, {total}. To need less:"]
+    lines = [f"planned for the longest prompts and answers: {listed}, {total}"]
     for change, other in _changes(recipe, sizes, machine, trainers):
         after = _parts(plan_stages(other, sizes, machine, Assumed(), trainers=trainers)[stage], work)
         if sum(parts.values()) - sum(after.values()) < LEAST_SAVED * sum(parts.values()):
             continue
         key = change.partition("=")[0]
-        learner = placed(other, sizes, machine, trainers=trainers)[0]
-        notes = [_arithmetic(key, work, other, learner), COSTS.get(key, "")]
+        model = placed(other, sizes, machine, trainers=trainers)[stage == "eval"]
+        notes = [_arithmetic(key, work, other, model), COSTS.get(key, "")]
         lines.append(
             f"  {change} (now {_shown(attrgetter(key)(recipe))}): {_difference(parts, after)} "
             f"({'; '.join(filter(None, notes))})"
         )
+    lines[0] += (
+        ". To need less:" if lines[1:] else ". No key makes it less: take a smaller model, or more memory"
+    )
     return "\n     ".join(lines[: 1 + MOST_CHANGES])
 
 
 def _kind(where: str) -> tuple[str, str]:
     """The stage of a plan, and the kind of work (of PARTS), at a place that OutOfMemory names."""
     first, last = where.split(": ")[0], where.split(": ")[-1]
-    if first.startswith("eval") or (first == "sft" and last == "sampling"):
+    if first.startswith(("eval", "preflight")) or (first == "sft" and last == "sampling"):
         return "eval", "loading" if last == "loading" else "sampling"
     stage = "grpo" if first in RL_ARMS else "sft" if first == "sft" else ""
     return stage, {"loading": "loading", "rollout": "sampling", "sampling": "sampling"}.get(last, "training")
