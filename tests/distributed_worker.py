@@ -85,6 +85,8 @@ def train(job: dict, world: World) -> None:
     with StopFlag() as stop, screen("stage", 6, quiet=True, stream=Path(os.devnull).open("w")) as view:
         if job.get("stop_at") and world.rank == world.size - 1:
             view = Stopper(view, stop, job["stop_at"])
+        if job.get("run_out_of_memory") and world.rank == world.size - 1:
+            torch.optim.AdamW.step = lambda *args, **options: torch.empty(1 << 50)
         if "sft" in job:
             sft.train(vlm, chat, demonstrations(12), settings, run=stage, screen=view, stop=stop)
         else:

@@ -16,7 +16,7 @@ from rlcs.data import puzzles
 from rlcs.data.exchange import export
 from rlcs.data.images import image_from_bytes
 from rlcs.data.loading import load
-from rlcs.data.overlap import find_overlaps
+from rlcs.data.overlap import OverlapFinder, find_overlaps
 from rlcs.data.rows import Row
 from rlcs.errors import RunFolderError
 from rlcs.recipe.schema import Data
@@ -103,7 +103,7 @@ def test_only_the_same_conversation_is_the_same_problem():
     edited = replace(
         other, id="b", history=(replace(other.history[0], text="<image>How?"), *other.history[1:])
     )
-    kinds = {kind.b: kind.kind for kind in find_overlaps([one], [replace(other, id="c"), edited])}
+    kinds = {found.a: found.kind for found in find_overlaps([replace(other, id="c"), edited], [one])}
     assert kinds == {"c": "same problem", "b": "same image"}
     system = make_conversation("a", system="Be brief.")
     assert find_overlaps([one], [replace(system, id="d")])[0].kind == "same problem"
@@ -196,6 +196,60 @@ def test_what_two_sets_share_is_found_and_nothing_else():
     ]
 
 
+def test_pixels_count_not_files_and_signs_count_not_punctuation():
+    bmp, other = picture(1, form="BMP"), picture(2, form="BMP")
+    train = [
+        problem("copy", "how many boxes", bmp),
+        problem("rephrased", "Count the boxes.", bmp),
+        problem("elsewhere", "How many boxes?", other),
+        problem("minus", "What is $3 - 5$?"),
+        problem("plus", r"What is \(3 + 5\)"),
+        problem("point", "What is 3.5?"),
+    ]
+    test = [
+        problem("T", "How many boxes?", picture(1)),
+        problem("M", "What is 3+5 ?"),
+        problem("P", "What is 35?"),
+    ]
+    for finder in (OverlapFinder(test), OverlapFinder(test, look_alikes=True)):
+        found = [(each.kind, each.a, each.b) for each in finder.find(train)]
+        assert found == [
+            ("same problem", "copy", "T"), ("same question", "plus", "M"), ("same image", "rephrased", "T"),
+        ]  # fmt: skip
+
+
+def test_earlier_turns_and_choices_belong_to_the_question():
+    first = Problem(id="a", source="m", question="And now?", answer="1", choices=("x", "y"))
+    asked = replace(first, history=(Turn(role="user", text="Look."), Turn(role="assistant", text="Yes.")))
+    others = [replace(first, choices=("x", "z")), asked]
+    assert not OverlapFinder([first]).find(others)
+    assert [each.b for each in OverlapFinder(others).find([replace(asked, id="b")])] == ["a"]
+
+
+def test_one_line_for_a_row_however_many_rows_it_meets():
+    rows = [problem(str(i), "Why?") for i in range(3000)]
+    found = OverlapFinder(rows).find(rows)
+    assert len(found) == 3000 and {(each.b, each.more) for each in found} == {("0", 2999)}
+
+
+def test_decoding_is_bounded_except_where_every_problem_must_be_found():
+    train = [problem(f"a{i}", "How many?", picture(i)) for i in range(6)]
+    test = [problem(f"b{i}", "How many?", picture(i, form="BMP")) for i in range(6)]
+    limit = 200 * 160 * 8
+    few = OverlapFinder(test, all_problems=False, max_pixels=limit)
+    assert [each.a for each in few.find(train)] == ["a0", "a1"] and few.uncompared == 4
+    every = OverlapFinder(test, max_pixels=limit)
+    assert len(every.find(train)) == 6 and not every.uncompared
+
+
+def test_an_image_that_cannot_be_decoded_is_compared_by_its_bytes():
+    broken = replace(picture(1), data=picture(1).data[:300], sha256="0" * 64)
+    found = OverlapFinder([problem("b", "q", picture(1)), problem("c", "q", broken)]).find(
+        [problem("a", "q", broken)]
+    )
+    assert [(each.kind, each.b) for each in found] == [("same problem", "c")]
+
+
 def test_unlike_pictures_are_far_apart():
     many = [problem(str(seed), f"q{seed}", picture(seed)) for seed in range(100)]
     assert not [each for each in find_overlaps(many, many) if each.a != each.b]
@@ -210,7 +264,9 @@ def test_the_builtin_splits_do_not_meet():
 
 def test_the_command_reports_overlaps(tmp_path: Path):
     done = rlcs("data", "overlap", "builtin:shapes?count=4", "builtin:shapes?count=4")
-    assert done.returncode == 0 and "same problem          4 pairs, 4 rows" in done.stdout, done.stderr
+    assert done.returncode == 0 and "4 of 4 rows of builtin:shapes?count=4 are also in" in done.stdout, (
+        done.stderr
+    )
     lines = rlcs("data", "overlap", "builtin:shapes?count=4", "builtin:shapes?count=4", "--json").stdout
     assert sum(json.loads(line)["kind"] == "same problem" for line in lines.splitlines()) == 4
     assert rlcs("data", "overlap", "builtin:shapes?count=4", "benchmark:nosuch").returncode == 2

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,7 +14,7 @@ from rlcs.data.rows import Row
 from rlcs.distill import load_kept, run
 from rlcs.errors import UserError
 from rlcs.recipe.schema import Data, Teacher
-from rlcs.records import Problem
+from rlcs.records import Grade, Problem
 from rlcs.storage import read_json, read_jsonl
 
 
@@ -60,13 +61,77 @@ def test_keep_all_imitates_wrong_answers_too(tmp_path: Path) -> None:
     )
 
 
-def test_given_responses_are_kept_whatever_their_grade(tmp_path: Path) -> None:
-    rows = [given("a", r"\boxed{5}"), given("b", r"\boxed{6}"), *builtin_rows(3)]
-    kept = run(rows, Teacher(wrong_share=0.0), folder=tmp_path, seed=1)
+MIXED = [
+    given("right", r"\boxed{5}"),
+    given("wrong", r"\boxed{6}"),
+    given("open", "I do not know what is shown here, sorry."),
+    replace(given("own", r"\boxed{6}"), gradable=False),
+]
+
+
+def test_wrong_given_demonstrations_are_left_out_and_counted(tmp_path: Path) -> None:
+    said: list[str] = []
+    view = Mock(say=said.append)
+    kept = run([*MIXED, *builtin_rows(3)], Teacher(wrong_share=0.0), folder=tmp_path, seed=1, view=view)
     assert [d.teacher for d in kept] == ["given", "given", "builtin", "builtin", "builtin"]
-    assert [d.grade.correct for d in kept if d.grade] == [True, False, True, True, True]
+    assert [d.problem.id for d in kept[:2]] == ["right", "own"]
     stats = read_json(tmp_path / "stats.json")
-    assert (stats["given"], stats["given_wrong"], stats["asked"]) == (2, 1, 3)
+    counts = {"given": 4, "given_wrong": 2, "given_unscored": 0, "given_unchecked": 1, "asked": 3}
+    assert counts.items() <= stats.items() and stats["rejected"] == 2 and stats["unscored"] == 0
+    rejected = {row["id"]: row["why"] for row in read_jsonl(tmp_path / "rejected.jsonl")}
+    assert rejected == {
+        "wrong": "the final answer '6' is not the gold answer '5'",
+        "open": "the response has no final answer: no box, no <answer> tag, no sentence with the answer, "
+        "no lone letter",
+    }
+    assert said == [
+        "2 of 4 demonstrations left out: their final answer is not the gold answer "
+        "(first: mine id wrong, id open)",
+        "1 of 4 demonstrations not checked: there is no gold answer beside the response to compare",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        *((text, True) for text in ("5", "The answer is 5.", "<answer>5</answer>", "$5$", "We add.\n#### 5")),
+        *((text, False) for text in ("6", "It shows five bars, I think.", r"first 5, then \boxed{6}")),
+    ],
+)
+def test_a_final_answer_needs_no_box_in_a_given_demonstration(response, right, tmp_path: Path) -> None:
+    run([given("a", response), given("b", r"\boxed{5}")], Teacher(), folder=tmp_path, seed=1)
+    assert read_json(tmp_path / "stats.json")["given_wrong"] == (0 if right else 1)
+
+
+def test_keep_all_imitates_wrong_given_demonstrations(tmp_path: Path) -> None:
+    kept = run(MIXED, Teacher(keep="all"), folder=tmp_path, seed=1)
+    assert len(kept) == 4 and read_json(tmp_path / "stats.json")["kept_wrong"] == 2
+    assert not read_jsonl(tmp_path / "rejected.jsonl")
+
+
+def test_a_timeout_says_nothing_against_a_demonstration(tmp_path: Path, monkeypatch) -> None:
+    late = Grade(reward=None, correct=None, why="timed out after 5 s")
+    monkeypatch.setattr("rlcs.grading.pool.GradePool.grade", lambda self, answers: [late for _ in answers])
+    kept = run(MIXED, Teacher(), folder=tmp_path, seed=1)
+    assert len(kept) == 4
+    stats = read_json(tmp_path / "stats.json")
+    assert (stats["given_unscored"], stats["given_unchecked"], stats["given_wrong"]) == (3, 1, 0)
+    monkeypatch.undo()
+    assert len(run(MIXED, Teacher(), folder=tmp_path, seed=1)) == 2  # graded again, as the cause may be gone
+
+
+def test_grades_of_given_demonstrations_are_kept_for_a_resume(tmp_path: Path, monkeypatch) -> None:
+    run(MIXED, Teacher(), folder=tmp_path, seed=1)
+    graded: list[str] = []
+
+    def grade(self, answers):
+        graded.extend(problem.id for problem, _ in answers)
+        return [Grade(reward=1.0, correct=True) for _ in answers]
+
+    monkeypatch.setattr("rlcs.grading.pool.GradePool.grade", grade)
+    edited = [replace(MIXED[0], response=r"so \boxed{5}"), *MIXED[1:]]
+    kept = run(edited, Teacher(), folder=tmp_path, seed=1)
+    assert graded == ["right"] and [d.problem.id for d in kept] == ["right", "own"]
 
 
 def test_the_same_seed_gives_the_same_files_and_another_other_mistakes(tmp_path: Path) -> None:

@@ -273,6 +273,21 @@ def test_a_rank_that_dies_or_hangs_takes_the_others_along(random_model_folder, t
             rank.communicate()
 
 
+def test_a_rank_without_memory_ends_all(random_model_folder, tmp_path):
+    job = {"model": str(random_model_folder), "folder": str(tmp_path / "run"), "timeout_s": 20}
+    (tmp_path / "jobs.json").write_text(json.dumps([job | {"sft": SFT, "run_out_of_memory": True}]))
+    ranks = launch(2, tmp_path / "jobs.json")
+    try:
+        (_, other), (_, full) = (rank.communicate(timeout=LIMIT_S) for rank in ranks)
+        assert [rank.returncode for rank in ranks] == [1, 1]
+        assert "OutOfMemory: update: main memory ran out: 4,194,304.00 GB were requested" in full
+        assert "rank 0 lost the others" in other and "its own message says why" in other
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
 def wait_for(path: Path) -> None:
     started = time.monotonic()
     while not path.exists():

@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, in a folder of its own, and its model learns the charts."""
+"""The notebook runs from its first cell to its last, in a new folder, and its model learns the charts."""
 
 import os
 import re

@@ -1,6 +1,7 @@
 """The commands of `rlcs data`: check, export, push, overlap."""
 
 import json as jsonlib
+import re
 from dataclasses import asdict
 from pathlib import Path
 from shutil import get_terminal_size
@@ -13,78 +14,158 @@ from rlcs.cli.output import print_result
 from rlcs.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
+    from rlcs.data.source_check import CountPrompts, SourceCheck
     from rlcs.data.sources import Role
-    from rlcs.recipe.schema import Data
+    from rlcs.recipe.schema import Recipe
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="A recipe's name or file: columns, limits, model")
+]
 
 data_app = typer.Typer(help="Check, compare and exchange data sets.", no_args_is_help=True)
 
 
 @data_app.command("check")
 def data_check(
-    source: Annotated[str, typer.Argument(help="A data file, a folder, a hub id, or builtin:NAME")],
+    source: Annotated[
+        str | None, typer.Argument(help="A data file, folder, hub id, or builtin:NAME; none: the recipe's")
+    ] = None,
     overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="Source of columns and limits")] = "quickstart",
-    role: Annotated[str, typer.Option("--role", help="rl, test or cold_start")] = "rl",
-    prompts: Annotated[
-        bool, typer.Option("--prompts", help="Also make every prompt, with the recipe's model and limit")
-    ] = False,
+    recipe: RecipeOption = None,
+    role: Annotated[str | None, typer.Option("--role", help="rl (default), test or cold_start")] = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write the rows that can be used to a new JSONL file")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Name unusable rows with the reasons, and count the kinds of gold answers. Decodes every image."""
-    from rlcs.data.check import grouped, kind_lines, kinds_of_golds, option_notes, unmatchable
-    from rlcs.data.loading import load
+    """Name unusable rows with the reasons, and count the kinds of gold answers. Decodes every image.
+
+    With a recipe also what `rlcs run` would refuse: prompts that are too long, problems without a teacher.
+    """
+    from rlcs.data.good_rows import require_new_file, write_rows
+    from rlcs.data.source_check import check_source
     from rlcs.recipe.loading import load_recipe
 
-    roles: tuple[Role, ...] = ("rl", "test", "cold_start")
-    chosen = next((known for known in roles if known == role), None)
-    if chosen is None:
-        raise RecipeError(f"unknown role {role!r}", where="--role", fix="use rl, test or cold_start")
-    resolved = load_recipe(recipe, overrides or []).recipe
-    limit = resolved.images.decode_limit
-    loaded = load(source, resolved.data, decode_limit=limit, role=chosen, decode=True)
-    unusable = list(loaded.bad)
-    if resolved.data.answers == "unwrapped":
-        unusable += unmatchable(loaded.rows)
-    if prompts:
-        from rlcs.model.loading import load_chat
-        from rlcs.report.preview import no_prompts
+    words = list(overrides or [])
+    if source is not None and _is_override(source):
+        words, source = [source, *words], None
+    chosen = _role(role)
+    resolved = load_recipe(recipe or "quickstart", words).recipe
+    count = _prompt_counter(resolved) if recipe is not None else None
+    if source is None:
+        if count is None:
+            raise UserError("nothing to check", fix="name a data source, or --recipe for all of its sources")
+        if role is not None or write is not None:
+            option = "--role" if role is not None else "--write"
+            raise UserError("this is for one source", where=option, fix="name the source as well")
+        _check_recipe(resolved, count, json=json)
+        return
+    if write is not None:
+        require_new_file(write, source)
+    found = check_source(source, chosen, resolved, count_prompts=count)
+    facts, lines = _facts(found), _lines(found)
+    if write is not None and found.good:
+        write_rows(found.good, source, write, resolved.data.columns)
+        facts["written"] = str(write)
+        lines.append(f"{len(found.good):,} rows are written to {write}")
+    elif write is not None:
+        lines.append(f"no row can be used, so that {write} is not written")
+    print_result(facts, lines, json=json)
+    if found.bad or found.refusal or not found.good:
+        raise typer.Exit(2)
 
-        unusable += no_prompts(loaded.rows, load_chat(resolved.model, resolved.prompt, resolved.images))
-    usable = len(loaded.rows) + len(loaded.bad) - len(unusable)
-    unusable_ids = {bad.id for bad in unusable}
-    kinds = kinds_of_golds(row.problem for row in loaded.rows if row.problem.id not in unusable_ids)
-    notes = [*loaded.notes, *option_notes(row.problem for row in loaded.rows)]
+
+def _is_override(text: str) -> bool:
+    """Whether a first word is `key=value` instead of a source (`builtin:NAME?count=3` is one)."""
+    return re.match(r"[a-z_]+(\.[a-z_]+)*=", text) is not None and not Path(text).exists()
+
+
+def _role(name: str | None) -> "Role":
+    from rlcs.data.sources import ROLES, suggest
+
+    chosen = next((known for known in ROLES if known == (name or "rl")), None)
+    if chosen is None:
+        raise RecipeError(f"unknown role {name!r}", where="--role", fix=suggest(name or "", ROLES))
+    return chosen
+
+
+def _prompt_counter(recipe: "Recipe") -> "CountPrompts":
+    from rlcs.pipeline.data_checks import count_prompts
+
+    return count_prompts(recipe)
+
+
+def _check_recipe(recipe: "Recipe", count: "CountPrompts", *, json: bool) -> None:
+    from rlcs.data.source_check import check_recipe_data
+
+    checks, errors, notes = check_recipe_data(recipe, count)
+    lines: list[str] = []
+    for name, found in checks.items():
+        lines += [f"{name}: {found.source}", *(f"  {line}" for line in _lines(found)), ""]
+    lines += [f"{role}: {error}" for role, error in errors.items()]
+    refused = bool(errors) or any(found.refusal or not found.good for found in checks.values())
+    bad = any(found.bad for found in checks.values())
+    verdict = "`rlcs run` refuses this data" if refused else "`rlcs run` accepts this data"
+    lines += [
+        *notes,
+        f"{verdict}, and leaves the rows out that cannot be used" if bad and not refused else verdict,
+    ]
     facts = {
-        "usable": usable,
-        "bad": [{"where": bad.where, "id": bad.id, "reason": bad.reason} for bad in unusable],
-        "notes": notes,
+        "sources": {name: _facts(found) for name, found in checks.items()},
+        "errors": errors,
+        "overlap": notes,
+        "accepted": not refused,
+    }
+    print_result(facts, lines, json=json)
+    if refused or bad:
+        raise typer.Exit(2)
+
+
+def _facts(found: "SourceCheck") -> dict[str, Any]:
+    from rlcs.data.check import kinds_of_golds
+
+    kinds = kinds_of_golds(row.problem for row in found.good)
+    return {
+        "source": found.source,
+        "role": found.role,
+        "usable": len(found.good),
+        "bad": [{"where": bad.where, "id": bad.id, "reason": bad.reason} for bad in found.bad],
+        "notes": list(found.notes),
+        "refusal": found.refusal,
         "golds": {
             kind: {"rows": len(same), "id": same[0].id, "answer": same[0].answer}
             for kind, same in kinds.items()
         },
     }
-    counts = f"{usable:,} rows can be used, {len(unusable):,} cannot"
+
+
+def _lines(found: "SourceCheck") -> list[str]:
+    from rlcs.data.check import grouped, kind_lines, kinds_of_golds
+
+    kinds = kinds_of_golds(row.problem for row in found.good)
     table = kind_lines(kinds, columns=get_terminal_size().columns)
-    print_result(facts, [*grouped(unusable), *table, *notes, counts], json=json)
-    if unusable or not usable:
-        raise typer.Exit(2)
+    counts = f"{len(found.good):,} rows can be used, {len(found.bad):,} cannot"
+    refusal = [f"a run refuses this source: {found.refusal}"] if found.refusal else []
+    return [*grouped(found.bad), *table, *found.notes, *refusal, counts]
 
 
 @data_app.command("export")
 def data_export(
     source: Annotated[str, typer.Argument(help="kept.jsonl, or any other data source")],
     to: Annotated[Path, typer.Argument(help="The new folder")],
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
     layout: Annotated[str, typer.Option(help="published, ms-swift or llama-factory")] = "published",
 ) -> None:
     """Write data in the layout of other tools, with a card. Parquet with images, ms-swift, LLaMA-Factory."""
     from rlcs.data.exchange import LAYOUTS, export
     from rlcs.data.sources import suggest
-    from rlcs.recipe.schema import Data
+    from rlcs.recipe.loading import load_recipe
 
     chosen = next((each for each in LAYOUTS if each == layout), None)
     if chosen is None:
         raise UserError(f"no layout {layout!r}", where="--layout", fix=suggest(layout, LAYOUTS))
-    rows = _rows(source, Data())
+    rows = _rows(source, load_recipe(recipe or "quickstart", overrides or []).recipe)
     for path in export(rows, to, layout=chosen, source=source):
         if path.parent.name != "images":
             typer.echo(path)
@@ -109,45 +190,49 @@ def data_push(
 def data_overlap(
     first: Annotated[str, typer.Argument(help="A data source")],
     second: Annotated[str, typer.Argument(help="Another, or benchmark:NAME")],
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the benchmark's official files")] = None,
     json: Json = False,
 ) -> None:
-    """Find problems and images that two sets share. Exact ones, and images that look alike."""
+    """Find problems and images that two sets share. The same pixels, and images that look alike."""
     from rlcs.data.overlap import KINDS, find_overlaps
+    from rlcs.data.run_data import overlap_facts, overlap_sentence
+    from rlcs.recipe.loading import load_recipe
 
-    found = find_overlaps(_problems(first, data), _problems(second, data))
+    # Gold answers are not compared, so that they need not be such as can be graded.
+    words = ["data.answers=as_given", *(overrides or [])]
+    resolved = load_recipe(recipe or "quickstart", words).recipe
+    problems = _problems(first, data, resolved)
+    found = find_overlaps(problems, _problems(second, data, resolved))
     if json:
         for each in found:
             typer.echo(jsonlib.dumps(asdict(each)))
         return
+    facts = {fact["kind"]: fact for fact in overlap_facts(first, found)}
     for kind in KINDS:
-        pairs = [each for each in found if each.kind == kind]
-        rows = len({each.a for each in pairs})
-        typer.echo(f"{kind:<14} {len(pairs):>8,} pairs, {rows:,} rows of {first}")
-        for each in pairs[:5]:
-            typer.echo(f"    {each.a}  {each.b}" + (f"  ({each.bits} bits)" if each.bits else ""))
+        if kind in facts:
+            typer.echo(overlap_sentence(facts[kind], len(problems), second))
+    if not facts:
+        typer.echo(f"{first} shares nothing with {second}")
 
 
-def _rows(source: str, settings: "Data") -> Any:
+def _rows(source: str, recipe: "Recipe") -> Any:
     """The usable rows of a source; raises DataError when too few are."""
     from rlcs.data.loading import load, require_usable
-    from rlcs.recipe.schema import Images
 
-    loaded = load(source, settings, decode_limit=Images().decode_limit, role="cold_start")
-    require_usable(loaded, settings)
+    loaded = load(source, recipe.data, decode_limit=recipe.images.decode_limit, role="cold_start")
+    require_usable(loaded, recipe.data)
     return loaded.rows
 
 
-def _problems(source: str, data: Path | None) -> list[Any]:
-    from rlcs.recipe.schema import Data, Images
-
+def _problems(source: str, data: Path | None, recipe: "Recipe") -> list[Any]:
     if not source.startswith("benchmark:"):
-        # Gold answers are not compared, so that they need not be such as can be graded.
-        return [row.problem for row in _rows(source, Data(answers="as_given"))]
+        return [row.problem for row in _rows(source, recipe)]
     from rlcs.evals.benchmarks import find
     from rlcs.evals.benchmarks.loading import load_benchmark
 
-    limit = Images().decode_limit
+    limit = recipe.images.decode_limit
     loaded = load_benchmark(
         find(source.removeprefix("benchmark:")), split=None, data=data, limit=None, decode_limit=limit
     )

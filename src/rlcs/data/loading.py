@@ -3,10 +3,12 @@
 `load` reads, `require_usable` decides whether the rows may be trained on.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlcs.data.check import grouped
 from rlcs.data.rows import BadRow, Row, RowReader
 from rlcs.data.sources import Role, is_builtin, open_builtin, open_table
 from rlcs.errors import DataError
@@ -81,19 +83,21 @@ def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: 
 
 
 def require_usable(loaded: Loaded, settings: Data) -> None:
-    """Raise DataError, naming the first bad rows, if no row is usable or too large a share is bad."""
+    """Raise DataError, with the kinds of faults, if no row is usable or too large a share is bad."""
     total = len(loaded.rows) + len(loaded.bad)
     if total == 0:
         raise DataError("the source has no rows", where=loaded.source, fix="name a source with data")
     if loaded.rows and len(loaded.bad) <= settings.max_bad_share * total:
         return
-    lines = [str(row) for row in loaded.bad[:_SHOWN]]
-    if len(loaded.bad) > _SHOWN:
-        lines.append(f"... and {len(loaded.bad) - _SHOWN:,} more")
+    lines = grouped(loaded.bad)
+    if len(lines) > _SHOWN:
+        lines = [*lines[:_SHOWN], f"and {len(lines) - _SHOWN:,} more kinds of faults"]
+    share = math.ceil(100 * len(loaded.bad) / total) / 100
+    leave_out = f"or leave them out with data.max_bad_share={share:g}; " if loaded.rows else ""
     raise DataError(
         f"{len(loaded.bad):,} of {total:,} rows cannot be used "
         f"(allowed: {settings.max_bad_share:.1%})\n    " + "\n    ".join(lines),
         where=loaded.source,
-        fix="correct the rows (`rlcs data check SOURCE --json` names them all), or raise data.max_bad_share; "
-        "data.answers=as_given leaves gold answers to a reward of your own",
+        fix="correct the rows (`rlcs data check SOURCE --json` names them all, `--write GOOD.jsonl` writes "
+        f"the others), {leave_out}data.answers=as_given leaves gold answers to a reward of your own",
     )

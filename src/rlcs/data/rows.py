@@ -59,7 +59,8 @@ class Row:
     """A usable row; one with a `response` is a demonstration.
 
     `given` is the gold answer as the row has it, if it was unwrapped, and `mark` what it was unwrapped from.
-    `where` is as in `BadRow`. Without `own_gold` the gold answer was taken out of the response itself.
+    `where` is as in `BadRow`. A response is `gradable` if the rule can compare it with the gold answer: not
+    where that was taken out of the response itself, or is left as given.
     `own_system`: the row had a system prompt, which is in `problem.history` unless `data.system` is `recipe`.
     """
 
@@ -68,7 +69,7 @@ class Row:
     given: str = ""
     mark: str = ""
     where: str = ""
-    own_gold: bool = True
+    gradable: bool = True
     own_system: bool = False
 
     def refused(self, reason: str) -> BadRow:
@@ -90,7 +91,6 @@ class RowReader:
         self.notes = RowNotes()
         self._table = table
         self._as_given = settings.answers == "as_given"
-        self._system = settings.system
         self._system = settings.system
         self._role = role
         self._ids: dict[str, str] = {}
@@ -170,7 +170,7 @@ class RowReader:
                 raise ValueError(f"the row has {media}: only texts and images can be used")
         given, response, own_gold = self._answer_and_response(row)
         choices = choices_of(row.get("choices")[0])
-        needed = self._role in ("rl", "test") or (response is None and self._role != "ask")
+        needed = response is None and self._role != "ask"
         answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
         images = self._pictures.get(row.image_of_row) or self._images.read(row.images())
         if row.layout and row.layout.id:
@@ -200,7 +200,7 @@ class RowReader:
             given=given if mark else "",
             mark=mark,
             where=raw.where,
-            own_gold=own_gold,
+            gradable=own_gold and not self._as_given,
             own_system=own_system,
         )
 

@@ -1,14 +1,23 @@
 """Reads and checks all data of a study, before any model is loaded, so that errors are reported at once."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from rlcs.data.check import grouped
 from rlcs.data.loading import Loaded, load, require_usable
+from rlcs.data.overlap import KINDS, SHARED, Kind, Overlap, OverlapFinder
 from rlcs.data.rows import Row
 from rlcs.data.sources import Role
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data, Study, Validation
 from rlcs.records import Problem
+
+_MAX_PIXELS = 2_000_000_000
+"""Pixels that are decoded to compare one training source with the test problems: about 20 s on two cores."""
+_SHOWN = 3
+_ID = 40
+"""Characters of an id that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +25,8 @@ class RunData:
     """The data of a study; `notes` name the rows that were left out, and say which answers were unwrapped.
 
     A source that no arm of the study needs is not read: its data is empty. `validation` holds the problems
-    that are measured while a stage trains; none of them is in `rl`.
+    that are measured while a stage trains; none of them is in `rl`. `checks` are the facts that the run
+    folder's `data_checks.json` holds.
     """
 
     cold_start: tuple[Row, ...]
@@ -24,6 +34,34 @@ class RunData:
     test: tuple[Problem, ...]
     validation: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    checks: Mapping[str, Any] = field(default_factory=dict)
+
+    def without(self, left_out: Mapping[str, Collection[str]]) -> "RunData":
+        """The same data without the training rows of these ids."""
+        return replace(
+            self,
+            cold_start=tuple(
+                row for row in self.cold_start if row.problem.id not in left_out.get("cold_start", ())
+            ),
+            rl=tuple(problem for problem in self.rl if problem.id not in left_out.get("rl", ())),
+        )
+
+
+def sources_of(study: Study, settings: Data, validation: Validation) -> dict[str, tuple[str, Role]]:
+    """The data sources that a study needs and their roles, by the name of their data in `RunData`."""
+    sources: dict[str, tuple[str, Role]] = {"test": (settings.test, "test")}
+    if study.main != "sft" or validation.held_out:
+        sources = {"rl": (settings.rl, "rl"), **sources}
+    if study.cold_starts:
+        sources = {"cold_start": (settings.cold_start, "cold_start"), **sources}
+    if validation.on and validation.source is not None:
+        sources["validation"] = (validation.source, "test")
+    return sources
+
+
+def key_of(name: str) -> str:
+    """The recipe key of a data source."""
+    return "validation.source" if name == "validation" else f"data.{name}"
 
 
 def load_run_data(
@@ -37,32 +75,112 @@ def load_run_data(
 
     Raises DataError before anything is trained.
     """
-    sources: dict[Role, str] = {"test": settings.test}
-    if study.main != "sft" or validation.held_out:
-        sources = {"rl": settings.rl, **sources}
-    if study.cold_starts:
-        sources = {"cold_start": settings.cold_start, **sources}
-    loaded: dict[Role, Loaded] = {}
-    for role, source in sources.items():
-        loaded[role] = load(source, settings, decode_limit=decode_limit, role=role)
-        require_usable(loaded[role], settings)
-    notes = [f"{role}: {note}" for role, each in loaded.items() for note in each.notes]
-    notes += [f"left out of {role}: {bad}" for role, each in loaded.items() for bad in each.bad]
-    problems = {role: [row.problem for row in each.rows] for role, each in loaded.items()}
+    loaded: dict[str, Loaded] = {}
+    for name, (source, role) in sources_of(study, settings, validation).items():
+        loaded[name] = load(source, settings, decode_limit=decode_limit, role=role)
+        require_usable(loaded[name], settings)
+    notes = [f"{name}: {note}" for name, each in loaded.items() for note in each.notes]
+    notes += [f"left out of {name}: {line}" for name, each in loaded.items() for line in grouped(each.bad)]
+    problems = {name: tuple(row.problem for row in each.rows) for name, each in loaded.items()}
     rl = by_pass_rate(problems["rl"], settings) if "rl" in problems else ()
     rl, held_out = hold_out(rl, validation.held_out, settings.rl)
-    if validation.on and validation.source is not None:
-        measured = load(validation.source, settings, decode_limit=decode_limit, role="test")
-        require_usable(measured, settings)
-        notes += [f"left out of validation: {bad}" for bad in measured.bad]
-        held_out = tuple(row.problem for row in measured.rows[: validation.problems])
-    return RunData(
+    if "validation" in problems:
+        held_out = problems["validation"][: validation.problems]
+    data = RunData(
         cold_start=loaded["cold_start"].rows if "cold_start" in loaded else (),
         rl=rl if study.main != "sft" else (),
-        test=tuple(problems["test"]),
+        test=problems["test"],
         validation=held_out,
         notes=tuple(notes),
+        checks={"sources": {name: _facts(each) for name, each in loaded.items()}},
     )
+    return compare_with_test(data, settings)
+
+
+def _facts(loaded: Loaded) -> dict[str, Any]:
+    faults = grouped(loaded.bad)
+    return {
+        "source": loaded.source,
+        "usable": len(loaded.rows),
+        "left_out": len(loaded.bad),
+        "faults": faults,
+    }
+
+
+def compare_with_test(data: RunData, settings: Data) -> RunData:
+    """Find the training rows that are also in the test data, and do with them as `data.overlap` says.
+
+    Raises DataError with `refuse`, and with `drop` if nothing is left.
+    """
+    finder = OverlapFinder(data.test, all_problems=settings.overlap != "warn", max_pixels=_MAX_PIXELS)
+    training: dict[str, list[Problem]] = {
+        "cold_start": [row.problem for row in data.cold_start],
+        "rl": list(data.rl),
+    }
+    found = {role: finder.find(problems) for role, problems in training.items() if problems}
+    facts = [fact for role, overlaps in found.items() for fact in overlap_facts(role, overlaps)]
+    notes = [_overlap_line(fact, len(training[fact["role"]]), settings.overlap) for fact in facts]
+    shared = {role: {o.a for o in overlaps if o.kind in SHARED} for role, overlaps in found.items()}
+    if finder.uncompared:
+        notes.append(
+            f"{finder.uncompared:,} images were compared with those of test by their files, not by their "
+            "pixels, to save time; `rlcs data overlap` compares all"
+        )
+    if settings.overlap == "refuse" and any(shared.values()):
+        raise DataError(
+            "\n    ".join(["training and test data overlap", *notes]),
+            where="data.overlap=refuse",
+            fix="data.overlap=drop leaves these rows out of the training; `rlcs data overlap` names them all",
+        )
+    checks = {"setting": settings.overlap, "found": facts, "images_not_compared": finder.uncompared}
+    data = replace(data, notes=(*data.notes, *notes), checks={**data.checks, "overlap": checks})
+    if settings.overlap != "drop":
+        return data
+    for role, ids in shared.items():
+        if len(ids) == len(training[role]):
+            raise DataError(
+                f"all {len(ids):,} rows are also in data.test, so that data.overlap=drop leaves none",
+                where=f"data.{role}",
+                fix="name another source for training or for test",
+            )
+    return data.without(shared)
+
+
+def overlap_facts(role: str, overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
+    """Count the overlaps of one training source with the test data by their kind, with the first ids."""
+    facts = []
+    for kind in KINDS:
+        same = [each for each in overlaps if each.kind == kind]
+        first = [[each.a, each.b] for each in same[:_SHOWN]]
+        facts += [{"role": role, "kind": kind, "rows": len(same), "first": first}] if same else []
+    return facts
+
+
+_SAYS: dict[Kind, str] = {
+    "same problem": "are also in {test}, with the same question and the same images",
+    "same question": "are also in {test}, with the same question (without images)",
+    "same image": "have an image of {test}, with another question",
+    "near image": "have an image that looks like one of {test}",
+}
+_DONE = {
+    "warn": "the test then measures what was trained on. data.overlap=drop leaves them out of the training, "
+    "data.overlap=refuse stops a run",
+    "drop": "they are left out of the training (data.overlap=drop)",
+    "refuse": "the run does not start (data.overlap=refuse)",
+}
+
+
+def overlap_sentence(fact: Mapping[str, Any], total: int, test: str) -> str:
+    """One sentence about the overlaps of one kind: how many, and the first of them."""
+    pairs = "; ".join(f"{a[:_ID]} is {b[:_ID]} there" for a, b in fact["first"])
+    says = _SAYS[fact["kind"]].format(test=test)
+    return f"{fact['rows']:,} of {total:,} rows of {fact['role']} {says} (first: {pairs})"
+
+
+def _overlap_line(fact: Mapping[str, Any], total: int, setting: str) -> str:
+    """The sentence, and what is done about it."""
+    sentence = overlap_sentence(fact, total, "test")
+    return f"{sentence}: {_DONE[setting]}" if fact["kind"] in SHARED else f"note: {sentence}"
 
 
 def hold_out(

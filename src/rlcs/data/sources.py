@@ -21,6 +21,8 @@ Role = Literal["cold_start", "rl", "test", "ask"]
 _SHOWN_FILES = 5
 _SHOWN_WORD, _SHOWN_WORDS = 60, 30
 """Characters of a known word and number of words in an error message."""
+ROLES: tuple[Role, ...] = ("rl", "test", "cold_start")
+"""The uses in a run."""
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 

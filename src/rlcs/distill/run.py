@@ -1,17 +1,20 @@
-"""Makes demonstrations of rows: responses in the data are used as they are, the others are sampled.
+"""Makes demonstrations of rows: responses in the data are graded, the others are sampled from a teacher.
 
 The stage's folder has `samples.jsonl` (all answers in the order of arrival) and, once every problem is
 answered, `kept.jsonl`, `rejected.jsonl` (with reasons), `problems.jsonl` (with pass rates), `images/` and
-`stats.json`. These follow the order of the rows and their samples.
+`stats.json`. These follow the order of the rows and their samples. `given.jsonl` has the grades of responses
+that the data already had.
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.given import counts_of, grade_given, require_answerable, sentences, why_left_out
 from rlcs.data.loading import Loaded, load, require_usable
 from rlcs.data.problem_store import with_copies
 from rlcs.data.rows import Row
@@ -28,9 +31,8 @@ from rlcs.records import Demonstration, Grade, Problem, from_row, to_row
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl, write_json, write_jsonl
 
-GIVEN = "given"
-"""The teacher's name of a response that the data already had."""
 NOT_CHOSEN = "right, but others are kept"
+_LOG = logging.getLogger("rlcs")
 _SHOWN = 3
 _RATING = ("samples", "right", "pass_rate")  # those of an earlier teacher are dropped
 _BINS = 10
@@ -48,12 +50,13 @@ def run(
 ) -> list[Demonstration]:
     """Make demonstrations in the order of `rows`, at most `teacher.max_kept` for each.
 
-    A row with a response is kept as it is, whatever its grade (which is recorded and counted). For a row
+    A row with a response is kept unless its final answer is wrong and `teacher.keep` is `right`. For a row
     without one up to `teacher.max_samples` answers are sampled, until `teacher.enough_kept` of them can be
     kept; the answers of an earlier run into the same folder are reused. A teacher on a server sees images
     within the pixels of `images`. Raises DataError for a problem that the built-in teacher cannot answer,
     UserError if there is no demonstration, Stopped when `stop` is set.
     """
+    require_answerable(rows, teacher)
     missing = {row.problem.id: row.problem for row in rows if row.response is None}
     chain = None
     if teacher.who != "builtin":
@@ -65,7 +68,11 @@ def run(
         GradePool() as pool,
         SampleLog(folder / "samples.jsonl", digests, settings=settings, may_change=True) as log,
     ):
-        given = _graded(rows, pool)
+        given = grade_given(rows, path=folder / "given.jsonl", view=view, stop=stop)
+        for line in sentences(rows, given, teacher):
+            _LOG.info(line)
+            if view is not None:
+                view.say(line)
         schedule = Schedule(missing, teacher, chain=chain, log=log, pool=pool)
         if missing:
             with open_teacher(teacher, missing, images, seed=seed, logs=folder / "rollout") as sampler:
@@ -137,14 +144,6 @@ def _answer_settings(teacher: Teacher, chain: Chain | None, images: Images, seed
     return {**facts, **sampling, "templates": templates, "seed": seed}
 
 
-def _graded(rows: Sequence[Row], pool: GradePool) -> dict[str, Demonstration]:
-    given = [(row.problem, row.response) for row in rows if row.response is not None]
-    return {
-        problem.id: Demonstration(problem=problem, response=response, teacher=GIVEN, grade=grade)
-        for (problem, response), grade in zip(given, pool.grade(given), strict=True)
-    }
-
-
 def _sort(
     rows: Sequence[Row],
     given: Mapping[str, Demonstration],
@@ -161,7 +160,11 @@ def _sort(
         answers = schedule.answers(problem)
         reasons = [why_not(problem, answer, teacher) for answer in answers]
         chosen = choose([a for a, why in zip(answers, reasons, strict=True) if not why], teacher)
-        made = [given[problem.id]] if problem.id in given else [_kept(problem, a, teacher) for a in chosen]
+        made = [_kept(problem, a, teacher) for a in chosen]
+        if problem.id in given:
+            why = why_left_out(given[problem.id], teacher)
+            made = [] if why else [given[problem.id]]
+            rejected += [_rejected_given(given[problem.id], why)] if why else []
         seen += answers
         kept += made
         kept_rows += [_kept_row(each, columns, alone=len(made) == 1) for each in made]
@@ -174,7 +177,7 @@ def _sort(
     write_jsonl(folder / "kept.jsonl", kept_rows)
     write_jsonl(folder / "rejected.jsonl", rejected)
     write_jsonl(folder / "problems.jsonl", problems)
-    stats = _stats(problems, kept, rejected, seen) | schedule.spent()
+    stats = _stats(problems, kept, rejected, seen) | counts_of(given) | schedule.spent()
     write_json(folder / "stats.json", stats)
     return kept
 
@@ -230,31 +233,35 @@ def _rejected_row(answer: Entry, why: str) -> dict[str, Any]:
     return {"id": sample.id, **facts, "correct": answer.grade.correct}
 
 
+def _rejected_given(given: Demonstration, why: str) -> dict[str, Any]:
+    return {
+        "id": given.problem.id, "response": given.response, "why": why, "attempt": 0, "correct": False,
+        "teacher": given.teacher,
+    }  # fmt: skip
+
+
 def _stats(
     problems: Sequence[Mapping[str, Any]],
     kept: Sequence[Demonstration],
     rejected: Sequence[Mapping[str, Any]],
     answers: Sequence[Entry],
 ) -> dict[str, object]:
-    """Count results: `asked` answers were sampled from the teacher, `given` responses were in the data."""
+    """Count results: `asked` answers were sampled from the teacher; `counts_of` adds the given ones."""
     rates = [problem["pass_rate"] for problem in problems if "pass_rate" in problem]
     wrong = [d for d in kept if d.grade is not None and d.grade.correct is False]
     verdicts = [answer.grade.correct for answer in answers]
-    right, unscored = verdicts.count(True), verdicts.count(None)
-    unscored += sum(d.teacher == GIVEN and d.grade is not None and not d.grade.scored for d in kept)
+    right = verdicts.count(True)
     reasons = Counter("wrong" if row["correct"] is False else row["why"] for row in rejected)
     bins = Counter(min(_BINS - 1, int(rate * _BINS)) for rate in rates)
     return {
         "problems": len(problems),
-        "given": sum(d.teacher == GIVEN for d in kept),
-        "given_wrong": sum(d.teacher == GIVEN for d in wrong),
         "asked": len(answers),
         "right": right,
         "pass_rate": right / max(1, len(answers)),
         "kept": len(kept),
         "kept_wrong": len(wrong),
         "rejected": len(rejected),
-        "unscored": unscored,
+        "unscored": verdicts.count(None),
         "without_demonstration": len(problems) - len({d.problem.id for d in kept}),
         "reasons": dict(sorted(reasons.items())),
         "pass_rates": [bins[index] for index in range(_BINS)],

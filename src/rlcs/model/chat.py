@@ -70,6 +70,13 @@ class Chat:
         changed._system = self._default_system if system is None else system
         return changed
 
+    def measuring(self, max_tokens: int) -> "Chat":
+        """The same format for prompts that are only counted: no image is decoded; with a limit of its own."""
+        changed = copy(self)
+        changed._images = self._images.by_size()
+        changed._max_tokens = max_tokens
+        return changed
+
     def prompt(self, problem: Problem) -> Prompt:
         """Make the prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
         return self.conversation(Request.of(problem).messages, name=problem.id)

@@ -41,6 +41,10 @@ class ImagePipeline:
         """Frames, height and width of one image in patches. Raises ImageError."""
         return self._load(ref)[1]
 
+    def by_size(self) -> "ImagePipeline":
+        """A pipeline that counts the patches of images by their size, without decoding them."""
+        return _ImageSizes(self._processor, decode_limit=self._decode_limit)
+
     def _load(self, ref: ImageRef) -> tuple[Tensor, tuple[int, int, int]]:
         with self._lock:
             if ref.sha256 in self._cache:
@@ -66,3 +70,12 @@ class ImagePipeline:
                 _, (dropped, _) = self._cache.popitem(last=False)
                 self._used -= dropped.nbytes
         return entry
+
+
+class _ImageSizes(ImagePipeline):
+    def grid(self, ref: ImageRef) -> tuple[int, int, int]:
+        """All patches of one image in one row: only their number is known. Raises ImageError."""
+        try:
+            return 1, 1, int(self._processor.get_number_of_image_patches(ref.height, ref.width))
+        except ValueError as error:
+            raise ImageError(f"the image processor refuses it: {error}", where=ref.path or "") from error

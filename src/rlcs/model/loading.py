@@ -258,7 +258,10 @@ def make_chat(
 
 
 def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: bool = False) -> Chat:
-    """Make the chat format of a model that is not loaded, from its processor alone. Raises ModelError."""
+    """Make the chat format of a model that is not loaded, as `make_chat` does, from its processor alone.
+
+    Raises ModelError.
+    """
     config, processor = _load_description(model)
     return _chat(processor, family_of(config.model_type, model.name), prompts, images, rl=rl)
 

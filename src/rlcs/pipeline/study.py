@@ -21,7 +21,7 @@ from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
 from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import RlcsError
+from rlcs.errors import RlcsError, out_of_memory_in
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
@@ -30,9 +30,11 @@ from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
+from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
@@ -94,13 +96,24 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        with log_here:
+        with log_here, memory_advice(self.recipe, self._world):
             return self._run_stages()
 
     @contextmanager
     def _engines(self) -> Iterator[None]:
         with open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
             yield
+
+    def check_data(self) -> None:
+        """Make the prompts of all data, leave out rows without one, and show what there is to know.
+
+        Raises DataError if these rows are many.
+        """
+        self._data = check_prompts(self._data, self.recipe)
+        with Output(quiet=True, json=self._output.json).screen("data", 0) as view:
+            for line in self._data.notes:
+                log.warning(line)
+                view.say(line)
 
     def try_stages(self, *, logs: Path) -> dict[str, float]:
         """Try what is left of the run in small; the seconds of each check. Raises RlcsError."""
@@ -116,9 +129,9 @@ class Study:
             return trial.run(view, logs=logs)
 
     def _run_stages(self) -> dict[str, Any]:
+        self.check_data()
         data, study = self._data, self.recipe.study
-        for line in data.notes:
-            log.warning(line)
+        self._world.first(lambda: write_json(self.folder / CHECKS, data.checks))
         self.try_stages(logs=self.folder / "rollout")
         self._world.first(self._write_problems)
         # Each call frees its model before the next one is loaded.
@@ -126,14 +139,17 @@ class Study:
             self._measure("base")
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
-            self._world.first(self._cold_start)
+            with out_of_memory_in("cold start"):
+                self._world.first(self._cold_start)
             demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
-            self._sft(demonstrations)
+            with out_of_memory_in("sft"):
+                self._sft(demonstrations)
         with self._engines():
             for arm in TRAINING_ORDER:
                 if arm in study.arms:
                     if arm in RL_ARMS:
-                        self._grpo(arm)
+                        with out_of_memory_in(arm):
+                            self._grpo(arm)
                     self._measure(arm)
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
@@ -178,7 +194,8 @@ class Study:
             start = str(self.folder / arm / "final")
             settings = settings.model_copy(update={"name": start, "revision": None})
         loading.give_back_memory()  # FSDP's reference cycles hold the previous sharded model
-        return loading.load(settings, world=self._world, four_bit=four_bit)
+        with out_of_memory_in("loading"):
+            return loading.load(settings, world=self._world, four_bit=four_bit)
 
     def _policy(self, arm: str | None, frozen: Sequence[str]) -> Vlm:
         """Load an arm's model to train it further: `frozen` parts are fixed, adapters added if configured."""
@@ -187,7 +204,8 @@ class Study:
         return loading.prepare(vlm, recipe.lora, frozen, seed=recipe.seed)
 
     def _spread(self, vlm: Vlm) -> Vlm:
-        return loading.spread(vlm, self.recipe.parallel)
+        with out_of_memory_in("loading"):
+            return loading.spread(vlm, self.recipe.parallel)
 
     def _run_dir(self, name: str, settings: Stage) -> RunDir:
         return RunDir(
@@ -267,6 +285,10 @@ class Study:
     def _measure(self, arm: str) -> None:
         if self._is_done(f"eval/{arm}"):
             return
+        with out_of_memory_in(f"eval {arm}"):
+            self._sample_and_grade(arm)
+
+    def _sample_and_grade(self, arm: str) -> None:
         folder, recipe, problems = self.folder / "eval" / arm, self.recipe, self._data.test
         started = time.monotonic()
         vlm = self._spread(self._load(recipe.model, arm))
@@ -312,6 +334,7 @@ def dry_run(
 ) -> dict[str, float]:
     """Try everything that a run would do, in small; writes nothing, and returns the seconds of each check."""
     study = Study(recipe, folder, data=data, output=output, stop=stop, world=world, dry=True)
+    study.check_data()
     with TemporaryDirectory(dir=existing(folder), prefix=".preflight-") as logs:
         return study.try_stages(logs=Path(logs))
 

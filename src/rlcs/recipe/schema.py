@@ -102,6 +102,9 @@ class Data(Section):
     """Absolute image paths are allowed only under this folder; relative ones may start there too."""
     max_bad_share: Share = 0.01
     """Largest share of unusable rows; with more the run does not start."""
+    overlap: Literal["warn", "drop", "refuse"] = "warn"
+    """Training rows that are also in `test` (the same question on the same pixels). `warn`: they are counted
+    before the run starts; `drop`: they are left out of the training too; `refuse`: the run does not start."""
     answers: Literal["unwrapped", "as_given"] = "unwrapped"
     """`unwrapped`: gold answers are taken out of boxes, tags and worked solutions, and rows whose gold answer
     nothing can match are not used; `as_given`: they stay as they are, for an own reward or a judge."""
@@ -124,7 +127,7 @@ class Filters(Section):
     min_chars: Annotated[int, Field(ge=0)] = 0
     """Reject shorter answers."""
     max_chars: Positive | None = None
-    """Reject longer answers. Answers cut at `max_tokens` are always rejected."""
+    """Reject longer answers. Answers that are cut off are always rejected."""
 
 
 class Teacher(Server):
@@ -152,7 +155,8 @@ class Teacher(Server):
     enough_kept: Annotated[int, Field(ge=0)] = 1
     """Sampling of a problem ends with so many answers to keep. 0: all samples, for an unbiased pass rate."""
     keep: Literal["right", "all"] = "right"
-    """`right`: rejection sampling; `all`: wrong answers are trained on too (for comparison)."""
+    """`right`: rejection sampling, also of responses that the data has: those whose final answer is not the
+    gold answer are left out. `all`: wrong answers are trained on too."""
     pick: Literal["first", "shortest", "diverse"] = "first"
     """Choice among several answers to keep: the first, the shortest, or those least alike."""
     max_kept: Positive = 1

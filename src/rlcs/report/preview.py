@@ -14,7 +14,7 @@ from rich.text import Text
 from rlcs.data import puzzles
 from rlcs.data.images import data_uri, encode, open_image
 from rlcs.data.loading import load, require_usable
-from rlcs.data.rows import BadRow, Row
+from rlcs.data.rows import Row
 from rlcs.errors import DataError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
@@ -72,17 +72,6 @@ def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
         seed=recipe.seed,
         turns=recipe.sft.turns,
     )
-
-
-def no_prompts(rows: Sequence[Row], chat: Chat) -> list[BadRow]:
-    """The rows that cannot become a prompt, most often because they are too long."""
-    bad = []
-    for row in rows:
-        try:
-            chat.prompt(row.problem)
-        except DataError as error:
-            bad.append(BadRow(where=row.problem.source, id=row.problem.id, reason=error.what))
-    return bad
 
 
 def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0, turns: Turns = "all") -> View:

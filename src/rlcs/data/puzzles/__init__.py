@@ -97,6 +97,11 @@ def teach(problem: Problem, *, seed: int, wrong_share: float, chain: str = "dist
     return chains.write(chain, draft, final)
 
 
+def is_builtin(problem: Problem) -> bool:
+    """Whether the built-in teacher can answer a problem."""
+    return all(key in problem.metadata for key in ("family", "scene", "plan"))
+
+
 def _misread(family: Family, rng: random.Random, scene: str, plan: str, other: Solution) -> Solution:
     """Solve a misread scene, with an answer that is neither the right one nor that of `other`."""
     excluded = {other.answer, family.solve(scene, plan).answer}

@@ -1,6 +1,6 @@
 """Problems to try on the chat page: held-out ones of the run that a model comes from, or built-in puzzles."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -28,11 +28,11 @@ def example_problems(names: Sequence[str], folder: Path) -> list[tuple[str, list
     models have none.
     """
     run = next((run for name in names if (run := run_of(name)) is not None), None)
+    problems: Iterable[Problem] = ()
     if run is not None:
         problems = islice(_held_out(run / "eval"), MOST)
-    else:
-        count = MOST if "builtin" in names else 0
-        problems = iter(puzzles.load("puzzles", split="test", count=MOST, seed=11)[:count])
+    elif "builtin" in names:
+        problems = puzzles.load("puzzles", split="test", count=MOST, seed=11)
     examples = []
     for problem in problems:
         files = []

@@ -1,0 +1,181 @@
+"""What `rlcs data check` finds in a data source, and in all sources of a recipe."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rlcs.data.check import grouped, option_notes, unmatchable
+from rlcs.data.given import grade_given, sentences, unanswerable, why_left_out
+from rlcs.data.loading import load, require_usable
+from rlcs.data.rows import BadRow, Row
+from rlcs.data.run_data import RunData, by_pass_rate, compare_with_test, key_of, sources_of
+from rlcs.data.sources import Role
+from rlcs.errors import DataError
+from rlcs.recipe.schema import Recipe
+from rlcs.records import Problem
+
+CountPrompts = Callable[[Sequence[Row], Role], tuple[list[BadRow], int]]
+"""Makes the prompts of rows in one role: those that cannot become one, and the most tokens of any."""
+_PIXELS_A_TOKEN = 28 * 28
+_BYTES_A_TOKEN = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Rows of a source that could and could not be read, and the tokens of its longest prompt."""
+
+    usable: int
+    unread: int
+    longest: int
+
+
+def too_many(name: str, bad: Sequence[BadRow], counts: Counts, recipe: Recipe) -> DataError | None:
+    """The error if rows without a prompt, and unread ones, are more than `data.max_bad_share` of a source."""
+    total, lost, allowed = counts.usable + counts.unread, len(bad) + counts.unread, recipe.data.max_bad_share
+    left = len(bad) < counts.usable
+    if not bad or (left and lost <= allowed * total):
+        return None
+    too_long = counts.longest > recipe.prompt.max_tokens
+    fixes = [
+        f"set prompt.max_tokens={counts.longest} (the longest has so many), or lower images.max_pixels"
+        if too_long
+        else "correct them",
+        f"or leave them out with data.max_bad_share={math.ceil(100 * lost / total) / 100:g}" if left else "",
+    ]
+    return DataError(
+        f"{len(bad):,} of {counts.usable:,} rows cannot become prompts (allowed: {allowed:.1%})\n    "
+        + "\n    ".join(grouped(bad)),
+        where=key_of(name),
+        fix=", ".join(filter(None, fixes)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceCheck:
+    """What was found in one source: the rows that could be read, those that can be used, and all others.
+
+    `refusal` is why a run does not start with it, or "".
+    """
+
+    role: Role
+    source: str
+    rows: tuple[Row, ...]
+    good: tuple[Row, ...]
+    bad: tuple[BadRow, ...]
+    notes: tuple[str, ...]
+    refusal: str = ""
+
+
+def check_source(
+    source: str, role: Role, recipe: Recipe, *, count_prompts: CountPrompts | None = None
+) -> SourceCheck:
+    """Read a source, decode every image, and try every gold answer, response and prompt.
+
+    With `count_prompts` the recipe is the one that will run: its model, teacher and limits decide too. Raises
+    DataError when the source as a whole cannot be used.
+    """
+    data = recipe.data
+    loaded = load(source, data, decode_limit=recipe.images.decode_limit, role=role, decode=True)
+    rows, bad, notes = loaded.rows, list(loaded.bad), list(loaded.notes)
+    if data.answers == "unwrapped":
+        bad += unmatchable(rows)
+    if role == "cold_start":
+        given = grade_given(rows)
+        wrong = ((row, given.get(row.problem.id)) for row in rows)
+        bad += [
+            row.refused(why) for row, each in wrong if each and (why := why_left_out(each, recipe.teacher))
+        ]
+        notes += sentences(rows, given, recipe.teacher)
+        bad += unanswerable(rows, recipe.teacher) if count_prompts else []
+    refusal = ""
+    if count_prompts is not None:
+        too_long, longest = count_prompts(rows, role)
+        bad += too_long
+        try:
+            require_usable(loaded, data)
+            counts = Counts(usable=len(rows), unread=len(loaded.bad), longest=longest)
+            if error := too_many(role, too_long, counts, recipe):
+                raise error
+            if role == "rl":
+                by_pass_rate([row.problem for row in rows], data)
+        except DataError as refused:  # its further lines are among the bad rows
+            refusal = f"{refused.what.splitlines()[0]}\n  -> {refused.fix}"
+    bad_ids = {each.id for each in bad}
+    good = tuple(row for row in rows if row.problem.id not in bad_ids)
+    notes += option_notes(row.problem for row in good)
+    notes += _batch_notes(role, len(good), recipe) if count_prompts else _length_notes(good, recipe)
+    return SourceCheck(
+        role=role, source=source, rows=rows, good=good, bad=_once(bad), notes=tuple(notes), refusal=refusal
+    )
+
+
+def _once(bad: Sequence[BadRow]) -> tuple[BadRow, ...]:
+    """The bad rows, each with its first reason."""
+    first: dict[tuple[str, str], BadRow] = {}
+    for row in bad:
+        first.setdefault((row.where, row.id), row)
+    return tuple(first.values())
+
+
+def _batch_notes(role: Role, count: int, recipe: Recipe) -> list[str]:
+    """A note if there are fewer rows than one step takes."""
+    sizes = {
+        "cold_start": ("sft.batch_size", recipe.sft.batch_size),
+        "rl": ("grpo.prompts_per_step", recipe.grpo.prompts_per_step),
+    }
+    key, size = sizes.get(role, ("", 0))
+    if not 0 < count < size:
+        return []
+    return [f"{count:,} rows are fewer than {key}={size}: a step takes some of them several times"]
+
+
+def _length_notes(rows: Sequence[Row], recipe: Recipe) -> list[str]:
+    """About how many tokens the longest prompt has, if it is longer than the recipe allows."""
+    limit, most_pixels = recipe.prompt.max_tokens, recipe.images.max_pixels
+
+    def tokens(row: Row) -> int:
+        pixels = sum(min(ref.width * ref.height, most_pixels) for ref in row.problem.images)
+        text = "".join(row.problem.texts) + "".join(row.problem.choices)
+        return pixels // _PIXELS_A_TOKEN + len(text.encode()) // _BYTES_A_TOKEN
+
+    lengths = [(tokens(row), row.problem.id) for row in rows]
+    longest, name = max(lengths, default=(0, ""))
+    if longest <= limit:
+        return []
+    count = sum(length > limit for length, _ in lengths)
+    return [
+        f"{count:,} rows have prompts of more than {limit} tokens (the limit of {recipe.name}): set "
+        f"prompt.max_tokens in your recipe (row {name[:40]} has about {longest:,}); --recipe counts exactly"
+    ]
+
+
+def check_recipe_data(
+    recipe: Recipe, count_prompts: CountPrompts
+) -> tuple[dict[str, SourceCheck], dict[str, str], list[str]]:
+    """Check all sources that a run of the recipe reads, then the overlap of training and test.
+
+    Returns what was found in each source by its name, errors of sources that cannot be read, and notes.
+    """
+    checks: dict[str, SourceCheck] = {}
+    errors: dict[str, str] = {}
+    for name, (source, role) in sources_of(recipe.study, recipe.data, recipe.validation).items():
+        try:
+            found = check_source(source, role, recipe, count_prompts=count_prompts)
+            checks[name] = found
+        except DataError as error:
+            errors[name] = str(error)
+    rows = {name: check.rows for name, check in checks.items()}
+    data = RunData(
+        cold_start=rows.get("cold_start", ()),
+        rl=_problems(rows.get("rl", ())),
+        test=_problems(rows.get("test", ())),
+    )
+    try:
+        notes = list(compare_with_test(data, recipe.data).notes)
+    except DataError as error:
+        errors["overlap"], notes = str(error), []
+    return checks, errors, notes
+
+
+def _problems(rows: Sequence[Row]) -> tuple[Problem, ...]:
+    return tuple(row.problem for row in rows)

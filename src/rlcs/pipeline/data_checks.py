@@ -1,0 +1,105 @@
+"""Checks the data of a run before anything is trained.
+
+A run writes what was found into the file `data_checks.json` of its folder: rows that were left out and why,
+and the overlap of training and test data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rlcs.data.check import grouped
+from rlcs.data.rows import BadRow, Row
+from rlcs.data.run_data import RunData
+from rlcs.data.source_check import CountPrompts, Counts, too_many
+from rlcs.data.sources import ROLES, Role
+from rlcs.errors import DataError, PromptError
+from rlcs.model.chat import Chat
+from rlcs.model.loading import load_chat
+from rlcs.recipe.schema import Recipe
+from rlcs.records import Problem
+
+CHECKS = "data_checks.json"
+_FAR_TOO_LONG = 16
+"""A prompt of so many times the limit is not counted to its end."""
+
+
+def count_prompts(recipe: Recipe) -> CountPrompts:
+    """The check of the prompts that a run of the recipe makes. It raises ModelError."""
+
+    def count(rows: Sequence[Row], role: Role) -> tuple[list[BadRow], int]:
+        chat = load_chat(recipe.model, recipe.prompt, recipe.images, rl=role == "rl")
+        return long_prompts(rows, chat, recipe.prompt.max_tokens)
+
+    return count
+
+
+def long_prompts(rows: Sequence[Row], chat: Chat, limit: int) -> tuple[list[BadRow], int]:
+    """The rows whose prompts have more than `limit` tokens, or cannot be made, and the most tokens of any.
+
+    Images are counted by their size alone.
+    """
+    bad: list[BadRow] = []
+    longest = 0
+    counting = chat.measuring(_FAR_TOO_LONG * limit)
+    for row in rows:
+        try:
+            prompt = counting.prompt(row.problem)
+        except PromptError:
+            most = _FAR_TOO_LONG * limit
+            bad.append(row.refused(f"the prompt has more than {most} tokens; the limit is {limit}"))
+            continue
+        except DataError as error:
+            bad.append(row.refused(error.what))
+            continue
+        longest = max(longest, len(prompt.ids))
+        if len(prompt.ids) > limit:
+            of_images = sum(end - start for start, end in prompt.spans)
+            what = f"the prompt has {len(prompt.ids)} tokens, {of_images} of them image; the limit is {limit}"
+            bad.append(row.refused(what))
+    return bad, longest
+
+
+def check_prompts(data: RunData, recipe: Recipe) -> RunData:
+    """Leave training rows out whose prompts are too long, and note them; measured problems count as wrong.
+
+    Raises DataError if these and the rows that could not be read are too many for `data.max_bad_share`.
+    """
+    rows: dict[str, list[Row]] = {
+        "cold_start": list(data.cold_start),
+        **{name: list(map(_row, getattr(data, name))) for name in ("rl", "test", "validation")},
+    }
+    notes: list[str] = []
+    left_out: dict[str, set[str]] = {}
+    facts: dict[str, Any] = {name: dict(each) for name, each in data.checks.get("sources", {}).items()}
+    errors: list[tuple[int, DataError]] = []
+    for name, each in rows.items():
+        if not each:
+            continue
+        role: Role = next((known for known in ROLES if known == name), "test")
+        bad, longest = count_prompts(recipe)(each, role)
+        facts[name] = {**facts.get(name, {}), "prompts_too_long": len(bad), "longest_prompt": longest}
+        if bad:
+            unread = facts[name].get("left_out", 0)
+            counts = Counts(usable=len(each), unread=unread, longest=longest)
+            if error := too_many(name, bad, counts, recipe):
+                errors.append((longest, error))
+            done = f"left out of {name}" if name in ("cold_start", "rl") else f"count as wrong in {name}"
+            notes += [f"{done}: {line}" for line in grouped(bad)]
+            left_out[name] = {row.id for row in bad}
+    if errors:
+        raise _joined(errors)
+    return replace(
+        data.without(left_out), notes=(*data.notes, *notes), checks={**data.checks, "sources": facts}
+    )
+
+
+def _joined(errors: Sequence[tuple[int, DataError]]) -> DataError:
+    """One error for several sources, so that all are corrected at once, by the longest prompt of any."""
+    (_, first), *others = errors
+    what = "\n".join([first.what, *(f"{error.where}: {error.what}" for _, error in others)])
+    return DataError(what, where=first.where, fix=max(errors, key=lambda each: each[0])[1].fix)
+
+
+def _row(problem: Problem) -> Row:
+    return Row(problem=problem, response=None)
