@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from rlcs.errors import RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.recipe.sampling import Endpoint
-from rlcs.serving.examples import example_problems
+from rlcs.serving.example_problems import example_problems
 from rlcs.serving.remote import RemoteSession, open_vllm
 from rlcs.serving.session import Settings, load
 

@@ -9,7 +9,7 @@ from conftest import draw, make_problem
 from rlcs.data.images import encoded_image
 from rlcs.data.problem_store import ProblemStore
 from rlcs.records import Turn
-from rlcs.serving.examples import MOST, example_problems, run_of
+from rlcs.serving.example_problems import MOST, example_problems, run_of
 
 LOST = draw(28, 112)
 TWO = ((28, 28), (56, 28))
