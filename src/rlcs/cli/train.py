@@ -27,6 +27,10 @@ class TrainOptions:
 class RunOptions(TrainOptions):
     """The options of every command that runs several stages."""
 
+    data: Annotated[
+        str | None,
+        typer.Option(help="One source for everything: a tenth is held out for the test, the rest trains"),
+    ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Try every stage in small (as each start does), train nothing")
     ] = False
@@ -124,8 +128,11 @@ def _study(
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
-    # An override of study.arms counts more than the command.
-    recipe = load_recipe(name, [*arms_override(command), *(overrides or [])]).recipe
+    from rlcs.data.parts import both_parts
+
+    words = [f"{key}={source}" for key, source in both_parts(options.data).items()] if options.data else []
+    # What is named one by one counts more than --data and than the command.
+    recipe = load_recipe(name, [*arms_override(command), *words, *(overrides or [])]).recipe
     folder = options.out or Path("runs") / recipe.name
     if not options.json:
         from rlcs.recipe.table import summary_rows

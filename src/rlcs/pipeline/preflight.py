@@ -20,7 +20,7 @@ from rlcs.distill.teachers import open_teacher
 from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.vllm import readiness
-from rlcs.errors import EndpointError, RlcsError, RunFolderError, UserError, out_of_memory_in
+from rlcs.errors import DataError, EndpointError, RlcsError, RunFolderError, UserError, out_of_memory_in
 from rlcs.grading.reward import try_reward
 from rlcs.model import loading
 from rlcs.model.chat import Chat
