@@ -15,17 +15,22 @@ from conftest import LengthGrader, Stopper
 from rlcs.data import puzzles
 from rlcs.distributed import World, join_world
 from rlcs.engines.local import LocalEngine
+from rlcs.evals.arms import Evaluator
+from rlcs.evals.validation import validate
+from rlcs.generation import EngineSampler
 from rlcs.model import loading
+from rlcs.model.chat import Chat
 from rlcs.model.fsdp import whole_weights
 from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.stages import Grpo, Sft
-from rlcs.records import Demonstration, Problem
+from rlcs.records import Demonstration, Problem, Sampling
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
 from rlcs.train.run_dir import RunDir
+from rlcs.train.validation import Measure, Validation
 
 
 def mixed_problems(count: int) -> list[Problem]:
@@ -51,6 +56,13 @@ def load(job: dict, world: World) -> Vlm:
     return loading.load(settings, world=world)
 
 
+def measured(vlm: Vlm, chat: Chat, world: World) -> Measure:
+    sampling = Sampling(n=2, temperature=1.0, max_new_tokens=8)
+    sampler = EngineSampler(LocalEngine(vlm, chat, max_rows=8), chat, sampling, batch_size=64)
+    evaluator = Evaluator(sampler=sampler, grader=LengthGrader(), world=world)
+    return lambda stop: validate(evaluator, mixed_problems(7), samples=2, stop=stop)
+
+
 def train(job: dict, world: World) -> None:
     folder = Path(job["folder"])
     parallel = Parallel(**job.get("parallel", {}))
@@ -68,9 +80,13 @@ def train(job: dict, world: World) -> None:
         vlm = spread(vlm)
     chat = loading.make_chat(vlm)
     stage = RunDir(folder, name="stage", seed=3, settings=settings, recipe_hash="h")
+    if every := job.get("validate"):
+        stage.validation = Validation(every=every, measure=measured(vlm, chat, world))
     with StopFlag() as stop, screen("stage", 6, quiet=True, stream=Path(os.devnull).open("w")) as view:
         if job.get("stop_at") and world.rank == world.size - 1:
             view = Stopper(view, stop, job["stop_at"])
+        if job.get("run_out_of_memory") and world.rank == world.size - 1:
+            torch.optim.AdamW.step = lambda *args, **options: torch.empty(1 << 50)
         if "sft" in job:
             sft.train(vlm, chat, demonstrations(12), settings, run=stage, screen=view, stop=stop)
         else:

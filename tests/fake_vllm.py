@@ -160,5 +160,7 @@ if __name__ == "__main__":
     if "first_alone" in behaviour() and "vllm-1" in str(Path("/proc/self/fd/1").readlink()):
         time.sleep(600)  # never up
     if "broken" in behaviour():
-        sys.exit("ValueError: no such model architecture\nRuntimeError: something failed")
+        told = behaviour()["broken"]
+        last = "ValueError: no such model architecture" if told is True else told
+        sys.exit(f"{last}\nRuntimeError: something failed")
     ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()

@@ -91,12 +91,12 @@ class LoopbackServer:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
-                length = next(
+                lengths = [
                     int(line.split(":")[1])
                     for line in head.split("\r\n")
                     if line.lower().startswith("content-length:")
-                )
-                body = json.loads(await reader.readexactly(length))
+                ]
+                body = json.loads(await reader.readexactly(lengths[0])) if lengths else {}
                 self.headers.append(head)
                 self.seen.append(body)
                 self._now += 1

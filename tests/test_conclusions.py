@@ -185,11 +185,16 @@ def test_a_peak_well_before_the_end_is_told(run):
     rows = [validation_row(s, a) for s, a in ((0, 0.5), (20, 0.6), (40, 0.72), (60, 0.7), (80, 0.65))]
     write_rows(run / "sft_grpo" / "validation.jsonl", rows)
     told = "RL after SFT was best on the validation problems at step 40 of 80: 72.0%, at the end 65.0%. "
-    assert notes(run) == [told + "The last weights were kept: grpo.keep=best keeps the best ones."]
+    assert notes(run) == [told + "The last weights were kept; grpo.keep=best would keep the best."]
     (run / "sft_grpo" / "done.json").write_text('{"step": 40, "chosen": "best"}')
     assert notes(run) == [] and told + "The weights of step 40 were kept." in notes(run, serious=False)
     write_rows(run / "sft_grpo" / "validation.jsonl", [*rows[:3], validation_row(80, 0.715)])
+    last = notes(run, serious=False)[-1]
+    assert last.endswith("at the end 71.5%, which is within the interval. The weights of step 40 were kept.")
+    (run / "sft_grpo" / "done.json").write_text('{"step": 80, "chosen": "last"}')
     assert not [line for line in notes(run, serious=False) if "best" in line], "within a point of the best"
+    write_rows(run / "sft_grpo" / "validation.jsonl", [*rows[:3], validation_row(80, 0.70)])
+    assert notes(run) == [] and "within the interval. The last weights" in notes(run, serious=False)[-1]
 
 
 def test_validation_is_a_chart_with_band_pass_at_k_and_the_kept_step(run):

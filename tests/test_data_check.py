@@ -52,7 +52,7 @@ def test_faults_are_named_a_few_of_each_and_kinds_are_counted(check):
     assert done.returncode == 2 and not done.stderr
     file = done.stdout.partition("(first: ")[2].partition(":5, :6, :7): ")[0]
     assert file.endswith("rows.jsonl")
-    assert done.stdout.startswith(f"8 rows (first: {file}:5, :6, :7): the gold answer 'F' is no such option")
+    assert done.stdout.startswith(f"8 rows (first: {file}:5, :6, :7): the gold answer 'F' names no option")
     for name, fault in (("index", "an index from 0"), ("torn", "not closed"), ("formula", "not a formula")):
         assert any(f"(id {name})" in line and fault in line for line in done.stdout.splitlines()), name
     kinds = [line.split() for line in done.stdout.partition("gold answers")[2].splitlines()]
@@ -243,7 +243,13 @@ def test_demonstrations_are_graded(study):
 def problems_of(path, role="cold_start"):
     loaded = load(str(path), Data(), decode_limit=10**7, role=role)
     return [
-        (r.problem.question, r.problem.answer, r.response, [i.sha256 for i in r.problem.images])
+        (
+            r.problem.history,
+            r.problem.question,
+            r.problem.answer,
+            r.response,
+            [i.sha256 for i in r.problem.images],
+        )
         for r in loaded.rows
     ]
 
@@ -299,9 +305,38 @@ def test_good_rows_of_parquet_are_written_with_their_images(study):
     again = rlcs("data", "check", "good.jsonl", cwd=study / "out")
     assert again.returncode == 0 and "2 rows can be used, 0 cannot" in again.stdout
     assert (
-        problems_of(study / "out/good.jsonl", "rl")[0][3] == problems_of(study / "rows.parquet", "rl")[0][3]
+        problems_of(study / "out/good.jsonl", "rl")[0][4] == problems_of(study / "rows.parquet", "rl")[0][4]
     )
     assert [json.loads(line)["level"] for line in (study / "out/good.jsonl").open()] == [3, 5]
+
+
+def test_conversations_and_paths_in_texts_are_written_so_that_they_are_read_again(study):
+    chat = [
+        {"role": "user", "content": "<image>What is this?"},
+        {"role": "assistant", "content": "A chart."},
+        {"role": "user", "content": "How many bars?"},
+        {"role": "assistant", "content": r"I see \boxed{3}."},
+    ]
+    named = [{"role": "user", "content": "<img>img/2.png</img>How many?"}, chat[3]]
+    for number in (1, 2):
+        image_file(study / f"data/img/{number}.png", (30, 20 + number))
+    rows = [
+        {"messages": chat, "images": ["img/1.png"], "solution": "3"},
+        {"messages": named, "solution": "3"},
+    ]
+    jsonl(study / "data/rows.jsonl", [*rows, {"messages": []}])
+    (study / "data/list.json").write_text(json.dumps([*rows, {"messages": []}]))
+    before = problems_of(study / "data/rows.jsonl")
+    assert len(before) == 2
+    for source in ("rows.jsonl", "list.json"):
+        target = study / source / "out/good.jsonl"
+        done = rlcs(
+            "data", "check", study / "data" / source, "--role", "cold_start", "--write", target, cwd=study
+        )
+        assert "2 rows are written" in done.stdout, done.stdout + done.stderr
+        assert problems_of(target) == before
+        again = rlcs("data", "check", target, "--role", "cold_start", cwd=study)
+        assert again.returncode == 0, again.stdout
 
 
 def test_nothing_is_overwritten(study):
@@ -318,7 +353,7 @@ def test_nothing_is_overwritten(study):
     bad = rlcs(
         "data", "check", jsonl(study / "bad.jsonl", [{"question": "?"}]), "--write", "g.jsonl", cwd=study
     )
-    assert bad.returncode == 2 and "none is written" in bad.stderr and not (study / "g.jsonl").exists()
+    assert bad.returncode == 2 and "g.jsonl is not written" in bad.stdout and not (study / "g.jsonl").exists()
 
 
 def test_ten_thousand_bad_rows_are_few_lines(study):

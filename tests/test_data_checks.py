@@ -2,17 +2,21 @@
 
 import json
 import random
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
 
 from rlcs.data.loading import load
 from rlcs.data.run_data import load_run_data
-from rlcs.errors import DataError
+from rlcs.errors import DataError, UserError
 from rlcs.model.loading import load_chat
 from rlcs.pipeline.data_checks import check_prompts, count_prompts, long_prompts
+from rlcs.pipeline.study import Output, Study
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Data
+from rlcs.signals import StopFlag
+from rlcs.storage import read_json
 
 
 @pytest.fixture
@@ -89,4 +93,23 @@ def test_a_few_long_prompts_are_left_out_of_training_and_many_are_refused(charts
     )
     enough = facts["longest_prompt"]
     assert f"set prompt.max_tokens={enough}" in message
+    with pytest.raises(DataError, match=r"(?s)cold_start: 1 of 10 .*rl: 2 of 11 .*test: 1 of 10 "):
+        check_prompts(data, recipe_of(*words))
     assert len(check_prompts(data, recipe_of(*words, f"prompt.max_tokens={enough}")).rl) == 11
+
+
+def test_a_run_shows_and_keeps_what_its_checks_found(charts, tmp_path, capsys):
+    words = [
+        f"data.cold_start={charts('c', [(28, 28)] * 3, response='so it is 1')}",
+        f"data.rl={charts('t', [(56, 56)] * 3)}",
+        f"data.test={tmp_path / 't.jsonl'}",
+    ]
+    recipe = recipe_of(*words)
+    data = load_run_data(recipe.study, recipe.data, decode_limit=10**7)
+    study = Study(recipe, tmp_path / "run", data=data, output=Output(quiet=True), stop=StopFlag())
+    with patch.object(Study, "try_stages", side_effect=UserError("far enough")), pytest.raises(UserError):
+        study.run()
+    facts = read_json(tmp_path / "run" / "data_checks.json")
+    assert facts["sources"]["test"]["prompts_too_long"] == 0 and facts["overlap"]["found"][0]["rows"] == 3
+    shown = capsys.readouterr().out
+    assert "3 of 3 rows of rl are also in test" in shown

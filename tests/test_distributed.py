@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,8 +26,10 @@ from rlcs.model.packing import balanced, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
+from rlcs.recipe.loading import dump, load_recipe
 from rlcs.recipe.schema import Model
 from rlcs.records import Tree
+from rlcs.storage import read_json, read_jsonl
 from rlcs.train import checkpoint, sft
 from rlcs.train.batching import guessed_tokens, packs_in_step, padding_tree
 
@@ -228,6 +231,30 @@ def test_saved_by_two_ranks_and_continued_by_another_number(alone, pair, random_
         assert_same(alone / name, tmp_path / name)
 
 
+def test_two_ranks_measure_while_they_train_and_keep_the_best(random_model_folder, tmp_path):
+    """Every rank has the same rows; a stop changes none; a checkpoint in shards becomes a plain model."""
+    job = {"model": str(random_model_folder), "validate": 2, "sft": SFT | {"keep": "best"}}
+    whole, stopped = ({"folder": str(tmp_path / name / "sft"), **job} for name in ("whole", "stopped"))
+    run_on(2, [whole, stopped | {"stop_at": 3}, stopped], tmp_path / "jobs.json")
+    rows = [read_jsonl(tmp_path / name / "sft" / "validation.jsonl") for name in ("whole", "stopped")]
+    assert [row["step"] for row in rows[0]] == [0, 2, 4, 6] and rows[0][0]["n"] == 7
+    assert [row | {"seconds": 0} for row in rows[0]] == [row | {"seconds": 0} for row in rows[1]]
+    best = max(rows[0][1:], key=lambda row: row["accuracy"])["step"]  # of equals the first
+    for name in ("whole", "stopped"):
+        done = read_json(tmp_path / name / "sft" / "done.json")
+        assert (done["step"], done["chosen"]) == (best, "best")
+    final = load_file(tmp_path / "whole" / "sft" / "final" / "model.safetensors")
+    words = [f"model.name={random_model_folder}", "sft.keep=best", "validation.sft_every=2"]
+    text = dump(load_recipe("quickstart", words).recipe)
+    (tmp_path / "whole" / "recipe.yaml").write_text(text)
+    saved = checkpoint.complete(tmp_path / "whole" / "sft" / "checkpoints")
+    assert best < 6 and {best, 6} <= saved.keys(), "the last step is kept beside the best"
+    assert (saved[best] / "model-1.safetensors").is_file()
+    (tmp_path / "whole" / "sft" / "done.json").unlink()  # so that the checkpoint is read, not `final`
+    made = load_file(Path(loading.resolve(f"{tmp_path}/whole/sft@{best}")) / "model.safetensors")
+    assert made.keys() == final.keys() and all(torch.equal(made[name], final[name]) for name in final)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
 def test_a_rank_that_dies_or_hangs_takes_the_others_along(random_model_folder, tmp_path, how):
     job = {"model": str(random_model_folder), "folder": str(tmp_path / "run"), "timeout_s": 20}
@@ -240,6 +267,21 @@ def test_a_rank_that_dies_or_hangs_takes_the_others_along(random_model_folder, t
         _, error = ranks[0].communicate(timeout=LIMIT_S)
         assert time.monotonic() - sent < 100 and ranks[0].returncode not in (0, None)
         assert "rank 0 lost the others" in error and "continues from the last checkpoint" in error
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_a_rank_without_memory_ends_all(random_model_folder, tmp_path):
+    job = {"model": str(random_model_folder), "folder": str(tmp_path / "run"), "timeout_s": 20}
+    (tmp_path / "jobs.json").write_text(json.dumps([job | {"sft": SFT, "run_out_of_memory": True}]))
+    ranks = launch(2, tmp_path / "jobs.json")
+    try:
+        (_, other), (_, full) = (rank.communicate(timeout=LIMIT_S) for rank in ranks)
+        assert [rank.returncode for rank in ranks] == [1, 1]
+        assert "OutOfMemory: update: main memory ran out: 4,194,304.00 GB were requested" in full
+        assert "rank 0 lost the others" in other and "its own message says why" in other
     finally:
         for rank in ranks:
             rank.kill()

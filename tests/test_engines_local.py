@@ -1,5 +1,6 @@
 """Rollouts: the same answers whatever the batching, the policy's own logprobs, nothing forbidden."""
 
+import queue
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rlcs.engines.cache import ForestCache, RecordingPlan
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.onednn_linear import packed
 from rlcs.engines.sampling import choose, uniform
+from rlcs.errors import OutOfMemory
 from rlcs.model.packing import layout_of, pack
 from rlcs.model.policy import score
 from rlcs.records import Branch, StopReason, Tree
@@ -322,3 +324,30 @@ def test_a_failure_before_the_first_request_begins_is_reported(vlm, chat, prompt
     while not events:
         assert time.monotonic() < end
     assert isinstance(events[0], ZeroDivisionError) and not engine.waiting and not engine.running
+
+
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB"
+
+
+def test_running_out_of_memory_says_what_so_many_answers_need(vlm, chat, monkeypatch):
+    engine = LocalEngine(vlm, chat, max_rows=6)
+    prompt = chat.prompt(make_problem("a"))
+    sampling = chat.sampling(max_new_tokens=100, n=4)
+
+    def full(*_):
+        raise torch.OutOfMemoryError(CUDA)
+
+    text = vlm.model.config.get_text_config()
+    size = text.hidden_size // text.num_attention_heads
+    a_token = text.num_hidden_layers * text.num_key_value_heads * size * 2 * 4
+    needs = f"6 x {len(prompt.ids) + 100} tokens of prompt and answer x {a_token:,} bytes of keys and values"
+    monkeypatch.setattr(engine._batch, "step", full)
+    with pytest.raises(OutOfMemory, match=r"GPU memory ran out: 2\.00 GB were requested") as caught:
+        engine.sample([prompt, prompt], sampling)
+    assert needs in caught.value.fix and "--batch, --concurrency, teacher.concurrency" in caught.value.fix
+    told = queue.SimpleQueue()
+    engine.submit(prompt, sampling, listener=told.put)
+    error = told.get(timeout=20)
+    assert isinstance(error, OutOfMemory) and needs.replace("6 x", "4 x") in error.fix
+    monkeypatch.undo()  # the engine goes on
+    assert len(engine.sample([prompt], sampling)[0]) == 4

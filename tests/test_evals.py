@@ -483,6 +483,53 @@ def test_wrong_flags_get_a_sentence_and_exit_code_2(mini, words, message, monkey
     assert caught.value.code == 2 and message in errors and "->" in errors
 
 
+def test_what_is_sent_is_an_option(mini):
+    words = [
+        "eval",
+        "m",
+        "--benchmarks",
+        "mathvision",
+        "--split",
+        "testmini",
+        "--data",
+        "mini",
+        "--limit",
+        "1",
+    ]
+    with LoopbackServer() as server, LoopbackServer() as judge:
+        asked = [
+            "--base-url",
+            server.url,
+            "--request",
+            "omit=[temperature,seed]",
+            "--request",
+            "extra={top_k: 3}",
+        ]
+        read = [
+            "--judge-url",
+            judge.url,
+            "--judge-model",
+            "j",
+            "--judge-request",
+            "max_tokens=max_completion_tokens",
+        ]
+        done = rlcs(*words, *asked, *read, "--out", "out", cwd=mini)
+        assert done.returncode == 0, done.stderr
+        body, trial = server.seen[0], judge.seen[0]
+        other = rlcs(*words, "--base-url", server.url, "--out", "out", cwd=mini)
+    assert body["top_k"] == 3 and not {"temperature", "seed"} & set(body)
+    assert "max_completion_tokens" in trial and "max_tokens" not in trial
+    assert other.returncode == 2 and "request was" in other.stderr
+    wrong = rlcs(*words, "--base-url", "http://127.0.0.1:1/v1", "--request", "omitt=[n]", cwd=mini)
+    assert wrong.returncode == 2 and "--request omitt=[n]: unknown key omitt" in wrong.stderr
+    refusal = (400, {"error": {"message": "Unknown parameter: 'top_k'"}})
+    with LoopbackServer(reply=lambda body: refusal) as server:
+        ended = rlcs(
+            *words, "--base-url", server.url, "--request", "extra={top_k: 3}", "--out", "b", cwd=mini
+        )
+    assert ended.returncode == 2 and "take top_k out of --request extra" in ended.stderr
+
+
 def test_the_command_line_asks_a_server_and_speaks_json(mini):
     with LoopbackServer(faults={"(E) 5": ["400"]}) as server:
         words = ["eval", "--model", "m", "--base-url", server.url, "--benchmarks", "mathvision"]

@@ -153,9 +153,15 @@ def test_a_cell_may_hold_an_image_of_megabytes_and_the_limit_of_other_code_stays
     image = picture((700, 500), "BMP")
     assert len(image) > 1_000_000
     (tmp_path / "rows.tsv").write_text(f"question\timage\tanswer\nq\t{image}\t1\n")
-    before = csv.field_size_limit()
+    csv.field_size_limit(131_072)
     (row,) = load(tmp_path / "rows.tsv").rows
-    assert row.problem.images[0].width == 700 and csv.field_size_limit() == before
+    assert row.problem.images[0].width == 700 and csv.field_size_limit() == 131_072
+
+
+def test_an_empty_cell_is_no_response(tmp_path):
+    (tmp_path / "rows.csv").write_text("question,answer,response\nq,1,\nr,2,so \\boxed{2}\n")
+    loaded = load(tmp_path / "rows.csv", "cold_start")
+    assert [row.response for row in loaded.rows] == [None, "so \\boxed{2}"]
 
 
 def test_a_faulty_line_of_a_table_is_a_bad_row(tmp_path):

@@ -11,12 +11,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from typer.testing import CliRunner
 
 from rlcs.cli.main import app
+from rlcs.engines.cache import head_size
 from rlcs.errors import UserError
 from rlcs.plan.data_size import Rows, rows_of
 from rlcs.plan.machine import GIB, GPUS, Assumed, machine
 from rlcs.plan.page import make_plan
 from rlcs.plan.planner import largest_tree
-from rlcs.plan.shapes import head_size, measure, published, sizes_of, skeleton
+from rlcs.plan.shapes import measure, published, sizes_of, skeleton
 from rlcs.plan.work import language, vision
 from rlcs.recipe.loading import list_recipes, load_recipe, read_section
 from rlcs.recipe.schema import Model

@@ -8,7 +8,7 @@ import pytest
 from loopback_server import LoopbackServer
 from rlcs.data.rows import Row
 from rlcs.distill import run
-from rlcs.engines.openai_client import EndpointClient, try_endpoint
+from rlcs.engines.openai_client import EndpointClient
 from rlcs.engines.providers import Fields
 from rlcs.engines.replies import fault
 from rlcs.errors import EndpointError, RecipeError, RunFolderError
@@ -262,22 +262,3 @@ def test_top_p_of_one_may_be_left_out_whatever_the_complaint():
         assert not asked(server, sampling=replace(SAMPLING, top_p=1.0))[0].error
         with pytest.raises(EndpointError, match="give top_p another value"):
             asked(server)
-
-
-# --- trying a server --------------------------------------------------------------------------------
-
-
-def test_one_short_request_tells_whether_a_server_can_be_used():
-    question = Request(id="trial", messages=(Message(role="user", parts=("?",)),))
-    with refusing(temperature=ONLY) as server:
-        sample = try_endpoint(
-            Endpoint(base_url=server.url, model="m"), Sampling(max_new_tokens=4096), question
-        )
-        assert sample.text == "It is \\boxed{5}" and server.seen[0]["max_tokens"] < 1000
-    with LoopbackServer(faults={"?": ["always:401"]}) as server, pytest.raises(EndpointError, match="key"):
-        try_endpoint(Endpoint(base_url=server.url, model="m"), SAMPLING, question)
-    with LoopbackServer(faults={"?": ["always:400"]}) as server:
-        assert (
-            "told to say 400"
-            in try_endpoint(Endpoint(base_url=server.url, model="m"), SAMPLING, question).error
-        )

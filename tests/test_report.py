@@ -518,7 +518,7 @@ def test_formulas_are_drawn_and_the_text_is_at_hand(with_latex: Path) -> None:
     assert "<b>not bold</b> costs $5 and $6" in page.text, "text stays text"
     assert page.tags.count("math") == 12 * (1 + 1 + 1 + 1) + 12 * 4 * (1 + 1 + 1)
     assert page.text.count("As it was written") == 12 * 4 and page.text.count(LATEX) == 12 * 4
-    assert re.search(r"<b>user</b> What is <math>", html) and "A square." in page.text
+    assert re.search(r"<b>User</b> What is <math>", html) and "A square." in page.text
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")

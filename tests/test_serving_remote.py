@@ -264,3 +264,23 @@ def test_vllm_samples_as_the_folder_says_where_a_request_does_not():
 def test_hosts_that_vllm_does_not_know_are_refused(name):
     with pytest.raises(UserError, match="whole names"):
         replace(serving("vllm", "x", key="k"), image_hosts=ImageHosts(names=(name,)))
+
+
+def test_a_server_that_refuses_fields_is_asked_without_them(picture):
+    """As hosted models that think do: other names, and no temperature."""
+    from loopback_server import LoopbackServer
+
+    def reply(body):
+        if body is None or "messages" not in body:
+            return {"data": [{"id": "m", "object": "model"}]}
+        for name in ("max_tokens", "temperature"):
+            if name in body:
+                return 400, {"error": {"message": f"Unsupported parameter: '{name}'", "param": name}}
+        chunk = {"choices": [{"delta": {"content": "It is 5."}, "finish_reason": None}]}
+        return f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+
+    with LoopbackServer(reply=reply) as server:
+        model = RemoteSession(Endpoint(base_url=server.url, model=""))
+        assert "".join(model.stream(turns(picture), SHORT)) == "It is 5."
+        assert "max_completion_tokens" in server.seen[-1] and len(server.seen) == 4
+        assert "".join(model.stream(turns(picture), SHORT)) == "It is 5." and len(server.seen) == 5

@@ -16,16 +16,19 @@ from safetensors.torch import load_file
 import rlcs as api
 from conftest import SMALL_STUDY
 from rlcs.cli.main import main
+from rlcs.data import puzzles
 from rlcs.data.run_data import load_run_data
 from rlcs.errors import CheckpointError, ModelError, RlcsError, RunFolderError, UserError
 from rlcs.evals.run import _weights_stamp
+from rlcs.generation import open_sampler
 from rlcs.model import loading
 from rlcs.model.source import find_source, origin_of
 from rlcs.pipeline.study import Output, Study
 from rlcs.plan.shapes import sizes_of
 from rlcs.publish.export import Export, export
-from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.loading import dump, load_recipe
 from rlcs.recipe.schema import Model
+from rlcs.records import Request, Sampling
 from rlcs.signals import StopFlag
 from rlcs.storage import read_json, write_json, write_manifest
 
@@ -157,6 +160,16 @@ def test_an_unfinished_run_says_what_it_has(run, tmp_path):
     assert "no stage has finished" in refused(f"{begun}@2")
 
 
+def test_runs_that_name_each_other_end(run, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(run, mine, ignore=shutil.ignore_patterns("models"))
+    recipe = read_recipe(run)
+    own = recipe.model.model_copy(update={"name": str(mine)})
+    (mine / "recipe.yaml").write_text(dump(recipe.model_copy(update={"model": own})))
+    with pytest.raises(ModelError, match="name each other"):
+        origin_of(str(mine))
+
+
 def test_seeds_are_listed(run, tmp_path):
     for seed in (0, 1):
         shutil.copytree(run, tmp_path / f"seed-{seed}")
@@ -262,6 +275,14 @@ def test_a_run_s_models_answer_from_python_and_in_a_recipe(run):
     vlm, _ = api.load_policy(f"{run}/sft")
     assert vlm.model.config.model_type == "qwen2_5_vl"
     assert sizes_of(Model(name=f"{run}@2")).total == sizes_of(Model(name=str(run))).total
+
+
+def test_a_run_is_a_teacher_or_a_judge(run):
+    """Whatever samples from a model that rlcs loads goes through `open_sampler`."""
+    [problem] = puzzles.load("puzzles", split="train", count=1, seed=3)
+    with open_sampler(f"{run}@2", Sampling(temperature=0.0, max_new_tokens=4)) as sampler:
+        [sample] = sampler.samples([Request.of(problem)])
+    assert sample.tokens and not sample.error
 
 
 def test_a_run_starts_from_another_run(run, tmp_path):

@@ -6,15 +6,17 @@ from itertools import combinations
 
 import pytest
 
-from conftest import SMALL_STUDY, LengthGrader, Stopper
+from conftest import SMALL_STUDY, LengthGrader, Stopper, make_problem
 from rlcs.data import puzzles
 from rlcs.data.run_data import hold_out, load_run_data
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import DataError, RecipeError
+from rlcs.errors import DataError, RecipeError, RunFolderError
 from rlcs.evals.arms import Evaluator
 from rlcs.evals.scores import pass_at
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
+from rlcs.grading.reward import WeightedSum
+from rlcs.pipeline import run_folder
 from rlcs.progress import screen
 from rlcs.recipe.execution import Trackers
 from rlcs.recipe.loading import load_recipe
@@ -139,7 +141,30 @@ def test_an_answer_that_is_not_scored_is_not_right_and_counted(vlm, chat):
     assert (row["accuracy"], row["pass_at_k"], row["unscored"]) == (0.0, 0.0, 10)
 
 
+def test_the_part_that_decides_is_asked_alone():
+    class Refusing:
+        def grade(self, answers):
+            raise AssertionError("it is not asked")
+
+    whole = WeightedSum(graders={"own": LengthGrader(), "judge": Refusing()}, weights={"own": 2, "judge": 1})
+    [grade] = whole.deciding.grade([(make_problem("a"), "odd")])
+    assert grade.correct and grade.reward == 2
+
+
 # --- while a stage trains --------------------------------------------------------------------------
+
+
+def test_weights_are_published_once_a_step(random_model_folder, demonstrations, tmp_path, monkeypatch):
+    """A measurement gives the engine the weights from which the next rollouts are sampled."""
+    synced = []
+    monkeypatch.setattr(LocalEngine, "sync", lambda engine: synced.append(engine))
+
+    def measure(vlm, chat):
+        engine, inner = LocalEngine(vlm, chat, max_rows=8), measured_by(vlm, chat)
+        return lambda stop: engine.sync() or inner(stop)
+
+    train("grpo", random_model_folder, tmp_path, demonstrations, measure=measure)
+    assert len(synced) == 5, "before each of 4 steps, and after the last"
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
@@ -339,3 +364,19 @@ def test_problems_that_are_measured_are_not_trained_on():
     assert not only_sft.rl and only_sft.validation == plain.rl[-2:]
     with pytest.raises(DataError, match=r"validation would take 7 of 12.*"):
         hold_out(plain.rl, 7, "a.jsonl")
+
+
+def test_a_run_goes_on_with_other_checkpoints_to_keep(tmp_path):
+    folder = tmp_path / "run"
+    run_folder.claim(folder, load_recipe("quickstart").recipe)
+    (folder / "sft").mkdir()
+    (folder / "sft" / "done.json").write_text("{}")
+    other = load_recipe(
+        "quickstart", ["grpo.keep_steps=[7]", "sft.save_every=3", "grpo.keep_checkpoints=9"]
+    ).recipe
+    assert run_folder.recipe_hash(other) == run_folder.recipe_hash(load_recipe("quickstart").recipe)
+    run_folder.claim(folder, other)
+    assert load_recipe(str(folder / "recipe.yaml")).recipe.grpo.keep_steps == (7,)
+    best = load_recipe("quickstart", ["grpo.keep=best", "validation.grpo_every=1"]).recipe
+    with pytest.raises(RunFolderError, match="another recipe"):
+        run_folder.claim(folder, best)

@@ -26,7 +26,7 @@ from rlcs.engines.vllm.fleet import Fleet
 from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.engines.vllm.server import Launch, context_length
 from rlcs.engines.vllm.weights import WeightsFolder
-from rlcs.errors import EndpointError, ModelError, RecipeError, TrainingError
+from rlcs.errors import EndpointError, ModelError, OutOfMemory, RecipeError, TrainingError
 from rlcs.generation import EngineSampler, open_sampler
 from rlcs.model import loading
 from rlcs.model.chat import Chat
@@ -190,6 +190,30 @@ def test_a_program_that_cannot_start_says_why(run, tmp_path: Path) -> None:
         broken.ask(1)
     with pytest.raises(ModelError, match="cannot be started"):
         run(executable=str(tmp_path / "nowhere")).ask(1)
+
+
+@pytest.mark.parametrize(
+    ("message", "what", "fix"),
+    [
+        (
+            "ValueError: No available memory for the cache blocks.",
+            "vLLM has too little memory for its cache",
+            "raise rollout.memory_share (now 0.4)",
+        ),
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+            "GPU memory ran out: 2.00 GB were requested",
+            "lower rollout.memory_share (now 0.4)",
+        ),
+    ],
+)
+def test_a_server_without_memory_says_which_way_its_share_must_go(run, message, what, fix) -> None:
+    full = run(memory_share=0.4)
+    full.behave(broken=message)
+    with pytest.raises(OutOfMemory) as caught:
+        full.ask(1)
+    assert what in caught.value.what and "vllm-0.log" in caught.value.what
+    assert caught.value.fix.startswith(fix)
 
 
 @pytest.mark.parametrize(

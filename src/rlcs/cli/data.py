@@ -64,10 +64,12 @@ def data_check(
         require_new_file(write, source)
     found = check_source(source, chosen, resolved, count_prompts=count)
     facts, lines = _facts(found), _lines(found)
-    if write is not None:
+    if write is not None and found.good:
         write_rows(found.good, source, write, resolved.data.columns)
         facts["written"] = str(write)
         lines.append(f"{len(found.good):,} rows are written to {write}")
+    elif write is not None:
+        lines.append(f"no row can be used, so that {write} is not written")
     print_result(facts, lines, json=json)
     if found.bad or found.refusal or not found.good:
         raise typer.Exit(2)

@@ -72,7 +72,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="Folder, hub id, builtin, or a server's model; or NAME=MODEL",
+            help="Run, folder, hub id or a server's; or NAME=MODEL",
             autocompletion=completion.models,
         ),
     ] = None,

@@ -18,7 +18,7 @@ from rlcs.cli.recipes import recipes_app
 from rlcs.cli.report import report_app
 from rlcs.cli.serve import serve_app
 from rlcs.cli.train import train_app
-from rlcs.errors import RlcsError, UserError
+from rlcs.errors import RlcsError, UserError, out_of_memory_in
 
 app = typer.Typer(
     name="rlcs",
@@ -63,7 +63,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # where it is not UTF-8: \uXXXX, not an error
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="rlcs")
+        with out_of_memory_in(""):
+            app(prog_name="rlcs")
     except RlcsError as error:
         _exit_with(error)
     except OSError as error:

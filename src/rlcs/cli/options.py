@@ -29,7 +29,11 @@ Overrides = Annotated[
 RecipeName = Annotated[str, typer.Argument(help="A recipe's name or file", autocompletion=completion.recipes)]
 ModelName = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Folder, hub id, or builtin", autocompletion=completion.models),
+    typer.Argument(
+        metavar="MODEL",
+        help="Run (RUN@80: a checkpoint), folder, hub id, builtin",
+        autocompletion=completion.models,
+    ),
 ]
 ExportedFolder = Annotated[
     Path, typer.Argument(help="A folder that `rlcs export` or `rlcs data export` wrote")

@@ -207,7 +207,9 @@ def _answer_many(session: Any, options: GenerateOptions, settings: Any) -> None:
 
 @serve_app.command()
 def chat(
-    model: Annotated[str | None, typer.Argument(help="Folder, hub id, builtin (default), or a URL")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Run, folder, hub id, builtin (default), or a URL")
+    ] = None,
     other: Annotated[
         str | None, typer.Argument(metavar="[MODEL2]", help="A second model, to compare")
     ] = None,

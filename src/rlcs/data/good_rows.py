@@ -9,9 +9,9 @@ from typing import Any
 
 from rlcs.data.problem_store import copy_image
 from rlcs.data.rows import Row
-from rlcs.errors import DataError, UserError
+from rlcs.errors import UserError
 from rlcs.recipe.schema import Columns
-from rlcs.records import IMAGE_SLOT, ImageRef, Problem
+from rlcs.records import ImageRef, to_row
 from rlcs.storage import atomic_write, jsonl_lines, parse_object
 
 
@@ -36,10 +36,8 @@ def write_rows(rows: Sequence[Row], source: str, path: Path, columns: Columns) -
     """Write rows of `source` to a JSONL file, atomically.
 
     A row of a JSONL file keeps its layout, others get our columns. Images that are not below the new file's
-    folder, or not in files, are copied into `images/` beside it. Raises DataError, RunFolderError.
+    folder, or not in files, are copied into `images/` beside it. Raises ImageError, RunFolderError.
     """
-    if not rows:
-        raise DataError("no row can be used, so that none is written", where=source)
     writer = _Writer(path.parent, columns)
     lines = _source_lines(rows, source)
     if lines is None:
@@ -68,6 +66,9 @@ def _json_line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
+_MAX_PATH = 1024
+
+
 class _Writer:
     """Writes rows for a file in one folder."""
 
@@ -82,45 +83,37 @@ class _Writer:
         return str(copy_image(ref, self._folder).path)
 
     def moved(self, row: Row, line: bytes) -> dict[str, Any]:
-        """The row as its source has it, with new relative paths of its images."""
-        files = [ref for ref in row.problem.images if ref.path is not None]
+        """The row as its source has it, with new relative paths of its images; or else in our own columns."""
+        files = {str(ref.path): ref for ref in row.problem.images if ref.path is not None}
+        left = set(files)
 
         def renamed(value: Any) -> Any:
             if isinstance(value, list):
                 return [renamed(item) for item in value]
             if isinstance(value, dict):
                 return {key: renamed(item) for key, item in value.items()}
-            if not isinstance(value, str) or value.startswith("/"):
+            if not isinstance(value, str) or len(value) > _MAX_PATH:
                 return value
-            tail = f"/{os.path.normpath(value)}"
-            return next((self._path(ref) for ref in files if str(ref.path).endswith(tail)), value)
+            tail = f"/{os.path.normpath(value).removeprefix('/')}"
+            path = next((path for path in files if path.endswith(tail)), None)
+            left.discard(path or "")
+            return value if path is None or value.startswith("/") else self._path(files[path])
 
         columns = self._columns
         texts = {columns.id, *columns.question, *columns.answer, *columns.response, *columns.choices}
         fields = parse_object(line)
-        return {key: value if key in texts else renamed(value) for key, value in fields.items()}
+        made = {key: value if key in texts else renamed(value) for key, value in fields.items()}
+        return self.own(row) if left else made  # paths inside of texts, say
 
     def own(self, row: Row) -> dict[str, Any]:
         """The row in our own columns, by the names that the recipe reads."""
         problem, columns = row.problem, self._columns
         images = [self._path(ref) for ref in problem.images]
         made: dict[str, Any] = {**problem.metadata, columns.id: problem.id}
-        if problem.history:
-            made["messages"] = _messages(problem, row.response)
-        else:
-            made[columns.question[0]] = problem.question
-            made |= {} if row.response is None else {columns.response[0]: row.response}
+        made |= {"history": [to_row(turn) for turn in problem.history]} if problem.history else {}
+        made[columns.question[0]] = problem.question
+        made |= {} if row.response is None else {columns.response[0]: row.response}
         made |= {columns.images[0]: images} if images else {}
         made |= {columns.choices[0]: list(problem.choices)} if problem.choices else {}
         made |= {columns.answer[0]: problem.answer} if problem.answer else {}
         return made
-
-
-def _messages(problem: Problem, response: str | None) -> list[dict[str, str]]:
-    turns = [{"role": turn.role, "content": turn.text} for turn in problem.history]
-    slots = any(IMAGE_SLOT in text for text in problem.texts)
-    turns.append({"role": "user", "content": problem.question})
-    if not slots:
-        first = next(turn for turn in turns if turn["role"] == "user")
-        first["content"] = IMAGE_SLOT * len(problem.images) + first["content"]
-    return turns if response is None else [*turns, {"role": "assistant", "content": response}]

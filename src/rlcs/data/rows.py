@@ -92,7 +92,6 @@ class RowReader:
         self._table = table
         self._as_given = settings.answers == "as_given"
         self._system = settings.system
-        self._system = settings.system
         self._role = role
         self._ids: dict[str, str] = {}
         self._pictures: dict[str, tuple[ImageRef, ...]] = {}
@@ -171,7 +170,7 @@ class RowReader:
                 raise ValueError(f"the row has {media}: only texts and images can be used")
         given, response, own_gold = self._answer_and_response(row)
         choices = choices_of(row.get("choices")[0])
-        needed = self._role in ("rl", "test") or (response is None and self._role != "ask")
+        needed = response is None and self._role != "ask"
         answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
         images = self._pictures.get(row.image_of_row) or self._images.read(row.images())
         if row.layout and row.layout.id:

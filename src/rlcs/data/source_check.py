@@ -29,12 +29,12 @@ class Counts:
     longest: int
 
 
-def require_few(name: str, bad: Sequence[BadRow], counts: Counts, recipe: Recipe) -> None:
-    """Raise DataError if rows without a prompt, and unread ones, are more than `data.max_bad_share`."""
+def too_many(name: str, bad: Sequence[BadRow], counts: Counts, recipe: Recipe) -> DataError | None:
+    """The error if rows without a prompt, and unread ones, are more than `data.max_bad_share` of a source."""
     total, lost, allowed = counts.usable + counts.unread, len(bad) + counts.unread, recipe.data.max_bad_share
     left = len(bad) < counts.usable
-    if left and lost <= allowed * total:
-        return
+    if not bad or (left and lost <= allowed * total):
+        return None
     too_long = counts.longest > recipe.prompt.max_tokens
     fixes = [
         f"set prompt.max_tokens={counts.longest} (the longest has so many), or lower images.max_pixels"
@@ -42,7 +42,7 @@ def require_few(name: str, bad: Sequence[BadRow], counts: Counts, recipe: Recipe
         else "correct them",
         f"or leave them out with data.max_bad_share={math.ceil(100 * lost / total) / 100:g}" if left else "",
     ]
-    raise DataError(
+    return DataError(
         f"{len(bad):,} of {counts.usable:,} rows cannot become prompts (allowed: {allowed:.1%})\n    "
         + "\n    ".join(grouped(bad)),
         where=key_of(name),
@@ -52,13 +52,14 @@ def require_few(name: str, bad: Sequence[BadRow], counts: Counts, recipe: Recipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceCheck:
-    """What was found in one source: the rows that can be used, the others, and what else is to be known.
+    """What was found in one source: the rows that could be read, those that can be used, and all others.
 
     `refusal` is why a run does not start with it, or "".
     """
 
     role: Role
     source: str
+    rows: tuple[Row, ...]
     good: tuple[Row, ...]
     bad: tuple[BadRow, ...]
     notes: tuple[str, ...]
@@ -92,20 +93,19 @@ def check_source(
         bad += too_long
         try:
             require_usable(loaded, data)
-            if too_long:
-                require_few(
-                    role, too_long, Counts(usable=len(rows), unread=len(loaded.bad), longest=longest), recipe
-                )
+            counts = Counts(usable=len(rows), unread=len(loaded.bad), longest=longest)
+            if error := too_many(role, too_long, counts, recipe):
+                raise error
             if role == "rl":
                 by_pass_rate([row.problem for row in rows], data)
-        except DataError as error:
-            refusal = str(error)
+        except DataError as refused:  # its further lines are among the bad rows
+            refusal = f"{refused.what.splitlines()[0]}\n  -> {refused.fix}"
     bad_ids = {each.id for each in bad}
     good = tuple(row for row in rows if row.problem.id not in bad_ids)
     notes += option_notes(row.problem for row in good)
     notes += _batch_notes(role, len(good), recipe) if count_prompts else _length_notes(good, recipe)
     return SourceCheck(
-        role=role, source=source, good=good, bad=_once(bad), notes=tuple(notes), refusal=refusal
+        role=role, source=source, rows=rows, good=good, bad=_once(bad), notes=tuple(notes), refusal=refusal
     )
 
 
@@ -164,7 +164,7 @@ def check_recipe_data(
             checks[name] = found
         except DataError as error:
             errors[name] = str(error)
-    rows = {name: check.good for name, check in checks.items()}
+    rows = {name: check.rows for name, check in checks.items()}
     data = RunData(
         cold_start=rows.get("cold_start", ()),
         rl=_problems(rows.get("rl", ())),

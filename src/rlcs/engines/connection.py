@@ -108,12 +108,12 @@ def _sendable(value: str, where: str) -> str:
     raise EndpointError(f"the value holds {what} inside", where=where, fix="copy it again, on one line")
 
 
-def connect(server: Endpoint, place: Address, limit: float) -> "openai.AsyncOpenAI":
+def connect(server: Endpoint, place: Address, limits: "openai.Timeout") -> "openai.AsyncOpenAI":
     """Make the client for an event loop; nothing is sent yet. Raises EndpointError."""
     import openai
 
-    transport = _transport(openai.DefaultAsyncHttpxClient, place, limit)
-    return openai.AsyncOpenAI(http_client=transport, timeout=limit, **_settings(server, place))
+    transport = _transport(openai.DefaultAsyncHttpxClient, place, limits)
+    return openai.AsyncOpenAI(http_client=transport, timeout=limits, **_settings(server, place))
 
 
 def connect_blocking(server: Endpoint, place: Address, limits: "openai.Timeout") -> "openai.OpenAI":
@@ -134,7 +134,7 @@ def _settings(server: Endpoint, place: Address) -> dict[str, Any]:
     }
 
 
-def _transport(kind: Callable[..., Any], place: Address, limit: object) -> Any:
+def _transport(kind: Callable[..., Any], place: Address, limits: "openai.Timeout") -> Any:
     """The HTTP client, with the proxy that the environment names for this one host.
 
     It is chosen here: the client would prepare all proxies of the environment, also those that do not concern
@@ -144,7 +144,7 @@ def _transport(kind: Callable[..., Any], place: Address, limit: object) -> Any:
     options: dict[str, Any] = {"proxy": proxy} if proxy else {}
     options |= {"verify": own} if (own := _own_certificates()) else {}
     try:
-        return kind(trust_env=False, timeout=limit, **options)
+        return kind(trust_env=False, timeout=limits, **options)
     except ImportError as error:
         fix = f"pip install socksio, or add the server to NO_PROXY={place.host}, or unset {variable}"
         raise EndpointError("SOCKS proxies need the package socksio", where=variable, fix=fix) from error

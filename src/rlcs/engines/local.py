@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from rlcs.engines.base import OnGroup
+from rlcs.engines.cache import token_bytes
 from rlcs.engines.decoding import DecodeRequest, DecodingBatch, Listener, Row
 from rlcs.engines.onednn_linear import packed
+from rlcs.errors import out_of_memory_in
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.records import Prompt, Rollout, Sampling
@@ -72,7 +74,7 @@ class LocalEngine:
         unfinished = list(requests)
         with self._ready():
             self._unpack()
-            with packed(self._vlm.model):
+            with out_of_memory_in("", fix=self._needs(requests)), packed(self._vlm.model):
                 # Prefilling a few prompts at a time would cost more than leaving rows free for a while.
                 for ended in self._decode(list(requests), refill=self._max_rows // 4):
                     if ended and on_group is not None:
@@ -119,10 +121,22 @@ class LocalEngine:
                         weights = packed(self._vlm.model)
                         weights.__enter__()
                         self._packed = weights
-                    for _ in self._decode(self._waiting, refill=0):
-                        pass
+                    with out_of_memory_in("", fix=self._needs(self._waiting)):
+                        for _ in self._decode(self._waiting, refill=0):
+                            pass
                 except Exception as error:  # running out of memory must not end the service
                     self._fail(error)
+
+    def _needs(self, requests: Sequence[DecodeRequest]) -> str:
+        """The memory that these requests need at once, and how to need less."""
+        rows = min(self._max_rows, sum(request.sampling.n for request in requests))
+        longest = max((request.max_tokens for request in requests), default=0)
+        a_token = token_bytes(self._vlm.model.config.get_text_config(), self._vlm.model.dtype.itemsize)
+        return (
+            "ask for fewer answers at once (--batch, --concurrency, teacher.concurrency), or shorter ones: "
+            f"{rows:,} x {longest:,} tokens of prompt and answer x {a_token:,} bytes of keys and values "
+            f"= {rows * longest * a_token / 2**30:,.2f} GB, twice while they grow"
+        )
 
     def _fail(self, error: Exception) -> None:
         """Report an error to the requests under way, or to all waiting ones if none could begin."""

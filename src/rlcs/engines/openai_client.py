@@ -2,8 +2,8 @@
 
 Requests are drawn lazily and samples are yielded as they arrive, so that the caller can write each at once.
 An event loop in a second thread keeps `concurrency` requests under way, also while the caller works on
-a sample. A failure that may pass (busy, down, cut off, garbled, empty) is retried; one that cannot (a wrong
-key, a wrong name) ends the run with an error that says what to do.
+a sample. A failure that may pass (busy, down, cut off, garbled) is retried, an empty answer seldom; one that
+cannot pass (a wrong key, a wrong name) ends the run with an error that says what to do.
 """
 
 import asyncio
@@ -39,10 +39,10 @@ FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 LONGEST_RETRY_AFTER_S = 600.0
 """Longest pause that a server's `Retry-After` can cause."""
+CONNECT_S = 20.0
+"""Seconds in which a server must accept the connection."""
 EMPTY_RETRIES = 2
 """Most further attempts after an empty answer, which is paid; one at temperature 0."""
-TRIAL_TOKENS = 64
-"""Longest answer of `try_endpoint`."""
 _ALL_REFUSED = 8
 """Least refused requests, with none answered, after which a server counts as refusing every request."""
 _POLL_S = 0.1  # between two checks of the stop flag
@@ -60,7 +60,9 @@ class EndpointClient:
         """
         self._settings, self._sampling = settings, sampling
         self._address = connection.address(settings.base_url)
-        self._client = connection.connect(settings, self._address, settings.request_timeout_s)
+        patience = settings.request_timeout_s
+        limits = openai.Timeout(patience, connect=min(patience, CONNECT_S))
+        self._client = connection.connect(settings, self._address, limits)
         self._fields = Fields(settings)
         self._images = SentImages(max_pixels=(images or Images()).max_pixels)
         self._slots = asyncio.Semaphore(settings.concurrency)
@@ -212,6 +214,8 @@ class EndpointClient:
             async with asyncio.timeout(limit):
                 return await self._client.post("/chat/completions", body=body, cast_to=object)
         except (TimeoutError, openai.APITimeoutError) as error:
+            if type(error.__cause__).__name__ == "ConnectTimeout":
+                raise self._disconnected(error) from error
             raise RetryableError(f"no answer within {limit:g} s", kind="no answer in time") from error
         except openai.APIStatusError as error:
             found = status_fault(error, self._settings)
@@ -231,7 +235,9 @@ class EndpointClient:
         cause = error.__cause__ or error
         name = type(cause).__name__
         what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.way(self._address)
-        is_new = name in ("ConnectError", "ProxyError") or not isinstance(error, openai.APIConnectionError)
+        is_new = name in ("ConnectError", "ConnectTimeout", "ProxyError") or not isinstance(
+            error, openai.APIConnectionError
+        )
         return RetryableError(
             f"the connection failed: {what}",
             kind="connection failed",
@@ -301,21 +307,6 @@ class _Refused(Exception):
     def __init__(self, found: Fault) -> None:
         super().__init__(str(found))
         self.fault = found
-
-
-def try_endpoint(
-    settings: Endpoint, sampling: Sampling, request: Request, images: Images | None = None
-) -> Sample:
-    """Send one request with a short answer, to learn in seconds whether a server can be used.
-
-    A sample with an error says what is wrong with this request. Raises EndpointError for a server that cannot
-    be used at all.
-    """
-    patience = {"max_retries": min(settings.max_retries, 2), "concurrency": 1}
-    short = replace(sampling, n=1, max_new_tokens=min(sampling.max_new_tokens, TRIAL_TOKENS))
-    with EndpointClient(settings.model_copy(update=patience), short, images) as client:
-        (sample,) = client.samples([request])
-    return sample
 
 
 def status_fault(error: openai.APIStatusError, settings: Endpoint) -> Fault:

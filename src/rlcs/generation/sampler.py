@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rlcs.engines.openai_client import EndpointClient
-from rlcs.errors import DataError
+from rlcs.errors import DataError, out_of_memory_in
 from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
 from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import Message, Prompt, Request, Sample, Sampling
@@ -73,7 +73,8 @@ class EngineSampler:
                 members.append(group)
             except DataError as error:
                 yield from (request.sample(error=str(error)) for request in group)
-        rollouts = self._engine.sample(prompts, self._sampling, step=turn)
+        with out_of_memory_in("sampling"):
+            rollouts = self._engine.sample(prompts, self._sampling, step=turn)
         for prompt, group, drawn in zip(prompts, members, rollouts, strict=True):
             for request in group:
                 sample = drawn[request.index % n].sample

@@ -76,11 +76,16 @@ def find_source(name: str, arm: str | None = None, step: int | None = None) -> S
 
 
 def origin_of(name: str) -> str:
-    """The model that a name goes back to, through the runs that trained it: the first that no run made."""
-    source = find_source(name)
-    while source.recipe is not None:
-        name = source.recipe.model.name
-        source = find_source(name)
+    """The model that a name goes back to, through the runs that trained it: the first that no run made.
+
+    Raises ModelError for runs that name each other.
+    """
+    seen = {name}
+    while (recipe := find_source(name).recipe) is not None:
+        name = recipe.model.name
+        if name in seen:
+            raise ModelError("the runs name each other in model.name", where=name, fix="export one of them")
+        seen.add(name)
     return name
 
 

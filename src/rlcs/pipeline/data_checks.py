@@ -11,7 +11,7 @@ from typing import Any
 from rlcs.data.check import grouped
 from rlcs.data.rows import BadRow, Row
 from rlcs.data.run_data import RunData
-from rlcs.data.source_check import CountPrompts, Counts, require_few
+from rlcs.data.source_check import CountPrompts, Counts, too_many
 from rlcs.data.sources import ROLES, Role
 from rlcs.errors import DataError, PromptError
 from rlcs.model.chat import Chat
@@ -72,6 +72,7 @@ def check_prompts(data: RunData, recipe: Recipe) -> RunData:
     notes: list[str] = []
     left_out: dict[str, set[str]] = {}
     facts: dict[str, Any] = {name: dict(each) for name, each in data.checks.get("sources", {}).items()}
+    errors: list[tuple[int, DataError]] = []
     for name, each in rows.items():
         if not each:
             continue
@@ -80,13 +81,24 @@ def check_prompts(data: RunData, recipe: Recipe) -> RunData:
         facts[name] = {**facts.get(name, {}), "prompts_too_long": len(bad), "longest_prompt": longest}
         if bad:
             unread = facts[name].get("left_out", 0)
-            require_few(name, bad, Counts(usable=len(each), unread=unread, longest=longest), recipe)
+            counts = Counts(usable=len(each), unread=unread, longest=longest)
+            if error := too_many(name, bad, counts, recipe):
+                errors.append((longest, error))
             done = f"left out of {name}" if name in ("cold_start", "rl") else f"count as wrong in {name}"
             notes += [f"{done}: {line}" for line in grouped(bad)]
             left_out[name] = {row.id for row in bad}
+    if errors:
+        raise _joined(errors)
     return replace(
         data.without(left_out), notes=(*data.notes, *notes), checks={**data.checks, "sources": facts}
     )
+
+
+def _joined(errors: Sequence[tuple[int, DataError]]) -> DataError:
+    """One error for several sources, so that all are corrected at once, by the longest prompt of any."""
+    (_, first), *others = errors
+    what = "\n".join([first.what, *(f"{error.where}: {error.what}" for _, error in others)])
+    return DataError(what, where=first.where, fix=max(errors, key=lambda each: each[0])[1].fix)
 
 
 def _row(problem: Problem) -> Row:

@@ -21,7 +21,7 @@ from rlcs.distill.teachers import open_teacher
 from rlcs.distributed import ALONE, World
 from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.vllm import readiness
-from rlcs.errors import DataError, EndpointError, RlcsError, RunFolderError, UserError
+from rlcs.errors import DataError, EndpointError, RlcsError, RunFolderError, UserError, out_of_memory_in
 from rlcs.grading.reward import try_reward
 from rlcs.model import loading
 from rlcs.model.chat import Chat
@@ -101,7 +101,8 @@ class Preflight:
                 self._world.check(self._stop, "preflight")
                 started = time.monotonic()
                 try:
-                    remarks = work()
+                    with out_of_memory_in(f"preflight, {name}"):
+                        remarks = work()
                 except RlcsError:
                     view.say(f"preflight: {name:<14}  failed")
                     raise

@@ -38,7 +38,23 @@ OPERATIONAL = frozenset(
 """Keys that do not change what is learnt (limits of graders, kept checkpoints, the trial before): a run may
 go on with others."""
 
+MEMORY = frozenset(
+    {
+        *("sft.pack_tokens", "grpo.pack_tokens", "grpo.max_rows", "eval.max_rows", "rollout.memory_share"),
+        *("model.gradient_checkpointing", "parallel.reshard_after_forward", "parallel.cpu_offload"),
+    }
+)
+"""Keys that say how much memory is used, and change results by rounding alone: a run whose memory ran out may
+go on with others."""
+
 log = logging.getLogger("rlcs")
+
+
+def may_change(recipe: Recipe) -> frozenset[str]:
+    """The keys with whose other values a run may go on."""
+    # There the mean is of each pack.
+    fixed = {"grpo.pack_tokens"} if recipe.grpo.loss_average == "micro_batch" else set[str]()
+    return OPERATIONAL | (MEMORY - fixed)
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -46,7 +62,8 @@ def recipe_hash(recipe: Recipe) -> str:
 
     The arms are left out: some may be added to a run later, which changes nothing for the others.
     """
-    keys = [key for key in recipe_keys() if key not in OPERATIONAL and not key.startswith("study.")]
+    free = may_change(recipe)
+    keys = [key for key in recipe_keys() if key not in free and not key.startswith("study.")]
     facts = [(key, attrgetter(key)(recipe)) for key in keys]
     return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()
 
@@ -54,8 +71,8 @@ def recipe_hash(recipe: Recipe) -> str:
 def claim(folder: Path, recipe: Recipe, *, dry: bool = False) -> Recipe:
     """Write the resolved recipe into a new run folder, or check that an old one has the same.
 
-    The arms of the folder are those of every command so far, `rlcs sft` and then `rlcs run`, say. OPERATIONAL
-    keys may change, and a start without results (say, of a mistyped model) may be corrected. Returns the
+    The arms of the folder are those of every command so far, `rlcs sft` and then `rlcs run`, say. Keys of
+    `may_change` may, and a start without results (say, of a mistyped model) may be corrected. Returns the
     recipe of the folder; a `dry` claim writes nothing. Raises RecipeError, and RunFolderError for a folder
     of another recipe or with other files.
     """
@@ -70,7 +87,7 @@ def claim(folder: Path, recipe: Recipe, *, dry: bool = False) -> Recipe:
             atomic_write(path, dump(recipe))
         return recipe
     before = load_recipe(str(path)).recipe
-    fixed = {key for key in recipe_keys() if key not in OPERATIONAL} - {"study.arms"}
+    fixed = set(recipe_keys()) - may_change(recipe) - {"study.arms"}
     changed = [each for each in differences(before, recipe) if each[0] in fixed]
     keys = [key for key, _, _ in changed]
     if keys:

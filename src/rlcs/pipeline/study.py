@@ -7,7 +7,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
 from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import RlcsError
+from rlcs.errors import RlcsError, out_of_memory_in
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
@@ -34,6 +34,7 @@ from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
+from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
@@ -95,7 +96,7 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        with log_here:
+        with log_here, memory_advice(self.recipe, self._world):
             return self._run_stages()
 
     @contextmanager
@@ -104,8 +105,15 @@ class Study:
             yield
 
     def check_data(self) -> None:
-        """Make the prompts of all data, and leave out rows without one. Raises DataError if they are many."""
+        """Make the prompts of all data, leave out rows without one, and show what there is to know.
+
+        Raises DataError if these rows are many.
+        """
         self._data = check_prompts(self._data, self.recipe)
+        with Output(quiet=True, json=self._output.json).screen("data", 0) as view:
+            for line in self._data.notes:
+                log.warning(line)
+                view.say(line)
 
     def try_stages(self, *, logs: Path) -> dict[str, float]:
         """Try what is left of the run in small; the seconds of each check. Raises RlcsError."""
@@ -124,8 +132,6 @@ class Study:
         self.check_data()
         data, study = self._data, self.recipe.study
         self._world.first(lambda: write_json(self.folder / CHECKS, data.checks))
-        for line in data.notes:
-            log.warning(line)
         self.try_stages(logs=self.folder / "rollout")
         self._world.first(self._write_problems)
         # Each call frees its model before the next one is loaded.
@@ -133,14 +139,17 @@ class Study:
             self._measure("base")
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
-            self._world.first(self._cold_start)
+            with out_of_memory_in("cold start"):
+                self._world.first(self._cold_start)
             demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
-            self._sft(demonstrations)
+            with out_of_memory_in("sft"):
+                self._sft(demonstrations)
         with self._engines():
             for arm in TRAINING_ORDER:
                 if arm in study.arms:
                     if arm in RL_ARMS:
-                        self._grpo(arm)
+                        with out_of_memory_in(arm):
+                            self._grpo(arm)
                     self._measure(arm)
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
@@ -185,7 +194,8 @@ class Study:
             start = str(self.folder / arm / "final")
             settings = settings.model_copy(update={"name": start, "revision": None})
         loading.give_back_memory()  # FSDP's reference cycles hold the previous sharded model
-        return loading.load(settings, world=self._world, four_bit=four_bit)
+        with out_of_memory_in("loading"):
+            return loading.load(settings, world=self._world, four_bit=four_bit)
 
     def _policy(self, arm: str | None, frozen: Sequence[str]) -> Vlm:
         """Load an arm's model to train it further: `frozen` parts are fixed, adapters added if configured."""
@@ -194,7 +204,8 @@ class Study:
         return loading.prepare(vlm, recipe.lora, frozen, seed=recipe.seed)
 
     def _spread(self, vlm: Vlm) -> Vlm:
-        return loading.spread(vlm, self.recipe.parallel)
+        with out_of_memory_in("loading"):
+            return loading.spread(vlm, self.recipe.parallel)
 
     def _run_dir(self, name: str, settings: Stage) -> RunDir:
         return RunDir(
@@ -216,16 +227,16 @@ class Study:
         vlm = self._spread(self._policy(None, settings.freeze))
         chat = loading.make_chat(vlm, self.recipe.prompt, self.recipe.images)
         run = self._run_dir("sft", settings)
-        every, engine = (
-            self.recipe.validation.sft_every,
-            LocalEngine(vlm, chat, max_rows=self.recipe.eval.max_rows),
-        )
-        reward, judged = self.recipe.grpo.reward, self.folder / "judge"
-        opened = open_graders(reward, self._world, judged, only_correct=True) if every else nullcontext()
-        steps = sft.steps_of(settings, len(demonstrations))
-        with opened as graders, self._output.screen("sft", steps) as view:
-            if graders is not None:
-                run.validation = self._validation(every, engine, chat, graders[0])
+        with ExitStack() as stack:
+            if every := self.recipe.validation.sft_every:
+                # Not vLLM, which starts with RL: while SFT trains the GPUs are full.
+                engine = LocalEngine(vlm, chat, max_rows=self.recipe.eval.max_rows)
+                reward, judged = self.recipe.grpo.reward, self.folder / "judge"
+                opened = open_graders(reward, self._world, judged, only_correct=True)
+                grader, _ = stack.enter_context(opened)
+                run.validation = self._validation(every, engine, chat, grader)
+            steps = sft.steps_of(settings, len(demonstrations))
+            view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
     def _grpo(self, name: str) -> None:
@@ -274,6 +285,10 @@ class Study:
     def _measure(self, arm: str) -> None:
         if self._is_done(f"eval/{arm}"):
             return
+        with out_of_memory_in(f"eval {arm}"):
+            self._sample_and_grade(arm)
+
+    def _sample_and_grade(self, arm: str) -> None:
         folder, recipe, problems = self.folder / "eval" / arm, self.recipe, self._data.test
         started = time.monotonic()
         vlm = self._spread(self._load(recipe.model, arm))

@@ -8,9 +8,10 @@ size, k key-value width, e bytes of an activation.
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from rlcs.engines.cache import head_size
 from rlcs.model.policy import LOGIT_CHUNK
 from rlcs.plan.machine import FP32
-from rlcs.plan.shapes import Sizes, head_size
+from rlcs.plan.shapes import Sizes
 from rlcs.recipe.section import Part
 
 
@@ -75,19 +76,27 @@ def vision_block(sizes: Sizes, how: Passing) -> int:
     return int(norms + attention + tower.mlp_keeps * tower.intermediate * element)
 
 
+def token_keeps(sizes: Sizes, how: Passing) -> int:
+    """Bytes that all layers of the language model and its last norm keep for each token."""
+    text, element = sizes.text, how.element
+    layer = text.hidden_size * element if how.checkpointing else language_layer(sizes, how)
+    return int(text.num_hidden_layers * layer + text.hidden_size * (FP32 + element))
+
+
 def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
     """Bytes of activations of one pack on one device."""
     text, vision, e = sizes.text, sizes.vision, how.element
     tower = "vision_tower" in how.trains
     merger = tower or "merger" in how.trains
     layer, block = language_layer(sizes, how), vision_block(sizes, how)
-    stays = (text.hidden_size * e, vision.hidden * e) if how.checkpointing else (layer, block)
-    kept = load.tokens * (text.num_hidden_layers * stays[0] + text.hidden_size * (FP32 + e))
+    kept = load.tokens * token_keeps(sizes, how)
     kept += load.targets * text.hidden_size * e
     if merger:
         kept += load.patches * vision.mergers * vision.hidden * ((FP32 if vision.window else 0) + 4 * e)
     if tower:
-        kept += load.patches * (vision.depth * stays[1] + vision.pixels * e)
+        kept += load.patches * (
+            vision.depth * (vision.hidden * e if how.checkpointing else block) + vision.pixels * e
+        )
     working = [_head(sizes, load, how)]
     working.append(load.tokens * _in_passing(text.hidden_size, text.intermediate_size, layer, how))
     if tower:

@@ -7,13 +7,11 @@ from typing import Any
 from rlcs.plan.advice import Advice, advise, possible_changes
 from rlcs.plan.data_size import rows_of
 from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.placement import Placement, place
-from rlcs.plan.planner import MemoryPlan, StagePlan, answer_seconds, plan_measurement, plan_training
+from rlcs.plan.planner import MemoryPlan, StagePlan, answer_seconds
 from rlcs.plan.shapes import Sizes, sizes_of
+from rlcs.plan.stages import placed, plan_stages
 from rlcs.plan.total import Total, demonstrations_of, total_of
-from rlcs.recipe.arms import RL_ARMS, stages_behind
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,6 @@ def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: As
     """Plan what a recipe's arms need. Raises RecipeError; ModelError for a model without configuration."""
     chosen = load_recipe(name, overrides).recipe
     sizes = sizes_of(chosen.model)
-    needed = {stage for arm in chosen.study.arms for stage in stages_behind(arm)}
     demonstrations = demonstrations_of(
         chosen, rows_of(chosen.data.cold_start, chosen.data.columns.response), assumed
     )
@@ -67,19 +64,10 @@ def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: As
 
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
         recipe = load_recipe(name, [*overrides, *more]).recipe
-        learner, measured = _placed(recipe, sizes, replace(machine, gpus=gpus))
-        prompts, grpo = (recipe.prompt, recipe.images), recipe.grpo
-        stages: dict[str, MemoryPlan] = {}
-        if "sft" in needed:  # responses of given demonstrations may be longer than a teacher's
-            longest = recipe.teacher.max_tokens
-            stages["sft"] = plan_training(learner, recipe.sft, *prompts, assumed_here, longest_answer=longest)
-        if needed & {*RL_ARMS}:
-            limit = grpo.max_new_tokens
-            stages["grpo"] = plan_training(learner, grpo, *prompts, assumed_here, longest_answer=limit)
-        return {**stages, "eval": plan_measurement(measured, recipe.eval, *prompts)}
+        return plan_stages(recipe, sizes, replace(machine, gpus=gpus), assumed_here)
 
     stages, advice = attempt((), machine.gpus), None
-    learner, measured = _placed(chosen, sizes, machine)
+    learner, measured = placed(chosen, sizes, machine)
     if not all(stage.fits for stage in stages.values()):
         changes = possible_changes(learner, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
         advice = advise(changes, attempt, machine.gpus)
@@ -94,15 +82,6 @@ def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: As
         stages=stages,
         advice=advice,
         total=total,
-    )
-
-
-def _placed(recipe: Recipe, sizes: Sizes, machine: Machine) -> tuple[Placement, Placement]:
-    """The model as it trains, and as it is measured."""
-    spread = recipe.lora, recipe.parallel, recipe.rollout
-    return (
-        place(recipe.learner, *spread, sizes=sizes, machine=machine),
-        place(recipe.model, *spread, sizes=sizes, machine=machine),
     )
 
 

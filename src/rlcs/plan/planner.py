@@ -130,7 +130,7 @@ def plan_measurement(placed: Placement, sampling: Eval, prompt: Prompts, images:
         "offloaded": moved,
         "rollout": rollout_bytes(placed, largest, prompts=rows, top_p=sampling.top_p),
     }
-    peak = _with_overhead(parts["weights"] + parts["rollout"])
+    peak = with_overhead(parts["weights"] + parts["rollout"])
     return MemoryPlan(parts=parts, peak=peak, limit=placed.machine.device.memory * GIB)
 
 
@@ -202,10 +202,11 @@ def _memory(
         # Gradients stay until the next step begins; servers keep their memory at all times.
         rest = worst if placed.rollout.engine == "vllm_server" else held.gradients
         worst = max(worst, rest + parts["rollout"])
-    return parts, _with_overhead(held.weights + held.optimizer + held.reference + worst)
+    return parts, with_overhead(held.weights + held.optimizer + held.reference + worst)
 
 
-def _with_overhead(worst: float) -> float:
+def with_overhead(worst: float) -> float:
+    """The memory in use with that of libraries, and what is lost to fragmentation."""
     return worst * (1 + FRAGMENTS) + LIBRARIES
 
 

@@ -2,10 +2,10 @@
 
 import math
 
+from rlcs.engines.cache import token_bytes
 from rlcs.engines.decoding import PREFILL_TOKENS
 from rlcs.plan.machine import GIB
 from rlcs.plan.placement import Placement, servers_beside
-from rlcs.plan.shapes import Sizes, head_size
 from rlcs.plan.work import Trees
 
 READING = 0.6
@@ -29,7 +29,7 @@ def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: floa
         engines = 1 if rollout.engine == "vllm_colocated" else servers_beside(place)
         return engines * (rollout.memory_share or VLLM_SHARE) * place.machine.device.memory * GIB
     rows = prompts * largest.group
-    cache = 2 * _cache_token(sizes, place.compute) * (prompts * largest.trunk + rows * largest.answer)
+    cache = 2 * token_bytes(text, place.compute) * (prompts * largest.trunk + rows * largest.answer)
     choosing = rows * text.vocab_size * (SAMPLING if top_p == 1 else SAMPLING_TOP_P)
     prefill = min(max(PREFILL_TOKENS, largest.trunk), prompts * largest.trunk)
     patches = prefill * largest.patches // largest.trunk
@@ -41,7 +41,7 @@ def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: floa
 
 def decoding_seconds(place: Placement, trees: Trees, *, max_rows: int) -> float:
     """Seconds of decoding: each step reads the weights and the cache once, or waits for kernel launches."""
-    sizes, rollout = place.sizes, place.rollout
+    sizes, text, rollout = place.sizes, place.sizes.text, place.rollout
     local = rollout.engine == "local"
     copies = max(1, place.trainers // (1 if local else rollout.tensor_parallel))
     if rollout.engine == "vllm_server":
@@ -49,14 +49,7 @@ def decoding_seconds(place: Placement, trees: Trees, *, max_rows: int) -> float:
     own = math.ceil(trees.count / copies)
     prompts = min(own, max(1, max_rows // trees.group))
     read = float(sizes.parameters["language_model"] * place.compute)
-    read += prompts * _cache_token(sizes, place.compute) * (trees.trunk + trees.group * trees.answer / 2)
+    read += prompts * token_bytes(text, place.compute) * (trees.trunk + trees.group * trees.answer / 2)
     speed = place.machine.device.bandwidth * READING * (1 if local else rollout.tensor_parallel)
     launching = sizes.text.num_hidden_layers * LAYER_S if local and place.machine.gpus else 0.0
     return math.ceil(own / prompts) * trees.answer * max(read / speed, launching)
-
-
-def _cache_token(sizes: Sizes, element: int) -> int:
-    """Bytes of a token's keys and values in all layers."""
-    text = sizes.text
-    width = text.num_key_value_heads * head_size(text)
-    return int(2 * width * text.num_hidden_layers * element)

@@ -65,11 +65,6 @@ def tower_of(vision: Any) -> Tower:
     )
 
 
-def head_size(text: Any) -> int:
-    """The width of an attention head of the language model, which Qwen3-VL sets explicitly."""
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
     """A linear layer that can have an adapter: any but the head."""

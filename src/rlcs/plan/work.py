@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlcs.plan.shapes import Tower, head_size
+from rlcs.engines.cache import head_size
+from rlcs.plan.shapes import Tower
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,7 +37,7 @@ class Judge(Server):
     request_timeout_s: Seconds = 60.0
     """Seconds one attempt at one request may take in all."""
     max_retries: Annotated[int, Field(ge=0)] = 2
-    """Further attempts after a failure that may be temporary (busy, down, cut off, garbled, empty)."""
+    """Further attempts after a failure that may be temporary (busy, down, cut off, garbled)."""
     max_wait_s: Seconds = 300.0
     """Most seconds a step waits for replies after its answers are sampled; what is missing is not scored."""
     max_requests: Positive | None = None

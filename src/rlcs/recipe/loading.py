@@ -88,6 +88,17 @@ def dump(recipe: Recipe) -> str:
     return write(recipe.model_dump())
 
 
+def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key=value` overrides. Raises RecipeError."""
+    settings = {
+        key: _Setting(value=attrgetter(key)(recipe), source=recipe.name, where=recipe.name)
+        for key in recipe_keys()
+    }
+    for source in map(_override, overrides):
+        settings |= _settings(source, source.value, Recipe)
+    return _validated(settings)
+
+
 def differences(a: Recipe, b: Recipe) -> list[tuple[str, object, object]]:
     """The keys whose values differ between two recipes, each with both values."""
     pairs = ((key, attrgetter(key)(a), attrgetter(key)(b)) for key in recipe_keys())

@@ -19,7 +19,8 @@ class Model(Section):
     """The model that is trained."""
 
     name: str = "builtin"
-    """A folder, a Hugging Face hub id, or `builtin` for the tiny model that ships with rlcs."""
+    """A folder, a Hugging Face hub id, a run (`runs/mine`, one stage `runs/mine/sft`, a kept step
+    `runs/mine@80`), or `builtin` for the tiny model that ships with rlcs."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -126,7 +127,7 @@ class Filters(Section):
     min_chars: Annotated[int, Field(ge=0)] = 0
     """Reject shorter answers."""
     max_chars: Positive | None = None
-    """Reject longer answers. Answers cut at `max_tokens` are always rejected."""
+    """Reject longer answers. Answers that are cut off are always rejected."""
 
 
 class Teacher(Server):
@@ -138,7 +139,7 @@ class Teacher(Server):
     base_url: str | None = None
     """Address of an `endpoint`, with the version: `http://localhost:8000/v1`."""
     model: str | None = None
-    """The model's name on the server; for `local` a folder, a hub id, or `builtin`."""
+    """The model's name on the server; for `local` a folder, a hub id, a run, or `builtin`."""
     rollout: EngineSettings = EngineSettings()
     """The engine of a `local` teacher: this process, or a vLLM that is started and stopped for it."""
     temperature: NonNegative = 0.7

@@ -55,7 +55,7 @@ def arms_chart(results: Sequence[ArmResult]) -> Markup:
         draw,
         name="arms",
         about=f"Bar chart of held-out accuracy: {about}",
-        size=(4.2, 0.56 * len(results) + 0.3),
+        size=(4.2, 0.64 * len(results) + 0.3),
     )
 
 

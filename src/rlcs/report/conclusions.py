@@ -94,7 +94,7 @@ def _notes(runs: Sequence[Run], results: Sequence[ArmResult]) -> Iterator[Note]:
         *_not_answered(results),
         *_alarms(runs),
         *_wrong_demonstrations(stats),
-        *(_late_steps(curve) for curve in curves if curve.peaked_early and curve.kept is None),
+        *(_late_steps(curve) for curve in curves if curve.peaked_early and curve.fell and curve.kept is None),
     ]
     overlap = list(_overlap(runs[0].data_checks))
     yield from (Note(text=line) for line in serious)
@@ -102,7 +102,7 @@ def _notes(runs: Sequence[Run], results: Sequence[ArmResult]) -> Iterator[Note]:
     mild = [
         *(line for run in runs for line in _unfinished(run)),
         *_left_out(stats),
-        *(_late_steps(curve) for curve in curves if curve.peaked_early and curve.kept is not None),
+        *(_late_steps(c) for c in curves if (c.peaked_early and not c.fell) or _kept_early(c)),
     ]
     yield from (Note(text=line, serious=False) for line in mild)
     yield from (note for note in overlap if not note.serious)
@@ -202,12 +202,17 @@ def _rows(overlap: Row, *kinds: str) -> str:
     return " and ".join(f"{count:,} rows of data.{role}" for role, count in counts.items() if count)
 
 
+def _kept_early(curve: ValidationCurve) -> bool:
+    return curve.kept not in (None, curve.points[-1].step)
+
+
 def _late_steps(curve: ValidationCurve) -> str:
-    """That a stage's best step came well before its last, and which weights the stage ended with."""
+    """Which step was best, whether the last one is clearly below it, and which weights were kept."""
     best, last = curve.best, curve.points[-1]
     text = f"{ARMS[curve.stage].stage} was best on the validation problems at step {best.step:,} "
-    text += f"of {last.step:,}: {best.accuracy:.1%}, at the end {last.accuracy:.1%}. "
+    text += f"of {last.step:,}: {best.accuracy:.1%}, at the end {last.accuracy:.1%}"
+    text += ". " if curve.fell else ", which is within the interval. "
     if curve.kept is not None:
         return f"{text}The weights of step {curve.kept:,} were kept."
     section = "grpo" if curve.stage in RL_ARMS else "sft"
-    return f"{text}The last weights were kept: {section}.keep=best keeps the best ones."
+    return f"{text}The last weights were kept; {section}.keep=best would keep the best."

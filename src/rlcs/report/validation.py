@@ -43,6 +43,11 @@ class ValidationCurve:
         last = self.points[-1]
         return self.best.step <= _EARLY * last.step and self.best.accuracy - last.accuracy >= 0.01
 
+    @property
+    def fell(self) -> bool:
+        """Whether the last step is so far below the best one that the interval excludes it."""
+        return self.points[-1].accuracy < self.best.low
+
 
 def validation_curves(runs: Sequence[Run]) -> list[ValidationCurve]:
     """The curve of every stage that was measured; over seeds the mean, with the lowest and the highest."""

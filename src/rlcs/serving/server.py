@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from rlcs.data.images import image_from_bytes
 from rlcs.engines.decoding import Token
-from rlcs.errors import ImageError, UserError
+from rlcs.errors import ImageError, OutOfMemory, UserError
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
 from rlcs.serving.defaults import SamplingDefaults
 from rlcs.serving.image_sources import DOWNLOAD_S, ImageDownloader, ImageHosts, ImageUrlError
@@ -257,7 +257,8 @@ async def _tokens(events: "asyncio.Queue[Token | Exception]", n: int) -> AsyncIt
     while n:
         event = await events.get()
         if isinstance(event, Exception):
-            raise ApiError(500, f"the model failed: {type(event).__name__}") from event
+            why = event.what if isinstance(event, OutOfMemory) else type(event).__name__
+            raise ApiError(500, f"the model failed: {why}") from event
         n -= event.stop is not None
         yield event
 

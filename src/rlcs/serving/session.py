@@ -16,7 +16,7 @@ from typing import Any, Literal
 from rlcs.data.images import encode, image_from_bytes, image_from_path
 from rlcs.engines.decoding import Token
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import ImageError, PromptError, RlcsError, UserError
+from rlcs.errors import ImageError, OutOfMemory, PromptError, RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.model import loading
 from rlcs.model.chat import Chat, default_system
@@ -118,8 +118,9 @@ class Stream(Iterator[str]):
             event = self._events.get()
             if isinstance(event, Exception):
                 self.close()
-                fix = "ask fewer at once, or with a smaller limit, if memory ran out"
-                raise RlcsError(f"the model failed: {type(event).__name__}: {event}", fix=fix) from event
+                if isinstance(event, OutOfMemory):
+                    raise event
+                raise RlcsError(f"the model failed: {type(event).__name__}: {event}") from event
             self._text += event.text
             if event.stop is not None:
                 self._answer = self._finished(event.stop)

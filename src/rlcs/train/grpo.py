@@ -14,7 +14,7 @@ import torch
 
 from rlcs.data.stream import ProblemStream
 from rlcs.engines.base import Engine
-from rlcs.errors import DataError, TrainingError
+from rlcs.errors import DataError, TrainingError, out_of_memory_in
 from rlcs.generation.judge import Judge
 from rlcs.grading.reward import Grader, advice
 from rlcs.model.chat import Chat
@@ -85,7 +85,8 @@ def with_reference(vlm: Vlm, spread: Callable[[Vlm], Vlm]) -> tuple[Vlm, Vlm]:
     With adapters the reference is the policy's own weights with the adapters off, else a frozen copy.
     """
     if vlm.adapter is None:
-        reference = spread(frozen_copy(vlm))
+        with out_of_memory_in("loading"):
+            reference = spread(frozen_copy(vlm))
         return spread(vlm), reference
     policy = spread(vlm)
     return policy, replace(policy, reference_mode=True)

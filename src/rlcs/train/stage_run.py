@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rlcs.data.stream import ProblemStream
+from rlcs.errors import out_of_memory_in
 from rlcs.progress import Screen
 from rlcs.records import Group
 from rlcs.signals import StopFlag
@@ -13,7 +14,7 @@ from rlcs.train.trainer import StepResult, Trainer
 
 
 class Clock:
-    """Measures wall seconds by phase: `with clock("update"): ...`."""
+    """Measures wall seconds by phase: `with clock("update"): ...`. OutOfMemory names the phase."""
 
     def __init__(self) -> None:
         """Starts all phases at zero."""
@@ -24,7 +25,8 @@ class Clock:
         """Add the seconds of the body to a phase."""
         started = time.perf_counter()
         try:
-            yield
+            with out_of_memory_in(phase):
+                yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 

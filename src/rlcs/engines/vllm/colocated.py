@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlcs.engines.vllm.protocol import Completion, OnAnswers, PromptRequest
-from rlcs.engines.vllm.server import LOGPROBS, OLDEST, Launch
+from rlcs.engines.vllm.server import LOGPROBS, OLDEST, Launch, share_advice
 from rlcs.engines.vllm.weights import Weights
-from rlcs.errors import ModelError, TrainingError
+from rlcs.errors import ModelError, OutOfMemory, TrainingError, shortage
 
 AT_ONCE = 512
 """Prompts in one call of vLLM, which schedules them."""
@@ -91,7 +91,17 @@ def _start(launch: Launch, weights: Weights, *, sleeps: bool) -> Any:
             fix=f"pip install 'vllm>={OLDEST[0]}.{OLDEST[1]}' here, or use rollout.engine=vllm_server with "
             "rollout.executable=/another/environment/bin/vllm",
         ) from error
-    return vllm.LLM(model=str(weights.folder), enable_sleep_mode=sleeps, **LOGPROBS, **launch.arguments)
+    try:
+        return vllm.LLM(model=str(weights.folder), enable_sleep_mode=sleeps, **LOGPROBS, **launch.arguments)
+    except (RuntimeError, ValueError) as error:
+        what, share = shortage(str(error)), launch.settings.memory_share
+        if what:
+            raise OutOfMemory(what, fix=share_advice(what, share)) from error
+        raise ModelError(
+            f"vLLM ended while starting: {str(error)[:500]}",
+            where="rollout.engine=vllm_colocated",
+            fix=f"its own message stands above; if memory ran out: {share_advice('', share)}",
+        ) from error
 
 
 def _adapter(weights: Weights) -> Any:

@@ -25,7 +25,7 @@ import httpx
 
 from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
-from rlcs.errors import EndpointError, ModelError
+from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
 from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
 from rlcs.records import Rollout
 from rlcs.storage import read_json
@@ -43,6 +43,7 @@ NEEDED = {"enable_scale_out": True, **LOGPROBS, **OWN_DEFAULTS}
 ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 """On a CPU compiling costs more than it saves, and vLLM 0.32 crashes there on a seeded prompt prefilled in
 parts (`CPU Generator does not use offset`)."""
+SHARE = "rollout.memory_share"
 ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Set in a server's environment, it opens the endpoints that load and unload adapters."""
 _POLL_S = 0.5
@@ -142,6 +143,17 @@ class Launch:
         if self.settings.devices:
             extra["CUDA_VISIBLE_DEVICES"] = self.settings.devices[index]
         return {**os.environ, **extra}
+
+
+def share_advice(what: str, share: float | None) -> str:
+    """Whether vLLM needs a larger share of a GPU's memory than it has, or a smaller one."""
+    now = f"{SHARE} (now {share or 'the default'})"
+    if "No available memory" in what or "available KV cache" in what:
+        return (
+            f"raise {now}: weights and one pass alone fill that share; or shorten what must fit, "
+            "prompt.max_tokens + grpo.max_new_tokens and eval.max_new_tokens"
+        )
+    return f"lower {now}, or end what else is in the GPU's memory (nvidia-smi shows it)"
 
 
 class Process:
@@ -247,6 +259,7 @@ class Server:
             if not process.runs:
                 if self._is_checked:
                     raise DownError("it ended while starting")
+                self._require_memory(process.last_errors)
                 raise ModelError(
                     f"vLLM ended while starting:\n{process.last_errors}",
                     where=str(self._log),
@@ -257,6 +270,12 @@ class Server:
             except DownError:
                 await asyncio.sleep(_POLL_S)
         raise DownError(f"it did not start in {self._settings.start_limit_s:g} s")
+
+    def _require_memory(self, errors: str) -> None:
+        """Raise OutOfMemory if that is what vLLM's last errors say."""
+        if what := shortage(errors):
+            fix = share_advice(what, self._settings.memory_share)
+            raise OutOfMemory(f"vLLM ended while starting: {what} (log: {self._log})", fix=fix)
 
     async def require_well(self, client: httpx.AsyncClient) -> None:
         """Raises DownError unless its health check succeeds within the limit."""
