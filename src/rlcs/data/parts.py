@@ -41,7 +41,8 @@ def source_and_part(source: str) -> tuple[str, Part | None]:
     """A source without its options `part` and `share`, and what they say. Raises DataError."""
     name, mark, query = source.partition("?")
     options = query.split("&") if mark else []
-    chosen = dict(match.groups() for option in options if (match := _OPTION.fullmatch(option)))
+    matches = [match for option in options if (match := _OPTION.fullmatch(option))]
+    chosen = {match[1]: match[2] for match in matches}
     if not chosen:
         return source, None
     left = "&".join(option for option in options if not _OPTION.fullmatch(option))
