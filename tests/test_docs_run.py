@@ -1,4 +1,4 @@
-"""Every command of README, CONTRIBUTING and docs/ runs to its end, in a folder that holds what the pages name.
+"""Every command of README, CONTRIBUTING and docs/ runs to its end, in a folder with what the pages name.
 
 Commands run in this process, page by page and in their order, on the built-in model with a recipe of seconds.
 What is put in the place of a page's names and sizes, and what runs elsewhere, stands in the tables below.
@@ -13,9 +13,12 @@ import shlex
 import shutil
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -29,6 +32,7 @@ from hub_server import HubServer
 from loopback_server import LoopbackServer
 from rlcs.cli.main import app
 from rlcs.evals.benchmarks import list_benchmarks
+from rlcs.model.families import FAMILIES, Family
 from rlcs.recipe.loading import list_recipes
 from rlcs.serving import chat_page, web
 from test_benchmarks import VERSE, VISTA, vision, we, write_image, write_jsonl
@@ -47,6 +51,7 @@ SUBSTITUTES = {
     r"(?<=sft.epochs=)[\d.]+": "1",
 }
 """Patterns in a command, and what stands there when it runs."""
+URL = next(iter(SUBSTITUTES.items()))
 
 SHORT = {
     "sft.epochs": "1",
@@ -58,11 +63,12 @@ SHORT = {
     "grpo.max_new_tokens": "8",
     "grpo.save_every": "1",
     "grpo.keep_checkpoints": "2",
+    "grpo.keep_steps": "[]",
     "eval.max_new_tokens": "8",
     "teacher.max_tokens": "16",
     "model.name": "builtin",
 }
-"""What makes a run a matter of seconds: set for every command that trains, but for keys that it sets itself."""
+"""What makes a run a matter of seconds: set for every command that trains where it does not set them."""
 OPTIONS = {
     "eval": "--data official --limit 2 --max-tokens 8",
     "generate": "--max-tokens 8",
@@ -93,7 +99,6 @@ ENVIRONMENT = {
     "PROJECT": "mine",
     "WANDB_MODE": "offline",
     "HF_TOKEN": "hf_test",
-    "HF_HUB_DISABLE_XET": "1",
     "COLUMNS": "200",
 }
 """Variables that pages name, and those that keep trackers and the hub's client on this machine."""
@@ -104,7 +109,7 @@ def reply(body: Mapping[str, Any]) -> object:
     if not body:
         return {"object": "list", "data": [{"id": name} for name in ("base", "trained")]}
     answer = "red, red, blue. That makes \\boxed{2}\nyes"
-    if "Judgement" in str(body["messages"][-1]["content"]):
+    if "Write 1 if they agree" in str(body["messages"]):
         answer = "1"
     message = {"role": "assistant", "content": answer}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
@@ -191,9 +196,6 @@ def write_recipes(folder: Path, text: str, server: str) -> None:
         (folder / name).write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
-URL = next(iter(SUBSTITUTES.items()))
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that pages name, finished runs too."""
@@ -243,15 +245,15 @@ def ready(line: str, server: str) -> list[str]:
         words = with_missing(words, OPTIONS[verb])
     if verb in TRAINING:
         words += shortened(words) + list(UNDER_TORCHRUN if "torchrun" in line else ())
-    return [word.replace("PORT", str(free_port())) for word in words]
+    return [str(free_port()) if word == "PORT" else word for word in words]
 
 
 def shortened(words: list[str]) -> list[str]:
     """Overrides of SHORT, and small data where the recipe is a shipped one and the command names none."""
     given = {word.partition("=")[0] for word in words}
     data = [each for each in SMALL_STUDY if each.startswith("data.")] if words[1] in list_recipes() else []
-    data += ["data.columns=null"] if words[1].startswith("paper") else []
     data = [] if words[0] == "distill" else data
+    data += ["validation.problems=4"] if any(key.startswith("validation.") for key in given) else []
     wanted = [*data, *(f"{key}={value}" for key, value in SHORT.items())]
     return [each for each in wanted if each.partition("=")[0] not in given]
 
@@ -263,16 +265,19 @@ def fetch(url: str, body: object = None, key: str | None = None) -> bytes:
     """What is answered at an address, as soon as anything is."""
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
     for _ in range(600):
-        with contextlib.suppress(ConnectionError, urllib.error.URLError):
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as answer:
-                return bytes(answer.read())
+        with (
+            contextlib.suppress(ConnectionError, urllib.error.URLError),
+            urllib.request.urlopen(request, timeout=60) as answer,
+        ):
+            return bytes(answer.read())
         time.sleep(0.05)
     raise AssertionError(f"nothing answers at {url}")
 
 
 @contextlib.contextmanager
-def asked_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+def asked_once(words: list[str]) -> Iterator[None]:
     """Ask the server that a command starts once, from another thread, then stop it."""
     answers: list[bytes] = []
     port = words[words.index("--port") + 1] if "--port" in words else "0"
@@ -293,18 +298,20 @@ def asked_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[li
 
     def started(app: Any) -> Any:
         server = make(app)
-        threading.Thread(target=ask, args=(lambda: setattr(server, "should_exit", True),), daemon=True).start()
+        stop = partial(setattr, server, "should_exit", True)
+        threading.Thread(target=ask, args=(stop,), daemon=True).start()
         return server
 
     def launched(page: Any, *, host: str, port: int, wait: bool) -> None:
         launch(page, host=host, port=port, wait=False)
         ask(page.close)
 
-    monkeypatch.setattr(web, "make_server", started)
-    monkeypatch.setattr(chat_page, "launch", launched)
-    yield answers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(web, "make_server", started)
+        patch.setattr(chat_page, "launch", launched)
+        yield
     serves = words[0] in ("serve", "chat") or "--live" in words
-    assert len(answers) == serves, f"{words} answered {len(answers)} times"
+    assert len(answers) == serves, f"{shlex.join(words)} answered {len(answers)} times"
 
 
 # ------------------------------------------------------------------------ the pages
@@ -318,6 +325,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A hub on this machine, in the place of the real one."""
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
 
@@ -336,38 +344,81 @@ def begin(page: Path, prepared: Path, folder: Path, server: str) -> None:
             (folder / name[1]).write_text(code, encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
-def test_every_command_of_the_page_runs(page, prepared, tmp_path, monkeypatch, hub):
+def placed(words: list[str], number: int, made: dict[str, str]) -> list[str]:
+    """A command that writes to a place of its own, which nothing holds but what went before on the page."""
+    if words[0] in TRAINING:
+        words = [*with_missing(words, f"--out runs/alternative-{number}"), "--quiet"]
+        out = words[words.index("--out") + 1]
+        if made.get(out, words[0]) == words[0]:  # the same verb again is an alternative; another one goes on
+            shutil.rmtree(out, ignore_errors=True)
+        made[out] = words[0]
+    if words[0] == "eval":
+        words = with_missing(words, f"--out evals-{number}")
+    if "--output" in words:
+        Path(words[words.index("--output") + 1]).unlink(missing_ok=True)
+    return words
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackServer]:
+    """The server of teachers, judges and models; with the variables that pages name."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    with LoopbackServer(reply=reply) as server:
-        folder = tmp_path / "here"
-        begin(page, prepared, folder, server.url)
-        monkeypatch.chdir(folder)
-        made: set[str] = set()
-        for number, line in enumerate(commands(page)):
-            if any(re.search(pattern, line) for pattern in ELSEWHERE):
-                continue
-            words = ready(line, server.url)
-            if words[0] in TRAINING:
-                words = with_missing(words, f"--out runs/alternative-{number}") + ["--quiet"]
-                out = words[words.index("--out") + 1]
-                if out not in made:  # a page that trains into a folder begins without it
-                    shutil.rmtree(out, ignore_errors=True)
-                made.add(out)
-            elif words[0] == "eval":
-                words = with_missing(words, f"--out evals-{number}")
-            began = time.process_time()
-            with asked_once(words, monkeypatch):
-                done = CliRunner().invoke(app, words, catch_exceptions=True)
-            print(f"{time.process_time() - began:6.1f} s  {line[:90]}")
-            error = done.exception if not isinstance(done.exception, SystemExit) else None
-            where = f"{page.name}: {line}\nrun as: rlcs {shlex.join(words)}\n{done.output[-3000:]}\n{error!r}"
-            assert done.exit_code in EXIT_CODES.get(words[0], (0,)) and error is None, where
+    with LoopbackServer(reply=reply) as started:
+        yield started
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
+def test_every_command_of_the_page_runs(page, prepared, tmp_path, monkeypatch, hub, server):
+    folder = tmp_path / "here"
+    begin(page, prepared, folder, server.url)
+    monkeypatch.chdir(folder)
+    made: dict[str, str] = {}
+    for number, line in enumerate(commands(page)):
+        if any(re.search(pattern, line) for pattern in ELSEWHERE):
+            continue
+        words = placed(ready(line, server.url), number, made)
+        began = time.process_time()
+        with asked_once(words):
+            done = CliRunner().invoke(app, words)
+        print(f"{time.process_time() - began:6.1f} s  {line[:90]}")
+        error = done.exception if not isinstance(done.exception, SystemExit) else None
+        report = f"{page.name}: {line}\nrun as: rlcs {shlex.join(words)}\n{done.output[-3000:]}\n{error!r}"
+        assert error is None and done.exit_code in EXIT_CODES.get(words[0], (0,)), report
     if page.name == "publish.md":
         assert "model.safetensors" in hub.files, "what is published is sent"
     if page.name == "tutorial.md":
+        summary = json.loads((folder / "runs" / "mine" / "summary.json").read_text(encoding="utf-8"))
+        assert summary["arms"]["sft_grpo"]["n"] == 4
         assert (folder / "my-model" / "model.safetensors").is_file()
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The Python of a page; a part of a mapping becomes one."""
+    text = page.read_text(encoding="utf-8")
+    blocks = [dedent(code) for language, code in FENCE.findall(text) if language == "python"]
+    return [f"PART = {{{code}}}" if code.startswith('"') and '":' in code[:20] else code for code in blocks]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda page: page.stem)
+def test_the_python_of_the_page_runs(page, prepared, monkeypatch, server):
+    """The blocks of a page one after the other; the example of examples/ runs in tests/test_examples.py."""
+    monkeypatch.chdir(prepared)
+    monkeypatch.setattr("builtins.print", lambda *_, **__: None)
+    names: dict[str, Any] = {"KEY": "secret", "Family": Family, "__name__": "page"}
+    for code in python_blocks(page):
+        code = re.sub(*URL, code).replace("SERVER", server.url)
+        exec(compile(code, page.name, "exec"), names)  # noqa: S102 - our own pages
+    if page.name == "add-a-benchmark.md":
+        row = {"id": 1, "question": "How many?", "options": ["3", "4"], "answer": "A"}
+        image = {"bytes": draw(30, 30).data}
+        question = names["read"]({**row, "image": image, "place": "bar", "colours": ["red"]})
+        assert question.choices == ("3", "4") and names["BENCHMARK"].splits
+    if page.name == "own-reward.md":
+        assert names["score"]({"answer": "7"}, "\\boxed{7}") == (1.1, True)
+    if page.name == "add-a-model-family.md":
+        ((kind, family),) = names["PART"].items()
+        assert FAMILIES[kind] == family, "the page shows what is in the package"
 
 
 def test_what_runs_elsewhere_is_in_the_pages():
