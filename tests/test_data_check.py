@@ -370,7 +370,11 @@ def test_other_commands_take_the_share_of_bad_rows(study):
     jsonl(
         study / "mixed.jsonl", [*(row(f"r{i}", "1", question=f"q{i}?") for i in range(8)), {"question": "?"}]
     )
-    for words in (("data", "export", "mixed.jsonl", "out"), ("data", "overlap", "mixed.jsonl", "rl.jsonl")):
+    exported, compared = (
+        ("data", "export", "mixed.jsonl", "out"),
+        ("data", "overlap", "mixed.jsonl", "rl.jsonl"),
+    )
+    for words in (exported, compared, ("look", "mixed.jsonl")):
         done = rlcs(*words, cwd=study)
         assert done.returncode == 2 and "data.max_bad_share=0.12" in done.stderr, done.stderr
         done = rlcs(*words, "data.max_bad_share=0.12", cwd=study)

@@ -367,6 +367,8 @@ def test_what_is_exported_is_read_back(read, tmp_path, layout, whole):
     assert not loaded.bad
     assert [row.response for row in loaded.rows] == [row.response for row in rows]
     assert [row.problem.question for row in loaded.rows] == [r.problem.question_with_choices for r in rows]
+    assert [row.problem.answer for row in loaded.rows] == ["B", "5"]
+    assert all(row.gradable for row in loaded.rows) or layout == "published"  # which has no column for it
     assert [[i.sha256 for i in row.problem.images] for row in loaded.rows] == [
         [i.sha256 for i in row.problem.images] for row in rows
     ]

@@ -125,7 +125,7 @@ def test_everything_is_tried_in_seconds_and_changes_no_random_generator(random_m
     seconds, lines = tried(recipe, tmp_path / "run")
     assert checkpoint.capture_rng() == before
     assert list(seconds) == [
-        *("GPUs", "folders", "open files", "model, disk", "prompts", "reward"),
+        *("GPUs", "folders", "open files", "model, disk", "reward"),
         *("teacher", "trackers", "rollout engine"),
     ]
     assert sum(seconds.values()) < 10
@@ -150,7 +150,7 @@ def test_a_dry_run_tries_everything_and_writes_nothing(random_model_folder, tmp_
     words = [f"model.name={random_model_folder}", *SMALL]
     done = rlcs("run", "quickstart", *words, "--dry-run", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "preflight: prompts" in done.stdout and "8 checks passed; nothing was trained" in done.stdout
+    assert "preflight: reward" in done.stdout and "7 checks passed; nothing was trained" in done.stdout
     assert list(tmp_path.iterdir()) == []
     as_json = rlcs("run", "quickstart", *words, "--dry-run", "--json", "--out", tmp_path / "run")
     assert set(json.loads(as_json.stdout)["seconds"]) >= {"teacher", "rollout engine"}
@@ -296,23 +296,14 @@ def test_a_model_without_weights(random_model_folder, tmp_path):
     assert "cannot load the model" in refused(ModelError, resolved(tmp_path / "model"), tmp_path / "run")
 
 
-def test_prompts_that_do_not_fit(random_model_folder, tmp_path):
-    recipe = resolved(random_model_folder, "prompt.max_tokens=9")
-    message = refused(PromptError, recipe, tmp_path / "run")
-    assert "prompts of data.test can be used" in message and "the limit is 9" in message
-    rows = [{"question": "long " * (300 * (n == 1)) + "?", "answer": "1"} for n in range(4)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    some = resolved(random_model_folder, f"data.rl={tmp_path / 'rows.jsonl'}")
-    lines = tried(some, tmp_path / "other")[1]
-    assert any("1 of 4 tried prompts of data.rl are left out" in line for line in lines)
-
-
-def test_the_largest_image_is_among_those_tried():
-    problems = [make_problem(str(n), sizes=[(10 + (n == 77), 10)]) for n in range(100)]
-    chosen = preflight.spread_out(problems, 8)
-    assert (
-        len(chosen) == 9 and problems[77] in chosen and preflight.spread_out(problems[:3], 8) == problems[:3]
-    )
+def test_the_question_has_the_largest_image_that_fits(random_model_folder):
+    recipe = resolved(random_model_folder, "prompt.max_tokens=60")
+    chat = loading.load_chat(recipe.model, recipe.prompt, recipe.images)
+    sizes = [(30, 30), (400, 400), (60, 60), (30, 60)]
+    problems = [make_problem(str(n), sizes=[size]) for n, size in enumerate(sizes)]
+    assert preflight.largest_prompt(chat, problems).problem_id == "2"
+    with pytest.raises(PromptError, match="the limit is 60"):
+        preflight.largest_prompt(chat, problems[1:2])
 
 
 # --- teacher, judge, trackers -------------------------------------------------------------------------

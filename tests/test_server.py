@@ -184,6 +184,7 @@ def test_models_health_and_metrics(server, client):
         ({"stop": 5}, 400, "stop"),
         ({"stop": ["x", 5]}, 400, "stop"),
         ({"stream_options": {"include_usage": 5}}, 400, "stream_options.include_usage"),
+        ({"stream_options": 5}, 400, "stream_options"),
         ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
         ({"messages": "hello"}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, None),
@@ -195,6 +196,7 @@ def test_bad_requests_are_told_what_is_wrong(client, change, status, param):
         client.chat.completions.create(**{"model": "m", "messages": asked(), "max_tokens": 4, **change})
     assert caught.value.status_code == status and caught.value.body["message"]
     assert caught.value.body["type"] == "invalid_request_error" and caught.value.body["param"] == param
+    assert "instance of" not in caught.value.body["message"], "classes are no matter of clients"
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_chat_starts_a_vllm_for_each_model_and_ends_it(program, picture, random_
 def test_a_vllm_that_ends_at_once_says_why(program):
     with (
         pytest.raises(ModelError, match=r"no such architecture(.|\n)*--engine local"),
-        open_models(["broken"], program=str(program), url=None, key_env=""),
+        open_models(["owner/broken"], program=str(program), url=None, key_env=""),
     ):
         pass
 

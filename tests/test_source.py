@@ -306,6 +306,8 @@ def test_the_commands_take_a_run_and_a_step(run, tmp_path):
         assert code == 2 and f"{run}/sft_grpo@2" in errors, errors
     code, out, errors = rlcs("look", "quickstart", f"model.name={run}@2")
     assert code == 0, errors
+    code, looked, errors = rlcs("look", run)
+    assert code == 0 and out == looked, errors  # the run's recipe has the same data
     code, out, errors = rlcs("publish", run, "me/mine", "--dry-run")
     assert code == 0 and "files would go to me/mine" in out, errors
     assert "do not name" not in errors, "its card names the repository"

@@ -28,6 +28,7 @@ from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl
 from rlcs.train import checkpoint, grpo, sft
 from rlcs.train.run_dir import RunDir
+from rlcs.train.trackers import Trackers as RunTrackers
 from rlcs.train.validation import Validation
 from test_train import assert_equal_weights, fresh, rows_of, weights_of
 
@@ -235,6 +236,21 @@ def test_trackers_and_screen_get_measurements(random_model_folder, demonstration
     )
     points = accumulator.Scalars(tag) if tag in accumulator.Tags()["scalars"] else accumulator.Tensors(tag)
     assert [point.step for point in points] == [0, 2, 4, 6]
+
+
+def test_a_measurement_is_sent_once(random_model_folder, demonstrations, tmp_path, monkeypatch):
+    """Also where a killed run takes steps again, and measures them again."""
+    sent = []
+    monkeypatch.setattr(RunTrackers, "send", lambda _, values, step: sent.append((step, "loss" in values)))
+    with pytest.raises(Stopped):
+        scores = Scripted([0.1, 0.2, 0.3])
+        train("sft", random_model_folder, tmp_path, demonstrations, measure=scores, stop_at=5)
+    for step in (4, 5):
+        (tmp_path / "checkpoints" / f"step-00000{step}").rename(tmp_path / f"lost-{step}")
+    again = Scripted([0.2, 0.3, 0.4])
+    train("sft", random_model_folder, tmp_path, demonstrations, measure=again)
+    assert again.calls == 3 and measured(tmp_path) == [0, 2, 4, 6]
+    assert [step for step, is_metric in sent if not is_metric] == [0, 2, 4, 6]
 
 
 def test_a_json_screen_gets_a_row(capsys):

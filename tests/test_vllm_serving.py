@@ -87,6 +87,7 @@ def server(exported: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`rlcs serve` with vLLM, as a process of its own: its address, and the process."""
     port = free_port()
     words = ["serve", exported, "--engine", "vllm", "--port", port, "--name", "puzzler", "--max-images", 2]
+    words += ["--cors-origin", "https://a.example", "--tool-parser", "hermes"]
     vllm = Path(str(program())).parent
     log = exported.parent / "serve.log"
     with log.open("wb") as out:
@@ -179,6 +180,24 @@ def test_a_vllm_of_rlcs_serve_streams_and_keeps_strangers_out(
         with pytest.raises(openai.APIStatusError, match=r"allowed|local"):
             # A client of its own, because vLLM hangs up after some refusals.
             client_of(url).chat.completions.create(model="puzzler", messages=asked(problems[0], address))
+
+
+def test_json_mode_tools_and_pages_of_other_origins(server, problems: list[Problem]) -> None:
+    def ask(**settings):
+        client = client_of(server[0])
+        return client.chat.completions.create(model="puzzler", messages=asked(problems[0]), **settings)
+
+    schema = {"name": "answer", "schema": {"type": "string", "enum": ["yes", "no"]}}
+    reply = ask(response_format={"type": "json_schema", "json_schema": schema}, max_tokens=LIMIT)
+    assert json.loads(reply.choices[0].message.content) in ("yes", "no")
+    properties = {"n": {"type": "string", "enum": ["a"]}}
+    count = {"name": "count", "parameters": {"type": "object", "properties": properties, "required": ["n"]}}
+    reply = ask(tools=[{"type": "function", "function": count}], tool_choice="required", max_tokens=100)
+    assert reply.choices[0].message.tool_calls[0].function.name == "count"
+    for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+        headers = {"origin": origin, "access-control-request-method": "POST"}
+        reply = httpx.options(f"{server[0]}/v1/chat/completions", headers=headers)
+        assert reply.headers.get("access-control-allow-origin") == allowed
 
 
 def test_the_chat_page_talks_to_it(server, problems: list[Problem], ours: list[str], monkeypatch, tmp_path):

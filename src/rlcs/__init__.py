@@ -55,7 +55,11 @@ def __dir__() -> list[str]:
 
 
 def load(model: str = "builtin") -> "Session":
-    """Load a model to ask: a folder in Hugging Face format, a hub id, or `builtin`. Raises ModelError."""
+    """Load a model to ask. Raises UserError, RunFolderError, ModelError.
+
+    `model` is a folder in Hugging Face format, a hub id, `builtin`, or a run: `runs/mine` (its main model),
+    `runs/mine/sft` (that of a stage), `runs/mine@80` (that of a kept step).
+    """
     from rlcs.serving.session import load
 
     return load(model)

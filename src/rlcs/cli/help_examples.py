@@ -11,7 +11,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "run": (
             "rlcs run mine.yaml --dry-run",
             "rlcs run mine.yaml",
-            "rlcs run quickstart --out runs/mine data.rl=train.jsonl data.test=test.jsonl",
+            "rlcs run single-gpu-lora-3b --data sharegpt.json --out runs/mine",
+            "rlcs run mine.yaml data.rl=train.jsonl data.test=test.jsonl",
             "torchrun --nproc-per-node 8 -m rlcs run paper-7b",
         ),
         "sft": ("rlcs sft mine.yaml --out runs/mine", "rlcs sft quickstart data.cold_start=sharegpt.json"),

@@ -103,7 +103,7 @@ def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]])
 
 @report_app.command()
 def look(
-    what: Annotated[str, typer.Argument(help="A recipe, or a data source")],
+    what: Annotated[str, typer.Argument(help="A recipe, a run, or a data source")],
     overrides: Overrides = None,
     row: Annotated[int, typer.Option("--row", min=0, help="Which row")] = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page")] = None,

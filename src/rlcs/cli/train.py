@@ -27,6 +27,10 @@ class TrainOptions:
 class RunOptions(TrainOptions):
     """The options of every command that runs several stages."""
 
+    data: Annotated[
+        str | None,
+        typer.Option(help="One source for everything: a tenth is held out for the test, the rest trains"),
+    ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Try every stage in small (as each start does), train nothing")
     ] = False
@@ -88,6 +92,7 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
         for name, value in [("problems", resolved.data.cold_start), *teacher_rows(resolved.teacher)]:
             typer.echo(f"  {name:<18}  {value}")
 
+    from rlcs.data.check import grouped
     from rlcs.distill import load_rows, run
     from rlcs.progress import screen
     from rlcs.signals import StopFlag
@@ -98,8 +103,8 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
     )
     total = sum(row.response is None for row in loaded.rows)
     with StopFlag() as stop, screen("cold start", total, quiet=options.quiet, json=options.json) as view:
-        for bad in loaded.bad:
-            view.say(f"left out: {bad}")
+        for line in grouped(loaded.bad):
+            view.say(f"left out: {line}")
         run(
             loaded.rows, resolved.teacher, folder=folder, seed=resolved.seed, images=resolved.images,
             view=view, stop=stop,
@@ -124,8 +129,11 @@ def _study(
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
-    # An override of study.arms counts more than the command.
-    recipe = load_recipe(name, [*arms_override(command), *(overrides or [])]).recipe
+    from rlcs.data.parts import both_parts
+
+    words = [f"{key}={source}" for key, source in both_parts(options.data).items()] if options.data else []
+    # What is named one by one counts more than --data and than the command.
+    recipe = load_recipe(name, [*arms_override(command), *words, *(overrides or [])]).recipe
     folder = options.out or Path("runs") / recipe.name
     if not options.json:
         from rlcs.recipe.table import summary_rows

@@ -86,7 +86,7 @@ def _sharegpt(row: Row, folder: Path) -> dict[str, Any]:
     problem, names = row.problem, {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [{"from": names[turn.role], "value": turn.text} for turn in problem.turns[:-1]]
     turns += [{"from": "human", "value": _query(problem)}, {"from": "gpt", "value": _response(row)}]
-    return {"conversations": turns, "images": _images(row, folder)}
+    return {"conversations": turns, "images": _images(row, folder), "solution": problem.answer}
 
 
 def _write_parquet(rows: Sequence[Row], path: Path) -> None:

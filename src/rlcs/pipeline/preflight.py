@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,15 +31,15 @@ from rlcs.progress import Screen
 from rlcs.recipe.arms import RL_ARMS, TRAINING_ORDER, stages_behind
 from rlcs.recipe.sampling import EngineSettings
 from rlcs.recipe.schema import Model, Recipe
-from rlcs.records import Problem, Request, Sample
+from rlcs.records import Problem, Prompt, Request, Sample
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done
 from rlcs.train import sft
 from rlcs.train.checkpoint import capture_rng, restore_rng
 from rlcs.train.trackers import try_trackers
 
-TRIED_PROMPTS = 8
-"""Problems of each data source whose prompts are made."""
+TRIED_PROBLEMS = 8
+"""Problems with the largest images, of which one is answered: not all need fit."""
 TRIAL_TOKENS = 16
 """Longest answer of a trial, unless it is a full one."""
 _TRIED_PROBLEMS = 3
@@ -87,7 +86,6 @@ class Preflight:
         self.recipe, self.folder = recipe, folder
         self._data, self._needs, self._world, self._stop = data, needs, world, stop
         self._coming = world.first(lambda: Coming.of(recipe, folder, data))
-        self._longest: Problem | None = None
 
     def run(self, view: Screen, *, logs: Path) -> dict[str, float]:
         """Make every check, a line for each; returns their seconds. `logs` is for vLLM's logs and weights.
@@ -124,7 +122,6 @@ class Preflight:
             "folders": self._first(self._folders),
             "open files": self._open_files,
             "model, disk": self._first(self._model_and_disk),
-            "prompts": self._first(self._prompts),
             "reward": self._first(self._reward),
         }
         if coming.asks_teacher:
@@ -217,33 +214,6 @@ class Preflight:
             weights = self._needs.weights_folder(self.folder / "rollout")
         return [require_space(self.folder, stages, weights=weights)] if stages else []
 
-    def _prompts(self) -> Sequence[str]:
-        """Make prompts of some problems of each source, among them the one with the largest image."""
-        recipe, remarks = self.recipe, list[str]()
-        sources = {"data.test": (self._data.test, False), "data.rl": (self._data.rl, True)}
-        sources["validation.source"] = (self._data.validation, False)
-        sources["data.cold_start"] = (tuple(row.problem for row in self._data.cold_start), False)
-        for key, (problems, rl) in sources.items():
-            if not problems:
-                continue
-            chat = loading.load_chat(recipe.model, recipe.prompt, recipe.images, rl=rl)
-            chosen = spread_out(problems, TRIED_PROMPTS)
-            made = list(zip(chosen, chat.prompts(chosen), strict=True))
-            errors = [prompt for _, prompt in made if isinstance(prompt, DataError)]
-            if len(errors) == len(made):
-                raise type(errors[0])(
-                    f"none of {len(made)} prompts of {key} can be used; the first: {errors[0].what}",
-                    where=errors[0].where or key,
-                    fix=errors[0].fix or "correct the data",
-                )
-            if errors:
-                remarks.append(
-                    f"{len(errors)} of {len(made)} tried prompts of {key} are left out: {errors[0].what}"
-                )
-            fitting = [problem for problem, prompt in made if not isinstance(prompt, DataError)]
-            self._longest = max([*fitting, *filter(None, [self._longest])], key=_pixels)
-        return remarks
-
     def _reward(self) -> Sequence[str]:
         """Call the parts of the reward that are still needed: a mistake in it must not wait for RL."""
         reward, rl = self.recipe.grpo.reward, self._coming.rl
@@ -319,14 +289,14 @@ class Preflight:
         """
         recipe = self.recipe
         longest = max(recipe.grpo.max_new_tokens if self._coming.rl else 0, recipe.eval.max_new_tokens)
-        problem = self._world.gather(self._longest)[0]
         loading.give_back_memory()
         vlm = loading.spread(loading.load(recipe.model, world=self._world), recipe.parallel)
         chat: Chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=self._coming.rl)
         sampling = chat.sampling(
             n=1, temperature=0.0, max_new_tokens=longest if full else min(longest, TRIAL_TOKENS), seed=0
         )
-        prompts = [chat.prompt(problem)] if problem is not None and self._world.rank == 0 else []
+        problems = self._data.rl if self._coming.rl else self._data.test
+        prompts = [largest_prompt(chat, problems)] if self._world.rank == 0 else []
         with open_engines(self._needs, logs) as make:
             engine = make(vlm, chat, 1)
             for _ in range(2 if full else 1):
@@ -335,16 +305,19 @@ class Preflight:
         return ()
 
 
-def spread_out(problems: Sequence[Problem], count: int) -> list[Problem]:
-    """At most `count` problems, evenly spread, and the one with the largest image."""
-    step = max(1, len(problems) // count)
-    chosen = dict.fromkeys(islice(range(0, len(problems), step), count))
-    largest = max(range(len(problems)), key=lambda index: _pixels(problems[index]))
-    return [problems[index] for index in {**chosen, largest: None}]
+def largest_prompt(chat: Chat, problems: Sequence[Problem]) -> Prompt:
+    """The prompt of the problem with the largest image, of those that fit. Raises DataError if none does."""
+    error = DataError("there are no problems", fix="check the data source")
+    for problem in sorted(problems, key=_pixels, reverse=True)[:TRIED_PROBLEMS]:
+        [prompt] = chat.prompts([problem])
+        if isinstance(prompt, Prompt):
+            return prompt
+        error = prompt
+    raise error
 
 
 def _pixels(problem: Problem) -> int:
-    return max((image.width * image.height for image in problem.images), default=0)
+    return sum(image.width * image.height for image in problem.images)
 
 
 def _visible_gpus() -> list[str]:

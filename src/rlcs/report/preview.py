@@ -18,6 +18,7 @@ from rlcs.data.rows import Row
 from rlcs.errors import DataError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
+from rlcs.model.source import RECIPE, is_run
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.loading import list_recipes, load_recipe
 from rlcs.recipe.stages import Turns
@@ -48,10 +49,12 @@ class View:
 
 
 def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
-    """Build the view of row `row` of a recipe's cold-start data, or of a data source.
+    """Build the view of row `row` of the cold-start data of a recipe or a run, or of a data source.
 
     Raises DataError for a row that is missing or cannot be a prompt.
     """
+    if is_run(folder := Path(what).expanduser()):
+        what = str(folder / RECIPE)
     is_recipe = what in list_recipes() or Path(what).suffix in (".yaml", ".yml")
     recipe = load_recipe(what if is_recipe else "quickstart", overrides).recipe
     source = recipe.data.cold_start if is_recipe else what

@@ -126,7 +126,8 @@ def parse_request(body: bytes, limits: Limits, *, model: str) -> ChatRequest:
         # Below `stop`, pydantic also names the branches of its union.
         keys = first["loc"][:1] if first["loc"][:1] == ("stop",) else first["loc"]
         param = ".".join(str(key)[:40] for key in keys) or None
-        message = "a text or a list of texts" if param == "stop" else first["msg"][:300]
+        named = first["msg"].partition(" or instance of ")[0][:300]
+        message = "a text or a list of texts" if param == "stop" else named
         raise ApiError(400, f"{param}: {message}" if param else message, param=param) from error
     if request.model is not None:
         require_model(request.model, model)

@@ -133,7 +133,8 @@ class RunDir:
         validation.add(row)
         values = {name: float(row[name]) for name in SENT if row[name] is not None}
         named = {f"validation/{name}": value for name, value in values.items()}
-        self._first(lambda: self._trackers.send(named, step))
+        if step > validation.sent:
+            self._first(lambda: self._trackers.send(named, step))
         screen.say(sentence(row, self._steps), {"validation": row})
         if self._settings.keep == "best" and step < self._steps and validation.best()[:1] == [step]:
             self._save_once(step)

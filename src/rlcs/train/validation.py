@@ -26,12 +26,16 @@ class Validation:
         self.measure = measure
         self.rows: dict[int, Mapping[str, Any]] = {}
         """The rows so far, by step."""
+        self.sent = -1
+        """The last step that an earlier attempt measured; trackers got it then."""
         self._every = every
         self._log: MetricsLog | None = None
 
     def read(self, path: Path, step: int) -> dict[int, Mapping[str, Any]]:
         """The rows of a file up to `step`, where a resumed stage goes on; later ones are cut off."""
         log = MetricsLog(path)
+        if path.exists():
+            self.sent = max((row["step"] for row in read_jsonl(path)), default=-1)
         log.resume_from(step)
         self._log = log
         return {row["step"]: row for row in read_jsonl(path)} if path.exists() else {}

@@ -1,0 +1,68 @@
+"""One source for training and test: `FILE?part=train` and `?part=test` share no image and no question."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlcs.data.rows import Row
+from rlcs.errors import DataError
+from rlcs.records import Problem
+
+SHARE = 0.1
+"""Share of the rows that are held out, unless the source says another (`?part=test&share=0.2`)."""
+_PARTS = ("train", "test")
+_OPTION = re.compile(r"(part|share)=([^&]*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """The part of a source that is meant: what is held out for the test, or the rest."""
+
+    name: Literal["train", "test"]
+    share: float = SHARE
+
+    def of(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows of this part, in their order.
+
+        Rows with the same images, or without images the same question, are in the same part: those whose
+        hashes come first are the test, so that neither the order of the rows nor a seed matters.
+        """
+        keys = [_key(row.problem) for row in rows]
+        groups = sorted(set(keys))
+        held_out = set(groups[: max(1, round(self.share * len(groups)))])
+        return [
+            row for row, key in zip(rows, keys, strict=True) if (key in held_out) == (self.name == "test")
+        ]
+
+
+def source_and_part(source: str) -> tuple[str, Part | None]:
+    """A source without its options `part` and `share`, and what they say. Raises DataError."""
+    name, mark, query = source.partition("?")
+    options = query.split("&") if mark else []
+    matches = [match for option in options if (match := _OPTION.fullmatch(option))]
+    chosen = {match[1]: match[2] for match in matches}
+    if not chosen:
+        return source, None
+    left = "&".join(option for option in options if not _OPTION.fullmatch(option))
+    part, share = chosen.get("part", ""), chosen.get("share", str(SHARE))
+    if part not in _PARTS:
+        raise DataError(f"no part {part!r}", where=source, fix="write ?part=train or ?part=test")
+    if not re.fullmatch(r"0?\.\d{1,6}", share) or float(share) == 0:
+        raise DataError(f"share={share} is not between 0 and 1", where=source, fix="write share=0.1, say")
+    return f"{name}?{left}" if left else name, Part(
+        name="test" if part == "test" else "train", share=float(share)
+    )
+
+
+def both_parts(source: str) -> dict[str, str]:
+    """The data keys of a recipe with one source for everything, of which a part is held out."""
+    mark = "&" if "?" in source else "?"
+    train, test = (f"{source}{mark}part={part}" for part in _PARTS)
+    return {"data.cold_start": train, "data.rl": train, "data.test": test}
+
+
+def _key(problem: Problem) -> str:
+    seen = [image.sha256 for image in problem.images] or [" ".join(problem.transcript.lower().split())]
+    return hashlib.sha256("\n".join(seen).encode()).hexdigest()
