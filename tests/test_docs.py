@@ -36,7 +36,7 @@ def commands(page: Path) -> list[str]:
             continue
         for line in code.replace("\\\n", " ").splitlines():
             words = line.removeprefix("$ ").strip()
-            if words.startswith("rlcs ") or " -m rlcs " in words:
+            if words.startswith("rlcs ") or " -m rlcs " in words or re.match("docker run .* rlcs ", words):
                 found.append(words)
     return found
 
