@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import parse_qs
 
 from rlcs.data.sources import is_builtin
+from rlcs.storage import at_home
 
 PUBLISHED: Mapping[str, int] = MappingProxyType(
     {
@@ -36,7 +36,7 @@ def rows_of(source: str, response: tuple[str, ...] = ()) -> Rows:
         return Rows(count=int(given) if given.isdigit() else _BUILTIN_COUNT, basis="built in")
     if source in PUBLISHED:
         return Rows(count=PUBLISHED[source], basis="published size", answered="Cold-Start" in source)
-    path = Path(source).expanduser()
+    path = at_home(source)
     if not path.is_file():
         return Rows(count=None, basis="unknown")
     if path.suffix == ".parquet":
