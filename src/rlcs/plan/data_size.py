@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import parse_qs
 
 from rlcs.data.files import is_data_file, read_file
 from rlcs.data.source_options import read_options
 from rlcs.data.sources import is_builtin
+from rlcs.storage import at_home
 
 PUBLISHED: Mapping[str, int] = MappingProxyType(
     {
@@ -40,7 +40,7 @@ def rows_of(source: str, response: tuple[str, ...] = ()) -> Rows:
     name, options = read_options(source)
     if name in PUBLISHED:
         return Rows(count=PUBLISHED[name], basis="published size", answered="Cold-Start" in name)
-    path = Path(name).expanduser()
+    path = at_home(name)
     if not (path.is_file() and is_data_file(path)):
         return Rows(count=None, basis="unknown")
     columns, rows = read_file(path)
