@@ -267,6 +267,8 @@ def test_adapters_are_merged_into_a_checkpoint_s_model(random_model_folder, tmp_
     assert read_json(shorter / "sft" / "done.json")["step"] == 3
     made = Path(loading.resolve(f"{run}@3"))
     assert same(weights(made), weights(shorter / "sft" / "final"))
+    for name in ("chat_template.jinja", "processor_config.json", "config.json"):  # the run's own prompt
+        assert (made / name).read_text() == (shorter / "sft" / "final" / name).read_text(), name
     assert same(
         load_file(made / "adapter" / "adapter_model.safetensors"),
         load_file(shorter / "sft" / "final" / "adapter" / "adapter_model.safetensors"),
