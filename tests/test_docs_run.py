@@ -137,9 +137,9 @@ def write_own_data(folder: Path) -> None:
     (folder / "img").mkdir()
     rng = random.Random(7)
     number = 0
-    for name, count in (("cold_start", 4), ("train", 8), ("test", 4), ("problems", 16)):
+    for name, size in (("cold_start", 4), ("train", 8), ("test", 4), ("problems", 16)):
         rows = []
-        for _ in range(count):
+        for _ in range(size):
             number += 1
             colours = [rng.choice(["red", "blue"]) for _ in range(3)]
             image = Image.new("RGB", (56, 56), "white")
@@ -153,6 +153,17 @@ def write_own_data(folder: Path) -> None:
                 row["response"] = f"{', '.join(colours)}. That makes \\boxed{{{reds}}}"
             rows.append(row)
         write_jsonl(folder / f"{name}.jsonl", rows)
+    talks = [
+        {
+            "conversations": [
+                {"from": "human", "value": f"<image>{row['question']}"},
+                {"from": "gpt", "value": f"So \\boxed{{{row['answer']}}}"},
+            ],
+            "images": row["images"],
+        }
+        for row in rows
+    ]
+    (folder / "sharegpt.json").write_text(json.dumps(talks), encoding="utf-8")
 
 
 def write_benchmarks(folder: Path) -> None:

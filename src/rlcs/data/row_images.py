@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote
 
 from rlcs.data.images import image_from_bytes, image_from_path, image_kind, open_image
 from rlcs.data.values import first_filled, shown, structured
@@ -13,7 +14,9 @@ from rlcs.records import ImageRef
 
 _KEYS = ("bytes", "path", "image", "url", "image_url")
 """Where a mapping has its image, the first that is filled."""
-_DATA_URL = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
+_DATA_URL = re.compile(r"(data:[^,]{0,200}?;|image/[\w.+-]{1,20};|)base64,", re.IGNORECASE)
+_QUOTED = re.compile(r"b?[\"']([A-Za-z0-9+/_\s=-]{64,})[\"']")
+"""Base64 as Python prints it."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
 _MIN_BASE64 = 64
 """Characters; a shorter text is a path."""
@@ -107,7 +110,10 @@ def looks_like_image(value: object) -> bool:
 
 def encoded_in(text: str, where: str) -> bytes | None:
     """The bytes of a data URL, or of an image as Base64; None for a path. Raises ValueError."""
-    if text[:5].lower() == "data:":
+    text = text.strip()
+    if quoted := _QUOTED.fullmatch(text):
+        text = quoted[1]
+    if text[:5].lower() == "data:" or _DATA_URL.match(text):
         head = _DATA_URL.match(text)
         data = _decoded(text[head.end() :]) if head else None
         if data is None:
@@ -125,7 +131,7 @@ def encoded_in(text: str, where: str) -> bytes | None:
 
 def _decoded(text: str) -> bytes | None:
     """Decode Base64, also of URLs, with line breaks, and without its padding; None if it is not valid."""
-    plain = "".join(text.split()).rstrip("=")
+    plain = "".join((unquote(text) if "%" in text else text).split()).rstrip("=")
     try:
         return base64.b64decode(plain.translate({45: "+", 95: "/"}) + "=" * (-len(plain) % 4), validate=True)
     except ValueError:
