@@ -117,9 +117,7 @@ def _open(path: Path) -> BufferedReader:
         start = file.read(3)
         file.seek(3 if start == _BOM else 0)
     except (OSError, EOFError) as error:
-        raise DataError(
-            f"cannot be read: {error}", where=str(path), fix="copy or download it again"
-        ) from error
+        raise _damaged(f"cannot be read: {error}", str(path)) from error
     if start[:2] in _UTF16:
         raise DataError("the file is UTF-16", where=str(path), fix="save it as UTF-8")
     return cast(BufferedReader, file)
@@ -162,9 +160,11 @@ def _guarded(lines: Iterable[Any], path: Path) -> Iterator[Any]:
     try:
         yield from lines
     except (OSError, EOFError) as error:
-        raise DataError(
-            f"cannot be read: {error}", where=str(path), fix="copy or download it again"
-        ) from error
+        raise _damaged(f"cannot be read: {error}", str(path)) from error
+
+
+def _damaged(what: str, where: str) -> DataError:
+    return DataError(what, where=where, fix="copy or download it again")
 
 
 def _text(path: Path) -> str:
@@ -311,8 +311,7 @@ def _parquet(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
     try:
         file = ParquetFile(path, page_checksum_verification=True)
     except (ArrowException, OSError) as error:
-        what = f"not a readable Parquet file: {str(error)[:_SHOWN]}"
-        raise DataError(what, where=str(path), fix="copy or download it again") from error
+        raise _damaged(f"not a readable Parquet file: {str(error)[:_SHOWN]}", str(path)) from error
     return tuple(file.schema_arrow.names), batch_rows(file.iter_batches(BATCH), str(path))
 
 
@@ -327,8 +326,7 @@ def batch_rows(batches: Iterator[Any], name: str) -> Iterator[RawRow]:
         except StopIteration:
             return
         except (ArrowException, OSError) as error:
-            what = f"cannot be read beyond row {number}: {str(error)[:_SHOWN]}"
-            raise DataError(what, where=name, fix="copy or download it again") from error
+            raise _damaged(f"cannot be read beyond row {number}: {str(error)[:_SHOWN]}", name) from error
         for offset in range(batch.num_rows):
             where = f"{name}#{number}"
             try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-from rlcs.data.values import checked_text, first_filled, is_filled, shown, structured
+from rlcs.data.values import checked_text, first_filled, image_in, is_filled, shown, structured
 from rlcs.records import IMAGE_SLOT, Turn
 
 Fields = Mapping[str, Any]
@@ -81,7 +81,6 @@ _IMG = re.compile(r"(?:Picture \d+: ?)?<img>([^<>\n]+)</img>")
 """An image in a text, as Qwen-VL and early versions of ms-swift wrote it."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
-_SOURCES = ("image_url", "image", "url", "path", "bytes", "data", "base64", "source")
 
 
 def _turns(value: object) -> tuple[list[Turn], list[Any]]:
@@ -142,18 +141,10 @@ def _content(content: object, where: str) -> tuple[str, list[Any]]:
             text += checked_text(part.get("text") or "", f"text of {where}")
         elif kind in _IMAGE_PARTS:
             text += IMAGE_SLOT
-            images.append(_payload(part))
+            images.append(image_in(part))  # None: the next one of the row's image column
         else:
             raise ValueError(f"{where} has a part of type {shown(kind)}: only texts and images can be used")
     return checked_text(text, where), images
-
-
-def _payload(part: Fields) -> Any:
-    """The image of a part: a path, a URL or bytes; None if it is the next one of the row's image column."""
-    value: Any = part
-    while isinstance(value, Mapping) and (key := first_filled(value, _SOURCES)) and is_filled(value[key]):
-        value = value[key]
-    return None if isinstance(value, Mapping) or not is_filled(value) else value
 
 
 def _conversation(turns: list[Turn], images: list[Any], system: object = None) -> Converted:

@@ -281,9 +281,7 @@ class _Cells:
 
     def column(self, group: str) -> str | None:
         """The column of ours that counts: the first with a value, or else the first that is there."""
-        names = self._columns[group]
-        with_value = next((name for name in names if name in self.filled), None)
-        return with_value or next((name for name in names if name in self.fields), None)
+        return first_filled(self.fields, self._columns[group])
 
     def get(self, group: str) -> tuple[Any, bool]:
         """The value of a group, and whether there is one at all (it may be empty)."""

@@ -4,6 +4,7 @@ Everything here raises ValueError with a reason of bounded length.
 """
 
 import ast
+import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ MAX_CHOICES = 26
 _MAX_LITERAL = 1_000_000
 """Characters; a longer text is not read as a Python list."""
 _SHOWN = 40
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def is_filled(value: object) -> bool:
@@ -58,6 +60,27 @@ def structured(value: object) -> object:
         if isinstance(found, list | dict):
             return found
     return value
+
+
+IMAGE_KEYS = ("bytes", "path", "image", "url", "image_url", "data", "base64", "source")
+"""Where a mapping has its image, the first that is filled."""
+
+
+def image_in(value: object) -> object:
+    """The path, URL or bytes of an image that a mapping holds, also inside another; None if it has none."""
+    while isinstance(value, Mapping):
+        value = value.get(first_filled(value, IMAGE_KEYS) or "")
+    return value if is_filled(value) else None
+
+
+def decoded_base64(content: str | bytes) -> bytes:
+    """Decode Base64, also with the alphabet of URLs, with white space, and without its padding.
+
+    Raises ValueError.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    plain = data.translate(_STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
+    return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
 
 
 def checked_text(value: object, what: str) -> str:
