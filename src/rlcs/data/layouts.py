@@ -91,14 +91,14 @@ def _turns(value: object) -> tuple[list[Turn], list[Any]]:
     turns: list[Turn] = []
     images: list[Any] = []
     for number, item in enumerate(items, start=1):
-        for role, content in _spoken(item, f"turn {number}"):
+        for role, content in _turns_of(item, f"turn {number}"):
             text, shown_images = _content(content, f"turn {number}")
             turns.append(Turn(role=role, text=text))
             images += shown_images
     return turns, images
 
 
-def _spoken(item: object, where: str) -> list[tuple[Role, Any]]:
+def _turns_of(item: object, where: str) -> list[tuple[Role, Any]]:
     """What one entry of a conversation holds: a turn, or a pair of turns."""
     if isinstance(item, list | tuple) and len(item) == 2:
         return [("user", item[0]), ("assistant", item[1])]
@@ -175,12 +175,14 @@ def _conversation(turns: list[Turn], images: list[Any], system: object = None) -
 # ---------------------------------------------------------------------------------- layouts
 
 
-def _chat(column: str) -> Callable[[Fields], Converted]:
+def _chat(tool: str, column: str) -> Layout:
+    """The layout of a conversation in one column."""
+
     def read(fields: Fields) -> Converted:
         turns, images = _turns(fields[column])
         return _conversation(turns, images, _system(fields))
 
-    return read
+    return Layout(name=f"{tool} ({column})", needs=(column,), read=read, also=_CHAT_COLUMNS)
 
 
 def _system(fields: Fields) -> object:
@@ -237,23 +239,18 @@ def _vlmevalkit(fields: Fields) -> Converted:
 
 _SYSTEM = ("system", "system_prompt")
 _LETTERS = tuple(map(chr, range(ord("C"), ord("Z") + 1)))
-_TALK = (*_SYSTEM, "tools")
+_CHAT_COLUMNS = (*_SYSTEM, "tools")
 LAYOUTS = (
-    Layout(name="chat messages (messages)", needs=("messages",), read=_chat("messages"), also=_TALK),
-    Layout(
-        name="ShareGPT or LLaVA (conversations)",
-        needs=("conversations",),
-        read=_chat("conversations"),
-        also=_TALK,
-    ),
-    Layout(name="ShareGPT (conversation)", needs=("conversation",), read=_chat("conversation"), also=_TALK),
-    Layout(name="pairs of user and assistant (texts)", needs=("texts",), read=_chat("texts"), also=_TALK),
+    _chat("chat messages", "messages"),
+    _chat("ShareGPT or LLaVA", "conversations"),
+    _chat("ShareGPT", "conversation"),
+    _chat("pairs of user and assistant", "texts"),
     Layout(name="verl (prompt, reward_model)", needs=("prompt", "reward_model"), read=_verl, lists=False),
     Layout(
         name="TRL (prompt, completion)",
         needs=("prompt",),
         read=_prompt,
-        also=("completion", *_TALK),
+        also=("completion", *_CHAT_COLUMNS),
         lists=False,
         alone=True,
     ),

@@ -98,13 +98,7 @@ class RowReader:
         self._images = RowImages(folders=table.folders, roots=table.roots, limit=limit, decode=decode)
         columns = settings.columns
         self._id_column = columns.id
-        self._columns = {
-            "question": columns.question,
-            "images": columns.images,
-            "answer": columns.answer,
-            "response": columns.response,
-            "choices": columns.choices,
-        }
+        self._columns: dict[str, tuple[str, ...]] = columns.model_dump(exclude={"id"})
         self._mapped = {columns.id, *(name for group in self._columns.values() for name in group)}
         if table.columns is not None and not may_be_read(table.columns):
             self._require_columns(table.columns)

@@ -234,7 +234,7 @@ class EndpointClient:
             return untrusted
         cause = error.__cause__ or error
         name = type(cause).__name__
-        what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.way(self._address)
+        what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.proxy_note(self._address)
         is_new = name in ("ConnectError", "ConnectTimeout", "ProxyError") or not isinstance(
             error, openai.APIConnectionError
         )

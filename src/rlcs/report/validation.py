@@ -58,16 +58,13 @@ def validation_curves(runs: Sequence[Run]) -> list[ValidationCurve]:
         if by_run:
             steps = sorted(set.intersection(*(set(points) for points in by_run)))
             points = tuple(_mean([each[step] for each in by_run]) for step in steps)
-            kept = [number(run.done.get(stage, {}), "step") for run in runs if _chosen(run, stage)]
+            chosen = [run for run in runs if run.done.get(stage, {}).get("chosen") == "best"]
+            kept = [number(run.done.get(stage, {}), "step") for run in chosen]
             same = kept[0] if len(set(kept)) == 1 else None
             if points:
                 at = None if same is None else int(same)
                 found.append(ValidationCurve(stage=stage, points=points, kept=at))
     return found
-
-
-def _chosen(run: Run, stage: str) -> bool:
-    return run.done.get(stage, {}).get("chosen") == "best"
 
 
 def _measured(rows: Sequence[Row]) -> dict[int, Measured]:
