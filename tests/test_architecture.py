@@ -60,6 +60,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "architecture": "the rules of this file",
     "constraints": "constraints files, hooks and CI",
     "docs": "README and docs/",
+    "docs_run": "the commands in README and docs/",
     "examples": "examples/",
     "bench": "bench/",
     "container": "Dockerfile",

@@ -36,7 +36,7 @@ def commands(page: Path) -> list[str]:
             continue
         for line in code.replace("\\\n", " ").splitlines():
             words = line.removeprefix("$ ").strip()
-            if words.startswith("rlcs ") or " -m rlcs " in words:
+            if words.startswith("rlcs ") or " -m rlcs " in words or re.match("docker run .* rlcs ", words):
                 found.append(words)
     return found
 
@@ -182,7 +182,8 @@ def test_the_tutorial_works_as_it_is_written(own_data, random_model_folder):
         result = rlcs(*words, cwd=own_data)
         assert result.returncode == 0, f"{' '.join(words)}: {result.stderr}"
         done.append(words[0])
-    assert done == ["data"] * 4 + ["look", "recipes", "recipes", "run", "export", "generate"]
+    trained = ["plan", "run", "run", "export", "generate", "run"]  # a dry run first, the toy last
+    assert done == ["data"] * 4 + ["look", "recipes", "recipes"] + trained
     summary = json.loads((own_data / "runs" / "mine" / "summary.json").read_text())
     assert summary["arms"]["sft_grpo"]["n"] == 6
     assert (own_data / "my-model" / "model.safetensors").is_file()

@@ -66,11 +66,11 @@ SHARED = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "va
         ("rows.json", lines("007", "1.50", "2024-05-01"), ["007", "1.50", "2024-05-01"]),
     ],
 )
-@pytest.mark.parametrize("form", ["plain", "bom", "gz"])
+@pytest.mark.parametrize("form", ["plain", "bom", "gz", "gz without its name", "plain named gz"])
 def test_the_content_of_a_json_file_counts_and_not_its_name(tmp_path, name, content, expected, form):
-    path = tmp_path / (f"{name}.gz" if form == "gz" else name)
+    path = tmp_path / (f"{name}.gz" if form in ("gz", "plain named gz") else name)
     data = content.encode("utf-8-sig" if form == "bom" else "utf-8")
-    path.write_bytes(gzip.compress(data) if form == "gz" else data)
+    path.write_bytes(gzip.compress(data) if form.startswith("gz") else data)
     assert golds(path) == expected
 
 
@@ -105,9 +105,17 @@ def test_a_packed_file_that_is_cut_off_and_another_encoding_are_named(tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines("1", "2").encode())[:-12])
     with pytest.raises(DataError, match="cannot be read"):
         load(tmp_path / "rows.jsonl.gz")
-    (tmp_path / "rows.jsonl").write_bytes(lines("1").encode("utf-16"))
-    with pytest.raises(DataError, match="UTF-16"):
-        load(tmp_path / "rows.jsonl")
+    for code in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        (tmp_path / "rows.jsonl").write_bytes(lines("1").encode(code))
+        with pytest.raises(DataError, match="UTF-16"):
+            load(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
+    with pytest.raises(DataError, match=r"pointer of Git LFS .*\n.*git lfs pull"):
+        load(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------ tables
@@ -178,6 +186,16 @@ def test_the_first_line_names_the_columns(tmp_path):
     (tmp_path / "rows.csv").write_text("question,answer,answer\nq,1,2\n")
     with pytest.raises(DataError, match="two columns are named 'answer'"):
         load(tmp_path / "rows.csv")
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["q"])] * 3, names=["question", "answer", "answer"]),
+        tmp_path / "rows.parquet",
+    )
+    with pytest.raises(DataError, match="two columns are named 'answer'"):
+        load(tmp_path / "rows.parquet")
+    for header in ("question,réponse".encode("latin-1"), b"quest\x1bion,answer"):
+        (tmp_path / "rows.csv").write_bytes(header + b"\nq,1\n")
+        with pytest.raises(DataError, match="first line is not text in UTF-8"):
+            load(tmp_path / "rows.csv")
     (tmp_path / "rows.csv").write_text(f"q,1,{picture((200, 200))}\n")
     with pytest.raises(DataError, match="no question column") as caught:
         load(tmp_path / "rows.csv")
@@ -193,6 +211,7 @@ def test_dates_times_and_decimals_of_a_parquet_file_are_plain_text(tmp_path):
         (pa.array([datetime.time(13, 30)]), "13:30:00"),
         (pa.array([Decimal("1000000.50")]), "1000000.5"),
         (pa.array([3.0]), "3"),
+        (pa.array([0.1], pa.float32()), "0.1"),
     ):
         pq.write_table(pa.table({"question": ["When?"], "answer": values}), tmp_path / "rows.parquet")
         assert golds(tmp_path / "rows.parquet") == [expected]

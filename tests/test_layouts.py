@@ -327,6 +327,22 @@ def test_what_an_own_question_leaves_out_is_not_lost_in_silence(read, load):
     assert any("columns problem and messages differ" in note for note in load(other).notes)
 
 
+def test_a_second_conversation_in_a_row_is_noted(load):
+    row = {"messages": [user("q"), assistant(WORKED)]}
+    again = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": WORKED}]}
+    other = {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": WORKED}]}
+    assert not any("differ" in note for note in load(row | again).notes)
+    (note,) = [note for note in load(row | other).notes if "differ" in note]
+    assert note.startswith("columns messages and conversations differ, and messages counts")
+
+
+def test_an_image_in_a_message_counts_before_a_column_and_says_so(load, read):
+    part = {"type": "image_url", "image_url": {"url": "img/1.png"}}
+    row = {"messages": [user(part, text("q")), assistant(WORKED)], "images": ["img/0.png"]}
+    assert read(row).problem.images[0].path.endswith("1.png")
+    assert any("columns messages and images differ, and messages counts" in note for note in load(row).notes)
+
+
 def test_rows_that_share_an_id_are_told_apart_as_llava_has_them(load):
     loaded = load(ONE_TURN["llava"], ONE_TURN["llava"])
     assert [row.problem.id for row in loaded.rows] == ["7", "7#2"]

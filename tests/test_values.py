@@ -46,7 +46,7 @@ def read(load):
 
 # ------------------------------------------------------------------------------ the filled column counts
 
-EMPTY = [None, "", "  ", [], {}]
+EMPTY = [None, "", "  ", [], {}, [None], [""], [[]], {"bytes": None, "path": None}, float("nan"), "[]", "{}"]
 
 
 @pytest.mark.parametrize("empty", EMPTY)
@@ -109,8 +109,12 @@ def test_what_is_filled(value, filled):
         {"B": "12", "A": "10", "C": None},
         {"(a)": "10", "(b)": "12"},
         {"label": ["A", "B"], "text": ["10", "12"]},
+        {"label": ["B", "A"], "text": ["12", "10"]},
+        {"label": ["1", "2"], "text": ["10", "12"]},
         '["10", "12"]',
         "['10', '12']",
+        "['10' '12']",
+        "['10'\n '12']",
         '{"A": "10", "B": "12"}',
         "A. 10\nB. 12",
         "(A) 10\n\n(B) 12\n",
@@ -140,6 +144,8 @@ def test_dates_and_times_are_choices():
         (7, "must be a list"),
         ({"A": "1", "C": "2"}, "letters A, B"),
         ({"x": "1"}, "letters A, B"),
+        ({"label": ["B", "C"], "text": ["1", "2"]}, "letters A, B"),
+        ({"label": ["A"], "text": ["1", "2"]}, "not as many labels"),
         (["1"] * 27, "27 choices"),
         ([["1"]], "a text or a number"),
     ],
@@ -183,6 +189,35 @@ def test_a_worked_or_marked_gold_answer_is_unwrapped(load, gold, options, expect
     assert "gold answers were unwrapped" in loaded.notes[0]
 
 
+def test_a_list_as_numpy_prints_it_is_several_texts(read):
+    assert read(answer="['12' '14']").problem.answer == "12, 14"
+    assert read(answer="['it''s']").problem.answer == "it, s"
+    assert len(read(images="['a.png'\n 'b.png']").problem.images) == 2
+
+
+@pytest.mark.parametrize(
+    ("gold", "reason"),
+    [
+        ("\boxed{5}", "backslashes doubled"),  # a backspace: JSON of \\boxed with one backslash
+        ("\frac{1}{2}", "backslashes doubled"),
+        ("\text{A}", "backslashes doubled"),
+        ("5\x00", "control character"),
+        ("boxed{5}", "the mark around the answer is not complete"),
+        (r"\\boxed{5}", "the mark around the answer is not complete"),
+        ('{"answer": "5"}', "not dict of 1"),
+    ],
+)
+def test_a_gold_answer_that_was_damaged_on_its_way_is_refused(load, gold, reason):
+    (bad,) = load({"question": "q", "answer": gold}).bad
+    assert reason in bad.reason and bad.reason.isprintable()
+
+
+def test_half_a_character_anywhere_is_a_bad_row(load):
+    for further in ({"level": "\ud800"}, {"\ud800": "easy"}):
+        (bad,) = load({"question": "q", "answer": "1", **further}).bad
+        assert "half a character" in bad.reason
+
+
 @pytest.mark.parametrize("gold", ["C", "(C)", "c", "C. 13", "D"])
 def test_a_gold_answer_that_names_no_option_is_a_fault_in_every_form_of_choices(load, gold):
     for choices in (["10", "12"], {"A": "10", "B": "12"}, "A. 10\nB. 12"):
@@ -216,6 +251,11 @@ BASE64 = base64.b64encode(png()).decode()
         "data:;base64," + BASE64.rstrip("="),
         "\n".join(BASE64[at : at + 76] for at in range(0, len(BASE64), 76)),
         BASE64.replace("+", "-").replace("/", "_"),
+        f" data:image/png;base64, {BASE64}",
+        "data:image/png;base64," + BASE64.replace("/", "%2F").replace("+", "%2B"),
+        f"image/png;base64,{BASE64}",
+        f"b'{BASE64}'",
+        f'"{BASE64}"',
     ],
 )
 def test_one_image_in_every_form(read, value):
@@ -248,6 +288,7 @@ JUNK = "Q" * 200_000
         ("x/" * 400 + "a.png", "missing|too long"),
         ({"bytes": JUNK}, "neither a path"),
         ([[JUNK]], "not list of 1"),
+        ("\x1b[31m.png", r"^\\x1b\[31m.png: the image is missing"),
     ],
 )
 def test_an_image_that_is_none_is_told_in_few_words(load, value, reason):

@@ -22,10 +22,14 @@ from rlcs.storage import parse_object, require_regular
 BATCH = 64
 """Rows of Arrow tables that are read at once; few, because embedded images may be megabytes each."""
 _BOM = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
+_POINTER = b"version https://git-lfs"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _ESCAPED = re.compile("[\udc80-\udcff]")
 """What stands for bytes that are not UTF-8."""
 _QUESTION = ("question", "problem", "query")
+_SHORT_FLOATS = ("float", "halffloat")
+"""Numbers of 32 and 16 bits: 0.1 is 0.1 among them, and 0.10000000149 with 64 bits."""
 _MAX_FIELD = 2**31 - 1
 _SHOWN = 200
 _DELIMITERS = ",;\t"
@@ -113,14 +117,24 @@ def _open(path: Path) -> BufferedReader:
     """Open a regular file for reading, unpacked, after its byte order mark. Raises DataError."""
     require_regular(path)
     try:
-        file = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115 - returned
-        start = file.read(3)
-        file.seek(3 if start == _BOM else 0)
+        file = path.open("rb")
+        if file.peek(2)[:2] == _GZIP:  # whatever its name says
+            file = cast(BufferedReader, gzip.open(file))  # noqa: SIM115 - returned
+        start = file.read(len(_POINTER))
+        file.seek(3 if start[:3] == _BOM else 0)
     except (OSError, EOFError) as error:
         raise _damaged(f"cannot be read: {error}", str(path)) from error
-    if start[:2] in _UTF16:
+    if start[:2] in _UTF16 or b"\0" in start[:4]:
         raise DataError("the file is UTF-16", where=str(path), fix="save it as UTF-8")
-    return cast(BufferedReader, file)
+    if start == _POINTER:
+        raise no_content(path)
+    return file
+
+
+def no_content(path: Path) -> DataError:
+    """The error for a file that Git LFS has not downloaded."""
+    what = "only the pointer of Git LFS is here, not the file itself"
+    return DataError(what, where=str(path), fix="run `git lfs pull` in its repository")
 
 
 def _json(path: Path) -> tuple[None, Iterator[RawRow]]:
@@ -259,6 +273,8 @@ def _table(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
     if reason:
         raise DataError(f"the first line cannot be read: {reason}", where=str(path), fix="correct it")
     header = [name.strip() for name in names]
+    if any(_ESCAPED.search(name) or not name.isprintable() for name in header):
+        raise DataError("the first line is not text in UTF-8", where=str(path), fix="save it as UTF-8")
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
         what = f"two columns are named {twice[0][:_SHOWN]!r}"
@@ -309,10 +325,18 @@ def _parquet(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
 
     require_regular(path)
     try:
+        with path.open("rb") as start:
+            if start.read(len(_POINTER)) == _POINTER:
+                raise no_content(path)
         file = ParquetFile(path, page_checksum_verification=True)
     except (ArrowException, OSError) as error:
         raise _damaged(f"not a readable Parquet file: {str(error)[:_SHOWN]}", str(path)) from error
-    return tuple(file.schema_arrow.names), batch_rows(file.iter_batches(BATCH), str(path))
+    names = file.schema_arrow.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"two columns are named {twice[0][:_SHOWN]!r}", where=str(path), fix="rename one of them"
+        )
+    return tuple(names), batch_rows(file.iter_batches(BATCH), str(path))
 
 
 def batch_rows(batches: Iterator[Any], name: str) -> Iterator[RawRow]:
@@ -327,10 +351,14 @@ def batch_rows(batches: Iterator[Any], name: str) -> Iterator[RawRow]:
             return
         except (ArrowException, OSError) as error:
             raise _damaged(f"cannot be read beyond row {number}: {str(error)[:_SHOWN]}", name) from error
+        short = {
+            one.name: one.type.to_pandas_dtype() for one in batch.schema if str(one.type) in _SHORT_FLOATS
+        }
         for offset in range(batch.num_rows):
             where = f"{name}#{number}"
             try:
                 fields = batch.slice(offset, 1).to_pylist()[0]
+                fields |= {key: float(str(kind(fields[key]))) for key, kind in short.items() if fields[key]}
                 yield RawRow(where=where, number=number, fields=fields)
             except (ArrowException, ValueError, OverflowError) as error:
                 yield RawRow(where=where, number=number, reason=f"cannot be decoded: {str(error)[:_SHOWN]}")

@@ -10,7 +10,9 @@ from rlcs.data.values import IMAGE_KEYS, decoded_base64, image_in, shown, struct
 from rlcs.errors import DataError
 from rlcs.records import ImageRef
 
-_DATA_URL = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
+_DATA_URL = re.compile(r"(data:[^,]{0,200}?;|image/[\w.+-]{1,20};|)base64,", re.IGNORECASE)
+_QUOTED = re.compile(r"b?[\"']([A-Za-z0-9+/_\s=-]{64,})[\"']")
+"""Base64 as Python prints it."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
 _MIN_BASE64 = 64
 """Characters; a shorter text is a path."""
@@ -106,7 +108,10 @@ def looks_like_image(value: object) -> bool:
 
 def encoded_in(text: str, where: str) -> bytes | None:
     """The bytes of a data URL, or of an image as Base64; None for a path. Raises ValueError."""
-    if text[:5].lower() == "data:":
+    text = text.strip()
+    if quoted := _QUOTED.fullmatch(text):
+        text = quoted[1]
+    if text[:5].lower() == "data:" or _DATA_URL.match(text):
         head = _DATA_URL.match(text)
         data = _decoded(text[head.end() :]) if head else None
         if data is None:

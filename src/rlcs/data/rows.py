@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from rlcs.data.files import RawRow
-from rlcs.data.layouts import Converted, Layout, may_be_read, recognise
+from rlcs.data.layouts import LAYOUTS, Converted, Layout, may_be_read, recognise
 from rlcs.data.row_images import RowImages, image_items, looks_like_image
 from rlcs.data.row_notes import RowNotes
 from rlcs.data.sources import Role, Table, suggest
@@ -129,6 +129,9 @@ class RowReader:
             reason = ": ".join(parts) + (f" ({error.fix})" if error.fix else "")
         except ValueError as error:
             reason = str(error)
+        reason = "".join(
+            char if char.isprintable() else ascii(char)[1:-1] for char in reason[: 2 * _MAX_REASON]
+        )
         if len(reason) > _MAX_REASON:
             reason = f"{reason[:_MAX_REASON]}..."
         return BadRow(where=raw.where, reason=reason, id=name, subject=subject)
@@ -225,13 +228,17 @@ class RowReader:
         """Short plain values of the further columns, such as category and level."""
         read = self._mapped | row.layout_columns
         return {
-            str(key): value
+            checked_text(key, "name of a column"): value
             for key, value in row.fields.items()
             if key not in read
             and (
                 isinstance(value, bool | int)
                 or (isinstance(value, float) and math.isfinite(value))
-                or (isinstance(value, str) and len(value) <= _METADATA_TEXT)
+                or (
+                    isinstance(value, str)
+                    and len(value) <= _METADATA_TEXT
+                    and checked_text(value, key) is value
+                )
             )
         }
 
@@ -319,10 +326,26 @@ class _Cells:
             if group == "images" and None not in self.converted.images:
                 converted = self.converted.images
             if values and self.layout and is_filled(converted):
-                values[self.layout.needs[0]] = converted
+                own = {self.layout.needs[0]: converted}
+                values = own | values if group == "images" else values | own  # as in `images` and `get`
             if len(values) > 1:
                 kept, *others = {name: _comparable(group, value) for name, value in values.items()}.items()
                 found += [(kept[0], name) for name, other in others if _differ(group, kept[1], other)]
+        return found + self._other_conversations()
+
+    def _other_conversations(self) -> list[tuple[str, str]]:
+        """Columns with another conversation than the one that counts, each with that one."""
+        if self.layout is None or not self.converted.values:
+            return []
+        found = []
+        for other in LAYOUTS:
+            if other is not self.layout and other.lists and other.fits(self.filled, has_question=True):
+                try:
+                    values = other.read(self.fields).values
+                except ValueError:
+                    values = {}
+                if values != self.converted.values:
+                    found.append((self.layout.needs[0], other.needs[0]))
         return found
 
 

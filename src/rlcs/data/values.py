@@ -7,27 +7,37 @@ import ast
 import base64
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from rlcs.grading.choices import without_label
+from rlcs.grading.golds import with_commas
 from rlcs.records import option_letter
 
 MAX_CHOICES = 26
 """Choices have the letters A to Z."""
+_DAMAGED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]|\t(ext|frac|imes|heta|an)\b|\r(ightarrow|ho)\b")
+"""What JSON makes of single backslashes before LaTeX commands: of `\\boxed` a backspace and `oxed`."""
 _MAX_LITERAL = 1_000_000
 """Characters; a longer text is not read as a Python list."""
 _SHOWN = 40
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_NOTHING = ("[]", "{}", "[null]", "[None]")
+"""Empty lists and mappings as tables hold them: as text."""
 
 
 def is_filled(value: object) -> bool:
-    """Whether a value holds anything: not null, not a blank text, not an empty list."""
+    """Whether a value holds anything: not null or NaN, no blank text, no list or mapping of such values."""
     if isinstance(value, str):
-        return bool(value) and not value.isspace()
-    return value is not None and not (isinstance(value, list | tuple | Mapping | bytes) and not value)
+        return bool(value) and not value.isspace() and value.strip() not in _NOTHING
+    if isinstance(value, list | tuple | Mapping):
+        items = value.values() if isinstance(value, Mapping) else value
+        return any(map(is_filled, items))
+    return value is not None and value != b"" and value == value  # only NaN differs from itself
 
 
 def first_filled(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -54,7 +64,7 @@ def structured(value: object) -> object:
         if parse is ast.literal_eval and len(value) > _MAX_LITERAL:
             break
         try:
-            found = parse(value.strip())
+            found = parse(value.strip() if parse is json.loads else with_commas(value.strip()))
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(found, list | dict):
@@ -74,12 +84,11 @@ def image_in(value: object) -> object:
 
 
 def decoded_base64(content: str | bytes) -> bytes:
-    """Decode Base64, also with the alphabet of URLs, with white space, and without its padding.
+    """Decode Base64, also with the alphabet or the `%` escapes of URLs, white space, and no padding.
 
     Raises ValueError.
     """
-    data = content.encode() if isinstance(content, str) else content
-    plain = data.translate(_STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
+    plain = unquote_to_bytes(content).translate(_STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
     return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
 
 
@@ -117,6 +126,12 @@ def gold_text(value: object) -> str:
     """Convert a gold answer to text; a list is written as JSON, which `unwrap` reads. Raises ValueError."""
     if isinstance(value, list) and value:
         return json.dumps([answer_text(item) for item in value], ensure_ascii=False)
+    if isinstance(found := structured(value), Mapping):
+        raise ValueError(f"the answer must be a text or a number, not {shown(found)}")
+    if isinstance(value, str) and _DAMAGED.search(value):
+        raise ValueError(
+            "the answer has a control character: JSON needs LaTeX's backslashes doubled (\\\\frac)"
+        )
     return answer_text(value)
 
 
@@ -126,7 +141,7 @@ def choices_of(value: object) -> tuple[str, ...]:
     A list, a mapping from letters (`{"A": ...}`), a pair of lists (`{"label": ..., "text": ...}`), the text
     of one of these, or one option a line (`A. x`). Raises ValueError.
     """
-    if not is_filled(value):
+    if not is_filled(value) and not (isinstance(value, list) and None in value):
         return ()
     items = structured(value)
     if isinstance(items, Mapping):
@@ -146,7 +161,11 @@ def choices_of(value: object) -> tuple[str, ...]:
 def _lettered(items: Mapping[Any, Any]) -> list[Any]:
     """The options of a mapping, in the order of their letters; unused letters at its end are null."""
     if items.keys() == {"label", "text"} and isinstance(items["text"], list):
-        return list(items["text"])
+        labels, texts = items["label"], items["text"]
+        if not isinstance(labels, list) or len(labels) != len(texts):
+            raise ValueError(f"the choices have {len(texts)} texts, but not as many labels")
+        lettered = all(isinstance(label, str) and label.strip("().: ").isalpha() for label in labels)
+        return _lettered(dict(zip(labels, texts, strict=True))) if lettered else list(texts)
     ordered = {str(key).strip("().: ").upper(): item for key, item in items.items()}
     letters = sorted(key for key, item in ordered.items() if item is not None)
     if letters != [option_letter(index) for index in range(len(letters))]:

@@ -10,6 +10,10 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from io import StringIO
+from itertools import pairwise
+from token import STRING
+from tokenize import TokenError, generate_tokens
 
 from rlcs.grading.extraction import BOXED, NO_BOX, STATED, TAGGED, Extraction, extract, find_boxes
 
@@ -17,9 +21,10 @@ AS_GIVEN = ""
 """Why a gold answer was taken that has no mark around it."""
 _MARKS = {BOXED: "box", TAGGED: "<answer>", STATED: "words"}
 _MARKED = re.compile(
-    r"\\(?:boxed|fbox|framebox)|</?(?:answer|think)>|####|answer|option|choice|答案|故选", re.IGNORECASE
+    r"boxed *\{|\\(?:boxed|fbox|framebox)|</?(?:answer|think)>|####|answer|option|choice|答案|故选",
+    re.IGNORECASE,
 )
-_TORN = re.compile(r"</?(?:answer|think)>|####", re.IGNORECASE)
+_TORN = re.compile(r"</?(?:answer|think)>|####|boxed *\{", re.IGNORECASE)
 """Marks that are left where no pair of them, or no answer after them, was found."""
 _TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
 _GSM8K = re.compile(r"####[ \t]*([^\n#]*\S)\s*\Z")
@@ -94,12 +99,30 @@ def _listed(text: str) -> list[str] | None:
     """The items of a list of texts, as JSON or as Python prints it; None if one is empty or damaged."""
     for read in (json.loads, ast.literal_eval):
         try:
-            items = read(text[:_MAX_LIST])
+            items = read(text[:_MAX_LIST] if read is json.loads else with_commas(text[:_MAX_LIST]))
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if all(isinstance(item, str) and item.isprintable() and item.strip() for item in items):
             return list(items)
     return None
+
+
+def with_commas(text: str) -> str:
+    """A Python list with the commas that NumPy does not print: of `['12' '14']`, two texts and not one.
+
+    Raises SyntaxError where it is no Python.
+    """
+    try:
+        tokens = [token for token in generate_tokens(StringIO(text).readline) if token.string.strip()]
+    except TokenError as error:
+        raise SyntaxError(str(error)) from error
+    missing = [one.end for one, next_one in pairwise(tokens) if one.type == next_one.type == STRING]
+    if not missing:
+        return text
+    lines = text.splitlines(keepends=True)
+    for row, column in reversed(missing):
+        lines[row - 1] = f"{lines[row - 1][:column]},{lines[row - 1][column:]}"
+    return "".join(lines)
 
 
 def joined(items: Sequence[str]) -> str:

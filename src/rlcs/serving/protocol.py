@@ -177,18 +177,23 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def token_logprob(content: bytes, logprob: float, others: Sequence[tuple[bytes, float]] = ()) -> Json:
+Spelling = tuple[str, bytes]
+"""A token's name, and the bytes that it adds to the text: of a control token (the end of a turn) none."""
+
+
+def token_logprob(token: Spelling, logprob: float, others: Sequence[tuple[Spelling, float]] = ()) -> Json:
     """One entry of `logprobs.content`, with the tokens that were most likely there (`top_logprobs`)."""
     return {
-        **_logprob(content, logprob),
+        **_logprob(token, logprob),
         "top_logprobs": [_logprob(other, its_logprob) for other, its_logprob in others],
     }
 
 
-def _logprob(content: bytes, logprob: float) -> Json:
+def _logprob(token: Spelling, logprob: float) -> Json:
     """A token: a part of a character, which is no text, is written by its bytes, as OpenAI does."""
+    name, content = token
     try:
-        text = content.decode()
+        text = content.decode() or name
     except UnicodeDecodeError:
         text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
     return {"token": text, "logprob": logprob, "bytes": list(content)}
