@@ -130,7 +130,7 @@ def _validation_charts(
     found = []
     for curve in validated:
         if curve.stage in stages:
-            k = next((f"; dashed: pass@{p.k}" for p in curve.points if p.pass_at_k is not None), "")
+            k = next((f"; dashed: pass@{p.samples}" for p in curve.points if p.pass_at_k is not None), "")
             title = f"Validation accuracy, {ARMS[curve.stage].stage}{k}"
             found.append((title, charts.validation_chart(curve)))
     return found
