@@ -117,11 +117,10 @@ def fault_in(reply: object) -> Fault | None:
     if not isinstance(reply, dict):
         return None
     choices = reply.get("choices")
-    inner = choices[0].get("error") if isinstance(choices, list) and choices and _is_map(choices[0]) else None
-    has_error = reply.get("error") or (reply.get("object") == "error")
-    if inner:
-        reply = {"error": inner}
-    elif not has_error or choices:
+    first = choices[0] if isinstance(choices, list) and choices else None
+    if isinstance(first, dict) and first.get("error"):
+        reply = {"error": first["error"]}
+    elif choices or not (reply.get("error") or reply.get("object") == "error"):
         return None
     found = fault(0, reply)
     inside = reply.get("error")
@@ -376,7 +375,3 @@ def short(text: str) -> str:
     flat = " ".join(text[: 20 * _SHORT].split())
     flat = "".join(char if char.isprintable() else "\ufffd" for char in flat)
     return flat if len(flat) <= _SHORT else flat[: _SHORT - 1] + "\u2026"
-
-
-def _is_map(value: object) -> bool:
-    return isinstance(value, dict)
