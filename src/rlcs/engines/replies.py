@@ -98,7 +98,7 @@ def fault(status: int, body: object) -> Fault:
     message = (
         error.get("message") or error.get("detail") or error.get("msg") or error.get("metadata") or error
     )
-    details = error.get("metadata") or {}  # of OpenRouter: what the provider behind it said
+    details = error.get("metadata") or {}  # of OpenRouter: the message of the provider behind it
     raw = details.get("raw") if isinstance(details, dict) else None
     text = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False)
     text = f"{text}: {raw}" if isinstance(raw, str) else text
@@ -218,7 +218,7 @@ def unknown_finish(reply: object) -> str | None:
 
 
 def _finish(choice: Mapping[str, Any]) -> str:
-    """The finish reason. Of a proxy's and its provider's own, the one that is worse news."""
+    """The finish reason; of a proxy's and its provider's, the one by which the answer is not whole."""
     own, native = plain(choice.get("finish_reason")), plain(choice.get("native_finish_reason"))
     if not own and isinstance(choice.get("stop_reason"), str):  # of proxies before Anthropic
         own = plain(choice["stop_reason"])
