@@ -72,6 +72,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "generate": "the command `rlcs generate`, through generation, engines and serving",
     "vllm_lora": "adapters with vLLM, through all packages",
     "vllm_serving": "a real vLLM, through serving, evals and distill",
+    "walks": "whole walks from files to a model, through all packages",
 }
 """Tests that are not named after a module or a package of src/rlcs, and what they are about."""
 

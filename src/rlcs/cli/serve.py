@@ -32,7 +32,7 @@ class ServeOptions:
     queue: Annotated[int, typer.Option(min=0, help="Most requests that wait")] = 64
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 4096
     max_images: Annotated[int, typer.Option(min=0, help="Most images of a request")] = 8
-    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of an image file")] = 1 << 24
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of an image file")] = 25_000_000
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request")] = 32 << 20
     request_s: Annotated[float, typer.Option(min=0.001, help="Most seconds of a request")] = 600.0
     cors_origin: Annotated[

@@ -225,6 +225,8 @@ class EndpointClient:
             raise self._failure(found, error.response.headers) from error
         except openai.APIConnectionError as error:
             raise self._disconnected(error) from error
+        except UnicodeDecodeError as error:  # a character is damaged, and the answer is paid
+            return error.object.decode("utf-8", "replace")
         except ValueError as error:
             raise RetryableError(f"the reply cannot be read: {error}", kind="garbled") from error
         except Exception as error:  # of sockets and of name look-up, which the client does not wrap
@@ -254,8 +256,9 @@ class EndpointClient:
         self._has_answered = True
         if (finish := replies.unknown_finish(reply)) is not None and finish not in self._warned:
             self._warned.add(finish)
+            named = masked(finish, self._settings)
             what = (
-                f"end with finish_reason {finish!r}, which rlcs does not know"
+                f"end with finish_reason {named!r}, which rlcs does not know"
                 if finish
                 else ("have no finish_reason")
             )

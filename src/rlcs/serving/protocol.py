@@ -39,7 +39,7 @@ class Limits:
     """Limits on requests."""
 
     max_images: int = 8
-    max_pixels: int = 1 << 24
+    max_pixels: int = 25_000_000
     max_tokens: int = 4096
     max_n: int = 8
     max_body_bytes: int = 32 << 20
