@@ -187,7 +187,7 @@ def read(request: Request, reply: object) -> Sample:
         usage = reply.get("usage")
         reasoning = thoughts or _reasoning(message)
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        what = f"the reply is no chat completion{_said(reply)}"
+        what = f"the reply is no chat completion{_written(reply)}"
         raise RetryableError(what, kind="garbled", unreachable=NO_CHAT) from error
     tokens = (_count(usage, "prompt", "input"), _count(usage, "completion", "output"))
     stop = stop_reason(finish)
@@ -215,7 +215,9 @@ def read(request: Request, reply: object) -> Sample:
 
 def _calls_tool(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
-    kinds = [part.get("type") for part in content if _is_map(part)] if isinstance(content, list) else []
+    kinds = (
+        [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    )
     return bool(
         message.get("tool_calls") or message.get("function_call") or TOOL_CALLS & set(map(str, kinds))
     )
@@ -226,7 +228,7 @@ def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _said(reply: object) -> str:
+def _written(reply: object) -> str:
     """What a reply says that is no chat completion, such as the error of a server with its own format."""
     if not reply or not isinstance(reply, dict) or reply.get("choices"):
         return ""
@@ -345,7 +347,7 @@ def _joined(chunks: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
         reply |= {"usage": chunk["usage"]} if chunk.get("usage") else {}
         choices = chunk.get("choices")
         first = choices[0] if isinstance(choices, list) and choices else {}
-        for part in [first] if _is_map(first) and not first.get("index") else []:
+        for part in [first] if isinstance(first, dict) and not first.get("index") else []:
             delta = part.get("delta") or part.get("message")
             delta = delta if isinstance(delta, dict) else {}
             piece = delta.get("content")
