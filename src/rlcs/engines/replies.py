@@ -215,12 +215,9 @@ def read(request: Request, reply: object) -> Sample:
 
 def _calls_tool(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
-    kinds = (
-        [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    )
-    return bool(
-        message.get("tool_calls") or message.get("function_call") or TOOL_CALLS & set(map(str, kinds))
-    )
+    parts = content if isinstance(content, list) else []
+    kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)}
+    return bool(message.get("tool_calls") or message.get("function_call") or TOOL_CALLS & kinds)
 
 
 def _whole(text: str) -> str:
