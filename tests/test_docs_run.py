@@ -5,6 +5,7 @@ What is put in the place of a page's names and sizes, and what runs elsewhere, s
 """
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import count
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -27,7 +29,7 @@ from huggingface_hub import constants
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from conftest import SMALL_STUDY, draw
+from conftest import draw
 from hub_server import HubServer
 from loopback_server import LoopbackServer
 from rlcs.cli.main import app
@@ -69,6 +71,12 @@ SHORT = {
     "model.name": "builtin",
 }
 """What makes a run a matter of seconds: set for every command that trains where it does not set them."""
+PUZZLES = (
+    "data.cold_start=builtin:puzzles?count=4&seed=1",
+    "data.rl=builtin:puzzles?count=8&seed=2",
+    "data.test=builtin:puzzles?split=test&count=4&seed=3",
+)
+"""The data of shipped recipes, where a command names none."""
 OPTIONS = {
     "eval": "--data official --limit 2 --max-tokens 8",
     "generate": "--max-tokens 8",
@@ -88,7 +96,7 @@ ELSEWHERE = {
     r"^CUDA_VISIBLE_DEVICES": "needs vLLM and GPUs: tests/test_vllm.py",
 }
 """Patterns of commands that do not run here, and where what they do is tested."""
-EXIT_CODES = {"doctor": (0, 1), "plan": (0, 1)}
+EXIT_CODES = {"doctor": (0, 1)}
 """Exit codes that pages state, but for 0: `doctor` ends with 1 when it finds something."""
 
 TRAINING = ("run", "sft", "grpo", "ablate", "quickstart", "distill")
@@ -104,11 +112,14 @@ ENVIRONMENT = {
 """Variables that pages name, and those that keep trackers and the hub's client on this machine."""
 
 
-def reply(body: Mapping[str, Any]) -> object:
-    """The server's list of models, or an answer that teachers, judges and MathVerse's scorer can read."""
+def reply(numbers: Iterator[int], body: Mapping[str, Any]) -> object:
+    """The server's list of models, or an answer that teachers, judges and MathVerse's scorer can read.
+
+    Every third answer to a question of dots is wrong, so that problems have pass rates.
+    """
     if not body:
         return {"object": "list", "data": [{"id": name} for name in ("base", "trained")]}
-    answer = "red, red, blue. That makes \\boxed{2}\nyes"
+    answer = f"red, red, blue. That makes \\boxed{{{2 if next(numbers) % 3 else 1}}}\nyes"
     if "Write 1 if they agree" in str(body["messages"]):
         answer = "1"
     message = {"role": "assistant", "content": answer}
@@ -126,9 +137,9 @@ def write_own_data(folder: Path) -> None:
     (folder / "img").mkdir()
     rng = random.Random(7)
     number = 0
-    for name, count in (("cold_start", 8), ("train", 8), ("test", 4), ("problems", 4)):
+    for name, size in (("cold_start", 4), ("train", 8), ("test", 4), ("problems", 16)):
         rows = []
-        for _ in range(count):
+        for _ in range(size):
             number += 1
             colours = [rng.choice(["red", "blue"]) for _ in range(3)]
             image = Image.new("RGB", (56, 56), "white")
@@ -142,6 +153,17 @@ def write_own_data(folder: Path) -> None:
                 row["response"] = f"{', '.join(colours)}. That makes \\boxed{{{reds}}}"
             rows.append(row)
         write_jsonl(folder / f"{name}.jsonl", rows)
+    talks = [
+        {
+            "conversations": [
+                {"from": "human", "value": f"<image>{row['question']}"},
+                {"from": "gpt", "value": f"So \\boxed{{{row['answer']}}}"},
+            ],
+            "images": row["images"],
+        }
+        for row in rows
+    ]
+    (folder / "sharegpt.json").write_text(json.dumps(talks), encoding="utf-8")
 
 
 def write_benchmarks(folder: Path) -> None:
@@ -194,6 +216,15 @@ def write_recipes(folder: Path, text: str, server: str) -> None:
             recipe = merged(recipe, block)
     for name in ("mine.yaml", "recipe.yaml"):
         (folder / name).write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _light_collections() -> Iterator[None]:
+    """Every run collects garbage several times; without what the tests hold anyway this takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +282,9 @@ def ready(line: str, server: str) -> list[str]:
 def shortened(words: list[str]) -> list[str]:
     """Overrides of SHORT, and small data where the recipe is a shipped one and the command names none."""
     given = {word.partition("=")[0] for word in words}
-    data = [each for each in SMALL_STUDY if each.startswith("data.")] if words[1] in list_recipes() else []
-    data = [] if words[0] == "distill" else data
-    data += ["validation.problems=4"] if any(key.startswith("validation.") for key in given) else []
+    data = PUZZLES if words[1] in list_recipes() and words[0] != "distill" else []
+    if any(key.startswith("validation.") for key in given):
+        data = [*data, "validation.problems=4"]
     wanted = [*data, *(f"{key}={value}" for key, value in SHORT.items())]
     return [each for each in wanted if each.partition("=")[0] not in given]
 
@@ -349,9 +380,11 @@ def placed(words: list[str], number: int, made: dict[str, str]) -> list[str]:
     if words[0] in TRAINING:
         words = [*with_missing(words, f"--out runs/alternative-{number}"), "--quiet"]
         out = words[words.index("--out") + 1]
-        if made.get(out, words[0]) == words[0]:  # the same verb again is an alternative; another one goes on
+        if made.get(out) == words[0]:  # the same verb again is an alternative; another one goes on
+            words[words.index("--out") + 1] = f"{out}-{number}"
+        elif out not in made:
             shutil.rmtree(out, ignore_errors=True)
-        made[out] = words[0]
+        made.setdefault(out, words[0])
     if words[0] == "eval":
         words = with_missing(words, f"--out evals-{number}")
     if "--output" in words:
@@ -364,7 +397,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackServer]:
     """The server of teachers, judges and models; with the variables that pages name."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    with LoopbackServer(reply=reply) as started:
+    with LoopbackServer(reply=partial(reply, count())) as started:
         yield started
 
 
@@ -378,10 +411,8 @@ def test_every_command_of_the_page_runs(page, prepared, tmp_path, monkeypatch, h
         if any(re.search(pattern, line) for pattern in ELSEWHERE):
             continue
         words = placed(ready(line, server.url), number, made)
-        began = time.process_time()
         with asked_once(words):
             done = CliRunner().invoke(app, words)
-        print(f"{time.process_time() - began:6.1f} s  {line[:90]}")
         error = done.exception if not isinstance(done.exception, SystemExit) else None
         report = f"{page.name}: {line}\nrun as: rlcs {shlex.join(words)}\n{done.output[-3000:]}\n{error!r}"
         assert error is None and done.exit_code in EXIT_CODES.get(words[0], (0,)), report
