@@ -311,6 +311,7 @@ def fetch(url: str, body: object = None, key: str | None = None) -> bytes:
 def asked_once(words: list[str]) -> Iterator[None]:
     """Ask the server that a command starts once, from another thread, then stop it."""
     answers: list[bytes] = []
+    failures: list[Exception] = []
     port = words[words.index("--port") + 1] if "--port" in words else "0"
     make, launch = web.make_server, chat_page.launch
 
@@ -324,6 +325,8 @@ def asked_once(words: list[str]) -> Iterator[None]:
                 answers.append(fetch(f"{base}/v1/chat/completions", body, key))
             else:
                 answers.append(fetch(base))
+        except Exception as error:  # it is the test's to report, not this thread's
+            failures.append(error)
         finally:
             stop()
 
@@ -342,7 +345,7 @@ def asked_once(words: list[str]) -> Iterator[None]:
         patch.setattr(chat_page, "launch", launched)
         yield
     serves = words[0] in ("serve", "chat") or "--live" in words
-    assert len(answers) == serves, f"{shlex.join(words)} answered {len(answers)} times"
+    assert len(answers) == serves, f"{shlex.join(words)} answered {len(answers)} times: {failures}"
 
 
 # ------------------------------------------------------------------------ the pages
