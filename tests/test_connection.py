@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -83,6 +84,53 @@ def test_an_address_that_cannot_be_one_is_a_sentence(written, told):
     with pytest.raises(EndpointError, match=told) as caught:
         ask(written)
     assert caught.value.exit_code == 2 and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("host", ["256.256.256.256", "\uff11\uff12\uff17.0.0.1"])
+def test_a_host_that_the_client_refuses_is_a_sentence(host):
+    with pytest.raises(EndpointError, match="this URL names no server"):
+        ask(f"http://{host}/v1")
+
+
+@contextmanager
+def redirecting(status, location):
+    """A server that sends every request elsewhere."""
+
+    class Redirect(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Location", location)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirect) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_neither_key_nor_question_follow_a_redirect_to_another_host(status, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+    with LoopbackServer() as other:
+        elsewhere = other.url.replace("127.0.0.1", "localhost")
+        told = f"sends requests on to {elsewhere};"
+        with (
+            redirecting(status, f"{elsewhere}/chat/completions") as url,
+            pytest.raises(EndpointError, match=told) as caught,
+        ):
+            ask(url)
+        assert not other.seen and "secret" not in str(caught.value)
+
+
+def test_a_redirect_that_loses_the_question_says_where_it_leads():
+    told = r"sends requests on to http://127.0.0.1:.*/v2;"
+    with redirecting(301, "/v2/chat/completions") as url, pytest.raises(EndpointError, match=told):
+        ask(url)
 
 
 def test_capitals_and_the_whole_path_of_a_request_are_asked(monkeypatch):
@@ -168,6 +216,22 @@ def test_headers_come_from_the_environment_and_are_masked(monkeypatch):
     monkeypatch.delenv("AZURE_KEY")
     with pytest.raises(EndpointError, match=r"teacher\.request\.headers, api-key: AZURE_KEY is not set"):
         ask("http://x/v1", request=request, section="teacher")
+
+
+def test_an_organisation_with_a_line_break_is_cleaned_or_named(monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1\n")
+    with LoopbackServer() as server:
+        assert not ask(server.url).error
+        assert "org-1" in server.headers[0]
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "one\ntwo")
+    with pytest.raises(EndpointError, match="OPENAI_PROJECT_ID: the value holds a line break"):
+        ask("http://127.0.0.1:8000/v1")
+
+
+def test_a_key_in_the_form_of_a_url_is_masked_too(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk/0123+4567=")
+    server = Endpoint(base_url="http://x/v1", model="m", key_env="MY_KEY")
+    assert masked("sk/0123+4567= sk%2F0123%2B4567%3D sk/0123%2B4567%3D", server) == "*** *** ***"
 
 
 # --- proxies ----------------------------------------------------------------------------------------

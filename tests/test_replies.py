@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -99,6 +101,10 @@ def test_an_answer_in_parts_is_one_demonstration_after_one_request(tmp_path):
         ({"content": "", "reasoning": "so \\boxed{5}"}, "so \\boxed{5}", ""),
         ({"content": [], "reasoning_details": [{"text": "so \\boxed{5}"}]}, "so \\boxed{5}", ""),
         ({"content": [{"type": "thinking", "thinking": "so 5"}]}, "so 5", ""),
+        ({"content": [{"type": "TEXT", "text": {"value": "5", "annotations": []}}]}, "5", ""),
+        ({"content": {"type": "text", "text": "5"}}, "5", ""),
+        ({"content": {"parts": [{"text": "5"}], "role": "model"}}, "5", ""),
+        ({"content": "5\ud800 \ud83d\ude00"}, "5\ufffd \U0001f600", ""),
     ],
 )
 def test_text_and_reasoning_are_found_wherever_they_stand(message, text, reasoning):
@@ -118,7 +124,14 @@ def test_reasoning_that_reaches_the_limit_is_no_answer():
     assert (sample.text, sample.stop, requests) == ("", StopReason.LENGTH, 1)
 
 
-@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}, "none", {"completion_tokens": "x"}])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        *(None, {}, {"prompt_tokens": None}, "none", {"completion_tokens": "x"}),
+        {"prompt_tokens": float("inf"), "completion_tokens": float("nan")},
+        {"prompt_tokens": 10**400, "completion_tokens": -1},
+    ],
+)
 def test_usage_may_be_missing_or_damaged(usage):
     sample, _ = said({"content": "5"}, usage=usage)
     assert sample.text == "5" and (sample.prompt_tokens, sample.tokens) == (0, 0)
@@ -160,13 +173,29 @@ def test_an_unknown_or_missing_reason_is_told_once(caplog):
         asked(lambda body: answered({"content": "5"}, "tired"), count=20)
         asked(lambda body: answered({"content": "5"}, None), count=20)
         said({"content": "5"}, "model_length")
-    unknown, missing = [record.getMessage() for record in caplog.records]
+        said({"content": "5"}, "Tired " * 1000)
+    unknown, missing, long = [record.getMessage() for record in caplog.records]
+    assert "Tired Tired" in long and len(long) < 200
     assert "'tired', which rlcs does not know" in unknown and "have no finish_reason" in missing
 
 
-def test_a_tool_call_without_text_is_named():
-    sample, requests = said({"content": None, "tool_calls": [{"function": {"name": "zoom"}}]}, "tool_calls")
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None, "tool_calls": [{"function": {"name": "zoom"}}]},
+        {"content": None, "function_call": {"name": "zoom", "arguments": "{}"}},
+        {"content": [{"type": "tool_use", "name": "zoom", "input": {}}]},
+    ],
+)
+@pytest.mark.parametrize("finish", ["tool_calls", "stop"])
+def test_a_tool_call_without_text_is_named(message, finish):
+    sample, requests = said(message, finish)
     assert sample.error == "the model called a tool instead of answering" and requests == 1
+
+
+def test_a_text_before_a_tool_call_is_no_finished_answer():
+    sample, _ = said({"content": "Let me look. \\boxed{5}?", "tool_calls": [{"function": {"name": "zoom"}}]})
+    assert sample.stop is StopReason.LENGTH
 
 
 # --- refusals and empty answers ---------------------------------------------------------------------
@@ -195,8 +224,8 @@ def test_refusals_of_every_form_are_final(message, finish):
 
 
 def test_a_long_refusal_is_shortened():
-    sample, _ = said({"content": None, "refusal": "never\n" * 10_000})
-    assert len(sample.error) < 400 and "\n" not in sample.error
+    sample, _ = said({"content": None, "refusal": "\x1b[31mnever\n" * 10_000})
+    assert len(sample.error) < 400 and sample.error.isprintable()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -273,6 +302,61 @@ def test_an_error_in_a_reply_of_status_200_counts_as_what_it_says():
     for code, what in ((401, "refuses the key"), (402, "no credit"), ("model_not_found", "no model 'm'")):
         with pytest.raises(EndpointError, match=what):
             asked(lambda body, code=code: {"error": {"code": code, "message": "no"}})
+
+
+def test_a_damaged_character_or_a_byte_order_mark_spoils_no_answer():
+    whole = json.dumps(answered({"content": "caf\u00e9 5"}), ensure_ascii=False)
+
+    class Served(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.send_header("Content-Type", self.server.kind)
+            self.end_headers()
+            self.wfile.write(self.server.content)
+
+        def log_message(self, *_):
+            pass
+
+    for kind, content, text in (
+        ("application/json", whole.encode("latin-1"), "caf\ufffd 5"),
+        ("text/plain", whole.encode("utf-8-sig"), "caf\u00e9 5"),
+        ("application/json", whole.encode("utf-8-sig"), "caf\u00e9 5"),
+    ):
+        with ThreadingHTTPServer(("127.0.0.1", 0), Served) as server:
+            server.kind, server.content = kind, content
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            endpoint = Endpoint(
+                base_url=f"http://127.0.0.1:{server.server_port}/v1", model="m", max_retries=0
+            )
+            request = Request(id="a", messages=(Message(role="user", parts=("?",)),))
+            with EndpointClient(endpoint, Sampling(max_new_tokens=64)) as opened:
+                (sample,) = opened.samples([request])
+            server.shutdown()
+        assert (sample.text, sample.error) == (text, "")
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [{"choices": ["x"]}, {"choices": [{"delta": "x"}]}, {"choices": {"a": 1}}, 5],
+        [{"choices": [{"index": 1, "delta": {"content": "6"}, "finish_reason": "stop"}]}],
+    ],
+)
+def test_odd_chunks_of_a_stream_are_passed_over(chunks):
+    good = {"choices": [{"index": 0, "delta": {"content": "5"}, "finish_reason": "stop"}]}
+    stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in [*chunks, good, *chunks])
+    sample, _ = asked(lambda body: stream)
+    assert (sample.text, sample.stop) == ("5", StopReason.EOS)
+
+
+def test_what_a_server_says_in_a_format_of_its_own_is_shown():
+    for reply in (
+        {"code": 1302, "msg": "no quota"},
+        {"detail": "no quota"},
+        {"errors": [{"why": "no quota"}]},
+    ):
+        with pytest.raises(EndpointError, match="no quota"):
+            asked(lambda body, reply=reply: reply, max_retries=0)
 
 
 def test_a_page_instead_of_a_reply_is_not_shown(tmp_path):

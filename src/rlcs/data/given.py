@@ -28,7 +28,7 @@ GIVEN = "given"
 """The teacher's name of a response that the data already had."""
 UNCHECKED = "not checked: there is no gold answer beside the response to compare"
 _CHUNK = 1000
-_SAY_S = 10.0
+_REPORT_EVERY_S = 10.0
 _SHOWN = 60
 
 
@@ -57,7 +57,7 @@ def grade_given(
             if path is not None:
                 append_jsonl(path, [{"key": key, "grade": to_row(grade)} for key, grade in graded.items()])
             grades |= graded
-            if view is not None and time.monotonic() - shown > _SAY_S:
+            if view is not None and time.monotonic() - shown > _REPORT_EVERY_S:
                 shown = time.monotonic()
                 view.say(f"graded {start + len(chunk):,} of {len(left):,} given demonstrations")
     return {
@@ -132,10 +132,7 @@ def sentences(rows: Sequence[Row], given: Mapping[str, Demonstration], teacher: 
     if counts["given_unscored"]:
         lines.append(f"{counts['given_unscored']:,} demonstrations kept without a verdict of the grader")
     if counts["given_unchecked"]:
-        lines.append(
-            f"{counts['given_unchecked']:,} of {len(given):,} demonstrations not checked: there is no gold "
-            "answer beside the response to compare"
-        )
+        lines.append(f"{counts['given_unchecked']:,} of {len(given):,} demonstrations {UNCHECKED}")
     return lines
 
 

@@ -1,16 +1,17 @@
-"""Connects to a server of the recipe: its address, its key, its headers, the proxy on the way.
+"""Connects to a server of the recipe: its address, its key, its headers, the proxy in between.
 
-What is wrong with them is said in a sentence before anything is sent; secrets are in none.
+Errors in them are reported before anything is sent; no message holds a secret.
 """
 
 import ipaddress
 import os
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from rlcs.errors import EndpointError
@@ -91,7 +92,9 @@ def masked(text: str, server: Endpoint) -> str:
     named = filter(lambda value: value.startswith(FROM_ENVIRONMENT), server.request.headers.values())
     variables = (server.key_env, *(value.removeprefix(FROM_ENVIRONMENT) for value in named))
     values = [os.environ.get(name, "") for name in variables]
-    for secret in {form for value in values for form in (value.strip(), _cleaned(value))}:
+    plain = {form for value in values for form in (value.strip(), _cleaned(value))}
+    encoded = {quote(value, safe=safe) for value in plain for safe in ("", "/")}
+    for secret in sorted(plain | encoded, key=len, reverse=True):
         text = text.replace(secret, "***") if len(secret) >= _SHORTEST_SECRET else text
     return text
 
@@ -112,16 +115,34 @@ def connect(server: Endpoint, place: Address, limits: "openai.Timeout") -> "open
     """Make the client for an event loop; nothing is sent yet. Raises EndpointError."""
     import openai
 
-    transport = _transport(openai.DefaultAsyncHttpxClient, place, limits)
-    return openai.AsyncOpenAI(http_client=transport, timeout=limits, **_settings(server, place))
+    stays = _stays(place)
+
+    async def check(request: Any) -> None:
+        stays(request)
+
+    transport = _transport(openai.DefaultAsyncHttpxClient, place, limits, check)
+    with _usable(place):
+        return openai.AsyncOpenAI(http_client=transport, timeout=limits, **_settings(server, place))
 
 
 def connect_blocking(server: Endpoint, place: Address, limits: "openai.Timeout") -> "openai.OpenAI":
     """Make the client for plain calls; nothing is sent yet. Raises EndpointError."""
     import openai
 
-    transport = _transport(openai.DefaultHttpxClient, place, limits)
-    return openai.OpenAI(http_client=transport, timeout=limits, **_settings(server, place))
+    transport = _transport(openai.DefaultHttpxClient, place, limits, _stays(place))
+    with _usable(place):
+        return openai.OpenAI(http_client=transport, timeout=limits, **_settings(server, place))
+
+
+@contextmanager
+def _usable(place: Address) -> Iterator[None]:
+    """Turn the client's own verdict on an address, such as 256.0.0.1, into EndpointError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "InvalidURL":  # of the HTTP library that the client chooses
+            raise
+        raise EndpointError("this URL names no server", where=place.url[:200], fix=_EXAMPLE) from error
 
 
 def _settings(server: Endpoint, place: Address) -> dict[str, Any]:
@@ -129,12 +150,39 @@ def _settings(server: Endpoint, place: Address) -> dict[str, Any]:
         "base_url": place.url,
         "api_key": key(server) or "none",
         "max_retries": 0,  # the callers retry, after more kinds of failures than the client does
+        "organization": _from_environment("OPENAI_ORG_ID"),
+        "project": _from_environment("OPENAI_PROJECT_ID"),
         "default_headers": headers(server),
         "default_query": dict(place.query),
     }
 
 
-def _transport(kind: Callable[..., Any], place: Address, limits: "openai.Timeout") -> Any:
+def _from_environment(name: str) -> str | None:
+    """A variable that the client sends as a header, if it is set. Raises EndpointError."""
+    return _sendable(os.environ.get(name, "").strip(), f"environment variable {name}") or None
+
+
+def _stays(place: Address) -> Callable[[Any], None]:
+    """A check of each request: EndpointError where a redirect leads to another host or loses the content."""
+    first: list[str] = []
+
+    def check(request: Any) -> None:
+        url = request.url
+        if not first:
+            first.append(url.host)
+        lost = request.method == "GET" and url.path.endswith("/chat/completions")
+        if url.host == first[0] and not lost:
+            return
+        to = f"{url.scheme}://{url.netloc.decode()}{_ENDING.sub('', url.path)}"[:200]
+        what = f"the server sends requests on to {to}; the key and the questions do not follow"
+        raise EndpointError(what, where=place.url, fix="if you trust it, write that address as base_url")
+
+    return check
+
+
+def _transport(
+    kind: Callable[..., Any], place: Address, limits: "openai.Timeout", check: Callable[..., Any]
+) -> Any:
     """The HTTP client, with the proxy that the environment names for this one host.
 
     It is chosen here: the client would prepare all proxies of the environment, also those that do not concern
@@ -144,7 +192,7 @@ def _transport(kind: Callable[..., Any], place: Address, limits: "openai.Timeout
     options: dict[str, Any] = {"proxy": proxy} if proxy else {}
     options |= {"verify": own} if (own := _own_certificates()) else {}
     try:
-        return kind(trust_env=False, timeout=limits, **options)
+        return kind(trust_env=False, timeout=limits, event_hooks={"request": [check]}, **options)
     except ImportError as error:
         fix = f"pip install socksio, or add the server to NO_PROXY={place.host}, or unset {variable}"
         raise EndpointError("SOCKS proxies need the package socksio", where=variable, fix=fix) from error
@@ -166,7 +214,7 @@ def _proxy(place: Address) -> tuple[str | None, str]:
     """The proxy of the environment for a server, and the variable that names it. Raises EndpointError."""
     known = getproxies_environment()
     scheme = place.scheme if known.get(place.scheme) else "all"
-    url, variable = known.get(scheme, ""), f"{scheme.upper()}_PROXY"
+    url, variable = known.get(scheme, "").strip(), f"{scheme.upper()}_PROXY"
     if not url or _needs_no_proxy(place.host, known.get("no", "")):
         return None, ""
     url = url if "://" in url else f"http://{url}"
@@ -198,13 +246,19 @@ def _proxy_fix(place: Address) -> str:
     return f"write it like http://proxy.example.org:3128, or unset it, or set NO_PROXY={place.host}"
 
 
-def way(place: Address) -> str:
+def proxy_note(place: Address) -> str:
     """A note for messages: the variable of the proxy through which a server is reached, or ""."""
     return f", through the proxy of {variable}" if (variable := _proxy(place)[1]) else ""
 
 
 def untrusted(error: BaseException, place: Address) -> EndpointError | None:
-    """The error of a server whose certificate is not trusted, or that speaks no TLS; None for any other."""
+    """The error of a server whose certificate is not trusted, or that speaks no TLS; None for any other.
+
+    A redirect that is not followed is one of these too.
+    """
+    for raised in (error, error.__cause__):
+        if isinstance(raised, EndpointError):
+            return raised
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, ssl.SSLError):
         seen = seen.__cause__ or seen.__context__

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from typing import Self
 
@@ -224,6 +225,8 @@ class EndpointClient:
             raise self._failure(found, error.response.headers) from error
         except openai.APIConnectionError as error:
             raise self._disconnected(error) from error
+        except UnicodeDecodeError as error:  # a character is damaged, and the answer is paid
+            return error.object.decode("utf-8", "replace")
         except ValueError as error:
             raise RetryableError(f"the reply cannot be read: {error}", kind="garbled") from error
         except Exception as error:  # of sockets and of name look-up, which the client does not wrap
@@ -234,7 +237,7 @@ class EndpointClient:
             return untrusted
         cause = error.__cause__ or error
         name = type(cause).__name__
-        what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.way(self._address)
+        what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.proxy_note(self._address)
         is_new = name in ("ConnectError", "ConnectTimeout", "ProxyError") or not isinstance(
             error, openai.APIConnectionError
         )
@@ -253,8 +256,9 @@ class EndpointClient:
         self._has_answered = True
         if (finish := replies.unknown_finish(reply)) is not None and finish not in self._warned:
             self._warned.add(finish)
+            named = masked(finish, self._settings)
             what = (
-                f"end with finish_reason {finish!r}, which rlcs does not know"
+                f"end with finish_reason {named!r}, which rlcs does not know"
                 if finish
                 else ("have no finish_reason")
             )
@@ -348,14 +352,9 @@ def _pause(attempt: int, after_s: float | None) -> float:
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds in a `Retry-After` header, which holds a number or a date; None without a readable one."""
     value = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(headers.get("retry-after-ms", "")) / 1000)
-    except ValueError:
-        pass
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
+    for text, a_second in ((headers.get("retry-after-ms", ""), 1000), (value, 1)):
+        with suppress(ValueError):
+            return max(0.0, float(text) / a_second)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError):

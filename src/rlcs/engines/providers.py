@@ -43,9 +43,13 @@ All rows that match count. A server that is not here gets everything; what it re
 _REFUSED = re.compile(
     r"unsupported|not support|n't support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
     r"|forbidden|deprecated|cannot both|can't both|mutually exclusive|no longer|not available|not accepted"
-    r"|cannot find field|only the default|only \S+ is (allowed|supported)",
+    r"|cannot find field|not enabled|不支持|only the default|only \S+ is (allowed|supported)",
     re.IGNORECASE,
 )
+_BARE_LETTER = r"|(?:\b(?:argument|parameter|field|property)(?: supplied)?:? |^){}\b(?!')"
+"""A name of one letter without quotes: `Unrecognized request argument supplied: n`, `n is not supported`."""
+_OTHER_LIMIT = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+"""The two names of the field with the limit of tokens, each by the other."""
 _NEUTRAL = {"top_p": 1.0, "n": 1}
 """Values that mean the same as the field's absence."""
 
@@ -92,7 +96,7 @@ class Fields:
         ours = next((name for name, theirs in self.names.items() if theirs == blamed), None)
         if ours is None and blamed not in self._server.request.extra:
             return ""  # learnt meanwhile
-        other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(blamed)
+        other = _OTHER_LIMIT.get(blamed)
         refused = bool(_REFUSED.search(f"{found.code} {found.message}"))
         if ours is None or self._server.request.quirks == "none":
             raise self._unsupported(found, blamed)
@@ -101,7 +105,7 @@ class Fields:
                 raise self._unsupported(found, blamed)
             self.names[ours], self._is_renamed = other, True
             return f"{self._where} refuses {blamed}: {other} is sent instead"
-        if refused or sent[blamed] == _NEUTRAL.get(ours):
+        if refused or ours == "seed" or sent[blamed] == _NEUTRAL.get(ours):
             self.names[ours] = None
             value = f"{blamed} = {sent[blamed]}"
             return f"{self._where} refuses {value}: it is left out, and the server's own value counts"
@@ -116,8 +120,7 @@ class Fields:
         key = self._server.key
         if name in self._server.request.extra:
             fix = f"take {name} out of {key('request.extra')}"
-        elif name in ("max_tokens", "max_completion_tokens"):
-            other = ({"max_tokens", "max_completion_tokens"} - {name}).pop()
+        elif other := _OTHER_LIMIT.get(name):
             fix = f"set {key('request.max_tokens')}={other}, or another limit of tokens"
         else:
             fix = f"give {name} another value, or leave it out: {key('request.omit')}=[{name}]"
@@ -137,7 +140,7 @@ def _blamed(found: Fault, sent: Mapping[str, Any]) -> str | None:
         return "top_p"
     places = {}
     for name in names:
-        bare = rf"|\b{re.escape(name)}\b" if len(name) > 1 else ""
+        bare = rf"|\b{re.escape(name)}\b" if len(name) > 1 else _BARE_LETTER.format(name)
         if place := re.search(rf"[\"'`]{re.escape(name)}[\"'`]{bare}", text):
             places[name] = place.start()
     return min(places, key=places.__getitem__) if places else None

@@ -18,6 +18,8 @@ from rlcs.recipe.sampling import Endpoint
 from rlcs.records import Request, Sample, StopReason
 
 _SHORT = 300  # characters of a server's message that are shown
+_LONGEST = 10_000  # of it are looked at
+_NAME = 60  # and of a name that a server gives, such as a finish reason
 NO_CHAT = "no chat server answers there"
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})  # and all of 5xx
 _STATUS_OF_CODE = (
@@ -87,24 +89,24 @@ def fault(status: int, body: object) -> Fault:
     if isinstance(body, list) and body:
         body = body[0]
     if isinstance(body, str):
-        return Fault(status=status, message=_page(body) or body or "no message")
+        return Fault(status=status, message=_page(body) or body[:_LONGEST] or "no message")
     if not isinstance(body, dict):
         return Fault(status=status, message="no message")
     error = body.get("error") or body
     if isinstance(error, str):
-        return Fault(status=status, message=error)
+        return Fault(status=status, message=error[:_LONGEST])
     error = error if isinstance(error, dict) else body
     named = [error.get(name) for name in ("code", "type", "status") if isinstance(error.get(name), str)]
     message = (
         error.get("message") or error.get("detail") or error.get("msg") or error.get("metadata") or error
     )
-    details = error.get("metadata") or {}  # of OpenRouter: what the provider behind it said
+    details = error.get("metadata") or {}  # of OpenRouter: the message of the provider behind it
     raw = details.get("raw") if isinstance(details, dict) else None
     text = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False)
     text = f"{text}: {raw}" if isinstance(raw, str) else text
     return Fault(
         status=status,
-        message=text,
+        message=text[:_LONGEST],
         code=next((str(each) for each in named if not str(each).isdigit()), ""),
         param=str(error.get("param") or ""),
     )
@@ -115,11 +117,10 @@ def fault_in(reply: object) -> Fault | None:
     if not isinstance(reply, dict):
         return None
     choices = reply.get("choices")
-    inner = choices[0].get("error") if isinstance(choices, list) and choices and _is_map(choices[0]) else None
-    has_error = reply.get("error") or (reply.get("object") == "error")
-    if inner:
-        reply = {"error": inner}
-    elif not has_error or choices:
+    first = choices[0] if isinstance(choices, list) and choices else None
+    if isinstance(first, dict) and first.get("error"):
+        reply = {"error": first["error"]}
+    elif choices or not (reply.get("error") or reply.get("object") == "error"):
         return None
     found = fault(0, reply)
     inside = reply.get("error")
@@ -184,11 +185,11 @@ def read(request: Request, reply: object) -> Sample:
         text, thoughts, refusal = _parts(message.get("content"))
         finish = _finish(choice)
         usage = reply.get("usage")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        what = "the reply is no chat completion"
+        reasoning = thoughts or _reasoning(message)
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        what = f"the reply is no chat completion{_written(reply)}"
         raise RetryableError(what, kind="garbled", unreachable=NO_CHAT) from error
     tokens = (_count(usage, "prompt", "input"), _count(usage, "completion", "output"))
-    reasoning = thoughts or _reasoning(message)
     stop = stop_reason(finish)
     if finish in RETRYABLE:
         raise RetryableError(f"the server broke the answer off ({finish})", kind=f"broken off ({finish})")
@@ -198,28 +199,53 @@ def read(request: Request, reply: object) -> Sample:
         refusal = refusal or _text(message.get("refusal"))
         if refusal:
             raise FinalError(f"refused: {short(refusal)}", kind="refused", tokens=tokens)
-        if finish in TOOL_CALLS or message.get("tool_calls"):
+        if finish in TOOL_CALLS or _calls_tool(message):
             raise FinalError("the model called a tool instead of answering", kind="tool call", tokens=tokens)
         if stop is StopReason.EOS and reasoning.strip():  # a server's parser found no end of the reasoning
             text, reasoning = reasoning, ""
         elif stop is StopReason.EOS or finish not in STOP_REASONS:
             raise EmptyError("the answer is empty", kind="empty")
+    if stop is StopReason.EOS and _calls_tool(message):  # what was written before is no finished answer
+        stop = StopReason.LENGTH
+    text, reasoning = _whole(text), _whole(reasoning)
     return request.sample(
         text=text, stop=stop, reasoning=reasoning, prompt_tokens=tokens[0], tokens=tokens[1]
     )
 
 
+def _calls_tool(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)}
+    return bool(message.get("tool_calls") or message.get("function_call") or TOOL_CALLS & kinds)
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD for halves of characters, which no tokeniser reads."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _written(reply: object) -> str:
+    """What a reply says that is no chat completion, such as the error of a server with its own format."""
+    if not reply or not isinstance(reply, dict) or reply.get("choices"):
+        return ""
+    return f": {short(json.dumps(reply, ensure_ascii=False))}"
+
+
 def unknown_finish(reply: object) -> str | None:
     """The finish reason of a reply that the table does not know; "" for none at all, None for a known one."""
     try:
-        finish = _finish(reply["choices"][0])  # type: ignore[index]  # what is not there raises
+        choice = reply["choices"][0]  # type: ignore[index]  # what is not there raises
+        finish = _finish(choice)
     except (KeyError, IndexError, TypeError, AttributeError):
         return None
-    return None if finish in STOP_REASONS else finish
+    if finish in STOP_REASONS or not finish:
+        return None if finish else ""
+    return short(str(choice.get("finish_reason") or choice.get("stop_reason") or finish))[:_NAME]
 
 
 def _finish(choice: Mapping[str, Any]) -> str:
-    """The finish reason. Of a proxy's and its provider's own, the one that is worse news."""
+    """The finish reason; of a proxy's and its provider's, the one by which the answer is not whole."""
     own, native = plain(choice.get("finish_reason")), plain(choice.get("native_finish_reason"))
     if not own and isinstance(choice.get("stop_reason"), str):  # of proxies before Anthropic
         own = plain(choice["stop_reason"])
@@ -232,11 +258,13 @@ def _parts(content: object) -> tuple[str, str, str]:
     """Text, reasoning and refusal of a message's content, which may be a list of parts."""
     if content is None or isinstance(content, str):
         return content or "", "", ""
+    if isinstance(content, dict):  # one part, or Google's {"parts": [...]}
+        content = content.get("parts") or [content]
     if not isinstance(content, list):
         raise TypeError(f"content is a {type(content).__name__}")
     text, thoughts, refusals = [], [], []
     for part in content:
-        kind = "text" if isinstance(part, str) else str(part.get("type") or "text")
+        kind = "text" if isinstance(part, str) else str(part.get("type") or "text").lower()
         if kind == "refusal":
             refusals.append(_text(part))
         elif _THOUGHT.search(kind):
@@ -258,7 +286,7 @@ def _text(value: object) -> str:
     if isinstance(value, Sequence):
         return "".join(map(_text, value))
     if isinstance(value, Mapping):
-        names = ("text", "thinking", "summary", "content", "refusal", "reasoning")
+        names = ("text", "thinking", "summary", "content", "refusal", "reasoning", "value")
         return next((text for name in names if (text := _text(value.get(name)))), "")
     return ""
 
@@ -266,7 +294,7 @@ def _text(value: object) -> str:
 def _count(usage: object, *names: str) -> int:
     """A number of tokens in the usage, which may be missing or damaged."""
     values = [usage.get(f"{name}_tokens") for name in names] if isinstance(usage, dict) else []
-    return next((int(value) for value in values if isinstance(value, int | float) and value >= 0), 0)
+    return next((int(value) for value in values if isinstance(value, int | float) and 0 <= value < 1e12), 0)
 
 
 def parsed(text: object) -> object:
@@ -276,6 +304,7 @@ def parsed(text: object) -> object:
     """
     if not isinstance(text, str):
         return text
+    text = text.lstrip("\ufeff")
     start = text.lstrip()[:200]
     if start.startswith(("data:", "event:", ":", "id:", "retry:")):
         return _joined(_events(text))
@@ -313,8 +342,11 @@ def _joined(chunks: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
         if chunk.get("error"):
             return {"error": chunk["error"]}
         reply |= {"usage": chunk["usage"]} if chunk.get("usage") else {}
-        for part in (chunk.get("choices") or [])[:1]:
-            delta = part.get("delta") or part.get("message") or {}
+        choices = chunk.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices else {}
+        for part in [first] if isinstance(first, dict) and not first.get("index") else []:
+            delta = part.get("delta") or part.get("message")
+            delta = delta if isinstance(delta, dict) else {}
             piece = delta.get("content")
             content += piece if isinstance(piece, list) else [piece] if piece else []
             for name, value in delta.items():
@@ -340,8 +372,5 @@ def _page(text: str) -> str:
 def short(text: str) -> str:
     """The start of a text, on one line."""
     flat = " ".join(text[: 20 * _SHORT].split())
+    flat = "".join(char if char.isprintable() else "\ufffd" for char in flat)
     return flat if len(flat) <= _SHORT else flat[: _SHORT - 1] + "\u2026"
-
-
-def _is_map(value: object) -> bool:
-    return isinstance(value, dict)

@@ -20,7 +20,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
     "verbosity": ("medium",), "response_format": ({"type": "text"},),
 }  # fmt: skip
-"""Values of unsupported keys that ask for nothing and are accepted, beside zero and empty ones."""
+"""Values of unsupported keys that change nothing and are accepted, beside zero and empty ones."""
 WITH_VLLM = {
     "tools": "calling tools",
     "functions": "calling tools",
@@ -39,7 +39,7 @@ class Limits:
     """Limits on requests."""
 
     max_images: int = 8
-    max_pixels: int = 1 << 24
+    max_pixels: int = 25_000_000
     max_tokens: int = 4096
     max_n: int = 8
     max_body_bytes: int = 32 << 20
@@ -151,7 +151,7 @@ def require_model(name: str, served: str) -> None:
 
 
 def _require_supported(values: Json) -> None:
-    """Raises ApiError for a key that is not known here, unless its value asks for nothing."""
+    """Raises ApiError for a key that is not known here, unless its value changes nothing."""
     for key in sorted(values.keys() - ChatRequest.model_fields.keys() - HARMLESS):
         if values[key] and values[key] not in NEUTRAL.get(key, ()):
             what = f"{key[:40]} is not supported"

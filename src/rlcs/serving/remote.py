@@ -122,6 +122,8 @@ def _as_endpoint_error(server: Endpoint) -> Iterator[None]:
             failure = EndpointError(str(failure), where=server.base_url, fix="change what it names")
         raise failure from error
     except (openai.OpenAIError, httpx.HTTPError, ValueError) as error:
+        if isinstance(error.__cause__, EndpointError):  # a redirect that is not followed
+            raise error.__cause__ from error
         cause = masked(str(error.__cause__ or error), server)
         what = f"the server does not answer, or not to the end ({cause})"[:500]
         fix = "start it, correct the URL and its port, or see its log"

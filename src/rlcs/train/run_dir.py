@@ -30,7 +30,7 @@ log = logging.getLogger("rlcs")
 
 
 class RunDir:
-    """The folder of one training stage (a `StageRun`), from which a stopped stage resumes.
+    """The folder of one training stage, from which a stopped stage resumes.
 
     `spent_s` is the stage's wall time over all attempts, as far as checkpoints know;
     `zero_variance_steps` counts the last steps in a row without a reward difference.
