@@ -566,6 +566,7 @@ def test_a_hub_data_set_that_cannot_be_had_is_one_error(monkeypatch, tmp_path):
         ("{}/absent", "no such file or folder"),
         ("./absent", "no such file or folder"),
         ("absent", "builtin:NAME"),
+        ("~nobody.here/rows.jsonl", "no such file or folder"),
         ("", "the source is empty"),
         ("{}/images/a.png", "not a data file"),
         ("{}/folder.jsonl", "a folder"),

@@ -60,8 +60,11 @@ def open_table(source: str, settings: Data, role: Role) -> Table:
         raise DataError(
             "the source is empty", fix="name a file, a data set folder or hub id, or builtin:NAME"
         )
-    path = Path(source).expanduser()
-    roots = (Path(settings.image_root).expanduser(),) if settings.image_root else ()
+    try:
+        path = Path(source).expanduser()
+        roots = (Path(settings.image_root).expanduser(),) if settings.image_root else ()
+    except RuntimeError as error:  # of ~NAME for a person who is not there
+        raise DataError("no such file or folder", where=source, fix="write the path without ~NAME") from error
     if is_data_file(path):
         columns, rows = read_file(path)
         return Table(source=source, rows=rows, columns=columns, folders=(path.parent,), roots=roots)

@@ -188,7 +188,7 @@ def read(request: Request, reply: object) -> Sample:
         usage = reply.get("usage")
         reasoning = thoughts or _reasoning(message)
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        what = f"the reply is no chat completion{_said(reply)}"
+        what = f"the reply is no chat completion{_content_of(reply)}"
         raise RetryableError(what, kind="garbled", unreachable=NO_CHAT) from error
     tokens = (_count(usage, "prompt", "input"), _count(usage, "completion", "output"))
     stop = stop_reason(finish)
@@ -227,7 +227,7 @@ def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _said(reply: object) -> str:
+def _content_of(reply: object) -> str:
     """What a reply says that is no chat completion, such as the error of a server with its own format."""
     if not reply or not isinstance(reply, dict) or reply.get("choices"):
         return ""
@@ -265,7 +265,7 @@ def _parts(content: object) -> tuple[str, str, str]:
     if not isinstance(content, list):
         raise TypeError(f"content is a {type(content).__name__}")
     text, thoughts, refusals = [], [], []
-    for part in content:
+    for part in filter(None, content):
         kind = "text" if isinstance(part, str) else str(part.get("type") or "text").lower()
         if kind == "refusal":
             refusals.append(_text(part))
