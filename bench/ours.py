@@ -21,7 +21,7 @@ from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model
 from rlcs.records import Grade, Problem, rollout_seed
 from rlcs.train import grpo
-from rlcs.train.stage_run import Clock
+from rlcs.train.clock import Clock
 from rlcs.train.trainer import Trainer
 
 PHASE_NAMES = {"rollout": "rollout", "reference": "logprobs", "update": "update", "grade": "step"}

@@ -52,7 +52,7 @@ HEAVY = {"torch", "torchvision", "transformers", "datasets"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
-MAX_CODE_LINES = 22_000
+MAX_CODE_LINES = 24_000
 MAX_PARAMETERS = 7
 MAX_IMPORT_SECONDS = 0.2
 
@@ -60,6 +60,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "architecture": "the rules of this file",
     "constraints": "constraints files, hooks and CI",
     "docs": "README and docs/",
+    "docs_run": "the commands in README and docs/",
     "examples": "examples/",
     "bench": "bench/",
     "container": "Dockerfile",
@@ -71,6 +72,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "generate": "the command `rlcs generate`, through generation, engines and serving",
     "vllm_lora": "adapters with vLLM, through all packages",
     "vllm_serving": "a real vLLM, through serving, evals and distill",
+    "walks": "whole walks from files to a model, through all packages",
 }
 """Tests that are not named after a module or a package of src/rlcs, and what they are about."""
 

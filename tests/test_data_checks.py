@@ -57,14 +57,14 @@ def test_prompts_are_counted_as_they_will_be_made(charts):
 def test_no_image_is_decoded(charts, monkeypatch):
     rows = load(charts("a", [(640, 480)]), Data(), decode_limit=10**7, role="rl").rows
     monkeypatch.setattr("rlcs.model.images.open_image", lambda *_, **__: pytest.fail("decoded"))
-    [bad], longest = count_prompts(recipe_of())(rows, "rl")
+    [bad], longest = count_prompts(rows, "rl", recipe_of())
     assert f"the prompt has {longest} tokens, " in bad.reason and "the limit is 256" in bad.reason
 
 
 def test_each_role_is_counted_with_its_own_system_prompt(charts):
     rows = load(charts("a", [(28, 28)]), Data(), decode_limit=10**7, role="rl").rows
     recipe = recipe_of(f"prompt.rl_system={'word ' * 400}")
-    assert len(count_prompts(recipe)(rows, "rl")[0]) == 1 and not count_prompts(recipe)(rows, "test")[0]
+    assert len(count_prompts(rows, "rl", recipe)[0]) == 1 and not count_prompts(rows, "test", recipe)[0]
 
 
 def test_a_few_long_prompts_are_left_out_of_training_and_many_are_refused(charts):

@@ -445,7 +445,7 @@ def test_a_teacher_s_tokens_and_their_cost(tmp_path):
     assert "400 requests" in text and "total: at least" in text and "without cold start" in text
 
 
-def test_rows_are_counted_without_reading_them(tmp_path):
+def test_rows_are_counted_in_every_kind_of_file(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -459,6 +459,11 @@ def test_rows_are_counted_without_reading_them(tmp_path):
     )
     assert not rows_of(str(given), ("worked",)).answered
     assert rows_of(str(tmp_path / "rows.parquet"), ("response",)) == Rows(count=3, basis="rows of the file")
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    shared = tmp_path / "shared.json"
+    shared.write_text(json.dumps([{"conversations": turns}] * 20))
+    assert rows_of(f"{shared}?part=test") == Rows(count=2, basis="rows of the file", answered=True)
+    assert rows_of(f"{shared}?part=train&share=0.2").count == 16
     assert rows_of("builtin:puzzles?count=70&seed=1").count == 70 and rows_of("builtin:puzzles").count == 1000
     assert rows_of("someone/something").count is None and rows_of(str(tmp_path)).count is None
     unknown = total("quickstart", "data.cold_start=someone/something")

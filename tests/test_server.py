@@ -35,7 +35,7 @@ from conftest import draw
 from rlcs.cli.main import app
 from rlcs.data.images import data_uri, encoded_image, open_image
 from rlcs.errors import UserError
-from rlcs.serving.protocol import Limits
+from rlcs.serving.protocol import Limits, token_logprob
 
 HOSTILE_REQUESTS = int(os.environ.get("RLCS_HOSTILE_REQUESTS", "800"))
 """`python -m bench.hostile` takes 10,000, and tells what came of them."""
@@ -244,7 +244,7 @@ def test_a_model_is_retrieved_by_its_name(client):
 def test_logprobs_have_the_bytes_of_their_tokens(client):
     settings = {"max_tokens": 60, "temperature": 1.5, "seed": 3, "logprobs": True, "top_logprobs": 3}
     choice = ask(client, asked(), **settings).choices[0]
-    entries = [entry for entry in choice.logprobs.content if not entry.token.startswith("<|")]
+    entries = choice.logprobs.content
     spelt = bytes(byte for entry in entries for byte in entry.bytes).decode(errors="replace")
     whole = spelt.replace("\ufffd", ""), choice.message.content.replace("\ufffd", "")
     assert whole[0] == whole[1] != ""
@@ -261,6 +261,7 @@ def test_logprobs_have_the_bytes_of_their_tokens(client):
     plain = ask(client, asked(), **{**settings, "top_logprobs": 0, "logprobs": False}).choices[0]
     assert plain.message.content == choice.message.content and plain.logprobs is None
     greedy = ask(client, asked(), temperature=0, logprobs=True, top_logprobs=20).choices[0]
+    assert token_logprob(("<|im_end|>", b""), -1.0)["token"] == "<|im_end|>", "it adds nothing to the text"
     first = greedy.logprobs.content[0]
     assert len(first.top_logprobs) == 20 and first.bytes in [other.bytes for other in first.top_logprobs]
 

@@ -33,7 +33,7 @@ def run(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("where", ["", "sft_grpo/final", "sft_grpo", "eval"])
+@pytest.mark.parametrize("where", ["", "sft_grpo/final", "sft_grpo"])
 def test_a_model_of_a_run_has_held_out_problems_of_it(run, tmp_path, where):
     found = example_problems(["hub/id", str(run / where)], tmp_path)
     (question, files), *others = found

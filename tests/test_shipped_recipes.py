@@ -30,7 +30,7 @@ PAPER = {
     "images.min_pixels": 3136,
     "images.rl_min_pixels": 262_144,
     "images.max_pixels": 1_204_224,
-    "data.cold_start": "WaltonFuture/Multimodal-Cold-Start",
+    "data.cold_start": "WaltonFuture/Multimodal-Cold-Start?response=answer",
     "data.rl": "WaltonFuture/Multimodal-RL-Data",
     "data.test": "hiyouga/geometry3k",
     "model.gradient_checkpointing": True,
@@ -133,14 +133,17 @@ def test_a_measurement_finds_room_beside_the_model(name, gpus, memory):
 
 
 def test_the_paper_s_data_is_read_as_the_paper_reads_it(tmp_path):
-    """One set has worked responses under `answer`, the other gold answers: the same columns in both."""
+    """One set has worked responses under `answer`, the other gold answers."""
     recipe = load_recipe("paper-7b").recipe
     (tmp_path / "one.png").write_bytes(draw(56, 56).data)
     rows = {"cold": "Twice two, so \\boxed{4}.", "rl": "4"}
     for name, answer in rows.items():
         row = {"problem": "<image>How many?", "answer": answer, "images": ["one.png"]}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    cold = load(str(tmp_path / "cold.jsonl"), recipe.data, decode_limit=10**6, role="cold_start").rows[0]
+    options = recipe.data.cold_start.partition("?")[2]
+    cold = load(
+        f"{tmp_path / 'cold.jsonl'}?{options}", recipe.data, decode_limit=10**6, role="cold_start"
+    ).rows[0]
     assert cold.response == rows["cold"] and cold.problem.answer == "4"
     assert (
         load(str(tmp_path / "rl.jsonl"), recipe.data, decode_limit=10**6, role="rl").rows[0].problem.answer

@@ -140,11 +140,31 @@ def test_what_is_no_model_says_what_there_is(run, random_model_folder, tmp_path,
     monkeypatch.chdir(run.parent.parent)
     near = f"{run.parent.name}/mien"  # it could be a hub id, but a run of nearly that name is here
     assert "did you mean" in refused(near, ModelError)
-    for name in ("nowhere", "./a/b", "/no/such", "a/b/c"):
+    for name in ("nowhere", "./a/b", "/no/such", "a/b/c", "~nobody-of-this-name/mine", "a\0b"):
         assert "there is no such folder" in refused(name, ModelError), name
     adapters = tmp_path / "adapter"
     write_json(adapters / "adapter_config.json", {})
     assert f"the whole model is in {tmp_path}" in refused(adapters, ModelError)
+
+
+def test_a_mistyped_part_of_a_run_is_no_hub_id(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    for part in ("base", "stf@3", "recipe.yaml", "sft/checkpoints", "models/step-000002", "eval/sft"):
+        message = refused(f"{run.name}/{part}", ModelError)
+        assert "the run has no such model" in message and f"name one of: {run.name}/sft," in message, part
+    monkeypatch.chdir(run)
+    assert find_source("Qwen/Qwen2.5-VL-3B-Instruct").weights == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def test_links_into_a_run_are_its_models(run, tmp_path):
+    for name, target in (("run", "."), ("stage", "sft"), ("step", "sft/checkpoints/step-000003")):
+        (tmp_path / name).symlink_to(run / target)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert find_source(f"{tmp_path}/run/sft@3").step == 3
+    for name in ("stage@3", "stage/final@3", "step"):
+        found = find_source(f"{tmp_path}/{name}")
+        assert (found.arm, found.step) == ("sft", 3), name
+    assert "there is no such folder" in refused(tmp_path / "loop", ModelError)
 
 
 def test_an_unfinished_run_says_what_it_has(run, tmp_path):
@@ -247,6 +267,8 @@ def test_adapters_are_merged_into_a_checkpoint_s_model(random_model_folder, tmp_
     assert read_json(shorter / "sft" / "done.json")["step"] == 3
     made = Path(loading.resolve(f"{run}@3"))
     assert same(weights(made), weights(shorter / "sft" / "final"))
+    for name in ("chat_template.jinja", "processor_config.json", "config.json"):  # the run's own prompt
+        assert (made / name).read_text() == (shorter / "sft" / "final" / name).read_text(), name
     assert same(
         load_file(made / "adapter" / "adapter_model.safetensors"),
         load_file(shorter / "sft" / "final" / "adapter" / "adapter_model.safetensors"),
@@ -306,8 +328,9 @@ def test_the_commands_take_a_run_and_a_step(run, tmp_path):
         assert code == 2 and f"{run}/sft_grpo@2" in errors, errors
     code, out, errors = rlcs("look", "quickstart", f"model.name={run}@2")
     assert code == 0, errors
-    code, looked, errors = rlcs("look", run)
-    assert code == 0 and out == looked, errors  # the run's recipe has the same data
+    for name in (run, run / "sft"):
+        code, looked, errors = rlcs("look", name)
+        assert code == 0 and out == looked, errors  # the run's recipe has the same data
     code, out, errors = rlcs("publish", run, "me/mine", "--dry-run")
     assert code == 0 and "files would go to me/mine" in out, errors
     assert "do not name" not in errors, "its card names the repository"

@@ -99,6 +99,12 @@ def test_broken_json_names_the_file(tmp_path, content):
         storage.read_json(tmp_path / "x.json")
 
 
+def test_the_home_folder_is_found_and_an_unknown_user_s_is_no_error(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(storage.at_home("~/data.jsonl")) == "/home/me/data.jsonl"
+    assert str(storage.at_home("~nobody-of-this-name/x")) == "~nobody-of-this-name/x"
+
+
 def test_reading_opens_no_pipe_and_no_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(DataError, match="not a regular file"):

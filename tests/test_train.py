@@ -24,11 +24,11 @@ from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
+from rlcs.train.clock import Clock
 from rlcs.train.groups import make_group, shaped_reward, tree_of
 from rlcs.train.losses import sft_loss
 from rlcs.train.rollout_log import measure
 from rlcs.train.run_dir import RunDir, step_report
-from rlcs.train.stage_run import Clock
 from rlcs.train.trainer import Batch, StepResult, Trainer, ZeroGradCounts, combined, learning_rate
 
 

@@ -315,12 +315,13 @@ def test_a_damaged_best_gives_way_to_the_next(random_model_folder, demonstration
     assert read_json(tmp_path / "done.json")["step"] == 4 and "step 2 was the best" in caplog.text
 
 
-def test_named_steps_are_kept_for_good(random_model_folder, demonstrations, tmp_path):
+def test_named_steps_are_kept_for_good(random_model_folder, demonstrations, tmp_path, caplog):
     options = {"keep_checkpoints": 1, "save_every": 2}
     train("sft", random_model_folder, tmp_path / "a", demonstrations, keep_steps=[1, 3], **options)
     assert kept(tmp_path / "a") == [1, 3, 4]
-    with pytest.raises(RecipeError, match=r"(?s)sft\.keep_steps: there is no step 7: the stage has 6"):
-        train("sft", random_model_folder, tmp_path / "b", demonstrations, keep_steps=[7])
+    assert "before keep_steps" not in caplog.text
+    train("sft", random_model_folder, tmp_path / "b", demonstrations, keep_steps=[7], **options)
+    assert "sft ends at step 6, before keep_steps=[7]" in caplog.text
 
 
 # --- the recipe and the data -----------------------------------------------------------------------
@@ -331,7 +332,6 @@ def test_named_steps_are_kept_for_good(random_model_folder, demonstrations, tmp_
     [
         (["sft.keep=best"], "set validation.sft_every"),
         (["grpo.keep=best", "validation.sft_every=5"], "set validation.grpo_every"),
-        (["grpo.keep_steps=[80]", "grpo.steps=50"], "grpo.keep_steps has 80, and grpo.steps is 50"),
         (["validation.samples=8"], "nothing is measured: set validation.sft_every"),
         (["validation.grpo_every=5", "validation.source=a.jsonl", "data.test=a.jsonl"], "too good"),
         (["validation.samples=8", "validation.grpo_every=1", "validation.temperature=0"], "temperature"),
@@ -357,6 +357,8 @@ def test_the_table_tells_validation_and_what_is_kept_only_where_it_is_on():
         "SFT keeps the checkpoints of these steps for good: 20, 40; "
         "RL ends with the model that is best in validation"
     )
+    late = load_recipe("quickstart", ["grpo.keep_steps=[80]", "grpo.steps=50"]).recipe
+    assert dict(summary_rows(late))["kept"].endswith("good: 80; RL ends at step 50, before some of them")
 
 
 def data_with(*words):

@@ -300,7 +300,7 @@ JUNK = "Q" * 200_000
         (f"data:image/png,{JUNK}", "not valid Base64"),
         ([{"bytes": list(png())}], "a list of .* numbers: write its bytes as Base64"),
         (list(png()), "a list of .* numbers"),
-        ({"x" * 300: JUNK}, "an image must have one of bytes, path"),
+        ({"x" * 300: JUNK}, "an image must have a value in one of bytes, path"),
         (f"https://host/{JUNK}", "images must be files"),
         ("x/" * 400 + "a.png", "missing|too long"),
         ({"bytes": JUNK}, "neither a path"),

@@ -179,6 +179,14 @@ def _mend_tail(file: Any) -> None:
 # ---------------------------------------------------------------------------------- reading
 
 
+def at_home(path: str) -> Path:
+    """The path with `~` and `~USER` as the home folder; unchanged where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def require_regular(path: Path) -> None:
     """Raise DataError unless `path` is a regular file; never opens a pipe or a device."""
     try:

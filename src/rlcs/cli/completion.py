@@ -61,7 +61,9 @@ def _is_run(path: Path) -> bool:
 def _paths(begun: str, wanted: Callable[[Path], bool]) -> list[str]:
     """Wanted entries of the folder in which the typed path lies; folders that are not wanted lead further."""
     head, slash, _ = begun.rpartition("/")
-    folder = Path(head + slash).expanduser() if slash else Path()
+    from rlcs.storage import at_home
+
+    folder = at_home(head + slash) if slash else Path()
     if not folder.is_dir():
         return []
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")][:_MOST]

@@ -14,8 +14,8 @@ from rlcs.cli.output import print_result
 from rlcs.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from rlcs.data.source_check import CountPrompts, SourceCheck
     from rlcs.data.sources import Role
+    from rlcs.pipeline.source_check import SourceCheck
     from rlcs.recipe.schema import Recipe
 
 RecipeOption = Annotated[
@@ -43,7 +43,7 @@ def data_check(
     With a recipe also what `rlcs run` would refuse: prompts that are too long, problems without a teacher.
     """
     from rlcs.data.good_rows import require_new_file, write_rows
-    from rlcs.data.source_check import check_source
+    from rlcs.pipeline.source_check import check_source
     from rlcs.recipe.loading import load_recipe
 
     words = list(overrides or [])
@@ -51,18 +51,17 @@ def data_check(
         words, source = [source, *words], None
     chosen = _role(role)
     resolved = load_recipe(recipe or "quickstart", words).recipe
-    count = _prompt_counter(resolved) if recipe is not None else None
     if source is None:
-        if count is None:
+        if recipe is None:
             raise UserError("nothing to check", fix="name a data source, or --recipe for all of its sources")
         if role is not None or write is not None:
             option = "--role" if role is not None else "--write"
             raise UserError("this is for one source", where=option, fix="name the source as well")
-        _check_recipe(resolved, count, json=json)
+        _check_recipe(resolved, json=json)
         return
     if write is not None:
         require_new_file(write, source)
-    found = check_source(source, chosen, resolved, count_prompts=count)
+    found = check_source(source, chosen, resolved, for_run=recipe is not None)
     facts, lines = _facts(found), _lines(found)
     if write is not None and found.good:
         write_rows(found.good, source, write, resolved.data.columns)
@@ -89,16 +88,10 @@ def _role(name: str | None) -> "Role":
     return chosen
 
 
-def _prompt_counter(recipe: "Recipe") -> "CountPrompts":
-    from rlcs.pipeline.data_checks import count_prompts
+def _check_recipe(recipe: "Recipe", *, json: bool) -> None:
+    from rlcs.pipeline.source_check import check_recipe_data
 
-    return count_prompts(recipe)
-
-
-def _check_recipe(recipe: "Recipe", count: "CountPrompts", *, json: bool) -> None:
-    from rlcs.data.source_check import check_recipe_data
-
-    checks, errors, notes = check_recipe_data(recipe, count)
+    checks, errors, notes = check_recipe_data(recipe)
     lines: list[str] = []
     for name, found in checks.items():
         lines += [f"{name}: {found.source}", *(f"  {line}" for line in _lines(found)), ""]

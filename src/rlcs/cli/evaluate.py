@@ -168,6 +168,9 @@ class GradeOptions(JudgeOptions):
     ] = None
     gold: Annotated[str | None, typer.Option(help="The gold answer to --response")] = None
     choices: Annotated[str, typer.Option(help="The options of that question, like 'a;b;c'")] = ""
+    golds: Annotated[
+        Path | None, typer.Option(help="File with the gold answers, joined by id, where rows have none")
+    ] = None
     quick_match: Annotated[
         bool, typer.Option("--quick-match", help="mathverse: an extraction must equal the gold answer")
     ] = False
@@ -179,7 +182,7 @@ class GradeOptions(JudgeOptions):
 def grade(
     options: GradeOptions,
     file: Annotated[
-        Path | None, typer.Argument(help="JSONL with id, response, answer; choices, extraction, ...")
+        Path | None, typer.Argument(help="JSONL or JSON with id, response, answer; choices, extraction, ...")
     ] = None,
 ) -> None:
     """Grade a file of answers. By the rule of rlcs or a benchmark's official rule; --explain says why."""
@@ -206,6 +209,7 @@ def grade(
         file,
         options.out,
         rule=options.rule,
+        golds=options.golds,
         allow_fallbacks=not options.strict,
         judge=judge,
     )

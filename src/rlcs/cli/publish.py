@@ -12,6 +12,7 @@ import typer
 from rlcs.cli.options import DryRun, Private, Repository
 from rlcs.cli.output import print_result
 from rlcs.errors import UserError
+from rlcs.storage import at_home
 
 publish_app = typer.Typer()
 
@@ -74,7 +75,7 @@ def _exported(name: str, repo: str) -> Iterator[Path]:
     """A folder that was exported; of a run's model one that is made for the moment, its card for `repo`."""
     from rlcs.model.source import find_source, part_of_run
 
-    path = Path(name).expanduser()
+    path = at_home(name)
     is_exported = (path / "README.md").is_file() or (path.is_dir() and part_of_run(path) is None)
     if is_exported or find_source(name).run is None:
         yield path

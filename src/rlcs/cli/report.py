@@ -27,15 +27,12 @@ def report(
         typer.echo(build(run))
         return
     from rlcs.report.live import LiveReport, make_app
-    from rlcs.serving.web import listen, make_server
+    from rlcs.serving.web import listen, run_until_stopped
 
     app = make_app(LiveReport(run))
     with listen("127.0.0.1", port) as sock:
         typer.echo(f"http://127.0.0.1:{sock.getsockname()[1]}/   Ctrl-C ends this page, never the run")
-        try:
-            make_server(app).run(sockets=[sock])
-        except KeyboardInterrupt:  # raised again by the server after it has shut down
-            typer.echo("")
+        run_until_stopped(app, sock)
 
 
 @report_app.command()

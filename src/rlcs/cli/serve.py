@@ -32,7 +32,7 @@ class ServeOptions:
     queue: Annotated[int, typer.Option(min=0, help="Most requests that wait")] = 64
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer")] = 4096
     max_images: Annotated[int, typer.Option(min=0, help="Most images of a request")] = 8
-    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of an image file")] = 1 << 24
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of an image file")] = 25_000_000
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request")] = 32 << 20
     request_s: Annotated[float, typer.Option(min=0.001, help="Most seconds of a request")] = 600.0
     cors_origin: Annotated[
@@ -113,7 +113,7 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
     from rlcs.serving.image_sources import ImageHosts
     from rlcs.serving.protocol import Limits
     from rlcs.serving.session import Session
-    from rlcs.serving.web import listen, make_server
+    from rlcs.serving.web import listen, run_until_stopped
 
     limits = Limits(**same_fields(options, Limits))
     hosts = ImageHosts(names=tuple(options.image_host or ()))
@@ -133,11 +133,8 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
         lines = ["engine   local", f"model    {service.name}", f"sampling {defaults}"]
         typer.echo("\n".join([*lines, f"serving  http://{address}:{port}/v1"]))
         sys.stdout.flush()
-        app = server.make_app(service, cors_origins=options.cors_origin or ())
-        try:
-            make_server(app).run(sockets=[sock])
-        except KeyboardInterrupt:  # raised again by uvicorn after it has shut down
-            typer.echo("stopped")
+        run_until_stopped(server.make_app(service, cors_origins=options.cors_origin or ()), sock)
+        typer.echo("stopped")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ def _study(
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
-    from rlcs.data.parts import both_parts
+    from rlcs.data.source_options import both_parts
 
     words = [f"{key}={source}" for key, source in both_parts(options.data).items()] if options.data else []
     # What is named one by one counts more than --data and than the command.

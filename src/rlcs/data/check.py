@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from rlcs.data.row_notes import counted
 from rlcs.data.rows import BadRow, Row
 from rlcs.grading import GradePool
 from rlcs.grading.inspection import equal_options
@@ -85,8 +86,7 @@ def grouped(bad: Sequence[BadRow]) -> list[str]:
     kinds = sorted(groups.values(), key=len, reverse=True)
     lines = [_kind_line(rows) for rows in kinds[:_MAX_KINDS]]
     if rest := kinds[_MAX_KINDS:]:
-        rows = sum(map(len, rest))
-        lines.append(f"{rows:,} {_rows(rows)} with {len(rest):,} further kinds of faults")
+        lines.append(f"{counted(sum(map(len, rest)))} with {len(rest):,} further kinds of faults")
     return lines
 
 
@@ -114,7 +114,3 @@ def places(rows: Sequence[BadRow]) -> list[str]:
         shown.append(where if len(where) <= _MAX_PLACE else f"...{where[-_MAX_PLACE:]}")
         before = file
     return shown
-
-
-def _rows(count: int) -> str:
-    return "row" if count == 1 else "rows"

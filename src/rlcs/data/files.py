@@ -123,9 +123,7 @@ def _open(path: Path) -> BufferedReader:
         start = file.read(len(_POINTER))
         file.seek(3 if start[:3] == _BOM else 0)
     except (OSError, EOFError) as error:
-        raise DataError(
-            f"cannot be read: {error}", where=str(path), fix="copy or download it again"
-        ) from error
+        raise _damaged(f"cannot be read: {error}", str(path)) from error
     if start[:2] in _UTF16 or b"\0" in start[:4]:
         raise DataError("the file is UTF-16", where=str(path), fix="save it as UTF-8")
     if start == _POINTER:
@@ -176,9 +174,11 @@ def _guarded(lines: Iterable[Any], path: Path) -> Iterator[Any]:
     try:
         yield from lines
     except (OSError, EOFError) as error:
-        raise DataError(
-            f"cannot be read: {error}", where=str(path), fix="copy or download it again"
-        ) from error
+        raise _damaged(f"cannot be read: {error}", str(path)) from error
+
+
+def _damaged(what: str, where: str) -> DataError:
+    return DataError(what, where=where, fix="copy or download it again")
 
 
 def _text(path: Path) -> str:
@@ -330,8 +330,7 @@ def _parquet(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
                 raise no_content(path)
         file = ParquetFile(path, page_checksum_verification=True)
     except (ArrowException, OSError) as error:
-        what = f"not a readable Parquet file: {str(error)[:_SHOWN]}"
-        raise DataError(what, where=str(path), fix="copy or download it again") from error
+        raise _damaged(f"not a readable Parquet file: {str(error)[:_SHOWN]}", str(path)) from error
     names = file.schema_arrow.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
@@ -351,8 +350,7 @@ def batch_rows(batches: Iterator[Any], name: str) -> Iterator[RawRow]:
         except StopIteration:
             return
         except (ArrowException, OSError) as error:
-            what = f"cannot be read beyond row {number}: {str(error)[:_SHOWN]}"
-            raise DataError(what, where=name, fix="copy or download it again") from error
+            raise _damaged(f"cannot be read beyond row {number}: {str(error)[:_SHOWN]}", name) from error
         short = {
             one.name: one.type.to_pandas_dtype() for one in batch.schema if str(one.type) in _SHORT_FLOATS
         }

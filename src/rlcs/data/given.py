@@ -132,10 +132,7 @@ def sentences(rows: Sequence[Row], given: Mapping[str, Demonstration], teacher: 
     if counts["given_unscored"]:
         lines.append(f"{counts['given_unscored']:,} demonstrations kept without a verdict of the grader")
     if counts["given_unchecked"]:
-        lines.append(
-            f"{counts['given_unchecked']:,} of {len(given):,} demonstrations not checked: there is no gold "
-            "answer beside the response to compare"
-        )
+        lines.append(f"{counts['given_unchecked']:,} of {len(given):,} demonstrations {UNCHECKED}")
     return lines
 
 

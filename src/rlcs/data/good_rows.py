@@ -12,7 +12,7 @@ from rlcs.data.rows import Row
 from rlcs.errors import UserError
 from rlcs.recipe.schema import Columns
 from rlcs.records import ImageRef, to_row
-from rlcs.storage import atomic_write, jsonl_lines, parse_object
+from rlcs.storage import at_home, atomic_write, jsonl_lines, parse_object
 
 
 def require_new_file(path: Path, source: str) -> None:
@@ -43,7 +43,7 @@ def write_rows(rows: Sequence[Row], source: str, path: Path, columns: Columns) -
     if lines is None:
         texts = [_json_line(writer.own(row)) for row in rows]
     else:
-        own_folder = Path(source).expanduser().resolve().parent
+        own_folder = at_home(source).resolve().parent
         texts = [
             line if own_folder == path.resolve().parent else _json_line(writer.moved(row, line))
             for row, line in zip(rows, lines, strict=True)
@@ -53,7 +53,7 @@ def write_rows(rows: Sequence[Row], source: str, path: Path, columns: Columns) -
 
 def _source_lines(rows: Sequence[Row], source: str) -> list[bytes] | None:
     """The lines of a JSONL file from which the rows were read; None if they are from no such file."""
-    path = Path(source).expanduser()
+    path = at_home(source)
     numbers = [re.fullmatch(rf"{re.escape(str(path))}:(\d+)", row.where) for row in rows]
     if path.suffix.lower() != ".jsonl" or not all(numbers):
         return None

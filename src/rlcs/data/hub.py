@@ -8,9 +8,10 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+from rlcs.storage import at_home
 
 _LOG = logging.getLogger("rlcs")
 _LIMIT_S = 5.0
@@ -19,7 +20,7 @@ _LIMIT_S = 5.0
 @contextmanager
 def cache_where_unreachable(name: str) -> Iterator[None]:
     """Within it the model or data set `name` comes from the cache, if it is on a hub that does not answer."""
-    if Path(name).expanduser().exists() or is_reachable():
+    if at_home(name).exists() or is_reachable():
         yield
         return
     from huggingface_hub import constants

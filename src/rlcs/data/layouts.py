@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-from rlcs.data.values import checked_text, first_filled, is_filled, shown, structured
+from rlcs.data.values import checked_text, first_filled, image_in, is_filled, shown, structured
 from rlcs.records import IMAGE_SLOT, Turn
 
 Fields = Mapping[str, Any]
@@ -81,7 +81,6 @@ _IMG = re.compile(r"(?:Picture \d+: ?)?<img>([^<>\n]+)</img>")
 """An image in a text, as Qwen-VL and early versions of ms-swift wrote it."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
-_SOURCES = ("image_url", "image", "url", "path", "bytes", "data", "base64", "source")
 
 
 def _turns(value: object) -> tuple[list[Turn], list[Any]]:
@@ -92,14 +91,14 @@ def _turns(value: object) -> tuple[list[Turn], list[Any]]:
     turns: list[Turn] = []
     images: list[Any] = []
     for number, item in enumerate(items, start=1):
-        for role, content in _spoken(item, f"turn {number}"):
+        for role, content in _turns_of(item, f"turn {number}"):
             text, shown_images = _content(content, f"turn {number}")
             turns.append(Turn(role=role, text=text))
             images += shown_images
     return turns, images
 
 
-def _spoken(item: object, where: str) -> list[tuple[Role, Any]]:
+def _turns_of(item: object, where: str) -> list[tuple[Role, Any]]:
     """What one entry of a conversation holds: a turn, or a pair of turns."""
     if isinstance(item, list | tuple) and len(item) == 2:
         return [("user", item[0]), ("assistant", item[1])]
@@ -142,18 +141,10 @@ def _content(content: object, where: str) -> tuple[str, list[Any]]:
             text += checked_text(part.get("text") or "", f"text of {where}")
         elif kind in _IMAGE_PARTS:
             text += IMAGE_SLOT
-            images.append(_payload(part))
+            images.append(image_in(part))  # None: the next one of the row's image column
         else:
             raise ValueError(f"{where} has a part of type {shown(kind)}: only texts and images can be used")
     return checked_text(text, where), images
-
-
-def _payload(part: Fields) -> Any:
-    """The image of a part: a path, a URL or bytes; None if it is the next one of the row's image column."""
-    value: Any = part
-    while isinstance(value, Mapping) and (key := first_filled(value, _SOURCES)) and is_filled(value[key]):
-        value = value[key]
-    return None if isinstance(value, Mapping) or not is_filled(value) else value
 
 
 def _conversation(turns: list[Turn], images: list[Any], system: object = None) -> Converted:
@@ -184,12 +175,14 @@ def _conversation(turns: list[Turn], images: list[Any], system: object = None) -
 # ---------------------------------------------------------------------------------- layouts
 
 
-def _chat(column: str) -> Callable[[Fields], Converted]:
+def _chat(tool: str, column: str) -> Layout:
+    """The layout of a conversation in one column."""
+
     def read(fields: Fields) -> Converted:
         turns, images = _turns(fields[column])
         return _conversation(turns, images, _system(fields))
 
-    return read
+    return Layout(name=f"{tool} ({column})", needs=(column,), read=read, also=_CHAT_COLUMNS)
 
 
 def _system(fields: Fields) -> object:
@@ -246,23 +239,18 @@ def _vlmevalkit(fields: Fields) -> Converted:
 
 _SYSTEM = ("system", "system_prompt")
 _LETTERS = tuple(map(chr, range(ord("C"), ord("Z") + 1)))
-_TALK = (*_SYSTEM, "tools")
+_CHAT_COLUMNS = (*_SYSTEM, "tools")
 LAYOUTS = (
-    Layout(name="chat messages (messages)", needs=("messages",), read=_chat("messages"), also=_TALK),
-    Layout(
-        name="ShareGPT or LLaVA (conversations)",
-        needs=("conversations",),
-        read=_chat("conversations"),
-        also=_TALK,
-    ),
-    Layout(name="ShareGPT (conversation)", needs=("conversation",), read=_chat("conversation"), also=_TALK),
-    Layout(name="pairs of user and assistant (texts)", needs=("texts",), read=_chat("texts"), also=_TALK),
+    _chat("chat messages", "messages"),
+    _chat("ShareGPT or LLaVA", "conversations"),
+    _chat("ShareGPT", "conversation"),
+    _chat("pairs of user and assistant", "texts"),
     Layout(name="verl (prompt, reward_model)", needs=("prompt", "reward_model"), read=_verl, lists=False),
     Layout(
         name="TRL (prompt, completion)",
         needs=("prompt",),
         read=_prompt,
-        also=("completion", *_TALK),
+        also=("completion", *_CHAT_COLUMNS),
         lists=False,
         alone=True,
     ),

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlcs.data.check import grouped
-from rlcs.data.parts import source_and_part
 from rlcs.data.rows import BadRow, Row, RowReader
+from rlcs.data.source_options import read_options
 from rlcs.data.sources import Role, is_builtin, open_builtin, open_table
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
@@ -59,7 +59,7 @@ def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: 
 
     `source` is a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, a folder or hub id of a
     Hugging Face data set (with `?split=...&config=...` if need be), or `builtin:NAME?count=...&seed=...`.
-    All but the last may end in `?part=train` or `?part=test` (see `parts`).
+    All but the last may have the options of `source_options`, as in `?part=test`.
     `decode_limit` is in pixels an image. `role` decides what a row must have: `ask` a question, `rl` and
     `test` also an answer; in `cold_start` a row with a response is a demonstration, and so is one whose
     *answer* is a worked solution that ends in a box (see `rows.demonstrated`).
@@ -70,7 +70,10 @@ def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: 
     if is_builtin(source):
         problems = open_builtin(source, role)
         return Loaded(rows=tuple(Row(problem=p, response=None) for p in problems), source=source)
-    whole, part = source_and_part(source)
+    whole, options = read_options(source)
+    if options.response is not None:
+        columns = settings.columns.model_copy(update={"response": (options.response,)})
+        settings = settings.model_copy(update={"columns": columns})
     table = open_table(whole, settings, role)
     reader = RowReader(table, settings, role=role, limit=decode_limit, decode=decode)
     rows: list[Row] = []
@@ -81,7 +84,7 @@ def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: 
             rows.append(result)
         else:
             bad.append(result)
-    rows = part.of(rows) if part else rows
+    rows = options.part.of(rows) if options.part else rows
     notes = (*table.notes, *reader.notes.lines, *_unwrapped_note(rows), *_system_note(rows))
     return Loaded(rows=tuple(rows), bad=tuple(bad), source=source, notes=notes)
 

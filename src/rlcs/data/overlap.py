@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlcs.data.images import open_image
@@ -158,7 +159,7 @@ class OverlapFinder:
                     break
             chosen.append(ref)
         self._skipped |= wanted.keys()
-        work = _decoded_look if self._look_alikes else _decoded_pixels
+        work = partial(_decoded, look_alikes=self._look_alikes)
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoders let other threads run
             for ref, (pixels, image_hash) in zip(chosen, threads.map(work, chosen), strict=True):
                 self._pixels[ref.sha256] = pixels
@@ -204,18 +205,14 @@ def _overlap(kind: Kind, a: Problem, ids: Sequence[str]) -> Overlap:
 
 
 def _problem_key(problem: Problem, images: Key) -> tuple[bytes, Key]:
-    return _question_key(problem), images
-
-
-def _question_key(problem: Problem) -> bytes:
-    """Checksum of the question's words and signs, with choices and earlier turns.
+    """Checksum of the question's words and signs, with choices and earlier turns; beside its images.
 
     Case, character width, spaces, punctuation and image slots do not count.
     """
     earlier = "\n".join(turn.text for turn in problem.history if turn.role != "system")
     text = f"{earlier}\n{problem.question_with_choices}".replace(IMAGE_SLOT, " ")
     text = _DELIMITER.sub(" ", unicodedata.normalize("NFKC", text).casefold())
-    return hashlib.blake2b(" ".join(_TOKEN.findall(text)).encode(), digest_size=16).digest()
+    return hashlib.blake2b(" ".join(_TOKEN.findall(text)).encode(), digest_size=16).digest(), images
 
 
 def _bytes_of(problem: Problem) -> Key:
@@ -230,23 +227,16 @@ def _sizes_of(problem: Problem) -> Key:
     return tuple(sorted(map(_size, problem.images)))
 
 
-def _decoded_pixels(ref: ImageRef) -> tuple[str, None]:
-    try:
-        return _checksum(open_image(ref)), None
-    except DataError:
-        return ref.sha256, None
-
-
-def _decoded_look(ref: ImageRef) -> "tuple[str, np.ndarray[Any, np.dtype[np.uint64]] | None]":
+def _decoded(
+    ref: ImageRef, *, look_alikes: bool
+) -> "tuple[str, np.ndarray[Any, np.dtype[np.uint64]] | None]":
+    """The checksum of an image's pixels, or of its bytes if it cannot be read; and its hash if wanted."""
     try:
         image = open_image(ref)
     except DataError:
         return ref.sha256, None
-    return _checksum(image), difference_hash(image)
-
-
-def _checksum(image: "Image") -> str:
-    return f"{image.size}{hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()}"
+    pixels = f"{image.size}{hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()}"
+    return pixels, difference_hash(image) if look_alikes else None
 
 
 def difference_hash(image: "Image") -> "np.ndarray[Any, np.dtype[np.uint64]]":

@@ -1,19 +1,15 @@
 """Opens the images of rows: paths, embedded bytes, Base64 texts and data URLs; each is held once."""
 
-import base64
 import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import unquote
 
 from rlcs.data.images import image_from_bytes, image_from_path, image_kind, open_image
-from rlcs.data.values import first_filled, shown, structured
+from rlcs.data.values import IMAGE_KEYS, decoded_base64, image_in, shown, structured
 from rlcs.errors import DataError
 from rlcs.records import ImageRef
 
-_KEYS = ("bytes", "path", "image", "url", "image_url")
-"""Where a mapping has its image, the first that is filled."""
 _DATA_URL = re.compile(r"(data:[^,]{0,200}?;|image/[\w.+-]{1,20};|)base64,", re.IGNORECASE)
 _QUOTED = re.compile(r"b?[\"']([A-Za-z0-9+/_\s=-]{64,})[\"']")
 """Base64 as Python prints it."""
@@ -45,7 +41,9 @@ class RowImages:
 
     def _image(self, item: object, where: str) -> ImageRef:
         if isinstance(item, Mapping):
-            item = _source(item)
+            keys, item = shown(", ".join(map(str, item))), image_in(item)
+            if item is None:
+                raise ValueError(f"an image must have a value in one of {', '.join(IMAGE_KEYS)}, not {keys}")
         if isinstance(item, list) and item and all(type(each) is int for each in item):
             raise ValueError(
                 f"{where} is a list of {len(item):,} numbers: write its bytes as Base64 or a file"
@@ -130,25 +128,11 @@ def encoded_in(text: str, where: str) -> bytes | None:
 
 
 def _decoded(text: str) -> bytes | None:
-    """Decode Base64, also of URLs, with line breaks, and without its padding; None if it is not valid."""
-    plain = "".join((unquote(text) if "%" in text else text).split()).rstrip("=")
+    """The bytes of a text in Base64; None if it is not valid."""
     try:
-        return base64.b64decode(plain.translate({45: "+", 95: "/"}) + "=" * (-len(plain) % 4), validate=True)
+        return decoded_base64(text)
     except ValueError:
         return None
-
-
-def _source(item: Mapping[object, object]) -> object:
-    """The path, the URL or the bytes of a mapping, also of one in another."""
-    value: object = item
-    while isinstance(value, Mapping):
-        key = first_filled(value, _KEYS)
-        value = value[key] if key else value
-        if key is None:
-            raise ValueError(
-                f"an image must have one of {', '.join(_KEYS)}, not {shown(', '.join(map(str, item)))}"
-            )
-    return value
 
 
 def _is_url(text: str) -> bool:

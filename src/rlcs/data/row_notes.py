@@ -4,7 +4,7 @@ from collections import Counter
 
 
 class RowNotes:
-    """Notes about rows, each kind told once with a count and the first row."""
+    """Notes about rows, each kind once, with a count and the first row."""
 
     def __init__(self) -> None:
         """Nothing is counted yet."""
@@ -36,13 +36,16 @@ class RowNotes:
     @property
     def lines(self) -> tuple[str, ...]:
         """One line for each kind of note."""
-        layouts = [f"{_rows(n)} read as {name}" for name, n in self._layouts.most_common()]
-        others = [f"{note} ({_rows(n)}, first {self._first[note]})" for note, n in self._counts.most_common()]
+        layouts = [f"{counted(n)} read as {name}" for name, n in self._layouts.most_common()]
+        others = [
+            f"{note} ({counted(n)}, first {self._first[note]})" for note, n in self._counts.most_common()
+        ]
         return (*layouts, *others)
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s' if count != 1 else ''}"
+def counted(rows: int) -> str:
+    """A number of rows: `1 row`, `2,000 rows`."""
+    return f"{rows:,} row{'s' if rows != 1 else ''}"
 
 
 def _named(column: str) -> str:

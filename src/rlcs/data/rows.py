@@ -106,13 +106,7 @@ class RowReader:
         self._images = RowImages(folders=table.folders, roots=table.roots, limit=limit, decode=decode)
         columns = settings.columns
         self._id_column = columns.id
-        self._columns = {
-            "question": columns.question,
-            "images": columns.images,
-            "answer": columns.answer,
-            "response": columns.response,
-            "choices": columns.choices,
-        }
+        self._columns: dict[str, tuple[str, ...]] = columns.model_dump(exclude={"id"})
         self._mapped = {columns.id, *(name for group in self._columns.values() for name in group)}
         if table.columns is not None and not may_be_read(table.columns):
             self._require_columns(table.columns)
@@ -296,9 +290,7 @@ class _Cells:
 
     def column(self, group: str) -> str | None:
         """The column of ours that counts: the first with a value, or else the first that is there."""
-        names = self._columns[group]
-        with_value = next((name for name in names if name in self.filled), None)
-        return with_value or next((name for name in names if name in self.fields), None)
+        return first_filled(self.fields, self._columns[group])
 
     def get(self, group: str) -> tuple[Any, bool]:
         """The value of a group, and whether there is one at all (it may be empty)."""

@@ -188,10 +188,11 @@ def hold_out(
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     """Split the last `count` problems off. Raises DataError where that is more than half of them."""
     if count > len(problems) / 2:
+        few = max(1, len(problems) // 5)
         raise DataError(
             f"validation would take {count:,} of {len(problems):,} problems of data.rl",
             where=source,
-            fix="lower validation.problems, or name other problems in validation.source",
+            fix=f"set validation.problems={few} or so, or name other problems in validation.source",
         )
     left = len(problems) - count
     return problems[:left], problems[left:]

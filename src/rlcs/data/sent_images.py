@@ -5,11 +5,10 @@ as it is. Others are decoded like the student's, shrunk if they are too large, a
 that is small. Small images are not enlarged: the server's own processor does that.
 """
 
-import base64
 import threading
 from collections import OrderedDict
 
-from rlcs.data.images import encode, encoded_image, image_kind, is_plain, open_image
+from rlcs.data.images import data_uri, encode, encoded_image, image_kind, is_plain, open_image
 from rlcs.records import ImageRef
 
 FACTOR = 28
@@ -36,8 +35,7 @@ class SentImages:
             if (url := self._cache.get(ref.sha256)) is not None:
                 self._cache.move_to_end(ref.sha256)
                 return url
-            data = sent_image(ref, max_pixels=self._max_pixels)
-            url = f"data:image/{image_kind(data)};base64,{base64.b64encode(data).decode('ascii')}"
+            url = data_uri(sent_image(ref, max_pixels=self._max_pixels))
             self._cache[ref.sha256] = url
             self._used += len(url)
             while self._used > _CACHE_BYTES and len(self._cache) > 1:

@@ -15,6 +15,7 @@ from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
 from rlcs.records import Problem
+from rlcs.storage import at_home
 
 Role = Literal["cold_start", "rl", "test", "ask"]
 """The use of a source: cold start, RL, test, or questions without answers."""
@@ -60,16 +61,13 @@ def open_table(source: str, settings: Data, role: Role) -> Table:
         raise DataError(
             "the source is empty", fix="name a file, a data set folder or hub id, or builtin:NAME"
         )
-    try:
-        path = Path(source).expanduser()
-        roots = (Path(settings.image_root).expanduser(),) if settings.image_root else ()
-    except RuntimeError as error:  # of ~NAME for a person who is not there
-        raise DataError("no such file or folder", where=source, fix="write the path without ~NAME") from error
+    path = at_home(source)
+    roots = (at_home(settings.image_root),) if settings.image_root else ()
     if is_data_file(path):
         columns, rows = read_file(path)
         return Table(source=source, rows=rows, columns=columns, folders=(path.parent,), roots=roots)
     name, options = _split_query(source, ("split", "config"))
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     split, config = options.get("split") or settings.split, options.get("config")
     by_role = split or ("test" if role == "test" else "train")
     if folder.is_dir():

@@ -4,6 +4,7 @@ Everything here raises ValueError with a reason of bounded length.
 """
 
 import ast
+import base64
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from rlcs.grading.choices import without_label
 from rlcs.grading.golds import with_commas
@@ -23,6 +25,7 @@ _DAMAGED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]|\t(ext|frac|imes|heta|an)\b
 _MAX_LITERAL = 1_000_000
 """Characters; a longer text is not read as a Python list."""
 _SHOWN = 40
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _NOTHING = ("[]", "{}", "[null]", "[None]")
 """Empty lists and mappings as tables hold them: as text."""
 
@@ -67,6 +70,26 @@ def structured(value: object) -> object:
         if isinstance(found, list | dict):
             return found
     return value
+
+
+IMAGE_KEYS = ("bytes", "path", "image", "url", "image_url", "data", "base64", "source")
+"""Where a mapping has its image, the first that is filled."""
+
+
+def image_in(value: object) -> object:
+    """The path, URL or bytes of an image that a mapping holds, also inside another; None if it has none."""
+    while isinstance(value, Mapping):
+        value = value.get(first_filled(value, IMAGE_KEYS) or "")
+    return value if is_filled(value) else None
+
+
+def decoded_base64(content: str | bytes) -> bytes:
+    """Decode Base64, also with the alphabet or the `%` escapes of URLs, white space, and no padding.
+
+    Raises ValueError.
+    """
+    plain = unquote_to_bytes(content).translate(_STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
+    return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
 
 
 def checked_text(value: object, what: str) -> str:

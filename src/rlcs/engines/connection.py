@@ -1,4 +1,4 @@
-"""Connects to a server of the recipe: its address, its key, its headers, the proxy on the way.
+"""Connects to a server of the recipe: its address, its key, its headers, the proxy in between.
 
 What is wrong with them is said in a sentence before anything is sent; secrets are in none.
 """
@@ -246,7 +246,7 @@ def _proxy_fix(place: Address) -> str:
     return f"write it like http://proxy.example.org:3128, or unset it, or set NO_PROXY={place.host}"
 
 
-def way(place: Address) -> str:
+def proxy_note(place: Address) -> str:
     """A note for messages: the variable of the proxy through which a server is reached, or ""."""
     return f", through the proxy of {variable}" if (variable := _proxy(place)[1]) else ""
 

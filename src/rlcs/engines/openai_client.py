@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from typing import Self
 
@@ -236,7 +237,7 @@ class EndpointClient:
             return untrusted
         cause = error.__cause__ or error
         name = type(cause).__name__
-        what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.way(self._address)
+        what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.proxy_note(self._address)
         is_new = name in ("ConnectError", "ConnectTimeout", "ProxyError") or not isinstance(
             error, openai.APIConnectionError
         )
@@ -351,14 +352,9 @@ def _pause(attempt: int, after_s: float | None) -> float:
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds in a `Retry-After` header, which holds a number or a date; None without a readable one."""
     value = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(headers.get("retry-after-ms", "")) / 1000)
-    except ValueError:
-        pass
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
+    for text, a_second in ((headers.get("retry-after-ms", ""), 1000), (value, 1)):
+        with suppress(ValueError):
+            return max(0.0, float(text) / a_second)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError):

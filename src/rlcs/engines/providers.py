@@ -48,6 +48,8 @@ _REFUSED = re.compile(
 )
 _BARE_LETTER = r"|(?:\b(?:argument|parameter|field|property)(?: supplied)?:? |^){}\b(?!')"
 """A name of one letter without quotes: `Unrecognized request argument supplied: n`, `n is not supported`."""
+_OTHER_LIMIT = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+"""The two names of the field with the limit of tokens, each by the other."""
 _NEUTRAL = {"top_p": 1.0, "n": 1}
 """Values that mean the same as the field's absence."""
 
@@ -94,7 +96,7 @@ class Fields:
         ours = next((name for name, theirs in self.names.items() if theirs == blamed), None)
         if ours is None and blamed not in self._server.request.extra:
             return ""  # learnt meanwhile
-        other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(blamed)
+        other = _OTHER_LIMIT.get(blamed)
         refused = bool(_REFUSED.search(f"{found.code} {found.message}"))
         if ours is None or self._server.request.quirks == "none":
             raise self._unsupported(found, blamed)
@@ -118,8 +120,7 @@ class Fields:
         key = self._server.key
         if name in self._server.request.extra:
             fix = f"take {name} out of {key('request.extra')}"
-        elif name in ("max_tokens", "max_completion_tokens"):
-            other = ({"max_tokens", "max_completion_tokens"} - {name}).pop()
+        elif other := _OTHER_LIMIT.get(name):
             fix = f"set {key('request.max_tokens')}={other}, or another limit of tokens"
         else:
             fix = f"give {name} another value, or leave it out: {key('request.omit')}=[{name}]"

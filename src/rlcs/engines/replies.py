@@ -117,11 +117,10 @@ def fault_in(reply: object) -> Fault | None:
     if not isinstance(reply, dict):
         return None
     choices = reply.get("choices")
-    inner = choices[0].get("error") if isinstance(choices, list) and choices and _is_map(choices[0]) else None
-    has_error = reply.get("error") or (reply.get("object") == "error")
-    if inner:
-        reply = {"error": inner}
-    elif not has_error or choices:
+    first = choices[0] if isinstance(choices, list) and choices else None
+    if isinstance(first, dict) and first.get("error"):
+        reply = {"error": first["error"]}
+    elif choices or not (reply.get("error") or reply.get("object") == "error"):
         return None
     found = fault(0, reply)
     inside = reply.get("error")
@@ -216,7 +215,9 @@ def read(request: Request, reply: object) -> Sample:
 
 def _calls_tool(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
-    kinds = [part.get("type") for part in content if _is_map(part)] if isinstance(content, list) else []
+    kinds = (
+        [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    )
     return bool(
         message.get("tool_calls") or message.get("function_call") or TOOL_CALLS & set(map(str, kinds))
     )
@@ -346,7 +347,7 @@ def _joined(chunks: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
         reply |= {"usage": chunk["usage"]} if chunk.get("usage") else {}
         choices = chunk.get("choices")
         first = choices[0] if isinstance(choices, list) and choices else {}
-        for part in [first] if _is_map(first) and not first.get("index") else []:
+        for part in [first] if isinstance(first, dict) and not first.get("index") else []:
             delta = part.get("delta") or part.get("message")
             delta = delta if isinstance(delta, dict) else {}
             piece = delta.get("content")
@@ -376,7 +377,3 @@ def short(text: str) -> str:
     flat = " ".join(text[: 20 * _SHORT].split())
     flat = "".join(char if char.isprintable() else "\ufffd" for char in flat)
     return flat if len(flat) <= _SHORT else flat[: _SHORT - 1] + "\u2026"
-
-
-def _is_map(value: object) -> bool:
-    return isinstance(value, dict)

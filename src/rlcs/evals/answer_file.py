@@ -7,7 +7,7 @@ unscored: it is reported with its line number and counted apart from the wrong a
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,7 @@ from rlcs.grading.official import mathvision, mathvista, wemath
 from rlcs.grading.pool import GradePool
 from rlcs.grading.rewards import Undecided, decimal_places, grade_extracted, quick_grade
 from rlcs.records import Grade, Json, Problem, option_letter
-from rlcs.storage import atomic_write, jsonl_lines, parse_object
+from rlcs.storage import atomic_write, jsonl_lines, parse_object, read_json
 
 DEADLINE_S = 2.0
 """Seconds for one formula; an answer that needs more is unscored."""
@@ -28,12 +28,22 @@ DEADLINE_S = 2.0
 NO_GOLD = "no gold answer"
 """The fault of a row without a gold answer, which may yet be read."""
 
+GOLD_KEYS = (
+    *("answer", "choices", "options", "precision", "question_type", "answer_type"),
+    *("question", "question_for_eval", "problem_version"),
+)
+"""What a file of gold answers adds to a row that lacks it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerRow:
-    """One answer to grade; with a `fault`, the reason why it cannot be, only `line` and `fields` are set."""
+    """One answer to grade; with a `fault`, the reason why it cannot be, response and answer are not set.
+
+    `line` is the number of its line, or in a JSON list or object (`unit` is then `row`) its own number.
+    """
 
     line: int
+    unit: str = "line"
     fields: Mapping[str, Any] = field(hash=False)
     response: str = ""
     answer: str = ""
@@ -45,7 +55,7 @@ class AnswerRow:
     def name(self) -> str:
         """The row's name in messages, such as `line 7 (id x)`."""
         name = self.fields.get("id")
-        return f"line {self.line}" + (f" (id {name})" if name is not None else "")
+        return f"{self.unit} {self.line}" + (f" (id {name})" if name is not None else "")
 
     @property
     def problem(self) -> Problem:
@@ -60,45 +70,89 @@ class AnswerRow:
         )
 
 
-def read_answers(path: Path) -> list[AnswerRow]:
-    """Read every line of a JSONL file. Raises DataError if there is no file or no row can be graded."""
-    rows = [_read_line(number, line) for number, line in jsonl_lines(path)]
+def read_answers(path: Path, golds: Path | None = None) -> list[AnswerRow]:
+    """Read every row of a file: JSON Lines, a list, or an object of rows by id, as MathVista's script writes.
+
+    What a row lacks of its question (`GOLD_KEYS`) is taken from the row of `golds` with its id. Raises
+    DataError if there is no file or no row can be graded.
+    """
+    known = {} if golds is None else {_id_of(row.fields): row.fields for row in _read_rows(golds)}
+    rows = [row if row.fault else _checked(_joined(row, known, golds)) for row in _read_rows(path)]
     if all(row.fault and row.fault != NO_GOLD for row in rows):
-        faults = "; ".join(f"line {row.line}: {row.fault}" for row in rows[:3])
-        raise DataError(
-            f"no row can be graded ({faults or 'the file is empty'})",
-            where=str(path),
-            fix='write JSON Lines, a row is {"id": "1", "response": "... \\\\boxed{5}", "answer": "5"}',
-        )
+        faults = "; ".join(f"{row.unit} {row.line}: {row.fault}" for row in rows[:3])
+        fix = 'write JSON Lines, a row is {"id": "1", "response": "... \\\\boxed{5}", "answer": "5"}'
+        if any("answer" not in row.fields and "response" in row.fields for row in rows):
+            fix += "; or name the benchmark's file with the gold answers: --golds FILE"
+        raise DataError(f"no row can be graded ({faults or 'the file is empty'})", where=str(path), fix=fix)
     return rows
+
+
+def _read_rows(path: Path) -> list[AnswerRow]:
+    """The rows of a file, not yet looked at."""
+    try:
+        whole = read_json(path)
+    except DataError:  # JSON Lines, or no file: that is said there
+        whole = None
+    if isinstance(whole, dict) and whole and all(isinstance(row, dict) for row in whole.values()):
+        whole = [{"id": name, **row} for name, row in whole.items()]
+    if isinstance(whole, list):
+        return [_listed(number, row) for number, row in enumerate(whole, start=1)]
+    return [_read_line(number, line) for number, line in jsonl_lines(path)]
+
+
+def _listed(number: int, row: object) -> AnswerRow:
+    if isinstance(row, dict):
+        return AnswerRow(line=number, unit="row", fields=row)
+    return AnswerRow(line=number, unit="row", fields={}, fault="a row must be a JSON object")
 
 
 def _read_line(number: int, line: bytes) -> AnswerRow:
     try:
-        fields = parse_object(line)
+        return AnswerRow(line=number, fields=parse_object(line))
     except ValueError as error:
         return AnswerRow(line=number, fields={}, fault=str(error))
+
+
+def _id_of(fields: Mapping[str, Any]) -> str:
+    """The id of a row; MathVista calls it `pid`, MathVerse `sample_index`."""
+    return str(next((fields[key] for key in ("id", "pid", "sample_index") if key in fields), ""))
+
+
+def _joined(row: AnswerRow, golds: Mapping[str, Mapping[str, Any]], path: Path | None) -> AnswerRow:
+    """The row with what it lacks of its question."""
+    if path is None:
+        return row
+    gold = golds.get(_id_of(row.fields))
+    if gold is None:
+        return row if "answer" in row.fields else replace(row, fault=f"{path.name} has no row with this id")
+    more = {key: gold[key] for key in GOLD_KEYS if key in gold and key not in row.fields}
+    return replace(row, fields={**row.fields, **more})
+
+
+def _checked(row: AnswerRow) -> AnswerRow:
+    """The row with its answer, gold answer and choices, or its fault."""
+    fields = row.fields
+    if row.fault:
+        return row
     try:
         extraction = fields.get("extraction")
         several = isinstance(fields.get("answer"), list)
         answer = gold_text(fields["answer"]) if several else _text(fields, "answer", numbers=True)
-        row = AnswerRow(
-            line=number,
-            fields=fields,
-            response=_text(fields, "response") if extraction is None or "response" in fields else "",
-            answer=answer,
-            choices=_choices(fields.get("choices")),
-            extraction=None if extraction is None else _text(fields, "extraction", numbers=True),
-            fault="" if answer.strip() else NO_GOLD,
-        )
         places = fields.get("precision")
         if places is not None and decimal_places(places) is None:
             raise ValueError(
                 f"'precision' must be a small whole number, not {json.dumps(fields['precision'])[:60]}"
             )
+        return replace(
+            row,
+            response=_text(fields, "response") if extraction is None or "response" in fields else "",
+            answer=answer,
+            choices=_choices(fields.get("choices") or fields.get("options")),
+            extraction=None if extraction is None else _text(fields, "extraction", numbers=True),
+            fault="" if answer.strip() else NO_GOLD,
+        )
     except ValueError as error:
-        return AnswerRow(line=number, fields=fields, fault=str(error))
-    return row
+        return replace(row, fault=str(error))
 
 
 def _text(fields: Mapping[str, Any], key: str, *, numbers: bool = False) -> str:
@@ -292,16 +346,19 @@ def grade_file(
     out: Path | None,
     *,
     rule: str,
+    golds: Path | None = None,
     allow_fallbacks: bool = True,
     judge: JudgeRows | None = None,
 ) -> Tally:
     """Grade the rows of a file by a rule; write them to `out`, if it is given, with their verdicts.
 
+    `golds` is a file with the questions that the rows answer, where they lack it.
+
     Raises DataError for a file that cannot be read, for an unknown rule, or if `out` is the file itself.
     """
     if out is not None and out.exists() and out.resolve() == path.resolve():
         raise DataError("this would overwrite the answers", where=str(out), fix="write to another file")
-    graded = grade_rows(read_answers(path), rule=rule, allow_fallbacks=allow_fallbacks, judge=judge)
+    graded = grade_rows(read_answers(path, golds), rule=rule, allow_fallbacks=allow_fallbacks, judge=judge)
     if out is not None:
         lines = ({**(row.fields or {"line": row.line}), **verdict_fields(grade)} for row, grade in graded)
         atomic_write(out, "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in lines))

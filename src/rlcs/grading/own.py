@@ -20,6 +20,7 @@ from typing import SupportsFloat
 
 from rlcs.errors import RecipeError
 from rlcs.records import Grade, Problem
+from rlcs.storage import at_home
 
 KEY = "grpo.reward.functions"
 _LONGEST_MESSAGE = 300
@@ -29,7 +30,7 @@ _LARGEST_REWARD = 1_000_000  # times the largest weight it is far from what a fl
 def check_function(function: str) -> str:
     """Make the path in `FILE.py:NAME` absolute. Raises RecipeError without such a function; runs no code."""
     file, _, name = function.rpartition(":")
-    path = Path(file).expanduser().resolve()
+    path = at_home(file).resolve()
     fix = "write it as {FILE.py:NAME: WEIGHT}"
     if not file or not name.isidentifier():
         raise RecipeError(f"{function!r} names no function", where=KEY, fix=fix)

@@ -57,6 +57,7 @@ class Chat:
         self._vision_end = self._control("<|vision_end|>")
         self.image_id = self._control("<|image_pad|>")
         self._bytes_of_letters = _bytes_of_letters()
+        self._control_ids = frozenset(self._tokenizer.all_special_ids)
 
     def _control(self, token: str) -> int:
         index = self._tokenizer.convert_tokens_to_ids(token)
@@ -188,7 +189,9 @@ class Chat:
         return str(self._tokenizer.decode([index]))
 
     def token_bytes(self, index: int) -> bytes:
-        """The bytes that one id stands for: often a part of a character, which no text can say."""
+        """The bytes that one id adds to a text: often a part of a character; of a control id none."""
+        if index in self._control_ids:
+            return b""
         if index not in self._tokenizer.added_tokens_decoder:
             letters = self._tokenizer.convert_ids_to_tokens(index)
             if letters is not None and all(letter in self._bytes_of_letters for letter in letters):

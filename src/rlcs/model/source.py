@@ -16,7 +16,7 @@ from rlcs.model.checkpoints import complete, folder_of, step_of
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER, ArmName
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Recipe
-from rlcs.storage import DONE, is_done, read_json
+from rlcs.storage import DONE, at_home, is_done, read_json
 
 RECIPE = "recipe.yaml"
 """The file that makes a folder a run."""
@@ -54,16 +54,17 @@ def find_source(name: str, arm: str | None = None, step: int | None = None) -> S
     if arm is not None and arm not in ARMS:
         raise UserError(f"no arm is called {arm!r}", where="--arm", fix=suggest(arm, ARMS))
     place, at, digits = name.rpartition("@")
-    if at and digits.isdecimal() and not Path(name).expanduser().exists():
+    if at and digits.isdecimal() and not at_home(name).exists():
         if step is not None:
             raise UserError("the step is given twice", where=name, fix="leave --step out")
         name, step = place, int(digits)
     if name == "builtin" and arm is None and step is None:
         return Source(weights=str(resources.files("rlcs") / "builtin_model"))
-    path = Path(name).expanduser()
+    path = at_home(name)
     if (part := part_of_run(path)) is not None:
-        run, own_arm, own_step = part
-        return _of_run(run, arm or own_arm, own_step if step is None else step)
+        return _of_run(part[0], arm or part[1], part[2] if step is None else step)
+    if (run := _run_around(path)) is not None and not (path / "config.json").is_file():
+        raise ModelError("the run has no such model", where=name, fix=_what_run_has(run))
     if arm is not None or step is not None:
         fix = "name a run folder, or leave the arm and the step out"
         raise UserError("only a run has arms and steps, and this is no run", where=name, fix=fix)
@@ -95,28 +96,39 @@ def is_run(path: Path) -> bool:
 
 
 def part_of_run(path: Path) -> tuple[Path, str | None, int | None] | None:
-    """The run, arm and step of a path in a run; None outside of one."""
+    """The run, arm and step of a path in a run, or of a link to one; None outside of one."""
     if is_run(path):
         return path, None, None
-    stage, step = path.absolute(), None
+    part = _part_by_name(path.absolute()) or (_part_by_name(path.resolve()) if path.exists() else None)
+    if part is None:
+        return None
+    run, arm, step = part
+    if not path.is_absolute() and run.is_relative_to(Path.cwd()):
+        run = run.relative_to(Path.cwd())  # as it was typed
+    return run, arm, step
+
+
+def _part_by_name(stage: Path) -> tuple[Path, str, int | None] | None:
+    step = None
     if stage.name == FINAL:
         stage = stage.parent
     elif stage.parent.name in (CHECKPOINTS, MODELS) and (step := step_of(stage.name)) is not None:
         stage = stage.parents[1]
     run = stage.parent
-    if stage.name not in TRAINING_ORDER or not is_run(run):
-        return None
-    if not path.is_absolute() and run.is_relative_to(Path.cwd()):
-        run = run.relative_to(Path.cwd())  # as it was typed
-    return run, stage.name, step
+    return (run, stage.name, step) if stage.name in TRAINING_ORDER and is_run(run) else None
+
+
+def _run_around(path: Path) -> Path | None:
+    """The run in which a path lies, or would lie; the current folder does not count, as ids have none."""
+    return next((folder for folder in path.parents if folder != Path() and is_run(folder)), None)
 
 
 def _of_run(run: Path, wanted: str | None, step: int | None) -> Source:
     recipe = load_recipe(str(run / RECIPE)).recipe
     arm = ARMS[wanted or recipe.study.main].name
-    if seeds := sorted(path.name for path in run.glob("seed-*") if is_run(path)):
-        fix = f"name one of them, say {run / seeds[0]}; there are {', '.join(seeds[:_SHOWN])}"
-        raise RunFolderError(f"the run has a model for each of {len(seeds)} seeds", where=str(run), fix=fix)
+    if seeds := _seeds(run):
+        what = f"the run has a model for each of {len(seeds)} seeds"
+        raise RunFolderError(what, where=str(run), fix=_what_run_has(run))
     if ARMS[arm].parent is None:
         if step is not None:
             fix = "leave the step out, or name an arm that is trained"
@@ -144,8 +156,15 @@ def _is_finished(stage: Path) -> bool:
     return is_done(stage) and (stage / FINAL / "config.json").is_file()
 
 
+def _seeds(run: Path) -> list[str]:
+    """The folders of a run with several seeds, each of which is a run."""
+    return sorted(path.name for path in run.glob("seed-*") if is_run(path))
+
+
 def _what_run_has(run: Path) -> str:
     """The models that can be named of a run."""
+    if seeds := _seeds(run):
+        return f"name one of them, say {run / seeds[0]}; there are {', '.join(seeds[:_SHOWN])}"
     names = []
     for arm in TRAINING_ORDER:
         stage = run / arm

@@ -4,37 +4,36 @@ A run writes what was found into the file `data_checks.json` of its folder: rows
 and the overlap of training and test data.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlcs.data.check import grouped
 from rlcs.data.rows import BadRow, Row
-from rlcs.data.run_data import RunData
-from rlcs.data.source_check import CountPrompts, Counts, too_many
+from rlcs.data.run_data import RunData, key_of
 from rlcs.data.sources import ROLES, Role
 from rlcs.errors import DataError, PromptError
-from rlcs.model.chat import Chat
-from rlcs.model.loading import load_chat
 from rlcs.recipe.schema import Recipe
 from rlcs.records import Problem
+
+if TYPE_CHECKING:
+    from rlcs.model.chat import Chat
 
 CHECKS = "data_checks.json"
 _FAR_TOO_LONG = 16
 """A prompt of so many times the limit is not counted to its end."""
 
 
-def count_prompts(recipe: Recipe) -> CountPrompts:
-    """The check of the prompts that a run of the recipe makes. It raises ModelError."""
+def count_prompts(rows: Sequence[Row], role: Role, recipe: Recipe) -> tuple[list[BadRow], int]:
+    """`long_prompts` of the prompts that a run of the recipe makes. Raises ModelError."""
+    from rlcs.model.loading import load_chat
 
-    def count(rows: Sequence[Row], role: Role) -> tuple[list[BadRow], int]:
-        chat = load_chat(recipe.model, recipe.prompt, recipe.images, rl=role == "rl")
-        return long_prompts(rows, chat, recipe.prompt.max_tokens)
-
-    return count
+    chat = load_chat(recipe.model, recipe.prompt, recipe.images, rl=role == "rl")
+    return long_prompts(rows, chat, recipe.prompt.max_tokens)
 
 
-def long_prompts(rows: Sequence[Row], chat: Chat, limit: int) -> tuple[list[BadRow], int]:
+def long_prompts(rows: Sequence[Row], chat: "Chat", limit: int) -> tuple[list[BadRow], int]:
     """The rows whose prompts have more than `limit` tokens, or cannot be made, and the most tokens of any.
 
     Images are counted by their size alone.
@@ -60,6 +59,31 @@ def long_prompts(rows: Sequence[Row], chat: Chat, limit: int) -> tuple[list[BadR
     return bad, longest
 
 
+def too_many(
+    name: str, bad: Sequence[BadRow], recipe: Recipe, *, usable: int, unread: int, longest: int
+) -> DataError | None:
+    """The error if rows without a prompt, and unread ones, are more than `data.max_bad_share` of a source.
+
+    `usable` rows could be read, `unread` ones could not; `longest` is the most tokens of a prompt.
+    """
+    total, lost, allowed = usable + unread, len(bad) + unread, recipe.data.max_bad_share
+    left = len(bad) < usable
+    if not bad or (left and lost <= allowed * total):
+        return None
+    fixes = [
+        f"set prompt.max_tokens={longest} (the longest has so many), or lower images.max_pixels"
+        if longest > recipe.prompt.max_tokens
+        else "correct them",
+        f"or leave them out with data.max_bad_share={math.ceil(100 * lost / total) / 100:g}" if left else "",
+    ]
+    return DataError(
+        f"{len(bad):,} of {usable:,} rows cannot become prompts (allowed: {allowed:.1%})\n    "
+        + "\n    ".join(grouped(bad)),
+        where=key_of(name),
+        fix=", ".join(filter(None, fixes)),
+    )
+
+
 def check_prompts(data: RunData, recipe: Recipe) -> RunData:
     """Leave training rows out whose prompts are too long, and note them; measured problems count as wrong.
 
@@ -77,12 +101,11 @@ def check_prompts(data: RunData, recipe: Recipe) -> RunData:
         if not each:
             continue
         role: Role = next((known for known in ROLES if known == name), "test")
-        bad, longest = count_prompts(recipe)(each, role)
+        bad, longest = count_prompts(each, role, recipe)
         facts[name] = {**facts.get(name, {}), "prompts_too_long": len(bad), "longest_prompt": longest}
         if bad:
             unread = facts[name].get("left_out", 0)
-            counts = Counts(usable=len(each), unread=unread, longest=longest)
-            if error := too_many(name, bad, counts, recipe):
+            if error := too_many(name, bad, recipe, usable=len(each), unread=unread, longest=longest):
                 errors.append((longest, error))
             done = f"left out of {name}" if name in ("cold_start", "rl") else f"count as wrong in {name}"
             notes += [f"{done}: {line}" for line in grouped(bad)]

@@ -38,11 +38,11 @@ from rlcs.train import sft
 from rlcs.train.checkpoint import capture_rng, restore_rng
 from rlcs.train.trackers import try_trackers
 
-TRIED_PROBLEMS = 8
+IMAGE_PROBLEMS = 8
 """Problems with the largest images, of which one is answered: not all need fit."""
 TRIAL_TOKENS = 16
 """Longest answer of a trial, unless it is a full one."""
-_TRIED_PROBLEMS = 3
+_TEACHER_PROBLEMS = 3
 _TRIAL_TIMEOUT_S = 120.0
 _BASE_FILES = 256
 """Open files of a run beside connections and grader processes: libraries, data, logs."""
@@ -52,7 +52,7 @@ Work = Callable[[], Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Coming:
+class Remaining:
     """The stages of a run that are not done: folders to train, arms to measure, demonstrations to make."""
 
     train: tuple[str, ...]
@@ -65,7 +65,7 @@ class Coming:
         return any(arm in RL_ARMS for arm in self.train)
 
     @classmethod
-    def of(cls, recipe: Recipe, folder: Path, data: RunData) -> "Coming":
+    def of(cls, recipe: Recipe, folder: Path, data: RunData) -> "Remaining":
         """What the run in a folder has left to do."""
         needed = {stage for arm in recipe.study.arms for stage in stages_behind(arm)}
         missing = any(row.response is None for row in data.cold_start)
@@ -85,7 +85,7 @@ class Preflight:
         """Nothing is tried yet; `needs` are those of the run's engines."""
         self.recipe, self.folder = recipe, folder
         self._data, self._needs, self._world, self._stop = data, needs, world, stop
-        self._coming = world.first(lambda: Coming.of(recipe, folder, data))
+        self._remaining = world.first(lambda: Remaining.of(recipe, folder, data))
 
     def run(self, view: Screen, *, logs: Path) -> dict[str, float]:
         """Make every check, a line for each; returns their seconds. `logs` is for vLLM's logs and weights.
@@ -113,8 +113,8 @@ class Preflight:
         return seconds
 
     def _checks(self, logs: Path) -> Mapping[str, Work]:
-        coming, mode = self._coming, self.recipe.study.preflight
-        if mode == "off" or not (coming.train or coming.measure):
+        remaining, mode = self._remaining, self.recipe.study.preflight
+        if mode == "off" or not (remaining.train or remaining.measure):
             return {}
         real = mode == "full" or self.recipe.rollout.engine == "local"
         checks: dict[str, Work] = {
@@ -124,9 +124,9 @@ class Preflight:
             "model, disk": self._first(self._model_and_disk),
             "reward": self._first(self._reward),
         }
-        if coming.asks_teacher:
+        if remaining.asks_teacher:
             checks["teacher"] = self._first(self._teacher)
-        if coming.train and any(self.recipe.trackers.model_dump().values()):
+        if remaining.train and any(self.recipe.trackers.model_dump().values()):
             checks["trackers"] = self._first(self._trackers)
         if self.recipe.rollout.engine != "local":
             checks["vLLM"] = self._first(self._vllm)
@@ -177,7 +177,7 @@ class Preflight:
         recipe, needed = self.recipe, _BASE_FILES
         if recipe.rollout.engine == "vllm_server":
             needed += recipe.rollout.concurrency * (len(recipe.rollout.urls) or recipe.rollout.servers)
-        needed += recipe.teacher.concurrency if self._coming.asks_teacher else 0
+        needed += recipe.teacher.concurrency if self._remaining.asks_teacher else 0
         needed += recipe.grpo.reward.judge.concurrency if "judge" in recipe.grpo.reward.weights else 0
         needed += 4 * (recipe.grpo.reward.workers or os.cpu_count() or 1) * len(recipe.grpo.reward.weights)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -198,7 +198,7 @@ class Preflight:
         """Prepare the structure of the model for each stage, and compare the space that it takes."""
         recipe, stages = self.recipe, dict[str, StageSpace]()
         demonstrations = len(self._data.cold_start) * max(1, recipe.teacher.max_kept)
-        for name in self._coming.train:
+        for name in self._remaining.train:
             settings = recipe.sft if name == "sft" else recipe.grpo
             steps = sft.steps_of(recipe.sft, demonstrations) if name == "sft" else recipe.grpo.steps
             vlm = loading.load(recipe.learner, weights=False)
@@ -216,7 +216,7 @@ class Preflight:
 
     def _reward(self) -> Sequence[str]:
         """Call the parts of the reward that are still needed: a mistake in it must not wait for RL."""
-        reward, rl = self.recipe.grpo.reward, self._coming.rl
+        reward, rl = self.recipe.grpo.reward, self._remaining.rl
         with (
             TemporaryDirectory() as replies,
             open_graders(reward, ALONE, Path(replies), only_correct=not rl, trial=True) as (grader, _),
@@ -230,15 +230,14 @@ class Preflight:
         if teacher.who == "local":
             loading.load(Model(name=str(teacher.model)), weights=False)
             return self._startable(teacher.rollout, "teacher.rollout")
-        problems = [row.problem for row in self._data.cold_start if row.response is None][:_TRIED_PROBLEMS]
+        problems = [row.problem for row in self._data.cold_start if row.response is None][:_TEACHER_PROBLEMS]
         brief = {
             "max_tokens": min(teacher.max_tokens, TRIAL_TOKENS),
             "max_retries": min(teacher.max_retries, 1),
+            "concurrency": 1,  # a second problem is asked about only where the first is refused
+            "request_timeout_s": min(teacher.request_timeout_s, _TRIAL_TIMEOUT_S),
         }
-        brief["concurrency"] = 1  # a second problem is asked about only where the first is refused
-        short = teacher.model_copy(
-            update={**brief, "request_timeout_s": min(teacher.request_timeout_s, _TRIAL_TIMEOUT_S)}
-        )
+        short = teacher.model_copy(update=brief)
         samples: list[Sample] = []
         known = {problem.id: problem for problem in problems}
         with (
@@ -288,14 +287,14 @@ class Preflight:
         A full trial allows the longest answer, and loads the weights a second time, as after a step of RL.
         """
         recipe = self.recipe
-        longest = max(recipe.grpo.max_new_tokens if self._coming.rl else 0, recipe.eval.max_new_tokens)
+        longest = max(recipe.grpo.max_new_tokens if self._remaining.rl else 0, recipe.eval.max_new_tokens)
         loading.give_back_memory()
         vlm = loading.spread(loading.load(recipe.model, world=self._world), recipe.parallel)
-        chat: Chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=self._coming.rl)
+        chat: Chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=self._remaining.rl)
         sampling = chat.sampling(
             n=1, temperature=0.0, max_new_tokens=longest if full else min(longest, TRIAL_TOKENS), seed=0
         )
-        problems = self._data.rl if self._coming.rl else self._data.test
+        problems = self._data.rl if self._remaining.rl else self._data.test
         prompts = [largest_prompt(chat, problems)] if self._world.rank == 0 else []
         with open_engines(self._needs, logs) as make:
             engine = make(vlm, chat, 1)
@@ -308,7 +307,7 @@ class Preflight:
 def largest_prompt(chat: Chat, problems: Sequence[Problem]) -> Prompt:
     """The prompt of the problem with the largest image, of those that fit. Raises DataError if none does."""
     error = DataError("there are no problems", fix="check the data source")
-    for problem in sorted(problems, key=_pixels, reverse=True)[:TRIED_PROBLEMS]:
+    for problem in sorted(problems, key=_pixels, reverse=True)[:IMAGE_PROBLEMS]:
         [prompt] = chat.prompts([problem])
         if isinstance(prompt, Prompt):
             return prompt

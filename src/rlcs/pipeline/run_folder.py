@@ -1,10 +1,11 @@
 """The folder of a run: its recipe, the log of each start, and the versions and command behind its numbers."""
 
+import fcntl
 import hashlib
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
@@ -134,6 +135,22 @@ def _holds_results(folder: Path, changed: Iterable[str]) -> bool:
         for pattern in _WORK
         for path in folder.rglob(pattern)
     )
+
+
+def hold(folder: Path, until: ExitStack) -> None:
+    """Hold a run folder until the stack ends (or the process, however it ends).
+
+    Raises RunFolderError while another process holds it: two would write into the same files.
+    """
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    file = until.enter_context((folder / "logs" / "lock").open("a"))
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        fix = f"wait for it or stop it, or choose another --out; `rlcs report {folder} --live` follows it"
+        raise RunFolderError("another process is running in it now", where=str(folder), fix=fix) from error
+    except OSError as error:
+        log.info("%s: the file system has no locks (%s)", folder, error.strerror)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from rlcs.model.vlm import Vlm
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.preflight import Preflight
-from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
+from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
@@ -95,9 +95,11 @@ class Study:
         """Run every stage that is not done; returns the summary, which is also in summary.json."""
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
-        log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
-        with log_here, memory_advice(self.recipe, self._world):
-            return self._run_stages()
+        with ExitStack() as stack:
+            self._world.first(lambda: hold(self.folder, stack))
+            log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
+            with log_here, memory_advice(self.recipe, self._world):
+                return self._run_stages()
 
     @contextmanager
     def _engines(self) -> Iterator[None]:

@@ -1,13 +1,14 @@
 """Counts the rows of a data source without reading them, where that is quick."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import parse_qs
 
+from rlcs.data.files import is_data_file, read_file
+from rlcs.data.source_options import read_options
 from rlcs.data.sources import is_builtin
+from rlcs.storage import at_home
 
 PUBLISHED: Mapping[str, int] = MappingProxyType(
     {
@@ -18,6 +19,8 @@ PUBLISHED: Mapping[str, int] = MappingProxyType(
 )
 """Rows of the paper's sets on the hub; of Geometry3K those of its test split."""
 _BUILTIN_COUNT = 1000
+_CONVERSATIONS = ("conversations", "messages", "conversation", "completion")
+"""Columns of other layouts, whose last turn is mostly an answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,27 +37,23 @@ def rows_of(source: str, response: tuple[str, ...] = ()) -> Rows:
     if is_builtin(source):
         given = parse_qs(source.partition("?")[2]).get("count", [""])[0]
         return Rows(count=int(given) if given.isdigit() else _BUILTIN_COUNT, basis="built in")
-    if source in PUBLISHED:
-        return Rows(count=PUBLISHED[source], basis="published size", answered="Cold-Start" in source)
-    path = Path(source).expanduser()
-    if not path.is_file():
+    name, options = read_options(source)
+    if name in PUBLISHED:
+        return Rows(count=PUBLISHED[name], basis="published size", answered="Cold-Start" in name)
+    path = at_home(name)
+    if not (path.is_file() and is_data_file(path)):
         return Rows(count=None, basis="unknown")
+    columns, rows = read_file(path)
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = set(file.schema_arrow.names)
-        return Rows(
-            count=file.metadata.num_rows, basis="rows of the file", answered=bool(columns & {*response})
-        )
-    if path.suffix != ".jsonl":
-        return Rows(count=None, basis="unknown")
-    with path.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"")
-        count = bool(first) + sum(bool(line.strip()) for line in lines)
-    try:
-        row = json.loads(first)
-    except ValueError:
-        row = {}
-    answered = isinstance(row, dict) and any(row.get(name) for name in response)
-    return Rows(count=count, basis="lines of the file", answered=answered)
+        count, first = pyarrow.parquet.read_metadata(path).num_rows, dict.fromkeys(columns or (), True)
+    else:
+        remaining = iter(rows)
+        first = dict(getattr(next(remaining, None), "fields", {}))
+        count = bool(first) + sum(1 for _ in remaining)
+    answers = {*response, *([options.response] if options.response else ()), *_CONVERSATIONS}
+    if options.part is not None:
+        held_out = round(count * options.part.share)
+        count = held_out if options.part.name == "test" else count - held_out
+    return Rows(count=count, basis="rows of the file", answered=any(first.get(each) for each in answers))

@@ -11,7 +11,7 @@ from rlcs.plan.planner import MemoryPlan, StagePlan, answer_seconds
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.plan.stages import placed, plan_stages
 from rlcs.plan.total import Total, demonstrations_of, total_of
-from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.loading import changed, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,7 @@ def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: As
     assumed_here = assumed.model_copy(update={"demonstrations": demonstrations.count or 0})
 
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
-        recipe = load_recipe(name, [*overrides, *more]).recipe
-        return plan_stages(recipe, sizes, replace(machine, gpus=gpus), assumed_here)
+        return plan_stages(changed(chosen, more), sizes, replace(machine, gpus=gpus), assumed_here)
 
     stages, advice = attempt((), machine.gpus), None
     learner, measured = placed(chosen, sizes, machine)

@@ -27,7 +27,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """The parts of a plan that one kind of work needs at once."""
 LEAST_SAVED = 0.01
-"""Changes that save a smaller share of the memory are not told."""
+"""Changes that save a smaller share of the memory are left out."""
 MOST_CHANGES = 7
 COSTS = {
     "model.gradient_checkpointing": "about a third more time",

@@ -1,7 +1,7 @@
 """The stages that a command runs, in their order, and what they come to: hours, GPU-hours, money, tokens."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlcs.distill.chains import Chain
@@ -60,10 +60,6 @@ class Total:
 
     def to_json(self) -> dict[str, Any]:
         """The total for scripts."""
-        teacher = None
-        if self.teacher is not None:
-            names = ("requests", "prompt_tokens", "completion_tokens", "cost")
-            teacher = {name: getattr(self.teacher, name) for name in names}
         paid = None if self.price is None else round(self.price.amount * (self.gpu_hours or self.hours), 2)
         return {
             "arms": list(self.arms),
@@ -74,7 +70,7 @@ class Total:
             "cost": paid,
             "currency": self.price.currency if self.price else None,
             "unknown": list(self.unknown),
-            "teacher": teacher,
+            "teacher": None if self.teacher is None else asdict(self.teacher),
         }
 
     def to_text(self) -> Iterator[str]:
@@ -115,7 +111,7 @@ def total_of(
     data = recipe.data
     test = rows_of(data.test)
     measured = _hours(test.count, answers["eval"])
-    note = f"{_count(test, 'problems')}"
+    note = _count(test, "problems")
     given = rows_of(data.cold_start, data.columns.response)
     items = [Item(name="measuring base", hours=measured, note=note)]
     needed = [s for s in TRAINING_ORDER if any(s in stages_behind(arm) for arm in recipe.study.arms)]

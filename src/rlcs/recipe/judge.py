@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +9,7 @@ from pydantic import Field, model_validator
 from rlcs.errors import RecipeError
 from rlcs.recipe.sampling import Endpoint, Seconds, Server
 from rlcs.recipe.section import Positive, Weight
+from rlcs.storage import at_home
 
 PLACEHOLDERS = ("question", "answer", "response", "extracted")
 """What a template may name: question with choices, gold answer, response, final answer in its box."""
@@ -65,7 +65,7 @@ class Judge(Server):
             return self.template
         where = f"{KEY}.template"
         try:
-            text = Path(self.template).expanduser().read_text(encoding="utf-8")
+            text = at_home(self.template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             fix = "name a text file, or write the prompt itself, with {response}"
             raise RecipeError(f"cannot read {self.template}: {error}", where=where, fix=fix) from error

@@ -361,8 +361,6 @@ class Recipe(Section):
                 raise ValueError(
                     f"{name}.keep=best chooses by validation: set validation.{name}_every, to 10 say"
                 )
-        if late := [step for step in self.grpo.keep_steps if step > self.grpo.steps]:
-            raise ValueError(f"grpo.keep_steps has {late[0]:,}, and grpo.steps is {self.grpo.steps:,}")
         if self.validation.on and self.validation.source == self.data.test:
             raise ValueError(
                 "validation.source is data.test: a model that is chosen by its score there would look too "

@@ -146,6 +146,8 @@ def _kept_rows(sft: Sft, grpo: Grpo) -> list[tuple[str, str]]:
         parts += [f"{name} ends with the model that is best in validation"] if stage.keep == "best" else []
         steps = ", ".join(f"{step:,}" for step in stage.keep_steps)
         parts += [f"{name} keeps the checkpoints of these steps for good: {steps}"] if steps else []
+    if any(step > grpo.steps for step in grpo.keep_steps):
+        parts.append(f"RL ends at step {grpo.steps:,}, before some of them")
     return [("kept", "; ".join(parts))] if parts else []
 
 

@@ -122,10 +122,7 @@ def _unfinished(run: Run) -> Iterator[str]:
 def _place(run: Run) -> str:
     """The first stage that is not done, in brackets; empty where all are."""
     at = next((row for row in progress(run) if row.state != "done"), None)
-    if at is None:
-        return ""
-    where = f"{at.done:,} of {at.total:,}" if at.total else "begun" if at.state == "begun" else "comes next"
-    return f" ({run.folder.name}, {at.name}: {where})"
+    return "" if at is None else f" ({run.folder.name}, {at.name}: {at.place})"
 
 
 def _not_answered(results: Sequence[ArmResult]) -> Iterator[str]:

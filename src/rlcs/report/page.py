@@ -104,13 +104,10 @@ def _at(now: Sequence[tuple[str, Sequence[Progress], str]]) -> Progress | None:
 
 def _while_running(conclusions: Conclusions, at: Progress) -> Conclusions:
     """The head of the live page of an unfinished run: the stage and the time left, then what is known."""
-    unit = "" if at.key.startswith("eval_") else "step "
-    where = (
-        f"{unit}{at.done:,} of {at.total:,}" if at.total else "begun" if at.state == "begun" else "waiting"
-    )
+    unit = "step " if at.total and not at.key.startswith("eval_") else ""
     left = "" if at.left_s is None else f", about {duration(at.left_s)} left"
     return Conclusions(
-        headline=f"{at.name}: {where}{left}",
+        headline=f"{at.name}: {unit}{at.place}{left}",
         lead=f"{conclusions.headline}.",
         notes=tuple(note for note in conclusions.notes if note.serious),
     )
@@ -133,7 +130,7 @@ def _validation_charts(
     found = []
     for curve in validated:
         if curve.stage in stages:
-            k = next((f"; dashed: pass@{p.k}" for p in curve.points if p.pass_at_k is not None), "")
+            k = next((f"; dashed: pass@{p.samples}" for p in curve.points if p.pass_at_k is not None), "")
             title = f"Validation accuracy, {ARMS[curve.stage].stage}{k}"
             found.append((title, charts.validation_chart(curve)))
     return found

@@ -18,12 +18,13 @@ from rlcs.data.rows import Row
 from rlcs.errors import DataError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.source import RECIPE, is_run
+from rlcs.model.source import RECIPE, part_of_run
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.loading import list_recipes, load_recipe
 from rlcs.recipe.stages import Turns
 from rlcs.records import Demonstration, Prompt
 from rlcs.report.pages import templates, write_page
+from rlcs.storage import at_home
 from rlcs.train.sft import tree_of
 
 
@@ -53,8 +54,8 @@ def look_at(what: str, overrides: Sequence[str], *, row: int) -> View:
 
     Raises DataError for a row that is missing or cannot be a prompt.
     """
-    if is_run(folder := Path(what).expanduser()):
-        what = str(folder / RECIPE)
+    if (part := part_of_run(at_home(what))) is not None:
+        what = str(part[0] / RECIPE)
     is_recipe = what in list_recipes() or Path(what).suffix in (".yaml", ".yml")
     recipe = load_recipe(what if is_recipe else "quickstart", overrides).recipe
     source = recipe.data.cold_start if is_recipe else what

@@ -8,6 +8,7 @@ from rlcs.progress import median_rate
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER, stages_behind
 from rlcs.report.findings import phases, recipe_values
 from rlcs.report.load_run import Run, number, read_object, read_text
+from rlcs.storage import DONE, is_done
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,11 @@ class Progress:
     def share(self) -> float:
         """The share that is done, from 0 to 1."""
         return 1.0 if self.state == "done" else min(1.0, self.done / self.total) if self.total else 0.0
+
+    @property
+    def place(self) -> str:
+        """How far it is: `40 of 80`, or its state where the total is unknown."""
+        return f"{self.done:,} of {self.total:,}" if self.total else self.state
 
 
 def progress(run: Run) -> list[Progress]:
@@ -59,7 +65,7 @@ def newest_log(folder: Path) -> Path | None:
 
 def _measurement(run: Run, arm: str) -> Progress:
     answered = len(run.answers.get(arm, ()))
-    done = (run.folder / "eval" / arm / "done.json").is_file()
+    done = is_done(run.folder / "eval" / arm)
     return Progress(
         key=f"eval_{arm}",
         name=f"Measuring: {ARMS[arm].label}",
@@ -71,7 +77,7 @@ def _measurement(run: Run, arm: str) -> Progress:
 
 def _stage(run: Run, key: str) -> Progress:
     rows = run.curves.get(key, ())
-    finished = (run.folder / key / "done.json").is_file()
+    finished = is_done(run.folder / key)
     last = int((number(rows[-1], "step") if rows else 0) or 0)
     total = int((number(rows[-1], "steps") if rows else 0) or 0)
     by_phase = ([seconds for _, seconds in points] for points in phases(rows).values())
@@ -82,7 +88,7 @@ def _stage(run: Run, key: str) -> Progress:
         key=key,
         name=ARMS[key].stage if key in ARMS else "Cold start",
         state="done" if finished else "begun" if begun else "waiting",
-        done=last or int(number(read_object(run.folder / key / "done.json"), "kept") or 0),
+        done=last or int(number(read_object(run.folder / key / DONE), "kept") or 0),
         total=total,
         left_s=(total - last) / rate if rate and total and not finished else None,
     )

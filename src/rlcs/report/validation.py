@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rlcs.recipe.arms import TRAINING_ORDER
-from rlcs.report.load_run import Row, Run, number, part
+from rlcs.records import from_row_or_none
+from rlcs.report.load_run import Row, Run, number
 
 _EARLY = 0.8
 """The best step is well before the end when it lies in the first 80% of the steps."""
@@ -13,14 +14,14 @@ _EARLY = 0.8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """One measurement: shares of right answers; `k` samples to a problem for `pass_at_k`."""
+    """One row of validation.jsonl: shares of right answers; `samples` to a problem are k of `pass_at_k`."""
 
     step: int
     accuracy: float
     low: float
     high: float
     n: int
-    k: int
+    samples: int
     pass_at_k: float | None
 
 
@@ -58,7 +59,8 @@ def validation_curves(runs: Sequence[Run]) -> list[ValidationCurve]:
         if by_run:
             steps = sorted(set.intersection(*(set(points) for points in by_run)))
             points = tuple(_mean([each[step] for each in by_run]) for step in steps)
-            kept = [number(run.done.get(stage, {}), "step") for run in runs if _chosen(run, stage)]
+            chosen = [run for run in runs if run.done.get(stage, {}).get("chosen") == "best"]
+            kept = [number(run.done.get(stage, {}), "step") for run in chosen]
             same = kept[0] if len(set(kept)) == 1 else None
             if points:
                 at = None if same is None else int(same)
@@ -66,33 +68,9 @@ def validation_curves(runs: Sequence[Run]) -> list[ValidationCurve]:
     return found
 
 
-def _chosen(run: Run, stage: str) -> bool:
-    return run.done.get(stage, {}).get("chosen") == "best"
-
-
 def _measured(rows: Sequence[Row]) -> dict[int, Measured]:
-    found = {}
-    for row in rows:
-        step, accuracy = number(row, "step"), number(row, "accuracy")
-        if step is not None and accuracy is not None:
-            low, high = number(row, "low"), number(row, "high")
-            found[int(step)] = Measured(
-                step=int(step),
-                accuracy=accuracy,
-                low=accuracy if low is None else low,
-                high=accuracy if high is None else high,
-                n=int(number(row, "n") or 0),
-                k=int(number(row, "samples") or 1),
-                pass_at_k=_pass_at_k(row),
-            )
-    return dict(sorted(found.items()))
-
-
-def _pass_at_k(row: Row) -> float | None:
-    """pass@k of the largest k, written as a number or by k."""
-    by_k = part(row, "pass_at_k")
-    largest = max((name for name in by_k if name.isdecimal()), key=int, default=None)
-    return number(row, "pass_at_k") if largest is None else number(by_k, largest)
+    found = [each for row in rows if (each := from_row_or_none(Measured, row)) is not None]
+    return {each.step: each for each in found}
 
 
 def _mean(points: Sequence[Measured]) -> Measured:
@@ -102,5 +80,5 @@ def _mean(points: Sequence[Measured]) -> Measured:
     wide = [point.pass_at_k for point in points if point.pass_at_k is not None]
     return Measured(
         step=points[0].step, accuracy=fmean(shares), low=min(shares), high=max(shares), n=points[0].n,
-        k=points[0].k, pass_at_k=fmean(wide) if wide else None,
+        samples=points[0].samples, pass_at_k=fmean(wide) if wide else None,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from rlcs.data import puzzles
 from rlcs.data.images import encoded_image, image_kind
 from rlcs.data.problem_store import PROBLEMS
 from rlcs.errors import DataError
+from rlcs.model.source import part_of_run
 from rlcs.records import IMAGE_SLOT, Problem
 from rlcs.records.rows import from_row_or_none
 from rlcs.storage import jsonl_lines, parse_object
@@ -17,8 +18,6 @@ from rlcs.storage import jsonl_lines, parse_object
 MOST = 6
 _ROWS_READ = 200
 """Rows of a run's problems that are looked at, for those with images."""
-_LEVELS = 5
-"""A model lies at most so many folders inside its run: RUN/seed-1/sft_grpo/checkpoints/step-80."""
 
 
 def example_problems(names: Sequence[str], folder: Path) -> list[tuple[str, list[str]]]:
@@ -47,17 +46,12 @@ def example_problems(names: Sequence[str], folder: Path) -> list[tuple[str, list
 
 def run_of(name: str) -> Path | None:
     """The run folder that a model is, or lies in, if its measurement has begun."""
-    path = Path(name).absolute()
-    if not path.exists():
-        return None
-    for folder in (path, *path.parents[:_LEVELS]):
-        if (folder / "recipe.yaml").exists() and (folder / "eval" / PROBLEMS).exists():
-            return folder
-    return None
+    part = part_of_run(Path(name).expanduser())
+    return part[0] if part is not None and (part[0] / "eval" / PROBLEMS).exists() else None
 
 
 def _held_out(folder: Path) -> Iterator[Problem]:
-    """Problems that a page can show: with images that are there, and nothing said before them."""
+    """Problems that a page can show: with images that are there, and no turns before the question."""
     for _, line in islice(jsonl_lines(folder / PROBLEMS), _ROWS_READ):
         try:
             problem = from_row_or_none(Problem, parse_object(line))

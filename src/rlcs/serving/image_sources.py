@@ -5,7 +5,6 @@ its own network: not by a name that resolves there, by a redirect, or by another
 """
 
 import asyncio
-import base64
 import ipaddress
 import re
 import socket
@@ -16,6 +15,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import httpcore
 import httpx
 
+from rlcs.data.values import decoded_base64
 from rlcs.errors import UserError
 
 DOWNLOAD_S = 20.0
@@ -23,7 +23,6 @@ DOWNLOAD_S = 20.0
 MAX_REDIRECTS = 3
 MOST_ESCAPES = 1_000_000
 """Most `%` escapes of a data URL, which are decoded one by one."""
-_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _UNICAST = ipaddress.ip_network("2000::/3")
 _PORTS = {"http": 80, "https": 443}
@@ -55,9 +54,8 @@ def read_data_url(url: str) -> bytes:
         if content and "%" not in body:
             raise ImageUrlError("this data: URL is not base64 (data:image/png;base64,...)")
         return content
-    packed = content.translate(_STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
     try:
-        return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
+        return decoded_base64(content)
     except ValueError as error:
         raise ImageUrlError(f"broken base64: {error}") from error
 

@@ -39,7 +39,7 @@ class Limits:
     """Limits on requests."""
 
     max_images: int = 8
-    max_pixels: int = 1 << 24
+    max_pixels: int = 25_000_000
     max_tokens: int = 4096
     max_n: int = 8
     max_body_bytes: int = 32 << 20
@@ -177,18 +177,23 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def token_logprob(content: bytes, logprob: float, others: Sequence[tuple[bytes, float]] = ()) -> Json:
+Spelling = tuple[str, bytes]
+"""A token's name, and the bytes that it adds to the text: of a control token (the end of a turn) none."""
+
+
+def token_logprob(token: Spelling, logprob: float, others: Sequence[tuple[Spelling, float]] = ()) -> Json:
     """One entry of `logprobs.content`, with the tokens that were most likely there (`top_logprobs`)."""
     return {
-        **_logprob(content, logprob),
+        **_logprob(token, logprob),
         "top_logprobs": [_logprob(other, its_logprob) for other, its_logprob in others],
     }
 
 
-def _logprob(content: bytes, logprob: float) -> Json:
+def _logprob(token: Spelling, logprob: float) -> Json:
     """A token: a part of a character, which is no text, is written by its bytes, as OpenAI does."""
+    name, content = token
     try:
-        text = content.decode()
+        text = content.decode() or name
     except UnicodeDecodeError:
         text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
     return {"token": text, "logprob": logprob, "bytes": list(content)}

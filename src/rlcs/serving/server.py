@@ -282,14 +282,16 @@ class _Reply:
 
     async def _counted(self) -> AsyncIterator[tuple[Token, Json | None]]:
         """Count and yield tokens, with their `logprobs` if those are requested."""
-        spelt = self._service.session.chat.token_bytes
+        chat = self._service.session.chat
         async for token in self._tokens:
             self._completion += 1
             self._service.metrics.completion_tokens.inc()
             entry = None
             if self._options.logprobs:
-                others = [(spelt(other), logprob) for other, logprob in token.likeliest]
-                entry = token_logprob(spelt(token.id), token.logprob, others)
+                ids = (token.id, *(other for other, _ in token.likeliest))
+                own, *spelt = [(chat.token(index), chat.token_bytes(index)) for index in ids]
+                others = [(each, logprob) for each, (_, logprob) in zip(spelt, token.likeliest, strict=True)]
+                entry = token_logprob(own, token.logprob, others)
             yield token, entry
 
     async def _whole(self) -> Response:

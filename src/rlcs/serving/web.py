@@ -1,6 +1,7 @@
 """Makes the web server of every page and API of rlcs: uvicorn with time limits on idle connections."""
 
 import asyncio
+import contextlib
 import socket
 from typing import Any
 
@@ -41,6 +42,12 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
     return uvicorn.Server(config)
+
+
+def run_until_stopped(app: ASGIApp, sock: socket.socket) -> None:
+    """Serve on a listening socket until SIGINT or SIGTERM."""
+    with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn after it has shut down
+        make_server(app).run(sockets=[sock])
 
 
 class _IdleLimitProtocol(H11Protocol):

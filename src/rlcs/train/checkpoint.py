@@ -391,7 +391,8 @@ def _remove(path: Path) -> None:
 def load_latest(folder: Path, world: World = ALONE) -> TrainState | None:
     """The newest checkpoint that passes its checks, or None if there is none.
 
-    A damaged one is renamed to `.bad` with a RuntimeWarning, and the next older one is tried. Rank 0
+    Leftovers of a killed save are removed, which may be large and are never read. A damaged
+    checkpoint is renamed to `.bad` with a RuntimeWarning, and the next older one is tried. Rank 0
     checks; the other ranks open the one that it found.
     """
     found = world.first(lambda: _newest(folder))
@@ -413,6 +414,7 @@ def _verified(folder: Path, step: int) -> Path:
 
 
 def _newest(folder: Path) -> tuple[Path, int] | None:
+    _tidy(folder)
     for step, path in sorted(complete(folder).items(), reverse=True):
         try:
             read_verified(path, step)

@@ -26,9 +26,10 @@ from rlcs.recipe.stages import Grpo
 from rlcs.records import Grade, Group, Problem, Prompt, Rollout, Sampling, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step, shared
+from rlcs.train.clock import Clock
 from rlcs.train.groups import make_group, tree_of, zero_variance
 from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
-from rlcs.train.stage_run import Clock, StageRun
+from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, combined, logprobs_of
 
 
@@ -97,7 +98,7 @@ def train(
     problems: Sequence[Problem],
     settings: Grpo,
     *,
-    run: StageRun,
+    run: RunDir,
     screen: Screen,
     stop: StopFlag,
 ) -> None:
@@ -305,7 +306,7 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
     return objective
 
 
-def _stop_unscored(run: StageRun, groups: Sequence[Group], *, step: int, first: int) -> NoReturn:
+def _stop_unscored(run: RunDir, groups: Sequence[Group], *, step: int, first: int) -> NoReturn:
     """Keep the steps before this one, and end the run with the reason why no answer is scored."""
     run.keep_rollouts(step + 1, groups)
     if step > first:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlcs.data.stream import ProblemStream
 from rlcs.distributed import World
-from rlcs.errors import CheckpointError, RecipeError
+from rlcs.errors import CheckpointError
 from rlcs.model.loading import save
 from rlcs.progress import Screen
 from rlcs.recipe.execution import Trackers as TrackerSettings
@@ -30,7 +30,7 @@ log = logging.getLogger("rlcs")
 
 
 class RunDir:
-    """The folder of one training stage (a `StageRun`), from which a stopped stage resumes.
+    """The folder of one training stage, from which a stopped stage resumes.
 
     `spent_s` is the stage's wall time over all attempts, as far as checkpoints know;
     `zero_variance_steps` counts the last steps in a row without a reward difference.
@@ -83,8 +83,7 @@ class RunDir:
         self._trainer, self._stream, self._steps = trainer, stream, steps
         self._world = trainer.vlm.world
         if late := [step for step in self._settings.keep_steps if step > steps]:
-            what, where = f"there is no step {late[0]:,}: the stage has {steps:,}", f"{self.name}.keep_steps"
-            raise RecipeError(what, where=where, fix="name steps up to the last one")
+            log.warning("%s ends at step %d, before keep_steps=%s", self.name, steps, late)
         self._first(self._trackers.skip_what_was_sent)
         state = checkpoint.load_latest(self._checkpoints, self._world)
         self._read_validation(0 if state is None else state.step)

@@ -21,8 +21,9 @@ from rlcs.recipe.stages import Sft, Turns
 from rlcs.records import Branch, Demonstration, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
+from rlcs.train.clock import Clock
 from rlcs.train.losses import Average, LossSums, sft_loss
-from rlcs.train.stage_run import Clock, StageRun
+from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Batch, Objective, Trainer
 
 log = logging.getLogger("rlcs")
@@ -52,7 +53,7 @@ def train(
     demonstrations: Sequence[Demonstration],
     settings: Sft,
     *,
-    run: StageRun,
+    run: RunDir,
     screen: Screen,
     stop: StopFlag,
 ) -> None:

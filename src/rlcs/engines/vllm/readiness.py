@@ -14,6 +14,7 @@ from rlcs.recipe.sampling import EngineSettings, Rollouts
 
 LARGEST_SHARE = 0.6
 """Largest `memory_share` of a vLLM server on a GPU that also trains."""
+_OLDEST = f"{OLDEST[0]}.{OLDEST[1]}"
 _VERSION_LIMIT_S = 180.0
 _POLL_S = 0.5
 _SHOWN = 300
@@ -31,11 +32,11 @@ def require_startable(settings: EngineSettings, section: str) -> str:
             raise ModelError(
                 "vLLM is not installed beside rlcs",
                 where=f"{section}.engine=vllm_colocated",
-                fix=f"pip install 'vllm>={OLDEST[0]}.{OLDEST[1]}' here, or use {section}.engine=vllm_server "
+                fix=f"pip install 'vllm>={_OLDEST}' here, or use {section}.engine=vllm_server "
                 f"with {section}.executable=/another/environment/bin/vllm",
             ) from None
     where = f"{section}.executable={settings.executable}"
-    fix = "install vLLM (>= 0.32) in an environment and name its bin/vllm there"
+    fix = f"install vLLM (>= {_OLDEST}) in an environment and name its bin/vllm there"
     try:
         done = subprocess.run(
             [settings.executable, "--version"],
@@ -61,7 +62,7 @@ def _new_enough(version: str, where: str) -> str:
     found = re.search(r"(\d+)\.(\d+)\S*", version)
     if found is None or (int(found[1]), int(found[2])) < OLDEST:
         what = f"vLLM {version} is too old" if found else f"it says no version of vLLM: {version!r}"
-        raise ModelError(what, where=where, fix=f"use vLLM {OLDEST[0]}.{OLDEST[1]} or newer")
+        raise ModelError(what, where=where, fix=f"use vLLM {_OLDEST} or newer")
     return found[0]
 
 
@@ -70,7 +71,7 @@ def require_reachable(settings: Rollouts) -> None:
     with httpx.Client(trust_env=False, timeout=settings.health_limit_s) as client:
         for url in settings.urls:
             end = time.monotonic() + settings.health_limit_s
-            while (why := _why_not_well(client, url.rstrip("/"))) and time.monotonic() < end:
+            while (why := _fault_of_server(client, url.rstrip("/"))) and time.monotonic() < end:
                 time.sleep(_POLL_S)
             if why:
                 raise EndpointError(
@@ -81,8 +82,8 @@ def require_reachable(settings: Rollouts) -> None:
                 )
 
 
-def _why_not_well(client: httpx.Client, url: str) -> str:
-    """Why a server is not well; empty if it is."""
+def _fault_of_server(client: httpx.Client, url: str) -> str:
+    """Why a server does not answer as it should; empty if it does."""
     try:
         status = client.get(f"{url}/health").status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:

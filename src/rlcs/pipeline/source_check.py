@@ -1,53 +1,21 @@
 """What `rlcs data check` finds in a data source, and in all sources of a recipe."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.data.check import grouped, option_notes, unmatchable
+from rlcs.data.check import option_notes, unmatchable
 from rlcs.data.given import grade_given, sentences, unanswerable, why_left_out
 from rlcs.data.loading import load, require_usable
 from rlcs.data.rows import BadRow, Row
-from rlcs.data.run_data import RunData, by_pass_rate, compare_with_test, key_of, sources_of
+from rlcs.data.run_data import RunData, by_pass_rate, compare_with_test, sources_of
 from rlcs.data.sources import Role
 from rlcs.errors import DataError
+from rlcs.pipeline.data_checks import count_prompts, too_many
 from rlcs.recipe.schema import Recipe
 from rlcs.records import Problem
 
-CountPrompts = Callable[[Sequence[Row], Role], tuple[list[BadRow], int]]
-"""Makes the prompts of rows in one role: those that cannot become one, and the most tokens of any."""
 _PIXELS_A_TOKEN = 28 * 28
 _BYTES_A_TOKEN = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counts:
-    """Rows of a source that could and could not be read, and the tokens of its longest prompt."""
-
-    usable: int
-    unread: int
-    longest: int
-
-
-def too_many(name: str, bad: Sequence[BadRow], counts: Counts, recipe: Recipe) -> DataError | None:
-    """The error if rows without a prompt, and unread ones, are more than `data.max_bad_share` of a source."""
-    total, lost, allowed = counts.usable + counts.unread, len(bad) + counts.unread, recipe.data.max_bad_share
-    left = len(bad) < counts.usable
-    if not bad or (left and lost <= allowed * total):
-        return None
-    too_long = counts.longest > recipe.prompt.max_tokens
-    fixes = [
-        f"set prompt.max_tokens={counts.longest} (the longest has so many), or lower images.max_pixels"
-        if too_long
-        else "correct them",
-        f"or leave them out with data.max_bad_share={math.ceil(100 * lost / total) / 100:g}" if left else "",
-    ]
-    return DataError(
-        f"{len(bad):,} of {counts.usable:,} rows cannot become prompts (allowed: {allowed:.1%})\n    "
-        + "\n    ".join(grouped(bad)),
-        where=key_of(name),
-        fix=", ".join(filter(None, fixes)),
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +34,11 @@ class SourceCheck:
     refusal: str = ""
 
 
-def check_source(
-    source: str, role: Role, recipe: Recipe, *, count_prompts: CountPrompts | None = None
-) -> SourceCheck:
+def check_source(source: str, role: Role, recipe: Recipe, *, for_run: bool) -> SourceCheck:
     """Read a source, decode every image, and try every gold answer, response and prompt.
 
-    With `count_prompts` the recipe is the one that will run: its model, teacher and limits decide too. Raises
-    DataError when the source as a whole cannot be used.
+    With `for_run` the recipe is the one that will run: its model, teacher and limits decide too. Raises
+    DataError when the source as a whole cannot be used, and ModelError.
     """
     data = recipe.data
     loaded = load(source, data, decode_limit=recipe.images.decode_limit, role=role, decode=True)
@@ -86,15 +52,16 @@ def check_source(
             row.refused(why) for row, each in wrong if each and (why := why_left_out(each, recipe.teacher))
         ]
         notes += sentences(rows, given, recipe.teacher)
-        bad += unanswerable(rows, recipe.teacher) if count_prompts else []
+        bad += unanswerable(rows, recipe.teacher) if for_run else []
     refusal = ""
-    if count_prompts is not None:
-        too_long, longest = count_prompts(rows, role)
+    if for_run:
+        too_long, longest = count_prompts(rows, role, recipe)
         bad += too_long
         try:
             require_usable(loaded, data)
-            counts = Counts(usable=len(rows), unread=len(loaded.bad), longest=longest)
-            if error := too_many(role, too_long, counts, recipe):
+            if error := too_many(
+                role, too_long, recipe, usable=len(rows), unread=len(loaded.bad), longest=longest
+            ):
                 raise error
             if role == "rl":
                 by_pass_rate([row.problem for row in rows], data)
@@ -103,7 +70,7 @@ def check_source(
     bad_ids = {each.id for each in bad}
     good = tuple(row for row in rows if row.problem.id not in bad_ids)
     notes += option_notes(row.problem for row in good)
-    notes += _batch_notes(role, len(good), recipe) if count_prompts else _length_notes(good, recipe)
+    notes += _batch_notes(role, len(good), recipe) if for_run else _length_notes(good, recipe)
     return SourceCheck(
         role=role, source=source, rows=rows, good=good, bad=_once(bad), notes=tuple(notes), refusal=refusal
     )
@@ -149,9 +116,7 @@ def _length_notes(rows: Sequence[Row], recipe: Recipe) -> list[str]:
     ]
 
 
-def check_recipe_data(
-    recipe: Recipe, count_prompts: CountPrompts
-) -> tuple[dict[str, SourceCheck], dict[str, str], list[str]]:
+def check_recipe_data(recipe: Recipe) -> tuple[dict[str, SourceCheck], dict[str, str], list[str]]:
     """Check all sources that a run of the recipe reads, then the overlap of training and test.
 
     Returns what was found in each source by its name, errors of sources that cannot be read, and notes.
@@ -160,7 +125,7 @@ def check_recipe_data(
     errors: dict[str, str] = {}
     for name, (source, role) in sources_of(recipe.study, recipe.data, recipe.validation).items():
         try:
-            found = check_source(source, role, recipe, count_prompts=count_prompts)
+            found = check_source(source, role, recipe, for_run=True)
             checks[name] = found
         except DataError as error:
             errors[name] = str(error)

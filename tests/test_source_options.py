@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from rlcs.cli.main import app
 from rlcs.data.loading import load
-from rlcs.data.parts import both_parts, source_and_part
+from rlcs.data.source_options import both_parts, read_options
 from rlcs.data.sources import Role
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
@@ -73,9 +73,9 @@ def test_a_mistyped_part_is_named(file, query, fault):
 
 
 def test_other_options_stay_with_the_source():
-    source, part = source_and_part("me/mine?split=val&part=test")
-    assert source == "me/mine?split=val" and part is not None and part.name == "test"
-    assert source_and_part("builtin:puzzles?count=3") == ("builtin:puzzles?count=3", None)
+    source, options = read_options("me/mine?split=val&part=test")
+    assert source == "me/mine?split=val" and options.part is not None and options.part.name == "test"
+    assert read_options("builtin:puzzles?count=3")[0] == "builtin:puzzles?count=3"
     assert both_parts("me/mine?split=val")["data.rl"] == "me/mine?split=val&part=train"
 
 
@@ -85,3 +85,12 @@ def test_one_file_is_enough_for_a_dry_run_of_all_stages(file, tmp_path):
     assert done.exit_code == 0, done.output
     assert "sharegpt.json?part=train" in done.output and "sharegpt.json?part=test" in done.output
     assert "also in" not in done.output, "no row of the test is trained on"
+
+
+def test_a_source_names_the_column_of_its_responses(tmp_path):
+    """As the paper's data needs it: a short answer without a box is a response there, and only there."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "2 + 3?", "answer": "It is five."}\n')
+    (plain,) = load(str(path), Data(), decode_limit=1, role="cold_start").rows
+    (named,) = load(f"{path}?response=answer", Data(), decode_limit=1, role="cold_start").rows
+    assert plain.response is None and named.response == "It is five."

@@ -1,4 +1,7 @@
-"""One source for training and test: `FILE?part=train` and `?part=test` share no image and no question."""
+"""Options of a source: which part of it is meant, and which column holds the responses.
+
+`FILE?part=train` and `FILE?part=test` share no image and no question.
+"""
 
 import hashlib
 import re
@@ -13,7 +16,7 @@ from rlcs.records import Problem
 SHARE = 0.1
 """Share of the rows that are held out, unless the source says another (`?part=test&share=0.2`)."""
 _PARTS = ("train", "test")
-_OPTION = re.compile(r"(part|share)=([^&]*)")
+_OPTION = re.compile(r"(part|share|response)=([^&]*)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,23 +40,35 @@ class Part:
         ]
 
 
-def source_and_part(source: str) -> tuple[str, Part | None]:
-    """A source without its options `part` and `share`, and what they say. Raises DataError."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOptions:
+    """What a source says of its rows: the part that is meant, and the column that holds responses."""
+
+    part: Part | None = None
+    response: str | None = None
+
+
+def read_options(source: str) -> tuple[str, SourceOptions]:
+    """A source without its options `part`, `share` and `response`, and what they say. Raises DataError."""
     name, mark, query = source.partition("?")
     options = query.split("&") if mark else []
     matches = [match for option in options if (match := _OPTION.fullmatch(option))]
     chosen = {match[1]: match[2] for match in matches}
-    if not chosen:
-        return source, None
     left = "&".join(option for option in options if not _OPTION.fullmatch(option))
-    part, share = chosen.get("part", ""), chosen.get("share", str(SHARE))
+    part = (
+        _part(source, chosen.get("part", ""), chosen.get("share"))
+        if {"part", "share"} & set(chosen)
+        else None
+    )
+    return f"{name}?{left}" if left else name, SourceOptions(part=part, response=chosen.get("response"))
+
+
+def _part(source: str, part: str, share: str | None) -> Part:
     if part not in _PARTS:
         raise DataError(f"no part {part!r}", where=source, fix="write ?part=train or ?part=test")
-    if not re.fullmatch(r"0?\.\d{1,6}", share) or float(share) == 0:
+    if share is not None and (not re.fullmatch(r"0?\.\d{1,6}", share) or float(share) == 0):
         raise DataError(f"share={share} is not between 0 and 1", where=source, fix="write share=0.1, say")
-    return f"{name}?{left}" if left else name, Part(
-        name="test" if part == "test" else "train", share=float(share)
-    )
+    return Part(name="test" if part == "test" else "train", share=SHARE if share is None else float(share))
 
 
 def both_parts(source: str) -> dict[str, str]:
