@@ -102,6 +102,7 @@ def test_an_answer_in_parts_is_one_demonstration_after_one_request(tmp_path):
         ({"content": [], "reasoning_details": [{"text": "so \\boxed{5}"}]}, "so \\boxed{5}", ""),
         ({"content": [{"type": "thinking", "thinking": "so 5"}]}, "so 5", ""),
         ({"content": [{"type": "TEXT", "text": {"value": "5", "annotations": []}}]}, "5", ""),
+        ({"content": [None, "", {"type": "text", "text": "5"}]}, "5", ""),
         ({"content": {"type": "text", "text": "5"}}, "5", ""),
         ({"content": {"parts": [{"text": "5"}], "role": "model"}}, "5", ""),
         ({"content": "5\ud800 \ud83d\ude00"}, "5\ufffd \U0001f600", ""),

@@ -105,6 +105,14 @@ def test_what_is_filled(value, filled):
         ["A) 10", "B) 12"],
         ["(A) 10", "(B) 12"],
         ["a: 10", "b: 12"],
+        ["A、10", "B、12"],
+        ["Ａ．10", "Ｂ．12"],
+        ["A：10", "B：12"],
+        ["（A）10", "（B）12"],
+        ["[A] 10", "[B] 12"],
+        ["**A.** 10", "**B.** 12"],
+        ["**A**. 10", "**B**. 12"],
+        ["Option A: 10", "Option B: 12"],
         {"A": "10", "B": 12},
         {"B": "12", "A": "10", "C": None},
         {"(a)": "10", "(b)": "12"},
@@ -126,7 +134,16 @@ def test_choices_in_every_form(value):
 
 @pytest.mark.parametrize(
     "value",
-    [["A", "B"], ["A. x", "y"], ["B. x", "C. y"], ["A. x", "C. y"], ["Apple", "Bread"], ["A.5", "2.5"]],
+    [
+        ["A", "B"],
+        ["A. x", "y"],
+        ["B. x", "C. y"],
+        ["A. x", "C. y"],
+        ["Apple", "Bread"],
+        ["A.5", "2.5"],
+        ["A、B", "B、C"],
+        ["A - 5", "B - 5"],
+    ],
 )
 def test_letters_that_are_not_consecutive_labels_stay(value):
     assert choices_of(value) == tuple(value)
@@ -283,7 +300,7 @@ JUNK = "Q" * 200_000
         (f"data:image/png,{JUNK}", "not valid Base64"),
         ([{"bytes": list(png())}], "a list of .* numbers: write its bytes as Base64"),
         (list(png()), "a list of .* numbers"),
-        ({"x" * 300: JUNK}, "an image must have one of bytes, path"),
+        ({"x" * 300: JUNK}, "an image must have a value in one of bytes, path"),
         (f"https://host/{JUNK}", "images must be files"),
         ("x/" * 400 + "a.png", "missing|too long"),
         ({"bytes": JUNK}, "neither a path"),

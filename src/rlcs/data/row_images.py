@@ -43,7 +43,7 @@ class RowImages:
         if isinstance(item, Mapping):
             keys, item = shown(", ".join(map(str, item))), image_in(item)
             if item is None:
-                raise ValueError(f"an image must have one of {', '.join(IMAGE_KEYS)}, not {keys}")
+                raise ValueError(f"an image must have a value in one of {', '.join(IMAGE_KEYS)}, not {keys}")
         if isinstance(item, list) and item and all(type(each) is int for each in item):
             raise ValueError(
                 f"{where} is a list of {len(item):,} numbers: write its bytes as Base64 or a file"

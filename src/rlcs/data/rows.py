@@ -14,7 +14,15 @@ from rlcs.data.layouts import LAYOUTS, Converted, Layout, may_be_read, recognise
 from rlcs.data.row_images import RowImages, image_items, looks_like_image
 from rlcs.data.row_notes import RowNotes
 from rlcs.data.sources import Role, Table, suggest
-from rlcs.data.values import checked_text, choices_of, first_filled, gold_text, is_filled, shown
+from rlcs.data.values import (
+    checked_text,
+    choices_of,
+    first_filled,
+    gold_text,
+    is_filled,
+    shown,
+    undamaged,
+)
 from rlcs.errors import DataError
 from rlcs.grading.answers import compare
 from rlcs.grading.extraction import extract
@@ -399,7 +407,7 @@ def _with_slots(question: str, row: _Cells, images: tuple[ImageRef, ...]) -> tup
 
 def _unwrapped(gold: str, choices: tuple[str, ...], *, needed: bool) -> tuple[str, str]:
     """The plain gold answer, and the mark around it. Raises ValueError if nothing can match a needed one."""
-    if needed and (fault := gold_fault(gold, choices)):
+    if needed and (fault := gold_fault(undamaged(gold), choices)):
         raise ValueError(fault)
     found = unwrap(gold)
     return (gold, "") if found.text is None else (found.text, found.why)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from unicodedata import normalize
 
 from rlcs.grading.compare import LABEL, Verdict, either, no, same, yes
 from rlcs.grading.reading import read, spelled
@@ -13,6 +14,12 @@ _CHOICE = re.compile(
     r"\\?[(\[{]?([A-Za-z])(?:\\?[)\]}][.:]?| ?[.:,]| [-=]) *(\S.*)|\\?[(\[{]?([A-Za-z])\\?[)\]}]?[.:,]?",
     re.DOTALL,
 )
+_OPTION = re.compile(
+    r"(?:\*\*)?(?:option |choice )?[(\[（【]?([A-ZＡ-Ｚ])(?:\*\*)?"
+    r"(?:[)\]）】][.:：]?|[.:：．]|、(?!(?-i:[A-Z])\b))(?:\*\*)? *(\S.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+"""Further labels of options: full-width letters and marks, square brackets, bold ones, `Option B:`."""
 _LETTER_THEN_VALUE = re.compile(r"([A-Z])(?: |(?=\())(\S.*)", re.DOTALL)
 _RUN = re.compile("[A-Z]{2,}")
 _VALUE_THEN_LETTER = re.compile(r"(.*\S) ?\(([A-Z])\)", re.DOTALL)
@@ -144,7 +151,10 @@ def letter_index(text: str, options: Sequence[str]) -> int | None:
 
 
 def without_label(choice: str, index: int) -> str:
-    """Remove a choice's label: `B. 12` or `(B) 12` as the second of the choices is `12`."""
-    match = LABEL.fullmatch(choice.strip())
-    own = match and match[1] and match[2] and match[1].upper() == option_letter(index)
+    """Remove a choice's label: `B. 12`, `(B) 12`, `B、12` or `**B.** 12` as the second choice is `12`."""
+    text = choice.strip()
+    match = LABEL.fullmatch(text)
+    if not match or not match[1]:
+        match = _OPTION.fullmatch(text)
+    own = match and match[1] and match[2] and normalize("NFKC", match[1]).upper() == option_letter(index)
     return match[2] if match and own else choice
