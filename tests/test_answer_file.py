@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from plain_grading import grade
-from rlcs.evals.answer_file import grade_file
+from rlcs.errors import DataError
+from rlcs.evals.answer_file import grade_file, read_answers
 from rlcs.records import Problem
 from test_grading_official import needs_files, read
 
@@ -201,3 +202,20 @@ def test_the_reward_cases(tmp_path: Path) -> None:
     grade_file(file, tmp_path / "out.jsonl", rule="rlcs", allow_fallbacks=False)
     verdicts = {row["id"]: row["correct"] is True for row in rows_of(tmp_path / "out.jsonl")}
     assert [case["id"] for case in cases if verdicts[case["id"]] != case["expected"]] == []
+
+
+def test_what_rows_lack_of_their_question_comes_from_the_file_of_golds(tmp_path):
+    golds = tmp_path / "golds.json"
+    golds.write_text(json.dumps({"1": {"answer": "B", "options": ["3", "4"]}, "2": {"answer": "9"}}))
+    rows = [{"pid": "1", "response": "\\boxed{4}"}, {"id": 2, "answer": "7", "response": "\\boxed{7}"}]
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps([*rows, {"id": "3", "response": "\\boxed{1}"}, "no row"]))
+    tally = grade_file(answers, None, rule="rlcs", golds=golds)
+    assert [grade.correct for _, grade in tally.graded] == [True, True, None, None]
+    assert tally.unscored == [
+        "row 3 (id 3): golds.json has no row with this id",
+        "row 4: a row must be a JSON object",
+    ]
+    answers.write_text(json.dumps(rows[:1]))
+    with pytest.raises(DataError, match="--golds FILE"):
+        read_answers(answers)

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +60,17 @@ def test_median_rate_shrugs_off_one_slow_step() -> None:
     assert median_rate([0.5, 0.5, 60.0, 0.5]) == 2.0
     assert median_rate([9.0] * 50 + [0.25] * 20) == 4.0
     assert median_rate([]) == 0.0 and median_rate([0.0]) == 0.0
+
+
+def test_answers_that_come_together_after_a_wait_have_their_mean_rate(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rlcs.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    out = io.StringIO()
+    with screen("eval", 20, quiet=True, stream=out) as shown:
+        now[0] = 30.0
+        for done in range(1, 11):
+            shown.advance(done)
+    assert out.getvalue().splitlines()[-1] == "eval 10/20  3.0 s each, 0:30 left"
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_appended(tmp_path: Path) -> None:
