@@ -1,6 +1,7 @@
 """LoRA: adapters start at zero, learn alone, resume and merge exactly, and step aside as the reference."""
 
 import json
+import resource
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from conftest import LengthGrader, Stopper, make_problem, tree_of
 from rlcs.data import puzzles
 from rlcs.data.run_data import load_run_data
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import CheckpointError, RecipeError
+from rlcs.errors import CheckpointError, RecipeError, RunFolderError
 from rlcs.grading.reward import WeightedSum
 from rlcs.model import loading
 from rlcs.model import lora as adapters
@@ -380,3 +381,14 @@ def test_adapters_alone_learn_a_game(random_model_folder, tmp_path):
         grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)
     rewards = [row["reward"] for row in rows_of(tmp_path / "metrics.jsonl")]
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.2
+
+
+def test_a_model_that_the_disk_has_no_room_for_is_an_error_with_a_way_out(vlm, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(RunFolderError, match="cannot write the model") as caught:
+            loading.save(vlm, tmp_path / "final")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "free some space" in str(caught.value)

@@ -259,7 +259,7 @@ def test_what_only_the_user_can_decide_ends_the_run_with_the_key_to_set(refused,
     with refusing(**refused) as server:
         with pytest.raises(EndpointError, match=told):
             asked(server, count=500, **request_fields)
-        assert len(server.seen) < 110
+        assert len(server.seen) < 250, "half of the requests were not even sent"
 
 
 def test_top_p_of_one_may_be_left_out_whatever_the_complaint():

@@ -99,8 +99,9 @@ class _Stage(ABC):
         self._total = total
         self._out = out
         self._done = 0
-        self._durations: list[float] = []  # seconds an item
-        self._last = time.monotonic()
+        self._durations: list[float] = []  # seconds a training step
+        self._items = 0  # done in this process, outside of training steps
+        self._opened = self._last = time.monotonic()
         self._guard = SinkGuard(f"screen of {stage}")
         self._has_failed = False
 
@@ -121,8 +122,8 @@ class _Stage(ABC):
 
     def advance(self, done: int, **values: float) -> None:
         """Show that `done` items of the total are done."""
-        before, self._done = self._done, done
-        self._count(done - before)
+        before, self._done = (self._done or max(0, done - 1)), done
+        self._items += done - before
         row = {"stage": self._stage, "done": done, "total": self._total, **values}
         self._try(lambda: self._draw(_figures(values), row))
 
@@ -137,7 +138,9 @@ class _Stage(ABC):
         self._last = now
 
     def _speed(self) -> str:
-        rate = median_rate(self._durations)
+        # Answers of a batch come at once, after a long wait: only their mean says anything.
+        mean = self._items / max(1e-9, time.monotonic() - self._opened)
+        rate = mean if self._items else median_rate(self._durations)
         if not rate:
             return ""
         left = _clock((self._total - self._done) / rate)
@@ -152,7 +155,7 @@ class _Stage(ABC):
                 self._guard.run(_mute_stdout)
 
     def _open(self) -> None:
-        self._last = time.monotonic()
+        self._opened = self._last = time.monotonic()
 
     def _close(self) -> None:
         self._out.flush()

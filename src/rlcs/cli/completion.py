@@ -59,7 +59,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _paths(begun: str, wanted: Callable[[Path], bool]) -> list[str]:
-    """Wanted entries of the folder in which the typed path lies; folders that are not wanted lead further."""
+    """Wanted entries of the folder of the typed path, and its other folders, which may hold more."""
     head, slash, _ = begun.rpartition("/")
     from rlcs.storage import at_home
 

@@ -48,7 +48,7 @@ def plan(recipe: RecipeName, options: PlanOptions, overrides: Overrides = None) 
     from rlcs.recipe.arms import arms_override
     from rlcs.recipe.loading import load_recipe, read_section
 
-    # Before torch is loaded: a mistyped name is told at once.
+    # Before torch is loaded: a mistyped name is reported at once.
     overrides = [*arms_override(options.command), *(overrides or [])]
     load_recipe(recipe, overrides)
     price = None if options.price is None else parse_price(options.price)

@@ -28,7 +28,7 @@ GIVEN = "given"
 """The teacher's name of a response that the data already had."""
 UNCHECKED = "not checked: there is no gold answer beside the response to compare"
 _CHUNK = 1000
-_SAY_S = 10.0
+_REPORT_EVERY_S = 10.0
 _SHOWN = 60
 
 
@@ -57,7 +57,7 @@ def grade_given(
             if path is not None:
                 append_jsonl(path, [{"key": key, "grade": to_row(grade)} for key, grade in graded.items()])
             grades |= graded
-            if view is not None and time.monotonic() - shown > _SAY_S:
+            if view is not None and time.monotonic() - shown > _REPORT_EVERY_S:
                 shown = time.monotonic()
                 view.say(f"graded {start + len(chunk):,} of {len(left):,} given demonstrations")
     return {

@@ -1,6 +1,6 @@
 """Connects to a server of the recipe: its address, its key, its headers, the proxy in between.
 
-What is wrong with them is said in a sentence before anything is sent; secrets are in none.
+Errors in them are reported before anything is sent; no message holds a secret.
 """
 
 import ipaddress

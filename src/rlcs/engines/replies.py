@@ -100,7 +100,7 @@ def fault(status: int, body: object) -> Fault:
     message = (
         error.get("message") or error.get("detail") or error.get("msg") or error.get("metadata") or error
     )
-    details = error.get("metadata") or {}  # of OpenRouter: what the provider behind it said
+    details = error.get("metadata") or {}  # of OpenRouter: the message of the provider behind it
     raw = details.get("raw") if isinstance(details, dict) else None
     text = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False)
     text = f"{text}: {raw}" if isinstance(raw, str) else text
@@ -187,7 +187,7 @@ def read(request: Request, reply: object) -> Sample:
         usage = reply.get("usage")
         reasoning = thoughts or _reasoning(message)
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        what = f"the reply is no chat completion{_content_of(reply)}"
+        what = f"the reply is no chat completion{_written(reply)}"
         raise RetryableError(what, kind="garbled", unreachable=NO_CHAT) from error
     tokens = (_count(usage, "prompt", "input"), _count(usage, "completion", "output"))
     stop = stop_reason(finish)
@@ -215,12 +215,9 @@ def read(request: Request, reply: object) -> Sample:
 
 def _calls_tool(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
-    kinds = (
-        [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    )
-    return bool(
-        message.get("tool_calls") or message.get("function_call") or TOOL_CALLS & set(map(str, kinds))
-    )
+    parts = content if isinstance(content, list) else []
+    kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)}
+    return bool(message.get("tool_calls") or message.get("function_call") or TOOL_CALLS & kinds)
 
 
 def _whole(text: str) -> str:
@@ -228,7 +225,7 @@ def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _content_of(reply: object) -> str:
+def _written(reply: object) -> str:
     """What a reply says that is no chat completion, such as the error of a server with its own format."""
     if not reply or not isinstance(reply, dict) or reply.get("choices"):
         return ""
@@ -248,7 +245,7 @@ def unknown_finish(reply: object) -> str | None:
 
 
 def _finish(choice: Mapping[str, Any]) -> str:
-    """The finish reason. Of a proxy's and its provider's own, the one that is worse news."""
+    """The finish reason; of a proxy's and its provider's, the one by which the answer is not whole."""
     own, native = plain(choice.get("finish_reason")), plain(choice.get("native_finish_reason"))
     if not own and isinstance(choice.get("stop_reason"), str):  # of proxies before Anthropic
         own = plain(choice["stop_reason"])
@@ -266,7 +263,7 @@ def _parts(content: object) -> tuple[str, str, str]:
     if not isinstance(content, list):
         raise TypeError(f"content is a {type(content).__name__}")
     text, thoughts, refusals = [], [], []
-    for part in filter(None, content):
+    for part in content:
         kind = "text" if isinstance(part, str) else str(part.get("type") or "text").lower()
         if kind == "refusal":
             refusals.append(_text(part))

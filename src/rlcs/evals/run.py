@@ -143,7 +143,9 @@ def _settings(run: EvalRun, loaded: Loaded, model: str) -> dict[str, Any]:
         "model": model,
         "weights": _weights_stamp(model) if run.endpoint is None else None,
         "base_url": run.endpoint.base_url if run.endpoint else None,
-        "request": run.endpoint.request.model_dump(include={"omit", "extra"}) if run.endpoint else None,
+        "request": run.endpoint.request.model_dump(mode="json", include={"omit", "extra"})
+        if run.endpoint
+        else None,
         "engine": None if run.endpoint or run.engine.engine == "local" else "vllm",
         "split": loaded.split,
         "prompt": run.style,
@@ -209,6 +211,8 @@ class _ModelOnBenchmark:
         digests = {problem.id: problem.digest for problem in problems}
         with SampleLog(self._folder / PREDICTIONS, digests) as log:
             left = list(log.unanswered(requests))
+            if left:  # the first answer may be minutes away
+                view.say(f"{self._label}: asking {len(left):,} of {len(requests):,}")
             right = 0
             for count, sample in enumerate(sampler.samples(left, stop=stop), start=1):
                 if sample.retryable or (sample.error and run.endpoint):

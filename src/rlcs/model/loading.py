@@ -96,11 +96,12 @@ def weights_of(source: Source) -> str:
         if folder.exists():  # made of a checkpoint that another has replaced
             shutil.rmtree(folder)
         unfinished.replace(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RunFolderError) as error:
         if not (made.is_file() and read_json(made)["manifest"] == stamp):  # by another process, meanwhile
             fix = f"free some space, or `rlcs export {source.run}/{source.arm}@{source.step} --out FOLDER` "
             fix += "on a disk that can be written to, and name that folder"
-            what = f"the model of step {source.step} cannot be written here: {error}"
+            why = error.what if isinstance(error, RunFolderError) else error
+            what = f"the model of step {source.step} cannot be written here: {why}"
             raise RunFolderError(what, where=str(folder), fix=fix) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -111,7 +112,7 @@ def write_model(source: Source, folder: Path) -> None:
     """Write the model of a run's checkpoint in Hugging Face format, as its stage would have ended with it.
 
     The weights are read from disk one by one, adapters are merged, the optimiser's state is not read. Raises
-    CheckpointError, ModelError, OSError.
+    CheckpointError, ModelError, RunFolderError.
     """
     recipe, checkpoint, step = source.recipe, source.checkpoint, source.step
     assert recipe and source.run and source.arm and checkpoint and step is not None, "of a run's checkpoint"
@@ -337,14 +338,25 @@ def _compare_with_template(processor: Any, chat: Chat) -> None:
         )
 
 
+@contextmanager
+def writing_model(folder: Path) -> Iterator[None]:
+    """Raise RunFolderError where the files of a model cannot be written, on a full disk say."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        fix = "free some space, or choose a folder on another disk"
+        raise RunFolderError(f"cannot write the model: {error}", where=str(folder), fix=fix) from error
+
+
 def save(vlm: Vlm, folder: Path) -> None:
     """Write a Hugging Face folder on rank 0: weights (safetensors), configuration, processor.
 
     Adapters are merged into the weights, and also saved in peft's format in `folder/adapter`; in
-    `reference_mode` they are left out.
+    `reference_mode` they are left out. Raises RunFolderError if the disk is full.
     """
     weights = whole_weights(vlm.model, vlm.world) if vlm.fsdp_root is not None else None
 
+    @writing_model(folder)
     def write() -> None:
         if vlm.adapter is None:
             vlm.model.save_pretrained(folder, state_dict=weights)
@@ -365,6 +377,7 @@ def save_adapters(vlm: Vlm, folder: Path) -> None:
     assert adapter is not None
     weights = whole_weights(vlm.model, vlm.world, having=".lora_") if vlm.fsdp_root is not None else None
 
+    @writing_model(folder)
     def write() -> None:
         adapters.save(adapter, folder, weights or vlm.model.state_dict())
         open_to_readers(folder)

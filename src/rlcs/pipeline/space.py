@@ -14,7 +14,7 @@ GB = 10**9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpace:
-    """Bytes that one training stage writes: a checkpoint, how many lie there at once, the final model."""
+    """Bytes that one training stage writes: a checkpoint, the most of them at once, the final model."""
 
     checkpoint: int
     checkpoints: int
@@ -22,7 +22,7 @@ class StageSpace:
 
     @property
     def total(self) -> int:
-        """All that lies there at once, at worst."""
+        """The most bytes that are on the disk at once."""
         return self.checkpoint * self.checkpoints + self.final
 
 
@@ -74,7 +74,7 @@ def _cheaper(stages: Mapping[str, StageSpace]) -> Iterator[str]:
     """The keys that make a run smaller, with what they hold now."""
     for name, space in stages.items():
         key = "sft" if name == "sft" else "grpo"
-        count = f"{space.checkpoints} x {_gb(space.checkpoint)} lie there at once"
+        count = f"{space.checkpoints} x {_gb(space.checkpoint)} on the disk at once"
         yield f"lower {key}.keep_checkpoints ({name}: {count});"
     yield "with lora.rank checkpoints hold the adapters alone"
 

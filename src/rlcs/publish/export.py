@@ -96,15 +96,13 @@ def _write(wanted: Export, source: Source, weights: str) -> None:
     converted = wanted.dtype is not None
     # Before quantising: the parameters of packed weights cannot be counted.
     text = card.render(source, name, model, converted=converted, quantised=wanted.quantise)
-    try:
+    with loading.writing_model(out):
         if wanted.quantise is None:
             model.save_pretrained(out)
         else:
             quantise.save(model, wanted.quantise, out)
         processor.save_pretrained(out)
         open_to_readers(out)
-    except OSError as error:
-        raise RunFolderError(f"cannot write: {error}", where=str(out), fix="free some space") from error
     atomic_write(out / "README.md", text)
 
 

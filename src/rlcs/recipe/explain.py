@@ -1,6 +1,6 @@
 """Explains the keys of a recipe from the schema, in the terminal and as a page of the reference."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -26,7 +26,7 @@ class KeyFacts:
     elsewhere: Mapping[str, tuple[str, ...]]
 
 
-def facts_of(keys: Mapping[str, object]) -> list[KeyFacts]:
+def facts_of(keys: Iterable[str]) -> list[KeyFacts]:
     """The facts of keys, in their order; every shipped recipe is read once."""
     shipped = [load_recipe(name) for name in list_recipes()]
     fields, usual = recipe_keys(), Recipe()
@@ -39,8 +39,15 @@ def facts_of(keys: Mapping[str, object]) -> list[KeyFacts]:
             if value(resolved.recipe) != value(usual) and key != "name" and setter not in known:
                 elsewhere[text] = (*known, setter)
         field = fields[key]
-        facts = {"meaning": _flat(field.description or ""), "allowed": allowed(field)}
-        found.append(KeyFacts(key=key, default=shown(value(usual)), elsewhere=elsewhere, **facts))
+        found.append(
+            KeyFacts(
+                key=key,
+                meaning=_flat(field.description or ""),
+                allowed=allowed(field),
+                default=shown(value(usual)),
+                elsewhere=elsewhere,
+            )
+        )
     return found
 
 
@@ -48,7 +55,7 @@ def explain(name: str) -> list[str]:
     """Lines about a key, or about all keys of a section. Raises RecipeError for a name that is neither."""
     sections = dict(_sections())
     if name in recipe_keys():
-        [facts] = facts_of({name: None})
+        [facts] = facts_of([name])
         rows = [("default", facts.default), ("allowed", facts.allowed)]
         rows += [(" and ".join(recipes), value) for value, recipes in facts.elsewhere.items()]
         width = max(len(label) for label, _ in rows)

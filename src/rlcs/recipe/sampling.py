@@ -91,7 +91,7 @@ class Server(Section):
         try:
             parts = urlsplit(address)
             query = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-        except ValueError:  # another sentence says so when the address is used
+        except ValueError:  # reported when the address is used
             return self
         if "@" in parts.netloc:
             fix += "request.headers={Authorization: env:NAME}, where NAME holds `Basic` and the encoded pair"

@@ -63,7 +63,7 @@ class Turn:
 class Problem:
     """One question with its images and gold answer. `metadata` is small and can be written as JSON.
 
-    `history` is what was said before the question, oldest first. `images` are those of the history, then
+    `history` are the turns before the question, oldest first. `images` are those of the history, then
     those of the question, in the order of their slots; without any slot, all stand first in the first user
     turn.
     """

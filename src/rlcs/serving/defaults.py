@@ -12,12 +12,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "no_repeat_ngram_size": (0,),
 }
-"""Settings that rlcs does not have, and values of them that ask for nothing."""
+"""Settings that rlcs does not have, and those of their values that change nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingDefaults:
-    """What a request that leaves a setting out gets; without a word of the folder, what OpenAI has.
+    """What a request that leaves a setting out gets; where the folder has no value, OpenAI's default.
 
     `ignored` are settings of the folder that rlcs does not have, as `top_k 20`.
     """
@@ -38,7 +38,7 @@ class SamplingDefaults:
 def read_defaults(config: Mapping[str, Any]) -> SamplingDefaults:
     """Read the settings of a `generation_config.json`; `do_sample: false` is greedy.
 
-    Values that cannot be used are ignored, and said to be.
+    Values that cannot be used are left out and named in `ignored`.
     """
 
     def number(name: str, low: float, high: float) -> Any:
@@ -68,5 +68,5 @@ def folder_defaults(name: str) -> SamplingDefaults:
 
     try:
         return read_defaults(GenerationConfig.from_pretrained(name).to_dict())
-    except (OSError, ValueError):  # it brings none, or none that can be read
+    except (OSError, ValueError):  # there is none, or it cannot be read
         return SamplingDefaults()

@@ -13,7 +13,7 @@ from rlcs.errors import DataError
 from rlcs.model.source import part_of_run
 from rlcs.records import IMAGE_SLOT, Problem
 from rlcs.records.rows import from_row_or_none
-from rlcs.storage import jsonl_lines, parse_object
+from rlcs.storage import at_home, jsonl_lines, parse_object
 
 MOST = 6
 _ROWS_READ = 200
@@ -46,7 +46,7 @@ def example_problems(names: Sequence[str], folder: Path) -> list[tuple[str, list
 
 def run_of(name: str) -> Path | None:
     """The run folder that a model is, or lies in, if its measurement has begun."""
-    part = part_of_run(Path(name).expanduser())
+    part = part_of_run(at_home(name))
     return part[0] if part is not None and (part[0] / "eval" / PROBLEMS).exists() else None
 
 

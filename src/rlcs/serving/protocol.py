@@ -20,7 +20,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
     "verbosity": ("medium",), "response_format": ({"type": "text"},),
 }  # fmt: skip
-"""Values of unsupported keys that ask for nothing and are accepted, beside zero and empty ones."""
+"""Values of unsupported keys that change nothing and are accepted, beside zero and empty ones."""
 WITH_VLLM = {
     "tools": "calling tools",
     "functions": "calling tools",
@@ -151,7 +151,7 @@ def require_model(name: str, served: str) -> None:
 
 
 def _require_supported(values: Json) -> None:
-    """Raises ApiError for a key that is not known here, unless its value asks for nothing."""
+    """Raises ApiError for a key that is not known here, unless its value changes nothing."""
     for key in sorted(values.keys() - ChatRequest.model_fields.keys() - HARMLESS):
         if values[key] and values[key] not in NEUTRAL.get(key, ()):
             what = f"{key[:40]} is not supported"
