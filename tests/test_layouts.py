@@ -331,7 +331,8 @@ def test_a_second_conversation_in_a_row_is_noted(load):
     row = {"messages": [user("q"), assistant(WORKED)]}
     again = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": WORKED}]}
     other = {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": WORKED}]}
-    assert not any("differ" in note for note in load(row | again).notes)
+    alpaca = {"instruction": "q", "output": WORKED, "history": [["a", "b"]]}
+    assert not any("differ" in note for each in (row | again, alpaca) for note in load(each).notes)
     (note,) = [note for note in load(row | other).notes if "differ" in note]
     assert note.startswith("columns messages and conversations differ, and messages counts")
 

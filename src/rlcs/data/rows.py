@@ -347,7 +347,8 @@ class _Cells:
             return []
         found = []
         for other in LAYOUTS:
-            if other is not self.layout and other.lists and other.fits(self.filled, has_question=True):
+            is_other = other.needs[0] not in self.layout_columns  # such as the history of an Alpaca row
+            if is_other and other.lists and other.fits(self.filled, has_question=True):
                 try:
                     values = other.read(self.fields).values
                 except ValueError:
