@@ -242,6 +242,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields = {"answer": "B", "question_for_eval": "How many?", "problem_version": "Text Dominant"}
     answers = [{"id": str(i), "question": "How many?", **fields, **row} for i, row in enumerate(rows)]
     write_jsonl(folder / "answers.jsonl", answers)
+    asked = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    published = [{"id": row["id"], "response": "so \\boxed{1}"} for row in asked]
+    write_jsonl(folder / "Gemini-Pro-CoT.jsonl", published)
+    vista = {"1": {**VISTA, "response": "It is 1.2 cm.", "extraction": "1.2"}}
+    (folder / "output_bard.json").write_text(json.dumps(vista), encoding="utf-8")
     write_recipes(folder, "", "")
     with contextlib.chdir(folder):
         done = CliRunner().invoke(app, [*ready("rlcs run mine.yaml --out runs/mine", ""), "--quiet"])
