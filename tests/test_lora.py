@@ -318,7 +318,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused(random_model_folder, vlm, tmp
 def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_path, monkeypatch):
     """Stage two starts from stage one's merged weights, and they are its reference."""
     grader = WeightedSum(graders={"length": LengthGrader()}, weights={"length": 1.0})
-    monkeypatch.setattr("rlcs.pipeline.study.open_reward", lambda *_, **__: nullcontext(grader))
+    monkeypatch.setattr("rlcs.pipeline.graders.open_reward", lambda *_, **__: nullcontext(grader))
     recipe = load_recipe(
         "quickstart",
         [
