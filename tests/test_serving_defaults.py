@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from bench.hostile import serving
-from rlcs.serving.defaults import folder_defaults, read_defaults
+from rlcs.serving.defaults import SamplingDefaults, defaults_of, read_defaults
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,12 @@ def test_a_folder_says_how_to_sample(config, temperature, top_p, max_tokens, ign
 
 
 def test_a_folder_without_a_word_has_the_defaults_of_the_protocol(tmp_path):
-    assert folder_defaults(str(tmp_path)) == read_defaults({})
+    (tmp_path / "config.json").write_text("{}")
+    assert defaults_of(str(tmp_path)) == read_defaults({})
     (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
-    assert folder_defaults(str(tmp_path)).temperature == 0
+    assert defaults_of(str(tmp_path)).temperature == 0
     (tmp_path / "generation_config.json").write_text("no JSON")
-    assert folder_defaults(str(tmp_path)) == read_defaults({})
+    assert defaults_of(str(tmp_path)) == read_defaults({})
 
 
 def test_a_request_without_settings_gets_those_of_the_folder(random_model_folder, tmp_path):
@@ -58,3 +59,15 @@ def test_a_request_without_settings_gets_those_of_the_folder(random_model_folder
         assert ask(temperature=None, top_p=None, max_tokens=None) == greedy
         assert ask(temperature=1.5, seed=1) != greedy
         assert len(ask(max_tokens=30)[0]) > len(greedy[0])
+
+
+def test_a_model_of_a_run_answers_as_it_was_measured(tmp_path):
+    """And so as its export does, whatever its own generation_config.json says."""
+    stage = tmp_path / "run" / "sft"
+    (stage / "final").mkdir(parents=True)
+    (stage / "final" / "config.json").write_text("{}")
+    (stage / "done.json").write_text("{}")
+    (tmp_path / "run" / "recipe.yaml").write_text("eval: {temperature: 0.5, top_p: 0.9, max_new_tokens: 77}")
+    expected = SamplingDefaults(temperature=0.5, top_p=0.9, max_tokens=77)
+    assert defaults_of(str(stage / "final"), {"do_sample": False}) == expected
+    assert defaults_of(str(stage)) == expected

@@ -79,7 +79,7 @@ def chosen_vllm(engine: str) -> str | None:
 def _exec_vllm(program: str, model: str, options: ServeOptions) -> None:
     """Replace this process by `vllm serve`, with those limits that it supports."""
     from rlcs.model.loading import resolve
-    from rlcs.serving.defaults import folder_defaults
+    from rlcs.serving.defaults import defaults_of
     from rlcs.serving.image_sources import ImageHosts
     from rlcs.serving.remote import NOT_KNOWN, serving
 
@@ -92,7 +92,7 @@ def _exec_vllm(program: str, model: str, options: ServeOptions) -> None:
         image_hosts=hosts,
         cors_origins=tuple(options.cors_origin or ()),
         tool_parser=options.tool_parser,
-        defaults=folder_defaults(resolve(model)),
+        defaults=defaults_of(model),
     )
     words = launch.command(Path(resolve(model)), options.port)
     typer.echo(f"engine   vllm\nrunning  {' '.join(words)}\nlimits   vLLM has no {', '.join(NOT_KNOWN)}")
@@ -109,7 +109,7 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
     from rlcs.model import loading
     from rlcs.recipe.schema import Model
     from rlcs.serving import server
-    from rlcs.serving.defaults import read_defaults
+    from rlcs.serving.defaults import defaults_of
     from rlcs.serving.image_sources import ImageHosts
     from rlcs.serving.protocol import Limits
     from rlcs.serving.session import Session
@@ -119,7 +119,7 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
     hosts = ImageHosts(names=tuple(options.image_host or ()))
     with listen(options.host, options.port) as sock:
         vlm = loading.load(Model(name=model))
-        defaults = read_defaults(vlm.model.generation_config.to_dict())
+        defaults = defaults_of(model, vlm.model.generation_config.to_dict())
         service = server.Service(
             session=Session(vlm, name=model, max_rows=limits.concurrency),
             name=options.name or model,

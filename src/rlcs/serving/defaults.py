@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlcs.model.source import find_source
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1),
     "min_p": (0,),
@@ -62,11 +64,21 @@ def read_defaults(config: Mapping[str, Any]) -> SamplingDefaults:
     )
 
 
-def folder_defaults(name: str) -> SamplingDefaults:
-    """The defaults of a model that is not loaded: a folder or a hub id."""
+def defaults_of(name: str, config: Mapping[str, Any] | None = None) -> SamplingDefaults:
+    """The defaults of a model by its name; `config` is its `generation_config.json` if that is loaded.
+
+    A model of a run answers as it was measured, which is also what its export says.
+    """
+    source = find_source(name)
+    if source.recipe is not None:
+        measured = source.recipe.eval
+        limit = measured.max_new_tokens
+        return SamplingDefaults(temperature=measured.temperature, top_p=measured.top_p, max_tokens=limit)
+    if config is not None:
+        return read_defaults(config)
     from transformers import GenerationConfig
 
     try:
-        return read_defaults(GenerationConfig.from_pretrained(name).to_dict())
+        return read_defaults(GenerationConfig.from_pretrained(source.weights).to_dict())
     except (OSError, ValueError):  # there is none, or it cannot be read
         return SamplingDefaults()
