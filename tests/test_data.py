@@ -622,7 +622,7 @@ def test_require_usable_counts_the_share_and_shows_the_first(folder):
         data.require_usable(loaded, Data(max_bad_share=0.07))
     message = str(caught.value)
     assert message.startswith(f"{source}: 8 of 100 rows cannot be used (allowed: 7.0%)")
-    assert f"8 rows (first: {source}:93, :94, :95): the id is empty" in message
+    assert "8 rows (first: " in message and "rows.jsonl:93, :94, :95): the id is empty" in message
     assert "rlcs data check" in message and "data.max_bad_share=0.08" in message
     data.require_usable(loaded, Data(max_bad_share=0.08))
 

@@ -263,7 +263,7 @@ def _parts(content: object) -> tuple[str, str, str]:
     if not isinstance(content, list):
         raise TypeError(f"content is a {type(content).__name__}")
     text, thoughts, refusals = [], [], []
-    for part in content:
+    for part in (part for part in content if part is not None):
         kind = "text" if isinstance(part, str) else str(part.get("type") or "text").lower()
         if kind == "refusal":
             refusals.append(_text(part))
