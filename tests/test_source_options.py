@@ -65,11 +65,23 @@ def test_another_share_and_at_least_one_row(file):
 
 @pytest.mark.parametrize(
     ("query", "fault"),
-    [("part=tset", "no part 'tset'"), ("share=0.2", "no part ''"), ("part=test&share=2", "share=2")],
+    [
+        ("part=train&part=test", "option part needs one value"),
+        ("response=", "option response needs one value"),
+        ("prat=test", "unknown option 'prat'"),
+        ("part=tset", "no part 'tset'"),
+        ("share=0.2", "no part ''"),
+        ("part=test&share=2", "share=2"),
+    ],
 )
 def test_a_mistyped_part_is_named(file, query, fault):
     with pytest.raises(DataError, match=fault):
         load(f"{file}?{query}", Data(), decode_limit=10**6, role="rl")
+
+
+def test_a_file_may_have_a_question_mark_in_its_name(file):
+    asked = file.rename(file.with_name("how many?part=1.json"))
+    assert len(ids(str(asked))) == 80
 
 
 def test_other_options_stay_with_the_source():

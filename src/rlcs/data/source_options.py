@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlcs.data.rows import Row
+from rlcs.data.sources import DATASET_OPTIONS, is_builtin, split_query
 from rlcs.errors import DataError
 from rlcs.records import Problem
+from rlcs.storage import at_home
 
 SHARE = 0.1
 """Share of the rows that are held out, unless the source says another (`?part=test&share=0.2`)."""
 _PARTS = ("train", "test")
-_OPTION = re.compile(r"(part|share|response)=([^&]*)")
+_OURS = ("part", "share", "response")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,17 +51,18 @@ class SourceOptions:
 
 
 def read_options(source: str) -> tuple[str, SourceOptions]:
-    """A source without its options `part`, `share` and `response`, and what they say. Raises DataError."""
-    name, mark, query = source.partition("?")
-    options = query.split("&") if mark else []
-    matches = [match for option in options if (match := _OPTION.fullmatch(option))]
-    chosen = {match[1]: match[2] for match in matches}
-    left = "&".join(option for option in options if not _OPTION.fullmatch(option))
-    part = (
-        _part(source, chosen.get("part", ""), chosen.get("share"))
-        if {"part", "share"} & set(chosen)
-        else None
-    )
+    """A source without its options `part`, `share` and `response`, and what they say. Raises DataError.
+
+    Built-in tasks have options of their own, and a file may have a question mark in its name.
+    """
+    if is_builtin(source) or at_home(source).exists():
+        return source, SourceOptions()
+    name, options = split_query(source, (*_OURS, *DATASET_OPTIONS))
+    left = "&".join(f"{key}={options[key]}" for key in DATASET_OPTIONS if key in options)
+    chosen = {key: options[key] for key in _OURS if key in options}
+    part = None
+    if "part" in chosen or "share" in chosen:
+        part = _part(source, chosen.get("part", ""), chosen.get("share"))
     return f"{name}?{left}" if left else name, SourceOptions(part=part, response=chosen.get("response"))
 
 

@@ -24,6 +24,8 @@ _SHOWN_WORD, _SHOWN_WORDS = 60, 30
 """Characters of a known word and number of words in an error message."""
 ROLES: tuple[Role, ...] = ("rl", "test", "cold_start")
 """The uses in a run."""
+DATASET_OPTIONS = ("split", "config")
+"""Options of a data set folder or hub id, as in `owner/name?split=val`."""
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -66,7 +68,7 @@ def open_table(source: str, settings: Data, role: Role) -> Table:
     if is_data_file(path):
         columns, rows = read_file(path)
         return Table(source=source, rows=rows, columns=columns, folders=(path.parent,), roots=roots)
-    name, options = _split_query(source, ("split", "config"))
+    name, options = split_query(source, DATASET_OPTIONS)
     folder = at_home(name)
     split, config = options.get("split") or settings.split, options.get("config")
     by_role = split or ("test" if role == "test" else "train")
@@ -166,7 +168,7 @@ def _hub_caches() -> tuple[Path, Path]:
 # ---------------------------------------------------------------------------------- built-in tasks
 
 
-def _split_query(source: str, allowed: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+def split_query(source: str, allowed: tuple[str, ...]) -> tuple[str, dict[str, str]]:
     """Split `NAME?key=value&...` into the name and its options. Raises DataError."""
     name, _, query = source.partition("?")
     options: dict[str, str] = {}
@@ -193,7 +195,7 @@ def open_builtin(source: str, role: Role) -> tuple[Problem, ...]:
     """
     from rlcs.data import puzzles
 
-    name, options = _split_query(source, ("count", "seed", "split", "levels", "families"))
+    name, options = split_query(source, ("count", "seed", "split", "levels", "families"))
     split = options.get("split", "test" if role == "test" else "train")
     if split not in ("train", "test"):
         raise DataError(f"no split {split}", where=source, fix=suggest(split, ("train", "test")))
