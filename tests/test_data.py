@@ -76,7 +76,7 @@ def test_a_history_is_the_turns_before_the_question(folder):
     ]
     assert len(first.images) == 2 and second.history == third.history == ()
     assert third.metadata == {"history": "of art"}
-    assert loaded.notes == ("1 rows have a system prompt of their own, used instead of prompt.system",)
+    assert loaded.notes == ("1 row with a system prompt in the data, used instead of prompt.system",)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_system_prompts_of_rows_can_be_left_out_and_are_counted(folder):
     rows = [conversation(id=str(n)) for n in range(2)] + [conversation(history=HISTORY[1:])]
     loaded = load(write_jsonl(folder, rows), system="recipe")
     assert all([turn.role for turn in row.problem.history] == ["user", "assistant"] for row in loaded.rows)
-    assert loaded.notes == ("2 rows have a system prompt of their own, left out (data.system=recipe)",)
+    assert loaded.notes == ("2 rows with a system prompt in the data, left out (data.system=recipe)",)
     pictured = [{"role": "system", "text": "See <image>"}, *HISTORY[1:]]
     row = conversation(history=pictured, question="Which?")
     assert load(write_jsonl(folder, [row])).rows

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlcs.data.check import grouped
+from rlcs.data.row_notes import counted
 from rlcs.data.rows import BadRow, Row, RowReader
 from rlcs.data.source_options import read_options
 from rlcs.data.sources import Role, is_builtin, open_builtin, open_table
@@ -51,7 +52,7 @@ def _system_note(rows: Sequence[Row]) -> tuple[str, ...]:
         return ()
     used = any(turn.role == "system" for problem in own for turn in problem.history)
     how = "used instead of prompt.system" if used else "left out (data.system=recipe)"
-    return (f"{len(own):,} rows have a system prompt of their own, {how}",)
+    return (f"{counted(len(own))} with a system prompt in the data, {how}",)
 
 
 def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: bool = False) -> Loaded:

@@ -1,4 +1,4 @@
-"""Counts the rows of a data source without reading them, where that is quick."""
+"""Counts the rows of a data source that lies on this machine, without opening an image."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
