@@ -89,6 +89,24 @@ class World:
         result: T = outcome[0]
         return result
 
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Do the work on every rank, however long it takes; all get all results, or raise one's error."""
+        if not self.grouped:
+            return [work()]
+        dist.barrier(group=self.objects)  # as in `first`
+        outcome: tuple[T | None, RlcsError | None]
+        try:
+            outcome = (work(), None)
+        except RlcsError as error:
+            outcome = (None, error)
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, outcome, group=self.patient)
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                failure.reported = rank != self.rank
+                raise failure
+        return [result for result, _ in outcomes]
+
     def agree(self, stop: StopFlag) -> bool:
         """Whether the flag is set on any rank; if so, set it on all."""
         requested = self.any(stop.is_set)
@@ -147,6 +165,12 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
             f"rank {rank} lost the others: one of them ended, or did not answer within {timeout_s:g} s",
             fix="its own message says why; the same command continues from the last checkpoint",
         ) from error
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
+    named = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    return named or [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _device(local_rank: int) -> torch.device:

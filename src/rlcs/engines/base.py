@@ -25,3 +25,7 @@ class Engine(Protocol):
         Under `torchrun` all ranks must call this together, each with its own prompts (or none).
         """
         ...
+
+    def rest(self) -> None:
+        """Free what sampling holds of GPUs that also train, until the next `sample`; all ranks call it."""
+        ...

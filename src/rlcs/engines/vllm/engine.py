@@ -1,4 +1,4 @@
-"""Samples rollouts with vLLM, in servers or in this process, with the same prompts, seeds and records."""
+"""Samples rollouts with vLLM's servers: the prompts of all ranks in one fleet, or of each rank in its own."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,15 +23,30 @@ class Backend(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Free the memory of GPUs that also train, until the next `generate`."""
+        ...
+
 
 class VllmEngine:
     """Samples from the weights that `vlm` had at the last `sync`."""
 
     def __init__(
-        self, backend: Backend, published: WeightsFolder, vlm: Vlm, chat: Chat, *, decode_limit: int
+        self,
+        backend: Backend,
+        published: WeightsFolder,
+        vlm: Vlm,
+        chat: Chat,
+        *,
+        decode_limit: int,
+        ranks: int | None = None,
     ) -> None:
-        """`published` is shared by all engines of a backend; `decode_limit` is in pixels."""
+        """`published` is shared by all engines of a backend; `decode_limit` is in pixels.
+
+        Every `ranks` ranks share one backend, and their first asks it for all of them; None: all ranks.
+        """
         self._backend, self._published = backend, published
+        self._ranks = ranks or vlm.world.size
         self._vlm, self._chat, self._decode_limit = vlm, chat, decode_limit
         self._weights: Weights | None = None
 
@@ -42,23 +57,31 @@ class VllmEngine:
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, on_group: OnGroup = None
     ) -> list[tuple[Rollout, ...]]:
-        """See `Engine.sample`; rank 0 sends the prompts of all ranks. Raises TrainingError, EndpointError."""
+        """See `Engine.sample`. Raises TrainingError, EndpointError."""
         if self._weights is None or self._weights != self._published.newest:
             self.sync()
-        # Below, rank 0 may start or wake up vLLM on GPUs that also train: every rank must free its cached
-        # memory first, before it takes part in the gathering.
+        # Below, vLLM may start or wake up on GPUs that also train: every rank must free its cached memory
+        # first, and `each` begins when all have.
         give_back_memory()
         world = self._vlm.world
-        by_rank = world.gather(
-            [
-                PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
-                for prompt in prompts
-            ]
-        )
-        requests = [request for of_rank in by_rank for request in of_rank]
-        groups = world.first(lambda: self._generate(requests, on_group))
-        start = sum(map(len, by_rank[: world.rank]))
+        own = [
+            PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
+            for prompt in prompts
+        ]
+        asker = world.rank - world.rank % self._ranks
+        shared = world.gather(own)[asker : asker + self._ranks] if self._ranks > 1 else [own]
+        asked = [request for of_rank in shared for request in of_rank] if self._asks else []
+        groups = world.each(lambda: self._generate(asked, on_group))[asker]
+        start = sum(map(len, shared[: world.rank - asker]))
         return groups[start : start + len(prompts)]
+
+    def rest(self) -> None:
+        """See `Engine.rest`. vLLM asserts that memory does not shrink meanwhile: all ranks wait for all."""
+        self._vlm.world.each(lambda: self._backend.rest() if self._asks else None)
+
+    @property
+    def _asks(self) -> bool:
+        return self._vlm.world.rank % self._ranks == 0
 
     def _generate(self, requests: Sequence[PromptRequest], on_group: OnGroup) -> list[tuple[Rollout, ...]]:
         assert self._weights is not None, "sync has published them"

@@ -51,15 +51,21 @@ class Fleet:
 
     def __init__(self, settings: Rollouts, *, logs: Path, launch: Launch) -> None:
         """Nothing is started yet; the servers in `settings.urls`, if any, are used instead of new ones."""
-        self._settings = settings
+        self._settings, self._launch = settings, launch
         urls = settings.urls or ("",) * settings.servers
         self._servers = [
-            Server(settings, index, logs=logs, url=url, launch=launch) for index, url in enumerate(urls)
+            Server(settings, launch.number + index, logs=logs, url=url, launch=launch)
+            for index, url in enumerate(urls)
         ]
 
     def generate(self, requests: Sequence[PromptRequest], weights: Weights, on_answers: OnAnswers) -> None:
         """See `Backend.generate`. Raises TrainingError also when no server is well for too long."""
         asyncio.run(self._generate(_Work(requests, weights, on_answers)))
+
+    def rest(self) -> None:
+        """See `Backend.rest`: servers that take turns with training sleep; one that cannot is ended."""
+        if self._launch.sleep_level:
+            asyncio.run(self._rest())
 
     def close(self) -> None:
         """End the servers that were started here."""
@@ -71,6 +77,10 @@ class Fleet:
         async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
             serving = (self._serve(server, client, work) for server in self._servers)
             await _until_first([work.finished.wait(), *serving])
+
+    async def _rest(self) -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await asyncio.gather(*(server.rest(client) for server in self._servers))
 
     async def _serve(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
         """Keep one server busy until cancelled, restarting it when it fails. Raises RlcsError."""
