@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 
+from rlcs.distributed.torchrun import outside_torchrun
 from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
@@ -142,7 +143,7 @@ class Launch:
             extra[ADAPTER_SWITCH] = "1"
         if self.settings.devices:
             extra["CUDA_VISIBLE_DEVICES"] = self.settings.devices[index]
-        return {**os.environ, **extra}
+        return {**outside_torchrun(os.environ), **extra}
 
 
 def share_advice(what: str, share: float | None) -> str:
