@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx
 
+from rlcs.distributed.torchrun import outside_torchrun
 from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
@@ -155,7 +156,7 @@ class Launch:
             extra[ADAPTER_SWITCH] = "1"
         if gpus := self.gpus or next(iter(self.settings.devices[index:]), ""):
             extra["CUDA_VISIBLE_DEVICES"] = gpus
-        return {**os.environ, **extra}
+        return {**outside_torchrun(os.environ), **extra}
 
 
 def share_advice(what: str, share: float | None) -> str:

@@ -6,9 +6,10 @@ nccl. Every wait has a limit; when a rank dies, the others end too, with a messa
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rlcs.distributed.peers import Meeting, Peers
+from rlcs.distributed.torchrun import STARTED
 from rlcs.errors import RlcsError, TrainingError, UserError
 from rlcs.signals import StopFlag
 
@@ -144,7 +147,7 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
     Raises UserError when there are more processes than GPUs, and TrainingError when another rank ended
     or kept this one waiting for longer than `timeout_s`.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if STARTED not in os.environ:
         yield ALONE
         return
     limit = timedelta(seconds=timeout_s)
@@ -155,9 +158,10 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
         dist.init_process_group(backends, timeout=limit)
         objects = dist.new_group(backend="gloo", timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=LONGEST_RANK_0_WORK)
-        size = dist.get_world_size()
-        yield World(rank=rank, size=size, device=device, objects=objects, patient=patient)
-        dist.destroy_process_group()
+        with _watched(rank, objects):
+            size = dist.get_world_size()
+            yield World(rank=rank, size=size, device=device, objects=objects, patient=patient)
+            dist.destroy_process_group()
     except RuntimeError as error:
         if not _is_collective_failure(error):
             raise
@@ -171,6 +175,25 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
     named = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
     return named or [str(index) for index in range(torch.cuda.device_count())]
+
+
+@contextmanager
+def _watched(rank: int, objects: Any) -> Iterator[None]:
+    """While in this context, end this process if another rank ends: see `distributed.peers`."""
+    peers = Peers(rank)
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    meeting: list[Meeting | None] = [None]
+    if rank == 0:
+        meeting[0] = peers.watch("127.0.0.1" if one_machine else "", secrets.token_hex(16))
+    dist.broadcast_object_list(meeting, src=0, group=objects)
+    if rank and meeting[0] is not None:
+        peers.join(replace(meeting[0], host=meeting[0].host or os.environ["MASTER_ADDR"]))
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        peers.leave(failed=failed)
 
 
 def _device(local_rank: int) -> torch.device:
