@@ -204,7 +204,7 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
 
 
 def test_a_server_started_by_a_rank_of_torchrun(tmp_path, random_model_folder) -> None:
-    """It takes itself for no rank: where its process group meets by TCP, it would wait for a store in vain."""
+    """It takes itself for no rank: a process group that meets by TCP would wait for a store in vain."""
     seen, started = tmp_path / "environment", tmp_path / "vllm"
     started.write_text(f'#!/bin/sh\nenv > "{seen}"\nexec "{program()}" "$@"\n')
     started.chmod(0o755)
