@@ -31,13 +31,14 @@ LONGEST_RANK_0_WORK = timedelta(days=30)
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The rank and device of this process, the number of ranks, and two gloo process groups.
+    """The rank and device of this process, how many ranks there are (`local_size` here), and process groups.
 
     `objects` waits for a limited time, `patient` almost without limit; without `torchrun` both are None.
     """
 
     rank: int = 0
     size: int = 1
+    local_size: int = 1
     device: torch.device | None = None
     objects: Any = None
     patient: Any = None
@@ -141,8 +142,8 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
         objects = dist.new_group(backend="gloo", timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=LONGEST_RANK_0_WORK)
         with _watched(rank, objects):
-            size = dist.get_world_size()
-            yield World(rank=rank, size=size, device=device, objects=objects, patient=patient)
+            sizes = {"size": dist.get_world_size(), "local_size": _local_size()}
+            yield World(rank=rank, **sizes, device=device, objects=objects, patient=patient)
             dist.destroy_process_group()
     except RuntimeError as error:
         if not _is_collective_failure(error):
@@ -153,11 +154,15 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
         ) from error
 
 
+def _local_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def _watched(rank: int, objects: Any) -> Iterator[None]:
     """While in this context, end this process if another rank ends: see `distributed.peers`."""
     peers = Peers(rank)
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    one_machine = _local_size() == dist.get_world_size()
     meeting: list[Meeting | None] = [None]
     if rank == 0:
         meeting[0] = peers.watch("127.0.0.1" if one_machine else "", secrets.token_hex(16))

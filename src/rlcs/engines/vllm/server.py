@@ -289,7 +289,11 @@ class Server:
 
     async def _require_fit(self, client: httpx.AsyncClient, weights: Weights) -> None:
         """Raises EndpointError for a server that is too old or was started with other flags."""
-        version = str((await self._call(client, "GET", "/version")).json()["version"])
+        try:
+            version = str((await self._call(client, "GET", "/version")).json()["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            fix = "correct rollout.urls: what listens there is another program"
+            raise EndpointError("it does not answer as vLLM does", where=self.name, fix=fix) from error
         found = re.match(r"(\d+)\.(\d+)", version)
         if found is None or tuple(map(int, found.groups())) < OLDEST:
             fix = f"use vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
