@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,11 +220,17 @@ def _dying_with_parent() -> Callable[[], None] | None:
 class Server:
     """The server at `url`, or without a URL one that is started here."""
 
-    def __init__(self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch) -> None:
-        """Nothing is started yet. A server at `url` needs the context length in `launch` too."""
+    def __init__(
+        self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch, starter: Executor
+    ) -> None:
+        """Nothing is started yet. A server at `url` needs the context length in `launch` too.
+
+        Processes are started in the thread of `starter`: with the end of its thread a process ends, too.
+        """
         self._settings, self._index = settings, index
         self._url, self._ours, self._launch = url.rstrip("/"), not url, launch
         self._log = logs / f"vllm-{index}.log"
+        self._starter = starter
         self._process: Process | None = None
         self._is_checked = self._paused = False
 
@@ -253,7 +260,12 @@ class Server:
     async def _start(self, client: httpx.AsyncClient, weights: Weights) -> None:
         self.restart()  # end what is left of a server that died: its engines may still run and hold GPUs
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        process = self._process = Process(self._launch, self._index, weights.model.folder, self._log)
+
+        def begin() -> Process:
+            self._process = Process(self._launch, self._index, weights.model.folder, self._log)
+            return self._process
+
+        process = await asyncio.get_running_loop().run_in_executor(self._starter, begin)
         self._url = process.url
         end = time.monotonic() + self._settings.start_limit_s
         while time.monotonic() < end:
