@@ -31,11 +31,15 @@ class World:
     """The rank and device of this process, the number of ranks, and two gloo process groups.
 
     `objects` waits for a limited time, `patient` almost without limit; without `torchrun` both are None.
+
+    `shards` neighbouring ranks share one copy of a model; ranks beyond the first `shards` hold copies of what
+    those have. None: all ranks share one.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device | None = None
+    shards: int | None = None
     objects: Any = None
     patient: Any = None
 
@@ -43,6 +47,11 @@ class World:
     def grouped(self) -> bool:
         """Whether `torchrun` started this run, if only with one process."""
         return self.objects is not None
+
+    @property
+    def writers(self) -> int:
+        """The number of ranks, the first ones, that together hold every row of a sharded model once."""
+        return self.shards or self.size
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank."""
@@ -120,11 +129,13 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def join_world(*, timeout_s: float) -> Iterator[World]:
+def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[World]:
     """Join the processes that `torchrun` describes in the environment; without it yield `ALONE`.
 
-    Raises UserError when there are more processes than GPUs, and TrainingError when another rank ended
-    or kept this one waiting for longer than `timeout_s`.
+    `shard_size` ranks share one copy of a model, or all ranks where there are no more.
+
+    Raises UserError when there are more processes than GPUs or `shard_size` does not divide their number, and
+    TrainingError when another rank ended or kept this one waiting for longer than `timeout_s`.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
@@ -132,13 +143,14 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
     limit = timedelta(seconds=timeout_s)
     device = _device(int(os.environ["LOCAL_RANK"]))
     rank = int(os.environ["RANK"])
+    shards = _shards(int(os.environ["WORLD_SIZE"]), shard_size)
     try:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backends, timeout=limit)
         objects = dist.new_group(backend="gloo", timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=LONGEST_RANK_0_WORK)
         size = dist.get_world_size()
-        yield World(rank=rank, size=size, device=device, objects=objects, patient=patient)
+        yield World(rank=rank, size=size, device=device, shards=shards, objects=objects, patient=patient)
         dist.destroy_process_group()
     except RuntimeError as error:
         if not _is_collective_failure(error):
@@ -147,6 +159,18 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
             f"rank {rank} lost the others: one of them ended, or did not answer within {timeout_s:g} s",
             fix="its own message says why; the same command continues from the last checkpoint",
         ) from error
+
+
+def _shards(size: int, shard_size: int | None) -> int | None:
+    if shard_size is None or shard_size >= size:
+        return None
+    if size % shard_size:
+        raise UserError(
+            f"{size} ranks cannot be divided into groups of {shard_size}",
+            where="parallel.shard_size",
+            fix="choose the number of GPUs of one node, which divides that of all; or leave the key out",
+        )
+    return shard_size
 
 
 def _device(local_rank: int) -> torch.device:
