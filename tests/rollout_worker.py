@@ -33,6 +33,7 @@ def main(program: str, model: str, folder: Path, lora_rank: int, more: list[str]
         names = [f"rank{world.rank}-{i}" for i in range(3 - 2 * world.rank)]
         prompts = [chat.prompt(make_problem(name, sizes=())) for name in names]
         groups = engine.sample(prompts, chat.sampling(max_new_tokens=64, n=2))
+        engine.rest()
         found = {
             "asked": names,
             "got": [group[0].problem_id for group in groups],

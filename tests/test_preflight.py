@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -401,8 +402,11 @@ def test_a_vllm_that_would_not_start(random_model_folder, tmp_path, program, say
 
 
 def test_a_colocated_vllm_that_is_not_installed(random_model_folder, tmp_path):
-    recipe = resolved(random_model_folder, "rollout.engine=vllm_colocated")
-    assert "vLLM is not installed beside rlcs" in refused(ModelError, recipe, tmp_path / "run")
+    recipe = resolved(random_model_folder, "rollout.engine=vllm_colocated", "rollout.executable=no-vllm")
+    started = time.monotonic()
+    message = refused(ModelError, recipe, tmp_path / "run")
+    assert "vLLM cannot be started" in message and "vllm-env/bin/pip install 'vllm>=0.32'" in message
+    assert "rollout.engine=local" in message and time.monotonic() - started < 20
 
 
 def test_a_server_elsewhere_that_is_not_well(random_model_folder, tmp_path):

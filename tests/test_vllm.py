@@ -317,6 +317,9 @@ class Disturbed:
     def sync(self) -> None:
         self.engine.sync()
 
+    def rest(self) -> None:
+        self.engine.rest()
+
     def sample(self, prompts, sampling, *, step=0, on_group=None):
         timer = None
         if step in self.misdeeds:

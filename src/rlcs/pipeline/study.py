@@ -276,6 +276,7 @@ class Study:
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding)
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
+            engine.rest()  # after the last validation, too
 
     def _validation(self, every: int, engine: Engine, chat: Chat, grader: Grader) -> Validation:
         """Measure a model that trains, every so many steps, by the engine and the prompts of its stage."""
@@ -307,6 +308,7 @@ class Study:
         with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
             evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+        engine.rest()  # the next stage has the GPU
         seconds = round(time.monotonic() - started, 1)
         self._world.first(partial(mark_done, folder, seconds=seconds))
         log.info("eval %s: done", arm)

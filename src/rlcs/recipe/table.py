@@ -105,7 +105,9 @@ def _rollout_rows(rollout: Rollouts, adapters: str) -> list[tuple[str, str]]:
     if rollout.engine == "local":
         return []
     servers = ", ".join(rollout.urls) or _count(rollout.servers, "server")
-    engine = f"vLLM, {servers}" if rollout.engine == "vllm_server" else "vLLM in this process"
+    if rollout.engine == "vllm_colocated":
+        servers = "a server on every rank's GPU, asleep while it trains"
+    engine = f"vLLM, {servers}"
     correction = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
     return [("rollouts", f"{engine}{adapters}; its logprobs against the policy's: {correction}")]
 

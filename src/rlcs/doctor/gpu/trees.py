@@ -64,9 +64,7 @@ def trees(chat: Chat, *, small: bool) -> list[Tree]:
     ]
 
 
-def compare(
-    vlm: Vlm, chat: Chat, given: Sequence[Tree]
-) -> tuple[tuple[float, float], tuple[float, float]]:
+def compare(vlm: Vlm, chat: Chat, given: Sequence[Tree]) -> tuple[tuple[float, float], tuple[float, float]]:
     """How far packed logprobs (nats) and gradients are from plain ones, and how far they may be."""
     packed = _packed(vlm, chat, given)
     plain = _plain(vlm, chat, given, "sdpa")

@@ -60,7 +60,9 @@ def check(setting: Setting) -> Check:
     """Start vLLM, then one question after the other."""
     settings = rollouts(setting)
     if settings is None:
-        return Check(ok=None, message="vLLM is not here", fix="pip install 'vllm>=0.32', or --executable BIN/vllm")
+        return Check(
+            ok=None, message="vLLM is not here", fix="pip install 'vllm>=0.32', or --executable BIN/vllm"
+        )
     device = torch.device("cpu") if setting.cpu else default_device()
     dtype = torch.float32 if setting.cpu else torch.bfloat16
     shape = _shape(setting, free_bytes(device))
@@ -74,7 +76,9 @@ def check(setting: Setting) -> Check:
     rates = {"start_s": values["start_s"], "weights_to_vllm": weights / values["new_weights_s"]}
     rates |= {name: values[name] for name in ("prefill_tokens", "decode_step_s") if values.get(name)}
     if found:
-        fix = "use vLLM 0.32 or newer with the versions of docs/reference/versions.md, or rollout.engine=local"
+        fix = (
+            "use vLLM 0.32 or newer with the versions of docs/reference/versions.md, or rollout.engine=local"
+        )
         return Check(ok=False, message="; ".join(found), fix=fix, values=values)
     message = (
         f"{settings.engine} starts in {values['start_s']:.0f} s, logprobs within {values['gap']:.1e} nats of ours "
@@ -114,7 +118,9 @@ def _ask(engine: Engine, vlm: Vlm, chat: Chat, device: torch.device, values: dic
     values |= _speeds(engine, chat)
     old = _gap_of_new_weights(engine, vlm, chat, values)
     if not values["new_gap"] <= limit * 2:
-        problems.append(f"after new weights vLLM is {values['new_gap']:.2g} nats from ours (limit {2 * limit:.2g})")
+        problems.append(
+            f"after new weights vLLM is {values['new_gap']:.2g} nats from ours (limit {2 * limit:.2g})"
+        )
     if not old > limit:
         problems.append("the answers do not follow new weights")
     return problems
@@ -133,7 +139,9 @@ def _sample(engine: Engine, chat: Chat) -> _Answers:
     return _Answers(prompts=prompts, groups=groups, seconds=time.perf_counter() - started)
 
 
-def _scored(vlm: Vlm, chat: Chat, prompts: Sequence[Prompt], groups: Sequence[tuple[Rollout, ...]]) -> torch.Tensor:
+def _scored(
+    vlm: Vlm, chat: Chat, prompts: Sequence[Prompt], groups: Sequence[tuple[Rollout, ...]]
+) -> torch.Tensor:
     """Our logprobs of the answers, as if they were answers to these prompts."""
     trees = []
     for prompt, group in zip(prompts, groups, strict=True):
