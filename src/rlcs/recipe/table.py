@@ -186,7 +186,8 @@ def _parallel(parallel: Parallel) -> str:
     freed = "freed" if parallel.reshard_after_forward else "kept"
     formats = f"{parallel.compute_dtype} compute and {parallel.reduce_dtype} reduce precision"
     offload = ", shards and AdamW in main memory" if parallel.cpu_offload else ""
-    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass{offload}"
+    group = f"one copy for every {parallel.shard_size} ranks, " if parallel.shard_size else ""
+    return f"under torchrun: {group}{formats}, gathered layers {freed} after the forward pass{offload}"
 
 
 def _optimizer(optimizer: Optimizer) -> str:
