@@ -22,7 +22,8 @@ from rlcs.data.sent_images import SentImages
 from rlcs.engines.connection import address, connect_blocking, masked
 from rlcs.engines.openai_client import content, status_error, status_fault
 from rlcs.engines.providers import Fields
-from rlcs.engines.vllm.server import Launch, Process, flags
+from rlcs.engines.vllm.process import Process
+from rlcs.engines.vllm.server import Launch, flags
 from rlcs.errors import EndpointError, ModelError, UserError
 from rlcs.model.loading import default_device, resolve
 from rlcs.recipe.sampling import Endpoint, Rollouts
