@@ -191,7 +191,8 @@ class RunDir:
         self._trackers.append(report)
 
     def save(self, step: int) -> None:
-        """Save a checkpoint after step `step` (from 1)."""
+        """Save a checkpoint after step `step` (from 1), when the rollouts up to it are written."""
+        self._rollouts.wait()
         trainer = self._trainer
         state = checkpoint.capture(
             trainer.vlm.model,
@@ -214,6 +215,7 @@ class RunDir:
     def finish(self, screen: Screen) -> None:
         """Write the model of the last step, or the best one, in Hugging Face format; then the marker."""
         self._trackers.close()
+        self._rollouts.wait()
         step = self._restore_best(screen)
         save(self._trainer.vlm, self.final)
         facts = {
