@@ -88,18 +88,20 @@ def make_plan(
         chosen, rows_of(chosen.data.cold_start, chosen.data.columns.response), assumed
     )
     counted = assumed.model_copy(update={"demonstrations": demonstrations.count or 0})
-    inputs = Inputs(assumed=counted, speeds=speeds_of(machine, assumed, rates))
+    speeds = speeds_of(machine, assumed, rates)
 
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
-        return plan_stages(changed(chosen, more), sizes, replace(machine, gpus=gpus), inputs)
+        without_time = Inputs(assumed=counted)
+        return plan_stages(changed(chosen, more), sizes, replace(machine, gpus=gpus), without_time)
 
-    stages, advice = attempt((), machine.gpus), None
+    stages = plan_stages(chosen, sizes, machine, Inputs(assumed=counted, speeds=speeds))
+    advice = None
     learner, measured = placed(chosen, sizes, machine)
     if not all(stage.fits for stage in stages.values()):
         changes = possible_changes(learner, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
         advice = advise(changes, attempt, machine.gpus)
     steps = {name: s.time.seconds for name, s in stages.items() if isinstance(s, StagePlan)}
-    each = {"eval": answer_seconds(measured, chosen.eval, chosen.prompt, chosen.images, inputs)}
+    each = {"eval": answer_seconds(measured, chosen.eval, chosen.prompt, chosen.images, assumed, speeds)}
     basis = least_certain(s.time.basis for s in stages.values() if isinstance(s, StagePlan))
     total = total_of(chosen, steps, each, machine=machine, assumed=assumed, basis=basis)
     return Plan(
@@ -110,7 +112,7 @@ def make_plan(
         stages=stages,
         advice=advice,
         total=total,
-        speeds=inputs.speeds,
+        speeds=speeds,
         warning="" if rates is None else device_warning(rates, machine.device),
     )
 

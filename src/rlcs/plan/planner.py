@@ -19,7 +19,7 @@ from rlcs.plan.placement import Placement, stored
 from rlcs.plan.rates import Speeds
 from rlcs.plan.rollouts import rollout_bytes, sampled
 from rlcs.plan.shapes import Tower
-from rlcs.plan.step_time import StepTime, grpo_time, sft_time
+from rlcs.plan.step_time import StepTime, step_time
 from rlcs.plan.work import Trees, language, vision
 from rlcs.recipe.schema import Eval, Images, Prompts
 from rlcs.recipe.stages import Grpo, Sft
@@ -33,10 +33,13 @@ FRAGMENTS = 0.05
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What a plan knows beside the recipe: assumed lengths, and the rates of the machine."""
+    """What a plan knows beside the recipe: assumed lengths, and the rates of the machine.
+
+    Without rates memory and work alone are planned, and a step has no phases.
+    """
 
     assumed: Assumed
-    speeds: Speeds
+    speeds: Speeds | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,10 +118,9 @@ def plan_training(
     trees = expected_trees(largest, tower, assumed, count=count, lowest=lowest or images.min_pixels)
     parts, peak = _memory(placed, stage, trees, largest)
     per_tree, repeated = _passes(placed, stage, trees)
-    if isinstance(stage, Grpo):
-        time = grpo_time(placed, stage, trees, inputs.speeds, assumed)
-    else:
-        time = sft_time(placed, stage, trees, inputs.speeds, assumed)
+    time = StepTime(phases=())
+    if inputs.speeds is not None:
+        time = step_time(placed, stage, trees, inputs.speeds, assumed)
     return StagePlan(
         parts=parts,
         peak=peak,
@@ -150,14 +152,19 @@ def plan_measurement(placed: Placement, sampling: Eval, prompt: Prompts, images:
 
 
 def answer_seconds(
-    placed: Placement, sampling: Eval, prompt: Prompts, images: Images, inputs: Inputs
+    placed: Placement,
+    sampling: Eval,
+    prompt: Prompts,
+    images: Images,
+    assumed: Assumed,
+    speeds: Speeds,
 ) -> float:
     """Seconds of one answer in a measurement, where CHUNK problems are answered together."""
-    tower, assumed = placed.sizes.vision, inputs.assumed
+    tower = placed.sizes.vision
     largest = largest_tree(images, tower, prompt=prompt.max_tokens, group=1, answer=sampling.max_new_tokens)
     trees = expected_trees(largest, tower, assumed, count=CHUNK, lowest=images.min_pixels)
     groups = group_lengths(CHUNK, 1, mean=trees.answer, limit=sampling.max_new_tokens, spread=assumed.spread)
-    one = sampled(placed, groups, trees, inputs.speeds, max_rows=sampling.max_rows)
+    one = sampled(placed, groups, trees, speeds, max_rows=sampling.max_rows)
     return (one.prefill + one.decode) / CHUNK
 
 

@@ -13,7 +13,6 @@ from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.memory import Passing, language_layer, token_keeps
 from rlcs.plan.placement import Placement
 from rlcs.plan.planner import Inputs, MemoryPlan, with_overhead
-from rlcs.plan.rates import speeds_of
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.plan.stages import placed, plan_stages
 from rlcs.recipe.arms import RL_ARMS
@@ -59,7 +58,7 @@ def shortage_advice(recipe: Recipe, where: str, machine: Machine, *, trainers: i
     if not stage:
         return ""
     sizes = sizes_of(recipe.model)
-    inputs = Inputs(assumed=Assumed(), speeds=speeds_of(machine, Assumed()))
+    inputs = Inputs(assumed=Assumed())
     parts = _parts(plan_stages(recipe, sizes, machine, inputs, trainers=trainers)[stage], work)
     listed = " + ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     device = f"of the {_size(machine.device.memory * GIB)} of a device" if machine.gpus else "of main memory"

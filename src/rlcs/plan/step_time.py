@@ -106,7 +106,16 @@ class Phases:
         return StepTime(phases=tuple(self._phases))
 
 
-def sft_time(place: Placement, sft: Sft, trees: Trees, speeds: Speeds, assumed: Assumed) -> StepTime:
+def step_time(
+    place: Placement, stage: Sft | Grpo, trees: Trees, speeds: Speeds, assumed: Assumed
+) -> StepTime:
+    """The seconds of one step of a stage."""
+    if isinstance(stage, Grpo):
+        return _grpo(place, stage, trees, speeds, assumed)
+    return _sft(place, stage, trees, speeds, assumed)
+
+
+def _sft(place: Placement, sft: Sft, trees: Trees, speeds: Speeds, assumed: Assumed) -> StepTime:
     """The seconds of one step of SFT."""
     phases = Phases(speeds)
     # Demonstrations have no limit of their own.
@@ -118,7 +127,7 @@ def sft_time(place: Placement, sft: Sft, trees: Trees, speeds: Speeds, assumed: 
     return phases.time
 
 
-def grpo_time(place: Placement, grpo: Grpo, trees: Trees, speeds: Speeds, assumed: Assumed) -> StepTime:
+def _grpo(place: Placement, grpo: Grpo, trees: Trees, speeds: Speeds, assumed: Assumed) -> StepTime:
     """The seconds of one step of GRPO: new weights, rollouts, grading, reference passes, update."""
     phases = Phases(speeds)
     _add_weights(phases, place, speeds)
