@@ -12,6 +12,8 @@ from rlcs.plan.planner import Inputs, MemoryPlan, StagePlan, answer_seconds
 from rlcs.plan.rates import Speeds, device_warning, least_certain, speeds_of
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.plan.stages import placed, plan_stages
+from rlcs.plan.startup import start_time
+from rlcs.plan.step_time import StepTime
 from rlcs.plan.total import Total, demonstrations_of, total_of
 from rlcs.recipe.loading import changed, load_recipe
 
@@ -42,6 +44,7 @@ class Plan:
     advice: Advice | None
     total: Total
     speeds: Speeds
+    start: StepTime
     warning: str = ""
 
     @property
@@ -67,6 +70,7 @@ class Plan:
             "warning": self.warning,
             "fits": self.fits,
             "stages": {name: stage.to_json() for name, stage in self.stages.items()},
+            "start": self.start.to_json(),
             "total": self.total.to_json(),
             "advice": None if self.advice is None else asdict(self.advice),
         }
@@ -84,9 +88,8 @@ def make_plan(
     """Plan what a recipe's arms need. Raises RecipeError; ModelError for a model without configuration."""
     chosen = load_recipe(name, overrides).recipe
     sizes = sizes_of(chosen.model)
-    demonstrations = demonstrations_of(
-        chosen, rows_of(chosen.data.cold_start, chosen.data.columns.response), assumed
-    )
+    given = rows_of(chosen.data.cold_start, chosen.data.columns.response)
+    demonstrations = demonstrations_of(chosen, given, assumed)
     counted = assumed.model_copy(update={"demonstrations": demonstrations.count or 0})
     speeds = speeds_of(machine, assumed, rates)
 
@@ -113,6 +116,7 @@ def make_plan(
         advice=advice,
         total=total,
         speeds=speeds,
+        start=start_time(learner, (given, *(rows_of(s) for s in (chosen.data.rl, chosen.data.test))), speeds),
         warning="" if rates is None else device_warning(rates, machine.device),
     )
 
@@ -169,12 +173,11 @@ def _phases(plan: Plan) -> Iterator[str]:
     for name, stage in plan.stages.items():
         if isinstance(stage, StagePlan):
             yield f"a step of {name}: seconds, the share of them in which GPUs work, and how they are known"
-            for phase in stage.time.phases:
-                figures = f"{phase.seconds:>8.1f} s{phase.busy / phase.seconds:>6.0%}"
-                yield f"  {phase.name:<36}{figures}  {phase.basis}: {phase.formula}"
-            figures = f"{stage.time.seconds:>8.1f} s{1 - stage.time.idle:>6.0%}"
-            yield f"  {'together':<36}{figures}  {stage.time.basis}"
+            yield from stage.time.to_text()
             yield ""
+    yield "from the start of the run to the engine's first answer, before any training"
+    yield from plan.start.to_text()
+    yield ""
     for basis in ("measured", "guessed"):
         if rates := [
             f"{n}={v:.3g}" for n, v in plan.speeds.values.items() if plan.speeds.basis([n]) == basis

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rlcs.model.packing import balanced, within_budget
 from rlcs.plan.placement import Placement, adapter_parameters
-from rlcs.plan.rates import NETWORK, NODE, Speeds
+from rlcs.plan.rates import LINK, NETWORK, NODE, Speeds
 from rlcs.plan.work import Trees, language, vision
 from rlcs.recipe.section import Part
 
@@ -123,14 +123,14 @@ def passed(
 
 def speed_of_link(place: Placement, speeds: Speeds) -> float:
     """Bytes a second that a device receives from those that share the model with it."""
-    return speeds["collective"] if place.trainers <= NODE else min(speeds["collective"], NETWORK)
+    return speeds["collective"] if place.shards <= NODE else min(speeds["collective"], NETWORK)
 
 
 def forward_traffic(place: Placement) -> Traffic:
     """Weights that are gathered in a forward pass: each device receives all but its own part."""
-    if not place.sharded or place.trainers == 1:
+    if not place.sharded or place.shards == 1:
         return NO_TRAFFIC
-    sizes, others = place.sizes, 1 - 1 / place.trainers
+    sizes, others = place.sizes, 1 - 1 / place.shards
     return Traffic(
         total=sizes.total * place.compute * others,
         exposed=sizes.outside_layers * place.compute * others,
@@ -138,13 +138,18 @@ def forward_traffic(place: Placement) -> Traffic:
 
 
 def update_traffic(place: Placement, trained: int) -> Traffic:
-    """Weights gathered in the forward and again in the backward pass, and gradients of `trained` numbers."""
+    """Weights gathered in the forward and again in the backward pass, and gradients of `trained` numbers.
+
+    Where several groups of devices hold the model, they add up the gradients of their parts over the network,
+    which takes as long as so many more bytes on the link.
+    """
+    if place.trainers == 1 or not place.sharded:
+        return NO_TRAFFIC
     forward = forward_traffic(place)
-    if not forward.total:
-        return forward
-    times, others = 2 if place.parallel.reshard_after_forward else 1, 1 - 1 / place.trainers
+    times = 2 if place.parallel.reshard_after_forward else 1
     outside = min(trained, place.sizes.outside_layers)
-    return Traffic(
-        total=times * forward.total + trained * place.reduce * others,
-        exposed=forward.exposed + outside * place.reduce * others,
-    )
+    part = (1 - 1 / place.shards) * place.reduce
+    copies = place.trainers / place.shards
+    slower = place.machine.device.link * LINK / NETWORK if place.trainers > NODE else 1.0
+    part += 2 * (1 - 1 / copies) / place.shards * place.reduce * slower
+    return Traffic(total=times * forward.total + trained * part, exposed=forward.exposed + outside * part)

@@ -87,10 +87,7 @@ class StagePlan(MemoryPlan):
             "tokens_per_step_repeated": self.repeated_tokens,
             "flops_per_step": self.flops,
             "flops_per_step_repeated": self.repeated_flops,
-            "seconds_per_step": round(step, 3),
-            "seconds_basis": self.time.basis,
-            "phases": [phase.to_json() for phase in self.time.phases],
-            "idle_share": round(self.time.idle, 4),
+            "step": self.time.to_json(),
             "steps": self.steps,
             "hours": None if self.steps is None else round(step * self.steps / 3600, 2),
         }

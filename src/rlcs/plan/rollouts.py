@@ -126,7 +126,7 @@ def slots_of(place: Placement, trees: Trees, max_rows: int) -> int:
     if not place.machine.gpus or place.rollout.urls:
         return max_rows
     gpus = _gpus_of_engine(place)
-    memory = gpus * (place.rollout.memory_share or VLLM_SHARE) * place.machine.device.memory * GIB
+    memory = gpus * (place.rollout.share or VLLM_SHARE) * place.machine.device.memory * GIB
     cache = memory - place.sizes.total * place.compute - gpus * VLLM_PASSES
     a_row = token_bytes(place.sizes.text, place.compute) * (trees.trunk / trees.group + trees.answer)
     return max(1, min(max_rows, int(cache / a_row)))

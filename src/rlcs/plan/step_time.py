@@ -4,7 +4,7 @@ Every phase says how it is computed and whether its rates were measured. Phases 
 GPUs but those that vLLM servers have to themselves.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,22 @@ class StepTime:
     def basis(self) -> Basis:
         """How the sum is known: as its least certain phase."""
         return least_certain(phase.basis for phase in self.phases)
+
+    def to_text(self) -> Iterator[str]:
+        """The phases as lines of text, and their sum."""
+        for phase in self.phases:
+            figures = f"{phase.seconds:>8.1f} s{phase.busy / phase.seconds:>6.0%}"
+            yield f"  {phase.name:<36}{figures}  {phase.basis}: {phase.formula}"
+        yield f"  {'together':<36}{self.seconds:>8.1f} s{1 - self.idle:>6.0%}  {self.basis}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The phases for scripts."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "basis": self.basis,
+            "idle_share": round(self.idle, 4),
+            "phases": [phase.to_json() for phase in self.phases],
+        }
 
 
 class Phases:
@@ -286,13 +302,13 @@ def _update_passes(
     ahead += f"{times[1]} of the tower, {at}; {rounds.count} packs a GPU"
     phases.add("forward and backward passes", whole.work - again.work, rates, ahead)
     phases.add("activations are recomputed", again.work, rates, f"one more forward pass {at}")
-    size = OPTIMIZER_PASSES * FP32 * trained / place.trainers * steps
+    size = OPTIMIZER_PASSES * FP32 * trained / place.shards * steps
     speed = CPU_BANDWIDTH if place.offloaded else place.machine.device.bandwidth * READING
     phases.add(
         "optimiser",
         size / speed,
         GUESSED,
-        f"{steps} x {trained / place.trainers / 1e9:.2f} G numbers a device, {OPTIMIZER_PASSES} times "
+        f"{steps} x {trained / place.shards / 1e9:.2f} G numbers a device, {OPTIMIZER_PASSES} times "
         f"through memory at {speed / 1e12:.2f} TB/s",
         busy=0.0 if place.offloaded else None,
     )
