@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rlcs.data.problem_store import ProblemStore
 from rlcs.grading import health
@@ -23,8 +24,14 @@ class RolloutLog:
         """Write the rollouts of one step; a step that runs again after a stop replaces its file."""
         path = self._folder / f"step-{step:06d}.jsonl"
         path.unlink(missing_ok=True)
-        append_jsonl(path, [to_row(sample) for group in groups for sample in group.samples])
+        append_jsonl(path, [row for group in groups for row in _rows(group)])
         self._problems.add(group.problem for group in groups)
+
+
+def _rows(group: Group) -> list[dict[str, Any]]:
+    """One row for each rollout; it says so if older weights than the policy's sampled it."""
+    stale = {"staleness": group.staleness} if group.staleness else {}
+    return [to_row(sample) | stale for sample in group.samples]
 
 
 def _parts(grades: Sequence[Grade]) -> dict[str, float]:
