@@ -461,6 +461,9 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
         def sync(self):
             pass
 
+        def rest(self):
+            pass
+
         def sample(self, prompts, sampling, *, step):
             asked.extend(prompts)
             answers.extend(engine.sample(prompts, sampling, step=step))

@@ -132,6 +132,9 @@ class Collector:
             else:
                 asked = self._ask(found.missing, times_sampled, step, step, clock)
             yield from self._receive(asked, found, step, clock)
+        if self._context.overlap == "none":
+            with clock("rollout"):
+                self._context.engine.rest()
         found.complete = True
         yield found
 
