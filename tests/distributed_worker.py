@@ -29,6 +29,7 @@ from rlcs.recipe.stages import Grpo, Sft
 from rlcs.records import Demonstration, Problem, Sampling
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import Measure, Validation
 
@@ -90,7 +91,7 @@ def train(job: dict, world: World) -> None:
         if "sft" in job:
             sft.train(vlm, chat, demonstrations(12), settings, run=stage, screen=view, stop=stop)
         else:
-            context = grpo.GrpoContext(
+            context = GrpoContext(
                 vlm=vlm,
                 reference=reference,
                 chat=chat,

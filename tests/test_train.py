@@ -25,7 +25,10 @@ from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rol
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
 from rlcs.train.clock import Clock
+from rlcs.train.collecting import Collector, take_prompts
+from rlcs.train.context import GrpoContext
 from rlcs.train.groups import make_group, shaped_reward, tree_of
+from rlcs.train.learning import Learner, make_batches, make_objective
 from rlcs.train.losses import sft_loss
 from rlcs.train.rollout_log import measure
 from rlcs.train.run_dir import RunDir, step_report
@@ -256,7 +259,7 @@ def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
     vlm, chat = fresh(source)
     problems = puzzles.load("puzzles", split="train", count=count, seed=5)
     reference = grpo.frozen_copy(vlm) if settings.kl.active else None
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm,
         reference=reference,
         chat=chat,
@@ -316,7 +319,7 @@ def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder
     """Learning without the flat groups equals learning with them, to the bit of the denominator."""
     settings = Grpo(**SMALL)
     vlm, chat = fresh(random_model_folder)
-    context = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, grader=None)
+    context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, grader=None)
     groups = [
         group_of(chat, "a", [1.0, 0.0, 1.0], settings),
         group_of(chat, "b", [1.0, 1.0, 1.0], settings),
@@ -327,11 +330,13 @@ def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder
         vlm, _ = fresh(random_model_folder)
         trainer = Trainer(vlm, settings.optimizer, steps=1, max_bad_steps=1)
         if name == "skipped":
-            [result] = grpo.learn(trainer, context, groups, settings, clock=Clock())
+            learner = Learner(trainer, context, settings, Clock())
+            learner.add(list(enumerate(groups)))
+            [result] = learner.finish()
         else:
             trees = [tree_of(group) for group in groups]
-            batches = grpo.make_batches(trees, context, settings)
-            result = trainer.step(batches, grpo.make_objective(settings), average="token")
+            batches = make_batches(trees, context, settings)
+            result = trainer.step(batches, make_objective(settings), average="token")
         results[name] = result
     assert results["skipped"].tokens < results["computed"].tokens
     assert results["skipped"].grad_norm == pytest.approx(results["computed"].grad_norm, rel=1e-4)
@@ -453,6 +458,12 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
     asked = []
 
     class Kept:
+        def sync(self):
+            pass
+
+        def rest(self):
+            pass
+
         def sample(self, prompts, sampling, *, step):
             asked.extend(prompts)
             answers.extend(engine.sample(prompts, sampling, step=step))
@@ -461,9 +472,9 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
     runs = []
     for _ in range(2):
         asked, answers = [], []
-        context = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=Kept(), grader=Never())
+        context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=Kept(), grader=Never())
         stream = ProblemStream(problems, seed=3)
-        grpo.collect(context, stream, settings, sampling, step=5, clock=Clock())
+        list(Collector(context, stream, settings, sampling).collect(5, Clock()))
         runs.append(answers)
         assert sorted(p.problem_id for p in asked) == sorted([p.id for p in problems] * 2)
     assert runs[0] == runs[1]
@@ -497,14 +508,11 @@ def test_a_judge_starts_on_the_first_group_while_others_are_sampled(vlm, chat):
     problems = puzzles.load("puzzles", split="train", count=4, seed=5)
     sampling = chat.sampling(n=3, max_new_tokens=8, seed=3)
     engine = Sampled(vlm, chat, max_rows=6)
-    context = grpo.GrpoContext(
-        vlm=vlm, reference=None, chat=chat, engine=engine, grader=Never(), judge=Recorder()
-    )
-    groups, _ = grpo.collect(
-        context, ProblemStream(problems, seed=3), settings, sampling, step=0, clock=Clock()
-    )
+    context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=engine, grader=Never(), judge=Recorder())
+    collector = Collector(context, ProblemStream(problems, seed=3), settings, sampling)
+    [found] = collector.collect(0, Clock())
     assert len(events) == 4 + 1 and events[-1] == "sampled"
-    expected = [[(group.problem, rollout.text) for rollout in group.rollouts] for group in groups]
+    expected = [[(group.problem, rollout.text) for rollout in group.rollouts] for group in found.chosen]
     assert sorted(events[:-1], key=str) == sorted(expected, key=str)
 
 
@@ -568,7 +576,7 @@ def test_a_problem_that_cannot_be_a_prompt_gives_its_place_to_the_next(vlm):
     chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=100))
     long = [make_problem(f"long{i}", "word " * 300) for i in range(3)]
     short = [Problem(id=f"s{i}", source="t", question="q", answer="1") for i in range(6)]
-    problems, prompts, skipped = grpo.take_prompts(ProblemStream([*long, *short], seed=0), chat.prompts, 6)
+    problems, prompts, skipped = take_prompts(ProblemStream([*long, *short], seed=0), chat.prompts, 6)
     assert len(problems) == len(prompts) == 6 and skipped >= 1
     with pytest.raises(DataError):
-        grpo.take_prompts(ProblemStream(long, seed=0), chat.prompts, 3)
+        take_prompts(ProblemStream(long, seed=0), chat.prompts, 3)

@@ -43,6 +43,7 @@ from rlcs.records import Prompt, Rollout
 from rlcs.serving import session
 from rlcs.signals import StopFlag
 from rlcs.train import grpo
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from test_train import weights_of
 
@@ -367,7 +368,7 @@ def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[st
     rows = load(
         "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
     ).rows
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm,
         reference=None,
         chat=chat,

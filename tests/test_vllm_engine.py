@@ -42,6 +42,7 @@ from rlcs.records import Request, Sampling, StopReason
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl
 from rlcs.train import grpo
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from test_distributed import environment, free_port
 
@@ -698,7 +699,7 @@ def test_the_gap_is_logged_and_corrected_and_alarms(
     settings = Grpo.model_validate(
         {"steps": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6, "optimizer_steps": 1}
     )
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm,
         reference=None,
         chat=chat,

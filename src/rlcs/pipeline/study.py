@@ -44,6 +44,7 @@ from rlcs.records import Demonstration
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import Validation
 
@@ -264,7 +265,7 @@ class Study:
         run = self._run_dir(name, settings)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
-            context = grpo.GrpoContext(
+            context = GrpoContext(
                 vlm=vlm,
                 reference=reference,
                 chat=chat,
@@ -272,6 +273,7 @@ class Study:
                 grader=grader,
                 judge=judge,
                 importance_cap=recipe.rollout.cap,
+                overlap=recipe.overlap,
             )
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding)

@@ -59,7 +59,28 @@ def packs_in_step(trees: Sequence[Tree], chat: Chat, *, budget: int, world: Worl
     Every rank gets the same number of packs, and packs of one index have images on all ranks or on none.
     """
     members = within_budget([tree.num_tokens for tree in trees], budget)
-    groups = [[trees[i] for i in indices] for indices in members]
+    return _in_step([[trees[i] for i in indices] for indices in members], chat, world)
+
+
+def full_packs_in_step(
+    trees: Sequence[Tree], chat: Chat, *, budget: int, world: World
+) -> tuple[list[Pack], list[Tree]]:
+    """Packs for this rank of as many of all trees as fill packs on every rank, and the trees that are left.
+
+    All ranks pass the same trees. The emptiest pack is left in any case: more trees may fill it.
+    """
+    sizes = [tree.num_tokens for tree in trees]
+    packs = within_budget(sizes, budget)
+    packs.sort(key=lambda members: -sum(sizes[i] for i in members))
+    packs = packs[: max(0, len(packs) - 1) // world.size * world.size]
+    taken = {i for members in packs for i in members}
+    own = [[trees[i] for i in members] for members in packs[world.rank :: world.size]]
+    left = [tree for i, tree in enumerate(trees) if i not in taken]
+    return _in_step(own, chat, world) if packs else [], left
+
+
+def _in_step(groups: list[list[Tree]], chat: Chat, world: World) -> list[Pack]:
+    """A pack of each group, with padding trees where other ranks have more groups, or images."""
     groups.sort(key=_has_images, reverse=True)
     flags_of_ranks = world.gather([_has_images(group) for group in groups])
     for index, flags in enumerate(zip_longest(*flags_of_ranks, fillvalue=False)):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rlcs.data.problem_store import ProblemStore
 from rlcs.grading import health
@@ -42,8 +43,14 @@ class RolloutLog:
     def _write(self, step: int, groups: Sequence[Group]) -> None:
         path = self._folder / f"step-{step:06d}.jsonl"
         path.unlink(missing_ok=True)
-        append_jsonl(path, [to_row(sample) for group in groups for sample in group.samples])
+        append_jsonl(path, [row for group in groups for row in _rows(group)])
         self._problems.add(group.problem for group in groups)
+
+
+def _rows(group: Group) -> list[dict[str, Any]]:
+    """One row for each rollout; it says so if older weights than the policy's sampled it."""
+    stale = {"staleness": group.staleness} if group.staleness else {}
+    return [to_row(sample) | stale for sample in group.samples]
 
 
 def _parts(grades: Sequence[Grade]) -> dict[str, float]:

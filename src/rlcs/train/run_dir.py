@@ -139,6 +139,19 @@ class RunDir:
             self._save_once(step)
         return True
 
+    def is_last_or_measured(self, step: int) -> bool:
+        """Whether the model after `step` steps is to be measured, or the final one."""
+        due = self.validation is not None and self.validation.is_due(step, self._steps)
+        return due or step == self._steps
+
+    def stop_in_step(self, done: int, stop: StopFlag) -> None:
+        """End here after a stop signal, with a checkpoint of the `done` steps, of which the model is.
+
+        Raises Stopped.
+        """
+        self._save_once(done)
+        self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
+
     def _save_once(self, step: int) -> None:
         if step > self._saved:
             self.save(step)
