@@ -49,6 +49,11 @@ class Passed:
     waiting: float
     traffic: float
 
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return self.work + self.waiting + self.traffic
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traffic:

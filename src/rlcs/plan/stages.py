@@ -19,7 +19,8 @@ def plan_stages(
     """
     learner, measured = placed(recipe, sizes, machine, trainers=trainers)
     needed = {stage for arm in recipe.study.arms for stage in stages_behind(arm)}
-    prompts, grpo = (recipe.prompt, recipe.images), recipe.grpo
+    prompts = recipe.prompt, recipe.images
+    grpo = recipe.grpo.model_copy(update={"overlap": recipe.overlap})
     stages: dict[str, MemoryPlan] = {}
     if "sft" in needed:  # responses of given demonstrations may be longer than a teacher's
         longest = recipe.teacher.max_tokens

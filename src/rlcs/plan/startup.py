@@ -19,7 +19,7 @@ FIRST_ANSWER_S = 5.0
 
 def start_time(place: Placement, data: Iterable[Rows], speeds: Speeds) -> StepTime:
     """From the start of `rlcs run` to the first answer; nothing needs to be downloaded."""
-    phases, total = Phases(speeds), place.sizes.total
+    phases, total = Phases(place, speeds), place.sizes.total
     rows = sum(each.count or 0 for each in data)
     phases.add(
         "libraries and ranks", IMPORTS_S, GUESSED, "imports, joining, checks without a model", busy=0.0

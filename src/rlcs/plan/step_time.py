@@ -6,6 +6,7 @@ GPUs but those that vLLM servers have to themselves.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from rlcs.plan.lengths import group_lengths
@@ -24,15 +25,15 @@ from rlcs.plan.passes import (
 )
 from rlcs.plan.placement import Placement
 from rlcs.plan.rates import READING, Basis, Speeds, least_certain
-from rlcs.plan.rollouts import engines_of, sampled
+from rlcs.plan.rollouts import Sampled, engines_of, sampled
 from rlcs.plan.work import Trees
 from rlcs.recipe.stages import Grpo, Sft
 
 OPTIMIZER_PASSES = 12
 """Times that a trained number is read or written in an optimiser step: divided, measured, clipped, AdamW."""
-TOKEN_S = 1.3e-6
-"""Seconds of the host for each sampled token: exchanged between ranks, written to the journal; measured on
-one core of a server CPU (pickle 0.2, JSON and the disk 1.1 microseconds)."""
+TOKEN_S = 2e-7
+"""Seconds of the host for each sampled token that ranks exchange: pickled and read again, as measured on one
+core of a server. (Rollouts are written to disk beside the next step.)"""
 GUESSED = ("",)
 """In place of rates that have a name and may be measured."""
 
@@ -100,10 +101,11 @@ class StepTime:
 
 
 class Phases:
-    """Collects the phases of a step; a GPU works throughout a phase unless `busy` says otherwise."""
+    """Collects the phases of a step; where `busy` does not say otherwise, the GPUs that train work in all."""
 
-    def __init__(self, speeds: Speeds) -> None:
+    def __init__(self, place: Placement, speeds: Speeds) -> None:
         """There are none yet."""
+        self._part = place.trainers / place.machine.devices
         self._speeds = speeds
         self._phases: list[Phase] = []
 
@@ -113,8 +115,14 @@ class Phases:
         """Add a phase that takes time; `rates` are those that its seconds follow from."""
         if seconds > 0:
             basis = self._speeds.basis(rates)
-            worked = seconds if busy is None else busy
+            worked = seconds * self._part if busy is None else busy
             self._phases.append(Phase(name=name, seconds=seconds, busy=worked, basis=basis, formula=formula))
+
+    def hide(self, seconds: float, formula: str) -> None:
+        """Take off the seconds that pass in two phases at once."""
+        if seconds > 0:
+            name, basis = "at the same time", least_certain(phase.basis for phase in self._phases)
+            self._phases.append(Phase(name=name, seconds=-seconds, busy=0.0, basis=basis, formula=formula))
 
     @property
     def time(self) -> StepTime:
@@ -133,7 +141,7 @@ def step_time(
 
 def _sft(place: Placement, sft: Sft, trees: Trees, speeds: Speeds, assumed: Assumed) -> StepTime:
     """The seconds of one step of SFT."""
-    phases = Phases(speeds)
+    phases = Phases(place, speeds)
     # Demonstrations have no limit of their own.
     limit = max(trees.answer, sft.pack_tokens)
     groups = group_lengths(trees.count, 1, mean=trees.answer, limit=limit, spread=assumed.spread)
@@ -145,15 +153,47 @@ def _sft(place: Placement, sft: Sft, trees: Trees, speeds: Speeds, assumed: Assu
 
 def _grpo(place: Placement, grpo: Grpo, trees: Trees, speeds: Speeds, assumed: Assumed) -> StepTime:
     """The seconds of one step of GRPO: new weights, rollouts, grading, reference passes, update."""
-    phases = Phases(speeds)
+    phases = Phases(place, speeds)
     _add_weights(phases, place, speeds)
-    _add_rollouts(phases, place, grpo, trees, speeds, assumed)
+    rounds = _add_rollouts(phases, place, grpo, trees, speeds, assumed)
     _add_images(phases, place, trees, speeds)
     groups = _lengths(grpo, trees, assumed, trees.count)
-    done = _reference_passes(phases, place, grpo, groups, trees, speeds)
-    done += _update_passes(phases, place, grpo, groups, trees, speeds)
-    _add_lost(phases, place, done, speeds)
+    references = _reference_passes(phases, place, grpo, groups, trees, speeds)
+    update = _update_passes(phases, place, grpo, groups, trees, speeds)
+    _add_lost(phases, place, [*references, *update], speeds)
+    ahead = sum(one.seconds for one in references)
+    if grpo.overlap == "on_policy":
+        phases.hide(
+            on_policy_overlap(grpo, rounds, ahead, update[0].seconds), "groups are learnt from as they arrive"
+        )
+    elif grpo.overlap == "one_step_off":
+        training = ahead + update[0].seconds
+        hidden = min(rounds[0].prefill + rounds[0].decode, training)
+        phases.hide(hidden, "the next step's first round is sampled meanwhile")
     return phases.time
+
+
+def on_policy_overlap(grpo: Grpo, rounds: Sequence[Sampled], references: float, update: float) -> float:
+    """Seconds of passes that are made while the servers sample, as `train.learning` does.
+
+    The passes without gradients take up groups as they arrive, and so does the update, of the first optimiser
+    step's share alone where old logprobs come from the policy. A group's place in the step is known when all
+    before it have arrived.
+    """
+    count = grpo.prompts_per_step
+    arrivals, begin = list[float](), 0.0
+    for number, one in enumerate(rounds):
+        kept = len(one.arrivals) - (len(rounds[number + 1].arrivals) if number + 1 < len(rounds) else 0)
+        arrivals += [begin + seconds for seconds in accumulate(one.arrivals[:kept], max)]
+        begin += one.prefill + one.decode
+    waits_for_all = grpo.optimizer_steps > 1 and grpo.old_logprobs == "policy"
+    share = -(-count // grpo.optimizer_steps) if waits_for_all else count
+    now = 0.0
+    for place, arrival in enumerate(arrivals[:count]):
+        work = references + (update if place < share else 0.0)
+        now = max(now, arrival) + work / count
+    whole = references + update * share / count
+    return begin + whole - max(begin, now)
 
 
 def _lengths(grpo: Grpo, trees: Trees, assumed: Assumed, count: int) -> tuple[tuple[int, ...], ...]:
@@ -179,7 +219,8 @@ def _add_weights(phases: Phases, place: Placement, speeds: Speeds) -> None:
 
 def _add_rollouts(
     phases: Phases, place: Placement, grpo: Grpo, trees: Trees, speeds: Speeds, assumed: Assumed
-) -> None:
+) -> list[Sampled]:
+    """Every round of sampling; with dynamic sampling there are more, for groups whose rewards are equal."""
     local, part = place.rollout.engine == "local", _part_that_samples(place)
     share = "forward_share" if local else "prefill_share"
     equal = 2 / (trees.group + 1) if assumed.equal is None else assumed.equal
@@ -209,6 +250,7 @@ def _add_rollouts(
         )
     answers = sum(counts) * trees.group
     _add_after_sampling(phases, place, grpo, answers, trees, speeds)
+    return [one for _, one in rounds]
 
 
 def _add_after_sampling(
@@ -225,10 +267,10 @@ def _add_after_sampling(
         busy=0.0,
     )
     phases.add(
-        "answers are exchanged and written down",
+        "answers are exchanged",
         answers * trees.answer * TOKEN_S,
         GUESSED,
-        f"{answers * trees.answer / 1e6:.1f} M tokens x {TOKEN_S * 1e6:.1f} microseconds on rank 0",
+        f"{answers * trees.answer / 1e6:.1f} M tokens x {TOKEN_S * 1e6:.1f} microseconds on every rank",
         busy=0.0,
     )
     if place.rollout.engine == "vllm_colocated" and place.machine.gpus:
