@@ -183,15 +183,18 @@ def test_adapters_are_counted_layer_by_layer():
     assert packed.parts["weights"] < 0.5 * stages["sft"].parts["weights"]  # tower, embedding: 16 bits
 
 
+APART = ("rollout.engine=vllm_server", "rollout.servers=4", 'rollout.devices=["4", "5", "6", "7"]')
+
+
 def test_gpus_that_sample_do_not_train():
-    apart = planned("8xgpu-7b", gpus=8).stages["grpo"]
+    apart = planned("8xgpu-7b", *APART, gpus=8).stages["grpo"]
     assert apart.parts["weights"] == 4 * PARAMETERS["7B"] / 4
     assert apart.parts["rollout"] == 0
-    beside = planned("8xgpu-7b", "rollout.engine=vllm_colocated", "rollout.memory_share=0.4").stages["grpo"]
+    beside = planned("8xgpu-7b", "rollout.memory_share=0.4").stages["grpo"]
     assert beside.parts["weights"] == 4 * PARAMETERS["7B"] / 8
     assert beside.parts["rollout"] == 0.4 * 80 * GIB
     with pytest.raises(UserError, match=r"rollout\.devices takes 4 GPUs, which leaves none of 4 to train"):
-        planned("8xgpu-7b", gpus=4)
+        planned("8xgpu-7b", *APART, gpus=4)
 
 
 def test_servers_on_gpus_that_train_take_their_memory_all_the_time():
@@ -269,7 +272,7 @@ def test_a_measurement_is_one_whole_model_and_its_answers():
     assert learns == 2 * answers, "float32 where weights learn, bfloat16 where they answer"
     away = planned("recommended-3b", "parallel.cpu_offload=true", gpus=8).stages["eval"]
     assert away.parts["weights"] == 0 and away.parts["offloaded"] == 4 * PARAMETERS["3B"] / 8
-    assert planned("8xgpu-7b").stages["eval"].parts["rollout"] == 0
+    assert planned("8xgpu-7b", *APART).stages["eval"].parts["rollout"] == 0
     beside = planned("recommended-3b", "rollout.engine=vllm_colocated", "rollout.memory_share=0.4", gpus=1)
     assert beside.stages["eval"].parts["rollout"] == 0.4 * 80 * GIB
 
