@@ -119,6 +119,23 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
     return rows.to(like.device)  # the world's device, unless shards are offloaded
 
 
+def shard_of(tensor: DTensor) -> tuple[int, int]:
+    """Which part of a sharded tensor's rows this rank holds, counted from 0, and the number of parts."""
+    [dim] = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    return tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
+
+
+def is_first_copy(tensor: DTensor) -> bool:
+    """Whether this rank is the first of those that hold the same rows."""
+    dims = (dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate())
+    return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in dims)
+
+
+def ranks_on_this_machine() -> int:
+    """The number of this run's processes that share the main memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def join_world(*, timeout_s: float) -> Iterator[World]:
     """Join the processes that `torchrun` describes in the environment; without it yield `ALONE`.
