@@ -1,7 +1,7 @@
 """One rank of the tests of sharded checkpoints: `python checkpoint_worker.py JOBS.json`.
 
-A job has a mesh, a folder and what to do there: `save`, `load` or `fail`; the ranks come from the environment,
-as torchrun sets it. Each rank writes what it hashed and read to `JOBS-RANK.json`.
+A job has a mesh, a folder and what to do there: `save`, `load` or `fail`; the ranks come from the
+environment, as torchrun sets it. Each rank writes what it hashed and read to `JOBS-RANK.json`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: each writes, verifies and reads its own rows; any number of ranks can read."""
+"""Checkpoints of several ranks: each writes, verifies and reads its own rows; other numbers read them too."""
 
 import json
 import subprocess

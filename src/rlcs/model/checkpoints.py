@@ -5,7 +5,7 @@ whole tensors or the rows that it asks for, and holds no more. Imports no torch.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from rlcs.errors import CheckpointError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 """Incremented when `state.json` changes its meaning."""
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 """The files of rank 0; see `of_rank`."""
@@ -87,35 +87,35 @@ def read_weights(path: Path, step: int) -> "Stored":
     """
     storage.verify_manifest(path, only=lambda name: not name.startswith(OPTIMIZER.partition(".")[0]))
     facts = read_facts(path, step)
-    return Stored([path / of_rank(MODEL, rank) for rank in range(facts["ranks"])], facts["tied"])
+    paths = [path / of_rank(MODEL, rank) for rank in range(facts["ranks"])]
+    return Stored(paths, facts["tied"], facts["unsharded"])
 
 
 class Stored(Mapping[str, "Tensor"]):
     """Tensors in the files of several ranks, whole or some rows, each read on access."""
 
-    def __init__(self, paths: Sequence[Path], tied: Mapping[str, str]) -> None:
+    def __init__(self, paths: Sequence[Path], tied: Mapping[str, str], unsharded: Collection[str]) -> None:
         """Open the first file, which names all tensors; `tied` are further names of tensors.
 
+        Those that are `unsharded` lie in the first file alone, all others in every file.
         Raises SafetensorError or FileNotFoundError, as does opening the other files when they are needed.
         """
         self._paths = paths
         self._tied = tied
-        self._opened: dict[int, tuple[Any, set[str]]] = {}
-        self._names = self._open(0)[1]
+        self._unsharded = set(unsharded)
+        self._opened: dict[int, Any] = {}
+        self._names = set(self._open(0).keys())
 
-    def _open(self, number: int) -> tuple[Any, set[str]]:
-        """A file, and the names in it."""
+    def _open(self, number: int) -> Any:
         import safetensors
 
         if number not in self._opened:
-            file: Any = safetensors.safe_open(self._paths[number], framework="pt")
-            self._opened[number] = file, set(file.keys())
+            self._opened[number] = safetensors.safe_open(self._paths[number], framework="pt")
         return self._opened[number]
 
-    def _files_of(self, stored: str) -> Iterator[Any]:
+    def _files_of(self, stored: str) -> list[Any]:
         """The files with rows of a tensor, in their order."""
-        opened = (self._open(number) for number in range(len(self._paths)))
-        return (file for file, names in opened if stored in names)
+        return [self._open(n) for n in range(1 if stored in self._unsharded else len(self._paths))]
 
     def __getitem__(self, name: str) -> "Tensor":
         """The whole tensor."""
@@ -138,10 +138,9 @@ class Stored(Mapping[str, "Tensor"]):
         import torch
 
         stored = self._stored(name)
-        if parts == len(self._paths) and stored in self._open(part)[1]:
-            own: Tensor = self._open(part)[0].get_tensor(stored)
-            if len(own) == stop - start:
-                return own
+        if parts == len(self._paths) and stored not in self._unsharded:
+            own: Tensor = self._open(part).get_tensor(stored)
+            return own
         found, first = [], 0
         for file in self._files_of(stored):
             rows = file.get_slice(stored)

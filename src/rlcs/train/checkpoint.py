@@ -279,8 +279,11 @@ def _own_files(state: TrainState, world: World) -> tuple[Files, str]:
     files = {of_rank(MODEL, index): model, of_rank(OPTIMIZER, index): optimizer}
     if index > 0:
         return files, ""
-    facts = {"format": FORMAT, "tied": tied, "ranks": ranks, "optimizer": state.optimizer.settings}
-    return files, storage.to_json(facts | {name: getattr(state, name) for name in ("step", *_FACTS)})
+    tensors = (*state.model.items(), *state.optimizer.tensors.items())
+    unsharded = [name for name, tensor in tensors if not isinstance(tensor, DTensor)] if ranks > 1 else []
+    facts = {"format": FORMAT, "tied": tied, "ranks": ranks, "unsharded": unsharded}
+    facts |= {name: getattr(state, name) for name in ("step", *_FACTS)}
+    return files, storage.to_json(facts | {"optimizer": state.optimizer.settings})
 
 
 def _own(tensors: Mapping[str, Tensor], *, first: bool) -> dict[str, Tensor]:
@@ -381,12 +384,12 @@ def _open(path: Path, step: int) -> TrainState:
     """Open a checkpoint. Raises CheckpointError for anything that `Checkpoints` did not write."""
     try:
         facts = read_facts(path, step)
-        ranks = range(facts["ranks"])
+        ranks, unsharded = range(facts["ranks"]), facts["unsharded"]
         return TrainState(
             step=step,
-            model=Stored([path / of_rank(MODEL, rank) for rank in ranks], facts["tied"]),
+            model=Stored([path / of_rank(MODEL, rank) for rank in ranks], facts["tied"], unsharded),
             optimizer=OptimizerState(
-                tensors=Stored([path / of_rank(OPTIMIZER, rank) for rank in ranks], {}),
+                tensors=Stored([path / of_rank(OPTIMIZER, rank) for rank in ranks], {}, unsharded),
                 settings=facts["optimizer"],
             ),
             **{name: facts[name] for name in _FACTS},
