@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,10 @@ def count_reads(read: dict[str, Any]) -> Iterator[None]:
 
 
 def work(job: dict[str, Any], world: World) -> dict[str, Any]:
-    """Save, fail to save, or load; what this rank hashed and read meanwhile, and the bytes of its own rows."""
+    """Save, fail to save, or load; what this rank hashed and read meanwhile, and the bytes of its rows."""
     names = ("replicate", "shard")[2 - len(job["mesh"]) :]
     mesh = init_device_mesh("cpu", tuple(job["mesh"]), mesh_dim_names=names)
-    checkpoints = Checkpoints(Path(job["folder"]), world)
+    checkpoints = Checkpoints(Path(job["folder"]), replace(world, shards=job["mesh"][-1]))
     model = Net(mesh)
     optimizer = step(model)
     read: dict[str, Any] = {"hashed": {}, "opened": [], "bytes": 0}

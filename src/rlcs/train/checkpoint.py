@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlcs import storage
-from rlcs.distributed import ALONE, World, is_first_copy, shard_of
+from rlcs.distributed import ALONE, World
 from rlcs.errors import CheckpointError, RlcsError
 from rlcs.model.checkpoints import (
     FORMAT,
@@ -84,7 +84,7 @@ class Checkpoints:
         """Touches no file yet."""
         self.folder = folder
         self._world = world
-        self._copies = HostCopies()
+        self._copies = HostCopies(ranks=world.local_size)
         self._unfinished: _Unfinished | None = None
         self._pruning: Future[None] = _now(lambda: None)
         self._trusted: dict[Path, object] = {}
@@ -270,28 +270,26 @@ def _own_files(state: TrainState, world: World) -> tuple[Files, str]:
     A file holds this rank's rows of sharded tensors; rank 0's also has the tensors that are not sharded.
     Where ranks hold copies of each other's rows, the first with them writes.
     """
-    sharded = next((tensor for tensor in state.model.values() if isinstance(tensor, DTensor)), None)
-    index, ranks = (world.rank, 1) if sharded is None else shard_of(sharded)
-    if not (index == 0 if sharded is None else is_first_copy(sharded)):
+    if world.rank >= world.writers:
         return {}, ""
-    model, tied = _untied(_own(state.model, first=index == 0))
-    optimizer = _own(state.optimizer.tensors, first=index == 0)
-    files = {of_rank(MODEL, index): model, of_rank(OPTIMIZER, index): optimizer}
-    if index > 0:
+    model, tied = _untied(_own(state.model, world))
+    optimizer = _own(state.optimizer.tensors, world)
+    files = {of_rank(MODEL, world.rank): model, of_rank(OPTIMIZER, world.rank): optimizer}
+    if world.rank > 0:
         return files, ""
     tensors = (*state.model.items(), *state.optimizer.tensors.items())
-    unsharded = [name for name, tensor in tensors if not isinstance(tensor, DTensor)] if ranks > 1 else []
-    facts = {"format": FORMAT, "tied": tied, "ranks": ranks, "unsharded": unsharded}
+    unsharded = [name for name, tensor in tensors if not isinstance(tensor, DTensor)]
+    facts = {"format": FORMAT, "tied": tied, "ranks": world.writers, "unsharded": unsharded}
     facts |= {name: getattr(state, name) for name in ("step", *_FACTS)}
     return files, storage.to_json(facts | {"optimizer": state.optimizer.settings})
 
 
-def _own(tensors: Mapping[str, Tensor], *, first: bool) -> dict[str, Tensor]:
-    """The tensors, or rows of tensors, of this rank's file; `first`: those too that are not sharded."""
+def _own(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The tensors, or rows of tensors, that this rank writes."""
     return {
         name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for name, tensor in tensors.items()
-        if first or isinstance(tensor, DTensor)
+        if world.rank == 0 or isinstance(tensor, DTensor)
     }
 
 

@@ -9,8 +9,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlcs.distributed import ranks_on_this_machine
-
 log = logging.getLogger("rlcs")
 
 MEMORY_SHARE = 0.8
@@ -25,8 +23,9 @@ Files = Mapping[str, Mapping[str, Tensor]]
 class HostCopies:
     """One buffer for all copies; pinned where tensors come from a GPU, and kept, as pinning takes seconds."""
 
-    def __init__(self) -> None:
-        """Takes no memory yet."""
+    def __init__(self, *, ranks: int) -> None:
+        """Takes no memory yet; `ranks` processes of this machine each take as much."""
+        self._ranks = ranks
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._refused = False
 
@@ -54,7 +53,7 @@ class HostCopies:
         """Make the buffer large enough; whether it is."""
         if size <= self._buffer.nbytes:
             return True
-        needed, free = size * ranks_on_this_machine(), free_memory()
+        needed, free = size * self._ranks, free_memory()
         if needed > MEMORY_SHARE * free:
             if not self._refused:
                 log.warning(
