@@ -13,7 +13,7 @@ log = logging.getLogger("rlcs")
 
 MEMORY_SHARE = 0.8
 """The share of the free main memory that the copies of all ranks of a machine may take."""
-_ALIGNED = 64
+_STEP = 64
 """Bytes at whose multiples each copy begins."""
 
 Files = Mapping[str, Mapping[str, Tensor]]
@@ -35,14 +35,14 @@ class HostCopies:
         The copies of the call before are overwritten.
         """
         tensors = [tensor for of_file in files.values() for tensor in of_file.values()]
-        if not self._reserve(sum(map(_room, tensors)), pinned=any(tensor.is_cuda for tensor in tensors)):
+        if not self._reserve(sum(map(_aligned, tensors)), pinned=any(tensor.is_cuda for tensor in tensors)):
             return None
         end = 0
         copies: dict[str, dict[str, Tensor]] = {}
         for file, of_file in files.items():
             copies[file] = {}
             for name, tensor in of_file.items():
-                start, end = end, end + _room(tensor)
+                start, end = end, end + _aligned(tensor)
                 copy = self._buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 copies[file][name] = copy.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
@@ -94,5 +94,5 @@ def free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     return min(free, limit - used + cached)
 
 
-def _room(tensor: Tensor) -> int:
-    return -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+def _aligned(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _STEP) * _STEP
