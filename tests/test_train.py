@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
 from rlcs.model import loading
+from rlcs.model.checkpoints import complete
 from rlcs.model.packing import pack, within_budget
 from rlcs.model.policy import score
 from rlcs.progress import screen
@@ -23,7 +25,8 @@ from rlcs.recipe.schema import Prompts, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
 from rlcs.signals import StopFlag, Stopped
-from rlcs.train import grpo, sft
+from rlcs.storage import read_jsonl
+from rlcs.train import checkpoint, grpo, sft
 from rlcs.train.clock import Clock
 from rlcs.train.collecting import Collector, take_prompts
 from rlcs.train.context import GrpoContext
@@ -227,6 +230,28 @@ def test_a_demonstration_that_is_left_out_is_named_once(random_model_folder, tmp
         sft.train(vlm, chat, [long, short], settings, run=stage, screen=view, stop=stop)
     [said] = [text for text in caplog.messages if "leaves a demonstration out" in text]
     assert "talk: the prompt has" in said and "with 4 turns before the question; the limit is 60" in said
+
+
+def test_seconds_for_which_training_stands_still_are_those_of_the_next_step(
+    random_model_folder, demonstrations, tmp_path, monkeypatch
+):
+    """A slow disk holds up neither the step after a save, nor the last one; only the next save waits for it."""
+    write = checkpoint.write_tensors
+
+    def slow(path, tensors):
+        time.sleep(0.4)
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    vlm, chat = fresh(random_model_folder)
+    settings = Sft(batch_size=1, epochs=5 / len(demonstrations), save_every=2, keep_checkpoints=9)
+    with StopFlag() as stop, screen("sft", 5, quiet=True) as view:
+        stage = RunDir(tmp_path, name="sft", seed=3, settings=settings, recipe_hash="h")
+        sft.train(vlm, chat, demonstrations, settings, run=stage, screen=view, stop=stop)
+    seconds = {row["step"]: row["seconds"] for row in read_jsonl(tmp_path / "metrics.jsonl")}
+    saving = {step for step, of_step in seconds.items() if "checkpoint" in of_step}
+    assert saving == {3, 5} and sorted(complete(tmp_path / "checkpoints")) == [2, 4]
+    assert seconds[3]["checkpoint"] + seconds[3]["checkpoint_wait"] < 0.4
 
 
 def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstrations, tmp_path):
