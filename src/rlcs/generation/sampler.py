@@ -69,7 +69,8 @@ class EngineSampler:
         members: list[list[Request]] = []
         for (name, repeat, messages), group in groups.items():
             try:
-                prompts.append(replace(self._chat.conversation(messages, name=name), repeat=repeat))
+                prompt = self._chat.checked(self._chat.conversation(messages, name=name))
+                prompts.append(replace(prompt, repeat=repeat))
                 members.append(group)
             except DataError as error:
                 yield from (request.sample(error=str(error)) for request in group)

@@ -266,6 +266,7 @@ class Study:
                 grader=grader,
                 judge=judge,
                 importance_cap=recipe.rollout.cap,
+                feature_bytes=int(recipe.images.features_gb * 2**30),
             )
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding)

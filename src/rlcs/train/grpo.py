@@ -18,6 +18,7 @@ from rlcs.errors import DataError, TrainingError, out_of_memory_in
 from rlcs.generation.judge import Judge
 from rlcs.grading.reward import Grader, advice
 from rlcs.model.chat import Chat
+from rlcs.model.image_features import affordable_tokens
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
 from rlcs.model.vlm import Vlm
@@ -40,8 +41,9 @@ class GrpoContext:
     A `judge` is one that the grader asks, on rank 0: it starts on each group as soon as that is sampled.
 
     `importance_cap` bounds the weights that correct for differences between the engine's logprobs and the
-    policy's; None: no correction. Under `torchrun` all ranks call the methods together: each does its share
-    of the work, and all get all results.
+    policy's; None: no correction. A step keeps up to `feature_bytes` of what a frozen vision tower makes of
+    its images. Under `torchrun` all ranks call the methods together: each does its share of the work, and all
+    get all results.
     """
 
     vlm: Vlm
@@ -51,6 +53,7 @@ class GrpoContext:
     grader: Grader
     judge: Judge | None = None
     importance_cap: float | None = None
+    feature_bytes: int = 1 << 30
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
         """The prompt of each problem, or the error for which it has none."""
@@ -258,7 +261,15 @@ def make_batches(trees: Sequence[Tree], context: GrpoContext, settings: Grpo) ->
         return []
     world = context.vlm.world
     own = [trees[i] for i in own_share([tree.num_tokens for tree in trees], world)]
-    packs = packs_in_step(own, context.chat, budget=settings.pack_tokens, world=world)
+    many_passes = settings.optimizer_steps > 1 or context.reference is not None
+    limit = context.feature_bytes // settings.optimizer_steps if many_passes else 0
+    packs = packs_in_step(
+        own,
+        context.chat,
+        budget=settings.pack_tokens,
+        world=world,
+        kept_tokens=affordable_tokens(context.vlm, limit),
+    )
     old: Sequence[torch.Tensor | None] = [None] * len(packs)
     reference: Sequence[torch.Tensor | None] = [None] * len(packs)
     if settings.optimizer_steps > 1:
