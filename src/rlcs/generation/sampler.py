@@ -126,7 +126,6 @@ def open_sampler(
         settings=Rollouts.model_validate(settings.model_dump() | at_once),
         max_tokens=prompts.max_tokens + sampling.max_new_tokens,
         max_rows=max(rows, sampling.n),
-        decode_limit=own.decode_limit,
     )
     # Twice as many requests as vLLM computes at once, so that it stays busy while a long answer ends.
     batch_size = rows if settings.engine == "local" else 2 * rows * settings.servers

@@ -107,7 +107,7 @@ class ImagePipeline:
         return values.unsqueeze(2).expand(-1, -1, self._frames, -1).flatten(1)
 
     def resized(self, ref: ImageRef) -> Image.Image:
-        """The image as the model sees it, for a program with a processor of its own, which leaves it as it is.
+        """The image as the model sees it, for a program with a processor of its own, which keeps it as it is.
 
         A few extreme shapes would be resized a second time: they are returned whole. Raises ImageError.
         """

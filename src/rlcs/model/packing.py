@@ -111,12 +111,13 @@ PixelSource = Callable[[ImageRef, torch.device], Tensor]
 class Pack:
     """Trees as tensors, ready for one forward pass.
 
-    ids (L,), positions (3, L); the images in order with their grids (images, 3), or None. Their patches are no
-    part of a pack: `pixels` returns those of one image when the pack is used. Where `kept` is a mapping, it
-    holds what a frozen vision tower made of them (see `image_features`). For every target token: `predictors`
-    (N,) is the hidden state that predicts it, `targets` (N,) its id, `sequence` (N,) its branch (0..S-1),
-    `weights` (N,) its loss weight, `sampler_logprobs` (N,) the sampler's logprobs (None if any branch has
-    none). Targets in a trunk come before those of its first branch, and have its index in `sequence`.
+    ids (L,), positions (3, L); the images in order with their grids (images, 3), or None. Their patches are
+    no part of a pack: `pixels` returns those of one image when the pack is used. Where `kept` is a mapping,
+    it holds what a frozen vision tower made of them (see `image_features`). For every target token:
+    `predictors` (N,) is the hidden state that predicts it, `targets` (N,) its id, `sequence` (N,) its branch
+    (0..S-1), `weights` (N,) its loss weight, `sampler_logprobs` (N,) the sampler's logprobs (None if any
+    branch has none). Targets in a trunk come before those of its first branch, and have its index in
+    `sequence`.
     """
 
     layout: Layout

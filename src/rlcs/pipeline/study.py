@@ -358,7 +358,6 @@ def engine_needs(recipe: Recipe) -> EngineNeeds:
         settings=recipe.rollout,
         max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
         max_rows=max(grpo.max_rows, grpo.group_size),
-        decode_limit=recipe.images.decode_limit,
         compute_dtype=recipe.parallel.compute_dtype,
         adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
         name=recipe.name,
