@@ -358,8 +358,9 @@ def test_weights_lie_in_main_memory_where_it_has_room(tmp_path: Path, vlm: Vlm) 
         from rlcs.engines.vllm.weights import WeightsFolder
         from rlcs.model import loading
         from rlcs.recipe.schema import Model
-        WeightsFolder(Path({str(disk)!r}), memory=Path({str(memory)!r})).publish(loading.load(Model(name="builtin")))
-        assert list(Path({str(memory)!r}).iterdir())
+        disk, memory = Path({str(disk)!r}), Path({str(memory)!r})
+        WeightsFolder(disk, memory=memory).publish(loading.load(Model(name="builtin")))
+        assert list(memory.iterdir())
         os.kill(os.getpid(), signal.SIGKILL)
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
@@ -373,9 +374,8 @@ def test_weights_lie_in_main_memory_where_it_has_room(tmp_path: Path, vlm: Vlm) 
 def test_without_room_in_main_memory_weights_go_to_the_run(
     tmp_path: Path, vlm: Vlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda path: SimpleNamespace(free=vlm.model.num_parameters() * 8)
-    )
+    once = SimpleNamespace(free=vlm.model.num_parameters() * 8)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: once)
     weights = WeightsFolder(tmp_path / "disk", memory=tmp_path).publish(vlm)
     assert weights.folder.parent == tmp_path / "disk"
 
