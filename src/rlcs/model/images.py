@@ -102,7 +102,7 @@ class ImagePipeline:
     def _expanded(self, compact: Tensor) -> Tensor:
         """What the vision tower takes: fp32, normalised in the processor's order, repeated for its frames."""
         device = compact.device
-        values = compact.unflatten(1, (len(self._mean), -1)).to(torch.float32)
+        values: Tensor = compact.unflatten(1, (len(self._mean), -1)).to(torch.float32)
         values = values.sub_(self._mean.to(device)).div_(self._std.to(device))
         return values.unsqueeze(2).expand(-1, -1, self._frames, -1).flatten(1)
 
@@ -217,7 +217,7 @@ def _work(pipeline: "weakref.ref[ImagePipeline]") -> None:
 
 def _patches_of(pixels: Tensor, side: int, merge: int) -> Tensor:
     """Cut pixels (C, H, W) into patches (N, C x P x P), those of one image token next to each other."""
-    blocks = pixels.unflatten(2, (-1, merge, side)).unflatten(1, (-1, merge, side))
+    blocks: Tensor = pixels.unflatten(2, (-1, merge, side)).unflatten(1, (-1, merge, side))
     return blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(-1, len(pixels) * side**2)
 
 

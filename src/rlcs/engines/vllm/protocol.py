@@ -34,7 +34,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptRequest:
-    """Asks for `sampling.n` answers to one prompt; `resized` returns an image in the size that the model sees.
+    """Asks for `sampling.n` answers to one prompt; `resized` returns an image in the size that a model sees.
 
     vLLM's image processor leaves that size as it is, so that its patches are ours, bit by bit.
     """
