@@ -55,6 +55,7 @@ JOBS = {
     "plain": {"grpo": GRPO},
     "paper": {"grpo": GRPO | PAPER},
     "dapo": {"grpo": GRPO | DAPO},
+    "kept": {"grpo": GRPO | PAPER | {"freeze": ["vision_tower"]}},
     "adapters": {"grpo": GRPO | PAPER, "lora": {"rank": 4, "alpha": 8}},
 }
 OFFLOADED = {"frozen": 2, "paper": 1}

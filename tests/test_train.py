@@ -509,7 +509,7 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
         assert [r.index for r in first] == [r.index for r in second] == [0, 1, 2]
         assert not {r.ids for r in first} & {r.ids for r in second}
         once, again = (
-            PromptRequest(prompt=p, sampling=sampling, step=5, decode_limit=10**6).body()
+            PromptRequest(prompt=p, sampling=sampling, step=5, resized=chat.resized).body()
             for p in asked
             if p.problem_id == problem.id
         )

@@ -274,6 +274,7 @@ class Study:
                 judge=judge,
                 importance_cap=recipe.rollout.cap,
                 overlap=recipe.overlap,
+                feature_bytes=int(recipe.images.features_gb * 2**30),
             )
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding)
@@ -359,7 +360,6 @@ def engine_needs(recipe: Recipe) -> EngineNeeds:
         settings=recipe.rollout,
         max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
         max_rows=max(grpo.max_rows, grpo.group_size),
-        decode_limit=recipe.images.decode_limit,
         compute_dtype=recipe.parallel.compute_dtype,
         adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
         name=recipe.name,

@@ -11,9 +11,10 @@ from rlcs.doctor.gpu import Check, Setting
 from rlcs.doctor.gpu.devices import device_name, free_bytes, peak_speed, seconds_of
 from rlcs.doctor.gpu.models import Shape, configuration, drawn, make_chat, random_tree, random_vlm, shapes
 from rlcs.model.chat import Chat
+from rlcs.model.image_features import image_inputs
 from rlcs.model.loading import default_device
 from rlcs.model.packing import Pack, pack
-from rlcs.model.policy import image_inputs, score
+from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import Sizes, measure
 from rlcs.plan.work import language, vision

@@ -68,7 +68,7 @@ def check(setting: Setting) -> Check:
     shape = _shape(setting, free_bytes(device))
     vlm = random_vlm(shape, device, dtype)
     chat = make_chat(vlm)
-    needs = EngineNeeds(settings=settings, max_tokens=2048, max_rows=64, decode_limit=1 << 24)
+    needs = EngineNeeds(settings=settings, max_tokens=2048, max_rows=64)
     values: dict[str, Any] = {"engine": settings.engine, "model": shape.label, "layers": shape.layers}
     with open_engines(needs, Path(setting.folder) / "vllm") as make:
         found = _ask(make(vlm, chat, 64), vlm, chat, device, values)
