@@ -107,7 +107,7 @@ def _rollout_rows(rollout: Rollouts, adapters: str) -> list[tuple[str, str]]:
     servers = ", ".join(rollout.urls) or _count(rollout.servers, "server")
     if rollout.engine == "vllm_colocated":
         servers = "a server on every rank's GPU, asleep while it trains"
-    engine = f"vLLM, {servers}"
+    engine = f"vLLM{' in FP8' if rollout.quantization else ''}, {servers}"
     correction = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
     return [("rollouts", f"{engine}{adapters}; its logprobs against the policy's: {correction}")]
 
