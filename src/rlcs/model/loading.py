@@ -195,6 +195,9 @@ def load(
     attention.install(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        # That makes inputs require gradients, so that a frozen tower would have a backward pass for nothing;
+        # only reentrant checkpointing needs it.
+        model.disable_input_require_grads()
     return Vlm(
         model=model.to(device) if weights and not world.grouped else model,
         processor=processor,
