@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
+from rlcs.engines.arrivals import Arrivals, OnArrival
 from rlcs.engines.base import OnGroup
 from rlcs.engines.vllm.protocol import OnAnswers, PromptRequest
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
@@ -43,32 +45,52 @@ class VllmEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, on_group: OnGroup = None
     ) -> list[tuple[Rollout, ...]]:
         """See `Engine.sample`; rank 0 sends the prompts of all ranks. Raises TrainingError, EndpointError."""
-        if self._weights is None or self._weights != self._published.newest:
-            self.sync()
+        weights = self._current()
         # Below, rank 0 may start or wake up vLLM on GPUs that also train: every rank must free its cached
         # memory first, before it takes part in the gathering.
         give_back_memory()
         world = self._vlm.world
-        by_rank = world.gather(
-            [
-                PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
-                for prompt in prompts
-            ]
-        )
+        by_rank = world.gather(self._requests(prompts, sampling, step))
         requests = [request for of_rank in by_rank for request in of_rank]
-        groups = world.first(lambda: self._generate(requests, on_group))
+        groups = world.first(lambda: self._all_groups(requests, weights, on_group))
         start = sum(map(len, by_rank[: world.rank]))
         return groups[start : start + len(prompts)]
 
-    def _generate(self, requests: Sequence[PromptRequest], on_group: OnGroup) -> list[tuple[Rollout, ...]]:
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0) -> Arrivals:
+        """See `BackgroundEngine.start`; for servers alone, as vLLM in this process would keep it busy."""
+        requests, weights = self._requests(prompts, sampling, step), self._current()
+        return Arrivals(partial(self._generate, requests, weights), len(requests), self._vlm.world)
+
+    def _current(self) -> Weights:
+        """The newest published weights; published now if they are another model's, or there are none."""
+        if self._weights is None or self._weights != self._published.newest:
+            self.sync()
         assert self._weights is not None, "sync has published them"
+        return self._weights
+
+    def _requests(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[PromptRequest]:
+        return [
+            PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
+            for prompt in prompts
+        ]
+
+    def _all_groups(
+        self, requests: Sequence[PromptRequest], weights: Weights, on_group: OnGroup
+    ) -> list[tuple[Rollout, ...]]:
         groups: dict[int, tuple[Rollout, ...]] = {}
 
-        def on_answers(index: int, rollouts: tuple[Rollout, ...]) -> None:
-            groups[index] = tuple(replace(rollout, text=self._chat.text(rollout.ids)) for rollout in rollouts)
+        def on_arrival(index: int, rollouts: tuple[Rollout, ...]) -> None:
+            groups[index] = rollouts
             if on_group is not None:
-                on_group(groups[index])
+                on_group(rollouts)
+
+        self._generate(requests, weights, on_arrival)
+        return [groups[index] for index in range(len(requests))]
+
+    def _generate(self, requests: Sequence[PromptRequest], weights: Weights, on_arrival: OnArrival) -> None:
+        def on_answers(index: int, rollouts: tuple[Rollout, ...]) -> None:
+            read = (replace(rollout, text=self._chat.text(rollout.ids)) for rollout in rollouts)
+            on_arrival(index, tuple(read))
 
         if requests:
-            self._backend.generate(requests, self._weights, on_answers)
-        return [groups[index] for index in range(len(requests))]
+            self._backend.generate(requests, weights, on_answers)

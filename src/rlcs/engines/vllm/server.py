@@ -17,12 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from rlcs.distributed.torchrun import outside_torchrun
 from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
@@ -142,7 +144,7 @@ class Launch:
             extra[ADAPTER_SWITCH] = "1"
         if self.settings.devices:
             extra["CUDA_VISIBLE_DEVICES"] = self.settings.devices[index]
-        return {**os.environ, **extra}
+        return {**outside_torchrun(os.environ), **extra}
 
 
 def share_advice(what: str, share: float | None) -> str:
@@ -218,11 +220,17 @@ def _dying_with_parent() -> Callable[[], None] | None:
 class Server:
     """The server at `url`, or without a URL one that is started here."""
 
-    def __init__(self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch) -> None:
-        """Nothing is started yet. A server at `url` needs the context length in `launch` too."""
+    def __init__(
+        self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch, starter: Executor
+    ) -> None:
+        """Nothing is started yet. A server at `url` needs the context length in `launch` too.
+
+        Processes are started in the thread of `starter`: with the end of its thread a process ends, too.
+        """
         self._settings, self._index = settings, index
         self._url, self._ours, self._launch = url.rstrip("/"), not url, launch
         self._log = logs / f"vllm-{index}.log"
+        self._starter = starter
         self._process: Process | None = None
         self._is_checked = self._paused = False
 
@@ -252,7 +260,12 @@ class Server:
     async def _start(self, client: httpx.AsyncClient, weights: Weights) -> None:
         self.restart()  # end what is left of a server that died: its engines may still run and hold GPUs
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        process = self._process = Process(self._launch, self._index, weights.model.folder, self._log)
+
+        def begin() -> Process:
+            self._process = Process(self._launch, self._index, weights.model.folder, self._log)
+            return self._process
+
+        process = await asyncio.get_running_loop().run_in_executor(self._starter, begin)
         self._url = process.url
         end = time.monotonic() + self._settings.start_limit_s
         while time.monotonic() < end:
@@ -288,7 +301,11 @@ class Server:
 
     async def _require_fit(self, client: httpx.AsyncClient, weights: Weights) -> None:
         """Raises EndpointError for a server that is too old or was started with other flags."""
-        version = str((await self._call(client, "GET", "/version")).json()["version"])
+        try:
+            version = str((await self._call(client, "GET", "/version")).json()["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            fix = "correct rollout.urls: what listens there is another program"
+            raise EndpointError("it does not answer as vLLM does", where=self.name, fix=fix) from error
         found = re.match(r"(\d+)\.(\d+)", version)
         if found is None or tuple(map(int, found.groups())) < OLDEST:
             fix = f"use vLLM {OLDEST[0]}.{OLDEST[1]} or newer"

@@ -6,9 +6,10 @@ nccl. Every wait has a limit; when a rank dies, the others end too, with a messa
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rlcs.distributed.peers import Meeting, Peers
+from rlcs.distributed.torchrun import STARTED
 from rlcs.errors import RlcsError, TrainingError, UserError
 from rlcs.signals import StopFlag
 
@@ -28,7 +31,7 @@ LONGEST_RANK_0_WORK = timedelta(days=30)
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The rank and device of this process, the number of ranks, and two gloo process groups.
+    """The rank and device of this process, how many ranks there are (`local_size` here), and process groups.
 
     `objects` waits for a limited time, `patient` almost without limit; without `torchrun` both are None.
 
@@ -38,6 +41,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    local_size: int = 1
     device: torch.device | None = None
     shards: int | None = None
     objects: Any = None
@@ -137,7 +141,7 @@ def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[W
     Raises UserError when there are more processes than GPUs or `shard_size` does not divide their number, and
     TrainingError when another rank ended or kept this one waiting for longer than `timeout_s`.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if STARTED not in os.environ:
         yield ALONE
         return
     limit = timedelta(seconds=timeout_s)
@@ -149,9 +153,10 @@ def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[W
         dist.init_process_group(backends, timeout=limit)
         objects = dist.new_group(backend="gloo", timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=LONGEST_RANK_0_WORK)
-        size = dist.get_world_size()
-        yield World(rank=rank, size=size, device=device, shards=shards, objects=objects, patient=patient)
-        dist.destroy_process_group()
+        with _watched(rank, objects):
+            sizes = {"size": dist.get_world_size(), "local_size": _local_size(), "shards": shards}
+            yield World(rank=rank, **sizes, device=device, objects=objects, patient=patient)
+            dist.destroy_process_group()
     except RuntimeError as error:
         if not _is_collective_failure(error):
             raise
@@ -159,6 +164,29 @@ def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[W
             f"rank {rank} lost the others: one of them ended, or did not answer within {timeout_s:g} s",
             fix="its own message says why; the same command continues from the last checkpoint",
         ) from error
+
+
+def _local_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _watched(rank: int, objects: Any) -> Iterator[None]:
+    """While in this context, end this process if another rank ends: see `distributed.peers`."""
+    peers = Peers(rank)
+    one_machine = _local_size() == dist.get_world_size()
+    meeting: list[Meeting | None] = [None]
+    if rank == 0:
+        meeting[0] = peers.watch("127.0.0.1" if one_machine else "", secrets.token_hex(16))
+    dist.broadcast_object_list(meeting, src=0, group=objects)
+    if rank and meeting[0] is not None:
+        peers.join(replace(meeting[0], host=meeting[0].host or os.environ["MASTER_ADDR"]))
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        peers.leave(failed=failed)
 
 
 def _shards(size: int, shard_size: int | None) -> int | None:
