@@ -50,7 +50,7 @@ def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed
         target_modules=targets,
     )
     adapted = peft.get_peft_model(model, config)
-    model.disable_input_require_grads()  # see `loading.load`; with gradient checkpointing peft sets it again
+    model.disable_input_require_grads()  # peft sets it: see `checkpoint_activations`
     return adapted
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rlcs.evals.arms import CHUNK
 from rlcs.plan.machine import FP32, GIB, Assumed
 from rlcs.plan.memory import Load, Passing, activations, update_peak
-from rlcs.plan.placement import Placement, stored
+from rlcs.plan.placement import Placement, stored, units_of
 from rlcs.plan.rollouts import decoding_seconds, rollout_bytes
 from rlcs.plan.shapes import Tower
 from rlcs.plan.work import Trees, language, vision
@@ -191,9 +191,12 @@ def _memory(
     ]
     passes = [activations(placed.sizes, load, how) for load in loads]
     several = trees.count * trees.tokens > stage.pack_tokens * placed.trainers
-    worst = max(update_peak(held.gradients, one, packs=2 if several else 1) for one in passes)
-    parts = asdict(held) | {"activations": max(one.kept + one.working for one in passes)}
-    worst += held.gathered
+    units = units_of(placed, how.trains)
+    worst = max(update_peak(held.gradients, one, packs=2 if several else 1, units=units) for one in passes)
+    parts = asdict(held) | {
+        "gathered": units.gathered + units.layer + units.waiting,
+        "activations": max(one.kept + one.working for one in passes),
+    }
     if isinstance(stage, Grpo):
         # Whole groups within max_rows are decoded at once.
         own = math.ceil(stage.prompts_per_step / placed.trainers)
