@@ -20,7 +20,7 @@ from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.fsdp import whole_weights
+from rlcs.model.fsdp import reference_dtype, whole_weights
 from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.execution import Lora, Parallel
@@ -76,7 +76,8 @@ def train(job: dict, world: World) -> None:
 
     reference = None
     if "grpo" in job and settings.kl.active:
-        vlm, reference = grpo.with_reference(vlm, spread)
+        dtype = reference_dtype(parallel) if world.grouped else None
+        vlm, reference = grpo.with_reference(vlm, spread, dtype=dtype)
     else:
         vlm = spread(vlm)
     chat = loading.make_chat(vlm)

@@ -29,6 +29,7 @@ from rlcs.grading.reward import Grader
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
+from rlcs.model.fsdp import reference_dtype
 from rlcs.model.vlm import Vlm
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
@@ -257,7 +258,8 @@ class Study:
         vlm = self._policy(ARMS[name].parent, settings.freeze)
         reference = None
         if settings.kl.active:
-            vlm, reference = grpo.with_reference(vlm, self._spread)
+            dtype = reference_dtype(recipe.parallel) if self._world.grouped else None
+            vlm, reference = grpo.with_reference(vlm, self._spread, dtype=dtype)
         else:
             vlm = self._spread(vlm)
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
