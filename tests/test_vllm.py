@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,30 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
         assert gap(vlm, engine.sample(prompts, warm)) < 1e-3 and versions() == ["6", "6+7"]
 
 
+def test_a_server_started_by_a_rank_of_torchrun(tmp_path, random_model_folder) -> None:
+    """It takes itself for no rank: a process group that meets by TCP would wait for a store in vain."""
+    seen, started = tmp_path / "environment", tmp_path / "vllm"
+    started.write_text(f'#!/bin/sh\nenv > "{seen}"\nexec "{program()}" "$@"\n')
+    started.chmod(0o755)
+    worker = Path(__file__).parent / "rollout_worker.py"
+    words = [
+        "rollout.memory_share=0.1",
+        f"rollout.start_limit_s={START_LIMIT_S}",
+        "rollout.health_limit_s=60",
+    ]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(worker), str(started), str(random_model_folder), str(tmp_path)]
+    # torchrun itself sets OMP_NUM_THREADS=1 for its ranks where nobody has set it.
+    environment = {name: value for name, value in (os.environ | CPU).items() if name != "OMP_NUM_THREADS"}
+    subprocess.run([*command, "0", *words], check=True, env=environment, timeout=START_LIMIT_S)
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [each["got"] for each in found] == [each["asked"] for each in found]
+    assert [len(each["asked"]) for each in found] == [3, 1]
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert not {name for name in names if re.match("TORCHELASTIC|MASTER_|(LOCAL_)?(RANK|WORLD_SIZE)$", name)}
+    assert "OMP_NUM_THREADS" not in names and "VLLM_SERVER_DEV_MODE" in names
+
+
 ASK_ALL = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -291,6 +316,9 @@ class Disturbed:
 
     def sync(self) -> None:
         self.engine.sync()
+
+    def rest(self) -> None:
+        self.engine.rest()
 
     def sample(self, prompts, sampling, *, step=0, on_group=None):
         timer = None
