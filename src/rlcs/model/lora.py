@@ -109,6 +109,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config._attn_implementation = "sdpa"  # ours cannot be chosen before the model exists
     with torch.device("meta"):
         plain: PreTrainedModel = type(model)(config)
     return plain
