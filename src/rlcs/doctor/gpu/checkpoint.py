@@ -54,7 +54,8 @@ def check(setting: Setting) -> Check:
     if faults:
         fix = f"start it in a folder on another disk; if it fails there too, {REPORT}"
         return Check(ok=False, message="; ".join(faults[:3]), fix=fix, rates=rates)
-    message = f"{size / _GB:.2f} GB saved in {wrote:.1f} s and restored in {read:.1f} s, all equal; damage is noticed"
+    message = f"{size / _GB:.2f} GB saved in {wrote:.1f} s and restored in {read:.1f} s, all equal; "
+    message += "damage is noticed"
     values = {"bytes": size, "ranks": world.size, "save_s": wrote, "restore_s": read}
     return Check(ok=True, message=message, values=values, rates=rates)
 

@@ -41,7 +41,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_speed(device: torch.device) -> float | None:
-    """FLOP/s of the data sheet in bfloat16; None of an unknown GPU. Of a CPU `rlcs plan`'s guess in float32."""
+    """FLOP/s of the data sheet in bfloat16; None of an unknown GPU. Of a CPU `rlcs plan`'s guess (float32)."""
     if device.type == "cpu":
         return machine(0, "A10", memory=None, peak=0).device.float32
     known = data_sheet(device_name(device))
