@@ -23,7 +23,7 @@ def doctor(
     cpu: Annotated[bool, typer.Option("--cpu", hidden=True)] = False,
     json: Json = False,
 ) -> None:
-    """Check this machine (with --gpu its GPUs, in minutes), or the run RUN. Of the machine also a model on it."""
+    """Check this machine and a small model on it, or the run RUN. With --gpu the GPUs, in minutes."""
     if gpu:
         if run is not None:
             raise UserError("a run is checked without GPUs", where="--gpu", fix="leave out --gpu or the run")

@@ -45,7 +45,7 @@ def check(setting: Setting) -> Check:
         read = time.perf_counter() - started
         wrong = [] if loaded is not None else ["the checkpoint is not found again"]
         wrong += _differences(saved, _own_state(other)) if loaded is not None else []
-        noticed = world.first(lambda: _damage_is_noticed(folder, path))
+        noticed = loaded is None or world.first(lambda: _damage_is_noticed(folder, path))
         wrong += [] if noticed else ["a damaged byte is not noticed"]
         faults = [fault for of_rank in world.gather(wrong) for fault in of_rank]
     rates = {"disk_write": size / world.size / wrote, "disk_read": size / world.size / read}

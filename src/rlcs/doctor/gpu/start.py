@@ -55,7 +55,7 @@ def examine_gpus(
 
 
 def find_vllm(executable: str) -> str:
-    """The path of vLLM's program, by its path or by its name beside this Python or on PATH; "": there is none."""
+    """The path of vLLM's program, by its path or its name beside this Python or on PATH; "" without one."""
     beside = Path(sys.executable).parent
     return shutil.which(executable) or shutil.which(executable, path=str(beside)) or ""
 

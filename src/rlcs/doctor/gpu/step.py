@@ -35,6 +35,7 @@ from rlcs.train.run_dir import RunDir
 _LARGEST_GAP = 0.1
 """Mean difference of the sampler's and the policy's logprobs, in nats, as in `rollout.alarm`."""
 _REWARD = "reward.py"
+_ODD = "def odd(problem, response):\n    return float(len(response) % 2)\n"
 
 
 def check(setting: Setting) -> Check:
@@ -116,8 +117,7 @@ def _recipe(setting: Setting, folder: Path, world: World) -> Recipe:
 def _write_files(shape: Shape, folder: Path) -> None:
     """Write the model, and a reward that differs among random answers, all of which are wrong."""
     loading.save(random_vlm(shape, torch.device("cpu"), torch.float32), folder / "model")
-    text = "def odd(problem, response):\n    return float(len(response) % 2)\n"
-    (folder / _REWARD).write_text(text, encoding="utf-8")
+    (folder / _REWARD).write_text(_ODD, encoding="utf-8")
 
 
 def _train(recipe: Recipe, folder: Path, world: World) -> None:
