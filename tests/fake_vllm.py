@@ -185,13 +185,15 @@ class Handler(BaseHTTPRequestHandler):
             if "varied" in behaviour():  # other ones for each seed, whatever the weights
                 draw = random.Random(params["seed"] + index)
                 ids = [draw.randrange(60, 123) for _ in range(draw.randrange(3, 24))]
-            choices.append({
-                "index": index,
-                "finish_reason": "abort" if once("abort_after") else "stop",
-                "token_ids": ids,
-                "logprobs": {"content": [{"token_id": i, "logprob": -0.5} for i in ids]},
-                "weight_versions": [{"version": STATE["version"], "start": 0, "end": len(ids)}],
-            })
+            choices.append(
+                {
+                    "index": index,
+                    "finish_reason": "abort" if once("abort_after") else "stop",
+                    "token_ids": ids,
+                    "logprobs": {"content": [{"token_id": i, "logprob": -0.5} for i in ids]},
+                    "weight_versions": [{"version": STATE["version"], "start": 0, "end": len(ids)}],
+                }
+            )
         model = body.get("model", STATE["folder"])
         self.reply({"prompt_token_ids": prompt, "choices": choices, "pid": os.getpid(), "model": model})
 
