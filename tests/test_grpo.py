@@ -91,7 +91,6 @@ def assert_same_gradients(one: Path, other: Path) -> float:
     first, second = (torch.load(folder / "gradients.pt") for folder in (one, other))
     assert len(first) == len(second) > 0
     gaps = [((a - b).norm() / a.norm()).item() for a, b in zip(first, second, strict=True)]
-    print(one.name, other.name, gaps)
     assert max(gaps) < 1e-6 and all(gradient.abs().max() > 0 for gradient in first)
     return max(gaps)
 
@@ -136,7 +135,6 @@ def test_a_step_takes_less_time(pair):
     """Waiting hides behind learning: with as many optimiser steps as shares, too."""
     for name in KINDS:
         waits, overlaps = (seconds(pair / f"{name}-{how}") for how in ("none", "on_policy"))
-        print(name, waits, overlaps, sum(overlaps.values()) / sum(waits.values()))
         assert sum(overlaps.values()) < sum(waits.values())
         assert overlaps["rollout"] < waits["rollout"]
 
