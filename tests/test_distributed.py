@@ -107,10 +107,10 @@ def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
     ]
 
 
-def run_on(size: int, jobs: list[dict], path: Path) -> None:
+def run_on(size: int, jobs: list[dict], path: Path, *, limit_s: float = LIMIT_S) -> None:
     path.write_text(json.dumps(jobs))
     ranks = launch(size, path)
-    errors = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=limit_s)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(errors)
 
 

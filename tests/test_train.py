@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import LengthGrader, Stopper, make_conversation, make_problem
 from rlcs.data import puzzles
@@ -23,7 +24,7 @@ from rlcs.model.policy import score
 from rlcs.progress import screen
 from rlcs.recipe.schema import Prompts, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
-from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
+from rlcs.records import Branch, Demonstration, Grade, Problem, Rollout, StopReason, Tree, rollout_seed
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_jsonl
 from rlcs.train import checkpoint, grpo, sft
@@ -82,6 +83,34 @@ def test_a_step_does_not_depend_on_how_trees_are_packed(random_model_folder, dem
     for _, result in results[1:]:
         assert result.loss == pytest.approx(results[0][1].loss, rel=1e-5)
         assert result.grad_norm == pytest.approx(results[0][1].grad_norm, rel=1e-4)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python waits for a number of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_from_the_device_before_the_step_ends(random_model_folder):
+    """Then everything in one transfer, and the norm; a GPU does not wait between packs."""
+    vlm, chat = fresh(random_model_folder)
+    trees = [Tree(prompt=chat.prompt(make_problem(name, sizes=())), branches=(
+        Branch(ids=(30, 31, 32), weights=(1.0, 1.0, 1.0), logprobs=(-1.0, -1.0, -1.0)),
+    )) for name in "abcde"]  # fmt: skip
+    batches = [Batch(pack=pack([tree], chat.patches)) for tree in trees]
+    trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=1)
+    objective = make_objective(Grpo(), cap=2.0)
+    with Reads() as reads:
+        for batch in batches:
+            trainer.add(batch, objective)
+        assert reads.count == 0
+        result = trainer.apply(average="token")
+    assert reads.count <= 1, "the norm; a list of numbers on the CPU is no read"
+    assert result.tokens == sum(tree.num_tokens for tree in trees) and result.values["sampler_gap"] > 0
 
 
 def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, demonstrations):

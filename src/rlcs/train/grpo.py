@@ -25,6 +25,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import NoReturn
 
+import torch
+
 from rlcs.data.stream import ProblemStream
 from rlcs.errors import TrainingError, out_of_memory_in
 from rlcs.grading.reward import advice
