@@ -36,7 +36,6 @@ class EngineNeeds:
     settings: Rollouts
     max_tokens: int
     max_rows: int
-    decode_limit: int
     compute_dtype: str = "same"
     adapter_rank: int = 0
     name: str = ""
@@ -135,9 +134,7 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
             backend = Fleet(settings, logs=folder, launch=launch)
             transfer = needs.transfer(vlm, backend, launch)
         ranks = settings.tensor_parallel if settings.engine == "vllm_colocated" else None
-        return VllmEngine(
-            backend, published, vlm, chat, decode_limit=needs.decode_limit, ranks=ranks, transfer=transfer
-        )
+        return VllmEngine(backend, published, vlm, chat, ranks=ranks, transfer=transfer)
 
     try:
         yield make

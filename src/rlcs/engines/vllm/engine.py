@@ -46,11 +46,10 @@ class VllmEngine:
         vlm: Vlm,
         chat: Chat,
         *,
-        decode_limit: int,
         ranks: int | None = None,
         transfer: Transfer | None = None,
     ) -> None:
-        """`published` is shared by all engines of a backend; `decode_limit` is in pixels.
+        """`published` is shared by all engines of a backend.
 
         Every `ranks` ranks share one backend, and their first asks it for all of them; None: all ranks.
         After the first weights `transfer` sends them, as long as it can.
@@ -58,7 +57,7 @@ class VllmEngine:
         self._transfer = transfer
         self._backend, self._published = backend, published
         self._ranks = ranks or vlm.world.size
-        self._vlm, self._chat, self._decode_limit = vlm, chat, decode_limit
+        self._vlm, self._chat = vlm, chat
         self._weights: Weights | None = None
 
     def sync(self) -> None:
@@ -92,12 +91,12 @@ class VllmEngine:
         # first, and `each` begins when all have.
         give_back_memory()
         world = self._vlm.world
-        own = self._requests(prompts, sampling, step)
         asker = world.rank - world.rank % self._ranks
-        shared = world.gather(own)[asker : asker + self._ranks] if self._ranks > 1 else [own]
-        asked = [request for of_rank in shared for request in of_rank] if self._asks else []
+        shared = world.gather(prompts)[asker : asker + self._ranks] if self._ranks > 1 else [prompts]
+        asked = [prompt for of_rank in shared for prompt in of_rank] if self._asks else []
+        requests = self._requests(asked, sampling, step)
         groups: dict[int, tuple[Rollout, ...]] = {}
-        answer = partial(self._answered, asked, groups, on_group)
+        answer = partial(self._answered, requests, groups, on_group)
         while not all(world.each(partial(answer, weights))):
             weights = self._weights = self._published.publish(self._vlm)
         answered = world.each(lambda: [groups[index] for index in range(len(asked))])[asker]
@@ -136,8 +135,9 @@ class VllmEngine:
         return self._weights
 
     def _requests(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[PromptRequest]:
+        self._chat.prepare(ref for prompt in prompts for ref in prompt.images)
         return [
-            PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
+            PromptRequest(prompt=prompt, sampling=sampling, step=step, resized=self._chat.resized)
             for prompt in prompts
         ]
 
