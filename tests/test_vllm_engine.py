@@ -302,7 +302,9 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
         settings = Rollouts(executable={str(program)!r})
         launch = Launch(settings=settings, dtype="float32", max_tokens=9, max_rows=9)
         folder = Path({str(tmp_path)!r})
-        process = Process(launch, 0, folder / "weights" / "1", folder / "log")
+        process = Process(
+            lambda port: launch.command(folder / "weights" / "1", port), launch.environment(0), folder / "log"
+        )
         while not list(folder.glob("started-*.json")):
             time.sleep(0.05)
         print("up", flush=True)

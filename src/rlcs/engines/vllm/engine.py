@@ -93,13 +93,13 @@ class VllmEngine:
         world = self._vlm.world
         asker = world.rank - world.rank % self._ranks
         shared = world.gather(prompts)[asker : asker + self._ranks] if self._ranks > 1 else [prompts]
-        asked = [prompt for of_rank in shared for prompt in of_rank] if self._asks else []
-        requests = self._requests(asked, sampling, step)
+        own = [prompt for of_rank in shared for prompt in of_rank] if self._asks else []
+        requests = self._requests(own, sampling, step)
         groups: dict[int, tuple[Rollout, ...]] = {}
         answer = partial(self._answered, requests, groups, on_group)
         while not all(world.each(partial(answer, weights))):
             weights = self._weights = self._published.publish(self._vlm)
-        answered = world.each(lambda: [groups[index] for index in range(len(asked))])[asker]
+        answered = world.each(lambda: [groups[index] for index in range(len(own))])[asker]
         start = sum(map(len, shared[: world.rank - asker]))
         return answered[start : start + len(prompts)]
 

@@ -8,14 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlcs.errors import ModelError
-
-if TYPE_CHECKING:
-    from rlcs.engines.vllm.server import Launch
 
 _GRACE_S = 10.0
 _LAST_LINES, _LONGEST_LINE = 5, 500
@@ -25,18 +21,20 @@ _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 class Process:
     """A `vllm serve` in a new session; it ends with this process, even if this one is killed."""
 
-    def __init__(self, launch: "Launch", index: int, folder: Path, log: Path) -> None:
-        """Start it. Raises ModelError if there is no such program."""
+    def __init__(
+        self, command: Callable[[int], list[str]], environment: Mapping[str, str], log: Path
+    ) -> None:
+        """Start it; `command` is for a port. Raises ModelError if there is no such program."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url, words = f"http://127.0.0.1:{port}", command(port)
         self._log, self._log_start = log, log.stat().st_size if log.exists() else 0
         try:
             with log.open("ab") as out:
                 self._popen = subprocess.Popen(
-                    launch.command(folder, port),
-                    env=launch.environment(index),
+                    words,
+                    env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
@@ -46,7 +44,7 @@ class Process:
         except OSError as error:
             raise ModelError(
                 f"vLLM cannot be started: {error.strerror}",
-                where=f"rollout.executable={launch.settings.executable}",
+                where=f"rollout.executable={words[0]}",
                 fix="install vLLM (>= 0.32) in an environment and name its bin/vllm there",
             ) from error
 

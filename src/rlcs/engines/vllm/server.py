@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +287,11 @@ class Server:
         self._log.parent.mkdir(parents=True, exist_ok=True)
 
         def begin() -> Process:
-            self._process = Process(self._launch, self._index, weights.model.folder, self._log)
+            self._process = Process(
+                partial(self._launch.command, weights.model.folder),
+                self._launch.environment(self._index),
+                self._log,
+            )
             return self._process
 
         process = await asyncio.get_running_loop().run_in_executor(self._starter, begin)

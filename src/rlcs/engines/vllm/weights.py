@@ -119,7 +119,7 @@ class WeightsFolder:
         write_serving(vlm, folder, dtype, untied=vlm.device.type == "cpu")
 
     def _choose(self, vlm: Vlm) -> None:
-        """Take the folder in main memory, once, if it has room; else the other."""
+        """Take the folder in main memory, once, if it has space; else the other."""
         memory, self._memory = self._memory, None
         if memory is None or not memory.is_dir():
             return
