@@ -215,8 +215,6 @@ def test_overlap_hides_what_can_be_done_while_servers_sample():
     assert apart.seconds == pytest.approx(step_of(*words).seconds - one.seconds)
     ahead = step_of(*words, "grpo.overlap=one_step_off")
     assert ahead.seconds < step_of(*words).seconds
-    by_sampler = step_of(*words, "grpo.old_logprobs=sampler")
-    assert next(phase for phase in by_sampler.phases if phase.seconds < 0).seconds < one.seconds
 
 
 def test_on_policy_overlap_by_hand():
