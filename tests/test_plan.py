@@ -228,7 +228,7 @@ def test_what_is_offloaded_leaves_the_gpus_for_main_memory():
             there[stage].parts[name] for name in ("weights", "gradients", "optimizer", "reference")
         )
         assert there[stage].parts["gathered"] > here[stage].parts["gathered"]
-    assert there["grpo"].parts["offloaded"] == 4 * PARAMETERS["3B"] * 2 / 8 + 12 * trained("3B") / 8
+    assert there["grpo"].parts["offloaded"] == (4 + 2) * PARAMETERS["3B"] / 8 + 12 * trained("3B") / 8
     assert there["grpo"].parts["rollout"] == here["grpo"].parts["rollout"]
     one = planned("recommended-3b", "model.dtype=bfloat16", "parallel.compute_dtype=same", gpus=1).stages[
         "grpo"

@@ -120,9 +120,9 @@ def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, fr
     trainer.optimizer.zero_grad(set_to_none=True)
     measured = measured_peak(lambda: trainer.step([batch] * packs, objective, average="token"))
 
-    assert batch.pack.pixel_values is not None
+    assert batch.pack.grids is not None
     sizes = measure(shape, vlm.model.config)
-    patches = len(batch.pack.pixel_values)
+    patches = int(batch.pack.grids.prod(dim=1).sum())
     load = Load(tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=patches)
     trains = [part for part in sizes.parameters if part not in frozen]
     held = activations(sizes, load, Passing(element=4, checkpointing=checkpointing, trains=trains))

@@ -2,11 +2,13 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import LengthGrader, Stopper, make_conversation, make_problem
 from rlcs.data import puzzles
@@ -16,14 +18,16 @@ from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
 from rlcs.model import loading
+from rlcs.model.checkpoints import complete
 from rlcs.model.packing import pack, within_budget
 from rlcs.model.policy import score
 from rlcs.progress import screen
 from rlcs.recipe.schema import Prompts, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
-from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
+from rlcs.records import Branch, Demonstration, Grade, Problem, Rollout, StopReason, Tree, rollout_seed
 from rlcs.signals import StopFlag, Stopped
-from rlcs.train import grpo, sft
+from rlcs.storage import read_jsonl
+from rlcs.train import checkpoint, grpo, sft
 from rlcs.train.clock import Clock
 from rlcs.train.collecting import Collector, take_prompts
 from rlcs.train.context import GrpoContext
@@ -79,6 +83,34 @@ def test_a_step_does_not_depend_on_how_trees_are_packed(random_model_folder, dem
     for _, result in results[1:]:
         assert result.loss == pytest.approx(results[0][1].loss, rel=1e-5)
         assert result.grad_norm == pytest.approx(results[0][1].grad_norm, rel=1e-4)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python waits for a number of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_from_the_device_before_the_step_ends(random_model_folder):
+    """Then everything in one transfer, and the norm; a GPU does not wait between packs."""
+    vlm, chat = fresh(random_model_folder)
+    trees = [Tree(prompt=chat.prompt(make_problem(name, sizes=())), branches=(
+        Branch(ids=(30, 31, 32), weights=(1.0, 1.0, 1.0), logprobs=(-1.0, -1.0, -1.0)),
+    )) for name in "abcde"]  # fmt: skip
+    batches = [Batch(pack=pack([tree], chat.patches)) for tree in trees]
+    trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=1)
+    objective = make_objective(Grpo(), cap=2.0)
+    with Reads() as reads:
+        for batch in batches:
+            trainer.add(batch, objective)
+        assert reads.count == 0
+        result = trainer.apply(average="token")
+    assert reads.count <= 1, "the norm; a list of numbers on the CPU is no read"
+    assert result.tokens == sum(tree.num_tokens for tree in trees) and result.values["sampler_gap"] > 0
 
 
 def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, demonstrations):
@@ -227,6 +259,28 @@ def test_a_demonstration_that_is_left_out_is_named_once(random_model_folder, tmp
         sft.train(vlm, chat, [long, short], settings, run=stage, screen=view, stop=stop)
     [said] = [text for text in caplog.messages if "leaves a demonstration out" in text]
     assert "talk: the prompt has" in said and "with 4 turns before the question; the limit is 60" in said
+
+
+def test_seconds_for_which_training_stands_still_are_those_of_the_next_step(
+    random_model_folder, demonstrations, tmp_path, monkeypatch
+):
+    """A slow disk holds up neither the step after a save, nor the last one; only the next save waits for it."""
+    write = checkpoint.write_tensors
+
+    def slow(path, tensors):
+        time.sleep(0.4)
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    vlm, chat = fresh(random_model_folder)
+    settings = Sft(batch_size=1, epochs=5 / len(demonstrations), save_every=2, keep_checkpoints=9)
+    with StopFlag() as stop, screen("sft", 5, quiet=True) as view:
+        stage = RunDir(tmp_path, name="sft", seed=3, settings=settings, recipe_hash="h")
+        sft.train(vlm, chat, demonstrations, settings, run=stage, screen=view, stop=stop)
+    seconds = {row["step"]: row["seconds"] for row in read_jsonl(tmp_path / "metrics.jsonl")}
+    saving = {step for step, of_step in seconds.items() if "checkpoint" in of_step}
+    assert saving == {3, 5} and sorted(complete(tmp_path / "checkpoints")) == [2, 4]
+    assert seconds[3]["checkpoint"] + seconds[3]["checkpoint_wait"] < 0.4
 
 
 def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstrations, tmp_path):
@@ -484,7 +538,7 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
         assert [r.index for r in first] == [r.index for r in second] == [0, 1, 2]
         assert not {r.ids for r in first} & {r.ids for r in second}
         once, again = (
-            PromptRequest(prompt=p, sampling=sampling, step=5, decode_limit=10**6).body()
+            PromptRequest(prompt=p, sampling=sampling, step=5, resized=chat.resized).body()
             for p in asked
             if p.problem_id == problem.id
         )

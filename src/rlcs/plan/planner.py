@@ -15,7 +15,7 @@ from rlcs.plan.lengths import group_lengths
 from rlcs.plan.machine import GIB, Assumed
 from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.passes import update_times
-from rlcs.plan.placement import Placement, stored
+from rlcs.plan.placement import Placement, stored, units_of
 from rlcs.plan.rates import Speeds
 from rlcs.plan.rollouts import rollout_bytes, sampled
 from rlcs.plan.shapes import Tower
@@ -208,9 +208,12 @@ def _memory(
     ]
     passes = [activations(placed.sizes, load, how) for load in loads]
     several = trees.count * trees.tokens > stage.pack_tokens * placed.trainers
-    worst = max(update_peak(held.gradients, one, packs=2 if several else 1) for one in passes)
-    parts = asdict(held) | {"activations": max(one.kept + one.working for one in passes)}
-    worst += held.gathered
+    units = units_of(placed, how.trains)
+    worst = max(update_peak(held.gradients, one, packs=2 if several else 1, units=units) for one in passes)
+    parts = asdict(held) | {
+        "gathered": units.gathered + units.layer + units.waiting,
+        "activations": max(one.kept + one.working for one in passes),
+    }
     if isinstance(stage, Grpo):
         # Whole groups within max_rows are decoded at once.
         own = math.ceil(stage.prompts_per_step / placed.trainers)

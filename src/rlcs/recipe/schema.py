@@ -57,6 +57,13 @@ class Images(Section):
     """`min_pixels` in RL only; None: the same. The paper's code enlarges to 262,144 in RL only."""
     decode_limit: Positive = 200_000_000
     """Images with more pixels in the file are refused before they are decoded; photos are scaled down."""
+    workers: Annotated[int, Field(ge=0)] = 4
+    """Threads of each process that decode and resize images before they are needed; 0: none."""
+    cache_gb: Annotated[float, Field(gt=0)] = 2.0
+    """Memory of each process for decoded images: an image of 1,000 tokens takes 2.4 MB."""
+    features_gb: NonNegative = 1.0
+    """GPU memory of each process for what a frozen vision tower makes of a step's images: it then runs once
+    in a step of RL; 0: once in every pass."""
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "Images":

@@ -25,6 +25,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import NoReturn
 
+import torch
+
 from rlcs.data.stream import ProblemStream
 from rlcs.errors import TrainingError, out_of_memory_in
 from rlcs.grading.reward import advice
@@ -43,19 +45,27 @@ from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Trainer, combined
 
 
-def frozen_copy(vlm: Vlm) -> Vlm:
-    """A copy of the policy without gradients, as the reference; to be made before the policy is sharded."""
-    return replace(vlm, model=copy.deepcopy(vlm.model).requires_grad_(False))
+def frozen_copy(vlm: Vlm, dtype: torch.dtype | None = None) -> Vlm:
+    """A copy of the policy without gradients, as the reference; to be made before the policy is sharded.
+
+    `dtype` is the number format of its weights, if not the policy's; buffers stay exact.
+    """
+    model = copy.deepcopy(vlm.model).requires_grad_(False)
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype or weight.dtype)
+    return replace(vlm, model=model)
 
 
-def with_reference(vlm: Vlm, spread: Callable[[Vlm], Vlm]) -> tuple[Vlm, Vlm]:
+def with_reference(
+    vlm: Vlm, spread: Callable[[Vlm], Vlm], *, dtype: torch.dtype | None = None
+) -> tuple[Vlm, Vlm]:
     """The policy and the reference, both spread over the ranks.
 
     With adapters the reference is the policy's own weights with the adapters off, else a frozen copy.
     """
     if vlm.adapter is None:
         with out_of_memory_in("loading"):
-            reference = spread(frozen_copy(vlm))
+            reference = spread(frozen_copy(vlm, dtype))
         return spread(vlm), reference
     policy = spread(vlm)
     return policy, replace(policy, reference_mode=True)

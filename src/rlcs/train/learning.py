@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from rlcs.model.image_features import affordable_tokens
 from rlcs.model.packing import Pack
 from rlcs.model.policy import Scores
 from rlcs.recipe.stages import Grpo
@@ -98,7 +99,11 @@ class Learner:
         settings, context = self._settings, self._context
         trees = [tree for tree in share.trees if tree.branches]
         packs, share.trees = full_packs_in_step(
-            trees, context.chat, budget=settings.pack_tokens, world=context.vlm.world
+            trees,
+            context.chat,
+            budget=settings.pack_tokens,
+            world=context.vlm.world,
+            kept_tokens=_kept_tokens(context, settings),
         )
         share.batches += with_logprobs(packs, context, settings)
 
@@ -135,8 +140,21 @@ def make_batches(trees: Sequence[Tree], context: GrpoContext, settings: Grpo) ->
         return []
     world = context.vlm.world
     own = [trees[i] for i in own_share([tree.num_tokens for tree in trees], world)]
-    packs = packs_in_step(own, context.chat, budget=settings.pack_tokens, world=world)
+    packs = packs_in_step(
+        own,
+        context.chat,
+        budget=settings.pack_tokens,
+        world=world,
+        kept_tokens=_kept_tokens(context, settings),
+    )
     return with_logprobs(packs, context, settings)
+
+
+def _kept_tokens(context: GrpoContext, settings: Grpo) -> int:
+    """Image tokens whose features, of a frozen tower, are kept where packs pass more than once."""
+    many_passes = settings.optimizer_steps > 1 or context.reference is not None
+    limit = context.feature_bytes // settings.optimizer_steps if many_passes else 0
+    return affordable_tokens(context.vlm, limit)
 
 
 def with_logprobs(packs: Sequence[Pack], context: GrpoContext, settings: Grpo) -> list[Batch]:
