@@ -1,4 +1,4 @@
-"""One rank of a run with rollouts by vLLM: `rollout_worker.py PROGRAM MODEL FOLDER [RANK [WORDS]]`."""
+"""One rank of a run whose rollouts come from vLLM: `... PROGRAM MODEL FOLDER [LORA_RANK [KEY=VALUE ...]]`."""
 
 import json
 import shutil
@@ -33,6 +33,7 @@ def main(program: str, model: str, folder: Path, lora_rank: int, more: list[str]
         names = [f"rank{world.rank}-{i}" for i in range(3 - 2 * world.rank)]
         prompts = [chat.prompt(make_problem(name, sizes=())) for name in names]
         groups = engine.sample(prompts, chat.sampling(max_new_tokens=64, n=2))
+        engine.rest()
         found = {
             "asked": names,
             "got": [group[0].problem_id for group in groups],

@@ -21,12 +21,12 @@ import pretend_gpu
 from fake_model import FakeSteps, FakeTree
 from rlcs.distributed import ALONE, World, join_world
 from rlcs.errors import UserError
+from rlcs.model.checkpoints import complete
 from rlcs.model.fsdp import wrap
 from rlcs.model.policy import score
 from rlcs.plan.shapes import published, skeleton
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.loading import load_recipe
-from rlcs.train import checkpoint
 from test_distributed import JOBS, assert_same, environment, free_port, run_on
 from test_plan import HUB, PARAMETERS
 
@@ -200,7 +200,7 @@ def test_two_copies_in_two_shards_compute_what_one_rank_computes(replicated, by_
 
 
 def test_rows_that_two_ranks_hold_are_saved_once(replicated):
-    saved = checkpoint.complete(replicated / "whole" / "sft" / "checkpoints")
+    saved = complete(replicated / "whole" / "sft" / "checkpoints")
     for folder in saved.values():
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         assert files == [

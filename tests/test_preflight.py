@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.sampling import Rollouts
 from rlcs.signals import StopFlag
 from rlcs.storage import mark_done
-from rlcs.train import checkpoint, trackers
+from rlcs.train import state as state_of
+from rlcs.train import trackers
 from test_pipeline import rlcs
 
 SMALL = [*SMALL_STUDY, "grpo.steps=1", "grpo.max_new_tokens=8", "eval.max_new_tokens=8"]
@@ -124,9 +126,9 @@ def own_rows(tmp_path) -> list[str]:
 
 def test_everything_is_tried_in_seconds_and_changes_no_random_generator(random_model_folder, tmp_path):
     recipe = resolved(random_model_folder, "trackers.tensorboard=true")
-    before = checkpoint.capture_rng()
+    before = state_of.capture_rng()
     seconds, lines = tried(recipe, tmp_path / "run")
-    assert checkpoint.capture_rng() == before
+    assert state_of.capture_rng() == before
     assert list(seconds) == [
         *("GPUs", "folders", "open files", "model, disk", "reward"),
         *("teacher", "trackers", "rollout engine"),
@@ -401,8 +403,11 @@ def test_a_vllm_that_would_not_start(random_model_folder, tmp_path, program, say
 
 
 def test_a_colocated_vllm_that_is_not_installed(random_model_folder, tmp_path):
-    recipe = resolved(random_model_folder, "rollout.engine=vllm_colocated")
-    assert "vLLM is not installed beside rlcs" in refused(ModelError, recipe, tmp_path / "run")
+    recipe = resolved(random_model_folder, "rollout.engine=vllm_colocated", "rollout.executable=no-vllm")
+    started = time.monotonic()
+    message = refused(ModelError, recipe, tmp_path / "run")
+    assert "vLLM cannot be started" in message and "vllm-env/bin/pip install 'vllm>=0.32'" in message
+    assert "rollout.engine=local" in message and time.monotonic() - started < 20
 
 
 def test_a_server_elsewhere_that_is_not_well(random_model_folder, tmp_path):

@@ -102,6 +102,24 @@ class World:
         result: T = outcome[0]
         return result
 
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Do the work on every rank, however long it takes; all get all results, or raise one's error."""
+        if not self.grouped:
+            return [work()]
+        dist.barrier(group=self.objects)  # as in `first`
+        outcome: tuple[T | None, RlcsError | None]
+        try:
+            outcome = (work(), None)
+        except RlcsError as error:
+            outcome = (None, error)
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, outcome, group=self.patient)
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                failure.reported = rank != self.rank
+                raise failure
+        return [result for result, _ in outcomes]
+
     def agree(self, stop: StopFlag) -> bool:
         """Whether the flag is set on any rank; if so, set it on all."""
         requested = self.any(stop.is_set)
@@ -132,6 +150,12 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
     return rows.to(like.device)  # the world's device, unless shards are offloaded
 
 
+def shard_of(tensor: DTensor) -> tuple[int, int]:
+    """Which part of a sharded tensor's rows this rank holds, counted from 0, and the number of parts."""
+    [dim] = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    return tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
+
+
 @contextmanager
 def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[World]:
     """Join the processes that `torchrun` describes in the environment; without it yield `ALONE`.
@@ -154,8 +178,15 @@ def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[W
         objects = dist.new_group(backend="gloo", timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=LONGEST_RANK_0_WORK)
         with _watched(rank, objects):
-            sizes = {"size": dist.get_world_size(), "local_size": _local_size(), "shards": shards}
-            yield World(rank=rank, **sizes, device=device, objects=objects, patient=patient)
+            yield World(
+                rank=rank,
+                size=dist.get_world_size(),
+                local_size=_local_size(),
+                device=device,
+                shards=shards,
+                objects=objects,
+                patient=patient,
+            )
             dist.destroy_process_group()
     except RuntimeError as error:
         if not _is_collective_failure(error):
@@ -199,6 +230,12 @@ def _shards(size: int, shard_size: int | None) -> int | None:
             fix="choose the number of GPUs of one node, which divides that of all; or leave the key out",
         )
     return shard_size
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
+    named = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    return named or [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _device(local_rank: int) -> torch.device:

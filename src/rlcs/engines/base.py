@@ -27,6 +27,10 @@ class Engine(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Free what sampling holds of GPUs that also train, until the next `sample`; all ranks call it."""
+        ...
+
 
 @runtime_checkable
 class BackgroundEngine(Engine, Protocol):

@@ -261,11 +261,13 @@ def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
 
 def prepare(vlm: Vlm, lora: Lora, frozen: Sequence[str], *, seed: int) -> Vlm:
     """Prepare a model for a training stage: freeze parts, or freeze everything and add adapters."""
-    if not lora.rank:
+    if lora.rank:
+        parts = [getattr(vlm.family, part) for part in lora.parts if part not in frozen]
+        vlm = replace(vlm, adapter=adapters.attach(vlm.model, lora, parts, seed=seed))
+    else:
         freeze(vlm, frozen)
-        return vlm
-    parts = [getattr(vlm.family, part) for part in lora.parts if part not in frozen]
-    return replace(vlm, adapter=adapters.attach(vlm.model, lora, parts, seed=seed))
+    trains = any(re.search(vlm.family.vision_tower, name) for name, _ in vlm.parameters())
+    return vlm if trains else replace(vlm, frozen_tower=object())
 
 
 def make_chat(
@@ -337,7 +339,12 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
             set_default_system(processor, prompts.system)
     chat = Chat(
         processor.tokenizer,
-        ImagePipeline(processor.image_processor, decode_limit=images.decode_limit),
+        ImagePipeline(
+            processor.image_processor,
+            decode_limit=images.decode_limit,
+            cache_bytes=int(images.cache_gb * 2**30),
+            workers=images.workers,
+        ),
         system=prompts.system,
         max_tokens=prompts.max_tokens,
         default_system=default,

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from rlcs.data.run_data import RunData
 from rlcs.distill.teachers import open_teacher
-from rlcs.distributed import ALONE, World
+from rlcs.distributed import ALONE, World, visible_gpus
 from rlcs.engines.factory import MakeEngine
 from rlcs.engines.vllm import readiness
 from rlcs.errors import DataError, EndpointError, RlcsError, RunFolderError, UserError, out_of_memory_in
@@ -35,7 +35,7 @@ from rlcs.records import Problem, Prompt, Request, Sample
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done
 from rlcs.train import sft
-from rlcs.train.checkpoint import capture_rng, restore_rng
+from rlcs.train.state import capture_rng, restore_rng
 from rlcs.train.trackers import try_trackers
 
 IMAGE_PROBLEMS = 8
@@ -149,7 +149,7 @@ class Preflight:
 
     def _gpus(self) -> Sequence[str]:
         device = self._world.device or loading.default_device()
-        visible = _visible_gpus()
+        visible = visible_gpus()
         own = visible[device.index or 0] if device.type == "cuda" else ""
         places = self._world.gather((socket.gethostname(), own))
         training = [gpu for host, gpu in places if gpu and host == places[0][0]]
@@ -270,15 +270,11 @@ class Preflight:
 
     def _vllm(self) -> Sequence[str]:
         rollout = self.recipe.rollout
+        device = self._world.device or loading.default_device()
+        readiness.require_quantisable(rollout, device.type)
         if rollout.urls:
             readiness.require_reachable(rollout)
             return ()
-        if rollout.engine == "vllm_colocated" and self._world.grouped:
-            raise UserError(
-                "vLLM inside a training process works with one process only",
-                where="rollout.engine=vllm_colocated",
-                fix="use rollout.engine=vllm_server with torchrun",
-            )
         return self._startable(rollout, "rollout")
 
     def _startable(self, settings: EngineSettings, section: str) -> Sequence[str]:
@@ -326,11 +322,3 @@ def largest_prompt(chat: Chat, problems: Sequence[Problem]) -> Prompt:
 
 def _pixels(problem: Problem) -> int:
     return sum(image.width * image.height for image in problem.images)
-
-
-def _visible_gpus() -> list[str]:
-    """The GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
-    import torch
-
-    named = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
-    return named or [str(index) for index in range(torch.cuda.device_count())]

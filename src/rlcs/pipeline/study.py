@@ -45,6 +45,7 @@ from rlcs.records import Demonstration
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import Validation
 
@@ -266,7 +267,7 @@ class Study:
         run = self._run_dir(name, settings)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
-            context = grpo.GrpoContext(
+            context = GrpoContext(
                 vlm=vlm,
                 reference=reference,
                 chat=chat,
@@ -274,10 +275,13 @@ class Study:
                 grader=grader,
                 judge=judge,
                 importance_cap=recipe.rollout.cap,
+                overlap=recipe.overlap,
+                feature_bytes=int(recipe.images.features_gb * 2**30),
             )
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding)
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
+            engine.rest()  # after the last validation, too
 
     def _validation(self, every: int, engine: Engine, chat: Chat, grader: Grader) -> Validation:
         """Measure a model that trains, every so many steps, by the engine and the prompts of its stage."""
@@ -309,6 +313,7 @@ class Study:
         with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
             evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+        engine.rest()  # the next stage has the GPU
         seconds = round(time.monotonic() - started, 1)
         self._world.first(partial(mark_done, folder, seconds=seconds))
         log.info("eval %s: done", arm)
@@ -357,7 +362,6 @@ def engine_needs(recipe: Recipe) -> EngineNeeds:
         settings=recipe.rollout,
         max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
         max_rows=max(grpo.max_rows, grpo.group_size),
-        decode_limit=recipe.images.decode_limit,
         compute_dtype=recipe.parallel.compute_dtype,
         adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
         name=recipe.name,

@@ -13,6 +13,8 @@ MOST_GPUS = 1024
 SMALLEST_PACK = 1024
 FEWEST_ROWS = 8
 OFFLOAD = "parallel.cpu_offload=true"
+TURNS = ("rollout.engine=vllm_colocated", "rollout.servers=1", "rollout.devices=[]", "rollout.urls=[]")
+"""All GPUs sample with vLLM and train in turns."""
 VLLM_SHARES = (0.6, 0.5, 0.4, 0.3)
 
 Try = Callable[[Sequence[str], int], dict[str, MemoryPlan]]
@@ -96,7 +98,7 @@ def possible_changes(placed: Placement, prompt: Prompts, sft: Sft, grpo: Grpo, m
         harmless += _halved("grpo.max_rows", grpo.max_rows, FEWEST_ROWS)
         harmless += _halved("eval.max_rows", measurement.max_rows, FEWEST_ROWS)
     else:
-        share = rollout.memory_share or 1.0
+        share = rollout.share or 1.0
         harmless += [f"rollout.memory_share={less}" for less in VLLM_SHARES if less < share]
     harmless += [OFFLOAD] if gpus and not parallel.cpu_offload and not lora.four_bit else []
     altering = [] if lora.rank else ["lora.rank=32"]

@@ -53,6 +53,12 @@ class Placement:
         """Whether weights, gradients and optimiser are in main memory, not on the GPU."""
         return self.parallel.cpu_offload and self.machine.gpus > 0
 
+    @property
+    def peak(self) -> float:
+        """Operations a second of one device, at its peak in the format of the computation."""
+        device = self.machine.device
+        return device.float32 if self.compute == FP32 else device.bfloat16
+
     def trains(self, frozen: Collection[Part]) -> Collection[Part]:
         """Parts of the model that train, whole or by adapters."""
         every: tuple[Part, ...] = ("vision_tower", "merger", "language_model")
@@ -133,7 +139,7 @@ def _names(machine: Machine) -> set[str]:
 def stored(place: Placement, trains: Collection[Part], *, reference: bool) -> Stored:
     """Bytes that one device holds, and its share of main memory; `reference`: whether there is one."""
     sizes, lora = place.sizes, place.lora
-    adapters = _adapter_parameters(lora, trains, sizes)
+    adapters = adapter_parameters(lora, trains, sizes)
     weights = float(sizes.total * place.weight)
     if lora.four_bit:
         packed = sum(x.inputs * x.outputs for x in sizes.linears if x.part == "language_model")
@@ -152,7 +158,8 @@ def stored(place: Placement, trains: Collection[Part], *, reference: bool) -> St
     return Stored(**own, offloaded=offloaded)
 
 
-def _adapter_parameters(lora: Lora, trains: Collection[Part], sizes: Sizes) -> int:
+def adapter_parameters(lora: Lora, trains: Collection[Part], sizes: Sizes) -> int:
+    """The numbers in the adapters of the parts that train."""
     chosen = [x for x in sizes.linears if x.part in trains]
     if lora.targets:
         chosen = [x for x in chosen if x.name.rpartition(".")[2] in lora.targets]

@@ -29,7 +29,7 @@ _SIZES = (
     [(1, [1, 1]), (129, [128, 127]), (5, [])],
     [(40, [33] * 8), (700, [50, 400]), (256, [256])],
 )
-"""Layouts as (trunk, branches): lengths around a kernel's blocks of 128, trees without branches, many trees."""
+"""Layouts as (trunk, branches): lengths around a kernel's blocks of 128, trees without branches, several."""
 
 
 def check(setting: Setting) -> Check:
@@ -53,13 +53,17 @@ def check(setting: Setting) -> Check:
         return Check(ok=False, message="; ".join(failed), fix="set model.attention=dense", values=values)
     if graphs > MOST_GRAPHS:
         message = f"{graphs} kernels were compiled for 12 packs; {MOST_GRAPHS} are enough"
-        return Check(ok=False, message=message, fix="runs will be slow; set model.attention=dense", values=values)
+        return Check(
+            ok=False, message=message, fix="runs will be slow; set model.attention=dense", values=values
+        )
     worst = max(values[name] / values[name.replace("error", "limit")] for name in values if "error" in name)
     message = f"forward and backward as dense attention ({worst:.0%} of the limit), {graphs} kernels compiled"
     return Check(ok=True, message=message, values=values)
 
 
-def _worst(heads: tuple[int, int], size: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+def _worst(
+    heads: tuple[int, int], size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, float]:
     """The largest error of all layouts, and the limit where it is nearest to it."""
     pairs = []
     for seed, sizes in enumerate(_SIZES):

@@ -179,7 +179,9 @@ def _merged(found: Sequence[Check]) -> Check:
     if not found:
         return Check(ok=True, message="elsewhere")
     failed = [(rank, check) for rank, check in enumerate(found) if check.ok is False]
-    rates = {name: min(check.rates.get(name, rate) for check in found) for name, rate in found[0].rates.items()}
+    rates = {
+        name: min(check.rates.get(name, rate) for check in found) for name, rate in found[0].rates.items()
+    }
     if failed:
         rank, worst = failed[0]
         where = f"rank {rank}: " if len(found) > 1 else ""

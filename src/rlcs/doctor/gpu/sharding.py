@@ -65,7 +65,9 @@ def check(setting: Setting) -> Check:
               if not gaps[name] <= limits[name]]  # fmt: skip
     failed += [] if moved <= _MOVED else [f"weights change otherwise: by {moved:.1%} (limit {_MOVED:.0%})"]
     values = {"ranks": world.size, "change": moved}
-    values |= {f"{name} {what}": given[name] for what, given in (("gap", gaps), ("limit", limits)) for name in gaps}
+    values |= {
+        f"{name} {what}": given[name] for what, given in (("gap", gaps), ("limit", limits)) for name in gaps
+    }
     figures = ", ".join(f"{name} {gaps[name]:.1e} ({limits[name]:.1e})" for name in gaps)
     message = "; ".join(failed) or f"{world.size} ranks step as a whole model does: {figures}"
     fix = "start one process without torchrun, or use other versions of torch" if failed else ""

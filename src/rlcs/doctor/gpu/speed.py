@@ -11,9 +11,10 @@ from rlcs.doctor.gpu import Check, Setting
 from rlcs.doctor.gpu.devices import device_name, free_bytes, peak_speed, seconds_of
 from rlcs.doctor.gpu.models import Shape, configuration, drawn, make_chat, random_tree, random_vlm, shapes
 from rlcs.model.chat import Chat
+from rlcs.model.image_features import image_inputs
 from rlcs.model.loading import default_device
 from rlcs.model.packing import Pack, pack
-from rlcs.model.policy import image_inputs, score
+from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import Sizes, measure
 from rlcs.plan.work import language, vision
@@ -43,8 +44,17 @@ def check(setting: Setting) -> Check:
         "update": 4 * (work["language"] + work["vision"]) / passed["update"],  # forward twice, backward
         "vision": work["vision"] / passed["vision"],
     }
-    values = {"device": device_name(device), "model": shape.label, "layers": shape.layers, "blocks": shape.blocks}
-    values |= {"tokens": packed.num_tokens, "matrices_tflops": reached / _TERA, "copies_gbs": bandwidth / _GIGA}
+    values = {
+        "device": device_name(device),
+        "model": shape.label,
+        "layers": shape.layers,
+        "blocks": shape.blocks,
+    }
+    values |= {
+        "tokens": packed.num_tokens,
+        "matrices_tflops": reached / _TERA,
+        "copies_gbs": bandwidth / _GIGA,
+    }
     values |= {f"{name}_s": seconds for name, seconds in passed.items()}
     values |= {f"{name}_tflops": speed / _TERA for name, speed in speeds.items()}
     rates = {"images": _images(chat, 2 if setting.cpu else 16, (168, 168) if setting.cpu else (1240, 1000))}
@@ -55,10 +65,14 @@ def check(setting: Setting) -> Check:
         message = f"matrix products reach {reached / peak:.1%} of the data sheet's peak"
         fix = "see nvidia-smi -q: is it throttled, capped, or used by others?"
         return Check(ok=False, message=message, fix=fix, values=values, rates=rates)
-    return Check(ok=True, message=_sentence(speeds, reached, bandwidth, peak, shape), values=values, rates=rates)
+    return Check(
+        ok=True, message=_sentence(speeds, reached, bandwidth, peak, shape), values=values, rates=rates
+    )
 
 
-def _sentence(speeds: dict[str, float], reached: float, bandwidth: float, peak: float | None, shape: Shape) -> str:
+def _sentence(
+    speeds: dict[str, float], reached: float, bandwidth: float, peak: float | None, shape: Shape
+) -> str:
     figures = {"matrix products": reached, **speeds}
     parts = [
         f"{name} {speed / _TERA:.3g} TFLOP/s" + (f" ({speed / peak:.0%} of peak)" if peak else "")
@@ -68,7 +82,7 @@ def _sentence(speeds: dict[str, float], reached: float, bandwidth: float, peak: 
 
 
 def deepest(setting: Setting, free: int) -> tuple[Shape, Sizes]:
-    """The model with most layers, up to those of 7B, whose weights and gradients take a share of free memory."""
+    """The model with most layers, up to those of 7B, whose weights and gradients fit into free memory."""
     if setting.cpu:
         shape = shapes(setting)[0]
         return shape, measure(shape.name, configuration(shape))
@@ -77,7 +91,9 @@ def deepest(setting: Setting, free: int) -> tuple[Shape, Sizes]:
         sizes = measure(whole.name, configuration(whole))
         bytes_a_weight = 4  # in bfloat16, with gradients
         layer = sizes.largest_layer * bytes_a_weight
-        fits = int((_SHARE_OF_MEMORY * free - (sizes.total - layers * sizes.largest_layer) * bytes_a_weight) / layer)
+        fits = int(
+            (_SHARE_OF_MEMORY * free - (sizes.total - layers * sizes.largest_layer) * bytes_a_weight) / layer
+        )
         if fits >= 4:
             chosen = replace(whole, layers=min(layers, fits))
             return chosen, measure(chosen.name, configuration(chosen))

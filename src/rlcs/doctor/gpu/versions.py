@@ -93,11 +93,13 @@ def _gpus() -> tuple[dict[str, Any], list[tuple[str, str]]]:
                 "memory_gb": _gb(total),
                 "free_gb": _gb(free),
                 "capability": f"{device.major}.{device.minor}",
-                "peers": [i for i in range(count) if i != index and torch.cuda.can_device_access_peer(index, i)],
+                "peers": [
+                    i for i in range(count) if i != index and torch.cuda.can_device_access_peer(index, i)
+                ],
             }
         )
     facts = {"cuda": torch.version.cuda, "driver": _driver(), "devices": devices}
-    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return facts, problems
 
 
@@ -162,7 +164,9 @@ def _vllm(setting: Setting) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         return {}, [(error.what, error.fix)]
     python = Path(setting.executable).parent / "python"
     try:
-        done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=_LIMIT_S, check=True)
+        done = subprocess.run(
+            [python, "-c", _ASK], capture_output=True, text=True, timeout=_LIMIT_S, check=True
+        )
         there: dict[str, Any] = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError):
         return {"version": version}, []  # a wrapper, whose environment is not known

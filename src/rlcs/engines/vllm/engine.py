@@ -1,4 +1,4 @@
-"""Samples rollouts with vLLM, in servers or in this process, with the same prompts, seeds and records."""
+"""Samples rollouts with vLLM's servers: the prompts of all ranks in one fleet, or of each rank in its own."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,16 +25,30 @@ class Backend(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Free the memory of GPUs that also train, until the next `generate`."""
+        ...
+
 
 class VllmEngine:
     """Samples from the weights that `vlm` had at the last `sync`."""
 
     def __init__(
-        self, backend: Backend, published: WeightsFolder, vlm: Vlm, chat: Chat, *, decode_limit: int
+        self,
+        backend: Backend,
+        published: WeightsFolder,
+        vlm: Vlm,
+        chat: Chat,
+        *,
+        ranks: int | None = None,
     ) -> None:
-        """`published` is shared by all engines of a backend; `decode_limit` is in pixels."""
+        """`published` is shared by all engines of a backend.
+
+        Every `ranks` ranks share one backend, and their first asks it for all of them; None: all ranks.
+        """
         self._backend, self._published = backend, published
-        self._vlm, self._chat, self._decode_limit = vlm, chat, decode_limit
+        self._ranks = ranks or vlm.world.size
+        self._vlm, self._chat = vlm, chat
         self._weights: Weights | None = None
 
     def sync(self) -> None:
@@ -44,22 +58,32 @@ class VllmEngine:
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, on_group: OnGroup = None
     ) -> list[tuple[Rollout, ...]]:
-        """See `Engine.sample`; rank 0 sends the prompts of all ranks. Raises TrainingError, EndpointError."""
+        """See `Engine.sample`. Raises TrainingError, EndpointError."""
         weights = self._current()
-        # Below, rank 0 may start or wake up vLLM on GPUs that also train: every rank must free its cached
-        # memory first, before it takes part in the gathering.
+        # Below, vLLM may start or wake up on GPUs that also train: every rank must free its cached memory
+        # first, and `each` begins when all have.
         give_back_memory()
         world = self._vlm.world
-        by_rank = world.gather(self._requests(prompts, sampling, step))
-        requests = [request for of_rank in by_rank for request in of_rank]
-        groups = world.first(lambda: self._all_groups(requests, weights, on_group))
-        start = sum(map(len, by_rank[: world.rank]))
+        asker = world.rank - world.rank % self._ranks
+        shared = world.gather(prompts)[asker : asker + self._ranks] if self._ranks > 1 else [prompts]
+        asked = [prompt for of_rank in shared for prompt in of_rank] if self._asks else []
+        requests = self._requests(asked, sampling, step)
+        groups = world.each(lambda: self._all_groups(requests, weights, on_group))[asker]
+        start = sum(map(len, shared[: world.rank - asker]))
         return groups[start : start + len(prompts)]
+
+    def rest(self) -> None:
+        """See `Engine.rest`. vLLM asserts that memory does not shrink meanwhile: all ranks wait for all."""
+        self._vlm.world.each(lambda: self._backend.rest() if self._asks else None)
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0) -> Arrivals:
         """See `BackgroundEngine.start`; for servers alone, as vLLM in this process would keep it busy."""
         requests, weights = self._requests(prompts, sampling, step), self._current()
         return Arrivals(partial(self._generate, requests, weights), len(requests), self._vlm.world)
+
+    @property
+    def _asks(self) -> bool:
+        return self._vlm.world.rank % self._ranks == 0
 
     def _current(self) -> Weights:
         """The newest published weights; published now if they are another model's, or there are none."""
@@ -69,8 +93,9 @@ class VllmEngine:
         return self._weights
 
     def _requests(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[PromptRequest]:
+        self._chat.prepare(ref for prompt in prompts for ref in prompt.images)
         return [
-            PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
+            PromptRequest(prompt=prompt, sampling=sampling, step=step, resized=self._chat.resized)
             for prompt in prompts
         ]
 

@@ -54,12 +54,12 @@ class Fleet:
 
     def __init__(self, settings: Rollouts, *, logs: Path, launch: Launch) -> None:
         """Nothing is started yet; the servers in `settings.urls`, if any, are used instead of new ones."""
-        self._settings = settings
+        self._settings, self._launch = settings, launch
         urls = settings.urls or ("",) * settings.servers
         # A thread that lasts: `generate` may be called in threads that end before the servers should.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-starter")
         self._servers = [
-            Server(settings, index, logs=logs, url=url, launch=launch, starter=self._starter)
+            Server(settings, launch.number + index, logs=logs, url=url, launch=launch, starter=self._starter)
             for index, url in enumerate(urls)
         ]
         self._generating = threading.Lock()
@@ -70,13 +70,19 @@ class Fleet:
         with self._generating:
             asyncio.run(self._generate(_Work(requests, weights, on_answers)))
 
+    def rest(self) -> None:
+        """See `Backend.rest`: servers that take turns with training sleep; one that cannot is ended."""
+        if self._launch.sleep_level:
+            asyncio.run(self._rest())
+
     def close(self) -> None:
         """End the servers that were started here, and first a `generate` in another thread.
 
         That one would start a server again.
         """
         self._closing.set()
-        self._generating.acquire(timeout=_CLOSING_LIMIT_S)
+        if self._generating.acquire(timeout=_CLOSING_LIMIT_S):
+            self._generating.release()
         for server in self._servers:
             server.close()
         self._starter.shutdown()
@@ -92,6 +98,10 @@ class Fleet:
     async def _until_closing(self) -> None:
         while not self._closing.is_set():
             await asyncio.sleep(_CLOSING_POLL_S)
+
+    async def _rest(self) -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await asyncio.gather(*(server.rest(client) for server in self._servers))
 
     async def _serve(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
         """Keep one server busy until cancelled, restarting it when it fails. Raises RlcsError."""

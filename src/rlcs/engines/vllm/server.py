@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import re
 import signal
@@ -32,6 +33,8 @@ from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
 from rlcs.records import Rollout
 from rlcs.storage import read_json
 
+log = logging.getLogger("rlcs")
+
 OLDEST = (0, 32)
 """The first vLLM with the interfaces used here: ids with images in, expanded ids and weight versions
 out. Older ones also crashed from placeholders typed into a question (see docs/how-to/vllm-rollouts.md)."""
@@ -45,9 +48,17 @@ NEEDED = {"enable_scale_out": True, **LOGPROBS, **OWN_DEFAULTS}
 ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 """On a CPU compiling costs more than it saves, and vLLM 0.32 crashes there on a seeded prompt prefilled in
 parts (`CPU Generator does not use offset`)."""
+FP8 = {
+    "quantization": "fp8_per_channel",
+    "quantization_config": {"ignore": ["re:.*visual\\..*"]},
+}
+"""Arguments for FP8: a scale for each output channel of a weight, and for each token of its input. The vision
+tower is left out: it is a small part of the work, and its widths are no multiples of 16. vLLM 0.32 rounds
+again whenever it reloads weights; its `--quantization fp8` takes only weights that are rounded already."""
 SHARE = "rollout.memory_share"
 ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Set in a server's environment, it opens the endpoints that load and unload adapters."""
+_DISCARDED = "discarded"
 _POLL_S = 0.5
 _GRACE_S = 10.0
 _LAST_LINES, _LONGEST_LINE = 5, 500
@@ -55,7 +66,7 @@ _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
-    """Convert arguments of `vllm.LLM` to options of `vllm serve`."""
+    """Convert arguments to options of `vllm serve`."""
     words: list[str] = []
     for name, value in arguments.items():
         option = name.replace("_", "-")
@@ -101,7 +112,12 @@ class RetryableError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Settings to start vLLM with; the limits are those of the run."""
+    """Settings to start vLLM with; the limits are those of the run.
+
+    `number` is that of the first server that is started here, and `gpus` is the CUDA_VISIBLE_DEVICES of a
+    server that takes turns with the rank that starts it. `sleep_level`: 0 never sleeps; 1 keeps the weights
+    in main memory, for those that stay the same; 2 discards them, for those that come again with every step.
+    """
 
     settings: Rollouts
     dtype: str
@@ -109,11 +125,14 @@ class Launch:
     max_rows: int
     on_cpu: bool = False
     adapter_rank: int = 0
+    number: int = 0
+    gpus: str = ""
+    sleep_level: int = 0
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `vllm.LLM`, in this process or in a server."""
-        share = self.settings.memory_share
+        """The arguments of `vllm serve`, beside those of the protocol."""
+        share = self.settings.share
         return {
             **OWN_DEFAULTS,
             "dtype": self.dtype,
@@ -123,6 +142,8 @@ class Launch:
             "limit_mm_per_prompt": {"video": 0},
             **({} if share is None else {"gpu_memory_utilization": share}),
             **(adapter_arguments(self.adapter_rank) if self.adapter_rank else {}),
+            **({"enable_sleep_mode": True} if self.sleep_level else {}),
+            **(FP8 if self.settings.quantization else {}),
             **(ON_CPU if self.on_cpu else {}),
         }
 
@@ -142,8 +163,8 @@ class Launch:
         extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         if self.adapter_rank:
             extra[ADAPTER_SWITCH] = "1"
-        if self.settings.devices:
-            extra["CUDA_VISIBLE_DEVICES"] = self.settings.devices[index]
+        if gpus := self.gpus or next(iter(self.settings.devices[index:]), ""):
+            extra["CUDA_VISIBLE_DEVICES"] = gpus
         return {**outside_torchrun(os.environ), **extra}
 
 
@@ -232,7 +253,7 @@ class Server:
         self._log = logs / f"vllm-{index}.log"
         self._starter = starter
         self._process: Process | None = None
-        self._is_checked = self._paused = False
+        self._is_checked = self._paused = self._asleep = False
 
     @property
     def name(self) -> str:
@@ -249,13 +270,35 @@ class Server:
         await self.require_well(client)
 
     async def load_weights(self, client: httpx.AsyncClient, weights: Weights) -> None:
-        """Load these weights unless it has them. Raises DownError; EndpointError for unsuitable settings."""
+        """Load these weights unless it has them, and wake it up.
+
+        Raises DownError; EndpointError for unsuitable settings.
+        """
         if not self._is_checked:
             await self._require_fit(client, weights)
             self._is_checked = True
+        if self._asleep:  # the weights' memory first, so that nothing else takes space while they load
+            await self._call(client, "POST", "/wake_up", params={"tags": "weights"})
         has = (await self._call(client, "GET", "/weight_info")).json()["weight_version"]
         if has != weights.version or self._paused:
             await self._load(client, weights, has)
+        if self._asleep:
+            await self._call(client, "POST", "/wake_up", params={"tags": "kv_cache"})
+            self._asleep = False
+
+    async def rest(self, client: httpx.AsyncClient) -> None:
+        """Put it to sleep, which frees its GPUs' memory; where that fails it is ended, which does too."""
+        level = self._launch.sleep_level
+        if self._process is None or self._asleep:
+            return
+        try:
+            if level == 2:  # should it ever answer without weights, no answer of that version counts
+                await self._call(client, "POST", "/update_weight_version", json={"new_version": _DISCARDED})
+            await self._call(client, "POST", "/sleep", params={"level": level})
+            self._asleep = True
+        except DownError as down:
+            log.warning("%s: %s; it is started again for the next answers", self.name, down)
+            self.restart()
 
     async def _start(self, client: httpx.AsyncClient, weights: Weights) -> None:
         self.restart()  # end what is left of a server that died: its engines may still run and hold GPUs
@@ -287,7 +330,7 @@ class Server:
     def _require_memory(self, errors: str) -> None:
         """Raise OutOfMemory if that is what vLLM's last errors say."""
         if what := shortage(errors):
-            fix = share_advice(what, self._settings.memory_share)
+            fix = share_advice(what, self._settings.share)
             raise OutOfMemory(f"vLLM ended while starting: {what} (log: {self._log})", fix=fix)
 
     async def require_well(self, client: httpx.AsyncClient) -> None:
@@ -336,9 +379,13 @@ class Server:
             raise EndpointError(f"it takes no adapters of rank {rank}", where=self.name, fix=fix)
 
     async def _load(self, client: httpx.AsyncClient, weights: Weights, has: str) -> None:
-        """Load weights while paused, which also drops every cache that older weights filled."""
+        """Load weights while paused, which also drops every cache that older weights filled.
+
+        A server that sleeps is paused.
+        """
         model, self._paused = weights.model, True
-        await self._call(client, "POST", "/pause", params={"mode": "abort"})
+        if not self._asleep:
+            await self._call(client, "POST", "/pause", params={"mode": "abort"})
         if model_of(has) != model.version:
             folder = {"method": "reload_weights", "kwargs": {"weights_path": str(model.folder)}}
             await self._call(client, "POST", "/collective_rpc", json=folder)
@@ -346,7 +393,8 @@ class Server:
         if weights is not model:
             await self._load_adapter(client, weights)
             await self._name(client, weights)
-        await self._call(client, "POST", "/resume")
+        if not self._asleep:
+            await self._call(client, "POST", "/resume")
         self._paused = False
 
     async def _name(self, client: httpx.AsyncClient, weights: Weights) -> None:
@@ -416,7 +464,7 @@ class Server:
         """End the process, if there is one, at once; the next `up` starts it again."""
         if self._process is not None:
             self._process.end(at_once=True)
-            self._process = None
+            self._process, self._asleep = None, False
 
     def close(self) -> None:
         """End the process, if there is one."""
