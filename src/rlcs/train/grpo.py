@@ -59,6 +59,11 @@ class GrpoContext:
         """The prompt of each problem, or the error for which it has none."""
         return shared(self.chat.prompts, problems, guessed_tokens, self.vlm.world)
 
+    def prepare(self, problems: Sequence[Problem]) -> None:
+        """Begin to decode the images for which `prompts` will be called next, while something else is done."""
+        own = own_share([guessed_tokens(problem) for problem in problems], self.vlm.world)
+        self.chat.prepare(image for index in own for image in problems[index].images)
+
     def sample(
         self, problems: Sequence[Problem], prompts: Sequence[Prompt], sampling: Sampling, *, step: int
     ) -> list[tuple[Rollout, ...]]:
@@ -168,6 +173,7 @@ def collect(
         problems, prompts, bad = take_prompts(stream, context.prompts, missing)
         skipped += bad
         prompts = number_repeats(prompts, times_sampled)
+        context.prepare(stream.peek(settings.prompts_per_step))
         with clock("rollout"):
             rollouts = context.sample(problems, prompts, sampling, step=step)
         with clock("grade"):
