@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
 from rlcs.engines.vllm.protocol import PromptRequest
+from rlcs.engines.vllm.readiness import require_quantisable
 from rlcs.engines.vllm.server import Launch, context_length
 from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, RecipeError, TrainingError, UserError
@@ -45,6 +47,7 @@ from rlcs.records import Request, Sampling, StopReason
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl
 from rlcs.train import grpo
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from test_distributed import environment, free_port
 
@@ -380,6 +383,31 @@ def test_without_room_in_main_memory_weights_go_to_the_run(
     assert weights.folder.parent == tmp_path / "disk"
 
 
+def test_fp8_rollouts_are_started_and_always_corrected(vlm: Vlm) -> None:
+    fp8 = ["rollout.engine=vllm_server", "rollout.quantization=fp8"]
+    recipe = load_recipe("quickstart", fp8).recipe
+    command = engine_needs(recipe).launch(vlm).command(Path("/weights/7"), 8123)
+    at = command.index("--quantization")
+    assert command[at + 1] == "fp8_per_channel"
+    ignored = json.loads(command[command.index("--quantization-config") + 1])["ignore"]
+    assert all(
+        re.match(ignored[0].removeprefix("re:"), name) for name in ("visual.blocks.0.mlp", "a.visual.x")
+    )
+    assert not re.match(ignored[0].removeprefix("re:"), "language_model.model.layers.0.mlp.gate_up_proj")
+    assert "vLLM in FP8" in dict(summary_rows(recipe))["rollouts"]
+    assert recipe.rollout.cap == 2.0
+    for words, says in (
+        (["rollout.importance_cap=null"], "answers are those of another policy"),
+        (["rollout.engine=local"], "quantization is vLLM's"),
+        (["rollout.urls=[http://a:1]"], "give `quantization` where they are started"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            load_recipe("quickstart", [*fp8, *words])
+    with pytest.raises(RecipeError, match="no fp8 on a CPU"):
+        require_quantisable(recipe.rollout, "cpu")
+    require_quantisable(recipe.rollout, "cuda")
+
+
 def test_the_weights_folder_may_be_elsewhere(tmp_path: Path, program: Path, vlm: Vlm, chat: Chat) -> None:
     words = ["rollout.engine=vllm_server", f"rollout.executable={program}", "rollout.health_limit_s=1",
              f"rollout.weights_folder={tmp_path / 'shared'}"]  # fmt: skip
@@ -703,7 +731,7 @@ def test_the_gap_is_logged_and_corrected_and_alarms(
     settings = Grpo.model_validate(
         {"steps": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6, "optimizer_steps": 1}
     )
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm,
         reference=None,
         chat=chat,

@@ -63,6 +63,28 @@ def packs_in_step(
     """
     members = within_budget([tree.num_tokens for tree in trees], budget)
     groups = [[trees[i] for i in indices] for indices in members]
+    return _in_step(groups, chat, world, kept_tokens)
+
+
+def full_packs_in_step(
+    trees: Sequence[Tree], chat: Chat, *, budget: int, world: World, kept_tokens: int = 0
+) -> tuple[list[Pack], list[Tree]]:
+    """Packs for this rank of as many of all trees as fill packs on every rank, and the trees that are left.
+
+    All ranks pass the same trees. The emptiest pack is left in any case: more trees may fill it.
+    """
+    sizes = [tree.num_tokens for tree in trees]
+    packs = within_budget(sizes, budget)
+    packs.sort(key=lambda members: -sum(sizes[i] for i in members))
+    packs = packs[: max(0, len(packs) - 1) // world.size * world.size]
+    taken = {i for members in packs for i in members}
+    own = [[trees[i] for i in members] for members in packs[world.rank :: world.size]]
+    left = [tree for i, tree in enumerate(trees) if i not in taken]
+    return _in_step(own, chat, world, kept_tokens) if packs else [], left
+
+
+def _in_step(groups: list[list[Tree]], chat: Chat, world: World, kept_tokens: int) -> list[Pack]:
+    """A pack of each group, with padding trees where other ranks have more groups, or images."""
     groups.sort(key=lambda group: _image_tokens(group) > 0, reverse=True)
     tokens_of_ranks = world.gather([_image_tokens(group) for group in groups])
     packs: list[Pack] = []

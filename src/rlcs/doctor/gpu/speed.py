@@ -82,7 +82,7 @@ def _sentence(
 
 
 def deepest(setting: Setting, free: int) -> tuple[Shape, Sizes]:
-    """The model with most layers, up to those of 7B, whose weights and gradients take a share of free memory."""
+    """The model with most layers, up to those of 7B, whose weights and gradients fit into free memory."""
     if setting.cpu:
         shape = shapes(setting)[0]
         return shape, measure(shape.name, configuration(shape))
