@@ -55,6 +55,7 @@ JOBS = {
     "plain": {"grpo": GRPO},
     "paper": {"grpo": GRPO | PAPER},
     "dapo": {"grpo": GRPO | DAPO},
+    "kept": {"grpo": GRPO | PAPER | {"freeze": ["vision_tower"]}},
     "adapters": {"grpo": GRPO | PAPER, "lora": {"rank": 4, "alpha": 8}},
 }
 OFFLOADED = {"frozen": 2, "paper": 1}
@@ -106,10 +107,10 @@ def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
     ]
 
 
-def run_on(size: int, jobs: list[dict], path: Path) -> None:
+def run_on(size: int, jobs: list[dict], path: Path, *, limit_s: float = LIMIT_S) -> None:
     path.write_text(json.dumps(jobs))
     ranks = launch(size, path)
-    errors = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=limit_s)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(errors)
 
 

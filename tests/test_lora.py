@@ -33,6 +33,7 @@ from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
 from rlcs.train import state as state_of
 from rlcs.train.checkpoint import Checkpoints
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Batch, Trainer, logprobs_of
 
@@ -344,7 +345,7 @@ def run_stage(kind, source, folder, *, stop_at=None):
         else:
             engine = LocalEngine(vlm, chat, max_rows=8)
             vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
-            context = grpo.GrpoContext(
+            context = GrpoContext(
                 vlm=vlm, reference=reference, chat=chat, engine=engine, grader=LengthGrader()
             )
             grpo.train(context, problems, settings, run=stage, screen=watched, stop=stop)
@@ -442,7 +443,7 @@ def test_adapters_alone_learn_a_game(random_model_folder, tmp_path):
 
     optimizer = {"lr": 1e-2, "betas": (0.9, 0.95)}
     settings = Grpo(steps=7, prompts_per_step=8, group_size=8, max_new_tokens=12, optimizer=optimizer)
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm, reference=None, chat=chat, engine=LocalEngine(vlm, chat, max_rows=64), grader=Short()
     )
     stage = RunDir(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")

@@ -29,6 +29,7 @@ from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl
 from rlcs.train import grpo, sft
 from rlcs.train.checkpoint import Checkpoints
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.trackers import Trackers as RunTrackers
 from rlcs.train.validation import Validation
@@ -96,9 +97,7 @@ def train(kind, source, folder, demonstrations, *, measure=None, stop_at=None, t
         else:
             problems = puzzles.load("puzzles", split="train", count=10, seed=5)
             engine = LocalEngine(vlm, chat, max_rows=8)
-            context = grpo.GrpoContext(
-                vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader()
-            )
+            context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader())
             grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)
     return weights_of(vlm)
 

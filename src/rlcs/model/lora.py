@@ -58,6 +58,7 @@ def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed
             for matrices in (module.lora_A, module.lora_B):
                 for name, linear in matrices.items():
                     matrices[name] = AdapterMatrix(linear.weight)
+    model.disable_input_require_grads()  # peft sets it: see `checkpoint_activations`
     return adapted
 
 
@@ -134,6 +135,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config._attn_implementation = "sdpa"  # ours cannot be chosen before the model exists
     with torch.device("meta"):
         plain: PreTrainedModel = type(model)(config)
     return plain

@@ -270,6 +270,8 @@ class Preflight:
 
     def _vllm(self) -> Sequence[str]:
         rollout = self.recipe.rollout
+        device = self._world.device or loading.default_device()
+        readiness.require_quantisable(rollout, device.type)
         if rollout.urls:
             readiness.require_reachable(rollout)
             return ()

@@ -141,6 +141,19 @@ class RunDir:
             self._start_save(step)
         return True
 
+    def is_last_or_measured(self, step: int) -> bool:
+        """Whether the model after `step` steps is to be measured, or the final one."""
+        due = self.validation is not None and self.validation.is_due(step, self._steps)
+        return due or step == self._steps
+
+    def stop_in_step(self, done: int, stop: StopFlag) -> None:
+        """End here after a stop signal, with a checkpoint of the `done` steps, of which the model is.
+
+        Raises Stopped.
+        """
+        self._save_once(done)
+        self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
+
     def _save_once(self, step: int) -> None:
         if step > self._saved:
             self.save(step)
@@ -200,12 +213,14 @@ class RunDir:
         self._trackers.append(report)
 
     def save(self, step: int) -> None:
-        """Save a checkpoint after step `step` (from 1)."""
+        """Save a checkpoint after step `step` (from 1), when the rollouts up to it are written."""
+        self._rollouts.wait()
         self._checkpoints.save(self._state(step), **self._kept())
         self._saved = step
 
     def _start_save(self, step: int) -> None:
-        """Begin to save a checkpoint, which a later step finishes."""
+        """Begin to save a checkpoint, which a later step finishes, when the rollouts up to it are written."""
+        self._rollouts.wait()
         with self._clock("checkpoint_wait"):
             self._checkpoints.wait()
         with self._clock("checkpoint"):
@@ -237,6 +252,7 @@ class RunDir:
         """Write the model of the last step, or the best one, in Hugging Face format; then the marker."""
         self._checkpoints.wait()
         self._trackers.close()
+        self._rollouts.wait()
         step = self._restore_best(screen)
         save(self._trainer.vlm, self.final)
         facts = {

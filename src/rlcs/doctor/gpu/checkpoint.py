@@ -13,14 +13,12 @@ from rlcs.doctor.gpu import REPORT, Check, Setting
 from rlcs.doctor.gpu.devices import seconds_of
 from rlcs.doctor.gpu.models import Shape, make_chat, random_tree, random_vlm, shapes
 from rlcs.model import loading
-from rlcs.model.checkpoints import folder_of
 from rlcs.model.packing import pack
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
 from rlcs.recipe.stages import Grpo, Optimizer
-from rlcs.train.checkpoint import Checkpoints
+from rlcs.train import checkpoint
 from rlcs.train.grpo import make_objective
-from rlcs.train.state import capture, optimizer_to_tensors, restore
 from rlcs.train.trainer import Batch, Trainer
 
 _GB = 1e9
@@ -32,26 +30,22 @@ def check(setting: Setting) -> Check:
     with join_world(timeout_s=300) as world:
         device = world.device or torch.device("cpu")
         trainer = _trained(setting, device, world, seed=1)
-        checkpoints = Checkpoints(folder, world)
-        state = capture(trainer.vlm.model, trainer.optimizer, step=1, cursor={"at": 3})
+        state = checkpoint.capture(trainer.vlm.model, trainer.optimizer, step=1, cursor={"at": 3})
         started = time.perf_counter()
-        checkpoints.start(state, keep=1)
-        still = time.perf_counter() - started
-        checkpoints.wait()
+        path = checkpoint.save(folder, state, keep=1, world=world)
         wrote = time.perf_counter() - started
-        path = folder / folder_of(1)
         saved = _own_state(trainer)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         world.first(lambda: _forget(path))
         other = _trained(setting, device, world, seed=2)
         started = time.perf_counter()
-        loaded = checkpoints.load_latest()
+        loaded = checkpoint.load_latest(folder, world)
         if loaded is not None:
-            restore(loaded, other.vlm.model, other.optimizer)
+            checkpoint.restore(loaded, other.vlm.model, other.optimizer)
         read = time.perf_counter() - started
         wrong = [] if loaded is not None else ["the checkpoint is not found again"]
         wrong += _differences(saved, _own_state(other)) if loaded is not None else []
-        noticed = world.first(lambda: _damage_is_noticed(folder, path))
+        noticed = loaded is None or world.first(lambda: _damage_is_noticed(folder, path))
         wrong += [] if noticed else ["a damaged byte is not noticed"]
         faults = [fault for of_rank in world.gather(wrong) for fault in of_rank]
     rates = {"disk_write": size / world.size / wrote, "disk_read": size / world.size / read}
@@ -60,8 +54,9 @@ def check(setting: Setting) -> Check:
     if faults:
         fix = f"start it in a folder on another disk; if it fails there too, {REPORT}"
         return Check(ok=False, message="; ".join(faults[:3]), fix=fix, rates=rates)
-    message = f"{size / _GB:.2f} GB saved in {wrote:.1f} s and restored in {read:.1f} s, all equal; damage is noticed"
-    values = {"bytes": size, "ranks": world.size, "still_s": still, "save_s": wrote, "restore_s": read}
+    message = f"{size / _GB:.2f} GB saved in {wrote:.1f} s and restored in {read:.1f} s, all equal; "
+    message += "damage is noticed"
+    values = {"bytes": size, "ranks": world.size, "save_s": wrote, "restore_s": read}
     return Check(ok=True, message=message, values=values, rates=rates)
 
 
@@ -82,7 +77,7 @@ def _own_state(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of this rank's weights and optimiser state, in main memory."""
     parameters = dict(trainer.vlm.model.named_parameters())
     tensors = {f"weight/{name}": parameter for name, parameter in parameters.items()}
-    tensors |= optimizer_to_tensors(trainer.optimizer, parameters).tensors
+    tensors |= checkpoint.optimizer_to_tensors(trainer.optimizer, parameters).tensors
     found = {}
     for name, tensor in tensors.items():
         own = tensor.detach()
@@ -107,7 +102,7 @@ def _damage_is_noticed(folder: Path, path: Path) -> bool:
         opened.write(bytes([byte[0] ^ 1]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Checkpoints(folder).load_latest() is None
+        return checkpoint.load_latest(folder) is None
 
 
 def _forget(path: Path) -> None:
