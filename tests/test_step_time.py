@@ -243,7 +243,7 @@ class Arrived:
 def test_step_time_of_sft_has_no_rollouts():
     recipe = load_recipe("8xgpu-7b").recipe
     trees = Trees(count=64, trunk=1400, patches=4 * 1272, group=1, answer=600)
-    step = step_time(place_of(), recipe.sft, trees, speeds_of(H100, ISSUE), ISSUE)
+    step = step_time(place_of(), recipe.sft, trees, recipe.images, speeds_of(H100, ISSUE), ISSUE)
     assert "answers are decoded" not in seconds_of(step) and "optimiser" in seconds_of(step)
 
 
