@@ -104,6 +104,13 @@ def kept_features(place: Placement, grpo: Grpo, trees: Trees, images: Images) ->
     return min(1.0, images.features_gb * GIB / needed)
 
 
+def feature_bytes(place: Placement, grpo: Grpo, trees: Trees, images: Images) -> float:
+    """Bytes of a device for what a frozen tower makes of its images, in the format of the computation."""
+    kept = kept_features(place, grpo, trees, images)
+    own = -(-trees.count // place.trainers)
+    return kept * own * trees.patches * place.sizes.vision.hidden * place.sizes.vision.mergers * place.compute
+
+
 def rounds_of(
     place: Placement, groups: Sequence[Sequence[int]], trees: Trees, *, steps: int, budget: int
 ) -> Rounds:
