@@ -128,8 +128,10 @@ def train(
             stream.restore(cursor)
             _stop_unscored(run, groups, step=step, first=first)
         if step == first:
-            own = groups[context.vlm.world.rank % len(groups)]
-            require_agreement(context.vlm, context.chat, tree_of(own, keep_unscored=True))
+            world = context.vlm.world
+            own = groups[world.rank :: world.size] or groups[-1:]
+            trees = [tree_of(group, keep_unscored=True) for group in own]
+            require_agreement(context.vlm, context.chat, trees)
         results = learn(trainer, context, groups, settings, clock=clock)
         run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)

@@ -76,7 +76,7 @@ def train(
                     log.warning("sft leaves a demonstration out: %s", error)
             packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
             if step == first:
-                require_agreement(vlm, chat, trees[0] if trees else None)
+                require_agreement(vlm, chat, trees)
         with clock("update"):
             batches = [Batch(pack=pack) for pack in packs]
             result = trainer.step(batches, objective, average=settings.loss_average)
