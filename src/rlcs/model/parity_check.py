@@ -147,7 +147,7 @@ class _ExplicitPlan:
 
 
 def _explicit_window(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The vision tower's attention over one window."""
     return _explicit(query, key, value, causal=False).transpose(1, 2), None
