@@ -1,4 +1,4 @@
-"""One rank of a run with rollouts by vLLM: `rollout_worker.py PROGRAM MODEL FOLDER [RANK [WORDS]]`."""
+"""One rank of a run whose rollouts come from vLLM: `... PROGRAM MODEL FOLDER [LORA_RANK [KEY=VALUE ...]]`."""
 
 import json
 import shutil

@@ -43,7 +43,10 @@ from rlcs.records import Prompt, Rollout
 from rlcs.serving import session
 from rlcs.signals import StopFlag
 from rlcs.train import grpo
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
+from test_distributed import run_on
+from test_grpo import assert_same_gradients, seconds
 from test_train import weights_of
 
 START_LIMIT_S = 1800
@@ -137,32 +140,10 @@ def perturb(vlm: Vlm, scale: float) -> None:
 # The tests that start a vLLM of their own come first, so that the shared server is not up beside it.
 
 
-@HERE
-def test_colocated(policy, tmp_path, monkeypatch) -> None:
-    vlm, chat = policy
-    recipe = recipe_of("rollout.engine=vllm_colocated")
-    for name, value in CPU.items():
-        monkeypatch.setenv(name, value)
-    prompts = prompts_of(recipe, chat, 5)
-    with open_engines(engine_needs(recipe), tmp_path) as make:
-        engine = make(vlm, chat, 64)
-        greedy = chat.sampling(max_new_tokens=40, temperature=0.0)
-        ours = LocalEngine(vlm, chat, max_rows=64).sample(prompts, greedy)
-        assert [g[0].ids for g in engine.sample(prompts, greedy)] == [g[0].ids for g in ours]
-        warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
-        assert largest_gap(vlm, chat, prompts[:-1], engine.sample(prompts, warm)[:-1], 1.0) < 1e-3
-        perturb(vlm, 0.03)
-        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.02, "not published yet"
-        engine.sync()
-        after = engine.sample(prompts, warm)
-        assert largest_gap(vlm, chat, prompts[:-1], after[:-1], 1.0) < 1e-3
-
-
-@pytest.mark.parametrize("kind", ["vllm_server", pytest.param("vllm_colocated", marks=HERE)])
-def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
+def test_adapters_alone_reach_vllm(tmp_path, monkeypatch) -> None:
     """A rank between those that vLLM makes room for, a scale by its root, and a merged model afterwards."""
     words = ["lora.rank=12", "lora.alpha=24", "lora.rank_stabilised=true", "rollout.lora=adapter"]
-    recipe = recipe_of(f"rollout.engine={kind}", *words)
+    recipe = recipe_of(*words)
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     vlm = loading.prepare(loading.load(recipe.model), recipe.lora, (), seed=0)
@@ -191,9 +172,8 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
             answers.append(engine.sample(prompts, warm))
             assert gap(vlm, answers[-1]) < 1e-3 and versions() == ["1", f"1+{update}"]
             assert answers[-1] not in answers[:-1]
-        if kind == "vllm_server":
-            signal_server("server", signal.SIGKILL)
-            assert engine.sample(prompts, warm) == answers[-1], "the new server has model and adapter"
+        signal_server("server", signal.SIGKILL)
+        assert engine.sample(prompts, warm) == answers[-1], "the new server has model and adapter"
         merged = tmp_path / "final"
         loading.save(vlm, merged)
         plain = loading.load(Model(name=str(merged)))
@@ -204,7 +184,7 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
 
 
 def test_a_server_started_by_a_rank_of_torchrun(tmp_path, random_model_folder) -> None:
-    """It takes itself for no rank: a process group that meets by TCP would wait for a store in vain."""
+    """It takes itself for no rank: where process groups meet by TCP, it would wait for a store in vain."""
     seen, started = tmp_path / "environment", tmp_path / "vllm"
     started.write_text(f'#!/bin/sh\nenv > "{seen}"\nexec "{program()}" "$@"\n')
     started.chmod(0o755)
@@ -237,6 +217,30 @@ if __name__ == "__main__":
     outputs = llm.chat(asked, SamplingParams(temperature=0, max_tokens=24))
     json.dump([output.outputs[0].text for output in outputs], open(sys.argv[2], "w"))
 """
+
+
+def test_two_ranks_learn_while_vllm_samples(tmp_path, monkeypatch) -> None:
+    """The gradients of steps that wait for all answers, in less time."""
+    for name, value in CPU.items():
+        monkeypatch.setenv(name, value)
+    limits = {"start_limit_s": START_LIMIT_S, "dead_limit_s": 2 * START_LIMIT_S, "health_limit_s": 60}
+    grpo = {"steps": 4, "prompts_per_step": 16, "group_size": 6, "max_new_tokens": 48, "pack_tokens": 400}
+    job = {
+        "model": "builtin",
+        "rollout": {"executable": program(), "memory_share": 0.1, **limits},
+        "behaviour": {},
+        "problems": 64,
+        "cap": 2.0,
+        "keep_gradients": True,
+        "grpo": grpo | {"optimizer": {"lr": 0.0}},
+        "timeout_s": START_LIMIT_S,
+    }
+    ways = ("none", "on_policy", "one_step_off")
+    jobs = [job | {"folder": str(tmp_path / way), "overlap": way} for way in ways]
+    run_on(2, jobs, tmp_path / "jobs.json", limit_s=3 * START_LIMIT_S)
+    assert_same_gradients(tmp_path / "none", tmp_path / "on_policy")
+    taken = {way: sum(seconds(tmp_path / way).values()) for way in ways}
+    assert taken["on_policy"] < taken["none"] and taken["one_step_off"] < taken["none"]
 
 
 @HERE
@@ -367,7 +371,7 @@ def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[st
     rows = load(
         "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
     ).rows
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm,
         reference=None,
         chat=chat,

@@ -1,5 +1,7 @@
 """The command `rlcs doctor`."""
 
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,13 +10,25 @@ import typer
 
 from rlcs.cli.options import Json
 from rlcs.cli.output import print_result
+from rlcs.errors import UserError
+from rlcs.storage import write_json
 
 
 def doctor(
     run: Annotated[Path | None, typer.Argument(help="A run folder to check")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Prove within minutes that the GPUs are ready")] = False,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time for --gpu")] = 8.0,
+    executable: Annotated[str, typer.Option(help="vLLM's program for --gpu")] = "vllm",
+    out: Annotated[Path | None, typer.Option(help="File for the JSON of --gpu")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", hidden=True)] = False,
     json: Json = False,
 ) -> None:
-    """Check this machine, or the run RUN. Of the machine also the built-in model on it."""
+    """Check this machine and a small model on it, or the run RUN. With --gpu the GPUs, in minutes."""
+    if gpu:
+        if run is not None:
+            raise UserError("a run is checked without GPUs", where="--gpu", fix="leave out --gpu or the run")
+        _gpus(minutes=minutes, executable=executable, out=out, cpu=cpu, json=json)
+        return
     about: dict[str, str] = {}
     if run is None:
         from rlcs.doctor.machine import checks, facts
@@ -30,4 +44,25 @@ def doctor(
         lines += [f"   -> {finding.fix}"] if finding.bad else []
     print_result({"facts": about, "findings": [asdict(finding) for finding in findings]}, lines, json=json)
     if any(finding.bad for finding in findings):
+        raise typer.Exit(1)
+
+
+def _gpus(*, minutes: float, executable: str, out: Path | None, cpu: bool, json: bool) -> None:
+    from rlcs.doctor.gpu.start import examine_gpus
+
+    first = os.environ.get("RANK", "0") == "0"  # torchrun: rank 0 alone prints
+
+    def say(text: str) -> None:
+        if first:
+            typer.echo(text, err=True)
+
+    report = examine_gpus(minutes=minutes, executable=executable, cpu=cpu, say=say)
+    if not first:
+        return
+    if out is not None:
+        write_json(out, report.content)
+    lines = [*report.lines, *([f"\nJSON: {out}"] if out is not None else [])]
+    print_result(report.content, lines, json=json)
+    sys.stdout.flush()
+    if not report.ok:
         raise typer.Exit(1)

@@ -49,7 +49,9 @@ def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed
         use_rslora=settings.rank_stabilised,
         target_modules=targets,
     )
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    model.disable_input_require_grads()  # peft sets it: see `checkpoint_activations`
+    return adapted
 
 
 def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _SIZES = (
     [(1, [1, 1]), (129, [128, 127]), (5, [])],
     [(40, [33] * 8), (700, [50, 400]), (256, [256])],
 )
-"""Layouts as (trunk, branches): lengths around a kernel's blocks of 128, trees without branches, many trees."""
+"""Layouts as (trunk, branches): lengths around a kernel's blocks of 128, trees without branches, several."""
 
 
 def check(setting: Setting) -> Check:

@@ -45,7 +45,7 @@ def check(setting: Setting) -> Check:
         read = time.perf_counter() - started
         wrong = [] if loaded is not None else ["the checkpoint is not found again"]
         wrong += _differences(saved, _own_state(other)) if loaded is not None else []
-        noticed = world.first(lambda: _damage_is_noticed(folder, path))
+        noticed = loaded is None or world.first(lambda: _damage_is_noticed(folder, path))
         wrong += [] if noticed else ["a damaged byte is not noticed"]
         faults = [fault for of_rank in world.gather(wrong) for fault in of_rank]
     rates = {"disk_write": size / world.size / wrote, "disk_read": size / world.size / read}
@@ -54,7 +54,8 @@ def check(setting: Setting) -> Check:
     if faults:
         fix = f"start it in a folder on another disk; if it fails there too, {REPORT}"
         return Check(ok=False, message="; ".join(faults[:3]), fix=fix, rates=rates)
-    message = f"{size / _GB:.2f} GB saved in {wrote:.1f} s and restored in {read:.1f} s, all equal; damage is noticed"
+    message = f"{size / _GB:.2f} GB saved in {wrote:.1f} s and restored in {read:.1f} s, all equal; "
+    message += "damage is noticed"
     values = {"bytes": size, "ranks": world.size, "save_s": wrote, "restore_s": read}
     return Check(ok=True, message=message, values=values, rates=rates)
 

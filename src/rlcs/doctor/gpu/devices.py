@@ -41,7 +41,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_speed(device: torch.device) -> float | None:
-    """FLOP/s of the data sheet in bfloat16; None of an unknown GPU. Of a CPU `rlcs plan`'s guess in float32."""
+    """FLOP/s of the data sheet in bfloat16; None of an unknown GPU. Of a CPU `rlcs plan`'s guess."""
     if device.type == "cpu":
         return machine(0, "A10", memory=None, peak=0).device.float32
     known = data_sheet(device_name(device))
@@ -82,7 +82,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
-    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiled.profiler.kineto_results.events()
     held = peak = 0
     for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         held += change

@@ -33,7 +33,7 @@ _DEPTH = ("layer_types", "num_hidden_layers", "depth", "fullatt_block_indexes")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A model's layers: a published name (or `builtin`), the layers of both parts, the vocabulary (0: small)."""
+    """A model's layers: a published name (or `builtin`), depth of both parts, vocabulary (0: small)."""
 
     name: str
     layers: int = 2

@@ -16,8 +16,15 @@ _ELASTIC = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "LOCAL_")
 class Ranks(Protocol):
     """Which ranks' processes are started here, and how all learn what happened elsewhere."""
 
-    size: int
-    own: range
+    @property
+    def size(self) -> int:
+        """The number of all ranks."""
+        ...
+
+    @property
+    def own(self) -> range:
+        """The ranks whose processes are started here."""
+        ...
 
     def agree(self, key: str, value: str) -> str:
         """Rank 0's value, on all."""
@@ -53,12 +60,12 @@ class TorchrunRank:
 
     def __init__(self) -> None:
         """Connect to torchrun's store."""
-        from torch.distributed import PrefixStore, TCPStore
+        import torch.distributed as dist
 
         self._rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.own = range(self._rank, self._rank + 1)
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        self._store = PrefixStore("rlcs-doctor", store)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        self._store = dist.PrefixStore("rlcs-doctor", store)
 
     def agree(self, key: str, value: str) -> str:
         """Rank 0's value; the others wait for it, for as long as a whole check may take."""

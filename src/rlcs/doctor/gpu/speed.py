@@ -11,9 +11,10 @@ from rlcs.doctor.gpu import Check, Setting
 from rlcs.doctor.gpu.devices import device_name, free_bytes, peak_speed, seconds_of
 from rlcs.doctor.gpu.models import Shape, configuration, drawn, make_chat, random_tree, random_vlm, shapes
 from rlcs.model.chat import Chat
+from rlcs.model.image_features import image_inputs
 from rlcs.model.loading import default_device
 from rlcs.model.packing import Pack, pack
-from rlcs.model.policy import image_inputs, score
+from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import Sizes, measure
 from rlcs.plan.work import language, vision
@@ -81,7 +82,7 @@ def _sentence(
 
 
 def deepest(setting: Setting, free: int) -> tuple[Shape, Sizes]:
-    """The model with most layers, up to those of 7B, whose weights and gradients take a share of free memory."""
+    """The model with most layers, up to those of 7B, whose weights and gradients fit into free memory."""
     if setting.cpu:
         shape = shapes(setting)[0]
         return shape, measure(shape.name, configuration(shape))

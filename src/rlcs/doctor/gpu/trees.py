@@ -22,7 +22,7 @@ from rlcs.records import Tree
 
 FACTOR = 3.0
 LEAST = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (4e-3, 3e-2)}
-"""Differences of logprobs (nats, mean of an answer) and of gradients (relative) that are rounding in any case."""
+"""Differences of logprobs (nats, mean of an answer) and of gradients (relative) that are rounding anyway."""
 Found = tuple[list[Tensor], list[Tensor]]
 """Logprobs of each answer, and gradients."""
 
@@ -41,7 +41,8 @@ def check(setting: Setting) -> Check:
             give_back_memory()
             values |= {f"{name} nats": gaps[0], f"{name} nats limit": limits[0]}
             values |= {f"{name} gradient": gaps[1], f"{name} gradient limit": limits[1]}
-            line = f"{name}: {gaps[0]:.1e} nats (limit {limits[0]:.1e}), gradient {gaps[1]:.2%} ({limits[1]:.2%})"
+            line = f"{name}: {gaps[0]:.1e} nats (limit {limits[0]:.1e})"
+            line += f", gradient {gaps[1]:.2%} (limit {limits[1]:.2%})"
             lines.append(line)
             if not (gaps[0] <= limits[0] and gaps[1] <= limits[1]):
                 failed.append(line)

@@ -99,7 +99,7 @@ def _gpus() -> tuple[dict[str, Any], list[tuple[str, str]]]:
             }
         )
     facts = {"cuda": torch.version.cuda, "driver": _driver(), "devices": devices}
-    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return facts, problems
 
 

@@ -1,4 +1,4 @@
-"""Checks vLLM on this machine: it starts, sees images, agrees on logprobs, takes new weights, sleeps and wakes.
+"""Checks vLLM: it starts, sees images, agrees on logprobs, takes new weights, sleeps and wakes up.
 
 The model is random, with real layers, as deep as memory allows. vLLM's logprobs may differ from ours by three
 times what our own do between the number format and float32.
@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlcs.doctor.gpu import Check, Setting
 from rlcs.doctor.gpu.devices import free_bytes, synchronize
 from rlcs.doctor.gpu.models import Shape, configuration, make_chat, random_tree, random_vlm, shapes
 from rlcs.engines.base import Engine
+from rlcs.engines.cache import token_bytes
 from rlcs.engines.factory import EngineNeeds, open_engines
+from rlcs.engines.vllm.protocol import BAN
+from rlcs.model import attention
 from rlcs.model.chat import Chat
 from rlcs.model.loading import default_device
 from rlcs.model.packing import pack
-from rlcs.model.policy import score
+from rlcs.model.policy import hidden_states, image_inputs
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import measure
 from rlcs.recipe.sampling import Rollouts
@@ -32,7 +36,7 @@ _LEAST = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 """Mean differences of logprobs (nats) that are rounding in any case."""
 _NOISE = 0.3
 """New weights are the old ones with so much noise, relative to their size."""
-_MEMORY_SHARE = 0.5
+_MEMORY_SHARE, _CPU_SHARE = 0.5, 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +49,14 @@ class _Answers:
 
 
 def rollouts(setting: Setting, *, ranks: int = 1) -> Rollouts | None:
-    """How vLLM is started here: in this environment beside the trainer, or by its program; None: not at all."""
-    options: dict[str, Any] = {"start_limit_s": 600.0, "dead_limit_s": 60.0, "max_tries": 2}
-    if not setting.cpu:
-        options["memory_share"] = _MEMORY_SHARE
+    """How vLLM is started here: beside the trainer in its process, or by its program; None: not at all."""
+    share = _CPU_SHARE if setting.cpu else _MEMORY_SHARE
+    options: dict[str, Any] = {
+        "start_limit_s": 600.0,
+        "dead_limit_s": 60.0,
+        "max_tries": 2,
+        "memory_share": share,
+    }
     if find_spec("vllm") is not None and not setting.cpu and ranks == 1:
         return Rollouts(engine="vllm_colocated", **options)
     if setting.executable:
@@ -74,15 +82,15 @@ def check(setting: Setting) -> Check:
         found = _ask(make(vlm, chat, 64), vlm, chat, device, values)
     weights = sum(parameter.nbytes for parameter in vlm.model.parameters())
     rates = {"start_s": values["start_s"], "weights_to_vllm": weights / values["new_weights_s"]}
-    rates |= {name: values[name] for name in ("prefill_tokens", "decode_step_s") if values.get(name)}
+    rates |= {name: values[name] for name in ("prefill_tokens", "decode_step_s", "decode_read")}
     if found:
         fix = (
             "use vLLM 0.32 or newer with the versions of docs/reference/versions.md, or rollout.engine=local"
         )
         return Check(ok=False, message="; ".join(found), fix=fix, values=values)
     message = (
-        f"{settings.engine} starts in {values['start_s']:.0f} s, logprobs within {values['gap']:.1e} nats of ours "
-        f"(limit {values['limit']:.1e}; with the other image {values['other_image_gap']:.1e}), "
+        f"{settings.engine} starts in {values['start_s']:.0f} s, logprobs within {values['gap']:.1e} nats "
+        f"of ours (limit {values['limit']:.1e}; with the other image {values['other_image_gap']:.1e}), "
         f"new weights in {values['new_weights_s']:.1f} s (within {values['new_gap']:.1e} nats)"
     )
     return Check(ok=True, message=message, values=values, rates=rates)
@@ -115,7 +123,7 @@ def _ask(engine: Engine, vlm: Vlm, chat: Chat, device: torch.device, values: dic
     values["other_image_gap"] = _gap(vlm, chat, answers.prompts[::-1], answers.groups)
     if not values["other_image_gap"] > limit:
         problems.append("another image changes no logprobs: vLLM or the model does not see it")
-    values |= _speeds(engine, chat)
+    values |= _speeds(engine, vlm, chat, small=device.type == "cpu")
     old = _gap_of_new_weights(engine, vlm, chat, values)
     if not values["new_gap"] <= limit * 2:
         problems.append(
@@ -139,16 +147,22 @@ def _sample(engine: Engine, chat: Chat) -> _Answers:
     return _Answers(prompts=prompts, groups=groups, seconds=time.perf_counter() - started)
 
 
-def _scored(
-    vlm: Vlm, chat: Chat, prompts: Sequence[Prompt], groups: Sequence[tuple[Rollout, ...]]
-) -> torch.Tensor:
-    """Our logprobs of the answers, as if they were answers to these prompts."""
+def _scored(vlm: Vlm, chat: Chat, prompts: Sequence[Prompt], groups: Sequence[tuple[Rollout, ...]]) -> Tensor:
+    """Our logprobs of the answers, as if they were answers to these prompts.
+
+    Without the ids that are never drawn, as in vLLM: a random model would give them a share of one percent.
+    """
     trees = []
     for prompt, group in zip(prompts, groups, strict=True):
         branches = tuple(Branch(ids=r.ids, weights=(1.0,) * len(r.ids), logprobs=r.logprobs) for r in group)
         trees.append(Tree(prompt=prompt, branches=branches))
+    packed = pack(trees, chat.patches).to(vlm.device)
+    plan = attention.make_plan(vlm.attention, packed.layout, vlm.device)
     with torch.no_grad():
-        return score(vlm, pack(trees, chat.patches)).logprobs.cpu()
+        states = hidden_states(vlm, packed.ids, packed.positions, plan=plan, **image_inputs(vlm, packed))
+        logits = vlm.model.get_output_embeddings()(states[packed.predictors]).float()
+    logits[:, list(chat.sampling(max_new_tokens=1).banned_ids)] += BAN
+    return torch.log_softmax(logits, -1).gather(1, packed.targets[:, None])[:, 0].cpu()
 
 
 def _gap(vlm: Vlm, chat: Chat, prompts: Sequence[Prompt], groups: Sequence[tuple[Rollout, ...]]) -> float:
@@ -190,15 +204,30 @@ def _gap_of_new_weights(engine: Engine, vlm: Vlm, chat: Chat, values: dict[str, 
     return _gap(vlm, chat, answers.prompts, answers.groups)
 
 
-def _speeds(engine: Engine, chat: Chat) -> dict[str, float]:
-    """Seconds of one more token in a group of answers, and prompt tokens a second, with the model awake."""
-    prompt = _prompts(chat)[0]
+def _speeds(engine: Engine, vlm: Vlm, chat: Chat, *, small: bool) -> dict[str, float]:
+    """Prompt tokens a second, least seconds of a decoding step, and bytes that it reads a second.
 
-    def seconds(count: int, tokens: int) -> float:
-        prompts = [replace(prompt, problem_id=f"speed-{tokens}-{index}") for index in range(count)]
+    Steps are differences of two rounds, so that what a round costs once (waking up, sleeping) is not in them.
+    """
+    rows, tokens, more = (2, 40, 8) if small else (64, 1500, 64)
+    prompts = [random_tree(chat, [], [1], text=tokens, seed=50 + row).prompt for row in range(rows + 1)]
+
+    def seconds(given: Sequence[Prompt], length: int) -> float:
         started = time.perf_counter()
-        engine.sample(prompts, chat.sampling(max_new_tokens=tokens))
+        engine.sample(given, chat.sampling(max_new_tokens=length))
         return time.perf_counter() - started
 
-    one, many = seconds(1, 1), seconds(1, 33)
-    return {"wake_and_sleep_s": one, "decode_step_s": max(0.0, (many - one) / 32)}
+    once = seconds(prompts[:1], 1)
+    prefill = seconds(prompts[1:], 1) - once
+    single = (seconds(prompts[:1], 1 + more) - seconds(prompts[:1], 1)) / more
+    many = (seconds(prompts[1:], 1 + more) - seconds(prompts[1:], 1)) / more
+    text = vlm.model.config.get_text_config()
+    element = vlm.model.dtype.itemsize
+    language = sum(p.nbytes for name, p in vlm.model.named_parameters() if "visual" not in name)
+    length = len(prompts[1].ids) + more // 2
+    read = language + rows * length * token_bytes(text, element)
+    found = {
+        "round_s": once,
+        "prefill_tokens": sum(len(prompt.ids) for prompt in prompts[1:]) / max(prefill, 1e-9),
+    }
+    return found | {"decode_step_s": single, "decode_read": read / many if many > 0 else 0.0}

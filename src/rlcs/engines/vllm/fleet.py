@@ -81,7 +81,8 @@ class Fleet:
         That one would start a server again.
         """
         self._closing.set()
-        self._generating.acquire(timeout=_CLOSING_LIMIT_S)
+        if self._generating.acquire(timeout=_CLOSING_LIMIT_S):
+            self._generating.release()
         for server in self._servers:
             server.close()
         self._starter.shutdown()
