@@ -141,7 +141,7 @@ def test_planned_peaks_of_adapters_are_measured_ones(folders, dtype, checkpointi
     vlm = loading.prepare(loading.load(settings), Lora(rank=4, alpha=8), (), seed=1)
     batch = batch_of(loading.make_chat(vlm), branches=4)
     trainer = Trainer(vlm, Optimizer(), steps=9, max_bad_steps=1)
-    objective = grpo.make_objective(Grpo())
+    objective = make_objective(Grpo())
     trainer.step([batch], objective, average="token")
     trainer.optimizer.zero_grad(set_to_none=True)
     measured = measured_peak(lambda: trainer.step([batch], objective, average="token"))

@@ -69,7 +69,7 @@ class GrpoContext:
         return shared(self.chat.prompts, problems, guessed_tokens, self.vlm.world)
 
     def prepare(self, problems: Sequence[Problem]) -> None:
-        """Begin to decode the images for which `prompts` will be called next, while something else is done."""
+        """Begin to decode the images for which `prompts` is called next, while something else is done."""
         own = own_share([guessed_tokens(problem) for problem in problems], self.vlm.world)
         self.chat.prepare(image for index in own for image in problems[index].images)
 
