@@ -18,6 +18,8 @@ from rlcs.recipe.stages import Grpo
 from rlcs.records import Branch, Tree
 from rlcs.train import grpo
 from rlcs.train.clock import Clock
+from rlcs.train.context import GrpoContext
+from rlcs.train.learning import Learner
 from rlcs.train.trainer import Trainer
 from test_policy import gradients
 from test_train import group_of
@@ -110,18 +112,20 @@ def test_other_weights_and_other_formats_are_other_features(folder):
 def learnt(folder, *, feature_bytes, pack_tokens=1):
     """One rollout step in two optimiser steps with old and reference logprobs; the weights, and the runs."""
     settings = Grpo(
-        group_size=3, max_new_tokens=8, optimizer_steps=2, old_logprobs="policy", pack_tokens=pack_tokens,
+        prompts_per_step=4, group_size=3, max_new_tokens=8, optimizer_steps=2, old_logprobs="policy", pack_tokens=pack_tokens,
         kl={"kind": "k3", "coefficient": 0.01}, optimizer={"lr": 1e-3},
     )  # fmt: skip
     vlm, chat = prepared(folder, ("vision_tower",))
     reference = grpo.frozen_copy(vlm)
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm, reference=reference, chat=chat, engine=None, grader=None, feature_bytes=feature_bytes
     )
     groups = [group_of(chat, name, [1.0, 0.0, 1.0], settings) for name in "abcd"]
     trainer = Trainer(vlm, settings.optimizer, steps=2, max_bad_steps=1)
     with tower_runs(vlm, reference) as runs:
-        grpo.learn(trainer, context, groups, settings, clock=Clock())
+        learner = Learner(trainer, context, settings, Clock())
+        learner.add(list(enumerate(groups)))
+        learner.finish()
     return {name: p.detach().clone() for name, p in vlm.model.named_parameters()}, runs
 
 

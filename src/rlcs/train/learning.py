@@ -22,10 +22,12 @@ from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCo
 class _Share:
     """The groups of one optimiser step: trees that are in no pack yet, packs that are not learnt yet.
 
-    `zero_grad` are trees that only count, `missing` is the number of groups that have not come.
+    `zero_grad` are trees that only count, `missing` is the number of groups that have not come; packs with up
+    to `kept_tokens` more image tokens may keep what a frozen vision tower returns.
     """
 
     missing: int
+    kept_tokens: int
     trees: list[Tree] = field(default_factory=list)
     zero_grad: list[Tree] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
@@ -57,8 +59,11 @@ class Learner:
         self._objective = make_objective(settings, context.importance_cap)
         count, steps = settings.prompts_per_step, settings.optimizer_steps
         self._size = -(-count // steps)
-        starts = range(0, count, self._size)
-        self._shares = [_Share(missing=min(self._size, count - start)) for start in starts]
+        kept = _kept_tokens(context, settings)
+        self._shares = [
+            _Share(missing=min(self._size, count - start), kept_tokens=kept)
+            for start in range(0, count, self._size)
+        ]
         self._results: list[StepResult] = []
         self._done = 0
 
@@ -96,19 +101,21 @@ class Learner:
         return self._results
 
     def _prepare_full(self, share: _Share) -> None:
-        settings, context = self._settings, self._context
-        trees = [tree for tree in share.trees if tree.branches]
+        context, world = self._context, self._context.vlm.world
         packs, share.trees = full_packs_in_step(
-            trees,
+            [tree for tree in share.trees if tree.branches],
             context.chat,
-            budget=settings.pack_tokens,
-            world=context.vlm.world,
-            kept_tokens=_kept_tokens(context, settings),
+            budget=self._settings.pack_tokens,
+            world=world,
+            kept_tokens=share.kept_tokens,
         )
-        share.batches += with_logprobs(packs, context, settings)
+        if packs and share is not self._shares[self._done]:  # those of the first share are learnt at once
+            kept = sum(int((p.ids == context.chat.image_id).sum()) for p in packs if p.kept is not None)
+            share.kept_tokens -= max(world.gather(kept))
+        share.batches += with_logprobs(packs, context, self._settings)
 
     def _prepare_rest(self, share: _Share) -> None:
-        share.batches += make_batches(share.trees, self._context, self._settings)
+        share.batches += make_batches(share.trees, self._context, self._settings, share.kept_tokens)
         share.trees = []
 
     def _learn(self, *, final: bool) -> None:
@@ -133,19 +140,20 @@ class Learner:
             self._done += 1
 
 
-def make_batches(trees: Sequence[Tree], context: GrpoContext, settings: Grpo) -> list[Batch]:
-    """This rank's packs of trees within the token budget, with logprobs; all ranks pass the same trees."""
+def make_batches(
+    trees: Sequence[Tree], context: GrpoContext, settings: Grpo, kept_tokens: int = 0
+) -> list[Batch]:
+    """This rank's packs of trees within the token budget, with logprobs; all ranks pass the same trees.
+
+    The first packs, of up to `kept_tokens` image tokens, keep what a frozen vision tower returns.
+    """
     trees = [tree for tree in trees if tree.branches]
     if not trees:
         return []
     world = context.vlm.world
     own = [trees[i] for i in own_share([tree.num_tokens for tree in trees], world)]
     packs = packs_in_step(
-        own,
-        context.chat,
-        budget=settings.pack_tokens,
-        world=world,
-        kept_tokens=_kept_tokens(context, settings),
+        own, context.chat, budget=settings.pack_tokens, world=world, kept_tokens=kept_tokens
     )
     return with_logprobs(packs, context, settings)
 
