@@ -49,32 +49,43 @@ class StepGroups:
         return sorted(self.arrived, key=zero_variance)[: self._settings.prompts_per_step]
 
     def newly_placed(self) -> list[tuple[int, Group]]:
-        """Groups whose place in the step is certain and was not so before, each after its place."""
+        """Groups whose optimiser step is certain and was not so before, each after a place of that step.
+
+        The places of a step are those of the groups in `chosen`, and its optimiser steps are runs of places.
+        """
+        last = self._settings.prompts_per_step - 1
+        size = -(-self._settings.prompts_per_step // self._settings.optimizer_steps)
         new = []
-        for place, (index, group) in enumerate(self._in_order()):
-            if group is not None and index not in self._placed:
+        for index, first_place, last_place in self._places():
+            group = self.groups[index]
+            if group is None or index in self._placed:
+                continue
+            if first_place // size == min(last_place, last) // size:
                 self._placed.add(index)
-                new.append((place, group))
+                new.append((first_place, group))
         return new
 
-    def _in_order(self) -> Iterator[tuple[int, Group | None]]:
-        """The groups (with their indices) of the first place, the second, ...; None: not there yet.
+    def _places(self) -> Iterator[tuple[int, int, int]]:
+        """The index of a group, and between which places it will be, in the order of the complete step.
 
-        In dynamic sampling a place is certain when all groups before are graded; with a single optimiser step
-        it does not matter which place a group has, as long as it has one.
+        In dynamic sampling groups with two different rewards come first: how many there are before a group
+        depends on those that have not come. Others may be replaced until the step is complete.
         """
-        dynamic = bool(self._settings.dynamic_sampling)
-        count = 0
+        if not self._settings.dynamic_sampling:
+            yield from ((index, index, index) for index in range(len(self.groups)))
+            return
+        count, unknown, alike = 0, 0, list[int]()
         for index, group in enumerate(self.groups):
-            if group is None and dynamic:
-                if self._settings.optimizer_steps > 1:
-                    return
-            elif not (dynamic and group is not None and zero_variance(group)):
+            if group is None:
+                unknown += 1
+            elif zero_variance(group):
+                alike.append(index)
+            else:
+                yield index, count, count + unknown
                 count += 1
-                yield index, group
-        if dynamic and self.complete:
-            alike = [(i, group) for i, group in enumerate(self.groups) if group and zero_variance(group)]
-            yield from alike[: self._settings.prompts_per_step - count]
+        if self.complete:
+            places = range(count, self._settings.prompts_per_step)
+            yield from ((index, place, place) for place, index in zip(places, alike, strict=False))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
