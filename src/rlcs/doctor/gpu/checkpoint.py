@@ -18,7 +18,7 @@ from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
 from rlcs.recipe.stages import Grpo, Optimizer
 from rlcs.train import checkpoint
-from rlcs.train.grpo import make_objective
+from rlcs.train.learning import make_objective
 from rlcs.train.trainer import Batch, Trainer
 
 _GB = 1e9

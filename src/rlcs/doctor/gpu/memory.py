@@ -12,7 +12,7 @@ from rlcs.model.packing import pack
 from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.shapes import measure
 from rlcs.recipe.stages import Grpo, Optimizer
-from rlcs.train.grpo import make_objective
+from rlcs.train.learning import make_objective
 from rlcs.train.trainer import Batch, Trainer
 
 MOST = 1.15
