@@ -106,7 +106,8 @@ def train(job: dict, world: World) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    with join_world(timeout_s=jobs[0].get("timeout_s", 240)) as world:
+    size = jobs[0].get("parallel", {}).get("shard_size")
+    with join_world(timeout_s=jobs[0].get("timeout_s", 240), shard_size=size) as world:
         for job in jobs:
             Path(job["folder"]).mkdir(parents=True, exist_ok=True)
             try:

@@ -22,6 +22,8 @@ FOLDER = Path(sys.argv[2])
 PORT = int(sys.argv[sys.argv.index("--port") + 1])
 BEHAVIOUR = FOLDER.parent.parent / "behaviour.json"
 STATE = {"folder": str(FOLDER), "version": "default", "paused": False, "asked": 0, "adapters": {}}
+SLEEPS = "--enable-sleep-mode" in sys.argv
+ASLEEP = {"weights": False, "kv_cache": False}
 RANK = int(sys.argv[sys.argv.index("--max-lora-rank") + 1]) if "--enable-lora" in sys.argv else 0
 SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
@@ -89,11 +91,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-        path = self.path.partition("?")[0]
+        path, _, words = self.path.partition("?")
+        query = dict(pair.split("=") for pair in words.split("&") if pair)
         if path == "/inference/v1/generate":
             return self.generate(body)
         if path == "/collective_rpc":
-            assert STATE["paused"] and body["method"] == "reload_weights"
+            assert STATE["paused"] and body["method"] == "reload_weights" and not ASLEEP["weights"]
             STATE["folder"] = body["kwargs"]["weights_path"]
             assert (Path(STATE["folder"]) / "model.safetensors").exists()
             self.note("model", STATE["folder"])
@@ -111,11 +114,37 @@ class Handler(BaseHTTPRequestHandler):
             STATE["version"] = body["new_version"]
         elif path in ("/pause", "/resume"):
             STATE["paused"] = path == "/pause"
-            with BEHAVIOUR.with_name("paused.txt").open("a") as file:
-                file.write(f"{path[1:]}\n")
+            self.tell(path[1:])
+        elif path == "/sleep":
+            return self.sleep(int(query["level"]))
+        elif path == "/wake_up":
+            assert ASLEEP[query["tags"]]
+            if once("dead_waking"):
+                os._exit(1)
+            ASLEEP[query["tags"]] = False
+            STATE["paused"] = any(ASLEEP.values())
+            self.tell(f"wake {query['tags']}")
         self.reply({})
 
+    def tell(self, what):
+        with BEHAVIOUR.with_name("paused.txt").open("a") as file:
+            file.write(f"{what}\n")
+
+    def sleep(self, level):
+        """Level 2 forgets the weights; asking before they are loaded again is a mistake."""
+        assert SLEEPS and not any(ASLEEP.values())
+        if once("dead_sleeping"):
+            os._exit(1)
+        if level == 2:
+            assert STATE["version"] == "discarded"
+            STATE["folder"] = "/forgotten"
+        ASLEEP.update(weights=True, kv_cache=True)
+        STATE["paused"] = True
+        self.tell(f"sleep {level}")
+        self.reply({"status": "sleeping"})
+
     def generate(self, body):
+        assert not STATE["paused"] and not any(ASLEEP.values())
         STATE["asked"] += 1
         if once("die_after"):
             os.kill(os.getpid(), signal.SIGKILL)

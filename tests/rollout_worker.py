@@ -1,4 +1,4 @@
-"""One rank of a run whose rollouts come from vLLM: `rollout_worker.py PROGRAM MODEL FOLDER [RANK]`."""
+"""One rank of a run whose rollouts come from vLLM: `... PROGRAM MODEL FOLDER [LORA_RANK [KEY=VALUE ...]]`."""
 
 import json
 import shutil
@@ -15,11 +15,11 @@ from rlcs.pipeline.study import engine_needs
 from rlcs.recipe.loading import load_recipe
 
 
-def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
+def main(program: str, model: str, folder: Path, lora_rank: int, more: list[str]) -> None:
     """Rank 0 has three prompts and rank 1 one. With a `lora_rank` adapters train, each B one above zero."""
     torch.set_num_threads(1)
     words = ["rollout.engine=vllm_server", "rollout.health_limit_s=5", f"rollout.executable={program}"]
-    words += [f"model.name={model}", f"lora.rank={lora_rank}"]
+    words += [f"model.name={model}", f"lora.rank={lora_rank}", *more]
     recipe = load_recipe("quickstart", words).recipe
     with join_world(timeout_s=120) as world, open_engines(engine_needs(recipe), folder) as make:
         vlm = loading.prepare(loading.load(recipe.model, world=world), recipe.lora, (), seed=3)
@@ -33,6 +33,7 @@ def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
         names = [f"rank{world.rank}-{i}" for i in range(3 - 2 * world.rank)]
         prompts = [chat.prompt(make_problem(name, sizes=())) for name in names]
         groups = engine.sample(prompts, chat.sampling(max_new_tokens=64, n=2))
+        engine.rest()
         found = {
             "asked": names,
             "got": [group[0].problem_id for group in groups],
@@ -44,4 +45,4 @@ def main(program: str, model: str, folder: Path, lora_rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int((sys.argv[4:] or ["0"])[0]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int((sys.argv[4:] or ["0"])[0]), sys.argv[5:])

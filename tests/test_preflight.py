@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from conftest import SMALL_STUDY, make_problem
 from loopback_server import LoopbackServer
 from rlcs.data.run_data import load_run_data
 from rlcs.distributed import ALONE, World
+from rlcs.engines.factory import open_engines
 from rlcs.engines.vllm import readiness
 from rlcs.errors import (
     EndpointError,
@@ -75,9 +77,11 @@ def data_of(recipe):
 def tried(recipe, out: Path, *, world: World = ALONE, logs: Path | None = None) -> tuple[dict, list[str]]:
     """The seconds of each check that passed, and the lines that were shown."""
     view = Lines()
-    given = {"data": data_of(recipe), "needs": engine_needs(recipe), "world": world, "stop": StopFlag()}
-    seconds = preflight.Preflight(recipe, out, **given).run(view, logs=logs or out / "rollout")
-    return seconds, view.lines
+    needs, logs = engine_needs(recipe), logs or out / "rollout"
+    with open_engines(needs, logs) as make:
+        given = {"data": data_of(recipe), "weights": needs.weights_folder(logs), "make_engine": make}
+        trial = preflight.Preflight(recipe, out, **given, world=world, stop=StopFlag())
+        return trial.run(view), view.lines
 
 
 def refused(kind: type[RlcsError], recipe, out: Path) -> str:
@@ -398,8 +402,11 @@ def test_a_vllm_that_would_not_start(random_model_folder, tmp_path, program, say
 
 
 def test_a_colocated_vllm_that_is_not_installed(random_model_folder, tmp_path):
-    recipe = resolved(random_model_folder, "rollout.engine=vllm_colocated")
-    assert "vLLM is not installed beside rlcs" in refused(ModelError, recipe, tmp_path / "run")
+    recipe = resolved(random_model_folder, "rollout.engine=vllm_colocated", "rollout.executable=no-vllm")
+    started = time.monotonic()
+    message = refused(ModelError, recipe, tmp_path / "run")
+    assert "vLLM cannot be started" in message and "vllm-env/bin/pip install 'vllm>=0.32'" in message
+    assert "rollout.engine=local" in message and time.monotonic() - started < 20
 
 
 def test_a_server_elsewhere_that_is_not_well(random_model_folder, tmp_path):
@@ -412,10 +419,12 @@ def test_a_server_elsewhere_that_is_not_well(random_model_folder, tmp_path):
     assert f"rollout.urls: {url}: this vLLM server does not answer (HTTP 503)" in message
     assert "ConnectError" in refused(EndpointError, recipe(url), tmp_path / "dead")
     with http_server(200) as url:
-        assert "vLLM" in tried(recipe(url), tmp_path / "well")[0]
+        readiness.require_reachable(recipe(url).rollout)
+        assert "it does not answer as vLLM does" in refused(EndpointError, recipe(url), tmp_path / "other")
 
 
-def test_a_full_trial_starts_vllm_answers_and_loads_weights_again(random_model_folder, tmp_path, own_rows):
+@pytest.mark.parametrize("adapters", [(), ("lora.rank=4", "rollout.lora=adapter")], ids=["whole", "adapters"])
+def test_vllm_starts_answers_and_loads_weights_again(adapters, random_model_folder, tmp_path, own_rows):
     program = script(tmp_path / "vllm", f'exec "{sys.executable}" "{FAKE}" "$@"')
     weights = tmp_path / "weights"
     weights.mkdir()
@@ -423,11 +432,13 @@ def test_a_full_trial_starts_vllm_answers_and_loads_weights_again(random_model_f
     words = [*(f"data.{source}={rows}" for source in ("cold_start", "rl", "test")), "study.arms=[base, grpo]"]
     words += [f"rollout.{key}" for key in ("engine=vllm_server", f"executable={program}")]
     words += [f"rollout.weights_folder={weights}"]
-    quick, lines = tried(resolved(random_model_folder, *words), tmp_path / "quick")
-    assert "rollout engine" not in quick and "  vLLM 0.32.1" in lines
-    recipe = resolved(random_model_folder, *words, "study.preflight=full")
-    assert "rollout engine" in tried(recipe, tmp_path / "full", logs=tmp_path / "logs")[0]
-    assert len((weights / "loaded.txt").read_text().splitlines()) == 2
+    recipe = resolved(random_model_folder, *words, *adapters)
+    seconds, lines = tried(recipe, tmp_path / "quick", logs=tmp_path / "logs")
+    assert "rollout engine" in seconds and "  vLLM 0.32.1" in lines
+    loaded = (weights / "loaded.txt").read_text().splitlines()
+    first, second = loaded[1:] if adapters else loaded  # adapters come after the model that they add to
+    assert first != second, "the second time with newer weights"
+    assert all(line.startswith("adapter" if adapters else "model") for line in (first, second)), loaded
     (weights / "behaviour.json").write_text(json.dumps({"broken": True}))
     message = refused(ModelError, recipe, tmp_path / "run")
     assert "RuntimeError: something failed" in message

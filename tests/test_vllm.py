@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -136,32 +137,10 @@ def perturb(vlm: Vlm, scale: float) -> None:
 # The tests that start a vLLM of their own come first, so that the shared server is not up beside it.
 
 
-@HERE
-def test_colocated(policy, tmp_path, monkeypatch) -> None:
-    vlm, chat = policy
-    recipe = recipe_of("rollout.engine=vllm_colocated")
-    for name, value in CPU.items():
-        monkeypatch.setenv(name, value)
-    prompts = prompts_of(recipe, chat, 5)
-    with open_engines(engine_needs(recipe), tmp_path) as make:
-        engine = make(vlm, chat, 64)
-        greedy = chat.sampling(max_new_tokens=40, temperature=0.0)
-        ours = LocalEngine(vlm, chat, max_rows=64).sample(prompts, greedy)
-        assert [g[0].ids for g in engine.sample(prompts, greedy)] == [g[0].ids for g in ours]
-        warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
-        assert largest_gap(vlm, chat, prompts[:-1], engine.sample(prompts, warm)[:-1], 1.0) < 1e-3
-        perturb(vlm, 0.03)
-        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.02, "not published yet"
-        engine.sync()
-        after = engine.sample(prompts, warm)
-        assert largest_gap(vlm, chat, prompts[:-1], after[:-1], 1.0) < 1e-3
-
-
-@pytest.mark.parametrize("kind", ["vllm_server", pytest.param("vllm_colocated", marks=HERE)])
-def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
+def test_adapters_alone_reach_vllm(tmp_path, monkeypatch) -> None:
     """A rank between those that vLLM makes room for, a scale by its root, and a merged model afterwards."""
     words = ["lora.rank=12", "lora.alpha=24", "lora.rank_stabilised=true", "rollout.lora=adapter"]
-    recipe = recipe_of(f"rollout.engine={kind}", *words)
+    recipe = recipe_of(*words)
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     vlm = loading.prepare(loading.load(recipe.model), recipe.lora, (), seed=0)
@@ -190,9 +169,8 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
             answers.append(engine.sample(prompts, warm))
             assert gap(vlm, answers[-1]) < 1e-3 and versions() == ["1", f"1+{update}"]
             assert answers[-1] not in answers[:-1]
-        if kind == "vllm_server":
-            signal_server("server", signal.SIGKILL)
-            assert engine.sample(prompts, warm) == answers[-1], "the new server has model and adapter"
+        signal_server("server", signal.SIGKILL)
+        assert engine.sample(prompts, warm) == answers[-1], "the new server has model and adapter"
         merged = tmp_path / "final"
         loading.save(vlm, merged)
         plain = loading.load(Model(name=str(merged)))
@@ -200,6 +178,30 @@ def test_adapters_alone_reach_vllm(tmp_path, monkeypatch, kind) -> None:
         perturb(plain, 0.03)
         assert gap(plain, make(plain, chat, 64).sample(prompts, warm)) < 1e-3 and versions() == ["5"]
         assert gap(vlm, engine.sample(prompts, warm)) < 1e-3 and versions() == ["6", "6+7"]
+
+
+def test_a_server_started_by_a_rank_of_torchrun(tmp_path, random_model_folder) -> None:
+    """It takes itself for no rank: where process groups meet by TCP, it would wait for a store in vain."""
+    seen, started = tmp_path / "environment", tmp_path / "vllm"
+    started.write_text(f'#!/bin/sh\nenv > "{seen}"\nexec "{program()}" "$@"\n')
+    started.chmod(0o755)
+    worker = Path(__file__).parent / "rollout_worker.py"
+    words = [
+        "rollout.memory_share=0.1",
+        f"rollout.start_limit_s={START_LIMIT_S}",
+        "rollout.health_limit_s=60",
+    ]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(worker), str(started), str(random_model_folder), str(tmp_path)]
+    # torchrun itself sets OMP_NUM_THREADS=1 for its ranks where nobody has set it.
+    environment = {name: value for name, value in (os.environ | CPU).items() if name != "OMP_NUM_THREADS"}
+    subprocess.run([*command, "0", *words], check=True, env=environment, timeout=START_LIMIT_S)
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [each["got"] for each in found] == [each["asked"] for each in found]
+    assert [len(each["asked"]) for each in found] == [3, 1]
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert not {name for name in names if re.match("TORCHELASTIC|MASTER_|(LOCAL_)?(RANK|WORLD_SIZE)$", name)}
+    assert "OMP_NUM_THREADS" not in names and "VLLM_SERVER_DEV_MODE" in names
 
 
 ASK_ALL = """
@@ -291,6 +293,9 @@ class Disturbed:
 
     def sync(self) -> None:
         self.engine.sync()
+
+    def rest(self) -> None:
+        self.engine.rest()
 
     def sample(self, prompts, sampling, *, step=0, on_group=None):
         timer = None

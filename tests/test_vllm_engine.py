@@ -18,15 +18,15 @@ import pytest
 import torch
 
 from conftest import LengthGrader, make_problem
+from rlcs.distributed import World
 from rlcs.engines.factory import open_engines
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.vllm.colocated import Colocated
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
 from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.engines.vllm.server import Launch, context_length
 from rlcs.engines.vllm.weights import WeightsFolder
-from rlcs.errors import EndpointError, ModelError, OutOfMemory, RecipeError, TrainingError
+from rlcs.errors import EndpointError, ModelError, OutOfMemory, RecipeError, TrainingError, UserError
 from rlcs.generation import EngineSampler, open_sampler
 from rlcs.model import loading
 from rlcs.model.chat import Chat
@@ -69,6 +69,7 @@ class Run:
         chat: Chat,
         *,
         adapter_rank: int | None = None,
+        sleep_level: int = 0,
         **settings: object,
     ) -> None:
         self.folder = folder
@@ -80,6 +81,7 @@ class Run:
             max_tokens=512,
             max_rows=64,
             adapter_rank=adapter_rank or 0,
+            sleep_level=sleep_level,
         )
         self.fleet = Fleet(self.settings, logs=folder, launch=launch)
         self.published = WeightsFolder(folder / "weights", as_adapters=adapter_rank is not None)
@@ -327,11 +329,52 @@ def test_the_command_line_of_a_server(vlm: Vlm) -> None:
     with pytest.raises(RecipeError, match="1 devices for 2 servers"):
         load_recipe("quickstart", ["rollout.servers=2", 'rollout.devices=["0"]'])
     for words in (
-        ["rollout.engine=vllm_colocated", "rollout.arguments=[--seed]"],
+        ["rollout.engine=vllm_colocated", "rollout.servers=2"],
+        ["rollout.engine=vllm_colocated", 'rollout.devices=["0"]'],
+        ["rollout.engine=vllm_colocated", "rollout.urls=[http://a:1]"],
         ["rollout.engine=vllm_server", "rollout.urls=[http://a]", "rollout.arguments=[--seed]"],
     ):
-        with pytest.raises(RecipeError, match=r"leave them out|where they are started"):
+        with pytest.raises(RecipeError, match=r"leave out|run elsewhere|where they are started"):
             load_recipe("quickstart", words)
+
+
+def test_weights_lie_in_main_memory_where_it_has_room(tmp_path: Path, vlm: Vlm) -> None:
+    """Such a folder must go with a run that is killed: nobody looks there."""
+    memory, disk = tmp_path / "shm", tmp_path / "disk"
+    memory.mkdir()
+    published = WeightsFolder(disk, memory=memory)
+    for _ in "12":
+        weights = published.publish(vlm)
+    assert weights.folder.parent.parent == memory and not disk.exists()
+    assert [path.name for path in weights.folder.parent.iterdir()] == [weights.version]
+    published.remove()
+    assert list(memory.iterdir()) == []
+    script = f"""
+        import os, signal
+        from pathlib import Path
+        from rlcs.engines.vllm.weights import WeightsFolder
+        from rlcs.model import loading
+        from rlcs.recipe.schema import Model
+        disk, memory = Path({str(disk)!r}), Path({str(memory)!r})
+        WeightsFolder(disk, memory=memory).publish(loading.load(Model(name="builtin")))
+        assert list(memory.iterdir())
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    end = time.monotonic() + 10
+    while list(memory.iterdir()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert list(memory.iterdir()) == []
+
+
+def test_without_room_in_main_memory_weights_go_to_the_run(
+    tmp_path: Path, vlm: Vlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = SimpleNamespace(free=vlm.model.num_parameters() * 8)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: once)
+    weights = WeightsFolder(tmp_path / "disk", memory=tmp_path).publish(vlm)
+    assert weights.folder.parent == tmp_path / "disk"
 
 
 def test_the_weights_folder_may_be_elsewhere(tmp_path: Path, program: Path, vlm: Vlm, chat: Chat) -> None:
@@ -465,17 +508,6 @@ def test_another_prompt_than_ours_is_an_error(chat: Chat) -> None:
     assert request.rollouts_from({**reply, "choices": []}) is None
 
 
-def test_colocated_without_vllm_says_what_to_do(tmp_path: Path, vlm: Vlm, chat: Chat) -> None:
-    if "vllm" in sys.modules:
-        pytest.skip("vLLM is installed here")
-    recipe = load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe
-    with (
-        open_engines(engine_needs(recipe), tmp_path) as make,
-        pytest.raises(ModelError, match="not installed beside rlcs"),
-    ):
-        make(vlm, chat, 8).sample([chat.prompt(make_problem("a"))], chat.sampling(max_new_tokens=4))
-
-
 class Recorder:
     """Stands for vLLM, its model and a world, and notes in which order they are used."""
 
@@ -491,82 +523,92 @@ class Recorder:
 FREED = ["gc.collect", "torch.cuda.empty_cache"]
 
 
-def test_memory_is_given_back_before_vllm_starts_and_wakes_up(
-    tmp_path: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_server_sleeps_while_the_model_trains(run, level: int) -> None:
+    """Weights that come again are discarded; the memory of weights wakes up first, that of the cache last."""
+    one = run(engine="vllm_colocated", sleep_level=level)
+    one.ask(2)
+    one.engine.rest()
+    one.engine.rest()
+    assert told(one) == ["pause", "resume", f"sleep {level}"]
+    first = one.published.newest.version
+    said = set(one.ask(2))
+    loads = (one.folder / "loaded.txt").read_text().splitlines()
+    assert said == {first} and len(loads) == (2 if level == 2 else 1), "level 1 kept them"
+    one.engine.rest()
+    one.engine.sync()
+    assert set(one.ask(2)) == {one.published.newest.version} != {first}
+    wakes = ["wake weights", "wake kv_cache"]
+    assert told(one)[2:] == [f"sleep {level}", *wakes, f"sleep {level}", *wakes] and len(one.started) == 1
+
+
+@pytest.mark.parametrize("misdeed", ["dead_sleeping", "dead_waking", "killed"])
+def test_a_server_that_dies_asleep_is_started_again(run, misdeed: str) -> None:
+    one = run(engine="vllm_colocated", sleep_level=2)
+    one.behave(**{misdeed: 1})
+    one.ask(2)
+    one.engine.rest()
+    if misdeed == "killed":
+        os.kill(one.started[0]["pid"], signal.SIGKILL)
+    one.engine.sync()
+    assert set(one.ask(2)) == {one.published.newest.version}
+    assert len(one.started) == 2
+    one.engine.rest()
+    assert told(one)[-1] == "sleep 2"
+
+
+def test_servers_with_gpus_of_their_own_never_sleep(run) -> None:
+    one = run()
+    one.ask(1)
+    one.engine.rest()
+    assert told(one) == ["pause", "resume"]
+
+
+def told(run: Run) -> list[str]:
+    return (run.folder / "paused.txt").read_text().splitlines()
+
+
+def on_gpus(vlm: Vlm, rank: int, size: int) -> Vlm:
+    world = World(rank=rank, size=size, device=torch.device("cuda", rank % 4))
+    return replace(vlm, device=torch.device("cuda", rank % 4), world=world)
+
+
+def test_every_rank_starts_a_server_on_its_own_gpus(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+
+    def launch(rank: int, *words: str, size: int = 8, trains: bool = True) -> Launch:
+        needs = engine_needs(load_recipe("quickstart", ["rollout.engine=vllm_colocated", *words]).recipe)
+        return needs.launch(on_gpus(vlm, rank, size), trains=trains)
+
+    second = launch(5)
+    assert second.environment(5)["CUDA_VISIBLE_DEVICES"] == "5" and second.number == 5
+    words = second.command(Path("/weights/7"), 8123)
+    assert "--enable-sleep-mode" in words and second.sleep_level == 2
+    assert words[words.index("--gpu-memory-utilization") + 1] == "0.5"
+    pair = launch(2, "rollout.tensor_parallel=2", "rollout.memory_share=0.7")
+    assert pair.environment(2)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert "0.7" in pair.command(Path("/weights/7"), 8123)
+    assert launch(0, "lora.rank=8").sleep_level == 1, "the model below adapters stays the same"
+    assert "--enable-sleep-mode" not in launch(0, trains=False).command(Path("/weights/7"), 8123)
+    with pytest.raises(UserError, match="3 ranks do not make groups of 2"):
+        launch(0, "rollout.tensor_parallel=2", size=3)
+    with pytest.raises(UserError, match="needs 8 GPUs, and this process sees 4"):
+        launch(0, "rollout.tensor_parallel=8")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_under_torchrun_ranks_ask_their_own_servers(
+    tmp_path: Path, program: Path, random_model_folder: Path, ranks: int
 ) -> None:
-    seen = Recorder(monkeypatch)
-    prompt, sampling = chat.prompt(make_problem("a", sizes=())), chat.sampling(max_new_tokens=4)
-    token = SimpleNamespace(logprob=-1.0)
-    choice = SimpleNamespace(index=0, finish_reason="length", token_ids=[5] * 4, logprobs=[{5: token}] * 4)
-    output = SimpleNamespace(prompt_token_ids=prompt.ids, outputs=[choice])
-    llm = SimpleNamespace(
-        generate=seen.note("asked", [output]), sleep=seen.note("asleep"), wake_up=seen.note("awake")
-    )
-    fake = SimpleNamespace(LLM=seen.note("started", llm), SamplingParams=dict)
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    launch = engine_needs(load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe).launch(vlm)
-    engine = VllmEngine(
-        Colocated(replace(launch, on_cpu=False), sleeps=True), WeightsFolder(tmp_path), vlm, chat,
-        decode_limit=10**6,
-    )  # fmt: skip
-    for _ in "12":
-        engine.sample([prompt], sampling)
-    assert seen.events == [*FREED, "started", "asked", "asleep", *FREED, "awake", "asked", "asleep"]
-
-
-def test_colocated_vllm_gets_token_ids_and_decoded_images(
-    tmp_path: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No JSON, no text; what is broken off is sent again, the answers come in the order of their numbers."""
-    prompts = [chat.prompt(make_problem("a")), chat.prompt(make_problem("b", sizes=((56, 84), (84, 56))))]
-    sampling, calls = chat.sampling(max_new_tokens=4, n=2, seed=3), []
-
-    def generate(given: list, params: list, *, use_tqdm: bool, lora_request: object) -> list:
-        calls.append((given, params))
-        replies = []
-        for one in given:
-            prompt = next(p for p in prompts if len(p.images) == len(one["multi_modal_data"]["image"]))
-            finish = "abort" if len(calls) == 1 and prompt is prompts[0] else "stop"
-            outputs = [
-                SimpleNamespace(
-                    index=index,
-                    finish_reason=finish,
-                    token_ids=[10 + index, chat.end_id],
-                    logprobs=[
-                        {10 + index: SimpleNamespace(logprob=-0.5)},
-                        {chat.end_id: SimpleNamespace(logprob=1e-9)},
-                    ],
-                )
-                for index in (1, 0)
-            ]
-            replies.append(SimpleNamespace(prompt_token_ids=list(prompt.ids), outputs=outputs))
-        return replies
-
-    llm = SimpleNamespace(generate=generate)
-    started = {}
-    fake = SimpleNamespace(
-        LLM=lambda **options: started.update(options) or llm, SamplingParams=SimpleNamespace
-    )
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    recipe = load_recipe("quickstart", ["rollout.engine=vllm_colocated"]).recipe
-    launch = engine_needs(recipe).launch(vlm)
-    engine = VllmEngine(
-        Colocated(launch, sleeps=False), WeightsFolder(tmp_path), vlm, chat, decode_limit=10**6
-    )  # fmt: skip
-    first, second = engine.sample(prompts, sampling, step=2)
-    assert [r.ids for r in first] == [(10, chat.end_id), (11, chat.end_id)] and first[0].logprobs == (
-        -0.5,
-        0.0,
-    )
-    assert [r.text for r in second] == [chat.text([10]), chat.text([11])] and second[1].problem_id == "b"
-    (both, params), (again, _) = calls
-    assert len(again) == 1 and len(again[0]["multi_modal_data"]["image"]) == 1, "the aborted one alone"
-    images = both[1]["multi_modal_data"]["image"]
-    assert [(image.size, image.mode) for image in images] == [((56, 84), "RGB"), ((84, 56), "RGB")]
-    assert both[1]["prompt_token_ids"].count(chat.image_id) == 2
-    assert params[0].seed == first[0].seed != params[1].seed and first[1].seed == first[0].seed + 1
-    assert set(params[0].logit_bias) == set(sampling.banned_ids) and params[0].n == 2
-    assert started["logprobs_mode"] == "processed_logprobs" and started["max_model_len"] == launch.max_tokens
+    """With tensor parallelism the first of a group asks for all of it."""
+    words = ["rollout.engine=vllm_colocated", f"rollout.tensor_parallel={ranks}"]
+    found = sampled_by_two_ranks(program, random_model_folder, tmp_path, 0, *words)
+    assert all(each["got"] == each["asked"] for each in found) and len(found[0]["asked"]) == 3
+    (version,) = (path.name for path in (tmp_path / "published").iterdir())
+    assert all(each["said"] == [version] for each in found)
+    logs = sorted(path.name for path in tmp_path.glob("vllm-*.log"))
+    assert logs == (["vllm-0.log"] if ranks == 2 else ["vllm-0.log", "vllm-1.log"])
+    assert len(list(tmp_path.glob("started-*.json"))) == len(logs)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -575,11 +617,13 @@ def test_every_rank_gives_memory_back_before_rank_0_asks(
 ) -> None:
     """Servers may start, or start again, on GPUs that train: their ranks all have a cache."""
     seen = Recorder(monkeypatch)
-    world = SimpleNamespace(rank=rank, gather=seen.note("gathered", [[], []]), first=seen.note("first", []))
+    world = SimpleNamespace(
+        rank=rank, size=2, gather=seen.note("gathered", [[], []]), each=seen.note("each", [[], []])
+    )
     published = SimpleNamespace(newest=None, publish=seen.note("published"))
     engine = VllmEngine(None, published, replace(vlm, world=world), chat, decode_limit=1)
     engine.sample([], chat.sampling(max_new_tokens=4))
-    assert seen.events == ["published", *FREED, "gathered", "first"]
+    assert seen.events == ["published", *FREED, "gathered", "each"]
 
 
 def test_a_model_that_is_only_read_is_served_as_it_lies(
@@ -636,6 +680,8 @@ class Distant:
 
     def sync(self) -> None:
         pass
+
+    rest = sync
 
     def sample(self, prompts, sampling, *, step=0, on_group=None):
         groups = self.local.sample(prompts, sampling, step=step)

@@ -4,7 +4,6 @@ Run by `make vllm-test` with `test_vllm.py`, which says what they need.
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -262,14 +261,13 @@ def test_a_measurement_by_vllm_is_the_local_one(tmp_path: Path, problems: list[P
     assert left == {"vllm-0.log"}, "weights were written"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed beside rlcs")
 def test_a_teacher_by_vllm_is_the_local_one(tmp_path: Path, problems: list[Problem]) -> None:
     said = {}
     for engine in ("local", "vllm_colocated"):
         teacher = Teacher(
             kind="local",
             model="builtin",
-            rollout=EngineSettings(engine=engine, memory_share=0.1),
+            rollout=EngineSettings(engine=engine, memory_share=0.1, executable=program() or "vllm"),
             max_tokens=LIMIT,
             temperature=0,
             keep="all",

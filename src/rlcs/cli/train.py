@@ -155,7 +155,9 @@ def _study(
     from rlcs.signals import StopFlag
 
     output = Output(quiet=options.quiet, json=options.json)
-    with StopFlag() as stop, join_world(timeout_s=recipe.parallel.timeout_s) as world:
+    parallel = recipe.parallel
+    joined = join_world(timeout_s=parallel.timeout_s, shard_size=parallel.shard_size)
+    with StopFlag() as stop, joined as world:
         if options.dry_run:
             first = folder if seeds == 1 else folder / f"seed-{recipe.seed}"
             tried = dry_run(recipe, first, data=data, output=output, stop=stop, world=world)

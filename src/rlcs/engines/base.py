@@ -1,8 +1,9 @@
 """Protocol of rollout engines."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from rlcs.engines.arrivals import Arrivals
 from rlcs.records import Prompt, Rollout, Sampling
 
 OnGroup = Callable[[tuple[Rollout, ...]], None] | None
@@ -23,5 +24,22 @@ class Engine(Protocol):
 
         Rollout i of a prompt depends on (sampling.seed, step, problem id, repeat, i) and the policy alone.
         Under `torchrun` all ranks must call this together, each with its own prompts (or none).
+        """
+        ...
+
+    def rest(self) -> None:
+        """Free what sampling holds of GPUs that also train, until the next `sample`; all ranks call it."""
+        ...
+
+
+@runtime_checkable
+class BackgroundEngine(Engine, Protocol):
+    """An engine that samples elsewhere, so that this process can do other work meanwhile."""
+
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0) -> Arrivals:
+        """Begin to `sample` the prompts, by the weights of the last `sync`; their rollouts arrive later.
+
+        Under `torchrun` all ranks must call this together, each with all prompts. Until all have arrived
+        nothing else may be sampled or synced.
         """
         ...

@@ -1,22 +1,22 @@
 """Opens the engine that a recipe names, and closes it at the end."""
 
 import hashlib
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from rlcs.distributed import visible_gpus
 from rlcs.engines.base import Engine
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.vllm.colocated import Colocated
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
 from rlcs.engines.vllm.server import Launch
-from rlcs.engines.vllm.weights import Unchanged, WeightsFolder
+from rlcs.engines.vllm.weights import MEMORY, Unchanged, WeightsFolder
 from rlcs.errors import UserError
 from rlcs.model.chat import Chat
+from rlcs.model.serving_weights import serving_dtype
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.sampling import Rollouts
 
@@ -40,16 +40,36 @@ class EngineNeeds:
     adapter_rank: int = 0
     name: str = ""
 
-    def launch(self, vlm: Vlm) -> Launch:
-        """Settings to start vLLM for a model: in its dtype, or the computing dtype of a sharded one."""
-        loaded = str(vlm.model.dtype).removeprefix("torch.")
+    def launch(self, vlm: Vlm, *, trains: bool = True) -> Launch:
+        """Settings to start vLLM for a model: in its dtype, or the computing dtype of a sharded one.
+
+        Raises UserError if a rank has too few GPUs for its server.
+        """
+        colocated = self.settings.engine == "vllm_colocated"
+        on_cpu = vlm.device.type == "cpu"
+        sleeps = colocated and trains and not on_cpu  # vLLM has no sleep mode on a CPU
         return Launch(
             settings=self.settings,
-            dtype=loaded if self.compute_dtype == "same" or not vlm.world.grouped else self.compute_dtype,
+            dtype=str(serving_dtype(vlm, self.compute_dtype)).removeprefix("torch."),
             max_tokens=self.max_tokens,
             max_rows=self.max_rows,
-            on_cpu=vlm.device.type == "cpu",
+            on_cpu=on_cpu,
             adapter_rank=self.adapter_rank,
+            number=vlm.world.rank if colocated else 0,
+            gpus=_own_gpus(vlm, self.settings.tensor_parallel) if colocated and not on_cpu else "",
+            sleep_level=(1 if self.adapter_rank else 2) if sleeps else 0,
+        )
+
+    def weights(self, folder: Path, vlm: Vlm) -> WeightsFolder:
+        """Where models like this one are published: in main memory if this machine alone reads them."""
+        settings = self.settings
+        hosts = set(vlm.world.gather(socket.gethostname())) if settings.engine == "vllm_colocated" else {""}
+        here = len(hosts) == 1 and not settings.urls and settings.weights_folder is None
+        return WeightsFolder(
+            self.weights_folder(folder),
+            as_adapters=self.adapter_rank > 0,
+            compute_dtype=self.compute_dtype,
+            memory=MEMORY if here and vlm.device.type == "cuda" else None,
         )
 
     def weights_folder(self, folder: Path) -> Path:
@@ -68,37 +88,49 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
     model that does not train, which vLLM then reads directly.
     """
     settings = needs.settings
-    backend: Fleet | Colocated | None = None
+    backend: Fleet | None = None
     bounds: dict[str, int] = {}
-    published = WeightsFolder(needs.weights_folder(folder), as_adapters=needs.adapter_rank > 0)
-    if unchanged is not None:
-        published = Unchanged(unchanged)
+    published: WeightsFolder | None = None if unchanged is None else Unchanged(unchanged)
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
-        nonlocal backend, bounds
+        nonlocal backend, bounds, published
         if settings.engine == "local":
             return LocalEngine(vlm, chat, max_rows=max_rows)
+        published = published or needs.weights(folder, vlm)
         if backend is not None and bounds != dict(vlm.processor.image_processor.size):
             backend.close()  # vLLM keeps the pixel bounds that it started with
             backend = None
         if backend is None:
             bounds = dict(vlm.processor.image_processor.size)
-            launch = needs.launch(vlm)
-            if settings.engine == "vllm_colocated":
-                if torch.distributed.is_initialized():
-                    raise UserError(
-                        "vLLM inside a training process works with one process only",
-                        where="rollout.engine=vllm_colocated",
-                        fix="use rollout.engine=vllm_server with torchrun",
-                    )
-                backend = Colocated(launch, sleeps=unchanged is None)
-            else:
-                backend = Fleet(settings, logs=folder, launch=launch)
-        return VllmEngine(backend, published, vlm, chat, decode_limit=needs.decode_limit)
+            backend = Fleet(settings, logs=folder, launch=needs.launch(vlm, trains=unchanged is None))
+        ranks = settings.tensor_parallel if settings.engine == "vllm_colocated" else None
+        return VllmEngine(backend, published, vlm, chat, decode_limit=needs.decode_limit, ranks=ranks)
 
     try:
         yield make
     finally:
         if backend is not None:
             backend.close()
-        published.remove()
+        if published is not None:
+            published.remove()
+
+
+def _own_gpus(vlm: Vlm, count: int) -> str:
+    """The GPUs of the server that this rank starts, its own first, as in CUDA_VISIBLE_DEVICES.
+
+    Only the first of every `count` ranks starts one. Raises UserError if there are too few.
+    """
+    first, visible = vlm.device.index or 0, visible_gpus()
+    if vlm.world.size % count and vlm.world.size > 1:
+        raise UserError(
+            f"{vlm.world.size} ranks do not make groups of {count} GPUs for a server each",
+            where="rollout.tensor_parallel",
+            fix="choose a divisor of the number of ranks",
+        )
+    if vlm.world.rank % count == 0 and len(visible) < first + count:
+        raise UserError(
+            f"a server needs {count} GPUs, and this process sees {len(visible)}",
+            where="rollout.tensor_parallel",
+            fix="lower it, or name more GPUs in CUDA_VISIBLE_DEVICES",
+        )
+    return ",".join(visible[first : first + count])

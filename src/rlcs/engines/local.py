@@ -66,6 +66,9 @@ class LocalEngine:
             self._packed = None
 
     @torch.no_grad()
+    def rest(self) -> None:
+        """Do nothing: the cache is gone when `sample` returns."""
+
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, on_group: OnGroup = None
     ) -> list[tuple[Rollout, ...]]:

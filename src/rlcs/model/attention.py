@@ -9,15 +9,19 @@ registers the one function that hands the layer's queries, keys and values to it
 Letters in shapes: L tokens, H query heads, K key-value heads, D head size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch._dynamo.decorators import mark_static
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from rlcs.errors import UserError
+from rlcs.errors import TrainingError, UserError, shortage
 from rlcs.model.packing import Layout, dense_mask
 
 NAME = "rlcs"
@@ -73,30 +77,128 @@ class DensePlan:
 
 
 class FlexPlan:
-    """FlexAttention skips the blocks in which nothing is visible (128 x 128 tokens by default)."""
+    """FlexAttention skips the blocks in which nothing is visible (128 x 128 tokens)."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        """Compile the block mask once for all layers, and the kernel where there is a GPU."""
+        """Build the block mask once for all layers."""
         self._mask = block_mask(layout, device)
-        self._kernel = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Block-sparse attention; FlexAttention has no backward on a CPU."""
-        output = self._kernel(query, key, value, block_mask=self._mask, enable_gqa=True)
+        """Block-sparse attention; FlexAttention has no backward on a CPU. Raises TrainingError.
+
+        The kernel is never run uncompiled: without the compiler FlexAttention holds all L x L scores.
+        """
+        kernel = _flex_kernel(query.shape[1], key.shape[1], query.shape[3], query.dtype)
+        for x in (query, key, value):  # or a number of blocks that happens to equal one of these is fixed too
+            mark_static(x, (1, 3))
+        try:
+            return kernel(query, key, value, self._mask)
+        except (FailOnRecompileLimitHit, TorchDynamoException) as error:
+            if shortage(str(error)):  # of memory: reported by those who know what to change
+                raise
+            reason = " ".join(str(error).split())[:300]
+            if isinstance(error, FailOnRecompileLimitHit):
+                reason = f"it was compiled {MAX_GRAPHS} times already, which packs never need"
+            raise TrainingError(
+                f"the attention kernel cannot be compiled: {reason}",
+                where="model.attention=flex",
+                fix="install a C compiler (gcc) where there is none; see why with TORCH_LOGS=recompiles, "
+                "report it with your torch version, and train with model.attention=dense meanwhile",
+            ) from error
+
+
+BLOCK = 128
+"""Tokens along a side of FlexAttention's blocks."""
+
+MAX_GRAPHS = 6
+"""How often one kernel may be compiled. It is once with gradients and once without; where adapters or frozen
+parts begin, a layer has gradients for some of its inputs only."""
+
+
+@cache
+def _flex_kernel(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The kernel for all packs and layers of this shape, compiled in its first call."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+        if not torch.compiler.is_compiling():
+            raise TrainingError(
+                "the attention kernel was not compiled: torch's compiler is switched off",
+                where="model.attention=flex",
+                fix="unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or set model.attention=dense",
+            )
+        # The kernel for short queries would be a second one, with a graph of its own.
+        options: Any = {"FORCE_USE_FLEX_ATTENTION": True}
+        output = flex_attention(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=options)
         assert isinstance(output, Tensor)
         return output
 
+    return torch.compile(
+        attend, fullgraph=True, dynamic=True, recompile_limit=MAX_GRAPHS, isolate_recompiles=True
+    )
+
 
 def block_mask(layout: Layout, device: torch.device) -> BlockMask:
-    """The FlexAttention form of `dense_mask`."""
-    tree, branch = (x.to(device) for x in layout.segments())
+    """The FlexAttention form of `dense_mask`, computed from the spans alone.
+
+    `create_block_mask` computes the L x L mask first, in 10 bytes each: 17 GiB for 43,000 tokens. This takes
+    bytes by the token, and by the block: 16 (L / 128)^2, for the lists of blocks. There are at least two
+    blocks a side, for a size of one would need a graph of its own.
+    """
+    spans = _spans(layout)
+    lengths = spans[:, 1] - spans[:, 0]
+    own, first, last = (
+        spans[:, column].repeat_interleave(lengths).to(device, torch.int32) for column in (0, 2, 3)
+    )
 
     def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        on_path = (branch[k] == 0) | (branch[q] == branch[k])
-        return (q >= k) & (tree[q] == tree[k]) & on_path
+        return (q >= k) & ((k >= own[q]) | ((k >= first[q]) & (k < last[q])))
 
-    size = layout.length
-    return create_block_mask(visible, B=None, H=None, Q_LEN=size, KV_LEN=size, device=str(device))
+    partial, full = _blocks(spans, layout.length)
+    kv, full_kv, q, full_q = (_listed(blocks) for blocks in (partial, full, partial.T, full.T))
+    whole = (layout.length, layout.length)
+    mask = BlockMask(whole, *kv, *full_kv, *q, *full_q, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible)
+    return mask.to(device)
+
+
+def _spans(layout: Layout) -> Tensor:
+    """The segments as rows: start and stop of the segment, and of the trunk that it sees beside itself."""
+    rows = []
+    for tree in layout.trees:
+        trunk = (tree.start, tree.start + tree.trunk)
+        rows.append((*trunk, tree.start, tree.start))
+        rows += [(*branch, *trunk) for branch in tree.branch_ranges()]
+    spans = torch.tensor(rows)
+    return spans[spans[:, 1] > spans[:, 0]]
+
+
+def _blocks(spans: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Which blocks (queries, keys) are visible in part, and which as a whole."""
+    count = max(2, -(-length // BLOCK))
+    left = BLOCK * torch.arange(count)
+    # Segments are cut where blocks of queries begin. Of the tokens of such a piece the first sees the fewest
+    # keys, the last all that any of them sees.
+    begin = torch.cat([spans[:, 0], torch.arange(0, length, BLOCK)]).unique()
+    end = torch.cat([begin[1:], torch.tensor([length])])
+    own, _, first, last = spans[torch.searchsorted(spans[:, 0].contiguous(), begin, right=True) - 1].T
+
+    def keys(start: Tensor, stop: Tensor) -> Tensor:
+        low, high = start[:, None].clamp(min=left), stop[:, None].clamp(max=left + BLOCK)
+        return (high - low).clamp(min=0)
+
+    def pieces(chosen: Tensor) -> Tensor:
+        return torch.zeros(count, count, dtype=torch.int32).index_add_(0, begin // BLOCK, chosen.int())
+
+    trunk = keys(first, last)
+    visible = pieces(trunk + keys(own, end) > 0) > 0
+    full = (pieces(trunk + keys(own, begin + 1) < BLOCK) == 0) & (left + BLOCK <= length)[:, None]
+    return visible & ~full, full
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are set, and all columns, those of set blocks first."""
+    counts = blocks.sum(-1, dtype=torch.int32)
+    columns = torch.argsort(blocks.byte().contiguous(), dim=-1, descending=True, stable=True).int()
+    return counts[None, None], columns[None, None]
 
 
 class TreePlan:

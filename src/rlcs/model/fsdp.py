@@ -1,4 +1,7 @@
-"""Shards a model over all ranks of a run with PyTorch's FSDP2 (`fully_shard`).
+"""Shards a model over the ranks of a run with PyTorch's FSDP2 (`fully_shard`).
+
+All ranks share one copy, or groups of neighbouring ranks (those of a node) one each (`parallel.shard_size`):
+then layers are gathered within a group, over its fast links, and only gradients cross between groups.
 
 Every decoder layer and vision block is one unit, and all the rest (embedding, head, norms, merger)
 belongs to the root: so tied weights lie in one unit. FSDP gathers a unit when its forward is called, but
@@ -96,13 +99,22 @@ class FsdpRoot(nn.Module):
 
 
 def shard(model: PreTrainedModel, world: World, settings: Parallel) -> FsdpRoot:
-    """Spread rank 0's weights over all ranks, unit by unit; on other ranks the model may lie on `meta`.
+    """Spread rank 0's weights over the ranks, unit by unit; on other ranks the model may lie on `meta`.
 
     Only rank 0 ever holds the whole model, and its copy shrinks as the shards grow.
     """
     assert world.device is not None, "a world with process groups has a device"
-    devices = init_device_mesh(world.device.type, (world.size,))
-    return wrap(model, devices, settings, before=lambda modules: _fill(modules, world))
+    return wrap(
+        model, _mesh(world, world.device.type), settings, before=lambda modules: _fill(modules, world)
+    )
+
+
+def _mesh(world: World, device: str) -> DeviceMesh:
+    """All ranks in one row; with several copies of the model, a row for each."""
+    if world.writers == world.size:
+        return init_device_mesh(device, (world.size,))
+    names = ("replicate", "shard")
+    return init_device_mesh(device, (world.size // world.writers, world.writers), mesh_dim_names=names)
 
 
 def wrap(

@@ -85,14 +85,10 @@ def merged(
     weights become plain ones with the values that were used in training.
     """
     model: Any = adapter.get_base_model()
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        plain = type(model)(config)
+    plain = _plain(model)
     # One weight at a time: all might not fit on a GPU.
     weights = {
-        name: _merged(model, whole, name, reference_mode=reference_mode).detach().cpu()
+        name: merged_weight(model, whole, name, reference_mode=reference_mode).detach().cpu()
         for name in plain.state_dict()
     }
     plain.load_state_dict(weights, assign=True)
@@ -101,7 +97,24 @@ def merged(
     return plain
 
 
-def _merged(model: nn.Module, whole: Mapping[str, Tensor], name: str, *, reference_mode: bool) -> Tensor:
+def plain_names(model: PreTrainedModel) -> list[str]:
+    """The names of the weights of the model without its adapters, in their order."""
+    return list(_plain(model).state_dict())
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model without adapters and weights."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(model)(config)
+    return plain
+
+
+def merged_weight(
+    model: nn.Module, whole: Mapping[str, Tensor], name: str, *, reference_mode: bool
+) -> Tensor:
     """Compute the plain model's weight of this name, dequantised; with adapters unless `reference_mode`."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight

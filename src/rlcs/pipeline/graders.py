@@ -1,5 +1,6 @@
 """Opens the graders of a run's reward, with its judge on one rank."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,8 +18,11 @@ def open_graders(
     """Open the grader of the reward, and its judge if it has one: on rank 0 alone, with its `replies`.
 
     `only_correct` opens just the part that decides whether an answer is correct. What a `trial` asks does not
-    count towards the judge's `max_requests`.
+    count towards the judge's `max_requests`. The ranks of a machine share its grader processes, one each at
+    least.
     """
+    workers = reward.workers or max(1, (os.cpu_count() or 1) // 2)
+    reward = reward.model_copy(update={"workers": max(1, workers // world.local_size)})
     names = list(reward.weights)[: 1 if only_correct else None]
     with ExitStack() as stack:
         judge = None

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 
 from rlcs.data.run_data import RunData
 from rlcs.distill.teachers import open_teacher
-from rlcs.distributed import ALONE, World
-from rlcs.engines.factory import EngineNeeds, open_engines
+from rlcs.distributed import ALONE, World, visible_gpus
+from rlcs.engines.factory import MakeEngine
 from rlcs.engines.vllm import readiness
 from rlcs.errors import DataError, EndpointError, RlcsError, RunFolderError, UserError, out_of_memory_in
 from rlcs.grading.reward import try_reward
@@ -80,22 +80,31 @@ class Preflight:
     """The trial of one run; under `torchrun` all ranks make it together."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, *, data: RunData, needs: EngineNeeds, world: World, stop: StopFlag
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        data: RunData,
+        weights: Path,
+        make_engine: MakeEngine,
+        world: World,
+        stop: StopFlag,
     ) -> None:
-        """Nothing is tried yet; `needs` are those of the run's engines."""
+        """Nothing is tried yet; `make_engine` is of the run, `weights` the folder of its engines' weights."""
         self.recipe, self.folder = recipe, folder
-        self._data, self._needs, self._world, self._stop = data, needs, world, stop
+        self._data, self._weights, self._make_engine = data, weights, make_engine
+        self._world, self._stop = world, stop
         self._remaining = world.first(lambda: Remaining.of(recipe, folder, data))
 
-    def run(self, view: Screen, *, logs: Path) -> dict[str, float]:
-        """Make every check, a line for each; returns their seconds. `logs` is for vLLM's logs and weights.
+    def run(self, view: Screen) -> dict[str, float]:
+        """Make every check, a line for each; returns their seconds.
 
         Raises the RlcsError of the first that fails.
         """
         seconds: dict[str, float] = {}
         generators = capture_rng()
         try:
-            for name, work in self._checks(logs).items():
+            for name, work in self._checks().items():
                 self._world.check(self._stop, "preflight")
                 started = time.monotonic()
                 try:
@@ -112,11 +121,10 @@ class Preflight:
             restore_rng(generators)
         return seconds
 
-    def _checks(self, logs: Path) -> Mapping[str, Work]:
+    def _checks(self) -> Mapping[str, Work]:
         remaining, mode = self._remaining, self.recipe.study.preflight
         if mode == "off" or not (remaining.train or remaining.measure):
             return {}
-        real = mode == "full" or self.recipe.rollout.engine == "local"
         checks: dict[str, Work] = {
             "GPUs": self._gpus,
             "folders": self._first(self._folders),
@@ -130,8 +138,7 @@ class Preflight:
             checks["trackers"] = self._first(self._trackers)
         if self.recipe.rollout.engine != "local":
             checks["vLLM"] = self._first(self._vllm)
-        if real:
-            checks["rollout engine"] = lambda: self._engine(logs, full=mode == "full")
+        checks["rollout engine"] = lambda: self._engine(full=mode == "full")
         return checks
 
     def _first(self, work: Work) -> Work:
@@ -142,7 +149,7 @@ class Preflight:
 
     def _gpus(self) -> Sequence[str]:
         device = self._world.device or loading.default_device()
-        visible = _visible_gpus()
+        visible = visible_gpus()
         own = visible[device.index or 0] if device.type == "cuda" else ""
         places = self._world.gather((socket.gethostname(), own))
         training = [gpu for host, gpu in places if gpu and host == places[0][0]]
@@ -209,9 +216,7 @@ class Preflight:
                     "no part of the model is left to train", where=key, fix="take a part out of it"
                 )
             stages[name] = stage_space(vlm, settings, steps=steps)
-        weights = None
-        if recipe.rollout.engine != "local":
-            weights = self._needs.weights_folder(self.folder / "rollout")
+        weights = None if recipe.rollout.engine == "local" else self._weights
         return [require_space(self.folder, stages, weights=weights)] if stages else []
 
     def _reward(self) -> Sequence[str]:
@@ -268,12 +273,6 @@ class Preflight:
         if rollout.urls:
             readiness.require_reachable(rollout)
             return ()
-        if rollout.engine == "vllm_colocated" and self._world.grouped:
-            raise UserError(
-                "vLLM inside a training process works with one process only",
-                where="rollout.engine=vllm_colocated",
-                fix="use rollout.engine=vllm_server with torchrun",
-            )
         return self._startable(rollout, "rollout")
 
     def _startable(self, settings: EngineSettings, section: str) -> Sequence[str]:
@@ -281,26 +280,30 @@ class Preflight:
             return ()
         return [f"vLLM {readiness.require_startable(settings, section)}"]
 
-    def _engine(self, logs: Path, *, full: bool) -> Sequence[str]:
+    def _engine(self, *, full: bool) -> Sequence[str]:
         """Load the model, start the engine, and answer the problem with the largest image.
 
-        A full trial allows the longest answer, and loads the weights a second time, as after a step of RL.
+        vLLM then gets the weights a second time, as after a step of RL: what cannot be sent to it, or not be
+        loaded, is known before any training. A full trial allows the longest answer.
         """
-        recipe = self.recipe
-        longest = max(recipe.grpo.max_new_tokens if self._remaining.rl else 0, recipe.eval.max_new_tokens)
+        recipe, rl = self.recipe, self._remaining.rl
+        longest = max(recipe.grpo.max_new_tokens if rl else 0, recipe.eval.max_new_tokens)
         loading.give_back_memory()
-        vlm = loading.spread(loading.load(recipe.model, world=self._world), recipe.parallel)
-        chat: Chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=self._remaining.rl)
+        model = recipe.learner if rl else recipe.model
+        vlm = loading.load(model, world=self._world, four_bit=rl and recipe.lora.four_bit)
+        if rl:
+            vlm = loading.prepare(vlm, recipe.lora, recipe.grpo.freeze, seed=recipe.seed)
+        vlm = loading.spread(vlm, recipe.parallel)
+        chat: Chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=rl)
         sampling = chat.sampling(
             n=1, temperature=0.0, max_new_tokens=longest if full else min(longest, TRIAL_TOKENS), seed=0
         )
-        problems = self._data.rl if self._remaining.rl else self._data.test
+        problems = self._data.rl if rl else self._data.test
         prompts = [largest_prompt(chat, problems)] if self._world.rank == 0 else []
-        with open_engines(self._needs, logs) as make:
-            engine = make(vlm, chat, 1)
-            for _ in range(2 if full else 1):
-                engine.sync()
-                engine.sample(prompts, sampling)
+        engine = self._make_engine(vlm, chat, 1)
+        for _ in range(1 if recipe.rollout.engine == "local" else 2):
+            engine.sync()
+            engine.sample(prompts, sampling)
         return ()
 
 
@@ -317,11 +320,3 @@ def largest_prompt(chat: Chat, problems: Sequence[Problem]) -> Prompt:
 
 def _pixels(problem: Problem) -> int:
     return sum(image.width * image.height for image in problem.images)
-
-
-def _visible_gpus() -> list[str]:
-    """The GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
-    import torch
-
-    named = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
-    return named or [str(index) for index in range(torch.cuda.device_count())]

@@ -74,9 +74,9 @@ class Study:
         output: Output,
         stop: StopFlag,
         world: World = ALONE,
-        dry: bool = False,
+        dry: Path | None = None,
     ) -> None:
-        """Claim the folder, unless it is a `dry` run, which only checks whether it could.
+        """Claim the folder; a `dry` run only checks whether it could, and has vLLM's files in that folder.
 
         Raises RunFolderError if it belongs to another recipe, UserError.
         """
@@ -87,8 +87,9 @@ class Study:
         self._output = output
         self._stop = stop
         self._world = world
+        self._logs = dry or folder / "rollout"
         self._make_engine: MakeEngine
-        self._claimed = world.first(lambda: claim(folder, recipe, dry=dry))
+        self._claimed = world.first(lambda: claim(folder, recipe, dry=dry is not None))
         self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
@@ -102,8 +103,9 @@ class Study:
                 return self._run_stages()
 
     @contextmanager
-    def _engines(self) -> Iterator[None]:
-        with open_engines(engine_needs(self.recipe), self.folder / "rollout") as self._make_engine:
+    def engines(self) -> Iterator[None]:
+        """Open the run's engines, which share its vLLM servers."""
+        with open_engines(engine_needs(self.recipe), self._logs) as self._make_engine:
             yield
 
     def check_data(self) -> None:
@@ -117,27 +119,31 @@ class Study:
                 log.warning(line)
                 view.say(line)
 
-    def try_stages(self, *, logs: Path) -> dict[str, float]:
-        """Try what is left of the run in small; the seconds of each check. Raises RlcsError."""
+    def try_stages(self) -> dict[str, float]:
+        """Try what is left of the run in small, with open engines; the seconds of each check.
+
+        Raises RlcsError.
+        """
         trial = Preflight(
             self.recipe,
             self.folder,
             data=self._data,
-            needs=engine_needs(self.recipe),
+            weights=engine_needs(self.recipe).weights_folder(self._logs),
+            make_engine=self._make_engine,
             world=self._world,
             stop=self._stop,
         )
         with Output(quiet=True, json=self._output.json).screen("preflight", 0) as view:
-            return trial.run(view, logs=logs)
+            return trial.run(view)
 
     def _run_stages(self) -> dict[str, Any]:
         self.check_data()
         data, study = self._data, self.recipe.study
         self._world.first(lambda: write_json(self.folder / CHECKS, data.checks))
-        self.try_stages(logs=self.folder / "rollout")
-        self._world.first(self._write_problems)
         # Each call frees its model before the next one is loaded.
-        with self._engines():
+        with self.engines():  # vLLM starts with the preflight, and goes on to measure the base
+            self.try_stages()
+            self._world.first(self._write_problems)
             self._measure("base")
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
@@ -146,7 +152,7 @@ class Study:
             demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
             with out_of_memory_in("sft"):
                 self._sft(demonstrations)
-        with self._engines():
+        with self.engines():
             for arm in TRAINING_ORDER:
                 if arm in study.arms:
                     if arm in RL_ARMS:
@@ -270,6 +276,7 @@ class Study:
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding)
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
+            engine.rest()  # after the last validation, too
 
     def _validation(self, every: int, engine: Engine, chat: Chat, grader: Grader) -> Validation:
         """Measure a model that trains, every so many steps, by the engine and the prompts of its stage."""
@@ -301,6 +308,7 @@ class Study:
         with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
             evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+        engine.rest()  # the next stage has the GPU
         seconds = round(time.monotonic() - started, 1)
         self._world.first(partial(mark_done, folder, seconds=seconds))
         log.info("eval %s: done", arm)
@@ -335,10 +343,11 @@ def dry_run(
     recipe: Recipe, folder: Path, *, data: RunData, output: Output, stop: StopFlag, world: World = ALONE
 ) -> dict[str, float]:
     """Try everything that a run would do, in small; writes nothing, and returns the seconds of each check."""
-    study = Study(recipe, folder, data=data, output=output, stop=stop, world=world, dry=True)
-    study.check_data()
     with TemporaryDirectory(dir=existing(folder), prefix=".preflight-") as logs:
-        return study.try_stages(logs=Path(logs))
+        study = Study(recipe, folder, data=data, output=output, stop=stop, world=world, dry=Path(logs))
+        study.check_data()
+        with study.engines():
+            return study.try_stages()
 
 
 def engine_needs(recipe: Recipe) -> EngineNeeds:

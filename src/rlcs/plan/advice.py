@@ -96,7 +96,7 @@ def possible_changes(placed: Placement, prompt: Prompts, sft: Sft, grpo: Grpo, m
         harmless += _halved("grpo.max_rows", grpo.max_rows, FEWEST_ROWS)
         harmless += _halved("eval.max_rows", measurement.max_rows, FEWEST_ROWS)
     else:
-        share = rollout.memory_share or 1.0
+        share = rollout.share or 1.0
         harmless += [f"rollout.memory_share={less}" for less in VLLM_SHARES if less < share]
     harmless += [OFFLOAD] if gpus and not parallel.cpu_offload and not lora.four_bit else []
     altering = [] if lora.rank else ["lora.rank=32"]

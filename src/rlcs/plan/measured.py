@@ -23,8 +23,8 @@ class Rates:
     """Share of the peak reached by a forward and backward pass over a pack, recomputed operations counted."""
     vision_share: float | None = None
     """Share of the peak reached by the vision tower."""
-    prefill_tokens: float | None = None
-    """Prompt tokens a second of vLLM."""
+    prefill_share: float | None = None
+    """Share of the peak reached by vLLM while it reads prompts with their images."""
     decode_read: float | None = None
     """Bytes of weights and cache that vLLM reads a second while it decodes many rows."""
     decode_step_s: float | None = None
@@ -47,6 +47,10 @@ class Rates:
     """Bytes a second that one device receives when weights are gathered from all others."""
     images: float | None = None
     """Images a second that one process decodes and resizes."""
+    local_layer_s: float | None = None
+    """Least seconds of one layer in a decoding step of the local engine."""
+    grades: float | None = None
+    """Answers a second that one grader process grades by the rule."""
 
     def to_json(self) -> dict[str, Any]:
         """The rates that were measured."""
@@ -56,17 +60,29 @@ class Rates:
 
 def read_rates(path: Path) -> Rates:
     """The rates in a file that `rlcs doctor --gpu --json` wrote. Raises UserError for any other file."""
-    fix = "give the file of `rlcs doctor --gpu --json > FILE`"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        rates = content["rates"]
-        names = {field.name for field in fields(Rates)}
-        known = {name: value for name, value in rates.items() if name in names}
-        numbers = {name: float(value) for name, value in known.items() if name != "device"}
-        if not all(0 < value < float("inf") for value in numbers.values()):
-            raise ValueError("a rate is not a positive number")
-        return Rates(device=str(known["device"]), **numbers)
     except OSError as error:
-        raise UserError(f"cannot read it: {error.strerror}", where=f"--measured {path}", fix=fix) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("it holds no measured rates", where=f"--measured {path}", fix=fix) from error
+        raise _error(path, f"cannot read it: {error.strerror}") from error
+    except ValueError as error:
+        raise _error(path, "it is no JSON") from error
+    found = content.get("rates") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("device"), str):
+        raise _error(path, "it holds no measured rates of a device")
+    numbers: dict[str, float] = {}
+    for field in fields(Rates):
+        if field.name == "device" or (value := found.get(field.name)) is None:
+            continue
+        most = 1 if field.name.endswith("_share") else float("inf")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value <= most or value == float("inf"):
+            kind = "a share of at most 1" if most == 1 else "a number"
+            raise _error(path, f"rates.{field.name} is {value!r}, and should be {kind} above 0")
+        numbers[field.name] = float(value)
+    return Rates(device=found["device"], **numbers)
+
+
+def _error(path: Path, message: str) -> UserError:
+    return UserError(
+        message, where=f"--measured {path}", fix="give the file of `rlcs doctor --gpu --json > FILE`"
+    )

@@ -36,6 +36,11 @@ class Placement:
     trainers: int
 
     @property
+    def shards(self) -> int:
+        """The number of devices that share one copy of weights and optimiser."""
+        return min(self.parallel.shard_size or self.trainers, self.trainers)
+
+    @property
     def sharded(self) -> bool:
         """Whether weights are gathered before they are used: several devices, formats or memories."""
         return self.trainers > 1 or self.weight != self.compute or self.parallel.cpu_offload
@@ -140,11 +145,11 @@ def stored(place: Placement, trains: Collection[Part], *, reference: bool) -> St
         "optimizer": 2 * learns,
         "reference": weights if reference and not lora.rank else 0.0,
     }
-    own = {name: size / place.trainers for name, size in whole.items()}
+    own = {name: size / place.shards for name, size in whole.items()}
     gathered, offloaded = _gathered(place) if place.sharded else 0.0, 0.0
     if place.offloaded:
         # Shards that are copied to the GPU.
-        gathered += 2 * sizes.largest_layer * place.weight / place.trainers
+        gathered += 2 * sizes.largest_layer * place.weight / place.shards
         own, offloaded = dict.fromkeys(own, 0.0), sum(own.values())
     return Stored(**own, gathered=gathered, offloaded=offloaded)
 

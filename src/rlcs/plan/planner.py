@@ -122,7 +122,7 @@ def plan_measurement(placed: Placement, sampling: Eval, prompt: Prompts, images:
     largest = largest_tree(
         images, placed.sizes.vision, prompt=prompt.max_tokens, group=1, answer=sampling.max_new_tokens
     )
-    own = placed.sizes.total * placed.weight / placed.trainers
+    own = placed.sizes.total * placed.weight / placed.shards
     moved = own if placed.offloaded else 0.0
     rows = min(sampling.max_rows, math.ceil(CHUNK / placed.trainers))
     parts = {

@@ -27,7 +27,7 @@ def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: floa
     sizes, text, rollout = place.sizes, place.sizes.text, place.rollout
     if rollout.engine != "local":
         engines = 1 if rollout.engine == "vllm_colocated" else servers_beside(place)
-        return engines * (rollout.memory_share or VLLM_SHARE) * place.machine.device.memory * GIB
+        return engines * (rollout.share or VLLM_SHARE) * place.machine.device.memory * GIB
     rows = prompts * largest.group
     cache = 2 * token_bytes(text, place.compute) * (prompts * largest.trunk + rows * largest.answer)
     choosing = rows * text.vocab_size * (SAMPLING if top_p == 1 else SAMPLING_TOP_P)

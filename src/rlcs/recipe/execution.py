@@ -41,6 +41,10 @@ class Parallel(Section):
     `model.dtype=float32` and `bfloat16` here, weights and optimiser stay exact and the work is fast."""
     reduce_dtype: Literal["same", "bfloat16", "float32"] = "same"
     """Number format in which gradients are summed over ranks; `same`: that of the computation."""
+    shard_size: Annotated[int, Field(gt=0)] | None = None
+    """Neighbouring ranks that share one copy of the weights and optimiser; others hold further copies, and
+    only gradients pass between them. Null, or more than there are: all ranks share one. On several nodes
+    the number of GPUs of a node, if a copy fits there."""
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after the forward pass and gather them again for the backward
     pass: less memory, half as much traffic again."""

@@ -13,6 +13,9 @@ from rlcs.recipe.section import NonNegative, Positive, Section, Share
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks of LoRA adapters that vLLM 0.32 can hold."""
 
+COLOCATED_SHARE = 0.5
+"""Share of a GPU's memory for a vLLM that takes turns with training, unless the recipe says another."""
+
 Seconds = Annotated[float, Field(gt=0)]
 
 FROM_ENVIRONMENT = "env:"
@@ -135,21 +138,23 @@ class EngineSettings(Section):
     """The engine that samples, and how vLLM is started."""
 
     engine: Literal["local", "vllm_server", "vllm_colocated"] = "local"
-    """`local`: the model in this process; `vllm_server`: `vllm serve` processes; `vllm_colocated`: vLLM in
-    this process's environment, which frees its GPU memory while the model trains."""
+    """`local`: the model in this process; `vllm_server`: `vllm serve` processes on GPUs of their own;
+    `vllm_colocated`: every rank (or every `tensor_parallel` ranks) starts a `vllm serve` on its own GPU,
+    which sleeps and frees its memory while the model trains."""
     servers: Positive = 1
-    """`vllm serve` processes to start on this machine."""
+    """`vllm serve` processes to start on this machine, with `vllm_server`."""
     executable: str = "vllm"
     """The program to start; it may be of another Python environment."""
     arguments: tuple[str, ...] = ()
     """Further arguments of `vllm serve`; they override those that rlcs sets."""
     devices: tuple[str, ...] = ()
-    """CUDA_VISIBLE_DEVICES of each server, as in [`0,1`, `2,3`]. Empty: all see what this process sees."""
+    """CUDA_VISIBLE_DEVICES of each server, as in [`0,1`, `2,3`], with `vllm_server`. Empty: all see what this
+    process sees."""
     tensor_parallel: Positive = 1
     """GPUs that share one copy of the model."""
     memory_share: Share | None = None
     """Share of a GPU's memory (without one, of main memory) for weights and cache. None: vLLM's default,
-    which is nearly all; a colocated engine must leave space for training: try 0.4."""
+    which is nearly all; with `vllm_colocated` 0.5, as weights and optimiser stay while it samples."""
     start_limit_s: Seconds = 900.0
     """Most seconds in which a server must start, or load new weights."""
     request_limit_s: Seconds = 1200.0
@@ -169,11 +174,19 @@ class EngineSettings(Section):
 
     @model_validator(mode="after")
     def _of_servers_alone(self) -> "EngineSettings":
-        if self.arguments and self.engine == "vllm_colocated":
+        if self.engine == "vllm_colocated" and (self.devices or self.servers > 1):
             raise ValueError(
-                "vllm_colocated takes no arguments: leave them out, or set engine to vllm_server"
+                "vllm_colocated starts a server on every rank's own GPU: leave out `servers` and `devices`, "
+                "or set engine to vllm_server"
             )
         return self
+
+    @property
+    def share(self) -> float | None:
+        """The share of memory that vLLM is started with; None: its own default."""
+        if self.memory_share is None and self.engine == "vllm_colocated":
+            return COLOCATED_SHARE
+        return self.memory_share
 
 
 class Rollouts(EngineSettings):
@@ -199,6 +212,8 @@ class Rollouts(EngineSettings):
 
     @model_validator(mode="after")
     def _started_by_others(self) -> "Rollouts":
+        if self.urls and self.engine == "vllm_colocated":
+            raise ValueError("the servers of `urls` run elsewhere: set engine to vllm_server")
         if self.urls and self.arguments:
             raise ValueError("the servers of `urls` run already: give `arguments` where they are started")
         return self

@@ -272,9 +272,9 @@ class Study(Section):
     anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it."""
 
     preflight: Literal["quick", "full", "off"] = "quick"
-    """What is tried before anything is trained. `quick`: every stage in small, in seconds: the local engine
-    answers a question, of vLLM the program and its GPUs are checked (it starts first thing afterwards, when
-    the base is measured). `full`: vLLM starts too, answers, and loads weights a second time: minutes."""
+    """What is tried before anything is trained. `quick`: every stage in small; the engine answers a question,
+    and vLLM, started for it, another one with new weights, as after a step of RL; then it measures the base.
+    `full`: these answers may be as long as any of the run."""
 
     @model_validator(mode="after")
     def _has_the_base_and_another(self) -> "Study":

@@ -127,7 +127,8 @@ class Reward(Section):
     deadline_s: Annotated[float, Field(gt=0)] = 5.0
     """Most seconds for grading one answer; then its worker is killed and the answer is not scored."""
     workers: Annotated[int, Field(ge=0)] = 1
-    """Grader processes of the rule, and of each function; 0: one for each two CPU cores."""
+    """Grader processes a machine, of the rule and of each function; 0: one for each two CPU cores. Under
+    `torchrun` the ranks of a machine share them, and have one each at least."""
 
     @model_validator(mode="after")
     def _parts_can_be_summed(self) -> "Reward":

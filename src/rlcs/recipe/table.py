@@ -105,7 +105,9 @@ def _rollout_rows(rollout: Rollouts, adapters: str) -> list[tuple[str, str]]:
     if rollout.engine == "local":
         return []
     servers = ", ".join(rollout.urls) or _count(rollout.servers, "server")
-    engine = f"vLLM, {servers}" if rollout.engine == "vllm_server" else "vLLM in this process"
+    if rollout.engine == "vllm_colocated":
+        servers = "a server on every rank's GPU, asleep while it trains"
+    engine = f"vLLM, {servers}"
     correction = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
     return [("rollouts", f"{engine}{adapters}; its logprobs against the policy's: {correction}")]
 
@@ -184,7 +186,8 @@ def _parallel(parallel: Parallel) -> str:
     freed = "freed" if parallel.reshard_after_forward else "kept"
     formats = f"{parallel.compute_dtype} compute and {parallel.reduce_dtype} reduce precision"
     offload = ", shards and AdamW in main memory" if parallel.cpu_offload else ""
-    return f"under torchrun: {formats}, gathered layers {freed} after the forward pass{offload}"
+    group = f"one copy for every {parallel.shard_size} ranks, " if parallel.shard_size else ""
+    return f"under torchrun: {group}{formats}, gathered layers {freed} after the forward pass{offload}"
 
 
 def _optimizer(optimizer: Optimizer) -> str:

@@ -253,7 +253,7 @@ def save(
             failed = error
         for failure in filter(None, world.gather(failed)):
             raise failure
-        world.first(lambda: _write_state(aside, state, world.size))
+        world.first(lambda: _write_state(aside, state, world.writers))
     except BaseException:
         if world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -280,7 +280,12 @@ def _put_in_place(aside: Path, target: Path) -> None:
 
 
 def _write_tensors(aside: Path, state: TrainState, world: World) -> None:
-    """Write this rank's rows of sharded tensors; rank 0 also writes the tensors that are not sharded."""
+    """Write this rank's rows of sharded tensors; rank 0 also writes the tensors that are not sharded.
+
+    Where ranks hold copies of each other's rows, the first with them writes.
+    """
+    if world.rank >= world.writers:
+        return
     tensors, _ = _untied(_own(state.model, world))
     _write(aside / of_rank(MODEL, world.rank), tensors)
     optimizer = {name: _plain(tensor) for name, tensor in _own(state.optimizer.tensors, world).items()}

@@ -122,6 +122,8 @@ def train(
                 context.engine.sync()
         cursor = stream.state()
         groups, skipped = collect(context, stream, settings, sampling, step=step, clock=clock)
+        with clock("rollout"):
+            context.engine.rest()
         if not any(grade.scored for group in groups for grade in group.grades):
             stream.restore(cursor)
             _stop_unscored(run, groups, step=step, first=first)

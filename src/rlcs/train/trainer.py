@@ -118,6 +118,7 @@ class Trainer:
         self._steps = steps
         self._max_bad_steps = max_bad_steps
         self._parameters = [p for _, p in vlm.parameters()]
+        self._step: _StepSums | None = None
 
     def step(
         self,
@@ -129,24 +130,41 @@ class Trainer:
         max_new_tokens: int = 1,
         zero_grad: ZeroGradCounts = ZeroGradCounts(),
     ) -> StepResult:
-        """Take one optimiser step over all `batches`. Raises TrainingError after too many bad ones in a row.
+        """Take one optimiser step over all `batches`: `add` each, then `apply`."""
+        for batch in batches:
+            self.add(batch, objective, temperature=temperature)
+        return self.apply(average=average, max_new_tokens=max_new_tokens, zero_grad=zero_grad)
 
-        Every rank passes the same number of batches (see `train.batching`) and gets the same result, which
-        is of all ranks together; so is `zero_grad`.
+    def add(self, batch: Batch, objective: Objective, *, temperature: float = 1.0) -> None:
+        """Add the gradient of one batch to the step under way, or begin a step with it.
+
+        Every rank adds equally many batches, in step (see `train.batching`). Nothing here waits for the
+        device: what is reported stays there until `apply`.
+        """
+        if self._step is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._step = _StepSums()
+        self.vlm.model.train()
+        scores = score(self.vlm, batch.pack, temperature=temperature)
+        sums = objective(batch, scores)
+        sums.loss.backward()
+        self._step.add(batch.pack, scores, sums)
+
+    def apply(
+        self, *, average: Average, max_new_tokens: int = 1, zero_grad: ZeroGradCounts = ZeroGradCounts()
+    ) -> StepResult:
+        """End the step: divide the sums of all ranks once, clip, and change the weights.
+
+        So batches may come in any order and at any time, as long as no weight changes between them. Every
+        rank gets the same result, which is of all ranks together; so is `zero_grad`. Raises TrainingError
+        after too many bad steps in a row.
 
         A step whose gradient norm is not finite changes no weight, and its result has the reason. The check
         comes after the backward pass, because a finite loss may have a gradient that is not.
         """
-        self.vlm.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        counts: dict[str, float] = defaultdict(float, {"loss": 0.0})
-        totals: dict[str, float] = defaultdict(float)
-        for batch in batches:
-            scores = score(self.vlm, batch.pack, temperature=temperature)
-            sums = objective(batch, scores)
-            sums.loss.backward()
-            _add(counts, totals, batch.pack, scores, sums)
-        counts, totals = self.vlm.world.sum(counts), self.vlm.world.sum(totals)
+        assert self._step is not None, "a step has at least one batch"
+        counts, totals = map(self.vlm.world.sum, self._step.read())
+        self._step = None
         divisor = denominator(
             average,
             tokens=int(counts["tokens"]) + zero_grad.tokens,
@@ -192,21 +210,44 @@ class Trainer:
         return norm, ""
 
 
-def _add(
-    counts: dict[str, float], totals: dict[str, float], pack: Pack, scores: Scores, sums: LossSums
-) -> None:
-    """Add one pack's counts and reported sums to those of the step."""
-    counts["loss"] += sums.loss.item()
-    counts["tokens"] += int(sums.tokens)
-    counts["sequences"] += int(sums.sequences)
-    counts["packs"] += pack.num_targets > 0
-    counts["targets"] += pack.num_targets
-    counts["passed"] += sum(t.stop - t.start for t in pack.layout.trees if t.branches)  # no padding trees
-    for name, total in sums.sums.items():
-        totals[name] += total.item()
-    for name, largest in sums.maxima.items():
-        totals[name] = max(totals[name], largest.item())
-    totals["entropy"] += scores.entropy.sum().item()
+class _StepSums:
+    """The counts and sums of one optimiser step on this rank; those on the device stay there until `read`."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, float] = defaultdict(float)
+        self._totals: dict[str, float] = defaultdict(float)
+        self._unread: list[tuple[Callable[[str, float], None], str, Tensor]] = []
+
+    def add(self, pack: Pack, scores: Scores, sums: LossSums) -> None:
+        """Take up one pack, without waiting for its numbers."""
+        self._count("packs", pack.num_targets > 0)
+        self._count("targets", pack.num_targets)
+        # Padding trees are no work that was asked for.
+        self._count("passed", sum(t.stop - t.start for t in pack.layout.trees if t.branches))
+        counts = {"loss": sums.loss.detach(), "tokens": sums.tokens, "sequences": sums.sequences}
+        self._unread += [(self._count, name, value) for name, value in counts.items()]
+        self._unread += [(self._total, name, value) for name, value in sums.sums.items()]
+        self._unread += [(self._largest, name, value) for name, value in sums.maxima.items()]
+        self._unread.append((self._total, "entropy", scores.entropy.sum()))
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The counts, with the loss, and the totals for the report, in one transfer from the device.
+
+        They are added up here, in the order of the packs, so that the sums do not depend on the device.
+        """
+        values = torch.stack([value.double() for _, _, value in self._unread]).tolist()
+        for (add, name, _), value in zip(self._unread, values, strict=True):
+            add(name, value)
+        return self._counts, self._totals
+
+    def _count(self, name: str, value: float) -> None:
+        self._counts[name] += value
+
+    def _total(self, name: str, value: float) -> None:
+        self._totals[name] += value
+
+    def _largest(self, name: str, value: float) -> None:
+        self._totals[name] = max(self._totals[name], value)
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from rlcs.doctor.gpu import Setting
 from rlcs.model import attention, loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
-from rlcs.plan.shapes import published
+from rlcs.plan.shapes import Sizes, published
+from rlcs.plan.work import language, vision
 from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import Branch, ImageRef, Problem, Tree
 from rlcs.storage import read_json
@@ -123,3 +124,14 @@ def random_tree(
         sign = 1.0 if index % 2 else -1.0
         branches.append(Branch(ids=tuple(ids), weights=(sign,) * length, logprobs=(-1.0,) * length))
     return Tree(prompt=chat.prompt(problem), branches=tuple(branches))
+
+
+def operations(sizes: Sizes, trees: Sequence[Tree]) -> dict[str, float]:
+    """Operations of one forward pass over trees, of the language model and of the vision tower."""
+    work = {"language": 0.0, "vision": 0.0}
+    for tree in trees:
+        answers = [len(branch.ids) for branch in tree.branches]
+        work["language"] += language(sizes.text, len(tree.prompt.ids), answers)
+        patches = [frames * height * width for frames, height, width in tree.prompt.grids]
+        work["vision"] += sum(vision(sizes.vision, count) for count in patches)
+    return work

@@ -110,7 +110,7 @@ def _recipe(setting: Setting, folder: Path, world: World) -> Recipe:
         words += ["parallel.compute_dtype=bfloat16"] if world.grouped else ["model.dtype=bfloat16"]
     words += [] if world.grouped else ["lora.rank=16", "lora.alpha=16", "grpo.optimizer.lr=1e-4"]
     recipe = load_recipe("quickstart", words).recipe
-    settings = rollouts(setting, ranks=world.size)
+    settings = rollouts(setting)
     return recipe if settings is None else recipe.model_copy(update={"rollout": settings})
 
 

@@ -1,9 +1,11 @@
-"""Samples rollouts with vLLM, in servers or in this process, with the same prompts, seeds and records."""
+"""Samples rollouts with vLLM's servers: the prompts of all ranks in one fleet, or of each rank in its own."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
+from rlcs.engines.arrivals import Arrivals, OnArrival
 from rlcs.engines.base import OnGroup
 from rlcs.engines.vllm.protocol import OnAnswers, PromptRequest
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
@@ -23,15 +25,30 @@ class Backend(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Free the memory of GPUs that also train, until the next `generate`."""
+        ...
+
 
 class VllmEngine:
     """Samples from the weights that `vlm` had at the last `sync`."""
 
     def __init__(
-        self, backend: Backend, published: WeightsFolder, vlm: Vlm, chat: Chat, *, decode_limit: int
+        self,
+        backend: Backend,
+        published: WeightsFolder,
+        vlm: Vlm,
+        chat: Chat,
+        *,
+        decode_limit: int,
+        ranks: int | None = None,
     ) -> None:
-        """`published` is shared by all engines of a backend; `decode_limit` is in pixels."""
+        """`published` is shared by all engines of a backend; `decode_limit` is in pixels.
+
+        Every `ranks` ranks share one backend, and their first asks it for all of them; None: all ranks.
+        """
         self._backend, self._published = backend, published
+        self._ranks = ranks or vlm.world.size
         self._vlm, self._chat, self._decode_limit = vlm, chat, decode_limit
         self._weights: Weights | None = None
 
@@ -42,33 +59,63 @@ class VllmEngine:
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, on_group: OnGroup = None
     ) -> list[tuple[Rollout, ...]]:
-        """See `Engine.sample`; rank 0 sends the prompts of all ranks. Raises TrainingError, EndpointError."""
-        if self._weights is None or self._weights != self._published.newest:
-            self.sync()
-        # Below, rank 0 may start or wake up vLLM on GPUs that also train: every rank must free its cached
-        # memory first, before it takes part in the gathering.
+        """See `Engine.sample`. Raises TrainingError, EndpointError."""
+        weights = self._current()
+        # Below, vLLM may start or wake up on GPUs that also train: every rank must free its cached memory
+        # first, and `each` begins when all have.
         give_back_memory()
         world = self._vlm.world
-        by_rank = world.gather(
-            [
-                PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
-                for prompt in prompts
-            ]
-        )
-        requests = [request for of_rank in by_rank for request in of_rank]
-        groups = world.first(lambda: self._generate(requests, on_group))
-        start = sum(map(len, by_rank[: world.rank]))
+        own = self._requests(prompts, sampling, step)
+        asker = world.rank - world.rank % self._ranks
+        shared = world.gather(own)[asker : asker + self._ranks] if self._ranks > 1 else [own]
+        asked = [request for of_rank in shared for request in of_rank] if self._asks else []
+        groups = world.each(lambda: self._all_groups(asked, weights, on_group))[asker]
+        start = sum(map(len, shared[: world.rank - asker]))
         return groups[start : start + len(prompts)]
 
-    def _generate(self, requests: Sequence[PromptRequest], on_group: OnGroup) -> list[tuple[Rollout, ...]]:
+    def rest(self) -> None:
+        """See `Engine.rest`. vLLM asserts that memory does not shrink meanwhile: all ranks wait for all."""
+        self._vlm.world.each(lambda: self._backend.rest() if self._asks else None)
+
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0) -> Arrivals:
+        """See `BackgroundEngine.start`; for servers alone, as vLLM in this process would keep it busy."""
+        requests, weights = self._requests(prompts, sampling, step), self._current()
+        return Arrivals(partial(self._generate, requests, weights), len(requests), self._vlm.world)
+
+    @property
+    def _asks(self) -> bool:
+        return self._vlm.world.rank % self._ranks == 0
+
+    def _current(self) -> Weights:
+        """The newest published weights; published now if they are another model's, or there are none."""
+        if self._weights is None or self._weights != self._published.newest:
+            self.sync()
         assert self._weights is not None, "sync has published them"
+        return self._weights
+
+    def _requests(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[PromptRequest]:
+        return [
+            PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
+            for prompt in prompts
+        ]
+
+    def _all_groups(
+        self, requests: Sequence[PromptRequest], weights: Weights, on_group: OnGroup
+    ) -> list[tuple[Rollout, ...]]:
         groups: dict[int, tuple[Rollout, ...]] = {}
 
-        def on_answers(index: int, rollouts: tuple[Rollout, ...]) -> None:
-            groups[index] = tuple(replace(rollout, text=self._chat.text(rollout.ids)) for rollout in rollouts)
+        def on_arrival(index: int, rollouts: tuple[Rollout, ...]) -> None:
+            groups[index] = rollouts
             if on_group is not None:
-                on_group(groups[index])
+                on_group(rollouts)
+
+        self._generate(requests, weights, on_arrival)
+        return [groups[index] for index in range(len(requests))]
+
+    def _generate(self, requests: Sequence[PromptRequest], weights: Weights, on_arrival: OnArrival) -> None:
+        def on_answers(index: int, rollouts: tuple[Rollout, ...]) -> None:
+            read = (replace(rollout, text=self._chat.text(rollout.ids)) for rollout in rollouts)
+            on_arrival(index, tuple(read))
 
         if requests:
-            self._backend.generate(requests, self._weights, on_answers)
-        return [groups[index] for index in range(len(requests))]
+            self._backend.generate(requests, weights, on_answers)

@@ -7,9 +7,11 @@ for a long while, or when a prompt fails too often.
 
 import asyncio
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from rlcs.recipe.sampling import Rollouts
 log = logging.getLogger("rlcs")
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_CLOSING_POLL_S, _CLOSING_LIMIT_S = 0.1, 30.0
 
 
 class _Work:
@@ -51,26 +54,54 @@ class Fleet:
 
     def __init__(self, settings: Rollouts, *, logs: Path, launch: Launch) -> None:
         """Nothing is started yet; the servers in `settings.urls`, if any, are used instead of new ones."""
-        self._settings = settings
+        self._settings, self._launch = settings, launch
         urls = settings.urls or ("",) * settings.servers
+        # A thread that lasts: `generate` may be called in threads that end before the servers should.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-starter")
         self._servers = [
-            Server(settings, index, logs=logs, url=url, launch=launch) for index, url in enumerate(urls)
+            Server(settings, launch.number + index, logs=logs, url=url, launch=launch, starter=self._starter)
+            for index, url in enumerate(urls)
         ]
+        self._generating = threading.Lock()
+        self._closing = threading.Event()
 
     def generate(self, requests: Sequence[PromptRequest], weights: Weights, on_answers: OnAnswers) -> None:
         """See `Backend.generate`. Raises TrainingError also when no server is well for too long."""
-        asyncio.run(self._generate(_Work(requests, weights, on_answers)))
+        with self._generating:
+            asyncio.run(self._generate(_Work(requests, weights, on_answers)))
+
+    def rest(self) -> None:
+        """See `Backend.rest`: servers that take turns with training sleep; one that cannot is ended."""
+        if self._launch.sleep_level:
+            asyncio.run(self._rest())
 
     def close(self) -> None:
-        """End the servers that were started here."""
+        """End the servers that were started here, and first a `generate` in another thread.
+
+        That one would start a server again.
+        """
+        self._closing.set()
+        if self._generating.acquire(timeout=_CLOSING_LIMIT_S):
+            self._generating.release()
         for server in self._servers:
             server.close()
+        self._starter.shutdown()
 
     async def _generate(self, work: _Work) -> None:
         # `trust_env=False`: no proxy between a trainer and its servers.
         async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
             serving = (self._serve(server, client, work) for server in self._servers)
-            await _until_first([work.finished.wait(), *serving])
+            await _until_first([work.finished.wait(), self._until_closing(), *serving])
+        if work.left:
+            raise TrainingError("the vLLM servers were ended before all prompts had answers")
+
+    async def _until_closing(self) -> None:
+        while not self._closing.is_set():
+            await asyncio.sleep(_CLOSING_POLL_S)
+
+    async def _rest(self) -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await asyncio.gather(*(server.rest(client) for server in self._servers))
 
     async def _serve(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
         """Keep one server busy until cancelled, restarting it when it fails. Raises RlcsError."""

@@ -4,8 +4,6 @@ A prompt is sent as token ids with one placeholder an image, which vLLM expands 
 processor makes patches for. The expanded ids come back and are compared with ours, so that a processor with
 other pixel bounds is an error and not a slightly different model. Text is never sent: what looks like a
 placeholder in a question stays plain text on both sides.
-
-A vLLM in this process takes these objects as they are; for a server they have a JSON form.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

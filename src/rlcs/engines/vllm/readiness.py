@@ -4,7 +4,6 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 
 import httpx
 
@@ -21,22 +20,15 @@ _SHOWN = 300
 
 
 def require_startable(settings: EngineSettings, section: str) -> str:
-    """Check the program or package of vLLM without starting a model; returns its version.
+    """Check the program `vllm` without starting a model; returns its version.
 
     `section` is the recipe's section of the settings. Raises ModelError if it is missing, broken or too old.
     """
-    if settings.engine == "vllm_colocated":
-        try:
-            return _new_enough(metadata.version("vllm"), f"{section}.engine=vllm_colocated")
-        except metadata.PackageNotFoundError:
-            raise ModelError(
-                "vLLM is not installed beside rlcs",
-                where=f"{section}.engine=vllm_colocated",
-                fix=f"pip install 'vllm>={_OLDEST}' here, or use {section}.engine=vllm_server "
-                f"with {section}.executable=/another/environment/bin/vllm",
-            ) from None
     where = f"{section}.executable={settings.executable}"
-    fix = f"install vLLM (>= {_OLDEST}) in an environment and name its bin/vllm there"
+    fix = (
+        f"python3 -m venv vllm-env && vllm-env/bin/pip install 'vllm>={_OLDEST}', then "
+        f"{section}.executable=vllm-env/bin/vllm; or {section}.engine=local, which is slower"
+    )
     try:
         done = subprocess.run(
             [settings.executable, "--version"],

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import re
 import signal
@@ -17,18 +18,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from rlcs.distributed.torchrun import outside_torchrun
 from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
 from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
 from rlcs.records import Rollout
 from rlcs.storage import read_json
+
+log = logging.getLogger("rlcs")
 
 OLDEST = (0, 32)
 """The first vLLM with the interfaces used here: ids with images in, expanded ids and weight versions
@@ -46,6 +51,7 @@ parts (`CPU Generator does not use offset`)."""
 SHARE = "rollout.memory_share"
 ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Set in a server's environment, it opens the endpoints that load and unload adapters."""
+_DISCARDED = "discarded"
 _POLL_S = 0.5
 _GRACE_S = 10.0
 _LAST_LINES, _LONGEST_LINE = 5, 500
@@ -53,7 +59,7 @@ _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
-    """Convert arguments of `vllm.LLM` to options of `vllm serve`."""
+    """Convert arguments to options of `vllm serve`."""
     words: list[str] = []
     for name, value in arguments.items():
         option = name.replace("_", "-")
@@ -99,7 +105,12 @@ class RetryableError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Settings to start vLLM with; the limits are those of the run."""
+    """Settings to start vLLM with; the limits are those of the run.
+
+    `number` is that of the first server that is started here, and `gpus` is the CUDA_VISIBLE_DEVICES of a
+    server that takes turns with the rank that starts it. `sleep_level`: 0 never sleeps; 1 keeps the weights
+    in main memory, for those that stay the same; 2 discards them, for those that come again with every step.
+    """
 
     settings: Rollouts
     dtype: str
@@ -107,11 +118,14 @@ class Launch:
     max_rows: int
     on_cpu: bool = False
     adapter_rank: int = 0
+    number: int = 0
+    gpus: str = ""
+    sleep_level: int = 0
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `vllm.LLM`, in this process or in a server."""
-        share = self.settings.memory_share
+        """The arguments of `vllm serve`, beside those of the protocol."""
+        share = self.settings.share
         return {
             **OWN_DEFAULTS,
             "dtype": self.dtype,
@@ -121,6 +135,7 @@ class Launch:
             "limit_mm_per_prompt": {"video": 0},
             **({} if share is None else {"gpu_memory_utilization": share}),
             **(adapter_arguments(self.adapter_rank) if self.adapter_rank else {}),
+            **({"enable_sleep_mode": True} if self.sleep_level else {}),
             **(ON_CPU if self.on_cpu else {}),
         }
 
@@ -140,9 +155,9 @@ class Launch:
         extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         if self.adapter_rank:
             extra[ADAPTER_SWITCH] = "1"
-        if self.settings.devices:
-            extra["CUDA_VISIBLE_DEVICES"] = self.settings.devices[index]
-        return {**os.environ, **extra}
+        if gpus := self.gpus or next(iter(self.settings.devices[index:]), ""):
+            extra["CUDA_VISIBLE_DEVICES"] = gpus
+        return {**outside_torchrun(os.environ), **extra}
 
 
 def share_advice(what: str, share: float | None) -> str:
@@ -218,13 +233,19 @@ def _dying_with_parent() -> Callable[[], None] | None:
 class Server:
     """The server at `url`, or without a URL one that is started here."""
 
-    def __init__(self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch) -> None:
-        """Nothing is started yet. A server at `url` needs the context length in `launch` too."""
+    def __init__(
+        self, settings: Rollouts, index: int, *, logs: Path, url: str, launch: Launch, starter: Executor
+    ) -> None:
+        """Nothing is started yet. A server at `url` needs the context length in `launch` too.
+
+        Processes are started in the thread of `starter`: with the end of its thread a process ends, too.
+        """
         self._settings, self._index = settings, index
         self._url, self._ours, self._launch = url.rstrip("/"), not url, launch
         self._log = logs / f"vllm-{index}.log"
+        self._starter = starter
         self._process: Process | None = None
-        self._is_checked = self._paused = False
+        self._is_checked = self._paused = self._asleep = False
 
     @property
     def name(self) -> str:
@@ -241,18 +262,45 @@ class Server:
         await self.require_well(client)
 
     async def load_weights(self, client: httpx.AsyncClient, weights: Weights) -> None:
-        """Load these weights unless it has them. Raises DownError; EndpointError for unsuitable settings."""
+        """Load these weights unless it has them, and wake it up.
+
+        Raises DownError; EndpointError for unsuitable settings.
+        """
         if not self._is_checked:
             await self._require_fit(client, weights)
             self._is_checked = True
+        if self._asleep:  # the weights' memory first, so that nothing else takes space while they load
+            await self._call(client, "POST", "/wake_up", params={"tags": "weights"})
         has = (await self._call(client, "GET", "/weight_info")).json()["weight_version"]
         if has != weights.version or self._paused:
             await self._load(client, weights, has)
+        if self._asleep:
+            await self._call(client, "POST", "/wake_up", params={"tags": "kv_cache"})
+            self._asleep = False
+
+    async def rest(self, client: httpx.AsyncClient) -> None:
+        """Put it to sleep, which frees its GPUs' memory; where that fails it is ended, which does too."""
+        level = self._launch.sleep_level
+        if self._process is None or self._asleep:
+            return
+        try:
+            if level == 2:  # should it ever answer without weights, no answer of that version counts
+                await self._call(client, "POST", "/update_weight_version", json={"new_version": _DISCARDED})
+            await self._call(client, "POST", "/sleep", params={"level": level})
+            self._asleep = True
+        except DownError as down:
+            log.warning("%s: %s; it is started again for the next answers", self.name, down)
+            self.restart()
 
     async def _start(self, client: httpx.AsyncClient, weights: Weights) -> None:
         self.restart()  # end what is left of a server that died: its engines may still run and hold GPUs
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        process = self._process = Process(self._launch, self._index, weights.model.folder, self._log)
+
+        def begin() -> Process:
+            self._process = Process(self._launch, self._index, weights.model.folder, self._log)
+            return self._process
+
+        process = await asyncio.get_running_loop().run_in_executor(self._starter, begin)
         self._url = process.url
         end = time.monotonic() + self._settings.start_limit_s
         while time.monotonic() < end:
@@ -274,7 +322,7 @@ class Server:
     def _require_memory(self, errors: str) -> None:
         """Raise OutOfMemory if that is what vLLM's last errors say."""
         if what := shortage(errors):
-            fix = share_advice(what, self._settings.memory_share)
+            fix = share_advice(what, self._settings.share)
             raise OutOfMemory(f"vLLM ended while starting: {what} (log: {self._log})", fix=fix)
 
     async def require_well(self, client: httpx.AsyncClient) -> None:
@@ -288,7 +336,11 @@ class Server:
 
     async def _require_fit(self, client: httpx.AsyncClient, weights: Weights) -> None:
         """Raises EndpointError for a server that is too old or was started with other flags."""
-        version = str((await self._call(client, "GET", "/version")).json()["version"])
+        try:
+            version = str((await self._call(client, "GET", "/version")).json()["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            fix = "correct rollout.urls: what listens there is another program"
+            raise EndpointError("it does not answer as vLLM does", where=self.name, fix=fix) from error
         found = re.match(r"(\d+)\.(\d+)", version)
         if found is None or tuple(map(int, found.groups())) < OLDEST:
             fix = f"use vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
@@ -319,9 +371,13 @@ class Server:
             raise EndpointError(f"it takes no adapters of rank {rank}", where=self.name, fix=fix)
 
     async def _load(self, client: httpx.AsyncClient, weights: Weights, has: str) -> None:
-        """Load weights while paused, which also drops every cache that older weights filled."""
+        """Load weights while paused, which also drops every cache that older weights filled.
+
+        A server that sleeps is paused.
+        """
         model, self._paused = weights.model, True
-        await self._call(client, "POST", "/pause", params={"mode": "abort"})
+        if not self._asleep:
+            await self._call(client, "POST", "/pause", params={"mode": "abort"})
         if model_of(has) != model.version:
             folder = {"method": "reload_weights", "kwargs": {"weights_path": str(model.folder)}}
             await self._call(client, "POST", "/collective_rpc", json=folder)
@@ -329,7 +385,8 @@ class Server:
         if weights is not model:
             await self._load_adapter(client, weights)
             await self._name(client, weights)
-        await self._call(client, "POST", "/resume")
+        if not self._asleep:
+            await self._call(client, "POST", "/resume")
         self._paused = False
 
     async def _name(self, client: httpx.AsyncClient, weights: Weights) -> None:
@@ -399,7 +456,7 @@ class Server:
         """End the process, if there is one, at once; the next `up` starts it again."""
         if self._process is not None:
             self._process.end(at_once=True)
-            self._process = None
+            self._process, self._asleep = None, False
 
     def close(self) -> None:
         """End the process, if there is one."""

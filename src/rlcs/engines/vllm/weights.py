@@ -1,4 +1,4 @@
-"""Publishes weights for vLLM: one folder a version, which appears only when it is complete.
+"""Publishes weights for vLLM in its dtype: one folder a version, which appears only when it is complete.
 
 A version is a model, or adapters on top of a model that was published once: 100 MB a step instead of 15 GB.
 """
@@ -6,24 +6,26 @@ A version is a model, or adapters on top of a model that was published once: 100
 import re
 import secrets
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import ref
 
-from safetensors.torch import load_file, save_file
-
 from rlcs.errors import RunFolderError
-from rlcs.model.loading import save, save_adapters
+from rlcs.model.loading import save_adapters
+from rlcs.model.serving_weights import serving_dtype, write_serving
 from rlcs.model.vlm import Vlm
-from rlcs.storage import open_to_readers, read_json, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_EMBEDDING = "embed_tokens.weight"
-_HEAD = "lm_head.safetensors"
+MEMORY = Path("/dev/shm")  # noqa: S108 - the folder has a random name
+"""Linux's folder in main memory."""
+_COPIES = 2.2
+"""Versions that lie in the folder while one takes the place of another, with some space left."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +56,23 @@ class WeightsFolder:
     A version is written under another name and then renamed, so a folder with a version's name is complete.
     """
 
-    def __init__(self, path: Path, *, as_adapters: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        as_adapters: bool = False,
+        compute_dtype: str = "same",
+        memory: Path | None = None,
+    ) -> None:
         """The first version removes what an earlier attempt of the same run left.
 
         `as_adapters`: of a model with adapters the model is written once, then the adapters alone.
+        `compute_dtype` is that of a sharded model. `memory` is a folder that is used instead of `path` if two
+        versions fit; what is written there goes when this process ends, however it ends.
         """
         self._path, self._as_adapters = path, as_adapters
+        self._compute, self._memory = compute_dtype, memory
+        self._guard: subprocess.Popen[bytes] | None = None
         self._run = secrets.token_hex(4)
         self._count = 0
         # The adapted model whose base is published; weak, so that it is freed before the next one is loaded.
@@ -70,10 +83,10 @@ class WeightsFolder:
     def publish(self, vlm: Vlm) -> Weights:
         """Write the model as the next version; of a sharded one all ranks must. Raises RunFolderError."""
         if vlm.adapter is None or not self._as_adapters:
-            self._adapted, self.newest = None, self._write(vlm, save)
+            self._adapted, self.newest = None, self._write(vlm, self._whole)
             return self.newest
         if self.newest is None or self._adapted is None or self._adapted() is not vlm.adapter:
-            self.newest = self._write(replace(vlm, reference_mode=True), save)
+            self.newest = self._write(replace(vlm, reference_mode=True), self._whole)
             self._adapted = ref(vlm.adapter)
         self.newest = self._write(vlm, save_adapters, base=self.newest.model)
         return self.newest
@@ -82,27 +95,51 @@ class WeightsFolder:
         """Remove all versions, when vLLM has ended."""
         if self._has_written:
             shutil.rmtree(self._path, ignore_errors=True)
+        if self._guard is not None:
+            self._guard.communicate()
+            self._guard = None
+
+    def _whole(self, vlm: Vlm, folder: Path) -> None:
+        """Write the whole model.
+
+        On a CPU vLLM 0.32 packs the head's weights into a copy, which reloading does not replace while they
+        are tied: its answers would come from the old head. So they are written apart there.
+        """
+        dtype = serving_dtype(vlm, self._compute)
+        write_serving(vlm, folder, dtype, untied=vlm.device.type == "cpu")
+
+    def _choose(self, vlm: Vlm) -> None:
+        """Take the folder in main memory, once, if it has room; else the other."""
+        memory, self._memory = self._memory, None
+        if memory is None or not memory.is_dir():
+            return
+        needed = sum(p.numel() for p in vlm.model.parameters()) * serving_dtype(vlm, self._compute).itemsize
+        if shutil.disk_usage(memory).free < _COPIES * needed:
+            return
+        self._path = memory / f"rlcs-weights-{self._run}"
+        # It ends when the other end of its input closes, as that of a killed process does.
+        command = ["sh", "-c", 'cat > /dev/null; rm -rf -- "$0"', str(self._path)]
+        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def _write(self, vlm: Vlm, write: Callable[[Vlm, Path], None], base: Weights | None = None) -> Weights:
         self._count += 1
         version = f"{self._run}-{self._count}" if base is None else f"{base.version}+{self._count}"
+        if vlm.world.rank == 0:
+            self._choose(vlm)
         unfinished = self._path / f"{version}.part"
         try:
             self._has_written = vlm.world.rank == 0
             if self._has_written:
                 self._path.mkdir(parents=True, exist_ok=True)
             write(vlm, unfinished)
-            return vlm.world.first(lambda: self._put_in_place(vlm, unfinished, version, base))
+            return vlm.world.first(partial(self._put_in_place, unfinished, version, base))
         except OSError as error:
             raise RunFolderError(
                 f"cannot write weights for the rollout engine: {error.strerror}", where=str(self._path)
             ) from error
 
-    def _put_in_place(self, vlm: Vlm, unfinished: Path, version: str, base: Weights | None) -> Weights:
+    def _put_in_place(self, unfinished: Path, version: str, base: Weights | None) -> Weights:
         folder = self._path / version
-        if vlm.device.type == "cpu" and base is None:
-            _untie(vlm, unfinished)
-            open_to_readers(unfinished)
         unfinished.rename(folder)
         for old in self._path.iterdir():
             if old.name not in (version, model_of(version)) and _is_version(old):
@@ -123,35 +160,6 @@ class Unchanged(WeightsFolder):
     def publish(self, vlm: Vlm) -> Weights:
         """Return the weights that vLLM was started with."""
         return self._weights
-
-
-def _untie(vlm: Vlm, folder: Path) -> None:
-    """Store the head's weights separately in the folder, if they are tied to those of the input embedding.
-
-    On a CPU vLLM 0.32 packs the head's weights into a copy, which reloading does not replace while they are
-    tied: its answers would come from the old head.
-    """
-    head, embedding = vlm.model.get_output_embeddings(), vlm.model.get_input_embeddings()
-    if head.weight is not embedding.weight:
-        return
-    config = read_json(folder / "config.json")
-    for part in (config, config.get("text_config", {})):
-        part["tie_word_embeddings"] = False
-    write_json(folder / "config.json", config)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        content = read_json(index)
-        files: dict[str, str] = content["weight_map"]
-        name = next(name for name in files if name.endswith(_EMBEDDING))
-        weight = load_file(folder / files[name])[name].clone()
-        files["lm_head.weight"] = _HEAD
-        write_json(index, content)
-        save_file({"lm_head.weight": weight}, folder / _HEAD)
-    else:
-        tensors = load_file(single)
-        weight = next(tensor for name, tensor in tensors.items() if name.endswith(_EMBEDDING)).clone()
-        tensors["lm_head.weight"] = weight
-        save_file(tensors, single, metadata={"format": "pt"})
 
 
 def _is_version(path: Path) -> bool:

@@ -6,9 +6,10 @@ nccl. Every wait has a limit; when a rank dies, the others end too, with a messa
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rlcs.distributed.peers import Meeting, Peers
+from rlcs.distributed.torchrun import STARTED
 from rlcs.errors import RlcsError, TrainingError, UserError
 from rlcs.signals import StopFlag
 
@@ -28,14 +31,19 @@ LONGEST_RANK_0_WORK = timedelta(days=30)
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The rank and device of this process, the number of ranks, and two gloo process groups.
+    """The rank and device of this process, how many ranks there are (`local_size` here), and process groups.
 
     `objects` waits for a limited time, `patient` almost without limit; without `torchrun` both are None.
+
+    `shards` neighbouring ranks share one copy of a model; ranks beyond the first `shards` hold copies of what
+    those have. None: all ranks share one.
     """
 
     rank: int = 0
     size: int = 1
+    local_size: int = 1
     device: torch.device | None = None
+    shards: int | None = None
     objects: Any = None
     patient: Any = None
 
@@ -43,6 +51,11 @@ class World:
     def grouped(self) -> bool:
         """Whether `torchrun` started this run, if only with one process."""
         return self.objects is not None
+
+    @property
+    def writers(self) -> int:
+        """The number of ranks, the first ones, that together hold every row of a sharded model once."""
+        return self.shards or self.size
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank."""
@@ -89,6 +102,24 @@ class World:
         result: T = outcome[0]
         return result
 
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Do the work on every rank, however long it takes; all get all results, or raise one's error."""
+        if not self.grouped:
+            return [work()]
+        dist.barrier(group=self.objects)  # as in `first`
+        outcome: tuple[T | None, RlcsError | None]
+        try:
+            outcome = (work(), None)
+        except RlcsError as error:
+            outcome = (None, error)
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, outcome, group=self.patient)
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                failure.reported = rank != self.rank
+                raise failure
+        return [result for result, _ in outcomes]
+
     def agree(self, stop: StopFlag) -> bool:
         """Whether the flag is set on any rank; if so, set it on all."""
         requested = self.any(stop.is_set)
@@ -120,26 +151,37 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def join_world(*, timeout_s: float) -> Iterator[World]:
+def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[World]:
     """Join the processes that `torchrun` describes in the environment; without it yield `ALONE`.
 
-    Raises UserError when there are more processes than GPUs, and TrainingError when another rank ended
-    or kept this one waiting for longer than `timeout_s`.
+    `shard_size` ranks share one copy of a model, or all ranks where there are no more.
+
+    Raises UserError when there are more processes than GPUs or `shard_size` does not divide their number, and
+    TrainingError when another rank ended or kept this one waiting for longer than `timeout_s`.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if STARTED not in os.environ:
         yield ALONE
         return
     limit = timedelta(seconds=timeout_s)
     device = _device(int(os.environ["LOCAL_RANK"]))
     rank = int(os.environ["RANK"])
+    shards = _shards(int(os.environ["WORLD_SIZE"]), shard_size)
     try:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backends, timeout=limit)
         objects = dist.new_group(backend="gloo", timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=LONGEST_RANK_0_WORK)
-        size = dist.get_world_size()
-        yield World(rank=rank, size=size, device=device, objects=objects, patient=patient)
-        dist.destroy_process_group()
+        with _watched(rank, objects):
+            yield World(
+                rank=rank,
+                size=dist.get_world_size(),
+                local_size=_local_size(),
+                device=device,
+                shards=shards,
+                objects=objects,
+                patient=patient,
+            )
+            dist.destroy_process_group()
     except RuntimeError as error:
         if not _is_collective_failure(error):
             raise
@@ -147,6 +189,47 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
             f"rank {rank} lost the others: one of them ended, or did not answer within {timeout_s:g} s",
             fix="its own message says why; the same command continues from the last checkpoint",
         ) from error
+
+
+def _local_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _watched(rank: int, objects: Any) -> Iterator[None]:
+    """While in this context, end this process if another rank ends: see `distributed.peers`."""
+    peers = Peers(rank)
+    one_machine = _local_size() == dist.get_world_size()
+    meeting: list[Meeting | None] = [None]
+    if rank == 0:
+        meeting[0] = peers.watch("127.0.0.1" if one_machine else "", secrets.token_hex(16))
+    dist.broadcast_object_list(meeting, src=0, group=objects)
+    if rank and meeting[0] is not None:
+        peers.join(replace(meeting[0], host=meeting[0].host or os.environ["MASTER_ADDR"]))
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        peers.leave(failed=failed)
+
+
+def _shards(size: int, shard_size: int | None) -> int | None:
+    if shard_size is None or shard_size >= size:
+        return None
+    if size % shard_size:
+        raise UserError(
+            f"{size} ranks cannot be divided into groups of {shard_size}",
+            where="parallel.shard_size",
+            fix="choose the number of GPUs of one node, which divides that of all; or leave the key out",
+        )
+    return shard_size
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
+    named = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    return named or [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _device(local_rank: int) -> torch.device:
