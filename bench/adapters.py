@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,8 +106,8 @@ def server(program: str | None, rank: int, logs: Path) -> Iterator[Load | None]:
     launch = Launch(
         settings=settings, dtype="float32", max_tokens=256, max_rows=4, on_cpu=True, adapter_rank=rank
     )
-    one = Server(settings, 0, logs=logs, url="", launch=launch)
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, ThreadPoolExecutor(1) as starter:
+        one = Server(settings, 0, logs=logs, url="", launch=launch, starter=starter)
         try:
             yield Load(one, runner.get_loop())
         finally:

@@ -16,7 +16,8 @@ from rlcs.model.packing import Pack, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.records import Branch, Prompt, Tree
-from rlcs.train import grpo
+from rlcs.train.context import GrpoContext
+from rlcs.train.learning import make_objective
 from rlcs.train.losses import denominator
 from rlcs.train.trainer import Batch, logprobs_of
 
@@ -73,7 +74,7 @@ def dataset_row(case: Case, index: int) -> dict[str, Any]:
 
 
 def packed_like(
-    case: Case, context: grpo.GrpoContext, inputs: dict[str, Any], answers: list[tuple[int, ...]]
+    case: Case, context: GrpoContext, inputs: dict[str, Any], answers: list[tuple[int, ...]]
 ) -> Pack:
     """The same answers and TRL's own advantages as trees; the prompts must have the same ids."""
     trees = []
@@ -95,14 +96,14 @@ def require_same_prompt(prompt: Prompt, ids: Tensor, mask: Tensor) -> None:
     assert prompt.ids == tuple(ids[mask.bool()].tolist()), f"prompt {prompt.problem_id} differs"
 
 
-def backward(vlm: Vlm, context: grpo.GrpoContext, packed: Pack, case: Case) -> float:
+def backward(vlm: Vlm, context: GrpoContext, packed: Pack, case: Case) -> float:
     """Our loss, with its gradients left on the parameters."""
     settings = grpo_settings(case)
     assert context.reference is not None, "the penalty needs a reference"
     reference = logprobs_of(context.reference, [packed], temperature=settings.temperature)[0]
     batch = Batch(pack=packed, old_logprobs=reference, ref_logprobs=reference)
     vlm.model.train()
-    sums = grpo.make_objective(settings)(batch, score(vlm, packed, temperature=settings.temperature))
+    sums = make_objective(settings)(batch, score(vlm, packed, temperature=settings.temperature))
     divisor = denominator(
         settings.loss_average, tokens=int(sums.tokens), sequences=int(sums.sequences), packs=1
     )

@@ -1,4 +1,4 @@
-"""rlcs's side of the measurement: `grpo.collect` and `grpo.learn` as training calls them."""
+"""rlcs's side of the measurement: `Collector` and `Learner` as training calls them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,9 @@ from rlcs.recipe.schema import Model
 from rlcs.records import Grade, Problem, rollout_seed
 from rlcs.train import grpo
 from rlcs.train.clock import Clock
+from rlcs.train.collecting import Collector
+from rlcs.train.context import GrpoContext
+from rlcs.train.learning import Learner
 from rlcs.train.trainer import Trainer
 
 PHASE_NAMES = {"rollout": "rollout", "reference": "logprobs", "update": "update", "grade": "step"}
@@ -91,15 +94,13 @@ class ForcedLengths:
         return ids, logprobs
 
 
-def load(case: Case) -> tuple[Vlm, grpo.GrpoContext]:
+def load(case: Case) -> tuple[Vlm, GrpoContext]:
     """The policy and what a step works with."""
     vlm = loading.load(Model(name=case.folder), device=torch.device("cpu"))
     chat = loading.make_chat(vlm)
     engine = LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
     reference = grpo.frozen_copy(vlm)
-    return vlm, grpo.GrpoContext(
-        vlm=vlm, reference=reference, chat=chat, engine=engine, grader=FixedRewards()
-    )
+    return vlm, GrpoContext(vlm=vlm, reference=reference, chat=chat, engine=engine, grader=FixedRewards())
 
 
 def main(pipe: Connection, case: Case) -> None:
@@ -109,21 +110,22 @@ def main(pipe: Connection, case: Case) -> None:
     settings = grpo_settings(case)
     vlm, context = load(case)
     trainer = Trainer(vlm, settings.optimizer, steps=case.steps, max_bad_steps=1)
-    stream = InOrder(case.problems)
+    stream = cast(ProblemStream[Problem], InOrder(case.problems))
     sampling = context.chat.sampling(
         n=settings.group_size, temperature=1.0, max_new_tokens=settings.max_new_tokens, seed=SEED
     )
+    collector = Collector(context, stream, settings, sampling)
     pipe.send("ready")
     with ForcedLengths(case, context.chat.end_id).installed():
         for step in range(case.steps):
             memory = bool(pipe.recv())
             with Meter(memory=memory, cpu_time=case.cpu_time) as meter:
                 clock = MeterClock(meter)
-                groups, _ = grpo.collect(
-                    context, cast(ProblemStream[Problem], stream), settings, sampling, step=step, clock=clock
-                )
-                grpo.learn(trainer, context, groups, settings, clock=clock)
-            got = {g.problem.id: tuple(len(r.ids) for r in g.rollouts) for g in groups}
+                learner = Learner(trainer, context, settings, clock)
+                [found] = collector.collect(step, clock)
+                learner.add(found.newly_placed())
+                learner.finish()
+            got = {g.problem.id: tuple(len(r.ids) for r in g.rollouts) for g in found.chosen}
             assert got == {p.id: case.lengths[p.id] for p in case.step_problems(step)}, "lengths are forced"
             pipe.send(meter.measured)
 

@@ -14,6 +14,7 @@ from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model
 from rlcs.records import Branch, Grade, ImageRef, Problem, Prompt, Rollout, Tree, Turn
+from rlcs.storage import file_sum, write_manifest
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -114,3 +115,9 @@ def make_conversation(name: str, *, system: str | None = None, choices: tuple[st
 
 def hash_of(name: str) -> int:
     return sum(name.encode())
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a folder as it is now."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    write_manifest(folder, {str(p.relative_to(folder)): file_sum(p) for p in paths})

@@ -7,28 +7,36 @@ sets it, and without it this is the run of one process that the others are compa
 import json
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from conftest import LengthGrader, Stopper
 from rlcs.data import puzzles
 from rlcs.distributed import World, join_world
+from rlcs.engines.base import Engine
+from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.evals.arms import Evaluator
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
 from rlcs.model import loading
 from rlcs.model.chat import Chat
-from rlcs.model.fsdp import whole_weights
+from rlcs.model.fsdp import reference_dtype, whole_weights
 from rlcs.model.vlm import Vlm
 from rlcs.progress import screen
 from rlcs.recipe.execution import Lora, Parallel
+from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.stages import Grpo, Sft
 from rlcs.records import Demonstration, Problem, Sampling
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import Measure, Validation
 
@@ -63,6 +71,45 @@ def measured(vlm: Vlm, chat: Chat, world: World) -> Measure:
     return lambda stop: validate(evaluator, mixed_problems(7), samples=2, stop=stop)
 
 
+@contextmanager
+def opened_engine(job: dict, vlm: Vlm, chat: Chat) -> Iterator[Engine]:
+    """The local engine, or one over servers with the settings `rollout`, which behave as `behaviour` says."""
+    if "rollout" not in job:
+        yield LocalEngine(vlm, chat, max_rows=8)
+        return
+    folder = Path(job["folder"]) / "rollout"
+    folder.mkdir(exist_ok=True)
+    behaviour = job["behaviour"] | {"placeholder": chat.image_id}
+    (folder / "behaviour.json").write_text(json.dumps(behaviour))
+    settings = Rollouts(engine="vllm_server", **job["rollout"])
+    needs = EngineNeeds(settings=settings, max_tokens=512, max_rows=64, decode_limit=10**7)
+    with open_engines(needs, folder) as make:
+        yield make(vlm, chat, 8)
+
+
+@contextmanager
+def gradients(job: dict, vlm: Vlm, folder: Path) -> Iterator[None]:
+    """Keep the gradient of every optimiser step, where the job says so."""
+    kept, step = [], torch.optim.AdamW.step
+
+    def keep(*args, **options):
+        grads = [p.grad.detach() for _, p in vlm.parameters() if p.grad is not None]
+        whole = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+        kept.append(torch.cat([grad.flatten() for grad in whole]))
+        return step(*args, **options)
+
+    if not job.get("keep_gradients"):
+        yield
+        return
+    torch.optim.AdamW.step = keep
+    try:
+        yield
+    finally:
+        torch.optim.AdamW.step = step
+    if vlm.world.rank == 0:
+        torch.save(kept, folder / "gradients.pt")
+
+
 def train(job: dict, world: World) -> None:
     folder = Path(job["folder"])
     parallel = Parallel(**job.get("parallel", {}))
@@ -75,7 +122,8 @@ def train(job: dict, world: World) -> None:
 
     reference = None
     if "grpo" in job and settings.kl.active:
-        vlm, reference = grpo.with_reference(vlm, spread)
+        dtype = reference_dtype(parallel) if world.grouped else None
+        vlm, reference = grpo.with_reference(vlm, spread, dtype=dtype)
     else:
         vlm = spread(vlm)
     chat = loading.make_chat(vlm)
@@ -90,14 +138,21 @@ def train(job: dict, world: World) -> None:
         if "sft" in job:
             sft.train(vlm, chat, demonstrations(12), settings, run=stage, screen=view, stop=stop)
         else:
-            context = grpo.GrpoContext(
-                vlm=vlm,
-                reference=reference,
-                chat=chat,
-                engine=LocalEngine(vlm, chat, max_rows=8),
-                grader=LengthGrader(),
-            )
-            grpo.train(context, mixed_problems(9), settings, run=stage, screen=view, stop=stop)
+            if "stop_after_s" in job and world.rank == world.size - 1:
+                timer = threading.Timer(job["stop_after_s"], lambda: setattr(stop, "is_set", True))
+                timer.start()
+            with opened_engine(job, vlm, chat) as engine, gradients(job, vlm, folder):
+                context = GrpoContext(
+                    vlm=vlm,
+                    reference=reference,
+                    chat=chat,
+                    engine=engine,
+                    grader=LengthGrader(),
+                    importance_cap=job.get("cap"),
+                    overlap=job.get("overlap", "none"),
+                )
+                problems = mixed_problems(job.get("problems", 9))
+                grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)
     weights = whole_weights(vlm.model, world)
     if world.rank == 0:
         torch.save(weights, folder / "weights.pt")

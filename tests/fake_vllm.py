@@ -3,12 +3,16 @@
 
 `serve FOLDER --port N ...`: the answer to a prompt is the name of the weights folder that it loaded, letter
 by letter, as ids, or of the adapter's folder where one was asked for by its name. Beside that folder's parent
-lies `behaviour.json`: `{"die_after": 3, ...}`.
+lies `behaviour.json`: `{"die_after": 3, ...}`. With `varied` answers depend on the seed alone; with
+`tail: [8, 2.0]` one prompt in eight takes two seconds.
 """
 
+import base64
 import json
 import os
+import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -40,6 +44,13 @@ def once(name: str) -> bool:
         return False
     mark.touch()
     return True
+
+
+def tokens_of(url: str) -> int:
+    """Tokens of the PNG in a data URI, for an image that needs no resizing."""
+    head = base64.b64decode(url.partition(",")[2][:64])
+    width, height = struct.unpack(">II", head[16:24])
+    return (width // 28) * (height // 28)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -158,21 +169,31 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({"error": "too long"}, 400)
         if body.get("model", STATE["folder"]) not in [STATE["folder"], *STATE["adapters"]]:
             return self.reply({"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
-        time.sleep(behaviour().get("slow", 0.01))
+        params = body["sampling_params"]
+        every, seconds = behaviour().get("tail", (1, behaviour().get("slow", 0.01)))
+        time.sleep(seconds if params["seed"] % every == 0 else behaviour().get("slow", 0.01))
         placeholder = behaviour().get("placeholder")
+        sizes = iter([tokens_of(part["url"]) for part in body["content_parts"]])
         prompt = []
         for index in body["token_ids"]:
-            prompt += [index] * (behaviour().get("expand", 1) if index == placeholder else 1)
+            prompt += [index] * (behaviour().get("expand") or next(sizes) if index == placeholder else 1)
         by = STATE["adapters"].get(body.get("model"), STATE["folder"])
-        ids = [ord(letter) for letter in Path(by).name]
-        params = body["sampling_params"]
-        choice = {
-            "finish_reason": "abort" if once("abort_after") else "stop",
-            "token_ids": ids,
-            "logprobs": {"content": [{"token_id": i, "logprob": -0.5} for i in ids]},
-            "weight_versions": [{"version": STATE["version"], "start": 0, "end": len(ids)}],
-        }
-        choices = [{**choice, "index": index} for index in reversed(range(params["n"]))]
+        named = [ord(letter) for letter in Path(by).name]
+        choices = []
+        for index in reversed(range(params["n"])):
+            ids = named
+            if "varied" in behaviour():  # other ones for each seed, whatever the weights
+                draw = random.Random(params["seed"] + index)
+                ids = [draw.randrange(60, 123) for _ in range(draw.randrange(3, 24))]
+            choices.append(
+                {
+                    "index": index,
+                    "finish_reason": "abort" if once("abort_after") else "stop",
+                    "token_ids": ids,
+                    "logprobs": {"content": [{"token_id": i, "logprob": -0.5} for i in ids]},
+                    "weight_versions": [{"version": STATE["version"], "start": 0, "end": len(ids)}],
+                }
+            )
         model = body.get("model", STATE["folder"])
         self.reply({"prompt_token_ids": prompt, "choices": choices, "pid": os.getpid(), "model": model})
 

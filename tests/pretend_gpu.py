@@ -23,7 +23,7 @@ from rlcs.model.families import FAMILIES
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
 from rlcs.recipe.stages import Optimizer
-from rlcs.train import checkpoint
+from rlcs.train import state as state_of
 from rlcs.train.trainer import make_optimizer
 
 GPU = torch.device("cuda", 0)
@@ -95,12 +95,12 @@ def look(vlm: Vlm) -> dict[str, list[str]]:
     total = torch.nn.utils.get_total_norm([p.grad for p in parameters.values()]).full_tensor()
     torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), 1.0, total)
     optimizer.step()
-    saved = checkpoint.optimizer_to_tensors(optimizer, parameters)
+    saved = state_of.optimizer_to_tensors(optimizer, parameters)
     found["optimizer"] = devices_of(saved.tensors.values())
     whole = {name: torch.empty(p.shape) for name, p in parameters.items()}  # on the CPU, as when read
     read = {k: t if k.startswith("step/") else whole[k.split("/")[1]] for k, t in saved.tensors.items()}
-    state = checkpoint.OptimizerState(tensors=read, settings=saved.settings)
-    checkpoint.restore_optimizer(optimizer, parameters, state)
+    state = state_of.OptimizerState(tensors=read, settings=saved.settings)
+    state_of.restore_optimizer(optimizer, parameters, state)
     optimizer.step()
     resumed = [tensor for state in optimizer.state.values() for tensor in state.values()]
     found["resumed"] = devices_of(resumed + [own_part(whole[n], p.detach()) for n, p in parameters.items()])

@@ -2,7 +2,9 @@
 
 import threading
 
-from rlcs.train.batching import own_share, shared
+from conftest import make_problem
+from rlcs.records import Branch, Tree
+from rlcs.train.batching import full_packs_in_step, own_share, shared
 
 
 class Rank:
@@ -56,3 +58,32 @@ def test_a_rank_without_an_item_takes_part():
     for thread in threads:
         thread.join(timeout=20)
     assert results == {0: [2], 1: [2]}
+
+
+class OneOf:
+    """A rank of several that all have packs without images."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+    def gather(self, flags):
+        return [flags] * self.size
+
+
+def test_only_full_packs_are_made_while_trees_arrive(chat):
+    """Equally many on every rank; the emptiest waits for more, and no tree is lost or packed twice."""
+    prompt = chat.prompt(make_problem("p", sizes=()))
+    lengths = [10, 200, 30, 90, 150, 60, 120, 80, 110, 40, 70]
+    trees = [Tree(prompt=prompt, branches=(Branch(ids=(30,) * n, weights=(float(n),) * n),)) for n in lengths]
+    budget = 300
+    for size in (1, 2, 4, 9):
+        packed, left = [], []
+        for rank in range(size):
+            packs, left = full_packs_in_step(trees, chat, budget=budget, world=OneOf(rank, size))
+            packed.append([[int(w) for w in pack.weights.unique()] for pack in packs])
+            assert all(budget / 2 < pack.num_tokens <= budget for pack in packs)
+        assert len({len(packs) for packs in packed}) == 1 and left
+        assert bool(packed[0]) == (size < 9)
+        found = [n for packs in packed for members in packs for n in members]
+        assert sorted([*found, *(len(tree.branches[0].ids) for tree in left)]) == sorted(lengths)
+    assert full_packs_in_step([], chat, budget=budget, world=OneOf(0, 1)) == ([], [])

@@ -46,7 +46,7 @@ def test_prompts_are_counted_as_they_will_be_made(charts):
     rows = load(source, Data(), decode_limit=10**7, role="rl").rows
     recipe = recipe_of("prompt.max_tokens=4096")
     chat = load_chat(recipe.model, recipe.prompt, recipe.images)
-    counted = [len(chat.measuring(9999).prompt(row.problem).ids) for row in rows]
+    counted = [len(chat.with_limit(9999).prompt(row.problem).ids) for row in rows]
     assert counted == [len(chat.prompt(row.problem).ids) for row in rows]
     limit = sorted(counted)[20]
     bad, longest = long_prompts(rows, chat, limit)

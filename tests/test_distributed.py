@@ -22,6 +22,7 @@ from rlcs.distributed import ALONE, World, join_world
 from rlcs.errors import UserError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
+from rlcs.model.checkpoints import complete
 from rlcs.model.packing import balanced, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
@@ -30,7 +31,7 @@ from rlcs.recipe.loading import dump, load_recipe
 from rlcs.recipe.schema import Model
 from rlcs.records import Tree
 from rlcs.storage import read_json, read_jsonl
-from rlcs.train import checkpoint, sft
+from rlcs.train import sft
 from rlcs.train.batching import guessed_tokens, packs_in_step, padding_tree
 
 WORKER = Path(distributed_worker.__file__)
@@ -54,6 +55,7 @@ JOBS = {
     "plain": {"grpo": GRPO},
     "paper": {"grpo": GRPO | PAPER},
     "dapo": {"grpo": GRPO | DAPO},
+    "kept": {"grpo": GRPO | PAPER | {"freeze": ["vision_tower"]}},
     "adapters": {"grpo": GRPO | PAPER, "lora": {"rank": 4, "alpha": 8}},
 }
 OFFLOADED = {"frozen": 2, "paper": 1}
@@ -105,10 +107,10 @@ def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
     ]
 
 
-def run_on(size: int, jobs: list[dict], path: Path) -> None:
+def run_on(size: int, jobs: list[dict], path: Path, *, limit_s: float = LIMIT_S) -> None:
     path.write_text(json.dumps(jobs))
     ranks = launch(size, path)
-    errors = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=limit_s)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(errors)
 
 
@@ -208,7 +210,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(pair, name, step):
     folder = pair / f"{name}-stopped"
     for rank in range(2):
         assert f"after step {step} of" in (folder / f"stopped-{rank}").read_text()
-    assert max(checkpoint.complete(folder / "checkpoints")) == step
+    assert max(complete(folder / "checkpoints")) == step
     saved = folder / "checkpoints" / f"step-{step:06d}"
     assert (saved / "model.safetensors").stat().st_size < 0.6 * (
         pair / "sft/final/model.safetensors"
@@ -247,7 +249,7 @@ def test_two_ranks_measure_while_they_train_and_keep_the_best(random_model_folde
     words = [f"model.name={random_model_folder}", "sft.keep=best", "validation.sft_every=2"]
     text = dump(load_recipe("quickstart", words).recipe)
     (tmp_path / "whole" / "recipe.yaml").write_text(text)
-    saved = checkpoint.complete(tmp_path / "whole" / "sft" / "checkpoints")
+    saved = complete(tmp_path / "whole" / "sft" / "checkpoints")
     assert best < 6 and {best, 6} <= saved.keys(), "the last step is kept beside the best"
     assert (saved[best] / "model-1.safetensors").is_file()
     (tmp_path / "whole" / "sft" / "done.json").unlink()  # so that the checkpoint is read, not `final`
@@ -320,7 +322,7 @@ def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_mo
         study.kill()
     assert error.count("stopped as asked") == 1 and "grpo after step" in error, error
     assert said.count("SFT loss") == 1  # rank 0 alone speaks
-    step = max(checkpoint.complete(tmp_path / "sft_grpo" / "checkpoints"))
+    step = max(complete(tmp_path / "sft_grpo" / "checkpoints"))
     assert (tmp_path / "sft_grpo" / "checkpoints" / f"step-{step:06d}" / "model-1.safetensors").is_file()
     subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -9,7 +9,7 @@ from collections import namedtuple
 import pytest
 from typer.testing import CliRunner
 
-from rlcs import storage
+from conftest import seal
 from rlcs.cli.main import app
 from rlcs.doctor import health, machine
 from rlcs.doctor.health import examine
@@ -44,7 +44,7 @@ def healthy(tmp_path_factory):
     checkpoint = folder / "sft_grpo" / "checkpoints" / "step-000050"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights" * 100)
-    storage.write_manifest(checkpoint)
+    seal(checkpoint)
     return folder
 
 

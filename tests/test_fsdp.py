@@ -6,22 +6,27 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import distributed_worker
 import pretend_gpu
+from fake_model import FakeSteps, FakeTree
 from rlcs.distributed import ALONE, World, join_world
 from rlcs.errors import UserError
+from rlcs.model.checkpoints import complete
 from rlcs.model.fsdp import wrap
+from rlcs.model.policy import score
 from rlcs.plan.shapes import published, skeleton
-from rlcs.recipe.execution import Parallel
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.loading import load_recipe
-from rlcs.train import checkpoint
 from test_distributed import JOBS, assert_same, environment, free_port, run_on
 from test_plan import HUB, PARAMETERS
 
@@ -65,6 +70,90 @@ def test_offloaded_shards_lie_in_main_memory_and_work_is_done_on_the_gpu():
     for memory, found in zip(("cuda", "cpu"), json.loads(done.stdout), strict=True):
         assert found["weights"] == found["optimizer"] == found["resumed"] == [memory]
         assert found["buffers"] == found["forward"] == found["gathered"] == ["cuda"]
+
+
+# --- gathers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gathers(eight_ranks, monkeypatch):
+    """Takes a step of 3B with four layers and three blocks; returns its gathers and ends of backward passes.
+
+    Both as events ("gather" or "backward", unit), units numbered in the order of the forward pass: the root,
+    three blocks, four layers.
+    """
+    config = published(HUB.format("3B"))
+    config.text_config.num_hidden_layers, config.vision_config.depth = 4, 3
+    config.text_config.layer_types = config.text_config.layer_types[:4]
+    steps = FakeSteps(monkeypatch)
+
+    def step(
+        *,
+        frozen: tuple[str, ...] = (),
+        checkpointing: bool = True,
+        lora: int = 0,
+        grad: bool = True,
+        **parallel: Any,
+    ) -> list[tuple[str, int]]:
+        whole = steps.model(
+            config, dtype="float32", checkpointing=checkpointing, lora=Lora(rank=lora), frozen=frozen, ranks=8
+        )
+        events: list[tuple[str, int]] = []
+        with steps.mode, monkeypatch.context() as patch:
+            vlm, _ = steps.spread(whole, eight_ranks, Parallel(**parallel), reference=False)
+            groups = [unit._get_fsdp_state()._fsdp_param_groups[0] for unit in vlm.fsdp_root.units]
+            pack = steps.pack([FakeTree(text=50, grid=(8, 8), answers=(30, 30))], 1176)
+            score(vlm, pack).logprobs.sum().backward()  # in the first pass FSDP learns the order
+
+            def gather(params, *args):
+                events.append(
+                    ("gather", next(i for i, group in enumerate(groups) if group.fsdp_params is params))
+                )
+                return original(params, *args)
+
+            def end(group):
+                events.append(("backward", groups.index(group)))
+                return after(group)
+
+            original, after = param_group.foreach_all_gather, param_group.FSDPParamGroup.post_backward
+            patch.setattr(param_group, "foreach_all_gather", gather)
+            patch.setattr(param_group.FSDPParamGroup, "post_backward", end)
+            with torch.set_grad_enabled(grad):
+                logprobs = score(vlm, pack).logprobs
+                if grad:
+                    logprobs.sum().backward()
+        return events
+
+    return step
+
+
+BLOCKS, LAYERS = (1, 2, 3), (4, 5, 6, 7)
+
+
+def gathered(events: list[tuple[str, int]]) -> list[int]:
+    return [unit for kind, unit in events if kind == "gather"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_unit_is_gathered_once_a_pass(gathers, checkpointing):
+    """In the backward pass too, in reverse, but for the root, which stays; each ahead of its use."""
+    forward = [0, *BLOCKS, *LAYERS]
+    backward = [7, 6, 5, 4, 3, 2, 1]
+    events = gathers(checkpointing=checkpointing)
+    assert gathered(events) == forward + backward
+    for unit in (6, 5, 4, 3, 2, 1):
+        last = len(events) - 1 - events[::-1].index(("gather", unit))
+        assert last < events.index(("backward", unit + 1)), "fetched while the one after it is at work"
+    assert gathered(gathers(checkpointing=checkpointing, grad=False)) == forward
+    assert gathered(gathers(checkpointing=checkpointing, reshard_after_forward=False)) == forward
+
+
+@pytest.mark.parametrize("lora", [0, 8])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_tower_has_no_backward_pass(gathers, checkpointing, lora):
+    """FSDP prefetches the block before the first layer all the same, and drops it."""
+    events = gathers(frozen=("vision_tower", "merger"), checkpointing=checkpointing, lora=lora)
+    assert gathered(events) == [0, *BLOCKS, *LAYERS, *reversed(LAYERS), BLOCKS[-1]]
 
 
 # --- replicas ---------------------------------------------------------------------------------------
@@ -111,7 +200,7 @@ def test_two_copies_in_two_shards_compute_what_one_rank_computes(replicated, by_
 
 
 def test_rows_that_two_ranks_hold_are_saved_once(replicated):
-    saved = checkpoint.complete(replicated / "whole" / "sft" / "checkpoints")
+    saved = complete(replicated / "whole" / "sft" / "checkpoints")
     for folder in saved.values():
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         assert files == [

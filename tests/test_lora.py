@@ -30,7 +30,10 @@ from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.recipe.table import summary_rows
 from rlcs.records import Branch, Demonstration, Grade, Tree
 from rlcs.signals import StopFlag, Stopped
-from rlcs.train import checkpoint, grpo, sft
+from rlcs.train import grpo, sft
+from rlcs.train import state as state_of
+from rlcs.train.checkpoint import Checkpoints
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Batch, Trainer, logprobs_of
 
@@ -236,9 +239,9 @@ def test_four_bit_weights_train_and_are_saved_as_plain_ones(random_model_folder,
     trainer = learn(vlm, packed)
     ours = logprobs(vlm, packed)
     assert (ours - start).abs().max() > 0.1 and torch.equal(logprobs(reference, packed), start)
-    state = checkpoint.capture(vlm.model, trainer.optimizer, step=3, cursor={})
+    state = state_of.capture(vlm.model, trainer.optimizer, step=3, cursor={})
     learn(vlm, packed, steps=1)
-    checkpoint.restore(state, vlm.model, trainer.optimizer)
+    state_of.restore(state, vlm.model, trainer.optimizer)
     loading.save(vlm, tmp_path)
     merged = loading.load(Model(name=str(tmp_path)), device=torch.device("cpu"))
     assert merged.model.state_dict().keys() == plain.model.state_dict().keys()
@@ -274,7 +277,7 @@ def run_stage(kind, source, folder, *, stop_at=None):
         else:
             engine = LocalEngine(vlm, chat, max_rows=8)
             vlm, reference = grpo.with_reference(vlm, lambda whole: whole)
-            context = grpo.GrpoContext(
+            context = GrpoContext(
                 vlm=vlm, reference=reference, chat=chat, engine=engine, grader=LengthGrader()
             )
             grpo.train(context, problems, settings, run=stage, screen=watched, stop=stop)
@@ -291,7 +294,7 @@ def test_a_stage_stopped_and_continued_equals_the_unbroken_one(random_model_fold
     unbroken = run_stage(kind, random_model_folder, tmp_path / "a")
     with pytest.raises(Stopped):
         run_stage(kind, random_model_folder, tmp_path / "b", stop_at=1)
-    saved = checkpoint.load_latest(tmp_path / "b" / "checkpoints")
+    saved = Checkpoints(tmp_path / "b" / "checkpoints").load_latest()
     assert saved.model and all(".lora_" in name for name in saved.model)
     assert all(".lora_" in name for name in saved.optimizer.tensors)
     assert_same(unbroken, run_stage(kind, random_model_folder, tmp_path / "b"))
@@ -307,12 +310,12 @@ def test_a_checkpoint_of_the_other_kind_is_refused(random_model_folder, vlm, tmp
     ours, _ = adapted(random_model_folder)
     optimizer = Trainer(ours, Optimizer(), steps=1, max_bad_steps=1).optimizer
     full = Trainer(vlm, Optimizer(), steps=1, max_bad_steps=1).optimizer
-    of_adapter = checkpoint.capture(ours.model, optimizer, step=1, cursor={})
-    of_weights = checkpoint.capture(vlm.model, full, step=1, cursor={})
+    of_adapter = state_of.capture(ours.model, optimizer, step=1, cursor={})
+    of_weights = state_of.capture(vlm.model, full, step=1, cursor={})
     with pytest.raises(CheckpointError, match="another model"):
-        checkpoint.restore(of_adapter, vlm.model, full)
+        state_of.restore(of_adapter, vlm.model, full)
     with pytest.raises(CheckpointError, match="another model"):
-        checkpoint.restore(of_weights, ours.model, optimizer)
+        state_of.restore(of_weights, ours.model, optimizer)
 
 
 def test_a_whole_study_trains_adapters_in_both_stages(random_model_folder, tmp_path, monkeypatch):
@@ -372,7 +375,7 @@ def test_adapters_alone_learn_a_game(random_model_folder, tmp_path):
 
     optimizer = {"lr": 1e-2, "betas": (0.9, 0.95)}
     settings = Grpo(steps=7, prompts_per_step=8, group_size=8, max_new_tokens=12, optimizer=optimizer)
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm, reference=None, chat=chat, engine=LocalEngine(vlm, chat, max_rows=64), grader=Short()
     )
     stage = RunDir(tmp_path, name="grpo", seed=3, settings=settings, recipe_hash="h")

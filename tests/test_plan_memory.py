@@ -19,7 +19,7 @@ from rlcs.plan.shapes import measure
 from rlcs.recipe.schema import Model
 from rlcs.recipe.stages import Grpo, Optimizer
 from rlcs.records import Branch, Tree
-from rlcs.train import grpo
+from rlcs.train.learning import make_objective
 from rlcs.train.losses import sft_loss
 from rlcs.train.trainer import Batch, Trainer
 from tools import tiny_model
@@ -114,15 +114,15 @@ def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, fr
     vlm = loading.load(Model(name=str(folders[shape]), gradient_checkpointing=checkpointing))
     loading.freeze(vlm, frozen)
     batch = batch_of(loading.make_chat(vlm), branches=1 if kind == "sft" else 4)
-    objective = likelihood if kind == "sft" else grpo.make_objective(Grpo())
+    objective = likelihood if kind == "sft" else make_objective(Grpo())
     trainer = Trainer(vlm, Optimizer(), steps=9, max_bad_steps=1)
     trainer.step([batch], objective, average="token")  # from here on the optimiser has its state
     trainer.optimizer.zero_grad(set_to_none=True)
     measured = measured_peak(lambda: trainer.step([batch] * packs, objective, average="token"))
 
-    assert batch.pack.pixel_values is not None
+    assert batch.pack.grids is not None
     sizes = measure(shape, vlm.model.config)
-    patches = len(batch.pack.pixel_values)
+    patches = int(batch.pack.grids.prod(dim=1).sum())
     load = Load(tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=patches)
     trains = [part for part in sizes.parameters if part not in frozen]
     held = activations(sizes, load, Passing(element=4, checkpointing=checkpointing, trains=trains))

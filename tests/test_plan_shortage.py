@@ -9,6 +9,7 @@ from rlcs.model.policy import LOGIT_CHUNK
 from rlcs.plan.machine import GIB, Assumed, machine
 from rlcs.plan.memory import Passing, token_keeps
 from rlcs.plan.page import make_plan
+from rlcs.plan.planner import Inputs
 from rlcs.plan.shapes import sizes_of
 from rlcs.plan.shortage import PARTS, shortage_advice
 from rlcs.plan.stages import plan_stages
@@ -46,7 +47,8 @@ def test_every_change_needs_less_by_the_plan_and_by_the_numbers_told(name, where
     sizes = sizes_of(recipe.model)
 
     def parts(recipe):
-        plan = plan_stages(recipe, sizes, card(), Assumed(), trainers=1)[stage]
+        inputs = Inputs(assumed=Assumed())
+        plan = plan_stages(recipe, sizes, card(), inputs, trainers=1)[stage]
         return {part: plan.parts.get(part, 0.0) for part in PARTS[work]}
 
     before = parts(recipe)

@@ -40,7 +40,8 @@ from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.sampling import Rollouts
 from rlcs.signals import StopFlag
 from rlcs.storage import mark_done
-from rlcs.train import checkpoint, trackers
+from rlcs.train import state as state_of
+from rlcs.train import trackers
 from test_pipeline import rlcs
 
 SMALL = [*SMALL_STUDY, "grpo.steps=1", "grpo.max_new_tokens=8", "eval.max_new_tokens=8"]
@@ -125,9 +126,9 @@ def own_rows(tmp_path) -> list[str]:
 
 def test_everything_is_tried_in_seconds_and_changes_no_random_generator(random_model_folder, tmp_path):
     recipe = resolved(random_model_folder, "trackers.tensorboard=true")
-    before = checkpoint.capture_rng()
+    before = state_of.capture_rng()
     seconds, lines = tried(recipe, tmp_path / "run")
-    assert checkpoint.capture_rng() == before
+    assert state_of.capture_rng() == before
     assert list(seconds) == [
         *("GPUs", "folders", "open files", "model, disk", "reward"),
         *("teacher", "trackers", "rollout engine"),

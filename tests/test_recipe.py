@@ -470,3 +470,31 @@ def test_recipes_load_without_heavy_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+SERVERS = ["rollout.engine=vllm_server"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["grpo.overlap=on_policy"], "set rollout.engine=vllm_server"),
+        (["grpo.overlap=on_policy", "rollout.engine=vllm_colocated"], "now vllm_colocated"),
+        ([*SERVERS, "grpo.overlap=on_policy", "grpo.loss_average=micro_batch"], "depends on what lies in a"),
+        ([*SERVERS, "grpo.overlap=one_step_off", "rollout.importance_cap=null"], "is corrected by importance weights"),
+        ([*SERVERS, "grpo.overlap=one_step_off", "grpo.optimizer_steps=4"], "grpo.old_logprobs=policy"),
+    ],
+)
+def test_an_overlap_that_is_not_possible_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("quickstart", words)
+
+
+def test_what_overlaps_unless_the_recipe_says_so() -> None:
+    def overlap(*words: str) -> str:
+        return load_recipe("quickstart", list(words)).recipe.overlap
+
+    assert overlap() == overlap("grpo.overlap=none") == overlap("rollout.engine=vllm_colocated") == "none"
+    assert overlap(*SERVERS) == "on_policy"
+    assert overlap(*SERVERS, "grpo.loss_average=micro_batch") == overlap(*SERVERS, "grpo.overlap=none")
+    assert overlap(*SERVERS, "grpo.overlap=one_step_off", "grpo.optimizer_steps=1") == "one_step_off"

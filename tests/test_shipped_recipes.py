@@ -18,7 +18,8 @@ from rlcs.recipe.loading import differences, load_recipe
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.table import summary_rows
 from rlcs.records import Branch, Demonstration, Tree
-from rlcs.train import grpo, sft
+from rlcs.train import sft
+from rlcs.train.learning import make_objective
 from rlcs.train.losses import sft_loss
 from rlcs.train.trainer import Batch, Trainer
 from tools import tiny_model
@@ -234,7 +235,7 @@ def test_one_packed_step_of_each_stage_on_layers_of_the_real_shape():
     settings = recipe.grpo.model_copy(update={"kl": recipe.grpo.kl.model_copy(update={"kind": "none"})})
     trainer = Trainer(vlm, settings.optimizer, steps=1, max_bad_steps=1)
     batch = Batch(pack=pack([group], chat.patches))
-    outcome = trainer.step([batch], grpo.make_objective(settings), average=settings.loss_average)
+    outcome = trainer.step([batch], make_objective(settings), average=settings.loss_average)
     assert outcome.grad_norm > 0 and not outcome.skipped
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlcs as api
-from conftest import SMALL_STUDY
+from conftest import SMALL_STUDY, seal
 from rlcs.cli.main import main
 from rlcs.data import puzzles
 from rlcs.data.run_data import load_run_data
@@ -30,7 +30,7 @@ from rlcs.recipe.loading import dump, load_recipe
 from rlcs.recipe.schema import Model
 from rlcs.records import Request, Sampling
 from rlcs.signals import StopFlag
-from rlcs.storage import read_json, write_json, write_manifest
+from rlcs.storage import read_json, write_json
 
 SMALL = [
     *SMALL_STUDY,
@@ -232,7 +232,7 @@ def test_a_checkpoint_that_was_replaced_or_removed(run, tmp_path):
     shutil.copytree(run / "sft" / "checkpoints" / "step-000003", stage / "checkpoints" / "step-000002")
     path = stage / "checkpoints" / "step-000002" / "state.json"
     path.write_text(path.read_text().replace('"step": 3', '"step": 2', 1))
-    write_manifest(path.parent)
+    seal(path.parent)
     loading.resolve(f"{mine}@2")
     assert not same(weights(made), before)
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import seal
 from rlcs import storage
 from rlcs.errors import CheckpointError, DataError, RunFolderError
 
@@ -208,14 +209,14 @@ def checkpoint(tmp_path):
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "weights.safetensors").write_bytes(b"w" * 1000)
     (folder / "state.json").write_text("{}")
-    storage.write_manifest(folder)
+    seal(folder)
     return folder
 
 
 def test_a_whole_folder_verifies_and_extra_files_do_not_matter(checkpoint):
     (checkpoint / "notes.txt").write_text("mine")
     storage.verify_manifest(checkpoint)
-    storage.write_manifest(checkpoint)
+    seal(checkpoint)
     listed = json.loads((checkpoint / "manifest.json").read_text())["files"]
     assert set(listed) == {"model/weights.safetensors", "state.json", "notes.txt"}
 

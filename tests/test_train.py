@@ -2,11 +2,13 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import LengthGrader, Stopper, make_conversation, make_problem
 from rlcs.data import puzzles
@@ -16,16 +18,21 @@ from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
 from rlcs.model import loading
+from rlcs.model.checkpoints import complete
 from rlcs.model.packing import pack, within_budget
 from rlcs.model.policy import score
 from rlcs.progress import screen
 from rlcs.recipe.schema import Prompts, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
-from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
+from rlcs.records import Branch, Demonstration, Grade, Problem, Rollout, StopReason, Tree, rollout_seed
 from rlcs.signals import StopFlag, Stopped
-from rlcs.train import grpo, sft
+from rlcs.storage import read_jsonl
+from rlcs.train import checkpoint, grpo, sft
 from rlcs.train.clock import Clock
+from rlcs.train.collecting import Collector, take_prompts
+from rlcs.train.context import GrpoContext
 from rlcs.train.groups import make_group, shaped_reward, tree_of
+from rlcs.train.learning import Learner, make_batches, make_objective
 from rlcs.train.losses import sft_loss
 from rlcs.train.rollout_log import measure
 from rlcs.train.run_dir import RunDir, step_report
@@ -76,6 +83,34 @@ def test_a_step_does_not_depend_on_how_trees_are_packed(random_model_folder, dem
     for _, result in results[1:]:
         assert result.loss == pytest.approx(results[0][1].loss, rel=1e-5)
         assert result.grad_norm == pytest.approx(results[0][1].grad_norm, rel=1e-4)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python waits for a number of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_from_the_device_before_the_step_ends(random_model_folder):
+    """Then everything in one transfer, and the norm; a GPU does not wait between packs."""
+    vlm, chat = fresh(random_model_folder)
+    trees = [Tree(prompt=chat.prompt(make_problem(name, sizes=())), branches=(
+        Branch(ids=(30, 31, 32), weights=(1.0, 1.0, 1.0), logprobs=(-1.0, -1.0, -1.0)),
+    )) for name in "abcde"]  # fmt: skip
+    batches = [Batch(pack=pack([tree], chat.patches)) for tree in trees]
+    trainer = Trainer(vlm, Optimizer(lr=1e-3), steps=3, max_bad_steps=1)
+    objective = make_objective(Grpo(), cap=2.0)
+    with Reads() as reads:
+        for batch in batches:
+            trainer.add(batch, objective)
+        assert reads.count == 0
+        result = trainer.apply(average="token")
+    assert reads.count <= 1, "the norm; a list of numbers on the CPU is no read"
+    assert result.tokens == sum(tree.num_tokens for tree in trees) and result.values["sampler_gap"] > 0
 
 
 def test_counts_known_to_have_no_gradient_enter_the_mean(random_model_folder, demonstrations):
@@ -226,6 +261,28 @@ def test_a_demonstration_that_is_left_out_is_named_once(random_model_folder, tmp
     assert "talk: the prompt has" in said and "with 4 turns before the question; the limit is 60" in said
 
 
+def test_seconds_for_which_training_stands_still_are_those_of_the_next_step(
+    random_model_folder, demonstrations, tmp_path, monkeypatch
+):
+    """A slow disk holds up neither the step after a save, nor the last one; only the next save waits for it."""
+    write = checkpoint.write_tensors
+
+    def slow(path, tensors):
+        time.sleep(0.4)
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    vlm, chat = fresh(random_model_folder)
+    settings = Sft(batch_size=1, epochs=5 / len(demonstrations), save_every=2, keep_checkpoints=9)
+    with StopFlag() as stop, screen("sft", 5, quiet=True) as view:
+        stage = RunDir(tmp_path, name="sft", seed=3, settings=settings, recipe_hash="h")
+        sft.train(vlm, chat, demonstrations, settings, run=stage, screen=view, stop=stop)
+    seconds = {row["step"]: row["seconds"] for row in read_jsonl(tmp_path / "metrics.jsonl")}
+    saving = {step for step, of_step in seconds.items() if "checkpoint" in of_step}
+    assert saving == {3, 5} and sorted(complete(tmp_path / "checkpoints")) == [2, 4]
+    assert seconds[3]["checkpoint"] + seconds[3]["checkpoint_wait"] < 0.4
+
+
 def test_a_row_that_cannot_be_a_prompt_is_skipped_and_counted(vlm, demonstrations, tmp_path):
     chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=100))
     long = Demonstration(problem=make_problem("long", "word " * 300), response="x", teacher="t")
@@ -256,7 +313,7 @@ def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
     vlm, chat = fresh(source)
     problems = puzzles.load("puzzles", split="train", count=count, seed=5)
     reference = grpo.frozen_copy(vlm) if settings.kl.active else None
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm,
         reference=reference,
         chat=chat,
@@ -316,7 +373,7 @@ def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder
     """Learning without the flat groups equals learning with them, to the bit of the denominator."""
     settings = Grpo(**SMALL)
     vlm, chat = fresh(random_model_folder)
-    context = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, grader=None)
+    context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, grader=None)
     groups = [
         group_of(chat, "a", [1.0, 0.0, 1.0], settings),
         group_of(chat, "b", [1.0, 1.0, 1.0], settings),
@@ -327,11 +384,13 @@ def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder
         vlm, _ = fresh(random_model_folder)
         trainer = Trainer(vlm, settings.optimizer, steps=1, max_bad_steps=1)
         if name == "skipped":
-            [result] = grpo.learn(trainer, context, groups, settings, clock=Clock())
+            learner = Learner(trainer, context, settings, Clock())
+            learner.add(list(enumerate(groups)))
+            [result] = learner.finish()
         else:
             trees = [tree_of(group) for group in groups]
-            batches = grpo.make_batches(trees, context, settings)
-            result = trainer.step(batches, grpo.make_objective(settings), average="token")
+            batches = make_batches(trees, context, settings)
+            result = trainer.step(batches, make_objective(settings), average="token")
         results[name] = result
     assert results["skipped"].tokens < results["computed"].tokens
     assert results["skipped"].grad_norm == pytest.approx(results["computed"].grad_norm, rel=1e-4)
@@ -453,6 +512,12 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
     asked = []
 
     class Kept:
+        def sync(self):
+            pass
+
+        def rest(self):
+            pass
+
         def sample(self, prompts, sampling, *, step):
             asked.extend(prompts)
             answers.extend(engine.sample(prompts, sampling, step=step))
@@ -461,9 +526,9 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
     runs = []
     for _ in range(2):
         asked, answers = [], []
-        context = grpo.GrpoContext(vlm=vlm, reference=None, chat=chat, engine=Kept(), grader=Never())
+        context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=Kept(), grader=Never())
         stream = ProblemStream(problems, seed=3)
-        grpo.collect(context, stream, settings, sampling, step=5, clock=Clock())
+        list(Collector(context, stream, settings, sampling).collect(5, Clock()))
         runs.append(answers)
         assert sorted(p.problem_id for p in asked) == sorted([p.id for p in problems] * 2)
     assert runs[0] == runs[1]
@@ -473,7 +538,7 @@ def test_a_problem_asked_twice_in_a_step_gets_other_answers(vlm, chat, rounds):
         assert [r.index for r in first] == [r.index for r in second] == [0, 1, 2]
         assert not {r.ids for r in first} & {r.ids for r in second}
         once, again = (
-            PromptRequest(prompt=p, sampling=sampling, step=5, decode_limit=10**6).body()
+            PromptRequest(prompt=p, sampling=sampling, step=5, resized=chat.resized).body()
             for p in asked
             if p.problem_id == problem.id
         )
@@ -497,14 +562,11 @@ def test_a_judge_starts_on_the_first_group_while_others_are_sampled(vlm, chat):
     problems = puzzles.load("puzzles", split="train", count=4, seed=5)
     sampling = chat.sampling(n=3, max_new_tokens=8, seed=3)
     engine = Sampled(vlm, chat, max_rows=6)
-    context = grpo.GrpoContext(
-        vlm=vlm, reference=None, chat=chat, engine=engine, grader=Never(), judge=Recorder()
-    )
-    groups, _ = grpo.collect(
-        context, ProblemStream(problems, seed=3), settings, sampling, step=0, clock=Clock()
-    )
+    context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=engine, grader=Never(), judge=Recorder())
+    collector = Collector(context, ProblemStream(problems, seed=3), settings, sampling)
+    [found] = collector.collect(0, Clock())
     assert len(events) == 4 + 1 and events[-1] == "sampled"
-    expected = [[(group.problem, rollout.text) for rollout in group.rollouts] for group in groups]
+    expected = [[(group.problem, rollout.text) for rollout in group.rollouts] for group in found.chosen]
     assert sorted(events[:-1], key=str) == sorted(expected, key=str)
 
 
@@ -568,7 +630,7 @@ def test_a_problem_that_cannot_be_a_prompt_gives_its_place_to_the_next(vlm):
     chat = loading.make_chat(vlm, prompts=Prompts(max_tokens=100))
     long = [make_problem(f"long{i}", "word " * 300) for i in range(3)]
     short = [Problem(id=f"s{i}", source="t", question="q", answer="1") for i in range(6)]
-    problems, prompts, skipped = grpo.take_prompts(ProblemStream([*long, *short], seed=0), chat.prompts, 6)
+    problems, prompts, skipped = take_prompts(ProblemStream([*long, *short], seed=0), chat.prompts, 6)
     assert len(problems) == len(prompts) == 6 and skipped >= 1
     with pytest.raises(DataError):
-        grpo.take_prompts(ProblemStream(long, seed=0), chat.prompts, 3)
+        take_prompts(ProblemStream(long, seed=0), chat.prompts, 3)

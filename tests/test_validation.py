@@ -16,6 +16,7 @@ from rlcs.evals.scores import pass_at
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
 from rlcs.grading.reward import WeightedSum
+from rlcs.model.checkpoints import complete
 from rlcs.pipeline import run_folder
 from rlcs.progress import screen
 from rlcs.recipe.execution import Trackers
@@ -26,7 +27,9 @@ from rlcs.recipe.table import summary_rows
 from rlcs.records import Demonstration
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl
-from rlcs.train import checkpoint, grpo, sft
+from rlcs.train import grpo, sft
+from rlcs.train.checkpoint import Checkpoints
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.trackers import Trackers as RunTrackers
 from rlcs.train.validation import Validation
@@ -94,9 +97,7 @@ def train(kind, source, folder, demonstrations, *, measure=None, stop_at=None, t
         else:
             problems = puzzles.load("puzzles", split="train", count=10, seed=5)
             engine = LocalEngine(vlm, chat, max_rows=8)
-            context = grpo.GrpoContext(
-                vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader()
-            )
+            context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader())
             grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)
     return weights_of(vlm)
 
@@ -106,7 +107,7 @@ def measured(folder):
 
 
 def kept(folder):
-    return sorted(checkpoint.complete(folder / "checkpoints"))
+    return sorted(complete(folder / "checkpoints"))
 
 
 # --- a measurement ---------------------------------------------------------------------------------
@@ -273,13 +274,13 @@ def test_the_best_checkpoint_is_kept_and_is_what_the_stage_ends_with(
     done = read_json(tmp_path / "best" / "done.json")
     assert (done["step"], done["chosen"]) == (2, "best")
     assert kept(tmp_path / "best") == [2, steps], "the best one, and the newest"
-    state = checkpoint.read_verified(tmp_path / "best" / "checkpoints" / "step-000002", 2)
+    state = Checkpoints(tmp_path / "best" / "checkpoints").load(2)
     reloaded, _ = fresh(tmp_path / "best" / "final")
     assert_equal_weights(final, weights_of(reloaded))
     assert_equal_weights({name: state.model[name] for name in final}, final)
     plain = train(kind, random_model_folder, tmp_path / "plain", demonstrations)
     assert read_json(tmp_path / "plain" / "done.json")["chosen"] == "last"
-    last = checkpoint.read_verified(tmp_path / "best" / "checkpoints" / f"step-00000{steps}", steps)
+    last = Checkpoints(tmp_path / "best" / "checkpoints").load(steps)
     assert_equal_weights({name: last.model[name] for name in plain}, plain)
 
 

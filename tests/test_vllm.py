@@ -43,7 +43,10 @@ from rlcs.records import Prompt, Rollout
 from rlcs.serving import session
 from rlcs.signals import StopFlag
 from rlcs.train import grpo
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
+from test_distributed import run_on
+from test_grpo import assert_same_gradients, seconds
 from test_train import weights_of
 
 START_LIMIT_S = 1800
@@ -216,6 +219,30 @@ if __name__ == "__main__":
 """
 
 
+def test_two_ranks_learn_while_vllm_samples(tmp_path, monkeypatch) -> None:
+    """The gradients of steps that wait for all answers, in less time."""
+    for name, value in CPU.items():
+        monkeypatch.setenv(name, value)
+    limits = {"start_limit_s": START_LIMIT_S, "dead_limit_s": 2 * START_LIMIT_S, "health_limit_s": 60}
+    grpo = {"steps": 4, "prompts_per_step": 16, "group_size": 6, "max_new_tokens": 48, "pack_tokens": 400}
+    job = {
+        "model": "builtin",
+        "rollout": {"executable": program(), "memory_share": 0.1, **limits},
+        "behaviour": {},
+        "problems": 64,
+        "cap": 2.0,
+        "keep_gradients": True,
+        "grpo": grpo | {"optimizer": {"lr": 0.0}},
+        "timeout_s": START_LIMIT_S,
+    }
+    ways = ("none", "on_policy", "one_step_off")
+    jobs = [job | {"folder": str(tmp_path / way), "overlap": way} for way in ways]
+    run_on(2, jobs, tmp_path / "jobs.json", limit_s=3 * START_LIMIT_S)
+    assert_same_gradients(tmp_path / "none", tmp_path / "on_policy")
+    taken = {way: sum(seconds(tmp_path / way).values()) for way in ways}
+    assert taken["on_policy"] < taken["none"] and taken["one_step_off"] < taken["none"]
+
+
 @HERE
 def test_a_quantised_export_answers_as_it_does_here(tmp_path) -> None:
     folder, asked = tmp_path / "int4", tmp_path / "asked.json"
@@ -344,7 +371,7 @@ def train(folder: Path, recipe: Recipe, vlm: Vlm, chat: Chat, engine) -> dict[st
     rows = load(
         "builtin:puzzles?split=train&count=12&seed=4", recipe.data, decode_limit=10**7, role="rl"
     ).rows
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm,
         reference=None,
         chat=chat,

@@ -1,9 +1,12 @@
 """Rollouts by vLLM, without vLLM: the wire, the weights' way, and real processes that misbehave on time."""
 
+import base64
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import LengthGrader, make_problem
 from rlcs.distributed import World
@@ -24,6 +28,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
 from rlcs.engines.vllm.protocol import PromptRequest
+from rlcs.engines.vllm.readiness import require_quantisable
 from rlcs.engines.vllm.server import Launch, context_length
 from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, RecipeError, TrainingError, UserError
@@ -42,6 +47,7 @@ from rlcs.records import Request, Sampling, StopReason
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl
 from rlcs.train import grpo
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from test_distributed import environment, free_port
 
@@ -85,7 +91,7 @@ class Run:
         )
         self.fleet = Fleet(self.settings, logs=folder, launch=launch)
         self.published = WeightsFolder(folder / "weights", as_adapters=adapter_rank is not None)
-        self.engine = VllmEngine(self.fleet, self.published, vlm, chat, decode_limit=10**6)
+        self.engine = VllmEngine(self.fleet, self.published, vlm, chat)
         self.vlm, self.chat = vlm, chat
 
     def behave(self, **how: object) -> None:
@@ -377,6 +383,31 @@ def test_without_room_in_main_memory_weights_go_to_the_run(
     assert weights.folder.parent == tmp_path / "disk"
 
 
+def test_fp8_rollouts_are_started_and_always_corrected(vlm: Vlm) -> None:
+    fp8 = ["rollout.engine=vllm_server", "rollout.quantization=fp8"]
+    recipe = load_recipe("quickstart", fp8).recipe
+    command = engine_needs(recipe).launch(vlm).command(Path("/weights/7"), 8123)
+    at = command.index("--quantization")
+    assert command[at + 1] == "fp8_per_channel"
+    ignored = json.loads(command[command.index("--quantization-config") + 1])["ignore"]
+    assert all(
+        re.match(ignored[0].removeprefix("re:"), name) for name in ("visual.blocks.0.mlp", "a.visual.x")
+    )
+    assert not re.match(ignored[0].removeprefix("re:"), "language_model.model.layers.0.mlp.gate_up_proj")
+    assert "vLLM in FP8" in dict(summary_rows(recipe))["rollouts"]
+    assert recipe.rollout.cap == 2.0
+    for words, says in (
+        (["rollout.importance_cap=null"], "answers are those of another policy"),
+        (["rollout.engine=local"], "quantization is vLLM's"),
+        (["rollout.urls=[http://a:1]"], "give `quantization` where they are started"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            load_recipe("quickstart", [*fp8, *words])
+    with pytest.raises(RecipeError, match="no fp8 on a CPU"):
+        require_quantisable(recipe.rollout, "cpu")
+    require_quantisable(recipe.rollout, "cuda")
+
+
 def test_the_weights_folder_may_be_elsewhere(tmp_path: Path, program: Path, vlm: Vlm, chat: Chat) -> None:
     words = ["rollout.engine=vllm_server", f"rollout.executable={program}", "rollout.health_limit_s=1",
              f"rollout.weights_folder={tmp_path / 'shared'}"]  # fmt: skip
@@ -477,7 +508,7 @@ def test_under_torchrun_rank_0_asks_for_all_ranks(tmp_path: Path, program: Path,
 def test_prompts_go_as_ids_with_one_placeholder_an_image(chat: Chat) -> None:
     prompt = chat.prompt(make_problem("two", "<image> or <image><|image_pad|>?", sizes=((56, 84), (84, 56))))
     request = PromptRequest(
-        prompt=prompt, sampling=chat.sampling(max_new_tokens=5, n=3), step=2, decode_limit=10**6
+        prompt=prompt, sampling=chat.sampling(max_new_tokens=5, n=3), step=2, resized=chat.resized
     )
     ids = request.token_ids
     assert ids.count(chat.image_id) == 2 < list(prompt.ids).count(chat.image_id)
@@ -487,13 +518,15 @@ def test_prompts_go_as_ids_with_one_placeholder_an_image(chat: Chat) -> None:
     assert len(body["content_parts"]) == 2 and params["n"] == 3 and params["stop_token_ids"] == [chat.end_id]
     assert set(params["logit_bias"]) == {str(i) for i in chat.sampling(max_new_tokens=5).banned_ids}
     assert replace(request, step=3).body()["sampling_params"]["seed"] != params["seed"]
-    assert [(image.size, image.mode) for image in request.images()] == [((56, 84), "RGB"), ((84, 56), "RGB")]
+    sent = [base64.b64decode(part["url"].partition(",")[2]) for part in body["content_parts"]]
+    images = [Image.open(io.BytesIO(data)) for data in sent]
+    assert [(image.size, image.mode) for image in images] == [((56, 84), "RGB"), ((84, 56), "RGB")]
 
 
 def test_another_prompt_than_ours_is_an_error(chat: Chat) -> None:
     prompt = chat.prompt(make_problem("one"))
     request = PromptRequest(
-        prompt=prompt, sampling=chat.sampling(max_new_tokens=5), step=0, decode_limit=10**6
+        prompt=prompt, sampling=chat.sampling(max_new_tokens=5), step=0, resized=chat.resized
     )
     token = {"logprob": 1e-7}
     choice = {"index": 0, "finish_reason": "length", "token_ids": [5], "logprobs": {"content": [token]}}
@@ -621,7 +654,7 @@ def test_every_rank_gives_memory_back_before_rank_0_asks(
         rank=rank, size=2, gather=seen.note("gathered", [[], []]), each=seen.note("each", [[], []])
     )
     published = SimpleNamespace(newest=None, publish=seen.note("published"))
-    engine = VllmEngine(None, published, replace(vlm, world=world), chat, decode_limit=1)
+    engine = VllmEngine(None, published, replace(vlm, world=world), chat)
     engine.sample([], chat.sampling(max_new_tokens=4))
     assert seen.events == ["published", *FREED, "gathered", "each"]
 
@@ -698,7 +731,7 @@ def test_the_gap_is_logged_and_corrected_and_alarms(
     settings = Grpo.model_validate(
         {"steps": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6, "optimizer_steps": 1}
     )
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm,
         reference=None,
         chat=chat,

@@ -117,7 +117,7 @@ def test_a_plain_model_and_another_policy_are_loaded_whole(run, random_model_fol
     plain = loading.load(Model(name=str(random_model_folder)), device=torch.device("cpu"))
     trained, other = one.engine, adapted(random_model_folder)[0]
     for vlm, kinds in ((plain, 1), (other, 2)):
-        one.engine = VllmEngine(one.fleet, one.published, vlm, one.chat, decode_limit=10**6)
+        one.engine = VllmEngine(one.fleet, one.published, vlm, one.chat)
         before = len(loaded(one))
         assert set(one.ask(4)) == {one.published.newest.version}
         assert [line.split()[0] for line in loaded(one)[before:]] == ["model", "adapter"][:kinds]

@@ -12,7 +12,8 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,8 @@ MANIFEST = "manifest.json"
 """The file that is written last: a folder with a valid one is complete."""
 _FORM = "JSON Lines has one object a line"
 _BOM = b"\xef\xbb\xbf"
+_WRITTEN_AT_ONCE = 1 << 24
+"""Bytes that are written and hashed in one call, while other threads run."""
 
 # ---------------------------------------------------------------------------------- writing
 
@@ -91,7 +94,12 @@ def open_as_its_folder(path: Path) -> None:
 
 def write_json(path: Path, obj: object) -> None:
     """Write `obj` as indented JSON, atomically. Raises ValueError for NaN, which JSON lacks."""
-    atomic_write(path, json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    atomic_write(path, to_json(obj))
+
+
+def to_json(obj: object) -> str:
+    """Encode `obj` as indented JSON. Raises ValueError for NaN, which JSON lacks."""
+    return json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
 
 
 def _jsonl(rows: Iterable[Mapping[str, object]]) -> bytes:
@@ -278,52 +286,93 @@ def mark_done(folder: Path, **facts: object) -> None:
 # ---------------------------------------------------------------------------------- manifests
 
 
-def _sha256(path: Path) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileSum:
+    """The size and the SHA-256 checksum of a file."""
+
+    size: int
+    sha256: str
+
+
+class HashingWriter:
+    """A new file whose checksum is taken while it is written; a context manager that syncs it to disk."""
+
+    def __init__(self, path: Path) -> None:
+        """Create the file, and its folder. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        """Return the open file."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Flush to disk and close."""
+        with self._file:
+            os.fsync(self._file.fileno())
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write all of `data`. Raises OSError."""
+        left = memoryview(data)
+        while left:
+            part = left[:_WRITTEN_AT_ONCE]
+            written = self._file.write(part)
+            self._digest.update(part[:written])
+            left = left[written:]
+            self._size += written
+
+    @property
+    def sum(self) -> FileSum:
+        """The checksum of what was written so far."""
+        return FileSum(size=self._size, sha256=self._digest.hexdigest())
+
+
+def file_sum(path: Path) -> FileSum:
+    """Read a file for its checksum."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileSum(size=file.tell(), sha256=digest)
 
 
-def write_manifest(folder: Path) -> None:
-    """Record name, size and SHA-256 of every file below `folder` in `manifest.json`, written last.
+def write_manifest(folder: Path, sums: Mapping[str, FileSum]) -> None:
+    """Record the files of `folder`, by their names in it, in `manifest.json`, which is written last.
 
-    The files are fsynced first, since a library may have written them; hidden files are left out.
+    The files must be on disk; their folders are synced here.
     """
-    entries = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and name.as_posix() != MANIFEST and not any(p.startswith(".") for p in name.parts):
-            entries[name.as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-            fsync(path)
-        elif path.is_dir():
-            fsync(path)
-    write_json(folder / MANIFEST, {"files": entries})
+    for path in {(folder / name).parent for name in sums}:
+        fsync(path)
+    write_json(folder / MANIFEST, {"files": {name: asdict(sums[name]) for name in sorted(sums)}})
 
 
-def verify_manifest(folder: Path, *, leave_out: str | None = None) -> None:
+def verify_manifest(folder: Path, *, only: Callable[[str], bool] = lambda name: True) -> None:
     """Check that every file named in the manifest exists, whole and unchanged.
 
-    Files whose names begin with `leave_out` are not read. Raises CheckpointError naming the first file that
-    does not.
+    A file is left alone where `only` is false for its name. Raises CheckpointError naming the first that does
+    not pass.
     """
     where = folder / MANIFEST
     try:
         files = read_json(where)["files"].items()
-        wanted = [(confined(folder, name), int(e["size"]), str(e["sha256"])) for name, e in files]
+        wanted = [
+            (confined(folder, name), FileSum(size=int(e["size"]), sha256=str(e["sha256"])))
+            for name, e in files
+            if only(name)
+        ]
     except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the manifest cannot be used: {getattr(error, 'what', error)}",
             where=str(where),
             fix="the folder is incomplete; go on from another checkpoint",
         ) from error
-    for path, size, digest in wanted:
-        if leave_out is not None and path.name.startswith(leave_out):
-            continue
+    for path, expected in wanted:
         actual = path.stat().st_size if path.is_file() else None
         if actual is None:
             reason = "the file is missing"
-        elif actual != size:
-            reason = f"the file has {actual:,} bytes instead of {size:,}"
-        elif _sha256(path) != digest:
+        elif actual != expected.size:
+            reason = f"the file has {actual:,} bytes instead of {expected.size:,}"
+        elif file_sum(path) != expected:
             reason = "the content does not match its checksum"
         else:
             continue

@@ -1,6 +1,7 @@
 """The command `rlcs plan`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -24,9 +25,13 @@ class PlanOptions:
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="text=128, image=400, answer=512 (tokens), utilization=0.4, peak=TFLOPS, "
-            "demonstrations=N; may be repeated",
+            help="text=128, image=400, answer=512 (tokens), spread=0.5, equal=0.3, utilization=0.4, "
+            "peak=TFLOPS, demonstrations=N; may be repeated",
         ),
+    ] = None
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="Rates from `rlcs doctor --gpu --json > FILE`, in place of guesses"),
     ] = None
     command: Annotated[Command, typer.Option(help="What is planned: each command has arms of its own")] = (
         "run"
@@ -44,6 +49,7 @@ def plan(recipe: RecipeName, options: PlanOptions, overrides: Overrides = None) 
     from dataclasses import replace
 
     from rlcs.plan import machine
+    from rlcs.plan.measured import read_rates
     from rlcs.plan.price import parse_price
     from rlcs.recipe.arms import arms_override
     from rlcs.recipe.loading import load_recipe, read_section
@@ -54,9 +60,10 @@ def plan(recipe: RecipeName, options: PlanOptions, overrides: Overrides = None) 
     price = None if options.price is None else parse_price(options.price)
     assumed = read_section(machine.Assumed, options.assume or [], where="--assume")
     chosen = machine.machine(options.gpus, options.gpu, memory=options.memory, peak=assumed.peak)
+    rates = None if options.measured is None else read_rates(options.measured)
 
     from rlcs.plan.page import make_plan
 
-    made = make_plan(recipe, overrides, chosen, assumed)
+    made = make_plan(recipe, overrides, chosen, assumed, rates)
     made = replace(made, total=replace(made.total, price=price, seeds=options.seeds))
     print_result(made.to_json(), [made.to_text()], json=options.json)

@@ -150,6 +150,12 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
     return rows.to(like.device)  # the world's device, unless shards are offloaded
 
 
+def shard_of(tensor: DTensor) -> tuple[int, int]:
+    """Which part of a sharded tensor's rows this rank holds, counted from 0, and the number of parts."""
+    [dim] = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    return tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
+
+
 @contextmanager
 def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[World]:
     """Join the processes that `torchrun` describes in the environment; without it yield `ALONE`.

@@ -24,7 +24,7 @@ class Arrivals:
         """Prompts whose rollouts have not been taken."""
         self._queue: SimpleQueue[tuple[int, tuple[Rollout, ...]] | BaseException] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="rlcs-rollouts", daemon=True)
-        if world.rank == 0 and count:
+        if world.rank == 0:
             self._thread.start()
 
     def take(self, wait_s: float) -> list[tuple[int, tuple[Rollout, ...]]]:

@@ -15,8 +15,9 @@ from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.sampling import choose, likeliest, uniform
 from rlcs.model import attention
 from rlcs.model.chat import Chat
+from rlcs.model.image_features import image_inputs
 from rlcs.model.packing import pack
-from rlcs.model.policy import hidden_states, image_inputs
+from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
 from rlcs.records import Prompt, Sampling, StopReason, Tree, rollout_seed
 

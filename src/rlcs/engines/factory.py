@@ -35,7 +35,6 @@ class EngineNeeds:
     settings: Rollouts
     max_tokens: int
     max_rows: int
-    decode_limit: int
     compute_dtype: str = "same"
     adapter_rank: int = 0
     name: str = ""
@@ -104,7 +103,7 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
             bounds = dict(vlm.processor.image_processor.size)
             backend = Fleet(settings, logs=folder, launch=needs.launch(vlm, trains=unchanged is None))
         ranks = settings.tensor_parallel if settings.engine == "vllm_colocated" else None
-        return VllmEngine(backend, published, vlm, chat, decode_limit=needs.decode_limit, ranks=ranks)
+        return VllmEngine(backend, published, vlm, chat, ranks=ranks)
 
     try:
         yield make

@@ -69,7 +69,8 @@ class EngineSampler:
         members: list[list[Request]] = []
         for (name, repeat, messages), group in groups.items():
             try:
-                prompts.append(replace(self._chat.conversation(messages, name=name), repeat=repeat))
+                prompt = self._chat.checked(self._chat.conversation(messages, name=name))
+                prompts.append(replace(prompt, repeat=repeat))
                 members.append(group)
             except DataError as error:
                 yield from (request.sample(error=str(error)) for request in group)
@@ -125,7 +126,6 @@ def open_sampler(
         settings=Rollouts.model_validate(settings.model_dump() | at_once),
         max_tokens=prompts.max_tokens + sampling.max_new_tokens,
         max_rows=max(rows, sampling.n),
-        decode_limit=own.decode_limit,
     )
     # Twice as many requests as vLLM computes at once, so that it stays busy while a long answer ends.
     batch_size = rows if settings.engine == "local" else 2 * rows * settings.servers

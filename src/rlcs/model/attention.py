@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlcs.errors import TrainingError, UserError, shortage
+from rlcs.model import vision_attention
 from rlcs.model.packing import Layout, dense_mask
 
 NAME = "rlcs"
@@ -37,12 +38,13 @@ class Plan(Protocol):
 
 
 def install(model: PreTrainedModel) -> None:
-    """Make the language model attend by plans; the vision tower keeps its attention.
+    """Make the language model attend by plans, and the vision tower by windows.
 
-    The registry of transformers is process-wide; registering the same function again is harmless.
+    The registry of transformers is process-wide; registering the same functions again is harmless.
     """
     AttentionInterface.register(NAME, _attend_by_plan)
-    model.set_attn_implementation({"text_config": NAME})
+    AttentionInterface.register(vision_attention.NAME, vision_attention.attend_by_windows)
+    model.set_attn_implementation({"text_config": NAME, "vision_config": vision_attention.NAME})
 
 
 def _attend_by_plan(

@@ -7,16 +7,20 @@ families use it), which tests hold.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from rlcs.errors import DataError, ModelError, PromptError
-from rlcs.model.images import ImagePipeline
+from rlcs.model.images import CPU, ImagePipeline
 from rlcs.records import ImageRef, Message, Problem, Prompt, Request, Sampling
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 """The system message that the templates of Qwen2-VL and Qwen2.5-VL insert when there is none."""
@@ -71,31 +75,43 @@ class Chat:
         changed._system = self._default_system if system is None else system
         return changed
 
-    def measuring(self, max_tokens: int) -> "Chat":
-        """The same format for prompts that are only counted: no image is decoded; with a limit of its own."""
+    def with_limit(self, max_tokens: int) -> "Chat":
+        """The same format with another limit on the length of prompts."""
         changed = copy(self)
-        changed._images = self._images.by_size()
         changed._max_tokens = max_tokens
         return changed
 
     def prompt(self, problem: Problem) -> Prompt:
-        """Make the prompt of one problem. Raises PromptError when too long, ImageError for a bad image."""
+        """Make the prompt of one problem. No image is decoded.
+
+        Raises PromptError when too long, ImageError for a shape that no processor takes.
+        """
         return self.conversation(Request.of(problem).messages, name=problem.id)
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
-        """The prompt of each problem, or why it cannot become one."""
+        """The prompt of each problem, or why it cannot become one; a damaged image is found here.
+
+        Images are decoded in worker threads, each once: one that was read before is not waited for.
+        """
+        self.prepare(ref for problem in problems for ref in problem.images)
         prompts: list[Prompt | DataError] = []
         for problem in problems:
             try:
-                prompts.append(self.prompt(problem))
+                prompts.append(self.checked(self.prompt(problem)))
             except DataError as error:
                 prompts.append(error)
         return prompts
 
+    def checked(self, prompt: Prompt) -> Prompt:
+        """The prompt itself, when every image of it has been decoded. Raises ImageError."""
+        for ref in prompt.images:
+            self._images.require_readable(ref)
+        return prompt
+
     def conversation(self, messages: Sequence[Message], *, name: str) -> Prompt:
         """Make the prompt `name` of several turns; the system prompt comes first unless a turn has one.
 
-        Raises PromptError when too long, ImageError for a bad image.
+        Raises PromptError and ImageError as `prompt` does.
         """
         if self._system is not None and (not messages or messages[0].role != "system"):
             messages = [Message(role="system", parts=(self._system,)), *messages]
@@ -198,9 +214,17 @@ class Chat:
                 return bytes(self._bytes_of_letters[letter] for letter in letters)
         return self.token(index).encode()
 
-    def patches(self, ref: ImageRef) -> Tensor:
-        """Patches (patches, patch size) of one image: the pixel source of packs."""
-        return self._images.patches(ref)
+    def patches(self, ref: ImageRef, device: torch.device = CPU) -> Tensor:
+        """Patches (patches, patch size) of one image on a device: the pixel source of packs."""
+        return self._images.patches(ref, device)
+
+    def resized(self, ref: ImageRef) -> "Image":
+        """One image in the size in which the model sees it: for vLLM, whose processor leaves it as it is."""
+        return self._images.resized(ref)
+
+    def prepare(self, refs: Iterable[ImageRef]) -> None:
+        """Begin to decode images that are used soon, in this order, in worker threads."""
+        self._images.prepare(refs)
 
     def sampling(
         self, *, max_new_tokens: int, n: int = 1, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0

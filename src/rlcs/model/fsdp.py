@@ -147,6 +147,12 @@ def wrap(
     return fsdp_root
 
 
+def reference_dtype(settings: Parallel) -> torch.dtype | None:
+    """The number format of a sharded reference's weights; None: the policy's."""
+    name = settings.reference_dtype
+    return _dtype(settings.compute_dtype if name == "same" else name)
+
+
 def _dtype(name: str) -> torch.dtype | None:
     return None if name == "same" else getattr(torch, name)
 

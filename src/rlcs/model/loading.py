@@ -24,6 +24,7 @@ from transformers import (
     AutoProcessor,
     CompressedTensorsConfig,
     GenerationConfig,
+    PreTrainedModel,
 )
 
 from rlcs.data.hub import cache_where_unreachable
@@ -194,7 +195,7 @@ def load(
             model.eval()
     attention.install(model)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return Vlm(
         model=model.to(device) if weights and not world.grouped else model,
         processor=processor,
@@ -203,6 +204,16 @@ def load(
         device=device,
         world=world,
     )
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each layer's activations in the backward pass.
+
+    transformers makes the inputs of towers and layers require gradients with it, which only reentrant
+    checkpointing needs: a frozen tower would have a backward pass for nothing.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def spread(vlm: Vlm, settings: Parallel) -> Vlm:
@@ -218,7 +229,7 @@ def spread(vlm: Vlm, settings: Parallel) -> Vlm:
 
 def require_unsharded(settings: Parallel) -> None:
     """Raise UserError for settings that only a sharded model can have."""
-    for key in ("compute_dtype", "reduce_dtype", "cpu_offload"):
+    for key in ("compute_dtype", "reduce_dtype", "reference_dtype", "cpu_offload"):
         if getattr(settings, key) not in ("same", False):
             raise UserError(
                 "mixed precision and offloading belong to sharded models",
@@ -236,11 +247,13 @@ def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
 
 def prepare(vlm: Vlm, lora: Lora, frozen: Sequence[str], *, seed: int) -> Vlm:
     """Prepare a model for a training stage: freeze parts, or freeze everything and add adapters."""
-    if not lora.rank:
+    if lora.rank:
+        parts = [getattr(vlm.family, part) for part in lora.parts if part not in frozen]
+        vlm = replace(vlm, adapter=adapters.attach(vlm.model, lora, parts, seed=seed))
+    else:
         freeze(vlm, frozen)
-        return vlm
-    parts = [getattr(vlm.family, part) for part in lora.parts if part not in frozen]
-    return replace(vlm, adapter=adapters.attach(vlm.model, lora, parts, seed=seed))
+    trains = any(re.search(vlm.family.vision_tower, name) for name, _ in vlm.parameters())
+    return vlm if trains else replace(vlm, frozen_tower=object())
 
 
 def make_chat(
@@ -312,7 +325,12 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
             set_default_system(processor, prompts.system)
     chat = Chat(
         processor.tokenizer,
-        ImagePipeline(processor.image_processor, decode_limit=images.decode_limit),
+        ImagePipeline(
+            processor.image_processor,
+            decode_limit=images.decode_limit,
+            cache_bytes=int(images.cache_gb * 2**30),
+            workers=images.workers,
+        ),
         system=prompts.system,
         max_tokens=prompts.max_tokens,
         default_system=default,

@@ -49,7 +49,9 @@ def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed
         use_rslora=settings.rank_stabilised,
         target_modules=targets,
     )
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    model.disable_input_require_grads()  # peft sets it: see `checkpoint_activations`
+    return adapted
 
 
 def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -107,6 +109,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config._attn_implementation = "sdpa"  # ours cannot be chosen before the model exists
     with torch.device("meta"):
         plain: PreTrainedModel = type(model)(config)
     return plain

@@ -103,15 +103,21 @@ def _text_positions(start: int, length: int) -> Tensor:
     return torch.arange(start, start + length).expand(3, length)
 
 
+PixelSource = Callable[[ImageRef, torch.device], Tensor]
+"""Returns the processed patches (patches, patch size) of one image, on a device."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pack:
     """Trees as tensors, ready for one forward pass.
 
-    ids (L,), positions (3, L); pixel_values (patches, patch size) and grids (images, 3) of the
-    images in order, or None. For every target token: `predictors` (N,) is the hidden state that
-    predicts it, `targets` (N,) its id, `sequence` (N,) its branch (0..S-1), `weights` (N,) its
-    loss weight, `sampler_logprobs` (N,) the sampler's logprobs (None if any branch has none).
-    Targets in a trunk come before those of its first branch, and have its index in `sequence`.
+    ids (L,), positions (3, L); the images in order with their grids (images, 3), or None. Their patches are
+    no part of a pack: `pixels` returns those of one image when the pack is used. Where `kept` is a mapping,
+    it holds what a frozen vision tower made of them (see `image_features`). For every target token:
+    `predictors` (N,) is the hidden state that predicts it, `targets` (N,) its id, `sequence` (N,) its branch
+    (0..S-1), `weights` (N,) its loss weight, `sampler_logprobs` (N,) the sampler's logprobs (None if any
+    branch has none). Targets in a trunk come before those of its first branch, and have its index in
+    `sequence`.
     """
 
     layout: Layout
@@ -122,8 +128,10 @@ class Pack:
     sequence: Tensor
     weights: Tensor
     sampler_logprobs: Tensor | None
-    pixel_values: Tensor | None
+    images: tuple[ImageRef, ...]
     grids: Tensor | None
+    pixels: PixelSource
+    kept: dict[Any, Any] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -146,12 +154,11 @@ class Pack:
         return replace(self, **moved)
 
 
-PixelSource = Callable[[ImageRef], Tensor]
-"""Returns the processed patches (patches, patch size) of one image."""
+def pack(trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = False) -> Pack:
+    """Lay trees end to end. Every image is included once, however many branches its tree has.
 
-
-def pack(trees: Sequence[Tree], pixels: PixelSource) -> Pack:
-    """Lay trees end to end. Every image is included once, however many branches its tree has."""
+    With `keeps_features` a frozen vision tower runs once, however often the pack goes through the model.
+    """
     if not trees:
         raise ValueError("a pack needs at least one tree")
     layout = layout_of([(len(t.prompt.ids), [len(b.ids) for b in t.branches]) for t in trees])
@@ -168,7 +175,6 @@ def pack(trees: Sequence[Tree], pixels: PixelSource) -> Pack:
         ]
         sizes = [len(branch.ids) for branch in tree.branches]
         lengths += [len(in_trunk) + sizes[0], *sizes[1:]] if sizes else []
-    images = [image for tree in trees for image in tree.prompt.images]
     grids = [grid for tree in trees for grid in tree.prompt.grids]
     with_logprobs = bool(branches) and all(b.logprobs is not None for b in branches)
     return Pack(
@@ -186,8 +192,10 @@ def pack(trees: Sequence[Tree], pixels: PixelSource) -> Pack:
             if with_logprobs
             else None
         ),
-        pixel_values=torch.cat([pixels(image) for image in images]) if images else None,
+        images=tuple(image for tree in trees for image in tree.prompt.images),
         grids=torch.tensor(grids, dtype=torch.long) if grids else None,
+        pixels=pixels,
+        kept={} if keeps_features else None,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlcs.model import attention
+from rlcs.model.image_features import image_inputs
 from rlcs.model.packing import Pack
 from rlcs.model.vlm import Vlm
 
@@ -31,7 +32,7 @@ class Scores:
 def hidden_states(vlm: Vlm, ids: Tensor, positions: Tensor, *, plan: attention.Plan, **images: Any) -> Tensor:
     """Compute the last hidden states (L, C) of one flat sequence with the model's public forward.
 
-    ids (L,), positions (3, L); `images` are `pixel_values` and `image_grid_thw` where there are any.
+    ids (L,), positions (3, L); `images` are those of `image_inputs`.
     """
     output = vlm.model.base_model(
         input_ids=ids[None], position_ids=positions[:, None], use_cache=False, plan=plan, **images
@@ -57,13 +58,6 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0) -> Scores:
 
     logprobs, entropy = vlm.run(work)
     return Scores(logprobs=logprobs, entropy=entropy)
-
-
-def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Tensor]:
-    """The vision inputs of a pack: every image once."""
-    if pack.pixel_values is None or pack.grids is None:
-        return {}
-    return {"pixel_values": pack.pixel_values.to(vlm.model.dtype), "image_grid_thw": pack.grids}
 
 
 def _score_chunk(

@@ -35,7 +35,8 @@ class Vlm:
     """A model with its processor, ready for packs; under `torchrun` in shards (`fsdp_root`) over `world`.
 
     `adapter` is peft's model object for the low-rank layers inside `model`, if those train; `reference_mode`
-    scores without them: the reference of GRPO.
+    scores without them: the reference of GRPO. `frozen_tower` stands for the weights of a vision tower that
+    does not train, and is the same object in a copy of the model; None: it trains.
     """
 
     model: PreTrainedModel
@@ -45,6 +46,7 @@ class Vlm:
     device: torch.device
     adapter: "PeftModel | None" = None
     reference_mode: bool = False
+    frozen_tower: object | None = None
     world: World = ALONE
     fsdp_root: ShardedModel | None = None
 

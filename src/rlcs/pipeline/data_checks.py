@@ -40,7 +40,7 @@ def long_prompts(rows: Sequence[Row], chat: "Chat", limit: int) -> tuple[list[Ba
     """
     bad: list[BadRow] = []
     longest = 0
-    counting = chat.measuring(_FAR_TOO_LONG * limit)
+    counting = chat.with_limit(_FAR_TOO_LONG * limit)
     for row in rows:
         try:
             prompt = counting.prompt(row.problem)

@@ -35,7 +35,7 @@ from rlcs.records import Problem, Prompt, Request, Sample
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done
 from rlcs.train import sft
-from rlcs.train.checkpoint import capture_rng, restore_rng
+from rlcs.train.state import capture_rng, restore_rng
 from rlcs.train.trackers import try_trackers
 
 IMAGE_PROBLEMS = 8
@@ -270,6 +270,8 @@ class Preflight:
 
     def _vllm(self) -> Sequence[str]:
         rollout = self.recipe.rollout
+        device = self._world.device or loading.default_device()
+        readiness.require_quantisable(rollout, device.type)
         if rollout.urls:
             readiness.require_reachable(rollout)
             return ()

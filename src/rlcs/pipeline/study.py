@@ -29,6 +29,7 @@ from rlcs.grading.reward import Grader
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
+from rlcs.model.fsdp import reference_dtype
 from rlcs.model.vlm import Vlm
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
@@ -44,6 +45,7 @@ from rlcs.records import Demonstration
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import Validation
 
@@ -256,7 +258,8 @@ class Study:
         vlm = self._policy(ARMS[name].parent, settings.freeze)
         reference = None
         if settings.kl.active:
-            vlm, reference = grpo.with_reference(vlm, self._spread)
+            dtype = reference_dtype(recipe.parallel) if self._world.grouped else None
+            vlm, reference = grpo.with_reference(vlm, self._spread, dtype=dtype)
         else:
             vlm = self._spread(vlm)
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
@@ -264,7 +267,7 @@ class Study:
         run = self._run_dir(name, settings)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
-            context = grpo.GrpoContext(
+            context = GrpoContext(
                 vlm=vlm,
                 reference=reference,
                 chat=chat,
@@ -272,6 +275,8 @@ class Study:
                 grader=grader,
                 judge=judge,
                 importance_cap=recipe.rollout.cap,
+                overlap=recipe.overlap,
+                feature_bytes=int(recipe.images.features_gb * 2**30),
             )
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding)
@@ -357,7 +362,6 @@ def engine_needs(recipe: Recipe) -> EngineNeeds:
         settings=recipe.rollout,
         max_tokens=recipe.prompt.max_tokens + max(grpo.max_new_tokens, recipe.eval.max_new_tokens),
         max_rows=max(grpo.max_rows, grpo.group_size),
-        decode_limit=recipe.images.decode_limit,
         compute_dtype=recipe.parallel.compute_dtype,
         adapter_rank=recipe.lora.rank if recipe.samples_by_adapters else 0,
         name=recipe.name,

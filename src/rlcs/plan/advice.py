@@ -13,6 +13,8 @@ MOST_GPUS = 1024
 SMALLEST_PACK = 1024
 FEWEST_ROWS = 8
 OFFLOAD = "parallel.cpu_offload=true"
+TURNS = ("rollout.engine=vllm_colocated", "rollout.servers=1", "rollout.devices=[]", "rollout.urls=[]")
+"""All GPUs sample with vLLM and train in turns."""
 VLLM_SHARES = (0.6, 0.5, 0.4, 0.3)
 
 Try = Callable[[Sequence[str], int], dict[str, MemoryPlan]]

@@ -1,8 +1,9 @@
 """Counts the bytes of a training step, from the tensors that each layer keeps for its backward pass.
 
-The counts follow the code (transformers' layers with the attention and head of rlcs) and are
-compared with measured peaks in `tests/test_plan_memory.py`. Letters: h hidden size, i intermediate
-size, k key-value width, e bytes of an activation.
+The counts follow the code (transformers' layers with the attention and head of rlcs, FSDP2's buffers) and
+are compared with measured peaks in `tests/test_plan_memory.py`, and with whole steps of published models on
+tensors without content in `tests/test_plan_placement.py`. Letters: h hidden size, i intermediate size, k
+key-value width, e bytes of an activation.
 """
 
 from collections.abc import Collection
@@ -36,10 +37,36 @@ class Passing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
-    """Bytes that stay until the backward pass has used them (`kept`), and those of a layer at work."""
+    """Bytes that stay until the backward pass has used them (`kept`), and those of a part at work.
+
+    The head works while all is kept and no layer has been passed; then one `layer` after the other.
+    """
 
     kept: int
-    working: int
+    head: int
+    layer: int
+
+    @property
+    def working(self) -> int:
+        """Bytes of the part that needs most."""
+        return max(self.head, self.layer)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Units:
+    """Bytes of a sharded model besides shards: gathered weights, and gradients that are not yet sharded.
+
+    `gathered`: the root's weights, and those of a layer in its backward pass with the next one's. `layer`: a
+    layer's gradients while they are made, and the ones before while they are summed over ranks. The root's
+    gradients are summed last, when nothing is gathered any more: `waiting` is what there is of them until
+    then, `root` what they take when they are summed, `root_shard` the result.
+    """
+
+    gathered: float = 0.0
+    layer: float = 0.0
+    waiting: float = 0.0
+    root: float = 0.0
+    root_shard: float = 0.0
 
 
 def language_layer(sizes: Sizes, how: Passing) -> int:
@@ -80,7 +107,8 @@ def token_keeps(sizes: Sizes, how: Passing) -> int:
     """Bytes that all layers of the language model and its last norm keep for each token."""
     text, element = sizes.text, how.element
     layer = text.hidden_size * element if how.checkpointing else language_layer(sizes, how)
-    return int(text.num_hidden_layers * layer + text.hidden_size * (FP32 + element))
+    norm = FP32 + (0 if how.adapters else element)
+    return int(text.num_hidden_layers * layer + text.hidden_size * norm)
 
 
 def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
@@ -92,22 +120,23 @@ def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
     kept = load.tokens * token_keeps(sizes, how)
     kept += load.targets * text.hidden_size * e
     if merger:
-        kept += load.patches * vision.mergers * vision.hidden * ((FP32 if vision.window else 0) + 4 * e)
+        exact = FP32 if vision.window and tower else 0  # the norm's input, for its gradient
+        kept += load.patches * vision.mergers * vision.hidden * (exact + 4 * e)
     if tower:
         kept += load.patches * (
             vision.depth * (vision.hidden * e if how.checkpointing else block) + vision.pixels * e
         )
-    working = [_head(sizes, load, how)]
-    working.append(load.tokens * _in_passing(text.hidden_size, text.intermediate_size, layer, how))
+    working = load.tokens * _in_passing(text.hidden_size, text.intermediate_size, layer, how)
     if tower:
-        working.append(load.patches * _in_passing(vision.hidden, vision.intermediate, block, how))
-    return Activations(kept=kept, working=max(working))
+        in_block = load.patches * _in_passing(vision.hidden, vision.intermediate, block, how)
+        working = max(working, in_block)
+    return Activations(kept=kept, head=_head(sizes, load, how), layer=working)
 
 
 def _in_passing(hidden: int, intermediate: int, layer: int, how: Passing) -> int:
     """Bytes of a token in a layer's backward pass: its gradients, and its activations if recomputed."""
     element = FP32 if how.adapters else how.element
-    return (hidden + intermediate) * element + (layer if how.checkpointing else 0)
+    return (hidden + 2 * intermediate) * element + (layer if how.checkpointing else 0)
 
 
 def _head(sizes: Sizes, load: Load, how: Passing) -> int:
@@ -118,8 +147,14 @@ def _head(sizes: Sizes, load: Load, how: Passing) -> int:
     return int(vocabulary * (3 * FP32 * rows + (sizes.text.hidden_size * how.element if trains else 0)))
 
 
-def update_peak(gradients: float, held: Activations, *, packs: int) -> float:
-    """Peak of gradients and activations: with one pack the former grow while the latter shrink."""
-    if packs == 1:
-        return max(gradients, held.kept) + held.working
-    return gradients + held.kept + held.working
+def update_peak(gradients: float, held: Activations, *, packs: int, units: Units = Units()) -> float:
+    """Peak of gradients and activations: with one pack the former grow while the latter shrink.
+
+    In a sharded model also of what is gathered and not yet sharded.
+    """
+    before = 0.0 if packs == 1 else gradients
+    head = before + held.kept + held.head + units.gathered + units.waiting
+    kept = max(gradients - units.root_shard, held.kept) if packs == 1 else gradients + held.kept
+    layers = kept + held.layer + units.gathered + units.layer + units.waiting
+    root = (gradients - units.root_shard if packs == 1 else gradients) + units.root
+    return max(head, layers, root)

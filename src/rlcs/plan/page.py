@@ -1,17 +1,37 @@
 """The plan of a recipe, as JSON and as text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rlcs.plan.advice import Advice, advise, possible_changes
+from rlcs.errors import RecipeError, UserError
+from rlcs.plan.advice import TURNS, Advice, advise, possible_changes
 from rlcs.plan.data_size import rows_of
 from rlcs.plan.machine import GIB, Assumed, Machine
-from rlcs.plan.planner import MemoryPlan, StagePlan, answer_seconds
+from rlcs.plan.measured import Rates
+from rlcs.plan.planner import Inputs, MemoryPlan, StagePlan, answer_seconds
+from rlcs.plan.rates import Speeds, device_warning, least_certain, speeds_of
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.plan.stages import placed, plan_stages
+from rlcs.plan.startup import start_time
+from rlcs.plan.step_time import StepTime
 from rlcs.plan.total import Total, demonstrations_of, total_of
 from rlcs.recipe.loading import changed, load_recipe
+
+COMPUTED = (
+    "parameters",
+    "parts",
+    "memory_gb",
+    "parts_gb",
+    "tokens_per_step",
+    "tokens_per_step_repeated",
+    "flops_per_step",
+    "flops_per_step_repeated",
+    "steps",
+)
+"""Figures that follow from the model's shapes and the recipe; of all others stands beside them how they are
+known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +45,10 @@ class Plan:
     stages: dict[str, MemoryPlan]
     advice: Advice | None
     total: Total
+    speeds: Speeds
+    start: StepTime
+    faster: str
+    warning: str = ""
 
     @property
     def fits(self) -> bool:
@@ -42,37 +66,57 @@ class Plan:
             "device": self.machine.device.name,
             "device_memory_gb": round(self.machine.device.memory, 3),
             "assumed": self.assumed.model_dump(),
+            "basis": dict.fromkeys(COMPUTED, "computed"),
+            "rates": {
+                n: {"value": v, "basis": self.speeds.basis([n])} for n, v in self.speeds.values.items()
+            },
+            "warning": self.warning,
+            "faster": self.faster,
             "fits": self.fits,
             "stages": {name: stage.to_json() for name, stage in self.stages.items()},
+            "start": self.start.to_json(),
             "total": self.total.to_json(),
             "advice": None if self.advice is None else asdict(self.advice),
         }
 
     def to_text(self) -> str:
         """The plan as a table of text."""
-        return "\n".join([*_head(self), *_table(self), "", *self.total.to_text(), *_advice(self)])
+        lines = [*_head(self), *_table(self), "", *_phases(self)]
+        lines += [self.faster, ""] if self.faster else []
+        return "\n".join([*lines, *self.total.to_text(), *_advice(self)])
 
 
-def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: Assumed) -> Plan:
+def make_plan(
+    name: str, overrides: Sequence[str], machine: Machine, assumed: Assumed, rates: Rates | None = None
+) -> Plan:
     """Plan what a recipe's arms need. Raises RecipeError; ModelError for a model without configuration."""
+    warning = "" if rates is None else device_warning(rates, machine.device)
     chosen = load_recipe(name, overrides).recipe
     sizes = sizes_of(chosen.model)
-    demonstrations = demonstrations_of(
-        chosen, rows_of(chosen.data.cold_start, chosen.data.columns.response), assumed
-    )
-    assumed_here = assumed.model_copy(update={"demonstrations": demonstrations.count or 0})
+    given = rows_of(chosen.data.cold_start, chosen.data.columns.response)
+    demonstrations = demonstrations_of(chosen, given, assumed)
+    counted = assumed.model_copy(update={"demonstrations": demonstrations.count or 0})
+    speeds = speeds_of(machine, assumed, rates)
+    timed = Inputs(assumed=counted, speeds=speeds)
 
     def attempt(more: Sequence[str], gpus: int) -> dict[str, MemoryPlan]:
-        return plan_stages(changed(chosen, more), sizes, replace(machine, gpus=gpus), assumed_here)
+        without_time = Inputs(assumed=counted)
+        return plan_stages(changed(chosen, more), sizes, replace(machine, gpus=gpus), without_time)
 
-    stages, advice = attempt((), machine.gpus), None
+    stages = plan_stages(chosen, sizes, machine, timed)
+    advice = None
     learner, measured = placed(chosen, sizes, machine)
     if not all(stage.fits for stage in stages.values()):
         changes = possible_changes(learner, chosen.prompt, chosen.sft, chosen.grpo, chosen.eval)
         advice = advise(changes, attempt, machine.gpus)
-    steps = {name: sum(s.seconds.values()) for name, s in stages.items() if isinstance(s, StagePlan)}
-    each = {"eval": answer_seconds(measured, chosen.eval, chosen.prompt, chosen.images, assumed)}
-    total = total_of(chosen, steps, each, machine=machine, assumed=assumed)
+    steps = {name: s.time.seconds for name, s in stages.items() if isinstance(s, StagePlan)}
+    each = {"eval": answer_seconds(measured, chosen.eval, chosen.prompt, chosen.images, assumed, speeds)}
+    faster = ""
+    if not advice and machine.gpus and chosen.rollout.engine != "vllm_colocated" and "grpo" in stages:
+        with suppress(RecipeError, UserError):
+            faster = _faster(plan_stages(changed(chosen, TURNS), sizes, machine, timed), steps["grpo"])
+    basis = least_certain(s.time.basis for s in stages.values() if isinstance(s, StagePlan))
+    total = total_of(chosen, steps, each, machine=machine, assumed=assumed, basis=basis)
     return Plan(
         name=chosen.name,
         sizes=sizes,
@@ -81,7 +125,22 @@ def make_plan(name: str, overrides: Sequence[str], machine: Machine, assumed: As
         stages=stages,
         advice=advice,
         total=total,
+        speeds=speeds,
+        faster=faster,
+        start=start_time(learner, (given, *(rows_of(s) for s in (chosen.data.rl, chosen.data.test))), speeds),
+        warning=warning,
     )
+
+
+def _faster(other: Mapping[str, MemoryPlan], now: float) -> str:
+    """What the steps of RL would take with vLLM on all GPUs in turns, if that fits and saves a tenth."""
+    stage = other["grpo"]
+    if not isinstance(stage, StagePlan) or not all(plan.fits for plan in other.values()):
+        return ""
+    seconds = stage.time.seconds
+    if seconds > 0.9 * now:
+        return ""
+    return f"faster: {TURNS[0]} would take {seconds:,.1f} s a step of grpo instead of {now:,.1f} s"
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -89,11 +148,13 @@ def _head(plan: Plan) -> Iterator[str]:
     count = f"{machine.gpus} x " if machine.gpus else ""
     yield f"{plan.name}: {plan.sizes.name}, {plan.sizes.total:,} parameters"
     yield f"on {count}{machine.device.name} with {machine.device.memory:,.0f} GB"
-    yield "computed from the model's shapes: memory, tokens, operations; guessed: seconds"
+    yield "computed: from the model's shapes and the recipe; measured: by `rlcs doctor --gpu`; else guessed"
     yield (
         f"assumed: {assumed.text} text tokens and {assumed.image} image tokens a prompt, {assumed.answer} an "
-        f"answer; {assumed.utilization:.0%} of the peak speed"
+        f"answer (standard deviation {assumed.spread:.0%}); {assumed.utilization:.0%} of the peak speed"
     )
+    if plan.warning:
+        yield f"warning: {plan.warning}"
     yield ""
 
 
@@ -101,27 +162,50 @@ def _table(plan: Plan) -> Iterator[str]:
     names = list(plan.stages)
     yield f"{'':<34}" + "".join(f"{name:>14}" for name in names)
 
-    def line(label: str, cells: Sequence[str]) -> str:
-        return f"{label:<34}" + "".join(f"{cell:>14}" for cell in cells)
+    def line(label: str, cells: Sequence[str], basis: str = "") -> str:
+        text = f"{label:<34}" + "".join(f"{cell:>14}" for cell in cells)
+        return f"{text:<{34 + 14 * len(names)}}   {basis}".rstrip()
 
     stages = list(plan.stages.values())
     for part in dict.fromkeys(part for stage in stages for part in stage.parts):
         sizes = [stage.parts.get(part) for stage in stages]
         if any(sizes):
-            yield line(f"  {part}", ["" if size is None else f"{size / GIB:.2f} GB" for size in sizes])
-    yield line("memory of a device, at worst", [f"{stage.peak / GIB:.1f} GB" for stage in stages])
+            cells = ["" if size is None else f"{size / GIB:.2f} GB" for size in sizes]
+            yield line(f"  {part}", cells, "computed")
+    peaks = [f"{stage.peak / GIB:.1f} GB" for stage in stages]
+    yield line("memory of a device, at worst", peaks, "computed")
     yield line("fits", ["yes" if stage.fits else "NO" for stage in stages])
     trains = [stage for stage in stages if isinstance(stage, StagePlan)]
-    yield line("tokens a step", [_short(stage.tokens) for stage in trains])
-    yield line("  if prompts were repeated", [_short(stage.repeated_tokens) for stage in trains])
-    yield line("operations a step", [_short(stage.flops) for stage in trains])
-    yield line("  if prompts were repeated", [_short(stage.repeated_flops) for stage in trains])
-    for phase in dict.fromkeys(phase for stage in trains for phase in stage.seconds):
-        yield line(f"  seconds of {phase}", [f"{stage.seconds.get(phase, 0):,.1f}" for stage in trains])
-    yield line("seconds a step", [f"{sum(stage.seconds.values()):,.1f}" for stage in trains])
-    yield line("steps", ["by the data" if s.steps is None else f"{s.steps:,}" for s in trains])
+    yield line("tokens a step", [_short(stage.tokens) for stage in trains], "computed")
+    repeated = [_short(stage.repeated_tokens) for stage in trains]
+    yield line("  if prompts were repeated", repeated, "computed")
+    yield line("operations a step", [_short(stage.flops) for stage in trains], "computed")
+    repeated = [_short(stage.repeated_flops) for stage in trains]
+    yield line("  if prompts were repeated", repeated, "computed")
+    basis = least_certain(stage.time.basis for stage in trains)
+    yield line("seconds a step", [f"{stage.time.seconds:,.1f}" for stage in trains], basis)
+    yield line("  GPUs idle", [f"{stage.time.idle:.1%}" for stage in trains], basis)
+    yield line("steps", ["by the data" if s.steps is None else f"{s.steps:,}" for s in trains], "computed")
     hours = [stage.to_json()["hours"] for stage in trains]
-    yield line("hours", ["" if value is None else f"{value:,.1f}" for value in hours])
+    yield line("hours", ["" if value is None else f"{value:,.1f}" for value in hours], basis)
+
+
+def _phases(plan: Plan) -> Iterator[str]:
+    """The seconds of a step, one by one, and the rates from which they follow."""
+    for name, stage in plan.stages.items():
+        if isinstance(stage, StagePlan):
+            yield f"a step of {name}: seconds, the share of them in which GPUs work, and how they are known"
+            yield from stage.time.to_text()
+            yield ""
+    yield "from the start of the run to the engine's first answer, before any training"
+    yield from plan.start.to_text()
+    yield ""
+    for basis in ("measured", "guessed"):
+        if rates := [
+            f"{n}={v:.3g}" for n, v in plan.speeds.values.items() if plan.speeds.basis([n]) == basis
+        ]:
+            yield f"rates, {basis}: " + ", ".join(rates)
+    yield ""
 
 
 def _advice(plan: Plan) -> Iterator[str]:

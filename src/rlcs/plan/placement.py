@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rlcs.errors import UserError
 from rlcs.plan.machine import FP32, Machine
+from rlcs.plan.memory import Units
 from rlcs.plan.shapes import Sizes
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
@@ -20,8 +21,9 @@ FOUR_BITS = 4.127 / 8
 class Placement:
     """A model spread over a machine, with its adapters and its sampling engine.
 
-    `weight`, `compute` and `reduce` are bytes of a stored weight, of a computed number and of a gradient
-    when it is summed over devices; `trainers` is the number of devices that train.
+    `weight`, `compute`, `reduce` and `frozen` are bytes of a stored weight, of a computed number, of a
+    gradient when it is summed over devices and of the reference's weight; `trainers` is the number of devices
+    that train.
     """
 
     sizes: Sizes
@@ -33,6 +35,7 @@ class Placement:
     weight: int
     compute: int
     reduce: int
+    frozen: int
     trainers: int
 
     @property
@@ -50,6 +53,12 @@ class Placement:
         """Whether weights, gradients and optimiser are in main memory, not on the GPU."""
         return self.parallel.cpu_offload and self.machine.gpus > 0
 
+    @property
+    def peak(self) -> float:
+        """Operations a second of one device, at its peak in the format of the computation."""
+        device = self.machine.device
+        return device.float32 if self.compute == FP32 else device.bfloat16
+
     def trains(self, frozen: Collection[Part]) -> Collection[Part]:
         """Parts of the model that train, whole or by adapters."""
         every: tuple[Part, ...] = ("vision_tower", "merger", "language_model")
@@ -58,16 +67,12 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """Bytes on one device, with those `gathered` while a sharded model computes.
-
-    `offloaded` are bytes of main memory, each device's share, which replace the first four.
-    """
+    """Bytes on one device; `offloaded` are bytes of main memory, each device's share, which replace them."""
 
     weights: float
     gradients: float
     optimizer: float
     reference: float
-    gathered: float
     offloaded: float
 
 
@@ -88,6 +93,7 @@ def place(
         weight=weight,
         compute=compute,
         reduce=bytes_of.get(parallel.reduce_dtype, compute),
+        frozen=bytes_of.get(parallel.reference_dtype, compute),
         trainers=_trainers(rollout, machine),
     )
 
@@ -133,7 +139,7 @@ def _names(machine: Machine) -> set[str]:
 def stored(place: Placement, trains: Collection[Part], *, reference: bool) -> Stored:
     """Bytes that one device holds, and its share of main memory; `reference`: whether there is one."""
     sizes, lora = place.sizes, place.lora
-    adapters = _adapter_parameters(lora, trains, sizes)
+    adapters = adapter_parameters(lora, trains, sizes)
     weights = float(sizes.total * place.weight)
     if lora.four_bit:
         packed = sum(x.inputs * x.outputs for x in sizes.linears if x.part == "language_model")
@@ -143,27 +149,45 @@ def stored(place: Placement, trains: Collection[Part], *, reference: bool) -> St
         "weights": weights + FP32 * adapters,
         "gradients": learns,
         "optimizer": 2 * learns,
-        "reference": weights if reference and not lora.rank else 0.0,
+        "reference": float(sizes.total * place.frozen) if reference and not lora.rank else 0.0,
     }
     own = {name: size / place.shards for name, size in whole.items()}
-    gathered, offloaded = _gathered(place) if place.sharded else 0.0, 0.0
+    offloaded = 0.0
     if place.offloaded:
-        # Shards that are copied to the GPU.
-        gathered += 2 * sizes.largest_layer * place.weight / place.shards
         own, offloaded = dict.fromkeys(own, 0.0), sum(own.values())
-    return Stored(**own, gathered=gathered, offloaded=offloaded)
+    return Stored(**own, offloaded=offloaded)
 
 
-def _adapter_parameters(lora: Lora, trains: Collection[Part], sizes: Sizes) -> int:
+def adapter_parameters(lora: Lora, trains: Collection[Part], sizes: Sizes) -> int:
+    """The numbers in the adapters of the parts that train."""
     chosen = [x for x in sizes.linears if x.part in trains]
     if lora.targets:
         chosen = [x for x in chosen if x.name.rpartition(".")[2] in lora.targets]
     return lora.rank * sum(x.inputs + x.outputs for x in chosen)
 
 
-def _gathered(place: Placement) -> float:
-    """Bytes of the layer in use and the next one with their gradients, and of parameters outside layers."""
-    sizes = place.sizes
-    units = 2 * sizes.largest_layer * (place.compute + place.reduce)
-    whole = 2 * sizes.largest_layer if place.parallel.reshard_after_forward else sizes.total
-    return float(units + whole * place.compute + 2 * sizes.outside_layers * place.compute)
+def units_of(place: Placement, trains: Collection[Part]) -> Units:
+    """What a sharded model gathers and what waits to be summed, in a step that trains these parts.
+
+    Of one device nothing is gathered from others: weights are copied into their other format or from main
+    memory, and no buffer of the next layer lies beside them.
+    """
+    if not place.sharded:
+        return Units()
+    sizes, several = place.sizes, place.shards > 1
+    layer, outside = sizes.largest_layer * place.compute, sizes.outside_layers * place.compute
+    layers = (1 + several) * layer
+    if not place.parallel.reshard_after_forward:
+        layers = (sizes.total - sizes.outside_layers) * place.compute
+    if place.offloaded:  # shards that are copied to the GPU
+        layers += 2 * sizes.largest_layer * place.weight / place.shards
+    if place.lora.rank or "language_model" not in trains:  # few gradients outside a tower of small blocks
+        return Units(gathered=layers + outside)
+    shard = 0.0 if place.offloaded else sizes.outside_layers * place.weight / place.shards
+    return Units(
+        gathered=layers + outside,
+        layer=layer + sizes.largest_layer * place.reduce,
+        waiting=sizes.text.vocab_size * sizes.text.hidden_size * place.compute,
+        root=outside + sizes.outside_layers * place.reduce,
+        root_shard=shard,
+    )

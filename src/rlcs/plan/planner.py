@@ -2,7 +2,7 @@
 
 Memory is the peak of the fullest device: with the largest pack that the recipe allows and answers at
 their limit. Work and time are for the assumed lengths. Bytes follow from the tensors that the code
-keeps; seconds are an estimate from the machine's peaks and an assumed utilisation.
+keeps; seconds from rates of the machine, measured or guessed (`plan.step_time`).
 """
 
 import math
@@ -11,11 +11,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlcs.evals.arms import CHUNK
-from rlcs.plan.machine import FP32, GIB, Assumed
+from rlcs.plan.lengths import group_lengths
+from rlcs.plan.machine import GIB, Assumed
 from rlcs.plan.memory import Load, Passing, activations, update_peak
-from rlcs.plan.placement import Placement, stored
-from rlcs.plan.rollouts import decoding_seconds, rollout_bytes
+from rlcs.plan.passes import update_times
+from rlcs.plan.placement import Placement, stored, units_of
+from rlcs.plan.rates import Speeds
+from rlcs.plan.rollouts import rollout_bytes, sampled
 from rlcs.plan.shapes import Tower
+from rlcs.plan.step_time import StepTime, step_time
 from rlcs.plan.work import Trees, language, vision
 from rlcs.recipe.schema import Eval, Images, Prompts
 from rlcs.recipe.stages import Grpo, Sft
@@ -25,6 +29,17 @@ LIBRARIES = 3 * GIB // 2
 """Bytes of a process without any model: the GPU's context and kernels, or Python with its libraries."""
 FRAGMENTS = 0.05
 """Memory lost to fragmentation, as a share of the memory in use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a plan knows beside the recipe: assumed lengths, and the rates of the machine.
+
+    Without rates memory and work alone are planned, and a step has no phases.
+    """
+
+    assumed: Assumed
+    speeds: Speeds | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,19 +76,18 @@ class StagePlan(MemoryPlan):
     repeated_tokens: int
     flops: float
     repeated_flops: float
-    seconds: Mapping[str, float]
+    time: StepTime
     steps: int | None
 
     def to_json(self) -> dict[str, Any]:
         """The memory, and the work and time of a step."""
-        step = sum(self.seconds.values())
+        step = self.time.seconds
         return MemoryPlan.to_json(self) | {
             "tokens_per_step": self.tokens,
             "tokens_per_step_repeated": self.repeated_tokens,
             "flops_per_step": self.flops,
             "flops_per_step_repeated": self.repeated_flops,
-            "seconds_per_step": round(step, 3),
-            "seconds_by_phase": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+            "step": self.time.to_json(),
             "steps": self.steps,
             "hours": None if self.steps is None else round(step * self.steps / 3600, 2),
         }
@@ -84,11 +98,12 @@ def plan_training(
     stage: Sft | Grpo,
     prompt: Prompts,
     images: Images,
-    assumed: Assumed,
+    inputs: Inputs,
     *,
     longest_answer: int,
 ) -> StagePlan:
     """Plan one training stage whose answers have `longest_answer` tokens at most."""
+    assumed = inputs.assumed
     if isinstance(stage, Grpo):
         count, group, lowest = stage.prompts_per_step, stage.group_size, images.rl_min_pixels
         steps: int | None = stage.steps
@@ -100,10 +115,9 @@ def plan_training(
     trees = expected_trees(largest, tower, assumed, count=count, lowest=lowest or images.min_pixels)
     parts, peak = _memory(placed, stage, trees, largest)
     per_tree, repeated = _passes(placed, stage, trees)
-    speed = _speed(placed, assumed)
-    seconds = {name: trees.count * flops / speed for name, flops in per_tree.items()}
-    if isinstance(stage, Grpo):
-        seconds["rollout"] += decoding_seconds(placed, trees, max_rows=stage.max_rows)
+    time = StepTime(phases=())
+    if inputs.speeds is not None:
+        time = step_time(placed, stage, trees, inputs.speeds, assumed)
     return StagePlan(
         parts=parts,
         peak=peak,
@@ -112,7 +126,7 @@ def plan_training(
         repeated_tokens=trees.count * trees.group * (trees.trunk + trees.answer),
         flops=trees.count * sum(per_tree.values()),
         repeated_flops=trees.count * trees.group * sum(repeated.values()),
-        seconds=seconds,
+        time=time,
         steps=steps,
     )
 
@@ -135,17 +149,20 @@ def plan_measurement(placed: Placement, sampling: Eval, prompt: Prompts, images:
 
 
 def answer_seconds(
-    placed: Placement, sampling: Eval, prompt: Prompts, images: Images, assumed: Assumed
+    placed: Placement,
+    sampling: Eval,
+    prompt: Prompts,
+    images: Images,
+    assumed: Assumed,
+    speeds: Speeds,
 ) -> float:
     """Seconds of one answer in a measurement, where CHUNK problems are answered together."""
     tower = placed.sizes.vision
     largest = largest_tree(images, tower, prompt=prompt.max_tokens, group=1, answer=sampling.max_new_tokens)
     trees = expected_trees(largest, tower, assumed, count=CHUNK, lowest=images.min_pixels)
-    image = vision(tower, trees.patches) if trees.patches else 0.0
-    flops = trees.count * (language(placed.sizes.text, trees.trunk, [trees.answer]) + image)
-    seconds = flops / _speed(placed, assumed)
-    seconds += decoding_seconds(placed, trees, max_rows=sampling.max_rows)
-    return seconds / CHUNK
+    groups = group_lengths(CHUNK, 1, mean=trees.answer, limit=sampling.max_new_tokens, spread=assumed.spread)
+    one = sampled(placed, groups, trees, speeds, max_rows=sampling.max_rows)
+    return (one.prefill + one.decode) / CHUNK
 
 
 # --- the trees of a step ------------------------------------------------------------------------------
@@ -191,9 +208,12 @@ def _memory(
     ]
     passes = [activations(placed.sizes, load, how) for load in loads]
     several = trees.count * trees.tokens > stage.pack_tokens * placed.trainers
-    worst = max(update_peak(held.gradients, one, packs=2 if several else 1) for one in passes)
-    parts = asdict(held) | {"activations": max(one.kept + one.working for one in passes)}
-    worst += held.gathered
+    units = units_of(placed, how.trains)
+    worst = max(update_peak(held.gradients, one, packs=2 if several else 1, units=units) for one in passes)
+    parts = asdict(held) | {
+        "gathered": units.gathered + units.layer + units.waiting,
+        "activations": max(one.kept + one.working for one in passes),
+    }
     if isinstance(stage, Grpo):
         # Whole groups within max_rows are decoded at once.
         own = math.ceil(stage.prompts_per_step / placed.trainers)
@@ -213,24 +233,10 @@ def with_overhead(worst: float) -> float:
 # --- work -----------------------------------------------------------------------------------------------
 
 
-def _speed(placed: Placement, assumed: Assumed) -> float:
-    """Operations a second of all devices that train, at the assumed share of their peak."""
-    device = placed.machine.device
-    peak = device.float32 if placed.compute == FP32 else device.bfloat16
-    return placed.trainers * assumed.utilization * peak
-
-
 def _passes(placed: Placement, stage: Sft | Grpo, trees: Trees) -> tuple[dict[str, float], dict[str, float]]:
     """Operations by phase of one tree, and of one answer whose prompt is computed for it alone."""
-    sizes, trains = placed.sizes, placed.trains(stage.freeze)
-    # Frozen parts need gradients of activations only; a frozen tower, which comes first, needs none.
-    half = 3 if placed.checkpointing else 2
-    whole = half if placed.lora.rank else half + 1
-    layers, tower = (
-        (whole if "language_model" in trains else half),
-        (whole if "vision_tower" in trains else 1),
-    )
-    times = {"update": (layers, tower)}
+    sizes = placed.sizes
+    times = {"update": update_times(placed, stage.freeze)}
     if isinstance(stage, Grpo):
         recomputed = stage.optimizer_steps > 1 and stage.old_logprobs == "policy"
         reference = int(stage.kl.active) + int(recomputed)

@@ -96,6 +96,12 @@ class Sizes:
         """Parameters of the whole model."""
         return sum(self.parameters.values())
 
+    @property
+    def decoding_weights(self) -> int:
+        """Weights that the next token is computed with: of the layers and the head, not the embedding."""
+        layers = sum(x.inputs * x.outputs for x in self.linears if x.part == "language_model")
+        return layers + int(self.text.vocab_size * self.text.hidden_size)
+
 
 def published(name: str) -> Qwen2_5_VLConfig | None:
     """The configuration of a published model as on the hub, known without network; None for others."""

@@ -12,7 +12,7 @@ from rlcs.plan.advice import possible_changes
 from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.memory import Passing, language_layer, token_keeps
 from rlcs.plan.placement import Placement
-from rlcs.plan.planner import MemoryPlan, with_overhead
+from rlcs.plan.planner import Inputs, MemoryPlan, with_overhead
 from rlcs.plan.shapes import Sizes, sizes_of
 from rlcs.plan.stages import placed, plan_stages
 from rlcs.recipe.arms import RL_ARMS
@@ -58,13 +58,14 @@ def shortage_advice(recipe: Recipe, where: str, machine: Machine, *, trainers: i
     if not stage:
         return ""
     sizes = sizes_of(recipe.model)
-    parts = _parts(plan_stages(recipe, sizes, machine, Assumed(), trainers=trainers)[stage], work)
+    inputs = Inputs(assumed=Assumed())
+    parts = _parts(plan_stages(recipe, sizes, machine, inputs, trainers=trainers)[stage], work)
     listed = " + ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     device = f"of the {_size(machine.device.memory * GIB)} of a device" if machine.gpus else "of main memory"
     total = f"with libraries and fragments {_size(with_overhead(sum(parts.values())))} {device}"
     lines = [f"planned for the longest prompts and answers: {listed}, {total}"]
     for change, other in _changes(recipe, sizes, machine, trainers):
-        after = _parts(plan_stages(other, sizes, machine, Assumed(), trainers=trainers)[stage], work)
+        after = _parts(plan_stages(other, sizes, machine, inputs, trainers=trainers)[stage], work)
         if sum(parts.values()) - sum(after.values()) < LEAST_SAVED * sum(parts.values()):
             continue
         key = change.partition("=")[0]

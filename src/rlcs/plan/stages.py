@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 
-from rlcs.plan.machine import Assumed, Machine
+from rlcs.plan.machine import Machine
 from rlcs.plan.placement import Placement, place
-from rlcs.plan.planner import MemoryPlan, plan_measurement, plan_training
+from rlcs.plan.planner import Inputs, MemoryPlan, plan_measurement, plan_training
 from rlcs.plan.shapes import Sizes
 from rlcs.recipe.arms import RL_ARMS, stages_behind
 from rlcs.recipe.schema import Recipe
 
 
 def plan_stages(
-    recipe: Recipe, sizes: Sizes, machine: Machine, assumed: Assumed, *, trainers: int | None = None
+    recipe: Recipe, sizes: Sizes, machine: Machine, inputs: Inputs, *, trainers: int | None = None
 ) -> dict[str, MemoryPlan]:
     """The plans of SFT and GRPO, where arms need them, and of measurement (`eval`).
 
@@ -19,14 +19,15 @@ def plan_stages(
     """
     learner, measured = placed(recipe, sizes, machine, trainers=trainers)
     needed = {stage for arm in recipe.study.arms for stage in stages_behind(arm)}
-    prompts, grpo = (recipe.prompt, recipe.images), recipe.grpo
+    prompts = recipe.prompt, recipe.images
+    grpo = recipe.grpo.model_copy(update={"overlap": recipe.overlap})
     stages: dict[str, MemoryPlan] = {}
     if "sft" in needed:  # responses of given demonstrations may be longer than a teacher's
         longest = recipe.teacher.max_tokens
-        stages["sft"] = plan_training(learner, recipe.sft, *prompts, assumed, longest_answer=longest)
+        stages["sft"] = plan_training(learner, recipe.sft, *prompts, inputs, longest_answer=longest)
     if needed & {*RL_ARMS}:
         limit = grpo.max_new_tokens
-        stages["grpo"] = plan_training(learner, grpo, *prompts, assumed, longest_answer=limit)
+        stages["grpo"] = plan_training(learner, grpo, *prompts, inputs, longest_answer=limit)
     return {**stages, "eval": plan_measurement(measured, recipe.eval, *prompts)}
 
 

@@ -8,6 +8,7 @@ from rlcs.distill.chains import Chain
 from rlcs.plan.data_size import Rows, rows_of
 from rlcs.plan.machine import Assumed, Machine
 from rlcs.plan.price import Price
+from rlcs.plan.rates import Basis
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, stages_behind
 from rlcs.recipe.schema import Recipe, Teacher
 from rlcs.train.sft import steps_of
@@ -42,6 +43,7 @@ class Total:
     seeds: int
     price: Price | None
     teacher: TeacherWork | None
+    basis: Basis
 
     @property
     def hours(self) -> float:
@@ -66,6 +68,7 @@ class Total:
             "seeds": self.seeds,
             "stages": [{"name": i.name, "hours": _rounded(i.hours), "note": i.note} for i in self.items],
             "hours": _rounded(self.hours),
+            "basis": self.basis,
             "gpu_hours": _rounded(self.gpu_hours),
             "cost": paid,
             "currency": self.price.currency if self.price else None,
@@ -75,7 +78,7 @@ class Total:
 
     def to_text(self) -> Iterator[str]:
         """The total as lines of text."""
-        yield "what runs, in this order (hours are guessed: the data sheet's speed times a share)"
+        yield f"what runs, in this order (hours are {self.basis})"
         for item in self.items:
             hours = "unknown" if item.hours is None else f"{_short(item.hours)} h"
             yield f"  {item.name:<28}{hours:>10}   {item.note}"
@@ -106,8 +109,12 @@ def total_of(
     *,
     machine: Machine,
     assumed: Assumed,
+    basis: Basis,
 ) -> Total:
-    """Add up what a recipe runs: `steps` are seconds of a step by stage, `answers` of a measured answer."""
+    """Add up what a recipe runs.
+
+    `steps` are seconds of a step by stage, `answers` of a measured answer; `basis` is how both are known.
+    """
     data = recipe.data
     test = rows_of(data.test)
     measured = _hours(test.count, answers["eval"])
@@ -124,7 +131,13 @@ def total_of(
             items.append(Item(name=f"measuring {ARMS[stage].label}", hours=measured, note=note))
     work = _teacher_work(recipe.teacher, given, assumed) if "sft" in needed else None
     return Total(
-        items=tuple(items), arms=recipe.study.arms, gpus=machine.gpus, seeds=1, price=None, teacher=work
+        items=tuple(items),
+        arms=recipe.study.arms,
+        gpus=machine.gpus,
+        seeds=1,
+        price=None,
+        teacher=work,
+        basis=basis,
     )
 
 

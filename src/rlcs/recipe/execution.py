@@ -41,6 +41,9 @@ class Parallel(Section):
     `model.dtype=float32` and `bfloat16` here, weights and optimiser stay exact and the work is fast."""
     reduce_dtype: Literal["same", "bfloat16", "float32"] = "same"
     """Number format in which gradients are summed over ranks; `same`: that of the computation."""
+    reference_dtype: Literal["same", "bfloat16", "float32"] = "same"
+    """Number format in which the shards of GRPO's frozen reference are kept; `same`: that of the
+    computation, in which they are used anyway, so that the results are the same bit for bit."""
     shard_size: Annotated[int, Field(gt=0)] | None = None
     """Neighbouring ranks that share one copy of the weights and optimiser; others hold further copies, and
     only gradients pass between them. Null, or more than there are: all ranks share one. On several nodes

@@ -11,7 +11,7 @@ from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
 from rlcs.recipe.execution import Lora, Parallel, Trackers
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
-from rlcs.recipe.stages import Grpo, Sft
+from rlcs.recipe.stages import Grpo, Overlap, Sft
 from rlcs.records import Sampling
 
 
@@ -57,6 +57,13 @@ class Images(Section):
     """`min_pixels` in RL only; None: the same. The paper's code enlarges to 262,144 in RL only."""
     decode_limit: Positive = 200_000_000
     """Images with more pixels in the file are refused before they are decoded; photos are scaled down."""
+    workers: Annotated[int, Field(ge=0)] = 4
+    """Threads of each process that decode and resize images before they are needed; 0: none."""
+    cache_gb: Annotated[float, Field(gt=0)] = 2.0
+    """Memory of each process for decoded images: an image of 1,000 tokens takes 2.4 MB."""
+    features_gb: NonNegative = 1.0
+    """GPU memory of each process for what a frozen vision tower makes of a step's images: it then runs once
+    in a step of RL; 0: once in every pass."""
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "Images":
@@ -367,6 +374,40 @@ class Recipe(Section):
                 "good; name other problems, or leave validation.source out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _can_overlap(self) -> "Recipe":
+        grpo, key = self.grpo, f"grpo.overlap={self.grpo.overlap}"
+        if grpo.overlap in (None, "none"):
+            return self
+        if self.rollout.engine != "vllm_server":
+            raise ValueError(
+                f"{key} needs an engine that samples while this process trains: set "
+                f"rollout.engine=vllm_server (now {self.rollout.engine}), or leave grpo.overlap out"
+            )
+        if grpo.loss_average == "micro_batch":
+            raise ValueError(
+                f"{key} packs groups as they arrive, and with grpo.loss_average=micro_batch the gradient "
+                "depends on what lies in a pack: set grpo.loss_average=token, or grpo.overlap=none"
+            )
+        if grpo.overlap == "one_step_off" and self.rollout.importance_cap is None:
+            raise ValueError(
+                f"{key} is corrected by importance weights: set rollout.importance_cap, to 2 say"
+            )
+        if grpo.overlap == "one_step_off" and grpo.optimizer_steps > 1 and grpo.old_logprobs == "sampler":
+            raise ValueError(
+                f"{key} with several optimiser steps needs grpo.old_logprobs=policy: the sampler's logprobs "
+                "are those of older weights, and clipping would hold the policy near them"
+            )
+        return self
+
+    @property
+    def overlap(self) -> Overlap:
+        """What goes on while the engine samples: as `grpo.overlap` says, or what is possible."""
+        if self.grpo.overlap is not None:
+            return self.grpo.overlap
+        possible = self.rollout.engine == "vllm_server" and self.grpo.loss_average != "micro_batch"
+        return "on_policy" if possible else "none"
 
     @property
     def learner(self) -> Model:

@@ -11,6 +11,7 @@ from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share, Wei
 Advantage = Literal["grpo", "dr_grpo", "rloo"]
 KlKind = Literal["none", "k1", "k2", "k3"]
 Turns = Literal["all", "last"]
+Overlap = Literal["none", "on_policy", "one_step_off"]
 
 
 class Optimizer(Section):
@@ -189,6 +190,11 @@ class Grpo(Stage):
     (sequences * max_new_tokens) (Dr. GRPO); `micro_batch`: token mean of each pack (the paper's code)."""
     old_logprobs: Literal["sampler", "policy"] = "sampler"
     """Base of the ratio with several optimiser steps: the sampler's logprobs, or one more pass."""
+    overlap: Overlap | None = None
+    """What goes on while the servers of `vllm_server` sample. `none`: nothing. `on_policy`: groups are graded
+    and learnt from as they arrive, with the gradient of a step that waits for all. `one_step_off`: the next
+    step is sampled meanwhile, too, by weights that are one step older; importance weights correct for that.
+    None: `on_policy` where it is possible (vllm_server, another loss_average than micro_batch)."""
     kl: Kl = Kl()
     """Divergence from the reference."""
     overlong: Overlong = Overlong()

@@ -6,7 +6,7 @@ from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
-from rlcs.recipe.stages import Grpo, Optimizer, Reward, Sft, function_name
+from rlcs.recipe.stages import Grpo, Optimizer, Overlap, Reward, Sft, function_name
 
 _TOKEN_PIXELS = 28 * 28
 _ADVANTAGES = {
@@ -27,6 +27,12 @@ _LOSSES = {
     "cispo": "clipped detached weights (CISPO)",
 }
 
+_OVERLAPS: dict[Overlap, str] = {
+    "none": "nothing; a step learns when all its answers are there",
+    "on_policy": "groups are learnt from as they arrive (same gradient)",
+    "one_step_off": "groups are learnt from as they arrive; the next step is sampled by weights one step old",
+}
+
 
 def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """The rows (choice, value) of the table, in the order of a run."""
@@ -39,7 +45,7 @@ def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
         *_prompt_rows(recipe.prompt, recipe.images),
         *_sft_rows(recipe.sft),
         *_grpo_rows(recipe.grpo),
-        *_rollout_rows(recipe.rollout, f", LoRA {adapters}" if recipe.lora.rank else ""),
+        *_rollout_rows(recipe.rollout, f", LoRA {adapters}" if recipe.lora.rank else "", recipe.overlap),
         *_data_rows(recipe.data, recipe.teacher, recipe.eval),
         *_validation_rows(recipe.validation, recipe.eval),
         *_kept_rows(recipe.sft, recipe.grpo),
@@ -100,16 +106,19 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
     ]
 
 
-def _rollout_rows(rollout: Rollouts, adapters: str) -> list[tuple[str, str]]:
-    """The row of rollouts by vLLM; none for local ones, which are sampled from the trained model itself."""
+def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tuple[str, str]]:
+    """The rows of rollouts by vLLM; none for local ones, which are sampled from the trained model itself."""
     if rollout.engine == "local":
         return []
     servers = ", ".join(rollout.urls) or _count(rollout.servers, "server")
     if rollout.engine == "vllm_colocated":
         servers = "a server on every rank's GPU, asleep while it trains"
-    engine = f"vLLM, {servers}"
+    engine = f"vLLM{' in FP8' if rollout.quantization else ''}, {servers}"
     correction = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
-    return [("rollouts", f"{engine}{adapters}; its logprobs against the policy's: {correction}")]
+    return [
+        ("rollouts", f"{engine}{adapters}; its logprobs against the policy's: {correction}"),
+        ("RL while vLLM samples", _OVERLAPS[overlap]),
+    ]
 
 
 def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]]:

@@ -381,13 +381,17 @@ class GradedSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """One problem with its rollouts (G,), their grades (G,) and advantages (G,)."""
+    """One problem with its rollouts (G,), their grades (G,) and advantages (G,).
+
+    `staleness` is the number of rollout steps that the policy has learnt since the weights that sampled it.
+    """
 
     problem: Problem
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     grades: tuple[Grade, ...]
     advantages: tuple[float | None, ...]
+    staleness: int = 0
 
     def __post_init__(self) -> None:
         """Check that lengths agree, and that unscored members have no advantage."""

@@ -53,26 +53,57 @@ def guessed_tokens(problem: Problem, response: str = "") -> int:
     return pixels // PIXELS_A_TOKEN + len((problem.transcript + response).encode()) // BYTES_A_TOKEN
 
 
-def packs_in_step(trees: Sequence[Tree], chat: Chat, *, budget: int, world: World) -> list[Pack]:
-    """Packs of this rank's trees, each of at most `budget` tokens.
+def packs_in_step(
+    trees: Sequence[Tree], chat: Chat, *, budget: int, world: World, kept_tokens: int = 0
+) -> list[Pack]:
+    """Packs of this rank's trees, each of at most `budget` tokens; their images are decoded in the meantime.
 
-    Every rank gets the same number of packs, and packs of one index have images on all ranks or on none.
+    Every rank gets the same number of packs, and packs of one index have images on all ranks or on none. The
+    first packs, with up to `kept_tokens` image tokens on every rank, keep what a frozen vision tower returns.
     """
     members = within_budget([tree.num_tokens for tree in trees], budget)
     groups = [[trees[i] for i in indices] for indices in members]
-    groups.sort(key=_has_images, reverse=True)
-    flags_of_ranks = world.gather([_has_images(group) for group in groups])
-    for index, flags in enumerate(zip_longest(*flags_of_ranks, fillvalue=False)):
+    return _in_step(groups, chat, world, kept_tokens)
+
+
+def full_packs_in_step(
+    trees: Sequence[Tree], chat: Chat, *, budget: int, world: World, kept_tokens: int = 0
+) -> tuple[list[Pack], list[Tree]]:
+    """Packs for this rank of as many of all trees as fill packs on every rank, and the trees that are left.
+
+    All ranks pass the same trees. The emptiest pack is left in any case: more trees may fill it.
+    """
+    sizes = [tree.num_tokens for tree in trees]
+    packs = within_budget(sizes, budget)
+    packs.sort(key=lambda members: -sum(sizes[i] for i in members))
+    packs = packs[: max(0, len(packs) - 1) // world.size * world.size]
+    taken = {i for members in packs for i in members}
+    own = [[trees[i] for i in members] for members in packs[world.rank :: world.size]]
+    left = [tree for i, tree in enumerate(trees) if i not in taken]
+    return _in_step(own, chat, world, kept_tokens) if packs else [], left
+
+
+def _in_step(groups: list[list[Tree]], chat: Chat, world: World, kept_tokens: int) -> list[Pack]:
+    """A pack of each group, with padding trees where other ranks have more groups, or images."""
+    groups.sort(key=lambda group: _image_tokens(group) > 0, reverse=True)
+    tokens_of_ranks = world.gather([_image_tokens(group) for group in groups])
+    packs: list[Pack] = []
+    totals = [0] * len(tokens_of_ranks)
+    for index, tokens in enumerate(zip_longest(*tokens_of_ranks, fillvalue=0)):
         if index == len(groups):
             groups.append([])
-        images = any(flags)
-        if not groups[index] or (images and not _has_images(groups[index])):
+        images = any(tokens)
+        if not groups[index] or (images and not _image_tokens(groups[index])):
             groups[index].append(padding_tree(chat, image=images))
-    return [pack(group, chat.patches) for group in groups]
+        totals = [total + more for total, more in zip(totals, tokens, strict=True)]
+        keeps = images and max(totals) <= kept_tokens
+        packs.append(pack(groups[index], chat.patches, keeps_features=keeps))
+    chat.prepare(image for each in packs for image in each.images)
+    return packs
 
 
-def _has_images(trees: Sequence[Tree]) -> bool:
-    return any(tree.prompt.images for tree in trees)
+def _image_tokens(trees: Sequence[Tree]) -> int:
+    return sum(end - start for tree in trees for start, end in tree.prompt.spans)
 
 
 def padding_tree(chat: Chat, *, image: bool) -> Tree:

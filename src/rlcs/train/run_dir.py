@@ -18,10 +18,12 @@ from rlcs.recipe.stages import Stage
 from rlcs.records import NO_SIGNAL, Group, StepReport
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import mark_done
-from rlcs.train import checkpoint
+from rlcs.train.checkpoint import Checkpoints
+from rlcs.train.clock import Clock
 from rlcs.train.health import SIGNS
 from rlcs.train.metrics import MetricsLog
 from rlcs.train.rollout_log import RolloutLog, measure
+from rlcs.train.state import TrainState, capture, restore, restore_weights
 from rlcs.train.trackers import Trackers
 from rlcs.train.trainer import StepResult, Trainer
 from rlcs.train.validation import FILE, SENT, Validation, sentence
@@ -67,6 +69,8 @@ class RunDir:
         self._rollouts = RolloutLog(path / "rollouts")
         self._started = time.monotonic()
         self._spent_before = 0.0
+        self._clock = Clock()
+        self._checkpoints: Checkpoints
         self._world: World
         self._trainer: Trainer
         self._stream: ProblemStream[Any]
@@ -85,7 +89,8 @@ class RunDir:
         if late := [step for step in self._settings.keep_steps if step > steps]:
             log.warning("%s ends at step %d, before keep_steps=%s", self.name, steps, late)
         self._first(self._trackers.skip_what_was_sent)
-        state = checkpoint.load_latest(self._checkpoints, self._world)
+        self._checkpoints = Checkpoints(self.path / "checkpoints", self._world)
+        state = self._checkpoints.load_latest()
         self._read_validation(0 if state is None else state.step)
         if state is None:
             self._first(lambda: self._metrics.resume_from(0))
@@ -93,10 +98,10 @@ class RunDir:
         if state.recipe_hash != self._recipe_hash:
             raise CheckpointError(
                 "the checkpoint was written under another recipe",
-                where=str(self.path / "checkpoints"),
+                where=str(self._checkpoints.folder),
                 fix="remove the folder to train this stage anew",
             )
-        checkpoint.restore(state, trainer.vlm.model, trainer.optimizer)
+        restore(state, trainer.vlm.model, trainer.optimizer)
         trainer.done, trainer.bad_steps = state.schedule["done"], state.schedule["bad_steps"]
         stream.restore(state.cursor)
         self._spent_before = state.extra["spent_s"]
@@ -104,10 +109,6 @@ class RunDir:
         self._first(lambda: self._metrics.resume_from(state.step))
         self._saved = state.step
         return state.step
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.path / "checkpoints"
 
     def _read_validation(self, step: int) -> None:
         """Take up the measurements of an earlier attempt, up to the step at which this one goes on."""
@@ -118,7 +119,7 @@ class RunDir:
     def validate(self, step: int, *, screen: Screen, stop: StopFlag) -> bool:
         """Measure the model after `step` steps where that is due; whether it was.
 
-        The best model so far gets a checkpoint where the stage is to keep it. Raises Stopped, with a
+        The best model so far gets a checkpoint where the stage is to keep it. Raises Stopped, with a finished
         checkpoint of this step.
         """
         validation = self.validation
@@ -135,13 +136,28 @@ class RunDir:
         if step > validation.sent:
             self._first(lambda: self._trackers.send(named, step))
         screen.say(sentence(row, self._steps), {"validation": row})
-        if self._settings.keep == "best" and step < self._steps and validation.best()[:1] == [step]:
-            self._save_once(step)
+        best = self._settings.keep == "best" and validation.best()[:1] == [step]
+        if best and self._saved < step < self._steps:
+            self._start_save(step)
         return True
+
+    def is_last_or_measured(self, step: int) -> bool:
+        """Whether the model after `step` steps is to be measured, or the final one."""
+        due = self.validation is not None and self.validation.is_due(step, self._steps)
+        return due or step == self._steps
+
+    def stop_in_step(self, done: int, stop: StopFlag) -> None:
+        """End here after a stop signal, with a checkpoint of the `done` steps, of which the model is.
+
+        Raises Stopped.
+        """
+        self._save_once(done)
+        self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
 
     def _save_once(self, step: int) -> None:
         if step > self._saved:
             self.save(step)
+        self._checkpoints.wait()
 
     def _first(self, work: Callable[[], None]) -> None:
         """Do `work` on rank 0 alone; other ranks do not wait for it."""
@@ -163,20 +179,26 @@ class RunDir:
         screen: Screen,
         stop: StopFlag,
     ) -> None:
-        """Log step `step` (from 1), save a checkpoint when due, and end here after a stop signal to any rank.
+        """Log step `step` (from 1), begin to save a checkpoint when due, and end here after a stop signal.
 
-        No result means that the step had no gradient. Raises Stopped.
+        A checkpoint that was written meanwhile is finished. The seconds for which training stood still since
+        the last step are among those of this one: `checkpoint` for copies, `checkpoint_wait` for an earlier
+        checkpoint that was not yet written. No result means that the step had no gradient. Raises Stopped,
+        after a signal to any rank, with a checkpoint of this step.
         """
+        seconds = {**seconds, **self._clock.seconds}
+        self._clock = Clock()
         report = step_report(self.name, result, step=step, steps=self._steps, values=values, seconds=seconds)
         self._warn_of_gap(report.values, screen)
         self._first(lambda: self._log(report))
         screen.step(report)
-        stopping = self._world.agree(stop)
+        self._checkpoints.poll()
         due = step % self._settings.save_every == 0 or step in self._settings.keep_steps
-        if stopping or (due and step < self._steps):
+        if self._world.agree(stop):
             self.save(step)
-        if stopping:
             self._world.check(stop, f"{self.name} after step {step} of {self._steps}")
+        if due and step < self._steps:
+            self._start_save(step)
 
     def _warn_of_gap(self, values: Mapping[str, float], screen: Screen) -> None:
         """Warn where the sampler's logprobs differ much from the policy's, say with outdated weights."""
@@ -191,9 +213,23 @@ class RunDir:
         self._trackers.append(report)
 
     def save(self, step: int) -> None:
-        """Save a checkpoint after step `step` (from 1)."""
+        """Save a checkpoint after step `step` (from 1), when the rollouts up to it are written."""
+        self._rollouts.wait()
+        self._checkpoints.save(self._state(step), **self._kept())
+        self._saved = step
+
+    def _start_save(self, step: int) -> None:
+        """Begin to save a checkpoint, which a later step finishes, when the rollouts up to it are written."""
+        self._rollouts.wait()
+        with self._clock("checkpoint_wait"):
+            self._checkpoints.wait()
+        with self._clock("checkpoint"):
+            self._checkpoints.start(self._state(step), **self._kept())
+        self._saved = step
+
+    def _state(self, step: int) -> TrainState:
         trainer = self._trainer
-        state = checkpoint.capture(
+        return capture(
             trainer.vlm.model,
             trainer.optimizer,
             step=step,
@@ -202,10 +238,11 @@ class RunDir:
             extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
             recipe_hash=self._recipe_hash,
         )
+
+    def _kept(self) -> dict[str, Any]:
+        """How many of the newest checkpoints are kept, and which steps' always."""
         always = {*self._settings.keep_steps, *self._best()[:1]}
-        keep = self._settings.keep_checkpoints
-        checkpoint.save(self._checkpoints, state, keep=keep, always=always, world=self._world)
-        self._saved = step
+        return {"keep": self._settings.keep_checkpoints, "always": always}
 
     def _best(self) -> list[int]:
         """The measured steps from the best on, where the stage is to keep the best."""
@@ -213,7 +250,9 @@ class RunDir:
 
     def finish(self, screen: Screen) -> None:
         """Write the model of the last step, or the best one, in Hugging Face format; then the marker."""
+        self._checkpoints.wait()
         self._trackers.close()
+        self._rollouts.wait()
         step = self._restore_best(screen)
         save(self._trainer.vlm, self.final)
         facts = {
@@ -234,11 +273,11 @@ class RunDir:
                 break
             self._save_once(self._steps)
             try:
-                state = checkpoint.load_step(self._checkpoints, step, self._world)
+                state = self._checkpoints.load(step)
             except CheckpointError as error:
                 log.warning("step %d was the best, and is passed over: %s", step, error)
                 continue
-            checkpoint.restore_weights(state, self._trainer.vlm.model)
+            restore_weights(state, self._trainer.vlm.model)
             assert self.validation is not None, "it has the best step"
             figures = f"{self.validation.rows[step]['accuracy']:.1%} right"
             if (before := self.validation.rows.get(0)) is not None:

@@ -33,7 +33,7 @@ def tree_of(demonstration: Demonstration, chat: Chat, *, turns: Turns = "all") -
     """A tree with one branch. Raises PromptError or ImageError for a problem that cannot be a prompt."""
     ids = chat.response_ids(demonstration.response)
     branch = Branch(ids=ids, weights=(1.0,) * len(ids))
-    prompt = chat.prompt(demonstration.problem)
+    prompt = chat.checked(chat.prompt(demonstration.problem))
     if turns == "last" or not prompt.replies:
         return Tree(prompt=prompt, branches=(branch,))
     weights = [0.0] * len(prompt.ids)
@@ -95,7 +95,9 @@ def usable_trees(
     """
     trees: list[Tree] = []
     errors: list[DataError] = []
-    for index in own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], world):
+    own = own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], world)
+    chat.prepare(image for index in own for image in demonstrations[index].problem.images)
+    for index in own:
         try:
             trees.append(tree_of(demonstrations[index], chat, turns=turns))
         except DataError as error:

@@ -55,9 +55,11 @@ def _peaks(setting: Setting, device: torch.device, checkpointing: bool) -> tuple
     trainer.optimizer.zero_grad(set_to_none=True)
     measured = peak_bytes(lambda: trainer.step([batch], objective, average="token"), device)
     sizes = measure(shape.name, vlm.model.config)
-    assert batch.pack.pixel_values is not None, "its trees have images"
+    assert batch.pack.grids is not None, "its trees have images"
     load = Load(
-        tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=len(batch.pack.pixel_values)
+        tokens=batch.pack.num_tokens,
+        targets=batch.pack.num_targets,
+        patches=int(batch.pack.grids.prod(dim=1).sum()),
     )
     element = dtype.itemsize
     how = Passing(element=element, checkpointing=checkpointing, trains=list(sizes.parameters))

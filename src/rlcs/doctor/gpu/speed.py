@@ -23,9 +23,10 @@ from rlcs.doctor.gpu.models import (
 from rlcs.engines.local import LocalEngine
 from rlcs.grading import GradePool
 from rlcs.model.chat import Chat
+from rlcs.model.image_features import image_inputs
 from rlcs.model.loading import default_device
 from rlcs.model.packing import Pack, pack
-from rlcs.model.policy import image_inputs, score
+from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import Sizes, measure
 from rlcs.records import Tree

@@ -40,16 +40,15 @@ class VllmEngine:
         vlm: Vlm,
         chat: Chat,
         *,
-        decode_limit: int,
         ranks: int | None = None,
     ) -> None:
-        """`published` is shared by all engines of a backend; `decode_limit` is in pixels.
+        """`published` is shared by all engines of a backend.
 
         Every `ranks` ranks share one backend, and their first asks it for all of them; None: all ranks.
         """
         self._backend, self._published = backend, published
         self._ranks = ranks or vlm.world.size
-        self._vlm, self._chat, self._decode_limit = vlm, chat, decode_limit
+        self._vlm, self._chat = vlm, chat
         self._weights: Weights | None = None
 
     def sync(self) -> None:
@@ -65,11 +64,11 @@ class VllmEngine:
         # first, and `each` begins when all have.
         give_back_memory()
         world = self._vlm.world
-        own = self._requests(prompts, sampling, step)
         asker = world.rank - world.rank % self._ranks
-        shared = world.gather(own)[asker : asker + self._ranks] if self._ranks > 1 else [own]
-        asked = [request for of_rank in shared for request in of_rank] if self._asks else []
-        groups = world.each(lambda: self._all_groups(asked, weights, on_group))[asker]
+        shared = world.gather(prompts)[asker : asker + self._ranks] if self._ranks > 1 else [prompts]
+        asked = [prompt for of_rank in shared for prompt in of_rank] if self._asks else []
+        requests = self._requests(asked, sampling, step)
+        groups = world.each(lambda: self._all_groups(requests, weights, on_group))[asker]
         start = sum(map(len, shared[: world.rank - asker]))
         return groups[start : start + len(prompts)]
 
@@ -94,8 +93,9 @@ class VllmEngine:
         return self._weights
 
     def _requests(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[PromptRequest]:
+        self._chat.prepare(ref for prompt in prompts for ref in prompt.images)
         return [
-            PromptRequest(prompt=prompt, sampling=sampling, step=step, decode_limit=self._decode_limit)
+            PromptRequest(prompt=prompt, sampling=sampling, step=step, resized=self._chat.resized)
             for prompt in prompts
         ]
 

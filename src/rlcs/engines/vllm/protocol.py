@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlcs.data.images import data_uri, encode, open_image
+from rlcs.data.images import data_uri, encode
 from rlcs.engines.stop_reasons import stop_reason
 from rlcs.errors import EndpointError
-from rlcs.records import Prompt, Rollout, Sampling, StopReason, rollout_seed
+from rlcs.records import ImageRef, Prompt, Rollout, Sampling, StopReason, rollout_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,12 +34,15 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptRequest:
-    """Asks for `sampling.n` answers to one prompt. Images of more than `decode_limit` pixels are refused."""
+    """Asks for `sampling.n` answers to one prompt; `resized` returns an image in the size that a model sees.
+
+    vLLM's image processor leaves that size as it is, so that its patches are ours, bit by bit.
+    """
 
     prompt: Prompt
     sampling: Sampling
     step: int
-    decode_limit: int
+    resized: "Callable[[ImageRef], Image]"
 
     @property
     def token_ids(self) -> list[int]:
@@ -79,17 +82,13 @@ class PromptRequest:
             "detokenize": False,
         }
 
-    def images(self) -> "list[Image]":
-        """The decoded images: orientation and transparency are applied here. Raises ImageError."""
-        return [open_image(ref, limit=self.decode_limit) for ref in self.prompt.images]
-
     def body(self) -> dict[str, Any]:
         """The JSON body of `POST /inference/v1/generate`. Raises ImageError."""
         return {
             "token_ids": self.token_ids,
             "content_parts": [
-                {"type": "image_url", "url": data_uri(encode(image, compress_level=1))}
-                for image in self.images()
+                {"type": "image_url", "url": data_uri(encode(self.resized(ref), compress_level=1))}
+                for ref in self.prompt.images
             ],
             "sampling_params": self.sampling_params,
             "return_token_ids": True,

@@ -50,6 +50,16 @@ def require_startable(settings: EngineSettings, section: str) -> str:
     return _new_enough(done.stdout.strip().rpartition("\n")[2][:_SHOWN], where)
 
 
+def require_quantisable(settings: Rollouts, device: str) -> None:
+    """Raise RecipeError where vLLM cannot compute in the format that the recipe asks for."""
+    if settings.quantization and device == "cpu":
+        raise RecipeError(
+            f"vLLM has no {settings.quantization} on a CPU",
+            where="rollout.quantization",
+            fix="leave it out here",
+        )
+
+
 def _new_enough(version: str, where: str) -> str:
     found = re.search(r"(\d+)\.(\d+)\S*", version)
     if found is None or (int(found[1]), int(found[2])) < OLDEST:

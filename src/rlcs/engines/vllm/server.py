@@ -48,6 +48,13 @@ NEEDED = {"enable_scale_out": True, **LOGPROBS, **OWN_DEFAULTS}
 ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 """On a CPU compiling costs more than it saves, and vLLM 0.32 crashes there on a seeded prompt prefilled in
 parts (`CPU Generator does not use offset`)."""
+FP8 = {
+    "quantization": "fp8_per_channel",
+    "quantization_config": {"ignore": ["re:.*visual\\..*"]},
+}
+"""Arguments for FP8: a scale for each output channel of a weight, and for each token of its input. The vision
+tower is left out: it is a small part of the work, and its widths are no multiples of 16. vLLM 0.32 rounds
+again whenever it reloads weights; its `--quantization fp8` takes only weights that are rounded already."""
 SHARE = "rollout.memory_share"
 ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Set in a server's environment, it opens the endpoints that load and unload adapters."""
@@ -136,6 +143,7 @@ class Launch:
             **({} if share is None else {"gpu_memory_utilization": share}),
             **(adapter_arguments(self.adapter_rank) if self.adapter_rank else {}),
             **({"enable_sleep_mode": True} if self.sleep_level else {}),
+            **(FP8 if self.settings.quantization else {}),
             **(ON_CPU if self.on_cpu else {}),
         }
 

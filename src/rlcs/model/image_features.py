@@ -1,0 +1,77 @@
+"""The vision inputs of a pack: patches, or what a frozen vision tower made of them before.
+
+A tower that does not train gives the same output in every pass of a step: reference, old logprobs, update. A
+pack with `kept` holds what the mergers got from it, so that the tower runs once; the mergers, which may
+train, run in every pass. Whether packs keep it is decided for all ranks together (`train.batching`), so that
+a sharded tower runs on all ranks or on none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlcs.model.packing import Pack
+from rlcs.model.vlm import Vlm
+
+
+def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
+    """The vision inputs of the model's forward: every image once. Raises ImageError."""
+    if not pack.images or pack.grids is None:
+        return {}
+    if pack.kept is None or vlm.frozen_tower is None:
+        return {"pixel_values": _pixel_values(vlm, pack), "image_grid_thw": pack.grids}
+    key = (vlm.frozen_tower, vlm.model.dtype)
+    if key not in pack.kept:
+        pack.kept[key] = _tower_output(vlm, pack)
+    return {"mm_encoder_outputs": {"image": _merged(vlm, pack.kept[key])}}
+
+
+def affordable_tokens(vlm: Vlm, limit_bytes: int) -> int:
+    """Image tokens for which the output of the frozen tower takes at most so many bytes; 0 if it trains."""
+    if vlm.frozen_tower is None:
+        return 0
+    visual: Any = vlm.model.base_model.visual
+    values = visual.patch_embed.proj.out_channels * visual.spatial_merge_size**2 * len(_mergers(vlm))
+    return int(limit_bytes // (values * vlm.model.dtype.itemsize))
+
+
+def _pixel_values(vlm: Vlm, pack: Pack) -> Tensor:
+    return torch.cat([pack.pixels(ref, vlm.device).to(vlm.model.dtype) for ref in pack.images])
+
+
+def _mergers(vlm: Vlm) -> list[nn.Module]:
+    """What maps the tower's hidden states to image tokens: one module; in Qwen3-VL one more a deep layer."""
+    visual: Any = vlm.model.base_model.visual
+    return [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+
+
+@torch.no_grad()
+def _tower_output(vlm: Vlm, pack: Pack) -> tuple[type, list[int], Tensor, list[Tensor]]:
+    """The type of the model's vision output, tokens of each image, their order, and the mergers' inputs.
+
+    The order is found by letting the merger return the numbers of its rows: a tower with windows sorts them.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def numbered(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs[module] = arguments[0]
+        return torch.arange(len(output), device=output.device)[:, None]
+
+    hooks = [merger.register_forward_hook(numbered) for merger in _mergers(vlm)]
+    try:
+        model: Any = vlm.model.base_model
+        output = model.get_image_features(_pixel_values(vlm, pack), pack.grids, return_dict=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    order = torch.cat(output.pooler_output)[:, 0]
+    sizes = [len(part) for part in output.pooler_output]
+    return type(output), sizes, order, [inputs[merger] for merger in _mergers(vlm)]
+
+
+def _merged(vlm: Vlm, kept: tuple[type, list[int], Tensor, list[Tensor]]) -> Any:
+    kind, sizes, order, inputs = kept
+    first, *deeper = (merger(x) for merger, x in zip(_mergers(vlm), inputs, strict=True))
+    more = {"deepstack_features": [features.split(sizes) for features in deeper]} if deeper else {}
+    return kind(pooler_output=first[order].split(sizes), **more)

@@ -1,0 +1,209 @@
+"""Learns from the groups of a rollout step: packs, old and reference logprobs, the loss, optimiser steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from rlcs.model.image_features import affordable_tokens
+from rlcs.model.packing import Pack
+from rlcs.model.policy import Scores
+from rlcs.recipe.stages import Grpo
+from rlcs.records import Group, Tree
+from rlcs.train.batching import full_packs_in_step, own_share, packs_in_step
+from rlcs.train.clock import Clock
+from rlcs.train.context import GrpoContext
+from rlcs.train.groups import tree_of, zero_variance
+from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
+from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, logprobs_of
+
+
+@dataclass(kw_only=True)
+class _Share:
+    """The groups of one optimiser step: trees that are in no pack yet, packs that are not learnt yet.
+
+    `zero_grad` are trees that only count, `missing` is the number of groups that have not come.
+    """
+
+    missing: int
+    trees: list[Tree] = field(default_factory=list)
+    zero_grad: list[Tree] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
+    begun: bool = False
+
+
+class Learner:
+    """Takes the optimiser steps of one rollout step, each on its share of the groups, in their order.
+
+    Groups are learnt from as they are added: in `advance` those that fill packs on every rank, in `finish`
+    all others. The trainer divides once, when a share is complete, so a gradient is the same in whatever
+    parts its groups come, but for the order of summation.
+
+    Shares are runs of places in the step, so that they are those of a step that waits for all groups. Shares
+    in the order of arrival would begin earlier, but the first would hold the short answers, and the weights
+    would depend on the servers' timing. Optimiser steps may be taken before the last group is there only
+    where nothing else is computed by the weights of before: with old logprobs by the sampler. With old
+    logprobs by the policy, packs of all shares get theirs as they fill, and the first share is learnt
+    from, but the weights change when all groups have come.
+
+    Without a KL penalty a group whose rewards are all equal has a gradient of exactly zero: it is not
+    computed, but its tokens still count in the mean (not in `micro_batch`, whose mean is of each
+    computed pack).
+    """
+
+    def __init__(self, trainer: Trainer, context: GrpoContext, settings: Grpo, clock: Clock) -> None:
+        """Nothing is learnt before the first group is added."""
+        self._trainer, self._context, self._settings, self._clock = trainer, context, settings, clock
+        self._objective = make_objective(settings, context.importance_cap)
+        count, steps = settings.prompts_per_step, settings.optimizer_steps
+        self._size = -(-count // steps)
+        starts = range(0, count, self._size)
+        self._shares = [_Share(missing=min(self._size, count - start)) for start in starts]
+        self._results: list[StepResult] = []
+        self._done = 0
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the weights are no longer those of the step's beginning."""
+        return bool(self._results)
+
+    def add(self, placed: Sequence[tuple[int, Group]]) -> None:
+        """Take up groups, each after its place in the step; all ranks add the same."""
+        for place, group in placed:
+            share = self._shares[place // self._size]
+            share.missing -= 1
+            known_zero = zero_variance(group) and not self._settings.kl.active
+            (share.zero_grad if known_zero else share.trees).append(tree_of(group))
+
+    def advance(self) -> None:
+        """Learn from the packs that the groups so far fill on every rank."""
+        with self._clock("reference"):
+            for share in self._shares[self._done :]:
+                if share.missing and share.trees:
+                    self._prepare_full(share)
+                elif not share.missing:
+                    self._prepare_rest(share)
+        with self._clock("update"):
+            self._learn(final=False)
+
+    def finish(self) -> list[StepResult]:
+        """Learn from the rest, as no group will be added. The results of the optimiser steps, if any."""
+        with self._clock("reference"):
+            for share in self._shares[self._done :]:
+                self._prepare_rest(share)
+        with self._clock("update"):
+            self._learn(final=True)
+        return self._results
+
+    def _prepare_full(self, share: _Share) -> None:
+        settings, context = self._settings, self._context
+        trees = [tree for tree in share.trees if tree.branches]
+        packs, share.trees = full_packs_in_step(
+            trees,
+            context.chat,
+            budget=settings.pack_tokens,
+            world=context.vlm.world,
+            kept_tokens=_kept_tokens(context, settings),
+        )
+        share.batches += with_logprobs(packs, context, settings)
+
+    def _prepare_rest(self, share: _Share) -> None:
+        share.batches += make_batches(share.trees, self._context, self._settings)
+        share.trees = []
+
+    def _learn(self, *, final: bool) -> None:
+        """Learn from the packs of the first share that is not done; of the next ones when that is."""
+        settings = self._settings
+        may_step = settings.old_logprobs == "sampler"
+        while self._done < len(self._shares):
+            share = self._shares[self._done]
+            for batch in share.batches:
+                self._trainer.add(batch, self._objective, temperature=settings.temperature)
+            share.begun, share.batches = share.begun or bool(share.batches), []
+            is_last = self._done == len(self._shares) - 1
+            if not final and (share.missing or is_last or not may_step):
+                return
+            if share.begun:
+                result = self._trainer.apply(
+                    average=settings.loss_average,
+                    max_new_tokens=settings.max_new_tokens,
+                    zero_grad=ZeroGradCounts.of(share.zero_grad),
+                )
+                self._results.append(result)
+            self._done += 1
+
+
+def make_batches(trees: Sequence[Tree], context: GrpoContext, settings: Grpo) -> list[Batch]:
+    """This rank's packs of trees within the token budget, with logprobs; all ranks pass the same trees."""
+    trees = [tree for tree in trees if tree.branches]
+    if not trees:
+        return []
+    world = context.vlm.world
+    own = [trees[i] for i in own_share([tree.num_tokens for tree in trees], world)]
+    packs = packs_in_step(
+        own,
+        context.chat,
+        budget=settings.pack_tokens,
+        world=world,
+        kept_tokens=_kept_tokens(context, settings),
+    )
+    return with_logprobs(packs, context, settings)
+
+
+def _kept_tokens(context: GrpoContext, settings: Grpo) -> int:
+    """Image tokens whose features, of a frozen tower, are kept where packs pass more than once."""
+    many_passes = settings.optimizer_steps > 1 or context.reference is not None
+    limit = context.feature_bytes // settings.optimizer_steps if many_passes else 0
+    return affordable_tokens(context.vlm, limit)
+
+
+def with_logprobs(packs: Sequence[Pack], context: GrpoContext, settings: Grpo) -> list[Batch]:
+    """The packs with old and reference logprobs where the loss needs them; all ranks in step.
+
+    With one optimiser step a rollout step the ratio's base is the policy itself, and needs no pass.
+    """
+    old: Sequence[torch.Tensor | None] = [None] * len(packs)
+    reference: Sequence[torch.Tensor | None] = [None] * len(packs)
+    if settings.optimizer_steps > 1:
+        if settings.old_logprobs == "policy":
+            old = logprobs_of(context.vlm, packs, temperature=settings.temperature)
+        else:
+            old = [pack.sampler_logprobs for pack in packs]
+    if context.reference is not None:
+        reference = logprobs_of(context.reference, packs, temperature=settings.temperature)
+    return [
+        Batch(pack=p, old_logprobs=o, ref_logprobs=r) for p, o, r in zip(packs, old, reference, strict=True)
+    ]
+
+
+def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
+    """The policy loss of a batch, and the sum of differences between the sampler's and the policy's logprobs.
+
+    `cap` bounds the importance weights that correct for those differences; None: no correction.
+    """
+
+    def objective(batch: Batch, scores: Scores) -> LossSums:
+        device = scores.logprobs.device
+        now = scores.logprobs.detach()
+        old = now if batch.old_logprobs is None else batch.old_logprobs.to(device)
+        sampler = batch.pack.sampler_logprobs
+        sampler = None if sampler is None else sampler.to(device)
+        inputs = LossInputs(
+            logprobs=scores.logprobs,
+            old_logprobs=old,
+            advantages=batch.pack.weights.to(device),
+            sequence=batch.pack.sequence.to(device),
+            ref_logprobs=batch.ref_logprobs,
+            importance=None if sampler is None or cap is None else truncated_importance(old, sampler, cap),
+        )
+        sums = policy_loss(inputs, settings)
+        if sampler is None:
+            return sums
+        gaps = (now - sampler).abs()
+        return replace(
+            sums,
+            sums={**sums.sums, "sampler_gap": gaps.sum()},
+            maxima={**sums.maxima, "sampler_gap_max": gaps.max()},
+        )
+
+    return objective
