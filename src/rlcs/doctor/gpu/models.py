@@ -87,7 +87,7 @@ def random_vlm(
         model = AutoModelForImageTextToText.from_config(configuration(shape), dtype=dtype)
     attention.install(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loading.checkpoint_activations(model)
     return replace(described, model=model.eval(), world=world)
 
 
@@ -97,12 +97,12 @@ def make_chat(vlm: Vlm, *, max_tokens: int = 1 << 15) -> Chat:
     return loading.make_chat(vlm, Prompts(max_tokens=max_tokens), images)
 
 
-def drawn(width: int, height: int, seed: int) -> ImageRef:
-    """An image of random coloured tiles."""
+def drawn(width: int, height: int, seed: int, *, kind: str = "PNG") -> ImageRef:
+    """An image of random coloured tiles, encoded in this way."""
     generator = torch.Generator().manual_seed(seed)
     tiles = torch.randint(0, 256, (max(1, height // 28), max(1, width // 28), 3), generator=generator)
     image = Image.fromarray(tiles.to(torch.uint8).numpy()).resize((width, height), Image.Resampling.NEAREST)
-    return image_from_bytes(encode(image), limit=1 << 24, where="drawn")
+    return image_from_bytes(encode(image, kind), limit=1 << 24, where="drawn")
 
 
 def random_tree(

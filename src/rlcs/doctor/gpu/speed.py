@@ -186,7 +186,7 @@ def _grades() -> float:
 
 def _images(chat: Chat, count: int, size: tuple[int, int]) -> float:
     """Images a second that this process decodes, resizes and cuts into patches."""
-    refs = [drawn(*size, seed=100 + index) for index in range(count + 1)]
+    refs = [drawn(*size, seed=100 + index, kind="JPEG") for index in range(count + 1)]
     chat.patches(refs.pop())  # what the first one alone costs
     started = time.perf_counter()
     for ref in refs:

@@ -30,6 +30,7 @@ from rlcs.recipe.schema import Recipe
 from rlcs.signals import StopFlag
 from rlcs.storage import DONE, read_jsonl
 from rlcs.train import grpo
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 
 _LARGEST_GAP = 0.1
@@ -134,7 +135,7 @@ def _train(recipe: Recipe, folder: Path, world: World) -> None:
         StopFlag() as stop,
         screen("grpo", settings.steps, quiet=True, stream=sys.stderr) as view,
     ):
-        context = grpo.GrpoContext(
+        context = GrpoContext(
             vlm=vlm,
             reference=reference,
             chat=chat,
@@ -142,6 +143,8 @@ def _train(recipe: Recipe, folder: Path, world: World) -> None:
             grader=grader,
             judge=judge,
             importance_cap=recipe.rollout.cap,
+            overlap=recipe.overlap,
+            feature_bytes=int(recipe.images.features_gb * 2**30),
         )
         grpo.train(context, problems, settings, run=run, screen=view, stop=stop)
 

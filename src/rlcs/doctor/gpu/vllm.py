@@ -30,9 +30,10 @@ from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.vllm.protocol import BAN
 from rlcs.model import attention
 from rlcs.model.chat import Chat
+from rlcs.model.image_features import image_inputs
 from rlcs.model.loading import default_device
 from rlcs.model.packing import pack
-from rlcs.model.policy import hidden_states, image_inputs
+from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import measure
 from rlcs.recipe.sampling import Rollouts
@@ -78,15 +79,13 @@ def check(setting: Setting) -> Check:
     shape = _shape(setting, free_bytes(device))
     vlm = random_vlm(shape, device, torch.float32 if setting.cpu else torch.bfloat16)
     chat = make_chat(vlm)
-    needs = EngineNeeds(settings=settings, max_tokens=2048, max_rows=64, decode_limit=1 << 24)
+    needs = EngineNeeds(settings=settings, max_tokens=2048, max_rows=64)
     with open_engines(needs, Path(setting.folder) / "vllm") as make:
-        trial = _Trial(make(vlm, chat, 64), vlm, chat)
+        trial = _Trial(make(vlm, chat, 64), vlm, chat, shape)
         trial.run()
     values = {"engine": settings.engine, "model": shape.label, "layers": shape.layers, **trial.values}
     if trial.problems:
-        fix = (
-            "use vLLM 0.32 or newer with the versions of docs/reference/versions.md, or rollout.engine=local"
-        )
+        fix = "use vLLM 0.32 or newer (see docs/reference/versions.md), or rollout.engine=local"
         return Check(ok=False, message="; ".join(trial.problems), fix=fix, values=values, rates=trial.rates)
     message = (
         f"starts in {values['start_s']:.0f} s, logprobs within {values['gap']:.1e} nats of ours "
@@ -110,8 +109,8 @@ def _shape(setting: Setting, free: int) -> Shape:
 class _Trial:
     """Questions to one vLLM: what is wrong, the values, and the rates of a plan."""
 
-    def __init__(self, engine: Engine, vlm: Vlm, chat: Chat) -> None:
-        self._engine, self._vlm, self._chat = engine, vlm, chat
+    def __init__(self, engine: Engine, vlm: Vlm, chat: Chat, shape: Shape) -> None:
+        self._engine, self._vlm, self._chat, self._shape = engine, vlm, chat, shape
         self._small = vlm.device.type == "cpu"
         self._free_before = free_bytes(vlm.device)
         self.problems: list[str] = []
@@ -187,7 +186,7 @@ class _Trial:
 
         Steps are differences of two rounds, so that what a round costs once is not in them.
         """
-        vlm, sizes = self._vlm, measure("random", self._vlm.model.config)
+        vlm, sizes = self._vlm, measure(self._shape.name, configuration(self._shape))
         rows, more, side = (2, 8, (168, 168)) if self._small else (48, 64, (840, 868))
         trees = [random_tree(self._chat, [side], [1], text=150, seed=50 + row) for row in range(rows)]
         prompts = [tree.prompt for tree in trees]
