@@ -187,7 +187,7 @@ class _Trial:
         Steps are differences of two rounds, so that what a round costs once is not in them.
         """
         vlm, sizes = self._vlm, measure(self._shape.name, configuration(self._shape))
-        rows, more, side = (2, 8, (168, 168)) if self._small else (48, 64, (840, 868))
+        rows, more, side = (2, 8, (336, 336)) if self._small else (48, 64, (840, 868))
         trees = [random_tree(self._chat, [side], [1], text=150, seed=50 + row) for row in range(rows)]
         prompts = [tree.prompt for tree in trees]
         prefill = self._seconds(prompts=prompts) - self._seconds()
@@ -250,10 +250,16 @@ def _limit(vlm: Vlm, chat: Chat, answers: _Answers) -> float:
     if dtype == torch.float32:
         return _LEAST[dtype]
     rough = _scored(vlm, chat, answers.prompts, answers.groups)
-    vlm.model.float()  # exact for weights in bfloat16, also on the way back
+    _cast(vlm, torch.float32)  # exact, also on the way back
     exact = _scored(vlm, chat, answers.prompts, answers.groups)
-    vlm.model.to(dtype)
+    _cast(vlm, dtype)
     return max(FACTOR * float((rough - exact).abs().mean()), _LEAST[dtype])
+
+
+def _cast(vlm: Vlm, dtype: torch.dtype) -> None:
+    """Cast the weights, and not the buffers: the rotary frequencies stay exact."""
+    for parameter in vlm.model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _change(vlm: Vlm) -> None:
