@@ -260,7 +260,7 @@ def test_two_ranks_learn_while_vllm_samples(tmp_path, monkeypatch) -> None:
     grpo = {"steps": 4, "prompts_per_step": 16, "group_size": 6, "max_new_tokens": 48, "pack_tokens": 400}
     job = {
         "model": "builtin",
-        "rollout": {"executable": program(), "memory_share": 0.1, **limits},
+        "rollout": {"executable": program(), "memory_share": 0.1, "concurrency": 4, **limits},
         "behaviour": {},
         "problems": 64,
         "cap": 2.0,

@@ -117,7 +117,7 @@ def train(
                     run.stop_in_step(step, stop)
         groups = found.chosen
         if context.overlap == "one_step_off" and not run.is_last_or_measured(step + 1):
-            collector.ask_ahead(step + 1, clock)
+            collector.request_ahead(step + 1, clock)
         results = learner.finish()
         run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
