@@ -69,7 +69,8 @@ class Plan:
             "device": self.machine.device.name,
             "device_memory_gb": round(self.machine.device.memory, 3),
             "assumed": self.assumed.model_dump(),
-            "basis": dict.fromkeys(COMPUTED, "computed") | {f"parts_gb.{n}": "guessed" for n in GUESSED_PARTS},
+            "basis": dict.fromkeys(COMPUTED, "computed")
+            | {f"parts_gb.{n}": "guessed" for n in GUESSED_PARTS},
             "rates": {
                 n: {"value": v, "basis": self.speeds.basis([n])} for n, v in self.speeds.values.items()
             },
