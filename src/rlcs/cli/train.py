@@ -155,10 +155,15 @@ def _study(
     )
 
     from rlcs.distributed import join_world
+    from rlcs.model.loading import use_expandable_segments
     from rlcs.pipeline.seeds import run_seeds
     from rlcs.pipeline.study import Output, dry_run
     from rlcs.signals import StopFlag
 
+    if (
+        recipe.rollout.engine != "vllm_colocated"
+    ):  # handing weights to it takes several times longer with them
+        use_expandable_segments()
     output = Output(quiet=options.quiet, json=options.json)
     parallel = recipe.parallel
     joined = join_world(timeout_s=parallel.timeout_s, shard_size=parallel.shard_size)

@@ -57,8 +57,9 @@ class Learner:
         self._objective = make_objective(settings, context.importance_cap)
         count, steps = settings.prompts_per_step, settings.optimizer_steps
         self._size = -(-count // steps)
-        starts = range(0, count, self._size)
-        self._shares = [_Share(missing=min(self._size, count - start)) for start in starts]
+        self._shares = [
+            _Share(missing=min(self._size, count - start)) for start in range(0, count, self._size)
+        ]
         self._results: list[StepResult] = []
         self._done = 0
 
@@ -96,16 +97,15 @@ class Learner:
         return self._results
 
     def _prepare_full(self, share: _Share) -> None:
-        settings, context = self._settings, self._context
-        trees = [tree for tree in share.trees if tree.branches]
+        context = self._context
         packs, share.trees = full_packs_in_step(
-            trees,
+            [tree for tree in share.trees if tree.branches],
             context.chat,
-            budget=settings.pack_tokens,
+            budget=self._settings.pack_tokens,
             world=context.vlm.world,
             keep=self._keep(),
         )
-        share.batches += with_logprobs(packs, context, settings)
+        share.batches += with_logprobs(packs, context, self._settings)
 
     def _prepare_rest(self, share: _Share) -> None:
         share.batches += make_batches(share.trees, self._context, self._settings, keep=self._keep())

@@ -77,7 +77,7 @@ def train(
             packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
             _prepared_share(stream.peek(settings.batch_size), chat, vlm.world)
             if step == first:
-                require_agreement(vlm, chat, trees[0] if trees else None)
+                require_agreement(vlm, chat, trees)
         with clock("update"):
             batches = [Batch(pack=pack) for pack in packs]
             result = trainer.step(batches, objective, average=settings.loss_average)
