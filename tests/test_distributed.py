@@ -472,7 +472,7 @@ class OtherRank:
         self._flags = flags
 
     def gather(self, own):
-        return [own, self._flags]
+        return [own, (0, self._flags)]
 
 
 def test_packs_of_a_rank_fall_in_step_with_the_others(chat):

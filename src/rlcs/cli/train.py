@@ -145,8 +145,13 @@ def _study(
 
     require_installed(recipe.trackers)
     # Before torch is loaded: a bad file is reported at once.
+    many = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and not options.dry_run
     data = load_run_data(
-        recipe.study, recipe.data, decode_limit=recipe.images.decode_limit, validation=recipe.validation
+        recipe.study,
+        recipe.data,
+        decode_limit=recipe.images.decode_limit,
+        validation=recipe.validation,
+        store=folder / "images" if many else None,  # else every process holds all embedded images
     )
 
     from rlcs.distributed import join_world
