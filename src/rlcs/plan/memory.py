@@ -131,12 +131,6 @@ def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
     return Activations(kept=kept, head=_head(sizes, load, how), layer=working)
 
 
-def kept_features(sizes: Sizes, patches: int, how: Passing) -> int:
-    """Bytes of what a frozen tower made of a step's images, which later passes use again."""
-    frozen = "vision_tower" not in how.trains
-    return patches * sizes.vision.mergers * sizes.vision.hidden * how.element if frozen else 0
-
-
 def _in_passing(hidden: int, intermediate: int, layer: int, how: Passing) -> int:
     """Bytes of a token in a layer's backward pass: its gradients, and its activations if recomputed."""
     return (hidden + 2 * intermediate) * how.element + (layer if how.checkpointing else 0)

@@ -13,8 +13,8 @@ from typing import Any
 from rlcs.evals.arms import CHUNK
 from rlcs.plan.lengths import group_lengths
 from rlcs.plan.machine import GIB, Assumed
-from rlcs.plan.memory import Load, Passing, activations, kept_features, update_peak
-from rlcs.plan.passes import update_times
+from rlcs.plan.memory import Load, Passing, activations, update_peak
+from rlcs.plan.passes import kept_bytes, update_times
 from rlcs.plan.placement import Placement, stored, units_of
 from rlcs.plan.rates import Speeds
 from rlcs.plan.rollouts import rollout_bytes, sampled
@@ -113,7 +113,7 @@ def plan_training(
     tower, device = placed.sizes.vision, placed.machine.device
     largest = largest_tree(images, tower, prompt=prompt.max_tokens, group=group, answer=longest_answer)
     trees = expected_trees(largest, tower, assumed, count=count, lowest=lowest or images.min_pixels)
-    parts, peak = _memory(placed, stage, trees, largest, features=images.features_gb * GIB)
+    parts, peak = _memory(placed, stage, trees, largest, images)
     per_tree, repeated = _passes(placed, stage, trees)
     time = StepTime(phases=())
     if inputs.speeds is not None:
@@ -191,9 +191,9 @@ def expected_trees(largest: Trees, tower: Tower, assumed: Assumed, *, count: int
 
 
 def _memory(
-    placed: Placement, stage: Sft | Grpo, trees: Trees, largest: Trees, *, features: float
+    placed: Placement, stage: Sft | Grpo, trees: Trees, largest: Trees, images: Images
 ) -> tuple[dict[str, float], float]:
-    """The parts of one device's memory, and its peak; `features`: bytes that a frozen tower may keep."""
+    """The parts of one device's memory, and its peak."""
     how = Passing(
         element=placed.compute,
         checkpointing=placed.checkpointing,
@@ -214,11 +214,9 @@ def _memory(
         "gathered": units.gathered + units.layer + units.waiting,
         "activations": max(one.kept + one.working for one in passes),
     }
-    if isinstance(stage, Grpo) and (stage.kl.active or stage.optimizer_steps > 1):  # more passes than one
-        patches = math.ceil(trees.count / placed.trainers) * trees.patches
-        features = min(features, kept_features(placed.sizes, patches, how))
-        worst, parts["activations"] = worst + features, parts["activations"] + features
     if isinstance(stage, Grpo):
+        features = kept_bytes(placed, stage, trees, images)
+        worst, parts["activations"] = worst + features, parts["activations"] + features
         # Whole groups within max_rows are decoded at once.
         own = math.ceil(stage.prompts_per_step / placed.trainers)
         prompts = min(own, max(1, stage.max_rows // stage.group_size))
