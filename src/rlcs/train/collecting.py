@@ -169,6 +169,7 @@ class Collector:
             self._version = version
         problems, prompts, skipped = take_prompts(self._stream, self._context.prompts, count)
         prompts = number_repeats(prompts, times_sampled)
+        self._context.prepare(self._stream.peek(self._settings.prompts_per_step))
         with clock("rollout"):
             sampled = self._context.start(problems, prompts, self._sampling, step=step)
         return Requested(

@@ -104,8 +104,10 @@ def train(
                 stream.restore(cursor)
                 _stop_unscored(run, found.chosen, step=step, first=first)
             if unchecked and found.arrived:
-                own = found.arrived[context.vlm.world.rank % len(found.arrived)]
-                require_agreement(context.vlm, context.chat, tree_of(own, keep_unscored=True))
+                world = context.vlm.world
+                own = found.arrived[world.rank :: world.size] or found.arrived[-1:]
+                trees = [tree_of(group, keep_unscored=True) for group in own]
+                require_agreement(context.vlm, context.chat, trees)
                 unchecked = False
             learner.add(found.newly_placed())
             if not found.complete:

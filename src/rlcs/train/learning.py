@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlcs.model.image_features import affordable_tokens
+from rlcs.model.image_features import affordable_patches, kept_patches
 from rlcs.model.packing import Pack
 from rlcs.model.policy import Scores
 from rlcs.recipe.stages import Grpo
 from rlcs.records import Group, Tree
-from rlcs.train.batching import full_packs_in_step, own_share, packs_in_step
+from rlcs.train.batching import NONE, Keep, full_packs_in_step, own_share, packs_in_step
 from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
 from rlcs.train.groups import tree_of, zero_variance
@@ -22,12 +22,10 @@ from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCo
 class _Share:
     """The groups of one optimiser step: trees that are in no pack yet, packs that are not learnt yet.
 
-    `zero_grad` are trees that only count, `missing` is the number of groups that have not come; packs with up
-    to `kept_tokens` more image tokens may keep what a frozen vision tower returns.
+    `zero_grad` are trees that only count, `missing` is the number of groups that have not come.
     """
 
     missing: int
-    kept_tokens: int
     trees: list[Tree] = field(default_factory=list)
     zero_grad: list[Tree] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
@@ -59,10 +57,8 @@ class Learner:
         self._objective = make_objective(settings, context.importance_cap)
         count, steps = settings.prompts_per_step, settings.optimizer_steps
         self._size = -(-count // steps)
-        kept = _kept_tokens(context, settings)
         self._shares = [
-            _Share(missing=min(self._size, count - start), kept_tokens=kept)
-            for start in range(0, count, self._size)
+            _Share(missing=min(self._size, count - start)) for start in range(0, count, self._size)
         ]
         self._results: list[StepResult] = []
         self._done = 0
@@ -101,22 +97,24 @@ class Learner:
         return self._results
 
     def _prepare_full(self, share: _Share) -> None:
-        context, world = self._context, self._context.vlm.world
+        context = self._context
         packs, share.trees = full_packs_in_step(
             [tree for tree in share.trees if tree.branches],
             context.chat,
             budget=self._settings.pack_tokens,
-            world=world,
-            kept_tokens=share.kept_tokens,
+            world=context.vlm.world,
+            keep=self._keep(),
         )
-        if packs and share is not self._shares[self._done]:  # those of the first share are learnt at once
-            kept = sum(int((p.ids == context.chat.image_id).sum()) for p in packs if p.kept is not None)
-            share.kept_tokens -= max(world.gather(kept))
         share.batches += with_logprobs(packs, context, self._settings)
 
     def _prepare_rest(self, share: _Share) -> None:
-        share.batches += make_batches(share.trees, self._context, self._settings, share.kept_tokens)
+        share.batches += make_batches(share.trees, self._context, self._settings, keep=self._keep())
         share.trees = []
+
+    def _keep(self) -> Keep:
+        """What may be kept of the images of the next packs, beside those that are not learnt from yet."""
+        used = kept_patches(batch.pack for share in self._shares for batch in share.batches)
+        return replace(keep_features(self._context, self._settings), used=used)
 
     def _learn(self, *, final: bool) -> None:
         """Learn from the packs of the first share that is not done; of the next ones when that is."""
@@ -141,28 +139,22 @@ class Learner:
 
 
 def make_batches(
-    trees: Sequence[Tree], context: GrpoContext, settings: Grpo, kept_tokens: int = 0
+    trees: Sequence[Tree], context: GrpoContext, settings: Grpo, *, keep: Keep = NONE
 ) -> list[Batch]:
-    """This rank's packs of trees within the token budget, with logprobs; all ranks pass the same trees.
-
-    The first packs, of up to `kept_tokens` image tokens, keep what a frozen vision tower returns.
-    """
+    """This rank's packs of trees within the token budget, with logprobs; all ranks pass the same trees."""
     trees = [tree for tree in trees if tree.branches]
     if not trees:
         return []
     world = context.vlm.world
     own = [trees[i] for i in own_share([tree.num_tokens for tree in trees], world)]
-    packs = packs_in_step(
-        own, context.chat, budget=settings.pack_tokens, world=world, kept_tokens=kept_tokens
-    )
+    packs = packs_in_step(own, context.chat, budget=settings.pack_tokens, world=world, keep=keep)
     return with_logprobs(packs, context, settings)
 
 
-def _kept_tokens(context: GrpoContext, settings: Grpo) -> int:
-    """Image tokens whose features, of a frozen tower, are kept where packs pass more than once."""
+def keep_features(context: GrpoContext, settings: Grpo) -> Keep:
+    """For how many patches the output of a frozen tower is kept: none where packs pass only once."""
     many_passes = settings.optimizer_steps > 1 or context.reference is not None
-    limit = context.feature_bytes // settings.optimizer_steps if many_passes else 0
-    return affordable_tokens(context.vlm, limit)
+    return Keep(patches=affordable_patches(context.vlm, context.feature_bytes)) if many_passes else NONE
 
 
 def with_logprobs(packs: Sequence[Pack], context: GrpoContext, settings: Grpo) -> list[Batch]:

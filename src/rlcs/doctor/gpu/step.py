@@ -45,11 +45,11 @@ def check(setting: Setting) -> Check:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # as a run without torchrun
     with nullcontext(ALONE) if alone else join_world(timeout_s=300) as world:
         shape = _shape(setting)
-        world.first(lambda: _write_files(shape, folder))
+        device = world.device or (torch.device("cpu") if setting.cpu else loading.default_device())
+        world.first(lambda: _write_files(shape, folder, device))
         recipe = _recipe(setting, folder, world)
         _train(recipe, folder, world)
         reports = world.first(lambda: read_jsonl(folder / "run" / "metrics.jsonl"))
-    device = world.device or loading.default_device()
     last = reports[-1]
     values = {
         "engine": recipe.rollout.engine,
@@ -111,13 +111,14 @@ def _recipe(setting: Setting, folder: Path, world: World) -> Recipe:
         words += ["parallel.compute_dtype=bfloat16"] if world.grouped else ["model.dtype=bfloat16"]
     words += [] if world.grouped else ["lora.rank=16", "lora.alpha=16", "grpo.optimizer.lr=1e-4"]
     recipe = load_recipe("quickstart", words).recipe
-    settings = rollouts(setting, ranks=world.size)
+    settings = rollouts(setting)
     return recipe if settings is None else recipe.model_copy(update={"rollout": settings})
 
 
-def _write_files(shape: Shape, folder: Path) -> None:
+def _write_files(shape: Shape, folder: Path, device: torch.device) -> None:
     """Write the model, and a reward that differs among random answers, all of which are wrong."""
-    loading.save(random_vlm(shape, torch.device("cpu"), torch.float32), folder / "model")
+    loading.save(random_vlm(shape, device, torch.float32), folder / "model")
+    loading.give_back_memory()
     (folder / _REWARD).write_text(_ODD, encoding="utf-8")
 
 
@@ -144,6 +145,7 @@ def _train(recipe: Recipe, folder: Path, world: World) -> None:
             judge=judge,
             importance_cap=recipe.rollout.cap,
             overlap=recipe.overlap,
+            feature_bytes=int(recipe.images.features_gb * 2**30),
         )
         grpo.train(context, problems, settings, run=run, screen=view, stop=stop)
 
