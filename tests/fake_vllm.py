@@ -121,6 +121,22 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply("Success: the answer is no JSON", raw=True)
         elif path == "/v1/unload_lora_adapter":
             del STATE["adapters"][body["lora_name"]]
+        elif path == "/init_weight_transfer_engine":
+            assert "--weight-transfer-config" in sys.argv and "connected" not in STATE
+            STATE["connected"] = body["init_info"]
+        elif path == "/shutdown_weight_transfer_engine":
+            del STATE["connected"]
+        elif path == "/start_weight_update":
+            assert STATE["paused"] and not ASLEEP["weights"] and STATE["connected"]
+            STATE["received"] = []
+        elif path == "/update_weights":
+            if once("dead_receiving"):
+                os._exit(1)
+            STATE["received"] += body["update_info"]["names"]
+        elif path == "/finish_weight_update":
+            STATE.update(version=body["weight_version"], folder=f"/sent/{body['weight_version']}")
+            BEHAVIOUR.with_name("received.json").write_text(json.dumps(STATE.pop("received")))
+            self.note("sent", STATE["folder"])
         elif path == "/update_weight_version":
             STATE["version"] = body["new_version"]
         elif path in ("/pause", "/resume"):

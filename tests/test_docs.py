@@ -141,6 +141,7 @@ OTHER_KEYS = {"data.problems"}
 """What `rlcs distill` alone calls data.cold_start; the other names are in the first column of a table."""
 OTHER_TRAINERS = "docs/explanation/coming-from.md"
 OPTIONS_OF_OTHERS = {
+    "--weight-transfer-config": "vllm serve",
     "--no-verify": "git commit",
     "--nproc-per-node": "torchrun",
     "--shutdown-timeout": "torchrun",

@@ -247,7 +247,10 @@ def trained(size: str) -> int:
 
 def test_single_gpu_recipe_fits_where_it_says():
     assert planned("single-gpu-lora-3b", gpus=1, memory=48).fits
-    assert planned("single-gpu-lora-3b", "grpo.max_rows=40", gpus=1, memory=24).fits
+    assert planned("single-gpu-lora-3b", gpus=1, memory=24).fits
+    local = ("single-gpu-lora-3b", "rollout.engine=local")
+    assert planned(*local, gpus=1, memory=48).fits
+    assert planned(*local, "grpo.max_rows=40", gpus=1, memory=24).fits
     assert planned("8xgpu-7b", gpus=8).fits and planned("paper-7b", gpus=8).fits
     assert planned("8xgpu-7b", "parallel.cpu_offload=true", gpus=8, memory=48).fits
     assert not planned("8xgpu-7b", gpus=8, memory=48).fits
@@ -256,12 +259,13 @@ def test_single_gpu_recipe_fits_where_it_says():
 
 
 def test_a_measurement_is_one_whole_model_and_its_answers():
-    one = planned("single-gpu-lora-3b", "lora.four_bit=true", gpus=1, memory=24).stages["eval"]
+    local = ("single-gpu-lora-3b", "rollout.engine=local")
+    one = planned(*local, "lora.four_bit=true", gpus=1, memory=24).stages["eval"]
     assert one.parts["weights"] == 2 * PARAMETERS["3B"]  # adapters merged, and nothing in 4 bits
     token = 2 * 2 * 36 * 2 * 128  # keys and values in bfloat16: layers, heads, width
     cache = 2 * 40 * token * (2048 + 2048)  # twice while it grows
     assert cache < one.parts["rollout"] < cache + 2 * GIB and one.fits
-    more = planned("single-gpu-lora-3b", "eval.max_rows=256", gpus=1, memory=24)
+    more = planned(*local, "eval.max_rows=256", gpus=1, memory=24)
     assert not more.stages["eval"].fits and "eval.max_rows=32" in more.advice.changes
     spread = planned("recommended-3b", "eval.max_rows=256", gpus=8).stages["eval"]
     assert spread.parts["weights"] == 4 * PARAMETERS["3B"] / 8
@@ -374,7 +378,7 @@ def test_main_memory_is_advised_before_what_changes_the_result():
 
 def test_4_bits_are_advised_only_where_they_train():
     """Without torchrun: one GPU, one number format, nothing offloaded."""
-    one = planned("single-gpu-lora-3b", gpus=1, memory=13).advice
+    one = planned("single-gpu-lora-3b", "rollout.engine=local", gpus=1, memory=13).advice
     assert "lora.four_bit=true" in one.changes and "parallel.cpu_offload=true" not in one.changes
     assert "lora.four_bit=true" in one.alters
     for recipe, gpus in (("single-gpu-lora-3b", 2), ("paper-7b", 1)):

@@ -65,7 +65,8 @@ def test_every_change_needs_less_by_the_plan_and_by_the_numbers_told(name, where
 
 
 def test_fewer_rows_are_computed_in_tokens_and_bytes():
-    _, head, changes = told("single-gpu-lora-3b", "sft_grpo: rollout")
+    local = "rollout.engine=local"
+    _, head, changes = told("single-gpu-lora-3b", "sft_grpo: rollout", local)
     first = changes[0]
     # Qwen2.5-VL-3B: 36 layers, 2 key-value heads of 128, keys and values of 2 bytes.
     a_token = 36 * 2 * 128 * 2 * 2
@@ -74,7 +75,8 @@ def test_fewer_rows_are_computed_in_tokens_and_bytes():
     assert first[:3] == ("grpo.max_rows=40", "80", "rollout")
     assert first[-1] == f"{why} = {size / GIB:.1f} GB; more rounds of sampling"
     assert "rollout 13.7 GB, with libraries and fragments 25.1 GB of the 24.0 GB of a device" in head
-    [evaluation] = [change for change in told("single-gpu-lora-3b", "eval sft")[2] if "max_rows" in change[0]]
+    evals = told("single-gpu-lora-3b", "eval sft", local)[2]
+    [evaluation] = [change for change in evals if "max_rows" in change[0]]
     assert (
         evaluation[0] == "eval.max_rows=20" and "(20 prompts x 2,048 + 20 answers x 2,048" in evaluation[-1]
     )
@@ -134,12 +136,12 @@ def test_the_example_in_the_documentation_is_what_the_plan_says():
     assert len(rows) == 6
     for words, *peaks, fits in rows:
         overrides = [] if words == "nothing else" else words.strip("`").split()
-        plan = make_plan("single-gpu-lora-3b", overrides, card(), Assumed())
+        plan = make_plan("single-gpu-lora-3b", ["rollout.engine=local", *overrides], card(), Assumed())
         assert [f"{stage.peak / GIB:.1f}" for stage in plan.stages.values()] == peaks, words
         assert plan.fits == (fits == "yes"), words
     whole = make_plan("recommended-3b", [], card(), Assumed()).stages
     assert f"{whole['sft'].peak / GIB:.1f} GB in SFT and {whole['grpo'].peak / GIB:.1f} GB in GRPO" in page
-    recipe = load_recipe("single-gpu-lora-3b").recipe
+    recipe = load_recipe("single-gpu-lora-3b", ["rollout.engine=local"]).recipe
     head, first, *_ = shortage_advice(recipe, "sft_grpo: rollout", card(), trainers=1).splitlines()
     assert head in page and first.strip() in page
     assert f"x 36,864 bytes = {2 * (8 * 2048 + 80 * 2048) * 36864 / GIB:.1f} GB of keys and values" in page

@@ -215,8 +215,6 @@ def test_overlap_hides_what_can_be_done_while_servers_sample():
     assert apart.seconds == pytest.approx(step_of(*words).seconds - one.seconds)
     ahead = step_of(*words, "grpo.overlap=one_step_off")
     assert ahead.seconds < step_of(*words).seconds
-    by_sampler = step_of(*words, "grpo.old_logprobs=sampler")
-    assert next(phase for phase in by_sampler.phases if phase.seconds < 0).seconds < one.seconds
 
 
 def test_on_policy_overlap_by_hand():
@@ -245,7 +243,7 @@ class Arrived:
 def test_step_time_of_sft_has_no_rollouts():
     recipe = load_recipe("8xgpu-7b").recipe
     trees = Trees(count=64, trunk=1400, patches=4 * 1272, group=1, answer=600)
-    step = step_time(place_of(), recipe.sft, trees, speeds_of(H100, ISSUE), ISSUE)
+    step = step_time(place_of(), recipe.sft, trees, recipe.images, speeds_of(H100, ISSUE), ISSUE)
     assert "answers are decoded" not in seconds_of(step) and "optimiser" in seconds_of(step)
 
 

@@ -264,7 +264,7 @@ def test_a_demonstration_that_is_left_out_is_named_once(random_model_folder, tmp
 def test_seconds_for_which_training_stands_still_are_those_of_the_next_step(
     random_model_folder, demonstrations, tmp_path, monkeypatch
 ):
-    """A slow disk holds up neither the step after a save, nor the last one; only the next save waits for it."""
+    """A slow disk holds up neither the step after a save, nor the next; only another save waits for it."""
     write = checkpoint.write_tensors
 
     def slow(path, tensors):

@@ -22,11 +22,14 @@ import pytest
 import torch
 
 from conftest import LengthGrader, make_problem, tree_of
+from file_channel import FileChannel
 from rlcs.data import puzzles as tasks
 from rlcs.data.images import data_uri, encoded_image
 from rlcs.data.loading import load
-from rlcs.engines.factory import open_engines
+from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.local import LocalEngine
+from rlcs.engines.vllm import transfer
+from rlcs.engines.vllm.transfer import Transfer
 from rlcs.errors import EndpointError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
@@ -207,6 +210,36 @@ def test_a_server_started_by_a_rank_of_torchrun(tmp_path, random_model_folder) -
     assert "OMP_NUM_THREADS" not in names and "VLLM_SERVER_DEV_MODE" in names
 
 
+def test_weights_are_sent_to_a_real_vllm(policy, tmp_path, monkeypatch) -> None:
+    """By its own protocol, with a way for the bytes that a CPU has."""
+    vlm, chat = policy
+    started = tmp_path / "vllm"
+    script = Path(__file__).parent / "file_vllm.py"
+    started.write_text(f'#!/bin/sh\nexec "{Path(str(program())).parent / "python"}" "{script}" "$@"\n')
+    started.chmod(0o755)
+    recipe = recipe_of("rollout.engine=vllm_colocated", f"rollout.executable={started}")
+    for name, value in CPU.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 200_000)
+    monkeypatch.setattr(EngineNeeds, "_transfer", lambda needs, on_cpu: "file")
+    send = lambda needs, vlm, fleet, launch: Transfer(fleet, FileChannel(tmp_path, vlm.world), ranks=1)  # noqa: E731
+    monkeypatch.setattr(EngineNeeds, "transfer", send)
+    prompts, warm = prompts_of(recipe, chat, 5), chat.sampling(max_new_tokens=24, n=3, seed=1)
+    with open_engines(engine_needs(recipe), tmp_path) as make:
+        engine = make(vlm, chat, 64)
+        assert largest_gap(vlm, chat, prompts[:-1], engine.sample(prompts, warm)[:-1], 1.0) < 1e-3
+        for _ in "12":
+            perturb(vlm, 0.02)
+            assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 0.01, "not sent yet"
+            engine.rest()
+            engine.sync()
+            after = engine.sample(prompts, warm)
+            assert engine._published.newest.sent
+            assert largest_gap(vlm, chat, prompts[:-1], after[:-1], 1.0) < 1e-3
+        signal_server("server", signal.SIGKILL)
+        assert engine.sample(prompts, warm) == after and not engine._published.newest.sent
+
+
 ASK_ALL = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -227,7 +260,7 @@ def test_two_ranks_learn_while_vllm_samples(tmp_path, monkeypatch) -> None:
     grpo = {"steps": 4, "prompts_per_step": 16, "group_size": 6, "max_new_tokens": 48, "pack_tokens": 400}
     job = {
         "model": "builtin",
-        "rollout": {"executable": program(), "memory_share": 0.1, **limits},
+        "rollout": {"executable": program(), "memory_share": 0.1, "concurrency": 4, **limits},
         "behaviour": {},
         "problems": 64,
         "cap": 2.0,

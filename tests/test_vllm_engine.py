@@ -76,6 +76,7 @@ class Run:
         *,
         adapter_rank: int | None = None,
         sleep_level: int = 0,
+        transfer: str = "",
         **settings: object,
     ) -> None:
         self.folder = folder
@@ -88,6 +89,7 @@ class Run:
             max_rows=64,
             adapter_rank=adapter_rank or 0,
             sleep_level=sleep_level,
+            transfer=transfer,
         )
         self.fleet = Fleet(self.settings, logs=folder, launch=launch)
         self.published = WeightsFolder(folder / "weights", as_adapters=adapter_rank is not None)
@@ -293,13 +295,16 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
     script = textwrap.dedent(f"""
         import time
         from pathlib import Path
-        from rlcs.engines.vllm.server import Launch, Process
+        from rlcs.engines.vllm.process import Process
+        from rlcs.engines.vllm.server import Launch
         from rlcs.recipe.sampling import EngineSettings, Rollouts
         from rlcs.recipe.sampling import EngineSettings, Rollouts
         settings = Rollouts(executable={str(program)!r})
         launch = Launch(settings=settings, dtype="float32", max_tokens=9, max_rows=9)
         folder = Path({str(tmp_path)!r})
-        process = Process(launch, 0, folder / "weights" / "1", folder / "log")
+        process = Process(
+            lambda port: launch.command(folder / "weights" / "1", port), launch.environment(0), folder / "log"
+        )
         while not list(folder.glob("started-*.json")):
             time.sleep(0.05)
         print("up", flush=True)

@@ -13,6 +13,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
 from rlcs.engines.vllm.server import Launch
+from rlcs.engines.vllm.transfer import IpcChannel, NcclChannel, Transfer
 from rlcs.engines.vllm.weights import MEMORY, Unchanged, WeightsFolder
 from rlcs.errors import UserError
 from rlcs.model.chat import Chat
@@ -57,7 +58,34 @@ class EngineNeeds:
             number=vlm.world.rank if colocated else 0,
             gpus=_own_gpus(vlm, self.settings.tensor_parallel) if colocated and not on_cpu else "",
             sleep_level=(1 if self.adapter_rank else 2) if sleeps else 0,
+            transfer=self._transfer(on_cpu) if trains else "",
         )
+
+    def _transfer(self, on_cpu: bool) -> str:
+        """VLLM's way to receive weights; empty: through a folder. Raises UserError if there must be one."""
+        settings = self.settings
+        elsewhere = bool(settings.urls) and settings.weights == "auto"  # started by others, with their flags
+        if settings.weights == "folder" or self.adapter_rank or elsewhere:
+            return ""
+        if on_cpu:
+            if settings.weights == "transfer":
+                raise UserError(
+                    "vLLM has no weight transfer on a CPU",
+                    where="rollout.weights=transfer",
+                    fix="set rollout.weights=folder",
+                )
+            return ""
+        return "ipc" if settings.engine == "vllm_colocated" else "nccl"
+
+    def transfer(self, vlm: Vlm, fleet: Fleet, launch: Launch) -> Transfer | None:
+        """How weights reach the servers of this fleet without a folder, if they can."""
+        if not launch.transfer:
+            return None
+        ranks = self.settings.tensor_parallel if launch.transfer == "ipc" else vlm.world.size
+        nccl = NcclChannel(self.settings.tensor_parallel, self.settings.start_limit_s)
+        channel = IpcChannel(vlm, ranks) if launch.transfer == "ipc" else nccl
+        required = self.settings.weights == "transfer"
+        return Transfer(fleet, channel, ranks=ranks, compute_dtype=self.compute_dtype, required=required)
 
     def weights(self, folder: Path, vlm: Vlm) -> WeightsFolder:
         """Where models like this one are published: in main memory if this machine alone reads them."""
@@ -88,11 +116,12 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
     """
     settings = needs.settings
     backend: Fleet | None = None
+    transfer: Transfer | None = None
     bounds: dict[str, int] = {}
     published: WeightsFolder | None = None if unchanged is None else Unchanged(unchanged)
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
-        nonlocal backend, bounds, published
+        nonlocal backend, bounds, published, transfer
         if settings.engine == "local":
             return LocalEngine(vlm, chat, max_rows=max_rows)
         published = published or needs.weights(folder, vlm)
@@ -101,9 +130,11 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
             backend = None
         if backend is None:
             bounds = dict(vlm.processor.image_processor.size)
-            backend = Fleet(settings, logs=folder, launch=needs.launch(vlm, trains=unchanged is None))
+            launch = needs.launch(vlm, trains=unchanged is None)
+            backend = Fleet(settings, logs=folder, launch=launch)
+            transfer = needs.transfer(vlm, backend, launch)
         ranks = settings.tensor_parallel if settings.engine == "vllm_colocated" else None
-        return VllmEngine(backend, published, vlm, chat, ranks=ranks)
+        return VllmEngine(backend, published, vlm, chat, ranks=ranks, transfer=transfer)
 
     try:
         yield make

@@ -117,7 +117,7 @@ def plan_training(
     per_tree, repeated = _passes(placed, stage, trees)
     time = StepTime(phases=())
     if inputs.speeds is not None:
-        time = step_time(placed, stage, trees, inputs.speeds, assumed)
+        time = step_time(placed, stage, trees, images, inputs.speeds, assumed)
     return StagePlan(
         parts=parts,
         peak=peak,

@@ -197,6 +197,11 @@ class Rollouts(EngineSettings):
     weights_folder: str | None = None
     """Folder in which new weights are written for the engine, in a subfolder that is removed when the run
     ends. None: the run's folder. Servers on other machines must see it under the same path."""
+    weights: Literal["auto", "transfer", "folder"] = "auto"
+    """How new weights of a whole model reach vLLM. `transfer`: from GPU to GPU, by vLLM's weight transfer
+    (IPC for `vllm_colocated`, NCCL of one version for servers). `folder`: written to main memory or the disk
+    and read again. `auto`: `transfer` on GPUs for servers of ours, and `folder` for the rest of the run, with
+    a warning, once that fails. The first weights of a run, and adapters, always go through a folder."""
     lora: Literal["auto", "adapter", "merged"] = "auto"
     """How vLLM gets the weights of a policy that trains adapters. `adapter`: the model once, then only the
     adapters, which vLLM supports in the language model. `merged`: the whole model with the adapters merged,
@@ -226,9 +231,7 @@ class Rollouts(EngineSettings):
     @model_validator(mode="after")
     def _quantised_needs_correction(self) -> "Rollouts":
         if self.quantization and self.engine == "local":
-            raise ValueError(
-                "quantization is vLLM's: set engine to vllm_server or vllm_colocated, or leave it out"
-            )
+            raise ValueError("quantization is vLLM's: set engine to vllm_server or vllm_colocated")
         if self.quantization and self.importance_cap is None:
             raise ValueError(
                 "with quantization the answers are those of another policy than the one that learns: set "

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from rlcs.data.sent_images import SentImages
 from rlcs.engines.connection import address, connect_blocking, masked
 from rlcs.engines.openai_client import content, status_error, status_fault
 from rlcs.engines.providers import Fields
-from rlcs.engines.vllm.server import Launch, Process, flags
+from rlcs.engines.vllm.process import Process
+from rlcs.engines.vllm.server import Launch, flags
 from rlcs.errors import EndpointError, ModelError, UserError
 from rlcs.model.loading import default_device, resolve
 from rlcs.recipe.sampling import Endpoint, Rollouts
@@ -200,7 +202,8 @@ def open_vllm(program: str, model: str, *, share: float | None) -> Iterator[Remo
     """Start a vLLM for this process alone, on a `share` of a GPU, until the end. Raises ModelError."""
     launch = serving(program, model, key=secrets.token_hex(16), share=share)
     with tempfile.TemporaryDirectory() as logs:
-        process = Process(launch, 0, Path(resolve(model)), Path(logs) / "vllm.log")
+        command = partial(launch.command, Path(resolve(model)))
+        process = Process(command, launch.environment(0), Path(logs) / "vllm.log")
         try:
             end = time.monotonic() + launch.settings.start_limit_s
             while not _is_well(process.url):

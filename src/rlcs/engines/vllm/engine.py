@@ -1,5 +1,6 @@
 """Samples rollouts with vLLM's servers: the prompts of all ranks in one fleet, or of each rank in its own."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,11 +9,16 @@ from typing import Protocol
 from rlcs.engines.arrivals import Arrivals, OnArrival
 from rlcs.engines.base import OnGroup
 from rlcs.engines.vllm.protocol import OnAnswers, PromptRequest
+from rlcs.engines.vllm.server import LostWeightsError
+from rlcs.engines.vllm.transfer import Transfer, TransferError
 from rlcs.engines.vllm.weights import Weights, WeightsFolder
+from rlcs.errors import TrainingError
 from rlcs.model.chat import Chat
 from rlcs.model.loading import give_back_memory
 from rlcs.model.vlm import Vlm
 from rlcs.records import Prompt, Rollout, Sampling
+
+log = logging.getLogger("rlcs")
 
 
 class Backend(Protocol):
@@ -41,11 +47,14 @@ class VllmEngine:
         chat: Chat,
         *,
         ranks: int | None = None,
+        transfer: Transfer | None = None,
     ) -> None:
         """`published` is shared by all engines of a backend.
 
         Every `ranks` ranks share one backend, and their first asks it for all of them; None: all ranks.
+        After the first weights `transfer` sends them, as long as it can.
         """
+        self._transfer = transfer
         self._backend, self._published = backend, published
         self._ranks = ranks or vlm.world.size
         self._vlm, self._chat = vlm, chat
@@ -53,6 +62,24 @@ class VllmEngine:
 
     def sync(self) -> None:
         """Publish the model's weights; a server loads them before it next answers."""
+        if self._transfer is not None and self._published.newest is not None:
+            give_back_memory()  # servers that sleep on these GPUs wake up
+            sent = self._published.announce(self._vlm)
+            try:
+                self._transfer.send(self._vlm, sent)
+            except TransferError as error:
+                if self._transfer.is_required:
+                    raise TrainingError(
+                        f"weights could not be sent to vLLM: {error}",
+                        where="rollout.weights=transfer",
+                        fix="see its log, or set rollout.weights=folder",
+                    ) from error
+                self._transfer = None
+                if self._vlm.world.rank == 0:
+                    log.warning("weights go to vLLM through a folder from now on: %s", error)
+            else:
+                self._weights = sent
+                return
         self._weights = self._published.publish(self._vlm)
 
     def sample(
@@ -66,11 +93,15 @@ class VllmEngine:
         world = self._vlm.world
         asker = world.rank - world.rank % self._ranks
         shared = world.gather(prompts)[asker : asker + self._ranks] if self._ranks > 1 else [prompts]
-        asked = [prompt for of_rank in shared for prompt in of_rank] if self._asks else []
-        requests = self._requests(asked, sampling, step)
-        groups = world.each(lambda: self._all_groups(requests, weights, on_group))[asker]
+        own = [prompt for of_rank in shared for prompt in of_rank] if self._asks else []
+        requests = self._requests(own, sampling, step)
+        groups: dict[int, tuple[Rollout, ...]] = {}
+        answer = partial(self._answered, requests, groups, on_group)
+        while not all(world.each(partial(answer, weights))):
+            weights = self._weights = self._published.publish(self._vlm)
+        answered = world.each(lambda: [groups[index] for index in range(len(own))])[asker]
         start = sum(map(len, shared[: world.rank - asker]))
-        return groups[start : start + len(prompts)]
+        return answered[start : start + len(prompts)]
 
     def rest(self) -> None:
         """See `Engine.rest`. vLLM asserts that memory does not shrink meanwhile: all ranks wait for all."""
@@ -79,7 +110,18 @@ class VllmEngine:
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0) -> Arrivals:
         """See `BackgroundEngine.start`; for servers alone, as vLLM in this process would keep it busy."""
         requests, weights = self._requests(prompts, sampling, step), self._current()
-        return Arrivals(partial(self._generate, requests, weights), len(requests), self._vlm.world)
+
+        def sample(on_arrival: OnArrival) -> None:
+            try:
+                self._generate(requests, weights, on_arrival)
+            except LostWeightsError as error:
+                raise TrainingError(
+                    "all vLLM servers were restarted and have lost the weights that were sent to them",
+                    where="rollout.weights",
+                    fix="the same command continues from the last checkpoint; or set rollout.weights=folder",
+                ) from error
+
+        return Arrivals(sample, len(requests), self._vlm.world)
 
     @property
     def _asks(self) -> bool:
@@ -99,18 +141,26 @@ class VllmEngine:
             for prompt in prompts
         ]
 
-    def _all_groups(
-        self, requests: Sequence[PromptRequest], weights: Weights, on_group: OnGroup
-    ) -> list[tuple[Rollout, ...]]:
-        groups: dict[int, tuple[Rollout, ...]] = {}
+    def _answered(
+        self,
+        requests: Sequence[PromptRequest],
+        groups: dict[int, tuple[Rollout, ...]],
+        on_group: OnGroup,
+        weights: Weights,
+    ) -> bool:
+        """Add the groups that are missing; False if no server has these weights and they lie in no folder."""
+        missing = [index for index in range(len(requests)) if index not in groups]
 
         def on_arrival(index: int, rollouts: tuple[Rollout, ...]) -> None:
-            groups[index] = rollouts
+            groups[missing[index]] = rollouts
             if on_group is not None:
                 on_group(rollouts)
 
-        self._generate(requests, weights, on_arrival)
-        return [groups[index] for index in range(len(requests))]
+        try:
+            self._generate([requests[index] for index in missing], weights, on_arrival)
+        except LostWeightsError:
+            return False
+        return True
 
     def _generate(self, requests: Sequence[PromptRequest], weights: Weights, on_arrival: OnArrival) -> None:
         def on_answers(index: int, rollouts: tuple[Rollout, ...]) -> None:

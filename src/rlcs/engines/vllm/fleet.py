@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from rlcs.engines.vllm.protocol import OnAnswers, PromptRequest
-from rlcs.engines.vllm.server import DownError, Launch, RetryableError, Server
+from rlcs.engines.vllm.server import DownError, Launch, LostWeightsError, RetryableError, Server
 from rlcs.engines.vllm.weights import Weights
 from rlcs.errors import TrainingError
 from rlcs.recipe.sampling import Rollouts
@@ -39,6 +39,7 @@ class _Work:
             self.queue.put_nowait(index)
         self.tries: Counter[int] = Counter()
         self.left = len(requests)
+        self.lost = 0
         self.finished = asyncio.Event()
         self.last_well = time.monotonic()
 
@@ -73,7 +74,34 @@ class Fleet:
     def rest(self) -> None:
         """See `Backend.rest`: servers that take turns with training sleep; one that cannot is ended."""
         if self._launch.sleep_level:
-            asyncio.run(self._rest())
+            self._all(lambda server, client, _: server.rest(client))
+
+    def __len__(self) -> int:
+        return len(self._servers)
+
+    def is_connected(self, channel: str) -> bool:
+        """Whether all servers are connected to this channel of weights."""
+        return all(server.channel == channel for server in self._servers)
+
+    def begin_update(self, weights: Weights, channel: str, info: Callable[[int], Mapping[str, Any]]) -> None:
+        """Prepare all servers for weights that are sent; those without the channel are connected to it.
+
+        `info` has what vLLM needs for that, by the server's number. Raises DownError, EndpointError.
+        """
+        self._all(lambda server, client, index: server.begin_update(client, weights, channel, info(index)))
+
+    def update(self, info: Mapping[str, Any]) -> None:
+        """Let all servers receive some weights. Raises DownError."""
+        self._all(lambda server, client, _: server.update(client, info))
+
+    def finish_update(self, version: str) -> None:
+        """Let all servers use the weights that they have received, under this name. Raises DownError."""
+        self._all(lambda server, client, _: server.finish_update(client, version))
+
+    def restart(self) -> None:
+        """End the servers that were started here at once; they start again with the next answers."""
+        for server in self._servers:
+            server.restart()
 
     def close(self) -> None:
         """End the servers that were started here, and first a `generate` in another thread.
@@ -99,9 +127,13 @@ class Fleet:
         while not self._closing.is_set():
             await asyncio.sleep(_CLOSING_POLL_S)
 
-    async def _rest(self) -> None:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            await asyncio.gather(*(server.rest(client) for server in self._servers))
+    def _all(self, work: Callable[[Server, httpx.AsyncClient, int], Coroutine[Any, Any, None]]) -> None:
+        async def run() -> None:
+            async with httpx.AsyncClient(trust_env=False) as client:
+                each = (work(server, client, index) for index, server in enumerate(self._servers))
+                await asyncio.gather(*each)
+
+        asyncio.run(run())
 
     async def _serve(self, server: Server, client: httpx.AsyncClient, work: _Work) -> None:
         """Keep one server busy until cancelled, restarting it when it fails. Raises RlcsError."""
@@ -115,6 +147,12 @@ class Fleet:
                 work.last_well, wait = time.monotonic(), _FIRST_WAIT_S
                 senders = [self._answer_all(server, client, work) for _ in range(self._settings.concurrency)]
                 await _until_first([self._watch(server, client, work), *senders])
+            except LostWeightsError:
+                work.lost += 1
+                if work.lost == len(self._servers):
+                    raise
+                log.warning("%s: it was restarted, and waits for the next weights", server.name)
+                await asyncio.Event().wait()  # until it is cancelled at the end of the round
             except DownError as down:
                 log.warning("%s: %s; trying again", server.name, down)
                 if down.needs_restart:

@@ -6,26 +6,22 @@ are loaded under their version's name, which requests then carry.
 """
 
 import asyncio
-import contextlib
-import ctypes
 import json
 import logging
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from rlcs.distributed.torchrun import outside_torchrun
+from rlcs.engines.vllm.process import Process
 from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
@@ -59,10 +55,8 @@ SHARE = "rollout.memory_share"
 ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Set in a server's environment, it opens the endpoints that load and unload adapters."""
 _DISCARDED = "discarded"
+_MEMORY = {"weights", "kv_cache"}
 _POLL_S = 0.5
-_GRACE_S = 10.0
-_LAST_LINES, _LONGEST_LINE = 5, 500
-_DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
@@ -106,6 +100,10 @@ class DownError(Exception):
         self.needs_restart = needs_restart
 
 
+class LostWeightsError(Exception):
+    """The server does not have the weights, and they lie in no folder."""
+
+
 class RetryableError(Exception):
     """This one request failed; that may pass."""
 
@@ -117,6 +115,7 @@ class Launch:
     `number` is that of the first server that is started here, and `gpus` is the CUDA_VISIBLE_DEVICES of a
     server that takes turns with the rank that starts it. `sleep_level`: 0 never sleeps; 1 keeps the weights
     in main memory, for those that stay the same; 2 discards them, for those that come again with every step.
+    `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any.
     """
 
     settings: Rollouts
@@ -128,6 +127,7 @@ class Launch:
     number: int = 0
     gpus: str = ""
     sleep_level: int = 0
+    transfer: str = ""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -143,6 +143,7 @@ class Launch:
             **({} if share is None else {"gpu_memory_utilization": share}),
             **(adapter_arguments(self.adapter_rank) if self.adapter_rank else {}),
             **({"enable_sleep_mode": True} if self.sleep_level else {}),
+            **({"weight_transfer_config": {"backend": self.transfer}} if self.transfer else {}),
             **(FP8 if self.settings.quantization else {}),
             **(ON_CPU if self.on_cpu else {}),
         }
@@ -163,6 +164,10 @@ class Launch:
         extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         if self.adapter_rank:
             extra[ADAPTER_SWITCH] = "1"
+        if self.transfer == "ipc":
+            extra["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
+                "1"  # it takes handles of GPU memory as pickles alone
+            )
         if gpus := self.gpus or next(iter(self.settings.devices[index:]), ""):
             extra["CUDA_VISIBLE_DEVICES"] = gpus
         return {**outside_torchrun(os.environ), **extra}
@@ -177,65 +182,6 @@ def share_advice(what: str, share: float | None) -> str:
             "prompt.max_tokens + grpo.max_new_tokens and eval.max_new_tokens"
         )
     return f"lower {now}, or end what else is in the GPU's memory (nvidia-smi shows it)"
-
-
-class Process:
-    """A `vllm serve` in a new session; it ends with this process, even if this one is killed."""
-
-    def __init__(self, launch: Launch, index: int, folder: Path, log: Path) -> None:
-        """Start it. Raises ModelError if there is no such program."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self._log, self._log_start = log, log.stat().st_size if log.exists() else 0
-        try:
-            with log.open("ab") as out:
-                self._popen = subprocess.Popen(
-                    launch.command(folder, port),
-                    env=launch.environment(index),
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=_dying_with_parent(),
-                )
-        except OSError as error:
-            raise ModelError(
-                f"vLLM cannot be started: {error.strerror}",
-                where=f"rollout.executable={launch.settings.executable}",
-                fix="install vLLM (>= 0.32) in an environment and name its bin/vllm there",
-            ) from error
-
-    @property
-    def runs(self) -> bool:
-        """Whether the process exists; it may hang."""
-        return self._popen.poll() is None
-
-    @property
-    def last_errors(self) -> str:
-        """The last errors in its part of the log, or else the last lines."""
-        lines = self._log.read_bytes()[self._log_start :].decode("utf-8", "replace").splitlines()
-        errors = [line[:_LONGEST_LINE] for line in lines if re.search(r"\b[A-Z]\w*Error: ", line)]
-        return "\n".join(errors[-_LAST_LINES:] or lines[-_LAST_LINES:])
-
-    def end(self, *, at_once: bool) -> None:
-        """End it and its children."""
-        if not at_once and self.runs:
-            self._popen.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._popen.wait(_GRACE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._popen.pid, signal.SIGKILL)
-        self._popen.wait()
-
-
-def _dying_with_parent() -> Callable[[], None] | None:
-    """Make a function to run in the child before vLLM: Linux then sends it SIGTERM when this process ends."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(_DIE_WITH_PARENT, signal.SIGTERM)
 
 
 class Server:
@@ -253,7 +199,10 @@ class Server:
         self._log = logs / f"vllm-{index}.log"
         self._starter = starter
         self._process: Process | None = None
-        self._is_checked = self._paused = self._asleep = False
+        self._is_checked = self._paused = False
+        self._asleep: set[str] = set()
+        self.channel = ""
+        """The channel of weights to which it is connected."""
 
     @property
     def name(self) -> str:
@@ -277,25 +226,58 @@ class Server:
         if not self._is_checked:
             await self._require_fit(client, weights)
             self._is_checked = True
-        if self._asleep:  # the weights' memory first, so that nothing else takes space while they load
-            await self._call(client, "POST", "/wake_up", params={"tags": "weights"})
+        await self._wake(client, "weights")  # the cache later: it would take space while weights load
         has = (await self._call(client, "GET", "/weight_info")).json()["weight_version"]
+        if has != weights.version and weights.sent:
+            raise LostWeightsError
         if has != weights.version or self._paused:
             await self._load(client, weights, has)
+        await self._wake(client, "kv_cache")
+
+    async def _wake(self, client: httpx.AsyncClient, memory: str) -> None:
+        if memory in self._asleep:
+            await self._call(client, "POST", "/wake_up", params={"tags": memory})
+            self._asleep.remove(memory)
+
+    async def begin_update(
+        self, client: httpx.AsyncClient, weights: Weights, channel: str, info: Mapping[str, Any]
+    ) -> None:
+        """Prepare it for weights that are sent, connected to the channel by `info`. Raises DownError."""
+        await self.up(client, weights)
         if self._asleep:
-            await self._call(client, "POST", "/wake_up", params={"tags": "kv_cache"})
-            self._asleep = False
+            await self._wake(client, "weights")
+        else:
+            await self._call(client, "POST", "/pause", params={"mode": "abort"})
+        self._paused = True
+        if self.channel != channel:
+            if self.channel:
+                await self._call(client, "POST", "/shutdown_weight_transfer_engine")
+            await self._call(client, "POST", "/init_weight_transfer_engine", json={"init_info": info})
+            self.channel = channel
+        await self._call(client, "POST", "/start_weight_update")
+
+    async def update(self, client: httpx.AsyncClient, info: Mapping[str, Any]) -> None:
+        """Let it receive some weights. Raises DownError."""
+        await self._call(client, "POST", "/update_weights", json={"update_info": info})
+
+    async def finish_update(self, client: httpx.AsyncClient, version: str) -> None:
+        """Let it use the weights that it has received; if it sleeps, its cache goes on sleeping."""
+        await self._call(client, "POST", "/finish_weight_update", json={"weight_version": version})
+        if not self._asleep:
+            await self._call(client, "POST", "/resume")
+        self._paused = False
 
     async def rest(self, client: httpx.AsyncClient) -> None:
         """Put it to sleep, which frees its GPUs' memory; where that fails it is ended, which does too."""
         level = self._launch.sleep_level
-        if self._process is None or self._asleep:
+        if self._process is None or self._asleep == _MEMORY:
             return
         try:
+            await self._wake(client, "kv_cache")  # vLLM puts nothing to sleep while something sleeps
             if level == 2:  # should it ever answer without weights, no answer of that version counts
                 await self._call(client, "POST", "/update_weight_version", json={"new_version": _DISCARDED})
             await self._call(client, "POST", "/sleep", params={"level": level})
-            self._asleep = True
+            self._asleep = set(_MEMORY)
         except DownError as down:
             log.warning("%s: %s; it is started again for the next answers", self.name, down)
             self.restart()
@@ -305,7 +287,11 @@ class Server:
         self._log.parent.mkdir(parents=True, exist_ok=True)
 
         def begin() -> Process:
-            self._process = Process(self._launch, self._index, weights.model.folder, self._log)
+            self._process = Process(
+                partial(self._launch.command, weights.model.folder),
+                self._launch.environment(self._index),
+                self._log,
+            )
             return self._process
 
         process = await asyncio.get_running_loop().run_in_executor(self._starter, begin)
@@ -464,7 +450,7 @@ class Server:
         """End the process, if there is one, at once; the next `up` starts it again."""
         if self._process is not None:
             self._process.end(at_once=True)
-            self._process, self._asleep = None, False
+            self._process, self._asleep, self.channel = None, set(), ""
 
     def close(self) -> None:
         """End the process, if there is one."""

@@ -32,12 +32,14 @@ _COPIES = 2.2
 class Weights:
     """A folder in Hugging Face format and the version in it, a name that is unique over all runs.
 
-    With a `base` the folder holds adapters in peft's format, which add to that model.
+    With a `base` the folder holds adapters in peft's format, which add to that model. Weights that were
+    `sent` to the servers lie in no folder: theirs is that of the weights with which servers start.
     """
 
     version: str
     folder: Path
     base: "Weights | None" = None
+    sent: bool = False
 
     @property
     def model(self) -> "Weights":
@@ -91,6 +93,14 @@ class WeightsFolder:
         self.newest = self._write(vlm, save_adapters, base=self.newest.model)
         return self.newest
 
+    def announce(self, vlm: Vlm) -> Weights:
+        """Name the next version of a model that is not written; one was. All ranks must call it."""
+        assert self.newest is not None, "servers have started with weights"
+        self._count += 1
+        sent = replace(self.newest, version=f"{self._run}-{self._count}", sent=True)
+        self.newest = vlm.world.first(lambda: sent)
+        return self.newest
+
     def remove(self) -> None:
         """Remove all versions, when vLLM has ended."""
         if self._has_written:
@@ -109,7 +119,7 @@ class WeightsFolder:
         write_serving(vlm, folder, dtype, untied=vlm.device.type == "cpu")
 
     def _choose(self, vlm: Vlm) -> None:
-        """Take the folder in main memory, once, if it has room; else the other."""
+        """Take the folder in main memory, once, if it has space; else the other."""
         memory, self._memory = self._memory, None
         if memory is None or not memory.is_dir():
             return
