@@ -82,7 +82,7 @@ def opened_engine(job: dict, vlm: Vlm, chat: Chat) -> Iterator[Engine]:
     behaviour = job["behaviour"] | {"placeholder": chat.image_id}
     (folder / "behaviour.json").write_text(json.dumps(behaviour))
     settings = Rollouts(engine="vllm_server", **job["rollout"])
-    needs = EngineNeeds(settings=settings, max_tokens=512, max_rows=64, decode_limit=10**7)
+    needs = EngineNeeds(settings=settings, max_tokens=512, max_rows=64)
     with open_engines(needs, folder) as make:
         yield make(vlm, chat, 8)
 
@@ -150,6 +150,7 @@ def train(job: dict, world: World) -> None:
                     grader=LengthGrader(),
                     importance_cap=job.get("cap"),
                     overlap=job.get("overlap", "none"),
+                    feature_bytes=job.get("feature_bytes", 1 << 30),
                 )
                 problems = mixed_problems(job.get("problems", 9))
                 grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)

@@ -65,3 +65,16 @@ def test_a_place_may_wait_for_the_groups_before(chat):
     [(place, placed)] = found.newly_placed()
     assert (place, placed.problem.id) == (0, "b")
     assert found.missing == 2
+
+
+def test_a_place_need_not_be_known_where_the_optimiser_step_is(chat):
+    """Two steps of four places; of five groups that come first, all but one belong to a certain one."""
+    settings = Grpo(prompts_per_step=8, group_size=2, dynamic_sampling=1, optimizer_steps=2, max_new_tokens=4)
+    found = StepGroups(settings)
+    found.groups = [None] * 8
+    for index in (1, 2, 3, 4, 7):
+        found.groups[index] = group(chat, f"p{index}", [0.0, 1.0], settings)
+    placed = {g.problem.id: place // 4 for place, g in found.newly_placed()}
+    assert placed == {"p1": 0, "p2": 0, "p3": 0, "p7": 1}, "p4 is the fourth or the fifth"
+    found.groups[0] = group(chat, "p0", [0.0, 0.0], settings)
+    assert [(place // 4, g.problem.id) for place, g in found.newly_placed()] == [(0, "p4")]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rlcs.data import loading as data
+from rlcs.data.images import encoded_image
 from rlcs.data.rows import demonstrated
 from rlcs.data.stream import ProblemStream
 from rlcs.errors import CheckpointError, DataError
@@ -403,6 +404,24 @@ def test_parquet_takes_images_as_structs_bytes_or_paths_single_or_list(folder):
         assert [(i.width, i.height) for i in row.problem.images] == sizes
 
 
+def test_embedded_images_lie_in_a_folder_once_where_several_processes_read_them(folder):
+    images = [{"bytes": png("green")}, {"bytes": png("blue")}, {"bytes": png("green")}]
+    table = pa.Table.from_pylist(
+        [{"problem": f"{n}?", "image": i, "answer": "3"} for n, i in enumerate(images)]
+    )
+    pq.write_table(table, folder / "rows.parquet")
+    options = {"decode_limit": LIMIT, "role": "rl"}
+    held = data.load(str(folder / "rows.parquet"), Data(), **options)
+    stored = [data.load(str(folder / "rows.parquet"), Data(), **options, store=folder / "kept") for _ in "12"]
+    assert stored[0].rows == stored[1].rows
+    files = sorted((folder / "kept").iterdir())
+    assert len(files) == 2 and {file.suffix for file in files} == {".png"}
+    for row, kept in zip(held.rows, stored[0].rows, strict=True):
+        (image,), (other,) = row.problem.images, kept.problem.images
+        assert image.data and other.data is None
+        assert encoded_image(other) == image.data and row.problem.digest == kept.problem.digest
+
+
 def test_parquet_names_bad_rows_by_number(folder):
     answers = pa.array([str(i) if i != 70 else None for i in range(150)])
     questions = pa.array([b"q" if i != 130 else b"\xff" for i in range(150)]).view(pa.string())
@@ -665,6 +684,8 @@ def test_a_stream_resumes_exactly_and_deals_every_item_once_an_epoch(count, seed
 
 def test_the_order_is_fixed_for_all_time_and_changes_with_epoch_and_seed():
     stream = ProblemStream(range(8), seed=0)
+    ahead = stream.peek(11)
+    assert ahead == ProblemStream(range(8), seed=0).take(11) and stream.epochs == 0
     assert stream.take(8) == [1, 0, 2, 3, 7, 5, 4, 6]
     epochs = [tuple(stream.take(8)) for _ in range(5)]
     seeds = [tuple(ProblemStream(range(8), seed=seed).take(8)) for seed in range(5)]

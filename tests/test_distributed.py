@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from rlcs.errors import UserError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.checkpoints import complete
+from rlcs.model.fsdp import reference_dtype
 from rlcs.model.packing import balanced, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
@@ -31,8 +33,9 @@ from rlcs.recipe.loading import dump, load_recipe
 from rlcs.recipe.schema import Model
 from rlcs.records import Tree
 from rlcs.storage import read_json, read_jsonl
-from rlcs.train import sft
-from rlcs.train.batching import guessed_tokens, packs_in_step, padding_tree
+from rlcs.train import grpo, sft
+from rlcs.train.batching import Keep, guessed_tokens, packs_in_step, padding_tree
+from rlcs.train.trainer import logprobs_of
 
 WORKER = Path(distributed_worker.__file__)
 LIMIT_S = 300
@@ -55,7 +58,7 @@ JOBS = {
     "plain": {"grpo": GRPO},
     "paper": {"grpo": GRPO | PAPER},
     "dapo": {"grpo": GRPO | DAPO},
-    "kept": {"grpo": GRPO | PAPER | {"freeze": ["vision_tower"]}},
+    "kept": {"grpo": GRPO | PAPER | {"freeze": ["vision_tower"]}, "feature_bytes": 23_000},
     "adapters": {"grpo": GRPO | PAPER, "lora": {"rank": 4, "alpha": 8}},
 }
 OFFLOADED = {"frozen": 2, "paper": 1}
@@ -403,6 +406,28 @@ def test_gradients_are_summed_in_the_chosen_format(random_model_folder, chat, gr
         assert all(torch.equal(g, g.bfloat16().float()) for g in grads) == coarse
 
 
+def test_a_reference_is_kept_in_the_format_of_its_computation(random_model_folder, chat, group_of_one):
+    """Which changes no bit: FSDP rounds exact shards to that format when it gathers them."""
+    trees = [sft.tree_of(demonstration, chat) for demonstration in distributed_worker.demonstrations(3)]
+    packs = [pack(trees, chat.patches)]
+
+    def reference(**settings):
+        parallel = Parallel(**settings)
+        vlm = loading.load(Model(name=str(random_model_folder)), world=group_of_one)
+        spread = partial(loading.spread, settings=parallel)
+        _, frozen = grpo.with_reference(vlm, spread, dtype=reference_dtype(parallel))
+        [logprobs] = logprobs_of(frozen, packs, temperature=1.0)
+        return {weight.dtype for weight in frozen.model.parameters()}, logprobs
+
+    plain, exact = reference()
+    kept, rounded = reference(compute_dtype="bfloat16")
+    whole, same = reference(compute_dtype="bfloat16", reference_dtype="float32")
+    coarse, alike = reference(reference_dtype="bfloat16")
+    assert plain == whole == {torch.float32} and kept == coarse == {torch.bfloat16}
+    assert torch.equal(rounded, same)
+    assert 1e-4 < (exact - rounded).abs().max() < 0.2 and (alike - rounded).abs().max() < 0.1
+
+
 def test_layers_stay_gathered_only_where_the_recipe_says_so(random_model_folder, chat, group_of_one):
     for freed in (True, False):
         parallel = Parallel(reshard_after_forward=freed)
@@ -447,7 +472,7 @@ class OtherRank:
         self._flags = flags
 
     def gather(self, own):
-        return [own, self._flags]
+        return [own, (0, self._flags)]
 
 
 def test_packs_of_a_rank_fall_in_step_with_the_others(chat):
@@ -456,3 +481,22 @@ def test_packs_of_a_rank_fall_in_step_with_the_others(chat):
     assert [pack.grids is not None for pack in packs] == [True, False, False]
     assert [len(pack.layout.trees) for pack in packs] == [2, 1, 1]
     assert [len(packs_in_step([text], chat, budget=9, world=OtherRank([])))] == [1]
+
+
+@pytest.mark.parametrize(
+    ("patches", "used", "others", "kept"),
+    [
+        (64, 0, [16, 16], [True, True]),
+        (31, 0, [16, 16], [True, False]),
+        (64, 0, [16, 90], [True, False]),
+        (64, 0, [90], [False, False]),
+        (64, 33, [16, 16], [True, False]),
+        (0, 0, [], [False, False]),
+    ],
+)
+def test_ranks_keep_features_of_the_same_packs(chat, patches, used, others, kept):
+    """Two packs of 16 patches here; a pack keeps them where that is within the bound on both ranks."""
+    picture = Tree(prompt=padding_tree(chat, image=True).prompt, branches=())
+    keep = Keep(patches=patches, used=used)
+    packs = packs_in_step([picture] * 2, chat, budget=1, world=OtherRank(others), keep=keep)
+    assert [pack.kept is not None for pack in packs] == kept

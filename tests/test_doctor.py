@@ -14,6 +14,7 @@ from rlcs.cli.main import app
 from rlcs.doctor import health, machine
 from rlcs.doctor.health import examine
 from rlcs.errors import RunFolderError
+from rlcs.model.parity_check import Agreement
 from rlcs.pipeline import seeds
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import NO_SIGNAL, NOT_FINITE
@@ -249,7 +250,7 @@ def test_a_fast_path_that_disagrees_is_found(monkeypatch):
         scores = real(*words)
         return dataclasses.replace(scores, logprobs=scores.logprobs - 0.5)
 
-    monkeypatch.setattr(machine, "disagreement", lambda *words: 0.5)
+    monkeypatch.setattr(machine, "agreement", lambda *words: [Agreement(gap=0.5, limit=1e-4)])
     monkeypatch.setattr(machine, "_grader", lambda: (_ for _ in ()).throw(OSError("no processes here")))
     monkeypatch.setattr(machine, "score", off)
     found = {one.name: one for one in machine.checks()}

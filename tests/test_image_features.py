@@ -9,7 +9,7 @@ import torch
 import family_models
 from conftest import make_problem
 from rlcs.model import loading
-from rlcs.model.image_features import affordable_tokens
+from rlcs.model.image_features import affordable_patches, kept_patches
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.recipe.execution import Lora
@@ -18,6 +18,8 @@ from rlcs.recipe.stages import Grpo
 from rlcs.records import Branch, Tree
 from rlcs.train import grpo
 from rlcs.train.clock import Clock
+from rlcs.train.context import GrpoContext
+from rlcs.train.learning import Learner
 from rlcs.train.trainer import Trainer
 from test_policy import gradients
 from test_train import group_of
@@ -92,7 +94,7 @@ def test_a_tower_that_trains_runs_in_every_pass(folder):
         for _ in range(2):
             assert any("visual.blocks" in name for name in gradients(vlm, score(vlm, kept).logprobs.sum()))
     assert len(runs) == 2 and not kept.kept
-    assert affordable_tokens(vlm, 1 << 30) == 0
+    assert affordable_patches(vlm, 1 << 30) == 0
 
 
 def test_other_weights_and_other_formats_are_other_features(folder):
@@ -110,18 +112,20 @@ def test_other_weights_and_other_formats_are_other_features(folder):
 def learnt(folder, *, feature_bytes, pack_tokens=1):
     """One rollout step in two optimiser steps with old and reference logprobs; the weights, and the runs."""
     settings = Grpo(
-        group_size=3, max_new_tokens=8, optimizer_steps=2, old_logprobs="policy", pack_tokens=pack_tokens,
-        kl={"kind": "k3", "coefficient": 0.01}, optimizer={"lr": 1e-3},
+        prompts_per_step=4, group_size=3, max_new_tokens=8, optimizer_steps=2, old_logprobs="policy",
+        pack_tokens=pack_tokens, kl={"kind": "k3", "coefficient": 0.01}, optimizer={"lr": 1e-3},
     )  # fmt: skip
     vlm, chat = prepared(folder, ("vision_tower",))
     reference = grpo.frozen_copy(vlm)
-    context = grpo.GrpoContext(
+    context = GrpoContext(
         vlm=vlm, reference=reference, chat=chat, engine=None, grader=None, feature_bytes=feature_bytes
     )
     groups = [group_of(chat, name, [1.0, 0.0, 1.0], settings) for name in "abcd"]
     trainer = Trainer(vlm, settings.optimizer, steps=2, max_bad_steps=1)
     with tower_runs(vlm, reference) as runs:
-        grpo.learn(trainer, context, groups, settings, clock=Clock())
+        learner = Learner(trainer, context, settings, Clock())
+        learner.add(list(enumerate(groups)))
+        learner.finish()
     return {name: p.detach().clone() for name, p in vlm.model.named_parameters()}, runs
 
 
@@ -134,14 +138,15 @@ def test_the_tower_runs_once_for_each_image_of_a_step(folder):
 
 def test_no_more_than_the_bound_is_kept(folder):
     vlm, chat = prepared(folder, ("vision_tower",))
-    [(start, end)] = chat.prompt(make_problem("a")).spans
-    a_token = next(n for n in range(1, 1 << 20) if affordable_tokens(vlm, n) == 1)
+    [(_, height, width)] = chat.prompt(make_problem("a")).grids
+    a_patch = next(n for n in range(1, 1 << 20) if affordable_patches(vlm, n) == 1)
     kept = pack([Tree(prompt=chat.prompt(make_problem("a")), branches=())], chat.patches, keeps_features=True)
     score(vlm, kept)
     [(*_, inputs)] = kept.kept.values()
-    assert sum(tensor.nbytes for tensor in inputs) == a_token * (end - start)
-    one_a_step = 2 * a_token * (end - start)  # half of it for each of the two optimiser steps
-    _, runs = learnt(folder, feature_bytes=one_a_step)
+    assert sum(tensor.nbytes for tensor in inputs) == a_patch * height * width
+    assert kept_patches([kept, pack(trees_of(chat), chat.patches)]) == height * width
+    three = 3 * a_patch * height * width
+    _, runs = learnt(folder, feature_bytes=three)
+    assert len(runs) == 3 * 1 + 1 * 3
+    _, runs = learnt(folder, feature_bytes=three - 1)
     assert len(runs) == 2 * 1 + 2 * 3
-    _, runs = learnt(folder, feature_bytes=one_a_step - 1)
-    assert len(runs) == 12

@@ -16,6 +16,7 @@ from rlcs.model import loading
 from rlcs.model.packing import pack
 from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.shapes import measure
+from rlcs.recipe.execution import Lora
 from rlcs.recipe.schema import Model
 from rlcs.recipe.stages import Grpo, Optimizer
 from rlcs.records import Branch, Tree
@@ -130,4 +131,31 @@ def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, fr
     planned = update_peak(gradients, held, packs=packs)
     print(f"{shape} {sizes.total:,} {kind}: measured {measured:,}, planned {planned:,}")  # noqa: T201
     assert 10e6 < sizes.total < 60e6
+    assert planned == pytest.approx(measured, rel=WITHIN)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_planned_peaks_of_adapters_are_measured_ones(folders, dtype, checkpointing):
+    settings = Model(name=str(folders["30M, deep"]), gradient_checkpointing=checkpointing, dtype=dtype)
+    vlm = loading.prepare(loading.load(settings), Lora(rank=4, alpha=8), (), seed=1)
+    batch = batch_of(loading.make_chat(vlm), branches=4)
+    trainer = Trainer(vlm, Optimizer(), steps=9, max_bad_steps=1)
+    objective = make_objective(Grpo())
+    trainer.step([batch], objective, average="token")
+    trainer.optimizer.zero_grad(set_to_none=True)
+    measured = measured_peak(lambda: trainer.step([batch], objective, average="token"))
+    sizes = measure("30M, deep", vlm.model.config)
+    load = Load(
+        tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=len(batch.pack.pixel_values)
+    )
+    how = Passing(
+        element=4 if dtype == "float32" else 2,
+        checkpointing=checkpointing,
+        trains=["language_model"],
+        adapters=True,
+    )
+    gradients = 4 * sum(p.numel() for _, p in vlm.parameters())
+    planned = update_peak(gradients, activations(sizes, load, how), packs=1)
+    print(f"adapters, {dtype}: measured {measured:,}, planned {planned:,}")  # noqa: T201
     assert planned == pytest.approx(measured, rel=WITHIN)

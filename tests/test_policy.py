@@ -1,17 +1,14 @@
 """The heart: a pack equals the padded, repeated batch: logprobs, entropy, loss and every gradient."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from conftest import make_conversation, make_problem
 from rlcs.data.images import open_image
-from rlcs.errors import TrainingError, UserError
-from rlcs.model import loading, parity_check, policy
+from rlcs.errors import UserError
+from rlcs.model import loading, policy
 from rlcs.model.attention import DensePlan, TreePlan
 from rlcs.model.packing import layout_of, pack, within_budget
-from rlcs.model.parity_check import disagreement, require_agreement
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model, Prompts
@@ -160,15 +157,6 @@ def test_conversations_are_learnt_as_transformers_learns_them(vlm, turns, attent
     assert_same_gradients(ours, gradients(vlm, plain_loss))
 
 
-def test_the_self_check_covers_the_earlier_turns_of_a_conversation(vlm, chat):
-    demonstration = Demonstration(problem=make_conversation("a"), response="\\boxed{5}", teacher="t")
-    tree = sft.tree_of(demonstration, chat)
-    assert disagreement(vlm, chat, tree) < 1e-4
-    plain = parity_check._plain_logprobs(vlm, chat, tree, 0)
-    assert len(plain) == sum(tree.trunk_weights) + len(tree.branches[0].ids)
-    torch.testing.assert_close(score(vlm, pack([tree], chat.patches)).logprobs, plain, rtol=1e-4, atol=1e-4)
-
-
 def test_packs_may_be_split_anyhow(vlm, chat):
     trees = make_trees(chat, CASES["many trees of mixed sizes"])
     together = score(vlm, pack(trees, chat.patches)).logprobs
@@ -226,32 +214,3 @@ def test_attention_of_another_device_is_refused_at_once(kind, device, way_out):
     settings = Model(name="builtin", attention=kind)
     with pytest.raises(UserError, match=rf"model.attention={kind}: .*\n.*auto \({way_out} on this device"):
         loading.load(settings, device=torch.device(device))
-
-
-def test_rounding_of_single_tokens_is_no_fault_and_a_fault_of_a_whole_answer_is():
-    noise = torch.zeros(400)
-    noise[::50] = 0.6  # what bfloat16 does to the logprob of a token here and there
-    limit = parity_check.TOLERANCE[torch.bfloat16]
-    assert parity_check.gap(noise, torch.bfloat16) < limit < parity_check.gap(-noise[::50], torch.bfloat16)
-    assert parity_check.gap(noise, torch.float32) == pytest.approx(0.6)
-
-
-def test_the_self_check_in_bfloat16(random_model_folder, monkeypatch):
-    settings = Model(name=str(random_model_folder), dtype="bfloat16")
-    vlm = loading.load(settings, device=torch.device("cpu"))
-    chat = loading.make_chat(vlm)
-    [tree] = make_trees(chat, CASES["one tree"])
-    assert require_agreement(vlm, chat, tree) < 0.1
-    broken = SimpleNamespace(logprobs=torch.full((15,), torch.nan))
-    monkeypatch.setattr(parity_check, "score", lambda *_: broken)
-    with pytest.raises(TrainingError, match="differ by inf nats"):
-        require_agreement(vlm, chat, tree)
-
-
-def test_the_self_check_sees_a_wrong_fast_path(vlm, chat, monkeypatch):
-    [tree] = make_trees(chat, CASES["one tree"])
-    assert disagreement(vlm, chat, tree) < 1e-4
-    # A branch that forgets its trunk is the mistake that packing could make.
-    monkeypatch.setattr("rlcs.model.attention.branches_over_trunk", lambda layout: ())
-    with pytest.raises(Exception, match="packed and plain logprobs differ"):
-        require_agreement(vlm, chat, tree)

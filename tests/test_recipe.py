@@ -481,7 +481,10 @@ SERVERS = ["rollout.engine=vllm_server"]
         (["grpo.overlap=on_policy"], "set rollout.engine=vllm_server"),
         (["grpo.overlap=on_policy", "rollout.engine=vllm_colocated"], "now vllm_colocated"),
         ([*SERVERS, "grpo.overlap=on_policy", "grpo.loss_average=micro_batch"], "depends on what lies in a"),
-        ([*SERVERS, "grpo.overlap=one_step_off", "rollout.importance_cap=null"], "is corrected by importance weights"),
+        (
+            [*SERVERS, "grpo.overlap=one_step_off", "rollout.importance_cap=null"],
+            "corrected by importance weights",
+        ),
         ([*SERVERS, "grpo.overlap=one_step_off", "grpo.optimizer_steps=4"], "grpo.old_logprobs=policy"),
     ],
 )

@@ -176,8 +176,12 @@ def test_all_gpus_in_turns_are_faster_than_half_of_them_each():
     assert turns.seconds <= 135 < apart.seconds and turns.idle <= 0.1 < apart.idle
     plan = make_plan("8xgpu-7b", ["grpo.group_size=5"], H100, ISSUE)
     assert plan.fits and plan.start.seconds < 600
-    found = seconds_of(turns)
-    assert found["logprobs of the reference"] == pytest.approx(found["old logprobs"])
+    found, without = seconds_of(turns), seconds_of(step_of("grpo.group_size=5", "images.features_gb=0"))
+    tower = vision(plan.sizes.vision, 4 * 1272) * 512 / (8 * 989e12 * 0.4)
+    assert found["old logprobs"] - found["logprobs of the reference"] == pytest.approx(tower)
+    assert without["logprobs of the reference"] == pytest.approx(without["old logprobs"])
+    name = "forward and backward passes"
+    assert without[name] - found[name] == pytest.approx(tower)
 
 
 def test_dynamic_sampling_takes_a_round_for_groups_with_equal_rewards():
@@ -215,8 +219,6 @@ def test_overlap_hides_what_can_be_done_while_servers_sample():
     assert apart.seconds == pytest.approx(step_of(*words).seconds - one.seconds)
     ahead = step_of(*words, "grpo.overlap=one_step_off")
     assert ahead.seconds < step_of(*words).seconds
-    by_sampler = step_of(*words, "grpo.old_logprobs=sampler")
-    assert next(phase for phase in by_sampler.phases if phase.seconds < 0).seconds < one.seconds
 
 
 def test_on_policy_overlap_by_hand():
@@ -245,7 +247,7 @@ class Arrived:
 def test_step_time_of_sft_has_no_rollouts():
     recipe = load_recipe("8xgpu-7b").recipe
     trees = Trees(count=64, trunk=1400, patches=4 * 1272, group=1, answer=600)
-    step = step_time(place_of(), recipe.sft, trees, speeds_of(H100, ISSUE), ISSUE)
+    step = step_time(place_of(), recipe.sft, trees, recipe.images, speeds_of(H100, ISSUE), ISSUE)
     assert "answers are decoded" not in seconds_of(step) and "optimiser" in seconds_of(step)
 
 

@@ -145,15 +145,25 @@ def _study(
 
     require_installed(recipe.trackers)
     # Before torch is loaded: a bad file is reported at once.
+    many = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and not options.dry_run
     data = load_run_data(
-        recipe.study, recipe.data, decode_limit=recipe.images.decode_limit, validation=recipe.validation
+        recipe.study,
+        recipe.data,
+        decode_limit=recipe.images.decode_limit,
+        validation=recipe.validation,
+        store=folder / "images" if many else None,  # else every process holds all embedded images
     )
 
     from rlcs.distributed import join_world
+    from rlcs.model.loading import use_expandable_segments
     from rlcs.pipeline.seeds import run_seeds
     from rlcs.pipeline.study import Output, dry_run
     from rlcs.signals import StopFlag
 
+    if (
+        recipe.rollout.engine != "vllm_colocated"
+    ):  # handing weights to it takes several times longer with them
+        use_expandable_segments()
     output = Output(quiet=options.quiet, json=options.json)
     parallel = recipe.parallel
     joined = join_world(timeout_s=parallel.timeout_s, shard_size=parallel.shard_size)

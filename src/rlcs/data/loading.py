@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlcs.data.check import grouped
 from rlcs.data.row_notes import counted
@@ -55,8 +56,18 @@ def _system_note(rows: Sequence[Row]) -> tuple[str, ...]:
     return (f"{counted(len(own))} with a system prompt in the data, {how}",)
 
 
-def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: bool = False) -> Loaded:
+def load(
+    source: str,
+    settings: Data,
+    *,
+    decode_limit: int,
+    role: Role,
+    decode: bool = False,
+    store: Path | None = None,
+) -> Loaded:
     """Read a source; image headers are checked, and with `decode` every image is decoded in full.
+
+    Images that are embedded in rows are held in memory, or written into the folder `store`.
 
     `source` is a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, a folder or hub id of a
     Hugging Face data set (with `?split=...&config=...` if need be), or `builtin:NAME?count=...&seed=...`.
@@ -76,7 +87,7 @@ def load(source: str, settings: Data, *, decode_limit: int, role: Role, decode: 
         columns = settings.columns.model_copy(update={"response": (options.response,)})
         settings = settings.model_copy(update={"columns": columns})
     table = open_table(whole, settings, role)
-    reader = RowReader(table, settings, role=role, limit=decode_limit, decode=decode)
+    reader = RowReader(table, settings, role=role, limit=decode_limit, decode=decode, store=store)
     rows: list[Row] = []
     bad: list[BadRow] = []
     for raw in table.rows:

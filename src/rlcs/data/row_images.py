@@ -3,12 +3,14 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rlcs.data.images import image_from_bytes, image_from_path, image_kind, open_image
 from rlcs.data.values import IMAGE_KEYS, decoded_base64, image_in, shown, structured
 from rlcs.errors import DataError
 from rlcs.records import ImageRef
+from rlcs.storage import atomic_write
 
 _DATA_URL = re.compile(r"(data:[^,]{0,200}?;|image/[\w.+-]{1,20};|)base64,", re.IGNORECASE)
 _QUOTED = re.compile(r"b?[\"']([A-Za-z0-9+/_\s=-]{64,})[\"']")
@@ -24,13 +26,23 @@ class RowImages:
     """The images of one source; relative paths start at one of `folders`, absolute ones lie below `roots`."""
 
     def __init__(
-        self, *, folders: tuple[Path, ...], roots: tuple[Path, ...], limit: int, decode: bool
+        self,
+        *,
+        folders: tuple[Path, ...],
+        roots: tuple[Path, ...],
+        limit: int,
+        decode: bool,
+        store: Path | None = None,
     ) -> None:
-        """`limit` is in pixels an image; with `decode` every image is decoded in full."""
+        """`limit` is in pixels an image; with `decode` every image is decoded in full.
+
+        Images that are embedded in rows are written into the folder `store`, if there is one, and not held.
+        """
         self._folders = folders
         self._roots = roots
         self._limit = limit
         self._decode = decode
+        self._store = store
         self._paths: dict[str, ImageRef] = {}
         self._bytes: dict[str, ImageRef] = {}
 
@@ -53,7 +65,8 @@ class RowImages:
         if isinstance(item, bytes):
             key = hashlib.sha256(item).hexdigest()
             if key not in self._bytes:
-                self._bytes[key] = self._checked(image_from_bytes(item, limit=self._limit, where=where))
+                ref = self._checked(image_from_bytes(item, limit=self._limit, where=where))
+                self._bytes[key] = self._stored(ref, item)
             return self._bytes[key]
         if not isinstance(item, str):
             raise ValueError(f"an image must be a path or embedded bytes, not {shown(item)}")
@@ -62,6 +75,14 @@ class RowImages:
             ref = image_from_path(path, root=self._root(path), limit=self._limit)
             self._paths[item] = self._checked(ref)
         return self._paths[item]
+
+    def _stored(self, ref: ImageRef, data: bytes) -> ImageRef:
+        if self._store is None:
+            return ref
+        path = self._store / f"{ref.sha256}.{image_kind(data)}"
+        if not path.exists():  # the ranks of a run read the same rows, and write the same files
+            atomic_write(path, data, sync=False)
+        return replace(ref, data=None, path=str(path.absolute()))
 
     def _checked(self, ref: ImageRef) -> ImageRef:
         if self._decode:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from rlcs.data.files import RawRow
@@ -91,8 +92,17 @@ class RowReader:
     `notes` counts what a user should know: the layout, columns that differ, columns that are not read.
     """
 
-    def __init__(self, table: Table, settings: Data, *, role: Role, limit: int, decode: bool) -> None:
-        """Take a table; `limit` is in pixels an image, with `decode` every image is decoded in full.
+    def __init__(
+        self,
+        table: Table,
+        settings: Data,
+        *,
+        role: Role,
+        limit: int,
+        decode: bool,
+        store: Path | None = None,
+    ) -> None:
+        """Take a table; `limit`, `decode` and `store` are those of its `RowImages`.
 
         Raises DataError when the table is known to lack a column that every row needs.
         """
@@ -103,7 +113,9 @@ class RowReader:
         self._role = role
         self._ids: dict[str, str] = {}
         self._pictures: dict[str, tuple[ImageRef, ...]] = {}
-        self._images = RowImages(folders=table.folders, roots=table.roots, limit=limit, decode=decode)
+        self._images = RowImages(
+            folders=table.folders, roots=table.roots, limit=limit, decode=decode, store=store
+        )
         columns = settings.columns
         self._id_column = columns.id
         self._columns: dict[str, tuple[str, ...]] = columns.model_dump(exclude={"id"})

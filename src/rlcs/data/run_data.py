@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rlcs.data.check import grouped
@@ -70,14 +71,17 @@ def load_run_data(
     *,
     decode_limit: int,
     validation: Validation = Validation(),  # noqa: B008 - frozen
+    store: Path | None = None,
 ) -> RunData:
     """Read and check the data sources that the arms need; `decode_limit` is in pixels an image.
+
+    Images that are embedded in rows are held in memory, or written into the folder `store`.
 
     Raises DataError before anything is trained.
     """
     loaded: dict[str, Loaded] = {}
     for name, (source, role) in sources_of(study, settings, validation).items():
-        loaded[name] = load(source, settings, decode_limit=decode_limit, role=role)
+        loaded[name] = load(source, settings, decode_limit=decode_limit, role=role, store=store)
         require_usable(loaded[name], settings)
     notes = [f"{name}: {note}" for name, each in loaded.items() for note in each.notes]
     notes += [f"left out of {name}: {line}" for name, each in loaded.items() for line in grouped(each.bad)]

@@ -52,6 +52,13 @@ class ProblemStream(Generic[T]):
             self._position += len(chunk)
         return taken
 
+    def peek(self, n: int) -> list[T]:
+        """The next `n` items, which `take` will return."""
+        state = self.state()
+        taken = self.take(n)
+        self.restore(state)
+        return taken
+
     def state(self) -> dict[str, int]:
         """The position of the stream, for `restore`; can be written as JSON."""
         return {

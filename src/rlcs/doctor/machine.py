@@ -16,7 +16,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.grading import GradePool
 from rlcs.model import loading
 from rlcs.model.packing import pack
-from rlcs.model.parity_check import TOLERANCE, disagreement, gap
+from rlcs.model.parity_check import SMALLEST_LIMIT, agreement, gap
 from rlcs.model.policy import score
 from rlcs.recipe.schema import Model
 from rlcs.records import Branch, Tree
@@ -94,20 +94,21 @@ def _model() -> list[Finding]:
     assert packed.sampler_logprobs is not None
     with torch.no_grad():
         scored = score(vlm, packed).logprobs.cpu()
-    gaps = {
-        "packing": (max(disagreement(vlm, chat, tree) for tree in trees), "plain logprobs"),
-        "sampler": (gap(scored - packed.sampler_logprobs.cpu(), vlm.model.dtype), "the policy's logprobs"),
-    }
-    limit = TOLERANCE.get(vlm.model.dtype, 0.25)
+    packing = max(agreement(vlm, chat, trees), key=lambda one: one.share)
+    sampler = gap(scored - packed.sampler_logprobs.cpu(), vlm.model.dtype)
+    sampler_limit = max(packing.limit, 10 * SMALLEST_LIMIT.get(vlm.model.dtype, 0.02))
     return [
         Finding(
             name=name,
-            message=f"within {apart:.1g} nats of {what} (allowed {limit:g}), attention {vlm.attention}",
+            message=f"within {apart:.1g} nats of {what} (allowed {limit:.1g}), attention {vlm.attention}",
             fix=""
             if apart <= limit
             else "set model.attention=dense, and report this with the versions above",
         )
-        for name, (apart, what) in gaps.items()
+        for name, apart, limit, what in (
+            ("packing", packing.gap, packing.limit, "plain logprobs"),
+            ("sampler", sampler, sampler_limit, "the policy's logprobs"),
+        )
     ]
 
 

@@ -65,10 +65,10 @@ class LocalEngine:
             self._packed.__exit__(None, None, None)
             self._packed = None
 
-    @torch.no_grad()
     def rest(self) -> None:
         """Do nothing: the cache is gone when `sample` returns."""
 
+    @torch.no_grad()
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0, on_group: OnGroup = None
     ) -> list[tuple[Rollout, ...]]:

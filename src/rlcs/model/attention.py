@@ -92,7 +92,7 @@ class FlexPlan:
         """
         kernel = _flex_kernel(query.shape[1], key.shape[1], query.shape[3], query.dtype)
         for x in (query, key, value):  # or a number of blocks that happens to equal one of these is fixed too
-            mark_static(x, (1, 3))
+            mark_static(x, [1, 3])
         try:
             return kernel(query, key, value, self._mask)
         except (FailOnRecompileLimitHit, TorchDynamoException) as error:
@@ -134,9 +134,9 @@ def _flex_kernel(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> Ca
         assert isinstance(output, Tensor)
         return output
 
-    return torch.compile(
-        attend, fullgraph=True, dynamic=True, recompile_limit=MAX_GRAPHS, isolate_recompiles=True
-    )
+    limits: Any = {"recompile_limit": MAX_GRAPHS, "isolate_recompiles": True}
+    compiled: Callable[..., Tensor] = torch.compile(attend, fullgraph=True, dynamic=True, **limits)
+    return compiled
 
 
 def block_mask(layout: Layout, device: torch.device) -> BlockMask:

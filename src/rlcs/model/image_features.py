@@ -6,6 +6,7 @@ train, run in every pass. Whether packs keep it is decided for all ranks togethe
 a sharded tower runs on all ranks or on none.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,13 +28,18 @@ def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
     return {"mm_encoder_outputs": {"image": _merged(vlm, pack.kept[key])}}
 
 
-def affordable_tokens(vlm: Vlm, limit_bytes: int) -> int:
-    """Image tokens for which the output of the frozen tower takes at most so many bytes; 0 if it trains."""
+def affordable_patches(vlm: Vlm, limit_bytes: int) -> int:
+    """Patches for which the output of a frozen tower takes at most so many bytes; 0 if it trains."""
     if vlm.frozen_tower is None:
         return 0
     visual: Any = vlm.model.base_model.visual
-    values = visual.patch_embed.proj.out_channels * visual.spatial_merge_size**2 * len(_mergers(vlm))
+    values = visual.patch_embed.proj.out_channels * len(_mergers(vlm))
     return int(limit_bytes // (values * vlm.model.dtype.itemsize))
+
+
+def kept_patches(packs: Iterable[Pack]) -> int:
+    """Patches of the packs that keep what a frozen tower makes of them."""
+    return sum(int(p.grids.prod(dim=1).sum()) for p in packs if p.kept is not None and p.grids is not None)
 
 
 def _pixel_values(vlm: Vlm, pack: Pack) -> Tensor:

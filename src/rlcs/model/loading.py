@@ -57,6 +57,20 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables by which a user sets torch's allocator."""
+
+
+def use_expandable_segments() -> None:
+    """Let torch's allocator grow its segments: packs of many sizes leave less memory that nobody can use.
+
+    To be called before anything lies on a GPU. What a user set in the environment stays; nothing is set there
+    by us, so that vLLM's processes, which share memory between each other, do not inherit it.
+    """
+    if torch.version.cuda and torch.cuda.is_available() and not any(map(os.environ.get, ALLOCATOR)):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def give_back_memory() -> None:
     """Free what this process no longer uses: objects in reference cycles, and memory that torch caches.
 
@@ -201,6 +215,7 @@ def load(
         processor=processor,
         family=family,
         attention=settings.attention,
+        fused_loss=settings.fused_loss,
         device=device,
         world=world,
     )

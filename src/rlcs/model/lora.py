@@ -1,6 +1,7 @@
 """Attaches low-rank adapters to a model with peft, and merges them into a plain one.
 
-peft replaces linear layers inside the model by layers that add their adapter's output. The model
+peft replaces linear layers inside the model by layers that add their adapter's output. Adapters are fp32,
+so that they learn in small steps, and compute in the format of their layer. The model
 stays the same object, with the same parts under the same names, so that packs, engines and
 attention are independent of adapters; peft's model object switches them off and saves them.
 """
@@ -32,6 +33,7 @@ def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed
     A new adapter adds zero. Raises RecipeError if `settings.targets` matches no layer.
     """
     import peft
+    from peft.tuners.lora import LoraLayer
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     inside = [n for n in linear if any(re.search(part, f"{n}.") for part in parts) and "lm_head" not in n]
@@ -50,8 +52,32 @@ def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed
         target_modules=targets,
     )
     adapted = peft.get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+            for matrices in (module.lora_A, module.lora_B):
+                for name, linear in matrices.items():
+                    matrices[name] = AdapterMatrix(linear.weight)
     model.disable_input_require_grads()  # peft sets it: see `checkpoint_activations`
     return adapted
+
+
+class AdapterMatrix(nn.Module):
+    """Multiplies by a matrix in the number format of the rows, whatever that of the matrix, which learns.
+
+    peft copies the rows to the matrix's format instead, fp32, and keeps a copy for each adapted layer until
+    the backward pass. Here layers with the same input keep that input. Gradients are added up in the matrix's
+    format.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """The matrix (outputs, inputs)."""
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """The product of each row with the matrix."""
+        return nn.functional.linear(rows, self.weight.to(rows.dtype))
 
 
 def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

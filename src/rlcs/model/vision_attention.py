@@ -37,8 +37,8 @@ def attend_by_windows(
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     if _has_kernel(query):
         longest = int(kwargs["max_length_q"])
-        rows = [x.contiguous() for x in rows]
-        output = varlen_attn(*rows, ends, ends, longest, longest, scale=kwargs.get("scaling"))
+        q, k, v = (x.contiguous() for x in rows)
+        output = varlen_attn(q, k, v, ends, ends, longest, longest, scale=kwargs.get("scaling"))
         assert isinstance(output, Tensor)
         return output[None], None
     return _by_length(rows, ends.tolist(), kwargs.get("scaling"))[None], None
@@ -63,8 +63,8 @@ def _by_length(rows: list[Tensor], ends: list[int], scale: float | None) -> Tens
     sizes = [length * len(each) for length, each in starts.items()]
     parts = []
     for (length, each), *group in zip(starts.items(), *(x.split(sizes) for x in rows), strict=True):
-        batch = [x.reshape(len(each), length, *x.shape[1:]).transpose(1, 2) for x in group]
-        output = nn.functional.scaled_dot_product_attention(*batch, scale=scale)
+        q, k, v = (x.reshape(len(each), length, *x.shape[1:]).transpose(1, 2) for x in group)
+        output = nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
         parts.append(output.transpose(1, 2).reshape(-1, *rows[0].shape[1:]))
     joined = torch.cat(parts)
     return joined.index_select(0, order.argsort()) if len(starts) > 1 else joined

@@ -34,6 +34,7 @@ OPERATIONAL = frozenset(
         *("study.preflight", "grpo.reward.deadline_s", "grpo.reward.workers"),
         *(f"{KEY}.{name}" for name in _JUDGE_LIMITS),
         *(f"{stage}.{name}" for stage in ("sft", "grpo") for name in _KEPT),
+        *("images.workers", "images.cache_gb", "images.features_gb"),
     }
 )
 """Keys that do not change what is learnt (limits of graders, kept checkpoints, the trial before): a run may
@@ -42,7 +43,8 @@ go on with others."""
 MEMORY = frozenset(
     {
         *("sft.pack_tokens", "grpo.pack_tokens", "grpo.max_rows", "eval.max_rows", "rollout.memory_share"),
-        *("model.gradient_checkpointing", "parallel.reshard_after_forward", "parallel.cpu_offload"),
+        *("model.gradient_checkpointing", "model.fused_loss"),
+        *("parallel.reshard_after_forward", "parallel.cpu_offload"),
     }
 )
 """Keys that say how much memory is used, and change results by rounding alone: a run whose memory ran out may
@@ -110,8 +112,8 @@ def claim(folder: Path, recipe: Recipe, *, dry: bool = False) -> Recipe:
 
 
 def _require_free(folder: Path) -> None:
-    """Require that nothing is in the folder but the cold start of an earlier `rlcs distill`."""
-    if folder.exists() and any(path.name != "cold_start" for path in folder.iterdir()):
+    """Require that nothing is in the folder but the cold start of an earlier `rlcs distill`, and images."""
+    if folder.exists() and any(path.name not in ("cold_start", "images") for path in folder.iterdir()):
         raise RunFolderError(
             "the folder is not empty and holds no run", where=str(folder), fix="choose another --out"
         )

@@ -1,7 +1,7 @@
 """Computes how long training stands still for its checkpoints.
 
-Each rank copies its part into main memory, for which training waits, and writes it to disk while training goes
-on. Only where the next checkpoint is due before the last one is on the disk does training wait for that.
+Each rank copies its part into main memory, for which training waits, and writes it to disk while training
+goes on. Only where the next checkpoint is due before the last one is on the disk does training wait for that.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ DISK_WRITE = 0.5e9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stall:
-    """The seconds of one checkpoint: of training between two, of the copy, of writing, and of waiting for that.
+    """The seconds of one checkpoint: of training between two, of the copy, of writing, of waiting for that.
 
     `guessed` are the rates that were not measured, by their names in `plan.measured.Rates`.
     """

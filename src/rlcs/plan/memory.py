@@ -76,7 +76,7 @@ def language_layer(sizes: Sizes, how: Passing) -> int:
     keeps queries (a wide), keys, values, output and log-sum-exp: e (2a + 2k) + 4 heads, and where queries
     and keys are normalised those norms (a + k) (4 + 2e); the MLP keeps gate, its SiLU, up and their
     product: 4ie. With adapters frozen weights keep neither normalised inputs
-    nor their own, but each adapter (fp32) keeps its input: the same tensor, or a copy in fp32.
+    nor their own, but adapters keep theirs: the outputs of both norms, and the tensors named last.
     """
     text, element = sizes.text, how.element
     hidden, heads, size = text.hidden_size, text.num_attention_heads, head_size(text)
@@ -85,21 +85,19 @@ def language_layer(sizes: Sizes, how: Passing) -> int:
     attention += width * (FP32 + 2 * element) if sizes.normed_heads else 0
     if not how.adapters:
         return int(hidden * (2 * FP32 + 4 * element) + attention + 4 * text.intermediate_size * element)
-    copies = 2 if element == FP32 else 6  # of the inputs of q, k, v, o, gate and up
-    kept = hidden * (2 + copies) + text.intermediate_size
-    return int(FP32 * kept + attention + 3 * text.intermediate_size * element)
+    return int(hidden * (2 * FP32 + 2 * element) + attention + 4 * text.intermediate_size * element)
 
 
 def vision_block(sizes: Sizes, how: Passing) -> int:
     """Bytes that one block of the vision tower keeps for each patch.
 
-    As `language_layer`, but values stay inside the joint (3h) projection, and the outputs of the
-    windows (or images) are kept apart and joined: e 7h in place of e (2a + 2k). Layer norms (in families
-    without windows) keep no fp32. Adapters save nothing.
+    As `language_layer`, but values are copied out of the joint (3h) projection, and on a CPU the outputs of
+    windows are kept apart and joined: e 5h in place of e (2a + 2k). Layer norms (in families without
+    windows) keep no fp32. Adapters save nothing.
     """
     tower, element = sizes.vision, how.element
     norms = tower.hidden * ((2 * FP32 if tower.window else 0) + 4 * element)
-    attention = 7 * tower.hidden * element + FP32 * tower.heads
+    attention = 5 * tower.hidden * element + FP32 * tower.heads
     return int(norms + attention + tower.mlp_keeps * tower.intermediate * element)
 
 
@@ -135,8 +133,7 @@ def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
 
 def _in_passing(hidden: int, intermediate: int, layer: int, how: Passing) -> int:
     """Bytes of a token in a layer's backward pass: its gradients, and its activations if recomputed."""
-    element = FP32 if how.adapters else how.element
-    return (hidden + 2 * intermediate) * element + (layer if how.checkpointing else 0)
+    return (hidden + 2 * intermediate) * how.element + (layer if how.checkpointing else 0)
 
 
 def _head(sizes: Sizes, load: Load, how: Passing) -> int:

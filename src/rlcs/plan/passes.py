@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlcs.model.packing import balanced, within_budget
+from rlcs.plan.machine import GIB
 from rlcs.plan.placement import Placement, adapter_parameters
 from rlcs.plan.rates import LINK, NETWORK, NODE, Speeds
 from rlcs.plan.work import Trees, language, vision
+from rlcs.recipe.schema import Images
 from rlcs.recipe.section import Part
+from rlcs.recipe.stages import Grpo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +34,9 @@ class Rounds:
         """The number of rounds: packs of each rank."""
         return len(self.language)
 
-    @property
-    def operations(self) -> float:
-        """The operations of all packs on all ranks."""
-        return float(self.language.sum() + self.vision.sum())
+    def operations(self, language_times: float, tower_times: float) -> float:
+        """The operations of all packs on all ranks, so many times."""
+        return float(language_times * self.language.sum() + tower_times * self.vision.sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,28 @@ def recomputed_times(place: Placement, frozen: Collection[Part]) -> tuple[int, i
     return again, again if "vision_tower" in place.trains(frozen) else 0
 
 
+def kept_features(place: Placement, grpo: Grpo, trees: Trees, images: Images) -> float:
+    """The share of the images for which a frozen tower runs once a step and not in every pass."""
+    needed = _feature_bytes(place, grpo, trees)
+    return min(1.0, images.features_gb * GIB / needed) if needed else 0.0
+
+
+def kept_bytes(place: Placement, grpo: Grpo, trees: Trees, images: Images) -> float:
+    """Bytes of what a frozen tower returned, kept on one device, in the format of the computation."""
+    share = kept_features(place, grpo, trees, images)
+    return share * _feature_bytes(place, grpo, trees) * place.compute / place.weight
+
+
+def _feature_bytes(place: Placement, grpo: Grpo, trees: Trees) -> int:
+    """Bytes of a frozen tower's output for one device's images, as the limit counts them; 0 if used once."""
+    passes = (grpo.optimizer_steps > 1 and grpo.old_logprobs == "policy") + grpo.kl.active + 1
+    if not trees.patches or passes == 1 or "vision_tower" in place.trains(grpo.freeze):
+        return 0
+    tower = place.sizes.vision
+    own = -(-trees.count // (grpo.optimizer_steps * place.trainers))
+    return own * trees.patches * tower.hidden * tower.mergers * place.weight * grpo.optimizer_steps
+
+
 def rounds_of(
     place: Placement, groups: Sequence[Sequence[int]], trees: Trees, *, steps: int, budget: int
 ) -> Rounds:
@@ -113,7 +137,13 @@ def rounds_of(
 
 
 def passed(
-    place: Placement, rounds: Rounds, times: tuple[int, int], traffic: Traffic, speeds: Speeds, *, share: str
+    place: Placement,
+    rounds: Rounds,
+    times: tuple[float, float],
+    traffic: Traffic,
+    speeds: Speeds,
+    *,
+    share: str,
 ) -> Passed:
     """Seconds of `times` the operations of a forward pass through language model and tower."""
     seconds = (rounds.language * times[0] + rounds.vision * times[1]) / (place.peak * speeds[share])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from rlcs.errors import UserError
+from rlcs.plan.checkpoints import DISK_WRITE, TO_HOST
 from rlcs.plan.machine import Assumed, Device, Machine, device_named
 from rlcs.plan.measured import Rates
 
@@ -25,8 +26,8 @@ CONSTANT: Mapping[str, float] = {
     "wake_s": 1.0,  # vLLM's blog: 0.1 to 6 s on level 1, 0.8 to 2.6 s on level 2 (2025/10/26/sleep-mode)
     "sleep_s": 1.0,
     "start_s": 150.0,  # imports 30, weights 20, compiling 50, profile 15, CUDA graphs 35
-    "to_host": 2e10,  # PCIe 4
-    "disk_write": 1e9,
+    "to_host": TO_HOST,
+    "disk_write": DISK_WRITE,
     "disk_read": 1e9,
     "images": 30.0,  # 15 ms to decode and resize one megapixel on one core, and patches
     "local_layer_s": 2.5e-3,  # 90 ms a step of 36 layers: some 60 kernels a layer, launched from Python

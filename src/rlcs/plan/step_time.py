@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from rlcs.plan.checkpoints import stall
 from rlcs.plan.lengths import group_lengths
 from rlcs.plan.machine import CPU_BANDWIDTH, FP32, Assumed
+from rlcs.plan.measured import Rates
 from rlcs.plan.passes import (
     NO_TRAFFIC,
     Passed,
     forward_traffic,
+    kept_features,
     passed,
     recomputed_times,
     rounds_of,
@@ -27,6 +30,7 @@ from rlcs.plan.placement import Placement
 from rlcs.plan.rates import READING, Basis, Speeds, least_certain
 from rlcs.plan.rollouts import Sampled, engines_of, sampled
 from rlcs.plan.work import Trees
+from rlcs.recipe.schema import Images
 from rlcs.recipe.stages import Grpo, Sft
 
 OPTIMIZER_PASSES = 12
@@ -106,7 +110,7 @@ class Phases:
     def __init__(self, place: Placement, speeds: Speeds) -> None:
         """There are none yet."""
         self._part = place.trainers / place.machine.devices
-        self._speeds = speeds
+        self.speeds = speeds
         self._phases: list[Phase] = []
 
     def add(
@@ -114,7 +118,7 @@ class Phases:
     ) -> None:
         """Add a phase that takes time; `rates` are those that its seconds follow from."""
         if seconds > 0:
-            basis = self._speeds.basis(rates)
+            basis = self.speeds.basis(rates)
             worked = seconds * self._part if busy is None else busy
             self._phases.append(Phase(name=name, seconds=seconds, busy=worked, basis=basis, formula=formula))
 
@@ -131,46 +135,39 @@ class Phases:
 
 
 def step_time(
-    place: Placement, stage: Sft | Grpo, trees: Trees, speeds: Speeds, assumed: Assumed
+    place: Placement, stage: Sft | Grpo, trees: Trees, images: Images, speeds: Speeds, assumed: Assumed
 ) -> StepTime:
     """The seconds of one step of a stage."""
-    if isinstance(stage, Grpo):
-        return _grpo(place, stage, trees, speeds, assumed)
-    return _sft(place, stage, trees, speeds, assumed)
-
-
-def _sft(place: Placement, sft: Sft, trees: Trees, speeds: Speeds, assumed: Assumed) -> StepTime:
-    """The seconds of one step of SFT."""
     phases = Phases(place, speeds)
-    # Demonstrations have no limit of their own.
-    limit = max(trees.answer, sft.pack_tokens)
-    groups = group_lengths(trees.count, 1, mean=trees.answer, limit=limit, spread=assumed.spread)
-    _add_images(phases, place, trees, speeds)
-    done = _update_passes(phases, place, sft, groups, trees, speeds)
-    _add_lost(phases, place, done, speeds)
+    if isinstance(stage, Grpo):
+        _add_grpo(phases, place, stage, trees, kept_features(place, stage, trees, images), assumed)
+    else:
+        # Demonstrations have no limit of their own.
+        limit = max(trees.answer, stage.pack_tokens)
+        groups = group_lengths(trees.count, 1, mean=trees.answer, limit=limit, spread=assumed.spread)
+        _add_lost(phases, place, _update_passes(phases, place, stage, groups, trees, 0.0))
+    _add_images(phases, place, trees, images)
+    _add_checkpoint(phases, place, stage)
     return phases.time
 
 
-def _grpo(place: Placement, grpo: Grpo, trees: Trees, speeds: Speeds, assumed: Assumed) -> StepTime:
-    """The seconds of one step of GRPO: new weights, rollouts, grading, reference passes, update."""
-    phases = Phases(place, speeds)
-    _add_weights(phases, place, speeds)
-    rounds = _add_rollouts(phases, place, grpo, trees, speeds, assumed)
-    _add_images(phases, place, trees, speeds)
+def _add_grpo(
+    phases: Phases, place: Placement, grpo: Grpo, trees: Trees, kept: float, assumed: Assumed
+) -> None:
+    """New weights, rollouts, grading, reference passes, update; `kept` is the share of kept features."""
+    _add_weights(phases, place)
+    rounds = _add_rollouts(phases, place, grpo, trees, assumed)
     groups = _lengths(grpo, trees, assumed, trees.count)
-    references = _reference_passes(phases, place, grpo, groups, trees, speeds)
-    update = _update_passes(phases, place, grpo, groups, trees, speeds)
-    _add_lost(phases, place, [*references, *update], speeds)
+    references = _reference_passes(phases, place, grpo, groups, trees, kept)
+    update = _update_passes(phases, place, grpo, groups, trees, kept if references else 0.0)
+    _add_lost(phases, place, [*references, *update])
     ahead = sum(one.seconds for one in references)
     if grpo.overlap == "on_policy":
-        phases.hide(
-            on_policy_overlap(grpo, rounds, ahead, update[0].seconds), "groups are learnt from as they arrive"
-        )
+        hidden = on_policy_overlap(grpo, rounds, ahead, update[0].seconds)
+        phases.hide(hidden, "groups are learnt from as they arrive")
     elif grpo.overlap == "one_step_off":
-        training = ahead + update[0].seconds
-        hidden = min(rounds[0].prefill + rounds[0].decode, training)
+        hidden = min(rounds[0].prefill + rounds[0].decode, ahead + update[0].seconds)
         phases.hide(hidden, "the next step's first round is sampled meanwhile")
-    return phases.time
 
 
 def on_policy_overlap(grpo: Grpo, rounds: Sequence[Sampled], references: float, update: float) -> float:
@@ -201,8 +198,9 @@ def _lengths(grpo: Grpo, trees: Trees, assumed: Assumed, count: int) -> tuple[tu
     return group_lengths(count, trees.group, mean=trees.answer, limit=limit, spread=assumed.spread)
 
 
-def _add_weights(phases: Phases, place: Placement, speeds: Speeds) -> None:
+def _add_weights(phases: Phases, place: Placement) -> None:
     """New weights into vLLM: the adapters alone, or the whole model; a colocated one wakes up for it."""
+    speeds = phases.speeds
     if place.rollout.engine == "local":
         return
     if place.rollout.engine == "vllm_colocated" and place.machine.gpus:
@@ -218,9 +216,10 @@ def _add_weights(phases: Phases, place: Placement, speeds: Speeds) -> None:
 
 
 def _add_rollouts(
-    phases: Phases, place: Placement, grpo: Grpo, trees: Trees, speeds: Speeds, assumed: Assumed
+    phases: Phases, place: Placement, grpo: Grpo, trees: Trees, assumed: Assumed
 ) -> list[Sampled]:
     """Every round of sampling; with dynamic sampling there are more, for groups whose rewards are equal."""
+    speeds = phases.speeds
     local, part = place.rollout.engine == "local", _part_that_samples(place)
     share = "forward_share" if local else "prefill_share"
     equal = 2 / (trees.group + 1) if assumed.equal is None else assumed.equal
@@ -249,14 +248,13 @@ def _add_rollouts(
             busy=part * one.busy_decode,
         )
     answers = sum(counts) * trees.group
-    _add_after_sampling(phases, place, grpo, answers, trees, speeds)
+    _add_after_sampling(phases, place, grpo, answers, trees)
     return [one for _, one in rounds]
 
 
-def _add_after_sampling(
-    phases: Phases, place: Placement, grpo: Grpo, answers: int, trees: Trees, speeds: Speeds
-) -> None:
-    """Grading, sleeping and the journal: the GPUs wait."""
+def _add_after_sampling(phases: Phases, place: Placement, grpo: Grpo, answers: int, trees: Trees) -> None:
+    """Grading, exchange and sleep: the GPUs wait."""
+    speeds = phases.speeds
     graders = place.trainers
     note = "; the time of the judge is not known" if "judge" in grpo.reward.weights else ""
     phases.add(
@@ -292,16 +290,38 @@ def _part_that_samples(place: Placement) -> float:
     return place.trainers / devices
 
 
-def _add_images(phases: Phases, place: Placement, trees: Trees, speeds: Speeds) -> None:
-    if trees.patches:
-        own = -(-trees.count // place.trainers)
-        phases.add(
-            "images are prepared",
-            own / speeds["images"],
-            ["images"],
-            f"{own:,} images a rank / {speeds['images']:.0f} a second",
-            busy=0.0,
-        )
+def _add_images(phases: Phases, place: Placement, trees: Trees, images: Images) -> None:
+    """Images are decoded in threads while the step before is sampled and learnt from."""
+    own, rate = -(-trees.count // place.trainers), phases.speeds["images"]
+    if not trees.patches:
+        return
+    needed, hidden = own / (rate * max(1, images.workers)), phases.time.seconds if images.workers else 0.0
+    phases.add(
+        "images are prepared",
+        needed - hidden,
+        ["images"],
+        f"{own:,} images a rank / ({max(1, images.workers)} threads x {rate:.0f} a second), "
+        "less the step before",
+        busy=0.0,
+    )
+
+
+def _add_checkpoint(phases: Phases, place: Placement, stage: Sft | Grpo) -> None:
+    """A checkpoint every few steps: training waits for the copy, and for a disk that is slower than that."""
+    trained, speeds = trained_numbers(place, stage.freeze), phases.speeds
+    frozen = 0 if place.lora.rank else place.sizes.total - trained
+    size = 3 * FP32 * trained + place.weight * frozen
+    rates = Rates(device="", to_host=speeds["to_host"], disk_write=speeds["disk_write"])
+    step = phases.time.seconds
+    found = stall(size, ranks=place.shards, save_every=stage.save_every, step_s=step, rates=rates)
+    phases.add(
+        "checkpoint",
+        (found.copy_s + found.wait_s) / stage.save_every,
+        ["to_host", "disk_write"],
+        f"{size / 1e9:,.1f} GB every {stage.save_every} steps: {found.copy_s:.1f} s to copy to main memory; "
+        f"{found.write_s:.0f} s to write meanwhile",
+        busy=0.0,
+    )
 
 
 def _reference_passes(
@@ -310,38 +330,55 @@ def _reference_passes(
     grpo: Grpo,
     groups: Groups,
     trees: Trees,
-    speeds: Speeds,
+    kept: float,
 ) -> list[Passed]:
-    """Passes without gradients over all trees: by the policy before its first step, and by the reference."""
+    """Passes without gradients over all trees: by the policy before its first step, and by the reference.
+
+    The first runs the tower for all images, the second for those of which the features are not kept.
+    """
+    speeds = phases.speeds
     rounds = rounds_of(place, groups, trees, steps=grpo.optimizer_steps, budget=grpo.pack_tokens)
-    one = passed(place, rounds, (1, 1), forward_traffic(place), speeds, share="forward_share")
     names = []
     if grpo.optimizer_steps > 1 and grpo.old_logprobs == "policy":
         names.append("old logprobs, by the policy")
     if grpo.kl.active:
         names.append("logprobs of the reference")
+    done = list[Passed]()
     for name in names:
-        formula = (
-            f"one forward pass, {rounds.operations / 1e15:.1f} P operations {_at(speeds, 'forward_share')}"
-        )
-        phases.add(name, one.work, ["forward_share"], formula)
-    return [one] * len(names)
+        tower = 1 - kept if done else 1.0
+        one = passed(place, rounds, (1, tower), forward_traffic(place), speeds, share="forward_share")
+        formula = f"one forward pass{_tower(tower)}, {rounds.operations(1, tower) / 1e15:.1f} P operations "
+        phases.add(name, one.work, ["forward_share"], formula + _at(speeds, "forward_share"))
+        done.append(one)
+    return done
+
+
+def _tower(times: float) -> str:
+    return "" if times == 1 else ", the tower's features kept" if not times else f", the tower {times:.0%}"
 
 
 def _update_passes(
-    phases: Phases, place: Placement, stage: Sft | Grpo, groups: Groups, trees: Trees, speeds: Speeds
+    phases: Phases, place: Placement, stage: Sft | Grpo, groups: Groups, trees: Trees, kept: float
 ) -> list[Passed]:
-    """Forward and backward passes with recomputed activations, and the optimiser."""
+    """Forward and backward passes with recomputed activations, and the optimiser.
+
+    `kept` is the share of the images of which an earlier pass has kept the features.
+    """
+    speeds = phases.speeds
     steps = stage.optimizer_steps if isinstance(stage, Grpo) else 1
     rounds = rounds_of(place, groups, trees, steps=steps, budget=stage.pack_tokens)
-    trained, times = trained_numbers(place, stage.freeze), update_times(place, stage.freeze)
+    trained, (layers, tower) = trained_numbers(place, stage.freeze), update_times(place, stage.freeze)
+    times = layers, tower - kept
     whole = passed(place, rounds, times, update_traffic(place, trained), speeds, share="update_share")
     again = passed(
         place, rounds, recomputed_times(place, stage.freeze), NO_TRAFFIC, speeds, share="update_share"
     )
     rates, at = ["update_share"], _at(speeds, "update_share")
-    ahead = f"{times[0] - bool(again.work)} times a forward pass of the language model, "
-    ahead += f"{times[1]} of the tower, {at}; {rounds.count} packs a GPU"
+    once = int(place.checkpointing)
+    ahead = (
+        f"{layers - once} times a forward pass of the language model, {tower - kept:.3g} of the tower, {at}; "
+    )
+    ahead += f"{rounds.count} packs a GPU"
     phases.add("forward and backward passes", whole.work - again.work, rates, ahead)
     phases.add("activations are recomputed", again.work, rates, f"one more forward pass {at}")
     size = OPTIMIZER_PASSES * FP32 * trained / place.shards * steps
@@ -357,8 +394,9 @@ def _update_passes(
     return [whole]
 
 
-def _add_lost(phases: Phases, place: Placement, done: Sequence[Passed], speeds: Speeds) -> None:
+def _add_lost(phases: Phases, place: Placement, done: Sequence[Passed]) -> None:
     """What ranks that compute in step lose: waiting for the largest pack, and traffic that nothing hides."""
+    speeds = phases.speeds
     phases.add(
         "waiting for the largest pack",
         sum(one.waiting for one in done),

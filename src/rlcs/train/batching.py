@@ -6,7 +6,9 @@ or no image, a padding tree (a prompt without answers) fills the place. It has n
 gradient is zero.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -53,21 +55,32 @@ def guessed_tokens(problem: Problem, response: str = "") -> int:
     return pixels // PIXELS_A_TOKEN + len((problem.transcript + response).encode()) // BYTES_A_TOKEN
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keep:
+    """For how many `patches` a rank keeps what a frozen tower makes of them; packs of before use `used`."""
+
+    patches: int
+    used: int = 0
+
+
+NONE = Keep(patches=0)
+
+
 def packs_in_step(
-    trees: Sequence[Tree], chat: Chat, *, budget: int, world: World, kept_tokens: int = 0
+    trees: Sequence[Tree], chat: Chat, *, budget: int, world: World, keep: Keep = NONE
 ) -> list[Pack]:
     """Packs of this rank's trees, each of at most `budget` tokens; their images are decoded in the meantime.
 
     Every rank gets the same number of packs, and packs of one index have images on all ranks or on none. The
-    first packs, with up to `kept_tokens` image tokens on every rank, keep what a frozen vision tower returns.
+    first packs, as many as `keep` allows on every rank, keep what a frozen vision tower returns.
     """
     members = within_budget([tree.num_tokens for tree in trees], budget)
     groups = [[trees[i] for i in indices] for indices in members]
-    return _in_step(groups, chat, world, kept_tokens)
+    return _in_step(groups, chat, world, keep)
 
 
 def full_packs_in_step(
-    trees: Sequence[Tree], chat: Chat, *, budget: int, world: World, kept_tokens: int = 0
+    trees: Sequence[Tree], chat: Chat, *, budget: int, world: World, keep: Keep = NONE
 ) -> tuple[list[Pack], list[Tree]]:
     """Packs for this rank of as many of all trees as fill packs on every rank, and the trees that are left.
 
@@ -80,30 +93,30 @@ def full_packs_in_step(
     taken = {i for members in packs for i in members}
     own = [[trees[i] for i in members] for members in packs[world.rank :: world.size]]
     left = [tree for i, tree in enumerate(trees) if i not in taken]
-    return _in_step(own, chat, world, kept_tokens) if packs else [], left
+    return _in_step(own, chat, world, keep) if packs else [], left
 
 
-def _in_step(groups: list[list[Tree]], chat: Chat, world: World, kept_tokens: int) -> list[Pack]:
+def _in_step(groups: list[list[Tree]], chat: Chat, world: World, keep: Keep) -> list[Pack]:
     """A pack of each group, with padding trees where other ranks have more groups, or images."""
-    groups.sort(key=lambda group: _image_tokens(group) > 0, reverse=True)
-    tokens_of_ranks = world.gather([_image_tokens(group) for group in groups])
+    groups.sort(key=lambda group: _patches(group) > 0, reverse=True)
+    of_ranks = world.gather((keep.used, [_patches(group) for group in groups]))
     packs: list[Pack] = []
-    totals = [0] * len(tokens_of_ranks)
-    for index, tokens in enumerate(zip_longest(*tokens_of_ranks, fillvalue=0)):
+    totals = [used for used, _ in of_ranks]
+    for index, patches in enumerate(zip_longest(*(each for _, each in of_ranks), fillvalue=0)):
         if index == len(groups):
             groups.append([])
-        images = any(tokens)
-        if not groups[index] or (images and not _image_tokens(groups[index])):
+        images = any(patches)
+        if not groups[index] or (images and not _patches(groups[index])):
             groups[index].append(padding_tree(chat, image=images))
-        totals = [total + more for total, more in zip(totals, tokens, strict=True)]
-        keeps = images and max(totals) <= kept_tokens
+        totals = [total + more for total, more in zip(totals, patches, strict=True)]
+        keeps = images and max(totals) <= keep.patches
         packs.append(pack(groups[index], chat.patches, keeps_features=keeps))
     chat.prepare(image for each in packs for image in each.images)
     return packs
 
 
-def _image_tokens(trees: Sequence[Tree]) -> int:
-    return sum(end - start for tree in trees for start, end in tree.prompt.spans)
+def _patches(trees: Sequence[Tree]) -> int:
+    return sum(math.prod(grid) for tree in trees for grid in tree.prompt.grids)
 
 
 def padding_tree(chat: Chat, *, image: bool) -> Tree:

@@ -1,4 +1,4 @@
-"""The groups of rollout steps: asked for, sampled, graded, and given their places in the step."""
+"""The groups of rollout steps: requested, sampled, graded, and given their places in the step."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ class StepGroups:
     """The groups of one rollout step in the order of their problems, as far as they have arrived."""
 
     def __init__(self, settings: Grpo) -> None:
-        """Nothing has been asked for yet."""
+        """Nothing has been requested yet."""
         self.groups: list[Group | None] = []
         self.skipped = 0
         """Problems that could not become prompts."""
@@ -49,36 +49,47 @@ class StepGroups:
         return sorted(self.arrived, key=zero_variance)[: self._settings.prompts_per_step]
 
     def newly_placed(self) -> list[tuple[int, Group]]:
-        """Groups whose place in the step is certain and was not so before, each after its place."""
+        """Groups whose optimiser step is certain and was not so before, each after a place of that step.
+
+        The places of a step are those of the groups in `chosen`, and its optimiser steps are runs of places.
+        """
+        last = self._settings.prompts_per_step - 1
+        size = -(-self._settings.prompts_per_step // self._settings.optimizer_steps)
         new = []
-        for place, (index, group) in enumerate(self._in_order()):
-            if group is not None and index not in self._placed:
+        for index, first_place, last_place in self._places():
+            group = self.groups[index]
+            if group is None or index in self._placed:
+                continue
+            if first_place // size == min(last_place, last) // size:
                 self._placed.add(index)
-                new.append((place, group))
+                new.append((first_place, group))
         return new
 
-    def _in_order(self) -> Iterator[tuple[int, Group | None]]:
-        """The groups (with their indices) of the first place, the second, ...; None: not there yet.
+    def _places(self) -> Iterator[tuple[int, int, int]]:
+        """The index of a group, and between which places it will be, in the order of the complete step.
 
-        In dynamic sampling a place is certain when all groups before are graded; with a single optimiser step
-        it does not matter which place a group has, as long as it has one.
+        In dynamic sampling groups with two different rewards come first: how many there are before a group
+        depends on those that have not come. Others may be replaced until the step is complete.
         """
-        dynamic = bool(self._settings.dynamic_sampling)
-        count = 0
+        if not self._settings.dynamic_sampling:
+            yield from ((index, index, index) for index in range(len(self.groups)))
+            return
+        count, unknown, alike = 0, 0, list[int]()
         for index, group in enumerate(self.groups):
-            if group is None and dynamic:
-                if self._settings.optimizer_steps > 1:
-                    return
-            elif not (dynamic and group is not None and zero_variance(group)):
+            if group is None:
+                unknown += 1
+            elif zero_variance(group):
+                alike.append(index)
+            else:
+                yield index, count, count + unknown
                 count += 1
-                yield index, group
-        if dynamic and self.complete:
-            alike = [(i, group) for i, group in enumerate(self.groups) if group and zero_variance(group)]
-            yield from alike[: self._settings.prompts_per_step - count]
+        if self.complete:
+            places = range(count, self._settings.prompts_per_step)
+            yield from ((index, place, place) for place, index in zip(places, alike, strict=False))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class Requested:
     """Problems and their prompts, which are being sampled by the weights after `version` rollout steps."""
 
     problems: Sequence[Problem]
@@ -90,9 +101,9 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Ahead:
-    """What was asked for in advance, and the position of the stream behind it."""
+    """What was requested in advance, and the position of the stream behind it."""
 
-    asked: Asked
+    requested: Requested
     cursor: Mapping[str, int]
 
 
@@ -102,7 +113,7 @@ class Collector:
     def __init__(
         self, context: GrpoContext, stream: ProblemStream[Problem], settings: Grpo, sampling: Sampling
     ) -> None:
-        """`stream` stays behind the last step that was collected, whatever is asked for in advance."""
+        """`stream` stays behind the last step that was collected, whatever is requested in advance."""
         self._context, self._stream = context, stream
         self._settings, self._sampling = settings, sampling
         self._version = -1
@@ -126,29 +137,31 @@ class Collector:
             if found.missing <= 0:
                 break
             if (ahead := self._ahead) is not None:
-                self._ahead, asked = None, ahead.asked
+                self._ahead, requested = None, ahead.requested
                 self._stream.restore(ahead.cursor)
-                times_sampled.update(prompt.problem_id for prompt in asked.prompts)
+                times_sampled.update(prompt.problem_id for prompt in requested.prompts)
             else:
-                asked = self._ask(found.missing, times_sampled, step, step, clock)
-            yield from self._receive(asked, found, step, clock)
+                requested = self._request(found.missing, times_sampled, step, step, clock)
+            yield from self._receive(requested, found, step, clock)
         if self._context.overlap == "none":
             with clock("rollout"):
                 self._context.engine.rest()
         found.complete = True
         yield found
 
-    def ask_ahead(self, step: int, clock: Clock) -> None:
+    def request_ahead(self, step: int, clock: Clock) -> None:
         """Begin to sample the first round of `step`, by the weights of now, which are one step older.
 
         To be called when the step before has been sampled.
         """
         cursor = self._stream.state()
-        asked = self._ask(self._settings.prompts_per_step, Counter(), step, step - 1, clock)
-        self._ahead = _Ahead(asked=asked, cursor=self._stream.state())
+        requested = self._request(self._settings.prompts_per_step, Counter(), step, step - 1, clock)
+        self._ahead = _Ahead(requested=requested, cursor=self._stream.state())
         self._stream.restore(cursor)
 
-    def _ask(self, count: int, times_sampled: Counter[str], step: int, version: int, clock: Clock) -> Asked:
+    def _request(
+        self, count: int, times_sampled: Counter[str], step: int, version: int, clock: Clock
+    ) -> Requested:
         """Take problems from the stream and let the engine sample them, by the weights of now."""
         if self._version != version:
             with clock("rollout"):
@@ -156,39 +169,44 @@ class Collector:
             self._version = version
         problems, prompts, skipped = take_prompts(self._stream, self._context.prompts, count)
         prompts = number_repeats(prompts, times_sampled)
+        self._context.prepare(self._stream.peek(self._settings.prompts_per_step))
         with clock("rollout"):
             sampled = self._context.start(problems, prompts, self._sampling, step=step)
-        return Asked(problems=problems, prompts=prompts, sampled=sampled, skipped=skipped, version=version)
+        return Requested(
+            problems=problems, prompts=prompts, sampled=sampled, skipped=skipped, version=version
+        )
 
-    def _receive(self, asked: Asked, found: StepGroups, step: int, clock: Clock) -> Iterator[StepGroups]:
+    def _receive(
+        self, requested: Requested, found: StepGroups, step: int, clock: Clock
+    ) -> Iterator[StepGroups]:
         """Grade groups as they arrive, and yield after each part but the last, also if it is empty."""
         context, first = self._context, len(found.groups)
-        found.groups += [None] * len(asked.problems)
-        found.skipped += asked.skipped
+        found.groups += [None] * len(requested.problems)
+        found.skipped += requested.skipped
         ungraded: Arrived = []
-        while asked.sampled.left:
+        while requested.sampled.left:
             with clock("rollout"):
-                arrived = asked.sampled.take(POLL_S)
+                arrived = requested.sampled.take(POLL_S)
             if context.overlap != "none":
                 for index, rollouts in arrived:
-                    context.start_judge(asked.problems[index], rollouts)
+                    context.start_judge(requested.problems[index], rollouts)
             ungraded += arrived
-            if ungraded and (len(ungraded) >= self._least or not asked.sampled.left):
+            if ungraded and (len(ungraded) >= self._least or not requested.sampled.left):
                 with clock("grade"):
-                    for index, group in self._graded(asked, ungraded, step):
+                    for index, group in self._graded(requested, ungraded, step):
                         found.groups[first + index] = group
                 ungraded = []
-            if asked.sampled.left:
+            if requested.sampled.left:
                 yield found
 
-    def _graded(self, asked: Asked, arrived: Arrived, step: int) -> Iterator[tuple[int, Group]]:
-        problems, prompts = asked.problems, asked.prompts
+    def _graded(self, requested: Requested, arrived: Arrived, step: int) -> Iterator[tuple[int, Group]]:
+        problems, prompts = requested.problems, requested.prompts
         answers = [(problems[i], rollout.text) for i, rollouts in arrived for rollout in rollouts]
         grades = iter(self._context.grade(answers))
         for i, rollouts in arrived:
             own = [next(grades) for _ in rollouts]
             group = make_group(problems[i], prompts[i], rollouts, own, self._settings)
-            yield i, replace(group, staleness=step - asked.version)
+            yield i, replace(group, staleness=step - requested.version)
 
 
 def take_prompts(

@@ -13,7 +13,7 @@ from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.stages import Overlap
 from rlcs.records import Grade, Problem, Prompt, Rollout, Sampling
-from rlcs.train.batching import guessed_tokens, shared
+from rlcs.train.batching import guessed_tokens, own_share, shared
 
 Arrived = list[tuple[int, tuple[Rollout, ...]]]
 """The index of a prompt and its rollouts, of some prompts."""
@@ -67,6 +67,11 @@ class GrpoContext:
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
         """The prompt of each problem, or the error for which it has none."""
         return shared(self.chat.prompts, problems, guessed_tokens, self.vlm.world)
+
+    def prepare(self, problems: Sequence[Problem]) -> None:
+        """Begin to decode the images for which `prompts` is called next, while something else is done."""
+        own = own_share([guessed_tokens(problem) for problem in problems], self.vlm.world)
+        self.chat.prepare(image for index in own for image in problems[index].images)
 
     def start(
         self, problems: Sequence[Problem], prompts: Sequence[Prompt], sampling: Sampling, *, step: int

@@ -104,8 +104,10 @@ def train(
                 stream.restore(cursor)
                 _stop_unscored(run, found.chosen, step=step, first=first)
             if unchecked and found.arrived:
-                own = found.arrived[context.vlm.world.rank % len(found.arrived)]
-                require_agreement(context.vlm, context.chat, tree_of(own, keep_unscored=True))
+                world = context.vlm.world
+                own = found.arrived[world.rank :: world.size] or found.arrived[-1:]
+                trees = [tree_of(group, keep_unscored=True) for group in own]
+                require_agreement(context.vlm, context.chat, trees)
                 unchecked = False
             learner.add(found.newly_placed())
             if not found.complete:
@@ -115,7 +117,7 @@ def train(
                     run.stop_in_step(step, stop)
         groups = found.chosen
         if context.overlap == "one_step_off" and not run.is_last_or_measured(step + 1):
-            collector.ask_ahead(step + 1, clock)
+            collector.request_ahead(step + 1, clock)
         results = learner.finish()
         run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)

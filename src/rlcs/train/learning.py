@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rlcs.model.image_features import affordable_tokens
+from rlcs.model.image_features import affordable_patches, kept_patches
 from rlcs.model.packing import Pack
 from rlcs.model.policy import Scores
 from rlcs.recipe.stages import Grpo
 from rlcs.records import Group, Tree
-from rlcs.train.batching import full_packs_in_step, own_share, packs_in_step
+from rlcs.train.batching import NONE, Keep, full_packs_in_step, own_share, packs_in_step
 from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
 from rlcs.train.groups import tree_of, zero_variance
@@ -57,8 +57,9 @@ class Learner:
         self._objective = make_objective(settings, context.importance_cap)
         count, steps = settings.prompts_per_step, settings.optimizer_steps
         self._size = -(-count // steps)
-        starts = range(0, count, self._size)
-        self._shares = [_Share(missing=min(self._size, count - start)) for start in starts]
+        self._shares = [
+            _Share(missing=min(self._size, count - start)) for start in range(0, count, self._size)
+        ]
         self._results: list[StepResult] = []
         self._done = 0
 
@@ -96,20 +97,24 @@ class Learner:
         return self._results
 
     def _prepare_full(self, share: _Share) -> None:
-        settings, context = self._settings, self._context
-        trees = [tree for tree in share.trees if tree.branches]
+        context = self._context
         packs, share.trees = full_packs_in_step(
-            trees,
+            [tree for tree in share.trees if tree.branches],
             context.chat,
-            budget=settings.pack_tokens,
+            budget=self._settings.pack_tokens,
             world=context.vlm.world,
-            kept_tokens=_kept_tokens(context, settings),
+            keep=self._keep(),
         )
-        share.batches += with_logprobs(packs, context, settings)
+        share.batches += with_logprobs(packs, context, self._settings)
 
     def _prepare_rest(self, share: _Share) -> None:
-        share.batches += make_batches(share.trees, self._context, self._settings)
+        share.batches += make_batches(share.trees, self._context, self._settings, keep=self._keep())
         share.trees = []
+
+    def _keep(self) -> Keep:
+        """What may be kept of the images of the next packs, beside those that are not learnt from yet."""
+        used = kept_patches(batch.pack for share in self._shares for batch in share.batches)
+        return replace(keep_features(self._context, self._settings), used=used)
 
     def _learn(self, *, final: bool) -> None:
         """Learn from the packs of the first share that is not done; of the next ones when that is."""
@@ -133,28 +138,23 @@ class Learner:
             self._done += 1
 
 
-def make_batches(trees: Sequence[Tree], context: GrpoContext, settings: Grpo) -> list[Batch]:
+def make_batches(
+    trees: Sequence[Tree], context: GrpoContext, settings: Grpo, *, keep: Keep = NONE
+) -> list[Batch]:
     """This rank's packs of trees within the token budget, with logprobs; all ranks pass the same trees."""
     trees = [tree for tree in trees if tree.branches]
     if not trees:
         return []
     world = context.vlm.world
     own = [trees[i] for i in own_share([tree.num_tokens for tree in trees], world)]
-    packs = packs_in_step(
-        own,
-        context.chat,
-        budget=settings.pack_tokens,
-        world=world,
-        kept_tokens=_kept_tokens(context, settings),
-    )
+    packs = packs_in_step(own, context.chat, budget=settings.pack_tokens, world=world, keep=keep)
     return with_logprobs(packs, context, settings)
 
 
-def _kept_tokens(context: GrpoContext, settings: Grpo) -> int:
-    """Image tokens whose features, of a frozen tower, are kept where packs pass more than once."""
+def keep_features(context: GrpoContext, settings: Grpo) -> Keep:
+    """For how many patches the output of a frozen tower is kept: none where packs pass only once."""
     many_passes = settings.optimizer_steps > 1 or context.reference is not None
-    limit = context.feature_bytes // settings.optimizer_steps if many_passes else 0
-    return affordable_tokens(context.vlm, limit)
+    return Keep(patches=affordable_patches(context.vlm, context.feature_bytes)) if many_passes else NONE
 
 
 def with_logprobs(packs: Sequence[Pack], context: GrpoContext, settings: Grpo) -> list[Batch]:

@@ -75,8 +75,9 @@ def train(
                     named.add(error.where)
                     log.warning("sft leaves a demonstration out: %s", error)
             packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
+            _prepared_share(stream.peek(settings.batch_size), chat, vlm.world)
             if step == first:
-                require_agreement(vlm, chat, trees[0] if trees else None)
+                require_agreement(vlm, chat, trees)
         with clock("update"):
             batches = [Batch(pack=pack) for pack in packs]
             result = trainer.step(batches, objective, average=settings.loss_average)
@@ -95,9 +96,7 @@ def usable_trees(
     """
     trees: list[Tree] = []
     errors: list[DataError] = []
-    own = own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], world)
-    chat.prepare(image for index in own for image in demonstrations[index].problem.images)
-    for index in own:
+    for index in _prepared_share(demonstrations, chat, world):
         try:
             trees.append(tree_of(demonstrations[index], chat, turns=turns))
         except DataError as error:
@@ -106,6 +105,13 @@ def usable_trees(
     if bad and len(bad) == len(demonstrations):
         raise bad[-1]
     return trees, bad
+
+
+def _prepared_share(demonstrations: Sequence[Demonstration], chat: Chat, world: World) -> list[int]:
+    """This rank's share of the demonstrations; their images begin to be decoded."""
+    own = own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], world)
+    chat.prepare(image for index in own for image in demonstrations[index].problem.images)
+    return own
 
 
 def make_objective(average: Average) -> Objective:

@@ -17,8 +17,9 @@ from rlcs.model.packing import pack
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
 from rlcs.recipe.stages import Grpo, Optimizer
-from rlcs.train import checkpoint
-from rlcs.train.grpo import make_objective
+from rlcs.train import state as training
+from rlcs.train.checkpoint import Checkpoints
+from rlcs.train.learning import make_objective
 from rlcs.train.trainer import Batch, Trainer
 
 _GB = 1e9
@@ -30,18 +31,18 @@ def check(setting: Setting) -> Check:
     with join_world(timeout_s=300) as world:
         device = world.device or torch.device("cpu")
         trainer = _trained(setting, device, world, seed=1)
-        state = checkpoint.capture(trainer.vlm.model, trainer.optimizer, step=1, cursor={"at": 3})
+        state = training.capture(trainer.vlm.model, trainer.optimizer, step=1, cursor={"at": 3})
         started = time.perf_counter()
-        path = checkpoint.save(folder, state, keep=1, world=world)
+        path = Checkpoints(folder, world).save(state, keep=1)
         wrote = time.perf_counter() - started
         saved = _own_state(trainer)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         world.first(lambda: _forget(path))
         other = _trained(setting, device, world, seed=2)
         started = time.perf_counter()
-        loaded = checkpoint.load_latest(folder, world)
+        loaded = Checkpoints(folder, world).load_latest()
         if loaded is not None:
-            checkpoint.restore(loaded, other.vlm.model, other.optimizer)
+            training.restore(loaded, other.vlm.model, other.optimizer)
         read = time.perf_counter() - started
         wrong = [] if loaded is not None else ["the checkpoint is not found again"]
         wrong += _differences(saved, _own_state(other)) if loaded is not None else []
@@ -77,7 +78,7 @@ def _own_state(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of this rank's weights and optimiser state, in main memory."""
     parameters = dict(trainer.vlm.model.named_parameters())
     tensors = {f"weight/{name}": parameter for name, parameter in parameters.items()}
-    tensors |= checkpoint.optimizer_to_tensors(trainer.optimizer, parameters).tensors
+    tensors |= training.optimizer_to_tensors(trainer.optimizer, parameters).tensors
     found = {}
     for name, tensor in tensors.items():
         own = tensor.detach()
@@ -102,7 +103,7 @@ def _damage_is_noticed(folder: Path, path: Path) -> bool:
         opened.write(bytes([byte[0] ^ 1]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return checkpoint.load_latest(folder) is None
+        return Checkpoints(folder).load_latest() is None
 
 
 def _forget(path: Path) -> None:

@@ -1,38 +1,13 @@
 """The device of a check: its data sheet, its clock, and the peak of its memory."""
 
 import gc
-import re
 import time
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rlcs.plan.machine import GPUS, Device, machine
-
-_NAMES = {
-    "H100.*PCIe": "H100-PCIe",
-    "H100": "H100",
-    "H200": "H200",
-    "B200": "B200",
-    "A100.*80GB": "A100-80",
-    "A100": "A100-40",
-    r"A10\b": "A10",
-    "L40S": "L40S",
-    r"L4\b": "L4",
-    "A6000": "A6000",
-    "MI300X": "MI300X",
-    "RTX (?=3090|4090|5090)": "RTX",
-}
-"""Patterns of drivers' names for GPUs, and how the table of `plan.machine` calls them; the first counts."""
-
-
-def data_sheet(name: str) -> Device | None:
-    """The GPU with this name of its driver, as in `rlcs plan`'s table; None if it is not there."""
-    for pattern, known in _NAMES.items():
-        if found := re.search(pattern, name):
-            return GPUS.get(known if known != "RTX" else "RTX" + name[found.end() : found.end() + 4])
-    return None
+from rlcs.plan.machine import GPUS, device_named, machine
 
 
 def device_name(device: torch.device) -> str:
@@ -44,8 +19,8 @@ def peak_speed(device: torch.device) -> float | None:
     """FLOP/s of the data sheet in bfloat16; None of an unknown GPU. Of a CPU `rlcs plan`'s guess."""
     if device.type == "cpu":
         return machine(0, "A10", memory=None, peak=0).device.float32
-    known = data_sheet(device_name(device))
-    return None if known is None else known.bfloat16
+    known = device_named(device_name(device))
+    return GPUS[known].bfloat16 if known else None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -6,13 +6,13 @@ import torch
 
 from rlcs.doctor.gpu import REPORT, Check, Setting
 from rlcs.doctor.gpu.devices import peak_bytes
-from rlcs.doctor.gpu.models import make_chat, random_tree, random_vlm, shapes
+from rlcs.doctor.gpu.models import configuration, make_chat, random_tree, random_vlm, shapes
 from rlcs.model.loading import default_device
 from rlcs.model.packing import pack
 from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.shapes import measure
 from rlcs.recipe.stages import Grpo, Optimizer
-from rlcs.train.grpo import make_objective
+from rlcs.train.learning import make_objective
 from rlcs.train.trainer import Batch, Trainer
 
 MOST = 1.15
@@ -54,7 +54,7 @@ def _peaks(setting: Setting, device: torch.device, checkpointing: bool) -> tuple
     trainer.step([batch], objective, average="token")  # from here on the optimiser has its state
     trainer.optimizer.zero_grad(set_to_none=True)
     measured = peak_bytes(lambda: trainer.step([batch], objective, average="token"), device)
-    sizes = measure(shape.name, vlm.model.config)
+    sizes = measure(shape.name, configuration(shape))
     assert batch.pack.grids is not None, "its trees have images"
     load = Load(
         tokens=batch.pack.num_tokens,

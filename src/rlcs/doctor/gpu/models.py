@@ -20,7 +20,8 @@ from rlcs.doctor.gpu import Setting
 from rlcs.model import attention, loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
-from rlcs.plan.shapes import published
+from rlcs.plan.shapes import Sizes, published
+from rlcs.plan.work import language, vision
 from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import Branch, ImageRef, Problem, Tree
 from rlcs.storage import read_json
@@ -86,22 +87,22 @@ def random_vlm(
         model = AutoModelForImageTextToText.from_config(configuration(shape), dtype=dtype)
     attention.install(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loading.checkpoint_activations(model)
     return replace(described, model=model.eval(), world=world)
 
 
 def make_chat(vlm: Vlm, *, max_tokens: int = 1 << 15) -> Chat:
     """The chat format of a random model, for long prompts and large images."""
-    images = Images(min_pixels=56 * 56, max_pixels=1 << 21)
+    images = Images(min_pixels=56 * 56, max_pixels=1_204_224)
     return loading.make_chat(vlm, Prompts(max_tokens=max_tokens), images)
 
 
-def drawn(width: int, height: int, seed: int) -> ImageRef:
-    """An image of random coloured tiles."""
+def drawn(width: int, height: int, seed: int, *, kind: str = "PNG") -> ImageRef:
+    """An image of random coloured tiles, encoded in this way."""
     generator = torch.Generator().manual_seed(seed)
     tiles = torch.randint(0, 256, (max(1, height // 28), max(1, width // 28), 3), generator=generator)
     image = Image.fromarray(tiles.to(torch.uint8).numpy()).resize((width, height), Image.Resampling.NEAREST)
-    return image_from_bytes(encode(image), limit=1 << 24, where="drawn")
+    return image_from_bytes(encode(image, kind), limit=1 << 24, where="drawn")
 
 
 def random_tree(
@@ -123,3 +124,14 @@ def random_tree(
         sign = 1.0 if index % 2 else -1.0
         branches.append(Branch(ids=tuple(ids), weights=(sign,) * length, logprobs=(-1.0,) * length))
     return Tree(prompt=chat.prompt(problem), branches=tuple(branches))
+
+
+def operations(sizes: Sizes, trees: Sequence[Tree]) -> dict[str, float]:
+    """Operations of one forward pass over trees, of the language model and of the vision tower."""
+    work = {"language": 0.0, "vision": 0.0}
+    for tree in trees:
+        answers = [len(branch.ids) for branch in tree.branches]
+        work["language"] += language(sizes.text, len(tree.prompt.ids), answers)
+        patches = [frames * height * width for frames, height, width in tree.prompt.grids]
+        work["vision"] += sum(vision(sizes.vision, count) for count in patches)
+    return work

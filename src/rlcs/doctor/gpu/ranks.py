@@ -60,8 +60,9 @@ class TorchrunRank:
 
     def __init__(self) -> None:
         """Connect to torchrun's store."""
-        import torch.distributed as dist
+        import torch
 
+        dist: Any = torch.distributed  # its stores are not in its list of names
         self._rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.own = range(self._rank, self._rank + 1)
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -73,7 +74,8 @@ class TorchrunRank:
             self._store.set(key, value)
             return value
         self._store.wait([key], timedelta(minutes=30))
-        return self._store.get(key).decode()
+        agreed: str = self._store.get(key).decode()
+        return agreed
 
     def collect(self, key: str, found: list[Check], *, wait_s: float) -> list[Check]:
         """On rank 0 the results of all; a rank that gives none in time has failed."""
@@ -103,16 +105,19 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def environment(rank: int, ranks: Ranks, port: str | None) -> dict[str, str]:
-    """The environment of a rank's process: alone with its own GPU, or with a `port` in a group of all."""
+def environment(rank: int, ranks: Ranks, *, port: str = "", alone: bool = False) -> dict[str, str]:
+    """The environment of a rank's process: in a group of all with a `port`, or `alone` with its own GPU.
+
+    With neither it sees all GPUs that this process sees.
+    """
     given: Mapping[str, Any] = os.environ
-    alone = {name: value for name, value in given.items() if not name.startswith(_ELASTIC)}
+    ours = {name: value for name, value in given.items() if not name.startswith(_ELASTIC)}
     local = int(given.get("LOCAL_RANK", rank)) if isinstance(ranks, TorchrunRank) else rank
-    if port is None:
+    if not port:
         visible = [gpu for gpu in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-        alone = {name: value for name, value in alone.items() if name not in ("RANK", "WORLD_SIZE")}
-        return alone | {"CUDA_VISIBLE_DEVICES": visible[local] if visible else str(local)}
-    return alone | {
+        own = {"CUDA_VISIBLE_DEVICES": visible[local] if visible else str(local)} if alone else {}
+        return {name: ours[name] for name in ours if name not in ("RANK", "WORLD_SIZE")} | own
+    return ours | {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks.size),
         "LOCAL_RANK": str(local),

@@ -95,7 +95,7 @@ def _run(spec: Spec, setting: Setting, ranks: Ranks, *, port: str, limit: float)
         _Process(
             [sys.executable, "-m", "rlcs.doctor.gpu", spec.module, str(given)],
             folder / f"{spec.name}-{rank}",
-            environment(rank, ranks, port if spec.runs == "together" else None),
+            environment(rank, ranks, port=port if spec.runs == "together" else "", alone=spec.runs == "each"),
         )
         for rank in own
     ]

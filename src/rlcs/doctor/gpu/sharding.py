@@ -21,7 +21,7 @@ from rlcs.model.fsdp import whole_weights
 from rlcs.model.packing import pack
 from rlcs.recipe.execution import Parallel
 from rlcs.recipe.stages import Grpo, Optimizer
-from rlcs.train.grpo import make_objective
+from rlcs.train.learning import make_objective
 from rlcs.train.trainer import Batch, StepResult, Trainer
 
 _LEAST = {"float32": 1e-4, "bfloat16": 1e-2}

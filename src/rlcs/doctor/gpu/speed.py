@@ -7,9 +7,21 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from rlcs.data.sources import open_builtin
 from rlcs.doctor.gpu import Check, Setting
 from rlcs.doctor.gpu.devices import device_name, free_bytes, peak_speed, seconds_of
-from rlcs.doctor.gpu.models import Shape, configuration, drawn, make_chat, random_tree, random_vlm, shapes
+from rlcs.doctor.gpu.models import (
+    Shape,
+    configuration,
+    drawn,
+    make_chat,
+    operations,
+    random_tree,
+    random_vlm,
+    shapes,
+)
+from rlcs.engines.local import LocalEngine
+from rlcs.grading import GradePool
 from rlcs.model.chat import Chat
 from rlcs.model.image_features import image_inputs
 from rlcs.model.loading import default_device
@@ -17,7 +29,6 @@ from rlcs.model.packing import Pack, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import Sizes, measure
-from rlcs.plan.work import language, vision
 from rlcs.records import Tree
 
 _SHARE_OF_MEMORY = 0.6
@@ -38,7 +49,7 @@ def check(setting: Setting) -> Check:
     trees = _full_pack(chat, small=setting.cpu)
     packed = pack(trees, chat.patches).to(device)
     passed = _passes(vlm, packed, device)
-    work = _operations(sizes, trees)
+    work = operations(sizes, trees)
     speeds = {
         "forward": (work["language"] + work["vision"]) / passed["forward"],
         "update": 4 * (work["language"] + work["vision"]) / passed["update"],  # forward twice, backward
@@ -57,7 +68,8 @@ def check(setting: Setting) -> Check:
     }
     values |= {f"{name}_s": seconds for name, seconds in passed.items()}
     values |= {f"{name}_tflops": speed / _TERA for name, speed in speeds.items()}
-    rates = {"images": _images(chat, 2 if setting.cpu else 16, (168, 168) if setting.cpu else (1240, 1000))}
+    rates = {"grades": _grades(), "local_layer_s": _local_step(vlm, chat) / shape.layers}
+    rates |= {"images": _images(chat, 2 if setting.cpu else 16, (168, 168) if setting.cpu else (1240, 1000))}
     if peak is not None:
         rates |= {f"{name}_share": speed / peak for name, speed in speeds.items()}
         values |= {"peak_tflops": peak / _TERA, "model_flops_share": 0.75 * speeds["update"] / peak}
@@ -128,17 +140,6 @@ def _passes(vlm: Vlm, packed: Pack, device: torch.device) -> dict[str, float]:
     return seconds | {"update": seconds_of(learning, device)}
 
 
-def _operations(sizes: Sizes, trees: list[Tree]) -> dict[str, float]:
-    """Operations of one forward pass."""
-    work = {"language": 0.0, "vision": 0.0}
-    for tree in trees:
-        answers = [len(branch.ids) for branch in tree.branches]
-        work["language"] += language(sizes.text, len(tree.prompt.ids), answers)
-        patches = [frames * height * width for frames, height, width in tree.prompt.grids]
-        work["vision"] += sum(vision(sizes.vision, count) for count in patches)
-    return work
-
-
 def _matrices(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP/s of products of square matrices."""
     layer = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
@@ -161,9 +162,31 @@ def _bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / seconds_of(copy, device)
 
 
+def _local_step(vlm: Vlm, chat: Chat) -> float:
+    """Seconds of a decoding step of the local engine with one row."""
+    engine, prompts = LocalEngine(vlm, chat, max_rows=1), [random_tree(chat, [], [1], seed=9).prompt]
+
+    def seconds(tokens: int) -> float:
+        sampling = replace(chat.sampling(max_new_tokens=tokens), stop_ids=())
+        return seconds_of(lambda: engine.sample(prompts, sampling), vlm.device, repeats=1)
+
+    return max(1e-6, (seconds(25) - seconds(1)) / 24)
+
+
+def _grades() -> float:
+    """Answers a second that one grader process grades by the rule."""
+    problems = open_builtin("builtin:puzzles?count=50&seed=1", "rl")
+    answers = [(problem, f"so it is \\boxed{{{problem.answer}}}") for problem in problems]
+    with GradePool(workers=1, deadline_s=5.0, allow_fallbacks=False) as pool:
+        pool.grade(answers[:1])  # the process starts
+        started = time.perf_counter()
+        pool.grade(answers)
+        return len(answers) / (time.perf_counter() - started)
+
+
 def _images(chat: Chat, count: int, size: tuple[int, int]) -> float:
     """Images a second that this process decodes, resizes and cuts into patches."""
-    refs = [drawn(*size, seed=100 + index) for index in range(count + 1)]
+    refs = [drawn(*size, seed=100 + index, kind="JPEG") for index in range(count + 1)]
     chat.patches(refs.pop())  # what the first one alone costs
     started = time.perf_counter()
     for ref in refs:

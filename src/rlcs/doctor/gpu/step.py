@@ -21,6 +21,7 @@ from rlcs.doctor.gpu.models import Shape, configuration, random_vlm, shapes
 from rlcs.doctor.gpu.vllm import rollouts
 from rlcs.engines.factory import open_engines
 from rlcs.model import loading
+from rlcs.model.fsdp import reference_dtype
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.study import engine_needs
 from rlcs.plan.shapes import measure
@@ -30,6 +31,7 @@ from rlcs.recipe.schema import Recipe
 from rlcs.signals import StopFlag
 from rlcs.storage import DONE, read_jsonl
 from rlcs.train import grpo
+from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 
 _LARGEST_GAP = 0.1
@@ -44,11 +46,11 @@ def check(setting: Setting) -> Check:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # as a run without torchrun
     with nullcontext(ALONE) if alone else join_world(timeout_s=300) as world:
         shape = _shape(setting)
-        world.first(lambda: _write_files(shape, folder))
+        device = world.device or (torch.device("cpu") if setting.cpu else loading.default_device())
+        world.first(lambda: _write_files(shape, folder, device))
         recipe = _recipe(setting, folder, world)
         _train(recipe, folder, world)
         reports = world.first(lambda: read_jsonl(folder / "run" / "metrics.jsonl"))
-    device = world.device or loading.default_device()
     last = reports[-1]
     values = {
         "engine": recipe.rollout.engine,
@@ -110,13 +112,14 @@ def _recipe(setting: Setting, folder: Path, world: World) -> Recipe:
         words += ["parallel.compute_dtype=bfloat16"] if world.grouped else ["model.dtype=bfloat16"]
     words += [] if world.grouped else ["lora.rank=16", "lora.alpha=16", "grpo.optimizer.lr=1e-4"]
     recipe = load_recipe("quickstart", words).recipe
-    settings = rollouts(setting, ranks=world.size)
+    settings = rollouts(setting)
     return recipe if settings is None else recipe.model_copy(update={"rollout": settings})
 
 
-def _write_files(shape: Shape, folder: Path) -> None:
+def _write_files(shape: Shape, folder: Path, device: torch.device) -> None:
     """Write the model, and a reward that differs among random answers, all of which are wrong."""
-    loading.save(random_vlm(shape, torch.device("cpu"), torch.float32), folder / "model")
+    loading.save(random_vlm(shape, device, torch.float32), folder / "model")
+    loading.give_back_memory()
     (folder / _REWARD).write_text(_ODD, encoding="utf-8")
 
 
@@ -125,7 +128,10 @@ def _train(recipe: Recipe, folder: Path, world: World) -> None:
     settings = recipe.grpo
     problems = open_builtin("builtin:puzzles?count=64&seed=2", "rl")
     vlm = loading.prepare(loading.load(recipe.learner, world=world), recipe.lora, settings.freeze, seed=0)
-    vlm, reference = grpo.with_reference(vlm, lambda whole: loading.spread(whole, recipe.parallel))
+    dtype = reference_dtype(recipe.parallel) if world.grouped else None
+    vlm, reference = grpo.with_reference(
+        vlm, lambda whole: loading.spread(whole, recipe.parallel), dtype=dtype
+    )
     chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
     run = RunDir(folder / "run", name="grpo", seed=0, settings=settings, recipe_hash="doctor")
     with (
@@ -134,7 +140,7 @@ def _train(recipe: Recipe, folder: Path, world: World) -> None:
         StopFlag() as stop,
         screen("grpo", settings.steps, quiet=True, stream=sys.stderr) as view,
     ):
-        context = grpo.GrpoContext(
+        context = GrpoContext(
             vlm=vlm,
             reference=reference,
             chat=chat,
@@ -142,6 +148,8 @@ def _train(recipe: Recipe, folder: Path, world: World) -> None:
             grader=grader,
             judge=judge,
             importance_cap=recipe.rollout.cap,
+            overlap=recipe.overlap,
+            feature_bytes=int(recipe.images.features_gb * 2**30),
         )
         grpo.train(context, problems, settings, run=run, screen=view, stop=stop)
 

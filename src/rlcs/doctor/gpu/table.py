@@ -31,7 +31,7 @@ def to_json(checks: Sequence[Check], *, device: str, ranks: int) -> dict[str, An
     """All results without names of hosts and folders, and the rates together."""
     merged: dict[str, float] = {}
     for check in checks:
-        merged |= {name: rate for name, rate in check.rates.items() if 0 < rate < math.inf}
+        merged |= {name: rate for name, rate in check.rates.items() if 0 < rate < _most(name)}
     rates = Rates(device=device, **merged)
     found = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -43,6 +43,11 @@ def to_json(checks: Sequence[Check], *, device: str, ranks: int) -> dict[str, An
     }
     public: dict[str, Any] = without_names(found)
     return public
+
+
+def _most(name: str) -> float:
+    """The bound of a rate; a share of the peak above 1 comes from a wrong peak, and says nothing."""
+    return 1.0 if name.endswith("_share") else math.inf
 
 
 def without_names(value: Any) -> Any:

@@ -7,7 +7,6 @@ times what our own do between the number format and float32.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,26 @@ import torch
 from torch import Tensor
 
 from rlcs.doctor.gpu import Check, Setting
-from rlcs.doctor.gpu.devices import free_bytes, synchronize
-from rlcs.doctor.gpu.models import Shape, configuration, make_chat, random_tree, random_vlm, shapes
+from rlcs.doctor.gpu.devices import free_bytes, peak_speed, synchronize
+from rlcs.doctor.gpu.models import (
+    Shape,
+    configuration,
+    make_chat,
+    operations,
+    random_tree,
+    random_vlm,
+    shapes,
+)
 from rlcs.engines.base import Engine
 from rlcs.engines.cache import token_bytes
 from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.vllm.protocol import BAN
 from rlcs.model import attention
 from rlcs.model.chat import Chat
+from rlcs.model.image_features import image_inputs
 from rlcs.model.loading import default_device
 from rlcs.model.packing import pack
-from rlcs.model.policy import hidden_states, image_inputs
+from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import measure
 from rlcs.recipe.sampling import Rollouts
@@ -36,7 +44,10 @@ _LEAST = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 """Mean differences of logprobs (nats) that are rounding in any case."""
 _NOISE = 0.3
 """New weights are the old ones with so much noise, relative to their size."""
-_MEMORY_SHARE, _CPU_SHARE = 0.5, 0.1
+_CPU_SHARE = 0.1
+"""Share of main memory for vLLM on a CPU."""
+_LEAST_FREED = 0.5
+"""Least share of its memory that vLLM frees while it sleeps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,52 +59,41 @@ class _Answers:
     seconds: float
 
 
-def rollouts(setting: Setting, *, ranks: int = 1) -> Rollouts | None:
-    """How vLLM is started here: beside the trainer in its process, or by its program; None: not at all."""
-    share = _CPU_SHARE if setting.cpu else _MEMORY_SHARE
-    options: dict[str, Any] = {
-        "start_limit_s": 600.0,
-        "dead_limit_s": 60.0,
-        "max_tries": 2,
-        "memory_share": share,
-    }
-    if find_spec("vllm") is not None and not setting.cpu and ranks == 1:
-        return Rollouts(engine="vllm_colocated", **options)
-    if setting.executable:
-        return Rollouts(engine="vllm_server", executable=setting.executable, **options)
-    return None
+def rollouts(setting: Setting) -> Rollouts | None:
+    """How vLLM is started here: on the GPU that trains, asleep meanwhile; None: it is not here."""
+    if not setting.executable:
+        return None
+    limits: dict[str, Any] = {"start_limit_s": 600.0, "dead_limit_s": 60.0, "max_tries": 2}
+    limits |= {"memory_share": _CPU_SHARE} if setting.cpu else {}
+    return Rollouts(engine="vllm_colocated", executable=setting.executable, **limits)
 
 
 def check(setting: Setting) -> Check:
     """Start vLLM, then one question after the other."""
     settings = rollouts(setting)
     if settings is None:
-        return Check(
-            ok=None, message="vLLM is not here", fix="pip install 'vllm>=0.32', or --executable BIN/vllm"
-        )
+        fix = "python3 -m venv vllm-env && vllm-env/bin/pip install 'vllm>=0.32', "
+        fix += "then --executable vllm-env/bin/vllm"
+        return Check(ok=None, message="vLLM is not here", fix=fix)
     device = torch.device("cpu") if setting.cpu else default_device()
-    dtype = torch.float32 if setting.cpu else torch.bfloat16
     shape = _shape(setting, free_bytes(device))
-    vlm = random_vlm(shape, device, dtype)
+    vlm = random_vlm(shape, device, torch.float32 if setting.cpu else torch.bfloat16)
     chat = make_chat(vlm)
-    needs = EngineNeeds(settings=settings, max_tokens=2048, max_rows=64, decode_limit=1 << 24)
-    values: dict[str, Any] = {"engine": settings.engine, "model": shape.label, "layers": shape.layers}
+    needs = EngineNeeds(settings=settings, max_tokens=2048, max_rows=64)
     with open_engines(needs, Path(setting.folder) / "vllm") as make:
-        found = _ask(make(vlm, chat, 64), vlm, chat, device, values)
-    weights = sum(parameter.nbytes for parameter in vlm.model.parameters())
-    rates = {"start_s": values["start_s"], "weights_to_vllm": weights / values["new_weights_s"]}
-    rates |= {name: values[name] for name in ("prefill_tokens", "decode_step_s", "decode_read")}
-    if found:
-        fix = (
-            "use vLLM 0.32 or newer with the versions of docs/reference/versions.md, or rollout.engine=local"
-        )
-        return Check(ok=False, message="; ".join(found), fix=fix, values=values)
+        trial = _Trial(make(vlm, chat, 64), vlm, chat, shape)
+        trial.run()
+    values = {"engine": settings.engine, "model": shape.label, "layers": shape.layers, **trial.values}
+    if trial.problems:
+        fix = "use vLLM 0.32 or newer (see docs/reference/versions.md), or rollout.engine=local"
+        return Check(ok=False, message="; ".join(trial.problems), fix=fix, values=values, rates=trial.rates)
     message = (
-        f"{settings.engine} starts in {values['start_s']:.0f} s, logprobs within {values['gap']:.1e} nats "
-        f"of ours (limit {values['limit']:.1e}; with the other image {values['other_image_gap']:.1e}), "
-        f"new weights in {values['new_weights_s']:.1f} s (within {values['new_gap']:.1e} nats)"
+        f"starts in {values['start_s']:.0f} s, logprobs within {values['gap']:.1e} nats of ours "
+        f"(limit {values['limit']:.1e}; with the other image {values['other_image_gap']:.1e}), "
+        f"new weights in {values['new_weights_s']:.1f} s (within {values['new_gap']:.1e} nats), "
+        f"sleeps in {values['sleep_s']:.1f} s"
     )
-    return Check(ok=True, message=message, values=values, rates=rates)
+    return Check(ok=True, message=message, values=values, rates=trial.rates)
 
 
 def _shape(setting: Setting, free: int) -> Shape:
@@ -106,32 +106,104 @@ def _shape(setting: Setting, free: int) -> Shape:
     return whole if fits else replace(shape, layers=4)
 
 
-def _ask(engine: Engine, vlm: Vlm, chat: Chat, device: torch.device, values: dict[str, Any]) -> list[str]:
-    """What is wrong; fills in the values."""
-    problems = []
-    started = time.perf_counter()
-    engine.sync()
-    engine.sample([_prompts(chat)[0]], chat.sampling(max_new_tokens=1))
-    values["start_s"] = time.perf_counter() - started
-    values["free_asleep_gb"] = round(free_bytes(device) / 2**30, 2)
-    answers = _sample(engine, chat)
-    values["answers_s"] = answers.seconds
-    values["gap"] = _gap(vlm, chat, answers.prompts, answers.groups)
-    values["limit"] = limit = _limit(vlm, chat, answers)
-    if not values["gap"] <= limit:
-        problems.append(f"vLLM's logprobs are {values['gap']:.2g} nats from ours (limit {limit:.2g})")
-    values["other_image_gap"] = _gap(vlm, chat, answers.prompts[::-1], answers.groups)
-    if not values["other_image_gap"] > limit:
-        problems.append("another image changes no logprobs: vLLM or the model does not see it")
-    values |= _speeds(engine, vlm, chat, small=device.type == "cpu")
-    old = _gap_of_new_weights(engine, vlm, chat, values)
-    if not values["new_gap"] <= limit * 2:
-        problems.append(
-            f"after new weights vLLM is {values['new_gap']:.2g} nats from ours (limit {2 * limit:.2g})"
-        )
-    if not old > limit:
-        problems.append("the answers do not follow new weights")
-    return problems
+class _Trial:
+    """Questions to one vLLM: what is wrong, the values, and the rates of a plan."""
+
+    def __init__(self, engine: Engine, vlm: Vlm, chat: Chat, shape: Shape) -> None:
+        self._engine, self._vlm, self._chat, self._shape = engine, vlm, chat, shape
+        self._small = vlm.device.type == "cpu"
+        self._free_before = free_bytes(vlm.device)
+        self.problems: list[str] = []
+        self.values: dict[str, float] = {}
+        self.rates: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Ask everything, in this order: each question needs the answers before it."""
+        self.values["start_s"] = self.rates["start_s"] = self._seconds(new_weights=True)
+        self._agreement()
+        self._new_weights()
+        self._sleep()
+        self._speeds()
+
+    def _require(self, holds: bool, problem: str) -> None:
+        self.problems += [] if holds else [problem]
+
+    def _seconds(
+        self, *, new_weights: bool = False, prompts: Sequence[Prompt] = (), tokens: int = 1
+    ) -> float:
+        """Seconds of a round of answers with this many tokens, with new weights before them or not."""
+        started = time.perf_counter()
+        if new_weights:
+            self._engine.sync()
+        sampling = self._chat.sampling(max_new_tokens=tokens)
+        self._engine.sample(prompts or _prompts(self._chat)[:1], sampling)
+        return time.perf_counter() - started
+
+    def _agreement(self) -> None:
+        """Logprobs are ours, and change with the image."""
+        answers, values = _sample(self._engine, self._chat), self.values
+        values["answers_s"] = answers.seconds
+        values["gap"] = gap = _gap(self._vlm, self._chat, answers.prompts, answers.groups)
+        values["limit"] = limit = _limit(self._vlm, self._chat, answers)
+        self._require(gap <= limit, f"vLLM's logprobs are {gap:.2g} nats from ours (limit {limit:.2g})")
+        values["other_image_gap"] = _gap(self._vlm, self._chat, answers.prompts[::-1], answers.groups)
+        what = "another image changes no logprobs: vLLM or the model does not see it"
+        self._require(values["other_image_gap"] > limit, what)
+
+    def _new_weights(self) -> None:
+        """Answers follow new weights."""
+        vlm, values, limit = self._vlm, self.values, 2 * self.values["limit"]
+        before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
+        _change(vlm)
+        values["new_weights_s"] = seconds = self._seconds(new_weights=True)
+        answers = _sample(self._engine, self._chat)
+        values["new_gap"] = gap = _gap(vlm, self._chat, answers.prompts, answers.groups)
+        vlm.model.load_state_dict(before)
+        old = _gap(vlm, self._chat, answers.prompts, answers.groups)
+        self._require(gap <= limit, f"after new weights vLLM is {gap:.2g} nats from ours (limit {limit:.2g})")
+        self._require(old > values["limit"], "the answers do not follow new weights")
+        size = sum(parameter.nbytes for parameter in vlm.model.parameters())
+        self.rates["weights_to_vllm"] = size / max(seconds - self._seconds(), 1e-3)
+
+    def _sleep(self) -> None:
+        """Memory is free while it sleeps, and it answers again afterwards."""
+        values, device = self.values, self._vlm.device
+        awake = free_bytes(device)
+        started = time.perf_counter()
+        self._engine.rest()
+        values["sleep_s"] = time.perf_counter() - started
+        asleep = free_bytes(device)
+        values |= {"used_gb": _gb(self._free_before - awake), "freed_gb": _gb(asleep - awake)}
+        asleep_s, awake_s = self._seconds(new_weights=True), self._seconds(new_weights=True)
+        values["wake_s"] = asleep_s - awake_s
+        if not self._small:
+            freed = (asleep - awake) / max(1, self._free_before - awake)
+            self._require(freed > _LEAST_FREED, f"asleep vLLM frees {freed:.0%} of its memory")
+            self.rates |= {"sleep_s": values["sleep_s"], "wake_s": values["wake_s"]}
+
+    def _speeds(self) -> None:
+        """Share of the peak while it reads prompts, least seconds of a decoding step, bytes read by one.
+
+        Steps are differences of two rounds, so that what a round costs once is not in them.
+        """
+        vlm, sizes = self._vlm, measure(self._shape.name, configuration(self._shape))
+        rows, more, side = (2, 8, (336, 336)) if self._small else (48, 64, (840, 868))
+        trees = [random_tree(self._chat, [side], [1], text=150, seed=50 + row) for row in range(rows)]
+        prompts = [tree.prompt for tree in trees]
+        prefill = self._seconds(prompts=prompts) - self._seconds()
+        one = (self._seconds(tokens=1 + more) - self._seconds()) / more
+        many = (self._seconds(prompts=prompts, tokens=1 + more) - self._seconds(prompts=prompts)) / more
+        read = sizes.parameters["language_model"] * vlm.model.dtype.itemsize
+        length = sum(len(prompt.ids) + more // 2 for prompt in prompts)
+        read += length * token_bytes(sizes.text, vlm.model.dtype.itemsize)
+        self.values |= {"prefill_s": prefill, "step_s": one, f"step_of_{rows}_s": many}
+        self.rates |= {"decode_step_s": one, "decode_read": read / many if many > 0 else 0.0}
+        if (peak := peak_speed(vlm.device)) and prefill > 0:
+            self.rates["prefill_share"] = sum(operations(sizes, trees).values()) / prefill / peak
+
+
+def _gb(size: float) -> float:
+    return round(size / 2**30, 2)
 
 
 def _prompts(chat: Chat) -> list[Prompt]:
@@ -178,15 +250,20 @@ def _limit(vlm: Vlm, chat: Chat, answers: _Answers) -> float:
     if dtype == torch.float32:
         return _LEAST[dtype]
     rough = _scored(vlm, chat, answers.prompts, answers.groups)
-    vlm.model.float()  # exact for weights in bfloat16, also on the way back
+    _cast(vlm, torch.float32)  # exact, also on the way back
     exact = _scored(vlm, chat, answers.prompts, answers.groups)
-    vlm.model.to(dtype)
+    _cast(vlm, dtype)
     return max(FACTOR * float((rough - exact).abs().mean()), _LEAST[dtype])
 
 
-def _gap_of_new_weights(engine: Engine, vlm: Vlm, chat: Chat, values: dict[str, Any]) -> float:
-    """Change the weights, send them, ask again; how far the answers are from the old weights."""
-    before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
+def _cast(vlm: Vlm, dtype: torch.dtype) -> None:
+    """Cast the weights, and not the buffers: the rotary frequencies stay exact."""
+    for parameter in vlm.model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _change(vlm: Vlm) -> None:
+    """Add noise to the weights."""
     generator = torch.Generator(device=vlm.device).manual_seed(5)
     with torch.no_grad():
         for parameter in vlm.model.parameters():
@@ -194,40 +271,3 @@ def _gap_of_new_weights(engine: Engine, vlm: Vlm, chat: Chat, values: dict[str, 
                 noise = torch.empty_like(parameter).normal_(generator=generator)
                 parameter.add_(noise * parameter.float().std().to(parameter.dtype), alpha=_NOISE)
     synchronize(vlm.device)
-    started = time.perf_counter()
-    engine.sync()
-    engine.sample([_prompts(chat)[0]], chat.sampling(max_new_tokens=1))
-    values["new_weights_s"] = time.perf_counter() - started
-    answers = _sample(engine, chat)
-    values["new_gap"] = _gap(vlm, chat, answers.prompts, answers.groups)
-    vlm.model.load_state_dict(before)
-    return _gap(vlm, chat, answers.prompts, answers.groups)
-
-
-def _speeds(engine: Engine, vlm: Vlm, chat: Chat, *, small: bool) -> dict[str, float]:
-    """Prompt tokens a second, least seconds of a decoding step, and bytes that it reads a second.
-
-    Steps are differences of two rounds, so that what a round costs once (waking up, sleeping) is not in them.
-    """
-    rows, tokens, more = (2, 40, 8) if small else (64, 1500, 64)
-    prompts = [random_tree(chat, [], [1], text=tokens, seed=50 + row).prompt for row in range(rows + 1)]
-
-    def seconds(given: Sequence[Prompt], length: int) -> float:
-        started = time.perf_counter()
-        engine.sample(given, chat.sampling(max_new_tokens=length))
-        return time.perf_counter() - started
-
-    once = seconds(prompts[:1], 1)
-    prefill = seconds(prompts[1:], 1) - once
-    single = (seconds(prompts[:1], 1 + more) - seconds(prompts[:1], 1)) / more
-    many = (seconds(prompts[1:], 1 + more) - seconds(prompts[1:], 1)) / more
-    text = vlm.model.config.get_text_config()
-    element = vlm.model.dtype.itemsize
-    language = sum(p.nbytes for name, p in vlm.model.named_parameters() if "visual" not in name)
-    length = len(prompts[1].ids) + more // 2
-    read = language + rows * length * token_bytes(text, element)
-    found = {
-        "round_s": once,
-        "prefill_tokens": sum(len(prompt.ids) for prompt in prompts[1:]) / max(prefill, 1e-9),
-    }
-    return found | {"decode_step_s": single, "decode_read": read / many if many > 0 else 0.0}

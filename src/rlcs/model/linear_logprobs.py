@@ -1,0 +1,74 @@
+"""Computes logprobs of targets from hidden states, and their gradients, a chunk of logits at a time.
+
+The same as the plain way (see `model.policy`) with less to read and write: the logits of a chunk are turned
+into their gradients in place, entropies are not computed again for the backward pass, and the gradient of
+the head is added up in one tensor instead of one for each chunk. torch's `linear_cross_entropy` does the
+former two, but gives no entropies.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def linear_logprobs(
+    states: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Logprobs (N,) of the targets (N,) after the states (N, C), and entropies (N,) without gradient.
+
+    `weight` (V, C) is that of the head, which has no bias. At most `rows` rows of logits are held at once.
+    """
+    logprobs, entropy = _LinearLogprobs.apply(states, weight, targets, temperature, rows)
+    return logprobs, entropy
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """The logits are computed twice: the gradient of a logprob is known only in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        totals, chosen, entropies = [], [], []
+        for of_chunk in _chunks(len(states), rows):
+            logits = _logits(states[of_chunk], weight, temperature)
+            totals.append(logits.logsumexp(-1))
+            logprobs = logits.sub_(totals[-1][:, None])
+            chosen.append(logprobs.gather(1, targets[of_chunk, None])[:, 0])
+            entropies.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
+        ctx.save_for_backward(states, weight, targets, torch.cat(totals))
+        ctx.temperature, ctx.rows = temperature, rows
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(chosen), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, targets, totals = ctx.saved_tensors
+        of_logprobs = gradients[0] / ctx.temperature
+        of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for of_chunk in _chunks(len(states), ctx.rows):
+            logits = _logits(states[of_chunk], weight, ctx.temperature)
+            factor = of_logprobs[of_chunk, None]
+            slopes = logits.sub_(totals[of_chunk, None]).exp_().mul_(-factor)
+            slopes = slopes.scatter_add_(1, targets[of_chunk, None], factor).to(states.dtype)
+            if of_states is not None:
+                torch.mm(slopes, weight, out=of_states[of_chunk])
+            if of_weight is not None:
+                of_weight.addmm_(slopes.T, states[of_chunk])
+        return of_states, of_weight, None, None, None
+
+
+def _chunks(count: int, rows: int) -> Iterator[slice]:
+    return (slice(start, start + rows) for start in range(0, count, rows))
+
+
+def _logits(states: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """The logits of some rows in float32, for the caller to overwrite."""
+    logits = torch.nn.functional.linear(states, weight).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)

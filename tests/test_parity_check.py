@@ -1,0 +1,256 @@
+"""The self-check catches every fault that packing could have, on every tree, in float32 and in bfloat16."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import make_conversation, make_problem, tree_of
+from rlcs.data.sources import open_builtin
+from rlcs.distributed import World
+from rlcs.engines.local import LocalEngine
+from rlcs.errors import TrainingError
+from rlcs.model import attention, loading, packing, parity_check, policy, vision_attention
+from rlcs.model.packing import pack
+from rlcs.model.parity_check import Agreement, agreement, gap, require_agreement
+from rlcs.model.policy import score
+from rlcs.recipe.execution import Parallel
+from rlcs.recipe.schema import Model
+from rlcs.records import Branch, Demonstration, Tree
+from rlcs.train import sft
+from test_distributed import group_of_one  # noqa: F401 - a fixture
+from test_policy import CASES, make_trees
+
+CPU = torch.device("cpu")
+
+
+def sampled(folder, dtype, kind="tree"):
+    """A model, its chat, and five trees of two answers that it gave, with an image each."""
+    vlm = loading.load(Model(name=str(folder), dtype=dtype, attention=kind), device=CPU)
+    chat = loading.make_chat(vlm)
+    prompts = [chat.prompt(p) for p in open_builtin("builtin:puzzles?count=5&seed=1", "rl")]
+    sampling = chat.sampling(n=2, temperature=1.0, top_p=1.0, max_new_tokens=24, seed=0)
+    return (
+        vlm,
+        chat,
+        list(map(tree_of, prompts, LocalEngine(vlm, chat, max_rows=10).sample(prompts, sampling))),
+    )
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def trained(request):
+    return sampled("builtin", request.param)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def untrained(request, random_model_folder):
+    return sampled(random_model_folder, request.param)
+
+
+def shares(vlm, chat, trees) -> list[float]:
+    """For each tree by itself, the gap as a share of what is allowed."""
+    return [max(one.share for one in agreement(vlm, chat, [tree])) for tree in trees]
+
+
+def test_a_healthy_model_passes_with_room_to_spare(trained):
+    """Of what is allowed, 60 trees needed at most 47% in bfloat16, and 2% on average."""
+    assert max(shares(*trained)) < 0.6
+    assert 0 < require_agreement(*trained).share < 0.6
+
+
+def test_a_healthy_untrained_model_passes(untrained):
+    assert max(shares(*untrained)) < 0.6
+
+
+true_positions, true_mask, true_predictors = packing.trunk_positions, packing.dense_mask, packing._predictors
+
+
+def branches_shifted(tree):
+    trunk = true_positions(tree.prompt)
+    restart = int(trunk.max()) + 2
+    texts = [packing._text_positions(restart, len(branch.ids)) for branch in tree.branches]
+    return torch.cat([trunk, *texts], dim=1)
+
+
+def time_axis_alone(prompt):
+    return true_positions(prompt)[:1].expand(3, -1)
+
+
+def text_alone(prompt):
+    return packing._text_positions(0, len(prompt.ids))
+
+
+def the_branch_before_is_seen(layout):
+    tree, branch = layout.segments()
+    order = torch.arange(layout.length)
+    before = branch[:, None] == branch[None] + 1
+    return true_mask(layout) | (before & (tree[:, None] == tree[None]) & (order[:, None] > order[None]))
+
+
+def trunk_ends_unseen(layout):
+    mask = true_mask(layout)
+    for span in layout.trees:
+        end = span.start + span.trunk
+        mask[end : span.stop, end - 2 : end] = False
+    return mask
+
+
+def the_tree_before_is_seen(layout):
+    order = torch.arange(layout.length)
+    return order[:, None] >= order[None]
+
+
+def by_the_token_itself(span):
+    return [i for start, end in span.branch_ranges() for i in range(start, end)]
+
+
+def first_by_the_token_before(span):
+    right = true_predictors(span)
+    return [i - 1 if i == span.start + span.trunk - 1 else i for i in right]
+
+
+FAULTS = {
+    "positions of branches are shifted": (packing, "_positions", branches_shifted),
+    "M-RoPE is lost": (packing, "trunk_positions", time_axis_alone),
+    "images count as text": (packing, "trunk_positions", text_alone),
+    "a branch sees the one before": (attention, "dense_mask", the_branch_before_is_seen),
+    "branches do not see the end of the trunk": (attention, "dense_mask", trunk_ends_unseen),
+    "a token predicts itself": (packing, "_predictors", by_the_token_itself),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_caught_on_every_tree(trained, monkeypatch, fault):
+    vlm, chat, trees = trained
+    module, name, broken = FAULTS[fault]
+    vlm = replace(vlm, attention="dense") if name == "dense_mask" else vlm
+    monkeypatch.setattr(module, name, broken)
+    assert min(shares(vlm, chat, trees)) > 5
+    with pytest.raises(TrainingError, match=r"packed and plain logprobs differ by .* in (float32|bfloat16)"):
+        require_agreement(vlm, chat, trees)
+
+
+def test_a_fault_of_one_token_of_each_answer_is_caught_on_every_tree(untrained, monkeypatch):
+    monkeypatch.setattr(packing, "_predictors", first_by_the_token_before)
+    assert min(shares(*untrained)) > 5
+
+
+def test_a_tree_that_sees_the_one_before_is_caught(trained, monkeypatch):
+    vlm, chat, trees = trained
+    vlm = replace(vlm, attention="dense")
+    monkeypatch.setattr(attention, "dense_mask", the_tree_before_is_seen)
+    single = [replace(tree, branches=tree.branches[:1]) for tree in trees]
+    assert max(shares(vlm, chat, single)) < 1  # alone, each is right
+    assert max(agreement(vlm, chat, single), key=lambda one: one.share).share > 5
+
+
+def test_the_fast_kernel_of_trees_is_checked(trained, monkeypatch):
+    monkeypatch.setattr(attention, "branches_over_trunk", lambda layout: ())
+    assert min(shares(*trained)) > 5
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(attention, "_flash"), (vision_attention, "_by_length")],
+    ids=["language model", "vision tower"],
+)
+def test_a_kernel_that_is_wrong_in_bfloat16_alone_is_caught(monkeypatch, module, name):
+    vlm, chat, trees = sampled("builtin", "bfloat16")
+    right = getattr(module, name)
+
+    def wrong(first, *others):
+        output = right(first, *others)
+        if torch.float32 in (getattr(x, "dtype", None) for x in (first, *first)):
+            return output
+        return (-output[0], output[1]) if isinstance(output, tuple) else -output
+
+    monkeypatch.setattr(module, name, wrong)
+    native, exact = agreement(vlm, chat, trees)
+    assert (native.precision, exact.precision) == ("bfloat16", "float32")
+    assert native.share > 5 and exact.share < 1
+
+
+def test_casting_leaves_the_model_as_it_was(random_model_folder, monkeypatch):
+    vlm, chat, trees = sampled(random_model_folder, "bfloat16")
+    before = {name: (p, p.clone()) for name, p in vlm.model.named_parameters(remove_duplicate=False)}
+    packed = pack(trees, chat.patches)
+    with torch.no_grad():
+        scores = score(vlm, packed).logprobs
+        require_agreement(vlm, chat, trees)
+
+        def fails(*inputs):
+            raise RuntimeError("in the middle of a layer")
+
+        with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="middle"):
+            broken.setattr(torch.nn.functional, "linear", fails)
+            with parity_check._in_float32(vlm.model):
+                score(vlm, packed)
+        assert torch.equal(score(vlm, packed).logprobs, scores)
+    after = dict(vlm.model.named_parameters(remove_duplicate=False))
+    assert before.keys() == after.keys()
+    assert all(after[name] is p and torch.equal(p, copy) for name, (p, copy) in before.items())
+    assert vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("compute", ["same", "bfloat16"])
+def test_sharded_models_are_checked_in_their_precision_and_exactly(
+    random_model_folder,
+    group_of_one,  # noqa: F811
+    monkeypatch,
+    compute,
+):
+    vlm = loading.load(Model(name=str(random_model_folder)), device=CPU, world=group_of_one)
+    vlm = loading.spread(vlm, Parallel(compute_dtype=compute))
+    chat = loading.make_chat(vlm)
+    trees = make_trees(chat, CASES["many trees of mixed sizes"])
+    assert require_agreement(vlm, chat, trees).share < 0.6
+    assert require_agreement(vlm, chat, []) == Agreement()
+    monkeypatch.setattr(packing, "_positions", branches_shifted)
+    with pytest.raises(TrainingError, match="logprobs differ"):
+        require_agreement(vlm, chat, trees)
+
+
+def test_a_fault_of_one_rank_stops_all(vlm, chat):
+    class OtherRank(World):
+        def gather(self, value):
+            return [value, [Agreement(gap=0.3, limit=0.1, problem_id="theirs", precision="bfloat16")]]
+
+    vlm = replace(vlm, world=OtherRank())
+    with pytest.raises(TrainingError, match=r"^theirs: .* 0.3 nats in bfloat16, allowed are 0.1"):
+        require_agreement(vlm, chat, [])
+
+
+def test_what_is_compared_is_bounded(vlm, chat, monkeypatch):
+    prompt = chat.prompt(make_problem("a"))
+    long = Branch(ids=(30,) * 700, weights=(1.0,) * 700)
+    tree = Tree(prompt=prompt, branches=(long,) * 6)
+    kept = parity_check._sample([tree] * 9)
+    assert [len(t.branches) for t in kept] == [4] * 4 and len(kept[0].branches[0].ids) == 512
+    monkeypatch.setattr(parity_check, "MAX_TOKENS", 5000)
+    assert len(parity_check._sample([tree] * 9)) == 2
+    monkeypatch.setattr(parity_check, "MAX_TOKENS", 10)
+    assert len(parity_check._sample([tree] * 9)) == 1
+
+
+def test_logprobs_that_are_no_numbers_are_a_fault(vlm, chat, monkeypatch):
+    [tree] = make_trees(chat, CASES["one tree"])
+    broken = policy.Scores(logprobs=torch.full((15,), torch.nan), entropy=torch.zeros(15))
+    monkeypatch.setattr(parity_check, "score", lambda *_: broken)
+    with pytest.raises(TrainingError, match="differ by inf nats"):
+        require_agreement(vlm, chat, [tree])
+
+
+def test_the_earlier_turns_of_a_conversation_are_compared_too(vlm, chat):
+    demonstration = Demonstration(problem=make_conversation("a"), response="\\boxed{5}", teacher="t")
+    tree = sft.tree_of(demonstration, chat)
+    assert require_agreement(vlm, chat, [tree]).share < 0.6
+    plain = parity_check._plain_logprobs(vlm, chat, tree, 0)
+    assert len(plain) == sum(tree.trunk_weights) + len(tree.branches[0].ids)
+    torch.testing.assert_close(score(vlm, pack([tree], chat.patches)).logprobs, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gap_is_a_token_s_in_float32_and_an_average_below():
+    differences = torch.tensor([0.0, -0.6, 0.0, 0.2])
+    assert gap(differences, torch.float32) == pytest.approx(0.6)
+    assert gap(differences, torch.bfloat16) == pytest.approx(0.2)
+    assert gap(torch.tensor([]), torch.float32) == 0
