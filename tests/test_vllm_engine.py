@@ -455,7 +455,7 @@ def test_vllm_computes_in_the_dtype_of_a_sharded_policy(vlm: Vlm) -> None:
 def break_while_publishing(folder: WeightsFolder, vlm: Vlm, *, save: str, file: str) -> None:
     """Publish, and be stopped when this file of the new version is half written by this function."""
 
-    def breaks(vlm: Vlm, path: Path) -> None:
+    def breaks(vlm: Vlm, path: Path, *more: object, **options: object) -> None:
         path.mkdir()
         (path / file).write_bytes(b"half")
         raise KeyboardInterrupt
@@ -469,7 +469,7 @@ def break_while_publishing(folder: WeightsFolder, vlm: Vlm, *, save: str, file: 
 def test_a_half_written_version_has_no_name(tmp_path: Path, vlm: Vlm) -> None:
     folder = WeightsFolder(tmp_path)
     first = folder.publish(vlm)
-    break_while_publishing(folder, vlm, save="save", file="model.safetensors")
+    break_while_publishing(folder, vlm, save="write_serving", file="model.safetensors")
     assert folder.newest == first and first.folder.is_dir()
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".part")] == [first.version]
     WeightsFolder(tmp_path).publish(vlm)
