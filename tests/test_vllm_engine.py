@@ -656,12 +656,15 @@ def test_every_rank_gives_memory_back_before_rank_0_asks(
     """Servers may start, or start again, on GPUs that train: their ranks all have a cache."""
     seen = Recorder(monkeypatch)
     world = SimpleNamespace(
-        rank=rank, size=2, gather=seen.note("gathered", [[], []]), each=seen.note("each", [[], []])
+        rank=rank,
+        size=2,
+        gather=seen.note("gathered", [[], []]),
+        each=lambda work: seen.note("each", [work()] * 2)(),
     )
-    published = SimpleNamespace(newest=None, publish=seen.note("published"))
+    published = SimpleNamespace(newest=None, publish=seen.note("published", object()))
     engine = VllmEngine(None, published, replace(vlm, world=world), chat)
     engine.sample([], chat.sampling(max_new_tokens=4))
-    assert seen.events == ["published", *FREED, "gathered", "each"]
+    assert seen.events == ["published", *FREED, "gathered", "each", "each"]
 
 
 def test_a_model_that_is_only_read_is_served_as_it_lies(
