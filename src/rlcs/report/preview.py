@@ -82,17 +82,13 @@ def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0, turns: Turns = "
         response = puzzles.teach(row.problem, seed=seed, wrong_share=0.0)
     ids: tuple[int, ...] = ()
     if response is None:
-        prompt = chat.prompt(row.problem)
+        prompt = chat.checked(chat.prompt(row.problem))
         weights: tuple[float, ...] = (0.0,) * len(prompt.ids)
     else:
         tree = tree_of(Demonstration(problem=row.problem, response=response, teacher=""), chat, turns=turns)
         prompt, ids = tree.prompt, tree.branches[0].ids
         weights = (tree.trunk_weights or (0.0,) * len(prompt.ids)) + tree.branches[0].weights
-    patch = vlm.processor.image_processor.patch_size
-    images = [
-        open_image(ref).resize((width * patch, height * patch), Image.Resampling.BICUBIC)
-        for ref, (_, height, width) in zip(prompt.images, prompt.grids, strict=True)
-    ]
+    images = [chat.resized(ref) for ref in prompt.images]
     return View(
         title=row.problem.id,
         prompt=prompt,
