@@ -88,7 +88,11 @@ def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0, turns: Turns = "
         tree = tree_of(Demonstration(problem=row.problem, response=response, teacher=""), chat, turns=turns)
         prompt, ids = tree.prompt, tree.branches[0].ids
         weights = (tree.trunk_weights or (0.0,) * len(prompt.ids)) + tree.branches[0].weights
-    images = [chat.resized(ref) for ref in prompt.images]
+    patch = vlm.processor.image_processor.patch_size
+    images = [
+        open_image(ref).resize((width * patch, height * patch), Image.Resampling.BICUBIC)
+        for ref, (_, height, width) in zip(prompt.images, prompt.grids, strict=True)
+    ]
     return View(
         title=row.problem.id,
         prompt=prompt,
