@@ -176,8 +176,12 @@ def test_all_gpus_in_turns_are_faster_than_half_of_them_each():
     assert turns.seconds <= 135 < apart.seconds and turns.idle <= 0.1 < apart.idle
     plan = make_plan("8xgpu-7b", ["grpo.group_size=5"], H100, ISSUE)
     assert plan.fits and plan.start.seconds < 600
-    found = seconds_of(turns)
-    assert found["logprobs of the reference"] == pytest.approx(found["old logprobs"])
+    found, without = seconds_of(turns), seconds_of(step_of("grpo.group_size=5", "images.features_gb=0"))
+    tower = vision(plan.sizes.vision, 4 * 1272) * 512 / (8 * 989e12 * 0.4)
+    assert found["old logprobs"] - found["logprobs of the reference"] == pytest.approx(tower)
+    assert without["logprobs of the reference"] == pytest.approx(without["old logprobs"])
+    name = "forward and backward passes"
+    assert without[name] - found[name] == pytest.approx(tower)
 
 
 def test_dynamic_sampling_takes_a_round_for_groups_with_equal_rewards():

@@ -17,7 +17,7 @@ from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.passes import kept_bytes, update_times
 from rlcs.plan.placement import Placement, stored, units_of
 from rlcs.plan.rates import Speeds
-from rlcs.plan.rollouts import rollout_bytes, sampled
+from rlcs.plan.rollouts import VLLM_ASLEEP, rollout_bytes, sampled
 from rlcs.plan.shapes import Tower
 from rlcs.plan.step_time import StepTime, step_time
 from rlcs.plan.work import Trees, language, vision
@@ -214,9 +214,12 @@ def _memory(
         "gathered": units.gathered + units.layer + units.waiting,
         "activations": max(one.kept + one.working for one in passes),
     }
+    if placed.rollout.engine == "vllm_colocated" and placed.machine.gpus:
+        parts["asleep"] = float(VLLM_ASLEEP)
+        worst += VLLM_ASLEEP
     if isinstance(stage, Grpo):
-        features = kept_bytes(placed, stage, trees, images)
-        worst, parts["activations"] = worst + features, parts["activations"] + features
+        parts["features"] = kept_bytes(placed, stage, trees, images)
+        worst += parts["features"]
         # Whole groups within max_rows are decoded at once.
         own = math.ceil(stage.prompts_per_step / placed.trainers)
         prompts = min(own, max(1, stage.max_rows // stage.group_size))

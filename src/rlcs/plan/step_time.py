@@ -300,7 +300,8 @@ def _add_images(phases: Phases, place: Placement, trees: Trees, images: Images) 
         "images are prepared",
         needed - hidden,
         ["images"],
-        f"{own:,} images a rank / ({max(1, images.workers)} threads x {rate:.0f} a second), less the step before",
+        f"{own:,} images a rank / ({max(1, images.workers)} threads x {rate:.0f} a second), "
+        "less the step before",
         busy=0.0,
     )
 
@@ -317,8 +318,8 @@ def _add_checkpoint(phases: Phases, place: Placement, stage: Sft | Grpo) -> None
         "checkpoint",
         (found.copy_s + found.wait_s) / stage.save_every,
         ["to_host", "disk_write"],
-        f"{size / 1e9:,.1f} GB every {stage.save_every} steps, {found.copy_s:.1f} s to copy it to main memory; "
-        f"{found.write_s:.0f} s to write it meanwhile",
+        f"{size / 1e9:,.1f} GB every {stage.save_every} steps: {found.copy_s:.1f} s to copy to main memory; "
+        f"{found.write_s:.0f} s to write meanwhile",
         busy=0.0,
     )
 
