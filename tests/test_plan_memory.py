@@ -123,7 +123,7 @@ def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, fr
     measured = measured_peak(lambda: trainer.step([batch] * packs, objective, average="token"))
 
     assert batch.pack.grids is not None
-    sizes = measure(shape, vlm.model.config)
+    sizes = measure(shape, AutoConfig.from_pretrained(folders[shape]))
     patches = int(batch.pack.grids.prod(dim=1).sum())
     load = Load(tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=patches)
     trains = [part for part in sizes.parameters if part not in frozen]
