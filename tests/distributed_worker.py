@@ -150,6 +150,7 @@ def train(job: dict, world: World) -> None:
                     grader=LengthGrader(),
                     importance_cap=job.get("cap"),
                     overlap=job.get("overlap", "none"),
+                    feature_bytes=job.get("feature_bytes", 1 << 30),
                 )
                 problems = mixed_problems(job.get("problems", 9))
                 grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)

@@ -34,7 +34,7 @@ from rlcs.recipe.schema import Model
 from rlcs.records import Tree
 from rlcs.storage import read_json, read_jsonl
 from rlcs.train import grpo, sft
-from rlcs.train.batching import guessed_tokens, packs_in_step, padding_tree
+from rlcs.train.batching import Keep, guessed_tokens, packs_in_step, padding_tree
 from rlcs.train.trainer import logprobs_of
 
 WORKER = Path(distributed_worker.__file__)
@@ -58,7 +58,7 @@ JOBS = {
     "plain": {"grpo": GRPO},
     "paper": {"grpo": GRPO | PAPER},
     "dapo": {"grpo": GRPO | DAPO},
-    "kept": {"grpo": GRPO | PAPER | {"freeze": ["vision_tower"]}},
+    "kept": {"grpo": GRPO | PAPER | {"freeze": ["vision_tower"]}, "feature_bytes": 23_000},
     "adapters": {"grpo": GRPO | PAPER, "lora": {"rank": 4, "alpha": 8}},
 }
 OFFLOADED = {"frozen": 2, "paper": 1}
@@ -481,3 +481,22 @@ def test_packs_of_a_rank_fall_in_step_with_the_others(chat):
     assert [pack.grids is not None for pack in packs] == [True, False, False]
     assert [len(pack.layout.trees) for pack in packs] == [2, 1, 1]
     assert [len(packs_in_step([text], chat, budget=9, world=OtherRank([])))] == [1]
+
+
+@pytest.mark.parametrize(
+    ("patches", "used", "others", "kept"),
+    [
+        (64, 0, [16, 16], [True, True]),
+        (31, 0, [16, 16], [True, False]),
+        (64, 0, [16, 90], [True, False]),
+        (64, 0, [90], [False, False]),
+        (64, 33, [16, 16], [True, False]),
+        (0, 0, [], [False, False]),
+    ],
+)
+def test_ranks_keep_features_of_the_same_packs(chat, patches, used, others, kept):
+    """Two packs of 16 patches here; a pack keeps them where that is within the bound on both ranks."""
+    picture = Tree(prompt=padding_tree(chat, image=True).prompt, branches=())
+    keep = Keep(patches=patches, used=used)
+    packs = packs_in_step([picture] * 2, chat, budget=1, world=OtherRank(others), keep=keep)
+    assert [pack.kept is not None for pack in packs] == kept

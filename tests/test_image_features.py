@@ -112,8 +112,8 @@ def test_other_weights_and_other_formats_are_other_features(folder):
 def learnt(folder, *, feature_bytes, pack_tokens=1):
     """One rollout step in two optimiser steps with old and reference logprobs; the weights, and the runs."""
     settings = Grpo(
-        prompts_per_step=4, group_size=3, max_new_tokens=8, optimizer_steps=2, old_logprobs="policy", pack_tokens=pack_tokens,
-        kl={"kind": "k3", "coefficient": 0.01}, optimizer={"lr": 1e-3},
+        prompts_per_step=4, group_size=3, max_new_tokens=8, optimizer_steps=2, old_logprobs="policy",
+        pack_tokens=pack_tokens, kl={"kind": "k3", "coefficient": 0.01}, optimizer={"lr": 1e-3},
     )  # fmt: skip
     vlm, chat = prepared(folder, ("vision_tower",))
     reference = grpo.frozen_copy(vlm)

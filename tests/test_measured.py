@@ -36,7 +36,6 @@ def test_rates_come_back_as_they_were_written(tmp_path):
         ({"rates": {"device": "x", "wake_s": "1"}}, "rates.wake_s is '1', and should be a number above 0"),
         ({"rates": {"device": "x", "to_host": float("inf")}}, "rates.to_host is inf"),
         ({"rates": {"device": "x", "wake_s": float("nan")}}, "rates.wake_s is nan"),
-        ({"rates": {"device": "x", "update_share": 1.2}}, "should be a share of at most 1 above 0"),
     ],
 )
 def test_a_file_without_rates_is_named_with_what_is_wrong(tmp_path, content, said):

@@ -176,8 +176,12 @@ def test_all_gpus_in_turns_are_faster_than_half_of_them_each():
     assert turns.seconds <= 135 < apart.seconds and turns.idle <= 0.1 < apart.idle
     plan = make_plan("8xgpu-7b", ["grpo.group_size=5"], H100, ISSUE)
     assert plan.fits and plan.start.seconds < 600
-    found = seconds_of(turns)
-    assert found["logprobs of the reference"] == pytest.approx(found["old logprobs"])
+    found, without = seconds_of(turns), seconds_of(step_of("grpo.group_size=5", "images.features_gb=0"))
+    tower = vision(plan.sizes.vision, 4 * 1272) * 512 / (8 * 989e12 * 0.4)
+    assert found["old logprobs"] - found["logprobs of the reference"] == pytest.approx(tower)
+    assert without["logprobs of the reference"] == pytest.approx(without["old logprobs"])
+    name = "forward and backward passes"
+    assert without[name] - found[name] == pytest.approx(tower)
 
 
 def test_dynamic_sampling_takes_a_round_for_groups_with_equal_rewards():
@@ -238,6 +242,23 @@ class Arrived:
 
     def __init__(self, arrivals):
         self.arrivals, self.prefill, self.decode = arrivals, 0.0, float(max(arrivals))
+
+
+def test_weights_through_a_folder_are_written_and_read():
+    size, found = 2 * sizes_of(Model(name=SEVEN)).total, seconds_of(step_of())
+    assert found["weights to vLLM"] == pytest.approx(size / 1e10)
+    folder = seconds_of(step_of("rollout.weights=folder"))
+    assert folder["weights to vLLM"] == pytest.approx(size / 0.5e9 + size / 1e9)
+
+
+def test_eight_bits_are_read_in_half_the_time():
+    whole, rounded = seconds_of(step_of()), seconds_of(step_of("rollout.quantization=fp8"))
+    assert rounded["answers are decoded"] < 0.75 * whole["answers are decoded"]
+
+
+def test_a_slow_disk_shows_in_the_checkpoint():
+    slow = Rates(device="NVIDIA H100 80GB HBM3", disk_write=1e7)
+    assert seconds_of(step_of(rates=slow))["checkpoint"] > 40 > 1 > seconds_of(step_of())["checkpoint"]
 
 
 def test_step_time_of_sft_has_no_rollouts():

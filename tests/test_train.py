@@ -22,7 +22,7 @@ from rlcs.model.checkpoints import complete
 from rlcs.model.packing import pack, within_budget
 from rlcs.model.policy import score
 from rlcs.progress import screen
-from rlcs.recipe.schema import Prompts, Recipe
+from rlcs.recipe.schema import Images, Prompts, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.records import Branch, Demonstration, Grade, Problem, Rollout, StopReason, Tree, rollout_seed
 from rlcs.signals import StopFlag, Stopped
@@ -367,6 +367,35 @@ def test_grpo_does_not_depend_on_the_pack_budget(random_model_folder, tmp_path):
     for name, weight in one.items():
         gap = (many[name] - weight).abs()
         assert gap.max() <= 2e-3 and (gap > 2e-5).float().mean() <= 1e-3, name
+
+
+def test_images_of_the_next_step_are_decoded_while_this_one_is_sampled(random_model_folder):
+    """The engine here samples nothing before that is so; `images.workers=0` does without it."""
+    settings = Grpo(**SMALL)
+    vlm, chat = fresh(random_model_folder)
+    chat = loading.make_chat(vlm, images=Images(workers=2, cache_gb=0.25))
+    problems = puzzles.load("puzzles", split="train", count=10, seed=5)
+    stream = ProblemStream(problems, seed=3)
+    ahead = {ref.sha256 for problem in stream.peek(8) for ref in problem.images}
+
+    class Waiting(LocalEngine):
+        def sample(self, prompts, sampling, **options):
+            deadline = time.monotonic() + 60
+            while not ahead <= chat._images._readable:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            return super().sample(prompts, sampling, **options)
+
+    context = GrpoContext(
+        vlm=vlm, reference=None, chat=chat, engine=Waiting(vlm, chat, max_rows=8), grader=LengthGrader()
+    )
+    sampling = chat.sampling(n=3, max_new_tokens=4)
+    *_, groups = Collector(context, stream, settings, sampling).collect(0, Clock())
+    assert len(groups.arrived) == 4
+    assert chat._images._cache_bytes == 1 << 28 and chat._images._workers == 2
+    lazy = loading.make_chat(vlm, images=Images(workers=0))
+    lazy.prepare(ref for problem in problems for ref in problem.images)
+    assert not lazy._images._waiting and not lazy._images._threads
 
 
 def test_flat_groups_are_not_computed_but_their_tokens_count(random_model_folder):

@@ -32,18 +32,18 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: int
     ) -> tuple[Tensor, Tensor]:
-        totals, chosen, entropy = [], [], []
+        totals, chosen, entropies = [], [], []
         for of_chunk in _chunks(len(states), rows):
             logits = _logits(states[of_chunk], weight, temperature)
             totals.append(logits.logsumexp(-1))
-            chosen.append(logits.gather(1, targets[of_chunk, None])[:, 0])
-            probabilities = (logits - totals[-1][:, None]).exp_()
-            entropy.append(totals[-1] - torch.linalg.vecdot(probabilities, logits))
-        ctx.save_for_backward(states, weight, targets, total := torch.cat(totals))
+            logprobs = logits.sub_(totals[-1][:, None])
+            chosen.append(logprobs.gather(1, targets[of_chunk, None])[:, 0])
+            entropies.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
+        ctx.save_for_backward(states, weight, targets, torch.cat(totals))
         ctx.temperature, ctx.rows = temperature, rows
-        entropies = torch.cat(entropy)
-        ctx.mark_non_differentiable(entropies)
-        return torch.cat(chosen) - total, entropies
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(chosen), entropy
 
     @staticmethod
     @once_differentiable

@@ -215,6 +215,7 @@ def load(
         processor=processor,
         family=family,
         attention=settings.attention,
+        fused_loss=settings.fused_loss,
         device=device,
         world=world,
     )

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlcs.model import attention
 from rlcs.model.image_features import image_inputs
+from rlcs.model.linear_logprobs import linear_logprobs
 from rlcs.model.packing import Pack
 from rlcs.model.vlm import Vlm
 
@@ -50,6 +51,10 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0) -> Scores:
         states = hidden_states(vlm, pack.ids, pack.positions, plan=plan, **image_inputs(vlm, pack))
         head = vlm.model.get_output_embeddings()
         chunk = max(1, LOGIT_CHUNK // head.weight.shape[0])
+        if vlm.fused_loss:
+            assert getattr(head, "bias", None) is None, "no family's head has a bias"
+            rows, weight = states[pack.predictors], head.weight
+            return linear_logprobs(rows, weight, pack.targets, temperature=temperature, rows=chunk)
         parts = [
             checkpoint(_score_chunk, states[rows], targets, head, temperature, use_reentrant=False)
             for rows, targets in zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True)

@@ -36,7 +36,8 @@ class Vlm:
 
     `adapter` is peft's model object for the low-rank layers inside `model`, if those train; `reference_mode`
     scores without them: the reference of GRPO. `frozen_tower` stands for the weights of a vision tower that
-    does not train, and is the same object in a copy of the model; None: it trains.
+    does not train, and is the same object in a copy of the model; None: it trains. `fused_loss`: logprobs are
+    computed by `linear_logprobs`.
     """
 
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class Vlm:
     adapter: "PeftModel | None" = None
     reference_mode: bool = False
     frozen_tower: object | None = None
+    fused_loss: bool = False
     world: World = ALONE
     fsdp_root: ShardedModel | None = None
 

@@ -43,7 +43,8 @@ go on with others."""
 MEMORY = frozenset(
     {
         *("sft.pack_tokens", "grpo.pack_tokens", "grpo.max_rows", "eval.max_rows", "rollout.memory_share"),
-        *("model.gradient_checkpointing", "parallel.reshard_after_forward", "parallel.cpu_offload"),
+        *("model.gradient_checkpointing", "model.fused_loss"),
+        *("parallel.reshard_after_forward", "parallel.cpu_offload"),
     }
 )
 """Keys that say how much memory is used, and change results by rounding alone: a run whose memory ran out may

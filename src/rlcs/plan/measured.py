@@ -73,11 +73,9 @@ def read_rates(path: Path) -> Rates:
     for field in fields(Rates):
         if field.name == "device" or (value := found.get(field.name)) is None:
             continue
-        most = 1 if field.name.endswith("_share") else float("inf")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value <= most or value == float("inf"):
-            kind = "a share of at most 1" if most == 1 else "a number"
-            raise _error(path, f"rates.{field.name} is {value!r}, and should be {kind} above 0")
+        if not is_number or not 0 < value < float("inf"):
+            raise _error(path, f"rates.{field.name} is {value!r}, and should be a number above 0")
         numbers[field.name] = float(value)
     return Rates(device=found["device"], **numbers)
 

@@ -33,6 +33,9 @@ COMPUTED = (
 """Figures that follow from the model's shapes and the recipe; of all others stands beside them how they are
 known."""
 
+GUESSED_PARTS = ("asleep",)
+"""Parts of the memory that are guessed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -66,7 +69,8 @@ class Plan:
             "device": self.machine.device.name,
             "device_memory_gb": round(self.machine.device.memory, 3),
             "assumed": self.assumed.model_dump(),
-            "basis": dict.fromkeys(COMPUTED, "computed"),
+            "basis": dict.fromkeys(COMPUTED, "computed")
+            | {f"parts_gb.{n}": "guessed" for n in GUESSED_PARTS},
             "rates": {
                 n: {"value": v, "basis": self.speeds.basis([n])} for n, v in self.speeds.values.items()
             },
@@ -171,7 +175,7 @@ def _table(plan: Plan) -> Iterator[str]:
         sizes = [stage.parts.get(part) for stage in stages]
         if any(sizes):
             cells = ["" if size is None else f"{size / GIB:.2f} GB" for size in sizes]
-            yield line(f"  {part}", cells, "computed")
+            yield line(f"  {part}", cells, "guessed" if part in GUESSED_PARTS else "computed")
     peaks = [f"{stage.peak / GIB:.1f} GB" for stage in stages]
     yield line("memory of a device, at worst", peaks, "computed")
     yield line("fits", ["yes" if stage.fits else "NO" for stage in stages])

@@ -14,10 +14,10 @@ from rlcs.evals.arms import CHUNK
 from rlcs.plan.lengths import group_lengths
 from rlcs.plan.machine import GIB, Assumed
 from rlcs.plan.memory import Load, Passing, activations, update_peak
-from rlcs.plan.passes import update_times
+from rlcs.plan.passes import kept_bytes, update_times
 from rlcs.plan.placement import Placement, stored, units_of
 from rlcs.plan.rates import Speeds
-from rlcs.plan.rollouts import rollout_bytes, sampled
+from rlcs.plan.rollouts import VLLM_ASLEEP, rollout_bytes, sampled
 from rlcs.plan.shapes import Tower
 from rlcs.plan.step_time import StepTime, step_time
 from rlcs.plan.work import Trees, language, vision
@@ -113,7 +113,7 @@ def plan_training(
     tower, device = placed.sizes.vision, placed.machine.device
     largest = largest_tree(images, tower, prompt=prompt.max_tokens, group=group, answer=longest_answer)
     trees = expected_trees(largest, tower, assumed, count=count, lowest=lowest or images.min_pixels)
-    parts, peak = _memory(placed, stage, trees, largest)
+    parts, peak = _memory(placed, stage, trees, largest, images)
     per_tree, repeated = _passes(placed, stage, trees)
     time = StepTime(phases=())
     if inputs.speeds is not None:
@@ -191,7 +191,7 @@ def expected_trees(largest: Trees, tower: Tower, assumed: Assumed, *, count: int
 
 
 def _memory(
-    placed: Placement, stage: Sft | Grpo, trees: Trees, largest: Trees
+    placed: Placement, stage: Sft | Grpo, trees: Trees, largest: Trees, images: Images
 ) -> tuple[dict[str, float], float]:
     """The parts of one device's memory, and its peak."""
     how = Passing(
@@ -214,7 +214,12 @@ def _memory(
         "gathered": units.gathered + units.layer + units.waiting,
         "activations": max(one.kept + one.working for one in passes),
     }
+    if placed.rollout.engine == "vllm_colocated" and placed.machine.gpus:
+        parts["asleep"] = float(VLLM_ASLEEP)
+        worst += VLLM_ASLEEP
     if isinstance(stage, Grpo):
+        parts["features"] = kept_bytes(placed, stage, trees, images)
+        worst += parts["features"]
         # Whole groups within max_rows are decoded at once.
         own = math.ceil(stage.prompts_per_step / placed.trainers)
         prompts = min(own, max(1, stage.max_rows // stage.group_size))

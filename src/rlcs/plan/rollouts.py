@@ -18,6 +18,8 @@ VLLM_PASSES = 4 * GIB
 SAMPLING = 32
 SAMPLING_TOP_P = 52
 """Bytes that choosing a token takes for each row and vocabulary entry (`engines.sampling`)."""
+VLLM_ASLEEP = 3 * GIB
+"""Bytes of a GPU that a sleeping vLLM keeps: its context, libraries, CUDA graphs; a guess."""
 VLLM_SHARE = 0.9
 """Share of a GPU that vLLM takes by default."""
 
@@ -111,9 +113,13 @@ def step_cost(place: Placement, speeds: Speeds) -> StepCost:
     if local:
         least = text.num_hidden_layers * speeds["local_layer_s"]
     weights = place.sizes.decoding_weights
+    size = 1 if place.rollout.quantization else place.compute  # fp8 has twice the peak, too
+    faster = place.compute / size
     return StepCost(
-        weights=weights * place.compute / (speeds["decode_read"] * gpus),
-        row=2.0 * weights / (place.peak * speeds["forward_share" if local else "prefill_share"] * gpus),
+        weights=weights * size / (speeds["decode_read"] * gpus),
+        row=2.0
+        * weights
+        / (faster * place.peak * speeds["forward_share" if local else "prefill_share"] * gpus),
         cached_token=token_bytes(text, place.compute) / (speeds["decode_read"] * gpus),
         least=least if launching else 0.0,
     )
@@ -128,6 +134,8 @@ def slots_of(place: Placement, trees: Trees, max_rows: int) -> int:
     gpus = _gpus_of_engine(place)
     memory = gpus * (place.rollout.share or VLLM_SHARE) * place.machine.device.memory * GIB
     cache = memory - place.sizes.total * place.compute - gpus * VLLM_PASSES
+    if place.rollout.quantization:
+        cache += place.sizes.decoding_weights * (place.compute - 1)
     a_row = token_bytes(place.sizes.text, place.compute) * (trees.trunk / trees.group + trees.answer)
     return max(1, min(max_rows, int(cache / a_row)))
 

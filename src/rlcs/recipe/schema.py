@@ -33,6 +33,9 @@ class Model(Section):
     """Run code that comes with the model. Leave off unless you have read that code."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    fused_loss: bool = False
+    """Turn logits into their own gradients in place, and add the gradient of the head up in one tensor: less
+    memory and traffic where the vocabulary is large, and results that differ by rounding."""
 
 
 class Prompts(Section):

@@ -55,6 +55,7 @@ def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
 def _model_rows(learner: Model, model: Model, lora: Lora) -> list[tuple[str, str]]:
     revision = f" at {model.revision}" if model.revision else ""
     checkpointing = ", gradient checkpointing" if model.gradient_checkpointing else ""
+    checkpointing += ", fused loss" if model.fused_loss else ""
     precision = f"{learner.dtype} precision"
     if learner.dtype == "bfloat16" and not lora.rank:
         precision += ", which loses small steps (model.dtype=float32 keeps them)"
