@@ -274,7 +274,7 @@ def test_two_ranks_learn_while_vllm_samples(tmp_path, monkeypatch) -> None:
     run_on(2, jobs, tmp_path / "jobs.json", limit_s=3 * START_LIMIT_S)
     assert_same_gradients(tmp_path / "none", tmp_path / "on_policy")
     taken = {way: sum(seconds(tmp_path / way).values()) for way in ways}
-    assert not idle or taken["on_policy"] < taken["none"] and taken["one_step_off"] < taken["none"]
+    assert not idle or (taken["on_policy"] < taken["none"] and taken["one_step_off"] < taken["none"])
 
 
 @HERE
