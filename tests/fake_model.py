@@ -27,10 +27,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from rlcs.distributed import World
-from rlcs.model import attention, fsdp, loading
+from rlcs.model import attention, fsdp, loading, vision_attention
 from rlcs.model.families import FAMILIES
 from rlcs.model.packing import Pack, layout_of
 from rlcs.model.vlm import Vlm
@@ -131,7 +131,8 @@ class FlashPlan:
 
 
 def tower_attention(module: nn.Module, *args: Tensor, **options: Any) -> tuple[Tensor, None]:
-    return FlashAttention.apply(*args[:3]).transpose(1, 2), None
+    query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in args[:3])
+    return FlashAttention.apply(query, key, value).transpose(1, 2), None
 
 
 class FakeSteps:
@@ -141,8 +142,7 @@ class FakeSteps:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.ledger = Ledger()
         self._grids: list[tuple[int, int, int]] = []
-        AttentionInterface.register("flash-fake", tower_attention)
-        monkeypatch.setattr(qwen, "is_flash_attention_requested", lambda config: True)
+        monkeypatch.setattr(vision_attention, "attend_by_windows", tower_attention)
         monkeypatch.setattr(qwen, "get_max_seqlen", lambda *args, **options: None)
         monkeypatch.setattr(qwen, "torch_compilable_check", lambda *args: None)
         for name in ("get_vision_position_ids", "get_vision_attention_seqlens", "get_vision_window_index"):
@@ -193,7 +193,6 @@ class FakeSteps:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
         attention.install(model)
-        model.model.visual.config._attn_implementation = "flash-fake"
         if checkpointing:
             loading.checkpoint_activations(model)
         vlm = Vlm(
@@ -248,8 +247,9 @@ class FakeSteps:
                 sequence=whole.clone(),
                 weights=torch.zeros(targets),
                 sampler_logprobs=torch.zeros(targets),
-                pixel_values=torch.zeros(sum(tree.patches for tree in trees), pixels),
+                images=tuple(trees),
                 grids=torch.zeros(len(trees), 3, dtype=torch.long),
+                pixels=lambda tree, device: torch.zeros(tree.patches, pixels),
             )
 
     def counting(

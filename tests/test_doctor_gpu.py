@@ -245,17 +245,17 @@ def test_checkpoint(setting, group):
 
 
 def test_checkpoint_with_a_damaged_byte(setting, group, monkeypatch):
-    real = checkpoint.Checkpoints.save
+    real = checkpoint.Checkpoints.wait
 
-    def damaging(checkpoints, state, **options):
-        path = real(checkpoints, state, **options)
-        file = path / "model.safetensors"
+    def damaging(checkpoints):
+        real(checkpoints)
+        if not (file := checkpoints.folder / "step-000001" / "model.safetensors").exists():
+            return  # `start` waits too
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-        return path
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", damaging)
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", damaging)
     with pytest.warns(RuntimeWarning):
         found = checkpoint.check(setting)
     assert not found.ok and "not found again" in found.message

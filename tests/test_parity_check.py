@@ -10,11 +10,11 @@ from rlcs.data.sources import open_builtin
 from rlcs.distributed import World
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import TrainingError
-from rlcs.model import attention, loading, packing, parity_check, policy, vision_attention
+from rlcs.model import attention, image_features, loading, packing, parity_check, policy, vision_attention
 from rlcs.model.packing import pack
 from rlcs.model.parity_check import Agreement, agreement, gap, require_agreement
 from rlcs.model.policy import score
-from rlcs.recipe.execution import Parallel
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Model
 from rlcs.records import Branch, Demonstration, Tree
 from rlcs.train import sft
@@ -168,6 +168,21 @@ def test_a_kernel_that_is_wrong_in_bfloat16_alone_is_caught(monkeypatch, module,
     native, exact = agreement(vlm, chat, trees)
     assert (native.precision, exact.precision) == ("bfloat16", "float32")
     assert native.share > 5 and exact.share < 1
+
+
+def test_the_kept_output_of_a_frozen_tower_is_checked(monkeypatch):
+    vlm, chat, trees = sampled("builtin", "bfloat16")
+    vlm = loading.prepare(vlm, Lora(), ["vision_tower"], seed=0)
+    assert vlm.frozen_tower is not None
+    assert max(shares(vlm, chat, trees)) < 0.6
+    right = image_features._tower_output
+
+    def out_of_order(vlm, pack):
+        kind, sizes, order, inputs = right(vlm, pack)
+        return kind, sizes, order.flip(0), inputs
+
+    monkeypatch.setattr(image_features, "_tower_output", out_of_order)
+    assert min(shares(vlm, chat, trees)) > 5
 
 
 def test_casting_leaves_the_model_as_it_was(random_model_folder, monkeypatch):

@@ -9,6 +9,7 @@ import gc
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
 
 import family_models
 from conftest import make_problem
@@ -122,7 +123,7 @@ def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, fr
     measured = measured_peak(lambda: trainer.step([batch] * packs, objective, average="token"))
 
     assert batch.pack.grids is not None
-    sizes = measure(shape, vlm.model.config)
+    sizes = measure(shape, AutoConfig.from_pretrained(folders[shape]))
     patches = int(batch.pack.grids.prod(dim=1).sum())
     load = Load(tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=patches)
     trains = [part for part in sizes.parameters if part not in frozen]
@@ -145,10 +146,9 @@ def test_planned_peaks_of_adapters_are_measured_ones(folders, dtype, checkpointi
     trainer.step([batch], objective, average="token")
     trainer.optimizer.zero_grad(set_to_none=True)
     measured = measured_peak(lambda: trainer.step([batch], objective, average="token"))
-    sizes = measure("30M, deep", vlm.model.config)
-    load = Load(
-        tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=len(batch.pack.pixel_values)
-    )
+    sizes = measure("30M, deep", AutoConfig.from_pretrained(folders["30M, deep"]))
+    patches = int(batch.pack.grids.prod(dim=1).sum())
+    load = Load(tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=patches)
     how = Passing(
         element=4 if dtype == "float32" else 2,
         checkpointing=checkpointing,

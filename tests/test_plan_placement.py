@@ -127,7 +127,7 @@ def test_planned_memory_is_that_of_whole_steps(case, grid, monkeypatch):
     how = Passing(
         element=placed.compute, checkpointing=case.checkpointing, trains=trains, adapters=case.lora > 0
     )
-    patches = len(pack.pixel_values)
+    patches = sum(tree.patches for tree in pack.images)
     held = activations(sizes, Load(tokens=pack.num_tokens, targets=pack.num_targets, patches=patches), how)
     still = stored(placed, trains, reference=reference is not None)
     units = units_of(placed, trains)
@@ -139,6 +139,7 @@ def test_planned_memory_is_that_of_whole_steps(case, grid, monkeypatch):
     assert [found["weights"], found["optimizer"], found["reference"]] == pytest.approx(
         [still.weights, still.optimizer, still.reference], rel=0.01
     )
+    print(f"planned over counted: {planned / ledger.peak:.3f}, kept {held.kept / ledger.kept:.3f}")  # noqa: T201
     assert held.kept == pytest.approx(ledger.kept, rel=WITHIN)
     assert units.gathered == pytest.approx(found["gathered"], rel=0.2)
     assert planned == pytest.approx(ledger.peak, rel=WITHIN)

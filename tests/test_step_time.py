@@ -244,6 +244,23 @@ class Arrived:
         self.arrivals, self.prefill, self.decode = arrivals, 0.0, float(max(arrivals))
 
 
+def test_weights_through_a_folder_are_written_and_read():
+    size, found = 2 * sizes_of(Model(name=SEVEN)).total, seconds_of(step_of())
+    assert found["weights to vLLM"] == pytest.approx(size / 1e10)
+    folder = seconds_of(step_of("rollout.weights=folder"))
+    assert folder["weights to vLLM"] == pytest.approx(size / 0.5e9 + size / 1e9)
+
+
+def test_eight_bits_are_read_in_half_the_time():
+    whole, rounded = seconds_of(step_of()), seconds_of(step_of("rollout.quantization=fp8"))
+    assert rounded["answers are decoded"] < 0.75 * whole["answers are decoded"]
+
+
+def test_a_slow_disk_shows_in_the_checkpoint():
+    slow = Rates(device="NVIDIA H100 80GB HBM3", disk_write=1e7)
+    assert seconds_of(step_of(rates=slow))["checkpoint"] > 40 > 1 > seconds_of(step_of())["checkpoint"]
+
+
 def test_step_time_of_sft_has_no_rollouts():
     recipe = load_recipe("8xgpu-7b").recipe
     trees = Trees(count=64, trunk=1400, patches=4 * 1272, group=1, answer=600)

@@ -20,7 +20,7 @@ def doctor(
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for --gpu")] = 8.0,
     executable: Annotated[str, typer.Option(help="vLLM's program for --gpu")] = "vllm",
     out: Annotated[Path | None, typer.Option(help="File for the JSON of --gpu")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", hidden=True)] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", hidden=True, help="On the CPU, with a small model")] = False,
     json: Json = False,
 ) -> None:
     """Check this machine and a small model on it, or the run RUN. With --gpu the GPUs, in minutes."""

@@ -97,7 +97,7 @@ def _sample(trees: Sequence[Tree]) -> list[Tree]:
 
 
 def _compare(vlm: Vlm, chat: Chat, trees: Sequence[Tree], dtype: torch.dtype) -> Agreement:
-    together = pack(trees, chat.patches)
+    together = pack(trees, chat.patches, keeps_features=True)
     counts = torch.bincount(together.sequence, minlength=together.num_sequences).tolist()
     packed = iter(score(vlm, together).logprobs.split(counts))
     apart, noise = list[Tensor](), list[Tensor]()

@@ -182,7 +182,7 @@ class Preflight:
     def _open_files(self) -> Sequence[str]:
         """Raise the soft limit of this process as far as the run needs it."""
         recipe, needed = self.recipe, _BASE_FILES
-        if recipe.rollout.engine == "vllm_server":
+        if recipe.rollout.engine != "local":
             needed += recipe.rollout.concurrency * (len(recipe.rollout.urls) or recipe.rollout.servers)
         needed += recipe.teacher.concurrency if self._remaining.asks_teacher else 0
         needed += recipe.grpo.reward.judge.concurrency if "judge" in recipe.grpo.reward.weights else 0

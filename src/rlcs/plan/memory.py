@@ -91,13 +91,13 @@ def language_layer(sizes: Sizes, how: Passing) -> int:
 def vision_block(sizes: Sizes, how: Passing) -> int:
     """Bytes that one block of the vision tower keeps for each patch.
 
-    As `language_layer`, but values stay inside the joint (3h) projection, and the outputs of the
-    windows (or images) are kept apart and joined: e 7h in place of e (2a + 2k). Layer norms (in families
-    without windows) keep no fp32. Adapters save nothing.
+    As `language_layer`, but values are copied out of the joint (3h) projection, and on a CPU the outputs of
+    windows are kept apart and joined: e 5h in place of e (2a + 2k). Layer norms (in families without
+    windows) keep no fp32. Adapters save nothing.
     """
     tower, element = sizes.vision, how.element
     norms = tower.hidden * ((2 * FP32 if tower.window else 0) + 4 * element)
-    attention = 7 * tower.hidden * element + FP32 * tower.heads
+    attention = 5 * tower.hidden * element + FP32 * tower.heads
     return int(norms + attention + tower.mlp_keeps * tower.intermediate * element)
 
 

@@ -95,20 +95,24 @@ def recomputed_times(place: Placement, frozen: Collection[Part]) -> tuple[int, i
 
 def kept_features(place: Placement, grpo: Grpo, trees: Trees, images: Images) -> float:
     """The share of the images for which a frozen tower runs once a step and not in every pass."""
+    needed = _feature_bytes(place, grpo, trees)
+    return min(1.0, images.features_gb * GIB / needed) if needed else 0.0
+
+
+def kept_bytes(place: Placement, grpo: Grpo, trees: Trees, images: Images) -> float:
+    """Bytes of what a frozen tower returned, kept on one device, in the format of the computation."""
+    share = kept_features(place, grpo, trees, images)
+    return share * _feature_bytes(place, grpo, trees) * place.compute / place.weight
+
+
+def _feature_bytes(place: Placement, grpo: Grpo, trees: Trees) -> int:
+    """Bytes of a frozen tower's output for one device's images, as the limit counts them; 0 if used once."""
     passes = (grpo.optimizer_steps > 1 and grpo.old_logprobs == "policy") + grpo.kl.active + 1
     if not trees.patches or passes == 1 or "vision_tower" in place.trains(grpo.freeze):
-        return 0.0
+        return 0
     tower = place.sizes.vision
     own = -(-trees.count // (grpo.optimizer_steps * place.trainers))
-    needed = own * trees.patches * tower.hidden * tower.mergers * place.weight * grpo.optimizer_steps
-    return min(1.0, images.features_gb * GIB / needed)
-
-
-def feature_bytes(place: Placement, grpo: Grpo, trees: Trees, images: Images) -> float:
-    """Bytes of a device for what a frozen tower makes of its images, in the format of the computation."""
-    kept = kept_features(place, grpo, trees, images)
-    own = -(-trees.count // place.trainers)
-    return kept * own * trees.patches * place.sizes.vision.hidden * place.sizes.vision.mergers * place.compute
+    return own * trees.patches * tower.hidden * tower.mergers * place.weight * grpo.optimizer_steps
 
 
 def rounds_of(

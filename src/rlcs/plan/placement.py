@@ -176,7 +176,7 @@ def units_of(place: Placement, trains: Collection[Part]) -> Units:
         return Units()
     sizes, several = place.sizes, place.shards > 1
     layer, outside = sizes.largest_layer * place.compute, sizes.outside_layers * place.compute
-    layers = (1 + several) * layer
+    layers = float((1 + several) * layer)
     if not place.parallel.reshard_after_forward:
         layers = (sizes.total - sizes.outside_layers) * place.compute
     if place.offloaded:  # shards that are copied to the GPU

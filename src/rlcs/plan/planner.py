@@ -14,7 +14,7 @@ from rlcs.evals.arms import CHUNK
 from rlcs.plan.lengths import group_lengths
 from rlcs.plan.machine import GIB, Assumed
 from rlcs.plan.memory import Load, Passing, activations, update_peak
-from rlcs.plan.passes import feature_bytes, update_times
+from rlcs.plan.passes import kept_bytes, update_times
 from rlcs.plan.placement import Placement, stored, units_of
 from rlcs.plan.rates import Speeds
 from rlcs.plan.rollouts import VLLM_ASLEEP, rollout_bytes, sampled
@@ -218,7 +218,7 @@ def _memory(
         parts["asleep"] = float(VLLM_ASLEEP)
         worst += VLLM_ASLEEP
     if isinstance(stage, Grpo):
-        parts["features"] = feature_bytes(placed, stage, trees, images)
+        parts["features"] = kept_bytes(placed, stage, trees, images)
         worst += parts["features"]
         # Whole groups within max_rows are decoded at once.
         own = math.ceil(stage.prompts_per_step / placed.trainers)

@@ -205,14 +205,15 @@ def _add_weights(phases: Phases, place: Placement) -> None:
         return
     if place.rollout.engine == "vllm_colocated" and place.machine.gpus:
         phases.add("vLLM wakes up", speeds["wake_s"], ["wake_s"], "memory is mapped again", busy=0.0)
-    size = sent_bytes(place)
-    phases.add(
-        "weights to vLLM",
-        size / speeds["weights_to_vllm"],
-        ["weights_to_vllm"],
-        f"{size / 1e9:.1f} GB / {speeds['weights_to_vllm'] / 1e9:.3g} GB/s",
-        busy=0.0,
-    )
+    size, name = sent_bytes(place), "weights to vLLM"
+    if place.rollout.weights == "folder" and not place.lora.rank:
+        seconds = size / speeds["disk_write"] + size / speeds["disk_read"]
+        formula = f"{size / 1e9:.1f} GB written and read again through a folder"
+        phases.add(name, seconds, ["disk_write", "disk_read"], formula, busy=0.0)
+        return
+    rate = speeds["weights_to_vllm"]
+    formula = f"{size / 1e9:.1f} GB / {rate / 1e9:.3g} GB/s"
+    phases.add(name, size / rate, ["weights_to_vllm"], formula, busy=0.0)
 
 
 def _add_rollouts(
@@ -236,7 +237,7 @@ def _add_rollouts(
             f"prompts are read{which}",
             one.prefill,
             [share],
-            f"{count:,} prompts with images once each, {engines} engines at {speeds[share]:.0%} of the peak",
+            f"{count:,} prompts with images once each, {_at(speeds, share)}; engines: {engines}",
             busy=part * one.busy_prefill,
         )
         phases.add(
@@ -261,12 +262,12 @@ def _add_after_sampling(phases: Phases, place: Placement, grpo: Grpo, answers: i
         "answers are graded",
         answers / (graders * speeds["grades"]),
         ["grades"],
-        f"{answers:,} answers / ({graders} ranks x {speeds['grades']:,.0f} a second){note}",
+        f"{answers:,} answers / {speeds['grades']:,.0f} a second; ranks: {graders}{note}",
         busy=0.0,
     )
     phases.add(
         "answers are exchanged",
-        answers * trees.answer * TOKEN_S,
+        answers * trees.answer * TOKEN_S if place.trainers > 1 else 0.0,
         GUESSED,
         f"{answers * trees.answer / 1e6:.1f} M tokens x {TOKEN_S * 1e6:.1f} microseconds on every rank",
         busy=0.0,

@@ -82,7 +82,7 @@ def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0, turns: Turns = "
         response = puzzles.teach(row.problem, seed=seed, wrong_share=0.0)
     ids: tuple[int, ...] = ()
     if response is None:
-        prompt = chat.prompt(row.problem)
+        prompt = chat.checked(chat.prompt(row.problem))
         weights: tuple[float, ...] = (0.0,) * len(prompt.ids)
     else:
         tree = tree_of(Demonstration(problem=row.problem, response=response, teacher=""), chat, turns=turns)

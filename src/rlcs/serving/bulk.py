@@ -43,7 +43,8 @@ class SessionSampler:
             while not (stop and stop.is_set):
                 while len(under_way) < self.ahead and (request := next(source, None)) is not None:
                     try:
-                        prompt = self.session.chat.conversation(request.messages, name=request.id)
+                        chat = self.session.chat
+                        prompt = chat.checked(chat.conversation(request.messages, name=request.id))
                         under_way.append((request, self.session.start(prompt, self.settings)))
                     except DataError as error:
                         yield request.sample(error=str(error))

@@ -205,7 +205,7 @@ class Session:
         system prompt.
         """
         turns = [as_message(message, limit=self._decode_limit) for message in messages]
-        prompt = self.chat.conversation(turns, name="conversation")
+        prompt = self.chat.checked(self.chat.conversation(turns, name="conversation"))
         return self.start(prompt, settings or Settings())
 
     def start(self, prompt: Prompt, settings: Settings) -> Stream:

@@ -13,6 +13,7 @@ from rlcs.doctor.gpu import REPORT, Check, Setting
 from rlcs.doctor.gpu.devices import seconds_of
 from rlcs.doctor.gpu.models import Shape, make_chat, random_tree, random_vlm, shapes
 from rlcs.model import loading
+from rlcs.model.checkpoints import folder_of
 from rlcs.model.packing import pack
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
@@ -26,16 +27,23 @@ _GB = 1e9
 
 
 def check(setting: Setting) -> Check:
-    """Save after a step, restore into another model, compare; then damage a byte."""
+    """Save after a step, from a copy; restore into another model, compare; then damage a byte."""
     folder = Path(setting.folder) / "checkpoints"
     with join_world(timeout_s=300) as world:
         device = world.device or torch.device("cpu")
         trainer = _trained(setting, device, world, seed=1)
         state = training.capture(trainer.vlm.model, trainer.optimizer, step=1, cursor={"at": 3})
-        started = time.perf_counter()
-        path = Checkpoints(folder, world).save(state, keep=1)
-        wrote = time.perf_counter() - started
         saved = _own_state(trainer)
+        checkpoints = Checkpoints(folder, world)
+        started = time.perf_counter()
+        checkpoints.start(state, keep=1)
+        still = time.perf_counter() - started
+        with torch.no_grad():
+            for _, parameter in trainer.vlm.parameters():
+                parameter.zero_()  # as training does: what is written is a copy
+        checkpoints.wait()
+        wrote = time.perf_counter() - started
+        path = folder / folder_of(1)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         world.first(lambda: _forget(path))
         other = _trained(setting, device, world, seed=2)
@@ -55,9 +63,9 @@ def check(setting: Setting) -> Check:
     if faults:
         fix = f"start it in a folder on another disk; if it fails there too, {REPORT}"
         return Check(ok=False, message="; ".join(faults[:3]), fix=fix, rates=rates)
-    message = f"{size / _GB:.2f} GB saved in {wrote:.1f} s and restored in {read:.1f} s, all equal; "
-    message += "damage is noticed"
-    values = {"bytes": size, "ranks": world.size, "save_s": wrote, "restore_s": read}
+    message = f"{size / _GB:.2f} GB saved in {wrote:.1f} s, for {still:.2f} s of which training stood still, "
+    message += f"and restored in {read:.1f} s, all equal; damage is noticed"
+    values = {"bytes": size, "ranks": world.size, "still_s": still, "save_s": wrote, "restore_s": read}
     return Check(ok=True, message=message, values=values, rates=rates)
 
 

@@ -93,7 +93,7 @@ def random_vlm(
 
 def make_chat(vlm: Vlm, *, max_tokens: int = 1 << 15) -> Chat:
     """The chat format of a random model, for long prompts and large images."""
-    images = Images(min_pixels=56 * 56, max_pixels=1 << 21)
+    images = Images(min_pixels=56 * 56, max_pixels=1_204_224)
     return loading.make_chat(vlm, Prompts(max_tokens=max_tokens), images)
 
 

@@ -60,8 +60,9 @@ class TorchrunRank:
 
     def __init__(self) -> None:
         """Connect to torchrun's store."""
-        import torch.distributed as dist
+        import torch
 
+        dist: Any = torch.distributed  # its stores are not in its list of names
         self._rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.own = range(self._rank, self._rank + 1)
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -73,7 +74,8 @@ class TorchrunRank:
             self._store.set(key, value)
             return value
         self._store.wait([key], timedelta(minutes=30))
-        return self._store.get(key).decode()
+        agreed: str = self._store.get(key).decode()
+        return agreed
 
     def collect(self, key: str, found: list[Check], *, wait_s: float) -> list[Check]:
         """On rank 0 the results of all; a rank that gives none in time has failed."""

@@ -21,6 +21,7 @@ from rlcs.doctor.gpu.models import Shape, configuration, random_vlm, shapes
 from rlcs.doctor.gpu.vllm import rollouts
 from rlcs.engines.factory import open_engines
 from rlcs.model import loading
+from rlcs.model.fsdp import reference_dtype
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.study import engine_needs
 from rlcs.plan.shapes import measure
@@ -127,7 +128,10 @@ def _train(recipe: Recipe, folder: Path, world: World) -> None:
     settings = recipe.grpo
     problems = open_builtin("builtin:puzzles?count=64&seed=2", "rl")
     vlm = loading.prepare(loading.load(recipe.learner, world=world), recipe.lora, settings.freeze, seed=0)
-    vlm, reference = grpo.with_reference(vlm, lambda whole: loading.spread(whole, recipe.parallel))
+    dtype = reference_dtype(recipe.parallel) if world.grouped else None
+    vlm, reference = grpo.with_reference(
+        vlm, lambda whole: loading.spread(whole, recipe.parallel), dtype=dtype
+    )
     chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
     run = RunDir(folder / "run", name="grpo", seed=0, settings=settings, recipe_hash="doctor")
     with (

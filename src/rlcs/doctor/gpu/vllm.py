@@ -63,9 +63,9 @@ def rollouts(setting: Setting) -> Rollouts | None:
     """How vLLM is started here: on the GPU that trains, asleep meanwhile; None: it is not here."""
     if not setting.executable:
         return None
-    share = {"memory_share": _CPU_SHARE} if setting.cpu else {}
     limits: dict[str, Any] = {"start_limit_s": 600.0, "dead_limit_s": 60.0, "max_tries": 2}
-    return Rollouts(engine="vllm_colocated", executable=setting.executable, **limits, **share)
+    limits |= {"memory_share": _CPU_SHARE} if setting.cpu else {}
+    return Rollouts(engine="vllm_colocated", executable=setting.executable, **limits)
 
 
 def check(setting: Setting) -> Check:
