@@ -187,11 +187,16 @@ class Scattered(LocalEngine):
 
     def __init__(self, vlm, chat, *, after=lambda step, count: None):
         super().__init__(vlm, chat, max_rows=32)
-        self.after, self.started = after, []
+        self.after, self.started, self.synced = after, [], None
+
+    def sync(self):
+        super().sync()
+        self.synced = next(self._vlm.model.parameters()).detach().clone()
 
     def start(self, prompts, sampling, *, step=0):
         groups = self.sample(prompts, sampling, step=step)
-        self.started.append((step, next(self._vlm.model.parameters()).detach().clone()))
+        assert torch.equal(self.synced, next(self._vlm.model.parameters())), "these weights were not sent"
+        self.started.append((step, self.synced))
 
         def hand_out(arrived):
             for count, index in enumerate(reversed(range(len(prompts)))):
