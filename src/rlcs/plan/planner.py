@@ -243,8 +243,9 @@ def _passes(placed: Placement, stage: Sft | Grpo, trees: Trees) -> tuple[dict[st
     sizes = placed.sizes
     times = {"update": update_times(placed, stage.freeze)}
     if isinstance(stage, Grpo):
-        recomputed = stage.optimizer_steps > 1 and stage.old_logprobs == "policy"
-        reference = int(stage.kl.active) + int(recomputed)
+        # The first optimiser step needs no old logprobs.
+        recomputed = 1 - 1 / stage.optimizer_steps if stage.old_logprobs == "policy" else 0.0
+        reference = int(stage.kl.active) + recomputed
         times |= {"reference": (reference, reference), "rollout": (1, 1)}
     image = vision(sizes.vision, trees.patches) if trees.patches else 0.0
     once = language(sizes.text, trees.trunk, [trees.answer] * trees.group)

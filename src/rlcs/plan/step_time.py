@@ -333,22 +333,25 @@ def _reference_passes(
     trees: Trees,
     kept: float,
 ) -> list[Passed]:
-    """Passes without gradients over all trees: by the policy before its first step, and by the reference.
+    """Passes without gradients: by the policy before its first step, and by the reference over all trees.
 
-    The first runs the tower for all images, the second for those of which the features are not kept.
+    The trees of the first optimiser step need no old logprobs. The tower runs in the first pass over an image,
+    and in the second where its features are not kept.
     """
     speeds = phases.speeds
     rounds = rounds_of(place, groups, trees, steps=grpo.optimizer_steps, budget=grpo.pack_tokens)
-    names = []
+    shares = dict[str, float]()
     if grpo.optimizer_steps > 1 and grpo.old_logprobs == "policy":
-        names.append("old logprobs, by the policy")
+        shares["old logprobs, by the policy"] = 1 - 1 / grpo.optimizer_steps
     if grpo.kl.active:
-        names.append("logprobs of the reference")
+        shares["logprobs of the reference"] = 1.0
     done = list[Passed]()
-    for name in names:
-        tower = 1 - kept if done else 1.0
-        one = passed(place, rounds, (1, tower), forward_traffic(place), speeds, share="forward_share")
-        formula = f"one forward pass{_tower(tower)}, {rounds.operations(1, tower) / 1e15:.1f} P operations "
+    seen = 0.0
+    for name, share in shares.items():
+        tower, seen = share - kept * seen, share
+        one = passed(place, rounds, (share, tower), forward_traffic(place), speeds, share="forward_share")
+        amount = "one forward pass" if share == 1 else f"{share:g} of a forward pass"
+        formula = f"{amount}{_tower(tower)}, {rounds.operations(share, tower) / 1e15:.1f} P operations "
         phases.add(name, one.work, ["forward_share"], formula + _at(speeds, "forward_share"))
         done.append(one)
     return done

@@ -105,10 +105,13 @@ class Learner:
             world=context.vlm.world,
             keep=self._keep(),
         )
-        share.batches += with_logprobs(packs, context, self._settings)
+        share.batches += with_logprobs(packs, context, self._settings, first=share is self._shares[0])
 
     def _prepare_rest(self, share: _Share) -> None:
-        share.batches += make_batches(share.trees, self._context, self._settings, keep=self._keep())
+        first = share is self._shares[0]
+        share.batches += make_batches(
+            share.trees, self._context, self._settings, keep=self._keep(), first=first
+        )
         share.trees = []
 
     def _keep(self) -> Keep:
@@ -139,16 +142,19 @@ class Learner:
 
 
 def make_batches(
-    trees: Sequence[Tree], context: GrpoContext, settings: Grpo, *, keep: Keep = NONE
+    trees: Sequence[Tree], context: GrpoContext, settings: Grpo, *, keep: Keep = NONE, first: bool = False
 ) -> list[Batch]:
-    """This rank's packs of trees within the token budget, with logprobs; all ranks pass the same trees."""
+    """This rank's packs of trees within the token budget, with logprobs; all ranks pass the same trees.
+
+    `first`: of the first optimiser step, see `with_logprobs`.
+    """
     trees = [tree for tree in trees if tree.branches]
     if not trees:
         return []
     world = context.vlm.world
     own = [trees[i] for i in own_share([tree.num_tokens for tree in trees], world)]
     packs = packs_in_step(own, context.chat, budget=settings.pack_tokens, world=world, keep=keep)
-    return with_logprobs(packs, context, settings)
+    return with_logprobs(packs, context, settings, first=first)
 
 
 def keep_features(context: GrpoContext, settings: Grpo) -> Keep:
@@ -157,17 +163,20 @@ def keep_features(context: GrpoContext, settings: Grpo) -> Keep:
     return Keep(patches=affordable_patches(context.vlm, context.feature_bytes)) if many_passes else NONE
 
 
-def with_logprobs(packs: Sequence[Pack], context: GrpoContext, settings: Grpo) -> list[Batch]:
+def with_logprobs(
+    packs: Sequence[Pack], context: GrpoContext, settings: Grpo, *, first: bool = False
+) -> list[Batch]:
     """The packs with old and reference logprobs where the loss needs them; all ranks in step.
 
-    With one optimiser step a rollout step the ratio's base is the policy itself, and needs no pass.
+    The policy is still that of the rollout step's beginning in its only optimiser step, and in the `first` of
+    several: there old logprobs by the policy are those of the update itself, and need no pass.
     """
     old: Sequence[torch.Tensor | None] = [None] * len(packs)
     reference: Sequence[torch.Tensor | None] = [None] * len(packs)
     if settings.optimizer_steps > 1:
-        if settings.old_logprobs == "policy":
+        if settings.old_logprobs == "policy" and not first:
             old = logprobs_of(context.vlm, packs, temperature=settings.temperature)
-        else:
+        elif settings.old_logprobs == "sampler":
             old = [pack.sampler_logprobs for pack in packs]
     if context.reference is not None:
         reference = logprobs_of(context.reference, packs, temperature=settings.temperature)
