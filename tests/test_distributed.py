@@ -182,7 +182,7 @@ def test_two_ranks_compute_what_one_computes(alone, pair, name):
 
 @pytest.mark.parametrize("name", OFFLOADED)
 def test_offloading_changes_no_bit_of_what_two_ranks_compute(pair, name):
-    """Across a stop and a resume; where shards lie is looked at in `test_sharding.py`."""
+    """Across a stop and a resume; where shards lie is looked at in `test_fsdp.py`."""
     here, there = pair / name, pair / f"{name}-offloaded"
     assert f"after step {OFFLOADED[name]} of" in (there / "stopped-1").read_text()
     weights, offloaded = torch.load(here / "weights.pt"), torch.load(there / "weights.pt")
