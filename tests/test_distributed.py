@@ -38,7 +38,7 @@ from rlcs.train.batching import Keep, guessed_tokens, packs_in_step, padding_tre
 from rlcs.train.trainer import logprobs_of
 
 WORKER = Path(distributed_worker.__file__)
-LIMIT_S = 300
+LIMIT_S = 900
 RATE = 1e-3
 SFT = {"batch_size": 4, "epochs": 2, "save_every": 2, "pack_tokens": 300, "optimizer": {"lr": RATE}}
 GRPO = {
@@ -113,7 +113,12 @@ def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
 def run_on(size: int, jobs: list[dict], path: Path, *, limit_s: float = LIMIT_S) -> None:
     path.write_text(json.dumps(jobs))
     ranks = launch(size, path)
-    errors = [rank.communicate(timeout=limit_s)[1] for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=limit_s)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(errors)
 
 
