@@ -12,6 +12,7 @@ from rlcs.engines.base import Engine
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
+from rlcs.engines.vllm.readiness import server_gpus
 from rlcs.engines.vllm.server import Launch
 from rlcs.engines.vllm.transfer import IpcChannel, NcclChannel, Transfer
 from rlcs.engines.vllm.weights import MEMORY, Unchanged, WeightsFolder
@@ -57,9 +58,14 @@ class EngineNeeds:
             adapter_rank=self.adapter_rank,
             number=vlm.world.rank if colocated else 0,
             gpus=_own_gpus(vlm, self.settings.tensor_parallel) if colocated and not on_cpu else "",
+            shares_gpu=not on_cpu and self._shares_gpu(vlm),
             sleep_level=(1 if self.adapter_rank else 2) if sleeps else 0,
             transfer=self._transfer(on_cpu) if trains else "",
         )
+
+    def _shares_gpu(self, vlm: Vlm) -> bool:
+        visible = visible_gpus()
+        return visible[vlm.device.index or 0] in server_gpus(self.settings, visible)
 
     def _transfer(self, on_cpu: bool) -> str:
         """VLLM's way to receive weights; empty: through a folder. Raises UserError if there must be one."""
