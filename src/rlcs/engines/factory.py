@@ -58,14 +58,10 @@ class EngineNeeds:
             adapter_rank=self.adapter_rank,
             number=vlm.world.rank if colocated else 0,
             gpus=_own_gpus(vlm, self.settings.tensor_parallel) if colocated and not on_cpu else "",
-            shares_gpu=not on_cpu and self._shares_gpu(vlm),
+            shares_gpu=not on_cpu and _shares_gpu(vlm, self.settings),
             sleep_level=(1 if self.adapter_rank else 2) if sleeps else 0,
             transfer=self._transfer(on_cpu) if trains else "",
         )
-
-    def _shares_gpu(self, vlm: Vlm) -> bool:
-        visible = visible_gpus()
-        return visible[vlm.device.index or 0] in server_gpus(self.settings, visible)
 
     def _transfer(self, on_cpu: bool) -> str:
         """VLLM's way to receive weights; empty: through a folder. Raises UserError if there must be one."""
@@ -149,6 +145,11 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
             backend.close()
         if published is not None:
             published.remove()
+
+
+def _shares_gpu(vlm: Vlm, settings: Rollouts) -> bool:
+    first, visible = vlm.device.index or 0, visible_gpus()
+    return not server_gpus(settings, visible).isdisjoint(visible[first : first + 1])
 
 
 def _own_gpus(vlm: Vlm, count: int) -> str:

@@ -131,7 +131,7 @@ class VllmEngine:
         return self._vlm.world.rank % self._ranks == 0
 
     def _give_back_memory(self) -> None:
-        """Free cached memory for a vLLM that may start or wake up; about a second, so only where it shares."""
+        """Free cached memory, which takes about a second, if a vLLM may start or wake up on this GPU."""
         if self._backend.shares_gpu:
             give_back_memory()
 
