@@ -27,6 +27,7 @@ from rlcs.engines.factory import open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
+from rlcs.engines.vllm.process import Process
 from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.engines.vllm.readiness import require_quantisable
 from rlcs.engines.vllm.server import Launch, context_length
@@ -320,6 +321,32 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
     while alive(server) and time.monotonic() < end:
         time.sleep(0.05)
     assert not alive(server)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /dev/shm")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_shared_memory_of_a_server_goes_with_it(tmp_path: Path, at_once: bool) -> None:
+    """Between its processes vLLM has 400 MB of it, which a killed one leaves to Python's resource tracker."""
+    name = tmp_path / "name"
+    script = f"""
+        import signal, time
+        from multiprocessing.shared_memory import SharedMemory
+        from pathlib import Path
+        signal.signal(signal.SIGTERM, lambda *_: exit())
+        memory = SharedMemory(create=True, size=1 << 20)
+        Path({str(tmp_path)!r}, "part").write_text(memory.name)
+        Path({str(tmp_path)!r}, "part").rename({str(name)!r})
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    process = Process(lambda port: command, os.environ, tmp_path / "log")
+    while not name.exists():
+        assert process.runs, process.last_errors
+        time.sleep(0.05)
+    memory = Path("/dev/shm", name.read_text())  # noqa: S108
+    assert memory.exists()
+    process.end(at_once=at_once)
+    assert not memory.exists() and not process.runs
 
 
 def test_the_command_line_of_a_server(vlm: Vlm) -> None:
