@@ -107,7 +107,7 @@ def train(
                 world = context.vlm.world
                 own = found.arrived[world.rank :: world.size] or found.arrived[-1:]
                 trees = [tree_of(group, keep_unscored=True) for group in own]
-                require_agreement(context.vlm, context.chat, trees)
+                require_agreement(context.vlm, context.chat, trees, temperature=settings.temperature)
                 unchecked = False
             learner.add(found.newly_placed())
             if not found.complete:
