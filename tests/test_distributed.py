@@ -97,11 +97,11 @@ def free_port() -> int:
     return port
 
 
-def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
+def launch(size: int, path: Path, worker: Path = WORKER) -> list[subprocess.Popen[str]]:
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER), str(path)],
+            [sys.executable, "-W", "ignore", str(worker), str(path)],
             env=environment(rank, size, port),
             stderr=subprocess.PIPE,
             text=True,
