@@ -27,7 +27,8 @@ from rlcs.train.losses import sft_loss
 from rlcs.train.trainer import Batch, Trainer, logprobs_of
 from test_plan import HUB
 
-WITHIN = 0.10
+LEAST, MOST = 0.99, 1.10
+"""Planned bytes over counted ones: too few would let a run begin that cannot go on."""
 MIXED = Parallel(compute_dtype="bfloat16", reduce_dtype="float32")
 TOWER = ("vision_tower",)
 IMAGE = (76, 80)
@@ -138,9 +139,10 @@ def test_planned_memory_is_that_of_whole_steps(case, grid, monkeypatch):
         [still.weights, still.optimizer, still.reference], rel=0.01
     )
     print(f"planned over counted: {planned / ledger.peak:.3f}, kept {held.kept / ledger.kept:.3f}")  # noqa: T201
-    assert held.kept == pytest.approx(ledger.kept, rel=WITHIN)
-    assert units.gathered == pytest.approx(found["gathered"], rel=0.2)
-    assert planned == pytest.approx(ledger.peak, rel=WITHIN)
+    assert held.kept == pytest.approx(ledger.kept, rel=0.03)
+    in_layer = case.checkpointing and case.parallel.reshard_after_forward  # the peak, with the next one there
+    assert units.gathered == pytest.approx(found["gathered"], rel=0.02 if in_layer else 0.18)
+    assert LEAST <= planned / ledger.peak <= MOST
 
 
 def likelihood(batch, scores):
