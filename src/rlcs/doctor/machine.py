@@ -45,9 +45,7 @@ def facts() -> dict[str, str]:
     found["device"] = str(loading.default_device())
     found["memory"] = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
     found["disk"] = f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free here"
-    found["vllm"] = (
-        _version("vllm") or "not installed here: runs take it from the environment of rollout.executable"
-    )
+    found["vllm"] = _version("vllm") or "not installed here: rollout.executable names it elsewhere"
     for name, use in _OPTIONAL.items():
         found[name] = _version(name) or f"not installed: pip install {name}, for {use}"
     return found
