@@ -163,7 +163,7 @@ def test_what_ends_one_rank_or_the_sampling_ends_all(base, tmp_path, how):
             ranks[1].send_signal(signal.SIGKILL)
         started = time.monotonic()
         errors = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
-        assert time.monotonic() - started < 150
+        assert time.monotonic() - started < 300  # answers take 600
         assert all(bool(rank.returncode) == (how != "signal") for rank in ranks), errors
     finally:
         for rank in ranks:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,14 @@ FACTOR = 3.0
 SMALLEST_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 """A difference (nats, see `gap`) that is accepted in any case; a fault of one kernel alone is far larger."""
 
-MAX_TREES, MAX_BRANCHES, MAX_ANSWER, MAX_TOKENS = 4, 4, 512, 32_768
-"""How much a rank compares: trees, branches of each, tokens of a branch, and tokens of all of it."""
+FEW_TOKENS = 4.0
+"""Where a tree has n tokens to compare, 1 + this / sqrt(n) times as much is allowed: most of the rounding is
+in few tokens, so that of one token says little about that of another, and an answer may have no more."""
+
+MAX_TREES, MAX_BRANCHES, MAX_ANSWER, MAX_TOKENS = 4, 4, 512, 16_384
+"""How much a rank compares: trees, branches of each, tokens of a branch, and tokens of the pack."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +53,8 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """The gap as a share of what is allowed; above 1 is a fault."""
-        return self.gap / self.limit
+        """The gap as a share of what is allowed; above 1 is a fault, as are logprobs that are no numbers."""
+        return self.gap / self.limit if math.isfinite(self.gap) else math.inf
 
 
 def gap(differences: Tensor, dtype: torch.dtype) -> float:
@@ -65,7 +71,7 @@ def gap(differences: Tensor, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree]) -> list[Agreement]:
+def agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree], *, temperature: float = 1.0) -> list[Agreement]:
     """Compare packed with plain logprobs of the targets of trees: one result for each precision.
 
     Plain means: every answer after a copy of the prompt, through the stock attention of transformers, with
@@ -76,48 +82,70 @@ def agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree]) -> list[Agreement]:
     if not trees:
         return [Agreement()]
     native = vlm.model.get_output_embeddings().weight.dtype
-    found = [_compare(vlm, chat, trees, native)]
+    found = [_compare(vlm, chat, trees, native, temperature)]
     if native != torch.float32:
         with _in_float32(vlm.model):
-            found.append(_compare(vlm, chat, trees, torch.float32))
+            found.append(_compare(vlm, chat, trees, torch.float32, temperature))
     return found
 
 
 def _sample(trees: Sequence[Tree]) -> list[Tree]:
+    """Trees from the longest prompt to the shortest, with all branches where the pack has room for them."""
     chosen: list[Tree] = []
-    for tree in trees[:MAX_TREES]:
+    room = MAX_TOKENS
+    for tree in _spread(sorted(trees, key=lambda tree: -len(tree.prompt.ids)), MAX_TREES):
         branches = [
             replace(b, ids=b.ids[:MAX_ANSWER], weights=b.weights[:MAX_ANSWER], logprobs=None)
-            for b in tree.branches[:MAX_BRANCHES]
+            for b in tree.branches
         ]
         short = replace(tree, branches=tuple(branches))
-        if not chosen or sum(t.num_tokens for t in chosen) + short.num_tokens <= MAX_TOKENS:
+        if short.num_tokens > room:
+            short = replace(tree, branches=tuple(_spread(branches, MAX_BRANCHES)))
+        if not chosen or short.num_tokens <= room:
             chosen.append(short)
+            room -= short.num_tokens
     return chosen
 
 
-def _compare(vlm: Vlm, chat: Chat, trees: Sequence[Tree], dtype: torch.dtype) -> Agreement:
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items at most, evenly spaced, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
+
+
+def _compare(
+    vlm: Vlm, chat: Chat, trees: Sequence[Tree], dtype: torch.dtype, temperature: float
+) -> Agreement:
     together = pack(trees, chat.patches, keeps_features=True)
     counts = torch.bincount(together.sequence, minlength=together.num_sequences).tolist()
-    packed = iter(score(vlm, together).logprobs.split(counts))
+    packed = iter(score(vlm, together, temperature=temperature).logprobs.split(counts))
     apart, noise = list[Tensor](), list[Tensor]()
     for tree in trees:
-        branches = range(len(tree.branches))
-        plain = torch.cat([_plain_logprobs(vlm, chat, tree, i) for i in branches])
-        other = torch.cat([_plain_logprobs(vlm, chat, tree, i, explicit=True) for i in branches])
-        apart.append(torch.cat([next(packed) for _ in branches]) - plain)
+        of_tree = [next(packed) for _ in tree.branches]
+        branches = _spread(range(len(tree.branches)), MAX_BRANCHES)
+        with attention_of(vlm.model, "sdpa"):
+            plain = torch.cat([plain_logprobs(vlm, chat, tree, i, temperature) for i in branches])
+        with attention_of(vlm.model, attention.NAME, _EXPLICIT):
+            other = torch.cat(
+                [plain_logprobs(vlm, chat, tree, i, temperature, plan=_ExplicitPlan()) for i in branches]
+            )
+        apart.append(torch.cat([of_tree[i] for i in branches]) - plain)
         noise.append(other - plain)
     smallest = SMALLEST_LIMIT.get(dtype, SMALLEST_LIMIT[torch.bfloat16])
     everywhere = gap(torch.cat(noise), dtype)
-    results = [
-        Agreement(
-            gap=gap(differences, dtype),
-            limit=max(smallest, FACTOR * everywhere, FACTOR * gap(of_kernels, dtype)),
-            problem_id=tree.prompt.problem_id,
-            precision=str(dtype).removeprefix("torch."),
+    results = []
+    for tree, differences, of_kernels in zip(trees, apart, noise, strict=True):
+        measured = filter(math.isfinite, (everywhere, gap(of_kernels, dtype)))
+        limit = max([smallest, *(FACTOR * one for one in measured)])
+        results.append(
+            Agreement(
+                gap=gap(differences, dtype),
+                limit=limit * (1 + FEW_TOKENS / math.sqrt(len(differences))),
+                problem_id=tree.prompt.problem_id,
+                precision=str(dtype).removeprefix("torch."),
+            )
         )
-        for tree, differences, of_kernels in zip(trees, apart, noise, strict=True)
-    ]
     return max(results, key=lambda one: one.share)
 
 
@@ -153,7 +181,19 @@ def _explicit_window(
     return _explicit(query, key, value, causal=False).transpose(1, 2), None
 
 
-def _plain_logprobs(vlm: Vlm, chat: Chat, tree: Tree, index: int, *, explicit: bool = False) -> Tensor:
+def plain_logprobs(
+    vlm: Vlm,
+    chat: Chat,
+    tree: Tree,
+    index: int,
+    temperature: float = 1.0,
+    *,
+    plan: attention.Plan | None = None,
+) -> Tensor:
+    """Logprobs (N,) of the targets in the trunk and in one branch of a tree, in a sequence of its own.
+
+    To be called within `attention_of`; `plan` is for the attention that needs one.
+    """
     prompt, answer = tree.prompt, tree.branches[index].ids
     whole = (*prompt.ids, *answer)
     targets = torch.tensor([*tree.trunk_targets, *range(len(prompt.ids), len(whole))], device=vlm.device)
@@ -164,17 +204,17 @@ def _plain_logprobs(vlm: Vlm, chat: Chat, tree: Tree, index: int, *, explicit: b
         pixels = torch.cat([chat.patches(image) for image in prompt.images])
         inputs["pixel_values"] = pixels.to(vlm.device, vlm.model.dtype)
         inputs["image_grid_thw"] = torch.tensor(prompt.grids, device=vlm.device)
-    if explicit:
-        inputs["plan"] = _ExplicitPlan()
-    with _attention_of(vlm.model, *((attention.NAME, _EXPLICIT) if explicit else ("sdpa", "sdpa"))):
-        logits = vlm.model(**inputs, use_cache=False, logits_to_keep=targets - 1).logits[0]
-    return torch.log_softmax(logits.float(), -1).gather(1, ids[0, targets, None])[:, 0]
+    if plan is not None:
+        inputs["plan"] = plan
+    logits = vlm.model(**inputs, use_cache=False, logits_to_keep=targets - 1).logits[0]
+    return torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, targets, None])[:, 0]
 
 
 @contextmanager
-def _attention_of(model: PreTrainedModel, text: str, vision: str) -> Iterator[None]:
+def attention_of(model: PreTrainedModel, text: str, vision: str = "") -> Iterator[None]:
+    """Attend by this attention of transformers, and in the vision tower by another if it is named."""
     AttentionInterface.register(_EXPLICIT, _explicit_window)
-    model.set_attn_implementation({"text_config": text, "vision_config": vision})
+    model.set_attn_implementation({"text_config": text, "vision_config": vision or text})
     try:
         yield
     finally:
@@ -210,13 +250,13 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def require_agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree]) -> Agreement:
+def require_agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree], *, temperature: float = 1.0) -> Agreement:
     """Raise TrainingError on every rank if packed and plain logprobs disagree on one; else return the worst.
 
     Every rank compares some of its trees, if it has any.
     """
     with vlm.gathered():
-        own = agreement(vlm, chat, trees)
+        own = agreement(vlm, chat, trees, temperature=temperature)
     ranks = vlm.world.gather(own)
     worst = max((one for of_rank in ranks for one in of_rank), key=lambda one: one.share)
     if worst.share > 1:
