@@ -423,6 +423,34 @@ def test_the_table(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_long_lines_of_the_table_are_wrapped_and_fixes_are_not(width):
+    message, fix = "float32 0.0e+00 (1.0e-04), " * 9, "python3 -m venv vllm-env && " * 9
+    lines = table.table([Check(name="trees", ok=False, message=message, fix=fix)], width)
+    assert len(lines) > 3 and all(len(line) <= width for line in lines[:-1])
+    assert all(line.startswith(" " * 25) for line in lines[1:-1]) and lines[-1] == f"   -> {fix}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "--cpu", "--out", "FOLDER"], "it is a folder"),
+        (["--gpu", "--cpu", "--out", "FOLDER/file/gpu.json"], "cannot write"),
+        (["--gpu", "--cpu", "--executable", "vlm"], "there is no program vlm"),
+        (["--out", "gpu.json"], "belongs to the checks of GPUs"),
+        (["--executable", "vllm-env/bin/vllm"], "belongs to the checks of GPUs"),
+    ],
+)
+def test_a_mistake_is_found_before_any_check(words, said, fakes, tmp_path, monkeypatch):
+    monkeypatch.setattr(start.examine_gpus, "__kwdefaults__", {"specs": fakes("good")})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    words = [word.replace("FOLDER", str(tmp_path)) for word in words]
+    done = CliRunner().invoke(app, ["doctor", *words])
+    assert isinstance(done.exception, UserError) and said in str(done.exception)
+    assert "runs" not in done.output and done.exception.fix
+
+
 def test_without_a_gpu_the_command_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="no GPU"):

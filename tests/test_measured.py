@@ -43,7 +43,7 @@ def test_a_file_without_rates_is_named_with_what_is_wrong(tmp_path, content, sai
     with pytest.raises(UserError) as error:
         read_rates(path)
     assert said in str(error.value) and str(path) in str(error.value)
-    assert "rlcs doctor --gpu --json" in str(error.value)
+    assert "rlcs doctor --gpu --out" in str(error.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -85,7 +85,7 @@ def test_a_plan_takes_the_rates_of_a_file(tmp_path):
     done = planned(tmp_path, "NVIDIA H100 80GB HBM3", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.output)["rates"]["update_share"] == {"value": 0.5, "basis": "measured"}
-    done = planned(tmp_path, "NVIDIA H100 80GB HBM3")
+    done = planned(tmp_path, "NVIDIA H100 80GB HBM3", "--explain")
     assert "rates, measured: update_share=0.5" in done.output and "warning" not in done.output
 
 

@@ -548,6 +548,38 @@ def test_the_text_names_what_a_person_looks_for():
     assert "It does not fit" in done.output and "here, with: grpo.max_rows=" in done.output
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_page_fits_a_screen_and_explains_every_second_when_asked(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    words = ["plan", "8xgpu-7b", "--gpus", "8"]
+    short, whole = (CliRunner().invoke(app, [*words, *more]).output for more in ([], ["--explain"]))
+    lines = short.splitlines()
+    assert lines[2] == "it fits: 69.2 GB of 80 GB at worst" and lines[3].startswith(
+        "5.99 hours, 48 GPU-hours"
+    )
+    assert len(lines) < 40 and max(map(len, lines)) <= 108
+    assert "waiting for the largest pack" not in short and "rates, guessed" not in short
+    assert lines[-1].startswith("every second of a step: --explain; real rates: `rlcs doctor --gpu --out")
+    page, explanation = whole[: len(short)].splitlines(), whole.partition("packed trees")[2].splitlines()
+    assert page[:30] == lines[:30], "the summary stands first"
+    assert max(map(len, explanation)) <= columns
+    for phase in planned("8xgpu-7b").stages["grpo"].time.phases:
+        assert f"{phase.name:<32}{phase.seconds:>8.1f} s" in whole
+
+
+def test_a_recipe_that_does_not_fit_says_so_first():
+    lines = planned("8xgpu-7b", gpus=8, memory=48).to_text().splitlines()
+    assert re.fullmatch(r"it does not fit: [\d.]+ GB of 48 GB at worst; what would is at the end", lines[2])
+
+
+def test_groups_that_do_not_divide_the_gpus_are_refused_as_a_run_refuses_them():
+    with pytest.raises(UserError, match="12 ranks cannot be divided into groups of 8"):
+        planned("8xgpu-7b", "parallel.shard_size=8", gpus=12)
+    assert planned("8xgpu-7b", "parallel.shard_size=8", gpus=16).fits
+    # More GPUs than were asked for are tried too; those that the groups do not divide are passed over.
+    assert planned("8xgpu-7b", "parallel.shard_size=6", gpus=4, memory=16).advice is not None
+
+
 def test_a_cpu_can_be_planned_for():
     plan = planned("quickstart", gpus=0)
     assert plan.fits and plan.stages["sft"].parts["weights"] == 4 * plan.sizes.total

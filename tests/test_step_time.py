@@ -285,7 +285,7 @@ def test_measured_rates_replace_guesses_and_those_that_lack_are_named():
     again, before = found["activations are recomputed"], seconds_of(guessed)["activations are recomputed"]
     assert again.seconds == pytest.approx(before * 0.4 / 0.5) and again.basis == "measured"
     assert found["logprobs of the reference"].basis == "guessed" == step.basis
-    text = plan.to_text()
+    text = plan.explanation(1000)
     [measured] = [line for line in text.splitlines() if line.startswith("rates, measured: ")]
     [rest] = [line for line in text.splitlines() if line.startswith("rates, guessed: ")]
     assert measured == "rates, measured: wake_s=0.3, update_share=0.5" and "forward_share=0.4" in rest

@@ -2,7 +2,9 @@
 
 import os
 import sys
+import tempfile
 from dataclasses import asdict
+from errno import EISDIR
 from pathlib import Path
 from typing import Annotated
 
@@ -27,8 +29,14 @@ def doctor(
     if gpu:
         if run is not None:
             raise UserError("a run is checked without GPUs", where="--gpu", fix="leave out --gpu or the run")
+        _require_writable(out)
         _gpus(minutes=minutes, executable=executable, out=out, cpu=cpu, json=json)
         return
+    for option, given in (("--out", out), ("--cpu", cpu), ("--executable", executable != "vllm")):
+        if given:
+            raise UserError(
+                "it belongs to the checks of GPUs", where=option, fix="add --gpu, or leave it out"
+            )
     about: dict[str, str] = {}
     if run is None:
         from rlcs.doctor.machine import checks, facts
@@ -47,6 +55,21 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _require_writable(out: Path | None) -> None:
+    """Try before checks that take minutes whether their file can be written. Raises UserError."""
+    if out is None:
+        return
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        what = f"cannot write {out}: {error.strerror}"
+        raise UserError(what, where="--out", fix="name a file in a folder that you may write to") from error
+
+
 def _gpus(*, minutes: float, executable: str, out: Path | None, cpu: bool, json: bool) -> None:
     from rlcs.doctor.gpu.start import examine_gpus
 
@@ -59,10 +82,10 @@ def _gpus(*, minutes: float, executable: str, out: Path | None, cpu: bool, json:
     report = examine_gpus(minutes=minutes, executable=executable, cpu=cpu, say=say)
     if not first:
         return
+    print_result(report.content, report.lines, json=json)
+    sys.stdout.flush()
     if out is not None:
         write_json(out, report.content)
-    lines = [*report.lines, *([f"\nJSON: {out}"] if out is not None else [])]
-    print_result(report.content, lines, json=json)
-    sys.stdout.flush()
+        typer.echo(f"JSON: {out}", err=True)
     if not report.ok:
         raise typer.Exit(1)

@@ -31,7 +31,7 @@ class PlanOptions:
     ] = None
     measured: Annotated[
         Path | None,
-        typer.Option(help="Rates from `rlcs doctor --gpu --json > FILE`, in place of guesses"),
+        typer.Option(help="Rates from `rlcs doctor --gpu --out FILE`, in place of guesses"),
     ] = None
     command: Annotated[Command, typer.Option(help="What is planned: each command has arms of its own")] = (
         "run"
@@ -40,6 +40,10 @@ class PlanOptions:
     price: Annotated[
         str | None, typer.Option(help='Of a GPU-hour, as 2.5 or "2.50 USD"; the total is given in it too')
     ] = None
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Also every second of a step, and the rates from which it follows"),
+    ] = False
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text")] = False
 
 
@@ -47,6 +51,7 @@ class PlanOptions:
 def plan(recipe: RecipeName, options: PlanOptions, overrides: Overrides = None) -> None:
     """Plan memory, work and time of each stage, and their total. With advice where a recipe does not fit."""
     from dataclasses import replace
+    from shutil import get_terminal_size
 
     from rlcs.plan import machine
     from rlcs.plan.measured import read_rates
@@ -66,4 +71,6 @@ def plan(recipe: RecipeName, options: PlanOptions, overrides: Overrides = None) 
 
     made = make_plan(recipe, overrides, chosen, assumed, rates)
     made = replace(made, total=replace(made.total, price=price, seeds=options.seeds))
-    print_result(made.to_json(), [made.to_text()], json=options.json)
+    width = min(get_terminal_size((100, 24)).columns, 120)
+    rest = made.explanation(width) if options.explain else made.hint
+    print_result(made.to_json(), [made.to_text(), "", rest], json=options.json)

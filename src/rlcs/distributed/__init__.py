@@ -171,7 +171,7 @@ def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[W
     limit = timedelta(seconds=timeout_s)
     device = _device(int(os.environ["LOCAL_RANK"]))
     rank = int(os.environ["RANK"])
-    shards = _shards(int(os.environ["WORLD_SIZE"]), shard_size)
+    shards = ranks_per_copy(int(os.environ["WORLD_SIZE"]), shard_size)
     try:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backends, timeout=limit)
@@ -220,7 +220,11 @@ def _watched(rank: int, objects: Any) -> Iterator[None]:
         peers.leave(failed=failed)
 
 
-def _shards(size: int, shard_size: int | None) -> int | None:
+def ranks_per_copy(size: int, shard_size: int | None) -> int | None:
+    """The number of ranks that share one copy of a model; None: all `size` of them.
+
+    Raises UserError when `shard_size` does not divide `size`.
+    """
     if shard_size is None or shard_size >= size:
         return None
     if size % shard_size:

@@ -23,7 +23,6 @@ from rlcs.records import Branch, Tree
 
 _NEEDED = ("rlcs", "torch", "transformers", "datasets", "math-verify", "safetensors")
 _OPTIONAL = {
-    "vllm": "faster rollouts and serving on a GPU",
     "tensorboard": "trackers.tensorboard",
     "trackio": "trackers.trackio",
     "wandb": "trackers.wandb",
@@ -46,6 +45,7 @@ def facts() -> dict[str, str]:
     found["device"] = str(loading.default_device())
     found["memory"] = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
     found["disk"] = f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free here"
+    found["vllm"] = _version("vllm") or "not installed here: rollout.executable names it elsewhere"
     for name, use in _OPTIONAL.items():
         found[name] = _version(name) or f"not installed: pip install {name}, for {use}"
     return found

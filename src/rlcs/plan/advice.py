@@ -1,9 +1,10 @@
 """Advice for a recipe that does not fit: changes of which the planner has tried that they suffice."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from rlcs.errors import RecipeError
+from rlcs.errors import RecipeError, UserError
 from rlcs.plan.placement import Placement
 from rlcs.plan.planner import MemoryPlan
 from rlcs.recipe.schema import Eval, Prompts
@@ -81,8 +82,9 @@ def _fits(plans: dict[str, MemoryPlan]) -> bool:
 def _enough_gpus(attempt: Try, gpus: int) -> int | None:
     more = 2 * gpus
     while 0 < more <= MOST_GPUS:
-        if _fits(attempt((), more)):
-            return more
+        with suppress(UserError):  # parallel.shard_size does not divide every number
+            if _fits(attempt((), more)):
+                return more
         more *= 2
     return None
 

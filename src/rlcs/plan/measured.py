@@ -1,4 +1,4 @@
-"""Rates measured on a machine by `rlcs doctor --gpu --json`, with which a plan replaces its guesses."""
+"""Rates measured on a machine by `rlcs doctor --gpu`, with which a plan replaces its guesses."""
 
 import json
 from dataclasses import dataclass, fields
@@ -59,7 +59,7 @@ class Rates:
 
 
 def read_rates(path: Path) -> Rates:
-    """The rates in a file that `rlcs doctor --gpu --json` wrote. Raises UserError for any other file."""
+    """The rates in a file that `rlcs doctor --gpu --out FILE` wrote. Raises UserError for any other file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -82,5 +82,5 @@ def read_rates(path: Path) -> Rates:
 
 def _error(path: Path, message: str) -> UserError:
     return UserError(
-        message, where=f"--measured {path}", fix="give the file of `rlcs doctor --gpu --json > FILE`"
+        message, where=f"--measured {path}", fix="give the file of `rlcs doctor --gpu --out FILE`"
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from textwrap import wrap
 from typing import Any
 
 from rlcs.errors import RecipeError, UserError
@@ -84,10 +85,22 @@ class Plan:
         }
 
     def to_text(self) -> str:
-        """The plan as a table of text."""
-        lines = [*_head(self), *_table(self), "", *_phases(self)]
+        """The plan for a person: whether it fits and how long it takes, then memory and steps by stage."""
+        lines = [*_head(self), *_table(self), ""]
         lines += [self.faster, ""] if self.faster else []
         return "\n".join([*lines, *self.total.to_text(), *_advice(self)])
+
+    @property
+    def hint(self) -> str:
+        """Where the rest stands, and how guesses become measurements."""
+        measure = (
+            "" if self.speeds.measured else "; real rates: `rlcs doctor --gpu --out FILE`, --measured FILE"
+        )
+        return f"every second of a step: --explain{measure}"
+
+    def explanation(self, width: int = 100) -> str:
+        """The work of a step, its seconds phase by phase, and the rates from which they follow."""
+        return "\n".join([*_work(self), "", *_phases(self, width)])
 
 
 def make_plan(
@@ -150,12 +163,16 @@ def _faster(other: Mapping[str, MemoryPlan], now: float) -> str:
 def _head(plan: Plan) -> Iterator[str]:
     machine, assumed = plan.machine, plan.assumed
     count = f"{machine.gpus} x " if machine.gpus else ""
+    memory = f"{machine.device.memory:,.0f} GB"
     yield f"{plan.name}: {plan.sizes.name}, {plan.sizes.total:,} parameters"
-    yield f"on {count}{machine.device.name} with {machine.device.memory:,.0f} GB"
-    yield "computed: from the model's shapes and the recipe; measured: by `rlcs doctor --gpu`; else guessed"
+    yield f"on {count}{machine.device.name} with {memory}"
+    peak = f"{max(stage.peak for stage in plan.stages.values()) / GIB:.1f} GB of {memory} at worst"
+    yield f"it fits: {peak}" if plan.fits else f"it does not fit: {peak}; what would is at the end"
+    minutes = max(1, round(plan.start.seconds / 60))
+    yield f"{plan.total.amount} ({plan.total.basis}); the first answer is sampled after {minutes} min"
     yield (
-        f"assumed: {assumed.text} text tokens and {assumed.image} image tokens a prompt, {assumed.answer} an "
-        f"answer (standard deviation {assumed.spread:.0%}); {assumed.utilization:.0%} of the peak speed"
+        f"assumed: {assumed.text} text and {assumed.image} image tokens a prompt, {assumed.answer} an answer "
+        f"(standard deviation {assumed.spread:.0%}): --assume"
     )
     if plan.warning:
         yield f"warning: {plan.warning}"
@@ -180,12 +197,6 @@ def _table(plan: Plan) -> Iterator[str]:
     yield line("memory of a device, at worst", peaks, "computed")
     yield line("fits", ["yes" if stage.fits else "NO" for stage in stages])
     trains = [stage for stage in stages if isinstance(stage, StagePlan)]
-    yield line("tokens a step", [_short(stage.tokens) for stage in trains], "computed")
-    repeated = [_short(stage.repeated_tokens) for stage in trains]
-    yield line("  if prompts were repeated", repeated, "computed")
-    yield line("operations a step", [_short(stage.flops) for stage in trains], "computed")
-    repeated = [_short(stage.repeated_flops) for stage in trains]
-    yield line("  if prompts were repeated", repeated, "computed")
     basis = least_certain(stage.time.basis for stage in trains)
     yield line("seconds a step", [f"{stage.time.seconds:,.1f}" for stage in trains], basis)
     yield line("  GPUs idle", [f"{stage.time.idle:.1%}" for stage in trains], basis)
@@ -194,22 +205,31 @@ def _table(plan: Plan) -> Iterator[str]:
     yield line("hours", ["" if value is None else f"{value:,.1f}" for value in hours], basis)
 
 
-def _phases(plan: Plan) -> Iterator[str]:
+def _work(plan: Plan) -> Iterator[str]:
+    """What a step computes, and what it would with every prompt repeated for each of its answers."""
+    yield f"{'':<34}{'packed trees':>14}{'prompts repeated':>20}"
+    for name, stage in plan.stages.items():
+        if isinstance(stage, StagePlan):
+            tokens, flops = _short(stage.tokens), _short(stage.flops)
+            repeated = _short(stage.repeated_tokens), _short(stage.repeated_flops)
+            yield f"{f'tokens a step of {name}':<34}{tokens:>14}{repeated[0]:>20}   computed"
+            yield f"{f'operations a step of {name}':<34}{flops:>14}{repeated[1]:>20}   computed"
+
+
+def _phases(plan: Plan, width: int) -> Iterator[str]:
     """The seconds of a step, one by one, and the rates from which they follow."""
     for name, stage in plan.stages.items():
         if isinstance(stage, StagePlan):
-            yield f"a step of {name}: seconds, the share of them in which GPUs work, and how they are known"
-            yield from stage.time.to_text()
+            yield f"a step of {name}: seconds, share in which GPUs work, how they are known"
+            yield from stage.time.to_text(width)
             yield ""
     yield "from the start of the run to the engine's first answer, before any training"
-    yield from plan.start.to_text()
+    yield from plan.start.to_text(width)
     yield ""
     for basis in ("measured", "guessed"):
-        if rates := [
-            f"{n}={v:.3g}" for n, v in plan.speeds.values.items() if plan.speeds.basis([n]) == basis
-        ]:
-            yield f"rates, {basis}: " + ", ".join(rates)
-    yield ""
+        values = plan.speeds.values.items()
+        if rates := [f"{n}={v:.3g}" for n, v in values if plan.speeds.basis([n]) == basis]:
+            yield from wrap(f"rates, {basis}: " + ", ".join(rates), width, subsequent_indent="  ")
 
 
 def _advice(plan: Plan) -> Iterator[str]:

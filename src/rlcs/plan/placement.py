@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from rlcs.distributed import ranks_per_copy
 from rlcs.errors import UserError
 from rlcs.plan.machine import FP32, Machine
 from rlcs.plan.memory import Units
@@ -79,7 +80,12 @@ class Stored:
 def place(
     model: Model, lora: Lora, parallel: Parallel, rollout: Rollouts, *, sizes: Sizes, machine: Machine
 ) -> Placement:
-    """Spread a model over a machine. Raises UserError where no device is left to train."""
+    """Spread a model over a machine.
+
+    Raises UserError where no device is left to train, or `parallel.shard_size` does not divide their number.
+    """
+    trainers = _trainers(rollout, machine)
+    ranks_per_copy(trainers, parallel.shard_size)
     bytes_of = {"float32": FP32, "bfloat16": 2, "auto": 2 if machine.gpus else FP32}
     weight = bytes_of[model.dtype]
     compute = bytes_of.get(parallel.compute_dtype, weight)
@@ -94,7 +100,7 @@ def place(
         compute=compute,
         reduce=bytes_of.get(parallel.reduce_dtype, compute),
         frozen=bytes_of.get(parallel.reference_dtype, compute),
-        trainers=_trainers(rollout, machine),
+        trainers=trainers,
     )
 
 

@@ -7,6 +7,7 @@ GPUs but those that vLLM servers have to themselves.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from textwrap import wrap
 from typing import Any
 
 from rlcs.plan.checkpoints import stall
@@ -87,12 +88,13 @@ class StepTime:
         """How the sum is known: as its least certain phase."""
         return least_certain(phase.basis for phase in self.phases)
 
-    def to_text(self) -> Iterator[str]:
-        """The phases as lines of text, and their sum."""
+    def to_text(self, width: int) -> Iterator[str]:
+        """The phases as lines of text, each with its formula below it, and their sum."""
         for phase in self.phases:
             figures = f"{phase.seconds:>8.1f} s{phase.busy / phase.seconds:>6.0%}"
-            yield f"  {phase.name:<36}{figures}  {phase.basis}: {phase.formula}"
-        yield f"  {'together':<36}{self.seconds:>8.1f} s{1 - self.idle:>6.0%}  {self.basis}"
+            yield f"  {phase.name:<32}{figures}  {phase.basis}"
+            yield from wrap(phase.formula, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        yield f"  {'together':<32}{self.seconds:>8.1f} s{1 - self.idle:>6.0%}  {self.basis}"
 
     def to_json(self) -> dict[str, Any]:
         """The phases for scripts."""

@@ -56,6 +56,19 @@ class Total:
         return self.hours * self.gpus
 
     @property
+    def amount(self) -> str:
+        """Hours, GPU-hours and money in words."""
+        least = "at least " if self.unknown else ""
+        times = f"{self.seeds} seeds, " if self.seeds > 1 else ""
+        parts = [f"{times}{least}{_short(self.hours)} hours"]
+        if self.gpus:
+            parts.append(f"{_short(self.gpu_hours)} GPU-hours")
+        if self.price is not None:
+            each = f"{self.price.of(1)} a GPU-hour" if self.gpus else f"{self.price.of(1)} an hour"
+            parts.append(f"{self.price.of(self.gpu_hours or self.hours)} at {each}")
+        return ", ".join(parts)
+
+    @property
     def unknown(self) -> tuple[str, ...]:
         """The stages whose hours are unknown."""
         return tuple(item.name for item in self.items if item.hours is None)
@@ -89,15 +102,7 @@ class Total:
                 f"{work.prompt_tokens / 1e6:,.1f} M prompt and {work.completion_tokens / 1e6:,.1f} M answer"
             )
             yield f"  teacher, at most: {work.requests:,} requests, {tokens} tokens (guessed); {cost}"
-        least = "at least " if self.unknown else ""
-        times = f"{self.seeds} seeds, " if self.seeds > 1 else ""
-        parts = [f"{times}{least}{_short(self.hours)} hours"]
-        if self.gpus:
-            parts.append(f"{_short(self.gpu_hours)} GPU-hours")
-        if self.price is not None:
-            each = f"{self.price.of(1)} a GPU-hour" if self.gpus else f"{self.price.of(1)} an hour"
-            parts.append(f"{self.price.of(self.gpu_hours or self.hours)} at {each}")
-        yield f"total: {', '.join(parts)}"
+        yield f"total: {self.amount}"
         if self.unknown:
             yield f"  without {', '.join(self.unknown)}"
 

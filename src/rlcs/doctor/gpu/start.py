@@ -17,6 +17,9 @@ from rlcs.doctor.gpu.runner import SPECS, Spec, run
 from rlcs.doctor.gpu.table import table, to_json
 from rlcs.errors import UserError
 
+VLLM = "vllm"
+"""vLLM's program where none is named; that check is skipped where it is not installed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
@@ -44,20 +47,29 @@ def examine_gpus(
     if not (gpus or cpu):
         fix = "install the driver, and a torch for its CUDA: see https://pytorch.org; or leave out --gpu"
         raise UserError("torch sees no GPU on this machine", where="rlcs doctor --gpu", fix=fix)
+    program = find_vllm(executable)
     ranks = all_ranks(1 if cpu else gpus)
     with tempfile.TemporaryDirectory(prefix=".rlcs-doctor-", dir=_place()) as own:
         folder = ranks.agree("folder", own)
-        setting = Setting(folder=folder, executable=find_vllm(executable), cpu=cpu)
+        setting = Setting(folder=folder, executable=program, cpu=cpu)
         checks: list[Check] = run(specs, setting, ranks, minutes=minutes, say=say)
         ranks.agree("end", "")  # rank 0's folder is removed when the others need it no more
     name = "CPU" if cpu else device_name(torch.device("cuda", 0))
-    return Report(lines=table(checks), content=to_json(checks, device=name, ranks=ranks.size))
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    return Report(lines=table(checks, width), content=to_json(checks, device=name, ranks=ranks.size))
 
 
 def find_vllm(executable: str) -> str:
-    """The path of vLLM's program, by its path or its name beside this Python or on PATH; "" without one."""
+    """The path of vLLM's program, by its path or its name beside this Python or on PATH; "" without one.
+
+    Raises UserError where another name than `vllm` was given and is not there.
+    """
     beside = Path(sys.executable).parent
-    return shutil.which(executable) or shutil.which(executable, path=str(beside)) or ""
+    found = shutil.which(executable) or shutil.which(executable, path=str(beside)) or ""
+    if not found and executable not in ("", VLLM):
+        fix = "give the path of vLLM's program, such as vllm-env/bin/vllm"
+        raise UserError(f"there is no program {executable}", where="--executable", fix=fix)
+    return found
 
 
 def _place() -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Any
 
 from rlcs.doctor.gpu import Check
@@ -16,14 +17,17 @@ _FOLDERS = re.compile(r"(?<![\w:/.~])[/~](?:[^\s/:,;'\"()]*/)+")
 _WIDTH = 11
 
 
-def table(checks: Sequence[Check]) -> list[str]:
+def table(checks: Sequence[Check], width: int = 100) -> list[str]:
     """Lines for the screen: a mark, the name, the seconds, what was found; what to do about a problem."""
+    whole = TextWrapper(width=width, break_on_hyphens=False, break_long_words=False)
     marks = {True: "ok", False: "!!", None: "--"}
     lines = []
     for check in checks:
         text = check.message if check.ok is not None else f"skipped: {check.message}"
-        lines.append(f"{marks[check.ok]} {check.name:<{_WIDTH}} {check.seconds:6.1f} s  {text}")
-        lines += [f"   -> {check.fix}"] if check.fix else []
+        head = f"{marks[check.ok]} {check.name:<{_WIDTH}} {check.seconds:6.1f} s  "
+        whole.subsequent_indent = " " * len(head)
+        lines += whole.wrap(head + text)
+        lines += [f"   -> {check.fix}"] if check.fix else []  # in one line, to be copied
     return lines
 
 
