@@ -56,6 +56,7 @@ SUBSTITUTES = {
 URL = next(iter(SUBSTITUTES.items()))
 
 SHORT = {
+    "rollout.engine": "local",  # vLLM is not installed here
     "sft.epochs": "1",
     "sft.batch_size": "4",
     "grpo.steps": "2",
