@@ -327,3 +327,27 @@ def test_healthy_answers_of_one_token_pass_in_bfloat16(trained):
     prompt = chat.prompt(problem)
     trees = [Tree(prompt=prompt, branches=(Branch(ids=(token,), weights=(1.0,)),)) for token in (7, 101)]
     assert max(shares(vlm, chat, trees)) < 0.6
+
+
+def test_logprobs_that_are_no_numbers_are_a_fault(vlm, chat, monkeypatch):
+    [tree] = make_trees(chat, CASES["one tree"])
+    broken = policy.Scores(logprobs=torch.full((15,), torch.nan), entropy=torch.zeros(15))
+    monkeypatch.setattr(parity_check, "score", lambda *_, **__: broken)
+    with pytest.raises(TrainingError, match="differ by inf nats"):
+        require_agreement(vlm, chat, [tree])
+
+
+def test_the_earlier_turns_of_a_conversation_are_compared_too(vlm, chat):
+    demonstration = Demonstration(problem=make_conversation("a"), response="\\boxed{5}", teacher="t")
+    tree = sft.tree_of(demonstration, chat)
+    assert require_agreement(vlm, chat, [tree]).share < 0.6
+    plain = parity_check._plain_logprobs(vlm, chat, tree, 0)
+    assert len(plain) == sum(tree.trunk_weights) + len(tree.branches[0].ids)
+    torch.testing.assert_close(score(vlm, pack([tree], chat.patches)).logprobs, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gap_is_a_token_s_in_float32_and_an_average_below():
+    differences = torch.tensor([0.0, -0.6, 0.0, 0.2])
+    assert gap(differences, torch.float32) == pytest.approx(0.6)
+    assert gap(differences, torch.bfloat16) == pytest.approx(0.2)
+    assert gap(torch.tensor([]), torch.float32) == 0
