@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from conftest import LengthGrader, Stopper
 from rlcs.data import puzzles
 from rlcs.distributed import World, join_world
 from rlcs.engines.base import Engine
-from rlcs.engines.factory import EngineNeeds, open_engines
+from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.evals.arms import Evaluator
 from rlcs.evals.validation import validate
@@ -71,19 +71,25 @@ def measured(vlm: Vlm, chat: Chat, world: World) -> Measure:
     return lambda stop: validate(evaluator, mixed_problems(7), samples=2, stop=stop)
 
 
+def engine_needs(job: dict) -> EngineNeeds:
+    settings = Rollouts(engine="vllm_server", **job["rollout"])
+    return EngineNeeds(settings=settings, max_tokens=512, max_rows=64)
+
+
 @contextmanager
-def opened_engine(job: dict, vlm: Vlm, chat: Chat) -> Iterator[Engine]:
-    """The local engine, or one over servers with the settings `rollout`, which behave as `behaviour` says."""
-    if "rollout" not in job:
-        yield LocalEngine(vlm, chat, max_rows=8)
+def opened_engine(job: dict, vlm: Vlm, chat: Chat, shared: MakeEngine | None) -> Iterator[Engine]:
+    """The local engine, or one over servers with the settings `rollout`, which behave as `behaviour` says.
+
+    With `shared` servers over those.
+    """
+    if shared is not None or "rollout" not in job:
+        yield shared(vlm, chat, 8) if shared else LocalEngine(vlm, chat, max_rows=8)
         return
     folder = Path(job["folder"]) / "rollout"
     folder.mkdir(exist_ok=True)
     behaviour = job["behaviour"] | {"placeholder": chat.image_id}
     (folder / "behaviour.json").write_text(json.dumps(behaviour))
-    settings = Rollouts(engine="vllm_server", **job["rollout"])
-    needs = EngineNeeds(settings=settings, max_tokens=512, max_rows=64)
-    with open_engines(needs, folder) as make:
+    with open_engines(engine_needs(job), folder) as make:
         yield make(vlm, chat, 8)
 
 
@@ -110,7 +116,7 @@ def gradients(job: dict, vlm: Vlm, folder: Path) -> Iterator[None]:
         torch.save(kept, folder / "gradients.pt")
 
 
-def train(job: dict, world: World) -> None:
+def train(job: dict, world: World, shared: MakeEngine | None = None) -> None:
     folder = Path(job["folder"])
     parallel = Parallel(**job.get("parallel", {}))
     settings = Sft(**job["sft"]) if "sft" in job else Grpo(**job["grpo"])
@@ -141,7 +147,7 @@ def train(job: dict, world: World) -> None:
             if "stop_after_s" in job and world.rank == world.size - 1:
                 timer = threading.Timer(job["stop_after_s"], lambda: setattr(stop, "is_set", True))
                 timer.start()
-            with opened_engine(job, vlm, chat) as engine, gradients(job, vlm, folder):
+            with opened_engine(job, vlm, chat, shared) as engine, gradients(job, vlm, folder):
                 context = GrpoContext(
                     vlm=vlm,
                     reference=reference,
@@ -163,11 +169,17 @@ def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     size = jobs[0].get("parallel", {}).get("shard_size")
-    with join_world(timeout_s=jobs[0].get("timeout_s", 240), shard_size=size) as world:
+    with (
+        join_world(timeout_s=jobs[0].get("timeout_s", 240), shard_size=size) as world,
+        ExitStack() as servers,
+    ):
+        shared = None
+        if folder := jobs[0].get("share_servers"):
+            shared = servers.enter_context(open_engines(engine_needs(jobs[0]), Path(folder)))
         for job in jobs:
             Path(job["folder"]).mkdir(parents=True, exist_ok=True)
             try:
-                train(job, world)
+                train(job, world, shared)
             except Stopped as error:
                 (Path(job["folder"]) / f"stopped-{world.rank}").write_text(str(error))
 

@@ -1,13 +1,11 @@
 """Checkpoints of several ranks: each writes, verifies and reads its own rows; other numbers read them too."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from test_distributed import environment, free_port
+from test_distributed import launch
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 TIED = 4 * 8 * 1000
@@ -21,16 +19,7 @@ def run(size: int, jobs: dict[str, dict], root: Path) -> Read:
     """What each rank reported of each job."""
     path = root / f"jobs-{size}.json"
     path.write_text(json.dumps([job | {"folder": str(root / job["folder"])} for job in jobs.values()]))
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER), str(path)],
-            env=environment(rank, size, port),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    ranks = launch(size, path, WORKER)
     errors = [rank.communicate(timeout=400)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(errors)
     found = [json.loads(path.with_name(f"{path.stem}-{rank}.json").read_text()) for rank in range(size)]

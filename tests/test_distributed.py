@@ -38,7 +38,7 @@ from rlcs.train.batching import Keep, guessed_tokens, packs_in_step, padding_tre
 from rlcs.train.trainer import logprobs_of
 
 WORKER = Path(distributed_worker.__file__)
-LIMIT_S = 300
+LIMIT_S = 900
 RATE = 1e-3
 SFT = {"batch_size": 4, "epochs": 2, "save_every": 2, "pack_tokens": 300, "optimizer": {"lr": RATE}}
 GRPO = {
@@ -97,11 +97,11 @@ def free_port() -> int:
     return port
 
 
-def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
+def launch(size: int, path: Path, worker: Path = WORKER) -> list[subprocess.Popen[str]]:
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER), str(path)],
+            [sys.executable, "-W", "ignore", str(worker), str(path)],
             env=environment(rank, size, port),
             stderr=subprocess.PIPE,
             text=True,
@@ -113,7 +113,12 @@ def launch(size: int, path: Path) -> list[subprocess.Popen[str]]:
 def run_on(size: int, jobs: list[dict], path: Path, *, limit_s: float = LIMIT_S) -> None:
     path.write_text(json.dumps(jobs))
     ranks = launch(size, path)
-    errors = [rank.communicate(timeout=limit_s)[1] for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=limit_s)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(errors)
 
 
@@ -182,7 +187,7 @@ def test_two_ranks_compute_what_one_computes(alone, pair, name):
 
 @pytest.mark.parametrize("name", OFFLOADED)
 def test_offloading_changes_no_bit_of_what_two_ranks_compute(pair, name):
-    """Across a stop and a resume; where shards lie is looked at in `test_sharding.py`."""
+    """Across a stop and a resume; where shards lie is looked at in `test_fsdp.py`."""
     here, there = pair / name, pair / f"{name}-offloaded"
     assert f"after step {OFFLOADED[name]} of" in (there / "stopped-1").read_text()
     weights, offloaded = torch.load(here / "weights.pt"), torch.load(there / "weights.pt")

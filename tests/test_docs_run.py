@@ -94,7 +94,6 @@ ELSEWHERE = {
     r"doctor --gpu": "needs a GPU: tests/test_doctor_gpu.py",
     r"lora\.four_bit": "needs bitsandbytes: tests/test_lora.py",
     r"parallel\.cpu_offload": "needs torchrun: tests/test_fsdp.py",
-    r"^CUDA_VISIBLE_DEVICES": "needs vLLM and GPUs: tests/test_vllm.py",
 }
 """Patterns of commands that do not run here, and where what they do is tested."""
 EXIT_CODES = {"doctor": (0, 1)}

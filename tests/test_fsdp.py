@@ -22,7 +22,7 @@ from fake_model import FakeSteps, FakeTree
 from rlcs.distributed import ALONE, World, join_world
 from rlcs.errors import UserError
 from rlcs.model.checkpoints import complete
-from rlcs.model.fsdp import wrap
+from rlcs.model.fsdp import mesh_of, wrap
 from rlcs.model.policy import score
 from rlcs.plan.shapes import published, skeleton
 from rlcs.recipe.execution import Lora, Parallel
@@ -228,6 +228,12 @@ def test_saved_by_two_by_two_ranks_and_continued_by_others(
     for name in REPLICATED:
         assert "after step 1 of" in (tmp_path / name / "stopped-3").read_text()
         assert_same(by_one / name, tmp_path / name)
+
+
+def test_a_copy_belongs_to_neighbouring_ranks(eight_ranks):
+    """Those of a node, so that layers are gathered over its fast links."""
+    assert mesh_of(World(size=8, shards=4), "cpu").mesh.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert mesh_of(World(size=8), "cpu").mesh.tolist() == [*range(8)]
 
 
 def test_groups_that_do_not_divide_the_ranks_are_refused(monkeypatch):

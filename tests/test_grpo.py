@@ -163,7 +163,7 @@ def test_what_ends_one_rank_or_the_sampling_ends_all(base, tmp_path, how):
             ranks[1].send_signal(signal.SIGKILL)
         started = time.monotonic()
         errors = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
-        assert time.monotonic() - started < 150
+        assert time.monotonic() - started < 300  # answers take 600
         assert all(bool(rank.returncode) == (how != "signal") for rank in ranks), errors
     finally:
         for rank in ranks:
@@ -217,8 +217,11 @@ SMALL = {
 }
 
 
-def trained(model, folder, settings, overlap, *, after=None, validation=None, more=()):
-    """The weights after a run, and its engine; `after(stop, step, count)` is called before each group."""
+def trained(model, folder, settings, overlap, *, after=None, measured=None, more=()):
+    """The weights after a run, and its engine; `after(stop, step, count)` is called before each group.
+
+    With `measured` the model is measured every second step, always with that row.
+    """
     vlm = loading.load(Model(name=str(model)))
     chat = loading.make_chat(vlm)
     with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
@@ -233,7 +236,8 @@ def trained(model, folder, settings, overlap, *, after=None, validation=None, mo
             **({"grader": LengthGrader()} | dict(more)),
         )
         run = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
-        run.validation = validation
+        if measured is not None:
+            run.validation = Validation(every=2, measure=lambda stop: engine.sync() or measured)
         grpo.train(context, mixed_problems(20), settings, run=run, screen=view, stop=stop)
     return dict(vlm.model.named_parameters()), engine
 
@@ -283,8 +287,7 @@ def test_one_step_off_stopped_and_continued_asks_the_same(random_model_folder, t
 def test_before_a_measurement_nothing_is_sampled_in_advance(random_model_folder, tmp_path):
     row = {"accuracy": 0.5, "pass_at_k": None, "mean_tokens": 1.0, "truncated": 0.0, "unscored": 0}
     row |= {"seconds": 0.1, "n": 1, "low": 0.0, "high": 1.0, "samples": 1}
-    validation = Validation(every=2, measure=lambda stop: row)
-    trained(random_model_folder, tmp_path, Grpo(**SMALL), "one_step_off", validation=validation)
+    trained(random_model_folder, tmp_path, Grpo(**SMALL), "one_step_off", measured=row)
     assert [r["staleness"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 0, 1]
 
 
@@ -321,7 +324,7 @@ def test_an_error_of_the_sampling_ends_the_run(random_model_folder, tmp_path):
 def test_memory_that_runs_out_in_an_overlapped_step_names_the_phase(
     random_model_folder, tmp_path, monkeypatch
 ):
-    def run_out(*args):
+    def run_out(*args, **options):
         torch.empty(1 << 50)
 
     monkeypatch.setattr("rlcs.train.learning.with_logprobs", run_out)

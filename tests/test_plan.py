@@ -154,6 +154,15 @@ def test_operations_are_those_of_the_layers_that_there_are(name):
     assert vision(tower, patches) == 2 * patches * work + 4 * tower.hidden * patches * sees
 
 
+def test_a_loaded_model_is_measured_by_its_configuration_which_stays(vlm):
+    """Loading installs attention of ours, which is no attention that transformers finds by itself."""
+    config = vlm.model.config
+    before = config._attn_implementation, config.vision_config._attn_implementation
+    parameters = sum(parameter.numel() for parameter in vlm.model.parameters())
+    assert measure("loaded", config).total == parameters
+    assert (config._attn_implementation, config.vision_config._attn_implementation) == before
+
+
 # --- memory and work by hand ------------------------------------------------------------------------
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fake_model import FakeSteps, FakeTree, kinds
+from rlcs.distributed import World
+from rlcs.model.fsdp import mesh_of
 from rlcs.plan.machine import machine
 from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.placement import place, stored, units_of
@@ -84,10 +85,7 @@ def grid(case: Case) -> Iterator[object]:
         yield None
         return
     dist.init_process_group("fake", rank=0, world_size=case.gpus, store=FakeStore())
-    shards = case.parallel.shard_size or case.gpus
-    shape = (case.gpus // shards, shards) if shards < case.gpus else (case.gpus,)
-    names = ("replicate", "shard")[-len(shape) :]
-    yield init_device_mesh("cpu", shape, mesh_dim_names=names)
+    yield mesh_of(World(size=case.gpus, shards=case.parallel.shard_size), "cpu")
     dist.destroy_process_group()
 
 

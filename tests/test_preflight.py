@@ -1,9 +1,11 @@
 """Everything that a later stage needs fails before the first training step, with its way out."""
 
 import json
+import os
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -443,6 +445,20 @@ def test_vllm_starts_answers_and_loads_weights_again(adapters, random_model_fold
     (weights / "behaviour.json").write_text(json.dumps({"broken": True}))
     message = refused(ModelError, recipe, tmp_path / "run")
     assert "RuntimeError: something failed" in message
+
+
+def test_every_server_that_takes_turns_with_a_rank_is_tried(random_model_folder, tmp_path, own_rows):
+    """That of the last GPU too: else it would first start after SFT, hours later, in a run that resumes."""
+    start = f'echo up >> "{tmp_path}/started"; exec "{sys.executable}" "{FAKE}" "$@"'
+    program = script(tmp_path / "vllm", f'case "$1" in serve) {start};; esac; echo 0.32.1')
+    rows = own_rows[0].partition("=")[2]  # without images, which the fake program does not read
+    words = [*SMALL, *(f"data.{source}={rows}" for source in ("cold_start", "rl", "test"))]
+    words += ["study.arms=[base, grpo]", "rollout.engine=vllm_colocated", f"rollout.executable={program}"]
+    words += [f"model.name={random_model_folder}", "--dry-run", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "rlcs", "run", "quickstart", *words]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert (tmp_path / "started").read_text().split() == ["up", "up"]
 
 
 def test_the_temporary_folder_of_a_dry_run_is_beside_the_run(random_model_folder, tmp_path, monkeypatch):

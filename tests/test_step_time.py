@@ -173,13 +173,18 @@ def test_all_gpus_in_turns_are_faster_than_half_of_them_each():
     """7B, prompts of 1,400 tokens, 512 of them, five answers each, on eight H100."""
     turns = step_of("grpo.group_size=5")
     apart = step_of("grpo.group_size=5", *SERVERS, "rollout.memory_share=0.9")
-    assert turns.seconds <= 135 < apart.seconds and turns.idle <= 0.1 < apart.idle
+    assert turns.seconds <= 135 < apart.seconds and turns.idle < 0.12 < apart.idle
+    one_round = step_of("grpo.group_size=5", "grpo.dynamic_sampling=0")
+    assert one_round.seconds <= 100 and one_round.idle <= 0.1
     plan = make_plan("8xgpu-7b", ["grpo.group_size=5"], H100, ISSUE)
     assert plan.fits and plan.start.seconds < 600
     found, without = seconds_of(turns), seconds_of(step_of("grpo.group_size=5", "images.features_gb=0"))
     tower = vision(plan.sizes.vision, 4 * 1272) * 512 / (8 * 989e12 * 0.4)
-    assert found["old logprobs"] - found["logprobs of the reference"] == pytest.approx(tower)
-    assert without["logprobs of the reference"] == pytest.approx(without["old logprobs"])
+    # Three of four optimiser steps need old logprobs; of kept features the tower runs in the first pass.
+    assert without["old logprobs"] == pytest.approx(0.75 * without["logprobs of the reference"])
+    assert found["old logprobs"] == pytest.approx(without["old logprobs"])
+    saved = without["logprobs of the reference"] - found["logprobs of the reference"]
+    assert saved == pytest.approx(0.75 * tower)
     name = "forward and backward passes"
     assert without[name] - found[name] == pytest.approx(tower)
 

@@ -270,6 +270,7 @@ def test_two_ranks_learn_while_vllm_samples(tmp_path, monkeypatch) -> None:
         "timeout_s": START_LIMIT_S,
     }
     ways = ("none", "on_policy", "one_step_off")
+    job |= {"share_servers": str(tmp_path / "rollout")}
     jobs = [job | {"folder": str(tmp_path / way), "overlap": way} for way in ways]
     run_on(2, jobs, tmp_path / "jobs.json", limit_s=3 * START_LIMIT_S)
     assert_same_gradients(tmp_path / "none", tmp_path / "on_policy")

@@ -27,6 +27,7 @@ from rlcs.engines.factory import open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
+from rlcs.engines.vllm.process import Process
 from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.engines.vllm.readiness import require_quantisable
 from rlcs.engines.vllm.server import Launch, context_length
@@ -320,6 +321,32 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
     while alive(server) and time.monotonic() < end:
         time.sleep(0.05)
     assert not alive(server)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /dev/shm")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_shared_memory_of_a_server_goes_with_it(tmp_path: Path, at_once: bool) -> None:
+    """Between its processes vLLM has 400 MB of it, which a killed one leaves to Python's resource tracker."""
+    name = tmp_path / "name"
+    script = f"""
+        import signal, time
+        from multiprocessing.shared_memory import SharedMemory
+        from pathlib import Path
+        signal.signal(signal.SIGTERM, lambda *_: exit())
+        memory = SharedMemory(create=True, size=1 << 20)
+        Path({str(tmp_path)!r}, "part").write_text(memory.name)
+        Path({str(tmp_path)!r}, "part").rename({str(name)!r})
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    process = Process(lambda port: command, os.environ, tmp_path / "log")
+    while not name.exists():
+        assert process.runs, process.last_errors
+        time.sleep(0.05)
+    memory = Path("/dev/shm", name.read_text())  # noqa: S108
+    assert memory.exists()
+    process.end(at_once=at_once)
+    assert not memory.exists() and not process.runs
 
 
 def test_the_command_line_of_a_server(vlm: Vlm) -> None:
@@ -649,9 +676,10 @@ def test_under_torchrun_ranks_ask_their_own_servers(
     assert len(list(tmp_path.glob("started-*.json"))) == len(logs)
 
 
+@pytest.mark.parametrize("shares_gpu", [True, False])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_gives_memory_back_before_rank_0_asks(
-    tmp_path: Path, vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch, rank: int
+def test_every_rank_that_shares_its_gpu_gives_memory_back_before_rank_0_asks(
+    vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch, rank: int, shares_gpu: bool
 ) -> None:
     """Servers may start, or start again, on GPUs that train: their ranks all have a cache."""
     seen = Recorder(monkeypatch)
@@ -662,9 +690,42 @@ def test_every_rank_gives_memory_back_before_rank_0_asks(
         each=lambda work: seen.note("each", [work()] * 2)(),
     )
     published = SimpleNamespace(newest=None, publish=seen.note("published", object()))
-    engine = VllmEngine(None, published, replace(vlm, world=world), chat)
+    backend = SimpleNamespace(shares_gpu=shares_gpu)
+    engine = VllmEngine(backend, published, replace(vlm, world=world), chat)
     engine.sample([], chat.sampling(max_new_tokens=4))
-    assert seen.events == ["published", *FREED, "gathered", "each", "each"]
+    assert seen.events == ["published", *(FREED if shares_gpu else []), "gathered", "each", "each"]
+
+
+@pytest.mark.parametrize("shares_gpu", [True, False])
+def test_memory_is_given_back_before_weights_are_sent_to_a_server_on_the_same_gpu(
+    vlm: Vlm, chat: Chat, monkeypatch: pytest.MonkeyPatch, shares_gpu: bool
+) -> None:
+    seen = Recorder(monkeypatch)
+    published = SimpleNamespace(newest=object(), announce=seen.note("announced", object()))
+    transfer = SimpleNamespace(send=seen.note("sent"))
+    backend = SimpleNamespace(shares_gpu=shares_gpu)
+    VllmEngine(backend, published, vlm, chat, transfer=transfer).sync()
+    assert seen.events == [*(FREED if shares_gpu else []), "announced", "sent"]
+
+
+@pytest.mark.parametrize(
+    ("shared", "words"),
+    [
+        (True, ["rollout.engine=vllm_colocated"]),
+        (True, ["rollout.engine=vllm_server"]),
+        (True, ["rollout.engine=vllm_server", "rollout.servers=2", 'rollout.devices=["7", "4, 6"]']),
+        (False, ["rollout.engine=vllm_server", 'rollout.devices=["5"]']),
+        (False, ["rollout.engine=vllm_server", 'rollout.urls=["http://127.0.0.1:8000"]']),
+    ],
+)
+def test_a_rank_knows_whether_a_server_starts_on_its_gpu(
+    vlm: Vlm, monkeypatch: pytest.MonkeyPatch, shared: bool, words: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    needs = engine_needs(load_recipe("quickstart", words).recipe)
+    launch = needs.launch(on_gpus(vlm, 0, 4))
+    assert Fleet(needs.settings, logs=Path(), launch=launch).shares_gpu == shared
+    assert not needs.launch(vlm).shares_gpu, "there is no GPU"
 
 
 def test_a_model_that_is_only_read_is_served_as_it_lies(

@@ -12,6 +12,7 @@ from rlcs.engines.base import Engine
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
+from rlcs.engines.vllm.readiness import server_gpus
 from rlcs.engines.vllm.server import Launch
 from rlcs.engines.vllm.transfer import IpcChannel, NcclChannel, Transfer
 from rlcs.engines.vllm.weights import MEMORY, Unchanged, WeightsFolder
@@ -57,6 +58,7 @@ class EngineNeeds:
             adapter_rank=self.adapter_rank,
             number=vlm.world.rank if colocated else 0,
             gpus=_own_gpus(vlm, self.settings.tensor_parallel) if colocated and not on_cpu else "",
+            shares_gpu=not on_cpu and _shares_gpu(vlm, self.settings),
             sleep_level=(1 if self.adapter_rank else 2) if sleeps else 0,
             transfer=self._transfer(on_cpu) if trains else "",
         )
@@ -143,6 +145,11 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
             backend.close()
         if published is not None:
             published.remove()
+
+
+def _shares_gpu(vlm: Vlm, settings: Rollouts) -> bool:
+    first, visible = vlm.device.index or 0, visible_gpus()
+    return not server_gpus(settings, visible).isdisjoint(visible[first : first + 1])
 
 
 def _own_gpus(vlm: Vlm, count: int) -> str:

@@ -105,12 +105,12 @@ def shard(model: PreTrainedModel, world: World, settings: Parallel) -> FsdpRoot:
     """
     assert world.device is not None, "a world with process groups has a device"
     return wrap(
-        model, _mesh(world, world.device.type), settings, before=lambda modules: _fill(modules, world)
+        model, mesh_of(world, world.device.type), settings, before=lambda modules: _fill(modules, world)
     )
 
 
-def _mesh(world: World, device: str) -> DeviceMesh:
-    """All ranks in one row; with several copies of the model, a row for each."""
+def mesh_of(world: World, device: str) -> DeviceMesh:
+    """All ranks in one row; with several copies of the model, a row of neighbours for each."""
     if world.writers == world.size:
         return init_device_mesh(device, (world.size,))
     names = ("replicate", "shard")

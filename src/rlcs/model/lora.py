@@ -56,8 +56,8 @@ def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
             for matrices in (module.lora_A, module.lora_B):
-                for name, linear in matrices.items():
-                    matrices[name] = AdapterMatrix(linear.weight)
+                for name in matrices:
+                    matrices[name] = AdapterMatrix(matrices.get_parameter(f"{name}.weight"))
     model.disable_input_require_grads()  # peft sets it: see `checkpoint_activations`
     return adapted
 

@@ -90,20 +90,20 @@ def agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree], *, temperature: float
 
 
 def _sample(trees: Sequence[Tree]) -> list[Tree]:
-    """Trees from the longest prompt to the shortest, with all branches where the pack has room for them."""
+    """Trees from the longest prompt to the shortest, with all branches where they fit into the pack."""
     chosen: list[Tree] = []
-    room = MAX_TOKENS
+    left = MAX_TOKENS
     for tree in _spread(sorted(trees, key=lambda tree: -len(tree.prompt.ids)), MAX_TREES):
         branches = [
             replace(b, ids=b.ids[:MAX_ANSWER], weights=b.weights[:MAX_ANSWER], logprobs=None)
             for b in tree.branches
         ]
         short = replace(tree, branches=tuple(branches))
-        if short.num_tokens > room:
+        if short.num_tokens > left:
             short = replace(tree, branches=tuple(_spread(branches, MAX_BRANCHES)))
-        if not chosen or short.num_tokens <= room:
+        if not chosen or short.num_tokens <= left:
             chosen.append(short)
-            room -= short.num_tokens
+            left -= short.num_tokens
     return chosen
 
 
@@ -124,10 +124,12 @@ def _compare(
     for tree in trees:
         of_tree = [next(packed) for _ in tree.branches]
         branches = _spread(range(len(tree.branches)), MAX_BRANCHES)
-        plain, other = (
-            torch.cat([_plain_logprobs(vlm, chat, tree, i, temperature, explicit=explicit) for i in branches])
-            for explicit in (False, True)
-        )
+        with attention_of(vlm.model, "sdpa"):
+            plain = torch.cat([plain_logprobs(vlm, chat, tree, i, temperature) for i in branches])
+        with attention_of(vlm.model, attention.NAME, _EXPLICIT):
+            other = torch.cat(
+                [plain_logprobs(vlm, chat, tree, i, temperature, plan=_ExplicitPlan()) for i in branches]
+            )
         apart.append(torch.cat([of_tree[i] for i in branches]) - plain)
         noise.append(other - plain)
     smallest = SMALLEST_LIMIT.get(dtype, SMALLEST_LIMIT[torch.bfloat16])
@@ -139,7 +141,7 @@ def _compare(
         results.append(
             Agreement(
                 gap=gap(differences, dtype),
-                limit=limit * (1 + FEW_TOKENS / math.sqrt(len(differences))),
+                limit=limit * (1 + FEW_TOKENS / math.sqrt(max(1, len(differences)))),
                 problem_id=tree.prompt.problem_id,
                 precision=str(dtype).removeprefix("torch."),
             )
@@ -179,9 +181,19 @@ def _explicit_window(
     return _explicit(query, key, value, causal=False).transpose(1, 2), None
 
 
-def _plain_logprobs(
-    vlm: Vlm, chat: Chat, tree: Tree, index: int, temperature: float = 1.0, *, explicit: bool = False
+def plain_logprobs(
+    vlm: Vlm,
+    chat: Chat,
+    tree: Tree,
+    index: int,
+    temperature: float = 1.0,
+    *,
+    plan: attention.Plan | None = None,
 ) -> Tensor:
+    """Logprobs (N,) of the targets in the trunk and in one branch of a tree, in a sequence of its own.
+
+    To be called within `attention_of`; `plan` is for the attention that needs one.
+    """
     prompt, answer = tree.prompt, tree.branches[index].ids
     whole = (*prompt.ids, *answer)
     targets = torch.tensor([*tree.trunk_targets, *range(len(prompt.ids), len(whole))], device=vlm.device)
@@ -192,17 +204,17 @@ def _plain_logprobs(
         pixels = torch.cat([chat.patches(image) for image in prompt.images])
         inputs["pixel_values"] = pixels.to(vlm.device, vlm.model.dtype)
         inputs["image_grid_thw"] = torch.tensor(prompt.grids, device=vlm.device)
-    if explicit:
-        inputs["plan"] = _ExplicitPlan()
-    with _attention_of(vlm.model, *((attention.NAME, _EXPLICIT) if explicit else ("sdpa", "sdpa"))):
-        logits = vlm.model(**inputs, use_cache=False, logits_to_keep=targets - 1).logits[0]
+    if plan is not None:
+        inputs["plan"] = plan
+    logits = vlm.model(**inputs, use_cache=False, logits_to_keep=targets - 1).logits[0]
     return torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, targets, None])[:, 0]
 
 
 @contextmanager
-def _attention_of(model: PreTrainedModel, text: str, vision: str) -> Iterator[None]:
+def attention_of(model: PreTrainedModel, text: str, vision: str = "") -> Iterator[None]:
+    """Attend by this attention of transformers, and in the vision tower by another if it is named."""
     AttentionInterface.register(_EXPLICIT, _explicit_window)
-    model.set_attn_implementation({"text_config": text, "vision_config": vision})
+    model.set_attn_implementation({"text_config": text, "vision_config": vision or text})
     try:
         yield
     finally:

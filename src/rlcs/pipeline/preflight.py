@@ -285,8 +285,9 @@ class Preflight:
     def _engine(self, *, full: bool) -> Sequence[str]:
         """Load the model, start the engine, and answer the problem with the largest image.
 
-        vLLM then gets the weights a second time, as after a step of RL: what cannot be sent to it, or not be
-        loaded, is known before any training. A full trial allows the longest answer.
+        Where every rank starts a vLLM of its own, every rank asks. vLLM then gets the weights a second
+        time, as after a step of RL: what cannot be sent to it, or not be loaded, is known before any
+        training. A full trial allows the longest answer.
         """
         recipe, rl = self.recipe, self._remaining.rl
         longest = max(recipe.grpo.max_new_tokens if rl else 0, recipe.eval.max_new_tokens)
@@ -301,7 +302,8 @@ class Preflight:
             n=1, temperature=0.0, max_new_tokens=longest if full else min(longest, TRIAL_TOKENS), seed=0
         )
         problems = self._data.rl if rl else self._data.test
-        prompts = [largest_prompt(chat, problems)] if self._world.rank == 0 else []
+        asks = self._world.rank == 0 or recipe.rollout.engine == "vllm_colocated"
+        prompts = [largest_prompt(chat, problems)] if asks else []
         engine = self._make_engine(vlm, chat, 1)
         for _ in range(1 if recipe.rollout.engine == "local" else 2):
             engine.sync()

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCost:

@@ -241,7 +241,7 @@ def with_overhead(worst: float) -> float:
 def _passes(placed: Placement, stage: Sft | Grpo, trees: Trees) -> tuple[dict[str, float], dict[str, float]]:
     """Operations by phase of one tree, and of one answer whose prompt is computed for it alone."""
     sizes = placed.sizes
-    times = {"update": update_times(placed, stage.freeze)}
+    times: dict[str, tuple[float, float]] = {"update": update_times(placed, stage.freeze)}
     if isinstance(stage, Grpo):
         # The first optimiser step needs no old logprobs.
         recomputed = 1 - 1 / stage.optimizer_steps if stage.old_logprobs == "policy" else 0.0

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -147,9 +148,12 @@ def _configuration(settings: Model) -> Any:
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """The model on the meta device, where tensors have shapes and no memory."""
+    """The model on the meta device, where tensors have shapes and no memory; with transformers' attention.
+
+    The configuration may be that of a loaded model, whose attention transformers would look for on the hub.
+    """
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+        return AutoModelForImageTextToText.from_config(deepcopy(config), attn_implementation="sdpa")
 
 
 def measure(name: str, config: Any) -> Sizes:

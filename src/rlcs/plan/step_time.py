@@ -335,8 +335,8 @@ def _reference_passes(
 ) -> list[Passed]:
     """Passes without gradients: by the policy before its first step, and by the reference over all trees.
 
-    The trees of the first optimiser step need no old logprobs. The tower runs in the first pass over an image,
-    and in the second where its features are not kept.
+    The trees of the first optimiser step need no old logprobs. The tower runs in the first pass over an
+    image, and in the second where its features are not kept.
     """
     speeds = phases.speeds
     rounds = rounds_of(place, groups, trees, steps=grpo.optimizer_steps, budget=grpo.pack_tokens)

@@ -139,10 +139,11 @@ class Checkpoints:
             return
         self._unfinished = None
         try:
-            for failure in outcomes:
-                if isinstance(failure, RlcsError):
-                    raise failure
-            sums = {name: sum_ for of_rank in outcomes for name, sum_ in dict(of_rank or {}).items()}
+            sums: dict[str, FileSum] = {}
+            for outcome in outcomes:
+                if isinstance(outcome, RlcsError):
+                    raise outcome
+                sums |= outcome or {}
             self._world.first(partial(_put_in_place, save.aside, save.target, sums))
         except BaseException:
             if self._world.rank == 0:

@@ -7,12 +7,12 @@ other GPUs (`GrpoContext.overlap`) sampling and learning go on at the same time:
   by the weights of the step's beginning: the gradient is that of a step that waits for all of them, but for
   the order of summation. So the long answers are sampled while the others are learnt from.
 - `one_step_off`: besides, once a step is sampled, the next one begins to be, by the weights of before this
-  step's update. When it is learnt from, the policy is one update ahead of them, never more. Of the ratios,
-  `importance` (truncated) is the policy at the step's beginning over the sampler, so it corrects for one
-  update as well as for the engine's kernels; the clipped ratio is the policy now over the policy at the
-  step's beginning. Further rounds of dynamic sampling are asked from the newest weights. What is sampled in
-  advance is in no checkpoint: a resumed run samples the same prompts with the same seeds, but by the newest
-  weights. Before a measurement nothing is sampled in advance: the engine samples for that then.
+  step's update: the policy that learns from it is one update ahead, never more. `importance` (truncated) is
+  the policy at the step's beginning over the sampler, so it corrects for one update as well as for the
+  engine's kernels; the clipped ratio is the policy now over that at the step's beginning. Further rounds of
+  dynamic sampling use the newest weights. What is sampled in advance is in no checkpoint: a resumed run
+  samples the same prompts with the same seeds, by the newest weights. Before a measurement, which needs the
+  engine, nothing is sampled in advance.
 
 The seconds of `rollout` are those in which the trainer had nothing to do but wait for groups. A stop signal
 ends a step that is being sampled at once, as long as it has not changed the weights: it is taken again.

@@ -39,12 +39,11 @@ class Learner:
     all others. The trainer divides once, when a share is complete, so a gradient is the same in whatever
     parts its groups come, but for the order of summation.
 
-    Shares are runs of places in the step, so that they are those of a step that waits for all groups. Shares
-    in the order of arrival would begin earlier, but the first would hold the short answers, and the weights
-    would depend on the servers' timing. Optimiser steps may be taken before the last group is there only
-    where nothing else is computed by the weights of before: with old logprobs by the sampler. With old
-    logprobs by the policy, packs of all shares get theirs as they fill, and the first share is learnt
-    from, but the weights change when all groups have come.
+    Shares are runs of places in the step, as in a step that waits for all groups; in the order of arrival the
+    first would hold the short answers, and the weights would depend on the servers' timing. With old logprobs
+    by the sampler, optimiser steps are taken before the last group is there. With old logprobs by the policy,
+    packs of all shares get theirs as they fill, and the first share is learnt from, but the weights change
+    when all groups have come.
 
     Without a KL penalty a group whose rewards are all equal has a gradient of exactly zero: it is not
     computed, but its tokens still count in the mean (not in `micro_batch`, whose mean is of each

@@ -155,12 +155,10 @@ class Trainer:
     ) -> StepResult:
         """End the step: divide the sums of all ranks once, clip, and change the weights.
 
-        So batches may come in any order and at any time, as long as no weight changes between them. Every
-        rank gets the same result, which is of all ranks together; so is `zero_grad`. Raises TrainingError
-        after too many bad steps in a row.
-
-        A step whose gradient norm is not finite changes no weight, and its result has the reason. The check
-        comes after the backward pass, because a finite loss may have a gradient that is not.
+        So batches may come in any order and at any time, as long as no weight changes between them. The
+        result and `zero_grad` are of all ranks together. A step whose gradient norm is not finite (which a
+        finite loss may have) changes no weight, and its result has the reason; after too many such steps in
+        a row this raises TrainingError.
         """
         assert self._step is not None, "a step has at least one batch"
         counts, totals = map(self.vlm.world.sum, self._step.read())

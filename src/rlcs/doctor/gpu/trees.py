@@ -5,8 +5,7 @@ computed by the model itself. What packing may differ by follows from two plain 
 three times what they differ by.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from rlcs.doctor.gpu.models import make_chat, random_tree, random_vlm, shapes
 from rlcs.model.chat import Chat
 from rlcs.model.loading import default_device, give_back_memory
 from rlcs.model.packing import pack
+from rlcs.model.parity_check import attention_of, plain_logprobs
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.records import Tree
@@ -100,42 +100,14 @@ def _packed(vlm: Vlm, chat: Chat, given: Sequence[Tree]) -> Found:
 def _plain(vlm: Vlm, chat: Chat, given: Sequence[Tree], kernel: str) -> Found:
     """One answer after the other, all through this kernel of transformers."""
     found = []
-    with _kernel(vlm, kernel):
+    with attention_of(vlm.model, kernel):
         for tree in given:
-            for branch in tree.branches:
-                logprobs = _answer_logprobs(vlm, chat, tree, branch.ids)
+            for index, branch in enumerate(tree.branches):
+                logprobs = plain_logprobs(vlm, chat, tree, index)
                 weights = torch.tensor(branch.weights, device=vlm.device)
                 (logprobs * weights).sum().backward()
                 found.append(logprobs.detach())
     return found, _take_gradients(vlm)
-
-
-@contextmanager
-def _kernel(vlm: Vlm, kernel: str) -> Iterator[None]:
-    """Attend by this kernel in both parts of the model."""
-    config = vlm.model.config
-    chosen = {
-        "text_config": config.text_config._attn_implementation,
-        "vision_config": config.vision_config._attn_implementation,
-    }
-    vlm.model.set_attn_implementation(dict.fromkeys(chosen, kernel))
-    try:
-        yield
-    finally:
-        vlm.model.set_attn_implementation(chosen)
-
-
-def _answer_logprobs(vlm: Vlm, chat: Chat, tree: Tree, answer: Sequence[int]) -> Tensor:
-    prompt = tree.prompt
-    ids = torch.tensor([(*prompt.ids, *answer)], device=vlm.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs["mm_token_type_ids"] = (ids == prompt.image_token_id).long()
-    if prompt.images:
-        patches = torch.cat([chat.patches(image) for image in prompt.images])
-        inputs["pixel_values"] = patches.to(vlm.device, vlm.model.dtype)
-        inputs["image_grid_thw"] = torch.tensor(prompt.grids, device=vlm.device)
-    logits = vlm.model(**inputs, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
-    return torch.log_softmax(logits.float(), -1).gather(1, ids[0, -len(answer) :, None])[:, 0]
 
 
 def _take_gradients(vlm: Vlm) -> list[Tensor]:

@@ -35,6 +35,11 @@ class Backend(Protocol):
         """Free the memory of GPUs that also train, until the next `generate`."""
         ...
 
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether an instance may start or wake up on this rank's GPU, which needs its free memory."""
+        ...
+
 
 class VllmEngine:
     """Samples from the weights that `vlm` had at the last `sync`."""
@@ -63,7 +68,7 @@ class VllmEngine:
     def sync(self) -> None:
         """Publish the model's weights; a server loads them before it next answers."""
         if self._transfer is not None and self._published.newest is not None:
-            give_back_memory()  # servers that sleep on these GPUs wake up
+            self._give_back_memory()
             sent = self._published.announce(self._vlm)
             try:
                 self._transfer.send(self._vlm, sent)
@@ -87,9 +92,7 @@ class VllmEngine:
     ) -> list[tuple[Rollout, ...]]:
         """See `Engine.sample`. Raises TrainingError, EndpointError."""
         weights = self._current()
-        # Below, vLLM may start or wake up on GPUs that also train: every rank must free its cached memory
-        # first, and `each` begins when all have.
-        give_back_memory()
+        self._give_back_memory()  # on every rank before one asks: all meet in `gather` first
         world = self._vlm.world
         asker = world.rank - world.rank % self._ranks
         shared = world.gather(prompts)[asker : asker + self._ranks] if self._ranks > 1 else [prompts]
@@ -126,6 +129,11 @@ class VllmEngine:
     @property
     def _asks(self) -> bool:
         return self._vlm.world.rank % self._ranks == 0
+
+    def _give_back_memory(self) -> None:
+        """Free cached memory, which takes about a second, if a vLLM may start or wake up on this GPU."""
+        if self._backend.shares_gpu:
+            give_back_memory()
 
     def _current(self) -> Weights:
         """The newest published weights; published now if they are another model's, or there are none."""

@@ -76,6 +76,11 @@ class Fleet:
         if self._launch.sleep_level:
             self._all(lambda server, client, _: server.rest(client))
 
+    @property
+    def shares_gpu(self) -> bool:
+        """See `Backend.shares_gpu`."""
+        return self._launch.shares_gpu
+
     def __len__(self) -> int:
         return len(self._servers)
 

@@ -8,12 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+import psutil
 
 from rlcs.errors import ModelError
 
 _GRACE_S = 10.0
+_TRACKER = "multiprocessing.resource_tracker"
+"""A process of Python's that removes shared memory from /dev/shm when all who used it have ended."""
+_TRACKER_LIMIT_S, _POLL_S = 5.0, 0.02
 _LAST_LINES, _LONGEST_LINE = 5, 500
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -61,14 +67,29 @@ class Process:
         return "\n".join(errors[-_LAST_LINES:] or lines[-_LAST_LINES:])
 
     def end(self, *, at_once: bool) -> None:
-        """End it and its children."""
+        """End it and its children, at last those that remove the shared memory of the others."""
         if not at_once and self.runs:
             self._popen.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(_GRACE_S)
+        for process in self._members(trackers=False):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        end = time.monotonic() + _TRACKER_LIMIT_S
+        while any(self._members(trackers=True)) and time.monotonic() < end:
+            time.sleep(_POLL_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
+
+    def _members(self, *, trackers: bool) -> Iterator[psutil.Process]:
+        """What runs in its session: all but the trackers of shared memory, or those alone."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getpgid(process.pid) != self._popen.pid or process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                if any(_TRACKER in word for word in process.cmdline()) == trackers:
+                    yield process
 
 
 def _dying_with_parent() -> Callable[[], None] | None:

@@ -93,6 +93,20 @@ def _fault_of_server(client: httpx.Client, url: str) -> str:
     return "" if status == 200 else f"HTTP {status}"
 
 
+def server_gpus(settings: Rollouts, visible: Sequence[str]) -> set[str]:
+    """GPUs of the servers that are started here, named as in CUDA_VISIBLE_DEVICES, of those `visible`."""
+    if settings.engine == "vllm_colocated":
+        return set(visible)
+    if settings.engine == "local" or settings.urls:
+        return set()
+    named = {gpu for devices in settings.devices for gpu in _names(devices)}
+    return named or set(visible[: settings.tensor_parallel])
+
+
+def _names(devices: str) -> list[str]:
+    return [gpu.strip() for gpu in devices.split(",")]
+
+
 def require_own_gpus(
     settings: Rollouts, *, training: Iterable[str], visible: Sequence[str], command: str
 ) -> None:
@@ -103,15 +117,14 @@ def require_own_gpus(
     """
     if settings.engine != "vllm_server" or settings.urls:
         return
-    given = [[gpu.strip() for gpu in devices.split(",")] for devices in settings.devices]
-    for gpus in given:
-        if len(gpus) < settings.tensor_parallel:
+    for devices in settings.devices:
+        if len(gpus := _names(devices)) < settings.tensor_parallel:
             raise RecipeError(
                 f"a server has the GPUs {', '.join(gpus)} and needs {settings.tensor_parallel}",
                 where="rollout.devices",
                 fix="name as many for each server as rollout.tensor_parallel says, or lower that",
             )
-    taken = {gpu for gpus in given for gpu in gpus} or set(visible[: settings.tensor_parallel])
+    taken = server_gpus(settings, visible)
     shared = sorted(taken & set(training), key=lambda gpu: (len(gpu), gpu))
     if not shared or (settings.memory_share or 1.0) <= LARGEST_SHARE:
         return

@@ -115,6 +115,7 @@ class Launch:
     `number` is that of the first server that is started here, and `gpus` is the CUDA_VISIBLE_DEVICES of a
     server that takes turns with the rank that starts it. `sleep_level`: 0 never sleeps; 1 keeps the weights
     in main memory, for those that stay the same; 2 discards them, for those that come again with every step.
+    `shares_gpu`: one of the servers starts or wakes up on the GPU of this rank's model.
     `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any.
     """
 
@@ -126,6 +127,7 @@ class Launch:
     adapter_rank: int = 0
     number: int = 0
     gpus: str = ""
+    shares_gpu: bool = False
     sleep_level: int = 0
     transfer: str = ""
 
