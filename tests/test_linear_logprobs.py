@@ -52,6 +52,16 @@ def test_float32_equals_the_plain_way(rows, temperature, trains):
         assert weight.grad is None
 
 
+def test_a_pack_without_targets_has_gradients_of_zero():
+    """A rank that has fewer packs than another gets one of padding, which has no targets."""
+    states, weight, targets, _ = tensors(torch.float32, trains=True)
+    logprobs, entropy = linear_logprobs(states[:0], weight, targets[:0], temperature=0.6, rows=10)
+    assert logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+    assert torch.equal(states.grad, torch.zeros_like(states))
+
+
 def test_bfloat16_is_as_near_to_the_truth_as_the_plain_way():
     states, weight, targets, upstream = tensors(torch.bfloat16, trains=True)
     exact = [tensor.detach().double().requires_grad_() for tensor in (states, weight)]

@@ -65,7 +65,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _chunks(count: int, rows: int) -> Iterator[slice]:
-    return (slice(start, start + rows) for start in range(0, count, rows))
+    """At least one, which is empty where a pack has no targets: a padding pack, which keeps ranks in step."""
+    return (slice(start, start + rows) for start in range(0, max(1, count), rows))
 
 
 def _logits(states: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -90,20 +90,20 @@ def agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree], *, temperature: float
 
 
 def _sample(trees: Sequence[Tree]) -> list[Tree]:
-    """Trees from the longest prompt to the shortest, with all branches where the pack has room for them."""
+    """Trees from the longest prompt to the shortest, with all branches where they fit into the pack."""
     chosen: list[Tree] = []
-    room = MAX_TOKENS
+    left = MAX_TOKENS
     for tree in _spread(sorted(trees, key=lambda tree: -len(tree.prompt.ids)), MAX_TREES):
         branches = [
             replace(b, ids=b.ids[:MAX_ANSWER], weights=b.weights[:MAX_ANSWER], logprobs=None)
             for b in tree.branches
         ]
         short = replace(tree, branches=tuple(branches))
-        if short.num_tokens > room:
+        if short.num_tokens > left:
             short = replace(tree, branches=tuple(_spread(branches, MAX_BRANCHES)))
-        if not chosen or short.num_tokens <= room:
+        if not chosen or short.num_tokens <= left:
             chosen.append(short)
-            room -= short.num_tokens
+            left -= short.num_tokens
     return chosen
 
 
@@ -141,7 +141,7 @@ def _compare(
         results.append(
             Agreement(
                 gap=gap(differences, dtype),
-                limit=limit * (1 + FEW_TOKENS / math.sqrt(len(differences))),
+                limit=limit * (1 + FEW_TOKENS / math.sqrt(max(1, len(differences)))),
                 problem_id=tree.prompt.problem_id,
                 precision=str(dtype).removeprefix("torch."),
             )
