@@ -140,3 +140,7 @@ class InOrder:
         """The next problems."""
         taken, self._left = self._left[:count], self._left[count:]
         return taken
+
+    def peek(self, count: int) -> list[Problem]:
+        """The next problems, which stay."""
+        return self._left[:count]

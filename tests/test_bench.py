@@ -77,11 +77,12 @@ def test_an_update_as_adapters_is_measured_beside_a_merged_one(tmp_path, random_
 def test_our_side_answers_every_step_with_its_phases(case: Case):
     """`ours.main` asserts by itself that every answer ended at its forced length."""
     here, there = multiprocessing.Pipe()
-    side = threading.Thread(target=ours.main, args=(there, case))
+    side = threading.Thread(target=ours.main, args=(there, case), daemon=True)
     side.start()
     assert here.recv() == "ready"
     for memory in (False, True):
         here.send(memory)
+        assert here.poll(120), "our side has ended"
         measured: Measured = here.recv()
         assert {"rollout", "logprobs", "update", "step"} <= set(measured.seconds)
         parts = sum(measured.seconds[phase] for phase in ("rollout", "logprobs", "update"))
