@@ -301,8 +301,9 @@ def test_four_commands_lead_from_a_clone_to_a_model_of_one_s_own(student, random
         words = shlex.split(line)
         assert words[0] == "rlcs"
         if words[1] == "run":
-            # The recipe of the page, with its adapters, on a model that a processor can train.
+            # The recipe of the page, with its adapters, on a model that a processor can train, without vLLM.
             words += [f"model.name={random_model_folder}", "model.dtype=float32", "grpo.keep_steps=[]"]
+            words += ["rollout.engine=local"]
             words += SHORT
         command(*words[1:])
     out = re.search(r"--out (\S+)", lines[-1])
