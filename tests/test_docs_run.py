@@ -248,6 +248,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "Gemini-Pro-CoT.jsonl", published)
     vista = {"1": {**VISTA, "response": "It is 1.2 cm.", "extraction": "1.2"}}
     (folder / "output_bard.json").write_text(json.dumps(vista), encoding="utf-8")
+    rates = {"device": "NVIDIA H100 80GB HBM3", "update_share": 0.42, "forward_share": 0.5}
+    (folder / "gpu.json").write_text(json.dumps({"rates": rates}), encoding="utf-8")
     write_recipes(folder, "", "")
     with contextlib.chdir(folder):
         done = CliRunner().invoke(app, [*ready("rlcs run mine.yaml --out runs/mine", ""), "--quiet"])
