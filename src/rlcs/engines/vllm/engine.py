@@ -111,7 +111,7 @@ class VllmEngine:
         self._vlm.world.each(lambda: self._backend.rest() if self._asks else None)
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int = 0) -> Arrivals:
-        """See `BackgroundEngine.start`; for servers on other GPUs: colocated ones sleep while the model trains."""
+        """See `BackgroundEngine.start`; for servers on other GPUs: colocated ones sleep while training."""
         requests, weights = self._requests(prompts, sampling, step), self._current()
 
         def sample(on_arrival: OnArrival) -> None:
