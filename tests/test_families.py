@@ -32,7 +32,6 @@ from test_policy import (  # noqa: F401
     test_conversations_are_learnt_as_transformers_learns_them,
     test_gradient_checkpointing_changes_memory_not_gradients,
     test_packs_may_be_split_anyhow,
-    test_the_self_check_sees_a_wrong_fast_path,
 )
 
 
