@@ -84,6 +84,12 @@ def tree_of(prompt: Prompt, rollouts: tuple[Rollout, ...]) -> Tree:
     return Tree(prompt=prompt, branches=tuple(branches))
 
 
+def path_ids(tree: Tree, index: int) -> tuple[int, ...]:
+    """The ids of a branch, behind those of the prompt and of the branches that it follows."""
+    branches = (tree.branches[branch].ids for branch in tree.path(index))
+    return tuple(i for ids in (tree.prompt.ids, *branches) for i in ids)
+
+
 def draw(width: int, height: int, seed: int = 0) -> ImageRef:
     """Deterministic noise, so that no two images look alike to the model."""
     generator = torch.Generator().manual_seed(seed)

@@ -484,7 +484,7 @@ def test_packs_of_a_rank_fall_in_step_with_the_others(chat):
     text = Tree(prompt=padding_tree(chat, image=False).prompt, branches=())
     packs = packs_in_step([text], chat, budget=10_000, world=OtherRank([True, False, False]))
     assert [pack.grids is not None for pack in packs] == [True, False, False]
-    assert [len(pack.layout.trees) for pack in packs] == [2, 1, 1]
+    assert [len(pack.layout.trunks) for pack in packs] == [2, 1, 1]
     assert [len(packs_in_step([text], chat, budget=9, world=OtherRank([])))] == [1]
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_problem
-from rlcs.model.packing import dense_mask, layout_of, pack, trunk_positions, within_budget
+from conftest import make_problem, path_ids
+from rlcs.model.packing import Layout, Segment, dense_mask, pack, trunk_positions, within_budget
 from rlcs.records import Branch, Prompt, Tree
 
 IMAGE = 7
@@ -18,10 +18,12 @@ floats = st.floats(-4, 4, width=32)
 
 @st.composite
 def trees(draw):
-    def branch(length):
+    def branch(length, parent):
         ids = draw(st.lists(st.integers(8, 99), min_size=length, max_size=length))
         weights = draw(st.lists(floats, min_size=length, max_size=length))
-        return Branch(ids=tuple(ids), weights=tuple(weights), logprobs=tuple(-abs(w) for w in weights))
+        return Branch(
+            ids=tuple(ids), weights=tuple(weights), logprobs=tuple(-abs(w) for w in weights), parent=parent
+        )
 
     made = []
     for trunk, branches in draw(sizes.filter(lambda s: any(b for _, b in s))):
@@ -29,7 +31,11 @@ def trees(draw):
             problem_id="p", ids=tuple(range(8, 8 + trunk)), images=(), grids=(), spans=(),
             image_token_id=IMAGE, merge_size=2,
         )  # fmt: skip
-        made.append(Tree(prompt=prompt, branches=tuple(branch(n) for n in branches)))
+        grown = Tree(prompt=prompt, branches=())
+        for index, length in enumerate(branches):
+            parent = draw(st.sampled_from((None, *(grown.path(index - 1) if index else ()))))
+            grown = Tree(prompt=prompt, branches=(*grown.branches, branch(length, parent)))
+        made.append(grown)
     return made
 
 
@@ -40,18 +46,21 @@ def no_pixels(ref):
 def unpack(packed):
     """The (prompt ids, branches) that went in, read from the tensors alone."""
     made, at = [], 0
-    for span in packed.layout.trees:
-        branches = []
-        for start, end in span.branch_ranges():
+    branches, root = [], 0
+    for index, segment in enumerate(packed.layout.segments):
+        start, end = segment.start, segment.stop
+        if segment.parent is None:
+            branches, root = [], index
+            made.append((tuple(packed.ids[start:end].tolist()), branches))
+        else:
             part = slice(at, at + end - start)
             ids = tuple(packed.targets[part].tolist())
             assert tuple(packed.ids[start:end].tolist()) == ids
+            parent = None if segment.parent == root else segment.parent - root - 1
             weights, logprobs = packed.weights[part].tolist(), packed.sampler_logprobs[part].tolist()
-            branches.append(Branch(ids=ids, weights=tuple(weights), logprobs=tuple(logprobs)))
+            branches.append(Branch(ids=ids, weights=tuple(weights), logprobs=tuple(logprobs), parent=parent))
             at += end - start
-        prompt = tuple(packed.ids[span.start : span.start + span.trunk].tolist())
-        made.append((prompt, tuple(branches)))
-    return made
+    return [(prompt, tuple(branches)) for prompt, branches in made]
 
 
 @given(trees())
@@ -64,7 +73,7 @@ def test_a_pack_holds_all_that_was_packed(made):
 @settings(max_examples=40, deadline=None)
 def test_every_target_is_predicted_by_the_token_before_it_on_its_own_path(made):
     packed = pack(made, no_pixels)
-    paths = [(*tree.prompt.ids, *branch.ids) for tree in made for branch in tree.branches]
+    paths = [path_ids(tree, index) for tree in made for index in range(len(tree.branches))]
     at = 0
     for path, branch in zip(paths, [b for t in made for b in t.branches], strict=True):
         trunk = len(path) - len(branch.ids)
@@ -94,21 +103,35 @@ def test_targets_in_a_trunk_are_predicted_in_the_trunk_and_belong_to_its_branch(
             Tree(prompt=made[0].prompt, branches=branches, trunk_weights=weights)
 
 
-@given(sizes)
+@given(trees())
 @settings(max_examples=60, deadline=None)
-def test_the_dense_mask_shows_exactly_the_path(shape):
-    """Against the definition, token by token: own tree, trunk or own branch, not the future."""
-    layout = layout_of(shape)
+def test_the_dense_mask_shows_exactly_the_path(made):
+    """Against the definition, token by token: the prompt, the branches on the path, not the future."""
+    layout = pack(made, no_pixels).layout
     owner = []
-    for tree, (trunk, branches) in enumerate(shape):
-        owner += [(tree, 0)] * trunk
-        for index, length in enumerate(branches):
-            owner += [(tree, index + 1)] * length
+    for tree, grown in enumerate(made):
+        owner += [(tree, None, {None})] * len(grown.prompt.ids)
+        for index, branch in enumerate(grown.branches):
+            owner += [(tree, index, {None, *grown.path(index)})] * len(branch.ids)
     mask = dense_mask(layout)
-    for q, (q_tree, q_branch) in enumerate(owner):
-        for k, (k_tree, k_branch) in enumerate(owner):
-            visible = k <= q and q_tree == k_tree and k_branch in (0, q_branch)
-            assert mask[q, k] == visible
+    for q, (q_tree, _, path) in enumerate(owner):
+        for k, (k_tree, k_branch, _) in enumerate(owner):
+            assert mask[q, k] == (k <= q and q_tree == k_tree and k_branch in path)
+        assert layout.depths()[q] == mask[q].sum() - 1
+
+
+def test_branches_and_segments_come_depth_first():
+    prompt = Prompt(
+        problem_id="p", ids=(8, 9), images=(), grids=(), spans=(), image_token_id=IMAGE, merge_size=2
+    )
+    for parents in ((0,), (None, 1), (None, None, 0), (None, 0, None, 1)):
+        branches = tuple(Branch(ids=(9,), weights=(1.0,), parent=parent) for parent in parents)
+        with pytest.raises(ValueError, match="depth first"):
+            Tree(prompt=prompt, branches=branches)
+    for parents in ((None, None, 0), (0,), (None, 0, 0, None, 1)):
+        segments = tuple(Segment(start=i, stop=i + 1, parent=p) for i, p in enumerate(parents))
+        with pytest.raises(ValueError, match="depth first"):
+            Layout(segments=segments)
 
 
 def test_positions_are_those_of_the_model_itself(vlm, chat):

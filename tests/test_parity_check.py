@@ -1,6 +1,7 @@
 """The self-check catches every fault that packing could have, on every tree, in float32 and in bfloat16."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -81,17 +82,19 @@ def text_alone(prompt):
 
 
 def the_branch_before_is_seen(layout):
-    tree, branch = layout.segments()
-    order = torch.arange(layout.length)
-    before = branch[:, None] == branch[None] + 1
-    return true_mask(layout) | (before & (tree[:, None] == tree[None]) & (order[:, None] > order[None]))
+    mask = true_mask(layout)
+    for before, segment in pairwise(layout.segments):
+        if before.parent is not None and before.parent == segment.parent:
+            mask[segment.start : segment.stop, before.start : before.stop] = True
+    return mask
 
 
 def trunk_ends_unseen(layout):
     mask = true_mask(layout)
-    for span in layout.trees:
-        end = span.start + span.trunk
-        mask[end : span.stop, end - 2 : end] = False
+    for segment in layout.segments:
+        if segment.parent is not None:
+            end = layout.segments[segment.parent].stop
+            mask[segment.start : segment.stop, end - 2 : end] = False
     return mask
 
 
@@ -100,13 +103,13 @@ def the_tree_before_is_seen(layout):
     return order[:, None] >= order[None]
 
 
-def by_the_token_itself(span):
-    return [i for start, end in span.branch_ranges() for i in range(start, end)]
+def by_the_token_itself(tree):
+    return range(len(tree.prompt.ids), tree.num_tokens)
 
 
-def first_by_the_token_before(span):
-    right = true_predictors(span)
-    return [i - 1 if i == span.start + span.trunk - 1 else i for i in right]
+def first_by_the_token_before(tree):
+    last = len(tree.prompt.ids) - 1
+    return [i - 1 if i == last else i for i in true_predictors(tree)]
 
 
 FAULTS = {
@@ -145,7 +148,7 @@ def test_a_tree_that_sees_the_one_before_is_caught(trained, monkeypatch):
 
 
 def test_the_fast_kernel_of_trees_is_checked(trained, monkeypatch):
-    monkeypatch.setattr(attention, "branches_over_trunk", lambda layout: ())
+    monkeypatch.setattr(attention, "over_what_they_follow", lambda layout: ())
     assert min(shares(*trained)) > 5
 
 
@@ -266,9 +269,9 @@ def test_a_fault_of_the_last_of_many_answers_is_caught(vlm, chat, monkeypatch):
     assert require_agreement(vlm, chat, trees).share < 0.6
 
     def the_last_sees_the_first(layout):
-        (first, *_), (*_, last) = (layout.trees[i].branch_ranges() for i in (0, -1))
+        _, first, *_, last = layout.segments
         mask = true_mask(layout)
-        mask[slice(*last), slice(*first)] = True
+        mask[last.start : last.stop, first.start : first.stop] = True
         return mask
 
     monkeypatch.setattr(attention, "dense_mask", the_last_sees_the_first)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import make_conversation, make_problem
+from conftest import make_conversation, make_problem, path_ids
 from rlcs.data.images import open_image
 from rlcs.errors import UserError
 from rlcs.model import loading, policy
@@ -29,18 +29,22 @@ CASES = {
         ("c", (), (8, 2)),
         ("d", ((84, 84), (56, 56)), (3, 3, 3, 3)),
     ],
+    "answers that fork": [
+        ("a", ((56, 84),), (5, 3, 7, 2, 20, 4), (None, 0, 0, 2, None, 4)),
+        ("b", ((84, 56),), (6, 40), (None, 0)),
+    ],
 }
 
 
 def make_trees(chat, case, seed=0) -> list[Tree]:
     generator = torch.Generator().manual_seed(seed)
     trees = []
-    for name, shapes, lengths in case:
+    for name, shapes, lengths, *parents in case:
         branches = []
-        for length in lengths:
+        for length, parent in zip(lengths, *parents or [(None,) * len(lengths)], strict=True):
             ids = torch.randint(20, 200, (length,), generator=generator).tolist()
             weights = torch.randn(length, generator=generator).tolist()
-            branches.append(Branch(ids=tuple(ids), weights=tuple(weights)))
+            branches.append(Branch(ids=tuple(ids), weights=tuple(weights), parent=parent))
         prompt = chat.prompt(make_problem(name, f"question {name}", shapes))
         trees.append(Tree(prompt=prompt, branches=tuple(branches)))
     return trees
@@ -48,7 +52,11 @@ def make_trees(chat, case, seed=0) -> list[Tree]:
 
 def padded_logprobs(vlm: Vlm, chat, trees: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
     """The plain way: every answer behind its own copy of the prompt, padded on the right, stock attention."""
-    rows = [((*t.prompt.ids, *b.ids), t.prompt, len(b.ids)) for t in trees for b in t.branches]
+    rows = [
+        (path_ids(tree, index), tree.prompt, len(branch.ids))
+        for tree in trees
+        for index, branch in enumerate(tree.branches)
+    ]
     longest = max(len(ids) for ids, _, _ in rows)
     ids = torch.tensor([[*r, *[0] * (longest - len(r))] for r, _, _ in rows])
     mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r, _, _ in rows])
@@ -98,7 +106,7 @@ def test_a_pack_equals_the_padded_repeated_batch(vlm, chat, case, attention):
     torch.testing.assert_close(scores.logprobs, plain, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(scores.entropy, entropy, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(loss, plain_loss, rtol=TOLERANCE, atol=TOLERANCE)
-    assert any("visual" in name for name in ours) == any(shapes for _, shapes, _ in case)
+    assert any("visual" in name for name in ours) == any(shapes for _, shapes, *_ in case)
     assert_same_gradients(ours, theirs)
 
 

@@ -46,16 +46,16 @@ class RecordingPlan:
 
     def trunks(self, layout: Layout) -> list[KeyValue]:
         """Per layer, keys and values (T, K, P, D) of the trunks, padded with zeros on the right."""
-        longest = max(span.trunk for span in layout.trees)
+        longest = max(map(len, layout.trunks))
         return [(_stack(k, layout, longest), _stack(v, layout, longest)) for k, v in self.layers]
 
 
 def _stack(flat: Tensor, layout: Layout, longest: int) -> Tensor:
     """(K, L, D) of the whole pack to (T, K, longest, D)."""
     heads, _, size = flat.shape
-    stacked = flat.new_zeros(len(layout.trees), heads, longest, size)
-    for index, span in enumerate(layout.trees):
-        stacked[index, :, : span.trunk] = flat[:, span.start : span.start + span.trunk]
+    stacked = flat.new_zeros(len(layout.trunks), heads, longest, size)
+    for index, trunk in enumerate(layout.trunks):
+        stacked[index, :, : len(trunk)] = flat[:, trunk.start : trunk.stop]
     return stacked
 
 
@@ -85,7 +85,7 @@ class ForestCache:
             rows.append((empty, empty.clone()))
         return cls(
             trunks=trunks,
-            trunk_lengths=torch.tensor([s.trunk for s in layout.trees], device=device),
+            trunk_lengths=torch.tensor(list(map(len, layout.trunks)), device=device),
             rows=rows,
             row_trunk=row_trunk,
             row_lengths=torch.zeros(len(row_trunk), dtype=torch.long, device=device),

@@ -141,12 +141,12 @@ class DecodingBatch:
             plan = RecordingPlan(attention.make_plan(self._vlm.attention, trunks.layout, self._vlm.device))
             images = image_inputs(self._vlm, trunks)
             states = hidden_states(self._vlm, trunks.ids, trunks.positions, plan=plan, **images)
-            ends = [span.stop - 1 for span in trunks.layout.trees]
+            ends = [trunk.stop - 1 for trunk in trunks.layout.trunks]
             counts = torch.tensor([r.sampling.n for r in chunk], device=self._vlm.device)
             logits = self._head(states[ends]).repeat_interleave(counts, dim=0)
             cache = ForestCache.prefilled(plan, trunks.layout, counts)
-            for request, span in zip(chunk, trunks.layout.trees, strict=True):
-                self._open(request, start=int(trunks.positions[:, span.start : span.stop].max()) + 1)
+            for request, trunk in zip(chunk, trunks.layout.trunks, strict=True):
+                self._open(request, start=int(trunks.positions[:, trunk.start : trunk.stop].max()) + 1)
             if self._cache is None:
                 self._cache, self._logits = cache, logits
             else:

@@ -2,7 +2,8 @@
 
 Many trees lie end to end in one pack: `[trunk | branch 1 | ... | branch G | trunk | ...]`. A token
 sees its own trunk and its own branch up to itself, nothing else; a branch's positions restart
-where its trunk ends; the first token of every branch is predicted by the trunk's last token. So
+where its trunk ends; the first token of every branch is predicted by the trunk's last token. A branch may
+follow another branch in place of the trunk, as deep as one likes: an answer that forks. So
 the gradients of a pack are those of the padded, repeated batch. In a conversation earlier replies lie in
 the trunk, between images that may come after them; where they are learnt, trunk tokens are targets too.
 
@@ -12,7 +13,6 @@ tokens, and those of the trunk with a loss weight), S branches, T trees.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,61 +22,93 @@ from rlcs.records import ImageRef, Prompt, Tree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TreeSpan:
-    """Where one tree lies in its pack: first token, trunk length, branch lengths."""
+class Segment:
+    """Tokens `start` to `stop` of a pack that follow each other: a trunk, or a branch.
+
+    `parent` is the index of the segment whose last token they follow; None: nothing comes before them.
+    """
 
     start: int
-    trunk: int
-    branches: tuple[int, ...]
+    stop: int
+    parent: int | None = None
 
-    @property
-    def stop(self) -> int:
-        """One past the tree's last token."""
-        return self.start + self.trunk + sum(self.branches)
-
-    def branch_ranges(self) -> list[tuple[int, int]]:
-        """The half-open range of every branch."""
-        return list(pairwise(accumulate(self.branches, initial=self.start + self.trunk)))
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """The shape of a pack, from which every attention mask is derived."""
+    """The shape of a pack, from which every layer's view of it is derived.
 
-    trees: tuple[TreeSpan, ...]
+    `segments` lie end to end, depth first: what follows a segment, directly or not, comes right after it.
+    `images` are the ranges of tokens of one image each, which some families let see each other.
+    """
+
+    segments: tuple[Segment, ...]
+    images: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that segments lie end to end and depth first."""
+        path: list[int] = []
+        for index, segment in enumerate(self.segments):
+            while path and path[-1] != segment.parent:
+                path.pop()
+            before = self.segments[index - 1].stop if index else 0
+            if segment.start != before or (segment.parent is not None and not path):
+                raise ValueError(f"segment {index} does not lie where a walk depth first reaches it")
+            path.append(index)
 
     @property
     def length(self) -> int:
         """Tokens of the pack (L)."""
-        return self.trees[-1].stop if self.trees else 0
+        return self.segments[-1].stop if self.segments else 0
 
-    def segments(self) -> tuple[Tensor, Tensor]:
-        """Tree index (L,) and branch index (L,) of every token; branch 0 is the trunk."""
-        tree_ids, branch_ids = [], []
-        for index, span in enumerate(self.trees):
-            tree_ids.append(torch.full((span.stop - span.start,), index))
-            branch_ids.append(torch.zeros(span.trunk, dtype=torch.long))
-            branch_ids += [torch.full((n,), k + 1) for k, n in enumerate(span.branches)]
-        return torch.cat(tree_ids), torch.cat(branch_ids)
+    @property
+    def trunks(self) -> tuple[Segment, ...]:
+        """The segments before which nothing comes, in order."""
+        return tuple(segment for segment in self.segments if segment.parent is None)
+
+    def ends(self) -> list[int]:
+        """For every segment, one past the last token that may see it: of all that follows it."""
+        ends = [segment.stop for segment in self.segments]
+        for index in reversed(range(len(ends))):
+            parent = self.segments[index].parent
+            if parent is not None:
+                ends[parent] = max(ends[parent], ends[index])
+        return ends
+
+    def depths(self) -> Tensor:
+        """How many tokens come before each token on its own path (L,)."""
+        starts: list[int] = []
+        for segment in self.segments:
+            parent = segment.parent
+            starts.append(0 if parent is None else starts[parent] + len(self.segments[parent]))
+        parts = [torch.arange(len(s)) + d for s, d in zip(self.segments, starts, strict=True)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
 def layout_of(sizes: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     """Lay trees of (trunk length, branch lengths) end to end."""
-    spans: list[TreeSpan] = []
+    segments: list[Segment] = []
+    start = 0
     for trunk, branches in sizes:
-        start = spans[-1].stop if spans else 0
-        spans.append(TreeSpan(start=start, trunk=trunk, branches=tuple(branches)))
-    return Layout(trees=tuple(spans))
+        root = len(segments)
+        for parent, length in [(None, trunk), *((root, n) for n in branches)]:
+            segments.append(Segment(start=start, stop=start + length, parent=parent))
+            start += length
+    return Layout(segments=tuple(segments))
 
 
 def dense_mask(layout: Layout) -> Tensor:
-    """Make the reference mask: (L, L) booleans, true where a query (row) may see a key (column)."""
-    tree, branch = layout.segments()
+    """Make the reference mask: (L, L) booleans, true where a query (row) may see a key (column).
+
+    As segments lie depth first, those that see a key are the tokens from it to the end of all that follows
+    its segment.
+    """
+    sizes = torch.tensor([len(segment) for segment in layout.segments])
+    ends = torch.tensor(layout.ends()).repeat_interleave(sizes)
     order = torch.arange(layout.length)
-    causal = order[:, None] >= order[None, :]
-    same_tree = tree[:, None] == tree[None, :]
-    trunk_or_same_branch = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
-    return causal & same_tree & trunk_or_same_branch
+    return (order[:, None] >= order) & (order[:, None] < ends)
 
 
 def trunk_positions(prompt: Prompt) -> Tensor:
@@ -146,7 +178,7 @@ class Pack:
     @property
     def num_sequences(self) -> int:
         """Branches (S)."""
-        return sum(len(span.branches) for span in self.layout.trees)
+        return sum(segment.parent is not None for segment in self.layout.segments)
 
     def to(self, device: torch.device) -> "Pack":
         """The same pack with its tensors on `device`."""
@@ -161,13 +193,15 @@ def pack(trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = F
     """
     if not trees:
         raise ValueError("a pack needs at least one tree")
-    layout = layout_of([(len(t.prompt.ids), [len(b.ids) for b in t.branches]) for t in trees])
+    layout = _layout(trees)
+    trunks = iter(layout.trunks)
     branches = [branch for tree in trees for branch in tree.branches]
     predictors, targets, weights = list[int](), list[int](), list[float]()
     lengths = []
-    for tree, span in zip(trees, layout.trees, strict=True):
-        in_trunk = tree.trunk_targets
-        predictors += [*(span.start + i - 1 for i in in_trunk), *_predictors(span)]
+    for tree in trees:
+        in_trunk, start = tree.trunk_targets, next(trunks).start
+        predictors += [start + i - 1 for i in in_trunk]
+        predictors += [start + i for i in _predictors(tree)]
         targets += [*(tree.prompt.ids[i] for i in in_trunk), *(i for b in tree.branches for i in b.ids)]
         weights += [
             *(tree.trunk_weights[i] for i in in_trunk),
@@ -203,16 +237,40 @@ def _flat_ids(tree: Tree) -> list[int]:
     return [*tree.prompt.ids, *(i for branch in tree.branches for i in branch.ids)]
 
 
+def _layout(trees: Sequence[Tree]) -> Layout:
+    segments: list[Segment] = []
+    images: list[tuple[int, int]] = []
+    for tree in trees:
+        root, start = len(segments), segments[-1].stop if segments else 0
+        images += [(start + a, start + b) for a, b in tree.prompt.spans]
+        segments.append(Segment(start=start, stop=start + len(tree.prompt.ids)))
+        for branch in tree.branches:
+            start, parent = segments[-1].stop, root if branch.parent is None else root + 1 + branch.parent
+            segments.append(Segment(start=start, stop=start + len(branch.ids), parent=parent))
+    return Layout(segments=tuple(segments), images=tuple(images))
+
+
 def _positions(tree: Tree) -> Tensor:
     trunk = trunk_positions(tree.prompt)
-    restart = int(trunk.max()) + 1
-    return torch.cat([trunk, *(_text_positions(restart, len(b.ids)) for b in tree.branches)], dim=1)
+    after_trunk = int(trunk.max()) + 1
+    parts, ends = [trunk], list[int]()
+    for branch in tree.branches:
+        start = after_trunk if branch.parent is None else ends[branch.parent]
+        ends.append(start + len(branch.ids))
+        parts.append(_text_positions(start, len(branch.ids)))
+    return torch.cat(parts, dim=1)
 
 
-def _predictors(span: TreeSpan) -> list[int]:
-    """For every branch token, the index of the token before it on its own path."""
-    trunk_end = span.start + span.trunk - 1
-    return [i for start, end in span.branch_ranges() for i in (trunk_end, *range(start, end - 1))]
+def _predictors(tree: Tree) -> list[int]:
+    """For every branch token, the index in the tree of the token before it on its own path."""
+    stop = len(tree.prompt.ids)
+    predictors, last = list[int](), list[int]()
+    for branch in tree.branches:
+        before = len(tree.prompt.ids) - 1 if branch.parent is None else last[branch.parent]
+        start, stop = stop, stop + len(branch.ids)
+        predictors += [before, *range(start, stop - 1)]
+        last.append(stop - 1)
+    return predictors
 
 
 def within_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:

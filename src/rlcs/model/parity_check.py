@@ -94,17 +94,28 @@ def _sample(trees: Sequence[Tree]) -> list[Tree]:
     chosen: list[Tree] = []
     left = MAX_TOKENS
     for tree in _spread(sorted(trees, key=lambda tree: -len(tree.prompt.ids)), MAX_TREES):
+        followed = {branch.parent for branch in tree.branches}
         branches = [
-            replace(b, ids=b.ids[:MAX_ANSWER], weights=b.weights[:MAX_ANSWER], logprobs=None)
-            for b in tree.branches
+            replace(b, logprobs=None)
+            if index in followed
+            else replace(b, ids=b.ids[:MAX_ANSWER], weights=b.weights[:MAX_ANSWER], logprobs=None)
+            for index, b in enumerate(tree.branches)
         ]
         short = replace(tree, branches=tuple(branches))
         if short.num_tokens > left:
-            short = replace(tree, branches=tuple(_spread(branches, MAX_BRANCHES)))
+            short = _only(short, _spread(range(len(branches)), MAX_BRANCHES))
         if not chosen or short.num_tokens <= left:
             chosen.append(short)
             left -= short.num_tokens
     return chosen
+
+
+def _only(tree: Tree, branches: Sequence[int]) -> Tree:
+    """The tree with these branches, and those that they follow."""
+    kept = sorted({index for branch in branches for index in tree.path(branch)})
+    numbers: dict[int | None, int | None] = {None: None} | {old: new for new, old in enumerate(kept)}
+    chosen = [replace(tree.branches[i], parent=numbers[tree.branches[i].parent]) for i in kept]
+    return replace(tree, branches=tuple(chosen))
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
@@ -195,8 +206,10 @@ def plain_logprobs(
     To be called within `attention_of`; `plan` is for the attention that needs one.
     """
     prompt, answer = tree.prompt, tree.branches[index].ids
-    whole = (*prompt.ids, *answer)
-    targets = torch.tensor([*tree.trunk_targets, *range(len(prompt.ids), len(whole))], device=vlm.device)
+    earlier = (i for branch in tree.path(index)[:-1] for i in tree.branches[branch].ids)
+    whole = (*prompt.ids, *earlier, *answer)
+    targets = [*tree.trunk_targets, *range(len(whole) - len(answer), len(whole))]
+    predictors = torch.tensor(targets, device=vlm.device) - 1
     ids = torch.tensor([whole], device=vlm.device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs["mm_token_type_ids"] = (ids == prompt.image_token_id).long()
@@ -206,7 +219,7 @@ def plain_logprobs(
         inputs["image_grid_thw"] = torch.tensor(prompt.grids, device=vlm.device)
     if plan is not None:
         inputs["plan"] = plan
-    logits = vlm.model(**inputs, use_cache=False, logits_to_keep=targets - 1).logits[0]
+    logits = vlm.model(**inputs, use_cache=False, logits_to_keep=predictors).logits[0]
     return torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, targets, None])[:, 0]
 
 

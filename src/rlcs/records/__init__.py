@@ -413,11 +413,16 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
-    """One answer of a tree: ids (T,), loss weights (T,), and the sampler's logprobs (T,) if any."""
+    """One answer of a tree: ids (T,), loss weights (T,), and the sampler's logprobs (T,) if any.
+
+    It follows the prompt, or the last token of the branch of the same tree with the index `parent`: answers
+    that begin alike may share that part, as a branch whose tokens have no weight or one for all of them.
+    """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     logprobs: tuple[float, ...] | None = None
+    parent: int | None = None
 
     def __post_init__(self) -> None:
         """Check for one weight (and logprob) for each token."""
@@ -428,7 +433,7 @@ class Branch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tree:
-    """A training example: one prompt (the trunk) and its answers (the branches).
+    """A training example: one prompt (the trunk) and its answers (the branches), depth first.
 
     `trunk_weights` are loss weights of the prompt's tokens, for earlier turns that are learnt too; these
     tokens and those of the branch are one sequence. Empty: the prompt has no loss.
@@ -439,12 +444,21 @@ class Tree:
     trunk_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that there is one weight for each token of the prompt, and a branch that they belong to."""
+        """Check the order of branches that fork, and the weights of the prompt's tokens."""
+        for index in range(len(self.branches)):
+            parent = self.branches[index].parent
+            may_follow = (None, *self.path(index - 1)) if index else (None,)
+            _require(parent in may_follow, f"branch {index} does not follow its parent, depth first")
         if not self.trunk_weights:
             return
         _require(len(self.trunk_weights) == len(self.prompt.ids), "one weight a token of the prompt")
         _require(self.trunk_weights[0] == 0, "nothing predicts the first token")
         _require(len(self.branches) == 1 and self.branches[0].logprobs is None, "weights of one plain branch")
+
+    def path(self, index: int) -> tuple[int, ...]:
+        """Indices of the branches between the prompt and the end of one branch, that branch last."""
+        parent = self.branches[index].parent
+        return (index,) if parent is None else (*self.path(parent), index)
 
     @property
     def trunk_targets(self) -> tuple[int, ...]:

@@ -221,7 +221,8 @@ class _StepSums:
         self._count("packs", pack.num_targets > 0)
         self._count("targets", pack.num_targets)
         # Padding trees are no work that was asked for.
-        self._count("passed", sum(t.stop - t.start for t in pack.layout.trees if t.branches))
+        ends = zip(pack.layout.segments, pack.layout.ends(), strict=True)
+        self._count("passed", sum(len(s) for s, end in ends if s.parent is not None or end > s.stop))
         counts = {"loss": sums.loss.detach(), "tokens": sums.tokens, "sequences": sums.sequences}
         self._unread += [(self._count, name, value) for name, value in counts.items()]
         self._unread += [(self._total, name, value) for name, value in sums.sums.items()]
