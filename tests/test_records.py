@@ -154,9 +154,9 @@ EVERY = {
         banned_ids=st.just((2, 3)),
         top_p=st.floats(0.1, 1),
     ),
-    records.Branch: st.just(records.Branch(ids=(1, 2), weights=(0.5, 1.0), logprobs=(-0.5, 0.0))),
-    records.Tree: prompts.map(
-        lambda prompt: records.Tree(prompt=prompt, branches=(records.Branch(ids=(1,), weights=(1.0,)),))
+    trees.Branch: st.just(trees.Branch(ids=(1, 2), weights=(0.5, 1.0), logprobs=(-0.5, 0.0))),
+    trees.Tree: prompts.map(
+        lambda prompt: trees.Tree(prompt=prompt, branches=(trees.Branch(ids=(1,), weights=(1.0,)),))
     ),
 }
 
