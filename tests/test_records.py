@@ -23,6 +23,7 @@ from rlcs.records import (
     from_row,
     from_row_or_none,
     to_row,
+    trees,
 )
 
 texts = st.text(max_size=8)
@@ -163,7 +164,10 @@ EVERY = {
 
 def test_every_record_is_tried_here() -> None:
     found = {
-        each for each in vars(records).values() if is_dataclass(each) and each.__module__ == "rlcs.records"
+        each
+        for module in (records, trees)
+        for each in vars(module).values()
+        if is_dataclass(each) and each.__module__ == module.__name__
     }
     assert found == set(EVERY)
 
