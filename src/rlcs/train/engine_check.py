@@ -142,7 +142,7 @@ class EngineCheck:
                 cases=self._cases,
                 answers=one,
                 truth=own,
-                noise=(one.shares * (own.logprobs - other.logprobs).abs()).sum(1),
+                rounding=(own.logprobs - other.logprobs).abs(),
                 precision=precision,
             )
             for one, own, other, precision in zip(answers, truth, moved, precisions, strict=True)
