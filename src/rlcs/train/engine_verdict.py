@@ -26,10 +26,10 @@ FEW_TOKENS = 4.0
 """For n tokens 1 + this / sqrt(n) times as much is allowed: rounding falls on few tokens (`parity_check`)."""
 MEASURABLE = 1e-4
 """A mean difference below this (nats a token) is not looked into."""
-EXPLAINED, SURE = 0.3, 0.9
-"""A fault is found where it explains this share of the squared differences, and what is left is allowed: those
-of a healthy engine have no direction in common with the effect of a fault, and with hundreds of candidates
-none by chance. From the second share on something may be left."""
+EXPLAINED, SURE = 0.5, 0.9
+"""A fault is found where it explains this share of the squared differences, and what is left is allowed: the
+differences of a healthy engine have no direction in common with the effect of a fault, and with hundreds of
+candidates none by chance. From the second share on something may be left."""
 KERNEL = 2.0
 """Text that is apart by up to so many times the limit, or what bfloat16 would do, is blamed on a kernel,
 and beyond that on weights."""
@@ -226,23 +226,32 @@ class Instance:
             raise _fault(self.answers.view, layer, f"{self._differences()}; {evidence}")
 
     def _explained(self, instead: Computed) -> float:
-        """The share of squared differences that is gone where the trainer computes something else."""
+        """The share of squared differences that is gone where the trainer computes something else.
+
+        Of all cases together, or of the median case where that is less: not by a few tokens of one answer.
+        """
         before, after = (
-            float((self.answers.shares * self.answers.differences(each).square()).sum())
+            torch.zeros(len(self.cases)).index_add(
+                0, self.answers.case, (self.answers.shares * self.answers.differences(each).square()).sum(1)
+            )
             for each in (self.truth, instead)
         )
-        return 1 - after / before if before else 0.0
+        changed = before != after
+        if not changed.any() or not after.isfinite().all():
+            return 0.0
+        gone = 1 - after / before
+        return min(float(1 - after.sum() / before.sum()), float(gone[changed].median()))
 
     def _of(self, *kinds: Kind) -> Tensor:
         """The tokens (N,) of cases of these kinds."""
         return torch.tensor([case.kind in kinds for case in self.cases])[self.answers.case]
 
     def _is_off(self, tokens: Tensor) -> bool:
-        """Whether these tokens have a part in a fault that was found: by less than what would be one alone."""
+        """Whether these tokens have a part in a fault that was found."""
         return self.answers.gap(self.truth, tokens) > max(10 * MEASURABLE, PART * self._noise(tokens))
 
     def _begins_right(self, *kinds: Kind) -> bool:
-        """Whether candidates for the first token, unlikely ones no less than others, differ by rounding alone."""
+        """Whether candidates for the first token, all with the same weight, differ by rounding alone."""
         tokens = self._of(*kinds) & self.answers.is_first
         apart = float(self.answers.differences(self.truth)[tokens].abs().mean())
         return apart <= max(MEASURABLE, PART * float(self.rounding[tokens].mean()))
@@ -252,8 +261,9 @@ class Instance:
         kinds = [kind for kind in (IMAGE, SWAPPED, TEXT) if self._of(kind).any()]
         gaps = ", ".join(f"{kind} {self.answers.gap(self.truth, self._of(kind)):.2g}" for kind in kinds)
         worst = self.worst
+        allowed = "allowed are" if worst.share > 1 else "where rounding might do"
         return (
-            f"{worst.name} is {worst.gap:.2g} nats a token from the trainer, allowed are {worst.limit:.2g} "
+            f"{worst.name} is {worst.gap:.2g} nats a token from the trainer, {allowed} {worst.limit:.2g} "
             f"({worst.precision}); all prompts {gaps}"
         )
 
