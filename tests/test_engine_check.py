@@ -4,25 +4,36 @@ Faults are put into real engines of the built-in model, between the trainer and 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import LengthGrader, make_problem
+from model_server import ModelServer, serving
+from rlcs.data.images import encode, image_from_bytes
 from rlcs.data.sources import open_builtin
 from rlcs.engines import decoding
 from rlcs.engines.base import Engine
 from rlcs.engines.local import LocalEngine
+from rlcs.engines.vllm.engine import VllmEngine
+from rlcs.engines.vllm.fleet import Fleet
+from rlcs.engines.vllm.server import Launch
+from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.errors import TrainingError
 from rlcs.model import loading, packing
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Lora
-from rlcs.recipe.schema import Model
+from rlcs.recipe.sampling import Rollouts
+from rlcs.recipe.schema import Images, Model
 from rlcs.recipe.stages import Grpo
-from rlcs.records import Problem, Prompt
+from rlcs.records import ImageRef, Problem, Prompt
 from rlcs.train import engine_faults
 from rlcs.train.context import GrpoContext
 from rlcs.train.engine_check import EngineCheck, cases
@@ -92,7 +103,6 @@ def caught(check: EngineCheck, version: int = 0) -> str:
     with pytest.raises(TrainingError, match="the rollout engine does not compute what the trainer does") as e:
         check(version)
     assert "rollout.checks=0" in e.value.fix and e.value.where
-    print(e.value)  # noqa: T201
     return e.value.what.partition("wrong first: ")[2].partition(".")[0]
 
 
@@ -259,3 +269,67 @@ def test_the_cases_are_pairs_of_equal_ids(plain):
     for one, other in zip(made[0:6:2], made[1:6:2], strict=True):
         assert one.prompt.ids == other.prompt.ids and one.prompt.grids == other.prompt.grids
         assert one.prompt.images != other.prompt.images
+
+
+# --- servers: vLLM's protocol, every server of a fleet ------------------------------------------------------
+
+
+@contextmanager
+def fleet(vlm: Vlm, chat: Chat, folder: Path, *servers: ModelServer) -> Iterator[VllmEngine]:
+    """An engine over servers that run already."""
+    with serving(*servers) as urls:
+        settings = Rollouts(engine="vllm_server", urls=urls, health_limit_s=10)
+        launch = Launch(settings=settings, dtype="float32", max_tokens=512, max_rows=8)
+        backend = Fleet(settings, logs=folder, launch=launch)
+        yield VllmEngine(backend, WeightsFolder(folder / "weights"), vlm, chat)
+        backend.close()
+
+
+def test_each_server_of_a_fleet_is_compared(plain, tmp_path):
+    lines: list[str] = []
+    with fleet(*plain, tmp_path, ModelServer("builtin"), ModelServer("builtin")) as engine:
+        check = check_of(*plain, engine, lines=lines)
+        check(0)
+        perturb(plain[0], 0.1)
+        engine.sync()
+        check(1)
+    assert all("2 engines compute what the trainer does" in line for line in lines) and len(lines) == 2
+    assert check.worst is not None and check.worst.gap < 1e-4 and check.worst.precision == "float32"
+
+
+def test_a_server_that_is_down_is_left_out(plain, tmp_path, caplog):
+    down = ModelServer("builtin")
+    down.well = False
+    lines: list[str] = []
+    with fleet(*plain, tmp_path, down, ModelServer("builtin")) as engine:
+        check_of(*plain, engine, lines=lines)(0)
+    assert "the engine computes" in lines[0] and "vLLM server 0" in caplog.text and not down.asked
+
+
+def blank(ref: ImageRef) -> ImageRef:
+    data = encode(Image.new("RGB", (ref.width, ref.height)))
+    return image_from_bytes(data, limit=10**7, where="blank")
+
+
+def test_one_server_of_two_loses_the_pixels(plain, tmp_path):
+    servers = ModelServer("builtin"), ModelServer("builtin", changed=blank)
+    with fleet(*plain, tmp_path, *servers) as engine, pytest.raises(TrainingError, match="pixels") as error:
+        check_of(*plain, engine)(0)
+    assert error.value.where.startswith("vLLM server 1") and "every image were black" in error.value.what
+
+
+def test_a_server_with_other_pixel_bounds(plain, tmp_path):
+    small = ModelServer("builtin", images=Images(max_pixels=4000))
+    with fleet(*plain, tmp_path, small) as engine, pytest.raises(TrainingError, match="grid") as error:
+        check_of(*plain, engine)(0)
+    assert re.search(r"it made \d+ tokens of the images, and the trainer \d+", error.value.what)
+
+
+def test_a_server_keeps_its_old_weights_under_the_new_name(plain, tmp_path):
+    with fleet(*plain, tmp_path, ModelServer("builtin", stale=True)) as engine:
+        check = check_of(*plain, engine)
+        check(0)
+        perturb(plain[0], 0.02)
+        engine.sync()
+        with pytest.raises(TrainingError, match=r"weights.*as if it still had the weights of before"):
+            check(1)
