@@ -15,7 +15,8 @@ from bench.shapes import SEED, Case, grpo_settings
 from rlcs.model.packing import Pack, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
-from rlcs.records import Branch, Prompt, Tree
+from rlcs.records import Prompt
+from rlcs.records.trees import Branch, Tree
 from rlcs.train.context import GrpoContext
 from rlcs.train.learning import make_objective
 from rlcs.train.losses import denominator

@@ -30,7 +30,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from bench.meter import Meter
 from bench.shapes import SEED, Case, grpo_settings, rewards
-from rlcs.model.chat import VISION_TOKENS
+from rlcs.model.chat_format import CHATML
 from rlcs.recipe.schema import Prompts
 from rlcs.records import Problem
 
@@ -67,7 +67,7 @@ class WatchedTrainer(GRPOTrainer):
         tokenizer = self.processing_class.tokenizer
         self._end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         others = ("<|im_start|>", "<|endoftext|>")
-        self._banned_ids = [tokenizer.convert_tokens_to_ids(t) for t in (*VISION_TOKENS, *others)]
+        self._banned_ids = [tokenizer.convert_tokens_to_ids(t) for t in (*CHATML.vision, *others)]
         self._generate_as_ever = self.model.generate
         self.model.generate = self._generate_forced
         self.add_callback(_StepEnd(self))

@@ -16,8 +16,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from rlcs.data import puzzles
 from rlcs.data.images import image_from_bytes
 from rlcs.model.chat import Chat
+from rlcs.model.chat_format import CHATML
 from rlcs.model.images import ImagePipeline
 from rlcs.model.packing import within_budget
+from rlcs.model.patches import FlatPatches
 from rlcs.recipe.schema import Prompts
 from rlcs.recipe.stages import Grpo
 from rlcs.records import ImageRef, Problem
@@ -150,8 +152,15 @@ def make_case(shape: Shape, folder: Path, steps: int, *, cpu_time: bool = False)
     model = wide_model(processor) if shape.model == "38M" else tiny_model.build_model(processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    images = ImagePipeline(processor.image_processor, decode_limit=DECODE_LIMIT)
-    chat = Chat(processor.tokenizer, images, system=Prompts().system, max_tokens=4096)
+    images = ImagePipeline(FlatPatches(processor.image_processor), decode_limit=DECODE_LIMIT)
+    chat = Chat(
+        processor.tokenizer,
+        images,
+        format=CHATML,
+        system=Prompts().system,
+        max_tokens=4096,
+        default_system=None,
+    )
     count = shape.prompts * (1 + steps)
     problems = drawn_problems(shape, chat, count) if shape.trunk else _own_problems(count)
     lengths = {p.id: _lengths(shape, chat, p) for p in problems}

@@ -13,7 +13,8 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model
-from rlcs.records import Branch, Grade, ImageRef, Problem, Prompt, Rollout, Tree, Turn
+from rlcs.records import Grade, ImageRef, Problem, Prompt, Rollout, Turn
+from rlcs.records.trees import Branch, Tree
 from rlcs.storage import file_sum, write_manifest
 
 

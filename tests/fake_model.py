@@ -32,7 +32,8 @@ from transformers import AutoModelForImageTextToText
 from rlcs.distributed import World
 from rlcs.model import attention, fsdp, loading, vision_attention
 from rlcs.model.families import FAMILIES
-from rlcs.model.packing import Pack, layout_of
+from rlcs.model.layout import layout_of
+from rlcs.model.packing import Pack
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.train import grpo

@@ -11,6 +11,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -81,15 +83,32 @@ def qwen3_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VL
     config = Qwen3VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, **vision_ids(tokenizer)
     )
+    return Qwen3VLForConditionalGeneration(config), _qwen3_processor(tokenizer)
+
+
+def _qwen3_processor(tokenizer) -> Qwen3VLProcessor:
     tokenizer.chat_template = QWEN_3_TEMPLATE
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    processor = Qwen3VLProcessor(
+    return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=SIZES, patch_size=16, **half),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=QWEN_3_TEMPLATE,
     )
-    return Qwen3VLForConditionalGeneration(config), processor
+
+
+def qwen3_5(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+    """Two gated delta nets around an attention layer; more value than key heads; a quarter is rotated."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True, "partial_rotary_factor": 0.25}  # fmt: skip
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+              "linear_value_head_dim": 24}  # fmt: skip
+    layers = ["linear_attention", "full_attention", "linear_attention"]
+    text = _text(tokenizer, head_dim=32, rope_parameters=rope, layer_types=layers, **linear, **dict(text))
+    vision = {"depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
+              "num_position_embeddings": 256, "initializer_range": 0.08, **dict(vision)}  # fmt: skip
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **vision_ids(tokenizer))
+    return Qwen3_5ForConditionalGeneration(config), _qwen3_processor(tokenizer)
 
 
 BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from rlcs.errors import TrainingError
 from rlcs.model import attention
 from rlcs.model.attention import BLOCK, MAX_GRAPHS, DensePlan, FlexPlan, block_mask
-from rlcs.model.packing import Layout, Segment, dense_mask, layout_of
+from rlcs.model.layout import Layout, Segment, dense_mask, layout_of
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, SIZE = 4, 2, 32

@@ -3,7 +3,7 @@
 import threading
 
 from conftest import make_problem
-from rlcs.records import Branch, Tree
+from rlcs.records.trees import Branch, Tree
 from rlcs.train.batching import full_packs_in_step, own_share, shared
 
 

@@ -13,7 +13,7 @@ from bench.meter import Measured, Meter
 from bench.shapes import Case, Shape, make_case, wide_model
 from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.model import loading
-from rlcs.model.packing import dense_mask, layout_of
+from rlcs.model.layout import dense_mask, layout_of
 from rlcs.plan.shapes import measure
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.schema import Model

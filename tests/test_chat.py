@@ -9,7 +9,9 @@ from conftest import draw, make_conversation, make_problem
 from rlcs.data.images import open_image
 from rlcs.errors import ImageError, PromptError
 from rlcs.model import loading
-from rlcs.model.chat import DEFAULT_SYSTEM, default_system, set_default_system
+from rlcs.model.chat import default_system, set_default_system
+from rlcs.model.chat_format import CHATML
+from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
 from rlcs.recipe.schema import Images, Model, Prompts, Recipe
 from rlcs.records import ImageRef, Message, Problem, Request, Turn
 
@@ -217,17 +219,17 @@ def rendered_ids(processor, messages):
 
 @pytest.mark.parametrize("system", ["Put it in \\boxed{}.", "a 'b' \"c\" {{ d }} {% e %}\n\nü 数 \U0001f600"])
 def test_the_system_prompt_is_saved_with_the_model(vlm, tmp_path, system):
-    assert default_system(vlm.processor) == DEFAULT_SYSTEM
+    assert default_system(vlm.processor, CHATML) == DEFAULT_SYSTEM
     chat = loading.make_chat(vlm, prompts=Prompts(system=system))
     loading.save(vlm, tmp_path)
     loaded = loading.load(Model(name=str(tmp_path)))
-    assert default_system(loaded.processor) == system
+    assert default_system(loaded.processor, CHATML) == system
     turn = Message(role="user", parts=(draw(56, 56), "How many?"))
     assert list(chat.conversation([turn], name="c").ids) == rendered_ids(loaded.processor, [turn])
     own = [Message(role="system", parts=("Other.",)), turn]
     assert list(chat.conversation(own, name="c").ids) == rendered_ids(loaded.processor, own)
-    set_default_system(loaded.processor, "changed")
-    assert default_system(loaded.processor) == "changed"
+    set_default_system(loaded.processor, "changed", CHATML)
+    assert default_system(loaded.processor, CHATML) == "changed"
 
 
 def test_a_token_has_its_own_bytes(vlm):

@@ -31,7 +31,7 @@ from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel
 from rlcs.recipe.loading import dump, load_recipe
 from rlcs.recipe.schema import Model
-from rlcs.records import Tree
+from rlcs.records.trees import Tree
 from rlcs.storage import read_json, read_jsonl
 from rlcs.train import grpo, sft
 from rlcs.train.batching import Keep, guessed_tokens, packs_in_step, padding_tree

@@ -37,7 +37,7 @@ from rlcs.doctor.gpu.runner import SPECS, Spec, run
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import UserError
 from rlcs.model import attention as model_attention
-from rlcs.model import loading, packing
+from rlcs.model import layout, loading, packing
 from rlcs.plan.measured import Rates, read_rates
 from rlcs.train import state as training
 
@@ -200,12 +200,7 @@ def test_trees_with_wrong_positions(setting, monkeypatch, positions):
 
 
 def test_trees_whose_branches_see_each_other(setting, monkeypatch):
-    real = packing.Layout.segments
-    monkeypatch.setattr(
-        packing.Layout,
-        "segments",
-        lambda layout: (real(layout)[0], torch.zeros(layout.length, dtype=torch.long)),
-    )
+    monkeypatch.setattr(layout.Layout, "ends", lambda layout: [layout.length] * len(layout.segments))
     real_load = loading.load
     monkeypatch.setattr(loading, "load", lambda *a, **k: replace(real_load(*a, **k), attention="dense"))
     assert not trees.check(setting).ok

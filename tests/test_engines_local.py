@@ -18,9 +18,11 @@ from rlcs.engines.local import LocalEngine
 from rlcs.engines.onednn_linear import packed
 from rlcs.engines.sampling import choose, uniform
 from rlcs.errors import OutOfMemory
-from rlcs.model.packing import layout_of, pack
+from rlcs.model.layout import layout_of
+from rlcs.model.packing import pack
 from rlcs.model.policy import score
-from rlcs.records import Branch, StopReason, Tree
+from rlcs.records import StopReason
+from rlcs.records.trees import Branch, Tree
 
 
 @pytest.fixture
@@ -115,6 +117,8 @@ def test_every_group_is_handed_over_as_soon_as_it_is_finished(vlm, chat, prompts
 
 class Nowhere:
     """A plan whose attention nobody looks at."""
+
+    recurrence = None
 
     def attend(self, layer, query, key, value):
         return query

@@ -15,7 +15,7 @@ from rlcs.model.policy import score
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.schema import Model
 from rlcs.recipe.stages import Grpo
-from rlcs.records import Branch, Tree
+from rlcs.records.trees import Branch, Tree
 from rlcs.train import grpo
 from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext

@@ -10,7 +10,7 @@ from rlcs.model.linear_logprobs import linear_logprobs
 from rlcs.model.packing import pack
 from rlcs.model.policy import _score_chunk
 from rlcs.recipe.schema import Model
-from rlcs.records import Branch, Tree
+from rlcs.records.trees import Branch, Tree
 from test_plan_memory import measured_peak
 
 COUNT, HIDDEN, VOCABULARY = 37, 24, 301

@@ -28,7 +28,8 @@ from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.recipe.table import summary_rows
-from rlcs.records import Branch, Demonstration, Grade, Tree
+from rlcs.records import Demonstration, Grade
+from rlcs.records.trees import Branch, Tree
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
 from rlcs.train import state as state_of

@@ -18,6 +18,7 @@ from rlcs.data.images import image_from_bytes, image_from_path, open_image
 from rlcs.errors import ImageError, ModelError
 from rlcs.model import images as model_images
 from rlcs.model.images import ImagePipeline
+from rlcs.model.patches import FlatPatches
 from rlcs.records import ImageRef, Prompt
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -35,7 +36,7 @@ def processor(family="qwen2_5_vl", low=3136, high=1_204_224):
 
 
 def pipeline(**options):
-    return ImagePipeline(processor(), decode_limit=10**9, **options)
+    return ImagePipeline(FlatPatches(processor()), decode_limit=10**9, **options)
 
 
 def of_size(width, height):
@@ -60,7 +61,7 @@ def test_the_grid_is_the_processors_for_every_size(family, bounds):
     near = (-1, 0, 1, side // 2)
     sizes += [(side * n + d, side * m + e) for n in (1, 7, 40) for m in (1, 41) for d in near for e in near]
     sizes += [(1, 1), (1, 200), (200, 1), (10, 2000), (41, 8200), (40_000, 300), (65_535, 65_535)]
-    images = ImagePipeline(made, decode_limit=10**9)
+    images = ImagePipeline(FlatPatches(made), decode_limit=10**9)
     checked = 0
     for width, height in sizes:
         if max(width, height) > 200 * min(width, height):
@@ -80,7 +81,7 @@ def test_the_grid_is_the_processors_for_every_size(family, bounds):
 def test_patches_are_the_processors_bit_by_bit(family, size):
     made = processor(family)
     ref = draw(*size) if size != (1300, 1700) else photo(*size)
-    images = ImagePipeline(made, decode_limit=10**9)
+    images = ImagePipeline(FlatPatches(made), decode_limit=10**9)
     expected, grid = plain(made, ref)
     assert images.grid(ref) == grid
     assert images.patches(ref).dtype == torch.float32
@@ -257,7 +258,7 @@ print("ended", flush=True)
 def test_vllm_gets_an_image_that_its_processor_leaves_as_it_is():
     for family in FAMILIES:
         made = processor(family)
-        images = ImagePipeline(made, decode_limit=10**9)
+        images = ImagePipeline(FlatPatches(made), decode_limit=10**9)
         for ref in (photo(1600, 1200), draw(64, 48), draw(57, 1400)):
             resized = images.resized(ref)
             _, height, width = images.grid(ref)
@@ -273,7 +274,7 @@ def test_shapes_that_would_be_resized_twice_are_passed_on_in_full_size(size, bou
     """A grid can be longer than 200 times its width, or too large where the bounds lie close together."""
     made = processor("qwen2_5_vl", *bounds)
     ref = draw(*size)
-    images = ImagePipeline(made, decode_limit=10**9)
+    images = ImagePipeline(FlatPatches(made), decode_limit=10**9)
     assert images.resized(ref).size == size
     features = made(images=[images.resized(ref)], return_tensors="pt")
     assert torch.equal(features["pixel_values"], images.patches(ref))
@@ -283,7 +284,7 @@ def test_a_processor_with_other_arithmetic_is_refused():
     made = processor()
     made.do_normalize = False
     with pytest.raises(ModelError, match="computes other patches"):
-        ImagePipeline(made, decode_limit=10**9)
+        ImagePipeline(FlatPatches(made), decode_limit=10**9)
 
 
 def test_problems_with_damaged_images_are_found_with_their_prompts(chat):

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_problem, path_ids
-from rlcs.model.packing import Layout, Segment, dense_mask, pack, trunk_positions, within_budget
-from rlcs.records import Branch, Prompt, Tree
+from rlcs.model.layout import Layout, Segment, dense_mask
+from rlcs.model.packing import pack, trunk_positions, within_budget
+from rlcs.records import Prompt
+from rlcs.records.trees import Branch, Tree
 
 IMAGE = 7
 sizes = st.lists(

@@ -11,13 +11,23 @@ from rlcs.data.sources import open_builtin
 from rlcs.distributed import World
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import TrainingError
-from rlcs.model import attention, image_features, loading, packing, parity_check, policy, vision_attention
+from rlcs.model import (
+    attention,
+    image_features,
+    layout,
+    loading,
+    packing,
+    parity_check,
+    policy,
+    vision_attention,
+)
 from rlcs.model.packing import pack
 from rlcs.model.parity_check import Agreement, agreement, gap, require_agreement
 from rlcs.model.policy import score
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Model
-from rlcs.records import Branch, Demonstration, Tree
+from rlcs.records import Demonstration
+from rlcs.records.trees import Branch, Tree
 from rlcs.train import sft
 from test_distributed import group_of_one  # noqa: F401 - a fixture
 from test_policy import CASES, make_trees
@@ -63,7 +73,7 @@ def test_a_healthy_untrained_model_passes(untrained):
     assert max(shares(*untrained)) < 0.6
 
 
-true_positions, true_mask, true_predictors = packing.trunk_positions, packing.dense_mask, packing._predictors
+true_positions, true_mask, true_predictors = packing.trunk_positions, layout.dense_mask, packing._predictors
 
 
 def branches_shifted(tree):

@@ -20,7 +20,7 @@ from rlcs.plan.shapes import measure
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.schema import Model
 from rlcs.recipe.stages import Grpo, Optimizer
-from rlcs.records import Branch, Tree
+from rlcs.records.trees import Branch, Tree
 from rlcs.train.learning import make_objective
 from rlcs.train.losses import sft_loss
 from rlcs.train.trainer import Batch, Trainer

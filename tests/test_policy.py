@@ -8,11 +8,13 @@ from rlcs.data.images import open_image
 from rlcs.errors import UserError
 from rlcs.model import loading, policy
 from rlcs.model.attention import DensePlan, TreePlan
-from rlcs.model.packing import layout_of, pack, within_budget
+from rlcs.model.layout import layout_of
+from rlcs.model.packing import pack, within_budget
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model, Prompts
-from rlcs.records import Branch, Demonstration, Tree
+from rlcs.records import Demonstration
+from rlcs.records.trees import Branch, Tree
 from rlcs.train import sft
 from rlcs.train.trainer import Batch
 from test_chat import template_messages

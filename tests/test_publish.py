@@ -20,6 +20,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.errors import UserError
 from rlcs.model import loading
 from rlcs.model.chat import default_system
+from rlcs.model.chat_format import CHATML
 from rlcs.publish import quantise
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import load_recipe
@@ -205,7 +206,7 @@ def test_what_was_decided_travels_with_the_model(run, exported, tmp_path):
 
     processor = AutoProcessor.from_pretrained(exported)
     system = load_recipe(str(run / "recipe.yaml")).recipe.prompt.system
-    assert default_system(processor) == system and system in card(exported)
+    assert default_system(processor, CHATML) == system and system in card(exported)
     assert processor.image_processor.size["longest_edge"] == 1_204_224
     config = read_json(exported / "generation_config.json")
     assert (

@@ -23,6 +23,7 @@ from rlcs.records import (
     from_row,
     from_row_or_none,
     to_row,
+    trees,
 )
 
 texts = st.text(max_size=8)
@@ -154,16 +155,19 @@ EVERY = {
         banned_ids=st.just((2, 3)),
         top_p=st.floats(0.1, 1),
     ),
-    records.Branch: st.just(records.Branch(ids=(1, 2), weights=(0.5, 1.0), logprobs=(-0.5, 0.0))),
-    records.Tree: prompts.map(
-        lambda prompt: records.Tree(prompt=prompt, branches=(records.Branch(ids=(1,), weights=(1.0,)),))
+    trees.Branch: st.just(trees.Branch(ids=(1, 2), weights=(0.5, 1.0), logprobs=(-0.5, 0.0))),
+    trees.Tree: prompts.map(
+        lambda prompt: trees.Tree(prompt=prompt, branches=(trees.Branch(ids=(1,), weights=(1.0,)),))
     ),
 }
 
 
 def test_every_record_is_tried_here() -> None:
     found = {
-        each for each in vars(records).values() if is_dataclass(each) and each.__module__ == "rlcs.records"
+        each
+        for module in (records, trees)
+        for each in vars(module).values()
+        if is_dataclass(each) and each.__module__ == module.__name__
     }
     assert found == set(EVERY)
 

@@ -9,15 +9,18 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from conftest import draw, make_problem
 from rlcs.data.loading import load
 from rlcs.model import attention, loading
-from rlcs.model.chat import DEFAULT_SYSTEM, default_system
+from rlcs.model.chat import default_system
+from rlcs.model.chat_format import CHATML
 from rlcs.model.families import FAMILIES
+from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
 from rlcs.model.packing import pack
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import published
 from rlcs.recipe.loading import differences, load_recipe
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.table import summary_rows
-from rlcs.records import Branch, Demonstration, Tree
+from rlcs.records import Demonstration
+from rlcs.records.trees import Branch, Tree
 from rlcs.train import sft
 from rlcs.train.learning import make_objective
 from rlcs.train.losses import sft_loss
@@ -159,7 +162,7 @@ def test_rl_can_have_a_system_prompt_of_its_own(vlm):
         chat = loading.make_chat(vlm, prompts, rl=rl)
         assert [w in chat.text(chat.prompt(problem).ids) for w in ("Train.", "Reinforce.")].count(True) == 1
         assert word in chat.text(chat.prompt(problem).ids)
-    assert default_system(vlm.processor) == "Train.", "a saved model carries the prompt of all stages"
+    assert default_system(vlm.processor, CHATML) == "Train.", "a saved model carries the prompt of all stages"
 
 
 def test_rl_can_have_a_smallest_image_of_its_own(vlm):

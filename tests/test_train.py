@@ -24,7 +24,8 @@ from rlcs.model.policy import score
 from rlcs.progress import screen
 from rlcs.recipe.schema import Images, Prompts, Recipe
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
-from rlcs.records import Branch, Demonstration, Grade, Problem, Rollout, StopReason, Tree, rollout_seed
+from rlcs.records import Demonstration, Grade, Problem, Rollout, StopReason, rollout_seed
+from rlcs.records.trees import Branch, Tree
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_jsonl
 from rlcs.train import checkpoint, grpo, sft

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rlcs.model.policy import Scores, score
     from rlcs.model.vlm import Vlm
     from rlcs.recipe.stages import Optimizer
-    from rlcs.records import Branch, Grade, Problem, Prompt, Rollout, Sampling, Tree
+    from rlcs.records import Grade, Problem, Prompt, Rollout, Sampling
+    from rlcs.records.trees import Branch, Tree
     from rlcs.serving.session import Session
     from rlcs.train.losses import LossSums, advantages
     from rlcs.train.trainer import Batch, Trainer

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from rlcs.data import puzzles
-from rlcs.model.chat import DEFAULT_SYSTEM
+from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
 from rlcs.recipe.schema import Prompts
 from tools.tiny_model.lessons import lessons
 

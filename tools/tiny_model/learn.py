@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from rlcs.data.puzzles.family import Family
-from rlcs.model.chat import DEFAULT_SYSTEM
-from rlcs.model.packing import dense_mask, layout_of
+from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
+from rlcs.model.layout import dense_mask, layout_of
 from tools.tiny_model.build import SYSTEM
 from tools.tiny_model.lessons import Lesson, lessons
 

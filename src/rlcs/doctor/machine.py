@@ -19,7 +19,7 @@ from rlcs.model.packing import pack
 from rlcs.model.parity_check import SMALLEST_LIMIT, agreement, gap
 from rlcs.model.policy import score
 from rlcs.recipe.schema import Model
-from rlcs.records import Branch, Tree
+from rlcs.records.trees import Branch, Tree
 
 _NEEDED = ("rlcs", "torch", "transformers", "datasets", "math-verify", "safetensors")
 _OPTIONAL = {

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rlcs.model.attention import Plan
-from rlcs.model.packing import Layout
+from rlcs.model.layout import Layout
+from rlcs.model.recurrence import Recurrence
 
 GROWTH = 32
 """Tokens by which the cache of the rows grows."""
@@ -26,6 +27,7 @@ class RecordingPlan:
     def __init__(self, inner: Plan) -> None:
         """`inner` computes the attention itself."""
         self._inner = inner
+        self.recurrence = inner.recurrence
         self.layers: list[KeyValue] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -61,6 +63,7 @@ class ForestCache:
     rows: list[KeyValue]
     row_trunk: Tensor
     row_lengths: Tensor
+    recurrence: Recurrence | None = None
 
     @classmethod
     def prefilled(cls, recording: RecordingPlan, layout: Layout, counts: Tensor) -> "ForestCache":

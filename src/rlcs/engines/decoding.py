@@ -19,7 +19,8 @@ from rlcs.model.image_features import image_inputs
 from rlcs.model.packing import pack
 from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
-from rlcs.records import Prompt, Sampling, StopReason, Tree, rollout_seed
+from rlcs.records import Prompt, Sampling, StopReason, rollout_seed
+from rlcs.records.trees import Tree
 
 PREFILL_TOKENS = 16384
 """Prompt tokens prefilled in one forward pass."""

@@ -10,7 +10,6 @@ Letters in shapes: L tokens, H query heads, K key-value heads, D head size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -22,15 +21,24 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlcs.errors import TrainingError, UserError, shortage
-from rlcs.model import vision_attention
-from rlcs.model.packing import Layout, dense_mask
+from rlcs.model import delta_net, vision_attention
+from rlcs.model.layout import Bucket, Layout, buckets, dense_mask
+from rlcs.model.recurrence import PathRecurrence, Recurrence
 
 NAME = "rlcs"
 """The name of this attention in transformers' registry."""
 
 
 class Plan(Protocol):
-    """Computes the attention of one forward pass."""
+    """Computes what lets tokens see each other in one forward pass.
+
+    `recurrence` is for recurrent layers; with None they compute what transformers' own forward computes.
+    """
+
+    @property
+    def recurrence(self) -> Recurrence | None:
+        """What recurrent layers compute with."""
+        ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries (1, H, L, D), keys and values (1, K, L, D) of one layer to outputs (1, H, L, D)."""
@@ -45,6 +53,7 @@ def install(model: PreTrainedModel) -> None:
     AttentionInterface.register(NAME, _attend_by_plan)
     AttentionInterface.register(vision_attention.NAME, vision_attention.attend_by_windows)
     model.set_attn_implementation({"text_config": NAME, "vision_config": vision_attention.NAME})
+    delta_net.install(model)
 
 
 def _attend_by_plan(
@@ -70,6 +79,7 @@ class DensePlan:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         """Build the mask once for all layers."""
         self._mask = dense_mask(layout).to(device)
+        self.recurrence = PathRecurrence(layout, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Stock attention under the dense mask."""
@@ -84,6 +94,7 @@ class FlexPlan:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         """Build the block mask once for all layers."""
         self._mask = block_mask(layout, device)
+        self.recurrence = PathRecurrence(layout, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Block-sparse attention; FlexAttention has no backward on a CPU. Raises TrainingError.
@@ -206,6 +217,7 @@ class TreePlan:
         """Sort the segments into buckets once for all layers."""
         self._buckets = tuple(bucket.to(device) for bucket in segment_buckets(layout))
         self._over_others = over_what_they_follow(layout)
+        self.recurrence = PathRecurrence(layout, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Exact attention whose cost and memory follow the visible blocks."""
@@ -214,62 +226,14 @@ class TreePlan:
         return output
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Segments of about the same length: tokens `source` (n,) of the pack, padded into `cells` (n,).
-
-    Cells count through (`count` segments, `longest` tokens).
-    """
-
-    count: int
-    longest: int
-    source: Tensor
-    cells: Tensor
-
-    def to(self, device: torch.device) -> "Bucket":
-        """The same bucket with its indices on `device`."""
-        return Bucket(self.count, self.longest, self.source.to(device), self.cells.to(device))
-
-    def pad(self, x: Tensor) -> Tensor:
-        """(1, H, L, ...) of the pack to (count, H, longest, ...), zero where there is no token."""
-        rows = x[0].transpose(0, 1)
-        padded = rows.new_zeros(self.count * self.longest, *rows.shape[1:])
-        padded.index_copy_(0, self.cells, rows.index_select(0, self.source))
-        return padded.view(self.count, self.longest, *rows.shape[1:]).transpose(1, 2)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """(count, H, longest, ...) to the tokens alone: (n, H, ...)."""
-        rows = x.transpose(1, 2)
-        return rows.reshape(-1, *rows.shape[2:]).index_select(0, self.cells)
-
-
 Ranges = tuple[tuple[slice, slice], ...]
 """Queries and keys of blocks without a mask."""
-
-PADDING_SHARE = 0.25
-"""A segment joins a bucket if it is at most this much shorter than the bucket's longest."""
-
-TINY = 16
-"""Segments up to this long all share a bucket."""
 
 
 def segment_buckets(layout: Layout) -> list[Bucket]:
     """Put every trunk and every branch, which attend to themselves causally, into buckets by length."""
-    spans = [(s.start, s.stop) for s in layout.trunks]
-    spans += [(s.start, s.stop) for s in layout.segments if s.parent is not None]
-    groups: list[list[tuple[int, int]]] = []
-    for span in sorted(spans, key=lambda span: span[0] - span[1]):
-        longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
-        if not groups or span[1] - span[0] < (1 - PADDING_SHARE) * longest > (1 - PADDING_SHARE) * TINY:
-            groups.append([])
-        groups[-1].append(span)
-    buckets = []
-    for group in groups:
-        longest = group[0][1] - group[0][0]
-        source = torch.cat([torch.arange(*span) for span in group])
-        cells = torch.cat([row * longest + torch.arange(b - a) for row, (a, b) in enumerate(group)])
-        buckets.append(Bucket(len(group), longest, source, cells))
-    return buckets
+    order = sorted(range(len(layout.segments)), key=lambda i: layout.segments[i].parent is not None)
+    return buckets(layout, order)
 
 
 def over_what_they_follow(layout: Layout) -> Ranges:
@@ -292,15 +256,16 @@ class _TreeAttention(torch.autograd.Function):
         exact = torch.promote_types(query.dtype, torch.float32)
         lse = query.new_empty(1, query.shape[2], query.shape[1], dtype=exact).transpose(1, 2)
         for bucket in buckets:
-            part, part_lse = _flash(bucket.pad(query), bucket.pad(key), bucket.pad(value), True)
-            output[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part))
-            lse[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part_lse))
-        for q, k in over_others:
-            part, part_lse = _flash(query[:, :, q], key[:, :, k], value[:, :, k], False)
-            merged = torch.logaddexp(lse[:, :, q], part_lse)
+            q, k, v = (_padded(bucket, x) for x in (query, key, value))
+            part, part_lse = _flash(q, k, v, True)
+            output[0].transpose(0, 1).index_copy_(0, bucket.source, _unpadded(bucket, part))
+            lse[0].transpose(0, 1).index_copy_(0, bucket.source, _unpadded(bucket, part_lse))
+        for rows, keys in over_others:
+            part, part_lse = _flash(query[:, :, rows], key[:, :, keys], value[:, :, keys], False)
+            merged = torch.logaddexp(lse[:, :, rows], part_lse)
             share = torch.exp(part_lse - merged)[..., None].to(output.dtype)
-            output[:, :, q] = torch.lerp(output[:, :, q], part, share)
-            lse[:, :, q] = merged
+            output[:, :, rows] = torch.lerp(output[:, :, rows], part, share)
+            lse[:, :, rows] = merged
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.blocks = (buckets, over_others)
         return output
@@ -314,15 +279,25 @@ class _TreeAttention(torch.autograd.Function):
         for bucket in buckets:
             # A padded query has a zero gradient, so it adds nothing to any key's or value's.
             for total, part in zip(
-                totals, _flash_backward([bucket.pad(x) for x in inputs], True), strict=True
+                totals, _flash_backward([_padded(bucket, x) for x in inputs], True), strict=True
             ):
-                total[0].transpose(0, 1).index_copy_(0, bucket.source, bucket.unpad(part))
+                total[0].transpose(0, 1).index_copy_(0, bucket.source, _unpadded(bucket, part))
         for q, k in over_others:
             where = (q, q, k, k, q, q)
             parts = _flash_backward([x[:, :, w] for x, w in zip(inputs, where, strict=True)], False)
             for total, part, w in zip(totals, parts, (q, k, k), strict=True):
                 total[:, :, w] += part
         return totals[0], totals[1], totals[2], None, None
+
+
+def _padded(bucket: Bucket, x: Tensor) -> Tensor:
+    """(1, H, L, ...) of the pack to (segments, H, longest, ...), zero where there is no token."""
+    return bucket.pad(x[0].transpose(0, 1)).transpose(1, 2)
+
+
+def _unpadded(bucket: Bucket, x: Tensor) -> Tensor:
+    """(segments, H, longest, ...) to the tokens alone: (n, H, ...)."""
+    return bucket.unpad(x.transpose(1, 2))
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,7 @@ r"""Turns problems into prompts, by segments: control ids are inserted by number
 
 A prompt is never rendered to one string: a typed `<|image_pad|>` or a forged
 `<|im_end|>\n<|im_start|>system` stays plain text, because text is tokenised with special tokens
-off. On clean text the ids equal those of the model's own chat template (ChatML, as the Qwen-VL
-families use it), which tests hold.
+off. On clean text the ids equal those of the model's own chat template, which tests hold.
 """
 
 import json
@@ -16,17 +15,12 @@ import torch
 from torch import Tensor
 
 from rlcs.errors import DataError, ModelError, PromptError
+from rlcs.model.chat_format import ChatFormat
 from rlcs.model.images import CPU, ImagePipeline
 from rlcs.records import ImageRef, Message, Problem, Prompt, Request, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-DEFAULT_SYSTEM = "You are a helpful assistant."
-"""The system message that the templates of Qwen2-VL and Qwen2.5-VL insert when there is none."""
-
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-"""Ids that stand for images in the input; a model that samples one is broken, so all are banned."""
 
 Segment = int | str | ImageRef
 """A control id, plain text, or an image."""
@@ -42,9 +36,10 @@ class Chat:
         tokenizer: Any,
         images: ImagePipeline,
         *,
+        format: ChatFormat,
         system: str | None,
         max_tokens: int,
-        default_system: str | None = DEFAULT_SYSTEM,
+        default_system: str | None,
     ) -> None:
         """`system` None means the template's default, which may be no system turn at all (also None).
 
@@ -55,18 +50,22 @@ class Chat:
         self._default_system = default_system
         self._system = default_system if system is None else system
         self._max_tokens = max_tokens
-        self._start = self._control("<|im_start|>")
-        self.end_id = self._control("<|im_end|>")
-        self._vision_start = self._control("<|vision_start|>")
-        self._vision_end = self._control("<|vision_end|>")
-        self.image_id = self._control("<|image_pad|>")
+        self._format = format
+        self._opening = [self._control(token) for token in format.opening]
+        self._start = self._control(format.turn_start)
+        self.end_id = self._control(format.turn_end)
+        self._image_start = self._control(format.image_start)
+        self._image_end = self._control(format.image_end)
+        self.image_id = self._control(format.image)
         self._bytes_of_letters = _bytes_of_letters()
         self._control_ids = frozenset(self._tokenizer.all_special_ids)
 
     def _control(self, token: str) -> int:
         index = self._tokenizer.convert_tokens_to_ids(token)
         if index is None or index == self._tokenizer.unk_token_id:
-            raise ModelError(f"the tokenizer has no {token}", fix="use a model of a Qwen-VL family")
+            raise ModelError(
+                f"the tokenizer has no {token}", fix="use the tokenizer with which the model was published"
+            )
         return int(index)
 
     def with_system(self, system: str | None) -> "Chat":
@@ -154,22 +153,24 @@ class Chat:
 
         What an assistant wrote is tokenised apart from the role before it, as when it was sampled.
         """
+        roles, after_turn = self._format.roles, self._format.after_turn
+        yield from ((index, False) for index in self._opening)
         for message in messages:
             is_reply = message.role == "assistant" and bool(message.parts)
-            head: list[Segment] = [self._start, message.role + "\n"]
+            head: list[Segment] = [self._start, roles[message.role]]
             parts: list[Segment] = []
             for part in message.parts:
                 is_image = isinstance(part, ImageRef)
-                parts += [self._vision_start, part, self._vision_end] if is_image else [part]
+                parts += [self._image_start, part, self._image_end] if is_image else [part]
             if is_reply:
                 yield from ((segment, False) for segment in head)
                 yield from ((segment, isinstance(segment, str)) for segment in _join_text(parts))
             else:
                 yield from ((segment, False) for segment in _join_text([*head, *parts]))
             yield self.end_id, is_reply
-            yield "\n", False
+            yield after_turn, False
         yield self._start, False
-        yield "assistant\n", False
+        yield roles["assistant"], False
 
     def _check_length(self, text: str, name: str) -> None:
         """Raise PromptError when a text is far too long, before all of it is tokenised.
@@ -230,7 +231,7 @@ class Chat:
         self, *, max_new_tokens: int, n: int = 1, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
     ) -> Sampling:
         """Make sampling settings that stop at the end of the turn and never emit a vision token."""
-        known = (self._tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS)
+        known = (self._tokenizer.convert_tokens_to_ids(token) for token in self._format.vision)
         vision = tuple(sorted({i for i in known if i is not None and i != self._tokenizer.unk_token_id}))
         return Sampling(
             n=n,
@@ -244,21 +245,21 @@ class Chat:
         )
 
 
-def default_system(processor: Any) -> str | None:
+def default_system(processor: Any, chat_format: ChatFormat) -> str | None:
     """The system prompt that a processor's chat template inserts by default; None: no system turn."""
-    head = "<|im_start|>system\n"
+    head = "".join(chat_format.opening) + chat_format.turn_start + chat_format.roles["system"]
     turn = [{"role": "user", "content": "x"}]
     text = str(processor.apply_chat_template(turn, tokenize=False))
-    return text.removeprefix(head).partition("<|im_end|>")[0] if text.startswith(head) else None
+    return text.removeprefix(head).partition(chat_format.turn_end)[0] if text.startswith(head) else None
 
 
-def set_default_system(processor: Any, system: str) -> None:
+def set_default_system(processor: Any, system: str, chat_format: ChatFormat) -> None:
     """Make `system` the default system message of the processor's chat template.
 
     It is saved with the processor, so that rlcs, transformers and vLLM prompt the saved model
     as it was trained.
     """
-    if default_system(processor) == system:
+    if default_system(processor, chat_format) == system:
         return
     # Before the template itself, whose default is then never used; a JSON string is a Jinja string.
     literal = json.dumps(system, ensure_ascii=False)

@@ -21,7 +21,7 @@ def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
     if not pack.images or pack.grids is None:
         return {}
     if pack.kept is None or vlm.frozen_tower is None:
-        return {"pixel_values": _pixel_values(vlm, pack), "image_grid_thw": pack.grids}
+        return _vision_inputs(vlm, pack)
     key = (vlm.frozen_tower, vlm.model.dtype)
     if key not in pack.kept:
         pack.kept[key] = _tower_output(vlm, pack)
@@ -30,10 +30,11 @@ def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
 
 def affordable_patches(vlm: Vlm, limit_bytes: int) -> int:
     """Patches for which the output of a frozen tower takes at most so many bytes; 0 if it trains."""
-    if vlm.frozen_tower is None:
+    mergers = vlm.family.mergers(vlm.model)
+    if vlm.frozen_tower is None or not mergers:
         return 0
     visual: Any = vlm.model.base_model.visual
-    values = visual.patch_embed.proj.out_channels * len(_mergers(vlm))
+    values = visual.patch_embed.proj.out_channels * len(mergers)
     return int(limit_bytes // (values * vlm.model.dtype.itemsize))
 
 
@@ -42,14 +43,10 @@ def kept_patches(packs: Iterable[Pack]) -> int:
     return sum(int(p.grids.prod(dim=1).sum()) for p in packs if p.kept is not None and p.grids is not None)
 
 
-def _pixel_values(vlm: Vlm, pack: Pack) -> Tensor:
-    return torch.cat([pack.pixels(ref, vlm.device).to(vlm.model.dtype) for ref in pack.images])
-
-
-def _mergers(vlm: Vlm) -> list[nn.Module]:
-    """What maps the tower's hidden states to image tokens: one module; in Qwen3-VL one more a deep layer."""
-    visual: Any = vlm.model.base_model.visual
-    return [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+def _vision_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
+    assert pack.grids is not None
+    patches = [pack.pixels(ref, vlm.device).to(vlm.model.dtype) for ref in pack.images]
+    return vlm.family.vision_inputs(patches, pack.grids)
 
 
 @torch.no_grad()
@@ -64,20 +61,20 @@ def _tower_output(vlm: Vlm, pack: Pack) -> tuple[type, list[int], Tensor, list[T
         inputs[module] = arguments[0]
         return torch.arange(len(output), device=output.device)[:, None]
 
-    hooks = [merger.register_forward_hook(numbered) for merger in _mergers(vlm)]
+    hooks = [merger.register_forward_hook(numbered) for merger in vlm.family.mergers(vlm.model)]
     try:
         model: Any = vlm.model.base_model
-        output = model.get_image_features(_pixel_values(vlm, pack), pack.grids, return_dict=True)
+        output = model.get_image_features(**_vision_inputs(vlm, pack), return_dict=True)
     finally:
         for hook in hooks:
             hook.remove()
     order = torch.cat(output.pooler_output)[:, 0]
     sizes = [len(part) for part in output.pooler_output]
-    return type(output), sizes, order, [inputs[merger] for merger in _mergers(vlm)]
+    return type(output), sizes, order, [inputs[merger] for merger in vlm.family.mergers(vlm.model)]
 
 
 def _merged(vlm: Vlm, kept: tuple[type, list[int], Tensor, list[Tensor]]) -> Any:
     kind, sizes, order, inputs = kept
-    first, *deeper = (merger(x) for merger, x in zip(_mergers(vlm), inputs, strict=True))
+    first, *deeper = (merger(x) for merger, x in zip(vlm.family.mergers(vlm.model), inputs, strict=True))
     more = {"deepstack_features": [features.split(sizes) for features in deeper]} if deeper else {}
     return kind(pooler_output=first[order].split(sizes), **more)

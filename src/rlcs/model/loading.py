@@ -34,7 +34,8 @@ from rlcs.model import attention
 from rlcs.model import lora as adapters
 from rlcs.model.chat import Chat, default_system, set_default_system
 from rlcs.model.checkpoints import ADAPTER, read_weights
-from rlcs.model.families import Family, family_of
+from rlcs.model.families import family_of
+from rlcs.model.families.family import Family
 from rlcs.model.fsdp import shard, whole_weights
 from rlcs.model.images import ImagePipeline
 from rlcs.model.source import FINAL, Source, find_source
@@ -207,7 +208,7 @@ def load(
                     config, dtype=dtype, trust_remote_code=settings.trust_remote_code
                 )
             model.eval()
-    attention.install(model)
+    family.install(model)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     return Vlm(
@@ -332,20 +333,21 @@ def _model_errors(settings: ModelSettings) -> Iterator[None]:
 
 def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, rl: bool) -> Chat:
     smallest = (images.rl_min_pixels if rl else None) or images.min_pixels
-    processor.image_processor.size = {"shortest_edge": smallest, "longest_edge": images.max_pixels}
+    processing = family.image_processing(processor, min_pixels=smallest, max_pixels=images.max_pixels)
     default = family.default_system
     if processor.chat_template:
-        default = default_system(processor)
+        default = default_system(processor, family.chat_format)
         if prompts.system is not None:
-            set_default_system(processor, prompts.system)
+            set_default_system(processor, prompts.system, family.chat_format)
     chat = Chat(
         processor.tokenizer,
         ImagePipeline(
-            processor.image_processor,
+            processing,
             decode_limit=images.decode_limit,
             cache_bytes=int(images.cache_gb * 2**30),
             workers=images.workers,
         ),
+        format=family.chat_format,
         system=prompts.system,
         max_tokens=prompts.max_tokens,
         default_system=default,

@@ -24,7 +24,7 @@ from rlcs.model.chat import Chat
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
-from rlcs.records import Tree
+from rlcs.records.trees import Tree
 
 FACTOR = 3.0
 """Packed and plain logprobs may differ this many times as much as those of two plain kernels."""
@@ -179,6 +179,8 @@ def _explicit(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Ten
 
 class _ExplicitPlan:
     """The language model's attention over one sequence."""
+
+    recurrence = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention."""

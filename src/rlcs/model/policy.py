@@ -36,7 +36,11 @@ def hidden_states(vlm: Vlm, ids: Tensor, positions: Tensor, *, plan: attention.P
     ids (L,), positions (3, L); `images` are those of `image_inputs`.
     """
     output = vlm.model.base_model(
-        input_ids=ids[None], position_ids=positions[:, None], use_cache=False, plan=plan, **images
+        input_ids=ids[None],
+        position_ids=vlm.family.position_ids(positions),
+        use_cache=False,
+        plan=plan,
+        **images,
     )
     states: Tensor = output.last_hidden_state[0]
     return states

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlcs.distributed import ALONE, World
-from rlcs.model.families import Family
+from rlcs.model.families.family import Family
 
 if TYPE_CHECKING:
     from peft import PeftModel

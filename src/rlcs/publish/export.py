@@ -17,7 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from rlcs.data.hub import cache_where_unreachable
 from rlcs.errors import ModelError, RunFolderError
 from rlcs.model import loading
-from rlcs.model.chat import VISION_TOKENS, set_default_system
+from rlcs.model.chat import set_default_system
+from rlcs.model.chat_format import ChatFormat
+from rlcs.model.families import family_of
 from rlcs.model.source import Source, find_source
 from rlcs.publish import card, quantise
 from rlcs.recipe.schema import Eval
@@ -85,13 +87,13 @@ def _write(wanted: Export, source: Source, weights: str) -> None:
         raise ModelError(what, where=wanted.model, fix=fix) from error
     if source.recipe is not None:  # the run's settings become the model's configuration
         recipe, images = source.recipe, source.recipe.images
-        processor.image_processor.size = {
-            "shortest_edge": images.min_pixels,
-            "longest_edge": images.max_pixels,
-        }
+        family = family_of(model.config.model_type, wanted.model)
+        family.image_processing(processor, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
         if recipe.prompt.system is not None:
-            set_default_system(processor, recipe.prompt.system)
-        model.generation_config = sampling_of(recipe.eval, model.generation_config, processor.tokenizer)
+            set_default_system(processor, recipe.prompt.system, family.chat_format)
+        model.generation_config = sampling_of(
+            recipe.eval, model.generation_config, processor.tokenizer, family.chat_format
+        )
     name = wanted.name or out.resolve().name
     converted = wanted.dtype is not None
     # Before quantising: the parameters of packed weights cannot be counted.
@@ -106,9 +108,11 @@ def _write(wanted: Export, source: Source, weights: str) -> None:
     atomic_write(out / "README.md", text)
 
 
-def sampling_of(settings: Eval, old: GenerationConfig, tokenizer: Any) -> GenerationConfig:
+def sampling_of(
+    settings: Eval, old: GenerationConfig, tokenizer: Any, chat_format: ChatFormat
+) -> GenerationConfig:
     """The sampling of the run's measurement, which also never generates ids that stand for images."""
-    known = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, "<|im_start|>"])
+    known = tokenizer.convert_tokens_to_ids(list(chat_format.banned))
     sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     return GenerationConfig(
         eos_token_id=old.eos_token_id,

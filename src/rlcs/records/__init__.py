@@ -20,7 +20,8 @@ from rlcs.records.rows import to_row as to_row
 Json = str | int | float | bool | None
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -42,9 +43,9 @@ class ImageRef:
 
     def __post_init__(self) -> None:
         """Check for at most one source, and a positive size."""
-        _require(self.path is None or self.data is None, "an image has a path or bytes, not both")
-        _require(self.width > 0 and self.height > 0, f"image of {self.width} x {self.height} pixels")
-        _require(len(self.sha256) == 64, "sha256 is 64 hexadecimal digits")
+        require(self.path is None or self.data is None, "an image has a path or bytes, not both")
+        require(self.width > 0 and self.height > 0, f"image of {self.width} x {self.height} pixels")
+        require(len(self.sha256) == 64, "sha256 is 64 hexadecimal digits")
 
 
 IMAGE_SLOT = "<image>"
@@ -79,14 +80,14 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Check for an id, a question, turns in order, and as many slots as images (or no slot at all)."""
-        _require(bool(self.id.strip()), "the id is empty")
-        _require(bool(self.question.strip()), "the question is empty")
+        require(bool(self.id.strip()), "the id is empty")
+        require(bool(self.question.strip()), "the question is empty")
         spoken = [turn.role for turn in self.history if turn.role != "system"]
-        _require("system" not in [turn.role for turn in self.history[1:]], "a system turn comes first")
+        require("system" not in [turn.role for turn in self.history[1:]], "a system turn comes first")
         in_order = ["user", "assistant"] * (len(spoken) // 2)
-        _require(spoken == in_order, "before the question, turns of user and assistant alternate")
+        require(spoken == in_order, "before the question, turns of user and assistant alternate")
         slots = sum(text.count(IMAGE_SLOT) for text in self.texts)
-        _require(
+        require(
             slots in (0, len(self.images)),
             f"the question has {slots} {IMAGE_SLOT} slots but the row has {len(self.images)} images",
         )
@@ -162,8 +163,8 @@ class Grade:
 
     def __post_init__(self) -> None:
         """Check that reward and verdict are both there or both missing, and that the reward is finite."""
-        _require((self.reward is None) == (self.correct is None), "reward and correct go together")
-        _require(self.reward is None or math.isfinite(self.reward), f"reward {self.reward}")
+        require((self.reward is None) == (self.correct is None), "reward and correct go together")
+        require(self.reward is None or math.isfinite(self.reward), f"reward {self.reward}")
 
     @property
     def scored(self) -> bool:
@@ -183,7 +184,7 @@ class Demonstration:
 
     def __post_init__(self) -> None:
         """Check that the response is not empty."""
-        _require(bool(self.response.strip()), f"the response to {self.problem.id} is empty")
+        require(bool(self.response.strip()), f"the response to {self.problem.id} is empty")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,19 +209,19 @@ class Prompt:
 
     def __post_init__(self) -> None:
         """Check that every span is as long as its grid says, and that all placeholders stand in spans."""
-        _require(bool(self.ids), "a prompt needs at least one token")
-        _require(
+        require(bool(self.ids), "a prompt needs at least one token")
+        require(
             len(self.images) == len(self.grids) == len(self.spans),
             f"{len(self.images)} images, {len(self.grids)} grids, {len(self.spans)} spans",
         )
         inside = 0
         for (start, end), (t, h, w) in zip(self.spans, self.grids, strict=True):
             size = t * h * w // self.merge_size**2
-            _require(end - start == size, f"span {start}:{end} should hold {size} placeholders")
+            require(end - start == size, f"span {start}:{end} should hold {size} placeholders")
             inside += sum(i == self.image_token_id for i in self.ids[start:end])
         expected = sum(end - start for start, end in self.spans)
         total = sum(i == self.image_token_id for i in self.ids)
-        _require(inside == expected == total, f"{total} placeholders, {expected} expected")
+        require(inside == expected == total, f"{total} placeholders, {expected} expected")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,11 +243,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the limits, and that ids of images are banned from being sampled."""
-        _require(self.n >= 1 and self.max_new_tokens >= 1, "n and max_new_tokens are at least 1")
-        _require(self.temperature >= 0.0, f"temperature {self.temperature}")
-        _require(0.0 < self.top_p <= 1.0, f"top_p {self.top_p}")
-        _require(set(self.vision_ids) <= set(self.banned_ids), "vision control ids must be banned")
-        _require(not set(self.stop_ids) & set(self.banned_ids), "a stop id is banned")
+        require(self.n >= 1 and self.max_new_tokens >= 1, "n and max_new_tokens are at least 1")
+        require(self.temperature >= 0.0, f"temperature {self.temperature}")
+        require(0.0 < self.top_p <= 1.0, f"top_p {self.top_p}")
+        require(set(self.vision_ids) <= set(self.banned_ids), "vision control ids must be banned")
+        require(not set(self.stop_ids) & set(self.banned_ids), "a stop id is banned")
 
 
 class StopReason(StrEnum):
@@ -330,8 +331,8 @@ class Sample:
     def __post_init__(self) -> None:
         """Check that failures, and only they, have an error."""
         failed = self.stop is StopReason.ERROR
-        _require(failed == bool(self.error), f"stop {self.stop}, error {self.error!r}")
-        _require(bool(self.error) or not self.retryable, "only a failure is retryable")
+        require(failed == bool(self.error), f"stop {self.stop}, error {self.error!r}")
+        require(bool(self.error) or not self.retryable, "only a failure is retryable")
 
     @property
     def key(self) -> SampleKey:
@@ -353,9 +354,9 @@ class Rollout:
 
     def __post_init__(self) -> None:
         """Check for as many logprobs as ids, all finite and not above zero."""
-        _require(len(self.ids) == len(self.logprobs), f"{len(self.ids)} ids, {len(self.logprobs)} logprobs")
-        _require(all(math.isfinite(x) and x <= 0.0 for x in self.logprobs), "a logprob is not finite or > 0")
-        _require(bool(self.ids) or self.stop is StopReason.ERROR, "only an error may be empty")
+        require(len(self.ids) == len(self.logprobs), f"{len(self.ids)} ids, {len(self.logprobs)} logprobs")
+        require(all(math.isfinite(x) and x <= 0.0 for x in self.logprobs), "a logprob is not finite or > 0")
+        require(bool(self.ids) or self.stop is StopReason.ERROR, "only an error may be empty")
 
     @property
     def sample(self) -> Sample:
@@ -395,12 +396,12 @@ class Group:
 
     def __post_init__(self) -> None:
         """Check that lengths agree, and that unscored members have no advantage."""
-        _require(
+        require(
             len(self.rollouts) == len(self.grades) == len(self.advantages),
             f"{len(self.rollouts)} rollouts, {len(self.grades)} grades, {len(self.advantages)} advantages",
         )
         for grade, advantage in zip(self.grades, self.advantages, strict=True):
-            _require(grade.scored or advantage is None, "an unscored rollout has an advantage")
+            require(grade.scored or advantage is None, "an unscored rollout has an advantage")
 
     @property
     def samples(self) -> list[GradedSample]:
@@ -409,66 +410,6 @@ class Group:
             GradedSample(sample=rollout.sample, grade=grade, advantage=advantage)
             for rollout, grade, advantage in zip(self.rollouts, self.grades, self.advantages, strict=True)
         ]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Branch:
-    """One answer of a tree: ids (T,), loss weights (T,), and the sampler's logprobs (T,) if any.
-
-    It follows the prompt, or the last token of the branch of the same tree with the index `parent`: answers
-    that begin alike may share that part, as a branch whose tokens have no weight or one for all of them.
-    """
-
-    ids: tuple[int, ...]
-    weights: tuple[float, ...]
-    logprobs: tuple[float, ...] | None = None
-    parent: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check for one weight (and logprob) for each token."""
-        _require(bool(self.ids), "a branch needs at least one token")
-        _require(len(self.ids) == len(self.weights), "one weight a token")
-        _require(self.logprobs is None or len(self.logprobs) == len(self.ids), "one logprob a token")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tree:
-    """A training example: one prompt (the trunk) and its answers (the branches), depth first.
-
-    `trunk_weights` are loss weights of the prompt's tokens, for earlier turns that are learnt too; these
-    tokens and those of the branch are one sequence. Empty: the prompt has no loss.
-    """
-
-    prompt: Prompt
-    branches: tuple[Branch, ...]
-    trunk_weights: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Check the order of branches that fork, and the weights of the prompt's tokens."""
-        for index in range(len(self.branches)):
-            parent = self.branches[index].parent
-            may_follow = (None, *self.path(index - 1)) if index else (None,)
-            _require(parent in may_follow, f"branch {index} does not follow its parent, depth first")
-        if not self.trunk_weights:
-            return
-        _require(len(self.trunk_weights) == len(self.prompt.ids), "one weight a token of the prompt")
-        _require(self.trunk_weights[0] == 0, "nothing predicts the first token")
-        _require(len(self.branches) == 1 and self.branches[0].logprobs is None, "weights of one plain branch")
-
-    def path(self, index: int) -> tuple[int, ...]:
-        """Indices of the branches between the prompt and the end of one branch, that branch last."""
-        parent = self.branches[index].parent
-        return (index,) if parent is None else (*self.path(parent), index)
-
-    @property
-    def trunk_targets(self) -> tuple[int, ...]:
-        """Indices of the prompt's tokens that have a loss."""
-        return tuple(index for index, weight in enumerate(self.trunk_weights) if weight)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the language model computes: the trunk once, every branch once."""
-        return len(self.prompt.ids) + sum(len(b.ids) for b in self.branches)
 
 
 NO_SIGNAL = "all rewards are equal in every group"
@@ -491,7 +432,7 @@ class StepReport:
     def __post_init__(self) -> None:
         """Check that every number is finite, as JSON has no NaN."""
         for name, value in (*self.values.items(), *self.seconds.items()):
-            _require(math.isfinite(value), f"{name} is {value}")
+            require(math.isfinite(value), f"{name} is {value}")
 
 
 def rollout_seed(run_seed: int, step: int, problem_id: str, index: int) -> int:

@@ -166,7 +166,8 @@ class Session:
         self.name = name
         self.context = int(vlm.model.config.get_text_config().max_position_embeddings)
         size = vlm.processor.image_processor.size
-        prompts = Prompts(system=default_system(vlm.processor), max_tokens=max(1, self.context - 1))
+        system = default_system(vlm.processor, vlm.family.chat_format)
+        prompts = Prompts(system=system, max_tokens=max(1, self.context - 1))
         images = Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
         self.chat: Chat = loading.make_chat(vlm, prompts, images)
         self.engine = LocalEngine(vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS)

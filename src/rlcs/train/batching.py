@@ -18,7 +18,8 @@ from rlcs.data.images import encode, image_from_bytes
 from rlcs.distributed import World
 from rlcs.model.chat import Chat
 from rlcs.model.packing import Pack, balanced, pack, within_budget
-from rlcs.records import ImageRef, Problem, Tree
+from rlcs.records import ImageRef, Problem
+from rlcs.records.trees import Tree
 
 T = TypeVar("T")
 R = TypeVar("R")

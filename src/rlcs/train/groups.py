@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rlcs.recipe.stages import Grpo
-from rlcs.records import Branch, Grade, Group, Problem, Prompt, Rollout, StopReason, Tree
+from rlcs.records import Grade, Group, Problem, Prompt, Rollout, StopReason
+from rlcs.records.trees import Branch, Tree
 from rlcs.train.losses import advantages, has_zero_variance, overlong_penalty
 
 

@@ -9,7 +9,8 @@ from rlcs.model.image_features import affordable_patches, kept_patches
 from rlcs.model.packing import Pack
 from rlcs.model.policy import Scores
 from rlcs.recipe.stages import Grpo
-from rlcs.records import Group, Tree
+from rlcs.records import Group
+from rlcs.records.trees import Tree
 from rlcs.train.batching import NONE, Keep, full_packs_in_step, own_share, packs_in_step
 from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext

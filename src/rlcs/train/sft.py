@@ -18,7 +18,8 @@ from rlcs.model.policy import Scores
 from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen
 from rlcs.recipe.stages import Sft, Turns
-from rlcs.records import Branch, Demonstration, Tree
+from rlcs.records import Demonstration
+from rlcs.records.trees import Branch, Tree
 from rlcs.signals import StopFlag
 from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
 from rlcs.train.clock import Clock

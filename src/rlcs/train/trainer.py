@@ -18,7 +18,8 @@ from rlcs.model.packing import Pack
 from rlcs.model.policy import Scores, score
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.stages import Optimizer as OptimizerSettings
-from rlcs.records import NOT_FINITE, Tree
+from rlcs.records import NOT_FINITE
+from rlcs.records.trees import Tree
 from rlcs.train.losses import Average, LossSums, denominator
 
 

@@ -16,8 +16,8 @@ from rlcs.doctor.gpu import Check, Setting
 from rlcs.doctor.gpu.devices import synchronize
 from rlcs.doctor.gpu.models import configuration, shapes
 from rlcs.model import attention
+from rlcs.model.layout import Layout, layout_of
 from rlcs.model.loading import default_device
-from rlcs.model.packing import Layout, layout_of
 
 MOST_GRAPHS = 6
 """Compiled kernels that packs of all layouts may need together."""

@@ -23,7 +23,8 @@ from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import Sizes, published
 from rlcs.plan.work import language, vision
 from rlcs.recipe.schema import Images, Model, Prompts
-from rlcs.records import Branch, ImageRef, Problem, Tree
+from rlcs.records import ImageRef, Problem
+from rlcs.records.trees import Branch, Tree
 from rlcs.storage import read_json
 
 TEXT_IDS = range(20, 480)

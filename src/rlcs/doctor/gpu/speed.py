@@ -29,7 +29,7 @@ from rlcs.model.packing import Pack, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import Sizes, measure
-from rlcs.records import Tree
+from rlcs.records.trees import Tree
 
 _SHARE_OF_MEMORY = 0.6
 _TERA, _GIGA = 1e12, 1e9

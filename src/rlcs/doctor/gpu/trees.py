@@ -18,7 +18,7 @@ from rlcs.model.packing import pack
 from rlcs.model.parity_check import attention_of, plain_logprobs
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
-from rlcs.records import Tree
+from rlcs.records.trees import Tree
 
 FACTOR = 3.0
 LEAST = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (4e-3, 3e-2)}

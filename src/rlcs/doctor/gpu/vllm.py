@@ -36,7 +36,8 @@ from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import measure
 from rlcs.recipe.sampling import Rollouts
-from rlcs.records import Branch, Prompt, Rollout, Tree
+from rlcs.records import Prompt, Rollout
+from rlcs.records.trees import Branch, Tree
 
 FACTOR = 3.0
 _LEAST = {torch.float32: 1e-3, torch.bfloat16: 1e-2}

@@ -1,0 +1,61 @@
+"""What rlcs must know about a family of models: the protocol that each file of this package fulfils."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlcs.model import attention
+from rlcs.model.chat_format import ChatFormat
+from rlcs.model.patches import ImageProcessing
+
+
+class Family(ABC):
+    """One family of models; everything else in rlcs is the same for all of them.
+
+    `model_type` is that of the configurations. The three parts are patterns on the names of parameters; each
+    parameter belongs to exactly one. `positions`: `grid` counts the tokens of an image by time, row and
+    column (M-RoPE), `line` counts all tokens one by one. `default_system` is the system message that the chat
+    template inserts when there is none; None: no system turn.
+    """
+
+    model_type: str
+    vision_tower: str
+    merger: str
+    language_model: str
+    chat_format: ChatFormat
+    default_system: str | None = None
+    positions: Literal["grid", "line"] = "grid"
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Make the layers of a model see each other by plans (see `model.attention`)."""
+        attention.install(model)
+
+    @abstractmethod
+    def image_processing(self, processor: Any, *, min_pixels: int, max_pixels: int) -> ImageProcessing:
+        """How an image becomes a grid and patches; the bounds are set on the processor too.
+
+        `processor` is the family's whole processor, of transformers. Raises ModelError for a processor that
+        computes otherwise than we do.
+        """
+
+    @abstractmethod
+    def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
+        """The keywords of the model's forward for images: the patches and grid of each."""
+
+    def text_inputs(self, ids: Tensor, image_token_id: int) -> dict[str, Any]:
+        """Keywords by which the model's own forward finds images in plain rows of ids (B, L)."""
+        return {"mm_token_type_ids": (ids == image_token_id).long()}
+
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """The model's `position_ids` for positions (3, L) of one row of tokens."""
+        return positions[:, None] if self.positions == "grid" else positions[:1]
+
+    def mergers(self, model: PreTrainedModel) -> list[nn.Module]:
+        """What maps the hidden states of a vision tower to image tokens.
+
+        Empty: what a frozen tower makes of an image cannot be kept between passes.
+        """
+        return []
