@@ -58,7 +58,7 @@ class Layer:
     number of experts that are chosen for it of those that there are. `dense` is the width of the MLP (or of
     the shared expert), `expert` that of one expert. `norms` have the hidden width, and `fed` tensors of that
     width are inputs of linear layers; `side` is the width of per-layer inputs. `exact` norms multiply by
-    their weights in fp32.
+    their weights in fp32; `router_norm`: the router has one of its own.
     """
 
     mixer: Mixer
@@ -72,6 +72,7 @@ class Layer:
     fed: int
     side: int
     exact: bool
+    router_norm: bool
 
     @property
     def active(self) -> float:
@@ -124,6 +125,7 @@ def _layer(module: nn.Module, text: Any, index: int) -> Layer:
         norms=norms,
         fed=2 + bool(side) + (routed > 0 and dense > 0),
         side=side,
+        router_norm=hasattr(module, "router"),
         exact=any(_multiplies_in_fp32(m) for m in module.modules()),
     )
 

@@ -17,6 +17,9 @@ from rlcs.plan.towers import Tower
 from rlcs.plan.work import CHUNK
 from rlcs.recipe.section import Part
 
+ROUTED = 40
+"""Bytes of indices and shares for each expert that a token is sent to."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
@@ -85,7 +88,9 @@ def language_layer(layer: Layer, hidden: int, how: Passing) -> int:
     mlp = 4 * layer.dense * e + 3 * layer.side * e
     if layer.routed:
         an_expert = (1 + trained) * hidden + (3 + trained) * layer.expert
-        mlp += e * (layer.chosen * an_expert + (hidden if layer.dense else 0)) + FP32 * layer.routed
+        # A shared expert keeps its output; a router that normalises does so in fp32.
+        beside = FP32 if layer.router_norm else e if layer.dense else 0
+        mlp += e * layer.chosen * an_expert + beside * hidden + FP32 * layer.routed + ROUTED * layer.chosen
     mixer = layer.mixer
     mixing = _attention(mixer, normalised, e) if isinstance(mixer, Attention) else _delta_net(mixer, e)
     return int(norms + mixing + mlp)
@@ -102,20 +107,24 @@ def _attention(mixer: Attention, normalised: int, e: int) -> int:
     kept = e * (2 * mixer.queries + 2 * keys) + FP32 * mixer.heads
     if mixer.norms:
         kept += (mixer.queries + keys) * (FP32 + normalised) + (keys * FP32 if mixer.norms == 3 else 0)
-    if (
-        mixer.doubled
-    ):  # the gate's activation and its product with the output; in fp32 a norm keeps both halves
-        kept += mixer.queries * (2 * e + (e if e == FP32 else 0))
+    if mixer.doubled:  # the gate, the output in its order, their product; in fp32 a norm keeps both halves
+        kept += mixer.queries * (3 * e + (e if e == FP32 else 0))
     return kept
 
 
 def _delta_net(mixer: DeltaNet, e: int) -> int:
-    """Inputs and outputs of the convolution, and in fp32 what the recurrence computes in chunks."""
-    repeated = mixer.heads * mixer.key_size
-    wide = 2 * mixer.keys + mixer.values
-    chunks = 5 * CHUNK * mixer.heads + 11 * repeated + 8 * mixer.values
-    states = 5 * mixer.state / CHUNK
-    return int(2 * wide * e + FP32 * (chunks + states) + 2 * mixer.values * e)
+    """What transformers' own chunked kernel and the layer around it keep, most of it in fp32.
+
+    Of queries, keys and values (c together, v of them values): inputs and outputs of the convolution and
+    their activation, 3ce; the norm of the output and its gate, v (12 + 3e). In chunks of C tokens, of queries
+    and keys as wide as all heads of values: 8 such tensors (12 where they need no other format, and so are
+    not made contiguous), 3 of values, 5 matrices of C by C a head, and a state. flash-linear-attention keeps
+    less.
+    """
+    together, repeated = 2 * mixer.keys + mixer.values, mixer.heads * mixer.key_size
+    chunked = (12 if e == FP32 else 8) * repeated + 3 * mixer.values + 5 * CHUNK * mixer.heads
+    around = 3 * together * e + mixer.values * (3 * FP32 + 3 * e)
+    return int(around + FP32 * (chunked + mixer.state / CHUNK))
 
 
 def vision_block(tower: Tower, how: Passing) -> int:
