@@ -7,7 +7,6 @@ P longest trunk, O longest row so far, D head size.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +19,6 @@ GROWTH = 32
 """Tokens by which the cache of the rows grows."""
 
 KeyValue = tuple[Tensor, Tensor]
-
-
-def head_size(text: Any) -> int:
-    """The width of an attention head of a language model's configuration, which Qwen3-VL sets explicitly."""
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
-def token_bytes(text: Any, element: int) -> int:
-    """Bytes of one token's keys and values in all layers, `element` bytes a number."""
-    return int(2 * text.num_key_value_heads * head_size(text) * text.num_hidden_layers * element)
 
 
 class RecordingPlan:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from rlcs.engines.base import EngineView, OnGroup, Seen
-from rlcs.engines.cache import token_bytes
+from rlcs.engines.cache_sizes import cache_sizes
 from rlcs.engines.decoding import DecodeRequest, DecodingBatch, Listener, Row, Token
 from rlcs.engines.onednn_linear import packed
 from rlcs.errors import out_of_memory_in
@@ -171,11 +171,15 @@ class LocalEngine:
         """The memory that these requests need at once, and how to need less."""
         rows = min(self._max_rows, sum(request.sampling.n for request in requests))
         longest = max((request.max_tokens for request in requests), default=0)
-        a_token = token_bytes(self._vlm.model.config.get_text_config(), self._vlm.model.dtype.itemsize)
+        element = self._vlm.model.dtype.itemsize
+        kept = cache_sizes(self._vlm.model.config.get_text_config())
+        a_token, a_row = kept.token_bytes(element), kept.row_bytes(element)
+        states = f" + {rows:,} x {a_row:,} bytes of states" if a_row else ""
         return (
             "ask for fewer answers at once (--batch, --concurrency, teacher.concurrency), or shorter ones: "
-            f"{rows:,} x {longest:,} tokens of prompt and answer x {a_token:,} bytes of keys and values "
-            f"= {rows * longest * a_token / 2**30:,.2f} GB, twice while they grow"
+            f"{rows:,} x {longest:,} tokens of prompt and answer x {a_token:,} bytes of keys and values"
+            f"{states} "
+            f"= {rows * (longest * a_token + a_row) / 2**30:,.2f} GB, twice while they grow"
         )
 
     def _fail(self, error: Exception) -> None:
