@@ -141,10 +141,10 @@ def test_decoding_attends_as_exactly_as_its_numbers_allow(dtype, offset):
         key[..., 0] = offset * size**0.5 / 8.0
         return key.to(dtype)
 
-    recording = RecordingPlan(Nowhere())
+    recording = RecordingPlan(Nowhere(), layout, torch.device("cpu"))
     key, value = keys(57), rand(heads, 57).to(dtype)
     recording.attend(0, key, key, value)
-    cache = ForestCache.prefilled(recording, layout, torch.tensor([group] * 2))
+    cache = ForestCache.prefilled(recording, torch.tensor([group] * 2))
     spans = [(0, 37)] * group + [(37, 57)] * group
     seen = [(key[0, :, a:b].double(), value[0, :, a:b].double()) for a, b in spans]
     for step in range(4):

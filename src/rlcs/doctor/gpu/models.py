@@ -132,7 +132,7 @@ def operations(sizes: Sizes, trees: Sequence[Tree]) -> dict[str, float]:
     work = {"language": 0.0, "vision": 0.0}
     for tree in trees:
         answers = [len(branch.ids) for branch in tree.branches]
-        work["language"] += language(sizes.text, len(tree.prompt.ids), answers)
+        work["language"] += language(sizes, len(tree.prompt.ids), answers)
         patches = [frames * height * width for frames, height, width in tree.prompt.grids]
         work["vision"] += sum(vision(sizes.vision, count) for count in patches)
     return work
