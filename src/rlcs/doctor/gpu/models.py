@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from rlcs.data.images import encode, image_from_bytes
 from rlcs.distributed import ALONE, World
 from rlcs.doctor.gpu import Setting
-from rlcs.model import attention, loading
+from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import Sizes, published
@@ -86,7 +86,7 @@ def random_vlm(
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(configuration(shape), dtype=dtype)
-    attention.install(model)
+    described.family.install(model)
     if checkpointing:
         loading.checkpoint_activations(model)
     return replace(described, model=model.eval(), world=world)
