@@ -46,8 +46,7 @@ INTERNVL_TEMPLATE = (
     .replace("<|vision_start|><|video_pad|><|vision_end|>", "<video>\\n")
     .replace("message.role == 'user' and ", "")
 )
-"""Renders what the template of InternVL3 and InternVL3.5 renders; the processor puts `<img>` and `</img>` around
-the tokens of an image."""
+"""Renders what InternVL's own template renders; its processor puts `<img>` and `</img>` around an image."""
 
 INTERNVL_TOKENS = {
     "start_image_token": "<img>",
@@ -136,7 +135,8 @@ def internvl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, InternV
     """InternVL3.5: tiles of 56 x 56 with a thumbnail, one by one positions, Qwen3 with an untied head."""
     text = {"model_type": "qwen3", "head_dim": 48, "tie_word_embeddings": False, **dict(text)}
     vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "attention_bias": True, "image_size": [56, 56], "initializer_range": 0.08, **dict(vision)}  # fmt: skip
+              "attention_bias": True, "image_size": [56, 56], "initializer_range": 0.08,
+              **dict(vision)}  # fmt: skip
     config = InternVLConfig(
         text_config=_text(tokenizer, **text),
         vision_config=vision,

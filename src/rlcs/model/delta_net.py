@@ -46,7 +46,7 @@ class _FollowsPaths(nn.Module):
 def install(model: PreTrainedModel) -> None:
     """Make all gated delta nets of a model follow paths."""
     for module in model.modules():
-        if type(module).__name__.endswith("GatedDeltaNet"):
+        if type(module).__name__.endswith("GatedDeltaNet") and not isinstance(module, _FollowsPaths):
             module.__class__ = _following(type(module))  # type: ignore[arg-type]
 
 

@@ -1,8 +1,8 @@
 """How pixels become what a vision tower takes: the protocol, flat patches (Qwen-VL) and tiles (InternVL).
 
 Pixels are kept as 8-bit values, a quarter of what the tower takes: fp32, normalised; in Qwen-VL an eighth,
-where patches are repeated for the frames of a video. Letters in shapes: N patches, T tiles, C channels, P patch
-side, S tile side, H and W pixels.
+where patches are repeated for the frames of a video. Letters in shapes: N patches, T tiles, C channels, P
+patch side, S tile side, H and W pixels.
 """
 
 from math import isqrt
@@ -160,7 +160,7 @@ class Tiles:
     merge_size = 2
 
     def __init__(self, processor: Any) -> None:
-        """`processor` is the family's whole processor of transformers. Raises ModelError where ours differs."""
+        """`processor` is the family's whole processor. Raises ModelError where our tiles differ from its."""
         images = processor.image_processor
         self._side = int(images.size["height"])
         self._cells = self.merge_size * isqrt(processor.image_seq_length)

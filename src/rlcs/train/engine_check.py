@@ -26,7 +26,8 @@ from torch import Tensor
 from rlcs.engines.base import Seen
 from rlcs.model.chat import Chat
 from rlcs.recipe.stages import Grpo
-from rlcs.records import IMAGE_SLOT, Branch, Message, Problem, Prompt, Tree
+from rlcs.records import IMAGE_SLOT, Message, Problem, Prompt
+from rlcs.records.trees import Branch, Tree
 from rlcs.train.context import GrpoContext
 from rlcs.train.engine_faults import (
     OLDER,
@@ -188,9 +189,9 @@ def cases(problems: Sequence[Problem], chat: Chat) -> Iterator[Case]:
             yield Case(prompt=prompt, kind=IMAGE)
             yield Case(prompt=other, kind=SWAPPED)
     plain = [_without_images(problem) for problem, _ in shown] or _spread(problems, TEXTS)
-    for prompt in chat.prompts(plain[:TEXTS]):
-        if isinstance(prompt, Prompt):
-            yield Case(prompt=prompt, kind=TEXT)
+    for text in chat.prompts(plain[:TEXTS]):
+        if isinstance(text, Prompt):
+            yield Case(prompt=text, kind=TEXT)
 
 
 def _grids(prompt: Prompt, chat: Chat) -> tuple[tuple[int, int, int], ...]:

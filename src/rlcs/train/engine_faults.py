@@ -21,7 +21,8 @@ from rlcs.model.image_features import image_inputs
 from rlcs.model.packing import Pack, pack
 from rlcs.model.policy import LOGIT_CHUNK, hidden_states
 from rlcs.model.vlm import Vlm
-from rlcs.records import Prompt, Tree
+from rlcs.records import Prompt
+from rlcs.records.trees import Tree
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
