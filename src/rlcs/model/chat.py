@@ -226,6 +226,10 @@ class Chat:
         """One image in the size in which the model sees it: for vLLM, whose processor leaves it as it is."""
         return self._images.resized(ref)
 
+    def picture(self, ref: ImageRef) -> "Image":
+        """All pixels of one image that the model sees, for people."""
+        return self._images.picture(ref)
+
     def prepare(self, refs: Iterable[ImageRef]) -> None:
         """Begin to decode images that are used soon, in this order, in worker threads."""
         self._images.prepare(refs)

@@ -65,3 +65,7 @@ class Family(ABC):
         Empty: what a frozen tower makes of an image cannot be kept between passes.
         """
         return []
+
+    def tower_width(self, model: PreTrainedModel) -> int:
+        """Numbers by which the tower describes a patch to each of the mergers."""
+        return 0

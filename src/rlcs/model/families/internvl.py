@@ -82,3 +82,7 @@ class InternVl(Family):
         """See `Family`."""
         base: Any = model.base_model
         return [base.multi_modal_projector]
+
+    def tower_width(self, model: PreTrainedModel) -> int:
+        """See `Family`."""
+        return int(model.config.vision_config.hidden_size)
