@@ -142,7 +142,7 @@ def internvl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, InternV
         vision_config=vision,
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=4,
-        tie_word_embeddings=False,
+        tie_word_embeddings=text["tie_word_embeddings"],
     )
     tokenizer.chat_template = INTERNVL_TEMPLATE
     processor = InternVLProcessor(

@@ -101,7 +101,7 @@ def test_a_processor_with_other_arithmetic_is_refused(processor):
 
 
 def changed(folder: Path, target: Path, **text: object) -> Path:
-    """A copy whose configuration leaves out whether the head is tied, as published ones do, and says `text`."""
+    """A copy whose configuration leaves out whether the head is tied, as published ones do, with `text`."""
     for path in folder.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     config = read_json(folder / "config.json")
