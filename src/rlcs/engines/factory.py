@@ -49,6 +49,7 @@ class EngineNeeds:
         colocated = self.settings.engine == "vllm_colocated"
         on_cpu = vlm.device.type == "cpu"
         sleeps = colocated and trains and not on_cpu  # vLLM has no sleep mode on a CPU
+        text = vlm.model.config.get_text_config()
         return Launch(
             settings=self.settings,
             dtype=str(serving_dtype(vlm, self.compute_dtype)).removeprefix("torch."),
@@ -61,6 +62,7 @@ class EngineNeeds:
             shares_gpu=not on_cpu and _shares_gpu(vlm, self.settings),
             sleep_level=(1 if self.adapter_rank else 2) if sleeps else 0,
             transfer=self._transfer(on_cpu) if trains else "",
+            is_recurrent="linear_attention" in (getattr(text, "layer_types", None) or ()),
         )
 
     def _transfer(self, on_cpu: bool) -> str:
