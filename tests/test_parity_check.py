@@ -354,7 +354,7 @@ def test_the_earlier_turns_of_a_conversation_are_compared_too(vlm, chat):
     demonstration = Demonstration(problem=make_conversation("a"), response="\\boxed{5}", teacher="t")
     tree = sft.tree_of(demonstration, chat)
     assert require_agreement(vlm, chat, [tree]).share < 0.6
-    with parity_check.attention_of(vlm.model, "sdpa"):
+    with parity_check.attention_of(vlm, "sdpa"):
         plain = parity_check.plain_logprobs(vlm, chat, tree, 0)
     assert len(plain) == sum(tree.trunk_weights) + len(tree.branches[0].ids)
     torch.testing.assert_close(score(vlm, pack([tree], chat.patches)).logprobs, plain, rtol=1e-4, atol=1e-4)

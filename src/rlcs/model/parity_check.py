@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 from rlcs.errors import TrainingError
 from rlcs.model import attention
@@ -135,9 +135,9 @@ def _compare(
     for tree in trees:
         of_tree = [next(packed) for _ in tree.branches]
         branches = _spread(range(len(tree.branches)), MAX_BRANCHES)
-        with attention_of(vlm.model, "sdpa"):
+        with attention_of(vlm, "sdpa"):
             plain = torch.cat([plain_logprobs(vlm, chat, tree, i, temperature) for i in branches])
-        with attention_of(vlm.model, attention.NAME, _EXPLICIT):
+        with attention_of(vlm, attention.NAME, _EXPLICIT):
             other = torch.cat(
                 [plain_logprobs(vlm, chat, tree, i, temperature, plan=_ExplicitPlan()) for i in branches]
             )
@@ -214,11 +214,10 @@ def plain_logprobs(
     predictors = torch.tensor(targets, device=vlm.device) - 1
     ids = torch.tensor([whole], device=vlm.device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs["mm_token_type_ids"] = (ids == prompt.image_token_id).long()
+    inputs |= vlm.family.text_inputs(ids, prompt.image_token_id)
     if prompt.images:
-        pixels = torch.cat([chat.patches(image) for image in prompt.images])
-        inputs["pixel_values"] = pixels.to(vlm.device, vlm.model.dtype)
-        inputs["image_grid_thw"] = torch.tensor(prompt.grids, device=vlm.device)
+        patches = [chat.patches(image).to(vlm.device, vlm.model.dtype) for image in prompt.images]
+        inputs |= vlm.family.vision_inputs(patches, torch.tensor(prompt.grids, device=vlm.device))
     if plan is not None:
         inputs["plan"] = plan
     logits = vlm.model(**inputs, use_cache=False, logits_to_keep=predictors).logits[0]
@@ -226,14 +225,14 @@ def plain_logprobs(
 
 
 @contextmanager
-def attention_of(model: PreTrainedModel, text: str, vision: str = "") -> Iterator[None]:
+def attention_of(vlm: Vlm, text: str, vision: str = "") -> Iterator[None]:
     """Attend by this attention of transformers, and in the vision tower by another if it is named."""
     AttentionInterface.register(_EXPLICIT, _explicit_window)
-    model.set_attn_implementation({"text_config": text, "vision_config": vision or text})
+    vlm.model.set_attn_implementation({"text_config": text, "vision_config": vision or text})
     try:
         yield
     finally:
-        attention.install(model)
+        vlm.family.install(vlm.model)
 
 
 @contextmanager
