@@ -78,7 +78,7 @@ def test_a_family_is_sampled_served_and_updated(
     problems = problems_of(vlm.family.chat_format)
     prompts = [chat.prompt(problem) for problem in problems]
     # vLLM's logprobs are without the banned ids, to which a random model gives some probability.
-    warm = replace(chat.sampling(max_new_tokens=24, n=3, seed=1), banned_ids=())
+    warm = replace(chat.sampling(max_new_tokens=24, n=3, seed=1), banned_ids=(), vision_ids=())
     with open_engines(engine_needs(recipe), tmp_path) as make:
         engine = make(vlm, chat, 64)
         before = engine.sample(prompts, warm)
