@@ -24,6 +24,7 @@ from transformers import (
     AutoProcessor,
     CompressedTensorsConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -190,8 +191,7 @@ def load(
                 fix="start without `torchrun`, or set lora.four_bit=false",
             )
         options |= adapters.four_bit(dtype, device)
-    config, processor = _load_description(settings)
-    family = family_of(config.model_type, settings.name)
+    config, processor, family = _load_description(settings)
     if getattr(config, "quantization_config", {}).get("quant_method") == "compressed-tensors":
         if find_spec("compressed_tensors") is None:
             what, fix = "the model is quantised", "pip install 'rlcs[quantise]'"
@@ -201,7 +201,7 @@ def load(
     with _model_errors(settings):
         source = _source(settings)
         if weights and world.rank == 0:
-            model = AutoModelForImageTextToText.from_pretrained(**source, **options)
+            model = AutoModelForImageTextToText.from_pretrained(**source, config=config, **options)
         else:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(
@@ -292,8 +292,8 @@ def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: boo
 
     Raises ModelError.
     """
-    config, processor = _load_description(model)
-    return _chat(processor, family_of(config.model_type, model.name), prompts, images, rl=rl)
+    _, processor, family = _load_description(model)
+    return _chat(processor, family, prompts, images, rl=rl)
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
@@ -310,11 +310,15 @@ def _source(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _load_description(settings: ModelSettings) -> tuple[Any, Any]:
-    """Load the configuration and processor of a model. Raises ModelError."""
+def _load_description(settings: ModelSettings) -> tuple[Any, Any, Family]:
+    """Load the configuration and processor of a model, and find its family. Raises ModelError."""
     with _model_errors(settings):
         source = _source(settings)
-        return AutoConfig.from_pretrained(**source), AutoProcessor.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source)
+        family = family_of(config.model_type, settings.name)
+        written, _ = PreTrainedConfig.get_config_dict(**source)
+        family.complete(config, written, f"model.name={settings.name}")
+        return config, AutoProcessor.from_pretrained(**source), family
 
 
 @contextmanager
