@@ -194,7 +194,7 @@ BUILDERS = {
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
 }
-UNPROVEN = {"qwen3_5_moe": qwen3_5_moe}
+UNPROVEN = {"qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe}
 NAMED_TOKENS = {"internvl": INTERNVL_TOKENS}
 
 

@@ -18,7 +18,8 @@ class Family(ABC):
 
     `model_type` is that of the configurations. The three parts are patterns on the names of parameters; each
     parameter belongs to exactly one. `default_system` is the system message that the chat template inserts
-    when there is none; None: no system turn.
+    when there is none; None: no system turn. `vllm_marks_images`: vLLM expands an image's placeholder to its
+    tokens with those before and after them (`ChatFormat.image_start`, `image_end`), not to its own alone.
     """
 
     model_type: str
@@ -30,6 +31,7 @@ class Family(ABC):
     chat_format: ChatFormat
     default_system: str | None = None
     positions: Positions = "grid"
+    vllm_marks_images: bool = False
 
     def complete(self, config: Any, written: Mapping[str, Any], where: str) -> None:  # noqa: B027 - optional
         """Correct what transformers makes of a published configuration, whose file holds what is `written`.

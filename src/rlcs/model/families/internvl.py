@@ -34,6 +34,7 @@ class InternVl(Family):
         never_sampled=("<video>", *CHATML.vision),
     )
     positions = "line"
+    vllm_marks_images = True
 
     def complete(self, config: Any, written: Mapping[str, Any], where: str) -> None:
         """See `Family`.
