@@ -76,7 +76,7 @@ def install(model: PreTrainedModel) -> None:
         if router is None or isinstance(router, _FollowsRouting):
             continue
         router.layer, router.routing = index, None
-        router.__class__ = _following(type(router))
+        router.__class__ = _following(type(router))  # type: ignore[arg-type]
         layer.register_forward_pre_hook(_hand_over, with_kwargs=True)
         layer.register_forward_hook(_take_back, always_call=True)
 
