@@ -17,7 +17,7 @@ from torch import Tensor
 from rlcs.errors import DataError, ModelError, PromptError
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.images import CPU, ImagePipeline
-from rlcs.records import ImageRef, Message, Problem, Prompt, Request, Sampling
+from rlcs.records import ImageRef, Message, Positions, Problem, Prompt, Request, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +40,7 @@ class Chat:
         system: str | None,
         max_tokens: int,
         default_system: str | None,
+        positions: Positions = "grid",
     ) -> None:
         """`system` None means the template's default, which may be no system turn at all (also None).
 
@@ -51,6 +52,7 @@ class Chat:
         self._system = default_system if system is None else system
         self._max_tokens = max_tokens
         self._format = format
+        self._positions = positions
         self._opening = [self._control(token) for token in format.opening]
         self._start = self._control(format.turn_start)
         self.end_id = self._control(format.turn_end)
@@ -146,6 +148,7 @@ class Chat:
             image_token_id=self.image_id,
             merge_size=self._images.merge_size,
             replies=tuple(replies),
+            positions=self._positions,
         )
 
     def _segments(self, messages: Sequence[Message]) -> Iterator[tuple[Segment, bool]]:
@@ -153,7 +156,7 @@ class Chat:
 
         What an assistant wrote is tokenised apart from the role before it, as when it was sampled.
         """
-        roles, after_turn = self._format.roles, self._format.after_turn
+        roles, after_turn, after_image = self._format.roles, self._format.after_turn, self._format.after_image
         yield from ((index, False) for index in self._opening)
         for message in messages:
             is_reply = message.role == "assistant" and bool(message.parts)
@@ -161,7 +164,7 @@ class Chat:
             parts: list[Segment] = []
             for part in message.parts:
                 is_image = isinstance(part, ImageRef)
-                parts += [self._image_start, part, self._image_end] if is_image else [part]
+                parts += [self._image_start, part, self._image_end, after_image] if is_image else [part]
             if is_reply:
                 yield from ((segment, False) for segment in head)
                 yield from ((segment, isinstance(segment, str)) for segment in _join_text(parts))
@@ -222,6 +225,10 @@ class Chat:
     def resized(self, ref: ImageRef) -> "Image":
         """One image in the size in which the model sees it: for vLLM, whose processor leaves it as it is."""
         return self._images.resized(ref)
+
+    def picture(self, ref: ImageRef) -> "Image":
+        """All pixels of one image that the model sees, for people."""
+        return self._images.picture(ref)
 
     def prepare(self, refs: Iterable[ImageRef]) -> None:
         """Begin to decode images that are used soon, in this order, in worker threads."""

@@ -20,7 +20,8 @@ class Model(Section):
 
     name: str = "builtin"
     """A folder, a Hugging Face hub id, a run (`runs/mine`, one stage `runs/mine/sft`, a kept step
-    `runs/mine@80`), or `builtin` for the tiny model that ships with rlcs."""
+    `runs/mine@80`), or one of the tiny models that ship with rlcs: `builtin` (a Qwen2.5-VL), `builtin-hybrid`
+    (a Qwen3.5, most of whose layers are gated delta nets)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -36,6 +37,11 @@ class Model(Section):
     fused_loss: bool = False
     """Turn logits into their own gradients in place, and add the gradient of the head up in one tensor: less
     memory and traffic where the vocabulary is large, and results that differ by rounding."""
+    router_loss: NonNegative | None = None
+    """Weight of the loss that spreads tokens evenly over the experts of a mixture, in SFT and RL: that of the
+    models' own code, of each tree of answers, whose prompt counts once for each answer. None: as the model's
+    configuration says, `router_aux_loss_coef` where `output_router_logits` is true; published ones have it
+    false, so that there is no such loss."""
 
 
 class Prompts(Section):

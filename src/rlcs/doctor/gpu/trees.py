@@ -100,7 +100,7 @@ def _packed(vlm: Vlm, chat: Chat, given: Sequence[Tree]) -> Found:
 def _plain(vlm: Vlm, chat: Chat, given: Sequence[Tree], kernel: str) -> Found:
     """One answer after the other, all through this kernel of transformers."""
     found = []
-    with attention_of(vlm.model, kernel):
+    with attention_of(vlm, kernel):
         for tree in given:
             for index, branch in enumerate(tree.branches):
                 logprobs = plain_logprobs(vlm, chat, tree, index)

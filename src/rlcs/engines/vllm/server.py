@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 
 from rlcs.distributed.torchrun import outside_torchrun
+from rlcs.engines.base import Seen
 from rlcs.engines.vllm.process import Process
 from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
@@ -44,6 +45,8 @@ NEEDED = {"enable_scale_out": True, **LOGPROBS, **OWN_DEFAULTS}
 ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 """On a CPU compiling costs more than it saves, and vLLM 0.32 crashes there on a seeded prompt prefilled in
 parts (`CPU Generator does not use offset`)."""
+RECURRENT_ON_CPU = {"enable_prefix_caching": False}
+"""vLLM keeps states of recurrent layers for later prompts only where it prefills prompts in parts."""
 FP8 = {
     "quantization": "fp8_per_channel",
     "quantization_config": {"ignore": ["re:.*visual\\..*"]},
@@ -116,7 +119,8 @@ class Launch:
     server that takes turns with the rank that starts it. `sleep_level`: 0 never sleeps; 1 keeps the weights
     in main memory, for those that stay the same; 2 discards them, for those that come again with every step.
     `shares_gpu`: one of the servers starts or wakes up on the GPU of this rank's model.
-    `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any.
+    `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any. `is_recurrent`:
+    some of the model's layers keep a state instead of keys and values.
     """
 
     settings: Rollouts
@@ -130,6 +134,7 @@ class Launch:
     shares_gpu: bool = False
     sleep_level: int = 0
     transfer: str = ""
+    is_recurrent: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -148,6 +153,7 @@ class Launch:
             **({"weight_transfer_config": {"backend": self.transfer}} if self.transfer else {}),
             **(FP8 if self.settings.quantization else {}),
             **(ON_CPU if self.on_cpu else {}),
+            **(RECURRENT_ON_CPU if self.on_cpu and self.is_recurrent else {}),
         }
 
     def command(self, folder: Path, port: int) -> list[str]:
@@ -205,6 +211,8 @@ class Server:
         self._asleep: set[str] = set()
         self.channel = ""
         """The channel of weights to which it is connected."""
+        self.precision = ""
+        """The number format in which it computes, once it was compared with the run's settings."""
 
     @property
     def name(self) -> str:
@@ -343,6 +351,8 @@ class Server:
             raise EndpointError(f"vLLM {version} is too old", where=self.name, fix=fix)
         info = (await self._call(client, "GET", "/server_info", params={"config_format": "json"})).json()
         served = info["vllm_config"]["model_config"]
+        self.precision = "fp8" if served.get("quantization") else str(served.get("dtype", self._launch.dtype))
+        self.precision = self.precision.removeprefix("torch.")
         if (mode := served["logprobs_mode"]) != "processed_logprobs":
             raise EndpointError(
                 f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(flags(NEEDED))}"
@@ -421,6 +431,16 @@ class Server:
 
         Raises RetryableError, DownError, or EndpointError if no further try can help.
         """
+        return request.rollouts_from(await self._reply(client, request, weights))
+
+    async def see(self, client: httpx.AsyncClient, request: PromptRequest, weights: Weights) -> Seen:
+        """What it saw of one prompt, with its answer. Raises as `generate` does."""
+        return request.seen_in(await self._reply(client, request, weights))
+
+    async def _reply(
+        self, client: httpx.AsyncClient, request: PromptRequest, weights: Weights
+    ) -> Mapping[str, Any]:
+        """The reply with all answers to a request, by these weights."""
         limit = self._settings.request_limit_s
         body = await asyncio.to_thread(request.body)
         if weights.base is not None:
@@ -443,10 +463,9 @@ class Server:
         model = weights.version if weights.base is None else reply["model"]
         if weight_versions(reply) | {model} != {weights.version}:
             raise DownError("it answered with other weights: it was restarted", needs_restart=False)
-        rollouts = request.rollouts_from(reply)
-        if rollouts is None:
+        if not request.is_answered([choice["finish_reason"] for choice in reply["choices"]]):
             raise RetryableError(f"{self.name}: an answer was broken off")
-        return rollouts
+        return reply
 
     def restart(self) -> None:
         """End the process, if there is one, at once; the next `up` starts it again."""
