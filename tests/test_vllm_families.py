@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import family_models
 from conftest import make_problem
 from rlcs.data.images import data_uri, encoded_image
+from rlcs.engines import factory
 from rlcs.engines.factory import open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.model import loading
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(program() is None, reason="no vLLM: `make vllm-t
 HEADS = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
 """Of gated delta nets: vLLM's kernels for CPUs take keys and values of one size, 64 or 128."""
 PARTS: dict[str, dict[str, Any]] = {"qwen3_5": {"text": HEADS}, "qwen3_5_moe": {"text": HEADS}}
-"""Shapes of the tiny models where vLLM needs another one than the other tests."""
+"""Shapes of the tiny models with gated delta nets."""
 
 
 def problems_of(chat: ChatFormat) -> list[Problem]:
@@ -64,14 +65,14 @@ def plain_vllm(folder: Path) -> Path:
     + [("qwen3_5", "bfloat16", 0.1)],
 )
 def test_a_family_is_sampled_served_and_updated(
-    family: str, dtype: str, limit: float, tmp_path: Path
+    family: str, dtype: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`limit`: between logprobs of vLLM and of the trainer's pass."""
     folder = family_models.build(family, tmp_path / "random", **PARTS.get(family, {}))
-    words = [f"model.name={folder}", f"model.dtype={dtype}"]
-    recurrent = any("linear" in name for name in PARTS.get(family, {}).get("text", ()))
-    if recurrent and dtype == "float32":
+    words = [f"model.name={folder}", f"model.dtype={dtype}", "prompt.max_tokens=2048"]
+    if family in PARTS and dtype == "float32":
         words.append(f"rollout.executable={plain_vllm(tmp_path)}")
+        monkeypatch.setattr(factory, "RECURRENT_DTYPES", ("bfloat16", "float32"))
     recipe = recipe_of(*words)
     vlm = loading.load(recipe.model)
     chat = loading.make_chat(vlm, recipe.prompt, recipe.images)

@@ -296,6 +296,13 @@ def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: boo
     return _chat(processor, family, prompts, images, rl=rl)
 
 
+def load_config(name: str) -> Any:
+    """Load the configuration of the model behind a name, as `resolve` knows them. Raises ModelError."""
+    settings = ModelSettings(name=name)
+    with _model_errors(settings):
+        return AutoConfig.from_pretrained(**_source(settings))
+
+
 def _source(settings: ModelSettings) -> dict[str, Any]:
     """Where `from_pretrained` finds a model. Raises ModelError."""
     try:

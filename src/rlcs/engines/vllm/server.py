@@ -47,6 +47,8 @@ ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 parts (`CPU Generator does not use offset`)."""
 RECURRENT_ON_CPU = {"enable_prefix_caching": False}
 """vLLM keeps states of recurrent layers for later prompts only where it prefills prompts in parts."""
+RECURRENT_DTYPES = ("bfloat16",)
+"""Number formats in which vLLM computes gated delta nets on a CPU."""
 FP8 = {
     "quantization": "fp8_per_channel",
     "quantization_config": {"ignore": ["re:.*visual\\..*"]},
@@ -119,8 +121,8 @@ class Launch:
     server that takes turns with the rank that starts it. `sleep_level`: 0 never sleeps; 1 keeps the weights
     in main memory, for those that stay the same; 2 discards them, for those that come again with every step.
     `shares_gpu`: one of the servers starts or wakes up on the GPU of this rank's model.
-    `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any. `is_recurrent`:
-    some of the model's layers keep a state instead of keys and values.
+    `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any.
+    `is_recurrent`: some of the model's layers keep a state instead of keys and values.
     """
 
     settings: Rollouts

@@ -49,6 +49,10 @@ class Family(ABC):
         computes otherwise than we do.
         """
 
+    def pixel_bounds(self, processor: Any) -> tuple[int, int]:
+        """The bounds that a processor has: `image_processing` with these changes nothing."""
+        raise NotImplementedError
+
     @abstractmethod
     def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
         """The keywords of the model's forward for images: the patches and grid of each."""
