@@ -18,8 +18,12 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -91,7 +95,9 @@ def qwen2_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen2VL
     return Qwen2VLForConditionalGeneration(config), processor
 
 
-def qwen3_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+def qwen3_vl(
+    tokenizer, *, text=(), vision=(), kind=(Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
     """Tied head, patches of 16, interleaved positions, two deepstack layers, heads wider than hidden / 4."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8],
             "mrope_interleaved": True}  # fmt: skip
@@ -99,10 +105,20 @@ def qwen3_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VL
     vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
               "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 2],
               "initializer_range": 0.08, **dict(vision)}  # fmt: skip
-    config = Qwen3VLConfig(
+    config = kind[0](
         text_config=text, vision_config=vision, tie_word_embeddings=True, **vision_ids(tokenizer)
     )
-    return Qwen3VLForConditionalGeneration(config), _qwen3_processor(tokenizer)
+    return kind[1](config), _qwen3_processor(tokenizer)
+
+
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+def qwen3_vl_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+    """As `qwen3_vl`, with two of eight experts for each token, but in the second layer."""
+    text = {**MIXTURE, "mlp_only_layers": [1], **dict(text)}
+    kind = (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
+    return qwen3_vl(tokenizer, text=text, vision=vision, kind=kind)
 
 
 def _qwen3_processor(tokenizer) -> Qwen3VLProcessor:
@@ -116,7 +132,9 @@ def _qwen3_processor(tokenizer) -> Qwen3VLProcessor:
     )
 
 
-def qwen3_5(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+def qwen3_5(
+    tokenizer, *, text=(), vision=(), kind=(Qwen3_5Config, Qwen3_5ForConditionalGeneration)
+) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
     """Two gated delta nets around an attention layer; more value than key heads; a quarter is rotated."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1],
             "mrope_interleaved": True, "partial_rotary_factor": 0.25}  # fmt: skip
@@ -127,8 +145,15 @@ def qwen3_5(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLP
     text = _text(tokenizer, **own)
     vision = {"depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
               "num_position_embeddings": 256, "initializer_range": 0.08, **dict(vision)}  # fmt: skip
-    config = Qwen3_5Config(text_config=text, vision_config=vision, **vision_ids(tokenizer))
-    return Qwen3_5ForConditionalGeneration(config), _qwen3_processor(tokenizer)
+    config = kind[0](text_config=text, vision_config=vision, **vision_ids(tokenizer))
+    return kind[1](config), _qwen3_processor(tokenizer)
+
+
+def qwen3_5_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+    """As `qwen3_5`, with two of eight experts for each token, and one for all tokens."""
+    text = {**MIXTURE, "shared_expert_intermediate_size": 64, **dict(text)}
+    kind = (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration)
+    return qwen3_5(tokenizer, text=text, vision=vision, kind=kind)
 
 
 def internvl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, InternVLProcessor]:
@@ -163,7 +188,13 @@ def internvl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, InternV
     return model, processor
 
 
-BUILDERS = {"internvl": internvl, "qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl, "qwen3_5": qwen3_5}
+BUILDERS = {
+    "internvl": internvl,
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+}
+UNPROVEN = {"qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe}
 NAMED_TOKENS = {"internvl": INTERNVL_TOKENS}
 
 
@@ -171,7 +202,7 @@ def build(family: str, folder: Path, **parts: object) -> Path:
     """Write a random model of the family in Hugging Face format; `text` and `vision` change its shape."""
     torch.manual_seed(1)
     tokenizer = build_tokenizer(tiny_model.corpus(50), **NAMED_TOKENS.get(family, {}))
-    model, processor = BUILDERS[family](tokenizer, **parts)
+    model, processor = (BUILDERS | UNPROVEN)[family](tokenizer, **parts)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlcs.model import attention
+from rlcs.model import attention, experts
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.patches import ImageProcessing
 from rlcs.records import Positions
@@ -26,6 +26,8 @@ class Family(ABC):
     vision_tower: str
     merger: str
     language_model: str
+    experts: str | None = None
+    router: str | None = None
     chat_format: ChatFormat
     default_system: str | None = None
     positions: Positions = "grid"
@@ -38,8 +40,10 @@ class Family(ABC):
         """
 
     def install(self, model: PreTrainedModel) -> None:
-        """Make the layers of a model see each other by plans (see `model.attention`)."""
+        """Make the tokens of a model see each other by plans (see `model.attention`), and routers replay."""
         attention.install(model)
+        if self.router is not None:
+            experts.install(model)
 
     @abstractmethod
     def image_processing(self, processor: Any, *, min_pixels: int, max_pixels: int) -> ImageProcessing:
