@@ -305,7 +305,9 @@ def make_chat(
     The pixel bounds and the system prompt are set on the processor too, so that they are saved with the
     model.
     """
-    return _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
+    chat = _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
+    vlm.family.note_bounds(vlm.model.config, vlm.processor)
+    return chat
 
 
 def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: bool = False) -> Chat:

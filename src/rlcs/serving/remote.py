@@ -160,7 +160,7 @@ class Serving(Launch):
     def command(self, folder: Path, port: int) -> list[str]:
         """The command line, which does not contain the key."""
         address = {"host": self.host, "port": port, "served_model_name": self.name}
-        limits = {"limit_mm_per_prompt": {"image": self.max_images, "video": 0}}
+        limits = {"limit_mm_per_prompt": {"image": self.max_images, "video": 0, "audio": 0}}
         words = flags({**address, **self.arguments, **limits, **self._sampling, **self._access})
         return [self.settings.executable, "serve", str(folder), *words]
 

@@ -148,7 +148,7 @@ class Launch:
             "max_model_len": self.max_tokens,
             "max_num_seqs": self.max_rows,
             "tensor_parallel_size": self.settings.tensor_parallel,
-            "limit_mm_per_prompt": {"video": 0},
+            "limit_mm_per_prompt": {"video": 0, "audio": 0},
             **({} if share is None else {"gpu_memory_utilization": share}),
             **(adapter_arguments(self.adapter_rank) if self.adapter_rank else {}),
             **({"enable_sleep_mode": True} if self.sleep_level else {}),
