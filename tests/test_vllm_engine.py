@@ -424,10 +424,15 @@ def test_fp8_rollouts_are_started_and_always_corrected(vlm: Vlm) -> None:
     at = command.index("--quantization")
     assert command[at + 1] == "fp8_per_channel"
     ignored = json.loads(command[command.index("--quantization-config") + 1])["ignore"]
-    assert all(
-        re.match(ignored[0].removeprefix("re:"), name) for name in ("visual.blocks.0.mlp", "a.visual.x")
-    )
-    assert not re.match(ignored[0].removeprefix("re:"), "language_model.model.layers.0.mlp.gate_up_proj")
+
+    def is_whole(name: str) -> bool:
+        return any(re.match(pattern.removeprefix("re:"), name) for pattern in ignored)
+
+    layer = "language_model.model.layers.0."
+    whole = [f"{layer}linear_attn.in_proj_{gate}" for gate in ("a", "b", "ba")]
+    assert all(map(is_whole, ["visual.blocks.0.mlp", "a.vision_tower.x", f"{layer}mlp.gate", *whole]))
+    for name in ("mlp.gate_up_proj", "mlp.gate_proj", "linear_attn.in_proj_qkvz", "mlp.experts"):
+        assert not is_whole(layer + name)
     assert "vLLM in FP8" in dict(summary_rows(recipe))["rollouts"]
     assert recipe.rollout.cap == 2.0
     for words, says in (

@@ -96,7 +96,8 @@ def test_a_family_is_sampled_served_and_updated(
         engine = make(vlm, chat, 64)
         before = engine.sample(prompts, warm)
         assert largest_gap(vlm, chat, prompts, before, 1.0) < limit
-        assert engine.sample(prompts, warm) == before, "states of other rows are mixed in"
+        again = engine.sample(prompts[::-1], warm)  # on caches and states of the first time
+        assert largest_gap(vlm, chat, prompts[::-1], again, 1.0) < limit
         (served,) = (path for path in (tmp_path / "weights").iterdir() if path.is_dir())
         if dtype == "float32":
             require_same_answer(vlm, chat, engine._backend._servers[0]._url, problems[0])

@@ -51,11 +51,17 @@ RECURRENT_DTYPES = ("bfloat16",)
 """Number formats in which vLLM computes gated delta nets on a CPU."""
 FP8 = {
     "quantization": "fp8_per_channel",
-    "quantization_config": {"ignore": ["re:.*visual\\..*"]},
+    "quantization_config": {
+        "ignore": [
+            r"re:.*(visual|vision_tower|multi_modal_projector|embed_vision)\..*",
+            r"re:.*\.(in_proj_ba?|in_proj_a|mlp\.gate)$",
+        ]
+    },
 }
-"""Arguments for FP8: a scale for each output channel of a weight, and for each token of its input. The vision
-tower is left out: it is a small part of the work, and its widths are no multiples of 16. vLLM 0.32 rounds
-again whenever it reloads weights; its `--quantization fp8` takes only weights that are rounded already."""
+"""Arguments for FP8: a scale for each output channel of a weight, and for each token of its input. Vision
+towers are left out: they are a small part of the work, and their widths are no multiples of 16; so are the
+gates of delta nets and the routers of experts, which decide what follows. vLLM 0.32 rounds again whenever it
+reloads weights; its `--quantization fp8` takes only weights that are rounded already."""
 SHARE = "rollout.memory_share"
 ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Set in a server's environment, it opens the endpoints that load and unload adapters."""
