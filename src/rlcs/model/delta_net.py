@@ -43,6 +43,11 @@ class _FollowsPaths(nn.Module):
         return result
 
 
+def is_recurrent(config: Any) -> bool:
+    """Whether some layers of a model with this configuration keep a state instead of keys and values."""
+    return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+
+
 def install(model: PreTrainedModel) -> None:
     """Make all gated delta nets of a model follow paths."""
     for module in model.modules():

@@ -71,6 +71,12 @@ class InternVl(Family):
         images.crop_to_patches = True  # the processor asks for it; vLLM reads it here
         return Tiles(processor)
 
+    def pixel_bounds(self, processor: Any) -> tuple[int, int]:
+        """See `Family`; an image in several tiles has its thumbnail too."""
+        images = processor.image_processor
+        tile, least = images.size["height"] * images.size["width"], images.min_patches
+        return tile * (least + 1 if least > 1 else 1), tile * (images.max_patches + 1)
+
     def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
         """See `Family`."""
         return {"pixel_values": torch.cat(list(patches))}
