@@ -51,6 +51,8 @@ class Sizes:
     """The layers of the language model; equal ones are counted."""
     between: int
     """Weights of the language model's linear layers that are in no layer and not the head."""
+    keeps_features: bool
+    """Whether what a frozen tower makes of an image can be kept between passes."""
 
     @property
     def total(self) -> int:
@@ -170,6 +172,7 @@ def measure(name: str, config: Any) -> Sizes:
             for module in model.base_model.language_model.modules()
             if isinstance(module, nn.Linear) and id(module) not in inside
         ),
+        keeps_features=bool(family.mergers(model)),
     )
 
 
