@@ -112,7 +112,7 @@ def qwen3_5(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLP
     return Qwen3_5ForConditionalGeneration(config), _qwen3_processor(tokenizer)
 
 
-BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}
+BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl, "qwen3_5": qwen3_5}
 
 
 def build(family: str, folder: Path, **parts: object) -> Path:
