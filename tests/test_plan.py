@@ -330,6 +330,12 @@ def trained(size: str) -> int:
     return PARAMETERS[size] - sizes_of(Model(name=HUB.format(size))).parameters["vision_tower"]
 
 
+@pytest.mark.parametrize(("name", "gpus"), [("qwen3vl-8b", 8), ("qwen3_5-9b", 8), ("qwen3_5-4b", 1)])
+def test_recipes_for_newer_models_fit_80_gb(name, gpus):
+    assert planned(name, gpus=gpus).fits
+    assert not planned(name, gpus=max(1, gpus // 2), memory=80 if gpus > 1 else 32).fits
+
+
 def test_single_gpu_recipe_fits_where_it_says():
     assert planned("single-gpu-lora-3b", gpus=1, memory=48).fits
     assert planned("single-gpu-lora-3b", gpus=1, memory=24).fits

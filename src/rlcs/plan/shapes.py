@@ -91,6 +91,7 @@ def published(name: str) -> PreTrainedConfig | None:
 
 
 def _published() -> dict[str, dict[str, Any]]:
+    """Configurations by hub id; docs/how-to/plan.md says which figures were checked, and against what."""
     known: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("published.json"))
     return known
 
