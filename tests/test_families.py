@@ -1,10 +1,11 @@
 """The proofs of a family, for each beside Qwen2.5-VL: what docs/how-to/add-a-model-family.md goes through.
 
-Most are the functions that prove packing, engine, chat format and adapters; here `random_model_folder` holds a
-tiny random model of each family.
+Most are the functions that prove packing, engine, chat format and adapters; here `random_model_folder` holds
+a tiny random model of each family.
 """
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,3 +107,15 @@ def test_a_template_that_words_prompts_otherwise_is_told(vlm, caplog):
     [record] = caplog.records
     answer = repr(vlm.family.chat_format.roles["assistant"])[1:-1]
     assert f"{answer}<think>'; rlcs trains" in record.getMessage()
+
+
+def test_the_page_on_families_names_every_family_and_proof_and_shows_real_code():
+    root = Path(__file__).parent.parent
+    page = (root / "docs/how-to/add-a-model-family.md").read_text()
+    proofs = {name for name in globals() if name.startswith("test_") and "_page_" not in name}
+    assert set(re.findall(r"^- `(test_\w+)`", page, re.MULTILINE)) == proofs
+    assert set(FAMILIES) <= set(re.findall(r"`(\w+)`", page))
+    code = (root / "src/rlcs/model/families/internvl.py").read_text()
+    lines = {line.strip() for line in code.splitlines()}
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert snippets and all(line.strip() in lines for text in snippets for line in text.splitlines())
