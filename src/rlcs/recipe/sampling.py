@@ -216,6 +216,10 @@ class Rollouts(EngineSettings):
     """Each token's loss is weighted by policy / vLLM probability, at most this (truncated importance
     sampling, https://fengyao.notion.site/off-policy-rl). None: not corrected. With
     grpo.old_logprobs=sampler and several optimiser steps the loss's own ratio is that correction."""
+    router_replay: bool = False
+    """Train each token of a mixture of experts by the experts that the engine chose for it, with weights by
+    the policy's own router (arXiv 2510.11370): kernels that round otherwise choose others for some tokens.
+    vLLM then sends two bytes a token, layer and chosen expert; the reference of a KL penalty chooses its own."""
     alarm: NonNegative = 0.1
     """Warn when the mean difference of vLLM's and the policy's logprobs is above this (nats)."""
     checks: Annotated[int, Field(ge=0)] = 4
