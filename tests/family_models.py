@@ -5,6 +5,11 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -39,6 +44,20 @@ QWEN_3_TEMPLATE = (
 )
 """Renders what Qwen3-VL-Instruct's own template renders of system, user and assistant turns without tools:
 no system turn unless there is a system message."""
+
+INTERNVL_TEMPLATE = (
+    QWEN_3_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n")
+    .replace("<|vision_start|><|video_pad|><|vision_end|>", "<video>\\n")
+    .replace("message.role == 'user' and ", "")
+)
+"""Renders what InternVL's own template renders; its processor puts `<img>` and `</img>` around an image."""
+
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 
 SIZES = {"shortest_edge": 64 * 64, "longest_edge": 448 * 448}
 
@@ -137,14 +156,53 @@ def qwen3_5_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen
     return qwen3_5(tokenizer, text=text, vision=vision, kind=kind)
 
 
-BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl, "qwen3_vl_moe": qwen3_vl_moe}
-UNPROVEN = {"qwen3_5_moe": qwen3_5_moe}
+def internvl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, InternVLProcessor]:
+    """InternVL3.5: tiles of 56 x 56 with a thumbnail, one by one positions, Qwen3 with an untied head."""
+    text = {"model_type": "qwen3", "head_dim": 48, "tie_word_embeddings": False, **dict(text)}
+    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "attention_bias": True, "image_size": [56, 56], "initializer_range": 0.08,
+              **dict(vision)}  # fmt: skip
+    config = InternVLConfig(
+        text_config=_text(tokenizer, **text),
+        vision_config=vision,
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+    tokenizer.chat_template = INTERNVL_TEMPLATE
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(
+            size={"height": 56, "width": 56},
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        ),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(),
+        image_seq_length=4,
+        chat_template=INTERNVL_TEMPLATE,
+    )
+    model = InternVLForConditionalGeneration(config)
+    embeddings = model.model.vision_tower.embeddings
+    for zero in (embeddings.cls_token, embeddings.position_embeddings):
+        torch.nn.init.normal_(zero, std=0.08)
+    return model, processor
+
+
+BUILDERS = {
+    "internvl": internvl,
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+}
+UNPROVEN = {"qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe}
+NAMED_TOKENS = {"internvl": INTERNVL_TOKENS}
 
 
 def build(family: str, folder: Path, **parts: object) -> Path:
     """Write a random model of the family in Hugging Face format; `text` and `vision` change its shape."""
     torch.manual_seed(1)
-    model, processor = (BUILDERS | UNPROVEN)[family](build_tokenizer(tiny_model.corpus(50)), **parts)
+    tokenizer = build_tokenizer(tiny_model.corpus(50), **NAMED_TOKENS.get(family, {}))
+    model, processor = (BUILDERS | UNPROVEN)[family](tokenizer, **parts)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

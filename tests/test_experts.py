@@ -177,7 +177,7 @@ def test_what_experts_do_not_support_is_refused(vlm, random_model_folder, tmp_pa
 
 
 class ThirdBest(Routing):
-    """A sampler whose kernels choose other experts: the first and the third best, with their right weights."""
+    """A sampler whose kernels choose other experts: the first and third best, with their right weights."""
 
     def route(self, layer, logits, weights, chosen):
         shares = logits.softmax(-1)

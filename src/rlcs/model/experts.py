@@ -107,7 +107,7 @@ def install(model: PreTrainedModel) -> None:
         if router is None or isinstance(router, _FollowsRouting):
             continue
         router.layer, router.routing = index, None
-        router.__class__ = _following(type(router))
+        router.__class__ = _following(type(router))  # type: ignore[arg-type]
         mixer = layer.self_attn if hasattr(layer, "self_attn") else layer.linear_attn
         mixer.register_forward_pre_hook(partial(_hand_over, router), with_kwargs=True)
 

@@ -24,6 +24,7 @@ from transformers import (
     AutoProcessor,
     CompressedTensorsConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -182,8 +183,7 @@ def load(
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, automatic if settings.dtype == "auto" else settings.dtype)
     options: dict[str, Any] = {"dtype": dtype}
-    config, processor = _load_description(settings)
-    family = family_of(config.model_type, settings.name)
+    config, processor, family = _load_description(settings)
     if four_bit:
         if world.grouped:
             raise UserError(
@@ -201,7 +201,7 @@ def load(
     with _model_errors(settings):
         source = _source(settings)
         if weights and world.rank == 0:
-            model = AutoModelForImageTextToText.from_pretrained(**source, **options)
+            model = AutoModelForImageTextToText.from_pretrained(**source, config=config, **options)
         else:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(
@@ -313,8 +313,8 @@ def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: boo
 
     Raises ModelError.
     """
-    config, processor = _load_description(model)
-    return _chat(processor, family_of(config.model_type, model.name), prompts, images, rl=rl)
+    _, processor, family = _load_description(model)
+    return _chat(processor, family, prompts, images, rl=rl)
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
@@ -331,11 +331,15 @@ def _source(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _load_description(settings: ModelSettings) -> tuple[Any, Any]:
-    """Load the configuration and processor of a model. Raises ModelError."""
+def _load_description(settings: ModelSettings) -> tuple[Any, Any, Family]:
+    """Load the configuration and processor of a model, and find its family. Raises ModelError."""
     with _model_errors(settings):
         source = _source(settings)
-        return AutoConfig.from_pretrained(**source), AutoProcessor.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source)
+        family = family_of(config.model_type, settings.name)
+        written, _ = PreTrainedConfig.get_config_dict(**source)
+        family.complete(config, written, f"model.name={settings.name}")
+        return config, AutoProcessor.from_pretrained(**source), family
 
 
 @contextmanager

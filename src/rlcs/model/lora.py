@@ -23,7 +23,7 @@ from rlcs.recipe.execution import Lora
 if TYPE_CHECKING:
     from peft import PeftModel
 
-KEPT_WHOLE = ["visual", "lm_head"]
+KEPT_WHOLE = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]
 """Modules that QLoRA does not quantise: they are small, and quantising them costs the most accuracy."""
 
 
@@ -33,7 +33,8 @@ def attach(
     """Put adapters into the linear layers below `parts` (patterns on names); nothing else trains then.
 
     A new adapter adds zero. Of a mixture of experts the `router` (a pattern, too) and the experts,
-    whose weights lie in one tensor, get none. Raises RecipeError if `settings.targets` matches no layer, or experts.
+    whose weights lie in one tensor, get none. Raises RecipeError if `settings.targets` matches no
+    layer, or experts.
     """
     import peft
     from peft.tuners.lora import LoraLayer

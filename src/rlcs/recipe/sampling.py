@@ -219,7 +219,8 @@ class Rollouts(EngineSettings):
     router_replay: bool = False
     """Train each token of a mixture of experts by the experts that the engine chose for it, with weights by
     the policy's own router (arXiv 2510.11370): kernels that round otherwise choose others for some tokens.
-    vLLM then sends two bytes a token, layer and chosen expert; the reference of a KL penalty chooses its own."""
+    Every answer then carries their ids, a byte for each token, layer and expert, for its prompt too. Off, as
+    vLLM must run as docs/how-to/vllm-rollouts.md says. The reference of a KL penalty chooses its own."""
     alarm: NonNegative = 0.1
     """Warn when the mean difference of vLLM's and the policy's logprobs is above this (nats)."""
     checks: Annotated[int, Field(ge=0)] = 4

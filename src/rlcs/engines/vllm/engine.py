@@ -168,6 +168,7 @@ class VllmEngine:
                 step=step,
                 resized=self._chat.resized,
                 keeps_routes=self._keeps_routes,
+                marks_images=self._vlm.family.vllm_marks_images,
             )
             for prompt in prompts
         ]

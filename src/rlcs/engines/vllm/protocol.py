@@ -48,8 +48,9 @@ class PromptRequest:
     """Asks for `sampling.n` answers to one prompt; `resized` returns an image in the size that a model sees.
 
     vLLM's image processor leaves that size as it is, so that its patches are ours, bit by bit. With each
-    token come the `num_likeliest` most likely ones. `keeps_routes`: the answers say which experts computed
-    them, and the first one which computed the prompt.
+    token come the `num_likeliest` most likely ones. `marks_images`: vLLM puts the tokens before and after an
+    image's own itself. `keeps_routes`: the answers say which experts computed them, and the first one which
+    computed the prompt.
     """
 
     prompt: Prompt
@@ -58,16 +59,17 @@ class PromptRequest:
     resized: "Callable[[ImageRef], Image]"
     num_likeliest: int = 0
     keeps_routes: bool = False
+    marks_images: bool = False
 
     @property
     def token_ids(self) -> list[int]:
         """The prompt's ids with one placeholder for each image."""
-        prompt = self.prompt
+        prompt, around = self.prompt, int(self.marks_images)
         ids: list[int] = []
         text_start = 0
         for start, end in prompt.spans:
-            ids += [*prompt.ids[text_start:start], prompt.image_token_id]
-            text_start = end
+            ids += [*prompt.ids[text_start : start - around], prompt.image_token_id]
+            text_start = end + around
         return [*ids, *prompt.ids[text_start:]]
 
     @property
@@ -158,8 +160,8 @@ class PromptRequest:
         table = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False)
         answer = len(choice["token_ids"]) - 1
         if table.ndim != 3 or len(table) != len(self.prompt.ids) + answer:
-            what = f"it says which experts it chose in the form {table.shape}, for {len(self.prompt.ids)} tokens "
-            what += f"of a prompt and {answer + 1} of an answer"
+            tokens = f"{len(self.prompt.ids)} tokens of a prompt and {answer + 1} of an answer"
+            what = f"it says which experts it chose in the form {table.shape}, for {tokens}"
             raise EndpointError(what, where="rollout.router_replay", fix="set it to false, and report this")
         routes = Routes(layers=table.shape[1], chosen=table.shape[2], data=table.astype("<u2").tobytes())
         return routes if choice["index"] == 0 else routes.last(answer)
