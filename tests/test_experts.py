@@ -25,7 +25,7 @@ from rlcs.model.layout import layout_of
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.publish import quantise
-from rlcs.recipe.execution import Lora
+from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Model
 from rlcs.recipe.stages import Grpo
@@ -34,6 +34,7 @@ from rlcs.records.trees import Branch
 from rlcs.train import groups, learning, sft
 from rlcs.train.losses import sft_loss
 from rlcs.train.trainer import Batch
+from test_distributed import group_of_one  # noqa: F401
 from test_policy import CASES, assert_same_gradients, gradients, make_trees, padded_logprobs
 
 FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe")
@@ -100,6 +101,23 @@ def test_gradient_checkpointing_keeps_the_router_loss(vlm, chat):
     assert "model.language_model.layers.0.mlp.gate.weight" in plain
     loading.checkpoint_activations(vlm.model)
     assert_same_gradients(gradients(vlm, score(balanced(vlm), packed).router_loss.sum()), plain)
+
+
+def test_a_sharded_mixture_learns_the_same(vlm, chat, random_model_folder, group_of_one):
+    """In shards, with layers that are recomputed and experts that are frozen."""
+    packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
+    sharded = loading.load(Model(name=str(random_model_folder), gradient_checkpointing=True), world=group_of_one)
+    found = []
+    for one in (vlm, sharded):
+        loading.freeze(one, ["experts"])
+        one.model.train()
+        if one is sharded:
+            one = loading.spread(one, Parallel())
+        scores = score(balanced(one), packed)
+        (scores.router_loss.sum() - scores.logprobs.sum()).backward()
+        found.append({n: p.grad.full_tensor() if one.fsdp_root else p.grad for n, p in one.parameters()})
+        assert found[0].keys() == found[-1].keys() and not any(".experts." in name for name in found[-1])
+    assert_same_gradients(found[1], found[0])
 
 
 def test_both_stages_learn_the_router_loss(vlm, chat):

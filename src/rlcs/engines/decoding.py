@@ -278,9 +278,9 @@ class DecodingBatch:
         positions = (self._starts + self._cache.row_lengths).expand(3, -1)
         self._cache.begin_step()
         states, routes = self._computed(ids, positions, plan=self._cache)
-        for row, chosen in zip(self._rows, routes, strict=False):
+        for row, experts in zip(self._rows, routes, strict=False):
             if row.stop is None:
-                row.routes.append(chosen)
+                row.routes.append(experts)
         self._logits = self._head(states)
         self._cache.end_step()
 
