@@ -127,7 +127,7 @@ class FlashAttention(torch.autograd.Function):
 
 
 class FlashPlan:
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         return FlashAttention.apply(query, key, value)
 
 

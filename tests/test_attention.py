@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from rlcs.errors import TrainingError
 from rlcs.model import attention
-from rlcs.model.attention import BLOCK, MAX_GRAPHS, DensePlan, FlexPlan, block_mask
-from rlcs.model.layout import Layout, Segment, dense_mask, layout_of
+from rlcs.model.attention import BLOCK, MAX_GRAPHS, DensePlan, FlexPlan, TreePlan, block_mask
+from rlcs.model.layout import PATH, Layout, Scope, Segment, dense_mask, layout_of
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, SIZE = 4, 2, 32
@@ -45,6 +45,22 @@ def forked(sizes: list[tuple[int, list[int]]], draw: random.Random) -> Layout:
             segments.append(Segment(start=start, stop=start + length, parent=path[-1] if path else None))
             path.append(len(segments) - 1)
     return Layout(segments=tuple(segments))
+
+
+def with_images(layout: Layout, seed: int) -> Layout:
+    """Up to three images in each trunk, some next to each other."""
+    draw, images = random.Random(seed), []
+    for trunk in layout.trunks:
+        cuts = sorted(draw.randint(trunk.start, trunk.stop) for _ in range(6))
+        pairs = [cuts[:2], cuts[2:4], cuts[4:]] if seed % 2 else [cuts[1:3], cuts[2:4]]
+        images += [(start, stop) for start, stop in pairs if start < stop]
+    return Layout(segments=layout.segments, images=tuple(images))
+
+
+SCOPES = [
+    Scope(window=1), Scope(window=40, images=True), Scope(window=128), Scope(window=200, images=True),
+    Scope(images=True), Scope(window=10**6, images=True),
+]  # fmt: skip
 
 
 def inputs(layout: Layout, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -76,21 +92,50 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("layout", EDGES + [random_layout(seed) for seed in range(60)])
-def test_block_masks_are_those_that_the_whole_mask_gives(layout):
-    ours = block_mask(layout, CPU)
-    order = torch.arange(layout.length)
-    assert torch.equal(ours.mask_mod(0, 0, order[:, None], order[None]), dense_mask(layout))
-    # A pack of one block gets two, the second without a token, so that the compiled kernel takes it.
-    length = max(layout.length, BLOCK + 1)
-    own = ours.mask_mod
+def seen_by_definition(layout: Layout, scope: Scope) -> torch.Tensor:
+    """Which tokens see which, one by one: on the path and in the window, or later in the same image."""
+    mask = torch.zeros(layout.length, layout.length, dtype=torch.bool)
+    for segment in layout.segments:
+        before, parent = [], segment.parent
+        while parent is not None:
+            above = layout.segments[parent]
+            before, parent = [*range(above.start, above.stop), *before], above.parent
+        path = torch.tensor([*before, *range(segment.start, segment.stop)])
+        for depth, token in enumerate(path[len(before) :].tolist(), start=len(before)):
+            window = depth + 1 if scope.window is None else scope.window
+            mask[token, path[max(0, depth + 1 - window) : depth + 1]] = True
+    for start, stop in layout.images if scope.images else ():
+        mask[start:stop, start:stop] |= torch.ones(stop - start, stop - start, dtype=torch.bool).triu()
+    return mask
 
-    def inside(batch, head, q, k):
-        held = (q < layout.length) & (k < layout.length)
-        return held & own(batch, head, q.clamp(max=layout.length - 1), k.clamp(max=layout.length - 1))
 
-    assert same_lists(ours, create_block_mask(inside, None, None, length, length, device="cpu"))
-    assert ours.seq_lengths == (layout.length, layout.length) and ours.BLOCK_SIZE == (BLOCK, BLOCK)
+@pytest.mark.parametrize("scope", [PATH, *SCOPES])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_dense_mask_is_what_the_scope_says(scope, seed):
+    layout = with_images(random_layout(seed, longest=120), seed)
+    assert torch.equal(dense_mask(layout, scope), seen_by_definition(layout, scope))
+    assert torch.equal(dense_mask(layout, scope.within(layout)), dense_mask(layout, scope))
+
+
+LAYOUTS = EDGES + [random_layout(seed) for seed in range(60)]
+
+
+@pytest.mark.parametrize("index", range(len(LAYOUTS)))
+def test_block_masks_are_those_that_the_whole_mask_gives(index):
+    layout = with_images(LAYOUTS[index], index)
+    for scope in (PATH, SCOPES[index % len(SCOPES)]):
+        ours = block_mask(layout, CPU, scope)
+        order = torch.arange(layout.length)
+        assert torch.equal(ours.mask_mod(0, 0, order[:, None], order[None]), dense_mask(layout, scope))
+        # A pack of one block gets two, the second without a token, so that the compiled kernel takes it.
+        length = max(layout.length, BLOCK + 1)
+
+        def inside(batch, head, q, k, own=ours.mask_mod):
+            held = (q < layout.length) & (k < layout.length)
+            return held & own(batch, head, q.clamp(max=layout.length - 1), k.clamp(max=layout.length - 1))
+
+        assert same_lists(ours, create_block_mask(inside, None, None, length, length, device="cpu"))
+        assert ours.seq_lengths == (layout.length, layout.length) and ours.BLOCK_SIZE == (BLOCK, BLOCK)
 
 
 class AllocatedBytes(TorchDispatchMode):
@@ -153,6 +198,25 @@ def test_one_compiled_kernel_serves_fifty_packs_and_equals_the_dense_one(dtype, 
     assert graphs() - before == 1
 
 
+def with_gradients(plan, layout: Layout, dtype: torch.dtype = torch.float32, **options) -> list[torch.Tensor]:
+    """The output, and the gradients of queries, keys and values."""
+    leaves = [x.requires_grad_() for x in inputs(layout, dtype)]
+    output = plan.attend(0, *leaves, **options)
+    return [output.detach(), *torch.autograd.grad(output, leaves, inputs(layout, dtype)[0].flip(2))]
+
+
+@pytest.mark.parametrize("scope", [PATH, *SCOPES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_tree_kernel_equals_the_dense_one_in_every_scope(scope, dtype):
+    for seed in range(8):
+        layout = with_images(random_layout(seed, longest=700 if seed < 2 else 100), seed)
+        tree, dense = (
+            with_gradients(plan(layout, CPU), layout, dtype, scope=scope, scale=0.3)
+            for plan in (TreePlan, DensePlan)
+        )
+        torch.testing.assert_close(tree, dense, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """Kernels that are traced as for a GPU, backward pass included, and computed without a compiler."""
@@ -181,6 +245,17 @@ def test_gradients_equal_the_dense_ones_with_at_most_six_graphs(traced):
         with torch.no_grad():
             FlexPlan(layout, CPU).attend(0, *given)
     assert 1 < graphs() - before <= MAX_GRAPHS
+
+
+def test_the_kernel_of_layers_with_windows_and_images_equals_the_dense_one(traced):
+    before = graphs()
+    for seed in range(12):
+        layout = with_images(random_layout(seed, longest=200), seed)
+        flex, dense = FlexPlan(layout, CPU), DensePlan(layout, CPU)
+        for scope in SCOPES[seed % 2 :: 2]:
+            ours, exact = (with_gradients(p, layout, scope=scope, scale=1.0) for p in (flex, dense))
+            torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+    assert graphs() - before == 1
 
 
 def test_every_shape_of_heads_has_its_own_limit(traced, monkeypatch):

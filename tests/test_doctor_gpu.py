@@ -173,7 +173,7 @@ def test_attention(setting, monkeypatch):
         patch.setattr(attention, "MOST_GRAPHS", -1)
         patch.setattr(attention, "_worst", lambda *arguments: (0.0, 1.0))
         assert "kernels were compiled" in attention.check(setting).message
-    monkeypatch.setattr(model_attention, "over_what_they_follow", lambda layout: ())
+    monkeypatch.setattr(model_attention, "over_what_they_follow", lambda *_: [])
     found = attention.check(setting)
     assert not found.ok and found.fix == "set model.attention=dense" and "float32: off by" in found.message
 

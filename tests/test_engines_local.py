@@ -116,7 +116,7 @@ class Nowhere:
 
     recurrence = None
 
-    def attend(self, layer, query, key, value):
+    def attend(self, layer, query, key, value, **_):
         return query
 
 

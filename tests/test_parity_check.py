@@ -91,16 +91,16 @@ def text_alone(prompt):
     return packing._text_positions(0, len(prompt.ids))
 
 
-def the_branch_before_is_seen(layout):
-    mask = true_mask(layout)
+def the_branch_before_is_seen(layout, scope):
+    mask = true_mask(layout, scope)
     for before, segment in pairwise(layout.segments):
         if before.parent is not None and before.parent == segment.parent:
             mask[segment.start : segment.stop, before.start : before.stop] = True
     return mask
 
 
-def trunk_ends_unseen(layout):
-    mask = true_mask(layout)
+def trunk_ends_unseen(layout, scope):
+    mask = true_mask(layout, scope)
     for segment in layout.segments:
         if segment.parent is not None:
             end = layout.segments[segment.parent].stop
@@ -108,7 +108,7 @@ def trunk_ends_unseen(layout):
     return mask
 
 
-def the_tree_before_is_seen(layout):
+def the_tree_before_is_seen(layout, scope):
     order = torch.arange(layout.length)
     return order[:, None] >= order[None]
 
@@ -158,7 +158,7 @@ def test_a_tree_that_sees_the_one_before_is_caught(trained, monkeypatch):
 
 
 def test_the_fast_kernel_of_trees_is_checked(trained, monkeypatch):
-    monkeypatch.setattr(attention, "over_what_they_follow", lambda layout: ())
+    monkeypatch.setattr(attention, "over_what_they_follow", lambda *_: [])
     assert min(shares(*trained)) > 5
 
 
@@ -171,8 +171,8 @@ def test_a_kernel_that_is_wrong_in_bfloat16_alone_is_caught(monkeypatch, module,
     vlm, chat, trees = sampled("builtin", "bfloat16")
     right = getattr(module, name)
 
-    def wrong(first, *others):
-        output = right(first, *others)
+    def wrong(first, *others, **options):
+        output = right(first, *others, **options)
         if torch.float32 in (getattr(x, "dtype", None) for x in (first, *first)):
             return output
         return (-output[0], output[1]) if isinstance(output, tuple) else -output
@@ -278,9 +278,9 @@ def test_a_fault_of_the_last_of_many_answers_is_caught(vlm, chat, monkeypatch):
     vlm = replace(vlm, attention="dense")
     assert require_agreement(vlm, chat, trees).share < 0.6
 
-    def the_last_sees_the_first(layout):
+    def the_last_sees_the_first(layout, scope):
         _, first, *_, last = layout.segments
-        mask = true_mask(layout)
+        mask = true_mask(layout, scope)
         mask[last.start : last.stop, first.start : first.stop] = True
         return mask
 

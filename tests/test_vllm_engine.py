@@ -545,6 +545,8 @@ def test_prompts_go_as_ids_with_one_placeholder_an_image(chat: Chat) -> None:
     ids = request.token_ids
     assert ids.count(chat.image_id) == 2 < list(prompt.ids).count(chat.image_id)
     assert len(ids) == len(prompt.ids) - sum(b - a - 1 for a, b in prompt.spans)
+    marks = {prompt.ids[at] for a, b in prompt.spans for at in (a - 1, b)}
+    assert replace(request, marks_images=True).token_ids == [index for index in ids if index not in marks]
     body = json.loads(json.dumps(request.body()))
     params = body["sampling_params"]
     assert len(body["content_parts"]) == 2 and params["n"] == 3 and params["stop_token_ids"] == [chat.end_id]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlcs.engines.states import RowRecurrence, TrunkRecurrence
 from rlcs.model.attention import Plan
-from rlcs.model.layout import Layout
+from rlcs.model.layout import PATH, Layout, Scope
 
 GROWTH = 32
 """Tokens by which the cache of the rows grows."""
@@ -30,10 +30,19 @@ class RecordingPlan:
         self.recurrence = TrunkRecurrence(layout, device)
         self.layers: dict[int, KeyValue] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scope: Scope = PATH,
+        scale: float | None = None,
+    ) -> Tensor:
         """Attend as `inner` does."""
         self.layers[layer] = (key[0], value[0])
-        return self._inner.attend(layer, query, key, value)
+        return self._inner.attend(layer, query, key, value, scope=scope, scale=scale)
 
     def trunks(self) -> dict[int, KeyValue]:
         """Per layer, keys and values (T, K, P, D) of the trunks, padded with zeros on the right."""
@@ -142,7 +151,16 @@ class ForestCache:
         """Count the token that was added to every row."""
         self.row_lengths = self.row_lengths + 1
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scope: Scope = PATH,
+        scale: float | None = None,
+    ) -> Tensor:
         """One query a row: (1, H, B, D) over trunk and own tokens; stores the new keys and values."""
         row_key, row_value = self.rows[layer]
         trunk_key, trunk_value = self.trunks[layer]
@@ -154,7 +172,7 @@ class ForestCache:
         # Scores are fp32, as in other attention kernels: a product of bf16 tensors is itself rounded to bf16,
         # which costs most where a row's scores have much in common. It takes a temporary copy of one layer's
         # keys and more reading; `bmm(out_dtype=)` would take neither, but CPUs do not have it.
-        q = query[0].transpose(0, 1).reshape(count, heads, -1, size).float() * size**-0.5
+        q = query[0].transpose(0, 1).reshape(count, heads, -1, size).float() * (scale or size**-0.5)
         row_scores = q @ row_key[:, :, :longest].float().transpose(2, 3) + self._row_bias
         trunk_scores = self._to_rows(self._to_grid(q) @ trunk_key.float().transpose(2, 3)) + self._trunk_bias
         shares = torch.softmax(torch.cat([trunk_scores, row_scores], -1), -1).to(value.dtype)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlcs.distributed import visible_gpus
 from rlcs.engines.base import Engine
@@ -49,6 +50,7 @@ class EngineNeeds:
         colocated = self.settings.engine == "vllm_colocated"
         on_cpu = vlm.device.type == "cpu"
         sleeps = colocated and trains and not on_cpu  # vLLM has no sleep mode on a CPU
+        text = vlm.model.config.get_text_config()
         return Launch(
             settings=self.settings,
             dtype=str(serving_dtype(vlm, self.compute_dtype)).removeprefix("torch."),
@@ -61,6 +63,7 @@ class EngineNeeds:
             shares_gpu=not on_cpu and _shares_gpu(vlm, self.settings),
             sleep_level=(1 if self.adapter_rank else 2) if sleeps else 0,
             transfer=self._transfer(on_cpu) if trains else "",
+            is_recurrent="linear_attention" in (getattr(text, "layer_types", None) or ()),
         )
 
     def _transfer(self, on_cpu: bool) -> str:
@@ -119,19 +122,19 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
     settings = needs.settings
     backend: Fleet | None = None
     transfer: Transfer | None = None
-    bounds: dict[str, int] = {}
+    processing: dict[str, Any] = {}
     published: WeightsFolder | None = None if unchanged is None else Unchanged(unchanged)
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
-        nonlocal backend, bounds, published, transfer
+        nonlocal backend, processing, published, transfer
         if settings.engine == "local":
             return LocalEngine(vlm, chat, max_rows=max_rows)
         published = published or needs.weights(folder, vlm)
-        if backend is not None and bounds != dict(vlm.processor.image_processor.size):
+        if backend is not None and processing != vlm.processor.image_processor.to_dict():
             backend.close()  # vLLM keeps the pixel bounds that it started with
             backend = None
         if backend is None:
-            bounds = dict(vlm.processor.image_processor.size)
+            processing = vlm.processor.image_processor.to_dict()
             launch = needs.launch(vlm, trains=unchanged is None)
             backend = Fleet(settings, logs=folder, launch=launch)
             transfer = needs.transfer(vlm, backend, launch)

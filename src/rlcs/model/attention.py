@@ -9,7 +9,9 @@ registers the one function that hands the layer's queries, keys and values to it
 Letters in shapes: L tokens, H query heads, K key-value heads, D head size.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rlcs.errors import TrainingError, UserError, shortage
 from rlcs.model import delta_net, vision_attention
-from rlcs.model.layout import Bucket, Layout, buckets, dense_mask
+from rlcs.model.layout import PATH, Bucket, Layout, Scope, Segment, Sight, buckets, dense_mask
 from rlcs.model.recurrence import PathRecurrence, Recurrence
 
 NAME = "rlcs"
@@ -40,8 +42,20 @@ class Plan(Protocol):
         """What recurrent layers compute with."""
         ...
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries (1, H, L, D), keys and values (1, K, L, D) of one layer to outputs (1, H, L, D)."""
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scope: Scope = PATH,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Queries (1, H, L, D), keys and values (1, K, L, D) of one layer to outputs (1, H, L, D).
+
+        `scope` is what the layer's tokens see, `scale` the factor of scores (None: 1 / sqrt(D)).
+        """
         ...
 
 
@@ -67,24 +81,44 @@ def _attend_by_plan(
     plan: Plan | None = kwargs.get("plan")
     if plan is None:
         raise ValueError(f"attention {NAME!r} needs the keyword `plan`; use 'sdpa' for plain batches")
-    if kwargs.get("scaling") not in (None, query.shape[-1] ** -0.5):
-        raise ValueError(f"attention {NAME!r} scales by 1/sqrt(head size), not by {kwargs['scaling']}")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    return plan.attend(layer, query, key, value).transpose(1, 2), None
+    scale = kwargs.get("scaling")
+    window = kwargs.get("sliding_window")
+    config: Any = getattr(module, "config", None)
+    images = window is not None and getattr(config, "use_bidirectional_attention", None) == "vision"
+    output = plan.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query,
+        key,
+        value,
+        scope=Scope(window=window, images=images),
+        scale=None if scale == query.shape[-1] ** -0.5 else scale,
+    )
+    return output.transpose(1, 2), None
 
 
 class DensePlan:
     """The plain reference: every block is computed, masked ones too."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        """Build the mask once for all layers."""
-        self._mask = dense_mask(layout).to(device)
+        """Masks are built once for all layers that see the same."""
+        self._mask = cache(lambda scope: dense_mask(layout, scope).to(device))
+        self._layout = layout
         self.recurrence = PathRecurrence(layout, device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scope: Scope = PATH,
+        scale: float | None = None,
+    ) -> Tensor:
         """Stock attention under the dense mask."""
+        mask = self._mask(scope.within(self._layout))
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=self._mask, enable_gqa=True
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
         )
 
 
@@ -92,20 +126,30 @@ class FlexPlan:
     """FlexAttention skips the blocks in which nothing is visible (128 x 128 tokens)."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        """Build the block mask once for all layers."""
-        self._mask = block_mask(layout, device)
+        """Block masks are built once for all layers that see the same."""
+        self._mask = cache(lambda scope: block_mask(layout, device, scope))
         self.recurrence = PathRecurrence(layout, device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scope: Scope = PATH,
+        scale: float | None = None,
+    ) -> Tensor:
         """Block-sparse attention; FlexAttention has no backward on a CPU. Raises TrainingError.
 
         The kernel is never run uncompiled: without the compiler FlexAttention holds all L x L scores.
         """
-        kernel = _flex_kernel(query.shape[1], key.shape[1], query.shape[3], query.dtype)
+        shape = query.shape[1], key.shape[1], query.shape[3]
+        kernel = _flex_kernel(shape, query.dtype, scope != PATH, scale)
         for x in (query, key, value):  # or a number of blocks that happens to equal one of these is fixed too
             mark_static(x, [1, 3])
         try:
-            return kernel(query, key, value, self._mask)
+            return kernel(query, key, value, self._mask(scope))
         except (FailOnRecompileLimitHit, TorchDynamoException) as error:
             if shortage(str(error)):  # of memory: reported by those who know what to change
                 raise
@@ -129,8 +173,13 @@ parts begin, a layer has gradients for some of its inputs only."""
 
 
 @cache
-def _flex_kernel(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The kernel for all packs and layers of this shape, compiled in its first call."""
+def _flex_kernel(
+    shape: tuple[int, int, int], dtype: torch.dtype, scoped: bool, scale: float | None
+) -> Callable[..., Tensor]:
+    """The kernel for all packs and layers of this (H, K, D), compiled in its first call.
+
+    Masks of layers that see less than their path, or more, are computed by other code (`scoped`).
+    """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -141,7 +190,9 @@ def _flex_kernel(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> Ca
             )
         # The kernel for short queries would be a second one, with a graph of its own.
         options: Any = {"FORCE_USE_FLEX_ATTENTION": True}
-        output = flex_attention(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=options)
+        output = flex_attention(
+            query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options
+        )
         assert isinstance(output, Tensor)
         return output
 
@@ -150,47 +201,60 @@ def _flex_kernel(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> Ca
     return compiled
 
 
-def block_mask(layout: Layout, device: torch.device) -> BlockMask:
+def block_mask(layout: Layout, device: torch.device, scope: Scope = PATH) -> BlockMask:
     """The FlexAttention form of `dense_mask`, computed from the spans alone.
 
     `create_block_mask` computes the L x L mask first, in 4 bytes each: 7 GiB for 43,000 tokens. This takes
     bytes by the token, and by the block: 16 (L / 128)^2, for the lists of blocks. There are at least two
     blocks a side, for a size of one would need a graph of its own.
     """
-    sizes = torch.tensor([len(segment) for segment in layout.segments])
-    ends = torch.tensor(layout.ends()).repeat_interleave(sizes).to(device, torch.int32)
+    sight = Sight.of(layout, scope).to(device)
 
-    def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (q < ends[k])
+    def on_path(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (q < sight.ends[k])
 
-    partial, full = _blocks(layout)
+    def scoped(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return sight.visible(q, k)
+
+    partial, full = _blocks(layout, scope)
     kv, full_kv, q, full_q = (_listed(blocks) for blocks in (partial, full, partial.T, full.T))
     whole = (layout.length, layout.length)
+    visible = on_path if scope == PATH else scoped
     mask = BlockMask(whole, *kv, *full_kv, *q, *full_q, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible)
     return mask.to(device)
 
 
-def _blocks(layout: Layout) -> tuple[Tensor, Tensor]:
+def _blocks(layout: Layout, scope: Scope) -> tuple[Tensor, Tensor]:
     """Which blocks (queries, keys) are visible in part, and which as a whole."""
     length = layout.length
     count = max(2, -(-length // BLOCK))
-    left = BLOCK * torch.arange(count)[:, None]
-    # Segments are cut where blocks of keys begin. The keys of such a piece are seen by the tokens from each
-    # of them to the same end: so its first key is seen by the most queries, its last by the fewest.
+    images = torch.tensor(layout.images if scope.images else (), dtype=torch.long).view(-1, 2)
     segments = [(s.start, end) for s, end in zip(layout.segments, layout.ends(), strict=True) if len(s)]
     starts, ends = torch.tensor(segments).T.contiguous()
-    first = torch.cat([starts, torch.arange(0, length, BLOCK)]).unique()
+    # The pack is cut where segments, images and blocks begin: depths count up within such a piece.
+    first = torch.cat([starts, torch.arange(0, length, BLOCK), images.flatten()])
+    first = first[first < length].unique()
     last = torch.cat([first[1:], torch.tensor([length])]) - 1
-    end = ends[torch.searchsorted(starts, first, right=True) - 1]
+    segment = torch.searchsorted(starts, first, right=True) - 1
+    depths = layout.depths().int()
+    image = torch.searchsorted(images[:, 0].contiguous(), first, right=True) - 1
+    inside = image >= 0
+    inside[inside.clone()] = first[inside] < images[image[inside], 1]
+    together = (image[:, None] == image) & inside[:, None] & inside
+    # By how many tokens queries are deeper than keys, at least and at most; all between occur.
+    nearest, farthest = (depths[a][:, None] - depths[b] for a, b in ((first, last), (last, first)))
+    on_path = (first[:, None] >= starts[segment]) & (first[:, None] < ends[segment])
+    window = length + 1 if scope.window is None else scope.window
+    some = on_path & (nearest < window) & ((farthest >= 0) | together)
+    every = on_path & (farthest < window) & ((nearest >= 0) | together)
 
-    def pieces(chosen: Tensor) -> Tensor:
-        return torch.zeros(count, count, dtype=torch.int32).index_add_(1, first // BLOCK, chosen.int())
+    def blocks(pieces: Tensor) -> Tensor:
+        rows = torch.zeros(count, len(first), dtype=torch.int32).index_add_(0, first // BLOCK, pieces.int())
+        return torch.zeros(count, count, dtype=torch.int32).index_add_(1, first // BLOCK, rows) > 0
 
-    visible = pieces((first < left + BLOCK) & (end > left)) > 0
-    hidden = pieces((last > left) | (end < left + BLOCK)) > 0
-    whole = left + BLOCK <= length
-    full = visible & ~hidden & whole & whole.T
-    return visible & ~full, full
+    whole = BLOCK * (torch.arange(count) + 1) <= length
+    full = blocks(some) & ~blocks(~every) & whole[:, None] & whole
+    return blocks(some) & ~full, full
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,85 +273,172 @@ class TreePlan:
     (arXiv 2307.08691, section 3.1); in the backward pass each block needs only the merged output
     and log-sum-exp, so the gradients of the blocks simply add up.
 
+    In a layer with a window, or where an image sees itself, a block has a mask if part of it is hidden, and
+    keys out of reach are left out.
+
     Segments (trunks and branches) of about the same length share one call, padded at their ends,
     where causality hides the padding: hundreds of tiny calls would cost more than they compute.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        """Sort the segments into buckets once for all layers."""
-        self._buckets = tuple(bucket.to(device) for bucket in segment_buckets(layout))
-        self._over_others = over_what_they_follow(layout)
+        """Blocks are found once for all layers that see the same."""
+        self._blocks = cache(lambda scope: blocks_of(layout, scope, device))
+        self._layout = layout
         self.recurrence = PathRecurrence(layout, device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scope: Scope = PATH,
+        scale: float | None = None,
+    ) -> Tensor:
         """Exact attention whose cost and memory follow the visible blocks."""
-        output = _TreeAttention.apply(query, key, value, self._buckets, self._over_others)
+        blocks = self._blocks(scope.within(self._layout))
+        output = _TreeAttention.apply(query, key, value, blocks, scale)
         assert isinstance(output, Tensor)
         return output
 
 
-Ranges = tuple[tuple[slice, slice], ...]
-"""Queries and keys of blocks without a mask."""
+Rows = slice | Tensor
+"""Tokens of a pack: a range, or their numbers."""
 
 
-def segment_buckets(layout: Layout) -> list[Bucket]:
-    """Put every trunk and every branch, which attend to themselves causally, into buckets by length."""
-    order = sorted(range(len(layout.segments)), key=lambda i: layout.segments[i].parent is not None)
-    return buckets(layout, order)
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries that attend to keys, with a mask (queries, keys) to be added unless all is visible."""
+
+    queries: Rows
+    keys: slice
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, sight: Sight, queries: Tensor, keys: slice) -> "Block":
+        """A block with the mask that it needs; its queries are a range where they follow each other."""
+        is_range = int(queries[-1] - queries[0]) == len(queries) - 1
+        rows = slice(int(queries[0]), int(queries[-1]) + 1) if is_range else queries
+        hidden = ~sight.visible(queries[:, None], torch.arange(keys.start, keys.stop))
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf) if bool(hidden.any()) else None
+        return cls(rows, keys, mask)
+
+    def to(self, device: torch.device) -> "Block":
+        """The same block with its tensors on `device`."""
+        rows, mask = self.queries, self.mask
+        return Block(
+            rows if isinstance(rows, slice) else rows.to(device),
+            self.keys,
+            None if mask is None else mask.to(device),
+        )
 
 
-def over_what_they_follow(layout: Layout) -> Ranges:
-    """For each segment that others follow, all their tokens (queries) and its own (keys)."""
-    return tuple(
-        (slice(segment.stop, end), slice(segment.start, segment.stop))
-        for segment, end in zip(layout.segments, layout.ends(), strict=True)
-        if end > segment.stop
-    )
+PIECE = 256
+"""Queries of a segment that attend together where the segment needs a mask."""
+
+
+def blocks_of(layout: Layout, scope: Scope, device: torch.device) -> tuple[list[Bucket], list[Block]]:
+    """What is visible in a layer: segments that attend to themselves causally, and blocks of others."""
+    starts = {start for start, _ in layout.images} if scope.images else set()
+    window = layout.length + 1 if scope.window is None else scope.window
+    masked = {
+        index
+        for index, segment in enumerate(layout.segments)
+        if len(segment) > window or not starts.isdisjoint(range(segment.start, segment.stop))
+    }
+    causal = (i for i, segment in enumerate(layout.segments) if len(segment) and i not in masked)
+    order = sorted(causal, key=lambda i: layout.segments[i].parent is not None)
+    sight = None if scope == PATH else Sight.of(layout, scope)
+    blocks = over_what_they_follow(layout, sight, window)
+    if sight is not None:
+        blocks = [*_pieces([layout.segments[index] for index in masked], sight, window), *blocks]
+    return [bucket.to(device) for bucket in buckets(layout, order)], [block.to(device) for block in blocks]
+
+
+def _pieces(segments: Iterable[Segment], sight: Sight, window: int) -> Iterator[Block]:
+    """Segments over themselves: those that are longer than the window or have images."""
+    for segment in segments:
+        for queries in torch.arange(segment.start, segment.stop).split(PIECE):
+            first = max(segment.start, int(queries[0]) - window + 1)
+            yield Block.of(sight, queries, slice(first, int(sight.last[queries].max()) + 1))
+
+
+def over_what_they_follow(layout: Layout, sight: Sight | None, window: int) -> list[Block]:
+    """For each segment that others follow, all their tokens (queries) and its own (keys), if near enough."""
+    blocks = []
+    for segment, end in zip(layout.segments, layout.ends(), strict=True):
+        if sight is None and end > segment.stop:
+            blocks.append(Block(slice(segment.stop, end), slice(segment.start, segment.stop)))
+        elif sight is not None and len(segment):
+            queries = torch.arange(segment.stop, end)
+            queries = queries[sight.floors[queries] < sight.depths[segment.stop - 1]]
+            keys = slice(max(segment.start, segment.stop - window + 1), segment.stop)
+            blocks += [Block.of(sight, queries, keys)] if len(queries) else []
+    return blocks
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, buckets: tuple[Bucket, ...], over_others: Ranges
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: tuple[list[Bucket], list[Block]],
+        scale: float | None,
     ) -> Tensor:
         # Tokens first, (1, L, H, D) in memory, as the projections leave them and the output one takes them.
-        output = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+        output = torch.zeros_like(query.transpose(1, 2)).transpose(1, 2)
         # The kernel's log-sum-exp is at least fp32 whatever the inputs are.
         exact = torch.promote_types(query.dtype, torch.float32)
-        lse = query.new_empty(1, query.shape[2], query.shape[1], dtype=exact).transpose(1, 2)
-        for bucket in buckets:
+        lse = query.new_full((1, query.shape[2], query.shape[1]), -math.inf, dtype=exact).transpose(1, 2)
+        for bucket in blocks[0]:
             q, k, v = (_padded(bucket, x) for x in (query, key, value))
-            part, part_lse = _flash(q, k, v, True)
+            part, part_lse = _flash(q, k, v, 0.0, True, scale=scale)
             output[0].transpose(0, 1).index_copy_(0, bucket.source, _unpadded(bucket, part))
             lse[0].transpose(0, 1).index_copy_(0, bucket.source, _unpadded(bucket, part_lse))
-        for rows, keys in over_others:
-            part, part_lse = _flash(query[:, :, rows], key[:, :, keys], value[:, :, keys], False)
+        for block in blocks[1]:
+            rows, keys = block.queries, block.keys
+            q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
+            part, part_lse = _flash(q, k, v, 0.0, False, attn_mask=_as(block.mask, q), scale=scale)
             merged = torch.logaddexp(lse[:, :, rows], part_lse)
             share = torch.exp(part_lse - merged)[..., None].to(output.dtype)
             output[:, :, rows] = torch.lerp(output[:, :, rows], part, share)
             lse[:, :, rows] = merged
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.blocks = (buckets, over_others)
+        ctx.blocks, ctx.scale = blocks, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, output, lse = ctx.saved_tensors
         inputs = (grads[0], query, key, value, output, lse)
-        buckets, over_others = ctx.blocks
         totals = [torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
-        for bucket in buckets:
+        for bucket in ctx.blocks[0]:
             # A padded query has a zero gradient, so it adds nothing to any key's or value's.
-            for total, part in zip(
-                totals, _flash_backward([_padded(bucket, x) for x in inputs], True), strict=True
-            ):
+            parts = _flash_backward(*(_padded(bucket, x) for x in inputs), 0.0, True, scale=ctx.scale)
+            for total, part in zip(totals, parts, strict=True):
                 total[0].transpose(0, 1).index_copy_(0, bucket.source, _unpadded(bucket, part))
-        for q, k in over_others:
-            where = (q, q, k, k, q, q)
-            parts = _flash_backward([x[:, :, w] for x, w in zip(inputs, where, strict=True)], False)
-            for total, part, w in zip(totals, parts, (q, k, k), strict=True):
-                total[:, :, w] += part
+        for block in ctx.blocks[1]:
+            q, k, mask = block.queries, block.keys, _as(block.mask, query)
+            chosen = [x[:, :, where] for x, where in zip(inputs, (q, q, k, k, q, q), strict=True)]
+            parts = _flash_backward(*chosen, 0.0, False, attn_mask=mask, scale=ctx.scale)
+            for total, part, where in zip(totals, parts, (q, k, k), strict=True):
+                total[:, :, where] += part
         return totals[0], totals[1], totals[2], None, None
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""From blocks of queries, keys and values: outputs (B, H, q, D) and log-sum-exps (B, H, q)."""
+
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+"""Gradients of queries, keys and values from (grad of output, query, key, value, output, lse)."""
+
+
+def _as(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask in fp32, or wider where `x` is."""
+    return mask.double() if mask is not None and x.dtype == torch.float64 else mask
 
 
 def _padded(bucket: Bucket, x: Tensor) -> Tensor:
@@ -298,17 +449,6 @@ def _padded(bucket: Bucket, x: Tensor) -> Tensor:
 def _unpadded(bucket: Bucket, x: Tensor) -> Tensor:
     """(segments, H, longest, ...) to the tokens alone: (n, H, ...)."""
     return bucket.unpad(x.transpose(1, 2))
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, q, D) and log-sum-exps (B, H, q) of blocks."""
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
-    return output, lse
-
-
-def _flash_backward(inputs: list[Tensor], causal: bool) -> tuple[Tensor, ...]:
-    """Gradients of queries, keys and values from (grad of output, query, key, value, output, lse)."""
-    return tuple(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, causal))
 
 
 def require_usable(kind: str, device: torch.device) -> None:

@@ -30,7 +30,11 @@ class _FollowsPaths(nn.Module):
         mixed = plan.recurrence.convolve(layer.layer_idx, layer.in_proj_qkv(states), taps)
         sizes = [layer.key_dim, layer.key_dim, layer.value_dim]
         query, key, value = nn.functional.silu(mixed).split(sizes, -1)
-        query, key = (x.unflatten(-1, (-1, layer.head_k_dim)) for x in (query, key))
+        # Repeated here: the kernels of transformers before 5.20 take as many keys as values.
+        per_key = layer.num_v_heads // layer.num_k_heads
+        query, key = (
+            x.unflatten(-1, (-1, layer.head_k_dim)).repeat_interleave(per_key, 1) for x in (query, key)
+        )
         value = value.unflatten(-1, (-1, layer.head_v_dim))
         # In the format of the weights exp(A_log) may overflow, as transformers notes.
         decay = -layer.A_log.float().exp() * nn.functional.softplus(

@@ -76,6 +76,27 @@ class Layout:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What the tokens of one layer see of their own path up to themselves: all, or the last `window` tokens.
+
+    With `images` a token of an image also sees those after it in the same image.
+    """
+
+    window: int | None = None
+    images: bool = False
+
+    def within(self, layout: Layout) -> "Scope":
+        """The plainest scope that means the same in a pack."""
+        deepest = int(layout.depths().max()) if layout.length else 0
+        window = self.window if self.window is not None and self.window <= deepest else None
+        return Scope(window=window, images=self.images and bool(layout.images))
+
+
+PATH = Scope()
+"""Tokens see all of their path."""
+
+
 def layout_of(sizes: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     """Lay trees of (trunk length, branch lengths) end to end."""
     segments: list[Segment] = []
@@ -88,16 +109,44 @@ def layout_of(sizes: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     return Layout(segments=tuple(segments))
 
 
-def dense_mask(layout: Layout) -> Tensor:
-    """Make the reference mask: (L, L) booleans, true where a query (row) may see a key (column).
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What each token sees, and who sees it, in numbers (L,): from these any mask follows.
 
-    As segments lie depth first, those that see a key are the tokens from it to the end of all that follows
-    its segment.
+    A token sees keys up to `last` (itself, or the end of its image) with `depths` above its `floors`. It is
+    seen by tokens before `ends`, where all that follows its segment ends: segments lie depth first.
     """
-    sizes = torch.tensor([len(segment) for segment in layout.segments])
-    ends = torch.tensor(layout.ends()).repeat_interleave(sizes)
+
+    last: Tensor
+    ends: Tensor
+    depths: Tensor
+    floors: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, scope: Scope) -> "Sight":
+        """What the tokens of a pack see in layers of this scope."""
+        sizes = torch.tensor([len(segment) for segment in layout.segments])
+        last, depths = torch.arange(layout.length), layout.depths()
+        for start, stop in layout.images if scope.images else ():
+            last[start:stop] = stop - 1
+        floors = torch.full_like(depths, -1) if scope.window is None else depths - scope.window
+        ends = torch.tensor(layout.ends()).repeat_interleave(sizes)
+        return cls(*(x.int() for x in (last, ends, depths, floors)))
+
+    def to(self, device: torch.device) -> "Sight":
+        """The same on `device`."""
+        return Sight(*(x.to(device) for x in (self.last, self.ends, self.depths, self.floors)))
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether tokens see others, both by their numbers in the pack."""
+        before_end = (key <= self.last[query]) & (query < self.ends[key])
+        return before_end & (self.depths[key] > self.floors[query])
+
+
+def dense_mask(layout: Layout, scope: Scope = PATH) -> Tensor:
+    """Make the reference mask: (L, L) booleans, true where a query (row) may see a key (column)."""
     order = torch.arange(layout.length)
-    return (order[:, None] >= order) & (order[:, None] < ends)
+    return Sight.of(layout, scope).visible(order[:, None], order)
 
 
 @dataclass(frozen=True, slots=True)

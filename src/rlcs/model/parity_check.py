@@ -9,18 +9,21 @@ How far apart they may be is measured: by the difference of two plain kernels on
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from rlcs.errors import TrainingError
 from rlcs.model import attention
 from rlcs.model.chat import Chat
+from rlcs.model.layout import PATH, Layout, Scope, Segment, dense_mask
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
@@ -139,7 +142,7 @@ def _compare(
             plain = torch.cat([plain_logprobs(vlm, chat, tree, i, temperature) for i in branches])
         with attention_of(vlm, attention.NAME, _EXPLICIT):
             other = torch.cat(
-                [plain_logprobs(vlm, chat, tree, i, temperature, plan=_ExplicitPlan()) for i in branches]
+                [plain_logprobs(vlm, chat, tree, i, temperature, plan=_ExplicitPlan) for i in branches]
             )
         apart.append(torch.cat([of_tree[i] for i in branches]) - plain)
         noise.append(other - plain)
@@ -163,16 +166,20 @@ def _compare(
 _EXPLICIT = "rlcs_explicit"
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-    """Attention written out: scores, softmax and sum, for some queries at a time."""
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention written out: scores, softmax and sum, for some queries at a time.
+
+    `visible` is true where a query (second last axis) may see a key (last axis); None: everywhere.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    order = torch.arange(query.shape[2], device=query.device)
     parts = []
-    for rows in order.split(512):
-        scores = (query[:, :, rows] @ key.transpose(2, 3)).float() * query.shape[-1] ** -0.5
-        if causal:
-            scores.masked_fill_(rows[:, None] < order, -math.inf)
+    for rows in torch.arange(query.shape[2], device=query.device).split(512):
+        scores = (query[:, :, rows] @ key.transpose(2, 3)).float() * (scale or query.shape[-1] ** -0.5)
+        if visible is not None:
+            scores.masked_fill_(~visible[..., rows, :], -math.inf)
         parts.append(scores.softmax(-1).to(value.dtype) @ value)
     return torch.cat(parts, dim=2)
 
@@ -182,16 +189,29 @@ class _ExplicitPlan:
 
     recurrence = None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention."""
-        return _explicit(query, key, value, causal=True)
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        """`layout` is one segment."""
+        self._visible = cache(lambda scope: dense_mask(layout, scope).to(device))
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scope: Scope = PATH,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention written out."""
+        return _explicit(query, key, value, self._visible(scope), scale)
 
 
-def _explicit_window(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+def _explicit_vision(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The vision tower's attention over one window."""
-    return _explicit(query, key, value, causal=False).transpose(1, 2), None
+    """The vision tower's attention over one window or, with a mask, over padded images."""
+    return _explicit(query, key, value, attention_mask, kwargs.get("scaling")).transpose(1, 2), None
 
 
 def plain_logprobs(
@@ -201,11 +221,11 @@ def plain_logprobs(
     index: int,
     temperature: float = 1.0,
     *,
-    plan: attention.Plan | None = None,
+    plan: Callable[[Layout, torch.device], attention.Plan] | None = None,
 ) -> Tensor:
     """Logprobs (N,) of the targets in the trunk and in one branch of a tree, in a sequence of its own.
 
-    To be called within `attention_of`; `plan` is for the attention that needs one.
+    To be called within `attention_of`; `plan` makes one for the attention that needs it.
     """
     prompt, answer = tree.prompt, tree.branches[index].ids
     earlier = (i for branch in tree.path(index)[:-1] for i in tree.branches[branch].ids)
@@ -216,10 +236,11 @@ def plain_logprobs(
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs |= vlm.family.text_inputs(ids, prompt.image_token_id)
     if prompt.images:
-        patches = [chat.patches(image).to(vlm.device, vlm.model.dtype) for image in prompt.images]
-        inputs |= vlm.family.vision_inputs(patches, torch.tensor(prompt.grids, device=vlm.device))
+        pixels = [chat.patches(image).to(vlm.device, vlm.model.dtype) for image in prompt.images]
+        inputs |= vlm.family.vision_inputs(pixels, torch.tensor(prompt.grids, device=vlm.device))
     if plan is not None:
-        inputs["plan"] = plan
+        segments = (Segment(start=0, stop=len(whole)),)
+        inputs["plan"] = plan(Layout(segments=segments, images=prompt.spans), vlm.device)
     logits = vlm.model(**inputs, use_cache=False, logits_to_keep=predictors).logits[0]
     return torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, targets, None])[:, 0]
 
@@ -227,7 +248,8 @@ def plain_logprobs(
 @contextmanager
 def attention_of(vlm: Vlm, text: str, vision: str = "") -> Iterator[None]:
     """Attend by this attention of transformers, and in the vision tower by another if it is named."""
-    AttentionInterface.register(_EXPLICIT, _explicit_window)
+    AttentionInterface.register(_EXPLICIT, _explicit_vision)
+    AttentionMaskInterface.register(_EXPLICIT, sdpa_mask)
     vlm.model.set_attn_implementation({"text_config": text, "vision_config": vision or text})
     try:
         yield

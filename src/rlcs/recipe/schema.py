@@ -37,6 +37,11 @@ class Model(Section):
     fused_loss: bool = False
     """Turn logits into their own gradients in place, and add the gradient of the head up in one tensor: less
     memory and traffic where the vocabulary is large, and results that differ by rounding."""
+    router_loss: NonNegative | None = None
+    """Weight of the loss that spreads tokens evenly over the experts of a mixture, in SFT and RL: that of the
+    models' own code, of each tree of answers, whose prompt counts once for each answer. None: as the model's
+    configuration says, `router_aux_loss_coef` where `output_router_logits` is true; published ones have it
+    false, so that there is no such loss."""
 
 
 class Prompts(Section):

@@ -160,7 +160,13 @@ class VllmEngine:
     def _requests(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[PromptRequest]:
         self._chat.prepare(ref for prompt in prompts for ref in prompt.images)
         return [
-            PromptRequest(prompt=prompt, sampling=sampling, step=step, resized=self._chat.resized)
+            PromptRequest(
+                prompt=prompt,
+                sampling=sampling,
+                step=step,
+                resized=self._chat.resized,
+                marks_images=self._vlm.family.vllm_marks_images,
+            )
             for prompt in prompts
         ]
 

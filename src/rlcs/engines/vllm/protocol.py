@@ -38,7 +38,8 @@ class PromptRequest:
     """Asks for `sampling.n` answers to one prompt; `resized` returns an image in the size that a model sees.
 
     vLLM's image processor leaves that size as it is, so that its patches are ours, bit by bit. With each
-    token come the `num_likeliest` most likely ones.
+    token come the `num_likeliest` most likely ones. `marks_images`: vLLM puts the tokens before and after an
+    image's own itself.
     """
 
     prompt: Prompt
@@ -46,16 +47,17 @@ class PromptRequest:
     step: int
     resized: "Callable[[ImageRef], Image]"
     num_likeliest: int = 0
+    marks_images: bool = False
 
     @property
     def token_ids(self) -> list[int]:
         """The prompt's ids with one placeholder for each image."""
-        prompt = self.prompt
+        prompt, around = self.prompt, int(self.marks_images)
         ids: list[int] = []
         text_start = 0
         for start, end in prompt.spans:
-            ids += [*prompt.ids[text_start:start], prompt.image_token_id]
-            text_start = end
+            ids += [*prompt.ids[text_start : start - around], prompt.image_token_id]
+            text_start = end + around
         return [*ids, *prompt.ids[text_start:]]
 
     @property

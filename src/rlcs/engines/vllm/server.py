@@ -45,6 +45,8 @@ NEEDED = {"enable_scale_out": True, **LOGPROBS, **OWN_DEFAULTS}
 ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 """On a CPU compiling costs more than it saves, and vLLM 0.32 crashes there on a seeded prompt prefilled in
 parts (`CPU Generator does not use offset`)."""
+RECURRENT_ON_CPU = {"enable_prefix_caching": False}
+"""vLLM keeps states of recurrent layers for later prompts only where it prefills prompts in parts."""
 FP8 = {
     "quantization": "fp8_per_channel",
     "quantization_config": {"ignore": ["re:.*visual\\..*"]},
@@ -117,7 +119,8 @@ class Launch:
     server that takes turns with the rank that starts it. `sleep_level`: 0 never sleeps; 1 keeps the weights
     in main memory, for those that stay the same; 2 discards them, for those that come again with every step.
     `shares_gpu`: one of the servers starts or wakes up on the GPU of this rank's model.
-    `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any.
+    `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any. `is_recurrent`:
+    some of the model's layers keep a state instead of keys and values.
     """
 
     settings: Rollouts
@@ -131,6 +134,7 @@ class Launch:
     shares_gpu: bool = False
     sleep_level: int = 0
     transfer: str = ""
+    is_recurrent: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -149,6 +153,7 @@ class Launch:
             **({"weight_transfer_config": {"backend": self.transfer}} if self.transfer else {}),
             **(FP8 if self.settings.quantization else {}),
             **(ON_CPU if self.on_cpu else {}),
+            **(RECURRENT_ON_CPU if self.on_cpu and self.is_recurrent else {}),
         }
 
     def command(self, folder: Path, port: int) -> list[str]:

@@ -1,13 +1,13 @@
 """What rlcs must know about a family of models: the protocol that each file of this package fulfils."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlcs.model import attention
+from rlcs.model import attention, experts
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.patches import ImageProcessing
 from rlcs.records import Positions
@@ -18,20 +18,32 @@ class Family(ABC):
 
     `model_type` is that of the configurations. The three parts are patterns on the names of parameters; each
     parameter belongs to exactly one. `default_system` is the system message that the chat template inserts
-    when there is none; None: no system turn.
+    when there is none; None: no system turn. `vllm_marks_images`: vLLM expands an image's placeholder to its
+    tokens with those before and after them (`ChatFormat.image_start`, `image_end`), not to its own alone.
     """
 
     model_type: str
     vision_tower: str
     merger: str
     language_model: str
+    experts: str | None = None
+    router: str | None = None
     chat_format: ChatFormat
     default_system: str | None = None
     positions: Positions = "grid"
+    vllm_marks_images: bool = False
+
+    def complete(self, config: Any, written: Mapping[str, Any], where: str) -> None:  # noqa: B027 - optional
+        """Correct what transformers makes of a published configuration, whose file holds what is `written`.
+
+        Raises ModelError, naming `where`, for a model of the family that is not supported.
+        """
 
     def install(self, model: PreTrainedModel) -> None:
-        """Make the layers of a model see each other by plans (see `model.attention`)."""
+        """Make the tokens of a model see each other by plans (see `model.attention`), and routers replay."""
         attention.install(model)
+        if self.router is not None:
+            experts.install(model)
 
     @abstractmethod
     def image_processing(self, processor: Any, *, min_pixels: int, max_pixels: int) -> ImageProcessing:
@@ -59,3 +71,7 @@ class Family(ABC):
         Empty: what a frozen tower makes of an image cannot be kept between passes.
         """
         return []
+
+    def tower_width(self, model: PreTrainedModel) -> int:
+        """Numbers by which the tower describes a patch to each of the mergers."""
+        return 0

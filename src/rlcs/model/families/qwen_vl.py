@@ -33,3 +33,8 @@ class QwenVl(Family):
         """One module; in Qwen3-VL one more for each deepstack layer."""
         visual: Any = model.base_model.visual
         return [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+
+    def tower_width(self, model: PreTrainedModel) -> int:
+        """See `Family`."""
+        visual: Any = model.base_model.visual
+        return int(visual.patch_embed.proj.out_channels)
