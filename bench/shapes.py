@@ -54,14 +54,14 @@ class Shape:
     """Answers a prompt."""
 
 
-HYBRID = "38M hybrid"
+HYBRID = "40M hybrid"
 """The name of the model of Qwen3.5's family."""
 
 
 def _wide(
     name: str, *, model: str = "38M", group: int, trunk: int, side: int, answers: tuple[int, int]
 ) -> Shape:
-    """A shape of one prompt a step on a model of 38M parameters, which reads 28 x 28 pixels as a token."""
+    """A shape of one prompt a step on a wide model, which reads 28 x 28 pixels as a token."""
     image, (shortest, longest) = (side // 28) ** 2, answers
     lengths = f"{shortest}-{longest}" if shortest < longest else f"of {longest}"
     says = (
