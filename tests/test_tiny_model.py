@@ -161,4 +161,4 @@ def test_the_shipped_models_answer_in_a_box_and_are_weak_at_several_steps(
 ) -> None:
     scores = tiny_model.measure(*shipped, count=40)
     assert scores["direct answers in a box"] == 1.0
-    assert 0.1 < scores["direct answers, all"] < 0.45  # the study's questions are new to it
+    assert 0.03 < scores["direct answers, all"] < 0.45  # the study's questions are new to it
