@@ -39,6 +39,11 @@ class FollowsPaths(nn.Module):
         return result
 
 
+def is_recurrent(config: Any) -> bool:
+    """Whether some layers of a model with this configuration keep a state instead of keys and values."""
+    return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+
+
 def install(model: PreTrainedModel) -> None:
     """Make all gated delta nets of a model follow paths."""
     for module in model.modules():
