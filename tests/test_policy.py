@@ -17,6 +17,7 @@ from rlcs.model.attention import DensePlan, TreePlan
 from rlcs.model.layout import layout_of
 from rlcs.model.packing import pack, within_budget
 from rlcs.model.policy import score
+from rlcs.model.template_rules import answer_start
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model, Prompts
 from rlcs.records import Demonstration
@@ -198,11 +199,14 @@ def plain_conversations(vlm: Vlm, demonstrations: list[Demonstration], *, turns:
     labels = torch.full_like(inputs["input_ids"], -100)
     words = vlm.family.chat_format
     head = tokenizer(words.turn_start + words.roles["assistant"], add_special_tokens=False)["input_ids"]
+    opening = tokenizer(answer_start(vlm.processor, words, None), add_special_tokens=False)["input_ids"]
     end = tokenizer.convert_tokens_to_ids(words.turn_end)
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         starts = [i + len(head) for i in range(len(ids)) if ids[i : i + len(head)] == head]
         for start in starts if turns == "all" else starts[-1:]:
             stop = ids.index(end, start) + 1
+            if ids[start : start + len(opening)] == opening:  # of the prompt: it is not sampled
+                start += len(opening)
             labels[row, start:stop] = inputs["input_ids"][row, start:stop]
     vlm.model.set_attn_implementation({"text_config": "sdpa"})
     loss = vlm.model(**inputs, labels=labels).loss

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlcs.errors import DataError, ModelError, PromptError
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.images import CPU, ImagePipeline
+from rlcs.model.template_rules import CLOSE, TemplateRules
 from rlcs.records import ImageRef, Message, Positions, Problem, Prompt, Request, Sampling
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Chat:
         system: str | None,
         max_tokens: int,
         default_system: str | None,
+        rules: TemplateRules = TemplateRules(),  # noqa: B008 - frozen
         positions: Positions = "grid",
     ) -> None:
         """`system` None means the template's default, which may be no system turn at all (also None).
@@ -48,7 +50,7 @@ class Chat:
         """
         self._tokenizer = tokenizer
         self._images = images
-        self._default_system = default_system
+        self._default_system, self._rules = default_system, rules
         self._system = default_system if system is None else system
         self._max_tokens = max_tokens
         self._format = format
@@ -162,7 +164,7 @@ class Chat:
             is_reply = message.role == "assistant" and bool(message.parts)
             head: list[Segment] = [self._start, roles[message.role]]
             parts: list[Segment] = []
-            for part in message.parts:
+            for part in self._worded(message):
                 is_image = isinstance(part, ImageRef)
                 parts += [self._image_start, part, self._image_end, after_image] if is_image else [part]
             if is_reply:
@@ -173,7 +175,19 @@ class Chat:
             yield self.end_id, is_reply
             yield after_turn, False
         yield self._start, False
-        yield roles["assistant"], False
+        yield roles["assistant"] + self._rules.answer_start, False
+
+    def _worded(self, message: Message) -> list[str | ImageRef]:
+        """What a turn says, as the chat template says it."""
+        parts = list(message.parts)
+        if self._rules.drops_thinking and message.role == "assistant":
+            parts = [p.rpartition(CLOSE)[2].lstrip("\n") if isinstance(p, str) else p for p in parts]
+        if self._rules.strips:
+            if parts and isinstance(parts[0], str):
+                parts[0] = parts[0].lstrip()
+            if parts and isinstance(parts[-1], str):
+                parts[-1] = parts[-1].rstrip()
+        return parts
 
     def _check_length(self, text: str, name: str) -> None:
         """Raise PromptError when a text is far too long, before all of it is tokenised.
@@ -197,8 +211,8 @@ class Chat:
         return list(encoded["input_ids"])
 
     def response_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a response to imitate, with the end token."""
-        return (*self.text_ids(text), self.end_id)
+        """Ids of a response to imitate, with the end token: what follows where a prompt ends."""
+        return (*self.text_ids(self._rules.response(text)), self.end_id)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of sampled ids without control tokens."""

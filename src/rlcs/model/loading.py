@@ -40,6 +40,7 @@ from rlcs.model.families.family import Family
 from rlcs.model.fsdp import shard, whole_weights
 from rlcs.model.images import ImagePipeline
 from rlcs.model.source import FINAL, Source, find_source
+from rlcs.model.template_rules import rules_of, set_default_thinking
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.arms import ARMS, RL_ARMS, ArmName
 from rlcs.recipe.execution import Lora, Parallel
@@ -373,6 +374,9 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
         default = default_system(processor, family.chat_format)
         if prompts.system is not None:
             set_default_system(processor, prompts.system, family.chat_format)
+    rules = rules_of(processor, family.chat_format, thinking=prompts.thinking)
+    if prompts.thinking is not None:
+        set_default_thinking(processor, prompts.thinking, family.chat_format)
     chat = Chat(
         processor.tokenizer,
         ImagePipeline(
@@ -385,6 +389,7 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
         system=prompts.system,
         max_tokens=prompts.max_tokens,
         default_system=default,
+        rules=rules,
         positions=family.positions,
     )
     _compare_with_template(processor, chat)

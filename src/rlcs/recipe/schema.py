@@ -45,12 +45,15 @@ class Model(Section):
 
 
 class Prompts(Section):
-    """The system prompt, and the length of prompts."""
+    """The system prompt, the beginning of answers, and the length of prompts."""
 
     system: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
     """System prompt of SFT, RL, evaluation and serving. None: the chat template's default."""
     rl_system: str | None = None
     """System prompt in RL only; None: the same as `system`. The paper's code sends none in RL."""
+    thinking: bool | None = None
+    """Whether an answer begins with an open `<think>` block or behind an empty one: what chat templates call
+    `enable_thinking` (Qwen3.5). None: as the template does by default."""
     max_tokens: Positive = 2048
     """Longer prompts (images included) are left out and counted, never cut."""
 
