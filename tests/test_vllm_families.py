@@ -38,7 +38,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "qwen3_5": DELTA_NETS,
     "qwen3_5_moe": DELTA_NETS,
     "qwen3_vl": QWEN_3,
-    "qwen3_vl_moe": QWEN_3,
+    "qwen3_vl_moe": QWEN_3 | {"norm_topk_prob": True},
     "internvl": {"head_dim": 64},
     "gemma4": {"global_head_dim": 64},
     "gemma4_moe": {"global_head_dim": 64},

@@ -209,6 +209,7 @@ def load(
                 )
             model.eval()
     family.install(model)
+    family.save_as_published(model)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     return Vlm(
@@ -432,7 +433,9 @@ def save(vlm: Vlm, folder: Path) -> None:
             vlm.model.save_pretrained(folder, state_dict=weights)
         else:
             whole = weights or vlm.model.state_dict()
-            adapters.merged(vlm.adapter, whole, reference_mode=vlm.reference_mode).save_pretrained(folder)
+            merged = adapters.merged(vlm.adapter, whole, reference_mode=vlm.reference_mode)
+            vlm.family.save_as_published(merged)
+            merged.save_pretrained(folder)
             if not vlm.reference_mode:
                 adapters.save(vlm.adapter, folder / "adapter", whole)
         vlm.processor.save_pretrained(folder)

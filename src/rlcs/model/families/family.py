@@ -57,6 +57,9 @@ class Family(ABC):
         """The bounds that a processor has: `image_processing` with these changes nothing."""
         raise NotImplementedError
 
+    def save_as_published(self, model: PreTrainedModel) -> None:  # noqa: B027 - optional
+        """Make a model be saved with its weights as the published files have them: vLLM reads no others."""
+
     def note_bounds(self, config: Any, processor: Any) -> None:  # noqa: B027 - optional
         """Write those of a processor's bounds into a model's configuration that vLLM reads there."""
 
