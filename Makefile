@@ -64,8 +64,9 @@ docs: $(VENV)/.stamp-dev  ## the documentation as a site -> site/index.html
 chat: $(VENV)/.stamp-dev  ## a page to talk to the built-in model, or MODEL=folder
 	$(BIN)/rlcs chat $(MODEL)
 
-tiny: $(VENV)/.stamp-dev  ## pre-train the built-in model again, from its fixed seed
+tiny: $(VENV)/.stamp-dev  ## pre-train the built-in models again, from their fixed seeds
 	$(BIN)/python -m tools.tiny_model --out src/rlcs/builtin_model
+	$(BIN)/python -m tools.tiny_model --out src/rlcs/builtin_hybrid_model --family qwen3_5
 
 hooks: $(VENV)/.stamp-dev  ## ruff and mypy before every commit
 	$(BIN)/pre-commit install

@@ -131,8 +131,11 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
         nonlocal backend, processing, published, transfer
+        if settings.router_replay and vlm.family.router is None:
+            what = f"models of type {vlm.family.model_type} have no experts whose choice could be replayed"
+            raise UserError(what, where="rollout.router_replay", fix="set it to false")
         if settings.engine == "local":
-            return LocalEngine(vlm, chat, max_rows=max_rows)
+            return LocalEngine(vlm, chat, max_rows=max_rows, keeps_routes=settings.router_replay)
         published = published or needs.weights(folder, vlm)
         if backend is not None and processing != vlm.processor.image_processor.to_dict():
             backend.close()  # vLLM keeps the pixel bounds that it started with
@@ -143,7 +146,15 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
             backend = Fleet(settings, logs=folder, launch=launch)
             transfer = needs.transfer(vlm, backend, launch)
         ranks = settings.tensor_parallel if settings.engine == "vllm_colocated" else None
-        return VllmEngine(backend, published, vlm, chat, ranks=ranks, transfer=transfer)
+        return VllmEngine(
+            backend,
+            published,
+            vlm,
+            chat,
+            ranks=ranks,
+            transfer=transfer,
+            keeps_routes=settings.router_replay,
+        )
 
     try:
         yield make

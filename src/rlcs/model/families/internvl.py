@@ -54,7 +54,7 @@ class InternVl(Family):
             config.tie_word_embeddings = config.text_config.tie_word_embeddings
 
     def install(self, model: PreTrainedModel) -> None:
-        """See `Family`; in the tower every tile attends to itself, and no window ends within a row."""
+        """See `Family`; the tower's patches attend to all of their tile, and tiles are rows of a batch."""
         attention.install(model, vision="sdpa")
 
     def image_processing(self, processor: Any, *, min_pixels: int, max_pixels: int) -> Tiles:
