@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.shapes import Case
-from rlcs.plan.shapes import tower_of
+from rlcs.plan.shapes import measure
 from rlcs.plan.work import language, vision
 
 
@@ -25,6 +25,7 @@ def limit_of(case: Case, config: Any) -> Limit:
 
     Prefill and decoding of a rollout do the operations of one forward pass over the same tokens.
     """
+    sizes = measure(case.shape.model, config)
     shared = unshared = padded = 0.0
     for step in range(1, case.steps):
         problems = case.step_problems(step)
@@ -33,9 +34,9 @@ def limit_of(case: Case, config: Any) -> Limit:
         for problem in problems:
             trunk, patches = case.trunks[problem.id], case.patches[problem.id]
             lengths = case.lengths[problem.id]
-            image = vision(tower_of(config.vision_config), patches)
-            shared += image + language(config.text_config, trunk, lengths)
+            image = vision(sizes.vision, patches)
+            shared += image + language(sizes, trunk, lengths)
             for length in lengths:
-                unshared += image + language(config.text_config, trunk, [length])
-                padded += image + language(config.text_config, longest_trunk, [longest_answer])
+                unshared += image + language(sizes, trunk, [length])
+                padded += image + language(sizes, longest_trunk, [longest_answer])
     return Limit(exact=unshared / shared, padded=padded / shared)

@@ -1,6 +1,7 @@
 """Real small parts shared by tests: a random Qwen2.5-VL with its processor, drawn images, problems."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,16 @@ def path_ids(tree: Tree, index: int) -> tuple[int, ...]:
     """The ids of a branch, behind those of the prompt and of the branches that it follows."""
     branches = (tree.branches[branch].ids for branch in tree.path(index))
     return tuple(i for ids in (tree.prompt.ids, *branches) for i in ids)
+
+
+def row_inputs(vlm: Vlm, chat: Chat, ids: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, object]:
+    """Keywords of the model's own forward for rows of ids (B, L), each behind a prompt with its images."""
+    images = [image for prompt in prompts for image in prompt.images]
+    inputs = {"input_ids": ids, **vlm.family.text_inputs(ids, chat.image_id)}
+    if images:
+        grids = torch.tensor([grid for prompt in prompts for grid in prompt.grids])
+        inputs |= vlm.family.vision_inputs([chat.patches(image) for image in images], grids)
+    return inputs
 
 
 def draw(width: int, height: int, seed: int = 0) -> ImageRef:

@@ -104,7 +104,8 @@ def qwen3_5(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLP
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
               "linear_value_head_dim": 24}  # fmt: skip
     layers = ["linear_attention", "full_attention", "linear_attention"]
-    text = _text(tokenizer, head_dim=32, rope_parameters=rope, layer_types=layers, **linear, **dict(text))
+    own = {"head_dim": 32, "rope_parameters": rope, "layer_types": layers, **linear, **dict(text)}
+    text = _text(tokenizer, **own)
     vision = {"depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
               "num_position_embeddings": 256, "initializer_range": 0.08, **dict(vision)}  # fmt: skip
     config = Qwen3_5Config(text_config=text, vision_config=vision, **vision_ids(tokenizer))

@@ -14,6 +14,7 @@ from bench.shapes import Case, Shape, make_case, wide_model
 from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.model import loading
 from rlcs.model.layout import dense_mask, layout_of
+from rlcs.plan.shapes import measure
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.schema import Model
 from tools import tiny_model
@@ -34,17 +35,17 @@ def test_limit_counts_the_matrix_products_that_torch_counts():
         model.lm_head(states)
     products = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
     attention = 4.0 * text.hidden_size * text.num_hidden_layers * tokens * (tokens + 1) / 2
-    assert limit.language(text, 0, [tokens]) == products + attention
+    assert limit.language(measure("wide", model.config), 0, [tokens]) == products + attention
 
 
 def test_limit_counts_the_pairs_that_are_visible_in_the_mask():
     trunk, lengths = 5, [3, 4]
     layout = layout_of([(trunk, lengths)])
-    config = Qwen2_5_VLConfig().text_config
-    size = config.hidden_size * config.num_hidden_layers
-    no_pairs = limit.language(config, trunk, lengths) - 4.0 * size * int(dense_mask(layout).sum())
-    apart = limit.language(config, trunk + 7, []) - 4.0 * size * 12 * 13 / 2
-    assert no_pairs == pytest.approx(apart + 2.0 * config.hidden_size * config.vocab_size * 7)
+    sizes = measure("defaults", Qwen2_5_VLConfig())
+    size = sizes.text.hidden_size * sizes.text.num_hidden_layers
+    no_pairs = limit.language(sizes, trunk, lengths) - 4.0 * size * int(dense_mask(layout).sum())
+    apart = limit.language(sizes, trunk + 7, []) - 4.0 * size * 12 * 13 / 2
+    assert no_pairs == pytest.approx(apart + 2.0 * sizes.head * 7)
 
 
 def test_sharing_is_worth_more_the_longer_the_prompt(case: Case):

@@ -82,7 +82,8 @@ def test_a_conversation_gives_the_ids_of_the_chat_template(vlm, system, choices)
     prompt = chat.prompt(problem)
     assert list(prompt.ids) == ids and len(prompt.images) == 3
     replies = ["".join(map(chat.token, prompt.ids[start:end])) for start, end in prompt.replies]
-    assert "".join(replies) == "I count two.\n\\boxed{2}<|im_end|>Three: \\boxed{3}<|im_end|>"
+    end = vlm.family.chat_format.turn_end
+    assert "".join(replies) == f"I count two.\n\\boxed{{2}}{end}Three: \\boxed{{3}}{end}"
 
 
 def test_what_an_assistant_wrote_has_the_ids_that_it_was_sampled_with(chat):

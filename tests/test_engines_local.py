@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_problem
+from conftest import make_problem, row_inputs
 from rlcs.engines import decoding
 from rlcs.engines.cache import ForestCache, RecordingPlan
 from rlcs.engines.local import LocalEngine
@@ -69,11 +69,7 @@ def test_greedy_answers_are_those_of_transformers(vlm, chat, prompts):
     ours = [group[0].ids for group in LocalEngine(vlm, chat, max_rows=8).sample(prompts, sampling)]
     vlm.model.set_attn_implementation({"text_config": "sdpa"})
     for prompt, ids in zip(prompts, ours, strict=True):
-        inputs = {"input_ids": torch.tensor([prompt.ids])}
-        if prompt.images:
-            inputs["pixel_values"] = torch.cat([chat.patches(image) for image in prompt.images])
-            inputs["image_grid_thw"] = torch.tensor(prompt.grids)
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == chat.image_id).long()
+        inputs = row_inputs(vlm, chat, torch.tensor([prompt.ids]), [prompt])
         theirs = vlm.model.generate(
             **inputs,
             max_new_tokens=10,
@@ -145,10 +141,10 @@ def test_decoding_attends_as_exactly_as_its_numbers_allow(dtype, offset):
         key[..., 0] = offset * size**0.5 / 8.0
         return key.to(dtype)
 
-    recording = RecordingPlan(Nowhere())
+    recording = RecordingPlan(Nowhere(), layout, torch.device("cpu"))
     key, value = keys(57), rand(heads, 57).to(dtype)
     recording.attend(0, key, key, value)
-    cache = ForestCache.prefilled(recording, layout, torch.tensor([group] * 2))
+    cache = ForestCache.prefilled(recording, torch.tensor([group] * 2))
     spans = [(0, 37)] * group + [(37, 57)] * group
     seen = [(key[0, :, a:b].double(), value[0, :, a:b].double()) for a, b in spans]
     for step in range(4):

@@ -27,6 +27,7 @@ from test_lora import (  # noqa: F401
     test_only_adapters_learn_and_the_reference_does_not_move,
 )
 from test_packing import test_positions_are_those_of_the_model_itself  # noqa: F401
+from test_parity_check import test_a_healthy_untrained_model_passes, untrained  # noqa: F401
 from test_policy import (  # noqa: F401
     test_a_pack_equals_the_padded_repeated_batch,
     test_conversations_are_learnt_as_transformers_learns_them,
@@ -59,4 +60,5 @@ def test_a_template_that_words_prompts_otherwise_is_told(vlm, caplog):
     vlm.processor.chat_template += "{%- if add_generation_prompt -%}{{- '<think>' -}}{%- endif -%}"
     loading.make_chat(vlm)
     [record] = caplog.records
-    assert "assistant\\n<think>'; rlcs trains" in record.getMessage()
+    answer = repr(vlm.family.chat_format.roles["assistant"])[1:-1]
+    assert f"{answer}<think>'; rlcs trains" in record.getMessage()

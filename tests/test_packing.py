@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_problem, path_ids
+from conftest import make_problem, path_ids, row_inputs
 from rlcs.model.layout import Layout, Segment, dense_mask
 from rlcs.model.packing import pack, trunk_positions, within_budget
 from rlcs.records import Prompt
@@ -137,17 +137,23 @@ def test_branches_and_segments_come_depth_first():
 
 
 def test_positions_are_those_of_the_model_itself(vlm, chat):
+    """Those that its own forward hands to the rotation of queries and keys."""
+    seen = []
+    vlm.model.get_decoder().rotary_emb.register_forward_pre_hook(
+        lambda _, args, named: seen.append(named["position_ids"] if "position_ids" in named else args[1]),
+        with_kwargs=True,
+    )
+    vlm.model.set_attn_implementation({"text_config": "sdpa"})
     for question, shape in (
         ("How many?", ((56, 84),)),
         ("First <image> then <image> and so on", ((84, 56), (112, 112))),
         ("No image at all", ()),
     ):
         prompt = chat.prompt(make_problem("p", question, shape))
-        ids = torch.tensor([prompt.ids])
-        grids = torch.tensor(prompt.grids) if prompt.grids else None
-        kinds = (ids == prompt.image_token_id).long()
-        theirs, _ = vlm.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
-        assert torch.equal(trunk_positions(prompt), theirs[:, 0].to(torch.long))
+        with torch.no_grad():
+            vlm.model(**row_inputs(vlm, chat, torch.tensor([prompt.ids]), [prompt]))
+        ours = vlm.family.position_ids(trunk_positions(prompt))
+        assert torch.equal(seen.pop(), ours) and not seen
 
 
 def test_every_image_goes_in_once_however_many_branches(chat):

@@ -11,7 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from typer.testing import CliRunner
 
 from rlcs.cli.main import app
-from rlcs.engines.cache import head_size
+from rlcs.engines.cache_sizes import head_size
 from rlcs.errors import UserError
 from rlcs.plan.data_size import Rows, rows_of
 from rlcs.plan.machine import GIB, GPUS, Assumed, machine
@@ -147,7 +147,7 @@ def test_operations_are_those_of_the_layers_that_there_are(name):
     }
     pairs = 4 * text.num_attention_heads * head_size(text) * tokens * (tokens + 1) / 2
     assert (
-        language(text, tokens, []) == 2 * tokens * weights["language_model"] + text.num_hidden_layers * pairs
+        language(sizes, tokens, []) == 2 * tokens * weights["language_model"] + text.num_hidden_layers * pairs
     )
     sees = tower.windowed * tower.window + (tower.depth - tower.windowed) * patches
     work = weights["vision_tower"] + tower.pixels * tower.hidden + weights["merger"] / tower.merge**2

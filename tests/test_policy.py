@@ -1,9 +1,11 @@
 """The heart: a pack equals the padded, repeated batch: logprobs, entropy, loss and every gradient."""
 
+import re
+
 import pytest
 import torch
 
-from conftest import make_conversation, make_problem, path_ids
+from conftest import make_conversation, make_problem, path_ids, row_inputs
 from rlcs.data.images import open_image
 from rlcs.errors import UserError
 from rlcs.model import loading, policy
@@ -62,15 +64,10 @@ def padded_logprobs(vlm: Vlm, chat, trees: list[Tree]) -> tuple[torch.Tensor, to
     longest = max(len(ids) for ids, _, _ in rows)
     ids = torch.tensor([[*r, *[0] * (longest - len(r))] for r, _, _ in rows])
     mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r, _, _ in rows])
-    images = [(i, g) for _, prompt, _ in rows for i, g in zip(prompt.images, prompt.grids, strict=True)]
-    inputs = {}
-    if images:
-        inputs["pixel_values"] = torch.cat([chat.patches(image) for image, _ in images])
-        inputs["image_grid_thw"] = torch.tensor([grid for _, grid in images])
+    inputs = row_inputs(vlm, chat, ids, [prompt for _, prompt, _ in rows])
     vlm.model.set_attn_implementation({"text_config": "sdpa"})
-    kinds = (ids == chat.image_id).long()
-    logits = vlm.model(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, **inputs).logits
-    vlm.model.set_attn_implementation({"text_config": "rlcs"})
+    logits = vlm.model(attention_mask=mask, **inputs).logits
+    vlm.family.install(vlm.model)
     logprobs, entropies = [], []
     for row, (full, _, length) in enumerate(rows):
         logp = torch.log_softmax(logits[row, len(full) - length - 1 : len(full) - 1], -1)
@@ -108,7 +105,8 @@ def test_a_pack_equals_the_padded_repeated_batch(vlm, chat, case, attention):
     torch.testing.assert_close(scores.logprobs, plain, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(scores.entropy, entropy, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(loss, plain_loss, rtol=TOLERANCE, atol=TOLERANCE)
-    assert any("visual" in name for name in ours) == any(shapes for _, shapes, *_ in case)
+    tower = vlm.family.vision_tower
+    assert any(re.search(tower, name) for name in ours) == any(shapes for _, shapes, *_ in case)
     assert_same_gradients(ours, theirs)
 
 
@@ -133,8 +131,9 @@ def plain_conversations(vlm: Vlm, demonstrations: list[Demonstration], *, turns:
     vlm.processor.tokenizer.padding_side = "right"
     inputs = vlm.processor(text=texts, images=images, padding=True, return_tensors="pt")
     labels = torch.full_like(inputs["input_ids"], -100)
-    head = tokenizer("<|im_start|>assistant\n")["input_ids"]
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    words = vlm.family.chat_format
+    head = tokenizer(words.turn_start + words.roles["assistant"], add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids(words.turn_end)
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         starts = [i + len(head) for i in range(len(ids)) if ids[i : i + len(head)] == head]
         for start in starts if turns == "all" else starts[-1:]:
@@ -142,7 +141,7 @@ def plain_conversations(vlm: Vlm, demonstrations: list[Demonstration], *, turns:
             labels[row, start:stop] = inputs["input_ids"][row, start:stop]
     vlm.model.set_attn_implementation({"text_config": "sdpa"})
     loss = vlm.model(**inputs, labels=labels).loss
-    vlm.model.set_attn_implementation({"text_config": "rlcs"})
+    vlm.family.install(vlm.model)
     return loss
 
 

@@ -101,6 +101,7 @@ prompts = st.builds(
     spans=st.just(((1, 3),)),
     image_token_id=st.just(7),
     merge_size=st.just(2),
+    positions=st.sampled_from(["grid", "line"]),
     repeat=st.integers(0, 3),
 )
 groups = st.builds(

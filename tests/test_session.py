@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlcs
-from conftest import draw, make_problem
+from conftest import draw, make_problem, row_inputs
 from rlcs.data.images import open_image
 from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.local import LocalEngine
@@ -71,12 +71,8 @@ def test_greedy_answers_are_those_of_transformers(vlm, session):
     ours = session.ask(draw(84, 56), "How many?", max_new_tokens=10)
     sampling = session.sampling(prompt, Settings())
     vlm.model.set_attn_implementation({"text_config": "sdpa"})
-    ids = torch.tensor([prompt.ids])
     theirs = vlm.model.generate(
-        input_ids=ids,
-        pixel_values=session.chat.patches(prompt.images[0]),
-        image_grid_thw=torch.tensor(prompt.grids),
-        mm_token_type_ids=(ids == session.chat.image_id).long(),
+        **row_inputs(vlm, session.chat, torch.tensor([prompt.ids]), [prompt]),
         max_new_tokens=10,
         do_sample=False,
         eos_token_id=list(sampling.stop_ids),

@@ -100,7 +100,7 @@ def test_ranks_wait_for_the_largest_pack_of_each_round():
     even = rounds_of(place, [(100,)] * 4, trees, steps=1, budget=200)
     assert even.language.shape == (2, 2)
     one = passed(place, even, (3, 1), NO_TRAFFIC, speeds, share="update_share")
-    work = 3 * language(place.sizes.text, 100, [100]) + vision(place.sizes.vision, 400)
+    work = 3 * language(place.sizes, 100, [100]) + vision(place.sizes.vision, 400)
     assert one.work == pytest.approx(2 * work / (989e12 * 0.4)) and one.waiting == 0 == one.traffic
     odd = rounds_of(place, [(100,)] * 3, trees, steps=1, budget=200)
     lone = passed(place, odd, (3, 1), NO_TRAFFIC, speeds, share="update_share")

@@ -4,13 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.tiny_model import pretrain
+from tools.tiny_model import FAMILIES, pretrain
 
 
 def main() -> None:
-    """Make the built-in model again and print how well it sees."""
-    parser = argparse.ArgumentParser(description="Build and pre-train the built-in model.")
+    """Make a built-in model again and print how well it sees."""
+    parser = argparse.ArgumentParser(description="Build and pre-train a built-in model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, processor and card")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1600, help="steps of 32 lessons of the first course")
     choices = parser.parse_args()
@@ -19,7 +20,10 @@ def main() -> None:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 
-    for name, value in pretrain(choices.out, seed=choices.seed, steps=choices.steps, report=report).items():
+    scores = pretrain(
+        choices.out, family=choices.family, seed=choices.seed, steps=choices.steps, report=report
+    )
+    for name, value in scores.items():
         report(f"{name:30} {100 * value:5.1f}%")
 
 

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from transformers import (
+    PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -18,6 +20,8 @@ from rlcs.data import puzzles
 from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
 from rlcs.recipe.schema import Prompts
 from tools.tiny_model.lessons import lessons
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -74,7 +78,9 @@ def corpus(size: int = 1200) -> Iterator[str]:
         yield from (problem.question, puzzles.teach(problem, seed=-1, wrong_share=0.0))
 
 
-def build_tokenizer(texts: Iterable[str], vocabulary: int = 600) -> Qwen2Tokenizer:
+def build_tokenizer(
+    texts: Iterable[str], vocabulary: int = 600, template: str = CHAT_TEMPLATE
+) -> Qwen2Tokenizer:
     """A byte-level BPE in Qwen's own form (digits one by one), learned from `texts`.
 
     At most `vocabulary` tokens, fewer when every word of the texts is a token before that;
@@ -99,7 +105,7 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int = 600) -> Qwen2Tokeniz
         additional_special_tokens=list(SPECIAL),
         model_max_length=4096,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template
     return tokenizer
 
 
@@ -168,12 +174,26 @@ def random_model(
     tokenizer: Qwen2Tokenizer, text: dict[str, object], vision: dict[str, object], *, seed: int
 ) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL with a tied head and random weights, of these sizes of its two parts."""
-    end, pad = (tokenizer.convert_tokens_to_ids(name) for name in (_END, _PAD))
-    ends = {"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
     config = Qwen2_5_VLConfig(
-        text_config=text | ends, vision_config=vision, tie_word_embeddings=True, **vision_ids(tokenizer)
+        text_config=text | ends(tokenizer),
+        vision_config=vision,
+        tie_word_embeddings=True,
+        **vision_ids(tokenizer),
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.update(eos_token_id=[end, pad], pad_token_id=pad)
+    return stops(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def ends(tokenizer: Qwen2Tokenizer) -> dict[str, object]:
+    """The fields of a text model with a tied head that name the ids at the end of turns."""
+    end, pad = (tokenizer.convert_tokens_to_ids(name) for name in (_END, _PAD))
+    return {"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
+
+
+def stops(model: Model) -> Model:
+    """The same model, whose generation stops at the ends of turns and at padding."""
+    text = model.config.text_config
+    model.generation_config.update(
+        eos_token_id=[text.eos_token_id, text.pad_token_id], pad_token_id=text.pad_token_id
+    )
     return model

@@ -7,16 +7,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3_5ForConditionalGeneration
 
 from rlcs.data.puzzles.family import Family
+from rlcs.model import attention
 from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
 from rlcs.model.layout import dense_mask, layout_of
 from tools.tiny_model.build import SYSTEM
 from tools.tiny_model.lessons import Lesson, lessons
+
+Model = Qwen2_5_VLForConditionalGeneration | Qwen3_5ForConditionalGeneration
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,56 +36,49 @@ class Course:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One lesson as a tree: ids, kinds (1 at image tokens), targets (-100: no loss), positions (3, L)."""
+    """One lesson as a tree: ids, kinds (1 at image tokens), targets (-100: no loss), positions (3, L).
+
+    `sizes` are the lengths of its trunk and branches.
+    """
 
     ids: list[int]
     kinds: list[int]
     targets: list[int]
     positions: Tensor
-    mask: Tensor
+    sizes: tuple[int, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """B rows padded to L: ids, kinds, targets (B, L), positions (3, B, L), mask (B, 1, L, L)."""
+    """Keywords of the model's forward, and the targets (B, L) of the tokens that go in (-100: no loss)."""
 
-    ids: Tensor
-    kinds: Tensor
+    inputs: dict[str, Any]
     targets: Tensor
-    positions: Tensor
-    mask: Tensor
-    pixel_values: Tensor | None
-    grids: Tensor | None
 
 
 class Collator:
-    """Lays lessons out: system prompt and image as the trunk, every pair as a branch of its own."""
+    """Lays lessons out: system prompt and image as the trunk, every pair as a branch of its own.
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
-        self.model, self.processor = model, processor
-        self.trunks: dict[tuple[str, tuple[int, ...]], tuple[list[int], list[int], Tensor]] = {}
+    With `packed` they lie end to end in one row, and layers see each other by a plan, for which the model
+    must be prepared (`attention.install`): for recurrent layers, which know no mask. Otherwise every lesson is
+    a row of its own under a dense mask, through the model as it is.
+    """
 
-    def __call__(self, chosen: Sequence[tuple[str, Lesson]]) -> _Batch:
-        """A batch of (system prompt, lesson) rows, padded on the right."""
+    def __init__(self, model: Model, processor: Any, *, packed: bool) -> None:
+        self.model, self.processor, self.packed = model, processor, packed
+        self.trunks: dict[tuple[str | None, tuple[int, ...]], tuple[list[int], list[int], Tensor]] = {}
+
+    def __call__(self, chosen: Sequence[tuple[str | None, Lesson]]) -> _Batch:
+        """A batch of (system prompt, lesson)."""
         images = [lesson.image for _, lesson in chosen if lesson.image is not None]
         seen = self.processor.image_processor(images, return_tensors="pt") if images else {}
         grids = iter(seen["image_grid_thw"] if images else ())
         rows = [self._row(system, lesson, next(grids) if lesson.image else None) for system, lesson in chosen]
-        longest = max(len(row.ids) for row in rows)
-        size = (len(rows), longest)
-        ids = torch.full(size, self.processor.tokenizer.pad_token_id)
-        kinds, targets = torch.zeros(size, dtype=torch.long), torch.full(size, -100)
-        positions = torch.zeros(3, *size, dtype=torch.long)
-        mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
-        for i, row in enumerate(rows):
-            n = len(row.ids)
-            ids[i, :n], kinds[i, :n] = torch.tensor(row.ids), torch.tensor(row.kinds)
-            targets[i, :n], positions[:, i, :n] = torch.tensor(row.targets), row.positions
-            mask[i, 0, :n, :n] = row.mask
-        pixels, grid = seen.get("pixel_values"), seen.get("image_grid_thw")
-        return _Batch(ids, kinds, targets, positions, mask, pixels, grid)
+        batch = _packed(rows) if self.packed else _padded(rows, self.processor.tokenizer.pad_token_id)
+        of_images = {name: seen.get(name) for name in ("pixel_values", "image_grid_thw")}
+        return _Batch(batch.inputs | of_images, batch.targets)
 
-    def _row(self, system: str, lesson: Lesson, grid: Tensor | None) -> _Row:
+    def _row(self, system: str | None, lesson: Lesson, grid: Tensor | None) -> _Row:
         trunk, trunk_kinds, trunk_positions = self._trunk(system, grid)
         ids, targets, positions, lengths = list(trunk), [-100] * len(trunk), [trunk_positions], []
         start = int(trunk_positions.max()) + 1
@@ -92,14 +89,15 @@ class Collator:
             ids += question_ids + response_ids
             targets += [-100] * len(question_ids) + response_ids
             positions.append(torch.arange(start, start + lengths[-1]).expand(3, -1))
-        mask = dense_mask(layout_of([(len(trunk), lengths)]))
-        return _Row(ids, trunk_kinds + [0] * sum(lengths), targets, torch.cat(positions, dim=1), mask)
+        kinds = trunk_kinds + [0] * sum(lengths)
+        return _Row(ids, kinds, targets, torch.cat(positions, dim=1), (len(trunk), lengths))
 
-    def _trunk(self, system: str, grid: Tensor | None) -> tuple[list[int], list[int], Tensor]:
+    def _trunk(self, system: str | None, grid: Tensor | None) -> tuple[list[int], list[int], Tensor]:
         """Ids, kinds and positions up to the image; there are few different ones, so they are kept."""
         key = (system, tuple(grid.tolist()) if grid is not None else ())
         if key not in self.trunks:
-            text = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+            text = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+            text += "<|im_start|>user\n"
             if grid is not None:
                 tokens = int(grid.prod()) // self.processor.image_processor.merge_size**2
                 text += f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>"
@@ -117,17 +115,35 @@ class Collator:
         return list(self.processor.tokenizer.encode(text))
 
 
-def batch_loss(model: Qwen2_5_VLForConditionalGeneration, batch: _Batch) -> Tensor:
+def _padded(rows: Sequence[_Row], pad: int) -> _Batch:
+    """A row for each tree, padded on the right."""
+    longest = max(len(row.ids) for row in rows)
+    size = (len(rows), longest)
+    ids = torch.full(size, pad)
+    kinds, targets = torch.zeros(size, dtype=torch.long), torch.full(size, -100)
+    positions = torch.zeros(3, *size, dtype=torch.long)
+    mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n], kinds[i, :n] = torch.tensor(row.ids), torch.tensor(row.kinds)
+        targets[i, :n], positions[:, i, :n] = torch.tensor(row.targets), row.positions
+        mask[i, 0, :n, :n] = dense_mask(layout_of([row.sizes]))
+    inputs = {"input_ids": ids, "mm_token_type_ids": kinds, "position_ids": positions}
+    return _Batch(inputs | {"attention_mask": mask}, targets)
+
+
+def _packed(rows: Sequence[_Row]) -> _Batch:
+    """All trees end to end in one row. Every target follows a token of its own branch."""
+    ids, kinds, targets = ([i for row in rows for i in getattr(row, of)] for of in ("ids", "kinds", "targets"))
+    plan = attention.make_plan("auto", layout_of([row.sizes for row in rows]), torch.device("cpu"))
+    inputs = {"input_ids": torch.tensor([ids]), "mm_token_type_ids": torch.tensor([kinds]), "plan": plan}
+    positions = torch.cat([row.positions for row in rows], dim=1)[:, None]
+    return _Batch(inputs | {"position_ids": positions}, torch.tensor([targets]))
+
+
+def batch_loss(model: Model, batch: _Batch) -> Tensor:
     """Mean negative log-likelihood of response tokens; each is predicted by the token before it."""
-    hidden = model.model(
-        input_ids=batch.ids,
-        mm_token_type_ids=batch.kinds,
-        position_ids=batch.positions,
-        attention_mask=batch.mask,
-        pixel_values=batch.pixel_values,
-        image_grid_thw=batch.grids,
-        use_cache=False,
-    ).last_hidden_state
+    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
     targets = batch.targets[:, 1:]
     chosen = targets != -100
     logits = model.lm_head(hidden[:, :-1][chosen])
@@ -171,7 +187,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def _optimizers(model: Qwen2_5_VLForConditionalGeneration, rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Model, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside both towers; AdamW for embeddings, the patch filter and vectors."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
@@ -183,8 +199,8 @@ def _optimizers(model: Qwen2_5_VLForConditionalGeneration, rate: float) -> list[
 
 
 def train(
-    model: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2_5_VLProcessor,
+    model: Model,
+    processor: Any,
     *,
     seed: int,
     steps: int,
@@ -192,10 +208,17 @@ def train(
     batch_size: int = 32,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[float]:
-    """Learn the lessons of one course on a cosine; returns the loss of every step."""
+    """Learn the lessons of one course on a cosine; returns the loss of every step.
+
+    A quarter of the lessons come under what the chat template has for a system prompt when none is given.
+    """
     rng = random.Random(f"systems|{seed}")
     stream = lessons(course.families, seed=seed)
-    collate = Collator(model, processor)
+    hybrid = isinstance(model, Qwen3_5ForConditionalGeneration)
+    default = None if hybrid else DEFAULT_SYSTEM
+    collate = Collator(model, processor, packed=hybrid)
+    if hybrid:
+        attention.install(model)
     optimizers = _optimizers(model, course.rate)
     warmup = max(1, steps // 20)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, partial(_share, warmup, steps)) for o in optimizers]
@@ -203,7 +226,7 @@ def train(
     started = time.monotonic()
     model.train()
     for step in range(steps):
-        systems = rng.choices((SYSTEM, DEFAULT_SYSTEM), (3, 1), k=batch_size)
+        systems = rng.choices((SYSTEM, default), (3, 1), k=batch_size)
         loss = batch_loss(model, collate(list(zip(systems, islice(stream, batch_size), strict=True))))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -215,6 +238,8 @@ def train(
         if (step + 1) % 50 == 0:
             seconds = time.monotonic() - started
             report(f"step {step + 1}/{steps}  loss {sum(losses[-50:]) / 50:.4f}  {seconds:.0f} s")
+    if hybrid:
+        model.set_attn_implementation("sdpa")
     return losses
 
 

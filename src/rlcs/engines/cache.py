@@ -1,4 +1,4 @@
-"""Key-value cache for trees that grow: each trunk is stored once, each row stores its own tokens only.
+"""Cache for trees that grow: each trunk's keys and values are stored once, each row stores its own tokens'.
 
 A decoding step has one query per live row. It attends to the row's trunk, which all rows of a
 group share without copies, and to the row's own tokens.
@@ -7,14 +7,13 @@ P longest trunk, O longest row so far, D head size.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlcs.engines.states import RowRecurrence, TrunkRecurrence
 from rlcs.model.attention import Plan
 from rlcs.model.layout import PATH, Layout, Scope
-from rlcs.model.recurrence import Recurrence
 
 GROWTH = 32
 """Tokens by which the cache of the rows grows."""
@@ -22,24 +21,16 @@ GROWTH = 32
 KeyValue = tuple[Tensor, Tensor]
 
 
-def head_size(text: Any) -> int:
-    """The width of an attention head of a language model's configuration, which Qwen3-VL sets explicitly."""
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
-def token_bytes(text: Any, element: int) -> int:
-    """Bytes of one token's keys and values in all layers, `element` bytes a number."""
-    return int(2 * text.num_key_value_heads * head_size(text) * text.num_hidden_layers * element)
-
-
 class RecordingPlan:
-    """Wraps another plan and keeps the keys and values of every layer: the prefill of trunks."""
+    """Wraps another plan and keeps what later tokens look back at in every layer: the prefill of trunks."""
 
-    def __init__(self, inner: Plan) -> None:
-        """`inner` computes the attention itself."""
-        self._inner = inner
-        self.recurrence = inner.recurrence
-        self.layers: list[KeyValue] = []
+    def __init__(self, inner: Plan, layout: Layout, device: torch.device) -> None:
+        """`inner` computes the attention itself; `layout` is of trunks alone."""
+        self._inner, self.layout = inner, layout
+        self.recurrence = TrunkRecurrence(layout, device)
+        self.layers: dict[int, KeyValue] = {}
+        self.sources: dict[int, int] = {}
+        self._given: list[tuple[Tensor, int]] = []
 
     def attend(
         self,
@@ -51,19 +42,26 @@ class RecordingPlan:
         scope: Scope = PATH,
         scale: float | None = None,
     ) -> Tensor:
-        """Attend as `inner` does; layers come in order."""
-        self.layers.append((key[0], value[0]))
+        """Attend as `inner` does; the keys that a layer shares with an earlier one are kept once."""
+        source = next((earlier for given, earlier in self._given if given is key), layer)
+        self.sources[layer] = source
+        if source == layer:
+            self.layers[layer] = (key[0], value[0])
+            self._given.append((key, layer))
         return self._inner.attend(layer, query, key, value, scope=scope, scale=scale)
 
-    def trunks(self, layout: Layout) -> list[KeyValue]:
+    def trunks(self) -> dict[int, KeyValue]:
         """Per layer, keys and values (T, K, P, D) of the trunks, padded with zeros on the right."""
-        longest = max(map(len, layout.trunks))
-        return [(_stack(k, layout, longest), _stack(v, layout, longest)) for k, v in self.layers]
+        return {
+            layer: (_stack(key, self.layout), _stack(value, self.layout))
+            for layer, (key, value) in self.layers.items()
+        }
 
 
-def _stack(flat: Tensor, layout: Layout, longest: int) -> Tensor:
-    """(K, L, D) of the whole pack to (T, K, longest, D)."""
+def _stack(flat: Tensor, layout: Layout) -> Tensor:
+    """(K, L, D) of the whole pack to (T, K, P, D)."""
     heads, _, size = flat.shape
+    longest = max(map(len, layout.trunks))
     stacked = flat.new_zeros(len(layout.trunks), heads, longest, size)
     for index, trunk in enumerate(layout.trunks):
         stacked[index, :, : len(trunk)] = flat[:, trunk.start : trunk.stop]
@@ -72,35 +70,39 @@ def _stack(flat: Tensor, layout: Layout, longest: int) -> Tensor:
 
 @dataclass
 class ForestCache:
-    """Keys and values of T trunks and B rows; an attention plan for decoding steps.
+    """Keys and values of T trunks and B rows by layer; a plan for decoding steps.
 
     `trunk_lengths` (T,), `row_trunk` (B,) the trunk of every row (rows of a trunk are neighbours),
-    `row_lengths` (B,) own tokens so far.
+    `row_lengths` (B,) own tokens so far. `recurrence` holds what recurrent layers keep of every row. A layer
+    reads the keys and values of its entry in `sources`: its own, or those that it shares.
     """
 
-    trunks: list[KeyValue]
+    trunks: dict[int, KeyValue]
     trunk_lengths: Tensor
-    rows: list[KeyValue]
+    rows: dict[int, KeyValue]
     row_trunk: Tensor
     row_lengths: Tensor
-    recurrence: Recurrence | None = None
+    recurrence: RowRecurrence
+    sources: dict[int, int]
 
     @classmethod
-    def prefilled(cls, recording: RecordingPlan, layout: Layout, counts: Tensor) -> "ForestCache":
+    def prefilled(cls, recording: RecordingPlan, counts: Tensor) -> "ForestCache":
         """A cache in which trunk t has counts[t] rows without tokens of their own; `counts` is (T,)."""
-        trunks = recording.trunks(layout)
-        device = trunks[0][0].device
+        trunks = recording.trunks()
+        device = counts.device
         row_trunk = torch.arange(len(counts), device=device).repeat_interleave(counts)
-        rows = []
-        for key, _ in trunks:
+        rows = {}
+        for layer, (key, _) in trunks.items():
             empty = key.new_zeros(len(row_trunk), key.shape[1], GROWTH, key.shape[3])
-            rows.append((empty, empty.clone()))
+            rows[layer] = (empty, empty.clone())
         return cls(
             trunks=trunks,
-            trunk_lengths=torch.tensor(list(map(len, layout.trunks)), device=device),
+            trunk_lengths=torch.tensor(list(map(len, recording.layout.trunks)), device=device),
             rows=rows,
             row_trunk=row_trunk,
             row_lengths=torch.zeros(len(row_trunk), dtype=torch.long, device=device),
+            recurrence=recording.recurrence.kept.rows(row_trunk),
+            sources=recording.sources,
         )
 
     def __post_init__(self) -> None:
@@ -115,16 +117,17 @@ class ForestCache:
         self._cell = self.row_trunk * self._width + column
         # Rows are in the order of their trunks, so a full grid needs no gather and no scatter.
         self._is_full = len(self._cell) == len(self.trunk_lengths) * self._width
-        longest = self.trunks[0][0].shape[2]
+        longest = _tokens(self.trunks)
         inside = torch.arange(longest, device=self.row_trunk.device)[None] < self.trunk_lengths[:, None]
         self._trunk_bias = torch.where(inside, 0.0, float("-inf"))[self.row_trunk][:, None, None]
 
     def append(self, other: "ForestCache") -> None:
         """Append newly prefilled trunks and their rows."""
-        capacity = max(self.rows[0][0].shape[2], other.rows[0][0].shape[2])
-        longest = max(self.trunks[0][0].shape[2], other.trunks[0][0].shape[2])
+        capacity = max(_tokens(self.rows), _tokens(other.rows))
+        longest = max(_tokens(self.trunks), _tokens(other.trunks))
         self.trunks = _concatenate(self.trunks, other.trunks, longest)
         self.rows = _concatenate(self.rows, other.rows, capacity)
+        self.recurrence = self.recurrence.append(other.recurrence)
         self.row_trunk = torch.cat([self.row_trunk, other.row_trunk + len(self.trunk_lengths)])
         self.trunk_lengths = torch.cat([self.trunk_lengths, other.trunk_lengths])
         self.row_lengths = torch.cat([self.row_lengths, other.row_lengths])
@@ -133,22 +136,38 @@ class ForestCache:
     def keep(self, rows: Tensor) -> None:
         """Keep the rows with these indices (in order), and the trunks that they still need."""
         needed, self.row_trunk = torch.unique(self.row_trunk[rows], return_inverse=True)
-        self.rows = [(k[rows], v[rows]) for k, v in self.rows]
+        self.rows = {layer: (k[rows], v[rows]) for layer, (k, v) in self.rows.items()}
+        self.recurrence = self.recurrence.rows(rows)
         self.row_lengths = self.row_lengths[rows]
         if len(needed) < len(self.trunk_lengths):
-            self.trunks = [(k[needed], v[needed]) for k, v in self.trunks]
+            self.trunks = {layer: (k[needed], v[needed]) for layer, (k, v) in self.trunks.items()}
             self.trunk_lengths = self.trunk_lengths[needed]
         self._arrange()
 
     def begin_step(self) -> None:
         """Provide space for one more token in every row."""
-        capacity = self.rows[0][0].shape[2]
+        capacity = _tokens(self.rows)
         longest = int(self.row_lengths.max()) + 1
         if longest > capacity:
             longer = capacity + GROWTH
-            self.rows = [(_padded(key, longer), _padded(value, longer)) for key, value in self.rows]
+            self.rows = {
+                layer: (_padded(k, longer), _padded(v, longer)) for layer, (k, v) in self.rows.items()
+            }
         inside = torch.arange(longest, device=self.row_lengths.device)[None] <= self.row_lengths[:, None]
         self._row_bias = torch.where(inside, 0.0, float("-inf"))[:, None, None]
+        self._windowed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _biases(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """What is added to the scores of trunks (B, 1, 1, P) and rows (B, 1, 1, O): -inf where hidden."""
+        if window is None:
+            return self._trunk_bias, self._row_bias
+        if window not in self._windowed:
+            depths = self.trunk_lengths[self.row_trunk] + self.row_lengths
+            self._windowed[window] = (
+                _hide_up_to(self._trunk_bias, depths - window),
+                _hide_up_to(self._row_bias, self.row_lengths - window),
+            )
+        return self._windowed[window]
 
     def end_step(self) -> None:
         """Count the token that was added to every row."""
@@ -165,19 +184,22 @@ class ForestCache:
         scale: float | None = None,
     ) -> Tensor:
         """One query a row: (1, H, B, D) over trunk and own tokens; stores the new keys and values."""
-        row_key, row_value = self.rows[layer]
-        trunk_key, trunk_value = self.trunks[layer]
+        source = self.sources[layer]
+        row_key, row_value = self.rows[source]
+        trunk_key, trunk_value = self.trunks[source]
+        trunk_bias, row_bias = self._biases(scope.window)
         count, heads, size = query.shape[2], row_key.shape[1], query.shape[3]
-        rows = torch.arange(count, device=query.device)
-        row_key[rows, :, self.row_lengths] = key[0].transpose(0, 1)
-        row_value[rows, :, self.row_lengths] = value[0].transpose(0, 1)
-        longest = self._row_bias.shape[-1]
+        if source == layer:
+            rows = torch.arange(count, device=query.device)
+            row_key[rows, :, self.row_lengths] = key[0].transpose(0, 1)
+            row_value[rows, :, self.row_lengths] = value[0].transpose(0, 1)
+        longest = row_bias.shape[-1]
         # Scores are fp32, as in other attention kernels: a product of bf16 tensors is itself rounded to bf16,
         # which costs most where a row's scores have much in common. It takes a temporary copy of one layer's
         # keys and more reading; `bmm(out_dtype=)` would take neither, but CPUs do not have it.
         q = query[0].transpose(0, 1).reshape(count, heads, -1, size).float() * (scale or size**-0.5)
-        row_scores = q @ row_key[:, :, :longest].float().transpose(2, 3) + self._row_bias
-        trunk_scores = self._to_rows(self._to_grid(q) @ trunk_key.float().transpose(2, 3)) + self._trunk_bias
+        row_scores = q @ row_key[:, :, :longest].float().transpose(2, 3) + row_bias
+        trunk_scores = self._to_rows(self._to_grid(q) @ trunk_key.float().transpose(2, 3)) + trunk_bias
         shares = torch.softmax(torch.cat([trunk_scores, row_scores], -1), -1).to(value.dtype)
         trunk_share, row_share = shares.split([trunk_scores.shape[-1], longest], -1)
         output = row_share @ row_value[:, :, :longest]
@@ -205,13 +227,27 @@ class ForestCache:
         return rows if self._is_full else rows[self._cell]
 
 
-def _concatenate(first: list[KeyValue], second: list[KeyValue], length: int) -> list[KeyValue]:
+def _hide_up_to(bias: Tensor, last: Tensor) -> Tensor:
+    """Hide, in a bias (B, 1, 1, X), the tokens up to number `last` (B,)."""
+    order = torch.arange(bias.shape[-1], device=bias.device)
+    return bias.masked_fill(order <= last[:, None, None, None], float("-inf"))
+
+
+def _tokens(layers: dict[int, KeyValue]) -> int:
+    """For how many tokens there is space."""
+    return next(iter(layers.values()))[0].shape[2]
+
+
+def _concatenate(first: dict[int, KeyValue], second: dict[int, KeyValue], length: int) -> dict[int, KeyValue]:
     """Per layer, both along the first axis, padded to `length` tokens on the third."""
-    joined = []
-    for (key, value), (next_key, next_value) in zip(first, second, strict=True):
-        keys = torch.cat([_padded(key, length), _padded(next_key, length)])
-        joined.append((keys, torch.cat([_padded(value, length), _padded(next_value, length)])))
-    return joined
+
+    def joined(one: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([_padded(one, length), _padded(other, length)])
+
+    return {
+        layer: (joined(key, second[layer][0]), joined(value, second[layer][1]))
+        for layer, (key, value) in first.items()
+    }
 
 
 def _padded(x: Tensor, length: int) -> Tensor:

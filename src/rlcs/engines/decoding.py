@@ -139,14 +139,15 @@ class DecodingBatch:
         for chunk in _by_tokens(requests, PREFILL_TOKENS):
             trunks = pack([Tree(prompt=r.prompt, branches=()) for r in chunk], self._chat.patches)
             trunks = trunks.to(self._vlm.device)
-            plan = RecordingPlan(attention.make_plan(self._vlm.attention, trunks.layout, self._vlm.device))
+            layout, device = trunks.layout, self._vlm.device
+            plan = RecordingPlan(attention.make_plan(self._vlm.attention, layout, device), layout, device)
             images = image_inputs(self._vlm, trunks)
             states = hidden_states(self._vlm, trunks.ids, trunks.positions, plan=plan, **images)
-            ends = [trunk.stop - 1 for trunk in trunks.layout.trunks]
-            counts = torch.tensor([r.sampling.n for r in chunk], device=self._vlm.device)
+            ends = [trunk.stop - 1 for trunk in layout.trunks]
+            counts = torch.tensor([r.sampling.n for r in chunk], device=device)
             logits = self._head(states[ends]).repeat_interleave(counts, dim=0)
-            cache = ForestCache.prefilled(plan, trunks.layout, counts)
-            for request, trunk in zip(chunk, trunks.layout.trunks, strict=True):
+            cache = ForestCache.prefilled(plan, counts)
+            for request, trunk in zip(chunk, layout.trunks, strict=True):
                 self._open(request, start=int(trunks.positions[:, trunk.start : trunk.stop].max()) + 1)
             if self._cache is None:
                 self._cache, self._logits = cache, logits

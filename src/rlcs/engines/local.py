@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from rlcs.engines.base import OnGroup
-from rlcs.engines.cache import token_bytes
-from rlcs.engines.decoding import DecodeRequest, DecodingBatch, Listener, Row
+from rlcs.engines.base import EngineView, OnGroup, Seen
+from rlcs.engines.cache_sizes import cache_sizes
+from rlcs.engines.decoding import DecodeRequest, DecodingBatch, Listener, Row, Token
 from rlcs.engines.onednn_linear import packed
 from rlcs.errors import out_of_memory_in
 from rlcs.model.chat import Chat
@@ -74,6 +74,42 @@ class LocalEngine:
     ) -> list[tuple[Rollout, ...]]:
         """See `Engine.sample`. The model is left in the mode (train or eval) in which it was."""
         requests = [DecodeRequest(prompt=prompt, sampling=sampling, step=step) for prompt in prompts]
+        self._answer(requests, on_group)
+        return [self._group(request) for request in requests]
+
+    @torch.no_grad()
+    def inspect(self, prompts: Sequence[Prompt], sampling: Sampling, *, candidates: int) -> list[EngineView]:
+        """See `Engine.inspect`: the engine of each rank is an instance."""
+        seen: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in prompts]
+
+        def listener(found: list[tuple[tuple[int, float], ...]]) -> Listener:
+            def listen(token: Token | Exception) -> None:
+                if isinstance(token, Token):
+                    others = ((i, logprob) for i, logprob in token.likeliest if i != token.id)
+                    found.append(((token.id, token.logprob), *others))
+
+            return listen
+
+        requests = [
+            DecodeRequest(
+                prompt=prompt, sampling=sampling, num_likeliest=candidates, listener=listener(found)
+            )
+            for prompt, found in zip(prompts, seen, strict=True)
+        ]
+        precision = self._answer(requests, None)
+        world = self._vlm.world
+        own = EngineView(
+            name=f"the engine of rank {world.rank}" if world.grouped else "the local engine",
+            precision=str(precision).removeprefix("torch."),
+            prompts=tuple(
+                Seen(prompt_ids=prompt.ids, ids=tuple(request.rows[0].ids), candidates=tuple(found))
+                for prompt, request, found in zip(prompts, requests, seen, strict=True)
+            ),
+        )
+        return world.gather(own)
+
+    def _answer(self, requests: Sequence[DecodeRequest], on_group: OnGroup) -> torch.dtype:
+        """Decode requests with the current weights in this thread; returns the number format of these."""
         unfinished = list(requests)
         with self._ready():
             self._unpack()
@@ -84,7 +120,8 @@ class LocalEngine:
                         for request in [request for request in unfinished if request.finished]:
                             unfinished.remove(request)
                             on_group(self._group(request))
-        return [self._group(request) for request in requests]
+            head: torch.Tensor = self._vlm.model.get_output_embeddings().weight
+            return head.dtype
 
     def submit(
         self,
@@ -134,11 +171,15 @@ class LocalEngine:
         """The memory that these requests need at once, and how to need less."""
         rows = min(self._max_rows, sum(request.sampling.n for request in requests))
         longest = max((request.max_tokens for request in requests), default=0)
-        a_token = token_bytes(self._vlm.model.config.get_text_config(), self._vlm.model.dtype.itemsize)
+        element = self._vlm.model.dtype.itemsize
+        kept = cache_sizes(self._vlm.model.config.get_text_config())
+        a_token, a_row = kept.token_bytes(element), kept.row_bytes(element)
+        states = f" + {rows:,} x {a_row:,} bytes of states" if a_row else ""
         return (
             "ask for fewer answers at once (--batch, --concurrency, teacher.concurrency), or shorter ones: "
-            f"{rows:,} x {longest:,} tokens of prompt and answer x {a_token:,} bytes of keys and values "
-            f"= {rows * longest * a_token / 2**30:,.2f} GB, twice while they grow"
+            f"{rows:,} x {longest:,} tokens of prompt and answer x {a_token:,} bytes of keys and values"
+            f"{states} "
+            f"= {rows * (longest * a_token + a_row) / 2**30:,.2f} GB, twice while they grow"
         )
 
     def _fail(self, error: Exception) -> None:

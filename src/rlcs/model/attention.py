@@ -59,14 +59,14 @@ class Plan(Protocol):
         ...
 
 
-def install(model: PreTrainedModel) -> None:
-    """Make the language model attend by plans, and the vision tower by windows.
+def install(model: PreTrainedModel, *, vision: str = vision_attention.NAME) -> None:
+    """Make the language model attend by plans, and the vision tower by windows or as `vision` names it.
 
     The registry of transformers is process-wide; registering the same functions again is harmless.
     """
     AttentionInterface.register(NAME, _attend_by_plan)
     AttentionInterface.register(vision_attention.NAME, vision_attention.attend_by_windows)
-    model.set_attn_implementation({"text_config": NAME, "vision_config": vision_attention.NAME})
+    model.set_attn_implementation({"text_config": NAME, "vision_config": vision})
     delta_net.install(model)
 
 

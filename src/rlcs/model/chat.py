@@ -17,7 +17,7 @@ from torch import Tensor
 from rlcs.errors import DataError, ModelError, PromptError
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.images import CPU, ImagePipeline
-from rlcs.records import ImageRef, Message, Problem, Prompt, Request, Sampling
+from rlcs.records import ImageRef, Message, Positions, Problem, Prompt, Request, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +40,7 @@ class Chat:
         system: str | None,
         max_tokens: int,
         default_system: str | None,
+        positions: Positions = "grid",
     ) -> None:
         """`system` None means the template's default, which may be no system turn at all (also None).
 
@@ -51,6 +52,7 @@ class Chat:
         self._system = default_system if system is None else system
         self._max_tokens = max_tokens
         self._format = format
+        self._positions = positions
         self._opening = [self._control(token) for token in format.opening]
         self._start = self._control(format.turn_start)
         self.end_id = self._control(format.turn_end)
@@ -146,6 +148,7 @@ class Chat:
             image_token_id=self.image_id,
             merge_size=self._images.merge_size,
             replies=tuple(replies),
+            positions=self._positions,
         )
 
     def _segments(self, messages: Sequence[Message]) -> Iterator[tuple[Segment, bool]]:

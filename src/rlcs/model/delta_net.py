@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlcs.model.delta_rule import DeltaRules, by_token
+
 
 class _FollowsPaths(nn.Module):
     """A gated delta net of transformers with another forward; never made, but set as the class of one."""
@@ -23,7 +25,7 @@ class _FollowsPaths(nn.Module):
             return output
         layer: Any = self
         states = hidden_states[0]
-        rule = partial(_kernel(type(self)), use_qk_l2norm_in_kernel=True)
+        rules = DeltaRules(many=partial(_kernel(type(self)), use_qk_l2norm_in_kernel=True), few=by_token)
         taps = layer.conv1d.weight[:, 0]
         mixed = plan.recurrence.convolve(layer.layer_idx, layer.in_proj_qkv(states), taps)
         sizes = [layer.key_dim, layer.key_dim, layer.value_dim]
@@ -35,7 +37,7 @@ class _FollowsPaths(nn.Module):
             layer.in_proj_a(states).float() + layer.dt_bias
         )
         inputs = (query, key, value, decay, layer.in_proj_b(states).sigmoid())
-        read = plan.recurrence.recur(layer.layer_idx, rule, inputs).flatten(0, 1)
+        read = plan.recurrence.recur(layer.layer_idx, rules, inputs).flatten(0, 1)
         gate = layer.in_proj_z(states).reshape(-1, layer.head_v_dim)
         result: Tensor = layer.out_proj(layer.norm(read, gate).reshape(1, len(states), -1))
         return result
@@ -44,7 +46,7 @@ class _FollowsPaths(nn.Module):
 def install(model: PreTrainedModel) -> None:
     """Make all gated delta nets of a model follow paths."""
     for module in model.modules():
-        if type(module).__name__.endswith("GatedDeltaNet"):
+        if type(module).__name__.endswith("GatedDeltaNet") and not isinstance(module, _FollowsPaths):
             module.__class__ = _following(type(module))  # type: ignore[arg-type]
 
 

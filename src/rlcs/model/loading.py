@@ -351,6 +351,7 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
         system=prompts.system,
         max_tokens=prompts.max_tokens,
         default_system=default,
+        positions=family.positions,
     )
     _compare_with_template(processor, chat)
     return chat.with_system(prompts.rl_system) if rl and prompts.rl_system is not None else chat

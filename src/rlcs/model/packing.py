@@ -27,8 +27,11 @@ def trunk_positions(prompt: Prompt) -> Tensor:
     """Compute M-RoPE positions (3, P): time, height, width (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     Text counts up in all three; the tokens of an image share a time and count rows and columns;
-    what follows starts after the largest position so far.
+    what follows starts after the largest position so far. Where a model counts all tokens one by one
+    (`Prompt.positions`), all three are the same.
     """
+    if prompt.positions == "line":
+        return _text_positions(0, len(prompt.ids))
     parts, text_start, next_position = [], 0, 0
     for (start, end), (frames, height, width) in zip(prompt.spans, prompt.grids, strict=True):
         parts.append(_text_positions(next_position, start - text_start))

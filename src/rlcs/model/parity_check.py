@@ -236,8 +236,8 @@ def plain_logprobs(
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs |= vlm.family.text_inputs(ids, prompt.image_token_id)
     if prompt.images:
-        pixels = [chat.patches(image).to(vlm.device, vlm.model.dtype) for image in prompt.images]
-        inputs |= vlm.family.vision_inputs(pixels, torch.tensor(prompt.grids, device=vlm.device))
+        patches = [chat.patches(image).to(vlm.device, vlm.model.dtype) for image in prompt.images]
+        inputs |= vlm.family.vision_inputs(patches, torch.tensor(prompt.grids, device=vlm.device))
     if plan is not None:
         segments = (Segment(start=0, stop=len(whole)),)
         inputs["plan"] = plan(Layout(segments=segments, images=prompt.spans), vlm.device)

@@ -7,35 +7,15 @@ trunk goes through them once and its state serves all of its branches.
 Letters in shapes: L tokens of the pack, C channels, K taps, H heads, B sequences, N longest of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rlcs.model.delta_rule import DeltaRules
 from rlcs.model.layout import Bucket, Layout, buckets
-
-
-class DeltaRule(Protocol):
-    """The kernel of a gated delta net (Gated DeltaNet, arXiv 2412.06464, equation 10)."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None,
-        output_final_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute outputs (B, N, H, value size) and states (B, H, key size, value size) after all tokens.
-
-        `g` (B, N, H) is the logarithm of the decay, `beta` (B, N, H) how strongly a token is written.
-        """
-        ...
 
 
 class Recurrence(Protocol):
@@ -45,8 +25,8 @@ class Recurrence(Protocol):
         """Causal convolution of each channel: inputs (L, C) and weights (C, K) to outputs (L, C)."""
         ...
 
-    def recur(self, layer: int, rule: DeltaRule, inputs: Sequence[Tensor]) -> Tensor:
-        """Outputs (L, H, value size) of the rule for query, key, value (L, H, size), g and beta (L, H)."""
+    def recur(self, layer: int, rules: DeltaRules, inputs: Sequence[Tensor]) -> Tensor:
+        """Outputs (L, H, value size) of the rules for query, key, value (L, H, size), g and beta (L, H)."""
         ...
 
 
@@ -78,23 +58,29 @@ class PathRecurrence:
         output = nn.functional.conv1d(rows, weight.unsqueeze(1), groups=len(weight))
         return output[0].T.index_select(0, own)
 
-    def recur(self, layer: int, rule: DeltaRule, inputs: Sequence[Tensor]) -> Tensor:
+    def recur(self, layer: int, rules: DeltaRules, inputs: Sequence[Tensor]) -> Tensor:
         """See `Recurrence`."""
+        followed = {segment.parent for segment in self._layout.segments}
+        return self.run(rules, inputs, wanted=followed)[0]
+
+    def run(
+        self, rules: DeltaRules, inputs: Sequence[Tensor], *, wanted: Container[int | None]
+    ) -> tuple[Tensor, dict[int | None, Tensor]]:
+        """Outputs as of `recur`, and the states after `wanted` segments, among them all with followers."""
         states: dict[int | None, Tensor] = {}
-        with_followers = {segment.parent for segment in self._layout.segments}
         outputs, sources = [], []
         for bucket, parents in self._passes:
             query, key, value, g, beta = (bucket.pad(x) for x in inputs)
             before = None if parents[0] is None else torch.stack([states[p] for p in parents])
-            followed = [i for i, segment in enumerate(bucket.members) if segment in with_followers]
-            output, after = rule(
+            followed = [i for i, segment in enumerate(bucket.members) if segment in wanted]
+            output, after = rules.many(
                 query, key, value, g=g, beta=beta, initial_state=before, output_final_state=bool(followed)
             )
             if after is not None:
                 states |= {bucket.members[i]: after[i] for i in followed}
             outputs.append(bucket.unpad(output))
             sources.append(bucket.source)
-        return torch.cat(outputs).index_select(0, torch.cat(sources).argsort())
+        return torch.cat(outputs).index_select(0, torch.cat(sources).argsort()), states
 
 
 def _passes(layout: Layout) -> list[tuple[Bucket, list[int | None]]]:

@@ -277,6 +277,7 @@ class Study:
                 importance_cap=recipe.rollout.cap,
                 overlap=recipe.overlap,
                 feature_bytes=int(recipe.images.features_gb * 2**30),
+                checks=recipe.rollout.checks,
             )
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding)

@@ -12,14 +12,21 @@ from numpy.typing import NDArray
 class StepCost:
     """Seconds of one decoding step.
 
-    It reads the weights, or computes with them for every row, if that takes longer; then reads the cache. No
-    step is shorter than `least`, in which the host prepares it.
+    It reads the weights, and of the experts those that any row is sent to (a row to the share `chosen`), or
+    computes with them for every row, if that takes longer; then reads the cache: of every token, of those in
+    the last `window`, and the state of each row. No step is shorter than `least`, in which the host prepares
+    it.
     """
 
     weights: float
     row: float
     cached_token: float
     least: float
+    experts: float = 0.0
+    chosen: float = 0.0
+    windowed_token: float = 0.0
+    window: int = 0
+    state: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +54,10 @@ def decode(lengths: Sequence[int], cost: StepCost, *, trunk: float, slots: int) 
         np.add.at(context, at, sign * (trunk - starts))
     alive = np.cumsum(rows)[:-1]
     cached = np.cumsum(context)[:-1] + alive * np.arange(len(alive))
-    work = np.maximum(cost.weights, alive * cost.row) + cached * cost.cached_token
+    read = cost.weights + cost.experts * (1 - (1 - cost.chosen) ** alive)
+    near = np.minimum(cached, alive * cost.window)  # as if all rows were as long as their mean
+    caches = cached * cost.cached_token + near * cost.windowed_token + alive * cost.state
+    work = np.maximum(read, alive * cost.row) + caches
     seconds = np.maximum(work, cost.least)
     passed = np.concatenate([[0.0], np.cumsum(seconds)])
     few = alive < 0.1 * min(slots, len(lengths))

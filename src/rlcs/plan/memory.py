@@ -9,11 +9,16 @@ key-value width, e bytes of an activation.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from rlcs.engines.cache import head_size
 from rlcs.model.policy import LOGIT_CHUNK
+from rlcs.plan.layers import Attention, DeltaNet, Layer
 from rlcs.plan.machine import FP32
 from rlcs.plan.shapes import Sizes
+from rlcs.plan.towers import Tower
+from rlcs.plan.work import CHUNK
 from rlcs.recipe.section import Part
+
+ROUTED = 40
+"""Bytes of indices and shares for each expert that a token is sent to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,44 +74,84 @@ class Units:
     root_shard: float = 0.0
 
 
-def language_layer(sizes: Sizes, how: Passing) -> int:
+def language_layer(layer: Layer, hidden: int, how: Passing) -> int:
     """Bytes that one layer of the language model keeps for each token.
 
-    Two norms keep their input in fp32, the normalised input and their output: h (8 + 4e); attention
-    keeps queries (a wide), keys, values, output and log-sum-exp: e (2a + 2k) + 4 heads, and where queries
-    and keys are normalised those norms (a + k) (4 + 2e); the MLP keeps gate, its SiLU, up and their
-    product: 4ie. With adapters frozen weights keep neither normalised inputs
-    nor their own, but adapters keep theirs: the outputs of both norms, and the tensors named last.
+    A norm keeps its input in fp32 and the normalised input (for the gradient of its weight, so not with
+    adapters, which keep frozen weights), and linear layers keep what they are `fed`: h (8 + 4e) of two
+    ordinary norms. The MLP keeps gate, its activation, up and their product: 4ie; so does every expert that a
+    token is sent to, with its input and output.
     """
-    text, element = sizes.text, how.element
-    hidden, heads, size = text.hidden_size, text.num_attention_heads, head_size(text)
-    width = (heads + text.num_key_value_heads) * size
-    attention = 2 * element * width + FP32 * heads
-    attention += width * (FP32 + 2 * element) if sizes.normed_heads else 0
-    if not how.adapters:
-        return int(hidden * (2 * FP32 + 4 * element) + attention + 4 * text.intermediate_size * element)
-    return int(hidden * (2 * FP32 + 2 * element) + attention + 4 * text.intermediate_size * element)
+    e, trained = how.element, not how.adapters
+    normalised = _normalised(layer.exact, how)
+    norms = hidden * (layer.norms * (FP32 + normalised) + layer.fed * e)
+    mlp = 4 * layer.dense * e + 3 * layer.side * e
+    if layer.routed:
+        an_expert = (1 + trained) * hidden + (3 + trained) * layer.expert
+        # A shared expert keeps its output; a router that normalises does so in fp32.
+        beside = FP32 if layer.router_norm else e if layer.dense else 0
+        mlp += e * layer.chosen * an_expert + beside * hidden + FP32 * layer.routed + ROUTED * layer.chosen
+    mixer = layer.mixer
+    mixing = _attention(mixer, normalised, e) if isinstance(mixer, Attention) else _delta_net(mixer, e)
+    return int(norms + mixing + mlp)
 
 
-def vision_block(sizes: Sizes, how: Passing) -> int:
+def _normalised(exact: bool, how: Passing) -> int:
+    """Bytes of a number that a norm keeps to train its weight."""
+    return 0 if how.adapters else FP32 if exact else how.element
+
+
+def _attention(mixer: Attention, normalised: int, e: int) -> int:
+    """Queries (a wide), keys, values, output, log-sum-exp: e (2a + 2k) + 4 heads; then norms and a gate."""
+    keys = mixer.keys if mixer.own else 0  # those of an earlier layer are there once
+    kept = e * (2 * mixer.queries + 2 * keys) + FP32 * mixer.heads
+    if mixer.norms:
+        kept += (mixer.queries + keys) * (FP32 + normalised) + (keys * FP32 if mixer.norms == 3 else 0)
+    if mixer.doubled:  # the gate, the output in its order, their product; in fp32 a norm keeps both halves
+        kept += mixer.queries * (3 * e + (e if e == FP32 else 0))
+    return kept
+
+
+def _delta_net(mixer: DeltaNet, e: int) -> int:
+    """What transformers' own chunked kernel and the layer around it keep, most of it in fp32.
+
+    Of queries, keys and values (c together, v of them values): inputs and outputs of the convolution and
+    their activation, 3ce; the norm of the output and its gate, v (12 + 3e). In chunks of C tokens, of queries
+    and keys as wide as all heads of values: 8 such tensors (12 where they need no other format, and so are
+    not made contiguous), 3 of values, 5 matrices of C by C a head, and a state. flash-linear-attention keeps
+    less.
+    """
+    together, repeated = 2 * mixer.keys + mixer.values, mixer.heads * mixer.key_size
+    chunked = (12 if e == FP32 else 8) * repeated + 3 * mixer.values + 5 * CHUNK * mixer.heads
+    around = 3 * together * e + mixer.values * (3 * FP32 + 3 * e)
+    return int(around + FP32 * (chunked + mixer.state / CHUNK))
+
+
+def vision_block(tower: Tower, how: Passing) -> int:
     """Bytes that one block of the vision tower keeps for each patch.
 
-    As `language_layer`, but values are copied out of the joint (3h) projection, and on a CPU the outputs of
-    windows are kept apart and joined: e 5h in place of e (2a + 2k). Layer norms (in families without
-    windows) keep no fp32. Adapters save nothing.
+    As `language_layer`, but in most families values are copied out of the joint (3h) projection, and on a CPU
+    the outputs of windows are kept apart and joined: e 5h in place of e (2a + 2k). Layer norms keep no fp32.
+    Adapters save nothing.
     """
-    tower, element = sizes.vision, how.element
-    norms = tower.hidden * ((2 * FP32 if tower.window else 0) + 4 * element)
-    attention = 5 * tower.hidden * element + FP32 * tower.heads
-    return int(norms + attention + tower.mlp_keeps * tower.intermediate * element)
+    e, hidden = how.element, tower.hidden
+    normalised = FP32 if tower.exact else e
+    norms = tower.norms * (FP32 + normalised) + 2 * e if tower.rms else 2 * tower.norms * e
+    heads = tower.attention_norms * (FP32 + normalised)
+    attention = hidden * (tower.attention_keeps * e + heads) + FP32 * tower.heads
+    return int(norms * hidden + attention + tower.mlp_keeps * tower.intermediate * e)
 
 
 def token_keeps(sizes: Sizes, how: Passing) -> int:
     """Bytes that all layers of the language model and its last norm keep for each token."""
-    text, element = sizes.text, how.element
-    layer = text.hidden_size * element if how.checkpointing else language_layer(sizes, how)
-    norm = FP32 + (0 if how.adapters else element)
-    return int(text.num_hidden_layers * layer + text.hidden_size * norm)
+    hidden, e = sizes.text.hidden_size, how.element
+    kept = 0
+    for layer, count in sizes.layers.items():
+        a_layer = hidden * e if how.checkpointing else language_layer(layer, hidden, how)
+        normalised = _normalised(layer.exact, how)
+        # Per-layer inputs are normalised for all layers at once, before the first.
+        kept += count * (a_layer + (layer.side * (FP32 + normalised + e)))
+    return int(kept + hidden * (FP32 + max(_normalised(layer.exact, how) for layer in sizes.layers)))
 
 
 def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
@@ -114,21 +159,25 @@ def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
     text, vision, e = sizes.text, sizes.vision, how.element
     tower = "vision_tower" in how.trains
     merger = tower or "merger" in how.trains
-    layer, block = language_layer(sizes, how), vision_block(sizes, how)
+    block = vision_block(vision, how)
     kept = load.tokens * token_keeps(sizes, how)
     kept += load.targets * text.hidden_size * e
     if merger:
-        exact = FP32 if vision.window and tower else 0  # the norm's input, for its gradient
-        kept += load.patches * vision.mergers * vision.hidden * (exact + 4 * e)
+        exact = FP32 if vision.rms and tower else 0  # the norm's input, for its gradient
+        kept += load.patches // vision.merge**2 * vision.features * (exact + 4 * e)
     if tower:
         kept += load.patches * (
             vision.depth * (vision.hidden * e if how.checkpointing else block) + vision.pixels * e
         )
-    working = load.tokens * _in_passing(text.hidden_size, text.intermediate_size, layer, how)
+    working = load.tokens * max(_layer_in_passing(layer, text.hidden_size, how) for layer in sizes.layers)
     if tower:
         in_block = load.patches * _in_passing(vision.hidden, vision.intermediate, block, how)
         working = max(working, in_block)
     return Activations(kept=kept, head=_head(sizes, load, how), layer=working)
+
+
+def _layer_in_passing(layer: Layer, hidden: int, how: Passing) -> int:
+    return _in_passing(hidden, layer.intermediate, language_layer(layer, hidden, how), how)
 
 
 def _in_passing(hidden: int, intermediate: int, layer: int, how: Passing) -> int:
@@ -141,7 +190,7 @@ def _head(sizes: Sizes, load: Load, how: Passing) -> int:
     vocabulary = sizes.text.vocab_size
     rows = min(load.targets, max(1, LOGIT_CHUNK // vocabulary))
     trains = "language_model" in how.trains and not how.adapters
-    return int(vocabulary * (3 * FP32 * rows + (sizes.text.hidden_size * how.element if trains else 0)))
+    return int(vocabulary * 3 * FP32 * rows + (sizes.head * how.element if trains else 0))
 
 
 def update_peak(gradients: float, held: Activations, *, packs: int, units: Units = Units()) -> float:

@@ -111,22 +111,22 @@ def _feature_bytes(place: Placement, grpo: Grpo, trees: Trees) -> int:
     if not trees.patches or passes == 1 or "vision_tower" in place.trains(grpo.freeze):
         return 0
     tower = place.sizes.vision
+    tokens = trees.patches // tower.merge**2
     own = -(-trees.count // (grpo.optimizer_steps * place.trainers))
-    return own * trees.patches * tower.hidden * tower.mergers * place.weight * grpo.optimizer_steps
+    return own * tokens * tower.features * place.weight * grpo.optimizer_steps
 
 
 def rounds_of(
     place: Placement, groups: Sequence[Sequence[int]], trees: Trees, *, steps: int, budget: int
 ) -> Rounds:
     """Pack the groups of a step, which has `steps` optimiser steps, as training does."""
-    text = place.sizes.text
     image = vision(place.sizes.vision, trees.patches) if trees.patches else 0.0
     size = -(-len(groups) // steps)
     rows: list[list[tuple[float, float]]] = []
     for start in range(0, len(groups), size):
         share = groups[start : start + size]
         tokens = [trees.trunk + sum(lengths) for lengths in share]
-        work = [language(text, trees.trunk, lengths) for lengths in share]
+        work = [language(place.sizes, trees.trunk, lengths) for lengths in share]
         ranks = []
         for own in balanced(tokens, place.trainers):
             packs = within_budget([tokens[i] for i in own], budget)

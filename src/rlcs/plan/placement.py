@@ -193,7 +193,7 @@ def units_of(place: Placement, trains: Collection[Part]) -> Units:
     return Units(
         gathered=layers + outside,
         layer=layer + sizes.largest_layer * place.reduce,
-        waiting=sizes.text.vocab_size * sizes.text.hidden_size * place.compute,
+        waiting=sizes.head * place.compute,
         root=outside + sizes.outside_layers * place.reduce,
         root_shard=shard,
     )

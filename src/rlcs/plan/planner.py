@@ -18,8 +18,8 @@ from rlcs.plan.passes import kept_bytes, update_times
 from rlcs.plan.placement import Placement, stored, units_of
 from rlcs.plan.rates import Speeds
 from rlcs.plan.rollouts import VLLM_ASLEEP, rollout_bytes, sampled
-from rlcs.plan.shapes import Tower
 from rlcs.plan.step_time import StepTime, step_time
+from rlcs.plan.towers import Tower
 from rlcs.plan.work import Trees, language, vision
 from rlcs.recipe.schema import Eval, Images, Prompts
 from rlcs.recipe.stages import Grpo, Sft
@@ -170,13 +170,14 @@ def answer_seconds(
 
 def largest_tree(images: Images, tower: Tower, *, prompt: int, group: int, answer: int) -> Trees:
     """A tree with the longest allowed prompt, the largest image, and every answer at its limit."""
-    image = min(images.max_pixels // tower.side**2, prompt)
+    image = min(tower.tokens(images.max_pixels), prompt)
     return Trees(count=1, trunk=prompt, patches=tower.merge**2 * image, group=group, answer=answer)
 
 
 def expected_trees(largest: Trees, tower: Tower, assumed: Assumed, *, count: int, lowest: int) -> Trees:
     """The `count` trees of one step with the assumed lengths; images have `lowest` pixels at least."""
-    image = min(max(assumed.image, lowest // tower.side**2), largest.patches // tower.merge**2)
+    least = tower.whole(max(assumed.image, tower.tokens(lowest)))
+    image = min(least, largest.patches // tower.merge**2)
     image = min(image, max(0, largest.trunk - assumed.text))
     return replace(
         largest,
@@ -248,8 +249,8 @@ def _passes(placed: Placement, stage: Sft | Grpo, trees: Trees) -> tuple[dict[st
         reference = int(stage.kl.active) + recomputed
         times |= {"reference": (reference, reference), "rollout": (1, 1)}
     image = vision(sizes.vision, trees.patches) if trees.patches else 0.0
-    once = language(sizes.text, trees.trunk, [trees.answer] * trees.group)
-    alone = language(sizes.text, trees.trunk, [trees.answer])
+    once = language(sizes, trees.trunk, [trees.answer] * trees.group)
+    alone = language(sizes, trees.trunk, [trees.answer])
     shared = {phase: layers * once + tower * image for phase, (layers, tower) in times.items()}
     repeated = {phase: layers * alone + tower * image for phase, (layers, tower) in times.items()}
     return shared, repeated

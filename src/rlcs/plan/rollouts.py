@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.engines.cache import token_bytes
 from rlcs.engines.decoding import PREFILL_TOKENS
 from rlcs.plan.decoding import StepCost, decode
+from rlcs.plan.layers import Attention
 from rlcs.plan.machine import GIB
 from rlcs.plan.placement import Placement, servers_beside
 from rlcs.plan.rates import Speeds
+from rlcs.plan.shapes import Sizes
 from rlcs.plan.work import Trees, language, vision
 
 SHARED_LAYER_S = 3e-5
@@ -34,12 +35,15 @@ def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: floa
         engines = 1 if rollout.engine == "vllm_colocated" else servers_beside(place)
         return engines * (rollout.share or VLLM_SHARE) * place.machine.device.memory * GIB
     rows = prompts * largest.group
-    cache = 2 * token_bytes(text, place.compute) * (prompts * largest.trunk + rows * largest.answer)
+    tokens = prompts * largest.trunk + rows * largest.answer
+    kept, e = sizes.cache, place.compute
+    cache = 2 * (kept.token_bytes(e) * tokens + kept.row_bytes(e) * (prompts + rows))
     choosing = rows * text.vocab_size * (SAMPLING if top_p == 1 else SAMPLING_TOP_P)
     prefill = min(max(PREFILL_TOKENS, largest.trunk), prompts * largest.trunk)
     patches = prefill * largest.patches // largest.trunk
     tower = patches * (sizes.vision.intermediate + sizes.vision.hidden)
-    passing = 3 * place.compute * max(prefill * (text.intermediate_size + text.hidden_size), tower)
+    widest = max(layer.intermediate for layer in sizes.layers)
+    passing = 3 * place.compute * max(prefill * (widest + text.hidden_size), tower)
     whole = sizes.total * place.compute if place.sharded else 0
     return float(cache + max(choosing, passing) + whole)
 
@@ -100,29 +104,41 @@ def sampled(
 def prompt_seconds(place: Placement, trees: Trees, speeds: Speeds) -> float:
     """Seconds in which one engine reads a prompt with its image."""
     name = "forward_share" if place.rollout.engine == "local" else "prefill_share"
-    work = language(place.sizes.text, trees.trunk, [])
+    work = language(place.sizes, trees.trunk, [])
     work += vision(place.sizes.vision, trees.patches) if trees.patches else 0.0
     return work / (place.peak * speeds[name] * _gpus_of_engine(place))
 
 
 def step_cost(place: Placement, speeds: Speeds) -> StepCost:
     """The cost of one decoding step of an engine."""
-    text, local = place.sizes.text, place.rollout.engine == "local"
-    gpus, launching = _gpus_of_engine(place), place.machine.gpus > 0
-    least = speeds["decode_step_s"] + (text.num_hidden_layers * SHARED_LAYER_S if gpus > 1 else 0.0)
+    sizes, local = place.sizes, place.rollout.engine == "local"
+    gpus, launching, depth = _gpus_of_engine(place), place.machine.gpus > 0, sizes.layers.total()
+    least = speeds["decode_step_s"] + (depth * SHARED_LAYER_S if gpus > 1 else 0.0)
     if local:
-        least = text.num_hidden_layers * speeds["local_layer_s"]
-    weights = place.sizes.decoding_weights
+        least = depth * speeds["local_layer_s"]
     size = 1 if place.rollout.quantization else place.compute  # fp8 has twice the peak, too
     faster = place.compute / size
+    experts = sum(n * layer.experts for layer, n in sizes.layers.items())
+    chosen = max(layer.chosen / max(1, layer.routed) for layer in sizes.layers)
+    reading = speeds["decode_read"] * gpus
+    share = speeds["forward_share" if local else "prefill_share"]
     return StepCost(
-        weights=weights * size / (speeds["decode_read"] * gpus),
-        row=2.0
-        * weights
-        / (faster * place.peak * speeds["forward_share" if local else "prefill_share"] * gpus),
-        cached_token=token_bytes(text, place.compute) / (speeds["decode_read"] * gpus),
+        weights=sizes.decoding_weights * size / reading,
+        experts=experts * size / reading,
+        chosen=chosen,
+        row=2.0 * (sizes.decoding_weights + chosen * experts) / (faster * place.peak * share * gpus),
+        cached_token=_read_by(sizes, windowed=False) * place.compute / reading,
+        windowed_token=_read_by(sizes, windowed=True) * place.compute / reading,
+        window=sizes.cache.window,
+        state=2 * sizes.cache.row_bytes(place.compute) / reading,  # it is read and written
         least=least if launching else 0.0,
     )
+
+
+def _read_by(sizes: Sizes, *, windowed: bool) -> int:
+    """Keys and values of a token that layers with or without a window read, their own or others'."""
+    found = ((layer.mixer, n) for layer, n in sizes.layers.items())
+    return sum(2 * n * x.keys for x, n in found if isinstance(x, Attention) and (x.window > 0) == windowed)
 
 
 def slots_of(place: Placement, trees: Trees, max_rows: int) -> int:
@@ -135,8 +151,14 @@ def slots_of(place: Placement, trees: Trees, max_rows: int) -> int:
     memory = gpus * (place.rollout.share or VLLM_SHARE) * place.machine.device.memory * GIB
     cache = memory - place.sizes.total * place.compute - gpus * VLLM_PASSES
     if place.rollout.quantization:
-        cache += place.sizes.decoding_weights * (place.compute - 1)
-    a_row = token_bytes(place.sizes.text, place.compute) * (trees.trunk / trees.group + trees.answer)
+        experts = sum(n * layer.experts for layer, n in place.sizes.layers.items())
+        cache += (place.sizes.decoding_weights + experts) * (place.compute - 1)
+    kept = place.sizes.cache
+    shared = kept.seen_bytes(trees.trunk, place.compute) / trees.group
+    own = kept.seen_bytes(trees.trunk + trees.answer, place.compute) - kept.seen_bytes(
+        trees.trunk, place.compute
+    )
+    a_row = shared + own + kept.row_bytes(place.compute)
     return max(1, min(max_rows, int(cache / a_row)))
 
 

@@ -10,60 +10,18 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Qwen2_5_VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from rlcs.data.hub import cache_where_unreachable
+from rlcs.engines.cache_sizes import CacheSizes, cache_sizes
 from rlcs.errors import ModelError
 from rlcs.model.families import FAMILIES
 from rlcs.model.source import find_source, origin_of
+from rlcs.plan.layers import Layer, layers_of
+from rlcs.plan.towers import Tower, tower_of
 from rlcs.recipe.schema import Model
 from rlcs.recipe.section import Part
 from rlcs.storage import read_json
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tower:
-    """The sizes of a vision tower of any family.
-
-    `pixels` are the numbers in a patch; `merge`^2 patches become a token, `side` pixels wide. Families with
-    `windowed` blocks (of `window` patches) have gated MLPs and norms that compute in fp32; in others every
-    block attends to the whole image. `mlp_keeps` is the number of intermediate tensors that an MLP keeps
-    for its backward pass. There are several `mergers` where outputs of early blocks enter the language model.
-    """
-
-    depth: int
-    hidden: int
-    intermediate: int
-    heads: int
-    output: int
-    pixels: int
-    merge: int
-    side: int
-    windowed: int
-    window: int
-    mlp_keeps: int
-    mergers: int
-
-
-def tower_of(vision: Any) -> Tower:
-    """The tower of a `vision_config` of Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
-    full = getattr(vision, "fullatt_block_indexes", None)  # Qwen2.5-VL alone has windows
-    hidden = getattr(vision, "embed_dim", vision.hidden_size)  # in Qwen2-VL hidden_size is the output's
-    ungated = 3 if vision.hidden_act == "quick_gelu" else 2
-    return Tower(
-        depth=vision.depth,
-        hidden=hidden,
-        intermediate=getattr(vision, "intermediate_size", None) or int(hidden * vision.mlp_ratio),
-        heads=vision.num_heads,
-        output=getattr(vision, "out_hidden_size", vision.hidden_size),
-        pixels=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-        merge=vision.spatial_merge_size,
-        side=vision.patch_size * vision.spatial_merge_size,
-        windowed=0 if full is None else vision.depth - len(full),
-        window=0 if full is None else (vision.window_size // vision.patch_size) ** 2,
-        mlp_keeps=ungated if full is None else 4,
-        mergers=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +47,10 @@ class Sizes:
     outside_layers: int
     """Parameters that are in no layer: embedding, head, last norm, merger."""
     linears: tuple[Linear, ...]
-    normed_heads: bool
-    """Whether queries and keys are normalised."""
+    layers: Counter[Layer]
+    """The layers of the language model; equal ones are counted."""
+    between: int
+    """Weights of the language model's linear layers that are in no layer and not the head."""
 
     @property
     def total(self) -> int:
@@ -99,15 +59,33 @@ class Sizes:
 
     @property
     def decoding_weights(self) -> int:
-        """Weights that the next token is computed with: of the layers and the head, not the embedding."""
-        layers = sum(x.inputs * x.outputs for x in self.linears if x.part == "language_model")
-        return layers + int(self.text.vocab_size * self.text.hidden_size)
+        """Weights that compute every next token: of layers and head, without embedding and experts."""
+        return self.between + self.head + sum(n * layer.weights for layer, n in self.layers.items())
+
+    @property
+    def head(self) -> int:
+        """Weights of the head, which may be those of the embedding."""
+        return int(self.text.vocab_size * self.text.hidden_size)
+
+    @property
+    def active(self) -> float:
+        """Parameters that a token of a mixture of experts is computed with; all of them in other models."""
+        return self.total - sum(
+            n * layer.experts * (1 - layer.chosen / layer.routed)
+            for layer, n in self.layers.items()
+            if layer.routed
+        )
+
+    @property
+    def cache(self) -> CacheSizes:
+        """What decoding keeps of tokens and rows."""
+        return cache_sizes(self.text)
 
 
-def published(name: str) -> Qwen2_5_VLConfig | None:
+def published(name: str) -> PreTrainedConfig | None:
     """The configuration of a published model as on the hub, known without network; None for others."""
     values = _published().get(name)
-    return None if values is None else Qwen2_5_VLConfig(**values)
+    return None if values is None else AutoConfig.for_model(**values)
 
 
 def _published() -> dict[str, dict[str, Any]]:
@@ -148,12 +126,12 @@ def _configuration(settings: Model) -> Any:
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """The model on the meta device, where tensors have shapes and no memory; with transformers' attention.
+    """The model on the meta device, where tensors have shapes and no memory; attention that all parts have.
 
     The configuration may be that of a loaded model, whose attention transformers would look for on the hub.
     """
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(deepcopy(config), attn_implementation="sdpa")
+        return AutoModelForImageTextToText.from_config(deepcopy(config), attn_implementation="eager")
 
 
 def measure(name: str, config: Any) -> Sizes:
@@ -175,15 +153,23 @@ def measure(name: str, config: Any) -> Sizes:
         for key, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
     )
+    text = config.get_text_config()
+    stack = model.base_model.language_model.layers
+    inside = {id(module) for layer in stack for module in layer.modules()}
     return Sizes(
         name=name,
-        text=config.get_text_config(),
-        vision=tower_of(config.vision_config),
+        text=text,
+        vision=tower_of(config),
         parameters=dict(counts),
         largest_layer=max(layers),
         outside_layers=counts.total() - sum(layers),
         linears=linears,
-        normed_heads=any(key.endswith(".q_norm.weight") for key, _ in model.named_parameters()),
+        layers=layers_of(stack, text),
+        between=sum(
+            module.weight.numel()
+            for module in model.base_model.language_model.modules()
+            if isinstance(module, nn.Linear) and id(module) not in inside
+        ),
     )
 
 

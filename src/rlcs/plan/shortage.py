@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from operator import attrgetter
 
-from rlcs.engines.cache import token_bytes
 from rlcs.errors import RecipeError
 from rlcs.evals.arms import CHUNK
 from rlcs.plan.advice import possible_changes
@@ -122,10 +121,9 @@ def _arithmetic(key: str, work: str, recipe: Recipe, learner: Placement) -> str:
     if name in ("max_rows", "max_new_tokens") and work == "sampling":
         return _cache(section, recipe, learner)
     if key == "images.max_pixels":
-        side = learner.sizes.vision.side
-        return (
-            f"{recipe.images.max_pixels // side**2:,} tokens of {side} x {side} pixels in the largest image"
-        )
+        tower = learner.sizes.vision
+        tokens = tower.tokens(recipe.images.max_pixels)
+        return f"{tokens:,} tokens of {tower.side} x {tower.side} pixels in the largest image"
     if key == "rollout.memory_share":
         return f"{recipe.rollout.memory_share} x {_size(learner.machine.device.memory * GIB)}"
     if work != "training":
@@ -142,8 +140,10 @@ def _arithmetic(key: str, work: str, recipe: Recipe, learner: Placement) -> str:
         kept = f"{stage.pack_tokens:,} tokens x {a_token:,} bytes = {_size(stage.pack_tokens * a_token)}"
         return f"the language model keeps {kept}"
     if name == "gradient_checkpointing":
-        input_, layer = text.hidden_size * learner.compute, language_layer(learner.sizes, how)
-        return f"a token keeps {input_:,} bytes in each of {text.num_hidden_layers} layers, not {layer:,}"
+        input_, layers = text.hidden_size * learner.compute, learner.sizes.layers
+        whole = sum(n * language_layer(layer, text.hidden_size, how) for layer, n in layers.items())
+        mean, count = whole // layers.total(), layers.total()
+        return f"a token keeps {input_:,} bytes in each of {count} layers, not {mean:,}"
     if name in ("max_new_tokens", "group_size"):
         grpo = recipe.grpo
         tree = f"({recipe.prompt.max_tokens:,} + {grpo.group_size} x {grpo.max_new_tokens:,}) tokens"
@@ -162,9 +162,13 @@ def _cache(section: str, recipe: Recipe, learner: Placement) -> str:
         prompts = min(own, max(1, recipe.grpo.max_rows // recipe.grpo.group_size))
         answers, longest = prompts * recipe.grpo.group_size, recipe.grpo.max_new_tokens
     tokens = f"{prompts:,} prompts x {recipe.prompt.max_tokens:,} + {answers:,} answers x {longest:,} tokens"
-    a_token = token_bytes(learner.sizes.text, learner.compute)
+    kept, e = learner.sizes.cache, learner.compute
+    a_token, a_row = kept.token_bytes(e), kept.row_bytes(e)
     size = 2 * (prompts * recipe.prompt.max_tokens + answers * longest) * a_token
-    return f"keys and values: 2 x ({tokens}) x {a_token:,} bytes = {_size(size)}"
+    states = 2 * (prompts + answers) * a_row
+    shown = f"keys and values: 2 x ({tokens}) x {a_token:,} bytes = {_size(size)}"
+    more = f", states: 2 x {prompts + answers:,} rows x {a_row:,} bytes = {_size(states)}"
+    return shown + more if a_row else shown
 
 
 def _size(size: float) -> str:

@@ -6,10 +6,13 @@ P + G R tokens; a trainer that repeats the prompt gives it G (P + R), and the vi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from rlcs.engines.cache import head_size
-from rlcs.plan.shapes import Tower
+from rlcs.plan.layers import Attention, Mixer
+from rlcs.plan.shapes import Sizes
+from rlcs.plan.towers import Tower
+
+CHUNK = 64
+"""Tokens of a delta net that are computed together: within them pairs, between them the state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,29 +31,41 @@ class Trees:
         return self.trunk + self.group * self.answer
 
 
-def language(text: Any, trunk: int, lengths: Sequence[int]) -> float:
-    """Operations of one forward pass over a tree: P + sum(R) tokens, logits of answers only."""
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    size = head_size(text)
-    projections = 2 * hidden * heads * size + 2 * hidden * text.num_key_value_heads * size
-    layer = projections + 3 * hidden * text.intermediate_size
+def language(sizes: Sizes, trunk: int, lengths: Sequence[int]) -> float:
+    """Operations of one forward pass over a tree: P + sum(R) tokens, logits of answers only.
+
+    Of the experts those count that a token is sent to. What tokens of an image see of those after them, in
+    models that have that, does not count.
+    """
     tokens = trunk + sum(lengths)
-    pairs = _causal(trunk) + sum(n * trunk + _causal(n) for n in lengths)
-    per_layer = 2.0 * layer * tokens + 4.0 * heads * size * pairs
-    logits = 2.0 * hidden * text.vocab_size * sum(lengths)
-    return float(text.num_hidden_layers * per_layer + logits)
+    weights = sizes.between + sum(n * layer.active for layer, n in sizes.layers.items())
+    mixing = sum(n * _mixing(layer.mixer, trunk, lengths) for layer, n in sizes.layers.items())
+    return float(2 * weights * tokens + mixing + 2 * sizes.head * sum(lengths))
+
+
+def _mixing(mixer: Mixer, trunk: int, lengths: Sequence[int]) -> float:
+    """Operations between tokens, in one layer."""
+    if isinstance(mixer, Attention):
+        seen = _seen(trunk, mixer.window)
+        pairs = seen + sum(_seen(trunk + length, mixer.window) - seen for length in lengths)
+        return 4.0 * mixer.queries * pairs
+    within = CHUNK * (5 * mixer.key_size + 3 * (mixer.values // mixer.heads))
+    convolution = 2 * mixer.kernel * (2 * mixer.keys + mixer.values)
+    a_token = mixer.heads * within + 6 * mixer.state + convolution
+    return float(a_token * (trunk + sum(lengths)))
 
 
 def vision(tower: Tower, patches: int) -> float:
     """Operations of the vision tower on one image: blocks (windows or the whole image), then the mergers."""
     hidden, depth = tower.hidden, tower.depth
-    block = 4 * hidden * hidden + (3 if tower.window else 2) * hidden * tower.intermediate
+    block = 4 * hidden * hidden + (3 if tower.gated else 2) * hidden * tower.intermediate
     full = depth - tower.windowed
     pairs = patches * (full * patches + tower.windowed * min(patches, tower.window))
-    merged = hidden * tower.merge**2
-    mergers = tower.mergers * (merged * merged + merged * tower.output) * patches / tower.merge**2
+    mergers = tower.merging * patches / tower.merge**2
     return float(2 * (patches * (tower.pixels * hidden + depth * block) + mergers) + 4 * hidden * pairs)
 
 
-def _causal(tokens: int) -> float:
-    return tokens * (tokens + 1) / 2
+def _seen(tokens: int, window: int) -> float:
+    """Pairs of tokens of a path and those that they see: all before them, or the last `window`."""
+    narrow = min(tokens, window) if window else tokens
+    return narrow * (narrow + 1) / 2 + (tokens - narrow) * narrow

@@ -218,6 +218,10 @@ class Rollouts(EngineSettings):
     grpo.old_logprobs=sampler and several optimiser steps the loss's own ratio is that correction."""
     alarm: NonNegative = 0.1
     """Warn when the mean difference of vLLM's and the policy's logprobs is above this (nats)."""
+    checks: Annotated[int, Field(ge=0)] = 4
+    """How often RL compares what the engine sees and computes with the trainer: before its first step, and
+    after each of the first updates of weights. Prompts with images, the same with other images, and without
+    go through both; a mismatch stops the run and names the layer that is wrong. 0: never."""
 
     @model_validator(mode="after")
     def _started_by_others(self) -> "Rollouts":

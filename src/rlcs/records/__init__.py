@@ -187,6 +187,10 @@ class Demonstration:
         require(bool(self.response.strip()), f"the response to {self.problem.id} is empty")
 
 
+Positions = Literal["grid", "line"]
+"""How a model counts the tokens of an image: by time, row and column (M-RoPE), or one by one as text."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """The token ids of a prompt, with one placeholder for each image token: the trunk of a tree.
@@ -194,7 +198,7 @@ class Prompt:
     `grids[i]` is (frames, height, width) in patches of image i; `spans[i]` is the half-open range
     of `ids` that its placeholders fill, of length frames * height * width / merge_size**2.
     `replies` are the half-open ranges of `ids` that earlier assistant turns wrote, with their end tokens.
-    `repeat` counts the earlier prompts of the same problem in the same step.
+    `positions`: see `Positions`. `repeat` counts the earlier prompts of the same problem in the same step.
     """
 
     problem_id: str
@@ -205,6 +209,7 @@ class Prompt:
     image_token_id: int
     merge_size: int
     replies: tuple[tuple[int, int], ...] = ()
+    positions: Positions = "grid"
     repeat: int = 0
 
     def __post_init__(self) -> None:

@@ -111,11 +111,20 @@ class Collector:
     """Collects the groups of one rollout step after the other."""
 
     def __init__(
-        self, context: GrpoContext, stream: ProblemStream[Problem], settings: Grpo, sampling: Sampling
+        self,
+        context: GrpoContext,
+        stream: ProblemStream[Problem],
+        settings: Grpo,
+        sampling: Sampling,
+        *,
+        check: Callable[[int], None] = lambda version: None,
     ) -> None:
-        """`stream` stays behind the last step that was collected, whatever is requested in advance."""
+        """`stream` stays behind the last step that was collected, whatever is requested in advance.
+
+        `check` is called with the version of the weights, which engine and policy have, before sampling.
+        """
         self._context, self._stream = context, stream
-        self._settings, self._sampling = settings, sampling
+        self._settings, self._sampling, self._check = settings, sampling, check
         self._version = -1
         self._ahead: _Ahead | None = None
         by_judge = "judge" in settings.reward.weights and context.overlap != "none"
@@ -167,6 +176,8 @@ class Collector:
             with clock("rollout"):
                 self._context.engine.sync()
             self._version = version
+        with clock("check"):
+            self._check(version)
         problems, prompts, skipped = take_prompts(self._stream, self._context.prompts, count)
         prompts = number_repeats(prompts, times_sampled)
         self._context.prepare(self._stream.peek(self._settings.prompts_per_step))

@@ -50,8 +50,9 @@ class GrpoContext:
     `importance_cap` bounds the weights that correct for differences between the engine's logprobs and the
     policy's; None: no correction. `overlap` is what goes on while the engine samples: see `train.grpo`; any
     but `none` needs a `BackgroundEngine`. A step keeps up to `feature_bytes` of what a frozen vision tower
-    makes of its images. Under `torchrun` all ranks call the methods together: each does its share of the
-    work, and all get all results.
+    makes of its images. With the first `checks` versions of the weights the engine is compared with the
+    trainer (`train.engine_check`). Under `torchrun` all ranks call the methods together: each does its share
+    of the work, and all get all results.
     """
 
     vlm: Vlm
@@ -63,6 +64,7 @@ class GrpoContext:
     importance_cap: float | None = None
     overlap: Overlap = "none"
     feature_bytes: int = 1 << 30
+    checks: int = 0
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
         """The prompt of each problem, or the error for which it has none."""

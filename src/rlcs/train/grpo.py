@@ -39,6 +39,7 @@ from rlcs.signals import StopFlag
 from rlcs.train.clock import Clock
 from rlcs.train.collecting import Collector
 from rlcs.train.context import GrpoContext
+from rlcs.train.engine_check import EngineCheck
 from rlcs.train.groups import tree_of, zero_variance
 from rlcs.train.learning import Learner
 from rlcs.train.run_dir import RunDir
@@ -91,7 +92,8 @@ def train(
         max_new_tokens=settings.max_new_tokens,
         seed=run.seed,
     )
-    collector = Collector(context, stream, settings, sampling)
+    check = EngineCheck(context, problems, settings, say=lambda line: screen.say(f"{run.name}: {line}"))
+    collector = Collector(context, stream, settings, sampling, check=check)
     first = run.resume(trainer, stream, steps=settings.steps)
     unchecked = True
     for step in range(first, settings.steps):

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from rlcs.data.images import encode, image_from_bytes
 from rlcs.distributed import ALONE, World
 from rlcs.doctor.gpu import Setting
-from rlcs.model import attention, loading
+from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.plan.shapes import Sizes, published
@@ -86,7 +86,7 @@ def random_vlm(
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(configuration(shape), dtype=dtype)
-    attention.install(model)
+    described.family.install(model)
     if checkpointing:
         loading.checkpoint_activations(model)
     return replace(described, model=model.eval(), world=world)
@@ -132,7 +132,7 @@ def operations(sizes: Sizes, trees: Sequence[Tree]) -> dict[str, float]:
     work = {"language": 0.0, "vision": 0.0}
     for tree in trees:
         answers = [len(branch.ids) for branch in tree.branches]
-        work["language"] += language(sizes.text, len(tree.prompt.ids), answers)
+        work["language"] += language(sizes, len(tree.prompt.ids), answers)
         patches = [frames * height * width for frames, height, width in tree.prompt.grids]
         work["vision"] += sum(vision(sizes.vision, count) for count in patches)
     return work

@@ -25,7 +25,6 @@ from rlcs.doctor.gpu.models import (
     shapes,
 )
 from rlcs.engines.base import Engine
-from rlcs.engines.cache import token_bytes
 from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.vllm.protocol import BAN
 from rlcs.model import attention
@@ -196,7 +195,7 @@ class _Trial:
         many = (self._seconds(prompts=prompts, tokens=1 + more) - self._seconds(prompts=prompts)) / more
         read = sizes.parameters["language_model"] * vlm.model.dtype.itemsize
         length = sum(len(prompt.ids) + more // 2 for prompt in prompts)
-        read += length * token_bytes(sizes.text, vlm.model.dtype.itemsize)
+        read += length * sizes.cache.token_bytes(vlm.model.dtype.itemsize)
         self.values |= {"prefill_s": prefill, "step_s": one, f"step_of_{rows}_s": many}
         self.rates |= {"decode_step_s": one, "decode_read": read / many if many > 0 else 0.0}
         if (peak := peak_speed(vlm.device)) and prefill > 0:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Protocol
 
 from rlcs.engines.arrivals import Arrivals, OnArrival
-from rlcs.engines.base import OnGroup
+from rlcs.engines.base import EngineView, OnGroup
 from rlcs.engines.vllm.protocol import OnAnswers, PromptRequest
 from rlcs.engines.vllm.server import LostWeightsError
 from rlcs.engines.vllm.transfer import Transfer, TransferError
@@ -29,6 +29,10 @@ class Backend(Protocol):
 
         Raises TrainingError if a request fails too often.
         """
+        ...
+
+    def inspect(self, requests: Sequence[PromptRequest], weights: Weights) -> list[EngineView]:
+        """What every instance that is well sees of the prompts, with these weights; others are warned of."""
         ...
 
     def rest(self) -> None:
@@ -105,6 +109,17 @@ class VllmEngine:
         answered = world.each(lambda: [groups[index] for index in range(len(own))])[asker]
         start = sum(map(len, shared[: world.rank - asker]))
         return answered[start : start + len(prompts)]
+
+    def inspect(self, prompts: Sequence[Prompt], sampling: Sampling, *, candidates: int) -> list[EngineView]:
+        """See `Engine.inspect`. Raises EndpointError."""
+        weights = self._current()
+        self._give_back_memory()
+        requests = [
+            replace(request, num_likeliest=candidates)
+            for request in (self._requests(prompts, sampling, 0) if self._asks else ())
+        ]
+        views = self._vlm.world.each(lambda: self._backend.inspect(requests, weights) if requests else [])
+        return [view for of_rank in views for view in of_rank]
 
     def rest(self) -> None:
         """See `Engine.rest`. vLLM asserts that memory does not shrink meanwhile: all ranks wait for all."""

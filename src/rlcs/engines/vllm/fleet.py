@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from rlcs.engines.base import EngineView
 from rlcs.engines.vllm.protocol import OnAnswers, PromptRequest
 from rlcs.engines.vllm.server import DownError, Launch, LostWeightsError, RetryableError, Server
 from rlcs.engines.vllm.weights import Weights
@@ -70,6 +71,32 @@ class Fleet:
         """See `Backend.generate`. Raises TrainingError also when no server is well for too long."""
         with self._generating:
             asyncio.run(self._generate(_Work(requests, weights, on_answers)))
+
+    def inspect(self, requests: Sequence[PromptRequest], weights: Weights) -> list[EngineView]:
+        """See `Backend.inspect`."""
+
+        async def view(server: Server, client: httpx.AsyncClient) -> EngineView:
+            await server.up(client, weights)
+            await server.load_weights(client, weights)
+            # One after the other: what a cache keeps of a prompt must show in the next.
+            seen = [await server.see(client, request, weights) for request in requests]
+            return EngineView(name=server.name, precision=server.precision, prompts=tuple(seen))
+
+        async def watched(server: Server, client: httpx.AsyncClient, _: int) -> None:
+            async def run() -> None:
+                views.append(await view(server, client))
+
+            try:
+                watch = self._watch(server, client, _Work(requests, weights, lambda *_: None))
+                await _until_first([self._until_closing(), watch, run()])
+            except (DownError, RetryableError, LostWeightsError) as error:
+                why = str(error) or "it was restarted"
+                log.warning("%s is not compared with the trainer: %s", server.name, why)
+
+        views: list[EngineView] = []
+        with self._generating:
+            self._all(watched)
+        return sorted(views, key=lambda each: each.name)
 
     def rest(self) -> None:
         """See `Backend.rest`: servers that take turns with training sleep; one that cannot is ended."""

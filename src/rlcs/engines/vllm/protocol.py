@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlcs.data.images import data_uri, encode
+from rlcs.engines.base import Seen
 from rlcs.engines.stop_reasons import stop_reason
 from rlcs.errors import EndpointError
 from rlcs.records import ImageRef, Prompt, Rollout, Sampling, StopReason, rollout_seed
@@ -36,13 +37,15 @@ class Completion:
 class PromptRequest:
     """Asks for `sampling.n` answers to one prompt; `resized` returns an image in the size that a model sees.
 
-    vLLM's image processor leaves that size as it is, so that its patches are ours, bit by bit.
+    vLLM's image processor leaves that size as it is, so that its patches are ours, bit by bit. With each
+    token come the `num_likeliest` most likely ones.
     """
 
     prompt: Prompt
     sampling: Sampling
     step: int
     resized: "Callable[[ImageRef], Image]"
+    num_likeliest: int = 0
 
     @property
     def token_ids(self) -> list[int]:
@@ -78,7 +81,7 @@ class PromptRequest:
             "stop_token_ids": list(sampling.stop_ids),
             "ignore_eos": True,
             "logit_bias": dict.fromkeys(sampling.banned_ids, BAN),
-            "logprobs": 0,  # those of the chosen ids alone
+            "logprobs": self.num_likeliest,  # 0: those of the chosen ids alone
             "detokenize": False,
         }
 
@@ -115,11 +118,8 @@ class PromptRequest:
             for completion in sorted(completions, key=lambda completion: completion.index)
         )
 
-    def rollouts_from(self, reply: Mapping[str, Any]) -> tuple[Rollout, ...] | None:
-        """The answers in the JSON reply of a server; None unless `is_answered`."""
-        choices = reply["choices"]
-        if not self.is_answered([choice["finish_reason"] for choice in choices]):
-            return None
+    def rollouts_from(self, reply: Mapping[str, Any]) -> tuple[Rollout, ...]:
+        """The answers in the JSON reply of a server. Raises EndpointError when it saw another prompt."""
         completions = (
             Completion(
                 index=choice["index"],
@@ -127,9 +127,22 @@ class PromptRequest:
                 logprobs=[token["logprob"] for token in choice["logprobs"]["content"]],
                 finish_reason=choice["finish_reason"],
             )
-            for choice in choices
+            for choice in reply["choices"]
         )
         return self.rollouts(reply["prompt_token_ids"], completions)
+
+    def seen_in(self, reply: Mapping[str, Any]) -> Seen:
+        """What a server saw of the prompt, by its reply with one answer; nothing is compared."""
+        [choice] = reply["choices"]
+        candidates = []
+        for token in choice["logprobs"]["content"]:
+            others = {other["token_id"]: other["logprob"] for other in token["top_logprobs"]}
+            candidates.append(tuple(({token["token_id"]: token["logprob"]} | others).items()))
+        return Seen(
+            prompt_ids=tuple(reply["prompt_token_ids"]),
+            ids=tuple(choice["token_ids"]),
+            candidates=tuple(candidates),
+        )
 
 
 OnAnswers = Callable[[int, tuple[Rollout, ...]], None]

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 
 from rlcs.distributed.torchrun import outside_torchrun
+from rlcs.engines.base import Seen
 from rlcs.engines.vllm.process import Process
 from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
@@ -205,6 +206,8 @@ class Server:
         self._asleep: set[str] = set()
         self.channel = ""
         """The channel of weights to which it is connected."""
+        self.precision = ""
+        """The number format in which it computes, once it was compared with the run's settings."""
 
     @property
     def name(self) -> str:
@@ -343,6 +346,8 @@ class Server:
             raise EndpointError(f"vLLM {version} is too old", where=self.name, fix=fix)
         info = (await self._call(client, "GET", "/server_info", params={"config_format": "json"})).json()
         served = info["vllm_config"]["model_config"]
+        self.precision = "fp8" if served.get("quantization") else str(served.get("dtype", self._launch.dtype))
+        self.precision = self.precision.removeprefix("torch.")
         if (mode := served["logprobs_mode"]) != "processed_logprobs":
             raise EndpointError(
                 f"its logprobs are {mode}", where=self.name, fix=f"start it with {' '.join(flags(NEEDED))}"
@@ -421,6 +426,16 @@ class Server:
 
         Raises RetryableError, DownError, or EndpointError if no further try can help.
         """
+        return request.rollouts_from(await self._reply(client, request, weights))
+
+    async def see(self, client: httpx.AsyncClient, request: PromptRequest, weights: Weights) -> Seen:
+        """What it saw of one prompt, with its answer. Raises as `generate` does."""
+        return request.seen_in(await self._reply(client, request, weights))
+
+    async def _reply(
+        self, client: httpx.AsyncClient, request: PromptRequest, weights: Weights
+    ) -> Mapping[str, Any]:
+        """The reply with all answers to a request, by these weights."""
         limit = self._settings.request_limit_s
         body = await asyncio.to_thread(request.body)
         if weights.base is not None:
@@ -443,10 +458,9 @@ class Server:
         model = weights.version if weights.base is None else reply["model"]
         if weight_versions(reply) | {model} != {weights.version}:
             raise DownError("it answered with other weights: it was restarted", needs_restart=False)
-        rollouts = request.rollouts_from(reply)
-        if rollouts is None:
+        if not request.is_answered([choice["finish_reason"] for choice in reply["choices"]]):
             raise RetryableError(f"{self.name}: an answer was broken off")
-        return rollouts
+        return reply
 
     def restart(self) -> None:
         """End the process, if there is one, at once; the next `up` starts it again."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,15 +10,15 @@ from transformers import PreTrainedModel
 from rlcs.model import attention
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.patches import ImageProcessing
+from rlcs.records import Positions
 
 
 class Family(ABC):
     """One family of models; everything else in rlcs is the same for all of them.
 
     `model_type` is that of the configurations. The three parts are patterns on the names of parameters; each
-    parameter belongs to exactly one. `positions`: `grid` counts the tokens of an image by time, row and
-    column (M-RoPE), `line` counts all tokens one by one. `default_system` is the system message that the chat
-    template inserts when there is none; None: no system turn.
+    parameter belongs to exactly one. `default_system` is the system message that the chat template inserts
+    when there is none; None: no system turn.
     """
 
     model_type: str
@@ -27,7 +27,7 @@ class Family(ABC):
     language_model: str
     chat_format: ChatFormat
     default_system: str | None = None
-    positions: Literal["grid", "line"] = "grid"
+    positions: Positions = "grid"
 
     def install(self, model: PreTrainedModel) -> None:
         """Make the layers of a model see each other by plans (see `model.attention`)."""

@@ -1,0 +1,335 @@
+"""The comparison of engine and trainer: healthy engines pass, and each kind of fault is named.
+
+Faults are put into real engines of the built-in model, between the trainer and what it is compared with.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import LengthGrader, make_problem
+from model_server import ModelServer, serving
+from rlcs.data.images import encode, image_from_bytes
+from rlcs.data.sources import open_builtin
+from rlcs.engines import decoding
+from rlcs.engines.base import Engine
+from rlcs.engines.local import LocalEngine
+from rlcs.engines.vllm.engine import VllmEngine
+from rlcs.engines.vllm.fleet import Fleet
+from rlcs.engines.vllm.server import Launch
+from rlcs.engines.vllm.weights import WeightsFolder
+from rlcs.errors import TrainingError
+from rlcs.model import loading, packing
+from rlcs.model.chat import Chat
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.execution import Lora
+from rlcs.recipe.sampling import Rollouts
+from rlcs.recipe.schema import Images, Model
+from rlcs.recipe.stages import Grpo
+from rlcs.records import ImageRef, Problem, Prompt
+from rlcs.train import engine_faults
+from rlcs.train.context import GrpoContext
+from rlcs.train.engine_check import EngineCheck, cases
+from rlcs.train.engine_verdict import IMAGE, SWAPPED, TEXT
+
+CPU = torch.device("cpu")
+PUZZLES = list(open_builtin("builtin:puzzles?count=40&seed=1", "rl"))
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def trained(request) -> tuple[Vlm, Chat]:
+    vlm = loading.load(Model(name="builtin", dtype=request.param), device=CPU)
+    return vlm, loading.make_chat(vlm)
+
+
+@pytest.fixture
+def plain() -> tuple[Vlm, Chat]:
+    """The built-in model in float32, for a test that changes it."""
+    vlm = loading.load(Model(name="builtin"), device=CPU)
+    return vlm, loading.make_chat(vlm)
+
+
+def check_of(
+    vlm: Vlm, chat: Chat, engine: Engine, *, problems: Sequence[Problem] = PUZZLES, lines: list | None = None
+) -> EngineCheck:
+    context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=engine, grader=LengthGrader(), checks=3)
+    return EngineCheck(context, problems, Grpo(), say=(lines if lines is not None else []).append)
+
+
+def copied(vlm: Vlm) -> Vlm:
+    return replace(vlm, model=copy.deepcopy(vlm.model))
+
+
+def perturb(vlm: Vlm, scale: float, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in vlm.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += (scale * parameter.float().std().nan_to_num() * noise).to(parameter.dtype)
+
+
+class Faulty:
+    """An engine that gets other prompts than it was given, or reports other ids."""
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        *,
+        prompt: Callable[[Prompt], Prompt] = lambda prompt: prompt,
+        ids: Callable[[Prompt], tuple[int, ...]] = lambda prompt: prompt.ids,
+    ) -> None:
+        self._engine, self._prompt, self._ids = engine, prompt, ids
+
+    def inspect(self, prompts, sampling, *, candidates):
+        [view] = self._engine.inspect(
+            [self._prompt(prompt) for prompt in prompts], sampling, candidates=candidates
+        )
+        seen = [replace(s, prompt_ids=self._ids(p)) for s, p in zip(view.prompts, prompts, strict=True)]
+        return [replace(view, prompts=tuple(seen))]
+
+    def rest(self) -> None:
+        pass
+
+
+def caught(check: EngineCheck, version: int = 0) -> str:
+    """The layer that is blamed."""
+    with pytest.raises(TrainingError, match="the rollout engine does not compute what the trainer does") as e:
+        check(version)
+    assert "rollout.checks=0" in e.value.fix and e.value.where
+    return e.value.what.partition("wrong first: ")[2].partition(".")[0]
+
+
+def test_a_healthy_engine_passes_with_room_to_spare(trained):
+    lines: list[str] = []
+    check = check_of(*trained, LocalEngine(*trained, max_rows=16), lines=lines)
+    before = torch.get_rng_state()
+    for version in (0, 0, 1, 2, 3, 4):
+        check(version)
+    assert torch.equal(before, torch.get_rng_state())
+    assert check.worst is not None and 0 < check.worst.share < 0.25
+    assert (
+        len(lines) == 3
+        and "3 with images, the same with other images" in lines[0]
+        and "2 without" in lines[0]
+    )
+
+
+OTHER_IDS = {
+    "ids": lambda prompt: (*prompt.ids[:5], 7, *prompt.ids[5:]),
+    "grid": lambda prompt: tuple(i for n, i in enumerate(prompt.ids) if n not in dict(prompt.spans)),
+}
+
+
+@pytest.mark.parametrize("layer", OTHER_IDS)
+def test_other_ids_and_other_sizes_of_images(trained, layer):
+    engine = Faulty(LocalEngine(*trained, max_rows=16), ids=OTHER_IDS[layer])
+    assert caught(check_of(*trained, engine)) == layer
+
+
+def of_images(change) -> Callable[[Prompt, Chat], Prompt]:
+    return lambda prompt, chat: engine_faults.with_images(prompt, chat, change)
+
+
+PIXELS = {
+    "black": of_images(engine_faults._blank(0.0)),
+    "white, which no hypothesis is": of_images(engine_faults._blank(1.0)),
+    "channels": of_images(engine_faults._channels_reversed),
+    "upside down, which no hypothesis is": of_images(lambda image: image.rotate(180)),
+    "faint, which no hypothesis is": of_images(engine_faults._not_normalised(None)),
+}
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_other_pixels(trained, name):
+    change, chat = PIXELS[name], trained[1]
+    engine = Faulty(LocalEngine(*trained, max_rows=16), prompt=lambda prompt: change(prompt, chat))
+    assert caught(check_of(*trained, engine)) == "pixels"
+
+
+def test_a_cache_that_knows_a_prompt_by_its_ids_alone(trained):
+    """The second image of the same size is answered with the first."""
+    first: dict[tuple[int, ...], Prompt] = {}
+    engine = Faulty(
+        LocalEngine(*trained, max_rows=16), prompt=lambda prompt: first.setdefault(prompt.ids, prompt)
+    )
+    assert caught(check_of(*trained, engine)) == "pixels"
+
+
+def test_images_in_another_order(trained):
+    problems = [make_problem(f"p{n}", "<image> or <image>?", sizes=((56, 84),) * 2) for n in range(4)]
+    engine = Faulty(
+        LocalEngine(*trained, max_rows=16),
+        prompt=lambda prompt: replace(prompt, images=prompt.images[::-1]),
+    )
+    assert caught(check_of(*trained, engine, problems=problems)) == "pixels"
+
+
+def test_images_do_not_reach_the_model(trained, monkeypatch):
+    monkeypatch.setattr(decoding, "image_inputs", lambda vlm, pack: {})
+    assert caught(check_of(*trained, LocalEngine(*trained, max_rows=16))) == "pixels"
+
+
+def test_rows_and_columns_change_places(trained):
+    engine = Faulty(LocalEngine(*trained, max_rows=16), prompt=engine_faults._turned)
+    assert caught(check_of(*trained, engine)) == "grid"
+
+
+def shifted_after_images(batch, request, *, start):
+    """No hypothesis is this."""
+    true_open(batch, request, start=start + 9 * len(request.prompt.images))
+
+
+def counted(batch, request, *, start):
+    true_open(batch, request, start=len(request.prompt.ids))
+
+
+true_open, true_pack = decoding.DecodingBatch._open, packing.pack
+POSITIONS = {
+    "as text": (decoding, "pack", lambda *a: engine_faults._as_text(true_pack(*a))),
+    "one axis": (decoding, "pack", lambda *a: engine_faults._one_axis(true_pack(*a))),
+    "answers go on by number": (decoding.DecodingBatch, "_open", counted),
+    "answers go on too late": (decoding.DecodingBatch, "_open", shifted_after_images),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_other_positions(trained, monkeypatch, name):
+    if trained[0].model.dtype == torch.bfloat16 and name == "one axis":
+        pytest.skip("it moves this model by 0.004 nats, and rounding by as much")
+    place, attribute, fault = POSITIONS[name]
+    monkeypatch.setattr(place, attribute, fault)
+    assert caught(check_of(*trained, LocalEngine(*trained, max_rows=16))) == "positions"
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.5])
+def test_weights_that_are_not_the_trainers(trained, scale):
+    vlm, chat = trained
+    if vlm.model.dtype == torch.bfloat16 and scale < 0.1:
+        pytest.skip("rounding does as much")
+    other = copied(vlm)
+    perturb(other, scale)
+    assert caught(check_of(vlm, chat, LocalEngine(other, chat, max_rows=16))) == "weights"
+
+
+def test_weights_of_before_the_last_update(trained):
+    """A small update, which without the comparison before it could be anything."""
+    vlm, chat = copied(trained[0]), trained[1]
+    check = check_of(vlm, chat, LocalEngine(copied(vlm), chat, max_rows=16))
+    check(0)
+    perturb(vlm, 0.02)
+    assert caught(check, 1) == "weights"
+
+
+def test_adapters_are_left_out():
+    vlm = loading.load(Model(name="builtin"), device=CPU)
+    chat = loading.make_chat(vlm)
+    bare = copied(vlm)
+    vlm = loading.prepare(vlm, Lora(rank=4), (), seed=0)
+    check = check_of(vlm, chat, LocalEngine(bare, chat, max_rows=16))
+    check(0)  # fresh adapters change nothing
+    with torch.no_grad():
+        for _, parameter in vlm.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    assert caught(check, 1) == "weights"
+    check_of(vlm, chat, LocalEngine(vlm, chat, max_rows=16))(0)
+
+
+def test_a_kernel_that_is_wrong_in_decoding(trained, monkeypatch):
+    true, factor = decoding.ForestCache.attend, 1.05 if trained[0].model.dtype == torch.float32 else 1.5
+
+    def attend(cache, layer, query, key, value):
+        return factor * true(cache, layer, query, key, value)
+
+    monkeypatch.setattr(decoding.ForestCache, "attend", attend)
+    assert caught(check_of(*trained, LocalEngine(*trained, max_rows=16))) == "kernel"
+
+
+def test_without_images_text_alone_is_compared(plain):
+    lines: list[str] = []
+    problems = [make_problem(f"p{n}", sizes=()) for n in range(5)]
+    check_of(*plain, LocalEngine(*plain, max_rows=16), problems=problems, lines=lines)(0)
+    assert "prompts 2 without" in lines[0]
+    other = copied(plain[0])
+    perturb(other, 0.1)
+    assert caught(check_of(*plain, LocalEngine(other, plain[1], max_rows=16), problems=problems)) == "weights"
+
+
+def test_the_cases_are_pairs_of_equal_ids(plain):
+    chat = plain[1]
+    made = list(cases([*PUZZLES[:5], make_problem("two", sizes=((56, 84), (84, 56)))], chat))
+    assert [case.kind for case in made] == [IMAGE, SWAPPED] * 3 + [TEXT] * 2
+    assert made[0].prompt.problem_id == "two", "most images come first"
+    for one, other in zip(made[0:6:2], made[1:6:2], strict=True):
+        assert one.prompt.ids == other.prompt.ids and one.prompt.grids == other.prompt.grids
+        assert one.prompt.images != other.prompt.images
+
+
+# --- servers: vLLM's protocol, every server of a fleet ------------------------------------------------------
+
+
+@contextmanager
+def fleet(vlm: Vlm, chat: Chat, folder: Path, *servers: ModelServer) -> Iterator[VllmEngine]:
+    """An engine over servers that run already."""
+    with serving(*servers) as urls:
+        settings = Rollouts(engine="vllm_server", urls=urls, health_limit_s=10)
+        launch = Launch(settings=settings, dtype="float32", max_tokens=512, max_rows=8)
+        backend = Fleet(settings, logs=folder, launch=launch)
+        yield VllmEngine(backend, WeightsFolder(folder / "weights"), vlm, chat)
+        backend.close()
+
+
+def test_each_server_of_a_fleet_is_compared(plain, tmp_path):
+    lines: list[str] = []
+    with fleet(*plain, tmp_path, ModelServer("builtin"), ModelServer("builtin")) as engine:
+        check = check_of(*plain, engine, lines=lines)
+        check(0)
+        perturb(plain[0], 0.1)
+        engine.sync()
+        check(1)
+    assert all("2 engines compute what the trainer does" in line for line in lines) and len(lines) == 2
+    assert check.worst is not None and check.worst.gap < 1e-4 and check.worst.precision == "float32"
+
+
+def test_a_server_that_is_down_is_left_out(plain, tmp_path, caplog):
+    down = ModelServer("builtin")
+    down.well = False
+    lines: list[str] = []
+    with fleet(*plain, tmp_path, down, ModelServer("builtin")) as engine:
+        check_of(*plain, engine, lines=lines)(0)
+    assert "the engine computes" in lines[0] and "vLLM server 0" in caplog.text and not down.asked
+
+
+def blank(ref: ImageRef) -> ImageRef:
+    data = encode(Image.new("RGB", (ref.width, ref.height)))
+    return image_from_bytes(data, limit=10**7, where="blank")
+
+
+def test_one_server_of_two_loses_the_pixels(plain, tmp_path):
+    servers = ModelServer("builtin"), ModelServer("builtin", changed=blank)
+    with fleet(*plain, tmp_path, *servers) as engine, pytest.raises(TrainingError, match="pixels") as error:
+        check_of(*plain, engine)(0)
+    assert error.value.where.startswith("vLLM server 1") and "every image were black" in error.value.what
+
+
+def test_a_server_with_other_pixel_bounds(plain, tmp_path):
+    small = ModelServer("builtin", images=Images(max_pixels=4000))
+    with fleet(*plain, tmp_path, small) as engine, pytest.raises(TrainingError, match="grid") as error:
+        check_of(*plain, engine)(0)
+    assert re.search(r"it made \d+ tokens of the images, and the trainer \d+", error.value.what)
+
+
+def test_a_server_keeps_its_old_weights_under_the_new_name(plain, tmp_path):
+    with fleet(*plain, tmp_path, ModelServer("builtin", stale=True)) as engine:
+        check = check_of(*plain, engine)
+        check(0)
+        perturb(plain[0], 0.02)
+        engine.sync()
+        with pytest.raises(TrainingError, match=r"weights.*as if it still had the weights of before"):
+            check(1)
