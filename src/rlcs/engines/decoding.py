@@ -145,7 +145,7 @@ class DecodingBatch:
             states = hidden_states(self._vlm, trunks.ids, trunks.positions, plan=plan, **images)
             ends = [trunk.stop - 1 for trunk in layout.trunks]
             counts = torch.tensor([r.sampling.n for r in chunk], device=device)
-            logits = self._head(states[ends]).repeat_interleave(counts, dim=0)
+            logits = self._vlm.logits(states[ends]).repeat_interleave(counts, dim=0)
             cache = ForestCache.prefilled(plan, counts)
             for request, trunk in zip(chunk, layout.trunks, strict=True):
                 self._open(request, start=int(trunks.positions[:, trunk.start : trunk.stop].max()) + 1)
@@ -192,10 +192,6 @@ class DecodingBatch:
             )
             for (_, _, banned), group in groups.items()
         ]
-
-    def _head(self, states: Tensor) -> Tensor:
-        logits: Tensor = self._vlm.model.get_output_embeddings()(states)
-        return logits
 
     def drop_cancelled(self) -> None:
         """End the answers of cancelled requests."""
@@ -263,7 +259,7 @@ class DecodingBatch:
             self._rows_changed()
         positions = (self._starts + self._cache.row_lengths).expand(3, -1)
         self._cache.begin_step()
-        self._logits = self._head(hidden_states(self._vlm, ids, positions, plan=self._cache))
+        self._logits = self._vlm.logits(hidden_states(self._vlm, ids, positions, plan=self._cache))
         self._cache.end_step()
 
 

@@ -20,7 +20,7 @@ def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
     """The vision inputs of the model's forward: every image once. Raises ImageError."""
     if not pack.images or pack.grids is None:
         return {}
-    if pack.kept is None or vlm.frozen_tower is None:
+    if pack.kept is None or vlm.frozen_tower is None or not vlm.family.mergers(vlm.model):
         return _vision_inputs(vlm, pack)
     key = (vlm.frozen_tower, vlm.model.dtype)
     if key not in pack.kept:
@@ -30,12 +30,9 @@ def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
 
 def affordable_patches(vlm: Vlm, limit_bytes: int) -> int:
     """Patches for which the output of a frozen tower takes at most so many bytes; 0 if it trains."""
-    mergers = vlm.family.mergers(vlm.model)
-    if vlm.frozen_tower is None or not mergers:
+    if vlm.frozen_tower is None or not vlm.family.mergers(vlm.model):
         return 0
-    visual: Any = vlm.model.base_model.visual
-    values = visual.patch_embed.proj.out_channels * len(mergers)
-    return int(limit_bytes // (values * vlm.model.dtype.itemsize))
+    return int(limit_bytes // (vlm.family.merged_numbers(vlm.model) * vlm.model.dtype.itemsize))
 
 
 def kept_patches(packs: Iterable[Pack]) -> int:
@@ -57,11 +54,14 @@ def _tower_output(vlm: Vlm, pack: Pack) -> tuple[type, list[int], Tensor, list[T
     """
     inputs: dict[nn.Module, Tensor] = {}
 
-    def numbered(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inputs[module] = arguments[0]
+    def numbered(
+        module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
+        [inputs[module]] = (*arguments, *named.values())
         return torch.arange(len(output), device=output.device)[:, None]
 
-    hooks = [merger.register_forward_hook(numbered) for merger in vlm.family.mergers(vlm.model)]
+    mergers = vlm.family.mergers(vlm.model)
+    hooks = [merger.register_forward_hook(numbered, with_kwargs=True) for merger in mergers]
     try:
         model: Any = vlm.model.base_model
         output = model.get_image_features(**_vision_inputs(vlm, pack), return_dict=True)
@@ -70,7 +70,7 @@ def _tower_output(vlm: Vlm, pack: Pack) -> tuple[type, list[int], Tensor, list[T
             hook.remove()
     order = torch.cat(output.pooler_output)[:, 0]
     sizes = [len(part) for part in output.pooler_output]
-    return type(output), sizes, order, [inputs[merger] for merger in vlm.family.mergers(vlm.model)]
+    return type(output), sizes, order, [inputs[merger] for merger in mergers]
 
 
 def _merged(vlm: Vlm, kept: tuple[type, list[int], Tensor, list[Tensor]]) -> Any:

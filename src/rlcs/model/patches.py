@@ -18,8 +18,7 @@ from rlcs.errors import ImageError, ModelError
 
 Grid = tuple[int, int, int]
 """Frames (or tiles), height and width of an image in patches."""
-_PROBE = (75, 58)
-"""Width and height of the image by which a processor is compared with our arithmetic."""
+
 
 
 class ImageProcessing(Protocol):
@@ -113,15 +112,20 @@ class FlatPatches:
 
     def _compare(self, processor: Any) -> None:
         """Raise ModelError unless our patches of a small image are those of the processor."""
-        width, height = _PROBE
-        pixels = (np.arange(3 * width * height) * 7 % 256).astype(np.uint8).reshape(height, width, 3)
+        pixels = probe()
         expected = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
-        grid = self.grid(height, width, where="")
+        grid = self.grid(*pixels.shape[:2], where="")
         same_grid = expected["image_grid_thw"].tolist() == [list(grid)]
         if not same_grid or not torch.equal(
             self.expanded(self.cut(pixels, grid), grid), expected["pixel_values"]
         ):
             raise other_patches(processor)
+
+
+def probe() -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """The pixels (H, W, C) of the image by which a processor is compared with our arithmetic."""
+    width, height = 75, 58
+    return (np.arange(3 * width * height) * 7 % 256).astype(np.uint8).reshape(height, width, 3)
 
 
 def other_patches(processor: Any) -> ModelError:

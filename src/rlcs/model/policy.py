@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlcs.model import attention
@@ -53,14 +53,20 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0) -> Scores:
 
     def work() -> tuple[Tensor, Tensor]:
         states = hidden_states(vlm, pack.ids, pack.positions, plan=plan, **image_inputs(vlm, pack))
-        head = vlm.model.get_output_embeddings()
+        head: Any = vlm.model.get_output_embeddings()
         chunk = max(1, LOGIT_CHUNK // head.weight.shape[0])
         if vlm.fused_loss:
             assert getattr(head, "bias", None) is None, "no family's head has a bias"
-            rows, weight = states[pack.predictors], head.weight
-            return linear_logprobs(rows, weight, pack.targets, temperature=temperature, rows=chunk)
+            return linear_logprobs(
+                states[pack.predictors],
+                head.weight,
+                pack.targets,
+                temperature=temperature,
+                softcap=vlm.softcap,
+                rows=chunk,
+            )
         parts = [
-            checkpoint(_score_chunk, states[rows], targets, head, temperature, use_reentrant=False)
+            checkpoint(_score_chunk, states[rows], targets, vlm, temperature, use_reentrant=False)
             for rows, targets in zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True)
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -69,10 +75,8 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0) -> Scores:
     return Scores(logprobs=logprobs, entropy=entropy)
 
 
-def _score_chunk(
-    states: Tensor, targets: Tensor, head: nn.Module, temperature: float
-) -> tuple[Tensor, Tensor]:
-    log_probs = torch.log_softmax(head(states).float() / temperature, dim=-1)
+def _score_chunk(states: Tensor, targets: Tensor, vlm: Vlm, temperature: float) -> tuple[Tensor, Tensor]:
+    log_probs = torch.log_softmax(vlm.logits(states).float() / temperature, dim=-1)
     chosen = log_probs.gather(1, targets[:, None])[:, 0]
     with torch.no_grad():
         entropy = -(log_probs.exp() * log_probs).sum(-1)

@@ -2,12 +2,13 @@
 
 from rlcs.errors import ModelError
 from rlcs.model.families.family import Family
+from rlcs.model.families.gemma4 import Gemma4
 from rlcs.model.families.qwen2_vl import Qwen2Vl, Qwen25Vl
 from rlcs.model.families.qwen3_5 import Qwen35
 from rlcs.model.families.qwen3_vl import Qwen3Vl
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (Qwen2Vl(), Qwen25Vl(), Qwen3Vl(), Qwen35())
+    family.model_type: family for family in (Qwen2Vl(), Qwen25Vl(), Qwen3Vl(), Qwen35(), Gemma4())
 }
 """Families by the `model_type` of a model's configuration."""
 

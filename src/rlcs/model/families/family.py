@@ -18,7 +18,8 @@ class Family(ABC):
 
     `model_type` is that of the configurations. The three parts are patterns on the names of parameters; each
     parameter belongs to exactly one. `default_system` is the system message that the chat template inserts
-    when there is none; None: no system turn.
+    when there is none; None: no system turn. `unused` are parameters through which neither text nor images
+    go: they are kept as they are.
     """
 
     model_type: str
@@ -28,6 +29,7 @@ class Family(ABC):
     chat_format: ChatFormat
     default_system: str | None = None
     positions: Positions = "grid"
+    unused: str | None = None
 
     def install(self, model: PreTrainedModel) -> None:
         """Make the layers of a model see each other by plans (see `model.attention`)."""
@@ -59,3 +61,7 @@ class Family(ABC):
         Empty: what a frozen tower makes of an image cannot be kept between passes.
         """
         return []
+
+    def merged_numbers(self, model: PreTrainedModel) -> float:
+        """How many numbers for each patch the mergers take; for families that have mergers."""
+        raise NotImplementedError

@@ -33,3 +33,8 @@ class QwenVl(Family):
         """One module; in Qwen3-VL one more for each deepstack layer."""
         visual: Any = model.base_model.visual
         return [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+
+    def merged_numbers(self, model: PreTrainedModel) -> float:
+        """See `Family`."""
+        visual: Any = model.base_model.visual
+        return float(visual.patch_embed.proj.out_channels * len(self.mergers(model)))
