@@ -127,7 +127,7 @@ def runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("offer", "typed", "offered"),
     [
-        (completion.models, "", ["builtin", "runs/mine", "runs/other", "model"]),
+        (completion.models, "", ["builtin", "builtin-hybrid", "runs/mine", "runs/other", "model"]),
         (completion.models, "runs/mine/sft/", ["runs/mine/sft/final"]),
         (completion.recipes, "own/", ["own/mine.yaml"]),
         (completion.recipes, "quick", ["quickstart"]),

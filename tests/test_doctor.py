@@ -15,6 +15,7 @@ from rlcs.doctor import health, machine
 from rlcs.doctor.health import examine
 from rlcs.errors import RunFolderError
 from rlcs.model.parity_check import Agreement
+from rlcs.model.source import BUILTIN
 from rlcs.pipeline import seeds
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import NO_SIGNAL, NOT_FINITE
@@ -238,7 +239,8 @@ def test_this_machine_for_real():
     assert {
         name: one.message for name, one in found.items() if one.bad and name not in ("memory", "disk")
     } == {}
-    assert {"packing", "sampler", "grader"} <= set(found)
+    of_models = {f"{path}, {name}" for path in ("packing", "sampler") for name in BUILTIN}
+    assert of_models | {"grader"} <= set(found)
     facts = machine.facts()
     assert facts["torch"][0].isdigit() and "cores" in facts["processor"] and "GiB" in facts["memory"]
 
@@ -254,6 +256,6 @@ def test_a_fast_path_that_disagrees_is_found(monkeypatch):
     monkeypatch.setattr(machine, "_grader", lambda: (_ for _ in ()).throw(OSError("no processes here")))
     monkeypatch.setattr(machine, "score", off)
     found = {one.name: one for one in machine.checks()}
-    assert found["packing"].bad and "0.5 nats" in found["packing"].message
-    assert found["sampler"].bad and "model.attention=dense" in found["sampler"].fix
+    assert found["packing, builtin"].bad and "0.5 nats" in found["packing, builtin-hybrid"].message
+    assert found["sampler, builtin"].bad and "model.attention=dense" in found["sampler, builtin-hybrid"].fix
     assert found["grader"].bad and "no processes here" in found["grader"].message

@@ -35,6 +35,7 @@ from rlcs.recipe.schema import Images, Model
 from rlcs.recipe.stages import Grpo
 from rlcs.records import ImageRef, Problem, Prompt
 from rlcs.train import engine_faults
+from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
 from rlcs.train.engine_check import EngineCheck, cases
 from rlcs.train.engine_verdict import IMAGE, SWAPPED, TEXT
@@ -101,7 +102,7 @@ class Faulty:
 def caught(check: EngineCheck, version: int = 0) -> str:
     """The layer that is blamed."""
     with pytest.raises(TrainingError, match="the rollout engine does not compute what the trainer does") as e:
-        check(version)
+        check(version, Clock())
     assert "rollout.checks=0" in e.value.fix and e.value.where
     return e.value.what.partition("wrong first: ")[2].partition(".")[0]
 
@@ -111,7 +112,7 @@ def test_a_healthy_engine_passes_with_room_to_spare(trained):
     check = check_of(*trained, LocalEngine(*trained, max_rows=16), lines=lines)
     before = torch.get_rng_state()
     for version in (0, 0, 1, 2, 3, 4):
-        check(version)
+        check(version, Clock())
     assert torch.equal(before, torch.get_rng_state())
     assert check.worst is not None and 0 < check.worst.share < 0.25
     assert (
@@ -222,7 +223,7 @@ def test_weights_of_before_the_last_update(trained):
     """A small update, which without the comparison before it could be anything."""
     vlm, chat = copied(trained[0]), trained[1]
     check = check_of(vlm, chat, LocalEngine(copied(vlm), chat, max_rows=16))
-    check(0)
+    check(0, Clock())
     perturb(vlm, 0.02)
     assert caught(check, 1) == "weights"
 
@@ -233,12 +234,12 @@ def test_adapters_are_left_out():
     bare = copied(vlm)
     vlm = loading.prepare(vlm, Lora(rank=4), (), seed=0)
     check = check_of(vlm, chat, LocalEngine(bare, chat, max_rows=16))
-    check(0)  # fresh adapters change nothing
+    check(0, Clock())  # fresh adapters change nothing
     with torch.no_grad():
         for _, parameter in vlm.parameters():
             parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     assert caught(check, 1) == "weights"
-    check_of(vlm, chat, LocalEngine(vlm, chat, max_rows=16))(0)
+    check_of(vlm, chat, LocalEngine(vlm, chat, max_rows=16))(0, Clock())
 
 
 def test_a_kernel_that_is_wrong_in_decoding(trained, monkeypatch):
@@ -254,7 +255,7 @@ def test_a_kernel_that_is_wrong_in_decoding(trained, monkeypatch):
 def test_without_images_text_alone_is_compared(plain):
     lines: list[str] = []
     problems = [make_problem(f"p{n}", sizes=()) for n in range(5)]
-    check_of(*plain, LocalEngine(*plain, max_rows=16), problems=problems, lines=lines)(0)
+    check_of(*plain, LocalEngine(*plain, max_rows=16), problems=problems, lines=lines)(0, Clock())
     assert "prompts 2 without" in lines[0]
     other = copied(plain[0])
     perturb(other, 0.1)
@@ -289,10 +290,10 @@ def test_each_server_of_a_fleet_is_compared(plain, tmp_path):
     lines: list[str] = []
     with fleet(*plain, tmp_path, ModelServer("builtin"), ModelServer("builtin")) as engine:
         check = check_of(*plain, engine, lines=lines)
-        check(0)
+        check(0, Clock())
         perturb(plain[0], 0.1)
         engine.sync()
-        check(1)
+        check(1, Clock())
     assert all("2 engines compute what the trainer does" in line for line in lines) and len(lines) == 2
     assert check.worst is not None and check.worst.gap < 1e-4 and check.worst.precision == "float32"
 
@@ -302,7 +303,7 @@ def test_a_server_that_is_down_is_left_out(plain, tmp_path, caplog):
     down.well = False
     lines: list[str] = []
     with fleet(*plain, tmp_path, down, ModelServer("builtin")) as engine:
-        check_of(*plain, engine, lines=lines)(0)
+        check_of(*plain, engine, lines=lines)(0, Clock())
     assert "the engine computes" in lines[0] and "vLLM server 0" in caplog.text and not down.asked
 
 
@@ -314,22 +315,22 @@ def blank(ref: ImageRef) -> ImageRef:
 def test_one_server_of_two_loses_the_pixels(plain, tmp_path):
     servers = ModelServer("builtin"), ModelServer("builtin", changed=blank)
     with fleet(*plain, tmp_path, *servers) as engine, pytest.raises(TrainingError, match="pixels") as error:
-        check_of(*plain, engine)(0)
+        check_of(*plain, engine)(0, Clock())
     assert error.value.where.startswith("vLLM server 1") and "every image were black" in error.value.what
 
 
 def test_a_server_with_other_pixel_bounds(plain, tmp_path):
     small = ModelServer("builtin", images=Images(max_pixels=4000))
     with fleet(*plain, tmp_path, small) as engine, pytest.raises(TrainingError, match="grid") as error:
-        check_of(*plain, engine)(0)
+        check_of(*plain, engine)(0, Clock())
     assert re.search(r"it made \d+ tokens of the images, and the trainer \d+", error.value.what)
 
 
 def test_a_server_keeps_its_old_weights_under_the_new_name(plain, tmp_path):
     with fleet(*plain, tmp_path, ModelServer("builtin", stale=True)) as engine:
         check = check_of(*plain, engine)
-        check(0)
+        check(0, Clock())
         perturb(plain[0], 0.02)
         engine.sync()
         with pytest.raises(TrainingError, match=r"weights.*as if it still had the weights of before"):
-            check(1)
+            check(1, Clock())

@@ -44,10 +44,9 @@ def test_a_model_of_a_run_has_held_out_problems_of_it(run, tmp_path, where):
     assert all(Path(file).suffix == ".png" for _, files in found for file in files)
 
 
-def test_the_builtin_model_has_puzzles_and_others_have_none(tmp_path, monkeypatch, run):
-    assert (
-        len(example_problems(["builtin"], tmp_path)) == len(example_problems(["x", "builtin"], tmp_path)) == 6
-    )
+def test_the_builtin_models_have_puzzles_and_others_have_none(tmp_path, monkeypatch, run):
+    for names in (["builtin"], ["x", "builtin"], ["builtin-hybrid"]):
+        assert len(example_problems(names, tmp_path)) == 6
     monkeypatch.chdir(run)  # a hub id is no folder here, whatever lies around
     assert example_problems(["Qwen/Qwen2.5-VL-3B-Instruct", "m"], tmp_path) == []
     elsewhere = tmp_path / "exported"

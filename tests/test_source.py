@@ -22,7 +22,7 @@ from rlcs.errors import CheckpointError, ModelError, RlcsError, RunFolderError, 
 from rlcs.evals.run import _weights_stamp
 from rlcs.generation import open_sampler
 from rlcs.model import loading
-from rlcs.model.source import find_source, origin_of
+from rlcs.model.source import BUILTIN, find_source, origin_of
 from rlcs.pipeline.study import Output, Study
 from rlcs.plan.shapes import sizes_of
 from rlcs.publish.export import Export, export
@@ -120,7 +120,8 @@ def read_recipe(run):
 def test_other_models_stay_what_they_are(random_model_folder, tmp_path):
     assert find_source(str(random_model_folder)).weights == str(random_model_folder)
     assert find_source("Qwen/Qwen2.5-VL-3B-Instruct").weights == "Qwen/Qwen2.5-VL-3B-Instruct"
-    assert (Path(find_source("builtin").weights) / "config.json").is_file()
+    for name in BUILTIN:
+        assert (Path(find_source(name).weights) / "config.json").is_file()
     odd = tmp_path / "release@2"
     shutil.copytree(random_model_folder, odd)
     assert find_source(str(odd)).weights == str(odd), "a folder may be called so"
@@ -136,6 +137,7 @@ def test_what_is_no_model_says_what_there_is(run, random_model_folder, tmp_path,
     assert "only a run has arms and steps" in refused(f"{random_model_folder}@3")
     assert "given twice" in refused(f"{run}@2", UserError, step=2)
     assert f"did you mean {run}?" in refused(run.with_name("mime"), ModelError)
+    assert "did you mean builtin-hybrid?" in refused("builtin-hybird", ModelError)
     assert f"name one of: {run}" in refused(run.parent, ModelError)
     monkeypatch.chdir(run.parent.parent)
     near = f"{run.parent.name}/mien"  # it could be a hub id, but a run of nearly that name is here

@@ -1,9 +1,9 @@
-"""Builds and pre-trains the built-in models: a real Qwen2.5-VL and a real Qwen3.5 of about a million parameters.
+"""Builds and pre-trains the built-in models: a real Qwen2.5-VL and a real Qwen3.5, a million parameters each.
 
 Run `python -m tools.tiny_model --out DIR` to make the first again, with `--family qwen3_5` the second. They
-learn `lessons`: captions, lists of counts, simple questions with direct answers, equations with one operation;
-never a question in several steps, never reasoning. They stand where an instruct model stands before a cold
-start: they see well, answer in a box, and have to be taught to think.
+learn `lessons`: captions, lists of counts, simple questions with direct answers, equations with one
+operation; never a question in several steps, never reasoning. They stand where an instruct model stands
+before a cold start: they see well, answer in a box, and have to be taught to think.
 """
 
 import time
@@ -19,8 +19,8 @@ from tools.tiny_model.learn import Course, train
 from tools.tiny_model.sight import caption_accuracy, measure
 
 __all__ = [
-    "FAMILIES", "SPECIAL", "Course", "build_model", "build_processor", "caption_accuracy", "corpus", "measure",
-    "pretrain", "random_model", "train",
+    "FAMILIES", "SPECIAL", "Course", "build_model", "build_processor", "caption_accuracy", "corpus",
+    "measure", "pretrain", "random_model", "train",
 ]  # fmt: skip
 
 FAMILIES = {

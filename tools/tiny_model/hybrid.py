@@ -1,4 +1,4 @@
-"""A real Qwen3.5 and its processor, built small and from nothing: three of four layers are gated delta nets."""
+"""A real Qwen3.5 and its processor, built small and from nothing: most layers are gated delta nets."""
 
 import math
 import re
@@ -31,7 +31,7 @@ no system turn unless there is a system message."""
 
 
 def build_processor(texts: Iterable[str]) -> Qwen3VLProcessor:
-    """A processor as Qwen3.5's, with patches of 14 pixels: images from 56 x 56 to 448 x 448 keep their size."""
+    """A processor as Qwen3.5's with patches of 14 pixels; images from 56 x 56 to 448 x 448 keep their size."""
     tokenizer = build_tokenizer(texts, template=QWEN_3_TEMPLATE)
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     sizes = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}

@@ -59,9 +59,9 @@ class _Batch:
 class Collator:
     """Lays lessons out: system prompt and image as the trunk, every pair as a branch of its own.
 
-    With `packed` they lie end to end in one row, and layers see each other by a plan, for which the model
-    must be prepared (`attention.install`): for recurrent layers, which know no mask. Otherwise every lesson is
-    a row of its own under a dense mask, through the model as it is.
+    With `packed` they lie end to end in one row, whose tokens see each other by a plan, for which the model
+    must be prepared (`attention.install`): for recurrent layers, which know no mask. Otherwise every lesson
+    is a row of its own under a dense mask, through the model as it is.
     """
 
     def __init__(self, model: Model, processor: Any, *, packed: bool) -> None:
@@ -134,7 +134,9 @@ def _padded(rows: Sequence[_Row], pad: int) -> _Batch:
 
 def _packed(rows: Sequence[_Row]) -> _Batch:
     """All trees end to end in one row. Every target follows a token of its own branch."""
-    ids, kinds, targets = ([i for row in rows for i in getattr(row, of)] for of in ("ids", "kinds", "targets"))
+    ids, kinds, targets = (
+        [i for row in rows for i in getattr(row, of)] for of in ("ids", "kinds", "targets")
+    )
     plan = attention.make_plan("auto", layout_of([row.sizes for row in rows]), torch.device("cpu"))
     inputs = {"input_ids": torch.tensor([ids]), "mm_token_type_ids": torch.tensor([kinds]), "plan": plan}
     positions = torch.cat([row.positions for row in rows], dim=1)[:, None]

@@ -49,9 +49,11 @@ def runs(incomplete: str) -> list[str]:
 
 
 def models(incomplete: str) -> list[str]:
-    """Run folders, model folders, and the built-in model."""
+    """Run folders, model folders, and the built-in models."""
+    from rlcs.model.source import BUILTIN
+
     folders = _paths(incomplete, lambda path: (path / "config.json").is_file())
-    return _begun(["builtin", *runs(incomplete), *folders], incomplete)
+    return _begun([*BUILTIN, *runs(incomplete), *folders], incomplete)
 
 
 def _is_run(path: Path) -> bool:

@@ -1,9 +1,10 @@
-"""Checks this machine: versions, devices, memory, and the built-in model's packed and sampled logprobs."""
+"""Checks this machine: versions, devices, memory, and the built-in models' packed and sampled logprobs."""
 
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rlcs.model import loading
 from rlcs.model.packing import pack
 from rlcs.model.parity_check import SMALLEST_LIMIT, agreement, gap
 from rlcs.model.policy import score
+from rlcs.model.source import BUILTIN
 from rlcs.recipe.schema import Model
 from rlcs.records.trees import Branch, Tree
 
@@ -52,12 +54,13 @@ def facts() -> dict[str, str]:
 
 
 def checks() -> list[Finding]:
-    """Check free space, the packed and the sampled path on the built-in model, and the grader."""
+    """Check free space, the packed and the sampled path on the built-in models, and the grader."""
     found = [
         _space("memory", psutil.virtual_memory().available),
         _space("disk", shutil.disk_usage(Path.cwd()).free),
     ]
-    parts: Mapping[str, Callable[[], list[Finding]]] = {"model": _model, "grader": _grader}
+    parts: dict[str, Callable[[], list[Finding]]] = {name: partial(_model, name) for name in BUILTIN}
+    parts["grader"] = _grader
     for name, part in parts.items():
         try:
             found += part()
@@ -79,9 +82,9 @@ def _space(name: str, free: int) -> Finding:
     return Finding(name=name, message=f"{free / 2**30:.1f} GiB free", fix=fix)
 
 
-def _model() -> list[Finding]:
+def _model(model: str) -> list[Finding]:
     """Compare packed with plain logprobs, and the sampler's with the policy's."""
-    vlm = loading.load(Model(name="builtin"))
+    vlm = loading.load(Model(name=model))
     chat = loading.make_chat(vlm)
     prompts = [chat.prompt(problem) for problem in open_builtin("builtin:puzzles?count=3&seed=1", "rl")]
     sampling = chat.sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=24, seed=0)
@@ -99,7 +102,7 @@ def _model() -> list[Finding]:
     sampler_limit = max(packing.limit, 10 * SMALLEST_LIMIT.get(vlm.model.dtype, 0.02))
     return [
         Finding(
-            name=name,
+            name=f"{name}, {model}",
             message=f"within {apart:.1g} nats of {what} (allowed {limit:.1g}), attention {vlm.attention}",
             fix=""
             if apart <= limit

@@ -1,6 +1,6 @@
 """Finds the model behind a name, wherever a model is named: on the command line, in a recipe, in Python.
 
-A name is a folder in Hugging Face format, a hub id, `builtin`, or a run: its folder (its main model), one
+A name is a folder in Hugging Face format, a hub id, a built-in model, or a run: its folder (its main model), one
 stage of it (`runs/mine/sft`), a stage's `final`, a checkpoint's folder, or a step (`runs/mine@80`).
 Imports no torch: a mistyped name is refused before anything is loaded.
 """
@@ -18,6 +18,8 @@ from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Recipe
 from rlcs.storage import DONE, at_home, is_done, read_json
 
+BUILTIN = {"builtin": "builtin_model", "builtin-hybrid": "builtin_hybrid_model"}
+"""The models that ship with rlcs, and their folders in the package."""
 RECIPE = "recipe.yaml"
 """The file that makes a folder a run."""
 CHECKPOINTS, MODELS, FINAL = "checkpoints", "models", "final"
@@ -58,8 +60,8 @@ def find_source(name: str, arm: str | None = None, step: int | None = None) -> S
         if step is not None:
             raise UserError("the step is given twice", where=name, fix="leave --step out")
         name, step = place, int(digits)
-    if name == "builtin" and arm is None and step is None:
-        return Source(weights=str(resources.files("rlcs") / "builtin_model"))
+    if name in BUILTIN and arm is None and step is None:
+        return Source(weights=str(resources.files("rlcs") / BUILTIN[name]))
     path = at_home(name)
     if (part := part_of_run(path)) is not None:
         return _of_run(part[0], arm or part[1], part[2] if step is None else step)
@@ -192,8 +194,9 @@ def _what_is_near(path: Path) -> str:
 def _refuse_mistyped(name: str, path: Path) -> None:
     """Raise ModelError for a path to nothing, unless it may be a hub id: OWNER/NAME."""
     may_be_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    folders = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, folders, n=1)
+    names = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    names += BUILTIN if path.parent == Path() else ()
+    close = difflib.get_close_matches(path.name, names, n=1)
     beside_runs = bool(close) and "/" in name and is_run(path.parent / close[0])
     if may_be_id and not beside_runs:
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.data.hub import cache_where_unreachable
-from rlcs.model.source import Source, find_source, origin_of
+from rlcs.model.source import BUILTIN, Source, find_source, origin_of
 from rlcs.recipe.arms import ARMS, RL_ARMS, stages_behind
 from rlcs.recipe.schema import Data, Teacher
 from rlcs.recipe.table import summary_rows
@@ -57,6 +57,7 @@ def render(source: Source, name: str, model: Any, *, converted: bool, quantised:
     body = environment.get_template("card.md.j2").render(
         name=name,
         base=shown(base) if base else None,
+        builtin=base in BUILTIN,
         story=ARMS[source.arm].story if source.arm else None,
         parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),

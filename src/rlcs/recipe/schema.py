@@ -20,7 +20,8 @@ class Model(Section):
 
     name: str = "builtin"
     """A folder, a Hugging Face hub id, a run (`runs/mine`, one stage `runs/mine/sft`, a kept step
-    `runs/mine@80`), or `builtin` for the tiny model that ships with rlcs."""
+    `runs/mine@80`), or one of the tiny models that ship with rlcs: `builtin` (a Qwen2.5-VL), `builtin-hybrid`
+    (a Qwen3.5, most of whose layers are gated delta nets)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

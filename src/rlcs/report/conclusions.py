@@ -102,6 +102,7 @@ def _notes(runs: Sequence[Run], results: Sequence[ArmResult]) -> Iterator[Note]:
     mild = [
         *(line for run in runs for line in _unfinished(run)),
         *_left_out(stats),
+        *_compared(runs),
         *(_late_steps(c) for c in curves if (c.peaked_early and not c.fell) or _kept_early(c)),
     ]
     yield from (Note(text=line, serious=False) for line in mild)
@@ -153,6 +154,19 @@ def _alarms(runs: Sequence[Run]) -> Iterator[str]:
         skipped = [row for row in rows if row.get("skipped") and row["skipped"] != NO_SIGNAL]
         if skipped:
             yield f"{ARMS[stage].stage}: {len(skipped):,} of {len(rows):,} steps were skipped (see Health)."
+
+
+def _compared(runs: Sequence[Run]) -> Iterator[str]:
+    """How often engine and trainer were compared, and the comparison that came nearest to its limit."""
+    for stage in TRAINING_ORDER:
+        rows = [row for run in runs for row in run.curves.get(stage, ())]
+        pairs = [(number(row, "engine_gap"), number(row, "engine_gap_limit")) for row in rows]
+        if found := [(gap / limit, gap, limit) for gap, limit in pairs if gap is not None and limit]:
+            _, gap, limit = max(found)
+            yield (
+                f"{ARMS[stage].stage}: what the rollout engine sees and computes was compared with the "
+                f"trainer {len(found):,} times: at most {gap:.2g} nats a token apart, {limit:.2g} allowed."
+            )
 
 
 def _left_out(stats: Row) -> Iterator[str]:

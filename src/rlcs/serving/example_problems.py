@@ -10,7 +10,7 @@ from rlcs.data import puzzles
 from rlcs.data.images import encoded_image, image_kind
 from rlcs.data.problem_store import PROBLEMS
 from rlcs.errors import DataError
-from rlcs.model.source import part_of_run
+from rlcs.model.source import BUILTIN, part_of_run
 from rlcs.records import IMAGE_SLOT, Problem
 from rlcs.records.rows import from_row_or_none
 from rlcs.storage import at_home, jsonl_lines, parse_object
@@ -23,14 +23,14 @@ _ROWS_READ = 200
 def example_problems(names: Sequence[str], folder: Path) -> list[tuple[str, list[str]]]:
     """Questions for these models, each with the files of its images, which are written to `folder`.
 
-    They come from the run of the first model that has one, or are puzzles for the built-in model. Other
+    They come from the run of the first model that has one, or are puzzles for a built-in model. Other
     models have none.
     """
     run = next((run for name in names if (run := run_of(name)) is not None), None)
     problems: Iterable[Problem] = ()
     if run is not None:
         problems = islice(_held_out(run / "eval"), MOST)
-    elif "builtin" in names:
+    elif BUILTIN.keys() & names:
         problems = puzzles.load("puzzles", split="test", count=MOST, seed=11)
     examples = []
     for problem in problems:

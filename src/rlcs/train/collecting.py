@@ -117,7 +117,7 @@ class Collector:
         settings: Grpo,
         sampling: Sampling,
         *,
-        check: Callable[[int], None] = lambda version: None,
+        check: Callable[[int, Clock], None] = lambda version, clock: None,
     ) -> None:
         """`stream` stays behind the last step that was collected, whatever is requested in advance.
 
@@ -176,8 +176,7 @@ class Collector:
             with clock("rollout"):
                 self._context.engine.sync()
             self._version = version
-        with clock("check"):
-            self._check(version)
+        self._check(version, clock)
         problems, prompts, skipped = take_prompts(self._stream, self._context.prompts, count)
         prompts = number_repeats(prompts, times_sampled)
         self._context.prepare(self._stream.peek(self._settings.prompts_per_step))

@@ -28,6 +28,7 @@ from rlcs.model.chat import Chat
 from rlcs.recipe.stages import Grpo
 from rlcs.records import IMAGE_SLOT, Message, Problem, Prompt
 from rlcs.records.trees import Branch, Tree
+from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
 from rlcs.train.engine_faults import (
     OLDER,
@@ -85,17 +86,27 @@ class EngineCheck:
             banned_ids=self._sampling.banned_ids,
         )
         self._before: dict[str, tuple[Answers, Computed]] = {}
+        self._new: Compared | None = None
         self.worst: Compared | None = None
         """The case nearest to its limit in the last comparison."""
 
-    def __call__(self, version: int) -> None:
+    def __call__(self, version: int, clock: Clock) -> None:
         """Compare the weights after `version` steps, which the engine has, unless that was done.
 
         All ranks call it together, while nothing is sampled. Raises TrainingError on all if they differ.
         """
-        if not self._left or version == self._version:
-            return
-        self._version, started = version, time.monotonic()
+        if self._left and version != self._version:
+            self._version = version
+            with clock("check"):
+                self._check()
+
+    def values(self) -> dict[str, float]:
+        """The metrics of a comparison since the last call, if there was one."""
+        worst, self._new = self._new, None
+        return {} if worst is None else {"engine_gap": worst.gap, "engine_gap_limit": worst.limit}
+
+    def _check(self) -> None:
+        started = time.monotonic()
         self._cases = self._cases or list(cases(self._problems, self._context.chat))
         prompts = [case.prompt for case in self._cases]
         views = (
@@ -109,7 +120,7 @@ class EngineCheck:
         for view in views:
             require_same_prompts(view, self._cases)
         instances = self._compare([Answers.of(view) for view in views])
-        self.worst = max((one.worst for one in instances), key=lambda each: each.share)
+        self.worst = self._new = max((one.worst for one in instances), key=lambda each: each.share)
         self._say(self._line(instances, time.monotonic() - started))
 
     def _line(self, instances: Sequence[Instance], seconds: float) -> str:

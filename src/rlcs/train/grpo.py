@@ -125,6 +125,7 @@ def train(
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
         result = combined(results) if results else None
         values = run.keep_rollouts(step + 1, groups) | {"bad_rows": float(found.skipped)}
+        values |= check.values()
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)

@@ -75,20 +75,17 @@ class Fleet:
     def inspect(self, requests: Sequence[PromptRequest], weights: Weights) -> list[EngineView]:
         """See `Backend.inspect`."""
 
-        async def view(server: Server, client: httpx.AsyncClient) -> EngineView:
-            await server.up(client, weights)
+        async def view(server: Server, client: httpx.AsyncClient) -> None:
             await server.load_weights(client, weights)
             # One after the other: what a cache keeps of a prompt must show in the next.
             seen = [await server.see(client, request, weights) for request in requests]
-            return EngineView(name=server.name, precision=server.precision, prompts=tuple(seen))
+            views.append(EngineView(name=server.name, precision=server.precision, prompts=tuple(seen)))
 
         async def watched(server: Server, client: httpx.AsyncClient, _: int) -> None:
-            async def run() -> None:
-                views.append(await view(server, client))
-
             try:
+                await _until_first([self._until_closing(), server.up(client, weights)])
                 watch = self._watch(server, client, _Work(requests, weights, lambda *_: None))
-                await _until_first([self._until_closing(), watch, run()])
+                await _until_first([self._until_closing(), watch, view(server, client)])
             except (DownError, RetryableError, LostWeightsError) as error:
                 why = str(error) or "it was restarted"
                 log.warning("%s is not compared with the trainer: %s", server.name, why)
