@@ -155,11 +155,13 @@ NO_THOUGHTS = "{%- if add_generation_prompt -%}{{- '<|channel>thought\\n<channel
 
 def gemma_tokenizer(texts: Iterable[str], vocabulary: int = 600) -> GemmaTokenizer:
     """A tokenizer in Gemma's form, learned from `texts`: spaces are letters, and unknown ones are bytes."""
-    from tokenizers import Tokenizer, models, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     form = GemmaTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(unk_token="<unk>"))
-    learner.normalizer, learner.pre_tokenizer = form.normalizer, form.pre_tokenizer
+    # Gemma's own tokens never join a line's end to the next line, or the end of a word to a space.
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[^▁\n]+|▁+|\n+"), "isolated")
+    learner.normalizer = form.normalizer
     first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *GEMMA_TOKENS.values()]
     first += [f"<0x{byte:02X}>" for byte in range(256)]
     learner.train_from_iterator(
@@ -186,11 +188,11 @@ def gemma4(tokenizer, *, text=(), vision=(), thoughts=True) -> tuple[PreTrainedM
         "global_head_dim": 48, "layer_types": layers, "num_kv_shared_layers": 2, "sliding_window": 40,
         "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": len(tokenizer),
         "use_double_wide_mlp": True, "final_logit_softcapping": 5.0, "max_position_embeddings": 4096,
-        "initializer_range": 0.08, **dict(text),
+        "initializer_range": 0.05, **dict(text),
     }  # fmt: skip
     vision = {**sizes, "num_key_value_heads": 4, "num_hidden_layers": 2, "hidden_size": 96, "head_dim": 24,
               "intermediate_size": 192, "patch_size": 32, "position_embedding_size": 256,
-              "initializer_range": 0.08, "use_clipped_linears": True, **dict(vision)}  # fmt: skip
+              "initializer_range": 0.05, "use_clipped_linears": True, **dict(vision)}  # fmt: skip
     audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in GEMMA_TOKENS.items()
            if name.split("_")[0] in ("image", "audio", "video", "boi", "eoi", "boa")}  # fmt: skip
@@ -206,7 +208,12 @@ def gemma4(tokenizer, *, text=(), vision=(), thoughts=True) -> tuple[PreTrainedM
         video_processor=Gemma4VideoProcessor(),
         chat_template=template,
     )
-    return Gemma4ForConditionalGeneration(config), processor
+    model = Gemma4ForConditionalGeneration(config)
+    with torch.no_grad():  # scores are not divided by the root of the head size, so that norms learn to
+        for name, parameter in model.named_parameters():
+            if name.endswith("self_attn.q_norm.weight"):
+                parameter.fill_(len(parameter) ** -0.5)
+    return model, processor
 
 
 def gemma4_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Gemma4Processor]:
@@ -221,7 +228,7 @@ def gemma4_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Gemma
     return gemma4(tokenizer, text=text, vision=vision, thoughts=False)
 
 
-BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}
+BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl, "gemma4": gemma4, "gemma4_moe": gemma4_moe}
 
 
 def build(family: str, folder: Path, **parts: object) -> Path:

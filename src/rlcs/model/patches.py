@@ -20,7 +20,6 @@ Grid = tuple[int, int, int]
 """Frames (or tiles), height and width of an image in patches."""
 
 
-
 class ImageProcessing(Protocol):
     """Grids and patches of images, as the processor of a family makes them."""
 

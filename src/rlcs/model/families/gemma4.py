@@ -56,7 +56,8 @@ class Gemma4(Family):
         config: Any = model.config
         if config.vision_config is None or config.text_config.use_bidirectional_attention == "all":
             raise ModelError(
-                "it has no vision tower, or lets all tokens see each other", fix="use one for images and answers"
+                "it has no vision tower, or lets all tokens see each other",
+                fix="use one for images and answers",
             )
         attention.install(model, vision="sdpa")
 
@@ -121,7 +122,9 @@ class BudgetPatches:
             size = get_aspect_ratio_preserving_size(height, width, self._side, self._most, self.merge_size)
         except ValueError as error:
             raise ImageError(
-                f"the image processor refuses it: {error}", where=where, fix="crop it: one side is far too long"
+                f"the image processor refuses it: {error}",
+                where=where,
+                fix="crop it: one side is far too long",
             ) from error
         return 1, size[0] // self._side, size[1] // self._side
 
