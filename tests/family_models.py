@@ -1,7 +1,6 @@
 """Tiny random models of the families that do not ship with rlcs, with their real processors."""
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,11 @@ from transformers import (
     Gemma4Processor,
     Gemma4VideoProcessor,
     GemmaTokenizer,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -22,28 +26,33 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
 
 from tools import tiny_model
 from tools.tiny_model.build import CHAT_TEMPLATE, build_tokenizer, vision_ids
+from tools.tiny_model.hybrid import QWEN_3_TEMPLATE
 
-QWEN_3_TEMPLATE = (
-    re.sub(r"  \{%- if loop\.first .*?endif -%\}\n", "", CHAT_TEMPLATE, count=1, flags=re.DOTALL)
-    .replace(
-        "if part.type == 'image' or 'image' in part or 'image_url' in part -",
-        "if message.role == 'user' and (part.type == 'image' or 'image' in part or 'image_url' in part) -",
-    )
-    .replace(
-        "elif part.type == 'video' or 'video' in part -",
-        "elif message.role == 'user' and (part.type == 'video' or 'video' in part) -",
-    )
+INTERNVL_TEMPLATE = (
+    QWEN_3_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n")
+    .replace("<|vision_start|><|video_pad|><|vision_end|>", "<video>\\n")
+    .replace("message.role == 'user' and ", "")
 )
-"""Renders what Qwen3-VL-Instruct's own template renders of system, user and assistant turns without tools:
-no system turn unless there is a system message."""
+"""Renders what InternVL's own template renders; its processor puts `<img>` and `</img>` around an image."""
+
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 
 SIZES = {"shortest_edge": 64 * 64, "longest_edge": 448 * 448}
 
@@ -81,18 +90,31 @@ def qwen2_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen2VL
     return Qwen2VLForConditionalGeneration(config), processor
 
 
-def qwen3_vl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+def qwen3_vl(
+    tokenizer, *, text=(), vision=(), kind=(Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
     """Tied head, patches of 16, interleaved positions, two deepstack layers, heads wider than hidden / 4."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8],
             "mrope_interleaved": True}  # fmt: skip
-    text = _text(tokenizer, head_dim=48, rope_parameters=rope, tie_word_embeddings=True, **dict(text))
+    own = {"head_dim": 48, "rope_parameters": rope, "tie_word_embeddings": True, **dict(text)}
+    text = _text(tokenizer, **own)
     vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
               "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 2],
               "initializer_range": 0.08, **dict(vision)}  # fmt: skip
-    config = Qwen3VLConfig(
+    config = kind[0](
         text_config=text, vision_config=vision, tie_word_embeddings=True, **vision_ids(tokenizer)
     )
-    return Qwen3VLForConditionalGeneration(config), _qwen3_processor(tokenizer)
+    return kind[1](config), _qwen3_processor(tokenizer)
+
+
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+def qwen3_vl_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+    """As `qwen3_vl`, with two of eight experts for each token, but in the second layer."""
+    text = {**MIXTURE, "mlp_only_layers": [1], **dict(text)}
+    kind = (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
+    return qwen3_vl(tokenizer, text=text, vision=vision, kind=kind)
 
 
 def _qwen3_processor(tokenizer) -> Qwen3VLProcessor:
@@ -106,7 +128,9 @@ def _qwen3_processor(tokenizer) -> Qwen3VLProcessor:
     )
 
 
-def qwen3_5(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+def qwen3_5(
+    tokenizer, *, text=(), vision=(), kind=(Qwen3_5Config, Qwen3_5ForConditionalGeneration)
+) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
     """Two gated delta nets around an attention layer; more value than key heads; a quarter is rotated."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1],
             "mrope_interleaved": True, "partial_rotary_factor": 0.25}  # fmt: skip
@@ -117,8 +141,8 @@ def qwen3_5(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLP
     text = _text(tokenizer, **own)
     vision = {"depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
               "num_position_embeddings": 256, "initializer_range": 0.08, **dict(vision)}  # fmt: skip
-    config = Qwen3_5Config(text_config=text, vision_config=vision, **vision_ids(tokenizer))
-    return Qwen3_5ForConditionalGeneration(config), _qwen3_processor(tokenizer)
+    config = kind[0](text_config=text, vision_config=vision, **vision_ids(tokenizer))
+    return kind[1](config), _qwen3_processor(tokenizer)
 
 
 GEMMA_TOKENS = {
@@ -217,7 +241,7 @@ def gemma4(tokenizer, *, text=(), vision=(), thoughts=True) -> tuple[PreTrainedM
 
 
 def gemma4_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Gemma4Processor]:
-    """As 26B-A4B: images see themselves, experts, keys that are values, answers that begin without thoughts."""
+    """As 26B-A4B: images see themselves, experts, keys that are values, answers begin without thoughts."""
     text = {
         "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False,
         "use_bidirectional_attention": "vision", "attention_k_eq_v": True, "num_global_key_value_heads": 1,
@@ -228,13 +252,62 @@ def gemma4_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Gemma
     return gemma4(tokenizer, text=text, vision=vision, thoughts=False)
 
 
-BUILDERS = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl, "gemma4": gemma4, "gemma4_moe": gemma4_moe}
+def qwen3_5_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
+    """As `qwen3_5`, with two of eight experts for each token, and one for all tokens."""
+    text = {**MIXTURE, "shared_expert_intermediate_size": 64, **dict(text)}
+    kind = (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration)
+    return qwen3_5(tokenizer, text=text, vision=vision, kind=kind)
+
+
+def internvl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, InternVLProcessor]:
+    """InternVL3.5: tiles of 56 x 56 with a thumbnail, one by one positions, Qwen3 with an untied head."""
+    text = {"model_type": "qwen3", "head_dim": 48, "tie_word_embeddings": False, **dict(text)}
+    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "attention_bias": True, "image_size": [56, 56], "initializer_range": 0.08,
+              **dict(vision)}  # fmt: skip
+    config = InternVLConfig(
+        text_config=_text(tokenizer, **text),
+        vision_config=vision,
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+    tokenizer.chat_template = INTERNVL_TEMPLATE
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(
+            size={"height": 56, "width": 56},
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        ),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(),
+        image_seq_length=4,
+        chat_template=INTERNVL_TEMPLATE,
+    )
+    model = InternVLForConditionalGeneration(config)
+    embeddings = model.model.vision_tower.embeddings
+    for zero in (embeddings.cls_token, embeddings.position_embeddings):
+        torch.nn.init.normal_(zero, std=0.08)
+    return model, processor
+
+
+BUILDERS = {
+    "gemma4": gemma4,
+    "gemma4_moe": gemma4_moe,
+    "internvl": internvl,
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+}
+UNPROVEN = {"qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe}
+NAMED_TOKENS = {"internvl": INTERNVL_TOKENS}
 
 
 def build(family: str, folder: Path, **parts: object) -> Path:
     """Write a random model of the family in Hugging Face format; `text` and `vision` change its shape."""
     torch.manual_seed(1)
-    model, processor = BUILDERS[family](build_tokenizer(tiny_model.corpus(50)), **parts)
+    tokenizer = build_tokenizer(tiny_model.corpus(50), **NAMED_TOKENS.get(family, {}))
+    model, processor = (BUILDERS | UNPROVEN)[family](tokenizer, **parts)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

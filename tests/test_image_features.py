@@ -1,5 +1,7 @@
 """A frozen vision tower runs once a step: logprobs and gradients to the bit, and how often it ran."""
 
+import math
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -24,7 +26,7 @@ from rlcs.train.trainer import Trainer
 from test_policy import gradients
 from test_train import group_of
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl")
 ALL = ("vision_tower", "merger")
 SIZES = ((224, 168), (56, 84))
 """The first has several windows of attention, which Qwen2.5-VL computes in another order."""
@@ -54,7 +56,9 @@ def tower_runs(*models):
     """Counts how often the towers of models run, and with how many patches in all."""
     runs = []
     hooks = [
-        vlm.model.base_model.visual.patch_embed.register_forward_hook(lambda m, x, y: runs.append(len(y)))
+        next(
+            module for module in vlm.model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)
+        ).register_forward_hook(lambda m, x, y: runs.append(len(y)))
         for vlm in models
     ]
     yield runs
@@ -84,7 +88,8 @@ def test_kept_features_change_no_bit_of_logprobs_and_gradients(folder, frozen, l
             assert got.keys() == wanted.keys()
             assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     assert len(runs) == 1
-    assert any("merger" in name for name in wanted) == (frozen == ("vision_tower",))
+    merger = vlm.family.merger
+    assert any(re.search(merger, name) for name in wanted) == (frozen == ("vision_tower",))
 
 
 def test_a_tower_that_trains_runs_in_every_pass(folder):
@@ -92,7 +97,8 @@ def test_a_tower_that_trains_runs_in_every_pass(folder):
     kept = pack(trees_of(chat), chat.patches, keeps_features=True)
     with tower_runs(vlm) as runs:
         for _ in range(2):
-            assert any("visual.blocks" in name for name in gradients(vlm, score(vlm, kept).logprobs.sum()))
+            found = gradients(vlm, score(vlm, kept).logprobs.sum())
+            assert any(re.search(vlm.family.vision_tower, name) for name in found)
     assert len(runs) == 2 and not kept.kept
     assert affordable_patches(vlm, 1 << 30) == 0
 
@@ -138,14 +144,15 @@ def test_the_tower_runs_once_for_each_image_of_a_step(folder):
 
 def test_no_more_than_the_bound_is_kept(folder):
     vlm, chat = prepared(folder, ("vision_tower",))
-    [(_, height, width)] = chat.prompt(make_problem("a")).grids
+    [grid] = chat.prompt(make_problem("a")).grids
+    patches = math.prod(grid)
     a_patch = next(n for n in range(1, 1 << 20) if affordable_patches(vlm, n) == 1)
     kept = pack([Tree(prompt=chat.prompt(make_problem("a")), branches=())], chat.patches, keeps_features=True)
     score(vlm, kept)
     [(*_, inputs)] = kept.kept.values()
-    assert sum(tensor.nbytes for tensor in inputs) == a_patch * height * width
-    assert kept_patches([kept, pack(trees_of(chat), chat.patches)]) == height * width
-    three = 3 * a_patch * height * width
+    assert sum(tensor.nbytes for tensor in inputs) == a_patch * patches
+    assert kept_patches([kept, pack(trees_of(chat), chat.patches)]) == patches
+    three = 3 * a_patch * patches
     _, runs = learnt(folder, feature_bytes=three)
     assert len(runs) == 3 * 1 + 1 * 3
     _, runs = learnt(folder, feature_bytes=three - 1)

@@ -79,12 +79,12 @@ def corpus(size: int = 1200) -> Iterator[str]:
 
 
 def build_tokenizer(
-    texts: Iterable[str], vocabulary: int = 600, template: str = CHAT_TEMPLATE
+    texts: Iterable[str], vocabulary: int = 600, template: str = CHAT_TEMPLATE, **named: str
 ) -> Qwen2Tokenizer:
     """A byte-level BPE in Qwen's own form (digits one by one), learned from `texts`.
 
     At most `vocabulary` tokens, fewer when every word of the texts is a token before that;
-    Qwen's special tokens come after them.
+    Qwen's special tokens come after them, then those that are attributes of the tokenizer by `named`.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -98,12 +98,13 @@ def build_tokenizer(
     learned = json.loads(learner.to_str())["model"]
     words = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
     tokenizer = Qwen2Tokenizer(
-        vocab={word: i for i, word in enumerate((*words, *SPECIAL))},
+        vocab={word: i for i, word in enumerate((*words, *SPECIAL, *named.values()))},
         merges=[tuple(pair) for pair in learned["merges"]],
         eos_token=_END,
         pad_token=_PAD,
         additional_special_tokens=list(SPECIAL),
         model_max_length=4096,
+        **named,
     )
     tokenizer.chat_template = template
     return tokenizer

@@ -165,7 +165,7 @@ class Chat:
 
         What an assistant wrote is tokenised apart from the role before it, as when it was sampled.
         """
-        roles, after_turn = self._format.roles, self._format.after_turn
+        roles, after_turn, after_image = self._format.roles, self._format.after_turn, self._format.after_image
         yield from ((index, False) for index in self._opening)
         for message in messages:
             is_reply = message.role == "assistant" and bool(message.parts)
@@ -173,7 +173,7 @@ class Chat:
             parts: list[Segment] = []
             for part in message.parts:
                 if isinstance(part, ImageRef):
-                    parts += [self._image_start, part, self._image_end]
+                    parts += [self._image_start, part, self._image_end, after_image]
                 else:
                     parts.append(part.strip() if self._format.strips else part)
             if is_reply:
@@ -239,6 +239,10 @@ class Chat:
     def resized(self, ref: ImageRef) -> "Image":
         """One image in the size in which the model sees it: for vLLM, whose processor leaves it as it is."""
         return self._images.resized(ref)
+
+    def picture(self, ref: ImageRef) -> "Image":
+        """All pixels of one image that the model sees, for people."""
+        return self._images.picture(ref)
 
     def prepare(self, refs: Iterable[ImageRef]) -> None:
         """Begin to decode images that are used soon, in this order, in worker threads."""

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from rlcs.model.packing import Pack
 from rlcs.model.vlm import Vlm
 
+Kept = tuple[type, list[int] | None, Tensor, list[Tensor]]
+"""The type of the model's vision output, tokens of each image (None: it has those of all images together),
+their order, and the mergers' inputs."""
+
 
 def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
     """The vision inputs of the model's forward: every image once. Raises ImageError."""
@@ -30,9 +34,11 @@ def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
 
 def affordable_patches(vlm: Vlm, limit_bytes: int) -> int:
     """Patches for which the output of a frozen tower takes at most so many bytes; 0 if it trains."""
-    if vlm.frozen_tower is None or not vlm.family.mergers(vlm.model):
+    mergers = vlm.family.mergers(vlm.model)
+    if vlm.frozen_tower is None or not mergers:
         return 0
-    return int(limit_bytes // (vlm.family.merged_numbers(vlm.model) * vlm.model.dtype.itemsize))
+    values = vlm.family.tower_width(vlm.model) * len(mergers)
+    return int(limit_bytes // (values * vlm.model.dtype.itemsize))
 
 
 def kept_patches(packs: Iterable[Pack]) -> int:
@@ -47,8 +53,8 @@ def _vision_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _tower_output(vlm: Vlm, pack: Pack) -> tuple[type, list[int], Tensor, list[Tensor]]:
-    """The type of the model's vision output, tokens of each image, their order, and the mergers' inputs.
+def _tower_output(vlm: Vlm, pack: Pack) -> Kept:
+    """What is kept of a pass through the tower.
 
     The order is found by letting the merger return the numbers of its rows: a tower with windows sorts them.
     """
@@ -68,13 +74,17 @@ def _tower_output(vlm: Vlm, pack: Pack) -> tuple[type, list[int], Tensor, list[T
     finally:
         for hook in hooks:
             hook.remove()
-    order = torch.cat(output.pooler_output)[:, 0]
-    sizes = [len(part) for part in output.pooler_output]
+    together = isinstance(output.pooler_output, Tensor)
+    parts = [output.pooler_output] if together else output.pooler_output
+    sizes = None if together else [len(part) for part in parts]
+    order = torch.cat(parts)[:, 0]
     return type(output), sizes, order, [inputs[merger] for merger in mergers]
 
 
-def _merged(vlm: Vlm, kept: tuple[type, list[int], Tensor, list[Tensor]]) -> Any:
+def _merged(vlm: Vlm, kept: Kept) -> Any:
     kind, sizes, order, inputs = kept
     first, *deeper = (merger(x) for merger, x in zip(vlm.family.mergers(vlm.model), inputs, strict=True))
+    if sizes is None:
+        return kind(pooler_output=first[order])
     more = {"deepstack_features": [features.split(sizes) for features in deeper]} if deeper else {}
     return kind(pooler_output=first[order].split(sizes), **more)

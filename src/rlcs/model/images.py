@@ -71,6 +71,10 @@ class ImagePipeline:
         resized = self._processing.resized(self._compact(ref), self.grid(ref))
         return open_image(ref, limit=self._decode_limit) if resized is None else resized
 
+    def picture(self, ref: ImageRef) -> Image.Image:
+        """All pixels of an image that the model sees, for people. Raises ImageError."""
+        return self._processing.picture(self._compact(ref), self.grid(ref))
+
     def require_readable(self, ref: ImageRef) -> None:
         """Decode an image unless that was done before. Raises ImageError if it is damaged."""
         if ref.sha256 not in self._readable:

@@ -24,12 +24,13 @@ from transformers import (
     AutoProcessor,
     CompressedTensorsConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from rlcs.data.hub import cache_where_unreachable
 from rlcs.distributed import ALONE, World
-from rlcs.errors import CheckpointError, ModelError, PromptError, RunFolderError, UserError
+from rlcs.errors import CheckpointError, ModelError, PromptError, RecipeError, RunFolderError, UserError
 from rlcs.model import attention
 from rlcs.model import lora as adapters
 from rlcs.model.chat import Chat, begins_with_no_thoughts, default_system, set_default_system
@@ -182,6 +183,7 @@ def load(
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, automatic if settings.dtype == "auto" else settings.dtype)
     options: dict[str, Any] = {"dtype": dtype}
+    config, processor, family = _load_description(settings)
     if four_bit:
         if world.grouped:
             raise UserError(
@@ -189,9 +191,7 @@ def load(
                 where="lora.four_bit",
                 fix="start without `torchrun`, or set lora.four_bit=false",
             )
-        options |= adapters.four_bit(dtype, device)
-    config, processor = _load_description(settings)
-    family = family_of(config.model_type, settings.name)
+        options |= adapters.four_bit(dtype, device, experts=family.experts is not None)
     if getattr(config, "quantization_config", {}).get("quant_method") == "compressed-tensors":
         if find_spec("compressed_tensors") is None:
             what, fix = "the model is quantised", "pip install 'rlcs[quantise]'"
@@ -201,7 +201,7 @@ def load(
     with _model_errors(settings):
         source = _source(settings)
         if weights and world.rank == 0:
-            model = AutoModelForImageTextToText.from_pretrained(**source, **options)
+            model = AutoModelForImageTextToText.from_pretrained(**source, config=config, **options)
         else:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(
@@ -217,9 +217,22 @@ def load(
         family=family,
         attention=settings.attention,
         fused_loss=settings.fused_loss,
+        router_loss=_router_loss(settings, family, config),
         device=device,
         world=world,
     )
+
+
+def _router_loss(settings: ModelSettings, family: Family, config: Any) -> float:
+    """The weight of the loss that balances experts. Raises UserError for a weight without experts."""
+    if family.router is None:
+        if settings.router_loss:
+            what = f"models of type {family.model_type} have no experts to balance"
+            raise UserError(what, where="model.router_loss", fix="leave it out")
+        return 0.0
+    text = config.get_text_config()
+    own = text.router_aux_loss_coef if text.output_router_logits else 0.0
+    return float(own if settings.router_loss is None else settings.router_loss)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -255,7 +268,13 @@ def require_unsharded(settings: Parallel) -> None:
 
 
 def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
-    """Freeze the named parts (`vision_tower`, `merger`, `language_model`) and unfreeze all others."""
+    """Freeze the named parts of `Family`, and unfreeze all others.
+
+    Raises RecipeError for experts or a router that the model does not have.
+    """
+    if missing := [part for part in parts if getattr(vlm.family, part) is None]:
+        fix = f"leave {' and '.join(missing)} out: models of type {vlm.family.model_type} are no mixtures"
+        raise RecipeError(f"the model has no {' and no '.join(missing)}", where="freeze", fix=fix)
     patterns = [re.compile(getattr(vlm.family, part)) for part in parts]
     patterns += [re.compile(vlm.family.unused)] if vlm.family.unused else []
     for name, parameter in vlm.model.named_parameters():
@@ -266,7 +285,9 @@ def prepare(vlm: Vlm, lora: Lora, frozen: Sequence[str], *, seed: int) -> Vlm:
     """Prepare a model for a training stage: freeze parts, or freeze everything and add adapters."""
     if lora.rank:
         parts = [getattr(vlm.family, part) for part in lora.parts if part not in frozen]
-        vlm = replace(vlm, adapter=adapters.attach(vlm.model, lora, parts, seed=seed))
+        vlm = replace(
+            vlm, adapter=adapters.attach(vlm.model, lora, parts, router=vlm.family.router, seed=seed)
+        )
     else:
         freeze(vlm, frozen)
     trains = any(re.search(vlm.family.vision_tower, name) for name, _ in vlm.parameters())
@@ -285,7 +306,9 @@ def make_chat(
     The pixel bounds and the system prompt are set on the processor too, so that they are saved with the
     model.
     """
-    return _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
+    chat = _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
+    vlm.family.note_bounds(vlm.model.config, vlm.processor)
+    return chat
 
 
 def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: bool = False) -> Chat:
@@ -293,8 +316,15 @@ def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: boo
 
     Raises ModelError.
     """
-    config, processor = _load_description(model)
-    return _chat(processor, family_of(config.model_type, model.name), prompts, images, rl=rl)
+    _, processor, family = _load_description(model)
+    return _chat(processor, family, prompts, images, rl=rl)
+
+
+def load_config(name: str) -> Any:
+    """Load the configuration of the model behind a name, as `resolve` knows them. Raises ModelError."""
+    settings = ModelSettings(name=name)
+    with _model_errors(settings):
+        return AutoConfig.from_pretrained(**_source(settings))
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
@@ -311,11 +341,15 @@ def _source(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _load_description(settings: ModelSettings) -> tuple[Any, Any]:
-    """Load the configuration and processor of a model. Raises ModelError."""
+def _load_description(settings: ModelSettings) -> tuple[Any, Any, Family]:
+    """Load the configuration and processor of a model, and find its family. Raises ModelError."""
     with _model_errors(settings):
         source = _source(settings)
-        return AutoConfig.from_pretrained(**source), AutoProcessor.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source)
+        family = family_of(config.model_type, settings.name)
+        written, _ = PreTrainedConfig.get_config_dict(**source)
+        family.complete(config, written, f"model.name={settings.name}")
+        return config, AutoProcessor.from_pretrained(**source), family
 
 
 @contextmanager

@@ -23,20 +23,34 @@ from rlcs.recipe.execution import Lora
 if TYPE_CHECKING:
     from peft import PeftModel
 
-KEPT_WHOLE = ["visual", "lm_head"]
+KEPT_WHOLE = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]
 """Modules that QLoRA does not quantise: they are small, and quantising them costs the most accuracy."""
 
 
-def attach(model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, seed: int) -> "PeftModel":
+def attach(
+    model: PreTrainedModel, settings: Lora, parts: Sequence[str], *, router: str | None = None, seed: int
+) -> "PeftModel":
     """Put adapters into the linear layers below `parts` (patterns on names); nothing else trains then.
 
-    A new adapter adds zero. Raises RecipeError if `settings.targets` matches no layer.
+    A new adapter adds zero. Of a mixture of experts the `router` (a pattern, too) and the experts,
+    whose weights lie in one tensor, get none. Raises RecipeError if `settings.targets` matches no
+    layer, or experts.
     """
     import peft
     from peft.tuners.lora import LoraLayer
 
+    experts = {name.rpartition(".")[2] for name, _ in model.named_parameters() if ".experts." in name}
+    if refused := sorted(experts & set(settings.targets)):
+        raise RecipeError(
+            f"{' and '.join(refused)}: experts get no adapters",
+            where="lora.targets",
+            fix="leave them out, and they stay as they are; or set lora.rank=0, which trains them whole",
+        )
+    left_out = f"lm_head|{router}" if router else "lm_head"
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    inside = [n for n in linear if any(re.search(part, f"{n}.") for part in parts) and "lm_head" not in n]
+    inside = [
+        n for n in linear if any(re.search(p, f"{n}.") for p in parts) and not re.search(left_out, f"{n}.")
+    ]
     targets = [n for n in inside if not settings.targets or n.rpartition(".")[2] in settings.targets]
     if not targets:
         raise RecipeError(
@@ -80,8 +94,14 @@ class AdapterMatrix(nn.Module):
         return nn.functional.linear(rows, self.weight.to(rows.dtype))
 
 
-def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` to load a model in 4 bits. Raises RecipeError without bitsandbytes."""
+def four_bit(dtype: torch.dtype, device: torch.device, *, experts: bool = False) -> dict[str, Any]:
+    """Arguments of `from_pretrained` to load a model in 4 bits.
+
+    Raises RecipeError without bitsandbytes, and for a model with experts.
+    """
+    if experts:
+        what = "of a mixture of experts nearly all weights would stay whole: its experts are no linear layers"
+        raise RecipeError(what, where="lora.four_bit", fix="set lora.four_bit=false")
     if find_spec("bitsandbytes") is None:
         raise RecipeError(
             "4-bit weights need the package bitsandbytes",

@@ -1,9 +1,11 @@
-"""How pixels become the patches of a vision tower: its protocol, and the flat patches of Qwen-VL models.
+"""How pixels become what a vision tower takes: the protocol, flat patches (Qwen-VL) and tiles (InternVL).
 
-Patches are kept as 8-bit values of one frame, an eighth of what the tower takes: fp32, normalised, and
-repeated for the frames of a video. Letters in shapes: N patches, C channels, P patch side, H and W pixels.
+Pixels are kept as 8-bit values, a quarter of what the tower takes: fp32, normalised; in Qwen-VL an eighth,
+where patches are repeated for the frames of a video. Letters in shapes: N patches, T tiles, C channels, P
+patch side, S tile side, H and W pixels.
 """
 
+from math import isqrt
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,12 +14,17 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 from transformers.image_utils import pil_torch_interpolation_mapping
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from rlcs.errors import ImageError, ModelError
 
 Grid = tuple[int, int, int]
 """Frames (or tiles), height and width of an image in patches."""
+PROBE = (75, 58)
+"""Width and height of the image by which a processor is compared with our arithmetic."""
+_TILED_PROBE = (116, 58)
+"""The same for tiles: it has two of them, and a thumbnail."""
 
 
 class ImageProcessing(Protocol):
@@ -44,9 +51,31 @@ class ImageProcessing(Protocol):
         """What the vision tower takes for 8-bit patches of a grid, on their device."""
         ...
 
+    def picture(self, compact: Tensor, grid: Grid) -> Image.Image:
+        """All pixels that the model sees, for people: tiles side by side."""
+        ...
+
     def resized(self, compact: Tensor, grid: Grid) -> Image.Image | None:
         """The image of which the processor makes these patches again; None where there is no such image."""
         ...
+
+
+class Normalised:
+    """Makes fp32 of 8-bit values, normalised in the order of transformers' image processors."""
+
+    def __init__(self, processor: Any) -> None:
+        """`processor` is an image processor of transformers."""
+        scale = 1.0 / processor.rescale_factor
+        self._mean, self._std = (
+            (torch.tensor(of_channels) * scale)[:, None]
+            for of_channels in (processor.image_mean, processor.image_std)
+        )
+        self.channels = len(self._mean)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The same of values (..., C, n), on their device."""
+        mean, std = self._mean.to(values.device), self._std.to(values.device)
+        return values.to(torch.float32).sub_(mean).div_(std)
 
 
 class FlatPatches:
@@ -59,11 +88,7 @@ class FlatPatches:
         self._frames = int(processor.temporal_patch_size)
         self._bounds = int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
         self._interpolation = pil_torch_interpolation_mapping[processor.resample]
-        scale = 1.0 / processor.rescale_factor
-        self._mean, self._std = (
-            (torch.tensor(of_channels) * scale)[:, None]
-            for of_channels in (processor.image_mean, processor.image_std)
-        )
+        self._normalised = Normalised(processor)
         self._compare(processor)
 
     def grid(self, height: int, width: int, *, where: str) -> Grid:
@@ -82,7 +107,7 @@ class FlatPatches:
     def compact_bytes(self, grid: Grid) -> int:
         """See `ImageProcessing`."""
         _, height, width = grid
-        return height * width * len(self._mean) * self._side**2
+        return height * width * self._normalised.channels * self._side**2
 
     def cut(self, pixels: Any, grid: Grid) -> Tensor:
         """To patches (N, C x P x P)."""
@@ -94,10 +119,13 @@ class FlatPatches:
 
     def expanded(self, compact: Tensor, grid: Grid) -> Tensor:
         """To patches (N, C x frames x P x P): fp32, normalised in the processor's order."""
-        device = compact.device
-        values: Tensor = compact.unflatten(1, (len(self._mean), -1)).to(torch.float32)
-        values = values.sub_(self._mean.to(device)).div_(self._std.to(device))
+        values = self._normalised(compact.unflatten(1, (self._normalised.channels, -1)))
         return values.unsqueeze(2).expand(-1, -1, self._frames, -1).flatten(1)
+
+    def picture(self, compact: Tensor, grid: Grid) -> Image.Image:
+        """See `ImageProcessing`."""
+        height, width = (side * self._side for side in grid[1:])
+        return Image.fromarray(_image_of(compact, height, width, self._side, self.merge_size).numpy())
 
     def resized(self, compact: Tensor, grid: Grid) -> Image.Image | None:
         """None for a few extreme shapes, which would be resized a second time."""
@@ -107,11 +135,11 @@ class FlatPatches:
                 return None
         except ImageError:
             return None
-        return Image.fromarray(_image_of(compact, height, width, self._side, self.merge_size).numpy())
+        return self.picture(compact, grid)
 
     def _compare(self, processor: Any) -> None:
         """Raise ModelError unless our patches of a small image are those of the processor."""
-        pixels = probe()
+        pixels = probe(*PROBE)
         expected = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
         grid = self.grid(*pixels.shape[:2], where="")
         same_grid = expected["image_grid_thw"].tolist() == [list(grid)]
@@ -121,9 +149,80 @@ class FlatPatches:
             raise other_patches(processor)
 
 
-def probe() -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """The pixels (H, W, C) of the image by which a processor is compared with our arithmetic."""
-    width, height = 75, 58
+class Tiles:
+    """Tiles of InternVL models: an image is resized to rows and columns of square tiles of one size.
+
+    Of all arrangements within the processor's bounds it takes the one whose shape is nearest to the image's.
+    Where there are several tiles, the whole image is one more, the thumbnail. A grid is (T, rows, columns of
+    patches in a tile).
+    """
+
+    merge_size = 2
+
+    def __init__(self, processor: Any) -> None:
+        """`processor` is the family's whole processor. Raises ModelError where our tiles differ from its."""
+        images = processor.image_processor
+        self._side = int(images.size["height"])
+        self._cells = self.merge_size * isqrt(processor.image_seq_length)
+        self._bounds = int(images.min_patches), int(images.max_patches)
+        self._interpolation = pil_torch_interpolation_mapping[images.resample]
+        self._normalised = Normalised(images)
+        self._compare(processor)
+
+    def grid(self, height: int, width: int, *, where: str) -> Grid:
+        """See `ImageProcessing`."""
+        rows, columns = self._arrangement(height, width)
+        return rows * columns + (rows * columns > 1), self._cells, self._cells
+
+    def compact_bytes(self, grid: Grid) -> int:
+        """See `ImageProcessing`."""
+        return grid[0] * self._normalised.channels * self._side**2
+
+    def cut(self, pixels: Any, grid: Grid) -> Tensor:
+        """To tiles (T, C, S, S), row by row, the thumbnail last."""
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)
+        rows, columns = self._arrangement(*planes.shape[1:])
+        blocks = self._resize(planes, rows, columns)
+        blocks = blocks.unflatten(2, (columns, self._side)).unflatten(1, (rows, self._side))
+        tiles = blocks.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1, self._side, self._side)
+        return torch.cat([tiles, self._resize(planes, 1, 1)[None]]) if len(tiles) > 1 else tiles
+
+    def expanded(self, compact: Tensor, grid: Grid) -> Tensor:
+        """To tiles (T, C, S, S): fp32, normalised in the processor's order."""
+        return self._normalised(compact.flatten(2)).view_as(compact)
+
+    def picture(self, compact: Tensor, grid: Grid) -> Image.Image:
+        """See `ImageProcessing`."""
+        return Image.fromarray(compact.permute(2, 0, 3, 1).flatten(1, 2).numpy())
+
+    def resized(self, compact: Tensor, grid: Grid) -> Image.Image | None:
+        """None: tiles and thumbnail come from the image as it is."""
+        return None
+
+    def _arrangement(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        tile = (self._side, self._side)
+        columns, rows = get_optimal_tiled_canvas((height, width), tile, *self._bounds)
+        return rows, columns
+
+    def _resize(self, planes: Tensor, rows: int, columns: int) -> Tensor:
+        size = [rows * self._side, columns * self._side]
+        resized: Tensor = functional.resize(planes, size, interpolation=self._interpolation, antialias=True)
+        return resized
+
+    def _compare(self, processor: Any) -> None:
+        """Raise ModelError unless our tiles of a small image are those of the processor."""
+        pixels = probe(*_TILED_PROBE)
+        image = Image.fromarray(pixels)
+        expected = processor(images=[image], text=processor.image_token, return_tensors="pt")["pixel_values"]
+        grid = self.grid(*pixels.shape[:2], where="")
+        ours = self.expanded(self.cut(pixels, grid), grid)
+        if len(ours) != grid[0] or not torch.equal(ours, expected):
+            raise other_patches(processor.image_processor)
+
+
+def probe(width: int, height: int) -> Any:
+    """Pixels (H, W, C) by which a processor is compared with our arithmetic."""
     return (np.arange(3 * width * height) * 7 % 256).astype(np.uint8).reshape(height, width, 3)
 
 

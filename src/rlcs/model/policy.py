@@ -5,6 +5,7 @@ a target only, in chunks that are recomputed in the backward pass, never for the
 all at once. Letters in shapes: L tokens, N target tokens, C hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlcs.model import attention
+from rlcs.model.experts import Routing, load_balance, replay
 from rlcs.model.image_features import image_inputs
 from rlcs.model.linear_logprobs import linear_logprobs
 from rlcs.model.packing import Pack
@@ -24,16 +26,20 @@ LOGIT_CHUNK = 1 << 26
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """Logprobs (N,) of every target token under the policy, and entropies (N,) without gradient."""
+    """Logprobs (N,) of every target token under the policy, and entropies (N,) without gradient.
+
+    `router_loss` (N,) is that of the token's tree (`experts.load_balance`) times its weight, if it has one.
+    """
 
     logprobs: Tensor
     entropy: Tensor
+    router_loss: Tensor | None = None
 
 
 def hidden_states(vlm: Vlm, ids: Tensor, positions: Tensor, *, plan: attention.Plan, **images: Any) -> Tensor:
     """Compute the last hidden states (L, C) of one flat sequence with the model's public forward.
 
-    ids (L,), positions (3, L); `images` are those of `image_inputs`.
+    ids (L,), positions (3, L); `images` are those of `image_inputs`, and `routing` of a mixture of experts.
     """
     output = vlm.model.base_model(
         input_ids=ids[None],
@@ -46,14 +52,33 @@ def hidden_states(vlm: Vlm, ids: Tensor, positions: Tensor, *, plan: attention.P
     return states
 
 
-def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0) -> Scores:
-    """Compute logprobs and entropies of all branch tokens of a pack, at a sampling temperature."""
+def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0, routing: Routing | None = None) -> Scores:
+    """Compute logprobs and entropies of all branch tokens of a pack, at a sampling temperature.
+
+    In a mixture of experts `routing` replays and records what computes which token; None: the pack's experts
+    are replayed, where it has them.
+    """
+    if routing is None and pack.routes is not None:
+        routing = replay(vlm.model, pack.routes)
     pack = pack.to(vlm.device)
     plan = attention.make_plan(vlm.attention, pack.layout, vlm.device)
+    balances = bool(vlm.router_loss) and torch.is_grad_enabled()
+    if routing is None and balances:
+        routing = Routing()
+    routed = {} if routing is None else {"routing": routing}
 
-    def work() -> tuple[Tensor, Tensor]:
-        states = hidden_states(vlm, pack.ids, pack.positions, plan=plan, **image_inputs(vlm, pack))
-        head: Any = vlm.model.get_output_embeddings()
+    def work() -> tuple[Tensor, ...]:
+        images = image_inputs(vlm, pack)
+        states = hidden_states(vlm, pack.ids, pack.positions, plan=plan, **routed, **images)
+        found = logprobs(states)
+        if not balances:
+            return found
+        assert routing is not None
+        losses, tree = load_balance(routing, pack.layout)
+        return *found, vlm.router_loss * losses[tree[pack.predictors]]
+
+    def logprobs(states: Tensor) -> tuple[Tensor, Tensor]:
+        head = vlm.model.get_output_embeddings()
         chunk = max(1, LOGIT_CHUNK // head.weight.shape[0])
         if vlm.fused_loss:
             assert getattr(head, "bias", None) is None, "no family's head has a bias"
@@ -66,17 +91,19 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0) -> Scores:
                 rows=chunk,
             )
         parts = [
-            checkpoint(_score_chunk, states[rows], targets, vlm, temperature, use_reentrant=False)
+            checkpoint(_score_chunk, states[rows], targets, vlm.logits, temperature, use_reentrant=False)
             for rows, targets in zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True)
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    logprobs, entropy = vlm.run(work)
-    return Scores(logprobs=logprobs, entropy=entropy)
+    chosen, entropy, *rest = vlm.run(work)
+    return Scores(logprobs=chosen, entropy=entropy, router_loss=rest[0] if rest else None)
 
 
-def _score_chunk(states: Tensor, targets: Tensor, vlm: Vlm, temperature: float) -> tuple[Tensor, Tensor]:
-    log_probs = torch.log_softmax(vlm.logits(states).float() / temperature, dim=-1)
+def _score_chunk(
+    states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], temperature: float
+) -> tuple[Tensor, Tensor]:
+    log_probs = torch.log_softmax(head(states).float() / temperature, dim=-1)
     chosen = log_probs.gather(1, targets[:, None])[:, 0]
     with torch.no_grad():
         entropy = -(log_probs.exp() * log_probs).sum(-1)

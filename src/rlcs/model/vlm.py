@@ -37,7 +37,7 @@ class Vlm:
     `adapter` is peft's model object for the low-rank layers inside `model`, if those train; `reference_mode`
     scores without them: the reference of GRPO. `frozen_tower` stands for the weights of a vision tower that
     does not train, and is the same object in a copy of the model; None: it trains. `fused_loss`: logprobs are
-    computed by `linear_logprobs`.
+    computed by `linear_logprobs`. `router_loss` is the weight of a mixture's load balancing loss; 0: none.
     """
 
     model: PreTrainedModel
@@ -49,6 +49,7 @@ class Vlm:
     reference_mode: bool = False
     frozen_tower: object | None = None
     fused_loss: bool = False
+    router_loss: float = 0.0
     world: World = ALONE
     fsdp_root: ShardedModel | None = None
 

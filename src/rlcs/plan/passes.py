@@ -18,7 +18,7 @@ from rlcs.plan.placement import Placement, adapter_parameters
 from rlcs.plan.rates import LINK, NETWORK, NODE, Speeds
 from rlcs.plan.work import Trees, language, vision
 from rlcs.recipe.schema import Images
-from rlcs.recipe.section import Part
+from rlcs.recipe.section import FrozenPart
 from rlcs.recipe.stages import Grpo
 
 
@@ -68,7 +68,7 @@ class Traffic:
 NO_TRAFFIC = Traffic(total=0.0, exposed=0.0)
 
 
-def trained_numbers(place: Placement, frozen: Collection[Part]) -> int:
+def trained_numbers(place: Placement, frozen: Collection[FrozenPart]) -> int:
     """The numbers that train: adapters, or the weights of all parts but the frozen ones."""
     trains = place.trains(frozen)
     if place.lora.rank:
@@ -76,7 +76,7 @@ def trained_numbers(place: Placement, frozen: Collection[Part]) -> int:
     return sum(place.sizes.parameters[part] for part in trains)
 
 
-def update_times(place: Placement, frozen: Collection[Part]) -> tuple[int, int]:
+def update_times(place: Placement, frozen: Collection[FrozenPart]) -> tuple[int, int]:
     """How often an update does the work of a forward pass, by language model and tower.
 
     Frozen parts need gradients of activations only; a frozen tower, which comes first, needs none.
@@ -87,7 +87,7 @@ def update_times(place: Placement, frozen: Collection[Part]) -> tuple[int, int]:
     return whole if "language_model" in trains else half, whole if "vision_tower" in trains else 1
 
 
-def recomputed_times(place: Placement, frozen: Collection[Part]) -> tuple[int, int]:
+def recomputed_times(place: Placement, frozen: Collection[FrozenPart]) -> tuple[int, int]:
     """How many of these are activations that are computed again."""
     again = int(place.checkpointing)
     return again, again if "vision_tower" in place.trains(frozen) else 0
@@ -108,7 +108,12 @@ def kept_bytes(place: Placement, grpo: Grpo, trees: Trees, images: Images) -> fl
 def _feature_bytes(place: Placement, grpo: Grpo, trees: Trees) -> int:
     """Bytes of a frozen tower's output for one device's images, as the limit counts them; 0 if used once."""
     passes = (grpo.optimizer_steps > 1 and grpo.old_logprobs == "policy") + grpo.kl.active + 1
-    if not trees.patches or passes == 1 or "vision_tower" in place.trains(grpo.freeze):
+    if (
+        not place.sizes.keeps_features
+        or not trees.patches
+        or passes == 1
+        or "vision_tower" in place.trains(grpo.freeze)
+    ):
         return 0
     tower = place.sizes.vision
     tokens = trees.patches // tower.merge**2

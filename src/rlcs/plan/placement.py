@@ -12,7 +12,7 @@ from rlcs.plan.shapes import Sizes
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Model
-from rlcs.recipe.section import Part
+from rlcs.recipe.section import FrozenPart, Part
 
 FOUR_BITS = 4.127 / 8
 """Bytes of a weight in NF4 with its constants quantised again (QLoRA, arXiv 2305.14314, section 3)."""
@@ -60,7 +60,7 @@ class Placement:
         device = self.machine.device
         return device.float32 if self.compute == FP32 else device.bfloat16
 
-    def trains(self, frozen: Collection[Part]) -> Collection[Part]:
+    def trains(self, frozen: Collection[FrozenPart]) -> Collection[Part]:
         """Parts of the model that train, whole or by adapters."""
         every: tuple[Part, ...] = ("vision_tower", "merger", "language_model")
         return [part for part in (self.lora.parts if self.lora.rank else every) if part not in frozen]

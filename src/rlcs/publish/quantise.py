@@ -43,6 +43,10 @@ def save(model: Any, form: str, out: Path) -> None:
 
     if hasattr(model.config, "quantization_config"):
         raise ModelError("the model is quantised already", where="--quantise", fix="export the whole model")
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        what = "of a mixture of experts nearly all weights would stay whole: its experts are no linear layers"
+        fix = "export the whole model, and let vLLM round it: vllm serve --quantization fp8_per_channel"
+        raise ModelError(what, where="--quantise", fix=fix)
     args = QuantizationArgs(num_bits=BITS[form], strategy="group", group_size=GROUP)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     whole = [f"re:.*{part}.*" for part in KEPT_WHOLE]

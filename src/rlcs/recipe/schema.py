@@ -37,6 +37,11 @@ class Model(Section):
     fused_loss: bool = False
     """Turn logits into their own gradients in place, and add the gradient of the head up in one tensor: less
     memory and traffic where the vocabulary is large, and results that differ by rounding."""
+    router_loss: NonNegative | None = None
+    """Weight of the loss that spreads tokens evenly over the experts of a mixture, in SFT and RL: that of the
+    models' own code, of each tree of answers, whose prompt counts once for each answer. None: as the model's
+    configuration says, `router_aux_loss_coef` where `output_router_logits` is true; published ones have it
+    false, so that there is no such loss."""
 
 
 class Prompts(Section):
@@ -56,7 +61,9 @@ class Images(Section):
     min_pixels: Positive = 3136
     """Smaller images are enlarged to this area (28 x 28 pixels make one token; 32 x 32 in Qwen3-VL)."""
     max_pixels: Positive = 1_204_224
-    """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value)."""
+    """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value). InternVL:
+    tiles of 448 x 448 pixels (256 tokens) and the thumbnail have at most this area together: 6 of them; its
+    own processor makes up to 13 (2,609,152 pixels)."""
     rl_min_pixels: Positive | None = None
     """`min_pixels` in RL only; None: the same. The paper's code enlarges to 262,144 in RL only."""
     decode_limit: Positive = 200_000_000

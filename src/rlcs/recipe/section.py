@@ -11,6 +11,8 @@ Weight = Annotated[float, Field(ge=0, le=1_000_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 Part = Literal["vision_tower", "merger", "language_model"]
+FrozenPart = Part | Literal["experts", "router"]
+"""What a stage may freeze: a part, or of a language model that is a mixture, its experts or their router."""
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlcs.recipe.judge import Judge
-from rlcs.recipe.section import NonNegative, Part, Positive, Section, Share, Weight
+from rlcs.recipe.section import FrozenPart, NonNegative, Positive, Section, Share, Weight
 
 Advantage = Literal["grpo", "dr_grpo", "rloo"]
 KlKind = Literal["none", "k1", "k2", "k3"]
@@ -49,8 +49,8 @@ class Stage(Section):
 
     optimizer: Optimizer = Optimizer()
     """Optimiser and schedule."""
-    freeze: tuple[Part, ...] = ()
-    """Parts that do not train."""
+    freeze: tuple[FrozenPart, ...] = ()
+    """Parts that do not train. In a mixture of experts also `experts`, or the `router` that chooses them."""
     pack_tokens: Positive = 8192
     """Tokens of one packed forward and backward pass; a larger tree is a pack by itself."""
     save_every: Positive = 50

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlcs.data import puzzles
-from rlcs.data.images import data_uri, encode, open_image
+from rlcs.data.images import data_uri, encode
 from rlcs.data.loading import load, require_usable
 from rlcs.data.rows import Row
 from rlcs.errors import DataError
@@ -30,17 +30,17 @@ from rlcs.train.sft import tree_of
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One example: tokens (T,) as text, their loss weights (T,), and the images as they are resized.
+    """One example: tokens (T,) as text, their loss weights (T,), and the images as the model sees them.
 
-    `cell` pixels along each side of a resized image make one token.
+    `controls` are the numbers of the tokens that are control tokens.
     """
 
     title: str
     prompt: Prompt
     tokens: tuple[str, ...]
     weights: tuple[float, ...]
+    controls: frozenset[int]
     images: tuple[Image.Image, ...]
-    cell: int
     answer: str
 
     @property
@@ -88,18 +88,14 @@ def make_view(row: Row, vlm: Vlm, chat: Chat, *, seed: int = 0, turns: Turns = "
         tree = tree_of(Demonstration(problem=row.problem, response=response, teacher=""), chat, turns=turns)
         prompt, ids = tree.prompt, tree.branches[0].ids
         weights = (tree.trunk_weights or (0.0,) * len(prompt.ids)) + tree.branches[0].weights
-    patch = vlm.processor.image_processor.patch_size
-    images = [
-        open_image(ref).resize((width * patch, height * patch), Image.Resampling.BICUBIC)
-        for ref, (_, height, width) in zip(prompt.images, prompt.grids, strict=True)
-    ]
+    whole = (*prompt.ids, *ids)
     return View(
         title=row.problem.id,
         prompt=prompt,
-        tokens=tuple(chat.token(i) for i in (*prompt.ids, *ids)),
+        tokens=tuple(map(chat.token, whole)),
         weights=weights,
-        images=tuple(images),
-        cell=patch * prompt.merge_size,
+        controls=frozenset(at for at, index in enumerate(whole) if not chat.token_bytes(index)),
+        images=tuple(map(chat.picture, prompt.images)),
         answer=row.problem.answer,
     )
 
@@ -112,13 +108,14 @@ def pieces(view: View) -> list[tuple[str, str]]:
     while at < len(view.tokens):
         if at in starts:
             end, number = starts[at]
-            _, height, width = view.prompt.grids[number]
+            tiles, height, width = view.prompt.grids[number]
             rows, columns = height // view.prompt.merge_size, width // view.prompt.merge_size
-            shown.append(("image", f"[image {number + 1}: {rows} x {columns} = {end - at} tokens]"))
+            shape = f"{tiles} tiles of {rows} x {columns}" if tiles > 1 else f"{rows} x {columns}"
+            shown.append(("image", f"[image {number + 1}: {shape} = {end - at} tokens]"))
             at = end
             continue
         token = view.tokens[at]
-        kind = "loss" if view.weights[at] else "control" if token.startswith("<|") else "text"
+        kind = "loss" if view.weights[at] else "control" if at in view.controls else "text"
         shown.append((kind, token))
         at += 1
     return shown
@@ -159,14 +156,17 @@ def _rgb(pixel: object) -> str:
 
 
 def write_html(view: View, path: Path) -> None:
-    """Write one self-contained page: the resized images under their token grid, and every token."""
-    images = [_grid_uri(image, view.cell) for image in view.images]
+    """Write one self-contained page: the images under their token grid, and every token."""
+    images = [
+        _grid_uri(image, image.height * view.prompt.merge_size // height)
+        for image, (_, height, _) in zip(view.images, view.prompt.grids, strict=True)
+    ]
     template = templates().get_template("preview.html.j2")
     write_page(path, template.render(view=view, images=images, pieces=pieces(view)))
 
 
 def _grid_uri(image: Image.Image, cell: int) -> str:
-    """The image, four times as large, with a line between tokens, as a data URI."""
+    """The image, four times as large, with lines between tokens (of `cell` pixels a side), as a data URI."""
     zoom = 4
     large = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(large)

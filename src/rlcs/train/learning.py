@@ -46,9 +46,9 @@ class Learner:
     packs of all shares get theirs as they fill, and the first share is learnt from, but the weights change
     when all groups have come.
 
-    Without a KL penalty a group whose rewards are all equal has a gradient of exactly zero: it is not
-    computed, but its tokens still count in the mean (not in `micro_batch`, whose mean is of each
-    computed pack).
+    Without a KL penalty and a router loss, a group whose rewards are all equal has a gradient of exactly
+    zero: it is not computed, but its tokens still count in the mean (not in `micro_batch`, whose mean is of
+    each computed pack).
     """
 
     def __init__(self, trainer: Trainer, context: GrpoContext, settings: Grpo, clock: Clock) -> None:
@@ -73,7 +73,8 @@ class Learner:
         for place, group in placed:
             share = self._shares[place // self._size]
             share.missing -= 1
-            known_zero = zero_variance(group) and not self._settings.kl.active
+            other_losses = self._settings.kl.active or bool(self._context.vlm.router_loss)
+            known_zero = zero_variance(group) and not other_losses
             (share.zero_grad if known_zero else share.trees).append(tree_of(group))
 
     def advance(self) -> None:
@@ -179,7 +180,8 @@ def with_logprobs(
         elif settings.old_logprobs == "sampler":
             old = [pack.sampler_logprobs for pack in packs]
     if context.reference is not None:
-        reference = logprobs_of(context.reference, packs, temperature=settings.temperature)
+        own = [replace(pack, routes=None) for pack in packs]  # it is a policy of its own, router included
+        reference = logprobs_of(context.reference, own, temperature=settings.temperature)
     return [
         Batch(pack=p, old_logprobs=o, ref_logprobs=r) for p, o, r in zip(packs, old, reference, strict=True)
     ]
@@ -203,6 +205,7 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
             advantages=batch.pack.weights.to(device),
             sequence=batch.pack.sequence.to(device),
             ref_logprobs=batch.ref_logprobs,
+            router_loss=scores.router_loss,
             importance=None if sampler is None or cap is None else truncated_importance(old, sampler, cap),
         )
         sums = policy_loss(inputs, settings)

@@ -85,6 +85,7 @@ class LossInputs:
     `sequence` is the index 0..S-1 of the branch that each token belongs to; a branch is never
     split over packs. With one optimiser step a rollout, `old_logprobs` is `logprobs.detach()`.
     `importance` weighs the policy term of each token (see `truncated_importance`); None: all alike.
+    `router_loss` is added to each token's loss, if there is one.
     """
 
     logprobs: Tensor
@@ -93,11 +94,13 @@ class LossInputs:
     sequence: Tensor
     ref_logprobs: Tensor | None = None
     importance: Tensor | None = None
+    router_loss: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Require one value a token in each tensor: broadcasting would hide a mistake."""
-        optional = [tensor for tensor in (self.ref_logprobs, self.importance) if tensor is not None]
-        _require_flat(self.logprobs, self.old_logprobs, self.advantages, self.sequence, *optional)
+        optional = (self.ref_logprobs, self.importance, self.router_loss)
+        given = [tensor for tensor in optional if tensor is not None]
+        _require_flat(self.logprobs, self.old_logprobs, self.advantages, self.sequence, *given)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,8 +141,8 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
 
     Reported sums: `clip_fraction` (tokens that a bound holds: low, high or dual), `old_kl` (how far
     the policy moved from the sampling policy, k3 of new against old), `importance` where there are
-    such weights and, with reference logprobs, `kl`. Reported maximum: `ratio_max`, the largest
-    importance ratio (a whole sequence's for gspo).
+    such weights, `router_loss` where there is one, and with reference logprobs `kl`. Reported maximum:
+    `ratio_max`, the largest importance ratio (a whole sequence's for gspo).
     """
     kl = settings.kl
     if kl.active and inputs.ref_logprobs is None:
@@ -164,6 +167,9 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
         sums["kl"] = penalty.detach().sum()
         if kl.active:
             per_token = per_token + kl.coefficient * penalty
+    if inputs.router_loss is not None:
+        per_token = per_token + inputs.router_loss
+        sums["router_loss"] = inputs.router_loss.detach().sum()
     counted = torch.ones_like(inputs.sequence)
     largest = ratio.detach().max() if ratio.numel() else ratio.new_zeros(())
     return _summed(per_token, counted, inputs.sequence, settings.loss_average, sums, {"ratio_max": largest})
@@ -223,14 +229,24 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
     raise ValueError(f"KL estimator {kind!r} is none of k1, k2, k3")
 
 
-def sft_loss(logprobs: Tensor, weights: Tensor, sequence: Tensor, average: Average) -> LossSums:
+def sft_loss(
+    logprobs: Tensor,
+    weights: Tensor,
+    sequence: Tensor,
+    average: Average,
+    router_loss: Tensor | None = None,
+) -> LossSums:
     """Negative log likelihood of one pack, all (N,): the sum of -weight * logprob.
 
     `token` gives the mean over all tokens of the step, `example` the mean of each response's mean.
-    Tokens of weight 0 are not learnt and not counted.
+    Tokens of weight 0 are not learnt and not counted. `router_loss` is added to the loss of all others.
     """
-    _require_flat(logprobs, weights, sequence)
-    return _summed(-weights * logprobs, (weights != 0).long(), sequence, average, {}, {})
+    _require_flat(logprobs, weights, sequence, *([] if router_loss is None else [router_loss]))
+    counted, per_token, sums = (weights != 0).long(), -weights * logprobs, dict[str, Tensor]()
+    if router_loss is not None:
+        per_token = per_token + router_loss * counted
+        sums["router_loss"] = router_loss.detach().sum()
+    return _summed(per_token, counted, sequence, average, sums, {})
 
 
 def _summed(

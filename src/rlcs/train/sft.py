@@ -121,6 +121,6 @@ def make_objective(average: Average) -> Objective:
     def objective(batch: Batch, scores: Scores) -> LossSums:
         device = scores.logprobs.device
         weights, sequence = batch.pack.weights.to(device), batch.pack.sequence.to(device)
-        return sft_loss(scores.logprobs, weights, sequence, average)
+        return sft_loss(scores.logprobs, weights, sequence, average, scores.router_loss)
 
     return objective

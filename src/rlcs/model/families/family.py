@@ -1,13 +1,13 @@
 """What rlcs must know about a family of models: the protocol that each file of this package fulfils."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlcs.model import attention
+from rlcs.model import attention, experts
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.patches import ImageProcessing
 from rlcs.records import Positions
@@ -18,22 +18,34 @@ class Family(ABC):
 
     `model_type` is that of the configurations. The three parts are patterns on the names of parameters; each
     parameter belongs to exactly one. `default_system` is the system message that the chat template inserts
-    when there is none; None: no system turn. `unused` are parameters through which neither text nor images
-    go: they are kept as they are.
+    when there is none; None: no system turn. `vllm_marks_images`: vLLM expands an image's placeholder to its
+    tokens with those before and after them (`ChatFormat.image_start`, `image_end`), not to its own alone.
+    `unused` are parameters through which neither text nor images go: they are kept as they are.
     """
 
     model_type: str
     vision_tower: str
     merger: str
     language_model: str
+    experts: str | None = None
+    router: str | None = None
     chat_format: ChatFormat
     default_system: str | None = None
     positions: Positions = "grid"
     unused: str | None = None
+    vllm_marks_images: bool = False
+
+    def complete(self, config: Any, written: Mapping[str, Any], where: str) -> None:  # noqa: B027 - optional
+        """Correct what transformers makes of a published configuration, whose file holds what is `written`.
+
+        Raises ModelError, naming `where`, for a model of the family that is not supported.
+        """
 
     def install(self, model: PreTrainedModel) -> None:
-        """Make the layers of a model see each other by plans (see `model.attention`)."""
+        """Make the tokens of a model see each other by plans (see `model.attention`), and routers replay."""
         attention.install(model)
+        if self.router is not None:
+            experts.install(model)
 
     @abstractmethod
     def image_processing(self, processor: Any, *, min_pixels: int, max_pixels: int) -> ImageProcessing:
@@ -42,6 +54,13 @@ class Family(ABC):
         `processor` is the family's whole processor, of transformers. Raises ModelError for a processor that
         computes otherwise than we do.
         """
+
+    def pixel_bounds(self, processor: Any) -> tuple[int, int]:
+        """The bounds that a processor has: `image_processing` with these changes nothing."""
+        raise NotImplementedError
+
+    def note_bounds(self, config: Any, processor: Any) -> None:  # noqa: B027 - optional
+        """Write those of a processor's bounds into a model's configuration that vLLM reads there."""
 
     @abstractmethod
     def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
@@ -62,6 +81,6 @@ class Family(ABC):
         """
         return []
 
-    def merged_numbers(self, model: PreTrainedModel) -> float:
-        """How many numbers for each patch the mergers take; for families that have mergers."""
-        raise NotImplementedError
+    def tower_width(self, model: PreTrainedModel) -> int:
+        """Numbers by which the tower describes a patch to each of the mergers."""
+        return 0

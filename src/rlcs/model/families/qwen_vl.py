@@ -25,6 +25,11 @@ class QwenVl(Family):
         processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         return FlatPatches(processor.image_processor)
 
+    def pixel_bounds(self, processor: Any) -> tuple[int, int]:
+        """See `Family`."""
+        size = processor.image_processor.size
+        return size["shortest_edge"], size["longest_edge"]
+
     def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
         """See `Family`."""
         return {"pixel_values": torch.cat(list(patches)), "image_grid_thw": grids}
@@ -34,7 +39,7 @@ class QwenVl(Family):
         visual: Any = model.base_model.visual
         return [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
 
-    def merged_numbers(self, model: PreTrainedModel) -> float:
+    def tower_width(self, model: PreTrainedModel) -> int:
         """See `Family`."""
         visual: Any = model.base_model.visual
-        return float(visual.patch_embed.proj.out_channels * len(self.mergers(model)))
+        return int(visual.patch_embed.proj.out_channels)

@@ -1,0 +1,146 @@
+"""Families of models with a real vLLM on the CPU: rollouts, new weights, exports, chat templates.
+
+Run by `make vllm-test` with `test_vllm.py`, which says what they need. Gated delta nets are computed twice:
+in fp32 by `plain_vllm.py`, as exactly as all other families, and in bfloat16 by vLLM's own kernels.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import family_models
+from conftest import make_problem
+from rlcs.data.images import data_uri, encoded_image
+from rlcs.engines import factory
+from rlcs.engines.factory import open_engines
+from rlcs.engines.local import LocalEngine
+from rlcs.model import loading
+from rlcs.model.chat import Chat
+from rlcs.model.chat_format import ChatFormat
+from rlcs.model.vlm import Vlm
+from rlcs.pipeline.study import engine_needs
+from rlcs.publish.export import Export, export
+from rlcs.records import IMAGE_SLOT, Problem
+from test_vllm import CPU, largest_gap, perturb, program, recipe_of
+
+pytestmark = pytest.mark.skipif(program() is None, reason="no vLLM: `make vllm-test`")
+
+INTERLEAVED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
+QWEN_3 = {"head_dim": 64, "rope_parameters": INTERLEAVED | {"mrope_section": [12, 10, 10]}}
+DELTA_NETS = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+HEADS: dict[str, dict[str, Any]] = {
+    "qwen3_5": DELTA_NETS,
+    "qwen3_5_moe": DELTA_NETS,
+    "qwen3_vl": QWEN_3,
+    "qwen3_vl_moe": QWEN_3,
+    "internvl": {"head_dim": 64},
+    "gemma4": {"global_head_dim": 64},
+    "gemma4_moe": {"global_head_dim": 64},
+}
+"""Sizes that vLLM's kernels for CPUs take: multiples of 32, and 64 or 128 for both of a gated delta net."""
+
+
+FAMILIES = sorted({*family_models.BUILDERS, *family_models.UNPROVEN} - {"qwen2_vl"})
+"""All but the one that differs from the built-in model's in nothing that vLLM reads."""
+
+
+def problems_of(chat: ChatFormat) -> list[Problem]:
+    """With one image, with two, with none, and with what looks like a placeholder."""
+    two = make_problem("two", f"And {IMAGE_SLOT} or {IMAGE_SLOT}?", sizes=((120, 70), (64, 200)))
+    typed = make_problem("typed", f"What is {chat.image}{chat.image_end} in this {IMAGE_SLOT}?")
+    return [make_problem("one"), two, make_problem("none", sizes=()), typed]
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in CPU.items():
+        monkeypatch.setenv(name, value)
+
+
+def plain_vllm(folder: Path) -> Path:
+    """A `vllm` program in which gated delta nets take fp32."""
+    path = folder / "vllm"
+    python, script = Path(str(program())).parent / "python", Path(__file__).parent / "plain_vllm.py"
+    path.write_text(f'#!/bin/sh\nexec "{python}" "{script}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "limit"),
+    [(family, "float32", 1e-3) for family in FAMILIES] + [("qwen3_5", "bfloat16", 0.1)],
+)
+def test_a_family_is_sampled_served_and_updated(
+    family: str, dtype: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`limit`: between logprobs of vLLM and of the trainer's pass."""
+    folder = family_models.build(family, tmp_path / "random", text=HEADS.get(family, {}))
+    words = [f"model.name={folder}", f"model.dtype={dtype}", "prompt.max_tokens=2048"]
+    if HEADS.get(family) is DELTA_NETS and dtype == "float32":
+        words.append(f"rollout.executable={plain_vllm(tmp_path)}")
+        monkeypatch.setattr(factory, "RECURRENT_DTYPES", ("bfloat16", "float32"))
+    recipe = recipe_of(*words)
+    vlm = loading.load(recipe.model)
+    chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
+    problems = problems_of(vlm.family.chat_format)
+    prompts = [chat.prompt(problem) for problem in problems]
+    # vLLM's logprobs are without the banned ids, to which a random model gives some probability.
+    warm = replace(chat.sampling(max_new_tokens=24, n=3, seed=1), banned_ids=(), vision_ids=())
+    with open_engines(engine_needs(recipe), tmp_path) as make:
+        engine = make(vlm, chat, 64)
+        before = engine.sample(prompts, warm)
+        assert largest_gap(vlm, chat, prompts, before, 1.0) < limit
+        again = engine.sample(prompts[::-1], warm)  # on caches and states of the first time
+        assert largest_gap(vlm, chat, prompts[::-1], again, 1.0) < limit
+        (served,) = (path for path in (tmp_path / "weights").iterdir() if path.is_dir())
+        if dtype == "float32":
+            require_same_answer(vlm, chat, engine._backend._servers[0]._url, problems[0])
+            require_same_folder(served, exported(folder, tmp_path / "exported"))
+        perturb(vlm, 0.03)
+        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 2 * limit, "not published"
+        engine.sync()
+        after = engine.sample(prompts, warm)
+        assert largest_gap(vlm, chat, prompts, after, 1.0) < limit and after != before
+
+
+def exported(model: Path, out: Path) -> Path:
+    export(Export(model=str(model), out=out))
+    return out
+
+
+def require_same_folder(served: Path, exported: Path) -> None:
+    """What vLLM reads of the two is the same, but for the head, which on a CPU is served apart."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (served, exported))
+    assert set(theirs) <= set(ours) and {
+        name.rpartition("lm_head")[1] for name in set(ours) - set(theirs)
+    } <= {"lm_head"}
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (served, exported)]
+    assert configs[0]["architectures"] == configs[1]["architectures"]
+
+
+def require_same_answer(vlm: Vlm, chat: Chat, url: str, problem: Problem) -> None:
+    """The server's chat template words the prompt as we do, and its greedy answer is ours."""
+    image = {"type": "image_url", "image_url": {"url": data_uri(encoded_image(problem.images[0]))}}
+    turn = {"role": "user", "content": [image, {"type": "text", "text": problem.question}]}
+    prompt, greedy = chat.prompt(problem), chat.sampling(max_new_tokens=16, temperature=0.0)
+    [[answer]] = LocalEngine(vlm, chat, max_rows=8).sample([prompt], greedy)
+    asked = {
+        "messages": [turn],
+        "temperature": 0,
+        "max_tokens": 16,
+        "logit_bias": dict.fromkeys(greedy.banned_ids, -100),
+        "ignore_eos": True,
+        "stop_token_ids": list(greedy.stop_ids),
+        "return_token_ids": True,
+    }
+    reply = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=600)
+    assert reply.status_code == 200, reply.text
+    assert tuple(reply.json()["prompt_token_ids"]) == prompt.ids
+    assert tuple(reply.json()["choices"][0]["token_ids"]) == answer.ids
