@@ -20,6 +20,7 @@ class Family(ABC):
     parameter belongs to exactly one. `default_system` is the system message that the chat template inserts
     when there is none; None: no system turn. `vllm_marks_images`: vLLM expands an image's placeholder to its
     tokens with those before and after them (`ChatFormat.image_start`, `image_end`), not to its own alone.
+    `unused` are parameters through which neither text nor images go: they are kept as they are.
     """
 
     model_type: str
@@ -31,6 +32,7 @@ class Family(ABC):
     chat_format: ChatFormat
     default_system: str | None = None
     positions: Positions = "grid"
+    unused: str | None = None
     vllm_marks_images: bool = False
 
     def complete(self, config: Any, written: Mapping[str, Any], where: str) -> None:  # noqa: B027 - optional
