@@ -42,11 +42,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": QWEN_3 | EXPERTS,
     "internvl": {"head_dim": 64},
     "gemma4": {"global_head_dim": 64},
-    "gemma4_moe": {"global_head_dim": 64},
+    # Its attention for CPUs is causal, whatever a model says about images.
+    "gemma4_moe": {"global_head_dim": 64, "use_bidirectional_attention": None},
 }
 """Sizes that vLLM's kernels for CPUs take: multiples of 32, and 64 or 128 for both of a gated delta net."""
-
-
 FAMILIES = sorted({*family_models.BUILDERS, *family_models.UNPROVEN} - {"qwen2_vl"})
 """All but the one that differs from the built-in model's in nothing that vLLM reads."""
 
