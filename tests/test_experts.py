@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 import family_models
@@ -106,7 +107,9 @@ def test_gradient_checkpointing_keeps_the_router_loss(vlm, chat):
 def test_a_sharded_mixture_learns_the_same(vlm, chat, random_model_folder, group_of_one):
     """In shards, with layers that are recomputed and experts that are frozen."""
     packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
-    sharded = loading.load(Model(name=str(random_model_folder), gradient_checkpointing=True), world=group_of_one)
+    sharded = loading.load(
+        Model(name=str(random_model_folder), gradient_checkpointing=True), world=group_of_one
+    )
     found = []
     for one in (vlm, sharded):
         loading.freeze(one, ["experts"])
@@ -347,3 +350,21 @@ def test_nearly_equal_experts_do_not_stop_a_run(vlm, chat, monkeypatch):
     monkeypatch.setattr(parity_check, "_chosen", lambda *given: None)
     [by_chance] = parity_check.agreement(vlm, chat, trees)
     assert by_chance.gap > 10 * found.gap
+
+
+def test_experts_are_saved_as_published(vlm, tmp_path):
+    """Qwen3-VL's transposed, as vLLM reads them, and transformers too; Qwen3.5's one by one."""
+    loading.save(vlm, tmp_path)
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    layer = "model.language_model.layers.0.mlp.experts"
+    if vlm.model.config.model_type == "qwen3_vl_moe":
+        assert shapes[f"{layer}.gate_up_proj"] == (8, 128, 96) and shapes[f"{layer}.down_proj"] == (
+            8,
+            48,
+            128,
+        )
+    else:
+        assert shapes[f"{layer}.0.gate_proj.weight"] == (48, 128)
+    again = loading.load(Model(name=str(tmp_path)))
+    for (name, saved), own in zip(again.model.named_parameters(), vlm.model.parameters(), strict=True):
+        assert torch.equal(saved, own), name

@@ -188,20 +188,23 @@ def test_chunks_of_the_head_change_nothing(vlm, chat, monkeypatch):
 def plain_conversations(vlm: Vlm, demonstrations: list[Demonstration], *, turns: str) -> torch.Tensor:
     """The loss of transformers: whole conversations by the chat template, padded, labels in replies alone."""
     texts, images, tokenizer = [], [], vlm.processor.tokenizer
+    words = vlm.family.chat_format
     for each in demonstrations:
-        messages = template_messages(each.problem)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": each.response}]})
-        texts.append(vlm.processor.apply_chat_template(messages, tokenize=False))
+        prompt = vlm.processor.apply_chat_template(
+            template_messages(each.problem), tokenize=False, add_generation_prompt=True
+        )
+        texts.append(prompt + each.response + words.turn_end + words.after_turn)
         images.append([open_image(ref) for ref in each.problem.images])
     vlm.processor.tokenizer.padding_side = "right"
     inputs = vlm.processor(text=texts, images=images, padding=True, return_tensors="pt")
     labels = torch.full_like(inputs["input_ids"], -100)
-    words = vlm.family.chat_format
     head = tokenizer(words.turn_start + words.roles["assistant"], add_special_tokens=False)["input_ids"]
     end = tokenizer.convert_tokens_to_ids(words.turn_end)
+    skipped = tokenizer("".join(words.no_thoughts or ()), add_special_tokens=False)["input_ids"]
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         starts = [i + len(head) for i in range(len(ids)) if ids[i : i + len(head)] == head]
         for start in starts if turns == "all" else starts[-1:]:
+            start += len(skipped) if ids[start : start + len(skipped)] == skipped else 0
             stop = ids.index(end, start) + 1
             labels[row, start:stop] = inputs["input_ids"][row, start:stop]
     vlm.model.set_attn_implementation({"text_config": "sdpa"})
