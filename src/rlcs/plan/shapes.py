@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,14 @@ class Sizes:
             for layer, n in self.layers.items()
             if layer.routed
         )
+
+    def frozen_numbers(self, frozen: Collection[str]) -> int:
+        """The weights of the language model that `experts` or `router` freeze."""
+        numbers = {"experts": 0, "router": 0}
+        for layer, count in self.layers.items():
+            numbers["experts"] += count * layer.experts
+            numbers["router"] += count * layer.routed * self.text.hidden_size
+        return sum(number for part, number in numbers.items() if part in frozen)
 
     @property
     def cache(self) -> CacheSizes:
