@@ -46,7 +46,7 @@ $(VLLM_VENV)/.stamp: pyproject.toml $(VLLM_CONSTRAINTS) tests/vllm_environment.p
 	touch $@
 
 vllm-test: $(VLLM_VENV)/.stamp  ## rollouts and serving by a real vLLM on the CPU, in an environment of its own
-	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_serving.py
+	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_serving.py tests/test_vllm_families.py
 
 types: $(VENV)/.stamp-dev  ## mypy, strict
 	$(BIN)/mypy
@@ -64,8 +64,9 @@ docs: $(VENV)/.stamp-dev  ## the documentation as a site -> site/index.html
 chat: $(VENV)/.stamp-dev  ## a page to talk to the built-in model, or MODEL=folder
 	$(BIN)/rlcs chat $(MODEL)
 
-tiny: $(VENV)/.stamp-dev  ## pre-train the built-in model again, from its fixed seed
+tiny: $(VENV)/.stamp-dev  ## pre-train the built-in models again, from their fixed seeds
 	$(BIN)/python -m tools.tiny_model --out src/rlcs/builtin_model
+	$(BIN)/python -m tools.tiny_model --out src/rlcs/builtin_hybrid_model --family qwen3_5
 
 hooks: $(VENV)/.stamp-dev  ## ruff and mypy before every commit
 	$(BIN)/pre-commit install

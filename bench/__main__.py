@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench import table
 from bench.meter import Measured
-from bench.shapes import SHAPES, THREADS, Case, Shape, make_case
+from bench.shapes import HYBRID, SHAPES, THREADS, Case, Shape, make_case
 
 HERE = Path(__file__).parent
 LATEST = HERE / "results" / "latest.json"
@@ -33,6 +33,16 @@ CHECKS = (
         name="check", says="38M model", model="38M", prompts=2, group=3, trunk=100, side=168, answers=(5, 20)
     ),
     Shape(name="check", says="built-in model", model="built-in", prompts=3, group=4),
+    Shape(
+        name="check",
+        says=f"{HYBRID} model",
+        model=HYBRID,
+        prompts=2,
+        group=3,
+        trunk=100,
+        side=168,
+        answers=(5, 20),
+    ),
 )
 """Small enough to compare every gradient."""
 

@@ -6,12 +6,13 @@ sides. Both load the same folder and see the same problems in the same order.
 
 import io
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3_5ForConditionalGeneration
 
 from rlcs.data import puzzles
 from rlcs.data.images import image_from_bytes
@@ -24,6 +25,7 @@ from rlcs.recipe.schema import Prompts
 from rlcs.recipe.stages import Grpo
 from rlcs.records import ImageRef, Problem
 from tools import tiny_model
+from tools.tiny_model import hybrid
 
 SEED = 0
 THREADS = 2
@@ -52,21 +54,28 @@ class Shape:
     """Answers a prompt."""
 
 
-def _on_38m(name: str, *, group: int, trunk: int, side: int, answers: tuple[int, int]) -> Shape:
-    """A shape of one prompt a step on the model of 38M parameters, which reads 28 x 28 pixels as a token."""
+HYBRID = "40M hybrid"
+"""The name of the model of Qwen3.5's family."""
+
+
+def _wide(
+    name: str, *, model: str = "38M", group: int, trunk: int, side: int, answers: tuple[int, int]
+) -> Shape:
+    """A shape of one prompt a step on a wide model, which reads 28 x 28 pixels as a token."""
     image, (shortest, longest) = (side // 28) ** 2, answers
+    lengths = f"{shortest}-{longest}" if shortest < longest else f"of {longest}"
     says = (
-        f"38M model; trunk {trunk} tokens, {image} of them image; answers {shortest}-{longest}; "
+        f"{model} model; trunk {trunk} tokens, {image} of them image; answers {lengths}; "
         f"G = {group}; 1 prompt a step"
     )
     return Shape(
-        name=name, says=says, model="38M", prompts=1, group=group, trunk=trunk, side=side, answers=answers
+        name=name, says=says, model=model, prompts=1, group=group, trunk=trunk, side=side, answers=answers
     )
 
 
 SHAPES = (
-    _on_38m("wide image", group=8, trunk=320, side=448, answers=(40, 110)),
-    _on_38m("long", group=10, trunk=600, side=224, answers=(150, 250)),
+    _wide("wide image", group=8, trunk=320, side=448, answers=(40, 110)),
+    _wide("long", group=10, trunk=600, side=224, answers=(150, 250)),
     Shape(
         name="built-in",
         says="the built-in model and tasks as in quickstart: trunks of about 53 tokens, answers of about 39; "
@@ -75,7 +84,8 @@ SHAPES = (
         prompts=64,
         group=8,
     ),
-    _on_38m("unfavourable", group=8, trunk=60, side=112, answers=(250, 350)),
+    _wide("unfavourable", group=8, trunk=60, side=112, answers=(250, 350)),
+    _wide("hybrid", model=HYBRID, group=8, trunk=320, side=448, answers=(75, 75)),
 )
 
 
@@ -148,8 +158,11 @@ def rewards(count: int) -> list[float]:
 
 def make_case(shape: Shape, folder: Path, steps: int, *, cpu_time: bool = False) -> Case:
     """Write a shape's model to `folder`; draw problems and lengths of one warm-up step and `steps` more."""
-    processor = tiny_model.build_processor(tiny_model.corpus(1200 if shape.model == "built-in" else 100))
-    model = wide_model(processor) if shape.model == "38M" else tiny_model.build_model(processor)
+    family = "qwen3_5" if shape.model == HYBRID else "qwen2_5_vl"
+    _, build_processor, build_model = tiny_model.FAMILIES[family]
+    processor = build_processor(tiny_model.corpus(1200 if shape.model == "built-in" else 100))
+    wide: dict[str, Callable[[Any], PreTrainedModel]] = {"38M": wide_model, HYBRID: wide_hybrid}
+    model = wide.get(shape.model, build_model)(processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     images = ImagePipeline(FlatPatches(processor.image_processor), decode_limit=DECODE_LIMIT)
@@ -210,6 +223,39 @@ def wide_model(processor: Any) -> Qwen2_5_VLForConditionalGeneration:
         "window_size": 112,
     }
     return tiny_model.random_model(processor.tokenizer, text, vision, seed=SEED)
+
+
+def wide_hybrid(processor: Any) -> Qwen3_5ForConditionalGeneration:
+    """A Qwen3.5 as wide and as deep: two of eight layers attend, the others are gated delta nets."""
+    text = {
+        "vocab_size": 2048,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25,
+        },
+    }
+    vision = {
+        "depth": 8,
+        "hidden_size": 320,
+        "intermediate_size": 960,
+        "num_heads": 4,
+        "out_hidden_size": 512,
+        "patch_size": 14,
+    }
+    return hybrid.random_model(processor.tokenizer, text, vision, seed=SEED)
 
 
 def drawn_problems(shape: Shape, chat: Chat, count: int) -> list[Problem]:

@@ -87,13 +87,18 @@ def markdown(rows: Sequence[Row]) -> str:
         parts += ["|---|---:|---:|---:|---:|---:|---:|"]
         parts += [_line(row) for row in mine]
         parts += [""]
-    busy = [f"{min(row[key] for row in rows):.2f}" for key in ("peer_busy", "busy")]
-    parts.append(
-        f"Measured with {rows[0]['environment']} against {rows[0]['peer']}. CPU seconds per wall second in "
-        f"the least busy step: TRL {busy[0]}, rlcs {busy[1]}; well below the number of threads, the machine "
-        "was not free."
-    )
-    return "\n".join(parts)
+    measured = []
+    environments = dict.fromkeys((row["environment"], row["peer"]) for row in rows)
+    for environment, peer in environments:
+        mine = [row for row in rows if (row["environment"], row["peer"]) == (environment, peer)]
+        shapes = ", ".join(dict.fromkeys(row["shape"] for row in mine)) if len(environments) > 1 else ""
+        busy = [f"{min(row[key] for row in mine):.2f}" for key in ("peer_busy", "busy")]
+        measured.append(
+            f"Measured with {environment} against {peer}{f' ({shapes})' if shapes else ''}. CPU seconds per "
+            f"wall second in the least busy step: TRL {busy[0]}, rlcs {busy[1]}; well below the number of "
+            "threads, the machine was not free."
+        )
+    return "\n".join([*parts, "\n\n".join(measured)])
 
 
 def _line(row: Row) -> str:

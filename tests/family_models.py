@@ -1,6 +1,5 @@
 """Tiny random models of the families that do not ship with rlcs, with their real processors."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -30,20 +29,7 @@ from transformers import (
 
 from tools import tiny_model
 from tools.tiny_model.build import CHAT_TEMPLATE, build_tokenizer, vision_ids
-
-QWEN_3_TEMPLATE = (
-    re.sub(r"  \{%- if loop\.first .*?endif -%\}\n", "", CHAT_TEMPLATE, count=1, flags=re.DOTALL)
-    .replace(
-        "if part.type == 'image' or 'image' in part or 'image_url' in part -",
-        "if message.role == 'user' and (part.type == 'image' or 'image' in part or 'image_url' in part) -",
-    )
-    .replace(
-        "elif part.type == 'video' or 'video' in part -",
-        "elif message.role == 'user' and (part.type == 'video' or 'video' in part) -",
-    )
-)
-"""Renders what Qwen3-VL-Instruct's own template renders of system, user and assistant turns without tools:
-no system turn unless there is a system message."""
+from tools.tiny_model.hybrid import QWEN_3_TEMPLATE
 
 INTERNVL_TEMPLATE = (
     QWEN_3_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n")
@@ -101,7 +87,8 @@ def qwen3_vl(
     """Tied head, patches of 16, interleaved positions, two deepstack layers, heads wider than hidden / 4."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8],
             "mrope_interleaved": True}  # fmt: skip
-    text = _text(tokenizer, head_dim=48, rope_parameters=rope, tie_word_embeddings=True, **dict(text))
+    own = {"head_dim": 48, "rope_parameters": rope, "tie_word_embeddings": True, **dict(text)}
+    text = _text(tokenizer, **own)
     vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
               "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 2],
               "initializer_range": 0.08, **dict(vision)}  # fmt: skip

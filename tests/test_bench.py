@@ -6,11 +6,11 @@ import threading
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig
+from transformers import AutoConfig, Qwen2_5_VLConfig
 
 from bench import adapters, limit, ours, table
 from bench.meter import Measured, Meter
-from bench.shapes import Case, Shape, make_case, wide_model
+from bench.shapes import HYBRID, WARM_UP_TRUNK, Case, Shape, make_case, wide_model
 from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.model import loading
 from rlcs.model.layout import dense_mask, layout_of
@@ -55,6 +55,15 @@ def test_sharing_is_worth_more_the_longer_the_prompt(case: Case):
     stretched = limit.limit_of(_with(case, trunks=longer), config)
     assert 1 < short.exact < stretched.exact < SHAPE.group
     assert short.padded >= short.exact
+
+
+def test_the_hybrid_shape_is_one_of_gated_delta_nets(tmp_path):
+    shape = Shape(name="h", says="", model=HYBRID, prompts=1, group=3, trunk=90, side=112, answers=(9, 9))
+    made = make_case(shape, tmp_path, 1)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.text_config.layer_types.count("linear_attention") == 6
+    assert set(made.trunks.values()) == {WARM_UP_TRUNK, 90}
+    assert 1 < limit.limit_of(made, config).exact < 3
 
 
 def _with(case: Case, **changes: object) -> Case:

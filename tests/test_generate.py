@@ -13,7 +13,10 @@ from typer.testing import CliRunner
 import rlcs
 from conftest import draw
 from rlcs.cli.main import app
+from rlcs.data.images import encoded_image
+from rlcs.data.puzzles.shapes import Shapes
 from rlcs.errors import RlcsError, UserError
+from rlcs.model.source import BUILTIN
 from rlcs.records import Problem, Request
 from rlcs.serving.bulk import SessionSampler
 from rlcs.serving.session import Settings
@@ -46,6 +49,14 @@ def test_one_question_about_two_images(random_model_folder, pictures):
     said = json.loads(text)
     assert (code, said["text"], said["tokens"], said["stop"]) == (0, answer.text, 9, "length")
     assert run(*words, "--temperature", 1, "--seed", 1)[1] != run(*words, "--temperature", 1, "--seed", 2)[1]
+
+
+def test_the_built_in_models_answer_by_their_names(pictures):
+    problem = rlcs.load_problems("builtin:shapes?count=1&seed=1&levels=1")[0]
+    (pictures / "scene.png").write_bytes(encoded_image(problem.images[0]))
+    for name in BUILTIN:
+        code, text = run(name, "Describe the image.", "--image", pictures / "scene.png", "--max-tokens", 64)
+        assert code == 0 and text.strip() == Shapes().caption(problem.metadata["scene"]), name
 
 
 def test_what_cannot_be_meant_is_refused(random_model_folder, pictures):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from conftest import SMALL_STUDY
 from loopback_server import LoopbackServer
@@ -98,6 +99,17 @@ def test_a_run_leaves_everything_it_promises(finished):
     for scores in summary["arms"].values():
         assert scores["n"] == 20 and 0 <= scores["low"] <= scores["accuracy"] <= scores["high"] <= 1
     assert summary["seconds"]["sft"] > 0 and summary["recipe"]["grpo"]["clip_high"] == 0.3
+
+
+def test_the_study_on_the_built_in_hybrid_model(tmp_path):
+    """Every stage and arm; the engine is compared with the trainer before RL by the run itself."""
+    out = tmp_path / "hybrid"
+    done = rlcs("quickstart", "model.name=builtin-hybrid", *SMALL_STUDY, "grpo.steps=1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "the engine computes what the trainer does" in done.stdout + done.stderr
+    assert set(json.loads((out / "summary.json").read_text())["arms"]) == set(ARMS)
+    trained = AutoConfig.from_pretrained(out / "sft_grpo" / "final").text_config
+    assert trained.layer_types.count("linear_attention") == 3
 
 
 def test_the_same_command_again_does_nothing_twice(finished, random_model_folder):

@@ -15,6 +15,7 @@ from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import DataError, ImageError, ModelError, PromptError, UserError
 from rlcs.model import loading
+from rlcs.model.source import BUILTIN
 from rlcs.records import StopReason
 from rlcs.serving.session import Session, Settings, split_answer
 
@@ -47,8 +48,9 @@ def gather(engine, prompt, sampling, stops=()):
     return ticket, result
 
 
-def test_three_lines_answer_about_an_image():
-    answer = rlcs.load("builtin").ask(draw(84, 84), "How many red circles are there?")
+@pytest.mark.parametrize("name", BUILTIN)
+def test_three_lines_answer_about_an_image(name):
+    answer = rlcs.load(name).ask(draw(84, 84), "How many red circles are there?")
     assert answer.text and answer.tokens > 0 and answer.prompt_tokens > 9 and answer.seconds > 0
 
 

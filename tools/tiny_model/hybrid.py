@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from transformers import (
+    Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
@@ -31,7 +32,7 @@ no system turn unless there is a system message."""
 
 
 def build_processor(texts: Iterable[str]) -> Qwen3VLProcessor:
-    """A processor as Qwen3.5's with patches of 14 pixels; images from 56 x 56 to 448 x 448 keep their size."""
+    """A processor as Qwen3.5's, with patches of 14 pixels: images of 56 x 56 to 448 x 448 keep their size."""
     tokenizer = build_tokenizer(texts, template=QWEN_3_TEMPLATE)
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     sizes = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
@@ -52,11 +53,7 @@ def build_model(
     vision_hidden: int = 96,
     vision_layers: int = 2,
 ) -> Qwen3_5ForConditionalGeneration:
-    """A Qwen3.5 with a tied head and random weights; see `build.build_model` for their deviation.
-
-    Its delta nets remember from the start: transformers' own initial decays, which no training began with,
-    forget a token within one step.
-    """
+    """A Qwen3.5 with random weights; see `build.build_model` for their deviation."""
     tokenizer = processor.tokenizer
     text = {
         "vocab_size": len(tokenizer),
@@ -79,7 +76,6 @@ def build_model(
             "partial_rotary_factor": 0.5,
         },
         "initializer_range": 0.08,
-        **ends(tokenizer),
     }
     vision = {
         "depth": vision_layers,
@@ -91,8 +87,22 @@ def build_model(
         "num_position_embeddings": 64,
         "initializer_range": 0.08,
     }
+    return random_model(tokenizer, text, vision, seed=seed)
+
+
+def random_model(
+    tokenizer: Qwen2Tokenizer, text: dict[str, object], vision: dict[str, object], *, seed: int
+) -> Qwen3_5ForConditionalGeneration:
+    """A Qwen3.5 with a tied head and random weights, of these sizes of its two parts.
+
+    Its delta nets remember from the start: transformers' own initial decays, which no training began with,
+    forget a token within one step.
+    """
     config = Qwen3_5Config(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **vision_ids(tokenizer)
+        text_config=text | ends(tokenizer),
+        vision_config=vision,
+        tie_word_embeddings=True,
+        **vision_ids(tokenizer),
     )
     torch.manual_seed(seed)
     model = Qwen3_5ForConditionalGeneration(config)

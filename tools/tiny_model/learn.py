@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3_5ForCondition
 
 from rlcs.data.puzzles.family import Family
 from rlcs.model import attention
-from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
+from rlcs.model.families import FAMILIES
 from rlcs.model.layout import dense_mask, layout_of
 from tools.tiny_model.build import SYSTEM
 from tools.tiny_model.lessons import Lesson, lessons
@@ -60,7 +60,7 @@ class Collator:
     """Lays lessons out: system prompt and image as the trunk, every pair as a branch of its own.
 
     With `packed` they lie end to end in one row, whose tokens see each other by a plan, for which the model
-    must be prepared (`attention.install`): for recurrent layers, which know no mask. Otherwise every lesson
+    must be prepared (`Family.install`): for recurrent layers, which know no mask. Otherwise every lesson
     is a row of its own under a dense mask, through the model as it is.
     """
 
@@ -216,11 +216,11 @@ def train(
     """
     rng = random.Random(f"systems|{seed}")
     stream = lessons(course.families, seed=seed)
-    hybrid = isinstance(model, Qwen3_5ForConditionalGeneration)
-    default = None if hybrid else DEFAULT_SYSTEM
-    collate = Collator(model, processor, packed=hybrid)
-    if hybrid:
-        attention.install(model)
+    family = FAMILIES[model.config.model_type]
+    packed = "linear_attention" in model.config.text_config.layer_types
+    collate = Collator(model, processor, packed=packed)
+    if packed:
+        family.install(model)
     optimizers = _optimizers(model, course.rate)
     warmup = max(1, steps // 20)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, partial(_share, warmup, steps)) for o in optimizers]
@@ -228,7 +228,7 @@ def train(
     started = time.monotonic()
     model.train()
     for step in range(steps):
-        systems = rng.choices((SYSTEM, default), (3, 1), k=batch_size)
+        systems = rng.choices((SYSTEM, family.default_system), (3, 1), k=batch_size)
         loss = batch_loss(model, collate(list(zip(systems, islice(stream, batch_size), strict=True))))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -240,8 +240,7 @@ def train(
         if (step + 1) % 50 == 0:
             seconds = time.monotonic() - started
             report(f"step {step + 1}/{steps}  loss {sum(losses[-50:]) / 50:.4f}  {seconds:.0f} s")
-    if hybrid:
-        model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")
     return losses
 
 

@@ -1,7 +1,8 @@
 """Finds the model behind a name, wherever a model is named: on the command line, in a recipe, in Python.
 
-A name is a folder in Hugging Face format, a hub id, a built-in model, or a run: its folder (its main model), one
-stage of it (`runs/mine/sft`), a stage's `final`, a checkpoint's folder, or a step (`runs/mine@80`).
+A name is a folder in Hugging Face format, a hub id, a model that ships with rlcs, or a run: its folder (its
+main model), one stage of it (`runs/mine/sft`), a stage's `final`, a checkpoint's folder, or a step
+(`runs/mine@80`).
 Imports no torch: a mistyped name is refused before anything is loaded.
 """
 
