@@ -46,7 +46,7 @@ $(VLLM_VENV)/.stamp: pyproject.toml $(VLLM_CONSTRAINTS) tests/vllm_environment.p
 	touch $@
 
 vllm-test: $(VLLM_VENV)/.stamp  ## rollouts and serving by a real vLLM on the CPU, in an environment of its own
-	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_serving.py
+	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_serving.py tests/test_vllm_families.py
 
 types: $(VENV)/.stamp-dev  ## mypy, strict
 	$(BIN)/mypy

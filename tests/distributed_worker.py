@@ -157,6 +157,7 @@ def train(job: dict, world: World, shared: MakeEngine | None = None) -> None:
                     importance_cap=job.get("cap"),
                     overlap=job.get("overlap", "none"),
                     feature_bytes=job.get("feature_bytes", 1 << 30),
+                    checks=job.get("checks", 0),
                 )
                 problems = mixed_problems(job.get("problems", 9))
                 grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)

@@ -87,7 +87,8 @@ def qwen3_vl(
     """Tied head, patches of 16, interleaved positions, two deepstack layers, heads wider than hidden / 4."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 8, 8],
             "mrope_interleaved": True}  # fmt: skip
-    text = _text(tokenizer, head_dim=48, rope_parameters=rope, tie_word_embeddings=True, **dict(text))
+    own = {"head_dim": 48, "rope_parameters": rope, "tie_word_embeddings": True, **dict(text)}
+    text = _text(tokenizer, **own)
     vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
               "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 2],
               "initializer_range": 0.08, **dict(vision)}  # fmt: skip

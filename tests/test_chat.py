@@ -15,11 +15,6 @@ from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
 from rlcs.recipe.schema import Images, Model, Prompts, Recipe
 from rlcs.records import ImageRef, Message, Problem, Request, Turn
 
-CONTROL = (
-    "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
-    "<|endoftext|>", "<|vision_pad|>", "<|object_ref_start|>", "<|box_start|>",
-)  # fmt: skip
-
 
 def template_ids(vlm, problem, system):
     """What the processor makes of the same messages through its own chat template."""
@@ -109,13 +104,15 @@ def test_an_over_long_conversation_says_that_its_turns_count(vlm):
         chat.prompt(make_conversation("p", system="s"))
 
 
-@given(st.lists(st.sampled_from([*CONTROL, "a ", "\n", "system\n"]), min_size=1, max_size=6))
+@given(st.lists(st.integers(0, 999), min_size=1, max_size=6))
 @settings(max_examples=50, deadline=None)
-def test_typed_control_tokens_stay_text(chat_once, parts):
-    typed = "x" + "".join(parts)
+def test_typed_control_tokens_stay_text(chat_once, chosen):
+    control = chat_once._tokenizer.all_special_tokens
+    pieces = [*control, "a ", "\n", "system\n"]
+    typed = "x" + "".join(pieces[number % len(pieces)] for number in chosen)
     clean = Problem(id="c", source="t", question="x", answer="1", images=(draw(56, 56),))
     forged = Problem(id="f", source="t", question=typed, answer="1", images=(draw(56, 56),), choices=(typed,))
-    controls = {chat_once._tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
+    controls = set(chat_once._tokenizer.all_special_ids)
 
     def count(prompt):
         return [i for i in prompt.ids if i in controls]

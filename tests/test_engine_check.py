@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import LengthGrader, make_problem
+import family_models
+from conftest import SMALL_STUDY, LengthGrader, make_problem
 from model_server import ModelServer, serving
 from rlcs.data.images import encode, image_from_bytes
+from rlcs.data.run_data import load_run_data
 from rlcs.data.sources import open_builtin
 from rlcs.engines import decoding
 from rlcs.engines.base import Engine
@@ -29,16 +31,21 @@ from rlcs.errors import TrainingError
 from rlcs.model import loading, packing
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
-from rlcs.recipe.execution import Lora
+from rlcs.pipeline.study import Output, Study
+from rlcs.recipe.execution import Lora, Parallel
+from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Images, Model
 from rlcs.recipe.stages import Grpo
 from rlcs.records import ImageRef, Problem, Prompt
+from rlcs.signals import StopFlag
+from rlcs.storage import read_jsonl
 from rlcs.train import engine_faults
 from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
 from rlcs.train.engine_check import EngineCheck, cases
 from rlcs.train.engine_verdict import IMAGE, SWAPPED, TEXT
+from test_distributed import group_of_one, run_on  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
 PUZZLES = list(open_builtin("builtin:puzzles?count=40&seed=1", "rl"))
@@ -334,3 +341,67 @@ def test_a_server_keeps_its_old_weights_under_the_new_name(plain, tmp_path):
         engine.sync()
         with pytest.raises(TrainingError, match=r"weights.*as if it still had the weights of before"):
             check(1, Clock())
+
+
+# --- families, ranks, whole stages --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", sorted(family_models.BUILDERS))
+def test_every_family_is_compared(family, tmp_path, caplog):
+    """In bfloat16 every fault is computed: no family refuses one."""
+    caplog.set_level("DEBUG", logger="rlcs")
+    folder = family_models.build(family, tmp_path)
+    vlm = loading.load(Model(name=str(folder), dtype="bfloat16"), device=CPU)
+    chat = loading.make_chat(vlm)
+    check = check_of(vlm, chat, LocalEngine(vlm, chat, max_rows=16))
+    check(0, Clock())
+    assert check.worst is not None and check.worst.share < 0.4
+    assert "cannot be computed" not in caplog.text
+    change = PIXELS["black"]
+    engine = Faulty(LocalEngine(vlm, chat, max_rows=16), prompt=lambda prompt: change(prompt, chat))
+    assert caught(check_of(vlm, chat, engine)) == "pixels"
+
+
+def test_weights_in_shards(random_model_folder, group_of_one):  # noqa: F811
+    vlm = loading.load(Model(name=str(random_model_folder)), device=CPU, world=group_of_one)
+    vlm = loading.spread(vlm, Parallel(compute_dtype="bfloat16"))
+    chat = loading.make_chat(vlm)
+    check = check_of(vlm, chat, LocalEngine(vlm, chat, max_rows=16))
+    check(0, Clock())
+    assert check.worst is not None and check.worst.share < 0.4 and check.worst.precision == "bfloat16"
+    engine = Faulty(LocalEngine(vlm, chat, max_rows=16), prompt=lambda prompt: PIXELS["black"](prompt, chat))
+    assert caught(check_of(vlm, chat, engine)) == "pixels"
+
+
+def test_two_ranks_compare_the_engine_of_each(random_model_folder, tmp_path):
+    grpo = {"steps": 2, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 6}
+    job = {"model": str(random_model_folder), "folder": str(tmp_path / "run"), "grpo": grpo, "checks": 1}
+    run_on(2, [job], tmp_path / "jobs.json")
+    first, second = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert first["engine_gap"] < 1e-4 and "engine_gap" not in second
+
+
+def study_in(folder: Path, *words: str) -> None:
+    recipe = load_recipe("quickstart", list(words)).recipe
+    data = load_run_data(recipe.study, recipe.data, decode_limit=recipe.images.decode_limit)
+    Study(recipe, folder, data=data, output=Output(quiet=True), stop=StopFlag()).run()
+
+
+def test_a_stage_compares_its_first_versions_and_reports_it(tmp_path, capsys):
+    study_in(tmp_path / "on", *SMALL_STUDY, "grpo.steps=3", "rollout.checks=2", "study.arms=[base, grpo]")
+    rows = read_jsonl(tmp_path / "on" / "grpo" / "metrics.jsonl")
+    assert ["engine_gap" in row for row in rows] == [True, True, False]
+    assert ["check" in row["seconds"] for row in rows] == [True, True, False]
+    shown = capsys.readouterr().out
+    assert shown.count("the engine computes what the trainer does") == 2
+    page = (tmp_path / "on" / "report" / "index.html").read_text()
+    assert "compared with the trainer 2 times: at most" in page
+    study_in(tmp_path / "off", *SMALL_STUDY, "grpo.steps=3", "rollout.checks=0", "study.arms=[base, grpo]")
+    plain = read_jsonl(tmp_path / "off" / "grpo" / "metrics.jsonl")
+    own = {"seconds", "tokens_per_s", "engine_gap", "engine_gap_limit"}
+    one, other = ([{k: row[k] for k in row.keys() - own} for row in each] for each in (rows, plain))
+    assert one == other
+    weights = [
+        (tmp_path / name / "grpo" / "final" / "model.safetensors").read_bytes() for name in ("on", "off")
+    ]
+    assert weights[0] == weights[1], "a comparison changes no bit of a run"

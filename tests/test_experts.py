@@ -1,26 +1,40 @@
 """Mixtures of experts: what they add to the loss, which of them train, and choices that are replayed."""
 
+import base64
+import io
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 import family_models
-from rlcs.errors import ModelError, RecipeError, UserError
-from rlcs.model import loading
+from conftest import make_problem
+from rlcs.engines import decoding
+from rlcs.engines.factory import EngineNeeds, open_engines
+from rlcs.engines.local import LocalEngine
+from rlcs.engines.vllm.protocol import ROUTES_FLAGS, PromptRequest
+from rlcs.engines.vllm.server import Launch
+from rlcs.errors import EndpointError, ModelError, RecipeError, TrainingError, UserError
+from rlcs.model import loading, parity_check
 from rlcs.model.experts import Routing, load_balance
 from rlcs.model.layout import layout_of
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.publish import quantise
-from rlcs.recipe.execution import Lora
+from rlcs.recipe.execution import Lora, Parallel
+from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Model
 from rlcs.recipe.stages import Grpo
+from rlcs.records import Grade
 from rlcs.records.trees import Branch
-from rlcs.train import learning, sft
+from rlcs.train import groups, learning, sft
 from rlcs.train.losses import sft_loss
 from rlcs.train.trainer import Batch
+from test_distributed import group_of_one  # noqa: F401
 from test_policy import CASES, assert_same_gradients, gradients, make_trees, padded_logprobs
 
 FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe")
@@ -87,6 +101,23 @@ def test_gradient_checkpointing_keeps_the_router_loss(vlm, chat):
     assert "model.language_model.layers.0.mlp.gate.weight" in plain
     loading.checkpoint_activations(vlm.model)
     assert_same_gradients(gradients(vlm, score(balanced(vlm), packed).router_loss.sum()), plain)
+
+
+def test_a_sharded_mixture_learns_the_same(vlm, chat, random_model_folder, group_of_one):
+    """In shards, with layers that are recomputed and experts that are frozen."""
+    packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
+    sharded = loading.load(Model(name=str(random_model_folder), gradient_checkpointing=True), world=group_of_one)
+    found = []
+    for one in (vlm, sharded):
+        loading.freeze(one, ["experts"])
+        one.model.train()
+        if one is sharded:
+            one = loading.spread(one, Parallel())
+        scores = score(balanced(one), packed)
+        (scores.router_loss.sum() - scores.logprobs.sum()).backward()
+        found.append({n: p.grad.full_tensor() if one.fsdp_root else p.grad for n, p in one.parameters()})
+        assert found[0].keys() == found[-1].keys() and not any(".experts." in name for name in found[-1])
+    assert_same_gradients(found[1], found[0])
 
 
 def test_both_stages_learn_the_router_loss(vlm, chat):
@@ -161,3 +192,158 @@ def test_what_experts_do_not_support_is_refused(vlm, random_model_folder, tmp_pa
         loading.load(Model(name=str(random_model_folder)), weights=False, four_bit=True)
     with pytest.raises(ModelError, match=r"--quantise: .*would stay whole"):
         quantise.save(vlm.model, "int8", tmp_path)
+
+
+class ThirdBest(Routing):
+    """A sampler whose kernels choose other experts: the first and third best, with their right weights."""
+
+    def route(self, layer, logits, weights, chosen):
+        shares = logits.softmax(-1)
+        other = shares.topk(3, -1).indices[:, [0, 2]]
+        weights = shares.gather(1, other)
+        super().route(layer, logits, weights, other)
+        return weights / weights.sum(-1, keepdim=True), other
+
+
+def group_of(rollouts, prompt):
+    grades = tuple(Grade(reward=float(r.index), correct=False) for r in rollouts)
+    problem = make_problem(prompt.problem_id)
+    return groups.make_group(problem, prompt, rollouts, grades, Grpo())
+
+
+@pytest.fixture
+def sampled(vlm, chat, monkeypatch):
+    """Groups of two prompts by an engine with a router that differs, which says what it chose."""
+    monkeypatch.setattr(decoding, "Routing", ThirdBest)
+    engine = LocalEngine(vlm, chat, max_rows=4, keeps_routes=True)
+    prompts = [chat.prompt(make_problem("a", sizes=((56, 84),))), chat.prompt(make_problem("b", sizes=()))]
+    found = engine.sample(prompts, chat.sampling(max_new_tokens=12, n=3))
+    return [group_of(*each) for each in zip(found, prompts, strict=True)]
+
+
+def test_replayed_experts_give_the_samplers_logprobs(vlm, chat, sampled):
+    trees = [groups.tree_of(group) for group in sampled]
+    packed = pack(trees, chat.patches)
+    assert packed.routes.shape == (packed.num_tokens, 3, 2)
+    replayed = score(vlm, packed).logprobs
+    own = score(vlm, replace(packed, routes=None)).logprobs
+    torch.testing.assert_close(replayed, packed.sampler_logprobs, rtol=1e-5, atol=1e-5)
+    assert (own - packed.sampler_logprobs).abs().mean() > 0.01
+
+
+def test_replayed_experts_have_the_gradient_of_the_policys_own_router(vlm, chat, sampled):
+    """It flows through the weights of the experts that were chosen, also where layers are recomputed."""
+    packed = pack([groups.tree_of(group) for group in sampled], chat.patches)
+    vlm.model.train()
+    plain = gradients(vlm, score(vlm, packed).logprobs.sum())
+    loading.checkpoint_activations(vlm.model)
+    assert_same_gradients(gradients(vlm, score(vlm, packed).logprobs.sum()), plain)
+    name, step = "model.language_model.layers.0.mlp.gate.weight", 1e-2
+    assert plain[name].norm() > 0
+    weight = vlm.model.get_parameter(name)
+    direction = plain[name] / plain[name].norm()
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step * direction
+            ends.append(score(vlm, packed).logprobs.double().sum())
+            weight -= sign * step * direction
+    assert float(ends[0] - ends[1]) / (2 * step) == pytest.approx(float(plain[name].norm()), rel=0.02)
+
+
+def test_only_the_policy_replays(vlm, chat, sampled):
+    packed = pack([groups.tree_of(group) for group in sampled], chat.patches)
+    context = SimpleNamespace(vlm=vlm, reference=vlm)
+    settings = Grpo(optimizer_steps=2, prompts_per_step=2, old_logprobs="policy")
+    [batch] = learning.with_logprobs([packed], context, settings)
+    torch.testing.assert_close(batch.old_logprobs, packed.sampler_logprobs, rtol=1e-5, atol=1e-5)
+    assert (batch.ref_logprobs - packed.sampler_logprobs).abs().mean() > 0.01
+
+
+def test_the_prompts_experts_come_with_the_first_answer_whichever_are_scored(chat, sampled):
+    group = sampled[0]
+    size = len(group.prompt.ids)
+    assert [len(r.routes) - len(r.ids) + 1 for r in group.rollouts] == [size, 0, 0]
+    unscored = replace(group, advantages=(None, *group.advantages[1:]))
+    tree = groups.tree_of(unscored)
+    assert len(tree.branches) == 2 and tree.trunk_routes == group.rollouts[0].routes.first(size)
+    alone = groups.tree_of(replace(group, rollouts=tuple(replace(r, routes=None) for r in group.rollouts)))
+    assert alone.trunk_routes is None and pack([alone], chat.patches).routes is None
+
+
+def test_experts_that_the_model_does_not_have_are_refused(vlm, chat, sampled):
+    packed = pack([groups.tree_of(group) for group in sampled], chat.patches)
+    for wrong in (packed.routes[:, :2], packed.routes + 7, packed.routes.clamp(max=0)):
+        with pytest.raises(TrainingError, match=r"rollout.router_replay: the engine chose other experts"):
+            score(vlm, replace(packed, routes=wrong))
+
+
+def test_the_engine_keeps_nothing_that_nobody_wants(vlm, chat):
+    [[rollout]] = LocalEngine(vlm, chat, max_rows=1).sample(
+        [chat.prompt(make_problem("a"))], chat.sampling(max_new_tokens=2)
+    )
+    assert rollout.routes is None
+
+
+def test_a_model_without_experts_has_nothing_to_replay(tmp_path):
+    vlm = loading.load(Model(name="builtin"), weights=False)
+    needs = EngineNeeds(settings=Rollouts(router_replay=True), max_tokens=9, max_rows=9)
+    with open_engines(needs, tmp_path) as make, pytest.raises(UserError, match=r"rollout.router_replay"):
+        make(vlm, None, 1)
+
+
+def test_vllm_is_asked_for_its_experts_and_its_answers_are_read(chat, sampled):
+    launch = Launch(settings=Rollouts(router_replay=True), dtype="float32", max_tokens=9, max_rows=9)
+    assert set(ROUTES_FLAGS) < set(launch.command(Path("folder"), 1))
+    assert launch.environment(0)["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    prompt, ids = sampled[0].prompt, [5, 6, 7]
+    request = PromptRequest(
+        prompt=prompt,
+        sampling=chat.sampling(max_new_tokens=5, n=2),
+        step=0,
+        resized=chat.resized,
+        keeps_routes=True,
+    )
+    table = np.arange((len(prompt.ids) + 2) * 6, dtype=np.uint8).reshape(-1, 3, 2)
+    choices = [
+        {
+            "index": index,
+            "finish_reason": "stop",
+            "token_ids": ids,
+            "logprobs": {"content": [{"logprob": -0.5}] * 3},
+            "routed_experts": encoded(table),
+        }
+        for index in range(2)
+    ]
+    reply = {"prompt_token_ids": list(prompt.ids), "choices": choices}
+    first, second = request.rollouts_from(reply)
+    assert len(first.routes) == len(table) and first.routes.last(2) == second.routes
+    read = np.frombuffer(second.routes.data, dtype="<u2").reshape(-1, 3, 2)
+    assert np.array_equal(read, table[-2:])
+    choices[1]["routed_experts"] = encoded(table[1:])
+    with pytest.raises(EndpointError, match="in the form"):
+        request.rollouts_from(reply)
+    choices[1]["routed_experts"] = None
+    with pytest.raises(EndpointError, match=r"does not say .*\n.*--enable-return-routed-experts"):
+        request.rollouts_from(reply)
+
+
+def encoded(table) -> str:
+    file = io.BytesIO()
+    np.save(file, table)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_nearly_equal_experts_do_not_stop_a_run(vlm, chat, monkeypatch):
+    """Rounding alone decides between them, so that the check compares by the same choices."""
+    with torch.no_grad():
+        for name, weight in vlm.model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                weight[1:3] = weight[:1]  # some of three equals are chosen
+                weight[1:3] += 1e-8 * torch.randn_like(weight[1:3])
+    trees = make_trees(chat, CASES["many trees of mixed sizes"])
+    [found] = parity_check.agreement(vlm, chat, trees)
+    assert found.share < 0.5
+    monkeypatch.setattr(parity_check, "_chosen", lambda *given: None)
+    [by_chance] = parity_check.agreement(vlm, chat, trees)
+    assert by_chance.gap > 10 * found.gap

@@ -1,19 +1,28 @@
-"""Every proof of the packing, the engine and the chat format, on the families beside Qwen2.5-VL.
+"""The proofs of a family, for each beside Qwen2.5-VL: what docs/how-to/add-a-model-family.md goes through.
 
-The proofs are the same functions; here `random_model_folder` holds a tiny random model of each family.
+Most are the functions that prove packing, engine, chat format and adapters; here `random_model_folder` holds
+a tiny random model of each family.
 """
 
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 import family_models
+from conftest import make_problem
+from rlcs.data.images import open_image
+from rlcs.data.rows import Row
 from rlcs.model import loading
 from rlcs.model.families import FAMILIES
 from rlcs.recipe.schema import Prompts
+from rlcs.report.preview import make_view
 from test_chat import (  # noqa: F401
+    chat_once,
     test_a_conversation_gives_the_ids_of_the_chat_template,
     test_clean_text_gives_the_ids_of_the_chat_template,
+    test_typed_control_tokens_stay_text,
 )
 from test_engines_local import (  # noqa: F401
     prompts,
@@ -34,6 +43,7 @@ from test_policy import (  # noqa: F401
     test_gradient_checkpointing_changes_memory_not_gradients,
     test_packs_may_be_split_anyhow,
 )
+from test_serving_weights import test_half_the_bytes_in_bfloat16  # noqa: F401
 
 
 @pytest.fixture(scope="module", params=sorted(family_models.BUILDERS))
@@ -54,6 +64,50 @@ def test_every_parameter_belongs_to_exactly_one_part(vlm):
     assert sum(seen.values()) == len(list(vlm.model.named_parameters()))
 
 
+def test_the_pixel_bounds_of_a_processor_are_those_that_set_them(vlm):
+    for least, most in ((3136, 62720), (62720, 1_204_224)):
+        vlm.family.image_processing(vlm.processor, min_pixels=least, max_pixels=most)
+        saved = vlm.processor.image_processor.to_dict()
+        least, most = vlm.family.pixel_bounds(vlm.processor)
+        vlm.family.image_processing(vlm.processor, min_pixels=least, max_pixels=most)
+        assert vlm.processor.image_processor.to_dict() == saved
+
+
+def test_every_layer_and_vision_block_is_a_unit_that_can_be_sharded(vlm):
+    units = [m for m in vlm.model.modules() if type(m).__name__ in vlm.model._no_split_modules]
+    inside = {id(parameter) for unit in units for parameter in unit.parameters()}
+    outside = [name for name, parameter in vlm.model.named_parameters() if id(parameter) not in inside]
+    assert units and not any(re.search(r"\.\d+\.", n) for n in outside if not re.search(vlm.family.merger, n))
+
+
+def test_the_tower_gets_what_the_processor_makes(vlm, chat):
+    problem = make_problem("p", sizes=((84, 56), (112, 84), (60, 61)))
+    content = [{"type": "image"}] * 3 + [{"type": "text", "text": "q"}]
+    text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    images = [open_image(ref) for ref in problem.images]
+    expected = vlm.processor(text=[text], images=images, return_tensors="pt")
+    patches = [chat.patches(ref) for ref in problem.images]
+    inputs = vlm.family.vision_inputs(patches, torch.tensor(chat.prompt(problem).grids))
+    assert inputs and all(torch.equal(value, expected[name]) for name, value in inputs.items())
+
+
+def test_a_view_has_a_cell_for_each_image_token(vlm, chat):
+    problem = make_problem("p", sizes=((84, 56), (112, 84)))
+    view = make_view(Row(problem=problem, response="4"), vlm, chat)
+    for image, (start, end), (_, height, _) in zip(
+        view.images, view.prompt.spans, view.prompt.grids, strict=True
+    ):
+        cell = image.height * view.prompt.merge_size // height
+        assert image.width * image.height == cell**2 * (end - start)
+
+
+def test_what_stands_for_images_and_turns_is_never_sampled(vlm, chat):
+    sampling, written = chat.sampling(max_new_tokens=1), vlm.family.chat_format
+    banned = set(vlm.processor.tokenizer.convert_tokens_to_ids(list(written.banned)))
+    assert banned == set(sampling.banned_ids) and vlm.model.config.image_token_id in banned
+    assert sampling.stop_ids == (vlm.processor.tokenizer.convert_tokens_to_ids(written.turn_end),)
+
+
 def test_a_template_that_words_prompts_otherwise_is_told(vlm, caplog):
     loading.make_chat(vlm, prompts=Prompts(system="Think."))
     assert not caplog.records
@@ -62,3 +116,15 @@ def test_a_template_that_words_prompts_otherwise_is_told(vlm, caplog):
     [record] = caplog.records
     answer = repr(vlm.family.chat_format.roles["assistant"])[1:-1]
     assert f"{answer}<think>'; rlcs trains" in record.getMessage()
+
+
+def test_the_page_on_families_names_every_family_and_proof_and_shows_real_code():
+    root = Path(__file__).parent.parent
+    page = (root / "docs/how-to/add-a-model-family.md").read_text()
+    proofs = {name for name in globals() if name.startswith("test_") and "_page_" not in name}
+    assert set(re.findall(r"^- `(test_\w+)`", page, re.MULTILINE)) == proofs
+    assert set(FAMILIES) <= set(re.findall(r"`(\w+)`", page))
+    code = (root / "src/rlcs/model/families/internvl.py").read_text()
+    lines = {line.strip() for line in code.splitlines()}
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert snippets and all(line.strip() in lines for text in snippets for line in text.splitlines())

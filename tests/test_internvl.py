@@ -14,6 +14,8 @@ from rlcs.model import loading
 from rlcs.model.families.internvl import InternVl
 from rlcs.model.images import ImagePipeline
 from rlcs.model.parity_check import agreement
+from rlcs.plan.shapes import published
+from rlcs.plan.towers import tower_of
 from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import ImageRef
 from rlcs.storage import read_json, write_json
@@ -65,6 +67,8 @@ def test_the_number_of_tiles_is_the_processors_and_within_the_bounds(processor, 
         assert tiles == 1 or tiles * TILE <= bounds[1]
         seen.add(tiles)
     assert max(seen) == max(1, bounds[1] // TILE)
+    planned = tower_of(published("OpenGVLab/InternVL3_5-8B-HF"))
+    assert planned.tokens(bounds[1]) == 256 * max(seen)
 
 
 @pytest.mark.parametrize("size", [(64, 48), (1, 1), (57, 1400), (1100, 900), (448, 448), (1300, 1700)])

@@ -11,9 +11,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from typer.testing import CliRunner
 
 from rlcs.cli.main import app
-from rlcs.engines.cache_sizes import head_size
 from rlcs.errors import UserError
+from rlcs.model.families import FAMILIES
 from rlcs.plan.data_size import Rows, rows_of
+from rlcs.plan.layers import Attention
 from rlcs.plan.machine import GIB, GPUS, Assumed, machine
 from rlcs.plan.page import make_plan
 from rlcs.plan.planner import largest_tree
@@ -29,6 +30,51 @@ PARAMETERS = {
     "7B": 8_292_166_656,
     "32B": 33_452_718_336,
     "72B": 73_410_777_344,
+}
+
+
+def drafting(hidden, heads, key_values, *, mlp):
+    """Parameters of Qwen3.5's layer that drafts tokens."""
+    attention = 256 * (3 * hidden * heads + 2 * hidden * key_values + 2)
+    return attention + mlp + 2 * hidden * hidden + 5 * hidden
+
+
+def experts(hidden, width):
+    """256 experts, one more for every token, and what chooses them."""
+    return 257 * 3 * hidden * width + 257 * hidden
+
+
+TOTALS = {
+    "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032,
+    "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
+    "Qwen/Qwen3-VL-8B-Instruct": 17_534_247_392 // 2,
+    "Qwen/Qwen3-VL-32B-Instruct": 66_714_780_128 // 2,
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": 31_070_754_032,
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": 235_670_022_896,
+    "Qwen/Qwen3.5-0.8B": 852_985_920,
+    "Qwen/Qwen3.5-2B": 2_274_069_824 - drafting(2048, 8, 2, mlp=3 * 2048 * 6144),
+    "Qwen/Qwen3.5-4B": 4_539_265_536,
+    "Qwen/Qwen3.5-9B": 9_409_813_744,
+    "Qwen/Qwen3.5-27B": 27_356_728_560,
+    "Qwen/Qwen3.8-27B": 27_781_427_952 - drafting(5120, 24, 4, mlp=3 * 5120 * 17_408),
+    "Qwen/Qwen3.5-35B-A3B": 35_107_181_936,
+    "Qwen/Qwen3.6-35B-A3B": 35_951_822_704 - drafting(2048, 16, 2, mlp=experts(2048, 512)),
+    "Qwen/Qwen3.5-122B-A10B": 125_086_497_008 - drafting(3072, 32, 2, mlp=experts(3072, 1024)),
+    "Qwen/Qwen3.5-397B-A17B": 396_802_360_816,
+    "google/gemma-4-31B-it": (62_546_177_752 - 2 * (60 + 2 * 1152)) // 2,
+    "google/gemma-4-26B-A4B-it": 25_805_933_872,
+}
+"""Published numbers: of parameters, or of bytes of the weights in bfloat16 (of Gemma 4 with its buffers).
+
+Some are with the layer that drafts tokens, which transformers does not load.
+"""
+ROUNDED = {  # billions on the model cards, of the vision part and of the whole
+    "OpenGVLab/InternVL3_5-1B-HF": (0.3, 1.1),
+    "OpenGVLab/InternVL3_5-2B-HF": (0.3, 2.3),
+    "OpenGVLab/InternVL3_5-4B-HF": (0.3, 4.7),
+    "OpenGVLab/InternVL3_5-8B-HF": (0.3, 8.5),
+    "OpenGVLab/InternVL3_5-14B-HF": (0.3, 15.1),
+    "OpenGVLab/InternVL3_5-38B-HF": (5.5, 38.4),
 }
 
 
@@ -54,6 +100,23 @@ def test_published_sizes_to_the_last_parameter(size):
         sizes.parameters["language_model"] == embeddings + text.num_hidden_layers * layer + text.hidden_size
     )
     assert sizes.largest_layer == layer
+
+
+def supported(names):
+    return [name for name in names if published(name).model_type in FAMILIES]
+
+
+@pytest.mark.parametrize("name", supported(TOTALS))
+def test_parameters_are_those_that_were_published(name):
+    sizes = sizes_of(Model(name=name))
+    assert sizes.total == TOTALS[name] == sum(sizes.parameters.values())
+
+
+@pytest.mark.parametrize("name", supported(ROUNDED))
+def test_parameters_round_to_those_of_the_model_card(name):
+    sizes = sizes_of(Model(name=name))
+    vision, total = (round(number / 1e9, 1) for number in (sizes.parameters["vision_tower"], sizes.total))
+    assert (vision, total) == ROUNDED[name]
 
 
 @pytest.mark.parametrize(("size", "tensors"), [("3B", 824), ("7B", 729)])
@@ -136,21 +199,34 @@ def test_other_families_are_planned_from_their_configuration(name, tmp_path):
     assert plan.stages["grpo"].parts["weights"] == 4 * total / 8
 
 
-@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", *OTHERS])
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen2.5-VL-3B-Instruct", *supported(TOTALS), *supported(ROUNDED), *OTHERS]
+)
 def test_operations_are_those_of_the_layers_that_there_are(name):
-    """Two a weight of a linear layer and a token, without attention's pairs: from the model itself."""
-    config = published(f"Qwen/{name}-Instruct") or OTHERS[name][1]
-    sizes = measure(name, config)
+    """Two a weight of a linear layer and a token, and between tokens: from the model itself."""
+    sizes = measure(name, published(name) or OTHERS[name][1])
     text, tower, tokens, patches = sizes.text, sizes.vision, 7, 256
     weights = {
         part: sum(x.inputs * x.outputs for x in sizes.linears if x.part == part) for part in sizes.parameters
     }
-    pairs = 4 * text.num_attention_heads * head_size(text) * tokens * (tokens + 1) / 2
-    assert (
-        language(sizes, tokens, []) == 2 * tokens * weights["language_model"] + text.num_hidden_layers * pairs
-    )
-    sees = tower.windowed * tower.window + (tower.depth - tower.windowed) * patches
-    work = weights["vision_tower"] + tower.pixels * tower.hidden + weights["merger"] / tower.merge**2
+    used = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 0
+    between = 0.0
+    for layer, count in sizes.layers.items():
+        router = 0 if layer.router_norm else layer.routed * text.hidden_size  # Gemma's is a linear layer
+        chosen = 3 * text.hidden_size * layer.expert * used if layer.routed else 0
+        weights["language_model"] += count * (router + chosen)
+        if isinstance(layer.mixer, Attention):
+            between += count * 4 * layer.mixer.queries * tokens * (tokens + 1) / 2
+        else:
+            heads, size, values = layer.mixer.heads, text.linear_key_head_dim, text.linear_value_head_dim
+            a_head = 64 * (5 * size + 3 * values) + 6 * size * values
+            inputs = 2 * text.linear_num_key_heads * size + heads * values
+            between += count * tokens * (heads * a_head + 2 * text.linear_conv_kernel_dim * inputs)
+    assert language(sizes, tokens, []) == 2 * tokens * weights["language_model"] + between
+    sees = tower.windowed * min(tower.window, patches) + (tower.depth - tower.windowed) * patches
+    work = weights["vision_tower"] + weights["merger"] / tower.merge**2
+    if published(name) is None or published(name).model_type != "gemma4":
+        work += tower.pixels * tower.hidden  # a convolution; Gemma's is a linear layer
     assert vision(tower, patches) == 2 * patches * work + 4 * tower.hidden * patches * sees
 
 
@@ -252,6 +328,12 @@ def test_what_is_offloaded_leaves_the_gpus_for_main_memory():
 def trained(size: str) -> int:
     """Parameters that learn with the tower frozen."""
     return PARAMETERS[size] - sizes_of(Model(name=HUB.format(size))).parameters["vision_tower"]
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("qwen3vl-8b", 8), ("qwen3_5-9b", 8), ("qwen3_5-4b", 1)])
+def test_recipes_for_newer_models_fit_80_gb(name, gpus):
+    assert planned(name, gpus=gpus).fits
+    assert not planned(name, gpus=max(1, gpus // 2), memory=80 if gpus > 1 else 32).fits
 
 
 def test_single_gpu_recipe_fits_where_it_says():

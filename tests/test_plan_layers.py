@@ -4,6 +4,7 @@ Layers are small and of transformers' own code, with SDPA; gated delta nets foll
 do in training.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,9 +15,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from rlcs.model import attention
 from rlcs.model.families import FAMILIES
 from rlcs.model.layout import layout_of
-from rlcs.plan.layers import DeltaNet, layers_of
+from rlcs.plan.layers import Attention, DeltaNet, layers_of
 from rlcs.plan.memory import Passing, language_layer
 from rlcs.plan.shapes import published
+from rlcs.plan.work import between_tokens
 
 TOKENS = 256
 WITHIN = 0.03
@@ -140,3 +142,13 @@ def test_a_layer_keeps_what_is_planned(name, smaller, index, dtype):
     planned = language_layer(layer, text.hidden_size, how)
     print(f"{name} {index}: measured {measured:,.0f}, planned {planned:,}: {planned / measured:.3f}")  # noqa: T201
     assert planned == pytest.approx(measured, rel=WITHIN)
+
+
+def test_work_between_tokens_of_windows_and_of_delta_nets():
+    """A window is seen as far back as it reaches; a delta net does the same for every token."""
+    window = Attention(heads=1, queries=3, keys=3, window=4, own=True, doubled=False, norms=0)
+    seen = [1, 2, 3, 4, 4, 4, 4, 4]
+    assert between_tokens(window, 5, [2, 3]) == 4 * 3 * (sum(seen[:5]) + sum(seen[5:7]) + sum(seen[5:8]))
+    assert between_tokens(replace(window, window=0), 5, [3]) == 4 * 3 * sum(range(9))
+    net = DeltaNet(heads=2, keys=8, values=12, key_size=8, kernel=4)
+    assert between_tokens(net, 5, [2, 3]) == 2 * between_tokens(net, 5, [])

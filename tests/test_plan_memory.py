@@ -51,6 +51,17 @@ FAMILIES = {
         },
         "vision": {"depth": 6, "hidden_size": 256, "intermediate_size": 1024, "out_hidden_size": 384},
     },
+    "qwen3_5": {
+        "text": {
+            "hidden_size": 384,
+            "intermediate_size": 1024,
+            "num_attention_heads": 12,
+            "linear_num_value_heads": 12,
+            "linear_num_key_heads": 4,
+            "linear_value_head_dim": 48,
+        },
+        "vision": {"depth": 6, "hidden_size": 256, "intermediate_size": 1024, "out_hidden_size": 384},
+    },
 }
 CASES = [
     # shape, objective, gradient checkpointing, frozen parts, packs
@@ -64,6 +75,8 @@ CASES = [
     ("qwen2_vl", "grpo", True, (), 2),
     ("qwen3_vl", "sft", False, (), 1),
     ("qwen3_vl", "grpo", True, (), 2),
+    ("qwen3_5", "sft", False, ("vision_tower",), 2),
+    ("qwen3_5", "grpo", True, (), 2),
 ]
 
 

@@ -241,7 +241,7 @@ def test_vllm_is_found_beside_our_python_and_on_the_path(program, monkeypatch):
 
 
 def test_vllm_computes_as_we_load():
-    launch = serving("vllm", "x", key="k")
+    launch = serving("vllm", "builtin", name="x", key="k")
     words = launch.command(Path("/models/x"), 81)
     pairs = dict(itertools.pairwise(words))
     expected = {"--dtype": "float32", "--max-model-len": "-1", "--generation-config": "vllm"}
@@ -254,7 +254,7 @@ def test_vllm_computes_as_we_load():
 
 def test_vllm_samples_as_the_folder_says_where_a_request_does_not():
     for config, override in (({"do_sample": False}, {"temperature": 0}), ({"temperature": 0.7}, None)):
-        launch = replace(serving("vllm", "x", key="k"), defaults=read_defaults(config))
+        launch = replace(serving("vllm", "builtin", name="x", key="k"), defaults=read_defaults(config))
         pairs = dict(itertools.pairwise(launch.command(Path("/models/x"), 81)))
         assert pairs["--generation-config"] == "auto"
         assert json.loads(pairs.get("--override-generation-config", "null")) == override
@@ -263,7 +263,7 @@ def test_vllm_samples_as_the_folder_says_where_a_request_does_not():
 @pytest.mark.parametrize("name", ["*", "*.example.com", "example.com:8080"])
 def test_hosts_that_vllm_does_not_know_are_refused(name):
     with pytest.raises(UserError, match="whole names"):
-        replace(serving("vllm", "x", key="k"), image_hosts=ImageHosts(names=(name,)))
+        replace(serving("vllm", "builtin", name="x", key="k"), image_hosts=ImageHosts(names=(name,)))
 
 
 def test_a_server_that_refuses_fields_is_asked_without_them(picture):

@@ -1,6 +1,7 @@
 """The recipes for real models: the paper's values one by one, and one step on layers of the real shape."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -111,6 +112,33 @@ def test_recommended_differs_from_the_paper_in_its_quirks_alone():
     assert {key for key, _, _ in differences(ours, small)} == {"name", "model.name"}
 
 
+def test_recipes_for_newer_models_differ_in_what_the_model_asks_for():
+    """Images of other tokens and longer answers; and on one GPU what `single-gpu-lora-3b` has."""
+    names = ("8xgpu-7b", "qwen3vl-8b", "qwen3_5-9b", "qwen3_5-4b")
+    recipes = {name: load_recipe(name).recipe for name in names}
+    changed = [
+        {key for key, _, _ in differences(recipes[first], recipes[second])} - {"name", "model.name"}
+        for first, second in pairwise(names)
+    ]
+    images = {"images.min_pixels", "images.max_pixels"}
+    lengths = {"grpo.group_size", "grpo.max_new_tokens", "eval.max_new_tokens", "eval.max_rows"}
+    assert changed[:2] == [images | lengths, {"eval.max_rows"}]
+    whole, one_gpu = (load_recipe(name).recipe for name in ("recommended-3b", "single-gpu-lora-3b"))
+    small = {key for key, _, _ in differences(whole, one_gpu)}
+    assert changed[2] - small == set(), "as on one GPU with 3B"
+    assert {recipes[name].images.max_pixels // 32**2 for name in names[1:]} == {1536}
+
+
+ROOM = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": (3.755e9, 36_864, 0),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (8.293e9, 57_344, 0),
+    "Qwen/Qwen3-VL-8B-Instruct": (8.767e9, 147_456, 0),
+    "Qwen/Qwen3.5-9B": (9.410e9, 32_768, 51_511_296),
+    "Qwen/Qwen3.5-4B": (4.539e9, 32_768, 51_511_296),
+}
+"""Parameters, and in bfloat16 the bytes of a token's keys and values and of a row's states."""
+
+
 @pytest.mark.parametrize(
     ("name", "gpus", "memory"),
     [
@@ -121,16 +149,18 @@ def test_recommended_differs_from_the_paper_in_its_quirks_alone():
         ("recommended-7b", 4, 80),
         ("8xgpu-7b", 4, 80),
         ("multi-node", 4, 80),
+        ("qwen3vl-8b", 4, 80),
+        ("qwen3_5-9b", 4, 80),
+        ("qwen3_5-4b", 1, 80),
     ],
 )
 def test_a_measurement_finds_room_beside_the_model(name, gpus, memory):
     """By the local engine: the model whole in bfloat16, its float32 shard, and every row at its limit."""
     recipe = load_recipe(name).recipe
-    text, parameters = published(recipe.model.name).text_config, {"3": 3.755e9, "7": 8.293e9}
-    model = parameters[recipe.model.name.split("VL-")[1][0]]
+    model, token, state = ROOM[recipe.model.name]
     weights = model * (2 + (4 / gpus if recipe.model.dtype == "float32" else 0))
-    token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * 128
-    row = 2 * token * (recipe.prompt.max_tokens + recipe.eval.max_new_tokens)  # twice while it is copied
+    tokens = recipe.prompt.max_tokens + recipe.eval.max_new_tokens
+    row = 2 * (token * tokens + 2 * state)  # twice while it is copied; the prompt has a state too
     beside = 2e9 + 1.5e9  # prefilling, and what a process holds before any model
     room = 0.95 * memory * 2**30 - weights - beside
     assert recipe.eval.max_rows * row < room < 256 * row

@@ -1,5 +1,6 @@
 """The seconds of a step: lengths with their tail, decoding step by step, packs in step, and their sum."""
 
+from dataclasses import replace
 from statistics import fmean, pstdev
 
 import pytest
@@ -71,6 +72,17 @@ def test_decoding_step_by_step_by_hand():
     waiting = decode([1, 3], StepCost(weights=1.0, row=0.0, cached_token=0.0, least=2.0), trunk=5, slots=8)
     assert (waiting.seconds, waiting.busy) == (6.0, 3.0)
     assert decode([], cost, trunk=5, slots=8).seconds == 0
+
+
+def test_a_row_reads_its_state_its_experts_and_no_further_than_the_window():
+    cost = StepCost(weights=1.0, row=0.0, cached_token=0.0, least=0.0)
+    states = replace(cost, state=2.0)
+    assert decode([1, 2], states, trunk=5, slots=8).ends == (5.0, 8.0)
+    near = replace(cost, windowed_token=1.0, window=6)
+    assert decode([3], near, trunk=5, slots=8).ends == (3 * 1.0 + 5 + 6 + 6,)
+    some = replace(cost, experts=100.0, chosen=0.5)
+    assert decode([1], some, trunk=0, slots=8).seconds == 1 + 50
+    assert decode([1] * 2, some, trunk=0, slots=8).seconds == 1 + 75, "half of the other half"
 
 
 def test_where_one_answer_ends_the_next_begins():

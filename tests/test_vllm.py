@@ -20,17 +20,19 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from conftest import LengthGrader, make_problem, tree_of
 from file_channel import FileChannel
 from rlcs.data import puzzles as tasks
-from rlcs.data.images import data_uri, encoded_image
+from rlcs.data.images import data_uri, encode, encoded_image
 from rlcs.data.loading import load
 from rlcs.engines.factory import EngineNeeds, open_engines
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.vllm import transfer
+from rlcs.engines.vllm import protocol, transfer
+from rlcs.engines.vllm.server import Server
 from rlcs.engines.vllm.transfer import Transfer
-from rlcs.errors import EndpointError
+from rlcs.errors import EndpointError, TrainingError
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.packing import pack
@@ -46,9 +48,11 @@ from rlcs.records import Prompt, Rollout
 from rlcs.serving import session
 from rlcs.signals import StopFlag
 from rlcs.train import grpo
+from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from test_distributed import run_on
+from test_engine_check import check_of
 from test_grpo import assert_same_gradients, seconds
 from test_train import weights_of
 
@@ -345,6 +349,42 @@ def test_another_image_size_is_an_error(recipe, make_engine, policy) -> None:
     other = loading.make_chat(vlm, images=recipe_of("images.min_pixels=50176").images)
     with pytest.raises(EndpointError, match="pixel bounds"):
         engine.sample([other.prompt(make_problem("small"))], other.sampling(max_new_tokens=4))
+
+
+def test_vllm_sees_what_the_trainer_sees(recipe, make_engine, policy, monkeypatch) -> None:
+    """Before and after an update; then weights that are named and not loaded, and black images."""
+    vlm, chat = policy
+    engine = make_engine(vlm, chat, 64)
+    engine.sync()
+    check, lines = check_of(vlm, chat, engine), list[str]()
+    check._say = lines.append
+    check(0, Clock())
+    perturb(vlm, 0.02)
+    engine.sync()
+    check(1, Clock())
+    assert len(lines) == 2 and check.worst.gap < 1e-4 and check.worst.precision == "float32"
+    with monkeypatch.context() as patch:
+        named = lambda server, client, weights, has: server._name(client, weights)  # noqa: E731
+        patch.setattr(Server, "_load", named)
+        perturb(vlm, 0.02)
+        engine.sync()
+        with pytest.raises(TrainingError, match=r"weights\..* as if it still had the weights of before"):
+            check(2, Clock())
+    engine.sync()
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "encode", lambda image, **options: encode(Image.new("RGB", image.size)))
+        with pytest.raises(TrainingError, match=r"pixels\..* as if every image were black"):
+            check_of(vlm, chat, engine)(0, Clock())
+
+
+def test_vllm_with_other_pixel_bounds_is_named(recipe, make_engine, policy) -> None:
+    """Its processor makes fewer tokens of an image than the trainer, whose bounds are other ones."""
+    vlm, chat = policy
+    engine = make_engine(vlm, chat, 64)
+    engine.sync()
+    other = loading.make_chat(vlm, images=recipe_of("images.min_pixels=50176").images)
+    with pytest.raises(TrainingError, match=r"grid\..* tokens of the images, and the trainer"):
+        check_of(vlm, other, engine)(0, Clock())
 
 
 class Disturbed:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+import family_models
 from conftest import LengthGrader, make_problem
 from rlcs.distributed import World
 from rlcs.engines.factory import open_engines
@@ -45,6 +46,7 @@ from rlcs.recipe.schema import Model
 from rlcs.recipe.stages import Grpo
 from rlcs.recipe.table import summary_rows
 from rlcs.records import Request, Sampling, StopReason
+from rlcs.serving.remote import serving
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl
 from rlcs.train import grpo
@@ -422,10 +424,15 @@ def test_fp8_rollouts_are_started_and_always_corrected(vlm: Vlm) -> None:
     at = command.index("--quantization")
     assert command[at + 1] == "fp8_per_channel"
     ignored = json.loads(command[command.index("--quantization-config") + 1])["ignore"]
-    assert all(
-        re.match(ignored[0].removeprefix("re:"), name) for name in ("visual.blocks.0.mlp", "a.visual.x")
-    )
-    assert not re.match(ignored[0].removeprefix("re:"), "language_model.model.layers.0.mlp.gate_up_proj")
+
+    def is_whole(name: str) -> bool:
+        return any(re.match(pattern.removeprefix("re:"), name) for pattern in ignored)
+
+    layer = "language_model.model.layers.0."
+    whole = [f"{layer}linear_attn.in_proj_{gate}" for gate in ("a", "b", "ba")]
+    assert all(map(is_whole, ["visual.blocks.0.mlp", "a.vision_tower.x", f"{layer}mlp.gate", *whole]))
+    for name in ("mlp.gate_up_proj", "mlp.gate_proj", "linear_attn.in_proj_qkvz", "mlp.experts"):
+        assert not is_whole(layer + name)
     assert "vLLM in FP8" in dict(summary_rows(recipe))["rollouts"]
     assert recipe.rollout.cap == 2.0
     for words, says in (
@@ -660,6 +667,24 @@ def test_every_rank_starts_a_server_on_its_own_gpus(vlm: Vlm, monkeypatch: pytes
         launch(0, "rollout.tensor_parallel=2", size=3)
     with pytest.raises(UserError, match="needs 8 GPUs, and this process sees 4"):
         launch(0, "rollout.tensor_parallel=8")
+
+
+def test_gated_delta_nets_on_a_cpu_are_served_as_vllm_can(vlm: Vlm, tmp_path: Path) -> None:
+    folder = family_models.build("qwen3_5", tmp_path / "hybrid")
+    hybrid = loading.load(Model(name=str(folder), dtype="bfloat16"), device=torch.device("cpu"))
+
+    def command(policy: Vlm, *words: str) -> list[str]:
+        needs = engine_needs(load_recipe("quickstart", ["rollout.engine=vllm_server", *words]).recipe)
+        return needs.launch(policy).command(folder, 8123)
+
+    assert "--no-enable-prefix-caching" in command(hybrid)
+    assert "--no-enable-prefix-caching" not in command(vlm)
+    with pytest.raises(UserError, match=r"(?s)in bfloat16 only, not in float32.*model.dtype=bfloat16"):
+        command(loading.load(Model(name=str(folder)), device=torch.device("cpu")))
+    with pytest.raises(UserError, match=r"(?s)no LoRA adapters.*rollout.lora=merged"):
+        command(hybrid, "lora.rank=8")
+    served = serving("vllm", str(folder), key=None).command(folder, 8123)
+    assert "bfloat16" in served and "--no-enable-prefix-caching" in served
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

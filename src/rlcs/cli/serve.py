@@ -85,7 +85,7 @@ def _exec_vllm(program: str, model: str, options: ServeOptions) -> None:
 
     hosts = ImageHosts(names=tuple(options.image_host or ()))
     launch = replace(
-        serving(program, options.name or model, key=options.api_key),
+        serving(program, model, name=options.name, key=options.api_key),
         host=options.host,
         max_rows=options.concurrency,
         max_images=options.max_images,

@@ -6,6 +6,7 @@ request has its own sampling settings, limit and stop strings, and joins and lea
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.sampling import choose, likeliest, uniform
 from rlcs.model import attention
 from rlcs.model.chat import Chat
+from rlcs.model.experts import Routing
 from rlcs.model.image_features import image_inputs
 from rlcs.model.packing import pack
 from rlcs.model.policy import hidden_states
@@ -59,6 +61,7 @@ class Row:
     num_likeliest: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    routes: list[bytes] = field(default_factory=list)
     stop: StopReason | None = None
 
     def take(self, token: int, logprob: float, likeliest: tuple[tuple[int, float], ...] = ()) -> None:
@@ -96,6 +99,7 @@ class DecodeRequest:
     listener: Listener | None = None
     cancelled: bool = False
     rows: list[Row] = field(default_factory=list, repr=False)
+    routes: bytes = b""
 
     @property
     def max_tokens(self) -> int:
@@ -115,9 +119,9 @@ class DecodeRequest:
 class DecodingBatch:
     """The rows that are being decoded, with the logits (B, V) of each row's next token."""
 
-    def __init__(self, vlm: Vlm, chat: Chat) -> None:
-        """Empty: `add` requests, then `step`."""
-        self._vlm, self._chat = vlm, chat
+    def __init__(self, vlm: Vlm, chat: Chat, *, keeps_routes: bool = False) -> None:
+        """Empty: `add` requests, then `step`. `keeps_routes`: of a mixture, which experts compute what."""
+        self._vlm, self._chat, self._keeps_routes = vlm, chat, keeps_routes
         self.clear()
 
     def clear(self) -> None:
@@ -142,13 +146,14 @@ class DecodingBatch:
             layout, device = trunks.layout, self._vlm.device
             plan = RecordingPlan(attention.make_plan(self._vlm.attention, layout, device), layout, device)
             images = image_inputs(self._vlm, trunks)
-            states = hidden_states(self._vlm, trunks.ids, trunks.positions, plan=plan, **images)
+            states, routes = self._computed(trunks.ids, trunks.positions, plan=plan, **images)
             ends = [trunk.stop - 1 for trunk in layout.trunks]
             counts = torch.tensor([r.sampling.n for r in chunk], device=device)
             logits = self._head(states[ends]).repeat_interleave(counts, dim=0)
             cache = ForestCache.prefilled(plan, counts)
             for request, trunk in zip(chunk, layout.trunks, strict=True):
                 self._open(request, start=int(trunks.positions[:, trunk.start : trunk.stop].max()) + 1)
+                request.routes = b"".join(routes[trunk.start : trunk.stop])
             if self._cache is None:
                 self._cache, self._logits = cache, logits
             else:
@@ -192,6 +197,15 @@ class DecodingBatch:
             )
             for (_, _, banned), group in groups.items()
         ]
+
+    def _computed(self, *inputs: Tensor, **keywords: Any) -> tuple[Tensor, list[bytes]]:
+        """The `hidden_states` of tokens, and the experts that computed each, if they are to be kept."""
+        if not self._keeps_routes:
+            return hidden_states(self._vlm, *inputs, **keywords), []
+        routing = Routing()
+        states = hidden_states(self._vlm, *inputs, routing=routing, **keywords)
+        table = routing.table(self._vlm.model.config.get_text_config().num_hidden_layers)
+        return states, [token.tobytes() for token in table.cpu().numpy().astype("<u2")]
 
     def _head(self, states: Tensor) -> Tensor:
         logits: Tensor = self._vlm.model.get_output_embeddings()(states)
@@ -263,7 +277,11 @@ class DecodingBatch:
             self._rows_changed()
         positions = (self._starts + self._cache.row_lengths).expand(3, -1)
         self._cache.begin_step()
-        self._logits = self._head(hidden_states(self._vlm, ids, positions, plan=self._cache))
+        states, routes = self._computed(ids, positions, plan=self._cache)
+        for row, experts in zip(self._rows, routes, strict=False):
+            if row.stop is None:
+                row.routes.append(experts)
+        self._logits = self._head(states)
         self._cache.end_step()
 
 

@@ -14,11 +14,12 @@ from rlcs.engines.local import LocalEngine
 from rlcs.engines.vllm.engine import VllmEngine
 from rlcs.engines.vllm.fleet import Fleet
 from rlcs.engines.vllm.readiness import server_gpus
-from rlcs.engines.vllm.server import Launch
+from rlcs.engines.vllm.server import RECURRENT_DTYPES, Launch
 from rlcs.engines.vllm.transfer import IpcChannel, NcclChannel, Transfer
 from rlcs.engines.vllm.weights import MEMORY, Unchanged, WeightsFolder
 from rlcs.errors import UserError
 from rlcs.model.chat import Chat
+from rlcs.model.delta_net import is_recurrent
 from rlcs.model.serving_weights import serving_dtype
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.sampling import Rollouts
@@ -45,15 +46,18 @@ class EngineNeeds:
     def launch(self, vlm: Vlm, *, trains: bool = True) -> Launch:
         """Settings to start vLLM for a model: in its dtype, or the computing dtype of a sharded one.
 
-        Raises UserError if a rank has too few GPUs for its server.
+        Raises UserError if a rank has too few GPUs for its server, or vLLM no kernels for the model.
         """
         colocated = self.settings.engine == "vllm_colocated"
         on_cpu = vlm.device.type == "cpu"
         sleeps = colocated and trains and not on_cpu  # vLLM has no sleep mode on a CPU
-        text = vlm.model.config.get_text_config()
+        dtype = str(serving_dtype(vlm, self.compute_dtype)).removeprefix("torch.")
+        recurrent = is_recurrent(vlm.model.config)
+        if recurrent and on_cpu:
+            _require_kernels(dtype, self.adapter_rank)
         return Launch(
             settings=self.settings,
-            dtype=str(serving_dtype(vlm, self.compute_dtype)).removeprefix("torch."),
+            dtype=dtype,
             max_tokens=self.max_tokens,
             max_rows=self.max_rows,
             on_cpu=on_cpu,
@@ -63,7 +67,7 @@ class EngineNeeds:
             shares_gpu=not on_cpu and _shares_gpu(vlm, self.settings),
             sleep_level=(1 if self.adapter_rank else 2) if sleeps else 0,
             transfer=self._transfer(on_cpu) if trains else "",
-            is_recurrent="linear_attention" in (getattr(text, "layer_types", None) or ()),
+            is_recurrent=recurrent,
         )
 
     def _transfer(self, on_cpu: bool) -> str:
@@ -127,8 +131,11 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
         nonlocal backend, processing, published, transfer
+        if settings.router_replay and vlm.family.router is None:
+            what = f"models of type {vlm.family.model_type} have no experts whose choice could be replayed"
+            raise UserError(what, where="rollout.router_replay", fix="set it to false")
         if settings.engine == "local":
-            return LocalEngine(vlm, chat, max_rows=max_rows)
+            return LocalEngine(vlm, chat, max_rows=max_rows, keeps_routes=settings.router_replay)
         published = published or needs.weights(folder, vlm)
         if backend is not None and processing != vlm.processor.image_processor.to_dict():
             backend.close()  # vLLM keeps the pixel bounds that it started with
@@ -139,7 +146,15 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
             backend = Fleet(settings, logs=folder, launch=launch)
             transfer = needs.transfer(vlm, backend, launch)
         ranks = settings.tensor_parallel if settings.engine == "vllm_colocated" else None
-        return VllmEngine(backend, published, vlm, chat, ranks=ranks, transfer=transfer)
+        return VllmEngine(
+            backend,
+            published,
+            vlm,
+            chat,
+            ranks=ranks,
+            transfer=transfer,
+            keeps_routes=settings.router_replay,
+        )
 
     try:
         yield make
@@ -148,6 +163,22 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
             backend.close()
         if published is not None:
             published.remove()
+
+
+def _require_kernels(dtype: str, adapter_rank: int) -> None:
+    """Raise UserError where vLLM 0.32 cannot compute gated delta nets on a CPU: its log alone would tell."""
+    if dtype not in RECURRENT_DTYPES:
+        raise UserError(
+            f"vLLM computes gated delta nets on a CPU in {', '.join(RECURRENT_DTYPES)} only, not in {dtype}",
+            where="rollout.engine",
+            fix="set rollout.engine=local, or model.dtype=bfloat16",
+        )
+    if adapter_rank:
+        raise UserError(
+            "vLLM takes no LoRA adapters for gated delta nets on a CPU",
+            where="rollout.lora",
+            fix="set rollout.lora=merged",
+        )
 
 
 def _shares_gpu(vlm: Vlm, settings: Rollouts) -> bool:

@@ -15,7 +15,7 @@ from rlcs.engines.onednn_linear import packed
 from rlcs.errors import out_of_memory_in
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
-from rlcs.records import Prompt, Rollout, Sampling
+from rlcs.records import Prompt, Rollout, Routes, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +27,26 @@ class LocalEngine:
     last of them: an idle engine holds no thread and needs no closing. The two never decode at the same time.
     """
 
-    def __init__(self, vlm: Vlm, chat: Chat, *, max_rows: int, cache_tokens: float = math.inf) -> None:
+    def __init__(
+        self,
+        vlm: Vlm,
+        chat: Chat,
+        *,
+        max_rows: int,
+        cache_tokens: float = math.inf,
+        keeps_routes: bool = False,
+    ) -> None:
         """At most `max_rows` answers are decoded at once, and at most `cache_tokens` reserved for them.
 
-        A request that alone is larger is decoded alone.
+        A request that alone is larger is decoded alone. `keeps_routes`: rollouts say which experts computed
+        them.
         """
         self._vlm, self._chat = vlm, chat
         self._max_rows, self._cache_tokens = max_rows, cache_tokens
         self._decoding = threading.Lock()
         self._submitting = threading.Lock()
         self._waiting: list[DecodeRequest] = []
-        self._batch = DecodingBatch(vlm, chat)
+        self._batch = DecodingBatch(vlm, chat, keeps_routes=keeps_routes)
         self._thread_runs = False
         # Closed by `sync`, or when the engine and with it the generator is garbage-collected.
         self._packed: AbstractContextManager[None] | None = None
@@ -255,4 +264,13 @@ class LocalEngine:
             stop=row.stop,
             seed=row.seed,
             text=self._chat.text(row.ids),
+            routes=self._routes(request, row),
         )
+
+    def _routes(self, request: DecodeRequest, row: Row) -> Routes | None:
+        """Of the answer, and with the first one of the prompt, if they are kept."""
+        if not request.routes:
+            return None
+        text = self._vlm.model.config.get_text_config()
+        data = (request.routes if row.index == 0 else b"") + b"".join(row.routes)
+        return Routes(layers=text.num_hidden_layers, chosen=text.num_experts_per_tok, data=data)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rlcs.model.delta_rule import DeltaRules
+from rlcs.model.delta_rule import by_token
 from rlcs.model.layout import Layout
 from rlcs.model.recurrence import PathRecurrence
 
@@ -20,7 +20,7 @@ class TrunkRecurrence(PathRecurrence):
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         """`layout` is of trunks alone."""
-        super().__init__(layout, device)
+        super().__init__(layout, device, wanted=range(len(layout.segments)))
         self._trunks = layout.segments
         self.kept = RowRecurrence()
 
@@ -34,10 +34,10 @@ class TrunkRecurrence(PathRecurrence):
         self.kept.inputs[layer] = torch.stack(lasts)
         return super().convolve(layer, x, weight)
 
-    def recur(self, layer: int, rules: DeltaRules, inputs: Sequence[Tensor]) -> Tensor:
+    def recur(self, layer: int, inputs: Sequence[Tensor]) -> Tensor:
         """See `Recurrence`."""
-        output, states = self.run(rules, inputs, wanted=range(len(self._trunks)))
-        self.kept.states[layer] = torch.stack([states[index] for index in range(len(self._trunks))])
+        output, states = self.run(inputs)
+        self.kept.states[layer] = torch.stack(states)
         return output
 
 
@@ -54,21 +54,10 @@ class RowRecurrence:
         self.inputs[layer] = window[:, 1:]
         return nn.functional.conv1d(window.transpose(1, 2), weight.unsqueeze(1), groups=len(weight))[..., 0]
 
-    def recur(self, layer: int, rules: DeltaRules, inputs: Sequence[Tensor]) -> Tensor:
+    def recur(self, layer: int, inputs: Sequence[Tensor]) -> Tensor:
         """See `Recurrence`; inputs are (B, ...)."""
-        query, key, value, g, beta = (x[:, None] for x in inputs)
-        output, state = rules.few(
-            query,
-            key,
-            value,
-            g=g,
-            beta=beta,
-            initial_state=self.states[layer],
-            output_final_state=True,
-        )
-        assert state is not None, "it was asked for"
-        self.states[layer] = state
-        return output[:, 0]
+        output, self.states[layer] = by_token(inputs, self.states[layer])
+        return output
 
     def rows(self, chosen: Tensor) -> "RowRecurrence":
         """What rows with these indices go on from."""

@@ -115,8 +115,8 @@ def open_sampler(
 
     settings = settings or EngineSettings()
     vlm = loading.load(Model(name=model), weights=settings.engine == "local")
-    bounds = vlm.processor.image_processor.size
-    own = Images(min_pixels=bounds["shortest_edge"], max_pixels=bounds["longest_edge"])
+    least, most = vlm.family.pixel_bounds(vlm.processor)
+    own = Images(min_pixels=least, max_pixels=most)
     longest = int(vlm.model.config.get_text_config().max_position_embeddings)
     max_tokens = (context_length(settings, longest) or longest) - sampling.max_new_tokens
     prompts = Prompts(system=None, max_tokens=max(1, max_tokens))

@@ -4,14 +4,11 @@ transformers' layer knows one sequence a row. `install` gives each such layer of
 what looks back to the `recurrence` of the plan (see `model.recurrence`); without one it is transformers' own.
 """
 
-import sys
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from rlcs.model.delta_rule import DeltaRules, by_token
 
 
 class _FollowsPaths(nn.Module):
@@ -25,7 +22,6 @@ class _FollowsPaths(nn.Module):
             return output
         layer: Any = self
         states = hidden_states[0]
-        rules = DeltaRules(many=partial(_kernel(type(self)), use_qk_l2norm_in_kernel=True), few=by_token)
         taps = layer.conv1d.weight[:, 0]
         mixed = plan.recurrence.convolve(layer.layer_idx, layer.in_proj_qkv(states), taps)
         sizes = [layer.key_dim, layer.key_dim, layer.value_dim]
@@ -41,10 +37,15 @@ class _FollowsPaths(nn.Module):
             layer.in_proj_a(states).float() + layer.dt_bias
         )
         inputs = (query, key, value, decay, layer.in_proj_b(states).sigmoid())
-        read = plan.recurrence.recur(layer.layer_idx, rules, inputs).flatten(0, 1)
+        read = plan.recurrence.recur(layer.layer_idx, inputs).flatten(0, 1)
         gate = layer.in_proj_z(states).reshape(-1, layer.head_v_dim)
         result: Tensor = layer.out_proj(layer.norm(read, gate).reshape(1, len(states), -1))
         return result
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether some layers of a model with this configuration keep a state instead of keys and values."""
+    return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def install(model: PreTrainedModel) -> None:
@@ -57,9 +58,3 @@ def install(model: PreTrainedModel) -> None:
 @cache
 def _following(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Paths{kind.__name__}", (_FollowsPaths, kind), {"__module__": __name__})
-
-
-def _kernel(kind: type) -> Any:
-    """The chunked kernel of transformers' layer: flash-linear-attention's where that is installed."""
-    own = next(base for base in kind.__mro__ if base.__module__ != __name__)
-    return vars(sys.modules[own.__module__])["torch_chunk_gated_delta_rule"]

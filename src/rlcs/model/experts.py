@@ -9,13 +9,14 @@ training as the engine chose in sampling ("Rollout Routing Replay", arXiv 2510.1
 Letters in shapes: L tokens of the pack, E experts, k of them for each token, T trees.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlcs.errors import TrainingError
 from rlcs.model.layout import Layout
 
 
@@ -35,7 +36,7 @@ class Routing:
     def route(self, layer: int, logits: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and ids of the experts (L, k) of one layer, from its router's scores (L, E) and own two."""
         if self._given is not None:
-            given = self._given[:, layer].to(chosen)
+            given = self._given[:, layer].to(chosen, non_blocking=True)
             chosen = torch.where(given[:, :1] < 0, chosen, given)
             # As transformers' router computes them of those that it chose.
             shares = logits.softmax(-1, dtype=torch.float).gather(1, chosen)
@@ -44,10 +45,38 @@ class Routing:
             self.logits[layer], self.chosen[layer] = logits, chosen
         return weights, chosen
 
-    def table(self, layers: int) -> Tensor:
-        """All ids that were chosen (L, layers, k), zero in layers without experts; none: (0, layers, 0)."""
-        some = next(iter(self.chosen.values()), torch.empty(0, 0, dtype=torch.long))
-        return torch.stack([self.chosen.get(i, torch.zeros_like(some)) for i in range(layers)], dim=1)
+    def table(self, layers: int = 0) -> Tensor:
+        """All ids that were chosen (L, layers, k), zero in a layer without experts.
+
+        At least up to the last layer with experts.
+        """
+        some, count = next(iter(self.chosen.values())), max(layers, *(i + 1 for i in self.chosen), 0)
+        return torch.stack([self.chosen.get(i, torch.zeros_like(some)) for i in range(count)], dim=1)
+
+
+def replay(model: PreTrainedModel, routes: Tensor) -> Routing:
+    """Replay the experts (L, layers, k) that computed a pack's tokens in sampling.
+
+    Raises TrainingError for experts that the model does not have, or not so many.
+    """
+    text: Any = model.config.get_text_config()
+    shape = (text.num_hidden_layers, text.num_experts_per_tok)
+    with_experts = [
+        i for i, one in enumerate(model.base_model.language_model.layers) if hasattr(one.mlp, "gate")
+    ]
+    known = routes[routes[:, 0, 0] >= 0]
+    right = known.shape[1:] == shape
+    if right:
+        order = known[:, with_experts].sort(-1).values
+        right = bool((order < text.num_experts).all() and (order.diff(dim=-1) > 0).all())
+    if not right:
+        raise TrainingError(
+            f"the engine chose other experts than the {shape[1]} of {text.num_experts} in {shape[0]} layers "
+            "that this model has for each token",
+            where="rollout.router_replay",
+            fix="set it to false, and report this with your version of vLLM",
+        )
+    return Routing(routes)
 
 
 class _FollowsRouting(nn.Module):
@@ -59,16 +88,18 @@ class _FollowsRouting(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (L, hidden) to scores (L, E), and weights and ids (L, k) of the chosen experts."""
         logits, weights, chosen = super().forward(hidden_states)
-        if self.routing is not None:
-            weights, chosen = self.routing.route(self.layer, logits, weights, chosen)
+        routing, self.routing = self.routing, None
+        if routing is not None:
+            weights, chosen = routing.route(self.layer, logits, weights, chosen)
         return logits, weights, chosen
 
 
 def install(model: PreTrainedModel) -> None:
     """Make the routers of a model follow the keyword `routing` of its forward; without it they choose.
 
-    The layer's hooks hand it to the router. Where the layer is recomputed for its gradients they run again,
-    with the same keywords, in whatever thread that is. Installing again changes nothing.
+    The router has no keywords: a hook of what comes before it in the same layer, and has all, hands it over.
+    The layer's own hooks would not run where it is recomputed for its gradients. Installing again changes
+    nothing.
     """
     text: Any = model.base_model.language_model
     for index, layer in enumerate(text.layers):
@@ -77,17 +108,13 @@ def install(model: PreTrainedModel) -> None:
             continue
         router.layer, router.routing = index, None
         router.__class__ = _following(type(router))  # type: ignore[arg-type]
-        layer.register_forward_pre_hook(_hand_over, with_kwargs=True)
-        layer.register_forward_hook(_take_back, always_call=True)
+        mixer = layer.self_attn if hasattr(layer, "self_attn") else layer.linear_attn
+        mixer.register_forward_pre_hook(partial(_hand_over, router), with_kwargs=True)
 
 
-def _hand_over(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    layer.mlp.gate.routing = kwargs.pop("routing", None)
+def _hand_over(router: Any, mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    router.routing = kwargs.pop("routing", None)
     return args, kwargs
-
-
-def _take_back(layer: Any, args: tuple[Any, ...], output: Any) -> None:
-    layer.mlp.gate.routing = None
 
 
 @cache

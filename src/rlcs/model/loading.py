@@ -305,7 +305,9 @@ def make_chat(
     The pixel bounds and the system prompt are set on the processor too, so that they are saved with the
     model.
     """
-    return _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
+    chat = _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
+    vlm.family.note_bounds(vlm.model.config, vlm.processor)
+    return chat
 
 
 def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: bool = False) -> Chat:
@@ -315,6 +317,13 @@ def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: boo
     """
     _, processor, family = _load_description(model)
     return _chat(processor, family, prompts, images, rl=rl)
+
+
+def load_config(name: str) -> Any:
+    """Load the configuration of the model behind a name, as `resolve` knows them. Raises ModelError."""
+    settings = ModelSettings(name=name)
+    with _model_errors(settings):
+        return AutoConfig.from_pretrained(**_source(settings))
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def attach(
     """Put adapters into the linear layers below `parts` (patterns on names); nothing else trains then.
 
     A new adapter adds zero. Of a mixture of experts the `router` (a pattern, too) and the experts,
-    whose weights lie in one tensor, get none. Raises RecipeError if `settings.targets` matches no layer, or experts.
+    whose weights lie in one tensor, get none. Raises RecipeError if `settings.targets` matches no
+    layer, or experts.
     """
     import peft
     from peft.tuners.lora import LoraLayer

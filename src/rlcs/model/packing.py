@@ -64,7 +64,8 @@ class Pack:
     `predictors` (N,) is the hidden state that predicts it, `targets` (N,) its id, `sequence` (N,) its branch
     (0..S-1), `weights` (N,) its loss weight, `sampler_logprobs` (N,) the sampler's logprobs (None if any
     branch has none). Targets in a trunk come before those of its first branch, and have its index in
-    `sequence`.
+    `sequence`. `routes` (L, layers, k) are the experts that computed the tokens in sampling, below zero where
+    they are not known (None: nowhere).
     """
 
     layout: Layout
@@ -79,6 +80,7 @@ class Pack:
     grids: Tensor | None
     pixels: PixelSource
     kept: dict[Any, Any] | None = None
+    routes: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -145,7 +147,28 @@ def pack(trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = F
         grids=torch.tensor(grids, dtype=torch.long) if grids else None,
         pixels=pixels,
         kept={} if keeps_features else None,
+        routes=_routes(trees),
     )
+
+
+def _routes(trees: Sequence[Tree]) -> Tensor | None:
+    """See `Pack.routes`."""
+    parts = [
+        part
+        for tree in trees
+        for part in [(tree.prompt.ids, tree.trunk_routes), *((b.ids, b.routes) for b in tree.branches)]
+    ]
+    known = next((routes for _, routes in parts if routes is not None), None)
+    if known is None:
+        return None
+    table = torch.full((sum(len(ids) for ids, _ in parts), known.layers, known.chosen), -1, dtype=torch.int16)
+    start = 0
+    for ids, routes in parts:
+        if routes is not None and (few := routes.first(len(ids))):
+            rows = torch.frombuffer(bytearray(few.data), dtype=torch.int16)
+            table[start : start + len(few)] = rows.view(-1, *table.shape[1:])
+        start += len(ids)
+    return table
 
 
 def _flat_ids(tree: Tree) -> list[int]:

@@ -6,13 +6,15 @@ logprobs of a trained model by 0.001 nats, and bfloat16 alone moves them by 0.01
 precision is compared twice: as it is, and in float32, each weight cast while its layer computes.
 
 How far apart they may be is measured: by the difference of two plain kernels on the same weights and data.
+In a mixture of experts rounding also changes which of two nearly equal experts a router chooses, and with it
+logprobs by far more: there all passes are computed by the experts that the pack chose.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from rlcs.errors import TrainingError
 from rlcs.model import attention
 from rlcs.model.chat import Chat
+from rlcs.model.experts import Routing
 from rlcs.model.layout import PATH, Layout, Scope, Segment, dense_mask
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
@@ -43,6 +46,8 @@ MAX_TREES, MAX_BRANCHES, MAX_ANSWER, MAX_TOKENS = 4, 4, 512, 16_384
 """How much a rank compares: trees, branches of each, tokens of a branch, and tokens of the pack."""
 
 T = TypeVar("T")
+
+MakePlan = Callable[[Layout, torch.device], attention.Plan] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,17 +138,20 @@ def _compare(
 ) -> Agreement:
     together = pack(trees, chat.patches, keeps_features=True)
     counts = torch.bincount(together.sequence, minlength=together.num_sequences).tolist()
-    packed = iter(score(vlm, together, temperature=temperature).logprobs.split(counts))
-    apart, noise = list[Tensor](), list[Tensor]()
+    routing = None if vlm.family.router is None else Routing()
+    packed = iter(score(vlm, together, temperature=temperature, routing=routing).logprobs.split(counts))
+    apart, noise, root = list[Tensor](), list[Tensor](), 0
     for tree in trees:
         of_tree = [next(packed) for _ in tree.branches]
         branches = _spread(range(len(tree.branches)), MAX_BRANCHES)
+        paths = ([root, *(root + 1 + branch for branch in tree.path(i))] for i in branches)
+        routes = [_chosen(routing, together.layout, path) for path in paths]
+        root += 1 + len(tree.branches)
+        plain_of = partial(_plain, vlm, chat, tree, temperature, list(zip(branches, routes, strict=True)))
         with attention_of(vlm, "sdpa"):
-            plain = torch.cat([plain_logprobs(vlm, chat, tree, i, temperature) for i in branches])
+            plain = plain_of(None)
         with attention_of(vlm, attention.NAME, _EXPLICIT):
-            other = torch.cat(
-                [plain_logprobs(vlm, chat, tree, i, temperature, plan=_ExplicitPlan) for i in branches]
-            )
+            other = plain_of(_ExplicitPlan)
         apart.append(torch.cat([of_tree[i] for i in branches]) - plain)
         noise.append(other - plain)
     smallest = SMALLEST_LIMIT.get(dtype, SMALLEST_LIMIT[torch.bfloat16])
@@ -161,6 +169,28 @@ def _compare(
             )
         )
     return max(results, key=lambda one: one.share)
+
+
+def _plain(
+    vlm: Vlm,
+    chat: Chat,
+    tree: Tree,
+    temperature: float,
+    branches: Sequence[tuple[int, Tensor | None]],
+    plan: MakePlan,
+) -> Tensor:
+    """The `plain_logprobs` of some branches, each with its `routes`."""
+    return torch.cat(
+        [plain_logprobs(vlm, chat, tree, i, temperature, plan=plan, routes=given) for i, given in branches]
+    )
+
+
+def _chosen(routing: Routing | None, layout: Layout, segments: Sequence[int]) -> Tensor | None:
+    """The experts that computed the tokens of these segments of a pack, if the model has any."""
+    if routing is None:
+        return None
+    table, spans = routing.table(), [layout.segments[index] for index in segments]
+    return torch.cat([table[span.start : span.stop] for span in spans])
 
 
 _EXPLICIT = "rlcs_explicit"
@@ -221,11 +251,13 @@ def plain_logprobs(
     index: int,
     temperature: float = 1.0,
     *,
-    plan: Callable[[Layout, torch.device], attention.Plan] | None = None,
+    plan: MakePlan = None,
+    routes: Tensor | None = None,
 ) -> Tensor:
     """Logprobs (N,) of the targets in the trunk and in one branch of a tree, in a sequence of its own.
 
-    To be called within `attention_of`; `plan` makes one for the attention that needs it.
+    To be called within `attention_of`; `plan` makes one for the attention that needs it. `routes` are the
+    experts that compute the sequence; None: its own routers choose.
     """
     prompt, answer = tree.prompt, tree.branches[index].ids
     earlier = (i for branch in tree.path(index)[:-1] for i in tree.branches[branch].ids)
@@ -241,6 +273,8 @@ def plain_logprobs(
     if plan is not None:
         segments = (Segment(start=0, stop=len(whole)),)
         inputs["plan"] = plan(Layout(segments=segments, images=prompt.spans), vlm.device)
+    if routes is not None:
+        inputs["routing"] = Routing(routes)
     logits = vlm.model(**inputs, use_cache=False, logits_to_keep=predictors).logits[0]
     return torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, targets, None])[:, 0]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlcs.model import attention
-from rlcs.model.experts import Routing, load_balance
+from rlcs.model.experts import Routing, load_balance, replay
 from rlcs.model.image_features import image_inputs
 from rlcs.model.linear_logprobs import linear_logprobs
 from rlcs.model.packing import Pack
@@ -54,8 +54,11 @@ def hidden_states(vlm: Vlm, ids: Tensor, positions: Tensor, *, plan: attention.P
 def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0, routing: Routing | None = None) -> Scores:
     """Compute logprobs and entropies of all branch tokens of a pack, at a sampling temperature.
 
-    In a mixture of experts `routing` replays and records what computes which token.
+    In a mixture of experts `routing` replays and records what computes which token; None: the pack's experts
+    are replayed, where it has them.
     """
+    if routing is None and pack.routes is not None:
+        routing = replay(vlm.model, pack.routes)
     pack = pack.to(vlm.device)
     plan = attention.make_plan(vlm.attention, pack.layout, vlm.device)
     balances = bool(vlm.router_loss) and torch.is_grad_enabled()

@@ -7,15 +7,17 @@ trunk goes through them once and its state serves all of its branches.
 Letters in shapes: L tokens of the pack, C channels, K taps, H heads, B sequences, N longest of them.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rlcs.model.delta_rule import DeltaRules
-from rlcs.model.layout import Bucket, Layout, buckets
+from rlcs.model.delta_rule import Step, by_chunk
+from rlcs.model.layout import Layout
 
 
 class Recurrence(Protocol):
@@ -25,27 +27,98 @@ class Recurrence(Protocol):
         """Causal convolution of each channel: inputs (L, C) and weights (C, K) to outputs (L, C)."""
         ...
 
-    def recur(self, layer: int, rules: DeltaRules, inputs: Sequence[Tensor]) -> Tensor:
-        """Outputs (L, H, value size) of the rules for query, key, value (L, H, size), g and beta (L, H)."""
+    def recur(self, layer: int, inputs: Sequence[Tensor]) -> Tensor:
+        """Outputs (L, H, value size) of the delta rule (see `model.delta_rule`) for its inputs (L, ...)."""
         ...
 
 
-class PathRecurrence:
-    """Recurrence over the paths of a layout, exact, in as many passes as the trees are deep.
+CHUNK = 32
+"""Tokens of a chunk of the delta rule: more are slower on a CPU, and short branches are padded to them."""
 
-    Padding neither decays the state nor writes to it, so that the state after a padded segment is that of its
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The tokens of a pack in `count` chunks of `size`, in `steps`; token i is in cell `cells[i]` of them.
+
+    `ends` are the step of the last chunk of every wanted segment, and its place in that step.
+    """
+
+    size: int
+    count: int
+    cells: Tensor
+    steps: tuple[Step, ...]
+    ends: tuple[tuple[int, int], ...]
+
+    def to(self, device: torch.device) -> "Chunks":
+        """The same chunks with their indices on `device`."""
+        steps = (replace(s, before=None if s.before is None else s.before.to(device)) for s in self.steps)
+        return replace(self, cells=self.cells.to(device), steps=tuple(steps))
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(L, ...) of the pack to (count, size, ...), zero where there is no token."""
+        padded = x.new_zeros(self.count * self.size, *x.shape[1:]).index_copy_(0, self.cells, x)
+        return padded.view(self.count, self.size, *x.shape[1:])
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """The inverse of `pad`."""
+        return x.flatten(0, 1).index_select(0, self.cells)
+
+
+def chunks_of(layout: Layout, size: int, wanted: Sequence[int] = ()) -> Chunks:
+    """Cut every segment into chunks, whose states are computed where others follow or they are `wanted`."""
+    depths, before, spans, lasts = list[int](), list[int | None](), list[range](), list[int | None]()
+    for segment in layout.segments:
+        last = None if segment.parent is None else lasts[segment.parent]
+        for start in range(segment.start, segment.stop, size):
+            before.append(last)
+            depths.append(0 if last is None else depths[last] + 1)
+            spans.append(range(start, min(start + size, segment.stop)))
+            last = len(spans) - 1
+        lasts.append(last)
+    followed = {*before, *(lasts[index] for index in wanted)}
+    order = sorted(range(len(spans)), key=lambda chunk: (depths[chunk], chunk not in followed))
+    places = {chunk: place for place, chunk in enumerate(order)}
+    steps: list[Step] = []
+    for depth, group in groupby(order, key=depths.__getitem__):
+        members, start = list(group), steps[-1].stop if steps else 0
+        rows = [places[before[chunk]] - steps[-1].start for chunk in members] if depth else None
+        steps.append(
+            Step(
+                start,
+                start + len(members),
+                sum(chunk in followed for chunk in members),
+                None if rows is None else torch.tensor(rows),
+            )
+        )
+    cells = [places[chunk] * size + torch.arange(len(span)) for chunk, span in enumerate(spans)]
+    ends = [
+        (depths[chunk], places[chunk] - steps[depths[chunk]].start)
+        for chunk in map(lasts.__getitem__, wanted)
+    ]
+    return Chunks(size, len(spans), torch.cat(cells), tuple(steps), tuple(ends))
+
+
+class PathRecurrence:
+    """Recurrence over the paths of a layout, exact.
+
+    Padding neither decays the state nor writes to it, so that the state after a padded chunk is that of its
     last token.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        """Nothing is computed before the first recurrent layer: most models have none."""
-        self._layout, self._device = layout, device
+    def __init__(
+        self, layout: Layout, device: torch.device, *, chunk: int = CHUNK, wanted: Sequence[int] = ()
+    ) -> None:
+        """Nothing is computed before the first recurrent layer: most models have none.
+
+        States after the `wanted` segments are computed in any case.
+        """
+        self._layout, self._device, self._chunk, self._wanted = layout, device, chunk, wanted
         self._context: dict[int, tuple[Tensor, Tensor]] = {}
 
     @cached_property
-    def _passes(self) -> list[tuple[Bucket, list[int | None]]]:
-        """The segments by depth, the same for all layers."""
-        return [(bucket.to(self._device), parents) for bucket, parents in _passes(self._layout)]
+    def _chunks(self) -> Chunks:
+        """The same for all layers."""
+        return chunks_of(self._layout, self._chunk, self._wanted).to(self._device)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
         """See `Recurrence`."""
@@ -58,42 +131,14 @@ class PathRecurrence:
         output = nn.functional.conv1d(rows, weight.unsqueeze(1), groups=len(weight))
         return output[0].T.index_select(0, own)
 
-    def recur(self, layer: int, rules: DeltaRules, inputs: Sequence[Tensor]) -> Tensor:
+    def recur(self, layer: int, inputs: Sequence[Tensor]) -> Tensor:
         """See `Recurrence`."""
-        followed = {segment.parent for segment in self._layout.segments}
-        return self.run(rules, inputs, wanted=followed)[0]
+        return self.run(inputs)[0]
 
-    def run(
-        self, rules: DeltaRules, inputs: Sequence[Tensor], *, wanted: Container[int | None]
-    ) -> tuple[Tensor, dict[int | None, Tensor]]:
-        """Outputs as of `recur`, and the states after `wanted` segments, among them all with followers."""
-        states: dict[int | None, Tensor] = {}
-        outputs, sources = [], []
-        for bucket, parents in self._passes:
-            query, key, value, g, beta = (bucket.pad(x) for x in inputs)
-            before = None if parents[0] is None else torch.stack([states[p] for p in parents])
-            followed = [i for i, segment in enumerate(bucket.members) if segment in wanted]
-            output, after = rules.many(
-                query, key, value, g=g, beta=beta, initial_state=before, output_final_state=bool(followed)
-            )
-            if after is not None:
-                states |= {bucket.members[i]: after[i] for i in followed}
-            outputs.append(bucket.unpad(output))
-            sources.append(bucket.source)
-        return torch.cat(outputs).index_select(0, torch.cat(sources).argsort()), states
-
-
-def _passes(layout: Layout) -> list[tuple[Bucket, list[int | None]]]:
-    """Buckets of segments that may be computed together, and their parents, which come in earlier ones."""
-    depth: list[int] = []
-    for segment in layout.segments:
-        depth.append(0 if segment.parent is None else 1 + depth[segment.parent])
-    passes: list[tuple[Bucket, list[int | None]]] = []
-    for level in range(max(depth, default=-1) + 1):
-        chosen = [i for i, own in enumerate(depth) if own == level and len(layout.segments[i])]
-        for bucket in buckets(layout, chosen):
-            passes.append((bucket, [layout.segments[member].parent for member in bucket.members]))
-    return passes
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The outputs of `recur`, and the states (H, D, V) after the wanted segments, without gradients."""
+        output, states = by_chunk([self._chunks.pad(x) for x in inputs], self._chunks.steps)
+        return self._chunks.unpad(output), [states[step][place] for step, place in self._chunks.ends]
 
 
 def _with_context(layout: Layout, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,9 @@ def _head(plan: Plan) -> Iterator[str]:
     machine, assumed = plan.machine, plan.assumed
     count = f"{machine.gpus} x " if machine.gpus else ""
     memory = f"{machine.device.memory:,.0f} GB"
-    yield f"{plan.name}: {plan.sizes.name}, {plan.sizes.total:,} parameters"
+    active, total = plan.sizes.active, plan.sizes.total
+    some = f", {active / 1e9:.1f} G of them for a token" if active < total else ""
+    yield f"{plan.name}: {plan.sizes.name}, {total:,} parameters{some}"
     yield f"on {count}{machine.device.name} with {memory}"
     peak = f"{max(stage.peak for stage in plan.stages.values()) / GIB:.1f} GB of {memory} at worst"
     yield f"it fits: {peak}" if plan.fits else f"it does not fit: {peak}; what would is at the end"

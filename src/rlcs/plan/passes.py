@@ -108,7 +108,12 @@ def kept_bytes(place: Placement, grpo: Grpo, trees: Trees, images: Images) -> fl
 def _feature_bytes(place: Placement, grpo: Grpo, trees: Trees) -> int:
     """Bytes of a frozen tower's output for one device's images, as the limit counts them; 0 if used once."""
     passes = (grpo.optimizer_steps > 1 and grpo.old_logprobs == "policy") + grpo.kl.active + 1
-    if not trees.patches or passes == 1 or "vision_tower" in place.trains(grpo.freeze):
+    if (
+        not place.sizes.keeps_features
+        or not trees.patches
+        or passes == 1
+        or "vision_tower" in place.trains(grpo.freeze)
+    ):
         return 0
     tower = place.sizes.vision
     tokens = trees.patches // tower.merge**2

@@ -51,6 +51,8 @@ class Sizes:
     """The layers of the language model; equal ones are counted."""
     between: int
     """Weights of the language model's linear layers that are in no layer and not the head."""
+    keeps_features: bool
+    """Whether what a frozen tower makes of an image can be kept between passes."""
 
     @property
     def total(self) -> int:
@@ -89,6 +91,7 @@ def published(name: str) -> PreTrainedConfig | None:
 
 
 def _published() -> dict[str, dict[str, Any]]:
+    """Configurations by hub id; docs/how-to/plan.md says which figures were checked, and against what."""
     known: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("published.json"))
     return known
 
@@ -170,6 +173,7 @@ def measure(name: str, config: Any) -> Sizes:
             for module in model.base_model.language_model.modules()
             if isinstance(module, nn.Linear) and id(module) not in inside
         ),
+        keeps_features=bool(family.mergers(model)),
     )
 
 

@@ -41,12 +41,12 @@ class Tower:
     tile: int
 
     def tokens(self, pixels: int) -> int:
-        """The tokens of an image of so many pixels; one of several tiles has a small copy besides."""
+        """The tokens of an image of so many pixels; one of several tiles is small itself in one of them."""
         tokens = pixels // self.side**2
         if not self.tile:
             return tokens
-        tiles = max(1, tokens // self.tile)
-        return (tiles + (tiles > 1)) * self.tile
+        tiles = tokens // self.tile
+        return (tiles if tiles > 2 else 1) * self.tile
 
     def whole(self, tokens: int) -> int:
         """As many tokens of an image, or the next number that there can be."""

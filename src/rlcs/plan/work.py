@@ -39,12 +39,12 @@ def language(sizes: Sizes, trunk: int, lengths: Sequence[int]) -> float:
     """
     tokens = trunk + sum(lengths)
     weights = sizes.between + sum(n * layer.active for layer, n in sizes.layers.items())
-    mixing = sum(n * _mixing(layer.mixer, trunk, lengths) for layer, n in sizes.layers.items())
-    return float(2 * weights * tokens + mixing + 2 * sizes.head * sum(lengths))
+    meeting = sum(n * between_tokens(layer.mixer, trunk, lengths) for layer, n in sizes.layers.items())
+    return float(2 * weights * tokens + meeting + 2 * sizes.head * sum(lengths))
 
 
-def _mixing(mixer: Mixer, trunk: int, lengths: Sequence[int]) -> float:
-    """Operations between tokens, in one layer."""
+def between_tokens(mixer: Mixer, trunk: int, lengths: Sequence[int]) -> float:
+    """Operations of one layer in which tokens of a tree meet: attention, or a recurrent state in chunks."""
     if isinstance(mixer, Attention):
         seen = _seen(trunk, mixer.window)
         pairs = seen + sum(_seen(trunk + length, mixer.window) - seen for length in lengths)

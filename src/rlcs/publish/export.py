@@ -89,6 +89,7 @@ def _write(wanted: Export, source: Source, weights: str) -> None:
         recipe, images = source.recipe, source.recipe.images
         family = family_of(model.config.model_type, wanted.model)
         family.image_processing(processor, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
+        family.note_bounds(model.config, processor)
         if recipe.prompt.system is not None:
             set_default_system(processor, recipe.prompt.system, family.chat_format)
         model.generation_config = sampling_of(

@@ -216,6 +216,11 @@ class Rollouts(EngineSettings):
     """Each token's loss is weighted by policy / vLLM probability, at most this (truncated importance
     sampling, https://fengyao.notion.site/off-policy-rl). None: not corrected. With
     grpo.old_logprobs=sampler and several optimiser steps the loss's own ratio is that correction."""
+    router_replay: bool = False
+    """Train each token of a mixture of experts by the experts that the engine chose for it, with weights by
+    the policy's own router (arXiv 2510.11370): kernels that round otherwise choose others for some tokens.
+    Every answer then carries their ids, a byte for each token, layer and expert, for its prompt too. Off, as
+    vLLM must run as docs/how-to/vllm-rollouts.md says. The reference of a KL penalty chooses its own."""
     alarm: NonNegative = 0.1
     """Warn when the mean difference of vLLM's and the policy's logprobs is above this (nats)."""
     checks: Annotated[int, Field(ge=0)] = 4

@@ -61,7 +61,9 @@ class Images(Section):
     min_pixels: Positive = 3136
     """Smaller images are enlarged to this area (28 x 28 pixels make one token; 32 x 32 in Qwen3-VL)."""
     max_pixels: Positive = 1_204_224
-    """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value)."""
+    """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value). InternVL:
+    tiles of 448 x 448 pixels (256 tokens) and the thumbnail have at most this area together: 6 of them; its
+    own processor makes up to 13 (2,609,152 pixels)."""
     rl_min_pixels: Positive | None = None
     """`min_pixels` in RL only; None: the same. The paper's code enlarges to 262,144 in RL only."""
     decode_limit: Positive = 200_000_000

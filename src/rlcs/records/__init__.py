@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
+from rlcs.records.routes import Routes as Routes
 from rlcs.records.rows import MERGED as MERGED
 from rlcs.records.rows import from_row as from_row
 from rlcs.records.rows import from_row_or_none as from_row_or_none
@@ -347,7 +348,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One sampled answer: ids (T,) with the stop id included, and the sampler's logprobs (T,)."""
+    """One sampled answer: ids (T,) with the stop id included, and the sampler's logprobs (T,).
+
+    `routes`, if they were requested, are of all its tokens but the last, which nothing came after, and may
+    begin with those of the prompt.
+    """
 
     problem_id: str
     index: int
@@ -356,6 +361,7 @@ class Rollout:
     stop: StopReason
     seed: int
     text: str
+    routes: Routes | None = None
 
     def __post_init__(self) -> None:
         """Check for as many logprobs as ids, all finite and not above zero."""

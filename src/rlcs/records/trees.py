@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from rlcs.records import Prompt, require
+from rlcs.records import Prompt, Routes, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
     """One answer of a tree: ids (T,), loss weights (T,), and the sampler's logprobs (T,) if any.
 
+    `routes` are the experts that computed its first tokens in sampling, if they are to be replayed.
     It follows the prompt, or the branch of its tree with the index `parent`: an answer that forks.
     """
 
@@ -16,6 +17,7 @@ class Branch:
     weights: tuple[float, ...]
     logprobs: tuple[float, ...] | None = None
     parent: int | None = None
+    routes: Routes | None = None
 
     def __post_init__(self) -> None:
         """Check for one weight (and logprob) for each token."""
@@ -29,12 +31,13 @@ class Tree:
     """A training example: one prompt (the trunk) and its answers (the branches), depth first.
 
     `trunk_weights` are loss weights of the prompt's tokens, for earlier turns that are learnt too, in one
-    sequence with the branch. Empty: the prompt has no loss.
+    sequence with the branch. Empty: the prompt has no loss. `trunk_routes` are the prompt's `Branch.routes`.
     """
 
     prompt: Prompt
     branches: tuple[Branch, ...]
     trunk_weights: tuple[float, ...] = ()
+    trunk_routes: Routes | None = None
 
     def __post_init__(self) -> None:
         """Check the order of branches that fork, and the weights of the prompt's tokens."""

@@ -24,9 +24,10 @@ from rlcs.engines.connection import address, connect_blocking, masked
 from rlcs.engines.openai_client import content, status_error, status_fault
 from rlcs.engines.providers import Fields
 from rlcs.engines.vllm.process import Process
-from rlcs.engines.vllm.server import Launch, flags
+from rlcs.engines.vllm.server import RECURRENT_DTYPES, Launch, flags
 from rlcs.errors import EndpointError, ModelError, UserError
-from rlcs.model.loading import default_device, resolve
+from rlcs.model.delta_net import is_recurrent
+from rlcs.model.loading import default_device, load_config, resolve
 from rlcs.recipe.sampling import Endpoint, Rollouts
 from rlcs.recipe.schema import Images
 from rlcs.records import Message, Sampling
@@ -159,7 +160,7 @@ class Serving(Launch):
     def command(self, folder: Path, port: int) -> list[str]:
         """The command line, which does not contain the key."""
         address = {"host": self.host, "port": port, "served_model_name": self.name}
-        limits = {"limit_mm_per_prompt": {"image": self.max_images, "video": 0}}
+        limits = {"limit_mm_per_prompt": {"image": self.max_images, "video": 0, "audio": 0}}
         words = flags({**address, **self.arguments, **limits, **self._sampling, **self._access})
         return [self.settings.executable, "serve", str(folder), *words]
 
@@ -187,13 +188,20 @@ class Serving(Launch):
         return os.environ | safe | ({"VLLM_API_KEY": self.key} if self.key else {})
 
 
-def serving(program: str, name: str, *, key: str | None, share: float | None = None) -> Serving:
-    """Settings to serve a model: in the number format of `load`, with the context length that fits (-1)."""
+def serving(
+    program: str, model: str, *, key: str | None, name: str | None = None, share: float | None = None
+) -> Serving:
+    """Settings to serve a model: in the number format of `load`, with the context length that fits (-1).
+
+    On a CPU vLLM has kernels for some models in another format alone.
+    """
     on_cpu = default_device().type == "cpu"
+    recurrent = on_cpu and is_recurrent(load_config(model))
+    formats = RECURRENT_DTYPES if recurrent else ("float32",)
     return Serving(
         settings=Rollouts(executable=program, memory_share=share),
-        dtype="float32" if on_cpu else "bfloat16",
-        max_tokens=-1, max_rows=32, on_cpu=on_cpu, name=name, key=key,
+        dtype=formats[0] if on_cpu else "bfloat16",
+        max_tokens=-1, max_rows=32, on_cpu=on_cpu, name=name or model, key=key, is_recurrent=recurrent,
     )  # fmt: skip
 
 

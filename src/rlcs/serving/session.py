@@ -165,10 +165,10 @@ class Session:
         """At most `max_rows` answers are generated at once; others wait."""
         self.name = name
         self.context = int(vlm.model.config.get_text_config().max_position_embeddings)
-        size = vlm.processor.image_processor.size
+        least, most = vlm.family.pixel_bounds(vlm.processor)
         system = default_system(vlm.processor, vlm.family.chat_format)
         prompts = Prompts(system=system, max_tokens=max(1, self.context - 1))
-        images = Images(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+        images = Images(min_pixels=least, max_pixels=most)
         self.chat: Chat = loading.make_chat(vlm, prompts, images)
         self.engine = LocalEngine(vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS)
         self._decode_limit = images.decode_limit

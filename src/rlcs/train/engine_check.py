@@ -163,8 +163,11 @@ class EngineCheck:
         if world.any(any(each.gap > MEASURABLE for one in instances for each in one.compared)):
             pairs = [i for i, case in enumerate(self._cases) if case.kind == IMAGE]
             others = {a: self._cases[b].prompt for i in pairs for a, b in ((i, i + 1), (i + 1, i))}
-            assumed = hypotheses(self._scorer, trees, candidates, others)
-            found = [(fault, split(compute())) for fault, compute in assumed]
+            for fault, compute in hypotheses(self._scorer, trees, candidates, others):
+                try:
+                    found.append((fault, split(compute())))
+                except (RuntimeError, ValueError, TypeError) as error:
+                    log.debug("%s: this model cannot be computed so (%s)", fault.text, error)
 
         def judge() -> None:
             for index, one in enumerate(instances):

@@ -261,11 +261,13 @@ def hypotheses(
                 lambda _, prompt: replace(prompt, images=prompt.images[::-1]) if prompt in several else prompt
             )
             yield Fault(layer="pixels", text="images came in the opposite order"), order
-        yield Fault(layer="positions", text="the tokens of an image counted like text"), of_packs(_as_text)
-        text = "the tokens of an image had no rows and columns"
-        yield Fault(layer="positions", text=text), of_packs(_one_axis)
-        text = "the answer's positions went on by the number of tokens"
-        yield Fault(layer="positions", text=text), of_packs(_answer_by_count)
+        if scorer.vlm.family.positions == "grid":
+            text = "the tokens of an image counted like text"
+            yield Fault(layer="positions", text=text), of_packs(_as_text)
+            text = "the tokens of an image had no rows and columns"
+            yield Fault(layer="positions", text=text), of_packs(_one_axis)
+            text = "the answer's positions went on by the number of tokens"
+            yield Fault(layer="positions", text=text), of_packs(_answer_by_count)
     if scorer.vlm.adapter is not None:
         bare = partial(scorer, trees, candidates, reference_mode=True)
         yield Fault(layer="weights", text="there were no adapters"), bare

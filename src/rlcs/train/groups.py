@@ -62,8 +62,18 @@ def zero_variance(group: Group) -> bool:
 def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:
     """A tree of the prompt with one branch for each scored rollout, whose tokens weigh its advantage."""
     branches = [
-        Branch(ids=r.ids, weights=(a or 0.0,) * len(r.ids), logprobs=r.logprobs)
+        Branch(
+            ids=r.ids,
+            weights=(a or 0.0,) * len(r.ids),
+            logprobs=r.logprobs,
+            routes=None if r.routes is None else r.routes.last(len(r.ids) - 1),
+        )
         for r, a in zip(group.rollouts, group.advantages, strict=True)
         if r.ids and (a is not None or keep_unscored)
     ]
-    return Tree(prompt=group.prompt, branches=tuple(branches))
+    size = len(group.prompt.ids)
+    whole = (
+        r.routes for r in group.rollouts if r.routes is not None and len(r.routes) == size + len(r.ids) - 1
+    )
+    routes = next((found.first(size) for found in whole), None)
+    return Tree(prompt=group.prompt, branches=tuple(branches), trunk_routes=routes)

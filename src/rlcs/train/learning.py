@@ -180,7 +180,8 @@ def with_logprobs(
         elif settings.old_logprobs == "sampler":
             old = [pack.sampler_logprobs for pack in packs]
     if context.reference is not None:
-        reference = logprobs_of(context.reference, packs, temperature=settings.temperature)
+        own = [replace(pack, routes=None) for pack in packs]  # it is a policy of its own, router included
+        reference = logprobs_of(context.reference, own, temperature=settings.temperature)
     return [
         Batch(pack=p, old_logprobs=o, ref_logprobs=r) for p, o, r in zip(packs, old, reference, strict=True)
     ]

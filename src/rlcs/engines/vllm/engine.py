@@ -57,13 +57,15 @@ class VllmEngine:
         *,
         ranks: int | None = None,
         transfer: Transfer | None = None,
+        keeps_routes: bool = False,
     ) -> None:
         """`published` is shared by all engines of a backend.
 
         Every `ranks` ranks share one backend, and their first asks it for all of them; None: all ranks.
-        After the first weights `transfer` sends them, as long as it can.
+        After the first weights `transfer` sends them, as long as it can. `keeps_routes`: rollouts say which
+        experts computed them.
         """
-        self._transfer = transfer
+        self._transfer, self._keeps_routes = transfer, keeps_routes
         self._backend, self._published = backend, published
         self._ranks = ranks or vlm.world.size
         self._vlm, self._chat = vlm, chat
@@ -165,6 +167,7 @@ class VllmEngine:
                 sampling=sampling,
                 step=step,
                 resized=self._chat.resized,
+                keeps_routes=self._keeps_routes,
                 marks_images=self._vlm.family.vllm_marks_images,
             )
             for prompt in prompts

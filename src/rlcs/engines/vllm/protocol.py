@@ -6,19 +6,28 @@ other pixel bounds is an error and not a slightly different model. Text is never
 placeholder in a question stays plain text on both sides.
 """
 
+import base64
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rlcs.data.images import data_uri, encode
 from rlcs.engines.base import Seen
 from rlcs.engines.stop_reasons import stop_reason
 from rlcs.errors import EndpointError
-from rlcs.records import ImageRef, Prompt, Rollout, Sampling, StopReason, rollout_seed
+from rlcs.records import ImageRef, Prompt, Rollout, Routes, Sampling, StopReason, rollout_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+ROUTES = {"enable_return_routed_experts": True, "enable_prefix_caching": True}
+"""Arguments of a server whose answers say which experts computed them; vLLM 0.32 needs the second for it."""
+ROUTES_FLAGS = ("--enable-return-routed-experts", "--enable-prefix-caching")
+ROUTES_SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
+"""Set in such a server's environment."""
 BAN = -100.0
 """The lowest bias that vLLM accepts: an id with it is never drawn."""
 
@@ -31,6 +40,7 @@ class Completion:
     ids: Sequence[int]
     logprobs: Sequence[float]
     finish_reason: str
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +49,8 @@ class PromptRequest:
 
     vLLM's image processor leaves that size as it is, so that its patches are ours, bit by bit. With each
     token come the `num_likeliest` most likely ones. `marks_images`: vLLM puts the tokens before and after an
-    image's own itself.
+    image's own itself. `keeps_routes`: the answers say which experts computed them, and the first one which
+    computed the prompt.
     """
 
     prompt: Prompt
@@ -47,6 +58,7 @@ class PromptRequest:
     step: int
     resized: "Callable[[ImageRef], Image]"
     num_likeliest: int = 0
+    keeps_routes: bool = False
     marks_images: bool = False
 
     @property
@@ -116,6 +128,7 @@ class PromptRequest:
                 stop=stop_reason(completion.finish_reason),
                 seed=self.seed + completion.index,
                 text="",
+                routes=completion.routes,
             )
             for completion in sorted(completions, key=lambda completion: completion.index)
         )
@@ -128,10 +141,30 @@ class PromptRequest:
                 ids=choice["token_ids"],
                 logprobs=[token["logprob"] for token in choice["logprobs"]["content"]],
                 finish_reason=choice["finish_reason"],
+                routes=self._routes(choice) if self.keeps_routes else None,
             )
             for choice in reply["choices"]
         )
         return self.rollouts(reply["prompt_token_ids"], completions)
+
+    def _routes(self, choice: Mapping[str, Any]) -> Routes:
+        """The experts that computed an answer, and for the first one the prompt; vLLM sends both with each.
+
+        They come in the format of NumPy, (tokens but the last, layers, experts). Raises EndpointError.
+        """
+        fix = f"vllm serve needs {' '.join(ROUTES_FLAGS)}, and in its environment {ROUTES_SWITCH}=1"
+        if not choice.get("routed_experts"):
+            raise EndpointError(
+                "it does not say which experts it chose", where="rollout.router_replay", fix=fix
+            )
+        table = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False)
+        answer = len(choice["token_ids"]) - 1
+        if table.ndim != 3 or len(table) != len(self.prompt.ids) + answer:
+            tokens = f"{len(self.prompt.ids)} tokens of a prompt and {answer + 1} of an answer"
+            what = f"it says which experts it chose in the form {table.shape}, for {tokens}"
+            raise EndpointError(what, where="rollout.router_replay", fix="set it to false, and report this")
+        routes = Routes(layers=table.shape[1], chosen=table.shape[2], data=table.astype("<u2").tobytes())
+        return routes if choice["index"] == 0 else routes.last(answer)
 
     def seen_in(self, reply: Mapping[str, Any]) -> Seen:
         """What a server saw of the prompt, by its reply with one answer; nothing is compared."""

@@ -23,7 +23,7 @@ import httpx
 from rlcs.distributed.torchrun import outside_torchrun
 from rlcs.engines.base import Seen
 from rlcs.engines.vllm.process import Process
-from rlcs.engines.vllm.protocol import PromptRequest, weight_versions
+from rlcs.engines.vllm.protocol import ROUTES, ROUTES_SWITCH, PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
 from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
@@ -47,13 +47,21 @@ ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
 parts (`CPU Generator does not use offset`)."""
 RECURRENT_ON_CPU = {"enable_prefix_caching": False}
 """vLLM keeps states of recurrent layers for later prompts only where it prefills prompts in parts."""
+RECURRENT_DTYPES = ("bfloat16",)
+"""Number formats in which vLLM computes gated delta nets on a CPU."""
 FP8 = {
     "quantization": "fp8_per_channel",
-    "quantization_config": {"ignore": ["re:.*visual\\..*"]},
+    "quantization_config": {
+        "ignore": [
+            r"re:.*(visual|vision_tower|multi_modal_projector|embed_vision)\..*",
+            r"re:.*\.(in_proj_ba?|in_proj_a|mlp\.gate)$",
+        ]
+    },
 }
-"""Arguments for FP8: a scale for each output channel of a weight, and for each token of its input. The vision
-tower is left out: it is a small part of the work, and its widths are no multiples of 16. vLLM 0.32 rounds
-again whenever it reloads weights; its `--quantization fp8` takes only weights that are rounded already."""
+"""Arguments for FP8: a scale for each output channel of a weight, and for each token of its input. Vision
+towers are left out: they are a small part of the work, and their widths are no multiples of 16; so are the
+gates of delta nets and the routers of experts, which decide what follows. vLLM 0.32 rounds again whenever it
+reloads weights; its `--quantization fp8` takes only weights that are rounded already."""
 SHARE = "rollout.memory_share"
 ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Set in a server's environment, it opens the endpoints that load and unload adapters."""
@@ -119,8 +127,8 @@ class Launch:
     server that takes turns with the rank that starts it. `sleep_level`: 0 never sleeps; 1 keeps the weights
     in main memory, for those that stay the same; 2 discards them, for those that come again with every step.
     `shares_gpu`: one of the servers starts or wakes up on the GPU of this rank's model.
-    `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any. `is_recurrent`:
-    some of the model's layers keep a state instead of keys and values.
+    `transfer` is vLLM's way to receive weights beside the folder (`transfer.Channel`), if any.
+    `is_recurrent`: some of the model's layers keep a state instead of keys and values.
     """
 
     settings: Rollouts
@@ -146,12 +154,13 @@ class Launch:
             "max_model_len": self.max_tokens,
             "max_num_seqs": self.max_rows,
             "tensor_parallel_size": self.settings.tensor_parallel,
-            "limit_mm_per_prompt": {"video": 0},
+            "limit_mm_per_prompt": {"video": 0, "audio": 0},
             **({} if share is None else {"gpu_memory_utilization": share}),
             **(adapter_arguments(self.adapter_rank) if self.adapter_rank else {}),
             **({"enable_sleep_mode": True} if self.sleep_level else {}),
             **({"weight_transfer_config": {"backend": self.transfer}} if self.transfer else {}),
             **(FP8 if self.settings.quantization else {}),
+            **(ROUTES if self.settings.router_replay else {}),
             **(ON_CPU if self.on_cpu else {}),
             **(RECURRENT_ON_CPU if self.on_cpu and self.is_recurrent else {}),
         }
@@ -172,6 +181,8 @@ class Launch:
         extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         if self.adapter_rank:
             extra[ADAPTER_SWITCH] = "1"
+        if self.settings.router_replay:
+            extra[ROUTES_SWITCH] = "1"
         if self.transfer == "ipc":
             extra["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
                 "1"  # it takes handles of GPU memory as pickles alone

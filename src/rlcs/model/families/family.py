@@ -53,6 +53,13 @@ class Family(ABC):
         computes otherwise than we do.
         """
 
+    def pixel_bounds(self, processor: Any) -> tuple[int, int]:
+        """The bounds that a processor has: `image_processing` with these changes nothing."""
+        raise NotImplementedError
+
+    def note_bounds(self, config: Any, processor: Any) -> None:  # noqa: B027 - optional
+        """Write those of a processor's bounds into a model's configuration that vLLM reads there."""
+
     @abstractmethod
     def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
         """The keywords of the model's forward for images: the patches and grid of each."""

@@ -54,7 +54,7 @@ class InternVl(Family):
             config.tie_word_embeddings = config.text_config.tie_word_embeddings
 
     def install(self, model: PreTrainedModel) -> None:
-        """See `Family`; in the tower every tile attends to itself, and no window ends within a row."""
+        """See `Family`; the tower's patches attend to all of their tile, and tiles are rows of a batch."""
         attention.install(model, vision="sdpa")
 
     def image_processing(self, processor: Any, *, min_pixels: int, max_pixels: int) -> Tiles:
@@ -70,6 +70,12 @@ class InternVl(Family):
         images.max_patches = most
         images.crop_to_patches = True  # the processor asks for it; vLLM reads it here
         return Tiles(processor)
+
+    def pixel_bounds(self, processor: Any) -> tuple[int, int]:
+        """See `Family`; an image in several tiles has its thumbnail too."""
+        images = processor.image_processor
+        tile, least = images.size["height"] * images.size["width"], images.min_patches
+        return tile * (least + 1 if least > 1 else 1), tile * (images.max_patches + 1)
 
     def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
         """See `Family`."""

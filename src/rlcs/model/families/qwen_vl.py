@@ -25,6 +25,11 @@ class QwenVl(Family):
         processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         return FlatPatches(processor.image_processor)
 
+    def pixel_bounds(self, processor: Any) -> tuple[int, int]:
+        """See `Family`."""
+        size = processor.image_processor.size
+        return size["shortest_edge"], size["longest_edge"]
+
     def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
         """See `Family`."""
         return {"pixel_values": torch.cat(list(patches)), "image_grid_thw": grids}

@@ -1,0 +1,39 @@
+"""Sizes of vision towers: tokens of images, whole or in tiles, and the work on them."""
+
+import pytest
+
+from rlcs.plan.shapes import published
+from rlcs.plan.towers import tower_of
+from rlcs.plan.work import vision
+
+
+def tower(name):
+    return tower_of(published(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("Qwen/Qwen2.5-VL-7B-Instruct", 28), ("Qwen/Qwen3.5-9B", 32), ("google/gemma-4-31B-it", 48)],
+)
+def test_an_image_is_cut_into_squares(name, side):
+    assert tower(name).side == side
+    assert tower(name).tokens(20 * side * 30 * side + 5) == 600 and tower(name).whole(7) == 7
+
+
+def test_an_image_of_several_tiles_has_a_small_copy():
+    intern = tower("OpenGVLab/InternVL3_5-8B-HF")
+    assert intern.side == 28 and intern.tile == 256
+    sides = {100 * 100: 1, 448 * 448: 1, 2 * 448 * 448: 3, 6 * 448 * 448: 7}
+    assert {pixels: intern.tokens(pixels) // 256 for pixels in sides} == sides
+    assert [intern.whole(tokens) for tokens in (1, 256, 257)] == [256, 256, 512]
+
+
+def test_tiles_do_not_see_each_other():
+    intern, patches = tower("OpenGVLab/InternVL3_5-8B-HF"), 1024
+    assert vision(intern, 3 * patches) == 3 * vision(intern, patches)
+    assert vision(tower("Qwen/Qwen3.5-9B"), 3 * patches) > 3 * vision(tower("Qwen/Qwen3.5-9B"), patches)
+
+
+def test_features_are_what_the_mergers_get():
+    assert tower("Qwen/Qwen3-VL-8B-Instruct").features == 4 * 4 * 1152, "four mergers of four patches"
+    assert tower("Qwen/Qwen3.5-9B").features == 4 * 1152
