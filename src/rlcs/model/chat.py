@@ -6,6 +6,7 @@ off. On clean text the ids equal those of the model's own chat template, which t
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from itertools import groupby
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 Segment = int | str | ImageRef
 """A control id, plain text, or an image."""
+BYTE = re.compile("<0x([0-9A-F]{2})>")
+"""A token that stands for a byte, in vocabularies whose other tokens are letters."""
 SLICE = 1 << 16
 """Characters of a text that are tokenised at once to check whether it can fit at all."""
 
@@ -61,7 +64,11 @@ class Chat:
         self._image_start = self._control(format.image_start)
         self._image_end = self._control(format.image_end)
         self.image_id = self._control(format.image)
-        self._bytes_of_letters = _bytes_of_letters()
+        # As the template writes it, with its control tokens.
+        self._answer_start = list(tokenizer(rules.answer_start, add_special_tokens=False)["input_ids"])
+        # Other vocabularies have letters that stand for themselves.
+        letters = "".join(tokenizer.convert_ids_to_tokens(self.text_ids("é")))
+        self._bytes_of_letters = _bytes_of_letters() if letters == "Ã©" else {}
         self._control_ids = frozenset(self._tokenizer.all_special_ids)
 
     def _control(self, token: str) -> int:
@@ -165,8 +172,10 @@ class Chat:
             head: list[Segment] = [self._start, roles[message.role]]
             parts: list[Segment] = []
             for part in self._worded(message):
-                is_image = isinstance(part, ImageRef)
-                parts += [self._image_start, part, self._image_end, after_image] if is_image else [part]
+                if isinstance(part, ImageRef):
+                    parts += [self._image_start, part, self._image_end, after_image]
+                else:
+                    parts.append(part.strip() if self._format.strips else part)
             if is_reply:
                 yield from ((segment, False) for segment in head)
                 yield from ((segment, isinstance(segment, str)) for segment in _join_text(parts))
@@ -175,7 +184,8 @@ class Chat:
             yield self.end_id, is_reply
             yield after_turn, False
         yield self._start, False
-        yield roles["assistant"] + self._rules.answer_start, False
+        yield roles["assistant"], False
+        yield from ((index, False) for index in self._answer_start)
 
     def _worded(self, message: Message) -> list[str | ImageRef]:
         """What a turn says, as the chat template says it."""
@@ -230,6 +240,8 @@ class Chat:
             letters = self._tokenizer.convert_ids_to_tokens(index)
             if letters is not None and all(letter in self._bytes_of_letters for letter in letters):
                 return bytes(self._bytes_of_letters[letter] for letter in letters)
+            if letters is not None and (byte := BYTE.fullmatch(letters)):
+                return bytes.fromhex(byte[1])
         return self.token(index).encode()
 
     def patches(self, ref: ImageRef, device: torch.device = CPU) -> Tensor:

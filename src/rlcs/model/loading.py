@@ -210,6 +210,7 @@ def load(
                 )
             model.eval()
     family.install(model)
+    family.save_as_published(model)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     return Vlm(
@@ -277,6 +278,7 @@ def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
         fix = f"leave {' and '.join(missing)} out: models of type {vlm.family.model_type} are no mixtures"
         raise RecipeError(f"the model has no {' and no '.join(missing)}", where="freeze", fix=fix)
     patterns = [re.compile(getattr(vlm.family, part)) for part in parts]
+    patterns += [re.compile(vlm.family.unused)] if vlm.family.unused else []
     for name, parameter in vlm.model.named_parameters():
         parameter.requires_grad_(not any(pattern.search(name) for pattern in patterns))
 
@@ -437,7 +439,9 @@ def save(vlm: Vlm, folder: Path) -> None:
             vlm.model.save_pretrained(folder, state_dict=weights)
         else:
             whole = weights or vlm.model.state_dict()
-            adapters.merged(vlm.adapter, whole, reference_mode=vlm.reference_mode).save_pretrained(folder)
+            merged = adapters.merged(vlm.adapter, whole, reference_mode=vlm.reference_mode)
+            vlm.family.save_as_published(merged)
+            merged.save_pretrained(folder)
             if not vlm.reference_mode:
                 adapters.save(vlm.adapter, folder / "adapter", whole)
         vlm.processor.save_pretrained(folder)

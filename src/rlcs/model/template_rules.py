@@ -44,14 +44,14 @@ def rules_of(processor: Any, written: ChatFormat, *, thinking: bool | None) -> T
     """
     if not processor.chat_template:
         return TemplateRules()
-    if thinking is not None and answer_start(processor, written, True) == answer_start(
-        processor, written, False
-    ):
-        raise RecipeError(
-            "the model's chat template does not ask whether to think",
-            where=f"prompt.thinking={str(thinking).lower()}",
-            fix="leave prompt.thinking out for this model",
-        )
+    if thinking is not None:
+        (before, on), (same, off) = (_begun(processor, written, switch) for switch in (True, False))
+        if before != same or on == off:
+            raise RecipeError(
+                "the model's chat template has no such switch where an answer begins",
+                where=f"prompt.thinking={str(thinking).lower()}",
+                fix="leave prompt.thinking out for this model",
+            )
     assistant = written.turn_start + written.roles["assistant"]
     earlier = _rendered(processor, " u ", f"{OPEN}\nr\n{CLOSE}\n\na", "u")
     return TemplateRules(
@@ -61,17 +61,22 @@ def rules_of(processor: Any, written: ChatFormat, *, thinking: bool | None) -> T
     )
 
 
-def answer_start(processor: Any, written: ChatFormat, thinking: bool | None) -> str:
+def answer_start(processor: Any, written: ChatFormat, thinking: bool | None = None) -> str:
     """What the template writes behind the assistant's role where an answer begins."""
+    return _begun(processor, written, thinking)[1]
+
+
+def _begun(processor: Any, written: ChatFormat, thinking: bool | None) -> tuple[str, str]:
+    """A prompt up to the assistant's role, and what stands behind it."""
     options = {} if thinking is None else {"enable_thinking": thinking}
     text = _rendered(processor, "u", add_generation_prompt=True, **options)
-    _, found, start = text.rpartition(written.turn_start + written.roles["assistant"])
-    return start if found else ""
+    before, found, start = text.rpartition(written.turn_start + written.roles["assistant"])
+    return (before, start) if found else (text, "")
 
 
 def set_default_thinking(processor: Any, thinking: bool, written: ChatFormat) -> None:
     """Make the processor's chat template think, or not, when it is not told; saved with the processor."""
-    if answer_start(processor, written, None) == answer_start(processor, written, thinking):
+    if answer_start(processor, written) == answer_start(processor, written, thinking):
         return
     literal = str(thinking).lower()
     head = (
