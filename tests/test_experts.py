@@ -28,8 +28,9 @@ from rlcs.model.policy import score
 from rlcs.publish import quantise
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
-from rlcs.recipe.schema import Model
+from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo
+from rlcs.recipe.table import summary_rows
 from rlcs.records import Grade
 from rlcs.records.trees import Branch
 from rlcs.train import groups, learning, sft
@@ -295,10 +296,15 @@ def test_a_model_without_experts_has_nothing_to_replay(tmp_path):
         make(vlm, None, 1)
 
 
+def test_vllm_on_a_cpu_cannot_say_what_it_chose(vlm, tmp_path):
+    needs = EngineNeeds(settings=Rollouts(engine="vllm_server", router_replay=True), max_tokens=9, max_rows=9)
+    with open_engines(needs, tmp_path) as make, pytest.raises(UserError, match="on a CPU vLLM does not say"):
+        make(vlm, None, 1)
+
+
 def test_vllm_is_asked_for_its_experts_and_its_answers_are_read(chat, sampled):
     launch = Launch(settings=Rollouts(router_replay=True), dtype="float32", max_tokens=9, max_rows=9)
     assert set(ROUTES_FLAGS) < set(launch.command(Path("folder"), 1))
-    assert launch.environment(0)["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     prompt, ids = sampled[0].prompt, [5, 6, 7]
     request = PromptRequest(
         prompt=prompt,
@@ -368,3 +374,14 @@ def test_experts_are_saved_as_published(vlm, tmp_path):
     again = loading.load(Model(name=str(tmp_path)))
     for (name, saved), own in zip(again.model.named_parameters(), vlm.model.parameters(), strict=True):
         assert torch.equal(saved, own), name
+
+
+def test_the_table_of_a_recipe_names_both_choices():
+    recipe = Recipe(
+        model={"router_loss": 0.001}, rollout={"engine": "vllm_server", "router_replay": True}, grpo={}
+    )
+    rows = dict(summary_rows(recipe))
+    assert "0.001 x the loss that balances experts" in rows["model"]
+    assert "experts are replayed" in rows["rollouts"]
+    plain = dict(summary_rows(Recipe()))
+    assert "experts" not in plain["model"]
