@@ -55,9 +55,9 @@ class Family(ABC):
         computes otherwise than we do.
         """
 
+    @abstractmethod
     def pixel_bounds(self, processor: Any) -> tuple[int, int]:
         """The bounds that a processor has: `image_processing` with these changes nothing."""
-        raise NotImplementedError
 
     def save_as_published(self, model: PreTrainedModel) -> None:  # noqa: B027 - optional
         """Make a model be saved with its weights as the published files have them: vLLM reads no others."""
