@@ -35,7 +35,7 @@ INTERLEAVED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved
 QWEN_3 = {"head_dim": 64, "rope_parameters": INTERLEAVED | {"mrope_section": [12, 10, 10]}}
 EXPERTS = {"moe_intermediate_size": 64, "norm_topk_prob": True}
 DELTA_NETS = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
-HEADS: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "qwen3_5": DELTA_NETS,
     "qwen3_5_moe": DELTA_NETS | EXPERTS,
     "qwen3_vl": QWEN_3,
@@ -80,7 +80,7 @@ def test_a_family_is_sampled_served_and_updated(
     family: str, dtype: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`limit`: between logprobs of vLLM and of the trainer's pass."""
-    folder = family_models.build(family, tmp_path / "random", text=HEADS[family])
+    folder = family_models.build(family, tmp_path / "random", text=SIZES[family])
     words = [f"model.name={folder}", f"model.dtype={dtype}", "prompt.max_tokens=2048"]
     if dtype == "float32":
         words.append(f"rollout.executable={plain_vllm(tmp_path)}")
