@@ -206,7 +206,9 @@ class Handler(BaseHTTPRequestHandler):
                     "index": index,
                     "finish_reason": "abort" if once("abort_after") else "stop",
                     "token_ids": ids,
-                    "logprobs": {"content": [{"token_id": i, "logprob": -0.5, "top_logprobs": []} for i in ids]},
+                    "logprobs": {
+                        "content": [{"token_id": i, "logprob": -0.5, "top_logprobs": []} for i in ids]
+                    },
                     "weight_versions": [{"version": STATE["version"], "start": 0, "end": len(ids)}],
                 }
             )

@@ -142,6 +142,8 @@ OTHER_KEYS = {"data.problems"}
 OTHER_TRAINERS = "docs/explanation/coming-from.md"
 OPTIONS_OF_OTHERS = {
     "--weight-transfer-config": "vllm serve",
+    "--enable-return-routed-experts": "vllm serve",
+    "--enable-prefix-caching": "vllm serve",
     "--no-verify": "git commit",
     "--nproc-per-node": "torchrun",
     "--shutdown-timeout": "torchrun",

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 import family_models
@@ -27,8 +28,9 @@ from rlcs.model.policy import score
 from rlcs.publish import quantise
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
-from rlcs.recipe.schema import Model
+from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo
+from rlcs.recipe.table import summary_rows
 from rlcs.records import Grade
 from rlcs.records.trees import Branch
 from rlcs.train import groups, learning, sft
@@ -106,7 +108,9 @@ def test_gradient_checkpointing_keeps_the_router_loss(vlm, chat):
 def test_a_sharded_mixture_learns_the_same(vlm, chat, random_model_folder, group_of_one):
     """In shards, with layers that are recomputed and experts that are frozen."""
     packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
-    sharded = loading.load(Model(name=str(random_model_folder), gradient_checkpointing=True), world=group_of_one)
+    sharded = loading.load(
+        Model(name=str(random_model_folder), gradient_checkpointing=True), world=group_of_one
+    )
     found = []
     for one in (vlm, sharded):
         loading.freeze(one, ["experts"])
@@ -292,10 +296,15 @@ def test_a_model_without_experts_has_nothing_to_replay(tmp_path):
         make(vlm, None, 1)
 
 
+def test_vllm_on_a_cpu_cannot_say_what_it_chose(vlm, tmp_path):
+    needs = EngineNeeds(settings=Rollouts(engine="vllm_server", router_replay=True), max_tokens=9, max_rows=9)
+    with open_engines(needs, tmp_path) as make, pytest.raises(UserError, match="on a CPU vLLM does not say"):
+        make(vlm, None, 1)
+
+
 def test_vllm_is_asked_for_its_experts_and_its_answers_are_read(chat, sampled):
     launch = Launch(settings=Rollouts(router_replay=True), dtype="float32", max_tokens=9, max_rows=9)
     assert set(ROUTES_FLAGS) < set(launch.command(Path("folder"), 1))
-    assert launch.environment(0)["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     prompt, ids = sampled[0].prompt, [5, 6, 7]
     request = PromptRequest(
         prompt=prompt,
@@ -347,3 +356,32 @@ def test_nearly_equal_experts_do_not_stop_a_run(vlm, chat, monkeypatch):
     monkeypatch.setattr(parity_check, "_chosen", lambda *given: None)
     [by_chance] = parity_check.agreement(vlm, chat, trees)
     assert by_chance.gap > 10 * found.gap
+
+
+def test_experts_are_saved_as_published(vlm, tmp_path):
+    """Qwen3-VL's transposed, as vLLM reads them, and transformers too; Qwen3.5's one by one."""
+    loading.save(vlm, tmp_path)
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    layer = "model.language_model.layers.0.mlp.experts"
+    if vlm.model.config.model_type == "qwen3_vl_moe":
+        assert shapes[f"{layer}.gate_up_proj"] == (8, 128, 96) and shapes[f"{layer}.down_proj"] == (
+            8,
+            48,
+            128,
+        )
+    else:
+        assert shapes[f"{layer}.0.gate_proj.weight"] == (48, 128)
+    again = loading.load(Model(name=str(tmp_path)))
+    for (name, saved), own in zip(again.model.named_parameters(), vlm.model.parameters(), strict=True):
+        assert torch.equal(saved, own), name
+
+
+def test_the_table_of_a_recipe_names_both_choices():
+    recipe = Recipe(
+        model={"router_loss": 0.001}, rollout={"engine": "vllm_server", "router_replay": True}, grpo={}
+    )
+    rows = dict(summary_rows(recipe))
+    assert "0.001 x the loss that balances experts" in rows["model"]
+    assert "experts are replayed" in rows["rollouts"]
+    plain = dict(summary_rows(Recipe()))
+    assert "experts" not in plain["model"]

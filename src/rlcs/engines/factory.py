@@ -131,9 +131,7 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
 
     def make(vlm: Vlm, chat: Chat, max_rows: int) -> Engine:
         nonlocal backend, processing, published, transfer
-        if settings.router_replay and vlm.family.router is None:
-            what = f"models of type {vlm.family.model_type} have no experts whose choice could be replayed"
-            raise UserError(what, where="rollout.router_replay", fix="set it to false")
+        _require_replay(vlm, settings)
         if settings.engine == "local":
             return LocalEngine(vlm, chat, max_rows=max_rows, keeps_routes=settings.router_replay)
         published = published or needs.weights(folder, vlm)
@@ -163,6 +161,19 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
             backend.close()
         if published is not None:
             published.remove()
+
+
+def _require_replay(vlm: Vlm, settings: Rollouts) -> None:
+    """Raise UserError if experts are to be replayed that the model does not have, or the engine cannot tell."""
+    if not settings.router_replay:
+        return
+    if vlm.family.router is None:
+        what = f"models of type {vlm.family.model_type} have no experts whose choice could be replayed"
+    elif settings.engine != "local" and not settings.urls and vlm.device.type == "cpu":
+        what = "on a CPU vLLM does not say which experts it chose"
+    else:
+        return
+    raise UserError(what, where="rollout.router_replay", fix="set it to false")
 
 
 def _require_kernels(dtype: str, adapter_rank: int) -> None:

@@ -155,7 +155,8 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._attn_implementation = "sdpa"  # ours cannot be chosen before the model exists
+    # Ours cannot be chosen before the model exists.
+    config._attn_implementation = dict.fromkeys(("", "text_config", "vision_config"), "sdpa")
     with torch.device("meta"):
         plain: PreTrainedModel = type(model)(config)
     return plain

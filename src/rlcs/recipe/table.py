@@ -56,6 +56,8 @@ def _model_rows(learner: Model, model: Model, lora: Lora) -> list[tuple[str, str
     revision = f" at {model.revision}" if model.revision else ""
     checkpointing = ", gradient checkpointing" if model.gradient_checkpointing else ""
     checkpointing += ", fused loss" if model.fused_loss else ""
+    if model.router_loss is not None:
+        checkpointing += f", {model.router_loss:g} x the loss that balances experts"
     precision = f"{learner.dtype} precision"
     if learner.dtype == "bfloat16" and not lora.rank:
         precision += ", which loses small steps (model.dtype=float32 keeps them)"
@@ -115,9 +117,10 @@ def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tu
     if rollout.engine == "vllm_colocated":
         servers = "a server on every rank's GPU, asleep while it trains"
     engine = f"vLLM{' in FP8' if rollout.quantization else ''}, {servers}"
+    replayed = "; its experts are replayed in training" if rollout.router_replay else ""
     correction = "not corrected" if rollout.cap is None else f"token weights up to {rollout.cap:g}"
     return [
-        ("rollouts", f"{engine}{adapters}; its logprobs against the policy's: {correction}"),
+        ("rollouts", f"{engine}{adapters}; its logprobs against the policy's: {correction}{replayed}"),
         ("RL while vLLM samples", _OVERLAPS[overlap]),
     ]
 

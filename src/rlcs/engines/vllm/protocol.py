@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 ROUTES = {"enable_return_routed_experts": True, "enable_prefix_caching": True}
 """Arguments of a server whose answers say which experts computed them; vLLM 0.32 needs the second for it."""
 ROUTES_FLAGS = ("--enable-return-routed-experts", "--enable-prefix-caching")
-ROUTES_SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
-"""Set in such a server's environment."""
 BAN = -100.0
 """The lowest bias that vLLM accepts: an id with it is never drawn."""
 
@@ -152,7 +150,7 @@ class PromptRequest:
 
         They come in the format of NumPy, (tokens but the last, layers, experts). Raises EndpointError.
         """
-        fix = f"vllm serve needs {' '.join(ROUTES_FLAGS)}, and in its environment {ROUTES_SWITCH}=1"
+        fix = f"vllm serve needs {' '.join(ROUTES_FLAGS)}"
         if not choice.get("routed_experts"):
             raise EndpointError(
                 "it does not say which experts it chose", where="rollout.router_replay", fix=fix

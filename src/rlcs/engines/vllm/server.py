@@ -23,7 +23,7 @@ import httpx
 from rlcs.distributed.torchrun import outside_torchrun
 from rlcs.engines.base import Seen
 from rlcs.engines.vllm.process import Process
-from rlcs.engines.vllm.protocol import ROUTES, ROUTES_SWITCH, PromptRequest, weight_versions
+from rlcs.engines.vllm.protocol import ROUTES, PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
 from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
@@ -181,8 +181,6 @@ class Launch:
         extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         if self.adapter_rank:
             extra[ADAPTER_SWITCH] = "1"
-        if self.settings.router_replay:
-            extra[ROUTES_SWITCH] = "1"
         if self.transfer == "ipc":
             extra["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
                 "1"  # it takes handles of GPU memory as pickles alone

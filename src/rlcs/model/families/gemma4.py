@@ -1,0 +1,158 @@
+"""Gemma 4, dense and with experts: layers with windows, images that see themselves, keys shared by layers.
+
+Images are resized to as many image tokens as fit into a budget, of which the model knows five. Audio and
+video are no inputs here; the audio tower that small models have stays as it is.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
+from transformers import PreTrainedModel
+from transformers.image_utils import pil_torch_interpolation_mapping
+from transformers.models.gemma4.image_processing_gemma4 import get_aspect_ratio_preserving_size
+
+from rlcs.errors import ImageError, ModelError, UserError
+from rlcs.model import attention
+from rlcs.model.chat_format import ChatFormat
+from rlcs.model.families.family import Family
+from rlcs.model.patches import Grid, other_patches, probe
+
+log = logging.getLogger("rlcs")
+
+BUDGETS = (70, 140, 280, 560, 1120)
+"""The numbers of tokens of an image that the models were trained with, at most; 280 is the usual one."""
+
+
+class Gemma4(Family):
+    """Gemma 4."""
+
+    model_type = "gemma4"
+    vision_tower = r"^model\.vision_tower\."
+    merger = r"^model\.embed_vision\."
+    language_model = r"^(model\.language_model\.|lm_head\.)"
+    unused = r"^model\.(audio_tower|embed_audio)\."
+    positions = "line"
+    chat_format = ChatFormat(
+        opening=("<bos>",),
+        turn_start="<|turn>",
+        turn_end="<turn|>",
+        roles={"system": "system\n", "user": "user\n", "assistant": "model\n"},
+        image_start="<|image>",
+        image="<|image|>",
+        image_end="<image|>",
+        never_sampled=("<|audio>", "<|audio|>", "<audio|>", "<|video|>"),
+        strips=True,
+        no_thoughts=("<|channel>", "thought\n", "<channel|>"),
+    )
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Plans for the language model; images are padded to the longest in the tower. Raises ModelError."""
+        config: Any = model.config
+        if config.vision_config is None or config.text_config.use_bidirectional_attention == "all":
+            raise ModelError(
+                "it has no vision tower, or lets all tokens see each other",
+                fix="use one for images and answers",
+            )
+        attention.install(model, vision="sdpa")
+
+    def image_processing(self, processor: Any, *, min_pixels: int, max_pixels: int) -> "BudgetPatches":
+        """The largest budget whose area is at most `max_pixels`; images are always enlarged to it."""
+        images = processor.image_processor
+        area = (images.patch_size * images.pooling_kernel_size) ** 2
+        fitting = [budget for budget in BUDGETS if budget * area <= max_pixels]
+        if not fitting:
+            raise UserError(
+                f"the least number of tokens of an image is {BUDGETS[0]}, of {area:,} pixels each",
+                where=f"images.max_pixels={max_pixels}",
+                fix=f"set images.max_pixels to {BUDGETS[0] * area:,} or more",
+            )
+        images.max_soft_tokens = processor.image_seq_length = fitting[-1]
+        log.info("images are resized to at most %d tokens, by images.max_pixels", fitting[-1])
+        return BudgetPatches(images)
+
+    def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
+        """Patches (images, longest, P x P x C) with the column and row of each; -1 where there is none."""
+        positions = []
+        for _, height, width in grids.tolist():
+            rows, columns = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+            positions.append(torch.stack([columns, rows], dim=1))
+        pad = nn.utils.rnn.pad_sequence
+        places = pad(positions, batch_first=True, padding_value=-1).to(grids.device)
+        return {"pixel_values": pad(list(patches), batch_first=True), "image_position_ids": places}
+
+    def mergers(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The projection of what the tower has pooled."""
+        merger: nn.Module = model.base_model.embed_vision  # type: ignore[assignment]
+        return [merger]
+
+    def merged_numbers(self, model: PreTrainedModel) -> float:
+        """See `Family`."""
+        vision: Any = model.config.vision_config
+        return float(vision.hidden_size / vision.pooling_kernel_size**2)
+
+
+class BudgetPatches:
+    """Patches of images that are resized to as many image tokens as a budget holds."""
+
+    def __init__(self, processor: Any) -> None:
+        """`processor` is the image processor of transformers. Raises ModelError where ours differs."""
+        self.merge_size = int(processor.pooling_kernel_size)
+        self._side = int(processor.patch_size)
+        self._most = int(processor.max_soft_tokens) * self.merge_size**2
+        self._interpolation = pil_torch_interpolation_mapping[processor.resample]
+        self._factor = float(processor.rescale_factor)
+        pixels = probe()
+        expected = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
+        grid = self.grid(*pixels.shape[:2], where="")
+        made = self.expanded(self.cut(pixels, grid), grid)
+        if not torch.equal(made, expected["pixel_values"][0, : len(made)]) or (
+            int(expected["num_soft_tokens_per_image"][0]) * self.merge_size**2 != len(made)
+        ):
+            raise other_patches(processor)
+
+    def grid(self, height: int, width: int, *, where: str) -> Grid:
+        """See `ImageProcessing`."""
+        try:
+            size = get_aspect_ratio_preserving_size(height, width, self._side, self._most, self.merge_size)
+        except ValueError as error:
+            raise ImageError(
+                f"the image processor refuses it: {error}",
+                where=where,
+                fix="crop it: one side is far too long",
+            ) from error
+        return 1, size[0] // self._side, size[1] // self._side
+
+    def compact_bytes(self, grid: Grid) -> int:
+        """See `ImageProcessing`."""
+        _, height, width = grid
+        return height * width * 3 * self._side**2
+
+    def cut(self, pixels: Any, grid: Grid) -> Tensor:
+        """To patches (N, P x P x C), row by row."""
+        height, width = (side * self._side for side in grid[1:])
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)
+        if planes.shape[1:] != (height, width):
+            planes = functional.resize(
+                planes, [height, width], interpolation=self._interpolation, antialias=True
+            )
+        blocks: Tensor = planes.unflatten(2, (-1, self._side)).unflatten(1, (-1, self._side))
+        return blocks.permute(1, 3, 2, 4, 0).reshape(grid[1] * grid[2], -1)
+
+    def expanded(self, compact: Tensor, grid: Grid) -> Tensor:
+        """The same between 0 and 1, in fp32: the model itself centres them."""
+        return compact.to(torch.float32) * self._factor
+
+    def resized(self, compact: Tensor, grid: Grid) -> Image.Image | None:
+        """None where the processor would resize it once more: often, for it enlarges what it can."""
+        _, height, width = grid
+        if self.grid(height * self._side, width * self._side, where="") != grid:
+            return None
+        blocks = compact.reshape(height, width, self._side, self._side, -1)
+        pixels = blocks.permute(0, 2, 1, 3, 4).reshape(height * self._side, width * self._side, -1)
+        return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
