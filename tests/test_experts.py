@@ -36,7 +36,7 @@ from rlcs.records.trees import Branch
 from rlcs.train import groups, learning, sft
 from rlcs.train.losses import sft_loss
 from rlcs.train.trainer import Batch
-from test_distributed import group_of_one  # noqa: F401
+from test_distributed import group_of_one  # noqa: F401 - a fixture
 from test_policy import CASES, assert_same_gradients, gradients, make_trees, padded_logprobs
 
 FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe")
@@ -105,7 +105,12 @@ def test_gradient_checkpointing_keeps_the_router_loss(vlm, chat):
     assert_same_gradients(gradients(vlm, score(balanced(vlm), packed).router_loss.sum()), plain)
 
 
-def test_a_sharded_mixture_learns_the_same(vlm, chat, random_model_folder, group_of_one):
+def test_a_sharded_mixture_learns_the_same(
+    vlm,
+    chat,
+    random_model_folder,
+    group_of_one,  # noqa: F811
+):
     """In shards, with layers that are recomputed and experts that are frozen."""
     packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
     sharded = loading.load(

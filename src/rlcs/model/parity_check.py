@@ -333,7 +333,9 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A gated delta net reads the weight of its convolution, and does not call it.
-        owners = [module, module.conv1d] if isinstance(module, delta_net.FollowsPaths) else [module]
+        owners = [module]
+        if isinstance(module, delta_net.FollowsPaths):
+            owners += [child for name, child in module.named_children() if name == "conv1d"]
         kept[module] = [(own, {n: p for n, p in own._parameters.items() if p is not None}) for own in owners]
         for own, parameters in kept[module]:
             own._parameters.update({name: cast(parameter) for name, parameter in parameters.items()})
