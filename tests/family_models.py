@@ -214,7 +214,7 @@ def gemma4(tokenizer, *, text=(), vision=(), thoughts=True) -> tuple[PreTrainedM
         "use_double_wide_mlp": True, "final_logit_softcapping": 5.0, "max_position_embeddings": 4096,
         "initializer_range": 0.05, **dict(text),
     }  # fmt: skip
-    vision = {**sizes, "num_key_value_heads": 4, "num_hidden_layers": 2, "hidden_size": 96, "head_dim": 24,
+    vision = {**sizes, "num_key_value_heads": 4, "num_hidden_layers": 2, "hidden_size": 108, "head_dim": 24,
               "intermediate_size": 192, "patch_size": 32, "position_embedding_size": 256,
               "initializer_range": 0.05, "use_clipped_linears": True, **dict(vision)}  # fmt: skip
     audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}

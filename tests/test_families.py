@@ -144,7 +144,10 @@ def test_the_tower_gets_what_the_processor_makes(vlm, chat):
     expected = vlm.processor(text=[text], images=images, return_tensors="pt")
     patches = [chat.patches(ref) for ref in problem.images]
     inputs = vlm.family.vision_inputs(patches, torch.tensor(chat.prompt(problem).grids))
-    assert inputs and all(torch.equal(value, expected[name]) for name, value in inputs.items())
+    # A processor may pad images further.
+    assert inputs and all(
+        torch.equal(value, expected[name][tuple(map(slice, value.shape))]) for name, value in inputs.items()
+    )
 
 
 def test_a_view_has_a_cell_for_each_image_token(vlm, chat):

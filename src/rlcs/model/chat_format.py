@@ -10,9 +10,9 @@ class ChatFormat:
     A turn is `turn_start`, the text of its role in `roles`, what was said, `turn_end`, the text `after_turn`;
     an answer begins behind `turn_start` and the assistant's role. `opening` stands before the first turn. An
     image is `image_start`, its tokens `image`, `image_end`, the text `after_image`. `never_sampled` (with all
-    these but `turn_end`) stand for inputs: a model that samples one is broken. `strips`: texts lose the blanks
-    around them. `no_thoughts` is a control token, a text and a control token with which some models' templates
-    begin an answer that is to come without thoughts.
+    these but `turn_end`) stand for inputs: a model that samples one is broken. `strips`: texts lose the
+    blanks around them. `no_thoughts` are a control token, a text and a control token with which some models'
+    templates begin an answer that is to come without thoughts.
     """
 
     opening: tuple[str, ...] = ()

@@ -23,7 +23,10 @@ from rlcs.recipe.execution import Lora
 if TYPE_CHECKING:
     from peft import PeftModel
 
-KEPT_WHOLE = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]
+KEPT_WHOLE = [
+    "visual", "vision_tower", "audio_tower",
+    "multi_modal_projector", "embed_vision", "embed_audio", "lm_head",
+]  # fmt: skip
 """Modules that QLoRA does not quantise: they are small, and quantising them costs the most accuracy."""
 
 

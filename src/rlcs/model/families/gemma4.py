@@ -5,10 +5,10 @@ video are no inputs here; the audio tower that small models have stays as it is.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from transformers.image_utils import pil_torch_interpolation_mapping
 from transformers.models.gemma4.image_processing_gemma4 import get_aspect_ratio_preserving_size
 
-from rlcs.errors import ImageError, ModelError, UserError
+from rlcs.errors import ModelError
 from rlcs.model import attention
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.families.family import Family
-from rlcs.model.patches import Grid, other_patches, probe
+from rlcs.model.patches import PROBE, Grid, other_patches, probe
 
 log = logging.getLogger("rlcs")
 
@@ -38,6 +38,7 @@ class Gemma4(Family):
     language_model = r"^(model\.language_model\.|lm_head\.)"
     unused = r"^model\.(audio_tower|embed_audio)\."
     positions = "line"
+    vllm_marks_images = True
     chat_format = ChatFormat(
         opening=("<bos>",),
         turn_start="<|turn>",
@@ -51,30 +52,41 @@ class Gemma4(Family):
         no_thoughts=("<|channel>", "thought\n", "<channel|>"),
     )
 
-    def install(self, model: PreTrainedModel) -> None:
-        """Plans for the language model; images are padded to the longest in the tower. Raises ModelError."""
-        config: Any = model.config
+    def complete(self, config: Any, written: Mapping[str, Any], where: str) -> None:
+        """See `Family`."""
         if config.vision_config is None or config.text_config.use_bidirectional_attention == "all":
             raise ModelError(
-                "it has no vision tower, or lets all tokens see each other",
-                fix="use one for images and answers",
+                "this Gemma 4 has no vision tower, or writes no answers: all its tokens see each other",
+                where=where,
+                fix="choose E2B, E4B, 26B-A4B or 31B as they were published",
             )
+
+    def install(self, model: PreTrainedModel) -> None:
+        """See `Family`; in the tower images are rows of a batch, padded to the longest."""
         attention.install(model, vision="sdpa")
 
     def image_processing(self, processor: Any, *, min_pixels: int, max_pixels: int) -> "BudgetPatches":
-        """The largest budget whose area is at most `max_pixels`; images are always enlarged to it."""
+        """See `Family`: the largest budget whose area is at most `max_pixels`, or the smallest there is.
+
+        Images are always enlarged to it, so that `min_pixels` has no effect.
+        """
         images = processor.image_processor
-        area = (images.patch_size * images.pooling_kernel_size) ** 2
+        area = _token_area(images)
         fitting = [budget for budget in BUDGETS if budget * area <= max_pixels]
         if not fitting:
-            raise UserError(
-                f"the least number of tokens of an image is {BUDGETS[0]}, of {area:,} pixels each",
-                where=f"images.max_pixels={max_pixels}",
-                fix=f"set images.max_pixels to {BUDGETS[0] * area:,} or more",
-            )
-        images.max_soft_tokens = processor.image_seq_length = fitting[-1]
-        log.info("images are resized to at most %d tokens, by images.max_pixels", fitting[-1])
+            least = BUDGETS[0] * area
+            log.warning("images.max_pixels is %d; this model's images have at least %d", max_pixels, least)
+        images.max_soft_tokens = processor.image_seq_length = fitting[-1] if fitting else BUDGETS[0]
         return BudgetPatches(images)
+
+    def pixel_bounds(self, processor: Any) -> tuple[int, int]:
+        """See `Family`; any lower bound is without effect."""
+        images = processor.image_processor
+        return 1, images.max_soft_tokens * _token_area(images)
+
+    def note_bounds(self, config: Any, processor: Any) -> None:
+        """See `Family`."""
+        config.vision_config.default_output_length = processor.image_processor.max_soft_tokens
 
     def vision_inputs(self, patches: Sequence[Tensor], grids: Tensor) -> dict[str, Any]:
         """Patches (images, longest, P x P x C) with the column and row of each; -1 where there is none."""
@@ -91,10 +103,15 @@ class Gemma4(Family):
         merger: nn.Module = model.base_model.embed_vision  # type: ignore[assignment]
         return [merger]
 
-    def merged_numbers(self, model: PreTrainedModel) -> float:
-        """See `Family`."""
+    def tower_width(self, model: PreTrainedModel) -> int:
+        """See `Family`: the tower pools several patches to one token."""
         vision: Any = model.config.vision_config
-        return float(vision.hidden_size / vision.pooling_kernel_size**2)
+        return ceil(vision.hidden_size / vision.pooling_kernel_size**2)
+
+
+def _token_area(processor: Any) -> int:
+    """Pixels that become one image token."""
+    return int(processor.patch_size * processor.pooling_kernel_size) ** 2
 
 
 class BudgetPatches:
@@ -107,7 +124,7 @@ class BudgetPatches:
         self._most = int(processor.max_soft_tokens) * self.merge_size**2
         self._interpolation = pil_torch_interpolation_mapping[processor.resample]
         self._factor = float(processor.rescale_factor)
-        pixels = probe()
+        pixels = probe(*PROBE)
         expected = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
         grid = self.grid(*pixels.shape[:2], where="")
         made = self.expanded(self.cut(pixels, grid), grid)
@@ -117,15 +134,8 @@ class BudgetPatches:
             raise other_patches(processor)
 
     def grid(self, height: int, width: int, *, where: str) -> Grid:
-        """See `ImageProcessing`."""
-        try:
-            size = get_aspect_ratio_preserving_size(height, width, self._side, self._most, self.merge_size)
-        except ValueError as error:
-            raise ImageError(
-                f"the image processor refuses it: {error}",
-                where=where,
-                fix="crop it: one side is far too long",
-            ) from error
+        """See `ImageProcessing`; there is one for every shape."""
+        size = get_aspect_ratio_preserving_size(height, width, self._side, self._most, self.merge_size)
         return 1, size[0] // self._side, size[1] // self._side
 
     def compact_bytes(self, grid: Grid) -> int:
@@ -148,11 +158,15 @@ class BudgetPatches:
         """The same between 0 and 1, in fp32: the model itself centres them."""
         return compact.to(torch.float32) * self._factor
 
-    def resized(self, compact: Tensor, grid: Grid) -> Image.Image | None:
-        """None where the processor would resize it once more: often, for it enlarges what it can."""
+    def picture(self, compact: Tensor, grid: Grid) -> Image.Image:
+        """See `ImageProcessing`."""
         _, height, width = grid
-        if self.grid(height * self._side, width * self._side, where="") != grid:
-            return None
         blocks = compact.reshape(height, width, self._side, self._side, -1)
         pixels = blocks.permute(0, 2, 1, 3, 4).reshape(height * self._side, width * self._side, -1)
-        return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
+        return Image.fromarray(pixels.numpy())
+
+    def resized(self, compact: Tensor, grid: Grid) -> Image.Image | None:
+        """None for a few extreme shapes, which would be resized a second time."""
+        _, height, width = grid
+        same = self.grid(height * self._side, width * self._side, where="") == grid
+        return self.picture(compact, grid) if same else None
