@@ -372,7 +372,7 @@ def over_what_they_follow(layout: Layout, sight: Sight | None, window: int) -> l
             blocks.append(Block(slice(segment.stop, end), slice(segment.start, segment.stop)))
         elif sight is not None and len(segment):
             queries = torch.arange(segment.stop, end)
-            queries = queries[sight.floors[queries] < sight.depths[segment.stop - 1]]
+            queries = queries[sight.lowest[queries] < sight.depths[segment.stop - 1]]
             keys = slice(max(segment.start, segment.stop - window + 1), segment.stop)
             blocks += [Block.of(sight, queries, keys)] if len(queries) else []
     return blocks

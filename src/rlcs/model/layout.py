@@ -113,14 +113,14 @@ def layout_of(sizes: Sequence[tuple[int, Sequence[int]]]) -> Layout:
 class Sight:
     """What each token sees, and who sees it, in numbers (L,): from these any mask follows.
 
-    A token sees keys up to `last` (itself, or the end of its image) with `depths` above its `floors`. It is
+    A token sees keys up to `last` (itself, or the end of its image) with `depths` above its `lowest`. It is
     seen by tokens before `ends`, where all that follows its segment ends: segments lie depth first.
     """
 
     last: Tensor
     ends: Tensor
     depths: Tensor
-    floors: Tensor
+    lowest: Tensor
 
     @classmethod
     def of(cls, layout: Layout, scope: Scope) -> "Sight":
@@ -129,18 +129,18 @@ class Sight:
         last, depths = torch.arange(layout.length), layout.depths()
         for start, stop in layout.images if scope.images else ():
             last[start:stop] = stop - 1
-        floors = torch.full_like(depths, -1) if scope.window is None else depths - scope.window
+        lowest = torch.full_like(depths, -1) if scope.window is None else depths - scope.window
         ends = torch.tensor(layout.ends()).repeat_interleave(sizes)
-        return cls(*(x.int() for x in (last, ends, depths, floors)))
+        return cls(*(x.int() for x in (last, ends, depths, lowest)))
 
     def to(self, device: torch.device) -> "Sight":
         """The same on `device`."""
-        return Sight(*(x.to(device) for x in (self.last, self.ends, self.depths, self.floors)))
+        return Sight(*(x.to(device) for x in (self.last, self.ends, self.depths, self.lowest)))
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether tokens see others, both by their numbers in the pack."""
         before_end = (key <= self.last[query]) & (query < self.ends[key])
-        return before_end & (self.depths[key] > self.floors[query])
+        return before_end & (self.depths[key] > self.lowest[query])
 
 
 def dense_mask(layout: Layout, scope: Scope = PATH) -> Tensor:

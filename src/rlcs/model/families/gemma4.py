@@ -6,7 +6,6 @@ video are no inputs here; the audio tower that small models have stays as it is.
 
 import logging
 from collections.abc import Mapping, Sequence
-from math import ceil
 from typing import Any
 
 import torch
@@ -99,13 +98,13 @@ class Gemma4(Family):
 
     def mergers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The projection of what the tower has pooled."""
-        merger: nn.Module = model.base_model.embed_vision  # type: ignore[assignment]
-        return [merger]
+        base: Any = model.base_model
+        return [base.embed_vision]
 
     def tower_width(self, model: PreTrainedModel) -> int:
         """See `Family`: the tower pools several patches to one token."""
         vision: Any = model.config.vision_config
-        return ceil(vision.hidden_size / vision.pooling_kernel_size**2)
+        return -(-int(vision.hidden_size) // int(vision.pooling_kernel_size) ** 2)
 
 
 def _token_area(processor: Any) -> int:
