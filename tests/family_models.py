@@ -1,9 +1,18 @@
 """Tiny random models of the families that do not ship with rlcs, with their real processors."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from transformers import (
+    Gemma4AudioFeatureExtractor,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4VideoProcessor,
+    GemmaTokenizer,
     GotOcr2ImageProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -136,6 +145,113 @@ def qwen3_5(
     return kind[1](config), _qwen3_processor(tokenizer)
 
 
+GEMMA_TOKENS = {
+    "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
+    "boa_token": "<|audio>", "eoa_token": "<audio|>", "sot_token": "<|turn>", "eot_token": "<turn|>",
+    "soc_token": "<|channel>", "eoc_token": "<channel|>", "think_token": "<|think|>",
+    "video_token": "<|video|>",
+}  # fmt: skip
+"""The names by which Gemma 4's processor finds the special tokens of its tokenizer."""
+
+GEMMA_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' -}}
+  {%- if message.content is string -%}
+    {{- message.content | trim -}}
+  {%- else -%}
+    {%- for part in message.content -%}
+      {%- if part.type == 'text' -%}{{- part.text | trim -}}
+      {%- elif part.type == 'image' -%}{{- '<|image|>' -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- '<turn|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}
+"""
+"""Renders what the template of Gemma 4's E2B and E4B renders of turns without tools and thoughts (and of the
+parts of a system message, which the published one takes as one text alone)."""
+
+NO_THOUGHTS = "{%- if add_generation_prompt -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}"
+"""What the templates of 26B-A4B and 31B have at their end: an answer begins without thoughts."""
+
+
+def gemma_tokenizer(texts: Iterable[str], vocabulary: int = 600) -> GemmaTokenizer:
+    """A tokenizer in Gemma's form, learned from `texts`: spaces are letters, and unknown ones are bytes."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    form = GemmaTokenizer().backend_tokenizer
+    learner = Tokenizer(models.BPE(unk_token="<unk>"))
+    # Gemma's own tokens never join a line's end to the next line, or the end of a word to a space.
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[^▁\n]+|▁+|\n+"), "isolated")
+    learner.normalizer = form.normalizer
+    first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *GEMMA_TOKENS.values()]
+    first += [f"<0x{byte:02X}>" for byte in range(256)]
+    learner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=first, show_progress=False)
+    )
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    return GemmaTokenizer(
+        vocab=learned["vocab"], merges=merges, add_bos_token=False, extra_special_tokens=GEMMA_TOKENS
+    )
+
+
+def gemma4(tokenizer, *, text=(), vision=(), thoughts=True) -> tuple[PreTrainedModel, Gemma4Processor]:
+    """As E2B: inputs for each layer, two layers with the keys of earlier ones, a bound on logits, audio.
+
+    Windows are shorter than an image. Patches are larger than the published ones, so that images of the
+    tests have few.
+    """
+    tokenizer = gemma_tokenizer(tiny_model.corpus(50))
+    sizes = {"num_attention_heads": 4, "head_dim": 32, "hidden_size": 128, "intermediate_size": 256}
+    layers = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    text = {
+        **sizes, "vocab_size": len(tokenizer), "num_hidden_layers": 4, "num_key_value_heads": 2,
+        "global_head_dim": 48, "layer_types": layers, "num_kv_shared_layers": 2, "sliding_window": 40,
+        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": len(tokenizer),
+        "use_double_wide_mlp": True, "final_logit_softcapping": 5.0, "max_position_embeddings": 4096,
+        "initializer_range": 0.05, **dict(text),
+    }  # fmt: skip
+    vision = {**sizes, "num_key_value_heads": 4, "num_hidden_layers": 2, "hidden_size": 108, "head_dim": 24,
+              "intermediate_size": 192, "patch_size": 32, "position_embedding_size": 256,
+              "initializer_range": 0.05, "use_clipped_linears": True, **dict(vision)}  # fmt: skip
+    audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in GEMMA_TOKENS.items()
+           if name.split("_")[0] in ("image", "audio", "video", "boi", "eoi", "boa")}  # fmt: skip
+    config = Gemma4Config(
+        text_config=text, vision_config=vision, audio_config=audio if thoughts else None, **ids
+    )
+    template = GEMMA_TEMPLATE if thoughts else GEMMA_TEMPLATE + NO_THOUGHTS
+    tokenizer.chat_template = template
+    processor = Gemma4Processor(
+        feature_extractor=Gemma4AudioFeatureExtractor(),
+        image_processor=Gemma4ImageProcessor(patch_size=32, max_soft_tokens=70),
+        tokenizer=tokenizer,
+        video_processor=Gemma4VideoProcessor(),
+        chat_template=template,
+    )
+    model = Gemma4ForConditionalGeneration(config)
+    with torch.no_grad():  # scores are not divided by the root of the head size, so that norms learn to
+        for name, parameter in model.named_parameters():
+            if name.endswith("self_attn.q_norm.weight"):
+                parameter.fill_(len(parameter) ** -0.5)
+    return model, processor
+
+
+def gemma4_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Gemma4Processor]:
+    """As 26B-A4B: images see themselves, experts, keys that are values, answers begin without thoughts."""
+    text = {
+        "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False,
+        "use_bidirectional_attention": "vision", "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64,
+        **dict(text),
+    }  # fmt: skip
+    vision = {"use_clipped_linears": False, "standardize": True, **dict(vision)}
+    return gemma4(tokenizer, text=text, vision=vision, thoughts=False)
+
+
 def qwen3_5_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwen3VLProcessor]:
     """As `qwen3_5`, with two of eight experts for each token, and one for all tokens."""
     text = {**MIXTURE, "shared_expert_intermediate_size": 64, **dict(text)}
@@ -176,12 +292,15 @@ def internvl(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, InternV
 
 
 BUILDERS = {
+    "gemma4": gemma4,
+    "gemma4_moe": gemma4_moe,
     "internvl": internvl,
     "qwen2_vl": qwen2_vl,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
 }
-UNPROVEN = {"qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe}
 NAMED_TOKENS = {"internvl": INTERNVL_TOKENS}
 
 
@@ -189,7 +308,7 @@ def build(family: str, folder: Path, **parts: object) -> Path:
     """Write a random model of the family in Hugging Face format; `text` and `vision` change its shape."""
     torch.manual_seed(1)
     tokenizer = build_tokenizer(tiny_model.corpus(50), **NAMED_TOKENS.get(family, {}))
-    model, processor = (BUILDERS | UNPROVEN)[family](tokenizer, **parts)
+    model, processor = BUILDERS[family](tokenizer, **parts)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 import family_models
@@ -35,7 +36,7 @@ from rlcs.records.trees import Branch
 from rlcs.train import groups, learning, sft
 from rlcs.train.losses import sft_loss
 from rlcs.train.trainer import Batch
-from test_distributed import group_of_one  # noqa: F401
+from test_distributed import group_of_one  # noqa: F401 - a fixture
 from test_policy import CASES, assert_same_gradients, gradients, make_trees, padded_logprobs
 from test_vllm_engine import program, run  # noqa: F401
 
@@ -105,7 +106,12 @@ def test_gradient_checkpointing_keeps_the_router_loss(vlm, chat):
     assert_same_gradients(gradients(vlm, score(balanced(vlm), packed).router_loss.sum()), plain)
 
 
-def test_a_sharded_mixture_learns_the_same(vlm, chat, random_model_folder, group_of_one):  # noqa: F811
+def test_a_sharded_mixture_learns_the_same(
+    vlm,
+    chat,
+    random_model_folder,
+    group_of_one,  # noqa: F811
+):
     """In shards, with layers that are recomputed and experts that are frozen."""
     packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
     sharded = loading.load(
@@ -373,6 +379,24 @@ def test_nearly_equal_experts_do_not_stop_a_run(vlm, chat, monkeypatch):
     monkeypatch.setattr(parity_check, "_chosen", lambda *given: None)
     [by_chance] = parity_check.agreement(vlm, chat, trees)
     assert by_chance.gap > 10 * found.gap
+
+
+def test_experts_are_saved_as_published(vlm, tmp_path):
+    """Qwen3-VL's transposed, as vLLM reads them, and transformers too; Qwen3.5's one by one."""
+    loading.save(vlm, tmp_path)
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    layer = "model.language_model.layers.0.mlp.experts"
+    if vlm.model.config.model_type == "qwen3_vl_moe":
+        assert shapes[f"{layer}.gate_up_proj"] == (8, 128, 96) and shapes[f"{layer}.down_proj"] == (
+            8,
+            48,
+            128,
+        )
+    else:
+        assert shapes[f"{layer}.0.gate_proj.weight"] == (48, 128)
+    again = loading.load(Model(name=str(tmp_path)))
+    for (name, saved), own in zip(again.model.named_parameters(), vlm.model.parameters(), strict=True):
+        assert torch.equal(saved, own), name
 
 
 def test_the_table_of_a_recipe_names_both_choices():

@@ -26,7 +26,7 @@ from rlcs.train.trainer import Trainer
 from test_policy import gradients
 from test_train import group_of
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "gemma4")
 ALL = ("vision_tower", "merger")
 SIZES = ((224, 168), (56, 84))
 """The first has several windows of attention, which Qwen2.5-VL computes in another order."""
@@ -55,9 +55,12 @@ def trees_of(chat):
 def tower_runs(*models):
     """Counts how often the towers of models run, and with how many patches in all."""
     runs = []
+    kinds = torch.nn.Conv2d | torch.nn.Conv3d | torch.nn.Linear
     hooks = [
         next(
-            module for module in vlm.model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)
+            module
+            for name, module in vlm.model.named_modules()
+            if isinstance(module, kinds) and re.search(vlm.family.vision_tower, name)
         ).register_forward_hook(lambda m, x, y: runs.append(len(y)))
         for vlm in models
     ]

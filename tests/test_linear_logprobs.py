@@ -16,10 +16,11 @@ from test_plan_memory import measured_peak
 COUNT, HIDDEN, VOCABULARY = 37, 24, 301
 
 
-def plain(states, weight, targets, temperature):
+def plain(states, weight, targets, temperature, softcap=None):
     head = torch.nn.Linear(1, 1, bias=False)
     head.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    logprobs, entropy = _score_chunk(states, targets, head, temperature)
+    capped = head if softcap is None else lambda states: softcap * torch.tanh(head(states) / softcap)
+    logprobs, entropy = _score_chunk(states, targets, capped, temperature)
     return logprobs, entropy, head.weight
 
 
@@ -35,12 +36,15 @@ def tensors(dtype, *, trains):
 @pytest.mark.parametrize("rows", [1, 10, 37, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("trains", [True, False])
-def test_float32_equals_the_plain_way(rows, temperature, trains):
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_float32_equals_the_plain_way(rows, temperature, trains, softcap):
     states, weight, targets, upstream = tensors(torch.float32, trains=trains)
-    logprobs, entropy, of_head = plain(states, weight, targets, temperature)
+    logprobs, entropy, of_head = plain(states, weight, targets, temperature, softcap)
     logprobs.backward(upstream)
     expected, states.grad = states.grad, None
-    ours, own_entropy = linear_logprobs(states, weight, targets, temperature=temperature, rows=rows)
+    ours, own_entropy = linear_logprobs(
+        states, weight, targets, temperature=temperature, rows=rows, softcap=softcap
+    )
     ours.backward(upstream)
     torch.testing.assert_close(ours, logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(own_entropy, entropy, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import family_models
 from conftest import make_conversation, make_problem, tree_of
 from rlcs.data.sources import open_builtin
 from rlcs.distributed import World
@@ -19,6 +20,7 @@ from rlcs.model import (
     packing,
     parity_check,
     policy,
+    recurrence,
     vision_attention,
 )
 from rlcs.model.packing import pack
@@ -141,6 +143,55 @@ def test_a_fault_is_caught_on_every_tree(trained, monkeypatch, fault):
     assert min(shares(vlm, chat, trees)) > 5
     with pytest.raises(TrainingError, match=r"packed and plain logprobs differ by .* in (float32|bfloat16)"):
         require_agreement(vlm, chat, trees)
+
+
+def from_zero(inputs, steps):
+    """Chunks in which a segment begins: none goes on from a state."""
+    return true_by_chunk(inputs, [replace(step, before=None) for step in steps])
+
+
+def from_another(inputs, steps):
+    """Every chunk goes on from the state of another one, where there is another."""
+    others = (
+        None if s.before is None else (s.before + 1) % steps[i - 1].followed for i, s in enumerate(steps)
+    )
+    return true_by_chunk(inputs, [replace(s, before=b) for s, b in zip(steps, others, strict=True)])
+
+
+def padding_decays(inputs, steps):
+    query, key, value, g, beta = inputs
+    return true_by_chunk([query, key, value, torch.where(beta == 0, -1.0, g), beta], steps)
+
+
+def convolution_over_the_pack(layout, count, device):
+    """Windows reach into whatever lies before in the pack."""
+    order = torch.arange(layout.length + count)
+    return torch.where(order < count, layout.length, order - count), order[: layout.length]
+
+
+true_by_chunk = recurrence.by_chunk
+RECURRENT_FAULTS = {
+    "branches start from zero": ("by_chunk", from_zero),
+    "branches start from another trunk's state": ("by_chunk", from_another),
+    "padding decays the state": ("by_chunk", padding_decays),
+    "the convolution sees the branch before": ("_with_context", convolution_over_the_pack),
+}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def hybrid(request, tmp_path_factory):
+    folder = family_models.build("qwen3_5", tmp_path_factory.mktemp("hybrid"))
+    return sampled(folder, request.param)
+
+
+def test_a_healthy_hybrid_model_passes(hybrid):
+    assert max(shares(*hybrid)) < 0.6
+
+
+@pytest.mark.parametrize("fault", RECURRENT_FAULTS)
+def test_a_fault_of_recurrent_layers_is_caught_on_all_trees(hybrid, monkeypatch, fault):
+    monkeypatch.setattr(recurrence, *RECURRENT_FAULTS[fault])
+    assert max(one.share for one in agreement(*hybrid)) > 5
 
 
 def test_a_fault_of_one_token_of_each_answer_is_caught_on_every_tree(untrained, monkeypatch):

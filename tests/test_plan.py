@@ -254,6 +254,24 @@ def test_weights_gradients_and_optimiser_of_the_published_7b():
     assert less.parts["weights"] == share / 2
 
 
+def test_experts_are_all_in_memory_and_may_be_frozen():
+    """Of 48 layers with 128 experts of 768, 8 of them for a token."""
+    model = "model.name=Qwen/Qwen3-VL-30B-A3B-Instruct"
+    whole, frozen = (
+        planned("recommended-7b", model, f"grpo.freeze=[vision_tower{more}]", gpus=64).stages["grpo"]
+        for more in ("", ", experts")
+    )
+    experts, total = 48 * 128 * 3 * 2048 * 768, TOTALS["Qwen/Qwen3-VL-30B-A3B-Instruct"]
+    assert whole.parts["weights"] == frozen.parts["weights"] == 4 * total / 64
+    assert whole.parts["optimizer"] - frozen.parts["optimizer"] == 2 * 4 * experts / 64
+    assert whole.flops < frozen.tokens * 20 * (total - experts * 120 / 128)
+    assert frozen.parts["gathered"] < whole.parts["gathered"]
+    assert (
+        "30B-A3B-Instruct, 31,070,754,032 parameters, 3.9 G of them for a token"
+        in planned("recommended-7b", model, gpus=64).to_text()
+    )
+
+
 def test_adapters_are_counted_layer_by_layer():
     stages = planned("single-gpu-lora-3b", "lora.rank=16", gpus=1).stages
     widths = 2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11008)  # q, o; k, v; gate, up, down

@@ -63,6 +63,19 @@ FAMILIES = {
         "vision": {"depth": 6, "hidden_size": 256, "intermediate_size": 1024, "out_hidden_size": 384},
     },
 }
+TOWER = {"depth": 6, "hidden_size": 256, "intermediate_size": 1024, "out_hidden_size": 384}
+WIDE = {"hidden_size": 384, "num_attention_heads": 12}
+FAMILIES |= {
+    "qwen3_vl_moe": {"text": WIDE | {"moe_intermediate_size": 256}, "vision": TOWER},
+    "qwen3_5_moe": {
+        "text": WIDE | {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256},
+        "vision": TOWER,
+    },
+    "internvl": {
+        "text": WIDE | {"intermediate_size": 1024, "num_hidden_layers": 6},
+        "vision": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6},
+    },
+}
 CASES = [
     # shape, objective, gradient checkpointing, frozen parts, packs
     ("14M, wide", "sft", False, (), 1),
@@ -77,6 +90,9 @@ CASES = [
     ("qwen3_vl", "grpo", True, (), 2),
     ("qwen3_5", "sft", False, ("vision_tower",), 2),
     ("qwen3_5", "grpo", True, (), 2),
+    ("qwen3_vl_moe", "sft", False, (), 1),
+    ("qwen3_5_moe", "grpo", True, (), 2),
+    ("internvl", "sft", False, (), 2),
 ]
 
 

@@ -128,8 +128,8 @@ def test_planned_memory_is_that_of_whole_steps(case, grid, monkeypatch):
     )
     patches = sum(tree.patches for tree in pack.images)
     held = activations(sizes, Load(tokens=pack.num_tokens, targets=pack.num_targets, patches=patches), how)
-    still = stored(placed, trains, reference=reference is not None)
-    units = units_of(placed, trains)
+    still = stored(placed, case.frozen, reference=reference is not None)
+    units = units_of(placed, case.frozen)
     worst = update_peak(still.gradients, held, packs=case.packs, units=units)
     planned = still.weights + still.optimizer + still.reference + worst
     found = ledger.at_peak

@@ -13,7 +13,7 @@ def tower(name):
 
 @pytest.mark.parametrize(
     ("name", "side"),
-    [("Qwen/Qwen2.5-VL-7B-Instruct", 28), ("Qwen/Qwen3.5-9B", 32), ("google/gemma-4-31B-it", 48)],
+    [("Qwen/Qwen2.5-VL-7B-Instruct", 28), ("Qwen/Qwen3.5-9B", 32)],
 )
 def test_an_image_is_cut_into_squares(name, side):
     assert tower(name).side == side
@@ -23,9 +23,15 @@ def test_an_image_is_cut_into_squares(name, side):
 def test_an_image_of_several_tiles_has_a_small_copy():
     intern = tower("OpenGVLab/InternVL3_5-8B-HF")
     assert intern.side == 28 and intern.tile == 256
-    sides = {100 * 100: 1, 448 * 448: 1, 2 * 448 * 448: 3, 6 * 448 * 448: 7}
-    assert {pixels: intern.tokens(pixels) // 256 for pixels in sides} == sides
+    tiles = {100 * 100: 1, 448 * 448: 1, 2 * 448 * 448: 1, 3 * 448 * 448: 3, 1_204_224: 6}
+    assert {pixels: intern.tokens(pixels) // 256 for pixels in tiles} == tiles, "with the copy"
     assert [intern.whole(tokens) for tokens in (1, 256, 257)] == [256, 256, 512]
+
+
+def test_an_image_is_enlarged_to_a_budget_of_tokens():
+    gemma = tower("google/gemma-4-31B-it")
+    assert [gemma.tokens(tokens * 48 * 48) for tokens in (10, 70, 300, 560, 5000)] == [70, 70, 280, 560, 1120]
+    assert gemma.whole(5) == 1120, "and no more than the largest there is"
 
 
 def test_tiles_do_not_see_each_other():

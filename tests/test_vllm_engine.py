@@ -861,3 +861,16 @@ def test_the_table_says_who_samples() -> None:
 def test_local_rollouts_are_never_weighted() -> None:
     assert Rollouts().cap is None and Rollouts(engine="vllm_colocated").cap == 2.0
     assert Rollouts(engine="vllm_server", importance_cap=None).cap is None
+
+
+def test_what_servers_saw_is_read_from_each_that_is_well(run) -> None:
+    """Servers of ours are started for it; one that dies is left out."""
+    made = run(servers=2)
+    made.behave(die_after=2)
+    prompts = [made.chat.prompt(make_problem(f"p{k}", sizes=())) for k in range(3)]
+    views = made.engine.inspect(prompts, made.chat.sampling(max_new_tokens=8), candidates=4)
+    assert len(views) == 1 and views[0].precision == "float32"
+    assert [seen.prompt_ids for seen in views[0].prompts] == [prompt.ids for prompt in prompts]
+    views = made.engine.inspect(prompts, made.chat.sampling(max_new_tokens=8), candidates=4)
+    assert [view.name[:13] for view in views] == ["vLLM server 0", "vLLM server 1"]
+    assert all(len(seen.candidates) == len(seen.ids) > 0 for view in views for seen in view.prompts)

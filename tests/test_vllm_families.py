@@ -33,19 +33,19 @@ pytestmark = pytest.mark.skipif(program() is None, reason="no vLLM: `make vllm-t
 
 INTERLEAVED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
 QWEN_3 = {"head_dim": 64, "rope_parameters": INTERLEAVED | {"mrope_section": [12, 10, 10]}}
+EXPERTS = {"moe_intermediate_size": 64, "norm_topk_prob": True}
 DELTA_NETS = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
 HEADS: dict[str, dict[str, Any]] = {
     "qwen3_5": DELTA_NETS,
-    "qwen3_5_moe": DELTA_NETS,
+    "qwen3_5_moe": DELTA_NETS | EXPERTS,
     "qwen3_vl": QWEN_3,
-    "qwen3_vl_moe": QWEN_3,
+    "qwen3_vl_moe": QWEN_3 | EXPERTS,
     "internvl": {"head_dim": 64},
     "gemma4": {"global_head_dim": 64},
-    "gemma4_moe": {"global_head_dim": 64},
+    # Its attention for CPUs is causal, whatever a model says about images.
+    "gemma4_moe": {"global_head_dim": 64, "use_bidirectional_attention": None},
 }
 """Sizes that vLLM's kernels for CPUs take: multiples of 32, and 64 or 128 for both of a gated delta net."""
-
-
 FAMILIES = sorted({*family_models.BUILDERS, *family_models.UNPROVEN} - {"qwen2_vl"})
 """All but the one that differs from the built-in model's in nothing that vLLM reads."""
 
@@ -80,9 +80,9 @@ def test_a_family_is_sampled_served_and_updated(
     family: str, dtype: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`limit`: between logprobs of vLLM and of the trainer's pass."""
-    folder = family_models.build(family, tmp_path / "random", text=HEADS.get(family, {}))
+    folder = family_models.build(family, tmp_path / "random", text=HEADS[family])
     words = [f"model.name={folder}", f"model.dtype={dtype}", "prompt.max_tokens=2048"]
-    if HEADS.get(family) is DELTA_NETS and dtype == "float32":
+    if "linear_key_head_dim" in HEADS[family] and dtype == "float32":
         words.append(f"rollout.executable={plain_vllm(tmp_path)}")
         monkeypatch.setattr(factory, "RECURRENT_DTYPES", ("bfloat16", "float32"))
     recipe = recipe_of(*words)

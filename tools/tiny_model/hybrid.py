@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import (
@@ -91,7 +91,7 @@ def build_model(
 
 
 def random_model(
-    tokenizer: Qwen2Tokenizer, text: dict[str, object], vision: dict[str, object], *, seed: int
+    tokenizer: Qwen2Tokenizer, text: Mapping[str, object], vision: Mapping[str, object], *, seed: int
 ) -> Qwen3_5ForConditionalGeneration:
     """A Qwen3.5 with a tied head and random weights, of these sizes of its two parts.
 
@@ -99,7 +99,7 @@ def random_model(
     forget a token within one step.
     """
     config = Qwen3_5Config(
-        text_config=text | ends(tokenizer),
+        text_config={**text, **ends(tokenizer)},
         vision_config=vision,
         tie_word_embeddings=True,
         **vision_ids(tokenizer),

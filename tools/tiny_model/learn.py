@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from rlcs.model.layout import dense_mask, layout_of
 from tools.tiny_model.build import SYSTEM
 from tools.tiny_model.lessons import Lesson, lessons
 
-Model = Qwen2_5_VLForConditionalGeneration | Qwen3_5ForConditionalGeneration
+Model: TypeAlias = Qwen2_5_VLForConditionalGeneration | Qwen3_5ForConditionalGeneration
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

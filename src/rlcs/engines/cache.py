@@ -29,6 +29,8 @@ class RecordingPlan:
         self._inner, self.layout = inner, layout
         self.recurrence = TrunkRecurrence(layout, device)
         self.layers: dict[int, KeyValue] = {}
+        self.sources: dict[int, int] = {}
+        self._given: list[tuple[Tensor, int]] = []
 
     def attend(
         self,
@@ -40,8 +42,12 @@ class RecordingPlan:
         scope: Scope = PATH,
         scale: float | None = None,
     ) -> Tensor:
-        """Attend as `inner` does."""
-        self.layers[layer] = (key[0], value[0])
+        """Attend as `inner` does; the keys that a layer shares with an earlier one are kept once."""
+        source = next((earlier for given, earlier in self._given if given is key), layer)
+        self.sources[layer] = source
+        if source == layer:
+            self.layers[layer] = (key[0], value[0])
+            self._given.append((key, layer))
         return self._inner.attend(layer, query, key, value, scope=scope, scale=scale)
 
     def trunks(self) -> dict[int, KeyValue]:
@@ -67,7 +73,8 @@ class ForestCache:
     """Keys and values of T trunks and B rows by layer; a plan for decoding steps.
 
     `trunk_lengths` (T,), `row_trunk` (B,) the trunk of every row (rows of a trunk are neighbours),
-    `row_lengths` (B,) own tokens so far. `recurrence` holds what recurrent layers keep of every row.
+    `row_lengths` (B,) own tokens so far. `recurrence` holds what recurrent layers keep of every row. A layer
+    reads the keys and values of its entry in `sources`: its own, or those that it shares.
     """
 
     trunks: dict[int, KeyValue]
@@ -76,6 +83,7 @@ class ForestCache:
     row_trunk: Tensor
     row_lengths: Tensor
     recurrence: RowRecurrence
+    sources: dict[int, int]
 
     @classmethod
     def prefilled(cls, recording: RecordingPlan, counts: Tensor) -> "ForestCache":
@@ -94,6 +102,7 @@ class ForestCache:
             row_trunk=row_trunk,
             row_lengths=torch.zeros(len(row_trunk), dtype=torch.long, device=device),
             recurrence=recording.recurrence.kept.rows(row_trunk),
+            sources=recording.sources,
         )
 
     def __post_init__(self) -> None:
@@ -146,6 +155,19 @@ class ForestCache:
             }
         inside = torch.arange(longest, device=self.row_lengths.device)[None] <= self.row_lengths[:, None]
         self._row_bias = torch.where(inside, 0.0, float("-inf"))[:, None, None]
+        self._windowed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _biases(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """What is added to the scores of trunks (B, 1, 1, P) and rows (B, 1, 1, O): -inf where hidden."""
+        if window is None:
+            return self._trunk_bias, self._row_bias
+        if window not in self._windowed:
+            depths = self.trunk_lengths[self.row_trunk] + self.row_lengths
+            self._windowed[window] = (
+                _hide_up_to(self._trunk_bias, depths - window),
+                _hide_up_to(self._row_bias, self.row_lengths - window),
+            )
+        return self._windowed[window]
 
     def end_step(self) -> None:
         """Count the token that was added to every row."""
@@ -162,19 +184,22 @@ class ForestCache:
         scale: float | None = None,
     ) -> Tensor:
         """One query a row: (1, H, B, D) over trunk and own tokens; stores the new keys and values."""
-        row_key, row_value = self.rows[layer]
-        trunk_key, trunk_value = self.trunks[layer]
+        source = self.sources[layer]
+        row_key, row_value = self.rows[source]
+        trunk_key, trunk_value = self.trunks[source]
+        trunk_bias, row_bias = self._biases(scope.window)
         count, heads, size = query.shape[2], row_key.shape[1], query.shape[3]
-        rows = torch.arange(count, device=query.device)
-        row_key[rows, :, self.row_lengths] = key[0].transpose(0, 1)
-        row_value[rows, :, self.row_lengths] = value[0].transpose(0, 1)
-        longest = self._row_bias.shape[-1]
+        if source == layer:
+            rows = torch.arange(count, device=query.device)
+            row_key[rows, :, self.row_lengths] = key[0].transpose(0, 1)
+            row_value[rows, :, self.row_lengths] = value[0].transpose(0, 1)
+        longest = row_bias.shape[-1]
         # Scores are fp32, as in other attention kernels: a product of bf16 tensors is itself rounded to bf16,
         # which costs most where a row's scores have much in common. It takes a temporary copy of one layer's
         # keys and more reading; `bmm(out_dtype=)` would take neither, but CPUs do not have it.
         q = query[0].transpose(0, 1).reshape(count, heads, -1, size).float() * (scale or size**-0.5)
-        row_scores = q @ row_key[:, :, :longest].float().transpose(2, 3) + self._row_bias
-        trunk_scores = self._to_rows(self._to_grid(q) @ trunk_key.float().transpose(2, 3)) + self._trunk_bias
+        row_scores = q @ row_key[:, :, :longest].float().transpose(2, 3) + row_bias
+        trunk_scores = self._to_rows(self._to_grid(q) @ trunk_key.float().transpose(2, 3)) + trunk_bias
         shares = torch.softmax(torch.cat([trunk_scores, row_scores], -1), -1).to(value.dtype)
         trunk_share, row_share = shares.split([trunk_scores.shape[-1], longest], -1)
         output = row_share @ row_value[:, :, :longest]
@@ -200,6 +225,12 @@ class ForestCache:
         cells_by_row = grid.view(count, heads, self._width, cells // self._width, size).transpose(1, 2)
         rows = cells_by_row.reshape(count * self._width, heads, -1, size)
         return rows if self._is_full else rows[self._cell]
+
+
+def _hide_up_to(bias: Tensor, last: Tensor) -> Tensor:
+    """Hide, in a bias (B, 1, 1, X), the tokens up to number `last` (B,)."""
+    order = torch.arange(bias.shape[-1], device=bias.device)
+    return bias.masked_fill(order <= last[:, None, None, None], float("-inf"))
 
 
 def _tokens(layers: dict[int, KeyValue]) -> int:

@@ -149,7 +149,7 @@ class DecodingBatch:
             states, routes = self._computed(trunks.ids, trunks.positions, plan=plan, **images)
             ends = [trunk.stop - 1 for trunk in layout.trunks]
             counts = torch.tensor([r.sampling.n for r in chunk], device=device)
-            logits = self._head(states[ends]).repeat_interleave(counts, dim=0)
+            logits = self._vlm.logits(states[ends]).repeat_interleave(counts, dim=0)
             cache = ForestCache.prefilled(plan, counts)
             for request, trunk in zip(chunk, layout.trunks, strict=True):
                 self._open(request, start=int(trunks.positions[:, trunk.start : trunk.stop].max()) + 1)
@@ -206,10 +206,6 @@ class DecodingBatch:
         states = hidden_states(self._vlm, *inputs, routing=routing, **keywords)
         table = routing.table(self._vlm.model.config.get_text_config().num_hidden_layers)
         return states, [token.tobytes() for token in table.cpu().numpy().astype("<u2")]
-
-    def _head(self, states: Tensor) -> Tensor:
-        logits: Tensor = self._vlm.model.get_output_embeddings()(states)
-        return logits
 
     def drop_cancelled(self) -> None:
         """End the answers of cancelled requests."""
@@ -281,7 +277,7 @@ class DecodingBatch:
         for row, experts in zip(self._rows, routes, strict=False):
             if row.stop is None:
                 row.routes.append(experts)
-        self._logits = self._head(states)
+        self._logits = self._vlm.logits(states)
         self._cache.end_step()
 
 

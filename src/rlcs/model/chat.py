@@ -6,6 +6,7 @@ off. On clean text the ids equal those of the model's own chat template, which t
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from itertools import groupby
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Segment = int | str | ImageRef
 """A control id, plain text, or an image."""
+BYTE = re.compile("<0x([0-9A-F]{2})>")
+"""A token that stands for a byte, in vocabularies whose other tokens are letters."""
 SLICE = 1 << 16
 """Characters of a text that are tokenised at once to check whether it can fit at all."""
 
@@ -59,7 +62,13 @@ class Chat:
         self._image_start = self._control(format.image_start)
         self._image_end = self._control(format.image_end)
         self.image_id = self._control(format.image)
-        self._bytes_of_letters = _bytes_of_letters()
+        self._no_thoughts: list[Segment] = []
+        if format.no_thoughts is not None:
+            first, text, last = format.no_thoughts
+            self._no_thoughts = [self._control(first), text, self._control(last)]
+        # Other vocabularies have letters that stand for themselves.
+        letters = "".join(tokenizer.convert_ids_to_tokens(self.text_ids("é")))
+        self._bytes_of_letters = _bytes_of_letters() if letters == "Ã©" else {}
         self._control_ids = frozenset(self._tokenizer.all_special_ids)
 
     def _control(self, token: str) -> int:
@@ -163,8 +172,10 @@ class Chat:
             head: list[Segment] = [self._start, roles[message.role]]
             parts: list[Segment] = []
             for part in message.parts:
-                is_image = isinstance(part, ImageRef)
-                parts += [self._image_start, part, self._image_end, after_image] if is_image else [part]
+                if isinstance(part, ImageRef):
+                    parts += [self._image_start, part, self._image_end, after_image]
+                else:
+                    parts.append(part.strip() if self._format.strips else part)
             if is_reply:
                 yield from ((segment, False) for segment in head)
                 yield from ((segment, isinstance(segment, str)) for segment in _join_text(parts))
@@ -174,6 +185,7 @@ class Chat:
             yield after_turn, False
         yield self._start, False
         yield roles["assistant"], False
+        yield from ((segment, False) for segment in self._no_thoughts)
 
     def _check_length(self, text: str, name: str) -> None:
         """Raise PromptError when a text is far too long, before all of it is tokenised.
@@ -216,6 +228,8 @@ class Chat:
             letters = self._tokenizer.convert_ids_to_tokens(index)
             if letters is not None and all(letter in self._bytes_of_letters for letter in letters):
                 return bytes(self._bytes_of_letters[letter] for letter in letters)
+            if letters is not None and (byte := BYTE.fullmatch(letters)):
+                return bytes.fromhex(byte[1])
         return self.token(index).encode()
 
     def patches(self, ref: ImageRef, device: torch.device = CPU) -> Tensor:
@@ -258,6 +272,15 @@ def default_system(processor: Any, chat_format: ChatFormat) -> str | None:
     turn = [{"role": "user", "content": "x"}]
     text = str(processor.apply_chat_template(turn, tokenize=False))
     return text.removeprefix(head).partition(chat_format.turn_end)[0] if text.startswith(head) else None
+
+
+def begins_with_no_thoughts(processor: Any, chat_format: ChatFormat) -> bool:
+    """Whether a processor's chat template begins an answer with `no_thoughts`."""
+    if not processor.chat_template or chat_format.no_thoughts is None:
+        return False
+    turn = [{"role": "user", "content": "x"}]
+    text = str(processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    return text.endswith("".join(chat_format.no_thoughts))
 
 
 def set_default_system(processor: Any, system: str, chat_format: ChatFormat) -> None:

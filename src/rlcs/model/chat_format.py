@@ -10,7 +10,9 @@ class ChatFormat:
     A turn is `turn_start`, the text of its role in `roles`, what was said, `turn_end`, the text `after_turn`;
     an answer begins behind `turn_start` and the assistant's role. `opening` stands before the first turn. An
     image is `image_start`, its tokens `image`, `image_end`, the text `after_image`. `never_sampled` (with all
-    these but `turn_end`) stand for inputs: a model that samples one is broken.
+    these but `turn_end`) stand for inputs: a model that samples one is broken. `strips`: texts lose the
+    blanks around them. `no_thoughts` are a control token, a text and a control token with which some models'
+    templates begin an answer that is to come without thoughts.
     """
 
     opening: tuple[str, ...] = ()
@@ -23,6 +25,8 @@ class ChatFormat:
     image_end: str
     after_image: str = ""
     never_sampled: tuple[str, ...] = ()
+    strips: bool = False
+    no_thoughts: tuple[str, str, str] | None = None
 
     @property
     def vision(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-class _FollowsPaths(nn.Module):
+class FollowsPaths(nn.Module):
     """A gated delta net of transformers with another forward; never made, but set as the class of one."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -26,11 +26,7 @@ class _FollowsPaths(nn.Module):
         mixed = plan.recurrence.convolve(layer.layer_idx, layer.in_proj_qkv(states), taps)
         sizes = [layer.key_dim, layer.key_dim, layer.value_dim]
         query, key, value = nn.functional.silu(mixed).split(sizes, -1)
-        # Repeated here: the kernels of transformers before 5.20 take as many keys as values.
-        per_key = layer.num_v_heads // layer.num_k_heads
-        query, key = (
-            x.unflatten(-1, (-1, layer.head_k_dim)).repeat_interleave(per_key, 1) for x in (query, key)
-        )
+        query, key = (x.unflatten(-1, (-1, layer.head_k_dim)) for x in (query, key))
         value = value.unflatten(-1, (-1, layer.head_v_dim))
         # In the format of the weights exp(A_log) may overflow, as transformers notes.
         decay = -layer.A_log.float().exp() * nn.functional.softplus(
@@ -51,10 +47,10 @@ def is_recurrent(config: Any) -> bool:
 def install(model: PreTrainedModel) -> None:
     """Make all gated delta nets of a model follow paths."""
     for module in model.modules():
-        if type(module).__name__.endswith("GatedDeltaNet") and not isinstance(module, _FollowsPaths):
+        if type(module).__name__.endswith("GatedDeltaNet") and not isinstance(module, FollowsPaths):
             module.__class__ = _following(type(module))  # type: ignore[arg-type]
 
 
 @cache
 def _following(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Paths{kind.__name__}", (_FollowsPaths, kind), {"__module__": __name__})
+    return type(f"Paths{kind.__name__}", (FollowsPaths, kind), {"__module__": __name__})

@@ -24,7 +24,7 @@ def image_inputs(vlm: Vlm, pack: Pack) -> dict[str, Any]:
     """The vision inputs of the model's forward: every image once. Raises ImageError."""
     if not pack.images or pack.grids is None:
         return {}
-    if pack.kept is None or vlm.frozen_tower is None:
+    if pack.kept is None or vlm.frozen_tower is None or not vlm.family.mergers(vlm.model):
         return _vision_inputs(vlm, pack)
     key = (vlm.frozen_tower, vlm.model.dtype)
     if key not in pack.kept:
@@ -60,11 +60,14 @@ def _tower_output(vlm: Vlm, pack: Pack) -> Kept:
     """
     inputs: dict[nn.Module, Tensor] = {}
 
-    def numbered(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inputs[module] = arguments[0]
+    def numbered(
+        module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
+        [inputs[module]] = (*arguments, *named.values())
         return torch.arange(len(output), device=output.device)[:, None]
 
-    hooks = [merger.register_forward_hook(numbered) for merger in vlm.family.mergers(vlm.model)]
+    mergers = vlm.family.mergers(vlm.model)
+    hooks = [merger.register_forward_hook(numbered, with_kwargs=True) for merger in mergers]
     try:
         model: Any = vlm.model.base_model
         output = model.get_image_features(**_vision_inputs(vlm, pack), return_dict=True)
@@ -75,7 +78,7 @@ def _tower_output(vlm: Vlm, pack: Pack) -> Kept:
     parts = [output.pooler_output] if together else output.pooler_output
     sizes = None if together else [len(part) for part in parts]
     order = torch.cat(parts)[:, 0]
-    return type(output), sizes, order, [inputs[merger] for merger in vlm.family.mergers(vlm.model)]
+    return type(output), sizes, order, [inputs[merger] for merger in mergers]
 
 
 def _merged(vlm: Vlm, kept: Kept) -> Any:

@@ -15,13 +15,20 @@ from torch.autograd.function import once_differentiable
 
 
 def linear_logprobs(
-    states: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, rows: int
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    rows: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logprobs (N,) of the targets (N,) after the states (N, C), and entropies (N,) without gradient.
 
-    `weight` (V, C) is that of the head, which has no bias. At most `rows` rows of logits are held at once.
+    `weight` (V, C) is that of the head, which has no bias. At most `rows` rows of logits are held at once
+    (twice in the backward pass where there is a `softcap`, see `Vlm`).
     """
-    logprobs, entropy = _LinearLogprobs.apply(states, weight, targets, temperature, rows)
+    logprobs, entropy = _LinearLogprobs.apply(states, weight, targets, (temperature, softcap), rows)
     return logprobs, entropy
 
 
@@ -30,17 +37,22 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: int
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        shape: tuple[float, float | None],
+        rows: int,
     ) -> tuple[Tensor, Tensor]:
         totals, chosen, entropies = [], [], []
         for of_chunk in _chunks(len(states), rows):
-            logits = _logits(states[of_chunk], weight, temperature)
+            logits = _logits(states[of_chunk], weight, *shape)
             totals.append(logits.logsumexp(-1))
             logprobs = logits.sub_(totals[-1][:, None])
             chosen.append(logprobs.gather(1, targets[of_chunk, None])[:, 0])
             entropies.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
         ctx.save_for_backward(states, weight, targets, torch.cat(totals))
-        ctx.temperature, ctx.rows = temperature, rows
+        ctx.shape, ctx.rows = shape, rows
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
         return torch.cat(chosen), entropy
@@ -49,14 +61,18 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, targets, totals = ctx.saved_tensors
-        of_logprobs = gradients[0] / ctx.temperature
+        temperature, softcap = ctx.shape
+        of_logprobs = gradients[0] / temperature
         of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for of_chunk in _chunks(len(states), ctx.rows):
-            logits = _logits(states[of_chunk], weight, ctx.temperature)
+            logits = _logits(states[of_chunk], weight, temperature, softcap)
+            # The slope of c tanh(x / c) is 1 - tanh(x / c)^2.
+            of_cap = None if softcap is None else 1 - (logits * (temperature / softcap)).square_()
             factor = of_logprobs[of_chunk, None]
             slopes = logits.sub_(totals[of_chunk, None]).exp_().mul_(-factor)
-            slopes = slopes.scatter_add_(1, targets[of_chunk, None], factor).to(states.dtype)
+            slopes = slopes.scatter_add_(1, targets[of_chunk, None], factor)
+            slopes = (slopes if of_cap is None else slopes.mul_(of_cap)).to(states.dtype)
             if of_states is not None:
                 torch.mm(slopes, weight, out=of_states[of_chunk])
             if of_weight is not None:
@@ -69,7 +85,8 @@ def _chunks(count: int, rows: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, max(1, count), rows))
 
 
-def _logits(states: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _logits(states: Tensor, weight: Tensor, temperature: float, softcap: float | None) -> Tensor:
     """The logits of some rows in float32, for the caller to overwrite."""
-    logits = torch.nn.functional.linear(states, weight).float()
+    logits = torch.nn.functional.linear(states, weight)
+    logits = (logits if softcap is None else torch.tanh(logits / softcap) * softcap).float()
     return logits if temperature == 1.0 else logits.div_(temperature)

@@ -33,7 +33,7 @@ from rlcs.distributed import ALONE, World
 from rlcs.errors import CheckpointError, ModelError, PromptError, RecipeError, RunFolderError, UserError
 from rlcs.model import attention
 from rlcs.model import lora as adapters
-from rlcs.model.chat import Chat, default_system, set_default_system
+from rlcs.model.chat import Chat, begins_with_no_thoughts, default_system, set_default_system
 from rlcs.model.checkpoints import ADAPTER, read_weights
 from rlcs.model.families import family_of
 from rlcs.model.families.family import Family
@@ -209,6 +209,7 @@ def load(
                 )
             model.eval()
     family.install(model)
+    family.save_as_published(model)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     return Vlm(
@@ -276,6 +277,7 @@ def freeze(vlm: Vlm, parts: Sequence[str]) -> None:
         fix = f"leave {' and '.join(missing)} out: models of type {vlm.family.model_type} are no mixtures"
         raise RecipeError(f"the model has no {' and no '.join(missing)}", where="freeze", fix=fix)
     patterns = [re.compile(getattr(vlm.family, part)) for part in parts]
+    patterns += [re.compile(vlm.family.unused)] if vlm.family.unused else []
     for name, parameter in vlm.model.named_parameters():
         parameter.requires_grad_(not any(pattern.search(name) for pattern in patterns))
 
@@ -368,7 +370,9 @@ def _model_errors(settings: ModelSettings) -> Iterator[None]:
 def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, rl: bool) -> Chat:
     smallest = (images.rl_min_pixels if rl else None) or images.min_pixels
     processing = family.image_processing(processor, min_pixels=smallest, max_pixels=images.max_pixels)
-    default = family.default_system
+    default, chat_format = family.default_system, family.chat_format
+    if chat_format.no_thoughts is not None and not begins_with_no_thoughts(processor, chat_format):
+        chat_format = replace(chat_format, no_thoughts=None)
     if processor.chat_template:
         default = default_system(processor, family.chat_format)
         if prompts.system is not None:
@@ -381,7 +385,7 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
             cache_bytes=int(images.cache_gb * 2**30),
             workers=images.workers,
         ),
-        format=family.chat_format,
+        format=chat_format,
         system=prompts.system,
         max_tokens=prompts.max_tokens,
         default_system=default,
@@ -432,7 +436,9 @@ def save(vlm: Vlm, folder: Path) -> None:
             vlm.model.save_pretrained(folder, state_dict=weights)
         else:
             whole = weights or vlm.model.state_dict()
-            adapters.merged(vlm.adapter, whole, reference_mode=vlm.reference_mode).save_pretrained(folder)
+            merged = adapters.merged(vlm.adapter, whole, reference_mode=vlm.reference_mode)
+            vlm.family.save_as_published(merged)
+            merged.save_pretrained(folder)
             if not vlm.reference_mode:
                 adapters.save(vlm.adapter, folder / "adapter", whole)
         vlm.processor.save_pretrained(folder)

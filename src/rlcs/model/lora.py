@@ -23,7 +23,10 @@ from rlcs.recipe.execution import Lora
 if TYPE_CHECKING:
     from peft import PeftModel
 
-KEPT_WHOLE = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]
+KEPT_WHOLE = [
+    "visual", "vision_tower", "audio_tower",
+    "multi_modal_projector", "embed_vision", "embed_audio", "lm_head",
+]  # fmt: skip
 """Modules that QLoRA does not quantise: they are small, and quantising them costs the most accuracy."""
 
 
@@ -155,7 +158,8 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._attn_implementation = "sdpa"  # ours cannot be chosen before the model exists
+    # Ours cannot be chosen before the model exists.
+    config._attn_implementation = dict.fromkeys(("", "text_config", "vision_config"), "sdpa")
     with torch.device("meta"):
         plain: PreTrainedModel = type(model)(config)
     return plain

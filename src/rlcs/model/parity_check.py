@@ -10,6 +10,7 @@ In a mixture of experts rounding also changes which of two nearly equal experts 
 logprobs by far more: there all passes are computed by the experts that the pack chose.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from rlcs.errors import TrainingError
-from rlcs.model import attention
+from rlcs.model import attention, delta_net
 from rlcs.model.chat import Chat
 from rlcs.model.experts import Routing
 from rlcs.model.layout import PATH, Layout, Scope, Segment, dense_mask
@@ -41,6 +42,9 @@ SMALLEST_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 FEW_TOKENS = 4.0
 """Where a tree has n tokens to compare, 1 + this / sqrt(n) times as much is allowed: most of the rounding is
 in few tokens, so that of one token says little about that of another, and an answer may have no more."""
+
+OTHER_CHUNK = 16
+"""Tokens of a chunk of the second plain kernel of recurrent layers; the first has 64."""
 
 MAX_TREES, MAX_BRANCHES, MAX_ANSWER, MAX_TOKENS = 4, 4, 512, 16_384
 """How much a rank compares: trees, branches of each, tokens of a branch, and tokens of the pack."""
@@ -215,12 +219,11 @@ def _explicit(
 
 
 class _ExplicitPlan:
-    """The language model's attention over one sequence."""
-
-    recurrence = None
+    """What tokens of one sequence see, written out."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         """`layout` is one segment."""
+        self.recurrence = _ExplicitRecurrence()
         self._visible = cache(lambda scope: dense_mask(layout, scope).to(device))
 
     def attend(
@@ -235,6 +238,32 @@ class _ExplicitPlan:
     ) -> Tensor:
         """Attention written out."""
         return _explicit(query, key, value, self._visible(scope), scale)
+
+
+class _ExplicitRecurrence:
+    """Recurrent layers over one sequence: transformers' own code, in other chunks than it computes by itself.
+
+    Nothing of `model.delta_rule`, which is compared.
+    """
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        """See `Recurrence`."""
+        before = torch.cat([x.new_zeros(weight.shape[1] - 1, x.shape[1]), x]).float()
+        taps = [before[i : i + len(x)] * weight[:, i].float() for i in range(weight.shape[1])]
+        return torch.stack(taps).sum(0).to(x.dtype)
+
+    def recur(self, layer: int, inputs: Sequence[Tensor]) -> Tensor:
+        """See `Recurrence`."""
+        from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+        kernel: Any = inspect.unwrap(torch_chunk_gated_delta_rule)  # not a faster one in its place
+        query, key, value, g, beta = (x[None] for x in inputs)
+        per_key = value.shape[2] // key.shape[2]  # repeated, for versions before 5.20 do not
+        query, key = (x.repeat_interleave(per_key, 2) for x in (query, key))
+        output: Tensor = kernel(
+            query, key, value, g=g, beta=beta, chunk_size=OTHER_CHUNK, use_qk_l2norm_in_kernel=True
+        )[0]
+        return output[0]
 
 
 def _explicit_vision(
@@ -297,19 +326,24 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
 
     Weights that are quantised stay as they are; rounding of their layers shows in both plain kernels.
     """
-    kept: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    kept: dict[nn.Module, list[tuple[nn.Module, dict[str, nn.Parameter]]]] = {}
 
     def cast(x: Any) -> Any:
         return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kept[module] = {name: p for name, p in module._parameters.items() if p is not None}
-        for name, parameter in kept[module].items():
-            module._parameters[name] = cast(parameter)
+        # A gated delta net reads the weight of its convolution, and does not call it.
+        owners = [module]
+        if isinstance(module, delta_net.FollowsPaths):
+            owners += [child for name, child in module.named_children() if name == "conv1d"]
+        kept[module] = [(own, {n: p for n, p in own._parameters.items() if p is not None}) for own in owners]
+        for own, parameters in kept[module]:
+            own._parameters.update({name: cast(parameter) for name, parameter in parameters.items()})
         return tuple(map(cast, args)), {name: cast(x) for name, x in kwargs.items()}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        module._parameters.update(kept.pop(module, {}))
+        for own, parameters in kept.pop(module, []):
+            own._parameters.update(parameters)
 
     with ExitStack() as hooks:
         for module in model.modules():

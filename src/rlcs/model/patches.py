@@ -21,7 +21,7 @@ from rlcs.errors import ImageError, ModelError
 
 Grid = tuple[int, int, int]
 """Frames (or tiles), height and width of an image in patches."""
-_PROBE = (75, 58)
+PROBE = (75, 58)
 """Width and height of the image by which a processor is compared with our arithmetic."""
 _TILED_PROBE = (116, 58)
 """The same for tiles: it has two of them, and a thumbnail."""
@@ -139,7 +139,7 @@ class FlatPatches:
 
     def _compare(self, processor: Any) -> None:
         """Raise ModelError unless our patches of a small image are those of the processor."""
-        pixels = _probe(*_PROBE)
+        pixels = probe(*PROBE)
         expected = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
         grid = self.grid(*pixels.shape[:2], where="")
         same_grid = expected["image_grid_thw"].tolist() == [list(grid)]
@@ -212,7 +212,7 @@ class Tiles:
 
     def _compare(self, processor: Any) -> None:
         """Raise ModelError unless our tiles of a small image are those of the processor."""
-        pixels = _probe(*_TILED_PROBE)
+        pixels = probe(*_TILED_PROBE)
         image = Image.fromarray(pixels)
         expected = processor(images=[image], text=processor.image_token, return_tensors="pt")["pixel_values"]
         grid = self.grid(*pixels.shape[:2], where="")
@@ -221,7 +221,7 @@ class Tiles:
             raise other_patches(processor.image_processor)
 
 
-def _probe(width: int, height: int) -> Any:
+def probe(width: int, height: int) -> Any:
     """Pixels (H, W, C) by which a processor is compared with our arithmetic."""
     return (np.arange(3 * width * height) * 7 % 256).astype(np.uint8).reshape(height, width, 3)
 

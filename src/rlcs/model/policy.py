@@ -5,11 +5,12 @@ a target only, in chunks that are recomputed in the backward pass, never for the
 all at once. Letters in shapes: L tokens, N target tokens, C hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlcs.model import attention
@@ -81,10 +82,16 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0, routing: Routing | 
         chunk = max(1, LOGIT_CHUNK // head.weight.shape[0])
         if vlm.fused_loss:
             assert getattr(head, "bias", None) is None, "no family's head has a bias"
-            rows, weight = states[pack.predictors], head.weight
-            return linear_logprobs(rows, weight, pack.targets, temperature=temperature, rows=chunk)
+            return linear_logprobs(
+                states[pack.predictors],
+                head.weight,
+                pack.targets,
+                temperature=temperature,
+                softcap=vlm.softcap,
+                rows=chunk,
+            )
         parts = [
-            checkpoint(_score_chunk, states[rows], targets, head, temperature, use_reentrant=False)
+            checkpoint(_score_chunk, states[rows], targets, vlm.logits, temperature, use_reentrant=False)
             for rows, targets in zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True)
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -94,7 +101,7 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0, routing: Routing | 
 
 
 def _score_chunk(
-    states: Tensor, targets: Tensor, head: nn.Module, temperature: float
+    states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], temperature: float
 ) -> tuple[Tensor, Tensor]:
     log_probs = torch.log_softmax(head(states).float() / temperature, dim=-1)
     chosen = log_probs.gather(1, targets[:, None])[:, 0]

@@ -75,26 +75,25 @@ def chunks_of(layout: Layout, size: int, wanted: Sequence[int] = ()) -> Chunks:
             spans.append(range(start, min(start + size, segment.stop)))
             last = len(spans) - 1
         lasts.append(last)
-    followed = {*before, *(lasts[index] for index in wanted)}
+    finals = [chunk for chunk in map(lasts.__getitem__, wanted) if chunk is not None]
+    followed = {*before, *finals}
     order = sorted(range(len(spans)), key=lambda chunk: (depths[chunk], chunk not in followed))
     places = {chunk: place for place, chunk in enumerate(order)}
     steps: list[Step] = []
     for depth, group in groupby(order, key=depths.__getitem__):
         members, start = list(group), steps[-1].stop if steps else 0
-        rows = [places[before[chunk]] - steps[-1].start for chunk in members] if depth else None
+        parents = [parent for chunk in members if (parent := before[chunk]) is not None]
+        rows = [places[parent] - steps[-1].start for parent in parents]
         steps.append(
             Step(
                 start,
                 start + len(members),
                 sum(chunk in followed for chunk in members),
-                None if rows is None else torch.tensor(rows),
+                torch.tensor(rows) if depth else None,
             )
         )
     cells = [places[chunk] * size + torch.arange(len(span)) for chunk, span in enumerate(spans)]
-    ends = [
-        (depths[chunk], places[chunk] - steps[depths[chunk]].start)
-        for chunk in map(lasts.__getitem__, wanted)
-    ]
+    ends = [(depths[chunk], places[chunk] - steps[depths[chunk]].start) for chunk in finals]
     return Chunks(size, len(spans), torch.cat(cells), tuple(steps), tuple(ends))
 
 

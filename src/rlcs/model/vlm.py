@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlcs.distributed import ALONE, World
@@ -52,6 +52,17 @@ class Vlm:
     router_loss: float = 0.0
     world: World = ALONE
     fsdp_root: ShardedModel | None = None
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound c of logits, which are c tanh(x / c) of what the head computes; None: there is none."""
+        cap: float | None = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return cap
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits (N, V) of hidden states (N, C), as the model's own forward computes them."""
+        logits: Tensor = self.model.get_output_embeddings()(states)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def scoring(self) -> AbstractContextManager[None]:
         """Context to score in: adapters are off if `reference_mode`."""

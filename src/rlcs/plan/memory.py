@@ -32,12 +32,16 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passing:
-    """How activations are kept: bytes of each, recomputed or not, parts that train, by adapters or not."""
+    """How activations are kept: bytes of each, recomputed or not; parts that train, by adapters or not.
+
+    `experts`: whether those of a mixture train too.
+    """
 
     element: int
     checkpointing: bool
     trains: Collection[Part]
     adapters: bool = False
+    experts: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +91,7 @@ def language_layer(layer: Layer, hidden: int, how: Passing) -> int:
     norms = hidden * (layer.norms * (FP32 + normalised) + layer.fed * e)
     mlp = 4 * layer.dense * e + 3 * layer.side * e
     if layer.routed:
+        trained = trained and how.experts
         an_expert = (1 + trained) * hidden + (3 + trained) * layer.expert
         # A shared expert keeps its output; a router that normalises does so in fp32.
         beside = FP32 if layer.router_norm else e if layer.dense else 0
@@ -169,15 +174,18 @@ def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
         kept += load.patches * (
             vision.depth * (vision.hidden * e if how.checkpointing else block) + vision.pixels * e
         )
-    working = load.tokens * max(_layer_in_passing(layer, text.hidden_size, how) for layer in sizes.layers)
+    working = max(_layer_in_passing(layer, text.hidden_size, load.tokens, how) for layer in sizes.layers)
     if tower:
         in_block = load.patches * _in_passing(vision.hidden, vision.intermediate, block, how)
         working = max(working, in_block)
     return Activations(kept=kept, head=_head(sizes, load, how), layer=working)
 
 
-def _layer_in_passing(layer: Layer, hidden: int, how: Passing) -> int:
-    return _in_passing(hidden, layer.intermediate, language_layer(layer, hidden, how), how)
+def _layer_in_passing(layer: Layer, hidden: int, tokens: int, how: Passing) -> int:
+    """Of all tokens; and the gradient of the experts' gate and up, which is made transposed and copied."""
+    learns = how.experts and not how.adapters and "language_model" in how.trains
+    copied = 2 * layer.experts // 3 * how.element if learns else 0
+    return tokens * _in_passing(hidden, layer.intermediate, language_layer(layer, hidden, how), how) + copied
 
 
 def _in_passing(hidden: int, intermediate: int, layer: int, how: Passing) -> int:

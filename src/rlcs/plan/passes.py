@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rlcs.model.packing import balanced, within_budget
 from rlcs.plan.machine import GIB
-from rlcs.plan.placement import Placement, adapter_parameters
+from rlcs.plan.placement import Placement
 from rlcs.plan.rates import LINK, NETWORK, NODE, Speeds
 from rlcs.plan.work import Trees, language, vision
 from rlcs.recipe.schema import Images
@@ -66,14 +66,6 @@ class Traffic:
 
 
 NO_TRAFFIC = Traffic(total=0.0, exposed=0.0)
-
-
-def trained_numbers(place: Placement, frozen: Collection[FrozenPart]) -> int:
-    """The numbers that train: adapters, or the weights of all parts but the frozen ones."""
-    trains = place.trains(frozen)
-    if place.lora.rank:
-        return adapter_parameters(place.lora, trains, place.sizes)
-    return sum(place.sizes.parameters[part] for part in trains)
 
 
 def update_times(place: Placement, frozen: Collection[FrozenPart]) -> tuple[int, int]:

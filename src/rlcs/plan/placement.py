@@ -60,6 +60,14 @@ class Placement:
         device = self.machine.device
         return device.float32 if self.compute == FP32 else device.bfloat16
 
+    def trained_numbers(self, frozen: Collection[FrozenPart]) -> int:
+        """The numbers that train: adapters, or the weights of all parts but the frozen ones."""
+        trains = self.trains(frozen)
+        if self.lora.rank:
+            return adapter_parameters(self.lora, trains, self.sizes)
+        kept = self.sizes.frozen_numbers(frozen) if "language_model" in trains else 0
+        return sum(self.sizes.parameters[part] for part in trains) - kept
+
     def trains(self, frozen: Collection[FrozenPart]) -> Collection[Part]:
         """Parts of the model that train, whole or by adapters."""
         every: tuple[Part, ...] = ("vision_tower", "merger", "language_model")
@@ -142,17 +150,17 @@ def _names(machine: Machine) -> set[str]:
     return {str(number) for number in range(machine.gpus)}
 
 
-def stored(place: Placement, trains: Collection[Part], *, reference: bool) -> Stored:
+def stored(place: Placement, frozen: Collection[FrozenPart], *, reference: bool) -> Stored:
     """Bytes that one device holds, and its share of main memory; `reference`: whether there is one."""
     sizes, lora = place.sizes, place.lora
-    adapters = adapter_parameters(lora, trains, sizes)
+    trained = place.trained_numbers(frozen)
     weights = float(sizes.total * place.weight)
     if lora.four_bit:
         packed = sum(x.inputs * x.outputs for x in sizes.linears if x.part == "language_model")
         weights -= packed * (place.weight - FOUR_BITS)
-    learns = FP32 * adapters if lora.rank else place.weight * sum(sizes.parameters[part] for part in trains)
+    learns = (FP32 if lora.rank else place.weight) * trained
     whole = {
-        "weights": weights + FP32 * adapters,
+        "weights": weights + (learns if lora.rank else 0),
         "gradients": learns,
         "optimizer": 2 * learns,
         "reference": float(sizes.total * place.frozen) if reference and not lora.rank else 0.0,
@@ -172,8 +180,8 @@ def adapter_parameters(lora: Lora, trains: Collection[Part], sizes: Sizes) -> in
     return lora.rank * sum(x.inputs + x.outputs for x in chosen)
 
 
-def units_of(place: Placement, trains: Collection[Part]) -> Units:
-    """What a sharded model gathers and what waits to be summed, in a step that trains these parts.
+def units_of(place: Placement, frozen: Collection[FrozenPart]) -> Units:
+    """What a sharded model gathers and what waits to be summed, in a step with these parts frozen.
 
     Of one device nothing is gathered from others: weights are copied into their other format or from main
     memory, and no buffer of the next layer lies beside them.
@@ -187,12 +195,17 @@ def units_of(place: Placement, trains: Collection[Part]) -> Units:
         layers = (sizes.total - sizes.outside_layers) * place.compute
     if place.offloaded:  # shards that are copied to the GPU
         layers += 2 * sizes.largest_layer * place.weight / place.shards
-    if place.lora.rank or "language_model" not in trains:  # few gradients outside a tower of small blocks
+    if place.lora.rank or "language_model" not in place.trains(
+        frozen
+    ):  # few gradients outside a tower of small blocks
         return Units(gathered=layers + outside)
+    learns = sizes.largest_layer
+    if "experts" in frozen:
+        learns -= max(layer.experts for layer in sizes.layers)
     shard = 0.0 if place.offloaded else sizes.outside_layers * place.weight / place.shards
     return Units(
         gathered=layers + outside,
-        layer=layer + sizes.largest_layer * place.reduce,
+        layer=learns * (place.compute + place.reduce),
         waiting=sizes.head * place.compute,
         root=outside + sizes.outside_layers * place.reduce,
         root_shard=shard,

@@ -200,8 +200,9 @@ def _memory(
         checkpointing=placed.checkpointing,
         trains=placed.trains(stage.freeze),
         adapters=placed.lora.rank > 0,
+        experts="experts" not in stage.freeze,
     )
-    held = stored(placed, how.trains, reference=isinstance(stage, Grpo) and stage.kl.active)
+    held = stored(placed, stage.freeze, reference=isinstance(stage, Grpo) and stage.kl.active)
     full = max(1, min(trees.count, stage.pack_tokens // trees.tokens))
     packs = [(full, trees), (1, largest)]  # a full pack of expected trees, and the largest alone
     loads = [
@@ -209,7 +210,7 @@ def _memory(
     ]
     passes = [activations(placed.sizes, load, how) for load in loads]
     several = trees.count * trees.tokens > stage.pack_tokens * placed.trainers
-    units = units_of(placed, how.trains)
+    units = units_of(placed, stage.freeze)
     worst = max(update_peak(held.gradients, one, packs=2 if several else 1, units=units) for one in passes)
     parts = asdict(held) | {
         "gathered": units.gathered + units.layer + units.waiting,

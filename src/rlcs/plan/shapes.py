@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,8 @@ class Sizes:
     text: Any
     vision: Tower
     parameters: Mapping[Part, int]
+    unused: int
+    """Parameters that are in no part: of a tower for audio, which is loaded and not used."""
     largest_layer: int
     """Parameters of the largest layer or vision block, which a sharded model gathers at once."""
     outside_layers: int
@@ -57,7 +59,7 @@ class Sizes:
     @property
     def total(self) -> int:
         """Parameters of the whole model."""
-        return sum(self.parameters.values())
+        return sum(self.parameters.values()) + self.unused
 
     @property
     def decoding_weights(self) -> int:
@@ -77,6 +79,14 @@ class Sizes:
             for layer, n in self.layers.items()
             if layer.routed
         )
+
+    def frozen_numbers(self, frozen: Collection[str]) -> int:
+        """The weights of the language model that `experts` or `router` freeze."""
+        numbers = {"experts": 0, "router": 0}
+        for layer, count in self.layers.items():
+            numbers["experts"] += count * layer.experts
+            numbers["router"] += count * layer.routed * self.text.hidden_size
+        return sum(number for part, number in numbers.items() if part in frozen)
 
     @property
     def cache(self) -> CacheSizes:
@@ -142,19 +152,20 @@ def measure(name: str, config: Any) -> Sizes:
     model = skeleton(config)
     family = FAMILIES[config.model_type]
     patterns = {part: re.compile(getattr(family, part)) for part in get_args(Part)}
-    counts: Counter[Part] = Counter(dict.fromkeys(patterns, 0))
+    counts: Counter[Part | None] = Counter(dict.fromkeys(patterns, 0))
 
-    def part_of(key: str) -> Part:
-        return next(part for part, pattern in patterns.items() if pattern.search(key))
+    def part_of(key: str) -> Part | None:
+        return next((part for part, pattern in patterns.items() if pattern.search(key)), None)
 
     for key, parameter in model.named_parameters():
         counts[part_of(key)] += parameter.numel()
     kinds = set(model._no_split_modules or ())
     layers = [_count(module) for module in model.modules() if type(module).__name__ in kinds]
     linears = tuple(
-        Linear(name=key, part=part_of(f"{key}."), inputs=module.in_features, outputs=module.out_features)
+        Linear(name=key, part=part, inputs=module.in_features, outputs=module.out_features)
         for key, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        if (part := part_of(f"{key}.")) is not None
     )
     text = config.get_text_config()
     stack = model.base_model.language_model.layers
@@ -163,7 +174,8 @@ def measure(name: str, config: Any) -> Sizes:
         name=name,
         text=text,
         vision=tower_of(config),
-        parameters=dict(counts),
+        parameters={part: counts[part] for part in patterns},
+        unused=counts[None],
         largest_layer=max(layers),
         outside_layers=counts.total() - sum(layers),
         linears=linears,

@@ -134,6 +134,7 @@ def _arithmetic(key: str, work: str, recipe: Recipe, learner: Placement) -> str:
         checkpointing=learner.checkpointing,
         trains=learner.trains(stage.freeze),
         adapters=learner.lora.rank > 0,
+        experts="experts" not in stage.freeze,
     )
     text, a_token = learner.sizes.text, token_keeps(learner.sizes, how)
     if name == "pack_tokens":

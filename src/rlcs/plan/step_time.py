@@ -23,7 +23,6 @@ from rlcs.plan.passes import (
     recomputed_times,
     rounds_of,
     speed_of_link,
-    trained_numbers,
     update_times,
     update_traffic,
 )
@@ -281,7 +280,7 @@ def _add_after_sampling(phases: Phases, place: Placement, grpo: Grpo, answers: i
 def sent_bytes(place: Placement) -> float:
     """Bytes of new weights for vLLM: the adapters (float32), or the whole model."""
     if place.lora.rank and place.rollout.lora != "merged":
-        return float(FP32 * trained_numbers(place, ()))
+        return float(FP32 * place.trained_numbers(()))
     return float(place.sizes.total * place.compute)
 
 
@@ -311,7 +310,7 @@ def _add_images(phases: Phases, place: Placement, trees: Trees, images: Images) 
 
 def _add_checkpoint(phases: Phases, place: Placement, stage: Sft | Grpo) -> None:
     """A checkpoint every few steps: training waits for the copy, and for a disk that is slower than that."""
-    trained, speeds = trained_numbers(place, stage.freeze), phases.speeds
+    trained, speeds = place.trained_numbers(stage.freeze), phases.speeds
     frozen = 0 if place.lora.rank else place.sizes.total - trained
     size = 3 * FP32 * trained + place.weight * frozen
     rates = Rates(device="", to_host=speeds["to_host"], disk_write=speeds["disk_write"])
@@ -373,7 +372,7 @@ def _update_passes(
     speeds = phases.speeds
     steps = stage.optimizer_steps if isinstance(stage, Grpo) else 1
     rounds = rounds_of(place, groups, trees, steps=steps, budget=stage.pack_tokens)
-    trained, (layers, tower) = trained_numbers(place, stage.freeze), update_times(place, stage.freeze)
+    trained, (layers, tower) = place.trained_numbers(stage.freeze), update_times(place, stage.freeze)
     times = layers, tower - kept
     whole = passed(place, rounds, times, update_traffic(place, trained), speeds, share="update_share")
     again = passed(

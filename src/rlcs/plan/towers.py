@@ -16,7 +16,8 @@ class Tower:
     hidden width, and an MLP (of three matrices if `gated`) `mlp_keeps` of its own. `merging` are the weights
     that compute a token from its patches, `features` the numbers of a token that the tower itself returns,
     for one of the `mergers` or several. `tile` is the number of tokens of a tile, where images are cut into
-    such (else 0).
+    such (else 0); `budgets` are the numbers of tokens that an image can have at most, where it is enlarged to
+    one of them.
     """
 
     depth: int
@@ -38,18 +39,23 @@ class Tower:
     mergers: int
     merging: int
     features: int
-    tile: int
+    tile: int = 0
+    budgets: tuple[int, ...] = ()
 
     def tokens(self, pixels: int) -> int:
-        """The tokens of an image of so many pixels; one of several tiles is small itself in one of them."""
+        """The tokens of the largest image there is where images have at most so many pixels."""
         tokens = pixels // self.side**2
+        if self.budgets:
+            return max((budget for budget in self.budgets if budget <= tokens), default=self.budgets[0])
         if not self.tile:
             return tokens
         tiles = tokens // self.tile
-        return (tiles if tiles > 2 else 1) * self.tile
+        return (tiles if tiles > 2 else 1) * self.tile  # two of an image and its small copy are three
 
     def whole(self, tokens: int) -> int:
         """As many tokens of an image, or the next number that there can be."""
+        if self.budgets:  # all images are enlarged
+            return self.budgets[-1]
         return self.tile * ceil(tokens / self.tile) if self.tile else tokens
 
 
@@ -88,7 +94,6 @@ def _qwen(config: Any) -> Tower:
         mergers=mergers,
         merging=mergers * (merged * merged + merged * output),
         features=mergers * merged,
-        tile=0,
     )
 
 
@@ -115,7 +120,7 @@ def _gemma(config: Any) -> Tower:
         mergers=1,
         merging=vision.hidden_size * output,
         features=vision.hidden_size,
-        tile=0,
+        budgets=(70, 140, 280, 560, 1120),
     )
 
 

@@ -85,9 +85,10 @@ def _write(wanted: Export, source: Source, weights: str) -> None:
         what = f"cannot load the model: {str(error).splitlines()[0]}"
         fix = "give a run folder, a folder in Hugging Face format, a hub id, or `builtin`"
         raise ModelError(what, where=wanted.model, fix=fix) from error
+    family = family_of(model.config.model_type, wanted.model)
+    family.save_as_published(model)
     if source.recipe is not None:  # the run's settings become the model's configuration
         recipe, images = source.recipe, source.recipe.images
-        family = family_of(model.config.model_type, wanted.model)
         family.image_processing(processor, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
         family.note_bounds(model.config, processor)
         if recipe.prompt.system is not None:

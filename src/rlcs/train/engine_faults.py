@@ -99,13 +99,12 @@ class Scorer:
 
         def work() -> Tensor:
             states = hidden_states(vlm, one.ids, one.positions, plan=plan, **image_inputs(vlm, one))
-            head = vlm.model.get_output_embeddings()
-            chunk = max(1, LOGIT_CHUNK // head.weight.shape[0])
+            chunk = max(1, LOGIT_CHUNK // vlm.model.get_output_embeddings().weight.shape[0])
             parts = []
             for rows, wanted in zip(
                 states[one.predictors].split(chunk), candidates.split(chunk), strict=True
             ):
-                logprobs = torch.log_softmax(head(rows).float() / (self.temperature or 1.0), dim=-1)
+                logprobs = torch.log_softmax(vlm.logits(rows).float() / (self.temperature or 1.0), dim=-1)
                 of_banned = logprobs[:, list(self.banned_ids)].exp().sum(1, keepdim=True)
                 parts.append(torch.cat([logprobs.gather(1, wanted), of_banned], dim=1))
             return torch.cat(parts)

@@ -232,7 +232,7 @@ def _scored(vlm: Vlm, chat: Chat, prompts: Sequence[Prompt], groups: Sequence[tu
     plan = attention.make_plan(vlm.attention, packed.layout, vlm.device)
     with torch.no_grad():
         states = hidden_states(vlm, packed.ids, packed.positions, plan=plan, **image_inputs(vlm, packed))
-        logits = vlm.model.get_output_embeddings()(states[packed.predictors]).float()
+        logits = vlm.logits(states[packed.predictors]).float()
     logits[:, list(chat.sampling(max_new_tokens=1).banned_ids)] += BAN
     return torch.log_softmax(logits, -1).gather(1, packed.targets[:, None])[:, 0].cpu()
 

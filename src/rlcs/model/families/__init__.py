@@ -2,6 +2,7 @@
 
 from rlcs.errors import ModelError
 from rlcs.model.families.family import Family
+from rlcs.model.families.gemma4 import Gemma4
 from rlcs.model.families.internvl import InternVl
 from rlcs.model.families.qwen2_vl import Qwen2Vl, Qwen25Vl
 from rlcs.model.families.qwen3_5 import Qwen35
@@ -11,7 +12,16 @@ from rlcs.model.families.qwen3_vl_moe import Qwen3VlMoe
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (Qwen2Vl(), Qwen25Vl(), Qwen3Vl(), Qwen3VlMoe(), Qwen35(), Qwen35Moe(), InternVl())
+    for family in (
+        Qwen2Vl(),
+        Qwen25Vl(),
+        Qwen3Vl(),
+        Qwen3VlMoe(),
+        Qwen35(),
+        Qwen35Moe(),
+        InternVl(),
+        Gemma4(),
+    )
 }
 """Families by the `model_type` of a model's configuration."""
 

@@ -20,6 +20,7 @@ class Family(ABC):
     parameter belongs to exactly one. `default_system` is the system message that the chat template inserts
     when there is none; None: no system turn. `vllm_marks_images`: vLLM expands an image's placeholder to its
     tokens with those before and after them (`ChatFormat.image_start`, `image_end`), not to its own alone.
+    `unused` are parameters through which neither text nor images go: they are kept as they are.
     """
 
     model_type: str
@@ -31,6 +32,7 @@ class Family(ABC):
     chat_format: ChatFormat
     default_system: str | None = None
     positions: Positions = "grid"
+    unused: str | None = None
     vllm_marks_images: bool = False
 
     def complete(self, config: Any, written: Mapping[str, Any], where: str) -> None:  # noqa: B027 - optional
@@ -53,9 +55,12 @@ class Family(ABC):
         computes otherwise than we do.
         """
 
+    @abstractmethod
     def pixel_bounds(self, processor: Any) -> tuple[int, int]:
         """The bounds that a processor has: `image_processing` with these changes nothing."""
-        raise NotImplementedError
+
+    def save_as_published(self, model: PreTrainedModel) -> None:  # noqa: B027 - optional
+        """Make a model be saved with its weights as the published files have them: vLLM reads no others."""
 
     def note_bounds(self, config: Any, processor: Any) -> None:  # noqa: B027 - optional
         """Write those of a processor's bounds into a model's configuration that vLLM reads there."""
