@@ -106,7 +106,12 @@ def test_gradient_checkpointing_keeps_the_router_loss(vlm, chat):
     assert_same_gradients(gradients(vlm, score(balanced(vlm), packed).router_loss.sum()), plain)
 
 
-def test_a_sharded_mixture_learns_the_same(vlm, chat, random_model_folder, group_of_one):  # noqa: F811
+def test_a_sharded_mixture_learns_the_same(
+    vlm,
+    chat,
+    random_model_folder,
+    group_of_one,  # noqa: F811
+):
     """In shards, with layers that are recomputed and experts that are frozen."""
     packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
     sharded = loading.load(
