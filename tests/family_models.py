@@ -47,6 +47,33 @@ INTERNVL_TEMPLATE = (
 )
 """Renders what InternVL's own template renders; its processor puts `<img>` and `</img>` around an image."""
 
+_TURN = QWEN_3_TEMPLATE[QWEN_3_TEMPLATE.index("  {%- if message.content is string -%}") :].partition(
+    "  {{- '<|im_end|>\\n' -}}"
+)[0]
+QWEN_3_5_TEMPLATE = (
+    QWEN_3_TEMPLATE.replace(_TURN, f"{{%- set said -%}}{_TURN}{{%- endset -%}}{{%- set said = said|trim -%}}")
+    .replace(
+        "  {{- '<|im_end|>\\n' -}}",
+        """
+  {%- if message.role == 'assistant' -%}
+    {%- set reasoning = '' -%}
+    {%- if '</think>' in said -%}
+      {%- set reasoning = said.split('</think>')[0].split('<think>')[-1]|trim -%}
+      {%- set said = said.split('</think>')[-1].lstrip('\\n') -%}
+    {%- endif -%}
+    {%- if loop.last -%}{{- '<think>\\n' + reasoning + '\\n</think>\\n\\n' -}}{%- endif -%}
+  {%- endif -%}
+  {{- said + '<|im_end|>\\n' -}}""",
+    )
+    .replace(
+        "{{- '<|im_start|>assistant\\n' -}}",
+        "{{- '<|im_start|>assistant\\n' -}}{%- if enable_thinking is defined and enable_thinking is false -%}"
+        "{{- '<think>\\n\\n</think>\\n\\n' -}}{%- else -%}{{- '<think>\\n' -}}{%- endif -%}",
+    )
+)
+"""Renders what the own template of Qwen3.5 (from 4B) and 3.6 renders of system, user and assistant turns
+without tools: texts stripped, reasoning in the last answer alone, an answer begun with `<think>`."""
+
 INTERNVL_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -117,14 +144,14 @@ def qwen3_vl_moe(tokenizer, *, text=(), vision=()) -> tuple[PreTrainedModel, Qwe
     return qwen3_vl(tokenizer, text=text, vision=vision, kind=kind)
 
 
-def _qwen3_processor(tokenizer) -> Qwen3VLProcessor:
-    tokenizer.chat_template = QWEN_3_TEMPLATE
+def _qwen3_processor(tokenizer, template: str = QWEN_3_TEMPLATE) -> Qwen3VLProcessor:
+    tokenizer.chat_template = template
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=SIZES, patch_size=16, **half),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(),
-        chat_template=QWEN_3_TEMPLATE,
+        chat_template=template,
     )
 
 
@@ -142,7 +169,7 @@ def qwen3_5(
     vision = {"depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
               "num_position_embeddings": 256, "initializer_range": 0.08, **dict(vision)}  # fmt: skip
     config = kind[0](text_config=text, vision_config=vision, **vision_ids(tokenizer))
-    return kind[1](config), _qwen3_processor(tokenizer)
+    return kind[1](config), _qwen3_processor(tokenizer, QWEN_3_5_TEMPLATE)
 
 
 GEMMA_TOKENS = {

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""`vllm` whose gated delta nets run in fp32 on a CPU, where its own kernels take bfloat16 alone.
+"""`vllm` for a CPU with two things that its own lacks there, and that it has on a GPU.
 
-Replaced is the core of a layer (`cpu_gdn_attention_core`): the convolution and the rule, over vLLM's own
-caches of states. Projections, gates, norms, cache slots and everything else stay vLLM's.
+Gated delta nets run in fp32, where its kernels take bfloat16 alone. Replaced is the core of a layer
+(`cpu_gdn_attention_core`): the convolution and the rule, over vLLM's own caches of states. Projections,
+gates, norms, cache slots and everything else stay vLLM's. And new weights of experts are packed as the first
+ones are.
 """
 
 import torch
 from torch.nn import functional
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name
 
@@ -58,7 +61,18 @@ def core(
         core_attn_out[tokens] = read[0]
 
 
+own_setup = UnquantizedFusedMoEMethod._setup_kernel
+
+
+def setup(self, *, layer: torch.nn.Module, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    again = self.moe_kernel is not None
+    own_setup(self, layer=layer, w13=w13, w2=w2)
+    if again:
+        self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
 gdn_attention.cpu_gdn_attention_core = core
+UnquantizedFusedMoEMethod._setup_kernel = setup
 
 if __name__ == "__main__":
     from vllm.entrypoints.cli.main import main

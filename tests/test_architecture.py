@@ -70,6 +70,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "grading_properties": "grading as a whole, over made answers",
     "shipped_recipes": "the YAML files in recipes/",
     "generate": "the command `rlcs generate`, through generation, engines and serving",
+    "vllm_families": "every family with a real vLLM",
     "vllm_lora": "adapters with vLLM, through all packages",
     "vllm_serving": "a real vLLM, through serving, evals and distill",
     "walks": "whole walks from files to a model, through all packages",

@@ -252,11 +252,46 @@ def test_adapters_are_left_out():
 def test_a_kernel_that_is_wrong_in_decoding(trained, monkeypatch):
     true, factor = decoding.ForestCache.attend, 1.05 if trained[0].model.dtype == torch.float32 else 1.5
 
-    def attend(cache, layer, query, key, value):
-        return factor * true(cache, layer, query, key, value)
+    def attend(*args, **options):
+        return factor * true(*args, **options)
 
     monkeypatch.setattr(decoding.ForestCache, "attend", attend)
     assert caught(check_of(*trained, LocalEngine(*trained, max_rows=16))) == "kernel"
+
+
+def rounded_to_fp8(vlm: Vlm) -> Vlm:
+    """Weights of the language model and their inputs in 8 bits: a scale for each channel and each token."""
+    rounded = copied(vlm)
+
+    def in_8_bits(x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+        return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+    for name, module in rounded.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "language_model" in name:
+            module.weight.data = in_8_bits(module.weight.data)
+            module.register_forward_pre_hook(lambda module, args: (in_8_bits(args[0]),))
+    return rounded
+
+
+class InFp8(Faulty):
+    """It says how it computes, as a server does."""
+
+    def inspect(self, prompts, sampling, *, candidates):
+        views = super().inspect(prompts, sampling, candidates=candidates)
+        return [replace(view, precision="fp8") for view in views]
+
+
+def test_rollouts_in_fp8_have_a_wider_limit(trained):
+    vlm, chat = trained
+    engine = LocalEngine(rounded_to_fp8(vlm), chat, max_rows=16)
+    check = check_of(vlm, chat, InFp8(engine))
+    check(0, Clock())
+    assert check.worst is not None and 0.01 < check.worst.share < 0.5 and check.worst.limit > 0.15
+    for name in ("black", "upside down, which no hypothesis is"):
+        change = PIXELS[name]
+        faulty = InFp8(engine, prompt=lambda prompt, change=change: change(prompt, chat))
+        assert caught(check_of(vlm, chat, faulty)) == "pixels"
 
 
 def test_without_images_text_alone_is_compared(plain):

@@ -170,12 +170,10 @@ def test_what_stands_for_images_and_turns_is_never_sampled(vlm, chat):
 def test_a_template_that_words_prompts_otherwise_is_told(vlm, caplog):
     loading.make_chat(vlm, prompts=Prompts(system="Think."))
     assert not caplog.records
-    vlm.processor.chat_template += "{%- if add_generation_prompt -%}{{- '<think>' -}}{%- endif -%}"
+    vlm.processor.chat_template = "{{- 'x' -}}" + vlm.processor.chat_template
     loading.make_chat(vlm)
     [record] = caplog.records
-    answer = repr(vlm.family.chat_format.roles["assistant"])[1:-1]
-    rendered, _, ours = record.getMessage().partition("; rlcs trains")
-    assert rendered.endswith("<think>'") and answer in rendered and answer in ours and "<think>" not in ours
+    assert "renders 'x" in record.getMessage()
 
 
 def test_the_page_on_families_names_every_family_and_proof_and_shows_real_code():

@@ -17,6 +17,7 @@ from rlcs.model.attention import DensePlan, TreePlan
 from rlcs.model.layout import layout_of
 from rlcs.model.packing import pack, within_budget
 from rlcs.model.policy import score
+from rlcs.model.template_rules import rules_of
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model, Prompts
 from rlcs.records import Demonstration
@@ -189,22 +190,24 @@ def plain_conversations(vlm: Vlm, demonstrations: list[Demonstration], *, turns:
     """The loss of transformers: whole conversations by the chat template, padded, labels in replies alone."""
     texts, images, tokenizer = [], [], vlm.processor.tokenizer
     words = vlm.family.chat_format
+    rules = rules_of(vlm.processor, words, thinking=None)
     for each in demonstrations:
         prompt = vlm.processor.apply_chat_template(
             template_messages(each.problem), tokenize=False, add_generation_prompt=True
         )
-        texts.append(prompt + each.response + words.turn_end + words.after_turn)
+        texts.append(prompt + rules.response(each.response) + words.turn_end + words.after_turn)
         images.append([open_image(ref) for ref in each.problem.images])
     vlm.processor.tokenizer.padding_side = "right"
     inputs = vlm.processor(text=texts, images=images, padding=True, return_tensors="pt")
     labels = torch.full_like(inputs["input_ids"], -100)
     head = tokenizer(words.turn_start + words.roles["assistant"], add_special_tokens=False)["input_ids"]
+    opening = tokenizer(rules.answer_start, add_special_tokens=False)["input_ids"]
     end = tokenizer.convert_tokens_to_ids(words.turn_end)
-    skipped = tokenizer("".join(words.no_thoughts or ()), add_special_tokens=False)["input_ids"]
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         starts = [i + len(head) for i in range(len(ids)) if ids[i : i + len(head)] == head]
         for start in starts if turns == "all" else starts[-1:]:
-            start += len(skipped) if ids[start : start + len(skipped)] == skipped else 0
+            # What an answer begins with is part of the prompt.
+            start += len(opening) if ids[start : start + len(opening)] == opening else 0
             stop = ids.index(end, start) + 1
             labels[row, start:stop] = inputs["input_ids"][row, start:stop]
     vlm.model.set_attn_implementation({"text_config": "sdpa"})

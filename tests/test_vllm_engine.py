@@ -669,7 +669,7 @@ def test_every_rank_starts_a_server_on_its_own_gpus(vlm: Vlm, monkeypatch: pytes
         launch(0, "rollout.tensor_parallel=8")
 
 
-def test_gated_delta_nets_on_a_cpu_are_served_as_vllm_can(vlm: Vlm, tmp_path: Path) -> None:
+def test_on_a_cpu_models_are_served_as_vllm_can(vlm: Vlm, tmp_path: Path) -> None:
     folder = family_models.build("qwen3_5", tmp_path / "hybrid")
     hybrid = loading.load(Model(name=str(folder), dtype="bfloat16"), device=torch.device("cpu"))
 
@@ -681,6 +681,9 @@ def test_gated_delta_nets_on_a_cpu_are_served_as_vllm_can(vlm: Vlm, tmp_path: Pa
     assert "--no-enable-prefix-caching" not in command(vlm)
     with pytest.raises(UserError, match=r"(?s)in bfloat16 only, not in float32.*model.dtype=bfloat16"):
         command(loading.load(Model(name=str(folder)), device=torch.device("cpu")))
+    mixture = family_models.build("qwen3_vl_moe", tmp_path / "mixture")
+    with pytest.raises(UserError, match="wrong answers once it has new weights"):
+        command(loading.load(Model(name=str(mixture)), device=torch.device("cpu")))
     with pytest.raises(UserError, match=r"(?s)no LoRA adapters.*rollout.lora=merged"):
         command(hybrid, "lora.rank=8")
     served = serving("vllm", str(folder), key=None).command(folder, 8123)

@@ -24,6 +24,9 @@ from rlcs.model.serving_weights import serving_dtype
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.sampling import Rollouts
 
+EXPERTS_STALE_ON_CPU = True
+"""Whether vLLM takes new weights of experts wrongly on a CPU: 0.32 and 0.33 pack only the first ones for
+their kernel (`UnquantizedFusedMoEMethod._setup_kernel`)."""
 MakeEngine = Callable[[Vlm, Chat, int], Engine]
 """Makes an engine from a model, its chat format and the most rollouts at once."""
 
@@ -53,8 +56,8 @@ class EngineNeeds:
         sleeps = colocated and trains and not on_cpu  # vLLM has no sleep mode on a CPU
         dtype = str(serving_dtype(vlm, self.compute_dtype)).removeprefix("torch.")
         recurrent = is_recurrent(vlm.model.config)
-        if recurrent and on_cpu:
-            _require_kernels(dtype, self.adapter_rank)
+        if on_cpu and not self.settings.urls:  # where those are, nobody knows
+            _require_kernels(vlm.model.config, dtype, self.adapter_rank, trains=trains)
         return Launch(
             settings=self.settings,
             dtype=dtype,
@@ -176,8 +179,16 @@ def _require_replay(vlm: Vlm, settings: Rollouts) -> None:
     raise UserError(what, where="rollout.router_replay", fix="set it to false")
 
 
-def _require_kernels(dtype: str, adapter_rank: int) -> None:
-    """Raise UserError where vLLM 0.32 cannot compute gated delta nets on a CPU: its log alone would tell."""
+def _require_kernels(config: Any, dtype: str, adapter_rank: int, *, trains: bool) -> None:
+    """Raise UserError for what vLLM 0.32 cannot compute on a CPU, or computes wrongly."""
+    if trains and EXPERTS_STALE_ON_CPU and getattr(config.get_text_config(), "num_experts", None):
+        raise UserError(
+            "on a CPU vLLM computes wrong answers once it has new weights of a mixture of experts",
+            where="rollout.engine",
+            fix="set rollout.engine=local",
+        )
+    if not is_recurrent(config):
+        return
     if dtype not in RECURRENT_DTYPES:
         raise UserError(
             f"vLLM computes gated delta nets on a CPU in {', '.join(RECURRENT_DTYPES)} only, not in {dtype}",

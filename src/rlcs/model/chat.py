@@ -18,6 +18,7 @@ from torch import Tensor
 from rlcs.errors import DataError, ModelError, PromptError
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.images import CPU, ImagePipeline
+from rlcs.model.template_rules import CLOSE, TemplateRules
 from rlcs.records import ImageRef, Message, Positions, Problem, Prompt, Request, Sampling
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Chat:
         system: str | None,
         max_tokens: int,
         default_system: str | None,
+        rules: TemplateRules = TemplateRules(),  # noqa: B008 - frozen
         positions: Positions = "grid",
     ) -> None:
         """`system` None means the template's default, which may be no system turn at all (also None).
@@ -51,7 +53,7 @@ class Chat:
         """
         self._tokenizer = tokenizer
         self._images = images
-        self._default_system = default_system
+        self._default_system, self._rules = default_system, rules
         self._system = default_system if system is None else system
         self._max_tokens = max_tokens
         self._format = format
@@ -62,10 +64,8 @@ class Chat:
         self._image_start = self._control(format.image_start)
         self._image_end = self._control(format.image_end)
         self.image_id = self._control(format.image)
-        self._no_thoughts: list[Segment] = []
-        if format.no_thoughts is not None:
-            first, text, last = format.no_thoughts
-            self._no_thoughts = [self._control(first), text, self._control(last)]
+        # As the template writes it, with its control tokens.
+        self._answer_start = list(tokenizer(rules.answer_start, add_special_tokens=False)["input_ids"])
         # Other vocabularies have letters that stand for themselves.
         letters = "".join(tokenizer.convert_ids_to_tokens(self.text_ids("é")))
         self._bytes_of_letters = _bytes_of_letters() if letters == "Ã©" else {}
@@ -171,7 +171,7 @@ class Chat:
             is_reply = message.role == "assistant" and bool(message.parts)
             head: list[Segment] = [self._start, roles[message.role]]
             parts: list[Segment] = []
-            for part in message.parts:
+            for part in self._worded(message):
                 if isinstance(part, ImageRef):
                     parts += [self._image_start, part, self._image_end, after_image]
                 else:
@@ -185,7 +185,19 @@ class Chat:
             yield after_turn, False
         yield self._start, False
         yield roles["assistant"], False
-        yield from ((segment, False) for segment in self._no_thoughts)
+        yield from ((index, False) for index in self._answer_start)
+
+    def _worded(self, message: Message) -> list[str | ImageRef]:
+        """What a turn says, as the chat template says it."""
+        parts = list(message.parts)
+        if self._rules.drops_thinking and message.role == "assistant":
+            parts = [p.rpartition(CLOSE)[2].lstrip("\n") if isinstance(p, str) else p for p in parts]
+        if self._rules.strips:
+            if parts and isinstance(parts[0], str):
+                parts[0] = parts[0].lstrip()
+            if parts and isinstance(parts[-1], str):
+                parts[-1] = parts[-1].rstrip()
+        return parts
 
     def _check_length(self, text: str, name: str) -> None:
         """Raise PromptError when a text is far too long, before all of it is tokenised.
@@ -209,8 +221,8 @@ class Chat:
         return list(encoded["input_ids"])
 
     def response_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a response to imitate, with the end token."""
-        return (*self.text_ids(text), self.end_id)
+        """Ids of a response to imitate, with the end token: what follows where a prompt ends."""
+        return (*self.text_ids(self._rules.response(text)), self.end_id)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of sampled ids without control tokens."""
@@ -272,15 +284,6 @@ def default_system(processor: Any, chat_format: ChatFormat) -> str | None:
     turn = [{"role": "user", "content": "x"}]
     text = str(processor.apply_chat_template(turn, tokenize=False))
     return text.removeprefix(head).partition(chat_format.turn_end)[0] if text.startswith(head) else None
-
-
-def begins_with_no_thoughts(processor: Any, chat_format: ChatFormat) -> bool:
-    """Whether a processor's chat template begins an answer with `no_thoughts`."""
-    if not processor.chat_template or chat_format.no_thoughts is None:
-        return False
-    turn = [{"role": "user", "content": "x"}]
-    text = str(processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    return text.endswith("".join(chat_format.no_thoughts))
 
 
 def set_default_system(processor: Any, system: str, chat_format: ChatFormat) -> None:

@@ -11,8 +11,7 @@ class ChatFormat:
     an answer begins behind `turn_start` and the assistant's role. `opening` stands before the first turn. An
     image is `image_start`, its tokens `image`, `image_end`, the text `after_image`. `never_sampled` (with all
     these but `turn_end`) stand for inputs: a model that samples one is broken. `strips`: texts lose the
-    blanks around them. `no_thoughts` are a control token, a text and a control token with which some models'
-    templates begin an answer that is to come without thoughts.
+    blanks around them.
     """
 
     opening: tuple[str, ...] = ()
@@ -26,7 +25,6 @@ class ChatFormat:
     after_image: str = ""
     never_sampled: tuple[str, ...] = ()
     strips: bool = False
-    no_thoughts: tuple[str, str, str] | None = None
 
     @property
     def vision(self) -> tuple[str, ...]:

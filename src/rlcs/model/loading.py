@@ -33,13 +33,14 @@ from rlcs.distributed import ALONE, World
 from rlcs.errors import CheckpointError, ModelError, PromptError, RecipeError, RunFolderError, UserError
 from rlcs.model import attention
 from rlcs.model import lora as adapters
-from rlcs.model.chat import Chat, begins_with_no_thoughts, default_system, set_default_system
+from rlcs.model.chat import Chat, default_system, set_default_system
 from rlcs.model.checkpoints import ADAPTER, read_weights
 from rlcs.model.families import family_of
 from rlcs.model.families.family import Family
 from rlcs.model.fsdp import shard, whole_weights
 from rlcs.model.images import ImagePipeline
 from rlcs.model.source import FINAL, Source, find_source
+from rlcs.model.template_rules import rules_of, set_default_thinking
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.arms import ARMS, RL_ARMS, ArmName
 from rlcs.recipe.execution import Lora, Parallel
@@ -370,13 +371,14 @@ def _model_errors(settings: ModelSettings) -> Iterator[None]:
 def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, rl: bool) -> Chat:
     smallest = (images.rl_min_pixels if rl else None) or images.min_pixels
     processing = family.image_processing(processor, min_pixels=smallest, max_pixels=images.max_pixels)
-    default, chat_format = family.default_system, family.chat_format
-    if chat_format.no_thoughts is not None and not begins_with_no_thoughts(processor, chat_format):
-        chat_format = replace(chat_format, no_thoughts=None)
+    default = family.default_system
     if processor.chat_template:
         default = default_system(processor, family.chat_format)
         if prompts.system is not None:
             set_default_system(processor, prompts.system, family.chat_format)
+    rules = rules_of(processor, family.chat_format, thinking=prompts.thinking)
+    if prompts.thinking is not None:
+        set_default_thinking(processor, prompts.thinking, family.chat_format)
     chat = Chat(
         processor.tokenizer,
         ImagePipeline(
@@ -385,10 +387,11 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
             cache_bytes=int(images.cache_gb * 2**30),
             workers=images.workers,
         ),
-        format=chat_format,
+        format=family.chat_format,
         system=prompts.system,
         max_tokens=prompts.max_tokens,
         default_system=default,
+        rules=rules,
         positions=family.positions,
     )
     _compare_with_template(processor, chat)

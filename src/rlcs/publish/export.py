@@ -21,6 +21,7 @@ from rlcs.model.chat import set_default_system
 from rlcs.model.chat_format import ChatFormat
 from rlcs.model.families import family_of
 from rlcs.model.source import Source, find_source
+from rlcs.model.template_rules import set_default_thinking
 from rlcs.publish import card, quantise
 from rlcs.recipe.schema import Eval
 from rlcs.storage import atomic_write, open_to_readers
@@ -93,6 +94,8 @@ def _write(wanted: Export, source: Source, weights: str) -> None:
         family.note_bounds(model.config, processor)
         if recipe.prompt.system is not None:
             set_default_system(processor, recipe.prompt.system, family.chat_format)
+        if recipe.prompt.thinking is not None:
+            set_default_thinking(processor, recipe.prompt.thinking, family.chat_format)
         model.generation_config = sampling_of(
             recipe.eval, model.generation_config, processor.tokenizer, family.chat_format
         )

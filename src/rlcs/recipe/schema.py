@@ -45,12 +45,15 @@ class Model(Section):
 
 
 class Prompts(Section):
-    """The system prompt, and the length of prompts."""
+    """The system prompt, the beginning of answers, and the length of prompts."""
 
     system: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
     """System prompt of SFT, RL, evaluation and serving. None: the chat template's default."""
     rl_system: str | None = None
     """System prompt in RL only; None: the same as `system`. The paper's code sends none in RL."""
+    thinking: bool | None = None
+    """Whether an answer begins with an open `<think>` block or behind an empty one: what chat templates call
+    `enable_thinking` (Qwen3.5). None: as the template does by default."""
     max_tokens: Positive = 2048
     """Longer prompts (images included) are left out and counted, never cut."""
 
@@ -59,11 +62,13 @@ class Images(Section):
     """Sizes of images in every stage."""
 
     min_pixels: Positive = 3136
-    """Smaller images are enlarged to this area (28 x 28 pixels make one token; 32 x 32 in Qwen3-VL)."""
+    """Smaller images are enlarged to this area (28 x 28 pixels make one token; 32 x 32 in Qwen3-VL). Without
+    effect for Gemma 4."""
     max_pixels: Positive = 1_204_224
     """Larger images are shrunk to this area: 1,204,224 pixels are 1,536 tokens (the paper's value). InternVL:
     tiles of 448 x 448 pixels (256 tokens) and the thumbnail have at most this area together: 6 of them; its
-    own processor makes up to 13 (2,609,152 pixels)."""
+    own processor makes up to 13 (2,609,152 pixels). Gemma 4: all images get this area or less, 70, 140, 280,
+    560 or 1,120 tokens of 48 x 48 pixels; 280 for this value, as in its own processor."""
     rl_min_pixels: Positive | None = None
     """`min_pixels` in RL only; None: the same. The paper's code enlarges to 262,144 in RL only."""
     decode_limit: Positive = 200_000_000

@@ -150,6 +150,7 @@ def _train(recipe: Recipe, folder: Path, world: World) -> None:
             importance_cap=recipe.rollout.cap,
             overlap=recipe.overlap,
             feature_bytes=int(recipe.images.features_gb * 2**30),
+            checks=1,  # before the first step: the seconds are those of the last
         )
         grpo.train(context, problems, settings, run=run, screen=view, stop=stop)
 

@@ -49,7 +49,6 @@ class Gemma4(Family):
         image_end="<image|>",
         never_sampled=("<|audio>", "<|audio|>", "<audio|>", "<|video|>"),
         strips=True,
-        no_thoughts=("<|channel>", "thought\n", "<channel|>"),
     )
 
     def complete(self, config: Any, written: Mapping[str, Any], where: str) -> None:

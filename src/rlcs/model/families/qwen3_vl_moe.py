@@ -15,7 +15,7 @@ class Qwen3VlMoe(Qwen3Vl):
     router = r"\.mlp\.gate\."
 
     def save_as_published(self, model: PreTrainedModel) -> None:
-        """See `Family`. Published experts are transposed; transformers reads both forms and writes its own."""
+        """See `Family`. Published experts are transposed; transformers reads both forms, and writes one."""
         conversions = [
             each
             for each in get_model_conversion_mapping(model, add_legacy=False)
