@@ -21,7 +21,7 @@ from rlcs.engines.vllm.protocol import ROUTES_FLAGS, PromptRequest
 from rlcs.engines.vllm.server import Launch
 from rlcs.errors import EndpointError, ModelError, RecipeError, TrainingError, UserError
 from rlcs.model import loading, parity_check
-from rlcs.model.experts import Routing, load_balance
+from rlcs.model.experts import Routing, load_balance, replay
 from rlcs.model.layout import layout_of
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
@@ -38,6 +38,7 @@ from rlcs.train.losses import sft_loss
 from rlcs.train.trainer import Batch
 from test_distributed import group_of_one  # noqa: F401 - a fixture
 from test_policy import CASES, assert_same_gradients, gradients, make_trees, padded_logprobs
+from test_vllm_engine import program, run  # noqa: F401
 
 FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe")
 FORKED = "answers that fork"
@@ -105,12 +106,7 @@ def test_gradient_checkpointing_keeps_the_router_loss(vlm, chat):
     assert_same_gradients(gradients(vlm, score(balanced(vlm), packed).router_loss.sum()), plain)
 
 
-def test_a_sharded_mixture_learns_the_same(
-    vlm,
-    chat,
-    random_model_folder,
-    group_of_one,  # noqa: F811
-):
+def test_a_sharded_mixture_learns_the_same(vlm, chat, random_model_folder, group_of_one):  # noqa: F811
     """In shards, with layers that are recomputed and experts that are frozen."""
     packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
     sharded = loading.load(
@@ -340,6 +336,23 @@ def test_vllm_is_asked_for_its_experts_and_its_answers_are_read(chat, sampled):
     choices[1]["routed_experts"] = None
     with pytest.raises(EndpointError, match=r"does not say .*\n.*--enable-return-routed-experts"):
         request.rollouts_from(reply)
+
+
+def test_a_fake_vllms_experts_reach_the_policys_pass(run, vlm, chat):  # noqa: F811
+    """They are the last two in every layer, and so are those that compute."""
+    prompt = chat.prompt(make_problem("a", sizes=()))
+    for replayed in (True, False):
+        one = run(router_replay=replayed)
+        [rollouts] = one.engine.sample([prompt], chat.sampling(max_new_tokens=64, n=2))
+        packed = pack([groups.tree_of(group_of(rollouts, prompt))], chat.patches)
+        assert (packed.routes is None) != replayed
+        if replayed:
+            known = packed.routes[:, 0, 0] >= 0
+            assert known.sum() == packed.num_tokens - 2, "all but the last of each answer"
+            routing = replay(vlm.model, packed.routes)
+            score(vlm, packed, routing=routing)
+            assert (routing.chosen[0][known] == torch.tensor([6, 7])).all()
+        one.fleet.close()
 
 
 def encoded(table) -> str:

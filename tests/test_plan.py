@@ -219,9 +219,11 @@ def test_operations_are_those_of_the_layers_that_there_are(name):
             between += count * 4 * layer.mixer.queries * tokens * (tokens + 1) / 2
         else:
             heads, size, values = layer.mixer.heads, text.linear_key_head_dim, text.linear_value_head_dim
-            a_head = 64 * (5 * size + 3 * values) + 6 * size * values
-            inputs = 2 * text.linear_num_key_heads * size + heads * values
-            between += count * tokens * (heads * a_head + 2 * text.linear_conv_kernel_dim * inputs)
+            a_head = 32 * (32 + 4 * values) + 6 * size * values
+            keys = text.linear_num_key_heads * size
+            inputs = 2 * keys + heads * values
+            work = heads * a_head + 4 * 32 * keys + 2 * text.linear_conv_kernel_dim * inputs
+            between += count * tokens * work
     assert language(sizes, tokens, []) == 2 * tokens * weights["language_model"] + between
     sees = tower.windowed * min(tower.window, patches) + (tower.depth - tower.windowed) * patches
     work = weights["vision_tower"] + weights["merger"] / tower.merge**2

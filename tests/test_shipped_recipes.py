@@ -122,7 +122,7 @@ def test_recipes_for_newer_models_differ_in_what_the_model_asks_for():
     ]
     images = {"images.min_pixels", "images.max_pixels"}
     lengths = {"grpo.group_size", "grpo.max_new_tokens", "eval.max_new_tokens", "eval.max_rows"}
-    assert changed[:2] == [images | lengths, {"eval.max_rows"}]
+    assert changed[:2] == [images | lengths, {"eval.max_rows", "prompt.thinking"}]
     whole, one_gpu = (load_recipe(name).recipe for name in ("recommended-3b", "single-gpu-lora-3b"))
     small = {key for key, _, _ in differences(whole, one_gpu)}
     assert changed[2] - small == set(), "as on one GPU with 3B"

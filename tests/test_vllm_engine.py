@@ -96,7 +96,8 @@ class Run:
         )
         self.fleet = Fleet(self.settings, logs=folder, launch=launch)
         self.published = WeightsFolder(folder / "weights", as_adapters=adapter_rank is not None)
-        self.engine = VllmEngine(self.fleet, self.published, vlm, chat)
+        replay = self.settings.router_replay
+        self.engine = VllmEngine(self.fleet, self.published, vlm, chat, keeps_routes=replay)
         self.vlm, self.chat = vlm, chat
 
     def behave(self, **how: object) -> None:

@@ -5,7 +5,6 @@ of these tests has beside its own kernels for CPUs; gated delta nets are tried w
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import family_models
-from conftest import make_problem
+from conftest import make_problem, tree_of
 from rlcs.data.images import data_uri, encoded_image
 from rlcs.engines import factory
 from rlcs.engines.factory import open_engines
@@ -26,8 +25,9 @@ from rlcs.model.chat_format import ChatFormat
 from rlcs.model.vlm import Vlm
 from rlcs.pipeline.study import engine_needs
 from rlcs.publish.export import Export, export
-from rlcs.records import IMAGE_SLOT, Problem
-from test_vllm import CPU, largest_gap, perturb, program, recipe_of
+from rlcs.records import IMAGE_SLOT, Problem, Prompt, Rollout
+from rlcs.train.engine_faults import Scorer
+from test_vllm import CPU, perturb, program, recipe_of
 
 pytestmark = pytest.mark.skipif(program() is None, reason="no vLLM: `make vllm-test`")
 
@@ -38,7 +38,6 @@ DELTA_NETS = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
 SIZES: dict[str, dict[str, Any]] = {
     "qwen3_5": DELTA_NETS,
     "qwen3_5_moe": DELTA_NETS | EXPERTS,
-    "qwen3_vl": QWEN_3,
     "qwen3_vl_moe": QWEN_3 | EXPERTS,
     "internvl": {"head_dim": 64},
     "gemma4": {"global_head_dim": 64},
@@ -46,8 +45,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "gemma4_moe": {"global_head_dim": 64, "use_bidirectional_attention": None},
 }
 """Sizes that vLLM's kernels for CPUs take: multiples of 32, and 64 or 128 for both of a gated delta net."""
-FAMILIES = sorted(family_models.BUILDERS.keys() - {"qwen2_vl"})
-"""All but the one that differs from the built-in model's in nothing that vLLM reads."""
+FAMILIES = sorted(family_models.BUILDERS.keys() - {"qwen2_vl", "qwen3_vl"})
+"""All but those of which another has every part, to keep `make vllm-test` short."""
 
 
 def problems_of(chat: ChatFormat) -> list[Problem]:
@@ -74,7 +73,7 @@ def plain_vllm(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "dtype", "limit"),
-    [(family, "float32", 1e-3) for family in FAMILIES] + [("qwen3_5", "bfloat16", 0.1)],
+    [(family, "float32", 1e-3) for family in FAMILIES] + [("qwen3_5", "bfloat16", 0.03)],
 )
 def test_a_family_is_sampled_served_and_updated(
     family: str, dtype: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,23 +90,35 @@ def test_a_family_is_sampled_served_and_updated(
     chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
     problems = problems_of(vlm.family.chat_format)
     prompts = [chat.prompt(problem) for problem in problems]
-    # vLLM's logprobs are without the banned ids, to which a random model gives some probability.
-    warm = replace(chat.sampling(max_new_tokens=24, n=3, seed=1), banned_ids=(), vision_ids=())
+    warm = chat.sampling(max_new_tokens=24, n=3, seed=1)
     with open_engines(engine_needs(recipe), tmp_path) as make:
         engine = make(vlm, chat, 64)
         before = engine.sample(prompts, warm)
-        assert largest_gap(vlm, chat, prompts, before, 1.0) < limit
+        assert largest_gap(vlm, chat, prompts, before) < limit
         again = engine.sample(prompts[::-1], warm)  # on caches and states of the first time
-        assert largest_gap(vlm, chat, prompts[::-1], again, 1.0) < limit
+        assert largest_gap(vlm, chat, prompts[::-1], again) < limit
         (served,) = (path for path in (tmp_path / "weights").iterdir() if path.is_dir())
         if dtype == "float32":
             require_same_answer(vlm, chat, engine._backend._servers[0]._url, problems[0])
             require_same_folder(served, exported(folder, tmp_path / "exported"))
         perturb(vlm, 0.03)
-        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm), 1.0) > 2 * limit, "not published"
+        assert largest_gap(vlm, chat, prompts, engine.sample(prompts, warm)) > 2 * limit, "not published"
         engine.sync()
         after = engine.sample(prompts, warm)
-        assert largest_gap(vlm, chat, prompts, after, 1.0) < limit and after != before
+        assert largest_gap(vlm, chat, prompts, after) < limit and after != before
+
+
+def largest_gap(vlm: Vlm, chat: Chat, prompts: list[Prompt], groups: list[tuple[Rollout, ...]]) -> float:
+    """Between vLLM's logprobs and the trainer's without the banned ids; in bfloat16 the mean gap."""
+    banned = chat.sampling(max_new_tokens=1).banned_ids
+    scorer = Scorer(vlm=vlm, chat=chat, budget=10**6, temperature=1.0, banned_ids=banned)
+    rollouts = [rollout for group in groups for rollout in group]
+    chosen = torch.tensor([[index] for rollout in rollouts for index in rollout.ids])
+    trees = [tree_of(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
+    ours = scorer(trees, chosen)
+    theirs = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs])
+    gaps = (ours.logprobs[:, 0] + ours.banned - theirs).abs()
+    return float(gaps.max() if vlm.model.dtype == torch.float32 else gaps.mean())
 
 
 def exported(model: Path, out: Path) -> Path:

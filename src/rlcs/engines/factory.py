@@ -167,7 +167,7 @@ def open_engines(needs: EngineNeeds, folder: Path, *, unchanged: str | None = No
 
 
 def _require_replay(vlm: Vlm, settings: Rollouts) -> None:
-    """Raise UserError if experts are to be replayed that the model does not have, or the engine cannot tell."""
+    """Raise UserError if experts are to be replayed that the model lacks, or the engine cannot tell."""
     if not settings.router_replay:
         return
     if vlm.family.router is None:

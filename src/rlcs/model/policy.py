@@ -68,8 +68,8 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0, routing: Routing | 
     routed = {} if routing is None else {"routing": routing}
 
     def work() -> tuple[Tensor, ...]:
-        images = image_inputs(vlm, pack)
-        states = hidden_states(vlm, pack.ids, pack.positions, plan=plan, **routed, **images)
+        # No name holds the pixels, so that they are gone before the logits come.
+        states = hidden_states(vlm, pack.ids, pack.positions, plan=plan, **routed, **image_inputs(vlm, pack))
         found = logprobs(states)
         if not balances:
             return found

@@ -10,11 +10,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from rlcs.model.policy import LOGIT_CHUNK
+from rlcs.model.recurrence import CHUNK
 from rlcs.plan.layers import Attention, DeltaNet, Layer
 from rlcs.plan.machine import FP32
 from rlcs.plan.shapes import Sizes
 from rlcs.plan.towers import Tower
-from rlcs.plan.work import CHUNK
 from rlcs.recipe.section import Part
 
 ROUTED = 40
@@ -118,18 +118,18 @@ def _attention(mixer: Attention, normalised: int, e: int) -> int:
 
 
 def _delta_net(mixer: DeltaNet, e: int) -> int:
-    """What transformers' own chunked kernel and the layer around it keep, most of it in fp32.
+    """What `model.delta_rule` and the layer around it keep, the rule in fp32.
 
     Of queries, keys and values (c together, v of them values): inputs and outputs of the convolution and
-    their activation, 3ce; the norm of the output and its gate, v (12 + 3e). In chunks of C tokens, of queries
-    and keys as wide as all heads of values: 8 such tensors (12 where they need no other format, and so are
-    not made contiguous), 3 of values, 5 matrices of C by C a head, and a state. flash-linear-attention keeps
-    less.
+    their activation, 3ce; the norm of the output and its gate, v (12 + 3e). The rule keeps queries and keys
+    twice, values four times, three tensors of keys repeated for all heads of values, four matrices over the
+    pairs of a chunk a head, and the state before each chunk.
     """
     together, repeated = 2 * mixer.keys + mixer.values, mixer.heads * mixer.key_size
-    chunked = (12 if e == FP32 else 8) * repeated + 3 * mixer.values + 5 * CHUNK * mixer.heads
+    tokens = 4 * mixer.keys + 4 * mixer.values + 3 * repeated
+    chunks = 4 * CHUNK * mixer.heads + mixer.state / CHUNK
     around = 3 * together * e + mixer.values * (3 * FP32 + 3 * e)
-    return int(around + FP32 * (chunked + mixer.state / CHUNK))
+    return int(around + FP32 * (tokens + chunks))
 
 
 def vision_block(tower: Tower, how: Passing) -> int:

@@ -7,12 +7,10 @@ P + G R tokens; a trainer that repeats the prompt gives it G (P + R), and the vi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlcs.model.recurrence import CHUNK
 from rlcs.plan.layers import Attention, Mixer
 from rlcs.plan.shapes import Sizes
 from rlcs.plan.towers import Tower
-
-CHUNK = 64
-"""Tokens of a delta net that are computed together: within them pairs, between them the state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +47,10 @@ def between_tokens(mixer: Mixer, trunk: int, lengths: Sequence[int]) -> float:
         seen = _seen(trunk, mixer.window)
         pairs = seen + sum(_seen(trunk + length, mixer.window) - seen for length in lengths)
         return 4.0 * mixer.queries * pairs
-    within = CHUNK * (5 * mixer.key_size + 3 * (mixer.values // mixer.heads))
+    # Products of pairs of keys and queries; of their inverse, and of both with values; then with the state.
+    pairs = 4 * CHUNK * mixer.keys + mixer.heads * CHUNK**2 + 4 * CHUNK * mixer.values
     convolution = 2 * mixer.kernel * (2 * mixer.keys + mixer.values)
-    a_token = mixer.heads * within + 6 * mixer.state + convolution
-    return float(a_token * (trunk + sum(lengths)))
+    return float((pairs + 6 * mixer.state + convolution) * (trunk + sum(lengths)))
 
 
 def vision(tower: Tower, patches: int) -> float:
