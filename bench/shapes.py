@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qw
 from rlcs.data import puzzles
 from rlcs.data.images import image_from_bytes
 from rlcs.model.chat import Chat
-from rlcs.model.chat_format import CHATML
+from rlcs.model.families import FAMILIES
 from rlcs.model.images import ImagePipeline
 from rlcs.model.packing import within_budget
 from rlcs.model.patches import FlatPatches
@@ -169,7 +169,7 @@ def make_case(shape: Shape, folder: Path, steps: int, *, cpu_time: bool = False)
     chat = Chat(
         processor.tokenizer,
         images,
-        format=CHATML,
+        family=FAMILIES[family],
         system=Prompts().system,
         max_tokens=4096,
         default_system=None,

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from rlcs.errors import DataError, ModelError, PromptError
 from rlcs.model.chat_format import ChatFormat
+from rlcs.model.families.family import Family
 from rlcs.model.images import CPU, ImagePipeline
 from rlcs.model.template_rules import CLOSE, TemplateRules
-from rlcs.records import ImageRef, Message, Positions, Problem, Prompt, Request, Sampling
+from rlcs.records import ImageRef, Message, Problem, Prompt, Request, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,12 +41,11 @@ class Chat:
         tokenizer: Any,
         images: ImagePipeline,
         *,
-        format: ChatFormat,
+        family: Family,
         system: str | None,
         max_tokens: int,
         default_system: str | None,
         rules: TemplateRules = TemplateRules(),  # noqa: B008 - frozen
-        positions: Positions = "grid",
     ) -> None:
         """`system` None means the template's default, which may be no system turn at all (also None).
 
@@ -56,8 +56,8 @@ class Chat:
         self._default_system, self._rules = default_system, rules
         self._system = default_system if system is None else system
         self._max_tokens = max_tokens
-        self._format = format
-        self._positions = positions
+        self._positions = family.positions
+        self._format = format = family.chat_format
         self._opening = [self._control(token) for token in format.opening]
         self._start = self._control(format.turn_start)
         self.end_id = self._control(format.turn_end)

@@ -387,12 +387,11 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
             cache_bytes=int(images.cache_gb * 2**30),
             workers=images.workers,
         ),
-        format=family.chat_format,
+        family=family,
         system=prompts.system,
         max_tokens=prompts.max_tokens,
         default_system=default,
         rules=rules,
-        positions=family.positions,
     )
     _compare_with_template(processor, chat)
     return chat.with_system(prompts.rl_system) if rl and prompts.rl_system is not None else chat
