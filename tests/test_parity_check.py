@@ -358,7 +358,7 @@ def test_a_fault_of_long_prompts_alone_is_caught(vlm, chat, monkeypatch):
 def test_a_wrong_temperature_is_caught(vlm, chat, monkeypatch):
     trees = [answers(chat.prompt(make_problem("a")), 5, 7)]
     assert require_agreement(vlm, chat, trees, temperature=0.7).share < 0.6
-    monkeypatch.setattr(parity_check, "score", lambda vlm, pack, temperature: score(vlm, pack))
+    monkeypatch.setattr(parity_check, "score", lambda vlm, pack, **_: score(vlm, pack))
     with pytest.raises(TrainingError, match="logprobs differ"):
         require_agreement(vlm, chat, trees, temperature=0.7)
 
