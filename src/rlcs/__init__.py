@@ -37,7 +37,8 @@ _MODULES = {
     "rlcs.model.policy": ("Scores", "score"),
     "rlcs.model.vlm": ("Vlm",),
     "rlcs.recipe.stages": ("Optimizer",),
-    "rlcs.records": ("Branch", "Grade", "Problem", "Prompt", "Rollout", "Sampling", "Tree"),
+    "rlcs.records": ("Grade", "Problem", "Prompt", "Rollout", "Sampling"),
+    "rlcs.records.trees": ("Branch", "Tree"),
     "rlcs.train.losses": ("LossSums", "advantages"),
     "rlcs.train.trainer": ("Batch", "Trainer"),
 }

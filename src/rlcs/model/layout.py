@@ -88,8 +88,9 @@ class Scope:
 
     def within(self, layout: Layout) -> "Scope":
         """The plainest scope that means the same in a pack."""
-        deepest = int(layout.depths().max()) if layout.length else 0
-        window = self.window if self.window is not None and self.window <= deepest else None
+        window = self.window
+        if window is not None and (not layout.length or window > int(layout.depths().max())):
+            window = None
         return Scope(window=window, images=self.images and bool(layout.images))
 
 

@@ -9,7 +9,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -196,7 +196,10 @@ def serving(
     On a CPU vLLM has kernels for some models in another format alone.
     """
     on_cpu = default_device().type == "cpu"
-    recurrent = on_cpu and is_recurrent(load_config(model))
+    recurrent = False
+    if on_cpu:
+        with suppress(ModelError):  # vLLM says what is wrong with a model that cannot be loaded
+            recurrent = is_recurrent(load_config(model))
     formats = RECURRENT_DTYPES if recurrent else ("float32",)
     return Serving(
         settings=Rollouts(executable=program, memory_share=share),
