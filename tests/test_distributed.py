@@ -87,6 +87,7 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun sets."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
     own |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
+    own |= {"PYTHONFAULTHANDLER": 1}
     return os.environ | {key: str(value) for key, value in own.items()}
 
 
