@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -47,13 +48,14 @@ from rlcs.recipe.stages import Grpo
 from rlcs.records import Prompt, Rollout
 from rlcs.serving import session
 from rlcs.signals import StopFlag
+from rlcs.storage import read_jsonl
 from rlcs.train import grpo
 from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from test_distributed import run_on
 from test_engine_check import check_of
-from test_grpo import assert_same_gradients, seconds
+from test_grpo import assert_same_gradients
 from test_train import weights_of
 
 START_LIMIT_S = 1800
@@ -257,8 +259,7 @@ if __name__ == "__main__":
 
 
 def test_two_ranks_learn_while_vllm_samples(tmp_path, monkeypatch) -> None:
-    """The gradients of steps that wait for all answers; in less time, where cores are free for both."""
-    idle = os.getloadavg()[0] < 0.2 * (os.cpu_count() or 1)
+    """The gradients of steps that wait for all answers."""
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     limits = {"start_limit_s": START_LIMIT_S, "dead_limit_s": 2 * START_LIMIT_S, "health_limit_s": 60}
@@ -278,8 +279,8 @@ def test_two_ranks_learn_while_vllm_samples(tmp_path, monkeypatch) -> None:
     jobs = [job | {"folder": str(tmp_path / way), "overlap": way} for way in ways]
     run_on(2, jobs, tmp_path / "jobs.json", limit_s=3 * START_LIMIT_S)
     assert_same_gradients(tmp_path / "none", tmp_path / "on_policy")
-    taken = {way: sum(seconds(tmp_path / way).values()) for way in ways}
-    assert not idle or (taken["on_policy"] < taken["none"] and taken["one_step_off"] < taken["none"])
+    metrics = read_jsonl(tmp_path / "one_step_off" / "metrics.jsonl")
+    assert [row["staleness"] for row in metrics] == [0, 1, 1, 1]
 
 
 @HERE
@@ -412,16 +413,20 @@ class Disturbed:
 
 
 def signal_server(name: str, number: signal.Signals) -> int:
-    """Send a signal to a process of our newest server: `vllm serve` itself, or its engine.
+    """Send a signal to a process of our newest server, once it is well: `vllm serve` itself, or its engine.
 
-    On a busy machine it may still be starting after the last one: that has a limit.
+    It may still be starting after the last signal; one that is stopped then is waited for as long as a
+    start may take.
     """
     end = time.monotonic() + START_LIMIT_S
     while time.monotonic() < end:
         servers = [child for child in psutil.Process().children() if " serve " in command_of(child)]
         # Processes may end while they are looked at: then look again.
-        with contextlib.suppress(psutil.Error, ValueError, StopIteration):
+        with contextlib.suppress(psutil.Error, httpx.HTTPError, ValueError, StopIteration):
             newest = max(servers, key=psutil.Process.create_time)
+            words = command_of(newest).split()
+            port = words[words.index("--port") + 1]
+            httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).raise_for_status()
             inside = next(child for child in newest.children() if "EngineCore" in command_of(child))
             process = newest if name == "server" else inside
             process.send_signal(number)
