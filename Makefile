@@ -45,6 +45,7 @@ $(VLLM_VENV)/.stamp: pyproject.toml $(VLLM_CONSTRAINTS) tests/vllm_environment.p
 	$(VLLM_VENV)/bin/python tests/vllm_environment.py
 	touch $@
 
+# Two files at a time: much of it is waiting for servers to start.
 vllm-test: $(VLLM_VENV)/.stamp  ## rollouts and serving by a real vLLM on the CPU, in an environment of its own
 	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/test_vllm.py tests/test_vllm_serving.py tests/test_vllm_families.py
 

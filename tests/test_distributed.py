@@ -84,7 +84,7 @@ STUDY = [
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+    """What torchrun sets; and a rank that crashes prints its stack."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
     own |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
     own |= {"PYTHONFAULTHANDLER": 1}
