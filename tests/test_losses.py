@@ -3,7 +3,7 @@
 import math
 import statistics
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from rlcs.train import losses as ob
 
 torch.set_num_threads(1)
 
-LOSSES = ("grpo", "gspo", "cispo")
+LOSSES = ("grpo", "gspo", "cispo", "sapo", "dppo")
 AVERAGES = ("token", "sequence", "constant", "micro_batch")
 LENGTHS = (1, 4, 2, 5)
 
@@ -52,6 +52,13 @@ def slow_loss(inputs: ob.LossInputs, s: Grpo) -> float:
         clipped = min(max(ratio, 1 - s.clip_low), 1 + s.clip_high)
         if s.loss == "cispo":
             loss = -clipped * adv[t] * new[t]
+        elif s.loss == "sapo":
+            tau = s.sapo_temperatures[0 if adv[t] > 0 else 1]
+            loss = -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * adv[t]
+        elif s.loss == "dppo":
+            moved = math.exp(new[t]) - math.exp(old[t])
+            far = moved > s.clip_high if adv[t] > 0 else moved < -s.clip_low
+            loss = 0.0 if far else -min(ratio, 20.0) * adv[t] * new[t]
         else:
             gain = min(ratio * adv[t], clipped * adv[t])
             loss = -(max(gain, s.clip_dual * adv[t]) if s.clip_dual and adv[t] < 0 else gain)
@@ -85,7 +92,7 @@ def test_advantages_by_hand() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "pass_k"])
 def test_unscored_members_count_nowhere(kind: Any) -> None:
     with_gaps = ob.advantages([None, 1.0, 0.0, None, 0.5], kind)
     assert with_gaps[0] is None and with_gaps[3] is None
@@ -96,6 +103,29 @@ def test_unscored_members_count_nowhere(kind: Any) -> None:
 def test_fewer_than_two_scored_have_no_advantage(rewards: list[float | None]) -> None:
     assert ob.advantages(rewards, "grpo") == (None,) * len(rewards)
     assert ob.has_zero_variance(rewards)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.0, 1.0, 0.0], [0.1, 1.1, 0.0, 0.1, 1.0, 0.9]])
+def test_pass_k_advantages_are_those_of_all_sets(rewards: list[float], k: int) -> None:
+    sets = list(combinations(range(len(rewards)), k))
+    best = [max(rewards[i] for i in chosen) for chosen in sets]
+    mean, std = statistics.mean(best), statistics.pstdev(best)
+    expected = [
+        statistics.mean(b - mean for b, chosen in zip(best, sets, strict=True) if i in chosen) / (std + 1e-6)
+        for i in range(len(rewards))
+    ]
+    assert ob.advantages(rewards, "pass_k", k=k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_k_advantages_of_right_and_wrong_have_the_closed_form() -> None:
+    """arXiv 2508.10751, eq. 10 to 15, with 2 right answers of 8 and k = 4."""
+    mean = 1 - math.comb(6, 4) / math.comb(8, 4)
+    std = math.sqrt(mean * (1 - mean))
+    right, wrong = (1 - mean) / std, (1 - mean - math.comb(5, 3) / math.comb(7, 3)) / std
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    expected = [right if r else wrong for r in rewards]
+    assert ob.advantages(rewards, "pass_k", k=4) == pytest.approx(expected, rel=1e-5)
 
 
 def test_flat_group_is_exactly_zero_even_where_rounding_is_not() -> None:
@@ -139,7 +169,7 @@ def test_loss_equals_the_slow_loop(loss: Any, average: Any) -> None:
 
 
 @pytest.mark.parametrize("kl", ["none", "k1", "k2", "k3"])
-@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "sapo"])
 def test_gradient_by_finite_differences(loss: Any, kl: Any) -> None:
     inputs = make_inputs(seed=3)
     chosen = Grpo(loss=loss, kl=Kl(kind=kl, coefficient=0.3), loss_average="sequence", clip_dual=1.5)
@@ -160,6 +190,30 @@ def test_cispo_gradient_is_the_bounded_weight_even_where_clipped() -> None:
     assert (grad[clipped] != 0).all()
     sums = ob.policy_loss(inputs, Grpo(loss="cispo")).sums
     assert sums["clip_fraction"].item() == clipped.sum().item()
+
+
+def test_sapo_teaches_less_the_further_the_ratio_is_from_one() -> None:
+    """Slope sech^2(t (r - 1) / 2) of the gate, times r for the log ratio (arXiv 2511.20347)."""
+    inputs = make_inputs(seed=4, spread=1.0)
+    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
+    tau = torch.where(inputs.advantages > 0, 2.0, 3.0).double()
+    expected = -inputs.advantages * ratio / torch.cosh(tau * (ratio - 1) / 2) ** 2
+    assert torch.allclose(gradient(inputs, Grpo(loss="sapo", sapo_temperatures=(2.0, 3.0))), expected)
+
+
+def test_dppo_stops_only_what_moved_far_and_away() -> None:
+    """Of (old, new) probabilities: by 0.2 up where it is good and by 0.1 down where it is bad."""
+    moves = [(0.3, 0.55), (0.3, 0.45), (0.55, 0.3), (0.3, 0.1), (0.3, 0.25), (0.1, 0.4), (1e-6, 1e-3)]
+    signs = [1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
+    learns = [False, True, True, False, True, True, True]
+    old, new = torch.tensor(moves, dtype=torch.float64).log().T
+    inputs = ob.LossInputs(
+        logprobs=new, old_logprobs=old, advantages=torch.tensor(signs).double(), sequence=torch.arange(7)
+    )
+    chosen = Grpo(loss="dppo", clip_low=0.1, clip_high=0.2)
+    weight = torch.minimum((new - old).exp(), torch.tensor(20.0).double()) * torch.tensor(learns)
+    assert torch.allclose(gradient(inputs, chosen), -weight * inputs.advantages)
+    assert ob.policy_loss(inputs, chosen).sums["clip_fraction"].item() == 2
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -247,9 +301,12 @@ def test_each_bound_changes_the_loss() -> None:
             base.model_copy(update={"kl": Kl(kind="k1", coefficient=0.1)}),
             base.model_copy(update={"loss": "cispo"}),
             base.model_copy(update={"loss": "gspo"}),
+            base.model_copy(update={"loss": "dppo"}),
+            base.model_copy(update={"loss": "sapo"}),
+            base.model_copy(update={"loss": "sapo", "sapo_temperatures": (2.0, 1.05)}),
         )
     }
-    assert len(losses) == 10
+    assert len(losses) == 13
 
 
 def test_kl_estimators() -> None:

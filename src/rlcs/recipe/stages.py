@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 from rlcs.recipe.judge import Judge
 from rlcs.recipe.section import FrozenPart, NonNegative, Positive, Section, Share, Weight
 
-Advantage = Literal["grpo", "dr_grpo", "rloo"]
+Advantage = Literal["grpo", "dr_grpo", "rloo", "pass_k"]
 KlKind = Literal["none", "k1", "k2", "k3"]
 Turns = Literal["all", "last"]
 Overlap = Literal["none", "on_policy", "one_step_off"]
+Above0 = Annotated[float, Field(gt=0)]
 
 
 class Optimizer(Section):
@@ -176,13 +177,20 @@ class Grpo(Stage):
     max_rows: Positive = 256
     """Rollouts decoded at once by the local engine."""
     advantage: Advantage = "grpo"
-    """`grpo`: (r - mean) / (std + 1e-6); `dr_grpo`: r - mean; `rloo`: r - mean of the others."""
-    loss: Literal["grpo", "gspo", "cispo"] = "grpo"
-    """`grpo`: clipped token ratios; `gspo`: clipped sequence ratios; `cispo`: clipped detached weights."""
+    """`grpo`: (r - mean) / (std + 1e-6); `dr_grpo`: r - mean; `rloo`: r - mean of the others;
+    `pass_k`: as if sets of `pass_k` answers were rewarded by their best one (arXiv 2508.10751)."""
+    pass_k: Annotated[int, Field(ge=2)] = 4
+    """Answers of a set in `advantage=pass_k`, below `group_size`."""
+    loss: Literal["grpo", "gspo", "cispo", "sapo", "dppo"] = "grpo"
+    """`grpo`: clipped token ratios; `gspo`: clipped sequence ratios; `cispo`: clipped detached weights;
+    `sapo`: a soft gate on the ratio; `dppo`: no gradient where a token's probability has moved too far."""
     clip_low: NonNegative = 0.2
-    """Ratios below 1 - clip_low are clipped."""
+    """Ratios below 1 - clip_low are clipped; `dppo`: probabilities that fell by more than clip_low."""
     clip_high: NonNegative = 0.3
-    """Ratios above 1 + clip_high are clipped; 0.3 is what the paper's code ran with (clip-higher)."""
+    """Ratios above 1 + clip_high are clipped; 0.3 is what the paper's code ran with (clip-higher). `dppo`:
+    probabilities that rose by more than clip_high."""
+    sapo_temperatures: tuple[Above0, Above0] = (1.0, 1.05)
+    """Temperatures of the soft gate of `sapo`, for answers with a positive advantage and for others."""
     clip_dual: Annotated[float, Field(gt=1)] | None = 3.0
     """Bound of the ratio where the advantage is negative (dual clip); None: off."""
     loss_average: Literal["token", "sequence", "constant", "micro_batch"] = "token"
@@ -205,3 +213,12 @@ class Grpo(Stage):
     """Extra rollout rounds a step to replace groups whose rewards are all equal (DAPO); 0: off."""
     max_zero_variance_steps: Positive = 20
     """Steps in a row without any reward difference before the run stops."""
+
+    @model_validator(mode="after")
+    def _sets_are_smaller_than_groups(self) -> "Grpo":
+        if self.advantage == "pass_k" and self.pass_k >= self.group_size:
+            raise ValueError(
+                f"advantage=pass_k compares sets of pass_k ({self.pass_k}) among group_size "
+                f"({self.group_size}) answers: pass_k must be smaller"
+            )
+        return self

@@ -13,6 +13,7 @@ _ADVANTAGES = {
     "grpo": "(r - mean) / (std + 1e-6) of the group",
     "dr_grpo": "r - mean of the group (Dr. GRPO: no division by std)",
     "rloo": "r - mean of the others in the group (RLOO)",
+    "pass_k": "sets of answers count as their best one (pass@k training)",
 }
 _AVERAGES = {
     "token": "all tokens of the step count the same",
@@ -25,6 +26,8 @@ _LOSSES = {
     "grpo": "clipped token ratios (GRPO)",
     "gspo": "clipped sequence ratios (GSPO)",
     "cispo": "clipped detached weights (CISPO)",
+    "sapo": "a soft gate on token ratios (SAPO)",
+    "dppo": "no gradient where a token's probability has moved far (DPPO)",
 }
 
 _OVERLAPS: dict[Overlap, str] = {

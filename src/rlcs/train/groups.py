@@ -20,7 +20,7 @@ def make_group(
         prompt=prompt,
         rollouts=tuple(rollouts),
         grades=tuple(grades),
-        advantages=advantages(rewards, settings.advantage),
+        advantages=advantages(rewards, settings.advantage, k=settings.pass_k),
     )
 
 

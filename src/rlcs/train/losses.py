@@ -26,6 +26,8 @@ ZERO_VARIANCE_TOLERANCE = 1e-9
 """Rewards that differ by no more than this count as equal, because rounding alone can cause it."""
 MAX_LOG_RATIO = 20.0
 """Bound of log ratios before `exp`: infinity times an advantage of zero would be NaN."""
+MAX_DPPO_RATIO = 20.0
+"""Bound of the ratio as a weight in DPPO, as in its authors' code (20 in verl's `dppo_tv`)."""
 MAX_K3 = 10.0
 """Bound of k3, as in the paper's code: [-10, 10]; the lower one never applies, as k3 is not negative."""
 
@@ -36,14 +38,15 @@ def has_zero_variance(rewards: Sequence[float | None]) -> bool:
     return len(scored) < 2 or max(scored) - min(scored) <= ZERO_VARIANCE_TOLERANCE
 
 
-def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float | None, ...]:
+def advantages(rewards: Sequence[float | None], kind: Advantage, *, k: int = 1) -> tuple[float | None, ...]:
     """The advantage of each member of a group; None (unscored) stays None and enters no mean.
 
     With mean and (unbiased) standard deviation over the n scored members:
 
     - `grpo`: A_i = (r_i - mean) / (std + 1e-6), arXiv 2402.03300, section 4.1.2;
     - `dr_grpo`: A_i = r_i - mean, arXiv 2503.20783, section 3.2;
-    - `rloo`: A_i = r_i - mean of the others = n / (n - 1) * (r_i - mean), arXiv 2402.14740.
+    - `rloo`: A_i = r_i - mean of the others = n / (n - 1) * (r_i - mean), arXiv 2402.14740;
+    - `pass_k`: of sets of `k` answers that count as their best one, see `pass_k_advantages`.
 
     With fewer than two scored members all are None. Equal rewards give exact zeros, without rounding errors.
     """
@@ -52,6 +55,9 @@ def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float 
         return tuple(None for _ in rewards)
     if has_zero_variance(rewards):
         return tuple(None if r is None else 0.0 for r in rewards)
+    if kind == "pass_k":
+        of_scored = iter(pass_k_advantages(scored, k))
+        return tuple(None if r is None else next(of_scored) for r in rewards)
     count = len(scored)
     mean = math.fsum(scored) / count
     if kind == "grpo":
@@ -62,8 +68,34 @@ def advantages(rewards: Sequence[float | None], kind: Advantage) -> tuple[float 
     elif kind == "rloo":
         scale = count / (count - 1)
     else:
-        raise ValueError(f"advantage {kind!r} is none of grpo, dr_grpo, rloo")
+        raise ValueError(f"advantage {kind!r} is none of grpo, dr_grpo, rloo, pass_k")
     return tuple(None if r is None else (r - mean) * scale for r in rewards)
+
+
+def pass_k_advantages(rewards: Sequence[float], k: int) -> tuple[float, ...]:
+    """The advantage of each answer where a set of `k` answers is worth what its best one is.
+
+    Pass@k training (arXiv 2508.10751, section 2.3): of all sets of k among the n answers, the mean of
+    (best reward - mean) / std over those that an answer is in. For rewards of 0 and 1 this is the paper's
+    closed form; sorted rewards give it for any, since the number of sets with a given best answer is a
+    binomial. A group of fewer than k answers counts as one set, of all of them: nothing to prefer.
+    """
+    count, k = len(rewards), min(k, len(rewards))
+    order = sorted(range(count), key=lambda index: rewards[index])
+    ranked = [rewards[index] for index in order]
+    sets, with_one = math.comb(count, k), math.comb(count - 1, k - 1)
+    shares = [math.comb(rank, k - 1) / sets for rank in range(count)]
+    mean = math.fsum(share * best for share, best in zip(shares, ranked, strict=True))
+    squares = math.fsum(share * (best - mean) ** 2 for share, best in zip(shares, ranked, strict=True))
+    scale = 1.0 / (math.sqrt(squares) + STD_EPSILON)
+    found = [0.0] * count
+    beyond = 0.0
+    for rank in reversed(range(count)):
+        own = math.comb(rank, k - 1) * (ranked[rank] - mean)
+        found[order[rank]] = (own + beyond) / with_one * scale
+        if k > 1 and rank:
+            beyond += math.comb(rank - 1, k - 2) * (ranked[rank] - mean)
+    return tuple(found)
 
 
 def overlong_penalty(length: int, limit: int, buffer: int, penalty: float) -> float:
@@ -153,11 +185,7 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
     if settings.loss == "gspo":
         log_ratio = _sequence_mean(log_ratio, inputs.sequence)
     ratio = log_ratio.exp()
-    bounded, held = _bounded(ratio, inputs.advantages, settings)
-    if settings.loss == "cispo":
-        per_token = -bounded.detach() * inputs.advantages * inputs.logprobs
-    else:
-        per_token = -bounded * inputs.advantages
+    per_token, held = _surrogate(ratio, inputs, settings)
     sums["clip_fraction"] = held.sum()
     if inputs.importance is not None:
         per_token = per_token * inputs.importance
@@ -187,28 +215,49 @@ def truncated_importance(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: fl
     return log_ratio.exp().clamp(max=cap)
 
 
-def _bounded(ratio: Tensor, advantage: Tensor, settings: Grpo) -> tuple[Tensor, Tensor]:
-    """The ratio (N,) as its loss uses it, and where (N,) a bound holds it.
+def _surrogate(ratio: Tensor, inputs: LossInputs, settings: Grpo) -> tuple[Tensor, Tensor]:
+    """The loss (N,) of each token's ratio (N,) and advantage, and where (N,) a bound holds it.
 
-    `grpo` and `gspo`: min(r A, clip(r, 1 - low, 1 + high) A) (GRPO, arXiv 2402.03300, eq. 3; low
+    `grpo` and `gspo`: -min(r A, clip(r, 1 - low, 1 + high) A) (GRPO, arXiv 2402.03300, eq. 3; low
     and high apart: DAPO, arXiv 2503.14476, eq. 10) only ever bounds r from above where A > 0 and
     from below where A < 0. There the dual clip max(that, c A) (arXiv 1912.09729, eq. 5) bounds it
     from above too. A bounded ratio has no gradient. GSPO (arXiv 2507.18071, eq. 5-7) bounds the
     sequence's ratio, exp of the mean log ratio; its authors' bounds are far tighter (3e-4, 4e-4).
 
     `cispo` (MiniMax-M1, arXiv 2506.13585, eq. 4-5): clip(r, 1 - low, 1 + high) whatever the sign,
-    as a constant weight of A log p: a clipped token still teaches. No dual clip.
+    as a constant weight of -A log p: a clipped token still teaches. No dual clip.
+
+    `sapo` (arXiv 2511.20347): a soft gate instead of a bound, -(4 / t) sigmoid(t (r - 1)) A, with a
+    temperature t for A > 0 and one for the rest. Its slope is 1 at r = 1 and falls to 0 on both sides.
+
+    `dppo` (binary total variation, arXiv 2602.04879): -min(r, 20) A log p with a constant weight, and
+    none where the token's probability has moved by more than a bound: up by `clip_high` where A > 0,
+    down by `clip_low` where A < 0. A ratio says little of rare tokens, whose ratios are wild.
     """
+    advantage = inputs.advantages
     low, high = 1.0 - settings.clip_low, 1.0 + settings.clip_high
+    if settings.loss == "sapo":
+        rising, falling = settings.sapo_temperatures
+        temperature = torch.full_like(ratio, falling).masked_fill(advantage > 0, rising)
+        gate = torch.sigmoid(temperature * (ratio - 1.0)) * (4.0 / temperature)
+        return -gate * advantage, torch.zeros_like(advantage, dtype=torch.bool)
+    if settings.loss == "dppo":
+        moved = (inputs.logprobs.exp() - inputs.old_logprobs.exp()).detach()
+        held = ((advantage > 0) & (moved > settings.clip_high)) | (
+            (advantage < 0) & (moved < -settings.clip_low)
+        )
+        weight = ratio.detach().clamp(max=MAX_DPPO_RATIO).masked_fill(held, 0.0)
+        return -weight * advantage * inputs.logprobs, held
     # Chosen by comparison: the gradient of `clamp` is zero at the bound itself.
     below, above = ratio < low, ratio > high
     if settings.loss == "cispo":
-        return ratio.masked_fill(below, low).masked_fill(above, high), below | above
+        bounded = ratio.masked_fill(below, low).masked_fill(above, high)
+        return -bounded.detach() * advantage * inputs.logprobs, below | above
     dual = math.inf if settings.clip_dual is None else settings.clip_dual
     below, above = below & (advantage < 0), above & (advantage > 0)
     punished = (ratio > dual) & (advantage < 0)
     bounded = ratio.masked_fill(below, low).masked_fill(above, high).masked_fill(punished, dual)
-    return bounded, below | above | punished
+    return -bounded * advantage, below | above | punished
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
