@@ -52,7 +52,7 @@ HEAVY = {"torch", "torchvision", "transformers", "datasets"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
-MAX_CODE_LINES = 32_000
+MAX_CODE_LINES = 36_000
 MAX_PARAMETERS = 7
 MAX_IMPORT_SECONDS = 0.2
 

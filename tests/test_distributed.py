@@ -255,7 +255,7 @@ def test_two_ranks_measure_while_they_train_and_keep_the_best(random_model_folde
         done = read_json(tmp_path / name / "sft" / "done.json")
         assert (done["step"], done["chosen"]) == (best, "best")
     final = load_file(tmp_path / "whole" / "sft" / "final" / "model.safetensors")
-    words = [f"model.name={random_model_folder}", "sft.keep=best", "validation.sft_every=2"]
+    words = [f"model.name={random_model_folder}", "sft.handover.rule=best_pass_1", "validation.sft_every=2"]
     text = dump(load_recipe("quickstart", words).recipe)
     (tmp_path / "whole" / "recipe.yaml").write_text(text)
     saved = complete(tmp_path / "whole" / "sft" / "checkpoints")

@@ -331,7 +331,7 @@ def test_named_steps_are_kept_for_good(random_model_folder, demonstrations, tmp_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sft.keep=best"], "set validation.sft_every"),
+        (["sft.handover.rule=best_pass_1"], "set validation.sft_every"),
         (["grpo.keep=best", "validation.sft_every=5"], "set validation.grpo_every"),
         (["validation.samples=8"], "nothing is measured: set validation.sft_every"),
         (["validation.grpo_every=5", "validation.source=a.jsonl", "data.test=a.jsonl"], "too good"),

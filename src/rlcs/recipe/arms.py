@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-ArmName = Literal["base", "sft", "grpo", "sft_grpo"]
+ArmName = Literal["base", "sft", "grpo", "sft_grpo", "mixed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,13 +59,20 @@ ARMS = _table(
         story="Two stages: a cold start (supervised fine-tuning on checked reasoning), then reinforcement "
         "learning (GRPO) with a rule-checked reward.",
     ),
+    Arm(
+        name="mixed",
+        parent="base",
+        label="Mixed",
+        stage="Mixed",
+        story="One stage: every step learns from a rule-checked reward (GRPO) and from demonstrations.",
+    ),
 )
 """Every arm, in the order of results."""
-TRAINING_ORDER: tuple[ArmName, ...] = ("sft", "sft_grpo", "grpo")
+TRAINING_ORDER: tuple[ArmName, ...] = ("sft", "sft_grpo", "grpo", "mixed")
 """Arms that are trained, a parent before its child."""
-RL_ARMS: tuple[ArmName, ...] = ("sft_grpo", "grpo")
+RL_ARMS: tuple[ArmName, ...] = ("sft_grpo", "grpo", "mixed")
 """Arms whose training is GRPO."""
-MAIN_FIRST: tuple[ArmName, ...] = ("sft_grpo", "grpo", "sft", "base")
+MAIN_FIRST: tuple[ArmName, ...] = ("sft_grpo", "mixed", "grpo", "sft", "base")
 """Arms from the main one on: the first of these that a run has is the one whose model is exported."""
 
 

@@ -117,6 +117,12 @@ class Data(Section):
     rl_pass_rate: tuple[Share, Share] | None = None
     """Only RL problems with a `pass_rate` (of `problems.jsonl`, which distillation writes) in these bounds,
     both included: [0.01, 0.99] drops problems that the teacher never or always solves. None: all."""
+    rl_order: Literal["shuffled", "signal", "easy_first"] = "shuffled"
+    """The order of RL problems. `shuffled`: all in a new order every epoch. `signal`: by a running estimate
+    of each problem's pass rate, those whose answers are likely to differ in their reward are drawn more often
+    (Thompson sampling). `easy_first`: the same estimate, from easy problems to hard ones over the stage."""
+    rl_blind: Literal["keep", "drop"] = "keep"
+    """`drop`: RL problems that the base answers without seeing the image are left out."""
     test: str = "builtin:puzzles?split=test&count=1000&seed=3"
     """Held-out problems on which every arm is measured."""
     split: str | None = None
@@ -375,15 +381,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _checkpoints_can_be_chosen(self) -> "Recipe":
-        stages = (
-            ("sft", self.sft, self.validation.sft_every),
-            ("grpo", self.grpo, self.validation.grpo_every),
+        chosen = (
+            (f"sft.handover.rule={self.sft.handover.rule}", "sft", self.sft.handover.rule != "last"),
+            ("grpo.keep=best", "grpo", self.grpo.keep == "best"),
         )
-        for name, stage, every in stages:
-            if stage.keep == "best" and not every:
-                raise ValueError(
-                    f"{name}.keep=best chooses by validation: set validation.{name}_every, to 10 say"
-                )
+        for choice, stage, by_validation in chosen:
+            if by_validation and not getattr(self.validation, f"{stage}_every"):
+                raise ValueError(f"{choice} chooses by validation: set validation.{stage}_every, to 10 say")
         if self.validation.on and self.validation.source == self.data.test:
             raise ValueError(
                 "validation.source is data.test: a model that is chosen by its score there would look too "

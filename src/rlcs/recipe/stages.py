@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlcs.recipe.handover import Handover
 from rlcs.recipe.judge import Judge
+from rlcs.recipe.objectives import Also, Entropy, OnlineTeacher, Sight
 from rlcs.recipe.section import FrozenPart, NonNegative, Positive, Section, Share, Weight
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "pass_k"]
@@ -60,11 +62,13 @@ class Stage(Section):
     """Newest checkpoints kept."""
     keep_steps: tuple[Positive, ...] = ()
     """Steps whose checkpoint is saved and kept for good, as in [40, 80], for `rlcs export RUN --step 80`."""
-    keep: Literal["newest", "best"] = "newest"
-    """The model that the stage ends with: that of the last step, or the one with the best accuracy in
-    validation (the earlier of equals), whose checkpoint is kept too. `best` needs `validation`."""
     max_bad_steps: Positive = 5
     """Steps in a row with a non-finite gradient before the run stops."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the stage ends with a model that validation chooses."""
+        return False
 
 
 class Sft(Stage):
@@ -78,6 +82,13 @@ class Sft(Stage):
     """`token`: mean over all trained tokens of the step; `example`: mean of each demonstration's mean."""
     turns: Turns = "all"
     """Assistant turns of a conversation that are learnt: `all`, or the `last` one."""
+    handover: Handover = Handover()
+    """Which of its models SFT hands over to RL."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the stage ends with a model that validation chooses."""
+        return self.handover.rule != "last"
 
 
 class Kl(Section):
@@ -162,6 +173,9 @@ class Grpo(Stage):
     """Optimiser and schedule; a schedule step is one optimiser step."""
     steps: Positive = 100
     """Rollout steps."""
+    keep: Literal["newest", "best"] = "newest"
+    """The model that the stage ends with: that of the last step, or the one with the best accuracy in
+    validation (the earlier of equals), whose checkpoint is kept too. `best` needs `validation`."""
     prompts_per_step: Positive = 32
     """Problems a rollout step."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -207,12 +221,28 @@ class Grpo(Stage):
     """Divergence from the reference."""
     overlong: Overlong = Overlong()
     """Answers near or at the length limit."""
+    mismatch_mask: Annotated[float, Field(gt=0)] | None = None
+    """Answers with a negative advantage are left out where the policy has moved away from the sampler by more
+    than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2). None: off."""
+    entropy: Entropy = Entropy()
+    """What keeps answers from becoming all alike."""
+    sight: Sight = Sight()
+    """A reward for looking at the image."""
+    also: Also = Also()
+    """Other weights on the same trees."""
+    teacher: OnlineTeacher = OnlineTeacher()
+    """Who scores answers in on-policy distillation."""
     reward: Reward = Reward()
     """Grading."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
     """Extra rollout rounds a step to replace groups whose rewards are all equal (DAPO); 0: off."""
     max_zero_variance_steps: Positive = 20
     """Steps in a row without any reward difference before the run stops."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the stage ends with a model that validation chooses."""
+        return self.keep == "best"
 
     @model_validator(mode="after")
     def _sets_are_smaller_than_groups(self) -> "Grpo":

@@ -161,7 +161,7 @@ def _kept_rows(sft: Sft, grpo: Grpo) -> list[tuple[str, str]]:
     """The row of models that are chosen by validation, and of checkpoints that are kept for good."""
     parts = []
     for name, stage in (("SFT", sft), ("RL", grpo)):
-        parts += [f"{name} ends with the model that is best in validation"] if stage.keep == "best" else []
+        parts += [f"{name} ends with the model that is best in validation"] if stage.keeps_best else []
         steps = ", ".join(f"{step:,}" for step in stage.keep_steps)
         parts += [f"{name} keeps the checkpoints of these steps for good: {steps}"] if steps else []
     if any(step > grpo.steps for step in grpo.keep_steps):

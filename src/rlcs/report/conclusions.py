@@ -225,5 +225,5 @@ def _late_steps(curve: ValidationCurve) -> str:
     text += ". " if curve.fell else ", which is within the interval. "
     if curve.kept is not None:
         return f"{text}The weights of step {curve.kept:,} were kept."
-    section = "grpo" if curve.stage in RL_ARMS else "sft"
-    return f"{text}The last weights were kept; {section}.keep=best would keep the best."
+    key = "grpo.keep=best" if curve.stage in RL_ARMS else "sft.handover.rule=best_pass_1"
+    return f"{text}The last weights were kept; {key} would keep the best."

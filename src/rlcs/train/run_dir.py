@@ -136,7 +136,7 @@ class RunDir:
         if step > validation.sent:
             self._first(lambda: self._trackers.send(named, step))
         screen.say(sentence(row, self._steps), {"validation": row})
-        best = self._settings.keep == "best" and validation.best()[:1] == [step]
+        best = self._best()[:1] == [step]
         if best and self._saved < step < self._steps:
             self._start_save(step)
         return True
@@ -246,7 +246,7 @@ class RunDir:
 
     def _best(self) -> list[int]:
         """The measured steps from the best on, where the stage is to keep the best."""
-        return self.validation.best() if self.validation and self._settings.keep == "best" else []
+        return self.validation.best() if self.validation and self._settings.keeps_best else []
 
     def finish(self, screen: Screen) -> None:
         """Write the model of the last step, or the best one, in Hugging Face format; then the marker."""
@@ -259,7 +259,7 @@ class RunDir:
             "seconds": round(self.spent_s, 1),
             "optimizer_steps": self._trainer.done,
             "step": step,
-            "chosen": "best" if self._settings.keep == "best" else "last",
+            "chosen": "best" if self._settings.keeps_best else "last",
         }
         self._world.first(lambda: mark_done(self.path, **facts))
 
