@@ -33,6 +33,7 @@ from rlcs.model.fsdp import reference_dtype
 from rlcs.model.vlm import Vlm
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.online_teacher import open_teacher
 from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
@@ -264,6 +265,8 @@ class Study:
         else:
             vlm = self._spread(vlm)
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
+        distils = "distill" in settings.also.ever
+        teacher = open_teacher(recipe, vlm, chat, self._spread) if distils else None
         engine = self._make_engine(vlm, chat, settings.max_rows)
         run = self._run_dir(name, settings)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
@@ -281,6 +284,7 @@ class Study:
                 checks=recipe.rollout.checks,
                 demonstrations=demonstrations,
                 turns=recipe.sft.turns,
+                teacher=teacher,
             )
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding)

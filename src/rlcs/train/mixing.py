@@ -96,12 +96,13 @@ class Mixer:
 
         def objective(batch: Batch, scores: Scores) -> LossSums:
             first = reward(batch, scores)
-            loss, sums = weights.reward * first.loss if weights.reward else 0.0, dict(first.sums)
-            if weights.distill:
-                second = distill_loss(batch, scores, settings, cap=cap, alone=not weights.reward)
-                loss = loss + weights.distill * ratio * second.loss
-                sums |= second.sums
-            return replace(first, loss=loss, sums=sums)
+            if not weights.distill:
+                return replace(first, loss=weights.reward * first.loss)
+            second = distill_loss(batch, scores, settings, cap=cap, alone=not weights.reward)
+            loss = weights.distill * ratio * second.loss
+            if weights.reward:
+                loss = loss + weights.reward * first.loss
+            return replace(first, loss=loss, sums={**first.sums, **second.sums})
 
         return objective
 
