@@ -223,7 +223,7 @@ class Grpo(Stage):
     """Answers near or at the length limit."""
     mismatch_mask: Annotated[float, Field(gt=0)] | None = None
     """Answers with a negative advantage are left out where the policy has moved away from the sampler by more
-    than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2). None: off."""
+    than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2, arXiv 2512.02556). None: off."""
     entropy: Entropy = Entropy()
     """What keeps answers from becoming all alike."""
     sight: Sight = Sight()
