@@ -387,10 +387,12 @@ def plainly_masked(inputs: ob.LossInputs, base: Tensor, most: float) -> list[boo
 @pytest.mark.parametrize("by_sampler", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_answers_that_are_worse_and_far_from_the_sampler_are_left_out(loss: Any, by_sampler: bool) -> None:
-    inputs = make_inputs((3, 4, 2, 5, 1, 6), seed=5)
+    inputs = make_inputs((2, 4, 2, 6, 2, 6), seed=5)
     shift = torch.tensor([0.9, 0.9, 0.0, 0.01, 0.3, -0.9], dtype=torch.float64)[inputs.sequence]
-    base = inputs.logprobs + shift
-    given = {"sampler_logprobs": base} if by_sampler else {"old_logprobs": base}
+    jitter = torch.tensor([1.0, -1.0] * 11, dtype=torch.float64)  # of mean 0 in each answer
+    base = inputs.logprobs + shift + jitter
+    now = inputs.logprobs.clone()
+    given = {"sampler_logprobs": base, "old_logprobs": now} if by_sampler else {"old_logprobs": base}
     inputs = replace(inputs, **given)
     masked = torch.tensor(plainly_masked(inputs, base, 0.05))
     assert masked.tolist() == [answer == 1 for answer in inputs.sequence.tolist()]
@@ -398,7 +400,7 @@ def test_answers_that_are_worse_and_far_from_the_sampler_are_left_out(loss: Any,
     chosen = Grpo(loss=loss, mismatch_mask=0.05, kl=Kl(kind="k3", coefficient=0.1), **wide)
     got = ob.policy_loss(inputs, chosen)
     assert got.sums["masked_share"].item() == 4
-    assert (got.tokens.item(), got.sequences.item()) == (21, 6), "they still count in the divisor"
+    assert (got.tokens.item(), got.sequences.item()) == (22, 6), "they still count in the divisor"
     # What is left out has the loss of an answer without an advantage: none but its KL penalty.
     without = replace(inputs, advantages=inputs.advantages.masked_fill(masked, 0.0))
     plain = chosen.model_copy(update={"mismatch_mask": None})
