@@ -6,7 +6,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -244,7 +244,9 @@ class Study:
                 reward, judged = self.recipe.grpo.reward, self.folder / "judge"
                 opened = open_graders(reward, self._world, judged, only_correct=True)
                 grader, _ = stack.enter_context(opened)
-                run.validation = self._validation(every, engine, chat, grader)
+                demonstrations, held = sft.hold_out(demonstrations, self.recipe.validation.demonstrations)
+                loss = partial(sft.loss_on, held, vlm, chat, settings)
+                run.validation = self._validation(every, engine, chat, grader, loss)
             steps = sft.steps_of(settings, len(demonstrations))
             view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
@@ -280,11 +282,13 @@ class Study:
                 checks=recipe.rollout.checks,
             )
             if every := recipe.validation.grpo_every:
-                run.validation = self._validation(every, engine, chat, grader.deciding)
+                run.validation = self._validation(every, engine, chat, grader.deciding, lambda: None)
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
             engine.rest()  # after the last validation, too
 
-    def _validation(self, every: int, engine: Engine, chat: Chat, grader: Grader) -> Validation:
+    def _validation(
+        self, every: int, engine: Engine, chat: Chat, grader: Grader, loss: Callable[[], float | None]
+    ) -> Validation:
         """Measure a model that trains, every so many steps, by the engine and the prompts of its stage."""
         settings, problems = self.recipe.validation, self._data.validation
         sampling = settings.sampling(max_new_tokens=self.recipe.eval.max_new_tokens, seed=self.recipe.seed)
@@ -293,7 +297,7 @@ class Study:
 
         def measure(stop: StopFlag) -> dict[str, Any]:
             engine.sync()
-            return validate(evaluator, problems, samples=settings.samples, stop=stop)
+            return {**validate(evaluator, problems, samples=settings.samples, stop=stop), "loss": loss()}
 
         return Validation(every=every, measure=measure)
 

@@ -251,6 +251,9 @@ class Validation(Section):
     does not train on. It is never `data.test`: what is chosen by its score would look too good there."""
     problems: Positive = 200
     """Problems that are measured at most: the first of `source`."""
+    demonstrations: Annotated[int, Field(ge=0)] = 50
+    """Demonstrations held out of a measured SFT, whose loss is measured too: those of so many problems, the
+    last ones (of a tenth of all at most). 0: none."""
     samples: Positive = 1
     """Answers to each problem. 1: greedy, for pass@1; k of them are sampled: pass@1 is their mean, and pass@k
     the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374)."""
@@ -384,12 +387,33 @@ class Recipe(Section):
         for choice, stage, by_validation in chosen:
             if by_validation and not getattr(self.validation, f"{stage}_every"):
                 raise ValueError(f"{choice} chooses by validation: set validation.{stage}_every, to 10 say")
+        rule = self.sft.handover.rule
+        if rule in ("best_pass_k", "most_signal") and self.validation.samples == 1:
+            raise ValueError(
+                f"sft.handover.rule={rule} compares answers to a problem: set validation.samples, to 4 say"
+            )
+        if rule == "probe":
+            self._probe_is_possible()
         if self.validation.on and self.validation.source == self.data.test:
             raise ValueError(
                 "validation.source is data.test: a model that is chosen by its score there would look too "
                 "good; name other problems, or leave validation.source out"
             )
         return self
+
+    def _probe_is_possible(self) -> None:
+        handover, steps = self.sft.handover, self.grpo.steps
+        if "sft_grpo" not in self.study.arms:
+            raise ValueError(
+                "sft.handover.rule=probe tries RL from checkpoints of SFT, and no arm goes on with RL: add "
+                "sft_grpo to study.arms, or choose another rule"
+            )
+        if handover.most_steps > handover.most_share * steps:
+            raise ValueError(
+                f"sft.handover.rule=probe may take {handover.most_steps:,} of {steps:,} steps of RL, more "
+                f"than sft.handover.most_share ({handover.most_share:g}): lower sft.handover.round_steps, or "
+                "raise grpo.steps or most_share"
+            )
 
     @model_validator(mode="after")
     def _can_overlap(self) -> "Recipe":

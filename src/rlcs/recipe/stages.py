@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.recipe.handover import Handover
+from rlcs.recipe.handover import Handover, Rule
 from rlcs.recipe.judge import Judge
 from rlcs.recipe.objectives import Also, Entropy, OnlineTeacher, Sight
 from rlcs.recipe.section import FrozenPart, NonNegative, Positive, Section, Share, Weight
@@ -66,9 +66,9 @@ class Stage(Section):
     """Steps in a row with a non-finite gradient before the run stops."""
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the stage ends with a model that validation chooses."""
-        return False
+    def rule(self) -> Rule:
+        """The rule by which the model is chosen that the stage ends with."""
+        return "last"
 
 
 class Sft(Stage):
@@ -86,9 +86,9 @@ class Sft(Stage):
     """Which of its models SFT hands over to RL."""
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the stage ends with a model that validation chooses."""
-        return self.handover.rule != "last"
+    def rule(self) -> Rule:
+        """The rule by which the model is chosen that the stage ends with."""
+        return self.handover.rule
 
 
 class Kl(Section):
@@ -246,9 +246,9 @@ class Grpo(Stage):
     """Steps in a row without any reward difference before the run stops."""
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the stage ends with a model that validation chooses."""
-        return self.keep == "best"
+    def rule(self) -> Rule:
+        """The rule by which the model is chosen that the stage ends with."""
+        return "best_pass_1" if self.keep == "best" else "last"
 
     @model_validator(mode="after")
     def _sets_are_smaller_than_groups(self) -> "Grpo":

@@ -14,8 +14,11 @@ from rlcs.train.metrics import MetricsLog
 Measure = Callable[[StopFlag], Mapping[str, Any]]
 """Measures the model's current weights, on all ranks together; the same row on every rank. Raises Stopped."""
 FILE = "validation.jsonl"
-SENT = ("accuracy", "pass_at_k", "mean_tokens", "truncated", "unscored", "seconds")
-"""The values of a row that trackers get."""
+SENT = (
+    *("accuracy", "pass_at_k", "signal", "entropy", "distinct", "alike", "format", "loss"),
+    *("mean_tokens", "truncated", "unscored", "seconds"),
+)
+"""The values of a row that trackers get, where they were measured."""
 
 
 class Validation:
@@ -50,17 +53,11 @@ class Validation:
         if self._log is not None:
             self._log.append_row(row)
 
-    def best(self) -> list[int]:
-        """The measured steps of training, from the best accuracy to the worst; of equals the earlier first.
-
-        The model before the first step is not among them: what a stage ends with was trained.
-        """
-        return sorted((step for step in self.rows if step), key=lambda s: (-self.rows[s]["accuracy"], s))
-
 
 def sentence(row: Mapping[str, Any], steps: int) -> str:
     """A measurement in words, for the screen."""
     several = "" if row["pass_at_k"] is None else f", pass@{row['samples']} {row['pass_at_k']:.1%}"
+    several += "" if row.get("signal") is None else f", signal in {row['signal']:.1%} of groups"
     unscored = f", {row['unscored']:,} not scored" if row["unscored"] else ""
     interval = f"[{row['low']:.1%}, {row['high']:.1%}]"
     return (
