@@ -17,8 +17,9 @@ def validate(
 ) -> dict[str, Any]:
     """Sample `samples` answers to each problem and grade them; returns the scores, on every rank the same.
 
-    Unscored answers count as not right. The sampler's seed is that of every measurement, so that two
-    measurements differ by the weights alone. Raises Stopped when `stop` is set.
+    `right` counts the right answers to each problem; unscored ones are not right. The sampler's seed is that
+    of every measurement, so that two measurements differ by the weights alone. Raises Stopped when `stop` is
+    set.
     """
     started, world = time.monotonic(), evaluator.world
     graded: list[list[tuple[Sample, Grade]]] = []
@@ -32,6 +33,7 @@ def validate(
         "n": len(problems),
         **with_interval(mean([count / samples for count in right]), len(problems)),
         "samples": samples,
+        "right": right,
         "pass_at_k": mean([pass_at(samples, count, samples) for count in right]) if samples > 1 else None,
         **answer_lengths([sample for sample, _ in answers]),
         "unscored": sum(grade.correct is None for _, grade in answers),
