@@ -117,10 +117,6 @@ class Data(Section):
     rl_pass_rate: tuple[Share, Share] | None = None
     """Only RL problems with a `pass_rate` (of `problems.jsonl`, which distillation writes) in these bounds,
     both included: [0.01, 0.99] drops problems that the teacher never or always solves. None: all."""
-    rl_order: Literal["shuffled", "signal", "easy_first"] = "shuffled"
-    """The order of RL problems. `shuffled`: all in a new order every epoch. `signal`: by a running estimate
-    of each problem's pass rate, those whose answers are likely to differ in their reward are drawn more often
-    (Thompson sampling). `easy_first`: the same estimate, from easy problems to hard ones over the stage."""
     rl_blind: Literal["keep", "drop"] = "keep"
     """`drop`: RL problems that the base answers without seeing the image are left out."""
     test: str = "builtin:puzzles?split=test&count=1000&seed=3"

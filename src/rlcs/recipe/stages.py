@@ -180,6 +180,12 @@ class Grpo(Stage):
     """Problems a rollout step."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Rollouts a problem (G)."""
+    order: Literal["shuffled", "signal", "easy_first"] = "shuffled"
+    """The order of the problems. `shuffled`: all in a new order every epoch. `signal`: by a running estimate
+    of each problem's pass rate (from its `pass_rate` in the data, where it has one), those whose answers are
+    likely to differ in their reward come more often (Thompson sampling, arXiv 2507.04632). `easy_first`: by
+    the same estimate, from pass rates around 0.8 to those around 0.2 over the stage. By an estimate one
+    problem in 8 still comes in shuffled order."""
     optimizer_steps: Positive = 1
     """Optimiser steps a rollout step, each on its share of the groups; the paper takes 4."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -223,7 +229,7 @@ class Grpo(Stage):
     """Answers near or at the length limit."""
     mismatch_mask: Annotated[float, Field(gt=0)] | None = None
     """Answers with a negative advantage are left out where the policy has moved away from the sampler by more
-    than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2). None: off."""
+    than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2, arXiv 2512.02556). None: off."""
     entropy: Entropy = Entropy()
     """What keeps answers from becoming all alike."""
     sight: Sight = Sight()

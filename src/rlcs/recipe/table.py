@@ -36,6 +36,11 @@ _OVERLAPS: dict[Overlap, str] = {
     "one_step_off": "groups are learnt from as they arrive; the next step is sampled by weights one step old",
 }
 
+_ORDERS = {
+    "signal": "by their estimated pass rate, nearest to 0.5 first (Thompson sampling); 1 in 8 shuffled",
+    "easy_first": "by their estimated pass rate, from 0.8 to 0.2 over the stage; 1 in 8 shuffled",
+}
+
 
 def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """The rows (choice, value) of the table, in the order of a run."""
@@ -108,6 +113,7 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         ("RL KL", _kl(grpo)),
         ("RL answers at the limit", _overlong(grpo)),
         ("RL groups all alike", _zero_variance_groups(grpo)),
+        *([("RL order of problems", _ORDERS[grpo.order])] if grpo.order != "shuffled" else []),
         *_reward_rows(grpo.reward),
     ]
 

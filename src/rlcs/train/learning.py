@@ -206,6 +206,7 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
             sequence=batch.pack.sequence.to(device),
             ref_logprobs=batch.ref_logprobs,
             router_loss=scores.router_loss,
+            sampler_logprobs=sampler,
             importance=None if sampler is None or cap is None else truncated_importance(old, sampler, cap),
         )
         sums = policy_loss(inputs, settings)
