@@ -16,6 +16,7 @@ from typing import Any
 
 from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
+from rlcs.data.rows import Row
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
@@ -47,7 +48,7 @@ from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
 from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
-from rlcs.train.validation import Validation
+from rlcs.train.validation import AfterValidation, Validation
 
 log = logging.getLogger("rlcs")
 
@@ -90,19 +91,35 @@ class Study:
         self._stop = stop
         self._world = world
         self._logs = dry or folder / "rollout"
+        self.after_validation: AfterValidation | None = None
+        """Gets the rows of the validation of RL."""
         self._make_engine: MakeEngine
         self._claimed = world.first(lambda: claim(folder, recipe, dry=dry is not None))
         self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
         """Run every stage that is not done; returns the summary, which is also in summary.json."""
+        with self._held():
+            return self._run_stages()
+
+    def measure_base(self) -> None:
+        """Measure the recipe's model alone; nothing is tried before."""
+        with self._held():
+            self.check_data()
+            with self.engines():
+                self._world.first(self._write_problems)
+                self._measure("base")
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the folder, and log into it."""
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         with ExitStack() as stack:
             self._world.first(lambda: hold(self.folder, stack))
             log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
             with log_here, memory_advice(self.recipe, self._world):
-                return self._run_stages()
+                yield
 
     @contextmanager
     def engines(self) -> Iterator[None]:
@@ -175,25 +192,13 @@ class Study:
         return summary
 
     def _cold_start(self) -> None:
-        folder = self.folder / "cold_start"
-        started = time.monotonic()
-        if is_done(folder):
-            return
-        rows, recipe = self._data.cold_start, self.recipe
-        with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
-            kept = distill.run(
-                rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view,
-                stop=self._stop,
-            )  # fmt: skip
-        # Without a marker the same command samples the missing answers.
-        if failed := read_json(folder / "stats.json")["failed"]:
-            raise RlcsError(
-                f"the teacher left {failed:,} samples unanswered",
-                where=str(folder),
-                fix="the same command asks them again; to do without them, start in a new run folder with "
-                f"data.cold_start={folder / 'kept.jsonl'}",
-            )
-        mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
+        make_demonstrations(
+            self._data.cold_start,
+            self.recipe,
+            self.folder / "cold_start",
+            output=self._output,
+            stop=self._stop,
+        )
 
     def _is_done(self, name: str) -> bool:
         return self._world.first(lambda: is_done(self.folder / name))
@@ -283,6 +288,7 @@ class Study:
             )
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding, lambda: None)
+                run.validation.after = self.after_validation
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
             engine.rest()  # after the last validation, too
 
@@ -347,6 +353,28 @@ class Study:
             "command": command(),
             **({"ranks": self._world.size} if self._world.grouped else {}),
         }
+
+
+def make_demonstrations(
+    rows: Sequence[Row], recipe: Recipe, folder: Path, *, output: Output, stop: StopFlag
+) -> None:
+    """Make the demonstrations of a study unless the folder has them. Raises RlcsError if some are missing."""
+    started = time.monotonic()
+    if is_done(folder):
+        return
+    with output.screen("cold start", sum(row.response is None for row in rows)) as view:
+        kept = distill.run(
+            rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view, stop=stop
+        )
+    # Without a marker the same command samples the missing answers.
+    if failed := read_json(folder / "stats.json")["failed"]:
+        raise RlcsError(
+            f"the teacher left {failed:,} samples unanswered",
+            where=str(folder),
+            fix="the same command asks them again; to do without them, start in a new run folder with "
+            f"data.cold_start={folder / 'kept.jsonl'}",
+        )
+    mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
 
 
 def dry_run(

@@ -128,10 +128,10 @@ class RunDir:
             return False
         try:
             row = {"step": step, **validation.measure(stop)}
+            validation.add(row)
         except Stopped:
             self._save_once(step)
             raise
-        validation.add(row)
         values = {name: float(row[name]) for name in SENT if row.get(name) is not None}
         named = {f"validation/{name}": value for name, value in values.items()}
         if step > validation.sent:
