@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 Points = Sequence[tuple[float, float]]
 
-_NAMES = ("ink", "muted", "grid", "base", "sft", "grpo", "sft_grpo", "p0", "p1", "p2", "p3", "p4", "p5", "p6")
+_NAMES = (
+    *("ink", "muted", "grid", "base", "sft", "grpo", "sft_grpo"),
+    *("p0", "p1", "p2", "p3", "p4", "p5", "p6", "mixed"),
+)
 _PAINT = {name: f"#0a0b{index + 16:02x}" for index, name in enumerate(_NAMES)}
 
 
