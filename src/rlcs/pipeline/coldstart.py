@@ -107,7 +107,7 @@ class ColdStart:
         lengths = sorted({cell.epochs for cell in cells} - {0.0})
         if before not in (None, lengths):
             raise RunFolderError(
-                f"the study in it has other lengths of SFT: {', '.join(f'{each:g}' for each in before)} epochs",
+                f"the study in it is of other lengths: {', '.join(f'{each:g}' for each in before)} epochs",
                 where=str(self.folder),
                 fix="name them with --epochs, or choose another --out",
             )

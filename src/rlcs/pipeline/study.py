@@ -6,7 +6,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
 from rlcs.model.fsdp import reference_dtype
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.preflight import Preflight
@@ -42,7 +43,7 @@ from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Stage
-from rlcs.records import Demonstration
+from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
@@ -164,6 +165,10 @@ class Study:
             self.try_stages()
             self._world.first(self._write_problems)
             self._measure("base")
+        if self.recipe.data.rl_blind == "drop" and data.rl:
+            blind, note = self._world.first(partial(answered_blind, data, self.folder))
+            self._data = data = data.without({"rl": set(blind)})
+            log.info(note)
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
             with out_of_memory_in("cold start"):
@@ -308,26 +313,33 @@ class Study:
         return Validation(every=every, measure=measure)
 
     def _measure(self, arm: str) -> None:
-        if self._is_done(f"eval/{arm}"):
-            return
-        with out_of_memory_in(f"eval {arm}"):
-            self._sample_and_grade(arm)
+        """Answer and grade the test problems, and what else the arm's model answers."""
+        tasks = {self.folder / "eval" / arm: self._data.test}
+        tasks |= blind_tasks(arm, self.recipe, self._data, self.folder)
+        named = {str(folder.relative_to(self.folder)): problems for folder, problems in tasks.items()}
+        if left := {name: problems for name, problems in named.items() if not self._is_done(name)}:
+            with out_of_memory_in(f"eval {arm}"):
+                self._sample_and_grade(arm, left)
 
-    def _sample_and_grade(self, arm: str) -> None:
-        folder, recipe, problems = self.folder / "eval" / arm, self.recipe, self._data.test
+    def _sample_and_grade(self, arm: str, tasks: Mapping[str, Sequence[Problem]]) -> None:
+        recipe = self.recipe
         started = time.monotonic()
         vlm = self._spread(self._load(recipe.model, arm))
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = self._make_engine(vlm, chat, recipe.eval.max_rows)
         sampler = EngineSampler(engine, chat, recipe.eval.sampling(), batch_size=CHUNK)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge", only_correct=True)
-        with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
+        with opened as (grader, _):
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
-            evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+            for name, problems in tasks.items():
+                title, folder = name.replace("/", " "), self.folder / name
+                with self._output.screen(title, len(problems)) as view:
+                    evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+                seconds = round(time.monotonic() - started, 1)
+                self._world.first(partial(mark_done, folder, seconds=seconds))
+                started = time.monotonic()
+                log.info("%s: done", title)
         engine.rest()  # the next stage has the GPU
-        seconds = round(time.monotonic() - started, 1)
-        self._world.first(partial(mark_done, folder, seconds=seconds))
-        log.info("eval %s: done", arm)
 
     def _write_problems(self) -> None:
         """Write the held-out problems for the report."""
@@ -343,9 +355,11 @@ class Study:
         for arm in [arm for arm in self._claimed.study.arms if is_done(self.folder / "eval" / arm)]:
             arms[arm] = read_json(self.folder / "eval" / arm / "scores.json")
             seconds[f"eval_{arm}"] = read_json(self.folder / "eval" / arm / "done.json")["seconds"]
+        blind = blind_summary(arms, self._data.test, self.folder)
         return {
             "name": self.recipe.name,
             "arms": arms,
+            **({} if blind is None else {"blind": blind}),
             "seconds": seconds,
             "seeds": [self.recipe.seed],
             "recipe": self._claimed.model_dump(mode="json"),

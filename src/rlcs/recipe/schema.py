@@ -118,7 +118,9 @@ class Data(Section):
     """Only RL problems with a `pass_rate` (of `problems.jsonl`, which distillation writes) in these bounds,
     both included: [0.01, 0.99] drops problems that the teacher never or always solves. None: all."""
     rl_blind: Literal["keep", "drop"] = "keep"
-    """`drop`: RL problems that the base answers without seeing the image are left out."""
+    """`drop`: RL problems that the base answers right with another problem's image are left out: those with a
+    `blind_rate` (of `rlcs data difficulty --blind`) of 0.5 or more, and others by one greedy answer, which
+    the run measures. In multiple choice that also takes those that are guessed by chance."""
     test: str = "builtin:puzzles?split=test&count=1000&seed=3"
     """Held-out problems on which every arm is measured."""
     split: str | None = None
@@ -232,6 +234,9 @@ class Eval(Section):
     """Longest answer in tokens."""
     max_rows: Positive = 256
     """Answers decoded at once."""
+    blind: Literal["none", "other", "removed"] = "none"
+    """Each model also answers every question without its image, which shows what it answers without looking.
+    `other`: it sees another problem's image, so that the prompt keeps its form; `removed`: no image."""
 
     def sampling(self, *, n: int = 1, seed: int = 0) -> Sampling:
         """The settings for sampling `n` answers to each problem."""
