@@ -40,7 +40,7 @@ from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_h
 from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
-from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
+from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, RlArm
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Stage
 from rlcs.records import Demonstration, Problem
@@ -174,14 +174,15 @@ class Study:
             with out_of_memory_in("cold start"):
                 self._world.first(self._cold_start)
             demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
-            with out_of_memory_in("sft"):
-                self._sft(demonstrations)
+            if study.needs_sft:
+                with out_of_memory_in("sft"):
+                    self._sft(demonstrations)
         with self.engines():
             for arm in TRAINING_ORDER:
                 if arm in study.arms:
-                    if arm in RL_ARMS:
+                    if rl := next((each for each in RL_ARMS if each == arm), None):
                         with out_of_memory_in(arm):
-                            self._grpo(arm)
+                            self._grpo(rl, demonstrations)
                     self._measure(arm)
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
@@ -261,11 +262,11 @@ class Study:
             view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
-    def _grpo(self, name: str) -> None:
+    def _grpo(self, name: RlArm, demonstrations: Sequence[Demonstration]) -> None:
         if self._is_done(name):
             return
         self._world.check(self._stop, f"before {name}")
-        recipe, settings, problems = self.recipe, self.recipe.grpo, self._data.rl
+        recipe, settings, problems = self.recipe, self.recipe.grpo.of(name), self._data.rl
         log.info("%s: %d problems, from %s", name, len(problems), ARMS[name].parent)
         vlm = self._policy(ARMS[name].parent, settings.freeze)
         reference = None
@@ -290,6 +291,8 @@ class Study:
                 overlap=recipe.overlap,
                 feature_bytes=int(recipe.images.features_gb * 2**30),
                 checks=recipe.rollout.checks,
+                demonstrations=demonstrations,
+                turns=recipe.sft.turns,
             )
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding, lambda: None)
@@ -314,7 +317,7 @@ class Study:
 
     def _measure(self, arm: str) -> None:
         """Answer and grade the test problems, and what else the arm's model answers."""
-        tasks = {self.folder / "eval" / arm: self._data.test}
+        tasks: dict[Path, Sequence[Problem]] = {self.folder / "eval" / arm: self._data.test}
         tasks |= blind_tasks(arm, self.recipe, self._data, self.folder)
         named = {str(folder.relative_to(self.folder)): problems for folder, problems in tasks.items()}
         if left := {name: problems for name, problems in named.items() if not self._is_done(name)}:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
+from rlcs.recipe.arms import MAIN_FIRST, RL_ARMS, ArmName, stages_behind
 from rlcs.recipe.execution import Lora, Parallel, Trackers
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
@@ -302,7 +302,8 @@ class Study(Section):
 
     arms: tuple[ArmName, ...] = ("base", "sft", "sft_grpo")
     """`base` and one that is trained, or more. `sft` beside `sft_grpo` is only measured, as it is trained
-    anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it."""
+    anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it.
+    `mixed`: one stage, whose steps learn from the reward and from demonstrations (`grpo.also`)."""
 
     preflight: Literal["quick", "full", "off"] = "quick"
     """What is tried before anything is trained. `quick`: every stage in small; the engine answers a question,
@@ -312,7 +313,7 @@ class Study(Section):
     @model_validator(mode="after")
     def _has_the_base_and_another(self) -> "Study":
         if "base" not in self.arms or len(set(self.arms)) < 2:
-            raise ValueError("the arms are base and at least one of sft, grpo, sft_grpo")
+            raise ValueError("the arms are base and at least one of sft, grpo, sft_grpo, mixed")
         return self
 
     @property
@@ -322,6 +323,11 @@ class Study(Section):
 
     @property
     def cold_starts(self) -> bool:
+        """Whether any arm learns from demonstrations."""
+        return any("cold_start" in stages_behind(arm) for arm in self.arms)
+
+    @property
+    def needs_sft(self) -> bool:
         """Whether any arm begins with SFT."""
         return any("sft" in stages_behind(arm) for arm in self.arms)
 
@@ -419,6 +425,27 @@ class Recipe(Section):
                 f"than sft.handover.most_share ({handover.most_share:g}): lower sft.handover.round_steps, or "
                 "raise grpo.steps or most_share"
             )
+
+    @model_validator(mode="after")
+    def _other_losses_have_an_arm(self) -> "Recipe":
+        also, arms, key = self.grpo.also, self.study.arms, "grpo.also.arms"
+        of_rl = [arm for arm in RL_ARMS if arm in arms]
+        if also.ever != {"reward"} and of_rl and not {*also.arms} & {*of_rl}:
+            raise ValueError(
+                f"grpo.also is set for {', '.join(also.arms) or 'no arm'}, and this study has {of_rl[0]}: "
+                f"name it in {key}, or add an arm to study.arms"
+            )
+        if "grpo" in also.arms and "sft" in also.ever:
+            raise ValueError(
+                f"the arm grpo learns from no demonstrations: set grpo.also.sft=0, or name mixed in {key}"
+            )
+        if "mixed" in arms and "sft" not in also.of("mixed").ever:
+            raise ValueError(
+                f"the arm mixed learns from demonstrations: set grpo.also.sft, with mixed in {key}"
+            )
+        if idle := next((arm for arm in also.arms if not also.of(arm).ever), None):
+            raise ValueError(f"grpo.also: all weights are 0 in the arm {idle}: nothing would be learnt")
+        return self
 
     @model_validator(mode="after")
     def _can_overlap(self) -> "Recipe":

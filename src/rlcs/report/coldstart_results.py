@@ -215,7 +215,9 @@ def _outcome(folder: Path, row: Mapping[str, Any]) -> Outcome | None:
         before=before,
         after=after,
         sft_s=share * (number(done, "seconds") or 0.0),
-        rl_s=sum(sum(step.get("seconds", {}).values()) for step in steps),  # type: ignore[attr-defined]
+        rl_s=sum(
+            number(part(step, "seconds"), name) or 0.0 for step in steps for name in part(step, "seconds")
+        ),
     )
 
 

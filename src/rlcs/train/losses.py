@@ -143,7 +143,8 @@ class LossSums:
 
     `loss` has the gradient and is divided by `denominator`; `tokens` and `sequences` are the counts
     that enter it; `sums` (the report divides them by all targets of the step)
-    and `maxima` are for the report.
+    and `maxima` are for the report. `extra`: the loss comes on top of the step's, with a divisor of its own,
+    so that the pack is in no count; of its `sums`, which are divided already, the report has the totals.
     """
 
     loss: Tensor
@@ -151,6 +152,7 @@ class LossSums:
     sequences: Tensor
     sums: Mapping[str, Tensor]
     maxima: Mapping[str, Tensor]
+    extra: bool = False
 
 
 def denominator(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlcs.data.stream import ProblemStream
+from rlcs.data.stream import Resumable
 from rlcs.distributed import World
 from rlcs.errors import CheckpointError
 from rlcs.model.loading import save
@@ -74,7 +74,7 @@ class RunDir:
         self._checkpoints: Checkpoints
         self._world: World
         self._trainer: Trainer
-        self._stream: ProblemStream[Any]
+        self._stream: Resumable
         self._steps: int
         self._saved = 0
 
@@ -83,7 +83,7 @@ class RunDir:
         """Wall seconds of this stage so far."""
         return self._spent_before + time.monotonic() - self._started
 
-    def resume(self, trainer: Trainer, stream: ProblemStream[Any], *, steps: int) -> int:
+    def resume(self, trainer: Trainer, stream: Resumable, *, steps: int) -> int:
         """Restore the newest valid checkpoint of a stage of `steps`, if there is one; the steps done."""
         self._trainer, self._stream, self._steps = trainer, stream, steps
         self._world = trainer.vlm.world
