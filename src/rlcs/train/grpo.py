@@ -40,6 +40,7 @@ from rlcs.train.clock import Clock
 from rlcs.train.collecting import Collector
 from rlcs.train.context import GrpoContext
 from rlcs.train.engine_check import EngineCheck
+from rlcs.train.entropy import EntropyBonus
 from rlcs.train.groups import tree_of, zero_variance
 from rlcs.train.learning import Learner
 from rlcs.train.run_dir import RunDir
@@ -95,12 +96,13 @@ def train(
     check = EngineCheck(context, problems, settings, say=lambda line: screen.say(f"{run.name}: {line}"))
     collector = Collector(context, stream, settings, sampling, check=check)
     first = run.resume(trainer, stream, steps=settings.steps)
+    bonus = EntropyBonus(settings.entropy, run.carried)
     unchecked = True
     for step in range(first, settings.steps):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
         clock, cursor = Clock(), stream.state()
-        learner = Learner(trainer, context, settings, clock)
+        learner = Learner(trainer, context, settings, clock, entropy_weight=bonus.weight)
         for found in collector.collect(step, clock):
             if found.complete and not any(grade.scored for group in found.arrived for grade in group.grades):
                 stream.restore(cursor)
@@ -125,7 +127,7 @@ def train(
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
         result = combined(results) if results else None
         values = run.keep_rollouts(step + 1, groups) | {"bad_rows": float(found.skipped)}
-        values |= check.values()
+        values |= check.values() | bonus.after(result)
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
