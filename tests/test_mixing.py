@@ -240,8 +240,8 @@ def test_a_teacher_with_another_tokenizer_or_of_another_family_is_refused(vlm, o
         (["grpo.teacher.base_url=http://h/v1"], "a teacher on a server needs model"),
         (["grpo.also.sft=0.1"], "grpo.also is set for mixed, and this study has sft_grpo"),
         (["study.arms=[base,mixed]", "grpo.also.sft=0"], "the arm mixed learns from demonstrations"),
-        (["study.arms=[base,mixed]", "grpo.loss_average=micro_batch", "grpo.also.sft=1"], "is a mean of each pack"),
-        (["study.arms=[base,grpo]", "grpo.also.arms=[grpo]", "grpo.also.sft=1"], "learns from no demonstrations"),
+        (["study.arms=[base,mixed]", "grpo.loss_average=micro_batch", "grpo.also.sft=1"], "mean of each pack"),
+        (["study.arms=[base,grpo]", "grpo.also.arms=[grpo]", "grpo.also.sft=1"], "learns from no demonstr"),
         (["grpo.also.reward=0", "grpo.also.arms=[sft_grpo]"], "all weights are 0 in the arm sft_grpo"),
         (["grpo.also.arms=[sft]"], "grpo.also.arms"),
         (

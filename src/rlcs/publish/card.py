@@ -90,7 +90,7 @@ def _training(source: Source) -> dict[str, Any]:
     return {
         "stage": ARMS[source.arm].stage,
         "step": source.step,
-        "chosen": done.get("chosen"),
+        "rule": done.get("rule"),
         "row": rows.get(source.step),
     }
 

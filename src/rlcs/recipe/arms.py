@@ -81,6 +81,7 @@ COMMAND_ARMS: Mapping[str, tuple[ArmName, ...]] = MappingProxyType(
     {
         "quickstart": ("base", "sft", "grpo", "sft_grpo"),
         "ablate": ("base", "sft", "grpo", "sft_grpo"),
+        "coldstart": ("base", "sft", "grpo", "sft_grpo"),
         "sft": ("base", "sft"),
         "grpo": ("base", "grpo"),
     }

@@ -117,12 +117,10 @@ class Data(Section):
     rl_pass_rate: tuple[Share, Share] | None = None
     """Only RL problems with a `pass_rate` (of `problems.jsonl`, which distillation writes) in these bounds,
     both included: [0.01, 0.99] drops problems that the teacher never or always solves. None: all."""
-    rl_order: Literal["shuffled", "signal", "easy_first"] = "shuffled"
-    """The order of RL problems. `shuffled`: all in a new order every epoch. `signal`: by a running estimate
-    of each problem's pass rate, those whose answers are likely to differ in their reward are drawn more often
-    (Thompson sampling). `easy_first`: the same estimate, from easy problems to hard ones over the stage."""
     rl_blind: Literal["keep", "drop"] = "keep"
-    """`drop`: RL problems that the base answers without seeing the image are left out."""
+    """`drop`: RL problems that the base answers right with another problem's image are left out: those with a
+    `blind_rate` (of `rlcs data difficulty --blind`) of 0.5 or more, and others by one greedy answer, which
+    the run measures. In multiple choice that also takes those that are guessed by chance."""
     test: str = "builtin:puzzles?split=test&count=1000&seed=3"
     """Held-out problems on which every arm is measured."""
     split: str | None = None
@@ -236,6 +234,9 @@ class Eval(Section):
     """Longest answer in tokens."""
     max_rows: Positive = 256
     """Answers decoded at once."""
+    blind: Literal["none", "other", "removed"] = "none"
+    """Each model also answers every question without its image, which shows what it answers without looking.
+    `other`: it sees another problem's image, so that the prompt keeps its form; `removed`: no image."""
 
     def sampling(self, *, n: int = 1, seed: int = 0) -> Sampling:
         """The settings for sampling `n` answers to each problem."""
@@ -255,6 +256,9 @@ class Validation(Section):
     does not train on. It is never `data.test`: what is chosen by its score would look too good there."""
     problems: Positive = 200
     """Problems that are measured at most: the first of `source`."""
+    demonstrations: Annotated[int, Field(ge=0)] = 50
+    """Demonstrations held out of a measured SFT, whose loss is measured too: those of so many problems, the
+    last ones (of a tenth of all at most). 0: none."""
     samples: Positive = 1
     """Answers to each problem. 1: greedy, for pass@1; k of them are sampled: pass@1 is their mean, and pass@k
     the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374)."""
@@ -394,12 +398,33 @@ class Recipe(Section):
         for choice, stage, by_validation in chosen:
             if by_validation and not getattr(self.validation, f"{stage}_every"):
                 raise ValueError(f"{choice} chooses by validation: set validation.{stage}_every, to 10 say")
+        rule = self.sft.handover.rule
+        if rule in ("best_pass_k", "most_signal") and self.validation.samples == 1:
+            raise ValueError(
+                f"sft.handover.rule={rule} compares answers to a problem: set validation.samples, to 4 say"
+            )
+        if rule == "probe":
+            self._probe_is_possible()
         if self.validation.on and self.validation.source == self.data.test:
             raise ValueError(
                 "validation.source is data.test: a model that is chosen by its score there would look too "
                 "good; name other problems, or leave validation.source out"
             )
         return self
+
+    def _probe_is_possible(self) -> None:
+        handover, steps = self.sft.handover, self.grpo.steps
+        if "sft_grpo" not in self.study.arms:
+            raise ValueError(
+                "sft.handover.rule=probe tries RL from checkpoints of SFT, and no arm goes on with RL: add "
+                "sft_grpo to study.arms, or choose another rule"
+            )
+        if handover.most_steps > handover.most_share * steps:
+            raise ValueError(
+                f"sft.handover.rule=probe may take {handover.most_steps:,} of {steps:,} steps of RL, more "
+                f"than sft.handover.most_share ({handover.most_share:g}): lower sft.handover.round_steps, or "
+                "raise grpo.steps or most_share"
+            )
 
     @model_validator(mode="after")
     def _other_losses_have_an_arm(self) -> "Recipe":

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlcs.recipe.arms import RlArm
-from rlcs.recipe.handover import Handover
+from rlcs.recipe.handover import Handover, Rule
 from rlcs.recipe.judge import Judge
 from rlcs.recipe.objectives import Also, Entropy, OnlineTeacher, Sight
 from rlcs.recipe.section import FrozenPart, NonNegative, Positive, Section, Share, Weight
@@ -67,9 +67,9 @@ class Stage(Section):
     """Steps in a row with a non-finite gradient before the run stops."""
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the stage ends with a model that validation chooses."""
-        return False
+    def rule(self) -> Rule:
+        """The rule by which the model is chosen that the stage ends with."""
+        return "last"
 
 
 class Sft(Stage):
@@ -87,9 +87,9 @@ class Sft(Stage):
     """Which of its models SFT hands over to RL."""
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the stage ends with a model that validation chooses."""
-        return self.handover.rule != "last"
+    def rule(self) -> Rule:
+        """The rule by which the model is chosen that the stage ends with."""
+        return self.handover.rule
 
 
 class Kl(Section):
@@ -181,6 +181,12 @@ class Grpo(Stage):
     """Problems a rollout step."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Rollouts a problem (G)."""
+    order: Literal["shuffled", "signal", "easy_first"] = "shuffled"
+    """The order of the problems. `shuffled`: all in a new order every epoch. `signal`: by a running estimate
+    of each problem's pass rate (from its `pass_rate` in the data, where it has one), those whose answers are
+    likely to differ in their reward come more often (Thompson sampling, arXiv 2507.04632). `easy_first`: by
+    the same estimate, from pass rates around 0.8 to those around 0.2 over the stage. By an estimate one
+    problem in 8 still comes in shuffled order."""
     optimizer_steps: Positive = 1
     """Optimiser steps a rollout step, each on its share of the groups; the paper takes 4."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -224,7 +230,7 @@ class Grpo(Stage):
     """Answers near or at the length limit."""
     mismatch_mask: Annotated[float, Field(gt=0)] | None = None
     """Answers with a negative advantage are left out where the policy has moved away from the sampler by more
-    than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2). None: off."""
+    than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2, arXiv 2512.02556). None: off."""
     entropy: Entropy = Entropy()
     """What keeps answers from becoming all alike."""
     sight: Sight = Sight()
@@ -241,13 +247,27 @@ class Grpo(Stage):
     """Steps in a row without any reward difference before the run stops."""
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the stage ends with a model that validation chooses."""
-        return self.keep == "best"
+    def rule(self) -> Rule:
+        """The rule by which the model is chosen that the stage ends with."""
+        return "best_pass_1" if self.keep == "best" else "last"
 
     def of(self, arm: RlArm) -> "Grpo":
         """The settings of one arm: `also` with the weights of that arm."""
         return self.model_copy(update={"also": self.also.of(arm)})
+
+    @model_validator(mode="after")
+    def _entropy_can_be_controlled(self) -> "Grpo":
+        if self.entropy.control == "kl_cov" and self.optimizer_steps == 1:
+            raise ValueError(
+                "entropy.control=kl_cov holds tokens near where they were sampled, and with "
+                "optimizer_steps=1 they are there: set optimizer_steps=2 or more, or entropy.control=clip_cov"
+            )
+        if self.entropy.control == "clip_cov" and self.loss == "gspo":
+            raise ValueError(
+                "entropy.control=clip_cov takes the gradient of single tokens away, and loss=gspo has one "
+                "ratio for a whole answer: set entropy.control=kl_cov, or loss=grpo"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sets_are_smaller_than_groups(self) -> "Grpo":

@@ -155,7 +155,8 @@ def distill_loss(
     gap = batch.teacher_logprobs.to(inputs.old_logprobs.device) - inputs.old_logprobs
     bound = settings.teacher.bound
     router_loss = inputs.router_loss if alone else None
-    inputs = replace(inputs, advantages=gap.clamp(-bound, bound), ref_logprobs=None, router_loss=router_loss)
+    advantages = gap.clamp(-bound, bound)
+    inputs = replace(inputs, advantages=advantages, ref_logprobs=None, router_loss=router_loss, held=None)
     of_reward = {"kl": Kl(), "mismatch_mask": None, "entropy": Entropy(), "sight": Sight()}
     sums = policy_loss(inputs, settings.model_copy(update={"loss_average": "token", **of_reward}))
     return replace(sums, sums={"teacher_kl": -gap.sum(), "teacher_held": (gap.abs() > bound).sum()})

@@ -25,7 +25,7 @@ from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
 from rlcs.train.clock import Clock
 from rlcs.train.losses import Average, LossSums, sft_loss
 from rlcs.train.run_dir import RunDir
-from rlcs.train.trainer import Batch, Objective, Trainer
+from rlcs.train.trainer import Batch, Objective, Trainer, logprobs_of
 
 log = logging.getLogger("rlcs")
 
@@ -46,6 +46,30 @@ def tree_of(demonstration: Demonstration, chat: Chat, *, turns: Turns = "all") -
 def steps_of(settings: Sft, count: int) -> int:
     """The number of optimiser steps of a whole stage over `count` demonstrations."""
     return max(1, math.ceil(settings.epochs * count / settings.batch_size))
+
+
+def hold_out(
+    demonstrations: Sequence[Demonstration], problems: int
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """All demonstrations but those of the last `problems` problems (a tenth of them at most), and those."""
+    names = list(dict.fromkeys(each.problem.id for each in demonstrations))
+    last = set(names[len(names) - min(problems, len(names) // 10) :])
+    learnt = [each for each in demonstrations if each.problem.id not in last]
+    return learnt, [each for each in demonstrations if each.problem.id in last]
+
+
+def loss_on(demonstrations: Sequence[Demonstration], vlm: Vlm, chat: Chat, settings: Sft) -> float | None:
+    """The mean negative log likelihood of the tokens that SFT would learn; None without demonstrations."""
+    if not demonstrations:
+        return None
+    trees, _ = usable_trees(demonstrations, chat, vlm.world, turns=settings.turns)
+    packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
+    sums = {"loss": 0.0, "tokens": 0.0}
+    for pack, logprobs in zip(packs, logprobs_of(vlm, packs, temperature=1.0), strict=True):
+        sums["loss"] -= (logprobs.cpu() * pack.weights).sum().item()
+        sums["tokens"] += pack.weights.sum().item()
+    total = vlm.world.sum(sums)
+    return total["loss"] / max(1.0, total["tokens"])
 
 
 def train(
