@@ -70,8 +70,10 @@ def learnt(folder, teacher, settings, *, budget=8192, parts=1):
     """The gradient of one optimiser step, before clipping, with packs of `budget` in so many parts."""
     vlm, chat = fresh(folder)
     settings = settings.model_copy(update={"pack_tokens": budget})
-    context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, grader=None,
-                          demonstrations=demonstrations(), teacher=LocalTeacher(vlm=fresh(teacher)[0]))  # fmt: skip
+    context = GrpoContext(
+        vlm=vlm, reference=None, chat=chat, engine=None, grader=None,
+        demonstrations=demonstrations(), teacher=LocalTeacher(vlm=fresh(teacher)[0]),
+    )  # fmt: skip
     trainer = Trainer(vlm, Optimizer(lr=0.0, max_grad_norm=1e9), steps=1, max_bad_steps=1)
     learner = Learner(trainer, context, settings, Clock(), Mixer(context, settings, seed=3).begin(0))
     groups = list(enumerate(group_of(chat, name, settings) for name in REWARDS))
@@ -240,7 +242,7 @@ def test_a_teacher_with_another_tokenizer_or_of_another_family_is_refused(vlm, o
         (["grpo.teacher.base_url=http://h/v1"], "a teacher on a server needs model"),
         (["grpo.also.sft=0.1"], "grpo.also is set for mixed, and this study has sft_grpo"),
         (["study.arms=[base,mixed]", "grpo.also.sft=0"], "the arm mixed learns from demonstrations"),
-        (["study.arms=[base,mixed]", "grpo.loss_average=micro_batch", "grpo.also.sft=1"], "mean of each pack"),
+        (["study.arms=[base,mixed]", "grpo.loss_average=micro_batch", "grpo.also.sft=1"], "mean of each"),
         (["study.arms=[base,grpo]", "grpo.also.arms=[grpo]", "grpo.also.sft=1"], "learns from no demonstr"),
         (["grpo.also.reward=0", "grpo.also.arms=[sft_grpo]"], "all weights are 0 in the arm sft_grpo"),
         (["grpo.also.arms=[sft]"], "grpo.also.arms"),

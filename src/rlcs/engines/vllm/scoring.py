@@ -20,7 +20,7 @@ from rlcs.data.images import data_uri, encode
 from rlcs.distributed import ALONE, World
 from rlcs.engines import connection
 from rlcs.engines.openai_client import CONNECT_S, pause, status_error
-from rlcs.engines.replies import FinalError, RetryableError, short
+from rlcs.engines.replies import FinalError, RetryableError, parsed, short
 from rlcs.engines.vllm.protocol import one_placeholder_each
 from rlcs.engines.vllm.server import GENERATE
 from rlcs.errors import EndpointError
@@ -85,30 +85,29 @@ class ScoringServer:
 
     def _read(self, reply: Any, path: _Path) -> list[float]:
         """The logprobs of the answer in a reply. Raises EndpointError."""
-        try:
-            seen, entries = reply["prompt_token_ids"], reply["prompt_logprobs"]
-            if tuple(seen) != path.ids:
-                raise EndpointError(
-                    f"the teacher's server read a prompt and its answer as {len(seen)} tokens, we as "
-                    f"{len(path.ids)}, or as other ones",
-                    where=self._place.url,
-                    fix="serve a model with the policy's tokenizer, whose image processor has this run's "
-                    "pixel bounds (images.min_pixels, images.max_pixels)",
-                )
-            start = len(path.ids) - path.scored
-            pairs = zip(path.ids[start:], entries[start:], strict=True)
-            return [float(entry[str(index)]["logprob"]) for index, entry in pairs]
-        except (KeyError, TypeError, ValueError) as error:
+        found = reply if isinstance(reply, dict) else {}
+        seen, entries = found.get("prompt_token_ids"), found.get("prompt_logprobs")
+        if not isinstance(seen, list) or not isinstance(entries, list):
+            raise EndpointError("the reply has no logprobs of the prompt", where=self._url, fix=SERVE)
+        if tuple(seen) != path.ids or len(entries) != len(seen):
             raise EndpointError(
-                "the reply has no logprobs of the prompt", where=self._url, fix=SERVE
-            ) from error
+                f"the teacher's server read a prompt and its answer as {len(seen)} tokens, we as "
+                f"{len(path.ids)}, or as other ones",
+                where=self._place.url,
+                fix="serve a model with the policy's tokenizer, whose image processor has this run's pixel "
+                "bounds (images.min_pixels, images.max_pixels)",
+            )
+        start = len(path.ids) - path.scored
+        return [float(entries[k][str(path.ids[k])]["logprob"]) for k in range(start, len(path.ids))]
 
     def _post(self, body: dict[str, Any]) -> object:
         """Send a request until it is answered, within `max_retries`. Raises EndpointError."""
         attempts = 0
         while True:
             try:
-                return self._client.post(self._url, body=body, cast_to=object)
+                return parsed(self._client.post(self._url, body=body, cast_to=object))
+            except RetryableError as error:
+                failure: Exception = error
             except openai.APIStatusError as error:
                 if error.status_code == 404:
                     what = f"HTTP 404: it scores no tokens there, or has no model {self._server.model!r}"
