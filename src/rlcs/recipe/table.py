@@ -4,6 +4,7 @@ from pathlib import PurePath
 
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
+from rlcs.recipe.handover import Rule
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
 from rlcs.recipe.stages import Grpo, Optimizer, Overlap, Reward, Sft, function_name
@@ -30,6 +31,11 @@ _LOSSES = {
     "dppo": "no gradient where a token's probability has moved far (DPPO)",
 }
 
+_RULES: dict[Rule, str] = {
+    "best_pass_1": "is best in validation",
+    "best_pass_k": "has the best pass@k in validation",
+    "most_signal": "leaves most groups with right and wrong answers in validation",
+}
 _OVERLAPS: dict[Overlap, str] = {
     "none": "nothing; a step learns when all its answers are there",
     "on_policy": "groups are learnt from as they arrive (same gradient)",
@@ -167,7 +173,7 @@ def _kept_rows(sft: Sft, grpo: Grpo) -> list[tuple[str, str]]:
     """The row of models that are chosen by validation, and of checkpoints that are kept for good."""
     parts = []
     for name, stage in (("SFT", sft), ("RL", grpo)):
-        parts += [f"{name} ends with the model that is best in validation"] if stage.keeps_best else []
+        parts += [f"{name} ends with the model that {_RULES[stage.rule]}"] if stage.rule in _RULES else []
         steps = ", ".join(f"{step:,}" for step in stage.keep_steps)
         parts += [f"{name} keeps the checkpoints of these steps for good: {steps}"] if steps else []
     if any(step > grpo.steps for step in grpo.keep_steps):
