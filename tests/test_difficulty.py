@@ -102,6 +102,22 @@ def test_rows_bring_their_pass_rates_and_these_are_corrected_by_what_is_seen():
     assert alpha[20] / (alpha[20] + beta[20]) == pytest.approx((32 + 8 * 0.95) / 72)
 
 
+def test_rows_that_agree_in_columns_with_few_values_are_a_kind():
+    problems = [problem(i, level=i % 2, note=f"row {i}", right=i % 9) for i in range(100)]
+    rates = PassRates(problems)
+    for index in range(0, 100, 4):
+        rates.add(index, outcome(index, 6), 1)
+        rates.add(index + 1, outcome(index, 2), 1)
+    alpha, beta = rates.posterior(1)
+    mean = alpha / (alpha + beta)
+    assert mean[2::4] == pytest.approx([(25 * 6 + 8 * 0.5) / (25 * 8 + 8)] * 25)
+    assert mean[3::4] == pytest.approx([(25 * 2 + 8 * 0.5) / (25 * 8 + 8)] * 25)
+    few = PassRates(problems[:30])
+    few.add(0, outcome(0, 8), 1)
+    alpha, _ = few.posterior(1)
+    assert alpha[1] == alpha[2], "too few for two kinds"
+
+
 def test_more_groups_have_a_signal_than_in_shuffled_order_and_no_problem_is_forgotten(world):
     stream = stream_of(world.problems, "signal", seed=0, steps=200)
     assert isinstance(stream, EstimatedStream)
