@@ -68,6 +68,7 @@ METRICS = {
     "response_tokens": "Response length, tokens",
     "entropy": "Entropy, nats a token",
     "kl": "KL from the reference",
+    "sight": "Divergence from masked images",
     "clip_fraction": "Clipped tokens",
     "loss": "Loss",
     "grad_norm": "Gradient norm",

@@ -16,6 +16,7 @@ from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
 from rlcs.train.groups import tree_of, zero_variance
 from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
+from rlcs.train.sight import with_sight
 from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, logprobs_of
 
 
@@ -46,15 +47,17 @@ class Learner:
     packs of all shares get theirs as they fill, and the first share is learnt from, but the weights change
     when all groups have come.
 
-    Without a KL penalty and a router loss, a group whose rewards are all equal has a gradient of exactly
-    zero: it is not computed, but its tokens still count in the mean (not in `micro_batch`, whose mean is of
-    each computed pack).
+    Without a KL penalty, a router loss and `grpo.sight`, a group whose rewards are all equal has a gradient
+    of exactly zero: it is not computed, but its tokens still count in the mean (not in `micro_batch`, whose
+    mean is of each computed pack).
     """
 
     def __init__(self, trainer: Trainer, context: GrpoContext, settings: Grpo, clock: Clock) -> None:
         """Nothing is learnt before the first group is added."""
         self._trainer, self._context, self._settings, self._clock = trainer, context, settings, clock
         self._objective = make_objective(settings, context.importance_cap)
+        if settings.sight.coefficient:
+            self._objective = with_sight(self._objective, context, settings, seed=trainer.done)
         count, steps = settings.prompts_per_step, settings.optimizer_steps
         self._size = -(-count // steps)
         self._shares = [
@@ -74,6 +77,7 @@ class Learner:
             share = self._shares[place // self._size]
             share.missing -= 1
             other_losses = self._settings.kl.active or bool(self._context.vlm.router_loss)
+            other_losses = other_losses or self._settings.sight.coefficient > 0
             known_zero = zero_variance(group) and not other_losses
             (share.zero_grad if known_zero else share.trees).append(tree_of(group))
 
