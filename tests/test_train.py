@@ -345,8 +345,9 @@ SMALL = {
         {},
         {"optimizer_steps": 2, "kl": {"kind": "k3", "coefficient": 0.01}, "old_logprobs": "policy"},
         {"dynamic_sampling": 2, "advantage": "rloo", "loss": "cispo", "loss_average": "constant"},
+        {"dynamic_sampling": 1, "order": "signal"},
     ],
-    ids=["plain", "paper", "dapo"],
+    ids=["plain", "paper", "dapo", "order"],
 )
 def test_grpo_stopped_and_continued_equals_the_unbroken_run(random_model_folder, tmp_path, change):
     settings = Grpo(**SMALL | change)

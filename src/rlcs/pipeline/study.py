@@ -6,7 +6,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 
 from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
+from rlcs.data.rows import Row
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
@@ -39,7 +40,7 @@ from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_h
 from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
-from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
+from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, RlArm
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Stage
 from rlcs.records import Demonstration, Problem
@@ -48,7 +49,7 @@ from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
 from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
-from rlcs.train.validation import Validation
+from rlcs.train.validation import AfterValidation, Validation
 
 log = logging.getLogger("rlcs")
 
@@ -91,19 +92,35 @@ class Study:
         self._stop = stop
         self._world = world
         self._logs = dry or folder / "rollout"
+        self.after_validation: AfterValidation | None = None
+        """Gets the rows of the validation of RL."""
         self._make_engine: MakeEngine
         self._claimed = world.first(lambda: claim(folder, recipe, dry=dry is not None))
         self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
         """Run every stage that is not done; returns the summary, which is also in summary.json."""
+        with self._held():
+            return self._run_stages()
+
+    def measure_base(self) -> None:
+        """Measure the recipe's model alone; nothing is tried before."""
+        with self._held():
+            self.check_data()
+            with self.engines():
+                self._world.first(self._write_problems)
+                self._measure("base")
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the folder, and log into it."""
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         with ExitStack() as stack:
             self._world.first(lambda: hold(self.folder, stack))
             log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
             with log_here, memory_advice(self.recipe, self._world):
-                return self._run_stages()
+                yield
 
     @contextmanager
     def engines(self) -> Iterator[None]:
@@ -157,14 +174,15 @@ class Study:
             with out_of_memory_in("cold start"):
                 self._world.first(self._cold_start)
             demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
-            with out_of_memory_in("sft"):
-                self._sft(demonstrations)
+            if study.needs_sft:
+                with out_of_memory_in("sft"):
+                    self._sft(demonstrations)
         with self.engines():
             for arm in TRAINING_ORDER:
                 if arm in study.arms:
-                    if arm in RL_ARMS:
+                    if rl := next((each for each in RL_ARMS if each == arm), None):
                         with out_of_memory_in(arm):
-                            self._grpo(arm)
+                            self._grpo(rl, demonstrations)
                     self._measure(arm)
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
@@ -180,25 +198,13 @@ class Study:
         return summary
 
     def _cold_start(self) -> None:
-        folder = self.folder / "cold_start"
-        started = time.monotonic()
-        if is_done(folder):
-            return
-        rows, recipe = self._data.cold_start, self.recipe
-        with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
-            kept = distill.run(
-                rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view,
-                stop=self._stop,
-            )  # fmt: skip
-        # Without a marker the same command samples the missing answers.
-        if failed := read_json(folder / "stats.json")["failed"]:
-            raise RlcsError(
-                f"the teacher left {failed:,} samples unanswered",
-                where=str(folder),
-                fix="the same command asks them again; to do without them, start in a new run folder with "
-                f"data.cold_start={folder / 'kept.jsonl'}",
-            )
-        mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
+        make_demonstrations(
+            self._data.cold_start,
+            self.recipe,
+            self.folder / "cold_start",
+            output=self._output,
+            stop=self._stop,
+        )
 
     def _is_done(self, name: str) -> bool:
         return self._world.first(lambda: is_done(self.folder / name))
@@ -249,16 +255,18 @@ class Study:
                 reward, judged = self.recipe.grpo.reward, self.folder / "judge"
                 opened = open_graders(reward, self._world, judged, only_correct=True)
                 grader, _ = stack.enter_context(opened)
-                run.validation = self._validation(every, engine, chat, grader)
+                demonstrations, held = sft.hold_out(demonstrations, self.recipe.validation.demonstrations)
+                loss = partial(sft.loss_on, held, vlm, chat, settings)
+                run.validation = self._validation(every, engine, chat, grader, loss)
             steps = sft.steps_of(settings, len(demonstrations))
             view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
-    def _grpo(self, name: str) -> None:
+    def _grpo(self, name: RlArm, demonstrations: Sequence[Demonstration]) -> None:
         if self._is_done(name):
             return
         self._world.check(self._stop, f"before {name}")
-        recipe, settings, problems = self.recipe, self.recipe.grpo, self._data.rl
+        recipe, settings, problems = self.recipe, self.recipe.grpo.of(name), self._data.rl
         log.info("%s: %d problems, from %s", name, len(problems), ARMS[name].parent)
         vlm = self._policy(ARMS[name].parent, settings.freeze)
         reference = None
@@ -283,13 +291,18 @@ class Study:
                 overlap=recipe.overlap,
                 feature_bytes=int(recipe.images.features_gb * 2**30),
                 checks=recipe.rollout.checks,
+                demonstrations=demonstrations,
+                turns=recipe.sft.turns,
             )
             if every := recipe.validation.grpo_every:
-                run.validation = self._validation(every, engine, chat, grader.deciding)
+                run.validation = self._validation(every, engine, chat, grader.deciding, lambda: None)
+                run.validation.after = self.after_validation
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
             engine.rest()  # after the last validation, too
 
-    def _validation(self, every: int, engine: Engine, chat: Chat, grader: Grader) -> Validation:
+    def _validation(
+        self, every: int, engine: Engine, chat: Chat, grader: Grader, loss: Callable[[], float | None]
+    ) -> Validation:
         """Measure a model that trains, every so many steps, by the engine and the prompts of its stage."""
         settings, problems = self.recipe.validation, self._data.validation
         sampling = settings.sampling(max_new_tokens=self.recipe.eval.max_new_tokens, seed=self.recipe.seed)
@@ -298,13 +311,13 @@ class Study:
 
         def measure(stop: StopFlag) -> dict[str, Any]:
             engine.sync()
-            return validate(evaluator, problems, samples=settings.samples, stop=stop)
+            return {**validate(evaluator, problems, samples=settings.samples, stop=stop), "loss": loss()}
 
         return Validation(every=every, measure=measure)
 
     def _measure(self, arm: str) -> None:
         """Answer and grade the test problems, and what else the arm's model answers."""
-        tasks = {self.folder / "eval" / arm: self._data.test}
+        tasks: dict[Path, Sequence[Problem]] = {self.folder / "eval" / arm: self._data.test}
         tasks |= blind_tasks(arm, self.recipe, self._data, self.folder)
         named = {str(folder.relative_to(self.folder)): problems for folder, problems in tasks.items()}
         if left := {name: problems for name, problems in named.items() if not self._is_done(name)}:
@@ -357,6 +370,28 @@ class Study:
             "command": command(),
             **({"ranks": self._world.size} if self._world.grouped else {}),
         }
+
+
+def make_demonstrations(
+    rows: Sequence[Row], recipe: Recipe, folder: Path, *, output: Output, stop: StopFlag
+) -> None:
+    """Make the demonstrations of a study unless the folder has them. Raises RlcsError if some are missing."""
+    started = time.monotonic()
+    if is_done(folder):
+        return
+    with output.screen("cold start", sum(row.response is None for row in rows)) as view:
+        kept = distill.run(
+            rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view, stop=stop
+        )
+    # Without a marker the same command samples the missing answers.
+    if failed := read_json(folder / "stats.json")["failed"]:
+        raise RlcsError(
+            f"the teacher left {failed:,} samples unanswered",
+            where=str(folder),
+            fix="the same command asks them again; to do without them, start in a new run folder with "
+            f"data.cold_start={folder / 'kept.jsonl'}",
+        )
+    mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
 
 
 def dry_run(

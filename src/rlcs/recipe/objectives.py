@@ -1,10 +1,12 @@
 """The recipe's sections of what RL learns from beside the reward: entropy, sight, examples, a teacher."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.recipe.arms import ArmName
+from rlcs.recipe.arms import RlArm
+from rlcs.recipe.sampling import Endpoint
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
 
 Over = tuple[NonNegative, NonNegative]
@@ -47,47 +49,96 @@ class Sight(Section):
     a pass without gradients; `both`: the paper's formula, in which it has a gradient, too."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """The weights of the losses of one step."""
+
+    reward: float
+    sft: float
+    distill: float
+
+
 class Also(Section):
-    """Other weights on the same trees as the reward's: demonstrations, and what a teacher thinks of them."""
+    """Other losses in the steps of RL: on demonstrations, and on what a teacher thinks of the answers."""
 
     reward: NonNegative | Over = 1.0
     """Weight of the reward's loss; 0 leaves it out. A pair [FIRST, LAST] goes from one to the other over the
     steps of the stage, here and below."""
-    sft: NonNegative | Over = 0.0
-    """Weight of the loss on demonstrations (negative log likelihood, a token's mean)."""
+    sft: NonNegative | Over | None = None
+    """Weight of the loss on the demonstrations of `data.cold_start` (negative log likelihood, the mean of the
+    step's demonstrated tokens). None: [1, 0] in the arm `mixed`, and 0 in others."""
     distill: NonNegative | Over = 0.0
-    """Weight of on-policy distillation: each token of the student's own answers gets what the teacher thinks
-    of it (log of the teacher's probability over the student's). Needs `grpo.teacher`."""
+    """Weight of on-policy distillation: the advantage of each token of the student's own answers is the log
+    of the teacher's probability over the student's (the mean of the step's sampled tokens). Needs
+    `grpo.teacher`."""
     sft_batch_size: Positive = 32
     """Demonstrations in an optimiser step."""
-    arms: tuple[ArmName, ...] = ("mixed",)
+    arms: tuple[RlArm, ...] = ("mixed",)
     """The arms of RL to which this applies; all others learn from the reward alone."""
+
+    def of(self, arm: RlArm) -> "Also":
+        """What an arm learns from: all of this, or the reward alone."""
+        if arm not in self.arms:
+            return Also(sft=0.0, arms=self.arms)
+        sft = ((1.0, 0.0) if arm == "mixed" else 0.0) if self.sft is None else self.sft
+        return self.model_copy(update={"sft": sft})
+
+    def at(self, step: int, steps: int) -> Weights:
+        """The weights of step `step` (from 0) of `steps`, on straight lines."""
+        done = step / max(1, steps - 1)
+        pairs = (
+            (w if isinstance(w, tuple) else (w, w)) for w in (self.reward, self.sft or 0.0, self.distill)
+        )
+        reward, sft, distill = (first + (last - first) * done for first, last in pairs)
+        return Weights(reward=reward, sft=sft, distill=distill)
 
     @property
     def ever(self) -> frozenset[str]:
         """The names of the weights that are above 0 at some step."""
         weights = {name: getattr(self, name) for name in ("reward", "sft", "distill")}
-        return frozenset(name for name, weight in weights.items() if weight not in (0, (0, 0)))
-
-    @model_validator(mode="after")
-    def _something_is_learnt(self) -> "Also":
-        if not self.ever:
-            raise ValueError("reward, sft and distill all have a weight of 0: nothing would be learnt")
-        return self
+        return frozenset(name for name, weight in weights.items() if weight not in (None, 0, (0, 0)))
 
 
 class OnlineTeacher(Section):
     """The teacher of on-policy distillation: it scores the student's answers token by token.
 
-    It needs the student's tokenizer: what it scores are the student's own tokens.
+    What it scores are the student's own tokens, on the student's own patches of images: it needs the
+    student's tokenizer, chat format and size of patches, as larger models of one family have.
     """
 
     model: str | None = None
     """A folder, a hub id or a run; with `base_url` the model's name on that server."""
     base_url: str | None = None
-    """A server that returns the logprobs of a prompt (vLLM), as `http://localhost:8000/v1`. None: the model
-    is loaded beside the policy."""
-    api_key_env: str | None = None
+    """A vLLM server, as `http://localhost:8000/v1`, that was started with `--enable-scale-out`. None: the
+    model is loaded beside the policy, in the same number format and over the same ranks."""
+    key_env: str = "OPENAI_API_KEY"
     """Environment variable with the server's key."""
+    concurrency: Positive = 32
+    """Answers that each rank has scored by the server at the same time."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds one attempt at one answer may take in all."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Further attempts after a failure that may be temporary."""
     bound: Annotated[float, Field(gt=0)] = 5.0
     """Largest difference of logprobs that counts, in nats."""
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """The server, if it is one. Raises RecipeError where its address holds a secret."""
+        if self.base_url is None:
+            return None
+        shared = {name: getattr(self, name) for name in ("key_env", "concurrency", "max_retries")}
+        return Endpoint(
+            base_url=self.base_url,
+            model=str(self.model),
+            section="grpo.teacher",
+            request_timeout_s=self.request_timeout_s,
+            **shared,
+        )
+
+    @model_validator(mode="after")
+    def _server_is_usable(self) -> "OnlineTeacher":
+        if self.base_url is not None and self.model is None:
+            raise ValueError("a teacher on a server needs model, its name there")
+        _ = self.endpoint
+        return self

@@ -4,6 +4,7 @@ from pathlib import PurePath
 
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
+from rlcs.recipe.handover import Rule
 from rlcs.recipe.objectives import Sight
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
@@ -31,10 +32,20 @@ _LOSSES = {
     "dppo": "no gradient where a token's probability has moved far (DPPO)",
 }
 
+_RULES: dict[Rule, str] = {
+    "best_pass_1": "is best in validation",
+    "best_pass_k": "has the best pass@k in validation",
+    "most_signal": "leaves most groups with right and wrong answers in validation",
+}
 _OVERLAPS: dict[Overlap, str] = {
     "none": "nothing; a step learns when all its answers are there",
     "on_policy": "groups are learnt from as they arrive (same gradient)",
     "one_step_off": "groups are learnt from as they arrive; the next step is sampled by weights one step old",
+}
+
+_ORDERS = {
+    "signal": "by their estimated pass rate, nearest to 0.5 first (Thompson sampling); 1 in 8 shuffled",
+    "easy_first": "by their estimated pass rate, from 0.8 to 0.2 over the stage; 1 in 8 shuffled",
 }
 
 
@@ -109,6 +120,7 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         ("RL KL", _kl(grpo)),
         ("RL answers at the limit", _overlong(grpo)),
         ("RL groups all alike", _zero_variance_groups(grpo)),
+        *([("RL order of problems", _ORDERS[grpo.order])] if grpo.order != "shuffled" else []),
         *_sight_rows(grpo.sight),
         *_reward_rows(grpo.reward),
     ]
@@ -176,7 +188,7 @@ def _kept_rows(sft: Sft, grpo: Grpo) -> list[tuple[str, str]]:
     """The row of models that are chosen by validation, and of checkpoints that are kept for good."""
     parts = []
     for name, stage in (("SFT", sft), ("RL", grpo)):
-        parts += [f"{name} ends with the model that is best in validation"] if stage.keeps_best else []
+        parts += [f"{name} ends with the model that {_RULES[stage.rule]}"] if stage.rule in _RULES else []
         steps = ", ".join(f"{step:,}" for step in stage.keep_steps)
         parts += [f"{name} keeps the checkpoints of these steps for good: {steps}"] if steps else []
     if any(step > grpo.steps for step in grpo.keep_steps):

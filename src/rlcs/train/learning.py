@@ -15,7 +15,9 @@ from rlcs.train.batching import NONE, Keep, full_packs_in_step, own_share, packs
 from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
 from rlcs.train.groups import tree_of, zero_variance
-from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
+from rlcs.train.inputs import inputs_of
+from rlcs.train.losses import LossSums, policy_loss
+from rlcs.train.mixing import Mixer
 from rlcs.train.sight import with_sight
 from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, logprobs_of
 
@@ -24,12 +26,14 @@ from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCo
 class _Share:
     """The groups of one optimiser step: trees that are in no pack yet, packs that are not learnt yet.
 
-    `zero_grad` are trees that only count, `missing` is the number of groups that have not come.
+    `zero_grad` are trees that only count, `missing` is the number of groups that have not come, `counts` are
+    those of all that have.
     """
 
     missing: int
     trees: list[Tree] = field(default_factory=list)
     zero_grad: list[Tree] = field(default_factory=list)
+    counts: ZeroGradCounts = field(default_factory=ZeroGradCounts)
     batches: list[Batch] = field(default_factory=list)
     begun: bool = False
 
@@ -47,13 +51,18 @@ class Learner:
     packs of all shares get theirs as they fill, and the first share is learnt from, but the weights change
     when all groups have come.
 
-    Without a KL penalty, a router loss and `grpo.sight`, a group whose rewards are all equal has a gradient
-    of exactly zero: it is not computed, but its tokens still count in the mean (not in `micro_batch`, whose
-    mean is of each computed pack).
+    Without a KL penalty, a router loss, a teacher and `grpo.sight`, a group whose rewards are all equal has a
+    gradient of exactly zero: it is not computed, but its tokens still count in the mean (not in
+    `micro_batch`, whose mean is of each computed pack).
     """
 
-    def __init__(self, trainer: Trainer, context: GrpoContext, settings: Grpo, clock: Clock) -> None:
-        """Nothing is learnt before the first group is added."""
+    def __init__(
+        self, trainer: Trainer, context: GrpoContext, settings: Grpo, clock: Clock, mixer: Mixer | None = None
+    ) -> None:
+        """Nothing is learnt before the first group is added; `mixer` has begun the step."""
+        self._mixer = mixer or Mixer(context, settings, seed=0)
+        if not self._mixer.weights.distill:
+            context = replace(context, teacher=None)
         self._trainer, self._context, self._settings, self._clock = trainer, context, settings, clock
         self._objective = make_objective(settings, context.importance_cap)
         if settings.sight.coefficient:
@@ -79,7 +88,10 @@ class Learner:
             other_losses = self._settings.kl.active or bool(self._context.vlm.router_loss)
             other_losses = other_losses or self._settings.sight.coefficient > 0
             known_zero = zero_variance(group) and not other_losses
-            (share.zero_grad if known_zero else share.trees).append(tree_of(group))
+            weights, tree = self._mixer.weights, tree_of(group)
+            known_zero = not weights.distill and (known_zero or not weights.reward)
+            share.counts += ZeroGradCounts.of([tree])
+            (share.zero_grad if known_zero else share.trees).append(tree)
 
     def advance(self) -> None:
         """Learn from the packs that the groups so far fill on every rank."""
@@ -130,15 +142,18 @@ class Learner:
         may_step = settings.old_logprobs == "sampler"
         while self._done < len(self._shares):
             share = self._shares[self._done]
+            if self._mixer.waits and share.missing and not final:
+                return
+            objective = self._mixer.objective(self._objective, share.counts)
             for batch in share.batches:
-                self._trainer.add(batch, self._objective, temperature=settings.temperature)
+                self._trainer.add(batch, objective, temperature=settings.temperature)
             share.begun, share.batches = share.begun or bool(share.batches), []
             is_last = self._done == len(self._shares) - 1
             if not final and (share.missing or is_last or not may_step):
                 return
-            if share.begun:
+            if self._mixer.add_demonstrations(self._trainer, share.counts) or share.begun:
                 result = self._trainer.apply(
-                    average=settings.loss_average,
+                    average=self._mixer.average,
                     max_new_tokens=settings.max_new_tokens,
                     zero_grad=ZeroGradCounts.of(share.zero_grad),
                 )
@@ -176,8 +191,8 @@ def with_logprobs(
     The policy is still that of the rollout step's beginning in its only optimiser step, and in the `first` of
     several: there old logprobs by the policy are those of the update itself, and need no pass.
     """
-    old: Sequence[torch.Tensor | None] = [None] * len(packs)
-    reference: Sequence[torch.Tensor | None] = [None] * len(packs)
+    nothing: Sequence[torch.Tensor | None] = [None] * len(packs)
+    old, reference, teacher = nothing, nothing, nothing
     if settings.optimizer_steps > 1:
         if settings.old_logprobs == "policy" and not first:
             old = logprobs_of(context.vlm, packs, temperature=settings.temperature)
@@ -186,8 +201,11 @@ def with_logprobs(
     if context.reference is not None:
         own = [replace(pack, routes=None) for pack in packs]  # it is a policy of its own, router included
         reference = logprobs_of(context.reference, own, temperature=settings.temperature)
+    if context.teacher is not None:
+        teacher = context.teacher.logprobs(packs, temperature=settings.temperature)
     return [
-        Batch(pack=p, old_logprobs=o, ref_logprobs=r) for p, o, r in zip(packs, old, reference, strict=True)
+        Batch(pack=p, old_logprobs=o, ref_logprobs=r, teacher_logprobs=t)
+        for p, o, r, t in zip(packs, old, reference, teacher, strict=True)
     ]
 
 
@@ -199,23 +217,10 @@ def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
 
     def objective(batch: Batch, scores: Scores) -> LossSums:
         device = scores.logprobs.device
-        now = scores.logprobs.detach()
-        old = now if batch.old_logprobs is None else batch.old_logprobs.to(device)
-        sampler = batch.pack.sampler_logprobs
-        sampler = None if sampler is None else sampler.to(device)
-        inputs = LossInputs(
-            logprobs=scores.logprobs,
-            old_logprobs=old,
-            advantages=batch.pack.weights.to(device),
-            sequence=batch.pack.sequence.to(device),
-            ref_logprobs=batch.ref_logprobs,
-            router_loss=scores.router_loss,
-            importance=None if sampler is None or cap is None else truncated_importance(old, sampler, cap),
-        )
-        sums = policy_loss(inputs, settings)
-        if sampler is None:
+        sums = policy_loss(inputs_of(batch, scores, cap), settings)
+        if batch.pack.sampler_logprobs is None:
             return sums
-        gaps = (now - sampler).abs()
+        gaps = (scores.logprobs.detach() - batch.pack.sampler_logprobs.to(device)).abs()
         return replace(
             sums,
             sums={**sums.sums, "sampler_gap": gaps.sum()},

@@ -118,7 +118,8 @@ class LossInputs:
     `sequence` is the index 0..S-1 of the branch that each token belongs to; a branch is never
     split over packs. With one optimiser step a rollout, `old_logprobs` is `logprobs.detach()`.
     `importance` weighs the policy term of each token (see `truncated_importance`); None: all alike.
-    `router_loss` is added to each token's loss, if there is one.
+    `router_loss` is added to each token's loss, if there is one. `sampler_logprobs` are those of the engine,
+    for `grpo.mismatch_mask`.
     """
 
     logprobs: Tensor
@@ -128,10 +129,11 @@ class LossInputs:
     ref_logprobs: Tensor | None = None
     importance: Tensor | None = None
     router_loss: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Require one value a token in each tensor: broadcasting would hide a mistake."""
-        optional = (self.ref_logprobs, self.importance, self.router_loss)
+        optional = (self.ref_logprobs, self.importance, self.router_loss, self.sampler_logprobs)
         given = [tensor for tensor in optional if tensor is not None]
         _require_flat(self.logprobs, self.old_logprobs, self.advantages, self.sequence, *given)
 
@@ -142,7 +144,8 @@ class LossSums:
 
     `loss` has the gradient and is divided by `denominator`; `tokens` and `sequences` are the counts
     that enter it; `sums` (the report divides them by all targets of the step)
-    and `maxima` are for the report.
+    and `maxima` are for the report. `extra`: the loss comes on top of the step's, with a divisor of its own,
+    so that the pack is in no count; of its `sums`, which are divided already, the report has the totals.
     """
 
     loss: Tensor
@@ -150,6 +153,7 @@ class LossSums:
     sequences: Tensor
     sums: Mapping[str, Tensor]
     maxima: Mapping[str, Tensor]
+    extra: bool = False
 
 
 def denominator(
@@ -174,7 +178,8 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
 
     Reported sums: `clip_fraction` (tokens that a bound holds: low, high or dual), `old_kl` (how far
     the policy moved from the sampling policy, k3 of new against old), `importance` where there are
-    such weights, `router_loss` where there is one, and with reference logprobs `kl`. Reported maximum:
+    such weights, `router_loss` where there is one, `masked_share` (tokens of answers that are left out, see
+    `far_and_worse`) where that is on, and with reference logprobs `kl`. Reported maximum:
     `ratio_max`, the largest importance ratio (a whole sequence's for gspo).
     """
     kl = settings.kl
@@ -188,6 +193,10 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
     ratio = log_ratio.exp()
     per_token, held = _surrogate(ratio, inputs, settings)
     sums["clip_fraction"] = held.sum()
+    if settings.mismatch_mask is not None:
+        left_out = far_and_worse(inputs, settings.mismatch_mask)
+        per_token = per_token.masked_fill(left_out, 0.0)
+        sums["masked_share"] = left_out.sum()
     if inputs.importance is not None:
         per_token = per_token * inputs.importance
         sums["importance"] = inputs.importance.sum()
@@ -214,6 +223,20 @@ def truncated_importance(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: fl
     """
     log_ratio = (old_logprobs - sampler_logprobs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return log_ratio.exp().clamp(max=cap)
+
+
+def far_and_worse(inputs: LossInputs, most: float) -> Tensor:
+    """Where (N,) an answer is left out: its advantage is negative, and the policy has moved far away from it.
+
+    DeepSeek-V3.2 (arXiv 2512.02556, section 3.1, off-policy sequence masking): M = 0 where A < 0 and
+    1 / |o| sum_t log(pi_old(o_t) / pi(o_t)) > delta, else 1, as a factor of the policy term; pi_old is what
+    the engine returned, so that its own kernels count as well as old weights. What is left out still counts
+    in the divisor, as there, and still has its KL penalty. A branch is never split over packs, so the mean is
+    that of the whole answer.
+    """
+    base = inputs.old_logprobs if inputs.sampler_logprobs is None else inputs.sampler_logprobs
+    moved = _sequence_mean((base - inputs.logprobs).detach(), inputs.sequence)
+    return (inputs.advantages < 0) & (moved > most)
 
 
 def _surrogate(ratio: Tensor, inputs: LossInputs, settings: Grpo) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,14 @@ from rlcs.train.metrics import MetricsLog
 
 Measure = Callable[[StopFlag], Mapping[str, Any]]
 """Measures the model's current weights, on all ranks together; the same row on every rank. Raises Stopped."""
+AfterValidation = Callable[[Mapping[int, Mapping[str, Any]]], None]
+"""Gets the rows so far, by step, after each one. Stopped, raised here, ends the stage with a checkpoint."""
 FILE = "validation.jsonl"
-SENT = ("accuracy", "pass_at_k", "mean_tokens", "truncated", "unscored", "seconds")
-"""The values of a row that trackers get."""
+SENT = (
+    *("accuracy", "pass_at_k", "signal", "entropy", "distinct", "alike", "format", "loss"),
+    *("mean_tokens", "truncated", "unscored", "seconds"),
+)
+"""The values of a row that trackers get, where they were measured."""
 
 
 class Validation:
@@ -24,6 +29,7 @@ class Validation:
     def __init__(self, *, every: int, measure: Measure) -> None:
         """Measure by `measure` before the first step, after each `every`-th and after the last."""
         self.measure = measure
+        self.after: AfterValidation | None = None
         self.rows: dict[int, Mapping[str, Any]] = {}
         """The rows so far, by step."""
         self.sent = -1
@@ -45,22 +51,18 @@ class Validation:
         return step not in self.rows and (step % self._every == 0 or step == steps)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take up a row, and write it where this process has read the file."""
+        """Take up a row; write it where this process has read the file. Raises Stopped, as `after` does."""
         self.rows[row["step"]] = row
         if self._log is not None:
             self._log.append_row(row)
-
-    def best(self) -> list[int]:
-        """The measured steps of training, from the best accuracy to the worst; of equals the earlier first.
-
-        The model before the first step is not among them: what a stage ends with was trained.
-        """
-        return sorted((step for step in self.rows if step), key=lambda s: (-self.rows[s]["accuracy"], s))
+        if self.after is not None:
+            self.after(self.rows)
 
 
 def sentence(row: Mapping[str, Any], steps: int) -> str:
     """A measurement in words, for the screen."""
     several = "" if row["pass_at_k"] is None else f", pass@{row['samples']} {row['pass_at_k']:.1%}"
+    several += "" if row.get("signal") is None else f", signal in {row['signal']:.1%} of groups"
     unscored = f", {row['unscored']:,} not scored" if row["unscored"] else ""
     interval = f"[{row['low']:.1%}, {row['high']:.1%}]"
     return (
