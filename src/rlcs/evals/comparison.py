@@ -34,7 +34,9 @@ def write_comparison(out: Path, *, first: Sequence[str]) -> dict[str, Any]:
     paths = [*out.glob("*/*/scores.json"), *out.glob("*/*/blind/scores.json")]
     # A run folder also has eval/ARM/scores.json, on held-out problems instead of a benchmark.
     found = {path: scores for path in sorted(paths) if "benchmark" in (scores := read_json(path))}
-    measured = sorted(found.values(), key=lambda s: (order.get(s["label"], len(order)), s["label"]))
+    measured = sorted(
+        found.values(), key=lambda s: (order.get(s["label"], len(order)), s["label"], s["blind"] != "none")
+    )
     if not measured:
         raise UserError("there are no scores", where=str(out), fix="run `rlcs eval` first")
     comparison = compare(measured)
