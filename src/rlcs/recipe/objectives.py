@@ -17,17 +17,40 @@ class Entropy(Section):
     """What keeps answers from becoming all alike: the entropy that RL has to work with."""
 
     control: Literal["none", "clip_cov", "kl_cov", "bonus"] = "none"
-    """`clip_cov`, `kl_cov` (arXiv 2505.22617): the few tokens that lower entropy most, those whose logprob
-    and advantage are high together, get no gradient, or a penalty on how far they move. `bonus` (arXiv
-    2505.22312): while the entropy is below `target`, more of it is rewarded, with a weight that adapts."""
+    """`clip_cov`, `kl_cov` (arXiv 2505.22617): a few of the tokens that lower entropy most, those whose
+    logprob and advantage are high or low together, get no gradient, or a penalty on how far they move.
+    `bonus` (arXiv 2505.22312): while the entropy is below `target`, more of it is rewarded, with a weight
+    that adapts."""
     share: Share | None = None
-    """Share of the tokens that `clip_cov` or `kl_cov` holds. None: the paper's, 2e-4 and 2e-3."""
+    """Share of an optimiser step's tokens that `clip_cov` or `kl_cov` holds, one token at least. None: the
+    paper's, 2e-4 and 2e-3."""
+    bounds: tuple[float, float] = (1.0, 5.0)
+    """`clip_cov` draws among the tokens whose covariance lies between these."""
     coefficient: NonNegative = 1.0
-    """Weight of the penalty of `kl_cov`."""
+    """Weight of the penalty of `kl_cov`, on the size of a token's log ratio."""
     target: NonNegative = 0.2
-    """Nats a token below which `bonus` rewards entropy."""
+    """Nats a token up to which `bonus` rewards entropy."""
     bonus_step: NonNegative = 0.005
-    """By how much the weight of the bonus rises in a step below the target, and falls in one above it."""
+    """By how much the weight of the bonus rises after a step below the target, and falls after one above it;
+    it begins at 0."""
+    bonus_max: NonNegative = 1.0
+    """Largest weight of the bonus."""
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether single tokens are held, which are chosen among all of an optimiser step."""
+        return self.control in ("clip_cov", "kl_cov")
+
+    @property
+    def held_share(self) -> float:
+        """`share`, or the paper's."""
+        return self.share if self.share is not None else {"clip_cov": 2e-4}.get(self.control, 2e-3)
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "Entropy":
+        if self.bounds[0] >= self.bounds[1]:
+            raise ValueError(f"no covariance lies between bounds={list(self.bounds)}: set [1, 5], say")
+        return self
 
 
 class Sight(Section):

@@ -256,6 +256,20 @@ class Grpo(Stage):
         return self.model_copy(update={"also": self.also.of(arm)})
 
     @model_validator(mode="after")
+    def _entropy_can_be_controlled(self) -> "Grpo":
+        if self.entropy.control == "kl_cov" and self.optimizer_steps == 1:
+            raise ValueError(
+                "entropy.control=kl_cov holds tokens near where they were sampled, and with "
+                "optimizer_steps=1 they are there: set optimizer_steps=2 or more, or entropy.control=clip_cov"
+            )
+        if self.entropy.control == "clip_cov" and self.loss == "gspo":
+            raise ValueError(
+                "entropy.control=clip_cov takes the gradient of single tokens away, and loss=gspo has one "
+                "ratio for a whole answer: set entropy.control=kl_cov, or loss=grpo"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sets_are_smaller_than_groups(self) -> "Grpo":
         if self.advantage == "pass_k" and self.pass_k >= self.group_size:
             raise ValueError(

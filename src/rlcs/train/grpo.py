@@ -41,6 +41,7 @@ from rlcs.train.clock import Clock
 from rlcs.train.collecting import Collector
 from rlcs.train.context import GrpoContext
 from rlcs.train.engine_check import EngineCheck
+from rlcs.train.entropy import EntropyBonus
 from rlcs.train.groups import outcome, tree_of, zero_variance
 from rlcs.train.learning import Learner
 from rlcs.train.mixing import Mixer
@@ -98,12 +99,13 @@ def train(
     collector = Collector(context, stream, settings, sampling, check=check)
     mixer = Mixer(context, settings, seed=run.seed)
     first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
+    bonus = EntropyBonus(settings.entropy, run.carried)
     unchecked = True
     for step in range(first, settings.steps):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
         clock, cursor = Clock(), stream.state()
-        learner = Learner(trainer, context, settings, clock, mixer.begin(step))
+        learner = Learner(trainer, context, settings, clock, mixer.begin(step), entropy_weight=bonus.weight)
         for found in collector.collect(step, clock):
             if found.complete and not any(grade.scored for group in found.arrived for grade in group.grades):
                 stream.restore(cursor)
@@ -129,7 +131,7 @@ def train(
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
         result = combined(results) if results else None
         values = run.keep_rollouts(step + 1, groups) | {"bad_rows": float(found.skipped)}
-        values |= signals | check.values() | mixer.values
+        values |= signals | check.values() | mixer.values | bonus.after(result)
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)

@@ -96,10 +96,7 @@ class Mixer:
 
         def objective(batch: Batch, scores: Scores) -> LossSums:
             first = reward(batch, scores)
-            loss, sums = (
-                weights.reward * first.loss if weights.reward else first.loss.new_zeros(()),
-                dict(first.sums),
-            )
+            loss, sums = weights.reward * first.loss, dict(first.sums)
             if weights.distill:
                 second = distill_loss(batch, scores, settings, cap=cap, alone=not weights.reward)
                 loss = loss + weights.distill * ratio * second.loss

@@ -60,6 +60,8 @@ class RunDir:
         self.seed = seed
         self.final = path / "final"
         self.zero_variance_steps = 0
+        self.carried: dict[str, Any] = {}
+        """What else the stage carries from step to step, JSON-able: checkpoints hold it."""
         self.validation: Validation | None = None
         """Set it before training to measure while the stage trains."""
         self._settings = settings
@@ -107,6 +109,7 @@ class RunDir:
         stream.restore(state.cursor)
         self._spent_before = state.extra["spent_s"]
         self.zero_variance_steps = state.extra["zero_variance_steps"]
+        self.carried = dict(state.extra["carried"])
         self._first(lambda: self._metrics.resume_from(state.step))
         self._saved = state.step
         return state.step
@@ -236,7 +239,11 @@ class RunDir:
             step=step,
             cursor=self._stream.state(),
             schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
-            extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
+            extra={
+                "spent_s": self.spent_s,
+                "zero_variance_steps": self.zero_variance_steps,
+                "carried": self.carried,
+            },
             recipe_hash=self._recipe_hash,
         )
 

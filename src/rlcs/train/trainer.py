@@ -141,17 +141,25 @@ class Trainer:
             self.add(batch, objective, temperature=temperature)
         return self.apply(average=average, max_new_tokens=max_new_tokens, zero_grad=zero_grad)
 
-    def add(self, batch: Batch, objective: Objective, *, temperature: float = 1.0) -> None:
+    def add(
+        self,
+        batch: Batch,
+        objective: Objective,
+        *,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+    ) -> None:
         """Add the gradient of one batch to the step under way, or begin a step with it.
 
         Every rank adds equally many batches, in step (see `train.batching`). Nothing here waits for the
-        device: what is reported stays there until `apply`.
+        device: what is reported stays there until `apply`. With `entropy_gradient` the objective gets
+        entropies that have one.
         """
         if self._step is None:
             self.optimizer.zero_grad(set_to_none=True)
             self._step = _StepSums()
         self.vlm.model.train()
-        scores = score(self.vlm, batch.pack, temperature=temperature)
+        scores = score(self.vlm, batch.pack, temperature=temperature, entropy_gradient=entropy_gradient)
         sums = objective(batch, scores)
         sums.loss.backward()
         self._step.add(batch.pack, scores, sums)
@@ -238,7 +246,7 @@ class _StepSums:
         self._unread += [(self._count, name, value) for name, value in counts.items()]
         self._unread += [(self._total, name, value) for name, value in sums.sums.items()]
         self._unread += [(self._largest, name, value) for name, value in sums.maxima.items()]
-        self._unread.append((self._total, "entropy", scores.entropy.sum()))
+        self._unread.append((self._total, "entropy", scores.entropy.detach().sum()))
 
     def read(self) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
         """The counts with the loss, totals and means for the report, in one transfer from the device.
