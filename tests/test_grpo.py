@@ -48,7 +48,8 @@ MIXED = {
     "also": {"reward": [1, 0.5], "sft": 0.3, "distill": 0.7, "sft_batch_size": 4},
     "teacher": {"model": "other"},
 }
-HELD = {"optimizer_steps": 2, "entropy": {"control": "clip_cov", "share": 0.2, "bounds": [0.01, 50]}}
+CLIP_COV = {"control": "clip_cov", "share": 0.2, "bounds": [0.01, 50]}
+HELD = {"steps": 1, "optimizer_steps": 2, "entropy": CLIP_COV}
 KINDS = {"plain": {}, "paper": PAPER, "shares": SHARES, "dapo": DAPO, "held": HELD, "mixed": MIXED}
 SLOW = {"varied": True, "slow": 0.05, "tail": [4, 0.4]}
 

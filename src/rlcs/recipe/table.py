@@ -5,6 +5,7 @@ from pathlib import PurePath
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.handover import Rule
+from rlcs.recipe.objectives import Sight
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
 from rlcs.recipe.stages import Grpo, Optimizer, Overlap, Reward, Sft, function_name
@@ -119,9 +120,40 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         ("RL KL", _kl(grpo)),
         ("RL answers at the limit", _overlong(grpo)),
         ("RL groups all alike", _zero_variance_groups(grpo)),
+        *_also_rows(grpo),
         *([("RL order of problems", _ORDERS[grpo.order])] if grpo.order != "shuffled" else []),
+        *_sight_rows(grpo.sight),
         *_reward_rows(grpo.reward),
     ]
+
+
+def _sight_rows(sight: Sight) -> list[tuple[str, str]]:
+    if not sight.coefficient:
+        return []
+    value = f"{sight.coefficient:g} x divergence from what {sight.mask_share:.0%} masked images give"
+    value += f", {sight.entropy_coefficient:g} x entropies against it" if sight.entropy_coefficient else ""
+    return [("RL reward for sight", f"{value}; gradient through {sight.gradient}")]
+
+
+def _also_rows(grpo: Grpo) -> list[tuple[str, str]]:
+    """The rows of other losses in the steps of RL, where a recipe sets them."""
+    also, teacher = grpo.also, grpo.teacher
+    rows = []
+    if also.ever != {"reward"} or also.reward != 1:
+        weights = [f"{name} {_over(value)}" for name in ("reward", "sft", "distill")
+                   if (value := getattr(also, name)) is not None]  # fmt: skip
+        shown = f", {also.sft_batch_size:,} demonstrations an optimiser step" if also.sft != 0 else ""
+        rows.append(("RL losses", f"{', '.join(weights)} in {' and '.join(also.arms)}{shown}"))
+    if teacher.model is not None:
+        where = f" at {teacher.base_url}" if teacher.base_url else ", loaded beside the policy"
+        rows.append(
+            ("RL teacher", f"{teacher.model}{where}; a token's advantage within {teacher.bound:g} nats")
+        )
+    return rows
+
+
+def _over(weight: float | tuple[float, float]) -> str:
+    return f"{weight:g}" if isinstance(weight, float) else f"{weight[0]:g} to {weight[1]:g}"
 
 
 def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tuple[str, str]]:
@@ -143,12 +175,17 @@ def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tu
 def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]]:
     rates = data.rl_pass_rate
     chosen = "" if rates is None else f", pass rate from {rates[0]:g} to {rates[1]:g}"
+    chosen += ", without those that the base answers blind" if data.rl_blind == "drop" else ""
+    blind = {"other": ", and with another problem's image", "removed": ", and without the image"}
     return [
         ("cold-start data", data.cold_start),
         *teacher_rows(teacher),
         ("RL data", data.rl + chosen),
         ("test set", data.test),
-        ("test sampling", _sampling(test.temperature, test.top_p, test.max_new_tokens)),
+        (
+            "test sampling",
+            _sampling(test.temperature, test.top_p, test.max_new_tokens) + blind.get(test.blind, ""),
+        ),
     ]
 
 
