@@ -56,6 +56,20 @@ def test_a_clear_difference_is_the_headline(run):
     assert "RL only" not in page.text
 
 
+def test_what_an_order_by_pass_rates_gains_is_stated_with_its_interval(run):
+    path = run / "sft_grpo" / "metrics.jsonl"
+    assert not any("pass rates" in note for note in notes(run, serious=False))
+    rows = [
+        row | {"signal_by_estimate": 0.7, "signal_shuffled": [0.2, 0.4][i % 2]}
+        for i, row in enumerate(rows_of(path))
+    ]
+    write_rows(path, rows[: len(rows) // 2 * 2])
+    half = 1.96 * (0.1**2 / (len(rows) // 2 * 2 - 1)) ** 0.5  # the standard error of as many halves
+    [note] = [note for note in notes(run, serious=False) if "pass rates" in note]
+    assert "70.0% of these groups had unequal rewards, against 30.0% of the groups in shuffled order" in note
+    assert f"one in 8 (+40.0 points, 95% interval +{40 - 100 * half:.1f} to +{40 + 100 * half:.1f})" in note
+
+
 def test_an_interval_with_zero_is_no_gain(run):
     set_right(run, "sft_grpo", 31)
     found = conclude([read_run(run)])
@@ -186,12 +200,12 @@ def test_a_peak_well_before_the_end_is_told(run):
     write_rows(run / "sft_grpo" / "validation.jsonl", rows)
     told = "RL after SFT was best on the validation problems at step 40 of 80: 72.0%, at the end 65.0%. "
     assert notes(run) == [told + "The last weights were kept; grpo.keep=best would keep the best."]
-    (run / "sft_grpo" / "done.json").write_text('{"step": 40, "chosen": "best"}')
+    (run / "sft_grpo" / "done.json").write_text('{"step": 40, "rule": "best_pass_1"}')
     assert notes(run) == [] and told + "The weights of step 40 were kept." in notes(run, serious=False)
     write_rows(run / "sft_grpo" / "validation.jsonl", [*rows[:3], validation_row(80, 0.715)])
     last = notes(run, serious=False)[-1]
     assert last.endswith("at the end 71.5%, which is within the interval. The weights of step 40 were kept.")
-    (run / "sft_grpo" / "done.json").write_text('{"step": 80, "chosen": "last"}')
+    (run / "sft_grpo" / "done.json").write_text('{"step": 80, "rule": "last"}')
     assert not [line for line in notes(run, serious=False) if "best" in line], "within a point of the best"
     write_rows(run / "sft_grpo" / "validation.jsonl", [*rows[:3], validation_row(80, 0.70)])
     assert notes(run) == [] and "within the interval. The last weights" in notes(run, serious=False)[-1]
@@ -201,7 +215,7 @@ def test_validation_is_a_chart_with_band_pass_at_k_and_the_kept_step(run):
     rows = [validation_row(s, 0.5 + s / 400, samples=8, pass_at_k=0.8) for s in range(0, 81, 20)]
     write_rows(run / "sft_grpo" / "validation.jsonl", [*rows, {"step": "x"}])
     write_rows(run / "sft" / "validation.jsonl", [validation_row(s, 0.3) for s in (0, 80)])
-    (run / "sft_grpo" / "done.json").write_text('{"step": 60, "chosen": "best"}')
+    (run / "sft_grpo" / "done.json").write_text('{"step": 60, "rule": "best_pass_1"}')
     html = build(run).read_text()
     page = Page(html)
     titles = ["Reward", "Accuracy on training problems", "Response length, tokens",

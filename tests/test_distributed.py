@@ -244,7 +244,8 @@ def test_saved_by_two_ranks_and_continued_by_another_number(alone, pair, random_
 
 def test_two_ranks_measure_while_they_train_and_keep_the_best(random_model_folder, tmp_path):
     """Every rank has the same rows; a stop changes none; a checkpoint in shards becomes a plain model."""
-    job = {"model": str(random_model_folder), "validate": 2, "sft": SFT | {"keep": "best"}}
+    settings = SFT | {"handover": {"rule": "best_pass_1"}}
+    job = {"model": str(random_model_folder), "validate": 2, "sft": settings}
     whole, stopped = ({"folder": str(tmp_path / name / "sft"), **job} for name in ("whole", "stopped"))
     run_on(2, [whole, stopped | {"stop_at": 3}, stopped], tmp_path / "jobs.json")
     rows = [read_jsonl(tmp_path / name / "sft" / "validation.jsonl") for name in ("whole", "stopped")]
@@ -253,7 +254,7 @@ def test_two_ranks_measure_while_they_train_and_keep_the_best(random_model_folde
     best = max(rows[0][1:], key=lambda row: row["accuracy"])["step"]  # of equals the first
     for name in ("whole", "stopped"):
         done = read_json(tmp_path / name / "sft" / "done.json")
-        assert (done["step"], done["chosen"]) == (best, "best")
+        assert (done["step"], done["rule"]) == (best, "best_pass_1")
     final = load_file(tmp_path / "whole" / "sft" / "final" / "model.safetensors")
     words = [f"model.name={random_model_folder}", "sft.handover.rule=best_pass_1", "validation.sft_every=2"]
     text = dump(load_recipe("quickstart", words).recipe)

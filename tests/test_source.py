@@ -362,7 +362,7 @@ def test_the_card_of_the_best_model_says_how_it_was_chosen(run, tmp_path):
     best = tmp_path / "best"
     shutil.copytree(run, best)
     done = best / "sft_grpo" / "done.json"
-    write_json(done, {**read_json(done), "step": 2, "chosen": "best"})
+    write_json(done, {**read_json(done), "step": 2, "rule": "best_pass_1"})
     export(Export(model=str(best), out=tmp_path / "a"))
     text = (tmp_path / "a" / "README.md").read_text()
     assert re.search(r"after step 2 of the last stage \(RL after SFT\), the best in validation", text)

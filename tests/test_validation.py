@@ -2,9 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
+import torch
 
 from conftest import SMALL_STUDY, LengthGrader, Stopper, make_problem
 from rlcs.data import puzzles
@@ -13,10 +15,12 @@ from rlcs.engines.local import LocalEngine
 from rlcs.errors import DataError, RecipeError, RunFolderError
 from rlcs.evals.arms import Evaluator
 from rlcs.evals.scores import pass_at
-from rlcs.evals.validation import validate
+from rlcs.evals.validation import Answer, scores, validate
 from rlcs.generation import EngineSampler
 from rlcs.grading.reward import WeightedSum
 from rlcs.model.checkpoints import complete
+from rlcs.model.packing import pack
+from rlcs.model.policy import score
 from rlcs.pipeline import run_folder
 from rlcs.progress import screen
 from rlcs.recipe.execution import Trackers
@@ -24,7 +28,8 @@ from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Validation as Settings
 from rlcs.recipe.stages import Grpo, Optimizer, Sft
 from rlcs.recipe.table import summary_rows
-from rlcs.records import Demonstration
+from rlcs.records import Demonstration, Grade, Request, Sample, StopReason
+from rlcs.records.trees import Branch, Tree
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl
 from rlcs.train import grpo, sft
@@ -41,8 +46,8 @@ GRPO = {
     "optimizer": {"lr": 1e-3},
 }  # fmt: skip
 KEYS = {
-    "step", "n", "accuracy", "low", "high", "samples", "pass_at_k", "mean_tokens", "truncated", "unscored",
-    "seconds",
+    "step", "n", "accuracy", "low", "high", "samples", "pass_at_k", "signal", "entropy", "distinct", "alike",
+    "format", "mean_tokens", "truncated", "unscored", "right", "seconds",
 }  # fmt: skip
 
 
@@ -102,6 +107,10 @@ def train(kind, source, folder, demonstrations, *, measure=None, stop_at=None, t
     return weights_of(vlm)
 
 
+def keeping_best(kind):
+    return {"handover": {"rule": "best_pass_1"}} if kind == "sft" else {"keep": "best"}
+
+
 def measured(folder):
     return [row["step"] for row in read_jsonl(folder / "validation.jsonl")]
 
@@ -133,14 +142,57 @@ def test_a_row_holds_what_was_measured(vlm, chat):
 
 
 def test_an_answer_that_is_not_scored_is_not_right_and_counted(vlm, chat):
-    from rlcs.records import Grade
-
     class Silent:
         def grade(self, answers):
             return [Grade(reward=None, correct=None, why="timed out") for _ in answers]
 
     row = measured_by(vlm, chat, samples=2, grader=Silent())(StopFlag())
     assert (row["accuracy"], row["pass_at_k"], row["unscored"]) == (0.0, 0.0, 10)
+
+
+def test_the_measures_of_several_answers_are_those_of_their_definitions(vlm, chat):
+    """Against plain counts over made answers; entropy against the engine's own logprobs."""
+
+    def made(text, correct, logprob, tokens):
+        sample = Sample(id="a", text=text, stop=StopReason.EOS, tokens=tokens)
+        return Answer(sample=sample, grade=Grade(reward=1.0, correct=correct), logprob=logprob)
+
+    one = [made("a b c d so \\boxed{1}", True, -2.0, 4), made("a b c e so \\boxed{2}", False, -1.0, 2)]
+    two = [made("x \\boxed{1}", True, -3.0, 3), made("x \\boxed{1}", True, -3.0, 3)]
+    row = scores([make_problem("a"), make_problem("b")], [one, two])
+    assert (row["accuracy"], row["pass_at_k"], row["right"]) == (0.75, 1.0, [1, 2])
+    assert row["signal"] == 0.5, "the second group is right both times"
+    assert row["entropy"] == pytest.approx(9 / 12), "over tokens, not over answers"
+    assert row["distinct"] == 1.5 and row["format"] == 1.0
+    assert row["alike"] == pytest.approx((1 / 7 + 1) / 2), "one of seven runs of three words is in both"
+    broken = [made("no box", False, -1.0, 1), made("\\boxed{1}", False, -1.0, 1)]
+    assert scores([make_problem("a")], [broken])["format"] == 0.5
+    assert scores([make_problem("a")], [broken[:1]])["entropy"] is None, "a greedy answer is not drawn"
+    engine = LocalEngine(vlm, chat, max_rows=8)
+    sampler = EngineSampler(engine, chat, chat.sampling(n=2, max_new_tokens=4, seed=0), batch_size=4)
+    requests = [Request.of(make_problem("a"), index=index) for index in range(2)]
+    drawn = {sample.index: rollout for sample, rollout in sampler.drawn(requests)}
+    [(first, second)] = engine.sample(chat.prompts([make_problem("a")]), sampler._sampling)
+    assert (drawn[0].logprobs, drawn[1].logprobs) == (first.logprobs, second.logprobs)
+    assert drawn[0].logprobs != drawn[1].logprobs
+
+
+def test_demonstrations_are_held_out_by_problem_and_their_loss_is_that_of_each_alone(
+    vlm, chat, demonstrations
+):
+    twice = [*demonstrations, replace(demonstrations[-1], response="another")]
+    learnt, held = sft.hold_out(twice, 5)
+    assert held == twice[-2:] and learnt == twice[:-2], "a tenth of 12 problems is one, with both its answers"
+    assert sft.hold_out(twice, 0) == (twice, [])
+    total, count = 0.0, 0
+    for each in held:
+        prompt, ids = chat.prompt(each.problem), chat.response_ids(each.response)
+        tree = Tree(prompt=prompt, branches=(Branch(ids=ids, weights=(1.0,) * len(ids)),))
+        with torch.no_grad():
+            total -= score(vlm, pack([tree], chat.patches)).logprobs.sum().item()
+        count += len(ids)
+    assert sft.loss_on(held, vlm, chat, Sft()) == pytest.approx(total / count, rel=1e-5)
+    assert sft.loss_on([], vlm, chat, Sft()) is None
 
 
 def test_the_part_that_decides_is_asked_alone():
@@ -269,17 +321,17 @@ def test_the_best_checkpoint_is_kept_and_is_what_the_stage_ends_with(
 ):
     steps = 6 if kind == "sft" else 4
     best = Scripted([0.9, 0.5, *([0.4] * 3)])  # before training, then after step 2, 4, ...
-    options = {"keep": "best", "keep_checkpoints": 1, "save_every": 1}
+    options = keeping_best(kind) | {"keep_checkpoints": 1, "save_every": 1}
     final = train(kind, random_model_folder, tmp_path / "best", demonstrations, measure=best, **options)
     done = read_json(tmp_path / "best" / "done.json")
-    assert (done["step"], done["chosen"]) == (2, "best")
+    assert (done["step"], done["rule"]) == (2, "best_pass_1")
     assert kept(tmp_path / "best") == [2, steps], "the best one, and the newest"
     state = Checkpoints(tmp_path / "best" / "checkpoints").load(2)
     reloaded, _ = fresh(tmp_path / "best" / "final")
     assert_equal_weights(final, weights_of(reloaded))
     assert_equal_weights({name: state.model[name] for name in final}, final)
     plain = train(kind, random_model_folder, tmp_path / "plain", demonstrations)
-    assert read_json(tmp_path / "plain" / "done.json")["chosen"] == "last"
+    assert read_json(tmp_path / "plain" / "done.json")["rule"] == "last"
     last = Checkpoints(tmp_path / "best" / "checkpoints").load(steps)
     assert_equal_weights({name: last.model[name] for name in plain}, plain)
 
@@ -287,7 +339,7 @@ def test_the_best_checkpoint_is_kept_and_is_what_the_stage_ends_with(
 def test_of_equals_the_earlier_is_best_and_an_earlier_best_is_pruned(
     random_model_folder, demonstrations, tmp_path
 ):
-    options = {"keep": "best", "keep_checkpoints": 1, "save_every": 50}
+    options = keeping_best("sft") | {"keep_checkpoints": 1, "save_every": 50}
     rising = Scripted([0.0, 0.1, 0.3, 0.3])
     train("sft", random_model_folder, tmp_path / "a", demonstrations, measure=rising, **options)
     assert kept(tmp_path / "a") == [4, 6] and read_json(tmp_path / "a" / "done.json")["step"] == 4
@@ -297,7 +349,7 @@ def test_of_equals_the_earlier_is_best_and_an_earlier_best_is_pruned(
 
 
 def test_the_best_survives_a_stop(random_model_folder, demonstrations, tmp_path):
-    options = {"keep": "best", "keep_checkpoints": 1}
+    options = keeping_best("sft") | {"keep_checkpoints": 1}
     with pytest.raises(Stopped):
         scores = Scripted([0.0, 0.7, 0.1])
         train("sft", random_model_folder, tmp_path, demonstrations, measure=scores, stop_at=5, **options)
@@ -307,7 +359,7 @@ def test_the_best_survives_a_stop(random_model_folder, demonstrations, tmp_path)
 
 
 def test_a_damaged_best_gives_way_to_the_next(random_model_folder, demonstrations, tmp_path, caplog):
-    options = {"keep": "best", "keep_checkpoints": 9}
+    options = keeping_best("sft") | {"keep_checkpoints": 9}
     with pytest.raises(Stopped):
         scores = Scripted([0.0, 0.7, 0.5])
         train("sft", random_model_folder, tmp_path, demonstrations, measure=scores, stop_at=5, **options)
@@ -332,6 +384,10 @@ def test_named_steps_are_kept_for_good(random_model_folder, demonstrations, tmp_
     ("words", "message"),
     [
         (["sft.handover.rule=best_pass_1"], "set validation.sft_every"),
+        (["sft.handover.rule=most_signal", "validation.sft_every=5"], "set validation.samples"),
+        (["sft.handover.rule=probe"], "set validation.sft_every"),
+        (["sft.handover.rule=probe", "validation.sft_every=5", "study.arms=[base, sft]"], "no arm goes on"),
+        (["sft.handover.rule=probe", "validation.sft_every=5", "grpo.steps=90"], "24 of 90 steps"),
         (["grpo.keep=best", "validation.sft_every=5"], "set validation.grpo_every"),
         (["validation.samples=8"], "nothing is measured: set validation.sft_every"),
         (["validation.grpo_every=5", "validation.source=a.jsonl", "data.test=a.jsonl"], "too good"),

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from rlcs.errors import CheckpointError, DataError
 
@@ -23,6 +23,37 @@ class Outcome:
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     """Shuffle the indices of one epoch by sorting their hashes: alike on every machine and Python version."""
     return sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}|{epoch}|{i}".encode()).digest())
+
+
+class Resumable(Protocol):
+    """A source of data whose position is part of a checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """The position, for `restore`; can be written as JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. Raises CheckpointError if it belongs to other data or another seed."""
+        ...
+
+
+class Together:
+    """Two sources with one position; without the `second` the position is that of the first."""
+
+    def __init__(self, first: Resumable, second: Resumable | None) -> None:
+        """Their positions stay their own."""
+        self._first, self._second = first, second
+
+    def state(self) -> dict[str, Any]:
+        """See `Resumable`."""
+        return self._first.state() | ({} if self._second is None else {"second": self._second.state()})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `Resumable`."""
+        if self._second is not None:
+            self._second.restore(state.get("second", {}))
+            state = {name: value for name, value in state.items() if name != "second"}
+        self._first.restore(state)
 
 
 class ProblemStream(Generic[T]):

@@ -70,20 +70,21 @@ def _least_alike(usable: Sequence[Entry], most: int) -> list[Entry]:
     different = dict[str, Entry]()
     for answer in usable:
         different.setdefault(answer.response, answer)
-    shingles = {response: _shingles(response) for response in different}
+    shingles = {response: shingles(response) for response in different}
     rest = list(different)
     chosen = [rest.pop(0)] if rest else []
     while rest and len(chosen) < most:
-        likeness = [max(_overlap(shingles[text], shingles[other]) for other in chosen) for text in rest]
+        likeness = [max(overlap(shingles[text], shingles[other]) for other in chosen) for text in rest]
         chosen.append(rest.pop(likeness.index(min(likeness))))
     return [different[text] for text in chosen]
 
 
-def _shingles(text: str) -> set[tuple[str, ...]]:
+def shingles(text: str) -> set[tuple[str, ...]]:
+    """The runs of three words in a text; of a shorter one all its words."""
     words = text.lower().split()
     return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
 
 
-def _overlap(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> float:
+def overlap(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> float:
     """Jaccard similarity."""
     return len(a & b) / len(a | b)

@@ -11,7 +11,7 @@ from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import DataError, out_of_memory_in
 from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
 from rlcs.recipe.schema import Images, Model, Prompts
-from rlcs.records import Message, Prompt, Request, Sample, Sampling
+from rlcs.records import Message, Prompt, Request, Rollout, Sample, Sampling
 from rlcs.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -55,12 +55,16 @@ class EngineSampler:
 
     def batch(self, requests: Sequence[Request]) -> list[Sample]:
         """Answer requests together; calls the engine even without any, as all ranks must call it."""
-        samples: list[Sample] = []
-        for turn in sorted({request.turn for request in requests}) or [0]:
-            samples += self._turn([request for request in requests if request.turn == turn], turn)
-        return samples
+        return [sample for sample, _ in self.drawn(requests)]
 
-    def _turn(self, requests: Sequence[Request], turn: int) -> Iterator[Sample]:
+    def drawn(self, requests: Sequence[Request]) -> list[tuple[Sample, Rollout | None]]:
+        """Answer requests as `batch` does: each sample with its tokens, None where there is no answer."""
+        drawn: list[tuple[Sample, Rollout | None]] = []
+        for turn in sorted({request.turn for request in requests}) or [0]:
+            drawn += self._turn([request for request in requests if request.turn == turn], turn)
+        return drawn
+
+    def _turn(self, requests: Sequence[Request], turn: int) -> Iterator[tuple[Sample, Rollout | None]]:
         n = self._sampling.n
         groups: dict[tuple[str, int, tuple[Message, ...]], list[Request]] = {}
         for request in requests:
@@ -73,19 +77,20 @@ class EngineSampler:
                 prompts.append(replace(prompt, repeat=repeat))
                 members.append(group)
             except DataError as error:
-                yield from (request.sample(error=str(error)) for request in group)
+                yield from ((request.sample(error=str(error)), None) for request in group)
         with out_of_memory_in("sampling"):
             rollouts = self._engine.sample(prompts, self._sampling, step=turn)
         for prompt, group, drawn in zip(prompts, members, rollouts, strict=True):
             for request in group:
-                sample = drawn[request.index % n].sample
-                yield replace(
-                    sample,
+                rollout = drawn[request.index % n]
+                sample = replace(
+                    rollout.sample,
                     index=request.index,
                     turn=turn,
                     prompt_tokens=len(prompt.ids),
-                    retryable=bool(sample.error),
+                    retryable=bool(rollout.sample.error),
                 )
+                yield sample, rollout
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from rlcs.errors import RunFolderError
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.stages import Stage
+from rlcs.train.handover import COLUMNS
 
 GB = 10**9
 
@@ -35,7 +36,7 @@ def stage_space(vlm: Vlm, settings: Stage, *, steps: int) -> StageSpace:
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in vlm.model.parameters()]
     whole, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     newest = min(settings.keep_checkpoints + 1, -(-steps // settings.save_every))
-    for_good = len(settings.keep_steps) + settings.keeps_best
+    for_good = len(settings.keep_steps) + {"last": 0, "probe": len(COLUMNS)}.get(settings.rule, 1)
     return StageSpace(
         checkpoint=(trained if vlm.adapter is not None else whole) + 2 * trained,
         checkpoints=newest + for_good,

@@ -6,7 +6,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,8 @@ from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
 from rlcs.model.fsdp import reference_dtype
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline import probe
+from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.preflight import Preflight
@@ -39,10 +41,10 @@ from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_h
 from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
-from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
+from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, RlArm
 from rlcs.recipe.schema import Model, Recipe
-from rlcs.recipe.stages import Stage
-from rlcs.records import Demonstration
+from rlcs.recipe.stages import Grpo, Stage
+from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
@@ -164,19 +166,27 @@ class Study:
             self.try_stages()
             self._world.first(self._write_problems)
             self._measure("base")
+        if self.recipe.data.rl_blind == "drop" and data.rl:
+            blind, note = self._world.first(partial(answered_blind, data, self.folder))
+            self._data = data = data.without({"rl": set(blind)})
+            log.info(note)
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
             with out_of_memory_in("cold start"):
                 self._world.first(self._cold_start)
             demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
-            with out_of_memory_in("sft"):
-                self._sft(demonstrations)
+            if study.needs_sft:
+                with out_of_memory_in("sft"):
+                    self._sft(demonstrations)
         with self.engines():
+            if self.recipe.sft.handover.rule == "probe":
+                with out_of_memory_in("probe"):
+                    self._probe(demonstrations)
             for arm in TRAINING_ORDER:
                 if arm in study.arms:
-                    if arm in RL_ARMS:
+                    if rl := next((each for each in RL_ARMS if each == arm), None):
                         with out_of_memory_in(arm):
-                            self._grpo(arm)
+                            self._grpo(rl, demonstrations)
                     self._measure(arm)
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
@@ -204,9 +214,9 @@ class Study:
         return self._world.first(lambda: is_done(self.folder / name))
 
     def _load(self, settings: Model, arm: str | None, *, four_bit: bool = False) -> Vlm:
-        """Load an arm's trained model; without an arm, and for the base, the recipe's model."""
-        if arm is not None and ARMS[arm].parent is not None:
-            start = str(self.folder / arm / "final")
+        """Load a trained model, `sft` or a step `sft@80`; without an arm, and for the base, the recipe's."""
+        if arm is not None and arm != "base":
+            start = str(self.folder / arm / ("" if "@" in arm else "final"))
             settings = settings.model_copy(update={"name": start, "revision": None})
         loading.give_back_memory()  # FSDP's reference cycles hold the previous sharded model
         with out_of_memory_in("loading"):
@@ -222,9 +232,9 @@ class Study:
         with out_of_memory_in("loading"):
             return loading.spread(vlm, self.recipe.parallel)
 
-    def _run_dir(self, name: str, settings: Stage) -> RunDir:
+    def _run_dir(self, name: str, settings: Stage, *, folder: Path | None = None) -> RunDir:
         return RunDir(
-            self.folder / name,
+            folder or self.folder / name,
             name=name,
             seed=self.recipe.seed,
             settings=settings,
@@ -249,18 +259,47 @@ class Study:
                 reward, judged = self.recipe.grpo.reward, self.folder / "judge"
                 opened = open_graders(reward, self._world, judged, only_correct=True)
                 grader, _ = stack.enter_context(opened)
-                run.validation = self._validation(every, engine, chat, grader)
+                demonstrations, held = sft.hold_out(demonstrations, self.recipe.validation.demonstrations)
+                loss = partial(sft.loss_on, held, vlm, chat, settings)
+                run.validation = self._validation(every, engine, chat, grader, loss=loss)
             steps = sft.steps_of(settings, len(demonstrations))
             view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
-    def _grpo(self, name: str) -> None:
+    def _probe(self, demonstrations: Sequence[Demonstration]) -> None:
+        """Choose the model that SFT hands over by trials of RL, the best of which `_grpo` goes on with."""
+        recipe = self.recipe
+
+        def train(step: int, until: int, steps: int) -> None:
+            settings = recipe.grpo.of(probe.ARM).model_copy(update={"steps": steps})
+            run = self._run_dir(probe.ARM, settings, folder=probe.trial_folder(self.folder, step))
+            self._learn(run, f"sft@{step}", settings, demonstrations, until=until)
+
+        probe.probe(self.folder, recipe.sft.handover, steps=recipe.grpo.steps, train=train, world=self._world)
+
+    def _grpo(self, name: RlArm, demonstrations: Sequence[Demonstration]) -> None:
         if self._is_done(name):
             return
+        settings = self.recipe.grpo.of(name)
+        if name == probe.ARM and self.recipe.sft.handover.rule == "probe":
+            steps = self._world.first(lambda: probe.steps_left(self.folder))
+            settings = settings.model_copy(update={"steps": steps})
+        self._learn(self._run_dir(name, settings), ARMS[name].parent, settings, demonstrations)
+
+    def _learn(
+        self,
+        run: RunDir,
+        start: str | None,
+        settings: Grpo,
+        demonstrations: Sequence[Demonstration],
+        *,
+        until: int | None = None,
+    ) -> None:
+        """Train by GRPO from the model `start`, to the end or `until` a step of a trial."""
+        name, recipe, problems = run.name, self.recipe, self._data.rl
         self._world.check(self._stop, f"before {name}")
-        recipe, settings, problems = self.recipe, self.recipe.grpo, self._data.rl
-        log.info("%s: %d problems, from %s", name, len(problems), ARMS[name].parent)
-        vlm = self._policy(ARMS[name].parent, settings.freeze)
+        log.info("%s: %d problems, from %s", name, len(problems), start)
+        vlm = self._policy(start, settings.freeze)
         reference = None
         if settings.kl.active:
             dtype = reference_dtype(recipe.parallel) if self._world.grouped else None
@@ -269,7 +308,6 @@ class Study:
             vlm = self._spread(vlm)
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
         engine = self._make_engine(vlm, chat, settings.max_rows)
-        run = self._run_dir(name, settings)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
             context = GrpoContext(
@@ -283,14 +321,26 @@ class Study:
                 overlap=recipe.overlap,
                 feature_bytes=int(recipe.images.features_gb * 2**30),
                 checks=recipe.rollout.checks,
+                demonstrations=demonstrations,
+                turns=recipe.sft.turns,
             )
-            if every := recipe.validation.grpo_every:
-                run.validation = self._validation(every, engine, chat, grader.deciding)
+            every, at = recipe.validation.grpo_every, () if until is None else (0, until)
+            if every or at:
+                run.validation = self._validation(every, engine, chat, grader.deciding, at=at)
                 run.validation.after = self.after_validation
-            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
+            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop, until=until)
             engine.rest()  # after the last validation, too
 
-    def _validation(self, every: int, engine: Engine, chat: Chat, grader: Grader) -> Validation:
+    def _validation(
+        self,
+        every: int,
+        engine: Engine,
+        chat: Chat,
+        grader: Grader,
+        *,
+        at: Collection[int] = (),
+        loss: Callable[[], float | None] = lambda: None,
+    ) -> Validation:
         """Measure a model that trains, every so many steps, by the engine and the prompts of its stage."""
         settings, problems = self.recipe.validation, self._data.validation
         sampling = settings.sampling(max_new_tokens=self.recipe.eval.max_new_tokens, seed=self.recipe.seed)
@@ -299,31 +349,38 @@ class Study:
 
         def measure(stop: StopFlag) -> dict[str, Any]:
             engine.sync()
-            return validate(evaluator, problems, samples=settings.samples, stop=stop)
+            return {**validate(evaluator, problems, samples=settings.samples, stop=stop), "loss": loss()}
 
-        return Validation(every=every, measure=measure)
+        return Validation(every=every, measure=measure, at=at)
 
     def _measure(self, arm: str) -> None:
-        if self._is_done(f"eval/{arm}"):
-            return
-        with out_of_memory_in(f"eval {arm}"):
-            self._sample_and_grade(arm)
+        """Answer and grade the test problems, and what else the arm's model answers."""
+        tasks: dict[Path, Sequence[Problem]] = {self.folder / "eval" / arm: self._data.test}
+        tasks |= blind_tasks(arm, self.recipe, self._data, self.folder)
+        named = {str(folder.relative_to(self.folder)): problems for folder, problems in tasks.items()}
+        if left := {name: problems for name, problems in named.items() if not self._is_done(name)}:
+            with out_of_memory_in(f"eval {arm}"):
+                self._sample_and_grade(arm, left)
 
-    def _sample_and_grade(self, arm: str) -> None:
-        folder, recipe, problems = self.folder / "eval" / arm, self.recipe, self._data.test
+    def _sample_and_grade(self, arm: str, tasks: Mapping[str, Sequence[Problem]]) -> None:
+        recipe = self.recipe
         started = time.monotonic()
         vlm = self._spread(self._load(recipe.model, arm))
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = self._make_engine(vlm, chat, recipe.eval.max_rows)
         sampler = EngineSampler(engine, chat, recipe.eval.sampling(), batch_size=CHUNK)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge", only_correct=True)
-        with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
+        with opened as (grader, _):
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
-            evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+            for name, problems in tasks.items():
+                title, folder = name.replace("/", " "), self.folder / name
+                with self._output.screen(title, len(problems)) as view:
+                    evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+                seconds = round(time.monotonic() - started, 1)
+                self._world.first(partial(mark_done, folder, seconds=seconds))
+                started = time.monotonic()
+                log.info("%s: done", title)
         engine.rest()  # the next stage has the GPU
-        seconds = round(time.monotonic() - started, 1)
-        self._world.first(partial(mark_done, folder, seconds=seconds))
-        log.info("eval %s: done", arm)
 
     def _write_problems(self) -> None:
         """Write the held-out problems for the report."""
@@ -339,9 +396,11 @@ class Study:
         for arm in [arm for arm in self._claimed.study.arms if is_done(self.folder / "eval" / arm)]:
             arms[arm] = read_json(self.folder / "eval" / arm / "scores.json")
             seconds[f"eval_{arm}"] = read_json(self.folder / "eval" / arm / "done.json")["seconds"]
+        blind = blind_summary(arms, self._data.test, self.folder)
         return {
             "name": self.recipe.name,
             "arms": arms,
+            **({} if blind is None else {"blind": blind}),
             "seconds": seconds,
             "seeds": [self.recipe.seed],
             "recipe": self._claimed.model_dump(mode="json"),

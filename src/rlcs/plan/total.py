@@ -126,15 +126,17 @@ def total_of(
     note = _count(test, "problems")
     given = rows_of(data.cold_start, data.columns.response)
     items = [Item(name="measuring base", hours=measured, note=note)]
+    if recipe.study.cold_starts:
+        items.append(_cold_start(recipe.teacher, given))
     needed = [s for s in TRAINING_ORDER if any(s in stages_behind(arm) for arm in recipe.study.arms)]
     for stage in needed:
         if stage == "sft":
-            items += [_cold_start(recipe.teacher, given), _sft(recipe, given, assumed, steps["sft"], answers)]
+            items.append(_sft(recipe, given, assumed, steps["sft"], answers))
         else:
             items.append(_rl(recipe, stage, steps["grpo"], answers))
         if stage in recipe.study.arms:
             items.append(Item(name=f"measuring {ARMS[stage].label}", hours=measured, note=note))
-    work = _teacher_work(recipe.teacher, given, assumed) if "sft" in needed else None
+    work = _teacher_work(recipe.teacher, given, assumed) if recipe.study.cold_starts else None
     return Total(
         items=tuple(items),
         arms=recipe.study.arms,

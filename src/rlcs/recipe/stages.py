@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.recipe.handover import Handover
+from rlcs.recipe.arms import RlArm
+from rlcs.recipe.handover import Handover, Rule
 from rlcs.recipe.judge import Judge
 from rlcs.recipe.objectives import Also, Entropy, OnlineTeacher, Sight
 from rlcs.recipe.section import FrozenPart, NonNegative, Positive, Section, Share, Weight
@@ -66,9 +67,9 @@ class Stage(Section):
     """Steps in a row with a non-finite gradient before the run stops."""
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the stage ends with a model that validation chooses."""
-        return False
+    def rule(self) -> Rule:
+        """The rule by which the model is chosen that the stage ends with."""
+        return "last"
 
 
 class Sft(Stage):
@@ -86,9 +87,9 @@ class Sft(Stage):
     """Which of its models SFT hands over to RL."""
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the stage ends with a model that validation chooses."""
-        return self.handover.rule != "last"
+    def rule(self) -> Rule:
+        """The rule by which the model is chosen that the stage ends with."""
+        return self.handover.rule
 
 
 class Kl(Section):
@@ -246,9 +247,27 @@ class Grpo(Stage):
     """Steps in a row without any reward difference before the run stops."""
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the stage ends with a model that validation chooses."""
-        return self.keep == "best"
+    def rule(self) -> Rule:
+        """The rule by which the model is chosen that the stage ends with."""
+        return "best_pass_1" if self.keep == "best" else "last"
+
+    def of(self, arm: RlArm) -> "Grpo":
+        """The settings of one arm: `also` with the weights of that arm."""
+        return self.model_copy(update={"also": self.also.of(arm)})
+
+    @model_validator(mode="after")
+    def _entropy_can_be_controlled(self) -> "Grpo":
+        if self.entropy.control == "kl_cov" and self.optimizer_steps == 1:
+            raise ValueError(
+                "entropy.control=kl_cov holds tokens near where they were sampled, and with "
+                "optimizer_steps=1 they are there: set optimizer_steps=2 or more, or entropy.control=clip_cov"
+            )
+        if self.entropy.control == "clip_cov" and self.loss == "gspo":
+            raise ValueError(
+                "entropy.control=clip_cov takes the gradient of single tokens away, and loss=gspo has one "
+                "ratio for a whole answer: set entropy.control=kl_cov, or loss=grpo"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sets_are_smaller_than_groups(self) -> "Grpo":
@@ -257,4 +276,26 @@ class Grpo(Stage):
                 f"advantage=pass_k compares sets of pass_k ({self.pass_k}) among group_size "
                 f"({self.group_size}) answers: pass_k must be smaller"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_can_be_added(self) -> "Grpo":
+        also = self.also
+        others = {"sft", "distill"} & also.ever
+        if others and self.loss_average == "micro_batch":
+            raise ValueError(
+                f"loss_average=micro_batch is a mean of each pack, and also.{min(others)} has a mean of the "
+                "step: set loss_average=token"
+            )
+        if "distill" in also.ever and self.teacher.model is None:
+            raise ValueError("also.distill needs a teacher: set grpo.teacher.model")
+        if self.teacher.model is not None and "distill" not in also.ever:
+            raise ValueError("teacher.model is not used: set also.distill, to 1 say")
+        if "distill" in also.ever and self.teacher.base_url and self.temperature != 1:
+            raise ValueError(
+                "a server returns logprobs at temperature 1: set grpo.temperature=1, or load the teacher "
+                "here (teacher.base_url=null)"
+            )
+        if "reward" not in also.ever and self.kl.active:
+            raise ValueError("kl belongs to the loss of the reward, and also.reward=0 leaves that out")
         return self

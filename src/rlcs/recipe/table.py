@@ -4,6 +4,8 @@ from pathlib import PurePath
 
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
+from rlcs.recipe.handover import Rule
+from rlcs.recipe.objectives import Sight
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
 from rlcs.recipe.stages import Grpo, Optimizer, Overlap, Reward, Sft, function_name
@@ -30,6 +32,11 @@ _LOSSES = {
     "dppo": "no gradient where a token's probability has moved far (DPPO)",
 }
 
+_RULES: dict[Rule, str] = {
+    "best_pass_1": "is best in validation",
+    "best_pass_k": "has the best pass@k in validation",
+    "most_signal": "leaves most groups with right and wrong answers in validation",
+}
 _OVERLAPS: dict[Overlap, str] = {
     "none": "nothing; a step learns when all its answers are there",
     "on_policy": "groups are learnt from as they arrive (same gradient)",
@@ -114,8 +121,17 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         ("RL answers at the limit", _overlong(grpo)),
         ("RL groups all alike", _zero_variance_groups(grpo)),
         *([("RL order of problems", _ORDERS[grpo.order])] if grpo.order != "shuffled" else []),
+        *_sight_rows(grpo.sight),
         *_reward_rows(grpo.reward),
     ]
+
+
+def _sight_rows(sight: Sight) -> list[tuple[str, str]]:
+    if not sight.coefficient:
+        return []
+    value = f"{sight.coefficient:g} x divergence from what {sight.mask_share:.0%} masked images give"
+    value += f", {sight.entropy_coefficient:g} x entropies against it" if sight.entropy_coefficient else ""
+    return [("RL reward for sight", f"{value}; gradient through {sight.gradient}")]
 
 
 def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tuple[str, str]]:
@@ -137,12 +153,17 @@ def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tu
 def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]]:
     rates = data.rl_pass_rate
     chosen = "" if rates is None else f", pass rate from {rates[0]:g} to {rates[1]:g}"
+    chosen += ", without those that the base answers blind" if data.rl_blind == "drop" else ""
+    blind = {"other": ", and with another problem's image", "removed": ", and without the image"}
     return [
         ("cold-start data", data.cold_start),
         *teacher_rows(teacher),
         ("RL data", data.rl + chosen),
         ("test set", data.test),
-        ("test sampling", _sampling(test.temperature, test.top_p, test.max_new_tokens)),
+        (
+            "test sampling",
+            _sampling(test.temperature, test.top_p, test.max_new_tokens) + blind.get(test.blind, ""),
+        ),
     ]
 
 
@@ -167,7 +188,7 @@ def _kept_rows(sft: Sft, grpo: Grpo) -> list[tuple[str, str]]:
     """The row of models that are chosen by validation, and of checkpoints that are kept for good."""
     parts = []
     for name, stage in (("SFT", sft), ("RL", grpo)):
-        parts += [f"{name} ends with the model that is best in validation"] if stage.keeps_best else []
+        parts += [f"{name} ends with the model that {_RULES[stage.rule]}"] if stage.rule in _RULES else []
         steps = ", ".join(f"{step:,}" for step in stage.keep_steps)
         parts += [f"{name} keeps the checkpoints of these steps for good: {steps}"] if steps else []
     if any(step > grpo.steps for step in grpo.keep_steps):

@@ -69,13 +69,17 @@ METRICS = {
     "response_tokens": "Response length, tokens",
     "entropy": "Entropy, nats a token",
     "kl": "KL from the reference",
+    "sight": "Divergence from masked images",
+    "entropy_weight": "Weight of the entropy bonus",
+    "held_share": "Tokens that entropy control holds",
+    "masked_share": "Tokens left out, far from the sampler",
     "clip_fraction": "Clipped tokens",
     "loss": "Loss",
     "grad_norm": "Gradient norm",
     "sampler_gap": "Gap between sampler and policy",
 }
 """Metrics of training that have charts, with their titles; parts of the reward have some as well."""
-_SHARES = ("accuracy", "clip_fraction")
+_SHARES = ("accuracy", "clip_fraction", "held_share", "masked_share")
 
 
 def title_of(key: str) -> str:

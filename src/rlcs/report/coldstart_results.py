@@ -13,7 +13,7 @@ from typing import Any
 
 from rlcs.evals.intervals import paired_interval, wilson
 from rlcs.records import GradedSample
-from rlcs.report.load_run import Row, number, read_object, read_records, read_rows, text
+from rlcs.report.load_run import Row, number, part, read_object, read_records, read_rows, text
 
 GRID = "grid.json"
 """The file with the cells of a study, which makes a folder one."""
@@ -207,7 +207,7 @@ def _outcome(folder: Path, row: Mapping[str, Any]) -> Outcome | None:
         return None
     done = read_object(folder / "sft" / row["sft"] / "sft" / "done.json")
     share = row["steps"] / (number(done, "optimizer_steps") or math.inf)
-    steps = read_rows(cell / "grpo" / "metrics.jsonl")
+    seconds = [part(row, "seconds") for row in read_rows(cell / "grpo" / "metrics.jsonl")]
     return Outcome(
         name=row["folder"],
         how=how,
@@ -215,7 +215,7 @@ def _outcome(folder: Path, row: Mapping[str, Any]) -> Outcome | None:
         before=before,
         after=after,
         sft_s=share * (number(done, "seconds") or 0.0),
-        rl_s=sum(sum(step.get("seconds", {}).values()) for step in steps),  # type: ignore[attr-defined]
+        rl_s=sum(number(spent, name) or 0.0 for spent in seconds for name in spent),
     )
 
 

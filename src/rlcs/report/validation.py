@@ -6,7 +6,7 @@ from statistics import fmean
 
 from rlcs.recipe.arms import TRAINING_ORDER
 from rlcs.records import from_row_or_none
-from rlcs.report.load_run import Row, Run, number
+from rlcs.report.load_run import Row, Run, number, text
 
 _EARLY = 0.8
 """The best step is well before the end when it lies in the first 80% of the steps."""
@@ -59,7 +59,7 @@ def validation_curves(runs: Sequence[Run]) -> list[ValidationCurve]:
         if by_run:
             steps = sorted(set.intersection(*(set(points) for points in by_run)))
             points = tuple(_mean([each[step] for each in by_run]) for step in steps)
-            chosen = [run for run in runs if run.done.get(stage, {}).get("chosen") == "best"]
+            chosen = [run for run in runs if text(run.done.get(stage, {}), "rule") not in ("", "last")]
             kept = [number(run.done.get(stage, {}), "step") for run in chosen]
             same = kept[0] if len(set(kept)) == 1 else None
             if points:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlcs.recipe.objectives import Entropy, Sight
 from rlcs.recipe.stages import Advantage, Grpo, KlKind
 
 Average = Literal["token", "sequence", "example", "constant", "micro_batch"]
@@ -117,8 +118,9 @@ class LossInputs:
     `sequence` is the index 0..S-1 of the branch that each token belongs to; a branch is never
     split over packs. With one optimiser step a rollout, `old_logprobs` is `logprobs.detach()`.
     `importance` weighs the policy term of each token (see `truncated_importance`); None: all alike.
-    `router_loss` is added to each token's loss, if there is one. `sampler_logprobs` are those of the engine,
-    for `grpo.mismatch_mask`.
+    `router_loss` is added to each token's loss, if there is one; `entropy_bonus` (with gradient) is taken off
+    it. `sampler_logprobs` are those of the engine, for `grpo.mismatch_mask`. `held` says which tokens entropy
+    control holds; None: none.
     """
 
     logprobs: Tensor
@@ -129,10 +131,13 @@ class LossInputs:
     importance: Tensor | None = None
     router_loss: Tensor | None = None
     sampler_logprobs: Tensor | None = None
+    held: Tensor | None = None
+    entropy_bonus: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Require one value a token in each tensor: broadcasting would hide a mistake."""
-        optional = (self.ref_logprobs, self.importance, self.router_loss, self.sampler_logprobs)
+        optional = [self.ref_logprobs, self.importance, self.router_loss, self.sampler_logprobs]
+        optional += [self.held, self.entropy_bonus]
         given = [tensor for tensor in optional if tensor is not None]
         _require_flat(self.logprobs, self.old_logprobs, self.advantages, self.sequence, *given)
 
@@ -143,7 +148,8 @@ class LossSums:
 
     `loss` has the gradient and is divided by `denominator`; `tokens` and `sequences` are the counts
     that enter it; `sums` (the report divides them by all targets of the step)
-    and `maxima` are for the report.
+    and `maxima` are for the report. `extra`: the loss comes on top of the step's, with a divisor of its own,
+    so that the pack is in no count; of its `sums`, which are divided already, the report has the totals.
     """
 
     loss: Tensor
@@ -151,6 +157,7 @@ class LossSums:
     sequences: Tensor
     sums: Mapping[str, Tensor]
     maxima: Mapping[str, Tensor]
+    extra: bool = False
 
 
 def denominator(
@@ -176,8 +183,9 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
     Reported sums: `clip_fraction` (tokens that a bound holds: low, high or dual), `old_kl` (how far
     the policy moved from the sampling policy, k3 of new against old), `importance` where there are
     such weights, `router_loss` where there is one, `masked_share` (tokens of answers that are left out, see
-    `far_and_worse`) where that is on, and with reference logprobs `kl`. Reported maximum:
-    `ratio_max`, the largest importance ratio (a whole sequence's for gspo).
+    `far_and_worse`) and `held_share` (tokens that entropy control holds) where these are on, and with
+    reference logprobs `kl`. Reported maximum: `ratio_max`, the largest importance ratio (a whole sequence's
+    for gspo).
     """
     kl = settings.kl
     if kl.active and inputs.ref_logprobs is None:
@@ -185,9 +193,8 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
     log_ratio = (inputs.logprobs - inputs.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     moved = log_ratio.detach()
     sums = {"old_kl": (moved.exp() - 1.0 - moved).sum()}
-    if settings.loss == "gspo":
-        log_ratio = _sequence_mean(log_ratio, inputs.sequence)
-    ratio = log_ratio.exp()
+    of_sequence = settings.loss == "gspo"
+    ratio = (_sequence_mean(log_ratio, inputs.sequence) if of_sequence else log_ratio).exp()
     per_token, held = _surrogate(ratio, inputs, settings)
     sums["clip_fraction"] = held.sum()
     if settings.mismatch_mask is not None:
@@ -197,6 +204,9 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
     if inputs.importance is not None:
         per_token = per_token * inputs.importance
         sums["importance"] = inputs.importance.sum()
+    per_token = _with_entropy_control(per_token, log_ratio, inputs, settings.entropy)
+    if settings.entropy.holds_tokens:
+        sums["held_share"] = moved.new_zeros(()) if inputs.held is None else inputs.held.sum()
     if inputs.ref_logprobs is not None:
         penalty = kl_estimate(inputs.logprobs, inputs.ref_logprobs, kl.kind if kl.active else "k3")
         sums["kl"] = penalty.detach().sum()
@@ -234,6 +244,21 @@ def far_and_worse(inputs: LossInputs, most: float) -> Tensor:
     base = inputs.old_logprobs if inputs.sampler_logprobs is None else inputs.sampler_logprobs
     moved = _sequence_mean((base - inputs.logprobs).detach(), inputs.sequence)
     return (inputs.advantages < 0) & (moved > most)
+
+
+def _with_entropy_control(
+    per_token: Tensor, log_ratio: Tensor, inputs: LossInputs, entropy: Entropy
+) -> Tensor:
+    """The loss (N,) of each token with what entropy control changes (`train.entropy` chooses and weighs it).
+
+    Clip-Cov (arXiv 2505.22617): a held token has no loss. KL-Cov: its loss is -r A + coefficient * |log r|;
+    the penalty has no importance weight. The bonus (arXiv 2505.22312): weight * entropy less.
+    """
+    if inputs.held is not None and entropy.control == "clip_cov":
+        per_token = per_token.masked_fill(inputs.held, 0.0)
+    if inputs.held is not None and entropy.control == "kl_cov":
+        per_token = per_token + entropy.coefficient * log_ratio.abs() * inputs.held
+    return per_token if inputs.entropy_bonus is None else per_token - inputs.entropy_bonus
 
 
 def _surrogate(ratio: Tensor, inputs: LossInputs, settings: Grpo) -> tuple[Tensor, Tensor]:
@@ -317,6 +342,25 @@ def sft_loss(
         per_token = per_token + router_loss * counted
         sums["router_loss"] = router_loss.detach().sum()
     return _summed(per_token, counted, sequence, average, sums, {})
+
+
+def sight_loss(
+    logprobs: Tensor, masked: Tensor, pictured: Tensor, sequence: Tensor, *, settings: Sight, average: Average
+) -> LossSums:
+    """What PAPO (arXiv 2507.06448, section 3.2) adds to the policy loss of one pack, all tensors (N,).
+
+    `masked` are logprobs of the same tokens by the same policy where it sees masked images. The divergence
+    KL(seeing || masked), by k3 on the sampled tokens, is made larger; it is held at 10, as in the authors'
+    code, so that it cannot grow without bound. The double entropy loss makes the entropies of both smaller,
+    which are estimated by -logprob, as there. Tokens of trees without an image (`pictured` 0) get nothing.
+    Reported: `sight`, the sum of the divergence.
+    """
+    _require_flat(logprobs, masked, pictured, sequence)
+    divergence = kl_estimate(logprobs, masked, "k3") * pictured
+    entropies = -(logprobs + masked) * pictured
+    per_token = settings.entropy_coefficient * entropies - settings.coefficient * divergence
+    sums = {"sight": divergence.detach().sum()}
+    return _summed(per_token, torch.ones_like(sequence), sequence, average, sums, {})
 
 
 def _summed(

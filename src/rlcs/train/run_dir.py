@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlcs.data.stream import ProblemStream
+from rlcs.data.stream import Resumable
 from rlcs.distributed import World
 from rlcs.errors import CheckpointError
 from rlcs.model.loading import save
@@ -20,6 +20,7 @@ from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import mark_done
 from rlcs.train.checkpoint import Checkpoints
 from rlcs.train.clock import Clock
+from rlcs.train.handover import kept_steps, ranking
 from rlcs.train.health import SIGNS
 from rlcs.train.metrics import MetricsLog
 from rlcs.train.rollout_log import RolloutLog, measure
@@ -59,6 +60,8 @@ class RunDir:
         self.seed = seed
         self.final = path / "final"
         self.zero_variance_steps = 0
+        self.carried: dict[str, Any] = {}
+        """What else the stage carries from step to step, JSON-able: checkpoints hold it."""
         self.validation: Validation | None = None
         """Set it before training to measure while the stage trains."""
         self._settings = settings
@@ -73,7 +76,7 @@ class RunDir:
         self._checkpoints: Checkpoints
         self._world: World
         self._trainer: Trainer
-        self._stream: ProblemStream[Any]
+        self._stream: Resumable
         self._steps: int
         self._saved = 0
 
@@ -82,7 +85,7 @@ class RunDir:
         """Wall seconds of this stage so far."""
         return self._spent_before + time.monotonic() - self._started
 
-    def resume(self, trainer: Trainer, stream: ProblemStream[Any], *, steps: int) -> int:
+    def resume(self, trainer: Trainer, stream: Resumable, *, steps: int) -> int:
         """Restore the newest valid checkpoint of a stage of `steps`, if there is one; the steps done."""
         self._trainer, self._stream, self._steps = trainer, stream, steps
         self._world = trainer.vlm.world
@@ -106,6 +109,7 @@ class RunDir:
         stream.restore(state.cursor)
         self._spent_before = state.extra["spent_s"]
         self.zero_variance_steps = state.extra["zero_variance_steps"]
+        self.carried = dict(state.extra["carried"])
         self._first(lambda: self._metrics.resume_from(state.step))
         self._saved = state.step
         return state.step
@@ -131,13 +135,13 @@ class RunDir:
         except Stopped:
             self._save_once(step)
             raise
-        values = {name: float(row[name]) for name in SENT if row[name] is not None}
+        values = {name: float(row[name]) for name in SENT if row.get(name) is not None}
         named = {f"validation/{name}": value for name, value in values.items()}
         if step > validation.sent:
             self._first(lambda: self._trackers.send(named, step))
-        screen.say(sentence(row, self._steps), {"validation": row})
-        best = self._best()[:1] == [step]
-        if best and self._saved < step < self._steps:
+        shown = {name: value for name, value in row.items() if name != "right"}
+        screen.say(sentence(row, self._steps), {"validation": shown})
+        if step in self._chosen() and self._saved < step < self._steps:
             self._start_save(step)
         return True
 
@@ -153,6 +157,12 @@ class RunDir:
         """
         self._save_once(done)
         self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
+
+    def pause(self, step: int, *, screen: Screen, stop: StopFlag) -> None:
+        """Leave the stage after `step` steps, measured if that is due, with a checkpoint to go on from."""
+        self._save_once(step)
+        self.validate(step, screen=screen, stop=stop)
+        self._trackers.close()
 
     def _save_once(self, step: int) -> None:
         if step > self._saved:
@@ -235,21 +245,25 @@ class RunDir:
             step=step,
             cursor=self._stream.state(),
             schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
-            extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
+            extra={
+                "spent_s": self.spent_s,
+                "zero_variance_steps": self.zero_variance_steps,
+                "carried": self.carried,
+            },
             recipe_hash=self._recipe_hash,
         )
 
     def _kept(self) -> dict[str, Any]:
         """How many of the newest checkpoints are kept, and which steps' always."""
-        always = {*self._settings.keep_steps, *self._best()[:1]}
+        always = {*self._settings.keep_steps, *self._chosen()}
         return {"keep": self._settings.keep_checkpoints, "always": always}
 
-    def _best(self) -> list[int]:
-        """The measured steps from the best on, where the stage is to keep the best."""
-        return self.validation.best() if self.validation and self._settings.keeps_best else []
+    def _chosen(self) -> set[int]:
+        """The steps that the stage may end with, or RL be tried from, by the measurements so far."""
+        return kept_steps(self._settings.rule, self.validation.rows) if self.validation else set()
 
     def finish(self, screen: Screen) -> None:
-        """Write the model of the last step, or the best one, in Hugging Face format; then the marker."""
+        """Write the last model, or the one that validation chose, in Hugging Face format; then the marker."""
         self._checkpoints.wait()
         self._trackers.close()
         self._rollouts.wait()
@@ -259,16 +273,17 @@ class RunDir:
             "seconds": round(self.spent_s, 1),
             "optimizer_steps": self._trainer.done,
             "step": step,
-            "chosen": "best" if self._settings.keeps_best else "last",
+            "rule": self._settings.rule,
         }
         self._world.first(lambda: mark_done(self.path, **facts))
 
     def _restore_best(self, screen: Screen) -> int:
-        """Give the model the weights with the best accuracy, where they are wanted; the step that it has now.
+        """Give the model the weights that a rule by validation takes, if any; the step that it has now.
 
         A step without an intact checkpoint (after damage to the disk) gives way to the next best.
         """
-        for step in self._best():
+        rows = self.validation.rows if self.validation else {}
+        for step in ranking(self._settings.rule, rows):
             if step == self._steps:
                 break
             self._save_once(self._steps)
@@ -278,11 +293,12 @@ class RunDir:
                 log.warning("step %d was the best, and is passed over: %s", step, error)
                 continue
             restore_weights(state, self._trainer.vlm.model)
-            assert self.validation is not None, "it has the best step"
-            figures = f"{self.validation.rows[step]['accuracy']:.1%} right"
-            if (before := self.validation.rows.get(0)) is not None:
+            figures = f"{rows[step]['accuracy']:.1%} right"
+            if (before := rows.get(0)) is not None:
                 figures += f"; {before['accuracy']:.1%} before the first step"
-            screen.say(f"{self.name}: the model of step {step:,} is kept, the best in validation ({figures})")
+            by = {"best_pass_1": "best", "best_pass_k": "best by pass@k", "most_signal": "richest in signal"}
+            why = f"the {by[self._settings.rule]} in validation ({figures})"
+            screen.say(f"{self.name}: the model of step {step:,} is kept, {why}")
             return step
         return self._steps
 

@@ -25,7 +25,7 @@ from rlcs.train.batching import guessed_tokens, own_share, packs_in_step
 from rlcs.train.clock import Clock
 from rlcs.train.losses import Average, LossSums, sft_loss
 from rlcs.train.run_dir import RunDir
-from rlcs.train.trainer import Batch, Objective, Trainer
+from rlcs.train.trainer import Batch, Objective, Trainer, logprobs_of
 
 log = logging.getLogger("rlcs")
 
@@ -46,6 +46,30 @@ def tree_of(demonstration: Demonstration, chat: Chat, *, turns: Turns = "all") -
 def steps_of(settings: Sft, count: int) -> int:
     """The number of optimiser steps of a whole stage over `count` demonstrations."""
     return max(1, math.ceil(settings.epochs * count / settings.batch_size))
+
+
+def hold_out(
+    demonstrations: Sequence[Demonstration], problems: int
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """All demonstrations but those of the last `problems` problems (a tenth of them at most), and those."""
+    names = list(dict.fromkeys(each.problem.id for each in demonstrations))
+    last = set(names[len(names) - min(problems, len(names) // 10) :])
+    learnt = [each for each in demonstrations if each.problem.id not in last]
+    return learnt, [each for each in demonstrations if each.problem.id in last]
+
+
+def loss_on(demonstrations: Sequence[Demonstration], vlm: Vlm, chat: Chat, settings: Sft) -> float | None:
+    """The mean negative log likelihood of the tokens that SFT would learn; None without demonstrations."""
+    if not demonstrations:
+        return None
+    trees, _ = usable_trees(demonstrations, chat, vlm.world, turns=settings.turns)
+    packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
+    sums = {"loss": 0.0, "tokens": 0.0}
+    for pack, logprobs in zip(packs, logprobs_of(vlm, packs, temperature=1.0), strict=True):
+        sums["loss"] -= (logprobs.cpu() * pack.weights).sum().item()
+        sums["tokens"] += pack.weights.sum().item()
+    total = vlm.world.sum(sums)
+    return total["loss"] / max(1.0, total["tokens"])
 
 
 def train(
@@ -76,7 +100,7 @@ def train(
                     named.add(error.where)
                     log.warning("sft leaves a demonstration out: %s", error)
             packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
-            _prepared_share(stream.peek(settings.batch_size), chat, vlm.world)
+            prepared_share(stream.peek(settings.batch_size), chat, vlm.world)
             if step == first:
                 require_agreement(vlm, chat, trees)
         with clock("update"):
@@ -97,7 +121,7 @@ def usable_trees(
     """
     trees: list[Tree] = []
     errors: list[DataError] = []
-    for index in _prepared_share(demonstrations, chat, world):
+    for index in prepared_share(demonstrations, chat, world):
         try:
             trees.append(tree_of(demonstrations[index], chat, turns=turns))
         except DataError as error:
@@ -108,7 +132,7 @@ def usable_trees(
     return trees, bad
 
 
-def _prepared_share(demonstrations: Sequence[Demonstration], chat: Chat, world: World) -> list[int]:
+def prepared_share(demonstrations: Sequence[Demonstration], chat: Chat, world: World) -> list[int]:
     """This rank's share of the demonstrations; their images begin to be decoded."""
     own = own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], world)
     chat.prepare(image for index in own for image in demonstrations[index].problem.images)

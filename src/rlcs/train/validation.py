@@ -3,7 +3,7 @@
 How a model is measured is the caller's: training does not know benchmarks, samplers or graders.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,28 @@ Measure = Callable[[StopFlag], Mapping[str, Any]]
 AfterValidation = Callable[[Mapping[int, Mapping[str, Any]]], None]
 """Gets the rows so far, by step, after each one. Stopped, raised here, ends the stage with a checkpoint."""
 FILE = "validation.jsonl"
-SENT = ("accuracy", "pass_at_k", "mean_tokens", "truncated", "unscored", "seconds")
-"""The values of a row that trackers get."""
+SENT = (
+    *("accuracy", "pass_at_k", "signal", "entropy", "distinct", "alike", "format", "loss"),
+    *("mean_tokens", "truncated", "unscored", "seconds"),
+)
+"""The values of a row that trackers get, where they were measured."""
 
 
 class Validation:
     """The measurements of one stage: one row of `validation.jsonl` for each, also before the first step."""
 
-    def __init__(self, *, every: int, measure: Measure) -> None:
-        """Measure by `measure` before the first step, after each `every`-th and after the last."""
+    def __init__(self, *, every: int, measure: Measure, at: Collection[int] = ()) -> None:
+        """Measure by `measure` before the first step, after each `every`-th and after the last; 0: none.
+
+        Besides it is measured after the steps `at`.
+        """
         self.measure = measure
         self.after: AfterValidation | None = None
         self.rows: dict[int, Mapping[str, Any]] = {}
         """The rows so far, by step."""
         self.sent = -1
         """The last step that an earlier attempt measured; trackers got it then."""
-        self._every = every
+        self._every, self._at = every, at
         self._log: MetricsLog | None = None
 
     def read(self, path: Path, step: int) -> dict[int, Mapping[str, Any]]:
@@ -45,7 +51,8 @@ class Validation:
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether the model after `step` of `steps` steps is still to be measured."""
-        return step not in self.rows and (step % self._every == 0 or step == steps)
+        regular = self._every > 0 and (step % self._every == 0 or step == steps)
+        return step not in self.rows and (regular or step in self._at)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take up a row; write it where this process has read the file. Raises Stopped, as `after` does."""
@@ -55,17 +62,11 @@ class Validation:
         if self.after is not None:
             self.after(self.rows)
 
-    def best(self) -> list[int]:
-        """The measured steps of training, from the best accuracy to the worst; of equals the earlier first.
-
-        The model before the first step is not among them: what a stage ends with was trained.
-        """
-        return sorted((step for step in self.rows if step), key=lambda s: (-self.rows[s]["accuracy"], s))
-
 
 def sentence(row: Mapping[str, Any], steps: int) -> str:
     """A measurement in words, for the screen."""
     several = "" if row["pass_at_k"] is None else f", pass@{row['samples']} {row['pass_at_k']:.1%}"
+    several += "" if row.get("signal") is None else f", signal in {row['signal']:.1%} of groups"
     unscored = f", {row['unscored']:,} not scored" if row["unscored"] else ""
     interval = f"[{row['low']:.1%}, {row['high']:.1%}]"
     return (
