@@ -42,7 +42,8 @@ GRPO = {
 PAPER = {"optimizer_steps": 4, "kl": {"kind": "k3", "coefficient": 0.01}, "old_logprobs": "policy"}
 SHARES = {"optimizer_steps": 3}
 DAPO = {"dynamic_sampling": 2, "optimizer_steps": 2, "advantage": "rloo"}
-KINDS = {"plain": {}, "paper": PAPER, "shares": SHARES, "dapo": DAPO}
+HELD = {"optimizer_steps": 2, "entropy": {"control": "clip_cov", "share": 0.2, "bounds": [0.01, 50]}}
+KINDS = {"plain": {}, "paper": PAPER, "shares": SHARES, "dapo": DAPO, "held": HELD}
 SLOW = {"varied": True, "slow": 0.05, "tail": [4, 0.4]}
 
 

@@ -56,6 +56,33 @@ def test_float32_equals_the_plain_way(rows, temperature, trains, softcap):
         assert weight.grad is None
 
 
+@pytest.mark.parametrize("rows", [10, 100])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("of", ["both", "entropy"])
+def test_gradients_of_entropies_are_exact(rows, softcap, of):
+    """Against torch's own entropy of a categorical distribution, in double precision."""
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors(torch.float32, trains=True)[:2]]
+    logits = exact[0] @ exact[1].T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    truth = torch.distributions.Categorical(logits=logits / 0.6)
+    states, weight, targets, upstream = tensors(torch.float32, trains=True)
+    of_entropy = torch.linspace(-1, 2, COUNT)
+    factor = 1.0 if of == "both" else 0.0
+    (factor * upstream * truth.log_prob(targets) + of_entropy * truth.entropy()).sum().backward()
+
+    options = {"temperature": 0.6, "rows": rows, "softcap": softcap, "entropy_gradient": True}
+    ways = [linear_logprobs(states, weight, targets, **options)]
+    head = lambda x: x @ weight.T if softcap is None else softcap * torch.tanh(x @ weight.T / softcap)  # noqa: E731
+    ways.append(checkpoint(_score_chunk, states, targets, head, 0.6, True, use_reentrant=False))
+    for logprobs, entropy in ways:
+        states.grad = weight.grad = None
+        torch.testing.assert_close(entropy.double(), truth.entropy(), rtol=1e-5, atol=1e-5)
+        loss = (of_entropy * entropy).sum()
+        (loss if of == "entropy" else loss + (upstream * logprobs).sum()).backward()
+        for found, tensor in zip((states.grad, weight.grad), exact, strict=True):
+            torch.testing.assert_close(found.double(), tensor.grad, rtol=1e-4, atol=2e-5)
+
+
 def test_a_pack_without_targets_has_gradients_of_zero():
     """A rank that has fewer packs than another gets one of padding, which has no targets."""
     states, weight, targets, _ = tensors(torch.float32, trains=True)

@@ -373,6 +373,42 @@ def test_empty_pack_adds_nothing() -> None:
     assert ob.denominator("token", tokens=0, sequences=0) == 1.0
 
 
+def plainly_masked(inputs: ob.LossInputs, base: Tensor, most: float) -> list[bool]:
+    """DeepSeek-V3.2's M = 0, token by token, from the sampler's logprobs `base`."""
+    new, far, advantage = inputs.logprobs.tolist(), base.tolist(), inputs.advantages.tolist()
+    answers = inputs.sequence.tolist()
+    moved = {
+        answer: statistics.mean(far[t] - new[t] for t in range(len(new)) if answers[t] == answer)
+        for answer in set(answers)
+    }
+    return [advantage[t] < 0 and moved[answers[t]] > most for t in range(len(new))]
+
+
+@pytest.mark.parametrize("by_sampler", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_answers_that_are_worse_and_far_from_the_sampler_are_left_out(loss: Any, by_sampler: bool) -> None:
+    inputs = make_inputs((2, 4, 2, 6, 2, 6), seed=5)
+    shift = torch.tensor([0.9, 0.9, 0.0, 0.01, 0.3, -0.9], dtype=torch.float64)[inputs.sequence]
+    jitter = torch.tensor([1.0, -1.0] * 11, dtype=torch.float64)  # of mean 0 in each answer
+    base = inputs.logprobs + shift + jitter
+    now = inputs.logprobs.clone()
+    given = {"sampler_logprobs": base, "old_logprobs": now} if by_sampler else {"old_logprobs": base}
+    inputs = replace(inputs, **given)
+    masked = torch.tensor(plainly_masked(inputs, base, 0.05))
+    assert masked.tolist() == [answer == 1 for answer in inputs.sequence.tolist()]
+    wide = {"clip_low": 9.0, "clip_high": 9.0, "clip_dual": None}  # the clip alone leaves nothing out
+    chosen = Grpo(loss=loss, mismatch_mask=0.05, kl=Kl(kind="k3", coefficient=0.1), **wide)
+    got = ob.policy_loss(inputs, chosen)
+    assert got.sums["masked_share"].item() == 4
+    assert (got.tokens.item(), got.sequences.item()) == (22, 6), "they still count in the divisor"
+    # What is left out has the loss of an answer without an advantage: none but its KL penalty.
+    without = replace(inputs, advantages=inputs.advantages.masked_fill(masked, 0.0))
+    plain = chosen.model_copy(update={"mismatch_mask": None})
+    assert got.loss.item() == pytest.approx(slow_loss(without, plain), rel=1e-12)
+    assert torch.allclose(gradient(inputs, chosen), gradient(without, plain), rtol=1e-12, atol=0)
+    assert not torch.allclose(gradient(inputs, chosen), gradient(inputs, plain))
+
+
 # --- averages and splits ------------------------------------------------------------------------
 
 
@@ -427,7 +463,13 @@ def splits(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[int]]]:
 def test_no_split_over_packs_changes_anything(split: Any, loss: Any, average: Any, seed: int) -> None:
     lengths, packs = split
     inputs = make_inputs(lengths, seed)
-    chosen = Grpo(loss=loss, loss_average=average, kl=Kl(kind="k3", coefficient=0.1), max_new_tokens=9)
+    chosen = Grpo(
+        loss=loss,
+        loss_average=average,
+        kl=Kl(kind="k3", coefficient=0.1),
+        max_new_tokens=9,
+        mismatch_mask=0.1 if seed % 2 else None,
+    )
     whole = over_packs(inputs, [list(range(len(lengths)))], chosen)
     parts = over_packs(inputs, packs, chosen)
     assert parts[0] == pytest.approx(whole[0], rel=1e-10, abs=1e-12)

@@ -278,7 +278,7 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
         ("grpo: {steps: 2.5}", "grpo.steps should be a whole number at least 1 (got 2.5)"),
         ("grpo: {steps: true}", "grpo.steps should be a whole number at least 1 (got true)"),
         ("grpo: {steps: '3'}", 'grpo.steps should be a whole number at least 1 (got "3")'),
-        ("grpo: {loss: ppo}", 'grpo.loss should be one of grpo, gspo, cispo (got "ppo")'),
+        ("grpo: {loss: ppo}", 'grpo.loss should be one of grpo, gspo, cispo, sapo, dppo (got "ppo")'),
         ("grpo: {clip_dual: 0.5}", "grpo.clip_dual should be a number above 1 or null (got 0.5)"),
         ("sft: {freeze: merger}", "each item one of vision_tower, merger, language_model"),
         ("sft: {freeze: [vision]}", 'got ["vision"]'),

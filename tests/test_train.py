@@ -345,8 +345,11 @@ SMALL = {
         {},
         {"optimizer_steps": 2, "kl": {"kind": "k3", "coefficient": 0.01}, "old_logprobs": "policy"},
         {"dynamic_sampling": 2, "advantage": "rloo", "loss": "cispo", "loss_average": "constant"},
+        {"dynamic_sampling": 1, "order": "signal"},
+        {"entropy": {"control": "bonus", "target": 9.0, "bonus_step": 0.5}},
+        {"optimizer_steps": 2, "mismatch_mask": 1e-3, "entropy": {"control": "kl_cov", "share": 0.1}},
     ],
-    ids=["plain", "paper", "dapo"],
+    ids=["plain", "paper", "dapo", "order", "bonus", "held"],
 )
 def test_grpo_stopped_and_continued_equals_the_unbroken_run(random_model_folder, tmp_path, change):
     settings = Grpo(**SMALL | change)
@@ -355,7 +358,12 @@ def test_grpo_stopped_and_continued_equals_the_unbroken_run(random_model_folder,
         run_grpo(random_model_folder, tmp_path / "b", settings, stop_at=1)
     continued = run_grpo(random_model_folder, tmp_path / "b", settings)
     assert_equal_weights(unbroken, continued)
-    assert rows_of(tmp_path / "a" / "metrics.jsonl") == rows_of(tmp_path / "b" / "metrics.jsonl")
+    rows = rows_of(tmp_path / "a" / "metrics.jsonl")
+    assert rows == rows_of(tmp_path / "b" / "metrics.jsonl")
+    if settings.entropy.control == "bonus":
+        assert [row["entropy_weight"] for row in rows] == [0.0, 0.5, 1.0]
+    if settings.mismatch_mask:
+        assert all(row["held_share"] > 0 and 0 < row["masked_share"] < 1 for row in rows)
     for path in (tmp_path / "a" / "rollouts").glob("step-*.jsonl"):
         assert path.read_text() == (tmp_path / "b" / "rollouts" / path.name).read_text()
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tools.tiny_model import FAMILIES, pretrain
+from tools.tiny_model.teacher import make_teacher
 
 
 def main() -> None:
@@ -14,15 +15,21 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1600, help="steps of 32 lessons of the first course")
+    parser.add_argument(
+        "--teacher", action="store_true", help="grow the shipped model and teach it to reason"
+    )
     choices = parser.parse_args()
 
     def report(line: str) -> None:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 
-    scores = pretrain(
-        choices.out, family=choices.family, seed=choices.seed, steps=choices.steps, report=report
-    )
+    if choices.teacher:
+        scores = make_teacher(choices.out, seed=choices.seed, steps=choices.steps, report=report)
+    else:
+        scores = pretrain(
+            choices.out, family=choices.family, seed=choices.seed, steps=choices.steps, report=report
+        )
     for name, value in scores.items():
         report(f"{name:30} {100 * value:5.1f}%")
 

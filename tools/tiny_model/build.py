@@ -71,7 +71,7 @@ def corpus(size: int = 1200) -> Iterator[str]:
     """Text that the tokenizer learns its words from: lessons, problems, the teacher's reasoning."""
     for _ in range(100):
         yield from (DEFAULT_SYSTEM, SYSTEM, "system\n", "user\n", "assistant\n")
-    for lesson in islice(lessons(puzzles.families(), seed=-1), size):
+    for lesson in islice(lessons(puzzles.families(), -1), size):
         for pair in lesson.pairs:
             yield from pair
     for problem in puzzles.load("puzzles", split="train", count=size, seed=-1):

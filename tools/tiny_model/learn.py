@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -27,11 +27,12 @@ Model: TypeAlias = Qwen2_5_VLForConditionalGeneration | Qwen3_5ForConditionalGen
 class Course:
     """What is learned together: families in turn (one named twice comes twice as often).
 
-    `rate` is the peak learning rate, as a share of the usual one.
+    `rate` is the peak learning rate, as a share of the usual one; `draw` makes the lessons of a seed.
     """
 
     families: tuple[Family, ...]
     rate: float = 1.0
+    draw: Callable[[tuple[Family, ...], int], Iterator[Lesson]] = lessons
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ def train(
     A quarter of the lessons come under what the chat template has for a system prompt when none is given.
     """
     rng = random.Random(f"systems|{seed}")
-    stream = lessons(course.families, seed=seed)
+    stream = course.draw(course.families, seed)
     family = FAMILIES[model.config.model_type]
     packed = "linear_attention" in model.config.text_config.layer_types
     collate = Collator(model, processor, packed=packed)

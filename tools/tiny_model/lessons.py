@@ -1,7 +1,8 @@
 r"""What the built-in model learns before any study: captions, lists, simple questions, equations.
 
-Lessons use scenes of the train split only, never a question of the study in its own words, and never
-a word of reasoning: an answer is a caption, a list, equations that were asked for, or `\boxed{...}` at once.
+All scenes are of the train split. There is never a question of the study in its own words, and never a word
+of reasoning: an answer is a caption, a list, equations that were asked for, or `\boxed{...}` at once. Only
+`demonstrations` have both, for the larger model that teaches.
 """
 
 import random
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlcs.data.puzzles import LEVELS
 from rlcs.data.puzzles.family import Family, boxed, draw_scene, listed
 from rlcs.data.puzzles.sums import Worksheet
 from tools.tiny_model.questions import simple
@@ -28,7 +30,7 @@ class Lesson:
     pairs: tuple[tuple[str, str], ...]
 
 
-def lessons(families: tuple[Family, ...], *, seed: int) -> Iterator[Lesson]:
+def lessons(families: tuple[Family, ...], seed: int) -> Iterator[Lesson]:
     """An endless stream: an image of each family in turn, and after each round two pages of text.
 
     Sums are asked beside an image too, so that an image alone does not call for a description.
@@ -46,6 +48,20 @@ def lessons(families: tuple[Family, ...], *, seed: int) -> Iterator[Lesson]:
             yield Lesson(image=family.paint(scene), pairs=tuple(pairs))
         yield Lesson(image=None, pairs=(equations(rng), equations(rng), arithmetic(rng), geometry(rng)))
         yield Lesson(image=None, pairs=tuple(_reading(rng.choice(families), rng) for _ in range(3)))
+
+
+def demonstrations(families: tuple[Family, ...], seed: int, *, each: int = 4) -> Iterator[Lesson]:
+    """An endless stream of the study's own questions with right reasoning, `each` about one image."""
+    rng = random.Random(f"demonstrations|{seed}")
+    while True:
+        for family in families:
+            level = rng.choice(LEVELS)
+            scene = draw_scene(family, rng, level, "train")
+            drawn = [family.plan(rng, scene, level) for _ in range(2 * each)]
+            plans = list(dict.fromkeys(plan for plan in drawn if plan is not None))[:each]
+            pairs = tuple((family.question(plan), family.solve(scene, plan).text()) for plan in plans)
+            if pairs:
+                yield Lesson(image=family.paint(scene), pairs=pairs)
 
 
 def arithmetic(rng: random.Random) -> tuple[str, str]:

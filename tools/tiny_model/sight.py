@@ -88,3 +88,19 @@ def measure(
     scores |= {group: sum(some) / len(some) for group, some in sorted(by_group.items())}
     in_box = sum(re.fullmatch(r"\\boxed\{[^{}]+\}", text) is not None for text in texts)
     return scores | {"direct answers in a box": in_box / len(texts)}
+
+
+def reasoning_accuracy(
+    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, *, count: int = 900
+) -> dict[str, float]:
+    """The share of `count` held-out problems that the model answers rightly at the end of its reasoning."""
+    from PIL import Image
+
+    problems = puzzles.load("puzzles", split="test", count=count, seed=0)
+    pairs = [(Image.open(BytesIO(p.images[0].data or b"")), p.question) for p in problems]
+    texts = answer(model, processor, pairs, max_new_tokens=128)
+    by_level: dict[str, list[bool]] = {}
+    for problem, text in zip(problems, texts, strict=True):
+        right = text.strip().endswith(boxed(problem.answer))
+        by_level.setdefault(f"reasoning, level {problem.metadata['level']}", []).append(right)
+    return {level: sum(some) / len(some) for level, some in sorted(by_level.items())}

@@ -18,6 +18,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sft": ("rlcs sft mine.yaml --out runs/mine", "rlcs sft quickstart data.cold_start=sharegpt.json"),
         "grpo": ("rlcs grpo mine.yaml", "rlcs grpo quickstart model.name=runs/mine/sft/final"),
         "ablate": ("rlcs ablate mine.yaml", "rlcs ablate quickstart --seeds 3"),
+        "coldstart": (
+            "rlcs coldstart mine.yaml",
+            "rlcs coldstart quickstart --demonstrations 200,600 --epochs 1,4 grpo.steps=30",
+        ),
         "distill": (
             "rlcs distill mine.yaml data.problems=train.jsonl",
             "rlcs distill mine.yaml teacher.base_url=http://localhost:8000/v1",

@@ -1,15 +1,20 @@
-"""The commands that train: quickstart, run, sft, grpo, ablate, distill."""
+"""The commands that train: quickstart, run, sft, grpo, ablate, coldstart, distill."""
 
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlcs.cli.options import Overrides, RecipeName, with_options
 from rlcs.cli.output import print_result
+
+if TYPE_CHECKING:
+    from rlcs.data.run_data import RunData
+    from rlcs.recipe.coldstart import Wanted
+    from rlcs.recipe.schema import Recipe
 
 train_app = typer.Typer()
 
@@ -41,6 +46,36 @@ class AblateOptions(RunOptions):
     """The options of `rlcs ablate`."""
 
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds")] = 1
+
+
+def _numbers(text: str | None) -> str | None:
+    words = [word.strip() for word in (text or "1").split(",")]
+    if not all(word.replace(".", "", 1).isdigit() and float(word) > 0 for word in words):
+        raise typer.BadParameter(f"{text!r} is no list of numbers above 0: write for example 200,600")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStartOptions(RunOptions):
+    """The options of `rlcs coldstart`."""
+
+    demonstrations: Annotated[
+        str | None,
+        typer.Option(callback=_numbers, help="Numbers to try, as in 200,600; default: all, 1/2, 1/8"),
+    ] = None
+    epochs: Annotated[
+        str | None,
+        typer.Option(callback=_numbers, help="Lengths of SFT; default: 1/4, 1 and 2 times the recipe's"),
+    ] = None
+    chains: Annotated[
+        str | None,
+        typer.Option(help="Kinds of chain, as in distilled,reflection,given; default: the recipe's"),
+    ] = None
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds")] = 2
+    early_stop: Annotated[bool, typer.Option(help="End RL halfway where a cell cannot become the best")] = (
+        True
+    )
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the models of all cells")] = False
 
 
 @train_app.command()
@@ -76,6 +111,27 @@ def grpo(recipe: RecipeName, options: RunOptions, overrides: Overrides = None) -
 def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = None) -> None:
     """Compare base, SFT only, RL only and both. With intervals, as in the paper."""
     _study(recipe, overrides, options, command="ablate", seeds=options.seeds)
+
+
+@train_app.command()
+@with_options
+def coldstart(recipe: RecipeName, options: ColdStartOptions, overrides: Overrides = None) -> None:
+    """Find out whether RL needs a cold start, how much and of which kind. A grid of short runs."""
+    from rlcs.recipe.coldstart import Wanted, study_words
+
+    def listed(text: str | None) -> list[str]:
+        return [word.strip() for word in text.split(",")] if text else []
+
+    wanted = Wanted(
+        demonstrations=tuple(int(float(each)) for each in listed(options.demonstrations)),
+        epochs=tuple(map(float, listed(options.epochs))),
+        chains=tuple(listed(options.chains)),
+        seeds=options.seeds,
+        early_stop=options.early_stop,
+        keep_models=options.keep_models,
+    )
+    words = study_words(recipe, overrides or [])
+    _study(recipe, words, options, command="coldstart", wanted=wanted)
 
 
 @train_app.command()
@@ -122,9 +178,16 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
 
 
 def _study(
-    name: str, overrides: list[str] | None, options: RunOptions, *, command: str = "run", seeds: int = 1
+    name: str,
+    overrides: list[str] | None,
+    options: RunOptions,
+    *,
+    command: str = "run",
+    seeds: int = 1,
+    wanted: "Wanted | None" = None,
 ) -> None:
     from rlcs.recipe.arms import arms_override
+    from rlcs.recipe.coldstart import prepared
     from rlcs.recipe.loading import load_recipe
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
@@ -134,30 +197,20 @@ def _study(
     words = [f"{key}={source}" for key, source in both_parts(options.data).items()] if options.data else []
     # What is named one by one counts more than --data and than the command.
     recipe = load_recipe(name, [*arms_override(command), *words, *(overrides or [])]).recipe
-    folder = options.out or Path("runs") / recipe.name
+    folder = options.out or Path("runs") / (recipe.name if wanted is None else f"{recipe.name}-coldstart")
+    recipe = recipe if wanted is None else prepared(recipe)
     if not options.json:
         from rlcs.recipe.table import summary_rows
 
         print_choices(recipe.name, folder, summary_rows(recipe))
-
-    from rlcs.data.run_data import load_run_data
-    from rlcs.train.trackers import require_installed
-
-    require_installed(recipe.trackers)
-    # Before torch is loaded: a bad file is reported at once.
-    many = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and not options.dry_run
-    data = load_run_data(
-        recipe.study,
-        recipe.data,
-        decode_limit=recipe.images.decode_limit,
-        validation=recipe.validation,
-        store=folder / "images" if many else None,  # else every process holds all embedded images
-    )
+    data = _data(recipe, folder, dry=options.dry_run)
 
     from rlcs.distributed import join_world
     from rlcs.model.loading import use_expandable_segments
+    from rlcs.pipeline.coldstart import ColdStart
     from rlcs.pipeline.seeds import run_seeds
     from rlcs.pipeline.study import Output, dry_run
+    from rlcs.report.coldstart import lines
     from rlcs.signals import StopFlag
 
     if (
@@ -173,9 +226,29 @@ def _study(
             tried = dry_run(recipe, first, data=data, output=output, stop=stop, world=world)
             found = f"\n{len(tried)} checks passed; nothing was trained and nothing written"
             return print_result({"folder": str(folder), "seconds": tried}, [found], json=options.json)
+        if wanted is not None:
+            study = ColdStart(recipe, wanted, folder, data=data, output=output, stop=stop, world=world).run()
+            page = f"\npage     {folder / 'report' / 'index.html'}"
+            return print_result(study, ["", *lines(study), page], json=options.json)
         summary = run_seeds(recipe, folder, seeds, data=data, output=output, stop=stop, world=world)
     result = {"summary": str(folder / "summary.json"), "arms": summary["arms"]}
     print_result(result, _arm_lines(summary["arms"], folder), json=options.json)
+
+
+def _data(recipe: "Recipe", folder: Path, *, dry: bool) -> "RunData":
+    """Read the data before torch is loaded: a bad file is reported at once."""
+    from rlcs.data.run_data import load_run_data
+    from rlcs.train.trackers import require_installed
+
+    require_installed(recipe.trackers)
+    many = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and not dry
+    return load_run_data(
+        recipe.study,
+        recipe.data,
+        decode_limit=recipe.images.decode_limit,
+        validation=recipe.validation,
+        store=folder / "images" if many else None,  # else every process holds all embedded images
+    )
 
 
 def print_choices(name: str, folder: Path, rows: list[tuple[str, str]]) -> None:

@@ -1,17 +1,59 @@
 """An endless stream of shuffled items, which can resume exactly where it was stopped."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from rlcs.errors import CheckpointError, DataError
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """The answers to one problem in a step: how many were scored and right, and do their rewards differ."""
+
+    problem_id: str
+    answers: int
+    right: int
+    signal: bool
+
+
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     """Shuffle the indices of one epoch by sorting their hashes: alike on every machine and Python version."""
     return sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}|{epoch}|{i}".encode()).digest())
+
+
+class Resumable(Protocol):
+    """A source of data whose position is part of a checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """The position, for `restore`; can be written as JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. Raises CheckpointError if it belongs to other data or another seed."""
+        ...
+
+
+class Together:
+    """Two sources with one position; without the `second` the position is that of the first."""
+
+    def __init__(self, first: Resumable, second: Resumable | None) -> None:
+        """Their positions stay their own."""
+        self._first, self._second = first, second
+
+    def state(self) -> dict[str, Any]:
+        """See `Resumable`."""
+        return self._first.state() | ({} if self._second is None else {"second": self._second.state()})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `Resumable`."""
+        if self._second is not None:
+            self._second.restore(state.get("second", {}))
+            state = {name: value for name, value in state.items() if name != "second"}
+        self._first.restore(state)
 
 
 class ProblemStream(Generic[T]):
@@ -42,15 +84,15 @@ class ProblemStream(Generic[T]):
 
     def take(self, n: int) -> list[T]:
         """Return the next `n` items."""
-        taken: list[T] = []
-        while len(taken) < n:
-            if self._position == len(self._items):
-                self._epoch, self._position = self._epoch + 1, 0
-                self._order = _shuffled(len(self._items), self._seed, self._epoch)
-            chunk = self._order[self._position : self._position + n - len(taken)]
-            taken.extend(self._items[i] for i in chunk)
-            self._position += len(chunk)
-        return taken
+        return [self._items[self._next()] for _ in range(n)]
+
+    def _next(self) -> int:
+        """The index of the next item in the shuffled order."""
+        if self._position == len(self._items):
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = _shuffled(len(self._items), self._seed, self._epoch)
+        self._position += 1
+        return self._order[self._position - 1]
 
     def peek(self, n: int) -> list[T]:
         """The next `n` items, which `take` will return."""
@@ -59,7 +101,12 @@ class ProblemStream(Generic[T]):
         self.restore(state)
         return taken
 
-    def state(self) -> dict[str, int]:
+    def observe(self, outcomes: Iterable[Outcome]) -> dict[str, float]:
+        """Take note of a step's answers, on which the shuffled order does not depend; metrics about them."""
+        del outcomes
+        return {}
+
+    def state(self) -> dict[str, Any]:
         """The position of the stream, for `restore`; can be written as JSON."""
         return {
             "epoch": self._epoch,
@@ -68,9 +115,9 @@ class ProblemStream(Generic[T]):
             "count": len(self._items),
         }
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. Raises CheckpointError if it belongs to other data or another seed."""
-        current = self.state()
+        current = ProblemStream.state(self)
         if set(state) != set(current) or not all(type(value) is int for value in state.values()):
             raise CheckpointError(f"the data cursor {dict(state)} cannot be read")
         for key, what in (("count", "number of rows"), ("seed", "seed")):

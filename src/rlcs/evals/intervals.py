@@ -29,11 +29,11 @@ def newcombe(first: tuple[float, int], second: tuple[float, int]) -> tuple[float
     return b - a - math.hypot(b - b_low, a_high - a), b - a + math.hypot(b_high - b, a - a_low)
 
 
-def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """95% interval of (gained - lost) / n, each cell raised by one half (Agresti & Min 2005)."""
+def paired_interval(gained: int, lost: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval (z = 1.96: 95%) of (gained - lost) / n, each cell raised by one half (Agresti & Min 2005)."""
     more, less, total = gained + 0.5, lost + 0.5, n + 2
     middle = (more - less) / total
-    half = 1.96 * math.sqrt(more + less - (more - less) ** 2 / total) / total
+    half = z * math.sqrt(more + less - (more - less) ** 2 / total) / total
     return middle - half, middle + half
 
 

@@ -4,12 +4,14 @@ With several samples of each question, accuracy is the mean over questions of th
 Wilson interval counts questions, not samples.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Any
 
+from rlcs.data import puzzles
+from rlcs.data.puzzles.faults import FAULTS
 from rlcs.evals.benchmarks.base import Benchmark, Question
 from rlcs.evals.intervals import wilson
 from rlcs.generation import Entry
@@ -71,7 +73,15 @@ def arm_scores(entries: Sequence[Entry], problems: Mapping[str, Problem]) -> dic
         "by_family": by.get("family", {}),
         "by_level": by.get("level", {}),
         **answer_lengths([entry.sample for entry in entries]),
+        **_faults(entries, problems),
     }
+
+
+def _faults(entries: Sequence[Entry], problems: Mapping[str, Problem]) -> dict[str, dict[str, int]]:
+    """How often perception, reasoning or both failed, where the scenes are known."""
+    known = [entry for entry in entries if puzzles.is_builtin(problems[entry.sample.id])]
+    counts = Counter(puzzles.fault(problems[entry.sample.id], entry.response) for entry in known)
+    return {"faults": {name: counts[name] for name in FAULTS}} if known else {}
 
 
 def rule_scores(benchmark: Benchmark, verdicts: Sequence[Verdict], samples: int) -> dict[str, Any]:

@@ -36,8 +36,9 @@ def validate(
 ) -> dict[str, Any]:
     """Sample `samples` answers to each problem and grade them; returns the scores, on every rank the same.
 
-    Unscored answers count as not right. The sampler's seed is that of every measurement, so that two
-    measurements differ by the weights alone. Raises Stopped when `stop` is set.
+    `right` counts the right answers to each problem; unscored ones are not right. The sampler's seed is that
+    of every measurement, so that two measurements differ by the weights alone. Raises Stopped when `stop` is
+    set.
     """
     started, world = time.monotonic(), evaluator.world
     groups: list[list[Answer]] = []

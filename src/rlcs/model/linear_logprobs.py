@@ -22,14 +22,16 @@ def linear_logprobs(
     temperature: float,
     rows: int,
     softcap: float | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Logprobs (N,) of the targets (N,) after the states (N, C), and entropies (N,) without gradient.
+    """Logprobs (N,) of the targets (N,) after the states (N, C), and entropies (N,).
 
     `weight` (V, C) is that of the head, which has no bias. At most `rows` rows of logits are held at once
-    (twice in the backward pass where there is a `softcap`, see `Vlm`).
+    (twice in the backward pass where there is a `softcap`, see `Vlm`, and once more with `entropy_gradient`,
+    without which entropies have no gradient).
     """
     logprobs, entropy = _LinearLogprobs.apply(states, weight, targets, (temperature, softcap), rows)
-    return logprobs, entropy
+    return logprobs, entropy if entropy_gradient else entropy.detach()
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -51,18 +53,20 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs = logits.sub_(totals[-1][:, None])
             chosen.append(logprobs.gather(1, targets[of_chunk, None])[:, 0])
             entropies.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
-        ctx.save_for_backward(states, weight, targets, torch.cat(totals))
-        ctx.shape, ctx.rows = shape, rows
         entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(states, weight, targets, torch.cat(totals), entropy)
+        ctx.shape, ctx.rows = shape, rows
+        ctx.set_materialize_grads(False)
         return torch.cat(chosen), entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, targets, totals = ctx.saved_tensors
+        states, weight, targets, totals, entropy = ctx.saved_tensors
         temperature, softcap = ctx.shape
-        of_logprobs = gradients[0] / temperature
+        of_logprobs, of_entropy = (None if g is None else g / temperature for g in gradients)
+        if of_logprobs is None:
+            of_logprobs = torch.zeros_like(entropy)
         of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for of_chunk in _chunks(len(states), ctx.rows):
@@ -70,7 +74,10 @@ class _LinearLogprobs(torch.autograd.Function):
             # The slope of c tanh(x / c) is 1 - tanh(x / c)^2.
             of_cap = None if softcap is None else 1 - (logits * (temperature / softcap)).square_()
             factor = of_logprobs[of_chunk, None]
-            slopes = logits.sub_(totals[of_chunk, None]).exp_().mul_(-factor)
+            logprobs, weights = logits.sub_(totals[of_chunk, None]), -factor
+            if of_entropy is not None:  # the slope of an entropy H is -p (log p + H)
+                weights = weights - (logprobs + entropy[of_chunk, None]) * of_entropy[of_chunk, None]
+            slopes = logprobs.exp_().mul_(weights)
             slopes = slopes.scatter_add_(1, targets[of_chunk, None], factor)
             slopes = (slopes if of_cap is None else slopes.mul_(of_cap)).to(states.dtype)
             if of_states is not None:

@@ -65,7 +65,7 @@ class Pack:
     (0..S-1), `weights` (N,) its loss weight, `sampler_logprobs` (N,) the sampler's logprobs (None if any
     branch has none). Targets in a trunk come before those of its first branch, and have its index in
     `sequence`. `routes` (L, layers, k) are the experts that computed the tokens in sampling, below zero where
-    they are not known (None: nowhere).
+    they are not known (None: nowhere). `held` (N,) says which tokens entropy control holds (None: none).
     """
 
     layout: Layout
@@ -81,6 +81,7 @@ class Pack:
     pixels: PixelSource
     kept: dict[Any, Any] | None = None
     routes: Tensor | None = None
+    held: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -148,7 +149,19 @@ def pack(trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = F
         pixels=pixels,
         kept={} if keeps_features else None,
         routes=_routes(trees),
+        held=_held(trees),
     )
+
+
+def _held(trees: Sequence[Tree]) -> Tensor | None:
+    """See `Pack.held`."""
+    if not any(branch.held for tree in trees for branch in tree.branches):
+        return None
+    flags = list[bool]()
+    for tree in trees:
+        flags += [False] * len(tree.trunk_targets)
+        flags += [index in branch.held for branch in tree.branches for index in range(len(branch.ids))]
+    return torch.tensor(flags)
 
 
 def _routes(trees: Sequence[Tree]) -> Tensor | None:

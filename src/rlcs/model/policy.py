@@ -26,7 +26,7 @@ LOGIT_CHUNK = 1 << 26
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """Logprobs (N,) of every target token under the policy, and entropies (N,) without gradient.
+    """Logprobs (N,) of every target token under the policy, and entropies (N,), by default without gradient.
 
     `router_loss` (N,) is that of the token's tree (`experts.load_balance`) times its weight, if it has one.
     """
@@ -52,8 +52,17 @@ def hidden_states(vlm: Vlm, ids: Tensor, positions: Tensor, *, plan: attention.P
     return states
 
 
-def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0, routing: Routing | None = None) -> Scores:
+def score(
+    vlm: Vlm,
+    pack: Pack,
+    *,
+    temperature: float = 1.0,
+    routing: Routing | None = None,
+    entropy_gradient: bool = False,
+) -> Scores:
     """Compute logprobs and entropies of all branch tokens of a pack, at a sampling temperature.
+
+    With `entropy_gradient` entropies have a gradient, too; then the backward pass takes more memory.
 
     In a mixture of experts `routing` replays and records what computes which token; None: the pack's experts
     are replayed, where it has them.
@@ -89,9 +98,11 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0, routing: Routing | 
                 temperature=temperature,
                 softcap=vlm.softcap,
                 rows=chunk,
+                entropy_gradient=entropy_gradient,
             )
+        settings = (vlm.logits, temperature, entropy_gradient)
         parts = [
-            checkpoint(_score_chunk, states[rows], targets, vlm.logits, temperature, use_reentrant=False)
+            checkpoint(_score_chunk, states[rows], targets, *settings, use_reentrant=False)
             for rows, targets in zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True)
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -101,10 +112,14 @@ def score(vlm: Vlm, pack: Pack, *, temperature: float = 1.0, routing: Routing | 
 
 
 def _score_chunk(
-    states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], temperature: float
+    states: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    temperature: float,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     log_probs = torch.log_softmax(head(states).float() / temperature, dim=-1)
     chosen = log_probs.gather(1, targets[:, None])[:, 0]
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(log_probs.exp() * log_probs).sum(-1)
     return chosen, entropy

@@ -6,7 +6,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 
 from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
+from rlcs.data.rows import Row
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
@@ -32,6 +33,7 @@ from rlcs.model.chat import Chat
 from rlcs.model.fsdp import reference_dtype
 from rlcs.model.vlm import Vlm
 from rlcs.pipeline import probe
+from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.preflight import Preflight
@@ -39,16 +41,16 @@ from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_h
 from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
-from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER
+from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, RlArm
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo, Stage
-from rlcs.records import Demonstration
+from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done, mark_done, read_json, write_json
 from rlcs.train import grpo, sft
 from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
-from rlcs.train.validation import Validation
+from rlcs.train.validation import AfterValidation, Validation
 
 log = logging.getLogger("rlcs")
 
@@ -91,19 +93,35 @@ class Study:
         self._stop = stop
         self._world = world
         self._logs = dry or folder / "rollout"
+        self.after_validation: AfterValidation | None = None
+        """Gets the rows of the validation of RL."""
         self._make_engine: MakeEngine
         self._claimed = world.first(lambda: claim(folder, recipe, dry=dry is not None))
         self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
         """Run every stage that is not done; returns the summary, which is also in summary.json."""
+        with self._held():
+            return self._run_stages()
+
+    def measure_base(self) -> None:
+        """Measure the recipe's model alone; nothing is tried before."""
+        with self._held():
+            self.check_data()
+            with self.engines():
+                self._world.first(self._write_problems)
+                self._measure("base")
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the folder, and log into it."""
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         with ExitStack() as stack:
             self._world.first(lambda: hold(self.folder, stack))
             log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
             with log_here, memory_advice(self.recipe, self._world):
-                return self._run_stages()
+                yield
 
     @contextmanager
     def engines(self) -> Iterator[None]:
@@ -148,22 +166,27 @@ class Study:
             self.try_stages()
             self._world.first(self._write_problems)
             self._measure("base")
+        if self.recipe.data.rl_blind == "drop" and data.rl:
+            blind, note = self._world.first(partial(answered_blind, data, self.folder))
+            self._data = data = data.without({"rl": set(blind)})
+            log.info(note)
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
             with out_of_memory_in("cold start"):
                 self._world.first(self._cold_start)
             demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
-            with out_of_memory_in("sft"):
-                self._sft(demonstrations)
+            if study.needs_sft:
+                with out_of_memory_in("sft"):
+                    self._sft(demonstrations)
         with self.engines():
             if self.recipe.sft.handover.rule == "probe":
                 with out_of_memory_in("probe"):
-                    self._probe()
+                    self._probe(demonstrations)
             for arm in TRAINING_ORDER:
                 if arm in study.arms:
-                    if arm in RL_ARMS:
+                    if rl := next((each for each in RL_ARMS if each == arm), None):
                         with out_of_memory_in(arm):
-                            self._grpo(arm)
+                            self._grpo(rl, demonstrations)
                     self._measure(arm)
         counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
@@ -179,25 +202,13 @@ class Study:
         return summary
 
     def _cold_start(self) -> None:
-        folder = self.folder / "cold_start"
-        started = time.monotonic()
-        if is_done(folder):
-            return
-        rows, recipe = self._data.cold_start, self.recipe
-        with self._output.screen("cold start", sum(row.response is None for row in rows)) as view:
-            kept = distill.run(
-                rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view,
-                stop=self._stop,
-            )  # fmt: skip
-        # Without a marker the same command samples the missing answers.
-        if failed := read_json(folder / "stats.json")["failed"]:
-            raise RlcsError(
-                f"the teacher left {failed:,} samples unanswered",
-                where=str(folder),
-                fix="the same command asks them again; to do without them, start in a new run folder with "
-                f"data.cold_start={folder / 'kept.jsonl'}",
-            )
-        mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
+        make_demonstrations(
+            self._data.cold_start,
+            self.recipe,
+            self.folder / "cold_start",
+            output=self._output,
+            stop=self._stop,
+        )
 
     def _is_done(self, name: str) -> bool:
         return self._world.first(lambda: is_done(self.folder / name))
@@ -255,27 +266,35 @@ class Study:
             view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
-    def _probe(self) -> None:
+    def _probe(self, demonstrations: Sequence[Demonstration]) -> None:
         """Choose the model that SFT hands over by trials of RL, the best of which `_grpo` goes on with."""
         recipe = self.recipe
 
         def train(step: int, until: int, steps: int) -> None:
-            settings = recipe.grpo.model_copy(update={"steps": steps})
+            settings = recipe.grpo.of(probe.ARM).model_copy(update={"steps": steps})
             run = self._run_dir(probe.ARM, settings, folder=probe.trial_folder(self.folder, step))
-            self._learn(run, f"sft@{step}", settings, until=until)
+            self._learn(run, f"sft@{step}", settings, demonstrations, until=until)
 
         probe.probe(self.folder, recipe.sft.handover, steps=recipe.grpo.steps, train=train, world=self._world)
 
-    def _grpo(self, name: str) -> None:
+    def _grpo(self, name: RlArm, demonstrations: Sequence[Demonstration]) -> None:
         if self._is_done(name):
             return
-        settings = self.recipe.grpo
+        settings = self.recipe.grpo.of(name)
         if name == probe.ARM and self.recipe.sft.handover.rule == "probe":
             steps = self._world.first(lambda: probe.steps_left(self.folder))
             settings = settings.model_copy(update={"steps": steps})
-        self._learn(self._run_dir(name, settings), ARMS[name].parent, settings)
+        self._learn(self._run_dir(name, settings), ARMS[name].parent, settings, demonstrations)
 
-    def _learn(self, run: RunDir, start: str | None, settings: Grpo, until: int | None = None) -> None:
+    def _learn(
+        self,
+        run: RunDir,
+        start: str | None,
+        settings: Grpo,
+        demonstrations: Sequence[Demonstration],
+        *,
+        until: int | None = None,
+    ) -> None:
         """Train by GRPO from the model `start`, to the end or `until` a step of a trial."""
         name, recipe, problems = run.name, self.recipe, self._data.rl
         self._world.check(self._stop, f"before {name}")
@@ -302,10 +321,13 @@ class Study:
                 overlap=recipe.overlap,
                 feature_bytes=int(recipe.images.features_gb * 2**30),
                 checks=recipe.rollout.checks,
+                demonstrations=demonstrations,
+                turns=recipe.sft.turns,
             )
             every, at = recipe.validation.grpo_every, () if until is None else (0, until)
             if every or at:
                 run.validation = self._validation(every, engine, chat, grader.deciding, at=at)
+                run.validation.after = self.after_validation if until is None else None
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop, until=until)
             engine.rest()  # after the last validation, too
 
@@ -332,26 +354,33 @@ class Study:
         return Validation(every=every, measure=measure, at=at)
 
     def _measure(self, arm: str) -> None:
-        if self._is_done(f"eval/{arm}"):
-            return
-        with out_of_memory_in(f"eval {arm}"):
-            self._sample_and_grade(arm)
+        """Answer and grade the test problems, and what else the arm's model answers."""
+        tasks: dict[Path, Sequence[Problem]] = {self.folder / "eval" / arm: self._data.test}
+        tasks |= blind_tasks(arm, self.recipe, self._data, self.folder)
+        named = {str(folder.relative_to(self.folder)): problems for folder, problems in tasks.items()}
+        if left := {name: problems for name, problems in named.items() if not self._is_done(name)}:
+            with out_of_memory_in(f"eval {arm}"):
+                self._sample_and_grade(arm, left)
 
-    def _sample_and_grade(self, arm: str) -> None:
-        folder, recipe, problems = self.folder / "eval" / arm, self.recipe, self._data.test
+    def _sample_and_grade(self, arm: str, tasks: Mapping[str, Sequence[Problem]]) -> None:
+        recipe = self.recipe
         started = time.monotonic()
         vlm = self._spread(self._load(recipe.model, arm))
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images)
         engine = self._make_engine(vlm, chat, recipe.eval.max_rows)
         sampler = EngineSampler(engine, chat, recipe.eval.sampling(), batch_size=CHUNK)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge", only_correct=True)
-        with opened as (grader, _), self._output.screen(f"eval {arm}", len(problems)) as view:
+        with opened as (grader, _):
             evaluator = Evaluator(sampler=sampler, grader=grader, world=self._world)
-            evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+            for name, problems in tasks.items():
+                title, folder = name.replace("/", " "), self.folder / name
+                with self._output.screen(title, len(problems)) as view:
+                    evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+                seconds = round(time.monotonic() - started, 1)
+                self._world.first(partial(mark_done, folder, seconds=seconds))
+                started = time.monotonic()
+                log.info("%s: done", title)
         engine.rest()  # the next stage has the GPU
-        seconds = round(time.monotonic() - started, 1)
-        self._world.first(partial(mark_done, folder, seconds=seconds))
-        log.info("eval %s: done", arm)
 
     def _write_problems(self) -> None:
         """Write the held-out problems for the report."""
@@ -367,9 +396,11 @@ class Study:
         for arm in [arm for arm in self._claimed.study.arms if is_done(self.folder / "eval" / arm)]:
             arms[arm] = read_json(self.folder / "eval" / arm / "scores.json")
             seconds[f"eval_{arm}"] = read_json(self.folder / "eval" / arm / "done.json")["seconds"]
+        blind = blind_summary(arms, self._data.test, self.folder)
         return {
             "name": self.recipe.name,
             "arms": arms,
+            **({} if blind is None else {"blind": blind}),
             "seconds": seconds,
             "seeds": [self.recipe.seed],
             "recipe": self._claimed.model_dump(mode="json"),
@@ -377,6 +408,28 @@ class Study:
             "command": command(),
             **({"ranks": self._world.size} if self._world.grouped else {}),
         }
+
+
+def make_demonstrations(
+    rows: Sequence[Row], recipe: Recipe, folder: Path, *, output: Output, stop: StopFlag
+) -> None:
+    """Make the demonstrations of a study unless the folder has them. Raises RlcsError if some are missing."""
+    started = time.monotonic()
+    if is_done(folder):
+        return
+    with output.screen("cold start", sum(row.response is None for row in rows)) as view:
+        kept = distill.run(
+            rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view, stop=stop
+        )
+    # Without a marker the same command samples the missing answers.
+    if failed := read_json(folder / "stats.json")["failed"]:
+        raise RlcsError(
+            f"the teacher left {failed:,} samples unanswered",
+            where=str(folder),
+            fix="the same command asks them again; to do without them, start in a new run folder with "
+            f"data.cold_start={folder / 'kept.jsonl'}",
+        )
+    mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
 
 
 def dry_run(

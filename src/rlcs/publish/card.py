@@ -151,7 +151,7 @@ def _data_rows(data: Data, teacher: Teacher, run: Run, stages: Collection[str]) 
     """The (use, source, number) of the data of a model's stages and of its measurement."""
     counts = part(run.summary, "counts")
     rows = []
-    if "sft" in stages:
+    if "cold_start" in stages:
         rows.append(("cold start", f"`{shown(data.cold_start)}`, {_authors(run, teacher)}", _made(run)))
     if set(stages) & set(RL_ARMS):
         rows.append(("reinforcement learning", f"`{shown(data.rl)}`", _many(number(counts, "rl"))))
@@ -176,7 +176,8 @@ def _made(run: Run) -> str:
 def _choices(rows: Sequence[tuple[str, str]], stages: Collection[str]) -> list[tuple[str, str]]:
     """The run's main choices, without private ones and those of stages that are not among the model's."""
     private = ("model", "arms", "cold-start data", "cold-start teacher", "RL data", "test set")
-    others: tuple[str, ...] = () if "sft" in stages else ("SFT", "chain of thought")
+    others: tuple[str, ...] = () if "sft" in stages else ("SFT",)
+    others += () if "cold_start" in stages else ("chain of thought",)
     others += () if set(stages) & set(RL_ARMS) else ("RL", "reward")
     return [(name, value) for name, value in rows if name not in private and not name.startswith(others)]
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 ArmName = Literal["base", "sft", "grpo", "sft_grpo", "mixed"]
+RlArm = Literal["sft_grpo", "grpo", "mixed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +71,7 @@ ARMS = _table(
 """Every arm, in the order of results."""
 TRAINING_ORDER: tuple[ArmName, ...] = ("sft", "sft_grpo", "grpo", "mixed")
 """Arms that are trained, a parent before its child."""
-RL_ARMS: tuple[ArmName, ...] = ("sft_grpo", "grpo", "mixed")
+RL_ARMS: tuple[RlArm, ...] = ("sft_grpo", "grpo", "mixed")
 """Arms whose training is GRPO."""
 MAIN_FIRST: tuple[ArmName, ...] = ("sft_grpo", "mixed", "grpo", "sft", "base")
 """Arms from the main one on: the first of these that a run has is the one whose model is exported."""
@@ -80,6 +81,7 @@ COMMAND_ARMS: Mapping[str, tuple[ArmName, ...]] = MappingProxyType(
     {
         "quickstart": ("base", "sft", "grpo", "sft_grpo"),
         "ablate": ("base", "sft", "grpo", "sft_grpo"),
+        "coldstart": ("base", "sft", "grpo", "sft_grpo"),
         "sft": ("base", "sft"),
         "grpo": ("base", "grpo"),
     }
@@ -98,4 +100,4 @@ def stages_behind(arm: str) -> tuple[str, ...]:
     while (parent := ARMS[arm].parent) is not None:
         stages = (arm, *stages)
         arm = parent
-    return ("cold_start", *stages) if "sft" in stages else stages
+    return ("cold_start", *stages) if {"sft", "mixed"} & {*stages} else stages

@@ -1,10 +1,12 @@
 """The recipe's sections of what RL learns from beside the reward: entropy, sight, examples, a teacher."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.recipe.arms import ArmName
+from rlcs.recipe.arms import RlArm
+from rlcs.recipe.sampling import Endpoint
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
 
 Over = tuple[NonNegative, NonNegative]
@@ -15,17 +17,40 @@ class Entropy(Section):
     """What keeps answers from becoming all alike: the entropy that RL has to work with."""
 
     control: Literal["none", "clip_cov", "kl_cov", "bonus"] = "none"
-    """`clip_cov`, `kl_cov` (arXiv 2505.22617): the few tokens that lower entropy most, those whose logprob
-    and advantage are high together, get no gradient, or a penalty on how far they move. `bonus` (arXiv
-    2505.22312): while the entropy is below `target`, more of it is rewarded, with a weight that adapts."""
+    """`clip_cov`, `kl_cov` (arXiv 2505.22617): a few of the tokens that lower entropy most, those whose
+    logprob and advantage are high or low together, get no gradient, or a penalty on how far they move.
+    `bonus` (arXiv 2505.22312): while the entropy is below `target`, more of it is rewarded, with a weight
+    that adapts."""
     share: Share | None = None
-    """Share of the tokens that `clip_cov` or `kl_cov` holds. None: the paper's, 2e-4 and 2e-3."""
+    """Share of an optimiser step's tokens that `clip_cov` or `kl_cov` holds, one token at least. None: the
+    paper's, 2e-4 and 2e-3."""
+    bounds: tuple[float, float] = (1.0, 5.0)
+    """`clip_cov` draws among the tokens whose covariance lies between these."""
     coefficient: NonNegative = 1.0
-    """Weight of the penalty of `kl_cov`."""
+    """Weight of the penalty of `kl_cov`, on the size of a token's log ratio."""
     target: NonNegative = 0.2
-    """Nats a token below which `bonus` rewards entropy."""
+    """Nats a token up to which `bonus` rewards entropy."""
     bonus_step: NonNegative = 0.005
-    """By how much the weight of the bonus rises in a step below the target, and falls in one above it."""
+    """By how much the weight of the bonus rises after a step below the target, and falls after one above it;
+    it begins at 0."""
+    bonus_max: NonNegative = 1.0
+    """Largest weight of the bonus."""
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether single tokens are held, which are chosen among all of an optimiser step."""
+        return self.control in ("clip_cov", "kl_cov")
+
+    @property
+    def held_share(self) -> float:
+        """`share`, or the paper's."""
+        return self.share if self.share is not None else {"clip_cov": 2e-4}.get(self.control, 2e-3)
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "Entropy":
+        if self.bounds[0] >= self.bounds[1]:
+            raise ValueError(f"no covariance lies between bounds={list(self.bounds)}: set [1, 5], say")
+        return self
 
 
 class Sight(Section):
@@ -44,47 +69,96 @@ class Sight(Section):
     mere noise."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """The weights of the losses of one step."""
+
+    reward: float
+    sft: float
+    distill: float
+
+
 class Also(Section):
-    """Other weights on the same trees as the reward's: demonstrations, and what a teacher thinks of them."""
+    """Other losses in the steps of RL: on demonstrations, and on what a teacher thinks of the answers."""
 
     reward: NonNegative | Over = 1.0
     """Weight of the reward's loss; 0 leaves it out. A pair [FIRST, LAST] goes from one to the other over the
     steps of the stage, here and below."""
-    sft: NonNegative | Over = 0.0
-    """Weight of the loss on demonstrations (negative log likelihood, a token's mean)."""
+    sft: NonNegative | Over | None = None
+    """Weight of the loss on the demonstrations of `data.cold_start` (negative log likelihood, the mean of the
+    step's demonstrated tokens). None: [1, 0] in the arm `mixed`, and 0 in others."""
     distill: NonNegative | Over = 0.0
-    """Weight of on-policy distillation: each token of the student's own answers gets what the teacher thinks
-    of it (log of the teacher's probability over the student's). Needs `grpo.teacher`."""
+    """Weight of on-policy distillation: the advantage of each token of the student's own answers is the log
+    of the teacher's probability over the student's (the mean of the step's sampled tokens). Needs
+    `grpo.teacher`."""
     sft_batch_size: Positive = 32
     """Demonstrations in an optimiser step."""
-    arms: tuple[ArmName, ...] = ("mixed",)
+    arms: tuple[RlArm, ...] = ("mixed",)
     """The arms of RL to which this applies; all others learn from the reward alone."""
+
+    def of(self, arm: RlArm) -> "Also":
+        """What an arm learns from: all of this, or the reward alone."""
+        if arm not in self.arms:
+            return Also(sft=0.0, arms=self.arms)
+        sft = ((1.0, 0.0) if arm == "mixed" else 0.0) if self.sft is None else self.sft
+        return self.model_copy(update={"sft": sft})
+
+    def at(self, step: int, steps: int) -> Weights:
+        """The weights of step `step` (from 0) of `steps`, on straight lines."""
+        done = step / max(1, steps - 1)
+        pairs = (
+            (w if isinstance(w, tuple) else (w, w)) for w in (self.reward, self.sft or 0.0, self.distill)
+        )
+        reward, sft, distill = (first + (last - first) * done for first, last in pairs)
+        return Weights(reward=reward, sft=sft, distill=distill)
 
     @property
     def ever(self) -> frozenset[str]:
         """The names of the weights that are above 0 at some step."""
         weights = {name: getattr(self, name) for name in ("reward", "sft", "distill")}
-        return frozenset(name for name, weight in weights.items() if weight not in (0, (0, 0)))
-
-    @model_validator(mode="after")
-    def _something_is_learnt(self) -> "Also":
-        if not self.ever:
-            raise ValueError("reward, sft and distill all have a weight of 0: nothing would be learnt")
-        return self
+        return frozenset(name for name, weight in weights.items() if weight not in (None, 0, (0, 0)))
 
 
 class OnlineTeacher(Section):
     """The teacher of on-policy distillation: it scores the student's answers token by token.
 
-    It needs the student's tokenizer: what it scores are the student's own tokens.
+    What it scores are the student's own tokens, on the student's own patches of images: it needs the
+    student's tokenizer, chat format and size of patches, as larger models of one family have.
     """
 
     model: str | None = None
     """A folder, a hub id or a run; with `base_url` the model's name on that server."""
     base_url: str | None = None
-    """A server that returns the logprobs of a prompt (vLLM), as `http://localhost:8000/v1`. None: the model
-    is loaded beside the policy."""
-    api_key_env: str | None = None
+    """A vLLM server, as `http://localhost:8000/v1`, that was started with `--enable-scale-out`. None: the
+    model is loaded beside the policy, in the same number format and over the same ranks."""
+    key_env: str = "OPENAI_API_KEY"
     """Environment variable with the server's key."""
+    concurrency: Positive = 32
+    """Answers that each rank has scored by the server at the same time."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds one attempt at one answer may take in all."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Further attempts after a failure that may be temporary."""
     bound: Annotated[float, Field(gt=0)] = 5.0
     """Largest difference of logprobs that counts, in nats."""
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """The server, if it is one. Raises RecipeError where its address holds a secret."""
+        if self.base_url is None:
+            return None
+        shared = {name: getattr(self, name) for name in ("key_env", "concurrency", "max_retries")}
+        return Endpoint(
+            base_url=self.base_url,
+            model=str(self.model),
+            section="grpo.teacher",
+            request_timeout_s=self.request_timeout_s,
+            **shared,
+        )
+
+    @model_validator(mode="after")
+    def _server_is_usable(self) -> "OnlineTeacher":
+        if self.base_url is not None and self.model is None:
+            raise ValueError("a teacher on a server needs model, its name there")
+        _ = self.endpoint
+        return self

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
+from rlcs.recipe.arms import MAIN_FIRST, RL_ARMS, ArmName, stages_behind
 from rlcs.recipe.execution import Lora, Parallel, Trackers
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
@@ -117,12 +117,10 @@ class Data(Section):
     rl_pass_rate: tuple[Share, Share] | None = None
     """Only RL problems with a `pass_rate` (of `problems.jsonl`, which distillation writes) in these bounds,
     both included: [0.01, 0.99] drops problems that the teacher never or always solves. None: all."""
-    rl_order: Literal["shuffled", "signal", "easy_first"] = "shuffled"
-    """The order of RL problems. `shuffled`: all in a new order every epoch. `signal`: by a running estimate
-    of each problem's pass rate, those whose answers are likely to differ in their reward are drawn more often
-    (Thompson sampling). `easy_first`: the same estimate, from easy problems to hard ones over the stage."""
     rl_blind: Literal["keep", "drop"] = "keep"
-    """`drop`: RL problems that the base answers without seeing the image are left out."""
+    """`drop`: RL problems that the base answers right with another problem's image are left out: those with a
+    `blind_rate` (of `rlcs data difficulty --blind`) of 0.5 or more, and others by one greedy answer, which
+    the run measures. In multiple choice that also takes those that are guessed by chance."""
     test: str = "builtin:puzzles?split=test&count=1000&seed=3"
     """Held-out problems on which every arm is measured."""
     split: str | None = None
@@ -236,6 +234,9 @@ class Eval(Section):
     """Longest answer in tokens."""
     max_rows: Positive = 256
     """Answers decoded at once."""
+    blind: Literal["none", "other", "removed"] = "none"
+    """Each model also answers every question without its image, which shows what it answers without looking.
+    `other`: it sees another problem's image, so that the prompt keeps its form; `removed`: no image."""
 
     def sampling(self, *, n: int = 1, seed: int = 0) -> Sampling:
         """The settings for sampling `n` answers to each problem."""
@@ -301,7 +302,8 @@ class Study(Section):
 
     arms: tuple[ArmName, ...] = ("base", "sft", "sft_grpo")
     """`base` and one that is trained, or more. `sft` beside `sft_grpo` is only measured, as it is trained
-    anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it."""
+    anyway; `grpo`, RL without a cold start, doubles the time: `rlcs ablate` and `rlcs quickstart` add it.
+    `mixed`: one stage, whose steps learn from the reward and from demonstrations (`grpo.also`)."""
 
     preflight: Literal["quick", "full", "off"] = "quick"
     """What is tried before anything is trained. `quick`: every stage in small; the engine answers a question,
@@ -311,7 +313,7 @@ class Study(Section):
     @model_validator(mode="after")
     def _has_the_base_and_another(self) -> "Study":
         if "base" not in self.arms or len(set(self.arms)) < 2:
-            raise ValueError("the arms are base and at least one of sft, grpo, sft_grpo")
+            raise ValueError("the arms are base and at least one of sft, grpo, sft_grpo, mixed")
         return self
 
     @property
@@ -321,6 +323,11 @@ class Study(Section):
 
     @property
     def cold_starts(self) -> bool:
+        """Whether any arm learns from demonstrations."""
+        return any("cold_start" in stages_behind(arm) for arm in self.arms)
+
+    @property
+    def needs_sft(self) -> bool:
         """Whether any arm begins with SFT."""
         return any("sft" in stages_behind(arm) for arm in self.arms)
 
@@ -418,6 +425,27 @@ class Recipe(Section):
                 f"than sft.handover.most_share ({handover.most_share:g}): lower sft.handover.round_steps, or "
                 "raise grpo.steps or most_share"
             )
+
+    @model_validator(mode="after")
+    def _other_losses_have_an_arm(self) -> "Recipe":
+        also, arms, key = self.grpo.also, self.study.arms, "grpo.also.arms"
+        of_rl = [arm for arm in RL_ARMS if arm in arms]
+        if also.ever != {"reward"} and of_rl and not {*also.arms} & {*of_rl}:
+            raise ValueError(
+                f"grpo.also is set for {', '.join(also.arms) or 'no arm'}, and this study has {of_rl[0]}: "
+                f"name it in {key}, or add an arm to study.arms"
+            )
+        if "grpo" in also.arms and "sft" in also.ever:
+            raise ValueError(
+                f"the arm grpo learns from no demonstrations: set grpo.also.sft=0, or name mixed in {key}"
+            )
+        if "mixed" in arms and "sft" not in also.of("mixed").ever:
+            raise ValueError(
+                f"the arm mixed learns from demonstrations: set grpo.also.sft, with mixed in {key}"
+            )
+        if idle := next((arm for arm in also.arms if not also.of(arm).ever), None):
+            raise ValueError(f"grpo.also: all weights are 0 in the arm {idle}: nothing would be learnt")
+        return self
 
     @model_validator(mode="after")
     def _can_overlap(self) -> "Recipe":

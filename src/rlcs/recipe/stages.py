@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlcs.recipe.arms import RlArm
 from rlcs.recipe.handover import Handover, Rule
 from rlcs.recipe.judge import Judge
 from rlcs.recipe.objectives import Also, Entropy, OnlineTeacher, Sight
@@ -180,6 +181,12 @@ class Grpo(Stage):
     """Problems a rollout step."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Rollouts a problem (G)."""
+    order: Literal["shuffled", "signal", "easy_first"] = "shuffled"
+    """The order of the problems. `shuffled`: all in a new order every epoch. `signal`: by a running estimate
+    of each problem's pass rate (from its `pass_rate` in the data, where it has one), those whose answers are
+    likely to differ in their reward come more often (Thompson sampling, arXiv 2507.04632). `easy_first`: by
+    the same estimate, from pass rates around 0.8 to those around 0.2 over the stage. By an estimate one
+    problem in 8 still comes in shuffled order."""
     optimizer_steps: Positive = 1
     """Optimiser steps a rollout step, each on its share of the groups; the paper takes 4."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -223,7 +230,7 @@ class Grpo(Stage):
     """Answers near or at the length limit."""
     mismatch_mask: Annotated[float, Field(gt=0)] | None = None
     """Answers with a negative advantage are left out where the policy has moved away from the sampler by more
-    than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2). None: off."""
+    than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2, arXiv 2512.02556). None: off."""
     entropy: Entropy = Entropy()
     """What keeps answers from becoming all alike."""
     sight: Sight = Sight()
@@ -244,6 +251,24 @@ class Grpo(Stage):
         """The rule by which the model is chosen that the stage ends with."""
         return "best_pass_1" if self.keep == "best" else "last"
 
+    def of(self, arm: RlArm) -> "Grpo":
+        """The settings of one arm: `also` with the weights of that arm."""
+        return self.model_copy(update={"also": self.also.of(arm)})
+
+    @model_validator(mode="after")
+    def _entropy_can_be_controlled(self) -> "Grpo":
+        if self.entropy.control == "kl_cov" and self.optimizer_steps == 1:
+            raise ValueError(
+                "entropy.control=kl_cov holds tokens near where they were sampled, and with "
+                "optimizer_steps=1 they are there: set optimizer_steps=2 or more, or entropy.control=clip_cov"
+            )
+        if self.entropy.control == "clip_cov" and self.loss == "gspo":
+            raise ValueError(
+                "entropy.control=clip_cov takes the gradient of single tokens away, and loss=gspo has one "
+                "ratio for a whole answer: set entropy.control=kl_cov, or loss=grpo"
+            )
+        return self
+
     @model_validator(mode="after")
     def _sets_are_smaller_than_groups(self) -> "Grpo":
         if self.advantage == "pass_k" and self.pass_k >= self.group_size:
@@ -251,4 +276,26 @@ class Grpo(Stage):
                 f"advantage=pass_k compares sets of pass_k ({self.pass_k}) among group_size "
                 f"({self.group_size}) answers: pass_k must be smaller"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_can_be_added(self) -> "Grpo":
+        also = self.also
+        others = {"sft", "distill"} & also.ever
+        if others and self.loss_average == "micro_batch":
+            raise ValueError(
+                f"loss_average=micro_batch is a mean of each pack, and also.{min(others)} has a mean of the "
+                "step: set loss_average=token"
+            )
+        if "distill" in also.ever and self.teacher.model is None:
+            raise ValueError("also.distill needs a teacher: set grpo.teacher.model")
+        if self.teacher.model is not None and "distill" not in also.ever:
+            raise ValueError("teacher.model is not used: set also.distill, to 1 say")
+        if "distill" in also.ever and self.teacher.base_url and self.temperature != 1:
+            raise ValueError(
+                "a server returns logprobs at temperature 1: set grpo.temperature=1, or load the teacher "
+                "here (teacher.base_url=null)"
+            )
+        if "reward" not in also.ever and self.kl.active:
+            raise ValueError("kl belongs to the loss of the reward, and also.reward=0 leaves that out")
         return self

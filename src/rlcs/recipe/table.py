@@ -4,7 +4,7 @@ from pathlib import PurePath
 
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
-from rlcs.recipe.handover import Rule
+from rlcs.recipe.handover import Handover, Rule
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
 from rlcs.recipe.stages import Grpo, Optimizer, Overlap, Reward, Sft, function_name
@@ -42,6 +42,11 @@ _OVERLAPS: dict[Overlap, str] = {
     "one_step_off": "groups are learnt from as they arrive; the next step is sampled by weights one step old",
 }
 
+_ORDERS = {
+    "signal": "by their estimated pass rate, nearest to 0.5 first (Thompson sampling); 1 in 8 shuffled",
+    "easy_first": "by their estimated pass rate, from 0.8 to 0.2 over the stage; 1 in 8 shuffled",
+}
+
 
 def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """The rows (choice, value) of the table, in the order of a run."""
@@ -53,6 +58,7 @@ def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
         ("arms", ", ".join(ARMS[arm].label for arm in recipe.study.arms)),
         *_prompt_rows(recipe.prompt, recipe.images),
         *_sft_rows(recipe.sft),
+        *_probe_rows(recipe.sft.handover, recipe.grpo.steps),
         *_grpo_rows(recipe.grpo),
         *_rollout_rows(recipe.rollout, f", LoRA {adapters}" if recipe.lora.rank else "", recipe.overlap),
         *_data_rows(recipe.data, recipe.teacher, recipe.eval),
@@ -96,6 +102,17 @@ def _sft_rows(sft: Sft) -> list[tuple[str, str]]:
     ]
 
 
+def _probe_rows(handover: Handover, steps: int) -> list[tuple[str, str]]:
+    """The row of trials of RL that choose the model of SFT; none with another rule."""
+    if handover.rule != "probe":
+        return []
+    how = (
+        f"RL is tried from what each rule by validation takes, {_count(handover.round_steps, 'step')} a round"
+    )
+    lost = f"{handover.most_steps:,} of its {steps:,} steps at most, in trials that lose"
+    return [("SFT hand-over", f"{how}; this takes {lost}")]
+
+
 def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
     rollouts = f"{grpo.prompts_per_step:,} prompts x {grpo.group_size}"
     rollouts += f" = {grpo.prompts_per_step * grpo.group_size:,} rollouts"
@@ -114,6 +131,7 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         ("RL KL", _kl(grpo)),
         ("RL answers at the limit", _overlong(grpo)),
         ("RL groups all alike", _zero_variance_groups(grpo)),
+        *([("RL order of problems", _ORDERS[grpo.order])] if grpo.order != "shuffled" else []),
         *_reward_rows(grpo.reward),
     ]
 

@@ -10,6 +10,7 @@ class Branch:
     """One answer of a tree: ids (T,), loss weights (T,), and the sampler's logprobs (T,) if any.
 
     `routes` are the experts that computed its first tokens in sampling, if they are to be replayed.
+    `held` are the indices of tokens that entropy control holds (see `train.entropy`).
     It follows the prompt, or the branch of its tree with the index `parent`: an answer that forks.
     """
 
@@ -18,6 +19,7 @@ class Branch:
     logprobs: tuple[float, ...] | None = None
     parent: int | None = None
     routes: Routes | None = None
+    held: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check for one weight (and logprob) for each token."""

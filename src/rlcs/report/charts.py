@@ -7,6 +7,7 @@ the font by that of the page.
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
@@ -22,7 +23,7 @@ Points = Sequence[tuple[float, float]]
 
 _NAMES = (
     *("ink", "muted", "grid", "base", "sft", "grpo", "sft_grpo"),
-    *("p0", "p1", "p2", "p3", "p4", "p5", "p6", "mixed"),
+    *("p0", "p1", "p2", "p3", "p4", "p5", "p6", "mixed", "card"),
 )
 _PAINT = {name: f"#0a0b{index + 16:02x}" for index, name in enumerate(_NAMES)}
 
@@ -68,13 +69,16 @@ METRICS = {
     "response_tokens": "Response length, tokens",
     "entropy": "Entropy, nats a token",
     "kl": "KL from the reference",
+    "entropy_weight": "Weight of the entropy bonus",
+    "held_share": "Tokens that entropy control holds",
+    "masked_share": "Tokens left out, far from the sampler",
     "clip_fraction": "Clipped tokens",
     "loss": "Loss",
     "grad_norm": "Gradient norm",
     "sampler_gap": "Gap between sampler and policy",
 }
 """Metrics of training that have charts, with their titles; parts of the reward have some as well."""
-_SHARES = ("accuracy", "clip_fraction")
+_SHARES = ("accuracy", "clip_fraction", "held_share", "masked_share")
 
 
 def title_of(key: str) -> str:
@@ -153,6 +157,78 @@ def phases_chart(name: str, about: str, layers: Sequence[tuple[str, Points]]) ->
         axes.margins(x=0)
 
     return _svg(draw, name=name, about=about)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """A measured accuracy at `x` with its interval, and those of its seeds; `hollow` if it is not final."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    seeds: tuple[float, ...] = ()
+    hollow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """Marks of one colour. `faint` ones are only dots; others are joined, with intervals and a label."""
+
+    colour: str
+    marks: Sequence[Mark]
+    label: str = ""
+    faint: bool = False
+
+
+def levels_chart(series: Sequence[Series], level: Mark, *, unit: str, name: str, about: str) -> Markup:
+    """Accuracies over a quantity (on a logarithmic scale), and the band of one that does not depend on it."""
+
+    def draw(axes: "Axes") -> None:
+        axes.axhspan(level.low, level.high, color=_PAINT["base"], alpha=0.25, lw=0)
+        axes.axhline(level.y, color=_PAINT["base"], lw=1.4)
+        for each in series:
+            paint, marks = _PAINT[each.colour], each.marks
+            xs = [mark.x for mark in marks]
+            if not each.faint:
+                axes.plot(xs, [mark.y for mark in marks], color=paint, lw=1.6, solid_capstyle="round")
+            for mark in marks:
+                face = _PAINT["card"] if mark.hollow else paint
+                alpha, size = (0.45, 3.2) if each.faint else (1.0, 5.0)
+                if not each.faint:
+                    axes.plot([mark.x, mark.x], [mark.low, mark.high], color=paint, lw=1.1, alpha=0.8)
+                    axes.plot(
+                        [mark.x] * len(mark.seeds), mark.seeds, "_", color=paint, ms=5, mew=1.1, alpha=0.8
+                    )
+                axes.plot(mark.x, mark.y, "o", ms=size, mfc=face, mec=paint, mew=1.1, alpha=alpha)
+            if each.label:
+                axes.annotate(
+                    each.label, (xs[-1], marks[-1].y), (7, 0), textcoords="offset points", va="center",
+                    color=_PAINT["muted"],
+                )  # fmt: skip
+        ticks = sorted({mark.x for each in series for mark in each.marks})
+        axes.set_xscale("log")
+        axes.set_xticks(_apart(ticks), minor=False)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel(unit, color=_PAINT["muted"])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+        axes.grid(axis="y", color=_PAINT["grid"], lw=0.7)
+        axes.margins(x=0.14, y=0.08)
+
+    from matplotlib.ticker import NullLocator
+
+    return _svg(draw, name=name, about=about, size=(4.6, 2.7))
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Those of the positions, from the largest on, whose labels do not touch on a logarithmic scale."""
+    kept: list[float] = []
+    least = (ticks[-1] / ticks[0]) ** 0.09
+    for tick in reversed(ticks):
+        if not kept or kept[-1] / tick >= least:
+            kept.append(tick)
+    return kept
 
 
 def phase_colour(index: int) -> str:

@@ -22,6 +22,10 @@ _CAUSES = {
     ("sft_grpo", "grpo"): "A cold start before RL",
     ("grpo", "base"): "RL without a cold start",
     ("sft_grpo", "base"): "Cold start and RL together",
+    ("mixed", "sft_grpo"): "One mixed stage in place of two",
+    ("mixed", "grpo"): "Demonstrations in the steps of RL",
+    ("mixed", "sft"): "Mixed training against SFT alone",
+    ("mixed", "base"): "Mixed training",
 }
 """What the difference between two arms is the effect of."""
 

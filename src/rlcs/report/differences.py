@@ -16,6 +16,10 @@ PAIRS: tuple[tuple[ArmName, ArmName], ...] = (
     ("sft_grpo", "grpo"),
     ("grpo", "base"),
     ("sft_grpo", "base"),
+    ("mixed", "sft_grpo"),
+    ("mixed", "grpo"),
+    ("mixed", "sft"),
+    ("mixed", "base"),
 )
 """Which arm is compared with which, in the order of interest: each pair differs by one or both stages."""
 

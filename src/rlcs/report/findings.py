@@ -76,7 +76,7 @@ def arm_results(runs: Sequence[Run]) -> list[ArmResult]:
 def training_headline(runs: Sequence[Run]) -> tuple[str, str]:
     """The headline of a page without a measurement: the first run's training, the last stage first."""
     found = []
-    for stage in ("sft_grpo", "grpo", "sft"):
+    for stage in ("sft_grpo", "mixed", "grpo", "sft"):
         rows, key = runs[0].curves.get(stage, ()), "reward" if stage in RL_ARMS else "loss"
         values = [value for _, value in series(rows, key)]
         if values:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from rlcs.errors import RunFolderError
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.schema import Report
-from rlcs.report import charts, demonstrations, findings, pictures, rollouts
+from rlcs.report import charts, coldstart, demonstrations, findings, pictures, rollouts
 from rlcs.report.conclusions import Conclusions, conclude, effect
 from rlcs.report.differences import differences
 from rlcs.report.load_run import Row, Run, kept_images, number, part, read_object, read_runs, read_text, text
@@ -25,9 +25,12 @@ _SAMPLES = 16  # answers of the teacher
 def build(run: Path) -> Path:
     """Write `run`/report/index.html, and rollouts.html where there are any; return the first one's path.
 
-    Of a folder with `seed-*` run folders the page is over all seeds. Raises RunFolderError where there
-    is nothing to report.
+    Of a folder with `seed-*` run folders the page is over all seeds; of a study of the cold start it is that
+    of the study. Raises RunFolderError where there is nothing to report.
     """
+    if coldstart.is_study(run):
+        coldstart.build(run)
+        return run / "report" / "index.html"
     runs = read_runs(run)
     summary = read_object(run / "summary.json") or runs[0].summary
     if not summary and not any(r.curves or r.answers or r.scores or r.recipe or r.cold_start for r in runs):

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rlcs.data.stream import ProblemStream
 from rlcs.errors import DataError
@@ -104,7 +105,7 @@ class _Ahead:
     """What was requested in advance, and the position of the stream behind it."""
 
     requested: Requested
-    cursor: Mapping[str, int]
+    cursor: Mapping[str, Any]
 
 
 class Collector:

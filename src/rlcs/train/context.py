@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from torch import Tensor
+
 from rlcs.engines.base import BackgroundEngine, Engine
 from rlcs.errors import DataError
 from rlcs.generation.judge import Judge
 from rlcs.grading.reward import Grader
 from rlcs.model.chat import Chat
+from rlcs.model.packing import Pack
 from rlcs.model.vlm import Vlm
-from rlcs.recipe.stages import Overlap
-from rlcs.records import Grade, Problem, Prompt, Rollout, Sampling
+from rlcs.recipe.stages import Overlap, Turns
+from rlcs.records import Demonstration, Grade, Problem, Prompt, Rollout, Sampling
 from rlcs.train.batching import guessed_tokens, own_share, shared
 
 Arrived = list[tuple[int, tuple[Rollout, ...]]]
@@ -27,6 +30,14 @@ class Sampled(Protocol):
 
     def take(self, wait_s: float) -> Arrived:
         """What has arrived since the last call, after at most `wait_s` if that is nothing."""
+        ...
+
+
+class TokenScorer(Protocol):
+    """The teacher of on-policy distillation."""
+
+    def logprobs(self, packs: Sequence[Pack], *, temperature: float) -> list[Tensor]:
+        """Its logprobs (N,) of the target tokens of each pack; all ranks call it in step."""
         ...
 
 
@@ -51,8 +62,9 @@ class GrpoContext:
     policy's; None: no correction. `overlap` is what goes on while the engine samples: see `train.grpo`; any
     but `none` needs a `BackgroundEngine`. A step keeps up to `feature_bytes` of what a frozen vision tower
     makes of its images. With the first `checks` versions of the weights the engine is compared with the
-    trainer (`train.engine_check`). Under `torchrun` all ranks call the methods together: each does its share
-    of the work, and all get all results.
+    trainer (`train.engine_check`). `demonstrations`, whose `turns` are learnt, and a `teacher` are there
+    where `grpo.also` gives them a weight. Under `torchrun` all ranks call the methods together: each does its
+    share of the work, and all get all results.
     """
 
     vlm: Vlm
@@ -65,6 +77,9 @@ class GrpoContext:
     overlap: Overlap = "none"
     feature_bytes: int = 1 << 30
     checks: int = 0
+    demonstrations: Sequence[Demonstration] = ()
+    turns: Turns = "all"
+    teacher: TokenScorer | None = None
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt | DataError]:
         """The prompt of each problem, or the error for which it has none."""

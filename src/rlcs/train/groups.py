@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rlcs.data.stream import Outcome
 from rlcs.recipe.stages import Grpo
 from rlcs.records import Grade, Group, Problem, Prompt, Rollout, StopReason
 from rlcs.records.trees import Branch, Tree
@@ -57,6 +58,13 @@ def shaped_reward(rollout: Rollout, grade: Grade, settings: Grpo) -> float | Non
 def zero_variance(group: Group) -> bool:
     """Whether no rollout did better than another: without a KL penalty the gradient is exactly zero."""
     return has_zero_variance(group.advantages)
+
+
+def outcome(group: Group) -> Outcome:
+    """What a stream of problems learns from a group."""
+    scored = [grade.correct for grade in group.grades if grade.correct is not None]
+    signal = not zero_variance(group)
+    return Outcome(problem_id=group.problem.id, answers=len(scored), right=sum(scored), signal=signal)
 
 
 def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:

@@ -27,7 +27,8 @@ from typing import NoReturn
 
 import torch
 
-from rlcs.data.stream import ProblemStream
+from rlcs.data.difficulty import stream_of
+from rlcs.data.stream import Together
 from rlcs.errors import TrainingError, out_of_memory_in
 from rlcs.grading.reward import advice
 from rlcs.model.parity_check import require_agreement
@@ -40,8 +41,10 @@ from rlcs.train.clock import Clock
 from rlcs.train.collecting import Collector
 from rlcs.train.context import GrpoContext
 from rlcs.train.engine_check import EngineCheck
-from rlcs.train.groups import tree_of, zero_variance
+from rlcs.train.entropy import EntropyBonus
+from rlcs.train.groups import outcome, tree_of, zero_variance
 from rlcs.train.learning import Learner
+from rlcs.train.mixing import Mixer
 from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Trainer, combined
 
@@ -88,7 +91,7 @@ def train(
     """
     total = settings.steps * settings.optimizer_steps
     trainer = Trainer(context.vlm, settings.optimizer, steps=total, max_bad_steps=settings.max_bad_steps)
-    stream = ProblemStream(problems, seed=run.seed)
+    stream = stream_of(problems, settings.order, seed=run.seed, steps=settings.steps)
     sampling = context.chat.sampling(
         n=settings.group_size,
         temperature=settings.temperature,
@@ -98,14 +101,16 @@ def train(
     )
     check = EngineCheck(context, problems, settings, say=lambda line: screen.say(f"{run.name}: {line}"))
     collector = Collector(context, stream, settings, sampling, check=check)
-    first = run.resume(trainer, stream, steps=settings.steps)
+    mixer = Mixer(context, settings, seed=run.seed)
+    first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
+    bonus = EntropyBonus(settings.entropy, run.carried)
     unchecked = True
     end = settings.steps if until is None else until
     for step in range(first, end):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
         clock, cursor = Clock(), stream.state()
-        learner = Learner(trainer, context, settings, clock)
+        learner = Learner(trainer, context, settings, clock, mixer.begin(step), entropy_weight=bonus.weight)
         for found in collector.collect(step, clock):
             if found.complete and not any(grade.scored for group in found.arrived for grade in group.grades):
                 stream.restore(cursor)
@@ -122,15 +127,16 @@ def train(
                 if not learner.has_stepped and context.vlm.world.agree(stop):
                     stream.restore(cursor)
                     run.stop_in_step(step, stop)
-        groups = found.chosen
+        groups, signals = found.chosen, stream.observe(map(outcome, found.arrived))
         if context.overlap == "one_step_off" and not run.is_last_or_measured(step + 1):
             collector.request_ahead(step + 1, clock)
         results = learner.finish()
-        run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
+        nothing_learnt = not mixer.learns_without_reward and all(map(zero_variance, groups))
+        run.zero_variance_steps = run.zero_variance_steps + 1 if nothing_learnt else 0
         _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
         result = combined(results) if results else None
         values = run.keep_rollouts(step + 1, groups) | {"bad_rows": float(found.skipped)}
-        values |= check.values()
+        values |= signals | check.values() | mixer.values | bonus.after(result)
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)

@@ -14,8 +14,11 @@ from rlcs.records.trees import Tree
 from rlcs.train.batching import NONE, Keep, full_packs_in_step, own_share, packs_in_step
 from rlcs.train.clock import Clock
 from rlcs.train.context import GrpoContext
+from rlcs.train.entropy import with_held_tokens
 from rlcs.train.groups import tree_of, zero_variance
-from rlcs.train.losses import LossInputs, LossSums, policy_loss, truncated_importance
+from rlcs.train.inputs import inputs_of
+from rlcs.train.losses import LossSums, policy_loss
+from rlcs.train.mixing import Mixer
 from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, logprobs_of
 
 
@@ -23,12 +26,15 @@ from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCo
 class _Share:
     """The groups of one optimiser step: trees that are in no pack yet, packs that are not learnt yet.
 
-    `zero_grad` are trees that only count, `missing` is the number of groups that have not come.
+    `zero_grad` are trees that only count, `missing` is the number of groups that have not come, `number` that
+    of the optimiser step, `counts` are those of all that have come.
     """
 
     missing: int
+    number: int
     trees: list[Tree] = field(default_factory=list)
     zero_grad: list[Tree] = field(default_factory=list)
+    counts: ZeroGradCounts = field(default_factory=ZeroGradCounts)
     batches: list[Batch] = field(default_factory=list)
     begun: bool = False
 
@@ -46,19 +52,39 @@ class Learner:
     packs of all shares get theirs as they fill, and the first share is learnt from, but the weights change
     when all groups have come.
 
-    Without a KL penalty and a router loss, a group whose rewards are all equal has a gradient of exactly
-    zero: it is not computed, but its tokens still count in the mean (not in `micro_batch`, whose mean is of
-    each computed pack).
+    Without a KL penalty, a router loss, an entropy bonus and a teacher, a group whose rewards are all equal
+    has a gradient of exactly zero: it is not computed, but its tokens still count in the mean (not in
+    `micro_batch`, whose mean is of each computed pack).
+
+    Where entropy control holds tokens (`train.entropy`), it chooses among all of an optimiser step, so that
+    the choice depends on no pack: then packs of a share are made when its groups have all come.
     """
 
-    def __init__(self, trainer: Trainer, context: GrpoContext, settings: Grpo, clock: Clock) -> None:
-        """Nothing is learnt before the first group is added."""
+    def __init__(
+        self,
+        trainer: Trainer,
+        context: GrpoContext,
+        settings: Grpo,
+        clock: Clock,
+        mixer: Mixer | None = None,
+        *,
+        entropy_weight: float = 0.0,
+    ) -> None:
+        """Nothing is learnt before the first group is added; `mixer` has begun the step.
+
+        For `entropy_weight` see `train.entropy`.
+        """
+        self._mixer = mixer or Mixer(context, settings, seed=0)
+        if not self._mixer.weights.distill:
+            context = replace(context, teacher=None)
         self._trainer, self._context, self._settings, self._clock = trainer, context, settings, clock
-        self._objective = make_objective(settings, context.importance_cap)
+        self._objective = make_objective(settings, context.importance_cap, entropy_weight)
+        self._entropy_gradient = entropy_weight > 0
         count, steps = settings.prompts_per_step, settings.optimizer_steps
         self._size = -(-count // steps)
         self._shares = [
-            _Share(missing=min(self._size, count - start)) for start in range(0, count, self._size)
+            _Share(missing=min(self._size, count - start), number=trainer.done + number)
+            for number, start in enumerate(range(0, count, self._size))
         ]
         self._results: list[StepResult] = []
         self._done = 0
@@ -74,17 +100,21 @@ class Learner:
             share = self._shares[place // self._size]
             share.missing -= 1
             other_losses = self._settings.kl.active or bool(self._context.vlm.router_loss)
+            other_losses |= self._settings.entropy.control == "bonus"
             known_zero = zero_variance(group) and not other_losses
-            (share.zero_grad if known_zero else share.trees).append(tree_of(group))
+            weights, tree = self._mixer.weights, tree_of(group)
+            known_zero = not weights.distill and (known_zero or not weights.reward)
+            share.counts += ZeroGradCounts.of([tree])
+            (share.zero_grad if known_zero else share.trees).append(tree)
 
     def advance(self) -> None:
         """Learn from the packs that the groups so far fill on every rank."""
         with self._clock("reference"):
             for share in self._shares[self._done :]:
-                if share.missing and share.trees:
-                    self._prepare_full(share)
-                elif not share.missing:
+                if not share.missing:
                     self._prepare_rest(share)
+                elif share.trees and not self._settings.entropy.holds_tokens:
+                    self._prepare_full(share)
         with self._clock("update"):
             self._learn(final=False)
 
@@ -109,7 +139,9 @@ class Learner:
         share.batches += with_logprobs(packs, context, self._settings, first=share is self._shares[0])
 
     def _prepare_rest(self, share: _Share) -> None:
-        first = share is self._shares[0]
+        first, entropy = share is self._shares[0], self._settings.entropy
+        if entropy.holds_tokens and share.trees:
+            share.trees = with_held_tokens(share.trees, share.zero_grad, entropy, seed=share.number)
         share.batches += make_batches(
             share.trees, self._context, self._settings, keep=self._keep(), first=first
         )
@@ -126,15 +158,23 @@ class Learner:
         may_step = settings.old_logprobs == "sampler"
         while self._done < len(self._shares):
             share = self._shares[self._done]
+            if self._mixer.waits and share.missing and not final:
+                return
+            objective = self._mixer.objective(self._objective, share.counts)
             for batch in share.batches:
-                self._trainer.add(batch, self._objective, temperature=settings.temperature)
+                self._trainer.add(
+                    batch,
+                    objective,
+                    temperature=settings.temperature,
+                    entropy_gradient=self._entropy_gradient,
+                )
             share.begun, share.batches = share.begun or bool(share.batches), []
             is_last = self._done == len(self._shares) - 1
             if not final and (share.missing or is_last or not may_step):
                 return
-            if share.begun:
+            if self._mixer.add_demonstrations(self._trainer, share.counts) or share.begun:
                 result = self._trainer.apply(
-                    average=settings.loss_average,
+                    average=self._mixer.average,
                     max_new_tokens=settings.max_new_tokens,
                     zero_grad=ZeroGradCounts.of(share.zero_grad),
                 )
@@ -172,8 +212,8 @@ def with_logprobs(
     The policy is still that of the rollout step's beginning in its only optimiser step, and in the `first` of
     several: there old logprobs by the policy are those of the update itself, and need no pass.
     """
-    old: Sequence[torch.Tensor | None] = [None] * len(packs)
-    reference: Sequence[torch.Tensor | None] = [None] * len(packs)
+    nothing: Sequence[torch.Tensor | None] = [None] * len(packs)
+    old, reference, teacher = nothing, nothing, nothing
     if settings.optimizer_steps > 1:
         if settings.old_logprobs == "policy" and not first:
             old = logprobs_of(context.vlm, packs, temperature=settings.temperature)
@@ -182,36 +222,27 @@ def with_logprobs(
     if context.reference is not None:
         own = [replace(pack, routes=None) for pack in packs]  # it is a policy of its own, router included
         reference = logprobs_of(context.reference, own, temperature=settings.temperature)
+    if context.teacher is not None:
+        teacher = context.teacher.logprobs(packs, temperature=settings.temperature)
     return [
-        Batch(pack=p, old_logprobs=o, ref_logprobs=r) for p, o, r in zip(packs, old, reference, strict=True)
+        Batch(pack=p, old_logprobs=o, ref_logprobs=r, teacher_logprobs=t)
+        for p, o, r, t in zip(packs, old, reference, teacher, strict=True)
     ]
 
 
-def make_objective(settings: Grpo, cap: float | None = None) -> Objective:
+def make_objective(settings: Grpo, cap: float | None = None, entropy_weight: float = 0.0) -> Objective:
     """The policy loss of a batch, and the sum of differences between the sampler's and the policy's logprobs.
 
     `cap` bounds the importance weights that correct for those differences; None: no correction.
+    `entropy_weight` is that of the entropy bonus, which needs scores whose entropy has a gradient.
     """
 
     def objective(batch: Batch, scores: Scores) -> LossSums:
         device = scores.logprobs.device
-        now = scores.logprobs.detach()
-        old = now if batch.old_logprobs is None else batch.old_logprobs.to(device)
-        sampler = batch.pack.sampler_logprobs
-        sampler = None if sampler is None else sampler.to(device)
-        inputs = LossInputs(
-            logprobs=scores.logprobs,
-            old_logprobs=old,
-            advantages=batch.pack.weights.to(device),
-            sequence=batch.pack.sequence.to(device),
-            ref_logprobs=batch.ref_logprobs,
-            router_loss=scores.router_loss,
-            importance=None if sampler is None or cap is None else truncated_importance(old, sampler, cap),
-        )
-        sums = policy_loss(inputs, settings)
-        if sampler is None:
+        sums = policy_loss(inputs_of(batch, scores, cap, entropy_weight), settings)
+        if batch.pack.sampler_logprobs is None:
             return sums
-        gaps = (now - sampler).abs()
+        gaps = (scores.logprobs.detach() - batch.pack.sampler_logprobs.to(device)).abs()
         return replace(
             sums,
             sums={**sums.sums, "sampler_gap": gaps.sum()},

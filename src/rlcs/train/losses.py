@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlcs.recipe.objectives import Entropy
 from rlcs.recipe.stages import Advantage, Grpo, KlKind
 
 Average = Literal["token", "sequence", "example", "constant", "micro_batch"]
@@ -117,7 +118,9 @@ class LossInputs:
     `sequence` is the index 0..S-1 of the branch that each token belongs to; a branch is never
     split over packs. With one optimiser step a rollout, `old_logprobs` is `logprobs.detach()`.
     `importance` weighs the policy term of each token (see `truncated_importance`); None: all alike.
-    `router_loss` is added to each token's loss, if there is one.
+    `router_loss` is added to each token's loss, if there is one; `entropy_bonus` (with gradient) is taken off
+    it. `sampler_logprobs` are those of the engine, for `grpo.mismatch_mask`. `held` says which tokens entropy
+    control holds; None: none.
     """
 
     logprobs: Tensor
@@ -127,10 +130,14 @@ class LossInputs:
     ref_logprobs: Tensor | None = None
     importance: Tensor | None = None
     router_loss: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
+    held: Tensor | None = None
+    entropy_bonus: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Require one value a token in each tensor: broadcasting would hide a mistake."""
-        optional = (self.ref_logprobs, self.importance, self.router_loss)
+        optional = [self.ref_logprobs, self.importance, self.router_loss, self.sampler_logprobs]
+        optional += [self.held, self.entropy_bonus]
         given = [tensor for tensor in optional if tensor is not None]
         _require_flat(self.logprobs, self.old_logprobs, self.advantages, self.sequence, *given)
 
@@ -141,7 +148,8 @@ class LossSums:
 
     `loss` has the gradient and is divided by `denominator`; `tokens` and `sequences` are the counts
     that enter it; `sums` (the report divides them by all targets of the step)
-    and `maxima` are for the report.
+    and `maxima` are for the report. `extra`: the loss comes on top of the step's, with a divisor of its own,
+    so that the pack is in no count; of its `sums`, which are divided already, the report has the totals.
     """
 
     loss: Tensor
@@ -149,6 +157,7 @@ class LossSums:
     sequences: Tensor
     sums: Mapping[str, Tensor]
     maxima: Mapping[str, Tensor]
+    extra: bool = False
 
 
 def denominator(
@@ -173,8 +182,10 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
 
     Reported sums: `clip_fraction` (tokens that a bound holds: low, high or dual), `old_kl` (how far
     the policy moved from the sampling policy, k3 of new against old), `importance` where there are
-    such weights, `router_loss` where there is one, and with reference logprobs `kl`. Reported maximum:
-    `ratio_max`, the largest importance ratio (a whole sequence's for gspo).
+    such weights, `router_loss` where there is one, `masked_share` (tokens of answers that are left out, see
+    `far_and_worse`) and `held_share` (tokens that entropy control holds) where these are on, and with
+    reference logprobs `kl`. Reported maximum: `ratio_max`, the largest importance ratio (a whole sequence's
+    for gspo).
     """
     kl = settings.kl
     if kl.active and inputs.ref_logprobs is None:
@@ -182,14 +193,20 @@ def policy_loss(inputs: LossInputs, settings: Grpo) -> LossSums:
     log_ratio = (inputs.logprobs - inputs.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     moved = log_ratio.detach()
     sums = {"old_kl": (moved.exp() - 1.0 - moved).sum()}
-    if settings.loss == "gspo":
-        log_ratio = _sequence_mean(log_ratio, inputs.sequence)
-    ratio = log_ratio.exp()
+    of_sequence = settings.loss == "gspo"
+    ratio = (_sequence_mean(log_ratio, inputs.sequence) if of_sequence else log_ratio).exp()
     per_token, held = _surrogate(ratio, inputs, settings)
     sums["clip_fraction"] = held.sum()
+    if settings.mismatch_mask is not None:
+        left_out = far_and_worse(inputs, settings.mismatch_mask)
+        per_token = per_token.masked_fill(left_out, 0.0)
+        sums["masked_share"] = left_out.sum()
     if inputs.importance is not None:
         per_token = per_token * inputs.importance
         sums["importance"] = inputs.importance.sum()
+    per_token = _with_entropy_control(per_token, log_ratio, inputs, settings.entropy)
+    if settings.entropy.holds_tokens:
+        sums["held_share"] = moved.new_zeros(()) if inputs.held is None else inputs.held.sum()
     if inputs.ref_logprobs is not None:
         penalty = kl_estimate(inputs.logprobs, inputs.ref_logprobs, kl.kind if kl.active else "k3")
         sums["kl"] = penalty.detach().sum()
@@ -213,6 +230,35 @@ def truncated_importance(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: fl
     """
     log_ratio = (old_logprobs - sampler_logprobs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return log_ratio.exp().clamp(max=cap)
+
+
+def far_and_worse(inputs: LossInputs, most: float) -> Tensor:
+    """Where (N,) an answer is left out: its advantage is negative, and the policy has moved far away from it.
+
+    DeepSeek-V3.2 (arXiv 2512.02556, section 3.1, off-policy sequence masking): M = 0 where A < 0 and
+    1 / |o| sum_t log(pi_old(o_t) / pi(o_t)) > delta, else 1, as a factor of the policy term; pi_old is what
+    the engine returned, so that its own kernels count as well as old weights. What is left out still counts
+    in the divisor, as there, and still has its KL penalty. A branch is never split over packs, so the mean is
+    that of the whole answer.
+    """
+    base = inputs.old_logprobs if inputs.sampler_logprobs is None else inputs.sampler_logprobs
+    moved = _sequence_mean((base - inputs.logprobs).detach(), inputs.sequence)
+    return (inputs.advantages < 0) & (moved > most)
+
+
+def _with_entropy_control(
+    per_token: Tensor, log_ratio: Tensor, inputs: LossInputs, entropy: Entropy
+) -> Tensor:
+    """The loss (N,) of each token with what entropy control changes (`train.entropy` chooses and weighs it).
+
+    Clip-Cov (arXiv 2505.22617): a held token has no loss. KL-Cov: its loss is -r A + coefficient * |log r|;
+    the penalty has no importance weight. The bonus (arXiv 2505.22312): weight * entropy less.
+    """
+    if inputs.held is not None and entropy.control == "clip_cov":
+        per_token = per_token.masked_fill(inputs.held, 0.0)
+    if inputs.held is not None and entropy.control == "kl_cov":
+        per_token = per_token + entropy.coefficient * log_ratio.abs() * inputs.held
+    return per_token if inputs.entropy_bonus is None else per_token - inputs.entropy_bonus
 
 
 def _surrogate(ratio: Tensor, inputs: LossInputs, settings: Grpo) -> tuple[Tensor, Tensor]:

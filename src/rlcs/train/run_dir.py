@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlcs.data.stream import ProblemStream
+from rlcs.data.stream import Resumable
 from rlcs.distributed import World
 from rlcs.errors import CheckpointError
 from rlcs.model.loading import save
@@ -60,6 +60,8 @@ class RunDir:
         self.seed = seed
         self.final = path / "final"
         self.zero_variance_steps = 0
+        self.carried: dict[str, Any] = {}
+        """What else the stage carries from step to step, JSON-able: checkpoints hold it."""
         self.validation: Validation | None = None
         """Set it before training to measure while the stage trains."""
         self._settings = settings
@@ -74,7 +76,7 @@ class RunDir:
         self._checkpoints: Checkpoints
         self._world: World
         self._trainer: Trainer
-        self._stream: ProblemStream[Any]
+        self._stream: Resumable
         self._steps: int
         self._saved = 0
 
@@ -83,7 +85,7 @@ class RunDir:
         """Wall seconds of this stage so far."""
         return self._spent_before + time.monotonic() - self._started
 
-    def resume(self, trainer: Trainer, stream: ProblemStream[Any], *, steps: int) -> int:
+    def resume(self, trainer: Trainer, stream: Resumable, *, steps: int) -> int:
         """Restore the newest valid checkpoint of a stage of `steps`, if there is one; the steps done."""
         self._trainer, self._stream, self._steps = trainer, stream, steps
         self._world = trainer.vlm.world
@@ -107,6 +109,7 @@ class RunDir:
         stream.restore(state.cursor)
         self._spent_before = state.extra["spent_s"]
         self.zero_variance_steps = state.extra["zero_variance_steps"]
+        self.carried = dict(state.extra["carried"])
         self._first(lambda: self._metrics.resume_from(state.step))
         self._saved = state.step
         return state.step
@@ -128,10 +131,10 @@ class RunDir:
             return False
         try:
             row = {"step": step, **validation.measure(stop)}
+            validation.add(row)
         except Stopped:
             self._save_once(step)
             raise
-        validation.add(row)
         values = {name: float(row[name]) for name in SENT if row.get(name) is not None}
         named = {f"validation/{name}": value for name, value in values.items()}
         if step > validation.sent:
@@ -242,7 +245,11 @@ class RunDir:
             step=step,
             cursor=self._stream.state(),
             schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
-            extra={"spent_s": self.spent_s, "zero_variance_steps": self.zero_variance_steps},
+            extra={
+                "spent_s": self.spent_s,
+                "zero_variance_steps": self.zero_variance_steps,
+                "carried": self.carried,
+            },
             recipe_hash=self._recipe_hash,
         )
 

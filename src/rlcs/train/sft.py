@@ -100,7 +100,7 @@ def train(
                     named.add(error.where)
                     log.warning("sft leaves a demonstration out: %s", error)
             packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
-            _prepared_share(stream.peek(settings.batch_size), chat, vlm.world)
+            prepared_share(stream.peek(settings.batch_size), chat, vlm.world)
             if step == first:
                 require_agreement(vlm, chat, trees)
         with clock("update"):
@@ -121,7 +121,7 @@ def usable_trees(
     """
     trees: list[Tree] = []
     errors: list[DataError] = []
-    for index in _prepared_share(demonstrations, chat, world):
+    for index in prepared_share(demonstrations, chat, world):
         try:
             trees.append(tree_of(demonstrations[index], chat, turns=turns))
         except DataError as error:
@@ -132,7 +132,7 @@ def usable_trees(
     return trees, bad
 
 
-def _prepared_share(demonstrations: Sequence[Demonstration], chat: Chat, world: World) -> list[int]:
+def prepared_share(demonstrations: Sequence[Demonstration], chat: Chat, world: World) -> list[int]:
     """This rank's share of the demonstrations; their images begin to be decoded."""
     own = own_share([guessed_tokens(d.problem, d.response) for d in demonstrations], world)
     chat.prepare(image for index in own for image in demonstrations[index].problem.images)

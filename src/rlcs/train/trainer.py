@@ -25,11 +25,12 @@ from rlcs.train.losses import Average, LossSums, denominator
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A pack, with the old and reference logprobs (N,) where its objective needs them."""
+    """A pack, with the old, reference and teacher's logprobs (N,) where its objective needs them."""
 
     pack: Pack
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
 
 
 Objective = Callable[[Batch, Scores], LossSums]
@@ -48,6 +49,10 @@ class ZeroGradCounts:
         """The counts of trees that are not computed."""
         branches = [branch for tree in trees for branch in tree.branches]
         return cls(tokens=sum(len(branch.ids) for branch in branches), sequences=len(branches))
+
+    def __add__(self, other: "ZeroGradCounts") -> "ZeroGradCounts":
+        """The counts of both."""
+        return ZeroGradCounts(tokens=self.tokens + other.tokens, sequences=self.sequences + other.sequences)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +76,8 @@ def combined(results: Sequence[StepResult]) -> StepResult:
     policy has been trained meanwhile. `skipped` is the reason of the first step that was skipped.
     """
     first, values = results[0], {}
-    for name in first.values:
-        of_steps = [result.values[name] for result in results]
+    for name in dict.fromkeys(name for result in results for name in result.values):
+        of_steps = [result.values[name] for result in results if name in result.values]
         values[name] = max(of_steps) if name.endswith("_max") else sum(of_steps) / len(of_steps)
     values |= {name: first.values[name] for name in ("sampler_gap", "sampler_gap_max") if name in values}
     return StepResult(
@@ -136,17 +141,25 @@ class Trainer:
             self.add(batch, objective, temperature=temperature)
         return self.apply(average=average, max_new_tokens=max_new_tokens, zero_grad=zero_grad)
 
-    def add(self, batch: Batch, objective: Objective, *, temperature: float = 1.0) -> None:
+    def add(
+        self,
+        batch: Batch,
+        objective: Objective,
+        *,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+    ) -> None:
         """Add the gradient of one batch to the step under way, or begin a step with it.
 
         Every rank adds equally many batches, in step (see `train.batching`). Nothing here waits for the
-        device: what is reported stays there until `apply`.
+        device: what is reported stays there until `apply`. With `entropy_gradient` the objective gets
+        entropies that have one.
         """
         if self._step is None:
             self.optimizer.zero_grad(set_to_none=True)
             self._step = _StepSums()
         self.vlm.model.train()
-        scores = score(self.vlm, batch.pack, temperature=temperature)
+        scores = score(self.vlm, batch.pack, temperature=temperature, entropy_gradient=entropy_gradient)
         sums = objective(batch, scores)
         sums.loss.backward()
         self._step.add(batch.pack, scores, sums)
@@ -162,7 +175,7 @@ class Trainer:
         a row this raises TrainingError.
         """
         assert self._step is not None, "a step has at least one batch"
-        counts, totals = map(self.vlm.world.sum, self._step.read())
+        counts, totals, means = map(self.vlm.world.sum, self._step.read())
         self._step = None
         divisor = denominator(
             average,
@@ -181,7 +194,7 @@ class Trainer:
             lr=lr,
             tokens=int(counts["passed"]),
             targets=targets,
-            values={k: v if k.endswith("_max") else v / max(1, targets) for k, v in totals.items()},
+            values=means | {k: v if k.endswith("_max") else v / max(1, targets) for k, v in totals.items()},
             skipped=skipped,
         )
 
@@ -213,38 +226,46 @@ class _StepSums:
     """The counts and sums of one optimiser step on this rank; those on the device stay there until `read`."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, float] = defaultdict(float)
+        self._counts = dict.fromkeys(("loss", "tokens", "sequences", "packs", "targets", "passed"), 0.0)
         self._totals: dict[str, float] = defaultdict(float)
+        self._means: dict[str, float] = defaultdict(float)
         self._unread: list[tuple[Callable[[str, float], None], str, Tensor]] = []
 
     def add(self, pack: Pack, scores: Scores, sums: LossSums) -> None:
         """Take up one pack, without waiting for its numbers."""
-        self._count("packs", pack.num_targets > 0)
-        self._count("targets", pack.num_targets)
         # Padding trees are no work that was asked for.
         ends = zip(pack.layout.segments, pack.layout.ends(), strict=True)
         self._count("passed", sum(len(s) for s, end in ends if s.parent is not None or end > s.stop))
+        if sums.extra:
+            self._unread.append((self._count, "loss", sums.loss.detach()))
+            self._unread += [(self._mean, name, value) for name, value in sums.sums.items()]
+            return
+        self._count("packs", pack.num_targets > 0)
+        self._count("targets", pack.num_targets)
         counts = {"loss": sums.loss.detach(), "tokens": sums.tokens, "sequences": sums.sequences}
         self._unread += [(self._count, name, value) for name, value in counts.items()]
         self._unread += [(self._total, name, value) for name, value in sums.sums.items()]
         self._unread += [(self._largest, name, value) for name, value in sums.maxima.items()]
-        self._unread.append((self._total, "entropy", scores.entropy.sum()))
+        self._unread.append((self._total, "entropy", scores.entropy.detach().sum()))
 
-    def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The counts, with the loss, and the totals for the report, in one transfer from the device.
+    def read(self) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """The counts with the loss, totals and means for the report, in one transfer from the device.
 
         They are added up here, in the order of the packs, so that the sums do not depend on the device.
         """
         values = torch.stack([value.double() for _, _, value in self._unread]).tolist()
         for (add, name, _), value in zip(self._unread, values, strict=True):
             add(name, value)
-        return self._counts, self._totals
+        return self._counts, self._totals, self._means
 
     def _count(self, name: str, value: float) -> None:
         self._counts[name] += value
 
     def _total(self, name: str, value: float) -> None:
         self._totals[name] += value
+
+    def _mean(self, name: str, value: float) -> None:
+        self._means[name] += value
 
     def _largest(self, name: str, value: float) -> None:
         self._totals[name] = max(self._totals[name], value)

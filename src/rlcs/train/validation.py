@@ -13,6 +13,8 @@ from rlcs.train.metrics import MetricsLog
 
 Measure = Callable[[StopFlag], Mapping[str, Any]]
 """Measures the model's current weights, on all ranks together; the same row on every rank. Raises Stopped."""
+AfterValidation = Callable[[Mapping[int, Mapping[str, Any]]], None]
+"""Gets the rows so far, by step, after each one. Stopped, raised here, ends the stage with a checkpoint."""
 FILE = "validation.jsonl"
 SENT = (
     *("accuracy", "pass_at_k", "signal", "entropy", "distinct", "alike", "format", "loss"),
@@ -30,6 +32,7 @@ class Validation:
         Besides it is measured after the steps `at`.
         """
         self.measure = measure
+        self.after: AfterValidation | None = None
         self.rows: dict[int, Mapping[str, Any]] = {}
         """The rows so far, by step."""
         self.sent = -1
@@ -52,10 +55,12 @@ class Validation:
         return step not in self.rows and (regular or step in self._at)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take up a row, and write it where this process has read the file."""
+        """Take up a row; write it where this process has read the file. Raises Stopped, as `after` does."""
         self.rows[row["step"]] = row
         if self._log is not None:
             self._log.append_row(row)
+        if self.after is not None:
+            self.after(self.rows)
 
 
 def sentence(row: Mapping[str, Any], steps: int) -> str:

@@ -13,6 +13,7 @@ from rlcs.data.images import encode
 from rlcs.data.puzzles import chains
 from rlcs.data.puzzles.bars import Bars
 from rlcs.data.puzzles.family import Family, Solution, Split, draw_scene
+from rlcs.data.puzzles.faults import Fault, fault_in, solve_or_none
 from rlcs.data.puzzles.figures import Figures
 from rlcs.data.puzzles.shapes import Shapes
 from rlcs.errors import DataError
@@ -95,6 +96,22 @@ def teach(problem: Problem, *, seed: int, wrong_share: float, chain: str = "dist
     if chain == "self_critic" and rng.random() < 0.5:
         draft = final  # half of the drafts have no fault
     return chains.write(chain, draft, final)
+
+
+def fault(problem: Problem, response: str) -> Fault:
+    """Which part of a response to a built-in problem failed: the reading of the image, reasoning, or both."""
+    family, _, plan = _origin(problem)
+    return fault_in(family, plan, problem.answer, response)
+
+
+def answer_on(problem: Problem, other: Problem) -> int | None:
+    """The answer to one built-in problem's question about another one's image; None where it has none.
+
+    It is what a model gives that reads the other image without fault: by it the blind control is known.
+    """
+    family, _, plan = _origin(problem)
+    named, scene, _ = _origin(other)
+    return solve_or_none(family, scene, plan) if named.name == family.name else None
 
 
 def is_builtin(problem: Problem) -> bool:

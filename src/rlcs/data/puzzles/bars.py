@@ -1,6 +1,7 @@
 """Bar charts of three or four bars on a unit scale, to read and compare. 112 x 84 pixels, 12 tokens."""
 
 import random
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ class Bars:
     """The family of bar charts. A scene reads `paper:colour=height,...` with four slots."""
 
     name = "bars"
+    caption_lines = 1
 
     def scene(self, rng: random.Random, level: int) -> str:
         """Draw three or four bars of different colours, with heights 1 to 9."""
@@ -104,6 +106,14 @@ class Bars:
     def caption(self, scene: str) -> str:
         """Colour and height of each bar, from left to right."""
         return ", ".join(f"{ink}={height}" for ink, height in _bars(scene).items())
+
+    def read(self, caption: str) -> str | None:
+        """Take the bars, at most as many as there are slots; heights may be any."""
+        pairs = re.findall(r"(\w+)=(\d+)", caption)
+        heights = {ink: int(height) for ink, height in pairs if ink in COLOURS}
+        if not 0 < len(heights) <= _SLOTS or caption.strip() != ", ".join(f"{i}={h}" for i, h in pairs):
+            return None
+        return _text(next(iter(PAPERS)), list(heights.items())) if len(heights) == len(pairs) else None
 
     def quantities(self, scene: str) -> Mapping[str, int]:
         """The height of each bar, of the tallest and of the shortest."""

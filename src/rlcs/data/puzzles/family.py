@@ -97,6 +97,15 @@ class Family(Protocol):
         """Describe everything in the image, in a fixed order."""
         ...
 
+    @property
+    def caption_lines(self) -> int:
+        """Lines of a caption."""
+        ...
+
+    def read(self, caption: str) -> str | None:
+        """A scene with this caption; None for a text that is no caption of the family."""
+        ...
+
     def quantities(self, scene: str) -> Mapping[str, int]:
         """The quantities that can be counted or measured in the image, by name."""
         ...

@@ -4,6 +4,7 @@ Questions are about area and perimeter.
 """
 
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -66,6 +67,7 @@ class Figures:
     """The family of figures. A scene reads `paper:colour=width*height,...`."""
 
     name = "figures"
+    caption_lines = 1
 
     def scene(self, rng: random.Random, level: int) -> str:
         """Draw a rectangle on level 1, an L on level 3, either on level 2; it never fills the grid."""
@@ -134,6 +136,13 @@ class Figures:
     def caption(self, scene: str) -> str:
         """Colour, width and height of each part, from top to bottom."""
         return ", ".join(part.text() for part in _parse(scene).parts)
+
+    def read(self, caption: str) -> str | None:
+        """Take one or two parts; sides may be any."""
+        parts = [re.fullmatch(r"(\w+)=\d+\*\d+", part) for part in caption.strip().split(", ")]
+        if len(parts) > 2 or not all(part and part[1] in COLOURS for part in parts):
+            return None
+        return f"{next(iter(PAPERS))}:{','.join(part[0] for part in parts if part)}"
 
     def quantities(self, scene: str) -> Mapping[str, int]:
         """Width and height of each part."""

@@ -54,6 +54,7 @@ class Shapes:
     """The family of shapes. A scene reads `paper:cell,cell,...` row by row, nine cells."""
 
     name = "shapes"
+    caption_lines = _SIDE
 
     def scene(self, rng: random.Random, level: int) -> str:
         """Draw nine cells; few colours or forms make the counts large, many make them small."""
@@ -105,6 +106,15 @@ class Shapes:
         cells = _parse(scene)[1]
         rows = (cells[start : start + _SIDE] for start in range(0, len(cells), _SIDE))
         return "\n".join(", ".join(row) for row in rows)
+
+    def read(self, caption: str) -> str | None:
+        """Take the cells, which must be as many as there are."""
+        rows = [line.strip().split(", ") for line in caption.split("\n")]
+        known = {_NONE, *(f"{ink} {form}" for ink in _INKS for form in _FORMS)}
+        cells = [cell for row in rows for cell in row]
+        if [len(row) for row in rows] != [_SIDE] * _SIDE or not known.issuperset(cells):
+            return None
+        return _text(next(iter(PAPERS)), cells)
 
     def quantities(self, scene: str) -> Mapping[str, int]:
         """The number of shapes of each colour and of each form."""

@@ -1,0 +1,168 @@
+"""Running pass rates and the order of problems by them."""
+
+import json
+from statistics import fmean
+
+import numpy as np
+import pytest
+
+from rlcs.data.difficulty import HALF_LIFE, EstimatedStream, PassRates, signal_chance, stream_of
+from rlcs.data.stream import Outcome, ProblemStream
+from rlcs.errors import CheckpointError
+from rlcs.records import Problem
+
+GROUP = 8
+
+
+def problem(index: int, source: str = "all", **metadata) -> Problem:
+    return Problem(id=f"p{index}", source=source, question="?", answer="1", metadata=metadata)
+
+
+def outcome(index: int, right: int, answers: int = GROUP) -> Outcome:
+    return Outcome(problem_id=f"p{index}", answers=answers, right=right, signal=0 < right < answers)
+
+
+class World:
+    """Problems with pass rates, half of which an imagined policy never solves."""
+
+    def __init__(self, count: int = 600) -> None:
+        rng = np.random.default_rng(1)
+        self.problems = [problem(i) for i in range(count)]
+        self.rates = {p.id: float(rng.choice([0.0, 0.1, 0.5, 0.9])) for p in self.problems}
+
+    def answers(self, drawn, step: int) -> list[Outcome]:
+        rng = np.random.default_rng(step)
+        return [outcome(int(p.id[1:]), int(rng.binomial(GROUP, self.rates[p.id]))) for p in drawn]
+
+    def run(self, stream, steps, *, first: int = 0, size: int = 16):
+        drawn, metrics = [], []
+        for step in range(first, steps):
+            drawn.append(stream.take(size))
+            stream.peek(size)
+            metrics.append(stream.observe(self.answers(drawn[-1], step)))
+        return drawn, metrics
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+def test_the_chance_of_a_signal_is_that_of_unequal_answers_and_falls_with_the_distance_from_a_half():
+    draws = np.random.default_rng(0).binomial(4, 0.2, 200_000)
+    assert signal_chance(0.2, 4) == pytest.approx(((draws > 0) & (draws < 4)).mean(), abs=0.004)
+    for size in (2, 8, 64):
+        chances = [signal_chance(0.5 + away, size) for away in (0.0, 0.1, 0.3, 0.5)]
+        assert chances == sorted(chances, reverse=True) and chances[-1] == 0
+        assert signal_chance(0.3, size) == pytest.approx(signal_chance(0.7, size))
+
+
+def test_the_posterior_is_that_of_answers_which_fade_and_leans_on_the_kind():
+    rates = PassRates([*(problem(i, "easy") for i in range(4)), problem(4, "hard"), problem(5, "hard")])
+    rates.add(0, outcome(0, 8), 1)
+    rates.add(4, outcome(4, 0), 1)
+    alpha, beta = rates.posterior(1)
+    overall = (8 + 1) / (16 + 2)
+    easy, hard = (8 + 8 * overall) / 16, (0 + 8 * overall) / 16
+    assert alpha == pytest.approx([2 * easy + 8, *[2 * easy] * 3, 2 * hard, 2 * hard])
+    assert beta == pytest.approx([2 * (1 - easy), *[2 * (1 - easy)] * 3, 2 * (1 - hard) + 8, 2 * (1 - hard)])
+    later = 1 + int(HALF_LIFE)
+    rates.add(0, outcome(0, 2), later)
+    alpha, beta = rates.posterior(later)
+    assert alpha[0] + beta[0] == pytest.approx(2 + 8 / 2 + 8)
+    far, _ = rates.posterior(1000 * later)
+    assert far == pytest.approx([1.0] * 6), "in the end nothing is known"
+
+
+def test_rows_bring_their_pass_rates_and_these_are_corrected_by_what_is_seen():
+    problems = [
+        *(problem(i, pass_rate=0.95) for i in range(50)),
+        *(problem(50 + i, pass_rate=0.05) for i in range(50)),
+    ]
+    rates = PassRates(problems)
+    alpha, beta = rates.posterior(0)
+    assert alpha[0] / (alpha[0] + beta[0]) == pytest.approx(0.95)
+    assert alpha[-1] / (alpha[-1] + beta[-1]) == pytest.approx(0.05)
+    for index in range(8):  # another model's rates: what it solved is of medium difficulty for this one
+        rates.add(index, outcome(index, 4), 1)
+    alpha, beta = rates.posterior(1)
+    assert alpha[20] / (alpha[20] + beta[20]) == pytest.approx((32 + 8 * 0.95) / 72)
+
+
+def test_more_groups_have_a_signal_than_in_shuffled_order_and_no_problem_is_forgotten(world):
+    stream = stream_of(world.problems, "signal", seed=0, steps=200)
+    assert isinstance(stream, EstimatedStream)
+    drawn, metrics = world.run(stream, 200)
+    chance = fmean(signal_chance(rate, GROUP) for rate in world.rates.values())
+    of_estimate = fmean(row["signal_by_estimate"] for row in metrics[100:])
+    of_shuffled = fmean(row["signal_shuffled"] for row in metrics)
+    assert of_shuffled == pytest.approx(chance, abs=0.05)
+    assert of_estimate > chance + 0.25
+    counts = dict.fromkeys(world.rates, 0)
+    for step in drawn:
+        assert len({p.id for p in step}) == 16, "no problem twice in a step"
+        for p in step:
+            counts[p.id] += 1
+    assert min(counts.values()) >= 1
+    mean = {rate: fmean(counts[i] for i, r in world.rates.items() if r == rate) for rate in (0.0, 0.5)}
+    assert mean[0.5] > 4 * mean[0.0]
+
+
+def test_easy_first_goes_from_easy_problems_to_hard_ones(world):
+    drawn, _ = world.run(stream_of(world.problems, "easy_first", seed=0, steps=200), 200)
+    parts = (drawn[25:75], drawn[100:150], drawn[150:])
+    rates = [fmean(world.rates[p.id] for step in part for p in step) for part in parts]
+    assert rates[0] > rates[1] + 0.05 > rates[2] + 0.2
+
+
+@pytest.mark.parametrize("order", ["shuffled", "signal", "easy_first"])
+def test_a_stream_continues_exactly_from_its_state_and_alike_everywhere(world, order):
+    unbroken, metrics = world.run(stream_of(world.problems, order, seed=3, steps=12), 12)
+    assert world.run(stream_of(world.problems, order, seed=4, steps=12), 12)[0] != unbroken
+    first = stream_of(world.problems, order, seed=3, steps=12)
+    before = world.run(first, 5)[0]
+    again = stream_of(world.problems, order, seed=3, steps=12)
+    again.restore(json.loads(json.dumps(first.state())))
+    after, rest = world.run(again, 12, first=5)
+    assert before + after == unbroken and rest == metrics[5:]
+    assert json.dumps(again.state()) == json.dumps(again.state())
+
+
+def test_a_step_that_is_taken_again_draws_the_same(world):
+    stream = stream_of(world.problems, "signal", seed=3, steps=12)
+    world.run(stream, 3)
+    cursor = json.dumps(stream.state())
+    taken, more = stream.take(16), stream.take(5)  # a further round of dynamic sampling
+    assert not {p.id for p in taken} & {p.id for p in more}
+    stream.observe(world.answers([*taken, *more], 3))
+    stream.restore(json.loads(cursor))
+    assert stream.take(16) == taken and stream.peek(5) == more
+
+
+def test_few_problems_come_several_times_in_a_step():
+    stream = stream_of([problem(i) for i in range(3)], "signal", seed=0, steps=5)
+    for _ in range(3):
+        drawn = stream.take(7)
+        assert {p.id for p in drawn} == {"p0", "p1", "p2"}
+        stream.observe([outcome(int(p.id[1:]), 4) for p in drawn])
+
+
+def test_the_state_of_a_million_problems_is_small():
+    rates = PassRates([problem(0)] * 1_000_000)
+    assert sum(map(len, rates.state().values())) == 0
+    for index in range(0, 1_000_000, 10):
+        rates.add(index, outcome(0, 3), 1)
+    assert sum(map(len, rates.state().values())) == pytest.approx(100_000 * 16 * 4 / 3, rel=0.01)
+
+
+def test_a_state_of_another_order_or_damaged_is_refused(world):
+    stream = stream_of(world.problems, "signal", seed=3, steps=12)
+    world.run(stream, 2)
+    state = stream.state()
+    shuffled = ProblemStream(world.problems, seed=3)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        stream.restore(shuffled.state())
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        shuffled.restore(state)
+    with pytest.raises(CheckpointError, match="estimated pass rates"):
+        stream.restore({**state, "rates": {**state["rates"], "right": "AAAA"}})
