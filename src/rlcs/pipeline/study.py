@@ -94,6 +94,8 @@ class Study:
         self._logs = dry or folder / "rollout"
         self.after_validation: AfterValidation | None = None
         """Gets the rows of the validation of RL."""
+        self.last_step: int | None = None
+        """Where RL ends early, without a model."""
         self._make_engine: MakeEngine
         self._claimed = world.first(lambda: claim(folder, recipe, dry=dry is not None))
         self._recipe_hash = recipe_hash(recipe)
@@ -165,10 +167,7 @@ class Study:
             self.try_stages()
             self._world.first(self._write_problems)
             self._measure("base")
-        if self.recipe.data.rl_blind == "drop" and data.rl:
-            blind, note = self._world.first(partial(answered_blind, data, self.folder))
-            self._data = data = data.without({"rl": set(blind)})
-            log.info(note)
+        self._drop_blind()
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
             with out_of_memory_in("cold start"):
@@ -184,8 +183,26 @@ class Study:
                         with out_of_memory_in(arm):
                             self._grpo(rl, demonstrations)
                     self._measure(arm)
-        counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
+        counts = {"cold_start": len(demonstrations), "rl": len(self._data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
+
+    def repeat(self, arm: RlArm, of: Recipe) -> None:
+        """Train one arm of RL alone, from the models and the checkpoint in the folder, of a run of `of`."""
+        self._recipe_hash = recipe_hash(of)
+        self._data = check_prompts(self._data, of)
+        self._drop_blind()
+        demonstrations: Sequence[Demonstration] = ()
+        if arm == "mixed":
+            demonstrations = distill.load_kept(self._data.cold_start, self.folder / "cold_start")
+        with self.engines():
+            self._grpo(arm, demonstrations)
+
+    def _drop_blind(self) -> None:
+        """Leave out the RL problems that the base answered blind, where the recipe says so."""
+        if self.recipe.data.rl_blind == "drop" and self._data.rl:
+            blind, note = self._world.first(partial(answered_blind, self._data, self.folder))
+            self._data = self._data.without({"rl": set(blind)})
+            log.info(note)
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
         path = self.folder / "summary.json"
@@ -297,6 +314,7 @@ class Study:
             if every := recipe.validation.grpo_every:
                 run.validation = self._validation(every, engine, chat, grader.deciding, lambda: None)
                 run.validation.after = self.after_validation
+            run.last_step = self.last_step
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
             engine.rest()  # after the last validation, too
 

@@ -101,7 +101,7 @@ def train(
     first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
     bonus = EntropyBonus(settings.entropy, run.carried)
     unchecked = True
-    for step in range(first, settings.steps):
+    for step in range(first, min(settings.steps, run.last_step or settings.steps)):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
         clock, cursor = Clock(), stream.state()
@@ -135,7 +135,8 @@ def train(
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    run.validate(settings.steps, screen=screen, stop=stop)
+    if run.last_step is None:
+        run.validate(settings.steps, screen=screen, stop=stop)
     run.finish(screen)
 
 
