@@ -268,6 +268,11 @@ def test_a_run_measures_blind_trains_without_blind_problems_and_resumes(tmp_path
         assert facts["seeing"]["accuracy"] == summary["arms"][arm]["accuracy"]
         scores = json.loads((out / "eval" / arm / "blind/scores.json").read_text())
         assert facts["blind"]["accuracy"] == scores["accuracy"] and scores["n"] == 20
+    page = (out / "report/index.html").read_text()
+    needs = found["n"] - found["without_need"]
+    assert "With and without the image" in page and f"Needs the image ({needs})" in page
+    assert f"points on the {needs} problems that no model answers without the image" in page
+    assert "What failed: perception or reasoning" in page
     # Killed while the base answered blind: what is there is kept, and the end is the same.
     log = out / "eval/base/blind/predictions.jsonl"
     lines = log.read_text().splitlines(keepends=True)
@@ -316,6 +321,8 @@ def test_what_is_not_mentioned_was_not_perceived():
     )  # fmt: skip
     assert puzzles.fault(problem, "red=3, green=4\nred=3, blue=4\n3+4=7\n\\boxed{7}") == "perception"
     assert puzzles.fault(problem, "red=3, pink=4\n3+4=7\n\\boxed{7}") == "unreadable"
+    assert puzzles.fault(problem, "red=0, blue=0\n0+0=0\n\\boxed{0}") == "unreadable", "no bar at all"
+    assert puzzles.fault(problem, "red=0, blue=7\n0+7=7\n\\boxed{7}") == "perception"
     assert puzzles.fault(problem, "red=3, blue=4, black=9\nred=3, blue=4\n3+4=7\n\\boxed{7}") == "none"
 
 
