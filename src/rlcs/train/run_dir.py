@@ -158,6 +158,12 @@ class RunDir:
         self._save_once(done)
         self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
 
+    def pause(self, step: int, *, screen: Screen, stop: StopFlag) -> None:
+        """Leave the stage after `step` steps, measured if that is due, with a checkpoint to go on from."""
+        self._save_once(step)
+        self.validate(step, screen=screen, stop=stop)
+        self._trackers.close()
+
     def _save_once(self, step: int) -> None:
         if step > self._saved:
             self.save(step)
