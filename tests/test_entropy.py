@@ -169,6 +169,8 @@ def test_clip_cov_takes_the_gradient_of_held_tokens_away(loss):
     assert torch.equal(gradient(inputs, settings), expected)
     assert (gradient(plain, Grpo(loss=loss))[inputs.held] != 0).any()
     got = losses.policy_loss(inputs, settings)
+    without = replace(plain, advantages=inputs.advantages.masked_fill(inputs.held, 0.0))
+    assert got.loss.item() == pytest.approx(losses.policy_loss(without, Grpo(loss=loss)).loss.item())
     assert got.tokens == 18 and got.sums["held_share"] == inputs.held.sum()
     assert losses.policy_loss(plain, settings).sums["held_share"] == 0
     assert "held_share" not in losses.policy_loss(plain, Grpo(loss=loss)).sums
