@@ -420,6 +420,8 @@ SHOWN = {
         "grpo.temperature=0.7": "temperature 0.7",
     },
     "test sampling": {
+        "eval.blind=other": "and with another problem's image",
+        "eval.blind=removed": "and without the image",
         "eval.temperature=0": "greedy",
     },
     "RL optimiser": {
@@ -462,6 +464,11 @@ SHOWN = {
     },
     "RL data": {
         "data.rl_pass_rate=[0.01, 0.99]": "pass rate from 0.01 to 0.99",
+        "data.rl_blind=drop": "without those that the base answers blind",
+    },
+    "RL reward for sight": {
+        "grpo.sight.coefficient=0.02": "0.02 x divergence from what 60% masked images give, 0.03 x entropies",
+        "grpo.sight={coefficient: 0.02, gradient: both}": "gradient through both",
     },
     "test set": {
         "data.test=mine.jsonl": "mine.jsonl",

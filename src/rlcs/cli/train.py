@@ -187,7 +187,7 @@ def _study(
     wanted: "Wanted | None" = None,
 ) -> None:
     from rlcs.recipe.arms import arms_override
-    from rlcs.recipe.coldstart import prepared
+    from rlcs.recipe.coldstart import described, prepared
     from rlcs.recipe.loading import load_recipe
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
@@ -202,7 +202,8 @@ def _study(
     if not options.json:
         from rlcs.recipe.table import summary_rows
 
-        print_choices(recipe.name, folder, summary_rows(recipe))
+        grid = [] if wanted is None else [("cold starts", described(wanted, recipe))]
+        print_choices(recipe.name, folder, [*summary_rows(recipe), *grid])
     data = _data(recipe, folder, dry=options.dry_run)
 
     from rlcs.distributed import join_world

@@ -2,10 +2,10 @@
 
 Candidates are what each rule by validation takes, and the last step. All get `round_steps` steps of the arm's
 own RL (its settings, problems, seeds and engine), are measured on the validation problems, and the better
-half stays (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943). Those that the paired interval
-of the difference does not tell from the best are ordered by how fast they rose. The winner goes on from where
-it is, so that the losers' steps are the whole cost; the schedule of all trials ends where the winner's
-training does.
+half stays (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943). One that the paired interval of
+the difference does not tell from the best, and that clearly rises faster, goes before it. The winner goes on
+from where it is, so that the losers' steps are the whole cost; the schedule of all trials ends where the
+winner's training does.
 
     RUN/trial-000126/       the trial from step 126 of SFT; the winner's becomes RUN/sft_grpo
     RUN/sft/candidates.json what was tried, what each rule would have taken, and why this one was
@@ -33,6 +33,8 @@ ARM: Final = "sft_grpo"
 """The arm that the winner becomes."""
 CANDIDATES = "candidates.json"
 
+Interval = tuple[float, float, float]
+"""A value with the ends of its 95% interval."""
 Try = Callable[[int, int, int], None]
 """Trains RL from a step of SFT until its own step `until`, of so many steps in all."""
 
@@ -41,51 +43,59 @@ Try = Callable[[int, int, int], None]
 class Standing:
     """A trial after a round: its accuracy, what the best one has over it, and its gain with a step of RL.
 
-    `gap` and `slope` have their 95% intervals, paired problem by problem.
+    `faster` is that gain less the best one's. All have 95% intervals, paired problem by problem.
     """
 
     step: int
     accuracy: float
-    gap: tuple[float, float, float]
-    slope: tuple[float, float, float]
+    behind: Interval
+    slope: Interval
+    faster: Interval
 
     @property
-    def may_be_best(self) -> bool:
-        """Whether the interval of its distance to the best one includes zero."""
-        return self.gap[1] <= 0
+    def catches_up(self) -> bool:
+        """Whether it is not clearly behind the best one, and clearly rises faster."""
+        return self.behind[1] <= 0 < self.faster[1]
 
 
 def standings(trials: Mapping[int, Rows], until: int) -> list[Standing]:
     """The trials after `until` steps of RL from the best on: `trials` are measurements by step of SFT.
 
-    First those that may be the best, the steepest of them first, then the others by their accuracy; of equals
-    the earlier step of SFT.
+    By their accuracy, but those that catch up with the best one stand before it, the steepest of them first;
+    of equals the earlier step of SFT.
     """
     best = max(trials, key=lambda step: (trials[step][until]["accuracy"], -step))
-    found = [
-        Standing(
+    found = []
+    for step, rows in trials.items():
+        behind = [a - b for a, b in zip(_shares(trials[best][until]), _shares(rows[until]), strict=True)]
+        gains, of_best = _gains(rows, until), _gains(trials[best], until)
+        standing = Standing(
             step=step,
             accuracy=rows[until]["accuracy"],
-            gap=_difference(rows[until], trials[best][until]),
-            slope=_scaled(_difference(rows[0], rows[until]), 1 / until),
+            behind=_interval(behind),
+            slope=_interval(gains, until),
+            faster=_interval([a - b for a, b in zip(gains, of_best, strict=True)], until),
         )
-        for step, rows in trials.items()
-    ]
+        found.append(standing)
     return sorted(
-        found, key=lambda s: (not s.may_be_best, -s.slope[0] if s.may_be_best else -s.accuracy, s.step)
+        found, key=lambda s: (not s.catches_up, -s.slope[0] if s.catches_up else -s.accuracy, s.step)
     )
 
 
-def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float, float]:
-    """The second measurement's accuracy minus the first's, and its interval over the problems."""
-    k = second["samples"]
-    moves = [(b - a) / k for a, b in zip(first["right"], second["right"], strict=True)]
-    return mean(moves), *interval_of_mean(moves)
+def _shares(row: Mapping[str, Any]) -> list[float]:
+    """The share of right answers to each problem."""
+    return [right / row["samples"] for right in row["right"]]
 
 
-def _scaled(values: tuple[float, float, float], factor: float) -> tuple[float, float, float]:
-    value, low, high = values
-    return value * factor, low * factor, high * factor
+def _gains(rows: Rows, until: int) -> list[float]:
+    """What each problem's share has gained since the trial began."""
+    return [after - before for before, after in zip(_shares(rows[0]), _shares(rows[until]), strict=True)]
+
+
+def _interval(moves: Sequence[float], steps: int = 1) -> Interval:
+    """The mean of paired differences, and its interval, a step."""
+    low, high = interval_of_mean(moves)
+    return mean(moves) / steps, low / steps, high / steps
 
 
 def trial_folder(run: Path, step: int) -> Path:
@@ -170,15 +180,17 @@ def _why(rounds: Sequence[Mapping[str, Any]], taken: Mapping[Rule, int]) -> str:
     if not rounds:
         return f"every rule takes step {taken['last']:,}: there was nothing to try"
     first, second, *_ = rounds[-1]["standings"]
-    text = f"after {rounds[-1]['steps']:,} steps of RL the model from step {first['step']:,} has "
+    count = rounds[-1]["steps"]
+    text = f"after {count:,} step{'' if count == 1 else 's'} of RL the model from step {first['step']:,} has "
     text += f"{first['accuracy']:.1%} right, that from step {second['step']:,} {second['accuracy']:.1%}"
-    behind = max(first, second, key=lambda each: each["gap"][0])
-    low, high = (100 * x for x in behind["gap"][1:])
-    interval = f"the 95% interval of the difference, {low:+.1f} to {high:+.1f} points,"
-    if low > 0:
-        return f"{text}; {interval} excludes zero"
-    slopes = (f"{100 * each['slope'][0]:+.2f}" for each in (first, second))
-    return f"{text}; {interval} includes zero, and it rises by {' against '.join(slopes)} points a step"
+    if first["accuracy"] < second["accuracy"]:
+        slopes = (f"{100 * each['slope'][0]:+.2f}" for each in (first, second))
+        return (
+            f"{text}, which is no clear lead, and it rises faster: {' against '.join(slopes)} points a step"
+        )
+    low, high = (100 * end for end in second["behind"][1:])
+    verdict = "excludes" if low > 0 else "includes"
+    return f"{text}; the 95% interval of the difference, {low:+.1f} to {high:+.1f} points, {verdict} zero"
 
 
 def _cost(run: Path, facts: Mapping[str, Any], steps: int, world: World) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import PurePath
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.handover import Rule
-from rlcs.recipe.objectives import Entropy
+from rlcs.recipe.objectives import Entropy, Sight
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
 from rlcs.recipe.stages import Grpo, Optimizer, Overlap, Reward, Sft, function_name
@@ -123,8 +123,17 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         *_entropy_rows(grpo.entropy),
         *_mask_rows(grpo.mismatch_mask),
         *([("RL order of problems", _ORDERS[grpo.order])] if grpo.order != "shuffled" else []),
+        *_sight_rows(grpo.sight),
         *_reward_rows(grpo.reward),
     ]
+
+
+def _sight_rows(sight: Sight) -> list[tuple[str, str]]:
+    if not sight.coefficient:
+        return []
+    value = f"{sight.coefficient:g} x divergence from what {sight.mask_share:.0%} masked images give"
+    value += f", {sight.entropy_coefficient:g} x entropies against it" if sight.entropy_coefficient else ""
+    return [("RL reward for sight", f"{value}; gradient through {sight.gradient}")]
 
 
 def _clip(grpo: Grpo) -> str:
@@ -177,12 +186,17 @@ def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tu
 def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]]:
     rates = data.rl_pass_rate
     chosen = "" if rates is None else f", pass rate from {rates[0]:g} to {rates[1]:g}"
+    chosen += ", without those that the base answers blind" if data.rl_blind == "drop" else ""
+    blind = {"other": ", and with another problem's image", "removed": ", and without the image"}
     return [
         ("cold-start data", data.cold_start),
         *teacher_rows(teacher),
         ("RL data", data.rl + chosen),
         ("test set", data.test),
-        ("test sampling", _sampling(test.temperature, test.top_p, test.max_new_tokens)),
+        (
+            "test sampling",
+            _sampling(test.temperature, test.top_p, test.max_new_tokens) + blind.get(test.blind, ""),
+        ),
     ]
 
 
