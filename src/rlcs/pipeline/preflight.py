@@ -26,8 +26,9 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.online_teacher import try_teacher
+from rlcs.pipeline.probe import ARM
 from rlcs.pipeline.run_folder import command
-from rlcs.pipeline.space import StageSpace, existing, require_space, stage_space
+from rlcs.pipeline.space import StageSpace, existing, require_space, stage_space, trials_space
 from rlcs.progress import Screen
 from rlcs.recipe.arms import RL_ARMS, TRAINING_ORDER, stages_behind
 from rlcs.recipe.sampling import EngineSettings
@@ -223,6 +224,8 @@ class Preflight:
                     "no part of the model is left to train", where=key, fix="take a part out of it"
                 )
             stages[name] = stage_space(vlm, settings, steps=steps)
+        if recipe.sft.handover.rule == "probe" and ARM in stages:
+            stages["trial-*"] = trials_space(stages[ARM], recipe.grpo, recipe.sft.handover)
         weights = None if recipe.rollout.engine == "local" else self._weights
         return [require_space(self.folder, stages, weights=weights)] if stages else []
 

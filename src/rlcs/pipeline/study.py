@@ -331,7 +331,7 @@ class Study:
             every, at = recipe.validation.grpo_every, () if until is None else (0, until)
             if every or at:
                 run.validation = self._validation(every, engine, chat, grader.deciding, at=at)
-                run.validation.after = self.after_validation
+                run.validation.after = self.after_validation if until is None else None
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop, until=until)
             engine.rest()  # after the last validation, too
 

@@ -65,16 +65,20 @@ def study_words(name: str, overrides: Sequence[str]) -> list[str]:
 
     Lengths of one SFT can be compared if they end at the same learning rate; RL gets a third of its steps.
     """
-    validated = "validation.grpo_every=1"  # `prepared` says how often
-    steps = load_recipe(name, [validated, *overrides]).recipe.grpo.steps
-    own = [validated, "sft.optimizer.schedule=constant", f"grpo.steps={math.ceil(steps / 3)}"]
+    own = ["validation.grpo_every=1", "sft.handover.rule=last"]  # see `prepared`
+    steps = load_recipe(name, [*own, *overrides]).recipe.grpo.steps
+    own += ["sft.optimizer.schedule=constant", f"grpo.steps={math.ceil(steps / 3)}"]
     return [*own, *overrides]
 
 
 def prepared(recipe: Recipe) -> Recipe:
-    """The recipe with validation in the middle of RL, and without a hand-over: lengths are the study's."""
-    every = math.ceil(recipe.grpo.steps / 2)
-    return changed(recipe, [f"validation.grpo_every={every}", "sft.handover.rule=last"])
+    """The recipe with validation in the middle of RL, and without a hand-over: lengths are the study's.
+
+    What RL learns from besides the reward (`grpo.also`) is the same in all cells.
+    """
+    words = [f"validation.grpo_every={math.ceil(recipe.grpo.steps / 2)}", "sft.handover.rule=last"]
+    words += ["grpo.also.arms=[grpo, sft_grpo]"] if recipe.grpo.also.ever != {"reward"} else []
+    return changed(recipe, words)
 
 
 def chains_of(wanted: Wanted, recipe: Recipe, *, given: bool) -> tuple[str, ...]:
