@@ -173,8 +173,10 @@ def _entropy_rows(entropy: Entropy) -> list[tuple[str, str]]:
 
 def _mask_rows(most: float | None) -> list[tuple[str, str]]:
     """The row of answers that are left out where the policy has moved away from them; none where none are."""
-    text = f"left out above {most} nats a token, where their advantage is negative"
-    return [] if most is None else [("RL answers far from the sampler", text)]
+    if most is None:
+        return []
+    text = f"left out above {most:g} nats a token, where their advantage is negative"
+    return [("RL answers far from the sampler", text)]
 
 
 def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tuple[str, str]]:
