@@ -273,7 +273,8 @@ class Study:
         def train(step: int, until: int, steps: int) -> None:
             settings = recipe.grpo.of(probe.ARM).model_copy(update={"steps": steps})
             run = self._run_dir(probe.ARM, settings, folder=probe.trial_folder(self.folder, step))
-            self._learn(run, f"sft@{step}", settings, demonstrations, until=until)
+            run.until = until
+            self._learn(run, f"sft@{step}", settings, demonstrations)
 
         probe.probe(self.folder, recipe.sft.handover, steps=recipe.grpo.steps, train=train, world=self._world)
 
@@ -287,15 +288,9 @@ class Study:
         self._learn(self._run_dir(name, settings), ARMS[name].parent, settings, demonstrations)
 
     def _learn(
-        self,
-        run: RunDir,
-        start: str | None,
-        settings: Grpo,
-        demonstrations: Sequence[Demonstration],
-        *,
-        until: int | None = None,
+        self, run: RunDir, start: str | None, settings: Grpo, demonstrations: Sequence[Demonstration]
     ) -> None:
-        """Train by GRPO from the model `start`, to the end or `until` a step of a trial."""
+        """Train the model `start` by GRPO; a trial is measured when it begins and where it is left."""
         name, recipe, problems = run.name, self.recipe, self._data.rl
         self._world.check(self._stop, f"before {name}")
         log.info("%s: %d problems, from %s", name, len(problems), start)
@@ -324,11 +319,11 @@ class Study:
                 demonstrations=demonstrations,
                 turns=recipe.sft.turns,
             )
-            every, at = recipe.validation.grpo_every, () if until is None else (0, until)
+            every, at = recipe.validation.grpo_every, () if run.until is None else (0, run.until)
             if every or at:
                 run.validation = self._validation(every, engine, chat, grader.deciding, at=at)
-                run.validation.after = self.after_validation if until is None else None
-            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop, until=until)
+                run.validation.after = None if at else self.after_validation
+            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
             engine.rest()  # after the last validation, too
 
     def _validation(

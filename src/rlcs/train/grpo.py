@@ -83,12 +83,8 @@ def train(
     run: RunDir,
     screen: Screen,
     stop: StopFlag,
-    until: int | None = None,
 ) -> None:
-    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model.
-
-    With `until` a run that is not so far ends after that step, with a checkpoint and no trained model.
-    """
+    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model."""
     total = settings.steps * settings.optimizer_steps
     trainer = Trainer(context.vlm, settings.optimizer, steps=total, max_bad_steps=settings.max_bad_steps)
     stream = stream_of(problems, settings.order, seed=run.seed, steps=settings.steps)
@@ -105,8 +101,7 @@ def train(
     first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
     bonus = EntropyBonus(settings.entropy, run.carried)
     unchecked = True
-    end = settings.steps if until is None else until
-    for step in range(first, end):
+    for step in range(first, run.until or settings.steps):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
         clock, cursor = Clock(), stream.state()
@@ -140,11 +135,7 @@ def train(
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    if until is not None:
-        run.pause(until, screen=screen, stop=stop)
-        return
-    run.validate(settings.steps, screen=screen, stop=stop)
-    run.finish(screen)
+    run.conclude(screen, stop)
 
 
 def _stop_unscored(run: RunDir, groups: Sequence[Group], *, step: int, first: int) -> NoReturn:

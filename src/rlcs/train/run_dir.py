@@ -64,6 +64,8 @@ class RunDir:
         """What else the stage carries from step to step, JSON-able: checkpoints hold it."""
         self.validation: Validation | None = None
         """Set it before training to measure while the stage trains."""
+        self.until: int | None = None
+        """Set it before training to leave the stage after that step, with a checkpoint to go on from."""
         self._settings = settings
         self._recipe_hash = recipe_hash
         self._gap_alarm = gap_alarm
@@ -158,11 +160,15 @@ class RunDir:
         self._save_once(done)
         self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
 
-    def pause(self, step: int, *, screen: Screen, stop: StopFlag) -> None:
-        """Leave the stage after `step` steps, measured if that is due, with a checkpoint to go on from."""
-        self._save_once(step)
-        self.validate(step, screen=screen, stop=stop)
-        self._trackers.close()
+    def conclude(self, screen: Screen, stop: StopFlag) -> None:
+        """Measure the model if that is due, and write it; of a run that is left early a checkpoint."""
+        if self.until is None:
+            self.validate(self._steps, screen=screen, stop=stop)
+            self.finish(screen)
+        else:
+            self._save_once(self.until)
+            self.validate(self.until, screen=screen, stop=stop)
+            self._trackers.close()
 
     def _save_once(self, step: int) -> None:
         if step > self._saved:
