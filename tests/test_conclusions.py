@@ -56,6 +56,20 @@ def test_a_clear_difference_is_the_headline(run):
     assert "RL only" not in page.text
 
 
+def test_what_an_order_by_pass_rates_gains_is_stated_with_its_interval(run):
+    path = run / "sft_grpo" / "metrics.jsonl"
+    assert not any("pass rates" in note for note in notes(run, serious=False))
+    rows = [
+        row | {"signal_by_estimate": 0.7, "signal_shuffled": [0.2, 0.4][i % 2]}
+        for i, row in enumerate(rows_of(path))
+    ]
+    write_rows(path, rows[: len(rows) // 2 * 2])
+    half = 1.96 * (0.1**2 / (len(rows) // 2 * 2 - 1)) ** 0.5  # the standard error of as many halves
+    [note] = [note for note in notes(run, serious=False) if "pass rates" in note]
+    assert "70.0% of these groups had unequal rewards, against 30.0% of the groups in shuffled order" in note
+    assert f"one in 8 (+40.0 points, 95% interval +{40 - 100 * half:.1f} to +{40 + 100 * half:.1f})" in note
+
+
 def test_an_interval_with_zero_is_no_gain(run):
     set_right(run, "sft_grpo", 31)
     found = conclude([read_run(run)])

@@ -1,15 +1,26 @@
 """Running pass rates and the order of problems by them."""
 
+import itertools
 import json
+import math
 from statistics import fmean
 
 import numpy as np
 import pytest
 
-from rlcs.data.difficulty import HALF_LIFE, EstimatedStream, PassRates, signal_chance, stream_of
+from rlcs.data.difficulty import HALF_LIFE, EstimatedStream, PassRates, stream_of
+from rlcs.data.loading import load
+from rlcs.data.run_data import by_pass_rate
 from rlcs.data.stream import Outcome, ProblemStream
-from rlcs.errors import CheckpointError
+from rlcs.errors import CheckpointError, UserError
+from rlcs.evals.intervals import wilson
+from rlcs.pipeline import difficulty
+from rlcs.pipeline.difficulty import Difficulty, measure_difficulty
+from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.schema import Data
 from rlcs.records import Problem
+from rlcs.signals import StopFlag, Stopped
+from rlcs.storage import read_jsonl
 
 GROUP = 8
 
@@ -48,13 +59,15 @@ def world() -> World:
     return World()
 
 
-def test_the_chance_of_a_signal_is_that_of_unequal_answers_and_falls_with_the_distance_from_a_half():
-    draws = np.random.default_rng(0).binomial(4, 0.2, 200_000)
-    assert signal_chance(0.2, 4) == pytest.approx(((draws > 0) & (draws < 4)).mean(), abs=0.004)
-    for size in (2, 8, 64):
-        chances = [signal_chance(0.5 + away, size) for away in (0.0, 0.1, 0.3, 0.5)]
-        assert chances == sorted(chances, reverse=True) and chances[-1] == 0
-        assert signal_chance(0.3, size) == pytest.approx(signal_chance(0.7, size))
+def signal_chance(rate: float, size: int) -> float:
+    return 1 - rate**size - (1 - rate) ** size
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_the_nearer_to_a_half_the_likelier_a_signal_whatever_the_group_size(size):
+    rates = sorted(np.random.default_rng(0).random(50), key=lambda rate: abs(rate - 0.5))
+    chances = [signal_chance(rate, size) for rate in rates]
+    assert chances == sorted(chances, reverse=True)
 
 
 def test_the_posterior_is_that_of_answers_which_fade_and_leans_on_the_kind():
@@ -87,6 +100,22 @@ def test_rows_bring_their_pass_rates_and_these_are_corrected_by_what_is_seen():
         rates.add(index, outcome(index, 4), 1)
     alpha, beta = rates.posterior(1)
     assert alpha[20] / (alpha[20] + beta[20]) == pytest.approx((32 + 8 * 0.95) / 72)
+
+
+def test_rows_that_agree_in_columns_with_few_values_are_a_kind():
+    problems = [problem(i, level=i % 2, note=f"row {i}", right=i % 9) for i in range(100)]
+    rates = PassRates(problems)
+    for index in range(0, 100, 4):
+        rates.add(index, outcome(index, 6), 1)
+        rates.add(index + 1, outcome(index, 2), 1)
+    alpha, beta = rates.posterior(1)
+    mean = alpha / (alpha + beta)
+    assert mean[2::4] == pytest.approx([(25 * 6 + 8 * 0.5) / (25 * 8 + 8)] * 25)
+    assert mean[3::4] == pytest.approx([(25 * 2 + 8 * 0.5) / (25 * 8 + 8)] * 25)
+    few = PassRates(problems[:30])
+    few.add(0, outcome(0, 8), 1)
+    alpha, _ = few.posterior(1)
+    assert alpha[1] == alpha[2], "too few for two kinds"
 
 
 def test_more_groups_have_a_signal_than_in_shuffled_order_and_no_problem_is_forgotten(world):
@@ -150,9 +179,9 @@ def test_few_problems_come_several_times_in_a_step():
 def test_the_state_of_a_million_problems_is_small():
     rates = PassRates([problem(0)] * 1_000_000)
     assert sum(map(len, rates.state().values())) == 0
-    for index in range(0, 1_000_000, 10):
+    for index in range(0, 1_000_000, 50):
         rates.add(index, outcome(0, 3), 1)
-    assert sum(map(len, rates.state().values())) == pytest.approx(100_000 * 16 * 4 / 3, rel=0.01)
+    assert sum(map(len, rates.state().values())) == pytest.approx(20_000 * 16 * 4 / 3, rel=0.01)
 
 
 def test_a_state_of_another_order_or_damaged_is_refused(world):
@@ -166,3 +195,89 @@ def test_a_state_of_another_order_or_damaged_is_refused(world):
         shuffled.restore(state)
     with pytest.raises(CheckpointError, match="estimated pass rates"):
         stream.restore({**state, "rates": {**state["rates"], "right": "AAAA"}})
+
+
+# --- pass rates of a data source -----------------------------------------------------------------
+
+SHORT = ("grpo.max_new_tokens=48", "grpo.group_size=3", "grpo.max_rows=32")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """A file of ten problems, one of which is too long to be a prompt."""
+    folder = tmp_path_factory.mktemp("source")
+    rows = [
+        {"id": f"r{i}", "problem": "How many?" + " more" * (400 * (i == 3)), "answer": "2", "note": i}
+        for i in range(10)
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def measured(source, out, *, stop_after=None, monkeypatch=None):
+    recipe = load_recipe("quickstart", SHORT).recipe
+    with StopFlag() as stop:
+        if stop_after is not None:
+            calls = itertools.count(1)
+            sample = difficulty._sample
+
+            def sample_and_stop(*args):
+                sample(*args)
+                if next(calls) == stop_after:
+                    stop.is_set = True
+
+            monkeypatch.setattr(difficulty, "_sample", sample_and_stop)
+        return measure_difficulty(source, recipe, out, samples=4, stop=stop)
+
+
+def test_pass_rates_are_written_into_the_rows_and_a_stopped_measurement_goes_on(
+    source, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(difficulty, "CHUNK", 8)
+    whole = measured(source, tmp_path / "a" / "rated.jsonl")
+    rows = read_jsonl(tmp_path / "a" / "rated.jsonl")
+    assert [(row["id"], row["note"]) for row in rows] == [(f"r{i}", i) for i in range(10)]
+    assert (rows[3]["samples"], rows[3]["pass_rate"]) == (0, None), "its prompt is too long"
+    for row in (*rows[:3], *rows[4:]):
+        assert row["samples"] == 4 and row["pass_rate"] == row["right"] / 4
+        bounds = [row["pass_rate_low"], row["pass_rate_high"]]
+        assert bounds == pytest.approx(wilson(row["right"], 4), abs=1e-4)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        measured(source, tmp_path / "b" / "rated.jsonl", stop_after=2, monkeypatch=patch)
+    kept = read_jsonl(tmp_path / "b" / "rated.answers" / "samples.jsonl")
+    assert len(kept) == 16 and not (tmp_path / "b" / "rated.jsonl").exists()
+    assert measured(source, tmp_path / "b" / "rated.jsonl") == whole
+    assert read_jsonl(tmp_path / "b" / "rated.jsonl") == rows
+
+    facts = whole.summary()
+    assert (facts["problems"], facts["unmeasured"], facts["group_size"]) == (9, 1, 3)
+    with pytest.raises(UserError, match="such a file already"):
+        measured(source, tmp_path / "a" / "rated.jsonl")
+
+
+def test_what_is_written_is_what_a_run_selects_by_and_begins_with(source, tmp_path):
+    found = Difficulty(counts={f"r{i}": (8, i % 9) for i in range(10)}, samples=8, group_size=8, unmeasured=0)
+    data = Data(rl_pass_rate=(0.2, 0.8))
+    rows = load(source, data, decode_limit=10**6, role="rl").rows
+    out = tmp_path / "rated.jsonl"
+    difficulty.write_rows(
+        rows, source, out, data.columns, added={f"r{i}": found.columns(f"r{i}") for i in range(10)}
+    )
+    problems = [row.problem for row in load(str(out), data, decode_limit=10**6, role="rl").rows]
+    assert [p.id for p in by_pass_rate(problems, data)] == ["r2", "r3", "r4", "r5", "r6"]
+    alpha, beta = PassRates(problems).posterior(0)
+    assert np.argsort(alpha / (alpha + beta), kind="stable").tolist()[-3:] == [6, 7, 8]
+
+
+def test_the_share_with_a_signal_is_that_of_all_choices_of_a_group():
+    found = Difficulty(counts={"a": (6, 2), "b": (6, 0), "c": (6, 6)}, samples=6, group_size=3, unmeasured=0)
+    groups = [*itertools.combinations([True, True, False, False, False, False], 3)]
+    share = fmean(0 < sum(group) < 3 for group in groups) / 3
+    facts = found.summary()
+    assert math.isclose(facts["signal"]["accuracy"], share)
+    assert facts["histogram"] == {
+        "none right": 1, "0% to 20%": 0, "20% to 40%": 1, "40% to 60%": 0, "60% to 80%": 0,
+        "80% to 100%": 0, "all right": 1,
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The commands of `rlcs data`: check, export, push, overlap."""
+"""The commands of `rlcs data`: check, difficulty, export, push, overlap."""
 
 import json as jsonlib
 import re
@@ -208,6 +208,30 @@ def data_overlap(
             typer.echo(overlap_sentence(facts[kind], len(problems), second))
     if not facts:
         typer.echo(f"{first} shares nothing with {second}")
+
+
+@data_app.command("difficulty")
+def data_difficulty(
+    source: Annotated[str, typer.Argument(help="A data source")],
+    out: Annotated[Path, typer.Option(help="New JSONL file: the rows with pass rates")],
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="Run, folder, hub id or builtin; none: the recipe's")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem")] = 8,
+    json: Json = False,
+) -> None:
+    """Measure how often a model solves each problem, before RL. For data.rl_pass_rate and grpo.order."""
+    from rlcs.pipeline.difficulty import lines, measure_difficulty
+    from rlcs.recipe.loading import load_recipe
+    from rlcs.signals import StopFlag
+
+    words = [*(overrides or []), *([f"model.name={model}"] if model is not None else [])]
+    resolved = load_recipe(recipe or "quickstart", words).recipe
+    with StopFlag() as stop:
+        found = measure_difficulty(source, resolved, out, samples=samples, stop=stop, json=json)
+    print_result({**found.summary(), "out": str(out)}, [*lines(found), f"rows     {out}"], json=json)
 
 
 def _rows(source: str, recipe: "Recipe") -> Any:

@@ -20,7 +20,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ablate": ("rlcs ablate mine.yaml", "rlcs ablate quickstart --seeds 3"),
         "coldstart": (
             "rlcs coldstart mine.yaml",
-            "rlcs coldstart quickstart --demonstrations 200,600 --epochs 1,4 grpo.steps=30",
+            "rlcs coldstart quickstart --demonstrations 200,600 grpo.steps=30",
         ),
         "distill": (
             "rlcs distill mine.yaml data.problems=train.jsonl",
@@ -48,6 +48,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "doctor": ("rlcs doctor", "rlcs doctor runs/mine", "rlcs doctor --gpu --out gpu.json"),
         "plan": ("rlcs plan paper-7b --gpus 8", "rlcs plan single-gpu-lora-3b --gpu RTX4090 --json"),
         "data check": ("rlcs data check train.jsonl", "rlcs data check sft.jsonl --role cold_start"),
+        "data difficulty": (
+            "rlcs data difficulty train.jsonl --model runs/mine/sft --out rated.jsonl",
+            "rlcs data difficulty train.jsonl --recipe mine.yaml --out rated.jsonl",
+        ),
         "data export": ("rlcs data export runs/mine/cold_start/kept.jsonl shared --layout ms-swift",),
         "data push": ("rlcs data push shared OWNER/NAME --dry-run",),
         "data overlap": ("rlcs data overlap train.jsonl test.jsonl",),

@@ -25,6 +25,10 @@ PROBLEM_PRIOR = 2.0
 """Answers of a problem that weigh as much as the mean of its kind."""
 KIND_PRIOR = 8.0
 """Answers of a kind that weigh as much as the mean of all, or as the rows' own pass rates."""
+KIND_SIZE = 20
+"""Problems of a kind, on average, at least."""
+RATING = frozenset({"samples", "right", "pass_rate", "pass_rate_low", "pass_rate_high"})
+"""Columns of a row that measured pass rates are written in."""
 EASIEST, MEDIUM, HARDEST = 0.8, 0.5, 0.2
 """Target pass rates: `easy_first` goes from the first to the last, `signal` stays at the middle."""
 SHUFFLED_EVERY = 8
@@ -41,18 +45,20 @@ class PassRates:
     """The Beta posterior of each problem's pass rate, which forgets as the policy changes.
 
     A problem's answers count half after HALF_LIFE steps. Its prior mean is the mean of its kind, and that of
-    a kind leans on the mean of all. A kind are the problems of one source whose rows have a similar
-    `pass_rate` (tenths): that of another model, or an older one's, with which the kind's mean begins.
+    a kind leans on the mean of all: most problems are answered once or never before they are chosen. A kind
+    are the problems of one source whose rows agree in the columns that have few values (a level, a category)
+    and in the tenth of their `pass_rate`, with which its mean begins: it may be another model's.
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         """Nothing has been answered yet."""
         import numpy as np
 
-        names = [_kind(problem) for problem in problems]
-        number = {name: index for index, name in enumerate(dict.fromkeys(names))}
-        self._kinds = np.array([number[name] for name in names], dtype=np.int32)
-        self._given = np.array([np.nan if tenth is None else (tenth + 0.5) / 10 for _, tenth in number])
+        tenths, names = [_tenth(problem) for problem in problems], _kinds(problems)
+        number: dict[tuple[Any, ...], int] = {}
+        kinds = [number.setdefault(key, len(number)) for key in zip(tenths, names, strict=True)]
+        self._kinds = np.array(kinds, dtype=np.int32)
+        self._given = np.array([np.nan if tenth is None else (tenth + 0.5) / 10 for tenth, _ in number])
         self._answers = np.zeros(len(problems), dtype=np.float32)
         self._right = np.zeros(len(problems), dtype=np.float32)
         self._seen = np.zeros(len(problems), dtype=np.int32)
@@ -205,7 +211,24 @@ def stream_of(problems: Sequence[Problem], order: Order, *, seed: int, steps: in
     return EstimatedStream(problems, seed=seed, order=order, steps=steps)
 
 
-def _kind(problem: Problem) -> tuple[str, int | None]:
+def _tenth(problem: Problem) -> int | None:
     rate = problem.metadata.get("pass_rate")
-    known = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1
-    return problem.source, min(9, int(rate * 10)) if known and isinstance(rate, int | float) else None
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        return None
+    return min(9, int(rate * 10))
+
+
+def _kinds(problems: Sequence[Problem]) -> list[tuple[Any, ...]]:
+    """The kind of each problem: its source, and its values in those columns that have few.
+
+    Columns are added in their order as long as a kind has KIND_SIZE problems on average.
+    """
+    columns = dict.fromkeys(name for problem in problems for name in problem.metadata if name not in RATING)
+    kinds: list[tuple[Any, ...]] = [(problem.source,) for problem in problems]
+    for name in columns:
+        finer = [
+            (*kind, str(problem.metadata.get(name))) for kind, problem in zip(kinds, problems, strict=True)
+        ]
+        if len(set(finer)) * KIND_SIZE <= len(problems):
+            kinds = finer
+    return kinds

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from rlcs.records import ImageRef, to_row
 from rlcs.storage import at_home, atomic_write, jsonl_lines, parse_object
 
 
-def require_new_file(path: Path, source: str) -> None:
-    """Raise UserError unless `path` is a new .jsonl file that is no part of `source`."""
-    where, name = f"--write {path}", source.partition("?")[0]
+def require_new_file(path: Path, source: str, *, option: str = "--write") -> None:
+    """Raise UserError unless `path` (of a command's `option`) is a new .jsonl file, no part of `source`."""
+    where, name = f"{option} {path}", source.partition("?")[0]
     if path.suffix != ".jsonl":
-        raise UserError("the file's name must end in .jsonl", where=where, fix=f"--write {path.stem}.jsonl")
+        raise UserError("the file's name must end in .jsonl", where=where, fix=f"{option} {path.stem}.jsonl")
     if path.exists():
         is_source = Path(name).exists() and path.samefile(name)
         what = "this is the source itself" if is_source else "there is such a file already"
@@ -32,8 +32,15 @@ def require_new_file(path: Path, source: str) -> None:
         )
 
 
-def write_rows(rows: Sequence[Row], source: str, path: Path, columns: Columns) -> None:
-    """Write rows of `source` to a JSONL file, atomically.
+def write_rows(
+    rows: Sequence[Row],
+    source: str,
+    path: Path,
+    columns: Columns,
+    *,
+    added: Mapping[str, Mapping[str, Any]] = {},
+) -> None:
+    """Write rows of `source` to a JSONL file, atomically, each with the values `added` to its id.
 
     A row of a JSONL file keeps its layout, others get our columns. Images that are not below the new file's
     folder, or not in files, are copied into `images/` beside it. Raises ImageError, RunFolderError.
@@ -48,6 +55,11 @@ def write_rows(rows: Sequence[Row], source: str, path: Path, columns: Columns) -
             line if own_folder == path.resolve().parent else _json_line(writer.moved(row, line))
             for row, line in zip(rows, lines, strict=True)
         ]
+    pairs = zip(rows, texts, strict=True)
+    texts = [
+        _json_line({**parse_object(text), **values}) if (values := added.get(row.problem.id)) else text
+        for row, text in pairs
+    ]
     atomic_write(path, b"\n".join(texts) + b"\n")
 
 

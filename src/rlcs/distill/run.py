@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.difficulty import RATING
 from rlcs.data.given import counts_of, grade_given, require_answerable, sentences, why_left_out
 from rlcs.data.loading import Loaded, load, require_usable
 from rlcs.data.problem_store import with_copies
@@ -34,7 +35,6 @@ from rlcs.storage import read_jsonl, write_json, write_jsonl
 NOT_CHOSEN = "right, but others are kept"
 _LOG = logging.getLogger("rlcs")
 _SHOWN = 3
-_RATING = ("samples", "right", "pass_rate")  # those of an earlier teacher are dropped
 _BINS = 10
 
 
@@ -203,7 +203,7 @@ def _columns(problem: Problem, folder: Path) -> dict[str, object]:
 
 def _problem_row(problem: Problem, columns: Mapping[str, object], answers: Sequence[Entry]) -> dict[str, Any]:
     """Make a row of `problems.jsonl`; unscored answers do not count in its pass rate."""
-    further = {name: value for name, value in problem.metadata.items() if name not in _RATING}
+    further = {name: value for name, value in problem.metadata.items() if name not in RATING}
     row: dict[str, Any] = {**further, "id": problem.id, **columns}
     scored = [answer.grade.correct for answer in answers if answer.grade.correct is not None]
     if scored:

@@ -36,6 +36,7 @@ from rlcs.pipeline import probe
 from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.online_teacher import open_teacher
 from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
@@ -302,6 +303,8 @@ class Study:
         else:
             vlm = self._spread(vlm)
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
+        distils = "distill" in settings.also.ever
+        teacher = open_teacher(recipe, vlm, chat, self._spread) if distils else None
         engine = self._make_engine(vlm, chat, settings.max_rows)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
@@ -318,6 +321,7 @@ class Study:
                 checks=recipe.rollout.checks,
                 demonstrations=demonstrations,
                 turns=recipe.sft.turns,
+                teacher=teacher,
             )
             every, at = recipe.validation.grpo_every, () if run.until is None else (0, run.until)
             if every or at:

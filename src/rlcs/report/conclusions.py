@@ -1,8 +1,10 @@
 """What a run found, in sentences: what each stage of training added, and what a reader must know besides."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, variance
 
 from rlcs.recipe.arms import ARMS, MAIN_FIRST, RL_ARMS, TRAINING_ORDER
 from rlcs.records import NO_SIGNAL
@@ -107,10 +109,28 @@ def _notes(runs: Sequence[Run], results: Sequence[ArmResult]) -> Iterator[Note]:
         *(line for run in runs for line in _unfinished(run)),
         *_left_out(stats),
         *_compared(runs),
+        *_ordered(runs),
         *(_late_steps(c) for c in curves if (c.peaked_early and not c.fell) or _kept_early(c)),
     ]
     yield from (Note(text=line, serious=False) for line in mild)
     yield from (note for note in overlap if not note.serious)
+
+
+def _ordered(runs: Sequence[Run]) -> Iterator[str]:
+    """What drawing problems by their pass rates gained in groups that RL can learn from."""
+    for stage in RL_ARMS:
+        rows = [row for run in runs for row in run.curves.get(stage, ())]
+        chosen = [v for row in rows if (v := number(row, "signal_by_estimate")) is not None]
+        shuffled = [v for row in rows if (v := number(row, "signal_shuffled")) is not None]
+        if min(len(chosen), len(shuffled)) > 1:
+            gain = fmean(chosen) - fmean(shuffled)
+            half = 1.96 * math.sqrt(variance(chosen) / len(chosen) + variance(shuffled) / len(shuffled))
+            yield (
+                f"{ARMS[stage].stage} drew problems by their estimated pass rates: {fmean(chosen):.1%} of "
+                f"these groups had unequal rewards, against {fmean(shuffled):.1%} of the groups in shuffled "
+                f"order, one in 8 ({points(gain)} points, 95% interval {points(gain - half)} to "
+                f"{points(gain + half)})."
+            )
 
 
 def _stopped(run: Run) -> Iterator[str]:

@@ -53,7 +53,7 @@ SIGNS = (
     ),
     Sign(
         key="zero_variance_groups", name="Groups with equal rewards", form="{:.1%}", most=0.8,
-        fix="grpo.dynamic_sampling=2, or choose problems by difficulty (data.rl_pass_rate)",
+        fix="grpo.order=signal, grpo.dynamic_sampling=2, or medium problems (data.rl_pass_rate)",
     ),
     Sign(
         key="kl", name="KL from the reference", form="{:.2g} nats a token", most=1.0,
