@@ -99,8 +99,7 @@ def train(
     collector = Collector(context, stream, settings, sampling, check=check)
     mixer = Mixer(context, settings, seed=run.seed)
     first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
-    bonus = EntropyBonus(settings.entropy, run.carried)
-    unchecked = True
+    bonus, unchecked = EntropyBonus(settings.entropy, run.carried), True
     for step in range(first, run.until or settings.steps):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
