@@ -202,9 +202,9 @@ class Study:
             demonstrations = distill.load_kept(self._data.cold_start, self.folder / "cold_start")
         settings = self._settings_of(arm)
         run = self._run_dir(arm, settings)
-        run.saves = False
+        run.saves, run.until = False, until
         with self.engines():
-            self._learn(run, ARMS[arm].parent, settings, demonstrations, until=until)
+            self._learn(run, ARMS[arm].parent, settings, demonstrations)
 
     def _drop_blind(self) -> None:
         """Leave out the RL problems that the base answered blind, where the recipe says so."""
@@ -295,7 +295,8 @@ class Study:
         def train(step: int, until: int, steps: int) -> None:
             settings = recipe.grpo.of(probe.ARM).model_copy(update={"steps": steps})
             run = self._run_dir(probe.ARM, settings, folder=probe.trial_folder(self.folder, step))
-            self._learn(run, f"sft@{step}", settings, demonstrations, until=until)
+            run.until = until
+            self._learn(run, f"sft@{step}", settings, demonstrations)
 
         probe.probe(self.folder, recipe.sft.handover, steps=recipe.grpo.steps, train=train, world=self._world)
 
@@ -314,15 +315,9 @@ class Study:
         return settings
 
     def _learn(
-        self,
-        run: RunDir,
-        start: str | None,
-        settings: Grpo,
-        demonstrations: Sequence[Demonstration],
-        *,
-        until: int | None = None,
+        self, run: RunDir, start: str | None, settings: Grpo, demonstrations: Sequence[Demonstration]
     ) -> None:
-        """Train by GRPO from the model `start`, to the end or `until` a step of a trial."""
+        """Train the model `start` by GRPO; a trial is measured when it begins and where it is left."""
         name, recipe, problems = run.name, self.recipe, self._data.rl
         self._world.check(self._stop, f"before {name}")
         log.info("%s: %d problems, from %s", name, len(problems), start)
@@ -354,11 +349,12 @@ class Study:
                 turns=recipe.sft.turns,
                 teacher=teacher,
             )
-            every, at = recipe.validation.grpo_every, () if until is None or not run.saves else (0, until)
+            left_early = run.until is not None and run.saves
+            every, at = recipe.validation.grpo_every, (0, run.until or 0) if left_early else ()
             if every or at:
                 run.validation = self._validation(every, engine, chat, grader.deciding, at=at)
-                run.validation.after = self.after_validation if until is None else None
-            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop, until=until)
+                run.validation.after = None if at else self.after_validation
+            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
             engine.rest()  # after the last validation, too
 
     def _validation(

@@ -83,12 +83,8 @@ def train(
     run: RunDir,
     screen: Screen,
     stop: StopFlag,
-    until: int | None = None,
 ) -> None:
-    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model.
-
-    With `until` a run that is not so far ends after that step, with a checkpoint and no trained model.
-    """
+    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model."""
     total = settings.steps * settings.optimizer_steps
     trainer = Trainer(context.vlm, settings.optimizer, steps=total, max_bad_steps=settings.max_bad_steps)
     stream = stream_of(problems, settings.order, seed=run.seed, steps=settings.steps)
@@ -103,9 +99,8 @@ def train(
     collector = Collector(context, stream, settings, sampling, check=check)
     mixer = Mixer(context, settings, seed=run.seed)
     first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
-    bonus = EntropyBonus(settings.entropy, run.carried)
-    unchecked = True
-    for step in range(first, settings.steps if until is None else until):
+    bonus, unchecked = EntropyBonus(settings.entropy, run.carried), True
+    for step in range(first, run.until or settings.steps):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
         clock, cursor = Clock(), stream.state()
@@ -124,7 +119,7 @@ def train(
                     stream.restore(cursor)
                     run.stop_in_step(step, stop)
         groups, signals = found.chosen, stream.observe(map(outcome, found.arrived))
-        if context.overlap == "one_step_off" and not run.is_last_or_measured(step + 1, until):
+        if context.overlap == "one_step_off" and not run.is_last_or_measured(step + 1):
             collector.request_ahead(step + 1, clock)
         results = learner.finish()
         if not mixer.learns_without_reward:
@@ -135,10 +130,7 @@ def train(
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    if until is not None:
-        return run.pause(until, screen=screen, stop=stop)
-    run.validate(settings.steps, screen=screen, stop=stop)
-    run.finish(screen)
+    run.conclude(screen, stop)
 
 
 def _check_packing(context: GrpoContext, groups: Sequence[Group], temperature: float) -> None:
