@@ -36,6 +36,7 @@ from rlcs.pipeline import probe
 from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.online_teacher import open_teacher
 from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
@@ -309,6 +310,8 @@ class Study:
         else:
             vlm = self._spread(vlm)
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
+        distils = "distill" in settings.also.ever
+        teacher = open_teacher(recipe, vlm, chat, self._spread) if distils else None
         engine = self._make_engine(vlm, chat, settings.max_rows)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
@@ -325,11 +328,12 @@ class Study:
                 checks=recipe.rollout.checks,
                 demonstrations=demonstrations,
                 turns=recipe.sft.turns,
+                teacher=teacher,
             )
             every, at = recipe.validation.grpo_every, () if until is None else (0, until)
             if every or at:
                 run.validation = self._validation(every, engine, chat, grader.deciding, at=at)
-                run.validation.after = self.after_validation
+                run.validation.after = self.after_validation if until is None else None
             grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop, until=until)
             engine.rest()  # after the last validation, too
 
