@@ -135,6 +135,8 @@ class Study:
 
         Raises DataError if these rows are many.
         """
+        if self._world.grouped:  # a checkpoint's model is written once, by rank 0
+            self._world.first(lambda: loading.resolve(self.recipe.model.name))
         self._data = check_prompts(self._data, self.recipe)
         with Output(quiet=True, json=self._output.json).screen("data", 0) as view:
             for line in self._data.notes:
