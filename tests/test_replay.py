@@ -83,8 +83,8 @@ def test_the_unchanged_replay_collapses_and_the_right_change_prevents_it(run, mo
         (("grpo.kl.kind=k3", "grpo.kl.coefficient=0.01"), "entropy",
          ("five times the KL penalty", "entropy control", "temperature 1.2"), ("KL penalty on",)),
         ((), "truncated", ("cut answers not learnt from",), ()),
-        (("rollout.engine=vllm_server", "rollout.urls=[http://localhost:1]", "rollout.cap=null"),
-         "sampler_gap", ("importance weights",), ()),
+        (("rollout.engine=vllm_server", "rollout.importance_cap=null"), "sampler_gap",
+         ("importance weights",), ()),
     ],
 )  # fmt: skip
 def test_the_changes_that_apply_are_tried_and_each_is_a_recipe(tmp_path, words, key, named, not_named):

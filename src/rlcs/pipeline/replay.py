@@ -121,7 +121,7 @@ def changes(recipe: Recipe, crossing: Crossing) -> Iterator[Change]:
         if grpo.mismatch_mask is None:
             yield Change(name="bad answers far from the policy left out", words=("grpo.mismatch_mask=0.1",))
     if recipe.rollout.engine != "local" and recipe.rollout.cap is None:
-        yield Change(name="importance weights", words=("rollout.cap=2",))
+        yield Change(name="importance weights", words=("rollout.importance_cap=2",))
     yield from _rewards_left_out(recipe)
     if crossing.key == "entropy":
         yield Change(name="entropy control", words=("grpo.entropy.control=clip_cov",))
