@@ -181,7 +181,7 @@ class RunDir:
         self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
 
     def conclude(self, screen: Screen, stop: StopFlag) -> None:
-        """Measure the model if that is due, and write it; where it is left early a checkpoint if it `saves`."""
+        """Measure the model if that is due, and write it; left early, a checkpoint if it `saves`."""
         if self.until is None:
             self.validate(self._steps, screen=screen, stop=stop)
             self.finish(screen)
