@@ -187,7 +187,8 @@ def _also_rows(grpo: Grpo) -> list[tuple[str, str]]:
     if also.ever != {"reward"} or also.reward != 1:
         weights = [f"{name} {_over(value)}" for name in ("reward", "sft", "distill")
                    if (value := getattr(also, name)) is not None]  # fmt: skip
-        shown = f", {also.sft_batch_size:,} demonstrations an optimiser step" if also.sft != 0 else ""
+        shows = "sft" in also.ever or "mixed" in also.arms
+        shown = f", {also.sft_batch_size:,} demonstrations an optimiser step" if shows else ""
         rows.append(("RL losses", f"{', '.join(weights)} in {' and '.join(also.arms)}{shown}"))
     if teacher.model is not None:
         where = f" at {teacher.base_url}" if teacher.base_url else ", loaded beside the policy"
