@@ -210,18 +210,19 @@ def test_a_study_that_was_killed_goes_on(
 
     monkeypatch.setattr(RunDir, "after_step", dies)
     monkeypatch.setattr(ColdStart, "_finish", dies_behind)
-    stop, deaths = StopFlag(), 0
+    stop, deaths, part = StopFlag(), 0, replace(GRID, demonstrations=(4,))
     stop.is_set = True
     with pytest.raises(Stopped):
-        study_in(tmp_path / "study", random_model_folder, GRID, stop=stop).run()
+        study_in(tmp_path / "study", random_model_folder, part, stop=stop).run()
     while True:
         try:
-            result = study_in(tmp_path / "study", random_model_folder, GRID).run()
+            result = study_in(tmp_path / "study", random_model_folder, part).run()
             break
         except Killed:
             deaths += 1
-    assert deaths >= 4
-    assert figures(result) == figures(read_json(finished / "coldstart.json"))
+    assert deaths >= 3
+    whole = {row[:5] for row in figures(read_json(finished / "coldstart.json"))}
+    assert len(result["results"]) == 3 and {row[:5] for row in figures(result)} < whole
 
 
 def test_a_cell_that_cannot_win_is_stopped_and_measured(
