@@ -22,10 +22,22 @@ from rlcs.grading import GradePool
 from rlcs.pipeline import difficulty
 from rlcs.pipeline.blind import RL_BLIND, answered_blind, blind_tasks
 from rlcs.pipeline.difficulty import measure_difficulty
+from rlcs.pipeline.faults import add_faults
 from rlcs.progress import screen
+from rlcs.recipe.judge import Judge
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Eval
-from rlcs.records import IMAGE_SLOT, ImageRef, Problem, Sample, StopReason, Turn
+from rlcs.records import (
+    IMAGE_SLOT,
+    Grade,
+    GradedSample,
+    ImageRef,
+    Problem,
+    Sample,
+    StopReason,
+    Turn,
+    to_row,
+)
 from rlcs.signals import StopFlag
 from test_benchmarks import vision, write_image, write_jsonl
 from test_evals import eval_run, run
@@ -379,3 +391,48 @@ def test_the_faults_of_an_arm_are_in_its_scores(tmp_path, drawn):
     assert scores["faults"] == {
         "none": right, "perception": len(drawn) - right, "reasoning": 0, "both": 0, "unreadable": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_judge_says_which_part_of_a_wrong_answer_failed(tmp_path, sees):
+    texts = {"a": "right", "b": "I see 3", "c": "2+2=5", "d": "no idea", "e": "cut off"}
+    verdicts = {
+        "I see 3": "It misreads.\n**perception**",
+        "2+2=5": "Arithmetic.\nreasoning",
+        "no idea": "Yes.",
+    }
+    problems = [make_problem(name) for name in texts]
+    folder = tmp_path / "eval" / "base"
+    folder.mkdir(parents=True)
+    rows = [
+        GradedSample(
+            sample=Sample(id=name, text=text, stop=StopReason.EOS),
+            grade=Grade(reward=float(name == "a"), correct=name == "a"),
+        )
+        for name, text in list(texts.items())[:4]
+    ]
+    rows.append(GradedSample(sample=Sample(id="e", error="too long"), grade=Grade(reward=0.0, correct=False)))
+    write_jsonl(folder / "predictions.jsonl", [to_row(row) for row in rows])
+    (folder / "scores.json").write_text('{"accuracy": 0.2}')
+
+    def answer(body):
+        return next(reply for text, reply in verdicts.items() if f"\n{text}\n" in last_text(body))
+
+    with LoopbackServer(answer=answer) as server:
+        settings = Judge(model="m", base_url=server.url, faults=True, sees_images=sees)
+        for _ in range(2):
+            add_faults(folder, problems, settings, tmp_path / "judge")
+        assert len(server.seen) == 3, "of wrong answers alone, and once"
+        assert all(("image_url" in json.dumps(body)) == sees for body in server.seen)
+        assert all(("cannot see" in last_text(body)) != sees for body in server.seen)
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["accuracy"] == 0.2
+    assert scores["faults"] == {"none": 1, "perception": 1, "reasoning": 1, "both": 0, "unreadable": 2}
+
+
+def test_a_judge_of_faults_that_is_away_is_known_before_the_run(tmp_path):
+    words = [*SMALL_STUDY, "grpo.reward.judge={faults: true, model: m, base_url: 'http://127.0.0.1:9/v1'}"]
+    words += ["grpo.reward.judge.max_retries=0"]
+    done = rlcs("grpo", "quickstart", *words, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "127.0.0.1:9" in done.stderr, done.stdout
+    assert not (tmp_path / "run" / "grpo").exists()

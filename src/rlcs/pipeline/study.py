@@ -35,6 +35,7 @@ from rlcs.model.vlm import Vlm
 from rlcs.pipeline import probe
 from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
+from rlcs.pipeline.faults import add_faults
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.online_teacher import open_teacher
 from rlcs.pipeline.preflight import Preflight
@@ -216,6 +217,9 @@ class Study:
             log.info(note)
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
+        if (judge := self.recipe.grpo.reward.judge).faults:
+            for folder in (self.folder / "eval" / arm for arm in self.recipe.study.arms):
+                add_faults(folder, self._data.test, judge, self.folder / "judge" / "faults")
         path = self.folder / "summary.json"
         before = read_json(path)["counts"] if path.exists() else {}
         # Data that only arms of an earlier command need was not read.
