@@ -37,6 +37,18 @@ def random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def other_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deeper random model with the tokenizer of the first: its teacher."""
+    from tools import tiny_model
+
+    processor = tiny_model.build_processor(tiny_model.corpus(50))
+    folder = tmp_path_factory.mktemp("other_model")
+    tiny_model.build_model(processor, seed=7, layers=3).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def vlm(random_model_folder: Path) -> Vlm:
     """The random model, loaded afresh so that a test may change it."""

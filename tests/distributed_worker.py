@@ -37,6 +37,7 @@ from rlcs.records import Demonstration, Problem, Sampling
 from rlcs.signals import StopFlag, Stopped
 from rlcs.train import grpo, sft
 from rlcs.train.context import GrpoContext
+from rlcs.train.local_teacher import LocalTeacher
 from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import Measure, Validation
 
@@ -133,6 +134,9 @@ def train(job: dict, world: World, shared: MakeEngine | None = None) -> None:
     else:
         vlm = spread(vlm)
     chat = loading.make_chat(vlm)
+    teacher = None
+    if "grpo" in job and "distill" in settings.also.ever:
+        teacher = LocalTeacher(vlm=spread(load(job | {"model": job["teacher"]}, world)))
     stage = RunDir(folder, name="stage", seed=3, settings=settings, recipe_hash="h")
     if every := job.get("validate"):
         stage.validation = Validation(every=every, measure=measured(vlm, chat, world))
@@ -158,6 +162,8 @@ def train(job: dict, world: World, shared: MakeEngine | None = None) -> None:
                     overlap=job.get("overlap", "none"),
                     feature_bytes=job.get("feature_bytes", 1 << 30),
                     checks=job.get("checks", 0),
+                    demonstrations=demonstrations(10),
+                    teacher=teacher,
                 )
                 problems = mixed_problems(job.get("problems", 9))
                 grpo.train(context, problems, settings, run=stage, screen=view, stop=stop)

@@ -7,18 +7,23 @@ from dataclasses import replace
 import pytest
 
 from conftest import SMALL_STUDY, make_problem
+from loopback_server import LoopbackServer, last_text
 from rlcs.data import puzzles
 from rlcs.data.blind import blind_twins
 from rlcs.data.run_data import RunData
-from rlcs.errors import DataError
+from rlcs.errors import DataError, RunFolderError
 from rlcs.evals.arms import Evaluator, evaluate
 from rlcs.evals.blind import split_gains
+from rlcs.evals.comparison import as_markdown
 from rlcs.evals.intervals import paired_interval, wilson
 from rlcs.grading import GradePool
 from rlcs.pipeline.blind import RL_BLIND, answered_blind
 from rlcs.progress import screen
+from rlcs.recipe.schema import Eval
 from rlcs.records import IMAGE_SLOT, ImageRef, Problem, Sample, StopReason, Turn
 from rlcs.signals import StopFlag
+from test_benchmarks import vision, write_image, write_jsonl
+from test_evals import eval_run, run
 from test_pipeline import rlcs
 
 
@@ -149,6 +154,81 @@ def test_several_answers_count_as_one_problem():
     assert found["without_need"] == 1, "from half of the answers on"
     [gain] = found["gains"]
     assert gain["all"]["points"] == 0.25 and gain["all"]["low"] < 0 < gain["all"]["high"]
+
+
+# --------------------------------------------------------------------------------------------- benchmarks
+
+
+@pytest.fixture
+def six(tmp_path):
+    """Six questions with an image each, and one without."""
+    folder = tmp_path / "mini" / "mathvision"
+    rows = [vision(n, question=f"Q{n}: which one?\n<image1>") for n in range(6)]
+    write_jsonl(folder / "testmini.jsonl", [*rows, vision(6, question="Q6: which one?", image=None)])
+    for n in range(6):
+        write_image(folder / "images" / f"{n}.png", seed=n)
+    return tmp_path
+
+
+def looker(guesses: str, images: dict[str, str]):
+    """A server's model that knows an answer from the question's own image, and some without."""
+
+    def answer(body):
+        parts = body["messages"][-1]["content"]
+        shown = [] if isinstance(parts, str) else [p for p in parts if p["type"] == "image_url"]
+        url = shown[0]["image_url"]["url"] if shown else ""
+        number = last_text(body).partition("Q")[2][0]
+        images.setdefault(number, url)
+        return "\\boxed{D}" if number in guesses or images[number] == url != "" else "\\boxed{A}"
+
+    return answer
+
+
+@pytest.mark.parametrize("how", ["other", "removed"])
+def test_benchmarks_are_answered_blind_beside_the_answers_with_images(six, how):
+    images = {}
+    chosen = {"sampling": Eval(max_new_tokens=8, max_rows=4, blind=how)}
+    with LoopbackServer(answer=looker("15", images)) as server:
+        comparison = run(eval_run(six, server, **chosen), "m")
+        assert len(server.seen) == 7 + 6
+        pictures = sum("image_url" in json.dumps(body) for body in server.seen)
+        assert pictures == (6 + 6 if how == "other" else 6)
+        run(eval_run(six, server, **chosen), "m")
+        assert len(server.seen) == 13, "nothing is asked twice"
+        log = six / "out/m/mathvision/blind/predictions.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(lines[:2]))
+        run(eval_run(six, server, **chosen), "m")
+        assert len(server.seen) == 13 + 4, "what is missing is asked"
+        other = {"sampling": Eval(max_new_tokens=8, blind="removed" if how == "other" else "other")}
+        with pytest.raises(RunFolderError, match=f"blind was '{how}'"):
+            run(eval_run(six, server, **other), "m")
+    found = comparison["blind"]["mathvision/testmini"]
+    assert (found["n"], found["without_need"]) == (6, 2) and found["chance"] == pytest.approx(0.2)
+    assert found["arms"]["m"]["blind"]["accuracy"] == 2 / 6
+    assert found["arms"]["m"]["needs_image"]["accuracy"] == found["arms"]["m"]["seeing"]["accuracy"] == 1.0
+    saw = {"other": "another image", "removed": "no image"}[how]
+    assert [row["model"] for row in comparison["rows"]] == ["m", "m", f"m, {saw}", f"m, {saw}"]
+    table = as_markdown(comparison)
+    assert "m: 33.3 [9.7, 70.0] right without the image, 100.0 [61.0, 100.0] with it (chance 20.0)" in table
+
+
+def test_the_gain_of_a_second_model_is_split(six):
+    chosen = {"sampling": Eval(max_new_tokens=8, max_rows=4, blind="other")}
+    with LoopbackServer(answer=lambda body: "\\boxed{A}") as blind:
+        run(eval_run(six, blind, **chosen), "a")
+    with LoopbackServer(answer=looker("15", {})) as server:
+        comparison = run(eval_run(six, server, **chosen), "b")
+    [gain] = comparison["blind"]["mathvision/testmini"]["gains"]
+    assert (gain["arm"], gain["against"]) == ("a", "b"), "against the one that was evaluated just now"
+    assert gain["needs_image"]["points"] == gain["without_need"]["points"] == -1.0
+    note = "a over b: -100.0 [-100.0, -16.8] points on 4 questions that need the image"
+    assert note in as_markdown(comparison)
+
+
+def test_an_unknown_control_is_named():
+    done = rlcs("eval", "builtin", "--blind", "others")
+    assert done.returncode == 2 and "other" in done.stderr and "--blind" in done.stderr
 
 
 # ------------------------------------------------------------------------------------- the data of a run

@@ -84,6 +84,7 @@ OPTIONS = {
     "chat": "--port PORT",
     "report": "--port PORT",
     "data overlap": "--data official",
+    "coldstart": "--seeds 1",
 }
 """Options that are added to a command, but for those that it has itself."""
 UNDER_TORCHRUN = ("parallel.compute_dtype=same", "parallel.reduce_dtype=same")
@@ -100,7 +101,7 @@ ELSEWHERE = {
 EXIT_CODES = {"doctor": (0, 1)}
 """Exit codes that pages state, but for 0: `doctor` ends with 1 when it finds something."""
 
-TRAINING = ("run", "sft", "grpo", "ablate", "quickstart", "distill")
+TRAINING = ("run", "sft", "grpo", "ablate", "coldstart", "quickstart", "distill")
 ENVIRONMENT = {
     "KEY": "secret",
     "OPENAI_API_KEY": "secret",
@@ -291,7 +292,7 @@ def shortened(words: list[str]) -> list[str]:
     """Overrides of SHORT, and small data where the recipe is a shipped one and the command names none."""
     given = {word.partition("=")[0] for word in words}
     data = PUZZLES if words[1] in list_recipes() and words[0] != "distill" else []
-    if any(key.startswith("validation.") for key in given):
+    if words[0] == "coldstart" or any(key.startswith("validation.") for key in given):
         data = [*data, "validation.problems=4"]
     wanted = [*data, *(f"{key}={value}" for key, value in SHORT.items())]
     return [each for each in wanted if each.partition("=")[0] not in given]

@@ -42,19 +42,27 @@ GRPO = {
 PAPER = {"optimizer_steps": 4, "kl": {"kind": "k3", "coefficient": 0.01}, "old_logprobs": "policy"}
 SHARES = {"optimizer_steps": 3}
 DAPO = {"dynamic_sampling": 2, "optimizer_steps": 2, "advantage": "rloo"}
-HELD = {"optimizer_steps": 2, "entropy": {"control": "clip_cov", "share": 0.2, "bounds": [0.01, 50]}}
-KINDS = {"plain": {}, "paper": PAPER, "shares": SHARES, "dapo": DAPO, "held": HELD}
+MIXED = {
+    "optimizer_steps": 2,
+    "loss_average": "sequence",
+    "also": {"reward": [1, 0.5], "sft": 0.3, "distill": 0.7, "sft_batch_size": 4},
+    "teacher": {"model": "other"},
+}
+CLIP_COV = {"control": "clip_cov", "share": 0.2, "bounds": [0.01, 50]}
+HELD = {"steps": 1, "optimizer_steps": 2, "entropy": CLIP_COV}
+KINDS = {"plain": {}, "paper": PAPER, "shares": SHARES, "dapo": DAPO, "held": HELD, "mixed": MIXED}
 SLOW = {"varied": True, "slow": 0.05, "tail": [4, 0.4]}
 
 
 @pytest.fixture(scope="module")
-def base(random_model_folder, tmp_path_factory) -> dict:
+def base(random_model_folder, other_model_folder, tmp_path_factory) -> dict:
     program = tmp_path_factory.mktemp("program") / "vllm"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
     program.chmod(0o755)
     rollout = {"executable": str(program), "servers": 2, "concurrency": 8, "health_limit_s": 5}
     return {
         "model": str(random_model_folder),
+        "teacher": str(other_model_folder),
         "rollout": rollout,
         "behaviour": SLOW,
         "problems": 40,
@@ -129,9 +137,10 @@ def test_a_killed_server_changes_nothing_and_nothing_is_learnt_twice(pair):
 
 
 def test_four_ranks_learn_what_two_do(base, pair, tmp_path):
-    jobs = [job(base, tmp_path / name, grpo=KINDS[name], overlap="on_policy") for name in ("plain", "paper")]
+    names = ("plain", "paper", "mixed")
+    jobs = [job(base, tmp_path / name, grpo=KINDS[name], overlap="on_policy") for name in names]
     run_on(4, jobs, tmp_path / "jobs.json")
-    for name in ("plain", "paper"):
+    for name in names:
         assert_same_gradients(pair / f"{name}-none", tmp_path / name)
         assert_same_rollouts(pair / f"{name}-none", tmp_path / name)
 

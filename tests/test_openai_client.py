@@ -125,8 +125,8 @@ def test_retry_after_is_read_as_seconds_and_as_a_date():
     assert client._retry_after({"retry-after": "nan"}) == 0.0
     assert client._retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
     assert client._retry_after({"retry-after": "soon"}) is None and client._retry_after({}) is None
-    assert client._pause(1, 1e9) <= client.LONGEST_RETRY_AFTER_S + 1
-    assert 22 <= client._pause(30, None) <= 38 and client._pause(3, None) < 0.06
+    assert client.pause(1, 1e9) <= client.LONGEST_RETRY_AFTER_S + 1
+    assert 22 <= client.pause(30, None) <= 38 and client.pause(3, None) < 0.06
 
 
 def test_a_try_has_a_deadline():

@@ -278,6 +278,9 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
         ("grpo: {steps: 2.5}", "grpo.steps should be a whole number at least 1 (got 2.5)"),
         ("grpo: {steps: true}", "grpo.steps should be a whole number at least 1 (got true)"),
         ("grpo: {steps: '3'}", 'grpo.steps should be a whole number at least 1 (got "3")'),
+        ("grpo: {entropy: {control: kl_cov}}", "set optimizer_steps=2 or more"),
+        ("grpo: {loss: gspo, entropy: {control: clip_cov}}", "one ratio for a whole answer"),
+        ("grpo: {entropy: {bounds: [5, 1]}}", "no covariance lies between bounds=[5.0, 1.0]"),
         ("grpo: {loss: ppo}", 'grpo.loss should be one of grpo, gspo, cispo, sapo, dppo (got "ppo")'),
         ("grpo: {clip_dual: 0.5}", "grpo.clip_dual should be a number above 1 or null (got 0.5)"),
         ("sft: {freeze: merger}", "each item one of vision_tower, merger, language_model"),
@@ -367,6 +370,18 @@ SHOWN = {
         "grpo.clip_high=0.28": "high 0.28",
         "grpo.clip_low=0.11": "low 0.11",
         "grpo.clip_dual=null": "dual off",
+        "grpo={loss: sapo, sapo_temperatures: [1, 2]}": "temperature 1 for good answers, 2 for others",
+        "grpo={loss: dppo, clip_low: 0.1, clip_high: 0.15}": "up by 0.15 at most, down by 0.1",
+    },
+    "RL entropy": {
+        "grpo.entropy={control: clip_cov, bounds: [0.5, 3]}": "0.0002 of the tokens, where the covariance of "
+        "logprob and advantage is 0.5 to 3",
+        "grpo={optimizer_steps: 2, entropy: {control: kl_cov, coefficient: 2}}": "2 x |log ratio| for 0.002",
+        "grpo.entropy={control: bonus, target: 0.3, bonus_max: 0.1}": "up to 0.3 nats a token; its weight "
+        "moves by 0.005 a step, up to 0.1",
+    },
+    "RL answers far from the sampler": {
+        "grpo.mismatch_mask=0.02": "above 0.02 nats",
     },
     "RL KL": {
         "grpo.kl={kind: k3, coefficient: 0.01}": "0.01 x k3",
@@ -374,6 +389,7 @@ SHOWN = {
     },
     "RL advantage": {
         "grpo.advantage=rloo": "mean of the others",
+        "grpo={advantage: pass_k, pass_k: 2}": "sets of 2",
     },
     "RL loss averaging": {
         "grpo.loss_average=micro_batch": "each pack",
@@ -404,6 +420,8 @@ SHOWN = {
         "grpo.temperature=0.7": "temperature 0.7",
     },
     "test sampling": {
+        "eval.blind=other": "and with another problem's image",
+        "eval.blind=removed": "and without the image",
         "eval.temperature=0": "greedy",
     },
     "RL optimiser": {
@@ -446,6 +464,11 @@ SHOWN = {
     },
     "RL data": {
         "data.rl_pass_rate=[0.01, 0.99]": "pass rate from 0.01 to 0.99",
+        "data.rl_blind=drop": "without those that the base answers blind",
+    },
+    "RL reward for sight": {
+        "grpo.sight.coefficient=0.02": "0.02 x divergence from what 60% masked images give, 0.03 x entropies",
+        "grpo.sight={coefficient: 0.02, gradient: both}": "gradient through both",
     },
     "test set": {
         "data.test=mine.jsonl": "mine.jsonl",

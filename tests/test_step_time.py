@@ -181,6 +181,16 @@ def test_every_second_has_a_phase_a_formula_and_a_basis():
     }
 
 
+def test_masked_images_are_passes_of_their_own():
+    """A pass without gradients, the tower included whatever is kept; or one more forward and backward."""
+    off, once = (seconds_of(step_of(*words)) for words in ((), ("grpo.sight.coefficient=0.02",)))
+    both = seconds_of(step_of("grpo.sight.coefficient=0.02", "grpo.sight.gradient=both"))
+    assert "masked images" not in off
+    reference = seconds_of(step_of("images.features_gb=0"))["logprobs of the reference"]
+    assert reference == pytest.approx(once["masked images"], rel=0.35)
+    assert both["masked images"] > 2 * once["masked images"]
+
+
 def test_all_gpus_in_turns_are_faster_than_half_of_them_each():
     """7B, prompts of 1,400 tokens, 512 of them, five answers each, on eight H100."""
     turns = step_of("grpo.group_size=5")

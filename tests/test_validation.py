@@ -189,7 +189,7 @@ def test_demonstrations_are_held_out_by_problem_and_their_loss_is_that_of_each_a
         prompt, ids = chat.prompt(each.problem), chat.response_ids(each.response)
         tree = Tree(prompt=prompt, branches=(Branch(ids=ids, weights=(1.0,) * len(ids)),))
         with torch.no_grad():
-            total -= score(vlm, pack([tree], chat.pixels)).logprobs.sum().item()
+            total -= score(vlm, pack([tree], chat.patches)).logprobs.sum().item()
         count += len(ids)
     assert sft.loss_on(held, vlm, chat, Sft()) == pytest.approx(total / count, rel=1e-5)
     assert sft.loss_on([], vlm, chat, Sft()) is None

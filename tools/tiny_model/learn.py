@@ -28,10 +28,12 @@ class Course:
     """What is learned together: families in turn (one named twice comes twice as often).
 
     `rate` is the peak learning rate, as a share of the usual one; `draw` makes the lessons of a seed.
+    `packed`: lessons lie end to end in one row, which is faster where they differ in length.
     """
 
     families: tuple[Family, ...]
     rate: float = 1.0
+    packed: bool = False
     draw: Callable[[tuple[Family, ...], int], Iterator[Lesson]] = lessons
 
 
@@ -192,7 +194,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 def _optimizers(model: Model, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside both towers; AdamW for embeddings, the patch filter and vectors."""
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
     return [
@@ -218,7 +220,7 @@ def train(
     rng = random.Random(f"systems|{seed}")
     stream = course.draw(course.families, seed)
     family = FAMILIES[model.config.model_type]
-    packed = "linear_attention" in model.config.text_config.layer_types
+    packed = course.packed or "linear_attention" in model.config.text_config.layer_types
     collate = Collator(model, processor, packed=packed)
     if packed:
         family.install(model)

@@ -55,7 +55,7 @@ def demonstrations(families: tuple[Family, ...], seed: int, *, each: int = 4) ->
     rng = random.Random(f"demonstrations|{seed}")
     while True:
         for family in families:
-            level = rng.choice(LEVELS)
+            [level] = rng.choices(LEVELS, (2, 2, 1))
             scene = draw_scene(family, rng, level, "train")
             drawn = [family.plan(rng, scene, level) for _ in range(2 * each)]
             plans = list(dict.fromkeys(plan for plan in drawn if plan is not None))[:each]

@@ -66,8 +66,9 @@ def make_teacher(
     folder = find_source("builtin").weights
     processor = AutoProcessor.from_pretrained(folder)
     model = grown(Qwen2_5_VLForConditionalGeneration.from_pretrained(folder), seed=seed)
-    course = Course(families=puzzles.families(), rate=0.5, draw=demonstrations)
-    train(model, processor, seed=seed, steps=steps, course=course, report=report)
+    model.model.visual.requires_grad_(False)  # it sees well
+    course = Course(families=puzzles.families(), rate=0.5, packed=True, draw=demonstrations)
+    train(model, processor, seed=seed, steps=steps, course=course, batch_size=16, report=report)
     report(f"{model.num_parameters():,} parameters, {(time.monotonic() - started) / 60:.0f} minutes")
     model.save_pretrained(out)
     processor.save_pretrained(out)

@@ -54,6 +54,9 @@ class EvalOptions(SamplingOptions, JudgeOptions):
     split: Annotated[str | None, typer.Option(help="Default: that of the paper")] = None
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions")] = None
     samples: Annotated[int, typer.Option(min=1, help="Answers to each question: mean and pass@k")] = 1
+    blind: Annotated[
+        str, typer.Option(help="Also without its image: other (another question's image) or removed")
+    ] = "none"
     engine: Annotated[str, typer.Option(help="local, vllm_server or vllm_colocated")] = "local"
     rollout: Annotated[list[str] | None, typer.Option(help="Settings of vLLM, like tensor_parallel=2")] = None
     base_url: Annotated[str | None, typer.Option(help="A server, such as http://localhost:8000/v1")] = None
@@ -102,12 +105,15 @@ def _eval_run(options: EvalOptions) -> Any:
     from rlcs.evals.run import EvalRun
     from rlcs.recipe.loading import read_section
     from rlcs.recipe.sampling import EngineSettings
-    from rlcs.recipe.schema import Eval
+    from rlcs.recipe.schema import BLINDS, Eval
 
     style = next((style for style in STYLES if style == options.prompt), None)
     if style is None:
         fix = suggest(options.prompt, STYLES)
         raise UserError(f"no prompt is called {options.prompt!r}", where="--prompt", fix=fix)
+    if (blind := next((way for way in BLINDS if way == options.blind), None)) is None:
+        fix = suggest(options.blind, BLINDS)
+        raise UserError(f"no blind control is called {options.blind!r}", where="--blind", fix=fix)
     if options.samples > 1 and options.temperature == 0:
         fix = "add --temperature 0.7"
         raise UserError("several greedy samples would all be the same", where="--samples", fix=fix)
@@ -132,6 +138,7 @@ def _eval_run(options: EvalOptions) -> Any:
             top_p=options.top_p,
             max_new_tokens=options.max_tokens,
             max_rows=options.batch,
+            blind=blind,
         ),
         endpoint=endpoint,
         judge=options.judge(),

@@ -20,7 +20,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ablate": ("rlcs ablate mine.yaml", "rlcs ablate quickstart --seeds 3"),
         "coldstart": (
             "rlcs coldstart mine.yaml",
-            "rlcs coldstart quickstart --demonstrations 200,600 --epochs 1,4 grpo.steps=30",
+            "rlcs coldstart quickstart --demonstrations 200,600 grpo.steps=30",
         ),
         "distill": (
             "rlcs distill mine.yaml data.problems=train.jsonl",

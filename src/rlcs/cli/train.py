@@ -59,6 +59,7 @@ def _numbers(text: str | None) -> str | None:
 class ColdStartOptions(RunOptions):
     """The options of `rlcs coldstart`."""
 
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/NAME-coldstart")] = None
     demonstrations: Annotated[
         str | None,
         typer.Option(callback=_numbers, help="Numbers to try, as in 200,600; default: all, 1/2, 1/8"),
@@ -116,7 +117,7 @@ def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = No
 @train_app.command()
 @with_options
 def coldstart(recipe: RecipeName, options: ColdStartOptions, overrides: Overrides = None) -> None:
-    """Find out whether RL needs a cold start, how much and of which kind. A grid of short runs."""
+    """Find out whether RL needs a cold start. How much, of which kind: a grid of short runs."""
     from rlcs.recipe.coldstart import Wanted, study_words
 
     def listed(text: str | None) -> list[str]:
@@ -187,7 +188,7 @@ def _study(
     wanted: "Wanted | None" = None,
 ) -> None:
     from rlcs.recipe.arms import arms_override
-    from rlcs.recipe.coldstart import prepared
+    from rlcs.recipe.coldstart import described, prepared
     from rlcs.recipe.loading import load_recipe
 
     if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
@@ -202,7 +203,8 @@ def _study(
     if not options.json:
         from rlcs.recipe.table import summary_rows
 
-        print_choices(recipe.name, folder, summary_rows(recipe))
+        grid = [] if wanted is None else [("cold starts", described(wanted, recipe))]
+        print_choices(recipe.name, folder, [*summary_rows(recipe), *grid])
     data = _data(recipe, folder, dry=options.dry_run)
 
     from rlcs.distributed import join_world

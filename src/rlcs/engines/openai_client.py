@@ -194,7 +194,7 @@ class EndpointClient:
                 if attempts > self._settings.max_retries:
                     raise
                 self.retries[error.kind] += 1
-                await asyncio.sleep(_pause(attempts, error.after_s))
+                await asyncio.sleep(pause(attempts, error.after_s))
 
     async def _pace(self) -> None:
         """Wait until `requests_per_minute` allows the next attempt."""
@@ -342,7 +342,7 @@ def content(message: Message, images: SentImages) -> str | list[dict[str, object
     ]
 
 
-def _pause(attempt: int, after_s: float | None) -> float:
+def pause(attempt: int, after_s: float | None) -> float:
     """Seconds before the next attempt: as the server requested, or else doubling; with jitter."""
     if after_s is not None:
         return min(after_s, LONGEST_RETRY_AFTER_S) + random.uniform(0.0, 0.25)

@@ -85,4 +85,4 @@ def _difference(first: Shares, second: Shares, ids: Sequence[str]) -> dict[str, 
     else:  # means of several answers
         half = 1.96 * stdev(moves) / math.sqrt(len(moves)) if len(moves) > 1 else 1.0
         low, high = points - half, points + half
-    return {"points": points, "low": low, "high": high, "n": len(moves)}
+    return {"points": points, "low": max(-1.0, low), "high": min(1.0, high), "n": len(moves)}

@@ -6,7 +6,9 @@ from typing import Any
 
 from rlcs.errors import UserError
 from rlcs.evals.benchmarks import list_benchmarks
-from rlcs.storage import atomic_write, read_json, write_json
+from rlcs.evals.blind import Shares, split_gains
+from rlcs.evals.scores import mean
+from rlcs.storage import atomic_write, read_json, read_jsonl, write_json
 
 FOUR = ("mathvision", "mathverse", "mathvista", "wemath")
 """The benchmarks of the paper, in its order."""
@@ -29,16 +31,76 @@ def write_comparison(out: Path, *, first: Sequence[str]) -> dict[str, Any]:
     failed answers are counted. Raises UserError if there are no scores.
     """
     order = {label: number for number, label in enumerate(first)}
-    paths = sorted(out.glob("*/*/scores.json"), key=lambda p: (order.get(p.parts[-3], len(order)), p))
+    paths = [*out.glob("*/*/scores.json"), *out.glob("*/*/blind/scores.json")]
     # A run folder also has eval/ARM/scores.json, on held-out problems instead of a benchmark.
-    measured = [scores for path in paths if "benchmark" in (scores := read_json(path))]
+    found = {path: scores for path in sorted(paths) if "benchmark" in (scores := read_json(path))}
+    measured = sorted(
+        found.values(), key=lambda s: (order.get(s["label"], len(order)), s["label"], s["blind"] != "none")
+    )
     if not measured:
         raise UserError("there are no scores", where=str(out), fix="run `rlcs eval` first")
     comparison = compare(measured)
+    comparison["blind"] = blind = _blind_splits(found, sorted(order, key=order.__getitem__))
+    comparison["notes"] += [note for split in blind.values() for note in blind_notes(split)]
     comparison["failed"] = sum(scores["failed"]["count"] for scores in measured if scores["label"] in order)
     write_json(out / "comparison.json", comparison)
     atomic_write(out / "comparison.md", as_markdown(comparison))
     return comparison
+
+
+def _blind_splits(found: Mapping[Path, Mapping[str, Any]], first: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The split of each benchmark that models answered with and without images; `first` head the models."""
+    shares: dict[str, tuple[dict[str, Shares], dict[str, Shares]]] = {}
+    facts: dict[str, Mapping[str, Any]] = {}
+    for path, scores in found.items():
+        key = "/".join((scores["benchmark"], scores["split"]))
+        is_blind = scores["blind"] != "none"
+        of_benchmark = shares.setdefault(key, ({}, {}))
+        of_benchmark[is_blind][scores["label"]] = _shares(path.with_name("predictions.jsonl"))
+        facts[key] = scores if is_blind else facts.get(key, scores)
+    splits = {}
+    for key, (seeing, blind) in shares.items():
+        both = [label for label in dict.fromkeys([*first, *sorted(seeing)]) if label in seeing.keys() & blind]
+        if both:
+            pairs = [(label, both[0]) for label in both[1:]]
+            ordered = {label: seeing[label] for label in both}
+            split = split_gains(ordered, blind, pairs=pairs, chance=facts[key]["chance"])
+            splits[key] = {"title": facts[key]["title"], **split}
+    return splits
+
+
+def _shares(path: Path) -> dict[str, float]:
+    """The share of each question's answers that are right, by the official rule where there is one."""
+    verdicts: dict[str, list[bool]] = {}
+    for row in read_jsonl(path):
+        rules = row.get("rules") or {}
+        grade = rules.get("official") or rules.get("rlcs") or {}
+        verdicts.setdefault(row["id"], []).append(grade.get("correct") is True)
+    return {name: mean(right) for name, right in verdicts.items()}
+
+
+def blind_notes(split: Mapping[str, Any]) -> list[str]:
+    """Sentences about what models answer without the image, and what their gains rest on."""
+    where, needs, rest = split["title"], split["n"] - split["without_need"], split["without_need"]
+    notes = [
+        f"{where}, {name}: {_share(each['blind'])} right without the image, {_share(each['seeing'])} with it "
+        f"(chance {100 * split['chance']:.1f}); of {needs:,} questions that no model answers without it "
+        f"{_share(each['needs_image'])}"
+        for name, each in split["arms"].items()
+    ]
+    return notes + [
+        f"{where}, {gain['arm']} over {gain['against']}: {_points(gain['needs_image'])} points on {needs:,} "
+        f"questions that need the image, {_points(gain['without_need'])} on the other {rest:,}"
+        for gain in split["gains"]
+    ]
+
+
+def _share(cell: Mapping[str, float]) -> str:
+    return f"{100 * cell['accuracy']:.1f} [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
+
+
+def _points(gap: Mapping[str, float]) -> str:
+    return f"{100 * gap['points']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
 
 
 def compare(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -54,7 +116,7 @@ def compare(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             cell |= {"samples": scores["sampling"]["samples"], "pass_at": each.get("pass_at", {})}
             if "metrics" in each:
                 cell["metrics"] = each["metrics"]
-            row = rows.setdefault((scores["label"], rule), {"cells": {}})
+            row = rows.setdefault((_name(scores), rule), {"cells": {}})
             row["cells"]["/".join((scores["benchmark"], scores["split"]))] = cell
     titles = {s["benchmark"]: s["title"] for s in measured}
     return {
@@ -65,6 +127,14 @@ def compare(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _name(scores: Mapping[str, Any]) -> str:
+    """The model, and what it saw instead of the image."""
+    return (
+        str(scores["label"])
+        + {"none": "", "other": ", another image", "removed": ", no image"}[scores["blind"]]
+    )
+
+
 def _settings(measured: Sequence[Mapping[str, Any]]) -> list[str]:
     """State the prompt and the sampling settings, in one line if all answers share them."""
     lines: dict[str, list[str]] = {}
@@ -73,13 +143,13 @@ def _settings(measured: Sequence[Mapping[str, Any]]) -> list[str]:
         count = f"{sampling['samples']} samples" if sampling["samples"] > 1 else "1 answer"
         text = f"prompt `{scores['prompt']}`, {count}, temperature {sampling['temperature']:g}, "
         text += f"at most {sampling['max_new_tokens']:,} tokens"
-        lines.setdefault(text, []).append(f"{scores['label']}, {scores['title']}")
+        lines.setdefault(text, []).append(f"{_name(scores)}, {scores['title']}")
     return [text if len(lines) == 1 else f"{'; '.join(where)}: {text}" for text, where in lines.items()]
 
 
 def _notes(scores: Mapping[str, Any]) -> list[str]:
     """Notes below the table: questions left out, failed, refused or answered through the extractor."""
-    where = f"{scores['label']}, {scores['title']}"
+    where = f"{_name(scores)}, {scores['title']}"
     missing, failed, refused = (scores[key]["count"] for key in ("missing_images", "failed", "refused"))
     notes = []
     if scores["n"] < scores["of"]:

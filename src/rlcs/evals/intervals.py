@@ -1,6 +1,8 @@
 """Confidence intervals of measured shares and of their differences: pure functions."""
 
 import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -32,6 +34,20 @@ def paired_interval(gained: int, lost: int, n: int, z: float = 1.96) -> tuple[fl
     more, less, total = gained + 0.5, lost + 0.5, n + 2
     middle = (more - less) / total
     half = z * math.sqrt(more + less - (more - less) ** 2 / total) / total
+    return middle - half, middle + half
+
+
+def interval_of_mean(moves: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of paired differences, one for each problem, between -1 and 1.
+
+    Of whole ones (one answer each) as `paired_interval`; else the normal one, widened by two problems that
+    move by half a point of the scale to either side, so that it has a width where no problem moves.
+    """
+    gained, lost = sum(move > 0 for move in moves), sum(move < 0 for move in moves)
+    if all(move in (-1, 0, 1) for move in moves):
+        return paired_interval(gained, lost, len(moves))
+    widened = [*moves, 0.5, -0.5]
+    middle, half = fmean(widened), 1.96 * stdev(widened) / math.sqrt(len(widened))
     return middle - half, middle + half
 
 

@@ -1,5 +1,7 @@
 """Evaluates models on benchmarks: samples missing answers, grades by every rule, writes and compares scores.
 
+With `Eval.blind` each model also answers blind, into the subfolder `blind/` of the same form.
+
 `OUT/<model>/<benchmark>/` holds `predictions.jsonl` (answers in the order of arrival; at the end with the
 grade by every rule), `scores.json`, and `settings.json` (the folder takes no answers of other settings).
 """
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.blind import Blinding, blind_twins
 from rlcs.data.images import DECODE_LIMIT
 from rlcs.errors import UserError
 from rlcs.evals.answer_extractor import (
@@ -43,6 +46,7 @@ OWN_RULE = "rlcs"
 EXTRACTOR_RULE = "rlcs+judge"
 OFFICIAL_RULE = "official"
 PREDICTIONS = "predictions.jsonl"
+BLIND = "blind"
 _SHOWN = 3
 
 
@@ -101,10 +105,14 @@ def evaluate_models(
         )
         for name in dict.fromkeys(run.benchmarks)
     ]
+    ways: tuple[Blinding | None, ...] = (None,)
+    if run.sampling.blind != "none":
+        ways = (None, run.sampling.blind)
+    work = [(each, blind) for each in loaded for blind in ways]
     for label, model in named.items():
-        for each in loaded:
-            path = run.out / label / each.benchmark.name / PREDICTIONS
-            check_settings(path, _settings(run, each, model))
+        for each, blind in work:
+            path = _folder(run, label, each, blind) / PREDICTIONS
+            check_settings(path, _settings(run, each, model, blind))
     extractor = nullcontext() if run.judge is None else open_sampler(run.judge, SAMPLING)
     with GradePool() as pool, extractor as judge:
         if judge is not None:
@@ -112,10 +120,9 @@ def evaluate_models(
         for label, model in named.items():
             stop.check(str(run.out))
             with run.open_sampler(model) as sampler:
-                for each in loaded:
-                    _ModelOnBenchmark(run, label, each, pool=pool, judge=judge).evaluate(
-                        sampler, stop, json=json
-                    )
+                for each, blind in work:
+                    one = _ModelOnBenchmark(run, label, each, pool=pool, judge=judge, blind=blind)
+                    one.evaluate(sampler, stop, json=json)
     return write_comparison(run.out, first=list(named))
 
 
@@ -137,9 +144,16 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _settings(run: EvalRun, loaded: Loaded, model: str) -> dict[str, Any]:
+def _folder(run: EvalRun, label: str, loaded: Loaded, blind: Blinding | None) -> Path:
+    folder = run.out / label / loaded.benchmark.name
+    return folder if blind is None else folder / BLIND
+
+
+def _settings(run: EvalRun, loaded: Loaded, model: str, blind: Blinding | None) -> dict[str, Any]:
     """All settings that an answer depends on: answers of different settings never share a folder."""
+    # Which other image a question gets depends on all questions.
     return {
+        **({} if blind is None else {"blind": blind, "limit": run.limit}),
         "model": model,
         "weights": _weights_stamp(model) if run.endpoint is None else None,
         "base_url": run.endpoint.base_url if run.endpoint else None,
@@ -163,19 +177,29 @@ def _weights_stamp(model: str) -> str | None:
 
 
 class _ModelOnBenchmark:
-    """The evaluation of one model on one benchmark."""
+    """The evaluation of one model on one benchmark, `blind` or with its images."""
 
     def __init__(
-        self, run: EvalRun, label: str, loaded: Loaded, *, pool: GradePool, judge: Sampler | None
+        self,
+        run: EvalRun,
+        label: str,
+        loaded: Loaded,
+        *,
+        pool: GradePool,
+        judge: Sampler | None,
+        blind: Blinding | None,
     ) -> None:
         self._run, self._label, self._loaded = run, label, loaded
-        self._pool, self._judge = pool, judge
-        self._questions = {question.id: question for question, _ in loaded.questions}
-        self._folder = run.out / label / loaded.benchmark.name
+        self._pool, self._judge, self._blind = pool, judge, blind
+        problems = [question.problem(run.style, images) for question, images in loaded.questions]
+        self._problems = problems if blind is None else blind_twins(problems, blind)
+        asked = {problem.id for problem in self._problems}
+        self._questions = {question.id: question for question, _ in loaded.questions if question.id in asked}
+        self._folder = _folder(run, label, loaded, blind)
 
     def evaluate(self, sampler: Sampler, stop: StopFlag, *, json: bool) -> None:
         """Sample, grade and write. Raises Stopped, with all finished answers on disk."""
-        title = f"{self._label}: {self._loaded.benchmark.title}"
+        title = f"{self._label}: {self._loaded.benchmark.title}{', blind' if self._blind else ''}"
         with screen(title, len(self._questions) * self._run.samples, json=json) as view:
             if self._loaded.missing:
                 view.say(missing_text(self._loaded))
@@ -201,14 +225,13 @@ class _ModelOnBenchmark:
         """
         run = self._run
         system = Prompts().system if run.style == "paper" else None  # the official scripts send none
-        problems = [question.problem(run.style, images) for question, images in self._loaded.questions]
         requests = [
             Request.of(problem, system=system, index=index)
-            for problem in problems
+            for problem in self._problems
             for index in range(run.samples)
         ]
         failed: dict[str, str] = {}
-        digests = {problem.id: problem.digest for problem in problems}
+        digests = {problem.id: problem.digest for problem in self._problems}
         with SampleLog(self._folder / PREDICTIONS, digests) as log:
             left = list(log.unanswered(requests))
             if left:  # the first answer may be minutes away
@@ -292,6 +315,7 @@ class _ModelOnBenchmark:
             "split": self._loaded.split,
             "source": self._loaded.source,
             "prompt": run.style,
+            "blind": self._blind or "none",
             "sampling": {**run.sampling.model_dump(), "samples": run.samples},
             "n": len(answered),
             "of": self._loaded.of,

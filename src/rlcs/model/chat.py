@@ -248,6 +248,10 @@ class Chat:
         """Patches (patches, patch size) of one image on a device: the pixel source of packs."""
         return self._images.patches(ref, device)
 
+    def masked_patches(self, ref: ImageRef, device: torch.device = CPU, *, share: float, seed: int) -> Tensor:
+        """The same with a random share of them black, which `seed` and the image decide."""
+        return self._images.masked_patches(ref, device, share=share, seed=seed)
+
     def resized(self, ref: ImageRef) -> "Image":
         """One image in the size in which the model sees it: for vLLM, whose processor leaves it as it is."""
         return self._images.resized(ref)

@@ -6,6 +6,8 @@ height; its file is read where its pixels are used, or ahead of that in worker t
 family's patches are says its `ImageProcessing` (see `patches`).
 """
 
+import hashlib
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -62,6 +64,18 @@ class ImagePipeline:
         Raises ImageError, also for a file that has changed since its size was read.
         """
         return self._processing.expanded(self._compact(ref).to(device), self.grid(ref))
+
+    def masked_patches(self, ref: ImageRef, device: torch.device = CPU, *, share: float, seed: int) -> Tensor:
+        """The same with a share of the patches black, each with that chance; `seed` and image decide which.
+
+        Raises ImageError.
+        """
+        compact, grid = self._compact(ref), self.grid(ref)
+        key = hashlib.sha256(f"{seed}|{ref.sha256}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+        chosen = torch.rand(math.prod(grid), generator=generator) < share
+        black = self._processing.black(compact, chosen, (ref.height, ref.width))
+        return self._processing.expanded(black.to(device), grid)
 
     def resized(self, ref: ImageRef) -> Image.Image:
         """The image as the model sees it, for a program with a processor of its own, which keeps it as it is.

@@ -51,6 +51,10 @@ class ImageProcessing(Protocol):
         """What the vision tower takes for 8-bit patches of a grid, on their device."""
         ...
 
+    def black(self, compact: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
+        """The 8-bit patches of an image of this height and width with the `chosen` ones (N,) black."""
+        ...
+
     def picture(self, compact: Tensor, grid: Grid) -> Image.Image:
         """All pixels that the model sees, for people: tiles side by side."""
         ...
@@ -122,6 +126,10 @@ class FlatPatches:
         values = self._normalised(compact.unflatten(1, (self._normalised.channels, -1)))
         return values.unsqueeze(2).expand(-1, -1, self._frames, -1).flatten(1)
 
+    def black(self, compact: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
+        """See `ImageProcessing`."""
+        return compact.masked_fill(chosen[:, None], 0)
+
     def picture(self, compact: Tensor, grid: Grid) -> Image.Image:
         """See `ImageProcessing`."""
         height, width = (side * self._side for side in grid[1:])
@@ -190,6 +198,17 @@ class Tiles:
     def expanded(self, compact: Tensor, grid: Grid) -> Tensor:
         """To tiles (T, C, S, S): fp32, normalised in the processor's order."""
         return self._normalised(compact.flatten(2)).view_as(compact)
+
+    def black(self, compact: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
+        """See `ImageProcessing`. The thumbnail is black where the tiles are: it would show what they hide."""
+        cells, patch, (rows, columns) = self._cells, self._side // self._cells, self._arrangement(*size)
+        of_tiles = chosen.view(-1, cells, cells)
+        pixels = of_tiles.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+        if len(of_tiles) > 1:
+            whole = of_tiles[:-1].view(rows, columns, cells, cells).transpose(1, 2)
+            whole = whole.reshape(1, 1, rows * cells, columns * cells).float()
+            pixels[-1] = torch.nn.functional.interpolate(whole, size=(self._side, self._side))[0, 0].bool()
+        return compact.masked_fill(pixels[:, None], 0)
 
     def picture(self, compact: Tensor, grid: Grid) -> Image.Image:
         """See `ImageProcessing`."""

@@ -20,10 +20,11 @@ from typing import Any
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RunFolderError, TrainingError
+from rlcs.pipeline.blind import answered_blind
 from rlcs.pipeline.data_checks import check_prompts
 from rlcs.pipeline.run_folder import claim, command, hold, versions
 from rlcs.pipeline.study import Output, Study, dry_run, make_demonstrations
-from rlcs.recipe.coldstart import GIVEN, NONE, Cell, Wanted, cannot_win, chains_of, plan, subset
+from rlcs.recipe.coldstart import GIVEN, NONE, Cell, Wanted, cannot_win, chains_of, lengths_of, plan, subset
 from rlcs.recipe.loading import changed
 from rlcs.recipe.schema import Recipe
 from rlcs.report import coldstart as reporting
@@ -104,16 +105,17 @@ class ColdStart:
         cells = plan(self._wanted, self.recipe, kept)
         path = self.folder / GRID
         before = read_json(path)["lengths"] if path.exists() else None
-        lengths = sorted({cell.epochs for cell in cells} - {0.0})
+        lengths = list(lengths_of(self._wanted, self.recipe))
         if before not in (None, lengths):
+            was = ",".join(f"{each:g}" for each in before)
             raise RunFolderError(
-                f"the study in it is of other lengths: {', '.join(f'{each:g}' for each in before)} epochs",
+                f"the study in it has other lengths of SFT: {was} epochs",
                 where=str(self.folder),
-                fix="name them with --epochs, or choose another --out",
+                fix=f"write --epochs {was}, or choose another --out",
             )
         facts = {
             "name": self.recipe.name,
-            "kept": dict(kept),
+            "demonstrations": {chain: self._facts(chain) for chain in kept},
             "lengths": lengths,
             "rl_steps": self.recipe.grpo.steps,
             "schedule": self.recipe.sft.optimizer.schedule,
@@ -130,6 +132,13 @@ class ColdStart:
             f"{self.recipe.grpo.steps:,} steps of RL"
         )
         return cells
+
+    def _facts(self, chain: str) -> dict[str, Any]:
+        """What the demonstrations of one kind took."""
+        folder = self.folder / "demonstrations" / chain
+        stats = read_json(folder / "stats.json")
+        facts = {name: stats.get(name) for name in ("problems", "asked", "kept", "cost")}
+        return facts | {"seconds": read_json(folder / "done.json")["seconds"]}
 
     def _study(self, recipe: Recipe, folder: Path, *, data: RunData, words: list[str]) -> Study:
         recipe = changed(recipe, ["study.preflight=off", *words])
@@ -155,7 +164,8 @@ class ColdStart:
                 chosen = subset(kept, cell.demonstrations, cell.seed)
                 write_jsonl(folder / "cold_start" / "kept.jsonl", chosen)
                 mark_done(folder / "cold_start", seconds=0.0, kept=len(chosen))
-            self._share("cells", f"{NONE}-seed-{self.recipe.seed}/eval/base", folder / "eval" / "base")
+            base = self.folder / "cells" / f"{NONE}-seed-{self.recipe.seed}" / "eval" / "base"
+            self._share(base, folder / "eval" / "base")
 
         self._world.first(prepare)
         self._say(
@@ -165,9 +175,8 @@ class ColdStart:
         seconds = self._world.first(lambda: float(read_json(folder / "sft" / "done.json")["seconds"]))
         self._seconds["sft"].append(seconds / keep[-1])
 
-    def _share(self, kind: str, measured: str, target: Path) -> None:
-        """Take the measurement of the same model over from another folder, if it has been made there."""
-        source = self.folder / kind / measured
+    def _share(self, source: Path, target: Path) -> None:
+        """Take the measurement of the same model over from another run, if it has been made there."""
         if is_done(source) and not target.exists():
             aside = target.with_name(f"{target.name}.tmp")
             shutil.rmtree(aside, ignore_errors=True)
@@ -183,18 +192,22 @@ class ColdStart:
         if cell.chain != NONE:
             words += [f"model.name={sft / 'sft'}@{cell.steps}", "model.revision=null"]
         data = replace(self._data, cold_start=())
+        first = self.folder / "cells" / f"{NONE}-seed-{self.recipe.seed}"
+        if self.recipe.data.rl_blind == "drop" and folder != first:  # what the base answers blind
+            blind, _ = self._world.first(partial(answered_blind, data, first))
+            data, words = data.without({"rl": set(blind)}), [*words, "data.rl_blind=keep"]
         study = self._study(self.recipe, folder, data=data, words=words)
 
         def share() -> None:
             if cell.chain == NONE:
-                self._share("cells", f"{NONE}-seed-{self.recipe.seed}/eval/base", folder / "eval" / "base")
+                self._share(first / "eval" / "base", folder / "eval" / "base")
             elif cell.steps == max(each.steps for each in cells if each.sft == cell.sft):
-                self._share("sft", f"{cell.sft}/eval/sft", folder / "eval" / "base")
+                self._share(sft / "eval" / "sft", folder / "eval" / "base")
 
         self._world.first(share)
         if self._wanted.early_stop and cell.chain != NONE:
             best = self._world.first(lambda: self._best(cell.seed, cells))
-            study.after_validation = partial(_require_chance, best, cell)
+            study.after_validation = partial(_require_chance, best, self.recipe.grpo.steps)
         over: dict[str, Any] = {"how": "finished"}
         stopped = folder / "stopped.json"
         try:
@@ -211,7 +224,12 @@ class ColdStart:
             over = {"how": "failed", "why": str(error)}
         if self._world.first(stopped.exists):
             over = self._world.first(lambda: read_json(stopped))
-            words = [words[0], f"model.name={folder / 'grpo'}@{over['step']}", "model.revision=null"]
+            words = [
+                f"seed={cell.seed}",
+                "data.rl_blind=keep",
+                f"model.name={folder / 'grpo'}@{over['step']}",
+                "model.revision=null",
+            ]
             self._study(self.recipe, folder / "stopped", data=data, words=words).measure_base()
         self._world.first(lambda: write_json(folder / OVER, over))
 
@@ -232,9 +250,11 @@ class ColdStart:
         """Remove what no later cell needs, write the page, and say what was found and how long it takes."""
         left = [each for each in cells if not self._is_over(each)]
         if not self._wanted.keep_models:
-            _remove_weights(self.folder / "cells" / cell.name)
-            if cell.chain != NONE and not any(each.sft == cell.sft for each in left):
-                _remove_weights(self.folder / "sft" / cell.sft)
+            needed = {each.sft for each in left}
+            for each in set(cells) - set(left):
+                _remove_weights(self.folder / "cells" / each.name)
+                if each.sft not in needed:
+                    _remove_weights(self.folder / "sft" / each.sft)
         study = read(self.folder)
         self._conclude()
         untrained = {each.sft: each.steps for each in reversed(left) if each.chain != NONE}
@@ -263,18 +283,17 @@ def _shares(row: Mapping[str, Any]) -> list[float]:
 
 
 def _require_chance(
-    best: tuple[str, list[float]] | None, cell: Cell, rows: Mapping[int, Mapping[str, Any]]
+    best: tuple[str, list[float]] | None, steps: int, rows: Mapping[int, Mapping[str, Any]]
 ) -> None:
     """Raise CannotWin in the middle of RL if the cell cannot become as good as the best one."""
-    if best is None or len(rows) != 2:
+    if best is None or len(rows) != 2 or max(rows) == steps:
         return
     (_, start), (_, middle) = sorted(rows.items())
     if cannot_win(_shares(start), _shares(middle), best[1]):
         share = sum(best[1]) / len(best[1])
         raise CannotWin(
             f"{middle['accuracy']:.1%} right in the middle of RL, {start['accuracy']:.1%} before: it cannot "
-            f"become as good as {best[0]} with {share:.1%} at its end",
-            where=cell.name,
+            f"become as good as {best[0]} with {share:.1%} at its end"
         )
 
 

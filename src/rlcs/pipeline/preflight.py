@@ -25,8 +25,10 @@ from rlcs.grading.reward import try_reward
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.online_teacher import try_teacher
+from rlcs.pipeline.probe import ARM
 from rlcs.pipeline.run_folder import command
-from rlcs.pipeline.space import StageSpace, existing, require_space, stage_space
+from rlcs.pipeline.space import StageSpace, existing, require_space, stage_space, trials_space
 from rlcs.progress import Screen
 from rlcs.recipe.arms import RL_ARMS, TRAINING_ORDER, stages_behind
 from rlcs.recipe.sampling import EngineSettings
@@ -141,6 +143,12 @@ class Preflight:
         checks["rollout engine"] = lambda: self._engine(full=mode == "full")
         return checks
 
+    @property
+    def _distils(self) -> bool:
+        """Whether an arm that is still to be trained has a teacher of its answers."""
+        also, arms = self.recipe.grpo.also, self._remaining.train
+        return any("distill" in also.of(arm).ever for arm in RL_ARMS if arm in arms)
+
     def _first(self, work: Work) -> Work:
         """The work on rank 0 alone."""
         return lambda: self._world.first(work)
@@ -216,6 +224,8 @@ class Preflight:
                     "no part of the model is left to train", where=key, fix="take a part out of it"
                 )
             stages[name] = stage_space(vlm, settings, steps=steps)
+        if recipe.sft.handover.rule == "probe" and ARM in stages:
+            stages["trial-*"] = trials_space(stages[ARM], recipe.grpo, recipe.sft.handover)
         weights = None if recipe.rollout.engine == "local" else self._weights
         return [require_space(self.folder, stages, weights=weights)] if stages else []
 
@@ -298,6 +308,9 @@ class Preflight:
             vlm = loading.prepare(vlm, recipe.lora, recipe.grpo.freeze, seed=recipe.seed)
         vlm = loading.spread(vlm, recipe.parallel)
         chat: Chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=rl)
+        if rl and self._distils:
+            prompt = largest_prompt(chat, self._data.rl)
+            self._world.first(lambda: try_teacher(recipe, vlm, chat, prompt))
         sampling = chat.sampling(
             n=1, temperature=0.0, max_new_tokens=longest if full else min(longest, TRIAL_TOKENS), seed=0
         )

@@ -216,12 +216,11 @@ class Replay:
         recipe = recipe.model_copy(update={"validation": validation})
         study = Study(recipe, folder, data=self._data, output=_Silent(), stop=self._stop, world=self._world)
         self._world.first(lambda: self._link(folder))
-        study.last_step = self.last
         log, stage = logging.getLogger("rlcs"), folder / self.collapse.arm
         level = log.level
         log.setLevel(logging.ERROR)  # that it collapses again is no news
         try:
-            study.repeat(self.collapse.arm, self._recipe)
+            study.replay(self.collapse.arm, self._recipe, until=self.last)
         finally:
             log.setLevel(level)
         return self._world.first(

@@ -6,7 +6,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +32,11 @@ from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
 from rlcs.model.fsdp import reference_dtype
 from rlcs.model.vlm import Vlm
+from rlcs.pipeline import probe
 from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
 from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.online_teacher import open_teacher
 from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
@@ -42,7 +44,7 @@ from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, RlArm
 from rlcs.recipe.schema import Model, Recipe
-from rlcs.recipe.stages import Stage
+from rlcs.recipe.stages import Grpo, Stage
 from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done, mark_done, read_json, write_json
@@ -94,8 +96,7 @@ class Study:
         self._logs = dry or folder / "rollout"
         self.after_validation: AfterValidation | None = None
         """Gets the rows of the validation of RL."""
-        self.last_step: int | None = None
-        """Where RL ends early, without a model."""
+        self._replayed_until: int | None = None
         self._make_engine: MakeEngine
         self._claimed = world.first(lambda: claim(folder, recipe, dry=dry is not None))
         self._recipe_hash = recipe_hash(recipe)
@@ -177,6 +178,9 @@ class Study:
                 with out_of_memory_in("sft"):
                     self._sft(demonstrations)
         with self.engines():
+            if self.recipe.sft.handover.rule == "probe":
+                with out_of_memory_in("probe"):
+                    self._probe(demonstrations)
             for arm in TRAINING_ORDER:
                 if arm in study.arms:
                     if rl := next((each for each in RL_ARMS if each == arm), None):
@@ -186,9 +190,12 @@ class Study:
         counts = {"cold_start": len(demonstrations), "rl": len(self._data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
 
-    def repeat(self, arm: RlArm, of: Recipe) -> None:
-        """Train one arm of RL alone, from the models and the checkpoint in the folder, of a run of `of`."""
-        self._recipe_hash = recipe_hash(of)
+    def replay(self, arm: RlArm, of: Recipe, *, until: int) -> None:
+        """Train one arm of RL alone until a step, from the models and the checkpoint of a run of `of` here.
+
+        It leaves metrics and rollouts.
+        """
+        self._recipe_hash, self._replayed_until = recipe_hash(of), until
         self._data = check_prompts(self._data, of)
         self._drop_blind()
         demonstrations: Sequence[Demonstration] = ()
@@ -227,9 +234,9 @@ class Study:
         return self._world.first(lambda: is_done(self.folder / name))
 
     def _load(self, settings: Model, arm: str | None, *, four_bit: bool = False) -> Vlm:
-        """Load an arm's trained model; without an arm, and for the base, the recipe's model."""
-        if arm is not None and ARMS[arm].parent is not None:
-            start = str(self.folder / arm / "final")
+        """Load a trained model, `sft` or a step `sft@80`; without an arm, and for the base, the recipe's."""
+        if arm is not None and arm != "base":
+            start = str(self.folder / arm / ("" if "@" in arm else "final"))
             settings = settings.model_copy(update={"name": start, "revision": None})
         loading.give_back_memory()  # FSDP's reference cycles hold the previous sharded model
         with out_of_memory_in("loading"):
@@ -245,9 +252,9 @@ class Study:
         with out_of_memory_in("loading"):
             return loading.spread(vlm, self.recipe.parallel)
 
-    def _run_dir(self, name: str, settings: Stage) -> RunDir:
+    def _run_dir(self, name: str, settings: Stage, *, folder: Path | None = None) -> RunDir:
         return RunDir(
-            self.folder / name,
+            folder or self.folder / name,
             name=name,
             seed=self.recipe.seed,
             settings=settings,
@@ -274,18 +281,46 @@ class Study:
                 grader, _ = stack.enter_context(opened)
                 demonstrations, held = sft.hold_out(demonstrations, self.recipe.validation.demonstrations)
                 loss = partial(sft.loss_on, held, vlm, chat, settings)
-                run.validation = self._validation(every, engine, chat, grader, loss)
+                run.validation = self._validation(every, engine, chat, grader, loss=loss)
             steps = sft.steps_of(settings, len(demonstrations))
             view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 
+    def _probe(self, demonstrations: Sequence[Demonstration]) -> None:
+        """Choose the model that SFT hands over by trials of RL, the best of which `_grpo` goes on with."""
+        recipe = self.recipe
+
+        def train(step: int, until: int, steps: int) -> None:
+            settings = recipe.grpo.of(probe.ARM).model_copy(update={"steps": steps})
+            run = self._run_dir(probe.ARM, settings, folder=probe.trial_folder(self.folder, step))
+            self._learn(run, f"sft@{step}", settings, demonstrations, until=until)
+
+        probe.probe(self.folder, recipe.sft.handover, steps=recipe.grpo.steps, train=train, world=self._world)
+
     def _grpo(self, name: RlArm, demonstrations: Sequence[Demonstration]) -> None:
         if self._is_done(name):
             return
+        settings = self.recipe.grpo.of(name)
+        if name == probe.ARM and self.recipe.sft.handover.rule == "probe":
+            steps = self._world.first(lambda: probe.steps_left(self.folder))
+            settings = settings.model_copy(update={"steps": steps})
+        run, until = self._run_dir(name, settings), self._replayed_until
+        self._learn(run, ARMS[name].parent, settings, demonstrations, until=until)
+
+    def _learn(
+        self,
+        run: RunDir,
+        start: str | None,
+        settings: Grpo,
+        demonstrations: Sequence[Demonstration],
+        *,
+        until: int | None = None,
+    ) -> None:
+        """Train by GRPO from the model `start`, to the end or `until` a step of a trial."""
+        name, recipe, problems = run.name, self.recipe, self._data.rl
         self._world.check(self._stop, f"before {name}")
-        recipe, settings, problems = self.recipe, self.recipe.grpo.of(name), self._data.rl
-        log.info("%s: %d problems, from %s", name, len(problems), ARMS[name].parent)
-        vlm = self._policy(ARMS[name].parent, settings.freeze)
+        log.info("%s: %d problems, from %s", name, len(problems), start)
+        vlm = self._policy(start, settings.freeze)
         reference = None
         if settings.kl.active:
             dtype = reference_dtype(recipe.parallel) if self._world.grouped else None
@@ -293,8 +328,9 @@ class Study:
         else:
             vlm = self._spread(vlm)
         chat = loading.make_chat(vlm, recipe.prompt, recipe.images, rl=True)
+        distils = "distill" in settings.also.ever
+        teacher = open_teacher(recipe, vlm, chat, self._spread) if distils else None
         engine = self._make_engine(vlm, chat, settings.max_rows)
-        run = self._run_dir(name, settings)
         opened = open_graders(recipe.grpo.reward, self._world, self.folder / "judge")
         with opened as (grader, judge), self._output.screen(name, settings.steps) as view:
             context = GrpoContext(
@@ -310,16 +346,26 @@ class Study:
                 checks=recipe.rollout.checks,
                 demonstrations=demonstrations,
                 turns=recipe.sft.turns,
+                teacher=teacher,
             )
-            if every := recipe.validation.grpo_every:
-                run.validation = self._validation(every, engine, chat, grader.deciding, lambda: None)
-                run.validation.after = self.after_validation
-            run.last_step = self.last_step
-            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
+            replays = self._replayed_until is not None
+            run.leaves_nothing = replays
+            every, at = recipe.validation.grpo_every, () if until is None or replays else (0, until)
+            if every or at:
+                run.validation = self._validation(every, engine, chat, grader.deciding, at=at)
+                run.validation.after = self.after_validation if until is None else None
+            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop, until=until)
             engine.rest()  # after the last validation, too
 
     def _validation(
-        self, every: int, engine: Engine, chat: Chat, grader: Grader, loss: Callable[[], float | None]
+        self,
+        every: int,
+        engine: Engine,
+        chat: Chat,
+        grader: Grader,
+        *,
+        at: Collection[int] = (),
+        loss: Callable[[], float | None] = lambda: None,
     ) -> Validation:
         """Measure a model that trains, every so many steps, by the engine and the prompts of its stage."""
         settings, problems = self.recipe.validation, self._data.validation
@@ -331,7 +377,7 @@ class Study:
             engine.sync()
             return {**validate(evaluator, problems, samples=settings.samples, stop=stop), "loss": loss()}
 
-        return Validation(every=every, measure=measure)
+        return Validation(every=every, measure=measure, at=at)
 
     def _measure(self, arm: str) -> None:
         """Answer and grade the test problems, and what else the arm's model answers."""

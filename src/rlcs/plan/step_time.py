@@ -161,7 +161,8 @@ def _add_grpo(
     groups = _lengths(grpo, trees, assumed, trees.count)
     references = _reference_passes(phases, place, grpo, groups, trees, kept)
     update = _update_passes(phases, place, grpo, groups, trees, kept if references else 0.0)
-    _add_lost(phases, place, [*references, *update])
+    masked = _masked_passes(phases, place, grpo, groups, trees)
+    _add_lost(phases, place, [*references, *masked, *update])
     ahead = sum(one.seconds for one in references)
     if grpo.overlap == "on_policy":
         hidden = on_policy_overlap(grpo, rounds, ahead, update[0].seconds)
@@ -356,6 +357,22 @@ def _reference_passes(
         phases.add(name, one.work, ["forward_share"], formula + _at(speeds, "forward_share"))
         done.append(one)
     return done
+
+
+def _masked_passes(
+    phases: Phases, place: Placement, grpo: Grpo, groups: Groups, trees: Trees
+) -> list[Passed]:
+    """The passes over masked images of `grpo.sight`, whose features are never kept."""
+    if not grpo.sight.coefficient:
+        return []
+    both, speeds = grpo.sight.gradient == "both", phases.speeds
+    share = "update_share" if both else "forward_share"
+    times = update_times(place, grpo.freeze) if both else (1.0, 1.0)
+    rounds = rounds_of(place, groups, trees, steps=grpo.optimizer_steps, budget=grpo.pack_tokens)
+    one = passed(place, rounds, times, forward_traffic(place), speeds, share=share)
+    amount = f"{times[0]:g} times a forward pass" if both else "one forward pass"
+    phases.add("masked images", one.work, [share], f"{amount} {_at(speeds, share)}")
+    return [one]
 
 
 def _tower(times: float) -> str:

@@ -65,16 +65,20 @@ def study_words(name: str, overrides: Sequence[str]) -> list[str]:
 
     Lengths of one SFT can be compared if they end at the same learning rate; RL gets a third of its steps.
     """
-    validated = "validation.grpo_every=1"  # `prepared` says how often
-    steps = load_recipe(name, [validated, *overrides]).recipe.grpo.steps
-    own = [validated, "sft.optimizer.schedule=constant", f"grpo.steps={math.ceil(steps / 3)}"]
+    own = ["validation.grpo_every=1", "sft.handover.rule=last"]  # see `prepared`
+    steps = load_recipe(name, [*own, *overrides]).recipe.grpo.steps
+    own += ["sft.optimizer.schedule=constant", f"grpo.steps={math.ceil(steps / 3)}"]
     return [*own, *overrides]
 
 
 def prepared(recipe: Recipe) -> Recipe:
-    """The recipe with validation in the middle of RL, and without a hand-over: lengths are the study's."""
-    every = math.ceil(recipe.grpo.steps / 2)
-    return changed(recipe, [f"validation.grpo_every={every}", "sft.handover.rule=last"])
+    """The recipe with validation in the middle of RL, and without a hand-over: lengths are the study's.
+
+    What RL learns from besides the reward (`grpo.also`) is the same in all cells.
+    """
+    words = [f"validation.grpo_every={math.ceil(recipe.grpo.steps / 2)}", "sft.handover.rule=last"]
+    words += ["grpo.also.arms=[grpo, sft_grpo]"] if recipe.grpo.also.ever != {"reward"} else []
+    return changed(recipe, words)
 
 
 def chains_of(wanted: Wanted, recipe: Recipe, *, given: bool) -> tuple[str, ...]:
@@ -109,18 +113,35 @@ def plan(wanted: Wanted, recipe: Recipe, kept: Mapping[str, int]) -> tuple[Cell,
     most = min(kept.values())
     wishes = wanted.demonstrations or tuple(math.ceil(share * most) for share in _SHARES)
     counts = sorted({min(count, most) for count in wishes}, reverse=True)
-    lengths = wanted.epochs or tuple(multiple * recipe.sft.epochs for multiple in _LENGTHS)
+    lengths = lengths_of(wanted, recipe)
     cells = []
     for seed in range(recipe.seed, recipe.seed + wanted.seeds):
         cells.append(Cell(chain=NONE, demonstrations=0, epochs=0.0, steps=0, seed=seed))
         for count in counts:
-            steps = {steps_of(epochs, count, recipe): epochs for epochs in sorted(lengths, reverse=True)}
+            steps = {steps_of(epochs, count, recipe): epochs for epochs in reversed(lengths)}
             for chain in kept:
                 cells += [
                     Cell(chain=chain, demonstrations=count, epochs=epochs, steps=number, seed=seed)
                     for number, epochs in steps.items()
                 ]
     return tuple(cells)
+
+
+def lengths_of(wanted: Wanted, recipe: Recipe) -> tuple[float, ...]:
+    """The lengths of SFT that are compared, in epochs, the shortest first."""
+    return tuple(sorted(wanted.epochs or {multiple * recipe.sft.epochs for multiple in _LENGTHS}))
+
+
+def described(wanted: Wanted, recipe: Recipe) -> str:
+    """The grid in words, for the table before a run."""
+    counts = [f"{count:,}" for count in wanted.demonstrations] or ["all", "1/2", "1/8"]
+    lengths = ", ".join(f"{epochs:g}" for epochs in lengths_of(wanted, recipe))
+    chains = ", ".join(wanted.chains) or "of the data or the recipe's teacher"
+    ends = "; a cell that cannot become the best ends in the middle of RL" if wanted.early_stop else ""
+    return (
+        f"none, or {', '.join(counts)} demonstrations ({chains}) x {lengths} epochs of SFT, "
+        f"{wanted.seeds} {'seed' if wanted.seeds == 1 else 'seeds'}{ends}"
+    )
 
 
 def steps_of(epochs: float, count: int, recipe: Recipe) -> int:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlcs.recipe.section import Positive, Section, Share
+from rlcs.recipe.section import Positive, Section
 
 Rule = Literal["last", "best_pass_1", "best_pass_k", "most_signal", "probe"]
 
@@ -20,7 +20,7 @@ class Handover(Section):
     trial that gets highest goes on; the others' steps come out of those of RL (`grpo.steps`)."""
     round_steps: Positive = 6
     """Steps of RL that each candidate of `probe` gets in a round; after a round the better half stays."""
-    most_share: Annotated[Share, Field(gt=0)] = 0.25
+    most_share: Annotated[float, Field(gt=0, le=0.5)] = 0.25
     """Largest share of `grpo.steps` that the losers of `probe` may take together."""
 
     @property

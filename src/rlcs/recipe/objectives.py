@@ -63,10 +63,13 @@ class Sight(Section):
     """Weight of the divergence between the policy that sees the image and the same one with a masked image,
     which is made larger; 0: off. The paper's is 0.01 to 0.02."""
     mask_share: Share = 0.6
-    """Share of the image's patches that are masked, at random."""
+    """Share of the image's patches that are black, at random, others in every step."""
     entropy_coefficient: NonNegative = 0.03
     """Weight of the entropy of both policies, which is made smaller, so that the divergence does not grow by
     mere noise."""
+    gradient: Literal["seeing", "both"] = "seeing"
+    """`seeing`: what the policy makes of the masked image is a constant, as in the authors' runs, and costs
+    a pass without gradients; `both`: the paper's formula, in which it has a gradient, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

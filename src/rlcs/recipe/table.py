@@ -4,7 +4,8 @@ from pathlib import PurePath
 
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
-from rlcs.recipe.handover import Rule
+from rlcs.recipe.handover import Handover, Rule
+from rlcs.recipe.objectives import Entropy, Sight
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
 from rlcs.recipe.stages import Grpo, Optimizer, Overlap, Reward, Sft, function_name
@@ -58,6 +59,7 @@ def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
         ("arms", ", ".join(ARMS[arm].label for arm in recipe.study.arms)),
         *_prompt_rows(recipe.prompt, recipe.images),
         *_sft_rows(recipe.sft),
+        *_probe_rows(recipe.sft.handover, recipe.grpo.steps),
         *_grpo_rows(recipe.grpo),
         *_rollout_rows(recipe.rollout, f", LoRA {adapters}" if recipe.lora.rank else "", recipe.overlap),
         *_data_rows(recipe.data, recipe.teacher, recipe.eval),
@@ -101,27 +103,78 @@ def _sft_rows(sft: Sft) -> list[tuple[str, str]]:
     ]
 
 
+def _probe_rows(handover: Handover, steps: int) -> list[tuple[str, str]]:
+    """The row of trials of RL that choose the model of SFT; none with another rule."""
+    if handover.rule != "probe":
+        return []
+    how = (
+        f"RL is tried from what each rule by validation takes, {_count(handover.round_steps, 'step')} a round"
+    )
+    lost = f"{handover.most_steps:,} of its {steps:,} steps at most, in trials that lose"
+    return [("SFT hand-over", f"{how}; this takes {lost}")]
+
+
 def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
     rollouts = f"{grpo.prompts_per_step:,} prompts x {grpo.group_size}"
     rollouts += f" = {grpo.prompts_per_step * grpo.group_size:,} rollouts"
     updates = _count(grpo.optimizer_steps, "optimiser step")
-    dual = "off" if grpo.clip_dual is None else f"{grpo.clip_dual:g}"
+    sets = f", sets of {grpo.pass_k}" if grpo.advantage == "pass_k" else ""
     return [
         ("RL", f"{grpo.steps:,} steps, each {rollouts} and {updates}"),
         ("RL frozen", _frozen(grpo.freeze)),
         ("RL optimiser", _optimizer(grpo.optimizer)),
         ("RL sampling", _sampling(grpo.temperature, grpo.top_p, grpo.max_new_tokens)),
         ("RL loss", _LOSSES[grpo.loss]),
-        ("RL clip", f"low {grpo.clip_low:g}, high {grpo.clip_high:g}, dual {dual}"),
+        ("RL clip", _clip(grpo)),
         ("RL old logprobs", _old_logprobs(grpo)),
         ("RL loss averaging", _AVERAGES[grpo.loss_average]),
-        ("RL advantage", _ADVANTAGES[grpo.advantage]),
+        ("RL advantage", _ADVANTAGES[grpo.advantage] + sets),
         ("RL KL", _kl(grpo)),
         ("RL answers at the limit", _overlong(grpo)),
         ("RL groups all alike", _zero_variance_groups(grpo)),
+        *_entropy_rows(grpo.entropy),
+        *_mask_rows(grpo.mismatch_mask),
         *([("RL order of problems", _ORDERS[grpo.order])] if grpo.order != "shuffled" else []),
+        *_sight_rows(grpo.sight),
         *_reward_rows(grpo.reward),
     ]
+
+
+def _sight_rows(sight: Sight) -> list[tuple[str, str]]:
+    if not sight.coefficient:
+        return []
+    value = f"{sight.coefficient:g} x divergence from what {sight.mask_share:.0%} masked images give"
+    value += f", {sight.entropy_coefficient:g} x entropies against it" if sight.entropy_coefficient else ""
+    return [("RL reward for sight", f"{value}; gradient through {sight.gradient}")]
+
+
+def _clip(grpo: Grpo) -> str:
+    if grpo.loss == "sapo":
+        rising, falling = grpo.sapo_temperatures
+        return f"none: a gate of temperature {rising:g} for good answers, {falling:g} for others"
+    if grpo.loss == "dppo":
+        return f"probabilities up by {grpo.clip_high:g} at most, down by {grpo.clip_low:g}"
+    dual = "off" if grpo.clip_dual is None else f"{grpo.clip_dual:g}"
+    return f"low {grpo.clip_low:g}, high {grpo.clip_high:g}, dual {dual}"
+
+
+def _entropy_rows(entropy: Entropy) -> list[tuple[str, str]]:
+    """The row of what controls entropy; none where nothing does."""
+    low, high = entropy.bounds
+    share, covariance = f"{entropy.held_share:g} of the tokens", "covariance of logprob and advantage"
+    texts = {
+        "clip_cov": f"no gradient for {share}, where the {covariance} is {low:g} to {high:g} (Clip-Cov)",
+        "kl_cov": f"{entropy.coefficient:g} x |log ratio| for {share}, of the highest {covariance} (KL-Cov)",
+        "bonus": f"rewarded up to {entropy.target:g} nats a token; its weight moves by "
+        f"{entropy.bonus_step:g} a step, up to {entropy.bonus_max:g}",
+    }
+    return [("RL entropy", texts[entropy.control])] if entropy.control != "none" else []
+
+
+def _mask_rows(most: float | None) -> list[tuple[str, str]]:
+    """The row of answers that are left out where the policy has moved away from them; none where none are."""
+    text = f"left out above {most} nats a token, where their advantage is negative"
+    return [] if most is None else [("RL answers far from the sampler", text)]
 
 
 def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tuple[str, str]]:
@@ -143,12 +196,17 @@ def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tu
 def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]]:
     rates = data.rl_pass_rate
     chosen = "" if rates is None else f", pass rate from {rates[0]:g} to {rates[1]:g}"
+    chosen += ", without those that the base answers blind" if data.rl_blind == "drop" else ""
+    blind = {"other": ", and with another problem's image", "removed": ", and without the image"}
     return [
         ("cold-start data", data.cold_start),
         *teacher_rows(teacher),
         ("RL data", data.rl + chosen),
         ("test set", data.test),
-        ("test sampling", _sampling(test.temperature, test.top_p, test.max_new_tokens)),
+        (
+            "test sampling",
+            _sampling(test.temperature, test.top_p, test.max_new_tokens) + blind.get(test.blind, ""),
+        ),
     ]
 
 

@@ -69,6 +69,7 @@ METRICS = {
     "response_tokens": "Response length, tokens",
     "entropy": "Entropy, nats a token",
     "kl": "KL from the reference",
+    "sight": "Divergence from masked images",
     "entropy_weight": "Weight of the entropy bonus",
     "held_share": "Tokens that entropy control holds",
     "masked_share": "Tokens left out, far from the sampler",

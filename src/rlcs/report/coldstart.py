@@ -66,7 +66,7 @@ def _row(study: Results, result: Result) -> dict[str, Any]:
             "points": gap.points,
             "low": gap.low,
             "high": gap.high,
-            "by_seed": gap.by_seed,
+            "by_seed": list(gap.by_seed),
             "clear": gap.clear,
         },
         "ended": {str(seed): cell.how for seed, cell in result.cells.items()},

@@ -62,9 +62,12 @@ class GrpoContext:
     policy's; None: no correction. `overlap` is what goes on while the engine samples: see `train.grpo`; any
     but `none` needs a `BackgroundEngine`. A step keeps up to `feature_bytes` of what a frozen vision tower
     makes of its images. With the first `checks` versions of the weights the engine is compared with the
-    trainer (`train.engine_check`). `demonstrations`, whose `turns` are learnt, and a `teacher` are there
-    where `grpo.also` gives them a weight. Under `torchrun` all ranks call the methods together: each does its
-    share of the work, and all get all results.
+    trainer (`train.engine_check`).
+
+    `demonstrations`, whose `turns` are learnt, and a `teacher` are there where `grpo.also` weighs them.
+
+    Under `torchrun` all ranks call the methods together: each does its share of the work, and all get all
+    results.
     """
 
     vlm: Vlm

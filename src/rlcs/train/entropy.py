@@ -108,10 +108,10 @@ class EntropyBonus:
         if self._settings.control != "bonus":
             return {}
         values = {"entropy_weight": self.weight}
-        entropy, target = (result.values["entropy"] if result else math.nan), self._settings.target
+        entropy = result.values.get("entropy", math.nan) if result else math.nan
         if math.isfinite(entropy):
-            sign = (entropy < target) - (entropy > target)
-            moved = self._carried.get(KEY, {}).get("coefficient", 0.0) + sign * self._settings.bonus_step
+            target, before = self._settings.target, self._carried.get(KEY, {}).get("coefficient", 0.0)
+            moved = before + ((entropy < target) - (entropy > target)) * self._settings.bonus_step
             coefficient = min(max(moved, 0.0), self._settings.bonus_max)
             self._carried[KEY] = {"coefficient": coefficient, "entropy": entropy}
         return values

@@ -83,8 +83,12 @@ def train(
     run: RunDir,
     screen: Screen,
     stop: StopFlag,
+    until: int | None = None,
 ) -> None:
-    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model."""
+    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model.
+
+    With `until` a run that is not so far ends after that step, with a checkpoint and no trained model.
+    """
     total = settings.steps * settings.optimizer_steps
     trainer = Trainer(context.vlm, settings.optimizer, steps=total, max_bad_steps=settings.max_bad_steps)
     stream = stream_of(problems, settings.order, seed=run.seed, steps=settings.steps)
@@ -101,7 +105,8 @@ def train(
     first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
     bonus = EntropyBonus(settings.entropy, run.carried)
     unchecked = True
-    for step in range(first, min(settings.steps, run.last_step or settings.steps)):
+    end = settings.steps if until is None else until
+    for step in range(first, end):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
         clock, cursor = Clock(), stream.state()
@@ -135,8 +140,10 @@ def train(
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    if run.last_step is None:
-        run.validate(settings.steps, screen=screen, stop=stop)
+    if until is not None:
+        run.pause(until, screen=screen, stop=stop)
+        return
+    run.validate(settings.steps, screen=screen, stop=stop)
     run.finish(screen)
 
 

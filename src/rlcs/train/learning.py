@@ -19,6 +19,7 @@ from rlcs.train.groups import tree_of, zero_variance
 from rlcs.train.inputs import inputs_of
 from rlcs.train.losses import LossSums, policy_loss
 from rlcs.train.mixing import Mixer
+from rlcs.train.sight import with_sight
 from rlcs.train.trainer import Batch, Objective, StepResult, Trainer, ZeroGradCounts, logprobs_of
 
 
@@ -52,9 +53,9 @@ class Learner:
     packs of all shares get theirs as they fill, and the first share is learnt from, but the weights change
     when all groups have come.
 
-    Without a KL penalty, a router loss, an entropy bonus and a teacher, a group whose rewards are all equal
-    has a gradient of exactly zero: it is not computed, but its tokens still count in the mean (not in
-    `micro_batch`, whose mean is of each computed pack).
+    Without a KL penalty, a router loss, an entropy bonus, a teacher and `grpo.sight`, a group whose rewards
+    are all equal has a gradient of exactly zero: it is not computed, but its tokens still count in the mean
+    (not in `micro_batch`, whose mean is of each computed pack).
 
     Where entropy control holds tokens (`train.entropy`), it chooses among all of an optimiser step, so that
     the choice depends on no pack: then packs of a share are made when its groups have all come.
@@ -79,6 +80,8 @@ class Learner:
             context = replace(context, teacher=None)
         self._trainer, self._context, self._settings, self._clock = trainer, context, settings, clock
         self._objective = make_objective(settings, context.importance_cap, entropy_weight)
+        if settings.sight.coefficient:
+            self._objective = with_sight(self._objective, context, settings, seed=trainer.done)
         self._entropy_gradient = entropy_weight > 0
         count, steps = settings.prompts_per_step, settings.optimizer_steps
         self._size = -(-count // steps)
@@ -101,6 +104,7 @@ class Learner:
             share.missing -= 1
             other_losses = self._settings.kl.active or bool(self._context.vlm.router_loss)
             other_losses |= self._settings.entropy.control == "bonus"
+            other_losses |= self._settings.sight.coefficient > 0
             known_zero = zero_variance(group) and not other_losses
             weights, tree = self._mixer.weights, tree_of(group)
             known_zero = not weights.distill and (known_zero or not weights.reward)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlcs.recipe.objectives import Entropy
+from rlcs.recipe.objectives import Entropy, Sight
 from rlcs.recipe.stages import Advantage, Grpo, KlKind
 
 Average = Literal["token", "sequence", "example", "constant", "micro_batch"]
@@ -342,6 +342,25 @@ def sft_loss(
         per_token = per_token + router_loss * counted
         sums["router_loss"] = router_loss.detach().sum()
     return _summed(per_token, counted, sequence, average, sums, {})
+
+
+def sight_loss(
+    logprobs: Tensor, masked: Tensor, pictured: Tensor, sequence: Tensor, *, settings: Sight, average: Average
+) -> LossSums:
+    """What PAPO (arXiv 2507.06448, section 3.2) adds to the policy loss of one pack, all tensors (N,).
+
+    `masked` are logprobs of the same tokens by the same policy where it sees masked images. The divergence
+    KL(seeing || masked), by k3 on the sampled tokens, is made larger; it is held at 10, as in the authors'
+    code, so that it cannot grow without bound. The double entropy loss makes the entropies of both smaller,
+    which are estimated by -logprob, as there. Tokens of trees without an image (`pictured` 0) get nothing.
+    Reported: `sight`, the sum of the divergence.
+    """
+    _require_flat(logprobs, masked, pictured, sequence)
+    divergence = kl_estimate(logprobs, masked, "k3") * pictured
+    entropies = -(logprobs + masked) * pictured
+    per_token = settings.entropy_coefficient * entropies - settings.coefficient * divergence
+    sums = {"sight": divergence.detach().sum()}
+    return _summed(per_token, torch.ones_like(sequence), sequence, average, sums, {})
 
 
 def _summed(

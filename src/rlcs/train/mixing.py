@@ -96,12 +96,13 @@ class Mixer:
 
         def objective(batch: Batch, scores: Scores) -> LossSums:
             first = reward(batch, scores)
-            loss, sums = weights.reward * first.loss, dict(first.sums)
-            if weights.distill:
-                second = distill_loss(batch, scores, settings, cap=cap, alone=not weights.reward)
-                loss = loss + weights.distill * ratio * second.loss
-                sums |= second.sums
-            return replace(first, loss=loss, sums=sums)
+            if not weights.distill:
+                return replace(first, loss=weights.reward * first.loss)
+            second = distill_loss(batch, scores, settings, cap=cap, alone=not weights.reward)
+            loss = weights.distill * ratio * second.loss
+            if weights.reward:
+                loss = loss + weights.reward * first.loss
+            return replace(first, loss=loss, sums={**first.sums, **second.sums})
 
         return objective
 
@@ -154,7 +155,8 @@ def distill_loss(
     gap = batch.teacher_logprobs.to(inputs.old_logprobs.device) - inputs.old_logprobs
     bound = settings.teacher.bound
     router_loss = inputs.router_loss if alone else None
-    inputs = replace(inputs, advantages=gap.clamp(-bound, bound), ref_logprobs=None, router_loss=router_loss)
+    advantages = gap.clamp(-bound, bound)
+    inputs = replace(inputs, advantages=advantages, ref_logprobs=None, router_loss=router_loss, held=None)
     of_reward = {"kl": Kl(), "mismatch_mask": None, "entropy": Entropy(), "sight": Sight()}
     sums = policy_loss(inputs, settings.model_copy(update={"loss_average": "token", **of_reward}))
     return replace(sums, sums={"teacher_kl": -gap.sum(), "teacher_held": (gap.abs() > bound).sum()})

@@ -66,8 +66,8 @@ class RunDir:
         """What else the stage carries from step to step, JSON-able: checkpoints hold it."""
         self.validation: Validation | None = None
         """Set it before training to measure while the stage trains."""
-        self.last_step: int | None = None
-        """Set it before training to end after this step, without a model."""
+        self.leaves_nothing = False
+        """Set it before training for a replay, which is not gone on with."""
         self._settings = settings
         self._recipe_hash = recipe_hash
         self._gap_alarm = gap_alarm
@@ -177,6 +177,14 @@ class RunDir:
         """
         self._save_once(done)
         self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
+
+    def pause(self, step: int, *, screen: Screen, stop: StopFlag) -> None:
+        """Leave the stage after `step` steps, measured if that is due, with a checkpoint to go on from."""
+        if self.leaves_nothing:
+            return self._rollouts.wait()
+        self._save_once(step)
+        self.validate(step, screen=screen, stop=stop)
+        self._trackers.close()
 
     def _save_once(self, step: int) -> None:
         if step > self._saved:
@@ -296,8 +304,6 @@ class RunDir:
         self._checkpoints.wait()
         self._trackers.close()
         self._rollouts.wait()
-        if self.last_step is not None:
-            return
         step = self._restore_best(screen)
         save(self._trainer.vlm, self.final)
         facts = {

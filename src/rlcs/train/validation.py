@@ -3,7 +3,7 @@
 How a model is measured is the caller's: training does not know benchmarks, samplers or graders.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,18 @@ SENT = (
 class Validation:
     """The measurements of one stage: one row of `validation.jsonl` for each, also before the first step."""
 
-    def __init__(self, *, every: int, measure: Measure) -> None:
-        """Measure by `measure` before the first step, after each `every`-th and after the last."""
+    def __init__(self, *, every: int, measure: Measure, at: Collection[int] = ()) -> None:
+        """Measure by `measure` before the first step, after each `every`-th and after the last; 0: none.
+
+        Besides it is measured after the steps `at`.
+        """
         self.measure = measure
         self.after: AfterValidation | None = None
         self.rows: dict[int, Mapping[str, Any]] = {}
         """The rows so far, by step."""
         self.sent = -1
         """The last step that an earlier attempt measured; trackers got it then."""
-        self._every = every
+        self._every, self._at = every, at
         self._log: MetricsLog | None = None
 
     def read(self, path: Path, step: int) -> dict[int, Mapping[str, Any]]:
@@ -48,7 +51,8 @@ class Validation:
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether the model after `step` of `steps` steps is still to be measured."""
-        return step not in self.rows and (step % self._every == 0 or step == steps)
+        regular = self._every > 0 and (step % self._every == 0 or step == steps)
+        return step not in self.rows and (regular or step in self._at)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take up a row; write it where this process has read the file. Raises Stopped, as `after` does."""

@@ -62,13 +62,10 @@ class PromptRequest:
     @property
     def token_ids(self) -> list[int]:
         """The prompt's ids with one placeholder for each image."""
-        prompt, around = self.prompt, int(self.marks_images)
-        ids: list[int] = []
-        text_start = 0
-        for start, end in prompt.spans:
-            ids += [*prompt.ids[text_start : start - around], prompt.image_token_id]
-            text_start = end + around
-        return [*ids, *prompt.ids[text_start:]]
+        prompt = self.prompt
+        return one_placeholder_each(
+            prompt.ids, prompt.spans, prompt.image_token_id, around=int(self.marks_images)
+        )
 
     @property
     def seed(self) -> int:
@@ -180,6 +177,18 @@ class PromptRequest:
 
 OnAnswers = Callable[[int, tuple[Rollout, ...]], None]
 """Called with the index of a request and its answers."""
+
+
+def one_placeholder_each(
+    ids: Sequence[int], spans: Sequence[tuple[int, int]], image_id: int, *, around: int
+) -> list[int]:
+    """The ids with one placeholder in place of each image's, and of the `around` tokens on either side."""
+    shorter: list[int] = []
+    text_start = 0
+    for start, end in spans:
+        shorter += [*ids[text_start : start - around], image_id]
+        text_start = end + around
+    return [*shorter, *ids[text_start:]]
 
 
 def weight_versions(reply: Mapping[str, Any]) -> set[str]:

@@ -156,6 +156,10 @@ class BudgetPatches:
         """The same between 0 and 1, in fp32: the model itself centres them."""
         return compact.to(torch.float32) * self._factor
 
+    def black(self, compact: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
+        """See `ImageProcessing`."""
+        return compact.masked_fill(chosen[:, None], 0)
+
     def picture(self, compact: Tensor, grid: Grid) -> Image.Image:
         """See `ImageProcessing`."""
         _, height, width = grid
