@@ -13,10 +13,10 @@ from rlcs.cli.main import app
 from rlcs.data.run_data import load_run_data
 from rlcs.errors import RunFolderError, UserError
 from rlcs.pipeline import coldstart
-from rlcs.pipeline.coldstart import ColdStart
+from rlcs.pipeline.coldstart import ColdStart, cannot_win
 from rlcs.pipeline.study import Output
 from rlcs.recipe.arms import arms_override
-from rlcs.recipe.coldstart import Wanted, cannot_win, chains_of, plan, prepared, study_words, subset
+from rlcs.recipe.coldstart import Wanted, chains_of, plan, prepared, study_words, subset
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import Grade, GradedSample, Sample, StopReason, to_row
 from rlcs.report import build

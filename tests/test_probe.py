@@ -104,8 +104,8 @@ def test_the_table_the_plan_and_the_space_count_the_trials():
     words = ["sft.handover.rule=probe", "validation.sft_every=50", "validation.samples=4"]
     recipe = load_recipe("quickstart", words).recipe
     assert dict(summary_rows(recipe))["SFT hand-over"] == (
-        "RL is tried from what each rule by validation takes, 6 steps a round; this takes 24 of its 120 steps "
-        "at most, in trials that lose"
+        "RL is tried from what each rule by validation takes, 6 steps a round; this takes 24 of its 120 "
+        "steps at most, in trials that lose"
     )
     plain = load_recipe("quickstart").recipe
     assert "SFT hand-over" not in dict(summary_rows(plain))
@@ -113,7 +113,7 @@ def test_the_table_the_plan_and_the_space_count_the_trials():
     tried, whole = (_rl(each, "sft_grpo", 10.0, seconds) for each in (recipe, plain))
     assert "at most 24 of them in trials that lose" in tried.note
     assert tried.hours - whole.hours == pytest.approx(10 * 200 * 4 * 2 / 3600), (
-        "4 before, 4 and 2 after a round"
+        "4, then 4 and 2 after a round"
     )
     arm = StageSpace(checkpoint=300, checkpoints=3, final=100)
     space = trials_space(arm, Grpo(save_every=4), recipe.sft.handover)

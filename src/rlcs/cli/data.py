@@ -220,6 +220,9 @@ def data_difficulty(
         str | None, typer.Option(help="Run, folder, hub id or builtin; none: the recipe's")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each problem")] = 8,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="With another problem's image: blind_rate, for data.rl_blind")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Measure how often a model solves each problem, before RL. For data.rl_pass_rate and grpo.order."""
@@ -230,7 +233,7 @@ def data_difficulty(
     words = [*(overrides or []), *([f"model.name={model}"] if model is not None else [])]
     resolved = load_recipe(recipe or "quickstart", words).recipe
     with StopFlag() as stop:
-        found = measure_difficulty(source, resolved, out, samples=samples, stop=stop, json=json)
+        found = measure_difficulty(source, resolved, out, samples=samples, stop=stop, blind=blind, json=json)
     print_result({**found.summary(), "out": str(out)}, [*lines(found), f"rows     {out}"], json=json)
 
 

@@ -22,10 +22,19 @@ def doctor(
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for --gpu")] = 8.0,
     executable: Annotated[str, typer.Option(help="vLLM's program for --gpu")] = "vllm",
     out: Annotated[Path | None, typer.Option(help="File for the JSON of --gpu")] = None,
+    replay: Annotated[
+        bool,
+        typer.Option("--replay", help="Repeat the steps before the RL of RUN collapsed: what prevents it"),
+    ] = False,
     cpu: Annotated[bool, typer.Option("--cpu", hidden=True, help="On the CPU, with a small model")] = False,
     json: Json = False,
 ) -> None:
     """Check this machine and a small model on it, or the run RUN. With --gpu the GPUs, in minutes."""
+    if replay:
+        if run is None or gpu:
+            raise UserError("a run is replayed", where="--replay", fix="write rlcs doctor RUN --replay")
+        _replay(run, json=json)
+        return
     if gpu:
         if run is not None:
             raise UserError("a run is checked without GPUs", where="--gpu", fix="leave out --gpu or the run")
@@ -53,6 +62,26 @@ def doctor(
     print_result({"facts": about, "findings": [asdict(finding) for finding in findings]}, lines, json=json)
     if any(finding.bad for finding in findings):
         raise typer.Exit(1)
+
+
+def _replay(run: Path, *, json: bool) -> None:
+    from rlcs.data.run_data import load_run_data
+    from rlcs.distributed import join_world
+    from rlcs.pipeline.replay import Replay, find_collapse, lines
+    from rlcs.pipeline.study import Output
+    from rlcs.recipe.loading import load_recipe
+    from rlcs.signals import StopFlag
+
+    collapse = find_collapse(run)
+    recipe = load_recipe(str(collapse.run / "recipe.yaml"), []).recipe
+    limit = recipe.images.decode_limit
+    data = load_run_data(recipe.study, recipe.data, decode_limit=limit, validation=recipe.validation)
+    parallel, output = recipe.parallel, Output(quiet=True, json=json)
+    joined = join_world(timeout_s=parallel.timeout_s, shard_size=parallel.shard_size)
+    with StopFlag() as stop, joined as world:
+        result = Replay(collapse, data, output=output, stop=stop, world=world).run()
+        if world.rank == 0:
+            print_result(result, ["", *lines(result, collapse)], json=json)
 
 
 def _require_writable(out: Path | None) -> None:

@@ -11,6 +11,7 @@ from rlcs.errors import RunFolderError
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.schema import Report
 from rlcs.report import charts, coldstart, demonstrations, findings, pictures, rollouts
+from rlcs.report.blind import blind_control, fault_counts
 from rlcs.report.conclusions import Conclusions, conclude, effect
 from rlcs.report.differences import differences
 from rlcs.report.handover import MEASURES, SHARES, handovers
@@ -65,6 +66,8 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         lead=conclusions.lead,
         notes=conclusions.notes,
         results=results,
+        blind=blind_control(runs),
+        faults=fault_counts(runs),
         arms_chart=charts.arms_chart(results) if results else "",
         gaps=[(gap, effect(gap)) for gap in differences(runs)],
         seeds=[r.folder.name.removeprefix("seed-") for r in runs] if len(runs) > 1 else [],
