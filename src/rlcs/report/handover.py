@@ -113,7 +113,4 @@ def _cost(cost: Row) -> str:
     answers = sum(number(cost, f"{name}_answers") or 0 for name in ("sft", "trials"))
     seconds = sum(number(cost, f"{name}_seconds") or 0 for name in ("sft", "trials"))
     count = f"{steps:,.0f} step{'' if steps == 1 else 's'} of RL ({share:.0%})"
-    return (
-        f"The losers took {count}; to measure, {answers:,.0f} answers were "
-        f"sampled in {seconds:,.0f} s."
-    )
+    return f"The losers took {count}; to measure, {answers:,.0f} answers were sampled in {seconds:,.0f} s."
