@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from conftest import SMALL_STUDY
 from rlcs.cli.main import app
 from rlcs.data.run_data import load_run_data
+from rlcs.doctor.health import examine
 from rlcs.errors import RunFolderError, UserError
 from rlcs.pipeline import coldstart, study
 from rlcs.pipeline.coldstart import ColdStart, cannot_win
@@ -280,7 +281,15 @@ def write_study(folder: Path, shares: dict[tuple[str, int, int], tuple[float, fl
             done = {"seconds": 60.0, "optimizer_steps": 400}
             write_json(folder / "sft" / f"{chain}-{count}-seed-{seed}" / "sft" / "done.json", done)
     made = {"kept": 1200, "asked": 1600, "problems": 1600, "cost": None, "seconds": 3.0}
-    facts = {"name": "mine", "rl_steps": 40, "schedule": "constant", "warmup_steps": 20, "lengths": [1]}
+    command = ["rlcs", "coldstart", "mine.yaml", "--out", "a b"]
+    facts = {
+        "name": "mine",
+        "command": command,
+        "rl_steps": 40,
+        "schedule": "constant",
+        "warmup_steps": 20,
+        "lengths": [1],
+    }
     write_json(folder / "grid.json", facts | {"cells": cells, "demonstrations": {"distilled": made}})
     return folder
 
@@ -371,6 +380,17 @@ def test_the_page_shows_where_it_starts_to_pay(tmp_path: Path):
     assert all(f"var(--{name})" in svg for name in ("p0", "p1", "base", "card"))
     assert re.search(r"<strong>\+2\d\.\d</strong>", page)
     assert "1,200 demonstrations of 1,600 problems, chosen among 1,600 answers" in page
+
+
+def test_the_doctor_says_how_far_a_study_is(tmp_path: Path):
+    write_study(tmp_path, PAYS)
+    (tmp_path / "recipe.yaml").write_text("name: mine\n")
+    state = examine(tmp_path)[0]
+    assert state.message == "16 of 16 cells are over" and not state.fix
+    (tmp_path / "cells" / "none-0-0-1" / "over.json").unlink()
+    state = examine(tmp_path)[0]
+    assert state.message == "15 of 16 cells are over"
+    assert state.fix.endswith("rlcs coldstart mine.yaml --out 'a b'")
 
 
 # --- the command

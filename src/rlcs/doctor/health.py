@@ -1,5 +1,6 @@
 """Finds problems of a run in its metrics, logs and checkpoints, each with a fix."""
 
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from rlcs.errors import CheckpointError
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.records import NO_SIGNAL
 from rlcs.report import findings
+from rlcs.report.coldstart import is_study
+from rlcs.report.coldstart_results import read
 from rlcs.report.differences import differences
 from rlcs.report.load_run import Run, number, read_object, require_runs
 from rlcs.report.stages import ending, progress
@@ -25,12 +28,23 @@ _ALIVE_S = 300  # a run counts as stopped when its files have not changed for so
 def examine(folder: Path) -> list[Finding]:
     """The findings about a run folder. Raises RunFolderError where there is no run."""
     runs = require_runs(folder)
+    if is_study(folder):
+        return [_cells(folder), _disk(folder, runs)]
     found = []
     for run in runs:
         seed = f"{run.folder.name}: " if len(runs) > 1 else ""
         of_run = [_state(run, folder), *_checkpoints(run), *_signs(run), *_trends(run), *_result(run)]
         found += [replace(finding, name=seed + finding.name) for finding in of_run]
     return [*found, _disk(folder, runs)]
+
+
+def _cells(folder: Path) -> Finding:
+    """How far a study of the cold start is, with the command that continues it."""
+    study = read(folder)
+    command = study.facts.get("command")
+    resume = f"continue it, where it does not run: {shlex.join(map(str, command))}" if command else ""  # type: ignore[call-overload]
+    state = f"{study.over} of {study.cells} cells are over"
+    return Finding(name="state", message=state, fix=resume if study.over < study.cells else "")
 
 
 def _state(run: Run, folder: Path) -> Finding:
