@@ -52,6 +52,7 @@ GRPO = {
 }
 PAPER = {"optimizer_steps": 2, "kl": {"kind": "k3", "coefficient": 0.01}, "old_logprobs": "policy"}
 DAPO = {"dynamic_sampling": 1, "advantage": "rloo", "loss_average": "micro_batch", "pack_tokens": 1}
+DAPO |= {"order": "signal"}
 JOBS = {
     "sft": {"sft": SFT},
     "frozen": {"sft": SFT | {"epochs": 1, "freeze": ["vision_tower"], "loss_average": "example"}},

@@ -92,6 +92,7 @@ UNDER_TORCHRUN = ("parallel.compute_dtype=same", "parallel.reduce_dtype=same")
 
 ELSEWHERE = {
     r"vllm|rollout\.(engine|urls)|multi-node|8xgpu": "needs vLLM: tests/test_vllm*.py start a real one",
+    r"doctor \S+ --replay": "needs a run that collapsed: tests/test_replay.py",
     r"doctor --gpu": "needs a GPU: tests/test_doctor_gpu.py",
     r"lora\.four_bit": "needs bitsandbytes: tests/test_lora.py",
     r"parallel\.cpu_offload": "needs torchrun: tests/test_fsdp.py",

@@ -214,7 +214,6 @@ def data_overlap(
 class DifficultyOptions:
     """The options of `rlcs data difficulty`."""
 
-    recipe: RecipeOption = None
     model: Annotated[str | None, typer.Option(help="Run, folder, hub id or builtin; none: the recipe's")] = (
         None
     )
@@ -232,20 +231,21 @@ def data_difficulty(
     source: Annotated[str, typer.Argument(help="A data source")],
     out: Annotated[Path, typer.Option(help="New JSONL file: the rows with pass rates")],
     overrides: Overrides = None,
+    recipe: RecipeOption = None,
 ) -> None:
     """Measure how often a model solves each problem, before RL. For data.rl_pass_rate and grpo.order."""
     from rlcs.pipeline.difficulty import lines, measure_difficulty
     from rlcs.recipe.loading import load_recipe
     from rlcs.signals import StopFlag
 
-    model, json = options.model, options.json
-    words = [*(overrides or []), *([f"model.name={model}"] if model is not None else [])]
-    resolved = load_recipe(options.recipe or "quickstart", words).recipe
+    named = [] if options.model is None else [f"model.name={options.model}"]
+    words = [*(overrides or []), *named]
+    resolved = load_recipe(recipe or "quickstart", words).recipe
     with StopFlag() as stop:
         found = measure_difficulty(
-            source, resolved, out, samples=options.samples, stop=stop, blind=options.blind, json=json
+            source, resolved, out, samples=options.samples, stop=stop, blind=options.blind, json=options.json
         )
-    print_result({**found.summary(), "out": str(out)}, [*lines(found), f"rows     {out}"], json=json)
+    print_result({**found.summary(), "out": str(out)}, [*lines(found), f"rows     {out}"], json=options.json)
 
 
 def _rows(source: str, recipe: "Recipe") -> Any:

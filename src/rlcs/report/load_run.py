@@ -47,6 +47,8 @@ class Run:
     """Stage -> rows of validation.jsonl."""
     done: Mapping[str, Row]
     """Stage -> done.json."""
+    handover: Row
+    """sft/candidates.json: the trials of RL by which SFT's model was chosen."""
     data_checks: Row
 
 
@@ -89,6 +91,7 @@ def read_run(folder: Path) -> Run:
         rollouts={s: last for s, last in rollouts.items() if last},
         validation={s: rows for s, rows in validation.items() if rows},
         done={s: read_object(folder / s / "done.json") for s in TRAINING_ORDER},
+        handover=read_object(folder / "sft" / "candidates.json"),
         data_checks=read_object(folder / "data_checks.json"),
     )
 
