@@ -244,9 +244,9 @@ def test_what_sft_could_hand_over_is_a_table_with_rules_trials_and_cost(run):
     (run / "sft" / "candidates.json").write_text(json.dumps(facts))
     page = Page(build(run).read_text())
     text = " ".join(page.text.split())
-    assert "20, handed over 20.0% 80.0% 40.0% 0.125 2 50.0% 100.0%" in text, "nothing was held out: no loss"
+    assert "20, handed over 20.0%80.0%40.0%0.125250.0%100.0%90 best" in text, "nothing was held out: no loss"
     assert "best_pass_k, most_signal 6 steps: 50.0%, +2.00 (−1.00 to +5.00)" in text
-    assert "40 40.0% 70.0%" in text and "last, best_pass_1" in text
+    assert "40 40.0%70.0%" in text and "last, best_pass_1" in text
     assert "Rule: probe. It rose. The losers took 6 steps of RL (6%); to measure, 600 answers" in text
     assert "Validation: entropy of answers, nats a token" in page.text
     (run / "sft" / "candidates.json").write_text("[1]")
