@@ -23,6 +23,7 @@ from rlcs.pipeline import difficulty
 from rlcs.pipeline.blind import RL_BLIND, answered_blind, blind_tasks
 from rlcs.pipeline.difficulty import measure_difficulty
 from rlcs.pipeline.faults import add_faults
+from rlcs.pipeline.study import Output, Study
 from rlcs.progress import screen
 from rlcs.recipe.judge import Judge
 from rlcs.recipe.loading import load_recipe
@@ -79,7 +80,7 @@ def test_without_an_image_its_place_in_the_text_goes_too():
     assert texts == [["Hello.", "Hi.", "Left:  How many?"], ["(no image)"], ["See ", "Yes.", "And now?"]]
 
 
-def test_interleaved_shared_and_rare_images():
+def test_interleaved_shared_and_rare_images(tmp_path):
     pair = ((28, 28), (56, 28))
     many = make_problem("many", f"{IMAGE_SLOT} or {IMAGE_SLOT}?", sizes=pair)
     more = make_problem("more", f"{IMAGE_SLOT} and {IMAGE_SLOT}?", sizes=pair)
@@ -94,6 +95,15 @@ def test_interleaved_shared_and_rare_images():
         assert twins[name].metadata["images_of"] == ""
     with pytest.raises(DataError, match=r"same.*no other problem has an image"):
         blind_twins([same, one], "other")
+    data, recipe = (
+        RunData(cold_start=(), rl=(), test=(same, one)),
+        load_recipe("quickstart", ["eval.blind=other"]),
+    )
+    study = Study(
+        recipe.recipe, tmp_path / "run", data=data, output=Output(quiet=True), stop=StopFlag(), dry=tmp_path
+    )
+    with pytest.raises(DataError, match="no other problem"):  # in the first minute
+        study.check_data()
 
 
 # ------------------------------------------------------------------- what is known of the built-in tasks
@@ -412,7 +422,7 @@ def test_a_judge_says_which_part_of_a_wrong_answer_failed(tmp_path, sees):
         for name, text in list(texts.items())[:4]
     ]
     rows.append(GradedSample(sample=Sample(id="e", error="too long"), grade=Grade(reward=0.0, correct=False)))
-    write_jsonl(folder / "predictions.jsonl", [to_row(row) for row in rows])
+    write_jsonl(folder / "predictions.jsonl", [{**to_row(row), "digest": "d"} for row in rows])
     (folder / "scores.json").write_text('{"accuracy": 0.2}')
 
     def answer(body):

@@ -8,7 +8,7 @@ from rlcs.data.puzzles import is_builtin
 from rlcs.data.puzzles.faults import FAULTS
 from rlcs.generation.fault_judge import judge_faults
 from rlcs.recipe.judge import Judge
-from rlcs.records import GradedSample, Problem, from_row
+from rlcs.records import Problem
 from rlcs.storage import read_json, read_jsonl, write_json
 
 
@@ -18,11 +18,11 @@ def add_faults(folder: Path, problems: Sequence[Problem], settings: Judge, repli
     if "faults" in scores or any(map(is_builtin, problems)):
         return
     by_id = {problem.id: problem for problem in problems}
-    rows = [from_row(GradedSample, row) for row in read_jsonl(folder / "predictions.jsonl")]
-    wrong = [row for row in rows if row.grade.correct is False and not row.sample.error]
-    verdicts = judge_faults([(by_id[row.sample.id], row.sample.text) for row in wrong], settings, replies)
-    counts = Counter(verdicts)
-    counts["none"] = sum(row.grade.correct is True for row in rows)
+    rows = read_jsonl(folder / "predictions.jsonl")
+    wrong = [row for row in rows if row["correct"] is False and not row["error"]]
+    answers = [(by_id[row["id"]], row["response"]) for row in wrong]
+    counts = Counter(judge_faults(answers, settings, replies))
+    counts["none"] = sum(row["correct"] is True for row in rows)
     counts["unreadable"] += len(rows) - counts["none"] - len(wrong)
     write_json(folder / "scores.json", {**scores, "faults": {name: counts[name] for name in FAULTS}})
 

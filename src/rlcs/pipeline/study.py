@@ -139,6 +139,7 @@ class Study:
         if self._world.grouped:  # a checkpoint's model is written once, by rank 0
             self._world.first(lambda: loading.resolve(self.recipe.model.name))
         self._data = check_prompts(self._data, self.recipe)
+        blind_tasks("base", self.recipe, self._data, self.folder)  # that other images are there
         with Output(quiet=True, json=self._output.json).screen("data", 0) as view:
             for line in self._data.notes:
                 log.warning(line)
