@@ -15,7 +15,7 @@ BIN    := $(VENV)/bin
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types pytest vllm-test bench chat docs tiny format hooks constraints clean
+.PHONY: help quickstart test lint types pytest vllm-test bench chat docs tiny teacher format hooks constraints clean
 
 # The stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS)
@@ -68,6 +68,9 @@ chat: $(VENV)/.stamp-dev  ## a page to talk to the built-in model, or MODEL=fold
 tiny: $(VENV)/.stamp-dev  ## pre-train the built-in models again, from their fixed seeds
 	$(BIN)/python -m tools.tiny_model --out src/rlcs/builtin_model
 	$(BIN)/python -m tools.tiny_model --out src/rlcs/builtin_hybrid_model --family qwen3_5
+
+teacher: $(VENV)/.stamp-dev  ## make a larger built-in model that reasons, for on-policy distillation: TEACHER=folder
+	$(BIN)/python -m tools.tiny_model --teacher --out $(or $(TEACHER),teacher) --steps 600
 
 hooks: $(VENV)/.stamp-dev  ## ruff and mypy before every commit
 	$(BIN)/pre-commit install

@@ -204,8 +204,8 @@ def test_killed_at_any_moment_it_ends_like_an_unbroken_one(run, random_model_fol
 
     moments = (
         (RunDir, "after_step", 9),  # in the first trial, before its checkpoint (SFT has 8 steps)
-        (RunDir, "pause", 1),  # behind a trial
-        (RunDir, "pause", 2),
+        (RunDir, "conclude", 1),  # behind a trial
+        (RunDir, "conclude", 2),
         (probe, "write_json", 1),  # behind a round, before the losers are removed
         (RunDir, "after_step", 1),  # in the next round
         (probe, "_cost", 1),  # before the choice is written

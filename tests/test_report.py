@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from rlcs.errors import RunFolderError
+from rlcs.recipe.arms import ARMS
 from rlcs.records import Grade, GradedSample, Sample, StopReason
 from rlcs.report import build, charts, findings, pictures
 from rlcs.report.compare import compare, write_html
@@ -22,6 +23,16 @@ from rlcs.report.pages import visible
 ALL_ARMS = ("base", "sft", "grpo", "sft_grpo")
 SKILL = {"base": 0.32, "sft": 0.55, "grpo": 0.47, "sft_grpo": 0.76}
 FAMILIES = ("grid", "bars", "area")
+
+
+def test_every_arm_has_a_colour_of_its_own_by_day_and_by_night():
+    style = (Path(charts.__file__).parent / "style.css").read_text(encoding="utf-8")
+    colours = {arm: re.findall(rf"--{arm.replace('_', '-')}: (#\w+);", style) for arm in ARMS}
+    assert all(len(each) == 2 for each in colours.values())
+    assert all(len({each[k] for each in colours.values()}) == len(ARMS) for k in (0, 1))
+    points = [(0.0, 0.0), (1.0, 1.0)]
+    drawn = charts.phases_chart("arms", "an area for every arm", [(arm, points) for arm in ARMS])
+    assert all(f"var(--{arm.replace('_', '-')})" in drawn for arm in ARMS)
 
 
 def rows_of(path: Path) -> list[dict[str, object]]:

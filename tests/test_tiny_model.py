@@ -20,7 +20,8 @@ from rlcs.model.source import find_source
 from rlcs.recipe.schema import Prompts
 from tools import tiny_model
 from tools.tiny_model import learn
-from tools.tiny_model.lessons import lessons
+from tools.tiny_model.lessons import demonstrations, lessons
+from tools.tiny_model.teacher import grown
 
 Model = Qwen2_5_VLForConditionalGeneration | Qwen3_5ForConditionalGeneration
 SHIPPED = {"qwen2_5_vl": "builtin", "qwen3_5": "builtin-hybrid"}
@@ -162,3 +163,24 @@ def test_the_shipped_models_answer_in_a_box_and_are_weak_at_several_steps(
     scores = tiny_model.measure(*shipped, count=40)
     assert scores["direct answers in a box"] == 1.0
     assert 0.03 < scores["direct answers, all"] < 0.45  # the study's questions are new to it
+
+
+def test_the_teacher_begins_as_the_shipped_model_and_learns_to_reason() -> None:
+    folder = find_source("builtin").weights
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    larger = grown(model, seed=0)
+    assert larger.num_parameters() > 2.3 * model.num_parameters()
+    shown = list(islice(demonstrations(puzzles.families(), 4), 3))
+    problems = puzzles.load("puzzles", split="train", count=60, seed=9)
+    words = {problem.question.split()[0] for problem in problems}
+    assert all(question.split()[0] in words for lesson in shown for question, _ in lesson.pairs)
+    assert all("\n" in text and text.endswith("}") for lesson in shown for _, text in lesson.pairs)
+    batch = learn.Collator(model, processor, packed=False)([(Prompts().system, each) for each in shown])
+    with torch.no_grad():
+        assert torch.allclose(learn.batch_loss(larger, batch), learn.batch_loss(model, batch), rtol=1e-5)
+    course = tiny_model.Course(families=puzzles.families(), rate=0.5, packed=True, draw=demonstrations)
+    larger.model.visual.requires_grad_(False)
+    before = larger.model.visual.patch_embed.proj.weight.clone()
+    losses = tiny_model.train(larger, processor, seed=0, steps=4, course=course, batch_size=2)
+    assert losses[-1] < losses[0] and torch.equal(before, larger.model.visual.patch_embed.proj.weight)

@@ -20,13 +20,14 @@ from rlcs.storage import write_json
 class DoctorOptions:
     """The options of `rlcs doctor`."""
 
-    replay: Annotated[
-        bool, typer.Option("--replay", help="Find the change with which RL of RUN does not collapse")
-    ] = False
     gpu: Annotated[bool, typer.Option("--gpu", help="Prove within minutes that the GPUs are ready")] = False
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for --gpu")] = 8.0
     executable: Annotated[str, typer.Option(help="vLLM's program for --gpu")] = "vllm"
     out: Annotated[Path | None, typer.Option(help="File for the JSON of --gpu")] = None
+    replay: Annotated[
+        bool,
+        typer.Option("--replay", help="Repeat the steps before the RL of RUN collapsed: what prevents it"),
+    ] = False
     cpu: Annotated[bool, typer.Option("--cpu", hidden=True, help="On the CPU, with a small model")] = False
     json: Json = False
 
@@ -37,19 +38,22 @@ def doctor(
     run: Annotated[Path | None, typer.Argument(help="A run folder to check")] = None,
 ) -> None:
     """Check this machine and a small model on it, or the run RUN. With --gpu the GPUs, in minutes."""
-    if options.gpu:
-        if run is not None or options.replay:
-            raise UserError("a run is checked without GPUs", where="--gpu", fix="leave out --gpu or the run")
-        _gpus(options)
-        return
-    given = {"--out": options.out, "--cpu": options.cpu, "--executable": options.executable != "vllm"}
-    if option := next((name for name, value in given.items() if value), None):
-        raise UserError("it belongs to the checks of GPUs", where=option, fix="add --gpu, or leave it out")
     if options.replay:
-        if run is None:
+        if run is None or options.gpu:
             raise UserError("a run is replayed", where="--replay", fix="write rlcs doctor RUN --replay")
-        _replay(run, json=options.json)
-        return
+        return _replay(run, json=options.json)
+    if options.gpu:
+        if run is not None:
+            raise UserError("a run is checked without GPUs", where="--gpu", fix="leave out --gpu or the run")
+        _require_writable(options.out)
+        return _gpus(options)
+    for option, given in (
+        ("--out", options.out), ("--cpu", options.cpu), ("--executable", options.executable != "vllm"),
+    ):  # fmt: skip
+        if given:
+            raise UserError(
+                "it belongs to the checks of GPUs", where=option, fix="add --gpu, or leave it out"
+            )
     about: dict[str, str] = {}
     if run is None:
         from rlcs.doctor.machine import checks, facts
@@ -63,8 +67,9 @@ def doctor(
     for finding in findings:
         lines.append(f"{'!!' if finding.bad else 'ok'} {finding.name}: {finding.message}")
         lines += [f"   -> {finding.fix}"] if finding.bad else []
-    result = {"facts": about, "findings": [asdict(finding) for finding in findings]}
-    print_result(result, lines, json=options.json)
+    print_result(
+        {"facts": about, "findings": [asdict(finding) for finding in findings]}, lines, json=options.json
+    )
     if any(finding.bad for finding in findings):
         raise typer.Exit(1)
 
@@ -105,7 +110,6 @@ def _require_writable(out: Path | None) -> None:
 
 
 def _gpus(options: DoctorOptions) -> None:
-    _require_writable(options.out)
     from rlcs.doctor.gpu.start import examine_gpus
 
     first = os.environ.get("RANK", "0") == "0"  # torchrun: rank 0 alone prints
@@ -114,7 +118,8 @@ def _gpus(options: DoctorOptions) -> None:
         if first:
             typer.echo(text, err=True)
 
-    report = examine_gpus(minutes=options.minutes, executable=options.executable, cpu=options.cpu, say=say)
+    minutes, executable = options.minutes, options.executable
+    report = examine_gpus(minutes=minutes, executable=executable, cpu=options.cpu, say=say)
     if not first:
         return
     print_result(report.content, report.lines, json=options.json)

@@ -193,8 +193,8 @@ class _ModelOnBenchmark:
         self._pool, self._judge, self._blind = pool, judge, blind
         problems = [question.problem(run.style, images) for question, images in loaded.questions]
         self._problems = problems if blind is None else blind_twins(problems, blind)
-        asked = {problem.id for problem in self._problems}
-        self._questions = {question.id: question for question, _ in loaded.questions if question.id in asked}
+        ids = {problem.id for problem in self._problems}
+        self._questions = {question.id: question for question, _ in loaded.questions if question.id in ids}
         self._folder = _folder(run, label, loaded, blind)
 
     def evaluate(self, sampler: Sampler, stop: StopFlag, *, json: bool) -> None:

@@ -10,21 +10,23 @@ command goes on behind the last one. Weights of what is over are removed, unless
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RunFolderError, TrainingError
+from rlcs.evals.intervals import interval_of_mean
 from rlcs.pipeline.blind import answered_blind
 from rlcs.pipeline.data_checks import check_prompts
 from rlcs.pipeline.run_folder import claim, command, hold, versions
 from rlcs.pipeline.study import Output, Study, dry_run, make_demonstrations
-from rlcs.recipe.coldstart import GIVEN, NONE, Cell, Wanted, cannot_win, chains_of, lengths_of, plan, subset
+from rlcs.recipe.coldstart import GIVEN, NONE, Cell, Wanted, chains_of, lengths_of, plan, subset
 from rlcs.recipe.loading import changed
 from rlcs.recipe.schema import Recipe
 from rlcs.report import coldstart as reporting
@@ -275,6 +277,20 @@ class ColdStart:
         if self._world.rank == 0:
             with Output(quiet=True, json=self._output.json).screen("coldstart", 0) as view:
                 view.say(text, {"coldstart": text})
+
+
+def cannot_win(start: Sequence[float], middle: Sequence[float], best: Sequence[float]) -> bool:
+    """Whether a cell in the middle of its RL is behind the best finished one, even if it gains as much again.
+
+    Each argument has the share of right answers to each validation problem: of the cell before RL and in its
+    middle, and of the best cell after RL. The forecast of a problem is `middle + (middle - start)`, or
+    `middle` where the cell gained nothing; the cell cannot win if the 95% interval of the mean difference
+    between forecast and best, paired by problem, is below zero. Learning slows down rather than speeding up,
+    so the forecast favours the cell.
+    """
+    gains = fmean(middle) > fmean(start)
+    moves = [m + (m - s if gains else 0.0) - b for s, m, b in zip(start, middle, best, strict=True)]
+    return interval_of_mean(moves)[1] < 0
 
 
 def _shares(row: Mapping[str, Any]) -> list[float]:

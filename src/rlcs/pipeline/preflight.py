@@ -24,6 +24,7 @@ from rlcs.errors import DataError, EndpointError, RlcsError, RunFolderError, Use
 from rlcs.grading.reward import try_reward
 from rlcs.model import loading
 from rlcs.model.chat import Chat
+from rlcs.pipeline.faults import try_fault_judge
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.online_teacher import try_teacher
 from rlcs.pipeline.probe import ARM
@@ -134,6 +135,8 @@ class Preflight:
             "model, disk": self._first(self._model_and_disk),
             "reward": self._first(self._reward),
         }
+        if self.recipe.grpo.reward.judge.faults:
+            checks["judge of faults"] = self._first(self._fault_judge)
         if remaining.asks_teacher:
             checks["teacher"] = self._first(self._teacher)
         if remaining.train and any(self.recipe.trackers.model_dump().values()):
@@ -238,6 +241,10 @@ class Preflight:
         ):
             warnings = try_reward(grader, (self._data.rl if rl else self._data.test)[0])
         return [f"warning: {warning}" for warning in warnings]
+
+    def _fault_judge(self) -> Sequence[str]:
+        with TemporaryDirectory() as replies:
+            return try_fault_judge(self._data.test[0], self.recipe.grpo.reward.judge, Path(replies))
 
     def _teacher(self) -> Sequence[str]:
         """Ask for one short answer, or for another where the teacher refuses that problem."""

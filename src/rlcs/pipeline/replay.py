@@ -220,7 +220,7 @@ class Replay:
         level = log.level
         log.setLevel(logging.ERROR)  # that it collapses again is no news
         try:
-            study.replay(self.collapse.arm, self._recipe, until=self.last)
+            study.repeat(self.collapse.arm, self._recipe, until=self.last)
         finally:
             log.setLevel(level)
         return self._world.first(

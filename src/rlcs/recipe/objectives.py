@@ -1,11 +1,12 @@
 """The recipe's sections of what RL learns from beside the reward: entropy, sight, examples, a teacher."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.recipe.arms import RlArm
+from rlcs.recipe.arms import RL_ARMS, ArmName, RlArm
 from rlcs.recipe.sampling import Endpoint
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
 
@@ -105,6 +106,26 @@ class Also(Section):
             return Also(sft=0.0, arms=self.arms)
         sft = ((1.0, 0.0) if arm == "mixed" else 0.0) if self.sft is None else self.sft
         return self.model_copy(update={"sft": sft})
+
+    def require_arms(self, arms: Collection[ArmName]) -> None:
+        """Raise ValueError where the weights do not fit the arms of a study."""
+        key = "grpo.also.arms"
+        of_rl = [arm for arm in RL_ARMS if arm in arms]
+        if self.ever != {"reward"} and of_rl and not {*self.arms} & {*of_rl}:
+            raise ValueError(
+                f"grpo.also is set for {', '.join(self.arms) or 'no arm'}, and this study has {of_rl[0]}: "
+                f"name it in {key}, or add an arm to study.arms"
+            )
+        if "grpo" in self.arms and "sft" in self.ever:
+            raise ValueError(
+                f"the arm grpo learns from no demonstrations: set grpo.also.sft=0, or name mixed in {key}"
+            )
+        if "mixed" in arms and "sft" not in self.of("mixed").ever:
+            raise ValueError(
+                f"the arm mixed learns from demonstrations: set grpo.also.sft, with mixed in {key}"
+            )
+        if idle := next((arm for arm in self.arms if not self.of(arm).ever), None):
+            raise ValueError(f"grpo.also: all weights are 0 in the arm {idle}: nothing would be learnt")
 
     def at(self, step: int, steps: int) -> Weights:
         """The weights of step `step` (from 0) of `steps`, on straight lines."""

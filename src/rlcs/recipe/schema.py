@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.recipe.arms import MAIN_FIRST, RL_ARMS, ArmName, stages_behind
+from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
 from rlcs.recipe.execution import Lora, Parallel, Trackers
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import NonNegative, Positive, Section, Share
@@ -223,10 +223,6 @@ class Teacher(Server):
         return self.at(str(self.base_url), str(self.model), section="teacher")
 
 
-Blind = Literal["none", "other", "removed"]
-BLINDS: tuple[Blind, ...] = ("none", "other", "removed")
-
-
 class Eval(Section):
     """Sampling in the measurement of every arm on `data.test`."""
 
@@ -238,7 +234,7 @@ class Eval(Section):
     """Longest answer in tokens."""
     max_rows: Positive = 256
     """Answers decoded at once."""
-    blind: Blind = "none"
+    blind: Literal["none", "other", "removed"] = "none"
     """Each model also answers every question without its image, which shows what it answers without looking.
     `other`: it sees another problem's image, so that the prompt keeps its form; `removed`: no image."""
 
@@ -432,23 +428,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _other_losses_have_an_arm(self) -> "Recipe":
-        also, arms, key = self.grpo.also, self.study.arms, "grpo.also.arms"
-        of_rl = [arm for arm in RL_ARMS if arm in arms]
-        if also.ever != {"reward"} and of_rl and not {*also.arms} & {*of_rl}:
-            raise ValueError(
-                f"grpo.also is set for {', '.join(also.arms) or 'no arm'}, and this study has {of_rl[0]}: "
-                f"name it in {key}, or add an arm to study.arms"
-            )
-        if "grpo" in also.arms and "sft" in also.ever:
-            raise ValueError(
-                f"the arm grpo learns from no demonstrations: set grpo.also.sft=0, or name mixed in {key}"
-            )
-        if "mixed" in arms and "sft" not in also.of("mixed").ever:
-            raise ValueError(
-                f"the arm mixed learns from demonstrations: set grpo.also.sft, with mixed in {key}"
-            )
-        if idle := next((arm for arm in also.arms if not also.of(arm).ever), None):
-            raise ValueError(f"grpo.also: all weights are 0 in the arm {idle}: nothing would be learnt")
+        self.grpo.also.require_arms(self.study.arms)
         return self
 
     @model_validator(mode="after")

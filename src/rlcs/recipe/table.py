@@ -134,6 +134,7 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         ("RL groups all alike", _zero_variance_groups(grpo)),
         *_entropy_rows(grpo.entropy),
         *_mask_rows(grpo.mismatch_mask),
+        *_also_rows(grpo),
         *([("RL order of problems", _ORDERS[grpo.order])] if grpo.order != "shuffled" else []),
         *_sight_rows(grpo.sight),
         *_reward_rows(grpo.reward),
@@ -173,8 +174,32 @@ def _entropy_rows(entropy: Entropy) -> list[tuple[str, str]]:
 
 def _mask_rows(most: float | None) -> list[tuple[str, str]]:
     """The row of answers that are left out where the policy has moved away from them; none where none are."""
-    text = f"left out above {most} nats a token, where their advantage is negative"
-    return [] if most is None else [("RL answers far from the sampler", text)]
+    if most is None:
+        return []
+    text = f"left out above {most:g} nats a token, where their advantage is negative"
+    return [("RL answers far from the sampler", text)]
+
+
+def _also_rows(grpo: Grpo) -> list[tuple[str, str]]:
+    """The rows of other losses in the steps of RL, where a recipe sets them."""
+    also, teacher = grpo.also, grpo.teacher
+    rows = []
+    if also.ever != {"reward"} or also.reward != 1:
+        weights = [f"{name} {_over(value)}" for name in ("reward", "sft", "distill")
+                   if (value := getattr(also, name)) is not None]  # fmt: skip
+        shows = "sft" in also.ever or "mixed" in also.arms
+        shown = f", {also.sft_batch_size:,} demonstrations an optimiser step" if shows else ""
+        rows.append(("RL losses", f"{', '.join(weights)} in {' and '.join(also.arms)}{shown}"))
+    if teacher.model is not None:
+        where = f" at {teacher.base_url}" if teacher.base_url else ", loaded beside the policy"
+        rows.append(
+            ("RL teacher", f"{teacher.model}{where}; a token's advantage within {teacher.bound:g} nats")
+        )
+    return rows
+
+
+def _over(weight: float | tuple[float, float]) -> str:
+    return f"{weight:g}" if isinstance(weight, float) else f"{weight[0]:g} to {weight[1]:g}"
 
 
 def _rollout_rows(rollout: Rollouts, adapters: str, overlap: Overlap) -> list[tuple[str, str]]:

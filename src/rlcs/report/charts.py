@@ -77,9 +77,11 @@ METRICS = {
     "loss": "Loss",
     "grad_norm": "Gradient norm",
     "sampler_gap": "Gap between sampler and policy",
+    "sft_loss": "Loss on demonstrations in RL",
+    "teacher_kl": "Reverse KL from the teacher, nats a token",
 }
 """Metrics of training that have charts, with their titles; parts of the reward have some as well."""
-_SHARES = ("accuracy", "clip_fraction", "held_share", "masked_share")
+_SHARES = ("accuracy", "clip_fraction", "held_share", "masked_share", "signal", "alike", "format")
 
 
 def title_of(key: str) -> str:

@@ -66,8 +66,10 @@ class RunDir:
         """What else the stage carries from step to step, JSON-able: checkpoints hold it."""
         self.validation: Validation | None = None
         """Set it before training to measure while the stage trains."""
-        self.leaves_nothing = False
-        """Set it before training for a replay, which is not gone on with."""
+        self.until: int | None = None
+        """Set it before training to leave the stage after that step."""
+        self.saves = True
+        """Whether a stage that is left saves a checkpoint to go on from."""
         self._settings = settings
         self._recipe_hash = recipe_hash
         self._gap_alarm = gap_alarm
@@ -166,9 +168,9 @@ class RunDir:
         return True
 
     def is_last_or_measured(self, step: int) -> bool:
-        """Whether the model after `step` steps is to be measured, or the final one."""
+        """Whether the model after `step` steps is to be measured, or the last one."""
         due = self.validation is not None and self.validation.is_due(step, self._steps)
-        return due or step == self._steps
+        return due or step in (self._steps, self.until)
 
     def stop_in_step(self, done: int, stop: StopFlag) -> None:
         """End here after a stop signal, with a checkpoint of the `done` steps, of which the model is.
@@ -178,13 +180,17 @@ class RunDir:
         self._save_once(done)
         self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
 
-    def pause(self, step: int, *, screen: Screen, stop: StopFlag) -> None:
-        """Leave the stage after `step` steps, measured if that is due, with a checkpoint to go on from."""
-        if self.leaves_nothing:
-            return self._rollouts.wait()
-        self._save_once(step)
-        self.validate(step, screen=screen, stop=stop)
-        self._trackers.close()
+    def conclude(self, screen: Screen, stop: StopFlag) -> None:
+        """Measure the model if that is due, and write it; left early, a checkpoint if it `saves`."""
+        if self.until is None:
+            self.validate(self._steps, screen=screen, stop=stop)
+            self.finish(screen)
+        else:
+            self._rollouts.wait()
+            if self.saves:
+                self._save_once(self.until)
+            self.validate(self.until, screen=screen, stop=stop)
+            self._trackers.close()
 
     def _save_once(self, step: int) -> None:
         if step > self._saved:
