@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import SMALL_STUDY, make_problem
 from loopback_server import LoopbackServer, last_text
 from rlcs.data import puzzles
 from rlcs.data.blind import blind_twins
+from rlcs.data.loading import load
 from rlcs.data.run_data import RunData
 from rlcs.errors import DataError, RunFolderError
 from rlcs.evals.arms import Evaluator, evaluate
@@ -17,10 +19,26 @@ from rlcs.evals.blind import split_gains
 from rlcs.evals.comparison import as_markdown
 from rlcs.evals.intervals import paired_interval, wilson
 from rlcs.grading import GradePool
-from rlcs.pipeline.blind import RL_BLIND, answered_blind
+from rlcs.pipeline import difficulty
+from rlcs.pipeline.blind import RL_BLIND, answered_blind, blind_tasks
+from rlcs.pipeline.difficulty import measure_difficulty
+from rlcs.pipeline.faults import add_faults
+from rlcs.pipeline.study import Output, Study
 from rlcs.progress import screen
+from rlcs.recipe.judge import Judge
+from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Eval
-from rlcs.records import IMAGE_SLOT, ImageRef, Problem, Sample, StopReason, Turn
+from rlcs.records import (
+    IMAGE_SLOT,
+    Grade,
+    GradedSample,
+    ImageRef,
+    Problem,
+    Sample,
+    StopReason,
+    Turn,
+    to_row,
+)
 from rlcs.signals import StopFlag
 from test_benchmarks import vision, write_image, write_jsonl
 from test_evals import eval_run, run
@@ -62,7 +80,7 @@ def test_without_an_image_its_place_in_the_text_goes_too():
     assert texts == [["Hello.", "Hi.", "Left:  How many?"], ["(no image)"], ["See ", "Yes.", "And now?"]]
 
 
-def test_interleaved_shared_and_rare_images():
+def test_interleaved_shared_and_rare_images(tmp_path):
     pair = ((28, 28), (56, 28))
     many = make_problem("many", f"{IMAGE_SLOT} or {IMAGE_SLOT}?", sizes=pair)
     more = make_problem("more", f"{IMAGE_SLOT} and {IMAGE_SLOT}?", sizes=pair)
@@ -77,6 +95,15 @@ def test_interleaved_shared_and_rare_images():
         assert twins[name].metadata["images_of"] == ""
     with pytest.raises(DataError, match=r"same.*no other problem has an image"):
         blind_twins([same, one], "other")
+    data, recipe = (
+        RunData(cold_start=(), rl=(), test=(same, one)),
+        load_recipe("quickstart", ["eval.blind=other"]),
+    )
+    study = Study(
+        recipe.recipe, tmp_path / "run", data=data, output=Output(quiet=True), stop=StopFlag(), dry=tmp_path
+    )
+    with pytest.raises(DataError, match="no other problem"):  # in the first minute
+        study.check_data()
 
 
 # ------------------------------------------------------------------- what is known of the built-in tasks
@@ -249,6 +276,38 @@ def test_rl_problems_are_left_out_by_rate_or_by_measurement(tmp_path):
         answered_blind(replace(data, rl=tuple(problems[:1])), tmp_path)
 
 
+def test_rates_that_are_measured_before_a_run_are_those_of_twins_and_drop_problems(tmp_path, monkeypatch):
+    source = "builtin:puzzles?split=train&count=40&seed=6&levels=1"
+    recipe = load_recipe("quickstart", []).recipe
+    rows = load(source, recipe.data, decode_limit=10**6, role="rl").rows
+    problems = [row.problem for row in rows]
+
+    @contextmanager
+    def reader(recipe, samples, folder):
+        with GradePool() as pool:
+            yield Evaluator(sampler=ReadsWhatItSees(problems), grader=pool)
+
+    monkeypatch.setattr(difficulty, "_evaluator", reader)
+    with StopFlag() as stop:
+        found = measure_difficulty(source, recipe, tmp_path / "rated.jsonl", samples=2, stop=stop, blind=True)
+    by_id, twins = {problem.id: problem for problem in problems}, blind_twins(problems, "other")
+    known = {twin.id: puzzles.answer_on(twin, by_id[twin.metadata["images_of"]]) for twin in twins}
+    coincide = {problem.id for problem in problems if str(known[problem.id]) == problem.answer}
+    assert coincide and found.summary()["pass_rate"] == len(coincide) / 40
+    data = data_of_file(recipe, tmp_path / "rated.jsonl")
+    assert [p.images[0].sha256 for p in data.rl] == [p.images[0].sha256 for p in problems], "its own images"
+    assert {p.id for p in data.rl if p.metadata["blind_rate"] == 1.0} == coincide
+    assert "pass_rate" not in data.rl[0].metadata
+    words = ["data.rl_blind=drop", "eval.blind=none"]
+    assert not blind_tasks("base", load_recipe("quickstart", words).recipe, data, tmp_path)
+    assert set(answered_blind(data, tmp_path)[0]) == coincide
+
+
+def data_of_file(recipe, path):
+    rows = load(str(path), recipe.data, decode_limit=10**6, role="rl").rows
+    return RunData(cold_start=(), rl=tuple(row.problem for row in rows), test=())
+
+
 def test_a_run_measures_blind_trains_without_blind_problems_and_resumes(tmp_path):
     words = ["quickstart", *SMALL_STUDY, "data.rl=builtin:puzzles?count=40&seed=2", "grpo.steps=1"]
     words += ["grpo.max_new_tokens=8", "eval.max_new_tokens=8", "eval.blind=other", "data.rl_blind=drop"]
@@ -268,6 +327,11 @@ def test_a_run_measures_blind_trains_without_blind_problems_and_resumes(tmp_path
         assert facts["seeing"]["accuracy"] == summary["arms"][arm]["accuracy"]
         scores = json.loads((out / "eval" / arm / "blind/scores.json").read_text())
         assert facts["blind"]["accuracy"] == scores["accuracy"] and scores["n"] == 20
+    page = (out / "report/index.html").read_text()
+    needs = found["n"] - found["without_need"]
+    assert "With and without the image" in page and f"Needs the image ({needs})" in page
+    assert f"points on the {needs} problems that no model answers without the image" in page
+    assert "What failed: perception or reasoning" in page
     # Killed while the base answered blind: what is there is kept, and the end is the same.
     log = out / "eval/base/blind/predictions.jsonl"
     lines = log.read_text().splitlines(keepends=True)
@@ -316,6 +380,8 @@ def test_what_is_not_mentioned_was_not_perceived():
     )  # fmt: skip
     assert puzzles.fault(problem, "red=3, green=4\nred=3, blue=4\n3+4=7\n\\boxed{7}") == "perception"
     assert puzzles.fault(problem, "red=3, pink=4\n3+4=7\n\\boxed{7}") == "unreadable"
+    assert puzzles.fault(problem, "red=0, blue=0\n0+0=0\n\\boxed{0}") == "unreadable", "no bar at all"
+    assert puzzles.fault(problem, "red=0, blue=7\n0+7=7\n\\boxed{7}") == "perception"
     assert puzzles.fault(problem, "red=3, blue=4, black=9\nred=3, blue=4\n3+4=7\n\\boxed{7}") == "none"
 
 
@@ -335,3 +401,48 @@ def test_the_faults_of_an_arm_are_in_its_scores(tmp_path, drawn):
     assert scores["faults"] == {
         "none": right, "perception": len(drawn) - right, "reasoning": 0, "both": 0, "unreadable": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_judge_says_which_part_of_a_wrong_answer_failed(tmp_path, sees):
+    texts = {"a": "right", "b": "I see 3", "c": "2+2=5", "d": "no idea", "e": "cut off"}
+    verdicts = {
+        "I see 3": "It misreads.\n**perception**",
+        "2+2=5": "Arithmetic.\nreasoning",
+        "no idea": "Yes.",
+    }
+    problems = [make_problem(name) for name in texts]
+    folder = tmp_path / "eval" / "base"
+    folder.mkdir(parents=True)
+    rows = [
+        GradedSample(
+            sample=Sample(id=name, text=text, stop=StopReason.EOS),
+            grade=Grade(reward=float(name == "a"), correct=name == "a"),
+        )
+        for name, text in list(texts.items())[:4]
+    ]
+    rows.append(GradedSample(sample=Sample(id="e", error="too long"), grade=Grade(reward=0.0, correct=False)))
+    write_jsonl(folder / "predictions.jsonl", [{**to_row(row), "digest": "d"} for row in rows])
+    (folder / "scores.json").write_text('{"accuracy": 0.2}')
+
+    def answer(body):
+        return next(reply for text, reply in verdicts.items() if f"\n{text}\n" in last_text(body))
+
+    with LoopbackServer(answer=answer) as server:
+        settings = Judge(model="m", base_url=server.url, faults=True, sees_images=sees)
+        for _ in range(2):
+            add_faults(folder, problems, settings, tmp_path / "judge")
+        assert len(server.seen) == 3, "of wrong answers alone, and once"
+        assert all(("image_url" in json.dumps(body)) == sees for body in server.seen)
+        assert all(("cannot see" in last_text(body)) != sees for body in server.seen)
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["accuracy"] == 0.2
+    assert scores["faults"] == {"none": 1, "perception": 1, "reasoning": 1, "both": 0, "unreadable": 2}
+
+
+def test_a_judge_of_faults_that_is_away_is_known_before_the_run(tmp_path):
+    words = [*SMALL_STUDY, "grpo.reward.judge={faults: true, model: m, base_url: 'http://127.0.0.1:9/v1'}"]
+    words += ["grpo.reward.judge.max_retries=0"]
+    done = rlcs("grpo", "quickstart", *words, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "127.0.0.1:9" in done.stderr, done.stdout
+    assert not (tmp_path / "run" / "grpo").exists()

@@ -67,7 +67,7 @@ def test_every_command_has_examples_that_it_understands():
                 context = context or command.context_class(command, info_name="rlcs")
                 verb, command, words = command.resolve_command(context, words)
             command.make_context(verb, words)
-            if name in ("run", "sft", "grpo", "ablate", "quickstart", "plan"):
+            if name in ("run", "sft", "grpo", "ablate", "coldstart", "quickstart", "plan"):
                 load_recipe("quickstart", [word for word in words if "=" in word])
 
 

@@ -232,6 +232,29 @@ def test_validation_is_a_chart_with_band_pass_at_k_and_the_kept_step(run):
     assert "a ring marks the step whose weights were kept" in page.text
 
 
+def test_what_sft_could_hand_over_is_a_table_with_rules_trials_and_cost(run):
+    shares = {"signal": 0.4, "entropy": 0.25, "distinct": 2.0, "alike": 0.5, "format": 1.0, "loss": None}
+    rows = [validation_row(s, s / 100, samples=4, pass_at_k=0.9 - s / 200, **shares) for s in (0, 20, 40)]
+    rows[1]["entropy"] = 0.125
+    write_rows(run / "sft" / "validation.jsonl", rows)
+    (run / "sft" / "done.json").write_text('{"step": 20, "rule": "probe"}')
+    standings = [{"step": 20, "accuracy": 0.5, "slope": [0.02, -0.01, 0.05]}, "torn", {"step": 40}]
+    facts = {"why": "it rose", "rounds": [{"steps": 6, "standings": standings}, None]}
+    facts["cost"] = {"steps": 6, "share": 0.06, "sft_answers": 600, "trials_seconds": 9}
+    (run / "sft" / "candidates.json").write_text(json.dumps(facts))
+    page = Page(build(run).read_text())
+    text = " ".join(page.text.split())
+    assert "20, handed over 20.0%80.0%40.0%0.125250.0%100.0%90 best" in text, "nothing was held out: no loss"
+    assert "best_pass_k, most_signal 6 steps: 50.0%, +2.00 (−1.00 to +5.00)" in text
+    assert "40 40.0%70.0%" in text and "last, best_pass_1" in text
+    assert "Rule: probe. It rose. The losers took 6 steps of RL (6%); to measure, 600 answers" in text
+    assert "Validation: entropy of answers, nats a token" in page.text
+    (run / "sft" / "candidates.json").write_text("[1]")
+    (run / "sft" / "done.json").write_text("{}")
+    text = " ".join(Page(build(run).read_text()).text.split())
+    assert "handed over" not in text and "After trials" not in text and "best_pass_k, most_signal" in text
+
+
 def test_validation_over_seeds_is_the_mean_where_all_have_a_step(run, tmp_path):
     for seed, accuracy in ((0, 0.4), (1, 0.6)):
         folder = shutil.copytree(run, tmp_path / "seeds" / f"seed-{seed}")

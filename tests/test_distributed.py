@@ -52,6 +52,7 @@ GRPO = {
 }
 PAPER = {"optimizer_steps": 2, "kl": {"kind": "k3", "coefficient": 0.01}, "old_logprobs": "policy"}
 DAPO = {"dynamic_sampling": 1, "advantage": "rloo", "loss_average": "micro_batch", "pack_tokens": 1}
+DAPO |= {"order": "signal"}
 JOBS = {
     "sft": {"sft": SFT},
     "frozen": {"sft": SFT | {"epochs": 1, "freeze": ["vision_tower"], "loss_average": "example"}},
@@ -338,6 +339,41 @@ def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_mo
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {name: arm["n"] for name, arm in summary["arms"].items()} == {"base": 20, "sft_grpo": 20}
     assert [row["step"] for row in rows(tmp_path / "sft_grpo")] == list(range(1, 31))
+
+
+def test_trials_of_rl_under_torchrun_are_stopped_and_finished_by_one_process(random_model_folder, tmp_path):
+    """All ranks choose alike; the winner's shards become the arm's, whatever number of ranks goes on."""
+    words = ["-m", "rlcs", "run", "quickstart", f"model.name={random_model_folder}", *STUDY]
+    words += ["sft.handover.rule=probe", "sft.handover.round_steps=4", "sft.handover.most_share=0.5"]
+    words += ["validation.sft_every=1", "validation.problems=4", "grpo.steps=32", "study.preflight=off"]
+    words += ["study.arms=[base, sft, sft_grpo]", "--out", str(tmp_path)]
+    start = [sys.executable, "-W", "ignore"]
+    run = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--shutdown-timeout",
+        "200",
+    ]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    study = subprocess.Popen(
+        [*start, *run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+    try:
+        wait_for(tmp_path / "sft_grpo" / "metrics.jsonl")  # the winner's trial has got its name
+        study.send_signal(signal.SIGTERM)
+        _, error = study.communicate(timeout=LIMIT_S)
+    finally:
+        study.kill()
+    assert error.count("stopped as asked") == 1, error
+    subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
+    facts = read_json(tmp_path / "sft" / "candidates.json")
+    assert len(facts["candidates"]) == 2 and facts["steps"] == 32 - 4 and len(facts["rounds"]) == 1
+    assert [row["step"] for row in rows(tmp_path / "sft_grpo")] == list(range(1, 29))
+    assert read_json(tmp_path / "sft" / "done.json")["step"] == facts["chosen"]
+    assert len(list(tmp_path.glob("trial-*"))) == 1
 
 
 # --- a group of one --------------------------------------------------------------------------------

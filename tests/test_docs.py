@@ -21,7 +21,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {"mine.yaml", "evaluation/evaluate.py", "evaluation/calculate_score.py"}
 """Files that pages name and that are not ours: the reader's own, and the official scripts."""
-WITH_A_RECIPE = ("run", "sft", "grpo", "distill", "ablate", "plan", "quickstart")
+WITH_A_RECIPE = ("run", "sft", "grpo", "distill", "ablate", "coldstart", "plan", "quickstart")
 
 
 def commands(page: Path) -> list[str]:

@@ -84,6 +84,7 @@ OPTIONS = {
     "chat": "--port PORT",
     "report": "--port PORT",
     "data overlap": "--data official",
+    "coldstart": "--seeds 1",
 }
 """Options that are added to a command, but for those that it has itself."""
 UNDER_TORCHRUN = ("parallel.compute_dtype=same", "parallel.reduce_dtype=same")
@@ -91,6 +92,7 @@ UNDER_TORCHRUN = ("parallel.compute_dtype=same", "parallel.reduce_dtype=same")
 
 ELSEWHERE = {
     r"vllm|rollout\.(engine|urls)|multi-node|8xgpu": "needs vLLM: tests/test_vllm*.py start a real one",
+    r"doctor \S+ --replay": "needs a run that collapsed: tests/test_replay.py",
     r"doctor --gpu": "needs a GPU: tests/test_doctor_gpu.py",
     r"lora\.four_bit": "needs bitsandbytes: tests/test_lora.py",
     r"parallel\.cpu_offload": "needs torchrun: tests/test_fsdp.py",
@@ -99,7 +101,7 @@ ELSEWHERE = {
 EXIT_CODES = {"doctor": (0, 1)}
 """Exit codes that pages state, but for 0: `doctor` ends with 1 when it finds something."""
 
-TRAINING = ("run", "sft", "grpo", "ablate", "quickstart", "distill")
+TRAINING = ("run", "sft", "grpo", "ablate", "coldstart", "quickstart", "distill")
 ENVIRONMENT = {
     "KEY": "secret",
     "OPENAI_API_KEY": "secret",
@@ -290,7 +292,7 @@ def shortened(words: list[str]) -> list[str]:
     """Overrides of SHORT, and small data where the recipe is a shipped one and the command names none."""
     given = {word.partition("=")[0] for word in words}
     data = PUZZLES if words[1] in list_recipes() and words[0] != "distill" else []
-    if any(key.startswith("validation.") for key in given):
+    if words[0] == "coldstart" or any(key.startswith("validation.") for key in given):
         data = [*data, "validation.problems=4"]
     wanted = [*data, *(f"{key}={value}" for key, value in SHORT.items())]
     return [each for each in wanted if each.partition("=")[0] not in given]

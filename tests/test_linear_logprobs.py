@@ -131,9 +131,13 @@ def test_a_model_with_fused_loss_learns_the_same(random_model_folder, monkeypatc
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("of_entropy", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_fused_loss_takes_less_memory(fused):
-    """Beyond states, weights and gradients: one gradient of the head and two chunks of logits."""
+def test_a_fused_loss_takes_less_memory(fused, of_entropy):
+    """Beyond states, weights and gradients: one gradient of the head and two chunks of logits.
+
+    One more chunk where entropies have a gradient.
+    """
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(64, 20_000, bias=False)
     states = torch.randn(100, 64, generator=generator).requires_grad_()
@@ -141,13 +145,15 @@ def test_a_fused_loss_takes_less_memory(fused):
 
     def step():
         if fused:
-            logprobs, _ = linear_logprobs(states, head.weight, targets, temperature=1.0, rows=20)
+            options = {"temperature": 1.0, "rows": 20, "entropy_gradient": of_entropy}
+            logprobs, entropy = linear_logprobs(states, head.weight, targets, **options)
         else:
             pairs = zip(states.split(20), targets.split(20), strict=True)
-            parts = [checkpoint(_score_chunk, s, t, head, 1.0, use_reentrant=False) for s, t in pairs]
-            logprobs = torch.cat([part[0] for part in parts])
-        logprobs.sum().backward()
+            settings = (head, 1.0, of_entropy)
+            parts = [checkpoint(_score_chunk, s, t, *settings, use_reentrant=False) for s, t in pairs]
+            logprobs, entropy = (torch.cat([part[i] for part in parts]) for i in range(2))
+        (logprobs + entropy if of_entropy else logprobs).sum().backward()
 
     chunk, weight = 4 * 20 * 20_000, head.weight.nbytes
     peak = measured_peak(step)
-    assert (peak < weight + 2.2 * chunk) == fused, (peak, weight, chunk)
+    assert (peak < weight + (2.2 + of_entropy) * chunk) == fused, (peak, weight, chunk)

@@ -10,9 +10,13 @@ from rlcs.data.run_data import load_run_data
 from rlcs.evals.intervals import interval_of_mean, paired_interval
 from rlcs.model import loading
 from rlcs.pipeline import probe
+from rlcs.pipeline.space import StageSpace, trials_space
 from rlcs.pipeline.study import Output, Study
+from rlcs.plan.total import _rl
 from rlcs.recipe.handover import losers_steps, rounds_of
 from rlcs.recipe.loading import load_recipe
+from rlcs.recipe.stages import Grpo
+from rlcs.recipe.table import summary_rows
 from rlcs.signals import StopFlag
 from rlcs.storage import read_json, read_jsonl, write_json
 from rlcs.train.handover import choices, kept_steps, ranking
@@ -94,6 +98,26 @@ def test_the_interval_of_paired_differences():
     assert low < 0.125 < high and high - low == pytest.approx(2 * 1.96 * 0.28 / 202**0.5, rel=0.02)
     low, high = interval_of_mean([0.25] * 3)
     assert low < 0.25 < high, "three problems that move alike prove little"
+
+
+def test_the_table_the_plan_and_the_space_count_the_trials():
+    words = ["sft.handover.rule=probe", "validation.sft_every=50", "validation.samples=4"]
+    recipe = load_recipe("quickstart", words).recipe
+    assert dict(summary_rows(recipe))["SFT hand-over"] == (
+        "RL is tried from what each rule by validation takes, 6 steps a round; this takes 24 of its 120 "
+        "steps at most, in trials that lose"
+    )
+    plain = load_recipe("quickstart").recipe
+    assert "SFT hand-over" not in dict(summary_rows(plain))
+    seconds = {"eval": 2.0}
+    tried, whole = (_rl(each, "sft_grpo", 10.0, seconds) for each in (recipe, plain))
+    assert "at most 24 of them in trials that lose" in tried.note
+    assert tried.hours - whole.hours == pytest.approx(10 * 200 * 4 * 2 / 3600), (
+        "4, then 4 and 2 after a round"
+    )
+    arm = StageSpace(checkpoint=300, checkpoints=3, final=100)
+    space = trials_space(arm, Grpo(save_every=4), recipe.sft.handover)
+    assert (space.checkpoints, space.final) == (3 * 2, 3 * 100)
 
 
 # --- a run ---------------------------------------------------------------------------------------
@@ -204,8 +228,8 @@ def test_killed_at_any_moment_it_ends_like_an_unbroken_one(run, random_model_fol
 
     moments = (
         (RunDir, "after_step", 9),  # in the first trial, before its checkpoint (SFT has 8 steps)
-        (RunDir, "pause", 1),  # behind a trial
-        (RunDir, "pause", 2),
+        (RunDir, "conclude", 1),  # behind a trial
+        (RunDir, "conclude", 2),
         (probe, "write_json", 1),  # behind a round, before the losers are removed
         (RunDir, "after_step", 1),  # in the next round
         (probe, "_cost", 1),  # before the choice is written

@@ -2,14 +2,14 @@
 
 import json as jsonlib
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlcs.cli.options import DryRun, ExportedFolder, Json, Overrides, Private, Repository
+from rlcs.cli.options import DryRun, ExportedFolder, Json, Overrides, Private, Repository, with_options
 from rlcs.cli.output import print_result
 from rlcs.errors import RecipeError, UserError
 
@@ -210,28 +210,42 @@ def data_overlap(
         typer.echo(f"{first} shares nothing with {second}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DifficultyOptions:
+    """The options of `rlcs data difficulty`."""
+
+    model: Annotated[str | None, typer.Option(help="Run, folder, hub id or builtin; none: the recipe's")] = (
+        None
+    )
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem")] = 8
+    blind: Annotated[
+        bool, typer.Option("--blind", help="With another problem's image: blind_rate, for data.rl_blind")
+    ] = False
+    json: Json = False
+
+
 @data_app.command("difficulty")
+@with_options
 def data_difficulty(
+    options: DifficultyOptions,
     source: Annotated[str, typer.Argument(help="A data source")],
     out: Annotated[Path, typer.Option(help="New JSONL file: the rows with pass rates")],
     overrides: Overrides = None,
     recipe: RecipeOption = None,
-    model: Annotated[
-        str | None, typer.Option(help="Run, folder, hub id or builtin; none: the recipe's")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem")] = 8,
-    json: Json = False,
 ) -> None:
     """Measure how often a model solves each problem, before RL. For data.rl_pass_rate and grpo.order."""
     from rlcs.pipeline.difficulty import lines, measure_difficulty
     from rlcs.recipe.loading import load_recipe
     from rlcs.signals import StopFlag
 
-    words = [*(overrides or []), *([f"model.name={model}"] if model is not None else [])]
+    named = [] if options.model is None else [f"model.name={options.model}"]
+    words = [*(overrides or []), *named]
     resolved = load_recipe(recipe or "quickstart", words).recipe
     with StopFlag() as stop:
-        found = measure_difficulty(source, resolved, out, samples=samples, stop=stop, json=json)
-    print_result({**found.summary(), "out": str(out)}, [*lines(found), f"rows     {out}"], json=json)
+        found = measure_difficulty(
+            source, resolved, out, samples=options.samples, stop=stop, blind=options.blind, json=options.json
+        )
+    print_result({**found.summary(), "out": str(out)}, [*lines(found), f"rows     {out}"], json=options.json)
 
 
 def _rows(source: str, recipe: "Recipe") -> Any:

@@ -3,40 +3,53 @@
 import os
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from errno import EISDIR
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rlcs.cli.options import Json
+from rlcs.cli.options import Json, with_options
 from rlcs.cli.output import print_result
 from rlcs.errors import UserError
 from rlcs.storage import write_json
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """The options of `rlcs doctor`."""
+
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Find the change with which RL of RUN does not collapse")
+    ] = False
+    gpu: Annotated[bool, typer.Option("--gpu", help="Prove within minutes that the GPUs are ready")] = False
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time for --gpu")] = 8.0
+    executable: Annotated[str, typer.Option(help="vLLM's program for --gpu")] = "vllm"
+    out: Annotated[Path | None, typer.Option(help="File for the JSON of --gpu")] = None
+    cpu: Annotated[bool, typer.Option("--cpu", hidden=True, help="On the CPU, with a small model")] = False
+    json: Json = False
+
+
+@with_options
 def doctor(
+    options: DoctorOptions,
     run: Annotated[Path | None, typer.Argument(help="A run folder to check")] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Prove within minutes that the GPUs are ready")] = False,
-    minutes: Annotated[float, typer.Option(min=0.1, help="Time for --gpu")] = 8.0,
-    executable: Annotated[str, typer.Option(help="vLLM's program for --gpu")] = "vllm",
-    out: Annotated[Path | None, typer.Option(help="File for the JSON of --gpu")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", hidden=True, help="On the CPU, with a small model")] = False,
-    json: Json = False,
 ) -> None:
     """Check this machine and a small model on it, or the run RUN. With --gpu the GPUs, in minutes."""
-    if gpu:
-        if run is not None:
+    if options.gpu:
+        if run is not None or options.replay:
             raise UserError("a run is checked without GPUs", where="--gpu", fix="leave out --gpu or the run")
-        _require_writable(out)
-        _gpus(minutes=minutes, executable=executable, out=out, cpu=cpu, json=json)
+        _gpus(options)
         return
-    for option, given in (("--out", out), ("--cpu", cpu), ("--executable", executable != "vllm")):
-        if given:
-            raise UserError(
-                "it belongs to the checks of GPUs", where=option, fix="add --gpu, or leave it out"
-            )
+    given = {"--out": options.out, "--cpu": options.cpu, "--executable": options.executable != "vllm"}
+    if option := next((name for name, value in given.items() if value), None):
+        raise UserError("it belongs to the checks of GPUs", where=option, fix="add --gpu, or leave it out")
+    if options.replay:
+        if run is None:
+            raise UserError("a run is replayed", where="--replay", fix="write rlcs doctor RUN --replay")
+        _replay(run, json=options.json)
+        return
     about: dict[str, str] = {}
     if run is None:
         from rlcs.doctor.machine import checks, facts
@@ -50,9 +63,30 @@ def doctor(
     for finding in findings:
         lines.append(f"{'!!' if finding.bad else 'ok'} {finding.name}: {finding.message}")
         lines += [f"   -> {finding.fix}"] if finding.bad else []
-    print_result({"facts": about, "findings": [asdict(finding) for finding in findings]}, lines, json=json)
+    result = {"facts": about, "findings": [asdict(finding) for finding in findings]}
+    print_result(result, lines, json=options.json)
     if any(finding.bad for finding in findings):
         raise typer.Exit(1)
+
+
+def _replay(run: Path, *, json: bool) -> None:
+    from rlcs.data.run_data import load_run_data
+    from rlcs.distributed import join_world
+    from rlcs.pipeline.replay import Replay, find_collapse, lines
+    from rlcs.pipeline.study import Output
+    from rlcs.recipe.loading import load_recipe
+    from rlcs.signals import StopFlag
+
+    collapse = find_collapse(run)
+    recipe = load_recipe(str(collapse.run / "recipe.yaml"), []).recipe
+    limit = recipe.images.decode_limit
+    data = load_run_data(recipe.study, recipe.data, decode_limit=limit, validation=recipe.validation)
+    parallel, output = recipe.parallel, Output(quiet=True, json=json)
+    joined = join_world(timeout_s=parallel.timeout_s, shard_size=parallel.shard_size)
+    with StopFlag() as stop, joined as world:
+        result = Replay(collapse, data, output=output, stop=stop, world=world).run()
+        if world.rank == 0:
+            print_result(result, ["", *lines(result, collapse)], json=json)
 
 
 def _require_writable(out: Path | None) -> None:
@@ -70,7 +104,8 @@ def _require_writable(out: Path | None) -> None:
         raise UserError(what, where="--out", fix="name a file in a folder that you may write to") from error
 
 
-def _gpus(*, minutes: float, executable: str, out: Path | None, cpu: bool, json: bool) -> None:
+def _gpus(options: DoctorOptions) -> None:
+    _require_writable(options.out)
     from rlcs.doctor.gpu.start import examine_gpus
 
     first = os.environ.get("RANK", "0") == "0"  # torchrun: rank 0 alone prints
@@ -79,13 +114,13 @@ def _gpus(*, minutes: float, executable: str, out: Path | None, cpu: bool, json:
         if first:
             typer.echo(text, err=True)
 
-    report = examine_gpus(minutes=minutes, executable=executable, cpu=cpu, say=say)
+    report = examine_gpus(minutes=options.minutes, executable=options.executable, cpu=options.cpu, say=say)
     if not first:
         return
-    print_result(report.content, report.lines, json=json)
+    print_result(report.content, report.lines, json=options.json)
     sys.stdout.flush()
-    if out is not None:
-        write_json(out, report.content)
-        typer.echo(f"JSON: {out}", err=True)
+    if options.out is not None:
+        write_json(options.out, report.content)
+        typer.echo(f"JSON: {options.out}", err=True)
     if not report.ok:
         raise typer.Exit(1)

@@ -100,19 +100,20 @@ def evaluate(
 
 def _eval_run(options: EvalOptions) -> Any:
     """Check the options and build the run. Raises UserError for options that do not go together."""
+    from rlcs.data.blind import CONTROLS
     from rlcs.data.sources import suggest
     from rlcs.evals.benchmarks.base import STYLES
     from rlcs.evals.run import EvalRun
     from rlcs.recipe.loading import read_section
     from rlcs.recipe.sampling import EngineSettings
-    from rlcs.recipe.schema import BLINDS, Eval
+    from rlcs.recipe.schema import Eval
 
     style = next((style for style in STYLES if style == options.prompt), None)
     if style is None:
         fix = suggest(options.prompt, STYLES)
         raise UserError(f"no prompt is called {options.prompt!r}", where="--prompt", fix=fix)
-    if (blind := next((way for way in BLINDS if way == options.blind), None)) is None:
-        fix = suggest(options.blind, BLINDS)
+    if (blind := next((way for way in CONTROLS if way == options.blind), None)) is None:
+        fix = suggest(options.blind, CONTROLS)
         raise UserError(f"no blind control is called {options.blind!r}", where="--blind", fix=fix)
     if options.samples > 1 and options.temperature == 0:
         fix = "add --temperature 0.7"

@@ -20,7 +20,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ablate": ("rlcs ablate mine.yaml", "rlcs ablate quickstart --seeds 3"),
         "coldstart": (
             "rlcs coldstart mine.yaml",
-            "rlcs coldstart quickstart --demonstrations 200,600 --epochs 1,4 grpo.steps=30",
+            "rlcs coldstart quickstart --demonstrations 200,600 grpo.steps=30",
         ),
         "distill": (
             "rlcs distill mine.yaml data.problems=train.jsonl",
@@ -45,7 +45,12 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "chat": ("rlcs chat builtin", "rlcs chat runs/mine/sft/final runs/mine/sft_grpo/final"),
         "export": ("rlcs export runs/mine --out exported", "rlcs export runs/mine --arm sft --out exported"),
         "publish": ("rlcs publish exported OWNER/NAME --dry-run",),
-        "doctor": ("rlcs doctor", "rlcs doctor runs/mine", "rlcs doctor --gpu --out gpu.json"),
+        "doctor": (
+            "rlcs doctor",
+            "rlcs doctor runs/mine",
+            "rlcs doctor runs/mine --replay",
+            "rlcs doctor --gpu --out gpu.json",
+        ),
         "plan": ("rlcs plan paper-7b --gpus 8", "rlcs plan single-gpu-lora-3b --gpu RTX4090 --json"),
         "data check": ("rlcs data check train.jsonl", "rlcs data check sft.jsonl --role cold_start"),
         "data difficulty": (

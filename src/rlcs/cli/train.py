@@ -59,6 +59,7 @@ def _numbers(text: str | None) -> str | None:
 class ColdStartOptions(RunOptions):
     """The options of `rlcs coldstart`."""
 
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/NAME-coldstart")] = None
     demonstrations: Annotated[
         str | None,
         typer.Option(callback=_numbers, help="Numbers to try, as in 200,600; default: all, 1/2, 1/8"),
@@ -116,7 +117,7 @@ def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = No
 @train_app.command()
 @with_options
 def coldstart(recipe: RecipeName, options: ColdStartOptions, overrides: Overrides = None) -> None:
-    """Find out whether RL needs a cold start, how much and of which kind. A grid of short runs."""
+    """Find out whether RL needs a cold start. How much, of which kind: a grid of short runs."""
     from rlcs.recipe.coldstart import Wanted, study_words
 
     def listed(text: str | None) -> list[str]:

@@ -15,6 +15,8 @@ from rlcs.errors import DataError
 from rlcs.records import IMAGE_SLOT, ImageRef, Problem
 
 Blinding = Literal["other", "removed"]
+CONTROLS: tuple[Literal["none"] | Blinding, ...] = ("none", "other", "removed")
+"""The choices of `eval.blind`."""
 
 
 def blind_twins(problems: Sequence[Problem], how: Blinding) -> tuple[Problem, ...]:

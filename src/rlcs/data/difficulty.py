@@ -27,7 +27,10 @@ KIND_PRIOR = 8.0
 """Answers of a kind that weigh as much as the mean of all, or as the rows' own pass rates."""
 KIND_SIZE = 20
 """Problems of a kind, on average, at least."""
-RATING = frozenset({"samples", "right", "pass_rate", "pass_rate_low", "pass_rate_high"})
+RATING = frozenset(
+    {"samples", "right", "pass_rate", "pass_rate_low", "pass_rate_high"}
+    | {"blind_samples", "blind_right", "blind_rate"}
+)
 """Columns of a row that measured pass rates are written in."""
 EASIEST, MEDIUM, HARDEST = 0.8, 0.5, 0.2
 """Target pass rates: `easy_first` goes from the first to the last, `signal` stays at the middle."""

@@ -1,5 +1,6 @@
 """Finds problems of a run in its metrics, logs and checkpoints, each with a fix."""
 
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,12 @@ from rlcs.errors import CheckpointError
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.records import NO_SIGNAL
 from rlcs.report import findings
+from rlcs.report.coldstart import is_study
+from rlcs.report.coldstart_results import read
 from rlcs.report.differences import differences
 from rlcs.report.load_run import Run, number, read_object, require_runs
 from rlcs.report.stages import ending, progress
+from rlcs.train.collapse import FOLDER, RESULT, kept_crossings
 from rlcs.train.health import HOLD_POLICY, LAST_STEPS, READ_ROLLOUTS
 
 _ALIVE_S = 300  # a run counts as stopped when its files have not changed for so many seconds
@@ -24,12 +28,23 @@ _ALIVE_S = 300  # a run counts as stopped when its files have not changed for so
 def examine(folder: Path) -> list[Finding]:
     """The findings about a run folder. Raises RunFolderError where there is no run."""
     runs = require_runs(folder)
+    if is_study(folder):
+        return [_cells(folder), _disk(folder, runs)]
     found = []
     for run in runs:
         seed = f"{run.folder.name}: " if len(runs) > 1 else ""
         of_run = [_state(run, folder), *_checkpoints(run), *_signs(run), *_trends(run), *_result(run)]
         found += [replace(finding, name=seed + finding.name) for finding in of_run]
     return [*found, _disk(folder, runs)]
+
+
+def _cells(folder: Path) -> Finding:
+    """How far a study of the cold start is, with the command that continues it."""
+    study = read(folder)
+    command = study.facts.get("command")
+    resume = f"continue it, where it does not run: {shlex.join(map(str, command))}" if command else ""  # type: ignore[call-overload]
+    state = f"{study.over} of {study.cells} cells are over"
+    return Finding(name="state", message=state, fix=resume if study.over < study.cells else "")
 
 
 def _state(run: Run, folder: Path) -> Finding:
@@ -84,7 +99,7 @@ def _trends(run: Run) -> Iterator[Finding]:
     for stage, rows in run.curves.items():
         section = "sft" if stage == "sft" else "grpo"
         curves = {key: [v for _, v in findings.series(rows, key)] for key in {k for row in rows for k in row}}
-        found = [] if stage == "sft" else [*_collapses(curves)]
+        found = [] if stage == "sft" else [*_collapses(curves), *_kept_collapses(run, stage)]
         bad = [row for row in rows if row.get("skipped") and row["skipped"] != NO_SIGNAL]
         if bad:
             message = f"{len(bad):,} of {len(rows):,} steps were skipped, the last: {bad[-1]['skipped']}"
@@ -96,6 +111,17 @@ def _trends(run: Run) -> Iterator[Finding]:
             message = f"the gradient norm reached {worst:.3g}, its median is {median(norms):.3g}"
             found.append(Finding(name="gradients", message=message, fix=f"halve {section}.optimizer.lr"))
         yield from (replace(finding, name=f"{ARMS[stage].stage}: {finding.name}") for finding in found)
+
+
+def _kept_collapses(run: Run, stage: str) -> Iterator[Finding]:
+    """The signs that crossed their limits while the stage trained, and what is known about them."""
+    folder = run.folder / stage / FOLDER
+    for crossing in kept_crossings(folder):
+        result = read_object(folder / f"step-{crossing.step:06d}" / RESULT)
+        known = result.get("fixes")
+        words = [" ".join(each["words"]) for each in known] if isinstance(known, list) else []
+        fix = " or ".join(words) or f"rlcs doctor {run.folder} --replay finds out which change prevents it"
+        yield Finding(name="collapse", message=f"in step {crossing.step:,}: {crossing.message}", fix=fix)
 
 
 def _collapses(curves: Mapping[str, Sequence[float]]) -> Iterator[Finding]:

@@ -37,17 +37,17 @@ def paired_interval(gained: int, lost: int, n: int, z: float = 1.96) -> tuple[fl
     return middle - half, middle + half
 
 
-def interval_of_mean(moves: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean of paired differences, one for each problem, between -1 and 1.
+def interval_of_mean(moves: Sequence[float], z: float = 1.96) -> tuple[float, float]:
+    """Interval (z = 1.96: 95%) of the mean of paired differences, one for each problem, between -1 and 1.
 
     Of whole ones (one answer each) as `paired_interval`; else the normal one, widened by two problems that
     move by half a point of the scale to either side, so that it has a width where no problem moves.
     """
     gained, lost = sum(move > 0 for move in moves), sum(move < 0 for move in moves)
     if all(move in (-1, 0, 1) for move in moves):
-        return paired_interval(gained, lost, len(moves))
+        return paired_interval(gained, lost, len(moves), z)
     widened = [*moves, 0.5, -0.5]
-    middle, half = fmean(widened), 1.96 * stdev(widened) / math.sqrt(len(widened))
+    middle, half = fmean(widened), z * stdev(widened) / math.sqrt(len(widened))
     return middle - half, middle + half
 
 

@@ -38,7 +38,7 @@ from rlcs.model.source import find_source
 from rlcs.progress import Screen, screen
 from rlcs.recipe.sampling import Endpoint, EngineSettings
 from rlcs.recipe.schema import Eval, Prompts
-from rlcs.records import Grade, Request, Sample, SampleKey, to_row
+from rlcs.records import Grade, Problem, Request, Sample, SampleKey, to_row
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json
 
@@ -96,7 +96,7 @@ def evaluate_models(
     """Evaluate every model on every benchmark; return the comparison, which is also in OUT/comparison.json.
 
     A model is `NAME=MODEL` or just MODEL. Raises UserError, before any answer is sampled, if two models have
-    one name or a benchmark cannot be read.
+    one name or a benchmark cannot be read; DataError if one has no other image to show.
     """
     named = label_models(models)
     loaded = [
@@ -108,7 +108,7 @@ def evaluate_models(
     ways: tuple[Blinding | None, ...] = (None,)
     if run.sampling.blind != "none":
         ways = (None, run.sampling.blind)
-    work = [(each, blind) for each in loaded for blind in ways]
+    work = [(each, blind) for each in loaded for blind in ways if _problems(run, each, blind)]
     for label, model in named.items():
         for each, blind in work:
             path = _folder(run, label, each, blind) / PREDICTIONS
@@ -142,6 +142,12 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
             )
         named[label] = model
     return named
+
+
+def _problems(run: EvalRun, loaded: Loaded, blind: Blinding | None) -> Sequence[Problem]:
+    """What the model is asked. Raises DataError where there is no other image to show."""
+    problems = [question.problem(run.style, images) for question, images in loaded.questions]
+    return problems if blind is None else blind_twins(problems, blind)
 
 
 def _folder(run: EvalRun, label: str, loaded: Loaded, blind: Blinding | None) -> Path:
@@ -191,10 +197,9 @@ class _ModelOnBenchmark:
     ) -> None:
         self._run, self._label, self._loaded = run, label, loaded
         self._pool, self._judge, self._blind = pool, judge, blind
-        problems = [question.problem(run.style, images) for question, images in loaded.questions]
-        self._problems = problems if blind is None else blind_twins(problems, blind)
-        asked = {problem.id for problem in self._problems}
-        self._questions = {question.id: question for question, _ in loaded.questions if question.id in asked}
+        self._problems = _problems(run, loaded, blind)
+        ids = {problem.id for problem in self._problems}
+        self._questions = {question.id: question for question, _ in loaded.questions if question.id in ids}
         self._folder = _folder(run, label, loaded, blind)
 
     def evaluate(self, sampler: Sampler, stop: StopFlag, *, json: bool) -> None:

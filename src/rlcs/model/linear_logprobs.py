@@ -76,7 +76,7 @@ class _LinearLogprobs(torch.autograd.Function):
             factor = of_logprobs[of_chunk, None]
             logprobs, weights = logits.sub_(totals[of_chunk, None]), -factor
             if of_entropy is not None:  # the slope of an entropy H is -p (log p + H)
-                weights = weights - (logprobs + entropy[of_chunk, None]) * of_entropy[of_chunk, None]
+                weights = (logprobs + entropy[of_chunk, None]).mul_(-of_entropy[of_chunk, None]).add_(weights)
             slopes = logprobs.exp_().mul_(weights)
             slopes = slopes.scatter_add_(1, targets[of_chunk, None], factor)
             slopes = (slopes if of_cap is None else slopes.mul_(of_cap)).to(states.dtype)

@@ -12,7 +12,7 @@ from rlcs.data.run_data import RunData
 from rlcs.errors import DataError
 from rlcs.evals.blind import GUESSED, split_gains
 from rlcs.evals.scores import mean
-from rlcs.recipe.arms import ARMS
+from rlcs.recipe.arms import gain_pairs
 from rlcs.recipe.schema import Recipe
 from rlcs.records import Problem
 from rlcs.storage import read_jsonl
@@ -70,12 +70,6 @@ def blind_summary(arms: Iterable[str], problems: Sequence[Problem], folder: Path
         pairs=gain_pairs(arms),
         chance=mean([1 / len(p.choices) if p.choices else 0.0 for p in problems if p.images]),
     )
-
-
-def gain_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """Each arm beside the one that it was trained from, and beside the base."""
-    pairs = [(arm, other) for arm in arms for other in (ARMS[arm].parent, "base") if other and other != arm]
-    return list(dict.fromkeys(pairs))
 
 
 def _shares(folder: Path) -> Mapping[str, float]:

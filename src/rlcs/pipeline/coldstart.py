@@ -10,20 +10,23 @@ command goes on behind the last one. Weights of what is over are removed, unless
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RunFolderError, TrainingError
+from rlcs.evals.intervals import interval_of_mean
+from rlcs.pipeline.blind import answered_blind
 from rlcs.pipeline.data_checks import check_prompts
 from rlcs.pipeline.run_folder import claim, command, hold, versions
 from rlcs.pipeline.study import Output, Study, dry_run, make_demonstrations
-from rlcs.recipe.coldstart import GIVEN, NONE, Cell, Wanted, cannot_win, chains_of, lengths_of, plan, subset
+from rlcs.recipe.coldstart import GIVEN, NONE, Cell, Wanted, chains_of, lengths_of, plan, subset
 from rlcs.recipe.loading import changed
 from rlcs.recipe.schema import Recipe
 from rlcs.report import coldstart as reporting
@@ -163,7 +166,8 @@ class ColdStart:
                 chosen = subset(kept, cell.demonstrations, cell.seed)
                 write_jsonl(folder / "cold_start" / "kept.jsonl", chosen)
                 mark_done(folder / "cold_start", seconds=0.0, kept=len(chosen))
-            self._share("cells", f"{NONE}-seed-{self.recipe.seed}/eval/base", folder / "eval" / "base")
+            base = self.folder / "cells" / f"{NONE}-seed-{self.recipe.seed}" / "eval" / "base"
+            self._share(base, folder / "eval" / "base")
 
         self._world.first(prepare)
         self._say(
@@ -173,9 +177,8 @@ class ColdStart:
         seconds = self._world.first(lambda: float(read_json(folder / "sft" / "done.json")["seconds"]))
         self._seconds["sft"].append(seconds / keep[-1])
 
-    def _share(self, kind: str, measured: str, target: Path) -> None:
-        """Take the measurement of the same model over from another folder, if it has been made there."""
-        source = self.folder / kind / measured
+    def _share(self, source: Path, target: Path) -> None:
+        """Take the measurement of the same model over from another run, if it has been made there."""
         if is_done(source) and not target.exists():
             aside = target.with_name(f"{target.name}.tmp")
             shutil.rmtree(aside, ignore_errors=True)
@@ -191,13 +194,17 @@ class ColdStart:
         if cell.chain != NONE:
             words += [f"model.name={sft / 'sft'}@{cell.steps}", "model.revision=null"]
         data = replace(self._data, cold_start=())
+        first = self.folder / "cells" / f"{NONE}-seed-{self.recipe.seed}"
+        if self.recipe.data.rl_blind == "drop" and folder != first:  # what the base answers blind
+            blind, _ = self._world.first(partial(answered_blind, data, first))
+            data, words = data.without({"rl": set(blind)}), [*words, "data.rl_blind=keep"]
         study = self._study(self.recipe, folder, data=data, words=words)
 
         def share() -> None:
             if cell.chain == NONE:
-                self._share("cells", f"{NONE}-seed-{self.recipe.seed}/eval/base", folder / "eval" / "base")
+                self._share(first / "eval" / "base", folder / "eval" / "base")
             elif cell.steps == max(each.steps for each in cells if each.sft == cell.sft):
-                self._share("sft", f"{cell.sft}/eval/sft", folder / "eval" / "base")
+                self._share(sft / "eval" / "sft", folder / "eval" / "base")
 
         self._world.first(share)
         if self._wanted.early_stop and cell.chain != NONE:
@@ -219,7 +226,12 @@ class ColdStart:
             over = {"how": "failed", "why": str(error)}
         if self._world.first(stopped.exists):
             over = self._world.first(lambda: read_json(stopped))
-            words = [words[0], f"model.name={folder / 'grpo'}@{over['step']}", "model.revision=null"]
+            words = [
+                f"seed={cell.seed}",
+                "data.rl_blind=keep",
+                f"model.name={folder / 'grpo'}@{over['step']}",
+                "model.revision=null",
+            ]
             self._study(self.recipe, folder / "stopped", data=data, words=words).measure_base()
         self._world.first(lambda: write_json(folder / OVER, over))
 
@@ -265,6 +277,20 @@ class ColdStart:
         if self._world.rank == 0:
             with Output(quiet=True, json=self._output.json).screen("coldstart", 0) as view:
                 view.say(text, {"coldstart": text})
+
+
+def cannot_win(start: Sequence[float], middle: Sequence[float], best: Sequence[float]) -> bool:
+    """Whether a cell in the middle of its RL is behind the best finished one, even if it gains as much again.
+
+    Each argument has the share of right answers to each validation problem: of the cell before RL and in its
+    middle, and of the best cell after RL. The forecast of a problem is `middle + (middle - start)`, or
+    `middle` where the cell gained nothing; the cell cannot win if the 95% interval of the mean difference
+    between forecast and best, paired by problem, is below zero. Learning slows down rather than speeding up,
+    so the forecast favours the cell.
+    """
+    gains = fmean(middle) > fmean(start)
+    moves = [m + (m - s if gains else 0.0) - b for s, m, b in zip(start, middle, best, strict=True)]
+    return interval_of_mean(moves)[1] < 0
 
 
 def _shares(row: Mapping[str, Any]) -> list[float]:

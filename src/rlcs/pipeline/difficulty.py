@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.blind import blind_twins
 from rlcs.data.good_rows import require_new_file, write_rows
 from rlcs.data.loading import load, require_usable
-from rlcs.data.rows import Row
 from rlcs.distributed import ALONE
 from rlcs.engines.factory import open_engines
 from rlcs.evals.arms import CHUNK, Evaluator, grade_samples
@@ -22,7 +22,7 @@ from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.study import engine_needs
 from rlcs.progress import screen
 from rlcs.recipe.schema import Recipe
-from rlcs.records import Request, to_row
+from rlcs.records import Problem, Request, to_row
 from rlcs.signals import StopFlag
 
 _INNER_BINS = 5
@@ -30,18 +30,24 @@ _INNER_BINS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difficulty:
-    """Pass rates of the problems of a source: `counts` are (scored, right) answers by problem id."""
+    """Pass rates of the problems of a source: `counts` are (scored, right) answers by problem id.
+
+    With `blind` the model saw another problem's image; problems without any are unmeasured.
+    """
 
     counts: Mapping[str, tuple[int, int]]
     samples: int
     group_size: int
     unmeasured: int
+    blind: bool = False
 
     def columns(self, name: str) -> dict[str, Any]:
         """The values for a problem's row, as in distillation's problems.jsonl, and a 95% interval."""
         scored, right = self.counts[name]
         low, high = (round(bound, 4) for bound in wilson(right, scored))
         rate = round(right / scored, 4) if scored else None
+        if self.blind:
+            return {"blind_samples": scored, "blind_right": right, "blind_rate": rate}
         return {
             "samples": scored,
             "right": right,
@@ -72,41 +78,60 @@ class Difficulty:
 
 
 def measure_difficulty(
-    source: str, recipe: Recipe, out: Path, *, samples: int, stop: StopFlag, json: bool = False
+    source: str,
+    recipe: Recipe,
+    out: Path,
+    *,
+    samples: int,
+    stop: StopFlag,
+    blind: bool = False,
+    json: bool = False,
 ) -> Difficulty:
     """Sample `samples` answers to each problem as RL would, and write the rows with pass rates to `out`.
 
     Prompts, sampling, engine and the rule of what is right are those of the recipe's RL. Answers are kept in
-    a folder beside the file, so that a stopped measurement goes on. Raises DataError, UserError, Stopped.
+    a folder beside the file, so that a stopped measurement goes on. `blind`: each problem is shown with
+    another one's image, and the rate is its `blind_rate`. Raises DataError, UserError, Stopped.
     """
     require_new_file(out, source, option="--out")
     loaded = load(source, recipe.data, decode_limit=recipe.images.decode_limit, role="rl")
     require_usable(loaded, recipe.data)
-    rows, grpo = loaded.rows, recipe.grpo
-    digests = {row.problem.id: row.problem.digest for row in rows}
+    grpo, problems = recipe.grpo, [row.problem for row in loaded.rows]
+    if blind:
+        problems = [*blind_twins(problems, "other")]
+    digests = {problem.id: problem.digest for problem in problems}
     folder = out.with_name(f"{out.stem}.answers")
     settings = {"model": recipe.model.name, "samples": samples, "seed": recipe.seed}
     settings |= {name: getattr(grpo, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    settings |= {"blind": "other"} if blind else {}
     settings |= {"prompt": recipe.prompt.model_dump(mode="json"), "reward": next(iter(grpo.reward.weights))}
     with SampleLog(folder / "samples.jsonl", digests, settings=settings) as log:
         answered = Counter(name for name, *_ in log.entries)
-        left = [row for row in rows if answered[row.problem.id] < samples]
+        left = [problem for problem in problems if answered[problem.id] < samples]
         if left:
             with (
-                screen("difficulty", len(rows), json=json) as view,
+                screen("difficulty", len(problems), json=json) as view,
                 _evaluator(recipe, samples, folder) as it,
             ):
                 size = max(1, CHUNK // samples)
                 for start in range(0, len(left), size):
                     stop.check(str(folder))
                     _sample(it, left[start : start + size], samples, log)
-                    view.advance(len(rows) - len(left) + min(len(left), start + size))
+                    view.advance(len(problems) - len(left) + min(len(left), start + size))
         verdicts = {name: Counter[bool | None]() for name in digests}
         for entry in log.entries.values():
             verdicts[entry.sample.id][entry.added["correct"]] += not entry.sample.error
     counts = {name: (each[True] + each[False], each[True]) for name, each in verdicts.items()}
-    found = Difficulty(counts=counts, samples=samples, group_size=grpo.group_size, unmeasured=len(loaded.bad))
-    write_rows(rows, source, out, recipe.data.columns, added={name: found.columns(name) for name in counts})
+    found = Difficulty(
+        counts=counts,
+        samples=samples,
+        group_size=grpo.group_size,
+        unmeasured=len(loaded.bad) + len(loaded.rows) - len(problems),
+        blind=blind,
+    )
+    write_rows(
+        loaded.rows, source, out, recipe.data.columns, added={name: found.columns(name) for name in counts}
+    )
     return found
 
 
@@ -118,10 +143,10 @@ def lines(found: Difficulty) -> list[str]:
         f"  {name:<11} {count:>7,}  {'#' * round(40 * count / widest)}"
         for name, count in facts["histogram"].items()
     ]
-    signal = facts["signal"]
+    signal, saw = facts["signal"], " with another problem's image" if found.blind else ""
     without = f", {facts['unmeasured']:,} without an answer that could be graded" * bool(facts["unmeasured"])
     return [
-        f"{facts['problems']:,} problems{without}; {facts['pass_rate']:.1%} of the answers are right",
+        f"{facts['problems']:,} problems{without}; {facts['pass_rate']:.1%} of the answers are right{saw}",
         "pass rate    problems",
         *bars,
         f"groups of {facts['group_size']} with a signal: {signal['accuracy']:.1%} "
@@ -150,12 +175,12 @@ def _evaluator(recipe: Recipe, samples: int, folder: Path) -> Iterator[Evaluator
         yield Evaluator(sampler=sampler, grader=grader)
 
 
-def _sample(evaluator: Evaluator, rows: Sequence[Row], samples: int, log: SampleLog) -> None:
-    """Answer and grade the problems of some rows that are not answered, and keep the answers."""
-    problems = {row.problem.id: row.problem for row in rows}
-    requests = [Request.of(problem, index=index) for problem in problems.values() for index in range(samples)]
+def _sample(evaluator: Evaluator, problems: Sequence[Problem], samples: int, log: SampleLog) -> None:
+    """Answer and grade some problems that are not answered, and keep the answers."""
+    by_id = {problem.id: problem for problem in problems}
+    requests = [Request.of(problem, index=index) for problem in problems for index in range(samples)]
     answers = evaluator.sampler.batch([*log.unanswered(requests)])
-    for sample, grade in grade_samples(evaluator, [(problems[each.id], each) for each in answers]):
+    for sample, grade in grade_samples(evaluator, [(by_id[each.id], each) for each in answers]):
         log.add(sample, to_row(grade))
 
 

@@ -24,10 +24,12 @@ from rlcs.errors import DataError, EndpointError, RlcsError, RunFolderError, Use
 from rlcs.grading.reward import try_reward
 from rlcs.model import loading
 from rlcs.model.chat import Chat
+from rlcs.pipeline.faults import try_fault_judge
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.online_teacher import try_teacher
+from rlcs.pipeline.probe import ARM
 from rlcs.pipeline.run_folder import command
-from rlcs.pipeline.space import StageSpace, existing, require_space, stage_space
+from rlcs.pipeline.space import StageSpace, existing, require_space, stage_space, trials_space
 from rlcs.progress import Screen
 from rlcs.recipe.arms import RL_ARMS, TRAINING_ORDER, stages_behind
 from rlcs.recipe.sampling import EngineSettings
@@ -133,6 +135,8 @@ class Preflight:
             "model, disk": self._first(self._model_and_disk),
             "reward": self._first(self._reward),
         }
+        if self.recipe.grpo.reward.judge.faults:
+            checks["judge of faults"] = self._first(self._fault_judge)
         if remaining.asks_teacher:
             checks["teacher"] = self._first(self._teacher)
         if remaining.train and any(self.recipe.trackers.model_dump().values()):
@@ -223,6 +227,8 @@ class Preflight:
                     "no part of the model is left to train", where=key, fix="take a part out of it"
                 )
             stages[name] = stage_space(vlm, settings, steps=steps)
+        if recipe.sft.handover.rule == "probe" and ARM in stages:
+            stages["trial-*"] = trials_space(stages[ARM], recipe.grpo, recipe.sft.handover)
         weights = None if recipe.rollout.engine == "local" else self._weights
         return [require_space(self.folder, stages, weights=weights)] if stages else []
 
@@ -235,6 +241,10 @@ class Preflight:
         ):
             warnings = try_reward(grader, (self._data.rl if rl else self._data.test)[0])
         return [f"warning: {warning}" for warning in warnings]
+
+    def _fault_judge(self) -> Sequence[str]:
+        with TemporaryDirectory() as replies:
+            return try_fault_judge(self._data.test[0], self.recipe.grpo.reward.judge, Path(replies))
 
     def _teacher(self) -> Sequence[str]:
         """Ask for one short answer, or for another where the teacher refuses that problem."""

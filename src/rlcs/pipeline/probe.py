@@ -16,20 +16,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from rlcs.distributed import World
 from rlcs.evals.intervals import interval_of_mean
 from rlcs.evals.scores import mean
 from rlcs.model.checkpoints import folder_of
 from rlcs.model.source import CHECKPOINTS, FINAL, MODELS
+from rlcs.recipe.arms import RlArm
 from rlcs.recipe.handover import Handover, Rule, losers_steps, rounds_of
 from rlcs.records import to_row
 from rlcs.storage import DONE, mark_done, read_json, read_jsonl, write_json
 from rlcs.train.handover import Rows, choices
 from rlcs.train.validation import FILE
 
-ARM: Final = "sft_grpo"
+ARM: RlArm = "sft_grpo"
 """The arm that the winner becomes."""
 CANDIDATES = "candidates.json"
 

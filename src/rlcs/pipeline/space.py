@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlcs.errors import RunFolderError
 from rlcs.model.vlm import Vlm
+from rlcs.recipe.handover import MOST_CANDIDATES, Handover
 from rlcs.recipe.stages import Stage
 from rlcs.train.handover import COLUMNS
 
@@ -44,14 +45,25 @@ def stage_space(vlm: Vlm, settings: Stage, *, steps: int) -> StageSpace:
     )
 
 
+def trials_space(arm: StageSpace, settings: Stage, handover: Handover) -> StageSpace:
+    """The space of the trials of RL that lose, of which `arm` is what the winner becomes.
+
+    Each holds its checkpoints in the first round, and the model of SFT that it began with.
+    """
+    losers = MOST_CANDIDATES - 1
+    each = min(settings.keep_checkpoints + 1, -(-handover.round_steps // settings.save_every))
+    return StageSpace(checkpoint=arm.checkpoint, checkpoints=losers * each, final=losers * arm.final)
+
+
 def require_space(folder: Path, stages: Mapping[str, StageSpace], *, weights: Path | None) -> str:
     """Compare the free space with what the stages write, an export, and weights for vLLM in `weights`.
 
-    Files of an earlier attempt are not needed again. Returns a summary; raises RunFolderError.
+    Stages are named by their folders, or by a pattern of these; what lies there already needs no more space.
+    Returns a summary; raises RunFolderError.
     """
     needed = {folder: 0}
     for name, space in stages.items():
-        files = (folder / name).rglob("*.safetensors")
+        files = folder.glob(f"{name}/**/*.safetensors")
         needed[folder] += max(0, space.total - sum(path.stat().st_size for path in files))
     largest = max((space.final for space in stages.values()), default=0)
     needed[folder] += largest  # an export beside it

@@ -35,6 +35,7 @@ from rlcs.model.vlm import Vlm
 from rlcs.pipeline import probe
 from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
+from rlcs.pipeline.faults import add_faults
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.online_teacher import open_teacher
 from rlcs.pipeline.preflight import Preflight
@@ -135,7 +136,10 @@ class Study:
 
         Raises DataError if these rows are many.
         """
+        if self._world.grouped:  # a checkpoint's model is written once, by rank 0
+            self._world.first(lambda: loading.resolve(self.recipe.model.name))
         self._data = check_prompts(self._data, self.recipe)
+        blind_tasks("base", self.recipe, self._data, self.folder)  # that other images are there
         with Output(quiet=True, json=self._output.json).screen("data", 0) as view:
             for line in self._data.notes:
                 log.warning(line)
@@ -167,10 +171,7 @@ class Study:
             self.try_stages()
             self._world.first(self._write_problems)
             self._measure("base")
-        if self.recipe.data.rl_blind == "drop" and data.rl:
-            blind, note = self._world.first(partial(answered_blind, data, self.folder))
-            self._data = data = data.without({"rl": set(blind)})
-            log.info(note)
+        self._drop_blind()
         demonstrations: Sequence[Demonstration] = ()
         if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
             with out_of_memory_in("cold start"):
@@ -189,10 +190,37 @@ class Study:
                         with out_of_memory_in(arm):
                             self._grpo(rl, demonstrations)
                     self._measure(arm)
-        counts = {"cold_start": len(demonstrations), "rl": len(data.rl), "test": len(data.test)}
+        counts = {"cold_start": len(demonstrations), "rl": len(self._data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
 
+    def repeat(self, arm: RlArm, of: Recipe, *, until: int) -> None:
+        """Train one arm of RL alone, from the models and the checkpoint in the folder, of a run of `of`.
+
+        It ends after the step `until`, and nothing but its metrics is kept.
+        """
+        self._recipe_hash = recipe_hash(of)
+        self._data = check_prompts(self._data, of)
+        self._drop_blind()
+        demonstrations: Sequence[Demonstration] = ()
+        if arm == "mixed":
+            demonstrations = distill.load_kept(self._data.cold_start, self.folder / "cold_start")
+        settings = self._settings_of(arm)
+        run = self._run_dir(arm, settings)
+        run.saves, run.until = False, until
+        with self.engines():
+            self._learn(run, ARMS[arm].parent, settings, demonstrations)
+
+    def _drop_blind(self) -> None:
+        """Leave out the RL problems that the base answered blind, where the recipe says so."""
+        if self.recipe.data.rl_blind == "drop" and self._data.rl:
+            blind, note = self._world.first(partial(answered_blind, self._data, self.folder))
+            self._data = self._data.without({"rl": set(blind)})
+            log.info(note)
+
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
+        if (judge := self.recipe.grpo.reward.judge).faults:
+            for folder in (self.folder / "eval" / arm for arm in self.recipe.study.arms):
+                add_faults(folder, self._data.test, judge, self.folder / "judge" / "faults")
         path = self.folder / "summary.json"
         before = read_json(path)["counts"] if path.exists() else {}
         # Data that only arms of an earlier command need was not read.
@@ -274,29 +302,29 @@ class Study:
         def train(step: int, until: int, steps: int) -> None:
             settings = recipe.grpo.of(probe.ARM).model_copy(update={"steps": steps})
             run = self._run_dir(probe.ARM, settings, folder=probe.trial_folder(self.folder, step))
-            self._learn(run, f"sft@{step}", settings, demonstrations, until=until)
+            run.until = until
+            self._learn(run, f"sft@{step}", settings, demonstrations)
 
         probe.probe(self.folder, recipe.sft.handover, steps=recipe.grpo.steps, train=train, world=self._world)
 
     def _grpo(self, name: RlArm, demonstrations: Sequence[Demonstration]) -> None:
         if self._is_done(name):
             return
-        settings = self.recipe.grpo.of(name)
-        if name == probe.ARM and self.recipe.sft.handover.rule == "probe":
-            steps = self._world.first(lambda: probe.steps_left(self.folder))
-            settings = settings.model_copy(update={"steps": steps})
+        settings = self._settings_of(name)
         self._learn(self._run_dir(name, settings), ARMS[name].parent, settings, demonstrations)
 
+    def _settings_of(self, arm: RlArm) -> Grpo:
+        """The settings of an arm of RL; trials that were lost have taken some of its steps."""
+        settings = self.recipe.grpo.of(arm)
+        if arm == probe.ARM and self.recipe.sft.handover.rule == "probe":
+            steps = self._world.first(lambda: probe.steps_left(self.folder))
+            settings = settings.model_copy(update={"steps": steps})
+        return settings
+
     def _learn(
-        self,
-        run: RunDir,
-        start: str | None,
-        settings: Grpo,
-        demonstrations: Sequence[Demonstration],
-        *,
-        until: int | None = None,
+        self, run: RunDir, start: str | None, settings: Grpo, demonstrations: Sequence[Demonstration]
     ) -> None:
-        """Train by GRPO from the model `start`, to the end or `until` a step of a trial."""
+        """Train the model `start` by GRPO; a trial is measured when it begins and where it is left."""
         name, recipe, problems = run.name, self.recipe, self._data.rl
         self._world.check(self._stop, f"before {name}")
         log.info("%s: %d problems, from %s", name, len(problems), start)
@@ -328,11 +356,12 @@ class Study:
                 turns=recipe.sft.turns,
                 teacher=teacher,
             )
-            every, at = recipe.validation.grpo_every, () if until is None else (0, until)
+            left_early = run.until is not None and run.saves
+            every, at = recipe.validation.grpo_every, (0, run.until or 0) if left_early else ()
             if every or at:
                 run.validation = self._validation(every, engine, chat, grader.deciding, at=at)
-                run.validation.after = self.after_validation
-            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop, until=until)
+                run.validation.after = None if at else self.after_validation
+            grpo.train(context, problems, settings, run=run, screen=view, stop=self._stop)
             engine.rest()  # after the last validation, too
 
     def _validation(

@@ -10,6 +10,7 @@ from rlcs.plan.machine import Assumed, Machine
 from rlcs.plan.price import Price
 from rlcs.plan.rates import Basis
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, stages_behind
+from rlcs.recipe.handover import MOST_CANDIDATES
 from rlcs.recipe.schema import Recipe, Teacher
 from rlcs.train.sft import steps_of
 
@@ -182,17 +183,24 @@ def _rl(recipe: Recipe, arm: str, step: float, answers: Mapping[str, float]) -> 
     assert arm in RL_ARMS, arm
     steps = recipe.grpo.steps
     checks = _validations(recipe, recipe.validation.grpo_every, steps, answers)
-    return Item(
-        name=ARMS[arm].stage, hours=(steps * step + checks) / 3600, note=f"{steps:,} steps (the recipe's)"
-    )
+    note = f"{steps:,} steps (the recipe's)"
+    if arm == "sft_grpo" and recipe.sft.handover.rule == "probe":
+        handover = recipe.sft.handover
+        checks += (MOST_CANDIDATES + sum(handover.rounds)) * _measured(recipe) * answers["eval"]
+        note += f", at most {handover.most_steps:,} of them in trials that lose"
+    return Item(name=ARMS[arm].stage, hours=(steps * step + checks) / 3600, note=note)
 
 
 def _validations(recipe: Recipe, every: int, steps: int, answers: Mapping[str, float]) -> float:
     """Seconds of measuring while a stage trains: before it, every so many steps, and after it."""
     if not every:
         return 0.0
-    answered = recipe.validation.problems * recipe.validation.samples
-    return (2 + (steps - 1) // every) * answered * answers["eval"]
+    return (2 + (steps - 1) // every) * _measured(recipe) * answers["eval"]
+
+
+def _measured(recipe: Recipe) -> int:
+    """Answers of one measurement while a stage trains."""
+    return recipe.validation.problems * recipe.validation.samples
 
 
 def _teacher_work(teacher: Teacher, rows: Rows, assumed: Assumed) -> TeacherWork | None:

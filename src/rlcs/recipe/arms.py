@@ -3,7 +3,7 @@
 An arm's name is also its run directory, its colour in charts (a CSS variable) and its folder below `eval/`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -101,3 +101,10 @@ def stages_behind(arm: str) -> tuple[str, ...]:
         stages = (arm, *stages)
         arm = parent
     return ("cold_start", *stages) if {"sft", "mixed"} & {*stages} else stages
+
+
+def gain_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """Each of some arms beside the one it was trained from, and beside the base; the main arm is last."""
+    ordered = [arm for arm in reversed(MAIN_FIRST) if arm in arms]
+    pairs = [(arm, other) for arm in ordered for other in (ARMS[arm].parent, "base") if other in arms]
+    return [(arm, other) for arm, other in dict.fromkeys(pairs) if other and other != arm]

@@ -1,4 +1,4 @@
-"""The grid of a study of the cold start: its cells, their order, and when a cell need not be finished.
+"""The grid of a study of the cold start: which cells there are, in which order they run.
 
 A cell is one run of RL from one model: the base (no cold start), or a checkpoint of an SFT on so many
 demonstrations of one kind. The lengths of SFT on the same demonstrations are checkpoints of one training.
@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import Any, get_args
 
 from rlcs.errors import UserError
@@ -65,16 +64,20 @@ def study_words(name: str, overrides: Sequence[str]) -> list[str]:
 
     Lengths of one SFT can be compared if they end at the same learning rate; RL gets a third of its steps.
     """
-    validated = "validation.grpo_every=1"  # `prepared` says how often
-    steps = load_recipe(name, [validated, *overrides]).recipe.grpo.steps
-    own = [validated, "sft.optimizer.schedule=constant", f"grpo.steps={math.ceil(steps / 3)}"]
+    own = ["validation.grpo_every=1", "sft.handover.rule=last"]  # see `prepared`
+    steps = load_recipe(name, [*own, *overrides]).recipe.grpo.steps
+    own += ["sft.optimizer.schedule=constant", f"grpo.steps={math.ceil(steps / 3)}"]
     return [*own, *overrides]
 
 
 def prepared(recipe: Recipe) -> Recipe:
-    """The recipe with validation in the middle of RL, and without a hand-over: lengths are the study's."""
-    every = math.ceil(recipe.grpo.steps / 2)
-    return changed(recipe, [f"validation.grpo_every={every}", "sft.handover.rule=last"])
+    """The recipe with validation in the middle of RL, and without a hand-over: lengths are the study's.
+
+    What RL learns from besides the reward (`grpo.also`) is the same in all cells.
+    """
+    words = [f"validation.grpo_every={math.ceil(recipe.grpo.steps / 2)}", "sft.handover.rule=last"]
+    words += ["grpo.also.arms=[grpo, sft_grpo]"] if recipe.grpo.also.ever != {"reward"} else []
+    return changed(recipe, words)
 
 
 def chains_of(wanted: Wanted, recipe: Recipe, *, given: bool) -> tuple[str, ...]:
@@ -150,19 +153,3 @@ def subset(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[Map
     order = list(range(len(rows)))
     random.Random(f"coldstart|{seed}").shuffle(order)
     return [rows[index] for index in sorted(order[:count])]
-
-
-def cannot_win(start: Sequence[float], middle: Sequence[float], best: Sequence[float]) -> bool:
-    """Whether a cell in the middle of its RL is behind the best finished one, even if it gains as much again.
-
-    Each argument has the share of right answers to each validation problem: of the cell before RL and in its
-    middle, and of the best cell after RL. The forecast of a problem is `middle + (middle - start)`, or
-    `middle` where the cell gained nothing; the cell cannot win if the 95% interval of the mean difference
-    between forecast and best, paired by problem, is below zero. Learning slows down rather than speeding up,
-    so the forecast favours the cell.
-    """
-    gains = fmean(middle) > fmean(start)
-    moves = [m + (m - s if gains else 0.0) - b for s, m, b in zip(start, middle, best, strict=True)]
-    if len(moves) < 2:
-        return False
-    return fmean(moves) + 1.96 * stdev(moves) / math.sqrt(len(moves)) < 0

@@ -44,9 +44,16 @@ class Judge(Server):
     """Most questions to the judge in a run, to bound its cost; answers beyond are not scored. Neither the
     further attempts at a question count, nor the two questions of the trial before it. None: no limit."""
 
+    faults: bool = False
+    """After the measurement the judge also says of every wrong answer which part failed, perception or
+    reasoning, for the report; whatever the weight. Of built-in problems that is known without a judge."""
+    sees_images: bool = False
+    """For `faults` the judge gets the images too: it must be a model that sees them. Without them it can only
+    tell whether an answer follows from what it states itself."""
+
     @model_validator(mode="after")
     def _can_be_asked(self) -> "Judge":
-        if self.weight and not self.model:
+        if (self.weight or self.faults) and not self.model:
             raise ValueError("a judge needs model, and base_url where a server runs it")
         if self.template is not None and "{" in self.template:
             require_placeholders(self.template)

@@ -223,10 +223,6 @@ class Teacher(Server):
         return self.at(str(self.base_url), str(self.model), section="teacher")
 
 
-Blind = Literal["none", "other", "removed"]
-BLINDS: tuple[Blind, ...] = ("none", "other", "removed")
-
-
 class Eval(Section):
     """Sampling in the measurement of every arm on `data.test`."""
 
@@ -238,7 +234,7 @@ class Eval(Section):
     """Longest answer in tokens."""
     max_rows: Positive = 256
     """Answers decoded at once."""
-    blind: Blind = "none"
+    blind: Literal["none", "other", "removed"] = "none"
     """Each model also answers every question without its image, which shows what it answers without looking.
     `other`: it sees another problem's image, so that the prompt keeps its form; `removed`: no image."""
 

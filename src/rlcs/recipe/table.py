@@ -4,7 +4,7 @@ from pathlib import PurePath
 
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.execution import Lora, Parallel
-from rlcs.recipe.handover import Rule
+from rlcs.recipe.handover import Handover, Rule
 from rlcs.recipe.objectives import Entropy, Sight
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Data, Eval, Images, Model, Prompts, Recipe, Teacher, Validation
@@ -59,6 +59,7 @@ def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
         ("arms", ", ".join(ARMS[arm].label for arm in recipe.study.arms)),
         *_prompt_rows(recipe.prompt, recipe.images),
         *_sft_rows(recipe.sft),
+        *_probe_rows(recipe.sft.handover, recipe.grpo.steps),
         *_grpo_rows(recipe.grpo),
         *_rollout_rows(recipe.rollout, f", LoRA {adapters}" if recipe.lora.rank else "", recipe.overlap),
         *_data_rows(recipe.data, recipe.teacher, recipe.eval),
@@ -100,6 +101,17 @@ def _sft_rows(sft: Sft) -> list[tuple[str, str]]:
         ("SFT optimiser", _optimizer(sft.optimizer)),
         ("SFT loss", f"response and end tokens only; {_AVERAGES[sft.loss_average]}"),
     ]
+
+
+def _probe_rows(handover: Handover, steps: int) -> list[tuple[str, str]]:
+    """The row of trials of RL that choose the model of SFT; none with another rule."""
+    if handover.rule != "probe":
+        return []
+    how = (
+        f"RL is tried from what each rule by validation takes, {_count(handover.round_steps, 'step')} a round"
+    )
+    lost = f"{handover.most_steps:,} of its {steps:,} steps at most, in trials that lose"
+    return [("SFT hand-over", f"{how}; this takes {lost}")]
 
 
 def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
@@ -162,8 +174,10 @@ def _entropy_rows(entropy: Entropy) -> list[tuple[str, str]]:
 
 def _mask_rows(most: float | None) -> list[tuple[str, str]]:
     """The row of answers that are left out where the policy has moved away from them; none where none are."""
-    text = f"left out above {most} nats a token, where their advantage is negative"
-    return [] if most is None else [("RL answers far from the sampler", text)]
+    if most is None:
+        return []
+    text = f"left out above {most:g} nats a token, where their advantage is negative"
+    return [("RL answers far from the sampler", text)]
 
 
 def _also_rows(grpo: Grpo) -> list[tuple[str, str]]:

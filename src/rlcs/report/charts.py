@@ -81,7 +81,7 @@ METRICS = {
     "teacher_kl": "Reverse KL from the teacher, nats a token",
 }
 """Metrics of training that have charts, with their titles; parts of the reward have some as well."""
-_SHARES = ("accuracy", "clip_fraction", "held_share", "masked_share")
+_SHARES = ("accuracy", "clip_fraction", "held_share", "masked_share", "signal", "alike", "format")
 
 
 def title_of(key: str) -> str:

@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 from typing import Any
 
-from rlcs.evals.intervals import paired_interval, wilson
+from rlcs.evals.intervals import interval_of_mean, wilson
 from rlcs.records import GradedSample
 from rlcs.report.load_run import Row, number, part, read_object, read_records, read_rows, text
 
@@ -155,17 +155,11 @@ class Results:
             for name in before.keys() & after.keys():
                 moves.setdefault(name, []).append(after[name] - before[name])
         means = [fmean(each) for each in moves.values()]
-        points = fmean(means)
-        if len(seeds) == 1:
-            gained, lost = sum(move > 0 for move in means), sum(move < 0 for move in means)
-            low, high = paired_interval(gained, lost, len(means), self.z)
-        else:
-            half = self.z * stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 1.0
-            low, high = points - half, points + half
+        low, high = interval_of_mean(means, self.z)
         by_seed = tuple(
             fmean(second.cells[s].after.values()) - fmean(first.cells[s].after.values()) for s in seeds
         )
-        return Gap(points=points, low=low, high=high, by_seed=by_seed)
+        return Gap(points=fmean(means), low=low, high=high, by_seed=by_seed)
 
     def against_none(self, result: Result) -> Gap | None:
         """A result minus the one without a cold start."""

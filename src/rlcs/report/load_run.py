@@ -37,6 +37,8 @@ class Run:
     """The held-out problems; paths of kept images are relative to the folder `eval`."""
     answers: Mapping[str, Mapping[str, GradedSample]]
     """Arm -> problem id -> answer."""
+    blind: Mapping[str, Mapping[str, GradedSample]]
+    """Arm -> problem id -> answer to its blind twin."""
     scores: Mapping[str, Row]
     """Arm -> scores.json."""
     rollouts: Mapping[str, tuple[int, tuple[GradedSample, ...]]]
@@ -45,6 +47,8 @@ class Run:
     """Stage -> rows of validation.jsonl."""
     done: Mapping[str, Row]
     """Stage -> done.json."""
+    handover: Row
+    """sft/candidates.json: the trials of RL by which SFT's model was chosen."""
     data_checks: Row
 
 
@@ -68,8 +72,8 @@ def require_runs(folder: Path) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """Read one run folder."""
     arms = [a for a in ARMS if (folder / "eval" / a).is_dir()]
-    predictions = {a: folder / "eval" / a / "predictions.jsonl" for a in arms}
-    answers = {a: {row.sample.id: row for row in read_records(GradedSample, predictions[a])} for a in arms}
+    answers = {a: _answers(folder / "eval" / a) for a in arms}
+    blind = {a: _answers(folder / "eval" / a / "blind") for a in arms}
     stages = {s: tuple(read_rows(folder / s / "metrics.jsonl")) for s in TRAINING_ORDER}
     rollouts = {s: _last_rollouts(folder / s / "rollouts") for s in TRAINING_ORDER}
     scores = {a: read_object(folder / "eval" / a / "scores.json") for a in arms}
@@ -82,12 +86,19 @@ def read_run(folder: Path) -> Run:
         curves={s: rows for s, rows in stages.items() if rows},
         problems=tuple(read_records(Problem, folder / "eval" / PROBLEMS)),
         answers={a: rows for a, rows in answers.items() if rows},
+        blind={a: rows for a, rows in blind.items() if rows},
         scores={a: row for a, row in scores.items() if row},
         rollouts={s: last for s, last in rollouts.items() if last},
         validation={s: rows for s, rows in validation.items() if rows},
         done={s: read_object(folder / s / "done.json") for s in TRAINING_ORDER},
+        handover=read_object(folder / "sft" / "candidates.json"),
         data_checks=read_object(folder / "data_checks.json"),
     )
+
+
+def _answers(folder: Path) -> dict[str, GradedSample]:
+    rows = read_records(GradedSample, folder / "predictions.jsonl")
+    return {row.sample.id: row for row in rows}
 
 
 def read_text(path: Path) -> str:

@@ -11,8 +11,10 @@ from rlcs.errors import RunFolderError
 from rlcs.recipe.arms import ARMS, RL_ARMS
 from rlcs.recipe.schema import Report
 from rlcs.report import charts, coldstart, demonstrations, findings, pictures, rollouts
+from rlcs.report.blind import blind_control, fault_counts
 from rlcs.report.conclusions import Conclusions, conclude, effect
 from rlcs.report.differences import differences
+from rlcs.report.handover import MEASURES, SHARES, handovers
 from rlcs.report.load_run import Row, Run, kept_images, number, part, read_object, read_runs, read_text, text
 from rlcs.report.pages import digits, duration, templates, write_page
 from rlcs.report.stages import Progress, ending, progress
@@ -64,6 +66,8 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         lead=conclusions.lead,
         notes=conclusions.notes,
         results=results,
+        blind=blind_control(runs),
+        faults=fault_counts(runs),
         arms_chart=charts.arms_chart(results) if results else "",
         gaps=[(gap, effect(gap)) for gap in differences(runs)],
         seeds=[r.folder.name.removeprefix("seed-") for r in runs] if len(runs) > 1 else [],
@@ -73,8 +77,12 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         rl_stages=[stage for stage in RL_ARMS if any(stage in run.curves for run in runs)],
         sft_curves=[
             *_validation_charts(validated, ("sft",)),
+            *_measures(runs),
             *_curves(runs, ("loss", "grad_norm"), ("sft",)),
         ],
+        handovers=handovers(runs),
+        measures={"accuracy": "pass@1", "pass_at_k": "pass@k", **MEASURES},
+        shares=SHARES,
         validated="k" if any(p.pass_at_k for c in validated for p in c.points) else bool(validated),
         phases=_phases(runs[0]),
         health=health,
@@ -136,6 +144,18 @@ def _validation_charts(
             k = next((f"; dashed: pass@{p.samples}" for p in curve.points if p.pass_at_k is not None), "")
             title = f"Validation accuracy, {ARMS[curve.stage].stage}{k}"
             found.append((title, charts.validation_chart(curve)))
+    return found
+
+
+def _measures(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """The (title, chart) of what else was measured of the models of SFT, as far as it was."""
+    found = []
+    for key, title in MEASURES.items():
+        curves = [findings.series(run.validation.get("sft", ()), key) for run in runs]
+        if len(first := curves[0]) > 1:
+            about = f"Line chart over steps of SFT. {title}: from {first[0][1]:.3g} to {first[-1][1]:.3g}"
+            chart = charts.curve_chart(key, about, [("sft", curves)], name=f"measured-{key}")
+            found.append((f"Validation: {title[0].lower()}{title[1:]}", chart))
     return found
 
 

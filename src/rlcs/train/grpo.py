@@ -83,12 +83,8 @@ def train(
     run: RunDir,
     screen: Screen,
     stop: StopFlag,
-    until: int | None = None,
 ) -> None:
-    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model.
-
-    With `until` a run that is not so far ends after that step, with a checkpoint and no trained model.
-    """
+    """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model."""
     total = settings.steps * settings.optimizer_steps
     trainer = Trainer(context.vlm, settings.optimizer, steps=total, max_bad_steps=settings.max_bad_steps)
     stream = stream_of(problems, settings.order, seed=run.seed, steps=settings.steps)
@@ -103,10 +99,8 @@ def train(
     collector = Collector(context, stream, settings, sampling, check=check)
     mixer = Mixer(context, settings, seed=run.seed)
     first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
-    bonus = EntropyBonus(settings.entropy, run.carried)
-    unchecked = True
-    end = settings.steps if until is None else until
-    for step in range(first, end):
+    bonus, unchecked = EntropyBonus(settings.entropy, run.carried), True
+    for step in range(first, run.until or settings.steps):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
         clock, cursor = Clock(), stream.state()
@@ -116,10 +110,7 @@ def train(
                 stream.restore(cursor)
                 _stop_unscored(run, found.chosen, step=step, first=first)
             if unchecked and found.arrived:
-                world = context.vlm.world
-                own = found.arrived[world.rank :: world.size] or found.arrived[-1:]
-                trees = [tree_of(group, keep_unscored=True) for group in own]
-                require_agreement(context.vlm, context.chat, trees, temperature=settings.temperature)
+                _check_packing(context, found.arrived, settings.temperature)
                 unchecked = False
             learner.add(found.newly_placed())
             if not found.complete:
@@ -131,20 +122,23 @@ def train(
         if context.overlap == "one_step_off" and not run.is_last_or_measured(step + 1):
             collector.request_ahead(step + 1, clock)
         results = learner.finish()
-        nothing_learnt = not mixer.learns_without_reward and all(map(zero_variance, groups))
-        run.zero_variance_steps = run.zero_variance_steps + 1 if nothing_learnt else 0
-        _require_signal(run.zero_variance_steps, settings.max_zero_variance_steps)
+        if not mixer.learns_without_reward:
+            _require_signal(run, groups, settings.max_zero_variance_steps)
         result = combined(results) if results else None
         values = run.keep_rollouts(step + 1, groups) | {"bad_rows": float(found.skipped)}
         values |= signals | check.values() | mixer.values | bonus.after(result)
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    if until is not None:
-        run.pause(until, screen=screen, stop=stop)
-        return
-    run.validate(settings.steps, screen=screen, stop=stop)
-    run.finish(screen)
+    run.conclude(screen, stop)
+
+
+def _check_packing(context: GrpoContext, groups: Sequence[Group], temperature: float) -> None:
+    """Compare packed trees of some groups with plain sequences, on every rank its own."""
+    world = context.vlm.world
+    own = groups[world.rank :: world.size] or groups[-1:]
+    trees = [tree_of(group, keep_unscored=True) for group in own]
+    require_agreement(context.vlm, context.chat, trees, temperature=temperature)
 
 
 def _stop_unscored(run: RunDir, groups: Sequence[Group], *, step: int, first: int) -> NoReturn:
@@ -161,10 +155,12 @@ def _stop_unscored(run: RunDir, groups: Sequence[Group], *, step: int, first: in
     )
 
 
-def _require_signal(zero_variance_steps: int, limit: int) -> None:
-    if zero_variance_steps >= limit:
+def _require_signal(run: RunDir, groups: Sequence[Group], limit: int) -> None:
+    """Count the last steps without two different rewards in a group; TrainingError after too many."""
+    run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
+    if run.zero_variance_steps >= limit:
         raise TrainingError(
-            f"no group had two different rewards in {zero_variance_steps} steps in a row: "
+            f"no group had two different rewards in {run.zero_variance_steps} steps in a row: "
             "nothing can be learnt",
             fix="look at rollouts/: are answers boxed, and is the task neither too hard nor too easy?",
         )

@@ -64,3 +64,11 @@ SIGNS = (
         most=Rollouts().alarm, fix="run rlcs doctor; set model.attention=dense",
     ),
 )  # fmt: skip
+
+FALLS = (
+    ("accuracy", "Share of right answers", "{:.1%}", 0.4, 0.2),
+    ("response_tokens", "Tokens of an answer", "{:.0f}", 0.3, 1.0),
+    ("entropy", "Entropy", "{:.2g} nats a token", 0.1, 0.05),
+)
+"""Metrics that should not fall below a share of their best: key, name, form, that share, and how high the
+best must be to say something."""

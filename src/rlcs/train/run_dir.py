@@ -10,16 +10,18 @@ from typing import Any
 from rlcs.data.stream import Resumable
 from rlcs.distributed import World
 from rlcs.errors import CheckpointError
+from rlcs.model.checkpoints import complete
 from rlcs.model.loading import save
 from rlcs.progress import Screen
 from rlcs.recipe.execution import Trackers as TrackerSettings
 from rlcs.recipe.sampling import Rollouts
-from rlcs.recipe.stages import Stage
+from rlcs.recipe.stages import Grpo, Stage
 from rlcs.records import NO_SIGNAL, Group, StepReport
 from rlcs.signals import StopFlag, Stopped
-from rlcs.storage import mark_done
+from rlcs.storage import mark_done, read_jsonl
 from rlcs.train.checkpoint import Checkpoints
 from rlcs.train.clock import Clock
+from rlcs.train.collapse import FOLDER, CollapseWatch
 from rlcs.train.handover import kept_steps, ranking
 from rlcs.train.health import SIGNS
 from rlcs.train.metrics import MetricsLog
@@ -64,6 +66,10 @@ class RunDir:
         """What else the stage carries from step to step, JSON-able: checkpoints hold it."""
         self.validation: Validation | None = None
         """Set it before training to measure while the stage trains."""
+        self.until: int | None = None
+        """Set it before training to leave the stage after that step."""
+        self.saves = True
+        """Whether a stage that is left saves a checkpoint to go on from."""
         self._settings = settings
         self._recipe_hash = recipe_hash
         self._gap_alarm = gap_alarm
@@ -79,6 +85,8 @@ class RunDir:
         self._stream: Resumable
         self._steps: int
         self._saved = 0
+        self._groups: Sequence[Group] = ()
+        self._watch: CollapseWatch
 
     @property
     def spent_s(self) -> float:
@@ -97,6 +105,7 @@ class RunDir:
         self._read_validation(0 if state is None else state.step)
         if state is None:
             self._first(lambda: self._metrics.resume_from(0))
+            self._begin_watch()
             return 0
         if state.recipe_hash != self._recipe_hash:
             raise CheckpointError(
@@ -111,8 +120,21 @@ class RunDir:
         self.zero_variance_steps = state.extra["zero_variance_steps"]
         self.carried = dict(state.extra["carried"])
         self._first(lambda: self._metrics.resume_from(state.step))
+        self._begin_watch()
         self._saved = state.step
         return state.step
+
+    def _begin_watch(self) -> None:
+        """Watch for a collapse, from the metrics so far on."""
+        path, limit = self.path / "metrics.jsonl", self._gap_alarm
+        gets_harder = isinstance(self._settings, Grpo) and self._settings.order == "easy_first"
+        without = ("accuracy",) if gets_harder else ()
+
+        def begin() -> CollapseWatch:
+            rows = read_jsonl(path) if path.exists() else []
+            return CollapseWatch(self.path / FOLDER, rows, gap_limit=limit, without=without)
+
+        self._watch = self._world.first(begin)
 
     def _read_validation(self, step: int) -> None:
         """Take up the measurements of an earlier attempt, up to the step at which this one goes on."""
@@ -146,9 +168,9 @@ class RunDir:
         return True
 
     def is_last_or_measured(self, step: int) -> bool:
-        """Whether the model after `step` steps is to be measured, or the final one."""
+        """Whether the model after `step` steps is to be measured, or the last one."""
         due = self.validation is not None and self.validation.is_due(step, self._steps)
-        return due or step == self._steps
+        return due or step in (self._steps, self.until)
 
     def stop_in_step(self, done: int, stop: StopFlag) -> None:
         """End here after a stop signal, with a checkpoint of the `done` steps, of which the model is.
@@ -158,11 +180,17 @@ class RunDir:
         self._save_once(done)
         self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
 
-    def pause(self, step: int, *, screen: Screen, stop: StopFlag) -> None:
-        """Leave the stage after `step` steps, measured if that is due, with a checkpoint to go on from."""
-        self._save_once(step)
-        self.validate(step, screen=screen, stop=stop)
-        self._trackers.close()
+    def conclude(self, screen: Screen, stop: StopFlag) -> None:
+        """Measure the model if that is due, and write it; left early, a checkpoint if it `saves`."""
+        if self.until is None:
+            self.validate(self._steps, screen=screen, stop=stop)
+            self.finish(screen)
+        else:
+            self._rollouts.wait()
+            if self.saves:
+                self._save_once(self.until)
+            self.validate(self.until, screen=screen, stop=stop)
+            self._trackers.close()
 
     def _save_once(self, step: int) -> None:
         if step > self._saved:
@@ -176,6 +204,7 @@ class RunDir:
 
     def keep_rollouts(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """Write the rollouts of a step and their problems; returns the averages over them."""
+        self._groups = groups
         self._first(lambda: self._rollouts.write(step, groups))
         return measure(groups)
 
@@ -202,6 +231,7 @@ class RunDir:
         self._warn_of_gap(report.values, screen)
         self._first(lambda: self._log(report))
         screen.step(report)
+        self._keep_collapse(report, screen)
         self._checkpoints.poll()
         due = step % self._settings.save_every == 0 or step in self._settings.keep_steps
         if self._world.agree(stop):
@@ -217,6 +247,18 @@ class RunDir:
             text = f"{sign.name}: {sign.message(gap, self._gap_alarm)}"
             log.warning(text)
             screen.say(f"warning: {text}")
+
+    def _keep_collapse(self, report: StepReport, screen: Screen) -> None:
+        """Keep the answers of a step in which a sign crossed its limit, and the checkpoint before it."""
+        row = {"step": report.step, "skipped": report.skipped, **report.values}
+        if not self._groups or (crossing := self._watch.add(row)) is None:
+            return
+        self._checkpoints.wait()
+        folder, watch, groups = self._checkpoints.folder, self._watch, self._groups
+        watch.kept.append(self._world.first(lambda: watch.keep(crossing, groups, complete(folder))))
+        text = f"{self.name} in step {report.step:,}: {crossing.message}"
+        log.warning(text)
+        screen.say(f"warning: {text}; `rlcs doctor {self.path.parent} --replay` finds out what prevents it")
 
     def _log(self, report: StepReport) -> None:
         self._metrics.append(report)
@@ -255,7 +297,8 @@ class RunDir:
 
     def _kept(self) -> dict[str, Any]:
         """How many of the newest checkpoints are kept, and which steps' always."""
-        always = {*self._settings.keep_steps, *self._chosen()}
+        explaining = (each.checkpoint for each in self._watch.kept)
+        always = {*explaining, *self._settings.keep_steps, *self._chosen()}
         return {"keep": self._settings.keep_checkpoints, "always": always}
 
     def _chosen(self) -> set[int]:

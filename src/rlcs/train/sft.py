@@ -108,8 +108,7 @@ def train(
             result = trainer.step(batches, objective, average=settings.loss_average)
         values = {"bad_rows": float(len(bad))} if bad else {}
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
-    run.validate(steps, screen=screen, stop=stop)
-    run.finish(screen)
+    run.conclude(screen, stop)
 
 
 def usable_trees(

@@ -108,10 +108,14 @@ class Bars:
         return ", ".join(f"{ink}={height}" for ink, height in _bars(scene).items())
 
     def read(self, caption: str) -> str | None:
-        """Take the bars, at most as many as there are slots; heights may be any."""
+        """Take the bars, at most as many as there are slots; one of height 0 is not there."""
         pairs = re.findall(r"(\w+)=(\d+)", caption)
         heights = {ink: int(height) for ink, height in pairs if ink in COLOURS}
-        if not 0 < len(heights) <= _SLOTS or caption.strip() != ", ".join(f"{i}={h}" for i, h in pairs):
+        if (
+            not any(heights.values())
+            or len(heights) > _SLOTS
+            or caption.strip() != ", ".join(f"{i}={h}" for i, h in pairs)
+        ):
             return None
         return _text(next(iter(PAPERS)), list(heights.items())) if len(heights) == len(pairs) else None
 

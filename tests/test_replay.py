@@ -1,0 +1,105 @@
+"""`rlcs doctor RUN --replay`: a real collapse of the built-in model, and the change that prevents it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from rlcs.cli.main import app
+from rlcs.doctor.health import examine
+from rlcs.errors import RlcsError
+from rlcs.pipeline import replay
+from rlcs.pipeline.replay import changes
+from rlcs.recipe.loading import load_recipe
+from rlcs.storage import read_json
+from rlcs.train import collapse
+from rlcs.train.collapse import Crossing
+
+SHORT = (
+    "data.rl=builtin:puzzles?count=40&seed=2&levels=1", "data.test=builtin:puzzles?split=test&count=2&seed=3",
+    "study.preflight=off", "grpo.steps=12", "grpo.prompts_per_step=3", "grpo.group_size=4",
+    "grpo.max_new_tokens=48", "grpo.save_every=2", "grpo.optimizer.lr=2e-2", "grpo.optimizer.warmup_steps=14",
+    "eval.max_new_tokens=8",
+)  # fmt: skip
+
+
+def rlcs(*words):
+    result = CliRunner().invoke(app, [*map(str, words)])
+    if isinstance(result.exception, RlcsError):
+        return result.exception.exit_code, str(result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of RL from the built-in model with a learning rate that is much too high."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collapse, "LEAD", 4)  # so that a checkpoint counts
+        code, text = rlcs("grpo", "quickstart", "--quiet", "--out", folder, *SHORT)
+    assert code == 0 and "finds out what prevents it" in text, text
+    return folder
+
+
+def test_the_unchanged_replay_collapses_and_the_right_change_prevents_it(run, monkeypatch):
+    def few(recipe, crossing):
+        named = {change.name: change for change in changes(recipe, crossing)}
+        return [named["learning rate a tenth"], named["old logprobs by the policy"]]
+
+    crossing = read_json(min(run.glob("grpo/collapse/*/crossing.json")))
+    assert crossing["checkpoint"] == crossing["step"] - 4 > 0
+    [before] = [finding for finding in examine(run) if "collapse" in finding.name][:1]
+    assert "--replay" in before.fix and crossing["name"] in before.message
+    files = sorted(path for path in run.rglob("*"))
+
+    monkeypatch.setattr(replay, "changes", few)
+    code, text = rlcs("doctor", run, "--replay")
+    assert code == 0, text
+    result = read_json(run / "grpo" / "collapse" / f"step-{crossing['step']:06d}" / "replay.json")
+    unchanged, tenth, policy = result["outcomes"]
+    assert result["repeats"] and not unchanged["held"]
+    metrics = [json.loads(line) for line in (run / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in metrics if row["step"] <= result["last_step"]]
+    assert unchanged["value"] == collapse.last_mean(rows, crossing["key"]), "step by step as it was"
+    assert tenth["held"] and not tenth["other"] and not policy["held"]
+    assert [fix["words"] for fix in result["fixes"]] == [["grpo.optimizer.lr=0.002"]]
+    assert "learning rate a tenth prevents it: grpo.optimizer.lr=0.002" in text and "(reward " in text
+    [after] = [finding for finding in examine(run) if "collapse" in finding.name][:1]
+    assert after.fix == "grpo.optimizer.lr=0.002"
+    left = set(run.rglob("*")) - set(files)
+    assert [path.name for path in left] == ["replay.json"], "nothing else is left"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "named", "not_named"),
+    [
+        (("grpo.optimizer_steps=1",), "kl", ("learning rate halved", "KL penalty on", "temperature 0.8"),
+         ("half the clip range", "old logprobs by the policy", "reward without format", "entropy control")),
+        (("grpo.optimizer_steps=2", "grpo.reward.format=0.5", "grpo.temperature=0.7"), "kl",
+         ("half the clip range", "old logprobs by the policy", "reward without format", "temperature 1"), ()),
+        (("grpo.reward.functions={FILE:half: 0.5}", "grpo.reward.length=0.1"), "boxes_per_answer",
+         ("reward without half", "reward without length"), ()),
+        (("grpo.kl.kind=k3", "grpo.kl.coefficient=0.01"), "entropy",
+         ("five times the KL penalty", "entropy control", "temperature 1.2"), ("KL penalty on",)),
+        ((), "truncated", ("cut answers not learnt from",), ()),
+        (("rollout.engine=vllm_server", "rollout.importance_cap=null"), "sampler_gap",
+         ("importance weights",), ()),
+    ],
+)  # fmt: skip
+def test_the_changes_that_apply_are_tried_and_each_is_a_recipe(tmp_path, words, key, named, not_named):
+    (tmp_path / "own.py").write_text("def half(problem, response):\n    return 0.5\n")
+    words = [word.replace("FILE", str(tmp_path / "own.py")) for word in words]
+    recipe = load_recipe("quickstart", words).recipe
+    crossing = Crossing(step=9, key=key, name="Sign", form="{:.2f}", value=2.0, limit=1.5)
+    found = {change.name: change for change in changes(recipe, crossing)}
+    assert set(named) <= set(found) and not set(not_named) & set(found)
+    for change in found.values():
+        assert load_recipe("quickstart", [*words, *change.words]).recipe != recipe, change.name
+
+
+def test_a_run_without_a_collapse_and_no_run_are_refused_in_words(tmp_path):
+    code, text = rlcs("doctor", tmp_path, "--replay")
+    assert code == 2 and "nothing to replay" in text
+    code, text = rlcs("doctor", "--replay")
+    assert code == 2 and "rlcs doctor RUN --replay" in text
