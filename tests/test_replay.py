@@ -9,8 +9,9 @@ from rlcs.cli.main import app
 from rlcs.doctor.health import examine
 from rlcs.errors import RlcsError
 from rlcs.pipeline import replay
-from rlcs.pipeline.replay import changes
+from rlcs.pipeline.replay import changes, find_collapse
 from rlcs.recipe.loading import load_recipe
+from rlcs.records import to_row
 from rlcs.storage import read_json
 from rlcs.train import collapse
 from rlcs.train.collapse import Crossing
@@ -101,5 +102,12 @@ def test_the_changes_that_apply_are_tried_and_each_is_a_recipe(tmp_path, words, 
 def test_a_run_without_a_collapse_and_no_run_are_refused_in_words(tmp_path):
     code, text = rlcs("doctor", tmp_path, "--replay")
     assert code == 2 and "nothing to replay" in text
+    kept = tmp_path / "grpo" / "collapse" / "step-000009"
+    kept.mkdir(parents=True)
+    crossing = Crossing(step=9, key="kl", name="KL", form="{:.2f}", value=2.0, limit=1.5)
+    (kept / "crossing.json").write_text(json.dumps(to_row(crossing)))
+    assert find_collapse(tmp_path, 9).crossing == find_collapse(tmp_path).crossing == crossing
+    code, text = rlcs("doctor", tmp_path, "--replay", "--step", 8)
+    assert code == 2 and "in step 8 of this run" in text
     code, text = rlcs("doctor", "--replay")
     assert code == 2 and "rlcs doctor RUN --replay" in text

@@ -27,6 +27,9 @@ class DoctorOptions:
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for --gpu")] = 8.0
     executable: Annotated[str, typer.Option(help="vLLM's program for --gpu")] = "vllm"
     out: Annotated[Path | None, typer.Option(help="File for the JSON of --gpu")] = None
+    step: Annotated[
+        int | None, typer.Option(min=1, help="For --replay: the step of another sign than the first")
+    ] = None
     cpu: Annotated[bool, typer.Option("--cpu", hidden=True, help="On the CPU, with a small model")] = False
     json: Json = False
 
@@ -48,7 +51,7 @@ def doctor(
     if options.replay:
         if run is None:
             raise UserError("a run is replayed", where="--replay", fix="write rlcs doctor RUN --replay")
-        _replay(run, json=options.json)
+        _replay(run, options)
         return
     about: dict[str, str] = {}
     if run is None:
@@ -69,7 +72,9 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _replay(run: Path, *, json: bool) -> None:
+def _replay(run: Path, options: DoctorOptions) -> None:
+    if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     from rlcs.data.run_data import load_run_data
     from rlcs.distributed import join_world
     from rlcs.pipeline.replay import Replay, find_collapse, lines
@@ -77,16 +82,15 @@ def _replay(run: Path, *, json: bool) -> None:
     from rlcs.recipe.loading import load_recipe
     from rlcs.signals import StopFlag
 
-    collapse = find_collapse(run)
+    collapse = find_collapse(run, options.step)
     recipe = load_recipe(str(collapse.run / "recipe.yaml"), []).recipe
     limit = recipe.images.decode_limit
     data = load_run_data(recipe.study, recipe.data, decode_limit=limit, validation=recipe.validation)
-    parallel, output = recipe.parallel, Output(quiet=True, json=json)
+    parallel, output = recipe.parallel, Output(quiet=True, json=options.json)
     joined = join_world(timeout_s=parallel.timeout_s, shard_size=parallel.shard_size)
     with StopFlag() as stop, joined as world:
         result = Replay(collapse, data, output=output, stop=stop, world=world).run()
-        if world.rank == 0:
-            print_result(result, ["", *lines(result, collapse)], json=json)
+        print_result(result, ["", *lines(result, collapse)], json=options.json)
 
 
 def _require_writable(out: Path | None) -> None:

@@ -86,14 +86,16 @@ class Outcome:
     error: str = ""
 
 
-def find_collapse(folder: Path) -> Collapse:
-    """The first collapse that a run kept, of the first of its seeds with any. Raises UserError."""
+def find_collapse(folder: Path, step: int | None = None) -> Collapse:
+    """The first collapse that a run kept (in that step), of its first seed with any. Raises UserError."""
     for run in (folder, *sorted(folder.glob("seed-*"))):
         for arm in RL_ARMS:
             for crossing in kept_crossings(run / arm / FOLDER):
-                return Collapse(run=run, arm=arm, crossing=crossing)
+                if step in (None, crossing.step):
+                    return Collapse(run=run, arm=arm, crossing=crossing)
+    where = "this run" if step is None else f"step {step:,} of this run"
     raise UserError(
-        "no sign of collapse crossed its limit in this run, so that there is nothing to replay",
+        f"no sign of collapse crossed its limit in {where}, so that there is nothing to replay",
         where=str(folder),
         fix="rlcs doctor RUN says how it is; a sign counts when its mean over "
         f"{WINDOW} steps crosses its limit and was within it before",
