@@ -6,13 +6,16 @@ import pytest
 from typer.testing import CliRunner
 
 from rlcs.cli.main import app
+from rlcs.data.run_data import RunData
 from rlcs.doctor.health import examine
 from rlcs.errors import RlcsError
 from rlcs.pipeline import replay
-from rlcs.pipeline.replay import changes, find_collapse
+from rlcs.pipeline.replay import Collapse, Replay, changes, find_collapse
+from rlcs.pipeline.study import Output
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import to_row
-from rlcs.storage import read_json
+from rlcs.signals import StopFlag
+from rlcs.storage import read_json, write_json
 from rlcs.train import collapse
 from rlcs.train.collapse import Crossing
 
@@ -97,6 +100,24 @@ def test_the_changes_that_apply_are_tried_and_each_is_a_recipe(tmp_path, words, 
     assert set(named) <= set(found) and not set(not_named) & set(found)
     for change in found.values():
         assert load_recipe("quickstart", [*words, *change.words]).recipe != recipe, change.name
+
+
+def test_a_replay_ends_with_the_arm_of_which_trials_have_taken_steps(tmp_path):
+    words = ["sft.handover.rule=probe", "validation.sft_every=5", "validation.samples=2"]
+    recipe = load_recipe("quickstart", words).recipe
+    write_json(tmp_path / "recipe.yaml", recipe.model_dump(mode="json"))  # JSON is YAML, too
+    write_json(tmp_path / "sft" / "candidates.json", {"steps": 96})
+    crossing = Crossing(step=94, key="kl", name="KL", form="{:.2f}", value=2.0, limit=1.5)
+    last = {
+        arm: Replay(
+            Collapse(run=tmp_path, arm=arm, crossing=crossing),
+            RunData(cold_start=(), rl=(), test=()),
+            output=Output(quiet=True),
+            stop=StopFlag(),
+        ).last
+        for arm in ("sft_grpo", "grpo")
+    }
+    assert last == {"sft_grpo": 96, "grpo": 99}
 
 
 def test_a_run_without_a_collapse_and_no_run_are_refused_in_words(tmp_path):

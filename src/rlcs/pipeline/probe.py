@@ -25,6 +25,7 @@ from rlcs.model.checkpoints import folder_of
 from rlcs.model.source import CHECKPOINTS, FINAL, MODELS
 from rlcs.recipe.arms import RlArm
 from rlcs.recipe.handover import Handover, Rule, losers_steps, rounds_of
+from rlcs.recipe.schema import Recipe
 from rlcs.records import to_row
 from rlcs.storage import DONE, mark_done, read_json, read_jsonl, write_json
 from rlcs.train.handover import Rows, choices
@@ -128,9 +129,10 @@ def probe(run: Path, handover: Handover, *, steps: int, train: Try, world: World
     world.first(lambda: _hand_over(run, read_json(path)["chosen"]))
 
 
-def steps_left(run: Path) -> int:
-    """The steps of RL of the arm when the losers' are taken off."""
-    return int(read_json(run / "sft" / CANDIDATES)["steps"])
+def steps_of(arm: RlArm, recipe: Recipe, run: Path) -> int:
+    """The steps of an arm of RL; trials that were lost have taken some of them."""
+    tried = arm == ARM and recipe.sft.handover.rule == "probe"
+    return int(read_json(run / "sft" / CANDIDATES)["steps"]) if tried else recipe.grpo.steps
 
 
 def rows_of(stage: Path) -> dict[int, Mapping[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RlcsError, UserError
+from rlcs.pipeline.probe import steps_of
 from rlcs.pipeline.study import Output, Study
 from rlcs.progress import Screen, screen
 from rlcs.recipe.arms import RL_ARMS, RlArm
@@ -162,7 +163,7 @@ class Replay:
         self._output, self._stop, self._world = output, stop, world
         self._path = str(collapse.run / "recipe.yaml")
         self._recipe = load_recipe(self._path, []).recipe
-        steps = self._recipe.grpo.of(collapse.arm).steps
+        steps = world.first(lambda: steps_of(collapse.arm, self._recipe, collapse.run))
         self.last = min(steps, collapse.crossing.step + WINDOW)
 
     def run(self) -> dict[str, Any]:

@@ -315,11 +315,8 @@ class Study:
 
     def _settings_of(self, arm: RlArm) -> Grpo:
         """The settings of an arm of RL; trials that were lost have taken some of its steps."""
-        settings = self.recipe.grpo.of(arm)
-        if arm == probe.ARM and self.recipe.sft.handover.rule == "probe":
-            steps = self._world.first(lambda: probe.steps_left(self.folder))
-            settings = settings.model_copy(update={"steps": steps})
-        return settings
+        steps = self._world.first(lambda: probe.steps_of(arm, self.recipe, self.folder))
+        return self.recipe.grpo.of(arm).model_copy(update={"steps": steps})
 
     def _learn(
         self, run: RunDir, start: str | None, settings: Grpo, demonstrations: Sequence[Demonstration]
