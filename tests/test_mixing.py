@@ -240,6 +240,7 @@ def test_a_teacher_with_another_tokenizer_or_of_another_family_is_refused(vlm, o
         (["grpo.also.distill=1", "grpo.also.arms=[sft_grpo]"], "also.distill needs a teacher"),
         (["grpo.teacher.model=x"], "teacher.model is not used"),
         (["grpo.teacher.base_url=http://h/v1"], "a teacher on a server needs model"),
+        (["grpo.also.reward=0.5"], "grpo.also is set for mixed, and this study has sft_grpo"),
         (["grpo.also.sft=0.1"], "grpo.also is set for mixed, and this study has sft_grpo"),
         (["study.arms=[base,mixed]", "grpo.also.sft=0"], "the arm mixed learns from demonstrations"),
         (["study.arms=[base,mixed]", "grpo.loss_average=micro_batch", "grpo.also.sft=1"], "mean of each"),

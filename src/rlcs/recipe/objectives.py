@@ -111,7 +111,7 @@ class Also(Section):
         """Raise ValueError where the weights do not fit the arms of a study."""
         key = "grpo.also.arms"
         of_rl = [arm for arm in RL_ARMS if arm in arms]
-        if self.ever != {"reward"} and of_rl and not {*self.arms} & {*of_rl}:
+        if self.is_on and of_rl and not {*self.arms} & {*of_rl}:
             raise ValueError(
                 f"grpo.also is set for {', '.join(self.arms) or 'no arm'}, and this study has {of_rl[0]}: "
                 f"name it in {key}, or add an arm to study.arms"
@@ -135,6 +135,11 @@ class Also(Section):
         )
         reward, sft, distill = (first + (last - first) * done for first, last in pairs)
         return Weights(reward=reward, sft=sft, distill=distill)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether steps learn from anything but the reward, or from that with another weight than 1."""
+        return self.ever != {"reward"} or self.reward != 1
 
     @property
     def ever(self) -> frozenset[str]:

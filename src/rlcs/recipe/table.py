@@ -184,7 +184,7 @@ def _also_rows(grpo: Grpo) -> list[tuple[str, str]]:
     """The rows of other losses in the steps of RL, where a recipe sets them."""
     also, teacher = grpo.also, grpo.teacher
     rows = []
-    if also.ever != {"reward"} or also.reward != 1:
+    if also.is_on:
         weights = [f"{name} {_over(value)}" for name in ("reward", "sft", "distill")
                    if (value := getattr(also, name)) is not None]  # fmt: skip
         shows = "sft" in also.ever or "mixed" in also.arms

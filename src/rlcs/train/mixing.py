@@ -57,8 +57,8 @@ class Mixer:
 
     @property
     def values(self) -> dict[str, float]:
-        """The weights of this step as metrics; none where the reward is alone in all steps."""
-        if self._settings.also.ever == {"reward"}:
+        """The weights of this step as metrics; none where the reward is alone, with weight 1."""
+        if not self._settings.also.is_on:
             return {}
         return {f"weight_{name}": getattr(self.weights, name) for name in ("reward", "sft", "distill")}
 

@@ -67,7 +67,7 @@ class RunDir:
         self.validation: Validation | None = None
         """Set it before training to measure while the stage trains."""
         self.until: int | None = None
-        """Set it before training to leave the stage after that step."""
+        """Set it before RL to leave the stage after that step."""
         self.saves = True
         """Whether a stage that is left saves a checkpoint to go on from."""
         self._settings = settings
