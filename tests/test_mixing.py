@@ -13,7 +13,7 @@ from rlcs.errors import ModelError, RecipeError
 from rlcs.model import loading
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
-from rlcs.recipe.objectives import Also, Weights
+from rlcs.recipe.objectives import Also, Entropy, Sight, Weights
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.stages import Grpo, Optimizer
 from rlcs.records import Demonstration, Grade, Rollout, StopReason
@@ -162,6 +162,26 @@ def test_the_gradient_is_that_of_the_plain_formula(
             assert result.values["sft_loss"] == pytest.approx(sft, rel=1e-4)
         if settings.also.distill:
             assert result.values["teacher_kl"] == pytest.approx(gap, rel=1e-4)
+
+
+@pytest.mark.parametrize("average", ["token", "sequence"])
+def test_held_tokens_and_masked_images_change_the_loss_of_the_reward_alone(
+    random_model_folder, other_model_folder, average
+):
+    """All at once is the sum of each by itself: no part enters another one's divisor, or its tokens."""
+    held = {"entropy": Entropy(control="clip_cov", share=0.3, bounds=(-1.0, 1.0))}
+    sees = {"sight": Sight(coefficient=0.3)}
+
+    def found(more, *, reward=0.0, sft=0.0, distill=0.0, **how):
+        settings = settings_of(average, reward=reward, sft=sft, distill=distill).model_copy(update=more)
+        return learnt(random_model_folder, other_model_folder, settings, **how)[0]
+
+    of_reward = found(held, reward=1.0) + found(sees, reward=1.0) - found({}, reward=1.0)
+    expected = 0.6 * of_reward + 0.3 * found({}, sft=1.0) + 0.8 * found({}, distill=1.0)
+    for budget, parts in ((8192, 1), (200, 4)):
+        together = found(held | sees, reward=0.6, sft=0.3, distill=0.8, budget=budget, parts=parts)
+        assert near(together, expected) < 1e-4, (budget, parts)
+    assert near(found(held, reward=1.0), found({}, reward=1.0)) > 1e-2, "tokens are held"
 
 
 def test_without_a_difference_of_rewards_a_teacher_still_teaches(
