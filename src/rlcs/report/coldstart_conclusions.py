@@ -21,7 +21,7 @@ def conclude(study: Results) -> Conclusions:
     pays = [r for r in study.cold if (gap := study.against_none(r)) and gap.clear and gap.points > 0]
     notes = [*_before_and_after(none, best), *_lengths(study), *_kinds(study)]
     if pays:
-        notes = [*_more_adds_nothing(study, best), *notes, *_cheapest(study, best)]
+        notes = [*_cheapest(study, best), *_more_adds_nothing(study, best), *notes]
     doubts = (Note(text=line) for line in _doubts(study))
     return Conclusions(
         headline=_headline(study, pays),
@@ -54,8 +54,8 @@ def _headline(study: Results, pays: Sequence[Result]) -> str:
         if all(gap is not None and gap.clear for gap in gaps):
             return "Every cold start that was tried costs accuracy"
         return "No cold start that was tried pays measurably with this much RL"
-    if paying == counts[-len(paying) :]:
-        fewest = ", the fewest that were tried," if paying == counts and len(counts) > 1 else ""
+    if len(counts) > 1 and paying == counts[-len(paying) :]:
+        fewest = ", the fewest that were tried," if paying == counts else ""
         return f"A cold start pays from {paying[0]:,} demonstrations{fewest} on"
     return f"A cold start pays with {', '.join(f'{count:,}' for count in paying)} demonstrations"
 
@@ -129,10 +129,9 @@ def _before_and_after(none: Result, best: Result) -> Iterator[str]:
     """What RL does to the lead that the cold start gives."""
     before, after = best.before - none.before, best.after - none.after
     if before > 0:
-        verb = "keeps" if after >= before else "takes back a part of" if after > 0 else "takes back"
         yield (
-            f"RL {verb} the lead of this cold start: before RL {best.before:.1%} to {none.before:.1%} "
-            f"({points(before)} points), after RL {points(after)} points."
+            f"Before RL the best cold start is {points(before)} points ahead of none ({best.before:.1%} to "
+            f"{none.before:.1%}), after RL {points(after)}."
         )
 
 
