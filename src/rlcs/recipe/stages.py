@@ -297,5 +297,7 @@ class Grpo(Stage):
                 "here (teacher.base_url=null)"
             )
         if "reward" not in also.ever and self.kl.active:
-            raise ValueError("kl belongs to the loss of the reward, and also.reward=0 leaves that out")
+            raise ValueError(
+                "kl belongs to the loss of the reward, which also.reward=0 leaves out: set kl.kind=none"
+            )
         return self

@@ -37,7 +37,7 @@ def best_of_each(results: Sequence[Result]) -> list[Result]:
 
 
 def _difference(gap: Gap) -> str:
-    return f"{points(gap.points)} points, {points(gap.low)} to {points(gap.high)}"
+    return f"{points(gap.points)} points (interval {points(gap.low)} to {points(gap.high)})"
 
 
 def _named(study: Results, result: Result) -> str:
@@ -86,7 +86,7 @@ def _more_adds_nothing(study: Results, best: Result) -> Iterator[str]:
         yield f"More demonstrations still help at {enough.demonstrations:,}, the most that were tried."
         return
     gap = study.gap(enough, best)
-    evidence = f" ({_named(study, best)}: {_difference(gap)})" if gap and best is not enough else ""
+    evidence = f"; the best, {_named(study, best)}: {_difference(gap)}" if gap and best is not enough else ""
     yield f"More than {enough.demonstrations:,} demonstrations add nothing that the interval shows{evidence}."
 
 
@@ -130,8 +130,8 @@ def _before_and_after(none: Result, best: Result) -> Iterator[str]:
     before, after = best.before - none.before, best.after - none.after
     if before > 0:
         yield (
-            f"Before RL the best cold start is {points(before)} points ahead of none ({best.before:.1%} to "
-            f"{none.before:.1%}), after RL {points(after)}."
+            f"Against no cold start the best one is at {points(before)} points before RL ({best.before:.1%} "
+            f"to {none.before:.1%}) and at {points(after)} after it."
         )
 
 
@@ -157,7 +157,7 @@ def _doubts(study: Results) -> Iterator[str]:
     if stopped := sum(cell.how == "stopped" for cell in cold):
         yield (
             f"{stopped} of {len(cold)} cells with a cold start were stopped in the middle of RL: they could "
-            "not become the best (hollow points). With all of their RL they may be better."
+            "not become the best (hollow points). With all of their RL they may be better than shown."
         )
     for cell in (*cold, *(study.none.cells.values() if study.none else ())):
         if cell.how == "failed":
