@@ -330,7 +330,7 @@ def test_a_run_measures_blind_trains_without_blind_problems_and_resumes(tmp_path
     page = (out / "report/index.html").read_text()
     needs = found["n"] - found["without_need"]
     assert "With and without the image" in page and f"Needs the image ({needs})" in page
-    assert f"points on the {needs} problems that no model answers without the image" in page
+    assert f"on the {needs} problems that need their image" in page
     assert "What failed: perception or reasoning" in page
     # Killed while the base answered blind: what is there is kept, and the end is the same.
     log = out / "eval/base/blind/predictions.jsonl"

@@ -104,8 +104,8 @@ def test_the_table_the_plan_and_the_space_count_the_trials():
     words = ["sft.handover.rule=probe", "validation.sft_every=50", "validation.samples=4"]
     recipe = load_recipe("quickstart", words).recipe
     assert dict(summary_rows(recipe))["SFT hand-over"] == (
-        "RL is tried from what each rule by validation takes, 6 steps a round; this takes 24 of its 120 "
-        "steps at most, in trials that lose"
+        "short RL from the model that each rule takes, 6 steps a round; trials that lose take 24 of the 120 "
+        "steps of RL at most"
     )
     plain = load_recipe("quickstart").recipe
     assert "SFT hand-over" not in dict(summary_rows(plain))

@@ -380,8 +380,8 @@ SHOWN = {
         "grpo.entropy={control: bonus, target: 0.3, bonus_max: 0.1}": "up to 0.3 nats a token; its weight "
         "moves by 0.005 a step, up to 0.1",
     },
-    "RL answers far from the sampler": {
-        "grpo.mismatch_mask=0.02": "above 0.02 nats",
+    "RL mismatch mask": {
+        "grpo.mismatch_mask=0.02": "more than 0.02 nats",
     },
     "RL KL": {
         "grpo.kl={kind: k3, coefficient: 0.01}": "0.01 x k3",
@@ -389,7 +389,7 @@ SHOWN = {
     },
     "RL advantage": {
         "grpo.advantage=rloo": "mean of the others",
-        "grpo={advantage: pass_k, pass_k: 2}": "sets of 2",
+        "grpo={advantage: pass_k, pass_k: 2}": "each set of 2 answers",
     },
     "RL loss averaging": {
         "grpo.loss_average=micro_batch": "each pack",
@@ -420,8 +420,8 @@ SHOWN = {
         "grpo.temperature=0.7": "temperature 0.7",
     },
     "test sampling": {
-        "eval.blind=other": "and with another problem's image",
-        "eval.blind=removed": "and without the image",
+        "eval.blind=other": "again with another problem's image",
+        "eval.blind=removed": "again without the image",
         "eval.temperature=0": "greedy",
     },
     "RL optimiser": {
@@ -467,8 +467,14 @@ SHOWN = {
         "data.rl_blind=drop": "without those that the base answers blind",
     },
     "RL reward for sight": {
-        "grpo.sight.coefficient=0.02": "0.02 x divergence from what 60% masked images give, 0.03 x entropies",
+        "grpo.sight.coefficient=0.02": "with 60% of each image black (PAPO), less 0.03 x both entropies",
         "grpo.sight={coefficient: 0.02, gradient: both}": "gradient through both",
+    },
+    "RL losses, Mixed": {
+        "study.arms=[base, mixed]": "reward 1, sft 1 to 0; 32 demonstrations",
+    },
+    "RL losses, Cold start + RL": {
+        "grpo.also={sft: 0.1, arms: [sft_grpo]}": "reward 1, sft 0.1; 32",
     },
     "test set": {
         "data.test=mine.jsonl": "mine.jsonl",

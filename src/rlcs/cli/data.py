@@ -219,7 +219,8 @@ class DifficultyOptions:
     )
     samples: Annotated[int, typer.Option(min=1, help="Answers to each problem")] = 8
     blind: Annotated[
-        bool, typer.Option("--blind", help="With another problem's image: blind_rate, for data.rl_blind")
+        bool,
+        typer.Option("--blind", help="Show another problem's image, write blind_rate: for data.rl_blind"),
     ] = False
     json: Json = False
 
@@ -229,9 +230,9 @@ class DifficultyOptions:
 def data_difficulty(
     options: DifficultyOptions,
     source: Annotated[str, typer.Argument(help="A data source")],
+    recipe: Annotated[str, typer.Option(help="The recipe of RL, by name or file: prompts, sampling, model")],
     out: Annotated[Path, typer.Option(help="New JSONL file: the rows with pass rates")],
     overrides: Overrides = None,
-    recipe: RecipeOption = None,
 ) -> None:
     """Measure how often a model solves each problem, before RL. For data.rl_pass_rate and grpo.order."""
     from rlcs.pipeline.difficulty import lines, measure_difficulty
@@ -240,7 +241,7 @@ def data_difficulty(
 
     named = [] if options.model is None else [f"model.name={options.model}"]
     words = [*(overrides or []), *named]
-    resolved = load_recipe(recipe or "quickstart", words).recipe
+    resolved = load_recipe(recipe, words).recipe
     with StopFlag() as stop:
         found = measure_difficulty(
             source, resolved, out, samples=options.samples, stop=stop, blind=options.blind, json=options.json

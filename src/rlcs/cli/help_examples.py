@@ -54,8 +54,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "plan": ("rlcs plan paper-7b --gpus 8", "rlcs plan single-gpu-lora-3b --gpu RTX4090 --json"),
         "data check": ("rlcs data check train.jsonl", "rlcs data check sft.jsonl --role cold_start"),
         "data difficulty": (
-            "rlcs data difficulty train.jsonl --model runs/mine/sft --out rated.jsonl",
-            "rlcs data difficulty train.jsonl --recipe mine.yaml --out rated.jsonl",
+            "rlcs data difficulty rl.jsonl --recipe mine.yaml --out rated.jsonl",
+            "rlcs data difficulty rl.jsonl --recipe mine.yaml --blind --out rated.jsonl",
         ),
         "data export": ("rlcs data export runs/mine/cold_start/kept.jsonl shared --layout ms-swift",),
         "data push": ("rlcs data push shared OWNER/NAME --dry-run",),

@@ -70,7 +70,7 @@ class ColdStartOptions(RunOptions):
     ] = None
     chains: Annotated[
         str | None,
-        typer.Option(help="Kinds of chain, as in distilled,reflection,given; default: the recipe's"),
+        typer.Option(help="Kinds of chain, as in distilled,reflection,given; default: as in the recipe"),
     ] = None
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds")] = 2
     early_stop: Annotated[bool, typer.Option(help="End RL halfway where a cell cannot become the best")] = (
@@ -117,7 +117,7 @@ def ablate(recipe: RecipeName, options: AblateOptions, overrides: Overrides = No
 @train_app.command()
 @with_options
 def coldstart(recipe: RecipeName, options: ColdStartOptions, overrides: Overrides = None) -> None:
-    """Find out whether RL needs a cold start. How much, of which kind: a grid of short runs."""
+    """Find out whether RL needs a cold start, how much and of which kind. By a grid of short runs."""
     from rlcs.recipe.coldstart import Wanted, study_words
 
     def listed(text: str | None) -> list[str]:

@@ -45,8 +45,8 @@ class Judge(Server):
     further attempts at a question count, nor the two questions of the trial before it. None: no limit."""
 
     faults: bool = False
-    """After the measurement the judge also says of every wrong answer which part failed, perception or
-    reasoning, for the report; whatever the weight. Of built-in problems that is known without a judge."""
+    """After the measurement the judge says of every wrong answer which part failed, perception or reasoning,
+    for the report; its weight may be 0. Of built-in problems that is known without a judge."""
     sees_images: bool = False
     """For `faults` the judge gets the images too: it must be a model that sees them. Without them it can only
     tell whether an answer follows from what it states itself."""

@@ -18,19 +18,19 @@ class Entropy(Section):
     """What keeps answers from becoming all alike: the entropy that RL has to work with."""
 
     control: Literal["none", "clip_cov", "kl_cov", "bonus"] = "none"
-    """`clip_cov`, `kl_cov` (arXiv 2505.22617): a few of the tokens that lower entropy most, those whose
-    logprob and advantage are high or low together, get no gradient, or a penalty on how far they move.
-    `bonus` (arXiv 2505.22312): while the entropy is below `target`, more of it is rewarded, with a weight
+    """`clip_cov`, `kl_cov` (arXiv 2505.22617): a few of the tokens that lower entropy most, those with
+    logprob and advantage both high or both low, get no gradient (`clip_cov`), or a penalty on how far they
+    move (`kl_cov`). `bonus` (arXiv 2505.22312): entropy is rewarded while it is below `target`, with a weight
     that adapts."""
     share: Share | None = None
-    """Share of an optimiser step's tokens that `clip_cov` or `kl_cov` holds, one token at least. None: the
+    """Share of an optimiser step's tokens that `clip_cov` or `kl_cov` acts on, one token at least. None: the
     paper's, 2e-4 and 2e-3."""
     bounds: tuple[float, float] = (1.0, 5.0)
     """`clip_cov` draws among the tokens whose covariance lies between these."""
     coefficient: NonNegative = 1.0
     """Weight of the penalty of `kl_cov`, on the size of a token's log ratio."""
     target: NonNegative = 0.2
-    """Nats a token up to which `bonus` rewards entropy."""
+    """The entropy up to which `bonus` rewards it, in nats a token."""
     bonus_step: NonNegative = 0.005
     """By how much the weight of the bonus rises after a step below the target, and falls after one above it;
     it begins at 0."""
@@ -57,20 +57,20 @@ class Entropy(Section):
 class Sight(Section):
     """A reward for looking at the image (PAPO, arXiv 2507.06448).
 
-    The probabilities of an answer shall be others where the image cannot be seen.
+    The policy is rewarded for giving its answers other probabilities when the image is masked.
     """
 
     coefficient: NonNegative = 0.0
-    """Weight of the divergence between the policy that sees the image and the same one with a masked image,
-    which is made larger; 0: off. The paper's is 0.01 to 0.02."""
+    """How much the policy is rewarded for its divergence from itself with a masked image; 0: off. The paper
+    has 0.01 to 0.02."""
     mask_share: Share = 0.6
-    """Share of the image's patches that are black, at random, others in every step."""
+    """Share of the image's patches that are made black, drawn anew in every step."""
     entropy_coefficient: NonNegative = 0.03
-    """Weight of the entropy of both policies, which is made smaller, so that the divergence does not grow by
-    mere noise."""
+    """Weight of a penalty on the entropies with both images, so that the divergence does not grow by mere
+    noise."""
     gradient: Literal["seeing", "both"] = "seeing"
-    """`seeing`: what the policy makes of the masked image is a constant, as in the authors' runs, and costs
-    a pass without gradients; `both`: the paper's formula, in which it has a gradient, too."""
+    """`seeing`: only the pass with the image has a gradient, as in the authors' runs; `both`: the one with
+    the masked image has one too, as in the paper's formula, and costs as much again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

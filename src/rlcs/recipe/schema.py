@@ -235,8 +235,8 @@ class Eval(Section):
     max_rows: Positive = 256
     """Answers decoded at once."""
     blind: Literal["none", "other", "removed"] = "none"
-    """Each model also answers every question without its image, which shows what it answers without looking.
-    `other`: it sees another problem's image, so that the prompt keeps its form; `removed`: no image."""
+    """Each model also answers every question without seeing its image, which shows what needs no image.
+    `other`: it sees another problem's image, so that the prompt keeps its form; `removed`: it sees none."""
 
     def sampling(self, *, n: int = 1, seed: int = 0) -> Sampling:
         """The settings for sampling `n` answers to each problem."""
@@ -257,8 +257,8 @@ class Validation(Section):
     problems: Positive = 200
     """Problems that are measured at most: the first of `source`."""
     demonstrations: Annotated[int, Field(ge=0)] = 50
-    """Demonstrations held out of a measured SFT, whose loss is measured too: those of so many problems, the
-    last ones (of a tenth of all at most). 0: none."""
+    """The demonstrations of so many problems, the last ones and a tenth of all at most, are held out of SFT
+    where `sft_every` is set, and their loss is measured. 0: none."""
     samples: Positive = 1
     """Answers to each problem. 1: greedy, for pass@1; k of them are sampled: pass@1 is their mean, and pass@k
     the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374)."""

@@ -185,8 +185,8 @@ class Grpo(Stage):
     """The order of the problems. `shuffled`: all in a new order every epoch. `signal`: by a running estimate
     of each problem's pass rate (from its `pass_rate` in the data, where it has one), those whose answers are
     likely to differ in their reward come more often (Thompson sampling, arXiv 2507.04632). `easy_first`: by
-    the same estimate, from pass rates around 0.8 to those around 0.2 over the stage. By an estimate one
-    problem in 8 still comes in shuffled order."""
+    the same estimate, from pass rates around 0.8 to those around 0.2 over the stage. In both, one problem in
+    8 still comes in shuffled order."""
     optimizer_steps: Positive = 1
     """Optimiser steps a rollout step, each on its share of the groups; the paper takes 4."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -236,7 +236,7 @@ class Grpo(Stage):
     sight: Sight = Sight()
     """A reward for looking at the image."""
     also: Also = Also()
-    """Other weights on the same trees."""
+    """Other losses in the steps of RL: demonstrations, a teacher."""
     teacher: OnlineTeacher = OnlineTeacher()
     """Who scores answers in on-policy distillation."""
     reward: Reward = Reward()

@@ -1,8 +1,9 @@
 """The table that is shown before a run starts: the choices that change results, defaults among them."""
 
+from collections.abc import Collection
 from pathlib import PurePath
 
-from rlcs.recipe.arms import ARMS
+from rlcs.recipe.arms import ARMS, RL_ARMS, ArmName
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.handover import Handover, Rule
 from rlcs.recipe.objectives import Entropy, Sight
@@ -15,7 +16,7 @@ _ADVANTAGES = {
     "grpo": "(r - mean) / (std + 1e-6) of the group",
     "dr_grpo": "r - mean of the group (Dr. GRPO: no division by std)",
     "rloo": "r - mean of the others in the group (RLOO)",
-    "pass_k": "sets of answers count as their best one (pass@k training)",
+    "pass_k": "each set of {} answers counts as its best one (pass@k training)",
 }
 _AVERAGES = {
     "token": "all tokens of the step count the same",
@@ -60,7 +61,7 @@ def summary_rows(recipe: Recipe) -> list[tuple[str, str]]:
         *_prompt_rows(recipe.prompt, recipe.images),
         *_sft_rows(recipe.sft),
         *_probe_rows(recipe.sft.handover, recipe.grpo.steps),
-        *_grpo_rows(recipe.grpo),
+        *_grpo_rows(recipe.grpo, recipe.study.arms),
         *_rollout_rows(recipe.rollout, f", LoRA {adapters}" if recipe.lora.rank else "", recipe.overlap),
         *_data_rows(recipe.data, recipe.teacher, recipe.eval),
         *_validation_rows(recipe.validation, recipe.eval),
@@ -107,18 +108,15 @@ def _probe_rows(handover: Handover, steps: int) -> list[tuple[str, str]]:
     """The row of trials of RL that choose the model of SFT; none with another rule."""
     if handover.rule != "probe":
         return []
-    how = (
-        f"RL is tried from what each rule by validation takes, {_count(handover.round_steps, 'step')} a round"
-    )
-    lost = f"{handover.most_steps:,} of its {steps:,} steps at most, in trials that lose"
-    return [("SFT hand-over", f"{how}; this takes {lost}")]
+    how = f"short RL from the model that each rule takes, {_count(handover.round_steps, 'step')} a round"
+    lost = f"trials that lose take {handover.most_steps:,} of the {steps:,} steps of RL at most"
+    return [("SFT hand-over", f"{how}; {lost}")]
 
 
-def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
+def _grpo_rows(grpo: Grpo, arms: Collection[ArmName]) -> list[tuple[str, str]]:
     rollouts = f"{grpo.prompts_per_step:,} prompts x {grpo.group_size}"
     rollouts += f" = {grpo.prompts_per_step * grpo.group_size:,} rollouts"
     updates = _count(grpo.optimizer_steps, "optimiser step")
-    sets = f", sets of {grpo.pass_k}" if grpo.advantage == "pass_k" else ""
     return [
         ("RL", f"{grpo.steps:,} steps, each {rollouts} and {updates}"),
         ("RL frozen", _frozen(grpo.freeze)),
@@ -128,13 +126,13 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
         ("RL clip", _clip(grpo)),
         ("RL old logprobs", _old_logprobs(grpo)),
         ("RL loss averaging", _AVERAGES[grpo.loss_average]),
-        ("RL advantage", _ADVANTAGES[grpo.advantage] + sets),
+        ("RL advantage", _ADVANTAGES[grpo.advantage].format(grpo.pass_k)),
         ("RL KL", _kl(grpo)),
         ("RL answers at the limit", _overlong(grpo)),
         ("RL groups all alike", _zero_variance_groups(grpo)),
         *_entropy_rows(grpo.entropy),
         *_mask_rows(grpo.mismatch_mask),
-        *_also_rows(grpo),
+        *_also_rows(grpo, arms),
         *([("RL order of problems", _ORDERS[grpo.order])] if grpo.order != "shuffled" else []),
         *_sight_rows(grpo.sight),
         *_reward_rows(grpo.reward),
@@ -144,9 +142,11 @@ def _grpo_rows(grpo: Grpo) -> list[tuple[str, str]]:
 def _sight_rows(sight: Sight) -> list[tuple[str, str]]:
     if not sight.coefficient:
         return []
-    value = f"{sight.coefficient:g} x divergence from what {sight.mask_share:.0%} masked images give"
-    value += f", {sight.entropy_coefficient:g} x entropies against it" if sight.entropy_coefficient else ""
-    return [("RL reward for sight", f"{value}; gradient through {sight.gradient}")]
+    black = f"{sight.mask_share:.0%} of each image black"
+    value = f"{sight.coefficient:g} x the policy's divergence from itself with {black} (PAPO)"
+    value += f", less {sight.entropy_coefficient:g} x both entropies" if sight.entropy_coefficient else ""
+    through = "both" if sight.gradient == "both" else "the one that sees"
+    return [("RL reward for sight", f"{value}; gradient through {through}")]
 
 
 def _clip(grpo: Grpo) -> str:
@@ -176,20 +176,25 @@ def _mask_rows(most: float | None) -> list[tuple[str, str]]:
     """The row of answers that are left out where the policy has moved away from them; none where none are."""
     if most is None:
         return []
-    text = f"left out above {most:g} nats a token, where their advantage is negative"
-    return [("RL answers far from the sampler", text)]
+    text = f"answers with a negative advantage that moved by more than {most:g} nats a token are left out"
+    return [("RL mismatch mask", text)]
 
 
-def _also_rows(grpo: Grpo) -> list[tuple[str, str]]:
-    """The rows of other losses in the steps of RL, where a recipe sets them."""
-    also, teacher = grpo.also, grpo.teacher
-    rows = []
-    if also.is_on:
-        weights = [f"{name} {_over(value)}" for name in ("reward", "sft", "distill")
-                   if (value := getattr(also, name)) is not None]  # fmt: skip
-        shows = "sft" in also.ever or "mixed" in also.arms
-        shown = f", {also.sft_batch_size:,} demonstrations an optimiser step" if shows else ""
-        rows.append(("RL losses", f"{', '.join(weights)} in {' and '.join(also.arms)}{shown}"))
+def _also_rows(grpo: Grpo, arms: Collection[ArmName]) -> list[tuple[str, str]]:
+    """The rows of the losses of each arm of RL that learns from more than the reward, and of the teacher."""
+    teacher, rows = grpo.teacher, []
+    for arm in RL_ARMS:
+        also = grpo.of(arm).also
+        if arm in arms and also.is_on:
+            weights = ", ".join(
+                f"{name} {_over(getattr(also, name))}"
+                for name in ("reward", "sft", "distill")
+                if name in also.ever
+            )
+            shown = (
+                f"; {also.sft_batch_size:,} demonstrations an optimiser step" if "sft" in also.ever else ""
+            )
+            rows.append((f"RL losses, {ARMS[arm].label}", f"{weights}{shown}"))
     if teacher.model is not None:
         where = f" at {teacher.base_url}" if teacher.base_url else ", loaded beside the policy"
         rows.append(
@@ -222,7 +227,7 @@ def _data_rows(data: Data, teacher: Teacher, test: Eval) -> list[tuple[str, str]
     rates = data.rl_pass_rate
     chosen = "" if rates is None else f", pass rate from {rates[0]:g} to {rates[1]:g}"
     chosen += ", without those that the base answers blind" if data.rl_blind == "drop" else ""
-    blind = {"other": ", and with another problem's image", "removed": ", and without the image"}
+    blind = {"other": "; again with another problem's image", "removed": "; again without the image"}
     return [
         ("cold-start data", data.cold_start),
         *teacher_rows(teacher),

@@ -27,13 +27,16 @@ class BlindControl:
         if not gains:
             return ""
         gain = gains[-1]
-        needed, rest = (gain[name] for name in ("needs_image", "without_need"))
-        return (
-            f"{ARMS[gain['arm']].label} against {ARMS[gain['against']].label}: "
-            f"{points(needed['points'])} points on the {needs:,} problems that no model answers without the "
-            f"image ({points(needed['low'])} to {points(needed['high'])}), {points(rest['points'])} on the "
-            f"other {self.split['without_need']:,} ({points(rest['low'])} to {points(rest['high'])})."
-        )
+        parts = {"need their image": (needs, gain["needs_image"])}
+        parts["do not"] = (self.split["without_need"], gain["without_need"])
+        found = [
+            f"{points(part['points'])} points ({points(part['low'])} to {points(part['high'])}) on the {n:,} "
+            f"problems that {which}"
+            for which, (n, part) in parts.items()
+            if n
+        ]
+        arms = f"{ARMS[gain['arm']].label} against {ARMS[gain['against']].label}"
+        return f"{arms}: {', '.join(found)}."
 
 
 def blind_control(runs: Sequence[Run]) -> BlindControl | None:

@@ -150,7 +150,11 @@ def _by_steps(study: Results, colours: Mapping[str, str]) -> tuple[str, Markup]:
     ]
     title = "Accuracy after RL, over the steps of SFT"
     return title, _chart(
-        study, series, unit="steps of SFT, a line for each number", name="by-steps", title=title
+        study,
+        series,
+        unit="steps of SFT, a line for each number of demonstrations",
+        name="by-steps",
+        title=title,
     )
 
 

@@ -21,7 +21,7 @@ def conclude(study: Results) -> Conclusions:
     pays = [r for r in study.cold if (gap := study.against_none(r)) and gap.clear and gap.points > 0]
     notes = [*_before_and_after(none, best), *_lengths(study), *_kinds(study)]
     if pays:
-        notes = [*_more_adds_nothing(study, best), *notes, *_cheapest(study, best)]
+        notes = [*_cheapest(study, best), *_more_adds_nothing(study, best), *notes]
     doubts = (Note(text=line) for line in _doubts(study))
     return Conclusions(
         headline=_headline(study, pays),
@@ -37,7 +37,7 @@ def best_of_each(results: Sequence[Result]) -> list[Result]:
 
 
 def _difference(gap: Gap) -> str:
-    return f"{points(gap.points)} points, {points(gap.low)} to {points(gap.high)}"
+    return f"{points(gap.points)} points (interval {points(gap.low)} to {points(gap.high)})"
 
 
 def _named(study: Results, result: Result) -> str:
@@ -54,8 +54,8 @@ def _headline(study: Results, pays: Sequence[Result]) -> str:
         if all(gap is not None and gap.clear for gap in gaps):
             return "Every cold start that was tried costs accuracy"
         return "No cold start that was tried pays measurably with this much RL"
-    if paying == counts[-len(paying) :]:
-        fewest = ", the fewest that were tried," if paying == counts and len(counts) > 1 else ""
+    if len(counts) > 1 and paying == counts[-len(paying) :]:
+        fewest = ", the fewest that were tried," if paying == counts else ""
         return f"A cold start pays from {paying[0]:,} demonstrations{fewest} on"
     return f"A cold start pays with {', '.join(f'{count:,}' for count in paying)} demonstrations"
 
@@ -86,7 +86,7 @@ def _more_adds_nothing(study: Results, best: Result) -> Iterator[str]:
         yield f"More demonstrations still help at {enough.demonstrations:,}, the most that were tried."
         return
     gap = study.gap(enough, best)
-    evidence = f" ({_named(study, best)}: {_difference(gap)})" if gap and best is not enough else ""
+    evidence = f"; the best, {_named(study, best)}: {_difference(gap)}" if gap and best is not enough else ""
     yield f"More than {enough.demonstrations:,} demonstrations add nothing that the interval shows{evidence}."
 
 
@@ -129,10 +129,9 @@ def _before_and_after(none: Result, best: Result) -> Iterator[str]:
     """What RL does to the lead that the cold start gives."""
     before, after = best.before - none.before, best.after - none.after
     if before > 0:
-        verb = "keeps" if after >= before else "takes back a part of" if after > 0 else "takes back"
         yield (
-            f"RL {verb} the lead of this cold start: before RL {best.before:.1%} to {none.before:.1%} "
-            f"({points(before)} points), after RL {points(after)} points."
+            f"Against no cold start the best one is at {points(before)} points before RL ({best.before:.1%} "
+            f"to {none.before:.1%}) and at {points(after)} after it."
         )
 
 
@@ -158,7 +157,7 @@ def _doubts(study: Results) -> Iterator[str]:
     if stopped := sum(cell.how == "stopped" for cell in cold):
         yield (
             f"{stopped} of {len(cold)} cells with a cold start were stopped in the middle of RL: they could "
-            "not become the best (hollow points). With all of their RL they may be better."
+            "not become the best (hollow points). With all of their RL they may be better than shown."
         )
     for cell in (*cold, *(study.none.cells.values() if study.none else ())):
         if cell.how == "failed":

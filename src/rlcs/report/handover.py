@@ -16,8 +16,6 @@ MEASURES = {
     "mean_tokens": "Answer length, tokens",
 }
 """Columns of validation.jsonl that have charts beside the accuracy, with their titles."""
-SHARES = ("accuracy", "pass_at_k", "signal", "alike", "format")
-"""Columns that are shares, not numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +50,8 @@ class HandOver:
 
     @property
     def columns(self) -> list[str]:
-        """The columns with values, those of the rules first."""
-        order = dict.fromkeys((*COLUMNS.values(), *MEASURES))
-        return [name for name in order if any(c.values[name] is not None for c in self.candidates)]
+        """The columns that rules go by, where they have values; the others have charts."""
+        return [name for name in COLUMNS.values() if any(c.values[name] is not None for c in self.candidates)]
 
 
 def handovers(runs: Sequence[Run]) -> list[HandOver]:
@@ -63,9 +60,8 @@ def handovers(runs: Sequence[Run]) -> list[HandOver]:
 
 
 def _handover(run: Run) -> HandOver | None:
-    names = (*COLUMNS.values(), *MEASURES)
     rows = {
-        int(step): {name: number(row, name) for name in names}
+        int(step): {name: number(row, name) for name in COLUMNS.values()}
         for row in run.validation.get("sft", ())
         if (step := number(row, "step"))
     }

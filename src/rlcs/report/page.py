@@ -14,7 +14,7 @@ from rlcs.report import charts, coldstart, demonstrations, findings, pictures, r
 from rlcs.report.blind import blind_control, fault_counts
 from rlcs.report.conclusions import Conclusions, conclude, effect
 from rlcs.report.differences import differences
-from rlcs.report.handover import MEASURES, SHARES, handovers
+from rlcs.report.handover import MEASURES, handovers
 from rlcs.report.load_run import Row, Run, kept_images, number, part, read_object, read_runs, read_text, text
 from rlcs.report.pages import digits, duration, templates, write_page
 from rlcs.report.stages import Progress, ending, progress
@@ -82,7 +82,6 @@ def render(folder: Path, runs: Sequence[Run], summary: Row, *, stamp: str = "") 
         ],
         handovers=handovers(runs),
         measures={"accuracy": "pass@1", "pass_at_k": "pass@k", **MEASURES},
-        shares=SHARES,
         validated="k" if any(p.pass_at_k for c in validated for p in c.points) else bool(validated),
         phases=_phases(runs[0]),
         health=health,
