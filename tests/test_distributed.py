@@ -53,12 +53,17 @@ GRPO = {
 PAPER = {"optimizer_steps": 2, "kl": {"kind": "k3", "coefficient": 0.01}, "old_logprobs": "policy"}
 DAPO = {"dynamic_sampling": 1, "advantage": "rloo", "loss_average": "micro_batch", "pack_tokens": 1}
 DAPO |= {"order": "signal"}
+HELD = {"optimizer_steps": 2, "entropy": {"control": "kl_cov", "share": 0.1}}
+HELD |= {"sight": {"coefficient": 0.02, "gradient": "both"}, "also": {"sft": [1, 0], "sft_batch_size": 3}}
+BONUS = {"entropy": {"control": "bonus", "target": 9.0, "bonus_step": 0.1}, "sight": {"coefficient": 0.02}}
 JOBS = {
     "sft": {"sft": SFT},
     "frozen": {"sft": SFT | {"epochs": 1, "freeze": ["vision_tower"], "loss_average": "example"}},
     "plain": {"grpo": GRPO},
     "paper": {"grpo": GRPO | PAPER},
     "dapo": {"grpo": GRPO | DAPO},
+    "held": {"grpo": GRPO | HELD},
+    "bonus": {"grpo": GRPO | BONUS},
     "kept": {"grpo": GRPO | PAPER | {"freeze": ["vision_tower"]}, "feature_bytes": 23_000},
     "adapters": {"grpo": GRPO | PAPER, "lora": {"rank": 4, "alpha": 8}},
 }

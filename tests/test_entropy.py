@@ -194,6 +194,21 @@ def test_kl_cov_holds_tokens_near_where_they_were(loss):
     assert torch.allclose(apart, pull, rtol=1e-12, atol=1e-14)
 
 
+def test_kl_cov_gives_a_token_that_has_not_moved_no_slope_by_its_rounding():
+    """Where a step begins, old and new logprobs differ by rounding, whose sign goes by how trees are packed."""
+    old = torch.full((4,), -1.0, dtype=torch.float64)
+    slopes = []
+    for sign in (1.0, -1.0):
+        new = (old + sign * torch.tensor([1e-6, 0.0, 0.5, 1e-6])).requires_grad_()
+        inputs = losses.LossInputs(
+            logprobs=new, old_logprobs=old, advantages=torch.zeros(4),
+            sequence=torch.zeros(4, dtype=torch.long), held=torch.tensor([True, True, True, False]),
+        )  # fmt: skip
+        losses.policy_loss(inputs, Grpo(entropy=KL, optimizer_steps=2)).loss.backward()
+        slopes.append(new.grad.tolist())
+    assert slopes[0] == [0.0, 0.0, KL.coefficient, 0.0] and slopes[1] == [0.0, 0.0, -KL.coefficient, 0.0]
+
+
 def test_the_bonus_is_taken_off_each_tokens_loss():
     inputs = make_inputs()
     bonus = torch.rand(12).double().requires_grad_()

@@ -27,6 +27,8 @@ ZERO_VARIANCE_TOLERANCE = 1e-9
 """Rewards that differ by no more than this count as equal, because rounding alone can cause it."""
 MAX_LOG_RATIO = 20.0
 """Bound of log ratios before `exp`: infinity times an advantage of zero would be NaN."""
+LEAST_LOG_RATIO = 1e-4
+"""Log ratios to this size may be rounding: the slope of their size would be 1 in a direction by chance."""
 MAX_DPPO_RATIO = 20.0
 """Bound of the ratio as a weight in DPPO, as in its authors' code (20 in verl's `dppo_tv`)."""
 MAX_K3 = 10.0
@@ -252,13 +254,15 @@ def _with_entropy_control(
     """The loss (N,) of each token with what entropy control changes (`train.entropy` chooses and weighs it).
 
     Clip-Cov (arXiv 2505.22617): a held token has no loss. KL-Cov: its loss is more by coefficient * |log r|,
-    without importance weight; the paper's loss besides, -r A, has no clip (see docs/reference/losses.md).
+    without importance weight, unless it is where it was sampled (LEAST_LOG_RATIO); the paper's loss besides,
+    -r A, has no clip (see docs/reference/losses.md).
     The bonus (arXiv 2505.22312): weight * entropy less.
     """
     if inputs.held is not None and entropy.control == "clip_cov":
         per_token = per_token.masked_fill(inputs.held, 0.0)
     if inputs.held is not None and entropy.control == "kl_cov":
-        per_token = per_token + entropy.coefficient * log_ratio.abs() * inputs.held
+        has_moved = log_ratio.abs() > LEAST_LOG_RATIO
+        per_token = per_token + entropy.coefficient * log_ratio.abs() * (inputs.held & has_moved)
     return per_token if inputs.entropy_bonus is None else per_token - inputs.entropy_bonus
 
 
