@@ -195,7 +195,7 @@ def test_kl_cov_holds_tokens_near_where_they_were(loss):
 
 
 def test_kl_cov_gives_a_token_that_has_not_moved_no_slope_by_its_rounding():
-    """Where a step begins, old and new logprobs differ by rounding, whose sign goes by how trees are packed."""
+    """Where a step begins, old and new logprobs differ by rounding, whose sign goes by the packs."""
     old = torch.full((4,), -1.0, dtype=torch.float64)
     slopes = []
     for sign in (1.0, -1.0):

@@ -28,7 +28,7 @@ ZERO_VARIANCE_TOLERANCE = 1e-9
 MAX_LOG_RATIO = 20.0
 """Bound of log ratios before `exp`: infinity times an advantage of zero would be NaN."""
 LEAST_LOG_RATIO = 1e-4
-"""Log ratios to this size may be rounding: the slope of their size would be 1 in a direction by chance."""
+"""Log ratios up to this may be rounding, and the slope of |log r| 1 in a direction by chance."""
 MAX_DPPO_RATIO = 20.0
 """Bound of the ratio as a weight in DPPO, as in its authors' code (20 in verl's `dppo_tv`)."""
 MAX_K3 = 10.0
