@@ -70,7 +70,7 @@ tiny: $(VENV)/.stamp-dev  ## pre-train the built-in models again, from their fix
 	$(BIN)/python -m tools.tiny_model --out src/rlcs/builtin_hybrid_model --family qwen3_5
 
 teacher: $(VENV)/.stamp-dev  ## make a larger built-in model that reasons, for on-policy distillation: TEACHER=folder
-	$(BIN)/python -m tools.tiny_model --teacher --out $(or $(TEACHER),teacher) --steps 600
+	$(BIN)/python -m tools.tiny_model --teacher --out $(or $(TEACHER),teacher)
 
 hooks: $(VENV)/.stamp-dev  ## ruff and mypy before every commit
 	$(BIN)/pre-commit install

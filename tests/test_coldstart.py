@@ -78,6 +78,8 @@ def test_the_recipe_of_the_study():
     own = recipe_of("grpo.steps=7", "sft.optimizer.schedule=cosine", "validation.problems=50")
     assert own.grpo.steps == 7 and own.validation.grpo_every == 4
     assert own.sft.optimizer.schedule == "cosine" and own.validation.problems == 50
+    measured = recipe_of("validation.sft_every=2")
+    assert measured.validation.demonstrations == 0, "else its SFT ends before the steps that cells begin with"
 
 
 def test_a_smaller_choice_is_part_of_a_larger_one():

@@ -281,3 +281,6 @@ def test_the_share_with_a_signal_is_that_of_all_choices_of_a_group():
         "none right": 1, "0% to 20%": 0, "20% to 40%": 1, "40% to 60%": 0, "60% to 80%": 0,
         "80% to 100%": 0, "all right": 1,
     }  # fmt: skip
+    few = Difficulty(counts={**found.counts, "d": (1, 1)}, samples=6, group_size=3, unmeasured=0).summary()
+    assert few["group_size"] == 3, "one problem with few graded answers makes no other's group smaller"
+    assert math.isclose(few["signal"]["accuracy"], share * 3 / 4)

@@ -44,6 +44,7 @@ from rlcs.signals import StopFlag
 from rlcs.storage import mark_done
 from rlcs.train import state as state_of
 from rlcs.train import trackers
+from rlcs.train.collapse import MOST
 from test_pipeline import rlcs
 
 SMALL = [*SMALL_STUDY, "grpo.steps=1", "grpo.max_new_tokens=8", "eval.max_new_tokens=8"]
@@ -214,8 +215,11 @@ def test_the_space_of_a_stage_follows_from_its_shapes_and_what_it_keeps(random_m
     assert whole.checkpoints == 2, (
         "one a 50 steps: fewer than grpo.keep_checkpoints and the one being written"
     )
-    assert space_of("grpo.save_every=5", "grpo.keep_checkpoints=7")[0].checkpoints == 8
-    assert space_of("grpo.save_every=5", "grpo.steps=99", "grpo.keep_steps=[20, 80]")[0].checkpoints == 3 + 2
+    assert space_of("grpo.save_every=5", "grpo.keep_checkpoints=7")[0].checkpoints == 8 + MOST
+    assert (
+        space_of("grpo.save_every=5", "grpo.steps=99", "grpo.keep_steps=[20, 80]")[0].checkpoints
+        == 3 + MOST + 2
+    )
     frozen, _ = space_of("grpo.freeze=[language_model]")
     assert whole.final < frozen.checkpoint < whole.checkpoint
     adapters, _ = space_of("lora.rank=2")

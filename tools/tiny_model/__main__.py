@@ -14,7 +14,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, processor and card")
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1600, help="steps of 32 lessons of the first course")
+    parser.add_argument(
+        "--steps", type=int, help="of the first course, of 32 lessons (1600); of the teacher, of 16 (260)"
+    )
     parser.add_argument(
         "--teacher", action="store_true", help="grow the shipped model and teach it to reason"
     )
@@ -25,10 +27,10 @@ def main() -> None:
         sys.stdout.flush()
 
     if choices.teacher:
-        scores = make_teacher(choices.out, seed=choices.seed, steps=choices.steps, report=report)
+        scores = make_teacher(choices.out, seed=choices.seed, steps=choices.steps or 260, report=report)
     else:
         scores = pretrain(
-            choices.out, family=choices.family, seed=choices.seed, steps=choices.steps, report=report
+            choices.out, family=choices.family, seed=choices.seed, steps=choices.steps or 1600, report=report
         )
     for name, value in scores.items():
         report(f"{name:30} {100 * value:5.1f}%")

@@ -7,12 +7,11 @@ that model in one part and the others in the other.
 In multiple choice a blind answer is right by chance, too: compare with the chance level.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from rlcs.evals.intervals import paired_interval
+from rlcs.evals.intervals import interval_of_mean
 from rlcs.evals.scores import with_interval
 
 Shares = Mapping[str, float]
@@ -79,10 +78,5 @@ def _difference(first: Shares, second: Shares, ids: Sequence[str]) -> dict[str, 
     moves = [second[key] - first[key] for key in ids]
     if not moves:
         return {"points": 0.0, "low": -1.0, "high": 1.0, "n": 0}
-    points = fmean(moves)
-    if set(moves) <= {-1.0, 0.0, 1.0}:
-        low, high = paired_interval(moves.count(1.0), moves.count(-1.0), len(moves))
-    else:  # means of several answers
-        half = 1.96 * stdev(moves) / math.sqrt(len(moves)) if len(moves) > 1 else 1.0
-        low, high = points - half, points + half
-    return {"points": points, "low": max(-1.0, low), "high": min(1.0, high), "n": len(moves)}
+    low, high = interval_of_mean(moves)
+    return {"points": fmean(moves), "low": max(-1.0, low), "high": min(1.0, high), "n": len(moves)}

@@ -34,6 +34,7 @@ from rlcs.report.coldstart_results import GRID, read
 from rlcs.report.pages import duration
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import is_done, mark_done, read_json, read_jsonl, write_json, write_jsonl
+from rlcs.train.validation import shares
 
 log = logging.getLogger("rlcs")
 OVER = "over.json"
@@ -243,7 +244,7 @@ class ColdStart:
             path = self.folder / "cells" / cell.name / "grpo" / "validation.jsonl"
             rows = read_jsonl(path) if path.exists() else []
             if rows and rows[-1]["step"] == self.recipe.grpo.steps:
-                found.append((rows[-1]["accuracy"], cell.name, _shares(rows[-1])))
+                found.append((rows[-1]["accuracy"], cell.name, shares(rows[-1])))
         return max(found)[1:] if found else None
 
     def _is_over(self, cell: Cell) -> bool:
@@ -294,11 +295,6 @@ def cannot_win(start: Sequence[float], middle: Sequence[float], best: Sequence[f
     return interval_of_mean(moves)[1] < 0
 
 
-def _shares(row: Mapping[str, Any]) -> list[float]:
-    """The share of right answers to each problem of a validation."""
-    return [right / row["samples"] for right in row["right"]]
-
-
 def _require_chance(
     best: tuple[str, list[float]] | None, steps: int, rows: Mapping[int, Mapping[str, Any]]
 ) -> None:
@@ -306,7 +302,7 @@ def _require_chance(
     if best is None or len(rows) != 2 or max(rows) == steps:
         return
     (_, start), (_, middle) = sorted(rows.items())
-    if cannot_win(_shares(start), _shares(middle), best[1]):
+    if cannot_win(shares(start), shares(middle), best[1]):
         share = sum(best[1]) / len(best[1])
         raise CannotWin(
             f"{middle['accuracy']:.1%} right in the middle of RL, {start['accuracy']:.1%} before: it cannot "

@@ -63,8 +63,10 @@ class Difficulty:
         answers (or of all of them, where they are fewer), those that are neither all right nor all wrong.
         """
         known = [(scored, right) for scored, right in self.counts.values() if scored]
-        size = min([self.group_size, *(scored for scored, _ in known)])
-        signals = [pass_at(n, right, size) + pass_at(n, n - right, size) - 1 for n, right in known]
+        size = min(self.group_size, self.samples)
+        signals = [
+            pass_at(n, right, min(size, n)) + pass_at(n, n - right, min(size, n)) - 1 for n, right in known
+        ]
         bins = Counter(_bin(right / scored) for scored, right in known)
         return {
             "problems": len(known),

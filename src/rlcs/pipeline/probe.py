@@ -28,7 +28,7 @@ from rlcs.recipe.handover import Handover, Rule, losers_steps, rounds_of
 from rlcs.records import to_row
 from rlcs.storage import DONE, mark_done, read_json, read_jsonl, write_json
 from rlcs.train.handover import Rows, choices
-from rlcs.train.validation import FILE
+from rlcs.train.validation import FILE, shares
 
 ARM: RlArm = "sft_grpo"
 """The arm that the winner becomes."""
@@ -68,7 +68,7 @@ def standings(trials: Mapping[int, Rows], until: int) -> list[Standing]:
     best = max(trials, key=lambda step: (trials[step][until]["accuracy"], -step))
     found = []
     for step, rows in trials.items():
-        behind = [a - b for a, b in zip(_shares(trials[best][until]), _shares(rows[until]), strict=True)]
+        behind = [a - b for a, b in zip(shares(trials[best][until]), shares(rows[until]), strict=True)]
         gains, of_best = _gains(rows, until), _gains(trials[best], until)
         standing = Standing(
             step=step,
@@ -83,14 +83,9 @@ def standings(trials: Mapping[int, Rows], until: int) -> list[Standing]:
     )
 
 
-def _shares(row: Mapping[str, Any]) -> list[float]:
-    """The share of right answers to each problem."""
-    return [right / row["samples"] for right in row["right"]]
-
-
 def _gains(rows: Rows, until: int) -> list[float]:
     """What each problem's share has gained since the trial began."""
-    return [after - before for before, after in zip(_shares(rows[0]), _shares(rows[until]), strict=True)]
+    return [after - before for before, after in zip(shares(rows[0]), shares(rows[until]), strict=True)]
 
 
 def _interval(moves: Sequence[float], steps: int = 1) -> Interval:

@@ -193,8 +193,7 @@ class Replay:
         try:
             recipe = load_recipe(self._path, [*_QUIET, *change.words]).recipe
             with ExitStack() as stack:  # of rank 0 alone
-                folder = TemporaryDirectory(dir=self.collapse.run, prefix=".replay-")
-                path = Path(self._world.first(lambda: stack.enter_context(folder)))
+                path = self._world.first(lambda: self._own_folder(stack))
                 rows, crossed = self._train(recipe, path)
         except Stopped:
             raise
@@ -210,6 +209,9 @@ class Replay:
             other=next((each.name for each in beyond if each.key != crossing.key), ""),
             seconds=round(time.monotonic() - started, 1),
         )
+
+    def _own_folder(self, stack: ExitStack) -> Path:
+        return Path(stack.enter_context(TemporaryDirectory(dir=self.collapse.run, prefix=".replay-")))
 
     def _train(self, recipe: Recipe, folder: Path) -> tuple[list[dict[str, Any]], list[Crossing]]:
         """The metrics of a replay, and the signs that crossed their limits."""

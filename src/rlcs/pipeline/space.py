@@ -8,7 +8,8 @@ from pathlib import Path
 from rlcs.errors import RunFolderError
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.handover import MOST_CANDIDATES, Handover
-from rlcs.recipe.stages import Stage
+from rlcs.recipe.stages import Grpo, Stage
+from rlcs.train.collapse import MOST
 from rlcs.train.handover import COLUMNS
 
 GB = 10**9
@@ -32,11 +33,12 @@ def stage_space(vlm: Vlm, settings: Stage, *, steps: int) -> StageSpace:
     """The space of a stage that trains this model, which may be a structure without weights.
 
     A checkpoint holds the weights (with adapters these alone) and AdamW's two averages of what trains. A new
-    one is complete before the oldest is removed.
+    one is complete before the oldest is removed. RL also keeps those before a collapse (`train.collapse`).
     """
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in vlm.model.parameters()]
     whole, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    newest = min(settings.keep_checkpoints + 1, -(-steps // settings.save_every))
+    explaining = MOST if isinstance(settings, Grpo) else 0
+    newest = min(settings.keep_checkpoints + 1 + explaining, -(-steps // settings.save_every))
     for_good = len(settings.keep_steps) + {"last": 0, "probe": len(COLUMNS)}.get(settings.rule, 1)
     return StageSpace(
         checkpoint=(trained if vlm.adapter is not None else whole) + 2 * trained,

@@ -76,6 +76,7 @@ def prepared(recipe: Recipe) -> Recipe:
     What RL learns from besides the reward (`grpo.also`) is the same in all cells.
     """
     words = [f"validation.grpo_every={math.ceil(recipe.grpo.steps / 2)}", "sft.handover.rule=last"]
+    words += ["validation.demonstrations=0"]  # held-out ones would make SFT shorter than its cells say
     words += ["grpo.also.arms=[grpo, sft_grpo]"] if recipe.grpo.also.ever != {"reward"} else []
     return changed(recipe, words)
 

@@ -428,7 +428,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _other_losses_have_an_arm(self) -> "Recipe":
-        self.grpo.also.require_arms(self.study.arms)
+        self.grpo.require_arms(self.study.arms)
         return self
 
     @model_validator(mode="after")

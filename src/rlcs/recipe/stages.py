@@ -1,11 +1,11 @@
 """The recipe's sections of the two training stages: SFT and GRPO, with their optimisers, loss and reward."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.recipe.arms import RlArm
+from rlcs.recipe.arms import RL_ARMS, ArmName, RlArm
 from rlcs.recipe.handover import Handover, Rule
 from rlcs.recipe.judge import Judge
 from rlcs.recipe.objectives import Also, Entropy, OnlineTeacher, Sight
@@ -281,12 +281,6 @@ class Grpo(Stage):
     @model_validator(mode="after")
     def _losses_can_be_added(self) -> "Grpo":
         also = self.also
-        others = {"sft", "distill"} & also.ever
-        if others and self.loss_average == "micro_batch":
-            raise ValueError(
-                f"loss_average=micro_batch is a mean of each pack, and also.{min(others)} has a mean of the "
-                "step: set loss_average=token"
-            )
         if "distill" in also.ever and self.teacher.model is None:
             raise ValueError("also.distill needs a teacher: set grpo.teacher.model")
         if self.teacher.model is not None and "distill" not in also.ever:
@@ -296,8 +290,25 @@ class Grpo(Stage):
                 "a server returns logprobs at temperature 1: set grpo.temperature=1, or load the teacher "
                 "here (teacher.base_url=null)"
             )
-        if "reward" not in also.ever and self.kl.active:
+        of_reward = {
+            "kl": self.kl.active,
+            "sight": self.sight.coefficient > 0,
+            "entropy": self.entropy.control != "none",
+            "mismatch_mask": self.mismatch_mask is not None,
+        }
+        if "reward" not in also.ever and (lost := [key for key, is_on in of_reward.items() if is_on]):
             raise ValueError(
-                "kl belongs to the loss of the reward, which also.reward=0 leaves out: set kl.kind=none"
+                f"{lost[0]} belongs to the loss of the reward, and also.reward=0 leaves that out"
             )
         return self
+
+    def require_arms(self, arms: Collection[ArmName]) -> None:
+        """Raise ValueError where `also` does not fit the arms of a study, or a loss that one of them adds."""
+        self.also.require_arms(arms)
+        for arm in RL_ARMS:
+            others = {"sft", "distill"} & self.also.of(arm).ever
+            if arm in arms and others and self.loss_average == "micro_batch":
+                raise ValueError(
+                    f"loss_average=micro_batch is a mean of each pack, and also.{min(others)} in the arm "
+                    f"{arm} has a mean of the step: set grpo.loss_average=token"
+                )

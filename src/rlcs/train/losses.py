@@ -251,8 +251,9 @@ def _with_entropy_control(
 ) -> Tensor:
     """The loss (N,) of each token with what entropy control changes (`train.entropy` chooses and weighs it).
 
-    Clip-Cov (arXiv 2505.22617): a held token has no loss. KL-Cov: its loss is -r A + coefficient * |log r|;
-    the penalty has no importance weight. The bonus (arXiv 2505.22312): weight * entropy less.
+    Clip-Cov (arXiv 2505.22617): a held token has no loss. KL-Cov: its loss is more by coefficient * |log r|,
+    without importance weight; the paper's loss besides, -r A, has no clip (see docs/reference/losses.md).
+    The bonus (arXiv 2505.22312): weight * entropy less.
     """
     if inputs.held is not None and entropy.control == "clip_cov":
         per_token = per_token.masked_fill(inputs.held, 0.0)

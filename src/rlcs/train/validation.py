@@ -23,6 +23,11 @@ SENT = (
 """The values of a row that trackers get, where they were measured."""
 
 
+def shares(row: Mapping[str, Any]) -> list[float]:
+    """The share of right answers to each problem of a measurement."""
+    return [right / row["samples"] for right in row["right"]]
+
+
 class Validation:
     """The measurements of one stage: one row of `validation.jsonl` for each, also before the first step."""
 
