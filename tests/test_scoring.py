@@ -123,6 +123,7 @@ def test_every_token_gets_its_own_logprob_behind_its_own_path(vlm, chat):
         ((503,) * 3, None, r"does not score an answer: HTTP 503.*, in 2 attempts"),
         ((), lambda r: {**r, "prompt_token_ids": r["prompt_token_ids"][1:]}, "or as other ones"),
         ((), lambda r: {**r, "prompt_logprobs": None}, "the reply has no logprobs of the prompt"),
+        ((), lambda r: {**r, "prompt_logprobs": [{}] * len(r["prompt_logprobs"])}, "no logprob of a token"),
     ],
 )
 def test_a_server_that_cannot_teach_is_an_error_without_its_key(vlm, chat, faults, change, message):

@@ -98,7 +98,11 @@ class ScoringServer:
                 "bounds (images.min_pixels, images.max_pixels)",
             )
         start = len(path.ids) - path.scored
-        return [float(entries[k][str(path.ids[k])]["logprob"]) for k in range(start, len(path.ids))]
+        try:
+            return [float(entries[k][str(path.ids[k])]["logprob"]) for k in range(start, len(path.ids))]
+        except (KeyError, TypeError, ValueError) as error:
+            what = "the reply has no logprob of a token of the answer"
+            raise EndpointError(what, where=self._url, fix=SERVE) from error
 
     def _post(self, body: dict[str, Any]) -> object:
         """Send a request until it is answered, within `max_retries`. Raises EndpointError."""
