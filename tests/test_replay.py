@@ -132,3 +132,5 @@ def test_a_run_without_a_collapse_and_no_run_are_refused_in_words(tmp_path):
     assert code == 2 and "in step 8 of this run" in text
     code, text = rlcs("doctor", "--replay")
     assert code == 2 and "rlcs doctor RUN --replay" in text
+    code, text = rlcs("doctor", tmp_path, "--step", 9)
+    assert code == 2 and "add --replay" in text

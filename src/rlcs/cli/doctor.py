@@ -21,15 +21,15 @@ class DoctorOptions:
     """The options of `rlcs doctor`."""
 
     replay: Annotated[
-        bool, typer.Option("--replay", help="Find the change with which RL of RUN does not collapse")
+        bool, typer.Option("--replay", help="Which change would have prevented the collapse of RUN's RL")
     ] = False
+    step: Annotated[
+        int | None, typer.Option(min=1, help="With --replay: the step of a collapse other than the first")
+    ] = None
     gpu: Annotated[bool, typer.Option("--gpu", help="Prove within minutes that the GPUs are ready")] = False
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for --gpu")] = 8.0
     executable: Annotated[str, typer.Option(help="vLLM's program for --gpu")] = "vllm"
     out: Annotated[Path | None, typer.Option(help="File for the JSON of --gpu")] = None
-    step: Annotated[
-        int | None, typer.Option(min=1, help="For --replay: the step of another sign than the first")
-    ] = None
     cpu: Annotated[bool, typer.Option("--cpu", hidden=True, help="On the CPU, with a small model")] = False
     json: Json = False
 
@@ -48,6 +48,8 @@ def doctor(
     given = {"--out": options.out, "--cpu": options.cpu, "--executable": options.executable != "vllm"}
     if option := next((name for name, value in given.items() if value), None):
         raise UserError("it belongs to the checks of GPUs", where=option, fix="add --gpu, or leave it out")
+    if options.step and not options.replay:
+        raise UserError("it says what is replayed", where="--step", fix="add --replay, or leave it out")
     if options.replay:
         if run is None:
             raise UserError("a run is replayed", where="--replay", fix="write rlcs doctor RUN --replay")

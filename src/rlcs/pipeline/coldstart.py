@@ -172,7 +172,8 @@ class ColdStart:
 
         self._world.first(prepare)
         self._say(
-            f"SFT on {cell.demonstrations:,} {cell.chain} demonstrations, seed {cell.seed}: {keep} steps"
+            f"SFT on {cell.demonstrations:,} {cell.chain} demonstrations, seed {cell.seed}: "
+            f"{keep[-1]:,} steps for {len(keep)} {'length' if len(keep) == 1 else 'lengths'}"
         )
         study.run()
         seconds = self._world.first(lambda: float(read_json(folder / "sft" / "done.json")["seconds"]))

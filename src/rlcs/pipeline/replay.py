@@ -281,18 +281,21 @@ def lines(result: Mapping[str, Any], collapse: Collapse) -> list[str]:
     for outcome in outcomes:
         value = "-" if outcome.value is None else crossing.form.format(outcome.value)
         right = "" if outcome.accuracy is None else f"{outcome.accuracy:.1%} right"
-        but = f", but: {outcome.other}" if outcome.other else ""
+        but = f", but beyond its limit: {outcome.other.lower()}" if outcome.other else ""
         verdict = outcome.error or (f"prevents it{but}" if outcome.held else "does not")
         verdict = verdict if outcome.change.words else ""
         shown.append(f"{outcome.change.name:<{width}}  {value:<18} {right:<12} {verdict}".rstrip())
     shown.append("")
     best = [from_row(Change, row) for row in result["fixes"]]
     if not result["repeats"]:
-        shown.append("Without a change it did not come again (sampling differs?): the others prove nothing.")
+        shown.append(
+            "Without a change it did not come again (does sampling differ?): the others prove nothing."
+        )
     elif best:
         shown += [f"{change.name} prevents it: {' '.join(change.words)}" for change in best]
     else:
         shown.append("None of these changes prevents it alone: combine them, or read the answers below.")
+    shown += ["", f"Answers of step {crossing.step:,} in which it shows most:"]
     for rollout, reward in examples(read_batch(collapse.folder, crossing), crossing.key):
         text = " ".join(rollout.text.split())
         cut = text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}..."
