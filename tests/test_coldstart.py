@@ -400,6 +400,11 @@ def test_the_doctor_says_how_far_a_study_is(tmp_path: Path):
 
 def test_mistakes_on_the_command_line():
     run = CliRunner()
-    for option in ("--demonstrations", "--epochs"):
-        refused = run.invoke(app, ["coldstart", "quickstart", option, "many"])
-        assert refused.exit_code == 2 and "no list of numbers" in refused.output
+    mistakes = {
+        ("--demonstrations", "many"): "no list of whole numbers",
+        ("--demonstrations", "0.5"): "no list of whole numbers",
+        ("--epochs", "many"): "no list of numbers",
+    }
+    for words, message in mistakes.items():
+        refused = run.invoke(app, ["coldstart", "quickstart", *words])
+        assert refused.exit_code == 2 and message in " ".join(refused.output.split()), refused.output

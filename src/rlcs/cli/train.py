@@ -48,6 +48,13 @@ class AblateOptions(RunOptions):
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds")] = 1
 
 
+def _counts(text: str | None) -> str | None:
+    words = [word.strip() for word in (text or "1").split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers above 0: write for example 200,600")
+    return text
+
+
 def _numbers(text: str | None) -> str | None:
     words = [word.strip() for word in (text or "1").split(",")]
     if not all(word.replace(".", "", 1).isdigit() and float(word) > 0 for word in words):
@@ -62,7 +69,7 @@ class ColdStartOptions(RunOptions):
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/NAME-coldstart")] = None
     demonstrations: Annotated[
         str | None,
-        typer.Option(callback=_numbers, help="Numbers to try, as in 200,600; default: all, 1/2, 1/8"),
+        typer.Option(callback=_counts, help="Numbers to try, as in 200,600; default: all, 1/2, 1/8"),
     ] = None
     epochs: Annotated[
         str | None,
@@ -124,7 +131,7 @@ def coldstart(recipe: RecipeName, options: ColdStartOptions, overrides: Override
         return [word.strip() for word in text.split(",")] if text else []
 
     wanted = Wanted(
-        demonstrations=tuple(int(float(each)) for each in listed(options.demonstrations)),
+        demonstrations=tuple(map(int, listed(options.demonstrations))),
         epochs=tuple(map(float, listed(options.epochs))),
         chains=tuple(listed(options.chains)),
         seeds=options.seeds,
