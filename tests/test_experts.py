@@ -263,7 +263,7 @@ def test_replayed_experts_have_the_gradient_of_the_policys_own_router(vlm, chat,
 
 def test_only_the_policy_replays(vlm, chat, sampled):
     packed = pack([groups.tree_of(group) for group in sampled], chat.patches)
-    context = SimpleNamespace(vlm=vlm, reference=vlm)
+    context = SimpleNamespace(vlm=vlm, reference=vlm, teacher=None)
     settings = Grpo(optimizer_steps=2, prompts_per_step=2, old_logprobs="policy")
     [batch] = learning.with_logprobs([packed], context, settings)
     torch.testing.assert_close(batch.old_logprobs, packed.sampler_logprobs, rtol=1e-5, atol=1e-5)

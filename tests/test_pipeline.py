@@ -28,7 +28,7 @@ from rlcs.generation import SampleLog
 from rlcs.model import loading
 from rlcs.pipeline import run_folder, seeds, study
 from rlcs.pipeline.study import engine_needs
-from rlcs.recipe.arms import ARMS
+from rlcs.recipe.arms import COMMAND_ARMS
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.signals import StopFlag
@@ -107,7 +107,7 @@ def test_the_study_on_the_built_in_hybrid_model(tmp_path):
     done = rlcs("quickstart", "model.name=builtin-hybrid", *SMALL_STUDY, "grpo.steps=1", "--out", out)
     assert done.returncode == 0, done.stderr
     assert "the engine computes what the trainer does" in done.stdout + done.stderr
-    assert set(json.loads((out / "summary.json").read_text())["arms"]) == set(ARMS)
+    assert set(json.loads((out / "summary.json").read_text())["arms"]) == set(COMMAND_ARMS["quickstart"])
     trained = AutoConfig.from_pretrained(out / "sft_grpo" / "final").text_config
     assert trained.layer_types.count("linear_attention") == 3
 
@@ -117,7 +117,9 @@ def test_the_same_command_again_does_nothing_twice(finished, random_model_folder
     for command in (["quickstart"], ["run", "quickstart"], ["sft", "quickstart"]):
         again = rlcs(*command, f"model.name={random_model_folder}", *SMALL, "--out", finished)
         assert again.returncode == 0
-        assert set(json.loads((finished / "summary.json").read_text())["arms"]) == set(ARMS)
+        assert set(json.loads((finished / "summary.json").read_text())["arms"]) == set(
+            COMMAND_ARMS["quickstart"]
+        )
     assert (finished / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
     assert "sft 1/" not in again.stdout
 
@@ -198,7 +200,7 @@ def test_one_stage_alone_and_the_rest_later(random_model_folder, tmp_path):
     )
     assert joined.returncode == 0, joined.stderr
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary["arms"]) == set(summary["recipe"]["study"]["arms"]) == set(ARMS)
+    assert set(summary["arms"]) == set(summary["recipe"]["study"]["arms"]) == set(COMMAND_ARMS["quickstart"])
     assert summary["counts"] == {"cold_start": 10, "rl": 12, "test": 20}
 
 
