@@ -49,6 +49,7 @@ SUBSTITUTES = {
     r"(?<=--port )\d+": "PORT",  # any that is free
     r"\bFOLDER\b": "official",
     r"(?<=grpo.steps=)\d+": "2",
+    r"(?<=sft.handover.round_steps=)\d+": "1",
     r"(?<=sft.epochs=)[\d.]+": "1",
 }
 """Patterns in a command, and what stands there when it runs."""
@@ -295,6 +296,8 @@ def shortened(words: list[str]) -> list[str]:
     if words[0] == "coldstart" or any(key.startswith("validation.") for key in given):
         data = [*data, "validation.problems=4"]
     wanted = [*data, *(f"{key}={value}" for key, value in SHORT.items())]
+    if "sft.handover.rule=probe" in words:  # trials need steps that their losers may take
+        wanted += ["grpo.steps=8", "sft.handover.most_share=0.5"]
     return [each for each in wanted if each.partition("=")[0] not in given]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import LengthGrader
-from distributed_worker import mixed_problems
+from distributed_worker import demonstrations, mixed_problems
 from rlcs.engines.arrivals import Arrivals
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import OutOfMemory, TrainingError
@@ -23,6 +23,7 @@ from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl
 from rlcs.train import checkpoint, grpo
 from rlcs.train.context import GrpoContext
+from rlcs.train.local_teacher import LocalTeacher
 from rlcs.train.run_dir import RunDir
 from rlcs.train.trainer import Trainer
 from rlcs.train.validation import Validation
@@ -230,6 +231,8 @@ def trained(model, folder, settings, overlap, *, after=None, measured=None, more
             engine=engine,
             importance_cap=2.0,
             overlap=overlap,
+            demonstrations=demonstrations(10),
+            teacher=LocalTeacher(vlm=grpo.frozen_copy(vlm)) if settings.teacher.model else None,
             **({"grader": LengthGrader()} | dict(more)),
         )
         run = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")

@@ -70,11 +70,11 @@ def _least_alike(usable: Sequence[Entry], most: int) -> list[Entry]:
     different = dict[str, Entry]()
     for answer in usable:
         different.setdefault(answer.response, answer)
-    shingles = {response: shingles(response) for response in different}
+    runs = {response: shingles(response) for response in different}
     rest = list(different)
     chosen = [rest.pop(0)] if rest else []
     while rest and len(chosen) < most:
-        likeness = [max(overlap(shingles[text], shingles[other]) for other in chosen) for text in rest]
+        likeness = [max(overlap(runs[text], runs[other]) for other in chosen) for text in rest]
         chosen.append(rest.pop(likeness.index(min(likeness))))
     return [different[text] for text in chosen]
 
