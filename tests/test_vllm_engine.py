@@ -150,6 +150,14 @@ def test_every_server_answers_by_the_newest_weights(run) -> None:
     assert not any(alive(one["pid"]) for one in both.started)
 
 
+def test_a_server_that_starts_slowly_is_not_begun_again_in_every_round(run) -> None:
+    both = run(servers=2, concurrency=2)
+    both.behave(first_alone=True)
+    for _ in range(3):
+        both.ask(4)
+    assert len(both.started) == 2
+
+
 @pytest.mark.parametrize("misdeed", ["die_after", "hang_after", "forget_after", "fail_after", "abort_after"])
 @pytest.mark.parametrize("servers", [1, 2])
 def test_a_server_that_fails_costs_a_retry(run, misdeed: str, servers: int) -> None:

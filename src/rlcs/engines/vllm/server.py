@@ -216,6 +216,8 @@ class Server:
         self._log = logs / f"vllm-{index}.log"
         self._starter = starter
         self._process: Process | None = None
+        self._start_ends: float | None = None
+        """Until when the process may take to start; None: it has started."""
         self._is_checked = self._paused = False
         self._asleep: set[str] = set()
         self.channel = ""
@@ -234,8 +236,12 @@ class Server:
         Raises DownError; ModelError if waiting cannot help.
         """
         if self._ours and (self._process is None or not self._process.runs):
-            await self._start(client, weights)
-        await self.require_well(client)
+            await self._start(weights)
+        if self._process is not None and self._start_ends is not None:  # begun now, or in an earlier round
+            await self._until_started(client, self._process, self._start_ends)
+            self._start_ends = None
+        else:
+            await self.require_well(client)
 
     async def load_weights(self, client: httpx.AsyncClient, weights: Weights) -> None:
         """Load these weights unless it has them, and wake it up.
@@ -301,21 +307,24 @@ class Server:
             log.warning("%s: %s; it is started again for the next answers", self.name, down)
             self.restart()
 
-    async def _start(self, client: httpx.AsyncClient, weights: Weights) -> None:
+    async def _start(self, weights: Weights) -> None:
         self.restart()  # end what is left of a server that died: its engines may still run and hold GPUs
         self._log.parent.mkdir(parents=True, exist_ok=True)
 
-        def begin() -> Process:
-            self._process = Process(
-                partial(self._launch.command, weights.model.folder),
-                self._launch.environment(self._index),
-                self._log,
-            )
-            return self._process
+        def begin() -> None:
+            if self._process is None:  # else it was begun in a round that ended meanwhile
+                self._process = Process(
+                    partial(self._launch.command, weights.model.folder),
+                    self._launch.environment(self._index),
+                    self._log,
+                )
+            self._url = self._process.url
 
-        process = await asyncio.get_running_loop().run_in_executor(self._starter, begin)
-        self._url = process.url
-        end = time.monotonic() + self._settings.start_limit_s
+        self._start_ends = time.monotonic() + self._settings.start_limit_s
+        await asyncio.get_running_loop().run_in_executor(self._starter, begin)
+
+    async def _until_started(self, client: httpx.AsyncClient, process: Process, end: float) -> None:
+        """Wait until a process that was started is well. Raises DownError, ModelError."""
         while time.monotonic() < end:
             if not process.runs:
                 if self._is_checked:
@@ -481,6 +490,7 @@ class Server:
         if self._process is not None:
             self._process.end(at_once=True)
             self._process, self._asleep, self.channel = None, set(), ""
+        self._start_ends = None
 
     def close(self) -> None:
         """End the process, if there is one."""
