@@ -162,13 +162,16 @@ def test_a_vllm_of_rlcs_serve_streams_and_keeps_strangers_out(
     url, _ = server
     client = client_of(url)
     assert [model.id for model in client.models.list()] == ["puzzler"]
-    chunks = list(
-        client.chat.completions.create(
-            model="puzzler", messages=asked(problems[0]), temperature=0, max_tokens=LIMIT, stream=True
+
+    def pieces(**more) -> list[str]:
+        chunks = client.chat.completions.create(
+            model="puzzler", messages=asked(problems[0]), temperature=0, stream=True, **more
         )
-    )
-    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert "".join(pieces) == ours[0] and sum(map(bool, pieces)) > 1
+        return [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+
+    assert "".join(pieces(max_tokens=LIMIT)) == ours[0]
+    # Of a long answer: a busy server sends the few tokens of a short one at once.
+    assert sum(map(bool, pieces(max_tokens=200, extra_body={"ignore_eos": True}))) > 1
     for key in ("none", KEY[:-1]):
         with pytest.raises(openai.AuthenticationError):
             client_of(url, key).chat.completions.create(model="puzzler", messages=asked(problems[0]))
@@ -209,7 +212,7 @@ def test_the_chat_page_talks_to_it(server, problems: list[Problem], ours: list[s
     path.write_bytes(problems[0].images[0].data or b"")
     turns = [{"role": "user", "content": [path, problems[0].question_with_choices]}]
     pieces = list(model.stream(turns, Settings(max_new_tokens=LIMIT)))
-    assert "".join(pieces) == ours[0] and len(pieces) > 1
+    assert "".join(pieces) == ours[0]
     with pytest.raises(EndpointError, match=r"max_tokens|context"):
         model.stream(turns, Settings(max_new_tokens=100_000))
 
