@@ -313,9 +313,8 @@ def wait_for(path: Path) -> None:
         time.sleep(0.2)
 
 
-def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_model_folder, tmp_path):
-    words = ["-m", "rlcs", "run", "quickstart", f"model.name={random_model_folder}", *STUDY]
-    words += ["--out", str(tmp_path)]
+def stopped_and_finished(words: list[str], started: Path) -> tuple[str, str]:
+    """What a study on two ranks says that is stopped when `started` exists; one process finishes it."""
     start = [sys.executable, "-W", "ignore"]
     run = [
         "-m",
@@ -331,16 +330,24 @@ def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_mo
         [*start, *run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
     try:
-        wait_for(tmp_path / "sft_grpo" / "metrics.jsonl")
+        wait_for(started)
         study.send_signal(signal.SIGTERM)
         said, error = study.communicate(timeout=LIMIT_S)
     finally:
         study.kill()
-    assert error.count("stopped as asked") == 1 and "grpo after step" in error, error
-    assert said.count("SFT loss") == 1  # rank 0 alone speaks
-    step = max(complete(tmp_path / "sft_grpo" / "checkpoints"))
-    assert (tmp_path / "sft_grpo" / "checkpoints" / f"step-{step:06d}" / "model-1.safetensors").is_file()
+    assert error.count("stopped as asked") == 1, error
+    step = max(complete(started.parent / "checkpoints"))
+    assert (started.parent / "checkpoints" / f"step-{step:06d}" / "model-1.safetensors").is_file()
     subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
+    return said, error
+
+
+def test_a_study_under_torchrun_is_stopped_and_finished_by_one_process(random_model_folder, tmp_path):
+    words = ["-m", "rlcs", "run", "quickstart", f"model.name={random_model_folder}", *STUDY]
+    words += ["--out", str(tmp_path)]
+    said, error = stopped_and_finished(words, tmp_path / "sft_grpo" / "metrics.jsonl")
+    assert "grpo after step" in error, error
+    assert said.count("SFT loss") == 1  # rank 0 alone speaks
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {name: arm["n"] for name, arm in summary["arms"].items()} == {"base": 20, "sft_grpo": 20}
     assert [row["step"] for row in rows(tmp_path / "sft_grpo")] == list(range(1, 31))
@@ -352,28 +359,8 @@ def test_trials_of_rl_under_torchrun_are_stopped_and_finished_by_one_process(ran
     words += ["sft.handover.rule=probe", "sft.handover.round_steps=4", "sft.handover.most_share=0.5"]
     words += ["validation.sft_every=1", "validation.problems=4", "grpo.steps=32", "study.preflight=off"]
     words += ["study.arms=[base, sft, sft_grpo]", "--out", str(tmp_path)]
-    start = [sys.executable, "-W", "ignore"]
-    run = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--shutdown-timeout",
-        "200",
-    ]
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
-    study = subprocess.Popen(
-        [*start, *run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
-    try:
-        wait_for(tmp_path / "sft_grpo" / "metrics.jsonl")  # the winner's trial has got its name
-        study.send_signal(signal.SIGTERM)
-        _, error = study.communicate(timeout=LIMIT_S)
-    finally:
-        study.kill()
-    assert error.count("stopped as asked") == 1, error
-    subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
+    # Then the winner's trial has got its name.
+    stopped_and_finished(words, tmp_path / "sft_grpo" / "metrics.jsonl")
     facts = read_json(tmp_path / "sft" / "candidates.json")
     assert len(facts["candidates"]) == 2 and facts["steps"] == 32 - 4 and len(facts["rounds"]) == 1
     assert [row["step"] for row in rows(tmp_path / "sft_grpo")] == list(range(1, 29))

@@ -39,11 +39,6 @@ SHUFFLED_EVERY = 8
 estimate, and the difference to these shows what the order gains."""
 
 
-def signal_chance(rate: float, group_size: int) -> float:
-    """The chance that `group_size` answers with this pass rate are neither all right nor all wrong."""
-    return float(1.0 - rate**group_size - (1.0 - rate) ** group_size)
-
-
 class PassRates:
     """The Beta posterior of each problem's pass rate, which forgets as the policy changes.
 

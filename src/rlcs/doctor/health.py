@@ -42,7 +42,7 @@ def _cells(folder: Path) -> Finding:
     """How far a study of the cold start is, with the command that continues it."""
     study = read(folder)
     command = study.facts.get("command")
-    resume = f"continue it, where it does not run: {shlex.join(map(str, command))}" if command else ""  # type: ignore[call-overload]
+    resume = f"continue it, where it does not run: {shlex.join(map(str, command))}" if command else ""
     state = f"{study.over} of {study.cells} cells are over"
     return Finding(name="state", message=state, fix=resume if study.over < study.cells else "")
 

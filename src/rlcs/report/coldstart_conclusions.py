@@ -5,7 +5,8 @@ Every sentence about a difference rests on its interval, and on all seeds having
 
 from collections.abc import Iterator, Sequence
 
-from rlcs.report.coldstart_results import NONE, Gap, Result, Results
+from rlcs.recipe.coldstart import NONE
+from rlcs.report.coldstart_results import Gap, Result, Results
 from rlcs.report.conclusions import Conclusions, Note
 from rlcs.report.load_run import text
 from rlcs.report.pages import duration, points

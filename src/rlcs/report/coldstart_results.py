@@ -12,14 +12,13 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from rlcs.evals.intervals import interval_of_mean, wilson
+from rlcs.recipe.coldstart import GIVEN, NONE
 from rlcs.records import GradedSample
-from rlcs.report.load_run import Row, number, part, read_object, read_records, read_rows, text
+from rlcs.report.load_run import number, part, read_object, read_records, read_rows, text
 
 GRID = "grid.json"
 """The file with the cells of a study, which makes a folder one."""
-NONE = "none"
-"""The kind of the cells without a cold start."""
-KINDS: Mapping[str, str] = {NONE: "no cold start", "given": "the data's own", "self_critic": "self-critic"}
+KINDS: Mapping[str, str] = {NONE: "no cold start", GIVEN: "the data's own", "self_critic": "self-critic"}
 """Kinds of demonstrations that are called by another word than their name."""
 
 
@@ -120,7 +119,7 @@ class Results:
     """A study, as far as it has come: what was measured, and how many cells there are in all."""
 
     folder: Path
-    facts: Row
+    facts: Mapping[str, Any]
     none: Result | None
     cold: tuple[Result, ...]
     cells: int
@@ -133,7 +132,7 @@ class Results:
     @property
     def seeds(self) -> int:
         """How many seeds there are of a cell."""
-        return len({row["seed"] for row in self.facts["cells"]})  # type: ignore[attr-defined]
+        return len({row["seed"] for row in self.facts["cells"]})
 
     @property
     def z(self) -> float:
@@ -168,9 +167,9 @@ class Results:
 
 def read(folder: Path) -> Results:
     """Read what a study has measured so far."""
-    facts = read_object(folder / GRID)
+    facts: Mapping[str, Any] = read_object(folder / GRID)
     found: dict[tuple[Any, ...], dict[int, Outcome]] = {}
-    rows: list[dict[str, Any]] = facts.get("cells", [])  # type: ignore[assignment]
+    rows: list[dict[str, Any]] = facts.get("cells", [])
     for row in rows:
         key = (row["chain"], row["demonstrations"], row["epochs"], row["steps"])
         if (outcome := _outcome(folder, row)) is not None:
