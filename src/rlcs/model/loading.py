@@ -444,7 +444,7 @@ def save(vlm: Vlm, folder: Path) -> None:
             if not vlm.reference_mode:
                 adapters.save(vlm.adapter, folder / "adapter", whole)
         vlm.processor.save_pretrained(folder)
-        open_to_readers(folder)
+        open_to_readers(folder, sync=True)
 
     vlm.world.first(write)
 
@@ -458,6 +458,6 @@ def save_adapters(vlm: Vlm, folder: Path) -> None:
     @writing_model(folder)
     def write() -> None:
         adapters.save(adapter, folder, weights or vlm.model.state_dict())
-        open_to_readers(folder)
+        open_to_readers(folder, sync=True)
 
     vlm.world.first(write)

@@ -27,6 +27,7 @@ from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
 from rlcs.grading.reward import Grader
+from rlcs.locks import hold
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
@@ -39,7 +40,7 @@ from rlcs.pipeline.faults import add_faults
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.online_teacher import open_teacher
 from rlcs.pipeline.preflight import Preflight
-from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_hash, versions
+from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
 from rlcs.progress import Screen, screen
@@ -48,7 +49,7 @@ from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo, Stage
 from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag
-from rlcs.storage import is_done, mark_done, read_json, write_json
+from rlcs.storage import is_done, mark_done, read_json, verify_done, write_json
 from rlcs.train import grpo, sft
 from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
@@ -83,7 +84,7 @@ class Study:
         world: World = ALONE,
         dry: Path | None = None,
     ) -> None:
-        """Claim the folder; a `dry` run only checks whether it could, and has vLLM's files in that folder.
+        """Check that the folder is free for the recipe; a `dry` run has vLLM's files in that folder.
 
         Raises RunFolderError if it belongs to another recipe, UserError.
         """
@@ -95,10 +96,11 @@ class Study:
         self._stop = stop
         self._world = world
         self._logs = dry or folder / "rollout"
+        self._seen: dict[Path, object] = {}
         self.after_validation: AfterValidation | None = None
         """Gets the rows of the validation of RL."""
         self._make_engine: MakeEngine
-        self._claimed = world.first(lambda: claim(folder, recipe, dry=dry is not None))
+        self._claimed = world.first(lambda: claim(folder, recipe, dry=True))
         self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
@@ -120,10 +122,15 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         with ExitStack() as stack:
-            self._world.first(lambda: hold(self.folder, stack))
+            self._world.first(lambda: stack.enter_context(hold(self.folder)))
+            self._claim()
             log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
             with log_here, memory_advice(self.recipe, self._world):
                 yield
+
+    def _claim(self) -> None:
+        """Write the recipe into the folder; another process may have been there since the check."""
+        self._claimed = self._world.first(lambda: claim(self.folder, self.recipe))
 
     @contextmanager
     def engines(self) -> Iterator[None]:
@@ -199,6 +206,7 @@ class Study:
         It ends after the step `until`, and nothing but its metrics is kept.
         """
         self._recipe_hash = recipe_hash(of)
+        self._claim()
         self._data = check_prompts(self._data, of)
         self._drop_blind()
         demonstrations: Sequence[Demonstration] = ()
@@ -218,9 +226,6 @@ class Study:
             log.info(note)
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
-        if (judge := self.recipe.grpo.reward.judge).faults:
-            for folder in (self.folder / "eval" / arm for arm in self.recipe.study.arms):
-                add_faults(folder, self._data.test, judge, self.folder / "judge" / "faults")
         path = self.folder / "summary.json"
         before = read_json(path)["counts"] if path.exists() else {}
         # Data that only arms of an earlier command need was not read.
@@ -240,11 +245,20 @@ class Study:
         )
 
     def _is_done(self, name: str) -> bool:
-        return self._world.first(lambda: is_done(self.folder / name))
+        """Whether a stage has finished. Raises CheckpointError where its files are not as it wrote them."""
+
+        def check() -> bool:
+            folder = self.folder / name
+            if finished := is_done(folder):
+                verify_done(folder, self._seen)
+            return finished
+
+        return self._world.first(check)
 
     def _load(self, settings: Model, arm: str | None, *, four_bit: bool = False) -> Vlm:
         """Load a trained model, `sft` or a step `sft@80`; without an arm, and for the base, the recipe's."""
         if arm is not None and arm != "base":
+            self._is_done(arm)
             start = str(self.folder / arm / ("" if "@" in arm else "final"))
             settings = settings.model_copy(update={"name": start, "revision": None})
         loading.give_back_memory()  # FSDP's reference cycles hold the previous sharded model
@@ -406,8 +420,12 @@ class Study:
                 title, folder = name.replace("/", " "), self.folder / name
                 with self._output.screen(title, len(problems)) as view:
                     evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+                if (judge := recipe.grpo.reward.judge).faults and folder == self.folder / "eval" / arm:
+                    replies = self.folder / "judge" / "faults"
+                    self._world.first(partial(add_faults, folder, problems, judge, replies))
                 seconds = round(time.monotonic() - started, 1)
-                self._world.first(partial(mark_done, folder, seconds=seconds))
+                reads = ["predictions.jsonl", "scores.json"]
+                self._world.first(partial(mark_done, folder, reads=reads, seconds=seconds))
                 started = time.monotonic()
                 log.info("%s: done", title)
         engine.rest()  # the next stage has the GPU
@@ -446,6 +464,7 @@ def make_demonstrations(
     """Make the demonstrations of a study unless the folder has them. Raises RlcsError if some are missing."""
     started = time.monotonic()
     if is_done(folder):
+        verify_done(folder, {})
         return
     with output.screen("cold start", sum(row.response is None for row in rows)) as view:
         kept = distill.run(
@@ -459,7 +478,8 @@ def make_demonstrations(
             fix="the same command asks them again; to do without them, start in a new run folder with "
             f"data.cold_start={folder / 'kept.jsonl'}",
         )
-    mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
+    seconds = round(time.monotonic() - started, 1)
+    mark_done(folder, reads=["kept.jsonl", "stats.json"], seconds=seconds, kept=len(kept))
 
 
 def dry_run(
