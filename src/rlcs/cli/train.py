@@ -223,7 +223,8 @@ def _study(
     from rlcs.model.loading import use_expandable_segments
     from rlcs.pipeline.coldstart import ColdStart
     from rlcs.pipeline.seeds import run_seeds
-    from rlcs.pipeline.study import Output, dry_run
+    from rlcs.pipeline.study import dry_run
+    from rlcs.progress import Output
     from rlcs.report.coldstart import lines
     from rlcs.signals import StopFlag
 

@@ -25,8 +25,10 @@ from rlcs.evals.intervals import interval_of_mean
 from rlcs.locks import hold
 from rlcs.pipeline.blind import answered_blind
 from rlcs.pipeline.data_checks import check_prompts
+from rlcs.pipeline.demonstrations import make_demonstrations
 from rlcs.pipeline.run_folder import claim, command, versions
-from rlcs.pipeline.study import Output, Study, dry_run, make_demonstrations
+from rlcs.pipeline.study import Study, dry_run
+from rlcs.progress import Output
 from rlcs.recipe.coldstart import GIVEN, NONE, Cell, Wanted, chains_of, lengths_of, plan, subset
 from rlcs.recipe.loading import changed
 from rlcs.recipe.schema import Recipe

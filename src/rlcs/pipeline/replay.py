@@ -22,8 +22,8 @@ from rlcs.distributed import ALONE, World
 from rlcs.errors import RlcsError, UserError
 from rlcs.locks import LOCK
 from rlcs.pipeline.probe import steps_of
-from rlcs.pipeline.study import Output, Study
-from rlcs.progress import Screen, screen
+from rlcs.pipeline.study import Study
+from rlcs.progress import Output, Screen, screen
 from rlcs.recipe.arms import RL_ARMS, RlArm
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Recipe

@@ -97,7 +97,7 @@ def claim(folder: Path, recipe: Recipe, *, dry: bool = False) -> Recipe:
     changed = [each for each in differences(before, recipe) if each[0] in fixed]
     keys = [key for key, _, _ in changed]
     if keys:
-        if _holds_results(folder, keys):
+        if holds_results(folder, keys):
             listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed[:5])
             raise RunFolderError(
                 f"the folder holds a run of another recipe: {listed}",
@@ -130,7 +130,7 @@ def _create(folder: Path) -> None:
         raise RunFolderError(f"cannot create it: {error.strerror}", where=str(folder)) from error
 
 
-def _holds_results(folder: Path, changed: Iterable[str]) -> bool:
+def holds_results(folder: Path, changed: Iterable[str]) -> bool:
     """Whether the folder holds a finished stage, a checkpoint or answers that depend on the changed keys.
 
     A cold start depends on its data and its teacher alone.

@@ -11,7 +11,8 @@ from rlcs.distributed import ALONE, World
 from rlcs.evals.scores import with_interval
 from rlcs.locks import hold
 from rlcs.pipeline.run_folder import claim, command
-from rlcs.pipeline.study import Output, Study
+from rlcs.pipeline.study import Study
+from rlcs.progress import Output
 from rlcs.recipe.schema import Recipe
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json

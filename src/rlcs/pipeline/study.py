@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +15,12 @@ from typing import Any
 
 from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
-from rlcs.data.rows import Row
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
 from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import RlcsError, out_of_memory_in
+from rlcs.errors import out_of_memory_in
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
@@ -36,14 +34,16 @@ from rlcs.model.vlm import Vlm
 from rlcs.pipeline import probe
 from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
+from rlcs.pipeline.demonstrations import make_demonstrations
 from rlcs.pipeline.faults import add_faults
 from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.inputs import check_inputs
 from rlcs.pipeline.online_teacher import open_teacher
 from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
-from rlcs.progress import Screen, screen
+from rlcs.progress import Output
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, RlArm
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo, Stage
@@ -56,18 +56,6 @@ from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import AfterValidation, Validation
 
 log = logging.getLogger("rlcs")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """How a run prints its progress: a bar, plain lines (`quiet`), or `json` rows."""
-
-    quiet: bool = False
-    json: bool = False
-
-    def screen(self, stage: str, total: int) -> Screen:
-        """The display of one stage's progress."""
-        return screen(stage, total, quiet=self.quiet, json=self.json)
 
 
 class Study:
@@ -95,6 +83,7 @@ class Study:
         self._output = output
         self._stop = stop
         self._world = world
+        self._dry = dry is not None
         self._logs = dry or folder / "rollout"
         self._seen: dict[Path, object] = {}
         self.after_validation: AfterValidation | None = None
@@ -141,10 +130,12 @@ class Study:
     def check_data(self) -> None:
         """Make the prompts of all data, leave out rows without one, and show what there is to know.
 
-        Raises DataError if these rows are many.
+        Raises DataError if these rows are many, RunFolderError if data or model are not those of the folder.
         """
+        model, dry = self.recipe.model.name, self._dry
         if self._world.grouped:  # a checkpoint's model is written once, by rank 0
-            self._world.first(lambda: loading.resolve(self.recipe.model.name))
+            self._world.first(lambda: loading.resolve(model))
+        self._world.first(lambda: check_inputs(self.folder, self._data, model, dry=dry))
         self._data = check_prompts(self._data, self.recipe)
         blind_tasks("base", self.recipe, self._data, self.folder)  # that other images are there
         with Output(quiet=True, json=self._output.json).screen("data", 0) as view:
@@ -456,30 +447,6 @@ class Study:
             "command": command(),
             **({"ranks": self._world.size} if self._world.grouped else {}),
         }
-
-
-def make_demonstrations(
-    rows: Sequence[Row], recipe: Recipe, folder: Path, *, output: Output, stop: StopFlag
-) -> None:
-    """Make the demonstrations of a study unless the folder has them. Raises RlcsError if some are missing."""
-    started = time.monotonic()
-    if is_done(folder):
-        verify_done(folder, {})
-        return
-    with output.screen("cold start", sum(row.response is None for row in rows)) as view:
-        kept = distill.run(
-            rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view, stop=stop
-        )
-    # Without a marker the same command samples the missing answers.
-    if failed := read_json(folder / "stats.json")["failed"]:
-        raise RlcsError(
-            f"the teacher left {failed:,} samples unanswered",
-            where=str(folder),
-            fix="the same command asks them again; to do without them, start in a new run folder with "
-            f"data.cold_start={folder / 'kept.jsonl'}",
-        )
-    seconds = round(time.monotonic() - started, 1)
-    mark_done(folder, reads=["kept.jsonl", "stats.json"], seconds=seconds, kept=len(kept))
 
 
 def dry_run(
