@@ -1,9 +1,10 @@
 """Runs commands of rlcs in children of one warm process, and kills them at chosen file events.
 
-`python kill_runner.py` reads a job a line and answers with a line. It has imported everything and done nothing:
-no model, thread or file is open when it forks, and torch has one thread. So each child is a fresh process that
-saves the seconds of the imports. An audit hook counts the child's file events below a folder: a file opened
-for writing, a folder made, and names that change or go. At an event a signal is sent before it happens.
+`python kill_runner.py` reads a job a line and answers with a line. It has imported everything and done
+nothing: no model, thread or file is open when it forks, and torch has one thread. So each child is a fresh
+process that saves the seconds of the imports. An audit hook counts the child's file events below a folder: a
+file opened for writing, a folder made, and names that change or go. At an event a signal is sent before it
+happens.
 """
 
 import json
@@ -42,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a job: exit statuses by rank (below 0: the signal), the events of each rank, CPU time."""
+    """What became of a job: exit statuses by rank (below 0: the signal), their events, CPU seconds."""
 
     statuses: Sequence[int]
     events: Sequence[Sequence[str]]
@@ -76,7 +77,7 @@ class FileEvents:
         elif event in WRITES:
             path = args[0]
             if event in ("os.remove", "os.rmdir") and args[1] != -1:
-                path = os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), str(path))  # noqa: PTH118
+                path = Path(f"/proc/self/fd/{args[1]}").readlink() / str(path)
         else:
             return None
         if isinstance(path, bytes):

@@ -1,0 +1,225 @@
+"""Kills at file events: whenever a run is killed, the same command ends with what an undisturbed run has.
+
+Every story is a command that is short and has all its stages; its file events are counted, and then it is
+killed at each of them (or, without `--every-kill`, at a few), started again and compared byte for byte. What
+differs between any two runs is left out: seconds, commands, logs and the pages of the report.
+"""
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import kill_runner
+import pytest
+from kill_runner import Job, Outcome
+
+from test_distributed import free_port
+
+COMMON = [
+    "data.cold_start=builtin:puzzles?count=4&seed=1",
+    "data.rl=builtin:puzzles?count=4&seed=2",
+    "data.test=builtin:puzzles?split=test&count=2&seed=3",
+    "study.preflight=off",
+    "rollout.checks=0",
+    "eval.max_new_tokens=4",
+    "sft.epochs=1",
+    "sft.batch_size=2",
+    "sft.save_every=1",
+    "grpo.steps=2",
+    "grpo.prompts_per_step=2",
+    "grpo.group_size=4",
+    "grpo.save_every=1",
+    "grpo.keep_checkpoints=1",
+    "grpo.optimizer_steps=1",
+    "grpo.max_new_tokens=48",
+]
+STORIES = {
+    "distill": ["distill", "quickstart", COMMON[0]],
+    "sft": ["sft", "quickstart", *COMMON],
+    "grpo": ["grpo", "quickstart", *COMMON],
+}
+FEW = {"distill": 2, "sft": 3, "grpo": 3}
+"""How many kills of a story are tried in an ordinary run of the tests."""
+VARIES = {"seconds", "spent_s", "command", "tokens_per_s"}
+"""Values that differ between any two runs, by their names in JSON."""
+STOPPED = 130
+
+
+class Runner:
+    """The warm process, which runs jobs one after the other."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-W", "ignore", kill_runner.__file__]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout.readline() == "warm\n"
+
+    def run(self, story: str, folder: Path, **how: Any) -> Outcome:
+        words = [*STORIES[story], "--quiet", "--out", str(folder)]
+        job = Job(words=words, folder=str(folder), log=f"{folder}.log", **how)
+        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self._process.stdin.flush()
+        return Outcome(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    runner = Runner()
+    yield runner
+    runner.close()
+
+
+class Undisturbed:
+    """What the stories leave when nothing happens to them, and how many file events each rank has."""
+
+    def __init__(self, runner: Runner, folder: Path) -> None:
+        self._runner, self._folder = runner, folder
+        self._found: dict[tuple[str, int], tuple[dict[str, object], Sequence[Sequence[str]]]] = {}
+
+    def of(self, story: str, ranks: int = 1) -> tuple[dict[str, object], Sequence[Sequence[str]]]:
+        if (story, ranks) not in self._found:
+            folder = self._folder / f"{story}-{ranks}"
+            outcome = self._runner.run(story, folder, ranks=ranks, port=free_port())
+            assert set(outcome.statuses) == {0}, Path(f"{folder}.log").read_text()
+            self._found[story, ranks] = contents(folder), outcome.events
+        return self._found[story, ranks]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runner, tmp_path_factory) -> Undisturbed:
+    return Undisturbed(runner, tmp_path_factory.mktemp("undisturbed"))
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file of a folder by its name, without what differs between any two runs."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            found[name] = "a folder"
+        elif path.suffix == ".html":
+            found[name] = "a page"
+        elif path.suffix == ".json":
+            found[name] = steady(name, json.loads(path.read_text(encoding="utf-8")))
+        elif path.suffix == ".jsonl":
+            found[name] = [steady(name, json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+        elif not name.startswith("logs/"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def steady(name: str, value: Any) -> Any:
+    """A value of JSON without what varies; a manifest without the checksum of a file with seconds."""
+    if isinstance(value, dict):
+        left_out = VARIES | ({"state.json"} if name.endswith("manifest.json") else set())
+        return {key: steady(name, each) for key, each in value.items() if key not in left_out}
+    return [steady(name, each) for each in value] if isinstance(value, list) else value
+
+
+def differences(expected: dict[str, object], folder: Path) -> list[str]:
+    """How a folder differs from an undisturbed one: files that are left over, missing or other."""
+    found = contents(folder)
+    return [
+        f"{name} is {'left over' if name not in expected else 'missing' if name not in found else 'other'}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+
+
+def spread(count: int, few: int, every: bool) -> list[int]:
+    """The events at which to strike, from 1: all, or a few that are spread evenly from the first on."""
+    return [*range(1, count + 1)] if every else [1 + index * count // few for index in range(few)]
+
+
+def struck(runner: Runner, folder: Path, story: str, expected: dict[str, object], **how: Any) -> list[str]:
+    """Run a story to which something happens, then the same command again; what is wrong afterwards."""
+    ranks = how.get("ranks", 1)
+    first = runner.run(story, folder, **how, port=free_port())
+    wrong = [event for events in first.events for event in events if event.startswith("LEFT")]
+    numbers = {number for _, number in how["signals"]}
+    allowed = {0, STOPPED, *(-number for number in numbers)} | ({1} if ranks > 1 else set())
+    wrong += [f"ended with {status}" for status in first.statuses if status not in allowed]
+    last = runner.run(story, folder, ranks=ranks, port=free_port())
+    if set(last.statuses) != {0}:
+        wrong.append(
+            f"the same command ended with {last.statuses}: {Path(f'{folder}.log').read_text()[-900:]}"
+        )
+    else:
+        wrong += differences(expected, folder)
+    if not wrong:
+        shutil.rmtree(folder)
+    return wrong
+
+
+SIGNALS = {
+    "SIGKILL": [(0, signal.SIGKILL)],
+    "SIGTERM": [(0, signal.SIGTERM)],
+    "SIGINT": [(0, signal.SIGINT)],
+    "SIGINT twice": [(0, signal.SIGINT), (3, signal.SIGINT)],
+}
+"""Signals, and how many events after the first each comes."""
+
+
+def strike(runner, undisturbed, tmp_path, story, signals, points, **how) -> None:
+    """Strike a story at each of the points. Raises AssertionError with all that went wrong."""
+    expected, events = undisturbed.of(story, how.get("ranks", 1))
+    failed = {}
+    for point in points:
+        at = [(point + later, int(number)) for later, number in signals]
+        wrong = struck(runner, tmp_path / f"{story}-{point}", story, expected, signals=at, **how)
+        if wrong:
+            failed[point, events[how.get("rank", 0)][point - 1]] = wrong
+    assert not failed, f"{len(failed)} of {len(points)}: {dict(itertools.islice(failed.items(), 5))}"
+
+
+@pytest.mark.fault("kills", "SIGKILL at file events of distillation, SFT, RL, evaluation and report",
+                   "the same command ends with the same bytes, nothing left over")  # fmt: skip
+@pytest.mark.parametrize("story", STORIES)
+def test_killed_at_file_events(runner, undisturbed, tmp_path, story, request, record_property):
+    events = len(undisturbed.of(story)[1][0])
+    points = spread(events, FEW[story], request.config.getoption("every_kill"))
+    record_property("times", len(points))
+    strike(runner, undisturbed, tmp_path, story, SIGNALS["SIGKILL"], points)
+
+
+@pytest.mark.fault("kills", "SIGTERM, SIGINT once and twice at file events of all stages",
+                   "the same command ends with the same bytes, nothing left over")  # fmt: skip
+@pytest.mark.parametrize("name", [name for name in SIGNALS if name != "SIGKILL"])
+def test_stopped_at_file_events(runner, undisturbed, tmp_path, name, request, record_property):
+    every = request.config.getoption("every_kill")
+    stories = ["sft", "grpo"] if every else ["grpo" if name == "SIGTERM" else "sft"]
+    times = 0
+    for story in stories:
+        events = len(undisturbed.of(story)[1][0])
+        points = spread(events, 1 if not every else events // 4, False)[-40:]
+        if not every:
+            points = [events // 2]
+        times += len(points)
+        strike(runner, undisturbed, tmp_path, story, SIGNALS[name], points)
+    record_property("times", times)
+
+
+@pytest.mark.fault("kills", "SIGKILL of one of two or four ranks at file events",
+                   "the others end, and the same command ends with the same bytes")  # fmt: skip
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("story", ["sft", "grpo"])
+def test_one_rank_is_killed(runner, undisturbed, tmp_path, story, ranks, request, record_property):
+    if not request.config.getoption("every_kill"):
+        pytest.skip("minutes: `make test-faults` runs it")
+    events = undisturbed.of(story, ranks)[1]
+    times = 0
+    for rank in range(min(ranks, 2)):
+        points = spread(len(events[rank]), min(len(events[rank]), 10), False)
+        times += len(points)
+        strike(runner, undisturbed, tmp_path, story, SIGNALS["SIGKILL"], points, ranks=ranks, rank=rank)
+    record_property("times", times)
