@@ -7,6 +7,7 @@ differs between any two runs is left out: seconds, commands, logs and the pages 
 
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -47,9 +48,13 @@ STORIES = {
 }
 FEW = {"distill": 2, "sft": 3, "grpo": 3}
 """How many kills of a story are tried in an ordinary run of the tests."""
-VARIES = {"seconds", "spent_s", "command", "tokens_per_s"}
-"""Values that differ between any two runs, by their names in JSON."""
+VARIES = {"seconds", "spent_s", "command", "tokens_per_s", "python"}
+"""Values that differ between any two runs, by their names in JSON.
+
+`python` is the state of Python's own random numbers, from which no run draws: each process begins another.
+"""
 STOPPED = 130
+WHOLE_CHECKPOINT = re.compile(r"/checkpoints/step-\d{6}(/[^.]+\.(json|safetensors))?$")
 
 
 class Runner:
@@ -127,12 +132,16 @@ def steady(name: str, value: Any) -> Any:
 
 
 def differences(expected: dict[str, object], folder: Path) -> list[str]:
-    """How a folder differs from an undisturbed one: files that are left over, missing or other."""
+    """How a folder differs from an undisturbed one: files that are left over, missing or other.
+
+    Where a run is stopped it saves a checkpoint, which may take the place of another in the end.
+    """
     found = contents(folder)
+    stopped = any("stopped as asked" in log.read_text() for log in folder.glob("logs/attempt-*.log"))
     return [
         f"{name} is {'left over' if name not in expected else 'missing' if name not in found else 'other'}"
         for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
+        if expected.get(name) != found.get(name) and not (stopped and WHOLE_CHECKPOINT.search(name))
     ]
 
 
