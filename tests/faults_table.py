@@ -1,7 +1,7 @@
 """A plug-in of pytest: writes docs/reliability.md from the tests of faults that ran.
 
 A test declares `@pytest.mark.fault(area, injected, outcome)`; each of its cases counts once, or as often as
-it says with `record_property("times", N)`. `pytest -m fault --every-kill --write-faults-table` writes the page
+it says with `record_property("times", N)`. `pytest -m fault --every-kill --write-faults-table` writes it
 when the run ends, also with what failed; by hand nothing is written there.
 """
 
