@@ -9,11 +9,12 @@ happens.
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 WRITES = (
@@ -30,7 +31,10 @@ WRITES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One command, as `ranks` processes; `signals` are (event, signal number) of the process `rank`."""
+    """One command, as `ranks` processes; `signals` are (event, signal number) of the process `rank`.
+
+    `environ` are variables that it has (None: has not), `file_bytes` the largest file that it can write.
+    """
 
     words: Sequence[str]
     folder: str
@@ -39,6 +43,8 @@ class Job:
     ranks: int = 1
     rank: int = 0
     port: int = 0
+    environ: Mapping[str, str | None] = field(default_factory=dict)
+    file_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +118,11 @@ def child(job: Job, rank: int, report: int) -> None:
         os.dup2(output, 2)
         if job.ranks > 1:
             os.environ |= environment(job, rank)
+        for name, value in job.environ.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
+        if job.file_bytes is not None:  # Python ignores the signal that comes first
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_bytes, job.file_bytes))
         sys.argv = ["rlcs", *job.words]
         from rlcs.cli.main import main
 
@@ -135,7 +146,7 @@ def environment(job: Job, rank: int) -> Mapping[str, str]:
     """The variables of a rank, as torchrun sets them."""
     facts = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.ranks, "LOCAL_WORLD_SIZE": job.ranks,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job.port,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job.port, "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
     return {name: str(value) for name, value in facts.items()}
 
