@@ -18,7 +18,8 @@ BIN    := $(VENV)/bin
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types pytest vllm-test test-oldest release bench chat docs tiny teacher format hooks constraints constraints-oldest clean
+.PHONY: help quickstart test lint types pytest test-faults vllm-test test-oldest release bench chat docs tiny teacher format hooks
+.PHONY: constraints constraints-oldest clean
 
 # The stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS)
@@ -81,6 +82,10 @@ types: $(VENV)/.stamp-dev  ## mypy, strict
 # One thread a worker: as many workers as cores, and sums in the same order on every machine.
 pytest: $(VENV)/.stamp-dev  ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+# Two processes at most: each of several hundred kills starts real training.
+test-faults: $(VENV)/.stamp-dev  ## every fault, killed at every file event; writes docs/reliability.md (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m fault --every-kill --write-faults-table
 
 bench: $(VENV)/.stamp-bench  ## one GRPO step against TRL, same weights and data -> bench/results/latest.json
 	$(BIN)/python -m bench --write-docs

@@ -21,6 +21,7 @@ SOURCE = ROOT / "src" / "rlcs"
 LAYERS = (
     ("errors", "records", "signals", "progress"),
     ("recipe", "storage", "grading"),
+    ("locks",),
     ("data", "distributed"),
     ("model",),
     ("engines",),

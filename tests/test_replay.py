@@ -11,7 +11,7 @@ from rlcs.doctor.health import examine
 from rlcs.errors import RlcsError
 from rlcs.pipeline import replay
 from rlcs.pipeline.replay import Collapse, Replay, changes, find_collapse
-from rlcs.pipeline.study import Output
+from rlcs.progress import Output
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import to_row
 from rlcs.signals import StopFlag

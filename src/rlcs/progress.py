@@ -10,6 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from json import dumps
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
@@ -89,6 +90,18 @@ def screen(
     if quiet or dumb or not out.isatty():
         return _PlainScreen(stage, total, out)
     return _BarScreen(stage, total, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How a run prints its progress: a bar, plain lines (`quiet`), or `json` rows."""
+
+    quiet: bool = False
+    json: bool = False
+
+    def screen(self, stage: str, total: int) -> Screen:
+        """The display of one stage's progress."""
+        return screen(stage, total, quiet=self.quiet, json=self.json)
 
 
 class _Stage(ABC):

@@ -158,6 +158,7 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
 
     from rlcs.data.check import grouped
     from rlcs.distill import load_rows, run
+    from rlcs.locks import hold
     from rlcs.progress import screen
     from rlcs.signals import StopFlag
     from rlcs.storage import read_json
@@ -166,7 +167,11 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
         resolved.data, decode_limit=resolved.images.decode_limit, all_anew=words != (overrides or [])
     )
     total = sum(row.response is None for row in loaded.rows)
-    with StopFlag() as stop, screen("cold start", total, quiet=options.quiet, json=options.json) as view:
+    with (
+        hold(folder.parent),
+        StopFlag() as stop,
+        screen("cold start", total, quiet=options.quiet, json=options.json) as view,
+    ):
         for line in grouped(loaded.bad):
             view.say(f"left out: {line}")
         run(
@@ -218,7 +223,8 @@ def _study(
     from rlcs.model.loading import use_expandable_segments
     from rlcs.pipeline.coldstart import ColdStart
     from rlcs.pipeline.seeds import run_seeds
-    from rlcs.pipeline.study import Output, dry_run
+    from rlcs.pipeline.study import dry_run
+    from rlcs.progress import Output
     from rlcs.report.coldstart import lines
     from rlcs.signals import StopFlag
 

@@ -17,6 +17,7 @@ from rlcs.evals.arms import CHUNK, Evaluator, grade_samples
 from rlcs.evals.intervals import wilson
 from rlcs.evals.scores import mean, pass_at, with_interval
 from rlcs.generation import EngineSampler, SampleLog
+from rlcs.locks import hold
 from rlcs.model import loading
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.study import engine_needs
@@ -107,7 +108,7 @@ def measure_difficulty(
     settings |= {name: getattr(grpo, name) for name in ("temperature", "top_p", "max_new_tokens")}
     settings |= {"blind": "other"} if blind else {}
     settings |= {"prompt": recipe.prompt.model_dump(mode="json"), "reward": next(iter(grpo.reward.weights))}
-    with SampleLog(folder / "samples.jsonl", digests, settings=settings) as log:
+    with hold(folder), SampleLog(folder / "samples.jsonl", digests, settings=settings) as log:
         answered = Counter(name for name, *_ in log.entries)
         left = [problem for problem in problems if answered[problem.id] < samples]
         if left:

@@ -170,7 +170,8 @@ def _hand_over(run: Path, step: int) -> None:
                 shutil.rmtree(last, ignore_errors=True)
                 final.replace(last)
             model.replace(final)
-        mark_done(stage, **{**done, "step": step})
+        facts = {name: value for name, value in done.items() if name != "files"}
+        mark_done(stage, reads=[FINAL], **{**facts, "step": step})
 
 
 def _why(rounds: Sequence[Mapping[str, Any]], taken: Mapping[Rule, int]) -> str:

@@ -20,9 +20,10 @@ from typing import Any
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RlcsError, UserError
+from rlcs.locks import LOCK
 from rlcs.pipeline.probe import steps_of
-from rlcs.pipeline.study import Output, Study
-from rlcs.progress import Screen, screen
+from rlcs.pipeline.study import Study
+from rlcs.progress import Output, Screen, screen
 from rlcs.recipe.arms import RL_ARMS, RlArm
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Recipe
@@ -40,7 +41,7 @@ from rlcs.train.collapse import (
     read_batch,
 )
 
-_OWN = ("recipe.yaml", "logs", "rollout", "report", "judge", "summary.json")
+_OWN = ("recipe.yaml", "logs", "rollout", "report", "judge", "summary.json", LOCK)
 """What a replay has of its own; all else of the run's folder is linked."""
 _QUIET = (
     "grpo.save_every=1000000000", "grpo.keep_steps=[]", "trackers.tensorboard=false",

@@ -318,7 +318,7 @@ class RunDir:
             "step": step,
             "rule": self._settings.rule,
         }
-        self._world.first(lambda: mark_done(self.path, **facts))
+        self._world.first(lambda: mark_done(self.path, reads=["final"], **facts))
 
     def _restore_best(self, screen: Screen) -> int:
         """Give the model the weights that a rule by validation takes, if any; the step that it has now.
