@@ -1,5 +1,6 @@
 """Patience counts what a process had, not what passed."""
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from rlcs.patience import LONGEST, Patience
+from rlcs.patience import LONGEST, OwnTime, Patience, within
 
 
 class Clock:
@@ -23,7 +24,7 @@ def looks(patience: Patience, clock: Clock, seconds: float) -> bool:
     """Let time pass in ticks, and look after each."""
     end = clock.now + seconds
     while clock.now < end and not patience.is_over:
-        clock.now += patience.tick_s
+        clock.now += patience.own.tick_s
     return patience.is_over
 
 
@@ -41,18 +42,17 @@ def sleeper() -> Iterator[psutil.Process]:
 
 def test_a_process_that_waits_by_choice_has_all_the_time(sleeper: psutil.Process) -> None:
     clock = Clock()
-    patience = Patience(sleeper.pid, 10.0, clock=clock)
+    patience = Patience(OwnTime(sleeper.pid, 0.5, clock=clock), 10.0)
     assert not looks(patience, clock, 9.0)
     assert looks(patience, clock, 2.0)
-    patience.restart()
-    assert not looks(patience, clock, 9.0)
+    assert not looks(Patience(patience.own, 10.0), clock, 9.0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time that passes counts")
 def test_a_process_that_is_stopped_has_none_until_patience_ends(sleeper: psutil.Process) -> None:
     sleeper.suspend()
     clock = Clock()
-    patience = Patience(sleeper.pid, 10.0, clock=clock)
+    patience = Patience(OwnTime(sleeper.pid, 0.5, clock=clock), 10.0)
     assert not looks(patience, clock, 10.0 * (LONGEST - 1))
     assert looks(patience, clock, 11.0)
 
@@ -61,7 +61,7 @@ def test_a_process_that_is_stopped_has_none_until_patience_ends(sleeper: psutil.
 def test_time_in_which_nobody_looked_does_not_count(sleeper: psutil.Process) -> None:
     """As after a suspension of the whole machine."""
     clock = Clock()
-    patience = Patience(sleeper.pid, 10.0, clock=clock)
+    patience = Patience(OwnTime(sleeper.pid, 0.5, clock=clock), 10.0)
     clock.now += 60.0
     assert not patience.is_over
     assert looks(patience, clock, 10.0)
@@ -69,7 +69,25 @@ def test_time_in_which_nobody_looked_does_not_count(sleeper: psutil.Process) -> 
 
 def test_a_process_that_ended_is_not_waited_for_longer(sleeper: psutil.Process) -> None:
     clock = Clock()
-    patience = Patience(sleeper.pid, 10.0, clock=clock)
+    patience = Patience(OwnTime(sleeper.pid, 0.5, clock=clock), 10.0)
     sleeper.kill()
     sleeper.wait()
     assert looks(patience, clock, 11.0)
+
+
+def test_a_limit_ends_what_hangs_and_nothing_that_ends() -> None:
+    async def run() -> str:
+        own, ended = OwnTime(None, 0.01), asyncio.Event()
+
+        async def hang() -> None:
+            try:
+                await asyncio.sleep(600)
+            finally:
+                ended.set()
+
+        with pytest.raises(TimeoutError):
+            await within(Patience(own, 0.1), hang())
+        await ended.wait()
+        return await within(Patience(own, 60.0), asyncio.sleep(0.05, "done"))
+
+    assert asyncio.run(run()) == "done"

@@ -4,17 +4,20 @@ A limit is to end what hangs, never what is starved: on a machine with ten times
 process needs ten times as long.
 """
 
+import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from typing import Any, TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 LONGEST = 20
 """Most seconds that may pass for each second of a limit, whatever kept the process from its work."""
 _LEAST_SHARE = 0.02  # of a core: processes that use less, and could use more, wait for something
-_TICK_S = 0.5
 _NOT_BY_CHOICE = {
     psutil.STATUS_RUNNING,
     psutil.STATUS_WAKING,
@@ -25,46 +28,42 @@ _NOT_BY_CHOICE = {
 """States of a process that would go on if the machine let it."""
 
 
-class Patience:
-    """The seconds that a process and its descendants have had of a limit, since `restart`.
+class OwnTime:
+    """A clock of the seconds that a process and its descendants have had.
 
-    What counts is their CPU time, and time in which all of them wait by choice (asleep, or for a reply).
-    Time in which one could run and did not (the cores are busy, it was stopped, its disk is slow) does not
-    count, nor does time in which this process itself could not look. After LONGEST times the limit patience
-    ends in any case. Where a process's state cannot be read (not Linux), time that passes counts.
+    What counts is their CPU time, and time in which all of them wait by choice (asleep, or for a reply), but
+    never more than the time that passed. Time in which one could run and did not (the cores are busy, it was
+    stopped, its disk is slow) does not count, nor does time in which this process itself could not look.
+    Where states of processes cannot be read (not Linux), time that passes counts.
     """
 
-    def __init__(self, pid: int, limit_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`pid` is the process; it may end at any time."""
-        self.limit_s, self.tick_s = limit_s, min(limit_s / 10, max(_TICK_S, limit_s / 100))
-        self._pid, self._clock = pid, clock
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to count anew."""
-        self._began = self._looked = self._clock()
-        self._had, self._cpu = 0.0, dict[int, float]()
+    def __init__(
+        self, pid: int | None, tick_s: float, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Look at a process every `tick_s`; it may end at any time. None: one elsewhere, that only waits."""
+        self.tick_s, self.clock = tick_s, clock
+        self._pid = pid if sys.platform == "linux" else None
+        self._looked = clock()
+        self._seconds, self._cpu = 0.0, dict[int, float]()
 
     @property
     def next_look_s(self) -> float:
-        """Seconds until `is_over` looks again."""
-        return max(0.0, self._looked + self.tick_s - self._clock())
+        """Seconds until `seconds` changes."""
+        return max(0.0, self._looked + self.tick_s - self.clock())
 
     @property
-    def is_over(self) -> bool:
-        """Whether the limit is reached. To be called about every `tick_s`; more often costs nothing."""
-        now = self._clock()
-        if sys.platform != "linux":
-            return now - self._began >= self.limit_s
+    def seconds(self) -> float:
+        """The seconds so far. To be read about every `tick_s`; more often costs nothing."""
+        now = self.clock()
         if (passed := now - self._looked) >= self.tick_s:
             self._looked = now
-            self._had += self._counted(passed)
-        return self._had >= self.limit_s or now - self._began >= LONGEST * self.limit_s
+            self._seconds += self._counted(passed)
+        return self._seconds
 
     def _counted(self, passed: float) -> float:
-        """The part of the time since the last look that counts; at the first look all that may."""
+        """The part of the time since the last look that counts."""
         before, self._cpu, waits = self._cpu, {}, True
-        for process in _tree(self._pid):
+        for process in _tree(self._pid) if self._pid is not None else ():
             with suppress(psutil.Error):
                 times = process.cpu_times()
                 self._cpu[process.pid] = times.user + times.system
@@ -72,6 +71,38 @@ class Patience:
         used = sum(cpu - before.get(pid, cpu) for pid, cpu in self._cpu.items())
         waits = waits and used < _LEAST_SHARE * passed
         return min(passed, 2 * self.tick_s if waits else used)
+
+
+class Patience:
+    """A limit in seconds of a process's own time, which begins now; it ends after LONGEST times the limit."""
+
+    def __init__(self, own: OwnTime, limit_s: float) -> None:
+        """The first tick is given away, so that what ends within it needs no look at the process."""
+        self.own, self.limit_s = own, limit_s
+        self._began, self._before = own.clock(), None if limit_s > own.tick_s else own.seconds
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the limit is reached."""
+        passed = self.own.clock() - self._began
+        if self._before is None:
+            if passed < self.own.tick_s:
+                return False
+            self._before = self.own.seconds
+        return self.own.seconds - self._before >= self.limit_s or passed >= LONGEST * self.limit_s
+
+
+async def within(patience: Patience, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. Raises TimeoutError, and cancels it, when the patience is over."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            if patience.is_over:
+                raise TimeoutError
+            await asyncio.wait([task], timeout=patience.own.tick_s)
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def _tree(pid: int) -> Iterator[psutil.Process]:

@@ -27,7 +27,7 @@ from rlcs.grading.golds import unwrap
 from rlcs.grading.inspection import formulas_of, gold_fault
 from rlcs.grading.own import KEY, problem_json
 from rlcs.grading.rewards import Undecided, grade_extracted, quick_grade
-from rlcs.patience import Patience
+from rlcs.patience import OwnTime, Patience
 from rlcs.records import Grade, Problem, from_row
 
 Gold = tuple[str, tuple[str, ...]]
@@ -38,6 +38,7 @@ Pair = tuple[str, str]
 
 _START_S = 120.0
 _END_S = 60.0
+_TICK_S = 0.5
 _MAX_FAILED_STARTS = 3
 _NOT_READY = "not ready after"
 
@@ -158,7 +159,7 @@ class GradePool(AbstractContextManager["GradePool"]):
                 selector.register(worker.process.stdout, selectors.EVENT_READ)
                 for handle, writes in worker.channel.sockets:
                     selector.register(handle, selectors.EVENT_WRITE if writes else selectors.EVENT_READ)
-            busy = [worker.patience.next_look_s for worker in self._workers if worker.is_busy]
+            busy = [worker.patience.own.next_look_s for worker in self._workers if worker.is_busy]
             selector.select(min(busy, default=0.0))
 
     def _remove(self, worker: "_Worker", why: str, grades: dict[Pair, Grade]) -> None:
@@ -202,7 +203,8 @@ class _Worker:
             },
             start_new_session=True,  # Ctrl-C reaches the parent alone
         )
-        self.patience = Patience(self.process.pid, _START_S)
+        self._own_time = OwnTime(self.process.pid, min(_TICK_S, deadline_s / 10))
+        self.patience = Patience(self._own_time, _START_S)
         self._deadline_s = deadline_s
         self.ready = False
         self.pair: Pair | None = None
@@ -215,7 +217,7 @@ class _Worker:
     def send(self, pair: Pair) -> None:
         """Send a pair; its clock starts."""
         self.pair = pair
-        self.patience = Patience(self.process.pid, self._deadline_s)
+        self.patience = Patience(self._own_time, self._deadline_s)
         self.channel.send(pair)
 
     def receive(self) -> list[tuple[Pair, Grade]]:
