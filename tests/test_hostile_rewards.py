@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlcs import patience
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
 from rlcs.records import Grade, Problem
@@ -175,8 +174,7 @@ def test_a_worker_that_is_kept_from_working_is_not_out_of_time(left: Path) -> No
 
 
 @pytest.mark.fault("limits", "a grader that is stopped for ever", "killed; its answer is unscored")
-def test_a_worker_that_is_stopped_for_ever_is_ended(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "LONGEST", 3)
+def test_a_worker_that_is_stopped_for_ever_is_ended(left: Path) -> None:
     with make_pool() as pool:
         pool.grade([ask("one", left)])
         [worker] = psutil.Process(pool._workers[0].process.pid).children()

@@ -3,12 +3,13 @@
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import psutil
 import pytest
 
-from rlcs.patience import LONGEST, OwnTime, Patience, within
+from rlcs.patience import LONGEST, LOOKS, OwnTime, Patience, run_within, within
 
 
 class Clock:
@@ -49,12 +50,36 @@ def test_a_process_that_waits_by_choice_has_all_the_time(sleeper: psutil.Process
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time that passes counts")
-def test_a_process_that_is_stopped_has_none_until_patience_ends(sleeper: psutil.Process) -> None:
+def test_a_process_that_is_stopped_now_and_then_has_until_patience_ends() -> None:
+    clock = Clock()
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", "while True: pass"]) as process:
+        found = psutil.Process(process.pid)
+        patience = Patience(OwnTime(process.pid, 0.5, clock=clock), 3.0)
+        while not looks(patience, clock, 0.5 * (LOOKS - 1)):
+            before = found.cpu_times().user
+            found.resume()
+            while found.cpu_times().user == before:
+                time.sleep(0.01)
+            found.suspend()
+        process.kill()
+    assert 0.9 * LONGEST * 3.0 < clock.now - 100.0 < 1.1 * LONGEST * 3.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time that passes counts")
+def test_a_process_that_is_stopped_for_good_waits(sleeper: psutil.Process) -> None:
     sleeper.suspend()
     clock = Clock()
     patience = Patience(OwnTime(sleeper.pid, 0.5, clock=clock), 10.0)
-    assert not looks(patience, clock, 10.0 * (LONGEST - 1))
-    assert looks(patience, clock, 11.0)
+    assert not looks(patience, clock, 10.0 + 0.5 * (LOOKS - 2))
+    assert looks(patience, clock, 2.0)
+
+
+def test_a_command_has_its_seconds_and_no_more() -> None:
+    words = [sys.executable, "-I", "-S", "-c"]
+    done = run_within(60.0, [*words, "print('here'); raise SystemExit(3)"])
+    assert (done.returncode, done.stdout) == (3, "here\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_within(0.2, [*words, "import time; time.sleep(600)"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time that passes counts")

@@ -5,9 +5,10 @@ process needs ten times as long.
 """
 
 import asyncio
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ T = TypeVar("T")
 
 LONGEST = 20
 """Most seconds that may pass for each second of a limit, whatever kept the process from its work."""
+LOOKS = 10
+"""A process that has not worked in so many looks in a row counts as waiting, whatever its state."""
 _LEAST_SHARE = 0.02  # of a core: processes that use less, and could use more, wait for something
 _NOT_BY_CHOICE = {
     psutil.STATUS_RUNNING,
@@ -33,8 +36,9 @@ class OwnTime:
 
     What counts is their CPU time, and time in which all of them wait by choice (asleep, or for a reply), but
     never more than the time that passed. Time in which one could run and did not (the cores are busy, it was
-    stopped, its disk is slow) does not count, nor does time in which this process itself could not look.
-    Where states of processes cannot be read (not Linux), time that passes counts.
+    stopped, its disk is slow) does not count, unless none ran at all in the last LOOKS looks; nor does time
+    in which this process itself could not look. Where states of processes cannot be read (not Linux), time
+    that passes counts.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class OwnTime:
         self._pid = pid if sys.platform == "linux" else None
         self._looked = clock()
         self._seconds, self._cpu = 0.0, dict[int, float]()
+        self._looks_without_work = 0
 
     @property
     def next_look_s(self) -> float:
@@ -69,7 +74,8 @@ class OwnTime:
                 self._cpu[process.pid] = times.user + times.system
                 waits = waits and process.status() not in _NOT_BY_CHOICE
         used = sum(cpu - before.get(pid, cpu) for pid, cpu in self._cpu.items())
-        waits = waits and used < _LEAST_SHARE * passed
+        self._looks_without_work = 0 if used else self._looks_without_work + 1
+        waits = (waits and used < _LEAST_SHARE * passed) or self._looks_without_work > LOOKS
         return min(passed, 2 * self.tick_s if waits else used)
 
 
@@ -103,6 +109,24 @@ async def within(patience: Patience, work: Coroutine[Any, Any, T]) -> T:
         return task.result()
     finally:
         task.cancel()
+
+
+def run_within(limit_s: float, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command, which has so many seconds. Raises OSError, and TimeoutExpired with its process ended."""
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=null, stdout=pipe, stderr=pipe, text=True, errors="replace"
+    ) as process:
+        patience = Patience(OwnTime(process.pid, min(1.0, limit_s / 10)), limit_s)
+        while True:
+            try:
+                out, error = process.communicate(timeout=patience.own.tick_s)
+            except subprocess.TimeoutExpired:
+                if patience.is_over:
+                    process.kill()
+                    raise
+            else:
+                return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def _tree(pid: int) -> Iterator[psutil.Process]:
