@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "rlcs"
 
 # A package may import packages of lower layers, and of its own layer as long as no circle forms.
 LAYERS = (
-    ("errors", "records", "signals", "progress"),
+    ("errors", "records", "signals", "progress", "patience"),
     ("recipe", "storage", "grading"),
     ("locks",),
     ("data", "distributed"),
@@ -40,6 +40,7 @@ LIGHT = (
     "records",
     "signals",
     "progress",
+    "patience",
     "recipe",
     "storage",
     "grading",
@@ -70,6 +71,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "grading_reference": "the table in docs/reference/grading.md",
     "grading_properties": "grading as a whole, over made answers",
     "shipped_recipes": "the YAML files in recipes/",
+    "hostile_rewards": "reward functions that do what they should not",
     "generate": "the command `rlcs generate`, through generation, engines and serving",
     "vllm_families": "every family with a real vLLM",
     "vllm_lora": "adapters with vLLM, through all packages",

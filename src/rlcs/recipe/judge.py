@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlcs.errors import RecipeError
+from rlcs.errors import DataError, RecipeError
 from rlcs.recipe.sampling import Endpoint, Seconds, Server
 from rlcs.recipe.section import Positive, Weight
-from rlcs.storage import at_home
+from rlcs.storage import at_home, read_regular
 
 PLACEHOLDERS = ("question", "answer", "response", "extracted")
 """What a template may name: question with choices, gold answer, response, final answer in its box."""
@@ -72,8 +72,8 @@ class Judge(Server):
             return self.template
         where = f"{KEY}.template"
         try:
-            text = at_home(self.template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_regular(at_home(self.template)).decode()
+        except (DataError, UnicodeDecodeError) as error:
             fix = "name a text file, or write the prompt itself, with {response}"
             raise RecipeError(f"cannot read {self.template}: {error}", where=where, fix=fix) from error
         try:
