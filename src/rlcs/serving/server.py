@@ -158,7 +158,8 @@ class Service:
     def _image(self, picture: Picture) -> ImageRef:
         """Check an image, whose patches are then in memory for the prompt. Raises ApiError."""
         try:
-            image = image_from_bytes(picture.data, limit=self.limits.max_pixels, where=picture.where)
+            limit, measure = self.limits.max_pixels, self.session.measure
+            image = image_from_bytes(picture.data, limit=limit, where=picture.where, measure=measure)
             self.session.chat.patches(image)
         except ImageError as error:
             raise wrong(picture.where, error.what, code="invalid_image_url") from error
