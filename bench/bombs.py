@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from io import BytesIO
 
 from PIL import Image
@@ -172,7 +173,14 @@ def huge_headers() -> Iterator[bytes]:
     yield _encoded("GIF", mode="L").replace(struct.pack("<HHHH", 0, 0, 64, 64), b"\0\0\0\0" + b"\xff" * 4)
 
 
-BOMBS: dict[str, Callable[[], bytes]] = {
+def bitmap_jumps(count: int = 1_000_000) -> bytes:
+    """A bitmap with jumps that lead nowhere, which Pillow takes one by one; its structure is ordinary."""
+    head = struct.pack("<2sIHHI", b"BM", 0, 0, 0, 54 + 1024)
+    head += struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 8, 1, 0, 0, 0, 0, 0)
+    return head + bytes(1024) + b"\0\2\0\0" * count
+
+
+BOMBS: dict[str, Callable[..., bytes]] = {
     make.__name__: make
     for make in (
         png_chunks, png_chunks_behind, png_empty_pixels, png_texts, png_profile, png_frames, png_exif,
@@ -181,3 +189,21 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     )
 }  # fmt: skip
 BOMBS["big_tiff_tags"] = lambda: tiff_tags(wide=True)
+
+
+@cache
+def small_bombs() -> list[bytes]:
+    """Of every kind one that is quick to send, and ordinary structures that take long."""
+    few = {"png_profile": 5_000_000, "jpeg_filling": 500_000, "gif_comment": 500_000, "png_texts": 100}
+    kept = (
+        "tiff_tags",
+        "big_tiff_tags",
+        "jpeg_scans",
+        "jpeg_exif",
+        "jpeg_pictures",
+        "webp_exif",
+        "avif_exif",
+        "png_exif",
+    )
+    made = [make() if name in kept else make(few.get(name, 30_000)) for name, make in BOMBS.items()]
+    return [*made, *huge_headers(), bitmap_jumps(100_000)]

@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import struct
 import threading
 import time
 import zlib
@@ -11,7 +10,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from bench.bombs import BOMBS, huge_headers, jpeg_scans
+from bench.bombs import BOMBS, bitmap_jumps, huge_headers, jpeg_scans
 from bench.hostile import png
 from conftest import draw
 from rlcs.data import decoder as decoding
@@ -112,17 +111,6 @@ def test_errors_are_the_same(decoder):
         assert str(theirs.value).partition("image ")[0] == str(ours.value).partition("image ")[0]
 
 
-def slow_bitmap(jumps):
-    """A bitmap with so many jumps that lead nowhere, which Pillow takes one by one."""
-    head = struct.pack("<2sIHHI", b"BM", 0, 0, 0, 54 + 1024)
-    return (
-        head
-        + struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 8, 1, 0, 0, 0, 0, 0)
-        + bytes(1024)
-        + b"\0\2\0\0" * jumps
-    )
-
-
 def tight(monkeypatch, setting):
     """Processes with another limit than the usual one."""
     program = f"from rlcs.data import decoder_process as process\nprocess.{setting}\nprocess.main()"
@@ -133,7 +121,7 @@ def tight(monkeypatch, setting):
 def test_time_is_limited(monkeypatch, decoder):
     tight(monkeypatch, "_HEADER_S = 0.3")
     with pytest.raises(ImageError, match="x: it takes far longer"):
-        decoder.measured(slow_bitmap(1_000_000), limit=LIMIT, where="x")
+        decoder.measured(bitmap_jumps(1_000_000), limit=LIMIT, where="x")
     assert decoder.measured(encoded("PNG"), limit=LIMIT, where="x") == (40, 24), "by the next process"
 
 

@@ -27,6 +27,8 @@ from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
 
 CACHE_TOKENS = 1 << 18
 """Most prompt and answer tokens of which a session keeps keys and values, over all requests."""
+GREEDY_BELOW = 1e-5
+"""A temperature below is taken as 0: it draws the same tokens, and logits divided by it may be infinite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +226,7 @@ class Session:
         """Convert settings for the engine; an answer ends at the latest where the context ends."""
         return self.chat.sampling(
             n=n,
-            temperature=settings.temperature,
+            temperature=0.0 if settings.temperature < GREEDY_BELOW else settings.temperature,
             top_p=settings.top_p,
             max_new_tokens=min(settings.max_new_tokens, self.context - len(prompt.ids)),
             seed=secrets.randbits(32) if settings.seed is None else settings.seed,
