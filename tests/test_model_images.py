@@ -16,7 +16,6 @@ from transformers import Qwen2VLImageProcessor
 from conftest import draw, make_problem
 from rlcs.data.images import image_from_bytes, image_from_path, open_image
 from rlcs.errors import ImageError, ModelError
-from rlcs.model import images as model_images
 from rlcs.model.images import ImagePipeline
 from rlcs.model.patches import FlatPatches
 from rlcs.records import ImageRef, Prompt
@@ -153,17 +152,15 @@ def test_an_image_takes_an_eighth_of_its_patches_and_the_cache_keeps_within_its_
     assert images._cache[first.sha256].dtype == torch.uint8
 
 
-def test_workers_decode_ahead_in_order_each_image_once(monkeypatch):
+def test_workers_decode_ahead_in_order_each_image_once():
     refs = [draw(112, 112, seed) for seed in range(6)]
     decoded = []
-    plain_open = open_image
 
     def counting(ref, **options):
         decoded.append((ref.sha256, threading.current_thread().name))
-        return plain_open(ref, **options)
+        return open_image(ref, **options)
 
-    monkeypatch.setattr(model_images, "open_image", counting)
-    images = pipeline(workers=1)
+    images = pipeline(workers=1, decode=counting)
     images.prepare(refs)
     images.prepare(refs)
     wait_until(lambda: len(images._cache) == 6)
@@ -186,19 +183,17 @@ def wait_until(condition):
         time.sleep(0.005)
 
 
-def test_what_is_used_now_is_not_left_to_a_busy_worker(monkeypatch):
+def test_what_is_used_now_is_not_left_to_a_busy_worker():
     first, second = draw(112, 112, 0), draw(112, 112, 1)
     release, begun = threading.Event(), threading.Event()
-    plain_open = open_image
 
     def slow(ref, **options):
         if ref == first:
             begun.set()
             assert release.wait(20)
-        return plain_open(ref, **options)
+        return open_image(ref, **options)
 
-    monkeypatch.setattr(model_images, "open_image", slow)
-    images = pipeline(workers=1)
+    images = pipeline(workers=1, decode=slow)
     images.prepare([first, second])
     assert begun.wait(20)
     images.patches(second)  # the only worker is at the first
@@ -227,12 +222,8 @@ def test_an_error_in_a_worker_arrives_where_the_image_is_used():
         images.patches(damaged)
 
 
-def test_workers_end_with_their_pipeline_and_with_the_process(monkeypatch):
-    plain_open = open_image
-    monkeypatch.setattr(
-        model_images, "open_image", lambda ref, **o: (time.sleep(0.05), plain_open(ref, **o))[1]
-    )
-    images = pipeline(workers=1)
+def test_workers_end_with_their_pipeline_and_with_the_process():
+    images = pipeline(workers=1, decode=lambda ref, **o: (time.sleep(0.05), open_image(ref, **o))[1])
     images.prepare(draw(112, 112, seed) for seed in range(100))
     del images
     wait_until(lambda: not workers())
@@ -242,9 +233,7 @@ sys.path[:0] = ["tests", "src"]
 from conftest import draw
 import rlcs.model.images as m
 from test_model_images import pipeline
-plain = m.open_image
-m.open_image = lambda ref, **o: (time.sleep(0.2), plain(ref, **o))[1]
-images = pipeline(workers=1)
+images = pipeline(workers=1, decode=lambda ref, **o: (time.sleep(0.2), m.open_image(ref, **o))[1])
 images.prepare(draw(56, 56, seed) for seed in range(100))
 print("ended", flush=True)
 """

@@ -106,6 +106,7 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
     if options.tool_parser:
         fix = "take --engine vllm, or leave the option out"
         raise UserError("tool calls need vLLM", where="--tool-parser", fix=fix)
+    from rlcs.data.decoder import ImageDecoder
     from rlcs.model import loading
     from rlcs.recipe.schema import Model
     from rlcs.serving import server
@@ -117,11 +118,11 @@ def _serve_locally(model: str, options: ServeOptions) -> None:
 
     limits = Limits(**same_fields(options, Limits))
     hosts = ImageHosts(names=tuple(options.image_host or ()))
-    with listen(options.host, options.port) as sock:
+    with listen(options.host, options.port) as sock, ImageDecoder() as decoder:
         vlm = loading.load(Model(name=model))
         defaults = defaults_of(model, vlm.model.generation_config.to_dict())
         service = server.Service(
-            session=Session(vlm, name=model, max_rows=limits.concurrency),
+            session=Session(vlm, name=model, max_rows=limits.concurrency, decoder=decoder),
             name=options.name or model,
             limits=limits,
             key=options.api_key,

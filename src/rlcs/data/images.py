@@ -10,8 +10,9 @@ import stat
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
+from rlcs.data.image_structure import structural_fault
 from rlcs.errors import ImageError
 from rlcs.records import ImageRef
 from rlcs.storage import confined
@@ -35,33 +36,58 @@ _BYTES_PER_PIXEL = 8
 """Bounds the bytes read into memory: a valid file is no larger than its pixels as 16-bit RGBA."""
 
 
-def image_from_path(path: str, *, root: Path, limit: int) -> ImageRef:
-    """Make a reference to the image file `path` below `root`; checks its header.
+class Measure(Protocol):
+    """Finds width and height of an encoded image: `measured`, or `ImageDecoder.measured`."""
 
-    `limit` is in pixels. Raises ImageError, or DataError for a path that leaves `root`.
-    """
-    target = confined(root, path)
-    data = _read_image(target, where=path, limit=limit)
-    width, height = _measured(data, limit=limit, where=path)
-    return ImageRef(sha256=hashlib.sha256(data).hexdigest(), width=width, height=height, path=str(target))
+    def __call__(self, data: bytes, *, limit: int, where: str) -> tuple[int, int]:
+        """As `measured` does. Raises ImageError."""
+        ...
 
 
-def image_from_bytes(data: bytes, *, limit: int, where: str) -> ImageRef:
-    """Make a reference that holds an encoded image; checks its header.
+class OpenImage(Protocol):
+    """Decodes an image: `open_image`, or `ImageDecoder.open_image`."""
+
+    def __call__(self, ref: ImageRef, *, limit: int | None = None) -> "Image":
+        """As `open_image` does. Raises ImageError."""
+        ...
+
+
+def measured(data: bytes, *, limit: int, where: str) -> tuple[int, int]:
+    """Read width and height as shown from the header; pixels are decoded only if it may be truncated.
 
     `limit` is in pixels; `where` names the image in errors. Raises ImageError.
     """
-    width, height = _measured(data, limit=limit, where=where)
-    return ImageRef(sha256=hashlib.sha256(data).hexdigest(), width=width, height=height, data=data)
-
-
-def _measured(data: bytes, *, limit: int, where: str) -> tuple[int, int]:
-    """Read width and height as shown from the header; pixels are decoded only if it may be truncated."""
     image = _opened(data, limit=limit, where=where)
     if _may_be_truncated(data):
         _decoded(data, limit=limit, where=where)
     width, height = image.size
     return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def image_from_path(path: str, *, root: Path, limit: int, measure: Measure = measured) -> ImageRef:
+    """Make a reference to the image file `path` below `root`; `measure` checks its header.
+
+    `limit` is in pixels. Raises ImageError, or DataError for a path that leaves `root`.
+    """
+    target = confined(root, path)
+    data = _read_image(target, where=path, limit=limit)
+    width, height = measure(data, limit=limit, where=path)
+    return ImageRef(sha256=hashlib.sha256(data).hexdigest(), width=width, height=height, path=str(target))
+
+
+def image_from_bytes(data: bytes, *, limit: int, where: str, measure: Measure = measured) -> ImageRef:
+    """Make a reference that holds an encoded image; `measure` checks its header.
+
+    `limit` is in pixels; `where` names the image in errors. Raises ImageError.
+    """
+    width, height = measure(data, limit=limit, where=where)
+    return ImageRef(sha256=hashlib.sha256(data).hexdigest(), width=width, height=height, data=data)
+
+
+def pixels_in_header(data: bytes, *, limit: int, where: str) -> int:
+    """The number of pixels of an encoded image, none of which is decoded. Raises ImageError."""
+    width, height = _opened(data, limit=limit, where=where).size
+    return width * height
 
 
 def open_image(ref: ImageRef, *, limit: int | None = None) -> "Image":
@@ -133,7 +159,7 @@ def _decoded(data: bytes, *, limit: int, where: str) -> "Image":
         return _upright(_rgb(image), orientation)
     except Exception as error:  # a decoder may raise any exception on hostile bytes
         raise ImageError(
-            f"damaged or truncated: {str(error)[:_SHOWN]}", where=where, fix="replace the image"
+            f"damaged or truncated: {_reason(error)}", where=where, fix="replace the image"
         ) from error
 
 
@@ -181,12 +207,15 @@ def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
     if name is None:
         what = "not a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC file"
         raise ImageError(what, where=where, fix="convert the image, or correct the path")
+    if fault := structural_fault(data, name):
+        fix = "open it in an image editor and save it again"
+        raise ImageError(f"no ordinary image: {fault}", where=where, fix=fix)
     parse = _parser(name, where)
     try:
         image = parse(BytesIO(data))
     except Exception as error:  # a parser may raise any exception on hostile bytes
         raise ImageError(
-            f"the image header is damaged: {str(error)[:_SHOWN]}", where=where, fix="replace it"
+            f"the image header is damaged: {_reason(error)}", where=where, fix="replace it"
         ) from error
     width, height = image.size
     size = f"{width:,} x {height:,} pixels"
@@ -201,6 +230,10 @@ def _opened(data: bytes, *, limit: int, where: str) -> "ImageFile":
     if image.mode in ("I", "F"):
         raise ImageError("32-bit gray has no agreed white", where=where, fix="save it with 8 or 16 bits")
     return image
+
+
+def _reason(error: Exception) -> str:
+    return "it needs too much memory" if isinstance(error, MemoryError) else str(error)[:_SHOWN]
 
 
 def _parser(name: str, where: str) -> "Callable[[BytesIO], ImageFile]":

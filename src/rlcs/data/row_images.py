@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from rlcs.data.images import image_from_bytes, image_from_path, image_kind, open_image
+from rlcs.data.decoder import ImageDecoder
+from rlcs.data.images import image_from_bytes, image_from_path, image_kind, measured
 from rlcs.data.values import IMAGE_KEYS, decoded_base64, image_in, shown, structured
 from rlcs.errors import DataError
 from rlcs.records import ImageRef
@@ -34,14 +35,15 @@ class RowImages:
         decode: bool,
         store: Path | None = None,
     ) -> None:
-        """`limit` is in pixels an image; with `decode` every image is decoded in full.
+        """`limit` is in pixels an image; `decode`: by an `ImageDecoder`, each in full.
 
         Images that are embedded in rows are written into the folder `store`, if there is one, and not held.
         """
         self._folders = folders
         self._roots = roots
         self._limit = limit
-        self._decode = decode
+        self._decoder = ImageDecoder() if decode else None
+        self._measure = self._decoder.measured if self._decoder else measured
         self._store = store
         self._paths: dict[str, ImageRef] = {}
         self._bytes: dict[str, ImageRef] = {}
@@ -65,14 +67,16 @@ class RowImages:
         if isinstance(item, bytes):
             key = hashlib.sha256(item).hexdigest()
             if key not in self._bytes:
-                ref = self._checked(image_from_bytes(item, limit=self._limit, where=where))
+                ref = self._checked(
+                    image_from_bytes(item, limit=self._limit, where=where, measure=self._measure)
+                )
                 self._bytes[key] = self._stored(ref, item)
             return self._bytes[key]
         if not isinstance(item, str):
             raise ValueError(f"an image must be a path or embedded bytes, not {shown(item)}")
         if item not in self._paths:
             path = item.removeprefix("file://")
-            ref = image_from_path(path, root=self._root(path), limit=self._limit)
+            ref = image_from_path(path, root=self._root(path), limit=self._limit, measure=self._measure)
             self._paths[item] = self._checked(ref)
         return self._paths[item]
 
@@ -85,8 +89,8 @@ class RowImages:
         return replace(ref, data=None, path=str(path.absolute()))
 
     def _checked(self, ref: ImageRef) -> ImageRef:
-        if self._decode:
-            open_image(ref, limit=self._limit)
+        if self._decoder:
+            self._decoder.open_image(ref, limit=self._limit)
         return ref
 
     def _root(self, path: str) -> Path:

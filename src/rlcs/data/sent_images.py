@@ -8,7 +8,15 @@ that is small. Small images are not enlarged: the server's own processor does th
 import threading
 from collections import OrderedDict
 
-from rlcs.data.images import data_uri, encode, encoded_image, image_kind, is_plain, open_image
+from rlcs.data.images import (
+    OpenImage,
+    data_uri,
+    encode,
+    encoded_image,
+    image_kind,
+    is_plain,
+    open_image,
+)
 from rlcs.records import ImageRef
 
 FACTOR = 28
@@ -22,9 +30,10 @@ _CACHE_BYTES = 128_000_000
 class SentImages:
     """The `data:` URLs of images, with the most recently used ones kept in memory; for any thread."""
 
-    def __init__(self, *, max_pixels: int) -> None:
-        """Shrink images with more than `max_pixels`."""
+    def __init__(self, *, max_pixels: int, decode: OpenImage = open_image) -> None:
+        """Shrink images with more than `max_pixels`, which are opened by `decode`."""
         self._max_pixels = max_pixels
+        self._open_image = decode
         self._cache: OrderedDict[str, str] = OrderedDict()
         self._used = 0
         self._lock = threading.Lock()
@@ -35,7 +44,7 @@ class SentImages:
             if (url := self._cache.get(ref.sha256)) is not None:
                 self._cache.move_to_end(ref.sha256)
                 return url
-            url = data_uri(sent_image(ref, max_pixels=self._max_pixels))
+            url = data_uri(sent_image(ref, max_pixels=self._max_pixels, decode=self._open_image))
             self._cache[ref.sha256] = url
             self._used += len(url)
             while self._used > _CACHE_BYTES and len(self._cache) > 1:
@@ -43,13 +52,13 @@ class SentImages:
             return url
 
 
-def sent_image(ref: ImageRef, *, max_pixels: int) -> bytes:
+def sent_image(ref: ImageRef, *, max_pixels: int, decode: OpenImage = open_image) -> bytes:
     """A PNG or JPEG of the image as the student sees it. Raises ImageError."""
     data = encoded_image(ref)
     is_large = ref.width * ref.height > max_pixels
     if not is_large and is_plain(data):
         return data
-    image = open_image(ref)
+    image = decode(ref)
     if is_large:
         from PIL.Image import Resampling
 

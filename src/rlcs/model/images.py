@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rlcs.data.images import open_image
+from rlcs.data.images import OpenImage, open_image
 from rlcs.errors import ImageError
 from rlcs.model.patches import Grid, ImageProcessing
 from rlcs.records import ImageRef
@@ -31,10 +31,17 @@ class ImagePipeline:
     """Patches of images, with the most recently used ones kept in memory; for any thread."""
 
     def __init__(
-        self, processing: ImageProcessing, *, decode_limit: int, cache_bytes: int = 1 << 31, workers: int = 4
+        self,
+        processing: ImageProcessing,
+        *,
+        decode_limit: int,
+        cache_bytes: int = 1 << 31,
+        workers: int = 4,
+        decode: OpenImage = open_image,
     ) -> None:
-        """`workers` threads decode what `prepare` names; they end when nothing is left to do."""
+        """`workers` threads `decode` what `prepare` names; they end when nothing is left to do."""
         self._processing = processing
+        self._open_image = decode
         self.merge_size = processing.merge_size
         self._decode_limit = decode_limit
         self._cache_bytes, self._workers = cache_bytes, workers
@@ -83,7 +90,7 @@ class ImagePipeline:
         Where there is no such image it is returned whole. Raises ImageError.
         """
         resized = self._processing.resized(self._compact(ref), self.grid(ref))
-        return open_image(ref, limit=self._decode_limit) if resized is None else resized
+        return self._open_image(ref, limit=self._decode_limit) if resized is None else resized
 
     def picture(self, ref: ImageRef) -> Image.Image:
         """All pixels of an image that the model sees, for people. Raises ImageError."""
@@ -148,7 +155,7 @@ class ImagePipeline:
 
     def _decoded(self, ref: ImageRef) -> Tensor:
         grid = self.grid(ref)  # of the size on which the prompt was built
-        return self._processing.cut(np.array(open_image(ref, limit=self._decode_limit)), grid)
+        return self._processing.cut(np.array(self._open_image(ref, limit=self._decode_limit)), grid)
 
 
 def _work(pipeline: "weakref.ref[ImagePipeline]") -> None:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from rlcs.data.hub import cache_where_unreachable
+from rlcs.data.images import OpenImage, open_image
 from rlcs.distributed import ALONE, World
 from rlcs.errors import (
     CheckpointError,
@@ -311,13 +312,14 @@ def make_chat(
     images: Images = Images(),  # noqa: B008 - frozen
     *,
     rl: bool = False,
+    decode: OpenImage = open_image,
 ) -> Chat:
     """Make the chat format of a model; `rl`: with the system prompt and image bounds of RL.
 
-    The pixel bounds and the system prompt are set on the processor too, so that they are saved with the
-    model.
+    Images are opened by `decode`. The pixel bounds and the system prompt are set on the processor too, so
+    that they are saved with the model.
     """
-    chat = _chat(vlm.processor, vlm.family, prompts, images, rl=rl)
+    chat = _chat(vlm.processor, vlm.family, prompts, images, rl=rl, decode=decode)
     vlm.family.note_bounds(vlm.model.config, vlm.processor)
     return chat
 
@@ -387,7 +389,15 @@ def _model_errors(settings: ModelSettings) -> Iterator[None]:
 
 
 @template_errors()
-def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, rl: bool) -> Chat:
+def _chat(
+    processor: Any,
+    family: Family,
+    prompts: Prompts,
+    images: Images,
+    *,
+    rl: bool,
+    decode: OpenImage = open_image,
+) -> Chat:
     smallest = (images.rl_min_pixels if rl else None) or images.min_pixels
     processing = family.image_processing(processor, min_pixels=smallest, max_pixels=images.max_pixels)
     default = family.default_system
@@ -405,6 +415,7 @@ def _chat(processor: Any, family: Family, prompts: Prompts, images: Images, *, r
             decode_limit=images.decode_limit,
             cache_bytes=int(images.cache_gb * 2**30),
             workers=images.workers,
+            decode=decode,
         ),
         family=family,
         system=prompts.system,

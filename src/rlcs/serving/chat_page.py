@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlcs.data.decoder import ImageDecoder
 from rlcs.errors import RlcsError, UserError
 from rlcs.grading.extraction import extract
 from rlcs.recipe.sampling import Endpoint
@@ -356,12 +357,13 @@ def open_models(
     share = _VLLM_SHARE / len(names) if len(names) > 1 else None
     models: list[ChatModel] = []
     with ExitStack() as stack:
+        decoder = stack.enter_context(ImageDecoder())
         for name in names:
             if url or name.startswith(("http://", "https://")):
                 address, model = (url, name) if url else (name, "")
                 models.append(RemoteSession(Endpoint(base_url=address, model=model, key_env=key_env)))
             elif program is None:
-                models.append(load(name))
+                models.append(load(name, decoder=decoder))
             else:
                 sys.stdout.write(f"vLLM is starting with {name}; a minute or so\n")
                 models.append(stack.enter_context(open_vllm(program, name, share=share)))

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import openai
 
+from rlcs.data.decoder import ImageDecoder
 from rlcs.data.images import DECODE_LIMIT
 from rlcs.data.sent_images import SentImages
 from rlcs.engines.connection import address, connect_blocking, masked
@@ -84,7 +85,8 @@ class RemoteSession:
         self._client = connect_blocking(server, place, limits)
         if key is not None:
             self._client.api_key = key
-        self._images = SentImages(max_pixels=Images().max_pixels)
+        self._decoder = ImageDecoder()  # a page's visitors give the images
+        self._images = SentImages(max_pixels=Images().max_pixels, decode=self._decoder.open_image)
         with _as_endpoint_error(server):
             known = [model.id for model in self._client.models.list()]
         self.name = server.model or next(iter(known), "")
@@ -96,7 +98,8 @@ class RemoteSession:
 
     def stream(self, messages: Sequence[Message | Mapping[str, Any]], settings: Settings) -> RemoteStream:
         """Answer a conversation, piece by piece: see `Session.stream`. Raises EndpointError, DataError."""
-        turns = [as_message(message, limit=DECODE_LIMIT) for message in messages]
+        measure = self._decoder.measured
+        turns = [as_message(message, limit=DECODE_LIMIT, measure=measure) for message in messages]
         contents: list[Any] = [{"role": turn.role, "content": content(turn, self._images)} for turn in turns]
         sampling = Sampling(
             temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=settings.max_new_tokens

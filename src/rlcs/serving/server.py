@@ -43,6 +43,7 @@ from rlcs.serving.protocol import (
 )
 from rlcs.serving.session import Session, Settings
 from rlcs.serving.turns import Picture, RequestTurn, read_turns, wrong
+from rlcs.serving.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Service:
     def __post_init__(self) -> None:
         """Add the requests under way to the metrics."""
         self._downloader = ImageDownloader(self.image_hosts)
+        self.uploads = Uploads(max_bytes=self.limits.max_body_bytes)
         for name, about, value in (
             ("rlcs_requests_active", "Requests that hold a place.", lambda: self.active),
             ("rlcs_engine_running", "Requests being answered.", lambda: self.session.engine.running),
@@ -96,11 +98,15 @@ class Service:
             what = "wrong or missing API key (Authorization: Bearer KEY)"
             raise ApiError(401, what, code="invalid_api_key")
 
+    def require_place(self) -> None:
+        """Raises ApiError when there are too many active requests."""
+        if self.active >= self.limits.concurrency + self.limits.queue:
+            raise ApiError(429, "too many requests at once; try again later", code="rate_limit_exceeded")
+
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
         """Count one request as active. Raises ApiError when there are too many."""
-        if self.active >= self.limits.concurrency + self.limits.queue:
-            raise ApiError(429, "too many requests at once; try again later", code="rate_limit_exceeded")
+        self.require_place()
         self.active += 1
         began = time.perf_counter()
         try:
@@ -158,7 +164,8 @@ class Service:
     def _image(self, picture: Picture) -> ImageRef:
         """Check an image, whose patches are then in memory for the prompt. Raises ApiError."""
         try:
-            image = image_from_bytes(picture.data, limit=self.limits.max_pixels, where=picture.where)
+            limit, measure = self.limits.max_pixels, self.session.measure
+            image = image_from_bytes(picture.data, limit=limit, where=picture.where, measure=measure)
             self.session.chat.patches(image)
         except ImageError as error:
             raise wrong(picture.where, error.what, code="invalid_image_url") from error
@@ -186,13 +193,15 @@ class ChatCompletions:
         code = 500
         try:
             service.authorise(request)
+            service.require_place()
+            body = await self._body(request)
             with service.slot():
                 async with asyncio.timeout(service.limits.request_s):
-                    await self._serve(request, tracked)
+                    await self._serve(request, body, tracked)
             code = 200
         except ClientDisconnect:
             code = _CLIENT_CLOSED
-        except (ApiError, UserError, TimeoutError) as error:
+        except Exception as error:  # what nobody foresaw has the form of an error too
             refusal = _refusal(error)
             code = refusal.status
             if begun:  # too late for an error reply: the connection is cut
@@ -202,11 +211,9 @@ class ChatCompletions:
         finally:
             service.metrics.requests.labels(code).inc()
 
-    async def _serve(self, request: Request, send: Send) -> None:
+    async def _serve(self, request: Request, body: bytes, send: Send) -> None:
         service, loop = self._service, asyncio.get_running_loop()
-        body = await self._body(request)
         options, turns = await loop.run_in_executor(self._builder, service.read, body)
-        del body
         turns = await service.with_images(turns)
         prompt, sampling = await loop.run_in_executor(self._builder, service.prepare, options, turns)
         del turns
@@ -237,13 +244,7 @@ class ChatCompletions:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "send the request as application/json")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._service.limits.max_body_bytes:
-                most = self._service.limits.max_body_bytes
-                raise ApiError(413, f"the request is larger than {most:,} bytes")
-        return bytes(body)
+        return await self._service.uploads.read(request)
 
 
 async def _disconnected(request: Request) -> None:
@@ -343,12 +344,15 @@ def _finish(token: Token) -> str:
     return "length" if token.stop is StopReason.LENGTH else "stop"
 
 
-def _refusal(error: ApiError | UserError | TimeoutError) -> ApiError:
+def _refusal(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, TimeoutError):
+        return ApiError(503, "the answer took too long", code="timeout")
     if isinstance(error, UserError):
         return ApiError(400, f"{error.where}: {error.what}" if error.where else error.what)
-    return ApiError(503, "the answer took too long", code="timeout")
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
 
 
 def _error_reply(error: ApiError) -> JSONResponse:
@@ -397,7 +401,7 @@ def make_app(service: Service, *, cors_origins: Sequence[str] = ()) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
         return _error_reply(
-            ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+            ApiError(error.status_code, f"{request.method} {request.scope['path'][:200]}: {error.detail}")
         )
 
     return app

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlcs.data.images import encode, image_from_bytes, image_from_path
+from rlcs.data.decoder import ImageDecoder
+from rlcs.data.images import Measure, encode, image_from_bytes, image_from_path, measured, open_image
 from rlcs.engines.decoding import Token
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import ImageError, OutOfMemory, PromptError, RlcsError, UserError
@@ -26,6 +27,8 @@ from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
 
 CACHE_TOKENS = 1 << 18
 """Most prompt and answer tokens of which a session keeps keys and values, over all requests."""
+GREEDY_BELOW = 1e-5
+"""A temperature below is taken as 0: it draws the same tokens, and logits divided by it may be infinite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,21 +76,21 @@ def split_answer(text: str) -> tuple[str, str | None]:
     return reasoning.replace("<think>", "").strip(), box.text
 
 
-def picture(image: Any, *, limit: int) -> ImageRef:
+def picture(image: Any, *, limit: int, measure: Measure = measured) -> ImageRef:
     """Check an image given as path, bytes, PIL image or reference, and refer to it. Raises ImageError."""
     if isinstance(image, ImageRef):
         return image
     if isinstance(image, str | Path):
         path = Path(image).absolute()
-        return image_from_path(path.name, root=path.parent, limit=limit)
+        return image_from_path(path.name, root=path.parent, limit=limit, measure=measure)
     if isinstance(image, bytes):
-        return image_from_bytes(image, limit=limit, where="the image")
+        return image_from_bytes(image, limit=limit, where="the image", measure=measure)
     if hasattr(image, "save"):
         return image_from_bytes(encode(image), limit=limit, where="the image")
     raise ImageError(f"a {type(image).__name__} is no image", fix="give a path, bytes or a PIL image")
 
 
-def as_message(message: Message | Mapping[str, Any], *, limit: int) -> Message:
+def as_message(message: Message | Mapping[str, Any], *, limit: int, measure: Measure = measured) -> Message:
     """Convert a turn in any form that `Session.stream` takes. Raises PromptError, ImageError."""
     if isinstance(message, Message):
         return message
@@ -96,9 +99,8 @@ def as_message(message: Message | Mapping[str, Any], *, limit: int) -> Message:
         fix = "write {'role': 'user', 'content': 'text'} or a list of texts and images as content"
         raise PromptError("this is no message", where=str(dict(message))[:80], fix=fix)
     parts = [content] if isinstance(content, str) else content
-    return Message(
-        role=role, parts=tuple(p if isinstance(p, str) else picture(p, limit=limit) for p in parts)
-    )
+    read = (p if isinstance(p, str) else picture(p, limit=limit, measure=measure) for p in parts)
+    return Message(role=role, parts=tuple(read))
 
 
 class Stream(Iterator[str]):
@@ -161,15 +163,22 @@ class Stream(Iterator[str]):
 class Session:
     """A loaded model that answers, also to several threads at once."""
 
-    def __init__(self, vlm: Vlm, *, name: str, max_rows: int = 64) -> None:
-        """At most `max_rows` answers are generated at once; others wait."""
+    def __init__(
+        self, vlm: Vlm, *, name: str, max_rows: int = 64, decoder: ImageDecoder | None = None
+    ) -> None:
+        """At most `max_rows` answers are generated at once; others wait.
+
+        With a `decoder` it decodes all images: those of strangers.
+        """
         self.name = name
         self.context = int(vlm.model.config.get_text_config().max_position_embeddings)
         least, most = vlm.family.pixel_bounds(vlm.processor)
         system = default_system(vlm.processor, vlm.family.chat_format)
         prompts = Prompts(system=system, max_tokens=max(1, self.context - 1))
         images = Images(min_pixels=least, max_pixels=most)
-        self.chat: Chat = loading.make_chat(vlm, prompts, images)
+        decode = decoder.open_image if decoder else open_image
+        self.measure: Measure = decoder.measured if decoder else measured
+        self.chat: Chat = loading.make_chat(vlm, prompts, images, decode=decode)
         self.engine = LocalEngine(vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS)
         self._decode_limit = images.decode_limit
 
@@ -193,7 +202,7 @@ class Session:
     def message(self, image: Any, text: str) -> Message:
         """Make a user's turn: images first, then text."""
         images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        refs = [picture(item, limit=self._decode_limit) for item in images]
+        refs = [picture(item, limit=self._decode_limit, measure=self.measure) for item in images]
         return Message(role="user", parts=(*refs, text))
 
     def stream(
@@ -205,7 +214,7 @@ class Session:
         images (paths as `Path`) in their order. A first message of role `system` replaces the model's own
         system prompt.
         """
-        turns = [as_message(message, limit=self._decode_limit) for message in messages]
+        turns = [as_message(each, limit=self._decode_limit, measure=self.measure) for each in messages]
         prompt = self.chat.checked(self.chat.conversation(turns, name="conversation"))
         return self.start(prompt, settings or Settings())
 
@@ -217,13 +226,18 @@ class Session:
         """Convert settings for the engine; an answer ends at the latest where the context ends."""
         return self.chat.sampling(
             n=n,
-            temperature=settings.temperature,
+            temperature=0.0 if settings.temperature < GREEDY_BELOW else settings.temperature,
             top_p=settings.top_p,
             max_new_tokens=min(settings.max_new_tokens, self.context - len(prompt.ids)),
             seed=secrets.randbits(32) if settings.seed is None else settings.seed,
         )
 
 
-def load(model: str = "builtin", *, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Session:
-    """Load a model to ask: a folder, a hub id or `builtin`. Raises ModelError."""
-    return Session(loading.load(Model(name=model, dtype=dtype)), name=model)
+def load(
+    model: str = "builtin",
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    decoder: ImageDecoder | None = None,
+) -> Session:
+    """Load a model to ask: a folder, a hub id or `builtin`; `decoder` as in `Session`. Raises ModelError."""
+    return Session(loading.load(Model(name=model, dtype=dtype)), name=model, decoder=decoder)
