@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "rlcs"
 
 # A package may import packages of lower layers, and of its own layer as long as no circle forms.
 LAYERS = (
-    ("errors", "records", "signals", "progress"),
+    ("errors", "records", "redaction", "signals", "progress"),
     ("recipe", "storage", "grading"),
     ("data", "distributed"),
     ("model",),
@@ -36,6 +36,7 @@ LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package 
 MAX_ROOT_MODULES = 8
 LIGHT = (
     "errors",
+    "redaction",
     "records",
     "signals",
     "progress",

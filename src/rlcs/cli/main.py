@@ -1,6 +1,5 @@
 """The command line: one module for each group of commands, which import heavy packages when they run."""
 
-import io
 import os
 import sys
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from rlcs.cli.report import report_app
 from rlcs.cli.serve import serve_app
 from rlcs.cli.train import train_app
 from rlcs.errors import RlcsError, UserError, out_of_memory_in
+from rlcs.redaction import guard_streams
 
 app = typer.Typer(
     name="rlcs",
@@ -59,9 +59,7 @@ add_examples(app)
 def main() -> None:
     """Run the command line; expected errors go to stderr without a traceback, and set the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # where it is not UTF-8: \uXXXX, not an error
-            stream.reconfigure(errors="backslashreplace")
+    guard_streams()
     try:
         with out_of_memory_in(""):
             app(prog_name="rlcs")

@@ -18,6 +18,7 @@ from rlcs.recipe.keys import recipe_keys
 from rlcs.recipe.loading import differences, dump, load_recipe
 from rlcs.recipe.sampling import Server
 from rlcs.recipe.schema import Recipe
+from rlcs.redaction import RedactingFormatter
 from rlcs.storage import atomic_write
 
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
@@ -161,7 +162,7 @@ def attempt_log(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + len(list(folder.glob("attempt-*.log")))
     handler = logging.FileHandler(folder / f"attempt-{number}.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, level = logging.getLogger(), log.level
     root.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -109,7 +109,7 @@ class ScoringServer:
         attempts = 0
         while True:
             try:
-                return parsed(self._client.post(self._url, body=body, cast_to=object))
+                return parsed(self._client.post(self._url, body=body, cast_to=bytes))
             except RetryableError as error:
                 failure: Exception = error
             except openai.APIStatusError as error:
@@ -132,7 +132,7 @@ class ScoringServer:
         tried = f", in {attempts:,} attempts" if isinstance(failure, RetryableError) else ""
         refused = "see its log; its --max-model-len must hold a prompt with an answer"
         return EndpointError(
-            f"the teacher does not score an answer: {connection.masked(str(failure), self._server)}{tried}",
+            f"the teacher does not score an answer: {failure}{tried}",
             where=self._url,
             fix=refused
             if isinstance(failure, FinalError)
