@@ -63,6 +63,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "docs": "README and docs/",
     "docs_run": "the commands in README and docs/",
     "examples": "examples/",
+    "hostile_servers": "model servers that misbehave, through engines, distill and evals",
     "bench": "bench/",
     "container": "Dockerfile",
     "notebook": "the notebook in examples/",

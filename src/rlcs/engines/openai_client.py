@@ -249,8 +249,9 @@ class EndpointClient:
         if untrusted := connection.untrusted(error, self._address):
             return untrusted
         cause = error.__cause__ or error
-        if isinstance(cause, connection.UnreadableReply):
-            return PaidError(str(cause), kind="unreadable")
+        for raised in (error, cause):
+            if isinstance(raised, connection.UnreadableReply):
+                return PaidError(str(raised), kind="unreadable")
         name = type(cause).__name__
         what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.proxy_note(self._address)
         is_new = name in ("ConnectError", "ConnectTimeout", "ProxyError") or not isinstance(

@@ -191,7 +191,7 @@ def _key_refused(found: Fault, server: Endpoint, url: str) -> EndpointError:
 
 
 def read(request: Request, reply: object) -> Sample:
-    """Read a reply. Raises RetryableError when it is garbled or broken off, FinalError when it is withheld."""
+    """Read a reply. Raises RetryableError if it is garbled or broken off, FinalError if it is withheld."""
     reply = reply if isinstance(reply, dict) else {}
     try:
         choice = reply["choices"][0]

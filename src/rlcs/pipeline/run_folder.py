@@ -35,7 +35,13 @@ OPERATIONAL = frozenset(
         *("study.preflight", "grpo.reward.deadline_s", "grpo.reward.workers"),
         *(f"{KEY}.{name}" for name in _JUDGE_LIMITS),
         *(f"{stage}.{name}" for stage in ("sft", "grpo") for name in _KEPT),
-        *("images.workers", "images.cache_gb", "images.features_gb"),
+        *(
+            "teacher.token_budget",
+            "teacher.cost_budget",
+            "images.workers",
+            "images.cache_gb",
+            "images.features_gb",
+        ),
     }
 )
 """Keys that do not change what is learnt (limits of graders, kept checkpoints, the trial before): a run may

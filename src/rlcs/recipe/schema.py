@@ -181,6 +181,11 @@ class Teacher(Server):
     """Most answers sampled for each problem."""
     enough_kept: Annotated[int, Field(ge=0)] = 1
     """Sampling of a problem ends with so many answers to keep. 0: all samples, for an unbiased pass rate."""
+    token_budget: Positive | None = None
+    """Most tokens, of prompts and answers together, that the teacher may be paid for in a run; then the run
+    stops, keeps every answer, and goes on with a higher budget. None: no limit."""
+    cost_budget: Annotated[float, Field(gt=0)] | None = None
+    """The same in money, by the prices."""
     keep: Literal["right", "all"] = "right"
     """`right`: rejection sampling, also of responses that the data has: those whose final answer is not the
     gold answer are left out. `all`: wrong answers are trained on too."""
@@ -206,6 +211,8 @@ class Teacher(Server):
             raise ValueError("a teacher of kind endpoint needs base_url")
         if self.who != "local" and self.rollout.engine != "local":
             raise ValueError(f"rollout.engine is for a teacher of kind local, and this one is {self.who}")
+        if self.cost_budget is not None and self.cost(0, 0) is None:
+            raise ValueError("cost_budget needs the prices: set prompt_price and completion_price")
         if 0 < self.enough_kept < self.max_kept:
             raise ValueError(
                 f"max_kept ({self.max_kept}) is above enough_kept ({self.enough_kept}): raise enough_kept"

@@ -117,7 +117,7 @@ class ScoringServer:
                     what = f"HTTP 404: it scores no tokens there, or has no model {self._server.model!r}"
                     raise EndpointError(what, where=self._url, fix=SERVE) from error
                 failure = status_error(error, self._server)
-            except (openai.APIConnectionError, ValueError) as error:
+            except (openai.APIConnectionError, connection.UnreadableReply, ValueError) as error:
                 cause = error.__cause__ or error
                 what = short(f"{type(cause).__name__}: {cause}") + connection.proxy_note(self._place)
                 failure = connection.untrusted(error, self._place) or RetryableError(what, kind="connection")
