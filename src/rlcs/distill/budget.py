@@ -1,5 +1,7 @@
 """What a teacher may cost: counts tokens and money, and says when no further answer may be requested."""
 
+import math
+
 from rlcs.recipe.schema import Teacher
 
 
@@ -39,7 +41,7 @@ class Budget:
         if not self._limits:
             return True
         share = max(spent / limit for spent, limit in self._limits)
-        expected = share / self._answers * (self._under_way + 1) if self._answers else 1.0
+        expected = share / self._answers * (self._under_way + 1) if self._answers else math.inf
         return share < 1 and (not self._under_way or share + expected <= 1)
 
     @property
