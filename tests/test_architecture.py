@@ -63,6 +63,8 @@ TESTS_OF_SOMETHING_ELSE = {
     "docs": "README and docs/",
     "docs_run": "the commands in README and docs/",
     "examples": "examples/",
+    "dead_models": "damaged and spoilt weights, through loading, engines and training",
+    "recipe_bounds": "the bounds of all numbers in recipes",
     "hostile_servers": "model servers that misbehave, through engines, distill and evals",
     "bench": "bench/",
     "container": "Dockerfile",

@@ -95,8 +95,8 @@ def test_what_is_wrong_is_said(server, picture, monkeypatch):
     monkeypatch.setenv("OTHER_API_KEY", "wrong")
     for changes, told in (
         ({"model": "x"}, "no model is called 'x'.*it has m"),
-        ({"key_env": "OTHER_API_KEY"}, "OTHER_KEY, which holds a key that is refused"),
-        ({"key_env": "NO_SUCH_API_KEY"}, "NO_SUCH_KEY, which is not set"),
+        ({"key_env": "OTHER_API_KEY"}, "OTHER_API_KEY, which holds a key that is refused"),
+        ({"key_env": "NO_SUCH_API_KEY"}, "NO_SUCH_API_KEY, which is not set"),
         ({"base_url": url_of(server).removesuffix("/v1")}, "mostly ends in /v1"),
         ({"base_url": "http://127.0.0.1:9/v1"}, "does not answer.*start it"),
         ({"base_url": "localhost:8000"}, "not the URL of a server.*http://localhost"),

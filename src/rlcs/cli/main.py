@@ -20,6 +20,14 @@ from rlcs.cli.train import train_app
 from rlcs.errors import RlcsError, UserError, out_of_memory_in
 from rlcs.redaction import guard_streams
 
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "DO_NOT_TRACK": "1",
+}
+"""Settings of libraries, unless the user has others: no statistics are sent, no bars are drawn."""
+
 app = typer.Typer(
     name="rlcs",
     help="RL with Cold Start: turn a vision-language model into one that reasons.",
@@ -58,7 +66,8 @@ add_examples(app)
 
 def main() -> None:
     """Run the command line; expected errors go to stderr without a traceback, and set the exit code."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     guard_streams()
     try:
         with out_of_memory_in(""):

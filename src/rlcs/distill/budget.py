@@ -6,7 +6,7 @@ from rlcs.recipe.schema import Teacher
 
 
 class Budget:
-    """The tokens of a distillation so far, and whether they leave room for another answer.
+    """The tokens of a distillation so far, and whether another answer fits.
 
     Answers under way are expected to be like those that have come, and the first is waited for, so that
     requests at the same time do not exceed the limits by more than about one answer.
