@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "rlcs"
 
 # A package may import packages of lower layers, and of its own layer as long as no circle forms.
 LAYERS = (
-    ("errors", "records", "signals", "progress", "patience"),
+    ("errors", "records", "redaction", "signals", "progress", "patience"),
     ("recipe", "storage", "grading"),
     ("locks",),
     ("data", "distributed"),
@@ -37,6 +37,7 @@ LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package 
 MAX_ROOT_MODULES = 8
 LIGHT = (
     "errors",
+    "redaction",
     "records",
     "signals",
     "progress",
@@ -64,6 +65,9 @@ TESTS_OF_SOMETHING_ELSE = {
     "docs": "README and docs/",
     "docs_run": "the commands in README and docs/",
     "examples": "examples/",
+    "dead_models": "damaged and spoilt weights, through loading, engines and training",
+    "recipe_bounds": "the bounds of all numbers in recipes",
+    "hostile_servers": "model servers that misbehave, through engines, distill and evals",
     "bench": "bench/",
     "container": "Dockerfile",
     "notebook": "the notebook in examples/",

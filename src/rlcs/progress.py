@@ -15,6 +15,7 @@ from json import dumps
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 from rlcs.records import StepReport, to_row
+from rlcs.redaction import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -142,7 +143,7 @@ class _Stage(ABC):
 
     def say(self, text: str, row: Mapping[str, object] | None = None) -> None:
         """Show a sentence; a JSON screen prints the `row` in its place, if there is one."""
-        self._try(lambda: self._print(text) if row is None else self._report(text, row))
+        self._try(lambda: self._print(shown(text)) if row is None else self._report(shown(text), row))
 
     def _count(self, items: int) -> None:
         now = time.monotonic()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlcs.errors import CheckpointError, DataError, RunFolderError
+from rlcs.redaction import redacted
 
 MANIFEST = "manifest.json"
 """The file that is written last: a folder with a valid one is complete."""
@@ -54,14 +55,18 @@ def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
 
 
 def atomic_write(path: Path, content: bytes | str, *, sync: bool = True) -> None:
-    """Replace `path` by `content` (text as UTF-8) in one step; missing folders are made.
+    """Replace `path` by `content` (text as UTF-8, without secrets) in one step; missing folders are made.
 
     A temporary file in the same folder is written, fsynced and renamed, and the folder fsynced; without
     `sync` the file survives a kill but maybe not a power cut. Raises RunFolderError, with the old file
     untouched, when the disk is full or not writable.
     """
     # A lone surrogate becomes \udXXX, which JSON reads as the same character.
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    data = (
+        redacted(content, is_json=True).encode("utf-8", "backslashreplace")
+        if isinstance(content, str)
+        else content
+    )
     temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(6)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +114,7 @@ def to_json(obj: object) -> str:
 def _jsonl(rows: Iterable[Mapping[str, object]]) -> bytes:
     """Encode rows, one JSON object a line. Raises ValueError for NaN."""
     lines = (json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    return "".join(lines).encode("utf-8", "backslashreplace")
+    return redacted("".join(lines), is_json=True).encode("utf-8", "backslashreplace")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

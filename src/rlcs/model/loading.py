@@ -51,7 +51,7 @@ from rlcs.model.fsdp import shard, whole_weights
 from rlcs.model.images import ImagePipeline
 from rlcs.model.source import FINAL, Source, find_source
 from rlcs.model.template_rules import rules_of, set_default_thinking
-from rlcs.model.vlm import Vlm
+from rlcs.model.vlm import Vlm, require_alive
 from rlcs.recipe.arms import ARMS, RL_ARMS, ArmName
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Images, Prompts, Recipe
@@ -219,6 +219,8 @@ def load(
                     config, dtype=dtype, trust_remote_code=settings.trust_remote_code
                 )
             model.eval()
+    if weights and world.rank == 0:
+        require_alive(model if world.grouped else model.to(device), settings.name)
     family.install(model)
     family.save_as_published(model)
     if settings.gradient_checkpointing:

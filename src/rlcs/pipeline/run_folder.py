@@ -18,6 +18,7 @@ from rlcs.recipe.keys import recipe_keys
 from rlcs.recipe.loading import differences, dump, load_recipe
 from rlcs.recipe.sampling import Server
 from rlcs.recipe.schema import Recipe
+from rlcs.redaction import RedactingFormatter
 from rlcs.storage import atomic_write
 
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
@@ -37,7 +38,13 @@ OPERATIONAL = frozenset(
         *("study.preflight", "grpo.reward.deadline_s", "grpo.reward.workers"),
         *(f"{KEY}.{name}" for name in _JUDGE_LIMITS),
         *(f"{stage}.{name}" for stage in ("sft", "grpo") for name in _KEPT),
-        *("images.workers", "images.cache_gb", "images.features_gb"),
+        *(
+            "teacher.token_budget",
+            "teacher.cost_budget",
+            "images.workers",
+            "images.cache_gb",
+            "images.features_gb",
+        ),
     }
 )
 """Keys that do not change what is learnt (limits of graders, kept checkpoints, the trial before): a run may
@@ -161,7 +168,7 @@ def attempt_log(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + len(list(folder.glob("attempt-*.log")))
     handler = _AttemptLog(folder / f"attempt-{number}.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, level = logging.getLogger(), log.level
     root.addHandler(handler)
     log.setLevel(logging.INFO)
