@@ -21,7 +21,6 @@ SOURCE = ROOT / "src" / "rlcs"
 LAYERS = (
     ("errors", "records", "redaction", "signals", "progress", "patience"),
     ("recipe", "storage", "grading"),
-    ("locks",),
     ("data", "distributed"),
     ("model",),
     ("engines",),
@@ -55,7 +54,7 @@ HEAVY = {"torch", "torchvision", "transformers", "datasets"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
-MAX_CODE_LINES = 36_000
+MAX_CODE_LINES = 39_000
 MAX_PARAMETERS = 7
 MAX_IMPORT_SECONDS = 0.2
 
@@ -70,6 +69,8 @@ TESTS_OF_SOMETHING_ELSE = {
     "hostile_servers": "model servers that misbehave, through engines, distill and evals",
     "bench": "bench/",
     "container": "Dockerfile",
+    "release": "make release, tools/smoke_test.py",
+    "faults_table": "tests/faults_table.py",
     "notebook": "the notebook in examples/",
     "tiny_model": "tools/tiny_model/",
     "grading_reference": "the table in docs/reference/grading.md",

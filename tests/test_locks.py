@@ -13,12 +13,12 @@ import pytest
 
 from rlcs import locks
 from rlcs.errors import RunFolderError
-from rlcs.locks import hold
+from rlcs.storage.locks import hold
 
 HOLD = """
 import subprocess, sys
 from pathlib import Path
-from rlcs.locks import hold
+from rlcs.storage.locks import hold
 with hold(Path(sys.argv[1])):
     {extra}
     print("held", flush=True)

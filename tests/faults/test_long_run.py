@@ -1,7 +1,7 @@
 """A long run stays as it began: memory, handles, threads, bytes written and CPU time of a step.
 
-3,000 steps, each on one tree of two short answers. They take a quarter of an hour, so only with `RLCS_FAULTS=all`,
-which `make test-faults` sets.
+3,000 steps, each on one tree of two short answers. They take a quarter of an hour, so only with
+`RLCS_FAULTS=all`, which `make test-faults` sets.
 """
 
 import json

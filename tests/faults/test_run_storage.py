@@ -7,7 +7,7 @@ import sys
 import pytest
 from stories import COMMON, STORIES, contents, differences, runner, undisturbed
 
-from rlcs.locks import hold
+from rlcs.storage.locks import hold
 
 __all__ = ["runner", "undisturbed"]
 

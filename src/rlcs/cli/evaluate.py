@@ -88,8 +88,8 @@ def evaluate(
 
     from rlcs.evals.comparison import as_markdown
     from rlcs.evals.run import evaluate_models
-    from rlcs.locks import hold
     from rlcs.signals import StopFlag
+    from rlcs.storage.locks import hold
 
     with hold(run.out), StopFlag() as stop:
         comparison = evaluate_models(run, named, stop=stop, json=options.json)

@@ -160,10 +160,10 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
 
     from rlcs.data.check import grouped
     from rlcs.distill import load_rows, run
-    from rlcs.locks import hold
     from rlcs.progress import screen
     from rlcs.signals import StopFlag
     from rlcs.storage import read_json
+    from rlcs.storage.locks import hold
 
     loaded = load_rows(
         resolved.data, decode_limit=resolved.images.decode_limit, all_anew=words != (overrides or [])
@@ -234,9 +234,7 @@ def _study(
     from rlcs.report.coldstart import lines
     from rlcs.signals import StopFlag
 
-    if (
-        recipe.rollout.engine != "vllm_colocated"
-    ):  # handing weights to it takes several times longer with them
+    if recipe.rollout.engine != "vllm_colocated":  # which takes weights several times slower from them
         use_expandable_segments()
     output = Output(quiet=options.quiet, json=options.json)
     parallel = recipe.parallel

@@ -213,14 +213,13 @@ def load(
         source = _source(settings)
         if weights and world.rank == 0:
             model = AutoModelForImageTextToText.from_pretrained(**source, config=config, **options)
+            require_alive(model if world.grouped else model.to(device), settings.name)
         else:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(
                     config, dtype=dtype, trust_remote_code=settings.trust_remote_code
                 )
             model.eval()
-    if weights and world.rank == 0:
-        require_alive(model if world.grouped else model.to(device), settings.name)
     family.install(model)
     family.save_as_published(model)
     if settings.gradient_checkpointing:

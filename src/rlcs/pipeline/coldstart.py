@@ -22,7 +22,6 @@ from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RunFolderError, TrainingError
 from rlcs.evals.intervals import interval_of_mean
-from rlcs.locks import hold
 from rlcs.pipeline.blind import answered_blind
 from rlcs.pipeline.data_checks import check_prompts
 from rlcs.pipeline.demonstrations import make_demonstrations
@@ -37,6 +36,7 @@ from rlcs.report.coldstart_results import GRID, read
 from rlcs.report.pages import duration
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import is_done, mark_done, read_json, read_jsonl, verify_done, write_json, write_jsonl
+from rlcs.storage.locks import hold
 from rlcs.train.validation import shares
 
 log = logging.getLogger("rlcs")

@@ -17,7 +17,6 @@ from rlcs.evals.arms import CHUNK, Evaluator, grade_samples
 from rlcs.evals.intervals import wilson
 from rlcs.evals.scores import mean, pass_at, with_interval
 from rlcs.generation import EngineSampler, SampleLog
-from rlcs.locks import hold
 from rlcs.model import loading
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.study import engine_needs
@@ -25,6 +24,7 @@ from rlcs.progress import screen
 from rlcs.recipe.schema import Recipe
 from rlcs.records import Problem, Request, to_row
 from rlcs.signals import StopFlag
+from rlcs.storage.locks import hold
 
 _INNER_BINS = 5
 

@@ -20,7 +20,6 @@ from typing import Any
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RlcsError, UserError
-from rlcs.locks import LOCK
 from rlcs.model.checkpoints import folder_of
 from rlcs.pipeline.probe import steps_of, trials_of
 from rlcs.pipeline.study import Study
@@ -31,6 +30,7 @@ from rlcs.recipe.schema import Recipe
 from rlcs.records import from_row, to_row
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_jsonl, write_json, write_jsonl
+from rlcs.storage.locks import LOCK
 from rlcs.train.collapse import (
     BATCH,
     FOLDER,

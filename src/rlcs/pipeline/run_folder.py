@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rlcs.errors import RunFolderError
 from rlcs.grading.own import check_function
-from rlcs.locks import LOCK
 from rlcs.recipe.arms import ARMS
 from rlcs.recipe.judge import KEY
 from rlcs.recipe.keys import recipe_keys
@@ -20,6 +19,7 @@ from rlcs.recipe.sampling import Server
 from rlcs.recipe.schema import Recipe
 from rlcs.redaction import RedactingFormatter
 from rlcs.storage import atomic_write
+from rlcs.storage.locks import LOCK
 
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold results of long work."""

@@ -9,13 +9,13 @@ from rlcs import report
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.evals.scores import with_interval
-from rlcs.locks import hold
 from rlcs.pipeline.run_folder import claim, command
 from rlcs.pipeline.study import Study
 from rlcs.progress import Output
 from rlcs.recipe.schema import Recipe
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json
+from rlcs.storage.locks import hold
 
 
 def run_seeds(

@@ -25,7 +25,6 @@ from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
 from rlcs.grading.reward import Grader
-from rlcs.locks import hold
 from rlcs.model import loading
 from rlcs.model.attention import require_usable
 from rlcs.model.chat import Chat
@@ -50,6 +49,7 @@ from rlcs.recipe.stages import Grpo, Stage
 from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done, mark_done, read_json, verify_done, write_json
+from rlcs.storage.locks import hold
 from rlcs.train import grpo, sft
 from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
