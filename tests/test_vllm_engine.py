@@ -13,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
