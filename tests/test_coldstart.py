@@ -346,7 +346,8 @@ def test_conclusions_of_a_study_in_which_it_pays(tmp_path: Path):
     assert "although it is ahead before RL" in text
     assert "Of the kinds, distilled beats reflection" in text
     assert re.search(r"Against no cold start the best one is at \+\d\d\.\d points before RL", text)
-    assert "distilled, 600 demonstrations, 40 steps, 6.0 s of SFT" in text and "sft.epochs=4" in text
+    assert "distilled, 600 demonstrations, 40 steps, 6.0 s of SFT" in text
+    assert "In a recipe: teacher.chain=distilled data.max_demonstrations=600 sft.epochs=4" in text
     assert "2 of 14 cells with a cold start were stopped" in text
     assert "one seed" not in text
     shown = "\n".join(lines(found))
