@@ -731,8 +731,8 @@ def test_demonstrations_in_the_steps_of_the_mixed_arm_are_counted():
 
 def test_a_teacher_beside_the_policy_takes_memory():
     words = ["model.name=" + HUB.format("3B"), "grpo.also.distill=1", "grpo.also.arms=[sft_grpo]"]
-    words += ["grpo.temperature=1"]
-    none = planned("quickstart", words[0], gpus=1).stages["grpo"]
+    words += ["grpo.temperature=1", "model.dtype=bfloat16"]
+    none = planned("quickstart", words[0], words[-1], gpus=1).stages["grpo"]
     local = planned("quickstart", *words, "grpo.teacher.model=" + HUB.format("7B"), gpus=1).stages["grpo"]
     size = PARAMETERS["7B"] * 2
     assert local.parts["teacher"] == size and local.peak - none.peak == pytest.approx(1.05 * size, rel=0.02)

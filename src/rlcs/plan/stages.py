@@ -62,7 +62,7 @@ def _with_teacher(plan: StagePlan, recipe: Recipe, learner: Placement) -> StageP
     size = sizes_of(model).total * learner.weight / learner.shards
     name = "offloaded" if learner.offloaded else "teacher"
     more = 0.0 if learner.offloaded else size * (1 + FRAGMENTS)
-    parts = plan.parts | {name: plan.parts.get(name, 0.0) + size}
+    parts = {**plan.parts, name: plan.parts.get(name, 0.0) + size}
     return replace(plan, parts=parts, peak=plan.peak + more)
 
 
@@ -72,7 +72,7 @@ def _with_demonstrations(plan: StagePlan, own: StagePlan) -> StagePlan:
     phases = [replace(phase, name=f"demonstrations: {phase.name}") for phase in own.time.phases]
     return replace(
         plan,
-        parts=plan.parts | {"activations": plan.parts["activations"] + more},
+        parts={**plan.parts, "activations": plan.parts["activations"] + more},
         peak=plan.peak + more * (1 + FRAGMENTS),
         tokens=plan.tokens + own.tokens,
         repeated_tokens=plan.repeated_tokens + own.repeated_tokens,
