@@ -4,6 +4,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -12,9 +13,10 @@ from conftest import SMALL_STUDY
 from rlcs.cli.main import app
 from rlcs.data.run_data import load_run_data
 from rlcs.doctor.health import examine
-from rlcs.errors import RunFolderError, UserError
+from rlcs.errors import RecipeError, RunFolderError, UserError
 from rlcs.pipeline import coldstart, study
 from rlcs.pipeline.coldstart import ColdStart, cannot_win
+from rlcs.pipeline.study import Study
 from rlcs.progress import Output
 from rlcs.recipe.arms import arms_override
 from rlcs.recipe.coldstart import Wanted, chains_of, plan, prepared, study_words, subset
@@ -346,7 +348,8 @@ def test_conclusions_of_a_study_in_which_it_pays(tmp_path: Path):
     assert "although it is ahead before RL" in text
     assert "Of the kinds, distilled beats reflection" in text
     assert re.search(r"Against no cold start the best one is at \+\d\d\.\d points before RL", text)
-    assert "distilled, 600 demonstrations, 40 steps, 6.0 s of SFT" in text and "sft.epochs=4" in text
+    assert "distilled, 600 demonstrations, 40 steps, 6.0 s of SFT" in text
+    assert "In a recipe: teacher.chain=distilled data.max_demonstrations=600 sft.epochs=4" in text
     assert "2 of 14 cells with a cold start were stopped" in text
     assert "one seed" not in text
     shown = "\n".join(lines(found))
@@ -408,3 +411,23 @@ def test_mistakes_on_the_command_line():
     for words, message in mistakes.items():
         refused = run.invoke(app, ["coldstart", "quickstart", *words])
         assert refused.exit_code == 2 and message in " ".join(refused.output.split()), refused.output
+
+
+def test_a_run_learns_from_at_most_so_many_demonstrations(tmp_path, monkeypatch):
+    """Those of a cell with the same seed, so that a recipe repeats it."""
+    monkeypatch.setattr("rlcs.distill.load_kept", lambda rows, folder: list(range(50)))
+
+    def chosen(*words):
+        recipe = load_recipe("quickstart", list(words)).recipe
+        data = SimpleNamespace(cold_start=())
+        return Study._demonstrations(SimpleNamespace(recipe=recipe, _data=data, folder=tmp_path))
+
+    assert chosen() == chosen("data.max_demonstrations=99") == list(range(50))
+    assert chosen("data.max_demonstrations=9", "seed=4") == subset(list(range(50)), 9, 4)
+
+
+def test_commands_of_one_stage_name_the_command_that_tries_both():
+    words = ["sft.handover.rule=probe", "validation.sft_every=5", "validation.samples=2"]
+    done = CliRunner().invoke(app, ["sft", "quickstart", *words])
+    assert isinstance(done.exception, RecipeError)
+    assert done.exception.fix.startswith(f"rlcs run quickstart {' '.join(words)} does both")

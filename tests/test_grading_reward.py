@@ -196,7 +196,7 @@ def test_a_file_that_cannot_be_run_and_one_with_neighbours(tmp_path):
     [good] = grades(Reward(accuracy=0, functions={f"{tmp_path}/good.py:score": 1.0}), "x")
     assert good.reward == 1.0
     [bad] = grades(Reward(accuracy=0, functions={f"{tmp_path}/bad.py:score": 1.0}), "x")
-    assert bad.why == f"ModuleNotFoundError: No module named 'far_away' ({tmp_path}/bad.py:2)"
+    assert bad.why == f"score: ModuleNotFoundError: No module named 'far_away' ({tmp_path}/bad.py:2)"
 
 
 def test_advice_fits_the_cause():

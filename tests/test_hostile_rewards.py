@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlcs.grading import GradePool
+from rlcs.errors import RecipeError
+from rlcs.grading import GradePool, pool
 from rlcs.grading.own import check_function
 from rlcs.records import Grade, Problem
 
@@ -100,11 +101,11 @@ def shared(left: Path) -> Iterator[GradePool]:
     assert not [pid for pid in remaining if psutil.pid_exists(pid)]
 
 
-def grade(pool: GradePool, response: str, left: Path) -> Grade:
+def grade(graders: GradePool, response: str, left: Path) -> Grade:
     """The grade of a response; the answers around it, which are healthy, must have theirs."""
-    before, found, after = pool.grade([ask("one", left), ask(response, left), ask("seven", left)])
+    before, found, after = graders.grade([ask("one", left), ask(response, left), ask("seven", left)])
     assert (before.reward, after.reward) == (0.3, 0.5), (before.why, after.why)
-    assert len(pool._workers) == 1
+    assert len(graders._workers) == 1
     return found
 
 
@@ -196,3 +197,14 @@ def test_a_worker_ends_with_its_guard(left: Path) -> None:
         stopped, after = pool.grade([ask("hangs", left), ask("one", left)])
     assert "the grader process died (SIGKILL)" in stopped.why and after.reward == 0.3
     assert psutil.wait_procs([worker], timeout=60)[1] == []
+
+
+@pytest.mark.fault("user code", "a reward file that never finishes its import", "refused by name")
+def test_a_file_whose_import_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_START_S", 2.0)
+    path = tmp_path / "waits.py"
+    path.write_text("import time\ntime.sleep(600)\ndef score(p, r): return 1", encoding="utf-8")
+    refused = pytest.raises(RecipeError, match=r"waits.py cannot be imported: not ready after 2 s")
+    with GradePool(function=check_function(f"{path}:score")) as made, refused:
+        made.grade([ask("one", tmp_path / "left")])
+    assert made._workers == []

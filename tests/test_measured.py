@@ -47,7 +47,7 @@ def test_a_file_without_rates_is_named_with_what_is_wrong(tmp_path, content, sai
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_rates(tmp_path / "nothing.json")
 
 

@@ -714,3 +714,35 @@ def test_the_table_of_gpus_is_plausible():
         assert 16 <= device.memory <= 300
         assert device.float32 < device.bfloat16
         assert machine(1, device.name.lower(), memory=None, peak=0).device == device
+
+
+def test_demonstrations_in_the_steps_of_the_mixed_arm_are_counted():
+    def stages(count):
+        words = ["study.arms=[base, mixed]", "grpo.also.sft=0.5", "grpo.also.arms=[mixed]"]
+        return planned("quickstart", *words, f"grpo.also.sft_batch_size={count}").stages
+
+    few, many = stages(32), stages(64)
+    assert few["grpo"].tokens == many["grpo"].tokens
+    of_32 = few["mixed"].tokens - few["grpo"].tokens
+    assert of_32 > 0 and many["mixed"].tokens - many["grpo"].tokens == 2 * of_32
+    assert many["mixed"].time.seconds > few["mixed"].time.seconds > few["grpo"].time.seconds
+    assert few["mixed"].peak >= few["grpo"].peak
+
+
+def test_a_teacher_beside_the_policy_takes_memory():
+    words = ["model.name=" + HUB.format("3B"), "grpo.also.distill=1", "grpo.also.arms=[sft_grpo]"]
+    words += ["grpo.temperature=1", "model.dtype=bfloat16"]
+    none = planned("quickstart", words[0], words[-1], gpus=1).stages["grpo"]
+    local = planned("quickstart", *words, "grpo.teacher.model=" + HUB.format("7B"), gpus=1).stages["grpo"]
+    size = PARAMETERS["7B"] * 2
+    assert local.parts["teacher"] == size and local.peak - none.peak == pytest.approx(1.05 * size, rel=0.02)
+    url = ["grpo.teacher.model=" + HUB.format("7B"), "grpo.teacher.base_url=http://localhost:9/v1"]
+    assert planned("quickstart", *words, *url, gpus=1).stages["grpo"].peak == none.peak
+
+
+def test_a_limit_of_demonstrations_is_planned_with():
+    def steps(*words):
+        return planned("quickstart", *words).stages["sft"].steps
+
+    assert steps("data.max_demonstrations=64", "sft.batch_size=16", "sft.epochs=2") == 8
+    assert steps("data.max_demonstrations=1000000") == steps()

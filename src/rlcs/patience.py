@@ -49,7 +49,7 @@ class OwnTime:
         self._pid = pid if sys.platform == "linux" else None
         self._looked = clock()
         self._seconds, self._cpu = 0.0, dict[int, float]()
-        self._looks_without_work = 0
+        self._switches = self._looks_without_work = 0
 
     @property
     def next_look_s(self) -> float:
@@ -67,14 +67,17 @@ class OwnTime:
 
     def _counted(self, passed: float) -> float:
         """The part of the time since the last look that counts."""
-        before, self._cpu, waits = self._cpu, {}, True
+        before, ran, waits = self._cpu, self._switches, True
+        self._cpu, self._switches = {}, 0
         for process in _tree(self._pid) if self._pid is not None else ():
             with suppress(psutil.Error):
                 times = process.cpu_times()
                 self._cpu[process.pid] = times.user + times.system
+                self._switches += sum(process.num_ctx_switches())  # CPU time is counted in steps of 10 ms
                 waits = waits and process.status() not in _NOT_BY_CHOICE
         used = sum(cpu - before.get(pid, cpu) for pid, cpu in self._cpu.items())
-        self._looks_without_work = 0 if used else self._looks_without_work + 1
+        has_run = used or self._switches != ran
+        self._looks_without_work = 0 if has_run else self._looks_without_work + 1
         waits = (waits and used < _LEAST_SHARE * passed) or self._looks_without_work > LOOKS
         return min(passed, 2 * self.tick_s if waits else used)
 

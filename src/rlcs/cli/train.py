@@ -234,7 +234,7 @@ def _study(
     from rlcs.report.coldstart import lines
     from rlcs.signals import StopFlag
 
-    if recipe.rollout.engine != "vllm_colocated":  # which takes weights several times slower from them
+    if recipe.rollout.engine != "vllm_colocated":  # handing weights to it takes much longer with them
         use_expandable_segments()
     output = Output(quiet=options.quiet, json=options.json)
     parallel = recipe.parallel

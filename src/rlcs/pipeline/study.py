@@ -44,6 +44,7 @@ from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
 from rlcs.progress import Output
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, RlArm
+from rlcs.recipe.coldstart import subset
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo, Stage
 from rlcs.records import Demonstration, Problem
@@ -174,7 +175,7 @@ class Study:
         if study.cold_starts:  # between the engines: SFT and a local teacher have vLLM's memory
             with out_of_memory_in("cold start"):
                 self._world.first(self._cold_start)
-            demonstrations = distill.load_kept(data.cold_start, self.folder / "cold_start")
+            demonstrations = self._demonstrations()
             if study.needs_sft:
                 with out_of_memory_in("sft"):
                     self._sft(demonstrations)
@@ -191,6 +192,12 @@ class Study:
         counts = {"cold_start": len(demonstrations), "rl": len(self._data.rl), "test": len(data.test)}
         return self._world.first(lambda: self._conclude(counts))
 
+    def _demonstrations(self) -> Sequence[Demonstration]:
+        """What is learnt of the cold start: all that was kept, or so many."""
+        kept = distill.load_kept(self._data.cold_start, self.folder / "cold_start")
+        most = self.recipe.data.max_demonstrations
+        return kept if most is None else subset(kept, most, self.recipe.seed)
+
     def repeat(self, arm: RlArm, of: Recipe, *, until: int) -> None:
         """Train one arm of RL alone, from the models and the checkpoint in the folder, of a run of `of`.
 
@@ -202,7 +209,7 @@ class Study:
         self._drop_blind()
         demonstrations: Sequence[Demonstration] = ()
         if arm == "mixed":
-            demonstrations = distill.load_kept(self._data.cold_start, self.folder / "cold_start")
+            demonstrations = self._demonstrations()
         settings = self._settings_of(arm)
         run = self._run_dir(arm, settings)
         run.saves, run.until = False, until

@@ -1,7 +1,8 @@
 """The stages that a command runs, in their order, and what they come to: hours, GPU-hours, money, tokens."""
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlcs.distill.chains import Chain
@@ -134,7 +135,7 @@ def total_of(
         if stage == "sft":
             items.append(_sft(recipe, given, assumed, steps["sft"], answers))
         else:
-            items.append(_rl(recipe, stage, steps["grpo"], answers))
+            items.append(_rl(recipe, stage, steps.get(stage, steps["grpo"]), answers))
         if stage in recipe.study.arms:
             items.append(Item(name=f"measuring {ARMS[stage].label}", hours=measured, note=note))
     work = _teacher_work(recipe.teacher, given, assumed) if recipe.study.cold_starts else None
@@ -153,12 +154,13 @@ def demonstrations_of(recipe: Recipe, rows: Rows, assumed: Assumed) -> Rows:
     """The demonstrations that SFT trains on: as assumed, or from the rows of the cold start."""
     if assumed.demonstrations:
         return Rows(count=assumed.demonstrations, basis="assumed")
+    most = recipe.data.max_demonstrations or math.inf
     if rows.count is None or rows.answered:
-        return rows
+        return rows if rows.count is None or rows.count <= most else replace(rows, count=int(most))
     kept = rows.count * recipe.teacher.max_kept
     if recipe.teacher.who == "builtin" and recipe.teacher.keep == "right":
         kept = round(kept * (1 - recipe.teacher.wrong_share))
-    return Rows(count=kept, basis=f"{rows.basis}, at most; guessed")
+    return Rows(count=int(min(kept, most)), basis=f"{rows.basis}, at most; guessed")
 
 
 def _cold_start(teacher: Teacher, rows: Rows) -> Item:

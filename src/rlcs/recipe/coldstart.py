@@ -8,11 +8,13 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TypeVar, get_args
 
 from rlcs.errors import UserError
 from rlcs.recipe.loading import changed, load_recipe
 from rlcs.recipe.schema import Recipe, Teacher
+
+T = TypeVar("T")
 
 NONE = "none"
 """The kind of the cells without a cold start."""
@@ -76,7 +78,8 @@ def prepared(recipe: Recipe) -> Recipe:
     What RL learns from besides the reward (`grpo.also`) is the same in all cells.
     """
     words = [f"validation.grpo_every={math.ceil(recipe.grpo.steps / 2)}", "sft.handover.rule=last"]
-    words += ["validation.demonstrations=0"]  # held-out ones would make SFT shorter than its cells say
+    # Held-out ones would make SFT shorter than its cells say.
+    words += ["validation.demonstrations=0", "data.max_demonstrations=null"]
     words += ["grpo.also.arms=[grpo, sft_grpo]"] if recipe.grpo.also.is_on else []
     return changed(recipe, words)
 
@@ -149,7 +152,7 @@ def steps_of(epochs: float, count: int, recipe: Recipe) -> int:
     return max(1, math.ceil(epochs * count / recipe.sft.batch_size))
 
 
-def subset(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[Mapping[str, Any]]:
+def subset(rows: Sequence[T], count: int, seed: int) -> list[T]:
     """A seed's choice of `count` demonstrations, a part of its choice of any larger number."""
     order = list(range(len(rows)))
     random.Random(f"coldstart|{seed}").shuffle(order)

@@ -122,6 +122,8 @@ class Data(Section):
 
     cold_start: str = "builtin:puzzles?split=train&count=1000&seed=1"
     """Problems (answered by the teacher) or demonstrations (used as they are) for SFT."""
+    max_demonstrations: Positive | None = None
+    """Most demonstrations that a run learns from, drawn at random by its seed. None: all that were kept."""
     rl: str = "builtin:puzzles?split=train&count=4000&seed=2"
     """Problems for GRPO."""
     rl_pass_rate: tuple[Share, Share] | None = None

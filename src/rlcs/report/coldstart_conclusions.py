@@ -144,7 +144,8 @@ def _cheapest(study: Results, best: Result) -> Iterator[str]:
     yield (
         f"The smallest cold start that is not measurably worse than the best: {_named(study, least)}, "
         f"{duration(least.sft_s)} of SFT, {least.after:.1%} after RL. In a recipe: {chain}"
-        f"sft.epochs={least.epochs:g} sft.optimizer.schedule={text(study.facts, 'schedule')}."
+        f"data.max_demonstrations={least.demonstrations} sft.epochs={least.epochs:g} "
+        f"sft.optimizer.schedule={text(study.facts, 'schedule')}."
     )
 
 

@@ -92,7 +92,7 @@ class Signs:
         limits = {sign.key: gap_limit if sign.key == "sampler_gap" else sign.most for sign in SIGNS}
         self._signs = [(s.key, s.name, s.form, limits[s.key]) for s in SIGNS if s.key not in _UNWATCHED]
         self._signs.append((NOT_FINITE, "Steps without a finite gradient", "{:.0%}", 0.5))
-        keys = [*(key for key, *_ in self._signs), *(key for key, *_ in FALLS), "grad_norm"]
+        keys = [sign[0] for sign in self._signs] + [fall[0] for fall in FALLS] + ["grad_norm"]
         self._means = {key: _Means() for key in keys}
         self._new_norms: deque[float | None] = deque()
         self._norms: list[float] = []
