@@ -10,7 +10,7 @@ from bench.hostile import KEY, Footprint, Seen, attack, attack_from_clients, ser
 REQUESTS = 10_000 if os.environ.get("RLCS_FAULTS") == "all" else 300
 FLAT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32", "MALLOC_ARENA_MAX": "1"}
 """Otherwise oneDNN keeps a compiled product for each of the last thousand shapes."""
-ALLOWED = {200, 400, 401, 404, 405, 415}
+ALLOWED = {200, 307, 400, 401, 404, 405, 415}
 """What malformed requests are answered with, and valid ones among them: no failures, no 429."""
 
 
