@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/quickstart
 VLLM_VENV ?= .venv-vllm
+OLDEST_VENV  ?= .venv-oldest
+RELEASE_VENV ?= .venv-release
+TESTS  ?= tests
 MODEL  ?= builtin
 # The versions that CI passed with; CONSTRAINTS=/dev/null takes the newest that pyproject.toml allows.
 CONSTRAINTS      ?= constraints.txt
@@ -15,7 +18,8 @@ BIN    := $(VENV)/bin
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types pytest vllm-test bench chat docs tiny teacher format hooks constraints clean
+.PHONY: help quickstart test lint types pytest test-faults vllm-test test-oldest release bench chat docs tiny teacher format hooks
+.PHONY: constraints constraints-oldest clean
 
 # The stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS)
@@ -49,12 +53,39 @@ $(VLLM_VENV)/.stamp: pyproject.toml $(VLLM_CONSTRAINTS) tests/vllm_environment.p
 vllm-test: $(VLLM_VENV)/.stamp  ## rollouts and serving by a real vLLM on the CPU, in an environment of its own
 	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/test_vllm.py tests/test_vllm_serving.py tests/test_vllm_families.py
 
+# The oldest versions that pyproject.toml allows; CI has the newest that passed.
+$(OLDEST_VENV)/.stamp: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/pip install -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST_VENV)/.stamp  ## the tests with the oldest versions of the dependencies
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadfile $(TESTS)
+
+# Each distribution is installed into an environment of its own, and used from a folder that is not the repository.
+# The bill of materials (CycloneDX) lists what the wheel brought with it.
+release: $(VENV)/.stamp-dev  ## wheel, sdist and bill of materials into dist/, each distribution installed and used
+	rm -rf dist $(RELEASE_VENV)
+	$(BIN)/python -m build --outdir dist
+	for file in dist/*.whl dist/*.tar.gz; do \
+		$(PYTHON) -m venv --clear $(RELEASE_VENV); \
+		$(RELEASE_VENV)/bin/pip install -c $(CONSTRAINTS) "$$file"; \
+		$(RELEASE_VENV)/bin/python -I tools/smoke_test.py "$$($(BIN)/rlcs --version | cut -d ' ' -f 2)"; \
+	done
+	$(BIN)/cyclonedx-py environment $(RELEASE_VENV)/bin/python --pyproject pyproject.toml --mc-type library \
+		--output-reproducible --of JSON -o dist/rlcs.cdx.json
+	ls -l dist
+
 types: $(VENV)/.stamp-dev  ## mypy, strict
 	$(BIN)/mypy
 
 # One thread a worker: as many workers as cores, and sums in the same order on every machine.
 pytest: $(VENV)/.stamp-dev  ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+# Two processes at most: each of several hundred kills starts real training.
+test-faults: $(VENV)/.stamp-dev  ## every fault, killed at every file event; writes docs/reliability.md (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m fault --every-kill --write-faults-table
 
 bench: $(VENV)/.stamp-bench  ## one GRPO step against TRL, same weights and data -> bench/results/latest.json
 	$(BIN)/python -m bench --write-docs
@@ -75,6 +106,13 @@ teacher: $(VENV)/.stamp-dev  ## make a larger built-in model that reasons, for o
 hooks: $(VENV)/.stamp-dev  ## ruff and mypy before every commit
 	$(BIN)/pre-commit install
 
+# uv resolves to the lowest versions, which pip cannot; builds for GPUs are left out, since a CPU has none of them.
+constraints-oldest: $(VENV)/.stamp-dev  ## write down the oldest versions that pyproject.toml allows
+	$(BIN)/pip install uv
+	{ sed -n 1p constraints-oldest.txt; $(BIN)/uv pip compile -q --no-header --no-annotate --resolution lowest-direct \
+		--python-version 3.11 --extra dev pyproject.toml | grep -vE '^(cuda|nvidia|triton)'; } > constraints.new
+	mv constraints.new constraints-oldest.txt
+
 # What is installed now, without the package itself, places on this machine, and builds of one machine.
 FROZEN := sed -E '/^(\#|-e)/d; / @ /d; /^(rlcs|vllm)==/d; s/\+cpu$$//' | sort -fu
 constraints: $(VENV)/.stamp-bench $(VLLM_VENV)/.stamp  ## write down the installed versions, after their tests passed
@@ -87,7 +125,7 @@ format: $(VENV)/.stamp-dev  ## put the code into the project's format
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; runs stay
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(RELEASE_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14

@@ -18,6 +18,8 @@ from rlcs.records import Grade, ImageRef, Problem, Prompt, Rollout, Turn
 from rlcs.records.trees import Branch, Tree
 from rlcs.storage import file_sum, write_manifest
 
+pytest_plugins = ("faults_table",)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():

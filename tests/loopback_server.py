@@ -53,7 +53,8 @@ class LoopbackServer:
         """Serve; with `echoes` errors and answers hold the headers of the request, and with them the key.
 
         `reply` makes whole replies instead, or awaits them: JSON, or text (a page, a stream), or a pair of a
-        status and these.
+        status and these; or bytes as they are, or a tuple of them with pauses between, before the
+        connection closes.
         """
         self.seen: list[dict[str, Any]] = []
         self.headers: list[str] = []
@@ -113,6 +114,12 @@ class LoopbackServer:
         finally:
             writer.close()
 
+    async def _write_slowly(self, pieces: tuple[bytes, ...], writer: asyncio.StreamWriter) -> None:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
     def _fault(self, body: Mapping[str, Any]) -> str:
         text = "\n".join(map(text_of, body["messages"]))
         for needle, faults in self._faults.items():
@@ -124,8 +131,12 @@ class LoopbackServer:
         """Write the response; False closes the connection."""
         if self._reply is not None:
             reply = self._reply(body)
-            writer.write(_whole(await reply if isinstance(reply, Awaitable) else reply))
-            return True
+            whole = _whole(await reply if isinstance(reply, Awaitable) else reply)
+            if isinstance(whole, tuple):  # pieces, with pauses between
+                await self._write_slowly(whole, writer)
+                return False
+            writer.write(whole)
+            return not isinstance(reply, bytes)
         fault = self._fault(body)
         if fault == "hangup":
             return False
@@ -169,8 +180,10 @@ class LoopbackServer:
         return True
 
 
-def _whole(reply: object) -> bytes:
+def _whole(reply: object) -> bytes | tuple[bytes, ...]:
     """A reply as `LoopbackServer` takes it: the content type follows from its beginning."""
+    if isinstance(reply, bytes) or (isinstance(reply, tuple) and isinstance(reply[0], bytes)):
+        return reply
     status, content = reply if isinstance(reply, tuple) else (200, reply)
     text = content if isinstance(content, str) else json.dumps(content)
     kinds = {"<": "text/html", "d": "text/event-stream", ":": "text/event-stream"}

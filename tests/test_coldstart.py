@@ -15,7 +15,7 @@ from rlcs.doctor.health import examine
 from rlcs.errors import RunFolderError, UserError
 from rlcs.pipeline import coldstart, study
 from rlcs.pipeline.coldstart import ColdStart, cannot_win
-from rlcs.pipeline.study import Output
+from rlcs.progress import Output
 from rlcs.recipe.arms import arms_override
 from rlcs.recipe.coldstart import Wanted, chains_of, plan, prepared, study_words, subset
 from rlcs.recipe.loading import load_recipe

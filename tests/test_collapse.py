@@ -1,6 +1,8 @@
 """Signs that cross their limits in RL, and what is kept of them."""
 
+import random
 from dataclasses import replace
+from statistics import fmean, median
 
 import pytest
 
@@ -10,9 +12,9 @@ from rlcs.records import NOT_FINITE, Grade, Rollout, StopReason
 from rlcs.signals import Stopped
 from rlcs.storage import read_jsonl
 from rlcs.train import collapse
-from rlcs.train.collapse import LEAD, CollapseWatch, crossings, examples, kept_crossings, read_batch
+from rlcs.train.collapse import LEAD, CollapseWatch, Signs, examples, kept_crossings, read_batch
 from rlcs.train.groups import make_group
-from rlcs.train.health import SIGNS
+from rlcs.train.health import FALLS, SIGNS
 from test_train import SMALL, run_grpo
 
 
@@ -22,8 +24,59 @@ def rows(**curves):
     return [{"step": i + 1, **{key: values[i] for key, values in curves.items()}} for i in range(count)]
 
 
+def crossings(rows, *, gap_limit, without=()):
+    """The signs that cross their limits in the last row."""
+    signs = Signs(gap_limit, without)
+    return list([signs.add(row) for row in rows][-1])
+
+
 def crossed(**curves):
     return [each.key for each in crossings(rows(**curves), gap_limit=0.02)]
+
+
+def all_means(values):
+    known = [value for value in values if value is not None]
+    return [fmean(known[end - 5 : end]) for end in range(5, len(known) + 1)]
+
+
+def plain_crossings(rows, gap_limit):
+    """The same rule, written out over all rows."""
+    skipped = [float(row.get("skipped") == NOT_FINITE) for row in rows]
+    curves = {key: [row.get(key) for row in rows] for key in {key for row in rows for key in row}}
+    curves[NOT_FINITE] = skipped
+    limits = {s.key: s.most for s in SIGNS if s.key not in ("unscored", "zero_variance_groups")}
+    limits |= {"sampler_gap": gap_limit, NOT_FINITE: 0.5}
+    norms = [norm for norm in curves.get("grad_norm", [])[:-5] if norm is not None]
+    if len(norms) >= 20:
+        limits["grad_norm"] = 10.0 * median(norms)
+    found = []
+    for key, limit in limits.items():
+        means = all_means(curves.get(key, []))
+        if len(means) > 1 and means[-1] > limit and not all(mean > limit for mean in means[:-1]):
+            found.append((key, means[-1], limit))
+    for key, _, _, share, least in FALLS:
+        means, before = all_means(curves.get(key, [])), all_means(curves.get(key, [])[:-1])
+        if len(means) > 1 and before and max(before) >= least:
+            limit = share * max(before)
+            if means[-1] < limit and not all(mean < limit for mean in means[:-1]):
+                found.append((key, means[-1], limit))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_step_by_step_it_is_the_rule_over_all_rows(seed):
+    draw = random.Random(seed)
+    keys = [*(sign.key for sign in SIGNS), "grad_norm", "accuracy", "response_tokens", "entropy"]
+    signs, made, count = Signs(0.02), [], 0
+    level = dict.fromkeys(keys, 1.0)
+    for step in range(1, 80):
+        level = {key: value * draw.choice([0.2, 1.0, 1.0, 1.0, 5.0]) for key, value in level.items()}
+        row = {key: draw.uniform(0.5, 1.5) * level[key] for key in keys if draw.random() < 0.9}
+        made.append({"step": step, **row} | ({"skipped": NOT_FINITE} if draw.random() < 0.4 else {}))
+        found = [(each.key, each.value, each.limit) for each in signs.add(made[-1])]
+        assert found == plain_crossings(made, 0.02)
+        count += len(found)
+    assert count, "nothing crossed"
 
 
 @pytest.mark.parametrize("sign", SIGNS, ids=lambda sign: sign.key)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,7 @@ from rlcs.data.loading import load
 from rlcs.data.run_data import load_run_data
 from rlcs.errors import DataError, UserError
 from rlcs.model.loading import load_chat
-from rlcs.pipeline.data_checks import check_prompts, count_prompts, long_prompts
+from rlcs.pipeline.data_checks import check_prompts, count_prompts, long_prompts, sight_notes
 from rlcs.pipeline.study import Output, Study
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Data
@@ -65,6 +66,18 @@ def test_each_role_is_counted_with_its_own_system_prompt(charts):
     rows = load(charts("a", [(28, 28)]), Data(), decode_limit=10**7, role="rl").rows
     recipe = recipe_of(f"prompt.rl_system={'word ' * 400}")
     assert len(count_prompts(rows, "rl", recipe)[0]) == 1 and not count_prompts(rows, "test", recipe)[0]
+
+
+def test_a_reward_for_sight_needs_images(charts, tmp_path):
+    rows = load(charts("a", [(28, 28)] * 3), Data(), decode_limit=10**7, role="rl").rows
+    pictured = [row.problem for row in rows]
+    blind = [replace(problem, images=()) for problem in pictured]
+    recipe = recipe_of("grpo.sight.coefficient=0.01")
+    assert sight_notes(pictured, recipe) == sight_notes([], recipe) == sight_notes(blind, recipe_of()) == []
+    [note] = sight_notes([*pictured, *blind], recipe)
+    assert note.startswith("warning: grpo.sight has no effect on 3 of 6 problems of data.rl (50%)")
+    with pytest.raises(DataError, match=r"grpo.sight.coefficient=0.01: no problem of data.rl has an image"):
+        sight_notes(blind, recipe)
 
 
 def test_a_few_long_prompts_are_left_out_of_training_and_many_are_refused(charts):

@@ -284,3 +284,33 @@ def test_the_share_with_a_signal_is_that_of_all_choices_of_a_group():
     few = Difficulty(counts={**found.counts, "d": (1, 1)}, samples=6, group_size=3, unmeasured=0).summary()
     assert few["group_size"] == 3, "one problem with few graded answers makes no other's group smaller"
     assert math.isclose(few["signal"]["accuracy"], share * 3 / 4)
+
+
+def test_problems_without_a_prompt_are_drawn_no_more_also_after_a_stop(world):
+    """Without answers an estimate stays where it draws the problem again and again."""
+    refused = {problem(index).id for index in range(0, 40, 2)}
+
+    def run(stream, steps):
+        taken = []
+        for _ in range(steps):
+            problems = stream.take(4)
+            stream.set_aside({each.id for each in problems} & refused)
+            stream.observe([])
+            taken += [each.id for each in problems]
+        return taken
+
+    stream = stream_of([problem(index) for index in range(40)], "signal", seed=3, steps=60)
+    first = run(stream, 20)
+    other = stream_of([problem(index) for index in range(40)], "signal", seed=3, steps=60)
+    other.restore(json.loads(json.dumps(stream.state())))
+    rest = run(stream, 40)
+    assert rest == run(other, 40)
+    seen = [each for each in first + rest if each in refused]
+    assert seen and len(seen) == len(set(seen))
+
+
+def test_where_no_problem_has_a_prompt_there_is_still_one_to_refuse():
+    stream = stream_of([problem(0), problem(1)], "signal", seed=3, steps=9)
+    for _ in range(3):
+        stream.set_aside([each.id for each in stream.take(2)])
+    assert len(stream.take(2)) == 2

@@ -106,7 +106,7 @@ TRAINING = ("run", "sft", "grpo", "ablate", "coldstart", "quickstart", "distill"
 ENVIRONMENT = {
     "KEY": "secret",
     "OPENAI_API_KEY": "secret",
-    "EXAMPLE_KEY": "secret",
+    "EXAMPLE_API_KEY": "secret",
     "PROJECT": "mine",
     "WANDB_MODE": "offline",
     "HF_TOKEN": "hf_test",

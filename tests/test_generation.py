@@ -186,6 +186,20 @@ def test_a_torn_line_is_cut_off_and_asked_again(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
+@pytest.mark.fault("locks", "answers that two processes wrote twice", "each counts once")
+def test_answers_that_stand_twice_count_once_and_are_taken_out(tmp_path: Path) -> None:
+    path, some = tmp_path / "samples.jsonl", problems(3)
+    with SampleLog(path, digests(some)) as log:
+        for problem in some:
+            log.add(answered(problem.id, text="first"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.replace(b"first", b"again"))
+    with SampleLog(path, digests(some)) as log:
+        assert [entry.sample.text for entry in log.entries.values()] == ["first"] * 3
+        assert not [*log.unanswered(map(Request.of, some))]
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("change", [{"tokens": "many"}, {"stop": "tired"}])
 def test_a_line_that_is_no_sample_is_named(tmp_path: Path, change: dict[str, object]) -> None:
     path, some = tmp_path / "samples.jsonl", problems(1)

@@ -1,6 +1,7 @@
 """A reward function of one's own: checked before the run, called in killable workers, used by GRPO."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -117,16 +118,18 @@ def test_a_file_that_ends_the_process_is_named(tmp_path):
     ("given", "says"),
     [
         ("rewards.py", "names no function"),
-        ("missing.py:score", "cannot read .*missing.py: No such file"),
+        ("missing.py:score", "cannot read .*missing.py: no such file"),
+        ("pipe.py:score", "cannot read .*pipe.py: this is not a regular file"),
+        (".:score", "cannot read .*: this is a folder"),
         ("rewards.py:longre", "no function 'longre'"),
         ("broken.py:score", "is no Python"),
-        ("kinds.py:Scorer", r"'Scorer' in .*kinds.py is a class, not a plain function"),
-        ("kinds.py:later", r"'later' in .*kinds.py is an async function"),
+        ("kinds.py:Scorer", r"'Scorer' in .*kinds.py is a class, not a function"),
     ],
 )
 def test_a_function_that_is_not_there_is_refused_before_the_run(file, tmp_path, given, says):
     (tmp_path / "broken.py").write_text("def score(:", encoding="utf-8")
-    (tmp_path / "kinds.py").write_text("class Scorer: ...\nasync def later(p, r): ...", encoding="utf-8")
+    (tmp_path / "kinds.py").write_text("class Scorer: ...", encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe.py")
     with pytest.raises(RecipeError, match=says) as caught:
         check_function(str(tmp_path / given))
     assert "grpo.reward.functions" in str(caught.value)

@@ -21,8 +21,8 @@ from rlcs.model import lora as adapters
 from rlcs.model.packing import pack
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import score
-from rlcs.pipeline.study import Output, Study
-from rlcs.progress import screen
+from rlcs.pipeline.study import Study
+from rlcs.progress import Output, screen
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Model, Recipe

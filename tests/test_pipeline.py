@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import weakref
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -269,33 +268,6 @@ def test_a_run_may_go_on_with_less_memory(tmp_path):
     # There the loss is a mean of packs.
     by_pack = "grpo.loss_average=micro_batch"
     assert run_folder.recipe_hash(recipe(by_pack)) != run_folder.recipe_hash(recipe(by_pack, less[1]))
-
-
-HOLD = """
-import sys
-from contextlib import ExitStack
-from pathlib import Path
-from rlcs.pipeline.run_folder import hold
-with ExitStack() as stack:
-    hold(Path(sys.argv[1]), stack)
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_folder_in_which_a_process_runs_is_refused_until_it_ends(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        assert process.stdout.readline() == b"held\n"
-        with ExitStack() as stack, pytest.raises(RunFolderError, match="another process is running in it"):
-            run_folder.hold(tmp_path, stack)
-    finally:
-        process.kill()
-        process.communicate()
-    with ExitStack() as stack:
-        run_folder.hold(tmp_path, stack)
 
 
 def test_a_start_that_came_to_nothing_may_be_corrected(tmp_path, random_model_folder):

@@ -37,7 +37,8 @@ from rlcs.errors import (
 )
 from rlcs.model import loading
 from rlcs.pipeline import preflight, space
-from rlcs.pipeline.study import Output, Study, dry_run, engine_needs
+from rlcs.pipeline.study import Study, dry_run, engine_needs
+from rlcs.progress import Output
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.sampling import Rollouts
 from rlcs.signals import StopFlag

@@ -11,8 +11,9 @@ from rlcs.evals.intervals import interval_of_mean, paired_interval
 from rlcs.model import loading
 from rlcs.pipeline import probe
 from rlcs.pipeline.space import StageSpace, trials_space
-from rlcs.pipeline.study import Output, Study
+from rlcs.pipeline.study import Study
 from rlcs.plan.total import _rl
+from rlcs.progress import Output
 from rlcs.recipe.handover import losers_steps, rounds_of
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.stages import Grpo

@@ -51,7 +51,7 @@ def asked(server, count=1, sampling=SAMPLING, **request):
 
 
 def test_every_key_of_the_section_changes_what_is_sent(monkeypatch):
-    monkeypatch.setenv("SECOND_KEY", " abc-def-ghi\n")
+    monkeypatch.setenv("SECOND_API_KEY", " abc-def-ghi\n")
     assert fields() == {"max_tokens": 64, "temperature": 0.7, "top_p": 0.9, "seed": 7, "n": 1}
     with LoopbackServer() as server:
         asked(
@@ -59,7 +59,7 @@ def test_every_key_of_the_section_changes_what_is_sent(monkeypatch):
             max_tokens="max_completion_tokens",
             omit=("temperature", "top_p", "seed", "n"),
             extra={"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}},
-            headers={"X-Key": "env:SECOND_KEY", "X-Title": "mine"},
+            headers={"X-Key": "env:SECOND_API_KEY", "X-Title": "mine"},
         )
         (body,) = server.seen
         (head,) = server.headers

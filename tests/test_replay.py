@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 from rlcs.cli.main import app
 from rlcs.data.run_data import RunData
 from rlcs.doctor.health import examine
-from rlcs.errors import RlcsError
+from rlcs.errors import RlcsError, UserError
 from rlcs.pipeline import replay
 from rlcs.pipeline.replay import Collapse, Replay, changes, find_collapse
-from rlcs.pipeline.study import Output
+from rlcs.progress import Output
 from rlcs.recipe.loading import load_recipe
 from rlcs.records import to_row
 from rlcs.signals import StopFlag
@@ -118,6 +118,17 @@ def test_a_replay_ends_with_the_arm_of_which_trials_have_taken_steps(tmp_path):
         for arm in ("sft_grpo", "grpo")
     }
     assert last == {"sft_grpo": 96, "grpo": 99}
+
+
+def test_the_collapse_of_a_trial_that_lost_is_found_with_where_to_look(tmp_path):
+    kept = tmp_path / "trial-000126" / "collapse" / "step-000009"
+    kept.mkdir(parents=True)
+    crossing = Crossing(step=9, key="kl", name="KL", form="{:.2f}", value=2.0, limit=1.5)
+    (kept / "crossing.json").write_text(json.dumps(to_row(crossing)))
+    with pytest.raises(UserError) as caught:
+        find_collapse(tmp_path)
+    assert "from step 126 of SFT, collapsed (in step 9: KL: 2.00 over the last 5 steps" in caught.value.what
+    assert str(kept / "batch.jsonl") in caught.value.fix
 
 
 def test_a_run_without_a_collapse_and_no_run_are_refused_in_words(tmp_path):

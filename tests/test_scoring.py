@@ -86,13 +86,13 @@ def packs_of(chat):
 
 
 def opened(url, chat, **settings):
-    endpoint = OnlineTeacher(base_url=url, model="teacher", key_env="TEACHER_KEY", **settings).endpoint
+    endpoint = OnlineTeacher(base_url=url, model="teacher", key_env="TEACHER_API_KEY", **settings).endpoint
     return ScoringServer(endpoint, chat)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setenv("TEACHER_KEY", KEY)
+    monkeypatch.setenv("TEACHER_API_KEY", KEY)
     monkeypatch.setattr(openai_client, "FIRST_WAIT_S", 0.01)
 
 

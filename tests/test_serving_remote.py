@@ -92,11 +92,11 @@ def test_who_hangs_up_is_no_longer_answered(server, picture, monkeypatch):
 
 def test_what_is_wrong_is_said(server, picture, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setenv("OTHER_KEY", "wrong")
+    monkeypatch.setenv("OTHER_API_KEY", "wrong")
     for changes, told in (
         ({"model": "x"}, "no model is called 'x'.*it has m"),
-        ({"key_env": "OTHER_KEY"}, "OTHER_KEY, which holds a key that is refused"),
-        ({"key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY, which is not set"),
+        ({"key_env": "OTHER_API_KEY"}, "OTHER_API_KEY, which holds a key that is refused"),
+        ({"key_env": "NO_SUCH_API_KEY"}, "NO_SUCH_API_KEY, which is not set"),
         ({"base_url": url_of(server).removesuffix("/v1")}, "mostly ends in /v1"),
         ({"base_url": "http://127.0.0.1:9/v1"}, "does not answer.*start it"),
         ({"base_url": "localhost:8000"}, "not the URL of a server.*http://localhost"),
@@ -193,7 +193,7 @@ def program(tmp_path) -> Path:
 
 def test_chat_starts_a_vllm_for_each_model_and_ends_it(program, picture, random_model_folder, tmp_path):
     name = str(random_model_folder)
-    found = open_models(["builtin", name], program=str(program), url=None, key_env="NO_SUCH_KEY")
+    found = open_models(["builtin", name], program=str(program), url=None, key_env="NO_SUCH_API_KEY")
     with found as (one, two):
         assert (one.name, two.name) == ("builtin", name)
         text = "".join(two.stream(turns(picture), SHORT))

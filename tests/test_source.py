@@ -23,8 +23,9 @@ from rlcs.evals.run import _weights_stamp
 from rlcs.generation import open_sampler
 from rlcs.model import loading
 from rlcs.model.source import BUILTIN, find_source, origin_of
-from rlcs.pipeline.study import Output, Study
+from rlcs.pipeline.study import Study
 from rlcs.plan.shapes import sizes_of
+from rlcs.progress import Output
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import dump, load_recipe
 from rlcs.recipe.schema import Model

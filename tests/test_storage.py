@@ -242,6 +242,7 @@ def test_every_damage_to_a_file_is_found_and_named(checkpoint, name):
         b"",
         b"[]",
         b"{}",
+        b'{"files": {}}',
         b'{"files": {"state.json": 3}}',
         b'{"files": {"../outside": {"size": 1, "sha256": "0"}}}',
         b'{"files": {"state.json": {"size": "x", "sha256": "0"}}}',
@@ -251,6 +252,73 @@ def test_a_damaged_or_hostile_manifest_is_refused(checkpoint, manifest):
     (checkpoint / "manifest.json").write_bytes(manifest)
     with pytest.raises(CheckpointError, match="manifest"):
         storage.verify_manifest(checkpoint)
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """A finished stage whose marker has the checksums of a folder and of a file."""
+    folder = tmp_path / "sft"
+    for name, content in (
+        ("final/model.safetensors", b"w" * 1000),
+        ("final/a/b.json", b"{}"),
+        ("kept", b"k"),
+    ):
+        storage.atomic_write(folder / name, content)
+    storage.mark_done(folder, reads=["final", "kept"], seconds=1.5)
+    return folder
+
+
+@pytest.mark.fault(
+    "storage", "a file of a finished stage damaged, cut or deleted", "a sentence with the file"
+)
+@pytest.mark.parametrize("name", ["final/model.safetensors", "final/a/b.json", "kept"])
+@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "longer", "deleted"])
+def test_a_finished_stage_s_files_are_as_it_wrote_them(stage, name, damage):
+    seen = {}
+    storage.verify_done(stage, seen)
+    assert storage.read_json(stage / "done.json")["seconds"] == 1.5
+    path = stage / name
+    content = path.read_bytes()
+    flipped = bytes([content[0] ^ 1]) + content[1:]
+    damaged = {
+        "empty": b"",
+        "half": content[: len(content) // 2],
+        "flipped": flipped,
+        "longer": content + b"x",
+    }
+    path.unlink() if damage == "deleted" else path.write_bytes(damaged[damage])
+    with pytest.raises(CheckpointError, match=rf"{path}: the .*\n.*remove {stage} and what was made from it"):
+        storage.verify_done(stage, seen)
+    path.write_bytes(content)
+    storage.verify_done(stage, seen)
+
+
+def test_a_marker_without_checksums_is_one_of_an_earlier_version(stage):
+    (stage / "done.json").write_text('{"seconds": 1}')
+    storage.verify_done(stage, {})
+    (stage / "done.json").write_text('{"files": {"kept": 1}}')
+    with pytest.raises(DataError, match="not a marker"):
+        storage.verify_done(stage, {})
+
+
+def test_what_was_seen_whole_is_not_read_again(stage, monkeypatch):
+    seen = {}
+    storage.verify_done(stage, seen)
+    monkeypatch.setattr(storage, "file_sum", None)
+    storage.verify_done(stage, seen)
+
+
+@pytest.mark.fault("storage", "the disk is full while a log is closed", "a sentence")
+def test_a_full_disk_when_a_log_is_closed_is_a_sentence(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    log = storage.JsonlAppender(tmp_path / "log.jsonl", sync_s=60)
+    log.append([{"a": 1}])
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(RunFolderError, match="No space left"), log:
+        pass
+    assert storage.read_jsonl(tmp_path / "log.jsonl") == [{"a": 1}]
 
 
 def test_a_folder_without_manifest_is_incomplete(checkpoint):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -885,3 +886,28 @@ def test_what_servers_saw_is_read_from_each_that_is_well(run) -> None:
     views = made.engine.inspect(prompts, made.chat.sampling(max_new_tokens=8), candidates=4)
     assert [view.name[:13] for view in views] == ["vLLM server 0", "vLLM server 1"]
     assert all(len(seen.candidates) == len(seen.ids) > 0 for view in views for seen in view.prompts)
+
+
+@pytest.mark.fault("limits", "a vLLM server stopped for more than its health limit", "goes on; no restart")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time that passes counts")
+def test_a_server_that_is_kept_from_working_is_not_restarted(run) -> None:
+    one = run(concurrency=2, health_limit_s=1.0)
+    one.behave(slow=0.3)
+    one.ask(1)
+    pid, ended = one.started[0]["pid"], threading.Event()
+
+    def starve() -> None:
+        while not ended.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(1.2)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=starve)
+    thread.start()
+    try:
+        one.ask(12)
+    finally:
+        ended.set()
+        thread.join()
+    assert len(one.started) == 1

@@ -204,8 +204,8 @@ def test_json_mode_tools_and_pages_of_other_origins(server, problems: list[Probl
 
 def test_the_chat_page_talks_to_it(server, problems: list[Problem], ours: list[str], monkeypatch, tmp_path):
     url, _ = server
-    monkeypatch.setenv("KEY_OF_THE_TEST", KEY)
-    place = Endpoint(base_url=f"{url}/v1", model="", key_env="KEY_OF_THE_TEST")
+    monkeypatch.setenv("TEST_API_KEY", KEY)
+    place = Endpoint(base_url=f"{url}/v1", model="", key_env="TEST_API_KEY")
     model = RemoteSession(place)
     assert model.name == "puzzler"
     path = tmp_path / "a.png"

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from rlcs.redaction import shown
+
 
 class RlcsError(Exception):
     """Base of all errors raised on purpose: what is wrong, where, and what to do."""
@@ -19,10 +21,8 @@ class RlcsError(Exception):
     """Whether another process of the run shows it already."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        """Build the message from its three parts; only `what` is required."""
-        self.what = what
-        self.where = where
-        self.fix = fix
+        """Build the message from its three parts, without secrets; only `what` is required."""
+        self.what, self.where, self.fix = shown(what), shown(where), shown(fix)
         super().__init__(str(self))
 
     def __str__(self) -> str:

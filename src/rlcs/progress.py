@@ -10,10 +10,12 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from json import dumps
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 from rlcs.records import StepReport, to_row
+from rlcs.redaction import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -91,6 +93,18 @@ def screen(
     return _BarScreen(stage, total, out)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How a run prints its progress: a bar, plain lines (`quiet`), or `json` rows."""
+
+    quiet: bool = False
+    json: bool = False
+
+    def screen(self, stage: str, total: int) -> Screen:
+        """The display of one stage's progress."""
+        return screen(stage, total, quiet=self.quiet, json=self.json)
+
+
 class _Stage(ABC):
     """Counts, rates and failures, the same for every screen; subclasses draw."""
 
@@ -129,7 +143,7 @@ class _Stage(ABC):
 
     def say(self, text: str, row: Mapping[str, object] | None = None) -> None:
         """Show a sentence; a JSON screen prints the `row` in its place, if there is one."""
-        self._try(lambda: self._print(text) if row is None else self._report(text, row))
+        self._try(lambda: self._print(shown(text)) if row is None else self._report(shown(text), row))
 
     def _count(self, items: int) -> None:
         now = time.monotonic()

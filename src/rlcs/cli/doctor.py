@@ -80,7 +80,7 @@ def _replay(run: Path, options: DoctorOptions) -> None:
     from rlcs.data.run_data import load_run_data
     from rlcs.distributed import join_world
     from rlcs.pipeline.replay import Replay, find_collapse, lines
-    from rlcs.pipeline.study import Output
+    from rlcs.progress import Output
     from rlcs.recipe.loading import load_recipe
     from rlcs.signals import StopFlag
 

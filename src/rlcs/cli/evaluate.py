@@ -89,8 +89,9 @@ def evaluate(
     from rlcs.evals.comparison import as_markdown
     from rlcs.evals.run import evaluate_models
     from rlcs.signals import StopFlag
+    from rlcs.storage.locks import hold
 
-    with StopFlag() as stop:
+    with hold(run.out), StopFlag() as stop:
         comparison = evaluate_models(run, named, stop=stop, json=options.json)
     table = f"\n{as_markdown(comparison)}\ntable    {options.out / 'comparison.md'}"
     print_result(comparison, [table], json=options.json)

@@ -1,6 +1,5 @@
 """The command line: one module for each group of commands, which import heavy packages when they run."""
 
-import io
 import os
 import sys
 from importlib.metadata import version
@@ -19,6 +18,15 @@ from rlcs.cli.report import report_app
 from rlcs.cli.serve import serve_app
 from rlcs.cli.train import train_app
 from rlcs.errors import RlcsError, UserError, out_of_memory_in
+from rlcs.redaction import guard_streams
+
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "DO_NOT_TRACK": "1",
+}
+"""Settings of libraries, unless the user has others: no statistics are sent, no bars are drawn."""
 
 app = typer.Typer(
     name="rlcs",
@@ -58,10 +66,9 @@ add_examples(app)
 
 def main() -> None:
     """Run the command line; expected errors go to stderr without a traceback, and set the exit code."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # where it is not UTF-8: \uXXXX, not an error
-            stream.reconfigure(errors="backslashreplace")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    guard_streams()
     try:
         with out_of_memory_in(""):
             app(prog_name="rlcs")

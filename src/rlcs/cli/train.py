@@ -1,6 +1,7 @@
 """The commands that train: quickstart, run, sft, grpo, ablate, coldstart, distill."""
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 
 from rlcs.cli.options import Overrides, RecipeName, with_options
 from rlcs.cli.output import print_result
+from rlcs.errors import RecipeError
 
 if TYPE_CHECKING:
     from rlcs.data.run_data import RunData
@@ -161,12 +163,17 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
     from rlcs.progress import screen
     from rlcs.signals import StopFlag
     from rlcs.storage import read_json
+    from rlcs.storage.locks import hold
 
     loaded = load_rows(
         resolved.data, decode_limit=resolved.images.decode_limit, all_anew=words != (overrides or [])
     )
     total = sum(row.response is None for row in loaded.rows)
-    with StopFlag() as stop, screen("cold start", total, quiet=options.quiet, json=options.json) as view:
+    with (
+        hold(folder.parent),
+        StopFlag() as stop,
+        screen("cold start", total, quiet=options.quiet, json=options.json) as view,
+    ):
         for line in grouped(loaded.bad):
             view.say(f"left out: {line}")
         run(
@@ -204,7 +211,11 @@ def _study(
 
     words = [f"{key}={source}" for key, source in both_parts(options.data).items()] if options.data else []
     # What is named one by one counts more than --data and than the command.
-    recipe = load_recipe(name, [*arms_override(command), *words, *(overrides or [])]).recipe
+    words += overrides or []
+    try:
+        recipe = load_recipe(name, [*arms_override(command), *words]).recipe
+    except RecipeError as error:
+        raise _without_probe(error, name, words, command) from error
     folder = options.out or Path("runs") / (recipe.name if wanted is None else f"{recipe.name}-coldstart")
     recipe = recipe if wanted is None else prepared(recipe)
     if not options.json:
@@ -218,13 +229,12 @@ def _study(
     from rlcs.model.loading import use_expandable_segments
     from rlcs.pipeline.coldstart import ColdStart
     from rlcs.pipeline.seeds import run_seeds
-    from rlcs.pipeline.study import Output, dry_run
+    from rlcs.pipeline.study import dry_run
+    from rlcs.progress import Output
     from rlcs.report.coldstart import lines
     from rlcs.signals import StopFlag
 
-    if (
-        recipe.rollout.engine != "vllm_colocated"
-    ):  # handing weights to it takes several times longer with them
+    if recipe.rollout.engine != "vllm_colocated":  # which takes weights several times slower from them
         use_expandable_segments()
     output = Output(quiet=options.quiet, json=options.json)
     parallel = recipe.parallel
@@ -257,6 +267,19 @@ def _data(recipe: "Recipe", folder: Path, *, dry: bool) -> "RunData":
         decode_limit=recipe.images.decode_limit,
         validation=recipe.validation,
         store=folder / "images" if many else None,  # else every process holds all embedded images
+    )
+
+
+def _without_probe(error: RecipeError, name: str, words: list[str], command: str) -> RecipeError:
+    """The error of a recipe; for a hand-over that needs both stages, with the command that runs them."""
+    if command not in ("sft", "grpo") or "sft.handover.rule=probe tries" not in error.what:
+        return error
+    lacks = {"sft": "trains no RL", "grpo": "has no SFT"}[command]
+    both = shlex.join(["rlcs", "run", name, *words])
+    return RecipeError(
+        f"`rlcs {command}` {lacks}, and sft.handover.rule=probe tries RL from checkpoints of SFT",
+        where=f"rlcs {command}",
+        fix=f"{both} does both; for this stage alone add sft.handover.rule=last",
     )
 
 

@@ -7,7 +7,7 @@ problem's Beta posterior, and those nearest to a target are taken: 1/2 for most 
 """
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlcs.data.stream import Outcome, ProblemStream
@@ -127,6 +127,8 @@ class EstimatedStream(ProblemStream[Problem]):
         """Problems that were drawn and not taken yet, each with whether the estimate chose it."""
         self._taken: list[tuple[int, bool]] = []
         """Those that were taken and not observed yet."""
+        self._aside: set[int] = set()
+        """Those that cannot become prompts."""
 
     @property
     def target(self) -> float:
@@ -144,8 +146,14 @@ class EstimatedStream(ProblemStream[Problem]):
     def peek(self, n: int) -> list[Problem]:
         """The next `n` problems, which `take` will return."""
         while (missing := n - len(self._queue)) > 0:
-            self._draw(min(missing, len(self)))
+            self._draw(min(missing, len(self) - len(self._aside)))
         return [self._items[index] for index, _ in self._queue[:n]]
+
+    def set_aside(self, problem_ids: Collection[str]) -> None:
+        """Draw these problems no more: without answers their estimates would stay what draws them now."""
+        named = {index for index, _ in self._taken if self._items[index].id in problem_ids}
+        if len(self._aside | named) < len(self):
+            self._aside |= named
 
     def observe(self, outcomes: Iterable[Outcome]) -> dict[str, float]:
         """Learn from a step's answers; shares of its problems with a signal, by the order that drew them."""
@@ -164,9 +172,9 @@ class EstimatedStream(ProblemStream[Problem]):
         """Draw `n` problems, at most all, into the queue."""
         import numpy as np
 
-        waiting = {index for index, _ in (*self._queue, *self._taken)}
+        waiting = {index for index, _ in (*self._queue, *self._taken)} | self._aside
         if len(waiting) + n > len(self):
-            waiting = set()
+            waiting = set(self._aside)
         alpha, beta = self._rates.posterior(self._observed)
         rates = np.random.default_rng([self._seed % 2**32, self._draws]).beta(alpha, beta)
         nearest = iter(np.argsort(np.abs(rates - self.target), kind="stable").tolist())
@@ -181,6 +189,8 @@ class EstimatedStream(ProblemStream[Problem]):
     def state(self) -> dict[str, Any]:
         """See `ProblemStream.state`; with the estimates and the problems that are under way."""
         order = {"draws": self._draws, "observed": self._observed, "queue": self._queue, "taken": self._taken}
+        if self._aside:
+            order["aside"] = sorted(self._aside)
         order = {name: [*value] if isinstance(value, list) else value for name, value in order.items()}
         return {**super().state(), "order": order, "rates": self._rates.state()}
 
@@ -194,6 +204,7 @@ class EstimatedStream(ProblemStream[Problem]):
                 [(int(index), bool(estimated)) for index, estimated in order[name]]
                 for name in ("queue", "taken")
             )
+            self._aside = {int(index) for index in order.get("aside", ())}
             self._rates.restore(state["rates"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(

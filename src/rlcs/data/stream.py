@@ -1,7 +1,7 @@
 """An endless stream of shuffled items, which can resume exactly where it was stopped."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -100,6 +100,10 @@ class ProblemStream(Generic[T]):
         taken = self.take(n)
         self.restore(state)
         return taken
+
+    def set_aside(self, problem_ids: Collection[str]) -> None:
+        """Take note of problems that cannot become prompts; each epoch shows them once all the same."""
+        del problem_ids
 
     def observe(self, outcomes: Iterable[Outcome]) -> dict[str, float]:
         """Take note of a step's answers, on which the shuffled order does not depend; metrics about them."""

@@ -54,7 +54,7 @@ def run(
     without one up to `teacher.max_samples` answers are sampled, until `teacher.enough_kept` of them can be
     kept; the answers of an earlier run into the same folder are reused. A teacher on a server sees images
     within the pixels of `images`. Raises DataError for a problem that the built-in teacher cannot answer,
-    UserError if there is no demonstration, Stopped when `stop` is set.
+    UserError if there is no demonstration or the teacher's budget is spent, Stopped when `stop` is set.
     """
     require_answerable(rows, teacher)
     missing = {row.problem.id: row.problem for row in rows if row.response is None}
@@ -79,6 +79,9 @@ def run(
                 schedule.run(sampler, view=view, stop=stop)
     if stop is not None:
         stop.check(str(folder))
+    if over := schedule.over_budget:
+        fix = "every answer is kept: with a higher budget the same command goes on"
+        raise UserError(f"the teacher's budget is reached: {over}", where=str(folder), fix=fix)
     for errors, outcome in (
         (schedule.failed, "were not answered; the same command asks them again"),
         (schedule.refused, "are left out: they cannot be answered"),

@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 
+from rlcs.distill.budget import Budget
 from rlcs.distill.chains import Chain, formatted
 from rlcs.distill.filters import CUT, reason_to_reject
 from rlcs.engines.openai_client import EndpointClient
@@ -62,8 +63,9 @@ class Schedule:
         self._usable: Counter[str] = Counter()
         self._answers = self._right = self._done = self._tokens = 0
         self._lost = (0, 0)  # tokens of replies without an answer: refusals are paid too
-        self._cost = 0.0
+        self._repeated = (0, 0)  # tokens of attempts that were repeated
         self._retries: Mapping[str, int] = {}
+        self._budget = Budget(teacher)
         self.failed: dict[tuple[str, int], str] = {}
         self.refused: dict[tuple[str, int], str] = {}
 
@@ -81,21 +83,31 @@ class Schedule:
         samples = [e.sample for e in self._log.entries.values() if e.sample.index in wanted]
         prompt = self._lost[0] + sum(s.prompt_tokens for s in samples)
         completion = self._lost[1] + sum(s.tokens for s in samples)
+        repeated_prompt, repeated_completion = self._repeated
         errors = (
             re.split("[:(]", error)[0].strip() for error in (*self.failed.values(), *self.refused.values())
         )
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
-            "cost": self._teacher.cost(prompt, completion),
+            "cost": self._teacher.cost(prompt + repeated_prompt, completion + repeated_completion),
+            "repeated_tokens": repeated_prompt + repeated_completion,
             "failed": len(self.failed),
             "refused": len(self.refused),
             "errors": dict(sorted(Counter(errors).items())),
             "retries": dict(sorted(self._retries.items())),
         }
 
+    @property
+    def over_budget(self) -> str:
+        """Why samples are still missing that may not be requested, in words; "" if there are none."""
+        return self._budget.reached if self._ready or self._retry else ""
+
     def run(self, sampler: Sampler, *, view: Screen | None, stop: StopFlag | None) -> None:
-        """Request the missing samples; return early, with all answers on disk, when `stop` is set."""
+        """Request the missing samples.
+
+        Returns early, with all answers on disk, when `stop` is set or the teacher's budget is spent.
+        """
         for entry in self._log.entries.values():
             self._count(entry)
         for name in self._problems:
@@ -106,8 +118,10 @@ class Schedule:
                 del self.failed[name, index]
                 self._ready.append((name, index, turn))
             self._retry.clear()
-            while self._ready and not (stop and stop.is_set):
+            while self._ready and self._budget.is_left and not (stop and stop.is_set):
                 for sample in sampler.samples(self._requests(), stop=stop):
+                    if isinstance(sampler, EndpointClient):
+                        self._count_repeated(sampler.lost)
                     if view is not None and not (sample.error or self._tokens) and sample.tokens:
                         view.say(self._first_reply(sample))
                     self._take(sample)
@@ -138,7 +152,7 @@ class Schedule:
             "kept": float(sum(min(n, self._teacher.max_kept) for n in self._usable.values())),
             "tokens_per_s": round(self._tokens / max(seconds, 1e-3), 1),
         }
-        return figures if self._teacher.cost(0, 0) is None else {**figures, "cost": self._cost}
+        return figures if self._teacher.cost(0, 0) is None else {**figures, "cost": self._budget.cost}
 
     def _open(self, name: str) -> None:
         """Queue the samples that a problem certainly needs; count it as done if it needs none."""
@@ -159,8 +173,9 @@ class Schedule:
         return turns
 
     def _requests(self) -> Iterator[Request]:
-        while self._ready:
+        while self._ready and self._budget.is_left:
             name, index, _ = self._ready.popleft()
+            self._budget.request()
             problem = self._problems[name]
             if self._chain is None:
                 yield Request.of(problem, index=index)
@@ -170,11 +185,12 @@ class Schedule:
     def _take(self, sample: Sample) -> None:
         """Log a sample, graded if it is the last turn, and queue the samples that its problem still needs."""
         name, index, turn = sample.key
+        self._budget.arrive()
         if sample.error:
             (self.failed if sample.retryable else self.refused)[name, index] = sample.error
             prompt, completion = self._lost
             self._lost = (prompt + sample.prompt_tokens, completion + sample.tokens)
-            self._cost += self._teacher.cost(sample.prompt_tokens, sample.tokens) or 0.0
+            self._budget.spend(sample.prompt_tokens, sample.tokens)
             if sample.retryable:
                 self._retry.append(sample.key)
             return
@@ -193,12 +209,16 @@ class Schedule:
         self._under_way[name].discard(index)
         self._open(name)
 
+    def _count_repeated(self, lost: tuple[int, int]) -> None:
+        before, self._repeated = self._repeated, lost
+        self._budget.spend(lost[0] - before[0], lost[1] - before[1], answers=0)
+
     def _count(self, entry: Entry) -> None:
         sample, teacher = entry.sample, self._teacher
+        self._budget.spend(sample.prompt_tokens, sample.tokens)
         if sample.index >= teacher.max_samples:
             return  # more were requested in an earlier run
         self._tokens += sample.tokens
-        self._cost += teacher.cost(sample.prompt_tokens, sample.tokens) or 0.0
         if sample.turn == self._last_turn:
             self._answers += 1
             self._right += entry.grade.correct is True

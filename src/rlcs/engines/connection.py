@@ -1,26 +1,33 @@
 """Connects to a server of the recipe: its address, its key, its headers, the proxy in between.
 
-Errors in them are reported before anything is sent; no message holds a secret.
+Errors in them are reported before anything is sent. A server is not trusted: redirects stay at its address,
+and replies are bounded, also when they are compressed.
 """
 
 import ipaddress
 import os
 import re
 import ssl
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from rlcs.errors import EndpointError
 from rlcs.recipe.sampling import FROM_ENVIRONMENT, Endpoint
+from rlcs.redaction import DECLARED, cleaned, is_key, shown
 
 if TYPE_CHECKING:
     import openai
 
-_SHORTEST_SECRET = 8  # shorter keys (EMPTY, none) are placeholders, and words of answers
+LARGEST_REPLY = 16 << 20
+"""Most bytes of a reply, unpacked: a million tokens of text with their reasoning are smaller."""
+_MOST_REDIRECTS = 3
+_KNOWN_PORTS = {"http": 80, "https": 443}
 _ENDING = re.compile(r"/(chat/)?completions/*$", re.IGNORECASE)
 _EXAMPLE = "write it out, like http://localhost:8000/v1"
 
@@ -38,19 +45,19 @@ class Address:
 def address(base_url: str) -> Address:
     """Read an address as people write it: capitals, quotes, the path of a request. Raises EndpointError."""
     text = base_url.strip().strip("\"'").strip()
-    shown = re.sub(r"//[^/?#]*@", "//***@", text).partition("?")[0][:200] or "base URL"
+    seen = shown(text).partition("?")[0][:200] or "base URL"
     try:
         parts = urlsplit(text)
         port, host = parts.port, parts.hostname
     except ValueError as error:
         fix = "a port is a number up to 65535, and an IPv6 address stands in brackets: http://[::1]:8000/v1"
-        raise EndpointError(f"this is not the URL of a server ({error})", where=shown, fix=fix) from error
+        raise EndpointError(f"this is not the URL of a server ({error})", where=seen, fix=fix) from error
     if parts.scheme not in ("http", "https"):
-        raise EndpointError("this is not the URL of a server", where=shown, fix=_EXAMPLE)
-    if not host or re.search(r"[\s\\<>\"{}|^`]", text) or not _is_host(host):
-        raise EndpointError("this URL names no server", where=shown, fix=_EXAMPLE)
+        raise EndpointError("this is not the URL of a server", where=seen, fix=_EXAMPLE)
+    if not host or re.search(r"[\s\x00-\x1f\x7f\\<>\"{}|^`]", text) or not _is_host(host):
+        raise EndpointError("this URL names no server", where=seen, fix=_EXAMPLE)
     if port == 0:
-        raise EndpointError("no server has port 0", where=shown, fix=_EXAMPLE)
+        raise EndpointError("no server has port 0", where=seen, fix=_EXAMPLE)
     name = f"[{host}]" if ":" in host else host
     path = _ENDING.sub("", parts.path).rstrip("/")
     url = f"{parts.scheme}://{name}{f':{port}' if port else ''}{path}"
@@ -69,9 +76,20 @@ def _is_host(host: str) -> bool:
 def key(server: Endpoint) -> str:
     """The server's key as it is sent: without the line break, quotes or `Bearer` that came with it; or "".
 
-    Raises EndpointError, without the key, for one that no header can hold.
+    Raises EndpointError, without the key, for one that no header can hold, and for a variable that is not
+    named as a key.
     """
-    return _sendable(_cleaned(os.environ.get(server.key_env, "")), f"environment variable {server.key_env}")
+    value = _value(server.key_env, server.key("key_env")) if server.key_env else ""
+    return _sendable(cleaned(value), f"environment variable {server.key_env}")
+
+
+def _value(variable: str, where: str) -> str:
+    """The value of a variable that may be sent. Raises EndpointError for one that is not named as a key."""
+    if not is_key(variable):
+        what = f"the variable {variable} is not named as the key of a model server, so it is not sent to one"
+        fix = f"give it a name that ends in _API_KEY, or allow it yourself: export {DECLARED}={variable}"
+        raise EndpointError(what, where=where, fix=fix)
+    return os.environ.get(variable, "").strip()
 
 
 def headers(server: Endpoint) -> dict[str, str]:
@@ -81,27 +99,10 @@ def headers(server: Endpoint) -> dict[str, str]:
         where = f"{server.key('request.headers')}, {name}"
         if value.startswith(FROM_ENVIRONMENT):
             variable = value.removeprefix(FROM_ENVIRONMENT)
-            if not (value := os.environ.get(variable, "").strip()):
+            if not (value := _value(variable, where)):
                 raise EndpointError(f"{variable} is not set", where=where, fix=f"export {variable}=...")
         found[name] = _sendable(value, where)
     return found
-
-
-def masked(text: str, server: Endpoint) -> str:
-    """The text with `***` for keys: a server may send them back, in an error or an answer."""
-    named = filter(lambda value: value.startswith(FROM_ENVIRONMENT), server.request.headers.values())
-    variables = (server.key_env, *(value.removeprefix(FROM_ENVIRONMENT) for value in named))
-    values = [os.environ.get(name, "") for name in variables]
-    plain = {form for value in values for form in (value.strip(), _cleaned(value))}
-    encoded = {quote(value, safe=safe) for value in plain for safe in ("", "/")}
-    for secret in sorted(plain | encoded, key=len, reverse=True):
-        text = text.replace(secret, "***") if len(secret) >= _SHORTEST_SECRET else text
-    return text
-
-
-def _cleaned(value: str) -> str:
-    text = value.strip().strip("\"'").strip()
-    return re.sub(r"^bearer\s+", "", text, flags=re.IGNORECASE)
 
 
 def _sendable(value: str, where: str) -> str:
@@ -120,7 +121,11 @@ def connect(server: Endpoint, place: Address, limits: "openai.Timeout") -> "open
     async def check(request: Any) -> None:
         stays(request)
 
-    transport = _transport(openai.DefaultAsyncHttpxClient, place, limits, check)
+    async def bound(response: Any) -> None:
+        _bound(response)
+
+    hooks = {"request": [check], "response": [bound]}
+    transport = _transport(openai.DefaultAsyncHttpxClient, place, limits, hooks)
     with _usable(place):
         return openai.AsyncOpenAI(http_client=transport, timeout=limits, **_settings(server, place))
 
@@ -129,7 +134,8 @@ def connect_blocking(server: Endpoint, place: Address, limits: "openai.Timeout")
     """Make the client for plain calls; nothing is sent yet. Raises EndpointError."""
     import openai
 
-    transport = _transport(openai.DefaultHttpxClient, place, limits, _stays(place))
+    hooks = {"request": [_stays(place)], "response": [_bound]}
+    transport = _transport(openai.DefaultHttpxClient, place, limits, hooks)
     with _usable(place):
         return openai.OpenAI(http_client=transport, timeout=limits, **_settings(server, place))
 
@@ -163,25 +169,77 @@ def _from_environment(name: str) -> str | None:
 
 
 def _stays(place: Address) -> Callable[[Any], None]:
-    """A check of each request: EndpointError where a redirect leads to another host or loses the content."""
-    first: list[str] = []
+    """A check of requests: EndpointError where a redirect leads to another server or loses the content."""
+    first: list[tuple[str, str, int | None]] = []
 
     def check(request: Any) -> None:
         url = request.url
+        origin = (url.scheme, url.host, url.port or _KNOWN_PORTS.get(url.scheme))
         if not first:
-            first.append(url.host)
+            first.append(origin)
         lost = request.method == "GET" and url.path.endswith("/chat/completions")
-        if url.host == first[0] and not lost:
+        if origin == first[0] and not lost:
             return
-        to = f"{url.scheme}://{url.netloc.decode()}{_ENDING.sub('', url.path)}"[:200]
+        to = shown(f"{url.scheme}://{url.netloc.decode()}{_ENDING.sub('', url.path)}")[:200]
         what = f"the server sends requests on to {to}; the key and the questions do not follow"
         raise EndpointError(what, where=place.url, fix="if you trust it, write that address as base_url")
 
     return check
 
 
+class UnreadableReply(Exception):
+    """A reply that is larger than LARGEST_REPLY, or compressed in a way that cannot be read."""
+
+
+class _Unpacker:
+    """Unpacks and counts the bytes of one reply. Raises UnreadableReply."""
+
+    def __init__(self, encoding: str) -> None:
+        if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise UnreadableReply(f"the reply is packed by {encoding[:20]!r}, which nobody asked for")
+        self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding not in ("", "identity") else None
+        self._left = LARGEST_REPLY
+
+    def read(self, data: bytes) -> bytes:
+        """Unpack a part."""
+        try:
+            data = self._zlib.decompress(data, self._left + 1) if self._zlib else data
+        except zlib.error as error:
+            raise UnreadableReply(f"the reply is damaged ({error})") from error
+        self._left -= len(data)
+        if self._left < 0:
+            raise UnreadableReply(f"the reply is larger than {LARGEST_REPLY:,} bytes")
+        return data
+
+
+def _bound(response: Any) -> None:
+    """Let a reply be read through an `_Unpacker`; it has not been read yet."""
+    library = import_module(type(response).__module__.partition(".")[0])  # that the client chooses
+    stream, unpacker = (
+        response.stream,
+        _Unpacker(response.headers.pop("content-encoding", "").strip().lower()),
+    )
+
+    class Bounded(library.SyncByteStream):  # type: ignore[misc, name-defined]
+        def __iter__(self) -> Iterator[bytes]:
+            return map(unpacker.read, stream)
+
+        def close(self) -> None:
+            stream.close()
+
+    class BoundedAsync(library.AsyncByteStream):  # type: ignore[misc, name-defined]
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for data in stream:
+                yield unpacker.read(data)
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    response.stream = (BoundedAsync if hasattr(stream, "__aiter__") else Bounded)()
+
+
 def _transport(
-    kind: Callable[..., Any], place: Address, limits: "openai.Timeout", check: Callable[..., Any]
+    kind: Callable[..., Any], place: Address, limits: "openai.Timeout", hooks: Mapping[str, Any]
 ) -> Any:
     """The HTTP client, with the proxy that the environment names for this one host.
 
@@ -191,8 +249,9 @@ def _transport(
     proxy, variable = _proxy(place)
     options: dict[str, Any] = {"proxy": proxy} if proxy else {}
     options |= {"verify": own} if (own := _own_certificates()) else {}
+    options |= {"max_redirects": _MOST_REDIRECTS, "headers": {"Accept-Encoding": "gzip, deflate"}}
     try:
-        return kind(trust_env=False, timeout=limits, event_hooks={"request": [check]}, **options)
+        return kind(trust_env=False, timeout=limits, event_hooks=hooks, **options)
     except ImportError as error:
         fix = f"pip install socksio, or add the server to NO_PROXY={place.host}, or unset {variable}"
         raise EndpointError("SOCKS proxies need the package socksio", where=variable, fix=fix) from error
@@ -259,6 +318,9 @@ def untrusted(error: BaseException, place: Address) -> EndpointError | None:
     for raised in (error, error.__cause__):
         if isinstance(raised, EndpointError):
             return raised
+        if type(raised).__name__ == "TooManyRedirects":  # of the HTTP library that the client chooses
+            fix = "correct base_url, or see the server's settings"
+            return EndpointError("the server redirects in a circle", where=place.url, fix=fix)
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, ssl.SSLError):
         seen = seen.__cause__ or seen.__context__

@@ -4,6 +4,7 @@ All rows form one flat sequence of queries; `ForestCache` gives each its prompt 
 request has its own sampling settings, limit and stop strings, and joins and leaves while others go on.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from rlcs.engines.cache import ForestCache, RecordingPlan
 from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.sampling import choose, likeliest, uniform
+from rlcs.errors import ModelError
 from rlcs.model import attention
 from rlcs.model.chat import Chat
 from rlcs.model.experts import Routing
@@ -224,6 +226,8 @@ class DecodingBatch:
             zip(self._rows, ids.tolist(), logprobs.tolist(), strict=True)
         ):
             if row.stop is None:
+                if not math.isfinite(logprob):
+                    self._require_numbers(index)
                 row.take(token, logprob, self._likeliest(index))
                 ended += row.stop is not None
         if ended:
@@ -246,6 +250,13 @@ class DecodingBatch:
                 banned=banned,
             )
         return ids, logprobs
+
+    def _require_numbers(self, index: int) -> None:
+        """Raise ModelError where a row's logits are no numbers to choose a token by."""
+        logits = self._logits[index]
+        if bool(logits.isnan().any()) or not bool(logits.isfinite().any()):
+            fix = "its weights are damaged, or training has spoilt them: take another model or checkpoint"
+            raise ModelError("the model computes NaN instead of probabilities", fix=fix)
 
     def _likeliest(self, index: int) -> tuple[tuple[int, float], ...]:
         """The most likely next tokens of a row whose request wants them."""

@@ -2,8 +2,9 @@
 
 Requests are drawn lazily and samples are yielded as they arrive, so that the caller can write each at once.
 An event loop in a second thread keeps `concurrency` requests under way, also while the caller works on
-a sample. A failure that may pass (busy, down, cut off, garbled) is retried, an empty answer seldom; one that
-cannot pass (a wrong key, a wrong name) ends the run with an error that says what to do.
+a sample. A failure that may pass (busy, down, cut off) is retried, a reply that is of no use (empty, garbled)
+seldom, as it is paid; what cannot pass (a wrong key, a wrong name) ends the run with an error that says what
+to do.
 """
 
 import asyncio
@@ -24,13 +25,13 @@ import openai
 
 from rlcs.data.sent_images import SentImages
 from rlcs.engines import connection, replies
-from rlcs.engines.connection import masked
 from rlcs.engines.providers import Fields
-from rlcs.engines.replies import EmptyError, Fault, FinalError, RetryableError
+from rlcs.engines.replies import EmptyError, Fault, FinalError, PaidError, RetryableError
 from rlcs.errors import DataError, EndpointError
 from rlcs.recipe.sampling import Endpoint
 from rlcs.recipe.schema import Images
 from rlcs.records import Message, Request, Sample, Sampling, StopReason, rollout_seed
+from rlcs.redaction import redacted
 from rlcs.signals import StopFlag
 
 log = logging.getLogger("rlcs")
@@ -42,8 +43,9 @@ LONGEST_RETRY_AFTER_S = 600.0
 """Longest pause that a server's `Retry-After` can cause."""
 CONNECT_S = 20.0
 """Seconds in which a server must accept the connection."""
-EMPTY_RETRIES = 2
-"""Most further attempts after an empty answer, which is paid; one at temperature 0."""
+PAID_RETRIES = 2
+"""Most further attempts after a reply without an answer, which is paid; one after an empty one at temperature
+0."""
 _ALL_REFUSED = 8
 """Least refused requests, with none answered, after which a server counts as refusing every request."""
 _POLL_S = 0.1  # between two checks of the stop flag
@@ -75,6 +77,8 @@ class EndpointClient:
         self._warned: set[str] = set()
         self.retries: Counter[str] = Counter()
         """How many attempts were repeated, by their failure."""
+        self.lost = (0, 0)
+        """Tokens of prompts and answers that were paid in attempts that were repeated."""
 
     def __enter__(self) -> Self:
         """Start the thread that sends and receives."""
@@ -159,11 +163,14 @@ class EndpointClient:
             except RetryableError as error:
                 if error.unreachable and not self._has_answered:
                     raise self._unreachable(error) from error
-                sample = request.sample(error=str(error), retryable=True)
+                prompt, completion = error.tokens
+                sample = request.sample(
+                    error=str(error), retryable=True, prompt_tokens=prompt, tokens=completion
+                )
             finally:
                 self._num_asking -= 1
             text, reasoning, failure = (
-                masked(each, self._settings) for each in (sample.text, sample.reasoning, sample.error)
+                redacted(each) for each in (sample.text, sample.reasoning, sample.error)
             )
             seconds = round(time.monotonic() - started, 3)
             return replace(sample, seconds=seconds, text=text, reasoning=reasoning, error=failure)
@@ -171,10 +178,10 @@ class EndpointClient:
     async def _ask(self, request: Request, body: Mapping[str, object]) -> Sample:
         """Repeat attempts within their limits. Raises RetryableError, FinalError or EndpointError."""
         seed = rollout_seed(self._sampling.seed, request.turn, request.id, request.index)
-        attempts, empty = 0, 0
+        attempts, paid = 0, 0
         while True:
             # Some servers take 31 bits. Twice empty, the answer to this seed is empty: another is tried.
-            fields = self._fields.body(self._sampling, (seed >> 32) ^ (empty > 1))
+            fields = self._fields.body(self._sampling, (seed >> 32) ^ (paid > 1))
             await self._pace()
             try:
                 return self._read(request, await self._post({**body, **fields}, fields))
@@ -183,18 +190,28 @@ class EndpointClient:
                     return request.sample(stop=StopReason.LENGTH)
                 if not self._adapt(error.fault, fields):
                     raise replies.failure(error.fault, self._settings, url=self._address.url) from error
-            except EmptyError as error:
-                empty += 1
-                most = EMPTY_RETRIES if self._sampling.temperature > 0 else 1
-                if empty > min(most, self._settings.max_retries):
-                    raise FinalError(f"{error}, {empty} times", kind=error.kind) from error
-                self.retries[error.kind] += 1
+            except PaidError as error:
+                paid += 1
+                most = (
+                    PAID_RETRIES if self._sampling.temperature > 0 or not isinstance(error, EmptyError) else 1
+                )
+                if paid > min(most, self._settings.max_retries):
+                    if error.unreachable and not self._has_answered:
+                        raise
+                    what = f"{error}, {paid} times"
+                    raise FinalError(what, kind=error.kind, tokens=error.tokens) from error
+                self._repeat(error)
             except RetryableError as error:
                 attempts += 1
                 if attempts > self._settings.max_retries:
                     raise
-                self.retries[error.kind] += 1
+                self._repeat(error)
                 await asyncio.sleep(pause(attempts, error.after_s))
+
+    def _repeat(self, error: RetryableError) -> None:
+        """Count an attempt that is repeated."""
+        self.lost = (self.lost[0] + error.tokens[0], self.lost[1] + error.tokens[1])
+        self.retries[error.kind] += 1
 
     async def _pace(self) -> None:
         """Wait until `requests_per_minute` allows the next attempt."""
@@ -204,7 +221,7 @@ class EndpointClient:
             self._next_start = start + 60.0 / self._settings.requests_per_minute
             await asyncio.sleep(start - now)
 
-    async def _post(self, body: Mapping[str, object], fields: Mapping[str, object]) -> object:
+    async def _post(self, body: Mapping[str, object], fields: Mapping[str, object]) -> bytes:
         """Make one attempt. Raises RetryableError, FinalError, EndpointError or _Refused.
 
         `post` instead of `chat.completions.create`: the latter checks and copies every message and
@@ -213,22 +230,18 @@ class EndpointClient:
         limit = self._settings.request_timeout_s
         try:
             async with asyncio.timeout(limit):
-                return await self._client.post("/chat/completions", body=body, cast_to=object)
+                return await self._client.post("/chat/completions", body=body, cast_to=bytes)
         except (TimeoutError, openai.APITimeoutError) as error:
             if type(error.__cause__).__name__ == "ConnectTimeout":
                 raise self._disconnected(error) from error
             raise RetryableError(f"no answer within {limit:g} s", kind="no answer in time") from error
         except openai.APIStatusError as error:
-            found = status_fault(error, self._settings)
+            found = status_fault(error)
             if found.status in _REFUSALS:
                 raise _Refused(found) from error
             raise self._failure(found, error.response.headers) from error
         except openai.APIConnectionError as error:
             raise self._disconnected(error) from error
-        except UnicodeDecodeError as error:  # a character is damaged, and the answer is paid
-            return error.object.decode("utf-8", "replace")
-        except ValueError as error:
-            raise RetryableError(f"the reply cannot be read: {error}", kind="garbled") from error
         except Exception as error:  # of sockets and of name look-up, which the client does not wrap
             raise self._disconnected(error) from error
 
@@ -236,6 +249,9 @@ class EndpointClient:
         if untrusted := connection.untrusted(error, self._address):
             return untrusted
         cause = error.__cause__ or error
+        for raised in (error, cause):
+            if isinstance(raised, connection.UnreadableReply):
+                return PaidError(str(raised), kind="unreadable")
         name = type(cause).__name__
         what = replies.short(f"{name}: {cause}".rstrip(": ")) + connection.proxy_note(self._address)
         is_new = name in ("ConnectError", "ConnectTimeout", "ProxyError") or not isinstance(
@@ -247,18 +263,16 @@ class EndpointClient:
             unreachable="nothing answers there" if is_new else "",
         )
 
-    def _read(self, request: Request, reply: object) -> Sample:
-        reply = replies.parsed(reply)
+    def _read(self, request: Request, body: bytes) -> Sample:
+        reply = replies.parsed(body)
         if found := replies.fault_in(reply):
-            found = replace(found, message=masked(found.message, self._settings))
             raise _Refused(found) if found.status in _REFUSALS else self._failure(found, {})
         sample = replies.read(request, reply)
         self._has_answered = True
         if (finish := replies.unknown_finish(reply)) is not None and finish not in self._warned:
             self._warned.add(finish)
-            named = masked(finish, self._settings)
             what = (
-                f"end with finish_reason {named!r}, which rlcs does not know"
+                f"end with finish_reason {redacted(finish)!r}, which rlcs does not know"
                 if finish
                 else ("have no finish_reason")
             )
@@ -290,7 +304,7 @@ class EndpointClient:
             return
         key = self._settings.key
         raise EndpointError(
-            f"the server refuses every request ({masked(str(error), self._settings)})",
+            f"the server refuses every request ({error})",
             where=self._address.url,
             fix=f"change what it names: the model, {key('request.omit')}, {key('request.max_tokens')}, "
             f"{key('request.extra')}, the limit of tokens, or images.max_pixels",
@@ -299,7 +313,7 @@ class EndpointClient:
     def _unreachable(self, error: RetryableError) -> EndpointError:
         version = "" if "/v" in self._address.url else "; most servers want /v1 at its end"
         return EndpointError(
-            f"{error.unreachable} ({masked(str(error), self._settings)})",
+            f"{error.unreachable} ({error})",
             where=self._address.url,
             fix=f"start the server, or correct the URL and its port{version}",
         )
@@ -313,16 +327,14 @@ class _Refused(Exception):
         self.fault = found
 
 
-def status_fault(error: openai.APIStatusError, settings: Endpoint) -> Fault:
-    """What an HTTP error says, without the server's key."""
-    body = error.body if error.body is not None else error.response.text
-    found = replies.fault(error.status_code, body)
-    return replace(found, message=masked(found.message, settings))
+def status_fault(error: openai.APIStatusError) -> Fault:
+    """What an HTTP error says."""
+    return replies.fault(error.status_code, replies.error_body(error.response.text))
 
 
 def status_error(error: openai.APIStatusError, settings: Endpoint) -> Exception:
     """Turn an HTTP status into the error that retries, fails this request, or ends the run."""
-    found, url = status_fault(error, settings), connection.address(settings.base_url).url
+    found, url = status_fault(error), connection.address(settings.base_url).url
     return replies.failure(found, settings, url=url, after_s=_retry_after(error.response.headers))
 
 

@@ -16,10 +16,12 @@ from rlcs.engines.stop_reasons import RETRYABLE, STOP_REASONS, TOOL_CALLS, plain
 from rlcs.errors import EndpointError
 from rlcs.recipe.sampling import Endpoint
 from rlcs.records import Request, Sample, StopReason
+from rlcs.redaction import redacted
 
 _SHORT = 300  # characters of a server's message that are shown
 _LONGEST = 10_000  # of it are looked at
 _NAME = 60  # and of a name that a server gives, such as a finish reason
+_DEEPEST = 50  # levels of values in values in a reply
 NO_CHAT = "no chat server answers there"
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})  # and all of 5xx
 _STATUS_OF_CODE = (
@@ -50,15 +52,27 @@ class RetryableError(Exception):
     """A failure that may pass; `after_s` is the pause that the server requested, if any.
 
     `kind` says in a word or two what is counted. `unreachable` says what it means if it never passes: perhaps
-    no chat server is there at all.
+    no chat server is there at all. `tokens` (prompt, answer) were paid.
     """
 
-    def __init__(self, why: str, *, kind: str, after_s: float | None = None, unreachable: str = "") -> None:
+    def __init__(
+        self,
+        why: str,
+        *,
+        kind: str,
+        after_s: float | None = None,
+        unreachable: str = "",
+        tokens: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__(why)
-        self.kind, self.after_s, self.unreachable = kind, after_s, unreachable
+        self.kind, self.after_s, self.unreachable, self.tokens = kind, after_s, unreachable, tokens
 
 
-class EmptyError(RetryableError):
+class PaidError(RetryableError):
+    """A whole reply without a usable answer, which is paid; another may have one, and is paid too."""
+
+
+class EmptyError(PaidError):
     """An empty answer; at temperature 0 another attempt mostly gives the same."""
 
 
@@ -177,22 +191,22 @@ def _key_refused(found: Fault, server: Endpoint, url: str) -> EndpointError:
 
 
 def read(request: Request, reply: object) -> Sample:
-    """Read a reply. Raises RetryableError when it is garbled or cut off, FinalError when it is withheld."""
+    """Read a reply. Raises RetryableError if it is garbled or broken off, FinalError if it is withheld."""
+    reply = reply if isinstance(reply, dict) else {}
     try:
-        reply = reply if isinstance(reply, dict) else {}
         choice = reply["choices"][0]
         message = choice["message"]
         text, thoughts, refusal = _parts(message.get("content"))
         finish = _finish(choice)
-        usage = reply.get("usage")
         reasoning = thoughts or _reasoning(message)
-    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         what = f"the reply is no chat completion{_written(reply)}"
-        raise RetryableError(what, kind="garbled", unreachable=NO_CHAT) from error
-    tokens = (_count(usage, "prompt", "input"), _count(usage, "completion", "output"))
+        raise PaidError(what, kind="garbled", unreachable=NO_CHAT, tokens=_tokens(reply)) from error
+    tokens = _tokens(reply)
     stop = stop_reason(finish)
     if finish in RETRYABLE:
-        raise RetryableError(f"the server broke the answer off ({finish})", kind=f"broken off ({finish})")
+        what, kind = f"the server broke the answer off ({finish})", f"broken off ({finish})"
+        raise RetryableError(what, kind=kind, tokens=tokens)
     if stop is StopReason.ERROR:
         raise FinalError(f"refused: the server withheld the answer ({finish})", kind="refused", tokens=tokens)
     if not text.strip():
@@ -204,7 +218,7 @@ def read(request: Request, reply: object) -> Sample:
         if stop is StopReason.EOS and reasoning.strip():  # a server's parser found no end of the reasoning
             text, reasoning = reasoning, ""
         elif stop is StopReason.EOS or finish not in STOP_REASONS:
-            raise EmptyError("the answer is empty", kind="empty")
+            raise EmptyError("the answer is empty", kind="empty", tokens=tokens)
     if stop is StopReason.EOS and _calls_tool(message):  # what was written before is no finished answer
         stop = StopReason.LENGTH
     text, reasoning = _whole(text), _whole(reasoning)
@@ -291,32 +305,66 @@ def _text(value: object) -> str:
     return ""
 
 
+def _tokens(reply: Mapping[str, Any]) -> tuple[int, int]:
+    """The tokens of prompt and answer that a reply says it took."""
+    usage = reply.get("usage")
+    return _count(usage, "prompt", "input"), _count(usage, "completion", "output")
+
+
 def _count(usage: object, *names: str) -> int:
     """A number of tokens in the usage, which may be missing or damaged."""
     values = [usage.get(f"{name}_tokens") for name in names] if isinstance(usage, dict) else []
     return next((int(value) for value in values if isinstance(value, int | float) and 0 <= value < 1e12), 0)
 
 
-def parsed(text: object) -> object:
-    """The JSON of a reply whose content type says something else; events of a stream are put together.
+def parsed(body: bytes) -> object:
+    """The JSON of a reply, whatever its content type says; events of a stream are put together.
 
-    Raises RetryableError.
+    Raises PaidError.
     """
-    if not isinstance(text, str):
-        return text
-    text = text.lstrip("\ufeff")
+    text = redacted(
+        body.decode("utf-8-sig", "replace")
+    )  # where a character is damaged, the answer is still paid
     start = text.lstrip()[:200]
     if start.startswith(("data:", "event:", ":", "id:", "retry:")):
         return _joined(_events(text))
     if title := _page(text):
-        raise RetryableError(
-            f"the reply is no chat completion but {title}", kind="a page", unreachable=NO_CHAT
-        )
+        raise PaidError(f"the reply is no chat completion but {title}", kind="a page", unreachable=NO_CHAT)
     try:
-        return json.loads(text)
+        return _json(text)
+    except ValueError as error:
+        why = short(text) or "it is empty"
+        why = f"{error}: {why}" if start.startswith("{") else why
+        raise PaidError(
+            f"the reply is no chat completion: {why}", kind="garbled", unreachable=NO_CHAT
+        ) from error
+
+
+def error_body(text: str) -> object:
+    """The body of an HTTP error: JSON or text."""
+    text = redacted(text)
+    try:
+        return _json(text)
     except ValueError:
-        what = f"the reply is no chat completion: {short(text) or 'it is empty'}"
-        raise RetryableError(what, kind="garbled", unreachable=NO_CHAT) from None
+        return text
+
+
+def _json(text: str) -> object:
+    """Parse JSON of bounded depth. Raises ValueError."""
+    try:
+        value: object = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = (
+            each.values() if isinstance(each, dict) else each
+            for each in level
+            if isinstance(each, dict | list)
+        )
+        if not (level := [each for values in inner for each in values]):
+            return value
+    raise ValueError("nested too deeply")
 
 
 def _events(text: str) -> Iterator[Mapping[str, Any]]:
@@ -325,9 +373,9 @@ def _events(text: str) -> Iterator[Mapping[str, Any]]:
         data = line.removeprefix("data:").strip()
         if line.startswith("data:") and data != "[DONE]":
             try:
-                chunk = json.loads(data)
+                chunk = _json(data)
             except ValueError as error:
-                raise RetryableError("the reply is a damaged stream", kind="garbled") from error
+                raise PaidError("the reply is a damaged stream", kind="garbled") from error
             if isinstance(chunk, dict):
                 yield chunk
 
@@ -371,6 +419,6 @@ def _page(text: str) -> str:
 
 def short(text: str) -> str:
     """The start of a text, on one line."""
-    flat = " ".join(text[: 20 * _SHORT].split())
+    flat = " ".join(redacted(text)[: 20 * _SHORT].split())
     flat = "".join(char if char.isprintable() else "\ufffd" for char in flat)
     return flat if len(flat) <= _SHORT else flat[: _SHORT - 1] + "\u2026"

@@ -4,7 +4,7 @@ If the process is killed, at most the last line is torn, and it is cut off when 
 Answers to other questions, or under other settings, are detected and not reused.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -66,7 +66,10 @@ class SampleLog:
         """
         if self._settings is not None:
             check_settings(self._path, self._settings)
-        for number, row in enumerate(read_jsonl(self._path) if self._path.exists() else (), start=1):
+        rows = read_jsonl(self._path) if self._path.exists() else []
+        if len(unique := _without_repetitions(rows)) < len(rows):
+            write_jsonl(self._path, unique)
+        for number, row in enumerate(unique, start=1):
             digest = self._digest(row.get("id", ""))
             if digest is not None and row.get("digest") != digest and not self._may_change:
                 raise UserError(
@@ -109,6 +112,15 @@ class SampleLog:
         self._file.append([to_row(entry) | {"digest": self._digest(sample.id)}])
         self.entries[sample.key] = entry
         return entry
+
+
+def _without_repetitions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without a second answer to the same question, which two processes at once may have written."""
+    keys = ((row.get("digest"), row.get("id"), row.get("index"), row.get("turn")) for row in rows)
+    first: dict[object, dict[str, Any]] = {}
+    for key, row in zip(map(repr, keys), rows, strict=True):
+        first.setdefault(key, row)
+    return list(first.values())
 
 
 def annotate(path: Path, added: Mapping[SampleKey, Mapping[str, Any]]) -> None:

@@ -3,24 +3,26 @@
 One is called as `NAME(problem, response)`: `problem` is a dict of `question`, `history` (the turns before it,
 each a dict of `role` and `text`), `answer`, `choices` and `metadata`, `response` the text of the answer. It
 returns the reward, a number of at most 1,000,000 in size, or a pair of the reward and whether the answer is
-correct; a reward alone is correct from 1 up. If it raises an exception, the answer is unscored.
+correct; a reward alone is correct from 1 up. An `async def` is awaited. If it raises an exception, the answer
+is unscored.
 """
 
 import ast
-import json
+import asyncio
 import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
+from json import dumps, loads  # by name, as the function's file may replace what stands in the module
 from pathlib import Path
 from types import ModuleType
 from typing import SupportsFloat
 
-from rlcs.errors import RecipeError
+from rlcs.errors import DataError, RecipeError
 from rlcs.records import Grade, Problem
-from rlcs.storage import at_home
+from rlcs.storage import at_home, read_regular
 
 KEY = "grpo.reward.functions"
 _LONGEST_MESSAGE = 300
@@ -35,18 +37,18 @@ def check_function(function: str) -> str:
     if not file or not name.isidentifier():
         raise RecipeError(f"{function!r} names no function", where=KEY, fix=fix)
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(read_regular(path))
+    except DataError as error:
+        raise RecipeError(f"cannot read {path}: {error.what}", where=KEY, fix=fix) from error
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}", where=KEY, fix=fix) from error
     except (SyntaxError, ValueError) as error:
         raise RecipeError(f"{path} is no Python: {error}", where=KEY, fix="correct the file") from error
-    known = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    known = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     if name not in known:
         listed, what = ", ".join(known) or "none", f"{path} has no function {name!r}"
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef | ast.AsyncFunctionDef) and node.name == name:
-                kind = "a class" if isinstance(node, ast.ClassDef) else "an async function (`async def`)"
-                what = f"{name!r} in {path} is {kind}, not a plain function (`def`)"
+        if any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body):
+            what = f"{name!r} in {path} is a class, not a function (`def`)"
         raise RecipeError(what, where=KEY, fix=f"its functions: {listed}")
     return f"{path}:{name}"
 
@@ -58,17 +60,19 @@ def load_function(location: str) -> Callable[[str, str], Grade]:
     """
     file, _, name = location.rpartition(":")
     sys.path.insert(0, str(Path(file).parent))  # as for `python FILE.py`: it may import its neighbours
+    runner = asyncio.Runner()  # one for all answers, so that a function can keep its connections
     try:
         function = getattr(_import(file), name)
-    except (Exception, SystemExit) as error:
-        failure = _unscored(error, file)
+    except BaseException as error:
+        failure = _unscored(error, location)
         return lambda problem, response: failure
 
     def decide(problem: str, response: str) -> Grade:
         try:
-            return _grade_of(function(json.loads(problem), response))
-        except Exception as error:
-            return _unscored(error, file)
+            result = function(loads(problem), response)
+            return _grade_of(runner.run(result) if isinstance(result, Coroutine) else result)
+        except BaseException as error:  # whatever it is, it ends no worker and no run
+            return _unscored(error, location)
 
     return decide
 
@@ -101,12 +105,17 @@ def _grade_of(result: object) -> Grade:
     )
 
 
-def _unscored(error: BaseException, file: str) -> Grade:
+def _unscored(error: BaseException, location: str) -> Grade:
     """An unscored grade with the exception, and the last line of the user's file that led to it."""
+    file, _, name = location.rpartition(":")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     place = ":".join([file, *map(str, lines[-1:])])
-    message = " ".join(str(error).split())[:_LONGEST_MESSAGE]
-    return Grade(reward=None, correct=None, why=f"{type(error).__name__}: {message} ({place})")
+    try:
+        message = " ".join(str(error).split())[:_LONGEST_MESSAGE]
+    except BaseException:
+        message = "it cannot be printed"
+    kind = type(error).__name__
+    return Grade(reward=None, correct=None, why=f"{name}: {kind}: {message} ({place})")
 
 
 def problem_json(problem: Problem) -> str:
@@ -118,4 +127,4 @@ def problem_json(problem: Problem) -> str:
         "choices": list(problem.choices),
         "metadata": dict(problem.metadata),
     }
-    return json.dumps(fields, default=str)
+    return dumps(fields, default=str)

@@ -1,9 +1,9 @@
 """Grades in bounded time: math-verify runs in worker processes that are killed at a deadline.
 
-Most answers are decided without a process. Formulas that `compare` cannot decide are sent to workers, in
-small batches and each different pair once; with a user's reward function, every answer is. An answer on which
-a worker runs out of time or dies is unscored; the others of its batch are sent again. Workers start when
-first needed and are new interpreters, never forks: the parent may hold torch, threads and a GPU.
+Most answers are decided without a process. Formulas that `compare` cannot decide are sent to workers, each
+different pair once; with a user's reward function, every answer is. An answer on which a worker runs out of
+time or dies is unscored. Workers start when first needed and are new interpreters, never forks: the parent
+may hold torch, threads and a GPU. Each has a `guard`, so that no process which it starts survives it.
 """
 
 import contextlib
@@ -14,18 +14,20 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from rlcs.errors import RecipeError, RlcsError
+from rlcs.grading.channel import VARIABLE, Channel
 from rlcs.grading.compare import Verdict
 from rlcs.grading.extraction import BOXED, Extraction
 from rlcs.grading.golds import unwrap
 from rlcs.grading.inspection import formulas_of, gold_fault
 from rlcs.grading.own import KEY, problem_json
 from rlcs.grading.rewards import Undecided, grade_extracted, quick_grade
+from rlcs.patience import OwnTime, Patience
 from rlcs.records import Grade, Problem, from_row
 
 Gold = tuple[str, tuple[str, ...]]
@@ -34,10 +36,11 @@ Gold = tuple[str, tuple[str, ...]]
 Pair = tuple[str, str]
 """Two formulas, or a problem and a response."""
 
-_BATCH = 16
-_BATCH_BYTES = 60_000  # below the size of a pipe's buffer, so that writing to an idle worker never waits
 _START_S = 120.0
+_END_S = 60.0
+_TICK_S = 0.5
 _MAX_FAILED_STARTS = 3
+_NOT_READY = "not ready after"
 
 
 class GradePool(AbstractContextManager["GradePool"]):
@@ -52,6 +55,8 @@ class GradePool(AbstractContextManager["GradePool"]):
         function: str | None = None,
     ) -> None:
         """Use `workers` processes (0: one for every two CPU cores), `deadline_s` seconds for each decision.
+
+        Those are seconds that the worker had (`Patience`), so that a busy machine fails no answer.
 
         `function` (`FILE.py:NAME`, see `own.check_function`) replaces the rule in `grade`.
         """
@@ -121,44 +126,48 @@ class GradePool(AbstractContextManager["GradePool"]):
                 raise
 
     def _kill_workers(self) -> None:
+        for worker in self._workers:
+            worker.end()
         while self._workers:
             self._workers.pop().kill()
 
     def _distribute(self, pairs: list[Pair]) -> dict[Pair, Grade]:
-        """Send batches to free workers until every pair has a grade."""
+        """Send pairs to free workers until every one has a grade."""
         for worker in [w for w in self._workers if w.process.poll() is not None]:
             worker.kill()  # it died while idle, so that no answer is the cause
             self._workers.remove(worker)
         waiting, grades = deque(pairs), dict[Pair, Grade]()
-        batch = max(1, min(_BATCH, len(pairs) // (2 * self._size)))
         wanted = min(self._size, len(pairs))
         while len(grades) < len(pairs):
             while waiting and len(self._workers) < wanted:
                 self._workers.append(_Worker(self.deadline_s, self._function))
             for worker in self._workers:
-                if waiting and worker.ready and not worker.pending:
-                    worker.send(_next_batch(waiting, batch))
+                if waiting and worker.ready and worker.pair is None:
+                    worker.send(waiting.popleft())
             self._wait()
             for worker in list(self._workers):
                 grades.update(worker.receive())
                 if why := worker.failure():
-                    self._remove(worker, why, waiting, grades)
+                    self._remove(worker, why, grades)
         return grades
 
     def _wait(self) -> None:
-        """Sleep until a worker has written output or the next deadline is reached."""
+        """Sleep until a worker has written output or ended, or its patience is to be looked at."""
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
-                selector.register(worker.output, selectors.EVENT_READ)
-            nearest = min(worker.deadline for worker in self._workers)
-            selector.select(min(1.0, max(0.0, nearest - time.monotonic())))
+                assert worker.process.stdout, "Popen opens the pipe"
+                selector.register(worker.process.stdout, selectors.EVENT_READ)
+                for handle, writes in worker.channel.sockets:
+                    selector.register(handle, selectors.EVENT_WRITE if writes else selectors.EVENT_READ)
+            busy = [worker.patience.own.next_look_s for worker in self._workers if worker.is_busy]
+            selector.select(min(busy, default=0.0))
 
-    def _remove(self, worker: "_Worker", why: str, waiting: deque[Pair], grades: dict[Pair, Grade]) -> None:
-        """Kill a worker that failed: its current pair is unscored, the rest of its batch is queued again."""
+    def _remove(self, worker: "_Worker", why: str, grades: dict[Pair, Grade]) -> None:
+        """Kill a worker that failed: its pair is unscored. Raises RecipeError, RlcsError if none starts."""
         worker.kill()
         self._workers.remove(worker)
         self._failed_starts = 0 if worker.ready else self._failed_starts + 1
-        if self._failed_starts >= _MAX_FAILED_STARTS:
+        if self._failed_starts >= _MAX_FAILED_STARTS or why.startswith(_NOT_READY):
             if self._function is not None:
                 file = self._function.rpartition(":")[0]
                 fix = f"see what `python {file}` does: its top level must neither end the process nor wait"
@@ -168,85 +177,79 @@ class GradePool(AbstractContextManager["GradePool"]):
                 where="grading",
                 fix=f"see what `{' '.join(worker.command)}` prints; is math-verify installed?",
             )
-        if worker.pending:
-            grades[worker.pending.popleft()] = Verdict(correct=None, why=why).grade()
-            waiting.extendleft(reversed(worker.pending))
-
-
-def _next_batch(waiting: deque[Pair], most: int) -> list[Pair]:
-    batch: list[Pair] = []
-    size = 0
-    while waiting and len(batch) < most:
-        size += len(json.dumps(waiting[0])) + 2
-        if batch and size > _BATCH_BYTES:
-            break
-        batch.append(waiting.popleft())
-    return batch
+        if worker.pair is not None:
+            name = "" if self._function is None else f"{self._function.rpartition(':')[2]}: "
+            grades[worker.pair] = Verdict(correct=None, why=name + why).grade()
 
 
 class _Worker:
-    """One process: `pending` are the pairs that it has to grade, `deadline` is on the monotonic clock."""
+    """One process and its guard: `pair` is what it has to grade now, `ready` whether it has begun."""
 
     def __init__(self, deadline_s: float, function: str | None) -> None:
-        self.deadline_s = deadline_s
+        self.channel = Channel()
         path = os.pathsep.join(entry for entry in sys.path if entry)
-        self.command = [sys.executable, "-P", "-m", "rlcs.grading.worker", f"{deadline_s:g}"]
+        self.command = [sys.executable, "-P", "-m", "rlcs.grading.worker"]
         self.command += [] if function is None else [function]
+        guard = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py"))]
         self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [*guard, *self.command],
+            stdin=subprocess.PIPE,  # the guard ends with it
+            stdout=subprocess.PIPE,  # is closed when the guard has ended
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C reaches the parent alone, and a kill reaches the children too
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                VARIABLE: json.dumps([self.channel.address, self.channel.secret]),
+            },
+            start_new_session=True,  # Ctrl-C reaches the parent alone
         )
-        assert self.process.stdin and self.process.stdout, "Popen opens both pipes"
-        self.input, self.output = self.process.stdin, self.process.stdout
-        os.set_blocking(self.output.fileno(), False)
-        self.deadline = time.monotonic() + _START_S
+        self._own_time = OwnTime(self.process.pid, min(_TICK_S, deadline_s / 10))
+        self.patience = Patience(self._own_time, _START_S)
+        self._deadline_s = deadline_s
         self.ready = False
-        self.ended = False
-        self.pending: deque[Pair] = deque()
-        self._text = b""
+        self.pair: Pair | None = None
 
-    def send(self, batch: list[Pair]) -> None:
-        """Send a batch; the clock of its first pair starts."""
-        self.pending = deque(batch)
-        self.deadline = time.monotonic() + self.deadline_s
-        with contextlib.suppress(BrokenPipeError):  # it died: `failure` reports the end of its output
-            self.input.write(json.dumps(batch).encode() + b"\n")
-            self.input.flush()
+    @property
+    def is_busy(self) -> bool:
+        """Whether it starts or grades."""
+        return self.pair is not None or not self.ready
+
+    def send(self, pair: Pair) -> None:
+        """Send a pair; its clock starts."""
+        self.pair = pair
+        self.patience = Patience(self._own_time, self._deadline_s)
+        self.channel.send(pair)
 
     def receive(self) -> list[tuple[Pair, Grade]]:
-        """Read the grades that have arrived; each one restarts the clock."""
-        with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self.output.fileno(), 1 << 16):
-                self._text += chunk
-            self.ended = True
-        *lines, self._text = self._text.split(b"\n")
+        """The grade of its pair, if that has arrived."""
         arrived: list[tuple[Pair, Grade]] = []
-        for line in lines:
-            if self.ready:
-                arrived.append((self.pending.popleft(), from_row(Grade, json.loads(line))))
-            self.ready = True
-            self.deadline = time.monotonic() + self.deadline_s if self.pending else float("inf")
+        for row in self.channel.receive():
+            if self.pair is not None:
+                arrived.append((self.pair, from_row(Grade, row)))
+            self.pair, self.ready = None, True
         return arrived
 
     def failure(self) -> str:
         """The reason why this worker cannot be used any more, or ""."""
-        if self.ended:
-            code = self.process.wait()
+        if (code := self.process.poll()) is not None:
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return f"the grader process died ({cause})"
-        if time.monotonic() < self.deadline:
+        if not self.is_busy or not self.patience.is_over:
             return ""
-        return f"timed out after {self.deadline_s:g} s" if self.ready else f"not ready after {_START_S:g} s"
+        return f"timed out after {self._deadline_s:g} s" if self.ready else f"{_NOT_READY} {_START_S:g} s"
+
+    def end(self) -> None:
+        """Let the guard kill the worker and its descendants."""
+        assert self.process.stdin, "Popen opens the pipe"
+        self.process.stdin.close()
 
     def kill(self) -> None:
-        """Kill the process and its children, and wait for its end."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill the worker and its descendants, and wait for their end."""
+        self.end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
+        self.process.kill()  # the kernel then ends the worker
         self.process.wait()
-        for pipe in (self.input, self.output):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        assert self.process.stdout, "Popen opens the pipe"
+        self.process.stdout.close()
+        self.channel.close()

@@ -59,7 +59,8 @@ def add_parts(grades: Mapping[str, Grade], weights: Mapping[str, float]) -> Grad
     parts = {name: grade.reward for name, grade in grades.items()}
     missing = [name for name, reward in parts.items() if reward is None]
     if missing:
-        why = "; ".join(f"{name}: {grades[name].why}" for name in missing) if len(parts) > 1 else first.why
+        whys = {name: grades[name].why.removeprefix(f"{name}: ") for name in missing}
+        why = "; ".join(f"{name}: {why}" for name, why in whys.items()) if len(parts) > 1 else first.why
         return replace(first, reward=None, correct=None, why=why, parts=parts)
     reward = sum(weights[name] * (value or 0.0) for name, value in parts.items())
     if not math.isfinite(reward):

@@ -1,46 +1,69 @@
-"""The worker process of `pool`: `python -m rlcs.grading.worker DEADLINE_S [FILE.py:NAME]`.
+"""The worker process of `pool`: `python -m rlcs.grading.worker [FILE.py:NAME]`, under a `guard`.
 
-Protocol, one JSON value a line: it writes `"ready"`, then reads lists of pairs and writes the row of one
-`Grade` for each pair, until its input ends. Without a function it runs math-verify on [prediction, gold];
-with one it calls that on [problem as JSON, response] (`own.load_function`). If the pool's process dies, the
-worker ends with its input, or by a timer of the kernel during a decision.
+It asks for pairs over `channel` until there are no more, and answers each with the row of a `Grade`. Without
+a function it runs math-verify on [prediction, gold]; with one it calls that on [problem as JSON, response]
+(`own.load_function`).
 """
 
 import contextlib
 import json
 import os
 import resource
-import signal
 import sys
+from os import O_RDWR, _exit, devnull, dup2, fstat, getpid  # by name, as user code may replace what stands
+from os import open as open_file  # in a module
+from resource import setrlimit
 
+import psutil
+
+from rlcs.grading.channel import VARIABLE, exchange
 from rlcs.grading.own import load_function
 from rlcs.grading.symbolic import compare_formulas
 from rlcs.records import Grade, to_row
 
 MEMORY_BYTES = 2 << 30
 """Address space of a worker, so that a huge formula fails instead of filling the machine's memory."""
+FUNCTION_MEMORY_SHARE = 0.5
+"""Share of the machine's memory that a process of a user's function may fill."""
+
+_SPARE_HANDLES = 8
+"""File handles that a function leaves free, so that the worker can connect."""
 
 
 def main() -> None:
-    """Answer requests until the input ends."""
-    limit_s = float(sys.argv[1]) * 2 + 5  # the pool kills at the deadline; this is in case it has died
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keeps output of libraries out of the replies
-    if len(sys.argv) > 2:
-        decide = load_function(sys.argv[2])
+    """Answer requests until there are no more."""
+    address, secret = json.loads(os.environ.pop(VARIABLE))
+    this = getpid()
+    with contextlib.suppress(ValueError, OSError):  # not every system has these limits
+        if len(sys.argv) > 1:
+            memory = int(FUNCTION_MEMORY_SHARE * psutil.virtual_memory().total)
+            setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        else:
+            setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    if len(sys.argv) > 1:
+        decide = load_function(sys.argv[1])
     else:
-        with contextlib.suppress(ValueError, OSError):  # not every system has this limit
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         decide = _by_math_verify
         decide("1", "x")  # imports sympy before the first deadline runs
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even inside C code
-    print('"ready"', file=replies, flush=True)
-    for line in sys.stdin:
-        for pair in json.loads(line):
-            signal.setitimer(signal.ITIMER_REAL, limit_s)
-            grade = decide(*pair)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            print(json.dumps(to_row(grade)), file=replies, flush=True)
+    row, (handles, most) = None, resource.getrlimit(resource.RLIMIT_NOFILE)
+    while getpid() == this:
+        _open_standard_handles()
+        setrlimit(resource.RLIMIT_NOFILE, (handles, most))
+        if (question := exchange(address, secret, row)) is None:
+            break
+        setrlimit(resource.RLIMIT_NOFILE, (handles - _SPARE_HANDLES, most))
+        secret, pair = question
+        row = to_row(decide(*pair))
+    _exit(0)  # also a copy that the function forked, and that returned as well; waits for no thread
+
+
+def _open_standard_handles() -> None:
+    """Open those that the function closed: what is opened next would get their numbers, and its output."""
+    for handle in range(3):
+        try:
+            fstat(handle)
+        except OSError:
+            dup2(open_file(devnull, O_RDWR), handle)
 
 
 def _by_math_verify(prediction: str, gold: str) -> Grade:

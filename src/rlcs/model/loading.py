@@ -31,18 +31,27 @@ from transformers import (
 from rlcs.data.hub import cache_where_unreachable
 from rlcs.data.images import OpenImage, open_image
 from rlcs.distributed import ALONE, World
-from rlcs.errors import CheckpointError, ModelError, PromptError, RecipeError, RunFolderError, UserError
+from rlcs.errors import (
+    CheckpointError,
+    ModelError,
+    PromptError,
+    RecipeError,
+    RlcsError,
+    RunFolderError,
+    UserError,
+)
 from rlcs.model import attention
 from rlcs.model import lora as adapters
 from rlcs.model.chat import Chat, default_system, set_default_system
 from rlcs.model.checkpoints import ADAPTER, read_weights
 from rlcs.model.families import family_of
 from rlcs.model.families.family import Family
+from rlcs.model.file_faults import damaged_weights, require_tokenizer, template_errors
 from rlcs.model.fsdp import shard, whole_weights
 from rlcs.model.images import ImagePipeline
 from rlcs.model.source import FINAL, Source, find_source
 from rlcs.model.template_rules import rules_of, set_default_thinking
-from rlcs.model.vlm import Vlm
+from rlcs.model.vlm import Vlm, require_alive
 from rlcs.recipe.arms import ARMS, RL_ARMS, ArmName
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.schema import Images, Prompts, Recipe
@@ -204,6 +213,7 @@ def load(
         source = _source(settings)
         if weights and world.rank == 0:
             model = AutoModelForImageTextToText.from_pretrained(**source, config=config, **options)
+            require_alive(model if world.grouped else model.to(device), settings.name)
         else:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(
@@ -353,6 +363,7 @@ def _load_description(settings: ModelSettings) -> tuple[Any, Any, Family]:
         family = family_of(config.model_type, settings.name)
         written, _ = PreTrainedConfig.get_config_dict(**source)
         family.complete(config, written, f"model.name={settings.name}")
+        require_tokenizer(source["pretrained_model_name_or_path"])
         return config, AutoProcessor.from_pretrained(**source), family
 
 
@@ -362,14 +373,23 @@ def _model_errors(settings: ModelSettings) -> Iterator[None]:
     try:
         with cache_where_unreachable(_source(settings)["pretrained_model_name_or_path"]):
             yield
-    except (OSError, ValueError) as error:
+    except RlcsError:
+        raise
+    except Exception as error:
+        # The tokenizers' library raises nothing more precise than Exception.
+        if not isinstance(error, OSError | ValueError | SafetensorError) and type(error) is not Exception:
+            raise
+        fix = "give a run folder, a folder in Hugging Face format, a hub id, or `builtin`"
+        if (damaged := damaged_weights(Path(_source(settings)["pretrained_model_name_or_path"]))) is not None:
+            fix = f"{damaged} is cut off or damaged: copy or download it again"
         raise ModelError(
-            f"cannot load the model: {str(error).splitlines()[0]}",
+            f"cannot load the model: {(str(error) or type(error).__name__).splitlines()[0]}",
             where=f"model.name={settings.name}",
-            fix="give a run folder, a folder in Hugging Face format, a hub id, or `builtin`",
+            fix=fix,
         ) from error
 
 
+@template_errors()
 def _chat(
     processor: Any,
     family: Family,
@@ -455,7 +475,7 @@ def save(vlm: Vlm, folder: Path) -> None:
             if not vlm.reference_mode:
                 adapters.save(vlm.adapter, folder / "adapter", whole)
         vlm.processor.save_pretrained(folder)
-        open_to_readers(folder)
+        open_to_readers(folder, sync=True)
 
     vlm.world.first(write)
 
@@ -469,6 +489,6 @@ def save_adapters(vlm: Vlm, folder: Path) -> None:
     @writing_model(folder)
     def write() -> None:
         adapters.save(adapter, folder, weights or vlm.model.state_dict())
-        open_to_readers(folder)
+        open_to_readers(folder, sync=True)
 
     vlm.world.first(write)

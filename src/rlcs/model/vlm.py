@@ -1,5 +1,6 @@
 """A loaded vision-language model: weights, processor, device, and calls that work when it is sharded."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlcs.distributed import ALONE, World
+from rlcs.errors import ModelError
 from rlcs.model.families.family import Family
 
 if TYPE_CHECKING:
@@ -84,3 +86,21 @@ class Vlm:
     def gathered(self) -> AbstractContextManager[None]:
         """Hold all weights on every rank, so that ranks need not keep in step; no gradients."""
         return nullcontext() if self.fsdp_root is None else self.fsdp_root.gathered()
+
+
+@torch.no_grad()
+def require_alive(model: nn.Module, name: str) -> None:
+    """Raise ModelError for weights that are NaN or infinite, or all zero: such a model says nothing."""
+    tensors = {
+        key: p
+        for key, p in model.named_parameters()
+        if p.dtype.is_floating_point and p.dtype.itemsize > 1 and p.numel()
+    }
+    largest = torch.stack([each.float() for each in torch._foreach_norm(list(tensors.values()), math.inf)])
+    fix = "the files are damaged, or training has spoilt them: take another model or checkpoint"
+    if not bool(largest.isfinite().all()):
+        key = list(tensors)[int(largest.isfinite().logical_not().nonzero()[0])]
+        raise ModelError(f"the weights {key} are not all finite", where=f"model.name={name}", fix=fix)
+    matrices = [size for size, p in zip(largest.tolist(), tensors.values(), strict=True) if p.dim() >= 2]
+    if matrices and not any(matrices):
+        raise ModelError("all weights are zero", where=f"model.name={name}", fix=fix)

@@ -24,8 +24,10 @@ from rlcs.errors import RunFolderError, TrainingError
 from rlcs.evals.intervals import interval_of_mean
 from rlcs.pipeline.blind import answered_blind
 from rlcs.pipeline.data_checks import check_prompts
-from rlcs.pipeline.run_folder import claim, command, hold, versions
-from rlcs.pipeline.study import Output, Study, dry_run, make_demonstrations
+from rlcs.pipeline.demonstrations import make_demonstrations
+from rlcs.pipeline.run_folder import claim, command, versions
+from rlcs.pipeline.study import Study, dry_run
+from rlcs.progress import Output
 from rlcs.recipe.coldstart import GIVEN, NONE, Cell, Wanted, chains_of, lengths_of, plan, subset
 from rlcs.recipe.loading import changed
 from rlcs.recipe.schema import Recipe
@@ -33,7 +35,8 @@ from rlcs.report import coldstart as reporting
 from rlcs.report.coldstart_results import GRID, read
 from rlcs.report.pages import duration
 from rlcs.signals import StopFlag, Stopped
-from rlcs.storage import is_done, mark_done, read_json, read_jsonl, write_json, write_jsonl
+from rlcs.storage import is_done, mark_done, read_json, read_jsonl, verify_done, write_json, write_jsonl
+from rlcs.storage.locks import hold
 from rlcs.train.validation import shares
 
 log = logging.getLogger("rlcs")
@@ -59,19 +62,20 @@ class ColdStart:
         stop: StopFlag,
         world: World = ALONE,
     ) -> None:
-        """Claim the folder. Raises RunFolderError if it belongs to another recipe, UserError."""
+        """Check that the folder is free for it. Raises RunFolderError if it has another recipe, UserError."""
         self.recipe, self.folder = recipe, folder
         self._wanted, self._output, self._stop, self._world = wanted, output, stop, world
         given = all(row.response is not None for row in data.cold_start)
         self._chains = chains_of(wanted, recipe, given=given)
         self._data = check_prompts(data, recipe)
         self._seconds: dict[str, list[float]] = {"cells": [], "sft": []}
-        world.first(lambda: claim(folder, recipe))
+        world.first(lambda: claim(folder, recipe, dry=True))
 
     def run(self) -> dict[str, Any]:
         """Run every cell that is not over; returns the result, which is also in coldstart.json."""
         with ExitStack() as stack:
-            self._world.first(lambda: hold(self.folder, stack))
+            self._world.first(lambda: stack.enter_context(hold(self.folder)))
+            self._world.first(lambda: claim(self.folder, self.recipe))
             kept = {chain: self._demonstrations(chain) for chain in self._chains}
             cells = self._world.first(lambda: self._plan({chain: len(rows) for chain, rows in kept.items()}))
             left = self._world.first(lambda: [cell for cell in cells if not self._is_over(cell)])
@@ -88,7 +92,7 @@ class ColdStart:
                 self._rl(cell, cells)
                 self._seconds["cells"].append(time.monotonic() - started)
                 self._world.first(partial(self._finish, cell, cells))
-        return self._world.first(self._conclude)
+            return self._world.first(self._conclude)
 
     # --- what cells share
 
@@ -166,7 +170,7 @@ class ColdStart:
             if not is_done(folder / "cold_start"):
                 chosen = subset(kept, cell.demonstrations, cell.seed)
                 write_jsonl(folder / "cold_start" / "kept.jsonl", chosen)
-                mark_done(folder / "cold_start", seconds=0.0, kept=len(chosen))
+                mark_done(folder / "cold_start", reads=["kept.jsonl"], seconds=0.0, kept=len(chosen))
             base = self.folder / "cells" / f"{NONE}-seed-{self.recipe.seed}" / "eval" / "base"
             self._share(base, folder / "eval" / "base")
 
@@ -182,6 +186,7 @@ class ColdStart:
     def _share(self, source: Path, target: Path) -> None:
         """Take the measurement of the same model over from another run, if it has been made there."""
         if is_done(source) and not target.exists():
+            verify_done(source, {})
             aside = target.with_name(f"{target.name}.tmp")
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(source, aside)

@@ -112,9 +112,27 @@ def check_prompts(data: RunData, recipe: Recipe) -> RunData:
             left_out[name] = {row.id for row in bad}
     if errors:
         raise _joined(errors)
-    return replace(
-        data.without(left_out), notes=(*data.notes, *notes), checks={**data.checks, "sources": facts}
-    )
+    left = data.without(left_out)
+    notes += sight_notes(left.rl, recipe)
+    return replace(left, notes=(*data.notes, *notes), checks={**data.checks, "sources": facts})
+
+
+def sight_notes(problems: Sequence[Problem], recipe: Recipe) -> list[str]:
+    """A warning where `grpo.sight` finds no image in some RL problems; DataError where it does in none."""
+    blind = sum(not problem.images for problem in problems)
+    if not recipe.grpo.sight.coefficient or not blind:
+        return []
+    if blind == len(problems):
+        raise DataError(
+            "no problem of data.rl has an image, so that nothing can be masked",
+            where=f"grpo.sight.coefficient={recipe.grpo.sight.coefficient:g}",
+            fix="set it to 0, or name problems with images",
+        )
+    share = blind / len(problems)
+    return [
+        f"warning: grpo.sight has no effect on {blind:,} of {len(problems):,} problems of data.rl "
+        f"({share:.0%}), which have no image"
+    ]
 
 
 def _joined(errors: Sequence[tuple[int, DataError]]) -> DataError:

@@ -24,6 +24,7 @@ from rlcs.progress import screen
 from rlcs.recipe.schema import Recipe
 from rlcs.records import Problem, Request, to_row
 from rlcs.signals import StopFlag
+from rlcs.storage.locks import hold
 
 _INNER_BINS = 5
 
@@ -107,7 +108,7 @@ def measure_difficulty(
     settings |= {name: getattr(grpo, name) for name in ("temperature", "top_p", "max_new_tokens")}
     settings |= {"blind": "other"} if blind else {}
     settings |= {"prompt": recipe.prompt.model_dump(mode="json"), "reward": next(iter(grpo.reward.weights))}
-    with SampleLog(folder / "samples.jsonl", digests, settings=settings) as log:
+    with hold(folder), SampleLog(folder / "samples.jsonl", digests, settings=settings) as log:
         answered = Counter(name for name, *_ in log.entries)
         left = [problem for problem in problems if answered[problem.id] < samples]
         if left:

@@ -100,6 +100,11 @@ def trial_folder(run: Path, step: int) -> Path:
     return run / f"trial-{step:06d}"
 
 
+def trials_of(run: Path) -> list[Path]:
+    """The folders of the trials of a run, or of its seeds, that did not become the arm."""
+    return sorted((*run.glob("trial-*"), *run.glob("seed-*/trial-*")))
+
+
 def probe(run: Path, handover: Handover, *, steps: int, train: Try, world: World) -> None:
     """Choose the model that SFT hands over to an arm of `steps` steps of RL; all ranks call it together.
 
@@ -170,7 +175,8 @@ def _hand_over(run: Path, step: int) -> None:
                 shutil.rmtree(last, ignore_errors=True)
                 final.replace(last)
             model.replace(final)
-        mark_done(stage, **{**done, "step": step})
+        facts = {name: value for name, value in done.items() if name != "files"}
+        mark_done(stage, reads=[FINAL], **{**facts, "step": step})
 
 
 def _why(rounds: Sequence[Mapping[str, Any]], taken: Mapping[Rule, int]) -> str:

@@ -20,16 +20,19 @@ from typing import Any
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RlcsError, UserError
-from rlcs.pipeline.probe import steps_of
-from rlcs.pipeline.study import Output, Study
-from rlcs.progress import Screen, screen
+from rlcs.model.checkpoints import folder_of
+from rlcs.pipeline.probe import steps_of, trials_of
+from rlcs.pipeline.study import Study
+from rlcs.progress import Output, Screen, screen
 from rlcs.recipe.arms import RL_ARMS, RlArm
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Recipe
 from rlcs.records import from_row, to_row
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_jsonl, write_json, write_jsonl
+from rlcs.storage.locks import LOCK
 from rlcs.train.collapse import (
+    BATCH,
     FOLDER,
     RESULT,
     WINDOW,
@@ -40,7 +43,7 @@ from rlcs.train.collapse import (
     read_batch,
 )
 
-_OWN = ("recipe.yaml", "logs", "rollout", "report", "judge", "summary.json")
+_OWN = ("recipe.yaml", "logs", "rollout", "report", "judge", "summary.json", LOCK)
 """What a replay has of its own; all else of the run's folder is linked."""
 _QUIET = (
     "grpo.save_every=1000000000", "grpo.keep_steps=[]", "trackers.tensorboard=false",
@@ -94,6 +97,17 @@ def find_collapse(folder: Path, step: int | None = None) -> Collapse:
             for crossing in kept_crossings(run / arm / FOLDER):
                 if step in (None, crossing.step):
                     return Collapse(run=run, arm=arm, crossing=crossing)
+    of_trials = ((trial, each) for trial in trials_of(folder) for each in kept_crossings(trial / FOLDER))
+    if (found := next(of_trials, None)) is not None:
+        trial, crossing = found
+        raise UserError(
+            f"only a trial that lost, from step {int(trial.name[6:]):,} of SFT, collapsed (in step "
+            f"{crossing.step:,}: {crossing.message}): what it began with is removed, so that nothing can be "
+            "replayed",
+            where=str(trial),
+            fix=f"its answers are in {trial / FOLDER / folder_of(crossing.step) / BATCH}, and its metrics "
+            "beside; the arm that goes on did not collapse",
+        )
     where = "this run" if step is None else f"step {step:,} of this run"
     raise UserError(
         f"no sign of collapse crossed its limit in {where}, so that there is nothing to replay",

@@ -1,11 +1,10 @@
 """The folder of a run: its recipe, the log of each start, and the versions and command behind its numbers."""
 
-import fcntl
 import hashlib
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
@@ -18,10 +17,15 @@ from rlcs.recipe.keys import recipe_keys
 from rlcs.recipe.loading import differences, dump, load_recipe
 from rlcs.recipe.sampling import Server
 from rlcs.recipe.schema import Recipe
+from rlcs.redaction import RedactingFormatter
 from rlcs.storage import atomic_write
+from rlcs.storage.locks import LOCK
 
 _WORK = ("done.json", "manifest.json", "step-*.jsonl", "samples.jsonl", "predictions.jsonl")
 """Files of a run that hold results of long work."""
+
+_BEFORE_A_RUN = ("cold_start", "images", LOCK)
+"""What a folder may hold before its run: the cold start of `rlcs distill`, images that ranks stored."""
 
 _JUDGE_LIMITS = (
     *(name for name in Server.model_fields if name != "request"),
@@ -34,7 +38,13 @@ OPERATIONAL = frozenset(
         *("study.preflight", "grpo.reward.deadline_s", "grpo.reward.workers"),
         *(f"{KEY}.{name}" for name in _JUDGE_LIMITS),
         *(f"{stage}.{name}" for stage in ("sft", "grpo") for name in _KEPT),
-        *("images.workers", "images.cache_gb", "images.features_gb"),
+        *(
+            "teacher.token_budget",
+            "teacher.cost_budget",
+            "images.workers",
+            "images.cache_gb",
+            "images.features_gb",
+        ),
     }
 )
 """Keys that do not change what is learnt (limits of graders, kept checkpoints, the trial before): a run may
@@ -94,7 +104,7 @@ def claim(folder: Path, recipe: Recipe, *, dry: bool = False) -> Recipe:
     changed = [each for each in differences(before, recipe) if each[0] in fixed]
     keys = [key for key, _, _ in changed]
     if keys:
-        if _holds_results(folder, keys):
+        if holds_results(folder, keys):
             listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed[:5])
             raise RunFolderError(
                 f"the folder holds a run of another recipe: {listed}",
@@ -112,8 +122,9 @@ def claim(folder: Path, recipe: Recipe, *, dry: bool = False) -> Recipe:
 
 
 def _require_free(folder: Path) -> None:
-    """Require that nothing is in the folder but the cold start of an earlier `rlcs distill`, and images."""
-    if folder.exists() and any(path.name not in ("cold_start", "images") for path in folder.iterdir()):
+    """Require that nothing is in the folder but a cold start, images, the lock, and what a kill left."""
+    found = folder.iterdir() if folder.exists() else ()
+    if any(path.name not in _BEFORE_A_RUN and not path.name.startswith(".tmp-") for path in found):
         raise RunFolderError(
             "the folder is not empty and holds no run", where=str(folder), fix="choose another --out"
         )
@@ -126,7 +137,7 @@ def _create(folder: Path) -> None:
         raise RunFolderError(f"cannot create it: {error.strerror}", where=str(folder)) from error
 
 
-def _holds_results(folder: Path, changed: Iterable[str]) -> bool:
+def holds_results(folder: Path, changed: Iterable[str]) -> bool:
     """Whether the folder holds a finished stage, a checkpoint or answers that depend on the changed keys.
 
     A cold start depends on its data and its teacher alone.
@@ -139,20 +150,16 @@ def _holds_results(folder: Path, changed: Iterable[str]) -> bool:
     )
 
 
-def hold(folder: Path, until: ExitStack) -> None:
-    """Hold a run folder until the stack ends (or the process, however it ends).
+class _AttemptLog(logging.FileHandler):
+    """A log file that a full disk neither stops nor fills the screen for; the file may lack lines then."""
 
-    Raises RunFolderError while another process holds it: two would write into the same files.
-    """
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    file = until.enter_context((folder / "logs" / "lock").open("a"))
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        fix = f"wait for it or stop it, or choose another --out; `rlcs report {folder} --live` follows it"
-        raise RunFolderError("another process is running in it now", where=str(folder), fix=fix) from error
-    except OSError as error:
-        log.info("%s: the file system has no locks (%s)", folder, error.strerror)
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: what else is written to the disk says it."""
+
+    def close(self) -> None:
+        """Close the file, whose last lines may not fit on the disk."""
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
@@ -160,8 +167,8 @@ def attempt_log(folder: Path) -> Iterator[None]:
     """Log to a new file `attempt-N.log`, one for each start of a run, with the error that ended it."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + len(list(folder.glob("attempt-*.log")))
-    handler = logging.FileHandler(folder / f"attempt-{number}.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler = _AttemptLog(folder / f"attempt-{number}.log", encoding="utf-8")
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, level = logging.getLogger(), log.level
     root.addHandler(handler)
     log.setLevel(logging.INFO)

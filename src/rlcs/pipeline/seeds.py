@@ -1,6 +1,7 @@
 """The study with several seeds, each in its own folder, and the mean over them."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.evals.scores import with_interval
 from rlcs.pipeline.run_folder import claim, command
-from rlcs.pipeline.study import Output, Study
+from rlcs.pipeline.study import Study
+from rlcs.progress import Output
 from rlcs.recipe.schema import Recipe
 from rlcs.signals import StopFlag
 from rlcs.storage import write_json
+from rlcs.storage.locks import hold
 
 
 def run_seeds(
@@ -37,19 +40,20 @@ def run_seeds(
         claim(folder, recipe)
         write_json(folder / "seeds.json", {"count": count})  # from which `rlcs doctor` shows how to resume
 
-    world.first(begin)
-    summaries = {}
-    for seed in range(recipe.seed, recipe.seed + count):
-        own = recipe.model_copy(update={"seed": seed})
-        study = Study(own, folder / f"seed-{seed}", data=data, output=output, stop=stop, world=world)
-        summaries[seed] = study.run()
-    summary = averaged(summaries)
-
-    def conclude() -> None:
+    def conclude(summary: Mapping[str, Any]) -> None:
         write_json(folder / "summary.json", summary)
         report.build(folder)
 
-    world.first(conclude)
+    with ExitStack() as stack:
+        world.first(lambda: stack.enter_context(hold(folder)))
+        world.first(begin)
+        summaries = {}
+        for seed in range(recipe.seed, recipe.seed + count):
+            own = recipe.model_copy(update={"seed": seed})
+            study = Study(own, folder / f"seed-{seed}", data=data, output=output, stop=stop, world=world)
+            summaries[seed] = study.run()
+        summary = averaged(summaries)
+        world.first(lambda: conclude(summary))
     return summary
 
 

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +15,12 @@ from typing import Any
 
 from rlcs import distill, report
 from rlcs.data.problem_store import ProblemStore
-from rlcs.data.rows import Row
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
 from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.engines.local import LocalEngine
-from rlcs.errors import RlcsError, out_of_memory_in
+from rlcs.errors import out_of_memory_in
 from rlcs.evals.arms import CHUNK, Evaluator, evaluate
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
@@ -35,38 +33,29 @@ from rlcs.model.vlm import Vlm
 from rlcs.pipeline import probe
 from rlcs.pipeline.blind import answered_blind, blind_summary, blind_tasks
 from rlcs.pipeline.data_checks import CHECKS, check_prompts
+from rlcs.pipeline.demonstrations import make_demonstrations
 from rlcs.pipeline.faults import add_faults
 from rlcs.pipeline.graders import open_graders
+from rlcs.pipeline.inputs import check_inputs
 from rlcs.pipeline.online_teacher import open_teacher
 from rlcs.pipeline.preflight import Preflight
-from rlcs.pipeline.run_folder import attempt_log, claim, command, hold, recipe_hash, versions
+from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
-from rlcs.progress import Screen, screen
+from rlcs.progress import Output
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, RlArm
 from rlcs.recipe.schema import Model, Recipe
 from rlcs.recipe.stages import Grpo, Stage
 from rlcs.records import Demonstration, Problem
 from rlcs.signals import StopFlag
-from rlcs.storage import is_done, mark_done, read_json, write_json
+from rlcs.storage import is_done, mark_done, read_json, verify_done, write_json
+from rlcs.storage.locks import hold
 from rlcs.train import grpo, sft
 from rlcs.train.context import GrpoContext
 from rlcs.train.run_dir import RunDir
 from rlcs.train.validation import AfterValidation, Validation
 
 log = logging.getLogger("rlcs")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """How a run prints its progress: a bar, plain lines (`quiet`), or `json` rows."""
-
-    quiet: bool = False
-    json: bool = False
-
-    def screen(self, stage: str, total: int) -> Screen:
-        """The display of one stage's progress."""
-        return screen(stage, total, quiet=self.quiet, json=self.json)
 
 
 class Study:
@@ -83,7 +72,7 @@ class Study:
         world: World = ALONE,
         dry: Path | None = None,
     ) -> None:
-        """Claim the folder; a `dry` run only checks whether it could, and has vLLM's files in that folder.
+        """Check that the folder is free for the recipe; a `dry` run has vLLM's files in that folder.
 
         Raises RunFolderError if it belongs to another recipe, UserError.
         """
@@ -94,11 +83,13 @@ class Study:
         self._output = output
         self._stop = stop
         self._world = world
+        self._dry = dry is not None
         self._logs = dry or folder / "rollout"
+        self._seen: dict[Path, object] = {}
         self.after_validation: AfterValidation | None = None
         """Gets the rows of the validation of RL."""
         self._make_engine: MakeEngine
-        self._claimed = world.first(lambda: claim(folder, recipe, dry=dry is not None))
+        self._claimed = world.first(lambda: claim(folder, recipe, dry=True))
         self._recipe_hash = recipe_hash(recipe)
 
     def run(self) -> dict[str, Any]:
@@ -120,10 +111,15 @@ class Study:
         if self._world.rank:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         with ExitStack() as stack:
-            self._world.first(lambda: hold(self.folder, stack))
+            self._world.first(lambda: stack.enter_context(hold(self.folder)))
+            self._claim()
             log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
             with log_here, memory_advice(self.recipe, self._world):
                 yield
+
+    def _claim(self) -> None:
+        """Write the recipe into the folder; another process may have been there since the check."""
+        self._claimed = self._world.first(lambda: claim(self.folder, self.recipe))
 
     @contextmanager
     def engines(self) -> Iterator[None]:
@@ -134,10 +130,12 @@ class Study:
     def check_data(self) -> None:
         """Make the prompts of all data, leave out rows without one, and show what there is to know.
 
-        Raises DataError if these rows are many.
+        Raises DataError if these rows are many, RunFolderError if data or model are not those of the folder.
         """
+        model, dry = self.recipe.model.name, self._dry
         if self._world.grouped:  # a checkpoint's model is written once, by rank 0
-            self._world.first(lambda: loading.resolve(self.recipe.model.name))
+            self._world.first(lambda: loading.resolve(model))
+        self._world.first(lambda: check_inputs(self.folder, self._data, model, dry=dry))
         self._data = check_prompts(self._data, self.recipe)
         blind_tasks("base", self.recipe, self._data, self.folder)  # that other images are there
         with Output(quiet=True, json=self._output.json).screen("data", 0) as view:
@@ -199,6 +197,7 @@ class Study:
         It ends after the step `until`, and nothing but its metrics is kept.
         """
         self._recipe_hash = recipe_hash(of)
+        self._claim()
         self._data = check_prompts(self._data, of)
         self._drop_blind()
         demonstrations: Sequence[Demonstration] = ()
@@ -218,9 +217,6 @@ class Study:
             log.info(note)
 
     def _conclude(self, counts: dict[str, int]) -> dict[str, Any]:
-        if (judge := self.recipe.grpo.reward.judge).faults:
-            for folder in (self.folder / "eval" / arm for arm in self.recipe.study.arms):
-                add_faults(folder, self._data.test, judge, self.folder / "judge" / "faults")
         path = self.folder / "summary.json"
         before = read_json(path)["counts"] if path.exists() else {}
         # Data that only arms of an earlier command need was not read.
@@ -240,11 +236,20 @@ class Study:
         )
 
     def _is_done(self, name: str) -> bool:
-        return self._world.first(lambda: is_done(self.folder / name))
+        """Whether a stage has finished. Raises CheckpointError where its files are not as it wrote them."""
+
+        def check() -> bool:
+            folder = self.folder / name
+            if finished := is_done(folder):
+                verify_done(folder, self._seen)
+            return finished
+
+        return self._world.first(check)
 
     def _load(self, settings: Model, arm: str | None, *, four_bit: bool = False) -> Vlm:
         """Load a trained model, `sft` or a step `sft@80`; without an arm, and for the base, the recipe's."""
         if arm is not None and arm != "base":
+            self._is_done(arm)
             start = str(self.folder / arm / ("" if "@" in arm else "final"))
             settings = settings.model_copy(update={"name": start, "revision": None})
         loading.give_back_memory()  # FSDP's reference cycles hold the previous sharded model
@@ -406,8 +411,12 @@ class Study:
                 title, folder = name.replace("/", " "), self.folder / name
                 with self._output.screen(title, len(problems)) as view:
                     evaluate(evaluator, problems, folder=folder, screen=view, stop=self._stop)
+                if (judge := recipe.grpo.reward.judge).faults and folder == self.folder / "eval" / arm:
+                    replies = self.folder / "judge" / "faults"
+                    self._world.first(partial(add_faults, folder, problems, judge, replies))
                 seconds = round(time.monotonic() - started, 1)
-                self._world.first(partial(mark_done, folder, seconds=seconds))
+                reads = ["predictions.jsonl", "scores.json"]
+                self._world.first(partial(mark_done, folder, reads=reads, seconds=seconds))
                 started = time.monotonic()
                 log.info("%s: done", title)
         engine.rest()  # the next stage has the GPU
@@ -438,28 +447,6 @@ class Study:
             "command": command(),
             **({"ranks": self._world.size} if self._world.grouped else {}),
         }
-
-
-def make_demonstrations(
-    rows: Sequence[Row], recipe: Recipe, folder: Path, *, output: Output, stop: StopFlag
-) -> None:
-    """Make the demonstrations of a study unless the folder has them. Raises RlcsError if some are missing."""
-    started = time.monotonic()
-    if is_done(folder):
-        return
-    with output.screen("cold start", sum(row.response is None for row in rows)) as view:
-        kept = distill.run(
-            rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view, stop=stop
-        )
-    # Without a marker the same command samples the missing answers.
-    if failed := read_json(folder / "stats.json")["failed"]:
-        raise RlcsError(
-            f"the teacher left {failed:,} samples unanswered",
-            where=str(folder),
-            fix="the same command asks them again; to do without them, start in a new run folder with "
-            f"data.cold_start={folder / 'kept.jsonl'}",
-        )
-    mark_done(folder, seconds=round(time.monotonic() - started, 1), kept=len(kept))
 
 
 def dry_run(

@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rlcs.errors import UserError
+from rlcs.errors import DataError, UserError
+from rlcs.storage import read_regular
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +62,9 @@ class Rates:
 def read_rates(path: Path) -> Rates:
     """The rates in a file that `rlcs doctor --gpu --out FILE` wrote. Raises UserError for any other file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _error(path, f"cannot read it: {error.strerror}") from error
+        content = json.loads(read_regular(path))
+    except DataError as error:
+        raise _error(path, error.what) from error
     except ValueError as error:
         raise _error(path, "it is no JSON") from error
     found = content.get("rates") if isinstance(content, dict) else None

@@ -1,10 +1,10 @@
 """The recipe's sections on how a run is carried out: adapters, many processes, trackers."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from rlcs.recipe.section import Part, Positive, Section
+from rlcs.recipe.section import Part, Positive, Seconds, Section, Whole
 
 
 class Lora(Section):
@@ -13,7 +13,7 @@ class Lora(Section):
     There is no dropout on purpose: the policy that is trained would differ from the one that sampled.
     """
 
-    rank: Annotated[int, Field(ge=0)] = 0
+    rank: Whole = 0
     """Rank of every adapter; 0: no adapters, the weights themselves train."""
     alpha: Positive = 32
     """The output of an adapter is scaled by alpha / rank."""
@@ -44,7 +44,7 @@ class Parallel(Section):
     reference_dtype: Literal["same", "bfloat16", "float32"] = "same"
     """Number format in which the shards of GRPO's frozen reference are kept; `same`: that of the
     computation, in which they are used anyway, so that the results are the same bit for bit."""
-    shard_size: Annotated[int, Field(gt=0)] | None = None
+    shard_size: Positive | None = None
     """Neighbouring ranks that share one copy of the weights and optimiser; others hold further copies, and
     only gradients pass between them. Null, or more than there are: all ranks share one. On several nodes
     the number of GPUs of a node, if a copy fits there."""
@@ -54,7 +54,7 @@ class Parallel(Section):
     cpu_offload: bool = False
     """Keep each rank's weights, gradients and optimiser state in main memory, where AdamW runs too; a GPU
     holds only the layers in use. For models that do not fit otherwise: every pass copies the weights."""
-    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    timeout_s: Seconds = 1800.0
     """Seconds that a rank waits for the others before the run ends with an error."""
 
 

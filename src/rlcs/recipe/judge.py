@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from rlcs.errors import RecipeError
-from rlcs.recipe.sampling import Endpoint, Seconds, Server
-from rlcs.recipe.section import Positive, Weight
-from rlcs.storage import at_home
+from rlcs.errors import DataError, RecipeError
+from rlcs.recipe.sampling import Endpoint, Server
+from rlcs.recipe.section import Positive, Seconds, Weight, Whole
+from rlcs.storage import at_home, read_regular
 
 PLACEHOLDERS = ("question", "answer", "response", "extracted")
 """What a template may name: question with choices, gold answer, response, final answer in its box."""
@@ -36,7 +36,7 @@ class Judge(Server):
     """Longest reply in tokens; a longer one is not scored. The temperature is 0."""
     request_timeout_s: Seconds = 60.0
     """Seconds one attempt at one request may take in all."""
-    max_retries: Annotated[int, Field(ge=0)] = 2
+    max_retries: Whole = 2
     """Further attempts after a failure that may be temporary (busy, down, cut off, garbled)."""
     max_wait_s: Seconds = 300.0
     """Most seconds a step waits for replies after its answers are sampled; what is missing is not scored."""
@@ -72,8 +72,8 @@ class Judge(Server):
             return self.template
         where = f"{KEY}.template"
         try:
-            text = at_home(self.template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_regular(at_home(self.template)).decode()
+        except (DataError, UnicodeDecodeError) as error:
             fix = "name a text file, or write the prompt itself, with {response}"
             raise RecipeError(f"cannot read {self.template}: {error}", where=where, fix=fix) from error
         try:

@@ -260,8 +260,9 @@ def _complaint(key: str, message: str, settings: Mapping[str, _Setting]) -> tupl
     It is empty for the whole recipe, which checks values of several sections.
     """
     if key in settings:
-        field = recipe_keys()[key]
-        return settings[key].where, f"{key} should be {allowed(field)} (got {shown(settings[key].value)})"
+        own = message.startswith("Value error, ")
+        wanted = message.removeprefix("Value error, ") if own else f"should be {allowed(recipe_keys()[key])}"
+        return settings[key].where, f"{key} {wanted} (got {shown(settings[key].value)})"
     prefix, text = f"{key}." if key else "", message.removeprefix("Value error, ")
     inside = [setting.where for name, setting in settings.items() if name.startswith(prefix)]
     return inside[-1], f"{key}: {text}" if key else text

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from rlcs.recipe.arms import RL_ARMS, ArmName, RlArm
 from rlcs.recipe.sampling import Endpoint
-from rlcs.recipe.section import NonNegative, Positive, Section, Share
+from rlcs.recipe.section import Above0, NonNegative, Positive, Seconds, Section, Share, Whole
 
+Bound = Annotated[float, Field(ge=-1_000_000, le=1_000_000)]
 Over = tuple[NonNegative, NonNegative]
 """A weight at the first step and at the last one, on a straight line between."""
 
@@ -25,7 +26,7 @@ class Entropy(Section):
     share: Share | None = None
     """Share of an optimiser step's tokens that `clip_cov` or `kl_cov` acts on, one token at least. None: the
     paper's, 2e-4 and 2e-3."""
-    bounds: tuple[float, float] = (1.0, 5.0)
+    bounds: tuple[Bound, Bound] = (1.0, 5.0)
     """`clip_cov` draws among the tokens whose covariance lies between these."""
     coefficient: NonNegative = 1.0
     """Weight of the penalty of `kl_cov`, on the size of a token's log ratio."""
@@ -164,11 +165,11 @@ class OnlineTeacher(Section):
     """Environment variable with the server's key."""
     concurrency: Positive = 32
     """Answers that each rank has scored by the server at the same time."""
-    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    request_timeout_s: Seconds = 600.0
     """Seconds one attempt at one answer may take in all."""
-    max_retries: Annotated[int, Field(ge=0)] = 6
+    max_retries: Whole = 6
     """Further attempts after a failure that may be temporary."""
-    bound: Annotated[float, Field(gt=0)] = 5.0
+    bound: Above0 = 5.0
     """Largest difference of logprobs that counts, in nats."""
 
     @property

@@ -8,15 +8,13 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import Field, JsonValue, model_validator
 
 from rlcs.errors import RecipeError
-from rlcs.recipe.section import NonNegative, Positive, Section, Share
+from rlcs.recipe.section import Above0, NonNegative, Positive, Seconds, Section, Share, Whole
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks of LoRA adapters that vLLM 0.32 can hold."""
 
 COLOCATED_SHARE = 0.5
 """Share of a GPU's memory for a vLLM that takes turns with training, unless the recipe says another."""
-
-Seconds = Annotated[float, Field(gt=0)]
 
 FROM_ENVIRONMENT = "env:"
 """What a header's value begins with that stands in an environment variable."""
@@ -72,11 +70,11 @@ class Server(Section):
     """Environment variable that holds the key. Local servers need none."""
     concurrency: Positive = 32
     """Requests at the same time."""
-    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    request_timeout_s: Seconds = 600.0
     """Seconds one attempt at one request may take in all."""
-    max_retries: Annotated[int, Field(ge=0)] = 6
+    max_retries: Whole = 6
     """Further attempts after a failure that may be temporary (busy, down, cut off, garbled)."""
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    requests_per_minute: Above0 | None = None
     """Attempts started a minute, evenly spaced. None: as fast as the server answers."""
     prompt_price: NonNegative | None = None
     """Price of a million prompt tokens, in any currency."""
@@ -212,7 +210,7 @@ class Rollouts(EngineSettings):
     """`fp8`: vLLM rounds the language model's weights to 8 bits when it loads them, and activations as they
     come: half the memory, faster on GPUs from Ada and Hopper on, and answers of a slightly different policy,
     which `importance_cap` corrects and `alarm` watches. Weights are sent unrounded as ever."""
-    importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
+    importance_cap: Annotated[float, Field(ge=1, le=1_000_000)] | None = 2.0
     """Each token's loss is weighted by policy / vLLM probability, at most this (truncated importance
     sampling, https://fengyao.notion.site/off-policy-rl). None: not corrected. With
     grpo.old_logprobs=sampler and several optimiser steps the loss's own ratio is that correction."""
@@ -223,7 +221,7 @@ class Rollouts(EngineSettings):
     vLLM must run as docs/how-to/vllm-rollouts.md says. The reference of a KL penalty chooses its own."""
     alarm: NonNegative = 0.1
     """Warn when the mean difference of vLLM's and the policy's logprobs is above this (nats)."""
-    checks: Annotated[int, Field(ge=0)] = 4
+    checks: Whole = 4
     """How often RL compares what the engine sees and computes with the trainer: before its first step, and
     after each of the first updates of weights. Prompts with images, the same with other images, and without
     go through both; a mismatch stops the run and names the layer that is wrong. 0: never."""

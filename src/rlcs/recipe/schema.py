@@ -10,7 +10,17 @@ from pydantic import Field, model_validator
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
 from rlcs.recipe.execution import Lora, Parallel, Trackers
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
-from rlcs.recipe.section import NonNegative, Positive, Section, Share
+from rlcs.recipe.section import (
+    Above0,
+    NonNegative,
+    Nucleus,
+    Positive,
+    Section,
+    Share,
+    Temperature,
+    Warm,
+    Whole,
+)
 from rlcs.recipe.stages import Grpo, Overlap, Sft
 from rlcs.records import Sampling
 
@@ -73,9 +83,9 @@ class Images(Section):
     """`min_pixels` in RL only; None: the same. The paper's code enlarges to 262,144 in RL only."""
     decode_limit: Positive = 200_000_000
     """Images with more pixels in the file are refused before they are decoded; photos are scaled down."""
-    workers: Annotated[int, Field(ge=0)] = 4
+    workers: Whole = 4
     """Threads of each process that decode and resize images before they are needed; 0: none."""
-    cache_gb: Annotated[float, Field(gt=0)] = 2.0
+    cache_gb: Above0 = 2.0
     """Memory of each process for decoded images: an image of 1,000 tokens takes 2.4 MB."""
     features_gb: NonNegative = 1.0
     """GPU memory of each process for what a frozen vision tower makes of a step's images: it then runs once
@@ -151,7 +161,7 @@ class Filters(Section):
     """Reject an answer more than half of whose runs of 8 words occurred before."""
     leaks: bool = True
     """Reject an answer that mentions a gold or reference answer, which the model was not given."""
-    min_chars: Annotated[int, Field(ge=0)] = 0
+    min_chars: Whole = 0
     """Reject shorter answers."""
     max_chars: Positive | None = None
     """Reject longer answers. Answers that are cut off are always rejected."""
@@ -169,9 +179,9 @@ class Teacher(Server):
     """The model's name on the server; for `local` a folder, a hub id, a run, or `builtin`."""
     rollout: EngineSettings = EngineSettings()
     """The engine of a `local` teacher: this process, or a vLLM that is started and stopped for it."""
-    temperature: NonNegative = 0.7
+    temperature: Temperature = 0.7
     """Sampling temperature of an endpoint or local teacher."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Nucleus = 1.0
     """Nucleus sampling."""
     max_tokens: Positive = 4096
     """Longest answer to one request."""
@@ -179,8 +189,13 @@ class Teacher(Server):
     """Share of answers in which the built-in teacher misreads the image, to imitate real teachers."""
     max_samples: Positive = 1
     """Most answers sampled for each problem."""
-    enough_kept: Annotated[int, Field(ge=0)] = 1
+    enough_kept: Whole = 1
     """Sampling of a problem ends with so many answers to keep. 0: all samples, for an unbiased pass rate."""
+    token_budget: Positive | None = None
+    """Most tokens, of prompts and answers together, that the teacher may be paid for in a run; then the run
+    stops, keeps every answer, and goes on with a higher budget. None: no limit."""
+    cost_budget: Above0 | None = None
+    """The same in money, by the prices."""
     keep: Literal["right", "all"] = "right"
     """`right`: rejection sampling, also of responses that the data has: those whose final answer is not the
     gold answer are left out. `all`: wrong answers are trained on too."""
@@ -206,6 +221,8 @@ class Teacher(Server):
             raise ValueError("a teacher of kind endpoint needs base_url")
         if self.who != "local" and self.rollout.engine != "local":
             raise ValueError(f"rollout.engine is for a teacher of kind local, and this one is {self.who}")
+        if self.cost_budget is not None and self.cost(0, 0) is None:
+            raise ValueError("cost_budget needs the prices: set prompt_price and completion_price")
         if 0 < self.enough_kept < self.max_kept:
             raise ValueError(
                 f"max_kept ({self.max_kept}) is above enough_kept ({self.enough_kept}): raise enough_kept"
@@ -226,9 +243,9 @@ class Teacher(Server):
 class Eval(Section):
     """Sampling in the measurement of every arm on `data.test`."""
 
-    temperature: NonNegative = 0.0
+    temperature: Temperature = 0.0
     """0: greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Nucleus = 1.0
     """Nucleus sampling."""
     max_new_tokens: Positive = 2048
     """Longest answer in tokens."""
@@ -247,24 +264,24 @@ class Eval(Section):
 class Validation(Section):
     """Measurement while a stage trains: pass@1 and pass@k, graded like the final one. Off by default."""
 
-    sft_every: Annotated[int, Field(ge=0)] = 0
+    sft_every: Whole = 0
     """Steps of SFT between measurements, beside one before the first step and one after the last. 0: none."""
-    grpo_every: Annotated[int, Field(ge=0)] = 0
+    grpo_every: Whole = 0
     """The same for steps of GRPO."""
     source: str | None = None
     """Problems with answers, in the forms of `data.rl`. None: the last `problems` of `data.rl`, which RL then
     does not train on. It is never `data.test`: what is chosen by its score would look too good there."""
     problems: Positive = 200
     """Problems that are measured at most: the first of `source`."""
-    demonstrations: Annotated[int, Field(ge=0)] = 50
+    demonstrations: Whole = 50
     """The demonstrations of so many problems, the last ones and a tenth of all at most, are held out of SFT
     where `sft_every` is set, and their loss is measured. 0: none."""
     samples: Positive = 1
     """Answers to each problem. 1: greedy, for pass@1; k of them are sampled: pass@1 is their mean, and pass@k
     the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374)."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Warm = 1.0
     """Temperature of several samples."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Nucleus = 1.0
     """Nucleus sampling of several samples."""
 
     @model_validator(mode="after")
@@ -344,7 +361,7 @@ class Recipe(Section):
 
     name: str = "unnamed"
     """Name of the study in tables and titles."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**31), le=2**32 - 1)] = 0
     """Seeds data order, sampling and every other random choice."""
     model: Model = Model()
     """The model."""

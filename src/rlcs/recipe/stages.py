@@ -9,42 +9,53 @@ from rlcs.recipe.arms import RL_ARMS, ArmName, RlArm
 from rlcs.recipe.handover import Handover, Rule
 from rlcs.recipe.judge import Judge
 from rlcs.recipe.objectives import Also, Entropy, OnlineTeacher, Sight
-from rlcs.recipe.section import FrozenPart, NonNegative, Positive, Section, Share, Weight
+from rlcs.recipe.section import (
+    Above0,
+    Beta,
+    FrozenPart,
+    NonNegative,
+    Nucleus,
+    Positive,
+    Seconds,
+    Section,
+    Warm,
+    Weight,
+    Whole,
+)
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "pass_k"]
 KlKind = Literal["none", "k1", "k2", "k3"]
 Turns = Literal["all", "last"]
 Overlap = Literal["none", "on_policy", "one_step_off"]
-Above0 = Annotated[float, Field(gt=0)]
 
 
 class Optimizer(Section):
     """AdamW and its schedule."""
 
-    lr: NonNegative = 1e-5
+    lr: Annotated[float, Field(ge=0, le=10)] = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After warm-up: down to zero on a cosine, or flat."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Whole = 0
     """Steps of linear warm-up."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's decay rates."""
-    weight_decay: NonNegative = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.1
     """Decoupled; not on biases and norms."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=1e-9, le=1e12)] = 1.0
     """Clip the global gradient norm to this."""
 
 
 class GrpoOptimizer(Optimizer):
     """AdamW with stage two's defaults: small constant steps."""
 
-    lr: NonNegative = 1e-6
+    lr: Annotated[float, Field(ge=0, le=10)] = 1e-6
     """Learning rate after warm-up."""
     schedule: Literal["cosine", "constant"] = "constant"
     """After warm-up: down to zero on a cosine, or flat."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates."""
-    weight_decay: NonNegative = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.01
     """Decoupled; not on biases and norms."""
 
 
@@ -64,7 +75,8 @@ class Stage(Section):
     keep_steps: tuple[Positive, ...] = ()
     """Steps whose checkpoint is saved and kept for good, as in [40, 80], for `rlcs export RUN --step 80`."""
     max_bad_steps: Positive = 5
-    """Steps in a row with a non-finite gradient before the run stops."""
+    """Steps in a row with a non-finite gradient before the run stops. So many steps also stop it where they
+    are more than a quarter of all steps so far: their gradients are lost."""
 
     @property
     def rule(self) -> Rule:
@@ -75,7 +87,7 @@ class Stage(Section):
 class Sft(Stage):
     """Stage one: supervised fine-tuning on what the assistant says, with its end tokens, and nothing else."""
 
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Above0 = 3.0
     """Passes over the demonstrations."""
     batch_size: Positive = 64
     """Demonstrations an optimiser step."""
@@ -109,7 +121,7 @@ class Kl(Section):
 class Overlong(Section):
     """Soft penalty for answers near the limit (DAPO, arXiv 2503.14476, eq. 13)."""
 
-    buffer: Annotated[int, Field(ge=0)] = 0
+    buffer: Whole = 0
     """Tokens before the limit over which the reward falls by up to `penalty`; 0: off."""
     penalty: Weight = 1.0
     """The largest deduction."""
@@ -138,9 +150,9 @@ class Reward(Section):
     """A model that scores answers."""
     allow_fallbacks: bool = False
     """Also accept `<answer>` tags, "the answer is ..." and a lone letter where no box is complete."""
-    deadline_s: Annotated[float, Field(gt=0)] = 5.0
+    deadline_s: Seconds = 5.0
     """Most seconds for grading one answer; then its worker is killed and the answer is not scored."""
-    workers: Annotated[int, Field(ge=0)] = 1
+    workers: Whole = 1
     """Grader processes a machine, of the rule and of each function; 0: one for each two CPU cores. Under
     `torchrun` the ranks of a machine share them, and have one each at least."""
 
@@ -179,7 +191,7 @@ class Grpo(Stage):
     validation (the earlier of equals), whose checkpoint is kept too. `best` needs `validation`."""
     prompts_per_step: Positive = 32
     """Problems a rollout step."""
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[int, Field(ge=2, le=1_000_000)] = 8
     """Rollouts a problem (G)."""
     order: Literal["shuffled", "signal", "easy_first"] = "shuffled"
     """The order of the problems. `shuffled`: all in a new order every epoch. `signal`: by a running estimate
@@ -189,9 +201,9 @@ class Grpo(Stage):
     8 still comes in shuffled order."""
     optimizer_steps: Positive = 1
     """Optimiser steps a rollout step, each on its share of the groups; the paper takes 4."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Warm = 1.0
     """Sampling temperature; logprobs are taken at the same temperature."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Nucleus = 1.0
     """Nucleus sampling; not corrected for in the ratio, as in the peers."""
     max_new_tokens: Positive = 2048
     """Longest answer in tokens."""
@@ -200,7 +212,7 @@ class Grpo(Stage):
     advantage: Advantage = "grpo"
     """`grpo`: (r - mean) / (std + 1e-6); `dr_grpo`: r - mean; `rloo`: r - mean of the others;
     `pass_k`: as if sets of `pass_k` answers were rewarded by their best one (arXiv 2508.10751)."""
-    pass_k: Annotated[int, Field(ge=2)] = 4
+    pass_k: Annotated[int, Field(ge=2, le=1_000_000)] = 4
     """Answers of a set in `advantage=pass_k`, below `group_size`."""
     loss: Literal["grpo", "gspo", "cispo", "sapo", "dppo"] = "grpo"
     """`grpo`: clipped token ratios; `gspo`: clipped sequence ratios; `cispo`: clipped detached weights;
@@ -212,7 +224,7 @@ class Grpo(Stage):
     probabilities that rose by more than clip_high."""
     sapo_temperatures: tuple[Above0, Above0] = (1.0, 1.05)
     """Temperatures of the soft gate of `sapo`, for answers with a positive advantage and for others."""
-    clip_dual: Annotated[float, Field(gt=1)] | None = 3.0
+    clip_dual: Annotated[float, Field(gt=1, le=1_000_000)] | None = 3.0
     """Bound of the ratio where the advantage is negative (dual clip); None: off."""
     loss_average: Literal["token", "sequence", "constant", "micro_batch"] = "token"
     """`token`: global token mean; `sequence`: mean of sequence means (GRPO paper); `constant`: sum over
@@ -228,7 +240,7 @@ class Grpo(Stage):
     """Divergence from the reference."""
     overlong: Overlong = Overlong()
     """Answers near or at the length limit."""
-    mismatch_mask: Annotated[float, Field(gt=0)] | None = None
+    mismatch_mask: Above0 | None = None
     """Answers with a negative advantage are left out where the policy has moved away from the sampler by more
     than this: the mean log ratio of their tokens, in nats (DeepSeek-V3.2, arXiv 2512.02556). None: off."""
     entropy: Entropy = Entropy()
@@ -241,7 +253,7 @@ class Grpo(Stage):
     """Who scores answers in on-policy distillation."""
     reward: Reward = Reward()
     """Grading."""
-    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    dynamic_sampling: Whole = 0
     """Extra rollout rounds a step to replace groups whose rewards are all equal (DAPO); 0: off."""
     max_zero_variance_steps: Positive = 20
     """Steps in a row without any reward difference before the run stops."""

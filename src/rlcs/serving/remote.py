@@ -21,7 +21,7 @@ import openai
 from rlcs.data.decoder import ImageDecoder
 from rlcs.data.images import DECODE_LIMIT
 from rlcs.data.sent_images import SentImages
-from rlcs.engines.connection import address, connect_blocking, masked
+from rlcs.engines.connection import UnreadableReply, address, connect_blocking
 from rlcs.engines.openai_client import content, status_error, status_fault
 from rlcs.engines.providers import Fields
 from rlcs.engines.vllm.process import Process
@@ -113,7 +113,7 @@ class RemoteSession:
                     )
                     return RemoteStream(chunks, self._server)
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                    if not self._fields.learn(status_fault(error, self._server), fields):
+                    if not self._fields.learn(status_fault(error), fields):
                         raise
 
 
@@ -127,11 +127,10 @@ def _as_endpoint_error(server: Endpoint) -> Iterator[None]:
         if not isinstance(failure, EndpointError):
             failure = EndpointError(str(failure), where=server.base_url, fix="change what it names")
         raise failure from error
-    except (openai.OpenAIError, httpx.HTTPError, ValueError) as error:
+    except (openai.OpenAIError, httpx.HTTPError, UnreadableReply, ValueError, RecursionError) as error:
         if isinstance(error.__cause__, EndpointError):  # a redirect that is not followed
             raise error.__cause__ from error
-        cause = masked(str(error.__cause__ or error), server)
-        what = f"the server does not answer, or not to the end ({cause})"[:500]
+        what = f"the server does not answer, or not to the end ({error.__cause__ or error})"[:500]
         fix = "start it, correct the URL and its port, or see its log"
         raise EndpointError(what, where=server.base_url, fix=fix) from error
 

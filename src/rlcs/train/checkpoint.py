@@ -219,8 +219,8 @@ class Checkpoints:
         world = self._world
         outcome: TrainState | CheckpointError
         try:
-            storage.verify_manifest(path, only=lambda name: rank_of(name) % world.size == world.rank)
-            outcome = _open(path, step)
+            listed = storage.verify_manifest(path, only=lambda n: rank_of(n) % world.size == world.rank)
+            outcome = _open(path, step, listed)
         except CheckpointError as error:
             outcome = error
         failures = world.gather(outcome if isinstance(outcome, CheckpointError) else None)
@@ -379,11 +379,17 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _open(path: Path, step: int) -> TrainState:
-    """Open a checkpoint. Raises CheckpointError for anything that `Checkpoints` did not write."""
+def _open(path: Path, step: int, listed: Collection[str]) -> TrainState:
+    """Open a checkpoint with the `listed` files.
+
+    Raises CheckpointError for anything that `Checkpoints` did not write.
+    """
     try:
         facts = read_facts(path, step)
         ranks, unsharded = range(facts["ranks"]), facts["unsharded"]
+        needed = {STATE, *(of_rank(name, rank) for name in (MODEL, OPTIMIZER) for rank in ranks)}
+        if missing := needed - {*listed}:
+            raise ValueError(f"its manifest lists no {min(missing)}")
         return TrainState(
             step=step,
             model=Stored([path / of_rank(MODEL, rank) for rank in ranks], facts["tied"], unsharded),

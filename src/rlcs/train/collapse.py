@@ -7,10 +7,13 @@ steps without a finite gradient, a gradient norm far above the usual, and an acc
 far below its best so far (an accuracy not in `easy_first`, where problems become harder).
 """
 
+import math
+from bisect import insort
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from rlcs.grading import health
@@ -24,8 +27,8 @@ LEAD = 10
 """Steps that a checkpoint should lie before the crossing, so that a change has time to prevent it."""
 MOST = 2
 """Collapses of a stage that are kept."""
-FOLDER, RESULT = "collapse", "replay.json"
-"""Of a stage: the folder of its collapses; of a collapse: the file with what its replays showed."""
+FOLDER, BATCH, RESULT = "collapse", "batch.jsonl", "replay.json"
+"""Of a stage: the folder of its collapses; of a collapse: its answers, and what its replays showed."""
 _UNWATCHED = ("unscored", "zero_variance_groups")
 _USUAL_STEPS = 20
 _NORM_FACTOR = 10.0
@@ -57,38 +60,74 @@ class Crossing:
         return f"{self.name}: {value} over the last {WINDOW} steps, {than} than {limit}"
 
 
-def crossings(
-    rows: Sequence[Mapping[str, Any]], *, gap_limit: float, without: Collection[str] = ()
-) -> Iterator[Crossing]:
-    """The signs whose mean over the last WINDOW rows of metrics is beyond a limit that it kept before."""
-    step = int(rows[-1]["step"]) if rows else 0
-    for key, name, form, limit, fell in _limits(rows, gap_limit):
-        if key in without:
-            continue
-        means = _means([_value(row, key) for row in rows])
-        if len(means) > 1:
+class _Means:
+    """The means of one sign over WINDOW values, as its values come: the last one, and the ends of the others.
+
+    `before` is the highest mean of all rows but the last one.
+    """
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.lowest, self.highest, self.before = math.inf, -math.inf, -math.inf
+        self._known: deque[float] = deque(maxlen=WINDOW)
+
+    def add(self, value: float | None) -> None:
+        if self.last is not None:
+            self.before = max(self.highest, self.last)
+        if value is None:
+            return
+        self._known.append(value)
+        if len(self._known) == WINDOW:
+            if self.last is not None:
+                self.lowest, self.highest = min(self.lowest, self.last), max(self.highest, self.last)
+            self.last = fmean(self._known)
+
+
+class Signs:
+    """The watched signs of a stage, as its rows of metrics come."""
+
+    def __init__(self, gap_limit: float, without: Collection[str] = ()) -> None:
+        """No row yet; signs in `without` do not count."""
+        self._without = without
+        limits = {sign.key: gap_limit if sign.key == "sampler_gap" else sign.most for sign in SIGNS}
+        self._signs = [(s.key, s.name, s.form, limits[s.key]) for s in SIGNS if s.key not in _UNWATCHED]
+        self._signs.append((NOT_FINITE, "Steps without a finite gradient", "{:.0%}", 0.5))
+        keys = [*(key for key, *_ in self._signs), *(key for key, *_ in FALLS), "grad_norm"]
+        self._means = {key: _Means() for key in keys}
+        self._new_norms: deque[float | None] = deque()
+        self._norms: list[float] = []
+        """The norms of all rows but the last WINDOW, sorted."""
+
+    def add(self, row: Mapping[str, Any]) -> Iterator[Crossing]:
+        """Those whose mean over the last WINDOW rows is beyond a limit that it kept before."""
+        for key, means in self._means.items():
+            means.add(_value(row, key))
+        self._new_norms.append(_value(row, "grad_norm"))
+        if len(self._new_norms) > WINDOW and (norm := self._new_norms.popleft()) is not None:
+            insort(self._norms, norm)
+        return self._crossings(int(row["step"]))
+
+    def _crossings(self, step: int) -> Iterator[Crossing]:
+        for key, name, form, limit, fell in self._limits():
+            means = self._means[key]
+            if key in self._without or means.last is None or means.lowest == math.inf:
+                continue
             found = Crossing(
-                step=step, key=key, name=name, form=form, value=means[-1], limit=limit, fell=fell
+                step=step, key=key, name=name, form=form, value=means.last, limit=limit, fell=fell
             )
-            if found.is_bad(means[-1]) and not all(map(found.is_bad, means[:-1])):
+            if found.is_bad(means.last) and not found.is_bad(means.highest if fell else means.lowest):
                 yield found
 
-
-def _limits(
-    rows: Sequence[Mapping[str, Any]], gap_limit: float
-) -> Iterator[tuple[str, str, str, float, bool]]:
-    """The key, name, form and limit of every watched sign, and whether it must not fall below it."""
-    for sign in SIGNS:
-        if sign.key not in _UNWATCHED:
-            yield sign.key, sign.name, sign.form, gap_limit if sign.key == "sampler_gap" else sign.most, False
-    yield NOT_FINITE, "Steps without a finite gradient", "{:.0%}", 0.5, False
-    norms = [norm for row in rows[:-WINDOW] if (norm := _value(row, "grad_norm")) is not None]
-    if len(norms) >= _USUAL_STEPS:
-        yield "grad_norm", "Gradient norm", "{:.3g}", _NORM_FACTOR * median(norms), False
-    for key, name, form, share, least in FALLS:
-        before = _means([_value(row, key) for row in rows[:-1]])
-        if before and max(before) >= least:
-            yield key, name, form, share * max(before), True
+    def _limits(self) -> Iterator[tuple[str, str, str, float, bool]]:
+        """The key, name, form and limit of every watched sign, and whether it must not fall below it."""
+        yield from ((*sign, False) for sign in self._signs)
+        if (count := len(self._norms)) >= _USUAL_STEPS:
+            usual = self._norms[count // 2]
+            usual = usual if count % 2 else (self._norms[count // 2 - 1] + usual) / 2
+            yield "grad_norm", "Gradient norm", "{:.3g}", _NORM_FACTOR * usual, False
+        for key, name, form, share, least in FALLS:
+            if (best := self._means[key].before) >= least:
+                yield key, name, form, share * best, True
 
 
 def _value(row: Mapping[str, Any], key: str) -> float | None:
@@ -96,12 +135,6 @@ def _value(row: Mapping[str, Any], key: str) -> float | None:
         return float(row.get("skipped") == NOT_FINITE)
     value = row.get(key)
     return float(value) if isinstance(value, int | float) else None
-
-
-def _means(values: Sequence[float | None]) -> list[float]:
-    """The mean over every run of WINDOW values, as far as there are such values."""
-    known = [value for value in values if value is not None]
-    return [fmean(known[end - WINDOW : end]) for end in range(WINDOW, len(known) + 1)]
 
 
 def last_mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
@@ -123,26 +156,26 @@ class CollapseWatch:
     ) -> None:
         """Go on after the steps of `rows`, those of the metrics so far; signs in `without` do not count."""
         self.kept: list[Crossing] = kept_crossings(folder)
-        self._without = without
-        self._folder, self._rows, self._gap_limit = folder, list(rows), gap_limit
+        self._folder, self._signs = folder, Signs(gap_limit, without)
+        for row in rows:
+            self._signs.add(row)
 
     def add(self, row: Mapping[str, Any]) -> Crossing | None:
         """Take note of a step's metrics; the first sign that crossed its limit, if it is to be kept.
 
         A sign is kept once, and MOST in all. A step that is taken again after a stop is kept as before.
         """
-        self._rows.append(row)
+        found = self._signs.add(row)
         known = {each.key for each in self.kept if each.step < row["step"]}
         if len(known) >= MOST:
             return None
-        found = crossings(self._rows, gap_limit=self._gap_limit, without=self._without)
         return next((each for each in found if each.key not in known), None)
 
     def keep(self, crossing: Crossing, groups: Sequence[Group], checkpoints: Collection[int]) -> Crossing:
         """Write the groups of the step, and which of the checkpoints is to be kept for it; rank 0 alone."""
         kept = replace(crossing, checkpoint=_before(crossing.step, checkpoints))
         folder = self._folder / f"step-{crossing.step:06d}"
-        write_jsonl(folder / "batch.jsonl", [to_row(_by_reference(group)) for group in groups])
+        write_jsonl(folder / BATCH, [to_row(_by_reference(group)) for group in groups])
         write_json(folder / "crossing.json", to_row(kept))
         return kept
 
@@ -178,7 +211,7 @@ def kept_crossings(folder: Path) -> list[Crossing]:
 
 def read_batch(folder: Path, crossing: Crossing) -> list[Group]:
     """The groups of a crossing's step."""
-    rows = read_jsonl(folder / f"step-{crossing.step:06d}" / "batch.jsonl")
+    rows = read_jsonl(folder / f"step-{crossing.step:06d}" / BATCH)
     return [from_row(Group, row) for row in rows]
 
 

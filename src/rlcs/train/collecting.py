@@ -233,13 +233,15 @@ def take_prompts(
     prompts: list[Prompt] = []
     skipped = 0
     while len(problems) < count:
-        taken = stream.take(count - len(problems))
+        taken, refused = stream.take(count - len(problems)), set[str]()
         for problem, prompt in zip(taken, prompts_of(taken), strict=True):
             if isinstance(prompt, Prompt):
                 problems.append(problem)
                 prompts.append(prompt)
             else:
                 skipped, error = skipped + 1, prompt
+                refused.add(problem.id)
+        stream.set_aside(refused)
         if skipped >= count and not problems:
             raise error
     return problems, prompts, skipped

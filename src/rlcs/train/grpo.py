@@ -19,18 +19,15 @@ ends a step that is being sampled at once, as long as it has not changed the wei
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import NoReturn
 
 import torch
 
 from rlcs.data.difficulty import stream_of
 from rlcs.data.stream import Together
-from rlcs.errors import TrainingError, out_of_memory_in
-from rlcs.grading.reward import advice
+from rlcs.errors import out_of_memory_in
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.vlm import Vlm
 from rlcs.progress import Screen
@@ -42,10 +39,11 @@ from rlcs.train.collecting import Collector
 from rlcs.train.context import GrpoContext
 from rlcs.train.engine_check import EngineCheck
 from rlcs.train.entropy import EntropyBonus
-from rlcs.train.groups import outcome, tree_of, zero_variance
+from rlcs.train.groups import outcome, tree_of
 from rlcs.train.learning import Learner
 from rlcs.train.mixing import Mixer
 from rlcs.train.run_dir import RunDir
+from rlcs.train.stops import ScoreWatch, require_signal, stop_unscored
 from rlcs.train.trainer import Trainer, combined
 
 
@@ -99,7 +97,7 @@ def train(
     collector = Collector(context, stream, settings, sampling, check=check)
     mixer = Mixer(context, settings, seed=run.seed)
     first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
-    bonus, unchecked = EntropyBonus(settings.entropy, run.carried), True
+    bonus, watch, unchecked = EntropyBonus(settings.entropy, run.carried), ScoreWatch(run), True
     for step in range(first, run.until or settings.steps):
         if run.validate(step, screen=screen, stop=stop):
             collector.synced(step)
@@ -108,7 +106,7 @@ def train(
         for found in collector.collect(step, clock):
             if found.complete and not any(grade.scored for group in found.arrived for grade in group.grades):
                 stream.restore(cursor)
-                _stop_unscored(run, found.chosen, step=step, first=first)
+                stop_unscored(run, found.chosen, step=step, first=first)
             if unchecked and found.arrived:
                 _check_packing(context, found.arrived, settings.temperature)
                 unchecked = False
@@ -123,13 +121,15 @@ def train(
             collector.request_ahead(step + 1, clock)
         results = learner.finish()
         if not mixer.learns_without_reward:
-            _require_signal(run, groups, settings.max_zero_variance_steps)
+            require_signal(run, groups, settings)
         result = combined(results) if results else None
+        watch.add(groups)
         values = run.keep_rollouts(step + 1, groups) | {"bad_rows": float(found.skipped)}
         values |= signals | check.values() | mixer.values | bonus.after(result)
         if context.overlap == "one_step_off":
             values["staleness"] = fmean(group.staleness for group in groups)
         run.after_step(result, step=step + 1, values=values, seconds=clock.seconds, screen=screen, stop=stop)
+        watch.require(groups, step=step + 1)
     run.conclude(screen, stop)
 
 
@@ -139,28 +139,3 @@ def _check_packing(context: GrpoContext, groups: Sequence[Group], temperature: f
     own = groups[world.rank :: world.size] or groups[-1:]
     trees = [tree_of(group, keep_unscored=True) for group in own]
     require_agreement(context.vlm, context.chat, trees, temperature=temperature)
-
-
-def _stop_unscored(run: RunDir, groups: Sequence[Group], *, step: int, first: int) -> NoReturn:
-    """Keep the steps before this one, and end the run with the reason why no answer is scored."""
-    run.keep_rollouts(step + 1, groups)
-    if step > first:
-        run.save(step)
-    reasons = Counter(grade.why for group in groups for grade in group.grades)
-    [(why, count)] = reasons.most_common(1)
-    raise TrainingError(
-        f"none of the {reasons.total():,} answers of step {step + 1} is scored; {count:,} of them: {why}",
-        where="grpo.reward",
-        fix=advice(why),
-    )
-
-
-def _require_signal(run: RunDir, groups: Sequence[Group], limit: int) -> None:
-    """Count the last steps without two different rewards in a group; TrainingError after too many."""
-    run.zero_variance_steps = run.zero_variance_steps + 1 if all(map(zero_variance, groups)) else 0
-    if run.zero_variance_steps >= limit:
-        raise TrainingError(
-            f"no group had two different rewards in {run.zero_variance_steps} steps in a row: "
-            "nothing can be learnt",
-            fix="look at rollouts/: are answers boxed, and is the task neither too hard nor too easy?",
-        )

@@ -115,6 +115,7 @@ class RunDir:
             )
         restore(state, trainer.vlm.model, trainer.optimizer)
         trainer.done, trainer.bad_steps = state.schedule["done"], state.schedule["bad_steps"]
+        trainer.lost_steps = state.schedule.get("lost_steps", 0)
         stream.restore(state.cursor)
         self._spent_before = state.extra["spent_s"]
         self.zero_variance_steps = state.extra["zero_variance_steps"]
@@ -181,8 +182,12 @@ class RunDir:
         self._world.check(stop, f"{self.name} in step {done + 1} of {self._steps}")
 
     def conclude(self, screen: Screen, stop: StopFlag) -> None:
-        """Measure the model if that is due, and write it; left early, a checkpoint if it `saves`."""
+        """Measure the model if that is due, and write it; left early, a checkpoint if it `saves`.
+
+        Raises TrainingError where too many steps had no finite gradient.
+        """
         if self.until is None:
+            self._trainer.require_finite(self._trainer.done)
             self.validate(self._steps, screen=screen, stop=stop)
             self.finish(screen)
         else:
@@ -286,7 +291,11 @@ class RunDir:
             trainer.optimizer,
             step=step,
             cursor=self._stream.state(),
-            schedule={"done": trainer.done, "bad_steps": trainer.bad_steps},
+            schedule={
+                "done": trainer.done,
+                "bad_steps": trainer.bad_steps,
+                "lost_steps": trainer.lost_steps,
+            },
             extra={
                 "spent_s": self.spent_s,
                 "zero_variance_steps": self.zero_variance_steps,
@@ -318,7 +327,7 @@ class RunDir:
             "step": step,
             "rule": self._settings.rule,
         }
-        self._world.first(lambda: mark_done(self.path, **facts))
+        self._world.first(lambda: mark_done(self.path, reads=["final"], **facts))
 
     def _restore_best(self, screen: Screen) -> int:
         """Give the model the weights that a rule by validation takes, if any; the step that it has now.

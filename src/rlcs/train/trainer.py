@@ -111,15 +111,23 @@ def make_optimizer(vlm: Vlm, settings: OptimizerSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
+MOST_LOST = 0.25
+"""The largest share of a stage's steps that may have no finite gradient."""
+_LOWER_RATE = "lower the learning rate; the last checkpoint is intact"
+
+
 class Trainer:
     """Trains a model: holds its optimiser and counts the steps."""
 
     def __init__(self, vlm: Vlm, settings: OptimizerSettings, *, steps: int, max_bad_steps: int) -> None:
-        """`steps` is the length of the schedule; after `max_bad_steps` in a row training ends."""
+        """`steps` is the length of the schedule; after `max_bad_steps` in a row training ends.
+
+        `bad_steps` counts those without a finite gradient in a row, `lost_steps` all of them.
+        """
         self.vlm = vlm
         self.optimizer = make_optimizer(vlm, settings)
         self.done = 0
-        self.bad_steps = 0
+        self.bad_steps = self.lost_steps = 0
         self._settings = settings
         self._steps = steps
         self._max_bad_steps = max_bad_steps
@@ -171,8 +179,8 @@ class Trainer:
 
         So batches may come in any order and at any time, as long as no weight changes between them. The
         result and `zero_grad` are of all ranks together. A step whose gradient norm is not finite (which a
-        finite loss may have) changes no weight, and its result has the reason; after too many such steps in
-        a row this raises TrainingError.
+        finite loss may have) changes no weight, and its result has the reason; after too many such steps
+        this raises TrainingError.
         """
         assert self._step is not None, "a step has at least one batch"
         counts, totals, means = map(self.vlm.world.sum, self._step.read())
@@ -209,17 +217,24 @@ class Trainer:
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             self.bad_steps += 1
+            self.lost_steps += 1
             if self.bad_steps >= self._max_bad_steps:
-                raise TrainingError(
-                    f"the gradient was not finite in {self.bad_steps} steps in a row",
-                    fix="lower the learning rate; the last checkpoint is intact",
-                )
+                what = f"the gradient was not finite in {self.bad_steps} steps in a row"
+                raise TrainingError(what, fix=_LOWER_RATE)
+            if self.lost_steps >= self._max_bad_steps:
+                self.require_finite(self.done + 1)
             return 0.0, NOT_FINITE
         self.bad_steps = 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._settings, self.done, self._steps)
         self.optimizer.step()
         return norm, ""
+
+    def require_finite(self, steps: int) -> None:
+        """Raise TrainingError where more than a quarter of so many steps had no finite gradient."""
+        if self.lost_steps > MOST_LOST * steps:
+            what = f"the gradient was not finite in {self.lost_steps:,} of {steps:,} steps"
+            raise TrainingError(what, fix=_LOWER_RATE)
 
 
 class _StepSums:

@@ -55,6 +55,11 @@ class Process:
             ) from error
 
     @property
+    def pid(self) -> int:
+        """The id of the process; its children do the work."""
+        return self._popen.pid
+
+    @property
     def runs(self) -> bool:
         """Whether the process exists; it may hang."""
         return self._popen.poll() is None

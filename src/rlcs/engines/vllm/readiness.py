@@ -9,6 +9,7 @@ import httpx
 
 from rlcs.engines.vllm.server import OLDEST
 from rlcs.errors import EndpointError, ModelError, RecipeError
+from rlcs.patience import run_within
 from rlcs.recipe.sampling import EngineSettings, Rollouts
 
 LARGEST_SHARE = 0.6
@@ -30,15 +31,7 @@ def require_startable(settings: EngineSettings, section: str) -> str:
         f"{section}.executable=vllm-env/bin/vllm; or {section}.engine=local, which is slower"
     )
     try:
-        done = subprocess.run(
-            [settings.executable, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_VERSION_LIMIT_S,
-            check=False,
-        )
+        done = run_within(_VERSION_LIMIT_S, [settings.executable, "--version"])
     except OSError as error:
         raise ModelError(f"vLLM cannot be started: {error.strerror}", where=where, fix=fix) from error
     except subprocess.TimeoutExpired as error:

@@ -109,7 +109,7 @@ class ScoringServer:
         attempts = 0
         while True:
             try:
-                return parsed(self._client.post(self._url, body=body, cast_to=object))
+                return parsed(self._client.post(self._url, body=body, cast_to=bytes))
             except RetryableError as error:
                 failure: Exception = error
             except openai.APIStatusError as error:
@@ -117,7 +117,7 @@ class ScoringServer:
                     what = f"HTTP 404: it scores no tokens there, or has no model {self._server.model!r}"
                     raise EndpointError(what, where=self._url, fix=SERVE) from error
                 failure = status_error(error, self._server)
-            except (openai.APIConnectionError, ValueError) as error:
+            except (openai.APIConnectionError, connection.UnreadableReply, ValueError) as error:
                 cause = error.__cause__ or error
                 what = short(f"{type(cause).__name__}: {cause}") + connection.proxy_note(self._place)
                 failure = connection.untrusted(error, self._place) or RetryableError(what, kind="connection")
@@ -132,7 +132,7 @@ class ScoringServer:
         tried = f", in {attempts:,} attempts" if isinstance(failure, RetryableError) else ""
         refused = "see its log; its --max-model-len must hold a prompt with an answer"
         return EndpointError(
-            f"the teacher does not score an answer: {connection.masked(str(failure), self._server)}{tried}",
+            f"the teacher does not score an answer: {failure}{tried}",
             where=self._url,
             fix=refused
             if isinstance(failure, FinalError)

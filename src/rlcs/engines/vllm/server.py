@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from rlcs.engines.vllm.process import Process
 from rlcs.engines.vllm.protocol import ROUTES, PromptRequest, weight_versions
 from rlcs.engines.vllm.weights import Weights, model_of
 from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
+from rlcs.patience import OwnTime, Patience, within
 from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
 from rlcs.records import Rollout
 from rlcs.storage import read_json
@@ -67,7 +67,7 @@ ADAPTER_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """Set in a server's environment, it opens the endpoints that load and unload adapters."""
 _DISCARDED = "discarded"
 _MEMORY = {"weights", "kv_cache"}
-_POLL_S = 0.5
+_POLL_S, _TICK_S = 0.5, 1.0
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
@@ -216,8 +216,9 @@ class Server:
         self._log = logs / f"vllm-{index}.log"
         self._starter = starter
         self._process: Process | None = None
-        self._start_ends: float | None = None
-        """Until when the process may take to start; None: it has started."""
+        self._starting: Patience | None = None
+        """How long the process may take to start; None: it has started."""
+        self._own_time = OwnTime(None, min(_TICK_S, settings.health_limit_s / 10))
         self._is_checked = self._paused = False
         self._asleep: set[str] = set()
         self.channel = ""
@@ -237,9 +238,9 @@ class Server:
         """
         if self._ours and (self._process is None or not self._process.runs):
             await self._start(weights)
-        if self._process is not None and self._start_ends is not None:  # begun now, or in an earlier round
-            await self._until_started(client, self._process, self._start_ends)
-            self._start_ends = None
+        if self._process is not None and self._starting is not None:  # begun now, or in an earlier round
+            await self._until_started(client, self._process, self._starting)
+            self._starting = None
         else:
             await self.require_well(client)
 
@@ -319,13 +320,14 @@ class Server:
                     self._log,
                 )
             self._url = self._process.url
+            self._own_time = OwnTime(self._process.pid, self._own_time.tick_s)
+            self._starting = Patience(self._own_time, self._settings.start_limit_s)
 
-        self._start_ends = time.monotonic() + self._settings.start_limit_s
         await asyncio.get_running_loop().run_in_executor(self._starter, begin)
 
-    async def _until_started(self, client: httpx.AsyncClient, process: Process, end: float) -> None:
+    async def _until_started(self, client: httpx.AsyncClient, process: Process, patience: Patience) -> None:
         """Wait until a process that was started is well. Raises DownError, ModelError."""
-        while time.monotonic() < end:
+        while not patience.is_over:
             if not process.runs:
                 if self._is_checked:
                     raise DownError("it ended while starting")
@@ -349,10 +351,7 @@ class Server:
 
     async def require_well(self, client: httpx.AsyncClient) -> None:
         """Raises DownError unless its health check succeeds within the limit."""
-        try:
-            response = await client.get(f"{self._url}/health", timeout=self._settings.health_limit_s)
-        except httpx.TransportError as error:
-            raise DownError(f"no reply about its health ({type(error).__name__})") from error
+        response = await self._send(client, self._settings.health_limit_s, "GET", "/health")
         if response.status_code != 200:
             raise DownError(f"it is not well: {response.status_code}")
 
@@ -425,14 +424,20 @@ class Server:
         named = {"lora_name": weights.version, "lora_path": str(weights.folder)}
         await self._call(client, "POST", "/v1/load_lora_adapter", json=named)
 
+    async def _send(
+        self, client: httpx.AsyncClient, limit_s: float, method: str, path: str, **content: Any
+    ) -> httpx.Response:
+        """Its response within so many seconds that it had. Raises DownError."""
+        work = client.request(method, self._url + path, timeout=None, **content)
+        try:
+            return await within(Patience(self._own_time, limit_s), work)
+        except (httpx.TransportError, TimeoutError) as error:
+            raise DownError(f"{path}: {type(error).__name__}") from error
+
     async def _call(
         self, client: httpx.AsyncClient, method: str, path: str, **content: Any
     ) -> httpx.Response:
-        limit = self._settings.start_limit_s
-        try:
-            response = await client.request(method, self._url + path, timeout=limit, **content)
-        except httpx.TransportError as error:
-            raise DownError(f"{path}: {type(error).__name__}") from error
+        response = await self._send(client, self._settings.start_limit_s, method, path, **content)
         if response.status_code == 404:
             fix = (
                 f"start it with VLLM_SERVER_DEV_MODE=1 in its environment and with {' '.join(flags(NEEDED))}"
@@ -459,14 +464,10 @@ class Server:
         self, client: httpx.AsyncClient, request: PromptRequest, weights: Weights
     ) -> Mapping[str, Any]:
         """The reply with all answers to a request, by these weights."""
-        limit = self._settings.request_limit_s
         body = await asyncio.to_thread(request.body)
         if weights.base is not None:
             body["model"] = weights.version
-        try:
-            response = await client.post(self._url + GENERATE, json=body, timeout=limit)
-        except httpx.TransportError as error:
-            raise DownError(f"{GENERATE}: {type(error).__name__}") from error
+        response = await self._send(client, self._settings.request_limit_s, "POST", GENERATE, json=body)
         if response.status_code == 429 or response.status_code >= 500:
             raise RetryableError(f"{self.name}: {response.status_code} {response.text[:200]}")
         if response.status_code == 404 and weights.version in response.text:
@@ -490,7 +491,7 @@ class Server:
         if self._process is not None:
             self._process.end(at_once=True)
             self._process, self._asleep, self.channel = None, set(), ""
-        self._start_ends = None
+        self._starting = None
 
     def close(self) -> None:
         """End the process, if there is one."""

@@ -12,13 +12,15 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
 from rlcs.errors import CheckpointError, DataError, RunFolderError
+from rlcs.redaction import redacted
 
 MANIFEST = "manifest.json"
 """The file that is written last: a folder with a valid one is complete."""
@@ -53,14 +55,18 @@ def cannot_write(path: Path, size: int, error: Exception) -> RunFolderError:
 
 
 def atomic_write(path: Path, content: bytes | str, *, sync: bool = True) -> None:
-    """Replace `path` by `content` (text as UTF-8) in one step; missing folders are made.
+    """Replace `path` by `content` (text as UTF-8, without secrets) in one step; missing folders are made.
 
     A temporary file in the same folder is written, fsynced and renamed, and the folder fsynced; without
     `sync` the file survives a kill but maybe not a power cut. Raises RunFolderError, with the old file
     untouched, when the disk is full or not writable.
     """
     # A lone surrogate becomes \udXXX, which JSON reads as the same character.
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    data = (
+        redacted(content, is_json=True).encode("utf-8", "backslashreplace")
+        if isinstance(content, str)
+        else content
+    )
     temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(6)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,13 +84,16 @@ def atomic_write(path: Path, content: bytes | str, *, sync: bool = True) -> None
             temporary.unlink()
 
 
-def open_to_readers(folder: Path) -> None:
-    """Make the weights in a folder readable to all users who may read the folder.
+def open_to_readers(folder: Path, *, sync: bool = False) -> None:
+    """Make the weights in a folder readable to all users who may read the folder; `sync` all to disk.
 
     safetensors makes its files readable to their owner alone, and a server may run as another user.
     """
-    for path in folder.rglob("*.safetensors"):
-        open_as_its_folder(path)
+    for path in (*folder.rglob("*"), folder):
+        if path.suffix == ".safetensors":
+            open_as_its_folder(path)
+        if sync:
+            fsync(path)
 
 
 def open_as_its_folder(path: Path) -> None:
@@ -105,7 +114,7 @@ def to_json(obj: object) -> str:
 def _jsonl(rows: Iterable[Mapping[str, object]]) -> bytes:
     """Encode rows, one JSON object a line. Raises ValueError for NaN."""
     lines = (json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    return "".join(lines).encode("utf-8", "backslashreplace")
+    return redacted("".join(lines), is_json=True).encode("utf-8", "backslashreplace")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
@@ -137,10 +146,13 @@ class JsonlAppender:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Flush to disk and close."""
-        with self._file:
-            if self._sync_s < math.inf:
-                os.fsync(self._file.fileno())
+        """Flush to disk and close. Raises RunFolderError when the disk is full."""
+        try:
+            with self._file:
+                if self._sync_s < math.inf:
+                    os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self._path, 0, error) from error
 
     def append(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Append all these rows or, when the disk is full, none of them: then RunFolderError is raised."""
@@ -154,7 +166,8 @@ class JsonlAppender:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
-            self._file.truncate(end)
+            with suppress(OSError):  # a torn line is cut off when the file is opened again
+                self._file.truncate(end)
             raise cannot_write(self._path, len(data), error) from error
 
 
@@ -278,9 +291,51 @@ def is_done(folder: Path) -> bool:
     return (folder / DONE).is_file()
 
 
-def mark_done(folder: Path, **facts: object) -> None:
-    """Write the marker of a finished stage, with facts about it (seconds, counts)."""
-    write_json(folder / DONE, facts)
+def mark_done(folder: Path, *, reads: Iterable[str] = (), **facts: object) -> None:
+    """Write the marker of a finished stage, with facts about it (seconds, counts).
+
+    Of the files that later stages read, `reads` (names of files and folders in the folder), it keeps the
+    checksums: `verify_done` compares them.
+    """
+    roots = [folder / name for name in reads]
+    paths = [path for root in roots for path in (sorted(root.rglob("*")) if root.is_dir() else [root])]
+    sums = {str(path.relative_to(folder)): asdict(file_sum(path)) for path in paths if path.is_file()}
+    write_json(folder / DONE, {**facts, "files": sums})
+
+
+def verify_done(folder: Path, seen: dict[Path, object]) -> None:
+    """Check that the files that a finished stage left for later ones are as it wrote them.
+
+    What was `seen` to be, and has not been written since, is not read again: weights may be large. Raises
+    CheckpointError naming the first file that is not, DataError for a marker that cannot be read.
+    """
+    where = folder / DONE
+    try:
+        marker = read_json(where)
+        expected = {folder / name: _sum_of(entry) for name, entry in marker.get("files", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"not a marker of a stage: {error}", where=str(where), fix="delete it") from error
+    for path, wanted in expected.items():
+        stamp = _stamp(path)
+        if stamp is not None and seen.get(path) == (stamp, wanted):
+            continue
+        if reason := _difference(path, wanted):
+            raise CheckpointError(
+                f"{reason} of when the stage in {folder} was finished",
+                where=str(path),
+                fix=f"restore it, or remove {folder} and what was made from it since: the same command "
+                "makes them again",
+            )
+        seen[path] = (stamp, wanted)
+
+
+def _stamp(path: Path) -> object:
+    """What changes when a file is written again; None where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
 # ---------------------------------------------------------------------------------- manifests
@@ -336,6 +391,20 @@ def file_sum(path: Path) -> FileSum:
         return FileSum(size=file.tell(), sha256=digest)
 
 
+def _sum_of(entry: Mapping[str, Any]) -> FileSum:
+    return FileSum(size=int(entry["size"]), sha256=str(entry["sha256"]))
+
+
+def _difference(path: Path, expected: FileSum) -> str | None:
+    """How a file differs from what was written; None where it does not."""
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        return "the file is missing"
+    if size != expected.size:
+        return f"the file has {size:,} bytes instead of {expected.size:,}"
+    return None if file_sum(path) == expected else "the content does not match its checksum"
+
+
 def write_manifest(folder: Path, sums: Mapping[str, FileSum]) -> None:
     """Record the files of `folder`, by their names in it, in `manifest.json`, which is written last.
 
@@ -346,20 +415,18 @@ def write_manifest(folder: Path, sums: Mapping[str, FileSum]) -> None:
     write_json(folder / MANIFEST, {"files": {name: asdict(sums[name]) for name in sorted(sums)}})
 
 
-def verify_manifest(folder: Path, *, only: Callable[[str], bool] = lambda name: True) -> None:
-    """Check that every file named in the manifest exists, whole and unchanged.
+def verify_manifest(folder: Path, *, only: Callable[[str], bool] = lambda name: True) -> Collection[str]:
+    """Check that every file named in the manifest exists, whole and unchanged; returns their names.
 
     A file is left alone where `only` is false for its name. Raises CheckpointError naming the first that does
     not pass.
     """
     where = folder / MANIFEST
     try:
-        files = read_json(where)["files"].items()
-        wanted = [
-            (confined(folder, name), FileSum(size=int(e["size"]), sha256=str(e["sha256"])))
-            for name, e in files
-            if only(name)
-        ]
+        files = read_json(where)["files"]
+        wanted = [(confined(folder, name), _sum_of(e)) for name, e in files.items() if only(name)]
+        if not files:
+            raise ValueError("it lists no files")
     except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the manifest cannot be used: {getattr(error, 'what', error)}",
@@ -367,16 +434,9 @@ def verify_manifest(folder: Path, *, only: Callable[[str], bool] = lambda name: 
             fix="the folder is incomplete; go on from another checkpoint",
         ) from error
     for path, expected in wanted:
-        actual = path.stat().st_size if path.is_file() else None
-        if actual is None:
-            reason = "the file is missing"
-        elif actual != expected.size:
-            reason = f"the file has {actual:,} bytes instead of {expected.size:,}"
-        elif file_sum(path) != expected:
-            reason = "the content does not match its checksum"
-        else:
-            continue
-        raise CheckpointError(reason, where=str(path), fix="it is damaged; go on from another checkpoint")
+        if reason := _difference(path, expected):
+            raise CheckpointError(reason, where=str(path), fix="it is damaged; go on from another checkpoint")
+    return frozenset(files)
 
 
 # ---------------------------------------------------------------------------------- paths

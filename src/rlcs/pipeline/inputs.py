@@ -1,0 +1,106 @@
+"""What a run is made from, written down at its first start and compared at every later one.
+
+Without it a run that was stopped would go on with edited gold answers, other images or another model, and
+its numbers would be of neither. `inputs.json` in the run's folder has a digest of every row of data, and the
+size, time and checksum of every file of the model. A file with the size and time of before is not read again:
+weights may be large. The files of a model on the hub are not compared; `model.revision` pins them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlcs.data.run_data import RunData, key_of
+from rlcs.errors import RunFolderError
+from rlcs.model.source import find_source
+from rlcs.pipeline.run_folder import holds_results
+from rlcs.records import Problem
+from rlcs.storage import MANIFEST, file_sum, read_json, write_json
+
+INPUTS = "inputs.json"
+_OF_A_MODEL = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".bin")
+_DIGITS = 8
+"""Characters of a row's digest."""
+_SHOWN = 3
+
+
+def check_inputs(folder: Path, data: RunData, model: str, *, dry: bool = False) -> None:
+    """Compare the data and the model with the record in a run folder, and write what is new; rank 0 alone.
+
+    A run without results may take others. A `dry` check writes nothing. Raises RunFolderError with the names
+    of what changed.
+    """
+    path = folder / INPUTS
+    before = read_json(path) if path.exists() else {"data": {}, "model": {}}
+    rows = {name: _digests(data, name) for name in ("cold_start", "rl", "test", "validation")}
+    now = {"data": {name: "".join(each.values()) for name, each in rows.items() if each}}
+    changed = [
+        text
+        for name, digests in now["data"].items()
+        if name in before["data"]
+        for text in _changed_rows(key_of(name), before["data"][name], digests, [*rows[name]])
+    ]
+    files = _files_of(model, before["model"])
+    changed += [f"{model}: {name}" for name in _changed_files(before["model"], files)]
+    if changed and holds_results(folder, ["data", "model"]):
+        more = f"; and {len(changed) - _SHOWN:,} more" if len(changed) > _SHOWN else ""
+        raise RunFolderError(
+            f"what the run is made from has changed since it began: {'; '.join(changed[:_SHOWN])}{more}",
+            where=str(folder),
+            fix="restore it, or choose another --out for a run of what is there now",
+        )
+    record = {"data": {**before["data"], **now["data"]}, "model": files}
+    if record != before and not dry:
+        write_json(path, record)
+
+
+def _digests(data: RunData, name: str) -> dict[str, str]:
+    """The digest of each row of a source, by its id: of all that training, grading and selection read."""
+    if name == "cold_start":
+        return {row.problem.id: _digest(row.problem, row.response) for row in data.cold_start}
+    problems: tuple[Problem, ...] = getattr(data, name)
+    return {problem.id: _digest(problem) for problem in problems}
+
+
+def _digest(problem: Problem, response: str | None = None) -> str:
+    facts = [problem.id, problem.digest, response, problem.metadata]
+    text = json.dumps(facts, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def _changed_rows(key: str, before: str, now: str, ids: list[str]) -> Iterator[str]:
+    """What changed in the rows of a source, whose digests stand one after the other."""
+    if len(before) != len(now):
+        yield f"{key} has {len(now) // _DIGITS:,} rows instead of {len(before) // _DIGITS:,}"
+        return
+    starts = range(0, len(now), _DIGITS)
+    other = [ids[at // _DIGITS] for at in starts if before[at : at + _DIGITS] != now[at : at + _DIGITS]]
+    if other:
+        listed = ", ".join(repr(name) for name in other[:_SHOWN])
+        yield f"{key}: {len(other):,} rows (with their images and gold answers), first {listed}"
+
+
+def _files_of(model: str, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Size, time and checksum of the files of a model in a folder; of a checkpoint its manifest has them."""
+    source = find_source(model)
+    folder = source.files
+    if not folder.is_dir():
+        return {}
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _OF_A_MODEL and (source.checkpoint is None or path.name == MANIFEST):
+            facts = path.stat()
+            known = before.get(path.name, {})
+            stamp = {"size": facts.st_size, "time": facts.st_mtime_ns}
+            unread = known and {**known, **stamp} == known
+            found[path.name] = known if unread else {**stamp, "sha256": file_sum(path).sha256}
+    return found
+
+
+def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    if not before or not now:  # of an earlier version, or on the hub
+        return []
+    sums = [{name: facts["sha256"] for name, facts in each.items()} for each in (before, now)]
+    return sorted({name for name, _ in sums[0].items() ^ sums[1].items()})

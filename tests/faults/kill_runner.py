@@ -1,0 +1,191 @@
+"""Runs commands of rlcs in children of one warm process, and kills them at chosen file events.
+
+`python kill_runner.py` reads a job a line and answers with a line. It has imported everything and done
+nothing: no model, thread or file is open when it forks, and torch has one thread. So each child is a fresh
+process that saves the seconds of the imports. An audit hook counts the child's file events below a folder: a
+file opened for writing, a folder made, and names that change or go. At an event a signal is sent before it
+happens.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+WRITES = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One command, as `ranks` processes; `signals` are (event, signal number) of the process `rank`.
+
+    `environ` are variables that it has (None: has not), `file_bytes` the largest file that it can write.
+    """
+
+    words: Sequence[str]
+    folder: str
+    log: str
+    signals: Sequence[tuple[int, int]] = ()
+    ranks: int = 1
+    rank: int = 0
+    port: int = 0
+    environ: Mapping[str, str | None] = field(default_factory=dict)
+    file_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a job: exit statuses by rank (below 0: the signal), their events, CPU seconds."""
+
+    statuses: Sequence[int]
+    events: Sequence[Sequence[str]]
+    cpu_s: float
+
+
+class FileEvents:
+    """The audit hook of one process: the events so far, and the signals still to send."""
+
+    def __init__(self, folder: str, signals: Sequence[tuple[int, int]], report: int) -> None:
+        self._folder, self._signals, self._report = folder, dict(signals), report
+        self._count = 0
+        self._lock = threading.RLock()
+
+    def __call__(self, event: str, args: tuple[object, ...]) -> None:
+        if (name := self._name(event, args)) is None:
+            return
+        with self._lock:
+            self._count += 1
+            number = self._signals.pop(self._count, None)
+            os.write(self._report, f"{event} {name}\n".encode("utf-8", "backslashreplace"))
+        if number is not None:
+            os.kill(os.getpid(), number)
+
+    def _name(self, event: str, args: tuple[object, ...]) -> str | None:
+        """The file that an event is about, below the folder; None for other events."""
+        if event == "open":
+            path, _, flags = args
+            if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return None
+        elif event in WRITES:
+            path = args[0]
+            if event in ("os.remove", "os.rmdir") and args[1] != -1:
+                path = Path(f"/proc/self/fd/{args[1]}").readlink() / str(path)
+        else:
+            return None
+        if isinstance(path, bytes):
+            path = os.fsdecode(path)
+        text = str(path)
+        return text[len(self._folder) :] if text.startswith(self._folder) else None
+
+
+def warm() -> None:
+    """Import what a run imports."""
+    import torch
+
+    torch.set_num_threads(1)
+    import matplotlib.pyplot
+    import transformers
+
+    import rlcs.cli.main
+    import rlcs.pipeline.coldstart
+    import rlcs.pipeline.seeds
+    import rlcs.report
+
+    _ = (transformers.AutoModelForImageTextToText, transformers.AutoProcessor, matplotlib.pyplot, rlcs.report)
+
+
+def child(job: Job, rank: int, report: int) -> None:
+    """Be one rank of a job; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        output = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if job.ranks > 1:
+            os.environ |= environment(job, rank)
+        for name, value in job.environ.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
+        if job.file_bytes is not None:  # Python ignores the signal that comes first
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_bytes, job.file_bytes))
+        sys.argv = ["rlcs", *job.words]
+        from rlcs.cli.main import main
+
+        signals = job.signals if rank == job.rank else ()
+        sys.addaudithook(FileEvents(job.folder, signals, report))
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def environment(job: Job, rank: int) -> Mapping[str, str]:
+    """The variables of a rank, as torchrun sets them."""
+    facts = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.ranks, "LOCAL_WORLD_SIZE": job.ranks,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job.port, "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    return {name: str(value) for name, value in facts.items()}
+
+
+def run(job: Job) -> Outcome:
+    """Run a job in children and wait for them; none of their own children is left."""
+    pids, reports = [], []
+    for rank in range(job.ranks):
+        report = Path(f"{job.log}.events-{rank}")
+        file = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        pid = os.fork()
+        if pid == 0:
+            child(job, rank, file)
+        os.close(file)
+        pids.append(pid)
+        reports.append(report)
+    ended = [os.wait4(pid, 0) for pid in pids]
+    statuses = [os.waitstatus_to_exitcode(status) for _, status, _ in ended]
+    events = [report.read_text(encoding="utf-8").splitlines() for report in reports]
+    for pid in pids:
+        left = True
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            left = False
+        if left:
+            events[0].append(f"LEFT {pid}")
+            os.killpg(pid, signal.SIGKILL)
+    seconds = sum(usage.ru_utime + usage.ru_stime for *_, usage in ended)
+    return Outcome(statuses=statuses, events=events, cpu_s=seconds)
+
+
+def main() -> None:
+    """Answer jobs until the input ends."""
+    warm()
+    print("warm", flush=True)  # noqa: T201 - the answer of this program
+    for line in sys.stdin:
+        print(json.dumps(asdict(run(Job(**json.loads(line))))), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
