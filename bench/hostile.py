@@ -346,7 +346,7 @@ def attack(port: int, seed: int, count: int, seen: Seen) -> None:
             continue
         seen.seconds.append(time.monotonic() - began)
         seen.replies.append((response.status, path, body[:80]))
-        if response.status != 200 and not json.loads(reply)["error"]["message"]:
+        if response.status >= 400 and not json.loads(reply)["error"]["message"]:
             raise ValueError(f"an error without a message: {reply[:200]!r}")
     connection.close()
 

@@ -90,7 +90,7 @@ class _LimitedProtocol(H11Protocol):
 
     One without a complete request head in time is closed, even if bytes keep arriving, and so is one whose
     client does not take what is sent. Where there are too many connections, those which have been without
-    a request for longest are closed for others, so that an ordinary request is always answered.
+    a request for longest are closed, so that an ordinary request is always answered.
     """
 
     _waits_since: float
