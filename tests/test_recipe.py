@@ -1,5 +1,6 @@
 """The recipe: what is read, what is refused and in which words, and the table before a run."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -530,3 +531,24 @@ def test_what_overlaps_unless_the_recipe_says_so() -> None:
     assert overlap(*SERVERS) == "on_policy"
     assert overlap(*SERVERS, "grpo.loss_average=micro_batch") == overlap(*SERVERS, "grpo.overlap=none")
     assert overlap(*SERVERS, "grpo.overlap=one_step_off", "grpo.optimizer_steps=1") == "one_step_off"
+
+
+@pytest.mark.fault(
+    "limits", "a recipe whose name leads out of runs/", "a sentence before anything is written"
+)
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc/x", "a/b", "a\\b", "..", ".", "", " ", "x" * 101, "a\nb", "a\0b"]
+)
+def test_a_name_is_that_of_a_folder(name, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: {json.dumps(name)}\n")
+    with pytest.raises(RecipeError, match=r"name should be a name of at most 100 characters without /"):
+        load_recipe(str(path))
+
+
+@pytest.mark.fault("limits", "a recipe of 200,000 keys", "a sentence at once")
+def test_a_recipe_that_is_too_large_is_refused_unread(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("".join(f"key{n}: 1\n" for n in range(200_000)))
+    with pytest.raises(RecipeError, match=r"at most 262,144 bytes.*data\.problems"):
+        load_recipe(str(path))

@@ -3,9 +3,10 @@
 One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads recipes from YAML files.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
 from rlcs.recipe.execution import Lora, Parallel, Trackers
@@ -356,10 +357,17 @@ class Report(Section):
     """Held-out problems shown with image and every arm's answer."""
 
 
+def _file_name(name: str) -> str:
+    """The name, which a folder of runs/ gets. Raises ValueError for one that leads elsewhere."""
+    if not re.fullmatch(r"[^/\\]{1,100}", name) or not name.isprintable() or not name.strip(". "):
+        raise ValueError("should be a name of at most 100 characters without / and \\, as a folder gets it")
+    return name
+
+
 class Recipe(Section):
     """The whole recipe of a study: both stages, data, engines, measurement, report."""
 
-    name: str = "unnamed"
+    name: Annotated[str, AfterValidator(_file_name)] = "unnamed"
     """Name of the study in tables and titles."""
     seed: Annotated[int, Field(ge=-(2**31), le=2**32 - 1)] = 0
     """Seeds data order, sampling and every other random choice."""
