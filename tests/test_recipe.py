@@ -276,18 +276,30 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("grpo: {steps: 2.5}", "grpo.steps should be a whole number at least 1 (got 2.5)"),
-        ("grpo: {steps: true}", "grpo.steps should be a whole number at least 1 (got true)"),
-        ("grpo: {steps: '3'}", 'grpo.steps should be a whole number at least 1 (got "3")'),
+        (
+            "grpo: {steps: 2.5}",
+            "grpo.steps should be a whole number at least 1 and at most 1,000,000,000 (got 2.5)",
+        ),
+        (
+            "grpo: {steps: true}",
+            "grpo.steps should be a whole number at least 1 and at most 1,000,000,000 (got true)",
+        ),
+        (
+            "grpo: {steps: '3'}",
+            'grpo.steps should be a whole number at least 1 and at most 1,000,000,000 (got "3")',
+        ),
         ("grpo: {entropy: {control: kl_cov}}", "set optimizer_steps=2 or more"),
         ("grpo: {loss: gspo, entropy: {control: clip_cov}}", "one ratio for a whole answer"),
         ("grpo: {entropy: {bounds: [5, 1]}}", "no covariance lies between bounds=[5.0, 1.0]"),
         ("grpo: {loss: ppo}", 'grpo.loss should be one of grpo, gspo, cispo, sapo, dppo (got "ppo")'),
-        ("grpo: {clip_dual: 0.5}", "grpo.clip_dual should be a number above 1 or null (got 0.5)"),
+        (
+            "grpo: {clip_dual: 0.5}",
+            "grpo.clip_dual should be a number above 1 and at most 1,000,000 or null (got 0.5)",
+        ),
         ("sft: {freeze: merger}", "each item one of vision_tower, merger, language_model"),
         ("sft: {freeze: [vision]}", 'got ["vision"]'),
-        ("grpo: {top_p: 1.5}", "grpo.top_p should be a number above 0 and at most 1 (got 1.5)"),
-        ("sft: {optimizer: {betas: [0.9]}}", "a list of 2, each item a number at least 0 and at most 1"),
+        ("grpo: {top_p: 1.5}", "grpo.top_p should be a number at least 1e-06 and at most 1 (got 1.5)"),
+        ("sft: {optimizer: {betas: [0.9]}}", "a list of 2, each item a number at least 0 and below 1"),
         ("name: 3", "name should be text (got 3)"),
         ("grpo: {reward: {accuracy: -1}}", "should be a number at least 0 and at most 1,000,000 (got -1)"),
         (
@@ -303,7 +315,10 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
         ("grpo: {reward: {accuracy: 0}}", "no part that scores single answers has a weight"),
         ("grpo: {reward: {accuracy: 0, length: 1}}", "no part that scores single answers has a weight"),
         ("model: {trust_remote_code: yes}", 'should be true or false (got "yes")'),
-        ("eval: {temperature: .inf}", "eval.temperature should be a number at least 0 (got Infinity)"),
+        (
+            "eval: {temperature: .inf}",
+            "eval.temperature should be a number at least 0 and at most 1,000 (got Infinity)",
+        ),
         ("sft:", "sft is a section with keys of its own (got null)"),
         ("study: {arms: [base]}", "the arms are base and at least one of sft, grpo, sft_grpo"),
     ],

@@ -121,7 +121,7 @@ def _open(path: Path) -> BufferedReader:
     """Open a regular file for reading, unpacked, after its byte order mark. Raises DataError."""
     require_regular(path)
     try:
-        file = path.open("rb", buffering=_BUFFER)
+        file = cast(BufferedReader, path.open("rb", buffering=_BUFFER))
         if file.peek(2)[:2] == _GZIP:  # whatever its name says
             file = cast(BufferedReader, gzip.open(file))  # noqa: SIM115 - returned
         start = file.read(len(_POINTER))
