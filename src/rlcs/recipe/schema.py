@@ -3,20 +3,21 @@
 One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads recipes from YAML files.
 """
 
-import re
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import model_validator
 
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
 from rlcs.recipe.execution import Lora, Parallel, Trackers
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import (
     Above0,
+    FolderName,
     NonNegative,
     Nucleus,
     Positive,
     Section,
+    Seed,
     Share,
     Temperature,
     Warm,
@@ -193,8 +194,7 @@ class Teacher(Server):
     enough_kept: Whole = 1
     """Sampling of a problem ends with so many answers to keep. 0: all samples, for an unbiased pass rate."""
     token_budget: Positive | None = None
-    """Most tokens, of prompts and answers together, that the teacher may be paid for in a run; then the run
-    stops, keeps every answer, and goes on with a higher budget. None: no limit."""
+    """Most tokens of prompts and answers; then the run stops, and can go on with a higher budget."""
     cost_budget: Above0 | None = None
     """The same in money, by the prices."""
     keep: Literal["right", "all"] = "right"
@@ -357,19 +357,12 @@ class Report(Section):
     """Held-out problems shown with image and every arm's answer."""
 
 
-def _file_name(name: str) -> str:
-    """The name, which a folder of runs/ gets. Raises ValueError for one that leads elsewhere."""
-    if not re.fullmatch(r"[^/\\]{1,100}", name) or not name.isprintable() or not name.strip(". "):
-        raise ValueError("should be a name of at most 100 characters without / and \\, as a folder gets it")
-    return name
-
-
 class Recipe(Section):
     """The whole recipe of a study: both stages, data, engines, measurement, report."""
 
-    name: Annotated[str, AfterValidator(_file_name)] = "unnamed"
+    name: FolderName = "unnamed"
     """Name of the study in tables and titles."""
-    seed: Annotated[int, Field(ge=-(2**31), le=2**32 - 1)] = 0
+    seed: Seed = 0
     """Seeds data order, sampling and every other random choice."""
     model: Model = Model()
     """The model."""
