@@ -198,8 +198,8 @@ class Teacher(Server):
     cost_budget: Above0 | None = None
     """The same in money, by the prices."""
     keep: Literal["right", "all"] = "right"
-    """`right`: rejection sampling, also of responses that the data has: those whose final answer is not the
-    gold answer are left out. `all`: wrong answers are trained on too."""
+    """`right`: rejection sampling, of responses in the data too: a final answer other than the gold one is
+    left out. `all`: wrong answers are trained on too."""
     pick: Literal["first", "shortest", "diverse"] = "first"
     """Choice among several answers to keep: the first, the shortest, or those least alike."""
     max_kept: Positive = 1
@@ -225,9 +225,8 @@ class Teacher(Server):
         if self.cost_budget is not None and self.cost(0, 0) is None:
             raise ValueError("cost_budget needs the prices: set prompt_price and completion_price")
         if 0 < self.enough_kept < self.max_kept:
-            raise ValueError(
-                f"max_kept ({self.max_kept}) is above enough_kept ({self.enough_kept}): raise enough_kept"
-            )
+            what = f"max_kept ({self.max_kept}) is above enough_kept ({self.enough_kept})"
+            raise ValueError(f"{what}: raise enough_kept")
         return self
 
     @property
