@@ -226,3 +226,13 @@ def test_a_terminal_that_is_not_utf_8_gets_escapes(random_model_folder, tmp_path
     assert "\\u9898" in checked.stdout and not checked.stderr, checked.stderr
     looked = rlcs("look", "builtin:shapes", f"model.name={random_model_folder}", PYTHONIOENCODING="ascii")
     assert looked.returncode == 0 and "\\u2580" in looked.stdout, looked.stderr
+
+
+@pytest.mark.fault("limits", "a path that the locale cannot read", "a sentence that says what to set")
+def test_a_path_that_the_locale_cannot_read_is_a_sentence(tmp_path):
+    legacy = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = rlcs("data", "check", f"{tmp_path}/é/rows.jsonl", **legacy)
+    assert done.returncode == 2 and "export PYTHONUTF8=1" in done.stderr and "Traceback" not in done.stderr
+    broken = rlcs("data", "check", f"{tmp_path}/\udcff/rows.jsonl")
+    assert broken.returncode == 2 and "rename what is not UTF-8" in broken.stderr
+    assert "no such file" in rlcs("data", "check", f"{tmp_path}/é/rows.jsonl", LC_ALL="C").stderr

@@ -159,6 +159,8 @@ def test_a_secret_in_an_address_is_neither_shown_nor_written(url):
     with pytest.raises(RecipeError, match="environment variable") as caught:
         load_recipe("quickstart", [f"teacher.base_url={url}", "teacher.model=m"])
     assert "pa55word" not in str(caught.value) and caught.value.where == "teacher.base_url"
+    with pytest.raises(RecipeError, match=r"rollout\.urls"):
+        load_recipe("quickstart", [f"rollout.urls=['{url}']", "rollout.engine=vllm_server"])
     with pytest.raises(RecipeError, match=r"judge\.base_url"):
         load_recipe("quickstart", [f"grpo.reward.judge.base_url={url}", "grpo.reward.judge.model=m"])
     with pytest.raises(EndpointError) as other:

@@ -1,12 +1,15 @@
 """Weights that are damaged or spoilt by training: a sentence and no exit code 0, whatever the command."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlcs.engines.decoding import DecodingBatch
 from rlcs.errors import ModelError, TrainingError
 from rlcs.model import loading
 from rlcs.model.loading import resolve
@@ -18,9 +21,6 @@ from rlcs.train.trainer import Trainer
 
 def damaged(folder, change):
     """The built-in model with other weights."""
-    import shutil
-    from pathlib import Path
-
     shutil.copytree(Path(resolve("builtin")), folder)
     tensors = load_file(folder / "model.safetensors")
     save_file(
@@ -57,8 +57,7 @@ def test_dead_weights_are_refused_when_they_are_loaded(kind, tmp_path):
 @pytest.mark.fault("numbers", "generate with weights of NaN", "a sentence and exit code 2")
 def test_generate_with_dead_weights_fails(tmp_path):
     folder = damaged(tmp_path / "model", DAMAGE["NaN"][0])
-    (tmp_path / "rows.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n')
-    words = ["generate", str(folder), "--data", "rows.jsonl", "--out", "out.jsonl"]
+    words = ["generate", str(folder), "What is 2 + 2?"]
     done = subprocess.run(
         [sys.executable, "-m", "rlcs", *words], capture_output=True, text=True, cwd=tmp_path
     )
@@ -75,7 +74,6 @@ def test_whole_weights_pass():
 @pytest.mark.fault("numbers", "a model whose logits become NaN while it answers", "a sentence, no answers")
 def test_logits_that_are_no_numbers_are_no_answers():
     from conftest import make_problem  # noqa: F401 - the helpers of the suite
-    from rlcs.engines.decoding import DecodingBatch
 
     batch = DecodingBatch.__new__(DecodingBatch)
     for row in (torch.full((1, 8), float("nan")), torch.full((1, 8), float("-inf"))):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rlcs.data import loading
+from rlcs.data import files, loading
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
 
@@ -278,3 +278,59 @@ def test_the_command_reads_a_folder_and_lines_that_are_named_json(tmp_path):
         command = [sys.executable, "-m", "rlcs", "data", "check", str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0 and f"{expected}" in done.stdout, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------ limits
+
+
+@pytest.fixture
+def short_lines(monkeypatch):
+    """Limits of 1,000 and 5,000 bytes."""
+    monkeypatch.setattr(files, "LONGEST_LINE", 1_000)
+    monkeypatch.setattr(files, "LARGEST_TEXT", 5_000)
+
+
+@pytest.mark.fault(
+    "limits", "a line longer than fits in memory", "left out with its number; the others are read"
+)
+@pytest.mark.parametrize("length", [1_000, 1_001, 2_000, 2_001, 4_500])
+@pytest.mark.parametrize("end", ["", "\n", "\n" + lines("2")])
+def test_a_line_that_is_too_long_is_left_out_unread(length, end, short_lines, tmp_path):
+    long = json.dumps({"question": "q", "answer": "1", "x": ""})
+    long = long.replace('""', f'"{"y" * (length - len(long))}"')
+    (tmp_path / "rows.jsonl").write_text(f"{lines('0')}\n{long}{end}\n")
+    loaded = load(tmp_path / "rows.jsonl", max_bad_share=1.0)
+    assert [row.problem.answer for row in loaded.rows] == ["0", *(["2"] if "2" in end else [])]
+    assert [bad.where for bad in loaded.bad] == [f"{tmp_path}/rows.jsonl:2"]
+    assert "longer than 1,000 bytes" in str(loaded.bad[0])
+
+
+@pytest.mark.fault("limits", "a JSON text larger than fits in memory", "a sentence that says what to write")
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_text_that_is_too_large_is_a_sentence(indent, short_lines, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(rows(*"1234" * 100), indent=indent))
+    with pytest.raises(DataError, match=r"larger than 5,000 bytes(?s:.*)one object a line"):
+        load(tmp_path / "rows.json")
+
+
+@pytest.mark.fault("limits", "a cell longer than fits in memory, a quote that never ends", "a bad row")
+def test_a_cell_that_is_too_long_is_a_bad_row(short_lines, tmp_path):
+    (tmp_path / "rows.csv").write_text("question,answer\nq,1\nq," + "2" * 3_000 + "\nq,3\n")
+    loaded = load(tmp_path / "rows.csv", max_bad_share=1.0)
+    assert "1" in [row.problem.answer for row in loaded.rows] and loaded.bad
+
+
+@pytest.mark.fault("limits", "a sparse file of 20 GB", "a sentence after 1 GB, in 0.4 GB of memory")
+def test_a_hole_takes_no_memory(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(lines("1") + "\n")
+    with path.open("r+b") as file:
+        file.truncate(20 << 30)
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_DATA, (400 << 20, 400 << 20));"
+        "from pathlib import Path; from rlcs.data import files;"
+        "files.LONGEST_LINE, files.LARGEST_TEXT = 1 << 23, 1 << 26;"
+        f"list(files.read_file(Path({str(path)!r}))[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "DataError" in done.stderr and "a line has more than 67,108,864 bytes" in done.stderr, done.stderr

@@ -1,5 +1,6 @@
 """The recipe: what is read, what is refused and in which words, and the table before a run."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -275,18 +276,30 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("grpo: {steps: 2.5}", "grpo.steps should be a whole number at least 1 (got 2.5)"),
-        ("grpo: {steps: true}", "grpo.steps should be a whole number at least 1 (got true)"),
-        ("grpo: {steps: '3'}", 'grpo.steps should be a whole number at least 1 (got "3")'),
+        (
+            "grpo: {steps: 2.5}",
+            "grpo.steps should be a whole number at least 1 and at most 1,000,000,000 (got 2.5)",
+        ),
+        (
+            "grpo: {steps: true}",
+            "grpo.steps should be a whole number at least 1 and at most 1,000,000,000 (got true)",
+        ),
+        (
+            "grpo: {steps: '3'}",
+            'grpo.steps should be a whole number at least 1 and at most 1,000,000,000 (got "3")',
+        ),
         ("grpo: {entropy: {control: kl_cov}}", "set optimizer_steps=2 or more"),
         ("grpo: {loss: gspo, entropy: {control: clip_cov}}", "one ratio for a whole answer"),
         ("grpo: {entropy: {bounds: [5, 1]}}", "no covariance lies between bounds=[5.0, 1.0]"),
         ("grpo: {loss: ppo}", 'grpo.loss should be one of grpo, gspo, cispo, sapo, dppo (got "ppo")'),
-        ("grpo: {clip_dual: 0.5}", "grpo.clip_dual should be a number above 1 or null (got 0.5)"),
+        (
+            "grpo: {clip_dual: 0.5}",
+            "grpo.clip_dual should be a number above 1 and at most 1,000,000 or null (got 0.5)",
+        ),
         ("sft: {freeze: merger}", "each item one of vision_tower, merger, language_model"),
         ("sft: {freeze: [vision]}", 'got ["vision"]'),
-        ("grpo: {top_p: 1.5}", "grpo.top_p should be a number above 0 and at most 1 (got 1.5)"),
-        ("sft: {optimizer: {betas: [0.9]}}", "a list of 2, each item a number at least 0 and at most 1"),
+        ("grpo: {top_p: 1.5}", "grpo.top_p should be a number at least 1e-06 and at most 1 (got 1.5)"),
+        ("sft: {optimizer: {betas: [0.9]}}", "a list of 2, each item a number at least 0 and below 1"),
         ("name: 3", "name should be text (got 3)"),
         ("grpo: {reward: {accuracy: -1}}", "should be a number at least 0 and at most 1,000,000 (got -1)"),
         (
@@ -302,7 +315,10 @@ def test_unknown_key_names_file_line_and_the_near_one(tmp_path: Path) -> None:
         ("grpo: {reward: {accuracy: 0}}", "no part that scores single answers has a weight"),
         ("grpo: {reward: {accuracy: 0, length: 1}}", "no part that scores single answers has a weight"),
         ("model: {trust_remote_code: yes}", 'should be true or false (got "yes")'),
-        ("eval: {temperature: .inf}", "eval.temperature should be a number at least 0 (got Infinity)"),
+        (
+            "eval: {temperature: .inf}",
+            "eval.temperature should be a number at least 0 and at most 1,000 (got Infinity)",
+        ),
         ("sft:", "sft is a section with keys of its own (got null)"),
         ("study: {arms: [base]}", "the arms are base and at least one of sft, grpo, sft_grpo"),
     ],
@@ -530,3 +546,24 @@ def test_what_overlaps_unless_the_recipe_says_so() -> None:
     assert overlap(*SERVERS) == "on_policy"
     assert overlap(*SERVERS, "grpo.loss_average=micro_batch") == overlap(*SERVERS, "grpo.overlap=none")
     assert overlap(*SERVERS, "grpo.overlap=one_step_off", "grpo.optimizer_steps=1") == "one_step_off"
+
+
+@pytest.mark.fault(
+    "limits", "a recipe whose name leads out of runs/", "a sentence before anything is written"
+)
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc/x", "a/b", "a\\b", "..", ".", "", " ", "x" * 101, "a\nb", "a\0b"]
+)
+def test_a_name_is_that_of_a_folder(name, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: {json.dumps(name)}\n")
+    with pytest.raises(RecipeError, match=r"name should be a name of at most 100 characters without /"):
+        load_recipe(str(path))
+
+
+@pytest.mark.fault("limits", "a recipe of 200,000 keys", "a sentence at once")
+def test_a_recipe_that_is_too_large_is_refused_unread(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("".join(f"key{n}: 1\n" for n in range(200_000)))
+    with pytest.raises(RecipeError, match=r"at most 262,144 bytes(?s:.*)data\.problems"):
+        load_recipe(str(path))

@@ -1,8 +1,11 @@
 """The command line: one module for each group of commands, which import heavy packages when they run."""
 
 import os
+import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -27,6 +30,9 @@ _QUIET = {
     "DO_NOT_TRACK": "1",
 }
 """Settings of libraries, unless the user has others: no statistics are sent, no bars are drawn."""
+
+_UNREADABLE = re.compile("[\ud800-\udfff]")
+"""What stands for bytes that are not text."""
 
 app = typer.Typer(
     name="rlcs",
@@ -70,6 +76,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     guard_streams()
     try:
+        _require_readable([*sys.argv[1:], str(Path.cwd())], sys.getfilesystemencoding())
         with out_of_memory_in(""):
             app(prog_name="rlcs")
     except RlcsError as error:
@@ -82,6 +89,14 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("rlcs: stopped; the same command continues from the last checkpoint\n")
         sys.exit(130)
+
+
+def _require_readable(words: Sequence[str], encoding: str) -> None:
+    """Raise UserError for words with characters that libraries would write as others, or not at all."""
+    for word in words:
+        if not word.isascii() and (encoding != "utf-8" or _UNREADABLE.search(word)):
+            what = f"it has characters that cannot be read in this locale (file names in {encoding})"
+            raise UserError(what, where=ascii(word), fix="export PYTHONUTF8=1, or rename what is not UTF-8")
 
 
 def _exit_with(error: RlcsError) -> NoReturn:

@@ -1,7 +1,7 @@
 """Reads data files into raw rows: JSON lines, JSON, CSV, TSV and Parquet, and finds those of a folder.
 
 Values stay as they are written: a date or `007` in a text is not converted. JSON lines, CSV and Parquet are
-read row by row, a JSON list is held as text.
+read row by row, a JSON list is held as text; lines and texts are bounded, so that memory is.
 """
 
 import csv
@@ -30,7 +30,11 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 _QUESTION = ("question", "problem", "query")
 _SHORT_FLOATS = ("float", "halffloat")
 """Numbers of 32 and 16 bits: 0.1 is 0.1 among them, and 0.10000000149 with 64 bits."""
-_MAX_FIELD = 2**31 - 1
+LONGEST_LINE = 1 << 26
+"""Most bytes of one line, and of one cell: a row may hold images. A longer one is left out, unread."""
+_BUFFER = 1 << 20  # a long line is skipped some ten times faster than with the usual 8 KiB
+LARGEST_TEXT = 1 << 30
+"""Most bytes of a JSON file that is one value, which is held as a whole."""
 _SHOWN = 200
 _DELIMITERS = ",;\t"
 _SPLITS = {
@@ -117,7 +121,7 @@ def _open(path: Path) -> BufferedReader:
     """Open a regular file for reading, unpacked, after its byte order mark. Raises DataError."""
     require_regular(path)
     try:
-        file = path.open("rb")
+        file = cast(BufferedReader, path.open("rb", buffering=_BUFFER))
         if file.peek(2)[:2] == _GZIP:  # whatever its name says
             file = cast(BufferedReader, gzip.open(file))  # noqa: SIM115 - returned
         start = file.read(len(_POINTER))
@@ -140,7 +144,7 @@ def no_content(path: Path) -> DataError:
 def _json(path: Path) -> tuple[None, Iterator[RawRow]]:
     """JSON lines, or a list, or an object with the list: what the file holds counts, not its name."""
     with _open(path) as file:
-        lines = (line for line in _guarded(file, path) if line.strip())
+        lines = (line for line in _guarded(_pieces(file), path) if line.strip())
         first, more = next(lines, b"").strip(), next(lines, None) is not None
     by_name = _kind(path) == ".json"
     is_lines = more and _is_whole(first)
@@ -160,13 +164,36 @@ def _is_whole(line: bytes) -> bool:
 
 def _json_lines(path: Path) -> Iterator[RawRow]:
     with _open(path) as file:
-        for number, line in enumerate(_guarded(file, path), start=1):
+        for number, line in enumerate(_guarded(_lines(file), path), start=1):
             if not line.strip():
                 continue
             try:
+                if len(line) >= LONGEST_LINE:
+                    raise ValueError(f"the line is longer than {LONGEST_LINE:,} bytes")
                 yield RawRow(where=f"{path}:{number}", number=number, fields=parse_object(line))
             except ValueError as error:
                 yield RawRow(where=f"{path}:{number}", number=number, reason=str(error))
+
+
+def _pieces(file: Any) -> Iterator[Any]:
+    """The lines of a file of bytes or text; longer ones than LONGEST_LINE in pieces of that length."""
+    while piece := file.readline(LONGEST_LINE):
+        yield piece
+
+
+def _lines(file: Any) -> Iterator[Any]:
+    """The lines of a file; of one that is too long only the first piece, of length LONGEST_LINE.
+
+    Raises EOFError for one without end.
+    """
+    length = 0
+    for piece in _pieces(file):
+        if not length:
+            yield piece
+        ends = len(piece) < LONGEST_LINE or piece[-1:] in (b"\n", "\n")
+        length = 0 if ends else length + len(piece)
+        if length > LARGEST_TEXT:  # as in a file with a hole
+            raise EOFError(f"a line has more than {LARGEST_TEXT:,} bytes")
 
 
 def _guarded(lines: Iterable[Any], path: Path) -> Iterator[Any]:
@@ -183,8 +210,15 @@ def _damaged(what: str, where: str) -> DataError:
 
 def _text(path: Path) -> str:
     try:
+        data = bytearray()
         with _open(path) as file:
-            return b"".join(_guarded(file, path)).decode()
+            for piece in _guarded(_pieces(file), path):
+                data += piece
+                if len(data) > LARGEST_TEXT:
+                    fix = "write one object a line (.jsonl), which is read line by line"
+                    what = f"the file is larger than {LARGEST_TEXT:,} bytes"
+                    raise DataError(what, where=str(path), fix=fix)
+        return data.decode()
     except UnicodeDecodeError as error:
         what = f"not UTF-8: {error.reason} at byte {error.start:,}"
         raise DataError(what, where=str(path), fix="save it as UTF-8") from error
@@ -265,7 +299,7 @@ def _is_rows(value: object) -> bool:
 def _table(path: Path) -> tuple[tuple[str, ...], Iterator[RawRow]]:
     """A CSV or TSV file, all of whose values are texts; an empty cell is null."""
     with _open(path) as file:
-        first = file.readline().decode("utf-8", "replace")
+        first = file.readline(LONGEST_LINE).decode("utf-8", "replace")
     counts = {mark: first.count(mark) for mark in _DELIMITERS}
     delimiter = "\t" if _kind(path) == ".tsv" else max(_DELIMITERS, key=lambda mark: counts[mark])
     records = _records(path, delimiter)
@@ -303,10 +337,18 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str], str]]
     """The first line, the cells and the fault of every record; a quoted cell may have line breaks."""
     with _open(path) as file:
         text = TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        reader = csv.reader(_guarded(text, path), delimiter=delimiter, strict=True)
+        lines = _guarded(_lines(text), path)
+
+        def next_line() -> str:
+            found = str(next(lines, ""))
+            if len(found) >= LONGEST_LINE:
+                raise csv.Error(f"the line is longer than {LONGEST_LINE:,} characters")
+            return found
+
+        reader = csv.reader(iter(next_line, ""), delimiter=delimiter, strict=True)
         while True:
             line = reader.line_num + 1
-            before = csv.field_size_limit(_MAX_FIELD)  # of the process, for cells that hold images
+            before = csv.field_size_limit(LONGEST_LINE)  # of the process, for cells that hold images
             try:
                 cells, reason = next(reader), ""
             except StopIteration:

@@ -197,11 +197,8 @@ def load(
     config, processor, family = _load_description(settings)
     if four_bit:
         if world.grouped:
-            raise UserError(
-                "4-bit weights cannot be spread over processes",
-                where="lora.four_bit",
-                fix="start without `torchrun`, or set lora.four_bit=false",
-            )
+            fix = "start without `torchrun`, or set lora.four_bit=false"
+            raise UserError("4-bit weights cannot be spread over processes", where="lora.four_bit", fix=fix)
         options |= adapters.four_bit(dtype, device, experts=family.experts is not None)
     if getattr(config, "quantization_config", {}).get("quant_method") == "compressed-tensors":
         if find_spec("compressed_tensors") is None:

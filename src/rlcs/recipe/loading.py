@@ -26,6 +26,8 @@ from rlcs.recipe.section import Section
 S = TypeVar("S", bound=Section)
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+LARGEST_FILE = 1 << 18
+"""Most bytes of a recipe file."""
 _SHIPPED = Path(__file__).parent.parent / "recipes"
 
 
@@ -152,6 +154,9 @@ def _locate(name_or_path: str, *, folder: Path, where: str) -> tuple[Path, str]:
 
 def _read(path: Path, label: str) -> Parsed:
     try:
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            what = f"a recipe has at most {LARGEST_FILE:,} bytes (this one: {size:,})"
+            raise RecipeError(what, where=label, fix="is it a data file? name it as data.problems")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise RecipeError("the file is not UTF-8 text", where=label, fix="save it as UTF-8") from None

@@ -33,6 +33,22 @@ _OWN = {
 _SECRET = re.compile(r"auth|key|token|secret|cookie|password|passwd|signature", re.IGNORECASE)
 
 
+def _require_no_secret(address: str, where: str) -> None:
+    """Raise RecipeError for an address with a user, a password or a key: recipes lie in run folders."""
+    fix = "put it into an environment variable NAME, and send it as a header: "
+    try:
+        parts = urlsplit(address)
+        query = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    except ValueError:  # reported when the address is used
+        return
+    if "@" in parts.netloc:
+        fix += "request.headers={Authorization: env:NAME}, where NAME holds `Basic` and the encoded pair"
+        raise RecipeError("the address holds a user or a password", where=where, fix=fix)
+    if secret := next(filter(_SECRET.search, query), None):
+        fix += "request.headers={X-API-Key: env:NAME}, with the header's name that the server expects"
+        raise RecipeError(f"the address holds a secret ({secret})", where=where, fix=fix)
+
+
 class RequestFields(Section):
     """What is sent with each request to a server, for servers that refuse or need certain fields."""
 
@@ -86,20 +102,7 @@ class Server(Section):
     @model_validator(mode="after")
     def _address_holds_no_secret(self) -> "Server":
         """A RecipeError, as that of pydantic would show the value."""
-        fix = "put it into an environment variable NAME, and send it as a header: "
-        where = f"{type(self).__name__.lower()}.base_url"
-        address = getattr(self, "base_url", None) or ""
-        try:
-            parts = urlsplit(address)
-            query = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-        except ValueError:  # reported when the address is used
-            return self
-        if "@" in parts.netloc:
-            fix += "request.headers={Authorization: env:NAME}, where NAME holds `Basic` and the encoded pair"
-            raise RecipeError("the address holds a user or a password", where=where, fix=fix)
-        if secret := next(filter(_SECRET.search, query), None):
-            fix += "request.headers={X-API-Key: env:NAME}, with the header's name that the server expects"
-            raise RecipeError(f"the address holds a secret ({secret})", where=where, fix=fix)
+        _require_no_secret(getattr(self, "base_url", None) or "", f"{type(self).__name__.lower()}.base_url")
         return self
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
@@ -228,6 +231,8 @@ class Rollouts(EngineSettings):
 
     @model_validator(mode="after")
     def _started_by_others(self) -> "Rollouts":
+        for url in self.urls:
+            _require_no_secret(url, "rollout.urls")
         if self.urls and self.engine == "vllm_colocated":
             raise ValueError("the servers of `urls` run elsewhere: set engine to vllm_server")
         for name in ("arguments", "quantization"):

@@ -3,19 +3,21 @@
 One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads recipes from YAML files.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from rlcs.recipe.arms import MAIN_FIRST, ArmName, stages_behind
 from rlcs.recipe.execution import Lora, Parallel, Trackers
 from rlcs.recipe.sampling import ADAPTER_RANKS, Endpoint, EngineSettings, Rollouts, Server
 from rlcs.recipe.section import (
     Above0,
+    FolderName,
     NonNegative,
     Nucleus,
     Positive,
     Section,
+    Seed,
     Share,
     Temperature,
     Warm,
@@ -194,13 +196,12 @@ class Teacher(Server):
     enough_kept: Whole = 1
     """Sampling of a problem ends with so many answers to keep. 0: all samples, for an unbiased pass rate."""
     token_budget: Positive | None = None
-    """Most tokens, of prompts and answers together, that the teacher may be paid for in a run; then the run
-    stops, keeps every answer, and goes on with a higher budget. None: no limit."""
+    """Most tokens of prompts and answers; then the run stops, and can go on with a higher budget."""
     cost_budget: Above0 | None = None
     """The same in money, by the prices."""
     keep: Literal["right", "all"] = "right"
-    """`right`: rejection sampling, also of responses that the data has: those whose final answer is not the
-    gold answer are left out. `all`: wrong answers are trained on too."""
+    """`right`: rejection sampling, of responses in the data too: a final answer other than the gold one is
+    left out. `all`: wrong answers are trained on too."""
     pick: Literal["first", "shortest", "diverse"] = "first"
     """Choice among several answers to keep: the first, the shortest, or those least alike."""
     max_kept: Positive = 1
@@ -226,9 +227,8 @@ class Teacher(Server):
         if self.cost_budget is not None and self.cost(0, 0) is None:
             raise ValueError("cost_budget needs the prices: set prompt_price and completion_price")
         if 0 < self.enough_kept < self.max_kept:
-            raise ValueError(
-                f"max_kept ({self.max_kept}) is above enough_kept ({self.enough_kept}): raise enough_kept"
-            )
+            what = f"max_kept ({self.max_kept}) is above enough_kept ({self.enough_kept})"
+            raise ValueError(f"{what}: raise enough_kept")
         return self
 
     @property
@@ -361,9 +361,9 @@ class Report(Section):
 class Recipe(Section):
     """The whole recipe of a study: both stages, data, engines, measurement, report."""
 
-    name: str = "unnamed"
+    name: FolderName = "unnamed"
     """Name of the study in tables and titles."""
-    seed: Annotated[int, Field(ge=-(2**31), le=2**32 - 1)] = 0
+    seed: Seed = 0
     """Seeds data order, sampling and every other random choice."""
     model: Model = Model()
     """The model."""

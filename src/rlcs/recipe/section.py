@@ -1,5 +1,6 @@
 """The base class of a recipe's sections, and the types of their values."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -31,6 +32,18 @@ Warm = Annotated[float, Field(ge=COLDEST, le=1_000)]
 """A temperature at which answers are drawn at random."""
 Temperature = Annotated[float, Field(ge=0, le=1_000), AfterValidator(_not_tiny)]
 """A temperature; at 0 the likeliest token is taken."""
+
+
+def _folder_name(name: str) -> str:
+    """The name, which a folder of runs/ gets. Raises ValueError for one that leads elsewhere."""
+    if not re.fullmatch(r"[^/\\]{1,100}", name) or not name.isprintable() or not name.strip(". "):
+        raise ValueError("should be a name of at most 100 characters without / and \\, as a folder gets it")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+"""A name that a folder gets."""
+Seed = Annotated[int, Field(ge=-(2**31), le=2**32 - 1)]
 Part = Literal["vision_tower", "merger", "language_model"]
 FrozenPart = Part | Literal["experts", "router"]
 """What a stage may freeze: a part, or of a language model that is a mixture, its experts or their router."""
