@@ -107,7 +107,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _is_left(match: re.Match[str] | None) -> bool:
-    """Whether the process that a temporary name is of has ended; without one its run no longer has the lock."""
+    """Whether the process of a temporary name has ended; a name without one is of an earlier run."""
     pid = int(match[1] or 0) if match else 0
     return match is not None and (pid in (0, os.getpid()) or not psutil.pid_exists(pid))
 
