@@ -75,6 +75,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "tiny_model": "tools/tiny_model/",
     "grading_reference": "the table in docs/reference/grading.md",
     "grading_properties": "grading as a whole, over made answers",
+    "faults_table": "the plug-in that writes docs/reliability.md",
     "shipped_recipes": "the YAML files in recipes/",
     "hostile_rewards": "reward functions that do what they should not",
     "generate": "the command `rlcs generate`, through generation, engines and serving",

@@ -166,17 +166,16 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
 def test_what_killed_processes_left_is_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = [
-        f".tmp-{dead.pid}-a1b2",
-        ".preflight-x",
-        f"sft/checkpoints/step-000002.tmp-{dead.pid}",
-        "base.tmp",
-    ]
-    kept = ["recipe.yaml", ".tmp-1-a1b2", "sft/models/step-000003.tmp-1", "a.tmp-1.json"]
-    for name in (*left, *kept):
+    step = "sft/checkpoints/step-000002"
+    left = [f".tmp-{dead.pid}-0123456789ab", ".preflight-a1b2c3d4", f"{step}.tmp-{dead.pid}"]
+    kept = ["recipe.yaml", f"{step}.tmp-1", "mine.tmp", f"mine.tmp-{dead.pid}", f".tmp-{dead.pid}-mine"]
+    for name in (*left[1:], *kept):
         (tmp_path / name / "inside").mkdir(parents=True)
-    (tmp_path / f".tmp-{os.getpid()}-file").write_text("from an earlier process with this number")
+    own = f"eval/.tmp-{os.getpid()}-0123456789ab"  # of an earlier process with this number
+    for name in (left[0], ".tmp-1-0123456789ab", own):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
     with hold(tmp_path):
         pass
-    assert [name for name in (*left, *kept) if (tmp_path / name).exists()] == kept
-    assert not [*tmp_path.glob(".tmp-*file")]
+    assert not [name for name in (*left, own) if (tmp_path / name).exists()]
+    assert all((tmp_path / name).exists() for name in (*kept, ".tmp-1-0123456789ab"))

@@ -37,6 +37,7 @@ from rlcs.errors import (
 )
 from rlcs.model import loading
 from rlcs.pipeline import preflight, space
+from rlcs.pipeline.run_folder import claim
 from rlcs.pipeline.study import Study, dry_run, engine_needs
 from rlcs.progress import Output
 from rlcs.recipe.loading import load_recipe
@@ -175,7 +176,7 @@ def test_a_dry_run_in_the_folder_of_another_recipe_is_refused_and_changes_nothin
 ):
     recipe, out = resolved(random_model_folder), tmp_path / "run"
     given = {"output": Output(quiet=True), "stop": StopFlag()}
-    Study(recipe, out, data=data_of(recipe), **given)
+    claim(out, recipe)
     written = (out / "recipe.yaml").read_bytes()
     (out / "eval" / "base").mkdir(parents=True)
     (out / "eval" / "base" / "predictions.jsonl").write_text("{}\n")

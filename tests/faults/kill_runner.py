@@ -7,6 +7,7 @@ file opened for writing, a folder made, and names that change or go. At an event
 happens.
 """
 
+import io
 import json
 import os
 import resource
@@ -108,14 +109,15 @@ def warm() -> None:
     _ = (transformers.AutoModelForImageTextToText, transformers.AutoProcessor, matplotlib.pyplot, rlcs.report)
 
 
-def child(job: Job, rank: int, report: int) -> None:
-    """Be one rank of a job; never returns."""
+def child(job: Job, rank: int, *, output: int, report: int) -> None:
+    """Be one rank of a job, which prints into `output`; never returns."""
     status = 1
     try:
         os.setsid()
-        output = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8", write_through=True)
         if job.ranks > 1:
             os.environ |= environment(job, rank)
         for name, value in job.environ.items():
@@ -127,7 +129,8 @@ def child(job: Job, rank: int, report: int) -> None:
         from rlcs.cli.main import main
 
         signals = job.signals if rank == job.rank else ()
-        sys.addaudithook(FileEvents(job.folder, signals, report))
+        if job.file_bytes is None:
+            sys.addaudithook(FileEvents(job.folder, signals, report))
         main()
         status = 0
     except SystemExit as end:
@@ -153,16 +156,25 @@ def environment(job: Job, rank: int) -> Mapping[str, str]:
 
 def run(job: Job) -> Outcome:
     """Run a job in children and wait for them; none of their own children is left."""
+    log = output = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if job.file_bytes is not None:  # the log is a file, too
+        printed, output = os.pipe()
     pids, reports = [], []
     for rank in range(job.ranks):
         report = Path(f"{job.log}.events-{rank}")
         file = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         pid = os.fork()
         if pid == 0:
-            child(job, rank, file)
+            child(job, rank, output=output, report=file)
         os.close(file)
         pids.append(pid)
         reports.append(report)
+    os.close(output)
+    if output != log:
+        while part := os.read(printed, 1 << 16):
+            os.write(log, part)
+        os.close(printed)
+        os.close(log)
     ended = [os.wait4(pid, 0) for pid in pids]
     statuses = [os.waitstatus_to_exitcode(status) for _, status, _ in ended]
     events = [report.read_text(encoding="utf-8").splitlines() for report in reports]

@@ -68,6 +68,7 @@ class ColdStart:
         given = all(row.response is not None for row in data.cold_start)
         self._chains = chains_of(wanted, recipe, given=given)
         self._data = check_prompts(data, recipe)
+        self._seen: dict[Path, object] = {}
         self._seconds: dict[str, list[float]] = {"cells": [], "sft": []}
         world.first(lambda: claim(folder, recipe, dry=True))
 
@@ -186,7 +187,7 @@ class ColdStart:
     def _share(self, source: Path, target: Path) -> None:
         """Take the measurement of the same model over from another run, if it has been made there."""
         if is_done(source) and not target.exists():
-            verify_done(source, {})
+            verify_done(source, self._seen)
             aside = target.with_name(f"{target.name}.tmp")
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(source, aside)
@@ -199,6 +200,7 @@ class ColdStart:
         folder, sft = self.folder / "cells" / cell.name, self.folder / "sft" / cell.sft
         words = [f"seed={cell.seed}", "study.arms=[base, grpo]"]
         if cell.chain != NONE:
+            self._world.first(lambda: verify_done(sft / "sft", self._seen))
             words += [f"model.name={sft / 'sft'}@{cell.steps}", "model.revision=null"]
         data = replace(self._data, cold_start=())
         first = self.folder / "cells" / f"{NONE}-seed-{self.recipe.seed}"

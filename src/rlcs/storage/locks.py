@@ -38,8 +38,10 @@ BEAT_S = 15.0
 STALE_S = 120.0
 """Seconds without a refresh after which a lock of another machine is free."""
 _MOST_BYTES = 1 << 16
-_TEMPORARY = re.compile(r"^\.preflight-|^\.tmp-(?:(\d{1,9})-)?|\.tmp(?:-(\d{1,9}))?$")
-"""Names of what is being written: a file (`storage.atomic_write`), a checkpoint, a model, a trial."""
+_LEFT_FOLDER = re.compile(r"step-\d{6,}\.tmp-(\d{1,9})|\.preflight-\w{8}")
+"""Folders that are being written: a checkpoint or the model of one, and that of a trial before a run."""
+_LEFT_FILE = re.compile(r"\.tmp-(\d{1,9})-[0-9a-f]{12}")
+"""A file that `storage.atomic_write` is writing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,16 +98,17 @@ def remove_leftovers(folder: Path) -> None:
     Such are a model that a server makes of a checkpoint, and a report.
     """
     for parent, folders, files in os.walk(folder):
-        for name in [name for name in folders if _is_leftover(name)]:
+        for name in [name for name in folders if _is_left(_LEFT_FOLDER.fullmatch(name))]:
             folders.remove(name)
             shutil.rmtree(Path(parent, name), ignore_errors=True)
-        for name in filter(_is_leftover, files):
-            Path(parent, name).unlink(missing_ok=True)
+        for name in files:
+            if _is_left(_LEFT_FILE.fullmatch(name)):
+                Path(parent, name).unlink(missing_ok=True)
 
 
-def _is_leftover(name: str) -> bool:
-    match = _TEMPORARY.search(name)
-    pid = int(match[1] or match[2] or 0) if match else 0
+def _is_left(match: re.Match[str] | None) -> bool:
+    """Whether the process of a temporary name has ended; a name without one is of an earlier run."""
+    pid = int(match[1] or 0) if match else 0
     return match is not None and (pid in (0, os.getpid()) or not psutil.pid_exists(pid))
 
 
