@@ -70,7 +70,6 @@ TESTS_OF_SOMETHING_ELSE = {
     "bench": "bench/",
     "container": "Dockerfile",
     "release": "make release, tools/smoke_test.py",
-    "faults_table": "tests/faults_table.py",
     "notebook": "the notebook in examples/",
     "tiny_model": "tools/tiny_model/",
     "grading_reference": "the table in docs/reference/grading.md",
