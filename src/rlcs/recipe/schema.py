@@ -1,7 +1,4 @@
-"""The schema of a recipe: every key of a run with its default, unit and source, as pydantic models.
-
-One recipe holds both stages. Unknown keys are errors; `recipe.loading` reads recipes from YAML files.
-"""
+"""The schema of a recipe: every key of a run with its default, unit and source; unknown keys are errors."""
 
 from typing import Literal
 
