@@ -461,7 +461,7 @@ def test_models_get_names_of_their_own():
         (["m", "--data", "mini", "--rollout", "tensor_paralel=2"], "did you mean tensor_parallel?"),
         (
             ["m", "--data", "mini", "--rollout", "tensor_parallel=0"],
-            "should be a whole number at least 1 (got 0)",
+            "should be a whole number at least 1 and at most 1,000,000,000 (got 0)",
         ),
         (["m", "--data", "mini", "--engine", "vllm"], "engine should be one of local, vllm_server"),
         (["m", "--data", "mini", "--rollout", 'devices=["0", "1"]'], "2 devices for 1 servers"),

@@ -64,7 +64,10 @@ def teacher(server, **changes):
 def results(folder):
     files = {name: (folder / name).read_bytes() for name in RESULTS}
     stats = json.loads(files["stats.json"])
-    return {**files, "stats.json": {name: stats[name] for name in stats if name != "retries"}}
+    return {
+        **files,
+        "stats.json": {name: stats[name] for name in stats if name not in ("retries", "repeated_tokens")},
+    }
 
 
 def line_count(path):

@@ -75,11 +75,14 @@ def guard_streams() -> None:
     """Let standard output and standard error leave secrets out; what they cannot encode is escaped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, TextIOWrapper):
-            encoding, buffered = stream.encoding, stream.line_buffering
-            buffer = stream.detach()
-            guarded = _RedactingStream(buffer, encoding, "backslashreplace", line_buffering=buffered)
+        if type(stream) is TextIOWrapper:  # of the process itself, which holds it until its end
+            stream.flush()
+            guarded = _RedactingStream(
+                stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
+            )
             setattr(sys, name, guarded)
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _declared(environment: Mapping[str, str]) -> list[str]:
