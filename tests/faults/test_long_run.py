@@ -1,11 +1,9 @@
 """A long run stays as it began: memory, handles, threads, bytes written and CPU time of a step.
 
-3,000 steps, each on one tree of two short answers. They take a quarter of an hour, so only with
-`RLCS_FAULTS=all`, which `make test-faults` sets.
+3,000 steps, each on one tree of two short answers. They take a quarter of an hour, so only with `--every-kill`.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -81,8 +79,11 @@ def rate(rows: list[dict[str, float]], name: str) -> float:
 @pytest.mark.fault(
     "limits", "thousands of steps in one process", "memory, handles, folder and CPU time a step stay flat"
 )
-@pytest.mark.skipif(os.environ.get("RLCS_FAULTS") != "all", reason="a quarter of an hour: `make test-faults`")
-def test_a_long_run_stays_as_it_began(random_model_folder: Path, tmp_path: Path) -> None:
+def test_a_long_run_stays_as_it_began(
+    random_model_folder: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    if not pytestconfig.getoption("every_kill"):
+        pytest.skip("a quarter of an hour: `make test-faults`")
     run, reward = tmp_path / "run", tmp_path / "reward.py"
     reward.write_text(
         "def score(problem, response):\n    return float(len(response) % 2)\n", encoding="utf-8"
