@@ -694,8 +694,14 @@ def test_a_cpu_can_be_planned_for():
         (["--gpu", "H10"], "did you mean H100?"),
         (["--memory", "0"], "0 GB of memory"),
         (["--assume", "answr=3"], "did you mean answer?"),
-        (["--assume", "answer=many"], 'answer should be a whole number at least 1 (got "many")'),
-        (["--assume", "answer=0"], "answer should be a whole number at least 1 (got 0)"),
+        (
+            ["--assume", "answer=many"],
+            'answer should be a whole number at least 1 and at most 1,000,000,000 (got "many")',
+        ),
+        (
+            ["--assume", "answer=0"],
+            "answer should be a whole number at least 1 and at most 1,000,000,000 (got 0)",
+        ),
         (["--assume", "peak"], "peak should be a number at least 0 (got null)"),
         (["--assume", "utilization=1.5"], "utilization should be a number above 0 and at most 1 (got 1.5)"),
         (["grpo.steps=-1"], "grpo.steps should be"),

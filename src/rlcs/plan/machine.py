@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt
 
 from rlcs.data.sources import suggest
 from rlcs.errors import UserError
-from rlcs.recipe.section import NonNegative, Positive, Section
+from rlcs.recipe.section import Positive, Section
 
 FP32 = 4
 """Bytes of a float32 number."""
@@ -100,7 +100,7 @@ class Assumed(Section):
     2 / (G + 1), as where every rate of right answers is equally frequent."""
     demonstrations: NonNegativeInt = 0
     """Demonstrations of SFT; 0: unknown."""
-    peak: NonNegative = 0.0
+    peak: Annotated[float, Field(ge=0)] = 0.0
     """Peak in TFLOP/s; 0: the table's."""
 
 
