@@ -1,6 +1,6 @@
 """A long run stays as it began: memory, handles, threads, bytes written and CPU time of a step.
 
-3,000 steps, each on one tree of two short answers. They take a quarter of an hour, so only with `--every-kill`.
+3,000 steps, each on one tree of two short answers: a quarter of an hour, so only with `--every-kill`.
 """
 
 import json

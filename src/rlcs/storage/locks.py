@@ -29,6 +29,7 @@ import psutil
 
 from rlcs.errors import RunFolderError
 from rlcs.records import from_row_or_none
+from rlcs.redaction import shown
 from rlcs.storage import cannot_write
 
 LOCK = "lock"
@@ -125,7 +126,7 @@ def _take(path: Path) -> int:
                     host=socket.gethostname(),
                     pid=process.pid,
                     started=process.create_time(),
-                    command=shlex.join(["rlcs", *sys.argv[1:]]),
+                    command=shown(shlex.join(["rlcs", *sys.argv[1:]])),
                 )
                 os.ftruncate(file, 0)
                 os.pwrite(file, json.dumps(asdict(own)).encode("utf-8", "backslashreplace") + b"\n", 0)
